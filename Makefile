@@ -1,0 +1,105 @@
+# What a person types here. Everything happens in one environment, $(VENV), made on first use
+# and made again when pyproject.toml or constraints.txt changes.
+#
+#   make demo                    the whole pipeline, small, on this machine (ARGS="--out DIR")
+#   make test                    the tests                                  (ARGS="-k shards")
+#   make check                   formatting, lint, types, dependency direction, spelling
+#   make soak                    the tests that take many minutes
+#   make setup                   the environment alone
+#   make clean                   remove the environment and every cache
+#
+# PYTHON=python3.12 picks the interpreter, VENV=DIR another environment.
+
+VENV   ?= .venv
+PYTHON ?=
+ARGS   ?=
+
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+UNDER_WAY := $(VENV).installing
+SHELL     := /bin/sh
+
+# True where an interpreter is one that d2i runs on.
+SUITS := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))'
+
+# DeepSpeed looks for `ninja`, and Ray's workers for `d2i`, on PATH.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.NOTPARALLEL:
+.PHONY: help demo test check soak setup interpreter clean
+
+help:
+	@sed -n '/^#  /s/^# *//p' Makefile
+
+demo: setup
+	@echo "make demo: running d2i demo $(ARGS)"
+	@$(BIN)/d2i demo $(ARGS)
+
+test: setup
+	@echo "make test: running the tests"
+	@$(BIN)/python -m pytest $(ARGS)
+
+soak: setup
+	@echo "make soak: running the tests that take many minutes"
+	@$(BIN)/python -m pytest -m soak --timeout 3600 $(ARGS) || { \
+	  status=$$?; [ $$status -eq 5 ] || exit $$status; echo "make soak: no soak test matched"; }
+
+check: setup
+	@echo "make check: formatting (ruff format)"
+	@$(BIN)/python -m ruff format --check
+	@echo "make check: lint (ruff)"
+	@$(BIN)/python -m ruff check
+	@echo "make check: spelling (codespell)"
+	@$(BIN)/codespell
+	@echo "make check: dependency direction (import-linter)"
+	@$(BIN)/lint-imports
+	@echo "make check: types (mypy --strict)"
+	@$(BIN)/python -m mypy
+
+setup: interpreter $(INSTALLED)
+
+# An interpreter asked for by name must be the one that the environment has.
+interpreter:
+	@[ -z "$(PYTHON)" ] || "$(PYTHON)" $(SUITS) 2>/dev/null || { \
+	  echo "make: PYTHON=$(PYTHON) is not Python 3.11 or 3.12; give the path of one" >&2; exit 2; }
+	@[ -z "$(PYTHON)" ] || [ ! -x $(BIN)/python ] || \
+	  [ "$$("$(PYTHON)" -c 'import sys; print(sys.version_info[:2])')" = \
+	    "$$($(BIN)/python -c 'import sys; print(sys.version_info[:2])')" ] || { \
+	  echo "make: $(VENV) was made with another Python than PYTHON=$(PYTHON);" \
+	    "run 'make clean' first, or give another VENV=DIR" >&2; exit 2; }
+
+# $(UNDER_WAY) stays behind when an installation is cut off: pip can take a half-copied package
+# for a whole one, so the environment is then made afresh.
+$(INSTALLED): pyproject.toml constraints.txt
+	@if [ -e $(UNDER_WAY) ]; then \
+	  echo "make setup: the last installation was interrupted; starting afresh"; \
+	  rm -rf $(VENV); \
+	fi
+	@touch $(UNDER_WAY)
+	@{ $(BIN)/python $(SUITS) && $(BIN)/python -m pip --version; } >/dev/null 2>&1 || { \
+	  python=; \
+	  for candidate in $(PYTHON) python3 python3.12 python3.11 python; do \
+	    if "$$candidate" $(SUITS) 2>/dev/null; then python=$$candidate; break; fi; \
+	  done; \
+	  [ -n "$$python" ] || { \
+	    echo "make setup: no Python 3.11 or 3.12 on PATH; install one, or run" \
+	      "'make PYTHON=/path/to/python3.12 ...'" >&2; exit 2; }; \
+	  echo "make setup: making $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV) || { rm -rf $(VENV); \
+	    echo "make setup: '$$python -m venv' failed; on Debian and Ubuntu, install python3-venv" >&2; \
+	    exit 2; }; \
+	}
+	@echo "make setup: installing d2i and the exact versions of constraints.txt" \
+	  "(the first time: minutes, about 7 GB)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[dev]' || { \
+	  echo "make setup: the installation failed (see above); run the same command again" >&2; exit 1; }
+	@rm -f $(UNDER_WAY)
+	@touch $(INSTALLED)
+	@echo "make setup: done"
+
+clean:
+	@echo "make clean: removing $(VENV), caches and build folders"
+	@rm -rf $(VENV) $(UNDER_WAY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
+	  .import_linter_cache .hypothesis
+	@find . -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +

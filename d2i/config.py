@@ -1,0 +1,287 @@
+"""The settings of d2i: frozen, checked, written as JSON, changed only by `--set a.b=value`.
+
+Owns every field a recipe may hold. Must not import torch, ray or any stage.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from d2i.errors import ConfigError
+
+BackboneName = Literal["uvit-s", "uvit-s-deep", "unidiffuser-v0", "unidiffuser-v1"]
+
+
+class Config(BaseModel):
+    """A frozen group of settings that refuses unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ImageConfig(Config):
+    """How a picture becomes the encoder's input."""
+
+    resolution: int = Field(default=256, gt=0, multiple_of=8)
+    """Side of the centre crop in pixels, after LANCZOS resizing of the short side."""
+    min_side: int = Field(default=16, gt=0)
+    """Pictures with a shorter side are failed rows (`too_small`)."""
+    max_aspect: float = Field(default=20.0, ge=1.0)
+    """Pictures with a longer side over shorter side above this are failed rows (`odd_aspect`)."""
+    max_megapixels: float = Field(default=90.0, gt=0)
+    """Pictures whose header promises more are failed rows (`too_large`), and are not decoded."""
+
+
+class CorpusConfig(Config):
+    """What one instance is (`d2i.corpora`); `None` keeps the reader's own default."""
+
+    own_turn: Literal["include", "exclude"] | None = None
+    """MMDialog: whether the text of the picture's own turn belongs to its context."""
+    images_in_turn: Literal["all", "first"] | None = None
+    """MMDialog: what several pictures in one turn become."""
+    repeated: Literal["default", "all", "unique"] | None = None
+    """MMDialog: what a picture shared by several dialogs becomes."""
+    emoji: Literal["keep", "drop"] | None = None
+    """MMDialog: what `:raising_hands:` becomes."""
+    image_root: str | None = None
+    """MMDialog: the folder of the pictures, where it is not the corpus's own."""
+    open_images_url: str | None = None
+    """PhotoChat: the address of an Open Images picture, with `{photo_id}`."""
+    direction: Literal["answer", "first"] | None = None
+    """JSONL: whether the picture answers the turns before it, or precedes those after it."""
+
+    def options(self) -> dict[str, str]:
+        """Return the options that were set, for `read_instances`."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+
+class TextConfig(Config):
+    """How a conversation becomes the text encoder's input."""
+
+    strategy: str = "hash"
+    """`hash`, `space`, `special`, `letters` (paper, Figure 4), or a template with `{text}`."""
+    keep: Literal["end", "start"] = "end"
+    """Which side of a context longer than the window is kept."""
+    num_windows: int = Field(default=1, ge=1, le=4)
+    """Windows of 77 tokens; more than one goes beyond the paper."""
+    latents: Literal["full", "none"] = "full"
+    """Whether shards hold CLIP text latents or the token ids alone."""
+
+
+class EncodersConfig(Config):
+    """The frozen encoders: a shipped name (`demo:vae`), a folder, a file, or a hub repository."""
+
+    vae: str
+    vae_kind: Literal["kl", "tiny"] = "kl"
+    """`kl`: diffusers AutoencoderKL. `tiny`: AutoencoderTiny, which has no log-variance."""
+    clip_image: str = "openai/clip-vit-base-patch32"
+    clip_text: str = "openai/clip-vit-large-patch14"
+    text_prefix: str | None = None
+    """UniDiffuser's Linear(768, 64), kept in the published `caption_decoder.pth`."""
+    compute_batch_size: int = Field(default=32, gt=0)
+    """Every encoder runs at this one, padded batch, so that grouping changes no bit."""
+
+
+class BackboneConfig(Config):
+    """The network and where its fine-tuning starts. `None` keeps the published size."""
+
+    name: BackboneName
+    weights: str | None = None
+    """Weights to start from; `None` starts from the published initialisation."""
+    latent_scale: float | None = None
+    latent_size: int | None = None
+    patch_size: int | None = None
+    dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    text_dim: int | None = None
+    num_text_tokens: int | None = None
+    clip_dim: int | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the sizes that differ from the published ones, for `build_backbone`."""
+        sizes = self.model_dump(exclude={"name", "weights"})
+        return {name: value for name, value in sizes.items() if value is not None}
+
+
+class OptimConfig(Config):
+    """AdamW (paper, section 3.3)."""
+
+    lr: float = Field(default=3e-5, gt=0)
+    weight_decay: float = Field(default=0.03, ge=0)
+    betas: tuple[float, float] = (0.9, 0.9)
+    eps: float = Field(default=1e-8, gt=0)
+    num_warmup_steps: int = Field(default=0, ge=0)
+    """Linear warm-up, then constant."""
+
+
+class TrainConfig(Config):
+    """Everything that decides the numbers of one training run."""
+
+    num_steps: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0)
+    """Samples an optimizer step over all ranks, for any number of ranks."""
+    micro_batch_size: int = Field(gt=0)
+    """The most samples a rank takes through the network at once."""
+    optim: OptimConfig = OptimConfig()
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Literal[0, 1, 2] = 1
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of samples whose text is replaced by that of '' (classifier-free guidance)."""
+    ema_rate: float = Field(default=0.9999, ge=0, lt=1)
+    seed: int = 0
+    num_checkpoint_steps: int = Field(default=1000, gt=0)
+    """Steps between two checkpoints."""
+    num_log_steps: int = Field(default=10, gt=0)
+    """Steps between two lines of `metrics.jsonl`."""
+
+    def accumulation(self, world_size: int) -> tuple[int, int]:
+        """Split the global batch over ranks.
+
+        Returns:
+            The micro batch of one rank and the number of micro batches a step:
+            `world_size * micro_batch * num_micro_batches == global_batch_size`.
+
+        Raises:
+            ConfigError: If the global batch does not divide by the number of ranks.
+        """
+        if self.global_batch_size % world_size:
+            raise ConfigError(
+                f"train.global_batch_size is {self.global_batch_size}, which {world_size} ranks "
+                "cannot share; expected a multiple of the number of ranks; change "
+                "--num-accelerators or --set train.global_batch_size"
+            )
+        per_rank = self.global_batch_size // world_size
+        micro = max(m for m in range(1, self.micro_batch_size + 1) if per_rank % m == 0)
+        return micro, per_rank // micro
+
+
+class SampleConfig(Config):
+    """How pictures are drawn from the network."""
+
+    sampler: Literal["dpm_solver"] = "dpm_solver"
+    num_steps: int = Field(default=50, gt=0)
+    guidance_scale: float = Field(default=2.0, ge=1)
+    """1 + s of `cond + s (cond - uncond)`: 2 for U-ViT, 8 for UniDiffuser."""
+    compute_batch_size: int = Field(default=50, gt=0)
+    """The network runs at this one, padded batch, so that grouping changes no bit."""
+    seed: int = 0
+
+
+class MetricsConfig(Config):
+    """What the scores are computed on."""
+
+    extractor: Literal["inception", "clip"] = "inception"
+    """FID, KID and IS features: torch-fidelity's Inception, or the recipe's CLIP image encoder."""
+    extractor_weights: str | None = None
+    """Inception's weights file; `None` takes torch-fidelity's own cache."""
+    classes: tuple[str, ...] = ()
+    """With `clip`: the prompts whose zero-shot probabilities the Inception Score is read from."""
+
+
+class PreprocessConfig(Config):
+    """How records are planned and pictures fetched."""
+
+    num_samples_per_shard: int = Field(default=1000, gt=0)
+    keep_images: Literal["auto", "always"] = "auto"
+    """`auto`: source bytes are kept for validation and test; `always`: for training too."""
+    timeout_s: float = Field(default=30.0, gt=0)
+    """Total deadline of one address."""
+    max_image_mib: float = Field(default=20.0, gt=0)
+    """Longest body or file that is read, in MiB."""
+    num_fetch_threads: int = Field(default=16, gt=0)
+
+
+class Recipe(Config):
+    """One reproducible setting of every stage, from corpus to scores."""
+
+    name: str
+    corpus: CorpusConfig = CorpusConfig()
+    image: ImageConfig = ImageConfig()
+    text: TextConfig = TextConfig()
+    encoders: EncodersConfig
+    backbone: BackboneConfig
+    preprocess: PreprocessConfig = PreprocessConfig()
+    train: TrainConfig
+    sample: SampleConfig = SampleConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _inception_score_needs_classes(self) -> Self:
+        if self.metrics.extractor == "clip" and len(self.metrics.classes) == 1:
+            raise ValueError("metrics.classes needs at least two prompts")
+        return self
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def apply_settings(config: ConfigT, settings: Sequence[str]) -> ConfigT:
+    """Return `config` with `a.b=value` settings applied and everything checked anew.
+
+    A value is read as JSON where it is JSON (`3e-5`, `true`, `["a", "b"]`, `null`), else as text.
+
+    Raises:
+        ConfigError: On an unknown name (the nearest one is named), a wrong type or a bad form.
+    """
+    values = config.model_dump()
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"--set {setting}: expected NAME=VALUE, e.g. --set train.num_steps=100"
+            )
+        _assign(values, type(config), path, _parse(text))
+    return load_config(type(config), values, source="--set " + " --set ".join(settings))
+
+
+def load_config(kind: type[ConfigT], values: dict[str, Any], *, source: str) -> ConfigT:
+    """Build a config from plain values.
+
+    Raises:
+        ConfigError: One line that names `source`, the field, what was got and what was expected.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as err:
+        first = err.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or kind.__name__
+        raise ConfigError(
+            f"{source}: {field} is {first['input']!r}: {first['msg']}; see 'd2i recipes show'"
+        ) from err
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _assign(values: dict[str, Any], kind: type[Config], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        _check_name(kind, parent, path)
+        kind, values = _section(kind, parent, path), values[parent]
+    _check_name(kind, leaf, path)
+    values[leaf] = value
+
+
+def _section(kind: type[Config], name: str, path: str) -> type[Config]:
+    annotation = kind.model_fields[name].annotation
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Config):
+            return candidate
+    raise ConfigError(f"--set {path}: {name} holds a value, not a group; set {name} itself")
+
+
+def _check_name(kind: type[Config], name: str, path: str) -> None:
+    if name in kind.model_fields:
+        return
+    near = difflib.get_close_matches(name, kind.model_fields, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(kind.model_fields)}"
+    raise ConfigError(f"--set {path}: {kind.__name__} has no field '{name}'; {hint}")

@@ -1,0 +1,82 @@
+"""Named fault points: where a proof may make the work fail, wait or die.
+
+Driven by `--fault POINT:error|sleep|kill:N` of the entry points, and passed down; nothing in the
+depths reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from d2i.errors import ConfigError
+
+Point = Literal[
+    "shard.written",
+    "shard.tar",
+    "shard.index",
+    "shard.commit",
+    "manifest.checksum",
+    "manifest.written",
+    "train.step_done",
+    "train.checkpoint_written",
+    "eval.task_written",
+]
+Action = Literal["error", "sleep", "kill"]
+_SLEEP_S = 3600.0
+
+
+class FaultError(RuntimeError):
+    """The error that a fault point was asked to raise."""
+
+
+@dataclass
+class Fault:
+    """Acts at the N-th time a process passes a point, once.
+
+    Args:
+        point: Where.
+        action: `error` raises, `sleep` waits an hour, `kill` is SIGKILL to this process.
+        nth: The pass that acts, from 1.
+    """
+
+    point: Point
+    action: Action
+    nth: int
+    num_passed: int = field(default=0)
+
+    def reach(self, point: str) -> None:
+        """Act if this is the asked pass of the asked point."""
+        if point != self.point:
+            return
+        self.num_passed += 1
+        if self.num_passed == self.nth:
+            self._act()
+
+    def _act(self) -> None:
+        if self.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.action == "sleep":
+            time.sleep(_SLEEP_S)
+        raise FaultError(f"asked for at {self.point}")
+
+
+def parse_fault(text: str | None) -> Fault | None:
+    """Read `POINT:ACTION:N`.
+
+    Raises:
+        ConfigError: If the form, the point or the action is not known.
+    """
+    if text is None:
+        return None
+    point, _, rest = text.partition(":")
+    action, _, nth = rest.partition(":")
+    if point not in get_args(Point) or action not in get_args(Action) or not nth.isdigit():
+        raise ConfigError(
+            f"--fault {text}: expected POINT:error|sleep|kill:N with a point of "
+            f"{', '.join(get_args(Point))}"
+        )
+    return Fault(point, action, int(nth))  # type: ignore[arg-type]

@@ -1,0 +1,206 @@
+"""Files by URL: the only module that touches a file system through fsspec.
+
+A URL is a plain path, `file://…`, or anything fsspec knows (`s3://`, `gs://`, `memory://`).
+Whatever is written here appears under its final name complete, or not at all. Must not import
+any part of d2i but `errors`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+_TEMPORARY_SUFFIX = ".d2i-tmp"
+
+
+def join(url: str, *parts: str) -> str:
+    """Append path parts to a URL with single slashes between them."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def resolve(url: str) -> str:
+    """Return an absolute plain path for a local URL, and any other URL without a trailing slash."""
+    path = local_path(url)
+    return url.rstrip("/") if path is None else str(path.absolute())
+
+
+def local_path(url: str) -> Path | None:
+    """Return the path of a local URL, or None where the URL names another file system."""
+    scheme, separator, rest = url.partition("://")
+    if "::" in url or (separator and scheme not in {"file", "local"}):
+        return None
+    return Path(rest if separator else url).expanduser()
+
+
+def exists(url: str) -> bool:
+    """Say whether a file or a folder is there."""
+    fs, path = _split_fresh(url)
+    return bool(fs.exists(path))
+
+
+def list_names(url: str) -> list[str]:
+    """List the names of files and folders in a folder, sorted; empty where there is no folder.
+
+    Files still being written, and those a killed process left behind, are not listed.
+    """
+    fs, path = _split_fresh(url)
+    try:
+        entries = fs.ls(path, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    # Object stores list a folder's own placeholder, and fsspec lists a file as itself.
+    own = path.rstrip("/")
+    inside = [entry.rstrip("/") for entry in entries if entry.rstrip("/") != own]
+    names = {entry.rpartition("/")[2] for entry in inside}
+    return sorted(name for name in names if not name.endswith(_TEMPORARY_SUFFIX))
+
+
+def open_url(url: str, mode: Literal["rb", "r"] = "rb") -> IO[Any]:
+    """Open a file for reading, as bytes or as UTF-8 text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    fs, path = _split(url)
+    encoding = {"encoding": "utf-8"} if mode == "r" else {}
+    return cast("IO[Any]", fs.open(path, mode, **encoding))
+
+
+def read_bytes(url: str) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    with open_url(url) as file:
+        return cast("bytes", file.read())
+
+
+def fetch_file(url: str, path: Path) -> None:
+    """Copy a file to a local path, which appears complete or not at all."""
+    fs, source = _split(url)
+    with scratch_file(str(path.parent)) as scratch:
+        fs.get_file(source, str(scratch))
+        publish_file(scratch, str(path))
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a whole file, which appears complete or not at all; its folders are made."""
+    target = local_path(url)
+    with scratch_file(url.rpartition("/")[0] if target is None else str(target.parent)) as scratch:
+        scratch.write_bytes(data)
+        publish_file(scratch, url)
+
+
+def publish_file(path: Path, url: str) -> None:
+    """Move a finished local file to its URL, where it appears complete or not at all.
+
+    A local target is reached by fsync and rename (through a copy beside it where the two lie on
+    different file systems), any other by a plain put, which object stores make visible at once.
+    The local file is gone afterwards.
+    """
+    target = local_path(url)
+    if target is None:
+        _put(path, url)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.stat().st_dev != target.parent.stat().st_dev:
+        path = _copy_beside(path, target)
+    _sync(path)
+    path.replace(target)
+    _sync(target.parent)
+
+
+@contextlib.contextmanager
+def scratch_file(folder_url: str) -> Iterator[Path]:
+    """Give a new, empty local file to fill and then `publish_file` into a folder.
+
+    It lies in the folder itself where that is local, so that publishing is a rename, and is
+    removed on leaving if it is still there.
+    """
+    folder = local_path(folder_url) or Path(tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _temporary_in(folder)
+    path.touch(exist_ok=False)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def remove(url: str) -> None:
+    """Remove a file; nothing happens where there is none."""
+    fs, path = _split(url)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def remove_leftovers(url: str) -> int:
+    """Remove the unfinished files that killed processes left in a local folder.
+
+    Call it only while nothing else writes there.
+
+    Returns:
+        How many were removed.
+    """
+    folder = local_path(url)
+    leftovers = [] if folder is None else list(folder.glob(f".*{_TEMPORARY_SUFFIX}"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def _split(url: str) -> tuple[Any, str]:
+    """Split a URL into fsspec's file system and the path on it.
+
+    fsspec is imported here because it takes a sixth of a second, which `d2i --help` does not have.
+    """
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(url)
+    return fs, path
+
+
+def _split_fresh(url: str) -> tuple[Any, str]:
+    """Split a URL for looking what is there: fsspec's remembered listings would be stale."""
+    fs, path = _split(url)
+    fs.invalidate_cache()
+    return fs, path
+
+
+def _put(path: Path, url: str) -> None:
+    fs, target = _split(url)
+    fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+    fs.put_file(str(path), target)
+    path.unlink()
+
+
+def _copy_beside(path: Path, target: Path) -> Path:
+    """Move a file from another file system to a temporary name beside its target."""
+    beside = _temporary_in(target.parent)
+    try:
+        shutil.copyfile(path, beside)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    path.unlink()
+    return beside
+
+
+def _temporary_in(folder: Path) -> Path:
+    return folder / f".{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

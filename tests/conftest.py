@@ -1,0 +1,26 @@
+"""What every test runs under: no network, no telemetry, this environment's programs on PATH."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from hypothesis import settings
+
+# Subprocesses (the deepspeed launcher, Ray's workers) inherit these. albumentations, which
+# img2dataset imports, asks the network for updates unless told not to.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    NO_ALBUMENTATIONS_UPDATE="1",
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="disabled",
+)
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+# The same examples on every run: a red test is red for the next person too. A shared machine's
+# pauses are no failure, so examples have no deadline (the test as a whole has).
+settings.register_profile("d2i", deadline=None, derandomize=True)
+settings.load_profile("d2i")

@@ -1,0 +1,82 @@
+"""Settings are checked, frozen, and say what is wrong in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from d2i.config import Recipe, apply_settings
+from d2i.errors import ConfigError
+from d2i.recipes import RECIPES, keep_recipe, load_recipe, read_kept_recipe
+
+
+def test_a_setting_replaces_a_value_and_is_checked() -> None:
+    recipe = apply_settings(load_recipe("demo"), ["train.optim.lr=1e-4", "text.strategy=space"])
+    assert recipe.train.optim.lr == 1e-4
+    assert recipe.text.strategy == "space"
+
+
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ("train.optim.lrr=1", "did you mean 'lr'?"),
+        ("train.num_steps=abc", "valid integer"),
+        ("train.num_steps", "expected NAME=VALUE"),
+        ("train.num_steps.x=1", "not a group"),
+        ("image.resolution=7", "multiple of 8"),
+        ("nothing_like_it=1", "it has"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(setting: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match="--set") as caught:
+        apply_settings(load_recipe("demo"), [setting])
+    assert hint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_goes_through_json_unchanged(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
+    keep_recipe(recipe, str(tmp_path))
+    assert read_kept_recipe(str(tmp_path)) == recipe
+    assert str(Path.home()) not in recipe.model_dump_json()
+
+
+def test_the_papers_resolution_and_batch() -> None:
+    table_5 = {
+        "uvit-s-photochat": (256, 740),
+        "uvit-s-deep-photochat": (256, 512),
+        "unidiffuser-v1-photochat": (512, 260),
+        "uvit-s-mmdialog": (256, 4096),
+        "uvit-s-deep-mmdialog": (256, 4096),
+        "unidiffuser-v1-mmdialog": (512, 800),
+    }
+    for name, numbers in table_5.items():
+        recipe = load_recipe(name)
+        assert (recipe.image.resolution, recipe.train.global_batch_size) == numbers
+        optim = recipe.train.optim
+        assert (optim.lr, optim.weight_decay, optim.betas) == (3e-5, 0.03, (0.9, 0.9))
+
+
+def test_a_users_own_recipe_by_module_and_function() -> None:
+    assert load_recipe("d2i.recipes:demo") == load_recipe("demo")
+    with pytest.raises(ConfigError, match="importable"):
+        load_recipe("no.such.module:recipe")
+    with pytest.raises(ConfigError, match="did you mean 'demo'"):
+        load_recipe("demoo")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_global_batch_is_kept_for_any_number_of_ranks(world_size: int) -> None:
+    train = load_recipe("uvit-s-mmdialog").train
+    micro, num_micro = train.accumulation(world_size)
+    assert micro <= train.micro_batch_size
+    assert micro * num_micro * world_size == train.global_batch_size
+
+
+def test_an_impossible_split_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot share"):
+        load_recipe("demo").train.accumulation(7)

@@ -1,0 +1,121 @@
+"""What `d2i.storage` promises: complete or absent, the same on local paths and elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from d2i import storage
+
+
+@pytest.fixture(params=["path", "file", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Give a folder URL that does not exist yet, on each kind of file system."""
+    urls = {
+        "path": str(tmp_path / "out"),
+        "file": f"file://{tmp_path}/out",
+        "memory": f"memory://{uuid.uuid4().hex}/out",
+    }
+    return urls[request.param]
+
+
+def test_written_bytes_are_read_back(folder: str) -> None:
+    url = storage.join(folder, "deep", "a.bin")
+    storage.write_bytes(url, b"one")
+    storage.write_bytes(url, b"two")
+    assert storage.read_bytes(url) == b"two"
+    with storage.open_url(url, "r") as file:
+        assert file.read() == "two"
+    assert storage.list_names(folder) == ["deep"]
+    assert storage.list_names(storage.join(folder, "deep")) == ["a.bin"]
+
+
+def test_absent_things(folder: str) -> None:
+    url = storage.join(folder, "a")
+    assert storage.list_names(folder) == []
+    assert not storage.exists(url)
+    storage.remove(url)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(url)
+
+
+def test_listing_follows_every_change(folder: str) -> None:
+    for name in ("b", "a"):
+        storage.write_bytes(storage.join(folder, name), b"")
+    assert storage.list_names(folder) == ["a", "b"]
+    storage.remove(storage.join(folder, "a"))
+    assert storage.list_names(folder) == ["b"]
+    assert storage.list_names(storage.join(folder, "b")) == []
+
+
+def test_publish_moves_and_fetch_copies(folder: str, tmp_path: Path) -> None:
+    source, url = tmp_path / "source", storage.join(folder, "name")
+    source.write_bytes(b"data")
+    storage.publish_file(source, url)
+    assert not source.exists()
+    storage.fetch_file(url, tmp_path / "cache" / "copy")
+    assert (tmp_path / "cache" / "copy").read_bytes() == storage.read_bytes(url) == b"data"
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["copy"]
+
+
+def test_publish_from_another_file_system(tmp_path: Path) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system to move from")
+    source = other / f"d2i-{uuid.uuid4().hex}"
+    source.write_bytes(b"data")
+    storage.publish_file(source, str(tmp_path / "name"))
+    assert not source.exists()
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("name", b"data")]
+
+
+def test_new_files_have_the_usual_mode(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_bytes(b"")
+    storage.write_bytes(str(tmp_path / "ours"), b"")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_local_paths_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.local_path("a/b") == Path("a/b")
+    assert storage.local_path(f"file://{tmp_path}/x") == tmp_path / "x"
+    assert storage.local_path("memory://a/b") is None
+    assert storage.resolve("a/b/") == storage.resolve(f"file://{tmp_path}/a/b") == f"{tmp_path}/a/b"
+    assert storage.resolve("s3://bucket/a/") == "s3://bucket/a"
+    assert storage.join("/", "a") == "/a"
+    assert storage.join("s3://b/", "/a/", "c") == "s3://b/a/c"
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    url = str(tmp_path / "a")
+    storage.write_bytes(url, b"old")
+    with pytest.raises(RuntimeError), storage.scratch_file(str(tmp_path)) as scratch:
+        scratch.write_bytes(b"half")
+        raise RuntimeError
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def test_a_killed_writer_leaves_no_listed_file(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from d2i import storage\n"
+        "with storage.scratch_file(sys.argv[1]) as scratch:\n"
+        "    scratch.write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    killed = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert storage.list_names(str(tmp_path)) == []
+    assert storage.remove_leftovers(str(tmp_path)) == 1
+    assert list(tmp_path.iterdir()) == []
