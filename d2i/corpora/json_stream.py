@@ -1,0 +1,357 @@
+"""JSON files read as a stream of objects, whatever form they were released in.
+
+Takes one object a line, one array, and objects one after another (indented or not). Memory is
+bounded by one object and one read, time by the file's size. What is broken is reported with its
+place and passed over; the objects around it are still given. Must not import torch.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+import orjson
+
+from d2i.corpora.records import Problem, Reason, Report
+
+CHUNK_BYTES = 1 << 20
+MAX_RECORD_BYTES = 8 << 20
+"""An object larger than this is passed over. MMDialog's largest take about 125 kB."""
+MAX_RESYNCS = 1000
+"""How often the thread may be lost in one file that is not made of lines."""
+_MAX_LINE_RESYNCS = 4
+_MAX_DEPTH = 1024
+"""orjson reads nothing that is nested deeper."""
+
+_BOM = b"\xef\xbb\xbf"
+_BROKEN = object()
+_OVERLAP_BYTES = 1024
+_LINE_END = ord("\n")
+_BLANK = re.compile(rb"\s*+")
+_SEPARATORS = re.compile(rb"[\s,\[\]]*+")
+_OPEN_STRING = rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+'
+# Passes over whole strings up to the next bracket, or to a string that ends with its line.
+_TO_BRACKET = re.compile(
+    rb'[^"{}\[\]]*+(?:%b"[^"{}\[\]]*+)*+(?:[{}\[\]]|%b\n)' % (_OPEN_STRING, _OPEN_STRING)
+)
+_FIRST_KEY = re.compile(rb'\{\s*+(%b")\s*+:' % _OPEN_STRING)
+_LINE_START = re.compile(rb"\n(\{)")
+
+
+def read_objects(
+    stream: IO[bytes],
+    path: str,
+    report: Report,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    max_record_bytes: int = MAX_RECORD_BYTES,
+) -> Iterator[tuple[str, Any]]:
+    """Read the JSON objects of a file, in order, one at a time.
+
+    Args:
+        stream: The file, opened for reading bytes, at its start.
+        path: What `where` calls the file.
+        report: Gets a `Problem` for everything that is broken.
+        chunk_bytes: Size of one read.
+        max_record_bytes: Size past which an object is passed over.
+
+    Yields:
+        `where` (path with line from 1, or with byte offset from 0) and the object. In a file of
+        lines the value of a line may be something else than an object.
+    """
+    view = _View(stream, chunk_bytes, max_record_bytes)
+    if not view.find_start():
+        report(Problem("empty_file", path, "nothing but white space"))
+    elif _holds_lines(view):
+        yield from _lines(view, path, report)
+    else:
+        yield from _Objects(view, path, report)
+
+
+class _View:
+    """A sliding piece of a byte stream; `pos` is how far it has been read."""
+
+    def __init__(self, stream: IO[bytes], chunk_bytes: int, max_record_bytes: int) -> None:
+        self.stream = stream
+        self.chunk_bytes = chunk_bytes
+        self.max_record_bytes = max_record_bytes
+        self.data = b""
+        self.pos = 0
+        self.offset = 0
+        self.num_lines = 0
+
+    def fill(self) -> bool:
+        """Read on, dropping what lies behind `pos`; False at the end of the stream."""
+        chunk = self.stream.read(self.chunk_bytes)
+        if not chunk:
+            return False
+        self.data = self.data[self.pos :] + chunk
+        self.offset += self.pos
+        self.pos = 0
+        return True
+
+    def num_ahead(self) -> int:
+        return len(self.data) - self.pos
+
+    def peek(self, length: int = 1) -> bytes:
+        return self.data[self.pos : self.pos + length]
+
+    def skip(self, pattern: re.Pattern[bytes]) -> bytes:
+        """Pass over what a pattern takes, and return what was passed over last."""
+        match = pattern.match(self.data, self.pos)
+        passed = match[0] if match else b""
+        self.pos += len(passed)
+        return passed
+
+    def find_start(self) -> bool:
+        """Go to the first byte that is neither byte order mark nor white space."""
+        while self.num_ahead() < len(_BOM) and self.fill():
+            pass
+        if self.peek(len(_BOM)) == _BOM:
+            self.pos += len(_BOM)
+        while True:
+            self.num_lines += self.skip(_BLANK).count(b"\n")
+            if self.num_ahead():
+                return True
+            if not self.fill():
+                return False
+
+    def line_length(self) -> int:
+        """Measure the line at `pos`, its line end included; give up past the largest record."""
+        length = 0
+        while True:
+            end = self.data.find(b"\n", self.pos + length)
+            if end >= 0:
+                return end + 1 - self.pos
+            length = self.num_ahead()
+            if length > self.max_record_bytes or not self.fill():
+                return length
+
+    def skip_line(self) -> None:
+        while (end := self.data.find(b"\n", self.pos)) < 0:
+            self.pos = len(self.data)
+            if not self.fill():
+                return
+        self.pos = end + 1
+
+
+def _holds_lines(view: _View) -> bool:
+    """Tell lines from objects one after another: by the first line, or the start of the second."""
+    if view.peek() == b"[":
+        return False
+    length = view.line_length()
+    if length > view.max_record_bytes:
+        return False
+    while view.num_ahead() <= length and view.fill():
+        pass
+    return view.peek(length + 1)[length:] == b"{" or _parse(view.peek(length)) is not _BROKEN
+
+
+def _lines(view: _View, path: str, report: Report) -> Iterator[tuple[str, Any]]:
+    """Give one value a line; a line that is none is searched for objects."""
+    number = view.num_lines
+    while view.num_ahead() or view.fill():
+        number += 1
+        where = f"{path} line {number}"
+        length = view.line_length()
+        if length > view.max_record_bytes:
+            report(Problem("too_large", where, f"over {view.max_record_bytes} bytes"))
+            view.skip_line()
+            continue
+        line = view.peek(length)
+        view.pos += length
+        if not line.strip():
+            continue
+        value = _parse(line)
+        if value is _BROKEN:
+            inner = _View(io.BytesIO(line), len(line), view.max_record_bytes)
+            yield from _Objects(inner, path, report, where, _MAX_LINE_RESYNCS)
+        else:
+            yield where, value
+
+
+class _Objects:
+    """The objects of an array, or of objects one after another.
+
+    The end of an object is found by its brackets. Where that fails, the next object is looked for
+    by the key that the first one starts with, as the records of one file start alike.
+    """
+
+    def __init__(
+        self,
+        view: _View,
+        path: str,
+        report: Report,
+        where: str | None = None,
+        max_resyncs: int = MAX_RESYNCS,
+    ) -> None:
+        self.view = view
+        self.path = path
+        self.report = report
+        self.fixed_where = where
+        self.resyncs_left = max_resyncs
+        self.last_length = 0
+        self.scanned_bytes = 0
+        self.rescanned_bytes = 0
+        self.start_pattern: re.Pattern[bytes] | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        view = self.view
+        is_array = view.find_start() and view.peek() == b"["
+        is_closed = self._skip_separators()
+        while view.num_ahead():
+            where = self._where()
+            value, measured = self._read_next()
+            self._learn_start()
+            if value is not _BROKEN and isinstance(measured, int):
+                view.pos += measured
+                self.last_length = measured
+                yield where, value
+            elif not self._pass_over(measured, where):
+                return
+            is_closed = self._skip_separators()
+        if is_array and not is_closed:
+            self.report(Problem("truncated", self._where(), "the array is not closed"))
+
+    def _where(self) -> str:
+        return self.fixed_where or f"{self.path} byte {self.view.offset + self.view.pos}"
+
+    def _skip_separators(self) -> bool:
+        """Go to the next object, and say whether a bracket was closed on the way."""
+        is_closed = False
+        while True:
+            is_closed |= b"]" in self.view.skip(_SEPARATORS)
+            if self.view.num_ahead() or not self.view.fill():
+                return is_closed
+
+    def _read_next(self) -> tuple[Any, int | Reason]:
+        """Return the object at the read position and its length, or `_BROKEN` and why."""
+        value, length = self._guess()
+        if value is not _BROKEN:
+            return value, length
+        measured = self._measure()
+        if isinstance(measured, int):
+            value = _parse(self.view.peek(measured))
+        return value, measured
+
+    def _guess(self) -> tuple[Any, int]:
+        """Take the object to end where the next one seems to start: that is found much faster.
+
+        Right whenever what lies between is an object. The search goes little farther than the
+        object before was long, for files whose objects do not start alike.
+        """
+        view = self.view
+        stop = view.pos + 4 * self.last_length + _OVERLAP_BYTES
+        pattern = self.start_pattern
+        match = pattern.search(view.data, view.pos + 1, stop) if pattern else None
+        if match is None or view.peek() != b"{":
+            return _BROKEN, 0
+        body = view.data[view.pos : match.start(1)].rstrip(b" \t\r\n,")
+        return (_BROKEN if len(body) > view.max_record_bytes else _parse(body)), len(body)
+
+    def _measure(self) -> int | Reason:
+        """Return the length of the object at the read position, or why it has none."""
+        view = self.view
+        depth = length = self.scanned_bytes = 0
+        if view.peek() != b"{":
+            return "invalid_json"
+        while True:
+            end, depth = _scan(view.data, view.pos + length, depth)
+            length = end - view.pos
+            self.scanned_bytes = view.num_ahead() if depth > 0 else length
+            if self.scanned_bytes > view.max_record_bytes:
+                return "too_large"
+            if depth < 0:
+                return "invalid_json"
+            if depth == 0:
+                return length
+            if not view.fill():
+                return "truncated"
+
+    def _learn_start(self) -> None:
+        match = _FIRST_KEY.match(self.view.data, self.view.pos)
+        if match and self.start_pattern is None:
+            self.start_pattern = re.compile(rb"(\{)\s*+%b\s*+:" % re.escape(match[1]))
+
+    def _pass_over(self, measured: int | Reason, where: str) -> bool:
+        """Report the broken object at the read position and go on; False where nothing follows."""
+        if isinstance(measured, str):
+            reason, found = measured, self._find_start()
+        else:
+            reason, found = _diagnose(self.view.peek(measured)), self._find_start_within(measured)
+        rest = "" if found else "; no other object after it"
+        self.report(Problem(reason, where, f"the object cannot be read{rest}"))
+        if found and self._is_lost():
+            detail = "too many broken places before it; the rest is passed over"
+            self.report(Problem("too_many_broken", self._where(), detail))
+            return False
+        return found
+
+    def _is_lost(self) -> bool:
+        """Say whether going on costs too much: what was read in vain is read again each time."""
+        view = self.view
+        allowed_bytes = view.offset + view.pos + 4 * view.max_record_bytes
+        return self.resyncs_left < 0 or self.rescanned_bytes > allowed_bytes
+
+    def _count_resync(self) -> None:
+        self.resyncs_left -= 1
+        self.rescanned_bytes += self.scanned_bytes
+
+    def _find_start(self) -> bool:
+        """Look for another object anywhere after the read position."""
+        view, pattern = self.view, self.start_pattern or _LINE_START
+        self._count_resync()
+        view.pos += 1
+        while True:
+            if match := pattern.search(view.data, view.pos):
+                view.pos = match.start(1)
+                return True
+            view.pos = max(view.pos, len(view.data) - _OVERLAP_BYTES)
+            if not view.fill():
+                return False
+
+    def _find_start_within(self, length: int) -> bool:
+        """Look for another object within one: a lost quotation mark makes one of several."""
+        view, pattern = self.view, self.start_pattern or _LINE_START
+        match = pattern.search(view.data, view.pos + 1, view.pos + length)
+        if match:
+            self._count_resync()
+        view.pos = match.start(1) if match else view.pos + length
+        return True
+
+
+def _scan(data: bytes, at: int, depth: int) -> tuple[int, int]:
+    """Go from bracket to bracket until the object closes or the data ends.
+
+    Returns:
+        Where it got to, and the depth there: 0 for closed, -1 for broken.
+    """
+    while match := _TO_BRACKET.match(data, at):
+        at = match.end()
+        last = data[at - 1]
+        if last in b"{[":
+            depth += 1
+            if depth > _MAX_DEPTH:
+                return at, -1
+        elif last == _LINE_END:
+            return at, -1
+        else:
+            depth -= 1
+            if depth == 0:
+                return at, 0
+    return at, depth
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return _BROKEN
+
+
+def _diagnose(text: bytes) -> Reason:
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return "invalid_utf8"
+    return "invalid_json"

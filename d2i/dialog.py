@@ -1,0 +1,169 @@
+"""What a conversation is, how it becomes one line of text, and how an instance is named.
+
+Owns `Turn`, `ImageRef`, `Instance`, linearization, instance keys and the order that keys are
+drawn in. Pure: reads no file and must not import torch, ray or any other part of d2i than errors.
+"""
+
+import difflib
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from d2i.errors import ConfigError, DataError
+
+Direction = Literal["answer", "first"]
+
+TEMPLATES = {
+    "hash": "# {text}",
+    "space": "{text}",
+    "special": "[PER{speaker}] {text}",
+    "letters": "{letter}: {text}",
+}
+"""The named linearizations, each as the template of one turn."""
+
+_PLACEHOLDER = re.compile(r"\{(text|speaker|letter)\}")
+_PLAIN_SPLIT = re.compile(r"[A-Za-z0-9]{1,32}")
+_PLAIN_ID = re.compile(r"(?!.*_[0-9a-f]{32}$)[A-Za-z0-9_-]{1,64}", re.DOTALL)
+_UNSAFE = re.compile(r"[^A-Za-z0-9]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation.
+
+    `speaker` is a small number, or None where the corpus names no speaker and turns alternate.
+    """
+
+    speaker: int | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where the picture of an instance is to be had.
+
+    `file`: one path, relative to the corpus source or its image root. `urls`: addresses of the
+    same picture, to be tried in order.
+    """
+
+    kind: Literal["file", "urls"]
+    value: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One picture together with the turns it answers (or, for `first`, the turns it opens).
+
+    `turn` is the index, from 0, of the picture's turn in its dialog; `image` its index among the
+    pictures of that turn. `description` and `labels` are metadata and never part of the context.
+    """
+
+    key: str
+    split: str
+    dialog_id: str
+    turn: int
+    image: int
+    context: tuple[Turn, ...]
+    image_ref: ImageRef
+    direction: Direction = "answer"
+    description: str | None = None
+    labels: tuple[str, ...] = ()
+
+
+def linearize(turns: Iterable[Turn], strategy: str = "hash") -> str:
+    """Write turns as one line, in their order, one space between them (paper, section 3.1).
+
+    The first speaker who says something is speaker 1, or A. A turn without a speaker is taken to
+    answer the turn before it. Turns without text are left out.
+
+    Args:
+        turns: The context, oldest turn first.
+        strategy: `hash` ("# a # b"), `space` ("a b"), `special` ("[PER1] a [PER2] b"), `letters`
+            ("A: a B: b"), or the template of one turn: `{text}`, and, where wanted, `{speaker}`
+            (1, 2, ...) and `{letter}` (A, B, ...).
+
+    Raises:
+        ConfigError: If the strategy is neither a known name nor a template with `{text}`.
+    """
+    template = _template(strategy)
+    numbers: dict[int, int] = {}
+    parts = []
+    for speaker, text in _spoken(turns):
+        number = numbers.setdefault(speaker, len(numbers) + 1)
+        parts.append(_fill(template, text, number))
+    return " ".join(parts)
+
+
+def make_key(split: str, dialog_id: str, turn: int, image: int) -> str:
+    """Name an instance: `{split}-{dialog_id}-{turn}-{image}`, safe as a tar member's stem.
+
+    The key holds only `A-Z a-z 0-9 _ -` and starts with a letter, a digit or `_`. A split or an
+    id that is not plain (other characters, over-long, or made to look like a changed one) gets
+    its characters replaced and a 128-bit hash appended, so different inputs keep different keys.
+
+    Raises:
+        DataError: If an index is negative.
+    """
+    if turn < 0 or image < 0:
+        raise DataError(
+            f"instance of dialog {dialog_id!r}: got turn {turn}, image {image}, expected indices "
+            "from 0; count both from the start of the dialog"
+        )
+    return f"{_safe(split, _PLAIN_SPLIT)}-{_safe(dialog_id, _PLAIN_ID)}-{turn}-{image}"
+
+
+def key_order_hash(key: str, seed: int) -> int:
+    """Place a key in the seeded order that `--limit` takes its smallest from.
+
+    Returns:
+        An integer in [0, 2**64), the same on every machine and in every version.
+    """
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8, person=b"d2i-key-order")
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _template(strategy: str) -> str:
+    if strategy in TEMPLATES:
+        return TEMPLATES[strategy]
+    if "{text}" in strategy:
+        return strategy
+    near = difflib.get_close_matches(strategy, TEMPLATES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "write {text} where the turn's text goes"
+    raise ConfigError(
+        f"linearization: got {strategy!r}, expected {', '.join(TEMPLATES)} or a template with "
+        f"{{text}}; {hint}"
+    )
+
+
+def _spoken(turns: Iterable[Turn]) -> Iterable[tuple[int, str]]:
+    """Give speaker and text of every turn that says something.
+
+    A silent turn (a picture alone) still passes the word on to the other speaker.
+    """
+    speaker: int | None = None
+    for turn in turns:
+        other = 1 if speaker == 0 else 0
+        speaker = other if turn.speaker is None else turn.speaker
+        if text := turn.text.strip():
+            yield speaker, text
+
+
+def _fill(template: str, text: str, number: int) -> str:
+    """Fill one turn's template in a single pass, so that braces in the text stay text."""
+    values = {"text": text, "speaker": str(number), "letter": _letter(number)}
+    return _PLACEHOLDER.sub(lambda found: values[found[1]], template)
+
+
+def _letter(number: int) -> str:
+    """Count 1, 2, ... as A ... Z, AA, AB, ..."""
+    rest, last = divmod(number - 1, 26)
+    return (_letter(rest) if rest else "") + chr(ord("A") + last)
+
+
+def _safe(part: str, plain: re.Pattern[str]) -> str:
+    if plain.fullmatch(part):
+        return part
+    digest = hashlib.blake2b(part.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return f"{_UNSAFE.sub('_', part)[:24]}_{digest}"

@@ -1,0 +1,540 @@
+"""The corpora's readers: released layouts, odd records, and what may not stop or fool them."""
+
+import io
+import json
+import logging
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2i.corpora import Problem, json_stream, read_instances, splits
+from d2i.corpora.json_stream import read_objects
+from d2i.dialog import ImageRef, Instance, Turn, linearize
+from d2i.errors import ConfigError, DataError
+from tests.shared import SHARED, needs_shared
+
+MMDIALOG = SHARED / "data" / "mmdialog"
+PHOTOCHAT = SHARED / "data" / "photochat"
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+# Mostly alike at the start, as real records are, but not always.
+RECORD = st.builds(lambda body: {"id": 1, "body": body}, JSON) | st.builds(
+    lambda body: {"body": body, "id": 1}, JSON
+)
+RECORDS = st.lists(RECORD, min_size=1, max_size=6)
+FORMS: dict[str, Callable[[Any], str]] = {
+    "lines": lambda records: "\n".join(map(json.dumps, records)) + "\n",
+    "windows lines": lambda records: "\ufeff" + "\r\n\r\n".join(map(json.dumps, records)),
+    "array": json.dumps,
+    "indented array": lambda records: json.dumps(records, indent=2, ensure_ascii=False),
+    "flat array": lambda records: json.dumps(records, indent=0),
+    "array of lines": lambda records: "[" + ",\n".join(map(json.dumps, records)) + "]",
+    "run together": lambda records: "".join(map(json.dumps, records)),
+    "indented": lambda records: "\n".join(json.dumps(r, indent=4) for r in records),
+}
+
+
+def unheard(*said: object) -> None:
+    """Takes a problem, or a flaw, and does nothing with it."""
+
+
+def read(data: bytes, **limits: int) -> tuple[list[Any], list[Problem]]:
+    problems: list[Problem] = []
+    values = [v for _, v in read_objects(io.BytesIO(data), "f", problems.append, **limits)]
+    return values, problems
+
+
+@given(RECORDS, st.sampled_from(sorted(FORMS)), st.sampled_from([1, 7, 64, 1 << 20]))
+def test_every_form_reads_back_the_same(
+    records: list[dict[str, Any]], form: str, chunk_bytes: int
+) -> None:
+    assert read(FORMS[form](records).encode(), chunk_bytes=chunk_bytes) == (records, [])
+
+
+@given(RECORDS, st.sampled_from(sorted(FORMS)), st.data())
+def test_a_cut_file_gives_what_is_whole_and_says_so(
+    records: list[dict[str, Any]], form: str, data: st.DataObject
+) -> None:
+    text = FORMS[form](records).rstrip().encode()
+    cut = text[: data.draw(st.integers(0, len(text) - 1))]
+    values, problems = read(cut)
+    assert values == records[: len(values)]
+    if len(values) < len(records) and cut.count(b'"body"') > len(values):
+        assert problems
+    if "array" in form:
+        assert problems
+
+
+@given(RECORDS, st.sampled_from(sorted(FORMS)), st.binary(max_size=12), st.data())
+def test_no_damage_raises(
+    records: list[dict[str, Any]], form: str, noise: bytes, data: st.DataObject
+) -> None:
+    text = FORMS[form](records).encode()
+    at = data.draw(st.integers(0, len(text)))
+    read(text[:at] + noise + text[at + data.draw(st.integers(0, 8)) :])
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_raise(data: bytes) -> None:
+    read(data)
+
+
+BROKEN = {
+    "lost quotation mark": ('{"id": 3, "body": "x}', "invalid_json"),
+    "lost bracket": ('{"id": 3, "body": {"x": 1}', "too_large|truncated|invalid_json"),
+    "line end in a string": ('{"id": 3, "body": "x\ny"}', "invalid_json"),
+    "not a number": ('{"id": 3, "body": NaN}', "invalid_json"),
+    "half a surrogate pair": ('{"id": 3, "body": "\\ud83d"}', "invalid_json"),
+    "no object": ("hello", "invalid_json"),
+}
+
+
+@pytest.mark.parametrize("broken", sorted(BROKEN))
+@pytest.mark.parametrize("separator", ["\n", ",\n  "])
+def test_the_records_around_a_broken_one_are_given(broken: str, separator: str) -> None:
+    text, reasons = BROKEN[broken]
+    whole = [json.dumps({"id": number, "body": {"x": ["y"]}}) for number in range(6)]
+    body = separator.join([*whole[:3], text, *whole[4:]])
+    if separator != "\n":
+        body = f"[{body}]"
+    values, problems = read(body.encode())
+    assert [value["id"] for value in values] == [0, 1, 2, 4, 5]
+    assert problems[0].reason in reasons.split("|")
+    if separator != "\n":
+        assert problems[0].where == f"f byte {body.index(text)}"
+
+
+def test_bytes_that_are_no_utf8_cost_their_record_only() -> None:
+    data = b'{"id": 0}\n{"id": "\xff"}\n{"id": 2}\n'
+    values, problems = read(data)
+    assert values == [{"id": 0}, {"id": 2}]
+    assert [(p.reason, p.where) for p in problems] == [("invalid_utf8", "f line 2")]
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "indented array", "run together"])
+def test_an_object_over_the_limit_is_passed_over(form: str) -> None:
+    records = [{"id": 0}, {"id": 1, "body": ["x" * 50] * 100}, {"id": 2}]
+    data = FORMS[form](records).encode()
+    values, problems = read(data, chunk_bytes=64, max_record_bytes=1000)
+    assert values == [{"id": 0}, {"id": 2}]
+    assert [problem.reason for problem in problems] == ["too_large"]
+
+
+def test_a_file_that_keeps_breaking_is_given_up() -> None:
+    data = b"[" + b'{"id": ["a",' * (json_stream.MAX_RESYNCS + 10) + b'{"id": 1}]'
+    values, problems = read(data)
+    assert values == []
+    assert problems[-1].reason == "too_many_broken"
+    assert len(problems) <= json_stream.MAX_RESYNCS + 2
+
+
+def test_nesting_without_end_is_a_problem() -> None:
+    values, problems = read(b'{"a":' * 100_000 + b"1" + b"}" * 100_000)
+    assert values == []
+    assert problems[0].reason == "invalid_json"
+
+
+def test_an_empty_file_is_a_problem() -> None:
+    assert [problem.reason for problem in read(b" \n ")[1]] == ["empty_file"]
+
+
+class Endless(io.RawIOBase):
+    """Gives an array of the same record, `num_bytes` of it, without ever holding it."""
+
+    def __init__(self, record: bytes, num_bytes: int) -> None:
+        self.block = record + b","
+        self.left = num_bytes // len(self.block)
+        self.head = b"["
+
+    def read(self, size: int = -1) -> bytes:
+        num_blocks = min(self.left, max(1, size // len(self.block)))
+        self.left -= num_blocks
+        head, self.head = self.head, b""
+        return head + self.block * num_blocks
+
+
+def test_memory_does_not_grow_with_the_file() -> None:
+    record = json.dumps({"id": 1, "negatives": ["n" * 40] * 2000}).encode()
+    stream: Any = Endless(record, 40 << 20)
+    tracemalloc.start()
+    count = sum(1 for _ in read_objects(stream, "f", unheard))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count > 400
+    assert peak_bytes < 8 << 20
+
+
+def instances(
+    corpus: str, source: Path, split: str, **options: Any
+) -> tuple[list[Instance], list[Problem]]:
+    problems: list[Problem] = []
+    found = list(read_instances(corpus, source, split, on_problem=problems.append, **options))
+    assert len({instance.key for instance in found}) == len(found)
+    return found, problems
+
+
+def reasons(problems: list[Problem]) -> Counter[str]:
+    return Counter(problem.reason for problem in problems)
+
+
+@needs_shared
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_mmdialog_counts_are_those_of_the_sample(split: str) -> None:
+    expected = json.loads((MMDIALOG / "EXPECTED.json").read_bytes())[split]
+    every, problems = instances("mmdialog", MMDIALOG, split, repeated="all")
+    assert (len(every), problems) == (expected["image_occurrences"], [])
+    unique, _ = instances("mmdialog", MMDIALOG, split, repeated="unique")
+    assert len(unique) == expected["unique_images"]
+    assert len({instance.image_ref for instance in unique}) == len(unique)
+    default, _ = instances("mmdialog", MMDIALOG, split)
+    assert default == (every if split == "train" else unique)
+
+
+@needs_shared
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_mmdialog_without_its_own_turn_drops_and_counts_empty_contexts(split: str) -> None:
+    expected = json.loads((MMDIALOG / "EXPECTED.json").read_bytes())[split]
+    num_empty = expected["occurrences_with_text_free_context_if_same_turn_text_is_dropped"]
+    found, problems = instances("mmdialog", MMDIALOG, split, repeated="all", own_turn="exclude")
+    assert len(found) == expected["image_occurrences"] - num_empty
+    assert reasons(problems) == Counter({"empty_context": num_empty} if num_empty else {})
+
+
+@needs_shared
+def test_mmdialog_as_an_array_is_the_same_corpus(tmp_path: Path) -> None:
+    array = (MMDIALOG / "variants" / "array" / "conversations.json").read_bytes()
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "simple_conversations.json").write_bytes(array)
+    assert instances("mmdialog", tmp_path, "train") == instances("mmdialog", MMDIALOG, "train")
+
+
+@needs_shared
+def test_photochat_reads_both_releases() -> None:
+    assert splits("photochat", PHOTOCHAT) == ["train", "test"]
+    train, train_problems = instances("photochat", PHOTOCHAT, "train")
+    test, test_problems = instances("photochat", PHOTOCHAT, "test")
+    assert train_problems == test_problems == []
+    assert [instance.dialog_id for instance in train] == ["492", "494"]
+    newer, _, older = test
+    assert [instance.key for instance in test] == ["test-7-9-0", "test-8-10-0", "test-996-11-0"]
+    assert newer.image_ref.value == (
+        "https://open-images-dataset.s3.amazonaws.com/test/5048a37f10cf2d91.jpg",
+        "https://farm2.staticflickr.com/5492/12205374334_c72647db04_o.jpg",
+    )
+    assert (newer.description, newer.labels) == ("Objects in the photo: Belt", ("Belt",))
+    assert len(older.image_ref.value) == 1
+    assert older.labels == ("Glasses", "Jeans", "Face", "Man")
+
+
+@needs_shared
+def test_photochat_dialog_996_is_cut_at_the_first_of_its_two_shares() -> None:
+    last = instances("photochat", PHOTOCHAT, "test")[0][-1]
+    assert len(last.context) == last.turn == 11
+    assert last.context[0] == Turn(1, "Hello friend, haven't talked to you in a long time")
+    assert "Awesome" not in linearize(last.context)
+
+
+def mmdialog(*turns: list[dict[str, Any]], number: Any = 0) -> dict[str, Any]:
+    return {
+        "conversation_id": number,
+        "conversation": [{"turn": turn} for turn in turns],
+        "negative_candidate_texts": ["never kept"],
+    }
+
+
+def write_lines(path: Path, *records: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return path
+
+
+def text(value: Any) -> dict[str, Any]:
+    return {"__TEXT__": value}
+
+
+def media(value: Any) -> dict[str, Any]:
+    return {"__MEDIA__": value}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("val", "a.conversations_01.txt"), ("dev", "conversations.jsonl")]
+)
+def test_mmdialog_takes_other_names_of_splits_and_files(
+    tmp_path: Path, folder: str, name: str
+) -> None:
+    write_lines(tmp_path / folder / name, mmdialog([text("a"), media("-1")]))
+    assert splits("mmdialog", tmp_path) == ["valid"]
+    (found,), _ = instances("mmdialog", tmp_path, "validation")
+    assert (found.split, found.key) == ("valid", "valid-0-0-0")
+    assert found.image_ref == ImageRef("file", (f"{folder}/-1.jpg",))
+
+
+def test_mmdialog_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
+    write_lines(tmp_path / "text/val/conversations.json", mmdialog([text("a"), media("-1")]))
+    (tmp_path / "split/valid").mkdir(parents=True)
+    (tmp_path / "flat").mkdir()
+    for root, path in [("split", "valid/-1.jpg"), ("flat", "-1.jpg")]:
+        (found,), _ = instances(
+            "mmdialog", tmp_path / "text", "valid", image_root=str(tmp_path / root)
+        )
+        assert found.image_ref.value == (path,)
+
+
+def test_mmdialog_pictures_of_one_turn(tmp_path: Path) -> None:
+    turn = [text("a :red_heart: b"), media("1"), media(2), text("c")]
+    write_lines(tmp_path / "train/conversations.json", mmdialog([text("x")], turn, [text("y")]))
+    every, _ = instances("mmdialog", tmp_path, "train")
+    assert [(found.turn, found.image) for found in every] == [(1, 0), (1, 1)]
+    assert linearize(every[0].context) == "# x # a :red_heart: b c"
+    first, _ = instances("mmdialog", tmp_path, "train", images_in_turn="first", emoji="drop")
+    assert linearize(first[0].context) == "# x # a b c"
+    assert len(first) == 1
+
+
+def test_emoji_are_dropped_and_other_colons_stay(tmp_path: Path) -> None:
+    line = "at 10:30:45 :1st_place_medal::flag_Côte_d\u2019Ivoire: http://x:80/a note: yes"
+    write_lines(tmp_path / "train/conversations.json", mmdialog([text(line), media("1")]))
+    (found,), _ = instances("mmdialog", tmp_path, "train", emoji="drop")
+    assert linearize(found.context, "space") == "at 10:30:45 http://x:80/a note: yes"
+
+
+@pytest.mark.parametrize("key", ["../1", "/etc/passwd", "a/b", "", ".", "a\\b", "1\x00", "1.jpg"])
+def test_a_media_key_is_never_a_path(tmp_path: Path, key: str) -> None:
+    write_lines(
+        tmp_path / "train/conversations.json", mmdialog([text("a"), media(key)], [media("7")])
+    )
+    found, problems = instances("mmdialog", tmp_path, "train")
+    assert [instance.image_ref.value for instance in found] == [("train/7.jpg",)]
+    assert reasons(problems) == Counter({"bad_image_ref": 1})
+
+
+def test_broken_records_are_problems_and_the_rest_is_read(tmp_path: Path) -> None:
+    good = mmdialog([text("a"), media("1")], number=1)
+    write_lines(
+        tmp_path / "train/conversations.json",
+        good,
+        good,
+        {"conversation_id": 2},
+        {"conversation": []},
+        mmdialog([text(None)], number=3),
+        mmdialog([{"__SOUND__": "x"}], number=4),
+        mmdialog(*[[text("a")]] * 3000, number=5),
+        ["no object"],
+        mmdialog([media("1")], number=6),
+        mmdialog([text("a"), media("1")], number=True),
+        mmdialog([text("a"), media("1")], number="7/../8"),
+    )
+    found, problems = instances("mmdialog", tmp_path, "train")
+    assert [instance.dialog_id for instance in found] == ["1", "7/../8"]
+    assert [(problem.reason, problem.where.rpartition(" ")[2]) for problem in problems] == [
+        ("duplicate_dialog_id", "2"),
+        ("missing_field", "3"),
+        ("missing_field", "4"),
+        ("wrong_type", "5"),
+        ("missing_field", "6"),
+        ("too_large", "7"),
+        ("wrong_type", "8"),
+        ("empty_context", "9"),
+        ("wrong_type", "10"),
+    ]
+
+
+def photochat(**changes: Any) -> dict[str, Any]:
+    record = {
+        "dialogue": [
+            {"message": "secret", "share_photo": False, "user_id": 0},
+            {"message": "", "share_photo": True, "user_id": 0},
+        ],
+        "dialogue_id": 1,
+        "photo_description": "The photo has your son Al. Objects in the photo: Boy, Human face",
+        "photo_url": "https://farm1.staticflickr.com/1_o.jpg",
+        "photo_id": "train/00ff",
+    }
+    return {key: value for key, value in (record | changes).items() if value is not ...}
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_urls", "found_reasons"),
+    [
+        ({}, 2, []),
+        ({"photo_id": ...}, 1, []),
+        ({"photo_url": None}, 1, []),
+        ({"photo_id": "../../x"}, 1, ["bad_image_ref"]),
+        ({"photo_url": "file:///etc/passwd"}, 1, ["bad_image_ref"]),
+        ({"photo_url": ..., "photo_id": ...}, 0, ["missing_field"]),
+        ({"photo_url": 5}, 0, ["wrong_type"]),
+        ({"dialogue": []}, 0, ["no_image"]),
+        ({"dialogue": [{"message": "", "share_photo": True, "user_id": 0}]}, 0, ["empty_context"]),
+        ({"dialogue": [{"message": "a", "share_photo": 1, "user_id": 0}]}, 0, ["wrong_type"]),
+        ({"dialogue": [{"message": "a", "share_photo": True, "user_id": 999}]}, 0, ["wrong_type"]),
+    ],
+)
+def test_photochat_records(
+    tmp_path: Path, changes: dict[str, Any], num_urls: int, found_reasons: list[str]
+) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "dev_00.json").write_text(json.dumps([photochat(**changes)], indent=2))
+    found, problems = instances("photochat", tmp_path, "valid")
+    assert [len(instance.image_ref.value) for instance in found] == [num_urls] * bool(num_urls)
+    assert [problem.reason for problem in problems] == found_reasons
+    assert all("secret" not in problem.detail for problem in problems)
+    assert all(instance.labels == ("Boy", "Human face") for instance in found)
+
+
+def test_photochat_asks_where_it_is_told(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train/train_00.json", [photochat()])
+    template = "http://mirror.example/{photo_id}"
+    (found,), _ = instances("photochat", tmp_path, "train", open_images_url=template)
+    assert found.image_ref.value[0] == "http://mirror.example/train/00ff"
+    with pytest.raises(ConfigError, match="photo_id"):
+        read_instances("photochat", tmp_path, "train", open_images_url="http://mirror.example")
+
+
+PLAIN = {
+    "id": "a b",
+    "turns": [
+        {"speaker": 3, "text": "see", "images": ["p/1.jpg", "https://x.example/2.jpg"]},
+        {"text": "nice"},
+        {"speaker": 3, "images": ["3.jpg"]},
+    ],
+}
+CHAT = {
+    "id": 2,
+    "messages": [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "draw"},
+        {"role": "assistant", "content": None},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "here"},
+                {"type": "image_url", "image_url": {"url": "https://x.example/4.png"}},
+            ],
+        },
+        {"role": "user", "content": "thanks"},
+    ],
+}
+
+
+def test_own_chats_in_both_forms(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", PLAIN, CHAT)
+    found, problems = instances("jsonl", tmp_path, "train")
+    assert problems == []
+    assert [(i.dialog_id, i.turn, i.image, i.image_ref) for i in found] == [
+        ("a b", 0, 0, ImageRef("file", ("p/1.jpg",))),
+        ("a b", 0, 1, ImageRef("urls", ("https://x.example/2.jpg",))),
+        ("a b", 2, 0, ImageRef("file", ("3.jpg",))),
+        ("2", 3, 0, ImageRef("urls", ("https://x.example/4.png",))),
+    ]
+    assert [linearize(i.context, "letters") for i in found] == [
+        "A: see",
+        "A: see",
+        "A: see B: nice",
+        "A: draw B: here",
+    ]
+
+
+def test_own_chats_that_open_with_their_picture(tmp_path: Path) -> None:
+    write_lines(tmp_path / "val.jsonl", PLAIN, CHAT)
+    found, problems = instances("jsonl", tmp_path, "valid", direction="first")
+    assert {instance.direction for instance in found} == {"first"}
+    assert [linearize(i.context) for i in found] == ["# nice", "# nice", "# thanks"]
+    assert reasons(problems) == Counter({"empty_context": 1})
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "../x.jpg",
+        "/etc/passwd",
+        "a/../../b",
+        "~/x",
+        "file:///x",
+        "data:image/png;base64,AA",
+        "s3://b/k",
+        "C:\\x",
+        "a\\b",
+        "zip://x::y",
+        "",
+        "a//b",
+        "a\nb",
+        "*.jpg",
+        "http://",
+        "https:// x",
+    ],
+)
+def test_an_image_of_own_chats_is_a_plain_path_or_a_web_address(tmp_path: Path, image: str) -> None:
+    record = {"id": 1, "turns": [{"text": "a", "images": [image, "ok.jpg"]}]}
+    write_lines(tmp_path / "test.jsonl", record)
+    (found,), problems = instances("jsonl", tmp_path, "test")
+    assert (found.image, found.image_ref.value) == (1, ("ok.jpg",))
+    assert reasons(problems) == Counter({"bad_image_ref": 1})
+
+
+@given(JSON)
+def test_no_record_of_own_chats_raises(body: Any) -> None:
+    from d2i.corpora.jsonl import _parse
+    from d2i.corpora.records import RecordError
+
+    for record in ({"turns": body}, {"messages": [body]}, {"turns": [body, {"images": body}]}):
+        try:
+            _parse(record, unheard)
+        except RecordError as error:
+            assert error.reason in {"wrong_type", "missing_field", "bad_image_ref"}
+
+
+def test_an_order_of_records_changes_no_key(tmp_path: Path) -> None:
+    for name, records in [("a", [PLAIN, CHAT]), ("b", [CHAT, PLAIN])]:
+        write_lines(tmp_path / name / "train.jsonl", *records)
+    one, other = (instances("jsonl", tmp_path / name, "train")[0] for name in "ab")
+    assert set(one) == set(other)
+
+
+def test_sources_may_be_urls() -> None:
+    import fsspec
+
+    data = json.dumps(CHAT).encode()
+    fsspec.filesystem("memory").pipe_file("/chats/train.jsonl", data)
+    (found,) = read_instances("jsonl", "memory://chats", "train")
+    assert found.key == "train-2-3-0"
+
+
+@pytest.mark.parametrize(
+    ("corpus", "split", "options", "message"),
+    [
+        ("mmdialogue", "train", {}, "did you mean 'mmdialog'"),
+        ("mmdialog", "trian", {}, "did you mean 'train'"),
+        ("mmdialog", "train", {"own_trun": "include"}, "did you mean 'own_turn'"),
+        ("mmdialog", "train", {"repeated": "uniqe"}, "did you mean 'unique'"),
+        ("mmdialog", "train", {"image_root": 5}, "got 5"),
+        ("jsonl", "train", {"emoji": "drop"}, "no option 'emoji'"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(
+    tmp_path: Path, corpus: str, split: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_instances(corpus, tmp_path, split, **options)
+
+
+def test_a_source_without_the_split_is_refused_at_once(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", CHAT)
+    with pytest.raises(DataError, match="expected one of train"):
+        read_instances("jsonl", tmp_path, "test")
+
+
+def test_unheard_problems_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(tmp_path / "train.jsonl", {"id": 1})
+    with caplog.at_level(logging.WARNING):
+        assert list(read_instances("jsonl", tmp_path, "train")) == []
+    assert "train.jsonl line 1: messages: missing" in caplog.text

@@ -1,0 +1,99 @@
+"""The tokenizer against the published one's ids, and the window's shape."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2i import tokenize
+from d2i.errors import ClusterError, ConfigError, DataError
+from d2i.tokenize import END_ID, START_ID, encode, window
+from tests.shared import SHARED, needs_shared
+
+IDS = st.lists(st.integers(0, START_ID - 1), max_size=400)
+
+
+def golden() -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((SHARED / "golden" / "tokens.json").read_bytes())
+    return document
+
+
+@needs_shared
+def test_every_golden_string_has_the_published_ids() -> None:
+    rows = [row for row in golden()["strings"] if not row.get("special_literal")]
+    assert len(rows) == 48
+    for row in rows:
+        assert encode(row["text"]) == row["ids"], row["text"]
+        assert window(row["ids"], "start").tolist() == row["row77"], row["text"]
+
+
+@needs_shared
+def test_special_tokens_written_out_are_plain_text() -> None:
+    rows = [row for row in golden()["strings"] if row.get("special_literal")]
+    assert len(rows) == 2
+    for row in rows:
+        ids = encode(row["text"])
+        assert ids and max(ids) < START_ID
+
+
+def test_a_few_known_ids() -> None:
+    assert encode("a photo of a cat") == [320, 1125, 539, 320, 2368]
+    assert encode("# hi") == encode("#hi") == [258, 1883]
+    assert encode(" \n\t") == []
+    assert encode("<start_of_text>") == encode("< start _ of _ text >".replace(" ", ""))
+    assert encode("a<|endoftext|>b")[0] == 320
+
+
+@given(st.text(st.characters(exclude_categories=[]), max_size=200))
+def test_any_text_gives_plain_ids(text: str) -> None:
+    assert all(0 <= number < START_ID for number in encode(text))
+
+
+def test_linebreaks_and_case_change_nothing() -> None:
+    assert encode("Hello\r\n  WORLD") == encode("hello world")
+
+
+@given(IDS, st.sampled_from(["end", "start"]), st.integers(1, 3))
+def test_windows_keep_one_side_in_order(ids: list[int], keep: Any, num_windows: int) -> None:
+    row = window(ids, keep, num_windows)
+    assert row.shape == (77 * num_windows,) and row.dtype == np.uint16
+    pieces = row.reshape(num_windows, 77)
+    assert (pieces[:, 0] == START_ID).all() and (pieces[:, -1] == END_ID).all()
+    held = [number for number in row.tolist() if number < START_ID]
+    room = 75 * num_windows
+    assert held == (ids[-room:] if keep == "end" else ids[:room])
+    # Padding only follows: no window is begun before the one ahead of it is full.
+    fills = [(piece < START_ID).sum() for piece in pieces]
+    assert fills == sorted(fills, reverse=True)
+
+
+def test_a_window_of_nothing_is_that_of_the_empty_text() -> None:
+    assert window([]).tolist() == [START_ID] + [END_ID] * 76
+
+
+def test_a_wrong_side_or_count_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'end' or 'start'"):
+        window([1], "tail")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="1 or more"):
+        window([1], num_windows=0)
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bpe.txt.gz"
+    path.write_bytes(b"something else")
+    with pytest.raises(DataError, match="expected 924691ac288e"):
+        tokenize._read_merges(path)
+
+
+def test_a_missing_vocabulary_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "open_clip").mkdir()
+    (tmp_path / "open_clip" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ClusterError, match="pip install open_clip_torch"):
+        tokenize._vocabulary_path()
