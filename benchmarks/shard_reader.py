@@ -1,0 +1,121 @@
+"""How fast one process reads samples in random order, beside webdataset on the same tar.
+
+    python benchmarks/shard_reader.py --num-samples 2000 --repeats 5
+
+Writes two data sets of random numbers at 256 px sizes, with token ids only and with 77x768 text
+latents, reads each through `ShardReader` (batches of 512, a new permutation each time) and through
+`webdataset` (`.decode()`, in file order, its quickest), in turns, from the page cache. Prints one
+JSON line: samples per second of the clock and of the processor (the steadier one on a busy
+machine), medians and all repeats, and the ratios of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "moments": (8, 32, 32),
+    "clip": (512,),
+    "tokens": (77,),
+    "text": (77, 768),
+}
+LAYOUTS = {"tokens": ("moments", "clip", "tokens"), "text": ("moments", "clip", "text")}
+
+
+def make_samples(members: tuple[str, ...], num_samples: int) -> Iterator[Sample]:
+    """Make samples of random numbers."""
+    random = np.random.default_rng(0)
+    for number in range(num_samples):
+        encoded = {"json": json_bytes({"number": number})}
+        for name in members:
+            kind = np.uint16 if name == "tokens" else np.float16
+            values = random.integers(0, 49408, SHAPES[name]).astype(np.uint16)
+            encoded[f"{name}.npy"] = npy_bytes(values.view(kind))
+        yield Sample(f"train-{number}-0-0", encoded)
+
+
+def read_ours(reader: ShardReader, members: tuple[str, ...], batch_size: int, seed: int) -> int:
+    """Read every sample once in random order; give how many."""
+    order = np.random.default_rng(seed).permutation(len(reader))
+    batches = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    return sum(len(reader.read(batch, members)[members[0]]) for batch in batches)
+
+
+def read_webdataset(path: Path) -> int:
+    """Read every sample once in file order; give how many."""
+    import webdataset
+
+    return sum(1 for _ in webdataset.WebDataset([str(path)], shardshuffle=False).decode())
+
+
+class Timings:
+    """Samples a second of repeated passes, by the clock and by the processor's time."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def add(self, read: Callable[..., int], *args: Any) -> None:
+        """Time one pass."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        num_read = read(*args)
+        self.wall.append(num_read / (time.perf_counter() - wall))
+        self.cpu.append(num_read / (time.process_time() - cpu))
+
+    def figures(self) -> dict[str, Any]:
+        """Give medians and repeats, without the first pass, which warms the page cache."""
+        return {
+            "samples_per_s": round(statistics.median(self.wall[1:])),
+            "samples_per_cpu_s": round(statistics.median(self.cpu[1:])),
+            "samples_per_s_repeats": [round(value) for value in self.wall[1:]],
+            "samples_per_cpu_s_repeats": [round(value) for value in self.cpu[1:]],
+        }
+
+
+def measure(folder: Path, layout: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Write one data set and time both readers on it, in turns."""
+    members = LAYOUTS[layout]
+    commit = write_shard(make_samples(members, args.num_samples), str(folder), 0, failures={})
+    write_manifest(str(folder), {})
+    reader, ours, theirs = ShardReader(str(folder)), Timings(), Timings()
+    for seed in range(args.repeats + 1):
+        ours.add(read_ours, reader, members, args.batch, seed)
+        theirs.add(read_webdataset, folder / commit.tar_name)
+    found = {"d2i": ours.figures(), "webdataset": theirs.figures()}
+    ratios = {
+        f"ratio_of_{unit}": round(found["d2i"][unit] / found["webdataset"][unit], 1)
+        for unit in ("samples_per_s", "samples_per_cpu_s")
+    }
+    size_bytes = sum(2 * int(np.prod(SHAPES[name])) for name in members)
+    return {"sample_size_bytes": size_bytes, **ratios, **found}
+
+
+def main() -> None:
+    """Measure both layouts and print the line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--num-samples", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    result: dict[str, Any] = {"benchmark": "shard_reader", **vars(args)}
+    for layout in LAYOUTS:
+        with tempfile.TemporaryDirectory() as folder:
+            result[layout] = measure(Path(folder), layout, args)
+    result["machine"] = f"{platform.machine()}, Python {platform.python_version()}"
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

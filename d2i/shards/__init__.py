@@ -1,0 +1,39 @@
+"""Shards: the one form in which prepared data lies on disk. See `reader`, `write`, `manifest`.
+
+A data set is one folder, one split of a corpus: plain WebDataset tars, an Arrow index and a commit
+record beside each, and a manifest with its own sha256. Imports neither torch nor ray.
+"""
+
+from d2i.shards.commit import ArrayInfo, Commit, FileInfo, read_commits
+from d2i.shards.manifest import (
+    Manifest,
+    read_manifest,
+    remove_uncommitted,
+    write_manifest,
+)
+from d2i.shards.reader import ShardReader
+from d2i.shards.sample import MEMBERS, SUFFIXES, Sample, json_bytes, npy_array, npy_bytes
+from d2i.shards.verify import ShardProblem, VerifyReport, verify
+from d2i.shards.write import write_shard
+
+__all__ = [
+    "MEMBERS",
+    "SUFFIXES",
+    "ArrayInfo",
+    "Commit",
+    "FileInfo",
+    "Manifest",
+    "Sample",
+    "ShardProblem",
+    "ShardReader",
+    "VerifyReport",
+    "json_bytes",
+    "npy_array",
+    "npy_bytes",
+    "read_commits",
+    "read_manifest",
+    "remove_uncommitted",
+    "verify",
+    "write_manifest",
+    "write_shard",
+]

@@ -1,0 +1,153 @@
+"""The commit record: written last, it decides that a shard exists.
+
+Owns the names of a shard's files and the JSON form of records. Must not import torch or ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from d2i import storage
+from d2i.errors import ShardError
+from d2i.shards.sample import check_shape
+
+COMMIT_SUFFIX = ".commit.json"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class JsonRecord(BaseModel):
+    """A frozen record with one byte form: `to_bytes` of equal records are equal."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def to_bytes(self) -> bytes:
+        """Encode as canonical JSON."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+Record = TypeVar("Record", bound=JsonRecord)
+
+
+class FileInfo(JsonRecord):
+    """Size and sha256 of a file."""
+
+    size_bytes: Count
+    sha256: Sha256
+
+
+class ArrayInfo(JsonRecord):
+    """Dtype and shape of one array member, the same for every sample of a data set."""
+
+    dtype: str
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+
+
+class Commit(JsonRecord):
+    """What one shard holds.
+
+    Attributes:
+        format: Version of this record.
+        name: `{index:06d}-{first 16 hex digits of the tar's sha256}`.
+        index: Number of the shard in the plan.
+        num_samples: Samples in the tar; 0 where every instance failed.
+        failures: How many instances gave no sample, by reason class.
+        fingerprint_sha256: Hash of the fingerprint the shard was made under, where it was given.
+        tar: Size and hash of `{name}.tar`.
+        index_file: Size and hash of `{name}.arrow`.
+        arrays: Dtype and shape of each array member; empty where there is no sample.
+    """
+
+    format: Literal[1] = 1
+    name: str
+    index: Annotated[int, Field(ge=0, le=999_999)]
+    num_samples: Count
+    failures: dict[str, int]
+    fingerprint_sha256: Sha256 | None = None
+    tar: FileInfo
+    index_file: FileInfo
+    arrays: dict[Literal["moments", "clip", "tokens", "text"], ArrayInfo]
+
+    @property
+    def tar_name(self) -> str:
+        """File name of the tar."""
+        return f"{self.name}.tar"
+
+    @property
+    def index_name(self) -> str:
+        """File name of the index."""
+        return f"{self.name}.arrow"
+
+    @property
+    def commit_name(self) -> str:
+        """File name of this record."""
+        return f"{self.name}{COMMIT_SUFFIX}"
+
+    @model_validator(mode="after")
+    def _check(self) -> Commit:
+        expected = shard_name(self.index, self.tar.sha256)
+        if self.name != expected:
+            raise ValueError(f"a shard of this index and sha256 is named {expected}")
+        for name, array in self.arrays.items():
+            check_shape(name, array.dtype, array.shape)
+        return self
+
+
+def shard_name(index: int, tar_sha256: str) -> str:
+    """Name a shard by its place in the plan and its content."""
+    return f"{index:06d}-{tar_sha256[:16]}"
+
+
+def canonical_json(value: Any) -> bytes:
+    """Encode JSON in one way: sorted keys, ASCII, one value a line, newline at the end."""
+    return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def fingerprint_sha256(fingerprint: Mapping[str, Any]) -> str:
+    """Hash a fingerprint, independent of the order of its fields."""
+    return hashlib.sha256(canonical_json(fingerprint)).hexdigest()
+
+
+def parse_record(kind: type[Record], data: bytes, url: str) -> Record:
+    """Decode a record and refuse any byte form but its own.
+
+    Raises:
+        ShardError: If the bytes are not the canonical form of such a record.
+    """
+    try:
+        record = kind.model_validate_json(data)
+    except ValidationError as err:
+        problem = err.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"]) or "the whole"
+        raise ShardError(f"{url} is not a {kind.__name__}: {place}: {problem['msg']}") from err
+    except ShardError as err:
+        raise ShardError(f"{url} is not a {kind.__name__}: {err}") from err
+    if record.to_bytes() != data:
+        raise ShardError(f"{url} was changed: its JSON is not written as d2i writes it")
+    return record
+
+
+def read_commits(out_url: str) -> list[Commit]:
+    """Read the commit records of a data set, in index order: the shards that exist.
+
+    Where two attempts at one shard both committed with different bytes, the one whose name
+    sorts first counts, so that every reader chooses the same.
+
+    Raises:
+        ShardError: If a record is damaged. Remove that file and run the same command again.
+    """
+    commits: dict[int, Commit] = {}
+    for name in storage.list_names(out_url):
+        if name.endswith(COMMIT_SUFFIX):
+            url = storage.join(out_url, name)
+            commit = parse_record(Commit, storage.read_bytes(url), url)
+            if commit.commit_name != name:
+                raise ShardError(f"{url} is the record of {commit.name}; remove the file")
+            commits.setdefault(commit.index, commit)
+    return [commits[index] for index in sorted(commits)]

@@ -1,0 +1,147 @@
+"""The index beside each tar: one Arrow IPC file, one row a sample.
+
+Columns: `key`, then for each suffix `S` in `SUFFIXES`: `S.offset` (uint64, of the member's content
+in the tar; 0 = the sample has no such member), `S.size` (uint64, bytes), `S.crc32` (uint32).
+Uncompressed, so that a reader maps the file and copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from d2i.errors import ShardError
+from d2i.shards.sample import KEY_PATTERN, MAX_MEMBER_SIZE_BYTES, SUFFIXES
+
+_FIELDS = {"offset": pa.uint64(), "size": pa.uint64(), "crc32": pa.uint32()}
+SCHEMA = pa.schema(
+    [pa.field("key", pa.string(), nullable=False)]
+    + [
+        pa.field(f"{suffix}.{field}", kind, nullable=False)
+        for suffix in SUFFIXES
+        for field, kind in _FIELDS.items()
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Where a member's content lies in the tar, and its zlib CRC-32."""
+
+    offset: int
+    size_bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class IndexRow:
+    """One sample of the index: its key and the extent of each member it has, by suffix."""
+
+    key: str
+    extents: dict[str, Extent]
+
+
+class Index:
+    """A validated index: every extent lies within the tar, every key is legal."""
+
+    def __init__(self, batch: Any) -> None:
+        """Wrap a record batch that `read_index` has checked."""
+        self._batch = batch
+
+    def __len__(self) -> int:
+        """Give the number of samples."""
+        return cast("int", self._batch.num_rows)
+
+    @property
+    def keys(self) -> Any:
+        """The keys, as an Arrow string array over the mapped file."""
+        return self._batch.column("key")
+
+    def column(self, suffix: str, field: str) -> NDArray[Any]:
+        """Give `offset`, `size` or `crc32` of a member for every sample, without a copy."""
+        column = self._batch.column(f"{suffix}.{field}")
+        return cast("NDArray[Any]", column.to_numpy(zero_copy_only=True))
+
+    def row(self, row: int) -> IndexRow:
+        """Give one sample."""
+        extents = {}
+        for suffix in SUFFIXES:
+            values = [self._batch.column(f"{suffix}.{field}")[row].as_py() for field in _FIELDS]
+            if values[0]:
+                extents[suffix] = Extent(*values)
+        return IndexRow(self.keys[row].as_py(), extents)
+
+    def rows(self) -> Iterator[IndexRow]:
+        """Give every sample in order, quicker than one `row` at a time."""
+        extents = {
+            suffix: list(map(Extent, *(self.column(suffix, field).tolist() for field in _FIELDS)))
+            for suffix in SUFFIXES
+        }
+        for row, key in enumerate(self.keys.to_pylist()):
+            of_row = {suffix: column[row] for suffix, column in extents.items()}
+            yield IndexRow(key, {suffix: at for suffix, at in of_row.items() if at.offset})
+
+
+def index_bytes(rows: Sequence[IndexRow]) -> bytes:
+    """Encode an index; the same rows always give the same bytes."""
+    columns = [pa.array([row.key for row in rows], pa.string())]
+    absent = Extent(0, 0, 0)
+    for suffix in SUFFIXES:
+        extents = [row.extents.get(suffix, absent) for row in rows]
+        columns.append(pa.array([extent.offset for extent in extents], pa.uint64()))
+        columns.append(pa.array([extent.size_bytes for extent in extents], pa.uint64()))
+        columns.append(pa.array([extent.crc32 for extent in extents], pa.uint32()))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SCHEMA) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+    return cast("bytes", sink.getvalue().to_pybytes())
+
+
+def read_index(buffer: Any, *, num_samples: int, tar_size_bytes: int) -> Index:
+    """Decode an index and check all of it before any offset is used.
+
+    Args:
+        buffer: An Arrow buffer (or bytes) with the whole file; the index keeps it alive.
+        num_samples: How many rows the manifest says it has.
+        tar_size_bytes: The tar's size; no extent may reach past it.
+
+    Raises:
+        ShardError: If it is not such an index.
+    """
+    try:
+        with pa.ipc.open_file(pa.py_buffer(buffer)) as reader:
+            if not reader.schema.equals(SCHEMA) or reader.num_record_batches != 1:
+                raise ShardError("the index has other columns; made by another version of d2i?")
+            batch = reader.get_batch(0)
+        batch.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as err:
+        raise ShardError("the index is not a readable Arrow file") from err
+    if batch.num_rows != num_samples:
+        raise ShardError(f"the index has {batch.num_rows} samples; expected {num_samples}")
+    if any(column.null_count for column in batch.columns):
+        raise ShardError("the index has empty cells")
+    index = Index(batch)
+    _check_keys(index)
+    _check_extents(index, tar_size_bytes)
+    return index
+
+
+def _check_keys(index: Index) -> None:
+    legal = pc.match_substring_regex(index.keys, rf"\A{KEY_PATTERN}\z")
+    if len(index) and not pc.all(legal).as_py():
+        raise ShardError("the index has a key that cannot name a tar member")
+
+
+def _check_extents(index: Index, tar_size_bytes: int) -> None:
+    for suffix in SUFFIXES:
+        offset, size = index.column(suffix, "offset"), index.column(suffix, "size")
+        within = (offset <= tar_size_bytes) & (size <= MAX_MEMBER_SIZE_BYTES)
+        # Both terms are small by now, so the sum cannot wrap around.
+        if not np.all(within) or np.any(offset + size > tar_size_bytes):
+            raise ShardError(f"the index places a {suffix} member outside the tar")

@@ -1,0 +1,233 @@
+"""The manifest: the sorted fold of a data set's commit records, with its own sha256 beside it.
+
+Holds no time, no attempt and no path, so two finished jobs over the same inputs write the same
+bytes. Must not import torch or ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
+
+from pydantic import JsonValue, model_validator
+
+from d2i import storage
+from d2i.errors import ShardError
+from d2i.fault import Point
+from d2i.shards.commit import (
+    COMMIT_SUFFIX,
+    ArrayInfo,
+    Commit,
+    Count,
+    FileInfo,
+    JsonRecord,
+    canonical_json,
+    fingerprint_sha256,
+    parse_record,
+    read_commits,
+)
+from d2i.shards.sample import npy_info
+from d2i.shards.write import file_info
+
+MANIFEST_NAME = "manifest.json"
+CHECKSUM_NAME = "manifest.json.sha256"
+EMPTY_NAMES = ("empty_tokens.npy", "empty_text.npy")
+SHARD_SUFFIXES = (".tar", ".arrow", COMMIT_SUFFIX)
+
+
+class Manifest(JsonRecord):
+    """What a data set holds.
+
+    Attributes:
+        format: Version of this record.
+        fingerprint: Everything that decides a byte, in nested fields.
+        num_samples: Samples over all shards.
+        size_bytes: Bytes of all tars.
+        failures: Instances without a sample, by reason class.
+        arrays: Dtype and shape of each array member; empty where there is no sample.
+        files: Size and sha256 of the features of the empty text, by file name.
+        shards: The commit records, in index order.
+    """
+
+    format: Literal[1] = 1
+    fingerprint: dict[str, JsonValue]
+    num_samples: Count
+    size_bytes: Count
+    failures: dict[str, Count]
+    arrays: dict[Literal["moments", "clip", "tokens", "text"], ArrayInfo]
+    files: dict[Literal["empty_tokens.npy", "empty_text.npy"], FileInfo]
+    shards: tuple[Commit, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of `manifest.json`: the identity of the data set."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        if _totals(self.shards) != (self.num_samples, self.size_bytes, self.failures, self.arrays):
+            raise ShardError("the totals are not those of the shards")
+        if any(a.index >= b.index for a, b in zip(self.shards, self.shards[1:], strict=False)):
+            raise ShardError("the shards are not in index order")
+        return self
+
+
+def write_manifest(
+    out_url: str,
+    fingerprint: Mapping[str, Any],
+    *,
+    fault: Callable[[Point], None] | None = None,
+) -> Manifest:
+    """Fold the commits of a finished data set into its manifest.
+
+    It takes in the features of the empty text (`EMPTY_NAMES`) that lie beside the shards.
+    Called again on the same files it writes nothing.
+
+    Args:
+        out_url: The data set's folder.
+        fingerprint: What decides the bytes, as nested JSON values.
+        fault: Told of the fault points `manifest.checksum` and `manifest.written`.
+
+    Returns:
+        The manifest, as written.
+
+    Raises:
+        ShardError: If a record is damaged, or shards disagree in arrays or in fingerprint.
+    """
+    reach = fault or (lambda _point: None)
+    manifest = _fold(out_url, fingerprint)
+    data = manifest.to_bytes()
+    # The checksum first: a manifest that is there has its checksum, except while it is replaced.
+    _write_if_changed(storage.join(out_url, CHECKSUM_NAME), _checksum_line(data))
+    reach("manifest.checksum")
+    _write_if_changed(storage.join(out_url, MANIFEST_NAME), data)
+    reach("manifest.written")
+    return manifest
+
+
+def read_manifest(url: str) -> Manifest:
+    """Read a data set's manifest and check it against the sha256 beside it.
+
+    Raises:
+        ShardError: If there is none, or it is damaged.
+    """
+    manifest_url = storage.join(url, MANIFEST_NAME)
+    try:
+        data = storage.read_bytes(manifest_url)
+        checksum = storage.read_bytes(storage.join(url, CHECKSUM_NAME))
+    except FileNotFoundError as err:
+        raise ShardError(
+            f"{url} has no {MANIFEST_NAME} with its sha256; expected a finished data set: "
+            "run the same `d2i preprocess` command again to finish it"
+        ) from err
+    if checksum != _checksum_line(data):
+        raise ShardError(f"{manifest_url} does not have the sha256 beside it; run `d2i repair`")
+    return parse_record(Manifest, data, manifest_url)
+
+
+def listed_names(manifest: Manifest) -> set[str]:
+    """Give the name of every file a data set's folder holds, `plan/` and `ledger/` aside."""
+    names = {MANIFEST_NAME, CHECKSUM_NAME, *manifest.files}
+    for shard in manifest.shards:
+        names |= {shard.tar_name, shard.index_name, shard.commit_name}
+    return names
+
+
+def fingerprint_differences(
+    found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+    """Name the fields that differ, each as `image.resolution: 256, expected 512`."""
+    differences = []
+    for name in sorted({*found, *expected}):
+        ours, theirs = found.get(name, "absent"), expected.get(name, "absent")
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            differences += fingerprint_differences(ours, theirs, f"{prefix}{name}.")
+        elif ours != theirs:
+            differences.append(f"{prefix}{name}: {ours}, expected {theirs}")
+    return differences
+
+
+def remove_uncommitted(out_url: str) -> list[str]:
+    """Remove what killed attempts left: unfinished files, and shard files without a commit.
+
+    Call it only while nothing else writes to the data set, before `write_manifest`.
+
+    Returns:
+        The names removed.
+    """
+    storage.remove_leftovers(out_url)
+    kept = {commit.name + suffix for commit in read_commits(out_url) for suffix in SHARD_SUFFIXES}
+    found = [name for name in storage.list_names(out_url) if name.endswith(SHARD_SUFFIXES)]
+    stray = [name for name in found if name not in kept]
+    # Commit records first, so that no record is ever left without its tar.
+    for name in sorted(stray, key=lambda name: not name.endswith(COMMIT_SUFFIX)):
+        storage.remove(storage.join(out_url, name))
+    return stray
+
+
+def _fold(out_url: str, fingerprint: Mapping[str, Any]) -> Manifest:
+    shards = tuple(read_commits(out_url))
+    _check_fingerprints(shards, fingerprint)
+    num_samples, size_bytes, failures, arrays = _totals(shards)
+    return Manifest(
+        fingerprint=json.loads(canonical_json(fingerprint)),
+        num_samples=num_samples,
+        size_bytes=size_bytes,
+        failures=failures,
+        arrays=cast("Any", arrays),
+        files=cast("Any", dict(_empty_files(out_url))),
+        shards=shards,
+    )
+
+
+def _totals(shards: Sequence[Commit]) -> tuple[int, int, dict[str, int], dict[str, ArrayInfo]]:
+    """Sum the commits: samples, bytes of the tars, failures by reason, the arrays they share."""
+    failures: Counter[str] = Counter()
+    arrays: dict[str, ArrayInfo] | None = None
+    for shard in shards:
+        failures.update(shard.failures)
+        if shard.num_samples:
+            if arrays not in (None, shard.arrays):
+                raise ShardError(
+                    f"shard {shard.name} has arrays {shard.arrays}; those before it have {arrays}: "
+                    "they were made with other settings"
+                )
+            arrays = cast("dict[str, ArrayInfo]", shard.arrays)
+    return (
+        sum(shard.num_samples for shard in shards),
+        sum(shard.tar.size_bytes for shard in shards),
+        {reason: count for reason, count in sorted(failures.items()) if count},
+        arrays or {},
+    )
+
+
+def _check_fingerprints(shards: Sequence[Commit], fingerprint: Mapping[str, Any]) -> None:
+    expected = fingerprint_sha256(fingerprint)
+    for shard in shards:
+        if shard.fingerprint_sha256 not in (None, expected):
+            raise ShardError(
+                f"shard {shard.name} was made under another fingerprint than {expected[:16]}; "
+                "remove it or choose another --out"
+            )
+
+
+def _empty_files(out_url: str) -> Iterator[tuple[str, FileInfo]]:
+    present = storage.list_names(out_url)
+    for name in EMPTY_NAMES:
+        if name in present:
+            data = storage.read_bytes(storage.join(out_url, name))
+            npy_info(data)
+            yield name, file_info(data)
+
+
+def _checksum_line(data: bytes) -> bytes:
+    """Give the line that `sha256sum --check` reads."""
+    return f"{hashlib.sha256(data).hexdigest()}  {MANIFEST_NAME}\n".encode()
+
+
+def _write_if_changed(url: str, data: bytes) -> None:
+    if not storage.exists(url) or storage.read_bytes(url) != data:
+        storage.write_bytes(url, data)

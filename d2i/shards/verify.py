@@ -1,0 +1,265 @@
+"""Check every byte of a data set against its manifest.
+
+The index and the canonical tar form together say what every byte of a tar's frame must be, so
+the frame is compared, not parsed: a link, a device, `..`, a pickle or a trailing byte is simply
+a frame that differs. Must not import torch or ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from d2i import storage
+from d2i.errors import ShardError
+from d2i.shards import tar
+from d2i.shards.commit import ArrayInfo, Commit, FileInfo
+from d2i.shards.index import Index, IndexRow, read_index
+from d2i.shards.manifest import MANIFEST_NAME, Manifest, listed_names, read_manifest
+from d2i.shards.sample import Sample, npy_info, sample_arrays
+
+OTHER_FOLDERS = frozenset({"plan", "ledger"})
+_CHUNK_SIZE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ShardProblem:
+    """One thing wrong with a data set.
+
+    Attributes:
+        file: Name of the file in the data set's folder.
+        reason: manifest, missing, unreadable, size, sha256, commit, index, structure, member,
+            duplicate or unlisted.
+        detail: One line for a person.
+    """
+
+    file: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` looked at and what it found."""
+
+    num_shards: int
+    num_samples: int
+    problems: tuple[ShardProblem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(
+    url: str,
+    *,
+    num_workers: int = 4,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Read every byte of a data set and report all that is not as its manifest says.
+
+    Args:
+        url: The data set's folder.
+        num_workers: Shards checked at once.
+        on_progress: Called in this thread with the shards done and their total.
+
+    Returns:
+        Shards and samples as the manifest counts them, and the problems by file name.
+    """
+    try:
+        manifest = read_manifest(url)
+    except (ShardError, OSError) as err:
+        return VerifyReport(0, 0, (ShardProblem(MANIFEST_NAME, "manifest", str(err)),))
+    problems = [*_unlisted(url, manifest), *_check_files(url, manifest)]
+    keys: dict[str, Any] = {}
+    with ThreadPoolExecutor(num_workers) as pool:
+        check = _ShardCheck
+        checks = [pool.submit(check.run, check(url, shard)) for shard in manifest.shards]
+        for done, finished in enumerate(as_completed(checks), start=1):
+            result = finished.result()
+            problems += result.problems
+            if result.index is not None:
+                keys[result.shard.tar_name] = result.index.keys
+            if on_progress is not None:
+                on_progress(done, len(checks))
+    problems += _duplicates(keys)
+    problems.sort(key=lambda problem: (problem.file, problem.reason))
+    return VerifyReport(len(manifest.shards), manifest.num_samples, tuple(problems))
+
+
+class _ShardCheck:
+    """The check of one shard: the problems so far, and its index once that is known good."""
+
+    def __init__(self, url: str, shard: Commit) -> None:
+        self.url = url
+        self.shard = shard
+        self.index: Index | None = None
+        self.problems: list[ShardProblem] = []
+
+    def run(self) -> _ShardCheck:
+        """Check the three files of the shard."""
+        for name, check in (
+            (self.shard.commit_name, self._check_commit),
+            (self.shard.index_name, self._check_index),
+            (self.shard.tar_name, self._check_tar),
+        ):
+            try:
+                check(name)
+            except FileNotFoundError:
+                self._add(name, "missing", f"shard {self.shard.name} lacks this file")
+            except OSError as err:
+                self._add(name, "unreadable", str(err))
+        return self
+
+    def _add(self, file: str, reason: str, detail: str) -> None:
+        self.problems.append(ShardProblem(file, reason, detail))
+
+    def _check_commit(self, name: str) -> None:
+        if storage.read_bytes(storage.join(self.url, name)) != self.shard.to_bytes():
+            self._add(name, "commit", "differs from the manifest's record of this shard")
+
+    def _check_index(self, name: str) -> None:
+        data = storage.read_bytes(storage.join(self.url, name))
+        self.problems += _compare(name, data, self.shard.index_file)
+        try:
+            self.index = read_index(
+                data,
+                num_samples=self.shard.num_samples,
+                tar_size_bytes=self.shard.tar.size_bytes,
+            )
+        except ShardError as err:
+            self._add(name, "index", str(err))
+
+    def _check_tar(self, name: str) -> None:
+        with storage.open_url(storage.join(self.url, name)) as file:
+            walk = _TarWalk(file, dict(self.shard.arrays))
+            try:
+                for problem in walk.run(self.index) if self.index else ():
+                    self._add(name, "member", problem)
+            except ShardError as err:
+                self._add(name, "structure", str(err))
+            walk.drain()
+        self.problems += _compare_info(name, walk.info(), self.shard.tar)
+
+
+class _TarWalk:
+    """One pass over a tar that hashes every byte and compares it with the index on the way."""
+
+    def __init__(self, file: IO[bytes], arrays: dict[Any, ArrayInfo]) -> None:
+        self._file = file
+        self._arrays = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+        self._sha256 = hashlib.sha256()
+        self._position = 0
+
+    def run(self, index: Index) -> Iterator[str]:
+        """Compare the tar with its index, giving one line for each sample that is wrong inside.
+
+        Raises:
+            ShardError: If the frame around the members differs; nothing after that is compared.
+        """
+        for row in index.rows():
+            members = {suffix: self._member(row, suffix) for suffix in row.extents}
+            wrong = [
+                suffix
+                for suffix, data in members.items()
+                if zlib.crc32(data) != row.extents[suffix].crc32
+            ]
+            if wrong:
+                yield f"{row.key}: {', '.join(wrong)} do not match their checksum"
+                continue
+            try:
+                arrays = sample_arrays(Sample(row.key, members))
+            except ShardError as err:
+                yield str(err)
+                continue
+            if arrays != self._arrays:
+                yield f"{row.key}: has arrays {arrays}; the manifest says {self._arrays}"
+        self._expect(tar.END, "the end of the tar")
+        if self._read(1):
+            raise ShardError(f"bytes follow the end of the tar at {self._position - 1}")
+
+    def drain(self) -> None:
+        """Hash what is left."""
+        while self._read(_CHUNK_SIZE_BYTES):
+            pass
+
+    def info(self) -> FileInfo:
+        """Give size and sha256 of what was read."""
+        return FileInfo(size_bytes=self._position, sha256=self._sha256.hexdigest())
+
+    def _member(self, row: IndexRow, suffix: str) -> bytes:
+        extent, name = row.extents[suffix], f"{row.key}.{suffix}"
+        self._expect(tar.header(name, extent.size_bytes), f"the plain file {name}")
+        if self._position != extent.offset:
+            raise ShardError(f"{name} is at {self._position}; the index says {extent.offset}")
+        data = self._read(extent.size_bytes)
+        self._expect(tar.padding(len(data)), f"the padding of {name}")
+        return data
+
+    def _expect(self, expected: bytes, what: str) -> None:
+        start = self._position
+        if self._read(len(expected)) != expected:
+            raise ShardError(f"at byte {start} there is not {what}, as the index says")
+
+    def _read(self, size_bytes: int) -> bytes:
+        data: bytes = self._file.read(size_bytes)
+        self._sha256.update(data)
+        self._position += len(data)
+        return data
+
+
+def _compare(name: str, data: bytes, expected: FileInfo) -> list[ShardProblem]:
+    found = FileInfo(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return _compare_info(name, found, expected)
+
+
+def _compare_info(name: str, found: FileInfo, expected: FileInfo) -> list[ShardProblem]:
+    if found.size_bytes != expected.size_bytes:
+        detail = f"{found.size_bytes} bytes; the manifest says {expected.size_bytes}"
+        return [ShardProblem(name, "size", detail)]
+    if found.sha256 != expected.sha256:
+        detail = f"{found.sha256[:16]}…; the manifest says {expected.sha256[:16]}…"
+        return [ShardProblem(name, "sha256", detail)]
+    return []
+
+
+def _unlisted(url: str, manifest: Manifest) -> list[ShardProblem]:
+    names = set(storage.list_names(url)) - listed_names(manifest) - OTHER_FOLDERS
+    detail = "the manifest does not list this file"
+    return [ShardProblem(name, "unlisted", detail) for name in names]
+
+
+def _check_files(url: str, manifest: Manifest) -> Iterator[ShardProblem]:
+    """Check the features of the empty text."""
+    for name, expected in manifest.files.items():
+        try:
+            data = storage.read_bytes(storage.join(url, name))
+            yield from _compare(name, data, expected)
+            npy_info(data)
+        except FileNotFoundError:
+            yield ShardProblem(name, "missing", "the manifest lists this file")
+        except OSError as err:
+            yield ShardProblem(name, "unreadable", str(err))
+        except ShardError as err:
+            yield ShardProblem(name, "member", str(err))
+
+
+def _duplicates(keys: dict[str, Any]) -> Iterator[ShardProblem]:
+    """Find keys that several samples share, within a shard or across shards."""
+    counts = pc.value_counts(pa.chunked_array(list(keys.values()), pa.string()))
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    if not len(repeated):
+        return
+    for file, of_shard in keys.items():
+        found = of_shard.filter(pc.is_in(of_shard, repeated)).unique()
+        if len(found):
+            yield ShardProblem(file, "duplicate", f"{len(found)} keys twice, first {found[0]}")

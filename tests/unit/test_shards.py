@@ -1,0 +1,662 @@
+"""What `d2i.shards` promises: the same bytes, any order, every damage found, nothing trusted."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from d2i import storage
+from d2i.errors import ShardError
+from d2i.fault import Fault, FaultError, Point
+from d2i.shards import (
+    Manifest,
+    Sample,
+    ShardReader,
+    json_bytes,
+    npy_array,
+    npy_bytes,
+    read_commits,
+    read_manifest,
+    remove_uncommitted,
+    verify,
+    write_manifest,
+    write_shard,
+)
+from d2i.shards.commit import shard_name
+from d2i.shards.index import Extent, IndexRow, index_bytes, read_index
+from d2i.shards.sample import npy_header
+from d2i.shards.write import file_info
+
+FINGERPRINT = {"image": {"vae": "ab12", "resolution": 32}, "text": {"num_windows": 1}}
+JPEG = b"\xff\xd8\xff\xe0 not decoded here"
+
+
+def make_sample(number: int, *, image: str | None = "jpg", seed: int = 0) -> Sample:
+    """Make a small sample of random numbers, any bit pattern but no NaN."""
+    random = np.random.default_rng((seed, number))
+    members = {
+        "json": json_bytes({"number": number, "text": "naïve 🙂"}),
+        "moments.npy": npy_bytes(random.normal(size=(8, 4, 4)).astype(np.float16)),
+        "clip.npy": npy_bytes(random.normal(size=16).astype(np.float16)),
+        "tokens.npy": npy_bytes(random.integers(0, 49408, 77).astype(np.uint16)),
+        "text.npy": npy_bytes(random.normal(size=(77, 6)).astype(np.float16)),
+    }
+    if image is not None:
+        members[image] = JPEG + bytes([number % 256])
+    return Sample(f"train-{number}-0-0", members)
+
+
+def make_data(folder: Path, *counts: int) -> Manifest:
+    """Write a data set of shards with so many samples each."""
+    first = np.cumsum([0, *counts])
+    for index, count in enumerate(counts):
+        samples = [make_sample(int(first[index]) + number) for number in range(count)]
+        write_shard(samples, str(folder), index, failures={"timeout": 2}, fingerprint=FINGERPRINT)
+    for name, array in (
+        ("tokens", np.full(77, 49407, np.uint16)),
+        ("text", np.ones((77, 6), np.float16)),
+    ):
+        storage.write_bytes(str(folder / f"empty_{name}.npy"), npy_bytes(array))
+    return write_manifest(str(folder), FINGERPRINT)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def reasons(folder: Path) -> set[tuple[str, str]]:
+    return {(Path(p.file).suffix, p.reason) for p in verify(str(folder)).problems}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder, 3, 0, 4, 1)
+    return folder
+
+
+@pytest.fixture
+def copy(data: Path, tmp_path: Path) -> Path:
+    for name, content in contents(data).items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple),
+    dtype=st.sampled_from([np.float16, np.uint16]),
+)
+def test_npy_bytes_are_numpy_s_and_come_back(shape: tuple[int, ...], dtype: Any) -> None:
+    array: Any = np.random.default_rng(0).integers(0, 2000, shape).astype(dtype)
+    encoded = npy_bytes(array)
+    assert len(encoded) == 128 + array.nbytes
+    assert encoded == npy_bytes(np.asfortranarray(array))
+    for decoded in (npy_array(encoded), np.load(io.BytesIO(encoded), allow_pickle=False)):
+        assert decoded.dtype == array.dtype
+        np.testing.assert_array_equal(decoded, array)
+
+
+@given(st.binary(max_size=300), st.integers(0, 127), st.integers(1, 255))
+def test_npy_reader_takes_nothing_else(junk: bytes, position: int, flip: int) -> None:
+    good = bytearray(npy_bytes(np.zeros((2, 3), np.float16)))
+    good[position] ^= flip
+    for hostile in (junk, bytes(good)):
+        with pytest.raises(ShardError):
+            npy_array(hostile)
+
+
+def test_npy_of_other_kinds_is_refused() -> None:
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ShardError):
+        npy_array(pickled.getvalue())
+    with pytest.raises(ShardError, match="float32"):
+        npy_bytes(np.zeros(3, np.float32))
+
+
+BAD_MEMBERS: dict[str, tuple[str, bytes | None]] = {
+    "no json": ("json", None),
+    "json list": ("json", b"[]"),
+    "deep json": ("json", b"[" * 100_000),
+    "pickle": ("pickle", b"x"),
+    "two images": ("png", b"x"),
+    "empty": ("jpg", b""),
+    "moments channels": ("moments.npy", npy_bytes(np.zeros((4, 4, 4), np.float16))),
+    "moments rank": ("moments.npy", npy_bytes(np.zeros((8, 4), np.float16))),
+    "tokens dtype": ("tokens.npy", npy_bytes(np.zeros(77, np.float16))),
+    "tokens window": ("tokens.npy", npy_bytes(np.zeros(76, np.uint16))),
+    "other windows": ("tokens.npy", npy_bytes(np.zeros(154, np.uint16))),
+    "other shape": ("clip.npy", npy_bytes(np.zeros(17, np.float16))),
+    "absent array": ("clip.npy", None),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MEMBERS)
+def test_bad_samples_leave_no_file(name: str, tmp_path: Path) -> None:
+    suffix, content = BAD_MEMBERS[name]
+    good, bad = make_sample(0), make_sample(1)
+    members = {key: value for key, value in bad.members.items() if key != suffix}
+    if content is not None:
+        members[suffix] = content
+    with pytest.raises(ShardError, match=bad.key):
+        write_shard([good, Sample(bad.key, members)], str(tmp_path), 0, failures={})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["", "-1", "a.b", "a/b", "..", "a" * 89, "ü", "a\n"])
+def test_bad_keys_leave_no_file(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="tar member"):
+        write_shard([Sample(key, make_sample(0).members)], str(tmp_path), 0, failures={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_repeated_key_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="twice"):
+        write_shard([make_sample(0), make_sample(0)], str(tmp_path), 0, failures={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_same_samples_same_bytes_whatever_the_order_of_shards(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    make_data(one, 2, 3)
+    for index, numbers in ((1, (2, 3, 4)), (0, (0, 1))):
+        samples = (make_sample(number) for number in numbers)
+        write_shard(samples, f"file://{two}", index, failures={"timeout": 2, "none": 0})
+    for path in one.glob("empty_*"):
+        storage.write_bytes(str(two / path.name), path.read_bytes())
+    write_manifest(f"file://{two}", dict(reversed(FINGERPRINT.items())))
+    tars = {name for name in contents(one) if name.endswith((".tar", ".arrow"))}
+    assert {name: contents(two)[name] for name in tars} == {
+        name: contents(one)[name] for name in tars
+    }
+
+
+def test_finished_data_is_not_written_again(copy: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in copy.iterdir()}
+    write_manifest(str(copy), FINGERPRINT)
+    assert {path.name: path.stat().st_mtime_ns for path in copy.iterdir()} == before
+
+
+def test_tar_is_the_standard_library_s(data: Path) -> None:
+    for path in data.glob("*.tar"):
+        with tarfile.open(path, "r:") as file:
+            members = file.getmembers()
+        assert all(
+            m.isreg() and (m.uid, m.gid, m.mtime, m.mode) == (0, 0, 0, 0o644) for m in members
+        )
+        ours = path.read_bytes()
+        for member in members:
+            theirs = tarfile.TarInfo(member.name)
+            theirs.size = member.size
+            block = theirs.tobuf(tarfile.USTAR_FORMAT)
+            header = ours[member.offset : member.offset + 512]
+            # Versions of Python differ in the device numbers (329:345) of a file, so in the sum.
+            assert header[:148] + header[156:329] == block[:148] + block[156:329]
+            assert not any(header[329:])
+
+
+def test_webdataset_reads_the_same(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WDS_SECURE", "1")
+    wds = pytest.importorskip("webdataset")
+    reader = ShardReader(str(data))
+    urls = [str(path) for path in sorted(data.glob("*.tar")) if path.stat().st_size > 1024]
+    theirs = list(wds.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
+    assert [sample["__key__"] for sample in theirs] == list(reader.keys)
+    for position, sample in enumerate(theirs):
+        assert sample["json"] == reader.read_json(position)
+        assert sample["jpg"] == reader.read_image(position)
+        for name, array in reader.read([position]).items():
+            np.testing.assert_array_equal(sample[f"{name}.npy"], array[0])
+
+
+def test_manifest_is_the_fold_of_the_commits(data: Path) -> None:
+    manifest = read_manifest(str(data))
+    assert [shard.num_samples for shard in manifest.shards] == [3, 0, 4, 1]
+    assert manifest.shards == tuple(read_commits(str(data)))
+    assert (manifest.num_samples, manifest.failures) == (8, {"timeout": 8})
+    assert manifest.arrays["moments"].shape == (8, 4, 4)
+    assert sorted(manifest.files) == ["empty_text.npy", "empty_tokens.npy"]
+    assert manifest.sha256 == (data / "manifest.json.sha256").read_text().split()[0]
+    line = ["sha256sum", "--check", "--quiet", "manifest.json.sha256"]
+    assert subprocess.run(line, cwd=data, check=False).returncode == 0
+
+
+def test_a_supplement_takes_back_failures(copy: Path) -> None:
+    mended = {"timeout": -2, "http": 1}
+    write_shard([make_sample(99)], str(copy), 4, failures=mended, fingerprint=FINGERPRINT)
+    assert write_manifest(str(copy), FINGERPRINT).failures == {"timeout": 6, "http": 1}
+    assert verify(str(copy)).ok
+
+
+def test_disagreeing_shards_are_refused(copy: Path) -> None:
+    members = {s: b for s, b in make_sample(9).members.items() if s != "text.npy"}
+    write_shard([Sample("k", members)], str(copy), 4, failures={})
+    with pytest.raises(ShardError, match="other settings"):
+        write_manifest(str(copy), FINGERPRINT)
+
+
+def test_shards_of_another_fingerprint_are_not_folded(copy: Path) -> None:
+    with pytest.raises(ShardError, match="another fingerprint"):
+        write_manifest(str(copy), {**FINGERPRINT, "text": {}})
+
+
+@pytest.mark.parametrize("point", ["shard.written", "shard.tar", "shard.index", "shard.commit"])
+def test_a_failed_attempt_is_made_good(point: Point, tmp_path: Path) -> None:
+    samples = [make_sample(number) for number in range(3)]
+    with pytest.raises(FaultError):
+        write_shard(samples, str(tmp_path), 0, failures={}, fault=Fault(point, "error", 1).reach)
+    assert len(read_commits(str(tmp_path))) == (point == "shard.commit")
+    other = [make_sample(number) for number in range(2)]
+    write_shard(other, str(tmp_path), 0, failures={"timeout": 1})
+    remove_uncommitted(str(tmp_path))
+    manifest = write_manifest(str(tmp_path), FINGERPRINT)
+    assert len(manifest.shards) == 1
+    assert verify(str(tmp_path)).problems == ()
+
+
+def test_a_manifest_cut_short_is_made_good(copy: Path) -> None:
+    write_shard([make_sample(99)], str(copy), 4, failures={}, fingerprint=FINGERPRINT)
+    with pytest.raises(FaultError):
+        write_manifest(str(copy), FINGERPRINT, fault=Fault("manifest.checksum", "error", 1).reach)
+    with pytest.raises(ShardError, match="sha256 beside it"):
+        ShardReader(str(copy))
+    write_manifest(str(copy), FINGERPRINT)
+    assert verify(str(copy)).ok
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    counts=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    stored=st.sets(st.sampled_from(["moments", "clip", "tokens", "text"])),
+    image=st.sampled_from([None, "jpg", "png", "webp", "gif"]),
+    order=st.randoms(use_true_random=False),
+)
+def test_what_was_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory,
+    counts: list[int],
+    stored: set[str],
+    image: str | None,
+    order: Any,
+) -> None:
+    folder = tmp_path_factory.mktemp("round")
+    samples: list[Sample] = []
+    for index, count in enumerate(counts):
+        made = [make_sample(len(samples) + number, image=image) for number in range(count)]
+        kept = {"json", image, *(f"{name}.npy" for name in stored)}
+        made = [Sample(s.key, {m: b for m, b in s.members.items() if m in kept}) for s in made]
+        write_shard(made, str(folder), index, failures={})
+        samples += made
+    write_manifest(str(folder), {})
+    reader = ShardReader(str(folder))
+    assert list(reader.keys) == [sample.key for sample in samples]
+    assert len(reader) == len(reader.keys) == len(samples)
+    indices = order.choices(range(len(samples)), k=9) if samples else []
+    batch = reader.read(indices)
+    assert set(batch) == (stored if samples else set())
+    for name, array in batch.items():
+        assert array.flags.c_contiguous and array.flags.writeable
+        expected = [npy_array(samples[index].members[f"{name}.npy"]) for index in indices]
+        np.testing.assert_array_equal(array, np.stack(expected))
+    for index in indices:
+        assert reader.read_json(index) == json.loads(samples[index].members["json"])
+        assert reader.read_image(index) == (samples[index].members[image] if image else None)
+        assert reader.keys[index] == samples[index].key
+    assert verify(str(folder)).ok
+
+
+def test_selection_and_bounds(data: Path) -> None:
+    reader = ShardReader(str(data), FINGERPRINT)
+    assert list(reader.read(np.array([5, 5]), ["tokens"])) == ["tokens"]
+    assert {name: array.shape for name, array in reader.read([]).items()} == {
+        "moments": (0, 8, 4, 4),
+        "clip": (0, 16),
+        "tokens": (0, 77),
+        "text": (0, 77, 6),
+    }
+    for bad in ([8], [-1], [[0]], [0.5]):
+        with pytest.raises(IndexError):
+            reader.read(bad)
+    with pytest.raises(ShardError, match="nonsense"):
+        reader.read([0], ["nonsense"])
+    assert reader.keys[-1] == "train-7-0-0"
+    assert reader.keys[2:4] == ["train-2-0-0", "train-3-0-0"]
+    np.testing.assert_array_equal(reader.empty_tokens, np.full(77, 49407))
+    assert reader.empty_text.shape == (77, 6)
+
+
+def test_another_fingerprint_is_refused_by_field(data: Path) -> None:
+    expected = {"image": {"vae": "ab12", "resolution": 64}, "text": {"num_windows": 1}, "new": 1}
+    with pytest.raises(ShardError, match=r"image\.resolution: 32, expected 64; new: absent") as err:
+        ShardReader(str(data), expected)
+    assert "vae" not in str(err.value)
+
+
+def test_unfinished_data_is_refused(copy: Path) -> None:
+    (copy / "manifest.json.sha256").unlink()
+    with pytest.raises(ShardError, match="same `d2i preprocess` command"):
+        ShardReader(str(copy))
+
+
+def test_threads_share_a_reader(data: Path) -> None:
+    expected = ShardReader(str(data)).read(range(8))
+    reader = ShardReader(str(data))
+
+    def read(seed: int) -> bool:
+        order = np.random.default_rng(seed).permutation(8)
+        batch = reader.read(order)
+        return all(np.array_equal(batch[name], expected[name][order]) for name in expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(200)))
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    open_files = Path("/proc/self/fd")
+    if not open_files.is_dir():
+        pytest.skip("no list of open files here")
+    make_data(tmp_path, *[1] * 20)
+    before = len(list(open_files.iterdir()))
+    reader = ShardReader(str(tmp_path))
+    reader.read(range(20))
+    assert len(list(open_files.iterdir())) <= before + 1
+
+
+def test_shards_elsewhere_are_cached(data: Path, tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}/data"
+    for name, content in contents(data).items():
+        storage.write_bytes(storage.join(url, name), content)
+    with pytest.raises(ShardError, match="cache_dir"):
+        ShardReader(url)
+    expected = ShardReader(str(data)).read([7, 0])
+    for _ in range(2):
+        batch = ShardReader(url, cache_dir=tmp_path).read([7, 0])
+        assert all(np.array_equal(batch[name], expected[name]) for name in expected)
+    assert len(list(tmp_path.glob("*.tar"))) == 2
+    assert verify(url).ok
+
+
+def test_reading_needs_neither_torch_nor_ray() -> None:
+    code = "import sys, d2i.shards; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_good_data_has_no_problem(data: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = verify(str(data), num_workers=2, on_progress=lambda *at: seen.append(at))
+    assert (report.num_shards, report.num_samples, report.problems) == (4, 8, ())
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_the_three_corruptions_webdataset_misses(copy: Path) -> None:
+    path = max(copy.glob("*.tar"), key=lambda path: path.stat().st_size)
+    good = path.read_bytes()
+    with tarfile.open(path) as file:
+        second = [m for m in file.getmembers() if m.name.endswith(".json")][1]
+        inside = file.getmember(second.name.replace("json", "text.npy"))
+    flipped = bytearray(good)
+    flipped[inside.offset_data + 500] ^= 1
+    for damaged in (good[: second.offset], good[: inside.offset_data + 300], bytes(flipped)):
+        path.write_bytes(damaged)
+        found = {problem.reason for problem in verify(str(copy)).problems}
+        assert found & {"size", "sha256"} and found & {"structure", "member"}
+    path.write_bytes(good)
+    assert verify(str(copy)).ok
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    make_data(tmp_path, 2)
+    return tmp_path
+
+
+@settings(
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(pick=st.integers(0), bit=st.integers(0))
+def test_every_flipped_bit_is_found(small: Path, pick: int, bit: int) -> None:
+    files = sorted(small.iterdir())
+    path = files[pick % len(files)]
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[bit // 8 % len(good)] ^= 1 << bit % 8
+    path.write_bytes(bad)
+    try:
+        problems = verify(str(small)).problems
+        assert any(problem.file in (path.name, "manifest.json") for problem in problems)
+    finally:
+        path.write_bytes(good)
+
+
+@settings(
+    deadline=None,
+    max_examples=80,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(pick=st.integers(0), length=st.integers(0))
+def test_every_cut_is_found_and_never_read(small: Path, pick: int, length: int) -> None:
+    expected = ShardReader(str(small)).read([0, 1])
+    files = sorted(small.iterdir())
+    path = files[pick % len(files)]
+    good = path.read_bytes()
+    path.write_bytes(good[: length % len(good)])
+    try:
+        assert not verify(str(small)).ok
+        reader = ShardReader(str(small))
+        batch = reader.read([0, 1])
+        empty = reader.empty_text, reader.empty_tokens
+    except ShardError:
+        return
+    finally:
+        path.write_bytes(good)
+    assert path.name.endswith(".commit.json"), "only the commit record is not needed to read"
+    assert len(empty) == len(batch) / 2
+    assert all(np.array_equal(batch[name], expected[name]) for name in expected)
+
+
+def test_missing_and_unlisted_files_are_found(copy: Path) -> None:
+    (copy / "plan").mkdir()
+    (copy / "ledger").mkdir()
+    assert verify(str(copy)).ok
+    for path in [*copy.glob("000000*"), copy / "empty_text.npy"]:
+        path.unlink()
+    (copy / "000009-x.tar").write_bytes(b"")
+    assert reasons(copy) == {
+        (".tar", "missing"),
+        (".arrow", "missing"),
+        (".json", "missing"),
+        (".npy", "missing"),
+        (".tar", "unlisted"),
+    }
+
+
+def test_keys_in_two_shards_are_found(tmp_path: Path) -> None:
+    for index in range(2):
+        write_shard([make_sample(0, seed=index)], str(tmp_path), index, failures={})
+    write_manifest(str(tmp_path), {})
+    assert reasons(tmp_path) == {(".tar", "duplicate")}
+
+
+def test_a_damaged_commit_stops_the_fold(copy: Path) -> None:
+    path = next(copy.glob("*.commit.json"))
+    path.write_bytes(path.read_bytes().replace(b'"timeout": 2', b'"timeout": "2"'))
+    with pytest.raises(ShardError, match=r"failures\.timeout"):
+        write_manifest(str(copy), FINGERPRINT)
+
+
+def forge(folder: Path, tar: bytes, index: bytes, **changes: Any) -> None:
+    """Replace the only shard of a data set and make every recorded hash and size agree."""
+    (old,) = read_commits(str(folder))
+    for path in folder.glob(f"{old.name}*"):
+        path.unlink()
+    info = file_info(tar)
+    record = old.model_dump(mode="json") | {
+        "name": shard_name(0, info.sha256),
+        "tar": info.model_dump(),
+        "index_file": file_info(index).model_dump(),
+        **changes,
+    }
+    name = record["name"]
+    (folder / f"{name}.tar").write_bytes(tar)
+    (folder / f"{name}.arrow").write_bytes(index)
+    canonical = json.dumps(record, sort_keys=True, indent=1) + "\n"
+    (folder / f"{name}.commit.json").write_text(canonical)
+    write_manifest(str(folder), {})
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    write_shard([make_sample(n) for n in range(2)], str(tmp_path), 0, failures={})
+    write_manifest(str(tmp_path), {})
+    return tmp_path
+
+
+def rebuild(
+    folder: Path, change: Callable[[tarfile.TarInfo], None]
+) -> tuple[bytes, list[IndexRow]]:
+    """Write the shard again with the standard library, changing headers; index rows to match."""
+    (path,) = folder.glob("*.tar")
+    out = io.BytesIO()
+    rows: dict[str, dict[str, Extent]] = {}
+    with tarfile.open(path) as source, tarfile.open(fileobj=out, mode="w:") as target:
+        for member in source.getmembers():
+            content = source.extractfile(member).read()  # type: ignore[union-attr]
+            key, _, suffix = member.name.partition(".")
+            change(member)
+            target.addfile(member, io.BytesIO(content))
+            start = target.offset - (len(content) + -len(content) % 512)
+            rows.setdefault(key, {})[suffix] = Extent(start, len(content), zlib.crc32(content))
+    return out.getvalue(), [IndexRow(key, extents) for key, extents in rows.items()]
+
+
+def _link(member: tarfile.TarInfo) -> None:
+    if member.name.endswith(".jpg"):
+        member.type, member.linkname = tarfile.SYMTYPE, "../../secret"
+
+
+def _rename(old: str, new: str) -> Callable[[tarfile.TarInfo], None]:
+    def change(member: tarfile.TarInfo) -> None:
+        member.name = member.name.replace(old, new)
+
+    return change
+
+
+def _device(member: tarfile.TarInfo) -> None:
+    member.type = tarfile.CHRTYPE
+
+
+def _mode(member: tarfile.TarInfo) -> None:
+    member.mode = 0o4755
+
+
+HOSTILE = {
+    "link": _link,
+    "device": _device,
+    "setuid": _mode,
+    "parent": _rename("train-1", "../train-1"),
+    "absolute": _rename("train-1", "/train-1"),
+    "pickle": _rename(".jpg", ".pkl"),
+    "long name": _rename("train-1", "train-1" * 20),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_tars_are_found(single: Path, name: str) -> None:
+    tar, rows = rebuild(single, HOSTILE[name])
+    forge(single, tar, index_bytes(rows))
+    assert (".tar", "structure") in reasons(single)
+
+
+def test_hidden_members_and_tails_are_found(single: Path) -> None:
+    (path,) = single.glob("*.tar")
+    (index,) = single.glob("*.arrow")
+    forge(single, path.read_bytes() + b"\0" * 512, good_index := index.read_bytes())
+    assert reasons(single) == {(".tar", "structure")}
+    rows = list(read_index(good_index, num_samples=2, tar_size_bytes=1 << 30).rows())
+    (path,) = single.glob("*.tar")
+    forge(single, path.read_bytes()[:-512], index_bytes(rows[1:]), num_samples=1)
+    assert reasons(single) == {(".tar", "structure")}
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [np.zeros((4, 8, 4), np.float16), np.zeros((8, 4, 4), np.uint16)],
+    ids=["shape", "dtype"],
+)
+def test_arrays_unlike_the_manifest_are_refused(
+    single: Path, hostile: np.ndarray[Any, Any]
+) -> None:
+    (path,) = single.glob("*.tar")
+    (index,) = single.glob("*.arrow")
+    good, bad = npy_header("float16", (8, 4, 4)), npy_header(hostile.dtype.name, hostile.shape)
+    tar, rows = path.read_bytes().replace(good, bad), []
+    for row in read_index(index.read_bytes(), num_samples=2, tar_size_bytes=len(tar)).rows():
+        at = row.extents["moments.npy"]
+        crc32 = zlib.crc32(tar[at.offset : at.offset + at.size_bytes])
+        extents = {**row.extents, "moments.npy": Extent(at.offset, at.size_bytes, crc32)}
+        rows.append(IndexRow(row.key, extents))
+    forge(single, tar, index_bytes(rows))
+    assert reasons(single) == {(".tar", "member")}
+    with pytest.raises(ShardError, match=r"moments\.npy is not npy float16 \(8, 4, 4\)"):
+        ShardReader(str(single)).read([0])
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"),
+    [(1 << 40, 384), (512, 1 << 40), (2**64 - 1, 384), (0, 384), (2048, 383)],
+)
+def test_extents_outside_the_tar_are_refused(single: Path, offset: int, size: int) -> None:
+    (path,) = single.glob("*.tar")
+    (index,) = single.glob("*.arrow")
+    rows = list(read_index(index.read_bytes(), num_samples=2, tar_size_bytes=1 << 30).rows())
+    rows[1] = IndexRow(rows[1].key, {**rows[1].extents, "moments.npy": Extent(offset, size, 0)})
+    forge(single, path.read_bytes(), index_bytes(rows))
+    assert not verify(str(single)).ok
+    with pytest.raises(ShardError):
+        ShardReader(str(single)).read([0])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_index_reader_survives_fuzz(data: st.DataObject) -> None:
+    good = index_bytes([IndexRow("k", {"json": Extent(512, 10, 1)})])
+    bad = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 8))):
+        bad[data.draw(st.integers(0, len(bad) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        index = read_index(bytes(bad), num_samples=1, tar_size_bytes=2048)
+    except ShardError:
+        return
+    assert all(e.offset + e.size_bytes <= 2048 for e in index.row(0).extents.values())
+
+
+def test_index_keys_are_checked() -> None:
+    hostile = index_bytes([IndexRow("../../etc/x", {"json": Extent(512, 10, 1)})])
+    with pytest.raises(ShardError, match="key"):
+        read_index(hostile, num_samples=1, tar_size_bytes=2048)
+
+
+@given(st.binary(max_size=200))
+def test_manifest_reader_survives_fuzz(
+    tmp_path_factory: pytest.TempPathFactory, junk: bytes
+) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "manifest.json").write_bytes(junk)
+    digest = file_info(junk).sha256
+    (folder / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
+    with pytest.raises(ShardError):
+        read_manifest(str(folder))
