@@ -1,0 +1,108 @@
+"""Random numbers that belong to a sample: keyed by (seed, purpose, sample key, step).
+
+A draw depends on nothing else: not on the batch it is asked in, on ranks, or on restarts. Each
+sample has its own counter-based Philox generator. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Shape = tuple[int, ...]
+
+
+def normal(
+    seed: int, purpose: str, keys: Sequence[str], step: int, shape: Shape = ()
+) -> npt.NDArray[np.float32]:
+    """Standard normal numbers, one array of `shape` for each sample.
+
+    Args:
+        seed: the seed of the run.
+        purpose: what the numbers are for, such as `noise`; purposes are independent.
+        keys: one sample key for each row.
+        step: training step, or call of a sampler; steps are independent.
+        shape: shape of one sample's numbers.
+
+    Returns:
+        (B, *shape) float32.
+    """
+
+    def draw(generator: np.random.Generator) -> npt.NDArray[Any]:
+        return np.asarray(generator.standard_normal(shape, dtype=np.float32))
+
+    return _rows(draw, np.float32, seed, purpose, keys, step, shape)
+
+
+def uniform(
+    seed: int, purpose: str, keys: Sequence[str], step: int, shape: Shape = ()
+) -> npt.NDArray[np.float32]:
+    """Uniform numbers in [0, 1), one array of `shape` for each sample; see `normal`.
+
+    Returns:
+        (B, *shape) float32.
+    """
+
+    def draw(generator: np.random.Generator) -> npt.NDArray[Any]:
+        return np.asarray(generator.random(shape, dtype=np.float32))
+
+    return _rows(draw, np.float32, seed, purpose, keys, step, shape)
+
+
+def integers(
+    low: int,
+    high: int,
+    seed: int,
+    purpose: str,
+    keys: Sequence[str],
+    step: int,
+    shape: Shape = (),
+) -> npt.NDArray[np.int64]:
+    """Uniform whole numbers in low..high, both ends included; see `normal`.
+
+    Returns:
+        (B, *shape) int64.
+    """
+
+    def draw(generator: np.random.Generator) -> npt.NDArray[Any]:
+        return np.asarray(generator.integers(low, high, size=shape, endpoint=True))
+
+    return _rows(draw, np.int64, seed, purpose, keys, step, shape)
+
+
+def _rows(
+    draw: Callable[[np.random.Generator], npt.NDArray[Any]],
+    dtype: type[np.generic],
+    seed: int,
+    purpose: str,
+    keys: Sequence[str],
+    step: int,
+    shape: Shape,
+) -> npt.NDArray[Any]:
+    philox = np.random.Philox(key=0)
+    generator = np.random.Generator(philox)
+    start = philox.state
+    rows = np.empty((len(keys), *shape), dtype=dtype)
+    for row, philox_key in enumerate(_philox_keys(seed, purpose, keys, step)):
+        # Setting the state equals a new Philox(key=...), at a third of the time.
+        start["state"]["key"][:] = philox_key
+        philox.state = start
+        rows[row] = draw(generator)
+    return rows
+
+
+def _philox_keys(
+    seed: int, purpose: str, keys: Sequence[str], step: int
+) -> Iterator[npt.NDArray[np.uint64]]:
+    """The 128-bit generator key of each sample; the NUL keeps sample keys apart from the rest."""
+    prefix = json.dumps([int(seed), purpose, int(step)]).encode() + b"\0"
+    shared = hashlib.blake2b(prefix, digest_size=16)
+    for key in keys:
+        digest = shared.copy()
+        digest.update(key.encode())
+        yield np.frombuffer(digest.digest(), dtype="<u8")

@@ -1,0 +1,109 @@
+"""Training losses: mean squared error of the predicted noise, one number a sample.
+
+Noise and model times come in as arguments: nothing here draws a random number. Knows no
+network class, only what a network's call returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from d2i.diffusion.schedule import Schedule, default_schedule
+
+LOGVAR_MIN = -30.0
+LOGVAR_MAX = 20.0
+
+
+def sample_latent(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
+    """Draw scaled latents from stored VAE moments.
+
+    Args:
+        moments: (B, 2C, h, w) unscaled: C channels of mean, C of log-variance.
+        noise: (B, C, h, w) standard normal; its dtype is the dtype of the arithmetic.
+        scale: latent scale of the network, `network.latent_scale`.
+
+    Returns:
+        scale * (mean + exp(logvar / 2) * noise), (B, C, h, w), log-variance kept in -30..20.
+    """
+    mean, logvar = moments.to(noise.dtype).chunk(2, dim=1)
+    deviation = torch.exp(0.5 * logvar.clamp(LOGVAR_MIN, LOGVAR_MAX))
+    return scale * (mean + deviation * noise)
+
+
+def uvit_loss(
+    network: Callable[..., Tensor],
+    latent: Tensor,
+    text: Tensor,
+    n: Tensor,
+    noise: Tensor,
+    schedule: Schedule | None = None,
+) -> Tensor:
+    """Noise-prediction loss of the U-ViT.
+
+    Args:
+        network: called as `network(latent, n, text)`.
+        latent: (B, 4, h, w) clean, scaled latents.
+        text: (B, T, D) text features, already replaced by those of '' where dropped.
+        n: (B,) integers in 1..1000.
+        noise: standard normal, shaped as `latent`.
+        schedule: noise schedule; default that of the published networks.
+
+    Returns:
+        (B,) mean squared error over channels and pixels; the batch loss is its mean.
+    """
+    noised = (schedule or default_schedule()).add_noise(latent, noise, n)
+    return (network(noised, n, text) - noise).square().flatten(1).mean(1)
+
+
+def unidiffuser_loss(
+    network: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    parts: Sequence[Tensor],
+    n_image: Tensor,
+    n_text: Tensor,
+    noises: Sequence[Tensor],
+    *,
+    kind: Literal["joint", "t2i"] = "joint",
+    weights: Sequence[float] | None = None,
+    data_type: int | Tensor = 1,
+    schedule: Schedule | None = None,
+) -> Tensor:
+    """Noise-prediction loss of UniDiffuser (its paper's equation 1 and Algorithm 1).
+
+    Args:
+        network: called as `network(latent, clip_image, text, n_image, n_text, data_type)`.
+        parts: clean latent (B, 4, h, w), scaled; clip_image (B, 1, C); text (B, T, D).
+        n_image: (B,) integers in 1..1000, shared by latent and CLIP image.
+        n_text: (B,) integers in 1..1000; not used by `t2i`.
+        noises: standard normal for each of `parts`; `t2i` uses the first two.
+        kind: `joint` noises and predicts all parts; `t2i` leaves the text clean (time 0) and
+            predicts latent and CLIP image only.
+        weights: None for the mean over all predicted numbers together, else one weight per
+            predicted part (latent, clip, and text for `joint`) for a sum of the parts' means.
+        data_type: see `UniDiffuser.forward`.
+        schedule: noise schedule; default that of the published networks.
+
+    Returns:
+        (B,) loss a sample; the batch loss is its mean.
+    """
+    schedule = schedule or default_schedule()
+    latent, clip_image, text = parts
+    noised_latent = schedule.add_noise(latent, noises[0], n_image)
+    noised_clip = schedule.add_noise(clip_image, noises[1], n_image)
+    if kind == "t2i":
+        n_text, given_text = torch.zeros_like(n_image), text
+    else:
+        given_text = schedule.add_noise(text, noises[2], n_text)
+    predicted = network(noised_latent, noised_clip, given_text, n_image, n_text, data_type)
+    num_parts = 2 if kind == "t2i" else 3
+    errors = [
+        (part - noise).square().flatten(1)
+        for part, noise in zip(predicted[:num_parts], noises[:num_parts], strict=True)
+    ]
+    if weights is None:
+        return torch.cat(errors, dim=1).mean(1)
+    weighted = [w * error.mean(1) for w, error in zip(weights, errors, strict=True)]
+    return torch.stack(weighted).sum(0)

@@ -1,0 +1,16 @@
+"""The networks: U-ViT and UniDiffuser, and their published weights in and out."""
+
+from d2i.models.presets import PRESETS, build_backbone
+from d2i.models.unidiffuser import UniDiffuser
+from d2i.models.uvit import UViT
+from d2i.models.weights import load_weights, read_state_dict, save_weights
+
+__all__ = [
+    "PRESETS",
+    "UViT",
+    "UniDiffuser",
+    "build_backbone",
+    "load_weights",
+    "read_state_dict",
+    "save_weights",
+]

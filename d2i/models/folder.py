@@ -1,0 +1,65 @@
+"""A model folder: `config.json` (name and sizes of the backbone) beside its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from d2i.config import BackboneConfig, load_config
+from d2i.errors import CheckpointError
+from d2i.models.presets import build_backbone
+from d2i.models.weights import load_weights
+from d2i.shipped import resolve_weights
+
+CONFIG_NAME = "config.json"
+
+
+def build_network(config: BackboneConfig) -> nn.Module:
+    """Build the backbone of a recipe, with its weights where it names some.
+
+    Where the weights lie in a model folder, its `config.json` gives the sizes that the recipe
+    leaves open.
+
+    Returns:
+        The network in float32 on the CPU; its `latent_scale` is the factor from raw VAE latents.
+
+    Raises:
+        CheckpointError: If the weights cannot be read or do not fit.
+        ConfigError: If the sizes do not fit each other.
+    """
+    network = build_backbone(config.name, **resolve_sizes(config).overrides())
+    if config.weights is None:
+        return network
+    return load_weights(network, resolve_weights(config.weights))
+
+
+def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
+    """Fill the sizes that a recipe leaves open from the `config.json` beside its weights."""
+    there = _read_config(Path(resolve_weights(config.weights))) if config.weights else None
+    if there is None:
+        return config
+    known = there.model_dump(exclude_none=True) | config.model_dump(exclude_none=True)
+    return load_config(BackboneConfig, known, source=str(config.weights))
+
+
+def write_config(folder: Path, config: BackboneConfig) -> None:
+    """Write the name and sizes of a backbone into its model folder."""
+    (folder / CONFIG_NAME).write_text(json.dumps(_described(config), indent=1) + "\n")
+
+
+def _described(config: BackboneConfig) -> dict[str, Any]:
+    return {"name": config.name} | config.overrides()
+
+
+def _read_config(path: Path) -> BackboneConfig | None:
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as err:
+        raise CheckpointError(f"{file} is not JSON: {err}; expected a backbone's sizes") from err
+    return load_config(BackboneConfig, values, source=str(file))

@@ -1,0 +1,121 @@
+"""The schedule and the two samplers equal the published ones on analytic noise predictions."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from d2i.diffusion import Schedule, ancestral, dpm_solver
+from d2i.errors import ConfigError
+from tests.golden.analytic import analytic_eps
+from tests.golden.arrays import max_distance, tensors
+from tests.shared import needs_shared
+
+pytestmark = needs_shared
+
+NUM_STEPS = (5, 10, 20, 25, 48, 49, 50)
+EPS_NAMES = ("gmm", "linear")
+
+
+@pytest.mark.parametrize("table", ["betas", "alphas", "cum_alphas", "cum_betas", "snr"])
+def test_schedule(table: str) -> None:
+    expected = tensors("schedule")[table].numpy()
+    np.testing.assert_allclose(getattr(Schedule(), table), expected, rtol=1e-12, atol=0)
+
+
+def test_log_alpha_is_linear_between_whole_times() -> None:
+    schedule = Schedule()
+    for n in (1, 500, 1000):
+        assert schedule.log_alpha(n) == pytest.approx(0.5 * np.log(schedule.cum_alphas[n]))
+    middle = (schedule.log_alpha(20) + schedule.log_alpha(21)) / 2
+    assert schedule.log_alpha(20.5) == pytest.approx(middle, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", EPS_NAMES)
+def test_the_analytic_noise_predictions_are_the_golden_ones(name: str) -> None:
+    golden = tensors("sampler")
+    found = analytic_eps(name)(golden["eps_check_x"], golden["eps_check_n"])
+    assert max_distance(found, golden[f"eps_check_{name}"]) < 1e-12
+
+
+@pytest.mark.parametrize("num_steps", NUM_STEPS)
+@pytest.mark.parametrize("name", EPS_NAMES)
+def test_dpm_solver(name: str, num_steps: int) -> None:
+    golden, eps = tensors("sampler"), analytic_eps(name)
+    x = golden["x_T"]
+    double = dpm_solver(eps, x.double(), num_steps)
+    assert max_distance(double, golden[f"dpm_{name}_{num_steps}_fp64"]) < 1e-10
+    single = dpm_solver(eps, x.float(), num_steps)
+    assert single.dtype == torch.float32
+    assert max_distance(single, golden[f"dpm_{name}_{num_steps}_fp32"]) < 2e-5
+
+
+@pytest.mark.parametrize("num_steps", [20, 50])
+@pytest.mark.parametrize("name", EPS_NAMES)
+def test_dpm_solver_asks_at_the_published_times_and_states(name: str, num_steps: int) -> None:
+    golden, eps = tensors("sampler"), analytic_eps(name)
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def recorded(x: Tensor, n: Tensor) -> Tensor:
+        calls.append((x, n))
+        return eps(x, n)
+
+    dpm_solver(recorded, golden["x_T"].double(), num_steps)
+    times = torch.stack([n for _, n in calls])
+    assert times.shape == (num_steps, 6)
+    expected = golden[f"dpm_{name}_{num_steps}_call_n"][:, None].expand_as(times)
+    assert max_distance(times, expected) < 1e-9
+    if num_steps == 50:
+        states = torch.stack([x for x, _ in calls]).float()
+        assert max_distance(states, golden[f"dpm_{name}_50_call_x"]) < 2e-6
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 6])
+def test_dpm_solver_evaluates_once_a_step(num_steps: int) -> None:
+    calls: list[float] = []
+
+    def recorded(x: Tensor, n: Tensor) -> Tensor:
+        calls.append(float(n[0]))
+        return x
+
+    dpm_solver(recorded, torch.ones(1, 2), num_steps)
+    assert len(calls) == num_steps
+    assert calls[0] == 1000.0
+
+
+def test_dpm_solver_refuses_no_steps() -> None:
+    with pytest.raises(ConfigError, match="num_steps is 0"):
+        dpm_solver(lambda x, _: x, torch.ones(1, 2), 0)
+
+
+@pytest.mark.parametrize("variance", ["beta", "posterior"])
+@pytest.mark.parametrize("name", EPS_NAMES)
+def test_ancestral(name: str, variance: Any) -> None:
+    golden, eps = tensors("ancestral"), analytic_eps(name)
+    kept: dict[int, Tensor] = {}
+
+    def recorded(x: Tensor, n: Tensor) -> Tensor:
+        kept[int(n[0])] = x
+        return eps(x, n)
+
+    kept[0] = ancestral(recorded, golden["x_T"], golden["z"], variance)
+    assert max_distance(kept[0], golden[f"ddpm_{name}_{variance}"]) < 1e-10
+    for n, state in zip(
+        golden["keep_n"].tolist(), golden[f"ddpm_{name}_{variance}_states"], strict=True
+    ):
+        assert max_distance(kept[n], state) < 1e-10
+
+
+def test_ancestral_refuses_another_variance() -> None:
+    variance: Any = "learned"
+    with pytest.raises(ConfigError, match="variance is 'learned'"):
+        ancestral(lambda x, _: x, torch.ones(1, 2), torch.ones(1000, 1, 2), variance)
+
+
+def test_add_noise_is_the_identity_at_zero() -> None:
+    x0, eps = torch.randn(2, 3), torch.randn(2, 3)
+    noised = Schedule().add_noise(x0, eps, torch.tensor([0, 1000]))
+    assert torch.equal(noised[0], x0[0])
+    assert float(Schedule().cum_alphas[1000]) < 0.005

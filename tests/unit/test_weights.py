@@ -1,0 +1,234 @@
+"""Weights go in from every published file form, or not at all with one clear line."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from d2i.errors import CheckpointError, ConfigError
+from d2i.models import build_backbone, load_weights, read_state_dict, save_weights
+
+TINY = {
+    "latent_size": 4,
+    "dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "text_dim": 8,
+    "num_text_tokens": 3,
+}
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    """A very small U-ViT."""
+    torch.manual_seed(seed)
+    return build_backbone("uvit-s", **TINY)
+
+
+def assert_equal(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Every tensor of the network equals the one of the state dict."""
+    found = network.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def refusal(network: nn.Module, path: Path) -> str:
+    """The one line with which a file is refused; the network is untouched."""
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(network, path)
+    assert_equal(network, before)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert path.name in message
+    return message
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in tiny(1).state_dict().items()}
+
+
+def test_safetensors_round_trip(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    save_weights(tiny(1), tmp_path / "a.safetensors")
+    save_weights(state, str(tmp_path / "b.safetensors"))
+    network = tiny()
+    assert load_weights(network, tmp_path / "a.safetensors") is network
+    assert_equal(network, state)
+    assert_equal(load_weights(tiny(), str(tmp_path / "b.safetensors")), state)
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata()["arch"] == "uvit"
+        assert float(file.metadata()["latent_scale"]) == 0.2301
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_flat_pth(tmp_path: Path, state: dict[str, Tensor], prefix: str, zipped: bool) -> None:
+    content = {prefix + key: tensor for key, tensor in state.items()}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    assert_equal(load_weights(tiny(), tmp_path / "w.pth"), state)
+
+
+def test_checkpoint_directory_prefers_the_average(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    directory = tmp_path / "1000.ckpt"
+    directory.mkdir()
+    torch.save(1000, directory / "step.pth")
+    torch.save(tiny(2).state_dict(), directory / "nnet.pth")
+    assert_equal(load_weights(tiny(), directory), tiny(2).state_dict())
+    torch.save(state, directory / "nnet_ema.pth")
+    assert_equal(load_weights(tiny(), directory), state)
+
+
+def test_a_network_without_memory_takes_its_tensors_from_the_file(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    save_weights(state, tmp_path / "w.safetensors")
+    with torch.device("meta"):
+        network = tiny()
+    assert_equal(load_weights(network, tmp_path / "w.safetensors"), state)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    outputs = network(torch.zeros(1, 4, 4, 4), torch.tensor([5]), torch.zeros(1, 3, 8))
+    assert outputs.isfinite().all()
+
+
+def test_weights_take_the_dtype_of_the_network(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    half = {key: tensor.half() for key, tensor in state.items()}
+    save_weights(half, tmp_path / "w.safetensors")
+    network = load_weights(tiny(), tmp_path / "w.safetensors")
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+
+
+def test_one_line_lists_every_kind_of_mismatch(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    del state["norm.weight"], state["norm.bias"]
+    state["text_embed.weight"] = torch.zeros(2)
+    state["pos_embed"] = torch.zeros(1, 9, 16)
+    save_weights(state, tmp_path / "w.safetensors")
+    message = refusal(tiny(), tmp_path / "w.safetensors")
+    assert "2 missing (norm.weight, norm.bias)" in message
+    assert "1 unexpected (text_embed.weight)" in message
+    assert "1 mis-shaped (pos_embed is (1, 9, 16), expected (1, 8, 16))" in message
+
+
+def test_a_long_list_is_cut(tmp_path: Path) -> None:
+    save_weights({"other": torch.zeros(1)}, tmp_path / "w.safetensors")
+    message = refusal(tiny(), tmp_path / "w.safetensors")
+    assert f"{len(tiny().state_dict())} missing" in message
+    assert "..." in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.999])
+def test_truncated_files(
+    tmp_path: Path, state: dict[str, Tensor], form: str, fraction: float
+) -> None:
+    path = tmp_path / "w.bin"
+    if form == "safetensors":
+        save_weights(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+    os.truncate(path, int(fraction * path.stat().st_size))
+    assert "truncated" in refusal(tiny(), path)
+
+
+def test_git_lfs_pointer(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    assert "Git LFS pointer" in refusal(tiny(), path)
+
+
+class Payload:
+    """Runs a command when unpickled by a careless reader."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        """Name the command."""
+        return os.system, ("touch should-not-exist",)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain"])
+def test_a_pickle_with_code_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "w.pth"
+    if form == "plain":
+        path.write_bytes(pickle.dumps({"norm.weight": Payload()}, protocol=2))
+    else:
+        content = {"norm.weight": Payload()}
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    assert "pickle that holds more than tensors" in refusal(tiny(), path)
+    assert not (tmp_path / "should-not-exist").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [{}, 1000, [torch.zeros(1)], {"model": {"a": torch.zeros(1)}}, {"step": 5}]
+)
+def test_other_contents(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    assert "expected a flat state dict" in refusal(tiny(), tmp_path / "w.pth")
+
+
+def test_whole_numbers_are_not_weights(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state | {"pos_embed": torch.zeros(1, 8, 16, dtype=torch.int64)}, tmp_path / "w.pth")
+    assert "torch.int64" in refusal(tiny(), tmp_path / "w.pth")
+
+
+def test_missing_paths(tmp_path: Path) -> None:
+    assert "No such file" in refusal(tiny(), tmp_path / "none.pth")
+    (tmp_path / "empty.ckpt").mkdir()
+    assert "holds no weights" in refusal(tiny(), tmp_path / "empty.ckpt")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save_weights(tiny(), tmp_path / "none" / "w.safetensors")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    path = tmp_path / "w.safetensors"
+    save_weights(state, path)
+    program = (
+        "import resource, signal, sys, torch; from d2i.errors import CheckpointError\n"
+        "from d2i.models import save_weights\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "try: save_weights({'a': torch.zeros(9999)}, sys.argv[1])\n"
+        "except CheckpointError as error: print(error)\n"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    assert "cannot write" in printed
+    assert read_state_dict(path).keys() == state.keys()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("uvit-l", {}, "did you mean 'uvit-s'"),
+        ("unidifuser-v1", {}, "did you mean 'unidiffuser-v1'"),
+        ("uvit-s", {"heads": 2}, "did you mean 'num_heads'"),
+        ("uvit-s", {"clip_dim": 2}, "unknown override of uvit-s"),
+        ("uvit-s", {"num_heads": 5}, "dim 512 is not a multiple of num_heads 5"),
+        ("uvit-s", {"latent_size": 33}, "latent_size 33 is not a multiple of patch_size 2"),
+        ("uvit-s", {"dim": 0}, "dim is 0"),
+        ("uvit-s", {"depth": 2.0}, "depth is 2.0"),
+        ("uvit-s", {"dim": 15, "num_heads": 3}, "dim 15 is odd"),
+    ],
+)
+def test_unbuildable_backbones(name: str, overrides: dict[str, Any], message: str) -> None:
+    with torch.device("meta"), pytest.raises(ConfigError) as caught:
+        build_backbone(name, **overrides)
+    assert message in str(caught.value)
+
+
+def test_the_latent_scale_is_no_weight() -> None:
+    assert build_backbone("uvit-s", **TINY).latent_scale == 0.2301
+    network = build_backbone("uvit-s", **TINY, latent_scale=1.0)
+    assert network.latent_scale == 1.0
+    assert not any("scale" in key for key in network.state_dict())
