@@ -1,0 +1,5 @@
+"""Where work runs: in this process, or on Ray. The only package that imports ray."""
+
+from d2i.cluster.pool import Pool, ResourceRequest, Worker, device_of_worker, run_tasks
+
+__all__ = ["Pool", "ResourceRequest", "Worker", "device_of_worker", "run_tasks"]

@@ -1,0 +1,203 @@
+"""Run tasks on workers: one contract, in this process or on a Ray cluster.
+
+A worker is built once where it runs, takes one task at a time and keeps nothing of it. A dead
+worker is started anew and its task given out again; a task that raises ends the job.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from d2i.errors import ClusterError, D2IError
+
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
+TaskIn = TypeVar("TaskIn", contravariant=True)
+ResultOut = TypeVar("ResultOut", covariant=True)
+
+# A worker that dies on the same task this often takes the job down with a clear message.
+_NUM_RESTARTS = 3
+
+
+class Worker(Protocol[TaskIn, ResultOut]):
+    """What runs tasks: built once per process, called once per task."""
+
+    def run(self, task: TaskIn) -> ResultOut:
+        """Do one task; a task may be given out again after a worker has died in it."""
+        ...
+
+
+@dataclass(frozen=True)
+class ResourceRequest:
+    """What one worker occupies. An accelerator is taken where the cluster has any."""
+
+    num_cpus: float = 1.0
+    num_gpus: float = 1.0
+
+
+@dataclass(frozen=True)
+class Pool(Generic[TaskT, ResultT]):
+    """How many workers there are, where, and what each occupies.
+
+    Args:
+        build_worker: Picklable; called in the worker's own process.
+        num_workers: `0` runs every task in this process, without Ray. `None` takes one worker
+            per accelerator, or per core where there is none.
+        ray_address: A running cluster; `None` starts Ray on this machine for the job.
+        resources: What one worker occupies.
+    """
+
+    build_worker: Callable[[], Worker[TaskT, ResultT]]
+    num_workers: int | None = None
+    ray_address: str | None = None
+    resources: ResourceRequest = ResourceRequest()
+
+
+def run_tasks(
+    pool: Pool[TaskT, ResultT], tasks: Sequence[TaskT]
+) -> Iterator[tuple[TaskT, ResultT]]:
+    """Yield (task, result) as tasks finish, in any order, each task exactly once.
+
+    Raises:
+        ClusterError: If Ray cannot start or be reached, or a worker keeps dying.
+        D2IError: Whatever a task raised for the user to mend.
+    """
+    if not tasks:
+        return
+    if pool.num_workers == 0:
+        yield from _run_here(pool, tasks)
+    else:
+        yield from _run_on_ray(pool, tasks)
+
+
+def device_of_worker() -> str:
+    """Return the torch device of the process this is called in, and fix its threads.
+
+    On a CPU each worker computes with one thread, whatever the machine has: sums are then taken
+    in one order, and a shard's bytes depend on no core count.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    torch.set_num_threads(1)
+    return "cpu"
+
+
+def _run_here(
+    pool: Pool[TaskT, ResultT], tasks: Sequence[TaskT]
+) -> Iterator[tuple[TaskT, ResultT]]:
+    worker = pool.build_worker()
+    for task in tasks:
+        yield task, worker.run(task)
+
+
+def _run_on_ray(
+    pool: Pool[TaskT, ResultT], tasks: Sequence[TaskT]
+) -> Iterator[tuple[TaskT, ResultT]]:
+    import ray
+
+    with _ray_session(pool.ray_address):
+        actors = _start_actors(pool, len(tasks))
+        waiting = list(reversed(tasks))
+        running: dict[Any, tuple[Any, TaskT]] = {}
+        for actor in actors:
+            _give(actor, waiting, running)
+        while running:
+            (ready, *_), _ = ray.wait(list(running), num_returns=1)
+            actor, task = running.pop(ready)
+            result = _result_of(ready)
+            _give(actor, waiting, running)
+            yield task, result
+
+
+def _give(actor: Any, waiting: list[TaskT], running: dict[Any, tuple[Any, TaskT]]) -> None:
+    if waiting:
+        task = waiting.pop()
+        running[actor.run.remote(task)] = (actor, task)
+
+
+def _result_of(reference: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as err:
+        if isinstance(err.cause, D2IError):
+            raise type(err.cause)(str(err.cause)) from err
+        raise
+    except ray.exceptions.RayActorError as err:
+        raise ClusterError(
+            f"a worker died {_NUM_RESTARTS + 1} times: {str(err).splitlines()[0]}; expected it to "
+            "finish; look for memory pressure, then repeat the command: finished work is kept"
+        ) from err
+
+
+def _start_actors(pool: Pool[TaskT, ResultT], num_tasks: int) -> list[Any]:
+    import ray
+
+    num_gpus = pool.resources.num_gpus if ray.cluster_resources().get("GPU", 0) else 0
+    actor_class = ray.remote(
+        num_cpus=pool.resources.num_cpus,
+        num_gpus=num_gpus,
+        max_restarts=_NUM_RESTARTS,
+        max_task_retries=_NUM_RESTARTS,
+    )(_WorkerActor)
+    wanted = pool.num_workers or _num_workers_that_fit(pool.resources, num_gpus)
+    return [actor_class.remote(pool.build_worker) for _ in range(min(wanted, num_tasks))]
+
+
+def _num_workers_that_fit(resources: ResourceRequest, num_gpus: float) -> int:
+    import ray
+
+    total = ray.cluster_resources()
+    if num_gpus:
+        return max(1, int(total["GPU"] // num_gpus))
+    return max(1, int(total.get("CPU", 1) // resources.num_cpus))
+
+
+class _WorkerActor:
+    """Holds the worker in its Ray process.
+
+    It is built with the first task: an error in building then reaches the driver as what it is.
+    """
+
+    def __init__(self, build_worker: Callable[[], Worker[Any, Any]]) -> None:
+        self._build_worker = build_worker
+        self._worker: Worker[Any, Any] | None = None
+
+    def run(self, task: Any) -> Any:
+        if self._worker is None:
+            self._worker = self._build_worker()
+        return self._worker.run(task)
+
+
+@contextmanager
+def _ray_session(address: str | None) -> Iterator[None]:
+    # Ray reads these at import; nothing is reported to anyone unless the user asks for it.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as err:
+        where = f"the cluster at {address}" if address else "Ray on this machine"
+        raise ClusterError(
+            f"{where} did not start: {str(err).splitlines()[0]}; expected a running Ray; "
+            "see 'd2i doctor'"
+        ) from err
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,11 @@
+"""The frozen encoders: pictures to VAE moments and CLIP embeddings, token ids to text latents.
+
+Every encoder runs at one fixed, padded batch: a picture's numbers depend on no neighbour.
+"""
+
+from d2i.encoders.bundle import Encoders, load_encoders
+from d2i.encoders.clip_image import ClipImage
+from d2i.encoders.clip_text import ClipText
+from d2i.encoders.vae import Vae
+
+__all__ = ["ClipImage", "ClipText", "Encoders", "Vae", "load_encoders"]

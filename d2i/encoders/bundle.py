@@ -1,0 +1,70 @@
+"""All encoders of one recipe, loaded once a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2i.config import EncodersConfig
+from d2i.encoders.clip_image import ClipImage
+from d2i.encoders.clip_text import ClipText
+from d2i.encoders.vae import Vae
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The three frozen encoders and the batch they all run at."""
+
+    vae: Vae
+    clip_image: ClipImage
+    clip_text: ClipText
+    compute_batch_size: int
+
+    def encode_images(
+        self, pixels: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
+        """Encode uint8 (N, H, H, 3) to moments f16 (N, 8, h, w) and embeddings f16 (N, clip_dim).
+
+        A value beyond float16 becomes infinite; the caller makes it a failed row.
+        """
+        with np.errstate(over="ignore"):
+            moments = self.vae.encode(pixels, self.compute_batch_size).astype(np.float16)
+            clip = self.clip_image.encode(pixels, self.compute_batch_size).astype(np.float16)
+        return moments, clip
+
+    def encode_text(self, tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
+        """Encode uint16 (N, 77 W) to text latents f16 (N, 77 W, text_dim)."""
+        return self.clip_text.encode(tokens, self.compute_batch_size).astype(np.float16)
+
+    def hashes(self) -> dict[str, str]:
+        """Return the sha256 of every encoder's weights, by name."""
+        return {
+            "vae": self.vae.hash,
+            "clip_image": self.clip_image.hash,
+            "clip_text": self.clip_text.hash,
+        }
+
+
+def load_encoders(config: EncodersConfig, device: str = "cpu") -> Encoders:
+    """Load the encoders of a recipe onto one device.
+
+    Raises:
+        CheckpointError: If one of them cannot be loaded.
+    """
+    return Encoders(
+        vae=Vae(config.vae, config.vae_kind, device),
+        clip_image=ClipImage(config.clip_image, device),
+        clip_text=ClipText(config.clip_text, config.text_prefix, device),
+        compute_batch_size=config.compute_batch_size,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide an encoded byte."""
+    from importlib.metadata import version
+
+    names: tuple[Any, ...] = ("torch", "diffusers", "transformers", "numpy", "pillow")
+    return {name: version(name) for name in names}

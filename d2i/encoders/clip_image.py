@@ -1,0 +1,49 @@
+"""The CLIP image encoder: pictures to projected, unnormalised embeddings."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from d2i.encoders.load import load_pretrained, run_padded, weights_hash
+
+# OpenAI CLIP's preprocessing (models.md, section 3.4).
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipImage:
+    """A frozen CLIP image tower with its projection (ViT-B/32: 512 numbers a picture)."""
+
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        from transformers import CLIPVisionModelWithProjection
+
+        self.device = device
+        self.module = load_pretrained(CLIPVisionModelWithProjection, name).to(device)
+        self.image_size: int = self.module.config.image_size
+        self.hash = weights_hash(self.module)
+        self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)
+
+    @torch.inference_mode()
+    def encode(self, pixels: NDArray[np.uint8], batch_size: int) -> NDArray[np.float32]:
+        """Embed square uint8 pictures (N, H, H, 3) as float32 (N, clip_dim), not normalised.
+
+        Pictures are resized to the tower's input with BICUBIC, as CLIP's own preprocessing does.
+        """
+        resized = np.stack([self._resize(image) for image in pixels])
+        return run_padded(self._embed, resized, batch_size, self.device)
+
+    def _resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        size = (self.image_size, self.image_size)
+        if image.shape[:2] == size:
+            return image
+        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+    def _embed(self, pixels_nhwc: Tensor) -> Tensor:
+        images = pixels_nhwc.permute(0, 3, 1, 2).float().div(255.0)
+        embeddings: Tensor = self.module((images - self._mean) / self._std).image_embeds
+        return embeddings

@@ -1,0 +1,88 @@
+"""What all encoders share: finding a pretrained module, hashing it, running it at a fixed batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from d2i.errors import CheckpointError
+from d2i.shipped import resolve_weights
+
+
+def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
+    """Load a diffusers or transformers model for inference in float32.
+
+    Args:
+        model_class: A class with `from_pretrained`.
+        name: A shipped name, a folder, a hub repository, or `owner/repository/subfolder`.
+        **options: What else its `from_pretrained` takes.
+
+    Raises:
+        CheckpointError: If nothing loadable is there, or keys are missing.
+    """
+    where = resolve_weights(name)
+    subfolder = ""
+    if not Path(where).exists() and where.count("/") == 2:
+        where, _, subfolder = where.rpartition("/")
+    try:
+        module = model_class.from_pretrained(
+            where, subfolder=subfolder, torch_dtype=torch.float32, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as err:
+        reason = str(err).strip().splitlines()[0][:200]
+        raise CheckpointError(
+            f"{name}: cannot load {model_class.__name__}: {reason}; expected a folder made by "
+            "save_pretrained or a hub repository; give a local folder with --set encoders.…=PATH"
+        ) from err
+    return freeze(module)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Return the module in evaluation mode, without gradients."""
+    return module.eval().requires_grad_(False)
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return the sha256 of a module's state: names, dtypes, shapes and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.view(torch.uint8).numpy().tobytes() if array.ndim else bytes(array))
+    return digest.hexdigest()
+
+
+def run_padded(
+    network: Callable[[Tensor], Tensor], inputs: NDArray[Any], batch_size: int, device: str
+) -> NDArray[np.float32]:
+    """Run a network over rows at one fixed batch, the last one padded by repeating its first row.
+
+    Args:
+        network: Takes (batch_size, ...) and returns (batch_size, ...).
+        inputs: (N, ...), N >= 1.
+        batch_size: Rows of every call.
+        device: Where the network lives.
+
+    Returns:
+        float32 (N, ...), row for row.
+    """
+    outputs = [
+        network(torch.from_numpy(batch).to(device))[:count].float().cpu().numpy()
+        for batch, count in padded_batches(inputs, batch_size)
+    ]
+    return np.concatenate(outputs)
+
+
+def padded_batches(inputs: NDArray[Any], batch_size: int) -> Iterator[tuple[NDArray[Any], int]]:
+    """Yield (batch of exactly `batch_size` rows, how many of them are real)."""
+    for start in range(0, len(inputs), batch_size):
+        rows = inputs[start : start + batch_size]
+        padding = np.repeat(rows[:1], batch_size - len(rows), axis=0)
+        yield np.ascontiguousarray(np.concatenate([rows, padding])), len(rows)

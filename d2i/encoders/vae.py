@@ -1,0 +1,96 @@
+"""The VAE: pictures to unscaled moments, unscaled latents to pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2i.encoders.load import freeze, load_pretrained, padded_batches, run_padded, weights_hash
+from d2i.errors import CheckpointError
+from d2i.shipped import resolve_weights
+
+# Stands for "no noise": exp(0.5 * -30) is 3e-7 of a latent's standard deviation.
+NO_LOG_VARIANCE = -30.0
+# Sparing memory while loading would need one more package, for networks of 0.3 GB at most.
+_PLAIN_LOADING = {"low_cpu_mem_usage": False}
+
+
+class Vae:
+    """A frozen autoencoder over latents of 4 channels.
+
+    Args:
+        name: A shipped name, a folder, a hub repository, or (tiny) a safetensors file.
+        kind: `kl` for AutoencoderKL, `tiny` for AutoencoderTiny.
+        device: Where it runs.
+    """
+
+    def __init__(self, name: str, kind: Literal["kl", "tiny"], device: str = "cpu") -> None:
+        self.kind = kind
+        self.device = device
+        self.module = _load(name, kind).to(device)
+        self.hash = weights_hash(self.module)
+
+    @torch.inference_mode()
+    def encode(self, pixels: NDArray[np.uint8], batch_size: int) -> NDArray[np.float32]:
+        """Encode uint8 (N, H, W, 3) to unscaled moments float32 (N, 8, h, w).
+
+        The first 4 channels are the mean, the last 4 the log-variance (-30 where there is none).
+        Pixels enter as x / 127.5 - 1 (models.md, section 2.6).
+        """
+        return run_padded(self._moments, pixels, batch_size, self.device)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, batch_size: int) -> NDArray[np.uint8]:
+        """Decode unscaled latents (N, 4, h, w) to uint8 (N, H, W, 3)."""
+        images = []
+        for batch, count in padded_batches(latents.float().cpu().numpy(), batch_size):
+            decoded = self.module.decode(torch.from_numpy(batch).to(self.device)).sample[:count]
+            images.append(_to_uint8(decoded))
+        return np.concatenate(images)
+
+    def _moments(self, pixels_nhwc: Tensor) -> Tensor:
+        images = pixels_nhwc.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+        if self.kind == "kl":
+            moments: Tensor = self.module.encode(images).latent_dist.parameters
+            return moments
+        mean: Tensor = self.module.encode(images).latents
+        return torch.cat([mean, torch.full_like(mean, NO_LOG_VARIANCE)], dim=1)
+
+
+def _load(name: str, kind: Literal["kl", "tiny"]) -> Any:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if kind == "kl":
+        return load_pretrained(AutoencoderKL, name, **_PLAIN_LOADING)
+    path = Path(resolve_weights(name))
+    if path.suffix == ".safetensors":
+        return _load_tiny_file(path, AutoencoderTiny())
+    return load_pretrained(AutoencoderTiny, name, **_PLAIN_LOADING)
+
+
+def _load_tiny_file(path: Path, module: Any) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        # The small public copy is stored in fp8; the network runs in float32.
+        state = {key: value.float() for key, value in load_file(path).items()}
+        module.load_state_dict(state, strict=True)
+    except (OSError, SafetensorError, RuntimeError) as err:
+        reason = str(err).strip().splitlines()[0][:200]
+        raise CheckpointError(
+            f"{path}: cannot load AutoencoderTiny: {reason}; expected a safetensors file with "
+            "diffusers' key names; check --set encoders.vae"
+        ) from err
+    return freeze(module)
+
+
+def _to_uint8(images_nchw: Tensor) -> NDArray[np.uint8]:
+    images = images_nchw.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    array: NDArray[np.uint8] = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return array

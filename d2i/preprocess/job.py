@@ -1,0 +1,169 @@
+"""The preprocessing job: plan every split, make what is not committed, fold the manifests."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from d2i import storage
+from d2i.cluster import Pool, run_tasks
+from d2i.config import Recipe
+from d2i.corpora import splits
+from d2i.errors import ConfigError, DataError
+from d2i.fault import Fault
+from d2i.preprocess.plan import Plan, PlanRequest, make_plan
+from d2i.preprocess.worker import (
+    ShardResult,
+    ShardTask,
+    ShardWorkerBuilder,
+    fingerprint_url,
+)
+from d2i.recipes import keep_recipe
+from d2i.shards import read_commits, remove_uncommitted, write_manifest
+
+
+@dataclass(frozen=True)
+class PreprocessRequest:
+    """One preprocessing job."""
+
+    corpus: str
+    source: str
+    out: str
+    recipe: Recipe
+    split: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    allow_hosts: frozenset[str] = frozenset()
+    num_workers: int | None = None
+    ray_address: str | None = None
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What became of one split: every planned instance is written or has a reason."""
+
+    split: str
+    num_instances: int
+    num_images: int
+    num_written: int
+    failures: dict[str, int]
+    problems: dict[str, int]
+    num_shards: int
+
+
+@dataclass
+class JobProgress:
+    """How far the job is, for a progress line."""
+
+    num_instances: int
+    num_done: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=time.monotonic)
+
+    def take(self, result: ShardResult) -> None:
+        """Count one finished shard."""
+        self.num_done += result.num_written + sum(result.failures.values())
+        self.failures.update(result.failures)
+
+    def line(self) -> str:
+        """Return count, rate, time left and the failures by reason."""
+        rate = self.num_done / max(time.monotonic() - self.started, 1e-9)
+        left_s = (self.num_instances - self.num_done) / max(rate, 1e-9)
+        failed = ", ".join(f"{n} {reason}" for reason, n in sorted(self.failures.items()))
+        return (
+            f"{self.num_done}/{self.num_instances} instances  {rate:.0f}/s  {left_s:.0f} s left"
+            f"  failed: {failed or 'none'}"
+        )
+
+
+def plan_job(request: PreprocessRequest) -> dict[str, Plan]:
+    """Plan every wanted split; nothing is fetched.
+
+    Raises:
+        ConfigError: If the output folder was begun with other settings.
+        DataError: If the corpus has none of the wanted splits.
+    """
+    found = splits(request.corpus, request.source)
+    wanted = [request.split] if request.split else found
+    if not wanted or not set(wanted) <= set(found):
+        raise DataError(
+            f"{request.source} has the splits {found or 'none'} of {request.corpus}, "
+            f"got --split {request.split}; expected one of them; check --corpus and --source"
+        )
+    return {
+        split: make_plan(
+            PlanRequest(
+                request.corpus, request.source, split, request.recipe, request.limit, request.seed
+            ),
+            storage.join(request.out, split),
+        )
+        for split in wanted
+    }
+
+
+def preprocess(
+    request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
+) -> list[SplitSummary]:
+    """Run the job; repeated, it makes only what is missing, and then nothing.
+
+    Raises:
+        D2IError: What the user can mend; finished shards are kept.
+    """
+    plans = plan_job(request)
+    keep_recipe(request.recipe, request.out)
+    tasks, num_instances = _missing_tasks(request.out, plans)
+    progress = JobProgress(num_instances)
+    pool = Pool(
+        _worker_builder(request, plans),
+        num_workers=request.num_workers,
+        ray_address=request.ray_address,
+    )
+    for _, result in run_tasks(pool, tasks):
+        progress.take(result)
+        on_progress(progress)
+    return [_finish(storage.join(request.out, split), split, plan) for split, plan in plans.items()]
+
+
+def _missing_tasks(out: str, plans: dict[str, Plan]) -> tuple[list[ShardTask], int]:
+    tasks, num_instances = [], 0
+    for split, plan in plans.items():
+        split_url = storage.join(out, split)
+        remove_uncommitted(split_url)
+        commits = {commit.index: commit for commit in read_commits(split_url)}
+        tasks += [ShardTask(split_url, i) for i in range(plan.num_shards) if i not in commits]
+        done = sum(c.num_samples + sum(c.failures.values()) for c in commits.values())
+        num_instances += plan.num_instances - done
+    return tasks, num_instances
+
+
+def _worker_builder(request: PreprocessRequest, plans: dict[str, Plan]) -> ShardWorkerBuilder:
+    return ShardWorkerBuilder(
+        source=storage.resolve(request.source),
+        recipe=request.recipe,
+        split_urls=tuple(storage.resolve(storage.join(request.out, split)) for split in plans),
+        allow_hosts=request.allow_hosts,
+        fault=request.fault,
+    )
+
+
+def _finish(split_url: str, split: str, plan: Plan) -> SplitSummary:
+    fingerprint = json.loads(storage.read_bytes(fingerprint_url(split_url)))
+    manifest = write_manifest(split_url, fingerprint)
+    if manifest.num_samples + sum(manifest.failures.values()) != plan.num_instances:
+        raise ConfigError(
+            f"{split_url} holds {manifest.num_samples} samples and {manifest.failures} failures, "
+            f"planned were {plan.num_instances} instances; run 'd2i verify {split_url}'"
+        )
+    return SplitSummary(
+        split=split,
+        num_instances=plan.num_instances,
+        num_images=plan.num_images,
+        num_written=manifest.num_samples,
+        failures=dict(manifest.failures),
+        problems=plan.problems,
+        num_shards=plan.num_shards,
+    )

@@ -1,0 +1,83 @@
+"""The ledger: one row for every instance key, whatever became of it (DESIGN, section 4)."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2i import storage
+from d2i.preprocess.records import write_table
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("attempts", pa.int32()),
+        ("http_status", pa.int32()),
+        ("final_url", pa.string()),
+        ("size_bytes", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),
+        ("time_s", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What became of one instance.
+
+    Args:
+        status: `ok` or `failed`.
+        reason: `ok`, or the class of the failure.
+        time_s: Unix time of the last attempt.
+    """
+
+    key: str
+    image: str
+    status: str
+    reason: str
+    detail: str
+    attempts: int
+    http_status: int | None
+    final_url: str | None
+    size_bytes: int | None
+    width: int | None
+    height: int | None
+    sha256: str | None
+    time_s: float
+
+
+def ledger_url(split_url: str, index: int) -> str:
+    """Return where the ledger of one planned shard lies."""
+    return storage.join(split_url, "ledger", f"{index:06d}.parquet")
+
+
+def write_ledger(split_url: str, index: int, rows: list[LedgerRow]) -> None:
+    """Write the rows of one planned shard, in key order, complete or not at all."""
+    ordered = [asdict(row) for row in sorted(rows, key=lambda row: row.key)]
+    write_table(ledger_url(split_url, index), pa.Table.from_pylist(ordered, SCHEMA))
+
+
+def read_ledger(split_url: str) -> list[LedgerRow]:
+    """Read every row of a split, shard by shard."""
+    folder = storage.join(split_url, "ledger")
+    tables = (
+        pq.read_table(io.BytesIO(storage.read_bytes(storage.join(folder, name))), schema=SCHEMA)
+        for name in storage.list_names(folder)
+    )
+    return [LedgerRow(**row) for table in tables for row in table.to_pylist()]
+
+
+def count_failures(rows: Iterable[LedgerRow]) -> dict[str, int]:
+    """Return how many instances failed, by reason, in order of the reasons' names."""
+    return dict(sorted(Counter(row.reason for row in rows if row.status == "failed").items()))

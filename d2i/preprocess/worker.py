@@ -1,0 +1,175 @@
+"""The preprocessing worker: one planned shard at a time, from records to a committed shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2i import storage
+from d2i.cluster import device_of_worker
+from d2i.config import Recipe
+from d2i.dialog import ImageRef
+from d2i.encoders import Encoders, load_encoders
+from d2i.encoders.bundle import versions
+from d2i.errors import ShardError
+from d2i.fault import Fault
+from d2i.preprocess.encode import (
+    SourcePicture,
+    build_samples,
+    encode_pictures,
+    ledger_row,
+    open_picture,
+)
+from d2i.preprocess.fetch import Fetched, build_fetcher
+from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
+from d2i.preprocess.plan import records_url
+from d2i.preprocess.records import read_records
+from d2i.shards import Sample, npy_bytes, write_shard
+from d2i.shards.manifest import fingerprint_differences
+from d2i.tokenize import VOCABULARY_SHA256, encode, window
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One planned shard of one split."""
+
+    split_url: str
+    index: int
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """How many instances of a planned shard were written, and why the others were not."""
+
+    num_written: int
+    failures: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ShardWorkerBuilder:
+    """Builds the worker where it runs; picklable."""
+
+    source: str
+    recipe: Recipe
+    split_urls: tuple[str, ...]
+    allow_hosts: frozenset[str] = frozenset()
+    fault: Fault | None = None
+
+    def __call__(self) -> ShardWorker:
+        """Load the encoders, and settle the fingerprint with every other worker.
+
+        Raises:
+            ShardError: If the shards there were made by other weights, settings or versions.
+        """
+        worker = ShardWorker(self, load_encoders(self.recipe.encoders, device_of_worker()))
+        for split_url in self.split_urls:
+            worker.settle(split_url)
+        return worker
+
+
+class ShardWorker:
+    """Holds the encoders; `run` makes one shard."""
+
+    def __init__(self, builder: ShardWorkerBuilder, encoders: Encoders) -> None:
+        self._recipe = builder.recipe
+        self._fault = builder.fault
+        self._encoders = encoders
+        self._fingerprint = fingerprint(builder.recipe, encoders)
+        self._fetcher = build_fetcher(
+            builder.source,
+            builder.recipe.corpus.image_root,
+            builder.recipe.preprocess,
+            builder.allow_hosts,
+        )
+
+    def settle(self, split_url: str) -> None:
+        """Write the fingerprint and the features of '' beside the shards, or check them."""
+        url = fingerprint_url(split_url)
+        mine = self._fingerprint
+        if storage.exists(url):
+            there = json.loads(storage.read_bytes(url))
+            if there != mine:
+                differences = "; ".join(fingerprint_differences(mine, there)[:3])
+                raise ShardError(
+                    f"{split_url} holds shards made otherwise: got {differences}; choose another "
+                    "--out, or the versions and weights of before"
+                )
+            return
+        tokens = window(encode(""), num_windows=self._recipe.text.num_windows)
+        for name, array in self._empty_features(tokens).items():
+            storage.write_bytes(storage.join(split_url, name), npy_bytes(array))
+        storage.write_bytes(url, json.dumps(mine, indent=1, sort_keys=True).encode())
+
+    def run(self, task: ShardTask) -> ShardResult:
+        """Fetch, encode and publish one planned shard; its commit record comes last."""
+        instances = read_records(records_url(task.split_url, task.index))
+        fetched = self._fetch({instance.image_ref for instance in instances})
+        opened = {ref: open_picture(found, self._recipe) for ref, found in fetched.items()}
+        pictures = {ref: p for ref, p in opened.items() if isinstance(p, SourcePicture)}
+        features = encode_pictures(pictures, self._encoders)
+        samples = build_samples(instances, pictures, features, self._encoders, self._recipe)
+        rows = [
+            ledger_row(i, fetched[i.image_ref], opened[i.image_ref], features) for i in instances
+        ]
+        return self._publish(task, samples, rows)
+
+    def _empty_features(self, tokens: NDArray[np.uint16]) -> dict[str, NDArray[np.generic]]:
+        features: dict[str, NDArray[np.generic]] = {"empty_tokens.npy": tokens}
+        if self._recipe.text.latents == "full":
+            features["empty_text.npy"] = self._encoders.encode_text(tokens[None])[0]
+        return features
+
+    def _fetch(self, refs: set[ImageRef]) -> dict[ImageRef, Fetched]:
+        ordered = sorted(refs, key=lambda ref: ref.value)
+        with ThreadPoolExecutor(self._recipe.preprocess.num_fetch_threads) as threads:
+            return dict(zip(ordered, threads.map(self._fetcher.fetch, ordered), strict=True))
+
+    def _publish(
+        self, task: ShardTask, samples: Sequence[Sample], rows: list[LedgerRow]
+    ) -> ShardResult:
+        failures = count_failures(rows)
+        write_ledger(task.split_url, task.index, rows)
+        write_shard(
+            samples,
+            task.split_url,
+            task.index,
+            failures=failures,
+            fingerprint=self._fingerprint,
+            fault=self._fault.reach if self._fault else None,
+        )
+        return ShardResult(len(samples), failures)
+
+
+def fingerprint_url(split_url: str) -> str:
+    """Return where the fingerprint lies while the manifest is not yet written."""
+    return storage.join(split_url, "plan", "fingerprint.json")
+
+
+def fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, dict[str, object]]:
+    """Return all that decides a byte of a shard: an image part and a text part."""
+    hashes = encoders.hashes()
+    return {
+        "image": {
+            "vae": hashes["vae"],
+            "vae_kind": recipe.encoders.vae_kind,
+            "clip_image": hashes["clip_image"],
+            "resolution": recipe.image.resolution,
+            "resize": "lanczos, centre crop",
+            "compute_batch_size": recipe.encoders.compute_batch_size,
+            "device": encoders.vae.device,
+            "versions": versions(),
+        },
+        "text": {
+            "tokenizer": VOCABULARY_SHA256,
+            "strategy": recipe.text.strategy,
+            "keep": recipe.text.keep,
+            "num_windows": recipe.text.num_windows,
+            "clip_text": hashes["clip_text"],
+            "latents": recipe.text.latents,
+        },
+    }

@@ -1,0 +1,142 @@
+"""The guarded request: what it refuses to ask, and what it does with bad answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from d2i.preprocess.guarded_http import Limits, RefusedRequestError, get, is_public
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.5.5", "169.254.169.254", "100.64.0.1"),
+        *("0.0.0.0", "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1", "ff02::1"),
+        *(
+            "::ffff:127.0.0.1",
+            "::ffff:10.0.0.1",
+            "64:ff9b::7f00:1",
+            "2002:7f00:1::",
+            "fe80::1%eth0",
+        ),
+    ],
+)
+def test_private_addresses_are_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+def test_public_addresses_are(address: str) -> None:
+    assert is_public(address)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """One path, one kind of answer; counts what was asked."""
+
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        if self.path == "/good":
+            self._send(200, b"x" * 1000)
+        elif self.path == "/loop":
+            self._redirect("/loop")
+        elif self.path == "/inside":
+            self._redirect(f"http://localhost:{self.server.server_address[1]}/secret")
+        elif self.path == "/file":
+            self._redirect("file:///etc/hostname")
+        elif self.path == "/gzip":
+            self._send(200, b"x", ("Content-Encoding", "gzip"))
+        elif self.path == "/endless":
+            self._send_endless()
+        elif self.path == "/short":
+            self._send(200, b"x" * 10, ("Content-Length", "1000"))
+        else:
+            self._send(404, b"")
+
+    def _send(self, status: int, body: bytes, *headers: tuple[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers or (("Content-Length", str(len(body))),):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _redirect(self, target: str) -> None:
+        self.send_response(302)
+        self.send_header("Location", target)
+        self.end_headers()
+
+    def _send_endless(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b"x" * 65536)
+        except OSError:
+            return
+
+    def log_message(self, *_: object) -> None:
+        """Stay quiet."""
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadingHTTPServer]:
+    handler = type("Counted", (Answers,), {"asked": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        running.daemon_threads = True
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def ask(server: ThreadingHTTPServer, path: str, *, allowed: bool = True) -> bytes:
+    host = f"127.0.0.1:{server.server_address[1]}"
+    hosts = frozenset([host]) if allowed else frozenset()
+    return get(f"http://{host}{path}", Limits(10.0, 100_000, hosts)).body
+
+
+def asked_of(server: ThreadingHTTPServer) -> list[str]:
+    return server.RequestHandlerClass.asked  # type: ignore[attr-defined]
+
+
+def test_an_allowed_host_answers(server: ThreadingHTTPServer) -> None:
+    assert ask(server, "/good") == b"x" * 1000
+
+
+def test_a_private_host_is_never_asked(server: ThreadingHTTPServer) -> None:
+    with pytest.raises(RefusedRequestError) as caught:
+        ask(server, "/good", allowed=False)
+    assert caught.value.reason == "refused_address"
+    assert asked_of(server) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/nothing", "http_404"),
+        ("/loop", "too_many_redirects"),
+        ("/inside", "refused_address"),
+        ("/file", "bad_url"),
+        ("/gzip", "encoded_body"),
+        ("/endless", "too_many_bytes"),
+        ("/short", "connect"),
+    ],
+)
+def test_bad_answers_have_a_reason(server: ThreadingHTTPServer, path: str, reason: str) -> None:
+    with pytest.raises(RefusedRequestError) as caught:
+        ask(server, path)
+    assert caught.value.reason == reason
+    assert "/secret" not in asked_of(server)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "data:,x", "ftp://a/b", "http://", "x"])
+def test_other_schemes_are_refused(url: str) -> None:
+    with pytest.raises(RefusedRequestError) as caught:
+        get(url, Limits(5.0, 100))
+    assert caught.value.reason == "bad_url"

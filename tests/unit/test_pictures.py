@@ -1,0 +1,105 @@
+"""The decode policy: what becomes a picture, and which reason all else gets."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2i.config import ImageConfig
+from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture, png_bytes
+
+LIMITS = ImageConfig()
+
+
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def noise(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def reason(data: bytes) -> str:
+    with pytest.raises(RefusedPictureError) as caught:
+        decode_picture(data, LIMITS)
+    return caught.value.reason
+
+
+def test_sixteen_bits_are_scaled() -> None:
+    grey = Image.fromarray(np.full((64, 64), 0x7FFF, np.uint16))
+    assert np.asarray(decode_picture(saved(grey, "PNG"), LIMITS).image).mean() == 127
+
+
+def test_alpha_lies_over_white_and_orientation_is_applied() -> None:
+    clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    assert np.asarray(decode_picture(saved(clear, "PNG"), LIMITS).image).min() == 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = decode_picture(saved(noise((40, 20)), "JPEG", exif=exif), LIMITS).image
+    assert turned.size == (20, 40)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "1", "P"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    form = "JPEG" if mode in ("CMYK", "L") else "PNG"
+    assert decode_picture(saved(noise((32, 32), mode), form), LIMITS).image.mode == "RGB"
+
+
+def test_the_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_picture(data, LIMITS).image.getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_reasons() -> None:
+    assert reason(b"") == "not_an_image"
+    assert reason(b"<html></html>") == "not_an_image"
+    assert reason(b"<svg xmlns='http://www.w3.org/2000/svg'/>") == "not_an_image"
+    assert reason(saved(noise((32, 32)), "BMP")) == "not_an_image"
+    assert reason(saved(noise((400, 8)), "PNG")) == "too_small"
+    assert reason(saved(noise((800, 20)), "PNG")) == "odd_aspect"
+    assert reason(saved(Image.new("1", (12000, 12000)), "PNG")) == "too_large"
+
+
+def test_a_cut_picture_is_never_half_a_picture() -> None:
+    for form in ("JPEG", "PNG"):
+        data = saved(noise((64, 64)), form)
+        for share in (0.3, 0.5, 0.9):
+            assert reason(data[: int(len(data) * share)]) in ("decode_error", "not_an_image")
+
+
+def test_random_bytes_never_end_a_job() -> None:
+    rng = random.Random(0)
+    data = bytearray(saved(noise((64, 64)), "JPEG"))
+    for _ in range(300):
+        mutated = bytearray(data)
+        for _ in range(rng.randrange(1, 8)):
+            mutated[rng.randrange(len(mutated))] = rng.randrange(256)
+        try:
+            assert decode_picture(bytes(mutated), LIMITS).image.mode == "RGB"
+        except RefusedPictureError as err:
+            assert err.reason
+
+
+def test_the_crop_is_the_centre_square() -> None:
+    picture = Image.new("RGB", (300, 100), "white")
+    picture.paste("red", (100, 0, 200, 100))
+    square = crop_to_square(picture, 64)
+    assert square.size == (64, 64)
+    assert square.getpixel((32, 32)) == (255, 0, 0)
+    assert crop_to_square(Image.new("RGB", (7, 91)), 64).size == (64, 64)
+
+
+def test_png_bytes_keep_pixels_and_settings() -> None:
+    pixels = np.asarray(noise((16, 16)))
+    image = Image.open(io.BytesIO(png_bytes(pixels, {"seed": "3"})))
+    assert (np.asarray(image) == pixels).all()
+    assert image.info["seed"] == "3"
+    assert png_bytes(pixels) == png_bytes(pixels)
