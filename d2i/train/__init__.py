@@ -1,0 +1,1 @@
+"""Fine-tuning a backbone on prepared shards with DeepSpeed (`d2i train`)."""

@@ -1,0 +1,53 @@
+"""What `deepspeed train/launch.py` runs on every rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2i.config import apply_settings
+from d2i.errors import D2IError
+from d2i.fault import parse_fault
+from d2i.recipes import load_recipe
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def launch(
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or module:function.")],
+    data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
+    run: Annotated[Path, typer.Option(help="Run directory; the same command resumes it.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting: train.num_steps=100.")
+    ] = None,
+    fault: Annotated[str | None, typer.Option(help="POINT:error|sleep|kill:N, for proofs.")] = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
+    """Train one rank. Started by a launcher, once for every rank.
+
+    For example: deepspeed --num_accelerators 2 train/launch.py --recipe demo --data D --run R
+    """
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    from d2i.train.loop import TrainRequest, train
+
+    resolved = apply_settings(load_recipe(recipe), settings or [])
+    train(TrainRequest(resolved, data, run, parse_fault(fault)))
+
+
+def main() -> None:
+    """Run the entry point: exit code 2 and one line for what the user can mend."""
+    try:
+        app()
+    except D2IError as err:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {err}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

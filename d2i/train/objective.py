@@ -1,0 +1,42 @@
+"""The loss of one micro batch, by backbone family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from d2i.config import BackboneConfig
+from d2i.diffusion import sample_latent, unidiffuser_loss, uvit_loss
+from d2i.train.batch import Batch
+
+Objective = Callable[[Any, Batch], Tensor]
+
+
+def is_joint(config: BackboneConfig) -> bool:
+    """Return whether the backbone predicts picture and text together."""
+    return config.name.startswith("unidiffuser")
+
+
+def build_objective(config: BackboneConfig, latent_scale: float) -> Objective:
+    """Return the function from (network, batch) to the mean loss, a scalar.
+
+    Latents are drawn anew from the stored moments at every step (models.md, section 2.5).
+    """
+
+    def latents(batch: Batch) -> Tensor:
+        return sample_latent(batch.moments, batch.latent_noise, latent_scale)
+
+    def uvit(network: Any, batch: Batch) -> Tensor:
+        return uvit_loss(network, latents(batch), batch.text, batch.n, batch.noise).mean()
+
+    def unidiffuser(network: Any, batch: Batch) -> Tensor:
+        joint = batch.joint
+        if joint is None:
+            raise ValueError("a joint loss needs a joint batch")
+        parts = (latents(batch), joint.clip, batch.text)
+        noises = (batch.noise, joint.clip_noise, joint.text_noise)
+        return unidiffuser_loss(network, parts, batch.n, joint.n_text, noises).mean()
+
+    return unidiffuser if is_joint(config) else uvit
