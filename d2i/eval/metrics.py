@@ -1,0 +1,235 @@
+"""The scores of generated pictures: FID, KID, Inception Score and CLIP-I, from features at hand.
+
+The only module that imports torch_fidelity; the extraction of features belongs elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import (
+    KEY_METRIC_FID,
+    fid_features_to_statistics,
+    fid_statistics_to_metric,
+)
+from torch_fidelity.metric_isc import (
+    KEY_METRIC_ISC_MEAN,
+    KEY_METRIC_ISC_STD,
+    isc_features_to_metric,
+)
+from torch_fidelity.metric_kid import (
+    KEY_METRIC_KID_MEAN,
+    KEY_METRIC_KID_STD,
+    kid_features_to_metric,
+)
+
+from d2i.errors import DataError
+
+# The file's name carries the first eight digits of its sha256, as torch hub's names do.
+_INCEPTION_SHA256_PREFIX = "6726825d"
+_INCEPTION = f"weights-inception-2015-12-05-{_INCEPTION_SHA256_PREFIX}.pth"
+# Covariances and unbiased estimates divide by n - 1.
+_MIN_PICTURES = 2
+
+
+def compute_scores(
+    real_features: Any,
+    features: Any,
+    logits: Any | None,
+    real_embeddings: Any,
+    embeddings: Any,
+    *,
+    kid_subsets: int = 100,
+    kid_subset_size: int = 1000,
+    is_splits: int = 10,
+    seed: int = 2020,
+) -> dict[str, float | int | None]:
+    """Score generated pictures by torch-fidelity's own functions, in float64.
+
+    Arrays and tensors of any floating dtype are taken. Float64 throughout makes the scores agree
+    between devices; torch-fidelity's own float32 means differ by about 1e-6 of the FID.
+
+    Args:
+        real_features: (N, D) features of the true pictures, for FID and KID.
+        features: (M, D) features of the generated pictures.
+        logits: (M, C) class logits of the generated pictures, before softmax, or None for an
+            extractor that has no classes.
+        real_embeddings: (M, E) CLIP embeddings of the true pictures.
+        embeddings: (M, E) CLIP embeddings of the generated pictures; row i answers row i above.
+        kid_subsets: number of random subsets that KID is the mean over.
+        kid_subset_size: pictures in a subset; fewer where there are fewer pictures.
+        is_splits: chunks that the Inception Score is the mean over; fewer where there are fewer
+            pictures.
+        seed: of KID's subsets and of the Inception Score's permutation.
+
+    Returns:
+        `fid`, `kid`, `kid_std`, `is`, `is_std`, `clip_i`, and the sizes really used,
+        `kid_subset_size` and `is_splits`. The deviations are population standard deviations over
+        subsets and splits. `is`, `is_std` and `is_splits` are None without logits.
+
+    Raises:
+        DataError: If the arrays do not fit together, hold a value that is not finite, or are too
+            few to score.
+    """
+    real, fake = _matrix("real_features", real_features), _matrix("features", features)
+    _expect_same_width("features", real, fake)
+    return {
+        "fid": _fid(real, fake),
+        **_kid(real, fake, kid_subsets, kid_subset_size, seed),
+        **_inception_score(logits, len(fake), is_splits, seed),
+        "clip_i": _clip_i(
+            _matrix("real_embeddings", real_embeddings), _matrix("embeddings", embeddings)
+        ),
+    }
+
+
+def _fid(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """Fréchet distance of two Gaussians (Heusel et al. 2017, section 3)."""
+    statistics = (fid_features_to_statistics(real), fid_features_to_statistics(fake))
+    try:
+        found = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    except np.linalg.LinAlgError as error:
+        raise DataError(f"fid: {error}; the features' covariance overflows, check them") from error
+    return _finite("fid", found)
+
+
+def _kid(
+    real: torch.Tensor, fake: torch.Tensor, num_subsets: int, subset_size: int, seed: int
+) -> dict[str, float | int | None]:
+    """Polynomial-kernel MMD (Binkowski et al. 2018, section 4), unbiased, over random subsets."""
+    subset_size = min(subset_size, len(real), len(fake))
+    found = kid_features_to_metric(
+        real,
+        fake,
+        kid_subsets=num_subsets,
+        kid_subset_size=subset_size,
+        rng_seed=seed,
+        verbose=False,
+    )
+    return {
+        "kid": _finite("kid", found[KEY_METRIC_KID_MEAN]),
+        "kid_std": _finite("kid_std", found[KEY_METRIC_KID_STD]),
+        "kid_subset_size": subset_size,
+    }
+
+
+def _inception_score(
+    logits: Any | None, num_pictures: int, num_splits: int, seed: int
+) -> dict[str, float | int | None]:
+    """Inception Score (Salimans et al. 2016, section 4) over random splits."""
+    if logits is None:
+        return {"is": None, "is_std": None, "is_splits": None}
+    rows = _matrix("logits", logits)
+    if len(rows) != num_pictures:
+        raise DataError(
+            f"logits: got {len(rows)} rows, expected {num_pictures}, one for each picture scored"
+        )
+    num_splits = min(num_splits, len(rows))
+    found = isc_features_to_metric(rows, splits=num_splits, shuffle=True, rng_seed=seed)
+    return {
+        "is": _finite("is", found[KEY_METRIC_ISC_MEAN]),
+        "is_std": _finite("is_std", found[KEY_METRIC_ISC_STD]),
+        "is_splits": num_splits,
+    }
+
+
+def _clip_i(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """100 times the mean cosine of paired embeddings, as Taited/clip-score defines CLIP-I."""
+    _expect_same_width("embeddings", real, fake)
+    if len(real) != len(fake):
+        raise DataError(
+            f"embeddings: got {len(fake)} rows for {len(real)} true pictures, expected pairs"
+        )
+    norms = real.norm(dim=1) * fake.norm(dim=1)
+    if bool((norms == 0).any()):
+        raise DataError(
+            f"embeddings: row {int((norms == 0).nonzero()[0])} is all zero and has no direction; "
+            "check the CLIP weights"
+        )
+    return _finite("clip_i", float(100 * ((real * fake).sum(dim=1) / norms).mean()))
+
+
+def _matrix(name: str, values: Any) -> torch.Tensor:
+    """Return `values` as a finite float64 (n, d) tensor on the CPU."""
+    tensor = values.detach().cpu() if torch.is_tensor(values) else torch.tensor(np.asarray(values))
+    if tensor.dim() != 2 or len(tensor) < _MIN_PICTURES:
+        raise DataError(
+            f"{name}: got shape {tuple(tensor.shape)}, expected (pictures, width) with at least "
+            f"{_MIN_PICTURES} pictures; score more of them"
+        )
+    tensor = tensor.double()
+    bad_rows = (~tensor.isfinite().all(dim=1)).nonzero().flatten()
+    if len(bad_rows):
+        raise DataError(
+            f"{name}: {len(bad_rows)} of {len(tensor)} rows hold values that are not finite, the "
+            f"first is row {int(bad_rows[0])}; look at that picture and at the network's weights"
+        )
+    return tensor
+
+
+def _expect_same_width(name: str, real: torch.Tensor, fake: torch.Tensor) -> None:
+    if real.shape[1] != fake.shape[1]:
+        raise DataError(
+            f"{name}: width {fake.shape[1]} beside the true pictures' {real.shape[1]}; "
+            "both must come from one extractor"
+        )
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise DataError(f"{name}: got {value}, expected a finite number; check the features' range")
+    return value
+
+
+class InceptionFeatures:
+    """torch-fidelity's Inception v3: 2048 features and 1008 logits of uint8 pictures.
+
+    Args:
+        weights: Path of `weights-inception-2015-12-05-6726825d.pth`, or None for the copy in
+            torch hub's cache.
+        device: Where it runs.
+
+    Raises:
+        DataError: If the file is not there, or is another one (its sha256 is checked, as
+            torch-fidelity unpickles it).
+    """
+
+    def __init__(self, weights: str | None, device: str) -> None:
+        path = Path(weights) if weights else Path(torch.hub.get_dir(), "checkpoints", _INCEPTION)
+        _check_inception(path)
+        self.name = f"inception-v3-compat {_INCEPTION_SHA256_PREFIX}"
+        self._device = device
+        self._network = FeatureExtractorInceptionV3(
+            "inception-v3-compat",
+            ["2048", "logits_unbiased"],
+            feature_extractor_weights_path=str(path),
+        ).to(device)
+
+    def extract(
+        self, pixels: npt.NDArray[np.uint8]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Read uint8 (N, H, W, 3): features (N, 2048) and logits (N, 1008)."""
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self._device)
+        with torch.no_grad():
+            features, logits = self._network(images)
+        return features.float().cpu().numpy(), logits.float().cpu().numpy()
+
+
+def _check_inception(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(
+            f"{path} is not there; expected torch-fidelity's Inception weights; put it there, "
+            "name it with --set metrics.extractor_weights=PATH, or --set metrics.extractor=clip"
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(_INCEPTION_SHA256_PREFIX):
+        raise DataError(
+            f"{path} has sha256 {digest[:8]}, expected {_INCEPTION_SHA256_PREFIX}; fetch it anew"
+        )

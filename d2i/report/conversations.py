@@ -1,0 +1,120 @@
+"""A dozen conversations as chat bubbles beside the true picture and the generated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from d2i.errors import DataError
+from d2i.report.dataset import Conversation, read_conversations
+from d2i.report.evaluation import Evaluation, column_names
+from d2i.report.markup import LeftOut, Section, picture, text
+
+NUM_CONVERSATIONS = 12
+_TITLE = "Conversations"
+
+
+def conversations_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+    """Show the first conversations, in the seeded order of keys, that every system drew."""
+    keys = set(evaluations[0].picture_urls).intersection(*(e.picture_urls for e in evaluations))
+    if not keys:
+        return LeftOut(_TITLE, "no picture was kept for any conversation that all systems drew")
+    if len({evaluation.card.get("manifest_sha256") for evaluation in evaluations}) > 1:
+        return LeftOut(_TITLE, "the evaluations are of different data sets")
+    data_url = str(evaluations[0].card.get("data", ""))
+    try:
+        shown = read_conversations(data_url, keys, NUM_CONVERSATIONS)
+        wanted = [conversation.key for conversation in shown]
+        drawn = [evaluation.read_pictures(wanted) for evaluation in evaluations]
+    except DataError as error:
+        return LeftOut(_TITLE, str(error))
+    if not shown:
+        return LeftOut(_TITLE, f"no picture that was kept belongs to {data_url}")
+    rows = (_row(conversation, evaluations, drawn) for conversation in shown)
+    return Section("conversations", _TITLE, f"{_intro(shown, evaluations)}{''.join(rows)}")
+
+
+def _intro(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> str:
+    judged = any(evaluation.judged for evaluation in evaluations)
+    marks = (
+        " Under it stands what it shows; under the others, what a rule read from their pixels."
+        if judged
+        else ""
+    )
+    return (
+        f'<p class="intro">{len(shown)} conversations, drawn by a hash of their keys and so chosen '
+        "by nobody. Each is what the network was given; the true picture is what was sent."
+        f"{marks}</p>"
+    )
+
+
+def _row(
+    conversation: Conversation,
+    evaluations: Sequence[Evaluation],
+    drawn: Sequence[Mapping[str, bytes]],
+) -> str:
+    key = conversation.key
+    examples = [_example(evaluation, key) for evaluation in evaluations]
+    wanted = next((example["wanted"] for example in examples if example), None)
+    shows = f": {', '.join(map(str, wanted.values()))}" if wanted else f" of {key}"
+    alt = f"True picture{shows}"
+    figures = [_figure("True picture", conversation.picture, alt, _wanted(wanted))]
+    for name, pictures, example in zip(column_names(evaluations), drawn, examples, strict=True):
+        alt = f"{name}: picture drawn for {key}"
+        figures.append(_figure(name, pictures.get(key), alt, _read(example)))
+    return (
+        f'<article class="conversation" aria-label="{text(key)}">{_chat(conversation)}'
+        f'<div class="pictures">{"".join(figures)}</div>'
+        f'<p class="key">{text(key)}</p></article>'
+    )
+
+
+def _chat(conversation: Conversation) -> str:
+    turns = "".join(
+        f'<li dir="auto" class="{"ours" if speaker % 2 else "theirs"}">'
+        f'<span class="hidden">Speaker {speaker + 1}: </span>{text(said)}</li>'
+        for speaker, said in conversation.turns
+    )
+    return f'<ol class="chat" tabindex="0" aria-label="Conversation">{turns}</ol>'
+
+
+def _figure(name: str, data: bytes | None, alt: str, attributes: str) -> str:
+    caption = f"<figcaption>{text(name)}</figcaption>"
+    return f"<figure>{caption}{picture(data, alt)}{attributes}</figure>"
+
+
+def _example(evaluation: Evaluation, key: str) -> Mapping[str, Any] | None:
+    found = ((evaluation.judged or {}).get("examples") or {}).get(key)
+    return found if isinstance(found, dict) else None
+
+
+def _wanted(wanted: Mapping[str, str] | None) -> str:
+    if not wanted:
+        return ""
+    items = "".join(
+        f'<li title="{text(name)}"><span class="hidden">{text(name)}: </span>{text(value)}</li>'
+        for name, value in wanted.items()
+    )
+    return f'<ul class="read wanted">{items}</ul>'
+
+
+def _read(example: Mapping[str, Any] | None) -> str:
+    """List what the rule read, in the order of what was wanted, each with its mark."""
+    if not example:
+        return ""
+    items = (
+        _mark(attribute, value, example["read"].get(attribute))
+        for attribute, value in example["wanted"].items()
+    )
+    return f'<ul class="read">{"".join(items)}</ul>'
+
+
+def _mark(attribute: str, wanted: str, read: str | None) -> str:
+    right = read == wanted
+    sign, spoken = ("✓", "right") if right else ("✗", "wrong")
+    return (
+        f'<li class="{spoken}" title="{text(attribute)}: asked for {text(wanted)}">'
+        f'<span aria-hidden="true">{sign}</span>'
+        f'<span class="hidden">{text(attribute)} {spoken}: </span> '
+        f"{text(f'no {attribute}' if read is None else read)}</li>"
+    )

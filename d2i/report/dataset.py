@@ -1,0 +1,79 @@
+"""What the report shows of a data set: conversations, true pictures, what became of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2i import storage
+from d2i.dialog import key_order_hash
+from d2i.errors import ShardError
+from d2i.shards import ShardReader
+from d2i.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One sample: its key, its turns as (speaker number, text), and the source picture's bytes."""
+
+    key: str
+    turns: tuple[tuple[int, str], ...]
+    picture: bytes | None
+
+
+def read_conversations(data_url: str, keys: Collection[str], count: int) -> list[Conversation]:
+    """Read the `count` samples of `keys` that come first in the seeded order of keys.
+
+    The order is a hash of the key, so nobody chose them by their looks.
+
+    Raises:
+        ShardError: If the data set cannot be read.
+    """
+    reader = ShardReader(data_url)
+    places = {key: place for place, key in enumerate(reader.keys) if key in keys}
+    chosen = sorted(places, key=lambda key: key_order_hash(key, 0))[:count]
+    return [
+        Conversation(
+            key,
+            speaking_turns(reader.read_json(places[key])["context"]),
+            reader.read_image(places[key]),
+        )
+        for key in chosen
+    ]
+
+
+def speaking_turns(context: Sequence[dict[str, Any]]) -> tuple[tuple[int, str], ...]:
+    """Number the speakers from 0 and leave silent turns out.
+
+    A turn without a speaker answers the turn before it, as in `d2i.dialog.linearize`.
+    """
+    numbers: dict[int, int] = {}
+    turns, speaker = [], None
+    for turn in context:
+        given = turn.get("speaker")
+        speaker = (1 if speaker == 0 else 0) if given is None else given
+        if text := str(turn.get("text", "")).strip():
+            turns.append((numbers.setdefault(speaker, len(numbers)), text))
+    return tuple(turns)
+
+
+def read_splits(data_url: str) -> dict[str, Manifest]:
+    """Read the manifest of a data set folder and of its sibling splits, in the order of `SPLITS`.
+
+    Raises:
+        ShardError: If none is there, or one is damaged.
+    """
+    parent, _, own = data_url.rstrip("/").rpartition("/")
+    names = list(SPLITS) if own in SPLITS else [own]
+    urls = {name: f"{parent}/{name}" if parent else name for name in names}
+    found = {
+        name: read_manifest(url)
+        for name, url in urls.items()
+        if storage.exists(storage.join(url, MANIFEST_NAME))
+    }
+    if not found:
+        raise ShardError(f"no {MANIFEST_NAME} in {data_url}")
+    return found

@@ -1,0 +1,187 @@
+"""What one evaluation left on disk: scores, metric card, judge's answers and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tarfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any
+
+from d2i import storage
+from d2i.errors import DataError
+
+_MAX_PICTURE_BYTES = 1 << 26
+# What decides a score beside the system itself.
+_DECIDING_FIELDS = (
+    "manifest_sha256",
+    "expected",
+    "found",
+    "resolution",
+    "resize",
+    "codec",
+    "extractor",
+    "sampler",
+    "num_steps",
+    "guidance_scale",
+    "seed",
+    "compute_batch_size",
+    "device",
+    "versions",
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluated system.
+
+    Attributes:
+        url: The folder it was read from.
+        scores: Score by name, None where a score does not exist for the extractor.
+        card: The metric card: everything that decides the scores.
+        judged: Attributes read from the pictures by a rule, where a judge ran; fractions are 0..1.
+        picture_urls: The tar that holds the generated picture of each key kept.
+    """
+
+    url: str
+    scores: Mapping[str, float | int | None]
+    card: Mapping[str, Any]
+    judged: Mapping[str, Any] | None
+    picture_urls: Mapping[str, str]
+
+    @property
+    def label(self) -> str:
+        """What to call the system in a heading."""
+        return str(self.card.get("label") or self.card.get("system") or self.url)
+
+    def read_pictures(self, keys: Collection[str]) -> dict[str, bytes]:
+        """Read the PNG bytes of the named keys, in one pass over each tar that holds any.
+
+        Raises:
+            DataError: If a tar is damaged or a picture is larger than 64 MiB.
+        """
+        found: dict[str, bytes] = {}
+        for url in sorted({self.picture_urls[key] for key in keys}):
+            wanted = {f"{key}.png" for key in keys if self.picture_urls[key] == url}
+            found |= _read_members(url, wanted)
+        return found
+
+
+def read_evaluation(eval_dir: str | PathLike[str]) -> Evaluation:
+    """Read `scores.json`, `judged.json` where there is one, and the names of the pictures.
+
+    Raises:
+        DataError: If `scores.json` is missing, or a file is not what an evaluation writes.
+    """
+    url = fspath(eval_dir)
+    document = read_json(storage.join(url, "scores.json"))
+    if document is None:
+        raise DataError(
+            f"{url}: found no scores.json, expected the output of `d2i eval`; run it to its end"
+        )
+    if not all(isinstance(document.get(part), dict) for part in ("scores", "card")):
+        raise DataError(f"{url}/scores.json: expected `scores` and `card`; run `d2i eval` again")
+    judged = read_json(storage.join(url, "judged.json"))
+    return Evaluation(url, document["scores"], document["card"], judged, _picture_urls(url))
+
+
+def read_json(url: str) -> dict[str, Any] | None:
+    """Read a JSON object, or None where there is no such file.
+
+    Raises:
+        DataError: If the file holds something else.
+    """
+    try:
+        data = storage.read_bytes(url)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{url}: not JSON ({error}); write it again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{url}: got a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def column_names(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Name the evaluations side by side: before and after fine-tuning where that is what they are.
+
+    Names that would be equal carry the folder they come from.
+    """
+    if _is_before_and_after(evaluations):
+        return ["Before", "After"]
+    labels = [evaluation.label for evaluation in evaluations]
+    return [
+        label
+        if labels.count(label) == 1
+        else f"{label} ({evaluation.url.rstrip('/').rpartition('/')[2]})"
+        for label, evaluation in zip(labels, evaluations, strict=True)
+    ]
+
+
+def group_comparable(evaluations: Sequence[Evaluation]) -> list[list[int]]:
+    """Put the numbers of evaluations whose scores may stand side by side together, in order.
+
+    Two cards that differ in what decides a score, other than the system itself, stand apart.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, evaluation in enumerate(evaluations):
+        deciding = [evaluation.card.get(field) for field in _DECIDING_FIELDS]
+        groups.setdefault(json.dumps(deciding, sort_keys=True, default=str), []).append(number)
+    return list(groups.values())
+
+
+def differing_fields(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Name the fields that decide a score and are not the same for all evaluations."""
+    return [
+        field
+        for field in _DECIDING_FIELDS
+        if any(e.card.get(field) != evaluations[0].card.get(field) for e in evaluations)
+    ]
+
+
+def _is_before_and_after(evaluations: Sequence[Evaluation]) -> bool:
+    if len(evaluations) != 2:
+        return False
+    before, after = evaluations
+    same_backbone = before.label.partition(",")[0] == after.label.partition(",")[0]
+    return same_backbone and not before.card.get("run") and bool(after.card.get("run"))
+
+
+def _picture_urls(url: str) -> dict[str, str]:
+    folder = storage.join(url, "images")
+    tars = [storage.join(folder, n) for n in storage.list_names(folder) if n.endswith(".tar")]
+    return {key: tar for tar in tars for key in _keys_in(tar)}
+
+
+def _keys_in(url: str) -> list[str]:
+    with _opened(url) as tar:
+        names = [member.name for member in tar if member.isfile()]
+    return [name.removesuffix(".png") for name in names if name.endswith(".png")]
+
+
+def _read_members(url: str, names: Collection[str]) -> dict[str, bytes]:
+    found = {}
+    with _opened(url) as tar:
+        for member in tar:
+            if member.name not in names:
+                continue
+            if member.size > _MAX_PICTURE_BYTES:
+                raise DataError(f"{url}: {member.name} has {member.size} bytes, expected a picture")
+            file = tar.extractfile(member)
+            if file is not None:
+                found[member.name.removesuffix(".png")] = file.read()
+    return found
+
+
+@contextlib.contextmanager
+def _opened(url: str) -> Iterator[tarfile.TarFile]:
+    """Open an uncompressed tar; what is wrong with it becomes one line."""
+    try:
+        with storage.open_url(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            yield tar
+    except tarfile.TarError as error:
+        raise DataError(f"{url}: not a whole tar ({error}); run `d2i eval` again") from error

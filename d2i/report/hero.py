@@ -1,0 +1,71 @@
+"""The top of the page: one sentence and the headline numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from d2i.report.evaluation import Evaluation, column_names, group_comparable
+from d2i.report.markup import figure, is_number, percent, text
+
+DEFAULT_TITLE = "d2i report"
+_SENTENCE = "A conversation goes in, the picture that answers it comes out"
+
+
+def hero(evaluations: Sequence[Evaluation], title: str | None) -> str:
+    """Draw the heading, what was evaluated, and up to three headline numbers."""
+    cards = [_accuracy(evaluations), _score(evaluations, "fid"), _score(evaluations, "clip_i")]
+    return (
+        f'<header class="hero"><p class="eyebrow">{text(title or DEFAULT_TITLE)}</p>'
+        f'<h1>{_SENTENCE}</h1><p class="lead">{_sentence(evaluations)}</p>'
+        f'<div class="headline">{"".join(cards)}</div></header>'
+    )
+
+
+def _sentence(evaluations: Sequence[Evaluation]) -> str:
+    card = evaluations[-1].card
+    found, data = card.get("found"), str(card.get("data", "")).rstrip("/")
+    count = f"{figure(found, ',')} conversations" if is_number(found) else "conversations"
+    split = f" of the {text(data.rpartition('/')[2])} split" if data else ""
+    labels = [f"<strong>{text(evaluation.label)}</strong>" for evaluation in evaluations]
+    systems = " and ".join(filter(None, [", then ".join(labels[:-1]), labels[-1]]))
+    return f"Pictures drawn for {count}{split} by {systems}."
+
+
+def _accuracy(evaluations: Sequence[Evaluation]) -> str:
+    accuracies = [(evaluation.judged or {}).get("accuracy") for evaluation in evaluations]
+    if not all(accuracies):
+        return ""
+    shares = [accuracy["generated"] for accuracy in accuracies if accuracy]
+    last = accuracies[-1] or {}
+    beside = [
+        f"{name} {percent(last[field])}"
+        for field, name in (("true", "true pictures"), ("chance", "chance"))
+        if is_number(last.get(field))
+    ]
+    note = f"read from the pixels by a rule; {', '.join(beside)}"
+    return _card("Attributes right", [percent(share) for share in shares], evaluations, note)
+
+
+def _score(evaluations: Sequence[Evaluation], name: str) -> str:
+    values = [evaluation.scores.get(name) for evaluation in evaluations]
+    if len(group_comparable(evaluations)) > 1 or not all(is_number(value) for value in values):
+        return ""
+    title, note = {
+        "fid": ("FID", f"lower is better; on {text(evaluations[0].card.get('extractor', '?'))}"),
+        "clip_i": ("CLIP-I", "higher is better; 100 is the true picture itself"),
+    }[name]
+    return _card(title, [figure(v, ",.2f") for v in values if v is not None], evaluations, note)
+
+
+def _card(title: str, values: list[str], evaluations: Sequence[Evaluation], note: str) -> str:
+    names = column_names(evaluations)
+    items = "".join(
+        f'<div class="value{" last" if number == len(values) - 1 else ""}">'
+        f"<dt>{text(name)}</dt><dd>{value}</dd></div>"
+        for number, (name, value) in enumerate(zip(names, values, strict=True))
+    )
+    kind = "pair" if len(values) == 2 else "list"
+    return (
+        f'<section class="card"><h2>{title}</h2><dl class="values {kind}">{items}</dl>'
+        f'<p class="note">{note}</p></section>'
+    )

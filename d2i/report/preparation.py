@@ -1,0 +1,91 @@
+"""What preprocessing read, wrote and dropped, by split and reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from d2i import storage
+from d2i.errors import DataError
+from d2i.report.dataset import read_splits
+from d2i.report.evaluation import Evaluation, read_json
+from d2i.report.markup import LeftOut, Section, figure, is_number, table, text
+from d2i.shards import Manifest
+
+_TITLE = "Data"
+
+
+def preparation_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+    """Account for every planned instance of every data set folder that was evaluated on."""
+    parents = {_parent(e): str(e.card["data"]) for e in evaluations if e.card.get("data")}
+    if not parents:
+        return LeftOut(_TITLE, "no metric card names its data set")
+    try:
+        parts = [_data_set(url) for url in parents.values()]
+    except DataError as error:
+        return LeftOut(_TITLE, str(error))
+    return Section("data", _TITLE, "".join(parts))
+
+
+def _parent(evaluation: Evaluation) -> str:
+    return str(evaluation.card["data"]).rstrip("/").rpartition("/")[0]
+
+
+def _data_set(url: str) -> str:
+    manifests = read_splits(url)
+    parent = url.rstrip("/").rpartition("/")[0]
+    plans = {
+        split: read_json(storage.join(parent, split, "plan", "plan.json")) or {}
+        for split in manifests
+    }
+    written = sum(manifest.num_samples for manifest in manifests.values())
+    failed = sum(sum(manifest.failures.values()) for manifest in manifests.values())
+    intro = (
+        f'<p class="intro">{figure(written, ",")} samples written, {figure(failed, ",")} dropped. '
+        "A picture that cannot be used is never replaced: it is counted, with its reason.</p>"
+    )
+    return intro + _table(manifests, plans)
+
+
+def _table(manifests: Mapping[str, Manifest], plans: Mapping[str, Mapping[str, Any]]) -> str:
+    failures = {split: manifest.failures for split, manifest in manifests.items()}
+    size_bytes = sum(manifest.size_bytes for manifest in manifests.values())
+    total = [_mebibytes(size_bytes)] if len(manifests) > 1 else []
+    problems = {split: plan.get("problems", {}) for split, plan in plans.items()}
+    rows = [
+        ("Instances planned", _counts(plan.get("num_instances") for plan in plans.values())),
+        ("Distinct pictures", _counts(plan.get("num_images") for plan in plans.values())),
+        ("Samples written", _counts(m.num_samples for m in manifests.values())),
+        *_reasons("Dropped", failures),
+        *_reasons("Found in the corpus", problems),
+        ("Size of the shards", [_mebibytes(m.size_bytes) for m in manifests.values()] + total),
+    ]
+    head = ["", *(text(split) for split in manifests), *(["all"] if total else [])]
+    return table(head, rows)
+
+
+def _reasons(heading: str, counts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Make one row a reason; where there is none at all, one row of zeros."""
+    reasons = sorted({reason for found in counts.values() for reason in found})
+    if not reasons:
+        return [(heading, _counts([0] * len(counts)))]
+    return [
+        (
+            f'{heading}: <span class="reason">{text(reason.replace("_", " "))}</span>',
+            _counts(found.get(reason, 0) for found in counts.values()),
+        )
+        for reason in reasons
+    ]
+
+
+def _counts(values: Iterable[Any]) -> list[str]:
+    """Show a count for each split, and their sum where there are several."""
+    counts = list(values)
+    if len(counts) > 1:
+        counts.append(sum(counts) if all(map(is_number, counts)) else None)
+    return [figure(count, ",") if is_number(count) else "not kept" for count in counts]
+
+
+def _mebibytes(size_bytes: int) -> str:
+    shown = f"{size_bytes / 2**20:,.1f} MiB"
+    return f'<data value="{size_bytes}" title="{size_bytes} bytes">{shown}</data>'

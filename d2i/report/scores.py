@@ -1,0 +1,92 @@
+"""The scores side by side, each with what decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from d2i.report.evaluation import Evaluation, column_names, differing_fields, group_comparable
+from d2i.report.markup import Section, figure, is_number, percent, table, text
+
+_SCORES = {
+    "fid": ("FID", "lower", ",.2f", None),
+    "kid": ("KID", "lower", ".4f", "kid_std"),
+    "is": ("Inception Score", "higher", ".2f", "is_std"),
+    "clip_i": ("CLIP-I", "higher", ".2f", None),
+}
+_CARD_FIELDS = {
+    "extractor": "Feature extractor",
+    "expected": "Pictures expected",
+    "found": "Pictures scored",
+    "sampler": "Sampler",
+    "num_steps": "Sampling steps",
+    "guidance_scale": "Guidance scale",
+    "seed": "Seed",
+    "compute_batch_size": "Compute batch",
+    "device": "Device",
+}
+
+
+def scores_section(evaluations: Sequence[Evaluation]) -> Section:
+    """Put scores whose cards agree in one table; those that do not agree stand apart."""
+    groups = group_comparable(evaluations)
+    names = column_names(evaluations)
+    apart = ""
+    if len(groups) > 1:
+        fields = ", ".join(text(field) for field in differing_fields(evaluations))
+        apart = (
+            f'<p class="warning">Not comparable, so in tables apart: they differ in {fields}.</p>'
+        )
+    tables = (
+        _scores_table([evaluations[n] for n in group], [names[n] for n in group])
+        for group in groups
+    )
+    return Section("scores", "Scores", apart + "".join(tables))
+
+
+def _scores_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
+    card = evaluations[0].card
+    extractor, found = text(card.get("extractor", "not named")), card.get("found")
+    pictures = f", {figure(found, ',')} pictures" if is_number(found) else ""
+    rows = [
+        (f"{title} {_direction(name, better)}", [_score(e, name, spec, std) for e in evaluations])
+        for name, (title, better, spec, std) in _SCORES.items()
+    ]
+    if any(evaluation.judged for evaluation in evaluations):
+        rows.append((f"Attributes right {_direction('', 'higher')}", _accuracies(evaluations)))
+    caption = f"FID on {extractor}{pictures}"
+    return (
+        table(["Score", *(text(name) for name in names)], rows, caption)
+        + f"<details><summary>Metric card</summary>{_card_table(evaluations, names)}</details>"
+    )
+
+
+def _direction(name: str, better: str) -> str:
+    on_extractor = ", on the same extractor" if name in ("kid", "is") else ""
+    return f"<small>{better} is better{on_extractor}</small>"
+
+
+def _score(evaluation: Evaluation, name: str, spec: str, std_name: str | None) -> str:
+    value = evaluation.scores.get(name)
+    if not is_number(value):
+        return '<span class="absent">not scored</span>'
+    std = evaluation.scores.get(std_name) if std_name else None
+    return figure(value, spec) + (
+        f" <small>± {figure(std, spec)}</small>" if is_number(std) else ""
+    )
+
+
+def _accuracies(evaluations: Sequence[Evaluation]) -> list[str]:
+    shares = [((e.judged or {}).get("accuracy") or {}).get("generated") for e in evaluations]
+    return [
+        percent(share) if is_number(share) else '<span class="absent">not judged</span>'
+        for share in shares
+    ]
+
+
+def _card_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
+    rows = [
+        (title, [text(evaluation.card.get(field, "not given")) for evaluation in evaluations])
+        for field, title in _CARD_FIELDS.items()
+    ]
+    rows.insert(0, ("System", [text(evaluation.label) for evaluation in evaluations]))
+    return table(["", *(text(name) for name in names)], rows)

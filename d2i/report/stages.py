@@ -1,0 +1,34 @@
+"""What each stage took, at what rate, on what machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from d2i.report.markup import LeftOut, Section, duration, is_number, text
+
+_TITLE = "Times"
+
+
+def stages_section(times: Mapping[str, Any] | None) -> Section | LeftOut:
+    """Show the stages in order, each with its command, its time and its share of the whole."""
+    stages = [s for s in (times or {}).get("stages", []) if is_number(s.get("seconds"))]
+    if not times or not stages:
+        return LeftOut(_TITLE, "the stages were run one by one; `d2i demo` times them")
+    total_s = sum(stage["seconds"] for stage in stages)
+    machine = f" on {text(times['machine'])}" if times.get("machine") else ""
+    rows = "".join(_stage(stage, total_s) for stage in stages)
+    intro = f'<p class="intro">{duration(total_s)} in all{machine}.</p>'
+    return Section("times", _TITLE, f'{intro}<ol class="stages">{rows}</ol>')
+
+
+def _stage(stage: Mapping[str, Any], total_s: float) -> str:
+    share = 100 * stage["seconds"] / total_s if total_s else 0.0
+    command = f"<code>{text(stage['command'])}</code>" if stage.get("command") else ""
+    detail = f'<span class="detail">{text(stage["detail"])}</span>' if stage.get("detail") else ""
+    return (
+        f'<li><div class="stage-head"><strong>{text(stage.get("name", "stage"))}</strong>{detail}'
+        f'<span class="amount">{duration(stage["seconds"])}</span></div>'
+        f'<div class="track" aria-hidden="true"><i class="bar last" style="width:{share:.2f}%"></i>'
+        f"</div>{command}</li>"
+    )

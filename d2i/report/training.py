@@ -1,0 +1,170 @@
+"""The loss curve of each run, drawn as SVG from its metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2i import storage
+from d2i.report.evaluation import Evaluation, read_json
+from d2i.report.markup import LeftOut, Section, duration, figure, is_number, text
+from d2i.runs import CONFIG_NAME, METRICS_NAME
+
+_TITLE = "Training"
+_MAX_POINTS = 1000
+_SMOOTHED_SHARE = 25
+
+# What a chart shows: first and last step, lowest and highest loss.
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What training wrote: its settings and the lines of its metrics whose loss is a number."""
+
+    url: str
+    config: dict[str, Any]
+    lines: list[dict[str, Any]]
+
+
+def training_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+    """Draw the loss of every run that was evaluated."""
+    urls = list(dict.fromkeys(str(e.card["run"]) for e in evaluations if e.card.get("run")))
+    if not urls:
+        return LeftOut(_TITLE, "none of these systems is a run")
+    parts = []
+    for url in urls:
+        run = read_run(url)
+        parts.append(_run_part(run) if len(run.lines) > 1 else _no_lines(url))
+    return Section("training", _TITLE, "".join(parts))
+
+
+def read_run(url: str) -> Run:
+    """Read a run; a line cut short when the run was killed, or without a finite loss, is skipped.
+
+    Raises:
+        DataError: If `config.json` is there and is no JSON object.
+    """
+    try:
+        written = storage.read_bytes(storage.join(url, METRICS_NAME)).decode("utf-8", "replace")
+    except (FileNotFoundError, NotADirectoryError):
+        written = ""
+    # A resumed run writes steps again: the later line stands.
+    lines = {line["step"]: line for line in map(_parse, written.splitlines()) if line is not None}
+    ordered = [lines[step] for step in sorted(lines)]
+    return Run(url, read_json(storage.join(url, CONFIG_NAME)) or {}, ordered)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    usable = isinstance(value, dict) and all(is_number(value.get(f)) for f in ("step", "loss"))
+    return value if usable else None
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a window centred on each value, a twenty-fifth of the curve to either side."""
+    half = max(1, len(values) // _SMOOTHED_SHARE)
+    windows = (values[max(0, n - half) : n + half + 1] for n in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers within [low, high], about `count` of them."""
+    raw = (high - low) / count or 1.0
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _no_lines(url: str) -> str:
+    reason = f"fewer than two steps in {METRICS_NAME} of {text(url)}"
+    return f'<p class="left-out"><strong>Loss curve</strong> left out: {reason}.</p>'
+
+
+def _run_part(run: Run) -> str:
+    every = math.ceil(len(run.lines) / _MAX_POINTS)
+    shown = run.lines[::every]
+    points = [(float(line["step"]), float(line["loss"])) for line in shown]
+    thinned = f" One line in {every} is drawn." if every > 1 else ""
+    return (
+        f'<p class="intro">{_facts(run)}</p><figure class="chart">{_svg(points)}<figcaption>'
+        f'<ul class="legend"><li><i class="swatch raw"></i>loss as logged</li>'
+        f'<li><i class="swatch smoothed"></i>mean over neighbours</li></ul>'
+        f"Loss by step.{thinned}</figcaption></figure>"
+    )
+
+
+def _facts(run: Run) -> str:
+    first, last = run.lines[0], run.lines[-1]
+    recipe = run.config.get("recipe") or {}
+    train = recipe.get("train") or {}
+    facts = [f"<strong>{text(recipe['name'])}</strong>"] if "name" in recipe else []
+    facts.append(f"{figure(last['step'], ',')} steps")
+    if is_number(train.get("global_batch_size")):
+        facts.append(f"{figure(train['global_batch_size'], ',')} pictures a step")
+    if is_number(run.config.get("world_size")):
+        facts.append(f"{figure(run.config['world_size'], ',')} ranks")
+    if is_number(last.get("elapsed_s")):
+        facts.append(duration(last["elapsed_s"]))
+    if is_number(last.get("images_per_s")):
+        facts.append(f"{figure(last['images_per_s'], ',.1f')} pictures/s")
+    losses = f"loss from {figure(first['loss'], '.4g')} to {figure(last['loss'], '.4g')}"
+    return f"{' · '.join(facts)} · {losses} as logged"
+
+
+def _svg(points: Sequence[tuple[float, float]]) -> str:
+    """Lines in a stretched picture, axes and labels beside it in real pixels.
+
+    So the labels keep their size on a phone.
+    """
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
+    low, high = min(losses), max(losses)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    box = (min(steps), max(steps), low - margin, high + margin)
+    raw = _polyline(list(zip(steps, losses, strict=True)), box, "raw")
+    smoothed = _polyline(list(zip(steps, smooth(losses), strict=True)), box, "smoothed")
+    label = f"Loss over {len(points)} logged steps, between {low:.4g} and {high:.4g}"
+    return (
+        f'<svg class="loss" role="img" aria-label="{label}" width="100%" height="300">'
+        f'{_axes(box)}<svg x="0" y="0" width="100%" height="100%" viewBox="0 0 1000 1000" '
+        f'preserveAspectRatio="none">{raw}{smoothed}</svg>'
+        f'<text class="axis" x="100%" y="100%" dy="42" text-anchor="end">step</text>'
+        f'<text class="axis" x="0" y="0" dx="-44" dy="-12">loss</text></svg>'
+    )
+
+
+def _axes(box: Box) -> str:
+    left, right, low, high = box
+    across = "".join(
+        f'<line class="grid" x1="0" x2="100%" y1="{y}%" y2="{y}%"/>'
+        f'<text x="0" y="{y}%" dx="-8" dy="4" text-anchor="end">{value:.4g}</text>'
+        for value in ticks(low, high)
+        for y in [f"{100 * (high - value) / (high - low):.2f}"]
+    )
+    down = "".join(
+        f'<line class="tick" x1="{x}%" x2="{x}%" y1="100%" y2="98%"/>'
+        f'<text x="{x}%" y="100%" dy="20" text-anchor="middle">{value:,.0f}</text>'
+        for value in ticks(left, right, 6)
+        for x in [f"{100 * (value - left) / ((right - left) or 1):.2f}"]
+    )
+    frame = (
+        '<line class="tick" x1="0" x2="0" y1="0" y2="100%"/>'
+        '<line class="tick" x1="0" x2="100%" y1="100%" y2="100%"/>'
+    )
+    return across + down + frame
+
+
+def _polyline(points: Sequence[tuple[float, float]], box: Box, kind: str) -> str:
+    left, right, low, high = box
+    width = (right - left) or 1.0
+    path = " ".join(
+        f"{1000 * (x - left) / width:.1f},{1000 * (high - y) / (high - low):.1f}" for x, y in points
+    )
+    return f'<polyline class="{kind}" vector-effect="non-scaling-stroke" points="{path}"/>'

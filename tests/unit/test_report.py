@@ -1,0 +1,365 @@
+"""What `d2i.report` promises: one file that loads nothing, every figure as in the files."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2i.dialog import key_order_hash
+from d2i.errors import ConfigError, DataError
+from d2i.report import read_evaluation, write_report
+from d2i.report.training import read_run, smooth, ticks
+from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
+
+HOSTILE = "<script>alert('hi')</script> & \"more\" :sun:"
+ATTRIBUTES = {"shape": ("ball", "box"), "colour": ("red", "blue")}
+NUM_TEST = 15
+SCORES = (
+    {"fid": 31.234567, "kid": 0.0412345, "kid_std": 0.0011, "is": 2.5, "is_std": 0.25},
+    {"fid": 17.654321, "kid": 0.0212345, "kid_std": 0.0012, "is": None, "is_std": None},
+)
+CLIP_I = (61.73211, 84.91357)
+SHARES = (0.3141592, 0.7182818)
+TIMES = {
+    "stages": [
+        {
+            "name": "preprocess",
+            "command": "d2i preprocess --out <data>",
+            "seconds": 41.25,
+            "detail": "2,512 pictures, 61/s",
+        },
+        {"name": "train", "command": "d2i train", "seconds": 123.5, "detail": "800 steps"},
+    ],
+    "machine": "2 cores & no GPU",
+}
+CARD = {
+    "expected": NUM_TEST + 2,
+    "found": NUM_TEST,
+    "sampler": "dpm_solver",
+    "num_steps": 25,
+    "guidance_scale": 2.0,
+    "seed": 0,
+    "compute_batch_size": 50,
+    "extractor": "clip_image 0123abcd, 5 classes",
+    "weights": {"backbone": "ab" * 32},
+    "versions": {"torch": "2.14.1"},
+    "device": "cpu",
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A made input: the data set, the run, and the two evaluations of it."""
+
+    root: Path
+    keys: list[str]
+
+    @property
+    def eval_dirs(self) -> list[Path]:
+        return [self.root / "eval" / name for name in ("before", "after")]
+
+    def render(self, **options: Any) -> str:
+        out = self.root / "report.html"
+        write_report(self.eval_dirs, out, **options)
+        return out.read_text(encoding="utf-8")
+
+
+def png(number: int) -> bytes:
+    colour = (40 * number % 256, 90, 255 - 30 * number % 256)
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_split(folder: Path, split: str, count: int, failures: dict[str, int]) -> list[str]:
+    context = [
+        {"speaker": 0, "text": HOSTILE},
+        {"speaker": 1, "text": ""},
+        {"speaker": 1, "text": "a red ball?"},
+        {"speaker": 0, "text": "no wait, the blue one"},
+    ]
+    moments = npy_bytes(np.zeros((8, 4, 4), np.float16))
+    keys = [f"{split}-{number}-0-0" for number in range(count)]
+    samples = [
+        Sample(
+            key,
+            {
+                "json": json_bytes({"key": key, "context": context}),
+                "moments.npy": moments,
+                "png": png(number),
+            },
+        )
+        for number, key in enumerate(keys)
+    ]
+    write_shard(samples, str(folder), 0, failures=failures)
+    write_manifest(str(folder), {})
+    plan = {
+        "num_instances": count + sum(failures.values()),
+        "num_images": count,
+        "problems": {"empty_context": 3} if split == "train" else {},
+    }
+    (folder / "plan").mkdir()
+    (folder / "plan" / "plan.json").write_text(json.dumps(plan))
+    return keys
+
+
+def make_run(folder: Path) -> None:
+    folder.mkdir()
+    recipe = {"name": "tiny-recipe", "train": {"global_batch_size": 64}}
+    (folder / "config.json").write_text(json.dumps({"recipe": recipe, "world_size": 2}))
+    lines = [
+        json.dumps(
+            {
+                "step": 10 * n,
+                "loss": 1.0 / (1 + n),
+                "lr": 1e-3,
+                "num_images": 640 * n,
+                "images_per_s": 123.456,
+                "elapsed_s": 2.5 * n,
+            }
+        )
+        for n in range(1, 41)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 410, "lo']))
+
+
+def make_evaluation(folder: Path, number: int, keys: list[str], run: Path | None) -> None:
+    (folder / "images").mkdir(parents=True)
+    card = CARD | {
+        "system": f"run:{run}" if run else "uvit-s",
+        "label": "uvit-s, fine-tuned" if run else "uvit-s, not fine-tuned",
+        "run": str(run) if run else None,
+        "data": str(folder.parents[1] / "data" / "test"),
+        "manifest_sha256": "cd" * 32,
+    }
+    scores = SCORES[number] | {"clip_i": CLIP_I[number], "kid_subset_size": 10}
+    (folder / "scores.json").write_text(json.dumps({"scores": scores, "card": card}))
+    with tarfile.open(folder / "images" / "000000.tar", "w") as tar:
+        for place, key in enumerate(keys):
+            member = tarfile.TarInfo(f"{key}.png")
+            data = png(place + 100 * number)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    (folder / "judged.json").write_text(json.dumps(make_verdict(number, keys)))
+
+
+def make_verdict(number: int, keys: list[str]) -> dict[str, Any]:
+    share = {"generated": SHARES[number], "true": 0.9912345, "codec": None, "chance": 0.2954321}
+    return {
+        "judge": "Two attributes read by a rule.",
+        "num_images": NUM_TEST,
+        "accuracy": share,
+        "by_attribute": dict.fromkeys(ATTRIBUTES, share),
+        "examples": {
+            key: {
+                "wanted": {name: values[0] for name, values in ATTRIBUTES.items()},
+                "read": {"shape": "ball", "colour": "blue" if number else None},
+            }
+            for key in keys
+        },
+    }
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    data = tmp_path / "data"
+    make_split(data / "train", "train", 4, {"decode_error": 5, "not_an_image": 1})
+    keys = make_split(data / "test", "test", NUM_TEST, {"too_small": 2})
+    make_run(tmp_path / "run")
+    made = Made(tmp_path, keys)
+    # The picture of one conversation was not kept by the second evaluation.
+    make_evaluation(made.eval_dirs[0], 0, keys, None)
+    make_evaluation(made.eval_dirs[1], 1, keys[:-1], tmp_path / "run")
+    return made
+
+
+class Page(HTMLParser):
+    """Elements, their addresses, exact values and text of a page."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.resources: list[str] = []
+        self.values: list[str] = []
+        self.alts: list[str | None] = []
+        self.open: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        self.tags.append(tag)
+        self.resources += [
+            v or "" for n, v in attrs if n in ("src", "href", "xlink:href", "srcset")
+        ]
+        if tag == "data":
+            self.values.append(named["value"] or "")
+        if tag == "img":
+            self.alts.append(named.get("alt"))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def rewrite(path: Path, change: dict[str, Any], part: str | None = None) -> None:
+    document = json.loads(path.read_text())
+    (document if part is None else document[part]).update(change)
+    path.write_text(json.dumps(document))
+
+
+def test_page_is_whole_and_loads_nothing(made: Made) -> None:
+    source = made.render(times=TIMES)
+    page = Page(source)
+    assert page.open == []
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
+    assert all(address.startswith(("data:image/", "#")) for address in page.resources)
+    assert not re.search(r"https?://|@import|url\(", source)
+    assert all(page.alts)
+    anchors = [address[1:] for address in page.resources if address.startswith("#")]
+    assert all(f'id="{anchor}"' in source for anchor in anchors)
+    assert len(anchors) == 7
+
+
+def test_same_files_give_same_bytes(made: Made) -> None:
+    assert made.render(times=TIMES) == made.render(times=TIMES)
+
+
+def test_figures_are_those_of_the_files(made: Made) -> None:
+    page = Page(made.render(times=TIMES))
+    files = [v for scores in SCORES for v in scores.values() if v is not None]
+    files += [*CLIP_I, *SHARES, 0.9912345, 0.2954321, 41.25, 123.5, 41.25 + 123.5]
+    files += [1.0 / 2, 1.0 / 41, 400, 64, 123.456, 100.0]
+    assert {repr(value) for value in files} <= set(page.values)
+
+
+def test_every_planned_instance_is_accounted_for(made: Made) -> None:
+    source = made.render()
+    rows = {
+        re.sub("<[^>]+>", "", row[0]): re.findall(r'<data value="(\d+)"', row[1])
+        for row in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', source)
+    }
+    assert rows["Instances planned"] == ["10", "17", "27"]
+    assert rows["Samples written"] == ["4", "15", "19"]
+    assert rows["Dropped: decode error"] == ["5", "0", "5"]
+    assert rows["Dropped: not an image"] == ["1", "0", "1"]
+    assert rows["Dropped: too small"] == ["0", "2", "2"]
+    assert rows["Found in the corpus: empty context"] == ["3", "0", "3"]
+
+
+def test_dialog_text_stays_text(made: Made) -> None:
+    source = made.render()
+    assert "<script" not in source
+    escaped = "&lt;script&gt;alert(&#x27;hi&#x27;)&lt;/script&gt; &amp; &quot;more&quot; :sun:"
+    assert source.count(escaped) == 12
+
+
+def test_names_and_commands_stay_text(made: Made) -> None:
+    for folder in made.eval_dirs:
+        rewrite(folder / "scores.json", {"label": '"><b id=x>', "extractor": "<i>"}, "card")
+        rewrite(folder / "judged.json", {"judge": "<u>"})
+    source = made.render(times=TIMES, title="</title><b>")
+    assert not re.search(r"<b id=x>|<i>|<u>|</title><b>|<data>", source)
+
+
+def test_conversations_are_the_first_by_hash_that_every_system_drew(made: Made) -> None:
+    source = made.render()
+    shown = re.findall(r'<article class="conversation" aria-label="([^"]+)"', source)
+    assert shown == sorted(made.keys[:-1], key=lambda key: key_order_hash(key, 0))[:12]
+    assert len(Page(source).alts) == 12 * 3
+
+
+def test_attributes_are_marked_right_and_wrong(made: Made) -> None:
+    source = made.render()
+    assert source.count('<li class="right"') == 12 * 2
+    assert source.count('<li class="wrong"') == 12 * 2
+    assert "shape right: </span> ball" in source
+    assert "colour wrong: </span> no colour" in source
+    assert "colour wrong: </span> blue" in source
+
+
+def test_columns_are_named_before_and_after_only_where_they_are(made: Made) -> None:
+    assert '<th scope="col">Before</th><th scope="col">After</th>' in made.render()
+    rewrite(made.eval_dirs[1] / "scores.json", {"label": "uvit-m, fine-tuned"}, "card")
+    assert '<th scope="col">Before</th>' not in made.render()
+
+
+def test_scores_that_are_not_comparable_stand_in_tables_apart(made: Made) -> None:
+    rewrite(made.eval_dirs[1] / "scores.json", {"extractor": "inception"}, "card")
+    source = made.render()
+    assert "they differ in extractor" in source
+    assert "<caption>FID on clip_image 0123abcd, 5 classes" in source
+    assert "<caption>FID on inception" in source
+    headline = source[: source.index("<nav")]
+    assert "FID" not in headline
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_any_number_of_evaluations(made: Made, count: int) -> None:
+    folders = [*made.eval_dirs, made.eval_dirs[1]][:count]
+    write_report(folders, made.root / "report.html")
+    page = Page((made.root / "report.html").read_text())
+    assert page.open == []
+    assert len(page.alts) == 12 * (count + 1)
+
+
+def test_what_is_absent_is_left_out_with_a_reason(made: Made) -> None:
+    folder = made.eval_dirs[0]
+    (folder / "judged.json").unlink()
+    (folder / "images" / "000000.tar").unlink()
+    rewrite(folder / "scores.json", {"data": str(made.root / "gone" / "test")}, "card")
+    write_report([folder], made.root / "report.html")
+    source = (made.root / "report.html").read_text()
+    for title in ("Conversations", "Attributes", "Training", "Data", "Times"):
+        assert re.search(
+            rf'<p class="left-out"><strong>{title}</strong> left out: [^<]+\.</p>', source
+        )
+    assert "Attributes right" not in source
+    assert re.findall(r'<a href="#(\w+)"', source) == ["scores", "cards"]
+
+
+def test_broken_pictures_are_said_to_be_broken(made: Made) -> None:
+    folder = made.eval_dirs[1]
+    with tarfile.open(folder / "images" / "000000.tar", "w") as tar:
+        for key in made.keys:
+            member = tarfile.TarInfo(f"{key}.png")
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"nope"))
+    assert made.render().count('class="no-picture"') == 12
+
+
+def test_run_skips_what_is_no_line_and_keeps_the_later_of_two(tmp_path: Path) -> None:
+    written = ['{"step": 2, "loss": 5}', '{"step": 1, "loss": 9}', '{"step": 2, "loss": 4}']
+    written += ['{"step": 3, "loss": NaN}', "[]", '{"step": 4']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(written))
+    run = read_run(str(tmp_path))
+    assert [(line["step"], line["loss"]) for line in run.lines] == [(1, 9), (2, 4)]
+    assert run.config == {}
+
+
+def test_smoothing_keeps_a_flat_curve_and_ticks_are_round() -> None:
+    assert smooth([2.0] * 80) == [2.0] * 80
+    assert smooth([0.0, 3.0, 6.0]) == [1.5, 3.0, 4.5]
+    assert ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(7.0, 7.0) == [7.0]
+
+
+def test_no_evaluation_is_refused(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected at least one"):
+        write_report([], tmp_path / "report.html")
+    with pytest.raises(DataError, match=r"no scores\.json"):
+        read_evaluation(tmp_path / "nowhere")
+    scores = made.eval_dirs[0] / "scores.json"
+    scores.write_text(json.dumps({"scores": []}))
+    with pytest.raises(DataError, match="expected `scores` and `card`"):
+        read_evaluation(made.eval_dirs[0])
