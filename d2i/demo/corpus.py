@@ -1,0 +1,129 @@
+"""The demo's corpus: made dialogs with their pictures, in MMDialog's own layout.
+
+`{train,valid,test}/conversations.json` (one object a line) beside flat `<media_key>.jpg`, and
+`scenes.jsonl` with what each picture shows, which only the judge reads. A few pictures are broken
+on purpose, as every real corpus has some.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2i.demo.picture import draw
+from d2i.demo.scene import Scene, split_scenes
+from d2i.demo.talk import MadeTurn, make_dialog
+
+_JPEG_QUALITY = 95
+_SPLIT_SHARES = {"train": 0.84, "valid": 0.04, "test": 0.12}
+_SECOND_SCENE_SHARE = 0.2
+# One picture in this many is broken; none of the test split, which is what gets scored.
+_BROKEN_EVERY = 100
+_BREAKS = ("missing", "truncated", "not_an_image")
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """One picture of the corpus: its name, what it shows, and what is wrong with its file."""
+
+    media_key: str
+    scene: Scene
+    flaw: str | None
+
+
+def write_corpus(out: Path, num_dialogs: int, seed: int) -> None:
+    """Write the corpus, whole or not at all.
+
+    The same arguments give the same bytes. Test dialogs are about held-out scenes only, all
+    others about scenes that are open to training (`d2i.demo.scene.is_held_out`).
+
+    Args:
+        out: Folder to make.
+        num_dialogs: Dialogs over all splits: 84 % train, 4 % valid, 12 % test.
+        seed: Decides words, scenes and jitter.
+    """
+    if out.exists():
+        return
+    scratch = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    open_scenes, held_out = split_scenes()
+    truth: list[dict[str, Any]] = []
+    for split, share in _SPLIT_SHARES.items():
+        scenes = held_out if split == "test" else open_scenes
+        truth += _write_split(scratch / split, split, round(share * num_dialogs), scenes, seed)
+    _write_lines(scratch / "scenes.jsonl", truth)
+    scratch.rename(out)
+
+
+def _write_split(
+    folder: Path, split: str, num_dialogs: int, scenes: list[Scene], seed: int
+) -> list[dict[str, Any]]:
+    folder.mkdir()
+    rng = random.Random(f"{seed} {split}")
+    conversations, truth = [], []
+    for number in range(num_dialogs):
+        second = rng.choice(scenes) if rng.random() < _SECOND_SCENE_SHARE else None
+        turns = make_dialog(rng.choice(scenes), rng, second)
+        pictures = [_share(split, number, i, turn, seed) for i, turn in enumerate(turns)]
+        conversations.append(_conversation(number, turns, pictures))
+        for picture in filter(None, pictures):
+            _write_picture(folder / f"{picture.media_key}.jpg", picture)
+            truth.append(
+                {"media_key": picture.media_key, "split": split, **picture.scene.attributes()}
+            )
+    _write_lines(folder / "conversations.json", conversations)
+    return truth
+
+
+def _share(split: str, number: int, turn: int, made: MadeTurn, seed: int) -> _Shared | None:
+    if made.scene is None:
+        return None
+    digest = hashlib.blake2b(f"{seed} {split} {number} {turn}".encode(), digest_size=8).digest()
+    # MMDialog's keys are signed 64-bit numbers, about half of them negative.
+    media_key = int.from_bytes(digest, "big", signed=True)
+    is_broken = split != "test" and media_key % _BROKEN_EVERY == 0
+    flaw = _BREAKS[media_key // _BROKEN_EVERY % len(_BREAKS)] if is_broken else None
+    return _Shared(str(media_key), made.scene, flaw)
+
+
+def _conversation(
+    number: int, turns: list[MadeTurn], pictures: list[_Shared | None]
+) -> dict[str, Any]:
+    return {
+        "conversation_id": number,
+        "conversation": [
+            {"turn": list(_items(turn, picture))}
+            for turn, picture in zip(turns, pictures, strict=True)
+        ],
+    }
+
+
+def _items(turn: MadeTurn, picture: _Shared | None) -> Iterator[dict[str, str]]:
+    yield {"__TEXT__": turn.text}
+    if picture is not None:
+        yield {"__MEDIA__": picture.media_key}
+
+
+def _write_picture(path: Path, picture: _Shared) -> None:
+    if picture.flaw == "missing":
+        return
+    if picture.flaw == "not_an_image":
+        path.write_text("<html><body>404 Not Found</body></html>\n")
+        return
+    buffer = io.BytesIO()
+    image = draw(picture.scene, int(picture.media_key))
+    image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    data = buffer.getvalue()
+    path.write_bytes(data[: len(data) // 2] if picture.flaw == "truncated" else data)
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

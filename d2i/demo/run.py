@@ -1,0 +1,227 @@
+"""The demo: the very commands a cluster's user types, on a made corpus, one after the other.
+
+Every stage is a command of its own process and goes on where it was cut off; a stage that is done
+is remembered with its time in `times.json`, so that the same command ends a broken-off demo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from d2i import __version__
+from d2i.errors import ClusterError, ConfigError, D2IError
+
+NUM_RANKS = 2
+NUM_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class DemoRequest:
+    """One demo: all that decides its numbers, and where it goes."""
+
+    out: Path
+    seed: int
+    num_dialogs: int
+    num_steps: int | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the demo: a d2i command line, or a function of the demo itself."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    function: Callable[[], str] | None = None
+
+
+def run_demo(request: DemoRequest) -> dict[str, Any]:
+    """Run every stage that is not done yet.
+
+    Returns:
+        The report's path, attribute accuracies (0..1), scores before and after, seconds by stage.
+
+    Raises:
+        ConfigError: If the folder holds a demo of other settings.
+        ClusterError: If a stage fails; its output is above, and the same command repeats it.
+    """
+    _settle(request)
+    times = _Times(request.out / "times.json")
+    for stage in _stages(request):
+        if stage.name in times.seconds:
+            _say(f"{stage.name}: done before, in {times.seconds[stage.name]:.0f} s")
+            continue
+        _say(f"{stage.name}: {_command_line(stage)}")
+        started = time.monotonic()
+        detail = stage.function() if stage.function else _run_command(stage)
+        times.keep(stage, time.monotonic() - started, detail)
+    return _result(request, times)
+
+
+def _stages(request: DemoRequest) -> list[Stage]:
+    from d2i.demo.corpus import write_corpus
+    from d2i.demo.verdict import judge_evaluations
+
+    out = request.out
+    corpus, data, run = out / "corpus", out / "data", out / "run"
+    before, after = out / "eval" / "before", out / "eval" / "after"
+
+    def make_corpus() -> str:
+        write_corpus(corpus, request.num_dialogs, request.seed)
+        return f"{request.num_dialogs:,} dialogs"
+
+    def judge() -> str:
+        return judge_evaluations([before, after], data / "test", corpus)
+
+    return [
+        Stage("corpus", function=make_corpus),
+        _command(
+            "preprocess",
+            *("preprocess", "--corpus", "mmdialog", "--source", corpus, "--out", data),
+            *("--recipe", "demo", "--workers", NUM_WORKERS),
+        ),
+        _evaluation(request, before, "--system", "uvit-s", "--weights", "demo:backbone"),
+        _command(
+            "train",
+            *("train", "--recipe", "demo", "--data", data, "--run", run),
+            *("--num-accelerators", NUM_RANKS, "--set", f"train.seed={request.seed}"),
+            *_steps(request),
+        ),
+        _evaluation(request, after, "--system", f"run:{run}"),
+        Stage("judge", function=judge),
+        _command(
+            "report",
+            *("report", before, after, "--out", out / "report.html"),
+            *("--times", out / "times.json", "--title", "d2i demo"),
+        ),
+    ]
+
+
+def _evaluation(request: DemoRequest, out: Path, *system: object) -> Stage:
+    return _command(
+        f"evaluate {out.name}",
+        *("eval", *system, "--data", request.out / "data", "--out", out),
+        *("--parallel", "--workers", NUM_WORKERS, "--save-images", "all"),
+        *("--set", f"sample.seed={request.seed}"),
+    )
+
+
+def _steps(request: DemoRequest) -> list[str]:
+    return [] if request.num_steps is None else ["--set", f"train.num_steps={request.num_steps}"]
+
+
+def _command(name: str, *arguments: object) -> Stage:
+    return Stage(name, tuple(str(argument) for argument in arguments))
+
+
+class _Times:
+    """Seconds and details of finished stages, as `times.json`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kept: dict[str, Any] = {"machine": _machine(), "stages": []}
+        if path.exists():
+            self._kept = json.loads(path.read_text())
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each finished stage."""
+        return {stage["name"]: stage["seconds"] for stage in self._kept["stages"]}
+
+    def keep(self, stage: Stage, seconds: float, detail: str) -> None:
+        """Remember a finished stage."""
+        self._kept["stages"].append(
+            {
+                "name": stage.name,
+                "command": _command_line(stage),
+                "seconds": round(seconds, 2),
+                "detail": detail,
+            }
+        )
+        _write_whole(self._path, json.dumps(self._kept, indent=1) + "\n")
+
+
+def _settle(request: DemoRequest) -> None:
+    path = request.out / "demo.json"
+    wanted = {k: v for k, v in asdict(request).items() if k != "out"} | {"version": __version__}
+    if not path.exists():
+        request.out.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, json.dumps(wanted) + "\n")
+        return
+    there = json.loads(path.read_text())
+    if there != wanted:
+        raise ConfigError(
+            f"{request.out} holds a demo of {there}, got {wanted}; expected the same; "
+            "choose another --out"
+        )
+
+
+def _run_command(stage: Stage) -> str:
+    """Run a d2i command in a process of its own; return its last line, which says what it did."""
+    command = [sys.executable, "-c", "from d2i.cli import main; main()", *stage.arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = []
+        try:
+            for line in process.stdout or ():
+                sys.stderr.write(f"  {line}")
+                lines.append(line.strip())
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        raise ClusterError(
+            f"the demo's stage '{stage.name}' ended with code {process.returncode}, see above; "
+            "expected 0; repeat the command once that is mended: finished stages are kept"
+        )
+    return lines[-1] if lines else ""
+
+
+def _command_line(stage: Stage) -> str:
+    return "d2i " + shlex.join(stage.arguments) if stage.arguments else "within d2i demo"
+
+
+def _result(request: DemoRequest, times: _Times) -> dict[str, Any]:
+    result: dict[str, Any] = {"report": str(request.out / "report.html")}
+    for name in ("before", "after"):
+        folder = request.out / "eval" / name
+        scores = _read(folder / "scores.json")["scores"]
+        accuracy = _read(folder / "judged.json")["accuracy"]
+        result[f"attribute_accuracy_{name}"] = accuracy["generated"]
+        result[f"fid_{name}"], result[f"clip_i_{name}"] = scores["fid"], scores["clip_i"]
+        result["attribute_accuracy_true"] = accuracy["true"]
+        result["attribute_accuracy_chance"] = accuracy["chance"]
+    return result | {"seconds": times.seconds}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as err:
+        raise D2IError(
+            f"{path}: {err}; expected what an earlier stage wrote; choose another --out"
+        ) from err
+    return content
+
+
+def _machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"d2i demo: {line}\n")
+    sys.stderr.flush()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text)
+    scratch.replace(path)

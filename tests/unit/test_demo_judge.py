@@ -1,0 +1,61 @@
+"""The judge: right on true pictures, silent where there is nothing to read."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from d2i.demo.judge import accuracy, read_all, read_attributes
+from d2i.demo.picture import background, draw
+from d2i.demo.scene import ATTRIBUTES, Scene, all_scenes
+
+
+def as_jpeg(picture: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=95)
+    return Image.open(buffer)
+
+
+def some_scenes(count: int) -> list[Scene]:
+    return random.Random(11).sample(all_scenes(), count)
+
+
+def test_true_pictures_are_read_right() -> None:
+    scenes = some_scenes(300)
+    score = accuracy([as_jpeg(draw(s, i)) for i, s in enumerate(scenes)], scenes)
+    assert min(score["by_attribute"].values()) >= 0.98
+    assert score["num_images"] == 300
+
+
+def test_pictures_of_other_scenes_score_by_chance() -> None:
+    scenes = some_scenes(300)
+    expected = sum(1 / len(values) for values in ATTRIBUTES.values()) / len(ATTRIBUTES)
+    score = accuracy([draw(s, i) for i, s in enumerate(scenes)], scenes)
+    assert score["chance"] == pytest.approx(expected, abs=0.05)
+
+
+def test_larger_and_softened_pictures_are_read_too() -> None:
+    scenes = some_scenes(60)
+    soft = [draw(s, i).filter(ImageFilter.GaussianBlur(0.7)) for i, s in enumerate(scenes)]
+    assert accuracy([p.resize((256, 256)) for p in soft], scenes)["mean"] >= 0.95
+
+
+def test_noise_is_nothing() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
+    answers = read_all([Image.fromarray(pixels) for pixels in noise])
+    assert all(value is None for answer in answers for value in answer.values())
+
+
+@pytest.mark.parametrize("place", ATTRIBUTES["place"])
+@pytest.mark.parametrize("time", ATTRIBUTES["time"])
+def test_a_bare_background_has_no_object(place: str, time: str) -> None:
+    answer = read_attributes(background(place, time))
+    assert (answer["place"], answer["time"]) == (place, time)
+    assert [answer[name] for name in ("shape", "colour", "size", "position")] == [None] * 4
+
+
+def test_scenes_must_match_the_pictures() -> None:
+    with pytest.raises(ValueError, match="one scene a picture"):
+        accuracy([draw(all_scenes()[0], 0)], [])
