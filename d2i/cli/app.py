@@ -1,0 +1,87 @@
+"""The command's frame: its parts, its error line and its exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from d2i import __version__
+from d2i.cli import data, environment, models, study
+from d2i.errors import D2IError
+
+USER_CAN_FIX = 2
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="d2i",
+    help="Dialog to image: prepare conversations, fine-tune a network on them, score its pictures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Begin with: d2i demo. An error's full traceback: d2i --debug COMMAND.",
+)
+for part in (study, data, models, environment):
+    part.add_commands(app)
+
+
+@app.callback()
+def _frame(
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show an error's full traceback.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    del debug  # read by `main`, which sees errors
+
+
+def main() -> None:
+    """Run the command: exit code 0 done, 1 the work failed, 2 the user can mend it."""
+    # A library's fork warnings and progress bars are no news to the user of a command.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    command = get_command(app)
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        code = command.main(args=arguments, prog_name="d2i", standalone_mode=False)
+    except D2IError as err:
+        if debug:
+            raise
+        _leave(str(err))
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; the same command goes on from here\n")
+        sys.exit(_INTERRUPTED)
+    except Exception as err:
+        _leave_if_usage(err)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(message: str) -> None:
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.exit(USER_CAN_FIX)
+
+
+def _leave_if_usage(err: Exception) -> None:
+    """Print one line for a wrong option or argument, as the parser words it."""
+    format_message = getattr(err, "format_message", None)
+    if type(err).__name__ == "Abort":
+        sys.exit(_INTERRUPTED)
+    if format_message is None:
+        return
+    context = getattr(err, "ctx", None)
+    path = context.command_path if context else "d2i"
+    message = " ".join(format_message().split())
+    if type(err).__name__ == "NoArgsIsHelpError":
+        sys.stderr.write(format_message() + "\n")
+    else:
+        sys.stderr.write(f"error: {message} See '{path} --help'.\n")
+    sys.exit(USER_CAN_FIX)

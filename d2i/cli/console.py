@@ -1,0 +1,68 @@
+"""What every command shares: results, progress lines, and the options that many take."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+RecipeOption = Annotated[
+    str,
+    typer.Option("--recipe", help="A recipe's name ('d2i recipes'), or package.module:function."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change a setting, e.g. image.resolution=64."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")]
+RayOption = Annotated[
+    str | None, typer.Option("--ray-address", help="A running Ray cluster; else Ray starts here.")
+]
+FaultOption = Annotated[
+    str | None, typer.Option("--fault", help="POINT:error|sleep|kill:N, for proofs.")
+]
+
+
+class ProgressLine:
+    """One changing line on a terminal; elsewhere a line every few seconds."""
+
+    def __init__(self) -> None:
+        self._shown = 0.0
+        self._last = ""
+
+    def show(self, line: str) -> None:
+        """Show how far the work is."""
+        now = time.monotonic()
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\033[K{line}")
+        elif now - self._shown >= _SECONDS_BETWEEN_LINES:
+            sys.stderr.write(f"{line}\n")
+            self._shown = now
+        self._last = line
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leave the last line standing."""
+        if self._last:
+            sys.stderr.write("\n" if sys.stderr.isatty() else f"{self._last}\n")
+
+
+def print_result(result: dict[str, Any], lines: Iterable[str], *, as_json: bool) -> None:
+    """Print a command's result: one JSON line for machines, or lines for people."""
+    if as_json:
+        typer.echo(json.dumps(result, sort_keys=True))
+        return
+    for line in lines:
+        typer.echo(line)
+
+
+def counted(counts: dict[str, int]) -> str:
+    """Return `2 missing_file, 1 decode_error`, or `none`."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{number} {name}" for name, number in ordered) or "none"

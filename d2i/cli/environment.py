@@ -1,0 +1,77 @@
+"""Commands over what there is: recipes, doctor."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from d2i.cli.console import JsonOption, SetOption, print_result
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Give the commands of this module to the app."""
+    recipes = typer.Typer(help="The presets.", invoke_without_command=True)
+    recipes.callback()(list_recipes)
+    recipes.command("show")(show_recipe)
+    app.add_typer(recipes, name="recipes")
+    app.command()(doctor)
+
+
+def list_recipes(context: typer.Context) -> None:
+    """List the recipes; 'd2i recipes show NAME' prints one whole.
+
+    Examples:
+
+        d2i recipes
+
+        d2i recipes show uvit-s-photochat --set train.seed=1
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from d2i.recipes import RECIPES
+
+    for name, build in RECIPES.items():
+        typer.echo(f"{name:28} {(build.__doc__ or '').strip().splitlines()[0]}")
+
+
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="A recipe's name, or package.module:function.")],
+    settings: SetOption = None,
+) -> None:
+    """Print every setting of a recipe as JSON.
+
+    Examples:
+
+        d2i recipes show demo
+
+        d2i recipes show uvit-s-mmdialog --set sample.num_steps=25
+    """
+    from d2i.config import apply_settings
+    from d2i.recipes import load_recipe
+
+    typer.echo(apply_settings(load_recipe(name), settings or []).model_dump_json(indent=1))
+
+
+def doctor(*, as_json: JsonOption = False) -> None:
+    """Say what this machine can and cannot run, with the fix where one is needed.
+
+    Examples:
+
+        d2i doctor
+
+        d2i doctor --json
+    """
+    from d2i.doctor import checks
+
+    found = []
+    for check in checks():
+        found.append(asdict(check))
+        if not as_json:
+            fix = f"  -> {check.fix}" if check.fix else ""
+            typer.echo(f"{check.status:5} {check.name}: {check.detail}{fix}")
+    if as_json:
+        print_result({"checks": found}, [], as_json=True)
+    if any(check["status"] == "fail" for check in found):
+        raise typer.Exit(1)

@@ -1,0 +1,150 @@
+"""Commands over networks: train, sample, weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2i.cli.console import FaultOption, JsonOption, RecipeOption, SetOption, print_result
+from d2i.errors import ConfigError
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Give the commands of this module to the app."""
+    for command in (train, sample):
+        app.command()(command)
+    weights = typer.Typer(help="Look into files of weights.", no_args_is_help=True)
+    weights.callback()(_weights)
+    weights.command("inspect")(inspect_weights)
+    app.add_typer(weights, name="weights")
+
+
+def train(
+    recipe: RecipeOption,
+    data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
+    run: Annotated[Path, typer.Option(help="Run directory; the same command resumes.")],
+    settings: SetOption = None,
+    num_accelerators: Annotated[
+        int | None, typer.Option(min=1, help="Ranks; else every GPU, or one CPU rank.")
+    ] = None,
+    *,
+    as_json: JsonOption = False,
+    fault: FaultOption = None,
+) -> None:
+    """Fine-tune a backbone: print the deepspeed line of train/launch.py, and run it.
+
+    Examples:
+
+        d2i train --recipe demo --data data --run runs/demo --num-accelerators 2
+
+        d2i train --recipe uvit-s-photochat --data data --run runs/a --set train.optim.lr=1e-5
+    """
+    from d2i.config import apply_settings
+    from d2i.fault import parse_fault
+    from d2i.recipes import load_recipe
+    from d2i.runs import read_metrics
+    from d2i.train.command import deepspeed_command, run_command
+
+    # Checked here, so that a typing error costs no start of the ranks.
+    resolved = apply_settings(load_recipe(recipe), settings or [])
+    resolved.train.accumulation(num_accelerators or 1)
+    parse_fault(fault)
+    _check_data(data)
+    arguments = ["--recipe", recipe, "--data", data, "--run", str(run)]
+    arguments += [part for setting in settings or [] for part in ("--set", setting)]
+    arguments += ["--fault", fault] if fault else []
+    command = deepspeed_command(arguments, num_accelerators)
+    typer.echo(" ".join(command), err=True)
+    code = run_command(command)
+    if code:
+        raise typer.Exit(2 if code == 2 else 1)
+    last = read_metrics(run)[-1]
+    print_result(
+        {"run": str(run), **dataclasses.asdict(last)},
+        [f"{last.step} steps, loss {last.loss:.4f}, {last.images_per_s:.0f} images/s: {run}"],
+        as_json=as_json,
+    )
+
+
+def sample(
+    run: Annotated[Path, typer.Option(help="A finished run.")],
+    dialog: Annotated[str, typer.Option(help="A file with one turn a line, or JSON; - for stdin.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("picture.png"),
+    seed: Annotated[int, typer.Option(help="Another seed, another picture.")] = 0,
+    settings: SetOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw the picture that answers one conversation.
+
+    Examples:
+
+        echo 'i saw a big red ball on the beach at night' | d2i sample --run runs/demo --dialog -
+
+        d2i sample --run runs/demo --dialog chat.json --seed 7 --out answer.png
+    """
+    from d2i.config import apply_settings
+    from d2i.eval.single import draw_dialog, read_dialog
+    from d2i.runs import read_recipe
+
+    recipe = apply_settings(read_recipe(run), [f"sample.seed={seed}", *(settings or [])])
+    turns = read_dialog(_read_text(dialog))
+    text = draw_dialog(run, recipe, turns, out)
+    print_result({"image": str(out), "text": text, "seed": seed}, [str(out)], as_json=as_json)
+
+
+def inspect_weights(
+    file: Annotated[Path, typer.Argument(help="A published file, or a model folder.")],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a file of weights is, without running anything in it.
+
+    Examples:
+
+        d2i weights inspect mscoco_uvit_small.pth
+
+        d2i weights inspect runs/demo/ema.safetensors --json
+    """
+    from d2i.models import read_state_dict
+
+    state = read_state_dict(file)
+    num_parameters = sum(tensor.numel() for tensor in state.values())
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+    lines = [f"{len(state)} tensors, {num_parameters:,} numbers"]
+    lines += [f"  {name} {shape}" for name, shape in sorted(shapes.items())]
+    print_result(
+        {"num_tensors": len(state), "num_parameters": num_parameters, "shapes": shapes},
+        lines,
+        as_json=as_json,
+    )
+
+
+def _weights() -> None:
+    """Keep `inspect` a command of its own, beside those that join it."""
+
+
+def _check_data(data: str) -> None:
+    from d2i import storage
+
+    candidates = (data, storage.join(data, "train"))
+    if not any(storage.exists(storage.join(url, "manifest.json")) for url in candidates):
+        raise ConfigError(
+            f"--data {data}: no manifest.json there nor in train/; expected a folder made by "
+            "d2i preprocess; repeat its command to finish it, or check the path"
+        )
+
+
+def _read_text(dialog: str) -> str:
+    if dialog == "-":
+        return sys.stdin.read()
+    try:
+        return Path(dialog).read_text()
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(
+            f"--dialog {dialog}: {err}; expected a text or JSON file, or - for stdin"
+        ) from err

@@ -1,0 +1,150 @@
+"""Commands over whole studies: demo, eval, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from d2i.cli.console import (
+    FaultOption,
+    JsonOption,
+    ProgressLine,
+    RayOption,
+    SetOption,
+    print_result,
+)
+from d2i.errors import ConfigError
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Give the commands of this module to the app."""
+    for command in (demo, evaluate, report):
+        app.command("eval" if command is evaluate else None)(command)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes; the same command resumes.")] = (
+        Path("d2i-demo")
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the corpus, training and sampling.")] = 1,
+    num_dialogs: Annotated[int, typer.Option(min=50, help="Dialogs in the made corpus.")] = 2000,
+    num_steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the paper's experiment in small, every stage for real, and write a report.
+
+    Examples:
+
+        d2i demo
+
+        d2i demo --out /tmp/demo --seed 2 --json
+    """
+    from d2i.demo.run import DemoRequest, run_demo
+
+    result = run_demo(DemoRequest(out, seed, num_dialogs, num_steps))
+    lines = [
+        f"attributes right: {result['attribute_accuracy_before']:.1%} before, "
+        f"{result['attribute_accuracy_after']:.1%} after fine-tuning "
+        f"(true pictures {result['attribute_accuracy_true']:.1%}, "
+        f"chance {result['attribute_accuracy_chance']:.1%})",
+        f"report: {result['report']}",
+    ]
+    print_result(result, lines, as_json=as_json)
+
+
+def evaluate(
+    system: Annotated[str, typer.Option(help="run:DIR, or a backbone's name with --weights.")],
+    data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
+    out: Annotated[str, typer.Option(help="Folder of the scores; the same command resumes.")],
+    weights: Annotated[str | None, typer.Option(help="A published file or model folder.")] = None,
+    settings: SetOption = None,
+    save_images: Annotated[
+        Literal["all", "sample", "none"], typer.Option(help="Which pictures to keep, as PNG.")
+    ] = "sample",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray workers, with --parallel.")
+    ] = None,
+    ray_address: RayOption = None,
+    *,
+    parallel: Annotated[bool, typer.Option("--parallel", help="Work on Ray.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    as_json: JsonOption = False,
+    fault: FaultOption = None,
+) -> None:
+    """Draw a picture for every test conversation, and score them: FID, KID, IS, CLIP-I.
+
+    Examples:
+
+        d2i eval --system run:runs/demo --data data --out scores/after --parallel
+
+        d2i eval --system uvit-s --weights mscoco_uvit_small.pth --data data --out scores/before
+    """
+    from d2i.config import apply_settings
+    from d2i.eval.job import EvalRequest, plan_tasks, test_url
+    from d2i.eval.job import evaluate as run
+    from d2i.eval.systems import parse_system
+    from d2i.fault import parse_fault
+    from d2i.recipes import read_kept_recipe
+    from d2i.shards import read_manifest
+
+    recipe = apply_settings(read_kept_recipe(data), settings or [])
+    request = EvalRequest(
+        recipe=recipe,
+        system=parse_system(system, weights, recipe),
+        data_url=test_url(data),
+        out_url=out,
+        save_images=save_images,
+        num_workers=workers if parallel else 0,
+        ray_address=ray_address,
+        fault=parse_fault(fault),
+    )
+    if dry_run:
+        num = read_manifest(request.data_url).num_samples
+        tasks = len(plan_tasks(num, recipe.sample.compute_batch_size))
+        plan = {"pictures": num, "tasks": tasks, "steps_per_picture": recipe.sample.num_steps}
+        print_result(plan, [f"{name}: {value}" for name, value in plan.items()], as_json=as_json)
+        return
+    progress = ProgressLine()
+    try:
+        result = run(request, lambda p: progress.show(p.line()))
+    finally:
+        progress.close()
+    print_result(result, _score_lines(result), as_json=as_json)
+
+
+def report(
+    evaluations: Annotated[list[str], typer.Argument(help="Folders made by d2i eval, in order.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    times: Annotated[Path | None, typer.Option(help="Stage times, as d2i demo writes.")] = None,
+    title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one self-contained HTML page: conversations, pictures, scores, where they came from.
+
+    Examples:
+
+        d2i report scores/before scores/after --out report.html
+    """
+    from d2i.report import write_report
+
+    try:
+        measured = json.loads(times.read_text()) if times else None
+    except (OSError, ValueError) as err:
+        raise ConfigError(
+            f"--times {times}: {err}; expected the JSON that d2i demo writes"
+        ) from err
+    write_report(evaluations, out, times=measured, title=title)
+    print_result({"report": str(out)}, [str(out)], as_json=as_json)
+
+
+def _score_lines(result: dict[str, Any]) -> list[str]:
+    card = result["card"]
+    scores = "  ".join(
+        f"{name} {value:.4g}" for name, value in result["scores"].items() if value is not None
+    )
+    return [f"{card['label']}: {scores}", f"on {card['found']} of {card['expected']} instances"]

@@ -1,0 +1,304 @@
+"""What this environment can and cannot run, one fact a row, each with its fix.
+
+Owns the checks; the command line prints them. Every check imports what it needs when it runs, and
+a check that crashes is a row that says so. Ray is started in a process of its own, so a start-up
+that hangs is ended. Must be imported by nothing but the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from d2i.errors import D2IError
+
+Status = Literal["ok", "warn", "fail"]
+
+_GIB = 2**30
+_REINSTALL = "make clean setup, or pip install -c constraints.txt -e ."
+
+_RAY_TIMEOUT_S = 120.0
+_RAY_PROGRAM = """
+import ray
+ray.init(
+    address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+    object_store_memory=80 * 2**20, logging_level="ERROR",
+)
+assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42
+ray.shutdown()
+"""
+
+# The file torch-fidelity fetches into torch's cache; its name ends in the start of its sha256.
+_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the doctor's report.
+
+    Args:
+        name: What was looked at.
+        status: `ok`; `warn`: some work is out of reach or slow; `fail`: the demo cannot run.
+        detail: What was found, in one line.
+        fix: What to do, in one line; empty where nothing needs doing.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    fix: str = ""
+
+
+def checks() -> Iterator[Check]:
+    """Look at the environment, one row at a time; a row is computed when it is asked for.
+
+    Yields:
+        One `Check` a part of the environment, in a fixed order. Nothing is raised: a check that
+        breaks is a `fail` row with the reason.
+    """
+    return run_checks(_CHECKS)
+
+
+def run_checks(named: Iterable[tuple[str, Callable[[], Check]]]) -> Iterator[Check]:
+    """Run named checks, each kept from the others: an exception becomes its `fail` row."""
+    for name, check in named:
+        try:
+            yield check()
+        except Exception as err:
+            yield Check(name, "fail", f"{type(err).__name__}: {_first_line(err)}", _REINSTALL)
+
+
+def check_python() -> Check:
+    """Python 3.11 or 3.12: img2dataset needs a module that 3.13 dropped."""
+    found = platform.python_version()
+    if (3, 11) <= sys.version_info[:2] < (3, 13):
+        return Check("Python", "ok", found)
+    return Check("Python", "fail", f"{found}; expected 3.11 or 3.12", "make clean, then make setup")
+
+
+def check_torch() -> Check:
+    """Whether torch and torchvision are one build: an operator of the pair is called."""
+    pair = f"torch {version('torch')}, torchvision {version('torchvision')}"
+    fix = f"install the pair that constraints.txt names: {_REINSTALL}"
+    try:
+        import torch
+        from torchvision.ops import nms
+
+        box = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+        kept = nms(box, torch.ones(1), 0.5).tolist()
+    except (ImportError, RuntimeError, OSError) as err:
+        return Check("torch", "fail", f"{pair} do not fit: {_first_line(err)}", fix)
+    if kept != [0]:
+        return Check("torch", "fail", f"{pair}: nms of one box gave {kept}, expected [0]", fix)
+    return Check("torch", "ok", f"{pair}, one build")
+
+
+def check_gpu() -> Check:
+    """Which GPUs torch can compute on, or why none."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.ones(1, device="cuda").add(1).cpu()
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        size = torch.cuda.get_device_properties(0).total_memory
+        return Check("GPU", "ok", f"{len(names)} x {names[0]}, {size / _GIB:.0f} GiB")
+    if Path("/dev/nvidiactl").exists():
+        detail = f"an NVIDIA driver is here, but torch (CUDA {torch.version.cuda}) sees no GPU"
+        return Check("GPU", "warn", detail, "update the driver, or install torch for its CUDA")
+    fix = "none needed for the demo; the paper's recipes want NVIDIA GPUs"
+    return Check("GPU", "warn", "none: everything runs on the CPU", fix)
+
+
+def check_deepspeed(search_path: str | None = None) -> Check:
+    """Whether DeepSpeed can compile what it compiles at first use: compiler, headers, ninja.
+
+    Args:
+        search_path: Folders to look for programs in, as in PATH; by default this interpreter's
+            own folder, then PATH.
+    """
+    name = "DeepSpeed"
+    path = search_path or os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    )
+    wanted = os.environ.get("CXX", "c++")  # what torch's extension builder calls
+    compiler = shutil.which(wanted, path=path)
+    if compiler is None:
+        fix = "install a C++ compiler (Debian, Ubuntu: apt-get install g++)"
+        return Check(name, "fail", f"no C++ compiler: {wanted} is not on PATH", fix)
+    if shutil.which("ninja", path=path) is None:
+        return Check(name, "fail", "ninja is not on PATH", "pip install ninja")
+    problem = _compile_problem(compiler, path)
+    if problem:
+        fix = "install the headers (Debian, Ubuntu: apt-get install g++ python3-dev)"
+        return Check(name, "fail", f"{wanted} compiles no Python extension: {problem}", fix)
+    return Check(name, "ok", f"{version('deepspeed')}; {wanted} and ninja can build its operators")
+
+
+def check_ray(timeout_s: float = _RAY_TIMEOUT_S, program: str = _RAY_PROGRAM) -> Check:
+    """Whether Ray starts on this machine and runs a task, in a process that is ended after it.
+
+    Args:
+        timeout_s: After this long, the process and all it started are killed.
+        program: The Python program that is run.
+    """
+    fix = "make the temporary folder and the shared memory writable, and open the loopback"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+    )
+    try:
+        _, errors = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return Check("Ray", "fail", f"did not start within {timeout_s:.0f} s", fix)
+    finally:
+        _end_group(process)
+    if process.returncode:
+        last = (errors.strip().splitlines() or ["no message"])[-1]
+        return Check("Ray", "fail", f"did not start: {last}", fix)
+    return Check("Ray", "ok", f"{version('ray')} started and ran a task")
+
+
+def check_disk(folder: Path | None = None) -> Check:
+    """How much room the current folder has; the demo needs less than 2 GiB."""
+    free = shutil.disk_usage(folder or Path.cwd()).free
+    detail = f"{free / _GIB:.1f} GiB free in the current folder"
+    if free < 2 * _GIB:
+        return Check("disk", "fail", detail, "free 2 GiB for the demo, or give it another --out")
+    if free < 20 * _GIB:
+        return Check("disk", "warn", detail, "enough for the demo; MMDialog's shards want 100 GiB")
+    return Check("disk", "ok", detail)
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
+    """How large the memory is that Ray's object store and DeepSpeed's CPU operators share."""
+    name = "shared memory"
+    if not folder.is_dir():
+        return Check(name, "ok", f"no {folder} on this system; Ray uses the disk")
+    size = shutil.disk_usage(folder).total
+    detail = f"{folder} has {size / _GIB:.1f} GiB"
+    if size < 2 * _GIB:
+        return Check(name, "warn", detail, "in a container, start it with --shm-size=4g")
+    return Check(name, "ok", detail)
+
+
+def check_shipped_weights() -> Check:
+    """Whether the demo's small model is whole: every part that its recipe names is there."""
+    from d2i.recipes import load_recipe
+    from d2i.shipped import resolve_weights
+
+    name = "demo weights"
+    recipe = load_recipe("demo")
+    encoders = recipe.encoders
+    parts = [encoders.vae, encoders.clip_image, encoders.clip_text, recipe.backbone.weights]
+    size = 0
+    for part in filter(None, parts):
+        try:
+            folder = Path(resolve_weights(part))
+        except D2IError as err:
+            return Check(name, "fail", _first_line(err), _REINSTALL)
+        sizes = [file.stat().st_size for file in folder.rglob("*.safetensors")]
+        if not sizes:
+            return Check(name, "fail", f"{part} holds no .safetensors file", _REINSTALL)
+        size += sum(sizes)
+    return Check(name, "ok", f"{len(parts)} networks, {size / 2**20:.1f} MiB")
+
+
+def check_vocabulary() -> Check:
+    """Whether CLIP's vocabulary is at hand: a known prompt gives its known ids."""
+    from d2i.tokenize import encode
+
+    name = "CLIP vocabulary"
+    try:
+        ids = encode("a photo")
+    except D2IError as err:
+        return Check(name, "fail", _first_line(err), "pip install open_clip_torch")
+    if ids != [320, 1125]:
+        return Check(name, "fail", f"'a photo' became {ids}, expected [320, 1125]", _REINSTALL)
+    return Check(name, "ok", "'a photo' has its published ids")
+
+
+def check_inception(hub_dir: Path | None = None) -> Check:
+    """Whether torch-fidelity's Inception file, for FID and IS, is in torch's cache and whole.
+
+    Args:
+        hub_dir: torch's cache; by default the one torch names.
+    """
+    name = "Inception weights"
+    fix = "the first 'd2i eval' fetches them; offline, --set metrics.extractor_weights=FILE"
+    path = _torch_cache(hub_dir) / "checkpoints" / _INCEPTION
+    if not path.is_file():
+        return Check(name, "warn", f"{_INCEPTION} is not in torch's cache", fix)
+    expected = path.stem.rpartition("-")[2]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(expected):
+        detail = f"{path} has sha256 {digest[:8]}, expected {expected}"
+        return Check(name, "fail", detail, "delete it; it is fetched again")
+    return Check(name, "ok", f"{_INCEPTION} in torch's cache")
+
+
+_CHECKS: tuple[tuple[str, Callable[[], Check]], ...] = (
+    ("Python", check_python),
+    ("torch", check_torch),
+    ("GPU", check_gpu),
+    ("DeepSpeed", check_deepspeed),
+    ("Ray", check_ray),
+    ("disk", check_disk),
+    ("shared memory", check_shared_memory),
+    ("demo weights", check_shipped_weights),
+    ("CLIP vocabulary", check_vocabulary),
+    ("Inception weights", check_inception),
+)
+
+
+def _first_line(err: BaseException) -> str:
+    return (str(err).strip().splitlines() or ["no message"])[0]
+
+
+def _torch_cache(hub_dir: Path | None) -> Path:
+    if hub_dir is not None:
+        return hub_dir
+    import torch
+
+    return Path(torch.hub.get_dir())
+
+
+def _compile_problem(compiler: str, path: str) -> str:
+    """Compile the two headers that every PyTorch extension includes; return the first complaint."""
+    done = subprocess.run(
+        [compiler, f"-I{sysconfig.get_path('include')}", "-fsyntax-only", "-x", "c++", "-"],
+        input="#include <Python.h>\n#include <vector>\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PATH": path},
+    )
+    if done.returncode == 0:
+        return ""
+    return next((line for line in done.stderr.splitlines() if "error" in line), "no message")
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """Kill what is left of a process and of what it started in its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stderr:
+        process.stderr.close()

@@ -1,0 +1,97 @@
+"""What the documents tell a reader to type is there to be typed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from d2i.cli.app import app
+from d2i.corpora import read_instances
+from d2i.dialog import linearize
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md"), *(ROOT / "docs").glob("*.md")]
+
+
+def shell_lines() -> list[str]:
+    lines = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"```sh\n(.*?)```", document.read_text(), re.DOTALL):
+            joined = block.replace("\\\n", " ")
+            lines += [line.split("  #")[0].strip() for line in joined.splitlines() if line.strip()]
+    return lines
+
+
+def examples() -> list[str]:
+    """The commands in the commands' own --help."""
+    found = []
+    for command in every_command(get_command(app)):
+        text = re.sub(r"\n +(?=\S)(?!d2i )", " ", command.help or "")
+        found += re.findall(r"^ *((?:.*\| )?d2i .*)$", text, re.MULTILINE)
+    return found
+
+
+def every_command(command: Any) -> list[Any]:
+    inner = getattr(command, "commands", {}).values()
+    return [command, *(leaf for child in inner for leaf in every_command(child))]
+
+
+def parse(line: str) -> None:
+    """Parse one d2i command line as the command itself would, and run nothing."""
+    words = shlex.split(line.split("d2i ", 1)[1])
+    command: Any = get_command(app)
+    while hasattr(command, "commands") and words and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context("d2i", words, resilient_parsing=False)
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if "d2i " in line])
+def test_a_documents_command_parses(line: str) -> None:
+    if " -m d2i." not in line and "import d2i" not in line:
+        parse(line)
+
+
+@pytest.mark.parametrize("line", examples())
+def test_a_help_example_parses(line: str) -> None:
+    parse(line.strip())
+
+
+def test_every_command_has_examples() -> None:
+    leaves = [c for c in every_command(get_command(app)) if not getattr(c, "commands", None)]
+    assert len(leaves) >= 12
+    for leaf in leaves:
+        assert "Examples:" in (leaf.help or ""), leaf.name
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("make ")])
+def test_a_make_target_is_there(line: str) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    asked = {word for word in shlex.split(line)[1:] if "=" not in word}
+    assert asked <= targets
+
+
+def test_the_page_on_own_chats_is_true(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "own-chats.md").read_text()
+    lines = [block.strip() for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    found = list(read_instances("jsonl", tmp_path, "train"))
+    assert [linearize(instance.context) for instance in found] == [
+        "# what did you see? # this one",
+        "# what did you see? # this one",
+    ]
+    assert [instance.image_ref.kind for instance in found] == ["file", "urls"]
+
+
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"

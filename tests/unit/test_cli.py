@@ -1,0 +1,78 @@
+"""The command imports light, and answers a mistake with one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import run_process
+
+HEAVY = ("torch", "ray", "deepspeed", "diffusers", "transformers", "numpy", "pyarrow")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = f"import d2i.cli.app, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("train", "--recipe", "demoo", "--data", "x", "--run", "y"), "did you mean 'demo'"),
+        (
+            ("train", "--recipe", "demo", "--data", "x", "--run", "y", "--set", "train.lrr=1"),
+            "TrainConfig has no field 'lrr'",
+        ),
+        (("train", "--recipe", "demo", "--data", "/nowhere", "--run", "y"), "manifest.json"),
+        (
+            ("train", "--recipe", "demo", "--data", "x", "--run", "y", "--num-accelerators", "7"),
+            "cannot share",
+        ),
+        (
+            (
+                *("preprocess", "--corpus", "mmdialog", "--source", "/nowhere"),
+                *("--out", "o", "--recipe", "demo"),
+            ),
+            "no such folder",
+        ),
+        (("verify", "/nowhere"), "holds no manifest.json"),
+        (("eval", "--system", "run:x", "--data", "/nowhere", "--out", "o"), "recipe.json"),
+        (("report", "/nowhere"), "/nowhere"),
+        (("recipes", "show", "nothing"), "no such recipe"),
+        (("eval", "--foo"), "No such option"),
+        (("nothing",), "No such command"),
+        (
+            ("train", "--recipe", "demo", "--data", "x", "--run", "y", "--fault", "a:b:c"),
+            "expected POINT",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], hint: str) -> None:
+    done = run_process(*arguments)
+    assert done.returncode == 2
+    assert hint in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_verify_tells_a_broken_folder_by_exit_code_1(tmp_path: Path) -> None:
+    import numpy as np
+
+    from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
+
+    members = {
+        "json": json_bytes({"key": "a"}),
+        "tokens.npy": npy_bytes(np.zeros(77, np.uint16)),
+    }
+    write_shard([Sample("a", members)], str(tmp_path), 0, failures={})
+    write_manifest(str(tmp_path), {})
+    assert run_process("verify", tmp_path).returncode == 0
+    tar = next(tmp_path.glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-512])
+    done = run_process("verify", tmp_path)
+    assert done.returncode == 1
+    assert tar.name in done.stdout

@@ -1,0 +1,140 @@
+"""The doctor's rows are lazy, kept apart, and tell a broken environment from a whole one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from d2i import doctor
+from d2i.doctor import Check
+
+
+def test_a_check_that_crashes_is_a_fail_row_and_the_next_one_still_runs() -> None:
+    def crash() -> Check:
+        raise ValueError("first line\nsecond line")
+
+    rows = list(
+        doctor.run_checks([("broken", crash), ("Python", doctor.check_python), ("again", crash)])
+    )
+
+    assert [row.status for row in rows] == ["fail", "ok", "fail"]
+    assert rows[0].name == "broken"
+    assert rows[0].detail == "ValueError: first line"
+    assert rows[0].fix
+
+
+def test_a_row_is_computed_when_it_is_asked_for() -> None:
+    asked: list[str] = []
+
+    def note() -> Check:
+        asked.append("asked")
+        return Check("note", "ok", "")
+
+    rows = doctor.run_checks([("a", note), ("b", note)])
+    assert asked == []
+    next(rows)
+    assert asked == ["asked"]
+
+
+def test_the_quick_rows_of_this_environment() -> None:
+    assert doctor.check_python().status == "ok"
+    assert doctor.check_torch().status == "ok"
+    assert doctor.check_vocabulary().status == "ok"
+    assert doctor.check_gpu().status in {"ok", "warn"}
+
+
+def test_every_row_is_one_line_and_what_is_not_ok_has_a_fix(tmp_path: Path) -> None:
+    rows = [
+        doctor.check_python(),
+        doctor.check_gpu(),
+        doctor.check_disk(tmp_path),
+        doctor.check_shared_memory(),
+        doctor.check_deepspeed(str(tmp_path)),
+        doctor.check_inception(tmp_path),
+    ]
+    for row in rows:
+        assert row.detail
+        assert "\n" not in row.detail + row.fix
+        assert row.status == "ok" or row.fix
+
+
+def test_without_a_compiler_the_row_says_what_to_install(tmp_path: Path) -> None:
+    row = doctor.check_deepspeed(str(tmp_path))
+    assert row.status == "fail"
+    assert "C++ compiler" in row.detail
+    assert "apt-get install g++" in row.fix
+
+
+def test_a_compiler_that_cannot_compile_is_not_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    for program in ("c++", "ninja"):
+        (tmp_path / program).write_text(
+            "#!/bin/sh\necho 'fatal error: Python.h: not there' >&2\nexit 1\n"
+        )
+        (tmp_path / program).chmod(0o755)
+
+    row = doctor.check_deepspeed(str(tmp_path))
+
+    assert row.status == "fail"
+    assert "Python.h: not there" in row.detail
+    assert "python3-dev" in row.fix
+
+
+def test_a_ray_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    os.mkfifo(alive)
+    reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
+    child = f"import threading; a = open({str(alive)!r}, 'w'); threading.Event().wait()"
+    program = (
+        "import subprocess, sys, threading\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "threading.Event().wait()\n"
+    )
+
+    row = doctor.check_ray(timeout_s=5.0, program=program)
+
+    assert row.status == "fail"
+    assert "within 5 s" in row.detail
+    os.set_blocking(reader, True)
+    assert os.read(reader, 1) == b""  # the end of the pipe: nobody holds it open any more
+    os.close(reader)
+
+
+def test_a_ray_that_does_not_start_gives_its_last_line() -> None:
+    row = doctor.check_ray(program="import sys; sys.exit('no room for the object store')")
+    assert row == Check("Ray", "fail", "did not start: no room for the object store", row.fix)
+
+
+@pytest.mark.slow
+def test_ray_starts_here() -> None:
+    row = doctor.check_ray()
+    assert row.status == "ok", row.detail
+
+
+def test_inception_weights_are_known_by_their_checksum(tmp_path: Path) -> None:
+    assert doctor.check_inception(tmp_path).status == "warn"
+
+    cache = tmp_path / "checkpoints"
+    cache.mkdir()
+    content = b"half a download"
+    (cache / "weights-inception-2015-12-05-6726825d.pth").write_bytes(content)
+
+    row = doctor.check_inception(tmp_path)
+    assert row.status == "fail"
+    assert hashlib.sha256(content).hexdigest()[:8] in row.detail
+
+
+def test_importing_the_doctor_is_light() -> None:
+    heavy = {"torch", "ray", "deepspeed", "diffusers", "transformers"}
+    program = "import sys, d2i.doctor; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ
+    ).stdout.split()
+    assert not heavy & set(loaded)
