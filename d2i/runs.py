@@ -5,7 +5,10 @@ Owns what a run refuses to go on with. Must not import torch.
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +87,15 @@ def read_recipe(run_dir: Path) -> Recipe:
             "d2i train"
         ) from err
     return load_config(Recipe, values, source=str(path))
+
+
+@contextmanager
+def only_writer(run_dir: Path) -> Iterator[None]:
+    """Hold the run for one process; wait while ranks that outlived their launcher hold it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def read_metrics(run_dir: Path) -> list[MetricsLine]:

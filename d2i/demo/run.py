@@ -20,6 +20,7 @@ from typing import Any
 
 from d2i import __version__
 from d2i.errors import ClusterError, ConfigError, D2IError
+from d2i.processes import end_with_parent
 
 NUM_RANKS = 2
 NUM_WORKERS = 2
@@ -168,7 +169,9 @@ def _settle(request: DemoRequest) -> None:
 def _run_command(stage: Stage) -> str:
     """Run a d2i command in a process of its own; return its last line, which says what it did."""
     command = [sys.executable, "-c", "from d2i.cli import main; main()", *stage.arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent
+    ) as process:
         lines = []
         try:
             for line in process.stdout or ():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import d2i
 from d2i.errors import ClusterError
+from d2i.processes import end_with_parent
 
 
 def deepspeed_command(arguments: Sequence[str], num_accelerators: int | None) -> list[str]:
@@ -49,13 +50,23 @@ def run_command(command: Sequence[str]) -> int:
         "TOKENIZERS_PARALLELISM": "false",
     }
     with subprocess.Popen(
-        list(command), env=environment, stdout=sys.stderr, start_new_session=True
+        list(command),
+        env=environment,
+        stdout=sys.stderr,
+        start_new_session=True,
+        preexec_fn=end_with_parent,
     ) as launcher:
+        # Asked to end, this process takes the ranks along: the launcher would leave them behind.
+        signal.signal(signal.SIGTERM, _leave)
         try:
             return launcher.wait()
         except BaseException:
             os.killpg(launcher.pid, signal.SIGTERM)
             raise
+
+
+def _leave(signal_number: int, _frame: object) -> None:
+    sys.exit(128 + signal_number)
 
 
 def _free_port() -> int:

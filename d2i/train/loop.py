@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from d2i.runs import (
     RunConfig,
     append_metrics,
     keep_metrics_until,
+    only_writer,
     open_run,
 )
 from d2i.shards import ShardReader
@@ -53,12 +55,22 @@ def train(request: TrainRequest) -> None:
         ConfigError: If the ranks cannot share the global batch, or the sizes do not fit the data.
     """
     rank, world_size = join_ranks()
+    with only_writer(request.run_dir) if rank == 0 else nullcontext():
+        torch.distributed.barrier()
+        _train_rank(request, rank, world_size)
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _train_rank(request: TrainRequest, rank: int, world_size: int) -> None:
     recipe, config = request.recipe, request.recipe.train
     reader = ShardReader(train_url(request.data_url))
     micro_batch_size, num_micro_batches = config.accumulation(world_size)
     if rank == 0:
         open_run(request.run_dir, _run_config(request, reader, world_size))
     torch.distributed.barrier()
+    # Only a network without weights to start from draws its first ones here.
+    torch.manual_seed(config.seed)
     network = build_network(recipe.backbone)
     check_sizes(network, reader)
     engine = build_engine(network, config, micro_batch_size, num_micro_batches)
@@ -66,13 +78,10 @@ def train(request: TrainRequest) -> None:
     progress = load_newest_checkpoint(request.run_dir, engine, ema)
     if rank == 0:
         keep_metrics_until(request.run_dir, progress.step)
-    stepper = _Stepper(request, engine, ema, reader, rank, world_size)
-    stepper.run(progress)
+    _Stepper(request, engine, ema, reader, rank, world_size).run(progress)
     averaged = ema.read_in_place(lambda: full_weights(engine))
     if rank == 0:
-        _export(request.run_dir, averaged)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        save_weights(averaged, request.run_dir / EMA_NAME)
 
 
 def train_url(data_url: str) -> str:
@@ -222,7 +231,3 @@ def _run_config(request: TrainRequest, reader: ShardReader, world_size: int) -> 
         manifest_sha256=reader.manifest.sha256,
         world_size=world_size,
     )
-
-
-def _export(run_dir: Path, averaged: dict[str, torch.Tensor]) -> None:
-    save_weights(averaged, run_dir / EMA_NAME)
