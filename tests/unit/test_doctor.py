@@ -65,7 +65,7 @@ def test_every_row_is_one_line_and_what_is_not_ok_has_a_fix(tmp_path: Path) -> N
 
 def test_without_a_compiler_the_row_says_what_to_install(tmp_path: Path) -> None:
     row = doctor.check_deepspeed(str(tmp_path))
-    assert row.status == "fail"
+    assert row.status == "warn"
     assert "C++ compiler" in row.detail
     assert "apt-get install g++" in row.fix
 
@@ -82,7 +82,7 @@ def test_a_compiler_that_cannot_compile_is_not_enough(
 
     row = doctor.check_deepspeed(str(tmp_path))
 
-    assert row.status == "fail"
+    assert row.status == "warn"
     assert "Python.h: not there" in row.detail
     assert "python3-dev" in row.fix
 
