@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.integration.networks import save_random_clip
 from tests.processes import run_d2i
@@ -93,6 +94,17 @@ def test_mmdialog_from_conversations_to_scores(tmp_path: Path, settings: list[st
     )
     assert result["card"]["found"] == result["card"]["expected"] == 5
     assert np.isfinite([result["scores"][name] for name in ("fid", "kid", "clip_i")]).all()
+
+    chat = tmp_path / "chat.txt"
+    chat.write_text("what did you wear?\na red hat\n")
+    pictures = [tmp_path / "one.png", tmp_path / "two.png"]
+    for picture in pictures:
+        run_d2i("sample", "--run", run, "--dialog", chat, "--seed", "3", "--out", picture)
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    drawn = Image.open(pictures[0])
+    assert drawn.size == (64, 64)
+    assert drawn.info["text"] == "# what did you wear? # a red hat"
+    assert drawn.info["seed"] == "3"
 
 
 class Photographs(SimpleHTTPRequestHandler):
