@@ -125,7 +125,7 @@ def preprocess(
     for _, result in run_tasks(pool, tasks):
         progress.take(result)
         on_progress(progress)
-    return [_finish(storage.join(request.out, split), split, plan) for split, plan in plans.items()]
+    return [_finish(request, split, plan) for split, plan in plans.items()]
 
 
 def _missing_tasks(out: str, plans: dict[str, Plan]) -> tuple[list[ShardTask], int]:
@@ -150,9 +150,11 @@ def _worker_builder(request: PreprocessRequest, plans: dict[str, Plan]) -> Shard
     )
 
 
-def _finish(split_url: str, split: str, plan: Plan) -> SplitSummary:
+def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
+    split_url = storage.join(request.out, split)
     fingerprint = json.loads(storage.read_bytes(fingerprint_url(split_url)))
-    manifest = write_manifest(split_url, fingerprint)
+    fault = request.fault.reach if request.fault else None
+    manifest = write_manifest(split_url, fingerprint, fault=fault)
     if manifest.num_samples + sum(manifest.failures.values()) != plan.num_instances:
         raise ConfigError(
             f"{split_url} holds {manifest.num_samples} samples and {manifest.failures} failures, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.integration.networks import save_random_clip
-from tests.processes import run_d2i
+from tests.processes import run_d2i, run_process
 from tests.shared import SHARED, needs_shared
 
 pytestmark = needs_shared
@@ -105,6 +106,23 @@ def test_mmdialog_from_conversations_to_scores(tmp_path: Path, settings: list[st
     assert drawn.size == (64, 64)
     assert drawn.info["text"] == "# what did you wear? # a red hat"
     assert drawn.info["seed"] == "3"
+
+
+@pytest.mark.parametrize("point", ["shard.index", "manifest.checksum"])
+def test_preprocessing_killed_at_a_point_ends_the_same(
+    tmp_path: Path, settings: list[str], point: str
+) -> None:
+    source, out = SHARED / "data" / "mmdialog", tmp_path / "data"
+    killed = run_process(
+        *("preprocess", "--corpus", "mmdialog", "--source", source, "--out", out),
+        *("--recipe", "demo", "--workers", "0", "--split", "test", *settings),
+        *("--fault", f"{point}:kill:1"),
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not (out / "test" / "manifest.json").exists()
+    again = preprocess("mmdialog", source, out, "--split", "test", *settings)
+    assert again["test"]["num_written"] == 5
+    assert run_d2i("verify", out, "--json")["problems"] == []
 
 
 class Photographs(SimpleHTTPRequestHandler):
