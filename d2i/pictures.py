@@ -58,8 +58,11 @@ def decode_picture(data: bytes, limits: ImageConfig) -> Picture:
         raise RefusedPictureError("not_an_image", "neither JPEG, PNG, WebP nor GIF") from err
     except Image.DecompressionBombError as err:
         raise RefusedPictureError("too_large", str(err)) from err
-    except (OSError, SyntaxError, ValueError, ImageCms.PyCMSError) as err:
-        raise RefusedPictureError("decode_error", str(err)) from err
+    except RefusedPictureError:
+        raise
+    except Exception as err:
+        # Decoders raise whatever a damaged byte leads them to: struct.error, TypeError, KeyError.
+        raise RefusedPictureError("decode_error", f"{type(err).__name__}: {err}") from err
 
 
 def crop_to_square(picture: Image.Image, resolution: int) -> Image.Image:

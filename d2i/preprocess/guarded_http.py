@@ -10,10 +10,12 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from d2i import __version__
 
@@ -21,6 +23,8 @@ _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NUM_REDIRECTS = 5
 _CHUNK_BYTES = 1 << 16
+# What a path or a query may hold as it is; '%' too, as addresses come percent-encoded already.
+_PLAIN = "/%:@!$&'()*+,;=~-._?"
 _USER_AGENT = f"d2i/{__version__} (dialog-to-image research)"
 
 
@@ -71,9 +75,14 @@ def get(url: str, limits: Limits) -> Response:
         except TimeoutError as err:
             raise RefusedRequestError("timeout", f"over {limits.timeout_s} s") from err
         except ssl.SSLError as err:
-            raise RefusedRequestError("tls", str(err)) from err
+            reason = "tls" if time.monotonic() < deadline else "timeout"
+            raise RefusedRequestError(reason, str(err)) from err
         except (OSError, http.client.HTTPException) as err:
-            raise RefusedRequestError("connect", str(err)) from err
+            # Ended at the deadline, a connection looks as if the other side had closed it.
+            reason = "connect" if time.monotonic() < deadline else "timeout"
+            raise RefusedRequestError(reason, str(err)) from err
+        except ValueError as err:
+            raise RefusedRequestError("bad_url", str(err)) from err
         if isinstance(answer, Response):
             return answer
         url = answer
@@ -87,8 +96,14 @@ def _get_once(url: str, limits: Limits, deadline: float) -> Response | str:
     host = str(parts.hostname)
     address = _checked_address(host, port, limits.allow_hosts, parts.scheme)
     secure = parts.scheme == "https"
-    with closing(_connect(host, port, address, secure=secure, deadline=deadline)) as connection:
+    with (
+        closing(_connect(host, port, address, secure=secure, deadline=deadline)) as connection,
+        _ended_at(deadline, connection.sock),
+    ):
+        if isinstance(connection.sock, ssl.SSLSocket):
+            connection.sock.do_handshake()
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = quote(target, safe=_PLAIN)
         headers = {"User-Agent": _USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
         connection.request("GET", target, headers=headers)
         with closing(connection.getresponse()) as answer:
@@ -103,11 +118,8 @@ def _get_once(url: str, limits: Limits, deadline: float) -> Response | str:
 
 
 def _checked_parts(url: str) -> SplitResult:
-    try:
-        parts = urlsplit(url)
-        port_is_valid = parts.port is None or parts.port > 0
-    except ValueError as err:
-        raise RefusedRequestError("bad_url", str(err)) from err
+    parts = urlsplit(url)
+    port_is_valid = parts.port is None or parts.port > 0
     if parts.scheme not in _PORTS or not parts.hostname or not port_is_valid:
         raise RefusedRequestError("bad_url", "expected an http or https address with a host")
     return parts
@@ -149,8 +161,28 @@ def _connect(
     connection = http.client.HTTPConnection(host, port)
     connection.sock = raw
     if secure:
-        connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+        connection.sock = ssl.create_default_context().wrap_socket(
+            raw, server_hostname=host, do_handshake_on_connect=False
+        )
     return connection
+
+
+@contextmanager
+def _ended_at(deadline: float, connected: socket.socket) -> Iterator[None]:
+    """Shut the connection down at the deadline, however slowly anything drips in until then."""
+    timer = threading.Timer(_left(deadline), _shut_down, args=(connected,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _shut_down(connected: socket.socket) -> None:
+    with suppress(OSError):
+        # The plain socket's own: that of a TLS socket takes its state away from the reader.
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)
 
 
 def _read_body(

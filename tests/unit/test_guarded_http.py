@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -49,10 +50,14 @@ class Answers(BaseHTTPRequestHandler):
             self._redirect(f"http://localhost:{self.server.server_address[1]}/secret")
         elif self.path == "/file":
             self._redirect("file:///etc/hostname")
+        elif self.path == "/bracket":
+            self._redirect("//[x/y.jpg")
         elif self.path == "/gzip":
             self._send(200, b"x", ("Content-Encoding", "gzip"))
         elif self.path == "/endless":
             self._send_endless()
+        elif self.path == "/drip":
+            self._send_endless_headers()
         elif self.path == "/short":
             self._send(200, b"x" * 10, ("Content-Length", "1000"))
         else:
@@ -79,6 +84,12 @@ class Answers(BaseHTTPRequestHandler):
         except OSError:
             return
 
+    def _send_endless_headers(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        with suppress(OSError):
+            while not self.server.stopped.wait(0.05):  # type: ignore[attr-defined]
+                self.wfile.write(b"X: y\r\n")
+
     def log_message(self, *_: object) -> None:
         """Stay quiet."""
 
@@ -88,9 +99,11 @@ def server() -> Iterator[ThreadingHTTPServer]:
     handler = type("Counted", (Answers,), {"asked": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         running.daemon_threads = True
+        running.stopped = threading.Event()  # type: ignore[attr-defined]
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
         yield running
+        running.stopped.set()  # type: ignore[attr-defined]
         running.shutdown()
         thread.join()
 
@@ -109,6 +122,19 @@ def test_an_allowed_host_answers(server: ThreadingHTTPServer) -> None:
     assert ask(server, "/good") == b"x" * 1000
 
 
+def test_dripping_headers_end_at_the_deadline(server: ThreadingHTTPServer) -> None:
+    host = f"127.0.0.1:{server.server_address[1]}"
+    with pytest.raises(RefusedRequestError) as caught:
+        get(f"http://{host}/drip", Limits(0.5, 100_000, frozenset([host])))
+    assert caught.value.reason == "timeout"
+
+
+def test_an_address_is_sent_percent_encoded(server: ThreadingHTTPServer) -> None:
+    with pytest.raises(RefusedRequestError, match="Not Found"):
+        ask(server, "/\u00fc \r\n.jpg?a=%20\u00e9")
+    assert asked_of(server) == ["/%C3%BC%20.jpg?a=%20%C3%A9"]
+
+
 def test_a_private_host_is_never_asked(server: ThreadingHTTPServer) -> None:
     with pytest.raises(RefusedRequestError) as caught:
         ask(server, "/good", allowed=False)
@@ -123,6 +149,7 @@ def test_a_private_host_is_never_asked(server: ThreadingHTTPServer) -> None:
         ("/loop", "too_many_redirects"),
         ("/inside", "refused_address"),
         ("/file", "bad_url"),
+        ("/bracket", "bad_url"),
         ("/gzip", "encoded_body"),
         ("/endless", "too_many_bytes"),
         ("/short", "connect"),
@@ -135,7 +162,9 @@ def test_bad_answers_have_a_reason(server: ThreadingHTTPServer, path: str, reaso
     assert "/secret" not in asked_of(server)
 
 
-@pytest.mark.parametrize("url", ["file:///etc/hostname", "data:,x", "ftp://a/b", "http://", "x"])
+@pytest.mark.parametrize(
+    "url", ["file:///etc/hostname", "data:,x", "ftp://a/b", "http://", "http://[bad/x.jpg", "x"]
+)
 def test_other_schemes_are_refused(url: str) -> None:
     with pytest.raises(RefusedRequestError) as caught:
         get(url, Limits(5.0, 100))
