@@ -8,19 +8,27 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d2i.errors import ConfigError
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 BackboneName = Literal["uvit-s", "uvit-s-deep", "unidiffuser-v0", "unidiffuser-v1"]
+
+
+# The named linearizations (d2i.dialog), or the template of one turn.
+_STRATEGY = r"^(hash|space|special|letters|[\s\S]*\{text\}[\s\S]*)$"
+_MAX_SHOWN = 80
 
 
 class Config(BaseModel):
     """A frozen group of settings that refuses unknown names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ImageConfig(Config):
@@ -62,7 +70,7 @@ class CorpusConfig(Config):
 class TextConfig(Config):
     """How a conversation becomes the text encoder's input."""
 
-    strategy: str = "hash"
+    strategy: Annotated[str, Field(pattern=_STRATEGY)] = "hash"
     """`hash`, `space`, `special`, `letters` (paper, Figure 4), or a template with `{text}`."""
     keep: Literal["end", "start"] = "end"
     """Which side of a context longer than the window is kept."""
@@ -92,15 +100,15 @@ class BackboneConfig(Config):
     name: BackboneName
     weights: str | None = None
     """Weights to start from; `None` starts from the published initialisation."""
-    latent_scale: float | None = None
-    latent_size: int | None = None
-    patch_size: int | None = None
-    dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    text_dim: int | None = None
-    num_text_tokens: int | None = None
-    clip_dim: int | None = None
+    latent_scale: float | None = Field(default=None, gt=0)
+    latent_size: int | None = Field(default=None, gt=0)
+    patch_size: int | None = Field(default=None, gt=0)
+    dim: int | None = Field(default=None, gt=0)
+    depth: int | None = Field(default=None, gt=0)
+    num_heads: int | None = Field(default=None, gt=0)
+    text_dim: int | None = Field(default=None, gt=0)
+    num_text_tokens: int | None = Field(default=None, gt=0)
+    clip_dim: int | None = Field(default=None, gt=0)
 
     def overrides(self) -> dict[str, Any]:
         """Return the sizes that differ from the published ones, for `build_backbone`."""
@@ -113,7 +121,7 @@ class OptimConfig(Config):
 
     lr: float = Field(default=3e-5, gt=0)
     weight_decay: float = Field(default=0.03, ge=0)
-    betas: tuple[float, float] = (0.9, 0.9)
+    betas: tuple[Beta, Beta] = (0.9, 0.9)
     eps: float = Field(default=1e-8, gt=0)
     num_warmup_steps: int = Field(default=0, ge=0)
     """Linear warm-up, then constant."""
@@ -133,7 +141,7 @@ class TrainConfig(Config):
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of samples whose text is replaced by that of '' (classifier-free guidance)."""
     ema_rate: float = Field(default=0.9999, ge=0, lt=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     num_checkpoint_steps: int = Field(default=1000, gt=0)
     """Steps between two checkpoints."""
     num_log_steps: int = Field(default=10, gt=0)
@@ -169,7 +177,7 @@ class SampleConfig(Config):
     """1 + s of `cond + s (cond - uncond)`: 2 for U-ViT, 8 for UniDiffuser."""
     compute_batch_size: int = Field(default=50, gt=0)
     """The network runs at this one, padded batch, so that grouping changes no bit."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class MetricsConfig(Config):
@@ -251,8 +259,14 @@ def load_config(kind: type[ConfigT], values: dict[str, Any], *, source: str) -> 
         first = err.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or kind.__name__
         raise ConfigError(
-            f"{source}: {field} is {first['input']!r}: {first['msg']}; see 'd2i recipes show'"
+            f"{source}: {field} is {_shortened(first['input'])}: {first['msg']}; "
+            "see 'd2i recipes show'"
         ) from err
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _parse(text: str) -> Any:

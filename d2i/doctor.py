@@ -40,8 +40,9 @@ assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42
 ray.shutdown()
 """
 
-# The file torch-fidelity fetches into torch's cache; its name ends in the start of its sha256.
+# The file that torch-fidelity publishes; its name ends in the start of its sha256.
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+_INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}"
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def check_inception(hub_dir: Path | None = None) -> Check:
         hub_dir: torch's cache; by default the one torch names.
     """
     name = "Inception weights"
-    fix = "the first 'd2i eval' fetches them; offline, --set metrics.extractor_weights=FILE"
+    fix = f"put {_INCEPTION_URL} there, or give it by --set metrics.extractor_weights=FILE"
     path = _torch_cache(hub_dir) / "checkpoints" / _INCEPTION
     if not path.is_file():
         return Check(name, "warn", f"{_INCEPTION} is not in torch's cache", fix)
@@ -251,7 +252,7 @@ def check_inception(hub_dir: Path | None = None) -> Check:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(expected):
         detail = f"{path} has sha256 {digest[:8]}, expected {expected}"
-        return Check(name, "fail", detail, "delete it; it is fetched again")
+        return Check(name, "fail", detail, f"put {_INCEPTION_URL} in its place")
     return Check(name, "ok", f"{_INCEPTION} in torch's cache")
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from d2i import storage
 from d2i.config import (
@@ -22,11 +23,20 @@ from d2i.config import (
     Recipe,
     SampleConfig,
     TrainConfig,
+    apply_settings,
     load_config,
 )
 from d2i.errors import ConfigError
+from d2i.settle import differences
 
 _KEPT_NAME = "recipe.json"
+_PATHS = {
+    "corpus": ("image_root",),
+    "encoders": ("vae", "clip_image", "clip_text", "text_prefix"),
+    "backbone": ("weights",),
+    "metrics": ("extractor_weights",),
+}
+_DECIDES_FEATURES = {"image", "text", "encoders"}
 
 # Ours: both autoencoders are the LDM KL-f8 one; this public copy is the nearest to the published
 # `autoencoder_kl.pth`, which is used instead wherever a team has the file.
@@ -114,10 +124,10 @@ def demo() -> Recipe:
         backbone=BackboneConfig(name="uvit-s", weights="demo:backbone"),
         preprocess=PreprocessConfig(num_samples_per_shard=256),
         train=TrainConfig(
-            num_steps=200,
+            num_steps=300,
             global_batch_size=64,
             micro_batch_size=32,
-            optim=OptimConfig(lr=5e-4, num_warmup_steps=20),
+            optim=OptimConfig(lr=1e-3, num_warmup_steps=20),
             precision="fp32",
             ema_rate=0.98,
             num_checkpoint_steps=50,
@@ -136,6 +146,38 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "uvit-s-deep-mmdialog": uvit_s_deep_mmdialog,
     "unidiffuser-v1-mmdialog": unidiffuser_v1_mmdialog,
 }
+
+
+def resolve_recipe(name: str, settings: Sequence[str]) -> Recipe:
+    """Return a recipe with `--set` settings applied, as `change_recipe` does.
+
+    Raises:
+        ConfigError: If there is no such recipe, or a setting is unknown or wrong.
+    """
+    return change_recipe(load_recipe(name), settings)
+
+
+def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Apply `--set` settings and make local paths absolute.
+
+    What a path names then depends on no working folder: workers of a cluster have another, and the
+    repeated command may.
+
+    Raises:
+        ConfigError: If a setting is unknown or wrong.
+    """
+    changed = apply_settings(recipe, settings)
+    parts = {}
+    for section, names in _PATHS.items():
+        part = getattr(changed, section)
+        paths = {name: _absolute(getattr(part, name)) for name in names}
+        parts[section] = part.model_copy(update=paths)
+    return changed.model_copy(update=parts)
+
+
+def _absolute(name: str | None) -> str | None:
+    """Return a name that is a path here as an absolute one, any other as it is."""
+    return str(Path(name).absolute()) if name and Path(name).exists() else name
 
 
 def load_recipe(name: str) -> Recipe:
@@ -160,25 +202,53 @@ def keep_recipe(recipe: Recipe, data_url: str) -> None:
 
 
 def read_kept_recipe(data_url: str) -> Recipe:
-    """Return the recipe that a data folder was prepared with.
+    """Return the recipe that a data folder, or the folder of one of its splits, was prepared with.
 
     Raises:
         ConfigError: If the folder was not made by d2i preprocess.
     """
-    url = storage.join(data_url, _KEPT_NAME)
-    if not storage.exists(url):
+    kept = _find_kept_recipe(data_url)
+    if kept is None:
         raise ConfigError(
             f"{data_url} has no {_KEPT_NAME}; expected a folder made by d2i preprocess; "
             "check --data"
         )
-    return load_config(Recipe, json.loads(storage.read_bytes(url)), source=url)
+    return kept
+
+
+def check_prepared_with(recipe: Recipe, data_url: str) -> None:
+    """Make sure that data was prepared as a recipe says: image, text and encoders.
+
+    Shards that d2i preprocess did not make have no recipe beside them, and are taken as they are.
+
+    Raises:
+        ConfigError: Naming what differs: the features would not be those the recipe speaks of.
+    """
+    kept = _find_kept_recipe(data_url)
+    if kept is None:
+        return
+    decided, there = (r.model_dump(include=_DECIDES_FEATURES) for r in (recipe, kept))
+    if named := differences(decided, there):
+        raise ConfigError(
+            f"{data_url} was prepared otherwise: got {'; '.join(named[:3])}; repeat the --set of "
+            "d2i preprocess, or prepare the data anew"
+        )
+
+
+def _find_kept_recipe(data_url: str) -> Recipe | None:
+    parent = storage.resolve(data_url).rpartition("/")[0]
+    for folder in (data_url, parent):
+        url = storage.join(folder, _KEPT_NAME)
+        if storage.exists(url):
+            return load_config(Recipe, json.loads(storage.read_bytes(url)), source=url)
+    return None
 
 
 def _load_function(name: str) -> Recipe:
     module_name, _, function_name = name.partition(":")
     try:
         recipe = getattr(importlib.import_module(module_name), function_name)()
-    except (ImportError, AttributeError) as err:
+    except (ImportError, AttributeError, TypeError, ValueError) as err:
         raise ConfigError(
             f"--recipe {name}: {err}; expected an importable module:function without arguments"
         ) from err

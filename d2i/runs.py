@@ -5,17 +5,15 @@ Owns what a run refuses to go on with. Must not import torch.
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from d2i import __version__
+from d2i import __version__, storage
 from d2i.config import Recipe, load_config
 from d2i.errors import CheckpointError
+from d2i.settle import settle
 
 CONFIG_NAME = "config.json"
 EMA_NAME = "ema.safetensors"
@@ -52,24 +50,30 @@ class MetricsLine:
     elapsed_s: float
 
 
-def open_run(run_dir: Path, config: RunConfig) -> None:
+def open_run(run_dir: Path, config: RunConfig, *, is_begun: bool) -> None:
     """Begin a run, or make sure that this is the same one.
+
+    Args:
+        run_dir: The run directory.
+        config: What the run is.
+        is_begun: Whether it has a checkpoint; what has none may be begun with other settings.
 
     Raises:
         CheckpointError: If the run was started with another recipe or other data.
     """
-    path = run_dir / CONFIG_NAME
-    if not path.exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, json.dumps(asdict(config), indent=1) + "\n")
-        return
-    there = json.loads(path.read_text())
-    for name in ("recipe", "manifest_sha256"):
-        if there[name] != getattr(config, name):
-            raise CheckpointError(
-                f"{run_dir} was started with another {name}: {_first_difference(there, config)}; "
-                "expected the same; repeat it or choose another --run"
-            )
+    url = str(run_dir / CONFIG_NAME)
+    if not is_begun:
+        storage.remove(url)
+    differences = [
+        difference
+        for difference in settle(url, asdict(config))
+        if difference.startswith(("recipe.", "manifest_sha256:"))
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{run_dir} was started with another recipe or other data: got "
+            f"{'; '.join(differences[:3])}; repeat that or choose another --run"
+        )
 
 
 def read_recipe(run_dir: Path) -> Recipe:
@@ -81,21 +85,12 @@ def read_recipe(run_dir: Path) -> Recipe:
     path = run_dir / CONFIG_NAME
     try:
         values = json.loads(path.read_text())["recipe"]
-    except (OSError, ValueError, KeyError) as err:
+    except (OSError, ValueError, KeyError, TypeError) as err:
         raise CheckpointError(
             f"{run_dir} is no run: {CONFIG_NAME} cannot be read; expected a folder made by "
             "d2i train"
         ) from err
     return load_config(Recipe, values, source=str(path))
-
-
-@contextmanager
-def only_writer(run_dir: Path) -> Iterator[None]:
-    """Hold the run for one process; wait while ranks that outlived their launcher hold it."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def read_metrics(run_dir: Path) -> list[MetricsLine]:
@@ -113,29 +108,10 @@ def read_metrics(run_dir: Path) -> list[MetricsLine]:
 def keep_metrics_until(run_dir: Path, step: int) -> None:
     """Drop the lines after a step, which the run is about to write anew."""
     kept = [json.dumps(asdict(line)) for line in read_metrics(run_dir) if line.step <= step]
-    _write_whole(run_dir / METRICS_NAME, "".join(line + "\n" for line in kept))
+    storage.write_bytes(str(run_dir / METRICS_NAME), "".join(f"{line}\n" for line in kept).encode())
 
 
 def append_metrics(run_dir: Path, line: MetricsLine) -> None:
     """Append one line to `metrics.jsonl`."""
     with (run_dir / METRICS_NAME).open("a") as file:
         file.write(json.dumps(asdict(line)) + "\n")
-
-
-def _first_difference(there: dict[str, Any], config: RunConfig) -> str:
-    if there["manifest_sha256"] != config.manifest_sha256:
-        return f"data {there['manifest_sha256'][:12]}, got {config.manifest_sha256[:12]}"
-    for section, values in config.recipe.items():
-        old = there["recipe"].get(section)
-        if old != values:
-            if isinstance(values, dict) and isinstance(old, dict):
-                name = next(n for n in values if old.get(n) != values[n])
-                return f"{section}.{name} was {old.get(name)!r}, got {values[name]!r}"
-            return f"{section} was {old!r}, got {values!r}"
-    return "a field was removed"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text)
-    scratch.replace(path)

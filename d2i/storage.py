@@ -8,15 +8,22 @@ any part of d2i but `errors`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+from d2i.errors import ConfigError
+
 _TEMPORARY_SUFFIX = ".d2i-tmp"
+_LOCK_NAME = ".d2i-lock"
+_LOCK_WAIT_S = 15.0
 
 
 def join(url: str, *parts: str) -> str:
@@ -134,6 +141,12 @@ def scratch_file(folder_url: str) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
+def cache_folder(url: str) -> Path:
+    """Name the folder of the user's cache that keeps local copies of a URL's files."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return root / "d2i" / hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
 def remove(url: str) -> None:
     """Remove a file; nothing happens where there is none."""
     fs, path = _split(url)
@@ -156,6 +169,41 @@ def remove_leftovers(url: str) -> int:
     return len(leftovers)
 
 
+@contextlib.contextmanager
+def only_writer(url: str) -> Iterator[None]:
+    """Hold a folder for one command; what is not local cannot be held.
+
+    A command that was killed may leave processes that take a moment to end, so this waits a little.
+
+    Raises:
+        ConfigError: If another command goes on working there.
+    """
+    folder = local_path(url)
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK_NAME).open("w") as lock:
+        _take(lock, url)
+        yield
+
+
+def _take(lock: IO[str], url: str) -> None:
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{url}: another command works there; expected to be alone; wait until it has "
+                    "ended, or choose another folder"
+                ) from err
+            time.sleep(0.1)
+        else:
+            return
+
+
 def _split(url: str) -> tuple[Any, str]:
     """Split a URL into fsspec's file system and the path on it.
 
@@ -163,7 +211,14 @@ def _split(url: str) -> tuple[Any, str]:
     """
     import fsspec
 
-    fs, path = fsspec.core.url_to_fs(url)
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except ImportError as err:
+        raise ConfigError(f"{url}: {err}; pip install it beside d2i") from err
+    except ValueError as err:
+        raise ConfigError(
+            f"{url}: {err}; expected a path, or a URL of a file system that fsspec knows"
+        ) from err
     return fs, path
 
 

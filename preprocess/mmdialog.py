@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from d2i.preprocess.job import JobProgress, PreprocessRequest, preprocess
-from d2i.recipes import load_recipe
+from d2i.recipes import resolve_recipe
 
 
 def show(progress: JobProgress) -> None:
@@ -31,14 +31,12 @@ def main(
             corpus="mmdialog",
             source=source,
             out=out,
-            recipe=load_recipe(recipe),
+            recipe=resolve_recipe(recipe, []),
             split=split,
             limit=limit,
             ray_address=ray_address,
         )
-        for summary in preprocess(
-            request, lambda progress: print(progress.line(), file=sys.stderr)
-        ):
+        for summary in preprocess(request, show):
             print(summary)
 
 

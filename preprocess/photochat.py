@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from d2i.preprocess.job import JobProgress, PreprocessRequest, preprocess
-from d2i.recipes import load_recipe
+from d2i.recipes import resolve_recipe
 
 
 def show(progress: JobProgress) -> None:
@@ -30,7 +30,7 @@ def main(
         corpus="photochat",
         source=source,
         out=out,
-        recipe=load_recipe(recipe),
+        recipe=resolve_recipe(recipe, []),
         ray_address=ray_address,
     )
     for summary in preprocess(request, show):

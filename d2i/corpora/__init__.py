@@ -29,7 +29,15 @@ from d2i.corpora.records import (
 from d2i.dialog import Direction, Instance, Turn, make_key
 from d2i.errors import ConfigError, DataError
 
-__all__ = ["CORPORA", "Problem", "Reason", "read_instances", "splits"]
+__all__ = [
+    "CORPORA",
+    "Problem",
+    "Reason",
+    "canonical_split",
+    "found_splits",
+    "read_instances",
+    "splits",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +92,7 @@ def read_instances(
         DataError: If the source holds no such split, or a file of it cannot be opened.
     """
     reader = _build_corpus(corpus, options)
-    split = _canonical_split(split)
+    split = canonical_split(split)
     root = storage.resolve(os.fspath(source))
     files = reader.files(root, split)
     if not files:
@@ -105,6 +113,22 @@ def splits(corpus: str, source: str | os.PathLike[str]) -> list[str]:
     reader = _build_corpus(corpus, {})
     root = storage.resolve(os.fspath(source))
     return [split for split in SPLITS if reader.files(root, split)]
+
+
+def found_splits(corpus: str, source: str | os.PathLike[str]) -> list[str]:
+    """List the splits that a source holds, as `splits` does; there is at least one.
+
+    Raises:
+        ConfigError: If the corpus is unknown.
+        DataError: If the source holds no split of it.
+    """
+    found = splits(corpus, source)
+    if not found:
+        raise DataError(
+            f"--source {os.fspath(source)} holds no split of {corpus}; expected the folder that "
+            "the corpus was unpacked to; check --corpus and --source"
+        )
+    return found
 
 
 def _read(
@@ -178,7 +202,12 @@ def _log_problem(problem: Problem) -> None:
     _log.warning("%s: %s (%s)", problem.where, problem.detail, problem.reason)
 
 
-def _canonical_split(split: str) -> str:
+def canonical_split(split: str) -> str:
+    """Return train, valid or test for a split's name or alias.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
     for name, aliases in SPLITS.items():
         if split in aliases:
             return name

@@ -15,13 +15,21 @@ from numpy.typing import NDArray
 from d2i import storage
 from d2i.cluster import Pool, run_tasks
 from d2i.config import Recipe
-from d2i.errors import ConfigError
+from d2i.errors import ConfigError, DataError
 from d2i.eval.metrics import compute_scores
 from d2i.eval.systems import SystemSpec
-from d2i.eval.worker import EvalTask, EvalWorkerBuilder, SaveImages, describe_url, task_url
+from d2i.eval.worker import (
+    EvalTask,
+    EvalWorkerBuilder,
+    SaveImages,
+    describe_url,
+    has_finished_tasks,
+    task_url,
+)
 from d2i.fault import Fault
+from d2i.recipes import check_prepared_with
+from d2i.settle import settle
 from d2i.shards import ShardReader
-from d2i.shards.manifest import fingerprint_differences
 
 SCORES_NAME = "scores.json"
 
@@ -85,10 +93,23 @@ def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) 
         ConfigError: If the output folder was begun with other settings.
         D2IError: What the user can mend; finished groups are kept.
     """
+    with storage.only_writer(request.out_url):
+        return _work(request, on_progress)
+
+
+def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> dict[str, Any]:
     reader = ShardReader(request.data_url)
-    _settle(request, reader)
+    check_prepared_with(request.recipe, request.data_url)
+    for folder in ("tasks", "images"):
+        storage.remove_leftovers(storage.join(request.out_url, folder))
+    if not len(reader):
+        raise DataError(
+            f"{request.data_url} holds no sample; expected at least one; its ledger and "
+            "manifest.json say why there is none"
+        )
     tasks = plan_tasks(len(reader), request.recipe.sample.compute_batch_size)
     missing = [t for t in tasks if not storage.exists(task_url(request.out_url, t.number))]
+    _settle(request, reader)
     num_before = len(reader) - sum(len(task.indices) for task in missing)
     progress = EvalProgress(len(reader), num_before)
     for _, num_done in run_tasks(_pool(request), missing):
@@ -126,18 +147,19 @@ def _decided_by(request: EvalRequest, reader: ShardReader) -> dict[str, Any]:
 
 
 def _settle(request: EvalRequest, reader: ShardReader) -> None:
-    url = storage.join(request.out_url, "evaluation.json")
-    wanted = json.loads(json.dumps(_decided_by(request, reader)))
-    if storage.exists(url):
-        there = json.loads(storage.read_bytes(url))
-        if there != wanted:
-            differences = "; ".join(fingerprint_differences(wanted, there)[:3])
-            raise ConfigError(
-                f"{request.out_url} was begun with other settings: got {differences}; "
-                "repeat those or choose another --out"
-            )
-        return
-    storage.write_bytes(url, json.dumps(wanted, indent=1, sort_keys=True).encode())
+    kept, described = (
+        storage.join(request.out_url, "evaluation.json"),
+        describe_url(request.out_url),
+    )
+    if not has_finished_tasks(request.out_url):
+        # Nothing was drawn under them yet: they may be those of a command with a typing error.
+        storage.remove(kept)
+        storage.remove(described)
+    if differences := settle(kept, _decided_by(request, reader)):
+        raise ConfigError(
+            f"{request.out_url} was begun with other settings: got {'; '.join(differences[:3])}; "
+            "repeat those or choose another --out"
+        )
 
 
 def _score(urls: Sequence[str]) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def compute_scores(
     Returns:
         `fid`, `kid`, `kid_std`, `is`, `is_std`, `clip_i`, and the sizes really used,
         `kid_subset_size` and `is_splits`. The deviations are population standard deviations over
-        subsets and splits. `is`, `is_std` and `is_splits` are None without logits.
+        subsets and splits; `kid_std` is None where each subset is the whole set. `is`, `is_std` and
+        `is_splits` are None without logits.
 
     Raises:
         DataError: If the arrays do not fit together, hold a value that is not finite, or are too
@@ -105,6 +106,7 @@ def _kid(
 ) -> dict[str, float | int | None]:
     """Polynomial-kernel MMD (Binkowski et al. 2018, section 4), unbiased, over random subsets."""
     subset_size = min(subset_size, len(real), len(fake))
+    is_whole = subset_size == len(real) == len(fake)
     found = kid_features_to_metric(
         real,
         fake,
@@ -115,7 +117,8 @@ def _kid(
     )
     return {
         "kid": _finite("kid", found[KEY_METRIC_KID_MEAN]),
-        "kid_std": _finite("kid_std", found[KEY_METRIC_KID_STD]),
+        # Subsets that hold every picture are all the same one: they have no spread.
+        "kid_std": None if is_whole else _finite("kid_std", found[KEY_METRIC_KID_STD]),
         "kid_subset_size": subset_size,
     }
 
@@ -225,8 +228,9 @@ class InceptionFeatures:
 def _check_inception(path: Path) -> None:
     if not path.is_file():
         raise DataError(
-            f"{path} is not there; expected torch-fidelity's Inception weights; put it there, "
-            "name it with --set metrics.extractor_weights=PATH, or --set metrics.extractor=clip"
+            f"{path} is not there; expected torch-fidelity's Inception weights ('d2i doctor' has "
+            "their address); put it there, name it with --set metrics.extractor_weights=PATH, or "
+            "--set metrics.extractor=clip"
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(_INCEPTION_SHA256_PREFIX):

@@ -21,12 +21,12 @@ from d2i.tokenize import encode, window
 def read_dialog(text: str) -> list[Turn]:
     """Read a conversation: plain lines (one turn each, speakers taking turns), or JSON.
 
-    JSON is a list of strings, or of `{"speaker": 0, "text": "…"}`.
+    JSON is a list of turns, or one turn: a string, or `{"speaker": 0, "text": "…"}`.
 
     Raises:
         DataError: If there is no turn in it, or the JSON is of another form.
     """
-    if text.lstrip().startswith("["):
+    if text.lstrip().startswith(("[", "{")):
         turns = _read_json(text)
     else:
         turns = [Turn(None, line.strip()) for line in text.splitlines() if line.strip()]
@@ -68,10 +68,11 @@ def draw_dialog(run_dir: Path, recipe: Recipe, turns: list[Turn], out: Path) -> 
 
 def _read_json(text: str) -> list[Turn]:
     try:
-        return [_turn(value) for value in json.loads(text)]
+        values = json.loads(text)
+        return [_turn(value) for value in (values if isinstance(values, list) else [values])]
     except (ValueError, KeyError, TypeError) as err:
         raise DataError(
-            f"the dialog is no list of turns: {err!r}; expected a JSON list of strings or of "
+            f"the dialog is no list of turns: {err}; expected a JSON list of strings or of "
             '{"speaker": 0, "text": "…"}'
         ) from err
 
@@ -79,4 +80,9 @@ def _read_json(text: str) -> list[Turn]:
 def _turn(value: Any) -> Turn:
     if isinstance(value, str):
         return Turn(None, value)
-    return Turn(value.get("speaker"), str(value["text"]))
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise TypeError(f"a turn is {value!r}")
+    speaker = value.get("speaker")
+    if speaker is not None and not isinstance(speaker, int):
+        raise TypeError(f"a speaker is {speaker!r}")
+    return Turn(speaker, value["text"])

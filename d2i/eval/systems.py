@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from d2i import storage
 from d2i.config import BackboneConfig, BackboneName, Recipe
 from d2i.errors import ConfigError
 from d2i.runs import EMA_NAME, read_recipe
@@ -48,6 +49,7 @@ def parse_system(system: str, weights: str | None, recipe: Recipe) -> SystemSpec
 
 def _run_system(system: str, run_dir: Path) -> SystemSpec:
     trained = read_recipe(run_dir).backbone
+    run_dir = run_dir.absolute()
     weights = run_dir / EMA_NAME
     if not weights.exists():
         raise ConfigError(
@@ -55,7 +57,7 @@ def _run_system(system: str, run_dir: Path) -> SystemSpec:
             "repeat its d2i train command to finish it"
         )
     backbone = trained.model_copy(update={"weights": str(weights)})
-    return SystemSpec(system, f"{trained.name}, fine-tuned", backbone, str(run_dir))
+    return SystemSpec(f"run:{run_dir}", f"{trained.name}, fine-tuned", backbone, str(run_dir))
 
 
 def _backbone_system(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
@@ -65,6 +67,7 @@ def _backbone_system(system: str, weights: str | None, recipe: Recipe) -> System
             "(the published file, a model folder, or demo:backbone)"
         )
     sizes = recipe.backbone.overrides() if recipe.backbone.name == system else {}
+    weights = storage.resolve(weights) if Path(weights).exists() else weights
     values = {"name": system, "weights": weights} | sizes
     return SystemSpec(
         system, f"{system}, not fine-tuned", BackboneConfig.model_validate(values), None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from d2i.eval.sampler import Sampler
 from d2i.eval.systems import SystemSpec
 from d2i.fault import Fault
 from d2i.pictures import crop_to_square, decode_picture, png_bytes
+from d2i.settle import settle
 from d2i.shards import ShardReader
-from d2i.shards.manifest import fingerprint_differences
 
 SaveImages = Literal["all", "sample", "none"]
 # Of `--save-images sample`, about one picture in this many, chosen by key hash.
@@ -103,12 +102,7 @@ class EvalWorker:
             "versions": versions(),
             "device": self._device,
         }
-        url = describe_url(self._builder.out_url)
-        if not storage.exists(url):
-            storage.write_bytes(url, json.dumps(mine, indent=1, sort_keys=True).encode())
-            return
-        differences = fingerprint_differences(mine, json.loads(storage.read_bytes(url)))
-        if differences:
+        if differences := settle(describe_url(self._builder.out_url), mine):
             raise ConfigError(
                 f"{self._builder.out_url} holds pictures drawn otherwise: got "
                 f"{'; '.join(differences[:3])}; choose another --out"
@@ -151,6 +145,12 @@ class EvalWorker:
 def task_url(out_url: str, number: int) -> str:
     """Return where the features of one finished group lie."""
     return storage.join(out_url, "tasks", f"{number:06d}.npz")
+
+
+def has_finished_tasks(out_url: str) -> bool:
+    """Say whether any group of this evaluation was finished."""
+    names = storage.list_names(storage.join(out_url, "tasks"))
+    return any(name.endswith(".npz") for name in names)
 
 
 def describe_url(out_url: str) -> str:

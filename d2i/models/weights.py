@@ -6,9 +6,7 @@ Nothing is ever unpickled as code. Imports no network class and no preset.
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from d2i import storage
 from d2i.errors import CheckpointError
 
 LFS_POINTER = b"version https://git-lfs"
@@ -90,7 +89,7 @@ def save_weights(network_or_state: nn.Module | Mapping[str, Tensor], path: str |
 
     Args:
         network_or_state: a network, or tensors by key.
-        path: the file to write; its directory exists.
+        path: the file to write; its directory is made.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -102,7 +101,7 @@ def save_weights(network_or_state: nn.Module | Mapping[str, Tensor], path: str |
     tensors = {key: value.detach().cpu().contiguous() for key, value in network_or_state.items()}
     target = Path(path)
     try:
-        _write_whole(safetensors.torch.save(tensors, metadata), target)
+        storage.write_bytes(str(target), safetensors.torch.save(tensors, metadata))
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror}; check the path") from error
 
@@ -112,20 +111,6 @@ def _describe(network: nn.Module) -> dict[str, str]:
     scale = getattr(network, "latent_scale", None)
     described = {"arch": type(network).__name__.lower(), "n_convention": "n in 1..1000"}
     return described if scale is None else described | {"latent_scale": repr(float(scale))}
-
-
-def _write_whole(data: bytes, target: Path) -> None:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _weights_file(path: Path) -> Path:

@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from d2i.encoders import Encoders
 from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture
 from d2i.preprocess.fetch import Fetched
 from d2i.preprocess.ledger import LedgerRow
+from d2i.preprocess.records import instance_values
 from d2i.shards import Sample, json_bytes, npy_bytes
 from d2i.tokenize import encode, window
 
@@ -141,22 +141,11 @@ def ledger_row(
 
 
 def _metadata(instance: Instance, picture: SourcePicture) -> bytes:
-    values: dict[str, Any] = {
-        "key": instance.key,
-        "split": instance.split,
-        "dialog_id": instance.dialog_id,
-        "turn": instance.turn,
-        "image": instance.image,
-        "context": [{"speaker": t.speaker, "text": t.text} for t in instance.context],
-        "direction": instance.direction,
-        "description": instance.description,
-        "labels": list(instance.labels),
-        "source": {
-            "ref": list(instance.image_ref.value),
-            "sha256": picture.sha256,
-            "size_bytes": len(picture.data),
-            "width": picture.width,
-            "height": picture.height,
-        },
+    source = {
+        "ref": list(instance.image_ref.value),
+        "sha256": picture.sha256,
+        "size_bytes": len(picture.data),
+        "width": picture.width,
+        "height": picture.height,
     }
-    return json_bytes(values)
+    return json_bytes(instance_values(instance) | {"source": source})

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from d2i import storage
 from d2i.cluster import Pool, run_tasks
 from d2i.config import Recipe
-from d2i.corpora import splits
+from d2i.corpora import canonical_split, found_splits
 from d2i.errors import ConfigError, DataError
 from d2i.fault import Fault
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
@@ -23,6 +23,7 @@ from d2i.preprocess.worker import (
 )
 from d2i.recipes import keep_recipe
 from d2i.shards import read_commits, remove_uncommitted, write_manifest
+from d2i.shards.manifest import EMPTY_NAMES
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,19 @@ class JobProgress:
         )
 
 
-def plan_job(request: PreprocessRequest) -> dict[str, Plan]:
-    """Plan every wanted split; nothing is fetched.
+def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan]:
+    """Plan every wanted split; nothing is fetched, and without `keep` nothing is written.
 
     Raises:
         ConfigError: If the output folder was begun with other settings.
         DataError: If the corpus has none of the wanted splits.
     """
-    found = splits(request.corpus, request.source)
-    wanted = [request.split] if request.split else found
-    if not wanted or not set(wanted) <= set(found):
+    found = found_splits(request.corpus, request.source)
+    wanted = [canonical_split(request.split)] if request.split else found
+    if not set(wanted) <= set(found):
         raise DataError(
-            f"{request.source} has the splits {found or 'none'} of {request.corpus}, "
-            f"got --split {request.split}; expected one of them; check --corpus and --source"
+            f"--split {request.split}: {request.source} has {', '.join(found)} of "
+            f"{request.corpus}; expected one of them; check --corpus and --source"
         )
     return {
         split: make_plan(
@@ -100,6 +101,7 @@ def plan_job(request: PreprocessRequest) -> dict[str, Plan]:
                 request.corpus, request.source, split, request.recipe, request.limit, request.seed
             ),
             storage.join(request.out, split),
+            keep=keep,
         )
         for split in wanted
     }
@@ -113,6 +115,13 @@ def preprocess(
     Raises:
         D2IError: What the user can mend; finished shards are kept.
     """
+    with storage.only_writer(request.out):
+        return _work(request, on_progress)
+
+
+def _work(
+    request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
+) -> list[SplitSummary]:
     plans = plan_job(request)
     keep_recipe(request.recipe, request.out)
     tasks, num_instances = _missing_tasks(request.out, plans)
@@ -133,11 +142,22 @@ def _missing_tasks(out: str, plans: dict[str, Plan]) -> tuple[list[ShardTask], i
     for split, plan in plans.items():
         split_url = storage.join(out, split)
         remove_uncommitted(split_url)
+        for folder in ("plan", "ledger"):
+            storage.remove_leftovers(storage.join(split_url, folder))
         commits = {commit.index: commit for commit in read_commits(split_url)}
+        if not commits:
+            _forget_fingerprint(split_url)
         tasks += [ShardTask(split_url, i) for i in range(plan.num_shards) if i not in commits]
         done = sum(c.num_samples + sum(c.failures.values()) for c in commits.values())
         num_instances += plan.num_instances - done
     return tasks, num_instances
+
+
+def _forget_fingerprint(split_url: str) -> None:
+    """Nothing was made under it yet: it may be that of a command with a typing error."""
+    for name in EMPTY_NAMES:
+        storage.remove(storage.join(split_url, name))
+    storage.remove(fingerprint_url(split_url))
 
 
 def _worker_builder(request: PreprocessRequest, plans: dict[str, Plan]) -> ShardWorkerBuilder:

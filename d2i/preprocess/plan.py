@@ -20,7 +20,8 @@ from d2i.corpora import Problem, read_instances
 from d2i.dialog import ImageRef, Instance, key_order_hash
 from d2i.errors import ConfigError, DataError
 from d2i.preprocess.records import write_records
-from d2i.shards.manifest import fingerprint_differences
+from d2i.settle import differences
+from d2i.shards import read_commits
 
 _FORMAT = 1
 
@@ -49,37 +50,71 @@ class Plan:
     format: int = _FORMAT
 
 
-def make_plan(request: PlanRequest, split_url: str) -> Plan:
+def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Plan:
     """Return the plan at `split_url`, made now if it is not there yet.
 
+    A plan of other settings, of which no shard was finished, is made anew.
+
+    Args:
+        request: What decides the plan.
+        split_url: The data set's folder.
+        keep: Whether a new plan is written there, with the records of its shards.
+
     Raises:
-        ConfigError: If a plan is there that other settings decided; the difference is named.
+        ConfigError: If finished shards are there that other settings decided; the difference is
+            named.
         DataError: If the corpus holds no instance of this split.
     """
-    plan_url = storage.join(split_url, "plan", "plan.json")
-    decided_by = _decided_by(request)
-    if storage.exists(plan_url):
-        plan = Plan(**json.loads(storage.read_bytes(plan_url)))
-        _refuse_other_settings(plan.decided_by, decided_by, split_url)
-        return plan
+    there = _read_plan(split_url)
+    if there is not None:
+        named = differences(_decided_by(request), there.decided_by)
+        if not named:
+            return there
+        if read_commits(split_url):
+            raise ConfigError(
+                f"{split_url} was begun with other settings: got {'; '.join(named[:3])}; "
+                "repeat those or choose another --out"
+            )
     problems: list[Problem] = []
     instances = _select(_read(request, problems), request.limit, request.seed)
     shards = list(_shards(instances, request.recipe.preprocess.num_samples_per_shard))
-    for index, shard in enumerate(shards):
-        write_records(records_url(split_url, index), shard)
     plan = Plan(
-        decided_by=decided_by,
+        decided_by=_decided_by(request),
         num_instances=len(instances),
         num_images=len({_image_hash(instance.image_ref) for instance in instances}),
         num_shards=len(shards),
         problems=dict(sorted(Counter(problem.reason for problem in problems).items())),
     )
+    if keep:
+        _write_plan(split_url, plan, shards, problems)
+    return plan
+
+
+def _read_plan(split_url: str) -> Plan | None:
+    url = _plan_url(split_url)
+    return Plan(**json.loads(storage.read_bytes(url))) if storage.exists(url) else None
+
+
+def _write_plan(
+    split_url: str, plan: Plan, shards: list[list[Instance]], problems: list[Problem]
+) -> None:
+    """Write the records, the problems and, last, the plan, in place of what is there."""
+    storage.remove(_plan_url(split_url))
+    folder = storage.join(split_url, "plan")
+    for name in storage.list_names(folder):
+        storage.remove(storage.join(folder, name))
+    for index, shard in enumerate(shards):
+        write_records(records_url(split_url, index), shard)
     lines = [json.dumps(asdict(problem), sort_keys=True) for problem in problems]
     storage.write_bytes(
         storage.join(split_url, "plan", "problems.jsonl"), "\n".join(lines).encode()
     )
-    storage.write_bytes(plan_url, json.dumps(asdict(plan), indent=1, sort_keys=True).encode())
-    return plan
+    data = json.dumps(asdict(plan), indent=1, sort_keys=True).encode()
+    storage.write_bytes(_plan_url(split_url), data)
+
+
+def _plan_url(split_url: str) -> str:
+    return storage.join(split_url, "plan", "plan.json")
 
 
 def records_url(split_url: str, index: int) -> str:
@@ -140,12 +175,3 @@ def _decided_by(request: PlanRequest) -> dict[str, Any]:
         "seed": request.seed,
         "recipe": settings,
     }
-
-
-def _refuse_other_settings(there: dict[str, Any], wanted: dict[str, Any], url: str) -> None:
-    differences = fingerprint_differences(wanted, there)
-    if differences:
-        raise ConfigError(
-            f"{url} was begun with other settings: got {'; '.join(differences[:3])}; "
-            "repeat those or choose another --out"
-        )

@@ -45,7 +45,8 @@ def write_table(url: str, table: pa.Table) -> None:
     storage.write_bytes(url, buffer.getvalue())
 
 
-def _row(instance: Instance) -> dict[str, object]:
+def instance_values(instance: Instance) -> dict[str, object]:
+    """Return an instance as plain values, all but where its picture is to be had."""
     return {
         "key": instance.key,
         "split": instance.split,
@@ -53,11 +54,15 @@ def _row(instance: Instance) -> dict[str, object]:
         "turn": instance.turn,
         "image": instance.image,
         "context": [{"speaker": t.speaker, "text": t.text} for t in instance.context],
-        "image_ref": {"kind": instance.image_ref.kind, "value": list(instance.image_ref.value)},
         "direction": instance.direction,
         "description": instance.description,
         "labels": list(instance.labels),
     }
+
+
+def _row(instance: Instance) -> dict[str, object]:
+    ref = instance.image_ref
+    return instance_values(instance) | {"image_ref": {"kind": ref.kind, "value": list(ref.value)}}
 
 
 def _instance(row: dict[str, object]) -> Instance:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,8 +28,8 @@ from d2i.preprocess.fetch import Fetched, build_fetcher
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
 from d2i.preprocess.plan import records_url
 from d2i.preprocess.records import read_records
+from d2i.settle import settle
 from d2i.shards import Sample, npy_bytes, write_shard
-from d2i.shards.manifest import fingerprint_differences
 from d2i.tokenize import VOCABULARY_SHA256, encode, window
 
 
@@ -89,21 +88,15 @@ class ShardWorker:
 
     def settle(self, split_url: str) -> None:
         """Write the fingerprint and the features of '' beside the shards, or check them."""
-        url = fingerprint_url(split_url)
-        mine = self._fingerprint
-        if storage.exists(url):
-            there = json.loads(storage.read_bytes(url))
-            if there != mine:
-                differences = "; ".join(fingerprint_differences(mine, there)[:3])
-                raise ShardError(
-                    f"{split_url} holds shards made otherwise: got {differences}; choose another "
-                    "--out, or the versions and weights of before"
-                )
-            return
-        tokens = window(encode(""), num_windows=self._recipe.text.num_windows)
-        for name, array in self._empty_features(tokens).items():
-            storage.write_bytes(storage.join(split_url, name), npy_bytes(array))
-        storage.write_bytes(url, json.dumps(mine, indent=1, sort_keys=True).encode())
+        if differences := settle(fingerprint_url(split_url), self._fingerprint):
+            raise ShardError(
+                f"{split_url} holds shards made otherwise: got {'; '.join(differences[:3])}; "
+                "choose another --out, or the versions and weights of before"
+            )
+        for name, array in self._empty_features().items():
+            url = storage.join(split_url, name)
+            if not storage.exists(url):
+                storage.write_bytes(url, npy_bytes(array))
 
     def run(self, task: ShardTask) -> ShardResult:
         """Fetch, encode and publish one planned shard; its commit record comes last."""
@@ -118,7 +111,8 @@ class ShardWorker:
         ]
         return self._publish(task, samples, rows)
 
-    def _empty_features(self, tokens: NDArray[np.uint16]) -> dict[str, NDArray[np.generic]]:
+    def _empty_features(self) -> dict[str, NDArray[np.generic]]:
+        tokens = window(encode(""), num_windows=self._recipe.text.num_windows)
         features: dict[str, NDArray[np.generic]] = {"empty_tokens.npy": tokens}
         if self._recipe.text.latents == "full":
             features["empty_text.npy"] = self._encoders.encode_text(tokens[None])[0]

@@ -124,7 +124,9 @@ def read_manifest(url: str) -> Manifest:
             "run the same `d2i preprocess` command again to finish it"
         ) from err
     if checksum != _checksum_line(data):
-        raise ShardError(f"{manifest_url} does not have the sha256 beside it; run `d2i repair`")
+        raise ShardError(
+            f"{manifest_url} does not have the sha256 beside it; repeat `d2i preprocess`"
+        )
     return parse_record(Manifest, data, manifest_url)
 
 
@@ -134,20 +136,6 @@ def listed_names(manifest: Manifest) -> set[str]:
     for shard in manifest.shards:
         names |= {shard.tar_name, shard.index_name, shard.commit_name}
     return names
-
-
-def fingerprint_differences(
-    found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = ""
-) -> list[str]:
-    """Name the fields that differ, each as `image.resolution: 256, expected 512`."""
-    differences = []
-    for name in sorted({*found, *expected}):
-        ours, theirs = found.get(name, "absent"), expected.get(name, "absent")
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            differences += fingerprint_differences(ours, theirs, f"{prefix}{name}.")
-        elif ours != theirs:
-            differences.append(f"{prefix}{name}: {ours}, expected {theirs}")
-    return differences
 
 
 def remove_uncommitted(out_url: str) -> list[str]:

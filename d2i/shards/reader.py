@@ -23,9 +23,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from d2i import storage
 from d2i.errors import ShardError
+from d2i.settle import differences
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo, canonical_json
 from d2i.shards.index import Extent, Index, read_index
-from d2i.shards.manifest import Manifest, fingerprint_differences, read_manifest
+from d2i.shards.manifest import Manifest, read_manifest
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
     MEMBERS,
@@ -70,17 +71,15 @@ class ShardReader:
         Args:
             url: The data set's folder.
             expect_fingerprint: Refuse a data set made under any other.
-            cache_dir: Local folder that keeps shards fetched from a URL that is not local.
+            cache_dir: Local folder that keeps shards fetched from a URL that is not local; by
+                default one in the user's cache.
 
         Raises:
-            ShardError: If the manifest is absent or damaged, the fingerprint is another, or a
-                URL that is not local comes without `cache_dir`.
+            ShardError: If the manifest is absent or damaged, or the fingerprint is another.
         """
         self.url = storage.resolve(url)
         self._folder = storage.local_path(self.url)
-        if self._folder is None and cache_dir is None:
-            raise ShardError(f"{url} is not local; expected a local cache_dir to keep shards in")
-        self._cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._cache_dir = Path(cache_dir) if cache_dir else storage.cache_folder(self.url)
         self.manifest: Manifest = read_manifest(self.url)
         if expect_fingerprint is not None:
             _check_fingerprint(self.url, self.manifest, expect_fingerprint)
@@ -187,7 +186,7 @@ class ShardReader:
         if absent:
             raise ShardError(
                 f"{self.url} stores no {absent[0]!r}, only {', '.join(stored) or 'no array'}; "
-                "make the data again with it (`d2i preprocess --reuse` keeps the images)"
+                "make the data again with it"
             )
         return {name: stored[name] for name in names}
 
@@ -210,7 +209,8 @@ class ShardReader:
             return _open_shard(commit, _map_file(tar_path), _map_file(index_path))
         except FileNotFoundError as err:
             raise ShardError(
-                f"{self.url} lacks a file of shard {commit.name}; `d2i repair`"
+                f"{self.url} lacks a file of shard {commit.name}; delete {commit.commit_name} and "
+                "repeat `d2i preprocess`"
             ) from err
         except ShardError as err:
             raise ShardError(f"shard {commit.name} of {self.url}: {err}; run `d2i verify`") from err
@@ -219,7 +219,6 @@ class ShardReader:
         """Give the local path of a shard's file, fetching and checking it if it is elsewhere."""
         if self._folder is not None:
             return self._folder / name
-        assert self._cache_dir is not None
         path = self._cache_dir / name
         if not path.is_file() or path.stat().st_size != info.size_bytes:
             storage.fetch_file(storage.join(self.url, name), path)
@@ -280,9 +279,9 @@ class _Keys(Sequence[str]):
 def _check_fingerprint(url: str, manifest: Manifest, expected: Mapping[str, Any]) -> None:
     if canonical_json(manifest.fingerprint) == canonical_json(expected):
         return
-    differences = fingerprint_differences(manifest.fingerprint, expected)
+    named = differences(manifest.fingerprint, expected)
     raise ShardError(
-        f"{url} was made under another fingerprint ({'; '.join(differences)}); "
+        f"{url} was made under another fingerprint ({'; '.join(named)}); "
         "make the data again, or use the recipe it was made with"
     )
 

@@ -374,17 +374,20 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     assert len(list(open_files.iterdir())) <= before + 1
 
 
-def test_shards_elsewhere_are_cached(data: Path, tmp_path: Path) -> None:
+def test_shards_elsewhere_are_cached(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = f"memory://{tmp_path.name}/data"
     for name, content in contents(data).items():
         storage.write_bytes(storage.join(url, name), content)
-    with pytest.raises(ShardError, match="cache_dir"):
-        ShardReader(url)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     expected = ShardReader(str(data)).read([7, 0])
     for _ in range(2):
         batch = ShardReader(url, cache_dir=tmp_path).read([7, 0])
         assert all(np.array_equal(batch[name], expected[name]) for name in expected)
     assert len(list(tmp_path.glob("*.tar"))) == 2
+    assert np.array_equal(ShardReader(url).read([7])["clip"], expected["clip"][:1])
+    assert len(list(tmp_path.glob("cache/d2i/*/*.tar"))) == 1
     assert verify(url).ok
 
 

@@ -184,8 +184,9 @@ def test_missing_paths(tmp_path: Path) -> None:
     assert "No such file" in refusal(tiny(), tmp_path / "none.pth")
     (tmp_path / "empty.ckpt").mkdir()
     assert "holds no weights" in refusal(tiny(), tmp_path / "empty.ckpt")
+    (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write"):
-        save_weights(tiny(), tmp_path / "none" / "w.safetensors")
+        save_weights(tiny(), tmp_path / "file" / "w.safetensors")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, state: dict[str, Tensor]) -> None:

@@ -1,0 +1,58 @@
+"""What decided a folder's content: kept beside it once, compared ever after.
+
+A command that is repeated goes on only where it would have made the same. Must not import any part
+of d2i but `storage` and `errors`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from d2i import storage
+from d2i.errors import ConfigError
+
+
+def settle(url: str, mine: Mapping[str, Any]) -> list[str]:
+    """Keep `mine` at a URL, or name the fields in which it differs from what is kept there.
+
+    Args:
+        url: A JSON file, written now if it is not there yet.
+        mine: Nested JSON values.
+
+    Returns:
+        As `differences`, `mine` being what was found; empty where both agree.
+
+    Raises:
+        ConfigError: If what is kept there cannot be read.
+    """
+    data = (json.dumps(mine, indent=1, sort_keys=True) + "\n").encode()
+    if not storage.exists(url):
+        storage.write_bytes(url, data)
+        return []
+    try:
+        kept = json.loads(storage.read_bytes(url))
+    except ValueError as err:
+        raise ConfigError(
+            f"{url} is damaged: {err}; expected JSON; choose another folder, or delete this one"
+        ) from err
+    if not isinstance(kept, dict):
+        raise ConfigError(f"{url} is damaged: expected a JSON object; choose another folder")
+    return differences(json.loads(data), kept)
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Name the fields that differ, each as `image.resolution: 256, expected 512`."""
+    return _differences(found, expected, "")
+
+
+def _differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str) -> list[str]:
+    named = []
+    for name in sorted({*found, *expected}):
+        ours, theirs = found.get(name, "absent"), expected.get(name, "absent")
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            named += _differences(ours, theirs, f"{prefix}{name}.")
+        elif ours != theirs:
+            named.append(f"{prefix}{name}: {ours}, expected {theirs}")
+    return named
