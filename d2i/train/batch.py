@@ -14,7 +14,6 @@ from torch import Tensor
 
 from d2i.config import TrainConfig
 from d2i.diffusion.draws import integers, normal, uniform
-from d2i.errors import ConfigError
 from d2i.shards import ShardReader
 
 _NUM_MODEL_TIMES = 1000
@@ -80,11 +79,6 @@ class BatchReader:
     """Reads micro batches one ahead of their use, in a thread of its own."""
 
     def __init__(self, reader: ShardReader, config: TrainConfig, *, is_joint: bool) -> None:
-        if "text" not in reader.manifest.arrays:
-            raise ConfigError(
-                "the data set holds token ids only; training needs text latents; "
-                "prepare it with --set text.latents=full"
-            )
         self._reader = reader
         self._config = config
         self._is_joint = is_joint

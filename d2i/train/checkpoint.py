@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,23 @@ from d2i.train.ema import Ema
 from d2i.train.engine import base_optimizer, full_weights, master_weights
 
 _MARKER = "complete.json"
+_PENDING = "losses"
 _NUM_KEPT = 2
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: counted in optimizer steps, over all ranks."""
+    """How far a run is: counted in optimizer steps, over all ranks.
+
+    Args:
+        step: Optimizer steps taken.
+        elapsed_s: Seconds of training, those before an interruption included.
+        losses: This rank's losses since the last line of `metrics.jsonl`.
+    """
 
     step: int
     elapsed_s: float
+    losses: tuple[float, ...] = ()
 
 
 def save_checkpoint(
@@ -47,7 +55,9 @@ def save_checkpoint(
         shutil.rmtree(target, ignore_errors=True)
         scratch.mkdir(parents=True)
     torch.distributed.barrier()
-    save_file(_rank_state(engine, ema), scratch / _rank_file(rank, world_size))
+    pending = torch.tensor(progress.losses, dtype=torch.float64)
+    state = _rank_state(engine, ema) | {_PENDING: pending}
+    save_file(state, scratch / _rank_file(rank, world_size))
     _sync(scratch / _rank_file(rank, world_size))
     averaged = ema.read_in_place(lambda: full_weights(engine))
     if rank == 0:
@@ -86,7 +96,7 @@ def load_newest_checkpoint(run_dir: Path, engine: Any, ema: Ema) -> Progress:
             "repeat the command, and the one before is taken"
         ) from err
     _restore(state, engine, ema)
-    return Progress(step=marker["step"], elapsed_s=marker["elapsed_s"])
+    return Progress(marker["step"], marker["elapsed_s"], tuple(state[_PENDING].tolist()))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -128,7 +138,11 @@ def _rank_file(rank: int, world_size: int) -> str:
 
 
 def _write_marker(folder: Path, progress: Progress, world_size: int) -> None:
-    marker = asdict(progress) | {"world_size": world_size}
+    marker = {
+        "step": progress.step,
+        "elapsed_s": progress.elapsed_s,
+        "world_size": world_size,
+    }
     scratch = folder / f".{_MARKER}"
     scratch.write_text(json.dumps(marker))
     _sync(scratch)
@@ -142,9 +156,13 @@ def _whole_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def _prune(run_dir: Path) -> None:
-    for folder in _whole_checkpoints(run_dir)[:-_NUM_KEPT]:
+    """Keep the newest checkpoints, and remove what killed attempts left of others."""
+    whole = _whole_checkpoints(run_dir)
+    for folder in whole[:-_NUM_KEPT]:
         (folder / _MARKER).unlink()
-        shutil.rmtree(folder)
+    for folder in (run_dir / "checkpoints").iterdir():
+        if folder not in whole[-_NUM_KEPT:]:
+            shutil.rmtree(folder)
 
 
 def _sync(path: Path) -> None:

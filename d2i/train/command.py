@@ -12,7 +12,7 @@ from pathlib import Path
 
 import d2i
 from d2i.errors import ClusterError
-from d2i.processes import end_with_parent
+from d2i.processes import end_with_parent, starter_environment
 
 
 def deepspeed_command(arguments: Sequence[str], num_accelerators: int | None) -> list[str]:
@@ -44,11 +44,15 @@ def run_command(command: Sequence[str]) -> int:
 
     What the launcher prints goes to stderr: stdout is the command's own result.
     """
-    environment = os.environ | {
-        # The launcher finds ninja and python beside it, also without an activated environment.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    environment = (
+        os.environ
+        | starter_environment()
+        | {
+            # The launcher finds ninja and python beside it, also without an activated environment.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    )
     with subprocess.Popen(
         list(command),
         env=environment,

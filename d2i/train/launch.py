@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from d2i.config import apply_settings
 from d2i.errors import D2IError
 from d2i.fault import parse_fault
-from d2i.recipes import load_recipe
+from d2i.processes import end_with_starter
+from d2i.recipes import resolve_recipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -35,12 +35,13 @@ def launch(
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
     from d2i.train.loop import TrainRequest, train
 
-    resolved = apply_settings(load_recipe(recipe), settings or [])
+    resolved = resolve_recipe(recipe, settings or [])
     train(TrainRequest(resolved, data, run, parse_fault(fault)))
 
 
 def main() -> None:
     """Run the entry point: exit code 2 and one line for what the user can mend."""
+    end_with_starter()
     try:
         app()
     except D2IError as err:

@@ -15,22 +15,27 @@ import torch
 
 from d2i import storage
 from d2i.config import Recipe
-from d2i.errors import ConfigError
+from d2i.errors import ConfigError, DataError
 from d2i.fault import Fault
 from d2i.models import save_weights
 from d2i.models.folder import build_network, resolve_sizes
+from d2i.recipes import check_prepared_with
 from d2i.runs import (
     EMA_NAME,
     MetricsLine,
     RunConfig,
     append_metrics,
     keep_metrics_until,
-    only_writer,
     open_run,
 )
 from d2i.shards import ShardReader
 from d2i.train.batch import Batch, BatchReader
-from d2i.train.checkpoint import Progress, load_newest_checkpoint, save_checkpoint
+from d2i.train.checkpoint import (
+    Progress,
+    load_newest_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from d2i.train.ema import Ema
 from d2i.train.engine import base_optimizer, build_engine, full_weights, join_ranks, master_weights
 from d2i.train.objective import build_objective, is_joint
@@ -55,7 +60,7 @@ def train(request: TrainRequest) -> None:
         ConfigError: If the ranks cannot share the global batch, or the sizes do not fit the data.
     """
     rank, world_size = join_ranks()
-    with only_writer(request.run_dir) if rank == 0 else nullcontext():
+    with storage.only_writer(str(request.run_dir)) if rank == 0 else nullcontext():
         torch.distributed.barrier()
         _train_rank(request, rank, world_size)
         torch.distributed.barrier()
@@ -66,13 +71,15 @@ def _train_rank(request: TrainRequest, rank: int, world_size: int) -> None:
     recipe, config = request.recipe, request.recipe.train
     reader = ShardReader(train_url(request.data_url))
     micro_batch_size, num_micro_batches = config.accumulation(world_size)
-    if rank == 0:
-        open_run(request.run_dir, _run_config(request, reader, world_size))
-    torch.distributed.barrier()
+    check_prepared_with(recipe, reader.url)
     # Only a network without weights to start from draws its first ones here.
     torch.manual_seed(config.seed)
     network = build_network(recipe.backbone)
     check_sizes(network, reader)
+    if rank == 0:
+        is_begun = newest_checkpoint(request.run_dir) is not None
+        open_run(request.run_dir, _run_config(request, reader, world_size), is_begun=is_begun)
+    torch.distributed.barrier()
     engine = build_engine(network, config, micro_batch_size, num_micro_batches)
     ema = Ema(master_weights(engine), config.ema_rate)
     progress = load_newest_checkpoint(request.run_dir, engine, ema)
@@ -95,8 +102,19 @@ def check_sizes(network: Any, reader: ShardReader) -> None:
 
     Raises:
         ConfigError: Naming the size that differs and the setting to change.
+        DataError: If there is no sample.
     """
     arrays = reader.manifest.arrays
+    if not len(reader):
+        raise DataError(
+            f"{reader.url} holds no sample; expected at least one; its ledger and manifest.json "
+            "say why there is none"
+        )
+    if "text" not in arrays:
+        raise ConfigError(
+            f"{reader.url} holds no text latents; training needs them; prepare the data with "
+            "--set text.latents=full"
+        )
     latent, text = arrays["moments"].shape, arrays["text"].shape
     wanted = {
         "backbone.latent_size": (network.latent_size, latent[-1]),
@@ -136,6 +154,7 @@ class _Stepper:
     def run(self, progress: Progress) -> None:
         """Step from `progress` to the end, with lines and checkpoints on the way."""
         config, started = self._config, time.monotonic() - progress.elapsed_s
+        self._losses = list(progress.losses)
         line_started, line_step = time.monotonic(), progress.step
         batches = self._read_ahead(progress.step)
         for step in range(progress.step, config.num_steps):
@@ -148,7 +167,7 @@ class _Stepper:
                 self._log(done, rate, now - started)
                 line_started, line_step = now, done
             if done % config.num_checkpoint_steps == 0 or done == config.num_steps:
-                state = Progress(done, time.monotonic() - started)
+                state = Progress(done, time.monotonic() - started, tuple(self._losses))
                 fault = self._request.fault
                 save_checkpoint(self._request.run_dir, self._engine, self._ema, state, fault)
         self._batches.close()

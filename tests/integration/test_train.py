@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
-from tests.processes import run_d2i, run_process
+from tests.processes import COMMAND, run_d2i, run_process
 
 NUM_SAMPLES, NUM_STEPS = 10, 6
 SETTINGS = {
@@ -25,7 +27,7 @@ SETTINGS = {
     "train.global_batch_size": 8,
     "train.micro_batch_size": 2,
     "train.num_checkpoint_steps": 2,
-    "train.num_log_steps": 1,
+    "train.num_log_steps": 3,
 }
 
 
@@ -63,7 +65,7 @@ def command(data: Path, run: Path, **changed: object) -> list[object]:
 
 def losses(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+    assert [line["step"] for line in lines] == [3, 6]
     return [line["loss"] for line in lines]
 
 
@@ -74,14 +76,30 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_killed_run_resumes_to_the_bit(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["train.step_done:kill:3", "train.checkpoint_written:kill:2"])
+def test_a_killed_run_resumes_to_the_bit(
+    data: Path, undisturbed: Path, tmp_path: Path, fault: str
+) -> None:
     run = tmp_path / "killed"
-    killed = run_process(*command(data, run), "--fault", "train.step_done:kill:3")
+    killed = run_process(*command(data, run), "--fault", fault)
     assert killed.returncode == 1
     assert not (run / "ema.safetensors").exists()
     run_d2i(*command(data, run))
     assert losses(run) == losses(undisturbed)
     assert (run / "ema.safetensors").read_bytes() == (undisturbed / "ema.safetensors").read_bytes()
+
+
+def test_the_ranks_end_with_the_command(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """SIGKILL reaches neither launcher nor ranks; they must not go on writing to the run."""
+    run = tmp_path / "killed"
+    asleep = [*COMMAND, *map(str, command(data, run)), "--fault", "train.step_done:sleep:3"]
+    with subprocess.Popen(asleep, stderr=subprocess.PIPE) as process:
+        while not (run / "checkpoints" / "step-2" / "complete.json").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+    run_d2i(*command(data, run))
+    assert losses(run) == losses(undisturbed)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -91,7 +109,10 @@ def test_zero_stages_agree(data: Path, undisturbed: Path, tmp_path: Path, stage:
     np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
 
 
-def test_another_recipe_or_number_of_ranks_is_refused(data: Path, undisturbed: Path) -> None:
+def test_what_a_run_cannot_go_on_with_is_refused(data: Path, undisturbed: Path) -> None:
+    alone = run_process(*command(data, undisturbed), "--num-accelerators", "1")
+    assert alone.returncode == 2
+    assert "was written by 2 ranks, got 1" in alone.stderr
     other = run_process(*command(data, undisturbed, train__seed=1))
     assert other.returncode == 2
-    assert "train.seed was 0, got 1" in other.stderr
+    assert "recipe.train.seed: 1, expected 0" in other.stderr
