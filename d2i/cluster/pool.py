@@ -20,8 +20,8 @@ ResultT = TypeVar("ResultT")
 TaskIn = TypeVar("TaskIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
-# A worker that dies on the same task this often takes the job down with a clear message.
-_NUM_RESTARTS = 3
+# A task that takes this many more workers down with it ends the job with a clear message.
+_NUM_RETRIES = 3
 
 
 class Worker(Protocol[TaskIn, ResultOut]):
@@ -48,7 +48,8 @@ class Pool(Generic[TaskT, ResultT]):
         build_worker: Picklable; called in the worker's own process.
         num_workers: `0` runs every task in this process, without Ray. `None` takes one worker
             per accelerator, or per core where there is none.
-        ray_address: A running cluster; `None` starts Ray on this machine for the job.
+        ray_address: A running cluster; `None` starts Ray on this machine for the job, whatever
+            runs here already and whatever `RAY_ADDRESS` says.
         resources: What one worker occupies.
     """
 
@@ -133,8 +134,9 @@ def _result_of(reference: Any) -> Any:
         raise
     except ray.exceptions.RayActorError as err:
         raise ClusterError(
-            f"a worker died {_NUM_RESTARTS + 1} times: {str(err).splitlines()[0]}; expected it to "
-            "finish; look for memory pressure, then repeat the command: finished work is kept"
+            f"a task took {_NUM_RETRIES + 1} workers down with it: {str(err).splitlines()[0]}; "
+            "expected it to finish; look for memory pressure, then repeat the command: finished "
+            "work is kept"
         ) from err
 
 
@@ -145,8 +147,8 @@ def _start_actors(pool: Pool[TaskT, ResultT], num_tasks: int) -> list[Any]:
     actor_class = ray.remote(
         num_cpus=pool.resources.num_cpus,
         num_gpus=num_gpus,
-        max_restarts=_NUM_RESTARTS,
-        max_task_retries=_NUM_RESTARTS,
+        max_restarts=-1,
+        max_task_retries=_NUM_RETRIES,
     )(_WorkerActor)
     wanted = pool.num_workers or _num_workers_that_fit(pool.resources, num_gpus)
     return [actor_class.remote(pool.build_worker) for _ in range(min(wanted, num_tasks))]
@@ -182,11 +184,13 @@ def _ray_session(address: str | None) -> Iterator[None]:
     # Ray reads these at import; nothing is reported to anyone unless the user asks for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray would prefer it over the address that was asked for.
+    os.environ.pop("RAY_ADDRESS", None)
     import ray
 
     try:
         ray.init(
-            address=address,
+            address=address or "local",
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
