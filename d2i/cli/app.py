@@ -56,13 +56,24 @@ def main() -> None:
         if debug:
             raise
         _leave(str(err))
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; the same command goes on from here\n")
-        sys.exit(_INTERRUPTED)
+    except OSError as err:
+        if debug:
+            raise
+        _leave(_file_problem(err))
     except Exception as err:
         _leave_if_usage(err)
         raise
+    if code == _INTERRUPTED:
+        sys.stderr.write("\ninterrupted; the same command goes on from here\n")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _file_problem(err: OSError) -> str:
+    where = f"{err.filename}: " if err.filename else ""
+    return (
+        f"{where}{err.strerror or err}; expected a place that can be read and written; check the "
+        "path, its permissions and the room on the disk"
+    )
 
 
 def _leave(message: str) -> None:

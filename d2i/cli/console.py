@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,24 @@ RayOption = Annotated[
 FaultOption = Annotated[
     str | None, typer.Option("--fault", help="POINT:error|sleep|kill:N, for proofs.")
 ]
+
+
+def register(app: typer.Typer, function: Callable[..., None], name: str | None = None) -> None:
+    """Give a command to an app, its examples in --help one to a line, as they can be typed."""
+    app.command(name, help=help_text(function))(function)
+
+
+def help_text(function: Callable[..., None]) -> str:
+    """Return a command's docstring with its examples kept from being wrapped."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    return "\n\n".join(_unwrapped(paragraph) for paragraph in paragraphs)
+
+
+def _unwrapped(paragraph: str) -> str:
+    if not paragraph.startswith("    "):
+        return paragraph
+    # The parser's sign for a paragraph that is to stay as it is.
+    return f"\b\n  {' '.join(paragraph.split())}"
 
 
 class ProgressLine:

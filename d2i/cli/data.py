@@ -17,6 +17,7 @@ from d2i.cli.console import (
     SetOption,
     counted,
     print_result,
+    register,
 )
 from d2i.errors import ConfigError
 
@@ -31,7 +32,7 @@ SourceOption = Annotated[str, typer.Option("--source", help="The corpus's folder
 def add_commands(app: typer.Typer) -> None:
     """Give the commands of this module to the app."""
     for command in (preprocess, corpus, verify, inspect):
-        app.command()(command)
+        register(app, command)
 
 
 def preprocess(
@@ -82,7 +83,7 @@ def preprocess(
         fault=parse_fault(fault),
     )
     if dry_run:
-        plans = plan_job(request)
+        plans = plan_job(request, keep=False)
         lines = [
             f"{name}: {plan.num_instances} instances of {plan.num_images} pictures, "
             f"{plan.num_shards} shards, corpus problems: {counted(plan.problems)}"
@@ -115,19 +116,13 @@ def corpus(
         d2i corpus --corpus mmdialog --source MMDialog --set own_turn=exclude
     """
     from d2i.config import CorpusConfig, apply_settings
-    from d2i.corpora import Problem, read_instances, splits
+    from d2i.corpora import found_splits
 
     options = apply_settings(CorpusConfig(), settings or []).options()
-    result: dict[str, dict[str, object]] = {}
-    for split in splits(corpus, _existing(source)):
-        problems: list[Problem] = []
-        found = list(read_instances(corpus, source, split, on_problem=problems.append, **options))
-        result[split] = {
-            "instances": len(found),
-            "images": len({instance.image_ref for instance in found}),
-            "dialogs_with_images": len({instance.dialog_id for instance in found}),
-            "problems": dict(Counter(problem.reason for problem in problems)),
-        }
+    result = {
+        split: _count_split(corpus, source, split, options)
+        for split in found_splits(corpus, _existing(source))
+    }
     lines = [
         f"{split}: {c['instances']} instances of {c['images']} pictures in "
         f"{c['dialogs_with_images']} dialogs; problems: {counted(c['problems'])}"  # type: ignore[arg-type]
@@ -198,6 +193,27 @@ def inspect(
     print_result({"num_samples": len(reader), "samples": samples}, lines, as_json=as_json)
 
 
+def _count_split(
+    corpus: str, source: str, split: str, options: dict[str, str]
+) -> dict[str, object]:
+    from d2i.corpora import read_instances
+
+    problems: Counter[str] = Counter()
+    images, dialogs, num_instances = set(), set(), 0
+    for instance in read_instances(
+        corpus, source, split, on_problem=lambda p: problems.update([p.reason]), **options
+    ):
+        num_instances += 1
+        images.add(hash(instance.image_ref))
+        dialogs.add(instance.dialog_id)
+    return {
+        "instances": num_instances,
+        "images": len(images),
+        "dialogs_with_images": len(dialogs),
+        "problems": dict(problems),
+    }
+
+
 def _with_progress(request: PreprocessRequest, run: object) -> list[SplitSummary]:
     progress = ProgressLine()
     try:
@@ -216,10 +232,9 @@ def _summary_line(summary: SplitSummary) -> str:
 
 
 def _recipe(name: str, settings: list[str] | None) -> Recipe:
-    from d2i.config import apply_settings
-    from d2i.recipes import load_recipe
+    from d2i.recipes import resolve_recipe
 
-    return apply_settings(load_recipe(name), settings or [])
+    return resolve_recipe(name, settings or [])
 
 
 def _existing(source: str) -> str:

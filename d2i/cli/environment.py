@@ -7,19 +7,19 @@ from typing import Annotated
 
 import typer
 
-from d2i.cli.console import JsonOption, SetOption, print_result
+from d2i.cli.console import JsonOption, SetOption, help_text, print_result, register
 
 
 def add_commands(app: typer.Typer) -> None:
     """Give the commands of this module to the app."""
     recipes = typer.Typer(help="The presets.", invoke_without_command=True)
-    recipes.callback()(list_recipes)
-    recipes.command("show")(show_recipe)
+    recipes.callback(help=help_text(list_recipes))(list_recipes)
+    register(recipes, show_recipe, "show")
     app.add_typer(recipes, name="recipes")
-    app.command()(doctor)
+    register(app, doctor)
 
 
-def list_recipes(context: typer.Context) -> None:
+def list_recipes(context: typer.Context, *, as_json: JsonOption = False) -> None:
     """List the recipes; 'd2i recipes show NAME' prints one whole.
 
     Examples:
@@ -32,8 +32,9 @@ def list_recipes(context: typer.Context) -> None:
         return
     from d2i.recipes import RECIPES
 
-    for name, build in RECIPES.items():
-        typer.echo(f"{name:28} {(build.__doc__ or '').strip().splitlines()[0]}")
+    described = {name: (build.__doc__ or "").splitlines()[0] for name, build in RECIPES.items()}
+    lines = [f"{name:28} {description}" for name, description in described.items()]
+    print_result({"recipes": described}, lines, as_json=as_json)
 
 
 def show_recipe(
@@ -48,10 +49,9 @@ def show_recipe(
 
         d2i recipes show uvit-s-mmdialog --set sample.num_steps=25
     """
-    from d2i.config import apply_settings
-    from d2i.recipes import load_recipe
+    from d2i.recipes import resolve_recipe
 
-    typer.echo(apply_settings(load_recipe(name), settings or []).model_dump_json(indent=1))
+    typer.echo(resolve_recipe(name, settings or []).model_dump_json(indent=1))
 
 
 def doctor(*, as_json: JsonOption = False) -> None:

@@ -9,17 +9,24 @@ from typing import Annotated
 
 import typer
 
-from d2i.cli.console import FaultOption, JsonOption, RecipeOption, SetOption, print_result
+from d2i.cli.console import (
+    FaultOption,
+    JsonOption,
+    RecipeOption,
+    SetOption,
+    print_result,
+    register,
+)
 from d2i.errors import ConfigError
 
 
 def add_commands(app: typer.Typer) -> None:
     """Give the commands of this module to the app."""
     for command in (train, sample):
-        app.command()(command)
+        register(app, command)
     weights = typer.Typer(help="Look into files of weights.", no_args_is_help=True)
     weights.callback()(_weights)
-    weights.command("inspect")(inspect_weights)
+    register(weights, inspect_weights, "inspect")
     app.add_typer(weights, name="weights")
 
 
@@ -43,14 +50,13 @@ def train(
 
         d2i train --recipe uvit-s-photochat --data data --run runs/a --set train.optim.lr=1e-5
     """
-    from d2i.config import apply_settings
     from d2i.fault import parse_fault
-    from d2i.recipes import load_recipe
+    from d2i.recipes import resolve_recipe
     from d2i.runs import read_metrics
     from d2i.train.command import deepspeed_command, run_command
 
     # Checked here, so that a typing error costs no start of the ranks.
-    resolved = apply_settings(load_recipe(recipe), settings or [])
+    resolved = resolve_recipe(recipe, settings or [])
     resolved.train.accumulation(num_accelerators or 1)
     parse_fault(fault)
     _check_data(data)
@@ -87,11 +93,11 @@ def sample(
 
         d2i sample --run runs/demo --dialog chat.json --seed 7 --out answer.png
     """
-    from d2i.config import apply_settings
     from d2i.eval.single import draw_dialog, read_dialog
+    from d2i.recipes import change_recipe
     from d2i.runs import read_recipe
 
-    recipe = apply_settings(read_recipe(run), [f"sample.seed={seed}", *(settings or [])])
+    recipe = change_recipe(read_recipe(run), [f"sample.seed={seed}", *(settings or [])])
     turns = read_dialog(_read_text(dialog))
     text = draw_dialog(run, recipe, turns, out)
     print_result({"image": str(out), "text": text, "seed": seed}, [str(out)], as_json=as_json)

@@ -15,6 +15,7 @@ from d2i.cli.console import (
     RayOption,
     SetOption,
     print_result,
+    register,
 )
 from d2i.errors import ConfigError
 
@@ -22,14 +23,16 @@ from d2i.errors import ConfigError
 def add_commands(app: typer.Typer) -> None:
     """Give the commands of this module to the app."""
     for command in (demo, evaluate, report):
-        app.command("eval" if command is evaluate else None)(command)
+        register(app, command, "eval" if command is evaluate else None)
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes; the same command resumes.")] = (
         Path("d2i-demo")
     ),
-    seed: Annotated[int, typer.Option(help="Seed of the corpus, training and sampling.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the corpus, training and sampling.")
+    ] = 1,
     num_dialogs: Annotated[int, typer.Option(min=50, help="Dialogs in the made corpus.")] = 2000,
     num_steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     *,
@@ -83,15 +86,16 @@ def evaluate(
 
         d2i eval --system uvit-s --weights mscoco_uvit_small.pth --data data --out scores/before
     """
-    from d2i.config import apply_settings
     from d2i.eval.job import EvalRequest, plan_tasks, test_url
     from d2i.eval.job import evaluate as run
     from d2i.eval.systems import parse_system
     from d2i.fault import parse_fault
-    from d2i.recipes import read_kept_recipe
+    from d2i.recipes import change_recipe, read_kept_recipe
     from d2i.shards import read_manifest
 
-    recipe = apply_settings(read_kept_recipe(data), settings or [])
+    if workers is not None and not parallel:
+        raise ConfigError("--workers counts Ray workers; expected --parallel with it; add it")
+    recipe = change_recipe(read_kept_recipe(data), settings or [])
     request = EvalRequest(
         recipe=recipe,
         system=parse_system(system, weights, recipe),

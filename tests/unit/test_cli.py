@@ -28,6 +28,21 @@ def test_help_imports_nothing_heavy() -> None:
             "TrainConfig has no field 'lrr'",
         ),
         (("train", "--recipe", "demo", "--data", "/nowhere", "--run", "y"), "manifest.json"),
+        (("recipes", "show", "demo", "--set", "text.strategy=hsh"), "text.strategy"),
+        (("recipes", "show", "demo", "--set", "train.optim.lr=Infinity"), "finite"),
+        (("recipes", "show", ":x"), "module:function"),
+        (("recipes", "show", "json:loads"), "module:function"),
+        (("corpus", "--corpus", "jsonl", "--source", "/dev"), "holds no split of jsonl"),
+        (("verify", "nowhere://x"), "expected a path, or a URL"),
+        (("demo", "--out", "/dev/null/demo"), "/dev/null"),
+        (("demo", "--seed", "-1"), "--seed"),
+        (
+            (
+                *("eval", "--system", "uvit-s", "--data", "x", "--out", "y"),
+                *("--workers", "2"),
+            ),
+            "--parallel",
+        ),
         (
             ("train", "--recipe", "demo", "--data", "x", "--run", "y", "--num-accelerators", "7"),
             "cannot share",
