@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -22,16 +23,33 @@ def scores(out: Path) -> dict[str, Any]:
     }
 
 
+def break_off(out: Path, stage: str, number: signal.Signals) -> None:
+    """Start the demo and send it a signal when a stage has shown its first progress."""
+    command = [*COMMAND, "demo", "--out", str(out), *SMALL]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        lines = iter(process.stderr or ())
+        assert any(line.startswith(f"d2i demo: {stage}: d2i") for line in lines)
+        assert any("/" in line for line in lines)
+        if number == signal.SIGINT:
+            # Ctrl-C in a terminal reaches every process of the group.
+            os.killpg(process.pid, number)
+            assert any("the same command goes on from here" in line for line in lines)
+        else:
+            process.send_signal(number)
+    assert process.returncode != 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_killed_demo_goes_on_and_ends_in_the_same_scores(tmp_path: Path) -> None:
+def test_a_demo_broken_off_at_every_stage_ends_in_the_same_scores(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [*COMMAND, "demo", "--out", str(killed), *SMALL]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr or ():
-            if line.startswith("d2i demo: train"):
-                break
-        process.send_signal(signal.SIGKILL)
+    break_off(killed, "preprocess", signal.SIGINT)
+    break_off(killed, "evaluate before", signal.SIGKILL)
+    break_off(killed, "train", signal.SIGINT)
+    break_off(killed, "train", signal.SIGKILL)
+    break_off(killed, "evaluate after", signal.SIGINT)
     result = run_d2i("demo", "--out", killed, *SMALL)
     assert set(result["seconds"]) == {
         *("corpus", "preprocess", "evaluate before", "train", "evaluate after"),

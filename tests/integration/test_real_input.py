@@ -2,62 +2,25 @@
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import json
 import shutil
-import signal
 import threading
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.integration.networks import save_random_clip
-from tests.processes import run_d2i, run_process
+from d2i.shards import ShardReader
+from tests.integration.commands import preprocess
+from tests.processes import run_d2i
 from tests.shared import SHARED, needs_shared
 
 pytestmark = needs_shared
 SPLITS = ("train", "valid", "test")
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The demo's recipe with a real autoencoder and a tiny U-ViT on its 8x8 latents."""
-    folder = tmp_path_factory.mktemp("clip")
-    save_random_clip(folder)
-    values = {
-        "encoders.vae": SHARED / "weights" / "taesd_fp8.safetensors",
-        "encoders.vae_kind": "tiny",
-        "encoders.clip_image": folder / "clip_image",
-        "encoders.clip_text": folder / "clip_text",
-        "encoders.compute_batch_size": 8,
-        "backbone.weights": "null",
-        "backbone.latent_scale": 1.0,
-        "backbone.latent_size": 8,
-        "backbone.patch_size": 2,
-        "backbone.dim": 32,
-        "backbone.depth": 3,
-        "backbone.num_heads": 2,
-        "backbone.text_dim": 32,
-        "train.num_steps": 3,
-        "train.global_batch_size": 4,
-        "train.num_checkpoint_steps": 2,
-        "sample.num_steps": 3,
-        "sample.compute_batch_size": 8,
-    }
-    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
-
-
-def preprocess(corpus: str, source: Path, out: Path, *extra: str) -> dict[str, dict[str, Any]]:
-    result = run_d2i(
-        *("preprocess", "--corpus", corpus, "--source", source, "--out", out),
-        *("--recipe", "demo", "--workers", "0", "--json", *extra),
-    )
-    return {split["split"]: split for split in result["splits"]}
 
 
 def test_mmdialog_from_conversations_to_scores(tmp_path: Path, settings: list[str]) -> None:
@@ -81,20 +44,7 @@ def test_mmdialog_from_conversations_to_scores(tmp_path: Path, settings: list[st
     assert {path: path.read_bytes() for path in data.rglob("*.tar")} == before
     assert run_d2i("verify", data, "--json")["problems"] == []
 
-    run_d2i(
-        *("train", "--recipe", "demo", "--data", data, "--run", run),
-        *("--num-accelerators", "2", *settings),
-    )
-    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert losses
-    assert np.isfinite(losses).all()
-
-    result = run_d2i(
-        *("eval", "--system", f"run:{run}", "--data", data, "--out", scores),
-        *("--save-images", "all", "--json"),
-    )
-    assert result["card"]["found"] == result["card"]["expected"] == 5
-    assert np.isfinite([result["scores"][name] for name in ("fid", "kid", "clip_i")]).all()
+    check_training_and_scores(data, run, scores, num_test=5, settings=settings)
 
     chat = tmp_path / "chat.txt"
     chat.write_text("what did you wear?\na red hat\n")
@@ -108,45 +58,34 @@ def test_mmdialog_from_conversations_to_scores(tmp_path: Path, settings: list[st
     assert drawn.info["seed"] == "3"
 
 
-@pytest.mark.parametrize("point", ["shard.index", "manifest.checksum"])
-def test_preprocessing_killed_at_a_point_ends_the_same(
-    tmp_path: Path, settings: list[str], point: str
-) -> None:
-    source, out = SHARED / "data" / "mmdialog", tmp_path / "data"
-    killed = run_process(
-        *("preprocess", "--corpus", "mmdialog", "--source", source, "--out", out),
-        *("--recipe", "demo", "--workers", "0", "--split", "test", *settings),
-        *("--fault", f"{point}:kill:1"),
-    )
-    assert killed.returncode == -signal.SIGKILL
-    assert not (out / "test" / "manifest.json").exists()
-    again = preprocess("mmdialog", source, out, "--split", "test", *settings)
-    assert again["test"]["num_written"] == 5
-    assert run_d2i("verify", out, "--json")["problems"] == []
+PHOTOGRAPHS = sorted((SHARED / "data" / "photos").rglob("*.jpg"))
 
 
-class Photographs(SimpleHTTPRequestHandler):
-    """Answers every address with one photograph, except those asked to fail."""
+class Photographs(BaseHTTPRequestHandler):
+    """Answers `/flickr/N.jpg` with photograph N, and every other address with 404."""
 
     def do_GET(self) -> None:
-        if "gone" in self.path:
+        name = self.path.removeprefix("/flickr/").removesuffix(".jpg")
+        if not name.isdigit():
             self.send_error(404)
             return
-        self.path = "/photo.jpg"
-        super().do_GET()
+        data = photograph(int(name)).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
         """Stay quiet."""
 
 
+def photograph(dialog_id: int) -> Path:
+    return PHOTOGRAPHS[dialog_id * 7 % len(PHOTOGRAPHS)]
+
+
 @pytest.fixture
-def photo_server(tmp_path: Path) -> Iterator[str]:
-    photo = sorted((SHARED / "data" / "photos" / "dress").glob("*.jpg"))[0]
-    folder = tmp_path / "served"
-    folder.mkdir()
-    shutil.copy(photo, folder / "photo.jpg")
-    handler = functools.partial(Photographs, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+def photo_server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Photographs) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"127.0.0.1:{server.server_address[1]}"
@@ -165,18 +104,46 @@ def with_addresses_at(host: str, source: Path) -> Path:
     return source
 
 
-def test_photochat_by_address(tmp_path: Path, settings: list[str], photo_server: str) -> None:
+def test_photochat_from_addresses_to_scores(
+    tmp_path: Path, settings: list[str], photo_server: str
+) -> None:
     source = tmp_path / "photochat"
     shutil.copytree(SHARED / "data" / "photochat", source)
     with_addresses_at(photo_server, source)
     mirror = f"corpus.open_images_url=http://{photo_server}/gone/{{photo_id}}.jpg"
     extra = [*settings, "--set", mirror]
+    data, run, scores = tmp_path / "data", tmp_path / "run", tmp_path / "scores"
 
-    asked = preprocess("photochat", source, tmp_path / "a", "--allow-host", photo_server, *extra)
+    refused = preprocess("photochat", source, tmp_path / "refused", "--split", "test", *extra)
+    assert refused["test"]["num_written"] == 0
+    assert refused["test"]["failures"] == {"refused_address": 3}
+
+    asked = preprocess("photochat", source, data, "--allow-host", photo_server, *extra)
     assert asked["train"]["num_written"] == 2
     assert asked["test"]["num_written"] == 2
     assert asked["test"]["failures"] == {"http_404": 1}
+    reader = ShardReader(str(data / "test"))
+    for sample in map(reader.read_json, range(len(reader))):
+        sent = photograph(int(sample["dialog_id"])).read_bytes()
+        assert sample["source"]["sha256"] == hashlib.sha256(sent).hexdigest()
 
-    refused = preprocess("photochat", source, tmp_path / "b", *extra)
-    assert refused["test"]["num_written"] == 0
-    assert refused["test"]["failures"] == {"refused_address": 3}
+    check_training_and_scores(data, run, scores, num_test=2, settings=settings)
+
+
+def check_training_and_scores(
+    data: Path, run: Path, scores: Path, *, num_test: int, settings: list[str]
+) -> None:
+    """Train on two ranks, draw and score the test split on two Ray workers."""
+    run_d2i(
+        *("train", "--recipe", "demo", "--data", data, "--run", run),
+        *("--num-accelerators", "2", *settings),
+    )
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses
+    assert np.isfinite(losses).all()
+    result = run_d2i(
+        *("eval", "--system", f"run:{run}", "--data", data, "--out", scores),
+        *("--set", "sample.compute_batch_size=2", "--parallel", "--workers", "2", "--json"),
+    )
+    assert result["card"]["found"] == num_test
+    assert np.isfinite([result["scores"][name] for name in ("fid", "kid", "clip_i")]).all()

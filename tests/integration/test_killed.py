@@ -1,0 +1,82 @@
+"""Jobs killed at every named point and repeated: they end in the very same bytes and scores."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2i.config import BackboneConfig
+from d2i.models import build_backbone, save_weights
+from d2i.models.folder import write_config
+from tests.integration.commands import preprocess
+from tests.processes import run_d2i, run_process
+from tests.shared import SHARED, needs_shared
+
+pytestmark = needs_shared
+SOURCE = SHARED / "data" / "mmdialog"
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """The data set as a reader sees it, without the plan and the ledger, which holds times."""
+    return {path.name: path.read_bytes() for path in (out / "test").iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    preprocess("mmdialog", SOURCE, out, "--split", "test", *settings)
+    return out
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        *("shard.written", "shard.tar", "shard.index", "shard.commit"),
+        *("manifest.checksum", "manifest.written"),
+    ],
+)
+def test_preprocessing(tmp_path: Path, data: Path, settings: list[str], point: str) -> None:
+    out = tmp_path / "data"
+    killed = run_process(
+        *("preprocess", "--corpus", "mmdialog", "--source", SOURCE, "--out", out),
+        *("--recipe", "demo", "--workers", "0", "--split", "test", *settings),
+        *("--fault", f"{point}:kill:1"),
+    )
+    assert killed.returncode == -signal.SIGKILL
+    again = preprocess("mmdialog", SOURCE, out, "--split", "test", *settings)
+    assert again["test"]["num_written"] == 5
+    assert files_of(out) == files_of(data)
+
+
+def test_evaluation(tmp_path: Path, data: Path) -> None:
+    sizes = BackboneConfig(
+        name="uvit-s",
+        latent_scale=1.0,
+        latent_size=8,
+        patch_size=2,
+        dim=32,
+        depth=3,
+        num_heads=2,
+        text_dim=32,
+        num_text_tokens=77,
+    )
+    network = tmp_path / "network"
+    save_weights(build_backbone(sizes.name, **sizes.overrides()), network / "model.safetensors")
+    write_config(network, sizes)
+
+    def command(out: str) -> list[Any]:
+        return [
+            *("eval", "--system", "uvit-s", "--weights", network, "--data", data),
+            *("--out", tmp_path / out, "--save-images", "all", "--json"),
+            *("--set", "sample.compute_batch_size=2"),
+        ]
+
+    killed = run_process(*command("killed"), "--fault", "eval.task_written:kill:2")
+    assert killed.returncode == -signal.SIGKILL
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/tasks/*.npz")}
+    assert len(finished) == 2
+    assert run_d2i(*command("killed"))["scores"] == run_d2i(*command("whole"))["scores"]
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
