@@ -58,7 +58,7 @@ def decode_picture(data: bytes, limits: ImageConfig) -> Picture:
         raise RefusedPictureError("not_an_image", "neither JPEG, PNG, WebP nor GIF") from err
     except Image.DecompressionBombError as err:
         raise RefusedPictureError("too_large", str(err)) from err
-    except RefusedPictureError:
+    except (RefusedPictureError, MemoryError):
         raise
     except Exception as err:
         # Decoders raise whatever a damaged byte leads them to: struct.error, TypeError, KeyError.

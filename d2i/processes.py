@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import select
 import signal
 import sys
@@ -25,7 +26,7 @@ def end_with_parent() -> None:
 
 def starter_environment() -> dict[str, str]:
     """Return what names this process as their starter to all that it starts, at any depth."""
-    return {_STARTER: str(os.getpid())}
+    return {_STARTER: f"{os.getpid()}@{platform.node()}"}
 
 
 def end_with_starter() -> None:
@@ -34,13 +35,16 @@ def end_with_starter() -> None:
     For what a launcher of someone else's starts, which does not pass a signal on. Linux only;
     elsewhere it does nothing.
     """
-    starter = os.environ.get(_STARTER)
-    if starter is None or sys.platform != "linux":
+    number, _, host = os.environ.get(_STARTER, "").partition("@")
+    if host != platform.node() or sys.platform != "linux":
         return
     try:
-        handle = os.pidfd_open(int(starter))
+        handle = os.pidfd_open(int(number))
     except ProcessLookupError:
         os._exit(128 + signal.SIGTERM)
+    except OSError:
+        # Old kernels and strict containers offer no process handles.
+        return
     threading.Thread(target=_end_after, args=(handle,), daemon=True).start()
 
 

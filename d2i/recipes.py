@@ -11,6 +11,7 @@ import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from d2i import storage
 from d2i.config import (
@@ -36,7 +37,6 @@ _PATHS = {
     "backbone": ("weights",),
     "metrics": ("extractor_weights",),
 }
-_DECIDES_FEATURES = {"image", "text", "encoders"}
 
 # Ours: both autoencoders are the LDM KL-f8 one; this public copy is the nearest to the published
 # `autoencoder_kl.pth`, which is used instead wherever a team has the file.
@@ -217,9 +217,10 @@ def read_kept_recipe(data_url: str) -> Recipe:
 
 
 def check_prepared_with(recipe: Recipe, data_url: str) -> None:
-    """Make sure that data was prepared as a recipe says: image, text and encoders.
+    """Make sure that data was prepared as a recipe says: resolution, text and encoders.
 
-    Shards that d2i preprocess did not make have no recipe beside them, and are taken as they are.
+    An encoder that was a local path is not compared: the same file may lie elsewhere now. Shards
+    that d2i preprocess did not make have no recipe beside them, and are taken as they are.
 
     Raises:
         ConfigError: Naming what differs: the features would not be those the recipe speaks of.
@@ -227,12 +228,24 @@ def check_prepared_with(recipe: Recipe, data_url: str) -> None:
     kept = _find_kept_recipe(data_url)
     if kept is None:
         return
-    decided, there = (r.model_dump(include=_DECIDES_FEATURES) for r in (recipe, kept))
+    decided, there = _features_of(recipe), _features_of(kept)
+    for name, value in there["encoders"].items():
+        if any(v and Path(v).is_absolute() for v in (value, decided["encoders"][name])):
+            decided["encoders"][name] = value
     if named := differences(decided, there):
         raise ConfigError(
             f"{data_url} was prepared otherwise: got {'; '.join(named[:3])}; repeat the --set of "
             "d2i preprocess, or prepare the data anew"
         )
+
+
+def _features_of(recipe: Recipe) -> dict[str, Any]:
+    """What decides the features themselves; batches and limits do not."""
+    return {
+        "image": recipe.image.model_dump(include={"resolution"}),
+        "text": recipe.text.model_dump(),
+        "encoders": recipe.encoders.model_dump(exclude={"compute_batch_size"}),
+    }
 
 
 def _find_kept_recipe(data_url: str) -> Recipe | None:

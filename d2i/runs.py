@@ -56,7 +56,7 @@ def open_run(run_dir: Path, config: RunConfig, *, is_begun: bool) -> None:
     Args:
         run_dir: The run directory.
         config: What the run is.
-        is_begun: Whether it has a checkpoint; what has none may be begun with other settings.
+        is_begun: Whether it has weights of its own; what has none may be begun with other settings.
 
     Raises:
         CheckpointError: If the run was started with another recipe or other data.

@@ -8,6 +8,7 @@ any part of d2i but `errors`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -24,6 +25,8 @@ from d2i.errors import ConfigError
 _TEMPORARY_SUFFIX = ".d2i-tmp"
 _LOCK_NAME = ".d2i-lock"
 _LOCK_WAIT_S = 15.0
+# What file systems without locks say: Lustre without `-o flock`, several mounts in user space.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 def join(url: str, *parts: str) -> str:
@@ -171,7 +174,7 @@ def remove_leftovers(url: str) -> int:
 
 @contextlib.contextmanager
 def only_writer(url: str) -> Iterator[None]:
-    """Hold a folder for one command; what is not local cannot be held.
+    """Hold a folder for one command, where its file system can; object stores cannot.
 
     A command that was killed may leave processes that take a moment to end, so this waits a little.
 
@@ -200,6 +203,10 @@ def _take(lock: IO[str], url: str) -> None:
                     "ended, or choose another folder"
                 ) from err
             time.sleep(0.1)
+        except OSError as err:
+            if err.errno not in _NO_LOCKS:
+                raise
+            return
         else:
             return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -57,7 +58,7 @@ def main() -> None:
             raise
         _leave(str(err))
     except OSError as err:
-        if debug:
+        if debug or not _is_of_a_place(err):
             raise
         _leave(_file_problem(err))
     except Exception as err:
@@ -66,6 +67,11 @@ def main() -> None:
     if code == _INTERRUPTED:
         sys.stderr.write("\ninterrupted; the same command goes on from here\n")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_of_a_place(err: OSError) -> bool:
+    """Whether the user's paths or disk are at fault, and not a network or a pipe."""
+    return err.filename is not None or err.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _file_problem(err: OSError) -> str:

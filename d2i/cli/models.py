@@ -55,6 +55,7 @@ def train(
     from d2i.runs import read_metrics
     from d2i.train.command import deepspeed_command, run_command
 
+    run = run.expanduser()
     # Checked here, so that a typing error costs no start of the ranks.
     resolved = resolve_recipe(recipe, settings or [])
     resolved.train.accumulation(num_accelerators or 1)
@@ -97,6 +98,7 @@ def sample(
     from d2i.recipes import change_recipe
     from d2i.runs import read_recipe
 
+    run, out = run.expanduser(), out.expanduser()
     recipe = change_recipe(read_recipe(run), [f"sample.seed={seed}", *(settings or [])])
     turns = read_dialog(_read_text(dialog))
     text = draw_dialog(run, recipe, turns, out)

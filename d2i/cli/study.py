@@ -48,7 +48,7 @@ def demo(
     """
     from d2i.demo.run import DemoRequest, run_demo
 
-    result = run_demo(DemoRequest(out, seed, num_dialogs, num_steps))
+    result = run_demo(DemoRequest(out.expanduser(), seed, num_dialogs, num_steps))
     lines = [
         f"attributes right: {result['attribute_accuracy_before']:.1%} before, "
         f"{result['attribute_accuracy_after']:.1%} after fine-tuning "

@@ -31,6 +31,7 @@ from d2i.errors import ConfigError, DataError
 
 __all__ = [
     "CORPORA",
+    "SPLITS",
     "Problem",
     "Reason",
     "canonical_split",

@@ -38,7 +38,7 @@ def parse_system(system: str, weights: str | None, recipe: Recipe) -> SystemSpec
     """
     kind, _, rest = system.partition(":")
     if kind == "run" and rest:
-        return _run_system(system, Path(rest))
+        return _run_system(system, Path(rest).expanduser())
     if system in get_args(BackboneName):
         return _backbone_system(system, weights, recipe)
     raise ConfigError(

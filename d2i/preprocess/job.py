@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from d2i import storage
 from d2i.cluster import Pool, run_tasks
 from d2i.config import Recipe
-from d2i.corpora import canonical_split, found_splits
+from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.errors import ConfigError, DataError
 from d2i.fault import Fault
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
@@ -21,7 +21,7 @@ from d2i.preprocess.worker import (
     ShardWorkerBuilder,
     fingerprint_url,
 )
-from d2i.recipes import keep_recipe
+from d2i.recipes import check_prepared_with, keep_recipe
 from d2i.shards import read_commits, remove_uncommitted, write_manifest
 from d2i.shards.manifest import EMPTY_NAMES
 
@@ -123,6 +123,9 @@ def _work(
     request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
 ) -> list[SplitSummary]:
     plans = plan_job(request)
+    # The splits of one folder are prepared alike, also one by one.
+    if any(read_commits(storage.join(request.out, split)) for split in SPLITS):
+        check_prepared_with(request.recipe, request.out)
     keep_recipe(request.recipe, request.out)
     tasks, num_instances = _missing_tasks(request.out, plans)
     progress = JobProgress(num_instances)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from d2i.train.engine import base_optimizer, full_weights, master_weights
 
 _MARKER = "complete.json"
 _PENDING = "losses"
+_IS_OURS = re.compile(r"step-\d+|\.step-\d+\.tmp")
 _NUM_KEPT = 2
 
 
@@ -161,7 +163,7 @@ def _prune(run_dir: Path) -> None:
     for folder in whole[:-_NUM_KEPT]:
         (folder / _MARKER).unlink()
     for folder in (run_dir / "checkpoints").iterdir():
-        if folder not in whole[-_NUM_KEPT:]:
+        if _IS_OURS.fullmatch(folder.name) and not (folder / _MARKER).exists():
             shutil.rmtree(folder)
 
 

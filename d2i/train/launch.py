@@ -36,7 +36,7 @@ def launch(
     from d2i.train.loop import TrainRequest, train
 
     resolved = resolve_recipe(recipe, settings or [])
-    train(TrainRequest(resolved, data, run, parse_fault(fault)))
+    train(TrainRequest(resolved, data, run.expanduser(), parse_fault(fault)))
 
 
 def main() -> None:

@@ -77,7 +77,8 @@ def _train_rank(request: TrainRequest, rank: int, world_size: int) -> None:
     network = build_network(recipe.backbone)
     check_sizes(network, reader)
     if rank == 0:
-        is_begun = newest_checkpoint(request.run_dir) is not None
+        finished = request.run_dir / EMA_NAME
+        is_begun = finished.exists() or newest_checkpoint(request.run_dir) is not None
         open_run(request.run_dir, _run_config(request, reader, world_size), is_begun=is_begun)
     torch.distributed.barrier()
     engine = build_engine(network, config, micro_batch_size, num_micro_batches)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from tests.processes import COMMAND, run_d2i, run_process
 
-SMALL = ("--num-dialogs", "60", "--num-steps", "6", "--json")
+SMALL = ("--num-dialogs", "60", "--num-steps", "20", "--json")
 
 
 def scores(out: Path) -> dict[str, Any]:
@@ -27,11 +29,16 @@ def break_off(out: Path, stage: str, number: signal.Signals) -> None:
     """Start the demo and send it a signal when a stage has shown its first progress."""
     command = [*COMMAND, "demo", "--out", str(out), *SMALL]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell that runs the tests in the background has Ctrl-C ignored, and passes that on.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         lines = iter(process.stderr or ())
         assert any(line.startswith(f"d2i demo: {stage}: d2i") for line in lines)
-        assert any("/" in line for line in lines)
+        assert any(re.search(r"^(step )?\d+/\d+ ", line.strip()) for line in lines)
         if number == signal.SIGINT:
             # Ctrl-C in a terminal reaches every process of the group.
             os.killpg(process.pid, number)

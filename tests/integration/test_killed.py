@@ -31,21 +31,20 @@ def data(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    "point",
-    [
+def test_preprocessing(tmp_path: Path, data: Path, settings: list[str]) -> None:
+    """Killed at one point after the other, each time going on from the time before."""
+    out = tmp_path / "data"
+    points = (
         *("shard.written", "shard.tar", "shard.index", "shard.commit"),
         *("manifest.checksum", "manifest.written"),
-    ],
-)
-def test_preprocessing(tmp_path: Path, data: Path, settings: list[str], point: str) -> None:
-    out = tmp_path / "data"
-    killed = run_process(
-        *("preprocess", "--corpus", "mmdialog", "--source", SOURCE, "--out", out),
-        *("--recipe", "demo", "--workers", "0", "--split", "test", *settings),
-        *("--fault", f"{point}:kill:1"),
     )
-    assert killed.returncode == -signal.SIGKILL
+    for point in points:
+        killed = run_process(
+            *("preprocess", "--corpus", "mmdialog", "--source", SOURCE, "--out", out),
+            *("--recipe", "demo", "--workers", "0", "--split", "test", *settings),
+            *("--fault", f"{point}:kill:1"),
+        )
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
     again = preprocess("mmdialog", SOURCE, out, "--split", "test", *settings)
     assert again["test"]["num_written"] == 5
     assert files_of(out) == files_of(data)

@@ -79,6 +79,9 @@ def test_data_prepared_otherwise_is_refused(tmp_path: Path) -> None:
     other = recipe.model_copy(update={"text": TextConfig(strategy="space")})
     with pytest.raises(ConfigError, match=r"text\.strategy: space, expected hash"):
         check_prepared_with(other, str(tmp_path / "train"))
+    (tmp_path / "vae").mkdir()
+    moved = change_recipe(recipe, [f"encoders.vae={tmp_path / 'vae'}", "image.min_side=20"])
+    check_prepared_with(moved, str(tmp_path))
 
 
 def test_paths_become_absolute_and_names_stay(
