@@ -8,9 +8,8 @@ not. Where nothing explains enough the answer is `None`, and `None` is wrong.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,48 +56,26 @@ def read_all(images: Sequence[Image.Image]) -> list[Answer]:
     return answers
 
 
-def accuracy(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Score pictures against the scenes that they should show.
+def share_right(answers: Sequence[Answer], scenes: Sequence[Scene]) -> dict[str, float]:
+    """The share of pictures of which an attribute was read as it should be, by attribute.
 
     Args:
-        images: what was drawn or generated.
-        scenes: the truth, of the same length and order.
-
-    Returns:
-        `mean`: the mean over the six attributes; `by_attribute`: the share that is right of each;
-        `chance`: the mean that the same answers reach against the scenes moved on by half the list
-        (a picture of some other scene); `num_images`.
+        answers: what was read, `None` counting as wrong.
+        scenes: what each picture should show, in the same order.
 
     Raises:
         ValueError: the lengths differ, or there is nothing to score.
     """
-    if len(images) != len(scenes) or not images:
+    if len(answers) != len(scenes) or not answers:
         raise ValueError(
-            f"accuracy needs one scene a picture: got {len(images)} and {len(scenes)}, expected "
+            f"a share needs one scene a picture: got {len(answers)} and {len(scenes)}, expected "
             "equal counts above 0; pass the scenes in the order of the pictures"
         )
-    answers = read_all(images)
-    half = len(scenes) // 2
-    others = [*scenes[half:], *scenes[:half]]
-    by_attribute = _shares(answers, scenes)
-    return {
-        "mean": _mean(by_attribute),
-        "by_attribute": by_attribute,
-        "chance": _mean(_shares(answers, others)),
-        "num_images": len(images),
-    }
-
-
-def _shares(answers: Sequence[Answer], scenes: Sequence[Scene]) -> dict[str, float]:
     return {
         name: sum(a[name] == getattr(s, name) for a, s in zip(answers, scenes, strict=True))
         / len(scenes)
         for name in ATTRIBUTES
     }
-
-
-def _mean(shares: dict[str, float]) -> float:
-    return sum(shares.values()) / len(shares)
 
 
 def _pixels(image: Image.Image) -> Array:
@@ -203,14 +180,3 @@ def _read_object(pixels_HWC: Array, background_HWC: Array) -> Answer:
         "size": size,
         "position": position,
     }
-
-
-def scene_of(answer: Answer) -> Scene | None:
-    """The scene that an answer names, or `None` where an attribute could not be told."""
-    values = [answer[name] for name in ATTRIBUTES]
-    return Scene(*[v for v in values if v]) if all(values) else None
-
-
-def matches(answer: Answer, scene: Scene) -> list[bool]:
-    """Which attributes of `scene` the answer has right, in the order of `ATTRIBUTES`."""
-    return [answer[n] == v for n, v in zip(ATTRIBUTES, astuple(scene), strict=True)]

@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from d2i import __version__
+from d2i import __version__, storage
 from d2i.errors import ClusterError, ConfigError, D2IError
 from d2i.processes import end_with_parent
+from d2i.settle import settle
 
 NUM_RANKS = 2
 NUM_WORKERS = 2
@@ -55,6 +56,11 @@ def run_demo(request: DemoRequest) -> dict[str, Any]:
         ConfigError: If the folder holds a demo of other settings.
         ClusterError: If a stage fails; its output is above, and the same command repeats it.
     """
+    with storage.only_writer(str(request.out)):
+        return _run_stages(request)
+
+
+def _run_stages(request: DemoRequest) -> dict[str, Any]:
     _settle(request)
     times = _Times(request.out / "times.json")
     for stage in _stages(request):
@@ -62,6 +68,7 @@ def run_demo(request: DemoRequest) -> dict[str, Any]:
             _say(f"{stage.name}: done before, in {times.seconds[stage.name]:.0f} s")
             continue
         _say(f"{stage.name}: {_command_line(stage)}")
+        times.begin(stage)
         started = time.monotonic()
         detail = stage.function() if stage.function else _run_command(stage)
         times.keep(stage, time.monotonic() - started, detail)
@@ -125,18 +132,34 @@ def _command(name: str, *arguments: object) -> Stage:
 
 
 class _Times:
-    """Seconds and details of finished stages, as `times.json`."""
+    """Seconds and details of finished stages, as `times.json`.
+
+    Of a stage that was interrupted the time is that of its last attempt alone, and it says so.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._kept: dict[str, Any] = {"machine": _machine(), "stages": []}
+        self._kept: dict[str, Any] = {"machine": _machine(), "begun": [], "stages": []}
         if path.exists():
             self._kept = json.loads(path.read_text())
+        self._is_resumed = False
 
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds of each finished stage."""
         return {stage["name"]: stage["seconds"] for stage in self._kept["stages"]}
+
+    @property
+    def resumed(self) -> list[str]:
+        """Finished stages that had been interrupted."""
+        return [stage["name"] for stage in self._kept["stages"] if stage["resumed"]]
+
+    def begin(self, stage: Stage) -> None:
+        """Remember that a stage was begun."""
+        self._is_resumed = stage.name in self._kept["begun"]
+        if not self._is_resumed:
+            self._kept["begun"].append(stage.name)
+            self._write()
 
     def keep(self, stage: Stage, seconds: float, detail: str) -> None:
         """Remember a finished stage."""
@@ -145,24 +168,21 @@ class _Times:
                 "name": stage.name,
                 "command": _command_line(stage),
                 "seconds": round(seconds, 2),
+                "resumed": self._is_resumed,
                 "detail": detail,
             }
         )
-        _write_whole(self._path, json.dumps(self._kept, indent=1) + "\n")
+        self._write()
+
+    def _write(self) -> None:
+        storage.write_bytes(str(self._path), (json.dumps(self._kept, indent=1) + "\n").encode())
 
 
 def _settle(request: DemoRequest) -> None:
-    path = request.out / "demo.json"
     wanted = {k: v for k, v in asdict(request).items() if k != "out"} | {"version": __version__}
-    if not path.exists():
-        request.out.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, json.dumps(wanted) + "\n")
-        return
-    there = json.loads(path.read_text())
-    if there != wanted:
+    if differences := settle(str(request.out / "demo.json"), wanted):
         raise ConfigError(
-            f"{request.out} holds a demo of {there}, got {wanted}; expected the same; "
-            "choose another --out"
+            f"{request.out} holds another demo: got {'; '.join(differences)}; choose another --out"
         )
 
 
@@ -194,15 +214,20 @@ def _command_line(stage: Stage) -> str:
 
 def _result(request: DemoRequest, times: _Times) -> dict[str, Any]:
     result: dict[str, Any] = {"report": str(request.out / "report.html")}
+    groups: dict[str, dict[str, float]] = {}
     for name in ("before", "after"):
         folder = request.out / "eval" / name
         scores = _read(folder / "scores.json")["scores"]
-        accuracy = _read(folder / "judged.json")["accuracy"]
+        judged = _read(folder / "judged.json")
+        accuracy = judged["accuracy"]
         result[f"attribute_accuracy_{name}"] = accuracy["generated"]
         result[f"fid_{name}"], result[f"clip_i_{name}"] = scores["fid"], scores["clip_i"]
+        groups[name] = {g: means["generated"] for g, means in judged["groups"].items()}
         result["attribute_accuracy_true"] = accuracy["true"]
         result["attribute_accuracy_chance"] = accuracy["chance"]
-    return result | {"seconds": times.seconds}
+        result["attribute_accuracy_shuffled"] = accuracy["shuffled"]
+    result["attribute_accuracy_by_group"] = groups
+    return result | {"seconds": times.seconds, "resumed": times.resumed}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -222,9 +247,3 @@ def _machine() -> str:
 def _say(line: str) -> None:
     sys.stderr.write(f"d2i demo: {line}\n")
     sys.stderr.flush()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text)
-    scratch.replace(path)

@@ -1,7 +1,8 @@
 """The judge's verdict on evaluations: `judged.json` beside `scores.json`.
 
 Counts, by rule, how many attributes of the conversation's scene are in the generated picture;
-beside it the same for the true pictures, for what the codec makes of them, and for chance.
+beside it the same for the true pictures, for what the codec makes of them, and two controls: the
+generated and the true pictures, each with another dialog's scene.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from d2i.demo.judge import Answer, read_all
-from d2i.demo.scene import ATTRIBUTES, Scene
+from d2i import storage
+from d2i.demo.judge import Answer, read_all, share_right
+from d2i.demo.scene import ATTRIBUTES, GROUPS, Scene
 from d2i.recipes import read_kept_recipe
 from d2i.shards import ShardReader
 
@@ -48,7 +50,8 @@ def judge_evaluations(folders: Sequence[Path], data: Path, corpus: Path) -> str:
     for folder in folders:
         answers = _answers(_generated(folder))
         verdict = _verdict(scenes, answers, baselines)
-        (folder / "judged.json").write_text(json.dumps(verdict, indent=1) + "\n")
+        content = (json.dumps(verdict, indent=1) + "\n").encode()
+        storage.write_bytes(str(folder / "judged.json"), content)
         line.append(f"{folder.name} {verdict['accuracy']['generated']:.1%}")
     return ", ".join(line)
 
@@ -60,34 +63,36 @@ def _verdict(
     scenes: dict[str, Scene], answers: Answers, baselines: dict[str, Answers]
 ) -> dict[str, Any]:
     keys = sorted(scenes)
-    columns = {"generated": answers} | baselines
-    by_attribute = {
-        name: {column: _share(name, keys, scenes, given) for column, given in columns.items()}
-        | {"chance": _share(name, keys, _moved(keys, scenes), baselines["true"])}
-        for name in ATTRIBUTES
+    wanted = [scenes[key] for key in keys]
+    # Every picture with another dialog's scene: what pictures of no dialog in particular get.
+    others = [*wanted[len(wanted) // 2 :], *wanted[: len(wanted) // 2]]
+    read = {name: [given[key] for key in keys] for name, given in baselines.items()}
+    read["generated"] = [answers[key] for key in keys]
+    columns = {name: share_right(given, wanted) for name, given in read.items()} | {
+        "shuffled": share_right(read["generated"], others),
+        "chance": share_right(read["true"], others),
     }
     return {
         "judge": _JUDGE,
         "num_images": len(keys),
-        "accuracy": {
-            column: float(np.mean([shares[column] for shares in by_attribute.values()]))
-            for column in (*columns, "chance")
+        "accuracy": _means(columns, tuple(ATTRIBUTES)),
+        "groups": {group: _means(columns, names) for group, names in GROUPS.items()},
+        "by_attribute": {
+            name: {column: shares[name] for column, shares in columns.items()}
+            for name in ATTRIBUTES
         },
-        "by_attribute": by_attribute,
         "examples": {
             key: {"wanted": scenes[key].attributes(), "read": answers[key]} for key in keys
         },
     }
 
 
-def _share(name: str, keys: Sequence[str], scenes: dict[str, Scene], given: Answers) -> float:
-    return float(np.mean([given[key][name] == getattr(scenes[key], name) for key in keys]))
-
-
-def _moved(keys: Sequence[str], scenes: dict[str, Scene]) -> dict[str, Scene]:
-    """Every key with the scene of another one: what a picture of no dialog in particular gets."""
-    others = [*keys[len(keys) // 2 :], *keys[: len(keys) // 2]]
-    return {key: scenes[other] for key, other in zip(keys, others, strict=True)}
+def _means(columns: dict[str, dict[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """The mean over some attributes, by column."""
+    return {
+        column: float(np.mean([shares[name] for name in names]))
+        for column, shares in columns.items()
+    }
 
 
 def _scenes(reader: ShardReader, corpus: Path) -> dict[str, Scene]:

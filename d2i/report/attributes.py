@@ -9,6 +9,7 @@ from d2i.report.evaluation import Evaluation, column_names
 from d2i.report.markup import LeftOut, Section, capitalised, is_number, percent, table, text
 
 _TITLE = "Attributes"
+_SHUFFLED = "each with another dialog"
 _MARKS = {"chance": "chance", "true": "true pictures", "codec": "true pictures through the codec"}
 
 
@@ -34,7 +35,19 @@ def attributes_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
 def _intro(judged: Mapping[str, Any]) -> str:
     count = judged.get("num_images")
     over = f" Over {count:,} pictures." if isinstance(count, int) else ""
-    return f"{text(judged.get('judge', ''))}{over}"
+    return f"{text(judged.get('judge', ''))}{over}{_control(judged)}"
+
+
+def _control(judged: Mapping[str, Any]) -> str:
+    """The shuffled control: nothing but the dialog may explain what is right above chance."""
+    accuracy = judged.get("accuracy") or {}
+    if not is_number(accuracy.get("shuffled")) or not is_number(accuracy.get("chance")):
+        return ""
+    return (
+        f" The control: the same pictures, {_SHUFFLED}, are right in "
+        f"{percent(accuracy['shuffled'])}; true pictures of another dialog in "
+        f"{percent(accuracy['chance'])}, which is chance."
+    )
 
 
 def _legend(judged: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -87,29 +100,24 @@ def _series(number: int, judged: Sequence[tuple[str, Mapping[str, Any]]]) -> str
 def _table(attributes: Sequence[str], judged: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     head = ["Attribute"]
     for name, _ in judged:
-        head += [text(name), *(f"{text(name)}: {mark}" for mark in _MARKS.values())]
+        head += [text(name), f"{text(name)}, {_SHUFFLED}"]
+    head += [capitalised(mark) for mark in _MARKS.values()]
+    last = judged[-1][1]
     rows = [
-        (
-            capitalised(attribute),
-            [
-                _cell(answers["by_attribute"].get(attribute, {}), field)
-                for _, answers in judged
-                for field in ("generated", *_MARKS)
-            ],
-        )
-        for attribute in attributes
+        (capitalised(a), _cells([answers["by_attribute"].get(a, {}) for _, answers in judged]))
+        for a in attributes
     ]
-    rows.append(
-        (
-            "All",
-            [
-                _cell(answers.get("accuracy", {}), field)
-                for _, answers in judged
-                for field in ("generated", *_MARKS)
-            ],
-        )
-    )
+    for group in last.get("groups") or {}:
+        means = [(answers.get("groups") or {}).get(group, {}) for _, answers in judged]
+        rows.append((f"All of the {text(group)}", _cells(means)))
+    rows.append(("All", _cells([answers.get("accuracy", {}) for _, answers in judged])))
     return table(head, rows)
+
+
+def _cells(columns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each system what it reached and its control, then what is the same for all."""
+    cells = [_cell(values, field) for values in columns for field in ("generated", "shuffled")]
+    return cells + [_cell(columns[-1], field) for field in _MARKS]
 
 
 def _cell(values: Mapping[str, Any], field: str) -> str:

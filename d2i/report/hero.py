@@ -42,6 +42,10 @@ def _accuracy(evaluations: Sequence[Evaluation]) -> str:
         for field, name in (("true", "true pictures"), ("chance", "chance"))
         if is_number(last.get(field))
     ]
+    beside += [
+        f"{text(group)} alone {percent(means['generated'])}"
+        for group, means in ((evaluations[-1].judged or {}).get("groups") or {}).items()
+    ]
     note = f"read from the pixels by a rule; {', '.join(beside)}"
     return _card("Attributes right", [percent(share) for share in shares], evaluations, note)
 

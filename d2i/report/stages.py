@@ -25,7 +25,8 @@ def stages_section(times: Mapping[str, Any] | None) -> Section | LeftOut:
 def _stage(stage: Mapping[str, Any], total_s: float) -> str:
     share = 100 * stage["seconds"] / total_s if total_s else 0.0
     command = f"<code>{text(stage['command'])}</code>" if stage.get("command") else ""
-    detail = f'<span class="detail">{text(stage["detail"])}</span>' if stage.get("detail") else ""
+    details = [stage.get("detail"), "its last attempt alone" if stage.get("resumed") else None]
+    detail = "".join(f'<span class="detail">{text(d)}</span>' for d in details if d)
     return (
         f'<li><div class="stage-head"><strong>{text(stage.get("name", "stage"))}</strong>{detail}'
         f'<span class="amount">{duration(stage["seconds"])}</span></div>'
