@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 from d2i.demo.corpus import write_corpus
+from d2i.demo.judge import read_all, share_right
 from d2i.demo.picture import draw
+from d2i.demo.pretrain.__main__ import clip_captions, reading_dialogs
+from d2i.demo.pretrain.pictures import render
 from d2i.demo.scene import ATTRIBUTES, Scene, all_scenes, is_held_out, split_scenes
 from d2i.demo.talk import MAX_TURNS, caption, contexts, make_dialog
 from d2i.dialog import Turn, linearize
@@ -67,6 +70,20 @@ def test_held_out_scenes_occur_in_the_test_split_and_nowhere_else(
     write_corpus(tmp_path / "corpus", 120, seed)
     for truth in truths(tmp_path / "corpus"):
         assert is_held_out(scene_of(truth)) == (truth["split"] == "test")
+
+
+def test_held_out_scenes_occur_in_no_picture_or_text_of_the_pretraining() -> None:
+    """Codec, CLIP and backbone are trained on `render`, and on texts about its scenes alone."""
+    pictures = render(1)
+    assert len(pictures.scenes) == len(pictures.pixels_NCHW)
+    assert not any(is_held_out(scene) for scene in pictures.scenes)
+    for texts in (clip_captions(), reading_dialogs()):
+        assert not any(is_held_out(scene) for scene in texts.scenes)
+    # What is drawn is what the scene says, as the judge, which learned nothing, reads it.
+    some = range(0, len(pictures.scenes), 20)
+    drawn = [Image.fromarray(pictures.pixels_NCHW[i].permute(1, 2, 0).numpy()) for i in some]
+    shares = share_right(read_all(drawn), [pictures.scenes[i] for i in some])
+    assert min(shares.values()) > 0.97
 
 
 def test_the_same_seed_writes_the_same_bytes(corpus: Path, tmp_path: Path) -> None:

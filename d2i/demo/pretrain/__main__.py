@@ -1,31 +1,37 @@
 """Makes the shipped weights: `python -m d2i.demo.pretrain --out DIR`.
 
-Part by part, codec, CLIP pair, backbone: a part whose folder is there is not made again, and the
-backbone goes on from its last checkpoint, so the same command ends a broken-off run.
+Part by part, codec, CLIP pair, backbone, the text tower's reading: a part whose folder is there is
+not made again, and the backbone goes on from its last checkpoint, so the same command ends a
+broken-off run.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 
-from d2i.demo.pretrain.clip import build_clip, load_clip, save_clip, train_clip
+from d2i.demo.pretrain.clip import build_clip, load_clip, save_image, save_text, train_clip
 from d2i.demo.pretrain.codec import build_codec, save_codec, train_codec
 from d2i.demo.pretrain.network import backbone_config, build_pool, save_network, train_network
 from d2i.demo.pretrain.pictures import render
-from d2i.demo.pretrain.texts import caption_windows, dialog_windows, join, vocabulary
+from d2i.demo.pretrain.reading import teach_dialogs
+from d2i.demo.pretrain.texts import Texts, caption_windows, dialog_windows, join, vocabulary
 from d2i.demo.scene import split_scenes
 
 _SEED = 0
 _TEXT_SEED = 1
+_READING_SEED = 2
 _POOL_SEED = 100
 _NUM_CODEC_STEPS = 2000
 _NUM_CLIP_STEPS = 900
-_NUM_NETWORK_STEPS = 1700
+_NUM_READING_STEPS = 600
+# The text tower as it was when it knew captions alone, which the backbone learns from.
+_CAPTIONS_TOWER = "clip_captions"
 
 
 def main() -> None:
@@ -39,6 +45,8 @@ def main() -> None:
         make_clip(out)
     if not (out / "backbone" / "config.json").exists():
         make_backbone(out)
+    if not (out / "clip_text").exists():
+        make_text(out)
 
 
 def make_codec(out: Path) -> None:
@@ -49,14 +57,23 @@ def make_codec(out: Path) -> None:
     save_codec(codec, out / "vae")
 
 
+def clip_captions() -> Texts:
+    """What the text tower reads: 16 captions of every scene that is open to training."""
+    return caption_windows(split_scenes()[0] * 16, _TEXT_SEED)
+
+
 def make_clip(out: Path) -> None:
-    """Train the CLIP pair on captions and dialogs and write `clip_text/` and `clip_image/`."""
+    """Train the CLIP pair on captions and write `clip_captions/` and `clip_image/`.
+
+    Its vocabulary has the words of dialogs too, untrained so far.
+    """
     torch.manual_seed(_SEED)
-    scenes, _ = split_scenes()
-    texts = join(caption_windows(scenes * 8, _TEXT_SEED), dialog_windows(scenes * 14, _TEXT_SEED))
-    pair = build_clip(vocabulary(texts))
+    texts = clip_captions()
+    words = join(texts, dialog_windows(split_scenes()[0], _TEXT_SEED))
+    pair = build_clip(vocabulary(words))
     train_clip(pair, texts, render(3), _NUM_CLIP_STEPS, _SEED)
-    save_clip(pair, out)
+    save_text(pair, out / _CAPTIONS_TOWER)
+    save_image(pair, out / "clip_image")
 
 
 def make_backbone(out: Path) -> None:
@@ -64,12 +81,28 @@ def make_backbone(out: Path) -> None:
     # diffusers carries no types.
     autoencoder: Any = AutoencoderKL
     codec = autoencoder.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
-    pool = build_pool(codec, load_clip(out), render(6), _POOL_SEED)
+    clip = load_clip(out / _CAPTIONS_TOWER, out / "clip_image")
+    pool = build_pool(codec, clip, render(6), _POOL_SEED)
     config = backbone_config(codec.config.scaling_factor)
-    checkpoint = out / "backbone.pt"
-    weights = train_network(config, pool, _NUM_NETWORK_STEPS, _SEED, checkpoint)
-    save_network(weights, config, out / "backbone")
-    checkpoint.unlink()
+    checkpoints = out / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    save_network(train_network(config, pool, _SEED, checkpoints), config, out / "backbone")
+    shutil.rmtree(checkpoints)
+
+
+def make_text(out: Path) -> None:
+    """Teach the text tower dialogs about scenes that are open to training; write `clip_text/`."""
+    torch.manual_seed(_SEED)
+    pair = load_clip(out / _CAPTIONS_TOWER, out / "clip_image")
+    scenes, _ = split_scenes()
+    captions = caption_windows(scenes * 4, _TEXT_SEED)
+    teach_dialogs(pair, captions, reading_dialogs(), _NUM_READING_STEPS)
+    save_text(pair, out / "clip_text")
+
+
+def reading_dialogs() -> Texts:
+    """What the text tower learns to read: 14 dialogs about every scene open to training."""
+    return dialog_windows(split_scenes()[0] * 14, _READING_SEED)
 
 
 def _arguments() -> tuple[Path, int]:

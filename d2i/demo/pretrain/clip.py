@@ -1,7 +1,8 @@
 """The demo's CLIP pair: two small towers, trained contrastively with attribute labels beside it.
 
-The text tower reads captions and dialogs; the labels (an auxiliary task, named in the model card)
-make a few minutes of training enough. Its last hidden state is what the backbone is conditioned on.
+The text tower reads captions here, and dialogs later (`reading`). The labels (an auxiliary task,
+named in the model card) make a few minutes of training enough. Its last hidden state is what the
+backbone is conditioned on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from d2i.demo.pretrain.codec import learning_rate
+from d2i.demo.pretrain.codec import learning_rate, save_whole
 from d2i.demo.pretrain.pictures import Pictures
 from d2i.demo.pretrain.texts import Texts, labels, to_rows
 from d2i.demo.scene import ATTRIBUTES
@@ -142,22 +143,28 @@ def normalise(pixels_BCHW: Tensor) -> Tensor:
     return ((pixels_BCHW + 1) / 2 - mean) / std
 
 
-def save_clip(pair: ClipPair, folder: Path) -> None:
-    """Write `clip_text/` with its `clip_ids.json`, and `clip_image/`, as float16 safetensors."""
-    pair.text.half().save_pretrained(folder / "clip_text")
-    pair.image.half().save_pretrained(folder / "clip_image")
-    (folder / "clip_text" / "clip_ids.json").write_text(json.dumps(pair.clip_ids))
+def save_text(pair: ClipPair, folder: Path) -> None:
+    """Write the text tower with its `clip_ids.json`, as float16 safetensors."""
+
+    def save(scratch: Path) -> None:
+        pair.text.half().save_pretrained(scratch)
+        (scratch / "clip_ids.json").write_text(json.dumps(pair.clip_ids))
+
+    save_whole(folder, save)
     pair.text.float()
+
+
+def save_image(pair: ClipPair, folder: Path) -> None:
+    """Write the image tower, as float16 safetensors."""
+    save_whole(folder, pair.image.half().save_pretrained)
     pair.image.float()
 
 
-def load_clip(folder: Path) -> ClipPair:
-    """Read what `save_clip` wrote, in float32."""
-    text = CLIPTextModelWithProjection.from_pretrained(folder / "clip_text", dtype=torch.float32)
-    image = CLIPVisionModelWithProjection.from_pretrained(
-        folder / "clip_image", dtype=torch.float32
-    )
-    clip_ids = json.loads((folder / "clip_text" / "clip_ids.json").read_text())
+def load_clip(text_folder: Path, image_folder: Path) -> ClipPair:
+    """Read what `save_text` and `save_image` wrote, in float32."""
+    text = CLIPTextModelWithProjection.from_pretrained(text_folder, dtype=torch.float32)
+    image = CLIPVisionModelWithProjection.from_pretrained(image_folder, dtype=torch.float32)
+    clip_ids = json.loads((text_folder / "clip_ids.json").read_text())
     return ClipPair(text.eval(), image.eval(), clip_ids)
 
 
@@ -187,5 +194,5 @@ def _pair_loss(
     target = torch.arange(len(logits))
     contrast = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
     end = pooled_end(said.last_hidden_state, rows_BT, pair.text.config.eos_token_id)
-    named = readers.loss(end, labels_BA) + readers.loss(said.last_hidden_state[:, -1], labels_BA)
-    return 0.5 * contrast + named + image_readers.loss(shown.image_embeds, labels_BA)
+    named = readers.loss(end, labels_BA) + image_readers.loss(shown.image_embeds, labels_BA)
+    return 0.5 * contrast + named

@@ -7,6 +7,8 @@ shapes are the first thing that a small codec loses.
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,5 +107,15 @@ def measure_latent_scale(codec: Any, pictures: Pictures) -> float:
 
 def save_codec(codec: Any, folder: Path) -> None:
     """Write the codec as float16 safetensors in diffusers' own layout."""
-    codec.half().save_pretrained(folder)
+    save_whole(folder, codec.half().save_pretrained)
     codec.float()
+
+
+def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write a folder, which appears complete, or not at all."""
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    save(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
