@@ -122,9 +122,9 @@ def publish_file(path: Path, url: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if path.stat().st_dev != target.parent.stat().st_dev:
         path = _copy_beside(path, target)
-    _sync(path)
+    sync(path)
     path.replace(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 @contextlib.contextmanager
@@ -259,7 +259,7 @@ def _temporary_in(folder: Path) -> Path:
     return folder / f".{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

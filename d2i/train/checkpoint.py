@@ -7,7 +7,6 @@ holds them), the whole EMA under its published keys, and last of all `complete.j
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from d2i import storage
 from d2i.errors import CheckpointError
 from d2i.fault import Fault
 from d2i.models import save_weights
@@ -60,7 +60,7 @@ def save_checkpoint(
     pending = torch.tensor(progress.losses, dtype=torch.float64)
     state = _rank_state(engine, ema) | {_PENDING: pending}
     save_file(state, scratch / _rank_file(rank, world_size))
-    _sync(scratch / _rank_file(rank, world_size))
+    storage.sync(scratch / _rank_file(rank, world_size))
     averaged = ema.read_in_place(lambda: full_weights(engine))
     if rank == 0:
         save_weights(averaged, scratch / "ema.safetensors")
@@ -147,9 +147,9 @@ def _write_marker(folder: Path, progress: Progress, world_size: int) -> None:
     }
     scratch = folder / f".{_MARKER}"
     scratch.write_text(json.dumps(marker))
-    _sync(scratch)
+    storage.sync(scratch)
     scratch.rename(folder / _MARKER)
-    _sync(folder)
+    storage.sync(folder)
 
 
 def _whole_checkpoints(run_dir: Path) -> list[Path]:
@@ -165,11 +165,3 @@ def _prune(run_dir: Path) -> None:
     for folder in (run_dir / "checkpoints").iterdir():
         if _IS_OURS.fullmatch(folder.name) and not (folder / _MARKER).exists():
             shutil.rmtree(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
