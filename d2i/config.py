@@ -47,22 +47,26 @@ class ImageConfig(Config):
 class CorpusConfig(Config):
     """What one instance is (`d2i.corpora`); `None` keeps the reader's own default."""
 
+    direction: Literal["answer", "first"] | None = None
+    """Whether the picture answers the turns before it, or precedes those after it."""
     own_turn: Literal["include", "exclude"] | None = None
-    """MMDialog: whether the text of the picture's own turn belongs to its context."""
+    """Whether the text of the picture's own turn belongs to its context."""
     images_in_turn: Literal["all", "first"] | None = None
-    """MMDialog: what several pictures in one turn become."""
-    repeated: Literal["default", "all", "unique"] | None = None
-    """MMDialog: what a picture shared by several dialogs becomes."""
-    emoji: Literal["keep", "drop"] | None = None
-    """MMDialog: what `:raising_hands:` becomes."""
+    """What several pictures in one turn become."""
+    repeated: Literal["all", "unique"] | None = None
+    """What a picture that several dialogs share becomes."""
+    earlier_images: str | None = None
+    """Text that stands for each picture shared earlier, such as `[photo]`."""
+    emoji: Literal["keep", "unicode", "drop"] | None = None
+    """What `:raising_hands:` becomes."""
+    max_broken: float | None = Field(default=None, ge=0, le=1)
+    """Share of a split's records that may be broken before the job refuses to go on."""
     image_root: str | None = None
     """MMDialog: the folder of the pictures, where it is not the corpus's own."""
     open_images_url: str | None = None
     """PhotoChat: the address of an Open Images picture, with `{photo_id}`."""
-    direction: Literal["answer", "first"] | None = None
-    """JSONL: whether the picture answers the turns before it, or precedes those after it."""
 
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         """Return the options that were set, for `read_instances`."""
         return {name: value for name, value in self.model_dump().items() if value is not None}
 
@@ -72,8 +76,16 @@ class TextConfig(Config):
 
     strategy: Annotated[str, Field(pattern=_STRATEGY)] = "hash"
     """`hash`, `space`, `special`, `letters` (paper, Figure 4), or a template with `{text}`."""
+    empty_turns: Literal["drop", "keep"] = "drop"
+    """Whether a turn without text gets a mark of its own."""
+    speaker_runs: Literal["keep", "merge"] = "keep"
+    """Whether turns in a row by one speaker stay turns, or become one."""
+    max_turns: int | None = Field(default=None, gt=0)
+    """How many turns are read at most; `None` reads all that fit."""
     keep: Literal["end", "start"] = "end"
     """Which side of a context longer than the window is kept."""
+    cut: Literal["token", "turn"] = "token"
+    """Whether a context longer than the window is cut within a turn, or between turns."""
     num_windows: int = Field(default=1, ge=1, le=4)
     """Windows of 77 tokens; more than one goes beyond the paper."""
     latents: Literal["full", "none"] = "full"
@@ -194,6 +206,9 @@ class MetricsConfig(Config):
 class PreprocessConfig(Config):
     """How records are planned and pictures fetched."""
 
+    choose: Literal["hash", "reservoir", "first"] = "hash"
+    """Which instances `--limit` keeps: by a seeded hash of their keys, whatever the order of
+    reading; drawn while reading; or the first ones read."""
     num_samples_per_shard: int = Field(default=1000, gt=0)
     keep_images: Literal["auto", "always"] = "auto"
     """`auto`: source bytes are kept for validation and test; `always`: for training too."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -194,7 +194,7 @@ def inspect(
 
 
 def _count_split(
-    corpus: str, source: str, split: str, options: dict[str, str]
+    corpus: str, source: str, split: str, options: dict[str, Any]
 ) -> dict[str, object]:
     from d2i.corpora import read_instances
 

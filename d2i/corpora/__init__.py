@@ -11,53 +11,66 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from d2i import storage
-from d2i.corpora.json_stream import read_objects
+from d2i.corpora.json_stream import MAX_RECORD_BYTES, read_objects
 from d2i.corpora.jsonl import Jsonl
 from d2i.corpora.layout import SPLITS
 from d2i.corpora.mmdialog import MMDialog
 from d2i.corpora.photochat import PhotoChat
-from d2i.corpora.records import (
-    Dialog,
-    Flaw,
-    Problem,
-    Reason,
-    RecordError,
-    Report,
-    dialog_id_of,
-    typed,
-)
-from d2i.dialog import Direction, Instance, Turn, make_key
+from d2i.corpora.records import Dialog, Flaw, Problem, Reason, RecordError, Report
+from d2i.dialog import ImageRef, Instance
 from d2i.errors import ConfigError, DataError
 
 __all__ = [
     "CORPORA",
     "SPLITS",
+    "Corpus",
+    "Dialog",
     "Problem",
     "Reason",
+    "build_corpus",
     "canonical_split",
     "found_splits",
+    "read_dialogs",
     "read_instances",
     "splits",
 ]
 
+MAX_BROKEN, FEW_BROKEN = 0.1, 100
+"""The share of a split's records that may be broken, and a number that may be in any case. More
+of them, and the files are of another form than the reader takes them for."""
+
+MAX_CONTEXT_CHARS = 64 << 20
+"""A dialog is passed over if the contexts of its pictures, laid end to end, could be longer."""
+
 _log = logging.getLogger(__name__)
+# Reasons that say nothing against the form of a record.
+_SOUND: frozenset[Reason] = frozenset({"bad_image_ref", "empty_context", "no_image"})
 
 
-class _Corpus(Protocol):
+class Corpus(Protocol):
     """One corpus with its options set."""
 
-    id_field: ClassVar[str]
+    record_type: ClassVar[type]
 
-    @property
-    def direction(self) -> Direction: ...
+    def files(self, source: str, split: str) -> list[str]:
+        """List the split's files, relative to the source."""
+        ...
 
-    def files(self, source: str, split: str) -> list[str]: ...
+    def parser(self, source: str, split: str) -> Callable[[Any, Flaw], Dialog]:
+        """Return what parses one record of a split; it raises `RecordError`."""
+        ...
 
-    def parser(self, source: str, split: str) -> Callable[[dict[str, Any], Flaw], Dialog]: ...
+    def instances(self, dialog: Dialog, split: str, flaw: Flaw) -> Iterator[Instance]:
+        """Make the instances of one dialog."""
+        ...
 
-    def context(self, turns: tuple[Turn, ...], turn: int) -> tuple[Turn, ...]: ...
+    def image_id(self, ref: ImageRef) -> str:
+        """Name the picture itself: equal wherever it occurs, in whichever split."""
+        ...
 
-    def is_unique(self, split: str) -> bool: ...
+    def is_unique(self, split: str) -> bool:
+        """Say whether a picture is kept once a split."""
+        ...
 
 
 CORPORA: dict[str, type[MMDialog] | type[PhotoChat] | type[Jsonl]] = {
@@ -74,35 +87,69 @@ def read_instances(
     split: str,
     *,
     on_problem: Report | None = None,
+    max_broken: float | None = None,
     **options: object,
 ) -> Iterator[Instance]:
     """Read the instances of one split, in the order of its files, as a stream.
 
     Names, options and the split's presence are checked at once; records are read as the iterator
-    is. What is broken never ends it: each such thing is a `Problem`.
+    is. What is broken is a `Problem`, and ends nothing before the last record was read.
 
     Args:
         corpus: `mmdialog`, `photochat` or `jsonl`.
         source: Path or fsspec URL of the folder the corpus was unpacked to.
         split: `train`, `valid` (also `val`, `dev`, `validation`) or `test`.
         on_problem: Gets every problem; without it they are logged as warnings.
+        max_broken: Share of the records, 0 to 1, that may be broken; by default `MAX_BROKEN`,
+            or `FEW_BROKEN` records.
         **options: The fields of the corpus's class in `CORPORA`.
 
     Raises:
         ConfigError: If the corpus, the split or an option is unknown.
-        DataError: If the source holds no such split, or a file of it cannot be opened.
+        DataError: If the source holds no such split, or a file of it cannot be opened; after the
+            last record, if more of them than `max_broken` were broken.
     """
-    reader = _build_corpus(corpus, options)
+    reader = build_corpus(corpus, options)
     split = canonical_split(split)
+    dialogs, flaw = read_dialogs(
+        reader, source, split, on_problem=on_problem, max_broken=max_broken
+    )
+    return _instances(reader, split, dialogs, flaw)
+
+
+def read_dialogs(
+    corpus: Corpus,
+    source: str | os.PathLike[str],
+    split: str,
+    *,
+    on_problem: Report | None = None,
+    max_broken: float | None = None,
+) -> tuple[Iterator[Dialog], Flaw]:
+    """Read the dialogs of one split as a stream.
+
+    Args:
+        corpus: A corpus with its options set, from `build_corpus`.
+        source: Path or fsspec URL of the folder the corpus was unpacked to.
+        split: `train`, `valid` or `test`.
+        on_problem: Gets every problem; without it they are logged as warnings.
+        max_broken: As for `read_instances`.
+
+    Returns:
+        The dialogs, and what reports a flaw found in the one that was given last.
+
+    Raises:
+        DataError: As `read_instances` does.
+    """
     root = storage.resolve(os.fspath(source))
-    files = reader.files(root, split)
+    files = corpus.files(root, split)
     if not files:
+        found = ", ".join(name for name in SPLITS if corpus.files(root, name))
         raise DataError(
-            f"{corpus} at {os.fspath(source)}: got no {split} split, expected one of "
-            f"{', '.join(splits(corpus, source)) or 'none that is there'}; check --source"
+            f"{os.fspath(source)}: got no {split} split, expected one of "
+            f"{found or 'none that is there'}; check --corpus and --source"
         )
-    report = _log_problem if on_problem is None else on_problem
-    return _read(reader, root, split, files, report)
+    reading = _Reading(on_problem or _log_problem)
+    return _dialogs(corpus, root, split, files, reading, max_broken), reading.flaw
 
 
 def splits(corpus: str, source: str | os.PathLike[str]) -> list[str]:
@@ -111,7 +158,7 @@ def splits(corpus: str, source: str | os.PathLike[str]) -> list[str]:
     Raises:
         ConfigError: If the corpus is unknown.
     """
-    reader = _build_corpus(corpus, {})
+    reader = build_corpus(corpus, {})
     root = storage.resolve(os.fspath(source))
     return [split for split in SPLITS if reader.files(root, split)]
 
@@ -132,71 +179,125 @@ def found_splits(corpus: str, source: str | os.PathLike[str]) -> list[str]:
     return found
 
 
-def _read(
-    corpus: _Corpus, source: str, split: str, files: list[str], report: Report
+def _instances(
+    corpus: Corpus, split: str, dialogs: Iterator[Dialog], flaw: Flaw
 ) -> Iterator[Instance]:
-    parse = corpus.parser(source, split)
-    seen_dialogs: set[str] = set()
-    seen_images: set[tuple[str, ...]] = set()
-    is_unique = corpus.is_unique(split)
-    for path in files:
-        for where, record in _read_file(source, path, report):
-            flaw = _flaw_reporter(report, where)
-            try:
-                dialog_id = _new_dialog_id(record, corpus.id_field, seen_dialogs)
-                dialog = parse(typed(record, dict, "record"), flaw)
-            except RecordError as error:
-                flaw(error.reason, error.detail)
-                continue
-            seen_dialogs.add(dialog_id)
-            for instance in _instances(corpus, split, dialog_id, dialog, flaw):
-                if is_unique and instance.image_ref.value in seen_images:
-                    continue
-                if is_unique:
-                    seen_images.add(instance.image_ref.value)
+    if not corpus.is_unique(split):
+        for dialog in dialogs:
+            yield from corpus.instances(dialog, split, flaw)
+        return
+    seen: set[str] = set()
+    for dialog in dialogs:
+        for instance in corpus.instances(dialog, split, flaw):
+            image_id = corpus.image_id(instance.image_ref)
+            if image_id not in seen:
+                seen.add(image_id)
                 yield instance
 
 
-def _read_file(source: str, path: str, report: Report) -> Iterator[tuple[str, Any]]:
+class _Reading:
+    """One reading of a split: where it is, what was broken so far, whom to tell."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.where = ""
+        self.num_broken = 0
+        self.example = ""
+
+    def problem(self, problem: Problem) -> None:
+        """Pass a problem on, and count it if it stands for a broken record."""
+        if problem.reason not in _SOUND:
+            self.num_broken += 1
+            self.example = self.example or f"{problem.where}: {problem.reason}"
+        self.report(problem)
+
+    def flaw(self, reason: Reason, detail: str) -> None:
+        """Report something in the record that is being read."""
+        self.problem(Problem(reason, self.where, detail))
+
+    def refuse_if_broken(self, split: str, num_read: int, max_broken: float | None) -> None:
+        """End with an error if more records were broken than may be."""
+        num_records = num_read + self.num_broken
+        share = MAX_BROKEN if max_broken is None else max_broken
+        if self.num_broken > max(share * num_records, FEW_BROKEN if max_broken is None else 0):
+            raise DataError(
+                f"{split}: got {self.num_broken} broken of {num_records} records "
+                f"({self.example}), expected a share of at most {share:g}; check --corpus and "
+                "--source, or allow more with --set corpus.max_broken=1"
+            )
+
+
+def _dialogs(
+    corpus: Corpus,
+    source: str,
+    split: str,
+    files: list[str],
+    reading: _Reading,
+    max_broken: float | None,
+) -> Iterator[Dialog]:
+    parse, flaw = corpus.parser(source, split), reading.flaw
+    seen: set[str] = set()
+    for path in files:
+        for where, record in _read_file(source, path, reading.problem, corpus.record_type):
+            reading.where = where
+            if isinstance(record, RecordError):
+                flaw(record.reason, record.detail)
+                continue
+            try:
+                dialog = parse(record, flaw)
+            except RecordError as error:
+                flaw(error.reason, error.detail)
+                continue
+            if dialog.id in seen:
+                flaw("duplicate_dialog_id", "its id was seen before, the first dialog is kept")
+            elif _is_too_large(dialog):
+                flaw("too_large", f"{len(dialog.pictures)} pictures repeat too long a context")
+            else:
+                seen.add(dialog.id)
+                yield dialog
+    reading.refuse_if_broken(split, len(seen), max_broken)
+
+
+def _is_too_large(dialog: Dialog) -> bool:
+    """Say whether the contexts of a dialog would take much more room than the dialog itself."""
+    if len(dialog.pictures) <= MAX_CONTEXT_CHARS // MAX_RECORD_BYTES:
+        return False
+    num_chars = sum(len(turn.text) for turn in dialog.turns)
+    return num_chars * len(dialog.pictures) > MAX_CONTEXT_CHARS
+
+
+def _read_file(source: str, path: str, report: Report, kind: type) -> Iterator[tuple[str, Any]]:
     try:
         stream = storage.open_url(storage.join(source, path))
     except OSError as error:
         raise DataError(f"{path}: cannot be opened ({error}); check the source") from error
     with stream:
-        yield from read_objects(stream, path, report)
+        yield from read_objects(stream, path, report, kind)
 
 
-def _new_dialog_id(record: object, name: str, seen: set[str]) -> str:
-    dialog_id = dialog_id_of(record, name)
-    if dialog_id in seen:
-        raise RecordError("duplicate_dialog_id", f"{name}: seen before, the first dialog is kept")
-    return dialog_id
+class _BrokenCount:
+    """Passes problems on, and counts those that stand for a broken record."""
 
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.count = 0
+        self.example = ""
 
-def _instances(
-    corpus: _Corpus, split: str, dialog_id: str, dialog: Dialog, flaw: Flaw
-) -> Iterator[Instance]:
-    for picture in dialog.pictures:
-        context = corpus.context(dialog.turns, picture.turn)
-        if not any(turn.text.strip() for turn in context):
-            flaw("empty_context", f"turn {picture.turn} image {picture.image}: no text with it")
-            continue
-        yield Instance(
-            key=make_key(split, dialog_id, picture.turn, picture.image),
-            split=split,
-            dialog_id=dialog_id,
-            turn=picture.turn,
-            image=picture.image,
-            context=context,
-            image_ref=picture.ref,
-            direction=corpus.direction,
-            description=dialog.description,
-            labels=dialog.labels,
-        )
+    def __call__(self, problem: Problem) -> None:
+        if problem.reason not in _SOUND:
+            self.count += 1
+            self.example = self.example or f"{problem.where}: {problem.reason}"
+        self.report(problem)
 
-
-def _flaw_reporter(report: Report, where: str) -> Flaw:
-    return lambda reason, detail: report(Problem(reason, where, detail))
+    def refuse_too_many(self, split: str, num_read: int, max_broken: float | None) -> None:
+        num_records = num_read + self.count
+        share = MAX_BROKEN if max_broken is None else max_broken
+        if self.count > max(share * num_records, FEW_BROKEN if max_broken is None else 0):
+            raise DataError(
+                f"{split}: got {self.count} broken of {num_records} records ({self.example}), "
+                f"expected a share of at most {share:g}; check --corpus and --source, or allow "
+                "more with --set corpus.max_broken=1"
+            )
 
 
 def _log_problem(problem: Problem) -> None:
@@ -217,8 +318,12 @@ def canonical_split(split: str) -> str:
     )
 
 
-def _build_corpus(name: str, options: dict[str, object]) -> _Corpus:
-    """Build a corpus after checking its options' names and values."""
+def build_corpus(name: str, options: dict[str, object]) -> Corpus:
+    """Build a corpus with these options.
+
+    Raises:
+        ConfigError: If the corpus is unknown, or an option's name or value.
+    """
     if name not in CORPORA:
         raise ConfigError(
             f"corpus: got {name!r}, expected {', '.join(CORPORA)}{_nearest(name, CORPORA)}"
@@ -233,7 +338,7 @@ def _build_corpus(name: str, options: dict[str, object]) -> _Corpus:
                 f"{_nearest(option, known)}"
             )
         _check_value(f"{name} {option}", value, hints[option])
-    corpus: _Corpus = kind(**options)  # type: ignore[arg-type]
+    corpus: Corpus = kind(**options)  # type: ignore[arg-type]
     return corpus
 
 

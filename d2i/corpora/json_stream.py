@@ -7,24 +7,26 @@ place and passed over; the objects around it are still given. Must not import to
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-import orjson
+import msgspec
 
-from d2i.corpora.records import Problem, Reason, Report
+from d2i.corpora.records import Problem, Reason, RecordError, Report
 
-CHUNK_BYTES = 1 << 20
-MAX_RECORD_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 16
+MAX_RECORD_BYTES = 4 << 20
 """An object larger than this is passed over. MMDialog's largest take about 125 kB."""
 MAX_RESYNCS = 1000
 """How often the thread may be lost in one file that is not made of lines."""
 _MAX_LINE_RESYNCS = 4
 _MAX_DEPTH = 1024
-"""orjson reads nothing that is nested deeper."""
+"""No record of a corpus is nested deeper."""
 
 _BOM = b"\xef\xbb\xbf"
 _BROKEN = object()
+
+_Parse = Callable[[bytes], Any]
 _OVERLAP_BYTES = 1024
 _LINE_END = ord("\n")
 _BLANK = re.compile(rb"\s*+")
@@ -42,6 +44,7 @@ def read_objects(
     stream: IO[bytes],
     path: str,
     report: Report,
+    kind: Any = Any,
     *,
     chunk_bytes: int = CHUNK_BYTES,
     max_record_bytes: int = MAX_RECORD_BYTES,
@@ -51,21 +54,25 @@ def read_objects(
     Args:
         stream: The file, opened for reading bytes, at its start.
         path: What `where` calls the file.
-        report: Gets a `Problem` for everything that is broken.
+        report: Gets a `Problem` for everything that is no JSON.
+        kind: The type that each object is decoded to. Fields that it does not name are passed
+            over without being built: most of a record with a thousand negative candidates.
         chunk_bytes: Size of one read.
         max_record_bytes: Size past which an object is passed over.
 
     Yields:
-        `where` (path with line from 1, or with byte offset from 0) and the object. In a file of
-        lines the value of a line may be something else than an object.
+        `where` (path with line from 1, or with byte offset from 0) and the object, or the
+        `RecordError` that says why it is none of this kind. In a file of lines the value of a
+        line may be something else than an object.
     """
+    parse = _parser(kind)
     view = _View(stream, chunk_bytes, max_record_bytes)
     if not view.find_start():
         report(Problem("empty_file", path, "nothing but white space"))
-    elif _holds_lines(view):
-        yield from _lines(view, path, report)
+    elif _holds_lines(view, parse):
+        yield from _lines(view, path, report, parse)
     else:
-        yield from _Objects(view, path, report)
+        yield from _Objects(view, path, report, parse)
 
 
 class _View:
@@ -116,26 +123,42 @@ class _View:
             if not self.fill():
                 return False
 
-    def line_length(self) -> int:
-        """Measure the line at `pos`, its line end included; give up past the largest record."""
-        length = 0
-        while True:
-            end = self.data.find(b"\n", self.pos + length)
-            if end >= 0:
-                return end + 1 - self.pos
-            length = self.num_ahead()
-            if length > self.max_record_bytes or not self.fill():
-                return length
+    def take_lines(self) -> bytes:
+        """Pass over the whole lines that are there, and at the end of the stream over the rest.
 
-    def skip_line(self) -> None:
+        Returns:
+            The lines without the last line end; empty where the next one is over the largest
+            record.
+        """
+        while (end := self.data.rfind(b"\n", self.pos)) < 0:
+            if self.num_ahead() > self.max_record_bytes:
+                return b""
+            if not self.fill():
+                end = len(self.data)
+                break
+        block = self.data[self.pos : end]
+        self.pos = min(end + 1, len(self.data))
+        return block
+
+    def skip_line(self) -> bytes:
+        """Pass over the line at `pos`, however long, and return its start."""
+        start = self.data[self.pos :]
         while (end := self.data.find(b"\n", self.pos)) < 0:
             self.pos = len(self.data)
             if not self.fill():
-                return
+                return start
         self.pos = end + 1
+        return start
+
+    def line_length(self) -> int:
+        """Measure the line at `pos`, its line end included; give up past the largest record."""
+        while (end := self.data.find(b"\n", self.pos)) < 0:
+            if self.num_ahead() > self.max_record_bytes or not self.fill():
+                return self.num_ahead()
+        return end + 1 - self.pos
 
 
-def _holds_lines(view: _View) -> bool:
+def _holds_lines(view: _View, parse: _Parse) -> bool:
     """Tell lines from objects one after another: by the first line, or the start of the second."""
     if view.peek() == b"[":
         return False
@@ -144,30 +167,26 @@ def _holds_lines(view: _View) -> bool:
         return False
     while view.num_ahead() <= length and view.fill():
         pass
-    return view.peek(length + 1)[length:] == b"{" or _parse(view.peek(length)) is not _BROKEN
+    return view.peek(length + 1)[length:] == b"{" or parse(view.peek(length)) is not _BROKEN
 
 
-def _lines(view: _View, path: str, report: Report) -> Iterator[tuple[str, Any]]:
+def _lines(view: _View, path: str, report: Report, parse: _Parse) -> Iterator[tuple[str, Any]]:
     """Give one value a line; a line that is none is searched for objects."""
     number = view.num_lines
     while view.num_ahead() or view.fill():
-        number += 1
-        where = f"{path} line {number}"
-        length = view.line_length()
-        if length > view.max_record_bytes:
-            report(Problem("too_large", where, f"over {view.max_record_bytes} bytes"))
-            view.skip_line()
-            continue
-        line = view.peek(length)
-        view.pos += length
-        if not line.strip():
-            continue
-        value = _parse(line)
-        if value is _BROKEN:
-            inner = _View(io.BytesIO(line), len(line), view.max_record_bytes)
-            yield from _Objects(inner, path, report, where, _MAX_LINE_RESYNCS)
-        else:
-            yield where, value
+        block = view.take_lines() or view.skip_line()
+        for line in block.split(b"\n"):
+            number += 1
+            where = f"{path} line {number}"
+            if len(line) > view.max_record_bytes:
+                report(Problem("too_large", where, f"over {view.max_record_bytes} bytes"))
+                continue
+            value = parse(line)
+            if value is not _BROKEN:
+                yield where, value
+            elif line.strip():
+                inner = _View(io.BytesIO(line + b"\n"), len(line) + 1, view.max_record_bytes)
+                yield from _Objects(inner, path, report, parse, where, _MAX_LINE_RESYNCS)
 
 
 class _Objects:
@@ -182,12 +201,14 @@ class _Objects:
         view: _View,
         path: str,
         report: Report,
+        parse: _Parse,
         where: str | None = None,
         max_resyncs: int = MAX_RESYNCS,
     ) -> None:
         self.view = view
         self.path = path
         self.report = report
+        self.parse = parse
         self.fixed_where = where
         self.resyncs_left = max_resyncs
         self.last_length = 0
@@ -231,7 +252,7 @@ class _Objects:
             return value, length
         measured = self._measure()
         if isinstance(measured, int):
-            value = _parse(self.view.peek(measured))
+            value = self.parse(self.view.peek(measured))
         return value, measured
 
     def _guess(self) -> tuple[Any, int]:
@@ -247,7 +268,7 @@ class _Objects:
         if match is None or view.peek() != b"{":
             return _BROKEN, 0
         body = view.data[view.pos : match.start(1)].rstrip(b" \t\r\n,")
-        return (_BROKEN if len(body) > view.max_record_bytes else _parse(body)), len(body)
+        return (_BROKEN if len(body) > view.max_record_bytes else self.parse(body)), len(body)
 
     def _measure(self) -> int | Reason:
         """Return the length of the object at the read position, or why it has none."""
@@ -342,11 +363,28 @@ def _scan(data: bytes, at: int, depth: int) -> tuple[int, int]:
     return at, depth
 
 
-def _parse(text: bytes) -> Any:
+def _parser(kind: Any) -> _Parse:
+    """Return what gives a JSON text's value, or why it is none of this kind, or `_BROKEN`."""
+    decode = msgspec.json.Decoder(kind).decode
+
+    def parse(text: bytes) -> Any:
+        try:
+            return decode(text)
+        except msgspec.ValidationError as error:
+            # It is raised before the rest of the text was looked at.
+            return RecordError.of(error) if _is_json(text) else _BROKEN
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return _BROKEN
+
+    return parse
+
+
+def _is_json(text: bytes) -> bool:
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return _BROKEN
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
 
 
 def _diagnose(text: bytes) -> Reason:

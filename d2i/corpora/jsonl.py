@@ -22,36 +22,61 @@ counted but say nothing, and their pictures are no instances. Must not import to
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from msgspec import Struct
 
 from d2i import storage
+from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.layout import SPLITS
 from d2i.corpora.records import (
     Dialog,
     Flaw,
     Picture,
     RecordError,
-    field,
+    Speaker,
+    Turns,
     image_ref_of,
-    optional_field,
-    speaker_of,
-    turns_of,
-    typed,
 )
-from d2i.dialog import Direction, Turn
+from d2i.dialog import Turn
 
 _SPEAKERS = {"user": 0, "assistant": 1}
 
 
+class _Turn(Struct, gc=False):
+    text: str | None = None
+    speaker: Speaker | None = None
+    images: list[str] | None = None
+
+
+class _Address(Struct, gc=False):
+    url: str
+
+
+class _Part(Struct, gc=False):
+    type: str
+    text: str | None = None
+    image_url: _Address | None = None
+
+
+class _Message(Struct, gc=False):
+    role: str
+    content: str | list[_Part] | None = None
+
+
+class JsonlRecord(Struct, gc=False):
+    """One conversation, in either form."""
+
+    id: int | str
+    turns: Turns[_Turn] | None = None
+    messages: Turns[_Message] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
-class Jsonl:
+class Jsonl(InstanceOptions):
     """How a team's own chats become instances: one for each picture."""
 
-    direction: Direction = "answer"
-    """`answer`: the context ends with the picture's turn. `first`: the picture opens, the context
-    is what is said after its turn."""
-
-    id_field: ClassVar[str] = "id"
+    record_type: ClassVar[type[Struct]] = JsonlRecord
 
     def files(self, source: str, split: str) -> list[str]:
         """List the split's file, relative to the source."""
@@ -59,65 +84,58 @@ class Jsonl:
         present = (name for name in names if storage.exists(storage.join(source, name)))
         return list(itertools.islice(present, 1))
 
-    def parser(self, source: str, split: str) -> Callable[[dict[str, Any], Flaw], Dialog]:
+    def parser(self, source: str, split: str) -> Callable[[JsonlRecord, Flaw], Dialog]:
         """Return what parses one record; source and split do not matter here."""
         del source, split
         return _parse
 
-    def context(self, turns: tuple[Turn, ...], turn: int) -> tuple[Turn, ...]:
-        """Return the turns that a picture in this turn answers, or opens."""
-        return turns[: turn + 1] if self.direction == "answer" else turns[turn + 1 :]
 
-    def is_unique(self, split: str) -> bool:
-        """Keep every occurrence of a picture."""
-        del split
-        return False
-
-
-def _parse(record: dict[str, Any], flaw: Flaw) -> Dialog:
-    name, read = ("turns", _read_turn) if "turns" in record else ("messages", _read_message)
+def _parse(record: JsonlRecord, flaw: Flaw) -> Dialog:
     turns, pictures = [], []
-    for index, entry in enumerate(turns_of(record, name)):
-        turn, images = read(entry, f"turn {index}")
+    for index, (turn, images) in enumerate(_read(record)):
         turns.append(turn)
         for image, value in enumerate(images):
             try:
                 pictures.append(Picture(index, image, image_ref_of(value)))
             except RecordError as error:
                 flaw(error.reason, f"turn {index} image {image}: {error.detail}")
-    return Dialog(tuple(turns), tuple(pictures))
+    return Dialog(str(record.id), tuple(turns), tuple(pictures))
 
 
-def _read_turn(entry: object, at: str) -> tuple[Turn, list[str]]:
-    fields = typed(entry, dict, at)
-    images = optional_field(fields, "images", list, at) or []
-    text = optional_field(fields, "text", str, at) if images else field(fields, "text", str, at)
-    speaker = None if fields.get("speaker") is None else speaker_of(fields, "speaker", at)
-    return Turn(speaker, text or ""), [typed(image, str, f"{at} image") for image in images]
+def _read(record: JsonlRecord) -> list[tuple[Turn, list[str]]]:
+    """Return every turn with its pictures as the record names them."""
+    if record.turns is not None:
+        return [_read_turn(turn, index) for index, turn in enumerate(record.turns)]
+    if record.messages is not None:
+        return [_read_message(message, index) for index, message in enumerate(record.messages)]
+    raise RecordError("missing_field", "turns: missing, and so is messages; expected one of them")
 
 
-def _read_message(entry: object, at: str) -> tuple[Turn, list[str]]:
-    fields = typed(entry, dict, at)
-    speaker = _SPEAKERS.get(field(fields, "role", str, at))
+def _read_turn(turn: _Turn, index: int) -> tuple[Turn, list[str]]:
+    if turn.text is None and not turn.images:
+        raise RecordError("missing_field", f"turn {index}: neither text nor images")
+    return Turn(turn.speaker, turn.text or ""), turn.images or []
+
+
+def _read_message(message: _Message, index: int) -> tuple[Turn, list[str]]:
+    speaker = _SPEAKERS.get(message.role)
     if speaker is None:
         return Turn(None, ""), []
-    content = fields.get("content")
-    if isinstance(content, list):
-        text, images = _read_parts(content, at)
-    else:
-        text, images = optional_field(fields, "content", str, at) or "", []
-    return Turn(speaker, text), images
+    if isinstance(message.content, list):
+        text, images = _read_parts(message.content, index)
+        return Turn(speaker, text), images
+    return Turn(speaker, message.content or ""), []
 
 
-def _read_parts(parts: list[Any], at: str) -> tuple[str, list[str]]:
+def _read_parts(parts: list[_Part], index: int) -> tuple[str, list[str]]:
     texts, images = [], []
     for part in parts:
-        kind = field(part, "type", str, f"{at} part")
-        if kind == "text":
-            texts.append(field(part, "text", str, f"{at} part"))
-        elif kind == "image_url":
-            address = field(part, "image_url", dict, f"{at} part")
-            images.append(field(address, "url", str, f"{at} part"))
+        if part.type == "text" and part.text is not None:
+            texts.append(part.text)
+        elif part.type == "image_url" and part.image_url is not None:
+            images.append(part.image_url.url)
+        elif part.type in ("text", "image_url"):
+            raise RecordError("missing_field", f"turn {index} part: its {part.type} is missing")
         else:
-            raise RecordError("wrong_type", f"{at} part: expected type text or image_url")
+            raise RecordError("wrong_type", f"turn {index} part: expected type text or image_url")
     return " ".join(texts), images

@@ -1,55 +1,53 @@
 """MMDialog: `{train,valid,test}/conversations.json` beside flat `{split}/{media_key}.jpg`.
 
 The release names no speakers; turns are taken to alternate. Its negative candidates are never
-kept. Must not import torch.
+read. Must not import torch.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
+
+from msgspec import UNSET, Struct, UnsetType, field
 
 from d2i import storage
+from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.layout import split_folder
-from d2i.corpora.records import (
-    Dialog,
-    Flaw,
-    Picture,
-    RecordError,
-    field,
-    turns_of,
-    typed,
-)
-from d2i.dialog import Direction, ImageRef, Turn
+from d2i.corpora.records import Dialog, Flaw, Picture, RecordError, Turns
+from d2i.dialog import ImageRef, Turn
 
 _SUFFIXES = (".json", ".jsonl", ".txt")
-_MEDIA_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# carpedm20/emoji's names: a letter first, or the medals' "1st_place_medal"; curly quotes occur.
-_EMOJI = re.compile(r":(?:[^\W\d]|[123](?:st|nd|rd)_)[\w\u2019\u201c\u201d.&!()#*,-]*:")
+# A signed number in the release; plain names are taken as well, none that looks like an option.
+_MEDIA_KEY = re.compile(r"-?[0-9]{1,20}|[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+
+
+class _Part(Struct, gc=False):
+    text: str | UnsetType = field(name="__TEXT__", default=UNSET)
+    media: str | int | UnsetType = field(name="__MEDIA__", default=UNSET)
+
+
+class _Turn(Struct, gc=False):
+    turn: list[_Part]
+
+
+class MMDialogRecord(Struct, gc=False):
+    """One line of `conversations.json`, the negative candidates left aside."""
+
+    conversation_id: int | str
+    conversation: Turns[_Turn]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMDialog:
-    """How MMDialog becomes instances: one for each occurrence of a picture.
+class MMDialog(InstanceOptions):
+    """How MMDialog becomes instances: one for each occurrence of a picture."""
 
-    Every option names a point that the paper leaves open; the defaults are this project's reading.
-    """
-
-    own_turn: Literal["include", "exclude"] = "include"
-    """Whether the text of the picture's own turn belongs to its context."""
-    images_in_turn: Literal["all", "first"] = "all"
-    """Whether each picture of a turn is an instance, or the first alone."""
-    repeated: Literal["default", "all", "unique"] = "default"
-    """Keep every occurrence of a picture within the split, or its first one. The default keeps
-    all in train and the first in valid and test, as the paper's counts do."""
-    emoji: Literal["keep", "drop"] = "keep"
-    """Whether `:raising_hands:` stays in the text."""
     image_root: str | None = None
     """URL of the folder that holds the pictures, where it is another than the source. With a
     folder a split, or all pictures in one."""
 
-    id_field: ClassVar[str] = "conversation_id"
-    direction: ClassVar[Direction] = "answer"
+    record_type: ClassVar[type[Struct]] = MMDialogRecord
+    unique_splits: ClassVar[frozenset[str]] = frozenset({"valid", "test"})
 
     def files(self, source: str, split: str) -> list[str]:
         """List the split's files, relative to the source: `conversations`, or all that say so."""
@@ -64,54 +62,35 @@ class MMDialog:
         names = storage.list_names(storage.join(source, folder))
         return [f"{folder}/{n}" for n in names if "conversations" in n and n.endswith(_SUFFIXES)]
 
-    def parser(self, source: str, split: str) -> Callable[[dict[str, Any], Flaw], Dialog]:
+    def image_id(self, ref: ImageRef) -> str:
+        """Name the picture itself: its media key, as each split has a folder of its own."""
+        return ref.value[0].rpartition("/")[2]
+
+    def parser(self, source: str, split: str) -> Callable[[MMDialogRecord, Flaw], Dialog]:
         """Return what parses one record of a split."""
         folder = split_folder(self.image_root or source, split)
         image_dir = f"{folder}/" if folder else ""
-        return lambda record, flaw: self._parse(record, image_dir, flaw)
+        return lambda record, flaw: _parse(record, image_dir, flaw)
 
-    def context(self, turns: tuple[Turn, ...], turn: int) -> tuple[Turn, ...]:
-        """Return the turns that a picture in this turn answers."""
-        return turns[: turn + 1] if self.own_turn == "include" else turns[:turn]
 
-    def is_unique(self, split: str) -> bool:
-        """Say whether a picture is kept once a split."""
-        return self.repeated == "unique" or (self.repeated == "default" and split != "train")
-
-    def _parse(self, record: dict[str, Any], image_dir: str, flaw: Flaw) -> Dialog:
-        read = [
-            _read_turn(turn, f"turn {index}")
-            for index, turn in enumerate(turns_of(record, "conversation"))
-        ]
-        turns = tuple(Turn(None, self._text(texts)) for texts, _ in read)
-        pictures = []
-        for turn, (_, keys) in enumerate(read):
-            for image, key in enumerate(keys[: 1 if self.images_in_turn == "first" else None]):
+def _parse(record: MMDialogRecord, image_dir: str, flaw: Flaw) -> Dialog:
+    turns, pictures = [], []
+    for index, turn in enumerate(record.conversation):
+        said, image = "", 0
+        for part in turn.turn:
+            if (text := part.text) is not UNSET:
+                said = f"{said} {text}" if said else text
+            if (media := part.media) is not UNSET:
+                key = media if isinstance(media, str) else str(media)
                 if _MEDIA_KEY.fullmatch(key):
                     ref = ImageRef("file", (f"{image_dir}{key}.jpg",))
-                    pictures.append(Picture(turn, image, ref))
+                    pictures.append(Picture(index, image, ref))
                 else:
-                    flaw("bad_image_ref", f"turn {turn} image {image}: no plain media key")
-        return Dialog(turns, tuple(pictures))
-
-    def _text(self, texts: list[str]) -> str:
-        text = " ".join(texts)
-        return " ".join(_EMOJI.sub(" ", text).split()) if self.emoji == "drop" else text
-
-
-def _read_turn(turn: object, at: str) -> tuple[list[str], list[str]]:
-    """Return the texts and the media keys of one turn, each in order."""
-    texts, keys = [], []
-    for part in field(turn, "turn", list, at):
-        parts = typed(part, dict, f"{at} part")
-        if "__TEXT__" in parts:
-            texts.append(field(parts, "__TEXT__", str, at))
-        elif "__MEDIA__" in parts:
-            keys.append(_read_key(parts["__MEDIA__"], at))
-        else:
-            raise RecordError("missing_field", f"{at}: a part has neither __TEXT__ nor __MEDIA__")
-    return texts, keys
-
-
-def _read_key(value: object, at: str) -> str:
-    return str(value) if type(value) is int else typed(value, str, f"{at} __MEDIA__")
+                    flaw("bad_image_ref", f"turn {index} image {image}: no plain media key")
+                image += 1
+            elif text is UNSET:
+                raise RecordError(
+                    "missing_field", f"turn {index}: a part has neither __TEXT__ nor __MEDIA__"
+                )
+        turns.append(Turn(None, said))
+    return Dialog(str(record.conversation_id), tuple(turns), tuple(pictures))

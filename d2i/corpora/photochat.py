@@ -6,37 +6,55 @@ Takes both releases, with and without `photo_id`. Must not import torch.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+from msgspec import Struct
 
 from d2i import storage
+from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.layout import split_folder
 from d2i.corpora.records import (
     Dialog,
     Flaw,
     Picture,
     RecordError,
-    field,
+    Speaker,
+    Turns,
     is_web_url,
-    optional_field,
-    speaker_of,
-    turns_of,
 )
-from d2i.dialog import Direction, ImageRef, Turn
+from d2i.dialog import ImageRef, Turn
 from d2i.errors import ConfigError
 
 _PHOTO_ID = re.compile(r"(?:train|validation|test)/[0-9a-f]{1,32}")
 _LABELS = re.compile(r"Objects in the photo:(.*)", re.DOTALL)
 
 
+class _Message(Struct, gc=False):
+    message: str
+    share_photo: bool
+    user_id: Speaker
+
+
+class PhotoChatRecord(Struct, gc=False):
+    """One dialog of a release file."""
+
+    dialogue_id: int | str
+    dialogue: Turns[_Message]
+    photo_description: str | None = None
+    photo_url: str | None = None
+    photo_id: str | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
-class PhotoChat:
+class PhotoChat(InstanceOptions):
     """How PhotoChat becomes instances: one a dialog, cut where the photo is first shared."""
 
     open_images_url: str = "https://open-images-dataset.s3.amazonaws.com/{photo_id}.jpg"
     """Where a photo is asked for first; `photo_id` holds Open Images' split and id."""
 
-    id_field: ClassVar[str] = "dialogue_id"
-    direction: ClassVar[Direction] = "answer"
+    record_type: ClassVar[type[Struct]] = PhotoChatRecord
+    has_own_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse an address template that would be the same for every photo."""
@@ -54,48 +72,37 @@ class PhotoChat:
         names = storage.list_names(storage.join(source, folder))
         return [f"{folder}/{name}" for name in names if name.endswith(".json")]
 
-    def parser(self, source: str, split: str) -> Callable[[dict[str, Any], Flaw], Dialog]:
+    def image_id(self, ref: ImageRef) -> str:
+        """Name the photo itself: its Flickr path, as releases and hosts differ in the rest."""
+        return urlsplit(ref.value[-1]).path
+
+    def parser(self, source: str, split: str) -> Callable[[PhotoChatRecord, Flaw], Dialog]:
         """Return what parses one record; source and split do not matter here."""
         del source, split
         return self._parse
 
-    def context(self, turns: tuple[Turn, ...], turn: int) -> tuple[Turn, ...]:
-        """Return the turns before the photo: its own turn says nothing."""
-        return turns[:turn]
-
-    def is_unique(self, split: str) -> bool:
-        """Keep every dialog: the paper counts dialogs, in which photos may repeat."""
-        del split
-        return False
-
-    def _parse(self, record: dict[str, Any], flaw: Flaw) -> Dialog:
-        turns, shares = [], []
-        for index, entry in enumerate(turns_of(record, "dialogue")):
-            at = f"turn {index}"
-            turns.append(Turn(speaker_of(entry, "user_id", at), field(entry, "message", str, at)))
-            shares.append(field(entry, "share_photo", bool, at))
+    def _parse(self, record: PhotoChatRecord, flaw: Flaw) -> Dialog:
+        shares = [message.share_photo for message in record.dialogue]
         if not any(shares):
             raise RecordError("no_image", "dialogue: no turn shares the photo")
         ref = ImageRef("urls", self._urls(record, flaw))
-        description = optional_field(record, "photo_description", str)
         return Dialog(
-            turns=tuple(turns),
+            id=str(record.dialogue_id),
+            turns=tuple(Turn(message.user_id, message.message) for message in record.dialogue),
             pictures=(Picture(shares.index(True), 0, ref),),
-            description=description,
-            labels=_labels(description or ""),
+            description=record.photo_description,
+            labels=_labels(record.photo_description or ""),
         )
 
-    def _urls(self, record: dict[str, Any], flaw: Flaw) -> tuple[str, ...]:
+    def _urls(self, record: PhotoChatRecord, flaw: Flaw) -> tuple[str, ...]:
         urls = []
-        photo_id = optional_field(record, "photo_id", str)
-        if photo_id and _PHOTO_ID.fullmatch(photo_id):
-            urls.append(self.open_images_url.replace("{photo_id}", photo_id))
-        elif photo_id:
+        if record.photo_id and _PHOTO_ID.fullmatch(record.photo_id):
+            urls.append(self.open_images_url.replace("{photo_id}", record.photo_id))
+        elif record.photo_id:
             flaw("bad_image_ref", "photo_id: expected 'split/hex digits'; photo_url alone is used")
-        url = optional_field(record, "photo_url", str)
-        if url and is_web_url(url):
-            urls.append(url)
-        elif url:
+        if record.photo_url and is_web_url(record.photo_url):
+            urls.append(record.photo_url)
+        elif record.photo_url:
             flaw("bad_image_ref", "photo_url: expected an http or https address")
         if not urls:
             raise RecordError("missing_field", "photo_url: neither it nor photo_id can be used")

@@ -9,13 +9,13 @@ from typing import Any
 from d2i import storage
 from d2i.cluster import device_of_worker
 from d2i.config import Recipe
-from d2i.dialog import Turn, linearize
+from d2i.context import context_text, text_tokens
+from d2i.dialog import Turn
 from d2i.encoders import ClipText, Vae
 from d2i.errors import DataError
 from d2i.eval.sampler import Sampler
 from d2i.eval.systems import parse_system
 from d2i.pictures import png_bytes
-from d2i.tokenize import encode, window
 
 
 def read_dialog(text: str) -> list[Turn]:
@@ -45,12 +45,9 @@ def draw_dialog(run_dir: Path, recipe: Recipe, turns: list[Turn], out: Path) -> 
     """
     device = device_of_worker()
     encoders = recipe.encoders
-    text = linearize(turns, recipe.text.strategy)
+    text = context_text(turns, recipe.text)
     clip_text = ClipText(encoders.clip_text, encoders.text_prefix, device)
-    tokens = [
-        window(encode(line), keep=recipe.text.keep, num_windows=recipe.text.num_windows)
-        for line in (text, "")
-    ]
+    tokens = [text_tokens(line, recipe.text) for line in (text, "")]
     latents = [clip_text.encode(row[None], encoders.compute_batch_size)[0] for row in tokens]
     sampler = Sampler(
         parse_system(f"run:{run_dir}", None, recipe).backbone,

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2i.config import Recipe
-from d2i.dialog import ImageRef, Instance, linearize
+from d2i.context import context_tokens
+from d2i.dialog import ImageRef, Instance
 from d2i.encoders import Encoders
 from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture
 from d2i.preprocess.fetch import Fetched
 from d2i.preprocess.ledger import LedgerRow
 from d2i.preprocess.records import instance_values
 from d2i.shards import Sample, json_bytes, npy_bytes
-from d2i.tokenize import encode, window
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,6 @@ def encode_pictures(
     }
 
 
-def context_tokens(instance: Instance, recipe: Recipe) -> NDArray[np.uint16]:
-    """Linearize and tokenize a context: uint16 (77 W,)."""
-    text = linearize(instance.context, recipe.text.strategy)
-    return window(encode(text), keep=recipe.text.keep, num_windows=recipe.text.num_windows)
-
-
 def build_samples(
     instances: list[Instance],
     pictures: Mapping[ImageRef, SourcePicture],
@@ -91,7 +85,7 @@ def build_samples(
     chosen = sorted((i for i in instances if i.image_ref in features), key=lambda i: i.key)
     if not chosen:
         return []
-    tokens = np.stack([context_tokens(instance, recipe) for instance in chosen])
+    tokens = np.stack([context_tokens(instance.context, recipe.text) for instance in chosen])
     text = encoders.encode_text(tokens) if recipe.text.latents == "full" else None
     samples = []
     for row, instance in enumerate(chosen):

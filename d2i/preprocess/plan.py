@@ -1,29 +1,45 @@
 """The plan: which instances there are, and which shard each goes into.
 
-The plan is a function of the corpus, the recipe, `--limit` and `--seed` alone. It is written
-beside the shards before anything is fetched, so that a repeated command does the same work.
+The plan is a function of the corpus, the recipe, `--limit`, `--seed` and `--exclude` alone. It is
+written beside the shards before anything is fetched, so that a repeated command does the same
+work. Memory does not grow with the corpus: rows go through files (`grouped`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
+import itertools
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from d2i import storage
 from d2i.config import Recipe
 from d2i.corpora import Problem, read_instances
-from d2i.dialog import ImageRef, Instance, key_order_hash
+from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
-from d2i.preprocess.records import write_records
+from d2i.preprocess.choose import Choice
+from d2i.preprocess.exclude import NOTHING, Exclusion
+from d2i.preprocess.grouped import GroupedInstances
+from d2i.preprocess.records import write_table
 from d2i.settle import differences
 from d2i.shards import read_commits
 
-_FORMAT = 1
+_FORMAT = 2
+_BATCH = 500
+"""Few enough to be still in the processor's cache when they are laid out in columns, and to take
+bounded memory: each is from a record of at most 4 MB."""
+_NUM_WRITERS = 4
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,7 @@ class PlanRequest:
     recipe: Recipe
     limit: int | None = None
     seed: int = 0
+    exclusion: Exclusion = NOTHING
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,7 @@ class Plan:
     num_instances: int
     num_images: int
     num_shards: int
+    num_excluded: int
     problems: dict[str, int]
     format: int = _FORMAT
 
@@ -75,19 +93,90 @@ def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Pla
                 f"{split_url} was begun with other settings: got {'; '.join(named[:3])}; "
                 "repeat those or choose another --out"
             )
-    problems: list[Problem] = []
-    instances = _select(_read(request, problems), request.limit, request.seed)
-    shards = list(_shards(instances, request.recipe.preprocess.num_samples_per_shard))
-    plan = Plan(
-        decided_by=_decided_by(request),
-        num_instances=len(instances),
-        num_images=len({_image_hash(instance.image_ref) for instance in instances}),
-        num_shards=len(shards),
-        problems=dict(sorted(Counter(problem.reason for problem in problems).items())),
-    )
-    if keep:
-        _write_plan(split_url, plan, shards, problems)
-    return plan
+    with tempfile.TemporaryDirectory(prefix="d2i-plan-") as scratch:
+        return _Planner(request, split_url if keep else None, Path(scratch)).plan()
+
+
+class _Planner:
+    """One reading of the corpus, from its records to those of the shards."""
+
+    def __init__(self, request: PlanRequest, split_url: str | None, scratch: Path) -> None:
+        self.request = request
+        self.split_url = split_url
+        self.scratch = scratch
+        self.problems: Counter[str] = Counter()
+        self.num_excluded = 0
+
+    def plan(self) -> Plan:
+        """Read, choose, group and, where the plan is kept, write."""
+        grouped = GroupedInstances(self.scratch)
+        with (self.scratch / "problems.jsonl").open("wb") as problems:
+            max_rank = self._choose(self._read(problems), grouped)
+        counts = Counter[str]()
+        shards = _shards(
+            _counting_images(grouped.sorted_tables(max_rank), counts),
+            self.request.recipe.preprocess.num_samples_per_shard,
+        )
+        if self.split_url is not None:
+            _clear_plan(self.split_url)
+            shards = _written(shards, self.split_url)
+        for shard in shards:
+            counts["shards"] += 1
+            counts["instances"] += shard.num_rows
+        if not counts["instances"]:
+            raise DataError("the corpus holds no instance of this split; see 'd2i corpus'")
+        plan = Plan(
+            decided_by=_decided_by(self.request),
+            num_instances=counts["instances"],
+            num_images=counts["images"],
+            num_shards=counts["shards"],
+            num_excluded=self.num_excluded,
+            problems=dict(sorted(self.problems.items())),
+        )
+        if self.split_url is not None:
+            problems_url = storage.join(self.split_url, "plan", "problems.jsonl")
+            storage.publish_file(self.scratch / "problems.jsonl", problems_url)
+            data = json.dumps(asdict(plan), indent=1, sort_keys=True).encode()
+            storage.write_bytes(_plan_url(self.split_url), data)
+        return plan
+
+    def _read(self, problems: IO[bytes]) -> Iterator[Instance]:
+        """Read the instances that are not excluded, and write down every problem."""
+
+        def note(problem: Problem) -> None:
+            self.problems[problem.reason] += 1
+            problems.write(msgspec.json.encode(problem) + b"\n")
+
+        request = self.request
+        options = request.recipe.corpus.options()
+        instances = read_instances(
+            request.corpus, request.source, request.split, on_problem=note, **options
+        )
+        if not request.exclusion.keys:
+            return instances
+        return self._without_excluded(instances)
+
+    def _without_excluded(self, instances: Iterator[Instance]) -> Iterator[Instance]:
+        for instance in instances:
+            if instance.key in self.request.exclusion.keys:
+                self.num_excluded += 1
+            else:
+                yield instance
+
+    def _choose(self, instances: Iterator[Instance], grouped: GroupedInstances) -> int:
+        """Group what may be chosen; return the rank of the last one that is."""
+        request = self.request
+        rule = request.recipe.preprocess.choose
+        choice = Choice(request.limit, rule, request.seed)
+        if rule == "first":
+            instances = itertools.islice(instances, request.limit)
+        while batch := list(itertools.islice(instances, _BATCH)):
+            ranks = choice.rank(batch)
+            wanted = np.flatnonzero(ranks <= np.uint64(choice.max_rank))
+            if len(wanted) < len(batch):
+                batch, ranks = [batch[i] for i in wanted], ranks[wanted]
+            grouped.add(batch, _image_hashes(batch), ranks)
+        return choice.last_rank()
 
 
 def _read_plan(split_url: str) -> Plan | None:
@@ -95,22 +184,28 @@ def _read_plan(split_url: str) -> Plan | None:
     return Plan(**json.loads(storage.read_bytes(url))) if storage.exists(url) else None
 
 
-def _write_plan(
-    split_url: str, plan: Plan, shards: list[list[Instance]], problems: list[Problem]
-) -> None:
-    """Write the records, the problems and, last, the plan, in place of what is there."""
+def _clear_plan(split_url: str) -> None:
+    """Remove a plan that is made anew, what decides that it is there first."""
     storage.remove(_plan_url(split_url))
     folder = storage.join(split_url, "plan")
     for name in storage.list_names(folder):
         storage.remove(storage.join(folder, name))
-    for index, shard in enumerate(shards):
-        write_records(records_url(split_url, index), shard)
-    lines = [json.dumps(asdict(problem), sort_keys=True) for problem in problems]
-    storage.write_bytes(
-        storage.join(split_url, "plan", "problems.jsonl"), "\n".join(lines).encode()
-    )
-    data = json.dumps(asdict(plan), indent=1, sort_keys=True).encode()
-    storage.write_bytes(_plan_url(split_url), data)
+
+
+def _written(shards: Iterable[pa.Table], split_url: str) -> Iterator[pa.Table]:
+    """Write the records of each shard, several at a time, and pass it on when they are there."""
+    pending: deque[tuple[pa.Table, Future[None]]] = deque()
+    with ThreadPoolExecutor(_NUM_WRITERS) as threads:
+        for index, shard in enumerate(shards):
+            written = threads.submit(write_table, records_url(split_url, index), shard)
+            pending.append((shard, written))
+            while len(pending) > _NUM_WRITERS:
+                done, written = pending.popleft()
+                written.result()
+                yield done
+        for done, written in pending:
+            written.result()
+            yield done
 
 
 def _plan_url(split_url: str) -> str:
@@ -122,50 +217,51 @@ def records_url(split_url: str, index: int) -> str:
     return storage.join(split_url, "plan", f"{index:06d}.parquet")
 
 
-def _read(request: PlanRequest, problems: list[Problem]) -> Iterator[Instance]:
-    seen: set[str] = set()
-    options = request.recipe.corpus.options()
-    for instance in read_instances(
-        request.corpus, request.source, request.split, on_problem=problems.append, **options
-    ):
-        if instance.key in seen:
-            problems.append(Problem("duplicate_key", instance.key, "the first one is kept"))
-            continue
-        seen.add(instance.key)
-        yield instance
+def _counting_images(
+    tables: Iterable[tuple[pa.Table, NDArray[np.uint64]]], counts: Counter[str]
+) -> Iterator[tuple[pa.Table, NDArray[np.uint64]]]:
+    for table, hashes in tables:
+        counts["images"] += len(np.unique(hashes))
+        yield table, hashes
 
 
-def _select(instances: Iterable[Instance], limit: int | None, seed: int) -> list[Instance]:
-    """Keep the `limit` smallest seeded key hashes: the same set for any order of reading."""
-    if limit is None:
-        chosen = list(instances)
-    else:
-        chosen = heapq.nsmallest(limit, instances, key=lambda i: key_order_hash(i.key, seed))
-    if not chosen:
-        raise DataError("the corpus holds no instance of this split; see 'd2i corpus'")
-    return sorted(chosen, key=lambda i: (_image_hash(i.image_ref), i.key))
+def _shards(
+    tables: Iterable[tuple[pa.Table, NDArray[np.uint64]]], num_samples: int
+) -> Iterator[pa.Table]:
+    """Cut into shards of at least so many samples; all instances of a picture stay together."""
+    rest, rest_hashes = None, np.zeros(0, np.uint64)
+    for next_table, next_hashes in tables:
+        table = next_table if rest is None else pa.concat_tables([rest, next_table])
+        hashes = np.concatenate([rest_hashes, next_hashes])
+        picture_starts = np.flatnonzero(hashes[1:] != hashes[:-1]) + 1
+        begin = 0
+        while True:
+            at = np.searchsorted(picture_starts, begin + num_samples)
+            if at == len(picture_starts):
+                break
+            end = int(picture_starts[at])
+            yield table.slice(begin, end - begin)
+            begin = end
+        rest, rest_hashes = table.slice(begin), hashes[begin:]
+    if rest is not None and rest.num_rows:
+        yield rest
 
 
-def _shards(instances: list[Instance], num_samples: int) -> Iterator[list[Instance]]:
-    """Cut into shards; all instances of one picture stay together."""
-    shard: list[Instance] = []
-    for instance in instances:
-        if len(shard) >= num_samples and instance.image_ref != shard[-1].image_ref:
-            yield shard
-            shard = []
-        shard.append(instance)
-    yield shard
-
-
-def _image_hash(image_ref: ImageRef) -> str:
-    return hashlib.blake2b("\n".join(image_ref.value).encode(), digest_size=8).hexdigest()
+def _image_hashes(instances: Sequence[Instance]) -> NDArray[np.uint64]:
+    """Hash where each picture is to be had: spreads them, and their hosts, over all shards."""
+    places = ["\n".join(instance.image_ref.value).encode() for instance in instances]
+    digests = b"".join([hashlib.blake2b(place, digest_size=8).digest() for place in places])
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
 def _decided_by(request: PlanRequest) -> dict[str, Any]:
     recipe = request.recipe.model_dump(mode="json")
     settings = {name: recipe[name] for name in ("corpus", "image", "text", "encoders")}
+    # How much may be broken changes no instance.
+    settings["corpus"] = {k: v for k, v in recipe["corpus"].items() if k != "max_broken"}
     settings["preprocess"] = {
-        name: recipe["preprocess"][name] for name in ("num_samples_per_shard", "keep_images")
+        name: recipe["preprocess"][name]
+        for name in ("choose", "num_samples_per_shard", "keep_images")
     }
     return {
         "corpus": request.corpus,
@@ -173,5 +269,6 @@ def _decided_by(request: PlanRequest) -> dict[str, Any]:
         "split": request.split,
         "limit": request.limit,
         "seed": request.seed,
+        "exclude": request.exclusion.sha256,
         "recipe": settings,
     }

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from d2i import storage
 from d2i.cluster import device_of_worker
 from d2i.config import Recipe
+from d2i.context import text_tokens
 from d2i.dialog import ImageRef
 from d2i.encoders import Encoders, load_encoders
 from d2i.encoders.bundle import versions
@@ -30,7 +31,7 @@ from d2i.preprocess.plan import records_url
 from d2i.preprocess.records import read_records
 from d2i.settle import settle
 from d2i.shards import Sample, npy_bytes, write_shard
-from d2i.tokenize import VOCABULARY_SHA256, encode, window
+from d2i.tokenize import VOCABULARY_SHA256
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class ShardWorker:
         return self._publish(task, samples, rows)
 
     def _empty_features(self) -> dict[str, NDArray[np.generic]]:
-        tokens = window(encode(""), num_windows=self._recipe.text.num_windows)
+        tokens = text_tokens("", self._recipe.text)
         features: dict[str, NDArray[np.generic]] = {"empty_tokens.npy": tokens}
         if self._recipe.text.latents == "full":
             features["empty_text.npy"] = self._encoders.encode_text(tokens[None])[0]
@@ -160,10 +161,7 @@ def fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, dict[str, objec
         },
         "text": {
             "tokenizer": VOCABULARY_SHA256,
-            "strategy": recipe.text.strategy,
-            "keep": recipe.text.keep,
-            "num_windows": recipe.text.num_windows,
             "clip_text": hashes["clip_text"],
-            "latents": recipe.text.latents,
+            **recipe.text.model_dump(),
         },
     }

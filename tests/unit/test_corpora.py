@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2i.corpora import Problem, json_stream, read_instances, splits
+from d2i.corpora import Problem, build_corpus, json_stream, read_instances, splits
 from d2i.corpora.json_stream import read_objects
+from d2i.corpora.records import RecordError
 from d2i.dialog import ImageRef, Instance, Turn, linearize
 from d2i.errors import ConfigError, DataError
 from tests.shared import SHARED, needs_shared
@@ -175,9 +176,10 @@ def test_memory_does_not_grow_with_the_file() -> None:
 
 
 def instances(
-    corpus: str, source: Path, split: str, **options: Any
+    corpus: str, source: Path, split: str, *, max_broken: float = 1.0, **options: Any
 ) -> tuple[list[Instance], list[Problem]]:
     problems: list[Problem] = []
+    options["max_broken"] = max_broken
     found = list(read_instances(corpus, source, split, on_problem=problems.append, **options))
     assert len({instance.key for instance in found}) == len(found)
     return found, problems
@@ -481,16 +483,25 @@ def test_an_image_of_own_chats_is_a_plain_path_or_a_web_address(tmp_path: Path, 
     assert reasons(problems) == Counter({"bad_image_ref": 1})
 
 
-@given(JSON)
-def test_no_record_of_own_chats_raises(body: Any) -> None:
-    from d2i.corpora.jsonl import _parse
-    from d2i.corpora.records import RecordError
-
-    for record in ({"turns": body}, {"messages": [body]}, {"turns": [body, {"images": body}]}):
+@given(JSON, st.sampled_from(["mmdialog", "photochat", "jsonl"]))
+def test_no_record_raises(body: Any, corpus: str) -> None:
+    reader = build_corpus(corpus, {})
+    parse = reader.parser(str(SHARED), "train")
+    for record in (
+        {"id": 1, "turns": body},
+        {"id": 1, "messages": [body]},
+        {"id": 1, "turns": [body, {"images": body}]},
+        {"dialogue_id": 1, "dialogue": body},
+        {"conversation_id": 1, "conversation": [{"turn": [body]}]},
+    ):
+        stream = io.BytesIO(json.dumps(record).encode())
+        ((_, decoded),) = read_objects(stream, "f", unheard, reader.record_type)
         try:
-            _parse(record, unheard)
+            parsed = decoded if isinstance(decoded, RecordError) else parse(decoded, unheard)
         except RecordError as error:
-            assert error.reason in {"wrong_type", "missing_field", "bad_image_ref"}
+            parsed = error
+        if isinstance(parsed, RecordError):
+            assert parsed.reason in {"wrong_type", "missing_field", "no_image"}
 
 
 def test_an_order_of_records_changes_no_key(tmp_path: Path) -> None:
@@ -517,7 +528,7 @@ def test_sources_may_be_urls() -> None:
         ("mmdialog", "train", {"own_trun": "include"}, "did you mean 'own_turn'"),
         ("mmdialog", "train", {"repeated": "uniqe"}, "did you mean 'unique'"),
         ("mmdialog", "train", {"image_root": 5}, "got 5"),
-        ("jsonl", "train", {"emoji": "drop"}, "no option 'emoji'"),
+        ("jsonl", "train", {"image_root": "x"}, "no option 'image_root'"),
     ],
 )
 def test_wrong_options_are_refused_at_once(
@@ -537,4 +548,4 @@ def test_unheard_problems_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFi
     write_lines(tmp_path / "train.jsonl", {"id": 1})
     with caplog.at_level(logging.WARNING):
         assert list(read_instances("jsonl", tmp_path, "train")) == []
-    assert "train.jsonl line 1: messages: missing" in caplog.text
+    assert "train.jsonl line 1: turns: missing, and so is messages" in caplog.text

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from d2i.dialog import Instance, Turn, key_order_hash, linearize, make_key
+from d2i.dialog import Turn, key_order_hash, linearize, make_key
 from d2i.errors import ConfigError, DataError
 
 INDEX = st.integers(0, 10**6)
@@ -114,9 +114,11 @@ def test_the_key_order_is_stable_and_seeded() -> None:
     assert 400 < early < 600
 
 
-def test_instances_hash_and_compare() -> None:
-    assert Instance.__dataclass_params__.frozen  # type: ignore[attr-defined]
+def test_instances_hash_compare_and_refuse_changes() -> None:
     assert {Turn(None, "a"), Turn(None, "a")} == {Turn(None, "a")}
+    assert Turn(None, "a") != Turn(0, "a")
+    with pytest.raises(AttributeError):
+        Turn(None, "a").text = "b"  # type: ignore[misc]
 
 
 def test_reading_conversations_needs_no_torch() -> None:

@@ -1,0 +1,53 @@
+"""The list of instances that `--exclude` leaves out, such as the leaks that `d2i corpus` finds."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import msgspec
+
+from d2i import storage
+from d2i.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Keys to leave out, and a hash of them that does not depend on their order."""
+
+    keys: frozenset[str]
+    sha256: str | None
+
+
+NOTHING = Exclusion(frozenset(), None)
+
+
+class _Line(msgspec.Struct):
+    key: str
+
+
+def read_exclusion(url: str) -> Exclusion:
+    """Read a list of instance keys: one a line, bare or as the `key` of a JSON object.
+
+    Raises:
+        ConfigError: If there is no such file, or a line holds no key.
+    """
+    try:
+        lines = storage.read_bytes(url).splitlines()
+    except FileNotFoundError:
+        raise ConfigError(f"--exclude {url}: no such file; give a list of instance keys") from None
+    keys = frozenset(
+        _key(line.strip(), f"--exclude {url} line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    )
+    return Exclusion(keys, hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest())
+
+
+def _key(line: bytes, where: str) -> str:
+    try:
+        return msgspec.json.decode(line, type=_Line).key if line[:1] == b"{" else line.decode()
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{where}: {error}; expected an instance key, or a JSON object with a key"
+        ) from None
