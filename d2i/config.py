@@ -61,14 +61,17 @@ class CorpusConfig(Config):
     """What `:raising_hands:` becomes."""
     max_broken: float | None = Field(default=None, ge=0, le=1)
     """Share of a split's records that may be broken before the job refuses to go on."""
+    descriptions: str | None = None
+    """File of descriptions that `d2i corpus --describe` made, for pictures without one."""
     image_root: str | None = None
-    """MMDialog: the folder of the pictures, where it is not the corpus's own."""
+    """The folder of the pictures, where it is not the corpus's own."""
     open_images_url: str | None = None
     """PhotoChat: the address of an Open Images picture, with `{photo_id}`."""
 
     def options(self) -> dict[str, Any]:
-        """Return the options that were set, for `read_instances`."""
-        return {name: value for name, value in self.model_dump().items() if value is not None}
+        """Return the options of the corpus that were set, by their names in `d2i.corpora`."""
+        values = self.model_dump(exclude={"max_broken"})
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class TextConfig(Config):
@@ -90,6 +93,13 @@ class TextConfig(Config):
     """Windows of 77 tokens; more than one goes beyond the paper."""
     latents: Literal["full", "none"] = "full"
     """Whether shards hold CLIP text latents or the token ids alone."""
+
+
+class DialogConfig(Config):
+    """The part of a recipe that says what an instance is, and how its context is written."""
+
+    corpus: CorpusConfig = CorpusConfig()
+    text: TextConfig = TextConfig()
 
 
 class EncodersConfig(Config):

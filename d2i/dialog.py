@@ -12,6 +12,7 @@ import itertools
 import operator
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Literal
 
 from msgspec import Struct
@@ -59,7 +60,8 @@ class Instance(Struct, frozen=True, gc=False):
     """One picture together with the turns it answers (or, for `first`, the turns it opens).
 
     `turn` is the index, from 0, of the picture's turn in its dialog; `image` its index among the
-    pictures of that turn. `description` and `labels` are metadata and never part of the context.
+    pictures of that turn. `description` and `labels` are metadata and never part of the context;
+    `description_by` names the model that made the description, None where the corpus has it.
     """
 
     key: str
@@ -72,6 +74,7 @@ class Instance(Struct, frozen=True, gc=False):
     direction: Direction = "answer"
     description: str | None = None
     labels: tuple[str, ...] = ()
+    description_by: str | None = None
 
 
 def linearize(
@@ -126,7 +129,7 @@ def make_key(split: str, dialog_id: str, turn: int, image: int) -> str:
 
 def key_prefix(split: str, dialog_id: str) -> str:
     """Return what the keys of all instances of one dialog begin with, for `make_key`."""
-    return f"{_safe(split, _PLAIN_SPLIT)}-{_safe(dialog_id, _PLAIN_ID)}-"
+    return f"{_safe_split(split)}-{_safe(dialog_id, _PLAIN_ID)}-"
 
 
 def key_order_hash(key: str, seed: int) -> int:
@@ -194,6 +197,11 @@ def _letter(number: int) -> str:
     """Count 1, 2, ... as A ... Z, AA, AB, ..."""
     rest, last = divmod(number - 1, 26)
     return (_letter(rest) if rest else "") + chr(ord("A") + last)
+
+
+@lru_cache(maxsize=8)
+def _safe_split(split: str) -> str:
+    return _safe(split, _PLAIN_SPLIT)
 
 
 def _safe(part: str, plain: re.Pattern[str]) -> str:

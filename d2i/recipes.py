@@ -32,7 +32,7 @@ from d2i.settle import differences
 
 _KEPT_NAME = "recipe.json"
 _PATHS = {
-    "corpus": ("image_root",),
+    "corpus": ("descriptions", "image_root"),
     "encoders": ("vae", "clip_image", "clip_text", "text_prefix"),
     "backbone": ("weights",),
     "metrics": ("extractor_weights",),

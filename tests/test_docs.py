@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.main import get_command
 
 from d2i.cli.app import app
+from d2i.config import apply_settings
 from d2i.corpora import read_instances
 from d2i.dialog import linearize
+from d2i.recipes import load_recipe
+from tests.processes import COMMAND
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md"), *(ROOT / "docs").glob("*.md")]
@@ -88,6 +93,46 @@ def test_the_page_on_own_chats_is_true(tmp_path: Path) -> None:
         "# what did you see? # this one",
     ]
     assert [instance.image_ref.kind for instance in found] == ["file", "urls"]
+
+
+def test_the_page_on_own_chats_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "own-chats.md").read_text()
+    blocks = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    chats = tmp_path / "chats"
+    (chats / "photos").mkdir(parents=True)
+    # The second chat's picture is an address of example.org: it becomes a row with a reason.
+    (chats / "test.jsonl").write_text("".join(blocks))
+    Image.effect_noise((64, 64), 90).convert("RGB").save(chats / "photos/1.jpg")
+    for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line)[1:]
+            if words[0] == "preprocess":
+                # The demo's small encoders stand for the published ones, which are not here.
+                words[words.index("--recipe") + 1] = "demo"
+                words += ["--workers", "0", "--set", "preprocess.timeout_s=2"]
+            subprocess.run([*COMMAND, *words], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "data/chats/test/manifest.json").exists()
+
+
+def test_the_page_on_corpora_names_settings_that_are_there() -> None:
+    page = (ROOT / "docs" / "corpora.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)\.(\w+)` \| ([^|]+) \|$", page, re.MULTILINE)
+    recipe = load_recipe("uvit-s-mmdialog")
+    named = {section: {name for part, name, _ in rows if part == section} for section, _, _ in rows}
+    assert named["corpus"] | {"descriptions", "image_root", "open_images_url"} == set(
+        type(recipe.corpus).model_fields
+    )
+    assert named["text"] | {"latents"} == set(type(recipe.text).model_fields)
+    for section, name, values in rows:
+        default = getattr(getattr(recipe, section), name)
+        listed = re.match(r"`([^`]+)`", values)
+        if default is None:
+            assert values.startswith("unset:") or listed is not None, name
+        else:
+            assert listed is not None, name
+            assert listed[1] == str(default), name
+        for value in re.findall(r"`([a-z]+)`", values):
+            apply_settings(recipe, [f"{section}.{name}={value}"])
 
 
 def test_the_readme_stays_short() -> None:

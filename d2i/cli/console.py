@@ -11,8 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from d2i.errors import ConfigError
+
 _SECONDS_BETWEEN_LINES = 5.0
 
+CorpusOption = Annotated[str, typer.Option("--corpus", help="mmdialog, photochat or jsonl.")]
+SourceOption = Annotated[str, typer.Option("--source", help="The corpus's folder, a path or URL.")]
 RecipeOption = Annotated[
     str,
     typer.Option("--recipe", help="A recipe's name ('d2i recipes'), or package.module:function."),
@@ -79,6 +83,19 @@ def print_result(result: dict[str, Any], lines: Iterable[str], *, as_json: bool)
         return
     for line in lines:
         typer.echo(line)
+
+
+def existing_source(source: str) -> str:
+    """Return the folder of a corpus.
+
+    Raises:
+        ConfigError: If it is not there.
+    """
+    from d2i import storage
+
+    if not storage.exists(source):
+        raise ConfigError(f"--source {source}: no such folder; expected a corpus; check the path")
+    return source
 
 
 def counted(counts: dict[str, int]) -> str:

@@ -1,21 +1,23 @@
-"""Commands over corpora and shards: preprocess, corpus, verify, inspect."""
+"""Commands that make prepared data and look at it: preprocess, verify, inspect."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from d2i.cli.console import (
+    CorpusOption,
     FaultOption,
     JsonOption,
     ProgressLine,
     RayOption,
     RecipeOption,
     SetOption,
+    SourceOption,
     counted,
+    existing_source,
     print_result,
     register,
 )
@@ -25,13 +27,10 @@ if TYPE_CHECKING:
     from d2i.config import Recipe
     from d2i.preprocess.job import PreprocessRequest, SplitSummary
 
-CorpusOption = Annotated[str, typer.Option("--corpus", help="mmdialog, photochat or jsonl.")]
-SourceOption = Annotated[str, typer.Option("--source", help="The corpus's folder, a path or URL.")]
-
 
 def add_commands(app: typer.Typer) -> None:
     """Give the commands of this module to the app."""
-    for command in (preprocess, corpus, verify, inspect):
+    for command in (preprocess, verify, inspect):
         register(app, command)
 
 
@@ -43,6 +42,9 @@ def preprocess(
     split: Annotated[str | None, typer.Option(help="train, valid or test; else all.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Keep N instances a split.")] = None,
     seed: Annotated[int, typer.Option(help="Decides which N are kept.")] = 0,
+    exclude: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Instance keys to leave out, one a line.")
+    ] = None,
     settings: SetOption = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="HOST:PORT", help="A private host to be asked.")
@@ -64,6 +66,9 @@ def preprocess(
 
         d2i preprocess --corpus photochat --source photochat --out data --recipe uvit-s-photochat
         --split test --limit 100
+
+        d2i preprocess --corpus mmdialog --source MMDialog --out data --recipe uvit-s-mmdialog
+        --exclude leaks.jsonl
     """
     from d2i.fault import parse_fault
     from d2i.preprocess.job import PreprocessRequest, plan_job
@@ -71,12 +76,13 @@ def preprocess(
 
     request = PreprocessRequest(
         corpus=corpus,
-        source=_existing(source),
+        source=existing_source(source),
         out=out,
         recipe=_recipe(recipe, settings),
         split=split,
         limit=limit,
         seed=seed,
+        exclude=exclude,
         allow_hosts=frozenset(allow_host or ()),
         num_workers=workers,
         ray_address=ray_address,
@@ -86,7 +92,8 @@ def preprocess(
         plans = plan_job(request, keep=False)
         lines = [
             f"{name}: {plan.num_instances} instances of {plan.num_images} pictures, "
-            f"{plan.num_shards} shards, corpus problems: {counted(plan.problems)}"
+            f"{plan.num_shards} shards, excluded: {plan.num_excluded}, "
+            f"corpus problems: {counted(plan.problems)}"
             for name, plan in plans.items()
         ]
         result = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
@@ -98,37 +105,6 @@ def preprocess(
         [_summary_line(summary) for summary in summaries],
         as_json=as_json,
     )
-
-
-def corpus(
-    corpus: CorpusOption,
-    source: SourceOption,
-    settings: SetOption = None,
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """Count what a corpus holds, and what in it is broken.
-
-    Examples:
-
-        d2i corpus --corpus mmdialog --source MMDialog
-
-        d2i corpus --corpus mmdialog --source MMDialog --set own_turn=exclude
-    """
-    from d2i.config import CorpusConfig, apply_settings
-    from d2i.corpora import found_splits
-
-    options = apply_settings(CorpusConfig(), settings or []).options()
-    result = {
-        split: _count_split(corpus, source, split, options)
-        for split in found_splits(corpus, _existing(source))
-    }
-    lines = [
-        f"{split}: {c['instances']} instances of {c['images']} pictures in "
-        f"{c['dialogs_with_images']} dialogs; problems: {counted(c['problems'])}"  # type: ignore[arg-type]
-        for split, c in result.items()
-    ]
-    print_result(result, lines, as_json=as_json)
 
 
 def verify(
@@ -193,27 +169,6 @@ def inspect(
     print_result({"num_samples": len(reader), "samples": samples}, lines, as_json=as_json)
 
 
-def _count_split(
-    corpus: str, source: str, split: str, options: dict[str, Any]
-) -> dict[str, object]:
-    from d2i.corpora import read_instances
-
-    problems: Counter[str] = Counter()
-    images, dialogs, num_instances = set(), set(), 0
-    for instance in read_instances(
-        corpus, source, split, on_problem=lambda p: problems.update([p.reason]), **options
-    ):
-        num_instances += 1
-        images.add(hash(instance.image_ref))
-        dialogs.add(instance.dialog_id)
-    return {
-        "instances": num_instances,
-        "images": len(images),
-        "dialogs_with_images": len(dialogs),
-        "problems": dict(problems),
-    }
-
-
 def _with_progress(request: PreprocessRequest, run: object) -> list[SplitSummary]:
     progress = ProgressLine()
     try:
@@ -226,7 +181,8 @@ def _with_progress(request: PreprocessRequest, run: object) -> list[SplitSummary
 def _summary_line(summary: SplitSummary) -> str:
     return (
         f"{summary.split}: read {summary.num_instances}, written {summary.num_written} in "
-        f"{summary.num_shards} shards, failed: {counted(summary.failures)}, "
+        f"{summary.num_shards} shards, excluded: {summary.num_excluded}, "
+        f"failed: {counted(summary.failures)}, "
         f"corpus problems: {counted(summary.problems)}"
     )
 
@@ -235,14 +191,6 @@ def _recipe(name: str, settings: list[str] | None) -> Recipe:
     from d2i.recipes import resolve_recipe
 
     return resolve_recipe(name, settings or [])
-
-
-def _existing(source: str) -> str:
-    from d2i import storage
-
-    if not storage.exists(source):
-        raise ConfigError(f"--source {source}: no such folder; expected a corpus; check the path")
-    return source
 
 
 def _data_sets(folder: str) -> list[str]:

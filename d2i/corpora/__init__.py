@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 from d2i import storage
+from d2i.corpora.descriptions import read_descriptions, with_descriptions
 from d2i.corpora.json_stream import MAX_RECORD_BYTES, read_objects
 from d2i.corpora.jsonl import Jsonl
 from d2i.corpora.layout import SPLITS
@@ -29,6 +30,7 @@ __all__ = [
     "Reason",
     "build_corpus",
     "canonical_split",
+    "corpus_instances",
     "found_splits",
     "read_dialogs",
     "read_instances",
@@ -51,6 +53,16 @@ class Corpus(Protocol):
     """One corpus with its options set."""
 
     record_type: ClassVar[type]
+
+    @property
+    def image_root(self) -> str | None:
+        """The folder of the pictures, where it is another than the source."""
+        ...
+
+    @property
+    def descriptions(self) -> str | None:
+        """The file of descriptions for pictures that have none."""
+        ...
 
     def files(self, source: str, split: str) -> list[str]:
         """List the split's files, relative to the source."""
@@ -109,12 +121,32 @@ def read_instances(
         DataError: If the source holds no such split, or a file of it cannot be opened; after the
             last record, if more of them than `max_broken` were broken.
     """
-    reader = build_corpus(corpus, options)
-    split = canonical_split(split)
-    dialogs, flaw = read_dialogs(
-        reader, source, split, on_problem=on_problem, max_broken=max_broken
+    return corpus_instances(
+        build_corpus(corpus, options),
+        source,
+        canonical_split(split),
+        on_problem=on_problem,
+        max_broken=max_broken,
     )
-    return _instances(reader, split, dialogs, flaw)
+
+
+def corpus_instances(
+    corpus: Corpus,
+    source: str | os.PathLike[str],
+    split: str,
+    *,
+    on_problem: Report | None = None,
+    max_broken: float | None = None,
+) -> Iterator[Instance]:
+    """Read instances as `read_instances` does, of a corpus from `build_corpus`."""
+    dialogs, flaw = read_dialogs(
+        corpus, source, split, on_problem=on_problem, max_broken=max_broken
+    )
+    instances = _instances(corpus, split, dialogs, flaw)
+    if corpus.descriptions is None:
+        return instances
+    described = read_descriptions(corpus.descriptions)
+    return with_descriptions(((corpus.image_id(i.image_ref), i) for i in instances), described)
 
 
 def read_dialogs(

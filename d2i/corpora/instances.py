@@ -37,6 +37,11 @@ class InstanceOptions:
     emoji: Literal["keep", "unicode", "drop"] = "keep"
     """Whether `:raising_hands:` stays as it is, becomes the character, or is left out."""
 
+    descriptions: str | None = None
+    """File of descriptions that `d2i corpus --describe` made, for pictures without one."""
+    image_root: str | None = None
+    """URL of the folder that holds the pictures, where it is another than the source."""
+
     has_own_text: ClassVar[bool] = True
     """Whether anything is said in the turn of a picture that answers."""
     unique_splits: ClassVar[frozenset[str]] = frozenset()

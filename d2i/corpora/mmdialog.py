@@ -40,11 +40,10 @@ class MMDialogRecord(Struct, gc=False):
 
 @dataclass(frozen=True, kw_only=True)
 class MMDialog(InstanceOptions):
-    """How MMDialog becomes instances: one for each occurrence of a picture."""
+    """How MMDialog becomes instances: one for each occurrence of a picture.
 
-    image_root: str | None = None
-    """URL of the folder that holds the pictures, where it is another than the source. With a
-    folder a split, or all pictures in one."""
+    Its `image_root` may have a folder a split, or all pictures in one.
+    """
 
     record_type: ClassVar[type[Struct]] = MMDialogRecord
     unique_splits: ClassVar[frozenset[str]] = frozenset({"valid", "test"})

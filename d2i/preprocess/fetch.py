@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from d2i import storage
 from d2i.config import PreprocessConfig
 from d2i.dialog import ImageRef
+from d2i.pictures import RefusedPictureError, read_picture
 from d2i.preprocess.guarded_http import Limits, RefusedRequestError, get
 
 
@@ -41,17 +42,10 @@ class Fetcher:
         return self._fetch_urls(image_ref.value)
 
     def _fetch_file(self, path: str) -> Fetched:
-        url = storage.join(self.image_root, path)
         try:
-            with storage.open_url(url) as file:
-                data = file.read(self.limits.max_bytes + 1)
-        except FileNotFoundError:
-            return Fetched(None, "missing_file", path)
-        except OSError as err:
-            return Fetched(None, "read_error", str(err))
-        if len(data) > self.limits.max_bytes:
-            return Fetched(None, "too_many_bytes", f"over {self.limits.max_bytes} bytes")
-        return Fetched(data)
+            return Fetched(read_picture(storage.join(self.image_root, path), self.limits.max_bytes))
+        except RefusedPictureError as err:
+            return Fetched(None, err.reason, f"{path}: {err}")
 
     def _fetch_urls(self, urls: tuple[str, ...]) -> Fetched:
         failure = Fetched(None, "no_address", "the instance names no address")

@@ -1,14 +1,17 @@
-"""Instances grouped by their picture, without holding them all: rows go to disk and come back.
+"""Instances grouped by their picture and cut into shards, without holding them all.
 
-Rows are dealt out to files by the first bits of their picture's hash, so that each file holds a
-range of hashes and can be sorted by itself. Memory is bounded by one batch and one such file.
+Rows go to disk and come back: they are dealt out to files by the first bits of their picture's
+hash, so that each file holds a range of hashes and can be sorted by itself. Memory is bounded by
+one batch and one such file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +29,9 @@ _HASH, _RANK = "image_hash", "rank"
 
 
 class GroupedInstances:
-    """Takes instances in any order, and gives them back sorted by picture, then key.
+    """Takes instances in any order, and then gives them back as shards, by picture, then key.
+
+    Used with `with`, which ends the taking.
 
     Args:
         folder: A local folder, empty, for the files between.
@@ -38,16 +43,21 @@ class GroupedInstances:
         self._open = contextlib.ExitStack()
         self._waiting: list[pa.Table] = []
         self._num_waiting_bytes = 0
+        self.num_images = 0
 
-    def add(
-        self,
-        instances: Sequence[Instance],
-        image_hashes: NDArray[np.uint64],
-        ranks: NDArray[np.uint64],
-    ) -> None:
-        """Take a few instances, with the hash of each one's picture (N,) and its rank (N,)."""
+    def __enter__(self) -> Self:
+        """Begin to take instances."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files: what was taken can be given back."""
+        self._deal_out()
+        self._open.close()
+
+    def add(self, instances: Sequence[Instance], ranks: NDArray[np.uint64]) -> None:
+        """Take a few instances, with the rank of each (N,)."""
         table = records_table(instances)
-        table = table.append_column(_HASH, pa.array(image_hashes, pa.uint64()))
+        table = table.append_column(_HASH, pa.array(_image_hashes(instances), pa.uint64()))
         table = table.append_column(_RANK, pa.array(ranks, pa.uint64()))
         self._waiting.append(table)
         self._num_waiting_bytes += table.nbytes
@@ -68,10 +78,26 @@ class GroupedInstances:
             file = self._file(int(buckets[start]), table.schema)
             file.write_table(table.slice(start, stop - start))
 
-    def sorted_tables(self, max_rank: int) -> Iterator[tuple[pa.Table, NDArray[np.uint64]]]:
+    def shards(self, max_rank: int, num_samples: int) -> Iterator[pa.Table]:
+        """Give the rows up to a rank, cut into shards of at least so many samples.
+
+        All instances of a picture stay together. `num_images` counts the pictures given so far.
+        """
+        rest, rest_hashes = None, np.zeros(0, np.uint64)
+        for next_table, next_hashes in self._sorted_tables(max_rank):
+            self.num_images += len(np.unique(next_hashes))
+            table = next_table if rest is None else pa.concat_tables([rest, next_table])
+            hashes = np.concatenate([rest_hashes, next_hashes])
+            begin = 0
+            for end in _shard_ends(hashes, num_samples):
+                yield table.slice(begin, end - begin)
+                begin = end
+            rest, rest_hashes = table.slice(begin), hashes[begin:]
+        if rest is not None and rest.num_rows:
+            yield rest
+
+    def _sorted_tables(self, max_rank: int) -> Iterator[tuple[pa.Table, NDArray[np.uint64]]]:
         """Give the rows up to a rank, a range of hashes at a time: records and picture hashes."""
-        self._deal_out()
-        self._open.close()
         for bucket in sorted(self._files):
             with pa.memory_map(str(self._path(bucket))) as file:
                 table = pa.ipc.open_stream(file).read_all()
@@ -96,3 +122,22 @@ def _sorted_rows(table: pa.Table, max_rank: int) -> pa.Array:
     order = pc.sort_indices(table, [(_HASH, "ascending"), ("key", "ascending")])
     ranks = table.column(_RANK).to_numpy()
     return order.filter(pa.array(ranks[order.to_numpy()] <= np.uint64(max_rank)))
+
+
+def _shard_ends(hashes: NDArray[np.uint64], num_samples: int) -> Iterator[int]:
+    """Give where shards end that begin with these rows, as far as their end is among them."""
+    picture_starts = np.flatnonzero(hashes[1:] != hashes[:-1]) + 1
+    begin = 0
+    while True:
+        at = np.searchsorted(picture_starts, begin + num_samples)
+        if at == len(picture_starts):
+            return
+        begin = int(picture_starts[at])
+        yield begin
+
+
+def _image_hashes(instances: Sequence[Instance]) -> NDArray[np.uint64]:
+    """Hash where each picture is to be had: spreads them, and their hosts, over all shards."""
+    places = ["\n".join(instance.image_ref.value).encode() for instance in instances]
+    digests = b"".join([hashlib.blake2b(place, digest_size=8).digest() for place in places])
+    return np.frombuffer(digests, ">u8").astype(np.uint64)

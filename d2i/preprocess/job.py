@@ -14,6 +14,7 @@ from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.errors import ConfigError, DataError
 from d2i.fault import Fault
+from d2i.preprocess.exclude import NOTHING, read_exclusion
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
 from d2i.preprocess.worker import (
     ShardResult,
@@ -37,6 +38,7 @@ class PreprocessRequest:
     split: str | None = None
     limit: int | None = None
     seed: int = 0
+    exclude: str | None = None
     allow_hosts: frozenset[str] = frozenset()
     num_workers: int | None = None
     ray_address: str | None = None
@@ -51,6 +53,7 @@ class SplitSummary:
     num_instances: int
     num_images: int
     num_written: int
+    num_excluded: int
     failures: dict[str, int]
     problems: dict[str, int]
     num_shards: int
@@ -95,10 +98,17 @@ def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan
             f"--split {request.split}: {request.source} has {', '.join(found)} of "
             f"{request.corpus}; expected one of them; check --corpus and --source"
         )
+    exclusion = NOTHING if request.exclude is None else read_exclusion(request.exclude)
     return {
         split: make_plan(
             PlanRequest(
-                request.corpus, request.source, split, request.recipe, request.limit, request.seed
+                request.corpus,
+                request.source,
+                split,
+                request.recipe,
+                request.limit,
+                request.seed,
+                exclusion,
             ),
             storage.join(request.out, split),
             keep=keep,
@@ -188,6 +198,7 @@ def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
         num_instances=plan.num_instances,
         num_images=plan.num_images,
         num_written=manifest.num_samples,
+        num_excluded=plan.num_excluded,
         failures=dict(manifest.failures),
         problems=plan.problems,
         num_shards=plan.num_shards,

@@ -7,12 +7,11 @@ work. Memory does not grow with the corpus: rows go through files (`grouped`).
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import IO, Any
 import msgspec
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from d2i import storage
 from d2i.config import Recipe
@@ -109,14 +107,13 @@ class _Planner:
 
     def plan(self) -> Plan:
         """Read, choose, group and, where the plan is kept, write."""
-        grouped = GroupedInstances(self.scratch)
-        with (self.scratch / "problems.jsonl").open("wb") as problems:
+        with (
+            GroupedInstances(self.scratch) as grouped,
+            (self.scratch / "problems.jsonl").open("wb") as problems,
+        ):
             max_rank = self._choose(self._read(problems), grouped)
         counts = Counter[str]()
-        shards = _shards(
-            _counting_images(grouped.sorted_tables(max_rank), counts),
-            self.request.recipe.preprocess.num_samples_per_shard,
-        )
+        shards = grouped.shards(max_rank, self.request.recipe.preprocess.num_samples_per_shard)
         if self.split_url is not None:
             _clear_plan(self.split_url)
             shards = _written(shards, self.split_url)
@@ -128,7 +125,7 @@ class _Planner:
         plan = Plan(
             decided_by=_decided_by(self.request),
             num_instances=counts["instances"],
-            num_images=counts["images"],
+            num_images=grouped.num_images,
             num_shards=counts["shards"],
             num_excluded=self.num_excluded,
             problems=dict(sorted(self.problems.items())),
@@ -148,9 +145,14 @@ class _Planner:
             problems.write(msgspec.json.encode(problem) + b"\n")
 
         request = self.request
-        options = request.recipe.corpus.options()
+        config = request.recipe.corpus
         instances = read_instances(
-            request.corpus, request.source, request.split, on_problem=note, **options
+            request.corpus,
+            request.source,
+            request.split,
+            on_problem=note,
+            max_broken=config.max_broken,
+            **config.options(),
         )
         if not request.exclusion.keys:
             return instances
@@ -175,7 +177,7 @@ class _Planner:
             wanted = np.flatnonzero(ranks <= np.uint64(choice.max_rank))
             if len(wanted) < len(batch):
                 batch, ranks = [batch[i] for i in wanted], ranks[wanted]
-            grouped.add(batch, _image_hashes(batch), ranks)
+            grouped.add(batch, ranks)
         return choice.last_rank()
 
 
@@ -215,43 +217,6 @@ def _plan_url(split_url: str) -> str:
 def records_url(split_url: str, index: int) -> str:
     """Return where the records of one planned shard lie."""
     return storage.join(split_url, "plan", f"{index:06d}.parquet")
-
-
-def _counting_images(
-    tables: Iterable[tuple[pa.Table, NDArray[np.uint64]]], counts: Counter[str]
-) -> Iterator[tuple[pa.Table, NDArray[np.uint64]]]:
-    for table, hashes in tables:
-        counts["images"] += len(np.unique(hashes))
-        yield table, hashes
-
-
-def _shards(
-    tables: Iterable[tuple[pa.Table, NDArray[np.uint64]]], num_samples: int
-) -> Iterator[pa.Table]:
-    """Cut into shards of at least so many samples; all instances of a picture stay together."""
-    rest, rest_hashes = None, np.zeros(0, np.uint64)
-    for next_table, next_hashes in tables:
-        table = next_table if rest is None else pa.concat_tables([rest, next_table])
-        hashes = np.concatenate([rest_hashes, next_hashes])
-        picture_starts = np.flatnonzero(hashes[1:] != hashes[:-1]) + 1
-        begin = 0
-        while True:
-            at = np.searchsorted(picture_starts, begin + num_samples)
-            if at == len(picture_starts):
-                break
-            end = int(picture_starts[at])
-            yield table.slice(begin, end - begin)
-            begin = end
-        rest, rest_hashes = table.slice(begin), hashes[begin:]
-    if rest is not None and rest.num_rows:
-        yield rest
-
-
-def _image_hashes(instances: Sequence[Instance]) -> NDArray[np.uint64]:
-    """Hash where each picture is to be had: spreads them, and their hosts, over all shards."""
-    places = ["\n".join(instance.image_ref.value).encode() for instance in instances]
-    digests = b"".join([hashlib.blake2b(place, digest_size=8).digest() for place in places])
-    return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
 def _decided_by(request: PlanRequest) -> dict[str, Any]:

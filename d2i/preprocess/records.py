@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         ("direction", pa.string()),
         ("description", pa.string()),
         ("labels", pa.list_(pa.string())),
+        ("description_by", pa.string()),
     ]
 )
 
@@ -41,19 +42,20 @@ def records_table(instances: Sequence[Instance]) -> pa.Table:
     texts = pa.array([turn.text for turn in turns], pa.string())
     spoken = pa.StructArray.from_arrays([speakers, texts], fields=list(_TURN))
     refs = [instance.image_ref for instance in instances]
-    kinds = pa.array([ref.kind for ref in refs], pa.string())
+    kinds = _repeated([ref.kind for ref in refs])
     places = _lists([ref.value for ref in refs])
     columns = [
         pa.array([instance.key for instance in instances], pa.string()),
-        pa.array([instance.split for instance in instances], pa.string()),
+        _repeated([instance.split for instance in instances]),
         pa.array([instance.dialog_id for instance in instances], pa.string()),
         pa.array([instance.turn for instance in instances], pa.int32()),
         pa.array([instance.image for instance in instances], pa.int32()),
         pa.ListArray.from_arrays(_offsets(contexts), spoken),
         pa.StructArray.from_arrays([kinds, places], fields=list(_REF)),
-        pa.array([instance.direction for instance in instances], pa.string()),
-        pa.array([instance.description for instance in instances], pa.string()),
+        _repeated([instance.direction for instance in instances]),
+        _repeated([instance.description for instance in instances]),
         _lists([instance.labels for instance in instances]),
+        _repeated([instance.description_by for instance in instances]),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
@@ -84,7 +86,15 @@ def instance_values(instance: Instance) -> dict[str, object]:
         "direction": instance.direction,
         "description": instance.description,
         "labels": list(instance.labels),
+        "description_by": instance.description_by,
     }
+
+
+def _repeated(values: list[str | None]) -> pa.Array:
+    """Lay out texts that are mostly all the same, and then need not be read one by one."""
+    if values and values.count(values[0]) == len(values):
+        return pa.repeat(pa.scalar(values[0], pa.string()), len(values))
+    return pa.array(values, pa.string())
 
 
 def _offsets(parts: Sequence[Sequence[object]]) -> pa.Array:

@@ -1,10 +1,13 @@
-"""One self-contained HTML page that shows what was evaluated, beside the files it came from.
+"""Self-contained HTML pages: one shows what was evaluated, the other what a corpus holds.
 
-`evaluation` and `dataset` read, each other module draws one section, `page` puts them together.
-Every figure on the page is read from a file of the run. Must not import torch or ray.
+`evaluation` and `dataset` read the files of a run, `page` puts the sections of an evaluation
+together, each drawn by a module of its own. `corpus` does so for a survey of a corpus. `document`,
+`markup`, `counts` and `plot` are what pages are made of. Every figure on a page is read from a file
+of the run, or from the survey. Must not import torch or ray.
 """
 
+from d2i.report.corpus import write_corpus_report
 from d2i.report.evaluation import Evaluation, read_evaluation
 from d2i.report.page import write_report
 
-__all__ = ["Evaluation", "read_evaluation", "write_report"]
+__all__ = ["Evaluation", "read_evaluation", "write_corpus_report", "write_report"]

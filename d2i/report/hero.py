@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from d2i.report.document import draw_header
 from d2i.report.evaluation import Evaluation, column_names, group_comparable
-from d2i.report.markup import figure, is_number, percent, text
+from d2i.report.markup import card, figure, is_number, percent, text
 
 DEFAULT_TITLE = "d2i report"
 _SENTENCE = "A conversation goes in, the picture that answers it comes out"
@@ -14,11 +15,7 @@ _SENTENCE = "A conversation goes in, the picture that answers it comes out"
 def hero(evaluations: Sequence[Evaluation], title: str | None) -> str:
     """Draw the heading, what was evaluated, and up to three headline numbers."""
     cards = [_accuracy(evaluations), _score(evaluations, "fid"), _score(evaluations, "clip_i")]
-    return (
-        f'<header class="hero"><p class="eyebrow">{text(title or DEFAULT_TITLE)}</p>'
-        f'<h1>{_SENTENCE}</h1><p class="lead">{_sentence(evaluations)}</p>'
-        f'<div class="headline">{"".join(cards)}</div></header>'
-    )
+    return draw_header(title or DEFAULT_TITLE, _SENTENCE, _sentence(evaluations), "".join(cards))
 
 
 def _sentence(evaluations: Sequence[Evaluation]) -> str:
@@ -62,14 +59,5 @@ def _score(evaluations: Sequence[Evaluation], name: str) -> str:
 
 
 def _card(title: str, values: list[str], evaluations: Sequence[Evaluation], note: str) -> str:
-    names = column_names(evaluations)
-    items = "".join(
-        f'<div class="value{" last" if number == len(values) - 1 else ""}">'
-        f"<dt>{text(name)}</dt><dd>{value}</dd></div>"
-        for number, (name, value) in enumerate(zip(names, values, strict=True))
-    )
-    kind = "pair" if len(values) == 2 else "list"
-    return (
-        f'<section class="card"><h2>{title}</h2><dl class="values {kind}">{items}</dl>'
-        f'<p class="note">{note}</p></section>'
-    )
+    named = list(zip(column_names(evaluations), values, strict=True))
+    return card(title, named, note, is_sequence=True)

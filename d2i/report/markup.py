@@ -7,7 +7,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -58,6 +58,11 @@ def figure(value: float, spec: str, unit: str = "") -> str:
     return f'<data value="{value!r}" title="{value!r}">{shown}{unit}</data>'
 
 
+def counted(number: int, noun: str) -> str:
+    """Show a count with what it counts, in the singular or with an s."""
+    return f"{figure(number, ',')} {noun if number == 1 else noun + 's'}"
+
+
 def percent(fraction: float) -> str:
     """Show a fraction of 0..1 as a percentage."""
     shown = f"{100 * fraction:.1f}\N{NARROW NO-BREAK SPACE}%"
@@ -88,6 +93,26 @@ def table(head: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]], captio
     return (
         f'<div class="scroll" tabindex="0"><table>{title}'
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def card(
+    title: str, values: Sequence[tuple[str, str]], note: str, *, is_sequence: bool = False
+) -> str:
+    """Make a card of headline values, each its plain name and its ready-made value.
+
+    Where they are a sequence, as before and after, the last value stands out.
+    """
+    last = len(values) - 1 if is_sequence else None
+    items = "".join(
+        f'<div class="value{" last" if number == last else ""}">'
+        f"<dt>{text(name)}</dt><dd>{value}</dd></div>"
+        for number, (name, value) in enumerate(values)
+    )
+    kind = "pair" if is_sequence and len(values) == 2 else "list"
+    return (
+        f'<section class="card"><h2>{title}</h2><dl class="values {kind}">{items}</dl>'
+        f'<p class="note">{note}</p></section>'
     )
 
 

@@ -1,27 +1,23 @@
-"""Puts the sections together into one self-contained HTML file."""
+"""The page of an evaluation: its sections, in their order."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from os import PathLike, fspath
 from typing import Any
 
-from d2i import __version__, storage
+from d2i import storage
 from d2i.errors import ConfigError
 from d2i.report.attributes import attributes_section
 from d2i.report.cards import cards_section
 from d2i.report.conversations import conversations_section
+from d2i.report.document import draw_document
 from d2i.report.evaluation import Evaluation, read_evaluation
 from d2i.report.hero import DEFAULT_TITLE, hero
-from d2i.report.markup import LeftOut, Section, text
 from d2i.report.preparation import preparation_section
 from d2i.report.scores import scores_section
 from d2i.report.stages import stages_section
 from d2i.report.training import training_section
-
-# The page can load nothing, whatever it was made from.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_report(
@@ -64,35 +60,5 @@ def _page(
         stages_section(times),
         cards_section(evaluations),
     ]
-    css = files("d2i.report").joinpath("report.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{text(title or DEFAULT_TITLE)}</title>\n<style>\n{css}</style></head>\n<body>"
-        f"{hero(evaluations, title)}\n{_contents(sections)}\n<main>\n"
-        f"{''.join(map(_drawn, sections))}</main>\n"
-        f"<footer>Made by d2i {text(__version__)}. Every figure is read from the files of the run; "
-        "rounded figures carry the exact one.</footer></body></html>\n"
-    )
-
-
-def _contents(sections: Sequence[Section | LeftOut]) -> str:
-    links = "".join(
-        f'<li><a href="#{section.anchor}">{text(section.title)}</a></li>'
-        for section in sections
-        if isinstance(section, Section)
-    )
-    return f'<nav aria-label="Sections"><ul>{links}</ul></nav>'
-
-
-def _drawn(section: Section | LeftOut) -> str:
-    if isinstance(section, LeftOut):
-        reason = text(section.reason)
-        return (
-            f'<p class="left-out"><strong>{text(section.title)}</strong> left out: {reason}.</p>\n'
-        )
-    return (
-        f'<section id="{section.anchor}"><h2>{text(section.title)}</h2>{section.body}</section>\n'
-    )
+    footer = "Every figure is read from the files of the run; rounded figures carry the exact one."
+    return draw_document(title or DEFAULT_TITLE, hero(evaluations, title), sections, footer)

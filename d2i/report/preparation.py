@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2i import storage
 from d2i.errors import DataError
+from d2i.report.counts import count_cells, reason_rows
 from d2i.report.dataset import read_splits
 from d2i.report.evaluation import Evaluation, read_json
-from d2i.report.markup import LeftOut, Section, figure, is_number, table, text
+from d2i.report.markup import LeftOut, Section, figure, table, text
 from d2i.shards import Manifest
 
 _TITLE = "Data"
@@ -53,9 +54,9 @@ def _table(manifests: Mapping[str, Manifest], plans: Mapping[str, Mapping[str, A
     total = [_mebibytes(size_bytes)] if len(manifests) > 1 else []
     problems = {split: plan.get("problems", {}) for split, plan in plans.items()}
     rows = [
-        ("Instances planned", _counts(plan.get("num_instances") for plan in plans.values())),
-        ("Distinct pictures", _counts(plan.get("num_images") for plan in plans.values())),
-        ("Samples written", _counts(m.num_samples for m in manifests.values())),
+        ("Instances planned", count_cells(plan.get("num_instances") for plan in plans.values())),
+        ("Distinct pictures", count_cells(plan.get("num_images") for plan in plans.values())),
+        ("Samples written", count_cells(m.num_samples for m in manifests.values())),
         *_reasons("Dropped", failures),
         *_reasons("Found in the corpus", problems),
         ("Size of the shards", [_mebibytes(m.size_bytes) for m in manifests.values()] + total),
@@ -66,24 +67,11 @@ def _table(manifests: Mapping[str, Manifest], plans: Mapping[str, Mapping[str, A
 
 def _reasons(heading: str, counts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """Make one row a reason; where there is none at all, one row of zeros."""
-    reasons = sorted({reason for found in counts.values() for reason in found})
-    if not reasons:
-        return [(heading, _counts([0] * len(counts)))]
-    return [
-        (
-            f'{heading}: <span class="reason">{text(reason.replace("_", " "))}</span>',
-            _counts(found.get(reason, 0) for found in counts.values()),
-        )
-        for reason in reasons
-    ]
-
-
-def _counts(values: Iterable[Any]) -> list[str]:
-    """Show a count for each split, and their sum where there are several."""
-    counts = list(values)
-    if len(counts) > 1:
-        counts.append(sum(counts) if all(map(is_number, counts)) else None)
-    return [figure(count, ",") if is_number(count) else "not kept" for count in counts]
+    rows = reason_rows(
+        counts.values(),
+        lambda reason: f'{heading}: <span class="reason">{text(reason.replace("_", " "))}</span>',
+    )
+    return rows or [(heading, count_cells([0] * len(counts)))]
 
 
 def _mebibytes(size_bytes: int) -> str:

@@ -11,14 +11,12 @@ from typing import Any
 from d2i import storage
 from d2i.report.evaluation import Evaluation, read_json
 from d2i.report.markup import LeftOut, Section, duration, figure, is_number, text
+from d2i.report.plot import Box, axes, axis_names, ticks
 from d2i.runs import CONFIG_NAME, METRICS_NAME
 
 _TITLE = "Training"
 _MAX_POINTS = 1000
 _SMOOTHED_SHARE = 25
-
-# What a chart shows: first and last step, lowest and highest loss.
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,6 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers within [low, high], about `count` of them."""
-    raw = (high - low) / count or 1.0
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
-
-
 def _no_lines(url: str) -> str:
     reason = f"fewer than two steps in {METRICS_NAME} of {text(url)}"
     return f'<p class="left-out"><strong>Loss curve</strong> left out: {reason}.</p>'
@@ -120,45 +109,25 @@ def _facts(run: Run) -> str:
 
 
 def _svg(points: Sequence[tuple[float, float]]) -> str:
-    """Lines in a stretched picture, axes and labels beside it in real pixels.
-
-    So the labels keep their size on a phone.
-    """
+    """Draw lines in a stretched picture, axes and labels beside it in real pixels."""
     steps, losses = [step for step, _ in points], [loss for _, loss in points]
     low, high = min(losses), max(losses)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     box = (min(steps), max(steps), low - margin, high + margin)
     raw = _polyline(list(zip(steps, losses, strict=True)), box, "raw")
     smoothed = _polyline(list(zip(steps, smooth(losses), strict=True)), box, "smoothed")
+    frame = axes(
+        box,
+        {value: f"{value:,.0f}" for value in ticks(box[0], box[1], 6)},
+        {value: f"{value:.4g}" for value in ticks(box[2], box[3])},
+    )
     label = f"Loss over {len(points)} logged steps, between {low:.4g} and {high:.4g}"
     return (
         f'<svg class="loss" role="img" aria-label="{label}" width="100%" height="300">'
-        f'{_axes(box)}<svg x="0" y="0" width="100%" height="100%" viewBox="0 0 1000 1000" '
+        f'{frame}<svg x="0" y="0" width="100%" height="100%" viewBox="0 0 1000 1000" '
         f'preserveAspectRatio="none">{raw}{smoothed}</svg>'
-        f'<text class="axis" x="100%" y="100%" dy="42" text-anchor="end">step</text>'
-        f'<text class="axis" x="0" y="0" dx="-44" dy="-12">loss</text></svg>'
+        f"{axis_names('step', 'loss')}</svg>"
     )
-
-
-def _axes(box: Box) -> str:
-    left, right, low, high = box
-    across = "".join(
-        f'<line class="grid" x1="0" x2="100%" y1="{y}%" y2="{y}%"/>'
-        f'<text x="0" y="{y}%" dx="-8" dy="4" text-anchor="end">{value:.4g}</text>'
-        for value in ticks(low, high)
-        for y in [f"{100 * (high - value) / (high - low):.2f}"]
-    )
-    down = "".join(
-        f'<line class="tick" x1="{x}%" x2="{x}%" y1="100%" y2="98%"/>'
-        f'<text x="{x}%" y="100%" dy="20" text-anchor="middle">{value:,.0f}</text>'
-        for value in ticks(left, right, 6)
-        for x in [f"{100 * (value - left) / ((right - left) or 1):.2f}"]
-    )
-    frame = (
-        '<line class="tick" x1="0" x2="0" y1="0" y2="100%"/>'
-        '<line class="tick" x1="0" x2="100%" y1="100%" y2="100%"/>'
-    )
-    return across + down + frame
 
 
 def _polyline(points: Sequence[tuple[float, float]], box: Box, kind: str) -> str:

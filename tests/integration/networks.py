@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    GenerationConfig,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
 )
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
@@ -24,3 +36,53 @@ def save_random_clip(folder: Path) -> None:
     )
     CLIPTextModelWithProjection(text).save_pretrained(folder / "clip_text")
     CLIPVisionModelWithProjection(image).save_pretrained(folder / "clip_image")
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_LETTERS, *(f"##{c}" for c in _LETTERS)]
+
+
+def save_random_captioner(folder: Path, kind: Literal["blip", "vision-encoder-decoder"]) -> None:
+    """Write a captioner that spells nonsense, with its image processor and its tokenizer."""
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(_WORDS))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    module, processor = (_random_blip if kind == "blip" else _random_encoder_decoder)()
+    module.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _random_blip() -> tuple[Any, Any]:
+    vision = _SIZES | {"num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+    text = _SIZES | {
+        "num_hidden_layers": 1,
+        "encoder_hidden_size": 32,
+        "vocab_size": len(_WORDS),
+        "max_position_embeddings": 64,
+        "bos_token_id": 2,
+        "pad_token_id": 0,
+        "eos_token_id": 3,
+        "sep_token_id": 3,
+    }
+    config = BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=32)
+    size = {"height": 32, "width": 32}
+    return BlipForConditionalGeneration(config), BlipImageProcessor(size=size)
+
+
+def _random_encoder_decoder() -> tuple[Any, Any]:
+    encoder = ViTModel(ViTConfig(num_hidden_layers=1, image_size=32, patch_size=8, **_SIZES))
+    decoder = BertLMHeadModel(
+        BertConfig(
+            vocab_size=len(_WORDS),
+            num_hidden_layers=1,
+            max_position_embeddings=64,
+            is_decoder=True,
+            add_cross_attention=True,
+            **_SIZES,
+        )
+    )
+    module = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    ids = {"decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 3}
+    module.generation_config = GenerationConfig(**ids)
+    return module, ViTImageProcessor(size={"height": 32, "width": 32})

@@ -454,6 +454,68 @@ def test_own_chats_that_open_with_their_picture(tmp_path: Path) -> None:
     assert reasons(problems) == Counter({"empty_context": 1})
 
 
+def test_image_first_fits_every_corpus(tmp_path: Path) -> None:
+    lines = [mmdialog([text("a"), media("1")], [text("b")], [text("c"), media("2")])]
+    write_lines(tmp_path / "train/conversations.json", *lines)
+    after, _ = instances("mmdialog", tmp_path, "train", direction="first")
+    assert [linearize(i.context) for i in after] == ["# b # c"]
+    own, _ = instances("mmdialog", tmp_path, "train", direction="first", own_turn="include")
+    assert [linearize(i.context) for i in own] == ["# a # b # c", "# c"]
+    record = photochat()
+    record["dialogue"].append({"message": "nice", "share_photo": False, "user_id": 1})
+    write_lines(tmp_path / "chat/train/train_00.json", [record])
+    (found,), _ = instances("photochat", tmp_path / "chat", "train", direction="first")
+    assert (found.direction, linearize(found.context)) == ("first", "# nice")
+
+
+def test_earlier_pictures_may_leave_a_mark(tmp_path: Path) -> None:
+    turns = [[text("a"), media("1"), media("2")], [media("3")], [text("b"), media("4")]]
+    write_lines(tmp_path / "train/conversations.json", mmdialog(*turns))
+    marked, _ = instances("mmdialog", tmp_path, "train", earlier_images="[photo]")
+    assert [linearize(i.context) for i in marked] == [
+        "# a",
+        "# a [photo]",
+        "# a [photo] [photo]",
+        "# a [photo] [photo] # [photo] # b",
+    ]
+    bare, _ = instances("mmdialog", tmp_path, "train")
+    assert [i.key for i in marked] == [i.key for i in bare]
+
+
+def test_emoji_may_become_characters(tmp_path: Path) -> None:
+    line = "nice :raising_hands: :no_such_name: at 10:30"
+    write_lines(tmp_path / "train/conversations.json", mmdialog([text(line), media("1")]))
+    (found,), _ = instances("mmdialog", tmp_path, "train", emoji="unicode")
+    assert linearize(found.context, "space") == "nice \U0001f64c :no_such_name: at 10:30"
+
+
+def test_a_part_may_hold_text_and_picture(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train/conversations.json", mmdialog([text("a") | media("1")]))
+    (found,), problems = instances("mmdialog", tmp_path, "train")
+    assert (linearize(found.context), problems) == ("# a", [])
+
+
+@pytest.mark.parametrize("key", ["--help", "-rf", "-", "-1x"])
+def test_a_media_key_never_looks_like_an_option(tmp_path: Path, key: str) -> None:
+    write_lines(tmp_path / "train/conversations.json", mmdialog([text("a"), media(key)]))
+    found, problems = instances("mmdialog", tmp_path, "train")
+    assert (found, reasons(problems)) == ([], Counter({"bad_image_ref": 1}))
+
+
+def test_too_many_broken_records_end_the_reading_after_the_last(tmp_path: Path) -> None:
+    lines = [json.dumps(PLAIN | {"id": n}) if n % 4 else "{}" for n in range(1000)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    found = []
+    with pytest.raises(DataError, match=r"250 broken of 1000 records \(train.jsonl line 1"):
+        found.extend(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
+    assert len(found) == 750 * 3
+    assert len(instances("jsonl", tmp_path, "train", max_broken=0.25)[0]) == 750 * 3
+    (tmp_path / "train.jsonl").write_text("\n".join(lines[:100]))
+    assert len(list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))) == 75 * 3
+    with pytest.raises(DataError, match="at most 0;"):
+        list(read_instances("jsonl", tmp_path, "train", on_problem=unheard, max_broken=0))
+
+
 @pytest.mark.parametrize(
     "image",
     [
@@ -528,7 +590,7 @@ def test_sources_may_be_urls() -> None:
         ("mmdialog", "train", {"own_trun": "include"}, "did you mean 'own_turn'"),
         ("mmdialog", "train", {"repeated": "uniqe"}, "did you mean 'unique'"),
         ("mmdialog", "train", {"image_root": 5}, "got 5"),
-        ("jsonl", "train", {"image_root": "x"}, "no option 'image_root'"),
+        ("jsonl", "train", {"open_images_url": "x"}, "no option 'open_images_url'"),
     ],
 )
 def test_wrong_options_are_refused_at_once(

@@ -18,7 +18,8 @@ from PIL import Image
 from d2i.dialog import key_order_hash
 from d2i.errors import ConfigError, DataError
 from d2i.report import read_evaluation, write_report
-from d2i.report.training import read_run, smooth, ticks
+from d2i.report.plot import ticks
+from d2i.report.training import read_run, smooth
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 
 HOSTILE = "<script>alert('hi')</script> & \"more\" :sun:"

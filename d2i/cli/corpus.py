@@ -1,0 +1,257 @@
+"""The command over a corpus: what it holds, what leaks, and descriptions for its pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2i.cli.console import (
+    CorpusOption,
+    JsonOption,
+    ProgressLine,
+    SetOption,
+    SourceOption,
+    counted,
+    existing_source,
+    print_result,
+    register,
+)
+from d2i.errors import ConfigError
+
+if TYPE_CHECKING:
+    from d2i.config import DialogConfig
+    from d2i.corpora.leaks import Leak
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Give the command of this module to the app."""
+    register(app, corpus)
+
+
+def corpus(
+    corpus: CorpusOption,
+    source: SourceOption,
+    report: Annotated[str | None, typer.Option(help="Write an HTML page of it all.")] = None,
+    leaks: Annotated[
+        str | None, typer.Option(help="List the instances that leak, for preprocess --exclude.")
+    ] = None,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Instances of a split that are tokenized for their length.")
+    ] = 2000,
+    describe: Annotated[
+        str | None, typer.Option(metavar="CAPTIONER", help="Describe the pictures by this model.")
+    ] = None,
+    descriptions: Annotated[
+        Path | None, typer.Option(help="Where --describe writes; the same command resumes.")
+    ] = None,
+    settings: SetOption = None,
+    *,
+    pictures: Annotated[
+        bool, typer.Option(help="Look into picture files, for near duplicates and broken ones.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a corpus holds: counts, lengths, problems, what options change, what leaks.
+
+    Examples:
+
+        d2i corpus --corpus mmdialog --source MMDialog --report corpus.html
+
+        d2i corpus --corpus mmdialog --source MMDialog --leaks leaks.jsonl --no-pictures
+        --set corpus.own_turn=exclude
+
+        d2i corpus --corpus mmdialog --source MMDialog --descriptions descriptions.jsonl
+        --describe Salesforce/blip-image-captioning-base
+    """
+    from d2i.config import DialogConfig, apply_settings
+
+    config = apply_settings(DialogConfig(), settings or [])
+    existing_source(source)
+    if (describe is None) != (descriptions is None):
+        raise ConfigError("--describe and --descriptions go together: a model, and its file")
+    if describe is not None and descriptions is not None:
+        _describe(corpus, source, config, describe, descriptions, as_json=as_json)
+        return
+    survey = _survey(corpus, source, config, sample, leaks, look=pictures)
+    if report is not None:
+        from d2i.report import write_corpus_report
+
+        write_corpus_report(survey, report)
+    print_result(survey, _lines(survey), as_json=as_json)
+
+
+def _survey(
+    name: str,
+    source: str,
+    config: DialogConfig,
+    num_sampled: int,
+    leaks_url: str | None,
+    *,
+    look: bool,
+) -> dict[str, Any]:
+    import msgspec
+
+    from d2i.corpora import build_corpus, found_splits
+    from d2i.corpora.leaks import LeakFinder, count_leaks
+    from d2i.corpora.survey import survey_split
+
+    splits = found_splits(name, source)
+    progress = ProgressLine()
+    surveyed = {
+        split: msgspec.to_builtins(
+            survey_split(
+                name,
+                source,
+                split,
+                config,
+                num_sampled=num_sampled,
+                on_dialog=_counting(progress, f"{split}: dialogs read"),
+            )
+        )
+        for split in splits
+    }
+    options = config.corpus.options()
+    looked = {split: _counting(progress, f"{split}: pictures looked at") for split in splits}
+    finder = LeakFinder(
+        build_corpus(name, options), source, look=look, on_picture=lambda split: looked[split]()
+    )
+    counts = count_leaks(_kept(finder.find(splits), leaks_url))
+    progress.close()
+    seen = msgspec.to_builtins(finder.pictures)
+    return {
+        "corpus": name,
+        "source": source,
+        "options": options,
+        "text": config.text.model_dump(),
+        "splits": {
+            split: found | {"pictures": seen.get(split)} for split, found in surveyed.items()
+        },
+        "leaks": {"near": finder.has_looked, "counts": counts},
+    }
+
+
+def _kept(leaks: Iterator[Leak], url: str | None) -> Iterator[Leak]:
+    """Pass leaks on, and write them to a file that appears complete."""
+    import msgspec
+
+    from d2i import storage
+
+    if url is None:
+        yield from leaks
+        return
+    folder = url.rpartition("/")[0] or "."
+    with storage.scratch_file(folder) as scratch:
+        with scratch.open("wb") as file:
+            for leak in leaks:
+                file.write(msgspec.json.encode(leak) + b"\n")
+                yield leak
+        storage.publish_file(scratch, url)
+
+
+def _counting(progress: ProgressLine, what: str) -> Callable[[], None]:
+    """Return what counts one more thing, and shows how many there are and how fast they come."""
+    count, started = 0, time.monotonic()
+
+    def one_more() -> None:
+        nonlocal count
+        count += 1
+        if count % 1000 == 0:
+            rate = count / max(time.monotonic() - started, 1e-9)
+            progress.show(f"{what}: {count}  {rate:.0f}/s")
+
+    return one_more
+
+
+def _describe(
+    name: str,
+    source: str,
+    config: DialogConfig,
+    captioner: str,
+    out: Path,
+    *,
+    as_json: bool,
+) -> None:
+    from dataclasses import asdict
+
+    from d2i.corpora import build_corpus, found_splits
+    from d2i.preprocess.describe import describe
+
+    progress = ProgressLine()
+    one_more = _counting(progress, "pictures described")
+
+    def on_batch(num: int) -> None:
+        for _ in range(num):
+            one_more()
+
+    summary = describe(
+        build_corpus(name, config.corpus.options()),
+        source,
+        found_splits(name, source),
+        captioner,
+        out,
+        on_batch,
+    )
+    progress.close()
+    line = (
+        f"{out}: {summary.num_described} pictures described now, {summary.num_there} before; "
+        f"failed: {counted(summary.failures)}; use them with --set corpus.descriptions={out}"
+    )
+    print_result(asdict(summary) | {"descriptions": str(out)}, [line], as_json=as_json)
+
+
+def _lines(survey: dict[str, Any]) -> Iterator[str]:
+    for split, found in survey["splits"].items():
+        yield (
+            f"{split}: {found['num_instances']} instances of {found['num_images']} pictures in "
+            f"{found['num_dialogs_with_images']} of {found['num_dialogs']} dialogs, "
+            f"{found['num_turns']} turns; problems: {counted(found['problems'])}"
+        )
+        yield from _length_lines(found["lengths"])
+        yield from _variant_lines(found)
+        if found["pictures"] and (found["pictures"]["num_read"] or found["pictures"]["failures"]):
+            seen = found["pictures"]
+            yield f"  pictures read: {seen['num_read']}; failed: {counted(seen['failures'])}"
+    yield from _leak_lines(survey["leaks"])
+
+
+def _length_lines(lengths: dict[str, Any]) -> Iterator[str]:
+    if lengths["num_sampled"]:
+        yield (
+            f"  tokens of a context: {lengths['mean']:.0f} on average, {lengths['longest']} at "
+            f"most; {lengths['share_over']:.1%} have more than the {lengths['room']} that fit "
+            f"(sample of {lengths['num_sampled']})"
+        )
+
+
+def _variant_lines(found: dict[str, Any]) -> Iterator[str]:
+    """Say what each option would change; those that change nothing here are on the page alone."""
+    as_set = (found["num_instances"], found["lengths"]["mean"], found["lengths"]["share_over"])
+    for variant in found["variants"]:
+        if as_set == (variant["num_instances"], variant["mean_tokens"], variant["share_over"]):
+            continue
+        change = variant["num_instances"] - found["num_instances"]
+        tokens = (
+            f", {variant['mean_tokens']:.0f} tokens, {variant['share_over']:.1%} too long"
+            if variant["mean_tokens"] is not None
+            else ""
+        )
+        yield (
+            f"    {variant['option']}={variant['value']}: {variant['num_instances']} instances "
+            f"({change:+d}){tokens}"
+        )
+
+
+def _leak_lines(leaks: dict[str, Any]) -> Iterator[str]:
+    if not leaks["counts"]:
+        yield "leaks between splits: none"
+    for count in leaks["counts"]:
+        yield (
+            f"leaks between splits: {count['num_instances']} instances of {count['split']} show "
+            f"{count['num_images']} pictures of {count['other_split']} ({count['reason']})"
+        )
+    if not leaks["near"]:
+        yield "near duplicates were not looked for: no picture file was read"

@@ -1,0 +1,68 @@
+"""Descriptions of pictures that a captioner made, kept beside a corpus that has none of its own.
+
+A file of JSON lines, `{"image": ..., "description": ..., "made_by": ...}`; `d2i corpus --describe`
+writes it, the option `descriptions` of every corpus reads it. `image` is what the corpus's
+`image_id` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from d2i import storage
+from d2i.corpora.json_stream import read_objects
+from d2i.corpora.records import Problem, RecordError
+from d2i.dialog import Instance
+from d2i.errors import ConfigError
+
+
+class Description(msgspec.Struct, frozen=True, gc=False):
+    """What one picture shows, and the name of the model that says so."""
+
+    image: str
+    description: str
+    made_by: str
+
+
+def read_descriptions(url: str) -> dict[str, Description]:
+    """Read all descriptions of a file, by picture; the last one of a picture counts.
+
+    Raises:
+        ConfigError: If there is no such file, or a line is no description.
+    """
+
+    def refuse(problem: Problem) -> None:
+        raise ConfigError(
+            f"descriptions {problem.where}: {problem.detail} ({problem.reason}); repeat "
+            "'d2i corpus --describe' to finish the file, or mend it"
+        )
+
+    found: dict[str, Description] = {}
+    try:
+        stream = storage.open_url(url)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"descriptions {url}: no such file; make it with 'd2i corpus --describe'"
+        ) from None
+    with stream:
+        for where, value in read_objects(stream, url, refuse, Description):
+            if isinstance(value, RecordError):
+                refuse(Problem(value.reason, where, value.detail))
+            found[value.image] = value
+    return found
+
+
+def with_descriptions(
+    instances: Iterator[tuple[str, Instance]], described: dict[str, Description]
+) -> Iterator[Instance]:
+    """Fill in the descriptions of (picture, instance) pairs that have none, marked as made."""
+    for image, instance in instances:
+        found = described.get(image)
+        if found is None or instance.description is not None:
+            yield instance
+        else:
+            yield msgspec.structs.replace(
+                instance, description=found.description, description_by=found.made_by
+            )

@@ -1,0 +1,97 @@
+"""Whether two picture files show the same: a perceptual hash, and an index that finds near ones.
+
+The hash is the sign pattern of the lowest frequencies of the brightness (the "pHash" of the
+literature), 64 bits; rescaling and recompression change a few of them. Coarse colours must agree
+as well, since brightness alone takes a red ball for a green one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+MAX_DISTANCE = 4
+"""Bits in which the hashes of near duplicates differ at most (ours)."""
+MAX_COLOUR_DISTANCE = 24
+"""Levels of 255 by which their coarse colours differ at most (ours)."""
+
+_SIDE, _KEPT, _COLOUR_SIDE = 32, 8, 4
+_MIN_CONTRAST = 4.0
+# Two hashes that differ in at most 4 bits are equal in at least one of 5 bands.
+_BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a picture looks like: 64 bits of structure, and uint8 (4, 4, 3) coarse colours."""
+
+    structure: int
+    colours: NDArray[np.uint8]
+
+
+def look_of(image: Image.Image) -> Look | None:
+    """Return the look of an RGB picture; None for one so plain that it looks like any other."""
+    grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    brightness = np.asarray(grey, np.float64)
+    if brightness.std() < _MIN_CONTRAST:
+        return None
+    waves = _cosines()
+    low = (waves @ brightness @ waves.T)[:_KEPT, :_KEPT].ravel()
+    # The mean brightness, at 0, says nothing about structure: its bit is always unset.
+    bits = low > np.median(low[1:])
+    bits[0] = False
+    structure = int.from_bytes(np.packbits(bits).tobytes(), "big")
+    small = image.resize((_COLOUR_SIDE, _COLOUR_SIDE), Image.Resampling.BOX)
+    return Look(structure, np.asarray(small, np.uint8))
+
+
+class LookIndex:
+    """Finds, among the looks it was given, the one nearest to another."""
+
+    def __init__(self) -> None:
+        self._looks: list[tuple[str, Look]] = []
+        self._bands: list[defaultdict[int, list[int]]] = [defaultdict(list) for _ in _BANDS]
+
+    def __len__(self) -> int:
+        """Return how many looks there are."""
+        return len(self._looks)
+
+    def add(self, name: str, look: Look) -> None:
+        """Take a look, under the name of its picture."""
+        for band, part in zip(self._bands, _parts(look.structure), strict=True):
+            band[part].append(len(self._looks))
+        self._looks.append((name, look))
+
+    def nearest(self, look: Look) -> tuple[str, int] | None:
+        """Return name and distance in bits of the nearest look, or None where none is near."""
+        found: tuple[int, int] | None = None
+        for place in self._candidates(look):
+            other = self._looks[place][1]
+            distance = (other.structure ^ look.structure).bit_count()
+            if distance <= MAX_DISTANCE and _colours_agree(other, look):
+                found = min(found or (distance, place), (distance, place))
+        return None if found is None else (self._looks[found[1]][0], found[0])
+
+    def _candidates(self, look: Look) -> set[int]:
+        parts = zip(self._bands, _parts(look.structure), strict=True)
+        return {place for band, part in parts for place in band.get(part, ())}
+
+
+def _parts(structure: int) -> list[int]:
+    return [structure >> shift & ((1 << width) - 1) for shift, width in _BANDS]
+
+
+def _colours_agree(one: Look, other: Look) -> bool:
+    difference: Any = np.abs(one.colours.astype(np.int16) - other.colours.astype(np.int16))
+    return bool(difference.max() <= MAX_COLOUR_DISTANCE)
+
+
+def _cosines() -> NDArray[np.float64]:
+    """Return the type-II cosine transform as a matrix (32, 32), not normalised."""
+    places = np.arange(_SIDE)
+    return np.cos(np.pi * places[:, None] * (2 * places + 1) / (2 * _SIDE))

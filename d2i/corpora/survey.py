@@ -1,0 +1,278 @@
+"""What a corpus holds, how long its contexts are, and what each option would change.
+
+One pass over every split counts instances under every option exactly; token lengths are measured
+on a sample of each split, drawn by key, as tokenizing takes a hundred times as long as reading.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from msgspec import Struct
+
+from d2i.config import DialogConfig, TextConfig
+from d2i.context import context_text
+from d2i.corpora import Corpus, Dialog, Problem, build_corpus, read_dialogs
+from d2i.corpora.records import Reason
+from d2i.dialog import Instance, key_order_hash, key_prefix
+from d2i.tokenize import WINDOW_LENGTH, encode
+
+_BINS_PER_WINDOW = 5
+_NUM_BINS = 20
+
+_CORPUS_OPTIONS: dict[str, tuple[str, ...]] = {
+    "own_turn": ("include", "exclude"),
+    "images_in_turn": ("all", "first"),
+    "repeated": ("all", "unique"),
+    "earlier_images": ("", "[photo]"),
+    "emoji": ("keep", "unicode", "drop"),
+}
+_TEXT_OPTIONS: dict[str, tuple[str | int, ...]] = {
+    "strategy": ("hash", "space", "special", "letters"),
+    "empty_turns": ("drop", "keep"),
+    "speaker_runs": ("keep", "merge"),
+    "num_windows": (1, 2),
+}
+
+
+class Lengths(Struct):
+    """Token lengths of sampled contexts, before any is cut.
+
+    `counts[i]` are those of over `i * bin_width` and up to `(i + 1) * bin_width` tokens; the
+    first bin has 0 as well, the last one is open above. `room` tokens fit, and `share_over` of
+    the contexts have more.
+    """
+
+    num_sampled: int
+    room: int
+    bin_width: int
+    counts: list[int]
+    mean: float | None
+    longest: int
+    share_over: float | None
+
+
+class VariantSurvey(Struct):
+    """What one option, all else as set, would change; `num_empty` pictures have no text."""
+
+    option: str
+    value: str | int
+    num_instances: int
+    num_empty: int
+    mean_tokens: float | None
+    share_over: float | None
+
+
+class SplitSurvey(Struct):
+    """What one split holds. Occurrences count a picture each time it is shared."""
+
+    num_dialogs: int
+    num_dialogs_with_images: int
+    num_turns: int
+    num_occurrences: int
+    num_images: int
+    num_instances: int
+    problems: dict[str, int]
+    lengths: Lengths
+    variants: list[VariantSurvey]
+
+
+def survey_split(
+    name: str,
+    source: str,
+    split: str,
+    config: DialogConfig,
+    *,
+    num_sampled: int,
+    on_dialog: Callable[[], None],
+) -> SplitSurvey:
+    """Survey one split; a broken record is counted, however many there are.
+
+    Args:
+        name: `mmdialog`, `photochat` or `jsonl`.
+        source: Path or fsspec URL of the corpus.
+        split: `train`, `valid` or `test`.
+        config: The options that count as set.
+        num_sampled: On how many occurrences of pictures token lengths are measured.
+        on_dialog: Told of every dialog read.
+
+    Raises:
+        ConfigError: If the corpus or an option is unknown.
+        DataError: If the source holds no such split.
+    """
+    as_set, *others = _variants(name, config)
+    counters = [_Counter(variant, split) for variant in (as_set, *others)]
+    problems: Counter[str] = Counter()
+
+    def note(problem: Problem) -> None:
+        problems[problem.reason] += 1
+
+    dialogs, flaw = read_dialogs(as_set.corpus, source, split, on_problem=note, max_broken=1.0)
+    counts, images, sample = Counter[str](), set[int](), _Sample(num_sampled)
+    for dialog in dialogs:
+        on_dialog()
+        counts["dialogs"] += 1
+        counts["turns"] += len(dialog.turns)
+        counts["occurrences"] += len(dialog.pictures)
+        counts["with_images"] += bool(dialog.pictures)
+        images.update(hash(as_set.corpus.image_id(picture.ref)) for picture in dialog.pictures)
+        sample.offer(dialog, split)
+        counters[0].take(dialog, flaw)
+        for counter in counters[1:]:
+            counter.take(dialog)
+    return SplitSurvey(
+        num_dialogs=counts["dialogs"],
+        num_dialogs_with_images=counts["with_images"],
+        num_turns=counts["turns"],
+        num_occurrences=counts["occurrences"],
+        num_images=len(images),
+        num_instances=counters[0].num_instances,
+        problems=dict(sorted(problems.items())),
+        lengths=_lengths(as_set, sample.token_counts(as_set, split)),
+        variants=[_variant_survey(counter, sample, split) for counter in counters[1:]],
+    )
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """The options as set, but for one."""
+
+    option: str
+    value: str | int
+    corpus: Corpus
+    text: TextConfig
+
+    @property
+    def room(self) -> int:
+        return (WINDOW_LENGTH - 2) * self.text.num_windows
+
+
+def _variants(name: str, config: DialogConfig) -> list[_Variant]:
+    """Return the options as set, then each with one of them changed."""
+    options = config.corpus.options()
+    corpus = build_corpus(name, options)
+    variants = [_Variant("", "", corpus, config.text)]
+    for option, values in _CORPUS_OPTIONS.items():
+        now = getattr(corpus, option)
+        # Where a corpus's own default is set, both others are shown: one of them changes nothing.
+        for value in (value for value in values if value != now):
+            changed = build_corpus(name, options | {option: value})
+            variants.append(_Variant(option, value, changed, config.text))
+    for option, choices in _TEXT_OPTIONS.items():
+        for choice in (choice for choice in choices if choice != getattr(config.text, option)):
+            text = config.text.model_copy(update={option: choice})
+            variants.append(_Variant(f"text.{option}", choice, corpus, text))
+    return variants
+
+
+class _Counter:
+    """Counts the instances of one split under one variant."""
+
+    def __init__(self, variant: _Variant, split: str) -> None:
+        self.variant = variant
+        self.num_instances = 0
+        self.num_empty = 0
+        self._split = split
+        self._seen: set[int] | None = set() if variant.corpus.is_unique(split) else None
+
+    def take(self, dialog: Dialog, flaw: Callable[[Reason, str], None] | None = None) -> None:
+        """Count those of one dialog."""
+
+        def note(reason: Reason, detail: str) -> None:
+            self.num_empty += reason == "empty_context"
+            if flaw is not None:
+                flaw(reason, detail)
+
+        instances = list(self.variant.corpus.instances(dialog, self._split, note))
+        if self._seen is not None:
+            instances = _first_seen(instances, self.variant.corpus, self._seen)
+        self.num_instances += len(instances)
+
+
+def _first_seen(instances: list[Instance], corpus: Corpus, seen: set[int]) -> list[Instance]:
+    """Keep those whose picture was not seen before, and remember theirs."""
+    kept = []
+    for instance in instances:
+        image = hash(corpus.image_id(instance.image_ref))
+        if image not in seen:
+            seen.add(image)
+            kept.append(instance)
+    return kept
+
+
+class _Sample:
+    """The occurrences that come first in the seeded order of keys, each with its dialog.
+
+    Occurrences, not instances: which of them are instances is what the options decide.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._heap: list[tuple[int, str, Dialog]] = []
+
+    def offer(self, dialog: Dialog, split: str) -> None:
+        """Take those of a dialog that come early enough."""
+        prefix = key_prefix(split, dialog.id)
+        for picture in dialog.pictures:
+            key = f"{prefix}{picture.turn}-{picture.image}"
+            entry = (-key_order_hash(key, 0), key, dialog)
+            if len(self._heap) < self._size:
+                heapq.heappush(self._heap, entry)
+            elif self._heap and entry > self._heap[0]:
+                heapq.heapreplace(self._heap, entry)
+
+    def token_counts(self, variant: _Variant, split: str) -> list[int]:
+        """Return how many tokens the context of each has under a variant that has it at all."""
+        uncut = variant.text.model_copy(update={"cut": "token"})
+        return [
+            len(encode(context_text(instance.context, uncut)))
+            for _, key, dialog in self._heap
+            for instance in variant.corpus.instances(dialog, split, _unheard)
+            if instance.key == key
+        ]
+
+
+def _unheard(reason: Reason, detail: str) -> None:
+    """Drop what was told when the dialog was read."""
+
+
+def _lengths(variant: _Variant, token_counts: list[int]) -> Lengths:
+    width = variant.room // _BINS_PER_WINDOW
+    counts = [0] * _NUM_BINS
+    for count in token_counts:
+        counts[min(max(count - 1, 0) // width, _NUM_BINS - 1)] += 1
+    return Lengths(
+        num_sampled=len(token_counts),
+        room=variant.room,
+        bin_width=width,
+        counts=counts,
+        mean=_mean(token_counts),
+        longest=max(token_counts, default=0),
+        share_over=_share_over(token_counts, variant.room),
+    )
+
+
+def _variant_survey(counter: _Counter, sample: _Sample, split: str) -> VariantSurvey:
+    variant = counter.variant
+    token_counts = sample.token_counts(variant, split)
+    return VariantSurvey(
+        option=variant.option,
+        value=variant.value,
+        num_instances=counter.num_instances,
+        num_empty=counter.num_empty,
+        mean_tokens=_mean(token_counts),
+        share_over=_share_over(token_counts, variant.room),
+    )
+
+
+def _mean(token_counts: list[int]) -> float | None:
+    return sum(token_counts) / len(token_counts) if token_counts else None
+
+
+def _share_over(token_counts: list[int], room: int) -> float | None:
+    if not token_counts:
+        return None
+    return sum(count > room for count in token_counts) / len(token_counts)

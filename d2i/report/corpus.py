@@ -1,0 +1,124 @@
+"""The page of a corpus: what `d2i corpus` found in it, in numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike, fspath
+from typing import Any
+
+from d2i import storage
+from d2i.report.counts import count_cells
+from d2i.report.document import draw_document, draw_header
+from d2i.report.flaws import pictures_section, problems_section
+from d2i.report.leaks import leaks_section, named_leaks
+from d2i.report.lengths import lengths_section
+from d2i.report.markup import Section, card, counted, figure, percent, table, text
+from d2i.report.variants import variants_section
+
+_ROWS = (
+    ("num_dialogs", "Dialogs", "conversations that could be read"),
+    ("num_dialogs_with_images", "Dialogs with a picture", "these alone give instances"),
+    ("num_turns", "Turns", "messages of all dialogs: text, pictures or both"),
+    ("num_occurrences", "Occurrences", "every time a picture is shared counts"),
+    ("num_images", "Distinct pictures", "each counts once in its split, and may be in several"),
+    (
+        "num_instances",
+        "Instances",
+        "one picture with the text around it: what is learned or tested",
+    ),
+)
+
+
+def write_corpus_report(survey: Mapping[str, Any], out_path: str | PathLike[str]) -> None:
+    """Write what a survey of a corpus found as one self-contained HTML file.
+
+    The page holds the figures and the settings of the survey, and no text or picture of the
+    corpus. The same survey gives the same bytes.
+
+    Args:
+        survey: What `d2i corpus --json` prints.
+        out_path: Where the HTML file goes; it appears complete.
+    """
+    storage.write_bytes(fspath(out_path), _page(survey).encode())
+
+
+def _page(survey: Mapping[str, Any]) -> str:
+    splits = survey["splits"]
+    sections = [
+        _counts_section(splits),
+        lengths_section(splits, survey["text"]),
+        variants_section(survey),
+        leaks_section(survey),
+        problems_section(splits),
+        pictures_section(splits),
+    ]
+    title = f"{survey['corpus']} corpus: {survey['source']}"
+    footer = (
+        "Every figure is that of the survey; rounded figures carry the exact one. "
+        "No text and no picture of the corpus is on this page."
+    )
+    return draw_document(title, _header(title, survey), sections, footer)
+
+
+def _header(title: str, survey: Mapping[str, Any]) -> str:
+    splits = survey["splits"].values()
+    totals = {name: sum(found[name] for found in splits) for name, _, _ in _ROWS}
+    heading = (
+        f"{counted(totals['num_dialogs'], 'dialog')}, "
+        f"pictures shared {counted(totals['num_occurrences'], 'time')}"
+    )
+    lead = (
+        f"They give <strong>{counted(totals['num_instances'], 'instance')}</strong>: an instance "
+        "is one picture with the text around it, and is what a model learns from or is tested on. "
+        "This page holds numbers and settings alone, no text and no picture of the corpus."
+    )
+    cards = [_instances_card(survey), _lengths_card(survey), _leaks_card(survey)]
+    return draw_header(title, heading, lead, "".join(cards))
+
+
+def _instances_card(survey: Mapping[str, Any]) -> str:
+    values = [
+        (split, figure(found["num_instances"], ",")) for split, found in survey["splits"].items()
+    ]
+    return card(
+        "Instances", values, "a split is a part of the corpus: to learn from, or to test on"
+    )
+
+
+def _lengths_card(survey: Mapping[str, Any]) -> str:
+    lengths = {split: found["lengths"] for split, found in survey["splits"].items()}
+    values = [
+        (split, percent(measured["share_over"]))
+        for split, measured in lengths.items()
+        if measured["share_over"] is not None
+    ]
+    rooms = sorted({measured["room"] for measured in lengths.values()})
+    room = " or ".join(figure(tokens, ",") for tokens in rooms)
+    note = f"have more than the {room} tokens that fit; measured on a sample of each split"
+    return card("Contexts too long", values, note) if values else ""
+
+
+def _leaks_card(survey: Mapping[str, Any]) -> str:
+    leaks = survey["leaks"]
+    if len(survey["splits"]) < 2 and not leaks["counts"]:
+        return ""
+    looked = "counted too" if leaks["near"] else "not looked for"
+    note = f"show a picture that a split held back shows as well; near-duplicates were {looked}"
+    values = [(name, figure(number, ",")) for name, number in named_leaks(leaks["counts"])]
+    return card("Instances that leak", values or [("between splits", "none")], note)
+
+
+def _counts_section(splits: Mapping[str, Mapping[str, Any]]) -> Section:
+    rows = [
+        (f"{name}<small>{meaning}</small>", _cells(field, splits)) for field, name, meaning in _ROWS
+    ]
+    head = ["", *map(text, splits), *(["all"] if len(splits) > 1 else [])]
+    return Section("counts", "What it holds", table(head, rows))
+
+
+def _cells(field: str, splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    cells = count_cells(found[field] for found in splits.values())
+    if field == "num_images" and len(splits) > 1:
+        # A sum would count a picture twice that two splits share.
+        cells[-1] = '<span class="absent">not counted</span>'
+    return cells

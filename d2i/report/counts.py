@@ -1,0 +1,27 @@
+"""Rows of a table of counts: one column a split, and their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from d2i.report.markup import figure, is_number
+
+
+def count_cells(values: Iterable[Any]) -> list[str]:
+    """Show a count for each split, and their sum where there are several."""
+    counts = list(values)
+    if len(counts) > 1:
+        counts.append(sum(counts) if all(map(is_number, counts)) else None)
+    return [figure(count, ",") if is_number(count) else "not kept" for count in counts]
+
+
+def reason_rows(
+    counts: Collection[Mapping[str, Any]], heading: Callable[[str], str]
+) -> list[tuple[str, list[str]]]:
+    """Make one row a reason, in their order, out of the counts by reason of each split."""
+    reasons = sorted({reason for found in counts for reason in found})
+    return [
+        (heading(reason), count_cells(found.get(reason, 0) for found in counts))
+        for reason in reasons
+    ]

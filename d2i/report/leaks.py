@@ -1,0 +1,89 @@
+"""Pictures that more than one split shows, in plain words, and how to leave them out."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from d2i.report.markup import LeftOut, Section, counted, figure, percent, text
+
+_TITLE = "Leaks between splits"
+_SPLIT_WORDS = {"train": "training", "valid": "validation"}
+# A share below this one would be shown as 0.0 %.
+_LEAST_SHARE = 0.0005
+_ARROW = "\N{RIGHTWARDS ARROW}"
+
+
+def named_leaks(counts: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """Name each pair of splits that leaks, with its number of instances for whatever reason."""
+    pairs: Counter[str] = Counter()
+    for count in counts:
+        pairs[f"{count['split']} {_ARROW} {count['other_split']}"] += count["num_instances"]
+    return list(pairs.items())
+
+
+def leaks_section(survey: Mapping[str, Any]) -> Section | LeftOut:
+    """Say what leaks, what was not looked for, and how to leave out what leaks."""
+    splits, leaks = survey["splits"], survey["leaks"]
+    if len(splits) < 2 and not leaks["counts"]:
+        return LeftOut(_TITLE, "the corpus has fewer than two splits")
+    intro = (
+        '<p class="intro">A leak is an instance whose picture is shown by a split held back for '
+        "testing as well: a model that learned from it has seen the answer. Test is kept free of "
+        "what train and valid show, valid of what train shows.</p>"
+    )
+    largest_first = sorted(leaks["counts"], key=lambda count: -count["num_instances"])
+    findings = "".join(f"<li>{_sentence(count, splits)}</li>" for count in largest_first)
+    found = f'<ul class="findings">{findings}</ul>' if findings else _nothing(leaks["near"])
+    return Section(
+        "leaks",
+        _TITLE,
+        intro + found + _looked(leaks["near"]) + (_remedy(survey) if findings else ""),
+    )
+
+
+def _sentence(count: Mapping[str, Any], splits: Mapping[str, Mapping[str, Any]]) -> str:
+    split, other = count["split"], text(count["other_split"])
+    num_instances, word = count["num_instances"], text(_SPLIT_WORDS.get(split, split))
+    verb = "shows" if num_instances == 1 else "show"
+    likeness = {
+        "shared_image": f"a picture that is also in {other}",
+        "near_duplicate": f"a picture that looks like one in {other}",
+    }.get(count["reason"], f"a picture of {other} ({text(count['reason'])})")
+    of_all = splits.get(split, {}).get("num_instances", 0)
+    share = num_instances / of_all if of_all else 0.0
+    beside = f"{percent(share)} of {text(split)}; " if share >= _LEAST_SHARE else ""
+    return (
+        f"<strong>{figure(num_instances, ',')}</strong> {word} "
+        f"{'instance' if num_instances == 1 else 'instances'} {verb} {likeness} "
+        f"<small>{beside}{counted(count['num_images'], 'picture')} of {other}</small>"
+    )
+
+
+def _nothing(near: bool) -> str:
+    looks = ", and none that looks like one of another" if near else ""
+    return f"<p>No split shows a picture of another one{looks}.</p>"
+
+
+def _looked(near: bool) -> str:
+    if near:
+        return (
+            '<p class="note">Near-duplicates, such as a smaller copy under another name, were '
+            "looked for by comparing how pictures look; a few of them may be alike by chance.</p>"
+        )
+    return (
+        '<p class="warning">Near-duplicates were not looked for, as no picture file was read: a '
+        "copy of a picture under another name is not counted here.</p>"
+    )
+
+
+def _remedy(survey: Mapping[str, Any]) -> str:
+    corpus = shlex.join(["--corpus", str(survey["corpus"]), "--source", str(survey["source"])])
+    return (
+        "<h3>To leave them out</h3><p>List them, with the options as set here, then prepare the "
+        "data without them; \N{HORIZONTAL ELLIPSIS} is what else that takes:</p>"
+        f"<pre><code>d2i corpus {text(corpus)} --leaks leaks.jsonl\n"
+        f"d2i preprocess {text(corpus)} --exclude leaks.jsonl \N{HORIZONTAL ELLIPSIS}</code></pre>"
+    )

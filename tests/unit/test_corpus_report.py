@@ -1,0 +1,418 @@
+"""What the page of a corpus promises: the figures of the survey, and nothing of the corpus."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2i.report import write_corpus_report
+
+HOSTILE = "<script>alert('hi')</script> & \"more\""
+SPLITS = ("train", "valid", "test")
+COUNTS = [10, 50, 300, 401, 207, 93, 0, 47]
+OPTIONS = (("own_turn", "exclude"), ("text.strategy", "letters"), ("text.num_windows", 2))
+
+
+def make_survey(*splits: str) -> dict[str, Any]:
+    """Make a survey in which every figure is another one, so that none stands for another."""
+    numbers = count(1_000_003, 7919)
+    return {
+        "corpus": "mmdialog",
+        "source": "data/MMDialog",
+        "options": {"own_turn": "include", "max_broken": 0.125},
+        "text": {"strategy": "hash", "keep": "end", "max_turns": None, "num_windows": 1},
+        "splits": {split: make_split(numbers) for split in splits},
+        "leaks": {
+            "near": True,
+            "counts": [
+                make_leak(numbers, "train", "test", "near_duplicate"),
+                make_leak(numbers, "train", "test", "shared_image"),
+            ],
+        },
+    }
+
+
+def make_split(numbers: Iterator[int]) -> dict[str, Any]:
+    fields = ("dialogs", "dialogs_with_images", "turns", "occurrences", "images", "instances")
+    return {
+        **{f"num_{field}": next(numbers) for field in fields},
+        "problems": {"empty_context": next(numbers), "invalid_json": next(numbers)},
+        "lengths": {
+            "num_sampled": next(numbers),
+            "room": 75,
+            "bin_width": 15,
+            "counts": [number and number + next(numbers) for number in COUNTS],
+            "mean": 1 / next(numbers),
+            "longest": next(numbers),
+            "share_over": 1 / next(numbers),
+        },
+        "variants": [make_variant(numbers, option, value) for option, value in OPTIONS],
+        "pictures": {
+            "num_read": next(numbers),
+            "failures": {"missing_file": next(numbers), "decode_error": next(numbers)},
+        },
+    }
+
+
+def make_variant(numbers: Iterator[int], option: str, value: str | int) -> dict[str, Any]:
+    return {
+        "option": option,
+        "value": value,
+        "num_instances": next(numbers),
+        "num_empty": next(numbers),
+        "mean_tokens": 1 / next(numbers),
+        "share_over": 1 / next(numbers),
+    }
+
+
+def make_leak(numbers: Iterator[int], split: str, other: str, reason: str) -> dict[str, Any]:
+    return {
+        "split": split,
+        "other_split": other,
+        "reason": reason,
+        "num_instances": next(numbers),
+        "num_images": next(numbers),
+    }
+
+
+def unmeasured() -> dict[str, Any]:
+    return {
+        "num_sampled": 0,
+        "room": 75,
+        "bin_width": 15,
+        "counts": [0] * 8,
+        "mean": None,
+        "longest": 0,
+        "share_over": None,
+    }
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from numbers_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from numbers_in(inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+class Page(HTMLParser):
+    """Elements, addresses, exact values and bars of a page, and whether it is well formed."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.values: list[str] = []
+        self.bars: list[dict[str, str]] = []
+        self.open: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = {name: value or "" for name, value in attrs}
+        self.tags.append(tag)
+        self.addresses += [v for n, v in named.items() if n in ("src", "href", "xlink:href")]
+        if tag == "data":
+            self.values.append(named["value"])
+        if tag == "rect":
+            self.bars.append(named)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "corpus.html"
+
+
+def render(survey: dict[str, Any], out: Path) -> str:
+    write_corpus_report(survey, out)
+    source = out.read_text(encoding="utf-8")
+    assert Page(source).open == []
+    return source
+
+
+def rows_of(source: str, anchor: str) -> dict[str, list[str]]:
+    """Give the exact figures of a section's table by the name of their row."""
+    section = re.search(rf'<section id="{anchor}">(.*?)</section>', source, re.DOTALL)
+    assert section
+    return {
+        re.sub("<small>.*|<[^>]+>", "", name): re.findall(r'<data value="([^"]+)"', cells)
+        for name, cells in re.findall(
+            r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', section[1], re.DOTALL
+        )
+    }
+
+
+def percentage(value: str) -> float:
+    assert value.endswith("%")
+    return float(value[:-1])
+
+
+def test_every_figure_of_the_survey_is_on_the_page(out: Path) -> None:
+    survey = make_survey(*SPLITS)
+    page = Page(render(survey, out))
+    # The width of a bin is told by the names of the bins, and an option's value beside its name.
+    expected = {
+        repr(number)
+        for part in (survey["splits"], survey["leaks"])
+        for number in numbers_in(part)
+        if number not in (15, 2)
+    }
+    assert expected - set(page.values) == set()
+
+
+def test_the_top_gives_the_totals_and_the_key_figures_of_each_split(out: Path) -> None:
+    survey = make_survey(*SPLITS)
+    source = render(survey, out)
+    top = source[source.index("<header") : source.index("</header>")]
+    splits = survey["splits"].values()
+    totals = [
+        sum(found[name] for found in splits)
+        for name in ("num_dialogs", "num_occurrences", "num_instances")
+    ]
+    instances = [found["num_instances"] for found in splits]
+    too_long = [found["lengths"]["share_over"] for found in splits]
+    leaking = sum(leak["num_instances"] for leak in survey["leaks"]["counts"])
+    figures = [*totals, *instances, *too_long, 75, leaking]
+    assert Page(top).values == [repr(number) for number in figures]
+    assert ">mmdialog corpus: data/MMDialog</p>" in top
+
+
+def test_counts_stand_in_the_column_of_their_split_and_add_up(out: Path) -> None:
+    survey = make_survey(*SPLITS)
+    rows = rows_of(render(survey, out), "counts")
+    splits = survey["splits"].values()
+    for name, field in (("Dialogs", "num_dialogs"), ("Instances", "num_instances")):
+        counts = [found[field] for found in splits]
+        assert rows[name] == [str(number) for number in [*counts, sum(counts)]]
+    # Two splits may share a picture: there is no sum.
+    assert rows["Distinct pictures"] == [str(found["num_images"]) for found in splits]
+
+
+def test_problems_and_pictures_stand_by_reason(out: Path) -> None:
+    survey = make_survey("train", "test")
+    del survey["splits"]["test"]["problems"]["invalid_json"]
+    broken = survey["splits"]["train"]["problems"]["invalid_json"]
+    source = render(survey, out)
+    assert rows_of(source, "problems")["Invalid json"] == [str(broken), "0", str(broken)]
+    missing = [found["pictures"]["failures"]["missing_file"] for found in survey["splits"].values()]
+    expected = [str(number) for number in [*missing, sum(missing)]]
+    assert rows_of(source, "pictures")["Missing file"] == expected
+
+
+def test_an_option_is_compared_with_what_is_set(out: Path) -> None:
+    survey = make_survey("train")
+    found = survey["splits"]["train"]
+    found["variants"][0]["num_instances"] = found["num_instances"] - 640_000
+    found["variants"][1]["num_instances"] = found["num_instances"]
+    source = render(survey, out)
+    rows = rows_of(source, "options")
+    assert rows["as set"][:2] == [
+        str(found["num_instances"]),
+        str(found["problems"]["empty_context"]),
+    ]
+    assert rows["corpus.own_turn=exclude"][:2] == [str(found["num_instances"] - 640_000), "-640000"]
+    assert "\N{MINUS SIGN}640,000</data>" in source
+    assert len(rows["text.strategy=letters"]) == 4
+    assert '<th scope="row"><code>text.num_windows=2</code>' in source
+
+
+def test_options_as_set_are_listed(out: Path) -> None:
+    source = render(make_survey("train"), out)
+    for name, value in (
+        ("corpus.own_turn", "<code>include</code>"),
+        ("corpus.max_broken", "<code>0.125</code>"),
+        ("text.num_windows", "<code>1</code>"),
+        ("text.max_turns", '<span class="absent">not set</span>'),
+    ):
+        assert f'<th scope="row"><code>{name}</code></th><td>{value}</td>' in source
+
+
+@pytest.mark.parametrize("counts", [COUNTS, [1] * 20, [0, 0, 0, 0, 0, 3]])
+def test_bars_are_as_high_as_their_counts(counts: list[int], out: Path) -> None:
+    survey = make_survey("train")
+    survey["splits"]["train"]["lengths"]["counts"] = counts
+    bars = Page(render(survey, out)).bars
+    heights = [percentage(bar["height"]) for bar in bars]
+    highest = max(heights)
+    assert 90 < highest <= 100
+    assert [height / highest for height in heights] == pytest.approx(
+        [number / max(counts) for number in counts], abs=1e-4
+    )
+    # Every bar stands on the axis, in the order of its bin, inside the plot.
+    assert [percentage(b["y"]) + percentage(b["height"]) for b in bars] == pytest.approx(
+        [100.0] * len(counts), abs=0.002
+    )
+    starts = [percentage(bar["x"]) for bar in bars]
+    assert starts == sorted(starts)
+    assert starts[0] > 0
+    assert starts[-1] + percentage(bars[-1]["width"]) < 100
+
+
+def test_bars_beyond_the_room_look_different_and_the_edge_is_between(out: Path) -> None:
+    source = render(make_survey("train"), out)
+    bars = Page(source).bars
+    assert [bar["class"] for bar in bars] == ["within"] * 5 + ["beyond"] * 3
+    edge = re.search(r'<line class="edge" x1="([\d.]+)%"', source)
+    assert edge
+    at = float(edge[1])
+    assert percentage(bars[4]["x"]) + percentage(bars[4]["width"]) < at < percentage(bars[5]["x"])
+    assert at == pytest.approx(100 * 75 / 120, abs=0.001)
+
+
+def test_a_plot_says_what_it_shows_to_who_cannot_see_it(out: Path) -> None:
+    survey = make_survey(*SPLITS)
+    survey["splits"]["valid"]["lengths"].update(counts=COUNTS, share_over=0.41)
+    source = render(survey, out)
+    titles = re.findall(r'<svg role="img"[^>]*><title>([^<]+)</title>', source)
+    assert [title.partition(":")[0] for title in titles] == list(SPLITS)
+    assert "41.0 % have more than the 75 that fit" in titles[1]
+    assert "<title>46 to 60 tokens: 401</title>" in source
+    assert "<title>106 tokens or more: 47</title>" in source
+    assert '<th scope="row">106 tokens or more</th>' in source
+
+
+@pytest.mark.parametrize("num_bins", [6, 8, 20])
+def test_the_share_too_long_is_written_on_the_plot(num_bins: int, out: Path) -> None:
+    survey = make_survey("train")
+    survey["splits"]["train"]["lengths"].update(counts=[3] * num_bins, share_over=0.41)
+    labels = re.findall(r'<text class="side"[^>]*>([^<]+)</text>', render(survey, out))
+    assert "41.0\N{NARROW NO-BREAK SPACE}% too long" in labels[-1]
+    # On the right where there is room for it, else it points there.
+    assert ("fits" in labels) == (num_bins == 20)
+
+
+def test_a_sample_is_said_to_be_one(out: Path) -> None:
+    survey = make_survey("train")
+    survey["splits"]["train"]["lengths"]["num_sampled"] = 2000
+    source = re.sub("<[^>]+>", "", render(survey, out))
+    assert f"on a sample of 2,000 of {survey['splits']['train']['num_instances']:,}" in source
+    assert "tokens on a sample of 2,000 instances" in source
+
+
+def test_leaks_are_told_in_plain_words_and_how_to_leave_them_out(out: Path) -> None:
+    survey = make_survey(*SPLITS)
+    near, shared = survey["leaks"]["counts"]
+    near["num_instances"], shared["num_instances"] = 1, 20_110
+    source = render(survey, out)
+    said = re.sub("<[^>]+>", "", source)
+    assert "20,110 training instances show a picture that is also in test" in said
+    assert "1 training instance shows a picture that looks like one in test" in said
+    assert "train \N{RIGHTWARDS ARROW} test20,111" in said
+    corpus = "--corpus mmdialog --source data/MMDialog"
+    assert f"d2i corpus {corpus} --leaks leaks.jsonl\n" in said
+    assert f"d2i preprocess {corpus} --exclude leaks.jsonl" in said
+
+
+@pytest.mark.parametrize("near", [True, False])
+@pytest.mark.parametrize("leaks", [True, False])
+def test_the_page_says_whether_near_duplicates_were_looked_for(
+    near: bool, leaks: bool, out: Path
+) -> None:
+    survey = make_survey(*SPLITS)
+    survey["leaks"]["near"] = near
+    if not leaks:
+        survey["leaks"]["counts"] = []
+    source = render(survey, out)
+    assert ("Near-duplicates were not looked for" in source) == (not near)
+    assert ("near-duplicates were not looked for" in source) == (not near)
+    assert ("were looked for" in source) == near
+    assert ("--exclude leaks.jsonl" in source) == leaks
+    assert ("No split shows a picture of another one" in source) == (not leaks)
+
+
+def test_what_the_survey_names_stays_text(out: Path) -> None:
+    survey = make_survey(*SPLITS)
+    found = survey["splits"]["train"]
+    survey["corpus"] = survey["source"] = HOSTILE
+    survey["options"] = {HOSTILE: HOSTILE}
+    survey["text"][HOSTILE] = [HOSTILE]
+    found["problems"] = {HOSTILE: 1}
+    found["pictures"]["failures"] = {HOSTILE: 2}
+    found["variants"][0].update(option=HOSTILE, value=HOSTILE)
+    for place in ("split", "other_split", "reason"):
+        survey["leaks"]["counts"][0][place] = HOSTILE
+    survey["splits"] = {
+        HOSTILE if split == "train" else split: survey["splits"][split] for split in SPLITS
+    }
+    source = render(survey, out)
+    plain = render(make_survey(*SPLITS), out)
+    assert "<script" not in source
+    # A quote that ends an attribute, or a tag, would make other elements than a plain survey does.
+    assert set(Page(source).tags) == set(Page(plain).tags)
+    assert source.count("&lt;script&gt;") > 10
+    assert not re.search(r"alert\('hi'\)|\"more\"", source)
+
+
+def test_page_loads_nothing(out: Path) -> None:
+    source = render(make_survey(*SPLITS), out)
+    page = Page(source)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "img"} & set(page.tags)
+    assert "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in source
+    assert not re.search(r"https?://|@import|url\(|@font-face", source)
+    assert len(page.addresses) == 6
+    assert all(f'<section id="{address[1:]}">' in source for address in page.addresses)
+
+
+def test_page_says_that_nothing_of_the_corpus_is_on_it(out: Path) -> None:
+    assert "no text and no picture of the corpus" in render(make_survey("train"), out)
+
+
+def test_same_survey_gives_same_bytes_and_is_left_as_it_was(out: Path) -> None:
+    survey = make_survey(*SPLITS)
+    before = copy.deepcopy(survey)
+    assert render(survey, out) == render(copy.deepcopy(survey), out)
+    assert survey == before
+
+
+@pytest.mark.parametrize("splits", [(), ("test",), ("train", "test")])
+def test_any_splits(splits: tuple[str, ...], out: Path) -> None:
+    survey = make_survey(*splits)
+    survey["leaks"]["counts"] = []
+    source = render(survey, out)
+    assert source.count("<svg ") == len(splits)
+    left_out = re.findall(r'<p class="left-out"><strong>([^<]+)</strong>', source)
+    assert ("Leaks between splits" in left_out) == (len(splits) < 2)
+    assert ("Instances that leak" in source) == (len(splits) == 2)
+
+
+def test_splits_without_instances(out: Path) -> None:
+    survey = make_survey(*SPLITS)
+    survey["leaks"]["counts"] = []
+    for found in survey["splits"].values():
+        found.update({name: 0 for name in found if name.startswith("num_")})
+        found.update(problems={}, lengths=unmeasured(), pictures=None)
+        for variant in found["variants"]:
+            variant.update(num_instances=0, num_empty=0, mean_tokens=None, share_over=None)
+    source = render(survey, out)
+    assert "<svg" not in source
+    assert "Contexts too long" not in source
+    assert "No record has a problem" in source
+    left_out = re.findall(r'<p class="left-out"><strong>([^<]+)</strong> left out: ', source)
+    assert left_out == ["How long contexts are", "Pictures that can be read"]
+    # Each split has three variants and what is set, each without two figures of tokens.
+    assert source.count('<span class="absent">not measured</span>') == 3 * 4 * 2
+
+
+def test_a_split_that_was_not_looked_at_has_no_column(out: Path) -> None:
+    survey = make_survey(*SPLITS)
+    survey["splits"]["valid"]["pictures"] = None
+    survey["splits"]["valid"]["lengths"] = unmeasured()
+    source = render(survey, out)
+    assert "Those of valid were not looked at" in source
+    assert len(rows_of(source, "pictures")["Missing file"]) == 3
+    assert source.count("<svg ") == 2
+    assert source.count("No context was measured") == 1

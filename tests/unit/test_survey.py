@@ -1,0 +1,251 @@
+"""What `d2i corpus` says of a corpus: counts, what options change, what leaks."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from d2i.config import DialogConfig, apply_settings
+from d2i.context import context_text
+from d2i.corpora import build_corpus, read_instances
+from d2i.corpora.leaks import Leak, LeakFinder, count_leaks
+from d2i.corpora.likeness import MAX_DISTANCE, Look, LookIndex, look_of
+from d2i.corpora.survey import SplitSurvey, survey_split
+from d2i.tokenize import encode
+from tests.processes import run_d2i
+from tests.shared import SHARED, needs_shared
+
+MMDIALOG = SHARED / "data" / "mmdialog"
+
+
+def unheard(*said: object) -> None:
+    """Takes progress, and does nothing with it."""
+
+
+def survey(
+    source: Path, split: str, *settings: str, corpus: str = "mmdialog", num_sampled: int = 99
+) -> SplitSurvey:
+    config = apply_settings(DialogConfig(), settings)
+    return survey_split(
+        corpus, str(source), split, config, num_sampled=num_sampled, on_dialog=unheard
+    )
+
+
+@needs_shared
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_counts_are_those_of_the_sample(split: str) -> None:
+    expected = json.loads((MMDIALOG / "EXPECTED.json").read_bytes())[split]
+    found = survey(MMDIALOG, split)
+    assert found.num_dialogs == expected["dialogs"]
+    assert found.num_turns == expected["turns"]
+    assert found.num_occurrences == expected["image_occurrences"]
+    assert found.num_images == expected["unique_images"]
+
+
+@needs_shared
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize("settings", [(), ("corpus.own_turn=exclude", "corpus.repeated=all")])
+def test_a_variant_counts_what_reading_with_it_gives(split: str, settings: tuple[str, ...]) -> None:
+    config = apply_settings(DialogConfig(), settings)
+    found = survey(MMDIALOG, split, *settings)
+    assert {v.option for v in found.variants} > {"own_turn", "repeated", "text.strategy"}
+    for variant in found.variants:
+        options, text = config.corpus.options(), config.text
+        if variant.option.startswith("text."):
+            text = text.model_copy(update={variant.option[5:]: variant.value})
+        else:
+            options[variant.option] = variant.value
+        problems: list[Any] = []
+        instances = list(
+            read_instances("mmdialog", MMDIALOG, split, on_problem=problems.append, **options)
+        )
+        assert variant.num_instances == len(instances), variant
+        assert variant.num_empty == sum(p.reason == "empty_context" for p in problems), variant
+        # The sample has every occurrence, so it says nothing of repeated pictures.
+        if variant.option != "repeated":
+            counts = [len(encode(context_text(i.context, text))) for i in instances]
+            assert variant.mean_tokens == pytest.approx(np.mean(counts)), variant
+            room = 75 * text.num_windows
+            assert variant.share_over == pytest.approx(np.mean(np.array(counts) > room)), variant
+
+
+@needs_shared
+def test_lengths_are_binned_with_the_window_on_an_edge() -> None:
+    found = survey(MMDIALOG, "test").lengths
+    instances = read_instances("mmdialog", MMDIALOG, "test")
+    counts = [len(encode(context_text(i.context, DialogConfig().text))) for i in instances]
+    assert (found.num_sampled, found.longest, found.room) == (5, max(counts), 75)
+    assert found.room % found.bin_width == 0
+    assert sum(found.counts) == 5
+    at_most_room = found.counts[: found.room // found.bin_width]
+    assert sum(at_most_room) == sum(count <= 75 for count in counts)
+    assert found.share_over == pytest.approx(sum(count > 75 for count in counts) / 5)
+
+
+def write_chats(path: Path, *chats: tuple[str, list[str]]) -> None:
+    """Write one line for each chat: a text, and the pictures that answer it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for number, (text, images) in enumerate(chats):
+            turns = [{"text": text}, {"text": "", "images": images}]
+            file.write(json.dumps({"id": number, "turns": turns}) + "\n")
+
+
+def test_the_sample_is_drawn_by_key_and_says_its_size(tmp_path: Path) -> None:
+    write_chats(tmp_path / "train.jsonl", *((f"word {'x ' * n}", [f"{n}.jpg"]) for n in range(60)))
+    whole = survey(tmp_path, "train", corpus="jsonl")
+    part = survey(tmp_path, "train", corpus="jsonl", num_sampled=20)
+    assert (whole.lengths.num_sampled, part.lengths.num_sampled) == (60, 20)
+    assert part.num_instances == 60
+    assert part == survey(tmp_path, "train", corpus="jsonl", num_sampled=20)
+    assert whole.lengths.mean != part.lengths.mean
+    assert survey(tmp_path, "train", corpus="jsonl", num_sampled=0).lengths.mean is None
+
+
+def test_a_corpus_that_is_all_broken_is_surveyed(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"id": 1}\n' * 500)
+    found = survey(tmp_path, "train", corpus="jsonl")
+    assert found.problems == {"missing_field": 500}
+    assert (found.num_dialogs, found.num_instances, found.lengths.mean) == (0, 0, None)
+
+
+def find_leaks(source: Path, splits: list[str], *, look: bool, corpus: str = "jsonl") -> list[Leak]:
+    finder = LeakFinder(build_corpus(corpus, {}), str(source), look=look, on_picture=unheard)
+    return list(finder.find(splits))
+
+
+@needs_shared
+def test_pictures_shared_between_splits_are_those_of_the_sample() -> None:
+    leaks = find_leaks(MMDIALOG, ["train", "valid", "test"], look=False, corpus="mmdialog")
+    assert {(leak.key, leak.other_split) for leak in leaks} == {
+        ("train-0-0-0", "test"),
+        ("train-4-0-0", "test"),
+        ("train-1-0-0", "valid"),
+    }
+    shared = json.loads((MMDIALOG / "EXPECTED.json").read_bytes())["shared_between_splits"]
+    counts = {f"{c['split']}&{c['other_split']}": c["num_images"] for c in count_leaks(iter(leaks))}
+    assert counts == {pair: count for pair, count in shared.items() if count}
+
+
+def scene(seed: int, side: int = 256) -> Image.Image:
+    """A smooth picture that no other seed gives: a few blurred patches of colour."""
+    dice = np.random.default_rng(seed)
+    coarse = Image.fromarray(dice.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return coarse.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def save(image: Image.Image, path: Path, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def test_near_duplicates_are_found_across_splits(tmp_path: Path) -> None:
+    save(scene(1), tmp_path / "p/test.png")
+    save(scene(1, 180), tmp_path / "p/smaller.jpg", quality=40)
+    save(scene(2), tmp_path / "p/other.png")
+    red, green, blue = scene(1).split()
+    save(Image.merge("RGB", (green, blue, red)), tmp_path / "p/recoloured.png")
+    (tmp_path / "p/broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    names = ["smaller.jpg", "other.png", "recoloured.png", "broken.jpg", "missing.jpg", "test.png"]
+    write_chats(tmp_path / "train.jsonl", *((name, [f"p/{name}"]) for name in names))
+    write_chats(tmp_path / "test.jsonl", ("look", ["p/test.png"]))
+    finder = LeakFinder(build_corpus("jsonl", {}), str(tmp_path), look=True, on_picture=unheard)
+    leaks = list(finder.find(["train", "test"]))
+    assert [(leak.key, leak.reason) for leak in leaks] == [
+        ("train-0-1-0", "near_duplicate"),
+        ("train-5-1-0", "shared_image"),
+    ]
+    assert all(leak.other_key == "test-0-1-0" for leak in leaks)
+    assert 0 <= leaks[0].distance <= MAX_DISTANCE
+    assert finder.pictures["train"].num_read == 4
+    assert finder.pictures["train"].failures == {"missing_file": 1, "not_an_image": 1}
+    assert [leak.key for leak in find_leaks(tmp_path, ["train", "test"], look=False)] == [
+        "train-5-1-0"
+    ]
+
+
+def test_plain_pictures_are_like_none() -> None:
+    assert look_of(Image.new("RGB", (64, 64), "red")) is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_look_survives_rescaling_and_recompression(seed: int) -> None:
+    index = LookIndex()
+    looks = [look_of(scene(other)) for other in range(8)]
+    for name, look in enumerate(looks):
+        assert look is not None
+        index.add(str(name), look)
+    buffer = io.BytesIO()
+    scene(seed, 200).save(buffer, "JPEG", quality=50)
+    copied = look_of(Image.open(buffer).convert("RGB"))
+    assert copied is not None
+    found = index.nearest(copied)
+    assert found is not None
+    assert found[0] == str(seed)
+
+
+STRUCTURE = st.integers(0, 2**64 - 1)
+
+
+@given(st.lists(STRUCTURE, max_size=8), STRUCTURE, st.sets(st.integers(0, 63), max_size=6))
+def test_the_index_finds_what_a_search_of_all_finds(
+    structures: list[int], one: int, flipped: set[int]
+) -> None:
+    colours = np.zeros((4, 4, 3), np.uint8)
+    structures = [*structures, one]
+    asked = one
+    for bit in flipped:
+        asked ^= 1 << bit
+    index = LookIndex()
+    for place, structure in enumerate(structures):
+        index.add(str(place), Look(structure, colours))
+    distances = [(structure ^ asked).bit_count() for structure in structures]
+    nearest = min(distances)
+    found = index.nearest(Look(asked, colours))
+    if nearest > MAX_DISTANCE:
+        assert found is None
+    else:
+        assert found == (str(distances.index(nearest)), nearest)
+
+
+def test_the_command_writes_a_list_that_preprocess_honours(tmp_path: Path) -> None:
+    chats, leaks, page = tmp_path / "chats", tmp_path / "leaks.jsonl", tmp_path / "corpus.html"
+    for number in range(4):
+        save(scene(number), chats / f"p/{number}.png")
+    write_chats(chats / "train.jsonl", *((f"say {n}", [f"p/{n}.png"]) for n in range(4)))
+    write_chats(chats / "test.jsonl", ("look", ["p/2.png"]))
+    corpus = ["--corpus", "jsonl", "--source", chats]
+    found = run_d2i("corpus", *corpus, "--leaks", leaks, "--report", page, "--json")
+    assert found["leaks"]["counts"] == [
+        {
+            "split": "train",
+            "other_split": "test",
+            "reason": "shared_image",
+            "num_instances": 1,
+            "num_images": 1,
+        }
+    ]
+    assert found["splits"]["train"]["pictures"] == {"num_read": 4, "failures": {}}
+    assert page.read_text().startswith("<!doctype html>")
+    plan = [
+        "--out",
+        tmp_path / "out",
+        "--recipe",
+        "demo",
+        "--dry-run",
+        "--exclude",
+        leaks,
+        "--json",
+    ]
+    planned = run_d2i("preprocess", *corpus, *plan)
+    assert planned["train"]["num_excluded"] == 1
+    assert planned["train"]["num_instances"] == 3
+    assert planned["test"]["num_instances"] == 1
