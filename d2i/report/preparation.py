@@ -53,12 +53,14 @@ def _table(manifests: Mapping[str, Manifest], plans: Mapping[str, Mapping[str, A
     size_bytes = sum(manifest.size_bytes for manifest in manifests.values())
     total = [_mebibytes(size_bytes)] if len(manifests) > 1 else []
     problems = {split: plan.get("problems", {}) for split, plan in plans.items()}
+    excluded = [plan.get("num_excluded", 0) for plan in plans.values()]
     rows = [
         ("Instances planned", count_cells(plan.get("num_instances") for plan in plans.values())),
         ("Distinct pictures", count_cells(plan.get("num_images") for plan in plans.values())),
         ("Samples written", count_cells(m.num_samples for m in manifests.values())),
         *_reasons("Dropped", failures),
         *_reasons("Found in the corpus", problems),
+        *([("Left out by --exclude", count_cells(excluded))] if any(excluded) else []),
         ("Size of the shards", [_mebibytes(m.size_bytes) for m in manifests.values()] + total),
     ]
     head = ["", *(text(split) for split in manifests), *(["all"] if total else [])]

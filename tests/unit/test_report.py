@@ -107,6 +107,7 @@ def make_split(folder: Path, split: str, count: int, failures: dict[str, int]) -
     plan = {
         "num_instances": count + sum(failures.values()),
         "num_images": count,
+        "num_excluded": 5 if split == "train" else 0,
         "problems": {"empty_context": 3} if split == "train" else {},
     }
     (folder / "plan").mkdir()
@@ -256,6 +257,7 @@ def test_every_planned_instance_is_accounted_for(made: Made) -> None:
     assert rows["Dropped: not an image"] == ["1", "0", "1"]
     assert rows["Dropped: too small"] == ["0", "2", "2"]
     assert rows["Found in the corpus: empty context"] == ["3", "0", "3"]
+    assert rows["Left out by --exclude"] == ["5", "0", "5"]
 
 
 def test_dialog_text_stays_text(made: Made) -> None:
