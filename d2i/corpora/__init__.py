@@ -5,6 +5,7 @@ Owns what is read and what is left out, and says so. Fetches no picture. Must no
 
 import dataclasses
 import difflib
+import itertools
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -214,17 +215,19 @@ def found_splits(corpus: str, source: str | os.PathLike[str]) -> list[str]:
 def _instances(
     corpus: Corpus, split: str, dialogs: Iterator[Dialog], flaw: Flaw
 ) -> Iterator[Instance]:
-    if not corpus.is_unique(split):
-        for dialog in dialogs:
-            yield from corpus.instances(dialog, split, flaw)
-        return
+    instances = itertools.chain.from_iterable(
+        corpus.instances(dialog, split, flaw) for dialog in dialogs
+    )
+    return _first_occurrences(corpus, instances) if corpus.is_unique(split) else instances
+
+
+def _first_occurrences(corpus: Corpus, instances: Iterator[Instance]) -> Iterator[Instance]:
     seen: set[str] = set()
-    for dialog in dialogs:
-        for instance in corpus.instances(dialog, split, flaw):
-            image_id = corpus.image_id(instance.image_ref)
-            if image_id not in seen:
-                seen.add(image_id)
-                yield instance
+    for instance in instances:
+        image_id = corpus.image_id(instance.image_ref)
+        if image_id not in seen:
+            seen.add(image_id)
+            yield instance
 
 
 class _Reading:
@@ -305,31 +308,6 @@ def _read_file(source: str, path: str, report: Report, kind: type) -> Iterator[t
         raise DataError(f"{path}: cannot be opened ({error}); check the source") from error
     with stream:
         yield from read_objects(stream, path, report, kind)
-
-
-class _BrokenCount:
-    """Passes problems on, and counts those that stand for a broken record."""
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-        self.count = 0
-        self.example = ""
-
-    def __call__(self, problem: Problem) -> None:
-        if problem.reason not in _SOUND:
-            self.count += 1
-            self.example = self.example or f"{problem.where}: {problem.reason}"
-        self.report(problem)
-
-    def refuse_too_many(self, split: str, num_read: int, max_broken: float | None) -> None:
-        num_records = num_read + self.count
-        share = MAX_BROKEN if max_broken is None else max_broken
-        if self.count > max(share * num_records, FEW_BROKEN if max_broken is None else 0):
-            raise DataError(
-                f"{split}: got {self.count} broken of {num_records} records ({self.example}), "
-                f"expected a share of at most {share:g}; check --corpus and --source, or allow "
-                "more with --set corpus.max_broken=1"
-            )
 
 
 def _log_problem(problem: Problem) -> None:

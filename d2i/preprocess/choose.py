@@ -14,7 +14,7 @@ from d2i.dialog import Instance, key_order_digests
 Rule = Literal["hash", "reservoir", "first"]
 Ranking = Callable[[Sequence[Instance]], NDArray[np.uint64]]
 LAST_RANK = 2**64 - 1
-_SLACK = 1.25
+_SLACK = 1.05
 """How many more than wanted are kept before the largest ranks are looked for anew."""
 
 

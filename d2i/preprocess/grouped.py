@@ -138,6 +138,10 @@ def _shard_ends(hashes: NDArray[np.uint64], num_samples: int) -> Iterator[int]:
 
 def _image_hashes(instances: Sequence[Instance]) -> NDArray[np.uint64]:
     """Hash where each picture is to be had: spreads them, and their hosts, over all shards."""
-    places = ["\n".join(instance.image_ref.value).encode() for instance in instances]
-    digests = b"".join([hashlib.blake2b(place, digest_size=8).digest() for place in places])
-    return np.frombuffer(digests, ">u8").astype(np.uint64)
+    start = hashlib.blake2b(digest_size=8)
+    digests = []
+    for instance in instances:
+        digest = start.copy()  # Half the time of setting up each anew.
+        digest.update("\n".join(instance.image_ref.value).encode())
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)
