@@ -68,10 +68,11 @@ def read_records(url: str) -> list[Instance]:
 
 def write_table(url: str, table: pa.Table) -> None:
     """Write an Arrow table as Parquet, complete or not at all."""
-    buffer = io.BytesIO()
+    # Arrow's own buffer: several threads that write to a Python file would wait for each other.
+    buffer = pa.BufferOutputStream()
     # Rows are read whole and hardly repeat: dictionaries and statistics would save nothing.
     pq.write_table(table, buffer, compression="lz4", use_dictionary=False, write_statistics=False)
-    storage.write_bytes(url, buffer.getvalue())
+    storage.write_bytes(url, buffer.getvalue().to_pybytes())
 
 
 def instance_values(instance: Instance) -> dict[str, object]:
