@@ -214,7 +214,7 @@ class MetricsConfig(Config):
 
 
 class PreprocessConfig(Config):
-    """How records are planned and pictures fetched."""
+    """How records are planned and what shards keep."""
 
     choose: Literal["hash", "reservoir", "first"] = "hash"
     """Which instances `--limit` keeps: by a seeded hash of their keys, whatever the order of
@@ -222,11 +222,42 @@ class PreprocessConfig(Config):
     num_samples_per_shard: int = Field(default=1000, gt=0)
     keep_images: Literal["auto", "always"] = "auto"
     """`auto`: source bytes are kept for validation and test; `always`: for training too."""
+
+
+class FetchConfig(Config):
+    """What fetching may cost d2i, and the hosts it asks; all defaults are ours."""
+
+    mirror: Annotated[str, Field(pattern=r"^https?://.*\{(path|name|key)\}")] | None = None
+    """Address to ask for pictures that the corpus names as files: `{path}` is `train/1.jpg`,
+    `{name}` is `1.jpg`, `{key}` is `1`."""
+    contact: str | None = None
+    """An address of yours, for the hosts that are asked: a mail address or a page."""
     timeout_s: float = Field(default=30.0, gt=0)
-    """Total deadline of one address."""
+    """Total deadline of one address, redirects and body included."""
+    connect_timeout_s: float = Field(default=10.0, gt=0)
+    """How long a host may take to be found and to take a connection."""
+    min_rate_kib_s: float = Field(default=1.0, ge=0)
+    """Bodies that come more slowly than this many KiB a second are given up (`too_slow`)."""
+    shard_timeout_s: float = Field(default=3600.0, gt=0)
+    """After so long, what is left of a planned shard fails (`shard_timeout`)."""
     max_image_mib: float = Field(default=20.0, gt=0)
-    """Longest body or file that is read, in MiB."""
-    num_fetch_threads: int = Field(default=16, gt=0)
+    """Longest body or file that is read, in MiB, also after decompression."""
+    num_threads: int = Field(default=16, gt=0)
+    """Addresses that one worker asks at once, or files that it reads."""
+    max_host_requests_per_s: float = Field(default=20.0, gt=0)
+    """Requests a second to one host, over all workers of a job."""
+    num_attempts: int = Field(default=3, gt=0)
+    """How often an address is asked whose host is busy (429, 503)."""
+    max_retry_after_s: float = Field(default=60.0, ge=0)
+    """A host that wants longer peace than this is left to a later run."""
+    num_host_failures: int = Field(default=3, gt=0)
+    """Requests in a row that do not reach a host, until it is left alone (`dead_host`)."""
+    dead_host_s: float = Field(default=600.0, ge=0)
+    """How long a host is then left alone."""
+    decode_timeout_s: float = Field(default=20.0, gt=0)
+    """How long the decoder may take for one picture, until it is killed."""
+    max_decode_mib: int = Field(default=2048, ge=256)
+    """The most memory that the decoder may take, in MiB."""
 
 
 class Recipe(Config):
@@ -239,6 +270,7 @@ class Recipe(Config):
     encoders: EncodersConfig
     backbone: BackboneConfig
     preprocess: PreprocessConfig = PreprocessConfig()
+    fetch: FetchConfig = FetchConfig()
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
     metrics: MetricsConfig = MetricsConfig()

@@ -109,7 +109,7 @@ def test_the_page_on_own_chats_runs(tmp_path: Path) -> None:
             if words[0] == "preprocess":
                 # The demo's small encoders stand for the published ones, which are not here.
                 words[words.index("--recipe") + 1] = "demo"
-                words += ["--workers", "0", "--set", "preprocess.timeout_s=2"]
+                words += ["--workers", "0", "--set", "fetch.timeout_s=2"]
             subprocess.run([*COMMAND, *words], cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "data/chats/test/manifest.json").exists()
 

@@ -49,6 +49,10 @@ def preprocess(
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="HOST:PORT", help="A private host to be asked.")
     ] = None,
+    dns_server: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Find hosts through this DNS server."),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Ray workers; 0: this process, without Ray.")
     ] = None,
@@ -71,6 +75,7 @@ def preprocess(
         --exclude leaks.jsonl
     """
     from d2i.fault import parse_fault
+    from d2i.preprocess.fetch.sources import Access
     from d2i.preprocess.job import PreprocessRequest, plan_job
     from d2i.preprocess.job import preprocess as run
 
@@ -83,7 +88,7 @@ def preprocess(
         limit=limit,
         seed=seed,
         exclude=exclude,
-        allow_hosts=frozenset(allow_host or ()),
+        access=Access(frozenset(allow_host or ()), dns_server),
         num_workers=workers,
         ray_address=ray_address,
         fault=parse_fault(fault),

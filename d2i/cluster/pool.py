@@ -6,8 +6,10 @@ worker is started anew and its task given out again; a task that raises ends the
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from d2i.errors import ClusterError, D2IError
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
+ObjectT = TypeVar("ObjectT")
 TaskIn = TypeVar("TaskIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
@@ -57,6 +60,70 @@ class Pool(Generic[TaskT, ResultT]):
     num_workers: int | None = None
     ray_address: str | None = None
     resources: ResourceRequest = ResourceRequest()
+
+
+class Shared(Generic[ObjectT]):
+    """One object that the driver and every worker call, wherever they run.
+
+    It lives as long as the session in which `share` made it; picklable.
+    """
+
+    def __init__(self, target: Any, *, is_remote: bool) -> None:
+        self._target = target
+        self._is_remote = is_remote
+        self._lock = threading.Lock()
+
+    def call(self, method: str, *args: object, **kwargs: object) -> Any:
+        """Call a method of the object, one call at a time, and return what it returns."""
+        if self._is_remote:
+            import ray
+
+            return ray.get(self._target.call.remote(method, *args, **kwargs))
+        with self._lock:
+            return getattr(self._target, method)(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without the lock."""
+        return functools.partial(Shared, self._target, is_remote=self._is_remote), ()
+
+
+def share(value: ObjectT, *, num_workers: int | None) -> Shared[ObjectT]:
+    """Make an object common to all workers of the session that is open.
+
+    Args:
+        value: Picklable; the caller's own copy is not the common one, unless there is no Ray.
+        num_workers: As the pool's: 0 where the tasks run in this process.
+    """
+    if num_workers == 0:
+        return Shared(value, is_remote=False)
+    import ray
+
+    holder = ray.remote(num_cpus=0)(_Holder)
+    return Shared(holder.remote(value), is_remote=True)
+
+
+class _Holder:
+    """Holds a shared object in its Ray process."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def call(self, method: str, *args: object, **kwargs: object) -> Any:
+        return getattr(self._value, method)(*args, **kwargs)
+
+
+@contextmanager
+def session(num_workers: int | None, ray_address: str | None) -> Iterator[None]:
+    """Keep Ray up for several calls of `run_tasks`; without Ray (0 workers) do nothing.
+
+    Raises:
+        ClusterError: If Ray cannot start or be reached.
+    """
+    if num_workers == 0:
+        yield
+        return
+    with _ray_session(ray_address):
+        yield
 
 
 def run_tasks(
@@ -103,7 +170,7 @@ def _run_on_ray(
 ) -> Iterator[tuple[TaskT, ResultT]]:
     import ray
 
-    with _ray_session(pool.ray_address):
+    with session(pool.num_workers, pool.ray_address):
         actors = _start_actors(pool, len(tasks))
         waiting = list(reversed(tasks))
         running: dict[Any, tuple[Any, TaskT]] = {}
@@ -188,6 +255,10 @@ def _ray_session(address: str | None) -> Iterator[None]:
     os.environ.pop("RAY_ADDRESS", None)
     import ray
 
+    if ray.is_initialized():
+        # A session around this one keeps it up.
+        yield
+        return
     try:
         ray.init(
             address=address or "local",

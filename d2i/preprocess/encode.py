@@ -14,9 +14,11 @@ from d2i.config import Recipe
 from d2i.context import context_tokens
 from d2i.dialog import ImageRef, Instance
 from d2i.encoders import Encoders
-from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture
-from d2i.preprocess.fetch import Fetched
-from d2i.preprocess.ledger import LedgerRow
+from d2i.pictures import RefusedPictureError
+from d2i.preprocess.decoder import Decoder
+from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.fetch.reasons import is_passing
+from d2i.preprocess.ledger import LedgerRow, Status
 from d2i.preprocess.records import instance_values
 from d2i.shards import Sample, json_bytes, npy_bytes
 
@@ -45,19 +47,15 @@ class ImageFeatures:
     clip: NDArray[np.float16]
 
 
-def open_picture(fetched: Fetched, recipe: Recipe) -> SourcePicture | Fetched:
+def open_picture(fetched: Fetched, decoder: Decoder) -> SourcePicture | Fetched:
     """Decode and crop fetched bytes, or return the failure with its reason."""
     if fetched.data is None:
         return fetched
     try:
-        picture = decode_picture(fetched.data, recipe.image)
+        found = decoder.decode(fetched.data)
     except RefusedPictureError as err:
-        return Fetched(
-            None, err.reason, str(err), fetched.attempts, fetched.http_status, fetched.final_url
-        )
-    width, height = picture.image.size
-    pixels = np.asarray(crop_to_square(picture.image, recipe.image.resolution))
-    return SourcePicture(fetched.data, picture.suffix, width, height, pixels)
+        return fetched.refused(err.reason, str(err))
+    return SourcePicture(fetched.data, found.suffix, found.width, found.height, found.pixels)
 
 
 def encode_pictures(
@@ -120,18 +118,24 @@ def ledger_row(
     return LedgerRow(
         key=instance.key,
         image=instance.image_ref.value[0] if instance.image_ref.value else "",
-        status="ok" if reason == "ok" else "failed",
+        status=_status(reason),
         reason=reason,
         detail=detail,
         attempts=fetched.attempts,
         http_status=fetched.http_status,
         final_url=fetched.final_url,
-        size_bytes=len(fetched.data) if fetched.data is not None else None,
+        size_bytes=len(picture.data) if picture else None,
         width=picture.width if picture else None,
         height=picture.height if picture else None,
         sha256=picture.sha256 if picture else None,
         time_s=time.time(),
     )
+
+
+def _status(reason: str) -> Status:
+    if reason == "ok":
+        return "ok"
+    return "passing" if is_passing(reason) else "permanent"
 
 
 def _metadata(instance: Instance, picture: SourcePicture) -> bytes:

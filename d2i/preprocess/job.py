@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from d2i import storage
-from d2i.cluster import Pool, run_tasks
+from d2i.cluster import Pool, run_tasks, session, share
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.errors import ConfigError, DataError
 from d2i.fault import Fault
 from d2i.preprocess.exclude import NOTHING, read_exclusion
+from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
 from d2i.preprocess.worker import (
     ShardResult,
@@ -39,7 +40,7 @@ class PreprocessRequest:
     limit: int | None = None
     seed: int = 0
     exclude: str | None = None
-    allow_hosts: frozenset[str] = frozenset()
+    access: Access = NO_ACCESS
     num_workers: int | None = None
     ray_address: str | None = None
     fault: Fault | None = None
@@ -139,14 +140,16 @@ def _work(
     keep_recipe(request.recipe, request.out)
     tasks, num_instances = _missing_tasks(request.out, plans)
     progress = JobProgress(num_instances)
-    pool = Pool(
-        _worker_builder(request, plans),
-        num_workers=request.num_workers,
-        ray_address=request.ray_address,
-    )
-    for _, result in run_tasks(pool, tasks):
-        progress.take(result)
-        on_progress(progress)
+    if tasks:
+        with session(request.num_workers, request.ray_address):
+            pool = Pool(
+                _worker_builder(request, plans),
+                num_workers=request.num_workers,
+                ray_address=request.ray_address,
+            )
+            for _, result in run_tasks(pool, tasks):
+                progress.take(result)
+                on_progress(progress)
     return [_finish(request, split, plan) for split, plan in plans.items()]
 
 
@@ -174,11 +177,17 @@ def _forget_fingerprint(split_url: str) -> None:
 
 
 def _worker_builder(request: PreprocessRequest, plans: dict[str, Plan]) -> ShardWorkerBuilder:
+    fetch = request.recipe.fetch
+    pictures = PictureSource(
+        request.recipe.corpus.image_root or storage.resolve(request.source),
+        fetch,
+        request.access,
+        share(host_book(fetch), num_workers=request.num_workers),
+    )
     return ShardWorkerBuilder(
-        source=storage.resolve(request.source),
+        pictures=pictures,
         recipe=request.recipe,
         split_urls=tuple(storage.resolve(storage.join(request.out, split)) for split in plans),
-        allow_hosts=request.allow_hosts,
         fault=request.fault,
     )
 

@@ -6,12 +6,15 @@ import io
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2i import storage
 from d2i.preprocess.records import write_table
+
+Status = Literal["ok", "permanent", "passing"]
 
 SCHEMA = pa.schema(
     [
@@ -37,14 +40,14 @@ class LedgerRow:
     """What became of one instance.
 
     Args:
-        status: `ok` or `failed`.
+        status: `ok`; `permanent` where asking again is in vain; `passing` where it may help.
         reason: `ok`, or the class of the failure.
         time_s: Unix time of the last attempt.
     """
 
     key: str
     image: str
-    status: str
+    status: Status
     reason: str
     detail: str
     attempts: int
@@ -80,4 +83,4 @@ def read_ledger(split_url: str) -> list[LedgerRow]:
 
 def count_failures(rows: Iterable[LedgerRow]) -> dict[str, int]:
     """Return how many instances failed, by reason, in order of the reasons' names."""
-    return dict(sorted(Counter(row.reason for row in rows if row.status == "failed").items()))
+    return dict(sorted(Counter(row.reason for row in rows if row.status != "ok").items()))

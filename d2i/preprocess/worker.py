@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +15,9 @@ from d2i.context import text_tokens
 from d2i.dialog import ImageRef
 from d2i.encoders import Encoders, load_encoders
 from d2i.encoders.bundle import versions
-from d2i.errors import ShardError
+from d2i.errors import ClusterError, ShardError
 from d2i.fault import Fault
+from d2i.preprocess.decoder import Decoder
 from d2i.preprocess.encode import (
     SourcePicture,
     build_samples,
@@ -25,7 +25,8 @@ from d2i.preprocess.encode import (
     ledger_row,
     open_picture,
 )
-from d2i.preprocess.fetch import Fetched, build_fetcher
+from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.fetch.sources import PictureSource
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
 from d2i.preprocess.plan import records_url
 from d2i.preprocess.records import read_records
@@ -54,10 +55,9 @@ class ShardResult:
 class ShardWorkerBuilder:
     """Builds the worker where it runs; picklable."""
 
-    source: str
+    pictures: PictureSource
     recipe: Recipe
     split_urls: tuple[str, ...]
-    allow_hosts: frozenset[str] = frozenset()
     fault: Fault | None = None
 
     def __call__(self) -> ShardWorker:
@@ -80,12 +80,9 @@ class ShardWorker:
         self._fault = builder.fault
         self._encoders = encoders
         self._fingerprint = fingerprint(builder.recipe, encoders)
-        self._fetcher = build_fetcher(
-            builder.source,
-            builder.recipe.corpus.image_root,
-            builder.recipe.preprocess,
-            builder.allow_hosts,
-        )
+        self._source = builder.pictures
+        fetch = builder.recipe.fetch
+        self._decoder = Decoder(builder.recipe.image, fetch.decode_timeout_s, fetch.max_decode_mib)
 
     def settle(self, split_url: str) -> None:
         """Write the fingerprint and the features of '' beside the shards, or check them."""
@@ -102,14 +99,11 @@ class ShardWorker:
     def run(self, task: ShardTask) -> ShardResult:
         """Fetch, encode and publish one planned shard; its commit record comes last."""
         instances = read_records(records_url(task.split_url, task.index))
-        fetched = self._fetch({instance.image_ref for instance in instances})
-        opened = {ref: open_picture(found, self._recipe) for ref, found in fetched.items()}
-        pictures = {ref: p for ref, p in opened.items() if isinstance(p, SourcePicture)}
+        found = self._fetch(instance.image_ref for instance in instances)
+        pictures = {ref: p for ref, (_, p) in found.items() if isinstance(p, SourcePicture)}
         features = encode_pictures(pictures, self._encoders)
         samples = build_samples(instances, pictures, features, self._encoders, self._recipe)
-        rows = [
-            ledger_row(i, fetched[i.image_ref], opened[i.image_ref], features) for i in instances
-        ]
+        rows = [ledger_row(i, *found[i.image_ref], features) for i in instances]
         return self._publish(task, samples, rows)
 
     def _empty_features(self) -> dict[str, NDArray[np.generic]]:
@@ -119,10 +113,22 @@ class ShardWorker:
             features["empty_text.npy"] = self._encoders.encode_text(tokens[None])[0]
         return features
 
-    def _fetch(self, refs: set[ImageRef]) -> dict[ImageRef, Fetched]:
-        ordered = sorted(refs, key=lambda ref: ref.value)
-        with ThreadPoolExecutor(self._recipe.preprocess.num_fetch_threads) as threads:
-            return dict(zip(ordered, threads.map(self._fetcher.fetch, ordered), strict=True))
+    def _fetch(
+        self, refs: Iterable[ImageRef]
+    ) -> dict[ImageRef, tuple[Fetched, SourcePicture | Fetched]]:
+        """Fetch and open the pictures of a shard.
+
+        Raises:
+            ClusterError: If this machine reaches nothing; no row is written then.
+        """
+        found = self._source.fetch(refs, lambda fetched: open_picture(fetched, self._decoder))
+        if trouble := self._source.trouble():
+            raise ClusterError(
+                f"{trouble}: that looks like this machine's network, not like dead addresses; "
+                "expected some to answer; mend it (DNS, firewall), then repeat the "
+                "command: nothing was written down as dead"
+            )
+        return found
 
     def _publish(
         self, task: ShardTask, samples: Sequence[Sample], rows: list[LedgerRow]

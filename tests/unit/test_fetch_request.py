@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,7 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from d2i.preprocess.guarded_http import Limits, RefusedRequestError, get, is_public
+from d2i.preprocess.fetch.guard import is_public
+from d2i.preprocess.fetch.reasons import RefusedRequestError
+from d2i.preprocess.fetch.request import Limits, get
+from d2i.preprocess.fetch.resolver import Resolver
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,12 @@ class Answers(BaseHTTPRequestHandler):
             self._redirect("//[x/y.jpg")
         elif self.path == "/gzip":
             self._send(200, b"x", ("Content-Encoding", "gzip"))
+        elif self.path == "/packed":
+            self._send_packed(b"x" * 1000)
+        elif self.path == "/bomb":
+            self._send_packed(b"x" * 10_000_000)
+        elif self.path == "/busy":
+            self._send(429, b"", ("Retry-After", "7"), ("Content-Length", "0"))
         elif self.path == "/endless":
             self._send_endless()
         elif self.path == "/drip":
@@ -69,6 +79,11 @@ class Answers(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    def _send_packed(self, body: bytes) -> None:
+        packed = gzip.compress(body)
+        length = ("Content-Length", str(len(packed)))
+        self._send(200, packed, ("Content-Encoding", "gzip"), length)
 
     def _redirect(self, target: str) -> None:
         self.send_response(302)
@@ -108,10 +123,17 @@ def server() -> Iterator[ThreadingHTTPServer]:
         thread.join()
 
 
+RESOLVER = Resolver("127.0.0.1:9")  # Nothing in this file needs a name.
+
+
+def limits(timeout_s: float = 10.0, hosts: frozenset[str] = frozenset()) -> Limits:
+    return Limits(timeout_s, 5.0, 1000.0, 100_000, "d2i test", hosts)
+
+
 def ask(server: ThreadingHTTPServer, path: str, *, allowed: bool = True) -> bytes:
     host = f"127.0.0.1:{server.server_address[1]}"
     hosts = frozenset([host]) if allowed else frozenset()
-    return get(f"http://{host}{path}", Limits(10.0, 100_000, hosts)).body
+    return get(f"http://{host}{path}", limits(hosts=hosts), RESOLVER).body
 
 
 def asked_of(server: ThreadingHTTPServer) -> list[str]:
@@ -122,10 +144,21 @@ def test_an_allowed_host_answers(server: ThreadingHTTPServer) -> None:
     assert ask(server, "/good") == b"x" * 1000
 
 
+def test_a_compressed_body_is_unpacked(server: ThreadingHTTPServer) -> None:
+    assert ask(server, "/packed") == b"x" * 1000
+
+
+def test_a_busy_host_says_for_how_long(server: ThreadingHTTPServer) -> None:
+    with pytest.raises(RefusedRequestError) as caught:
+        ask(server, "/busy")
+    assert caught.value.status == 429
+    assert caught.value.retry_after_s == 7.0
+
+
 def test_dripping_headers_end_at_the_deadline(server: ThreadingHTTPServer) -> None:
     host = f"127.0.0.1:{server.server_address[1]}"
     with pytest.raises(RefusedRequestError) as caught:
-        get(f"http://{host}/drip", Limits(0.5, 100_000, frozenset([host])))
+        get(f"http://{host}/drip", limits(0.5, frozenset([host])), RESOLVER)
     assert caught.value.reason == "timeout"
 
 
@@ -151,6 +184,8 @@ def test_a_private_host_is_never_asked(server: ThreadingHTTPServer) -> None:
         ("/file", "bad_url"),
         ("/bracket", "bad_url"),
         ("/gzip", "encoded_body"),
+        ("/bomb", "too_many_bytes"),
+        ("/busy", "http_429"),
         ("/endless", "too_many_bytes"),
         ("/short", "connect"),
     ],
@@ -163,9 +198,27 @@ def test_bad_answers_have_a_reason(server: ThreadingHTTPServer, path: str, reaso
 
 
 @pytest.mark.parametrize(
+    "host",
+    [
+        "127.1",
+        "2130706433",
+        "0x7f000001",
+        "0177.0.0.1",
+        "[::1]",
+        "[::ffff:7f00:1]",
+        "169.254.169.254",
+    ],
+)
+def test_a_private_address_is_refused_in_every_notation(host: str) -> None:
+    with pytest.raises(RefusedRequestError) as caught:
+        get(f"http://{host}/", limits(), RESOLVER)
+    assert caught.value.reason == "refused_address"
+
+
+@pytest.mark.parametrize(
     "url", ["file:///etc/hostname", "data:,x", "ftp://a/b", "http://", "http://[bad/x.jpg", "x"]
 )
 def test_other_schemes_are_refused(url: str) -> None:
     with pytest.raises(RefusedRequestError) as caught:
-        get(url, Limits(5.0, 100))
+        get(url, limits(), RESOLVER)
     assert caught.value.reason == "bad_url"

@@ -6,163 +6,173 @@ address that was checked (threats.md, section 3, row 1). Each redirect starts an
 
 from __future__ import annotations
 
+import email.message
+import email.utils
 import http.client
-import ipaddress
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from urllib.parse import quote, urljoin
 
-from d2i import __version__
+from d2i.preprocess.fetch.guard import Target, check_addresses, check_url
+from d2i.preprocess.fetch.reasons import RefusedRequestError
+from d2i.preprocess.fetch.resolver import Resolver
 
-_PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NUM_REDIRECTS = 5
 _CHUNK_BYTES = 1 << 16
+_GRACE_S = 5.0
+"""How long a connection may be slower than the minimum rate, in seconds (ours)."""
 # What a path or a query may hold as it is; '%' too, as addresses come percent-encoded already.
 _PLAIN = "/%:@!$&'()*+,;=~-._?"
-_USER_AGENT = f"d2i/{__version__} (dialog-to-image research)"
-
-
-class RefusedRequestError(Exception):
-    """The request failed; `reason` is its class in the ledger."""
-
-    def __init__(self, reason: str, detail: str, status: int | None = None) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.status = status
+_GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 
 
 @dataclass(frozen=True)
 class Response:
-    """A complete body, and where it came from."""
+    """A complete body, as it is after decompression, and where it came from."""
 
     body: bytes
     status: int
     final_url: str
+    headers: email.message.Message
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one address may cost.
+    """What one address may cost, and who asks.
 
     Args:
         timeout_s: Total deadline, redirects and body included.
-        max_bytes: Longest body.
-        allow_hosts: `host:port` that may be asked although private.
+        connect_timeout_s: How long a host may take to resolve, and to take a connection.
+        min_rate_bytes_s: Bodies that come more slowly, after a few seconds, are given up.
+        max_bytes: Longest body, also after decompression.
+        user_agent: Names d2i and whom to write to.
+        allow_hosts: `HOST:PORT` that may be asked although private.
     """
 
     timeout_s: float
+    connect_timeout_s: float
+    min_rate_bytes_s: float
     max_bytes: int
+    user_agent: str
     allow_hosts: frozenset[str] = frozenset()
 
 
-def get(url: str, limits: Limits) -> Response:
+def get(
+    url: str,
+    limits: Limits,
+    resolver: Resolver,
+    on_target: Callable[[Target], None] = lambda _: None,
+) -> Response:
     """Fetch one address, following at most five redirects.
 
+    Args:
+        url: The address.
+        limits: What it may cost.
+        resolver: Finds its host.
+        on_target: Called with each place before it is asked, redirects included; it may wait, and
+            it may raise `RefusedRequestError`.
+
     Raises:
-        RefusedRequestError: With reason `refused_address`, `bad_url`, `dns`, `connect`, `tls`,
-            `timeout`, `http_<status>`, `too_many_bytes`, `encoded_body` or `too_many_redirects`.
+        RefusedRequestError: With reason `refused_address`, `bad_url`, `no_such_host`,
+            `dns_failed`, `connect`, `tls`, `timeout`, `too_slow`, `http_<status>`,
+            `too_many_bytes`, `encoded_body` or `too_many_redirects`.
     """
     deadline = time.monotonic() + limits.timeout_s
     for _ in range(_NUM_REDIRECTS + 1):
+        target = check_url(url, limits.allow_hosts)
+        before = time.monotonic()
+        on_target(target)
+        # Waiting for a turn is our courtesy, not the host's slowness.
+        deadline += time.monotonic() - before
         try:
-            answer = _get_once(url, limits, deadline)
+            answer = _get_once(url, target, limits, resolver, deadline)
         except TimeoutError as err:
-            raise RefusedRequestError("timeout", f"over {limits.timeout_s} s") from err
-        except ssl.SSLError as err:
-            reason = "tls" if time.monotonic() < deadline else "timeout"
-            raise RefusedRequestError(reason, str(err)) from err
-        except (OSError, http.client.HTTPException) as err:
-            # Ended at the deadline, a connection looks as if the other side had closed it.
-            reason = "connect" if time.monotonic() < deadline else "timeout"
-            raise RefusedRequestError(reason, str(err)) from err
-        except ValueError as err:
-            raise RefusedRequestError("bad_url", str(err)) from err
+            detail = f"over {limits.timeout_s} s"
+            raise RefusedRequestError("timeout", detail, final_url=url) from err
+        except (OSError, http.client.HTTPException, ValueError) as err:
+            raise RefusedRequestError(_reason(err, deadline), str(err), final_url=url) from err
+        except RefusedRequestError as err:
+            err.final_url = url
+            raise
         if isinstance(answer, Response):
             return answer
         url = answer
-    raise RefusedRequestError("too_many_redirects", f"over {_NUM_REDIRECTS}")
+    raise RefusedRequestError("too_many_redirects", f"over {_NUM_REDIRECTS}", final_url=url)
 
 
-def _get_once(url: str, limits: Limits, deadline: float) -> Response | str:
+def _reason(err: Exception, deadline: float) -> str:
+    if time.monotonic() >= deadline:
+        # Ended at the deadline, a connection looks as if the other side had closed it.
+        return "timeout"
+    if isinstance(err, ssl.SSLError):
+        return "tls"
+    return "connect" if isinstance(err, OSError | http.client.HTTPException) else "bad_url"
+
+
+def _get_once(
+    url: str, target: Target, limits: Limits, resolver: Resolver, deadline: float
+) -> Response | str:
     """Return the response, or the address it redirects to."""
-    parts = _checked_parts(url)
-    port = parts.port or _PORTS[parts.scheme]
-    host = str(parts.hostname)
-    address = _checked_address(host, port, limits.allow_hosts, parts.scheme)
-    secure = parts.scheme == "https"
+    connect_deadline = min(deadline, time.monotonic() + limits.connect_timeout_s)
+    addresses = resolver.addresses(target.host, _left(connect_deadline))
+    check_addresses(target, addresses, limits.allow_hosts)
     with (
-        closing(_connect(host, port, address, secure=secure, deadline=deadline)) as connection,
+        closing(_connect(target, addresses[0], connect_deadline)) as connection,
         _ended_at(deadline, connection.sock),
     ):
+        connection.sock.settimeout(_left(deadline))
         if isinstance(connection.sock, ssl.SSLSocket):
             connection.sock.do_handshake()
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        target = quote(target, safe=_PLAIN)
-        headers = {"User-Agent": _USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
-        connection.request("GET", target, headers=headers)
+        connection.request("GET", quote(target.path, safe=_PLAIN), headers=_headers(limits))
         with closing(connection.getresponse()) as answer:
-            if answer.status in _REDIRECTS and answer.getheader("Location"):
-                return urljoin(url, str(answer.getheader("Location")))
+            location = answer.getheader("Location")
+            if answer.status in _REDIRECTS and location:
+                return urljoin(url, location)
             if answer.status != 200:
-                raise RefusedRequestError(f"http_{answer.status}", answer.reason, answer.status)
-            if answer.getheader("Content-Encoding", "identity") != "identity":
-                raise RefusedRequestError("encoded_body", "a compressed body was not asked for")
+                raise RefusedRequestError(
+                    f"http_{answer.status}",
+                    answer.reason,
+                    answer.status,
+                    _retry_after_s(answer.getheader("Retry-After")),
+                )
             body = _read_body(connection, answer, limits, deadline)
-            return Response(body, answer.status, url)
+            return Response(body, answer.status, url, answer.headers)
 
 
-def _checked_parts(url: str) -> SplitResult:
-    parts = urlsplit(url)
-    port_is_valid = parts.port is None or parts.port > 0
-    if parts.scheme not in _PORTS or not parts.hostname or not port_is_valid:
-        raise RefusedRequestError("bad_url", "expected an http or https address with a host")
-    return parts
+def _headers(limits: Limits) -> dict[str, str]:
+    return {
+        "User-Agent": limits.user_agent,
+        "Accept": "image/*",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+    }
 
 
-def _checked_address(host: str, port: int, allow_hosts: frozenset[str], scheme: str) -> str:
-    """Resolve once and return the address to connect to, if every one of them may be asked."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as err:
-        raise RefusedRequestError("dns", str(err)) from err
-    addresses = [str(info[4][0]) for info in found]
-    if f"{host}:{port}" in allow_hosts:
-        return addresses[0]
-    if port != _PORTS[scheme]:
-        raise RefusedRequestError("refused_address", f"port {port} is not {_PORTS[scheme]}")
-    for address in addresses:
-        if not is_public(address):
-            raise RefusedRequestError("refused_address", f"{host} is at {address}")
-    return addresses[0]
+def _retry_after_s(value: str | None) -> float | None:
+    """Read seconds or a date."""
+    if value is None:
+        return None
+    with suppress(ValueError):
+        return max(float(int(value)), 0.0)
+    with suppress(ValueError, TypeError):
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    return None
 
 
-def is_public(address: str) -> bool:
-    """Return whether an IP address is on the public internet, seen through IPv4-in-IPv6 forms."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is not None:
-            return is_public(str(inner))
-        if ip in ipaddress.ip_network("64:ff9b::/96"):
-            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-    return ip.is_global and not ip.is_multicast
-
-
-def _connect(
-    host: str, port: int, address: str, *, secure: bool, deadline: float
-) -> http.client.HTTPConnection:
-    raw = socket.create_connection((address, port), timeout=_left(deadline))
-    connection = http.client.HTTPConnection(host, port)
+def _connect(target: Target, address: str, deadline: float) -> http.client.HTTPConnection:
+    raw = socket.create_connection((address, target.port), timeout=_left(deadline))
+    connection = http.client.HTTPConnection(target.host, target.port)
     connection.sock = raw
-    if secure:
+    if target.scheme == "https":
         connection.sock = ssl.create_default_context().wrap_socket(
-            raw, server_hostname=host, do_handshake_on_connect=False
+            raw, server_hostname=target.host, do_handshake_on_connect=False
         )
     return connection
 
@@ -192,7 +202,8 @@ def _read_body(
     deadline: float,
 ) -> bytes:
     # One receive at a time, each with what is left of the deadline: a drip cannot outlast it.
-    chunks, size = [], 0
+    body = _Body(limits, answer.getheader("Content-Encoding", "identity"))
+    started, num_received = time.monotonic(), 0
     while True:
         if connection.sock is not None:
             connection.sock.settimeout(_left(deadline))
@@ -200,14 +211,46 @@ def _read_body(
         _left(deadline)
         if not chunk:
             break
-        size += len(chunk)
-        if size > limits.max_bytes:
-            raise RefusedRequestError("too_many_bytes", f"over {limits.max_bytes} bytes")
-        chunks.append(chunk)
-    body = b"".join(chunks)
+        num_received += len(chunk)
+        elapsed_s = time.monotonic() - started
+        if elapsed_s > _GRACE_S and num_received < limits.min_rate_bytes_s * elapsed_s:
+            raise RefusedRequestError("too_slow", f"{num_received} bytes in {elapsed_s:.0f} s")
+        body.add(chunk)
     if answer.length:
         raise RefusedRequestError("connect", f"the body ended {answer.length} bytes early")
-    return body
+    return body.whole()
+
+
+class _Body:
+    """A body under way, decompressed as it comes, never longer than the limit."""
+
+    def __init__(self, limits: Limits, encoding: str) -> None:
+        name = encoding.strip().lower()
+        if name not in ("identity", "", "gzip", "x-gzip", "deflate"):
+            raise RefusedRequestError("encoded_body", f"got encoding {encoding!r}, asked for none")
+        self._max_bytes = limits.max_bytes
+        self._inflate = None if name in ("identity", "") else zlib.decompressobj(_GZIP_OR_ZLIB)
+        self._chunks: list[bytes] = []
+        self._size = 0
+
+    def add(self, chunk: bytes) -> None:
+        """Append what was received."""
+        if self._inflate is not None:
+            try:
+                # One byte more than there is room for shows that there is more.
+                chunk = self._inflate.decompress(chunk, self._max_bytes - self._size + 1)
+            except zlib.error as err:
+                raise RefusedRequestError("encoded_body", str(err)) from err
+        self._size += len(chunk)
+        if self._size > self._max_bytes:
+            raise RefusedRequestError("too_many_bytes", f"over {self._max_bytes} bytes")
+        self._chunks.append(chunk)
+
+    def whole(self) -> bytes:
+        """Return the body, which must be complete."""
+        if self._inflate is not None and not self._inflate.eof:
+            raise RefusedRequestError("encoded_body", "the compressed body ended early")
+        return b"".join(self._chunks)
 
 
 def _left(deadline: float) -> float:

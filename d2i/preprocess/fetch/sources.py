@@ -1,67 +1,145 @@
-"""Fetch the bytes of a picture: from the corpus's folder, or from its addresses in order."""
+"""The door to pictures: files of a folder, or addresses, behind one call."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
+from urllib.parse import quote
 
-from d2i import storage
-from d2i.config import PreprocessConfig
+from d2i import __version__, storage
+from d2i.cluster import Shared
+from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.pictures import RefusedPictureError, read_picture
-from d2i.preprocess.guarded_http import Limits, RefusedRequestError, get
+from d2i.preprocess.fetch.addresses import AddressFetcher, Courtesy
+from d2i.preprocess.fetch.engine import fetch_all
+from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.fetch.hosts import HostBook, HostLimits
+from d2i.preprocess.fetch.request import Limits
+from d2i.preprocess.fetch.resolver import Resolver
+
+OpenedT = TypeVar("OpenedT")
+_PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """Bytes of a picture, or why there are none."""
+class Access:
+    """What the command line adds to the recipe: whom this machine may ask, and through whom."""
 
-    data: bytes | None
-    reason: str = "ok"
-    detail: str = ""
-    attempts: int = 1
-    http_status: int | None = None
-    final_url: str | None = None
+    allow_hosts: frozenset[str] = frozenset()
+    dns_server: str | None = None
+
+
+NO_ACCESS = Access()
+"""Public hosts alone, by the system's DNS."""
 
 
 @dataclass(frozen=True)
-class Fetcher:
-    """Where pictures come from, and what one may cost.
+class PictureSource:
+    """Where the pictures of a job come from, and what one may cost.
 
     Args:
         image_root: Folder (any fsspec URL) that `file` references are relative to.
-        limits: What one address may cost.
+        config: The limits.
+        access: Hosts that may be asked although private, and the DNS server.
+        hosts: The manners that all workers keep together.
     """
 
     image_root: str
-    limits: Limits
+    config: FetchConfig
+    access: Access
+    hosts: Shared[HostBook]
 
-    def fetch(self, image_ref: ImageRef) -> Fetched:
-        """Return the picture's bytes, or the reason of the failure; never raises for one."""
-        if image_ref.kind == "file":
-            return self._fetch_file(image_ref.value[0])
-        return self._fetch_urls(image_ref.value)
+    def fetch(
+        self, refs: Iterable[ImageRef], open_picture: Callable[[Fetched], OpenedT]
+    ) -> dict[ImageRef, tuple[Fetched, OpenedT]]:
+        """Fetch distinct pictures and open each; a failure is a value, never raised.
 
-    def _fetch_file(self, path: str) -> Fetched:
+        Args:
+            refs: The pictures.
+            open_picture: Makes something of what was fetched; called in this thread.
+
+        Returns:
+            For each what was fetched, without its bytes, and what was made of it.
+        """
+        ordered = sorted(set(refs), key=lambda ref: ref.value)
+        files = [ref for ref in ordered if ref.kind == "file" and self.config.mirror is None]
+        by_address = [ref for ref in ordered if ref not in set(files)]
+        return self._read_files(files, open_picture) | self._ask(by_address, open_picture)
+
+    def trouble(self) -> str | None:
+        """Say what looks like trouble of this machine's own network, if anything does."""
+        found: str | None = self.hosts.call("trouble")
+        return found
+
+    def _read_files(
+        self, refs: list[ImageRef], open_picture: Callable[[Fetched], OpenedT]
+    ) -> dict[ImageRef, tuple[Fetched, OpenedT]]:
+        found = {}
+        with ThreadPoolExecutor(self.config.num_threads) as threads:
+            for start in range(0, len(refs), self.config.num_threads):
+                few = refs[start : start + self.config.num_threads]
+                for ref, fetched in zip(few, threads.map(self._read_file, few), strict=True):
+                    found[ref] = fetched.without_data(), open_picture(fetched)
+        return found
+
+    def _read_file(self, ref: ImageRef) -> Fetched:
+        path = ref.value[0]
         try:
-            return Fetched(read_picture(storage.join(self.image_root, path), self.limits.max_bytes))
+            return Fetched(read_picture(storage.join(self.image_root, path), self._max_bytes()))
         except RefusedPictureError as err:
             return Fetched(None, err.reason, f"{path}: {err}")
 
-    def _fetch_urls(self, urls: tuple[str, ...]) -> Fetched:
-        failure = Fetched(None, "no_address", "the instance names no address")
-        for attempts, url in enumerate(urls, start=1):
-            try:
-                answer = get(url, self.limits)
-            except RefusedRequestError as err:
-                failure = Fetched(None, err.reason, str(err), attempts, err.status, url)
-            else:
-                return Fetched(answer.body, "ok", "", attempts, answer.status, answer.final_url)
-        return failure
+    def _ask(
+        self, refs: list[ImageRef], open_picture: Callable[[Fetched], OpenedT]
+    ) -> dict[ImageRef, tuple[Fetched, OpenedT]]:
+        if not refs:
+            return {}
+        fetcher = self._address_fetcher()
+        return fetch_all(
+            refs,
+            lambda ref, deadline: fetcher.fetch(self._addresses(ref), deadline),
+            open_picture,
+            num_threads=self.config.num_threads,
+            timeout_s=self.config.shard_timeout_s,
+        )
+
+    def _addresses(self, ref: ImageRef) -> tuple[str, ...]:
+        """Return where a picture may be had: of a file, its place in the mirror."""
+        if ref.kind == "urls":
+            return ref.value
+        path = ref.value[0]
+        names = {"path": path, "name": path.rpartition("/")[2]}
+        names["key"] = names["name"].rpartition(".")[0] or names["name"]
+        return (_PLACEHOLDER.sub(lambda found: quote(names[found[1]]), str(self.config.mirror)),)
+
+    def _address_fetcher(self) -> AddressFetcher:
+        config = self.config
+        limits = Limits(
+            timeout_s=config.timeout_s,
+            connect_timeout_s=config.connect_timeout_s,
+            min_rate_bytes_s=config.min_rate_kib_s * 2**10,
+            max_bytes=self._max_bytes(),
+            user_agent=user_agent(config.contact),
+            allow_hosts=self.access.allow_hosts,
+        )
+        courtesy = Courtesy(config.num_attempts, config.max_retry_after_s)
+        return AddressFetcher(limits, courtesy, Resolver(self.access.dns_server), self.hosts)
+
+    def _max_bytes(self) -> int:
+        return int(self.config.max_image_mib * 2**20)
 
 
-def build_fetcher(
-    source: str, image_root: str | None, config: PreprocessConfig, allow_hosts: frozenset[str]
-) -> Fetcher:
-    """Return the fetcher of one job."""
-    limits = Limits(config.timeout_s, int(config.max_image_mib * 2**20), allow_hosts)
-    return Fetcher(image_root or source, limits)
+def host_book(config: FetchConfig) -> HostBook:
+    """Return the manners of a new job."""
+    return HostBook(
+        HostLimits(config.max_host_requests_per_s, config.num_host_failures, config.dead_host_s)
+    )
+
+
+def user_agent(contact: str | None) -> str:
+    """Return by what name hosts know d2i, and to whom they may complain."""
+    return f"d2i/{__version__} (dialog-to-image research; {contact or 'no contact given'})"

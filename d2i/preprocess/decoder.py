@@ -1,0 +1,206 @@
+"""Decode strangers' pictures: what could cost much, in a process that may be killed.
+
+Plain JPEGs, whose cost is bounded by the size in their header, are decoded here. All else goes to
+a child process with a bounded memory and a deadline (threats.md, section 3, row 4).
+
+    python -m d2i.preprocess.decoder '{"image": {...}, "max_decode_mib": 2048}'
+
+is that child: it answers frames on standard input with frames on standard output, until it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from io import BytesIO
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from d2i.config import ImageConfig
+from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture
+from d2i.processes import end_with_parent
+
+_LENGTH = struct.Struct("<Q")
+_JPEG = b"\xff\xd8\xff"
+_MAX_PLAIN_PIXELS = 25_000_000
+"""JPEGs of at most so many pixels take 75 MB and a quarter of a second (ours)."""
+
+
+@dataclass(frozen=True)
+class DecodedPicture:
+    """A picture's centre square, uint8 (R, R, 3), and what the whole was."""
+
+    pixels: NDArray[np.uint8]
+    suffix: str
+    width: int
+    height: int
+
+
+class Decoder:
+    """Decodes and crops, with a child process for what is risky. Used by one thread.
+
+    Args:
+        image: The decode policy and the resolution.
+        timeout_s: How long the child may take for one picture.
+        max_decode_mib: The most memory the child may take.
+    """
+
+    def __init__(self, image: ImageConfig, timeout_s: float, max_decode_mib: int) -> None:
+        self._image = image
+        self._timeout_s = timeout_s
+        self._max_decode_mib = max_decode_mib
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def decode(self, data: bytes) -> DecodedPicture:
+        """Return the square of a picture.
+
+        Raises:
+            RefusedPictureError: As `d2i.pictures.decode_picture` does; `decode_timeout` or
+                `decode_memory` where a picture cost too much.
+        """
+        if _is_plain(data):
+            return _decode(data, self._image)
+        try:
+            header, pixels = self._ask_child(data)
+        except TimeoutError as err:
+            self.close()
+            raise RefusedPictureError("decode_timeout", f"over {self._timeout_s:g} s") from err
+        except (EOFError, BrokenPipeError) as err:
+            self.close()
+            raise RefusedPictureError("decode_error", "the decoder died of it") from err
+        if "reason" in header:
+            raise RefusedPictureError(header["reason"], header["detail"])
+        side = self._image.resolution
+        square = np.frombuffer(pixels, np.uint8).reshape(side, side, 3)
+        return DecodedPicture(square, header["suffix"], header["width"], header["height"])
+
+    def close(self) -> None:
+        """End the child, which is started anew when it is needed."""
+        if self._child is None:
+            return
+        self._child.kill()
+        self._child.communicate()
+        self._child = None
+
+    def _ask_child(self, data: bytes) -> tuple[dict[str, Any], bytes]:
+        child = self._child or self._start()
+        _write_frame(_pipe(child.stdin), data)
+        answer = _Timed(_pipe(child.stdout), time.monotonic() + self._timeout_s)
+        header = json.loads(answer.frame())
+        return header, b"" if "reason" in header else answer.frame()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        settings = {"image": self._image.model_dump(), "max_decode_mib": self._max_decode_mib}
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "d2i.preprocess.decoder", json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            preexec_fn=end_with_parent,
+            # Threads of numpy's would take address space, which is bounded.
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+        # Its imports are not the first picture's fault.
+        _Timed(_pipe(self._child.stdout), time.monotonic() + _START_S).frame()
+        return self._child
+
+
+_START_S = 120.0
+
+
+class _Timed:
+    """Reads frames from a pipe until a deadline."""
+
+    def __init__(self, pipe: IO[bytes], deadline: float) -> None:
+        self._descriptor = pipe.fileno()
+        self._deadline = deadline
+
+    def frame(self) -> bytes:
+        """Read one frame.
+
+        Raises:
+            TimeoutError: At the deadline.
+            EOFError: If the other side has ended.
+        """
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        return self._read(length)
+
+    def _read(self, length: int) -> bytes:
+        chunks = bytearray()
+        while len(chunks) < length:
+            left_s = self._deadline - time.monotonic()
+            if left_s <= 0 or not select.select([self._descriptor], [], [], left_s)[0]:
+                raise TimeoutError
+            chunk = os.read(self._descriptor, length - len(chunks))
+            if not chunk:
+                raise EOFError
+            chunks += chunk
+        return bytes(chunks)
+
+
+def _is_plain(data: bytes) -> bool:
+    """Say whether a picture is a baseline JPEG of bounded cost, by its markers alone."""
+    if not data.startswith(_JPEG):
+        return False
+    try:
+        image = Image.open(BytesIO(data), formats=["JPEG"])
+    except Exception:  # Whatever a damaged byte leads to; the child says what it is.
+        return False
+    return "progressive" not in image.info and image.width * image.height <= _MAX_PLAIN_PIXELS
+
+
+def _decode(data: bytes, image: ImageConfig) -> DecodedPicture:
+    picture = decode_picture(data, image)
+    pixels = np.asarray(crop_to_square(picture.image, image.resolution))
+    width, height = picture.image.size
+    return DecodedPicture(pixels, picture.suffix, width, height)
+
+
+def _answer(data: bytes, image: ImageConfig) -> list[bytes]:
+    """Return the child's answer to one picture, as frames."""
+    try:
+        found = _decode(data, image)
+    except RefusedPictureError as err:
+        return [json.dumps({"reason": err.reason, "detail": str(err)}).encode()]
+    except MemoryError:
+        return [json.dumps({"reason": "decode_memory", "detail": "takes too much"}).encode()]
+    header = {"suffix": found.suffix, "width": found.width, "height": found.height}
+    return [json.dumps(header).encode(), found.pixels.tobytes()]
+
+
+def _write_frame(pipe: IO[bytes], data: bytes) -> None:
+    pipe.write(_LENGTH.pack(len(data)))
+    pipe.write(data)
+    pipe.flush()
+
+
+def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+    assert pipe is not None
+    return pipe
+
+
+def main() -> None:
+    """Answer frames until standard input ends."""
+    settings = json.loads(sys.argv[1])
+    image = ImageConfig.model_validate(settings["image"])
+    max_bytes = settings["max_decode_mib"] << 20
+    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    _write_frame(answers, b"ready")
+    while head := requests.read(_LENGTH.size):
+        data = requests.read(*_LENGTH.unpack(head))
+        for frame in _answer(data, image):
+            _write_frame(answers, frame)
+
+
+if __name__ == "__main__":
+    main()

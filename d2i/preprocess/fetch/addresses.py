@@ -1,0 +1,158 @@
+"""The addresses of one picture, tried in order, with manners: turns, Retry-After, robots."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from d2i.cluster import Shared
+from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.fetch.guard import Target
+from d2i.preprocess.fetch.hosts import HostBook
+from d2i.preprocess.fetch.reasons import UNREACHED, RefusedRequestError, is_passing
+from d2i.preprocess.fetch.request import Limits, Response, get
+from d2i.preprocess.fetch.resolver import Resolver
+
+ROBOTS_TOKEN = "d2i"  # The name by which a host may address d2i alone.
+ROBOTS_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
+_BUSY = (429, 503)
+_UNSAID_PEACE_S = 1.0
+_PLACEHOLDER_NAMES = ("photo_unavailable", "photo_not_available", "image_not_available")
+"""File names of the pictures that hosts send for what is gone, Flickr's first."""
+
+
+@dataclass(frozen=True)
+class Courtesy:
+    """How patient d2i is with a host that is busy.
+
+    Args:
+        num_attempts: How often one address is asked at most.
+        max_retry_after_s: A host that wants longer peace is left to a later run.
+    """
+
+    num_attempts: int
+    max_retry_after_s: float
+
+
+@dataclass(frozen=True)
+class AddressFetcher:
+    """Asks for pictures by their addresses. Safe to call from several threads."""
+
+    limits: Limits
+    courtesy: Courtesy
+    resolver: Resolver
+    hosts: Shared[HostBook]
+
+    def fetch(self, addresses: Sequence[str], deadline: float) -> Fetched:
+        """Return the first picture that an address gives, or the failure of the last one.
+
+        Args:
+            addresses: Where it may be had, best first.
+            deadline: On the monotonic clock, when no request may begin any more.
+        """
+        failure = Fetched(None, "no_address", "the instance names no address", attempts=0)
+        attempts = 0
+        for address in addresses:
+            visit = _Visit(self, address, deadline)
+            found = visit.fetch(attempts)
+            if found.data is not None:
+                return found
+            attempts = found.attempts
+            # What may still come is worth more to a later run than what is gone for good.
+            if not (is_passing(failure.reason) and not is_passing(found.reason)):
+                failure = found
+            failure = failure.after(attempts)
+        return failure
+
+
+@dataclass
+class _Visit:
+    """All requests for one address."""
+
+    fetcher: AddressFetcher
+    address: str
+    deadline: float
+    asked: list[Target] = field(default_factory=list)
+
+    def fetch(self, attempts: int) -> Fetched:
+        """Ask, and ask again while the host is only busy; `attempts` were made before."""
+        for attempt in itertools.count(1):
+            try:
+                answer = self._ask()
+                _check_answer(answer)
+            except RefusedRequestError as err:
+                attempts += bool(self.asked)
+                if attempt < self.fetcher.courtesy.num_attempts and self._is_worth_waiting(err):
+                    continue
+                final_url = err.final_url or self.address
+                return Fetched(None, err.reason, str(err), attempts, err.status, final_url)
+            break
+        return Fetched(answer.body, "ok", "", attempts + 1, answer.status, answer.final_url)
+
+    def _is_worth_waiting(self, error: RefusedRequestError) -> bool:
+        wait_s = _retry_after_s(error)
+        return (
+            error.status in _BUSY
+            and wait_s <= self.fetcher.courtesy.max_retry_after_s
+            and time.monotonic() + wait_s < self.deadline
+        )
+
+    def _ask(self) -> Response:
+        self.asked = []
+        try:
+            answer = get(
+                self.address, self.fetcher.limits, self.fetcher.resolver, self._wait_for_turn
+            )
+        except RefusedRequestError as err:
+            self._report(err)
+            raise
+        self._report(None)
+        return answer
+
+    def _wait_for_turn(self, target: Target) -> None:
+        """Wait until the host may be asked."""
+        if self.asked:
+            # It sent us on: it was reached.
+            self.fetcher.hosts.call("report", self.asked[-1].netloc, reached=True)
+        wait_s = self.fetcher.hosts.call("reserve", target.netloc)
+        if wait_s is None:
+            raise RefusedRequestError("dead_host", f"{target.netloc} did not answer before")
+        if time.monotonic() + wait_s > self.deadline:
+            raise RefusedRequestError("shard_timeout", f"{target.netloc} has too long a queue")
+        time.sleep(wait_s)
+        self.asked.append(target)
+
+    def _report(self, error: RefusedRequestError | None) -> None:
+        if not self.asked or (error is not None and error.reason == "refused_address"):
+            return
+        wait_s = 0.0 if error is None else _retry_after_s(error)
+        self.fetcher.hosts.call(
+            "report",
+            self.asked[-1].netloc,
+            reached=error is None or error.reason not in UNREACHED,
+            retry_after_s=min(wait_s, self.fetcher.courtesy.max_retry_after_s),
+        )
+
+
+def _retry_after_s(error: RefusedRequestError) -> float:
+    """Return how long a host wants peace, in seconds; a busy one that does not say, a moment."""
+    if error.retry_after_s is not None:
+        return error.retry_after_s
+    return _UNSAID_PEACE_S if error.status in _BUSY else 0.0
+
+
+def _check_answer(answer: Response) -> None:
+    """Refuse a picture that its host keeps from us, or that stands for one that is gone."""
+    from img2dataset.downloader import is_disallowed
+
+    if is_disallowed(answer.headers, ROBOTS_TOKEN, ROBOTS_DIRECTIVES):
+        raise RefusedRequestError(
+            "robots", "X-Robots-Tag forbids it", answer.status, final_url=answer.final_url
+        )
+    name = answer.final_url.rpartition("/")[2].lower()
+    if any(mark in name for mark in _PLACEHOLDER_NAMES):
+        raise RefusedRequestError(
+            "placeholder", "its host says it is gone", answer.status, final_url=answer.final_url
+        )

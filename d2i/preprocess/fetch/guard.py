@@ -1,0 +1,79 @@
+"""Which address may be asked (threats.md, section 3, row 1). Asks nothing itself."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urlsplit
+
+from d2i.preprocess.fetch.reasons import RefusedRequestError
+
+PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where one request goes: a checked scheme, host and port, and path with query."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @property
+    def netloc(self) -> str:
+        """`HOST:PORT`, as `--allow-host` names it and manners are kept by."""
+        return f"{self.host}:{self.port}"
+
+
+def check_url(url: str, allow_hosts: frozenset[str]) -> Target:
+    """Take an address apart.
+
+    Raises:
+        RefusedRequestError: `bad_url` if it is not an http or https address with a host;
+            `refused_address` if its port is not that of its scheme and not allowed.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as err:
+        raise RefusedRequestError("bad_url", str(err)) from err
+    host = (parts.hostname or "").rstrip(".")
+    if parts.scheme not in PORTS or not host or not host.isprintable() or port == 0:
+        raise RefusedRequestError("bad_url", "expected an http or https address with a host")
+    target = Target(parts.scheme, host, port or PORTS[parts.scheme], _path(parts))
+    if target.port != PORTS[parts.scheme] and target.netloc not in allow_hosts:
+        raise RefusedRequestError(
+            "refused_address", f"port {target.port} is not {PORTS[parts.scheme]}"
+        )
+    return target
+
+
+def check_addresses(target: Target, addresses: Iterable[str], allow_hosts: frozenset[str]) -> None:
+    """Refuse a host of which any address is not on the public internet.
+
+    Raises:
+        RefusedRequestError: `refused_address`.
+    """
+    if target.netloc in allow_hosts:
+        return
+    for address in addresses:
+        if not is_public(address):
+            raise RefusedRequestError("refused_address", f"{target.host} is at {address}")
+
+
+def is_public(address: str) -> bool:
+    """Return whether an IP address is on the public internet, seen through IPv4-in-IPv6 forms."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip in ipaddress.ip_network("64:ff9b::/96"):
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+    return ip.is_global and not ip.is_multicast
+
+
+def _path(parts: SplitResult) -> str:
+    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")

@@ -1,0 +1,52 @@
+"""Why a picture could not be had: the reason classes of the ledger, permanent and passing."""
+
+from __future__ import annotations
+
+_PASSING_STATUS = {408, 425, 429}
+_PASSING = frozenset(
+    {
+        "connect",
+        "dead_host",
+        "dns_failed",
+        "read_error",
+        "shard_timeout",
+        "timeout",
+        "too_slow",
+    }
+)
+UNREACHED = frozenset({"connect", "dns_failed", "no_such_host", "timeout"})
+"""What a host that cannot be reached looks like, and a machine that reaches nothing."""
+
+
+class RefusedRequestError(Exception):
+    """A request failed.
+
+    Args:
+        reason: Its class in the ledger.
+        detail: What happened, for a person.
+        status: The HTTP status, where there was one.
+        retry_after_s: How long the host asks to be left alone, in seconds.
+        final_url: The last address asked, after redirects.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        detail: str,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        final_url: str | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.status = status
+        self.retry_after_s = retry_after_s
+        self.final_url = final_url
+
+
+def is_passing(reason: str) -> bool:
+    """Say whether asking again later may help: not for what is gone, refused or broken."""
+    kind, _, status = reason.partition("http_")
+    if not kind and status.isdigit():
+        return int(status) in _PASSING_STATUS or int(status) >= 500
+    return reason in _PASSING

@@ -1,0 +1,121 @@
+"""Names to addresses, with a deadline and a memory; the system's resolver has neither."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+import time
+
+import dns.exception
+import dns.name
+import dns.resolver
+
+from d2i.errors import ConfigError
+from d2i.preprocess.fetch.reasons import RefusedRequestError
+
+_NUM_REMEMBERED = 100_000
+_REMEMBERED_FAILURE_S = 60.0
+"""How long a name that could not be resolved is not asked for again, in seconds (ours)."""
+_DNS_PORT = 53
+
+
+class Resolver:
+    """Resolves host names by DNS; answers are kept as long as they say, failures for a minute.
+
+    Safe to call from several threads.
+
+    Args:
+        server: `HOST:PORT` or `HOST` of a DNS server, an IP address; None takes the system's.
+
+    Raises:
+        ConfigError: If the server is not an address, or the system names none.
+    """
+
+    def __init__(self, server: str | None = None) -> None:
+        self._resolver = _build(server)
+        self._resolver.cache = dns.resolver.LRUCache(_NUM_REMEMBERED)
+        self._failures: dict[str, tuple[float, RefusedRequestError]] = {}
+        self._lock = threading.Lock()
+
+    def addresses(self, host: str, timeout_s: float) -> list[str]:
+        """Return the IP addresses of a host, IPv4 where it has any.
+
+        Args:
+            host: A name, or an IP address in any notation that a browser takes for one.
+            timeout_s: How long the answer may take.
+
+        Raises:
+            RefusedRequestError: `no_such_host`, or `dns_failed` where no answer came.
+        """
+        if (literal := _literal_address(host)) is not None:
+            return [literal]
+        self._refuse_remembered(host)
+        try:
+            return self._ask(host, timeout_s)
+        except RefusedRequestError as err:
+            self._remember(host, err)
+            raise
+
+    def _ask(self, host: str, timeout_s: float) -> list[str]:
+        deadline = time.monotonic() + timeout_s
+        try:
+            name = dns.name.from_text(host)
+            for kind in ("A", "AAAA"):
+                left_s = max(deadline - time.monotonic(), 0.01)
+                answer = self._resolver.resolve(
+                    name, kind, raise_on_no_answer=False, lifetime=left_s, search=False
+                )
+                if answer.rrset:
+                    return [str(record) for record in answer.rrset]
+        except dns.resolver.NXDOMAIN as err:
+            raise RefusedRequestError("no_such_host", f"{host}: {err}") from err
+        except (dns.exception.DNSException, OSError, UnicodeError) as err:
+            raise RefusedRequestError("dns_failed", f"{host}: {err}") from err
+        raise RefusedRequestError("no_such_host", f"{host} has no address")
+
+    def _refuse_remembered(self, host: str) -> None:
+        with self._lock:
+            until, error = self._failures.get(host, (0.0, None))
+        if error is not None and time.monotonic() < until:
+            raise RefusedRequestError(error.reason, str(error))
+
+    def _remember(self, host: str, error: RefusedRequestError) -> None:
+        with self._lock:
+            if len(self._failures) >= _NUM_REMEMBERED:
+                self._failures.clear()
+            self._failures[host] = (time.monotonic() + _REMEMBERED_FAILURE_S, error)
+
+
+def _build(server: str | None) -> dns.resolver.Resolver:
+    if server is None:
+        try:
+            return dns.resolver.Resolver()
+        except dns.exception.DNSException as err:
+            raise ConfigError(
+                f"this machine names no DNS server ({err}); expected one; give --dns-server"
+            ) from err
+    host, _, port = server.rpartition(":") if server.count(":") == 1 else (server, "", "")
+    resolver = dns.resolver.Resolver(configure=False)
+    try:
+        resolver.nameservers = [str(ipaddress.ip_address(host))]
+        resolver.port = int(port) if port else _DNS_PORT
+    except ValueError as err:
+        raise ConfigError(
+            f"--dns-server {server}: expected an IP address, or HOST:PORT with one"
+        ) from err
+    return resolver
+
+
+def _literal_address(host: str) -> str | None:
+    """Return the address that a host written as one stands for: 127.1, 0x7f000001, and so on."""
+    try:
+        return str(ipaddress.ip_address(host.partition("%")[0]))
+    except ValueError:
+        pass
+    if not host[:1].isdigit():
+        return None
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        return None

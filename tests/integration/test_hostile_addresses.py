@@ -1,0 +1,286 @@
+"""`d2i preprocess` against a web that means harm: every address ends as a row with its class."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import signal
+import socket
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2i.preprocess.ledger import read_ledger
+from tests.integration.commands import preprocess
+from tests.processes import run_process
+from tests.servers import Answer, Handler, Names, WebServer, name_server, running
+from tests.shared import needs_shared
+
+pytestmark = needs_shared
+
+
+def picture(form: str = "JPEG", size: tuple[int, int] = (80, 64), **options: Any) -> bytes:
+    pixels = np.random.default_rng(1).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    return saved(Image.fromarray(pixels), form, **options)
+
+
+def saved(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def png_bomb(side: int) -> bytes:
+    """A one-bit PNG of a few kilobytes that decodes to `side` squared pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    packed = zlib.compress(bytes((1 + side // 8) * side), 9)
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def sends(body: bytes, status: int = 200, **headers: str) -> Answer:
+    return lambda handler: handler.send(status, body, **headers)
+
+
+def redirects(target: str) -> Answer:
+    return lambda handler: handler.send(302, Location=target)
+
+
+def drips(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    while not handler.server.stopped.wait(0.2):
+        handler.wfile.write(b"\xff")
+        handler.wfile.flush()
+
+
+def drips_headers(handler: Handler) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    while not handler.server.stopped.wait(0.2):
+        handler.wfile.write(b"X: y\r\n")
+        handler.wfile.flush()
+
+
+def is_endless(handler: Handler) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    while not handler.server.stopped.is_set():
+        handler.wfile.write(bytes(1 << 16))
+
+
+def is_busy_once(handler: Handler) -> None:
+    if handler.server.asked["/busy-once"] == 1:
+        handler.send(429, Retry_After="1")
+    else:
+        handler.send(200, picture())
+
+
+def exif_turned() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return picture(exif=exif)
+
+
+GOOD = picture()
+CASES: dict[str, tuple[Answer, str]] = {
+    "good": (sends(GOOD), "ok"),
+    "packed": (sends(gzip.compress(GOOD), Content_Encoding="gzip"), "ok"),
+    "gif": (sends(picture("GIF")), "ok"),
+    "webp": (sends(picture("WEBP")), "ok"),
+    "progressive": (sends(picture(progressive=True)), "ok"),
+    "exif": (sends(exif_turned()), "ok"),
+    "cmyk": (sends(saved(Image.new("CMYK", (64, 64)), "JPEG")), "ok"),
+    "sixteen-bit": (sends(saved(Image.fromarray(np.full((64, 64), 999, np.uint16)), "PNG")), "ok"),
+    "animated": (
+        sends(picture("GIF", save_all=True, append_images=[Image.new("RGB", (80, 64))])),
+        "ok",
+    ),
+    "busy-once": (is_busy_once, "ok"),
+    "redirected": (redirects("/good"), "ok"),
+    "busy": (sends(b"", 429, Retry_After="3000"), "http_429"),
+    "gone": (sends(b"", 410), "http_410"),
+    "broken-server": (sends(b"", 500), "http_500"),
+    "forbidden-by-robots": (sends(GOOD, X_Robots_Tag="noai"), "robots"),
+    "forbidden-to-us": (sends(GOOD, X_Robots_Tag="d2i: noimageai"), "robots"),
+    "forbidden-to-others": (sends(GOOD, X_Robots_Tag="otherbot: noai"), "ok"),
+    "placeholder": (redirects("/photo_unavailable_l.png"), "placeholder"),
+    "loop": (redirects("/loop"), "too_many_redirects"),
+    "to-a-file": (redirects("file:///etc/hostname"), "bad_url"),
+    "to-data": (redirects("data:image/png;base64,AAAA"), "bad_url"),
+    "to-an-unknown-host": (redirects("http://nowhere.test/x.jpg"), "no_such_host"),
+    "drip": (drips, "timeout"),
+    "drip-headers": (drips_headers, "timeout"),
+    "endless": (is_endless, "too_many_bytes"),
+    "gzip-bomb": (sends(gzip.compress(bytes(50 << 20)), Content_Encoding="gzip"), "too_many_bytes"),
+    "odd-encoding": (sends(GOOD, Content_Encoding="br"), "encoded_body"),
+    "png-bomb": (sends(png_bomb(16384)), "too_large"),
+    "tall": (sends(saved(Image.new("RGB", (1, 5000)), "PNG")), "too_small"),
+    "odd": (sends(saved(Image.new("RGB", (20, 5000)), "PNG")), "odd_aspect"),
+    "html": (sends(b"<html>a page</html>"), "not_an_image"),
+    "svg": (sends(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not_an_image"),
+    "bmp": (sends(picture("BMP")), "not_an_image"),
+    "empty": (sends(b""), "not_an_image"),
+    "truncated": (sends(GOOD[: len(GOOD) // 2]), "decode_error"),
+}
+
+
+def write_chats(folder: Path, urls: dict[str, list[str]]) -> Path:
+    """One dialog and one picture a case, named by it."""
+    folder.mkdir()
+    lines = [
+        json.dumps({"id": name, "turns": [{"text": f"show me {name}", "images": [url]}]})
+        for name, (url, *_) in urls.items()
+    ]
+    (folder / "test.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def reasons(out: Path) -> dict[str, str]:
+    """The ledger, by dialog: each key must be there once."""
+    rows = read_ledger(str(out / "test"))
+    assert len({row.key for row in rows}) == len(rows)
+    return {row.key.removeprefix("test-").removesuffix("-0-0"): row.reason for row in rows}
+
+
+@pytest.fixture
+def servers() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+LIMITS = [
+    part
+    for setting in (
+        "fetch.timeout_s=4",
+        "fetch.max_image_mib=2",
+        "fetch.max_host_requests_per_s=1000",
+        "fetch.contact=us@example.org",
+    )
+    for part in ("--set", setting)
+]
+
+
+def test_every_case_ends_as_its_row(
+    tmp_path: Path, settings: list[str], servers: ExitStack
+) -> None:
+    answers = {f"/{name}": answer for name, (answer, _) in CASES.items()}
+    answers["/photo_unavailable_l.png"] = sends(picture("PNG"))
+    web = servers.enter_context(running(WebServer("127.0.0.1", answers)))
+    canary = servers.enter_context(running(WebServer("127.0.0.1", {})))
+    names = Names({"web.test": ["127.0.0.1"], "inside.test": ["10.0.0.1"], "twice.test": ["::1"]})
+    dns = servers.enter_context(running(name_server(names)))
+    web.answers["/to-the-canary"] = redirects(f"http://127.0.0.1:{canary.port}/secret")
+    web.answers["/to-inside"] = redirects("http://inside.test/secret")
+
+    host = f"web.test:{web.port}"
+    urls = {name: [f"http://{host}/{name}"] for name in (*CASES, "missing")}
+    expected = {name: reason for name, (_, reason) in CASES.items()} | {"missing": "http_404"}
+    forbidden = {
+        "to-the-canary": f"http://{host}/to-the-canary",
+        "to-inside": f"http://{host}/to-inside",
+        "loopback": f"http://127.0.0.1:{canary.port}/secret",
+        "metadata": "http://169.254.169.254/latest/meta-data/",
+        "decimal": "http://2130706433/secret",
+        "hex": "http://0x7f000001/secret",
+        "six": "http://[::ffff:127.0.0.1]/secret",
+        "by-name": "http://inside.test/secret",
+        "other-port": f"http://web.test:{canary.port}/secret",
+    }
+    urls |= {name: [url] for name, url in forbidden.items()}
+    expected |= dict.fromkeys(forbidden, "refused_address")
+
+    source = write_chats(tmp_path / "chats", urls)
+    out = tmp_path / "data"
+    dns_server = f"127.0.0.1:{dns.server_address[1]}"
+    network = ("--allow-host", host, "--dns-server", dns_server)
+    found = preprocess("jsonl", source, out, *network, *LIMITS, *settings)
+
+    assert reasons(out) == expected
+    assert found["test"]["num_written"] == list(expected.values()).count("ok")
+    assert not canary.asked
+    assert names.asked["inside.test"] <= 2
+    assert all("us@example.org" in agent for agent in web.user_agents)
+    rows = {row.key: row for row in read_ledger(str(out / "test"))}
+    assert rows["test-busy-once-0-0"].attempts == 2
+    assert rows["test-busy-0-0"].status == "passing"
+    assert rows["test-busy-0-0"].attempts == 1
+    assert rows["test-gone-0-0"].status == "permanent"
+    assert rows["test-redirected-0-0"].final_url == f"http://{host}/good"
+
+
+def test_a_host_that_never_answers_costs_three_deadlines(
+    tmp_path: Path, settings: list[str], servers: ExitStack
+) -> None:
+    """A listener whose backlog takes connections and says nothing."""
+    web = servers.enter_context(running(WebServer("127.0.0.1", {"/good": sends(GOOD)})))
+    silent = servers.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64))
+    hosts = [f"127.0.0.1:{web.port}", f"127.0.0.1:{silent.getsockname()[1]}"]
+    urls = {"good": [f"http://{hosts[0]}/good"]}
+    urls |= {f"silent{n}": [f"http://{hosts[1]}/{n}"] for n in range(12)}
+    source, out = write_chats(tmp_path / "chats", urls), tmp_path / "data"
+    network = [part for host in hosts for part in ("--allow-host", host)]
+    one = ["--set", "fetch.num_threads=1", "--set", "fetch.timeout_s=0.5"]
+    preprocess("jsonl", source, out, *network, *settings, *one)
+    found = list(reasons(out).values())
+    assert found.count("ok") == 1
+    assert found.count("timeout") == 3
+    assert found.count("dead_host") == 9
+
+
+def test_trouble_of_our_own_is_not_written_down_as_dead_addresses(
+    tmp_path: Path, settings: list[str]
+) -> None:
+    closed = []
+    for _ in range(10):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            closed.append(f"127.0.0.1:{listener.getsockname()[1]}")
+    source = write_chats(
+        tmp_path / "chats", {f"c{n}": [f"http://{host}/x.jpg"] for n, host in enumerate(closed)}
+    )
+    out = tmp_path / "data"
+    done = run_process(
+        *("preprocess", "--corpus", "jsonl", "--source", source, "--out", out),
+        *("--recipe", "demo", "--workers", "0", *settings),
+        *(part for host in closed for part in ("--allow-host", host)),
+    )
+    assert done.returncode == 2
+    assert "different hosts could not be reached" in done.stderr
+    assert not list(out.rglob("ledger/*.parquet"))
+
+
+def test_workers_on_ray_keep_manners_together(
+    tmp_path: Path, settings: list[str], servers: ExitStack
+) -> None:
+    """Two workers and one host: killed and repeated, each picture is there once."""
+    answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(12)}
+    web = servers.enter_context(running(WebServer("127.0.0.1", answers)))
+    host = f"127.0.0.1:{web.port}"
+    source = write_chats(tmp_path / "chats", {f"c{n}": [f"http://{host}/{n}"] for n in range(12)})
+    out = tmp_path / "data"
+    command = (
+        *("preprocess", "--corpus", "jsonl", "--source", source, "--out", out, "--recipe", "demo"),
+        *("--workers", "2", "--allow-host", host, *settings),
+        *("--set", "preprocess.num_samples_per_shard=4"),
+    )
+    killed = run_process(
+        *command[:-4], "--workers", "0", *command[-2:], "--fault", "shard.index:kill:2"
+    )
+    assert killed.returncode == -signal.SIGKILL
+    done = run_process(*command, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["splits"][0]["num_written"] == 12
+    assert set(reasons(out).values()) == {"ok"}

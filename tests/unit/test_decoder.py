@@ -1,0 +1,92 @@
+"""Decoding apart: the same pictures, and no picture takes the worker down with it."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2i.config import ImageConfig
+from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture
+from d2i.preprocess.decoder import Decoder
+
+LIMITS = ImageConfig(resolution=32)
+
+
+@pytest.fixture
+def decoder() -> Iterator[Decoder]:
+    made = Decoder(LIMITS, timeout_s=20.0, max_decode_mib=512)
+    yield made
+    made.close()
+
+
+def saved(form: str, size: tuple[int, int] = (90, 60), **options: Any) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [saved("JPEG"), saved("JPEG", progressive=True), *map(saved, ("PNG", "WEBP", "GIF"))],
+    ids=["jpeg", "progressive", "png", "webp", "gif"],
+)
+def test_a_picture_is_the_same_wherever_it_is_decoded(decoder: Decoder, data: bytes) -> None:
+    whole = decode_picture(data, LIMITS)
+    found = decoder.decode(data)
+    assert (found.pixels == np.asarray(crop_to_square(whole.image, 32))).all()
+    assert (found.width, found.height, found.suffix) == (90, 60, whole.suffix)
+
+
+def test_a_picture_that_takes_too_much_memory_is_refused_and_the_next_one_read() -> None:
+    small = Decoder(ImageConfig(resolution=32, max_megapixels=200), 60.0, max_decode_mib=400)
+    huge = io.BytesIO()
+    Image.new("RGB", (12_000, 12_000)).save(huge, "PNG")
+    with pytest.raises(RefusedPictureError) as caught:
+        small.decode(huge.getvalue())
+    assert caught.value.reason in ("decode_memory", "decode_error")
+    assert small.decode(saved("PNG")).width == 90
+    small.close()
+
+
+def test_a_picture_that_takes_too_long_is_refused_and_the_next_one_read() -> None:
+    hasty = Decoder(LIMITS, timeout_s=30.0, max_decode_mib=512)
+    assert hasty.decode(saved("PNG")).width == 90
+    assert hasty._child is not None
+    os.kill(hasty._child.pid, signal.SIGSTOP)
+    hasty._timeout_s = 0.2
+    with pytest.raises(RefusedPictureError) as caught:
+        hasty.decode(saved("GIF"))
+    assert caught.value.reason == "decode_timeout"
+    hasty._timeout_s = 30.0
+    assert hasty.decode(saved("PNG")).width == 90
+    hasty.close()
+
+
+def test_a_decoder_that_dies_costs_one_picture(decoder: Decoder) -> None:
+    assert decoder.decode(saved("PNG")).width == 90
+    assert decoder._child is not None
+    os.kill(decoder._child.pid, signal.SIGKILL)
+    with pytest.raises(RefusedPictureError) as caught:
+        decoder.decode(saved("PNG"))
+    assert caught.value.reason == "decode_error"
+    assert decoder.decode(saved("PNG")).width == 90
+
+
+def test_broken_bytes_keep_their_reason(decoder: Decoder) -> None:
+    for data, reason in (
+        (b"", "not_an_image"),
+        (b"\xff\xd8\xff junk", "not_an_image"),
+        (saved("PNG")[:500], "decode_error"),
+        (saved("PNG", (400, 8)), "too_small"),
+    ):
+        with pytest.raises(RefusedPictureError) as caught:
+            decoder.decode(data)
+        assert caught.value.reason == reason

@@ -1,0 +1,87 @@
+"""Manners: turns at a host's pace, peace where it is asked for, dead hosts, our own trouble."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from d2i.cluster import share
+from d2i.preprocess.fetch.hosts import HostBook, HostLimits
+from d2i.preprocess.fetch.reasons import is_passing
+
+
+def book(requests_per_s: float = 10.0, dead_s: float = 60.0) -> HostBook:
+    return HostBook(HostLimits(requests_per_s, num_failures=3, dead_s=dead_s))
+
+
+def reserved(hosts: HostBook, host: str) -> float:
+    wait_s = hosts.reserve(host)
+    assert wait_s is not None
+    return wait_s
+
+
+def test_turns_of_one_host_are_apart_and_hosts_do_not_wait_for_each_other() -> None:
+    hosts = book()
+    waits = [reserved(hosts, "a") for _ in range(5)]
+    assert waits[0] == 0.0
+    assert waits == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4], abs=0.05)
+    assert reserved(hosts, "b") == 0.0
+
+
+def test_a_host_that_asks_for_peace_gets_it() -> None:
+    hosts = book()
+    hosts.report("a", reached=True, retry_after_s=30.0)
+    assert 29.0 < reserved(hosts, "a") <= 30.0
+    assert reserved(hosts, "b") == 0.0
+
+
+def test_a_host_is_dead_after_failures_in_a_row_for_a_while() -> None:
+    hosts = book(dead_s=0.0)
+    for _ in range(3):
+        hosts.report("a", reached=False)
+    assert hosts.reserve("a") is not None
+    hosts = book()
+    for reached in (False, False, True, False, False):
+        hosts.report("a", reached=reached)
+    assert hosts.reserve("a") is not None
+    hosts.report("a", reached=False)
+    assert hosts.reserve("a") is None
+
+
+def test_a_few_hosts_of_which_none_answers_are_trouble() -> None:
+    hosts = book()
+    for number in range(7):
+        hosts.report(f"h{number}", reached=False)
+        hosts.report(f"h{number}", reached=False)
+    assert hosts.trouble() is None
+    hosts.report("h7", reached=False)
+    assert "8 of the last 8" in str(hosts.trouble())
+
+
+@pytest.mark.parametrize(("num_reached", "is_trouble"), [(2, True), (3, False)])
+def test_a_window_of_mostly_dead_hosts_is_trouble(num_reached: int, is_trouble: bool) -> None:
+    hosts = book()
+    for number in range(20):
+        hosts.report(f"h{number}", reached=number < num_reached)
+    assert (hosts.trouble() is not None) is is_trouble
+
+
+def test_a_shared_book_is_one_in_this_process() -> None:
+    shared = share(book(), num_workers=0)
+    assert shared.call("reserve", "a") == 0.0
+    assert shared.call("reserve", "a") > 0.0
+    assert pickle.loads(pickle.dumps(shared)).call("reserve", "a") > 0.0
+
+
+@pytest.mark.parametrize(
+    ("reason", "passing"),
+    [
+        *((f"http_{status}", True) for status in (408, 425, 429, 500, 503)),
+        *((f"http_{status}", False) for status in (400, 403, 404, 410)),
+        *((name, True) for name in ("timeout", "connect", "dead_host", "dns_failed")),
+        *((name, False) for name in ("no_such_host", "placeholder", "decode_error", "robots")),
+    ],
+)
+def test_what_may_come_back_is_told_from_what_will_not(reason: str, passing: bool) -> None:
+    assert is_passing(reason) is passing

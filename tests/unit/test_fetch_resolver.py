@@ -1,0 +1,73 @@
+"""Names to addresses: asked once, remembered, and never beyond the deadline."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from d2i.errors import ConfigError
+from d2i.preprocess.fetch.reasons import RefusedRequestError
+from d2i.preprocess.fetch.request import Limits, get
+from d2i.preprocess.fetch.resolver import Resolver
+from tests.servers import Names, WebServer, name_server, running
+
+
+@contextmanager
+def resolving(**addresses: list[str]) -> Iterator[tuple[Names, Resolver]]:
+    names = Names({name.replace("_", "."): given for name, given in addresses.items()})
+    with running(name_server(names)) as server:
+        yield names, Resolver(f"127.0.0.1:{server.server_address[1]}")
+
+
+def test_a_name_has_its_address_and_a_literal_is_itself() -> None:
+    with resolving(a_test=["192.0.2.7"]) as (_, resolver):
+        assert resolver.addresses("a.test", 5.0) == ["192.0.2.7"]
+        assert resolver.addresses("127.1", 5.0) == ["127.0.0.1"]
+        assert resolver.addresses("::1", 5.0) == ["::1"]
+
+
+def test_a_name_that_is_not_there_is_asked_for_once() -> None:
+    with resolving() as (names, resolver):
+        for _ in range(3):
+            with pytest.raises(RefusedRequestError) as caught:
+                resolver.addresses("gone.test", 5.0)
+            assert caught.value.reason == "no_such_host"
+        assert not names.asked
+
+
+def test_a_server_that_is_silent_costs_the_deadline_once() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        silent.bind(("127.0.0.1", 0))
+        resolver = Resolver(f"127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        for _ in range(20):
+            with pytest.raises(RefusedRequestError) as caught:
+                resolver.addresses("a.test", 0.3)
+            assert caught.value.reason == "dns_failed"
+        assert time.monotonic() - start < 3.0
+
+
+def test_the_connection_goes_to_the_address_that_was_checked() -> None:
+    """The name moves to another address after its first answer, as in DNS rebinding."""
+    with (
+        running(WebServer("127.0.0.2", {"/x": lambda handler: handler.send(200, b"first")})) as one,
+        running(
+            WebServer("127.0.0.3", {"/x": lambda handler: handler.send(200, b"other")}, one.port)
+        ) as other,
+        resolving(moving_test=["127.0.0.2", "127.0.0.3"]) as (names, resolver),
+    ):
+        allowed = frozenset([f"moving.test:{one.port}"])
+        limits = Limits(5.0, 5.0, 1.0, 1000, "d2i test", allowed)
+        assert get(f"http://moving.test:{one.port}/x", limits, resolver).body == b"first"
+        assert names.asked == {"moving.test": 1}
+        assert not other.asked
+
+
+@pytest.mark.parametrize("server", ["name.test", "127.0.0.1:x", "1.2.3"])
+def test_a_server_must_be_an_address(server: str) -> None:
+    with pytest.raises(ConfigError, match="--dns-server"):
+        Resolver(server)
