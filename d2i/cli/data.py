@@ -58,6 +58,9 @@ def preprocess(
     ] = None,
     ray_address: RayOption = None,
     *,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Ask again for what failed in passing.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, and fetch nothing.")] = False,
     as_json: JsonOption = False,
     fault: FaultOption = None,
@@ -73,6 +76,9 @@ def preprocess(
 
         d2i preprocess --corpus mmdialog --source MMDialog --out data --recipe uvit-s-mmdialog
         --exclude leaks.jsonl
+
+        d2i preprocess --corpus photochat --source photochat --out data --recipe uvit-s-photochat
+        --retry-failed
     """
     from d2i.fault import parse_fault
     from d2i.preprocess.fetch.sources import Access
@@ -88,6 +94,7 @@ def preprocess(
         limit=limit,
         seed=seed,
         exclude=exclude,
+        retry_failed=retry_failed,
         access=Access(frozenset(allow_host or ()), dns_server),
         num_workers=workers,
         ray_address=ray_address,

@@ -17,6 +17,7 @@ from d2i.fault import Fault
 from d2i.preprocess.exclude import NOTHING, read_exclusion
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
+from d2i.preprocess.retry import merge_ledger, plan_supplements, read_supplements
 from d2i.preprocess.worker import (
     ShardResult,
     ShardTask,
@@ -40,6 +41,7 @@ class PreprocessRequest:
     limit: int | None = None
     seed: int = 0
     exclude: str | None = None
+    retry_failed: bool = False
     access: Access = NO_ACCESS
     num_workers: int | None = None
     ray_address: str | None = None
@@ -139,6 +141,9 @@ def _work(
         check_prepared_with(request.recipe, request.out)
     keep_recipe(request.recipe, request.out)
     tasks, num_instances = _missing_tasks(request.out, plans)
+    if request.retry_failed and not tasks:
+        _plan_again(request, plans)
+        tasks, num_instances = _missing_tasks(request.out, plans)
     progress = JobProgress(num_instances)
     if tasks:
         with session(request.num_workers, request.ray_address):
@@ -163,10 +168,32 @@ def _missing_tasks(out: str, plans: dict[str, Plan]) -> tuple[list[ShardTask], i
         commits = {commit.index: commit for commit in read_commits(split_url)}
         if not commits:
             _forget_fingerprint(split_url)
+        supplements = read_supplements(split_url)
         tasks += [ShardTask(split_url, i) for i in range(plan.num_shards) if i not in commits]
+        tasks += [
+            ShardTask(split_url, supplement.index, supplement.failures)
+            for supplement in supplements
+            if supplement.index not in commits
+        ]
+        # A supplement takes back as many failures as it holds instances: its sum is zero.
         done = sum(c.num_samples + sum(c.failures.values()) for c in commits.values())
-        num_instances += plan.num_instances - done
+        again = sum(s.num_instances for s in supplements if s.index not in commits)
+        num_instances += plan.num_instances - done + again
     return tasks, num_instances
+
+
+def _plan_again(request: PreprocessRequest, plans: dict[str, Plan]) -> None:
+    """Plan what failed in passing once more, with nothing else left to do."""
+    num_samples = request.recipe.preprocess.num_samples_per_shard
+    for split, plan in plans.items():
+        split_url = storage.join(request.out, split)
+        _merge_ledgers(split_url, plan)
+        plan_supplements(split_url, plan.num_shards, num_samples)
+
+
+def _merge_ledgers(split_url: str, plan: Plan) -> None:
+    for supplement in read_supplements(split_url):
+        merge_ledger(split_url, plan.num_shards, supplement)
 
 
 def _forget_fingerprint(split_url: str) -> None:
@@ -194,6 +221,7 @@ def _worker_builder(request: PreprocessRequest, plans: dict[str, Plan]) -> Shard
 
 def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
     split_url = storage.join(request.out, split)
+    _merge_ledgers(split_url, plan)
     fingerprint = json.loads(storage.read_bytes(fingerprint_url(split_url)))
     fault = request.fault.reach if request.fault else None
     manifest = write_manifest(split_url, fingerprint, fault=fault)

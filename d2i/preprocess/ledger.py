@@ -74,11 +74,18 @@ def write_ledger(split_url: str, index: int, rows: list[LedgerRow]) -> None:
 def read_ledger(split_url: str) -> list[LedgerRow]:
     """Read every row of a split, shard by shard."""
     folder = storage.join(split_url, "ledger")
-    tables = (
-        pq.read_table(io.BytesIO(storage.read_bytes(storage.join(folder, name))), schema=SCHEMA)
-        for name in storage.list_names(folder)
-    )
-    return [LedgerRow(**row) for table in tables for row in table.to_pylist()]
+    urls = (storage.join(folder, name) for name in storage.list_names(folder))
+    return [row for url in urls for row in _read(url)]
+
+
+def read_shard_ledger(split_url: str, index: int) -> list[LedgerRow]:
+    """Read the rows of one planned shard, in key order."""
+    return _read(ledger_url(split_url, index))
+
+
+def _read(url: str) -> list[LedgerRow]:
+    table = pq.read_table(io.BytesIO(storage.read_bytes(url)), schema=SCHEMA)
+    return [LedgerRow(**row) for row in table.to_pylist()]
 
 
 def count_failures(rows: Iterable[LedgerRow]) -> dict[str, int]:

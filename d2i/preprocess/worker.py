@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from d2i.preprocess.fetch.sources import PictureSource
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
 from d2i.preprocess.plan import records_url
 from d2i.preprocess.records import read_records
+from d2i.preprocess.retry import net_failures
 from d2i.settle import settle
 from d2i.shards import Sample, npy_bytes, write_shard
 from d2i.tokenize import VOCABULARY_SHA256
@@ -37,10 +38,17 @@ from d2i.tokenize import VOCABULARY_SHA256
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One planned shard of one split."""
+    """One planned shard of one split.
+
+    Args:
+        split_url: The data set.
+        index: Number of the shard.
+        failed_before: Of a supplement: why its instances failed before, counted by reason.
+    """
 
     split_url: str
     index: int
+    failed_before: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,17 +141,16 @@ class ShardWorker:
     def _publish(
         self, task: ShardTask, samples: Sequence[Sample], rows: list[LedgerRow]
     ) -> ShardResult:
-        failures = count_failures(rows)
         write_ledger(task.split_url, task.index, rows)
         write_shard(
             samples,
             task.split_url,
             task.index,
-            failures=failures,
+            failures=net_failures(rows, task.failed_before),
             fingerprint=self._fingerprint,
             fault=self._fault.reach if self._fault else None,
         )
-        return ShardResult(len(samples), failures)
+        return ShardResult(len(samples), count_failures(rows))
 
 
 def fingerprint_url(split_url: str) -> str:

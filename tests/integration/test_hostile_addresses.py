@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import signal
 import socket
@@ -12,30 +11,19 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from d2i.preprocess.ledger import read_ledger
+from tests.integration.chats import picture, reasons, saved, sends, write_chats
 from tests.integration.commands import preprocess
 from tests.processes import run_process
 from tests.servers import Answer, Handler, Names, WebServer, name_server, running
 from tests.shared import needs_shared
 
 pytestmark = needs_shared
-
-
-def picture(form: str = "JPEG", size: tuple[int, int] = (80, 64), **options: Any) -> bytes:
-    pixels = np.random.default_rng(1).integers(0, 255, (size[1], size[0], 3), np.uint8)
-    return saved(Image.fromarray(pixels), form, **options)
-
-
-def saved(image: Image.Image, form: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def png_bomb(side: int) -> bytes:
@@ -50,10 +38,6 @@ def png_bomb(side: int) -> bytes:
     head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     parts = chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
-
-
-def sends(body: bytes, status: int = 200, **headers: str) -> Answer:
-    return lambda handler: handler.send(status, body, **headers)
 
 
 def redirects(target: str) -> Answer:
@@ -136,24 +120,6 @@ CASES: dict[str, tuple[Answer, str]] = {
     "empty": (sends(b""), "not_an_image"),
     "truncated": (sends(GOOD[: len(GOOD) // 2]), "decode_error"),
 }
-
-
-def write_chats(folder: Path, urls: dict[str, list[str]]) -> Path:
-    """One dialog and one picture a case, named by it."""
-    folder.mkdir()
-    lines = [
-        json.dumps({"id": name, "turns": [{"text": f"show me {name}", "images": [url]}]})
-        for name, (url, *_) in urls.items()
-    ]
-    (folder / "test.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def reasons(out: Path) -> dict[str, str]:
-    """The ledger, by dialog: each key must be there once."""
-    rows = read_ledger(str(out / "test"))
-    assert len({row.key for row in rows}) == len(rows)
-    return {row.key.removeprefix("test-").removesuffix("-0-0"): row.reason for row in rows}
 
 
 @pytest.fixture

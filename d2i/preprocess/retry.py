@@ -1,0 +1,125 @@
+"""Ask again for what failed in passing: supplement shards beside the committed ones.
+
+Committed shards are never rewritten. The instances whose failure may have passed are planned into
+new shards, numbered after the planned ones; what becomes of them replaces their rows in the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+from d2i import storage
+from d2i.dialog import Instance
+from d2i.preprocess.ledger import (
+    LedgerRow,
+    count_failures,
+    ledger_url,
+    read_shard_ledger,
+    write_ledger,
+)
+from d2i.preprocess.plan import records_url
+from d2i.preprocess.records import read_records, records_table, write_table
+
+_NAME = "supplements.json"
+
+
+@dataclass(frozen=True)
+class Supplement:
+    """One shard of instances that are asked for again.
+
+    Args:
+        index: Its number, after those of the planned shards.
+        num_instances: How many instances it holds.
+        failures: Why they failed before, counted by reason.
+    """
+
+    index: int
+    num_instances: int
+    failures: dict[str, int]
+
+
+def read_supplements(split_url: str) -> list[Supplement]:
+    """Return the supplements planned so far, in order."""
+    url = _url(split_url)
+    if not storage.exists(url):
+        return []
+    return [Supplement(**values) for values in json.loads(storage.read_bytes(url))]
+
+
+def plan_supplements(split_url: str, num_shards: int, num_samples: int) -> list[Supplement]:
+    """Plan the instances that failed in passing into new shards.
+
+    Args:
+        split_url: A data set of which every planned shard is committed and merged.
+        num_shards: How many shards were planned first.
+        num_samples: Instances a new shard holds at least, but for the last one.
+
+    Returns:
+        All supplements, those of before included.
+    """
+    planned = read_supplements(split_url)
+    again = _passing(split_url, num_shards)
+    for index, part in enumerate(_parts(again, num_samples), start=num_shards + len(planned)):
+        instances = sorted((instance for instance, _ in part), key=lambda i: i.key)
+        write_table(records_url(split_url, index), records_table(instances))
+        failures = Counter(reason for _, reason in part)
+        planned.append(Supplement(index, len(part), dict(sorted(failures.items()))))
+    # Written last: records without their line here belong to no shard, and are written over.
+    data = json.dumps([asdict(supplement) for supplement in planned], indent=1).encode()
+    storage.write_bytes(_url(split_url), data)
+    return planned
+
+
+def merge_ledger(split_url: str, num_shards: int, supplement: Supplement) -> None:
+    """Put the rows of a committed supplement in the place of those they replace.
+
+    Repeated after a kill it does what was left; afterwards each key has one row again.
+    """
+    if not storage.exists(ledger_url(split_url, supplement.index)):
+        return
+    newer = {row.key: row for row in read_shard_ledger(split_url, supplement.index)}
+    for index in range(num_shards):
+        rows = read_shard_ledger(split_url, index)
+        if any(row.key in newer for row in rows):
+            write_ledger(split_url, index, [newer.get(row.key, row) for row in rows])
+    storage.remove(ledger_url(split_url, supplement.index))
+
+
+def net_failures(rows: Iterable[LedgerRow], before: dict[str, int]) -> dict[str, int]:
+    """Return how many more instances failed than before, by reason; fewer where negative."""
+    change = Counter(count_failures(rows))
+    change.subtract(before)
+    return {reason: count for reason, count in sorted(change.items()) if count}
+
+
+def _passing(split_url: str, num_shards: int) -> Iterator[tuple[Instance, str]]:
+    """Give the instances that failed in passing, by shard and picture, with the reason."""
+    for index in range(num_shards):
+        rows = read_shard_ledger(split_url, index)
+        reasons = {row.key: row.reason for row in rows if row.status == "passing"}
+        if reasons:
+            instances = read_records(records_url(split_url, index))
+            failed = (instance for instance in instances if instance.key in reasons)
+            for instance in sorted(failed, key=lambda i: (i.image_ref.value, i.key)):
+                yield instance, reasons[instance.key]
+
+
+def _parts(
+    instances: Iterable[tuple[Instance, str]], num_samples: int
+) -> Iterator[list[tuple[Instance, str]]]:
+    """Cut into parts of at least so many, the instances of one picture together."""
+    part: list[tuple[Instance, str]] = []
+    for instance, reason in instances:
+        if len(part) >= num_samples and part[-1][0].image_ref != instance.image_ref:
+            yield part
+            part = []
+        part.append((instance, reason))
+    if part:
+        yield part
+
+
+def _url(split_url: str) -> str:
+    return storage.join(split_url, "plan", _NAME)

@@ -1,0 +1,47 @@
+"""A team's own chats whose pictures are addresses, and what a server answers there."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from d2i.preprocess.ledger import read_ledger
+from tests.servers import Answer
+
+
+def picture(form: str = "JPEG", size: tuple[int, int] = (80, 64), **options: Any) -> bytes:
+    pixels = np.random.default_rng(1).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    return saved(Image.fromarray(pixels), form, **options)
+
+
+def saved(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def sends(body: bytes, status: int = 200, **headers: str) -> Answer:
+    return lambda handler: handler.send(status, body, **headers)
+
+
+def write_chats(folder: Path, urls: dict[str, list[str]]) -> Path:
+    """One dialog and one picture a case, named by it."""
+    folder.mkdir()
+    lines = [
+        json.dumps({"id": name, "turns": [{"text": f"show me {name}", "images": [url]}]})
+        for name, (url, *_) in urls.items()
+    ]
+    (folder / "test.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def reasons(out: Path) -> dict[str, str]:
+    """The ledger, by dialog: each key must be there once."""
+    rows = read_ledger(str(out / "test"))
+    assert len({row.key for row in rows}) == len(rows)
+    return {row.key.removeprefix("test-").removesuffix("-0-0"): row.reason for row in rows}

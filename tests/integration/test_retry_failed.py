@@ -1,0 +1,58 @@
+"""`--retry-failed` against hosts that recover: exactly the missing pictures, each key once."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from d2i.preprocess.ledger import read_ledger
+from d2i.shards import ShardReader, verify
+from tests.integration.chats import picture, reasons, sends, write_chats
+from tests.integration.commands import preprocess
+from tests.processes import run_process
+from tests.servers import WebServer, running
+from tests.shared import needs_shared
+
+pytestmark = needs_shared
+NUM = 12
+LATE, GONE = (1, 4, 7, 10), (2,)
+
+
+def test_only_what_may_have_passed_is_asked_for_again(tmp_path: Path, settings: list[str]) -> None:
+    answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(NUM) if n not in GONE}
+    down = {f"/{n}": sends(b"", 500) for n in LATE}
+    with running(WebServer("127.0.0.1", answers | down)) as web:
+        host = f"127.0.0.1:{web.port}"
+        chats = {f"c{n}": [f"http://{host}/{n}"] for n in range(NUM)}
+        source, out = write_chats(tmp_path / "chats", chats), tmp_path / "data"
+        extra = ("--allow-host", host, *settings, "--set", "preprocess.num_samples_per_shard=3")
+
+        first = preprocess("jsonl", source, out, *extra)["test"]
+        assert first["failures"] == {"http_404": len(GONE), "http_500": len(LATE)}
+        shards = {path: path.read_bytes() for path in out.rglob("*.tar")}
+
+        web.answers.update(answers)
+        web.asked.clear()
+        command = (
+            *("preprocess", "--corpus", "jsonl", "--source", source, "--out", out),
+            *("--recipe", "demo", "--workers", "0", "--retry-failed", *extra),
+        )
+        for point in ("shard.written", "shard.commit"):
+            killed = run_process(*command, "--fault", f"{point}:kill:1")
+            assert killed.returncode == -signal.SIGKILL, killed.stderr
+        again = preprocess("jsonl", source, out, "--retry-failed", *extra)["test"]
+
+        assert set(web.asked) == {f"/{n}" for n in LATE}
+        assert again["num_written"] == NUM - len(GONE)
+        assert again["failures"] == {"http_404": len(GONE)}
+        expected = {f"c{n}": "http_404" if n in GONE else "ok" for n in range(NUM)}
+        assert reasons(out) == expected
+        assert {path: path.read_bytes() for path in shards} == shards
+        assert not verify(str(out / "test")).problems
+        assert len(set(ShardReader(str(out / "test")).keys)) == NUM - len(GONE)
+
+        ledger = read_ledger(str(out / "test"))
+        web.asked.clear()
+        assert preprocess("jsonl", source, out, "--retry-failed", *extra)["test"] == again
+        assert not web.asked
+        assert read_ledger(str(out / "test")) == ledger
