@@ -1,0 +1,258 @@
+"""How fast addresses are fetched, beside img2dataset's own downloader on the same server.
+
+    python benchmarks/fetch.py --photos photos --num 2000 --repeats 5
+
+Serves a folder of photographs on loopback and fetches `--num` addresses in turns, each time in a
+process of its own with one decoding core and 16 threads: by img2dataset 1.47 as it comes
+(`Downloader`, `Resizer`, `WebDatasetSampleWriter`) and by d2i (`PictureSource`, decoding included,
+then JPEG as well). Both centre-crop to 256 and write JPEG at quality 95 to a tar. Two lists: good
+addresses alone, and a mixed one with 10 % on dead hosts (20 loopback listeners that never answer),
+5 % slow (2 s), 5 % 404, 2 % 429 once, 3 % broken, and the same 5 s of patience for both. Prints one
+JSON line: rows a second, medians and all repeats, and the ratio of each repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+NUM_THREADS, SIDE, QUALITY, PATIENCE_S, SLOW_S = 16, 256, 95, 5, 2.0
+NUM_DEAD_HOSTS = 20
+SHARES = {"dead": 0.10, "slow": 0.05, "gone": 0.05, "busy": 0.02, "broken": 0.03}
+
+
+def make_server(photos: Path) -> ThreadingHTTPServer:
+    """Return a server of photographs: `/KIND/N`."""
+    files = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))]
+    seen: set[str] = set()
+
+    class Photographs(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            _, kind, number = self.path.split("/")
+            data = files[int(number) % len(files)]
+            if kind == "gone":
+                self.answer(404, b"")
+            elif kind == "busy" and self.path not in seen:
+                seen.add(self.path)
+                self.answer(429, b"", **{"Retry-After": "1"})
+            else:
+                if kind == "slow":
+                    time.sleep(SLOW_S)
+                self.answer(200, data[: len(data) // 2] if kind == "broken" else data)
+
+        def answer(self, status: int, body: bytes, **headers: str) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Stay quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Photographs)
+    server.daemon_threads = True
+    server.request_queue_size = 1024
+    return server
+
+
+def serve(photos: Path) -> None:
+    """Serve until killed; print the port and those of the dead hosts first."""
+    with contextlib.ExitStack() as stack:
+        dead = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
+            for _ in range(NUM_DEAD_HOSTS)
+        ]
+        server = make_server(photos)
+        ports = [server.server_address[1], *(one.getsockname()[1] for one in dead)]
+        print(json.dumps(ports), flush=True)
+        server.serve_forever()
+
+
+def addresses(ports: list[int], num: int, *, mixed: bool) -> list[str]:
+    """Return the list, its kinds evenly spread."""
+    good, *dead = ports
+    urls = [f"http://127.0.0.1:{good}/good/{n}" for n in range(num)]
+    if mixed:
+        place = 0
+        for kind, share in SHARES.items():
+            for _ in range(round(num * share)):
+                # A step that shares no factor with the length reaches every place once.
+                place = (place + 7919) % num
+                port = dead[place % len(dead)] if kind == "dead" else good
+                urls[place] = f"http://127.0.0.1:{port}/{kind}/{place}"
+    return urls
+
+
+def by_img2dataset(urls: list[str], folder: Path) -> int:
+    """Fetch with img2dataset's own parts; return how many rows it wrote."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from img2dataset.downloader import Downloader
+    from img2dataset.resizer import Resizer
+    from img2dataset.writer import WebDatasetSampleWriter
+
+    table = pa.table({"url": urls})
+    with (
+        pa.OSFile(str(folder / "in.arrow"), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    download = Downloader(
+        WebDatasetSampleWriter,
+        Resizer(SIDE, "center_crop", resize_only_if_bigger=False, encode_quality=QUALITY),
+        *(NUM_THREADS, False, False, str(folder), ["url"], PATIENCE_S, len(urls), 5),
+        *(None, None, "jpg", 0, "d2i", None),
+    )
+    download((0, str(folder / "in.arrow")))
+    return int(pq.read_metadata(folder / "00000.parquet").num_rows)
+
+
+def by_d2i(urls: list[str], folder: Path) -> int:
+    """Fetch with d2i's parts; return how many rows came of it."""
+    from PIL import Image
+
+    from d2i.cluster import share
+    from d2i.config import FetchConfig, ImageConfig
+    from d2i.dialog import ImageRef
+    from d2i.preprocess.decoder import Decoder
+    from d2i.preprocess.encode import SourcePicture, open_picture
+    from d2i.preprocess.fetch.fetched import Fetched
+    from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
+
+    config = FetchConfig(num_threads=NUM_THREADS, timeout_s=PATIENCE_S, max_host_requests_per_s=1e6)
+    hosts = frozenset(url.split("/")[2] for url in urls)
+    book = share(host_book(config), num_workers=0)
+    source = PictureSource(str(folder), config, Access(hosts, "127.0.0.1"), book)
+    decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
+    with tarfile.open(folder / "out.tar", "w") as tar:
+
+        def write(fetched: Fetched) -> str:
+            opened = open_picture(fetched, decoder)
+            if not isinstance(opened, SourcePicture):
+                return opened.reason
+            buffer = io.BytesIO()
+            Image.fromarray(opened.pixels).save(buffer, "JPEG", quality=QUALITY)
+            info = tarfile.TarInfo(f"{opened.sha256}.jpg")
+            info.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(info, buffer)
+            return "ok"
+
+        found = source.fetch([ImageRef("urls", (url,)) for url in urls], write)
+    decoder.close()
+    counts: dict[str, int] = {}
+    for _, reason in found.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    print(json.dumps(counts), file=sys.stderr)
+    return len(found)
+
+
+def measure(who: str, urls: list[str]) -> dict[str, float]:
+    """Fetch the list once in this process."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    import img2dataset.downloader  # noqa: F401  # Imports are not what is timed.
+
+    if who == "d2i":
+        import d2i.preprocess.encode
+        import d2i.preprocess.fetch.sources  # noqa: F401
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        num_rows = {"img2dataset": by_img2dataset, "d2i": by_d2i}[who](urls, Path(folder))
+        seconds = time.perf_counter() - start
+    return {"num_rows": num_rows, "seconds": seconds, "per_s": len(urls) / seconds}
+
+
+@contextlib.contextmanager
+def serving(photos: Path) -> Iterator[list[int]]:
+    """Run the server in a process of its own."""
+    command = [sys.executable, __file__, "--photos", str(photos), "--serve"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield json.loads(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def repeat(photos: Path, num: int, *, mixed: bool) -> dict[str, dict[str, float]]:
+    """Measure both once, one after the other, on a server of their own."""
+    found = {}
+    for who in ("img2dataset", "d2i"):
+        with serving(photos) as ports, tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(addresses(ports, num, mixed=mixed), file)
+            file.flush()
+            command = [sys.executable, __file__, "--measure", who, "--urls", file.name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found[who] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{'mixed' if mixed else 'good'}: {who}: {found[who]}", file=sys.stderr)
+    return found
+
+
+def summary(runs: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Put the repeats together."""
+    ratios = [run["d2i"]["per_s"] / run["img2dataset"]["per_s"] for run in runs]
+    rates = {who: [round(run[who]["per_s"], 1) for run in runs] for who in ("img2dataset", "d2i")}
+    return {
+        "num_rows": {who: runs[0][who]["num_rows"] for who in rates},
+        "per_s": {who: statistics.median(values) for who, values in rates.items()},
+        "all_per_s": rates,
+        "ratio": round(statistics.median(ratios), 2),
+        "all_ratios": [round(ratio, 2) for ratio in ratios],
+    }
+
+
+def machine() -> dict[str, object]:
+    """Say what this ran on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.machine(), "cores": len(names)}
+
+
+def main() -> None:
+    """Measure both lists, and print one JSON line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--photos", type=Path, help="Folder of JPEG files.")
+    parser.add_argument("--num", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--lists", choices=("good", "mixed"), nargs="+", default=["good", "mixed"])
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--urls", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.photos)
+    elif options.measure:
+        print(json.dumps(measure(options.measure, json.loads(options.urls.read_text()))))
+    else:
+        found = {
+            name: summary(
+                [
+                    repeat(options.photos, options.num, mixed=name == "mixed")
+                    for _ in range(options.repeats)
+                ]
+            )
+            for name in options.lists
+        }
+        print(json.dumps({"machine": machine(), "python": platform.python_version(), **found}))
+
+
+if __name__ == "__main__":
+    main()
