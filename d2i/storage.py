@@ -71,13 +71,23 @@ def list_names(url: str) -> list[str]:
     return sorted(name for name in names if not name.endswith(_TEMPORARY_SUFFIX))
 
 
+def size_bytes(url: str) -> int:
+    """Return the length of a file."""
+    fs, path = _split_fresh(url)
+    return int(fs.size(path))
+
+
 def open_url(url: str, mode: Literal["rb", "r"] = "rb") -> IO[Any]:
     """Open a file for reading, as bytes or as UTF-8 text.
 
     Raises:
         FileNotFoundError: If there is no such file.
+        OSError: If it is no regular file: a pipe would be waited for.
     """
     fs, path = _split(url)
+    local = local_path(url)
+    if local is not None and local.exists() and not local.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(local))
     encoding = {"encoding": "utf-8"} if mode == "r" else {}
     return cast("IO[Any]", fs.open(path, mode, **encoding))
 

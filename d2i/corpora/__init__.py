@@ -18,7 +18,7 @@ from d2i.corpora.jsonl import Jsonl
 from d2i.corpora.layout import SPLITS
 from d2i.corpora.mmdialog import MMDialog
 from d2i.corpora.photochat import PhotoChat
-from d2i.corpora.records import Dialog, Flaw, Problem, Reason, RecordError, Report
+from d2i.corpora.records import MAX_TURNS, Dialog, Flaw, Problem, Reason, RecordError, Report
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ConfigError, DataError
 
@@ -44,6 +44,12 @@ of them, and the files are of another form than the reader takes them for."""
 
 MAX_CONTEXT_CHARS = 64 << 20
 """A dialog is passed over if the contexts of its pictures, laid end to end, could be longer."""
+
+MAX_PICTURES = 1024
+"""A dialog with more pictures is passed over."""
+
+_TURN_CHARS = 16
+"""What a turn takes beside its text, in characters."""
 
 _log = logging.getLogger(__name__)
 # Reasons that say nothing against the form of a record.
@@ -237,6 +243,7 @@ class _Reading:
         self.report = report
         self.where = ""
         self.num_broken = 0
+        self.gave_up = ""
         self.example = ""
 
     def problem(self, problem: Problem) -> None:
@@ -244,6 +251,8 @@ class _Reading:
         if problem.reason not in _SOUND:
             self.num_broken += 1
             self.example = self.example or f"{problem.where}: {problem.reason}"
+        if problem.reason == "too_many_broken":
+            self.gave_up = f"{problem.where}: {problem.detail}"
         self.report(problem)
 
     def flaw(self, reason: Reason, detail: str) -> None:
@@ -252,6 +261,12 @@ class _Reading:
 
     def refuse_if_broken(self, split: str, num_read: int, max_broken: float | None) -> None:
         """End with an error if more records were broken than may be."""
+        if self.gave_up and max_broken != 1:
+            raise DataError(
+                f"{split}: got {num_read} records, and a rest that could not be read "
+                f"({self.gave_up}), expected to read the whole; mend the file, or go on without "
+                "the rest with --set corpus.max_broken=1"
+            )
         num_records = num_read + self.num_broken
         share = MAX_BROKEN if max_broken is None else max_broken
         if self.num_broken > max(share * num_records, FEW_BROKEN if max_broken is None else 0):
@@ -295,10 +310,11 @@ def _dialogs(
 
 def _is_too_large(dialog: Dialog) -> bool:
     """Say whether the contexts of a dialog would take much more room than the dialog itself."""
-    if len(dialog.pictures) <= MAX_CONTEXT_CHARS // MAX_RECORD_BYTES:
+    num_pictures = len(dialog.pictures)
+    if num_pictures <= MAX_CONTEXT_CHARS // (MAX_RECORD_BYTES + MAX_TURNS * _TURN_CHARS):
         return False
-    num_chars = sum(len(turn.text) for turn in dialog.turns)
-    return num_chars * len(dialog.pictures) > MAX_CONTEXT_CHARS
+    num_chars = sum(len(turn.text) + _TURN_CHARS for turn in dialog.turns)
+    return num_pictures > MAX_PICTURES or num_chars * num_pictures > MAX_CONTEXT_CHARS
 
 
 def _read_file(source: str, path: str, report: Report, kind: type) -> Iterator[tuple[str, Any]]:

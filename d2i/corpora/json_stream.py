@@ -20,6 +20,8 @@ MAX_RECORD_BYTES = 4 << 20
 MAX_RESYNCS = 1000
 """How often the thread may be lost in one file that is not made of lines."""
 _MAX_LINE_RESYNCS = 4
+_NUM_RESCANNED = 64
+"""How many of the largest records may be read in vain: seconds of work."""
 _MAX_DEPTH = 1024
 """No record of a corpus is nested deeper."""
 
@@ -296,12 +298,17 @@ class _Objects:
 
     def _pass_over(self, measured: int | Reason, where: str) -> bool:
         """Report the broken object at the read position and go on; False where nothing follows."""
+        begin = self.view.offset + self.view.pos
         if isinstance(measured, str):
             reason, found = measured, self._find_start()
         else:
             reason, found = _diagnose(self.view.peek(measured)), self._find_start_within(measured)
         rest = "" if found else "; no other object after it"
         self.report(Problem(reason, where, f"the object cannot be read{rest}"))
+        num_passed = self.view.offset + self.view.pos - begin
+        if not found and num_passed > 4 * self.last_length + _OVERLAP_BYTES:
+            detail = f"no object that starts like the first in the last {num_passed} bytes"
+            self.report(Problem("too_many_broken", where, detail))
         if found and self._is_lost():
             detail = "too many broken places before it; the rest is passed over"
             self.report(Problem("too_many_broken", self._where(), detail))
@@ -311,7 +318,7 @@ class _Objects:
     def _is_lost(self) -> bool:
         """Say whether going on costs too much: what was read in vain is read again each time."""
         view = self.view
-        allowed_bytes = view.offset + view.pos + 4 * view.max_record_bytes
+        allowed_bytes = view.offset + view.pos + _NUM_RESCANNED * view.max_record_bytes
         return self.resyncs_left < 0 or self.rescanned_bytes > allowed_bytes
 
     def _count_resync(self) -> None:

@@ -19,7 +19,6 @@ The chat-completion form:
 counted but say nothing, and their pictures are no instances. Must not import torch.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,13 +27,14 @@ from msgspec import Struct
 
 from d2i import storage
 from d2i.corpora.instances import InstanceOptions
-from d2i.corpora.layout import SPLITS
+from d2i.corpora.layout import SPLITS, only_one
 from d2i.corpora.records import (
     Dialog,
     Flaw,
     Picture,
     RecordError,
     Speaker,
+    Text,
     Turns,
     image_ref_of,
 )
@@ -44,7 +44,7 @@ _SPEAKERS = {"user": 0, "assistant": 1}
 
 
 class _Turn(Struct, gc=False):
-    text: str | None = None
+    text: Text | None = None
     speaker: Speaker | None = None
     images: list[str] | None = None
 
@@ -55,13 +55,13 @@ class _Address(Struct, gc=False):
 
 class _Part(Struct, gc=False):
     type: str
-    text: str | None = None
+    text: Text | None = None
     image_url: _Address | None = None
 
 
 class _Message(Struct, gc=False):
     role: str
-    content: str | list[_Part] | None = None
+    content: Text | list[_Part] | None = None
 
 
 class JsonlRecord(Struct, gc=False):
@@ -81,8 +81,8 @@ class Jsonl(InstanceOptions):
     def files(self, source: str, split: str) -> list[str]:
         """List the split's file, relative to the source."""
         names = (f"{name}.jsonl" for name in SPLITS[split])
-        present = (name for name in names if storage.exists(storage.join(source, name)))
-        return list(itertools.islice(present, 1))
+        present = [name for name in names if storage.exists(storage.join(source, name))]
+        return [only_one(present, source)] if present else []
 
     def parser(self, source: str, split: str) -> Callable[[JsonlRecord, Flaw], Dialog]:
         """Return what parses one record; source and split do not matter here."""
@@ -92,7 +92,7 @@ class Jsonl(InstanceOptions):
 
 def _parse(record: JsonlRecord, flaw: Flaw) -> Dialog:
     turns, pictures = [], []
-    for index, (turn, images) in enumerate(_read(record)):
+    for index, (turn, images) in enumerate(_read(record, flaw)):
         turns.append(turn)
         for image, value in enumerate(images):
             try:
@@ -102,12 +102,14 @@ def _parse(record: JsonlRecord, flaw: Flaw) -> Dialog:
     return Dialog(str(record.id), tuple(turns), tuple(pictures))
 
 
-def _read(record: JsonlRecord) -> list[tuple[Turn, list[str]]]:
+def _read(record: JsonlRecord, flaw: Flaw) -> list[tuple[Turn, list[str]]]:
     """Return every turn with its pictures as the record names them."""
     if record.turns is not None:
         return [_read_turn(turn, index) for index, turn in enumerate(record.turns)]
     if record.messages is not None:
-        return [_read_message(message, index) for index, message in enumerate(record.messages)]
+        return [
+            _read_message(message, index, flaw) for index, message in enumerate(record.messages)
+        ]
     raise RecordError("missing_field", "turns: missing, and so is messages; expected one of them")
 
 
@@ -117,9 +119,11 @@ def _read_turn(turn: _Turn, index: int) -> tuple[Turn, list[str]]:
     return Turn(turn.speaker, turn.text or ""), turn.images or []
 
 
-def _read_message(message: _Message, index: int) -> tuple[Turn, list[str]]:
+def _read_message(message: _Message, index: int, flaw: Flaw) -> tuple[Turn, list[str]]:
     speaker = _SPEAKERS.get(message.role)
     if speaker is None:
+        if isinstance(message.content, list) and any(part.image_url for part in message.content):
+            flaw("no_image", f"turn {index}: a picture of role {message.role[:20]!r} is none")
         return Turn(None, ""), []
     if isinstance(message.content, list):
         text, images = _read_parts(message.content, index)

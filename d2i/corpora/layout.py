@@ -4,6 +4,7 @@ Must not import torch.
 """
 
 from d2i import storage
+from d2i.errors import DataError
 
 SPLITS = {
     "train": ("train",),
@@ -15,5 +16,20 @@ SPLITS = {
 
 def split_folder(source: str, split: str) -> str | None:
     """Return what the folder of a split is called in a source, or None where there is none."""
-    present = set(storage.list_names(source))
-    return next((name for name in SPLITS[split] if name in present), None)
+    there = set(storage.list_names(source))
+    present = [name for name in SPLITS[split] if name in there]
+    return only_one(present, source) if present else None
+
+
+def only_one(names: list[str], source: str) -> str:
+    """Return the one name that a split has.
+
+    Raises:
+        DataError: If it has several: which one is meant cannot be told, and none is dropped unsaid.
+    """
+    if len(names) > 1:
+        raise DataError(
+            f"{source}: got {' and '.join(names)}, which name the same split; expected one of "
+            "them; put the others elsewhere"
+        )
+    return names[0]

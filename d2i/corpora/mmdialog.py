@@ -14,7 +14,7 @@ from msgspec import UNSET, Struct, UnsetType, field
 from d2i import storage
 from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.layout import split_folder
-from d2i.corpora.records import Dialog, Flaw, Picture, RecordError, Turns
+from d2i.corpora.records import Dialog, Flaw, Picture, RecordError, Text, Turns
 from d2i.dialog import ImageRef, Turn
 
 _SUFFIXES = (".json", ".jsonl", ".txt")
@@ -23,7 +23,7 @@ _MEDIA_KEY = re.compile(r"-?[0-9]{1,20}|[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
 
 class _Part(Struct, gc=False):
-    text: str | UnsetType = field(name="__TEXT__", default=UNSET)
+    text: Text | UnsetType = field(name="__TEXT__", default=UNSET)
     media: str | int | UnsetType = field(name="__MEDIA__", default=UNSET)
 
 

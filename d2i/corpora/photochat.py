@@ -20,6 +20,7 @@ from d2i.corpora.records import (
     Picture,
     RecordError,
     Speaker,
+    Text,
     Turns,
     is_web_url,
 )
@@ -31,7 +32,7 @@ _LABELS = re.compile(r"Objects in the photo:(.*)", re.DOTALL)
 
 
 class _Message(Struct, gc=False):
-    message: str
+    message: Text
     share_photo: bool
     user_id: Speaker
 

@@ -7,6 +7,7 @@ that they are parsed to. Must not import torch.
 import re
 from collections.abc import Callable
 from typing import Annotated, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -33,6 +34,8 @@ MAX_TURNS = 2048
 
 _T = TypeVar("_T")
 Turns = Annotated[list[_T], Meta(max_length=MAX_TURNS)]
+Text = Annotated[str, Meta(max_length=1 << 16)]
+"""What is said in a turn. Longer texts are no talk, and combining marks cost their square."""
 Speaker = Annotated[int, Meta(ge=0, le=127)]
 
 _WEB_URL = re.compile(r"https?://[^\s\x00-\x1f]+", re.IGNORECASE)
@@ -95,7 +98,12 @@ class Dialog(Struct, frozen=True, gc=False):
 
 def is_web_url(text: str) -> bool:
     """Say whether a text is an http or https address, without judging where it leads."""
-    return _WEB_URL.fullmatch(text) is not None
+    if _WEB_URL.fullmatch(text) is None:
+        return False
+    try:
+        return bool(urlsplit(text).hostname)
+    except ValueError:
+        return False
 
 
 def image_ref_of(text: str) -> ImageRef:

@@ -227,11 +227,14 @@ class _Sample:
     def token_counts(self, variant: _Variant, split: str) -> list[int]:
         """Return how many tokens the context of each has under a variant that has it at all."""
         uncut = variant.text.model_copy(update={"cut": "token"})
+        keys = {key for _, key, _ in self._heap}
+        # Several of one dialog may be sampled: its instances are made once.
+        dialogs = {dialog.id: dialog for _, _, dialog in self._heap}
         return [
             len(encode(context_text(instance.context, uncut)))
-            for _, key, dialog in self._heap
+            for dialog in dialogs.values()
             for instance in variant.corpus.instances(dialog, split, _unheard)
-            if instance.key == key
+            if instance.key in keys
         ]
 
 

@@ -33,7 +33,7 @@ def read_exclusion(url: str) -> Exclusion:
         ConfigError: If there is no such file, or a line holds no key.
     """
     try:
-        lines = storage.read_bytes(url).splitlines()
+        lines = storage.read_bytes(url).removeprefix(b"\xef\xbb\xbf").splitlines()
     except FileNotFoundError:
         raise ConfigError(f"--exclude {url}: no such file; give a list of instance keys") from None
     keys = frozenset(

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from d2i import storage
 from d2i.config import Recipe
-from d2i.corpora import Problem, read_instances
+from d2i.corpora import Problem, build_corpus, read_instances
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
 from d2i.preprocess.choose import Choice
@@ -228,9 +228,15 @@ def _decided_by(request: PlanRequest) -> dict[str, Any]:
         name: recipe["preprocess"][name]
         for name in ("choose", "num_samples_per_shard", "keep_images")
     }
+    root = storage.resolve(request.source)
+    corpus = build_corpus(request.corpus, request.recipe.corpus.options())
+    files = [storage.join(root, path) for path in corpus.files(root, request.split)]
+    if corpus.descriptions and storage.exists(corpus.descriptions):
+        files.append(corpus.descriptions)
     return {
         "corpus": request.corpus,
-        "source": storage.resolve(request.source),
+        "source": root,
+        "size_bytes": {url: storage.size_bytes(url) for url in files},
         "split": request.split,
         "limit": request.limit,
         "seed": request.seed,

@@ -1,0 +1,149 @@
+"""Records that would cost too much or hide others: refused or read, and never unsaid."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2i.config import DialogConfig
+from d2i.corpora import read_instances
+from d2i.corpora.survey import survey_split
+from d2i.errors import DataError
+from d2i.pictures import RefusedPictureError, read_picture
+from d2i.preprocess.plan import PlanRequest, make_plan
+from d2i.recipes import load_recipe
+
+
+def read(
+    corpus: str, source: Path, split: str = "train", **options: Any
+) -> tuple[int, Counter[str]]:
+    problems: Counter[str] = Counter()
+    instances = read_instances(
+        corpus, source, split, on_problem=lambda p: problems.update([p.reason]), **options
+    )
+    return sum(1 for _ in instances), problems
+
+
+def chats(source: Path, *records: dict[str, Any], name: str = "train.jsonl") -> Path:
+    source.mkdir(exist_ok=True)
+    (source / name).write_text("\n".join(map(json.dumps, records)))
+    return source
+
+
+def mmdialog_record(number: int) -> dict[str, Any]:
+    turn = {"turn": [{"__TEXT__": "a" * 3000}, {"__MEDIA__": "1"}]}
+    return {"conversation_id": number, "conversation": [turn]}
+
+
+@pytest.mark.parametrize("joiner", [",", ",\n"])
+def test_lost_brackets_in_an_array_cost_their_records_alone(tmp_path: Path, joiner: str) -> None:
+    """Each is looked for over the largest record, far more bytes than the file is read of then."""
+    records = [json.dumps(mmdialog_record(number)) for number in range(3000)]
+    broken = range(5, 65, 5)
+    for number in broken:
+        records[number] = records[number][:-1]
+    (tmp_path / "train").mkdir()
+    path = tmp_path / "train" / "conversations.json"
+    path.write_text(f"[{joiner.join(records)}]")
+    num_read, problems = read("mmdialog", tmp_path)
+    assert num_read == len(records) - len(broken)
+    assert problems.total() == len(broken)
+
+
+def test_a_rest_that_cannot_be_read_is_an_error_unless_it_is_allowed(tmp_path: Path) -> None:
+    """All on one line behind something that is no object: nothing says how the others start."""
+    records = [json.dumps(mmdialog_record(number)) for number in range(50)]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "conversations.json").write_text(f"[null,{','.join(records)}]")
+    with pytest.raises(DataError, match="a rest that could not be read"):
+        read("mmdialog", tmp_path)
+    num_read, problems = read("mmdialog", tmp_path, max_broken=1.0)
+    assert num_read == 0
+    assert problems["too_many_broken"] == 1
+
+
+@pytest.mark.parametrize("num_turns", [1, 2000])
+def test_a_dialog_of_very_many_pictures_is_passed_over(tmp_path: Path, num_turns: int) -> None:
+    silent = [{"text": ""}] * (num_turns - 1)
+    many = {"id": 1, "turns": [*silent, {"text": "a", "images": ["a"] * 20_000}]}
+    source = chats(tmp_path / "chats", many, {"id": 2, "turns": [{"text": "b", "images": ["b"]}]})
+    num_read, problems = read("jsonl", source)
+    assert num_read == 1
+    assert problems["too_large"] == 1
+
+
+def test_a_dialog_of_many_pictures_is_surveyed_in_no_time(tmp_path: Path) -> None:
+    source = chats(tmp_path / "chats", {"id": 1, "turns": [{"text": "a", "images": ["a"] * 300}]})
+    start = time.monotonic()
+    found = survey_split(
+        "jsonl", str(source), "train", DialogConfig(), num_sampled=2000, on_dialog=lambda: None
+    )
+    assert found.num_instances == 300
+    assert found.lengths.num_sampled == 300
+    # It took more than five seconds when every sample made every instance anew.
+    assert time.monotonic() - start < 5.0
+
+
+def test_a_text_without_end_is_passed_over(tmp_path: Path) -> None:
+    long = {"id": 1, "turns": [{"text": "a\u0301" * 40_000, "images": ["a"]}]}
+    num_read, problems = read("jsonl", chats(tmp_path / "chats", long))
+    assert (num_read, problems["too_large"]) == (0, 1)
+
+
+@pytest.mark.parametrize("url", ["http://[", "https://[::1", "http://a]b/c", "http://a\u2100b/"])
+def test_an_address_that_cannot_be_taken_apart_is_none(tmp_path: Path, url: str) -> None:
+    record = {
+        "dialogue_id": 1,
+        "dialogue": [
+            {"message": "hi", "share_photo": False, "user_id": 0},
+            {"message": "", "share_photo": True, "user_id": 0},
+        ],
+        "photo_id": "train/00",
+        "photo_url": url,
+    }
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.json").write_text(json.dumps([record]))
+    num_read, problems = read("photochat", tmp_path, repeated="unique")
+    assert num_read == 1
+    assert problems == {"bad_image_ref": 1}
+
+
+def test_two_names_of_one_split_are_refused(tmp_path: Path) -> None:
+    record = {"id": 1, "turns": [{"text": "a", "images": ["a"]}]}
+    source = chats(tmp_path / "chats", record, name="valid.jsonl")
+    chats(source, record, name="dev.jsonl")
+    with pytest.raises(DataError, match=r"valid\.jsonl and dev\.jsonl"):
+        read("jsonl", source, "valid")
+    for name in ("valid", "val"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match="valid and val"):
+        read("mmdialog", tmp_path, "valid")
+
+
+def test_a_picture_of_a_tool_is_said_to_make_no_instance(tmp_path: Path) -> None:
+    part = {"type": "image_url", "image_url": {"url": "a.jpg"}}
+    messages = [{"role": "user", "content": "draw"}, {"role": "tool", "content": [part]}]
+    num_read, problems = read("jsonl", chats(tmp_path / "c", {"id": 1, "messages": messages}))
+    assert (num_read, problems) == (0, {"no_image": 1})
+
+
+def test_a_pipe_among_the_pictures_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.jpg")
+    with pytest.raises(RefusedPictureError) as caught:
+        read_picture(str(tmp_path / "p.jpg"), 1000)
+    assert caught.value.reason == "read_error"
+
+
+def test_a_plan_of_a_corpus_that_has_changed_is_made_anew(tmp_path: Path) -> None:
+    record = {"id": 1, "turns": [{"text": "a", "images": ["a"]}]}
+    source, out = chats(tmp_path / "chats", record), str(tmp_path / "out")
+    request = PlanRequest("jsonl", str(source), "train", load_recipe("demo"))
+    assert make_plan(request, out).num_instances == 1
+    chats(source, record, record | {"id": 2})
+    assert make_plan(request, out).num_instances == 2
