@@ -115,9 +115,11 @@ def _check_size(image: Image.Image, limits: ImageConfig) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return the picture upright in RGB; the one given is used up."""
     image.load()
     profile = image.info.get("icc_profile")
-    upright = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    upright = image
     if upright.mode.startswith("I"):
         upright = Image.fromarray((np.asarray(upright, dtype=np.uint32) >> 8).astype(np.uint8))
     if upright.mode in ("LA", "PA", "RGBA") or "transparency" in upright.info:
@@ -126,7 +128,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(white, layered).convert("RGB")
     if profile and upright.mode in ("RGB", "CMYK"):
         upright = _to_srgb(upright, profile)
-    return upright.convert("RGB")
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:

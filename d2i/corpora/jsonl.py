@@ -30,6 +30,7 @@ from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.layout import SPLITS, only_one
 from d2i.corpora.records import (
     Dialog,
+    DialogId,
     Flaw,
     Picture,
     RecordError,
@@ -67,7 +68,7 @@ class _Message(Struct, gc=False):
 class JsonlRecord(Struct, gc=False):
     """One conversation, in either form."""
 
-    id: int | str
+    id: DialogId
     turns: Turns[_Turn] | None = None
     messages: Turns[_Message] | None = None
 

@@ -14,7 +14,7 @@ from msgspec import UNSET, Struct, UnsetType, field
 from d2i import storage
 from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.layout import split_folder
-from d2i.corpora.records import Dialog, Flaw, Picture, RecordError, Text, Turns
+from d2i.corpora.records import Dialog, DialogId, Flaw, Picture, RecordError, Text, Turns
 from d2i.dialog import ImageRef, Turn
 
 _SUFFIXES = (".json", ".jsonl", ".txt")
@@ -34,7 +34,7 @@ class _Turn(Struct, gc=False):
 class MMDialogRecord(Struct, gc=False):
     """One line of `conversations.json`, the negative candidates left aside."""
 
-    conversation_id: int | str
+    conversation_id: DialogId
     conversation: Turns[_Turn]
 
 

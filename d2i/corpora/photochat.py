@@ -16,6 +16,7 @@ from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.layout import split_folder
 from d2i.corpora.records import (
     Dialog,
+    DialogId,
     Flaw,
     Picture,
     RecordError,
@@ -40,7 +41,7 @@ class _Message(Struct, gc=False):
 class PhotoChatRecord(Struct, gc=False):
     """One dialog of a release file."""
 
-    dialogue_id: int | str
+    dialogue_id: DialogId
     dialogue: Turns[_Message]
     photo_description: str | None = None
     photo_url: str | None = None
