@@ -20,6 +20,8 @@ from d2i import storage
 from d2i.config import ImageConfig
 
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
+# What Pillow calls a JPEG that holds several pictures; the first is taken.
+_MANY_JPEGS = "MPO"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def decode_picture(data: bytes, limits: ImageConfig) -> Picture:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=tuple(_SUFFIXES))
             _check_size(image, limits)
-            suffix = _SUFFIXES[str(image.format)]
+            suffix = "jpg" if image.format == _MANY_JPEGS else _SUFFIXES[str(image.format)]
             return Picture(_to_rgb(image), suffix)
     except UnidentifiedImageError as err:
         raise RefusedPictureError("not_an_image", "neither JPEG, PNG, WebP nor GIF") from err

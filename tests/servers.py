@@ -28,6 +28,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         self.server.asked[path] += 1
+        self.server.was_asked.set()
         self.server.user_agents.add(self.headers.get("User-Agent", ""))
         answer = self.server.answers.get(path)
         try:
@@ -60,6 +61,7 @@ class WebServer(ThreadingHTTPServer):
         self.answers = dict(answers)
         self.asked: Counter[str] = Counter()
         self.user_agents: set[str] = set()
+        self.was_asked = threading.Event()
         self.stopped = threading.Event()
 
     @property

@@ -98,7 +98,8 @@ def share(value: ObjectT, *, num_workers: int | None) -> Shared[ObjectT]:
         return Shared(value, is_remote=False)
     import ray
 
-    holder = ray.remote(num_cpus=0)(_Holder)
+    # With its node, what it knew is lost; a new one starts from `value` and goes on.
+    holder = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Holder)
     return Shared(holder.remote(value), is_remote=True)
 
 

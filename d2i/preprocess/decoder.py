@@ -27,11 +27,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from d2i.config import ImageConfig
+from d2i.errors import ClusterError
 from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture
-from d2i.processes import end_with_parent
 
 _LENGTH = struct.Struct("<Q")
 _JPEG = b"\xff\xd8\xff"
+_SCAN = b"\xff\xda"
+_MAX_PLAIN_SCANS = 8
+"""A picture has three scans at most, its thumbnails as many again; thousands are an attack."""
 _MAX_PLAIN_PIXELS = 25_000_000
 """JPEGs of at most so many pixels take 75 MB and a quarter of a second (ours)."""
 
@@ -69,7 +72,10 @@ class Decoder:
                 `decode_memory` where a picture cost too much.
         """
         if _is_plain(data):
-            return _decode(data, self._image)
+            try:
+                return _decode(data, self._image)
+            except MemoryError as err:
+                raise RefusedPictureError("decode_memory", "takes too much") from err
         try:
             header, pixels = self._ask_child(data)
         except TimeoutError as err:
@@ -78,6 +84,10 @@ class Decoder:
         except (EOFError, BrokenPipeError) as err:
             self.close()
             raise RefusedPictureError("decode_error", "the decoder died of it") from err
+        except BaseException:
+            # What is left in the pipe would be taken for the answer to the next picture.
+            self.close()
+            raise
         if "reason" in header:
             raise RefusedPictureError(header["reason"], header["detail"])
         side = self._image.resolution
@@ -105,12 +115,17 @@ class Decoder:
             [sys.executable, "-m", "d2i.preprocess.decoder", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            preexec_fn=end_with_parent,
             # Threads of numpy's would take address space, which is bounded.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
         # Its imports are not the first picture's fault.
-        _Timed(_pipe(self._child.stdout), time.monotonic() + _START_S).frame()
+        try:
+            _Timed(_pipe(self._child.stdout), time.monotonic() + _START_S).frame()
+        except (EOFError, TimeoutError) as err:
+            raise ClusterError(
+                "the decoder's process did not start; expected it to; raise "
+                "--set fetch.max_decode_mib, or see what it wrote above"
+            ) from err
         return self._child
 
 
@@ -155,7 +170,11 @@ def _is_plain(data: bytes) -> bool:
         image = Image.open(BytesIO(data), formats=["JPEG"])
     except Exception:  # Whatever a damaged byte leads to; the child says what it is.
         return False
-    return "progressive" not in image.info and image.width * image.height <= _MAX_PLAIN_PIXELS
+    return (
+        "progressive" not in image.info
+        and image.width * image.height <= _MAX_PLAIN_PIXELS
+        and data.count(_SCAN) <= _MAX_PLAIN_SCANS
+    )
 
 
 def _decode(data: bytes, image: ImageConfig) -> DecodedPicture:
@@ -189,7 +208,7 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 
 def main() -> None:
-    """Answer frames until standard input ends."""
+    """Answer frames until standard input ends, as it does when the parent dies."""
     settings = json.loads(sys.argv[1])
     image = ImageConfig.model_validate(settings["image"])
     max_bytes = settings["max_decode_mib"] << 20

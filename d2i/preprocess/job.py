@@ -12,12 +12,17 @@ from d2i import storage
 from d2i.cluster import Pool, run_tasks, session, share
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
-from d2i.errors import ConfigError, DataError
+from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault import Fault
 from d2i.preprocess.exclude import NOTHING, read_exclusion
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
-from d2i.preprocess.retry import merge_ledger, plan_supplements, read_supplements
+from d2i.preprocess.retry import (
+    Supplement,
+    merge_ledger,
+    plan_supplements,
+    read_supplements,
+)
 from d2i.preprocess.worker import (
     ShardResult,
     ShardTask,
@@ -169,6 +174,7 @@ def _missing_tasks(out: str, plans: dict[str, Plan]) -> tuple[list[ShardTask], i
         if not commits:
             _forget_fingerprint(split_url)
         supplements = read_supplements(split_url)
+        _refuse_lost_shards(split_url, plan, set(commits), supplements)
         tasks += [ShardTask(split_url, i) for i in range(plan.num_shards) if i not in commits]
         tasks += [
             ShardTask(split_url, supplement.index, supplement.failures)
@@ -180,6 +186,23 @@ def _missing_tasks(out: str, plans: dict[str, Plan]) -> tuple[list[ShardTask], i
         again = sum(s.num_instances for s in supplements if s.index not in commits)
         num_instances += plan.num_instances - done + again
     return tasks, num_instances
+
+
+def _refuse_lost_shards(
+    split_url: str, plan: Plan, committed: set[int], supplements: list[Supplement]
+) -> None:
+    """Refuse to make a shard again of which a supplement already mended a part.
+
+    Raises:
+        ShardError: If one is missing that was there when its failures were asked for again.
+    """
+    first, *_ = [s.index for s in supplements if s.index in committed] or [0]
+    lost = [index for index in range(plan.num_shards) if first and index not in committed]
+    if lost:
+        raise ShardError(
+            f"{split_url} lacks shard {lost[0]}, of which --retry-failed mended a part; expected "
+            "it to be there; put it back, or choose another --out"
+        )
 
 
 def _plan_again(request: PreprocessRequest, plans: dict[str, Plan]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,6 @@ from d2i import storage
 from d2i.cluster import device_of_worker
 from d2i.config import Recipe
 from d2i.context import text_tokens
-from d2i.dialog import ImageRef
 from d2i.encoders import Encoders, load_encoders
 from d2i.encoders.bundle import versions
 from d2i.errors import ClusterError, ShardError
@@ -25,7 +24,6 @@ from d2i.preprocess.encode import (
     ledger_row,
     open_picture,
 )
-from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.sources import PictureSource
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
 from d2i.preprocess.plan import records_url
@@ -107,7 +105,13 @@ class ShardWorker:
     def run(self, task: ShardTask) -> ShardResult:
         """Fetch, encode and publish one planned shard; its commit record comes last."""
         instances = read_records(records_url(task.split_url, task.index))
-        found = self._fetch(instance.image_ref for instance in instances)
+        found = self._source.fetch(
+            (instance.image_ref for instance in instances),
+            lambda fetched: open_picture(fetched, self._decoder),
+        )
+        # A supplement holds only what failed before: that all of it fails again says nothing new.
+        if not task.failed_before:
+            self._refuse_trouble()
         pictures = {ref: p for ref, (_, p) in found.items() if isinstance(p, SourcePicture)}
         features = encode_pictures(pictures, self._encoders)
         samples = build_samples(instances, pictures, features, self._encoders, self._recipe)
@@ -121,22 +125,18 @@ class ShardWorker:
             features["empty_text.npy"] = self._encoders.encode_text(tokens[None])[0]
         return features
 
-    def _fetch(
-        self, refs: Iterable[ImageRef]
-    ) -> dict[ImageRef, tuple[Fetched, SourcePicture | Fetched]]:
-        """Fetch and open the pictures of a shard.
+    def _refuse_trouble(self) -> None:
+        """Stop where this machine reaches nothing, before a row says that all is dead.
 
         Raises:
-            ClusterError: If this machine reaches nothing; no row is written then.
+            ClusterError: If it seems to be so.
         """
-        found = self._source.fetch(refs, lambda fetched: open_picture(fetched, self._decoder))
         if trouble := self._source.trouble():
             raise ClusterError(
                 f"{trouble}: that looks like this machine's network, not like dead addresses; "
-                "expected some to answer; mend it (DNS, firewall), then repeat the "
-                "command: nothing was written down as dead"
+                "expected some to answer; mend it (DNS, firewall), then repeat the command: "
+                "the rows of this shard were not written"
             )
-        return found
 
     def _publish(
         self, task: ShardTask, samples: Sequence[Sample], rows: list[LedgerRow]

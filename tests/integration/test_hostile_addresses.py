@@ -7,9 +7,11 @@ import json
 import signal
 import socket
 import struct
+import subprocess
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from PIL import Image
 from d2i.preprocess.ledger import read_ledger
 from tests.integration.chats import picture, reasons, saved, sends, write_chats
 from tests.integration.commands import preprocess
-from tests.processes import run_process
+from tests.processes import COMMAND, run_process
 from tests.servers import Answer, Handler, Names, WebServer, name_server, running
 from tests.shared import needs_shared
 
@@ -80,6 +82,7 @@ def exif_turned() -> bytes:
 
 
 GOOD = picture()
+BUSY = sends(b"", 429, Retry_After="3000")
 CASES: dict[str, tuple[Answer, str]] = {
     "good": (sends(GOOD), "ok"),
     "packed": (sends(gzip.compress(GOOD), Content_Encoding="gzip"), "ok"),
@@ -95,7 +98,6 @@ CASES: dict[str, tuple[Answer, str]] = {
     ),
     "busy-once": (is_busy_once, "ok"),
     "redirected": (redirects("/good"), "ok"),
-    "busy": (sends(b"", 429, Retry_After="3000"), "http_429"),
     "gone": (sends(b"", 410), "http_410"),
     "broken-server": (sends(b"", 500), "http_500"),
     "forbidden-by-robots": (sends(GOOD, X_Robots_Tag="noai"), "robots"),
@@ -167,12 +169,17 @@ def test_every_case_ends_as_its_row(
         "other-port": f"http://web.test:{canary.port}/secret",
     }
     urls |= {name: [url] for name, url in forbidden.items()}
+    # On a host of its own, as it is left alone for all of the 3,000 seconds.
+    peaceful = servers.enter_context(running(WebServer("127.0.0.1", {"/busy": BUSY})))
+    urls["busy"] = [f"http://127.0.0.1:{peaceful.port}/busy"]
+    expected["busy"] = "http_429"
     expected |= dict.fromkeys(forbidden, "refused_address")
 
     source = write_chats(tmp_path / "chats", urls)
     out = tmp_path / "data"
     dns_server = f"127.0.0.1:{dns.server_address[1]}"
     network = ("--allow-host", host, "--dns-server", dns_server)
+    network += ("--allow-host", f"127.0.0.1:{peaceful.port}")
     found = preprocess("jsonl", source, out, *network, *LIMITS, *settings)
 
     assert reasons(out) == expected
@@ -250,3 +257,29 @@ def test_workers_on_ray_keep_manners_together(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["splits"][0]["num_written"] == 12
     assert set(reasons(out).values()) == {"ok"}
+
+
+def test_an_interrupt_ends_a_fetch_that_hangs(
+    tmp_path: Path, settings: list[str], servers: ExitStack
+) -> None:
+    answers = {f"/{n}": drips for n in range(60)}
+    web = servers.enter_context(running(WebServer("127.0.0.1", answers)))
+    host = f"127.0.0.1:{web.port}"
+    source = write_chats(tmp_path / "chats", {f"c{n}": [f"http://{host}/{n}"] for n in range(60)})
+    command = (
+        *("preprocess", "--corpus", "jsonl", "--source", source, "--out", tmp_path / "data"),
+        *("--recipe", "demo", "--workers", "0", "--allow-host", host, *settings),
+        *("--set", "fetch.timeout_s=5"),
+    )
+    # A shell that runs the tests in the background has Ctrl-C ignored, and passes that on.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, command)], stderr=subprocess.DEVNULL, preexec_fn=heard
+    )
+    try:
+        assert web.was_asked.wait(120)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) != 0
+    finally:
+        process.kill()
+        process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from pathlib import Path
 
 from d2i.preprocess.ledger import read_ledger
@@ -56,3 +57,20 @@ def test_only_what_may_have_passed_is_asked_for_again(tmp_path: Path, settings: 
         assert preprocess("jsonl", source, out, "--retry-failed", *extra)["test"] == again
         assert not web.asked
         assert read_ledger(str(out / "test")) == ledger
+
+
+def test_what_fails_again_is_no_trouble_of_our_own(tmp_path: Path, settings: list[str]) -> None:
+    """Only hosts that were not reached are asked again, and none of them is reached now."""
+    closed = []
+    for _ in range(10):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            closed.append(f"127.0.0.1:{listener.getsockname()[1]}")
+    with running(WebServer("127.0.0.1", {"/0": sends(picture())})) as web:
+        hosts = [f"127.0.0.1:{web.port}", *closed]
+        chats = {f"c{n}": [f"http://{host}/{n}"] for n, host in enumerate(hosts)}
+        source, out = write_chats(tmp_path / "chats", chats), tmp_path / "data"
+        extra = (*(part for host in hosts for part in ("--allow-host", host)), *settings)
+        first = preprocess("jsonl", source, out, *extra)["test"]
+        again = preprocess("jsonl", source, out, "--retry-failed", *extra)["test"]
+    assert first["failures"] == again["failures"] == {"connect": 10}
+    assert list(reasons(out).values()).count("connect") == 10

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,25 @@ def test_a_decoder_that_dies_costs_one_picture(decoder: Decoder) -> None:
         decoder.decode(saved("PNG"))
     assert caught.value.reason == "decode_error"
     assert decoder.decode(saved("PNG")).width == 90
+
+
+def test_a_jpeg_of_very_many_scans_is_decoded_apart(decoder: Decoder) -> None:
+    plain = saved("JPEG")
+    start = plain.index(b"\xff\xda")
+    decoder.decode(plain)
+    assert decoder._child is None
+    with suppress(RefusedPictureError):
+        decoder.decode(plain[:start] + plain[start:-2] * 9 + plain[-2:])
+    assert decoder._child is not None
+
+
+def test_a_jpeg_of_several_pictures_gives_the_first(decoder: Decoder) -> None:
+    buffer = io.BytesIO()
+    first, second = (Image.new("RGB", (64, 48), colour) for colour in ("red", "blue"))
+    first.save(buffer, "MPO", save_all=True, append_images=[second])
+    found = decoder.decode(buffer.getvalue())
+    assert found.suffix == "jpg"
+    assert found.pixels[16, 16, 0] > 200
 
 
 def test_broken_bytes_keep_their_reason(decoder: Decoder) -> None:

@@ -12,7 +12,7 @@ from d2i.preprocess.fetch.reasons import is_passing
 
 
 def book(requests_per_s: float = 10.0, dead_s: float = 60.0) -> HostBook:
-    return HostBook(HostLimits(requests_per_s, num_failures=3, dead_s=dead_s))
+    return HostBook(HostLimits(requests_per_s, 3, dead_s, max_retry_after_s=60.0))
 
 
 def reserved(hosts: HostBook, host: str) -> float:
@@ -34,6 +34,8 @@ def test_a_host_that_asks_for_peace_gets_it() -> None:
     hosts.report("a", reached=True, retry_after_s=30.0)
     assert 29.0 < reserved(hosts, "a") <= 30.0
     assert reserved(hosts, "b") == 0.0
+    hosts.report("b", reached=True, retry_after_s=3600.0)
+    assert hosts.reserve("b") is None
 
 
 def test_a_host_is_dead_after_failures_in_a_row_for_a_while() -> None:
@@ -65,6 +67,19 @@ def test_a_window_of_mostly_dead_hosts_is_trouble(num_reached: int, is_trouble: 
     for number in range(20):
         hosts.report(f"h{number}", reached=number < num_reached)
     assert (hosts.trouble() is not None) is is_trouble
+
+
+def test_a_cable_that_is_pulled_is_trouble_and_rotten_hosts_between_good_ones_are_not() -> None:
+    hosts = book()
+    for number in range(100):
+        hosts.report(f"good{number}", reached=True)
+    for number in range(18):
+        hosts.report(f"rotten{number}", reached=False)
+        hosts.report(f"good{number}", reached=True)
+    assert hosts.trouble() is None
+    for number in range(100):
+        hosts.report(f"good{number}", reached=False)
+    assert hosts.trouble() is not None
 
 
 def test_a_shared_book_is_one_in_this_process() -> None:

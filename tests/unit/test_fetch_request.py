@@ -25,6 +25,10 @@ from d2i.preprocess.fetch.resolver import Resolver
             "::ffff:127.0.0.1",
             "::ffff:10.0.0.1",
             "64:ff9b::7f00:1",
+            "64:ff9b:1::7f00:1",
+            "::127.0.0.1",
+            "::ffff:0:127.0.0.1",
+            "fec0::1",
             "2002:7f00:1::",
             "fe80::1%eth0",
         ),
@@ -62,6 +66,12 @@ class Answers(BaseHTTPRequestHandler):
             self._send_packed(b"x" * 1000)
         elif self.path == "/bomb":
             self._send_packed(b"x" * 10_000_000)
+        elif self.path == "/padded":
+            self._send_packed(b"x" * 10, after=b"y" * 1_000_000)
+        elif self.path == "/odd-peace":
+            self._send(503, b"", ("Retry-After", "9" * 400), ("Content-Length", "0"))
+        elif self.path == "/moved":
+            self._redirect("/\u00e9.jpg".encode().decode("latin-1"))
         elif self.path == "/busy":
             self._send(429, b"", ("Retry-After", "7"), ("Content-Length", "0"))
         elif self.path == "/endless":
@@ -80,8 +90,8 @@ class Answers(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _send_packed(self, body: bytes) -> None:
-        packed = gzip.compress(body)
+    def _send_packed(self, body: bytes, after: bytes = b"") -> None:
+        packed = gzip.compress(body) + after
         length = ("Content-Length", str(len(packed)))
         self._send(200, packed, ("Content-Encoding", "gzip"), length)
 
@@ -148,6 +158,12 @@ def test_a_compressed_body_is_unpacked(server: ThreadingHTTPServer) -> None:
     assert ask(server, "/packed") == b"x" * 1000
 
 
+def test_a_redirect_to_a_raw_name_is_followed(server: ThreadingHTTPServer) -> None:
+    with pytest.raises(RefusedRequestError):
+        ask(server, "/moved")
+    assert asked_of(server) == ["/moved", "/%C3%A9.jpg"]
+
+
 def test_a_busy_host_says_for_how_long(server: ThreadingHTTPServer) -> None:
     with pytest.raises(RefusedRequestError) as caught:
         ask(server, "/busy")
@@ -185,6 +201,8 @@ def test_a_private_host_is_never_asked(server: ThreadingHTTPServer) -> None:
         ("/bracket", "bad_url"),
         ("/gzip", "encoded_body"),
         ("/bomb", "too_many_bytes"),
+        ("/padded", "too_many_bytes"),
+        ("/odd-peace", "http_503"),
         ("/busy", "http_429"),
         ("/endless", "too_many_bytes"),
         ("/short", "connect"),

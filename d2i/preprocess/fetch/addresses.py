@@ -19,6 +19,8 @@ ROBOTS_TOKEN = "d2i"  # The name by which a host may address d2i alone.
 ROBOTS_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
 _BUSY = (429, 503)
 _UNSAID_PEACE_S = 1.0
+_SAY_NOTHING = ("no_such_host", "refused_address")
+"""Failures of a name, which tell nothing of the network."""
 _PLACEHOLDER_NAMES = ("photo_unavailable", "photo_not_available", "image_not_available")
 """File names of the pictures that hosts send for what is gone, Flickr's first."""
 
@@ -125,14 +127,14 @@ class _Visit:
         self.asked.append(target)
 
     def _report(self, error: RefusedRequestError | None) -> None:
-        if not self.asked or (error is not None and error.reason == "refused_address"):
+        if not self.asked or (error is not None and error.reason in _SAY_NOTHING):
             return
         wait_s = 0.0 if error is None else _retry_after_s(error)
         self.fetcher.hosts.call(
             "report",
             self.asked[-1].netloc,
-            reached=error is None or error.reason not in UNREACHED,
-            retry_after_s=min(wait_s, self.fetcher.courtesy.max_retry_after_s),
+            reached=error is None or error.was_reached or error.reason not in UNREACHED,
+            retry_after_s=wait_s,
         )
 
 

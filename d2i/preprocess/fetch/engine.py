@@ -12,6 +12,7 @@ import functools
 import io
 import os
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,9 @@ def fetch_all(
         num_threads: How many are fetched at once; twice as many wait to be opened at most.
         timeout_s: After so many seconds what is left fails with `shard_timeout`.
 
+    Raises:
+        Exception: What `open_picture` raised first; a failed picture does not.
+
     Returns:
         For each picture what was fetched, without its bytes, and what `open_picture` made of it.
     """
@@ -78,11 +82,13 @@ def _download(
     tokens = pa.table({"url": [f"{_TOKEN}{n}" for n in range(len(opener.found))]})
     with (
         pa.OSFile(str(folder / "tokens.arrow"), "wb") as file,
-        pa.ipc.new_file(file, tokens.schema) as writer,
+        pa.ipc.new_file(file, tokens.schema) as tokens_file,
     ):
-        writer.write_table(tokens)
+        tokens_file.write_table(tokens)
+    failures: list[Exception] = []
+    writer = functools.partial(_Writer, opened, open_picture, opener.found, failures)
     download = Downloader(
-        sample_writer_class=functools.partial(_Writer, opened, open_picture, opener.found),
+        sample_writer_class=writer,
         resizer=_pass_on,
         thread_count=num_threads,
         save_caption=False,
@@ -99,7 +105,25 @@ def _download(
         user_agent_token=None,
         disallowed_header_directives=None,
     )
-    download((0, str(folder / "tokens.arrow")))
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            download((0, str(folder / "tokens.arrow")))
+        finally:
+            done.set()
+
+    # In a thread of its own: interrupted within it, the engine would wait for itself for ever.
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        done.wait()
+    except BaseException:
+        # What is under way ends by its own deadline, and the engine's threads with it.
+        opener.give_up()
+        done.wait()
+        raise
+    if failures:
+        raise failures[0]
 
 
 class _Opener:
@@ -112,6 +136,10 @@ class _Opener:
         self._fetch = fetch
         self._deadline = deadline
         self.found = [_LOST] * len(refs)
+
+    def give_up(self) -> None:
+        """Fail all that was not begun yet."""
+        self._deadline = 0.0
 
     def open(self, request: urllib.request.Request, *_: object) -> _Body:
         """Fetch the picture that a token stands for.
@@ -148,16 +176,22 @@ class _Writer(Generic[OpenedT]):
         opened: dict[int, OpenedT],
         open_picture: Callable[[Fetched], OpenedT],
         found: list[Fetched],
+        failures: list[Exception],
         *_: object,
     ) -> None:
         self._opened = opened
         self._open_picture = open_picture
         self._found = found
+        self._failures = failures
 
     def write(self, data: bytes | None, _key: str, _caption: None, meta: dict[str, Any]) -> None:
         """Take one picture, or the news that there is none."""
         number = int(meta["url"].removeprefix(_TOKEN))
-        self._opened[number] = self._open_picture(self._found[number].with_data(data))
+        try:
+            self._opened[number] = self._open_picture(self._found[number].with_data(data))
+        except Exception as err:
+            # img2dataset would print it and go on.
+            self._failures.append(err)
 
     def close(self) -> None:
         """Do nothing: what was written is where it belongs."""

@@ -12,6 +12,10 @@ from d2i.preprocess.fetch.reasons import RefusedRequestError
 PORTS = {"http": 80, "https": 443}
 
 
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+_DOCUMENTATION = ipaddress.ip_network("3fff::/20")
+
+
 @dataclass(frozen=True)
 class Target:
     """Where one request goes: a checked scheme, host and port, and path with query."""
@@ -72,6 +76,8 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip in ipaddress.ip_network("64:ff9b::/96"):
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        if ip not in _GLOBAL_UNICAST or ip in _DOCUMENTATION:
+            return False
     return ip.is_global and not ip.is_multicast
 
 

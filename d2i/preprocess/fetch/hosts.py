@@ -6,11 +6,10 @@ One `HostBook` serves a whole job. Must not ask anything itself.
 from __future__ import annotations
 
 import time
-from collections import deque
 from dataclasses import dataclass, field
 
 _WINDOW = 20
-"""First contacts with this many different hosts show whether the trouble is ours (ours)."""
+"""The last word of so many different hosts shows whether the trouble is ours (ours)."""
 _SHARE_UNREACHED = 0.9
 _FEW_HOSTS = 8
 """That many hosts, and not one of them reached, are enough to stop (ours)."""
@@ -24,11 +23,13 @@ class HostLimits:
         requests_per_s: The most requests a second, over the whole job.
         num_failures: Requests in a row that never reached it, until it counts as dead.
         dead_s: How long a dead host is not asked again, in seconds.
+        max_retry_after_s: A host that wants longer peace than this counts as dead for so long.
     """
 
     requests_per_s: float
     num_failures: int
     dead_s: float
+    max_retry_after_s: float
 
 
 @dataclass
@@ -36,7 +37,6 @@ class _Host:
     next_free: float = 0.0
     num_unreached: int = 0
     dead_until: float = 0.0
-    was_reached: bool = False
 
 
 @dataclass
@@ -45,7 +45,7 @@ class HostBook:
 
     limits: HostLimits
     _hosts: dict[str, _Host] = field(default_factory=dict)
-    _first_contacts: deque[bool] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _recent: dict[str, bool] = field(default_factory=dict)
 
     def reserve(self, host: str) -> float | None:
         """Take the next turn of a host.
@@ -65,19 +65,24 @@ class HostBook:
         """Say how a request ended: whether the host answered, and for how long it wants peace."""
         now = time.monotonic()
         state = self._hosts.setdefault(host, _Host())
-        if not state.was_reached and state.num_unreached == 0:
-            self._first_contacts.append(reached)
+        self._recent.pop(host, None)
+        self._recent[host] = reached
+        if len(self._recent) > _WINDOW:
+            del self._recent[next(iter(self._recent))]
         if reached:
-            state.was_reached, state.num_unreached = True, 0
+            state.num_unreached = 0
         else:
             state.num_unreached += 1
             if state.num_unreached >= self.limits.num_failures:
                 state.dead_until = now + self.limits.dead_s
+        if retry_after_s > self.limits.max_retry_after_s:
+            # Nobody waits for so long: the host is left alone, and asked in a later run.
+            state.dead_until = now + retry_after_s
         state.next_free = max(state.next_free, now + retry_after_s)
 
     def trouble(self) -> str | None:
         """Say what looks like trouble of this machine's own network rather than dead addresses."""
-        contacts = list(self._first_contacts)
+        contacts = list(self._recent.values())
         num_unreached = contacts.count(False)
         is_trouble = (
             num_unreached >= _FEW_HOSTS

@@ -8,14 +8,16 @@ _PASSING = frozenset(
         "connect",
         "dead_host",
         "dns_failed",
+        "engine_error",
         "read_error",
         "shard_timeout",
         "timeout",
         "too_slow",
     }
 )
-UNREACHED = frozenset({"connect", "dns_failed", "no_such_host", "timeout"})
-"""What a host that cannot be reached looks like, and a machine that reaches nothing."""
+UNREACHED = frozenset({"connect", "dns_failed", "timeout"})
+"""What a host that cannot be reached looks like, and a machine that reaches nothing; unless
+`RefusedRequestError.was_reached`."""
 
 
 class RefusedRequestError(Exception):
@@ -27,6 +29,9 @@ class RefusedRequestError(Exception):
         status: The HTTP status, where there was one.
         retry_after_s: How long the host asks to be left alone, in seconds.
         final_url: The last address asked, after redirects.
+
+    Attributes:
+        was_reached: Whether the host had answered before it failed.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class RefusedRequestError(Exception):
         self.status = status
         self.retry_after_s = retry_after_s
         self.final_url = final_url
+        self.was_reached = False
 
 
 def is_passing(reason: str) -> bool:

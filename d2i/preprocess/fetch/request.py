@@ -11,6 +11,7 @@ import email.utils
 import http.client
 import socket
 import ssl
+import string
 import threading
 import time
 import zlib
@@ -19,7 +20,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin
 
-from d2i.preprocess.fetch.guard import Target, check_addresses, check_url
+from d2i.preprocess.fetch.guard import PORTS, Target, check_addresses, check_url
 from d2i.preprocess.fetch.reasons import RefusedRequestError
 from d2i.preprocess.fetch.resolver import Resolver
 
@@ -91,20 +92,32 @@ def get(
         on_target(target)
         # Waiting for a turn is our courtesy, not the host's slowness.
         deadline += time.monotonic() - before
+        progress = _Progress()
         try:
-            answer = _get_once(url, target, limits, resolver, deadline)
-        except TimeoutError as err:
-            detail = f"over {limits.timeout_s} s"
-            raise RefusedRequestError("timeout", detail, final_url=url) from err
-        except (OSError, http.client.HTTPException, ValueError) as err:
-            raise RefusedRequestError(_reason(err, deadline), str(err), final_url=url) from err
-        except RefusedRequestError as err:
-            err.final_url = url
-            raise
+            answer = _get_once(url, target, limits, resolver, deadline, progress)
+        except (RefusedRequestError, OSError, http.client.HTTPException, ValueError) as err:
+            refused = _refused(err, deadline, limits)
+            refused.final_url, refused.was_reached = url, progress.has_answer
+            raise refused from err
         if isinstance(answer, Response):
             return answer
         url = answer
     raise RefusedRequestError("too_many_redirects", f"over {_NUM_REDIRECTS}", final_url=url)
+
+
+@dataclass
+class _Progress:
+    """How far one request got."""
+
+    has_answer: bool = False
+
+
+def _refused(err: Exception, deadline: float, limits: Limits) -> RefusedRequestError:
+    if isinstance(err, RefusedRequestError):
+        return err
+    if isinstance(err, TimeoutError):
+        return RefusedRequestError("timeout", f"over {limits.timeout_s} s")
+    return RefusedRequestError(_reason(err, deadline), str(err))
 
 
 def _reason(err: Exception, deadline: float) -> str:
@@ -113,11 +126,18 @@ def _reason(err: Exception, deadline: float) -> str:
         return "timeout"
     if isinstance(err, ssl.SSLError):
         return "tls"
+    if isinstance(err, http.client.InvalidURL):
+        return "bad_url"
     return "connect" if isinstance(err, OSError | http.client.HTTPException) else "bad_url"
 
 
 def _get_once(
-    url: str, target: Target, limits: Limits, resolver: Resolver, deadline: float
+    url: str,
+    target: Target,
+    limits: Limits,
+    resolver: Resolver,
+    deadline: float,
+    progress: _Progress,
 ) -> Response | str:
     """Return the response, or the address it redirects to."""
     connect_deadline = min(deadline, time.monotonic() + limits.connect_timeout_s)
@@ -132,9 +152,11 @@ def _get_once(
             connection.sock.do_handshake()
         connection.request("GET", quote(target.path, safe=_PLAIN), headers=_headers(limits))
         with closing(connection.getresponse()) as answer:
+            progress.has_answer = True
             location = answer.getheader("Location")
             if answer.status in _REDIRECTS and location:
-                return urljoin(url, location)
+                # Headers are read as latin-1; most hosts mean UTF-8, and urllib does the same.
+                return urljoin(url, quote(location, safe=string.punctuation, encoding="latin-1"))
             if answer.status != 200:
                 raise RefusedRequestError(
                     f"http_{answer.status}",
@@ -159,9 +181,9 @@ def _retry_after_s(value: str | None) -> float | None:
     """Read seconds or a date."""
     if value is None:
         return None
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):
         return max(float(int(value)), 0.0)
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, OverflowError):
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     return None
 
@@ -169,6 +191,8 @@ def _retry_after_s(value: str | None) -> float | None:
 def _connect(target: Target, address: str, deadline: float) -> http.client.HTTPConnection:
     raw = socket.create_connection((address, target.port), timeout=_left(deadline))
     connection = http.client.HTTPConnection(target.host, target.port)
+    # So that the Host header names no port where it is that of the scheme.
+    connection.default_port = PORTS[target.scheme]
     connection.sock = raw
     if target.scheme == "https":
         connection.sock = ssl.create_default_context().wrap_socket(
@@ -212,6 +236,8 @@ def _read_body(
         if not chunk:
             break
         num_received += len(chunk)
+        if num_received > limits.max_bytes:
+            raise RefusedRequestError("too_many_bytes", f"over {limits.max_bytes} bytes")
         elapsed_s = time.monotonic() - started
         if elapsed_s > _GRACE_S and num_received < limits.min_rate_bytes_s * elapsed_s:
             raise RefusedRequestError("too_slow", f"{num_received} bytes in {elapsed_s:.0f} s")
@@ -230,27 +256,25 @@ class _Body:
             raise RefusedRequestError("encoded_body", f"got encoding {encoding!r}, asked for none")
         self._max_bytes = limits.max_bytes
         self._inflate = None if name in ("identity", "") else zlib.decompressobj(_GZIP_OR_ZLIB)
-        self._chunks: list[bytes] = []
-        self._size = 0
+        self._data = bytearray()
 
     def add(self, chunk: bytes) -> None:
         """Append what was received."""
         if self._inflate is not None:
             try:
                 # One byte more than there is room for shows that there is more.
-                chunk = self._inflate.decompress(chunk, self._max_bytes - self._size + 1)
+                chunk = self._inflate.decompress(chunk, self._max_bytes - len(self._data) + 1)
             except zlib.error as err:
                 raise RefusedRequestError("encoded_body", str(err)) from err
-        self._size += len(chunk)
-        if self._size > self._max_bytes:
+        self._data += chunk
+        if len(self._data) > self._max_bytes:
             raise RefusedRequestError("too_many_bytes", f"over {self._max_bytes} bytes")
-        self._chunks.append(chunk)
 
     def whole(self) -> bytes:
         """Return the body, which must be complete."""
         if self._inflate is not None and not self._inflate.eof:
             raise RefusedRequestError("encoded_body", "the compressed body ended early")
-        return b"".join(self._chunks)
+        return bytes(self._data)
 
 
 def _left(deadline: float) -> float:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -66,8 +67,11 @@ class PictureSource:
             For each what was fetched, without its bytes, and what was made of it.
         """
         ordered = sorted(set(refs), key=lambda ref: ref.value)
-        files = [ref for ref in ordered if ref.kind == "file" and self.config.mirror is None]
-        by_address = [ref for ref in ordered if ref not in set(files)]
+        files: list[ImageRef] = []
+        by_address: list[ImageRef] = []
+        for ref in ordered:
+            is_file = ref.kind == "file" and self.config.mirror is None
+            (files if is_file else by_address).append(ref)
         return self._read_files(files, open_picture) | self._ask(by_address, open_picture)
 
     def trouble(self) -> str | None:
@@ -127,16 +131,27 @@ class PictureSource:
             allow_hosts=self.access.allow_hosts,
         )
         courtesy = Courtesy(config.num_attempts, config.max_retry_after_s)
-        return AddressFetcher(limits, courtesy, Resolver(self.access.dns_server), self.hosts)
+        return AddressFetcher(limits, courtesy, _resolver(self.access.dns_server), self.hosts)
 
     def _max_bytes(self) -> int:
         return int(self.config.max_image_mib * 2**20)
 
 
+@cache
+def _resolver(server: str | None) -> Resolver:
+    """Return the one resolver of this process: what it remembers serves all shards."""
+    return Resolver(server)
+
+
 def host_book(config: FetchConfig) -> HostBook:
     """Return the manners of a new job."""
     return HostBook(
-        HostLimits(config.max_host_requests_per_s, config.num_host_failures, config.dead_host_s)
+        HostLimits(
+            config.max_host_requests_per_s,
+            config.num_host_failures,
+            config.dead_host_s,
+            config.max_retry_after_s,
+        )
     )
 
 
