@@ -306,7 +306,8 @@ class _Objects:
         rest = "" if found else "; no other object after it"
         self.report(Problem(reason, where, f"the object cannot be read{rest}"))
         num_passed = self.view.offset + self.view.pos - begin
-        if not found and num_passed > 4 * self.last_length + _OVERLAP_BYTES:
+        # More than one object that the file's end cut off.
+        if not found and num_passed > max(4 * self.last_length, CHUNK_BYTES):
             detail = f"no object that starts like the first in the last {num_passed} bytes"
             self.report(Problem("too_many_broken", where, detail))
         if found and self._is_lost():

@@ -50,7 +50,7 @@ class DecodedPicture:
 
 
 class Decoder:
-    """Decodes and crops, with a child process for what is risky. Used by one thread.
+    """Decodes and crops, with a child process for what is risky. Used by one thread at a time.
 
     Args:
         image: The decode policy and the resolution.

@@ -196,9 +196,9 @@ def _refuse_lost_shards(
     Raises:
         ShardError: If one is missing that was there when its failures were asked for again.
     """
-    first, *_ = [s.index for s in supplements if s.index in committed] or [0]
-    lost = [index for index in range(plan.num_shards) if first and index not in committed]
-    if lost:
+    is_mended = any(supplement.index in committed for supplement in supplements)
+    lost = [index for index in range(plan.num_shards) if index not in committed]
+    if is_mended and lost:
         raise ShardError(
             f"{split_url} lacks shard {lost[0]}, of which --retry-failed mended a part; expected "
             "it to be there; put it back, or choose another --out"

@@ -2,7 +2,7 @@
 
 It brings the threads and the bound on what is in flight. Each picture is handed to it as a token
 in place of an address: its opener is ours and answers nothing else, so no request can leave
-unguarded (threats.md, section 1). Its resizer is ours, its writer hands the pictures over.
+unguarded (threats.md, section 1). Our resizer passes the bytes on, our writer opens them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def fetch_all(
         refs: What is fetched, each once.
         fetch: Fetches one until a deadline on the monotonic clock, or says why not; called in
             `num_threads` threads.
-        open_picture: Decodes what was fetched, or passes the failure on; called in this thread.
+        open_picture: Decodes what was fetched, or passes the failure on; called by one thread.
         num_threads: How many are fetched at once; twice as many wait to be opened at most.
         timeout_s: After so many seconds what is left fails with `shard_timeout`.
 

@@ -61,7 +61,7 @@ class PictureSource:
 
         Args:
             refs: The pictures.
-            open_picture: Makes something of what was fetched; called in this thread.
+            open_picture: Makes something of what was fetched; called by one thread at a time.
 
         Returns:
             For each what was fetched, without its bytes, and what was made of it.
