@@ -26,6 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -133,9 +134,9 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     from d2i.config import FetchConfig, ImageConfig
     from d2i.dialog import ImageRef
     from d2i.preprocess.decoder import Decoder
-    from d2i.preprocess.encode import SourcePicture, open_picture
     from d2i.preprocess.fetch.fetched import Fetched
     from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
+    from d2i.preprocess.fetch_worker import open_picture
 
     config = FetchConfig(num_threads=NUM_THREADS, timeout_s=PATIENCE_S, max_host_requests_per_s=1e6)
     hosts = frozenset(url.split("/")[2] for url in urls)
@@ -144,10 +145,11 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
     with tarfile.open(folder / "out.tar", "w") as tar:
 
-        def write(fetched: Fetched) -> str:
-            opened = open_picture(fetched, decoder)
-            if not isinstance(opened, SourcePicture):
-                return opened.reason
+        def write(ref: ImageRef, fetched: Fetched) -> str:
+            found = open_picture(ref, fetched, decoder, is_kept=False)
+            opened = found.picture
+            if opened is None:
+                return found.fetched.reason
             buffer = io.BytesIO()
             Image.fromarray(opened.pixels).save(buffer, "JPEG", quality=QUALITY)
             info = tarfile.TarInfo(f"{opened.sha256}.jpg")
@@ -156,13 +158,10 @@ def by_d2i(urls: list[str], folder: Path) -> int:
             tar.addfile(info, buffer)
             return "ok"
 
-        found = source.fetch([ImageRef("urls", (url,)) for url in urls], write)
+        counts = Counter(source.fetch([ImageRef("urls", (url,)) for url in urls], write))
     decoder.close()
-    counts: dict[str, int] = {}
-    for _, reason in found.values():
-        counts[reason] = counts.get(reason, 0) + 1
     print(json.dumps(counts), file=sys.stderr)
-    return len(found)
+    return counts.total()
 
 
 def measure(who: str, urls: list[str]) -> dict[str, float]:
@@ -171,8 +170,7 @@ def measure(who: str, urls: list[str]) -> dict[str, float]:
     import img2dataset.downloader  # noqa: F401  # Imports are not what is timed.
 
     if who == "d2i":
-        import d2i.preprocess.encode
-        import d2i.preprocess.fetch.sources  # noqa: F401
+        import d2i.preprocess.fetch_worker  # noqa: F401
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         num_rows = {"img2dataset": by_img2dataset, "d2i": by_d2i}[who](urls, Path(folder))

@@ -254,6 +254,8 @@ class FetchConfig(Config):
     """Requests in a row that do not reach a host, until it is left alone (`dead_host`)."""
     dead_host_s: float = Field(default=600.0, ge=0)
     """How long a host is then left alone."""
+    num_same_pictures: int = Field(default=10, ge=0)
+    """One and the same picture under so many addresses is a `placeholder`; 0: it never is."""
     decode_timeout_s: float = Field(default=20.0, gt=0)
     """How long the decoder may take for one picture, until it is killed."""
     max_decode_mib: int = Field(default=2048, ge=256)

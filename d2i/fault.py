@@ -15,10 +15,16 @@ from typing import Literal, get_args
 from d2i.errors import ConfigError
 
 Point = Literal[
+    "fetch.picture",
+    "fetch.shard",
+    "encode.images",
+    "ledger.written",
     "shard.written",
     "shard.tar",
     "shard.index",
     "shard.commit",
+    "job.shard_done",
+    "placeholders.record_removed",
     "manifest.checksum",
     "manifest.written",
     "train.step_done",
@@ -50,13 +56,18 @@ class Fault:
 
     def reach(self, point: str) -> None:
         """Act if this is the asked pass of the asked point."""
-        if point != self.point:
-            return
-        self.num_passed += 1
-        if self.num_passed == self.nth:
-            self._act()
+        if self.is_due(point):
+            self.act()
 
-    def _act(self) -> None:
+    def is_due(self, point: str) -> bool:
+        """Count a pass, and say whether it is the asked one of the asked point."""
+        if point != self.point:
+            return False
+        self.num_passed += 1
+        return self.num_passed == self.nth
+
+    def act(self) -> None:
+        """Kill this process, wait, or raise `FaultError`, as asked."""
         if self.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.action == "sleep":

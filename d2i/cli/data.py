@@ -56,6 +56,9 @@ def preprocess(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Ray workers; 0: this process, without Ray.")
     ] = None,
+    fetch_workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray workers that fetch and decode.")
+    ] = None,
     ray_address: RayOption = None,
     *,
     retry_failed: Annotated[
@@ -97,6 +100,7 @@ def preprocess(
         retry_failed=retry_failed,
         access=Access(frozenset(allow_host or ()), dns_server),
         num_workers=workers,
+        num_fetchers=fetch_workers,
         ray_address=ray_address,
         fault=parse_fault(fault),
     )
@@ -114,7 +118,7 @@ def preprocess(
     summaries = _with_progress(request, run)
     print_result(
         {"splits": [dataclasses.asdict(summary) for summary in summaries], "out": out},
-        [_summary_line(summary) for summary in summaries],
+        [line for summary in summaries for line in _summary_lines(summary)],
         as_json=as_json,
     )
 
@@ -190,13 +194,14 @@ def _with_progress(request: PreprocessRequest, run: object) -> list[SplitSummary
     return summaries
 
 
-def _summary_line(summary: SplitSummary) -> str:
-    return (
+def _summary_lines(summary: SplitSummary) -> list[str]:
+    line = (
         f"{summary.split}: read {summary.num_instances}, written {summary.num_written} in "
         f"{summary.num_shards} shards, excluded: {summary.num_excluded}, "
         f"failed: {counted(summary.failures)}, "
         f"corpus problems: {counted(summary.problems)}"
     )
+    return [line, *(f"  lost to {h.host}: {counted(h.failures)}" for h in summary.hosts)]
 
 
 def _recipe(name: str, settings: list[str] | None) -> Recipe:

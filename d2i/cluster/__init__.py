@@ -1,5 +1,6 @@
 """Where work runs: in this process, or on Ray. The only package that imports ray."""
 
+from d2i.cluster.faults import JobFault, job_fault
 from d2i.cluster.pool import (
     Pool,
     ResourceRequest,
@@ -10,13 +11,20 @@ from d2i.cluster.pool import (
     session,
     share,
 )
+from d2i.cluster.stages import Feeder, Finisher, Stages, run_stages
 
 __all__ = [
+    "Feeder",
+    "Finisher",
+    "JobFault",
     "Pool",
     "ResourceRequest",
     "Shared",
+    "Stages",
     "Worker",
     "device_of_worker",
+    "job_fault",
+    "run_stages",
     "run_tasks",
     "session",
     "share",

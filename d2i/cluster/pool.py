@@ -24,7 +24,7 @@ TaskIn = TypeVar("TaskIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
 # A task that takes this many more workers down with it ends the job with a clear message.
-_NUM_RETRIES = 3
+NUM_RETRIES = 3
 
 
 class Worker(Protocol[TaskIn, ResultOut]):
@@ -123,7 +123,7 @@ def session(num_workers: int | None, ray_address: str | None) -> Iterator[None]:
     if num_workers == 0:
         yield
         return
-    with _ray_session(ray_address):
+    with _ray_session(num_workers, ray_address):
         yield
 
 
@@ -172,15 +172,17 @@ def _run_on_ray(
     import ray
 
     with session(pool.num_workers, pool.ray_address):
-        actors = _start_actors(pool, len(tasks))
+        size = actor_size(pool.resources)
+        num_workers = min(num_workers_of(pool.num_workers, size), len(tasks))
         waiting = list(reversed(tasks))
         running: dict[Any, tuple[Any, TaskT]] = {}
-        for actor in actors:
+        for _ in range(num_workers):
+            actor = start_actor(pool.build_worker, size, num_retries=NUM_RETRIES)
             _give(actor, waiting, running)
         while running:
             (ready, *_), _ = ray.wait(list(running), num_returns=1)
             actor, task = running.pop(ready)
-            result = _result_of(ready)
+            result = result_of(ready)
             _give(actor, waiting, running)
             yield task, result
 
@@ -191,7 +193,13 @@ def _give(actor: Any, waiting: list[TaskT], running: dict[Any, tuple[Any, TaskT]
         running[actor.run.remote(task)] = (actor, task)
 
 
-def _result_of(reference: Any) -> Any:
+def result_of(reference: Any) -> Any:
+    """Return what an actor's task gave.
+
+    Raises:
+        D2IError: If it raised that.
+        ClusterError: If its worker keeps dying.
+    """
     import ray
 
     try:
@@ -201,34 +209,59 @@ def _result_of(reference: Any) -> Any:
             raise type(err.cause)(str(err.cause)) from err
         raise
     except ray.exceptions.RayActorError as err:
-        raise ClusterError(
-            f"a task took {_NUM_RETRIES + 1} workers down with it: {str(err).splitlines()[0]}; "
-            "expected it to finish; look for memory pressure, then repeat the command: finished "
-            "work is kept"
-        ) from err
+        raise too_many_deaths(err) from err
 
 
-def _start_actors(pool: Pool[TaskT, ResultT], num_tasks: int) -> list[Any]:
+def too_many_deaths(err: Exception) -> ClusterError:
+    """Say that a task ends every worker it is given to."""
+    return ClusterError(
+        f"a task took {NUM_RETRIES + 1} workers down with it: {str(err).splitlines()[0]}; "
+        "expected it to finish; look for memory pressure, then repeat the command: finished "
+        "work is kept"
+    )
+
+
+@dataclass(frozen=True)
+class ActorSize:
+    """What one actor occupies on the cluster at hand."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+def actor_size(resources: ResourceRequest) -> ActorSize:
+    """Return what a worker occupies, without an accelerator where the cluster has none."""
     import ray
 
-    num_gpus = pool.resources.num_gpus if ray.cluster_resources().get("GPU", 0) else 0
-    actor_class = ray.remote(
-        num_cpus=pool.resources.num_cpus,
-        num_gpus=num_gpus,
-        max_restarts=-1,
-        max_task_retries=_NUM_RETRIES,
-    )(_WorkerActor)
-    wanted = pool.num_workers or _num_workers_that_fit(pool.resources, num_gpus)
-    return [actor_class.remote(pool.build_worker) for _ in range(min(wanted, num_tasks))]
+    has_gpus = bool(ray.cluster_resources().get("GPU", 0))
+    return ActorSize(resources.num_cpus, resources.num_gpus if has_gpus else 0.0)
 
 
-def _num_workers_that_fit(resources: ResourceRequest, num_gpus: float) -> int:
+def start_actor(build_worker: Callable[[], Any], size: ActorSize, *, num_retries: int) -> Any:
+    """Start an actor, which is started anew whenever it dies, and its task given to it again."""
     import ray
 
+    options = ray.remote(
+        num_cpus=size.num_cpus,
+        num_gpus=size.num_gpus,
+        max_restarts=-1 if num_retries else 0,
+        max_task_retries=num_retries,
+        # Ray would fill one node after the other with those that occupy nothing.
+        scheduling_strategy="SPREAD",
+    )
+    return options(_WorkerActor).remote(build_worker)
+
+
+def num_workers_of(asked: int | None, size: ActorSize) -> int:
+    """Return how many workers there are: as asked, or as many as fit."""
+    import ray
+
+    if asked:
+        return asked
     total = ray.cluster_resources()
-    if num_gpus:
-        return max(1, int(total["GPU"] // num_gpus))
-    return max(1, int(total.get("CPU", 1) // resources.num_cpus))
+    if size.num_gpus:
+        return max(1, int(total["GPU"] // size.num_gpus))
+    return max(1, int(total.get("CPU", 1) // size.num_cpus))
 
 
 class _WorkerActor:
@@ -237,18 +270,32 @@ class _WorkerActor:
     It is built with the first task: an error in building then reaches the driver as what it is.
     """
 
-    def __init__(self, build_worker: Callable[[], Worker[Any, Any]]) -> None:
+    def __init__(self, build_worker: Callable[[], Any]) -> None:
         self._build_worker = build_worker
-        self._worker: Worker[Any, Any] | None = None
+        self._worker: Any = None
 
-    def run(self, task: Any) -> Any:
+    def build(self) -> None:
         if self._worker is None:
             self._worker = self._build_worker()
+
+    def run(self, task: Any) -> Any:
+        self.build()
         return self._worker.run(task)
+
+    def stream(self, task: Any) -> Iterator[Any]:
+        self.build()
+        yield from self._worker.stream(task)
+
+    def finish(self, task: Any, blocks: list[Any]) -> Any:
+        import ray
+
+        self.build()
+        # One at a time: what is not held any more leaves this process's memory.
+        return self._worker.run(task, (ray.get(block) for block in blocks))
 
 
 @contextmanager
-def _ray_session(address: str | None) -> Iterator[None]:
+def _ray_session(num_workers: int | None, address: str | None) -> Iterator[None]:
     # Ray reads these at import; nothing is reported to anyone unless the user asks for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -260,9 +307,12 @@ def _ray_session(address: str | None) -> Iterator[None]:
         # A session around this one keeps it up.
         yield
         return
+    # On this machine as many workers as are asked for, however few cores there are.
+    is_crowded = address is None and (num_workers or 0) > len(os.sched_getaffinity(0))
     try:
         ray.init(
             address=address or "local",
+            num_cpus=num_workers if is_crowded else None,
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level=logging.ERROR,

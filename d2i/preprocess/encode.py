@@ -1,10 +1,8 @@
-"""From fetched pictures to samples: decode, crop, encode, and say what became of each instance."""
+"""From opened pictures to samples: encode, lay out, and say what became of each instance."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,29 +12,12 @@ from d2i.config import Recipe
 from d2i.context import context_tokens
 from d2i.dialog import ImageRef, Instance
 from d2i.encoders import Encoders
-from d2i.pictures import RefusedPictureError
-from d2i.preprocess.decoder import Decoder
-from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.reasons import is_passing
+from d2i.preprocess.fetch_worker import keeps_source
+from d2i.preprocess.handover import FetchedPicture, SourcePicture
 from d2i.preprocess.ledger import LedgerRow, Status
 from d2i.preprocess.records import instance_values
 from d2i.shards import Sample, json_bytes, npy_bytes
-
-
-@dataclass(frozen=True)
-class SourcePicture:
-    """One distinct picture of a shard: its bytes, its square crop, where it came from."""
-
-    data: bytes
-    suffix: str
-    width: int
-    height: int
-    pixels: NDArray[np.uint8]
-
-    @property
-    def sha256(self) -> str:
-        """The hash of the source bytes."""
-        return hashlib.sha256(self.data).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -47,74 +28,62 @@ class ImageFeatures:
     clip: NDArray[np.float16]
 
 
-def open_picture(fetched: Fetched, decoder: Decoder) -> SourcePicture | Fetched:
-    """Decode and crop fetched bytes, or return the failure with its reason."""
-    if fetched.data is None:
-        return fetched
-    try:
-        found = decoder.decode(fetched.data)
-    except RefusedPictureError as err:
-        return fetched.refused(err.reason, str(err))
-    return SourcePicture(fetched.data, found.suffix, found.width, found.height, found.pixels)
-
-
 def encode_pictures(
     pictures: Mapping[ImageRef, SourcePicture], encoders: Encoders
 ) -> dict[ImageRef, ImageFeatures]:
-    """Encode each distinct picture once; those with non-finite latents are left out."""
-    if not pictures:
-        return {}
-    moments, clip = encoders.encode_images(np.stack([p.pixels for p in pictures.values()]))
-    return {
-        ref: ImageFeatures(m, c)
-        for ref, m, c in zip(pictures, moments, clip, strict=True)
-        if np.isfinite(m).all() and np.isfinite(c).all()
-    }
+    """Encode each distinct picture once; those with non-finite latents are left out.
+
+    Args:
+        pictures: In the order of the plan, so that the batches' members come from it.
+        encoders: What they are encoded by, a batch at a time.
+    """
+    features = {}
+    refs = list(pictures)
+    for start in range(0, len(refs), encoders.compute_batch_size):
+        batch = refs[start : start + encoders.compute_batch_size]
+        moments, clip = encoders.encode_images(np.stack([pictures[ref].pixels for ref in batch]))
+        for ref, m, c in zip(batch, moments, clip, strict=True):
+            if np.isfinite(m).all() and np.isfinite(c).all():
+                features[ref] = ImageFeatures(m, c)
+    return features
 
 
 def build_samples(
-    instances: list[Instance],
+    instances: Iterable[Instance],
     pictures: Mapping[ImageRef, SourcePicture],
     features: Mapping[ImageRef, ImageFeatures],
     encoders: Encoders,
     recipe: Recipe,
-) -> list[Sample]:
-    """Build the samples of one shard, in key order, from the instances that have features."""
+) -> Iterator[Sample]:
+    """Yield the samples of one shard, in key order, of the instances that have features."""
     chosen = sorted((i for i in instances if i.image_ref in features), key=lambda i: i.key)
-    if not chosen:
-        return []
-    tokens = np.stack([context_tokens(instance.context, recipe.text) for instance in chosen])
-    text = encoders.encode_text(tokens) if recipe.text.latents == "full" else None
-    samples = []
-    for row, instance in enumerate(chosen):
-        picture, image = pictures[instance.image_ref], features[instance.image_ref]
-        members = {
-            "json": _metadata(instance, picture),
-            "moments.npy": npy_bytes(image.moments),
-            "clip.npy": npy_bytes(image.clip),
-            "tokens.npy": npy_bytes(tokens[row]),
-        }
-        if text is not None:
-            members["text.npy"] = npy_bytes(text[row])
-        if instance.split != "train" or recipe.preprocess.keep_images == "always":
-            members[picture.suffix] = picture.data
-        samples.append(Sample(instance.key, members))
-    return samples
+    for start in range(0, len(chosen), encoders.compute_batch_size):
+        batch = chosen[start : start + encoders.compute_batch_size]
+        tokens = np.stack([context_tokens(instance.context, recipe.text) for instance in batch])
+        text = encoders.encode_text(tokens) if recipe.text.latents == "full" else None
+        for row, instance in enumerate(batch):
+            picture, image = pictures[instance.image_ref], features[instance.image_ref]
+            members = {
+                "json": _metadata(instance, picture),
+                "moments.npy": npy_bytes(image.moments),
+                "clip.npy": npy_bytes(image.clip),
+                "tokens.npy": npy_bytes(tokens[row]),
+            }
+            if text is not None:
+                members["text.npy"] = npy_bytes(text[row])
+            if picture.data is not None and keeps_source(instance, recipe):
+                members[picture.suffix] = picture.data
+            yield Sample(instance.key, members)
 
 
 def ledger_row(
-    instance: Instance,
-    fetched: Fetched,
-    opened: SourcePicture | Fetched,
-    features: Mapping[ImageRef, ImageFeatures],
+    instance: Instance, found: FetchedPicture, features: Mapping[ImageRef, ImageFeatures]
 ) -> LedgerRow:
     """Say what became of one instance."""
-    reason, detail = "ok", ""
-    if isinstance(opened, Fetched):
-        reason, detail = opened.reason, opened.detail
-    elif instance.image_ref not in features:
+    fetched, picture = found.fetched, found.picture
+    reason, detail = fetched.reason, fetched.detail
+    if reason == "ok" and found.ref not in features:
         reason, detail = "non_finite_latent", "an encoder gave a value beyond float16"
-    picture = opened if isinstance(opened, SourcePicture) else None
     return LedgerRow(
         key=instance.key,
         image=instance.image_ref.value[0] if instance.image_ref.value else "",
@@ -124,11 +93,11 @@ def ledger_row(
         attempts=fetched.attempts,
         http_status=fetched.http_status,
         final_url=fetched.final_url,
-        size_bytes=len(picture.data) if picture else None,
+        size_bytes=picture.size_bytes if picture else None,
         width=picture.width if picture else None,
         height=picture.height if picture else None,
         sha256=picture.sha256 if picture else None,
-        time_s=time.time(),
+        time_s=found.time_s,
     )
 
 
@@ -142,7 +111,7 @@ def _metadata(instance: Instance, picture: SourcePicture) -> bytes:
     source = {
         "ref": list(instance.image_ref.value),
         "sha256": picture.sha256,
-        "size_bytes": len(picture.data),
+        "size_bytes": picture.size_bytes,
         "width": picture.width,
         "height": picture.height,
     }

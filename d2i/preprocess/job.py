@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import json
-import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from d2i import storage
-from d2i.cluster import Pool, run_tasks, session, share
+from d2i.cluster import JobFault, Pool, Stages, job_fault, run_stages, run_tasks, session, share
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault import Fault
+from d2i.preprocess.encode_worker import EncodeWorkerBuilder, fingerprint_url
 from d2i.preprocess.exclude import NOTHING, read_exclusion
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
+from d2i.preprocess.fetch_worker import FetchWorkerBuilder
+from d2i.preprocess.handover import ShardTask
+from d2i.preprocess.hosts_of_failure import HostFailures, hosts_of_failure
+from d2i.preprocess.ledger import iter_ledger
+from d2i.preprocess.placeholders import WithdrawalWorker, placeholders_of, plan_withdrawals
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
+from d2i.preprocess.progress import JobProgress, Tally
 from d2i.preprocess.retry import (
     Supplement,
     merge_ledger,
     plan_supplements,
     read_supplements,
 )
-from d2i.preprocess.worker import (
-    ShardResult,
-    ShardTask,
-    ShardWorkerBuilder,
-    fingerprint_url,
-)
 from d2i.recipes import check_prepared_with, keep_recipe
 from d2i.shards import read_commits, remove_uncommitted, write_manifest
-from d2i.shards.manifest import EMPTY_NAMES
+from d2i.shards.manifest import EMPTY_NAMES, MANIFEST_NAME
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class PreprocessRequest:
     retry_failed: bool = False
     access: Access = NO_ACCESS
     num_workers: int | None = None
+    num_fetchers: int | None = None
     ray_address: str | None = None
     fault: Fault | None = None
 
@@ -65,31 +67,7 @@ class SplitSummary:
     failures: dict[str, int]
     problems: dict[str, int]
     num_shards: int
-
-
-@dataclass
-class JobProgress:
-    """How far the job is, for a progress line."""
-
-    num_instances: int
-    num_done: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
-    started: float = field(default_factory=time.monotonic)
-
-    def take(self, result: ShardResult) -> None:
-        """Count one finished shard."""
-        self.num_done += result.num_written + sum(result.failures.values())
-        self.failures.update(result.failures)
-
-    def line(self) -> str:
-        """Return count, rate, time left and the failures by reason."""
-        rate = self.num_done / max(time.monotonic() - self.started, 1e-9)
-        left_s = (self.num_instances - self.num_done) / max(rate, 1e-9)
-        failed = ", ".join(f"{n} {reason}" for reason, n in sorted(self.failures.items()))
-        return (
-            f"{self.num_done}/{self.num_instances} instances  {rate:.0f}/s  {left_s:.0f} s left"
-            f"  failed: {failed or 'none'}"
-        )
+    hosts: list[HostFailures]
 
 
 def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan]:
@@ -145,28 +123,69 @@ def _work(
     if any(read_commits(storage.join(request.out, split)) for split in SPLITS):
         check_prepared_with(request.recipe, request.out)
     keep_recipe(request.recipe, request.out)
-    tasks, num_instances = _missing_tasks(request.out, plans)
+    tasks, num_instances = _missing_tasks(request, plans)
     if request.retry_failed and not tasks:
         _plan_again(request, plans)
-        tasks, num_instances = _missing_tasks(request.out, plans)
+        tasks, num_instances = _missing_tasks(request, plans)
     progress = JobProgress(num_instances)
     if tasks:
         with session(request.num_workers, request.ray_address):
-            pool = Pool(
-                _worker_builder(request, plans),
-                num_workers=request.num_workers,
-                ray_address=request.ray_address,
-            )
-            for _, result in run_tasks(pool, tasks):
-                progress.take(result)
-                on_progress(progress)
+            _make_shards(request, plans, tasks, progress, on_progress)
     return [_finish(request, split, plan) for split, plan in plans.items()]
 
 
-def _missing_tasks(out: str, plans: dict[str, Plan]) -> tuple[list[ShardTask], int]:
-    tasks, num_instances = [], 0
+def _make_shards(
+    request: PreprocessRequest,
+    plans: dict[str, Plan],
+    tasks: list[ShardTask],
+    progress: JobProgress,
+    on_progress: Callable[[JobProgress], None],
+) -> None:
+    """Fetch, encode and publish; then withdraw what only the whole shows to be placeholders."""
+    fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
+    tally = share(Tally(), num_workers=request.num_workers)
+    stages = Stages(
+        FetchWorkerBuilder(_pictures(request), request.recipe, tally, fault),
+        EncodeWorkerBuilder(request.recipe, tuple(_split_urls(request, plans)), fault),
+        num_finishers=request.num_workers,
+        num_feeders=request.num_fetchers,
+        ray_address=request.ray_address,
+    )
+
+    def show() -> None:
+        progress.look(tally)
+        on_progress(progress)
+
+    for _, result in run_stages(stages, tasks, show):
+        progress.take(result)
+        show()
+        if fault:
+            fault.reach("job.shard_done")
+    for split_url in _split_urls(request, plans):
+        _withdraw_placeholders(request, split_url, fault)
+
+
+def _withdraw_placeholders(
+    request: PreprocessRequest, split_url: str, fault: JobFault | None
+) -> None:
+    if storage.exists(storage.join(split_url, MANIFEST_NAME)):
+        # A run may have begun with it.
+        return
+    withdrawals = plan_withdrawals(split_url, request.recipe.fetch.num_same_pictures)
+    worker = partial(WithdrawalWorker, _read_fingerprint(split_url), fault)
+    pool = Pool(worker, num_workers=request.num_workers, ray_address=request.ray_address)
+    for _ in run_tasks(pool, withdrawals):
+        pass
+
+
+def _missing_tasks(
+    request: PreprocessRequest, plans: dict[str, Plan]
+) -> tuple[list[ShardTask], int]:
+    num_same = request.recipe.fetch.num_same_pictures
+    tasks: list[ShardTask] = []
+    num_instances = 0
     for split, plan in plans.items():
-        split_url = storage.join(out, split)
+        split_url = storage.join(request.out, split)
         remove_uncommitted(split_url)
         for folder in ("plan", "ledger"):
             storage.remove_leftovers(storage.join(split_url, folder))
@@ -176,16 +195,20 @@ def _missing_tasks(out: str, plans: dict[str, Plan]) -> tuple[list[ShardTask], i
         supplements = read_supplements(split_url)
         _refuse_lost_shards(split_url, plan, set(commits), supplements)
         tasks += [ShardTask(split_url, i) for i in range(plan.num_shards) if i not in commits]
-        tasks += [
-            ShardTask(split_url, supplement.index, supplement.failures)
-            for supplement in supplements
-            if supplement.index not in commits
-        ]
+        tasks += _supplement_tasks(split_url, supplements, set(commits), num_same)
         # A supplement takes back as many failures as it holds instances: its sum is zero.
         done = sum(c.num_samples + sum(c.failures.values()) for c in commits.values())
         again = sum(s.num_instances for s in supplements if s.index not in commits)
         num_instances += plan.num_instances - done + again
     return tasks, num_instances
+
+
+def _supplement_tasks(
+    split_url: str, supplements: list[Supplement], committed: set[int], num_same: int
+) -> list[ShardTask]:
+    missing = [supplement for supplement in supplements if supplement.index not in committed]
+    placeholders = placeholders_of(split_url, num_same) if missing else frozenset[str]()
+    return [ShardTask(split_url, s.index, s.failures, placeholders) for s in missing]
 
 
 def _refuse_lost_shards(
@@ -226,28 +249,30 @@ def _forget_fingerprint(split_url: str) -> None:
     storage.remove(fingerprint_url(split_url))
 
 
-def _worker_builder(request: PreprocessRequest, plans: dict[str, Plan]) -> ShardWorkerBuilder:
+def _pictures(request: PreprocessRequest) -> PictureSource:
     fetch = request.recipe.fetch
-    pictures = PictureSource(
+    return PictureSource(
         request.recipe.corpus.image_root or storage.resolve(request.source),
         fetch,
         request.access,
         share(host_book(fetch), num_workers=request.num_workers),
     )
-    return ShardWorkerBuilder(
-        pictures=pictures,
-        recipe=request.recipe,
-        split_urls=tuple(storage.resolve(storage.join(request.out, split)) for split in plans),
-        fault=request.fault,
-    )
+
+
+def _split_urls(request: PreprocessRequest, plans: dict[str, Plan]) -> list[str]:
+    return [storage.resolve(storage.join(request.out, split)) for split in plans]
+
+
+def _read_fingerprint(split_url: str) -> dict[str, Any]:
+    fingerprint: dict[str, Any] = json.loads(storage.read_bytes(fingerprint_url(split_url)))
+    return fingerprint
 
 
 def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
     split_url = storage.join(request.out, split)
     _merge_ledgers(split_url, plan)
-    fingerprint = json.loads(storage.read_bytes(fingerprint_url(split_url)))
     fault = request.fault.reach if request.fault else None
-    manifest = write_manifest(split_url, fingerprint, fault=fault)
+    manifest = write_manifest(split_url, _read_fingerprint(split_url), fault=fault)
     if manifest.num_samples + sum(manifest.failures.values()) != plan.num_instances:
         raise ConfigError(
             f"{split_url} holds {manifest.num_samples} samples and {manifest.failures} failures, "
@@ -262,4 +287,5 @@ def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
         failures=dict(manifest.failures),
         problems=plan.problems,
         num_shards=plan.num_shards,
+        hosts=hosts_of_failure(iter_ledger(split_url)),
     )

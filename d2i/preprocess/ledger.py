@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -73,18 +73,31 @@ def write_ledger(split_url: str, index: int, rows: list[LedgerRow]) -> None:
 
 def read_ledger(split_url: str) -> list[LedgerRow]:
     """Read every row of a split, shard by shard."""
+    return list(iter_ledger(split_url))
+
+
+def iter_ledger(split_url: str) -> Iterator[LedgerRow]:
+    """Read the rows of a split one shard at a time."""
     folder = storage.join(split_url, "ledger")
-    urls = (storage.join(folder, name) for name in storage.list_names(folder))
-    return [row for url in urls for row in _read(url)]
+    for name in storage.list_names(folder):
+        yield from _rows(_table(storage.join(folder, name)))
 
 
 def read_shard_ledger(split_url: str, index: int) -> list[LedgerRow]:
     """Read the rows of one planned shard, in key order."""
-    return _read(ledger_url(split_url, index))
+    return _rows(ledger_table(split_url, index))
 
 
-def _read(url: str) -> list[LedgerRow]:
-    table = pq.read_table(io.BytesIO(storage.read_bytes(url)), schema=SCHEMA)
+def ledger_table(split_url: str, index: int) -> pa.Table:
+    """Read the rows of one planned shard as a table of `SCHEMA`, in key order."""
+    return _table(ledger_url(split_url, index))
+
+
+def _table(url: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(storage.read_bytes(url)), schema=SCHEMA)
+
+
+def _rows(table: pa.Table) -> list[LedgerRow]:
     return [LedgerRow(**row) for row in table.to_pylist()]
 
 

@@ -5,6 +5,7 @@ record beside each, and a manifest with its own sha256. Imports neither torch no
 """
 
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo, read_commits
+from d2i.shards.copy import copied_samples
 from d2i.shards.manifest import (
     Manifest,
     read_manifest,
@@ -27,6 +28,7 @@ __all__ = [
     "ShardProblem",
     "ShardReader",
     "VerifyReport",
+    "copied_samples",
     "json_bytes",
     "npy_array",
     "npy_bytes",

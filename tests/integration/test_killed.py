@@ -35,8 +35,9 @@ def test_preprocessing(tmp_path: Path, data: Path, settings: list[str]) -> None:
     """Killed at one point after the other, each time going on from the time before."""
     out = tmp_path / "data"
     points = (
+        *("fetch.picture", "fetch.shard", "encode.images", "ledger.written"),
         *("shard.written", "shard.tar", "shard.index", "shard.commit"),
-        *("manifest.checksum", "manifest.written"),
+        *("job.shard_done", "manifest.checksum", "manifest.written"),
     )
     for point in points:
         killed = run_process(

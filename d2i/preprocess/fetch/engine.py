@@ -8,9 +8,9 @@ unguarded (threats.md, section 1). Our resizer passes the bytes on, our writer o
 from __future__ import annotations
 
 import email.message
-import functools
 import io
 import os
+import queue
 import tempfile
 import threading
 import time
@@ -27,68 +27,67 @@ from d2i.preprocess.fetch.fetched import Fetched
 
 _TOKEN = "d2i:"  # A scheme that nothing else answers.
 OpenedT = TypeVar("OpenedT")
+_LOST = Fetched(None, "engine_error", "the download engine gave no result", attempts=0)
 
 
 def fetch_all(
     refs: Sequence[ImageRef],
     fetch: Callable[[ImageRef, float], Fetched],
-    open_picture: Callable[[Fetched], OpenedT],
+    open_picture: Callable[[ImageRef, Fetched], OpenedT],
     *,
     num_threads: int,
     timeout_s: float,
-) -> dict[ImageRef, tuple[Fetched, OpenedT]]:
-    """Fetch pictures in threads, and open each as it comes.
+) -> Iterator[OpenedT]:
+    """Fetch pictures in threads, and yield each, opened, as it comes.
 
     Args:
         refs: What is fetched, each once.
         fetch: Fetches one until a deadline on the monotonic clock, or says why not; called in
             `num_threads` threads.
         open_picture: Decodes what was fetched, or passes the failure on; called by one thread.
-        num_threads: How many are fetched at once; twice as many wait to be opened at most.
+        num_threads: How many are fetched at once; a few times as many wait to be opened or taken.
         timeout_s: After so many seconds what is left fails with `shard_timeout`.
 
     Raises:
         Exception: What `open_picture` raised first; a failed picture does not.
-
-    Returns:
-        For each picture what was fetched, without its bytes, and what `open_picture` made of it.
     """
+    if not refs:
+        return
     opener = _Opener(refs, fetch, time.monotonic() + timeout_s)
-    opened: dict[int, OpenedT] = {}
-    if refs:
-        with tempfile.TemporaryDirectory(prefix="d2i-fetch-") as folder, _installed(opener):
-            _download(Path(folder), opener, open_picture, opened, num_threads)
-    return {
+    writer = _Writer(refs, opener, open_picture, max_waiting=num_threads)
+    with tempfile.TemporaryDirectory(prefix="d2i-fetch-") as folder, _installed(opener):
+        download = _engine(Path(folder), len(refs), writer, num_threads)
+
+        def run() -> None:
+            try:
+                download()
+            finally:
+                writer.end()
+
+        # In a thread of its own: interrupted within it, the engine would wait for itself for ever.
+        threading.Thread(target=run, daemon=True).start()
+        yield from writer.opened()
+    for number in writer.missing():
         # img2dataset prints what it did not expect, and goes on without that picture.
-        ref: (opener.found[n], opened[n] if n in opened else open_picture(_LOST))
-        for n, ref in enumerate(refs)
-    }
+        yield open_picture(refs[number], opener.found[number] or _LOST)
 
 
-_LOST = Fetched(None, "engine_error", "the download engine gave no result", attempts=0)
-
-
-def _download(
-    folder: Path,
-    opener: _Opener,
-    open_picture: Callable[[Fetched], OpenedT],
-    opened: dict[int, OpenedT],
-    num_threads: int,
-) -> None:
+def _engine(
+    folder: Path, num_refs: int, writer: _Writer[OpenedT], num_threads: int
+) -> Callable[[], object]:
+    """Return what downloads the tokens of so many pictures."""
     # albumentations, which img2dataset imports, would ask the internet for its newest version.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     from img2dataset.downloader import Downloader
 
-    tokens = pa.table({"url": [f"{_TOKEN}{n}" for n in range(len(opener.found))]})
+    tokens = pa.table({"url": [f"{_TOKEN}{n}" for n in range(num_refs)]})
     with (
         pa.OSFile(str(folder / "tokens.arrow"), "wb") as file,
         pa.ipc.new_file(file, tokens.schema) as tokens_file,
     ):
         tokens_file.write_table(tokens)
-    failures: list[Exception] = []
-    writer = functools.partial(_Writer, opened, open_picture, opener.found, failures)
     download = Downloader(
-        sample_writer_class=writer,
+        sample_writer_class=lambda *_: writer,
         resizer=_pass_on,
         thread_count=num_threads,
         save_caption=False,
@@ -96,7 +95,7 @@ def _download(
         output_folder=str(folder),
         column_list=["url"],
         timeout=None,
-        number_sample_per_shard=max(len(opener.found), 2),
+        number_sample_per_shard=max(num_refs, 2),
         oom_shard_count=1,
         compute_hash=None,
         verify_hash_type=None,
@@ -105,25 +104,7 @@ def _download(
         user_agent_token=None,
         disallowed_header_directives=None,
     )
-    done = threading.Event()
-
-    def run() -> None:
-        try:
-            download((0, str(folder / "tokens.arrow")))
-        finally:
-            done.set()
-
-    # In a thread of its own: interrupted within it, the engine would wait for itself for ever.
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        done.wait()
-    except BaseException:
-        # What is under way ends by its own deadline, and the engine's threads with it.
-        opener.give_up()
-        done.wait()
-        raise
-    if failures:
-        raise failures[0]
+    return lambda: download((0, str(folder / "tokens.arrow")))
 
 
 class _Opener:
@@ -135,7 +116,7 @@ class _Opener:
         self._refs = refs
         self._fetch = fetch
         self._deadline = deadline
-        self.found = [_LOST] * len(refs)
+        self.found: list[Fetched | None] = [None] * len(refs)
 
     def give_up(self) -> None:
         """Fail all that was not begun yet."""
@@ -169,32 +150,76 @@ class _Body(io.BytesIO):
 
 
 class _Writer(Generic[OpenedT]):
-    """Stands where img2dataset's writer stands, and opens what comes."""
+    """Stands where img2dataset's writer stands: opens what comes, and hands it on.
+
+    Args:
+        refs: The pictures, by number.
+        opener: Knows how asking ended.
+        open_picture: What opens one.
+        max_waiting: Opened pictures that wait to be taken at most.
+    """
 
     def __init__(
         self,
-        opened: dict[int, OpenedT],
-        open_picture: Callable[[Fetched], OpenedT],
-        found: list[Fetched],
-        failures: list[Exception],
-        *_: object,
+        refs: Sequence[ImageRef],
+        opener: _Opener,
+        open_picture: Callable[[ImageRef, Fetched], OpenedT],
+        max_waiting: int,
     ) -> None:
-        self._opened = opened
+        self._refs = refs
+        self._opener = opener
         self._open_picture = open_picture
-        self._found = found
-        self._failures = failures
+        self._queue: queue.Queue[tuple[int, OpenedT] | None] = queue.Queue(max_waiting)
+        self._left = set(range(len(refs)))
+        self._failure: Exception | None = None
+        self._is_wanted = True
 
     def write(self, data: bytes | None, _key: str, _caption: None, meta: dict[str, Any]) -> None:
         """Take one picture, or the news that there is none."""
+        if not self._is_wanted:
+            return
         number = int(meta["url"].removeprefix(_TOKEN))
+        found = self._opener.found[number] or _LOST
         try:
-            self._opened[number] = self._open_picture(self._found[number].with_data(data))
+            opened = self._open_picture(self._refs[number], found.with_data(data))
         except Exception as err:
             # img2dataset would print it and go on.
-            self._failures.append(err)
+            self._failure, self._is_wanted = err, False
+            self._opener.give_up()
+        else:
+            self._queue.put((number, opened))
 
     def close(self) -> None:
         """Do nothing: what was written is where it belongs."""
+
+    def end(self) -> None:
+        """Say that nothing more comes."""
+        self._queue.put(None)
+
+    def opened(self) -> Iterator[OpenedT]:
+        """Yield what was opened until nothing more comes.
+
+        Raises:
+            Exception: What opening a picture raised first.
+        """
+        try:
+            while (item := self._queue.get()) is not None:
+                number, opened = item
+                self._left.remove(number)
+                yield opened
+        except BaseException:
+            # What is under way ends by its own deadline, and the engine's threads with it.
+            self._is_wanted = False
+            self._opener.give_up()
+            while self._queue.get() is not None:
+                pass
+            raise
+        if self._failure:
+            raise self._failure
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the pictures that never came."""
+        return sorted(self._left)
 
 
 def _pass_on(stream: io.BytesIO, _boxes: None) -> tuple[bytes, None, None, None, None, None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -55,24 +55,22 @@ class PictureSource:
     hosts: Shared[HostBook]
 
     def fetch(
-        self, refs: Iterable[ImageRef], open_picture: Callable[[Fetched], OpenedT]
-    ) -> dict[ImageRef, tuple[Fetched, OpenedT]]:
-        """Fetch distinct pictures and open each; a failure is a value, never raised.
+        self, refs: Collection[ImageRef], open_picture: Callable[[ImageRef, Fetched], OpenedT]
+    ) -> Iterator[OpenedT]:
+        """Fetch pictures, and yield each, opened, as it comes; a failure is a value, never raised.
 
         Args:
-            refs: The pictures.
+            refs: The pictures, each once.
             open_picture: Makes something of what was fetched; called by one thread at a time.
-
-        Returns:
-            For each what was fetched, without its bytes, and what was made of it.
         """
-        ordered = sorted(set(refs), key=lambda ref: ref.value)
+        ordered = sorted(refs, key=lambda ref: ref.value)
         files: list[ImageRef] = []
         by_address: list[ImageRef] = []
         for ref in ordered:
             is_file = ref.kind == "file" and self.config.mirror is None
             (files if is_file else by_address).append(ref)
-        return self._read_files(files, open_picture) | self._ask(by_address, open_picture)
+        yield from self._read_files(files, open_picture)
+        yield from self._ask(by_address, open_picture)
 
     def trouble(self) -> str | None:
         """Say what looks like trouble of this machine's own network, if anything does."""
@@ -80,15 +78,13 @@ class PictureSource:
         return found
 
     def _read_files(
-        self, refs: list[ImageRef], open_picture: Callable[[Fetched], OpenedT]
-    ) -> dict[ImageRef, tuple[Fetched, OpenedT]]:
-        found = {}
+        self, refs: list[ImageRef], open_picture: Callable[[ImageRef, Fetched], OpenedT]
+    ) -> Iterator[OpenedT]:
         with ThreadPoolExecutor(self.config.num_threads) as threads:
             for start in range(0, len(refs), self.config.num_threads):
                 few = refs[start : start + self.config.num_threads]
                 for ref, fetched in zip(few, threads.map(self._read_file, few), strict=True):
-                    found[ref] = fetched.without_data(), open_picture(fetched)
-        return found
+                    yield open_picture(ref, fetched)
 
     def _read_file(self, ref: ImageRef) -> Fetched:
         path = ref.value[0]
@@ -98,10 +94,8 @@ class PictureSource:
             return Fetched(None, err.reason, f"{path}: {err}")
 
     def _ask(
-        self, refs: list[ImageRef], open_picture: Callable[[Fetched], OpenedT]
-    ) -> dict[ImageRef, tuple[Fetched, OpenedT]]:
-        if not refs:
-            return {}
+        self, refs: list[ImageRef], open_picture: Callable[[ImageRef, Fetched], OpenedT]
+    ) -> Iterator[OpenedT]:
         fetcher = self._address_fetcher()
         return fetch_all(
             refs,

@@ -1,0 +1,129 @@
+"""The fetching worker: one planned shard at a time, from records to pictures as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from d2i.cluster import JobFault, Shared
+from d2i.config import Recipe
+from d2i.dialog import ImageRef, Instance
+from d2i.errors import ClusterError
+from d2i.pictures import RefusedPictureError
+from d2i.preprocess.decoder import Decoder
+from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.fetch.sources import PictureSource
+from d2i.preprocess.handover import FetchedPicture, ShardTask, SourcePicture
+from d2i.preprocess.plan import records_url
+from d2i.preprocess.progress import Tally
+from d2i.preprocess.records import read_records
+
+_BLOCK = 16
+"""Pictures handed on at once: 3 MB of them at 256 pixels (ours)."""
+
+
+@dataclass(frozen=True)
+class FetchWorkerBuilder:
+    """Builds the worker where it runs; picklable."""
+
+    pictures: PictureSource
+    recipe: Recipe
+    tally: Shared[Tally]
+    fault: JobFault | None = None
+
+    def __call__(self) -> FetchWorker:
+        """Return the worker; nothing is asked for yet."""
+        return FetchWorker(self)
+
+
+class FetchWorker:
+    """`stream` fetches and opens the pictures of one shard. Holds no more than a block of them."""
+
+    def __init__(self, builder: FetchWorkerBuilder) -> None:
+        self._recipe = builder.recipe
+        self._source = builder.pictures
+        self._tally = builder.tally
+        self._fault = builder.fault
+        fetch = builder.recipe.fetch
+        self._decoder = Decoder(builder.recipe.image, fetch.decode_timeout_s, fetch.max_decode_mib)
+
+    def stream(self, task: ShardTask) -> Iterator[list[FetchedPicture]]:
+        """Yield what came of each distinct picture of a shard, in the order in which it came.
+
+        Raises:
+            ClusterError: If this machine seems to reach nothing.
+        """
+        instances = read_records(records_url(task.split_url, task.index))
+        kept = {i.image_ref for i in instances if keeps_source(i, self._recipe)}
+        block: list[FetchedPicture] = []
+        for found in self._source.fetch(
+            {instance.image_ref for instance in instances},
+            lambda ref, fetched: open_picture(ref, fetched, self._decoder, is_kept=ref in kept),
+        ):
+            self._reach("fetch.picture")
+            block.append(found)
+            if len(block) == _BLOCK:
+                yield self._counted(block)
+                block = []
+        # A supplement holds only what failed before: that all of it fails again says nothing new.
+        if not task.failed_before:
+            self._refuse_trouble()
+        self._reach("fetch.shard")
+        yield self._counted(block)
+
+    def _counted(self, block: list[FetchedPicture]) -> list[FetchedPicture]:
+        self._tally.call("add", [found.fetched.reason for found in block])
+        return block
+
+    def _refuse_trouble(self) -> None:
+        """Stop where this machine reaches nothing, before a row says that all is dead."""
+        if trouble := self._source.trouble():
+            raise ClusterError(
+                f"{trouble}: that looks like this machine's network, not like dead addresses; "
+                "expected some to answer; mend it (DNS, firewall), then repeat the command: "
+                "the rows of this shard were not written"
+            )
+
+    def _reach(self, point: str) -> None:
+        if self._fault:
+            self._fault.reach(point)
+
+
+def open_picture(
+    ref: ImageRef, fetched: Fetched, decoder: Decoder, *, is_kept: bool
+) -> FetchedPicture:
+    """Decode and crop fetched bytes, or pass the failure on with its reason.
+
+    Args:
+        ref: Which picture.
+        fetched: Its bytes, or why there are none.
+        decoder: What opens it.
+        is_kept: Whether the source bytes are handed on too.
+    """
+    picture = None
+    if fetched.data is not None:
+        try:
+            picture = _source_picture(fetched.data, decoder, is_kept=is_kept)
+        except RefusedPictureError as err:
+            fetched = fetched.refused(err.reason, str(err))
+    return FetchedPicture(ref, fetched.without_data(), picture, time.time())
+
+
+def keeps_source(instance: Instance, recipe: Recipe) -> bool:
+    """Say whether the shard keeps the source bytes of an instance's picture."""
+    return instance.split != "train" or recipe.preprocess.keep_images == "always"
+
+
+def _source_picture(data: bytes, decoder: Decoder, *, is_kept: bool) -> SourcePicture:
+    found = decoder.decode(data)
+    return SourcePicture(
+        pixels=found.pixels,
+        suffix=found.suffix,
+        width=found.width,
+        height=found.height,
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        data=data if is_kept else None,
+    )

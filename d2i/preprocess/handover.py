@@ -1,0 +1,76 @@
+"""What the stages hand on: a planned shard, its opened pictures, and what was written of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2i.dialog import ImageRef
+from d2i.preprocess.fetch.fetched import Fetched
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One planned shard of one split.
+
+    Args:
+        split_url: The data set.
+        index: Number of the shard.
+        failed_before: Of a supplement: why its instances failed before, counted by reason.
+        placeholders: Of a supplement: sha256 of pictures that were found to stand for many.
+    """
+
+    split_url: str
+    index: int
+    failed_before: dict[str, int] = field(default_factory=dict)
+    placeholders: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class SourcePicture:
+    """A picture that can be used.
+
+    Args:
+        pixels: Its square crop, uint8 (R, R, 3).
+        suffix: `jpg`, `png`, `webp` or `gif`.
+        width: Of the whole, in pixels, upright.
+        height: Of the whole, in pixels, upright.
+        size_bytes: Length of the source bytes.
+        sha256: Of the source bytes.
+        data: The source bytes, where the shard keeps them.
+    """
+
+    pixels: NDArray[np.uint8]
+    suffix: str
+    width: int
+    height: int
+    size_bytes: int
+    sha256: str
+    data: bytes | None
+
+
+@dataclass(frozen=True)
+class FetchedPicture:
+    """What came of one distinct picture.
+
+    Args:
+        ref: Which picture.
+        fetched: How asking for it ended, without the bytes.
+        picture: The picture, where it can be used.
+        time_s: Unix time at which it was opened.
+    """
+
+    ref: ImageRef
+    fetched: Fetched
+    picture: SourcePicture | None
+    time_s: float
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """How many instances of a planned shard were written, and why the others were not."""
+
+    num_written: int
+    failures: dict[str, int]

@@ -1,0 +1,147 @@
+"""One picture under many addresses is none: hosts send a placeholder for what is gone.
+
+Within a shard it is refused before it is encoded. Over the shards of a split it is found in the
+ledger at the end, and withdrawn from what is committed: the same instances are dropped whichever
+shard was made first. A finished data set is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from d2i import storage
+from d2i.cluster import JobFault
+from d2i.preprocess.handover import FetchedPicture
+from d2i.preprocess.ledger import (
+    LedgerRow,
+    count_failures,
+    ledger_table,
+    read_shard_ledger,
+    write_ledger,
+)
+from d2i.shards import copied_samples, read_commits, write_shard
+
+REASON = "placeholder"
+
+
+def refuse_placeholders(
+    found: Iterable[FetchedPicture], known: Set[str], num_same: int
+) -> list[FetchedPicture]:
+    """Refuse the pictures that are one and the same under many addresses.
+
+    Args:
+        found: The distinct pictures of one shard.
+        known: sha256 of placeholders found before.
+        num_same: As many addresses with one picture make it a placeholder; 0: none do.
+    """
+    pictures = list(found)
+    counts = Counter(p.picture.sha256 for p in pictures if p.picture and _was_asked(p))
+    refused = known | {sha256 for sha256, num in counts.items() if 0 < num_same <= num}
+    return [
+        _refused(p) if p.picture and p.picture.sha256 in refused and _was_asked(p) else p
+        for p in pictures
+    ]
+
+
+def placeholders_of(split_url: str, num_same: int) -> frozenset[str]:
+    """Return the sha256 of the pictures that a split's ledger holds under many addresses."""
+    if not num_same:
+        return frozenset()
+    columns = ["sha256", "image", "final_url"]
+    tables = [table.select(columns) for table in _ledgers(split_url)]
+    if not tables:
+        return frozenset()
+    rows = pa.concat_tables(tables)
+    asked = rows.filter(pc.and_(pc.is_valid(rows["sha256"]), pc.is_valid(rows["final_url"])))
+    counts = asked.group_by("sha256").aggregate([("image", "count_distinct")])
+    many = counts.filter(pc.greater_equal(counts["image_count_distinct"], num_same))
+    return frozenset(many["sha256"].to_pylist())
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """A committed shard that holds placeholders."""
+
+    split_url: str
+    index: int
+    placeholders: frozenset[str]
+
+
+def plan_withdrawals(split_url: str, num_same: int) -> list[Withdrawal]:
+    """Return the committed shards that hold pictures found to stand for many."""
+    placeholders = placeholders_of(split_url, num_same)
+    if not placeholders:
+        return []
+    return [
+        Withdrawal(split_url, commit.index, placeholders)
+        for commit in read_commits(split_url)
+        if any(_is_withdrawn(r, placeholders) for r in read_shard_ledger(split_url, commit.index))
+    ]
+
+
+@dataclass(frozen=True)
+class WithdrawalWorker:
+    """Makes a committed shard again without its placeholders; every other byte stays.
+
+    Args:
+        fingerprint: Of the data set.
+        fault: Told of `placeholders.record_removed`.
+    """
+
+    fingerprint: Mapping[str, Any]
+    fault: JobFault | None = None
+
+    def run(self, task: Withdrawal) -> int:
+        """Return how many samples were withdrawn.
+
+        The old record goes first: killed before the new one is there, the shard is made anew.
+        """
+        (commit,) = (c for c in read_commits(task.split_url) if c.index == task.index)
+        rows = read_shard_ledger(task.split_url, task.index)
+        withdrawn = {row.key for row in rows if _is_withdrawn(row, task.placeholders)}
+        storage.remove(storage.join(task.split_url, commit.commit_name))
+        if self.fault:
+            self.fault.reach("placeholders.record_removed")
+        rows = [_withdrawn(row) if row.key in withdrawn else row for row in rows]
+        write_ledger(task.split_url, task.index, rows)
+        samples = copied_samples(task.split_url, commit)
+        write_shard(
+            (sample for sample in samples if sample.key not in withdrawn),
+            task.split_url,
+            task.index,
+            failures=count_failures(rows),
+            fingerprint=self.fingerprint,
+        )
+        for name in (commit.index_name, commit.tar_name):
+            storage.remove(storage.join(task.split_url, name))
+        return len(withdrawn)
+
+
+def _ledgers(split_url: str) -> Iterator[pa.Table]:
+    return (ledger_table(split_url, commit.index) for commit in read_commits(split_url))
+
+
+def _was_asked(found: FetchedPicture) -> bool:
+    """Say whether a picture came from an address: equal files are somebody's own matter."""
+    return found.fetched.final_url is not None
+
+
+def _is_withdrawn(row: LedgerRow, placeholders: Set[str]) -> bool:
+    return row.status == "ok" and row.final_url is not None and row.sha256 in placeholders
+
+
+def _refused(found: FetchedPicture) -> FetchedPicture:
+    return replace(found, fetched=replace(found.fetched, reason=REASON, detail=_DETAIL))
+
+
+def _withdrawn(row: LedgerRow) -> LedgerRow:
+    return replace(row, status="permanent", reason=REASON, detail=_DETAIL)
+
+
+_DETAIL = "one and the same picture stands under many addresses"

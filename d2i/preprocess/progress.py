@@ -1,0 +1,61 @@
+"""How far the job is: told by all workers while they are at it, shown as one line."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from d2i.cluster import Shared
+from d2i.preprocess.handover import ShardResult
+
+
+@dataclass
+class Tally:
+    """Pictures opened so far, and why others cannot be used; one for a whole job."""
+
+    num_ok: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+
+    def add(self, reasons: Iterable[str]) -> None:
+        """Count what came of some pictures: `ok`, or the class of the failure."""
+        counts = Counter(reasons)
+        self.num_ok += counts.pop("ok", 0)
+        self.failures.update(counts)
+
+    def state(self) -> tuple[int, dict[str, int]]:
+        """Return both counts."""
+        return self.num_ok, dict(self.failures)
+
+
+@dataclass
+class JobProgress:
+    """How far the job is, for a progress line."""
+
+    num_instances: int
+    num_done: int = 0
+    num_pictures: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def take(self, result: ShardResult) -> None:
+        """Count one finished shard."""
+        self.num_done += result.num_written + sum(result.failures.values())
+
+    def look(self, tally: Shared[Tally]) -> None:
+        """See how far fetching is."""
+        num_ok, self.failures = tally.call("state")
+        self.num_pictures = num_ok + sum(self.failures.values())
+
+    def line(self) -> str:
+        """Return counts, rates, time left and the failed pictures by reason."""
+        passed_s = max(time.monotonic() - self.started, 1e-9)
+        rate = self.num_done / passed_s
+        left = f"{(self.num_instances - self.num_done) / rate:.0f} s left" if rate else "… left"
+        failed = ", ".join(f"{n} {reason}" for reason, n in sorted(self.failures.items()))
+        return (
+            f"{self.num_done}/{self.num_instances} instances  {rate:.0f}/s  {left}"
+            f"  fetched: {self.num_pictures} pictures, {self.num_pictures / passed_s:.0f}/s"
+            f"  failed: {failed or 'none'}"
+        )

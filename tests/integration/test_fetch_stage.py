@@ -1,0 +1,159 @@
+"""Fetching as a stage of its own: killed it ends in the same pictures, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from d2i.cluster import session
+from d2i.fault import Fault, Point
+from d2i.preprocess.fetch.sources import Access
+from d2i.preprocess.job import PreprocessRequest
+from d2i.preprocess.job import preprocess as run_job
+from d2i.preprocess.ledger import read_ledger
+from d2i.recipes import resolve_recipe
+from d2i.shards import ShardReader, verify
+from tests.integration.chats import picture, reasons, sends, write_chats
+from tests.integration.commands import preprocess
+from tests.processes import run_process
+from tests.servers import Answer, WebServer, running
+from tests.shared import needs_shared
+
+pytestmark = needs_shared
+NUM_PER_SHARD = ("--set", "preprocess.num_samples_per_shard=3")
+
+
+def outcome(out: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """All bytes a reader sees, and the ledger without its times."""
+    files = {p.name: p.read_bytes() for p in (out / "test").iterdir() if p.is_file()}
+    rows = [asdict(row) for row in read_ledger(str(out / "test"))]
+    return files, [{**row, "time_s": None} for row in rows]
+
+
+def chats_of(server: WebServer) -> dict[str, list[str]]:
+    host = f"127.0.0.1:{server.port}"
+    return {f"c{path[1:]}": [f"http://{host}{path}"] for path in server.answers}
+
+
+def test_workers_killed_on_ray_change_nothing(tmp_path: Path, settings: list[str]) -> None:
+    answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(12)}
+    points: list[tuple[Point, int]] = [("fetch.picture", 8), ("encode.images", 2), ("shard.tar", 3)]
+    with running(WebServer("127.0.0.1", answers | {"/gone": sends(b"", 404)})) as web:
+        source = write_chats(tmp_path / "chats", chats_of(web))
+        recipe = resolve_recipe("demo", [*settings, *NUM_PER_SHARD][1::2])
+        access = Access(frozenset({f"127.0.0.1:{web.port}"}))
+
+        def result(name: str, fault: Fault | None, num_workers: int) -> Any:
+            out = tmp_path / name
+            run_job(
+                PreprocessRequest(
+                    "jsonl",
+                    str(source),
+                    str(out),
+                    recipe,
+                    access=access,
+                    num_workers=num_workers,
+                    fault=fault,
+                ),
+                lambda _: None,
+            )
+            return outcome(out)
+
+        with session(2, None):
+            expected = result("whole", None, 0)
+            for point, nth in points:
+                fault = Fault(point, "kill", nth)
+                assert result(f"{point}-{nth}", fault, 2) == expected, (point, nth)
+
+
+def test_one_picture_under_many_addresses_is_none(tmp_path: Path, settings: list[str]) -> None:
+    """Over all shards, whichever came first; asked again, it is known."""
+    good: dict[str, Answer] = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(8)}
+    gone = {f"/gone{n}": sends(picture("PNG", (70, 70))) for n in range(12)}
+    late = {"/late": sends(b"", 500)}
+    with running(WebServer("127.0.0.1", good | gone | late)) as web:
+        source = write_chats(tmp_path / "chats", chats_of(web))
+        extra = ("--allow-host", f"127.0.0.1:{web.port}", *settings, *NUM_PER_SHARD)
+        failures = {"http_500": 1, "placeholder": 12}
+        whole = preprocess("jsonl", source, tmp_path / "whole", *extra)["test"]
+        assert whole["failures"] == failures
+        assert whole["hosts"] == [{"host": "127.0.0.1", "failures": failures}]
+
+        command = (
+            *("preprocess", "--corpus", "jsonl", "--source", source, "--out", tmp_path / "out"),
+            *("--recipe", "demo", "--workers", "0", *extra),
+            *("--fault", "placeholders.record_removed:kill:2"),
+        )
+        killed = run_process(*command)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        preprocess("jsonl", source, tmp_path / "out", *extra)
+        assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+        assert not verify(str(tmp_path / "out" / "test")).problems
+        assert len(ShardReader(str(tmp_path / "out" / "test"))) == len(good)
+
+        tars = {path: path.read_bytes() for path in tmp_path.glob("whole/test/*.tar")}
+        web.answers["/late"] = gone["/gone0"]
+        again = preprocess("jsonl", source, tmp_path / "whole", "--retry-failed", *extra)["test"]
+        assert again["failures"] == {"placeholder": 13}
+        assert reasons(tmp_path / "whole")["clate"] == "placeholder"
+        assert {path: path.read_bytes() for path in tars} == tars
+
+
+def test_equal_files_are_no_placeholders(tmp_path: Path, settings: list[str]) -> None:
+    source = tmp_path / "chats"
+    source.mkdir()
+    for n in range(12):
+        (source / f"{n}.jpg").write_bytes(picture())
+    lines = [
+        {"id": f"c{n}", "turns": [{"text": "look", "images": [f"{n}.jpg"]}]} for n in range(12)
+    ]
+    (source / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = preprocess("jsonl", source, tmp_path / "out", *settings)["test"]
+    assert done["num_written"] == 12
+
+
+STREAM = """
+import json, resource, sys
+from d2i.cluster import share
+from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
+from d2i.preprocess.fetch_worker import FetchWorkerBuilder
+from d2i.preprocess.handover import ShardTask
+from d2i.preprocess.plan import PlanRequest, make_plan
+from d2i.preprocess.progress import Tally
+from d2i.recipes import resolve_recipe
+
+source, out = sys.argv[1:3]
+recipe = resolve_recipe("demo", ["image.resolution=256", "preprocess.num_samples_per_shard=1000"])
+make_plan(PlanRequest("jsonl", source, "test", recipe), out)
+hosts = share(host_book(recipe.fetch), num_workers=0)
+pictures = PictureSource(source, recipe.fetch, NO_ACCESS, hosts)
+worker = FetchWorkerBuilder(pictures, recipe, share(Tally(), num_workers=0))()
+num = sum(len(block) for block in worker.stream(ShardTask(out, 0)))
+print(json.dumps([num, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+"""
+
+
+def test_fetching_takes_the_same_memory_for_any_number_of_pictures(tmp_path: Path) -> None:
+    peaks_mib = []
+    for num in (64, 640):
+        source = tmp_path / f"chats{num}"
+        source.mkdir()
+        data = picture(size=(300, 300))
+        for n in range(num):
+            (source / f"{n}.jpg").write_bytes(data)
+        lines = [
+            {"id": f"c{n}", "turns": [{"text": "look", "images": [f"{n}.jpg"]}]} for n in range(num)
+        ]
+        (source / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        command = [sys.executable, "-c", STREAM, source, tmp_path / f"out{num}"]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found, peak_mib = json.loads(done.stdout)
+        assert found == num
+        peaks_mib.append(peak_mib)
+    # 640 squares of 256 pixels are 126 MB.
+    assert peaks_mib[1] - peaks_mib[0] < 40
