@@ -27,25 +27,25 @@ TaskT = TypeVar("TaskT")
 BlockT = TypeVar("BlockT")
 ResultT = TypeVar("ResultT")
 TaskIn = TypeVar("TaskIn", contravariant=True)
-BlockIn = TypeVar("BlockIn", contravariant=True)
-BlockOut = TypeVar("BlockOut", covariant=True)
+TakenBlock = TypeVar("TakenBlock", contravariant=True)
+GivenBlock = TypeVar("GivenBlock", covariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
 _TICK_S = 1.0
 
 
-class Feeder(Protocol[TaskIn, BlockOut]):
+class Feeder(Protocol[TaskIn, GivenBlock]):
     """The first stage: built once per process, called once per task."""
 
-    def stream(self, task: TaskIn) -> Iterator[BlockOut]:
+    def stream(self, task: TaskIn) -> Iterator[GivenBlock]:
         """Yield the blocks of one task as they come; it may be called again for the same task."""
         ...
 
 
-class Finisher(Protocol[TaskIn, BlockIn, ResultOut]):
+class Finisher(Protocol[TaskIn, TakenBlock, ResultOut]):
     """The second stage: built once per process, called once per task."""
 
-    def run(self, task: TaskIn, blocks: Iterable[BlockIn]) -> ResultOut:
+    def run(self, task: TaskIn, blocks: Iterable[TakenBlock]) -> ResultOut:
         """Finish one task; it may be called again after a worker has died in it."""
         ...
 
