@@ -25,6 +25,7 @@ from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2i.config import Recipe
+    from d2i.preprocess.fetch.sources import Access
     from d2i.preprocess.job import PreprocessRequest, SplitSummary
 
 
@@ -52,6 +53,14 @@ def preprocess(
     dns_server: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Find hosts through this DNS server."),
+    ] = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="D2I_PROXY",
+            help="Ask through http://[USER:PASSWORD@]HOST:PORT.",
+        ),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Ray workers; 0: this process, without Ray.")
@@ -81,7 +90,6 @@ def preprocess(
         --retry-failed
     """
     from d2i.fault import parse_fault
-    from d2i.preprocess.fetch.sources import Access
     from d2i.preprocess.job import PreprocessRequest, plan_job
     from d2i.preprocess.job import preprocess as run
 
@@ -95,7 +103,7 @@ def preprocess(
         seed=seed,
         exclude=exclude,
         retry_failed=retry_failed,
-        access=Access(frozenset(allow_host or ()), dns_server),
+        access=_access(allow_host or [], dns_server, proxy),
         num_workers=workers,
         ray_address=ray_address,
         fault=parse_fault(fault),
@@ -197,6 +205,19 @@ def _summary_line(summary: SplitSummary) -> str:
         f"failed: {counted(summary.failures)}, "
         f"corpus problems: {counted(summary.problems)}"
     )
+
+
+def _access(allow_host: list[str], dns_server: str | None, proxy: str | None) -> Access:
+    from d2i.preprocess.fetch.guard import allowed_hosts
+    from d2i.preprocess.fetch.proxy import parse_proxy
+    from d2i.preprocess.fetch.sources import Access
+
+    if proxy and dns_server:
+        raise ConfigError(
+            f"--dns-server {dns_server}: got --proxy as well, which finds the hosts itself; "
+            "expected one of the two; leave one out"
+        )
+    return Access(allowed_hosts(allow_host), dns_server, parse_proxy(proxy) if proxy else None)
 
 
 def _recipe(name: str, settings: list[str] | None) -> Recipe:
