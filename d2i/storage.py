@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import secrets
 import shutil
@@ -20,11 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from d2i.errors import ConfigError
+from d2i.errors import ConfigError, D2IError
 
 _TEMPORARY_SUFFIX = ".d2i-tmp"
 _LOCK_NAME = ".d2i-lock"
 _LOCK_WAIT_S = 15.0
+_BUFFER_BYTES = 1 << 18
 # What file systems without locks say: Lustre without `-o flock`, several mounts in user space.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -50,8 +52,14 @@ def local_path(url: str) -> Path | None:
 
 def exists(url: str) -> bool:
     """Say whether a file or a folder is there."""
-    fs, path = _split_fresh(url)
-    return bool(fs.exists(path))
+    with _errors_of(url):
+        fs, path = _split(url)
+        # Many file systems' own `exists` takes a server that is down for an absent file.
+        try:
+            fs.info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
 def list_names(url: str) -> list[str]:
@@ -59,11 +67,12 @@ def list_names(url: str) -> list[str]:
 
     Files still being written, and those a killed process left behind, are not listed.
     """
-    fs, path = _split_fresh(url)
-    try:
-        entries = fs.ls(path, detail=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    with _errors_of(url):
+        fs, path = _split(url)
+        try:
+            entries = fs.ls(path, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
     # Object stores list a folder's own placeholder, and fsspec lists a file as itself.
     own = path.rstrip("/")
     inside = [entry.rstrip("/") for entry in entries if entry.rstrip("/") != own]
@@ -73,8 +82,9 @@ def list_names(url: str) -> list[str]:
 
 def size_bytes(url: str) -> int:
     """Return the length of a file."""
-    fs, path = _split_fresh(url)
-    return int(fs.size(path))
+    with _errors_of(url):
+        fs, path = _split(url)
+        return int(fs.size(path))
 
 
 def open_url(url: str, mode: Literal["rb", "r"] = "rb") -> IO[Any]:
@@ -82,14 +92,18 @@ def open_url(url: str, mode: Literal["rb", "r"] = "rb") -> IO[Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        OSError: If it is no regular file: a pipe would be waited for.
+        OSError: If it cannot be read, also later while it is; if it is no regular file: a pipe
+            would be waited for.
     """
-    fs, path = _split(url)
     local = local_path(url)
     if local is not None and local.exists() and not local.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(local))
-    encoding = {"encoding": "utf-8"} if mode == "r" else {}
-    return cast("IO[Any]", fs.open(path, mode, **encoding))
+    with _errors_of(url):
+        fs, path = _split(url)
+        file = fs.open(path, "rb")
+    if local is None:
+        file = io.BufferedReader(_Foreign(file, url), _BUFFER_BYTES)
+    return cast("IO[Any]", file if mode == "rb" else io.TextIOWrapper(file, encoding="utf-8"))
 
 
 def read_bytes(url: str) -> bytes:
@@ -104,9 +118,10 @@ def read_bytes(url: str) -> bytes:
 
 def fetch_file(url: str, path: Path) -> None:
     """Copy a file to a local path, which appears complete or not at all."""
-    fs, source = _split(url)
     with scratch_file(str(path.parent)) as scratch:
-        fs.get_file(source, str(scratch))
+        with _errors_of(url):
+            fs, source = _split(url)
+            fs.get_file(source, str(scratch))
         publish_file(scratch, str(path))
 
 
@@ -162,8 +177,8 @@ def cache_folder(url: str) -> Path:
 
 def remove(url: str) -> None:
     """Remove a file; nothing happens where there is none."""
-    fs, path = _split(url)
-    with contextlib.suppress(FileNotFoundError):
+    with _errors_of(url), contextlib.suppress(FileNotFoundError):
+        fs, path = _split(url)
         fs.rm_file(path)
 
 
@@ -236,20 +251,66 @@ def _split(url: str) -> tuple[Any, str]:
         raise ConfigError(
             f"{url}: {err}; expected a path, or a URL of a file system that fsspec knows"
         ) from err
-    return fs, path
-
-
-def _split_fresh(url: str) -> tuple[Any, str]:
-    """Split a URL for looking what is there: fsspec's remembered listings would be stale."""
-    fs, path = _split(url)
+    # What it remembers of listings is stale as soon as another process writes.
     fs.invalidate_cache()
     return fs, path
 
 
+@contextlib.contextmanager
+def _errors_of(url: str) -> Iterator[None]:
+    """Turn whatever a file system's library raises into an `OSError` that names the URL.
+
+    Raises:
+        OSError: With `filename`, so that the command line takes it for a place's fault.
+    """
+    try:
+        yield
+    except (D2IError, MemoryError):
+        raise
+    except OSError as err:
+        err.filename = err.filename or url
+        raise
+    except Exception as err:
+        # botocore, aiohttp, google.auth and others have no common base.
+        raise OSError(errno.EIO, f"{type(err).__name__}: {err}", url) from err
+
+
+class _Foreign(io.RawIOBase):
+    """A file of another file system, whose errors name it."""
+
+    def __init__(self, file: IO[bytes], url: str) -> None:
+        self._file = file
+        self._url = url
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        with _errors_of(self._url):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
 def _put(path: Path, url: str) -> None:
-    fs, target = _split(url)
-    fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-    fs.put_file(str(path), target)
+    with _errors_of(url):
+        fs, target = _split(url)
+        fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        fs.put_file(str(path), target)
     path.unlink()
 
 

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
+import shutil
+import socket
 import socketserver
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import dns.flags
 import dns.message
 import dns.rcode
 import dns.rrset
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 Answer = Callable[["Handler"], None]
 
@@ -121,3 +133,117 @@ def name_server(names: Names) -> socketserver.UDPServer:
             reply.sendto(names.answer(data), self.client_address)
 
     return socketserver.ThreadingUDPServer(("127.0.0.1", 0), Question)
+
+
+def self_made_certificate(folder: Path, name: str) -> Path:
+    """Write a certificate for a host that vouches for itself, and its key, into one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path = folder / f"{name}.pem"
+    path.write_bytes(certificate.public_bytes(pem) + private)
+    return path
+
+
+def secured(server: WebServer, certificate: Path) -> WebServer:
+    """Make a server speak TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    # The handshake belongs to the thread of the request: here it would hold up all others.
+    server.socket = context.wrap_socket(
+        server.socket, server_side=True, do_handshake_on_connect=False
+    )
+    return server
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    """A proxy as Smokescreen is one: it alone knows where names lead, and what is forbidden."""
+
+    server: ProxyServer
+
+    def do_CONNECT(self) -> None:
+        place = self._place(self.path)
+        if place is None:
+            return
+        with socket.create_connection(place) as target:
+            self.send_response(200, "Connection established")
+            self.end_headers()
+            back = threading.Thread(target=_pump, args=(target, self.connection), daemon=True)
+            back.start()
+            _pump(self.connection, target)
+            back.join()
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        place = self._place(f"{parts.hostname}:{parts.port or 80}")
+        if place is None:
+            return
+        target = http.client.HTTPConnection(*place)
+        kept = {k: v for k, v in self.headers.items() if not k.lower().startswith("proxy-")}
+        target.request("GET", f"{parts.path}?{parts.query}", headers=kept)
+        answer = target.getresponse()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            self.send_header(name, value)
+        self.end_headers()
+        shutil.copyfileobj(answer, self.wfile)
+        target.close()
+
+    def _place(self, netloc: str) -> tuple[str, int] | None:
+        """Return where a name leads, or answer that it leads nowhere or is forbidden."""
+        self.server.asked[netloc] += 1
+        if self.headers.get("Proxy-Authorization") != self.server.login:
+            self._refuse(407, "no or wrong login")
+        elif netloc in self.server.forbidden:
+            self._refuse(407, "forbidden by the rules")
+        elif netloc not in self.server.places:
+            self._refuse(502, "no such host")
+        else:
+            return self.server.places[netloc]
+        return None
+
+    def _refuse(self, status: int, why: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Smokescreen-Error", why)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Stay quiet."""
+
+
+class ProxyServer(ThreadingHTTPServer):
+    """Leads `HOST:PORT` to places on this machine, for whoever gives the login."""
+
+    daemon_threads = True
+
+    def __init__(self, login: str, places: Mapping[str, tuple[str, int]], *forbidden: str) -> None:
+        super().__init__(("127.0.0.1", 0), ProxyHandler)
+        self.login = f"Basic {base64.b64encode(login.encode()).decode()}"
+        self.places = places
+        self.forbidden = forbidden
+        self.asked: Counter[str] = Counter()
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)

@@ -25,6 +25,7 @@ from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2i.config import Recipe
+    from d2i.preprocess.fetch.sources import Access
     from d2i.preprocess.job import PreprocessRequest, SplitSummary
 
 
@@ -52,6 +53,14 @@ def preprocess(
     dns_server: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Find hosts through this DNS server."),
+    ] = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="D2I_PROXY",
+            help="Ask through http://[USER:PASSWORD@]HOST:PORT.",
+        ),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Ray workers; 0: this process, without Ray.")
@@ -84,7 +93,6 @@ def preprocess(
         --retry-failed
     """
     from d2i.fault import parse_fault
-    from d2i.preprocess.fetch.sources import Access
     from d2i.preprocess.job import PreprocessRequest, plan_job
     from d2i.preprocess.job import preprocess as run
 
@@ -98,7 +106,7 @@ def preprocess(
         seed=seed,
         exclude=exclude,
         retry_failed=retry_failed,
-        access=Access(frozenset(allow_host or ()), dns_server),
+        access=_access(allow_host or [], dns_server, proxy),
         num_workers=workers,
         num_fetchers=fetch_workers,
         ray_address=ray_address,
@@ -202,6 +210,19 @@ def _summary_lines(summary: SplitSummary) -> list[str]:
         f"corpus problems: {counted(summary.problems)}"
     )
     return [line, *(f"  lost to {h.host}: {counted(h.failures)}" for h in summary.hosts)]
+
+
+def _access(allow_host: list[str], dns_server: str | None, proxy: str | None) -> Access:
+    from d2i.preprocess.fetch.guard import allowed_hosts
+    from d2i.preprocess.fetch.proxy import parse_proxy
+    from d2i.preprocess.fetch.sources import Access
+
+    if proxy and dns_server:
+        raise ConfigError(
+            f"--dns-server {dns_server}: got --proxy as well, which finds the hosts itself; "
+            "expected one of the two; leave one out"
+        )
+    return Access(allowed_hosts(allow_host), dns_server, parse_proxy(proxy) if proxy else None)
 
 
 def _recipe(name: str, settings: list[str] | None) -> Recipe:

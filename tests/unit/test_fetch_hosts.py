@@ -10,13 +10,15 @@ from d2i.cluster import share
 from d2i.preprocess.fetch.hosts import HostBook, HostLimits
 from d2i.preprocess.fetch.reasons import is_passing
 
+PATIENCE_S = 1000.0
+
 
 def book(requests_per_s: float = 10.0, dead_s: float = 60.0) -> HostBook:
     return HostBook(HostLimits(requests_per_s, 3, dead_s, max_retry_after_s=60.0))
 
 
 def reserved(hosts: HostBook, host: str) -> float:
-    wait_s = hosts.reserve(host)
+    wait_s = hosts.reserve(host, PATIENCE_S)
     assert wait_s is not None
     return wait_s
 
@@ -35,20 +37,53 @@ def test_a_host_that_asks_for_peace_gets_it() -> None:
     assert 29.0 < reserved(hosts, "a") <= 30.0
     assert reserved(hosts, "b") == 0.0
     hosts.report("b", reached=True, retry_after_s=3600.0)
-    assert hosts.reserve("b") is None
+    assert hosts.reserve("b", PATIENCE_S) is None
+
+
+def test_a_turn_that_nobody_waits_for_is_not_taken() -> None:
+    hosts = book(requests_per_s=1.0)
+    assert reserved(hosts, "a") == 0.0
+    for _ in range(5):
+        wait_s = hosts.reserve("a", 0.5)
+        assert wait_s is not None
+        assert 0.5 < wait_s <= 1.0
+    assert reserved(hosts, "a") <= 1.0
+
+
+def test_who_waits_for_a_turn_learns_that_peace_was_asked_for() -> None:
+    hosts = book()
+    reserved(hosts, "a")
+    assert reserved(hosts, "a") > 0.0
+    assert not hosts.wants_peace("a")
+    hosts.report("a", reached=True, retry_after_s=30.0)
+    assert hosts.wants_peace("a")
+    assert not hosts.wants_peace("b")
+    assert reserved(hosts, "a") > 29.0
+
+
+def test_a_proxy_that_is_down_is_our_own_trouble_and_no_hosts() -> None:
+    hosts = book()
+    for _ in range(3):
+        assert hosts.trouble() is None
+        assert hosts.reserve("a", PATIENCE_S) is not None
+        hosts.report_proxy_unreached()
+    assert "the proxy could not be reached 3 times" in str(hosts.trouble())
+    assert hosts.reserve("a", PATIENCE_S) is None
+    hosts.report("a", reached=True)
+    assert hosts.trouble() is None
 
 
 def test_a_host_is_dead_after_failures_in_a_row_for_a_while() -> None:
     hosts = book(dead_s=0.0)
     for _ in range(3):
         hosts.report("a", reached=False)
-    assert hosts.reserve("a") is not None
+    assert hosts.reserve("a", PATIENCE_S) is not None
     hosts = book()
     for reached in (False, False, True, False, False):
         hosts.report("a", reached=reached)
-    assert hosts.reserve("a") is not None
+    assert hosts.reserve("a", PATIENCE_S) is not None
     hosts.report("a", reached=False)
-    assert hosts.reserve("a") is None
+    assert hosts.reserve("a", PATIENCE_S) is None
 
 
 def test_a_few_hosts_of_which_none_answers_are_trouble() -> None:
@@ -84,9 +119,9 @@ def test_a_cable_that_is_pulled_is_trouble_and_rotten_hosts_between_good_ones_ar
 
 def test_a_shared_book_is_one_in_this_process() -> None:
     shared = share(book(), num_workers=0)
-    assert shared.call("reserve", "a") == 0.0
-    assert shared.call("reserve", "a") > 0.0
-    assert pickle.loads(pickle.dumps(shared)).call("reserve", "a") > 0.0
+    assert shared.call("reserve", "a", PATIENCE_S) == 0.0
+    assert shared.call("reserve", "a", PATIENCE_S) > 0.0
+    assert pickle.loads(pickle.dumps(shared)).call("reserve", "a", PATIENCE_S) > 0.0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from d2i.preprocess.fetch.guard import is_public
+from d2i.errors import ConfigError
+from d2i.preprocess.fetch.body import BodyLimits
+from d2i.preprocess.fetch.connect import Straight
+from d2i.preprocess.fetch.guard import allowed_hosts, check_url, is_public
 from d2i.preprocess.fetch.reasons import RefusedRequestError
 from d2i.preprocess.fetch.request import Limits, get
 from d2i.preprocess.fetch.resolver import Resolver
@@ -43,6 +46,23 @@ def test_public_addresses_are(address: str) -> None:
     assert is_public(address)
 
 
+def test_an_allowed_host_is_read_as_an_address_names_it() -> None:
+    named = ["Mirror.Local:8080", "[0:0::1]:80", "10.0.0.1", "mirror.local.:81"]
+    assert allowed_hosts(named) == {
+        *("mirror.local:8080", "[::1]:80", "10.0.0.1:80", "10.0.0.1:443", "mirror.local:81"),
+    }
+    for url in ("http://MIRROR.local:8080/x", "http://[::1]/x", "https://10.0.0.1/x"):
+        assert check_url(url, allowed_hosts(named)).netloc in allowed_hosts(named)
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":80", "a:b", "a:0", "http://a:80", "a:80/x", "u@a:80", "[::1"]
+)
+def test_an_allowed_host_must_be_one(text: str) -> None:
+    with pytest.raises(ConfigError, match="--allow-host"):
+        allowed_hosts([text])
+
+
 class Answers(BaseHTTPRequestHandler):
     """One path, one kind of answer; counts what was asked."""
 
@@ -62,8 +82,16 @@ class Answers(BaseHTTPRequestHandler):
             self._redirect("//[x/y.jpg")
         elif self.path == "/gzip":
             self._send(200, b"x", ("Content-Encoding", "gzip"))
+        elif self.path == "/not-gzip":
+            self._send(200, b"plain text", ("Content-Encoding", "gzip"))
         elif self.path == "/packed":
             self._send_packed(b"x" * 1000)
+        elif self.path == "/members":
+            self._send_packed(b"x" * 600, after=gzip.compress(b"x" * 400) + b"\0" * 9)
+        elif self.path == "/many-members":
+            self._send_packed(b"x", after=gzip.compress(b"") * 1000)
+        elif self.path == "/cut-chunks":
+            self._send(200, b"500\r\nxxxx", ("Transfer-Encoding", "chunked"))
         elif self.path == "/bomb":
             self._send_packed(b"x" * 10_000_000)
         elif self.path == "/padded":
@@ -133,17 +161,17 @@ def server() -> Iterator[ThreadingHTTPServer]:
         thread.join()
 
 
-RESOLVER = Resolver("127.0.0.1:9")  # Nothing in this file needs a name.
+ROUTE = Straight(Resolver("127.0.0.1:9"))  # Nothing in this file needs a name.
 
 
 def limits(timeout_s: float = 10.0, hosts: frozenset[str] = frozenset()) -> Limits:
-    return Limits(timeout_s, 5.0, 1000.0, 100_000, "d2i test", hosts)
+    return Limits(timeout_s, 5.0, BodyLimits(100_000, 1000.0), "d2i test", hosts)
 
 
 def ask(server: ThreadingHTTPServer, path: str, *, allowed: bool = True) -> bytes:
     host = f"127.0.0.1:{server.server_address[1]}"
     hosts = frozenset([host]) if allowed else frozenset()
-    return get(f"http://{host}{path}", limits(hosts=hosts), RESOLVER).body
+    return get(f"http://{host}{path}", limits(hosts=hosts), ROUTE).body
 
 
 def asked_of(server: ThreadingHTTPServer) -> list[str]:
@@ -154,8 +182,9 @@ def test_an_allowed_host_answers(server: ThreadingHTTPServer) -> None:
     assert ask(server, "/good") == b"x" * 1000
 
 
-def test_a_compressed_body_is_unpacked(server: ThreadingHTTPServer) -> None:
-    assert ask(server, "/packed") == b"x" * 1000
+@pytest.mark.parametrize("path", ["/packed", "/members"])
+def test_a_compressed_body_is_unpacked(server: ThreadingHTTPServer, path: str) -> None:
+    assert ask(server, path) == b"x" * 1000
 
 
 def test_a_redirect_to_a_raw_name_is_followed(server: ThreadingHTTPServer) -> None:
@@ -174,7 +203,7 @@ def test_a_busy_host_says_for_how_long(server: ThreadingHTTPServer) -> None:
 def test_dripping_headers_end_at_the_deadline(server: ThreadingHTTPServer) -> None:
     host = f"127.0.0.1:{server.server_address[1]}"
     with pytest.raises(RefusedRequestError) as caught:
-        get(f"http://{host}/drip", limits(0.5, frozenset([host])), RESOLVER)
+        get(f"http://{host}/drip", limits(0.5, frozenset([host])), ROUTE)
     assert caught.value.reason == "timeout"
 
 
@@ -199,13 +228,16 @@ def test_a_private_host_is_never_asked(server: ThreadingHTTPServer) -> None:
         ("/inside", "refused_address"),
         ("/file", "bad_url"),
         ("/bracket", "bad_url"),
-        ("/gzip", "encoded_body"),
+        ("/gzip", "cut_body"),
+        ("/not-gzip", "encoded_body"),
         ("/bomb", "too_many_bytes"),
         ("/padded", "too_many_bytes"),
         ("/odd-peace", "http_503"),
         ("/busy", "http_429"),
         ("/endless", "too_many_bytes"),
-        ("/short", "connect"),
+        ("/short", "cut_body"),
+        ("/cut-chunks", "cut_body"),
+        ("/many-members", "encoded_body"),
     ],
 )
 def test_bad_answers_have_a_reason(server: ThreadingHTTPServer, path: str, reason: str) -> None:
@@ -229,7 +261,7 @@ def test_bad_answers_have_a_reason(server: ThreadingHTTPServer, path: str, reaso
 )
 def test_a_private_address_is_refused_in_every_notation(host: str) -> None:
     with pytest.raises(RefusedRequestError) as caught:
-        get(f"http://{host}/", limits(), RESOLVER)
+        get(f"http://{host}/", limits(), ROUTE)
     assert caught.value.reason == "refused_address"
 
 
@@ -238,5 +270,5 @@ def test_a_private_address_is_refused_in_every_notation(host: str) -> None:
 )
 def test_other_schemes_are_refused(url: str) -> None:
     with pytest.raises(RefusedRequestError) as caught:
-        get(url, limits(), RESOLVER)
+        get(url, limits(), ROUTE)
     assert caught.value.reason == "bad_url"

@@ -5,15 +5,28 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
 from d2i.errors import ConfigError
+from d2i.preprocess.fetch.body import BodyLimits
+from d2i.preprocess.fetch.connect import Straight
 from d2i.preprocess.fetch.reasons import RefusedRequestError
 from d2i.preprocess.fetch.request import Limits, get
 from d2i.preprocess.fetch.resolver import Resolver
 from tests.servers import Names, WebServer, name_server, running
+
+
+class Fixed(Resolver):
+    """Knows one answer."""
+
+    def __init__(self, addresses: list[str]) -> None:
+        super().__init__("127.0.0.1")
+        self._addresses = addresses
+
+    def addresses(self, host: str, timeout_s: float) -> list[str]:  # noqa: ARG002
+        return self._addresses
 
 
 @contextmanager
@@ -61,10 +74,29 @@ def test_the_connection_goes_to_the_address_that_was_checked() -> None:
         resolving(moving_test=["127.0.0.2", "127.0.0.3"]) as (names, resolver),
     ):
         allowed = frozenset([f"moving.test:{one.port}"])
-        limits = Limits(5.0, 5.0, 1.0, 1000, "d2i test", allowed)
-        assert get(f"http://moving.test:{one.port}/x", limits, resolver).body == b"first"
+        limits = Limits(5.0, 5.0, BodyLimits(1000, 1.0), "d2i test", allowed)
+        assert get(f"http://moving.test:{one.port}/x", limits, Straight(resolver)).body == b"first"
         assert names.asked == {"moving.test": 1}
         assert not other.asked
+
+
+def test_an_address_that_takes_no_connection_costs_its_share_alone() -> None:
+    """The first address refuses, the second is silent with a full backlog, the third answers."""
+    good = {"/x": lambda handler: handler.send(200, b"third")}
+    with (
+        running(WebServer("127.0.0.4", good)) as web,
+        socket.create_server(("127.0.0.3", web.port), backlog=0) as full,
+        ExitStack() as waiting,
+    ):
+        for _ in range(3):
+            client = waiting.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        route = Straight(Fixed(["127.0.0.2", "127.0.0.3", "127.0.0.4"]))
+        limits = Limits(
+            9.0, 3.0, BodyLimits(1000, 1.0), "d2i test", frozenset([f"a.test:{web.port}"])
+        )
+        assert get(f"http://a.test:{web.port}/x", limits, route).body == b"third"
 
 
 @pytest.mark.parametrize("server", ["name.test", "127.0.0.1:x", "1.2.3"])

@@ -7,9 +7,13 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from d2i import storage
 
@@ -119,3 +123,74 @@ def test_a_killed_writer_leaves_no_listed_file(tmp_path: Path) -> None:
     assert storage.list_names(str(tmp_path)) == []
     assert storage.remove_leftovers(str(tmp_path)) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+class CloudError(Exception):
+    """What botocore, aiohttp and google.auth raise is no `OSError` either."""
+
+
+class Cloud(MemoryFileSystem):
+    """A file system whose server goes away."""
+
+    protocol = "cloud"
+    is_down = True
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("cloud://").lstrip("/")
+
+    def info(self, path: str, **options: Any) -> Any:
+        if self.is_down:
+            raise CloudError("no such server")
+        return super().info(path, **options)
+
+    def ls(self, path: str, *_: Any, **__: Any) -> Any:
+        raise CloudError(path)
+
+    def put_file(self, *_: Any, **__: Any) -> Any:
+        raise CloudError
+
+    def rm_file(self, path: str) -> None:
+        raise PermissionError(f"not yours: {path}")
+
+    def _open(self, path: str, *arguments: Any, **options: Any) -> Any:
+        file = super()._open(path, *arguments, **options)
+
+        def read(_: int) -> bytes:
+            raise CloudError("gone while reading")
+
+        file.read = read
+        return file
+
+
+@pytest.fixture
+def cloud() -> Iterator[str]:
+    fsspec.register_implementation("cloud", Cloud, clobber=True)
+    fsspec.filesystem("memory").pipe_file("/a", b"x")
+    yield "cloud://a"
+    fsspec.filesystem("memory").rm_file("/a")
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        storage.exists,
+        storage.list_names,
+        storage.size_bytes,
+        storage.remove,
+        lambda url: storage.write_bytes(url, b""),
+    ],
+)
+def test_what_a_cloud_raises_names_its_place(cloud: str, work: Any) -> None:
+    with pytest.raises(OSError) as caught:
+        work(cloud)
+    assert caught.value.filename == cloud
+
+
+def test_a_cloud_that_goes_away_while_a_file_is_read(
+    cloud: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cloud, "is_down", False)
+    with storage.open_url(cloud) as file, pytest.raises(OSError, match="gone while") as caught:
+        file.read()
+    assert caught.value.filename == cloud

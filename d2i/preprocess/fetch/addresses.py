@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from d2i.cluster import Shared
+from d2i.preprocess.fetch.connect import Route
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.guard import Target
 from d2i.preprocess.fetch.hosts import HostBook
 from d2i.preprocess.fetch.reasons import UNREACHED, RefusedRequestError, is_passing
 from d2i.preprocess.fetch.request import Limits, Response, get
-from d2i.preprocess.fetch.resolver import Resolver
 
 ROBOTS_TOKEN = "d2i"  # The name by which a host may address d2i alone.
 ROBOTS_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
 _BUSY = (429, 503)
 _UNSAID_PEACE_S = 1.0
-_SAY_NOTHING = ("no_such_host", "refused_address")
-"""Failures of a name, which tell nothing of the network."""
+_SAY_NOTHING = ("no_such_host", "refused_address", "proxy_refused")
+"""Failures of a name, and rules, which tell nothing of the network."""
 _PLACEHOLDER_NAMES = ("photo_unavailable", "photo_not_available", "image_not_available")
 """File names of the pictures that hosts send for what is gone, Flickr's first."""
 
@@ -44,7 +44,7 @@ class AddressFetcher:
 
     limits: Limits
     courtesy: Courtesy
-    resolver: Resolver
+    route: Route
     hosts: Shared[HostBook]
 
     def fetch(self, addresses: Sequence[str], deadline: float) -> Fetched:
@@ -104,9 +104,7 @@ class _Visit:
     def _ask(self) -> Response:
         self.asked = []
         try:
-            answer = get(
-                self.address, self.fetcher.limits, self.fetcher.resolver, self._wait_for_turn
-            )
+            answer = get(self.address, self.fetcher.limits, self.fetcher.route, self._wait_for_turn)
         except RefusedRequestError as err:
             self._report(err)
             raise
@@ -118,16 +116,28 @@ class _Visit:
         if self.asked:
             # It sent us on: it was reached.
             self.fetcher.hosts.call("report", self.asked[-1].netloc, reached=True)
-        wait_s = self.fetcher.hosts.call("reserve", target.netloc)
-        if wait_s is None:
-            raise RefusedRequestError("dead_host", f"{target.netloc} did not answer before")
-        if time.monotonic() + wait_s > self.deadline:
-            raise RefusedRequestError("shard_timeout", f"{target.netloc} has too long a queue")
-        time.sleep(wait_s)
+        hosts, host = self.fetcher.hosts, target.netloc
+        while wait_s := self._take_turn(host):
+            time.sleep(wait_s)
+            if not hosts.call("wants_peace", host):
+                break
         self.asked.append(target)
+
+    def _take_turn(self, host: str) -> float:
+        """Return for how long the host is to be left alone, in seconds."""
+        patience_s = self.deadline - time.monotonic()
+        wait_s: float | None = self.fetcher.hosts.call("reserve", host, patience_s)
+        if wait_s is None:
+            raise RefusedRequestError("dead_host", f"{host} did not answer before")
+        if wait_s > patience_s:
+            raise RefusedRequestError("shard_timeout", f"{host} has too long a queue")
+        return wait_s
 
     def _report(self, error: RefusedRequestError | None) -> None:
         if not self.asked or (error is not None and error.reason in _SAY_NOTHING):
+            return
+        if error is not None and error.reason == "proxy_unreached":
+            self.fetcher.hosts.call("report_proxy_unreached")
             return
         wait_s = 0.0 if error is None else _retry_after_s(error)
         self.fetcher.hosts.call(

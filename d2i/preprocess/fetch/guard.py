@@ -5,20 +5,21 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
+from d2i.errors import ConfigError
 from d2i.preprocess.fetch.reasons import RefusedRequestError
 
 PORTS = {"http": 80, "https": 443}
-
-
+# What a path or a query may hold as it is; '%' too, as addresses come percent-encoded already.
+_PLAIN = "/%:@!$&'()*+,;=~-._?"
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _DOCUMENTATION = ipaddress.ip_network("3fff::/20")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where one request goes: a checked scheme, host and port, and path with query."""
+    """Where one request goes: a checked scheme, host and port, and path with query, encoded."""
 
     scheme: str
     host: str
@@ -28,7 +29,13 @@ class Target:
     @property
     def netloc(self) -> str:
         """`HOST:PORT`, as `--allow-host` names it and manners are kept by."""
-        return f"{self.host}:{self.port}"
+        return _netloc(self.host, self.port)
+
+    @property
+    def authority(self) -> str:
+        """The same without the port where it is that of the scheme, as an address has it."""
+        is_usual = self.port == PORTS[self.scheme]
+        return self.netloc.rpartition(":")[0] if is_usual else self.netloc
 
 
 def check_url(url: str, allow_hosts: frozenset[str]) -> Target:
@@ -43,7 +50,7 @@ def check_url(url: str, allow_hosts: frozenset[str]) -> Target:
         port = parts.port
     except ValueError as err:
         raise RefusedRequestError("bad_url", str(err)) from err
-    host = (parts.hostname or "").rstrip(".")
+    host = _host(parts)
     if parts.scheme not in PORTS or not host or not host.isprintable() or port == 0:
         raise RefusedRequestError("bad_url", "expected an http or https address with a host")
     target = Target(parts.scheme, host, port or PORTS[parts.scheme], _path(parts))
@@ -52,6 +59,41 @@ def check_url(url: str, allow_hosts: frozenset[str]) -> Target:
             "refused_address", f"port {target.port} is not {PORTS[parts.scheme]}"
         )
     return target
+
+
+def allowed_hosts(named: Iterable[str]) -> frozenset[str]:
+    """Read `--allow-host` values, `HOST:PORT` or `HOST` for its usual ports, as `Target.netloc`.
+
+    Raises:
+        ConfigError: If one is neither.
+    """
+    return frozenset(netloc for text in named for netloc in _named_netlocs(text))
+
+
+def _named_netlocs(text: str) -> list[str]:
+    try:
+        parts = urlsplit(f"//{text}")
+        host, port = _host(parts), parts.port
+    except ValueError:
+        host, port = "", None
+    if not host or port == 0 or parts.netloc != text or parts.username is not None:
+        raise ConfigError(
+            f"--allow-host {text}: expected HOST:PORT, such as mirror.local:8080 or [::1]:80"
+        )
+    return [_netloc(host, one) for one in ([port] if port else PORTS.values())]
+
+
+def _netloc(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _host(parts: SplitResult) -> str:
+    """Return a host in lower case, and an IP address as it is usually written."""
+    host = (parts.hostname or "").rstrip(".")
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host
 
 
 def check_addresses(target: Target, addresses: Iterable[str], allow_hosts: frozenset[str]) -> None:
@@ -82,4 +124,5 @@ def is_public(address: str) -> bool:
 
 
 def _path(parts: SplitResult) -> str:
-    return (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return quote(path, safe=_PLAIN)

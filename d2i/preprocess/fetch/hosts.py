@@ -35,8 +35,15 @@ class HostLimits:
 @dataclass
 class _Host:
     next_free: float = 0.0
+    peace_until: float = 0.0
     num_unreached: int = 0
     dead_until: float = 0.0
+
+    def note_unreached(self, limits: HostLimits, now: float) -> None:
+        """Count a request that never got there; too many in a row, and it counts as dead."""
+        self.num_unreached += 1
+        if self.num_unreached >= limits.num_failures:
+            self.dead_until = now + limits.dead_s
 
 
 @dataclass
@@ -46,20 +53,28 @@ class HostBook:
     limits: HostLimits
     _hosts: dict[str, _Host] = field(default_factory=dict)
     _recent: dict[str, bool] = field(default_factory=dict)
+    _proxy: _Host = field(default_factory=_Host)
 
-    def reserve(self, host: str) -> float | None:
-        """Take the next turn of a host.
+    def reserve(self, host: str, patience_s: float) -> float | None:
+        """Take the next turn of a host, unless it is further away than `patience_s`.
 
         Returns:
-            How long to wait before asking, in seconds; None if the host is dead for now.
+            How long to wait before asking, in seconds, and no turn is taken if that is beyond
+            `patience_s`; None if the host is dead for now, or the proxy is.
         """
         now = time.monotonic()
         state = self._hosts.setdefault(host, _Host())
-        if now < state.dead_until:
+        if now < max(state.dead_until, self._proxy.dead_until):
             return None
         turn = max(now, state.next_free)
-        state.next_free = turn + 1.0 / self.limits.requests_per_s
+        if turn - now <= patience_s:
+            state.next_free = turn + 1.0 / self.limits.requests_per_s
         return turn - now
+
+    def wants_peace(self, host: str) -> bool:
+        """Say whether a host asked for peace, or died, after a turn was taken that has come."""
+        state = self._hosts.setdefault(host, _Host())
+        return time.monotonic() < max(state.peace_until, state.dead_until)
 
     def report(self, host: str, *, reached: bool, retry_after_s: float = 0.0) -> None:
         """Say how a request ended: whether the host answered, and for how long it wants peace."""
@@ -70,18 +85,23 @@ class HostBook:
         if len(self._recent) > _WINDOW:
             del self._recent[next(iter(self._recent))]
         if reached:
-            state.num_unreached = 0
+            state.num_unreached = self._proxy.num_unreached = 0
         else:
-            state.num_unreached += 1
-            if state.num_unreached >= self.limits.num_failures:
-                state.dead_until = now + self.limits.dead_s
+            state.note_unreached(self.limits, now)
         if retry_after_s > self.limits.max_retry_after_s:
             # Nobody waits for so long: the host is left alone, and asked in a later run.
             state.dead_until = now + retry_after_s
-        state.next_free = max(state.next_free, now + retry_after_s)
+        state.peace_until = max(state.peace_until, now + retry_after_s)
+        state.next_free = max(state.next_free, state.peace_until)
+
+    def report_proxy_unreached(self) -> None:
+        """Say that the proxy took no connection; of the host that tells nothing."""
+        self._proxy.note_unreached(self.limits, time.monotonic())
 
     def trouble(self) -> str | None:
         """Say what looks like trouble of this machine's own network rather than dead addresses."""
+        if self._proxy.num_unreached >= self.limits.num_failures:
+            return f"the proxy could not be reached {self._proxy.num_unreached} times in a row"
         contacts = list(self._recent.values())
         num_unreached = contacts.count(False)
         is_trouble = (

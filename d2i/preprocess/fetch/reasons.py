@@ -6,9 +6,12 @@ _PASSING_STATUS = {408, 425, 429}
 _PASSING = frozenset(
     {
         "connect",
+        "cut_body",
         "dead_host",
         "dns_failed",
         "engine_error",
+        "proxy_refused",
+        "proxy_unreached",
         "read_error",
         "shard_timeout",
         "timeout",

@@ -48,7 +48,7 @@ class Resolver:
         Raises:
             RefusedRequestError: `no_such_host`, or `dns_failed` where no answer came.
         """
-        if (literal := _literal_address(host)) is not None:
+        if (literal := literal_address(host)) is not None:
             return [literal]
         self._refuse_remembered(host)
         try:
@@ -107,7 +107,7 @@ def _build(server: str | None) -> dns.resolver.Resolver:
     return resolver
 
 
-def _literal_address(host: str) -> str | None:
+def literal_address(host: str) -> str | None:
     """Return the address that a host written as one stands for: 127.1, 0x7f000001, and so on."""
     try:
         return str(ipaddress.ip_address(host.partition("%")[0]))

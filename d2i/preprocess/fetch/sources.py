@@ -16,11 +16,15 @@ from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.pictures import RefusedPictureError, read_picture
 from d2i.preprocess.fetch.addresses import AddressFetcher, Courtesy
+from d2i.preprocess.fetch.body import BodyLimits
+from d2i.preprocess.fetch.connect import Route, Straight, ThroughProxy
 from d2i.preprocess.fetch.engine import fetch_all
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.hosts import HostBook, HostLimits
+from d2i.preprocess.fetch.proxy import Proxy
 from d2i.preprocess.fetch.request import Limits
 from d2i.preprocess.fetch.resolver import Resolver
+from d2i.preprocess.fetch.spread import spread_over_hosts
 
 OpenedT = TypeVar("OpenedT")
 _PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
@@ -28,10 +32,17 @@ _PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
 
 @dataclass(frozen=True)
 class Access:
-    """What the command line adds to the recipe: whom this machine may ask, and through whom."""
+    """What the command line adds to the recipe: whom this machine may ask, and through whom.
+
+    Args:
+        allow_hosts: Private hosts that may be asked, as `guard.allowed_hosts` returns them.
+        dns_server: `HOST:PORT` of the DNS server; None takes the system's.
+        proxy: What requests go through; it finds the hosts.
+    """
 
     allow_hosts: frozenset[str] = frozenset()
     dns_server: str | None = None
+    proxy: Proxy | None = None
 
 
 NO_ACCESS = Access()
@@ -45,7 +56,7 @@ class PictureSource:
     Args:
         image_root: Folder (any fsspec URL) that `file` references are relative to.
         config: The limits.
-        access: Hosts that may be asked although private, and the DNS server.
+        access: Hosts that may be asked although private, the DNS server, the proxy.
         hosts: The manners that all workers keep together.
     """
 
@@ -98,7 +109,7 @@ class PictureSource:
     ) -> Iterator[OpenedT]:
         fetcher = self._address_fetcher()
         return fetch_all(
-            refs,
+            spread_over_hosts(refs),
             lambda ref, deadline: fetcher.fetch(self._addresses(ref), deadline),
             open_picture,
             num_threads=self.config.num_threads,
@@ -119,13 +130,17 @@ class PictureSource:
         limits = Limits(
             timeout_s=config.timeout_s,
             connect_timeout_s=config.connect_timeout_s,
-            min_rate_bytes_s=config.min_rate_kib_s * 2**10,
-            max_bytes=self._max_bytes(),
+            body=BodyLimits(self._max_bytes(), config.min_rate_kib_s * 2**10),
             user_agent=user_agent(config.contact),
             allow_hosts=self.access.allow_hosts,
         )
         courtesy = Courtesy(config.num_attempts, config.max_retry_after_s)
-        return AddressFetcher(limits, courtesy, _resolver(self.access.dns_server), self.hosts)
+        return AddressFetcher(limits, courtesy, self._route(), self.hosts)
+
+    def _route(self) -> Route:
+        if self.access.proxy is not None:
+            return ThroughProxy(self.access.proxy)
+        return Straight(_resolver(self.access.dns_server))
 
     def _max_bytes(self) -> int:
         return int(self.config.max_image_mib * 2**20)
