@@ -72,6 +72,31 @@ def test_dpm_solver_asks_at_the_published_times_and_states(name: str, num_steps:
         assert max_distance(states, golden[f"dpm_{name}_50_call_x"]) < 2e-6
 
 
+@pytest.mark.parametrize("num_steps", [20, 50])
+@pytest.mark.parametrize("name", EPS_NAMES)
+def test_dpm_solver_is_at_the_published_states_after_every_update(
+    name: str, num_steps: int
+) -> None:
+    golden, eps = tensors("sampler"), analytic_eps(name)
+    states: list[Tensor] = []
+
+    def recorded(x: Tensor, n: Tensor) -> Tensor:
+        states.append(x)
+        return eps(x, n)
+
+    states.append(dpm_solver(recorded, golden["x_T"].double(), num_steps))
+    # An update of order k takes k evaluations, the first of them at the state it starts from.
+    ends = golden[f"dpm_{name}_{num_steps}_update_order"].cumsum(0)
+    assert int(ends[-1]) == num_steps
+    found = torch.stack([states[int(end)] for end in ends])
+    assert max_distance(found, golden[f"dpm_{name}_{num_steps}_update_state"]) < 1e-10
+    if num_steps == 50:
+        grid = torch.cat([golden[f"dpm_{name}_50_call_n"], torch.ones(1)])
+        starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
+        assert max_distance(grid[starts], golden[f"dpm_{name}_50_update_n_from"]) < 1e-9
+        assert max_distance(grid[ends], golden[f"dpm_{name}_50_update_n_to"]) < 1e-9
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 6])
 def test_dpm_solver_evaluates_once_a_step(num_steps: int) -> None:
     calls: list[float] = []
