@@ -1,4 +1,4 @@
-"""Commands over networks: train, sample, weights."""
+"""Commands over networks: train, sample."""
 
 from __future__ import annotations
 
@@ -24,10 +24,6 @@ def add_commands(app: typer.Typer) -> None:
     """Give the commands of this module to the app."""
     for command in (train, sample):
         register(app, command)
-    weights = typer.Typer(help="Look into files of weights.", no_args_is_help=True)
-    weights.callback()(_weights)
-    register(weights, inspect_weights, "inspect")
-    app.add_typer(weights, name="weights")
 
 
 def train(
@@ -103,37 +99,6 @@ def sample(
     turns = read_dialog(_read_text(dialog))
     text = draw_dialog(run, recipe, turns, out)
     print_result({"image": str(out), "text": text, "seed": seed}, [str(out)], as_json=as_json)
-
-
-def inspect_weights(
-    file: Annotated[Path, typer.Argument(help="A published file, or a model folder.")],
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """Say what a file of weights is, without running anything in it.
-
-    Examples:
-
-        d2i weights inspect mscoco_uvit_small.pth
-
-        d2i weights inspect runs/demo/ema.safetensors --json
-    """
-    from d2i.models import read_state_dict
-
-    state = read_state_dict(file)
-    num_parameters = sum(tensor.numel() for tensor in state.values())
-    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-    lines = [f"{len(state)} tensors, {num_parameters:,} numbers"]
-    lines += [f"  {name} {shape}" for name, shape in sorted(shapes.items())]
-    print_result(
-        {"num_tensors": len(state), "num_parameters": num_parameters, "shapes": shapes},
-        lines,
-        as_json=as_json,
-    )
-
-
-def _weights() -> None:
-    """Keep `inspect` a command of its own, beside those that join it."""
 
 
 def _check_data(data: str) -> None:
