@@ -20,7 +20,10 @@ BackboneName = Literal["uvit-s", "uvit-s-deep", "unidiffuser-v0", "unidiffuser-v
 
 # The named linearizations (d2i.dialog), or the template of one turn.
 _STRATEGY = r"^(hash|space|special|letters|[\s\S]*\{text\}[\s\S]*)$"
+_SAMPLER = r"^(dpm_solver|ancestral|ancestral_posterior|diffusers:[A-Za-z0-9]+Scheduler)$"
 _MAX_SHOWN = 80
+# The model times of the published networks, n = 1..1000.
+NUM_NOISE_LEVELS = 1000
 
 
 class Config(BaseModel):
@@ -193,13 +196,26 @@ class TrainConfig(Config):
 class SampleConfig(Config):
     """How pictures are drawn from the network."""
 
-    sampler: Literal["dpm_solver"] = "dpm_solver"
+    sampler: Annotated[str, Field(pattern=_SAMPLER)] = "dpm_solver"
+    """`dpm_solver` (as published), `ancestral` or `ancestral_posterior` (the paper's Algorithm 2
+    with sigma_n^2 = beta_n or the posterior variance, 1000 steps), or one of diffusers' schedulers,
+    such as `diffusers:DPMSolverMultistepScheduler`."""
     num_steps: int = Field(default=50, gt=0)
     guidance_scale: float = Field(default=2.0, ge=1)
     """1 + s of `cond + s (cond - uncond)`: 2 for U-ViT, 8 for UniDiffuser."""
+    unconditional: Literal["true_uncond", "empty_token"] = "true_uncond"
+    """UniDiffuser's half without condition: pure noise as text (as published), or that of ''."""
+    data_type: Literal[0, 1] = 1
+    """UniDiffuser-v1's kind of data: 1 curated (as published), 0 of the web."""
     compute_batch_size: int = Field(default=50, gt=0)
     """The network runs at this one, padded batch, so that grouping changes no bit."""
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _ancestral_sampling_takes_all_steps(self) -> Self:
+        if self.sampler.startswith("ancestral") and self.num_steps != NUM_NOISE_LEVELS:
+            raise ValueError(f"sampler {self.sampler} needs num_steps={NUM_NOISE_LEVELS}")
+        return self
 
 
 class MetricsConfig(Config):

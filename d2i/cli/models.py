@@ -1,4 +1,4 @@
-"""Commands over networks: train, sample, weights."""
+"""Commands over networks: train, sample."""
 
 from __future__ import annotations
 
@@ -24,10 +24,6 @@ def add_commands(app: typer.Typer) -> None:
     """Give the commands of this module to the app."""
     for command in (train, sample):
         register(app, command)
-    weights = typer.Typer(help="Look into files of weights.", no_args_is_help=True)
-    weights.callback()(_weights)
-    register(weights, inspect_weights, "inspect")
-    app.add_typer(weights, name="weights")
 
 
 def train(
@@ -81,59 +77,38 @@ def sample(
     run: Annotated[Path, typer.Option(help="A finished run.")],
     dialog: Annotated[str, typer.Option(help="A file with one turn a line, or JSON; - for stdin.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("picture.png"),
-    seed: Annotated[int, typer.Option(help="Another seed, another picture.")] = 0,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="One picture a seed; several make a grid.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Draw what d2i eval draws for the instance of this key.")
+    ] = None,
     settings: SetOption = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw the picture that answers one conversation.
+    """Draw the picture that answers one conversation; the PNG says how it was drawn.
 
     Examples:
 
         echo 'i saw a big red ball on the beach at night' | d2i sample --run runs/demo --dialog -
 
-        d2i sample --run runs/demo --dialog chat.json --seed 7 --out answer.png
+        d2i sample --run runs/demo --dialog chat.json --seed 7 --seed 8 --out answers.png
+
+        d2i sample --run runs/demo --dialog chat.txt
+        --set sample.sampler=diffusers:DPMSolverMultistepScheduler
     """
-    from d2i.eval.single import draw_dialog, read_dialog
+    from d2i.eval.single import Request, draw_dialog, read_dialog
     from d2i.recipes import change_recipe
     from d2i.runs import read_recipe
 
     run, out = run.expanduser(), out.expanduser()
-    recipe = change_recipe(read_recipe(run), [f"sample.seed={seed}", *(settings or [])])
+    recipe = change_recipe(read_recipe(run), settings or [])
+    seeds = seed or [recipe.sample.seed]
     turns = read_dialog(_read_text(dialog))
-    text = draw_dialog(run, recipe, turns, out)
-    print_result({"image": str(out), "text": text, "seed": seed}, [str(out)], as_json=as_json)
-
-
-def inspect_weights(
-    file: Annotated[Path, typer.Argument(help="A published file, or a model folder.")],
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """Say what a file of weights is, without running anything in it.
-
-    Examples:
-
-        d2i weights inspect mscoco_uvit_small.pth
-
-        d2i weights inspect runs/demo/ema.safetensors --json
-    """
-    from d2i.models import read_state_dict
-
-    state = read_state_dict(file)
-    num_parameters = sum(tensor.numel() for tensor in state.values())
-    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-    lines = [f"{len(state)} tensors, {num_parameters:,} numbers"]
-    lines += [f"  {name} {shape}" for name, shape in sorted(shapes.items())]
-    print_result(
-        {"num_tensors": len(state), "num_parameters": num_parameters, "shapes": shapes},
-        lines,
-        as_json=as_json,
-    )
-
-
-def _weights() -> None:
-    """Keep `inspect` a command of its own, beside those that join it."""
+    text = draw_dialog(Request(run, recipe, turns, seeds, key), out)
+    result = {"image": str(out), "text": text, "seeds": seeds}
+    print_result(result, [str(out)], as_json=as_json)
 
 
 def _check_data(data: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,34 @@ def integers(
         return np.asarray(generator.integers(low, high, size=shape, endpoint=True))
 
     return _rows(draw, np.int64, seed, purpose, keys, step, shape)
+
+
+@dataclass(frozen=True)
+class SampleDraws:
+    """What is drawn for a batch of pictures: each has a key, and a seed of its own.
+
+    Args:
+        seeds: Seed of each picture.
+        keys: Key of each picture.
+    """
+
+    seeds: Sequence[int]
+    keys: Sequence[str]
+
+    def normal(self, purpose: str, shape: Shape, step: int = 0) -> npt.NDArray[np.float32]:
+        """Standard normal numbers, (B, *shape) float32; see `normal`."""
+        rows = [
+            normal(seed, purpose, [key], step, shape)
+            for seed, key in zip(self.seeds, self.keys, strict=True)
+        ]
+        return np.concatenate(rows)
+
+    def generator_seeds(self, purpose: str) -> list[int]:
+        """A seed for each picture, for generators that are not d2i's own."""
+        return [
+            int(integers(0, 2**63 - 1, seed, purpose, [key], 0)[0])
+            for seed, key in zip(self.seeds, self.keys, strict=True)
+        ]
 
 
 def _rows(

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-NUM_NOISE_LEVELS = 1000
+from d2i.config import NUM_NOISE_LEVELS
+
 BETA_FIRST = 0.00085
 BETA_LAST = 0.012
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2i.config import BackboneConfig, SampleConfig
-from d2i.diffusion import dpm_solver, guided_unidiffuser, guided_uvit, join_state, split_state
-from d2i.diffusion.draws import normal
+from d2i.diffusion import Eps, guided_unidiffuser, guided_uvit, join_state, split_state
+from d2i.diffusion.draws import SampleDraws
+from d2i.diffusion.samplers import run_sampler
 from d2i.encoders import Vae
 from d2i.encoders.load import weights_hash
 from d2i.models import UniDiffuser
@@ -46,61 +47,70 @@ class Sampler:
         self._empty_text = torch.from_numpy(empty_text.astype(np.float32)).to(device)
         self.hash = weights_hash(self._network)
 
-    def draw(self, keys: Sequence[str], text: NDArray[Any]) -> NDArray[np.uint8]:
+    def draw(
+        self, keys: Sequence[str], text: NDArray[Any], seeds: Sequence[int] | None = None
+    ) -> NDArray[np.uint8]:
         """Draw one picture a key.
 
         Args:
-            keys: N keys; the noise of a picture depends on its key alone.
+            keys: N keys; the noise of a picture depends on its key and seed alone.
             text: (N, T, D) text latents.
+            seeds: N seeds; None for that of the settings.
 
         Returns:
             uint8 (N, H, W, 3).
         """
         size = self._config.compute_batch_size
-        latents = [
-            self._draw_batch(keys[start : start + size], text[start : start + size])
-            for start in range(0, len(keys), size)
-        ]
+        seeds = [self._config.seed] * len(keys) if seeds is None else seeds
+        latents = []
+        for start in range(0, len(keys), size):
+            rows = slice(start, start + size)
+            latents.append(self._draw_batch(SampleDraws(seeds[rows], keys[rows]), text[rows]))
         return self._vae.decode(torch.cat(latents), size)
 
     @torch.inference_mode()
-    def _draw_batch(self, keys: Sequence[str], text: NDArray[Any]) -> Tensor:
-        num_padded = self._config.compute_batch_size - len(keys)
-        padded_keys = [*keys, *[keys[0]] * num_padded]
-        padded_text = np.concatenate([text, np.repeat(text[:1], num_padded, axis=0)])
-        rows = torch.from_numpy(padded_text.astype(np.float32)).to(self._device)
+    def _draw_batch(self, draws: SampleDraws, text: NDArray[Any]) -> Tensor:
+        num_rows, size = len(draws.keys), self._config.compute_batch_size
+        # A batch is filled up with its first row.
+        index = [row if row < num_rows else 0 for row in range(size)]
+        padded = SampleDraws([draws.seeds[i] for i in index], [draws.keys[i] for i in index])
+        rows = torch.from_numpy(text[index].astype(np.float32)).to(self._device)
         if isinstance(self._network, UniDiffuser):
-            latents = self._draw_unidiffuser(padded_keys, rows)
+            latents = self._draw_unidiffuser(padded, rows)
         else:
-            latents = self._draw_uvit(padded_keys, rows)
-        unscaled: Tensor = latents[: len(keys)] / self._network.latent_scale
+            latents = self._draw_uvit(padded, rows)
+        unscaled: Tensor = latents[:num_rows] / self._network.latent_scale
         return unscaled
 
-    def _draw_uvit(self, keys: Sequence[str], text: Tensor) -> Tensor:
+    def _draw_uvit(self, draws: SampleDraws, text: Tensor) -> Tensor:
         eps = guided_uvit(self._network, text, self._empty_text, self._config.guidance_scale)
-        return dpm_solver(eps, self._noise("sample", keys, self._shape), self._config.num_steps)
+        return self._run(eps, self._noise(draws, "sample", self._shape), draws)
 
-    def _draw_unidiffuser(self, keys: Sequence[str], text: Tensor) -> Tensor:
+    def _draw_unidiffuser(self, draws: SampleDraws, text: Tensor) -> Tensor:
         state = join_state(
-            self._noise("sample", keys, self._shape),
-            self._noise("sample.clip", keys, (1, self._network.clip_dim)),
+            self._noise(draws, "sample", self._shape),
+            self._noise(draws, "sample.clip", (1, self._network.clip_dim)),
         )
         eps = guided_unidiffuser(
             self._network,
             text,
             self._config.guidance_scale,
             self._shape,
-            text_noise=lambda call: self._noise("sample.text", keys, text.shape[1:], call),
+            unconditional=self._config.unconditional,
+            text_noise=lambda call: self._noise(draws, "sample.text", text.shape[1:], call),
+            empty_text=self._empty_text,
+            data_type=self._config.data_type,
         )
-        solved = dpm_solver(eps, state, self._config.num_steps)
-        return split_state(solved, self._shape)[0]
+        return split_state(self._run(eps, state, draws), self._shape)[0]
+
+    def _run(self, eps: Eps, x: Tensor, draws: SampleDraws) -> Tensor:
+        return run_sampler(self._config.sampler, eps, x, self._config.num_steps, draws)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
         return (4, self._network.latent_size, self._network.latent_size)
 
     def _noise(
-        self, purpose: str, keys: Sequence[str], shape: tuple[int, ...], step: int = 0
+        self, draws: SampleDraws, purpose: str, shape: tuple[int, ...], step: int = 0
     ) -> Tensor:
-        drawn = normal(self._config.seed, purpose, keys, step, tuple(shape))
-        return torch.from_numpy(drawn).to(self._device)
+        return torch.from_numpy(draws.normal(purpose, tuple(shape), step)).to(self._device)

@@ -1,12 +1,18 @@
-"""One conversation to one PNG (`d2i sample`)."""
+"""One conversation to one PNG, of one picture or several (`d2i sample`)."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2i import storage
+import numpy as np
+from numpy.typing import NDArray
+
+from d2i import __version__, storage
 from d2i.cluster import device_of_worker
 from d2i.config import Recipe
 from d2i.context import context_text, text_tokens
@@ -35,32 +41,82 @@ def read_dialog(text: str) -> list[Turn]:
     return turns
 
 
-def draw_dialog(run_dir: Path, recipe: Recipe, turns: list[Turn], out: Path) -> str:
-    """Draw the picture that answers `turns` with a finished run, settings in its metadata.
+@dataclass(frozen=True)
+class Request:
+    """One conversation, and the pictures wanted of it.
 
-    The noise is keyed by the text: the same conversation and seed give the same picture.
+    Args:
+        run_dir: A finished run.
+        recipe: How to read the conversation, and how to draw.
+        turns: The conversation.
+        seeds: One picture each.
+        key: What the noise is keyed by beside the seed; None for the linearized text.
+    """
+
+    run_dir: Path
+    recipe: Recipe
+    turns: Sequence[Turn]
+    seeds: Sequence[int]
+    key: str | None = None
+
+
+def draw_dialog(request: Request, out: Path) -> str:
+    """Draw the pictures that answer a conversation as one PNG, its settings in the metadata.
+
+    Several pictures are laid out in a grid, row by row. The same conversation, key and seed give
+    the same picture, alone or in a grid; with an instance's key, that of `d2i eval`.
 
     Returns:
         The linearized text.
     """
     device = device_of_worker()
-    encoders = recipe.encoders
-    text = context_text(turns, recipe.text)
+    recipe, encoders = request.recipe, request.recipe.encoders
+    text = context_text(request.turns, recipe.text)
     clip_text = ClipText(encoders.clip_text, encoders.text_prefix, device)
     tokens = [text_tokens(line, recipe.text) for line in (text, "")]
-    latents = [clip_text.encode(row[None], encoders.compute_batch_size)[0] for row in tokens]
+    # Text latents as shards hold them, in float16.
+    latents = [
+        clip_text.encode(row[None], encoders.compute_batch_size).astype(np.float16)
+        for row in tokens
+    ]
     sampler = Sampler(
-        parse_system(f"run:{run_dir}", None, recipe).backbone,
+        parse_system(f"run:{request.run_dir}", None, recipe).backbone,
         Vae(encoders.vae, encoders.vae_kind, device),
         recipe.sample,
-        latents[1],
+        latents[1][0],
         device,
     )
-    pixels = sampler.draw([text], latents[0][None])[0]
-    settings = recipe.sample.model_dump() | {"recipe": recipe.name, "text": text}
+    num, key = len(request.seeds), text if request.key is None else request.key
+    pixels = sampler.draw([key] * num, np.repeat(latents[0], num, axis=0), request.seeds)
+    settings = recipe.sample.model_dump(exclude={"seed"}) | {
+        "recipe": recipe.name,
+        "text": text,
+        "key": key,
+        "seed": " ".join(map(str, request.seeds)),
+        "weights": sampler.hash,
+        "d2i": __version__,
+    }
     metadata = {name: str(value) for name, value in settings.items()}
-    storage.write_bytes(str(out), png_bytes(pixels, metadata))
+    storage.write_bytes(str(out), png_bytes(grid(pixels), metadata))
     return text
+
+
+def grid(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lay pictures out in rows, nearly square; what is left of the last row is black.
+
+    Args:
+        pixels: uint8 (N, H, W, 3).
+
+    Returns:
+        uint8 (rows * H, columns * W, 3).
+    """
+    num, height, width, _ = pixels.shape
+    columns = math.ceil(math.sqrt(num))
+    num_rows = math.ceil(num / columns)
+    cells = np.zeros((num_rows * columns, height, width, 3), np.uint8)
+    cells[:num] = pixels
+    laid_out = cells.reshape(num_rows, columns, height, width, 3).swapaxes(1, 2)
+    return laid_out.reshape(num_rows * height, columns * width, 3)
 
 
 def _read_json(text: str) -> list[Turn]:

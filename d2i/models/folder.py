@@ -1,4 +1,7 @@
-"""A model folder: `config.json` (name and sizes of the backbone) beside its weights."""
+"""A model folder: `config.json` (name and sizes of the backbone) beside its weights.
+
+A run is read as one too: its `config.json` holds the backbone within its recipe.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from d2i import storage
 from d2i.config import BackboneConfig, load_config
 from d2i.errors import CheckpointError
 from d2i.models.presets import build_backbone
@@ -38,7 +42,7 @@ def build_network(config: BackboneConfig) -> nn.Module:
 
 def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
     """Fill the sizes that a recipe leaves open from the `config.json` beside its weights."""
-    there = _read_config(Path(resolve_weights(config.weights))) if config.weights else None
+    there = read_config(Path(resolve_weights(config.weights))) if config.weights else None
     if there is None:
         return config
     known = there.model_dump(exclude_none=True) | config.model_dump(exclude_none=True)
@@ -47,14 +51,24 @@ def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
 
 def write_config(folder: Path, config: BackboneConfig) -> None:
     """Write the name and sizes of a backbone into its model folder."""
-    (folder / CONFIG_NAME).write_text(json.dumps(_described(config), indent=1) + "\n")
+    data = (json.dumps(_described(config), indent=1) + "\n").encode()
+    storage.write_bytes(str(folder / CONFIG_NAME), data)
 
 
 def _described(config: BackboneConfig) -> dict[str, Any]:
     return {"name": config.name} | config.overrides()
 
 
-def _read_config(path: Path) -> BackboneConfig | None:
+def read_config(path: Path) -> BackboneConfig | None:
+    """Return the backbone that the `config.json` of a model folder or a run names.
+
+    Returns:
+        None where there is no such file, or it is of another program.
+
+    Raises:
+        CheckpointError: If it is not JSON.
+        ConfigError: If it names no backbone, or sizes that there are not.
+    """
     file = path / CONFIG_NAME
     if not file.is_file():
         return None
@@ -62,4 +76,8 @@ def _read_config(path: Path) -> BackboneConfig | None:
         values = json.loads(file.read_text())
     except ValueError as err:
         raise CheckpointError(f"{file} is not JSON: {err}; expected a backbone's sizes") from err
+    if isinstance(values, dict) and "_class_name" in values:
+        return None
+    if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
+        values = values["recipe"].get("backbone", {}) | {"weights": None}
     return load_config(BackboneConfig, values, source=str(file))

@@ -1,13 +1,14 @@
 """Network weights in and out: every published file form in, one safe file form out.
 
-Reads safetensors, flat `.pth` state dicts and `{step}.ckpt/` directories; writes safetensors.
-Nothing is ever unpickled as code. Imports no network class and no preset.
+Reads safetensors, flat `.pth` state dicts and `{step}.ckpt/` directories, also in diffusers'
+layout; writes safetensors, or a flat `.pth` for other programs. Nothing is ever unpickled as code.
+Imports no network class and no preset.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -17,11 +18,20 @@ from torch import Tensor, nn
 
 from d2i import storage
 from d2i.errors import CheckpointError
+from d2i.models.diffusers_layout import from_diffusers, is_diffusers
+from d2i.models.recognize import recognize
 
 LFS_POINTER = b"version https://git-lfs"
 ZIP_MAGIC = b"PK\x03\x04"
 TORCH_MAGICS = (ZIP_MAGIC, b"\x80")
-DIRECTORY_FILES = ("model.safetensors", "nnet_ema.pth", "nnet.pth", "ema.safetensors")
+DIRECTORY_FILES = (
+    "model.safetensors",
+    "nnet_ema.pth",
+    "nnet.pth",
+    "ema.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+)
 PARALLEL_PREFIX = "module."
 NUM_LISTED = 3
 
@@ -34,8 +44,9 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
 
     Args:
         network: the network to fill, as `build_backbone` returns it.
-        path: a `.safetensors` file, a flat `.pth` state dict, or a `{step}.ckpt/` directory,
-            of which `nnet_ema.pth` is preferred. Keys may carry the prefix `module.`.
+        path: a `.safetensors` file, a flat `.pth` state dict, a model folder, or a
+            `{step}.ckpt/` directory, of which `nnet_ema.pth` is preferred. Keys may carry the
+            prefix `module.`, or be those of diffusers' UniDiffuser.
 
     Returns:
         The same network.
@@ -43,17 +54,36 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: the file cannot be read, or its keys or shapes are not the network's.
     """
-    state = read_state_dict(path)
-    expected = network.state_dict()
-    problems = _mismatches(expected, state)
-    if problems:
-        raise CheckpointError(
-            f"{path} does not fit {type(network).__name__}: {'; '.join(problems)}; "
-            "build the network of these weights, with the same sizes"
-        )
-    on_meta = any(tensor.is_meta for tensor in expected.values())
+    return fill_network(network, read_state_dict(path), path)
+
+
+def fill_network(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
+    """Load tensors by name into a network, as `load_weights`; `path` says where they are from.
+
+    Raises:
+        CheckpointError: their keys or shapes are not the network's.
+    """
+    state = from_diffusers(state) if is_diffusers(state) else state
+    check_fits(network, state, path)
+    on_meta = any(tensor.is_meta for tensor in network.state_dict().values())
     network.load_state_dict(state, assign=on_meta)
     return network
+
+
+def check_fits(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Compare every key and shape with a network's.
+
+    Raises:
+        CheckpointError: some differ; it lists them, and says what the tensors are.
+    """
+    problems = _mismatches(network.state_dict(), state)
+    if problems:
+        found = recognize(state)
+        raise CheckpointError(
+            f"{path} does not fit {type(network).__name__}: {'; '.join(problems)}; it is "
+            f"{found.words if found else 'nothing that d2i knows'}; build the network of these "
+            "weights, with the same sizes"
+        )
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -69,7 +99,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: missing, truncated, a Git LFS pointer, not a state dict, or a pickle
             that holds more than tensors.
     """
-    file = _weights_file(Path(path))
+    file = weights_file(path)
     head = _head(file)
     if head.startswith(LFS_POINTER):
         raise CheckpointError(
@@ -99,11 +129,28 @@ def save_weights(network_or_state: nn.Module | Mapping[str, Tensor], path: str |
         metadata |= _describe(network_or_state)
         network_or_state = network_or_state.state_dict()
     tensors = {key: value.detach().cpu().contiguous() for key, value in network_or_state.items()}
+    _write(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))
+
+
+def save_torch(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a flat state dict as the published programs read it; complete, or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    _write(path, lambda file: torch.save(dict(state), file))
+
+
+def _write(path: str | Path, write: Callable[[Path], None]) -> None:
     target = Path(path)
     try:
-        storage.write_bytes(str(target), safetensors.torch.save(tensors, metadata))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror}; check the path") from error
+        with storage.scratch_file(str(target.parent)) as scratch:
+            write(scratch)
+            storage.publish_file(scratch, str(target))
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        # torch and safetensors wrap what the system says.
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0][:160]
+        raise CheckpointError(f"cannot write {target}: {reason}; check the path") from error
 
 
 def _describe(network: nn.Module) -> dict[str, str]:
@@ -113,7 +160,13 @@ def _describe(network: nn.Module) -> dict[str, str]:
     return described if scale is None else described | {"latent_scale": repr(float(scale))}
 
 
-def _weights_file(path: Path) -> Path:
+def weights_file(path: str | Path) -> Path:
+    """Return the file that is read: the path itself, or the preferred file of a folder.
+
+    Raises:
+        CheckpointError: If a folder holds none.
+    """
+    path = Path(path)
     if not path.is_dir():
         return path
     for name in DIRECTORY_FILES:
@@ -165,10 +218,6 @@ def _flat_tensors(file: Path, content: object) -> dict[str, Tensor]:
                 f"{file} holds {type(value).__name__} at {key!r}, expected a flat state dict of "
                 "tensors; save the inner state dict alone and use that file"
             )
-        if not value.is_floating_point() or value.layout != torch.strided:
-            raise CheckpointError(
-                f"{file} holds {value.dtype} ({value.layout}) at {key!r}, expected dense floats"
-            )
     return {key.removeprefix(PARALLEL_PREFIX): value for key, value in content.items()}
 
 
@@ -181,8 +230,22 @@ def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
         for key, tensor in expected.items()
         if key in found and found[key].shape != tensor.shape
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+    not_floats = [
+        f"{key} is {found[key].dtype}"
+        for key in expected
+        if key in found and not _is_dense_floats(found[key])
+    ]
+    kinds = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("mis-shaped", misshaped),
+        ("not dense floats", not_floats),
+    )
     return [f"{len(items)} {kind} ({_first_few(items)})" for kind, items in kinds if items]
+
+
+def _is_dense_floats(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided
 
 
 def _first_few(items: list[str]) -> str:

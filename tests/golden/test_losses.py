@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from d2i.diffusion import Schedule, sample_latent, unidiffuser_loss, uvit_loss
+from d2i.train.ema import Ema
 from tests.golden.arrays import facts, max_distance, tensors, tiny_unidiffuser, tiny_uvit
 from tests.shared import needs_shared
 
@@ -88,29 +89,33 @@ def test_uvit_loss_and_gradients() -> None:
 def test_four_adamw_steps_with_ema() -> None:
     golden, network = tensors("losses"), tiny_uvit()
     order = facts("losses")["param_order"]
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=3e-3, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.03
-    )
-    averages = {rate: clones(network) for rate in (0.9999, 0.9)}
+    weights = [network.get_parameter(key) for key in order]
+    # As d2i.train.engine builds it; the learning rate is set at every step, as its loop does.
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.9), weight_decay=0.03, fused=True)
+    averages = {rate: Ema(weights, rate) for rate in (0.9999, 0.9)}
     for step in range(4):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(step / 2, 1)
+        optimizer.param_groups[0]["lr"] = float(golden["train4_lr_used"][step])
         optimizer.zero_grad()
         loss = tiny_uvit_loss(network).mean()
         close(loss, golden["train4_loss"][step], LOSS_RTOL)
         torch.autograd.backward(loss)
         optimizer.step()
-        for rate, average in averages.items():
-            for key, parameter in network.named_parameters():
-                average[key].lerp_(parameter.detach(), 1 - rate)
-    check_trained(clones(network), "train4_param", order)
-    check_trained(averages[0.9999], "train4_ema9999", order)
-    check_trained(averages[0.9], "train4_ema9", order)
+        for average in averages.values():
+            average.update()
+    check_trained(dict(zip(order, weights, strict=True)), "train4_param", order)
+    for rate, prefix in ((0.9999, "train4_ema9999"), (0.9, "train4_ema9")):
+        check_trained(dict(zip(order, averages[rate].tensors, strict=True)), prefix, order)
 
 
-def clones(network: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters by name."""
-    return {key: parameter.detach().clone() for key, parameter in network.named_parameters()}
+@pytest.mark.parametrize("rate", [0.9999, 0.99, 0.5, 0])
+def test_moving_average(rate: float) -> None:
+    golden = tensors("losses")
+    weight = golden["ema_start"].clone()
+    average = Ema([weight], rate)
+    for source in golden["ema_sources"]:
+        weight.copy_(source)
+        average.update()
+    assert max_distance(average.tensors[0], golden[f"ema_{rate}"]) < 1e-6
 
 
 def check_trained(found: dict[str, Tensor], prefix: str, order: list[str]) -> None:

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from d2i.diffusion import Schedule, ancestral, dpm_solver
+from d2i.diffusion.schedulers import run_scheduler
 from d2i.errors import ConfigError
 from tests.golden.analytic import analytic_eps
 from tests.golden.arrays import max_distance, tensors
 from tests.shared import needs_shared
 
-pytestmark = needs_shared
+# diffusers' schedulers speak to numpy in an old way.
+pytestmark = [
+    needs_shared,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 NUM_STEPS = (5, 10, 20, 25, 48, 49, 50)
 EPS_NAMES = ("gmm", "linear")
@@ -72,6 +77,31 @@ def test_dpm_solver_asks_at_the_published_times_and_states(name: str, num_steps:
         assert max_distance(states, golden[f"dpm_{name}_50_call_x"]) < 2e-6
 
 
+@pytest.mark.parametrize("num_steps", [20, 50])
+@pytest.mark.parametrize("name", EPS_NAMES)
+def test_dpm_solver_is_at_the_published_states_after_every_update(
+    name: str, num_steps: int
+) -> None:
+    golden, eps = tensors("sampler"), analytic_eps(name)
+    states: list[Tensor] = []
+
+    def recorded(x: Tensor, n: Tensor) -> Tensor:
+        states.append(x)
+        return eps(x, n)
+
+    states.append(dpm_solver(recorded, golden["x_T"].double(), num_steps))
+    # An update of order k takes k evaluations, the first of them at the state it starts from.
+    ends = golden[f"dpm_{name}_{num_steps}_update_order"].cumsum(0)
+    assert int(ends[-1]) == num_steps
+    found = torch.stack([states[int(end)] for end in ends])
+    assert max_distance(found, golden[f"dpm_{name}_{num_steps}_update_state"]) < 1e-10
+    if num_steps == 50:
+        grid = torch.cat([golden[f"dpm_{name}_50_call_n"], torch.ones(1)])
+        starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
+        assert max_distance(grid[starts], golden[f"dpm_{name}_50_update_n_from"]) < 1e-9
+        assert max_distance(grid[ends], golden[f"dpm_{name}_50_update_n_to"]) < 1e-9
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 6])
 def test_dpm_solver_evaluates_once_a_step(num_steps: int) -> None:
     calls: list[float] = []
@@ -119,3 +149,69 @@ def test_add_noise_is_the_identity_at_zero() -> None:
     noised = Schedule().add_noise(x0, eps, torch.tensor([0, 1000]))
     assert torch.equal(noised[0], x0[0])
     assert float(Schedule().cum_alphas[1000]) < 0.005
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("gmm", 4e-4), ("linear", 6e-4)])
+def test_diffusers_nearest_scheduler_at_the_published_times(name: str, tolerance: float) -> None:
+    golden, eps = tensors("sampler"), analytic_eps(name)
+    expected = golden[f"dpm_{name}_50_fp64"]
+    found = run_scheduler(eps, golden["x_T"].float(), 50, "DPMSolverSinglestepScheduler")
+    assert max_distance(found.double(), expected) < tolerance
+
+    def a_step_early(x: Tensor, n: Tensor) -> Tensor:
+        return eps(x, n - 1)
+
+    # What asking at diffusers' t instead of n = t + 1 would give is ten times as far away.
+    found = run_scheduler(a_step_early, golden["x_T"].float(), 50, "DPMSolverSinglestepScheduler")
+    assert max_distance(found.double(), expected) > 10 * tolerance
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
+@pytest.mark.parametrize("name", EPS_NAMES)
+def test_diffusers_schedulers_approach_the_exact_solution(name: str, scheduler: str) -> None:
+    golden, eps = tensors("sampler"), analytic_eps(name)
+    exact = dpm_solver(eps, golden["x_T"].double(), 600)
+    distances = [
+        max_distance(run_scheduler(eps, golden["x_T"].float(), steps, scheduler).double(), exact)
+        for steps in (10, 50)
+    ]
+    assert distances[1] < min(0.15, distances[0])
+
+
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_noise_that_a_scheduler_adds_belongs_to_its_sample(scheduler: str) -> None:
+    golden, eps = tensors("sampler"), analytic_eps("gmm")
+    x = golden["x_T"].float()
+    whole = run_scheduler(eps, x, 10, scheduler, [3, 1, 4, 1, 5, 9])
+    part = run_scheduler(eps, x[2:4], 10, scheduler, [4, 1])
+    assert max_distance(part, whole[2:4]) < 1e-6
+    assert max_distance(run_scheduler(eps, x[2:4], 10, scheduler, [2, 1])[1], part[1]) < 1e-6
+    assert max_distance(run_scheduler(eps, x[2:4], 10, scheduler, [2, 1])[0], part[0]) > 0.1
+
+
+def test_a_stochastic_scheduler_ends_in_the_distribution_of_the_paper_s_algorithm() -> None:
+    eps = analytic_eps("linear")
+    torch.manual_seed(0)
+    x = torch.randn(64, 4, 4, 4, dtype=torch.float64)
+    expected = ancestral(eps, x, [torch.randn_like(x) for _ in range(999)], "posterior")
+    found = run_scheduler(eps, x, 1000, "DDPMScheduler", list(range(64)))
+    assert float(found.mean()) == pytest.approx(float(expected.mean()), abs=0.08)
+    assert float(found.std()) == pytest.approx(float(expected.std()), rel=0.06)
+
+
+@pytest.mark.parametrize(
+    "name", ["NoScheduler", "FlowMatchEulerDiscreteScheduler", "UnCLIPScheduler", "UNet2DModel"]
+)
+def test_a_scheduler_for_other_networks_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"diffusers:{name}"):
+        run_scheduler(lambda x, _: x, torch.ones(1, 2), 5, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tarfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,6 +57,29 @@ def test_mmdialog_from_conversations_to_scores(tmp_path: Path, settings: list[st
     assert drawn.size == (64, 64)
     assert drawn.info["text"] == "# what did you wear? # a red hat"
     assert drawn.info["seed"] == "3"
+    check_a_sample_is_what_eval_draws(data, run, scores, tmp_path)
+
+
+def check_a_sample_is_what_eval_draws(data: Path, run: Path, scores: Path, folder: Path) -> None:
+    """By an instance's key and conversation, `d2i sample` draws the same; in a grid, too."""
+    reader = ShardReader(str(data / "test"))
+    sample = reader.read_json(0)
+    chat, grid = folder / "chat.json", folder / "grid.png"
+    chat.write_text(json.dumps(sample["context"]))
+    run_d2i(
+        *("sample", "--run", run, "--dialog", chat, "--key", reader.keys[0], "--out", grid),
+        *("--seed", "0", "--seed", "1", "--set", "sample.compute_batch_size=2"),
+    )
+    pictures = {}
+    for path in sorted((scores / "images").iterdir()):
+        with tarfile.open(path) as tar:
+            pictures |= {m.name: Image.open(tar.extractfile(m)).copy() for m in tar}
+    expected = np.asarray(pictures[f"{reader.keys[0]}.png"], dtype=int)
+    both = np.asarray(Image.open(grid), dtype=int)
+    assert both.shape == (64, 128, 3)
+    # Workers compute with one thread, the command with all, which may move a last bit.
+    assert np.abs(both[:, :64] - expected).max() <= 2
+    assert np.abs(both[:, 64:] - expected).max() > 2
 
 
 PHOTOGRAPHS = sorted((SHARED / "data" / "photos").rglob("*.jpg"))
@@ -144,6 +168,7 @@ def check_training_and_scores(
     result = run_d2i(
         *("eval", "--system", f"run:{run}", "--data", data, "--out", scores),
         *("--set", "sample.compute_batch_size=2", "--parallel", "--workers", "2", "--json"),
+        *("--save-images", "all"),
     )
     assert result["card"]["found"] == num_test
     assert np.isfinite([result["scores"][name] for name in ("fid", "kid", "clip_i")]).all()

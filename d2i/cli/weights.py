@@ -1,0 +1,158 @@
+"""Commands over files of weights: which there are, what one is, and other forms of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from d2i.cli.console import JsonOption, SetOption, print_result, register
+from d2i.published import PUBLISHED, PublishedFile
+from d2i.shipped import resolve_weights
+
+if TYPE_CHECKING:
+    from d2i.models.source import Source
+
+FileArgument = Annotated[Path, typer.Argument(help="A published file, a model folder, or a run.")]
+
+
+class Layout(StrEnum):
+    """Whose key names a file is written with."""
+
+    published = "published"
+    diffusers = "diffusers"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Give the commands of this module to the app."""
+    weights = typer.Typer(help="Weights: what there is, what a file is.", no_args_is_help=True)
+    register(weights, list_weights, "list")
+    register(weights, inspect_weights, "inspect")
+    register(weights, import_weights, "import")
+    register(weights, export_weights, "export")
+    app.add_typer(weights, name="weights")
+
+
+def list_weights(*, as_json: JsonOption = False) -> None:
+    """List the published files: where they come from, their licence, what they hold.
+
+    Examples:
+
+        d2i weights list
+
+        d2i weights list --json
+    """
+    files = [dataclasses.asdict(file) for file in PUBLISHED]
+    lines = [line for file in PUBLISHED for line in _published_lines(file)]
+    print_result({"files": files}, lines, as_json=as_json)
+
+
+def inspect_weights(
+    file: FileArgument,
+    *,
+    keys: Annotated[bool, typer.Option("--keys", help="Name every tensor and its shape.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a file of weights is, told by its keys and shapes; nothing in it is run.
+
+    Examples:
+
+        d2i weights inspect mscoco_uvit_small.pth
+
+        d2i weights inspect runs/demo/ema.safetensors --keys
+    """
+    from d2i.models.source import look_at
+
+    result = look_at(_path(file))
+    print_result(result, _inspected_lines(result, with_keys=keys), as_json=as_json)
+
+
+def import_weights(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option(help="The model folder to make.")],
+    settings: SetOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a model folder (config.json, safetensors, model card) out of published weights.
+
+    Every key and shape is checked first: nothing is imported half. The folder is what
+    backbone.weights, encoders.vae or encoders.text_prefix takes.
+
+    Examples:
+
+        d2i weights import mscoco_uvit_small.pth --out models/uvit-s
+
+        d2i weights import 1000000.ckpt --out models/mine --set num_heads=8
+
+        d2i weights import autoencoder_kl.pth --out models/vae
+    """
+    from d2i.models.exchange import import_weights as import_into
+
+    source = import_into(_path(file), out.expanduser(), settings or [])
+    _print_source(source, out, as_json=as_json)
+
+
+def export_weights(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option(help="The file (published) or folder (diffusers) to write.")],
+    to: Annotated[Layout, typer.Option(help="Whose key names to write.")],
+    settings: SetOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Write weights as other programs read them: a flat file, or a folder for diffusers.
+
+    Examples:
+
+        d2i weights export runs/demo --to published --out mine.pth
+
+        d2i weights export models/unidiffuser-v1 --to diffusers --out unet
+    """
+    from d2i.models.exchange import export_weights as export_as
+
+    source = export_as(_path(file), out.expanduser(), to.value, settings or [])
+    _print_source(source, out, as_json=as_json)
+
+
+def _path(file: Path) -> Path:
+    return Path(resolve_weights(str(file))).expanduser()
+
+
+def _print_source(source: Source, out: Path, *, as_json: bool) -> None:
+    result = {
+        "out": str(out),
+        "what": source.found.words,
+        "num_tensors": len(source.state),
+        "sha256": source.sha256,
+    }
+    lines = [
+        source.found.words,
+        f"{len(source.state)} tensors of {source.file}",
+        f"sha256 {source.sha256}",
+        str(out),
+    ]
+    print_result(result, lines, as_json=as_json)
+
+
+def _published_lines(file: PublishedFile) -> Iterator[str]:
+    yield f"{file.name}: {file.holds}"
+    yield f"  from {file.source}; licence: {file.licence}"
+    yield f"  {file.num_keys} tensors, shapes {file.shapes_sha256}"
+
+
+def _inspected_lines(result: dict[str, Any], *, with_keys: bool) -> Iterator[str]:
+    yield f"{result['file']}: {result['size_bytes']:,} bytes"
+    yield f"sha256 {result['sha256']}"
+    yield result["what"] or "nothing that d2i knows"
+    names = " or ".join(result["published"])
+    yield f"keys and shapes of {names}" if names else "keys and shapes of no published file"
+    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(result["dtypes"].items()))
+    yield f"{result['num_tensors']} tensors ({kinds}), {result['num_parameters']:,} numbers"
+    yield f"shapes {result['shapes_sha256']}"
+    if with_keys:
+        yield from (f"  {name} {shape}" for name, shape in sorted(result["shapes"].items()))

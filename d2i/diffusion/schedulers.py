@@ -1,0 +1,110 @@
+"""diffusers' schedulers as samplers, on d2i's noise schedule and model time.
+
+diffusers counts t = 0..999 where the published networks count n = 1..1000; both have the same
+noise at n = t + 1, which is what the network is asked at. Knows no network.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2i.config import NUM_NOISE_LEVELS
+from d2i.diffusion.dpm_solver import Eps, time_batch
+from d2i.diffusion.schedule import BETA_FIRST, BETA_LAST
+from d2i.errors import ConfigError
+
+# diffusers' `scaled_linear` is the schedule of the published networks, to 1e-6 relative.
+_SETTINGS: dict[str, Any] = {
+    "num_train_timesteps": NUM_NOISE_LEVELS,
+    "beta_start": BETA_FIRST,
+    "beta_end": BETA_LAST,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    # The samples start at n = 1000, so the first step has to.
+    "timestep_spacing": "linspace",
+    "clip_sample": False,
+}
+# What comes nearest to the published solver (models.md, section 6.3).
+_NEAREST = {
+    "DPMSolverSinglestepScheduler": {
+        "solver_order": 3,
+        "algorithm_type": "dpmsolver++",
+        "solver_type": "midpoint",
+        "final_sigmas_type": "sigma_min",
+        "lower_order_final": True,
+    }
+}
+
+
+def build_scheduler(name: str) -> Any:
+    """Build one of diffusers' schedulers for the noise schedule of the published networks.
+
+    What else it can be told keeps diffusers' own default, but for the two that would change what
+    a sample starts from or ends in: steps from the first to the last time, and no clipping.
+
+    Args:
+        name: its class, such as `DPMSolverMultistepScheduler`.
+
+    Raises:
+        ConfigError: There is no such class, or it is not for networks that predict noise.
+    """
+    import diffusers
+
+    scheduler_class: Any = getattr(diffusers, name, None)
+    is_scheduler = isinstance(scheduler_class, type) and hasattr(scheduler_class, "set_timesteps")
+    taken = set(inspect.signature(scheduler_class).parameters) if is_scheduler else set()
+    if not {"beta_schedule", "prediction_type"} <= taken:
+        raise ConfigError(
+            f"diffusers:{name}: diffusers has no such scheduler for networks that predict noise; "
+            "expected one such as diffusers:DPMSolverMultistepScheduler or diffusers:DDIMScheduler"
+        )
+    settings = _SETTINGS | _NEAREST.get(name, {})
+    try:
+        return scheduler_class(**{key: value for key, value in settings.items() if key in taken})
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise ConfigError(
+            f"diffusers:{name}: {error}; expected one that runs on the schedule of Stable "
+            "Diffusion, such as diffusers:DPMSolverMultistepScheduler"
+        ) from error
+
+
+def run_scheduler(
+    eps: Eps, x: Tensor, num_steps: int, name: str, seeds: Sequence[int] | None = None
+) -> Tensor:
+    """Sample with one of diffusers' schedulers.
+
+    Args:
+        eps: noise prediction `eps(x, n)`, as for `dpm_solver`.
+        x: (B, ...) standard normal noise, the state at n = 1000.
+        num_steps: the scheduler's steps; some ask the network more than once in a step.
+        name: as for `build_scheduler`.
+        seeds: one for each sample, for the noise that some schedulers add at every step; None for
+            those that add none.
+
+    Returns:
+        Samples shaped and typed as `x`.
+
+    Raises:
+        ConfigError: as `build_scheduler`, or `num_steps` is not to the scheduler's liking.
+    """
+    scheduler = build_scheduler(name)
+    try:
+        scheduler.set_timesteps(num_steps, device=x.device)
+    except ValueError as error:
+        raise ConfigError(
+            f"num_steps is {num_steps}: {error}; expected what {name} can take"
+        ) from error
+    options: dict[str, Any] = {"return_dict": False}
+    if seeds is not None and "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    state = x * float(scheduler.init_noise_sigma)
+    for t in scheduler.timesteps:
+        asked = scheduler.scale_model_input(state, t).to(x.dtype)
+        predicted = eps(asked, time_batch(x, float(t) + 1.0))
+        state = scheduler.step(predicted, t, state, **options)[0]
+    return state.to(x.dtype)

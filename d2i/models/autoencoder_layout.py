@@ -1,0 +1,116 @@
+"""The KL autoencoder's weights: LDM's layout (`autoencoder_kl.pth`) and diffusers', both ways.
+
+Names and 1x1 kernels only: imports no diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+# Stable Diffusion's factor; d2i itself takes the scale from the backbone.
+_SCALING_FACTOR = 0.18215
+_NORM_GROUPS = 32
+
+# Pairs of (LDM, diffusers), the variable part between them kept. Those of decoder.up count the
+# other way round and are renumbered apart.
+_NAMES = (
+    (r"down.{}.block.{}", r"down_blocks.{}.resnets.{}"),
+    (r"down.{}.downsample", r"down_blocks.{}.downsamplers.0"),
+    (r"up.{}.block.{}", r"up_blocks.{}.resnets.{}"),
+    (r"up.{}.upsample", r"up_blocks.{}.upsamplers.0"),
+    (r"mid.block_1", r"mid_block.resnets.0"),
+    (r"mid.block_2", r"mid_block.resnets.1"),
+    (r"mid.attn_1.norm", r"mid_block.attentions.0.group_norm"),
+    (r"mid.attn_1.q", r"mid_block.attentions.0.to_q"),
+    (r"mid.attn_1.k", r"mid_block.attentions.0.to_k"),
+    (r"mid.attn_1.v", r"mid_block.attentions.0.to_v"),
+    (r"mid.attn_1.proj_out", r"mid_block.attentions.0.to_out.0"),
+    (r"norm_out", r"conv_norm_out"),
+)
+_LDM_SHORTCUT, _SHORTCUT = "nin_shortcut", "conv_shortcut"
+_ATTENTION = re.compile(r".*mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight")
+
+
+def is_ldm(names: Mapping[str, Any]) -> bool:
+    """Say whether these are the keys of an autoencoder in LDM's layout."""
+    return "encoder.down.0.block.0.conv1.weight" in names
+
+
+def is_diffusers_autoencoder(names: Mapping[str, Any]) -> bool:
+    """Say whether these are the keys of diffusers' `AutoencoderKL`."""
+    return "encoder.down_blocks.0.resnets.0.conv1.weight" in names
+
+
+def ldm_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename an autoencoder to diffusers' layout, its 1x1 attention kernels made matrices."""
+    num_levels = _count(state, r"encoder\.down\.(\d+)\..*")
+    renamed = {}
+    for key, tensor in state.items():
+        name = _renamed(key, _NAMES).replace(_LDM_SHORTCUT, _SHORTCUT)
+        name = _renumbered(name, num_levels)
+        renamed[name] = tensor[:, :, 0, 0] if _ATTENTION.fullmatch(name) else tensor
+    return renamed
+
+
+def diffusers_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename an autoencoder to LDM's layout, its attention matrices made 1x1 kernels."""
+    num_levels = _count(state, r"encoder\.down_blocks\.(\d+)\..*")
+    renamed = {}
+    for key, tensor in state.items():
+        name = _renamed(_renumbered(key, num_levels), [(new, old) for old, new in _NAMES])
+        name = name.replace(_SHORTCUT, _LDM_SHORTCUT)
+        renamed[name] = tensor[:, :, None, None] if _ATTENTION.fullmatch(key) else tensor
+    return renamed
+
+
+def autoencoder_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the `config.json` with which diffusers builds the autoencoder of these weights.
+
+    Args:
+        state: in diffusers' layout.
+    """
+    num_levels = _count(state, r"encoder\.down_blocks\.(\d+)\..*")
+    widths = [
+        len(state[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"])
+        for level in range(num_levels)
+    ]
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": widths,
+        "down_block_types": ["DownEncoderBlock2D"] * num_levels,
+        "up_block_types": ["UpDecoderBlock2D"] * num_levels,
+        "layers_per_block": _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\..*"),
+        "in_channels": state["encoder.conv_in.weight"].shape[1],
+        "out_channels": len(state["decoder.conv_out.weight"]),
+        "latent_channels": len(state["post_quant_conv.weight"]),
+        "norm_num_groups": _NORM_GROUPS,
+        "sample_size": 256,
+        "scaling_factor": _SCALING_FACTOR,
+    }
+
+
+def _count(state: Mapping[str, Any], pattern: str) -> int:
+    """One more than the highest number at the pattern's place."""
+    numbers = [int(match[1]) for key in state if (match := re.fullmatch(pattern, key))]
+    return max(numbers, default=-1) + 1
+
+
+def _renamed(key: str, names: Sequence[tuple[str, str]]) -> str:
+    half, dot, rest = key.partition(".")
+    for old, new in names:
+        pattern = re.escape(old).replace(r"\{\}", r"(\d+)") + r"(\..*)"
+        if dot and (match := re.fullmatch(pattern, rest)):
+            *numbers, tail = match.groups()
+            return f"{half}.{new.format(*numbers)}{tail}"
+    return key
+
+
+def _renumbered(key: str, num_levels: int) -> str:
+    """Count the levels of diffusers' decoder from the other end."""
+    match = re.fullmatch(r"decoder\.up_blocks\.(\d+)\.(.*)", key)
+    return f"decoder.up_blocks.{num_levels - 1 - int(match[1])}.{match[2]}" if match else key

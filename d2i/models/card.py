@@ -1,0 +1,54 @@
+"""The model card (`README.md`) of a folder that d2i wrote: where from, what on, what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from d2i.published import PublishedFile
+
+CARD_NAME = "README.md"
+_UNKNOWN = (
+    "Unknown to d2i: the tensors are those of no published file. Say here what they were trained "
+    "on, and what the licence of that data and of the weights that training started from allows."
+)
+
+
+def model_card(
+    words: str, source: str, sha256: str, published: Sequence[PublishedFile], use: str
+) -> str:
+    """Write a card.
+
+    Args:
+        words: What the weights are.
+        source: The file they came from.
+        sha256: Its hash.
+        published: The published files of the same keys and shapes, which fine-tuned weights share.
+        use: The setting that takes the folder.
+    """
+    return "\n".join(
+        [
+            f"# {words}",
+            "",
+            f"From `{source}`, sha256 `{sha256}`. Use it with `--set {use}=FOLDER`.",
+            "",
+            "## Data and licence",
+            *_origin(published),
+            "",
+        ]
+    )
+
+
+def _origin(published: Sequence[PublishedFile]) -> list[str]:
+    if not published:
+        return [_UNKNOWN]
+    lines = [
+        "The keys and shapes are those of the files below, and of what was fine-tuned from them:",
+        "then add what it was fine-tuned on, and what of that may be passed on (MMDialog may not).",
+        "",
+    ]
+    for file in published:
+        lines += [
+            f"- `{file.name}` ({file.holds}): {file.source}.",
+            f"  Trained on {file.data}. Licence: {file.licence}; read it at the source.",
+        ]
+    return lines

@@ -1,0 +1,143 @@
+"""Weights read to be looked at or passed on: from where, what they are, which network fits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2i.config import BackboneConfig, apply_settings, load_config
+from d2i.errors import CheckpointError, ConfigError
+from d2i.models.autoencoder_layout import autoencoder_config, ldm_to_diffusers
+from d2i.models.folder import read_config
+from d2i.models.presets import PRESETS, build_backbone
+from d2i.models.recognize import Recognized, recognize
+from d2i.models.weights import check_fits, fill_network, read_state_dict, weights_file
+from d2i.published import shapes_hash
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights that were read: from where, what they are, and the tensors by name."""
+
+    path: Path
+    file: Path
+    sha256: str
+    state: Mapping[str, Tensor]
+    found: Recognized
+
+
+def open_source(path: Path) -> Source:
+    """Read weights in any published form, and say what they are.
+
+    Raises:
+        CheckpointError: If they cannot be read, or are nothing that d2i knows.
+    """
+    file = weights_file(path)
+    state = read_state_dict(path)
+    found = recognize(state)
+    if found is None:
+        raise CheckpointError(
+            f"{file} holds weights that d2i does not know ({len(state)} tensors, such as "
+            f"{next(iter(state))}); expected a U-ViT, a UniDiffuser, a KL autoencoder or a caption "
+            "decoder; 'd2i weights list' has the published files"
+        )
+    return Source(path, file, file_sha256(file), state, found)
+
+
+def look_at(path: Path) -> dict[str, Any]:
+    """Say what a file of weights is, as JSON values; unlike `open_source`, of any tensors.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    file, state = weights_file(path), read_state_dict(path)
+    found = recognize(state)
+    shapes = {key: list(tensor.shape) for key, tensor in state.items()}
+    return {
+        "file": str(file),
+        "size_bytes": file.stat().st_size,
+        "sha256": file_sha256(file),
+        "what": found.words if found else None,
+        "kind": found.kind if found else None,
+        "layout": found.layout if found else None,
+        "backbone": found.backbone if found else None,
+        "published": [published.name for published in found.published] if found else [],
+        "num_tensors": len(state),
+        "num_parameters": sum(tensor.numel() for tensor in state.values()),
+        "dtypes": Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values()),
+        "shapes": shapes,
+        "shapes_sha256": shapes_hash(shapes),
+    }
+
+
+def file_sha256(file: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
+    """Name a backbone and the sizes in which it differs from its preset.
+
+    They are taken from the `config.json` beside the weights, else from the tensors; `settings`
+    have the last word.
+
+    Raises:
+        ConfigError: If the tensors do not tell a size, which `settings` must then.
+    """
+    beside = read_config(source.path) if source.path.is_dir() else None
+    if beside is not None:
+        return apply_settings(beside, settings)
+    name, told = str(source.found.backbone), source.found.sizes or {}
+    preset = PRESETS[name][1]
+    values: dict[str, Any] = {key: size for key, size in told.items() if size != preset[key]}
+    config = load_config(BackboneConfig, {"name": name} | values, source=str(source.file))
+    config = apply_settings(config, settings)
+    hidden = {"latent_size", "num_text_tokens"} - set(told)
+    if "dim" in values:
+        hidden.add("num_heads")
+    if missing := [key for key in sorted(hidden) if getattr(config, key) is None]:
+        raise ConfigError(
+            f"{source.file} is {source.found.words}; its tensors do not tell {', '.join(missing)}; "
+            f"expected {' '.join(f'--set {key}=N' for key in missing)}"
+        )
+    return config
+
+
+def network_of(source: Source, settings: Sequence[str]) -> nn.Module:
+    """Build the backbone of a source, filled with its tensors as they are.
+
+    Raises:
+        CheckpointError: If they do not fit.
+        ConfigError: As `backbone_config`.
+    """
+    config = backbone_config(source, settings)
+    with torch.device("meta"):
+        network = build_backbone(config.name, **config.overrides())
+    return fill_network(network, source.state, source.file)
+
+
+def checked_autoencoder(source: Source) -> dict[str, Tensor]:
+    """The autoencoder in diffusers' layout, every key and shape compared with its network's."""
+    from diffusers import AutoencoderKL
+
+    is_ldm = source.found.layout == "published"
+    state = ldm_to_diffusers(source.state) if is_ldm else dict(source.state)
+    try:
+        config = autoencoder_config(state)
+    except KeyError as err:
+        raise CheckpointError(
+            f"{source.file} is {source.found.words} without {err}; expected a whole one; fetch it "
+            "again"
+        ) from err
+    with torch.device("meta"):
+        network: Any = AutoencoderKL(**{k: v for k, v in config.items() if k != "_class_name"})
+    check_fits(network, state, source.file)
+    return state

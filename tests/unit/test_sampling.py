@@ -1,0 +1,149 @@
+"""A picture is a function of its key, seed and text, however many are drawn beside it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from d2i.config import BackboneConfig, SampleConfig, apply_settings
+from d2i.diffusion import ancestral
+from d2i.diffusion.draws import SampleDraws, normal
+from d2i.diffusion.samplers import run_sampler
+from d2i.encoders import Vae
+from d2i.errors import ConfigError, DataError
+from d2i.eval.sampler import Sampler
+from d2i.eval.single import grid, read_dialog
+from d2i.models import build_backbone, save_weights
+
+# diffusers' schedulers speak to numpy in an old way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+EMPTY = np.zeros((77, 64), np.float16)
+QUICK = {"num_steps": 1, "compute_batch_size": 3}
+KEYS = ["a", "b", "c", "d", "e"]
+
+
+def text_of(keys: list[str]) -> NDArray[np.float16]:
+    """Text latents that differ from key to key."""
+    return normal(7, "text", keys, 0, (77, 64)).astype(np.float16)
+
+
+@cache
+def demo_sampler(**changed: Any) -> Sampler:
+    """The shipped network, at one step and three rows."""
+    config = SampleConfig.model_validate(QUICK | changed)
+    backbone = BackboneConfig(name="uvit-s", weights="demo:backbone")
+    return Sampler(backbone, Vae("demo:vae", "kl"), config, EMPTY)
+
+
+@cache
+def all_pictures(**changed: Any) -> NDArray[np.uint8]:
+    """The pictures of all keys, with a seed each."""
+    return demo_sampler(**changed).draw(KEYS, text_of(KEYS), range(len(KEYS)))
+
+
+@settings(max_examples=6)
+@given(st.lists(st.sampled_from(range(len(KEYS))), min_size=1, max_size=4))
+def test_no_neighbour_changes_a_picture(rows: list[int]) -> None:
+    keys = [KEYS[row] for row in rows]
+    found = demo_sampler().draw(keys, text_of(keys), rows)
+    np.testing.assert_array_equal(found, all_pictures()[rows])
+
+
+@pytest.mark.parametrize(
+    "sampler", ["diffusers:DPMSolverMultistepScheduler", "diffusers:DDPMScheduler"]
+)
+def test_nor_with_a_scheduler_of_diffusers(sampler: str) -> None:
+    together = all_pictures(sampler=sampler, num_steps=2)
+    alone = demo_sampler(sampler=sampler, num_steps=2).draw(["d"], text_of(["d"]), [3])
+    np.testing.assert_array_equal(alone[0], together[3])
+    assert (together[3] != all_pictures()[3]).any()
+
+
+def test_key_seed_and_text_each_change_a_picture() -> None:
+    first = all_pictures()[0]
+    for key, text, seed in (("b", "a", 0), ("a", "b", 0), ("a", "a", 1)):
+        other = demo_sampler().draw([key], text_of([text]), [seed])[0]
+        assert (other != first).any()
+
+
+def test_the_settings_seed_is_the_default() -> None:
+    drawn = demo_sampler(seed=2).draw(["c"], text_of(["c"]))
+    np.testing.assert_array_equal(drawn[0], all_pictures()[2])
+
+
+def test_unidiffuser_draws_in_both_unconditional_modes(tmp_path: Any) -> None:
+    sizes: dict[str, Any] = {"latent_size": 8, "dim": 16, "depth": 2, "num_heads": 2}
+    sizes |= {"text_dim": 64, "clip_dim": 4}
+    torch.manual_seed(0)
+    save_weights(build_backbone("unidiffuser-v1", **sizes), tmp_path / "w.safetensors")
+    weights = str(tmp_path / "w.safetensors")
+    backbone = BackboneConfig(name="unidiffuser-v1", weights=weights, **sizes)
+    drawn = {}
+    for name, value in (("unconditional", "empty_token"), ("data_type", 0), ("seed", 0)):
+        config = SampleConfig.model_validate(QUICK | {"guidance_scale": 8.0, name: value})
+        sampler = Sampler(backbone, Vae("demo:vae", "kl"), config, EMPTY)
+        drawn[name] = sampler.draw(KEYS, text_of(KEYS))
+        np.testing.assert_array_equal(sampler.draw(["e"], text_of(["e"]))[0], drawn[name][4])
+    assert (drawn["unconditional"] != drawn["seed"]).any()
+    assert (drawn["data_type"] != drawn["seed"]).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "variance"), [("ancestral", "beta"), ("ancestral_posterior", "posterior")]
+)
+def test_ancestral_sampling_takes_keyed_noise(name: str, variance: Any) -> None:
+    x = torch.from_numpy(normal(0, "x", KEYS, 0, (2, 3)))
+    draws = SampleDraws([0] * len(KEYS), KEYS)
+
+    def eps(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x + n[:, None, None] / 1000
+
+    noise = [normal(0, "sample.step", KEYS, step, (2, 3)) for step in range(999)]
+    expected = ancestral(eps, x, [torch.from_numpy(z) for z in noise], variance)
+    torch.testing.assert_close(run_sampler(name, eps, x, 1000, draws), expected, rtol=0, atol=0)
+    alone = run_sampler(name, eps, x[1:2], 1000, SampleDraws([0], ["b"]))
+    torch.testing.assert_close(alone, expected[1:2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sampler=dpm", "sampler is 'dpm'"),
+        ("sampler=diffusers:os.system", "sampler is 'diffusers:os.system'"),
+        ("sampler=ancestral", "needs num_steps=1000"),
+    ],
+)
+def test_a_wrong_sampler_is_one_line(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_settings(SampleConfig(), [setting])
+    assert apply_settings(SampleConfig(), ["sampler=ancestral", "num_steps=1000"])
+
+
+@given(st.integers(1, 12))
+def test_a_grid_shows_every_picture_in_order(num: int) -> None:
+    pixels = np.arange(num * 2 * 3 * 3, dtype=np.uint8).reshape(num, 2, 3, 3) + 1
+    laid_out = grid(pixels)
+    columns = laid_out.shape[1] // 3
+    assert 0 <= columns - laid_out.shape[0] // 2 <= 1
+    for index, picture in enumerate(pixels):
+        row, column = divmod(index, columns)
+        cell = laid_out[2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
+        np.testing.assert_array_equal(cell, picture)
+
+
+def test_a_dialog_is_lines_or_json() -> None:
+    lines = read_dialog("hello\n\n  a red hat \n")
+    assert [turn.text for turn in lines] == ["hello", "a red hat"]
+    turns = read_dialog('["hi", {"speaker": 1, "text": "you"}]')
+    assert [(turn.speaker, turn.text) for turn in turns] == [(None, "hi"), (1, "you")]
+    for wrong in ("", " \n", "[]", "[1]", '{"txt": ""}', '[{"text": "a", "speaker": "x"}]', "[..."):
+        with pytest.raises(DataError):
+            read_dialog(wrong)

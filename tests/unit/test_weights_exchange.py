@@ -1,0 +1,286 @@
+"""Published weights become model folders, diffusers' folders, and published files again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from d2i.config import BackboneConfig
+from d2i.errors import CheckpointError, ConfigError, D2IError
+from d2i.models import build_backbone, load_weights, read_state_dict, save_weights
+from d2i.models.diffusers_layout import from_diffusers, to_diffusers
+from d2i.models.exchange import export_weights, import_weights
+from d2i.models.folder import build_network
+from d2i.models.source import look_at
+from d2i.published import PUBLISHED, find_published, shapes_hash
+from tests.processes import run_d2i, run_process
+
+TINY = {"latent_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "num_text_tokens": 3}
+TINY_SETTINGS = [f"{key}={TINY[key]}" for key in ("latent_size", "num_heads", "num_text_tokens")]
+
+
+def tiny(name: str, seed: int = 0) -> Any:
+    """A very small network with random weights everywhere."""
+    torch.manual_seed(seed)
+    network = build_backbone(name, **TINY, text_dim=8)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return network
+
+
+def random_bits(network: nn.Module) -> dict[str, Tensor]:
+    """Random float16 bits for every tensor of a network, NaN and infinity among them."""
+    random = np.random.default_rng(0)
+    return {
+        key: torch.from_numpy(random.integers(0, 2**16, tensor.shape, np.uint16)).view(torch.half)
+        for key, tensor in network.state_dict().items()
+    }
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Same keys, dtypes and bytes."""
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+def diffusers_unidiffuser(folder: Path) -> Any:
+    """The folder as diffusers itself loads it."""
+    from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UniDiffuserModel
+
+    return UniDiffuserModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+
+
+@pytest.mark.parametrize("name", ["uvit-s", "unidiffuser-v0", "unidiffuser-v1"])
+@pytest.mark.parametrize("form", ["flat", "directory", "parallel", "safetensors"])
+def test_every_published_form_becomes_a_model_folder(tmp_path: Path, name: str, form: str) -> None:
+    state = tiny(name).state_dict()
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
+    if form == "safetensors":
+        save_weights(state, path)
+    elif form == "directory":
+        path = tmp_path / "10.ckpt"
+        path.mkdir()
+        torch.save(state, path / "nnet_ema.pth")
+        torch.save(tiny(name, 1).state_dict(), path / "nnet.pth")
+    else:
+        prefix = "module." if form == "parallel" else ""
+        torch.save({prefix + key: tensor for key, tensor in state.items()}, path)
+    import_weights(path, tmp_path / "model", TINY_SETTINGS)
+    network = build_network(BackboneConfig(name=name, weights=str(tmp_path / "model")))
+    assert_same_bits(network.state_dict(), state)
+    export_weights(tmp_path / "model", tmp_path / "back.pth", "published")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert_same_bits(back, state)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert look_at(path)["sha256"] in card
+    assert "licence" in card
+
+
+@pytest.mark.parametrize("name", ["unidiffuser-v0", "unidiffuser-v1"])
+def test_diffusers_computes_the_same_from_an_exported_folder(tmp_path: Path, name: str) -> None:
+    network = tiny(name)
+    save_weights(network, tmp_path / "w.safetensors")
+    export_weights(tmp_path / "w.safetensors", tmp_path / "unet", "diffusers", TINY_SETTINGS)
+    theirs = diffusers_unidiffuser(tmp_path / "unet")
+    torch.manual_seed(3)
+    inputs = (torch.randn(2, 4, 4, 4), torch.randn(2, 1, 512), torch.randn(2, 3, 8))
+    times = torch.tensor([1, 999]), torch.tensor([0, 1000])
+    data_type = torch.tensor([0, 1])
+    with torch.no_grad():
+        for ours, other in zip(
+            network(*inputs, *times, data_type), theirs(*inputs, *times, data_type), strict=True
+        ):
+            torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4 * float(other.std()))
+    # And back: as a folder to import, and as weights to load.
+    import_weights(tmp_path / "unet", tmp_path / "model", TINY_SETTINGS)
+    assert_same_bits(read_state_dict(tmp_path / "model"), network.state_dict())
+    assert_same_bits(
+        load_weights(tiny(name, 5), tmp_path / "unet").state_dict(), network.state_dict()
+    )
+
+
+def test_what_diffusers_saves_is_read(tmp_path: Path) -> None:
+    network = tiny("unidiffuser-v1")
+    save_weights(network, tmp_path / "w.safetensors")
+    export_weights(tmp_path / "w.safetensors", tmp_path / "unet", "diffusers", TINY_SETTINGS)
+    diffusers_unidiffuser(tmp_path / "unet").save_pretrained(tmp_path / "theirs")
+    assert_same_bits(
+        load_weights(tiny("unidiffuser-v1", 5), tmp_path / "theirs").state_dict(),
+        network.state_dict(),
+    )
+
+
+def test_a_key_that_is_lost_on_the_way_is_named(tmp_path: Path) -> None:
+    state = to_diffusers(tiny("unidiffuser-v1").state_dict())
+    del state["transformer.transformer_out_blocks.0.block.attn1.to_k.weight"]
+    state["transformer.extra.weight"] = torch.zeros(1)
+    save_weights(state, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        import_weights(tmp_path / "w.safetensors", tmp_path / "model", TINY_SETTINGS)
+    assert "1 missing (out_blocks.0.attn.qkv.weight)" in str(caught.value)
+    assert "3 unexpected" in str(caught.value)
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_text_prefix_is_all_that_is_taken_of_a_caption_decoder(tmp_path: Path) -> None:
+    prefix = {"encode_prefix.weight": torch.randn(64, 768), "encode_prefix.bias": torch.randn(64)}
+    # GPT-2's state holds its attention masks, which are no floats.
+    others = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+        "clip_model.logit_scale": torch.zeros(()),
+    }
+    content = {f"module.{key}": tensor for key, tensor in (prefix | others).items()}
+    torch.save(content, tmp_path / "caption_decoder.pth")
+    assert look_at(tmp_path / "caption_decoder.pth")["published"] == ["caption_decoder.pth"]
+    import_weights(tmp_path / "caption_decoder.pth", tmp_path / "prefix")
+    assert_same_bits(read_state_dict(tmp_path / "prefix"), prefix)
+    with pytest.raises(ConfigError, match="only a backbone has sizes"):
+        import_weights(tmp_path / "caption_decoder.pth", tmp_path / "other", ["dim=4"])
+
+
+def test_a_fine_tuned_run_is_exported_with_the_sizes_of_its_recipe(tmp_path: Path) -> None:
+    run, network = tmp_path / "run", tiny("uvit-s")
+    save_weights(network, run / "ema.safetensors")
+    backbone = BackboneConfig(name="uvit-s", weights="elsewhere", text_dim=8, **TINY)
+    (run / "config.json").write_text(json.dumps({"recipe": {"backbone": backbone.model_dump()}}))
+    import_weights(run, tmp_path / "model")
+    export_weights(run, tmp_path / "mine.pth", "published")
+    assert_same_bits(read_state_dict(tmp_path / "mine.pth"), network.state_dict())
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["num_heads"] == 2
+
+
+def test_sizes_that_no_tensor_tells_are_asked_for(tmp_path: Path) -> None:
+    save_weights(tiny("uvit-s"), tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match="do not tell latent_size, num_heads, num_text_tokens"):
+        import_weights(tmp_path / "w.safetensors", tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"mis-shaped \(pos_embed"):
+        wrong = [*TINY_SETTINGS[:-1], "num_text_tokens=4"]
+        import_weights(tmp_path / "w.safetensors", tmp_path / "model", wrong)
+    assert not (tmp_path / "model").exists()
+
+
+def test_windows_and_patches_are_told_by_the_number_of_positions(tmp_path: Path) -> None:
+    sizes = {"dim": 16, "depth": 2, "num_heads": 2, "latent_size": 8, "num_text_tokens": 154}
+    save_weights(build_backbone("uvit-s", **sizes), tmp_path / "w.safetensors")
+    import_weights(tmp_path / "w.safetensors", tmp_path / "model", ["num_heads=2"])
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config == {"name": "uvit-s"} | sizes
+
+
+def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
+    save_weights(tiny("uvit-s"), tmp_path / "w.safetensors")
+    import_weights(tmp_path / "w.safetensors", tmp_path / "model", TINY_SETTINGS)
+    with pytest.raises(CheckpointError, match="holds weights already"):
+        import_weights(tmp_path / "w.safetensors", tmp_path / "model", TINY_SETTINGS)
+
+
+def test_an_export_that_nothing_can_read_is_refused(tmp_path: Path) -> None:
+    save_weights(tiny("uvit-s"), tmp_path / "w.safetensors")
+    refusals: list[tuple[Any, str, type[D2IError], str]] = [
+        ("diffusers", "unet", CheckpointError, "diffusers has no such model"),
+        ("published", "w.bin", ConfigError, "ends in .pth or .safetensors"),
+    ]
+    for layout, out, error, message in refusals:
+        with pytest.raises(error, match=message):
+            export_weights(tmp_path / "w.safetensors", tmp_path / out, layout, TINY_SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_the_table_of_published_files_is_the_networks_own() -> None:
+    for file in PUBLISHED:
+        if file.backbone is None:
+            continue
+        with torch.device("meta"):
+            state = build_backbone(file.backbone).state_dict()
+        state = to_diffusers(state) if "diffusers" in file.holds else state
+        shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        assert (len(shapes), shapes_hash(shapes)) == (file.num_keys, file.shapes_sha256)
+        assert file in find_published(shapes)
+
+
+def test_an_autoencoder_has_the_published_keys_and_goes_both_ways(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    widths = [32, 32, 64, 64]
+    levels = len(widths)
+    theirs = AutoencoderKL(
+        block_out_channels=widths,
+        layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+    ).eval()
+    theirs.save_pretrained(tmp_path / "vae")
+    export_weights(tmp_path / "vae", tmp_path / "kl.pth", "published")
+    assert look_at(tmp_path / "kl.pth")["what"] == "KL autoencoder, LDM's layout"
+    import_weights(tmp_path / "kl.pth", tmp_path / "back")
+    assert_same_bits(read_state_dict(tmp_path / "back"), theirs.state_dict())
+    back = AutoencoderKL.from_pretrained(tmp_path / "back", low_cpu_mem_usage=False)
+    image = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        found, expected = (net.encode(image).latent_dist.mean for net in (back, theirs))
+    assert torch.equal(found, expected)
+    state = read_state_dict(tmp_path / "kl.pth")
+    del state["decoder.mid.attn_1.q.weight"]
+    torch.save(state, tmp_path / "cut.pth")
+    with pytest.raises(CheckpointError, match="1 missing"):
+        import_weights(tmp_path / "cut.pth", tmp_path / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["uvit-s", "unidiffuser-v1"])
+def test_a_full_size_checkpoint_goes_round_bit_by_bit(tmp_path: Path, name: str) -> None:
+    with torch.device("meta"):
+        state = random_bits(build_backbone(name))
+    torch.save(state, tmp_path / "published.pth")
+    last = import_weights(tmp_path / "published.pth", tmp_path / "model")
+    assert last.found.published[0].backbone == name
+    if name == "unidiffuser-v1":
+        export_weights(tmp_path / "model", tmp_path / "unet", "diffusers")
+        (tmp_path / "published.pth").unlink()
+        assert look_at(tmp_path / "unet")["published"] == ["unet/diffusion_pytorch_model"]
+        last = import_weights(tmp_path / "unet", tmp_path / "again")
+    found = from_diffusers(dict(last.state)) if name == "unidiffuser-v1" else dict(last.state)
+    assert_same_bits(found, state)
+    assert_same_bits(read_state_dict(tmp_path / ("again" if "uni" in name else "model")), state)
+    (tmp_path / "model" / "model.safetensors").unlink()
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    listed = run_d2i("weights", "list", "--json")["files"]
+    assert {file["name"] for file in listed} >= {"mscoco_uvit_small.pth", "caption_decoder.pth"}
+    assert all(file["licence"] and file["source"] for file in listed)
+    seen = run_d2i("weights", "inspect", "demo:backbone", "--json")
+    assert (seen["kind"], seen["num_tensors"], seen["published"]) == ("backbone", 94, [])
+    done = run_d2i("weights", "import", "demo:backbone", "--out", tmp_path / "model", "--json")
+    assert done["sha256"] == seen["sha256"]
+    assert look_at(tmp_path / "model")["shapes"] == seen["shapes"]
+
+
+def test_a_file_that_is_not_what_it_seems_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    pointer, cut, renamed = (tmp_path / name for name in ("lfs.pth", "cut.pth", "uvit_v1.pth"))
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    save_weights(tiny("uvit-s"), renamed)
+    cut.write_bytes(renamed.read_bytes()[:1000])
+    for path, message in (
+        (pointer, "Git LFS pointer"),
+        (cut, "truncated"),
+        (renamed, "is U-ViT, text to image"),
+    ):
+        with pytest.raises(D2IError, match=message):
+            import_weights(path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    done = run_process("weights", "export", renamed, "--to", "diffusers", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "diffusers has no such model" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
