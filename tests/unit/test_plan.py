@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from d2i.config import Recipe, apply_settings
 from d2i.dialog import ImageRef, Instance, Turn, key_order_hash
 from d2i.errors import ConfigError, DataError
-from d2i.preprocess import grouped
+from d2i.preprocess import dealt
 from d2i.preprocess.choose import Choice
 from d2i.preprocess.exclude import read_exclusion
 from d2i.preprocess.plan import PlanRequest, make_plan, records_url
@@ -109,7 +109,7 @@ def test_rows_that_went_through_files_are_the_same(
 ) -> None:
     source = write_dialogs(tmp_path / "corpus")
     at_once = planned(source, tmp_path / "at once")
-    monkeypatch.setattr(grouped, "MAX_WAITING_BYTES", 1)
+    monkeypatch.setattr(dealt, "MAX_WAITING_BYTES", 1)
     monkeypatch.setattr("d2i.preprocess.plan._BATCH", 9)
     assert planned(source, tmp_path / "piecewise") == at_once
 
