@@ -54,21 +54,30 @@ def exists(url: str) -> bool:
     return bool(fs.exists(path))
 
 
-def list_names(url: str) -> list[str]:
+def list_names(url: str, prefix: str = "") -> list[str]:
     """List the names of files and folders in a folder, sorted; empty where there is no folder.
 
-    Files still being written, and those a killed process left behind, are not listed.
+    Files still being written, and those a killed process left behind, are not listed. With a
+    `prefix`, names that begin with it alone: object stores need not list all the others, and
+    list files only.
     """
     fs, path = _split_fresh(url)
+    own = path.rstrip("/")
     try:
-        entries = fs.ls(path, detail=False)
+        if prefix and local_path(url) is None:
+            # It finds what lies in folders as well.
+            depth = own.count("/") + 1
+            entries = [e for e in fs.find(path, prefix=prefix) if e.count("/") == depth]
+        else:
+            entries = fs.ls(path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
     # Object stores list a folder's own placeholder, and fsspec lists a file as itself.
-    own = path.rstrip("/")
     inside = [entry.rstrip("/") for entry in entries if entry.rstrip("/") != own]
     names = {entry.rpartition("/")[2] for entry in inside}
-    return sorted(name for name in names if not name.endswith(_TEMPORARY_SUFFIX))
+    return sorted(
+        name for name in names if name.startswith(prefix) and not name.endswith(_TEMPORARY_SUFFIX)
+    )
 
 
 def size_bytes(url: str) -> int:

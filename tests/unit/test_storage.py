@@ -54,6 +54,14 @@ def test_listing_follows_every_change(folder: str) -> None:
     assert storage.list_names(storage.join(folder, "b")) == []
 
 
+def test_names_may_be_listed_by_their_start(folder: str) -> None:
+    for name in ("ab", "a", "b", "deep/ab", "abc/x"):
+        storage.write_bytes(storage.join(folder, name), b"")
+    files = [name for name in storage.list_names(folder, "a") if name != "abc"]
+    assert files == ["a", "ab"]
+    assert storage.list_names(folder, "c") == storage.list_names(folder + "x", "a") == []
+
+
 def test_publish_moves_and_fetch_copies(folder: str, tmp_path: Path) -> None:
     source, url = tmp_path / "source", storage.join(folder, "name")
     source.write_bytes(b"data")
