@@ -35,6 +35,7 @@ RECORD = st.builds(lambda body: {"id": 1, "body": body}, JSON) | st.builds(
 RECORDS = st.lists(RECORD, min_size=1, max_size=6)
 FORMS: dict[str, Callable[[Any], str]] = {
     "lines": lambda records: "\n".join(map(json.dumps, records)) + "\n",
+    "spaced lines": lambda records: "\n\n\n".join(map(json.dumps, records)) + "\n\n",
     "windows lines": lambda records: "\ufeff" + "\r\n\r\n".join(map(json.dumps, records)),
     "array": json.dumps,
     "indented array": lambda records: json.dumps(records, indent=2, ensure_ascii=False),
@@ -137,6 +138,62 @@ def test_a_file_that_keeps_breaking_is_given_up() -> None:
     assert values == []
     assert problems[-1].reason == "too_many_broken"
     assert len(problems) <= json_stream.MAX_RESYNCS + 2
+
+
+ODD_FIRST = [{"id": 0, "body": ["x" * 100]}, *({"body": ["y" * 100], "id": n} for n in range(999))]
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2, 500])
+def test_what_a_lost_bracket_may_have_swallowed_counts_as_broken(broken: int) -> None:
+    """No record starts like the first, and brackets close again by chance near the end."""
+    texts = [json.dumps(record) for record in ODD_FIRST]
+    texts[broken] = texts[broken][:-1]
+    texts[-3] += "}"
+    values, problems = read(f"[{', '.join(texts)}]".encode())
+    num_lost = len(ODD_FIRST) - len(values)
+    assert num_lost > 450
+    if broken:
+        assert sum(p.num_records for p in problems) == pytest.approx(num_lost, rel=0.05)
+    # Where no record was read before it, nobody knows how long they are.
+    assert sum(problem.num_records for problem in problems) > 50
+    assert "bytes are passed over" in problems[0].detail
+
+
+def test_a_swallowed_rest_is_an_error(tmp_path: Path) -> None:
+    records = [PLAIN | {"id": n} for n in range(3000)]
+    texts = [json.dumps({key: record[key] for key in sorted(record)}) for record in records]
+    texts[0] = json.dumps({"turns": PLAIN["turns"], "id": 0})
+    texts[1000] = texts[1000][:-1]
+    texts[-3] += "}"
+    (tmp_path / "train.jsonl").write_text(f"[{','.join(texts)}]")
+    with pytest.raises(DataError, match=r"broken of \d+ records"):
+        list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
+    assert len(instances("jsonl", tmp_path, "train", max_broken=1.0)[0]) == 1002 * 3
+
+
+def test_a_long_line_that_is_broken_costs_itself_alone() -> None:
+    long = json.dumps({"id": 1, "body": ["x" * 50] * 3000})
+    for broken in (long[:-1], long[: len(long) // 2], '{"a": ' * 20 + long):
+        lines = [json.dumps({"id": 0}), broken, json.dumps({"id": 2})]
+        values, problems = read("\n".join(lines).encode())
+        assert [value["id"] for value in values if value["id"] != 1] == [0, 2]
+        assert {problem.where for problem in problems} == {"f line 2"}
+        assert "too_many_broken" not in {problem.reason for problem in problems}
+
+
+def test_a_line_without_end_counts_for_what_it_may_hold() -> None:
+    data = b'{"id": 0}\n' + b"[" + b'{"id": 1},' * 1000 + b'{"id": 1}]\n{"id": 2}\n'
+    values, problems = read(data, chunk_bytes=64, max_record_bytes=1000)
+    assert [value["id"] for value in values] == [0, 2]
+    assert [(p.reason, p.num_records) for p in problems] == [("too_large", 10)]
+
+
+@pytest.mark.parametrize("body", ['"abc', '"ab\\', '"\u00e9', "[1, ", "nul", ""])
+def test_a_last_line_that_the_end_of_the_file_cut_is_truncated(body: str) -> None:
+    data = f'{{"id": 0}}\n{{"id": 1, "body": {body}'.encode()
+    for cut in (data, data[:-1]):
+        values, problems = read(cut)
+        assert (values, [problem.reason for problem in problems]) == ([{"id": 0}], ["truncated"])
 
 
 def test_nesting_without_end_is_a_problem() -> None:
@@ -279,6 +336,17 @@ def test_mmdialog_takes_other_names_of_splits_and_files(
     (found,), _ = instances("mmdialog", tmp_path, "validation")
     assert (found.split, found.key) == ("valid", "valid-0-0-0")
     assert found.image_ref == ImageRef("file", (f"{folder}/-1.jpg",))
+
+
+@pytest.mark.parametrize("name", ["conversations_2.json", "conversations-00001-of-2.jsonl"])
+def test_mmdialog_in_parts_is_read_whole(tmp_path: Path, name: str) -> None:
+    for number, part in enumerate(["conversations.json", name]):
+        record = mmdialog([text("a"), media("-1")], number=number)
+        write_lines(tmp_path / "train" / part, record)
+    (tmp_path / "train/conversations").mkdir()
+    write_lines(tmp_path / "train/conversations.json.bak", mmdialog([text("a")]))
+    found, problems = instances("mmdialog", tmp_path, "train")
+    assert (sorted(i.dialog_id for i in found), problems) == (["0", "1"], [])
 
 
 def test_mmdialog_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
