@@ -26,6 +26,7 @@ Reason = Literal[
     "too_large",
     "too_many_broken",
     "truncated",
+    "unknown_field",
     "wrong_type",
 ]
 

@@ -77,10 +77,14 @@ def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Pla
         keep: Whether a new plan is written there, with the records of its shards.
 
     Raises:
-        ConfigError: If finished shards are there that other settings decided; the difference is
-            named.
+        ConfigError: If the limit is below 1, or finished shards are there that other settings
+            decided; the difference is named.
         DataError: If the corpus holds no instance of this split.
     """
+    if request.limit is not None and request.limit < 1:
+        raise ConfigError(
+            f"limit: got {request.limit}, expected 1 or more; leave it out to plan every instance"
+        )
     there = _read_plan(split_url)
     if there is not None:
         named = differences(_decided_by(request), there.decided_by)

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d2i.config import TextConfig
+from d2i.context import context_text
 from d2i.corpora import Problem, build_corpus, json_stream, read_instances, splits
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import RecordError
@@ -514,6 +516,112 @@ def test_own_chats_in_both_forms(tmp_path: Path) -> None:
     ]
 
 
+MISSPELT = [
+    ({"turns": [{"text": "a", "image": ["1.jpg"]}]}, "turn 0: got 'image', expected 'images'"),
+    ({"turns": [{"text": "a", "Images": ["1.jpg"]}]}, "turn 0: got 'Images', expected 'images'"),
+    (
+        {"turns": [{"text": "a"}, {"txt": "b", "images": ["1"]}]},
+        "turn 1: got 'txt', expected 'text'",
+    ),
+    ({"turns": [{"text": "a", "speaker_id": 1}]}, "turn 0: got 'speaker_id', expected 'speaker'"),
+    ({"turns": [], "message": []}, "got 'message', expected 'messages'"),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a", "imageurl": ""}]}
+            ]
+        },
+        "turn 0 part: got 'imageurl', expected 'image_url'",
+    ),
+    (
+        {"messages": [{"role": "user", "contents": "a"}]},
+        "turn 0: got 'contents', expected 'content'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "detail"), MISSPELT)
+def test_a_misspelt_field_of_own_chats_is_a_problem(
+    tmp_path: Path, fields: dict[str, Any], detail: str
+) -> None:
+    write_lines(tmp_path / "train.jsonl", {"id": 1, **fields}, PLAIN)
+    found, problems = instances("jsonl", tmp_path, "train")
+    assert {"a b"} <= {instance.dialog_id for instance in found}
+    assert [(problem.reason, problem.detail) for problem in problems] == [("unknown_field", detail)]
+
+
+def test_other_fields_of_own_chats_are_passed_over(tmp_path: Path) -> None:
+    extra = {"uid": 7, "source": "app", "picture": "x", "turn": 3, "images_seen": []}
+    turn = {
+        "text": "a",
+        "images": ["1.jpg"],
+        "image": "1.jpg",
+        "time": 5,
+        "name": "Al",
+        "role": "x",
+    }
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "contents": {}}]}
+    part = {"type": "image_url", "image_url": {"url": "2.jpg", "detail": "low"}, "cache": {}}
+    write_lines(
+        tmp_path / "train.jsonl",
+        {"id": 1, "turns": [turn], **extra},
+        {"id": 2, "messages": [call, {"role": "user", "content": [part], "refusal": None}]}
+        | {"model": "m", "tools": []},
+    )
+    found, problems = instances("jsonl", tmp_path, "train")
+    assert [instance.dialog_id for instance in found] == ["1"]
+    assert [problem.reason for problem in problems] == ["empty_context"]
+
+
+def test_own_chats_in_two_forms_at_once(tmp_path: Path) -> None:
+    both = {"turns": PLAIN["turns"], "messages": CHAT["messages"]}
+    write_lines(
+        tmp_path / "train.jsonl",
+        {"id": 1, "turns": [], "messages": CHAT["messages"]},
+        {"id": 2, "turns": PLAIN["turns"], "messages": []},
+        {"id": 3} | both,
+    )
+    found, problems = instances("jsonl", tmp_path, "train")
+    assert [instance.dialog_id for instance in found] == ["1", "2", "2", "2"]
+    assert [(p.reason, p.where) for p in problems] == [("wrong_type", "train.jsonl line 3")]
+
+
+def test_an_address_may_stand_for_its_object(tmp_path: Path) -> None:
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "image_url", "image_url": "https://x.example/1.jpg"},
+        {"type": "image_url", "image_url": "data:image/png;base64,AA"},
+    ]
+    write_lines(
+        tmp_path / "train.jsonl", {"id": 1, "messages": [{"role": "user", "content": parts}]}
+    )
+    (found,), problems = instances("jsonl", tmp_path, "train")
+    assert found.image_ref == ImageRef("urls", ("https://x.example/1.jpg",))
+    assert reasons(problems) == Counter({"bad_image_ref": 1})
+
+
+def test_the_first_picture_of_a_turn_is_the_first_that_can_be_used(tmp_path: Path) -> None:
+    turn = [text("a"), media("../1"), media("2"), media("3")]
+    write_lines(tmp_path / "train/conversations.json", mmdialog(turn, [media("4"), media("5")]))
+    first, problems = instances("mmdialog", tmp_path, "train", images_in_turn="first")
+    assert [(i.turn, i.image, i.image_ref.value[0]) for i in first] == [
+        (0, 1, "train/2.jpg"),
+        (1, 0, "train/4.jpg"),
+    ]
+    assert reasons(problems) == Counter({"bad_image_ref": 1})
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_a_message_of_nobody_gets_no_mark(tmp_path: Path, role: str) -> None:
+    messages = [{"role": role, "content": "be kind"}, *CHAT["messages"][1:]]
+    write_lines(tmp_path / "train.jsonl", CHAT | {"messages": messages})
+    (found,), _ = instances("jsonl", tmp_path, "train")
+    assert found.turn == 3
+    assert linearize(found.context, "letters", empty_turns="keep") == "A: draw B: B: here"
+    config = TextConfig(empty_turns="keep", max_turns=9, keep="start")
+    assert context_text(found.context, config) == "# draw # # here"
+
+
 def test_own_chats_that_open_with_their_picture(tmp_path: Path) -> None:
     write_lines(tmp_path / "val.jsonl", PLAIN, CHAT)
     found, problems = instances("jsonl", tmp_path, "valid", direction="first")
@@ -658,6 +766,7 @@ def test_sources_may_be_urls() -> None:
         ("mmdialog", "train", {"own_trun": "include"}, "did you mean 'own_turn'"),
         ("mmdialog", "train", {"repeated": "uniqe"}, "did you mean 'unique'"),
         ("mmdialog", "train", {"image_root": 5}, "got 5"),
+        ("mmdialog", "train", {"limit": 0}, "no option 'limit'"),
         ("jsonl", "train", {"open_images_url": "x"}, "no option 'open_images_url'"),
     ],
 )

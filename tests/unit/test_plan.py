@@ -151,6 +151,14 @@ def test_a_list_that_is_none_is_refused(tmp_path: Path) -> None:
         read_exclusion(str(tmp_path / "list"))
 
 
+@pytest.mark.parametrize("limit", [0, -1])
+@pytest.mark.parametrize("rule", ["hash", "reservoir", "first"])
+def test_a_limit_below_one_is_refused(tmp_path: Path, limit: int, rule: str) -> None:
+    source = write_dialogs(tmp_path / "corpus")
+    with pytest.raises(ConfigError, match=rf"limit: got {limit}, expected 1 or more"):
+        planned(source, tmp_path / "out", f"preprocess.choose={rule}", limit=limit)
+
+
 def test_a_corpus_without_instances_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train/conversations.json").write_text('{"conversation_id": 0, "conversation": []}')
