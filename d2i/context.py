@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2i.config import TextConfig
-from d2i.dialog import Turn, linearize
+from d2i.dialog import Turn, is_written, linearize
 from d2i.tokenize import WINDOW_LENGTH, encode, window
 
 
@@ -21,11 +21,7 @@ def context_text(turns: Sequence[Turn], config: TextConfig) -> str:
     Whole turns are left out on the side that `config.keep` gives up: those over `max_turns`, and,
     with `cut="turn"`, those that do not fit the window. One turn always stays.
     """
-    counted = [
-        index
-        for index, turn in enumerate(turns)
-        if turn.text.strip() or config.empty_turns == "keep"
-    ]
+    counted = [index for index, turn in enumerate(turns) if is_written(turn, config.empty_turns)]
     if not counted:
         return ""
 

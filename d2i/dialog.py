@@ -29,6 +29,9 @@ TEMPLATES = {
 }
 """The named linearizations, each as the template of one turn."""
 
+NOBODY = -1
+"""The speaker of a turn that is no part of the talk, such as a system's message."""
+
 _PLACEHOLDER = re.compile(r"\{(text|speaker|letter)\}")
 _PLAIN_SPLIT = re.compile(r"[A-Za-z0-9]{1,32}")
 _PLAIN_ID = re.compile(r"(?!.*_[0-9a-f]{32}$)[A-Za-z0-9_-]{1,64}", re.DOTALL)
@@ -38,7 +41,8 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9]+")
 class Turn(Struct, frozen=True, gc=False):
     """One message of a conversation.
 
-    `speaker` is a small number, or None where the corpus names no speaker and turns alternate.
+    `speaker` is a small number, or None where the corpus names no speaker and turns alternate, or
+    `NOBODY` where nobody says it.
     """
 
     speaker: int | None
@@ -94,7 +98,8 @@ def linearize(
         strategy: `hash` ("# a # b"), `space` ("a b"), `special` ("[PER1] a [PER2] b"), `letters`
             ("A: a B: b"), or the template of one turn: `{text}`, and, where wanted, `{speaker}`
             (1, 2, ...) and `{letter}` (A, B, ...).
-        empty_turns: `drop` leaves turns without text out, `keep` writes their mark alone.
+        empty_turns: `drop` leaves turns without text out, `keep` writes their mark alone. Nobody's
+            turns are left out in any case.
         speaker_runs: Whether turns in a row by one speaker each get a mark, or one in all.
 
     Raises:
@@ -107,6 +112,11 @@ def linearize(
         number = numbers.setdefault(speaker, len(numbers) + 1)
         parts.append(_fill(template, text, number).strip())
     return " ".join(filter(None, parts))
+
+
+def is_written(turn: Turn, empty_turns: str) -> bool:
+    """Say whether `linearize` writes a turn, its mark at least."""
+    return turn.speaker != NOBODY and (empty_turns == "keep" or bool(turn.text.strip()))
 
 
 def make_key(split: str, dialog_id: str, turn: int, image: int) -> str:
@@ -172,11 +182,12 @@ def _spoken(turns: Iterable[Turn], empty_turns: str) -> Iterator[tuple[int, str]
     """
     speaker: int | None = None
     for turn in turns:
+        if turn.speaker == NOBODY:
+            continue
         other = 1 if speaker == 0 else 0
         speaker = other if turn.speaker is None else turn.speaker
-        text = turn.text.strip()
-        if text or empty_turns == "keep":
-            yield speaker, text
+        if is_written(turn, empty_turns):
+            yield speaker, turn.text.strip()
 
 
 def _joined(spoken: Iterable[tuple[int, str]], speaker_runs: str) -> Iterable[tuple[int, str]]:

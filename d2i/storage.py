@@ -62,22 +62,31 @@ def exists(url: str) -> bool:
         return True
 
 
-def list_names(url: str) -> list[str]:
+def list_names(url: str, prefix: str = "") -> list[str]:
     """List the names of files and folders in a folder, sorted; empty where there is no folder.
 
-    Files still being written, and those a killed process left behind, are not listed.
+    Files still being written, and those a killed process left behind, are not listed. With a
+    `prefix`, names that begin with it alone: object stores need not list all the others, and
+    list files only.
     """
     with _errors_of(url):
         fs, path = _split(url)
+        own = path.rstrip("/")
         try:
-            entries = fs.ls(path, detail=False)
+            if prefix and local_path(url) is None:
+                # It finds what lies in folders as well.
+                depth = own.count("/") + 1
+                entries = [e for e in fs.find(path, prefix=prefix) if e.count("/") == depth]
+            else:
+                entries = fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
     # Object stores list a folder's own placeholder, and fsspec lists a file as itself.
-    own = path.rstrip("/")
     inside = [entry.rstrip("/") for entry in entries if entry.rstrip("/") != own]
     names = {entry.rpartition("/")[2] for entry in inside}
-    return sorted(name for name in names if not name.endswith(_TEMPORARY_SUFFIX))
+    return sorted(
+        name for name in names if name.startswith(prefix) and not name.endswith(_TEMPORARY_SUFFIX)
+    )
 
 
 def size_bytes(url: str) -> int:
@@ -127,18 +136,28 @@ def fetch_file(url: str, path: Path) -> None:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Write a whole file, which appears complete or not at all; its folders are made."""
+    with new_file(url) as path:
+        path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def new_file(url: str, *, flush: bool = True) -> Iterator[Path]:
+    """Give a local file to fill, which then is published as `publish_file` does."""
     target = local_path(url)
     with scratch_file(url.rpartition("/")[0] if target is None else str(target.parent)) as scratch:
-        scratch.write_bytes(data)
-        publish_file(scratch, url)
+        yield scratch
+        publish_file(scratch, url, flush=flush)
 
 
-def publish_file(path: Path, url: str) -> None:
+def publish_file(path: Path, url: str, *, flush: bool = True) -> None:
     """Move a finished local file to its URL, where it appears complete or not at all.
 
     A local target is reached by fsync and rename (through a copy beside it where the two lie on
     different file systems), any other by a plain put, which object stores make visible at once.
     The local file is gone afterwards.
+
+    Without `flush` a power failure may undo it, until `flush_folder` was called: for many files
+    that count only once another one is there, as waiting for the disk at each takes long.
     """
     target = local_path(url)
     if target is None:
@@ -147,9 +166,21 @@ def publish_file(path: Path, url: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if path.stat().st_dev != target.parent.stat().st_dev:
         path = _copy_beside(path, target)
-    sync(path)
+    if flush:
+        sync(path)
     path.replace(target)
-    sync(target.parent)
+    if flush:
+        sync(target.parent)
+
+
+def flush_folder(url: str) -> None:
+    """Flush the files of a local folder and their names to the disk; others need none of it."""
+    folder = local_path(url)
+    if folder is None:
+        return
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
 
 
 @contextlib.contextmanager

@@ -249,7 +249,7 @@ class _Reading:
     def problem(self, problem: Problem) -> None:
         """Pass a problem on, and count it if it stands for a broken record."""
         if problem.reason not in _SOUND:
-            self.num_broken += 1
+            self.num_broken += problem.num_records
             self.example = self.example or f"{problem.where}: {problem.reason}"
         if problem.reason == "too_many_broken":
             self.gave_up = f"{problem.where}: {problem.detail}"

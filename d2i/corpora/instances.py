@@ -4,8 +4,10 @@ The paper leaves these points open; every one is an option here, with this proje
 its default, and the same for every corpus. Must not import torch.
 """
 
+import itertools
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -27,7 +29,7 @@ class InstanceOptions:
     """Whether the text of the picture's own turn belongs to its context. By default it does where
     the picture answers, and not where it opens; in PhotoChat that turn has none."""
     images_in_turn: Literal["all", "first"] = "all"
-    """Whether each picture of a turn is an instance, or the first alone."""
+    """Whether each picture of a turn is an instance, or the first alone whose name can be used."""
     repeated: Literal["default", "all", "unique"] = "default"
     """Keep every occurrence of a picture within the split, or its first one. By default every
     one, but in MMDialog's valid and test the first, as the paper's counts do."""
@@ -66,10 +68,8 @@ class InstanceOptions:
         prefix = key_prefix(split, dialog.id)
         first, last = _spoken_span(turns)
         begin, end = self._context_bounds()
-        for picture in dialog.pictures:
+        for picture in self._chosen(dialog.pictures):
             turn, image = picture.turn, picture.image
-            if image and self.images_in_turn == "first":
-                continue
             # One of the two ends moves with the picture, the other is that of the dialog.
             start = 0 if begin is None else turn + begin
             stop = len(turns) if end is None else turn + end
@@ -91,6 +91,12 @@ class InstanceOptions:
                 dialog.description,
                 dialog.labels,
             )
+
+    def _chosen(self, pictures: tuple[Picture, ...]) -> Iterable[Picture]:
+        if self.images_in_turn == "all":
+            return pictures
+        turns = itertools.groupby(pictures, key=operator.attrgetter("turn"))
+        return (next(of_turn) for _, of_turn in turns)
 
     def _context_bounds(self) -> tuple[int | None, int | None]:
         """Return where a context begins and ends, counted from the picture's turn.

@@ -24,6 +24,8 @@ _NUM_RESCANNED = 64
 """How many of the largest records may be read in vain: seconds of work."""
 _MAX_DEPTH = 1024
 """No record of a corpus is nested deeper."""
+_UNKNOWN_LENGTH = 2048
+"""What a record is taken to take where none could be read."""
 
 _BOM = b"\xef\xbb\xbf"
 _BROKEN = object()
@@ -125,22 +127,26 @@ class _View:
             if not self.fill():
                 return False
 
-    def take_lines(self) -> bytes:
+    def take_lines(self) -> bytes | None:
         """Pass over the whole lines that are there, and at the end of the stream over the rest.
 
         Returns:
-            The lines without the last line end; empty where the next one is over the largest
+            The lines without the last line end; None where the next one is over the largest
             record.
         """
         while (end := self.data.rfind(b"\n", self.pos)) < 0:
             if self.num_ahead() > self.max_record_bytes:
-                return b""
+                return None
             if not self.fill():
                 end = len(self.data)
                 break
         block = self.data[self.pos : end]
         self.pos = min(end + 1, len(self.data))
         return block
+
+    def has_ended_line(self) -> bool:
+        """Say whether what was passed over last is a line with its end."""
+        return self.data[self.pos - 1 : self.pos] == b"\n"
 
     def skip_line(self) -> bytes:
         """Pass over the line at `pos`, however long, and return its start."""
@@ -176,18 +182,28 @@ def _lines(view: _View, path: str, report: Report, parse: _Parse) -> Iterator[tu
     """Give one value a line; a line that is none is searched for objects."""
     number = view.num_lines
     while view.num_ahead() or view.fill():
-        block = view.take_lines() or view.skip_line()
-        for line in block.split(b"\n"):
+        begin = view.offset + view.pos
+        block = view.take_lines()
+        if block is None:
+            block = view.skip_line()
+        num_passed = view.offset + view.pos - begin
+        lines = block.split(b"\n")
+        for line in lines:
             number += 1
             where = f"{path} line {number}"
             if len(line) > view.max_record_bytes:
-                report(Problem("too_large", where, f"over {view.max_record_bytes} bytes"))
+                detail = f"{num_passed} bytes, expected at most {view.max_record_bytes}"
+                num_records = num_passed // view.max_record_bytes
+                report(Problem("too_large", where, detail, num_records))
                 continue
             value = parse(line)
             if value is not _BROKEN:
                 yield where, value
             elif line.strip():
-                inner = _View(io.BytesIO(line + b"\n"), len(line) + 1, view.max_record_bytes)
+                # Without its line end the last line is cut off, be it within a string.
+                is_cut = line is lines[-1] and not view.has_ended_line()
+                whole = io.BytesIO(line if is_cut else line + b"\n")
+                inner = _View(whole, len(line) + 1, view.max_record_bytes)
                 yield from _Objects(inner, path, report, parse, where, _MAX_LINE_RESYNCS)
 
 
@@ -195,7 +211,9 @@ class _Objects:
     """The objects of an array, or of objects one after another.
 
     The end of an object is found by its brackets. Where that fails, the next object is looked for
-    by the key that the first one starts with, as the records of one file start alike.
+    by the key that the first one starts with, as the records of one file start alike. Where they
+    do not, objects may be passed over with a broken one: it then counts for as many as its bytes
+    would hold.
     """
 
     def __init__(
@@ -214,6 +232,9 @@ class _Objects:
         self.fixed_where = where
         self.resyncs_left = max_resyncs
         self.last_length = 0
+        self.num_given = 0
+        self.given_bytes = 0
+        self.start_alike = True
         self.scanned_bytes = 0
         self.rescanned_bytes = 0
         self.start_pattern: re.Pattern[bytes] | None = None
@@ -229,6 +250,8 @@ class _Objects:
             if value is not _BROKEN and isinstance(measured, int):
                 view.pos += measured
                 self.last_length = measured
+                self.num_given += 1
+                self.given_bytes += measured
                 yield where, value
             elif not self._pass_over(measured, where):
                 return
@@ -292,8 +315,11 @@ class _Objects:
                 return "truncated"
 
     def _learn_start(self) -> None:
-        match = _FIRST_KEY.match(self.view.data, self.view.pos)
-        if match and self.start_pattern is None:
+        """Learn how the first object starts, and whether this one does so as well."""
+        view = self.view
+        if self.start_pattern is not None:
+            self.start_alike &= self.start_pattern.match(view.data, view.pos) is not None
+        elif match := _FIRST_KEY.match(view.data, view.pos):
             self.start_pattern = re.compile(rb"(\{)\s*+%b\s*+:" % re.escape(match[1]))
 
     def _pass_over(self, measured: int | Reason, where: str) -> bool:
@@ -303,18 +329,31 @@ class _Objects:
             reason, found = measured, self._find_start()
         else:
             reason, found = _diagnose(self.view.peek(measured)), self._find_start_within(measured)
-        rest = "" if found else "; no other object after it"
-        self.report(Problem(reason, where, f"the object cannot be read{rest}"))
         num_passed = self.view.offset + self.view.pos - begin
+        num_records = self._num_records(num_passed)
+        rest = "" if found else "; no other object after it"
+        if num_records > 1:
+            rest += f"; {num_passed} bytes are passed over, room for {num_records} records"
+        self.report(Problem(reason, where, f"the object cannot be read{rest}", num_records))
+        if found and self._is_lost():
+            self._give_up(self._where(), "too many broken places before it: all bytes from here")
+            return False
         # More than one object that the file's end cut off.
         if not found and num_passed > max(4 * self.last_length, CHUNK_BYTES):
-            detail = f"no object that starts like the first in the last {num_passed} bytes"
-            self.report(Problem("too_many_broken", where, detail))
-        if found and self._is_lost():
-            detail = "too many broken places before it; the rest is passed over"
-            self.report(Problem("too_many_broken", self._where(), detail))
-            return False
+            self._give_up(where, f"with no start like the first one's the last {num_passed} bytes")
         return found
+
+    def _give_up(self, where: str, what: str) -> None:
+        """Report that a file's rest is passed over; that of a line was one record, and is told."""
+        if self.fixed_where is None:
+            self.report(Problem("too_many_broken", where, f"{what} are passed over"))
+
+    def _num_records(self, num_passed: int) -> int:
+        """Say how many records may be lost with so many bytes; one where all start alike."""
+        if self.start_alike and self.num_given > 1:
+            return 1
+        length = self.given_bytes // self.num_given if self.num_given else _UNKNOWN_LENGTH
+        return max(1, num_passed // max(length, 1))
 
     def _is_lost(self) -> bool:
         """Say whether going on costs too much: what was read in vain is read again each time."""

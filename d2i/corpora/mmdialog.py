@@ -49,17 +49,17 @@ class MMDialog(InstanceOptions):
     unique_splits: ClassVar[frozenset[str]] = frozenset({"valid", "test"})
 
     def files(self, source: str, split: str) -> list[str]:
-        """List the split's files, relative to the source: `conversations`, or all that say so."""
+        """List the split's files, relative to the source: all that say `conversations`.
+
+        By the start of their names first, as the folder also holds up to 1.5 million pictures.
+        """
         folder = split_folder(source, split)
         if folder is None:
             return []
-        # Asked for by name first: the folder also holds up to 1.5 million pictures.
-        exact = (f"{folder}/conversations{suffix}" for suffix in _SUFFIXES)
-        for path in exact:
-            if storage.exists(storage.join(source, path)):
-                return [path]
-        names = storage.list_names(storage.join(source, folder))
-        return [f"{folder}/{n}" for n in names if "conversations" in n and n.endswith(_SUFFIXES)]
+        url = storage.join(source, folder)
+        names = _files_in(storage.list_names(url, "conversations"))
+        names = names or _files_in(storage.list_names(url))
+        return [f"{folder}/{name}" for name in names]
 
     def image_id(self, ref: ImageRef) -> str:
         """Name the picture itself: its media key, as each split has a folder of its own."""
@@ -70,6 +70,10 @@ class MMDialog(InstanceOptions):
         folder = split_folder(self.image_root or source, split)
         image_dir = f"{folder}/" if folder else ""
         return lambda record, flaw: _parse(record, image_dir, flaw)
+
+
+def _files_in(names: list[str]) -> list[str]:
+    return [name for name in names if "conversations" in name and name.endswith(_SUFFIXES)]
 
 
 def _parse(record: MMDialogRecord, image_dir: str, flaw: Flaw) -> Dialog:

@@ -26,6 +26,7 @@ Reason = Literal[
     "too_large",
     "too_many_broken",
     "truncated",
+    "unknown_field",
     "wrong_type",
 ]
 
@@ -46,16 +47,18 @@ _WEB_URL = re.compile(r"https?://[^\s\x00-\x1f]+", re.IGNORECASE)
 _PATH = re.compile(r"[^-~:\\*?\[\]\x00-\x1f\x7f][^:\\*?\[\]\x00-\x1f\x7f]{0,1023}")
 
 
-class Problem(Struct, frozen=True, gc=False):
+class Problem(Struct, frozen=True, gc=False, omit_defaults=True):
     """Something in a corpus that gives no instance.
 
     `where` is the file, relative to the source, with line or byte offset; `detail` says what was
-    got and expected, and quotes no message of the dialog.
+    got and expected, and quotes no message of the dialog. `num_records` is how many records may be
+    lost by it, where a piece of a file had to be passed over.
     """
 
     reason: Reason
     where: str
     detail: str
+    num_records: int = 1
 
 
 Report = Callable[[Problem], None]

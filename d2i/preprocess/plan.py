@@ -77,10 +77,14 @@ def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Pla
         keep: Whether a new plan is written there, with the records of its shards.
 
     Raises:
-        ConfigError: If finished shards are there that other settings decided; the difference is
-            named.
+        ConfigError: If the limit is below 1, or finished shards are there that other settings
+            decided; the difference is named.
         DataError: If the corpus holds no instance of this split.
     """
+    if request.limit is not None and request.limit < 1:
+        raise ConfigError(
+            f"limit: got {request.limit}, expected 1 or more; leave it out to plan every instance"
+        )
     there = _read_plan(split_url)
     if there is not None:
         named = differences(_decided_by(request), there.decided_by)
@@ -131,11 +135,17 @@ class _Planner:
             problems=dict(sorted(self.problems.items())),
         )
         if self.split_url is not None:
-            problems_url = storage.join(self.split_url, "plan", "problems.jsonl")
-            storage.publish_file(self.scratch / "problems.jsonl", problems_url)
-            data = json.dumps(asdict(plan), indent=1, sort_keys=True).encode()
-            storage.write_bytes(_plan_url(self.split_url), data)
+            self._finish(plan, self.split_url)
         return plan
+
+    def _finish(self, plan: Plan, split_url: str) -> None:
+        """Write the plan's own file, once all others are safe."""
+        folder = storage.join(split_url, "plan")
+        problems_url = storage.join(folder, "problems.jsonl")
+        storage.publish_file(self.scratch / "problems.jsonl", problems_url, flush=False)
+        storage.flush_folder(folder)
+        data = json.dumps(asdict(plan), indent=1, sort_keys=True).encode()
+        storage.write_bytes(_plan_url(split_url), data)
 
     def _read(self, problems: IO[bytes]) -> Iterator[Instance]:
         """Read the instances that are not excluded, and write down every problem."""
@@ -195,11 +205,15 @@ def _clear_plan(split_url: str) -> None:
 
 
 def _written(shards: Iterable[pa.Table], split_url: str) -> Iterator[pa.Table]:
-    """Write the records of each shard, several at a time, and pass it on when they are there."""
+    """Write the records of each shard, several at a time, and pass it on when they are there.
+
+    Nothing is flushed to the disk yet: none counts before the plan's own file is there.
+    """
     pending: deque[tuple[pa.Table, Future[None]]] = deque()
     with ThreadPoolExecutor(_NUM_WRITERS) as threads:
         for index, shard in enumerate(shards):
-            written = threads.submit(write_table, records_url(split_url, index), shard)
+            url = records_url(split_url, index)
+            written = threads.submit(write_table, url, shard, flush=False)
             pending.append((shard, written))
             while len(pending) > _NUM_WRITERS:
                 done, written = pending.popleft()

@@ -6,6 +6,7 @@ import io
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -38,7 +39,7 @@ def records_table(instances: Sequence[Instance]) -> pa.Table:
     """
     contexts = [instance.context for instance in instances]
     turns = list(itertools.chain.from_iterable(contexts))
-    speakers = pa.array([turn.speaker for turn in turns], pa.int8())
+    speakers = _speakers([turn.speaker for turn in turns])
     texts = pa.array([turn.text for turn in turns], pa.string())
     spoken = pa.StructArray.from_arrays([speakers, texts], fields=list(_TURN))
     refs = [instance.image_ref for instance in instances]
@@ -66,13 +67,12 @@ def read_records(url: str) -> list[Instance]:
     return [_instance(row) for row in table.to_pylist()]
 
 
-def write_table(url: str, table: pa.Table) -> None:
-    """Write an Arrow table as Parquet, complete or not at all."""
-    # Arrow's own buffer: several threads that write to a Python file would wait for each other.
-    buffer = pa.BufferOutputStream()
-    # Rows are read whole and hardly repeat: dictionaries and statistics would save nothing.
-    pq.write_table(table, buffer, compression="lz4", use_dictionary=False, write_statistics=False)
-    storage.write_bytes(url, buffer.getvalue().to_pybytes())
+def write_table(url: str, table: pa.Table, *, flush: bool = True) -> None:
+    """Write an Arrow table as Parquet, complete or not at all; `flush` is that of `storage`."""
+    with storage.new_file(url, flush=flush) as path:
+        # By its path Arrow writes on its own: threads need not wait for each other.
+        # Rows are read whole and hardly repeat: dictionaries and statistics would save nothing.
+        pq.write_table(table, path, compression="lz4", use_dictionary=False, write_statistics=False)
 
 
 def instance_values(instance: Instance) -> dict[str, object]:
@@ -98,14 +98,22 @@ def _repeated(values: list[str | None]) -> pa.Array:
     return pa.array(values, pa.string())
 
 
+def _speakers(values: list[int | None]) -> pa.Array:
+    """Lay out speakers, whom MMDialog never names."""
+    if values.count(None) == len(values):
+        return pa.nulls(len(values), pa.int8())
+    return pa.array(values, pa.int8())
+
+
 def _offsets(parts: Sequence[Sequence[object]]) -> pa.Array:
-    return pa.array(itertools.accumulate(map(len, parts), initial=0), pa.int32())
+    offsets = np.zeros(len(parts) + 1, np.int32)
+    np.cumsum(np.fromiter(map(len, parts), np.int32, len(parts)), out=offsets[1:])
+    return pa.array(offsets)
 
 
 def _lists(parts: Sequence[tuple[str, ...]]) -> pa.Array:
-    return pa.ListArray.from_arrays(
-        _offsets(parts), pa.array([text for part in parts for text in part], pa.string())
-    )
+    texts = list(itertools.chain.from_iterable(parts))
+    return pa.ListArray.from_arrays(_offsets(parts), pa.array(texts, pa.string()))
 
 
 def _instance(row: dict[str, object]) -> Instance:

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d2i.config import TextConfig
+from d2i.context import context_text
 from d2i.corpora import Problem, build_corpus, json_stream, read_instances, splits
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import RecordError
@@ -35,6 +37,7 @@ RECORD = st.builds(lambda body: {"id": 1, "body": body}, JSON) | st.builds(
 RECORDS = st.lists(RECORD, min_size=1, max_size=6)
 FORMS: dict[str, Callable[[Any], str]] = {
     "lines": lambda records: "\n".join(map(json.dumps, records)) + "\n",
+    "spaced lines": lambda records: "\n\n\n".join(map(json.dumps, records)) + "\n\n",
     "windows lines": lambda records: "\ufeff" + "\r\n\r\n".join(map(json.dumps, records)),
     "array": json.dumps,
     "indented array": lambda records: json.dumps(records, indent=2, ensure_ascii=False),
@@ -137,6 +140,62 @@ def test_a_file_that_keeps_breaking_is_given_up() -> None:
     assert values == []
     assert problems[-1].reason == "too_many_broken"
     assert len(problems) <= json_stream.MAX_RESYNCS + 2
+
+
+ODD_FIRST = [{"id": 0, "body": ["x" * 100]}, *({"body": ["y" * 100], "id": n} for n in range(999))]
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2, 500])
+def test_what_a_lost_bracket_may_have_swallowed_counts_as_broken(broken: int) -> None:
+    """No record starts like the first, and brackets close again by chance near the end."""
+    texts = [json.dumps(record) for record in ODD_FIRST]
+    texts[broken] = texts[broken][:-1]
+    texts[-3] += "}"
+    values, problems = read(f"[{', '.join(texts)}]".encode())
+    num_lost = len(ODD_FIRST) - len(values)
+    assert num_lost > 450
+    if broken:
+        assert sum(p.num_records for p in problems) == pytest.approx(num_lost, rel=0.05)
+    # Where no record was read before it, nobody knows how long they are.
+    assert sum(problem.num_records for problem in problems) > 50
+    assert "bytes are passed over" in problems[0].detail
+
+
+def test_a_swallowed_rest_is_an_error(tmp_path: Path) -> None:
+    records = [PLAIN | {"id": n} for n in range(3000)]
+    texts = [json.dumps({key: record[key] for key in sorted(record)}) for record in records]
+    texts[0] = json.dumps({"turns": PLAIN["turns"], "id": 0})
+    texts[1000] = texts[1000][:-1]
+    texts[-3] += "}"
+    (tmp_path / "train.jsonl").write_text(f"[{','.join(texts)}]")
+    with pytest.raises(DataError, match=r"broken of \d+ records"):
+        list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
+    assert len(instances("jsonl", tmp_path, "train", max_broken=1.0)[0]) == 1002 * 3
+
+
+def test_a_long_line_that_is_broken_costs_itself_alone() -> None:
+    long = json.dumps({"id": 1, "body": ["x" * 50] * 3000})
+    for broken in (long[:-1], long[: len(long) // 2], '{"a": ' * 20 + long):
+        lines = [json.dumps({"id": 0}), broken, json.dumps({"id": 2})]
+        values, problems = read("\n".join(lines).encode())
+        assert [value["id"] for value in values if value["id"] != 1] == [0, 2]
+        assert {problem.where for problem in problems} == {"f line 2"}
+        assert "too_many_broken" not in {problem.reason for problem in problems}
+
+
+def test_a_line_without_end_counts_for_what_it_may_hold() -> None:
+    data = b'{"id": 0}\n' + b"[" + b'{"id": 1},' * 1000 + b'{"id": 1}]\n{"id": 2}\n'
+    values, problems = read(data, chunk_bytes=64, max_record_bytes=1000)
+    assert [value["id"] for value in values] == [0, 2]
+    assert [(p.reason, p.num_records) for p in problems] == [("too_large", 10)]
+
+
+@pytest.mark.parametrize("body", ['"abc', '"ab\\', '"\u00e9', "[1, ", "nul", ""])
+def test_a_last_line_that_the_end_of_the_file_cut_is_truncated(body: str) -> None:
+    data = f'{{"id": 0}}\n{{"id": 1, "body": {body}'.encode()
+    for cut in (data, data[:-1]):
+        values, problems = read(cut)
+        assert (values, [problem.reason for problem in problems]) == ([{"id": 0}], ["truncated"])
 
 
 def test_nesting_without_end_is_a_problem() -> None:
@@ -279,6 +338,17 @@ def test_mmdialog_takes_other_names_of_splits_and_files(
     (found,), _ = instances("mmdialog", tmp_path, "validation")
     assert (found.split, found.key) == ("valid", "valid-0-0-0")
     assert found.image_ref == ImageRef("file", (f"{folder}/-1.jpg",))
+
+
+@pytest.mark.parametrize("name", ["conversations_2.json", "conversations-00001-of-2.jsonl"])
+def test_mmdialog_in_parts_is_read_whole(tmp_path: Path, name: str) -> None:
+    for number, part in enumerate(["conversations.json", name]):
+        record = mmdialog([text("a"), media("-1")], number=number)
+        write_lines(tmp_path / "train" / part, record)
+    (tmp_path / "train/conversations").mkdir()
+    write_lines(tmp_path / "train/conversations.json.bak", mmdialog([text("a")]))
+    found, problems = instances("mmdialog", tmp_path, "train")
+    assert (sorted(i.dialog_id for i in found), problems) == (["0", "1"], [])
 
 
 def test_mmdialog_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
@@ -446,6 +516,112 @@ def test_own_chats_in_both_forms(tmp_path: Path) -> None:
     ]
 
 
+MISSPELT = [
+    ({"turns": [{"text": "a", "image": ["1.jpg"]}]}, "turn 0: got 'image', expected 'images'"),
+    ({"turns": [{"text": "a", "Images": ["1.jpg"]}]}, "turn 0: got 'Images', expected 'images'"),
+    (
+        {"turns": [{"text": "a"}, {"txt": "b", "images": ["1"]}]},
+        "turn 1: got 'txt', expected 'text'",
+    ),
+    ({"turns": [{"text": "a", "speaker_id": 1}]}, "turn 0: got 'speaker_id', expected 'speaker'"),
+    ({"turns": [], "message": []}, "got 'message', expected 'messages'"),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a", "imageurl": ""}]}
+            ]
+        },
+        "turn 0 part: got 'imageurl', expected 'image_url'",
+    ),
+    (
+        {"messages": [{"role": "user", "contents": "a"}]},
+        "turn 0: got 'contents', expected 'content'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "detail"), MISSPELT)
+def test_a_misspelt_field_of_own_chats_is_a_problem(
+    tmp_path: Path, fields: dict[str, Any], detail: str
+) -> None:
+    write_lines(tmp_path / "train.jsonl", {"id": 1, **fields}, PLAIN)
+    found, problems = instances("jsonl", tmp_path, "train")
+    assert {"a b"} <= {instance.dialog_id for instance in found}
+    assert [(problem.reason, problem.detail) for problem in problems] == [("unknown_field", detail)]
+
+
+def test_other_fields_of_own_chats_are_passed_over(tmp_path: Path) -> None:
+    extra = {"uid": 7, "source": "app", "picture": "x", "turn": 3, "images_seen": []}
+    turn = {
+        "text": "a",
+        "images": ["1.jpg"],
+        "image": "1.jpg",
+        "time": 5,
+        "name": "Al",
+        "role": "x",
+    }
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "contents": {}}]}
+    part = {"type": "image_url", "image_url": {"url": "2.jpg", "detail": "low"}, "cache": {}}
+    write_lines(
+        tmp_path / "train.jsonl",
+        {"id": 1, "turns": [turn], **extra},
+        {"id": 2, "messages": [call, {"role": "user", "content": [part], "refusal": None}]}
+        | {"model": "m", "tools": []},
+    )
+    found, problems = instances("jsonl", tmp_path, "train")
+    assert [instance.dialog_id for instance in found] == ["1"]
+    assert [problem.reason for problem in problems] == ["empty_context"]
+
+
+def test_own_chats_in_two_forms_at_once(tmp_path: Path) -> None:
+    both = {"turns": PLAIN["turns"], "messages": CHAT["messages"]}
+    write_lines(
+        tmp_path / "train.jsonl",
+        {"id": 1, "turns": [], "messages": CHAT["messages"]},
+        {"id": 2, "turns": PLAIN["turns"], "messages": []},
+        {"id": 3} | both,
+    )
+    found, problems = instances("jsonl", tmp_path, "train")
+    assert [instance.dialog_id for instance in found] == ["1", "2", "2", "2"]
+    assert [(p.reason, p.where) for p in problems] == [("wrong_type", "train.jsonl line 3")]
+
+
+def test_an_address_may_stand_for_its_object(tmp_path: Path) -> None:
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "image_url", "image_url": "https://x.example/1.jpg"},
+        {"type": "image_url", "image_url": "data:image/png;base64,AA"},
+    ]
+    write_lines(
+        tmp_path / "train.jsonl", {"id": 1, "messages": [{"role": "user", "content": parts}]}
+    )
+    (found,), problems = instances("jsonl", tmp_path, "train")
+    assert found.image_ref == ImageRef("urls", ("https://x.example/1.jpg",))
+    assert reasons(problems) == Counter({"bad_image_ref": 1})
+
+
+def test_the_first_picture_of_a_turn_is_the_first_that_can_be_used(tmp_path: Path) -> None:
+    turn = [text("a"), media("../1"), media("2"), media("3")]
+    write_lines(tmp_path / "train/conversations.json", mmdialog(turn, [media("4"), media("5")]))
+    first, problems = instances("mmdialog", tmp_path, "train", images_in_turn="first")
+    assert [(i.turn, i.image, i.image_ref.value[0]) for i in first] == [
+        (0, 1, "train/2.jpg"),
+        (1, 0, "train/4.jpg"),
+    ]
+    assert reasons(problems) == Counter({"bad_image_ref": 1})
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_a_message_of_nobody_gets_no_mark(tmp_path: Path, role: str) -> None:
+    messages = [{"role": role, "content": "be kind"}, *CHAT["messages"][1:]]
+    write_lines(tmp_path / "train.jsonl", CHAT | {"messages": messages})
+    (found,), _ = instances("jsonl", tmp_path, "train")
+    assert found.turn == 3
+    assert linearize(found.context, "letters", empty_turns="keep") == "A: draw B: B: here"
+    config = TextConfig(empty_turns="keep", max_turns=9, keep="start")
+    assert context_text(found.context, config) == "# draw # # here"
+
+
 def test_own_chats_that_open_with_their_picture(tmp_path: Path) -> None:
     write_lines(tmp_path / "val.jsonl", PLAIN, CHAT)
     found, problems = instances("jsonl", tmp_path, "valid", direction="first")
@@ -590,6 +766,7 @@ def test_sources_may_be_urls() -> None:
         ("mmdialog", "train", {"own_trun": "include"}, "did you mean 'own_turn'"),
         ("mmdialog", "train", {"repeated": "uniqe"}, "did you mean 'unique'"),
         ("mmdialog", "train", {"image_root": 5}, "got 5"),
+        ("mmdialog", "train", {"limit": 0}, "no option 'limit'"),
         ("jsonl", "train", {"open_images_url": "x"}, "no option 'open_images_url'"),
     ],
 )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from d2i.config import Recipe, apply_settings
 from d2i.dialog import ImageRef, Instance, Turn, key_order_hash
 from d2i.errors import ConfigError, DataError
-from d2i.preprocess import grouped
+from d2i.preprocess import dealt
 from d2i.preprocess.choose import Choice
 from d2i.preprocess.exclude import read_exclusion
 from d2i.preprocess.plan import PlanRequest, make_plan, records_url
@@ -109,7 +109,7 @@ def test_rows_that_went_through_files_are_the_same(
 ) -> None:
     source = write_dialogs(tmp_path / "corpus")
     at_once = planned(source, tmp_path / "at once")
-    monkeypatch.setattr(grouped, "MAX_WAITING_BYTES", 1)
+    monkeypatch.setattr(dealt, "MAX_WAITING_BYTES", 1)
     monkeypatch.setattr("d2i.preprocess.plan._BATCH", 9)
     assert planned(source, tmp_path / "piecewise") == at_once
 
@@ -149,6 +149,14 @@ def test_a_list_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list").write_text('ok\n{"kee": 1}\n')
     with pytest.raises(ConfigError, match=r"line 2: .*`key`"):
         read_exclusion(str(tmp_path / "list"))
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+@pytest.mark.parametrize("rule", ["hash", "reservoir", "first"])
+def test_a_limit_below_one_is_refused(tmp_path: Path, limit: int, rule: str) -> None:
+    source = write_dialogs(tmp_path / "corpus")
+    with pytest.raises(ConfigError, match=rf"limit: got {limit}, expected 1 or more"):
+        planned(source, tmp_path / "out", f"preprocess.choose={rule}", limit=limit)
 
 
 def test_a_corpus_without_instances_is_refused(tmp_path: Path) -> None:

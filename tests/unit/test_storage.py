@@ -58,6 +58,14 @@ def test_listing_follows_every_change(folder: str) -> None:
     assert storage.list_names(storage.join(folder, "b")) == []
 
 
+def test_names_may_be_listed_by_their_start(folder: str) -> None:
+    for name in ("ab", "a", "b", "deep/ab", "abc/x"):
+        storage.write_bytes(storage.join(folder, name), b"")
+    files = [name for name in storage.list_names(folder, "a") if name != "abc"]
+    assert files == ["a", "ab"]
+    assert storage.list_names(folder, "c") == storage.list_names(folder + "x", "a") == []
+
+
 def test_publish_moves_and_fetch_copies(folder: str, tmp_path: Path) -> None:
     source, url = tmp_path / "source", storage.join(folder, "name")
     source.write_bytes(b"data")
@@ -66,6 +74,21 @@ def test_publish_moves_and_fetch_copies(folder: str, tmp_path: Path) -> None:
     storage.fetch_file(url, tmp_path / "cache" / "copy")
     assert (tmp_path / "cache" / "copy").read_bytes() == storage.read_bytes(url) == b"data"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["copy"]
+
+
+def test_a_file_that_is_filled_appears_on_leaving(folder: str) -> None:
+    for flush in (True, False):
+        url = storage.join(folder, f"flushed {flush}")
+        with storage.new_file(url, flush=flush) as path:
+            path.write_bytes(b"data")
+            assert not storage.exists(url)
+        assert storage.read_bytes(url) == b"data"
+        with pytest.raises(RuntimeError), storage.new_file(url, flush=flush) as path:
+            path.write_bytes(b"half")
+            raise RuntimeError
+        assert storage.read_bytes(url) == b"data"
+    storage.flush_folder(folder)
+    assert storage.list_names(folder) == ["flushed False", "flushed True"]
 
 
 def test_publish_from_another_file_system(tmp_path: Path) -> None:

@@ -1,0 +1,30 @@
+"""Fields of a record that are named nearly like one that it lacks: typing errors, most likely.
+
+Fields that are like none are a team's own business. Must not import torch.
+"""
+
+import difflib
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from msgspec import Struct
+
+_LEAST_LIKENESS = 0.8
+"""`image` is like `images`, and `speaker_id` like `speaker` (ours)."""
+
+
+def misspelt(fields: Mapping[str, Any], kind: type[Struct]) -> str | None:
+    """Describe the first field of an object that is nearly one of a kind's that it lacks."""
+    names = kind.__struct_fields__
+    for name in fields:
+        near = None if name in names else _nearest(name, names)
+        if near is not None and fields.get(near) is None:
+            return f"got {name!r}, expected {near!r}"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _nearest(name: str, names: tuple[str, ...]) -> str | None:
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=_LEAST_LIKENESS)
+    return near[0] if near else None
