@@ -1,4 +1,4 @@
-"""The door to pictures: files of a folder, or addresses, behind one call."""
+"""The door to pictures: files of a folder or of tars, or addresses, behind one call."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from functools import cache
 from typing import TypeVar
 from urllib.parse import quote
 
-from d2i import __version__, storage
+from d2i import __version__
 from d2i.cluster import Shared
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
-from d2i.pictures import RefusedPictureError, read_picture
+from d2i.picture_files import read_picture
+from d2i.pictures import RefusedPictureError
 from d2i.preprocess.fetch.addresses import AddressFetcher, Courtesy
 from d2i.preprocess.fetch.body import BodyLimits
 from d2i.preprocess.fetch.connect import Route, Straight, ThroughProxy
@@ -54,7 +55,8 @@ class PictureSource:
     """Where the pictures of a job come from, and what one may cost.
 
     Args:
-        image_root: Folder (any fsspec URL) that `file` references are relative to.
+        image_root: Folder (any fsspec URL) that `file` references are relative to, or tars
+            (`d2i.picture_files`).
         config: The limits.
         access: Hosts that may be asked although private, the DNS server, the proxy.
         hosts: The manners that all workers keep together.
@@ -104,7 +106,7 @@ class PictureSource:
     def _read_file(self, ref: ImageRef) -> Fetched:
         path = ref.value[0]
         try:
-            return Fetched(read_picture(storage.join(self.image_root, path), self._max_bytes()))
+            return Fetched(read_picture(self.image_root, path, self._max_bytes()))
         except RefusedPictureError as err:
             return Fetched(None, err.reason, f"{path}: {err}")
 
