@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from d2i.errors import ConfigError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 BackboneName = Literal["uvit-s", "uvit-s-deep", "unidiffuser-v0", "unidiffuser-v1"]
 
 
@@ -255,6 +256,9 @@ class FetchConfig(Config):
     """Requests in a row that do not reach a host, until it is left alone (`dead_host`)."""
     dead_host_s: float = Field(default=600.0, ge=0)
     """How long a host is then left alone."""
+    placeholder_sha256: tuple[Sha256, ...] = ()
+    """Hashes of pictures that stand for what is gone (`placeholder`); the ledger has the hash of
+    each picture, a placeholder's under many keys."""
     decode_timeout_s: float = Field(default=20.0, gt=0)
     """How long the decoder may take for one picture, until it is killed."""
     max_decode_mib: int = Field(default=2048, ge=256)

@@ -22,6 +22,7 @@ from d2i.preprocess.fetch.connect import Route, Straight, ThroughProxy
 from d2i.preprocess.fetch.engine import fetch_all
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.hosts import HostBook, HostLimits
+from d2i.preprocess.fetch.placeholders import Placeholders
 from d2i.preprocess.fetch.proxy import Proxy
 from d2i.preprocess.fetch.request import Limits
 from d2i.preprocess.fetch.resolver import Resolver
@@ -106,9 +107,12 @@ class PictureSource:
     def _read_file(self, ref: ImageRef) -> Fetched:
         path = ref.value[0]
         try:
-            return Fetched(read_picture(self.image_root, path, self._max_bytes()))
+            data = read_picture(self.image_root, path, self._max_bytes())
         except RefusedPictureError as err:
             return Fetched(None, err.reason, f"{path}: {err}")
+        if why := self._placeholders().why(data):
+            return Fetched(None, "placeholder", f"{path}: {why}")
+        return Fetched(data)
 
     def _ask(
         self, refs: list[ImageRef], open_picture: Callable[[Fetched], OpenedT]
@@ -143,7 +147,10 @@ class PictureSource:
             allow_hosts=self.access.allow_hosts,
         )
         courtesy = Courtesy(config.num_attempts, config.max_retry_after_s)
-        return AddressFetcher(limits, courtesy, self._route(), self.hosts)
+        return AddressFetcher(limits, courtesy, self._route(), self.hosts, self._placeholders())
+
+    def _placeholders(self) -> Placeholders:
+        return Placeholders(frozenset(self.config.placeholder_sha256))
 
     def _route(self) -> Route:
         if self.access.proxy is not None:
