@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from d2i.errors import ConfigError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 BackboneName = Literal["uvit-s", "uvit-s-deep", "unidiffuser-v0", "unidiffuser-v1"]
 
 
@@ -67,7 +68,8 @@ class CorpusConfig(Config):
     descriptions: str | None = None
     """File of descriptions that `d2i corpus --describe` made, for pictures without one."""
     image_root: str | None = None
-    """The folder of the pictures, where it is not the corpus's own."""
+    """The folder of the pictures, where it is not the corpus's own; or plain tars of them,
+    `images.tar` or `s3://bucket/images/*.tar`."""
     open_images_url: str | None = None
     """PhotoChat: the address of an Open Images picture, with `{photo_id}`."""
 
@@ -272,6 +274,9 @@ class FetchConfig(Config):
     """How long a host is then left alone."""
     num_same_pictures: int = Field(default=10, ge=0)
     """One and the same picture under so many addresses is a `placeholder`; 0: it never is."""
+    placeholder_sha256: tuple[Sha256, ...] = ()
+    """Hashes of pictures that stand for what is gone (`placeholder`); the ledger has the hash of
+    each picture."""
     decode_timeout_s: float = Field(default=20.0, gt=0)
     """How long the decoder may take for one picture, until it is killed."""
     max_decode_mib: int = Field(default=2048, ge=256)

@@ -1,4 +1,4 @@
-"""Pictures: their files, the decode policy, the square crop every stage works on, and PNG bytes.
+"""Pictures: the decode policy, the square crop every stage works on, and PNG bytes.
 
 Formats are an allow-list; what the header promises is checked before a pixel is decoded. Must
 not import torch.
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from d2i import storage
 from d2i.config import ImageConfig
 
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
@@ -38,24 +37,6 @@ class RefusedPictureError(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
-
-
-def read_picture(url: str, max_bytes: int) -> bytes:
-    """Read the bytes of a picture file.
-
-    Raises:
-        RefusedPictureError: `missing_file`, `read_error` or `too_many_bytes`.
-    """
-    try:
-        with storage.open_url(url) as file:
-            data: bytes = file.read(max_bytes + 1)
-    except FileNotFoundError as err:
-        raise RefusedPictureError("missing_file", "no such file") from err
-    except OSError as err:
-        raise RefusedPictureError("read_error", str(err)) from err
-    if len(data) > max_bytes:
-        raise RefusedPictureError("too_many_bytes", f"over {max_bytes} bytes")
-    return data
 
 
 def decode_picture(data: bytes, limits: ImageConfig) -> Picture:

@@ -96,6 +96,27 @@ def size_bytes(url: str) -> int:
         return int(fs.size(path))
 
 
+def version(url: str) -> str:
+    """Return what changes when a file does: a hash of its length, time, or ETag."""
+    with _errors_of(url):
+        fs, path = _split(url)
+        return str(fs.ukey(path))
+
+
+def read_range(url: str, offset: int, size_bytes: int) -> bytes:
+    """Read a part of a file; it is shorter where the file ends before.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If it cannot be read.
+    """
+    if not size_bytes:
+        return b""
+    with _errors_of(url):
+        fs, path = _split(url)
+        return bytes(fs.cat_file(path, start=offset, end=offset + size_bytes))
+
+
 def open_url(url: str, mode: Literal["rb", "r"] = "rb") -> IO[Any]:
     """Open a file for reading, as bytes or as UTF-8 text.
 
@@ -229,10 +250,13 @@ def remove_leftovers(url: str) -> int:
 
 
 @contextlib.contextmanager
-def only_writer(url: str) -> Iterator[None]:
+def only_writer(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
     """Hold a folder for one command, where its file system can; object stores cannot.
 
-    A command that was killed may leave processes that take a moment to end, so this waits a little.
+    Args:
+        url: The folder.
+        wait_s: How long to wait for another; a command that was killed may leave processes that
+            take a moment to end.
 
     Raises:
         ConfigError: If another command goes on working there.
@@ -243,12 +267,12 @@ def only_writer(url: str) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_NAME).open("w") as lock:
-        _take(lock, url)
+        _take(lock, url, wait_s)
         yield
 
 
-def _take(lock: IO[str], url: str) -> None:
-    deadline = time.monotonic() + _LOCK_WAIT_S
+def _take(lock: IO[str], url: str, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

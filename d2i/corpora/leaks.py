@@ -21,7 +21,8 @@ from d2i.corpora import Corpus, corpus_instances
 from d2i.corpora.layout import SPLITS
 from d2i.corpora.likeness import Look, LookIndex, look_of
 from d2i.dialog import Instance
-from d2i.pictures import RefusedPictureError, decode_picture, read_picture
+from d2i.picture_files import read_picture
+from d2i.pictures import RefusedPictureError, decode_picture
 
 _MAX_PICTURE_BYTES = 20 << 20
 _CHUNK = 256
@@ -140,7 +141,7 @@ class LeakFinder:
 
     def _read_look(self, path: str) -> Look | str | None:
         try:
-            data = read_picture(storage.join(self._image_root, path), _MAX_PICTURE_BYTES)
+            data = read_picture(self._image_root, path, _MAX_PICTURE_BYTES)
             return look_of(decode_picture(data, ImageConfig()).image)
         except RefusedPictureError as err:
             return err.reason

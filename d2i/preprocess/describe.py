@@ -19,7 +19,8 @@ from d2i.corpora import Corpus, corpus_instances
 from d2i.corpora.descriptions import Description, read_descriptions
 from d2i.encoders.captioner import Captioner
 from d2i.errors import ConfigError
-from d2i.pictures import RefusedPictureError, decode_picture, read_picture
+from d2i.picture_files import read_picture
+from d2i.pictures import RefusedPictureError, decode_picture
 
 BATCH_SIZE = 16
 _MAX_PICTURE_BYTES = 20 << 20
@@ -148,7 +149,7 @@ def _opened(
             failures["no_file"] += 1
             continue
         try:
-            data = read_picture(storage.join(root, path), _MAX_PICTURE_BYTES)
+            data = read_picture(root, path, _MAX_PICTURE_BYTES)
             picture = decode_picture(data, ImageConfig())
         except RefusedPictureError as err:
             failures[err.reason] += 1

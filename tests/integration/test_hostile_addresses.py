@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import signal
 import socket
@@ -82,6 +83,7 @@ def exif_turned() -> bytes:
 
 
 GOOD = picture()
+GREY = saved(Image.new("RGB", (64, 64), "grey"), "PNG")
 BUSY = sends(b"", 429, Retry_After="3000")
 CASES: dict[str, tuple[Answer, str]] = {
     "good": (sends(GOOD), "ok"),
@@ -104,6 +106,7 @@ CASES: dict[str, tuple[Answer, str]] = {
     "forbidden-to-us": (sends(GOOD, X_Robots_Tag="d2i: noimageai"), "robots"),
     "forbidden-to-others": (sends(GOOD, X_Robots_Tag="otherbot: noai"), "ok"),
     "placeholder": (redirects("/photo_unavailable_l.png"), "placeholder"),
+    "placeholder-by-hash": (sends(GREY), "placeholder"),
     "loop": (redirects("/loop"), "too_many_redirects"),
     "to-a-file": (redirects("file:///etc/hostname"), "bad_url"),
     "to-data": (redirects("data:image/png;base64,AAAA"), "bad_url"),
@@ -137,6 +140,7 @@ LIMITS = [
         "fetch.max_image_mib=2",
         "fetch.max_host_requests_per_s=1000",
         "fetch.contact=us@example.org",
+        f'fetch.placeholder_sha256=["{hashlib.sha256(GREY).hexdigest()}"]',
     )
     for part in ("--set", setting)
 ]

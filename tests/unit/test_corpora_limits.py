@@ -15,7 +15,8 @@ from d2i.config import DialogConfig
 from d2i.corpora import read_instances
 from d2i.corpora.survey import survey_split
 from d2i.errors import DataError
-from d2i.pictures import RefusedPictureError, read_picture
+from d2i.picture_files import read_picture
+from d2i.pictures import RefusedPictureError
 from d2i.preprocess.plan import PlanRequest, make_plan
 from d2i.recipes import load_recipe
 
@@ -136,7 +137,7 @@ def test_a_picture_of_a_tool_is_said_to_make_no_instance(tmp_path: Path) -> None
 def test_a_pipe_among_the_pictures_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p.jpg")
     with pytest.raises(RefusedPictureError) as caught:
-        read_picture(str(tmp_path / "p.jpg"), 1000)
+        read_picture(str(tmp_path), "p.jpg", 1000)
     assert caught.value.reason == "read_error"
 
 

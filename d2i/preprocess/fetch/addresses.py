@@ -12,6 +12,7 @@ from d2i.preprocess.fetch.connect import Route
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.guard import Target
 from d2i.preprocess.fetch.hosts import HostBook
+from d2i.preprocess.fetch.placeholders import Placeholders
 from d2i.preprocess.fetch.reasons import UNREACHED, RefusedRequestError, is_passing
 from d2i.preprocess.fetch.request import Limits, Response, get
 
@@ -21,8 +22,6 @@ _BUSY = (429, 503)
 _UNSAID_PEACE_S = 1.0
 _SAY_NOTHING = ("no_such_host", "refused_address", "proxy_refused")
 """Failures of a name, and rules, which tell nothing of the network."""
-_PLACEHOLDER_NAMES = ("photo_unavailable", "photo_not_available", "image_not_available")
-"""File names of the pictures that hosts send for what is gone, Flickr's first."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class AddressFetcher:
     courtesy: Courtesy
     route: Route
     hosts: Shared[HostBook]
+    placeholders: Placeholders
 
     def fetch(self, addresses: Sequence[str], deadline: float) -> Fetched:
         """Return the first picture that an address gives, or the failure of the last one.
@@ -83,7 +83,7 @@ class _Visit:
         for attempt in itertools.count(1):
             try:
                 answer = self._ask()
-                _check_answer(answer)
+                _check_answer(answer, self.fetcher.placeholders)
             except RefusedRequestError as err:
                 attempts += bool(self.asked)
                 if attempt < self.fetcher.courtesy.num_attempts and self._is_worth_waiting(err):
@@ -155,7 +155,7 @@ def _retry_after_s(error: RefusedRequestError) -> float:
     return _UNSAID_PEACE_S if error.status in _BUSY else 0.0
 
 
-def _check_answer(answer: Response) -> None:
+def _check_answer(answer: Response, placeholders: Placeholders) -> None:
     """Refuse a picture that its host keeps from us, or that stands for one that is gone."""
     from img2dataset.downloader import is_disallowed
 
@@ -163,8 +163,5 @@ def _check_answer(answer: Response) -> None:
         raise RefusedRequestError(
             "robots", "X-Robots-Tag forbids it", answer.status, final_url=answer.final_url
         )
-    name = answer.final_url.rpartition("/")[2].lower()
-    if any(mark in name for mark in _PLACEHOLDER_NAMES):
-        raise RefusedRequestError(
-            "placeholder", "its host says it is gone", answer.status, final_url=answer.final_url
-        )
+    if why := placeholders.why(answer.body, answer.final_url):
+        raise RefusedRequestError("placeholder", why, answer.status, final_url=answer.final_url)

@@ -1,4 +1,4 @@
-"""The door to pictures: files of a folder, or addresses, behind one call."""
+"""The door to pictures: files of a folder or of tars, or addresses, behind one call."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from functools import cache
 from typing import TypeVar
 from urllib.parse import quote
 
-from d2i import __version__, storage
+from d2i import __version__
 from d2i.cluster import Shared
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
-from d2i.pictures import RefusedPictureError, read_picture
+from d2i.picture_files import read_picture
+from d2i.pictures import RefusedPictureError
 from d2i.preprocess.fetch.addresses import AddressFetcher, Courtesy
 from d2i.preprocess.fetch.body import BodyLimits
 from d2i.preprocess.fetch.connect import Route, Straight, ThroughProxy
 from d2i.preprocess.fetch.engine import fetch_all
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.hosts import HostBook, HostLimits
+from d2i.preprocess.fetch.placeholders import Placeholders
 from d2i.preprocess.fetch.proxy import Proxy
 from d2i.preprocess.fetch.request import Limits
 from d2i.preprocess.fetch.resolver import Resolver
@@ -54,7 +56,8 @@ class PictureSource:
     """Where the pictures of a job come from, and what one may cost.
 
     Args:
-        image_root: Folder (any fsspec URL) that `file` references are relative to.
+        image_root: Folder (any fsspec URL) that `file` references are relative to, or tars
+            (`d2i.picture_files`).
         config: The limits.
         access: Hosts that may be asked although private, the DNS server, the proxy.
         hosts: The manners that all workers keep together.
@@ -100,9 +103,12 @@ class PictureSource:
     def _read_file(self, ref: ImageRef) -> Fetched:
         path = ref.value[0]
         try:
-            return Fetched(read_picture(storage.join(self.image_root, path), self._max_bytes()))
+            data = read_picture(self.image_root, path, self._max_bytes())
         except RefusedPictureError as err:
             return Fetched(None, err.reason, f"{path}: {err}")
+        if why := self._placeholders().why(data):
+            return Fetched(None, "placeholder", f"{path}: {why}")
+        return Fetched(data)
 
     def _ask(
         self, refs: list[ImageRef], open_picture: Callable[[ImageRef, Fetched], OpenedT]
@@ -135,7 +141,10 @@ class PictureSource:
             allow_hosts=self.access.allow_hosts,
         )
         courtesy = Courtesy(config.num_attempts, config.max_retry_after_s)
-        return AddressFetcher(limits, courtesy, self._route(), self.hosts)
+        return AddressFetcher(limits, courtesy, self._route(), self.hosts, self._placeholders())
+
+    def _placeholders(self) -> Placeholders:
+        return Placeholders(frozenset(self.config.placeholder_sha256))
 
     def _route(self) -> Route:
         if self.access.proxy is not None:

@@ -1,0 +1,72 @@
+"""Pictures by their names: the files of a folder, or the members of tars, behind one call.
+
+Must not import torch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from d2i import storage
+from d2i.pictures import RefusedPictureError
+from d2i.tars import Member, TarIndex, is_tars, open_index
+
+_NUM_ALIKE = 8
+
+
+def read_picture(root: str, path: str, max_bytes: int) -> bytes:
+    """Read the bytes of a picture file.
+
+    Args:
+        root: A folder (any fsspec URL), `x.tar`, or `folder/*.tar`.
+        path: The picture's name below it; of a tar's member the first folders may be left out.
+        max_bytes: Its greatest length.
+
+    Raises:
+        RefusedPictureError: `missing_file`, `read_error` or `too_many_bytes`; of a tar also
+            `refused_member` (a link or a device), and `ambiguous_file` where several members have
+            that name and are not the same.
+        DataError: If the tars cannot be read at all.
+    """
+    try:
+        if is_tars(root):
+            data = _read_member(_index(root), path, max_bytes)
+        else:
+            with storage.open_url(storage.join(root, path)) as file:
+                data = file.read(max_bytes + 1)
+    except FileNotFoundError as err:
+        raise RefusedPictureError("missing_file", "no such file") from err
+    except OSError as err:
+        raise RefusedPictureError("read_error", str(err)) from err
+    if len(data) > max_bytes:
+        raise RefusedPictureError("too_many_bytes", f"over {max_bytes} bytes")
+    return data
+
+
+@cache
+def _index(root: str) -> TarIndex:
+    """Return the one index of this process."""
+    return open_index(root)
+
+
+def _read_member(index: TarIndex, path: str, max_bytes: int) -> bytes:
+    found = index.find(path)
+    if not found:
+        raise FileNotFoundError
+    if len(found) > _NUM_ALIKE:
+        raise RefusedPictureError("ambiguous_file", f"{len(found)} members have this name")
+    contents = {_read_range(member, max_bytes) for member in found}
+    if len(contents) > 1:
+        raise RefusedPictureError("ambiguous_file", "different members have this name")
+    return contents.pop()
+
+
+def _read_range(member: Member | None, max_bytes: int) -> bytes:
+    if member is None:
+        raise RefusedPictureError("refused_member", "a link or a device, not a file")
+    if member.size_bytes > max_bytes:
+        raise RefusedPictureError("too_many_bytes", f"over {max_bytes} bytes")
+    data = storage.read_range(member.url, member.offset, member.size_bytes)
+    if len(data) != member.size_bytes:
+        raise RefusedPictureError("read_error", f"{member.url} ends within it")
+    return data

@@ -1,0 +1,205 @@
+"""Where each member of plain tars lies, so that pictures in them are read at random.
+
+Strangers made them: links, devices and names that lead elsewhere are never followed. The index is
+made once a machine and kept in the user's cache: sorted hashes of names, which all workers map into
+memory together. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import math
+import tarfile
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from d2i import storage
+from d2i.errors import DataError
+
+_FORMAT = 1
+_NAME = "members.arrow"
+_COLUMNS = {"hash": "Q", "offset": "Q", "size": "q", "tar": "I", "dropped": "B"}
+_NO_FILE = -1
+_NUM_DROPPED = 3
+"""Leading folders of a member's name that whoever asks for it may leave out."""
+_MAX_HEADER_BYTES = 1 << 20
+"""A long name or its attributes; a header that promises more is an attack (ours)."""
+
+
+def is_tars(root: str) -> bool:
+    """Say whether a picture root names tars: `x.tar`, or `folder/*.tar`."""
+    return root.endswith(".tar")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file within a tar."""
+
+    url: str
+    offset: int
+    size_bytes: int
+
+
+class TarIndex:
+    """Where the members of some tars lie.
+
+    Args:
+        urls: The tars.
+        path: The index file.
+    """
+
+    def __init__(self, urls: list[str], path: Path) -> None:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        columns = {name: table[name].chunk(0).to_numpy() for name in _COLUMNS}
+        self._urls = urls
+        self._hashes: NDArray[np.uint64] = columns.pop("hash")
+        self._columns = columns
+
+    def __len__(self) -> int:
+        """Names that may be asked for, shorter forms of one counted."""
+        return len(self._hashes)
+
+    def find(self, path: str) -> list[Member | None]:
+        """Return the members called `path`, or else those that end so; None for a link or device.
+
+        A member `a/b/1.jpg` is found as `b/1.jpg` and `1.jpg` too. Names are told apart by 64
+        bits of their BLAKE2 hash.
+        """
+        wanted = _hash(path)
+        first, last = (
+            int(np.searchsorted(self._hashes, np.uint64(wanted), side))
+            for side in ("left", "right")
+        )
+        rows = [{name: int(c[n]) for name, c in self._columns.items()} for n in range(first, last)]
+        nearest = min((row["dropped"] for row in rows), default=0)
+        return [self._member(row) for row in rows if row["dropped"] == nearest]
+
+    def _member(self, row: dict[str, int]) -> Member | None:
+        if row["size"] == _NO_FILE:
+            return None
+        return Member(self._urls[row["tar"]], row["offset"], row["size"])
+
+
+def open_index(root: str) -> TarIndex:
+    """Return the index of the tars that `root` names, made now if this machine has none yet.
+
+    Raises:
+        DataError: If there is no such tar, or one is damaged, cut or compressed.
+    """
+    urls = _tars(root)
+    versions = [(url, storage.version(url)) for url in urls]
+    folder = storage.cache_folder(json.dumps([_FORMAT, versions]))
+    path = folder / _NAME
+    # Workers that start together wait for the first one.
+    with storage.only_writer(str(folder), wait_s=math.inf):
+        if not path.exists():
+            table = _sorted(_read_members(urls))
+            if not table.num_rows:
+                raise DataError(f"{root}: got tars without files; expected pictures in them")
+            _write(table, path)
+    return TarIndex(urls, path)
+
+
+def _tars(root: str) -> list[str]:
+    folder, _, name = root.rpartition("/")
+    if "*" not in name:
+        urls = [root] if storage.exists(root) else []
+    else:
+        names = storage.list_names(folder or ".")
+        urls = [storage.join(folder or ".", n) for n in fnmatch.filter(names, name)]
+    if not urls:
+        raise DataError(f"{root}: no such tar; expected one, or some; check corpus.image_root")
+    return urls
+
+
+@dataclass
+class _Rows:
+    """Columns that grow; 29 bytes a row."""
+
+    columns: dict[str, array[int]] = field(
+        default_factory=lambda: {name: array(code) for name, code in _COLUMNS.items()}
+    )
+
+    def add(self, **values: int) -> None:
+        for name, column in self.columns.items():
+            column.append(values[name])
+
+
+def _read_members(urls: list[str]) -> _Rows:
+    rows = _Rows()
+    for number, url in enumerate(urls):
+        for member in _members(url):
+            parts = [part for part in member.name.split("/") if part not in ("", ".")]
+            if member.isdir() or member.name.startswith("/") or ".." in parts or not parts:
+                continue
+            size = member.size if member.isreg() and not member.issparse() else _NO_FILE
+            for dropped in range(min(len(parts) - 1, _NUM_DROPPED) + 1):
+                rows.add(
+                    hash=_hash("/".join(parts[dropped:])),
+                    offset=member.offset_data,
+                    size=size,
+                    tar=number,
+                    dropped=dropped,
+                )
+    return rows
+
+
+def _members(url: str) -> Iterator[tarfile.TarInfo]:
+    """Read the headers of a tar, which must be whole."""
+    try:
+        with storage.open_url(url) as file:
+            headers: Any = _Headers(file)
+            with tarfile.open(fileobj=headers, mode="r:") as tar:
+                while member := tar.next():
+                    yield member
+                    # It would keep them all.
+                    tar.members = []  # type: ignore[attr-defined]
+                end = tar.offset
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"no member and no end at byte {end}")
+    except (tarfile.TarError, UnicodeError) as err:
+        raise DataError(
+            f"{url} is no whole tar: {err}; expected a plain one, not compressed; unpack it, or "
+            "copy it anew"
+        ) from err
+
+
+class _Headers:
+    """A tar's file as its headers are read: a part of bounded length at a time."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek = file.seek
+        self.tell = file.tell
+
+    def read(self, size_bytes: int) -> bytes:
+        if size_bytes > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size_bytes} bytes")
+        return self._file.read(size_bytes)
+
+
+def _sorted(rows: _Rows) -> pa.Table:
+    order = np.argsort(np.asarray(rows.columns["hash"]), kind="stable")
+    return pa.table({name: np.asarray(column)[order] for name, column in rows.columns.items()})
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    with storage.scratch_file(str(path.parent)) as scratch:
+        with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        storage.publish_file(scratch, str(path))
+
+
+def _hash(name: str) -> int:
+    data = name.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

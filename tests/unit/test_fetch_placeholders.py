@@ -1,0 +1,57 @@
+"""Placeholders, and the order of a picture's addresses."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from d2i.cluster import share
+from d2i.config import FetchConfig, apply_settings
+from d2i.dialog import ImageRef
+from d2i.errors import ConfigError
+from d2i.preprocess.fetch.guard import allowed_hosts
+from d2i.preprocess.fetch.placeholders import Placeholders
+from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
+from tests.servers import WebServer, running
+
+GREY = b"grey"
+GREY_SHA256 = hashlib.sha256(GREY).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("data", "url", "is_one"),
+    [
+        (b"x", "http://a.test/photo_unavailable_l.png?zz=1", True),
+        (b"x", "http://a.test/x.png?of=photo_unavailable", False),
+        (GREY, "http://a.test/x.png", True),
+        (GREY, None, True),
+        (b"x", None, False),
+    ],
+)
+def test_a_placeholder_is_told_by_name_or_bytes(data: bytes, url: str | None, is_one: bool) -> None:
+    assert (Placeholders(frozenset([GREY_SHA256])).why(data, url) is not None) is is_one
+
+
+def test_the_next_address_is_asked_after_a_placeholder(tmp_path: Path) -> None:
+    config = FetchConfig(placeholder_sha256=(GREY_SHA256,), num_threads=1)
+    (tmp_path / "grey.jpg").write_bytes(GREY)
+    answers = {"/grey": lambda h: h.send(200, GREY), "/good": lambda h: h.send(200, b"good")}
+    with running(WebServer("127.0.0.1", answers)) as web:
+        host = f"127.0.0.1:{web.port}"
+        access = Access(allowed_hosts([host]), "127.0.0.1")
+        book = share(host_book(config), num_workers=0)
+        source = PictureSource(str(tmp_path), config, access, book)
+        both = ImageRef("urls", (f"http://{host}/grey", f"http://{host}/good"))
+        only = ImageRef("urls", (f"http://{host}/grey",))
+        file = ImageRef("file", ("grey.jpg",))
+        found = source.fetch([both, only, file], lambda fetched: (fetched.reason, fetched.data))
+    assert found[both][1] == ("ok", b"good")
+    assert found[only][1] == ("placeholder", None)
+    assert found[file][1] == ("placeholder", None)
+
+
+def test_a_hash_has_sixty_four_digits() -> None:
+    with pytest.raises(ConfigError, match="placeholder_sha256"):
+        apply_settings(FetchConfig(), ['placeholder_sha256=["abc"]'])
