@@ -212,6 +212,9 @@ class SampleConfig(Config):
     compute_batch_size: int = Field(default=50, gt=0)
     """The network runs at this one, padded batch, so that grouping changes no bit."""
     seed: int = Field(default=0, ge=0)
+    pipeline: dict[str, int | float | str] = {}
+    """Arguments of a diffusers pipeline's call, for the systems that are one; its own defaults
+    hold for all others."""
 
     @model_validator(mode="after")
     def _ancestral_sampling_takes_all_steps(self) -> Self:
@@ -227,6 +230,15 @@ class MetricsConfig(Config):
     """FID, KID and IS features: torch-fidelity's Inception, or the recipe's CLIP image encoder."""
     extractor_weights: str | None = None
     """Inception's weights file; `None` takes torch-fidelity's own cache."""
+    extractor_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")] | None = None
+    """First digits of the file's sha256; `None` expects the published file's. With any other
+    weights, FID and IS are comparable with no published ones."""
+    clip_text: str | None = "openai/clip-vit-base-patch32"
+    """The text tower that shares its space with `encoders.clip_image`, for CLIP-T, retrieval and
+    prompts; `None` goes without."""
+    resolution: int | None = Field(default=None, gt=0)
+    """Side at which pictures are measured; `None` takes the one they are drawn at. Scores of
+    systems that draw at different sizes are comparable only at one."""
     classes: tuple[str, ...] = ()
     """With `clip`: the prompts whose zero-shot probabilities the Inception Score is read from."""
 

@@ -29,7 +29,10 @@ Point = Literal[
     "manifest.written",
     "train.step_done",
     "train.checkpoint_written",
+    "eval.task_drawn",
+    "eval.pictures_written",
     "eval.task_written",
+    "eval.task_done",
 ]
 Action = Literal["error", "sleep", "kill"]
 _SLEEP_S = 3600.0

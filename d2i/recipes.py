@@ -35,7 +35,7 @@ _PATHS = {
     "corpus": ("descriptions", "image_root"),
     "encoders": ("vae", "clip_image", "clip_text", "text_prefix"),
     "backbone": ("weights",),
-    "metrics": ("extractor_weights",),
+    "metrics": ("extractor_weights", "clip_text"),
 }
 
 # Ours: both autoencoders are the LDM KL-f8 one; this public copy is the nearest to the published
@@ -70,6 +70,7 @@ def _unidiffuser(*, corpus: str, global_batch_size: int, num_steps: int) -> Reci
             micro_batch_size=10,  # ours: what 80 GB hold; divides 260 and 800 on 2 devices
         ),
         sample=SampleConfig(guidance_scale=8.0, compute_batch_size=8),  # ours: published s = 7
+        metrics=MetricsConfig(resolution=256),  # ours: beside U-ViT's pictures, in one column
     )
 
 
@@ -133,7 +134,7 @@ def demo() -> Recipe:
             num_checkpoint_steps=50,
         ),
         sample=SampleConfig(num_steps=20, guidance_scale=2.0, compute_batch_size=32),
-        metrics=MetricsConfig(extractor="clip", classes=DEMO_CLASSES),
+        metrics=MetricsConfig(extractor="clip", classes=DEMO_CLASSES, clip_text="demo:clip_text"),
     )
 
 
@@ -216,8 +217,12 @@ def read_kept_recipe(data_url: str) -> Recipe:
     return kept
 
 
-def check_prepared_with(recipe: Recipe, data_url: str) -> None:
+def check_prepared_with(
+    recipe: Recipe, data_url: str, parts: Sequence[str] = ("image", "text", "encoders")
+) -> None:
     """Make sure that data was prepared as a recipe says: resolution, text and encoders.
+
+    `parts` are what matters: who encodes the text anew need not ask how it was.
 
     An encoder that was a local path is not compared: the same file may lie elsewhere now. Shards
     that d2i preprocess did not make have no recipe beside them, and are taken as they are.
@@ -228,7 +233,10 @@ def check_prepared_with(recipe: Recipe, data_url: str) -> None:
     kept = _find_kept_recipe(data_url)
     if kept is None:
         return
-    decided, there = _features_of(recipe), _features_of(kept)
+    decided, there = (
+        {part: features[part] for part in parts}
+        for features in (_features_of(recipe), _features_of(kept))
+    )
     for name, value in there["encoders"].items():
         if any(v and Path(v).is_absolute() for v in (value, decided["encoders"][name])):
             decided["encoders"][name] = value

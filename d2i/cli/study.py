@@ -60,14 +60,22 @@ def demo(
 
 
 def evaluate(
-    system: Annotated[str, typer.Option(help="run:DIR, or a backbone's name with --weights.")],
+    system: Annotated[str, typer.Option(help="What draws; see below.")],
     data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
     out: Annotated[str, typer.Option(help="Folder of the scores; the same command resumes.")],
     weights: Annotated[str | None, typer.Option(help="A published file or model folder.")] = None,
+    context: Annotated[
+        Literal["full", "last", "none", "shuffled"],
+        typer.Option(help="What the system is shown: the dialog, its last turn, nothing, another."),
+    ] = "full",
+    label: Annotated[str | None, typer.Option(help="What tables call the system.")] = None,
     settings: SetOption = None,
     save_images: Annotated[
         Literal["all", "sample", "none"], typer.Option(help="Which pictures to keep, as PNG.")
     ] = "sample",
+    task_size: Annotated[
+        int | None, typer.Option(min=1, help="Instances a worker is given at a time.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Ray workers, with --parallel.")
     ] = None,
@@ -78,17 +86,28 @@ def evaluate(
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
-    """Draw a picture for every test conversation, and score them: FID, KID, IS, CLIP-I.
+    """Draw a picture for every test conversation, and score them.
+
+    FID, KID, IS, CLIP-I, CLIP-T, FID on CLIP features, and recall of the true picture.
+
+    A system is run:DIR; a backbone's name with --weights; diffusers:PATH; dalle2:PATH (unCLIP);
+    images:DIR (files named by instance key); retrieve:DIR (the nearest training picture);
+    divter:DIR,SYSTEM (a description generator, and what draws); or package.module:function.
 
     Examples:
 
         d2i eval --system run:runs/demo --data data --out scores/after --parallel
 
         d2i eval --system uvit-s --weights mscoco_uvit_small.pth --data data --out scores/before
+
+        d2i eval --system run:runs/demo --data data --out scores/none --context none
+
+        d2i eval --system images:minigpt5 --label MiniGPT-5 --data data --out scores/minigpt5
     """
-    from d2i.eval.job import EvalRequest, plan_tasks, test_url
+    from d2i.eval.job import EvalRequest, test_url
     from d2i.eval.job import evaluate as run
     from d2i.eval.systems import parse_system
+    from d2i.eval.tasks import plan_tasks
     from d2i.fault import parse_fault
     from d2i.recipes import change_recipe, read_kept_recipe
     from d2i.shards import read_manifest
@@ -101,14 +120,17 @@ def evaluate(
         system=parse_system(system, weights, recipe),
         data_url=test_url(data),
         out_url=out,
+        context=context,
         save_images=save_images,
+        label=label,
+        task_size=task_size,
         num_workers=workers if parallel else 0,
         ray_address=ray_address,
         fault=parse_fault(fault),
     )
     if dry_run:
         num = read_manifest(request.data_url).num_samples
-        tasks = len(plan_tasks(num, recipe.sample.compute_batch_size))
+        tasks = len(plan_tasks(num, task_size or recipe.sample.compute_batch_size))
         plan = {"pictures": num, "tasks": tasks, "steps_per_picture": recipe.sample.num_steps}
         print_result(plan, [f"{name}: {value}" for name, value in plan.items()], as_json=as_json)
         return
@@ -148,7 +170,17 @@ def report(
 
 def _score_lines(result: dict[str, Any]) -> list[str]:
     card = result["card"]
-    scores = "  ".join(
-        f"{name} {value:.4g}" for name, value in result["scores"].items() if value is not None
-    )
-    return [f"{card['label']}: {scores}", f"on {card['found']} of {card['expected']} instances"]
+    return [
+        f"{card['label']}:",
+        *(
+            f"  {name} {value:.4g}{_interval(result['intervals'].get(name))}"
+            for name, value in result["scores"].items()
+            if value is not None
+        ),
+        *(f"beware: {warning}" for warning in result["warnings"]),
+        f"on {card['found']} of {card['expected']} instances",
+    ]
+
+
+def _interval(interval: list[float] | None) -> str:
+    return "" if interval is None else f"  (95 %: {interval[0]:.4g} to {interval[1]:.4g})"

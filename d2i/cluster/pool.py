@@ -123,7 +123,7 @@ def session(num_workers: int | None, ray_address: str | None) -> Iterator[None]:
     if num_workers == 0:
         yield
         return
-    with _ray_session(num_workers, ray_address):
+    with _ray_session(ray_address, num_workers):
         yield
 
 
@@ -295,7 +295,7 @@ class _WorkerActor:
 
 
 @contextmanager
-def _ray_session(num_workers: int | None, address: str | None) -> Iterator[None]:
+def _ray_session(address: str | None, num_workers: int | None) -> Iterator[None]:
     # Ray reads these at import; nothing is reported to anyone unless the user asks for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -8,10 +8,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.config import Recipe
+from d2i.config import MetricsConfig, Recipe
 from d2i.encoders import Encoders
+from d2i.encoders.load import padded_batches
+from d2i.errors import ConfigError
 from d2i.eval.metrics import InceptionFeatures
-from d2i.tokenize import encode, window
+from d2i.eval.text import TextTower
 
 # CLIP's published temperature: cosine similarities times 100 are its logits.
 _LOGIT_SCALE = 100.0
@@ -41,44 +43,58 @@ class ClipExtractor:
     A small, named stand-in for Inception: its FID is comparable with no published one.
     """
 
-    def __init__(self, encoders: Encoders, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self, encoders: Encoders, tower: TextTower | None, classes: tuple[str, ...]
+    ) -> None:
+        if classes and tower is None:
+            raise ConfigError(
+                "metrics.classes are prompts, and metrics.clip_text is null; expected the text "
+                "tower of the CLIP image encoder; name it, or --set metrics.classes=[]"
+            )
         self.name = (
             f"clip_image {encoders.clip_image.hash[:12]}, "
             f"{len(classes)} classes by zero-shot prompts"
         )
         self._encoders = encoders
-        self._classes = self._embed(classes) if classes else None
+        self._classes = tower.embed(classes) if tower and classes else None
 
     def extract(self, pixels: NDArray[np.uint8]) -> Features:
         """Read uint8 (N, H, W, 3): embeddings, and 100 times the cosine to every prompt."""
         features = self._encoders.clip_image.encode(pixels, self._encoders.compute_batch_size)
         if self._classes is None:
             return Features(features, None)
-        logits = _LOGIT_SCALE * _unit(features) @ self._classes.T
+        # Row by row: how BLAS sums a product of matrices depends on the number of rows.
+        logits = np.stack([_LOGIT_SCALE * self._classes @ row for row in _unit(features)])
         return Features(features, logits.astype(np.float32))
-
-    def _embed(self, prompts: tuple[str, ...]) -> NDArray[np.float32]:
-        tokens = np.stack([window(encode(prompt)) for prompt in prompts])
-        return _unit(self._encoders.clip_text.embed(tokens, self._encoders.compute_batch_size))
-
-
-def build_extractor(recipe: Recipe, encoders: Encoders, device: str) -> FeatureExtractor:
-    """Return the extractor that the recipe's metrics name."""
-    if recipe.metrics.extractor == "clip":
-        return ClipExtractor(encoders, recipe.metrics.classes)
-    return InceptionExtractor(recipe.metrics.extractor_weights, device)
 
 
 class InceptionExtractor:
-    """torch-fidelity's Inception: 2048 features and 1008 logits."""
+    """torch-fidelity's Inception at one fixed, padded batch: 2048 features and 1008 logits."""
 
-    def __init__(self, weights: str | None, device: str) -> None:
-        self._inception = InceptionFeatures(weights, device)
+    def __init__(self, config: MetricsConfig, batch_size: int, device: str) -> None:
+        self._inception = InceptionFeatures(
+            config.extractor_weights, config.extractor_sha256, device
+        )
+        self._batch_size = batch_size
         self.name = self._inception.name
 
     def extract(self, pixels: NDArray[np.uint8]) -> Features:
         """Read uint8 (N, H, W, 3)."""
-        return Features(*self._inception.extract(pixels))
+        batches = [
+            [part[:count] for part in self._inception.extract(batch)]
+            for batch, count in padded_batches(pixels, self._batch_size)
+        ]
+        features, logits = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+        return Features(features, logits)
+
+
+def build_extractor(
+    recipe: Recipe, encoders: Encoders, tower: TextTower | None, device: str
+) -> FeatureExtractor:
+    """Return the extractor that the recipe's metrics name."""
+    if recipe.metrics.extractor == "clip":
+        return ClipExtractor(encoders, tower, recipe.metrics.classes)
+    return InceptionExtractor(recipe.metrics, encoders.compute_batch_size, device)
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:

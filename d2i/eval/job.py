@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import io
 import json
+import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from d2i import storage
 from d2i.cluster import Pool, run_tasks
 from d2i.config import Recipe
 from d2i.errors import ConfigError, DataError
-from d2i.eval.metrics import compute_scores
+from d2i.eval.card import metric_card
+from d2i.eval.prompts import ContextMode
+from d2i.eval.real import RealFeatures
+from d2i.eval.scores import Measured, instance_rows, score
 from d2i.eval.systems import SystemSpec
-from d2i.eval.worker import (
-    EvalTask,
-    EvalWorkerBuilder,
-    SaveImages,
-    describe_url,
-    has_finished_tasks,
-    task_url,
-)
+from d2i.eval.tasks import EvalTask, finished_tasks, plan_tasks, read_tasks
+from d2i.eval.worker import EvalWorkerBuilder, SaveImages, TaskResult, describe_url
 from d2i.fault import Fault
 from d2i.recipes import check_prepared_with
 from d2i.settle import settle
 from d2i.shards import ShardReader
 
 SCORES_NAME = "scores.json"
+INSTANCES_NAME = "instances.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,10 @@ class EvalRequest:
     """One evaluation.
 
     Args:
+        context: How much of a dialog the system is shown.
+        label: What tables call the system; `None` takes the one it has by itself.
+        task_size: Instances that a worker is given at a time; `None` takes one compute batch.
+            Changes no number.
         num_workers: `0` works in this process, without Ray; `None` fits the machine or cluster.
     """
 
@@ -46,7 +46,10 @@ class EvalRequest:
     system: SystemSpec
     data_url: str
     out_url: str
+    context: ContextMode = "full"
     save_images: SaveImages = "sample"
+    label: str | None = None
+    task_size: int | None = None
     num_workers: int | None = 0
     ray_address: str | None = None
     fault: Fault | None = None
@@ -59,14 +62,17 @@ class EvalProgress:
     num_pictures: int
     num_before: int
     num_done: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
 
     def line(self) -> str:
-        """Return count, rate and time left."""
+        """Return count, rate, time left, and why pictures are missing."""
         rate = self.num_done / max(time.monotonic() - self.started, 1e-9)
         left = self.num_pictures - self.num_before - self.num_done
         done = self.num_before + self.num_done
-        return f"{done}/{self.num_pictures} pictures  {rate:.1f}/s  {left / rate:.0f} s left"
+        shown = f"{done}/{self.num_pictures} pictures  {rate:.1f}/s  {left / rate:.0f} s left"
+        failed = ", ".join(f"{n} {reason}" for reason, n in self.failures.most_common())
+        return f"{shown}  ({failed})" if failed else shown
 
 
 def test_url(data_url: str) -> str:
@@ -75,19 +81,11 @@ def test_url(data_url: str) -> str:
     return inner if storage.exists(storage.join(inner, "manifest.json")) else data_url
 
 
-def plan_tasks(num_pictures: int, size: int) -> list[EvalTask]:
-    """Cut the data set into groups of at most one compute batch."""
-    return [
-        EvalTask(number, tuple(range(start, min(start + size, num_pictures))))
-        for number, start in enumerate(range(0, num_pictures, size))
-    ]
-
-
 def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> dict[str, Any]:
     """Run the job; repeated, it draws only what is missing.
 
     Returns:
-        The content of `scores.json`: `scores` and `card`.
+        The content of `scores.json`: `scores`, `intervals`, `warnings` and `card`.
 
     Raises:
         ConfigError: If the output folder was begun with other settings.
@@ -99,7 +97,7 @@ def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) 
 
 def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> dict[str, Any]:
     reader = ShardReader(request.data_url)
-    check_prepared_with(request.recipe, request.data_url)
+    check_prepared_with(request.recipe, request.data_url, parts=("image", "encoders"))
     for folder in ("tasks", "images"):
         storage.remove_leftovers(storage.join(request.out_url, folder))
     if not len(reader):
@@ -107,29 +105,40 @@ def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> 
             f"{request.data_url} holds no sample; expected at least one; its ledger and "
             "manifest.json say why there is none"
         )
-    tasks = plan_tasks(len(reader), request.recipe.sample.compute_batch_size)
-    missing = [t for t in tasks if not storage.exists(task_url(request.out_url, t.number))]
     _settle(request, reader)
-    num_before = len(reader) - sum(len(task.indices) for task in missing)
-    progress = EvalProgress(len(reader), num_before)
-    for _, num_done in run_tasks(_pool(request), missing):
-        progress.num_done += num_done
-        on_progress(progress)
-    result = {
-        "scores": _score([task_url(request.out_url, task.number) for task in tasks]),
-        "card": _card(request, reader),
-    }
+    _draw(request, reader, on_progress)
+    measured = Measured(read_tasks(request.out_url, finished_tasks(request.out_url)))
+    _write_rows(request, measured)
+    _keep_real(request, measured)
+    result = score(measured) | {"card": metric_card(request, reader, measured)}
     data = json.dumps(result, indent=1, sort_keys=True) + "\n"
     storage.write_bytes(storage.join(request.out_url, SCORES_NAME), data.encode())
     return result
 
 
-def _pool(request: EvalRequest) -> Pool[EvalTask, int]:
+def _draw(
+    request: EvalRequest, reader: ShardReader, on_progress: Callable[[EvalProgress], None]
+) -> None:
+    """Do all tasks that are not finished."""
+    finished = finished_tasks(request.out_url)
+    size = request.task_size or request.recipe.sample.compute_batch_size
+    missing = plan_tasks(len(reader), size, finished)
+    progress = EvalProgress(len(reader), sum(len(task.indices) for task in finished))
+    for task, result in run_tasks(_pool(request), missing):
+        progress.num_done += len(task.indices)
+        progress.failures += result.failures
+        on_progress(progress)
+        if request.fault:
+            request.fault.reach("eval.task_done")
+
+
+def _pool(request: EvalRequest) -> Pool[EvalTask, TaskResult]:
     builder = EvalWorkerBuilder(
         recipe=request.recipe,
         system=request.system,
         data_url=storage.resolve(request.data_url),
         out_url=storage.resolve(request.out_url),
+        context=request.context,
         save_images=request.save_images,
         fault=request.fault,
     )
@@ -138,12 +147,21 @@ def _pool(request: EvalRequest) -> Pool[EvalTask, int]:
 
 def _decided_by(request: EvalRequest, reader: ShardReader) -> dict[str, Any]:
     recipe = request.recipe.model_dump(mode="json")
+    parts = ("image", "text", "encoders", "sample", "metrics")
     return {
-        "system": asdict(request.system) | {"backbone": request.system.backbone.model_dump()},
-        "recipe": {name: recipe[name] for name in ("image", "encoders", "sample", "metrics")},
+        "system": _spec_values(request.system),
+        "context": request.context,
+        "recipe": {name: recipe[name] for name in parts},
         "manifest_sha256": reader.manifest.sha256,
         "save_images": request.save_images,
     }
+
+
+def _spec_values(spec: SystemSpec) -> dict[str, Any]:
+    values = {name: getattr(spec, name) for name in ("name", "kind", "target", "run_dir")}
+    network = spec.network.model_dump(mode="json") if spec.network else None
+    inner = _spec_values(spec.inner) if spec.inner else None
+    return values | {"network": network, "inner": inner}
 
 
 def _settle(request: EvalRequest, reader: ShardReader) -> None:
@@ -151,7 +169,7 @@ def _settle(request: EvalRequest, reader: ShardReader) -> None:
         storage.join(request.out_url, "evaluation.json"),
         describe_url(request.out_url),
     )
-    if not has_finished_tasks(request.out_url):
+    if not finished_tasks(request.out_url):
         # Nothing was drawn under them yet: they may be those of a command with a typing error.
         storage.remove(kept)
         storage.remove(described)
@@ -162,43 +180,16 @@ def _settle(request: EvalRequest, reader: ShardReader) -> None:
         )
 
 
-def _score(urls: Sequence[str]) -> dict[str, Any]:
-    groups = [_read_npz(url) for url in urls]
-    columns: dict[str, NDArray[Any]] = {
-        name: np.concatenate([group[name] for group in groups]) for name in groups[0]
-    }
-    return compute_scores(
-        columns["real_features"],
-        columns["features"],
-        columns.get("logits"),
-        columns["real_embeddings"],
-        columns["embeddings"],
-    )
+def _write_rows(request: EvalRequest, measured: Measured) -> None:
+    lines = (json.dumps(row) + "\n" for row in instance_rows(measured))
+    storage.write_bytes(storage.join(request.out_url, INSTANCES_NAME), "".join(lines).encode())
 
 
-def _read_npz(url: str) -> dict[str, NDArray[Any]]:
-    with np.load(io.BytesIO(storage.read_bytes(url)), allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def _card(request: EvalRequest, reader: ShardReader) -> dict[str, Any]:
-    """Return everything that decides the numbers, for whoever compares them."""
-    manifest, sample = reader.manifest, request.recipe.sample
-    of_workers: dict[str, Any] = json.loads(storage.read_bytes(describe_url(request.out_url)))
-    return of_workers | {
-        "system": request.system.name,
-        "label": request.system.label,
-        "run": request.system.run_dir,
-        "data": storage.resolve(request.data_url),
-        "manifest_sha256": manifest.sha256,
-        "expected": manifest.num_samples + sum(manifest.failures.values()),
-        "found": manifest.num_samples,
-        "resolution": request.recipe.image.resolution,
-        "resize": "lanczos, centre crop",
-        "codec": "none: pictures stay in memory from sampler to metric",
-        "sampler": sample.sampler,
-        "num_steps": sample.num_steps,
-        "guidance_scale": sample.guidance_scale,
-        "seed": sample.seed,
-        "compute_batch_size": sample.compute_batch_size,
-    }
+def _keep_real(request: EvalRequest, measured: Measured) -> None:
+    """Keep what was measured of the true pictures, for the next evaluation on this machine."""
+    described = json.loads(storage.read_bytes(describe_url(request.out_url)))["real"]
+    try:
+        RealFeatures(described).keep(measured.arrays)
+    except OSError as err:
+        # Only time is lost: the next evaluation measures them again.
+        logging.getLogger(__name__).warning("features of the true pictures are not kept: %s", err)

@@ -1,12 +1,13 @@
 """The scores of generated pictures: FID, KID, Inception Score and CLIP-I, from features at hand.
 
-The only module that imports torch_fidelity; the extraction of features belongs elsewhere.
+The only module that imports torch_fidelity: its functions, and its Inception network.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,8 @@ def compute_scores(
             few to score.
     """
     real, fake = _matrix("real_features", real_features), _matrix("features", features)
-    _expect_same_width("features", real, fake)
     return {
-        "fid": _fid(real, fake),
+        "fid": compute_fid(real, fake),
         **_kid(real, fake, kid_subsets, kid_subset_size, seed),
         **_inception_score(logits, len(fake), is_splits, seed),
         "clip_i": _clip_i(
@@ -91,8 +91,18 @@ def compute_scores(
     }
 
 
-def _fid(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Fréchet distance of two Gaussians (Heusel et al. 2017, section 3)."""
+def compute_fid(real_features: Any, features: Any) -> float:
+    """Return the Fréchet distance of two Gaussians (Heusel et al. 2017, section 3), in float64.
+
+    Args:
+        real_features: (N, D) features of the true pictures.
+        features: (M, D) features of the generated pictures, by the same extractor.
+
+    Raises:
+        DataError: As `compute_scores`.
+    """
+    real, fake = _matrix("real_features", real_features), _matrix("features", features)
+    _expect_same_width("features", real, fake)
     statistics = (fid_features_to_statistics(real), fid_features_to_statistics(fake))
     try:
         found = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
@@ -197,17 +207,19 @@ class InceptionFeatures:
     Args:
         weights: Path of `weights-inception-2015-12-05-6726825d.pth`, or None for the copy in
             torch hub's cache.
+        sha256: First digits of the file's sha256; None expects the published file's.
         device: Where it runs.
 
     Raises:
-        DataError: If the file is not there, or is another one (its sha256 is checked, as
-            torch-fidelity unpickles it).
+        DataError: If the file is not there, is another one, or holds more than arrays (it is
+            looked at first, as torch-fidelity unpickles it).
     """
 
-    def __init__(self, weights: str | None, device: str) -> None:
+    def __init__(self, weights: str | None, sha256: str | None, device: str) -> None:
         path = Path(weights) if weights else Path(torch.hub.get_dir(), "checkpoints", _INCEPTION)
-        _check_inception(path)
-        self.name = f"inception-v3-compat {_INCEPTION_SHA256_PREFIX}"
+        digits = sha256 or _INCEPTION_SHA256_PREFIX
+        _check_inception(path, digits)
+        self.name = f"inception-v3-compat {digits[:8]}"
         self._device = device
         self._network = FeatureExtractorInceptionV3(
             "inception-v3-compat",
@@ -225,7 +237,7 @@ class InceptionFeatures:
         return features.float().cpu().numpy(), logits.float().cpu().numpy()
 
 
-def _check_inception(path: Path) -> None:
+def _check_inception(path: Path, digits: str) -> None:
     if not path.is_file():
         raise DataError(
             f"{path} is not there; expected torch-fidelity's Inception weights ('d2i doctor' has "
@@ -233,7 +245,11 @@ def _check_inception(path: Path) -> None:
             "--set metrics.extractor=clip"
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith(_INCEPTION_SHA256_PREFIX):
+    if not digest.startswith(digits):
+        raise DataError(f"{path} has sha256 {digest[:8]}, expected {digits}; fetch it anew")
+    try:
+        torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as err:
         raise DataError(
-            f"{path} has sha256 {digest[:8]}, expected {_INCEPTION_SHA256_PREFIX}; fetch it anew"
-        )
+            f"{path} holds more than arrays; expected a state dict; fetch the published file"
+        ) from err

@@ -60,13 +60,23 @@ class Sampler:
         Returns:
             uint8 (N, H, W, 3).
         """
+        return self.decode(self.draw_latents(keys, text, seeds))
+
+    def draw_latents(
+        self, keys: Sequence[str], text: NDArray[Any], seeds: Sequence[int] | None = None
+    ) -> Tensor:
+        """Draw the unscaled latents of one picture a key: (N, 4, h, w), as `draw` does."""
         size = self._config.compute_batch_size
         seeds = [self._config.seed] * len(keys) if seeds is None else seeds
         latents = []
         for start in range(0, len(keys), size):
             rows = slice(start, start + size)
             latents.append(self._draw_batch(SampleDraws(seeds[rows], keys[rows]), text[rows]))
-        return self._vae.decode(torch.cat(latents), size)
+        return torch.cat(latents)
+
+    def decode(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Decode unscaled latents (N, 4, h, w), N >= 1, to uint8 (N, H, W, 3)."""
+        return self._vae.decode(latents, self._config.compute_batch_size)
 
     @torch.inference_mode()
     def _draw_batch(self, draws: SampleDraws, text: NDArray[Any]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,12 +18,14 @@ from d2i.config import Recipe
 from d2i.dialog import key_order_hash
 from d2i.encoders import Encoders, load_encoders
 from d2i.encoders.bundle import versions
-from d2i.errors import ConfigError, DataError
-from d2i.eval.extractors import build_extractor
-from d2i.eval.sampler import Sampler
-from d2i.eval.systems import SystemSpec
+from d2i.errors import ConfigError
+from d2i.eval.measure import Measurer, drawing_rows
+from d2i.eval.prompts import ContextMode, PromptReader
+from d2i.eval.system import Drawing, SystemContext
+from d2i.eval.systems import SystemSpec, build_system
+from d2i.eval.tasks import EvalTask, write_task
 from d2i.fault import Fault
-from d2i.pictures import crop_to_square, decode_picture, png_bytes
+from d2i.pictures import png_bytes
 from d2i.settle import settle
 from d2i.shards import ShardReader
 
@@ -32,11 +35,11 @@ _SAMPLE_SHARE = 64
 
 
 @dataclass(frozen=True)
-class EvalTask:
-    """A group of instances, by their index in the data set."""
+class TaskResult:
+    """How many pictures a task gave, and why it gave no others."""
 
-    number: int
-    indices: tuple[int, ...]
+    num_drawn: int
+    failures: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,12 @@ class EvalWorkerBuilder:
     system: SystemSpec
     data_url: str
     out_url: str
+    context: ContextMode
     save_images: SaveImages
     fault: Fault | None = None
 
     def __call__(self) -> EvalWorker:
-        """Load the network, the encoders and the feature extractor."""
+        """Load the system, the encoders and the feature extractor."""
         device = device_of_worker()
         worker = EvalWorker(self, load_encoders(self.recipe.encoders, device), device)
         worker.settle()
@@ -62,33 +66,30 @@ class EvalWorker:
     """Draws pictures and measures them; pictures stay in memory from sampler to metric."""
 
     def __init__(self, builder: EvalWorkerBuilder, encoders: Encoders, device: str) -> None:
-        self._builder = builder
-        self._encoders = encoders
+        self._builder, self._encoders, self._device = builder, encoders, device
         self._reader = ShardReader(builder.data_url)
-        self._extractor = build_extractor(builder.recipe, encoders, device)
-        self._sampler = Sampler(
-            builder.system.backbone,
-            encoders.vae,
-            builder.recipe.sample,
-            self._reader.empty_text,
-            device,
+        self._prompts = PromptReader(self._reader, builder.recipe.text, builder.context)
+        self._measurer = Measurer(builder.recipe, encoders, self._reader, device)
+        self._system = build_system(
+            SystemContext(builder.system, builder.recipe, encoders, self._reader.keys, device)
         )
-        self._device = device
 
-    def run(self, task: EvalTask) -> int:
-        """Do one group, keep its features (and pictures as asked); return how many it has."""
+    def run(self, task: EvalTask) -> TaskResult:
+        """Do one group, keep its features (and pictures as asked); return what became of it."""
         keys = [self._reader.keys[i] for i in task.indices]
-        text = self._reader.read(task.indices, members=("text",))["text"]
-        drawn = self._sampler.draw(keys, text)
-        true = np.stack([self._true_picture(i) for i in task.indices])
-        self._save_pictures(task, keys, drawn)
-        storage.write_bytes(
-            task_url(self._builder.out_url, task.number),
-            npz_bytes(self._measure(drawn, true) | {"keys": np.array(keys)}),
-        )
-        if self._builder.fault:
-            self._builder.fault.reach("eval.task_written")
-        return len(keys)
+        drawings = self._system.draw([self._prompts.read(i) for i in task.indices])
+        self._reach("eval.task_drawn")
+        pictures = {
+            key: self._measurer.fit(drawing.pixels)
+            for key, drawing in zip(keys, drawings, strict=True)
+            if drawing.pixels is not None
+        }
+        self._save_pictures(task, pictures)
+        self._reach("eval.pictures_written")
+        write_task(self._builder.out_url, task, self._measure(task, keys, drawings, pictures))
+        self._reach("eval.task_written")
+        reasons = Counter(drawing.reason for drawing in drawings if drawing.pixels is None)
+        return TaskResult(len(pictures), reasons)
 
     def settle(self) -> None:
         """Write what only a worker knows of the metric card, or check that it is the same.
@@ -97,10 +98,11 @@ class EvalWorker:
             ConfigError: If earlier pictures were drawn by other weights, versions or devices.
         """
         mine = {
-            "weights": {"backbone": self._sampler.hash} | self._encoders.hashes(),
-            "extractor": self._extractor.name,
+            "weights": dict(self._system.described) | self._encoders.hashes(),
+            **self._measurer.describe(),
             "versions": versions(),
             "device": self._device,
+            "real": self._measurer.describe_real(self._device),
         }
         if differences := settle(describe_url(self._builder.out_url), mine):
             raise ConfigError(
@@ -108,61 +110,41 @@ class EvalWorker:
                 f"{'; '.join(differences[:3])}; choose another --out"
             )
 
-    def _true_picture(self, index: int) -> NDArray[np.uint8]:
-        data = self._reader.read_image(index)
-        if data is None:
-            raise DataError(
-                f"{self._reader.keys[index]} has no picture in the shards; expected its source "
-                "bytes; prepare the data with --set preprocess.keep_images=always"
-            )
-        picture = decode_picture(data, self._builder.recipe.image)
-        return np.asarray(crop_to_square(picture.image, self._builder.recipe.image.resolution))
+    def _reach(self, point: str) -> None:
+        if self._builder.fault:
+            self._builder.fault.reach(point)
 
     def _measure(
-        self, drawn: NDArray[np.uint8], true: NDArray[np.uint8]
+        self,
+        task: EvalTask,
+        keys: Sequence[str],
+        drawings: Sequence[Drawing],
+        pictures: dict[str, NDArray[np.uint8]],
     ) -> dict[str, NDArray[Any]]:
-        size = self._encoders.compute_batch_size
-        of_drawn, of_true = self._extractor.extract(drawn), self._extractor.extract(true)
-        measured = {
-            "features": of_drawn.features,
-            "real_features": of_true.features,
-            "embeddings": self._encoders.clip_image.encode(drawn, size),
-            "real_embeddings": self._encoders.clip_image.encode(true, size),
+        drawn = self._measurer.measure_drawn(np.stack([*pictures.values()])) if pictures else {}
+        lines = [self._prompts.read_dialog(index) for index in task.indices]
+        return {
+            "keys": np.array(keys),
+            **drawing_rows(drawings),
+            **self._measurer.measure_real(task.indices),
+            **self._measurer.measure_text(lines),
+            **drawn,
         }
-        return measured if of_drawn.logits is None else measured | {"logits": of_drawn.logits}
 
-    def _save_pictures(self, task: EvalTask, keys: Sequence[str], drawn: NDArray[np.uint8]) -> None:
+    def _save_pictures(self, task: EvalTask, pictures: dict[str, NDArray[np.uint8]]) -> None:
         chosen = [
             (key, png_bytes(pixels, {"key": key, "system": self._builder.system.name}))
-            for key, pixels in zip(keys, drawn, strict=True)
+            for key, pixels in pictures.items()
             if _is_saved(key, self._builder.save_images)
         ]
         if chosen:
-            url = storage.join(self._builder.out_url, "images", f"{task.number:06d}.tar")
+            url = storage.join(self._builder.out_url, "images", f"{task.name}.tar")
             storage.write_bytes(url, _tar_bytes(chosen))
-
-
-def task_url(out_url: str, number: int) -> str:
-    """Return where the features of one finished group lie."""
-    return storage.join(out_url, "tasks", f"{number:06d}.npz")
-
-
-def has_finished_tasks(out_url: str) -> bool:
-    """Say whether any group of this evaluation was finished."""
-    names = storage.list_names(storage.join(out_url, "tasks"))
-    return any(name.endswith(".npz") for name in names)
 
 
 def describe_url(out_url: str) -> str:
     """Return where the workers keep their part of the metric card."""
     return storage.join(out_url, "tasks", "card.json")
-
-
-def npz_bytes(arrays: dict[str, NDArray[Any]]) -> bytes:
-    """Encode named arrays as one npz."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
 
 
 def _is_saved(key: str, save_images: SaveImages) -> bool:

@@ -18,6 +18,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "encoders.vae_kind": "tiny",
         "encoders.clip_image": folder / "clip_image",
         "encoders.clip_text": folder / "clip_text",
+        "metrics.clip_text": folder / "clip_text",
         "encoders.compute_batch_size": 8,
         "backbone.weights": "null",
         "backbone.latent_scale": 1.0,

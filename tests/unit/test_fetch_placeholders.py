@@ -46,10 +46,10 @@ def test_the_next_address_is_asked_after_a_placeholder(tmp_path: Path) -> None:
         both = ImageRef("urls", (f"http://{host}/grey", f"http://{host}/good"))
         only = ImageRef("urls", (f"http://{host}/grey",))
         file = ImageRef("file", ("grey.jpg",))
-        found = source.fetch([both, only, file], lambda fetched: (fetched.reason, fetched.data))
-    assert found[both][1] == ("ok", b"good")
-    assert found[only][1] == ("placeholder", None)
-    assert found[file][1] == ("placeholder", None)
+        found = dict(source.fetch([both, only, file], lambda ref, f: (ref, (f.reason, f.data))))
+    assert found[both] == ("ok", b"good")
+    assert found[only] == ("placeholder", None)
+    assert found[file] == ("placeholder", None)
 
 
 def test_a_hash_has_sixty_four_digits() -> None:

@@ -1,0 +1,103 @@
+"""What a system is asked: the context of an instance, whole or in part, as turns and as one line.
+
+Must not import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from d2i.config import TextConfig
+from d2i.context import context_text
+from d2i.dialog import Turn, key_order_hash
+from d2i.errors import ConfigError
+from d2i.shards import ShardReader
+
+ContextMode = Literal["full", "last", "none", "shuffled"]
+"""The whole context, its last turn that says something, nothing, or another dialog's context."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One instance to draw.
+
+    Args:
+        key: Names the instance; noise is keyed by it, and by nothing else.
+        turns: What may be read, oldest turn first.
+        text: The same as one line, linearized as the recipe says, not cut to any window.
+    """
+
+    key: str
+    turns: tuple[Turn, ...]
+    text: str
+
+
+class PromptReader:
+    """Reads prompts out of a data set.
+
+    Args:
+        reader: The data set.
+        config: How a context becomes a line.
+        mode: How much of it a system is shown.
+    """
+
+    def __init__(self, reader: ShardReader, config: TextConfig, mode: ContextMode) -> None:
+        self._reader, self._config, self._mode = reader, config, mode
+
+    def read(self, index: int) -> Prompt:
+        """Read what a system is shown of instance `index`.
+
+        Raises:
+            ConfigError: With `shuffled`, if there is no other dialog.
+        """
+        turns = self._shown(index)
+        return Prompt(self._reader.keys[index], turns, context_text(turns, self._config))
+
+    def read_dialog(self, index: int) -> str:
+        """Read the whole context of instance `index` as one line, whatever a system is shown."""
+        return context_text(self._turns(index), self._config)
+
+    def _shown(self, index: int) -> tuple[Turn, ...]:
+        if self._mode == "none":
+            return ()
+        if self._mode == "shuffled":
+            return self._turns(self._partners[index])
+        turns = self._turns(index)
+        if self._mode == "last":
+            return tuple([turn for turn in turns if turn.text.strip()][-1:])
+        return turns
+
+    def _turns(self, index: int) -> tuple[Turn, ...]:
+        return tuple(
+            Turn(t["speaker"], t["text"]) for t in self._reader.read_json(index)["context"]
+        )
+
+    @cached_property
+    def _partners(self) -> list[int]:
+        return partners(list(self._reader.keys))
+
+
+def partners(keys: list[str]) -> list[int]:
+    """Give each instance one of another dialog: the next in the seeded order of keys.
+
+    Raises:
+        ConfigError: If all instances are of one dialog.
+    """
+    dialogs = [key.rsplit("-", 2)[0] for key in keys]
+    if len(set(dialogs)) < 2:
+        raise ConfigError(
+            f"--context shuffled: the data set has {len(set(dialogs))} dialog; expected at least "
+            "two to exchange; prepare more of the corpus"
+        )
+    order = sorted(range(len(keys)), key=lambda index: key_order_hash(keys[index], 0))
+    found = [0] * len(keys)
+    # From the end to the start, twice round: what follows is known when a place is reached.
+    following: int | None = None
+    for place in range(2 * len(order) - 1, -1, -1):
+        index, after = order[place % len(order)], order[(place + 1) % len(order)]
+        following = after if dialogs[after] != dialogs[index] else following
+        if following is not None:
+            found[index] = following
+    return found

@@ -1,0 +1,217 @@
+"""All scores of an evaluation, their intervals, what to beware of, and a row for each instance."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from d2i.errors import DataError
+from d2i.eval.bootstrap import (
+    Resamples,
+    draw_resamples,
+    fid_deviation,
+    inception_deviation,
+    intervals,
+    kid_deviation,
+    mean_deviation,
+)
+from d2i.eval.metrics import compute_fid, compute_scores
+from d2i.eval.recall import NUM_NEGATIVES, true_ranks
+
+Arrays = dict[str, NDArray[Any]]
+
+RECALLS = (1, 5, 10)
+# Inception's features have 2048 dimensions: of fewer pictures, the covariance is not of full rank.
+_FEW_PICTURES = 2048
+_MIN_PICTURES = 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the tasks of an evaluation left, all together, in the order of the data set.
+
+    `keys`, `reasons`, `sources`, `is_flat`, `real_features`, `real_embeddings` and, with a text
+    tower, `text_embeddings` have a row an instance; `features`, `embeddings` and, where the
+    extractor has classes, `logits` a row a drawn picture.
+    """
+
+    arrays: Arrays
+
+    @cached_property
+    def drawn(self) -> NDArray[np.int64]:
+        """The indices of the instances that have a picture."""
+        return np.flatnonzero(self.arrays["reasons"] == "")
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Instances without a picture, by reason."""
+        reasons = self.arrays["reasons"]
+        return dict(sorted(Counter(reasons[reasons != ""].tolist()).items()))
+
+    @property
+    def sources(self) -> list[str]:
+        """The distinct sources of the pictures: memory, or form and size of their files."""
+        return sorted(set(self.arrays["sources"][self.drawn].tolist()))
+
+    @cached_property
+    def clip_i(self) -> NDArray[np.float64]:
+        """100 times the cosine of each drawn picture to the true one."""
+        return _cosines(self.arrays["embeddings"], self.arrays["real_embeddings"][self.drawn])
+
+    @cached_property
+    def clip_t(self) -> NDArray[np.float64] | None:
+        """100 times the cosine of each drawn picture to its whole dialog."""
+        text = self.arrays.get("text_embeddings")
+        return None if text is None else _cosines(self.arrays["embeddings"], text[self.drawn])
+
+    @cached_property
+    def ranks(self) -> NDArray[np.int64]:
+        """The rank of each drawn picture's true one among negatives."""
+        return true_ranks(
+            self.arrays["keys"].tolist(),
+            self.drawn,
+            self.arrays["embeddings"],
+            self.arrays["real_embeddings"],
+        )
+
+
+def score(measured: Measured) -> dict[str, Any]:
+    """Compute every score.
+
+    Returns:
+        `scores` by name; `intervals`, 95 % confidence as [low, high]; `warnings`, one line each.
+
+    Raises:
+        DataError: If fewer than two pictures were drawn, or a value is not finite.
+    """
+    if len(measured.drawn) < _MIN_PICTURES:
+        raise DataError(
+            f"got {len(measured.drawn)} pictures for {len(measured.arrays['keys'])} instances "
+            f"({_counted(measured.failures)}); expected at least {_MIN_PICTURES}; see "
+            "instances.jsonl"
+        )
+    with _one_thread():
+        scores = _scores(measured)
+    return {
+        "scores": scores,
+        "intervals": intervals(scores, _deviations(measured, scores)),
+        "warnings": list(_warnings(measured)),
+    }
+
+
+def instance_rows(measured: Measured) -> Iterator[dict[str, Any]]:
+    """Give a row for each instance: its key, why it has no picture, or what its picture scores."""
+    places = {index: place for place, index in enumerate(measured.drawn.tolist())}
+    for index, (key, reason) in enumerate(
+        zip(measured.arrays["keys"].tolist(), measured.arrays["reasons"].tolist(), strict=True)
+    ):
+        place = places.get(index)
+        if place is None:
+            yield {"key": key, "status": reason}
+            continue
+        row = {"clip_i": float(measured.clip_i[place]), "rank": int(measured.ranks[place])}
+        if measured.clip_t is not None:
+            row["clip_t"] = float(measured.clip_t[place])
+        yield {"key": key, "status": "ok"} | row
+
+
+def _scores(measured: Measured) -> dict[str, float | int | None]:
+    arrays = measured.arrays
+    scores = compute_scores(
+        arrays["real_features"],
+        arrays["features"],
+        arrays.get("logits"),
+        arrays["real_embeddings"][measured.drawn],
+        arrays["embeddings"],
+    )
+    scores["fid_clip"] = compute_fid(arrays["real_embeddings"], arrays["embeddings"])
+    scores["clip_t"] = None if measured.clip_t is None else float(measured.clip_t.mean())
+    for k in RECALLS:
+        scores[f"recall_{k}"] = 100 * float((measured.ranks <= k).mean())
+    scores["num_negatives"] = min(NUM_NEGATIVES, len(arrays["keys"]) - 1)
+    return scores
+
+
+def _deviations(measured: Measured, scores: dict[str, Any]) -> dict[str, float]:
+    arrays = {name: _wide(array) for name, array in measured.arrays.items()}
+    resamples: Resamples = draw_resamples(len(arrays["keys"]), measured.drawn)
+    real, fake = arrays["real_features"], arrays["features"]
+    found = {
+        "fid": fid_deviation(real, fake, resamples),
+        "kid": kid_deviation(real, fake, resamples),
+        "fid_clip": fid_deviation(arrays["real_embeddings"], arrays["embeddings"], resamples),
+        "clip_i": mean_deviation(measured.clip_i, resamples),
+    }
+    for k in RECALLS:
+        found[f"recall_{k}"] = mean_deviation(np.where(measured.ranks <= k, 100.0, 0.0), resamples)
+    if measured.clip_t is not None:
+        found["clip_t"] = mean_deviation(measured.clip_t, resamples)
+    if "logits" in arrays:
+        found["is"] = inception_deviation(arrays["logits"], resamples, scores["is_splits"])
+    return found
+
+
+def _warnings(measured: Measured) -> Iterator[str]:
+    num_drawn, keys = len(measured.drawn), measured.arrays["keys"]
+    if num_drawn < _FEW_PICTURES:
+        yield (
+            f"{num_drawn} pictures: FID is unsteady and biased under {_FEW_PICTURES}; compare it "
+            "with none of another number of pictures"
+        )
+    if measured.failures:
+        yield (
+            f"{num_drawn} of {len(keys)} instances have a picture ({_counted(measured.failures)}); "
+            "the others are left out, not replaced"
+        )
+    flat = np.flatnonzero(measured.arrays["is_flat"])
+    if len(flat):
+        yield f"{len(flat)} pictures are of one colour, the first is that of {keys[flat[0]]}"
+    if num_drawn > 1 and (measured.arrays["embeddings"] == measured.arrays["embeddings"][0]).all():
+        yield "all pictures are alike to CLIP: the system draws one picture for every dialog"
+    yield from _source_warnings(measured.sources)
+
+
+def _source_warnings(sources: list[str]) -> Iterator[str]:
+    files = [source.split() for source in sources if " " in source]
+    codecs, sizes = {form for form, _ in files}, {size for _, size in files}
+    if "jpg" in codecs:
+        yield "some pictures were read from JPEG: its artefacts are scored too; prefer PNG"
+    if len(codecs) > 1:
+        yield f"the pictures are of different codecs ({', '.join(sorted(codecs))}); expected one"
+    if len(sizes) > 1:
+        shown = ", ".join(sorted(sizes)[:3])
+        yield f"the pictures have {len(sizes)} sizes ({shown}), each resized by itself"
+
+
+def _cosines(rows: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float64]:
+    a, b = _wide(rows), _wide(others)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    found: NDArray[np.float64] = 100 * (a * b).sum(axis=1) / np.where(norms == 0, 1, norms)
+    return found
+
+
+def _wide(array: NDArray[Any]) -> NDArray[Any]:
+    return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+def _counted(failures: dict[str, int]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in failures.items()) or "no failure"
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sum in one order, whatever the driver was doing before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,77 @@
+"""What a system is to the evaluation: one function builds it, one method draws.
+
+A system of one's own is a function `build(context: SystemContext) -> System`, named on the command
+line as `--system package.module:build`. The systems of d2i are built by functions of the same form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2i.config import Recipe
+from d2i.encoders import Encoders
+from d2i.eval.prompts import Prompt
+
+if TYPE_CHECKING:
+    from d2i.eval.systems import SystemSpec
+
+IN_MEMORY = "memory"
+"""The `source` of a picture that never was a file."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What became of one prompt: a picture, or the reason why there is none.
+
+    Args:
+        pixels: uint8 (H, W, 3) of any size, or None.
+        reason: Without a picture, one word for the count of failures, such as `not_finite`.
+        source: `memory`, or form and size of the file it was read from, such as `jpg 256x256`.
+    """
+
+    pixels: NDArray[np.uint8] | None
+    reason: str = ""
+    source: str = IN_MEMORY
+
+
+class System(Protocol):
+    """Draws pictures.
+
+    `described` goes into the metric card: hashes of weights, steps, whatever decides a picture.
+    An evaluation goes on only with a system that is described by the very same.
+    """
+
+    described: Mapping[str, Any]
+
+    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+        """Draw one picture a prompt, in their order.
+
+        A picture must be a function of its prompt and of the system alone: neighbours, their
+        number and what was drawn before change nothing. What cannot be drawn is a `Drawing` with a
+        reason; an exception ends the job.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SystemContext:
+    """What a system is built from, in the process where it draws.
+
+    Args:
+        spec: The system as it was named.
+        recipe: All settings.
+        encoders: The recipe's frozen encoders.
+        keys: The keys of all instances that are to be drawn.
+        device: The torch device to work on.
+    """
+
+    spec: SystemSpec
+    recipe: Recipe
+    encoders: Encoders
+    keys: Sequence[str]
+    device: str

@@ -1,0 +1,49 @@
+"""A run, or a published backbone: text latents to pictures by d2i's own sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2i.context import text_tokens
+from d2i.eval.prompts import Prompt
+from d2i.eval.sampler import Sampler
+from d2i.eval.system import Drawing, SystemContext
+
+
+def build(context: SystemContext) -> BackboneSystem:
+    """Load the network of a run or of a backbone."""
+    return BackboneSystem(context)
+
+
+class BackboneSystem:
+    """Encodes the line of a prompt and draws; the line is cut to the recipe's windows."""
+
+    def __init__(self, context: SystemContext) -> None:
+        self._encoders, self._config = context.encoders, context.recipe.text
+        self._sampler = Sampler(
+            context.spec.backbone,
+            context.encoders.vae,
+            context.recipe.sample,
+            self._encode([""])[0],
+            context.device,
+        )
+        self.described = {"backbone": self._sampler.hash}
+
+    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+        """Draw; latents that are not finite numbers are failures, not black pictures."""
+        keys = [prompt.key for prompt in prompts]
+        latents = self._sampler.draw_latents(keys, self._encode([p.text for p in prompts]))
+        is_finite = latents.isfinite().flatten(1).all(dim=1)
+        pixels = iter(self._sampler.decode(latents[is_finite]) if is_finite.any() else ())
+        return [
+            Drawing(next(pixels)) if good else Drawing(None, "not_finite")
+            for good in is_finite.tolist()
+        ]
+
+    def _encode(self, lines: Sequence[str]) -> NDArray[Any]:
+        tokens = np.stack([text_tokens(line, self._config) for line in lines])
+        return self._encoders.encode_text(tokens)

@@ -1,0 +1,113 @@
+"""Any text-to-image pipeline of diffusers; DALL-E 2 as its unCLIP pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from d2i.diffusion.draws import integers
+from d2i.encoders.load import weights_hash
+from d2i.errors import CheckpointError
+from d2i.eval.prompts import Prompt
+from d2i.eval.system import Drawing, SystemContext
+from d2i.tokenize import WINDOW_LENGTH, encode
+
+_NUM_TEXT_TOKENS = WINDOW_LENGTH - 2
+_MAX_SEED = 2**62
+
+
+def build(context: SystemContext) -> PipelineSystem:
+    """Load `diffusers:PATH_OR_REPO` by the class that its `model_index.json` names."""
+    from diffusers import DiffusionPipeline
+
+    return PipelineSystem(context, _load(DiffusionPipeline, context.spec.target))
+
+
+def build_dalle2(context: SystemContext) -> PipelineSystem:
+    """Load `dalle2:PATH_OR_REPO`: a prior and decoders as diffusers' UnCLIPPipeline saves them."""
+    from diffusers import UnCLIPPipeline
+
+    return PipelineSystem(context, _load(UnCLIPPipeline, context.spec.target))
+
+
+class PipelineSystem:
+    """Hands the line of a prompt to a pipeline, with a generator keyed by the prompt.
+
+    The pipeline works with its own defaults, but for what `sample.pipeline` says, and at the
+    recipe's one, padded batch. Its text encoder reads 77 tokens from the start: of a longer line
+    the oldest words are left out.
+    """
+
+    def __init__(self, context: SystemContext, pipeline: Any) -> None:
+        self._pipeline = pipeline.to(context.device)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._sample = context.recipe.sample
+        self.described = {
+            "pipeline": type(pipeline).__name__,
+            **{
+                name: weights_hash(module)
+                for name, module in sorted(pipeline.components.items())
+                if isinstance(module, torch.nn.Module)
+            },
+        }
+
+    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+        """Draw in padded batches; what a pipeline withholds or cannot compute is a failure."""
+        size = self._sample.compute_batch_size
+        drawings: list[Drawing] = []
+        for start in range(0, len(prompts), size):
+            batch = list(prompts[start : start + size])
+            padded = batch + batch[:1] * (size - len(batch))
+            drawings += self._draw_batch(padded)[: len(batch)]
+        return drawings
+
+    @torch.inference_mode()
+    def _draw_batch(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+        keys = [prompt.key for prompt in prompts]
+        seeds = integers(0, _MAX_SEED, self._sample.seed, "sample.pipeline", keys, 0)
+        done = self._pipeline(
+            prompt=[last_words(prompt.text) for prompt in prompts],
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds.tolist()],
+            output_type="np",
+            **self._sample.pipeline,
+        )
+        withheld = getattr(done, "nsfw_content_detected", None) or [False] * len(prompts)
+        return [
+            _drawing(image, is_withheld=w) for image, w in zip(done.images, withheld, strict=True)
+        ]
+
+
+def last_words(text: str) -> str:
+    """Leave out the first words of a line until CLIP's window holds the rest."""
+    words = text.split()
+    first, end = 0, len(words)
+    while first < end:
+        middle = (first + end) // 2
+        fits = len(encode(" ".join(words[middle:]))) <= _NUM_TEXT_TOKENS
+        first, end = (first, middle) if fits else (middle + 1, end)
+    return " ".join(words[first:])
+
+
+def _drawing(image: Any, *, is_withheld: bool) -> Drawing:
+    if is_withheld:
+        return Drawing(None, "withheld")
+    if not np.isfinite(image).all():
+        return Drawing(None, "not_finite")
+    return Drawing((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
+
+
+def _load(pipeline_class: Any, name: str) -> Any:
+    try:
+        # safetensors alone: no weights of a stranger are unpickled.
+        return pipeline_class.from_pretrained(
+            name, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as err:
+        reason = str(err).strip().splitlines()[0][:200]
+        raise CheckpointError(
+            f"{name}: cannot load {pipeline_class.__name__}: {reason}; expected a folder made by "
+            "save_pretrained, with safetensors, or a hub repository that is in the cache"
+        ) from err

@@ -1,0 +1,84 @@
+"""The floor every generator should beat: the training picture nearest to the dialog's text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from d2i import storage
+from d2i.errors import ConfigError
+from d2i.eval.prompts import Prompt
+from d2i.eval.system import IN_MEMORY, Drawing, SystemContext
+from d2i.eval.text import TextTower
+from d2i.pictures import decode_picture
+from d2i.shards import ShardReader
+
+_NUM_ROWS = 1 << 16
+
+
+def build(context: SystemContext) -> RetrieveSystem:
+    """Read the embeddings of the training pictures of `retrieve:DIR`."""
+    return RetrieveSystem(context)
+
+
+class RetrieveSystem:
+    """Compares CLIP text with the stored CLIP embeddings of all training pictures.
+
+    Shows the source bytes where the shards keep them, else what the VAE decodes from its mean.
+    """
+
+    def __init__(self, context: SystemContext) -> None:
+        url = context.spec.target
+        inner = storage.join(url, "train")
+        self._reader = ShardReader(inner if storage.exists(inner) else url)
+        tower = TextTower.load(context.recipe, context.encoders, context.device)
+        if tower is None or not len(self._reader):
+            raise ConfigError(
+                f"{context.spec.name}: got {len(self._reader)} training pictures and text tower "
+                f"{context.recipe.metrics.clip_text}; expected pictures, and the tower of the CLIP "
+                "image encoder; check --data, and --set metrics.clip_text"
+            )
+        self._tower, self._encoders, self._limits = tower, context.encoders, context.recipe.image
+        # Half precision, as stored: a million pictures take 1 GB.
+        self._embeddings = np.concatenate(
+            [
+                _unit(self._reader.read(rows, members=("clip",))["clip"])
+                for rows in np.array_split(
+                    np.arange(len(self._reader)), -(-len(self._reader) // _NUM_ROWS)
+                )
+            ]
+        )
+        self.described = {
+            "pictures": self._reader.manifest.sha256,
+            "clip_text": tower.hash,
+        }
+
+    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+        """Give each prompt the nearest picture; of equals, the first in the data set."""
+        text = self._tower.embed([prompt.text for prompt in prompts])
+        return [self._picture(int(np.argmax(self._cosines(row)))) for row in text]
+
+    def _cosines(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
+        parts = np.array_split(self._embeddings, -(-len(self._embeddings) // _NUM_ROWS))
+        return np.concatenate([part.astype(np.float32) @ row for part in parts])
+
+    def _picture(self, index: int) -> Drawing:
+        data = self._reader.read_image(index)
+        if data is None:
+            moments = self._reader.read([index], members=("moments",))["moments"]
+            latents = torch.from_numpy(moments[:, :4].astype(np.float32))
+            pixels = self._encoders.vae.decode(latents, self._encoders.compute_batch_size)
+            return Drawing(pixels[0], source=IN_MEMORY)
+        picture = decode_picture(data, self._limits)
+        width, height = picture.image.size
+        return Drawing(np.asarray(picture.image), source=f"{picture.suffix} {width}x{height}")
+
+
+def _unit(rows: NDArray[np.float16]) -> NDArray[np.float16]:
+    wide = rows.astype(np.float32)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    unit: NDArray[np.float16] = (wide / np.maximum(norms, 1e-30)).astype(np.float16)
+    return unit

@@ -1,0 +1,34 @@
+"""A system of the tests' own: the demo's network, with a line in a file for each picture drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from d2i.eval.prompts import Prompt
+from d2i.eval.system import Drawing, System, SystemContext
+from d2i.eval.systems import build_system, parse_system
+
+LOG = "D2I_TEST_DRAWN"
+
+
+class Logged:
+    """Draws as another system does, and keeps account."""
+
+    def __init__(self, system: System, log: Path) -> None:
+        self._system, self._log = system, log
+        self.described: Mapping[str, Any] = system.described
+
+    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+        with self._log.open("a") as file:
+            file.writelines(f"{prompt.key}\n" for prompt in prompts)
+        return self._system.draw(prompts)
+
+
+def build(context: SystemContext) -> Logged:
+    spec = parse_system("uvit-s", "demo:backbone", context.recipe)
+    inner = build_system(dataclasses.replace(context, spec=spec))
+    return Logged(inner, Path(os.environ[LOG]))

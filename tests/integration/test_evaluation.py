@@ -1,0 +1,162 @@
+"""One evaluation has one result, whoever does it, in whatever portions, however often killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.integration.commands import preprocess
+from tests.integration.logged import LOG
+from tests.processes import run_d2i, run_process
+
+NUM_DIALOGS = 23
+WORDS = [
+    "red",
+    "yellow",
+    "green",
+    "blue",
+    "pink",
+    "white",
+    "ball",
+    "box",
+    "tent",
+    "ring",
+    "star",
+    "beach",
+    "night",
+    "hill",
+]
+POINTS = ("eval.task_drawn", "eval.pictures_written", "eval.task_written", "eval.task_done")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A team's own chats, each with a picture of noise in a colour of its own."""
+    folder = tmp_path_factory.mktemp("chats")
+    dice = random.Random(0)
+    lines = []
+    for number in range(NUM_DIALOGS):
+        colour = np.array([dice.randrange(256) for _ in range(3)])
+        noise = np.random.default_rng(number).normal(0, 25, (64, 80, 3))
+        Image.fromarray((colour + noise).clip(0, 255).astype(np.uint8)).save(
+            folder / f"{number}.png"
+        )
+        said = " ".join(dice.choices(WORDS, k=6))
+        turns = [{"text": said}, {"text": "here", "images": [f"{number}.png"]}]
+        lines.append(json.dumps({"id": number, "turns": turns}))
+    (folder / "test.jsonl").write_text("\n".join(lines))
+    preprocess("jsonl", folder, folder / "data")
+    return folder / "data"
+
+
+@pytest.fixture
+def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file in which every drawn key is written down."""
+    monkeypatch.setenv(LOG, str(tmp_path / "drawn.txt"))
+    return tmp_path / "drawn.txt"
+
+
+def command(data: Path, out: Path, *extra: object) -> list[Any]:
+    return [
+        *("eval", "--system", "tests.integration.logged:build", "--data", data, "--out", out),
+        *("--save-images", "all", "--json"),
+        *("--set", "sample.num_steps=2", "--set", "sample.compute_batch_size=4", *extra),
+    ]
+
+
+def on_ray(workers: int, task_size: int) -> tuple[object, ...]:
+    return "--parallel", "--workers", workers, "--task-size", task_size
+
+
+def pictures(out: Path) -> dict[str, bytes]:
+    found = {}
+    for path in sorted((out / "images").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                found[member.name] = file.read()
+    return found
+
+
+@pytest.fixture(scope="session")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The evaluation done at one go, in one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LOG, str(folder / "drawn.txt"))
+        run_d2i(*command(data, folder / "out"))
+    return folder / "out"
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    assert (out / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
+    assert (out / "instances.jsonl").read_bytes() == (whole / "instances.jsonl").read_bytes()
+    assert pictures(out) == pictures(whole)
+
+
+@pytest.mark.parametrize(("workers", "task_size"), [(1, 1), (2, 3), (4, 7)])
+def test_workers_and_task_sizes_change_nothing(
+    tmp_path: Path, data: Path, whole: Path, drawn: Path, workers: int, task_size: int
+) -> None:
+    run_d2i(*command(data, tmp_path / "out", *on_ray(workers, task_size)))
+    assert_same(tmp_path / "out", whole)
+    assert set(Counter(drawn.read_text().split()).values()) == {1}
+
+
+def test_killed_at_every_named_point(tmp_path: Path, data: Path, whole: Path, drawn: Path) -> None:
+    """Each time going on from the time before, with portions of another size."""
+    for task_size, point in enumerate(POINTS, start=2):
+        killed = run_process(
+            *command(data, tmp_path / "out", "--task-size", task_size, "--fault", f"{point}:kill:2")
+        )
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
+    run_d2i(*command(data, tmp_path / "out"))
+    assert_same(tmp_path / "out", whole)
+    # Drawn again is what was in hand and not yet written: a portion of 2 and one of 3.
+    again = {key for key, times in Counter(drawn.read_text().split()).items() if times > 1}
+    assert len(again) == 2 + 3
+
+
+def test_killed_drivers_and_workers_on_ray(
+    tmp_path: Path, data: Path, whole: Path, drawn: Path
+) -> None:
+    check_random_kills(tmp_path / "out", data, whole, drawn, seed=1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_random_kills(tmp_path: Path, data: Path, whole: Path, drawn: Path, seed: int) -> None:
+    check_random_kills(tmp_path / "out", data, whole, drawn, seed)
+
+
+def check_random_kills(out: Path, data: Path, whole: Path, drawn: Path, seed: int) -> None:
+    """Kill the driver once and workers again and again, at points and times that a seed draws."""
+    dice = random.Random(seed)
+    in_hand = 0
+    for point in ("eval.task_done", dice.choice(POINTS[:3])):
+        workers, task_size = dice.choice((1, 2)), dice.choice((1, 2, 3))
+        fault = f"{point}:kill:{dice.randint(2, 4)}"
+        log_before = drawn.read_text().split() if drawn.exists() else []
+        done = run_process(*command(data, out, *on_ray(workers, task_size), "--fault", fault))
+        if point == "eval.task_done":
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            in_hand += workers * task_size
+        else:
+            # Ray starts a dead worker anew; each death costs the task that was in hand.
+            assert done.returncode == 0, done.stderr
+            num_drawn = len(drawn.read_text().split()) - len(log_before)
+            in_hand += num_drawn
+    run_d2i(*command(data, out))
+    assert_same(out, whole)
+    times = Counter(drawn.read_text().split())
+    assert sum(times.values()) - len(times) <= in_hand
