@@ -7,8 +7,11 @@ process of its own with one decoding core and 16 threads: by img2dataset 1.47 as
 (`Downloader`, `Resizer`, `WebDatasetSampleWriter`) and by d2i (`PictureSource`, decoding included,
 then JPEG as well). Both centre-crop to 256 and write JPEG at quality 95 to a tar. Two lists: good
 addresses alone, and a mixed one with 10 % on dead hosts (20 loopback listeners that never answer),
-5 % slow (2 s), 5 % 404, 2 % 429 once, 3 % broken, and the same 5 s of patience for both. Prints one
-JSON line: rows a second, medians and all repeats, and the ratio of each repeat.
+5 % slow (2 s), 5 % 404, 2 % 429 once, 3 % broken, and the same 5 s of patience for both. `--hosts`
+says how many hosts the one server is (ports, each a host to d2i's manners): a host that says 429 is
+left alone by d2i for the second it asks for, and by img2dataset not at all, so that with one host
+the 429s alone cost d2i 40 s. Prints one JSON line: rows a second, medians and all repeats, and the
+ratio of each repeat.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -34,11 +38,12 @@ from typing import Any
 
 NUM_THREADS, SIDE, QUALITY, PATIENCE_S, SLOW_S = 16, 256, 95, 5, 2.0
 NUM_DEAD_HOSTS = 20
+Ports = dict[str, list[int]]
 SHARES = {"dead": 0.10, "slow": 0.05, "gone": 0.05, "busy": 0.02, "broken": 0.03}
 
 
-def make_server(photos: Path) -> ThreadingHTTPServer:
-    """Return a server of photographs: `/KIND/N`."""
+def make_servers(photos: Path, num: int) -> list[ThreadingHTTPServer]:
+    """Return a server of photographs, `/KIND/N`, on so many ports."""
     files = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))]
     seen: set[str] = set()
 
@@ -68,36 +73,43 @@ def make_server(photos: Path) -> ThreadingHTTPServer:
         def log_message(self, *_: object) -> None:
             """Stay quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Photographs)
-    server.daemon_threads = True
-    server.request_queue_size = 1024
-    return server
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 1024
+
+    return [Server(("127.0.0.1", 0), Photographs) for _ in range(num)]
 
 
-def serve(photos: Path) -> None:
-    """Serve until killed; print the port and those of the dead hosts first."""
+def serve(photos: Path, num_hosts: int) -> None:
+    """Serve until killed; print the ports, and those of the dead hosts, first."""
     with contextlib.ExitStack() as stack:
         dead = [
             stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
             for _ in range(NUM_DEAD_HOSTS)
         ]
-        server = make_server(photos)
-        ports = [server.server_address[1], *(one.getsockname()[1] for one in dead)]
+        servers = make_servers(photos, num_hosts)
+        ports = {
+            "live": [server.server_address[1] for server in servers],
+            "dead": [one.getsockname()[1] for one in dead],
+        }
         print(json.dumps(ports), flush=True)
-        server.serve_forever()
+        for server in servers[1:]:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers[0].serve_forever()
 
 
-def addresses(ports: list[int], num: int, *, mixed: bool) -> list[str]:
+def addresses(ports: Ports, num: int, *, mixed: bool) -> list[str]:
     """Return the list, its kinds evenly spread."""
-    good, *dead = ports
-    urls = [f"http://127.0.0.1:{good}/good/{n}" for n in range(num)]
+    live, dead = ports["live"], ports["dead"]
+    urls = [f"http://127.0.0.1:{live[n % len(live)]}/good/{n}" for n in range(num)]
     if mixed:
         place = 0
         for kind, share in SHARES.items():
             for _ in range(round(num * share)):
                 # A step that shares no factor with the length reaches every place once.
                 place = (place + 7919) % num
-                port = dead[place % len(dead)] if kind == "dead" else good
+                hosts = dead if kind == "dead" else live
+                port = hosts[place % len(hosts)]
                 urls[place] = f"http://127.0.0.1:{port}/{kind}/{place}"
     return urls
 
@@ -179,9 +191,10 @@ def measure(who: str, urls: list[str]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def serving(photos: Path) -> Iterator[list[int]]:
+def serving(photos: Path, num_hosts: int) -> Iterator[Ports]:
     """Run the server in a process of its own."""
-    command = [sys.executable, __file__, "--photos", str(photos), "--serve"]
+    command = [sys.executable, __file__, "--photos", str(photos), "--hosts", str(num_hosts)]
+    command.append("--serve")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -190,11 +203,14 @@ def serving(photos: Path) -> Iterator[list[int]]:
             process.kill()
 
 
-def repeat(photos: Path, num: int, *, mixed: bool) -> dict[str, dict[str, float]]:
+def repeat(photos: Path, num: int, num_hosts: int, *, mixed: bool) -> dict[str, dict[str, float]]:
     """Measure both once, one after the other, on a server of their own."""
     found = {}
     for who in ("img2dataset", "d2i"):
-        with serving(photos) as ports, tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        with (
+            serving(photos, num_hosts) as ports,
+            tempfile.NamedTemporaryFile("w", suffix=".json") as file,
+        ):
             json.dump(addresses(ports, num, mixed=mixed), file)
             file.flush()
             command = [sys.executable, __file__, "--measure", who, "--urls", file.name]
@@ -231,19 +247,20 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lists", choices=("good", "mixed"), nargs="+", default=["good", "mixed"])
+    parser.add_argument("--hosts", type=int, default=20)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--urls", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(options.photos)
+        serve(options.photos, options.hosts)
     elif options.measure:
         print(json.dumps(measure(options.measure, json.loads(options.urls.read_text()))))
     else:
         found = {
             name: summary(
                 [
-                    repeat(options.photos, options.num, mixed=name == "mixed")
+                    repeat(options.photos, options.num, options.hosts, mixed=name == "mixed")
                     for _ in range(options.repeats)
                 ]
             )

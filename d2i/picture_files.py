@@ -32,11 +32,11 @@ def read_picture(root: str, path: str, max_bytes: int) -> bytes:
         if is_tars(root):
             data = _read_member(_index(root), path, max_bytes)
         else:
-            with storage.open_url(storage.join(root, path)) as file:
-                data = file.read(max_bytes + 1)
+            data = storage.read_head(storage.join(root, path), max_bytes + 1)
     except FileNotFoundError as err:
         raise RefusedPictureError("missing_file", "no such file") from err
-    except OSError as err:
+    except (OSError, ValueError) as err:
+        # A name with a zero byte is a ValueError.
         raise RefusedPictureError("read_error", str(err)) from err
     if len(data) > max_bytes:
         raise RefusedPictureError("too_many_bytes", f"over {max_bytes} bytes")

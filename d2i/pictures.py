@@ -6,10 +6,12 @@ not import torch.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +20,16 @@ from PIL.PngImagePlugin import PngInfo
 
 from d2i.config import ImageConfig
 
+RESIZE = "centre crop, lanczos"
+"""How a picture becomes its square, as fingerprints and metric cards say it."""
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 # What Pillow calls a JPEG that holds several pictures; the first is taken.
 _MANY_JPEGS = "MPO"
+_ORIENTATION = 0x0112
+_MAX_KEPT_BYTES = 1 << 16
+"""Colour profiles of at most this length are kept ready; usual ones have a few kilobytes."""
+_DRAFT_FACTOR = 2
+"""A draft has at least so many pixels a side for one of the square's (ours)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,16 @@ class Picture:
 
     image: Image.Image
     suffix: str
+
+
+@dataclass(frozen=True)
+class Square:
+    """A picture's centre square, uint8 (R, R, 3), and the suffix and size of the whole."""
+
+    pixels: NDArray[np.uint8]
+    suffix: str
+    width: int
+    height: int
 
 
 class RefusedPictureError(Exception):
@@ -49,13 +68,74 @@ def decode_picture(data: bytes, limits: ImageConfig) -> Picture:
         RefusedPictureError: `not_an_image`, `too_large`, `too_small`, `odd_aspect` or
             `decode_error`; a truncated picture is never half decoded.
     """
+    with _decoding():
+        image = _open(data, limits)
+        return Picture(_to_rgb(image), _suffix(image))
+
+
+def open_header(data: bytes, limits: ImageConfig) -> Image.Image:
+    """Read the header of a picture, and decode nothing.
+
+    Raises:
+        RefusedPictureError: `not_an_image`, `too_large`, `too_small`, `odd_aspect` or
+            `decode_error`.
+    """
+    with _decoding():
+        return _open(data, limits)
+
+
+def decode_square(image: Image.Image, limits: ImageConfig) -> Square:
+    """Decode as `decode_picture` does, and cut the square out as `crop_to_square` does.
+
+    With `limits.draft` a JPEG whose short side is four times the resolution or more is decoded at
+    half its size, or less, by the decoder itself, and never below twice the resolution.
+
+    Args:
+        image: What `open_header` returned; it is used up.
+        limits: The decode policy and the resolution.
+
+    Raises:
+        RefusedPictureError: As `decode_picture` does.
+    """
+    with _decoding():
+        width, height = image.size
+        scale = _draft(image, limits.resolution) if limits.draft else 1.0
+        drafted = image.size
+        upright = _to_rgb(image)
+        if upright.size != drafted:
+            width, height = height, width
+        square = (
+            crop_to_square(upright, limits.resolution)
+            if scale == 1.0
+            else _crop_drafted(upright, (width, height), scale, limits.resolution)
+        )
+        return Square(np.asarray(square), _suffix(image), width, height)
+
+
+def crop_to_square(picture: Image.Image, resolution: int) -> Image.Image:
+    """Cut the centre square and resize it with LANCZOS (`datasets.py:419-430` of U-ViT)."""
+    left, top, side = _centre(picture.size)
+    square = picture.crop((left, top, left + side, top + side))
+    return square.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def png_bytes(pixels: NDArray[np.uint8], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Encode uint8 (H, W, 3) as PNG, with text chunks; the same input gives the same bytes."""
+    chunks = PngInfo()
+    for name, value in (metadata or {}).items():
+        chunks.add_itxt(name, value)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Turn what decoders raise into reasons."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=tuple(_SUFFIXES))
-            _check_size(image, limits)
-            suffix = "jpg" if image.format == _MANY_JPEGS else _SUFFIXES[str(image.format)]
-            return Picture(_to_rgb(image), suffix)
+            yield
     except UnidentifiedImageError as err:
         raise RefusedPictureError("not_an_image", "neither JPEG, PNG, WebP nor GIF") from err
     except Image.DecompressionBombError as err:
@@ -67,24 +147,47 @@ def decode_picture(data: bytes, limits: ImageConfig) -> Picture:
         raise RefusedPictureError("decode_error", f"{type(err).__name__}: {err}") from err
 
 
-def crop_to_square(picture: Image.Image, resolution: int) -> Image.Image:
-    """Resize the short side to `resolution` with LANCZOS and cut the centre square."""
-    scale = resolution / min(picture.size)
-    width, height = (max(resolution, round(side * scale)) for side in picture.size)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    return picture.crop((left, top, left + resolution, top + resolution))
+def _open(data: bytes, limits: ImageConfig) -> Image.Image:
+    """Read a picture's header, which says what decoding would cost."""
+    image = Image.open(io.BytesIO(data), formats=tuple(_SUFFIXES))
+    _check_size(image, limits)
+    return image
 
 
-def png_bytes(pixels: NDArray[np.uint8], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Encode uint8 (H, W, 3) as PNG, with text chunks; the same input gives the same bytes."""
-    chunks = PngInfo()
-    for name, value in (metadata or {}).items():
-        chunks.add_itxt(name, value)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=chunks)
-    return buffer.getvalue()
+def _suffix(image: Image.Image) -> str:
+    return "jpg" if image.format == _MANY_JPEGS else _SUFFIXES[str(image.format)]
+
+
+def _draft(image: Image.Image, resolution: int) -> float:
+    """Make a JPEG's decoder halve it while enough is left; return by what it will be smaller."""
+    least = _DRAFT_FACTOR * resolution
+    if min(image.size) < 2 * least:
+        return 1.0
+    width, height = image.size
+    scale = next(s for s in (8, 4, 2) if min(image.size) >= s * least)
+    if (width % scale or height % scale) and image.getexif().get(_ORIENTATION, 1) != 1:
+        # Its last pixels stand for fewer, and turned they would come first.
+        return 1.0
+    drafted = image.draft("RGB", (least, least))
+    return 1.0 if drafted is None else width / drafted[1][2]
+
+
+def _crop_drafted(
+    drafted: Image.Image, whole: tuple[int, int], scale: float, resolution: int
+) -> Image.Image:
+    """Cut the square of the whole out of its draft, of which it may begin within a pixel."""
+    left, top, side = _centre(whole)
+    right, bottom = ((begin + side) / scale for begin in (left, top))
+    width, height = drafted.size
+    box = (left / scale, top / scale, min(right, width), min(bottom, height))
+    return drafted.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+
+
+def _centre(size: tuple[int, int]) -> tuple[int, int, int]:
+    """Return left, top and side of the centre square."""
+    width, height = size
+    side = min(size)
+    return (width - side) // 2, (height - side) // 2, side
 
 
 def _check_size(image: Image.Image, limits: ImageConfig) -> None:
@@ -115,12 +218,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Convert by a profile; a broken one says nothing about the pixels: they are taken as sRGB."""
+    build = _transform if len(profile) <= _MAX_KEPT_BYTES else _transform.__wrapped__
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(
-            image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
-    except (ImageCms.PyCMSError, OSError):
-        # A broken profile says nothing about the pixels: they are taken as sRGB.
+        transform = build(profile, image.mode)
+        return ImageCms.applyTransform(image, transform) or image
+    except (ImageCms.PyCMSError, OSError, ValueError):
         return image
-    return converted or image
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """Build what a profile does to pixels, which takes as long as to decode them."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")

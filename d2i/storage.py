@@ -15,6 +15,7 @@ import io
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -94,6 +95,25 @@ def size_bytes(url: str) -> int:
     with _errors_of(url):
         fs, path = _split(url)
         return int(fs.size(path))
+
+
+def read_head(url: str, num_bytes: int) -> bytes:
+    """Read the first bytes of a file, all of it where it has no more.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If it cannot be read, or is no regular file.
+    """
+    local = local_path(url)
+    if local is None:
+        with open_url(url) as file:
+            return cast("bytes", file.read(num_bytes))
+    # A pipe, opened like this, is not waited for.
+    with open(os.open(local, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(local))
+        return file.read(min(num_bytes, status.st_size))
 
 
 def version(url: str) -> str:

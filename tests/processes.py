@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 COMMAND = (sys.executable, "-c", "from d2i.cli import main; main()")
@@ -18,6 +20,22 @@ def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+def run_measured(*arguments: object) -> tuple[subprocess.CompletedProcess[str], int]:
+    """Run `d2i ARGUMENTS` to its end; return the most memory it had resident too, in bytes.
+
+    Of the children it waited for, the greatest counts as well.
+    """
+    command = [*COMMAND, *(str(argument) for argument in arguments)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        errors.seek(0)
+        done = subprocess.CompletedProcess(command, process.returncode, out.read(), errors.read())
+    return done, usage.ru_maxrss * 1024
 
 
 def run_d2i(*arguments: object) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from d2i import storage
 from d2i.eval.scores import Measured
 from d2i.eval.worker import describe_url
+from d2i.pictures import RESIZE
 from d2i.shards import ShardReader
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _data(request: EvalRequest, reader: ShardReader, measured: Measured) -> dict
         "failures": dict(manifest.failures) | measured.failures,
         "drawn_at": recipe.image.resolution,
         "resolution": recipe.metrics.resolution or recipe.image.resolution,
-        "resize": "lanczos, centre crop",
+        "resize": RESIZE,
         "codec": f"{', '.join(codecs)} files"
         if codecs
         else "none: pictures stay in memory from sampler to metric",

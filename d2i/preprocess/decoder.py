@@ -18,17 +18,14 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
-from io import BytesIO
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from d2i.config import ImageConfig
 from d2i.errors import ClusterError
-from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture
+from d2i.pictures import RefusedPictureError, Square, decode_square, open_header
 
 _LENGTH = struct.Struct("<Q")
 _JPEG = b"\xff\xd8\xff"
@@ -37,16 +34,6 @@ _MAX_PLAIN_SCANS = 8
 """A picture has three scans at most, its thumbnails as many again; thousands are an attack."""
 _MAX_PLAIN_PIXELS = 25_000_000
 """JPEGs of at most so many pixels take 75 MB and a quarter of a second (ours)."""
-
-
-@dataclass(frozen=True)
-class DecodedPicture:
-    """A picture's centre square, uint8 (R, R, 3), and what the whole was."""
-
-    pixels: NDArray[np.uint8]
-    suffix: str
-    width: int
-    height: int
 
 
 class Decoder:
@@ -64,18 +51,21 @@ class Decoder:
         self._max_decode_mib = max_decode_mib
         self._child: subprocess.Popen[bytes] | None = None
 
-    def decode(self, data: bytes) -> DecodedPicture:
+    def decode(self, data: bytes) -> Square:
         """Return the square of a picture.
 
         Raises:
             RefusedPictureError: As `d2i.pictures.decode_picture` does; `decode_timeout` or
                 `decode_memory` where a picture cost too much.
         """
-        if _is_plain(data):
-            try:
-                return _decode(data, self._image)
-            except MemoryError as err:
-                raise RefusedPictureError("decode_memory", "takes too much") from err
+        # Headers of other formats are not safe to open here: that of a WebP takes its canvas.
+        if data.startswith(_JPEG):
+            image = open_header(data, self._image)
+            if _is_plain(image, data):
+                try:
+                    return decode_square(image, self._image)
+                except MemoryError as err:
+                    raise RefusedPictureError("decode_memory", "takes too much") from err
         try:
             header, pixels = self._ask_child(data)
         except TimeoutError as err:
@@ -92,7 +82,7 @@ class Decoder:
             raise RefusedPictureError(header["reason"], header["detail"])
         side = self._image.resolution
         square = np.frombuffer(pixels, np.uint8).reshape(side, side, 3)
-        return DecodedPicture(square, header["suffix"], header["width"], header["height"])
+        return Square(square, header["suffix"], header["width"], header["height"])
 
     def close(self) -> None:
         """End the child, which is started anew when it is needed."""
@@ -104,10 +94,10 @@ class Decoder:
 
     def _ask_child(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         child = self._child or self._start()
-        _write_frame(_pipe(child.stdin), data)
-        answer = _Timed(_pipe(child.stdout), time.monotonic() + self._timeout_s)
-        header = json.loads(answer.frame())
-        return header, b"" if "reason" in header else answer.frame()
+        pipes = _Pipes(child, time.monotonic() + self._timeout_s)
+        pipes.send(data)
+        header = json.loads(pipes.receive())
+        return header, b"" if "reason" in header else pipes.receive()
 
     def _start(self) -> subprocess.Popen[bytes]:
         settings = {"image": self._image.model_dump(), "max_decode_mib": self._max_decode_mib}
@@ -115,12 +105,13 @@ class Decoder:
             [sys.executable, "-m", "d2i.preprocess.decoder", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,
             # Threads of numpy's would take address space, which is bounded.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
         # Its imports are not the first picture's fault.
         try:
-            _Timed(_pipe(self._child.stdout), time.monotonic() + _START_S).frame()
+            _Pipes(self._child, time.monotonic() + _START_S).receive()
         except (EOFError, TimeoutError) as err:
             raise ClusterError(
                 "the decoder's process did not start; expected it to; raise "
@@ -132,19 +123,36 @@ class Decoder:
 _START_S = 120.0
 
 
-class _Timed:
-    """Reads frames from a pipe until a deadline."""
+class _Pipes:
+    """Frames to and from a child until a deadline, also where it neither reads nor answers."""
 
-    def __init__(self, pipe: IO[bytes], deadline: float) -> None:
-        self._descriptor = pipe.fileno()
+    def __init__(self, child: subprocess.Popen[bytes], deadline: float) -> None:
+        self._to_child = _pipe(child.stdin).fileno()
+        self._from_child = _pipe(child.stdout).fileno()
         self._deadline = deadline
+        # A full pipe would be waited for without end.
+        os.set_blocking(self._to_child, False)
 
-    def frame(self) -> bytes:
+    def send(self, data: bytes) -> None:
+        """Write one frame.
+
+        Raises:
+            TimeoutError: At the deadline.
+            BrokenPipeError: If the child has ended.
+        """
+        for part in (_LENGTH.pack(len(data)), data):
+            rest = memoryview(part)
+            while rest:
+                if not select.select([], [self._to_child], [], self._left())[1]:
+                    raise TimeoutError
+                rest = rest[os.write(self._to_child, rest) :]
+
+    def receive(self) -> bytes:
         """Read one frame.
 
         Raises:
             TimeoutError: At the deadline.
-            EOFError: If the other side has ended.
+            EOFError: If the child has ended.
         """
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
         return self._read(length)
@@ -152,24 +160,23 @@ class _Timed:
     def _read(self, length: int) -> bytes:
         chunks = bytearray()
         while len(chunks) < length:
-            left_s = self._deadline - time.monotonic()
-            if left_s <= 0 or not select.select([self._descriptor], [], [], left_s)[0]:
+            if not select.select([self._from_child], [], [], self._left())[0]:
                 raise TimeoutError
-            chunk = os.read(self._descriptor, length - len(chunks))
+            chunk = os.read(self._from_child, length - len(chunks))
             if not chunk:
                 raise EOFError
             chunks += chunk
         return bytes(chunks)
 
+    def _left(self) -> float:
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        return left_s
 
-def _is_plain(data: bytes) -> bool:
-    """Say whether a picture is a baseline JPEG of bounded cost, by its markers alone."""
-    if not data.startswith(_JPEG):
-        return False
-    try:
-        image = Image.open(BytesIO(data), formats=["JPEG"])
-    except Exception:  # Whatever a damaged byte leads to; the child says what it is.
-        return False
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """Say whether a JPEG is a baseline one of bounded cost, by its header and markers alone."""
     return (
         "progressive" not in image.info
         and image.width * image.height <= _MAX_PLAIN_PIXELS
@@ -177,17 +184,10 @@ def _is_plain(data: bytes) -> bool:
     )
 
 
-def _decode(data: bytes, image: ImageConfig) -> DecodedPicture:
-    picture = decode_picture(data, image)
-    pixels = np.asarray(crop_to_square(picture.image, image.resolution))
-    width, height = picture.image.size
-    return DecodedPicture(pixels, picture.suffix, width, height)
-
-
 def _answer(data: bytes, image: ImageConfig) -> list[bytes]:
     """Return the child's answer to one picture, as frames."""
     try:
-        found = _decode(data, image)
+        found = decode_square(open_header(data, image), image)
     except RefusedPictureError as err:
         return [json.dumps({"reason": err.reason, "detail": str(err)}).encode()]
     except MemoryError:

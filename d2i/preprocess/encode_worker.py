@@ -15,6 +15,7 @@ from d2i.context import text_tokens
 from d2i.encoders import Encoders, load_encoders
 from d2i.encoders.bundle import versions
 from d2i.errors import ShardError
+from d2i.pictures import RESIZE
 from d2i.preprocess.encode import build_samples, encode_pictures, ledger_row
 from d2i.preprocess.handover import FetchedPicture, ShardResult, ShardTask
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
@@ -130,7 +131,8 @@ def fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, dict[str, objec
             "vae_kind": recipe.encoders.vae_kind,
             "clip_image": hashes["clip_image"],
             "resolution": recipe.image.resolution,
-            "resize": "lanczos, centre crop",
+            "resize": RESIZE,
+            "draft": recipe.image.draft,
             "compute_batch_size": recipe.encoders.compute_batch_size,
             "device": encoders.vae.device,
             "versions": versions(),

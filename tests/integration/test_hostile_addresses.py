@@ -7,9 +7,7 @@ import hashlib
 import json
 import signal
 import socket
-import struct
 import subprocess
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -20,27 +18,14 @@ import pytest
 from PIL import Image
 
 from d2i.preprocess.ledger import read_ledger
+from tests.bombs import png_bomb, webp_bomb
 from tests.integration.chats import picture, reasons, saved, sends, write_chats
 from tests.integration.commands import preprocess
-from tests.processes import COMMAND, run_process
+from tests.processes import COMMAND, run_measured, run_process
 from tests.servers import Answer, Handler, Names, WebServer, name_server, running
 from tests.shared import needs_shared
 
 pytestmark = needs_shared
-
-
-def png_bomb(side: int) -> bytes:
-    """A one-bit PNG of a few kilobytes that decodes to `side` squared pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    packed = zlib.compress(bytes((1 + side // 8) * side), 9)
-    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    parts = chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + parts
 
 
 def redirects(target: str) -> Answer:
@@ -117,6 +102,7 @@ CASES: dict[str, tuple[Answer, str]] = {
     "gzip-bomb": (sends(gzip.compress(bytes(50 << 20)), Content_Encoding="gzip"), "too_many_bytes"),
     "odd-encoding": (sends(GOOD, Content_Encoding="br"), "encoded_body"),
     "png-bomb": (sends(png_bomb(16384)), "too_large"),
+    "webp-bomb": (sends(webp_bomb(16_383)), "too_large"),
     "tall": (sends(saved(Image.new("RGB", (1, 5000)), "PNG")), "too_small"),
     "odd": (sends(saved(Image.new("RGB", (20, 5000)), "PNG")), "odd_aspect"),
     "html": (sends(b"<html>a page</html>"), "not_an_image"),
@@ -144,6 +130,16 @@ LIMITS = [
     )
     for part in ("--set", setting)
 ]
+
+
+def peak_bytes(source: Path, out: Path, *extra: str) -> int:
+    """Prepare, and return the most memory that took, without what bounds itself: the decoder."""
+    done, peak = run_measured(
+        *("preprocess", "--corpus", "jsonl", "--source", source, "--out", out),
+        *("--recipe", "demo", "--workers", "0", *extra),
+    )
+    assert done.returncode == 0, done.stderr
+    return peak
 
 
 def test_every_case_ends_as_its_row(
@@ -184,10 +180,13 @@ def test_every_case_ends_as_its_row(
     dns_server = f"127.0.0.1:{dns.server_address[1]}"
     network = ("--allow-host", host, "--dns-server", dns_server)
     network += ("--allow-host", f"127.0.0.1:{peaceful.port}")
-    found = preprocess("jsonl", source, out, *network, *LIMITS, *settings)
+    modest_source = write_chats(tmp_path / "modest", {"good": urls["good"]})
+    modest = peak_bytes(modest_source, tmp_path / "modest-data", *network, *LIMITS, *settings)
+    peak = peak_bytes(source, out, *network, *LIMITS, *settings)
 
     assert reasons(out) == expected
-    assert found["test"]["num_written"] == list(expected.values()).count("ok")
+    # One thread's body, unpacked, and one picture of the largest kind that is decoded here.
+    assert peak - modest < 150 << 20
     assert not canary.asked
     assert names.asked["inside.test"] <= 2
     assert all("us@example.org" in agent for agent in web.user_agents)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from PIL import Image
 from d2i.config import ImageConfig
 from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture
 from d2i.preprocess.decoder import Decoder
+from tests.bombs import webp_bomb
 
 LIMITS = ImageConfig(resolution=32)
 
@@ -69,6 +73,41 @@ def test_a_picture_that_takes_too_long_is_refused_and_the_next_one_read() -> Non
     hasty._timeout_s = 30.0
     assert hasty.decode(saved("PNG")).width == 90
     hasty.close()
+
+
+def test_a_child_that_does_not_read_costs_the_deadline() -> None:
+    """What is sent is longer than a pipe holds."""
+    hasty = Decoder(LIMITS, timeout_s=30.0, max_decode_mib=512)
+    assert hasty.decode(saved("PNG")).width == 90
+    assert hasty._child is not None
+    os.kill(hasty._child.pid, signal.SIGSTOP)
+    hasty._timeout_s = 0.2
+    data = saved("PNG", (600, 400))
+    assert len(data) > 500_000
+    with pytest.raises(RefusedPictureError) as caught:
+        hasty.decode(data)
+    assert caught.value.reason == "decode_timeout"
+    hasty._timeout_s = 30.0
+    assert hasty.decode(data).width == 600
+    hasty.close()
+
+
+def test_the_child_keeps_within_its_memory(decoder: Decoder) -> None:
+    with suppress(RefusedPictureError):
+        decoder.decode(webp_bomb(16_383))
+    assert decoder.decode(saved("PNG", (3000, 3000))).width == 3000
+    assert decoder._child is not None
+    status = Path(f"/proc/{decoder._child.pid}/status").read_text()
+    (peak_kib,) = (int(n) for n in re.findall(r"VmPeak:\s+(\d+) kB", status))
+    assert peak_kib <= 512 * 1024
+
+
+def test_a_header_that_takes_memory_is_not_opened_here(decoder: Decoder) -> None:
+    """A WebP's header alone makes its decoder take the canvas twice, here two gigabytes."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RefusedPictureError):
+        decoder.decode(webp_bomb(16_383))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
 
 def test_a_decoder_that_dies_costs_one_picture(decoder: Decoder) -> None:

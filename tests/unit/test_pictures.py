@@ -10,7 +10,15 @@ import pytest
 from PIL import Image, ImageCms
 
 from d2i.config import ImageConfig
-from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture, png_bytes
+from d2i.pictures import (
+    RefusedPictureError,
+    Square,
+    crop_to_square,
+    decode_picture,
+    decode_square,
+    open_header,
+    png_bytes,
+)
 
 LIMITS = ImageConfig()
 
@@ -101,6 +109,48 @@ def test_the_crop_is_the_centre_square() -> None:
     assert square.size == (64, 64)
     assert square.getpixel((32, 32)) == (255, 0, 0)
     assert crop_to_square(Image.new("RGB", (7, 91)), 64).size == (64, 64)
+
+
+def square(data: bytes, resolution: int, *, draft: bool) -> Square:
+    limits = ImageConfig(resolution=resolution, draft=draft)
+    return decode_square(open_header(data, limits), limits)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("size", [(400, 300), (301, 533), (800, 256), (999, 1333)])
+def test_a_draft_is_the_same_square_but_for_little(size: tuple[int, int], orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    smooth = noise((12, 9)).resize(size, Image.Resampling.BICUBIC)
+    data = saved(smooth, "JPEG", quality=95, exif=exif)
+    exact, drafted = (square(data, 64, draft=draft) for draft in (False, True))
+    whole = decode_picture(data, LIMITS).image
+    assert (exact.pixels == np.asarray(crop_to_square(whole, 64))).all()
+    assert (drafted.width, drafted.height) == (exact.width, exact.height) == whole.size
+    difference = np.abs(drafted.pixels.astype(int) - exact.pixels)
+    assert difference.mean() < 0.5
+    assert difference.max() <= 8
+
+
+def test_a_picture_under_four_times_the_resolution_is_no_draft() -> None:
+    data = saved(noise((255, 300)), "JPEG")
+    exact, same = (square(data, 64, draft=draft).pixels for draft in (False, True))
+    assert (exact == same).all()
+    data = saved(noise((256, 300)), "JPEG")
+    exact, other = (square(data, 64, draft=draft).pixels for draft in (False, True))
+    assert (exact != other).any()
+
+
+def test_a_picture_of_its_size_keeps_every_pixel() -> None:
+    picture = noise((64, 64))
+    assert (square(saved(picture, "PNG"), 64, draft=True).pixels == np.asarray(picture)).all()
+
+
+def test_the_square_is_cut_before_it_is_resized() -> None:
+    """What lies beside it has no part in its edge."""
+    picture = Image.new("RGB", (300, 100), "white")
+    picture.paste("red", (100, 0, 200, 100))
+    assert (np.asarray(crop_to_square(picture, 64)) == (255, 0, 0)).all()
 
 
 def test_png_bytes_keep_pixels_and_settings() -> None:

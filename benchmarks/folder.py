@@ -1,0 +1,137 @@
+"""How fast a folder of pictures is opened, beside a bare Pillow loop that does as much.
+
+    python benchmarks/folder.py --photos photos --num 1000 --repeats 5
+
+Saves the photographs of a folder anew with short sides of 256 (as MMDialog's), 500 and 1600 pixels,
+and turns them in turns into squares of 256: in a loop of Pillow's `open`, `draft`, `convert`,
+`crop`, `resize` (LANCZOS) and numpy's `asarray`, and by d2i (`PictureSource` over the folder, its
+decoder, the hash of the bytes), each in this process. Prints one JSON line: pictures a second of
+the processor's time and of the clock, medians, all repeats, and the ratios, which are what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from d2i.cluster import share
+from d2i.config import FetchConfig, ImageConfig
+from d2i.dialog import ImageRef
+from d2i.preprocess.decoder import Decoder
+from d2i.preprocess.encode import SourcePicture, open_picture
+from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
+
+SIDE = 256
+SHORT_SIDES = (256, 500, 1600)
+
+
+def make_folder(photos: Path, folder: Path, num: int, short_side: int) -> list[str]:
+    """Save photographs with that short side; return their names, some of them the same picture."""
+    files = sorted(photos.rglob("*.jpg"))[: min(num, 100)]
+    for number, path in enumerate(files):
+        image = Image.open(path).convert("RGB")
+        scale = short_side / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        image.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
+    return [f"{number % len(files)}.jpg" for number in range(num)]
+
+
+def bare(folder: Path, names: list[str]) -> None:
+    """Open each picture as a plain program would."""
+    for name in names:
+        image = Image.open(folder / name)
+        image.draft("RGB", (2 * SIDE, 2 * SIDE))
+        picture = image.convert("RGB")
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        square = picture.crop((left, top, left + side, top + side))
+        np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+
+
+def by_d2i(folder: Path, names: list[str]) -> None:
+    """Open each picture as d2i's workers do."""
+    config = FetchConfig()
+    book = share(host_book(config), num_workers=0)
+    source = PictureSource(str(folder), config, NO_ACCESS, book)
+    decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
+
+    def opened(fetched: Fetched) -> str:
+        picture = open_picture(fetched, decoder)
+        assert isinstance(picture, SourcePicture), picture
+        return picture.sha256
+
+    # Distinct names of the same files, as one name is read but once.
+    refs = [ImageRef("file", (f"{'./' * (n // 100)}{name}",)) for n, name in enumerate(names)]
+    found = source.fetch(refs, opened)
+    decoder.close()
+    assert len(found) == len(names)
+
+
+def measured(work: Callable[[], None], num: int) -> dict[str, float]:
+    """Return pictures a second of the processor and of the clock."""
+    clock, processor = time.perf_counter(), time.process_time()
+    work()
+    clock, processor = time.perf_counter() - clock, time.process_time() - processor
+    return {"per_cpu_s": num / processor, "per_s": num / clock}
+
+
+def compare(folder: Path, names: list[str], repeats: int) -> dict[str, Any]:
+    """Measure both in turns."""
+    bare(folder, names[:50])
+    by_d2i(folder, names[:50])
+    runs = [
+        {
+            "bare": measured(lambda: bare(folder, names), len(names)),
+            "d2i": measured(lambda: by_d2i(folder, names), len(names)),
+        }
+        for _ in range(repeats)
+    ]
+    result: dict[str, Any] = {}
+    for unit in ("per_cpu_s", "per_s"):
+        ratios = [run["d2i"][unit] / run["bare"][unit] for run in runs]
+        rates = {who: [round(run[who][unit], 1) for run in runs] for who in ("bare", "d2i")}
+        result[unit] = {
+            **{who: statistics.median(values) for who, values in rates.items()},
+            "all": rates,
+            "ratio": round(statistics.median(ratios), 2),
+            "all_ratios": [round(ratio, 2) for ratio in ratios],
+        }
+    return result
+
+
+def machine() -> dict[str, object]:
+    """Say what this ran on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.machine(), "cores": len(names)}
+
+
+def main() -> None:
+    """Measure each size of picture, and print one JSON line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--photos", type=Path, required=True, help="Folder of JPEG files.")
+    parser.add_argument("--num", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--short-sides", type=int, nargs="+", default=list(SHORT_SIDES))
+    options = parser.parse_args()
+    found = {}
+    for short_side in options.short_sides:
+        with tempfile.TemporaryDirectory() as folder:
+            names = make_folder(options.photos, Path(folder), options.num, short_side)
+            found[str(short_side)] = compare(Path(folder), names, options.repeats)
+    print(json.dumps({"machine": machine(), "python": platform.python_version(), **found}))
+
+
+if __name__ == "__main__":
+    main()
