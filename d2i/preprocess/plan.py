@@ -55,7 +55,10 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of one split, as kept in `plan/plan.json`."""
+    """The plan of one split, as kept in `plan/plan.json`.
+
+    `most_occurrences` are the instances of the picture that has most: all are in one shard.
+    """
 
     decided_by: dict[str, Any]
     num_instances: int
@@ -63,6 +66,7 @@ class Plan:
     num_shards: int
     num_excluded: int
     problems: dict[str, int]
+    most_occurrences: int = 0
     format: int = _FORMAT
 
 
@@ -133,6 +137,7 @@ class _Planner:
             num_shards=counts["shards"],
             num_excluded=self.num_excluded,
             problems=dict(sorted(self.problems.items())),
+            most_occurrences=grouped.most_occurrences,
         )
         if self.split_url is not None:
             self._finish(plan, self.split_url)
