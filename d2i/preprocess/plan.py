@@ -144,11 +144,10 @@ class _Planner:
         return plan
 
     def _finish(self, plan: Plan, split_url: str) -> None:
-        """Write the plan's own file, once all others are safe."""
-        folder = storage.join(split_url, "plan")
-        problems_url = storage.join(folder, "problems.jsonl")
-        storage.publish_file(self.scratch / "problems.jsonl", problems_url, flush=False)
-        storage.flush_folder(folder)
+        """Write the plan's own file, once all others are safely there."""
+        problems_url = storage.join(split_url, "plan", "problems.jsonl")
+        # Flushes the names of the records as well.
+        storage.publish_file(self.scratch / "problems.jsonl", problems_url)
         data = json.dumps(asdict(plan), indent=1, sort_keys=True).encode()
         storage.write_bytes(_plan_url(split_url), data)
 
@@ -212,13 +211,13 @@ def _clear_plan(split_url: str) -> None:
 def _written(shards: Iterable[pa.Table], split_url: str) -> Iterator[pa.Table]:
     """Write the records of each shard, several at a time, and pass it on when they are there.
 
-    Nothing is flushed to the disk yet: none counts before the plan's own file is there.
+    Their names are flushed at the end, as none counts before the plan's own file is there.
     """
     pending: deque[tuple[pa.Table, Future[None]]] = deque()
     with ThreadPoolExecutor(_NUM_WRITERS) as threads:
         for index, shard in enumerate(shards):
             url = records_url(split_url, index)
-            written = threads.submit(write_table, url, shard, flush=False)
+            written = threads.submit(write_table, url, shard, sync_name=False)
             pending.append((shard, written))
             while len(pending) > _NUM_WRITERS:
                 done, written = pending.popleft()
