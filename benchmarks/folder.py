@@ -28,9 +28,9 @@ from d2i.cluster import share
 from d2i.config import FetchConfig, ImageConfig
 from d2i.dialog import ImageRef
 from d2i.preprocess.decoder import Decoder
-from d2i.preprocess.encode import SourcePicture, open_picture
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
+from d2i.preprocess.fetch_worker import open_picture
 
 SIDE = 256
 SHORT_SIDES = (256, 500, 1600)
@@ -66,16 +66,16 @@ def by_d2i(folder: Path, names: list[str]) -> None:
     source = PictureSource(str(folder), config, NO_ACCESS, book)
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
 
-    def opened(fetched: Fetched) -> str:
-        picture = open_picture(fetched, decoder)
-        assert isinstance(picture, SourcePicture), picture
-        return picture.sha256
+    def opened(ref: ImageRef, fetched: Fetched) -> str:
+        found = open_picture(ref, fetched, decoder, is_kept=False)
+        assert found.picture is not None, found
+        return found.picture.sha256
 
     # Distinct names of the same files, as one name is read but once.
     refs = [ImageRef("file", (f"{'./' * (n // 100)}{name}",)) for n, name in enumerate(names)]
-    found = source.fetch(refs, opened)
+    num_opened = sum(1 for _ in source.fetch(refs, opened))
     decoder.close()
-    assert len(found) == len(names)
+    assert num_opened == len(names)
 
 
 def measured(work: Callable[[], None], num: int) -> dict[str, float]:

@@ -182,23 +182,23 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def new_file(url: str, *, flush: bool = True) -> Iterator[Path]:
+def new_file(url: str, *, sync_name: bool = True) -> Iterator[Path]:
     """Give a local file to fill, which then is published as `publish_file` does."""
     target = local_path(url)
     with scratch_file(url.rpartition("/")[0] if target is None else str(target.parent)) as scratch:
         yield scratch
-        publish_file(scratch, url, flush=flush)
+        publish_file(scratch, url, sync_name=sync_name)
 
 
-def publish_file(path: Path, url: str, *, flush: bool = True) -> None:
+def publish_file(path: Path, url: str, *, sync_name: bool = True) -> None:
     """Move a finished local file to its URL, where it appears complete or not at all.
 
     A local target is reached by fsync and rename (through a copy beside it where the two lie on
     different file systems), any other by a plain put, which object stores make visible at once.
     The local file is gone afterwards.
 
-    Without `flush` a power failure may undo it, until `flush_folder` was called: for many files
-    that count only once another one is there, as waiting for the disk at each takes long.
+    Without `sync_name` a power failure may undo the move until the next file is published there
+    with it: for many files that count only once that one is there, as each would wait for the disk.
     """
     target = local_path(url)
     if target is None:
@@ -207,21 +207,10 @@ def publish_file(path: Path, url: str, *, flush: bool = True) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if path.stat().st_dev != target.parent.stat().st_dev:
         path = _copy_beside(path, target)
-    if flush:
-        sync(path)
+    sync(path)
     path.replace(target)
-    if flush:
+    if sync_name:
         sync(target.parent)
-
-
-def flush_folder(url: str) -> None:
-    """Flush the files of a local folder and their names to the disk; others need none of it."""
-    folder = local_path(url)
-    if folder is None:
-        return
-    for path in folder.iterdir():
-        sync(path)
-    sync(folder)
 
 
 @contextlib.contextmanager

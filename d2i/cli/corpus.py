@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from d2i.config import DialogConfig
     from d2i.corpora.leaks import Leak
 
+_MANY_OCCURRENCES = 10_000
+"""Ten times the samples of a usual shard."""
+
 
 def add_commands(app: typer.Typer) -> None:
     """Give the command of this module to the app."""
@@ -210,6 +213,11 @@ def _lines(survey: dict[str, Any]) -> Iterator[str]:
             f"{found['num_dialogs_with_images']} of {found['num_dialogs']} dialogs, "
             f"{found['num_turns']} turns; problems: {counted(found['problems'])}"
         )
+        if found["most_occurrences"] > _MANY_OCCURRENCES:
+            yield (
+                f"  one picture is shared {found['most_occurrences']} times: all of them come into "
+                "one shard; corpus.repeated=unique keeps one"
+            )
         yield from _length_lines(found["lengths"])
         yield from _variant_lines(found)
         if found["pictures"] and (found["pictures"]["num_read"] or found["pictures"]["failures"]):

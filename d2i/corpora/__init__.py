@@ -50,6 +50,8 @@ MAX_PICTURES = 1024
 
 _TURN_CHARS = 16
 """What a turn takes beside its text, in characters."""
+_FEW_PICTURES = MAX_CONTEXT_CHARS // (MAX_RECORD_BYTES + MAX_TURNS * _TURN_CHARS)
+"""So many cannot make the contexts of any record too long."""
 
 _log = logging.getLogger(__name__)
 # Reasons that say nothing against the form of a record.
@@ -311,7 +313,7 @@ def _dialogs(
 def _is_too_large(dialog: Dialog) -> bool:
     """Say whether the contexts of a dialog would take much more room than the dialog itself."""
     num_pictures = len(dialog.pictures)
-    if num_pictures <= MAX_CONTEXT_CHARS // (MAX_RECORD_BYTES + MAX_TURNS * _TURN_CHARS):
+    if num_pictures <= _FEW_PICTURES:
         return False
     num_chars = sum(len(turn.text) + _TURN_CHARS for turn in dialog.turns)
     return num_pictures > MAX_PICTURES or num_chars * num_pictures > MAX_CONTEXT_CHARS

@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 from d2i.corpora.records import Dialog, Flaw, Picture
@@ -67,7 +68,7 @@ class InstanceOptions:
         turns = self._texts(dialog)
         prefix = key_prefix(split, dialog.id)
         first, last = _spoken_span(turns)
-        begin, end = self._context_bounds()
+        begin, end = self._context_bounds
         for picture in self._chosen(dialog.pictures):
             turn, image = picture.turn, picture.image
             # One of the two ends moves with the picture, the other is that of the dialog.
@@ -98,6 +99,7 @@ class InstanceOptions:
         turns = itertools.groupby(pictures, key=operator.attrgetter("turn"))
         return (next(of_turn) for _, of_turn in turns)
 
+    @cached_property
     def _context_bounds(self) -> tuple[int | None, int | None]:
         """Return where a context begins and ends, counted from the picture's turn.
 

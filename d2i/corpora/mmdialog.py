@@ -7,6 +7,7 @@ read. Must not import torch.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from msgspec import UNSET, Struct, UnsetType, field
@@ -69,14 +70,14 @@ class MMDialog(InstanceOptions):
         """Return what parses one record of a split."""
         folder = split_folder(self.image_root or source, split)
         image_dir = f"{folder}/" if folder else ""
-        return lambda record, flaw: _parse(record, image_dir, flaw)
+        return partial(_parse, image_dir)
 
 
 def _files_in(names: list[str]) -> list[str]:
     return [name for name in names if "conversations" in name and name.endswith(_SUFFIXES)]
 
 
-def _parse(record: MMDialogRecord, image_dir: str, flaw: Flaw) -> Dialog:
+def _parse(image_dir: str, record: MMDialogRecord, flaw: Flaw) -> Dialog:
     turns, pictures = [], []
     for index, turn in enumerate(record.conversation):
         said, image = "", 0

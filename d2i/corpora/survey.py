@@ -16,14 +16,20 @@ from msgspec import Struct
 from d2i.config import DialogConfig, TextConfig
 from d2i.context import context_text
 from d2i.corpora import Corpus, Dialog, Problem, build_corpus, read_dialogs
-from d2i.corpora.records import Reason
+from d2i.corpora.records import Flaw, Reason
 from d2i.dialog import Instance, key_order_hash, key_prefix
 from d2i.tokenize import WINDOW_LENGTH, encode
 
 _BINS_PER_WINDOW = 5
 _NUM_BINS = 20
 
+_MAX_SAMPLE_CHARS = 32 << 20
+"""A sample is made smaller where its dialogs are longer than this, all together."""
+_TURN_CHARS = 64
+"""What a turn takes beside its text, in characters."""
+
 _CORPUS_OPTIONS: dict[str, tuple[str, ...]] = {
+    "direction": ("answer", "first"),
     "own_turn": ("include", "exclude"),
     "images_in_turn": ("all", "first"),
     "repeated": ("all", "unique"),
@@ -34,12 +40,15 @@ _TEXT_OPTIONS: dict[str, tuple[str | int, ...]] = {
     "strategy": ("hash", "space", "special", "letters"),
     "empty_turns": ("drop", "keep"),
     "speaker_runs": ("keep", "merge"),
+    "max_turns": (1, 3),
+    "keep": ("end", "start"),
+    "cut": ("token", "turn"),
     "num_windows": (1, 2),
 }
 
 
 class Lengths(Struct):
-    """Token lengths of sampled contexts, before any is cut.
+    """Token lengths of sampled contexts, before any is cut by token.
 
     `counts[i]` are those of over `i * bin_width` and up to `(i + 1) * bin_width` tokens; the
     first bin has 0 as well, the last one is open above. `room` tokens fit, and `share_over` of
@@ -67,13 +76,17 @@ class VariantSurvey(Struct):
 
 
 class SplitSurvey(Struct):
-    """What one split holds. Occurrences count a picture each time it is shared."""
+    """What one split holds. Occurrences count a picture each time it is shared.
+
+    `most_occurrences` are those of the picture that is shared most: all lie in one shard.
+    """
 
     num_dialogs: int
     num_dialogs_with_images: int
     num_turns: int
     num_occurrences: int
     num_images: int
+    most_occurrences: int
     num_instances: int
     problems: dict[str, int]
     lengths: Lengths
@@ -104,14 +117,15 @@ def survey_split(
         DataError: If the source holds no such split.
     """
     as_set, *others = _variants(name, config)
-    counters = [_Counter(variant, split) for variant in (as_set, *others)]
+    # Settings of the text change no count, so that one counter serves all of them.
+    counters = {variant.corpus: _Counter(variant.corpus, split) for variant in (as_set, *others)}
     problems: Counter[str] = Counter()
 
     def note(problem: Problem) -> None:
         problems[problem.reason] += 1
 
     dialogs, flaw = read_dialogs(as_set.corpus, source, split, on_problem=note, max_broken=1.0)
-    counts, images, sample = Counter[str](), set[int](), _Sample(num_sampled)
+    counts, images, sample = Counter[str](), Counter[int](), _Sample(num_sampled)
     for dialog in dialogs:
         on_dialog()
         counts["dialogs"] += 1
@@ -120,19 +134,22 @@ def survey_split(
         counts["with_images"] += bool(dialog.pictures)
         images.update(hash(as_set.corpus.image_id(picture.ref)) for picture in dialog.pictures)
         sample.offer(dialog, split)
-        counters[0].take(dialog, flaw)
-        for counter in counters[1:]:
-            counter.take(dialog)
+        for corpus, counter in counters.items():
+            counter.take(dialog, flaw if corpus == as_set.corpus else _unheard)
     return SplitSurvey(
         num_dialogs=counts["dialogs"],
         num_dialogs_with_images=counts["with_images"],
         num_turns=counts["turns"],
         num_occurrences=counts["occurrences"],
         num_images=len(images),
-        num_instances=counters[0].num_instances,
+        most_occurrences=max(images.values(), default=0),
+        num_instances=counters[as_set.corpus].num_instances,
         problems=dict(sorted(problems.items())),
         lengths=_lengths(as_set, sample.token_counts(as_set, split)),
-        variants=[_variant_survey(counter, sample, split) for counter in counters[1:]],
+        variants=[
+            _variant_survey(variant, counters[variant.corpus], sample.token_counts(variant, split))
+            for variant in others
+        ],
     )
 
 
@@ -169,26 +186,25 @@ def _variants(name: str, config: DialogConfig) -> list[_Variant]:
 
 
 class _Counter:
-    """Counts the instances of one split under one variant."""
+    """Counts the instances of one split under the options of one corpus."""
 
-    def __init__(self, variant: _Variant, split: str) -> None:
-        self.variant = variant
+    def __init__(self, corpus: Corpus, split: str) -> None:
         self.num_instances = 0
         self.num_empty = 0
+        self._corpus = corpus
         self._split = split
-        self._seen: set[int] | None = set() if variant.corpus.is_unique(split) else None
+        self._seen: set[int] | None = set() if corpus.is_unique(split) else None
 
-    def take(self, dialog: Dialog, flaw: Callable[[Reason, str], None] | None = None) -> None:
+    def take(self, dialog: Dialog, flaw: Flaw) -> None:
         """Count those of one dialog."""
 
         def note(reason: Reason, detail: str) -> None:
             self.num_empty += reason == "empty_context"
-            if flaw is not None:
-                flaw(reason, detail)
+            flaw(reason, detail)
 
-        instances = list(self.variant.corpus.instances(dialog, self._split, note))
+        instances = list(self._corpus.instances(dialog, self._split, note))
         if self._seen is not None:
-            instances = _first_seen(instances, self.variant.corpus, self._seen)
+            instances = _first_seen(instances, self._corpus, self._seen)
         self.num_instances += len(instances)
 
 
@@ -212,6 +228,7 @@ class _Sample:
     def __init__(self, size: int) -> None:
         self._size = size
         self._heap: list[tuple[int, str, Dialog]] = []
+        self._num_chars = 0
 
     def offer(self, dialog: Dialog, split: str) -> None:
         """Take those of a dialog that come early enough."""
@@ -219,23 +236,36 @@ class _Sample:
         for picture in dialog.pictures:
             key = f"{prefix}{picture.turn}-{picture.image}"
             entry = (-key_order_hash(key, 0), key, dialog)
-            if len(self._heap) < self._size:
-                heapq.heappush(self._heap, entry)
-            elif self._heap and entry > self._heap[0]:
-                heapq.heapreplace(self._heap, entry)
+            if len(self._heap) < self._size or (self._heap and entry > self._heap[0]):
+                self._take(entry)
+
+    def _take(self, entry: tuple[int, str, Dialog]) -> None:
+        heapq.heappush(self._heap, entry)
+        self._num_chars += _num_chars(entry[2])
+        if len(self._heap) > self._size:
+            self._drop_last()
+        while self._num_chars > _MAX_SAMPLE_CHARS:
+            self._drop_last()
+            self._size = len(self._heap)
+
+    def _drop_last(self) -> None:
+        self._num_chars -= _num_chars(heapq.heappop(self._heap)[2])
 
     def token_counts(self, variant: _Variant, split: str) -> list[int]:
         """Return how many tokens the context of each has under a variant that has it at all."""
-        uncut = variant.text.model_copy(update={"cut": "token"})
         keys = {key for _, key, _ in self._heap}
         # Several of one dialog may be sampled: its instances are made once.
         dialogs = {dialog.id: dialog for _, _, dialog in self._heap}
         return [
-            len(encode(context_text(instance.context, uncut)))
+            len(encode(context_text(instance.context, variant.text)))
             for dialog in dialogs.values()
             for instance in variant.corpus.instances(dialog, split, _unheard)
             if instance.key in keys
         ]
+
+
+def _num_chars(dialog: Dialog) -> int:
+    return sum(len(turn.text) + _TURN_CHARS for turn in dialog.turns)
 
 
 def _unheard(reason: Reason, detail: str) -> None:
@@ -258,9 +288,7 @@ def _lengths(variant: _Variant, token_counts: list[int]) -> Lengths:
     )
 
 
-def _variant_survey(counter: _Counter, sample: _Sample, split: str) -> VariantSurvey:
-    variant = counter.variant
-    token_counts = sample.token_counts(variant, split)
+def _variant_survey(variant: _Variant, counter: _Counter, token_counts: list[int]) -> VariantSurvey:
     return VariantSurvey(
         option=variant.option,
         value=variant.value,

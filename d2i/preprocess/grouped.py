@@ -35,6 +35,7 @@ class GroupedInstances:
     def __init__(self, folder: Path) -> None:
         self._rows = DealtRows(folder / "rows.arrow", _HASH)
         self.num_images = 0
+        self.most_occurrences = 0
 
     def __enter__(self) -> Self:
         """Begin to take instances."""
@@ -54,11 +55,15 @@ class GroupedInstances:
     def shards(self, max_rank: int, num_samples: int) -> Iterator[pa.Table]:
         """Give the rows up to a rank, cut into shards of at least so many samples.
 
-        All instances of a picture stay together. `num_images` counts the pictures given so far.
+        All instances of a picture stay together. `num_images` counts the pictures given so far,
+        `most_occurrences` the instances of the one that has most.
         """
         rest, rest_hashes = None, np.zeros(0, np.uint64)
         for next_table, next_hashes in self._sorted_tables(max_rank):
-            self.num_images += len(np.unique(next_hashes))
+            occurrences = np.unique(next_hashes, return_counts=True)[1]
+            self.num_images += len(occurrences)
+            most = int(occurrences.max(initial=0))
+            self.most_occurrences = max(self.most_occurrences, most)
             table = next_table if rest is None else pa.concat_tables([rest, next_table])
             hashes = np.concatenate([rest_hashes, next_hashes])
             begin = 0

@@ -55,7 +55,10 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of one split, as kept in `plan/plan.json`."""
+    """The plan of one split, as kept in `plan/plan.json`.
+
+    `most_occurrences` are the instances of the picture that has most: all are in one shard.
+    """
 
     decided_by: dict[str, Any]
     num_instances: int
@@ -63,6 +66,7 @@ class Plan:
     num_shards: int
     num_excluded: int
     problems: dict[str, int]
+    most_occurrences: int = 0
     format: int = _FORMAT
 
 
@@ -133,17 +137,17 @@ class _Planner:
             num_shards=counts["shards"],
             num_excluded=self.num_excluded,
             problems=dict(sorted(self.problems.items())),
+            most_occurrences=grouped.most_occurrences,
         )
         if self.split_url is not None:
             self._finish(plan, self.split_url)
         return plan
 
     def _finish(self, plan: Plan, split_url: str) -> None:
-        """Write the plan's own file, once all others are safe."""
-        folder = storage.join(split_url, "plan")
-        problems_url = storage.join(folder, "problems.jsonl")
-        storage.publish_file(self.scratch / "problems.jsonl", problems_url, flush=False)
-        storage.flush_folder(folder)
+        """Write the plan's own file, once all others are safely there."""
+        problems_url = storage.join(split_url, "plan", "problems.jsonl")
+        # Flushes the names of the records as well.
+        storage.publish_file(self.scratch / "problems.jsonl", problems_url)
         data = json.dumps(asdict(plan), indent=1, sort_keys=True).encode()
         storage.write_bytes(_plan_url(split_url), data)
 
@@ -207,13 +211,13 @@ def _clear_plan(split_url: str) -> None:
 def _written(shards: Iterable[pa.Table], split_url: str) -> Iterator[pa.Table]:
     """Write the records of each shard, several at a time, and pass it on when they are there.
 
-    Nothing is flushed to the disk yet: none counts before the plan's own file is there.
+    Their names are flushed at the end, as none counts before the plan's own file is there.
     """
     pending: deque[tuple[pa.Table, Future[None]]] = deque()
     with ThreadPoolExecutor(_NUM_WRITERS) as threads:
         for index, shard in enumerate(shards):
             url = records_url(split_url, index)
-            written = threads.submit(write_table, url, shard, flush=False)
+            written = threads.submit(write_table, url, shard, sync_name=False)
             pending.append((shard, written))
             while len(pending) > _NUM_WRITERS:
                 done, written = pending.popleft()

@@ -67,9 +67,9 @@ def read_records(url: str) -> list[Instance]:
     return [_instance(row) for row in table.to_pylist()]
 
 
-def write_table(url: str, table: pa.Table, *, flush: bool = True) -> None:
-    """Write an Arrow table as Parquet, complete or not at all; `flush` is that of `storage`."""
-    with storage.new_file(url, flush=flush) as path:
+def write_table(url: str, table: pa.Table, *, sync_name: bool = True) -> None:
+    """Write an Arrow table as Parquet, complete or not at all; `sync_name` is that of `storage`."""
+    with storage.new_file(url, sync_name=sync_name) as path:
         # By its path Arrow writes on its own: threads need not wait for each other.
         # Rows are read whole and hardly repeat: dictionaries and statistics would save nothing.
         pq.write_table(table, path, compression="lz4", use_dictionary=False, write_statistics=False)

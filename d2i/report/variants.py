@@ -11,6 +11,7 @@ from d2i.report.markup import LeftOut, Section, figure, is_number, percent, tabl
 _TITLE = "What each option would change"
 _HEAD = ("", "Instances", "Change", "Empty contexts", "Mean tokens", "Too long")
 _MEANINGS = {
+    "corpus.direction": "whether a picture answers what is before it, or opens what follows",
     "corpus.own_turn": "whether text in the picture\u2019s own turn is part of its context",
     "corpus.images_in_turn": "whether every picture of a turn is used, or the first alone",
     "corpus.repeated": "whether a picture that is shared again is used again",
@@ -19,6 +20,9 @@ _MEANINGS = {
     "text.strategy": "how the turns are joined into one line of text",
     "text.empty_turns": "whether a turn without text gets a mark of its own",
     "text.speaker_runs": "whether turns in a row by one speaker are joined into one",
+    "text.max_turns": "how many turns are read at most",
+    "text.keep": "which side of a context is kept where not all of it is",
+    "text.cut": "whether a context that is too long loses whole turns, or is cut within one",
     "text.num_windows": "how many windows of the encoder\u2019s size are read",
 }
 
@@ -32,7 +36,7 @@ def variants_section(survey: Mapping[str, Any]) -> Section | LeftOut:
         '<p class="intro">Each line changes one option and leaves all others as set; after '
         "<code>--set</code> it can be given as it is written here. An empty context is a picture "
         "with no text to go with it, which gives no instance. Too long is a context with more "
-        "tokens than fit.</p>"
+        "tokens than fit, once whole turns were left out where an option says so.</p>"
     )
     tables = "".join(_split_table(split, found) for split, found in splits.items())
     return Section("options", _TITLE, intro + tables + _options(survey))

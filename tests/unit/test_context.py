@@ -35,6 +35,61 @@ def test_the_strategies_of_the_paper_s_figure_4(strategy: str, line: str) -> Non
         assert context_text(turns, TextConfig(strategy=strategy)) == line
 
 
+FIGURE_4 = [Turn(None, f"Turn {number}") for number in range(1, 31)]
+"""The paper's Figure 4, as far on as it takes to be too long under every strategy."""
+WINDOWS = {
+    ("hash", "end"): (
+        "turn 12 # turn 13 # turn 14 # turn 15 # turn 16 # turn 17 # turn 18 # turn 19 # "
+        "turn 20 # turn 21 # turn 22 # turn 23 # turn 24 # turn 25 # turn 26 # turn 27 # "
+        "turn 28 # turn 29 # turn 30"
+    ),
+    ("hash", "start"): (
+        "# turn 1 # turn 2 # turn 3 # turn 4 # turn 5 # turn 6 # turn 7 # turn 8 # turn 9 "
+        "# turn 10 # turn 11 # turn 12 # turn 13 # turn 14 # turn 15 # turn 16 # turn 17 "
+        "# turn 18 # turn 19 # turn 20 # turn 21"
+    ),
+    ("space", "end"): (
+        "turn 4 turn 5 turn 6 turn 7 turn 8 turn 9 turn 10 turn 11 turn 12 turn 13 turn "
+        "14 turn 15 turn 16 turn 17 turn 18 turn 19 turn 20 turn 21 turn 22 turn 23 turn "
+        "24 turn 25 turn 26 turn 27 turn 28 turn 29 turn 30"
+    ),
+    ("space", "start"): (
+        "turn 1 turn 2 turn 3 turn 4 turn 5 turn 6 turn 7 turn 8 turn 9 turn 10 turn 11 "
+        "turn 12 turn 13 turn 14 turn 15 turn 16 turn 17 turn 18 turn 19 turn 20 turn 21 "
+        "turn 22 turn 23 turn 24 turn 25 turn 26 turn 27 turn 28"
+    ),
+    ("special", "end"): (
+        "2] turn 20 [per 1] turn 21 [per 2] turn 22 [per 1] turn 23 [per 2] turn 24 [per "
+        "1] turn 25 [per 2] turn 26 [per 1] turn 27 [per 2] turn 28 [per 1] turn 29 [per "
+        "2] turn 30"
+    ),
+    ("special", "start"): (
+        "[per 1] turn 1 [per 2] turn 2 [per 1] turn 3 [per 2] turn 4 [per 1] turn 5 [per "
+        "2] turn 6 [per 1] turn 7 [per 2] turn 8 [per 1] turn 9 [per 2] turn 10 [per 1] "
+        "turn 11 [per 2] turn 12"
+    ),
+    ("letters", "end"): (
+        "b: turn 16 a: turn 17 b: turn 18 a: turn 19 b: turn 20 a: turn 21 b: turn 22 a: "
+        "turn 23 b: turn 24 a: turn 25 b: turn 26 a: turn 27 b: turn 28 a: turn 29 b: "
+        "turn 30"
+    ),
+    ("letters", "start"): (
+        "a: turn 1 b: turn 2 a: turn 3 b: turn 4 a: turn 5 b: turn 6 a: turn 7 b: turn 8 "
+        "a: turn 9 b: turn 10 a: turn 11 b: turn 12 a: turn 13 b: turn 14 a: turn 15 b: "
+        "turn 16 a: turn 1"
+    ),
+}
+
+
+@pytest.mark.parametrize(("strategy", "keep"), sorted(WINDOWS))
+def test_a_window_keeps_one_side_of_the_paper_s_figure_4(strategy: str, keep: Any) -> None:
+    """Cut by token: the first mark, or the last turn, may be left in part."""
+    kept = encode(WINDOWS[strategy, keep])
+    assert len(kept) == 75
+    tokens = context_tokens(FIGURE_4, TextConfig(strategy=strategy, keep=keep))
+    assert tokens.tolist() == [START_ID, *kept, END_ID]
+
+
 def test_empty_turns_may_keep_their_mark() -> None:
     turns = [Turn(0, "a"), Turn(1, ""), Turn(0, "b")]
     for strategy, dropped, kept in [

@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2i.config import TextConfig
+from d2i.config import ImageConfig, TextConfig
 from d2i.context import context_text
 from d2i.corpora import Problem, build_corpus, json_stream, read_instances, splits
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import RecordError
 from d2i.dialog import ImageRef, Instance, Turn, linearize
 from d2i.errors import ConfigError, DataError
+from d2i.picture_files import read_picture
+from d2i.pictures import RefusedPictureError, decode_picture
 from tests.shared import SHARED, needs_shared
 
 MMDIALOG = SHARED / "data" / "mmdialog"
@@ -277,6 +279,51 @@ def test_mmdialog_as_an_array_is_the_same_corpus(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "simple_conversations.json").write_bytes(array)
     assert instances("mmdialog", tmp_path, "train") == instances("mmdialog", MMDIALOG, "train")
+
+
+LAYOUTS = [
+    *((form, name, "conversations.json") for form in sorted(FORMS) for name in ("train", "test")),
+    *((form, name, "a.conversations.txt") for form in sorted(FORMS) for name in ("val", "dev")),
+    ("lines", "valid", "conversations.jsonl"),
+    ("indented", "validation", "simple_conversations.json"),
+]
+
+
+@needs_shared
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["beside", "elsewhere"])
+@pytest.mark.parametrize(("form", "folder", "name"), LAYOUTS)
+def test_mmdialog_counts_are_those_of_the_sample_in_every_layout(
+    tmp_path: Path, form: str, folder: str, name: str, elsewhere: bool
+) -> None:
+    split = folder if folder in ("train", "test") else "valid"
+    expected = json.loads((MMDIALOG / "EXPECTED.json").read_bytes())[split]
+    lines = (MMDIALOG / split / "conversations.json").read_text(encoding="utf-8").splitlines()
+    path = tmp_path / folder / name
+    path.parent.mkdir()
+    path.write_text(FORMS[form]([json.loads(line) for line in lines if line]), encoding="utf-8")
+    pictures = MMDIALOG / split if elsewhere else path.parent
+    if not elsewhere:
+        for picture in (MMDIALOG / split).glob("*.jpg"):
+            (path.parent / picture.name).symlink_to(picture)
+    options = {"image_root": str(pictures)} if elsewhere else {}
+    every, problems = instances("mmdialog", tmp_path, split, repeated="all", **options)
+    unique, _ = instances("mmdialog", tmp_path, split, repeated="unique", **options)
+    assert (len(every), problems) == (expected["image_occurrences"], [])
+    assert len(unique) == expected["unique_images"]
+    root = pictures if elsewhere else tmp_path
+    failures = Counter(failure_of(root / instance.image_ref.value[0]) for instance in every)
+    assert failures[None] == expected["usable_instances"]
+    assert failures["missing_file"] == expected["missing_files"]
+    assert failures["decode_error"] == expected["truncated_files"]
+
+
+def failure_of(path: Path) -> str | None:
+    """Say why a picture cannot be used, or None."""
+    try:
+        decode_picture(read_picture(str(path.parent), path.name, 1 << 20), ImageConfig())
+    except RefusedPictureError as error:
+        return error.reason
+    return None
 
 
 @needs_shared

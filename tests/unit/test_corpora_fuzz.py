@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from d2i.corpora import Problem, read_instances
-from d2i.dialog import linearize
+from d2i.corpora import Problem, build_corpus, read_instances
+from d2i.dialog import Instance, linearize
 
 NUM_SEEDS, NUM_SOAK_SEEDS = 150, 40_000
 MAX_PEAK_BYTES = 24 << 20
 
 FILES = {
-    "mmdialog": "train/conversations.json",
-    "photochat": "train/train_00.json",
-    "jsonl": "train.jsonl",
+    "mmdialog": ["train/conversations.json", "train/conversations_2.json"],
+    "photochat": ["train/train_00.json", "train/train_01.json"],
+    "jsonl": ["train.jsonl"],
 }
 # What an attacker would put where a picture's name, an id or a text is.
 HOSTILE = [
@@ -126,22 +126,34 @@ def mutated_corpus(folder: Path, corpus: str, seed: int) -> None:
         plant(record, dice) if dice.random() < 0.6 else record for record in records(corpus, dice)
     ]
     made += made[: dice.randint(0, 2)]
-    text = dice.choice(["\n".join(map(json.dumps, made)), json.dumps(made, indent=1)])
-    path = folder / FILES[corpus]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(damage(text.encode(), dice))
+    for number, name in enumerate(FILES[corpus]):
+        part = made[number :: len(FILES[corpus])]
+        text = dice.choice(["\n".join(map(json.dumps, part)), json.dumps(part, indent=1)])
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(damage(text.encode(), dice))
+
+
+def read(folder: Path, corpus: str, **options: Any) -> tuple[list[Instance], list[Problem]]:
+    problems: list[Problem] = []
+    instances = read_instances(
+        corpus, folder, "train", on_problem=problems.append, max_broken=1.0, **options
+    )
+    return list(instances), problems
 
 
 def check(folder: Path, corpus: str, seed: int) -> int:
     """Read a mutated corpus; return how many instances it still has."""
     mutated_corpus(folder, corpus, seed)
-    problems: list[Problem] = []
-    found = list(
-        read_instances(
-            corpus, folder, "train", on_problem=problems.append, max_broken=1.0, emoji="unicode"
-        )
-    )
+    found, problems = read(folder, corpus, emoji="unicode")
     assert len({instance.key for instance in found}) == len(found)
+    image_id = build_corpus(corpus, {}).image_id
+    unique, same_problems = read(folder, corpus, emoji="unicode", repeated="unique")
+    assert same_problems == problems
+    first: dict[str, Instance] = {}
+    for instance in found:
+        first.setdefault(image_id(instance.image_ref), instance)
+    assert unique == list(first.values())
     root = os.path.realpath(folder)
     for instance in found:
         assert linearize(instance.context).encode()
@@ -154,7 +166,7 @@ def check(folder: Path, corpus: str, seed: int) -> int:
             inside = os.path.normpath(f"{root}/{place}")
             assert inside.startswith(root + os.sep)
     assert found or problems
-    assert all(problem.where.startswith(FILES[corpus]) for problem in problems)
+    assert all(problem.where.startswith(tuple(FILES[corpus])) for problem in problems)
     return len(found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,12 @@ def test_occurrences_of_a_picture_share_a_shard(tmp_path: Path) -> None:
     pictures = [{instance.image_ref for instance in shard} for shard in shards]
     assert sum(map(len, pictures)) == len(set.union(*pictures))
     assert all(10 <= len(shard) < 20 for shard in shards[:-1])
+    occurrences = Counter(instance.image_ref for shard in shards for instance in shard)
+    plan = json.loads((tmp_path / "out/plan/plan.json").read_text())
+    assert plan["most_occurrences"] == max(occurrences.values())
+    chosen = planned(source, tmp_path / "few", limit=1)
+    assert list(map(len, chosen)) == [1]
+    assert json.loads((tmp_path / "few/plan/plan.json").read_text())["most_occurrences"] == 1
 
 
 def test_rows_that_went_through_files_are_the_same(

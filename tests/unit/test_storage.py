@@ -77,18 +77,17 @@ def test_publish_moves_and_fetch_copies(folder: str, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_filled_appears_on_leaving(folder: str) -> None:
-    for flush in (True, False):
-        url = storage.join(folder, f"flushed {flush}")
-        with storage.new_file(url, flush=flush) as path:
+    for sync_name in (True, False):
+        url = storage.join(folder, f"synced {sync_name}")
+        with storage.new_file(url, sync_name=sync_name) as path:
             path.write_bytes(b"data")
             assert not storage.exists(url)
         assert storage.read_bytes(url) == b"data"
-        with pytest.raises(RuntimeError), storage.new_file(url, flush=flush) as path:
+        with pytest.raises(RuntimeError), storage.new_file(url, sync_name=sync_name) as path:
             path.write_bytes(b"half")
             raise RuntimeError
         assert storage.read_bytes(url) == b"data"
-    storage.flush_folder(folder)
-    assert storage.list_names(folder) == ["flushed False", "flushed True"]
+    assert storage.list_names(folder) == ["synced False", "synced True"]
 
 
 def test_publish_from_another_file_system(tmp_path: Path) -> None:

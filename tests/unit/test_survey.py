@@ -16,11 +16,12 @@ from PIL import Image
 from d2i.config import DialogConfig, apply_settings
 from d2i.context import context_text
 from d2i.corpora import build_corpus, read_instances
+from d2i.corpora import survey as survey_module
 from d2i.corpora.leaks import Leak, LeakFinder, count_leaks
 from d2i.corpora.likeness import MAX_DISTANCE, Look, LookIndex, look_of
 from d2i.corpora.survey import SplitSurvey, survey_split
 from d2i.tokenize import encode
-from tests.processes import run_d2i
+from tests.processes import run_d2i, run_process
 from tests.shared import SHARED, needs_shared
 
 MMDIALOG = SHARED / "data" / "mmdialog"
@@ -56,7 +57,11 @@ def test_counts_are_those_of_the_sample(split: str) -> None:
 def test_a_variant_counts_what_reading_with_it_gives(split: str, settings: tuple[str, ...]) -> None:
     config = apply_settings(DialogConfig(), settings)
     found = survey(MMDIALOG, split, *settings)
-    assert {v.option for v in found.variants} > {"own_turn", "repeated", "text.strategy"}
+    unmeasured = {"corpus.image_root", "corpus.descriptions", "corpus.max_broken", "text.latents"}
+    every = {f"corpus.{name}" for name in type(config.corpus).model_fields}
+    every |= {f"text.{name}" for name in type(config.text).model_fields}
+    shown = {v.option if "." in v.option else f"corpus.{v.option}" for v in found.variants}
+    assert shown == every - unmeasured - {"corpus.open_images_url"}
     for variant in found.variants:
         options, text = config.corpus.options(), config.text
         if variant.option.startswith("text."):
@@ -108,6 +113,41 @@ def test_the_sample_is_drawn_by_key_and_says_its_size(tmp_path: Path) -> None:
     assert part == survey(tmp_path, "train", corpus="jsonl", num_sampled=20)
     assert whole.lengths.mean != part.lengths.mean
     assert survey(tmp_path, "train", corpus="jsonl", num_sampled=0).lengths.mean is None
+
+
+@pytest.mark.parametrize("num_kept", [1, 7, 30])
+def test_a_sample_of_long_dialogs_is_made_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_kept: int
+) -> None:
+    """What is left comes first in the seeded order, as if so many had been asked for."""
+    chats = ((f"word {'x ' * n}".ljust(1000, "."), [f"{n}.jpg"]) for n in range(60))
+    write_chats(tmp_path / "train.jsonl", *chats)
+    asked = survey(tmp_path, "train", corpus="jsonl", num_sampled=num_kept)
+    chars = num_kept * (1000 + 2 * survey_module._TURN_CHARS) + 999
+    monkeypatch.setattr(survey_module, "_MAX_SAMPLE_CHARS", chars)
+    assert survey(tmp_path, "train", corpus="jsonl") == asked
+    assert asked.lengths.num_sampled == num_kept
+
+
+def test_whole_turns_left_out_are_not_counted(tmp_path: Path) -> None:
+    turns = [{"text": "word " * 40}, {"text": "word " * 40}, {"text": "end", "images": ["a.jpg"]}]
+    (tmp_path / "train.jsonl").write_text(json.dumps({"id": 1, "turns": turns}))
+    found = {
+        (v.option, v.value): (v.mean_tokens, v.share_over)
+        for v in survey(tmp_path, "train", corpus="jsonl").variants
+    }
+    assert found["text.cut", "turn"] == (43, 0)
+    assert found["text.max_turns", 1] == (2, 0)
+    assert found["text.keep", "start"] == found["text.max_turns", 3] == (84, 1)
+    cut = {v.option: v for v in survey(tmp_path, "train", "text.cut=turn", corpus="jsonl").variants}
+    assert (cut["text.keep"].mean_tokens, cut["text.cut"].mean_tokens) == (41, 84)
+
+
+def test_a_picture_that_is_shared_very_often_is_named(tmp_path: Path) -> None:
+    write_chats(tmp_path / "train.jsonl", *((f"say {n}", ["same.jpg"]) for n in range(10_001)))
+    corpus = ["corpus", "--corpus", "jsonl", "--source", tmp_path, "--no-pictures"]
+    assert run_d2i(*corpus, "--json")["splits"]["train"]["most_occurrences"] == 10_001
+    assert "one picture is shared 10001 times" in run_process(*corpus, "--sample", "0").stdout
 
 
 def test_a_corpus_that_is_all_broken_is_surveyed(tmp_path: Path) -> None:
