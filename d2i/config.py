@@ -138,7 +138,10 @@ class BackboneConfig(Config):
     num_heads: int | None = Field(default=None, gt=0)
     text_dim: int | None = Field(default=None, gt=0)
     num_text_tokens: int | None = Field(default=None, gt=0)
+    """77 for each of `text.num_windows`; weights of one window are grown to it."""
     clip_dim: int | None = Field(default=None, gt=0)
+    gradient_checkpointing: bool | None = None
+    """Whether training keeps each block's input alone, and computes the rest again."""
 
     def overrides(self) -> dict[str, Any]:
         """Return the sizes that differ from the published ones, for `build_backbone`."""
@@ -157,6 +160,24 @@ class OptimConfig(Config):
     """Linear warm-up, then constant."""
 
 
+class UniDiffuserLossConfig(Config):
+    """What UniDiffuser learns to predict (its paper, equation 1); U-ViT has one loss only."""
+
+    loss: Literal["joint", "t2i"] = "joint"
+    """`joint` predicts latent, CLIP image and text; `t2i` the first two beside a clean text."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """A weight for each predicted part; `None` is the mean over all predicted numbers together."""
+    data_type: Literal[0, 1] = 1
+    """UniDiffuser-v1's kind of data: 1 curated, 0 of the web."""
+
+    @model_validator(mode="after")
+    def _each_part_has_a_weight(self) -> Self:
+        num_parts = 3 if self.loss == "joint" else 2
+        if self.weights is not None and len(self.weights) != num_parts:
+            raise ValueError(f"the {self.loss} loss has {num_parts} parts, so {num_parts} weights")
+        return self
+
+
 class TrainConfig(Config):
     """Everything that decides the numbers of one training run."""
 
@@ -166,6 +187,7 @@ class TrainConfig(Config):
     micro_batch_size: int = Field(gt=0)
     """The most samples a rank takes through the network at once."""
     optim: OptimConfig = OptimConfig()
+    unidiffuser: UniDiffuserLossConfig = UniDiffuserLossConfig()
     precision: Literal["fp32", "bf16"] = "bf16"
     zero_stage: Literal[0, 1, 2] = 1
     condition_dropout: float = Field(default=0.1, ge=0, le=1)

@@ -15,7 +15,8 @@ from d2i import storage
 from d2i.config import BackboneConfig, load_config
 from d2i.errors import CheckpointError
 from d2i.models.presets import build_backbone
-from d2i.models.weights import load_weights
+from d2i.models.weights import fill_network, read_published
+from d2i.models.windows import grow_text_positions
 from d2i.shipped import resolve_weights
 
 CONFIG_NAME = "config.json"
@@ -25,7 +26,8 @@ def build_network(config: BackboneConfig) -> nn.Module:
     """Build the backbone of a recipe, with its weights where it names some.
 
     Where the weights lie in a model folder, its `config.json` gives the sizes that the recipe
-    leaves open.
+    leaves open. Where the recipe's network reads several times as many text tokens as that of the
+    weights, their text positions are repeated.
 
     Returns:
         The network in float32 on the CPU; its `latent_scale` is the factor from raw VAE latents.
@@ -37,7 +39,8 @@ def build_network(config: BackboneConfig) -> nn.Module:
     network = build_backbone(config.name, **resolve_sizes(config).overrides())
     if config.weights is None:
         return network
-    return load_weights(network, resolve_weights(config.weights))
+    path = resolve_weights(config.weights)
+    return fill_network(network, grow_text_positions(read_published(path), network), path)
 
 
 def resolve_sizes(config: BackboneConfig) -> BackboneConfig:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from d2i.config import BackboneConfig, apply_settings, load_config
 from d2i.errors import CheckpointError, ConfigError
 from d2i.models.autoencoder_layout import autoencoder_config, ldm_to_diffusers
+from d2i.models.diffusers_layout import from_diffusers
 from d2i.models.folder import read_config
 from d2i.models.presets import PRESETS, build_backbone
 from d2i.models.recognize import Recognized, recognize
@@ -121,7 +122,9 @@ def network_of(source: Source, settings: Sequence[str]) -> nn.Module:
     config = backbone_config(source, settings)
     with torch.device("meta"):
         network = build_backbone(config.name, **config.overrides())
-    return fill_network(network, source.state, source.file)
+    is_theirs = source.found.layout == "diffusers"
+    state = from_diffusers(source.state) if is_theirs else source.state
+    return fill_network(network, state, source.file)
 
 
 def checked_autoencoder(source: Source) -> dict[str, Tensor]:

@@ -88,6 +88,7 @@ class UniDiffuser(nn.Module):
         self.patch_size = patch_size
         self.dim = dim
         self.text_dim = text_dim
+        self.num_time_tokens = NUM_TIME_TOKENS
         self.num_text_tokens = num_text_tokens
         self.clip_dim = clip_dim
         self.has_data_type = has_data_type

@@ -80,6 +80,7 @@ class UViT(nn.Module):
         self.patch_size = patch_size
         self.dim = dim
         self.text_dim = text_dim
+        self.num_time_tokens = NUM_TIME_TOKENS
         self.num_text_tokens = num_text_tokens
         self.latent_scale = latent_scale
         self.gradient_checkpointing = gradient_checkpointing

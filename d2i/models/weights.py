@@ -54,7 +54,7 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: the file cannot be read, or its keys or shapes are not the network's.
     """
-    return fill_network(network, read_state_dict(path), path)
+    return fill_network(network, read_published(path), path)
 
 
 def fill_network(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
@@ -63,7 +63,6 @@ def fill_network(network: nn.Module, state: Mapping[str, Tensor], path: str | Pa
     Raises:
         CheckpointError: their keys or shapes are not the network's.
     """
-    state = from_diffusers(state) if is_diffusers(state) else state
     check_fits(network, state, path)
     on_meta = any(tensor.is_meta for tensor in network.state_dict().values())
     network.load_state_dict(state, assign=on_meta)
@@ -84,6 +83,12 @@ def check_fits(network: nn.Module, state: Mapping[str, Tensor], path: str | Path
             f"{found.words if found else 'nothing that d2i knows'}; build the network of these "
             "weights, with the same sizes"
         )
+
+
+def read_published(path: str | Path) -> dict[str, Tensor]:
+    """Read as `read_state_dict`, keys of diffusers' UniDiffuser renamed to the published ones."""
+    state = read_state_dict(path)
+    return from_diffusers(state) if is_diffusers(state) else state
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -149,7 +149,9 @@ class _Stepper:
         self._batches = BatchReader(
             reader, self._config, is_joint=is_joint(request.recipe.backbone)
         )
-        self._objective = build_objective(request.recipe.backbone, engine.module.latent_scale)
+        self._objective = build_objective(
+            request.recipe.backbone, engine.module.latent_scale, self._config.unidiffuser
+        )
         self._losses: list[float] = []
 
     def run(self, progress: Progress) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d2i.config import BackboneConfig
+from d2i.config import BackboneConfig, UniDiffuserLossConfig
 from d2i.diffusion import sample_latent, unidiffuser_loss, uvit_loss
 from d2i.train.batch import Batch
 
@@ -19,7 +19,9 @@ def is_joint(config: BackboneConfig) -> bool:
     return config.name.startswith("unidiffuser")
 
 
-def build_objective(config: BackboneConfig, latent_scale: float) -> Objective:
+def build_objective(
+    config: BackboneConfig, latent_scale: float, options: UniDiffuserLossConfig
+) -> Objective:
     """Return the function from (network, batch) to the mean loss, a scalar.
 
     Latents are drawn anew from the stored moments at every step (models.md, section 2.5).
@@ -37,6 +39,16 @@ def build_objective(config: BackboneConfig, latent_scale: float) -> Objective:
             raise ValueError("a joint loss needs a joint batch")
         parts = (latents(batch), joint.clip, batch.text)
         noises = (batch.noise, joint.clip_noise, joint.text_noise)
-        return unidiffuser_loss(network, parts, batch.n, joint.n_text, noises).mean()
+        losses = unidiffuser_loss(
+            network,
+            parts,
+            batch.n,
+            joint.n_text,
+            noises,
+            kind=options.loss,
+            weights=options.weights,
+            data_type=options.data_type,
+        )
+        return losses.mean()
 
     return unidiffuser if is_joint(config) else uvit

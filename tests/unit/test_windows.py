@@ -1,0 +1,126 @@
+"""A network for longer contexts: grown from published weights, and the same at one window."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from d2i.config import BackboneConfig, SampleConfig, TextConfig
+from d2i.context import text_tokens
+from d2i.diffusion import unidiffuser_loss, uvit_loss
+from d2i.encoders import ClipText, Vae
+from d2i.errors import CheckpointError
+from d2i.eval.sampler import Sampler
+from d2i.models import build_backbone, read_state_dict, save_weights
+from d2i.models.folder import build_network
+from d2i.models.windows import grow_text_positions
+from d2i.tokenize import WINDOW_LENGTH
+
+SIZES: dict[str, Any] = {"latent_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "text_dim": 8}
+NAMES = ("uvit-s", "unidiffuser-v0", "unidiffuser-v1")
+
+
+@pytest.fixture(params=NAMES)
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> BackboneConfig:
+    """A backbone with weights of one window."""
+    torch.manual_seed(0)
+    save_weights(build_backbone(request.param, **SIZES), tmp_path / "w.safetensors")
+    return BackboneConfig(name=request.param, weights=str(tmp_path / "w.safetensors"), **SIZES)
+
+
+def with_windows(config: BackboneConfig, num_windows: int) -> Any:
+    """The network for a number of windows."""
+    tokens = {"num_text_tokens": WINDOW_LENGTH * num_windows}
+    return build_network(config.model_copy(update=tokens))
+
+
+def loss_of(network: Any, text: Tensor) -> Tensor:
+    """A training loss, with fixed noise."""
+    torch.manual_seed(1)
+    latent, n = torch.randn(2, 4, 4, 4), torch.tensor([3, 800])
+    if not hasattr(network, "clip_dim"):
+        return uvit_loss(network, latent, text, n, torch.randn_like(latent)).mean()
+    parts = (latent, torch.randn(2, 1, network.clip_dim), text)
+    noises = [torch.randn_like(part) for part in parts]
+    return unidiffuser_loss(network, parts, n, n, noises).mean()
+
+
+def test_one_window_is_the_published_network(config: BackboneConfig) -> None:
+    published, network = build_network(config), with_windows(config, 1)
+    state = read_state_dict(str(config.weights))
+    grown = grow_text_positions(state, network)
+    assert all(grown[key] is state[key] for key in state)
+    text = torch.randn(2, WINDOW_LENGTH, 8)
+    assert torch.equal(loss_of(network, text), loss_of(published, text))
+
+
+@pytest.mark.parametrize("num_windows", [2, 3, 4])
+def test_positions_are_repeated_and_nothing_else_changes(
+    config: BackboneConfig, num_windows: int
+) -> None:
+    state = read_state_dict(str(config.weights))
+    network = with_windows(config, num_windows)
+    found = network.state_dict()
+    first, end = network.num_time_tokens, network.num_time_tokens + WINDOW_LENGTH
+    old, new = state.pop("pos_embed"), found.pop("pos_embed")
+    assert new.shape[1] == old.shape[1] + (num_windows - 1) * WINDOW_LENGTH
+    assert torch.equal(new[:, :first], old[:, :first])
+    for window in range(num_windows):
+        start = first + window * WINDOW_LENGTH
+        assert torch.equal(new[:, start : start + WINDOW_LENGTH], old[:, first:end])
+    assert torch.equal(new[:, first + num_windows * WINDOW_LENGTH :], old[:, end:])
+    assert all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_every_window_counts_and_learns(config: BackboneConfig) -> None:
+    network = with_windows(config, 2)
+    text = torch.randn(2, 2 * WINDOW_LENGTH, 8)
+    loss = loss_of(network, text)
+    loss.backward()
+    first = network.num_time_tokens
+    gradient = network.pos_embed.grad[:, first : first + 2 * WINDOW_LENGTH]
+    assert (gradient != 0).any(-1).all()
+    # Gradients differ, so that fine-tuning can tell the windows apart.
+    assert (gradient[:, :WINDOW_LENGTH] != gradient[:, WINDOW_LENGTH:]).any()
+    for window in range(2):
+        other = text.clone()
+        other[:, window * WINDOW_LENGTH] += 1
+        assert loss_of(network, other) != loss
+
+
+def test_what_is_no_whole_number_of_windows_is_refused(config: BackboneConfig) -> None:
+    with pytest.raises(CheckpointError, match=r"mis-shaped \(pos_embed"):
+        build_network(config.model_copy(update={"num_text_tokens": 100}))
+    save_weights(with_windows(config, 2), Path(str(config.weights)))
+    with pytest.raises(CheckpointError, match=r"mis-shaped \(pos_embed"):
+        build_network(config)
+
+
+def test_a_long_conversation_is_drawn_by_the_grown_demo_network() -> None:
+    text_config = TextConfig(num_windows=2)
+    words = "a big red ball on the beach at night " * 20
+    tokens = np.stack([text_tokens(text, text_config) for text in (words, "")])
+    text = ClipText("demo:clip_text").encode(tokens, 2)
+    assert text.shape == (2, 2 * WINDOW_LENGTH, 64)
+    backbone = BackboneConfig(name="uvit-s", weights="demo:backbone", num_text_tokens=154)
+    config = SampleConfig(num_steps=1, compute_batch_size=2)
+    sampler = Sampler(backbone, Vae("demo:vae", "kl"), config, text[1])
+    short = text[:1].copy()
+    short[:, WINDOW_LENGTH:] = text[1, WINDOW_LENGTH:]
+    drawn = sampler.draw(["a", "a"], np.concatenate([text[:1], short]))
+    assert drawn.shape == (2, 64, 64, 3)
+    assert (drawn[0] != drawn[1]).any()
+
+
+def test_a_run_can_be_told_to_recompute_its_blocks(config: BackboneConfig) -> None:
+    recomputing = config.model_copy(update={"gradient_checkpointing": True})
+    network: Any = build_network(recomputing)
+    assert network.gradient_checkpointing
+    assert not build_network(config).gradient_checkpointing  # type: ignore[union-attr]
+    assert json.loads(recomputing.model_dump_json())["gradient_checkpointing"]
