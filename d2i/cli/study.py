@@ -144,7 +144,9 @@ def evaluate(
 
 def report(
     evaluations: Annotated[list[str], typer.Argument(help="Folders made by d2i eval, in order.")],
-    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    out: Annotated[
+        Path, typer.Option(help="A page (.html), or its tables alone (.md, .csv).")
+    ] = Path("report.html"),
     times: Annotated[Path | None, typer.Option(help="Stage times, as d2i demo writes.")] = None,
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
     *,
@@ -152,9 +154,14 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: conversations, pictures, scores, where they came from.
 
+    The paper's tables, ours beside its own, are made of all evaluations that are given: systems
+    by corpus, linearizations, what a system is shown, people, food and animals, recipes.
+
     Examples:
 
         d2i report scores/before scores/after --out report.html
+
+        d2i report scores/before scores/after scores/none --out tables.csv
     """
     from d2i.report import write_report
 

@@ -125,7 +125,7 @@ def train_describer(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        on_step(step, float(loss))
+        on_step(step, loss.item())
     _save(module.eval(), tokenizer, out)
 
 

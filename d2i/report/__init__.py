@@ -1,9 +1,11 @@
 """Self-contained HTML pages: one shows what was evaluated, the other what a corpus holds.
 
 `evaluation` and `dataset` read the files of a run, `page` puts the sections of an evaluation
-together, each drawn by a module of its own. `corpus` does so for a survey of a corpus. `document`,
-`markup`, `counts` and `plot` are what pages are made of. Every figure on a page is read from a file
-of the run, or from the survey. Must not import torch or ray.
+together, each drawn by a module of its own. `study` and `categories` make the paper's tables out of
+plain values (`tabulated`), which `sections` draws and `plain` writes as Markdown and CSV. `corpus`
+makes the page of a survey of a corpus. `document`, `markup`, `counts` and `plot` are what pages are
+made of. Every figure on a page is read from a file of the run or from the survey; what the paper
+says is marked as the paper's. Must not import torch or ray.
 """
 
 from d2i.report.corpus import write_corpus_report

@@ -15,23 +15,50 @@ _TITLE = "Conversations"
 
 
 def conversations_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
-    """Show the first conversations, in the seeded order of keys, that every system drew."""
+    """Show the first conversations, in the seeded order of keys, that every system drew.
+
+    Evaluations of other instances are shown by themselves.
+    """
+    parts = [_part(group) for group in _by_instances(evaluations)]
+    bodies = [part for part in parts if not isinstance(part, LeftOut)]
+    if not bodies:
+        return next(part for part in parts if isinstance(part, LeftOut))
+    return Section("conversations", _TITLE, "".join(bodies))
+
+
+def draw_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> str:
+    """Draw conversations, each with its true picture and those of all systems.
+
+    Raises:
+        DataError: If a system's pictures cannot be read.
+    """
+    wanted = [conversation.key for conversation in shown]
+    drawn = [evaluation.read_pictures(wanted) for evaluation in evaluations]
+    return "".join(_row(conversation, evaluations, drawn) for conversation in shown)
+
+
+def _by_instances(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
+    groups: dict[str, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        card = evaluation.card
+        identity = card.get("instances_sha256") or card.get("manifest_sha256")
+        groups.setdefault(str(identity), []).append(evaluation)
+    return list(groups.values())
+
+
+def _part(evaluations: Sequence[Evaluation]) -> str | LeftOut:
     keys = set(evaluations[0].picture_urls).intersection(*(e.picture_urls for e in evaluations))
     if not keys:
         return LeftOut(_TITLE, "no picture was kept for any conversation that all systems drew")
-    if len({evaluation.card.get("manifest_sha256") for evaluation in evaluations}) > 1:
-        return LeftOut(_TITLE, "the evaluations are of different data sets")
     data_url = str(evaluations[0].card.get("data", ""))
     try:
         shown = read_conversations(data_url, keys, NUM_CONVERSATIONS)
-        wanted = [conversation.key for conversation in shown]
-        drawn = [evaluation.read_pictures(wanted) for evaluation in evaluations]
+        rows = draw_rows(shown, evaluations)
     except DataError as error:
         return LeftOut(_TITLE, str(error))
     if not shown:
         return LeftOut(_TITLE, f"no picture that was kept belongs to {data_url}")
-    rows = (_row(conversation, evaluations, drawn) for conversation in shown)
-    return Section("conversations", _TITLE, f"{_intro(shown, evaluations)}{''.join(rows)}")
+    return f"{_intro(shown, evaluations)}{rows}"
 
 
 def _intro(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import tarfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
 
@@ -40,6 +40,8 @@ class Evaluation:
     Attributes:
         url: The folder it was read from.
         scores: Score by name, None where a score does not exist for the extractor.
+        intervals: 95 % confidence of scores, as [low, high].
+        warnings: What to beware of in them, one line each.
         card: The metric card: everything that decides the scores.
         judged: Attributes read from the pictures by a rule, where a judge ran; fractions are 0..1.
         picture_urls: The tar that holds the generated picture of each key kept.
@@ -50,6 +52,8 @@ class Evaluation:
     card: Mapping[str, Any]
     judged: Mapping[str, Any] | None
     picture_urls: Mapping[str, str]
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
     @property
     def label(self) -> str:
@@ -84,7 +88,15 @@ def read_evaluation(eval_dir: str | PathLike[str]) -> Evaluation:
     if not all(isinstance(document.get(part), dict) for part in ("scores", "card")):
         raise DataError(f"{url}/scores.json: expected `scores` and `card`; run `d2i eval` again")
     judged = read_json(storage.join(url, "judged.json"))
-    return Evaluation(url, document["scores"], document["card"], judged, _picture_urls(url))
+    return Evaluation(
+        url,
+        document["scores"],
+        document["card"],
+        judged,
+        _picture_urls(url),
+        document.get("intervals", {}),
+        document.get("warnings", ()),
+    )
 
 
 def read_json(url: str) -> dict[str, Any] | None:

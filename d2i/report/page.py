@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any
 
@@ -10,13 +10,25 @@ from d2i import storage
 from d2i.errors import ConfigError
 from d2i.report.attributes import attributes_section
 from d2i.report.cards import cards_section
+from d2i.report.categories import categories_table, draw_categories
 from d2i.report.conversations import conversations_section
 from d2i.report.document import draw_document
 from d2i.report.evaluation import Evaluation, read_evaluation
 from d2i.report.hero import DEFAULT_TITLE, hero
+from d2i.report.markup import Section
+from d2i.report.plain import write_csv, write_markdown
 from d2i.report.preparation import preparation_section
 from d2i.report.scores import scores_section
+from d2i.report.sections import (
+    categories_section,
+    linearizations_section,
+    listening_section,
+    recipes_section,
+    systems_section,
+)
 from d2i.report.stages import stages_section
+from d2i.report.study import listening, table2, table3, table5
+from d2i.report.tabulated import Table
 from d2i.report.training import training_section
 
 
@@ -26,39 +38,68 @@ def write_report(
     *,
     times: Mapping[str, Any] | None = None,
     title: str | None = None,
+    parts: Collection[str] | None = None,
 ) -> None:
-    """Write the report of one evaluation or of several, side by side, as one HTML file.
+    """Write the report of one evaluation or of many: a page (.html), or its tables (.md, .csv).
 
     Every figure is read from the files of the evaluations, their runs and their data set; a part
     whose files are not there is left out and says why. The same files give the same bytes.
 
     Args:
         eval_dirs: Folders that `d2i eval` wrote, in the order to show them: before, then after.
-        out_path: Where the HTML file goes; it appears complete.
+        out_path: Where the file goes; it appears complete.
         times: `{"stages": [{"name", "command", "seconds", "detail"}], "machine": str}`.
         title: What the page is called.
+        parts: The sections of the page, by anchor (`table2`, `figure5`, ...); None is all of them.
 
     Raises:
-        ConfigError: If no folder is given.
+        ConfigError: If no folder is given, or the file's suffix is none of the three.
         DataError: If a folder holds no finished evaluation, or a file is not what was promised.
     """
     if not eval_dirs:
         raise ConfigError("report: got no evaluation folder, expected at least one")
+    suffix = fspath(out_path).rpartition(".")[2].lower()
+    if suffix not in ("html", "md", "csv"):
+        raise ConfigError(
+            f"report: got {fspath(out_path)}, expected a name that ends in .html, .md or .csv"
+        )
     evaluations = [read_evaluation(eval_dir) for eval_dir in eval_dirs]
-    storage.write_bytes(fspath(out_path), _page(evaluations, times, title).encode())
+    if suffix == "html":
+        written = _page(evaluations, times, title, parts)
+    else:
+        written = (write_csv if suffix == "csv" else write_markdown)(_tables(evaluations))
+    storage.write_bytes(fspath(out_path), written.encode())
+
+
+def _tables(evaluations: Sequence[Evaluation]) -> list[Table]:
+    tables = [*table2(evaluations), *table3(evaluations), *listening(evaluations), table5()]
+    labelled = [e for e in evaluations if e.card.get("corpus") == "photochat"]
+    if labelled and (categories := draw_categories(str(labelled[0].card.get("data")))):
+        tables.append(categories_table(labelled, categories))
+    return tables
 
 
 def _page(
-    evaluations: Sequence[Evaluation], times: Mapping[str, Any] | None, title: str | None
+    evaluations: Sequence[Evaluation],
+    times: Mapping[str, Any] | None,
+    title: str | None,
+    parts: Collection[str] | None,
 ) -> str:
     sections = [
         conversations_section(evaluations),
         scores_section(evaluations),
+        systems_section(evaluations),
+        linearizations_section(evaluations),
+        listening_section(evaluations),
+        categories_section(evaluations),
         attributes_section(evaluations),
         training_section(evaluations),
         preparation_section(evaluations),
         stages_section(times),
+        recipes_section(evaluations),
         cards_section(evaluations),
     ]
+    if parts is not None:
+        sections = [s for s in sections if isinstance(s, Section) and s.anchor in parts]
     footer = "Every figure is read from the files of the run; rounded figures carry the exact one."
     return draw_document(title or DEFAULT_TITLE, hero(evaluations, title), sections, footer)

@@ -12,6 +12,10 @@ _SCORES = {
     "kid": ("KID", "lower", ".4f", "kid_std"),
     "is": ("Inception Score", "higher", ".2f", "is_std"),
     "clip_i": ("CLIP-I", "higher", ".2f", None),
+    "clip_t": ("CLIP-T", "higher", ".2f", None),
+    "fid_clip": ("FID on CLIP features", "lower", ",.2f", None),
+    "recall_1": ("Recall of the true picture, first", "higher", ".1f", None),
+    "recall_10": ("among the first ten", "higher", ".1f", None),
 }
 _CARD_FIELDS = {
     "extractor": "Feature extractor",
@@ -23,6 +27,7 @@ _CARD_FIELDS = {
     "seed": "Seed",
     "compute_batch_size": "Compute batch",
     "device": "Device",
+    "context": "Shown of the dialog",
 }
 
 
@@ -40,7 +45,12 @@ def scores_section(evaluations: Sequence[Evaluation]) -> Section:
         _scores_table([evaluations[n] for n in group], [names[n] for n in group])
         for group in groups
     )
-    return Section("scores", "Scores", apart + "".join(tables))
+    warned = "".join(
+        f'<p class="warning">{text(name)}: {text(warning)}.</p>'
+        for name, evaluation in zip(names, evaluations, strict=True)
+        for warning in evaluation.warnings
+    )
+    return Section("scores", "Scores", apart + "".join(tables) + warned)
 
 
 def _scores_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
@@ -70,9 +80,15 @@ def _score(evaluation: Evaluation, name: str, spec: str, std_name: str | None) -
     if not is_number(value):
         return '<span class="absent">not scored</span>'
     std = evaluation.scores.get(std_name) if std_name else None
-    return figure(value, spec) + (
-        f" <small>± {figure(std, spec)}</small>" if is_number(std) else ""
-    )
+    deviation = f" <small>± {figure(std, spec)}</small>" if is_number(std) else ""
+    return figure(value, spec) + deviation + _interval(evaluation.intervals.get(name), spec)
+
+
+def _interval(interval: Sequence[float] | None, spec: str) -> str:
+    if interval is None:
+        return ""
+    low, high = (figure(end, spec) for end in interval)
+    return f" <small>{low} to {high}</small>"
 
 
 def _accuracies(evaluations: Sequence[Evaluation]) -> list[str]:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import random
+from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.integration.commands import preprocess
 from tests.integration.networks import save_random_clip
 from tests.shared import SHARED
 
@@ -35,3 +42,37 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "sample.compute_batch_size": 8,
     }
     return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+
+
+@pytest.fixture(scope="session")
+def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A team's own chats, prepared for the demo's network: 23 to test on, 12 to learn from."""
+    folder = tmp_path_factory.mktemp("chats")
+    descriptions = []
+    for split, count in (("test", 23), ("train", 12)):
+        names = [f"{split}{number}" for number in range(count)]
+        lines = [write_chat(folder, name) for name in names]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+        descriptions += [
+            {"image": f"{name}.png", "description": f"a {name[-1]} ball", "made_by": "the tests"}
+            for name in names
+        ]
+    path = folder / "descriptions.jsonl"
+    path.write_text("\n".join(map(json.dumps, descriptions)))
+    preprocess("jsonl", folder, folder / "data", "--set", f"corpus.descriptions={path}")
+    return folder / "data"
+
+
+WORDS = ("red", "yellow", "green", "blue", "pink", "white", "ball", "box", "tent", "ring", "star")
+
+
+def write_chat(folder: Path, name: str) -> str:
+    """Write a picture of noise in a colour of its own; return the chat that shares it."""
+    dice = random.Random(name)
+    colour = np.array([dice.randrange(256) for _ in range(3)])
+    noise = np.random.default_rng(dice.randrange(1000)).normal(0, 25, (64, 80, 3))
+    pixels = (colour + noise).clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / f"{name}.png")
+    said = " ".join(dice.choices(WORDS, k=6))
+    turns = [{"text": said}, {"text": "here", "images": [f"{name}.png"]}]
+    return json.dumps({"id": name, "turns": turns})

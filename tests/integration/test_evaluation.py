@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import tarfile
@@ -10,52 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from tests.integration.commands import preprocess
 from tests.integration.logged import LOG
 from tests.processes import run_d2i, run_process
 
-NUM_DIALOGS = 23
-WORDS = [
-    "red",
-    "yellow",
-    "green",
-    "blue",
-    "pink",
-    "white",
-    "ball",
-    "box",
-    "tent",
-    "ring",
-    "star",
-    "beach",
-    "night",
-    "hill",
-]
 POINTS = ("eval.task_drawn", "eval.pictures_written", "eval.task_written", "eval.task_done")
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A team's own chats, each with a picture of noise in a colour of its own."""
-    folder = tmp_path_factory.mktemp("chats")
-    dice = random.Random(0)
-    lines = []
-    for number in range(NUM_DIALOGS):
-        colour = np.array([dice.randrange(256) for _ in range(3)])
-        noise = np.random.default_rng(number).normal(0, 25, (64, 80, 3))
-        Image.fromarray((colour + noise).clip(0, 255).astype(np.uint8)).save(
-            folder / f"{number}.png"
-        )
-        said = " ".join(dice.choices(WORDS, k=6))
-        turns = [{"text": said}, {"text": "here", "images": [f"{number}.png"]}]
-        lines.append(json.dumps({"id": number, "turns": turns}))
-    (folder / "test.jsonl").write_text("\n".join(lines))
-    preprocess("jsonl", folder, folder / "data")
-    return folder / "data"
 
 
 @pytest.fixture
@@ -89,12 +48,12 @@ def pictures(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The evaluation done at one go, in one process."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(LOG, str(folder / "drawn.txt"))
-        run_d2i(*command(data, folder / "out"))
+        run_d2i(*command(chat_data, folder / "out"))
     return folder / "out"
 
 
@@ -106,21 +65,25 @@ def assert_same(out: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize(("workers", "task_size"), [(1, 1), (2, 3), (4, 7)])
 def test_workers_and_task_sizes_change_nothing(
-    tmp_path: Path, data: Path, whole: Path, drawn: Path, workers: int, task_size: int
+    tmp_path: Path, chat_data: Path, whole: Path, drawn: Path, workers: int, task_size: int
 ) -> None:
-    run_d2i(*command(data, tmp_path / "out", *on_ray(workers, task_size)))
+    run_d2i(*command(chat_data, tmp_path / "out", *on_ray(workers, task_size)))
     assert_same(tmp_path / "out", whole)
     assert set(Counter(drawn.read_text().split()).values()) == {1}
 
 
-def test_killed_at_every_named_point(tmp_path: Path, data: Path, whole: Path, drawn: Path) -> None:
+def test_killed_at_every_named_point(
+    tmp_path: Path, chat_data: Path, whole: Path, drawn: Path
+) -> None:
     """Each time going on from the time before, with portions of another size."""
     for task_size, point in enumerate(POINTS, start=2):
         killed = run_process(
-            *command(data, tmp_path / "out", "--task-size", task_size, "--fault", f"{point}:kill:2")
+            *command(
+                chat_data, tmp_path / "out", "--task-size", task_size, "--fault", f"{point}:kill:2"
+            )
         )
         assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
-    run_d2i(*command(data, tmp_path / "out"))
+    run_d2i(*command(chat_data, tmp_path / "out"))
     assert_same(tmp_path / "out", whole)
     # Drawn again is what was in hand and not yet written: a portion of 2 and one of 3.
     again = {key for key, times in Counter(drawn.read_text().split()).items() if times > 1}
@@ -128,18 +91,18 @@ def test_killed_at_every_named_point(tmp_path: Path, data: Path, whole: Path, dr
 
 
 def test_killed_drivers_and_workers_on_ray(
-    tmp_path: Path, data: Path, whole: Path, drawn: Path
+    tmp_path: Path, chat_data: Path, whole: Path, drawn: Path
 ) -> None:
-    check_random_kills(tmp_path / "out", data, whole, drawn, seed=1)
+    check_random_kills(tmp_path / "out", chat_data, whole, drawn, seed=1)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(20))
-def test_random_kills(tmp_path: Path, data: Path, whole: Path, drawn: Path, seed: int) -> None:
-    check_random_kills(tmp_path / "out", data, whole, drawn, seed)
+def test_random_kills(tmp_path: Path, chat_data: Path, whole: Path, drawn: Path, seed: int) -> None:
+    check_random_kills(tmp_path / "out", chat_data, whole, drawn, seed)
 
 
-def check_random_kills(out: Path, data: Path, whole: Path, drawn: Path, seed: int) -> None:
+def check_random_kills(out: Path, chat_data: Path, whole: Path, drawn: Path, seed: int) -> None:
     """Kill the driver once and workers again and again, at points and times that a seed draws."""
     dice = random.Random(seed)
     in_hand = 0
@@ -147,7 +110,7 @@ def check_random_kills(out: Path, data: Path, whole: Path, drawn: Path, seed: in
         workers, task_size = dice.choice((1, 2)), dice.choice((1, 2, 3))
         fault = f"{point}:kill:{dice.randint(2, 4)}"
         log_before = drawn.read_text().split() if drawn.exists() else []
-        done = run_process(*command(data, out, *on_ray(workers, task_size), "--fault", fault))
+        done = run_process(*command(chat_data, out, *on_ray(workers, task_size), "--fault", fault))
         if point == "eval.task_done":
             assert done.returncode == -signal.SIGKILL, done.stderr
             in_hand += workers * task_size
@@ -156,7 +119,7 @@ def check_random_kills(out: Path, data: Path, whole: Path, drawn: Path, seed: in
             assert done.returncode == 0, done.stderr
             num_drawn = len(drawn.read_text().split()) - len(log_before)
             in_hand += num_drawn
-    run_d2i(*command(data, out))
+    run_d2i(*command(chat_data, out))
     assert_same(out, whole)
     times = Counter(drawn.read_text().split())
     assert sum(times.values()) - len(times) <= in_hand

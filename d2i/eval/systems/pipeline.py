@@ -27,10 +27,32 @@ def build(context: SystemContext) -> PipelineSystem:
 
 
 def build_dalle2(context: SystemContext) -> PipelineSystem:
-    """Load `dalle2:PATH_OR_REPO`: a prior and decoders as diffusers' UnCLIPPipeline saves them."""
-    from diffusers import UnCLIPPipeline
+    """Load `dalle2:PATH_OR_REPO`: a prior and decoders as diffusers' UnCLIPPipeline saves them.
 
-    return PipelineSystem(context, _load(UnCLIPPipeline, context.spec.target))
+    Part by part: the index names a class by the module that it has since moved from.
+    """
+    import diffusers
+    import transformers
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+    networks = {
+        "prior": diffusers.PriorTransformer,
+        "decoder": diffusers.UNet2DConditionModel,
+        "text_encoder": transformers.CLIPTextModelWithProjection,
+        "text_proj": UnCLIPTextProjModel,
+        "super_res_first": diffusers.UNet2DModel,
+        "super_res_last": diffusers.UNet2DModel,
+    }
+    others = {
+        "tokenizer": transformers.CLIPTokenizer,
+        "prior_scheduler": diffusers.UnCLIPScheduler,
+        "decoder_scheduler": diffusers.UnCLIPScheduler,
+        "super_res_scheduler": diffusers.UnCLIPScheduler,
+    }
+    name = context.spec.target
+    parts = {part: _load(kind, name, subfolder=part) for part, kind in networks.items()}
+    parts |= {part: _load_plain(kind, name, subfolder=part) for part, kind in others.items()}
+    return PipelineSystem(context, diffusers.UnCLIPPipeline(**parts))
 
 
 class PipelineSystem:
@@ -99,15 +121,24 @@ def _drawing(image: Any, *, is_withheld: bool) -> Drawing:
     return Drawing((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
 
 
-def _load(pipeline_class: Any, name: str) -> Any:
+def _load(model_class: Any, name: str, **options: Any) -> Any:
+    # safetensors alone: no weights of a stranger are unpickled.
+    return _load_plain(
+        model_class,
+        name,
+        use_safetensors=True,
+        torch_dtype=torch.float32,
+        low_cpu_mem_usage=False,
+        **options,
+    )
+
+
+def _load_plain(any_class: Any, name: str, **options: Any) -> Any:
     try:
-        # safetensors alone: no weights of a stranger are unpickled.
-        return pipeline_class.from_pretrained(
-            name, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
-        )
+        return any_class.from_pretrained(name, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as err:
         reason = str(err).strip().splitlines()[0][:200]
         raise CheckpointError(
-            f"{name}: cannot load {pipeline_class.__name__}: {reason}; expected a folder made by "
+            f"{name}: cannot load {any_class.__name__}: {reason}; expected a folder made by "
             "save_pretrained, with safetensors, or a hub repository that is in the cache"
         ) from err

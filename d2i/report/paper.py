@@ -1,0 +1,71 @@
+"""The paper's own numbers (Tables 2, 3 and 5), and what its rows are called.
+
+`paper.json` holds what could be read in the published text; null is what could not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+PUBLISHED_EXTRACTOR = "inception-v3-compat 6726825d"
+"""What FID and IS of the paper are computed on; beside any other its numbers say nothing."""
+_BACKBONES = {
+    "uvit-s": "U-ViT-Small",
+    "uvit-s-deep": "U-ViT-Small(Deep)",
+    "unidiffuser-v1": "UniDiffuser-v1",
+}
+_OURS = " + ours"
+SYSTEM_OF_TABLE_3 = _BACKBONES["unidiffuser-v1"] + _OURS
+
+
+@dataclass(frozen=True)
+class PaperScores:
+    """The scores of one row; None where the paper's value could not be read."""
+
+    fid: float | None = None
+    inception: float | None = None
+    inception_std: float | None = None
+    clip_i: float | None = None
+
+
+def paper_row(card: Mapping[str, Any]) -> str:
+    """Name a system as the paper's Table 2 does, or by its label where that has no row for it."""
+    backbone = _BACKBONES.get(str(card.get("backbone")))
+    if backbone is None:
+        return str(card.get("label") or card.get("system"))
+    return backbone + (_OURS if card.get("run") else "")
+
+
+def paper_table2(corpus: str) -> dict[str, PaperScores]:
+    """Return the rows of Table 2 for a corpus, in the paper's order; empty for any other."""
+    rows = _paper()["table2"].get(corpus, {})
+    return {name: _scores(row) for name, row in rows.items() if isinstance(row, dict)}
+
+
+def paper_table3() -> dict[str, PaperScores]:
+    """Return the rows of Table 3 by linearization: UniDiffuser-v1, fine-tuned, on PhotoChat."""
+    rows = _paper()["table3"]
+    return {name: _scores(row) for name, row in rows.items() if isinstance(row, dict)}
+
+
+def paper_table5() -> dict[str, dict[str, list[Any]]]:
+    """Return [resolution, global batch, devices] by corpus and backbone."""
+    rows: dict[str, Any] = _paper()["table5"]
+    return {corpus: row for corpus, row in rows.items() if isinstance(row, dict)}
+
+
+def _scores(row: Mapping[str, Any]) -> PaperScores:
+    inception, std = row.get("is") or (None, None)
+    return PaperScores(row.get("fid"), inception, std, row.get("clip_i"))
+
+
+@cache
+def _paper() -> dict[str, Any]:
+    content = files("d2i.report").joinpath("paper.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(content)
+    return found

@@ -1,0 +1,94 @@
+"""Tables as sections of the page: each number carries its exact value and its metric card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from d2i.errors import DataError
+from d2i.report.categories import Category, categories_table, draw_categories
+from d2i.report.conversations import draw_rows
+from d2i.report.dataset import read_conversations
+from d2i.report.evaluation import Evaluation
+from d2i.report.markup import LeftOut, Section, table, text
+from d2i.report.paper import paper_table2
+from d2i.report.study import listening, table2, table3, table5
+from d2i.report.tabulated import Cell, Row, Table, shown
+
+_NUM_SHOWN = 4
+_SYSTEMS, _LINEARIZATIONS = "Systems", "Linearizations"
+_LISTENING, _CATEGORIES = "Does it listen?", "People, food, animals"
+
+
+def systems_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+    """Show Table 2."""
+    tables = table2(evaluations)
+    return _section("table2", _SYSTEMS, tables, "no metric card names its corpus")
+
+
+def linearizations_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+    """Show Table 3."""
+    reason = "no system was evaluated with two linearizations"
+    return _section("table3", _LINEARIZATIONS, table3(evaluations), reason)
+
+
+def listening_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+    """Show what becomes of the scores when a system is shown less than the dialog."""
+    reason = "no system was evaluated with two of --context"
+    return _section("listening", _LISTENING, listening(evaluations), reason)
+
+
+def recipes_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+    """Show Table 5 where an evaluation is of one of the paper's corpora."""
+    tables = [table5()] if any(paper_table2(str(e.card.get("corpus"))) for e in evaluations) else []
+    return _section("table5", "Recipes", tables, "no evaluation is of PhotoChat or MMDialog")
+
+
+def categories_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+    """Show Figure 5: the scores, and the first conversations that all systems drew."""
+    chosen = [e for e in evaluations if e.card.get("corpus") == "photochat"]
+    if not chosen:
+        return LeftOut(_CATEGORIES, "no evaluation is of PhotoChat, whose labels say what is shown")
+    try:
+        categories = draw_categories(str(chosen[0].card.get("data")))
+        galleries = "".join(_gallery(chosen, category) for category in categories)
+    except DataError as error:
+        return LeftOut(_CATEGORIES, str(error))
+    if not categories:
+        return LeftOut(_CATEGORIES, "no label of the data set belongs to one of the categories")
+    scores = draw_table(categories_table(chosen, categories))
+    return Section("figure5", _CATEGORIES, scores + galleries)
+
+
+def draw_table(made: Table) -> str:
+    """Draw a table with its notes."""
+    rows = [(text(row.heading), [_cell(cell, row) for cell in row.cells]) for row in made.rows]
+    notes = "".join(f'<p class="intro">{text(note)}</p>' for note in made.notes)
+    return table(["", *map(text, made.columns)], rows, text(made.title)) + notes
+
+
+def _section(anchor: str, title: str, tables: Sequence[Table], reason: str) -> Section | LeftOut:
+    if not tables:
+        return LeftOut(title, reason)
+    return Section(anchor, title, "".join(map(draw_table, tables)))
+
+
+def _cell(cell: Cell, row: Row) -> str:
+    if cell.value is None:
+        return ""
+    said = text(shown(cell).replace("-", "\N{MINUS SIGN}"))
+    if isinstance(cell.value, str):
+        return text(cell.value)
+    source = "the paper" if cell.by_paper else row.card
+    kind = ' class="paper"' if cell.by_paper else ""
+    hover = text(f"{cell.value!r}; {source}")
+    figure = f'<data{kind} value="{cell.value!r}" title="{hover}">{said}</data>'
+    if cell.interval is None:
+        return figure
+    low, high = (format(end, cell.spec).replace("-", "\N{MINUS SIGN}") for end in cell.interval)
+    return f"{figure} <small>{low} to {high}</small>"
+
+
+def _gallery(evaluations: Sequence[Evaluation], category: Category) -> str:
+    drawn = set(category.keys).intersection(*(e.picture_urls for e in evaluations))
+    shown_rows = read_conversations(str(evaluations[0].card.get("data")), drawn, _NUM_SHOWN)
+    return f"<h3>{text(category.name)}</h3>" + draw_rows(shown_rows, evaluations)

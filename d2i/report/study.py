@@ -1,0 +1,235 @@
+"""The paper's tables, ours beside theirs: systems, linearizations, recipes; and who listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from d2i.recipes import RECIPES
+from d2i.report.comparable import card_summary, group_by_metric, why_apart
+from d2i.report.evaluation import Evaluation
+from d2i.report.markup import is_number
+from d2i.report.paper import (
+    PUBLISHED_EXTRACTOR,
+    SYSTEM_OF_TABLE_3,
+    PaperScores,
+    paper_row,
+    paper_table2,
+    paper_table3,
+    paper_table5,
+)
+from d2i.report.tabulated import Cell, Row, Table
+
+_STRATEGIES = ("space", "special", "letters", "hash")
+_CONTEXTS = ("full", "last", "none", "shuffled")
+_CORPORA = {"photochat": "PhotoChat", "mmdialog": "MMDialog"}
+_COLUMNS = (
+    *("FID", "FID (paper)", "IS", "IS (paper)", "CLIP-I", "CLIP-I (paper)"),
+    *("CLIP-T", "FID on CLIP", "recall@1", "recall@5", "recall@10", "pictures"),
+)
+_NO_PAPER = PaperScores()
+_SAME_DESCRIPTIONS = "Divter: MMDialog has no descriptions; it learned from our captions."
+
+
+def table2(evaluations: Sequence[Evaluation]) -> list[Table]:
+    """Systems by corpus, as the paper's Table 2; what cannot be compared is a table of its own."""
+    tables = []
+    for corpus, group in _by(evaluations, lambda e: e.card.get("corpus")):
+        plain = [e for e in group if _context(e) == "full" and _strategy(e) == "hash"]
+        parts = group_by_metric(plain)
+        tables += [_systems(corpus, part, parts[0]) for part in parts]
+    return tables
+
+
+def table3(evaluations: Sequence[Evaluation]) -> list[Table]:
+    """The linearizations of one system, as the paper's Table 3."""
+    tables = []
+    full = [e for e in evaluations if _context(e) == "full"]
+    for (corpus, name), group in _by(full, _system):
+        if len({_strategy(e) for e in group}) < 2:
+            continue
+        paper = paper_table3() if (corpus, name) == ("photochat", SYSTEM_OF_TABLE_3) else {}
+        tables += _variants(
+            f"Linearizations: {name} on {_corpus(corpus)}", group, _strategy, _STRATEGIES, paper
+        )
+    return tables
+
+
+def listening(evaluations: Sequence[Evaluation]) -> list[Table]:
+    """One system shown the whole dialog, its last turn, nothing, and another dialog."""
+    tables = []
+    hashed = [e for e in evaluations if _strategy(e) == "hash"]
+    for (corpus, name), group in _by(hashed, _system):
+        if len({_context(e) for e in group}) > 1:
+            title = f"What the system is shown: {name} on {_corpus(corpus)}"
+            tables += _variants(title, group, _context, _CONTEXTS, {})
+    return tables
+
+
+def table5() -> Table:
+    """The recipes of the paper's six runs, ours beside its Table 5."""
+    rows = [
+        Row(
+            f"{_CORPORA[corpus]}, {name}",
+            (
+                *_pair(recipe.image.resolution, resolution),
+                *_pair(recipe.train.global_batch_size, batch),
+                Cell(devices, by_paper=True),
+                Cell(float(recipe.train.num_steps), ",.0f"),
+            ),
+        )
+        for corpus, systems in paper_table5().items()
+        for name, (resolution, batch, devices) in systems.items()
+        for recipe in [RECIPES[f"{_recipe_name(name)}-{corpus}"]()]
+    ]
+    columns = (
+        *("resolution", "resolution (paper)", "global batch", "global batch (paper)"),
+        *("devices (paper)", "steps (ours)"),
+    )
+    return Table("Recipes (Table 5)", columns, tuple(rows))
+
+
+def _systems(corpus: str, part: Sequence[Evaluation], first: Sequence[Evaluation]) -> Table:
+    is_first = part is first
+    paper = paper_table2(corpus) if is_first else {}
+    notes = [] if is_first else [f"Kept apart, as not comparable: {why_apart(part, first)}."]
+    if paper and not _is_published(part):
+        paper = {}
+        notes.append(
+            f"The paper's numbers are left out: they are on {PUBLISHED_EXTRACTOR}, these on "
+            f"{part[0].card.get('extractor')}."
+        )
+    if any(e.card.get("kind") == "divter" and corpus == "mmdialog" for e in part):
+        notes.append(_SAME_DESCRIPTIONS)
+    named = _named(part)
+    rows = [
+        _row(heading, evaluation, paper.get(paper_row(evaluation.card), _NO_PAPER))
+        for heading, evaluation in _in_papers_order(named, list(paper))
+    ]
+    present = {paper_row(evaluation.card) for evaluation in part}
+    rows += [_row(name, None, scores) for name, scores in paper.items() if name not in present]
+    title = f"Systems on {_corpus(corpus)} (Table 2)" + ("" if is_first else ", apart")
+    return Table(title, _COLUMNS, tuple(rows), tuple(notes))
+
+
+def _variants(
+    title: str,
+    group: Sequence[Evaluation],
+    variant: Callable[[Evaluation], str],
+    order: Sequence[str],
+    paper: dict[str, PaperScores],
+) -> list[Table]:
+    """Make a row of each variant of one system, in tables by metric."""
+    parts = group_by_metric(group)
+    tables = []
+    for part in parts:
+        beside = paper if _is_published(part) else {}
+        chosen = sorted(part, key=lambda e: _place(variant(e), order))
+        rows = [_row(variant(e), e, beside.get(variant(e), _NO_PAPER)) for e in chosen]
+        apart = [] if part is parts[0] else [f"Kept apart: {why_apart(part, parts[0])}."]
+        tables.append(Table(title, _COLUMNS, tuple(rows), tuple(apart)))
+    return tables
+
+
+def _row(heading: str, evaluation: Evaluation | None, paper: PaperScores) -> Row:
+    cells = (
+        _score(evaluation, "fid"),
+        Cell(paper.fid, by_paper=True),
+        _score(evaluation, "is", std="is_std"),
+        Cell(paper.inception, std=paper.inception_std, by_paper=True),
+        _score(evaluation, "clip_i"),
+        Cell(paper.clip_i, by_paper=True),
+        *(_score(evaluation, name) for name in ("clip_t", "fid_clip")),
+        *(_score(evaluation, f"recall_{k}", ".1f") for k in (1, 5, 10)),
+        Cell(_counts(evaluation)),
+    )
+    return Row(heading, cells, card_summary(evaluation) if evaluation else "")
+
+
+def _score(
+    evaluation: Evaluation | None, name: str, spec: str = ".2f", std: str | None = None
+) -> Cell:
+    value = evaluation.scores.get(name) if evaluation else None
+    if evaluation is None or not is_number(value):
+        return Cell()
+    deviation = evaluation.scores.get(std) if std else None
+    low_high = evaluation.intervals.get(name)
+    return Cell(
+        float(value),
+        spec,
+        float(deviation) if is_number(deviation) else None,
+        (low_high[0], low_high[1]) if low_high else None,
+    )
+
+
+def _counts(evaluation: Evaluation | None) -> str | None:
+    if evaluation is None:
+        return None
+    return f"{evaluation.card.get('found')} of {evaluation.card.get('expected')}"
+
+
+def _pair(ours: int, paper: int) -> tuple[Cell, Cell]:
+    return Cell(float(ours), ",.0f"), Cell(float(paper), ",.0f", by_paper=True)
+
+
+def _named(part: Sequence[Evaluation]) -> list[tuple[str, Evaluation]]:
+    """Name each system; names that would be equal carry the folder they come from."""
+    names = [paper_row(evaluation.card) for evaluation in part]
+    return [
+        (
+            name
+            if names.count(name) == 1
+            else f"{name} ({evaluation.url.rstrip('/').rpartition('/')[2]})",
+            evaluation,
+        )
+        for name, evaluation in zip(names, part, strict=True)
+    ]
+
+
+def _in_papers_order(
+    named: list[tuple[str, Evaluation]], order: Sequence[str]
+) -> list[tuple[str, Evaluation]]:
+    return sorted(named, key=lambda pair: _place(paper_row(pair[1].card), order))
+
+
+def _place(name: str, order: Sequence[str]) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _by(
+    evaluations: Sequence[Evaluation], key: Callable[[Evaluation], Any]
+) -> Iterator[tuple[Any, list[Evaluation]]]:
+    """Group evaluations that name their corpus, in order of appearance."""
+    groups: dict[Any, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        if evaluation.card.get("corpus"):
+            groups.setdefault(key(evaluation), []).append(evaluation)
+    yield from groups.items()
+
+
+def _system(evaluation: Evaluation) -> tuple[str, str]:
+    return str(evaluation.card["corpus"]), paper_row(evaluation.card)
+
+
+def _context(evaluation: Evaluation) -> str:
+    return str(evaluation.card.get("context", "full"))
+
+
+def _strategy(evaluation: Evaluation) -> str:
+    return str((evaluation.card.get("text") or {}).get("strategy", "hash"))
+
+
+def _is_published(part: Sequence[Evaluation]) -> bool:
+    return part[0].card.get("extractor") == PUBLISHED_EXTRACTOR
+
+
+def _corpus(name: str) -> str:
+    return _CORPORA.get(name, name)
+
+
+def _recipe_name(paper_name: str) -> str:
+    return {
+        "U-ViT-Small": "uvit-s",
+        "U-ViT-Small(Deep)": "uvit-s-deep",
+        "UniDiffuser-v1": "unidiffuser-v1",
+    }[paper_name]

@@ -1,0 +1,26 @@
+"""MiniGPT-5's test dialogs: in the layout of MMDialog, which its own code reads.
+
+python eval/minigpt5.py data/mmdialog minigpt5-in
+
+Run MiniGPT-5 on it, keep each picture as KEY.png (KEY is the picture's __MEDIA__), and score them:
+d2i eval --system images:FOLDER --label MiniGPT-5 --data data/mmdialog --out scores/minigpt5
+"""
+
+from typing import Annotated
+
+import typer
+
+from d2i.eval.export import export_dialogs
+from d2i.eval.job import test_url
+
+
+def main(
+    data: Annotated[str, typer.Argument(help="Folder made by d2i preprocess.")],
+    out: Annotated[str, typer.Argument(help="Folder to write test/ into.")],
+) -> None:
+    """Write one dialog for each test instance, and the true pictures under their names."""
+    print(f"{export_dialogs(test_url(data), out)} dialogs: {out}/test")
+
+
+if __name__ == "__main__":
+    typer.run(main)

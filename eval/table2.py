@@ -1,0 +1,59 @@
+"""Table 2: systems of every kind on one corpus, scored alike, the paper's numbers beside ours.
+
+python eval/table2.py data/mmdialog studies/table2 --system uvit-s=mscoco_uvit_small.pth \
+  --system run:runs/uvit-s --system retrieve:data/mmdialog --system images:minigpt5
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2i.eval.job import EvalProgress, EvalRequest, evaluate, test_url
+from d2i.eval.systems import parse_system
+from d2i.recipes import change_recipe, read_kept_recipe
+from d2i.report import write_report
+
+
+def show(progress: EvalProgress) -> None:
+    """Print how far an evaluation is."""
+    print(progress.line(), file=sys.stderr)
+
+
+def main(
+    data: Annotated[str, typer.Argument(help="Folder made by d2i preprocess.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the study; the same command resumes.")],
+    system: Annotated[
+        list[str], typer.Option(help="As d2i eval takes it; a backbone as NAME=WEIGHTS.")
+    ],
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, for all systems alike.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="0: no Ray; else fits the machine.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A running cluster.")] = None,
+) -> None:
+    """Evaluate each system, then write table2.html, table2.md and table2.csv."""
+    recipe = change_recipe(read_kept_recipe(data), setting or [])
+    folders = []
+    for given in system:
+        name, _, weights = given.partition("=")
+        spec = parse_system(name, weights or None, recipe)
+        folders.append(out / re.sub(r"[^A-Za-z0-9-]+", "-", given).strip("-"))
+        request = EvalRequest(
+            recipe=recipe,
+            system=spec,
+            data_url=test_url(data),
+            out_url=str(folders[-1]),
+            save_images="all",
+            num_workers=workers,
+            ray_address=ray_address,
+        )
+        print(spec.label, evaluate(request, show)["scores"])
+    for suffix in ("html", "md", "csv"):
+        write_report(folders, out / f"table2.{suffix}", title="Systems")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,264 @@
+"""Every kind of system, from the dialog to its scores; and what is wrong with one is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from d2i.config import Recipe
+from d2i.errors import ConfigError, D2IError, DataError
+from d2i.eval import job
+from d2i.eval.describer import Describer, DescriberConfig, read_pairs, train_describer
+from d2i.eval.export import export_dialogs
+from d2i.eval.systems import parse_system
+from d2i.recipes import change_recipe, read_kept_recipe
+from d2i.runs import EMA_NAME
+from d2i.shards import ShardReader
+from d2i.shipped import resolve_weights
+from tests.integration.networks import save_random_describer, save_tiny_pipeline, save_tiny_unclip
+
+FEW_STEPS = ("sample.num_steps=2", "sample.compute_batch_size=8")
+
+
+def recipe_of(data: Path, *settings: str) -> Recipe:
+    return change_recipe(read_kept_recipe(str(data)), [*FEW_STEPS, *settings])
+
+
+def scored(
+    data: Path, out: Path, system: str, *settings: str, weights: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Evaluate in this process."""
+    recipe = recipe_of(data, *settings)
+    spec = parse_system(system, weights, recipe)
+    request = job.EvalRequest(recipe, spec, job.test_url(str(data)), str(out), **options)
+    return job.evaluate(request, lambda _: None)
+
+
+def assert_scored(result: dict[str, Any], num: int = 23) -> None:
+    assert result["card"]["found"] == num
+    named = ("fid", "kid", "is", "clip_i", "clip_t", "fid_clip", "recall_1", "recall_10")
+    assert np.isfinite([result["scores"][name] for name in named]).all()
+    assert set(named) == set(result["intervals"]) - {"recall_5"}
+    for name, (low, high) in result["intervals"].items():
+        assert low <= result["scores"][name] <= high
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "instances.jsonl").read_text().splitlines()]
+
+
+def test_a_diffusers_pipeline_from_its_folder(tmp_path: Path, chat_data: Path) -> None:
+    save_tiny_pipeline(tmp_path / "pipeline")
+    arguments = 'sample.pipeline={"num_inference_steps": 2, "height": 64, "width": 64}'
+    system = f"diffusers:{tmp_path / 'pipeline'}"
+    result = scored(chat_data, tmp_path / "out", system, arguments)
+    assert_scored(result)
+    assert result["card"]["weights"]["pipeline"] == "StableDiffusionPipeline"
+    assert result["card"]["pipeline_arguments"]["num_inference_steps"] == 2
+    grouped = scored(chat_data, tmp_path / "grouped", system, arguments, task_size=3)
+    assert grouped == result
+
+
+def test_dalle2_as_unclip(tmp_path: Path, chat_data: Path) -> None:
+    save_tiny_unclip(tmp_path / "unclip")
+    steps = {f"{part}_num_inference_steps": 2 for part in ("prior", "decoder", "super_res")}
+    arguments = f"sample.pipeline={json.dumps(steps)}"
+    result = scored(chat_data, tmp_path / "out", f"dalle2:{tmp_path / 'unclip'}", arguments)
+    assert_scored(result)
+    assert result["card"]["label"] == "DALL-E 2"
+
+
+def test_retrieval_shows_training_pictures(tmp_path: Path, chat_data: Path) -> None:
+    result = scored(chat_data, tmp_path / "out", f"retrieve:{chat_data}", save_images="all")
+    assert_scored(result)
+    assert (
+        result["card"]["weights"]["pictures"]
+        == ShardReader(str(chat_data / "train")).manifest.sha256
+    )
+
+
+def test_divter_learns_to_describe_and_draws_it(tmp_path: Path, chat_data: Path) -> None:
+    pairs = read_pairs(str(chat_data / "train"), recipe_of(chat_data).text)
+    assert len(pairs) == 12
+    assert all(text.startswith("# ") and said.endswith(" ball") for text, said in pairs)
+    save_random_describer(tmp_path / "base")
+    losses: list[float] = []
+    out = tmp_path / "describer"
+    config = DescriberConfig(num_steps=60, batch_size=12, lr=3e-3)
+    train_describer(pairs, str(tmp_path / "base"), out, config, lambda _, loss: losses.append(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    described = Describer(str(out)).describe(pairs[0][0])
+    assert described == Describer(str(out)).describe(pairs[0][0])
+    assert "b" in described
+
+    system = f"divter:{out},uvit-s"
+    result = scored(chat_data, tmp_path / "scores", system, weights="demo:backbone")
+    assert_scored(result)
+    assert result["card"]["label"] == "Divter"
+    assert {"describer", "backbone"} <= set(result["card"]["weights"])
+
+
+def test_pictures_made_elsewhere_by_key(tmp_path: Path, chat_data: Path) -> None:
+    """MiniGPT-5's way: dialogs out, pictures named by key in; its row carries its name."""
+    assert export_dialogs(str(chat_data / "test"), str(tmp_path / "export")) == 23
+    lines = (tmp_path / "export/test/conversations.json").read_text().splitlines()
+    keys = list(ShardReader(str(chat_data / "test")).keys)
+    made = tmp_path / "made"
+    made.mkdir()
+    for line, key in zip(lines, keys, strict=True):
+        turns = [turn["turn"] for turn in json.loads(line)["conversation"]]
+        assert len(turns) >= 2
+        assert all(part["__TEXT__"] for turn in turns for part in turn if "__TEXT__" in part)
+        assert turns[-1][-1] == {"__MEDIA__": key}
+        with Image.open(tmp_path / "export/test" / f"{key}.jpg") as true:
+            true.convert("RGB").save(made / f"{key}.png")
+    (made / f"{keys[3]}.png").unlink()
+    (made / f"{keys[5]}.png").write_bytes(b"no picture")
+    Image.new("RGB", (64, 64), "red").save(made / f"{keys[7]}.png")
+    result = scored(chat_data, tmp_path / "out", f"images:{made}", label="MiniGPT-5")
+    assert_scored(result, num=21)
+    card = result["card"]
+    assert (card["label"], card["expected"], card["codec"]) == ("MiniGPT-5", 23, "png files")
+    assert card["failures"] == {"missing_picture": 1, "not_an_image": 1}
+    assert {row["key"]: row["status"] for row in rows(tmp_path / "out") if "clip_i" not in row} == {
+        keys[3]: "missing_picture",
+        keys[5]: "not_an_image",
+    }
+    true = [
+        row for row in rows(tmp_path / "out") if row["status"] == "ok" and row["key"] != keys[7]
+    ]
+    assert [row["clip_i"] for row in true] == pytest.approx([100.0] * 20)
+    assert {row["rank"] for row in true} == {1}
+    warnings = "\n".join(result["warnings"])
+    assert f"1 pictures are of one colour, the first is that of {keys[7]}" in warnings
+    assert "21 pictures: FID is unsteady" in warnings
+    assert "21 of 23 instances have a picture" in warnings
+    assert "2 sizes (64x64, 80x64)" in warnings
+
+
+def test_names_of_files_pair_the_pictures(tmp_path: Path, chat_data: Path) -> None:
+    """CLIP-I is the definition's mean cosine, and order and form of files change nothing."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    for number, key in enumerate(ShardReader(str(chat_data / "test")).keys):
+        Image.effect_noise((64, 64), 10 + 10 * number).convert("RGB").save(
+            tmp_path / "a" / f"{key}.png"
+        )
+        data = (tmp_path / "a" / f"{key}.png").read_bytes()
+        (tmp_path / "b" / f"{key}.PNG").write_bytes(data)
+    first = scored(chat_data, tmp_path / "first", f"images:{tmp_path / 'a'}")
+    second = scored(chat_data, tmp_path / "second", f"images:{tmp_path / 'b'}")
+    assert first["scores"] == second["scores"]
+    assert first["scores"]["clip_i"] == pytest.approx(
+        np.mean([row["clip_i"] for row in rows(tmp_path / "first")])
+    )
+
+
+def test_folders_without_our_keys_and_of_jpegs(tmp_path: Path, chat_data: Path) -> None:
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "other/00001.png")
+    with pytest.raises(DataError, match=r"no picture is named by an instance key: got 1 files, .*"):
+        scored(chat_data, tmp_path / "out", f"images:{tmp_path / 'other'}")
+    for number, key in enumerate(ShardReader(str(chat_data / "test")).keys):
+        name = f"{key}.{'jpg' if number % 2 else 'png'}"
+        Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "other" / name)
+    result = scored(chat_data, tmp_path / "out", f"images:{tmp_path / 'other'}")
+    assert any("different codecs (jpg, png)" in warning for warning in result["warnings"])
+    assert result["card"]["codec"] == "jpg, png files"
+
+
+def test_what_a_system_is_shown(tmp_path: Path, chat_data: Path) -> None:
+    """The same noise, other words: the four contexts give four sets of pictures."""
+    found = {
+        mode: scored(chat_data, tmp_path / mode, "uvit-s", weights="demo:backbone", context=mode)
+        for mode in ("full", "last", "none", "shuffled")
+    }
+    assert len({result["scores"]["fid"] for result in found.values()}) == 4
+    assert {mode: result["card"]["context"] for mode, result in found.items()} == {
+        mode: mode for mode in found
+    }
+    letters = scored(
+        chat_data, tmp_path / "letters", "uvit-s", "text.strategy=letters", weights="demo:backbone"
+    )
+    assert letters["card"]["text"]["strategy"] == "letters"
+    assert letters["scores"]["fid"] != found["full"]["scores"]["fid"]
+    with pytest.raises(ConfigError, match="context: full, expected last"):
+        scored(chat_data, tmp_path / "last", "uvit-s", weights="demo:backbone")
+
+
+def test_true_pictures_are_measured_once(
+    tmp_path: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = scored(chat_data, tmp_path / "first", f"retrieve:{chat_data}")
+    (kept,) = (tmp_path / "cache/d2i").glob("*/real_features.npy")
+    assert scored(chat_data, tmp_path / "second", f"retrieve:{chat_data}") == first
+    # They are really read: a mark left in the cache shows in the scores.
+    np.save(kept, np.load(kept) + 1)
+    marked = scored(chat_data, tmp_path / "third", f"retrieve:{chat_data}")
+    assert marked["scores"]["fid"] != first["scores"]["fid"]
+    other = scored(chat_data, tmp_path / "other", f"retrieve:{chat_data}", "metrics.resolution=32")
+    assert other["card"]["resolution"] == 32
+    assert len(list((tmp_path / "cache/d2i").glob("*/real_features.npy"))) == 2
+
+
+def test_numbers_that_are_none_are_failures(tmp_path: Path, chat_data: Path) -> None:
+    """A network that gives NaN gives no pictures, and not black ones."""
+    backbone = Path(resolve_weights("demo:backbone"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in backbone.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (file,) = broken.glob("*.safetensors")
+    state = load_file(file)
+    name = max(state, key=lambda key: state[key].numel())
+    save_file(state | {name: torch.full_like(state[name], torch.nan)}, file)
+    with pytest.raises(DataError, match=r"got 0 pictures for 23 instances \(23 not_finite\)"):
+        scored(chat_data, tmp_path / "out", "uvit-s", weights=str(broken))
+    assert {row["status"] for row in rows(tmp_path / "out")} == {"not_finite"}
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [
+        ("stable", "no such system; expected run:DIR, diffusers:PATH"),
+        ("json:dumps.nothing", "no such system"),
+        ("divter:somewhere", "expected divter:DIR,SYSTEM"),
+        ("uvit-s", "a backbone needs weights"),
+        ("run:nowhere", "nowhere is no run"),
+        ("diffusers:nowhere/at/all", "cannot load DiffusionPipeline"),
+        ("images:nowhere", "got an empty folder"),
+        ("divter:nowhere,images:nowhere", "cannot load AutoModelForCausalLM"),
+    ],
+)
+def test_a_wrong_system_is_one_line(
+    tmp_path: Path, chat_data: Path, system: str, message: str
+) -> None:
+    with pytest.raises(D2IError, match=message) as caught:
+        scored(chat_data, tmp_path / "out", system)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_weights_in_a_run_are_refused(tmp_path: Path, chat_data: Path) -> None:
+    recipe = recipe_of(chat_data)
+    run = tmp_path / "run"
+    run.mkdir()
+    backbone = Path(resolve_weights("demo:backbone"))
+    sizes = json.loads((backbone / "config.json").read_text())
+    values = recipe.model_dump(mode="json") | {"backbone": sizes}
+    (run / "config.json").write_text(json.dumps({"recipe": values}))
+    (run / EMA_NAME).write_bytes((backbone / "model.safetensors").read_bytes())
+    result = scored(chat_data, tmp_path / "out", f"run:{run}")
+    assert result["card"]["backbone"] == "uvit-s"
+    state = load_file(run / EMA_NAME)
+    save_file({key: 2 * value for key, value in state.items()}, run / EMA_NAME)
+    (next((tmp_path / "out/tasks").glob("*.npz"))).unlink()
+    with pytest.raises(ConfigError, match=r"drawn otherwise: got weights\.backbone"):
+        scored(chat_data, tmp_path / "out", f"run:{run}")

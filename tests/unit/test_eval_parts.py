@@ -1,0 +1,140 @@
+"""The parts of an evaluation: portions, prompts, ranks, and intervals by resampling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2i.dialog import key_order_hash
+from d2i.errors import ConfigError
+from d2i.eval.bootstrap import (
+    NUM_RESAMPLES,
+    draw_resamples,
+    fid_deviation,
+    inception_deviation,
+    intervals,
+    kid_deviation,
+    mean_deviation,
+    weighted_fid,
+)
+from d2i.eval.metrics import compute_fid, compute_scores
+from d2i.eval.prompts import partners
+from d2i.eval.recall import draw_negatives, true_ranks
+from d2i.eval.systems.pipeline import last_words
+from d2i.eval.tasks import EvalTask, plan_tasks
+from d2i.tokenize import encode
+
+
+@pytest.mark.parametrize(("num", "width"), [(40, 5), (12, 30)])
+def test_a_weighted_fid_is_the_fid_of_repeated_pictures(num: int, width: int) -> None:
+    dice = np.random.default_rng(0)
+    real, fake = dice.standard_normal((num, width)), 1.3 * dice.standard_normal((num - 2, width))
+    counts, fake_counts = dice.integers(0, 4, num), dice.integers(0, 4, num - 2)
+    expected = compute_fid(np.repeat(real, counts, 0), np.repeat(fake, fake_counts, 0))
+    found = weighted_fid(real, fake, counts, fake_counts)
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_means_deviation_is_the_standard_error() -> None:
+    values = np.random.default_rng(0).normal(5, 2, 400)
+    resamples = draw_resamples(400, np.arange(400))
+    expected = values.std(ddof=1) / np.sqrt(400)
+    # 200 resamples know a deviation to 5 %: four times that is not by chance.
+    assert mean_deviation(values, resamples) == pytest.approx(expected, rel=0.2)
+
+
+def test_deviations_are_those_of_new_draws() -> None:
+    """FID, KID and IS move over fresh test sets about as much as the bootstrap says."""
+    dice = np.random.default_rng(0)
+
+    def fresh(num: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        real, fake = dice.standard_normal((num, 4)), dice.standard_normal((num, 4)) + 0.8
+        return real, fake, 2 * dice.standard_normal((num, 6))
+
+    found = [compute_scores(*fresh(), *[np.eye(300)] * 2, kid_subsets=1, kid_subset_size=300)
+             for _ in range(60)]  # fmt: skip
+    real, fake, logits = fresh()
+    resamples = draw_resamples(300, np.arange(300))
+    said = {
+        "fid": fid_deviation(real, fake, resamples),
+        "kid": kid_deviation(real, fake, resamples),
+        "is": inception_deviation(logits, resamples, 10),
+    }
+    for name, deviation in said.items():
+        fresh_deviation = np.std([scores[name] for scores in found], ddof=1)
+        assert deviation == pytest.approx(fresh_deviation, rel=0.6), name
+
+
+def test_a_resample_keeps_pictures_with_their_instances() -> None:
+    drawn = np.array([0, 2, 5])
+    resamples = draw_resamples(6, drawn)
+    assert resamples.real.shape == (NUM_RESAMPLES, 6)
+    assert (resamples.real.sum(axis=1) == 6).all()
+    assert np.array_equal(resamples.fake, resamples.real[:, drawn])
+    assert np.array_equal(resamples.real, draw_resamples(6, drawn).real)
+
+
+def test_an_interval_needs_a_score_and_a_deviation() -> None:
+    scores = {"fid": 10.0, "is": None, "kid": 1.0}
+    found = intervals(scores, {"fid": 1.0, "is": 1.0, "kid": float("nan")})
+    assert found == {"fid": [pytest.approx(8.04, abs=1e-3), pytest.approx(11.96, abs=1e-3)]}
+
+
+def test_ranks_count_what_is_as_near_as_the_truth() -> None:
+    real = np.array([[1, 0], [0, 1], [1, 0], [1, 1]], np.float32)
+    keys = [f"test-{number}-0-0" for number in range(4)]
+    drawn = np.array([0, 1, 3])
+    fake = np.array([[1, 0], [1, 0.1], [1, 1]], np.float32)
+    # The third picture is a copy of the first: it is no negative of it.
+    assert true_ranks(keys, drawn, fake, real).tolist() == [1, 4, 1]
+    same = np.ones((3, 2), np.float32)
+    # One picture for all: it is nearest to the last, and to no other.
+    assert true_ranks(keys, drawn, same, real).tolist() == [3, 4, 1]
+
+
+@given(st.integers(2, 50), st.integers(1, 60), st.text("abc", min_size=1))
+def test_negatives_are_others_and_depend_on_the_key_alone(num: int, wanted: int, key: str) -> None:
+    index = key_order_hash(key, 1) % num
+    found = draw_negatives(key, index, num, wanted)
+    assert len(set(found.tolist())) == len(found) == min(wanted, num - 1)
+    assert index not in found
+    assert found.min() >= 0
+    assert found.max() < num
+    assert np.array_equal(found, draw_negatives(key, index, num, wanted))
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=20))
+def test_a_partner_is_of_another_dialog(dialogs: list[int]) -> None:
+    keys = [f"test-{dialog}-{turn}-0" for turn, dialog in enumerate(dialogs)]
+    if len(set(dialogs)) == 1:
+        with pytest.raises(ConfigError, match="at least two to exchange"):
+            partners(keys)
+        return
+    found = partners(keys)
+    assert all(dialogs[mine] != dialogs[theirs] for mine, theirs in enumerate(found))
+    assert found == partners(keys)
+
+
+@given(st.integers(0, 60), st.lists(st.integers(1, 9), max_size=8), st.integers(1, 9))
+def test_tasks_cover_what_is_left_once(num: int, sizes: list[int], size: int) -> None:
+    finished, start = [], 0
+    for place, length in enumerate(sizes):
+        if place % 2 and start + length <= num:
+            finished.append(EvalTask(start, start + length))
+        start += length
+    planned = plan_tasks(num, size, finished)
+    covered = [index for task in (*finished, *planned) for index in task.indices]
+    assert sorted(covered) == list(range(num))
+    assert all(len(task.indices) <= size for task in planned)
+
+
+def test_a_long_line_keeps_its_last_words() -> None:
+    words = [f"word{number}" for number in range(90)]
+    kept = last_words(" ".join(words))
+    assert kept.endswith("word89")
+    assert len(encode(kept)) <= 75
+    one_more = " ".join(words[-len(kept.split()) - 1 :])
+    assert len(encode(one_more)) > 75
+    assert last_words("a red ball") == "a red ball"

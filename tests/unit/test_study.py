@@ -1,0 +1,276 @@
+"""A whole study as tables: the paper's beside ours, and apart what cannot be compared."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2i.errors import ConfigError
+from d2i.report import write_report
+from d2i.report.categories import NUM_OF_CATEGORY, draw_categories
+from d2i.report.paper import PUBLISHED_EXTRACTOR
+from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
+
+BACKBONES = ("uvit-s", "uvit-s-deep", "unidiffuser-v1")
+LABELS = {"people": "Woman", "food": "Pizza", "animals": "Dog", "none": "Belt"}
+NUM_TEST = 4 * 55
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (number % 256, 90, 200)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_data(folder: Path) -> list[str]:
+    moments = npy_bytes(np.zeros((8, 2, 2), np.float16))
+    names = list(LABELS.values())
+    samples = [
+        Sample(
+            f"test-{number}-0-0",
+            {
+                "json": json_bytes(
+                    {
+                        "context": [{"speaker": 0, "text": f"look at {number}"}],
+                        "labels": [names[number % 4]],
+                    }
+                ),
+                "moments.npy": moments,
+                "png": png(number),
+            },
+        )
+        for number in range(NUM_TEST)
+    ]
+    write_shard(samples, str(folder), 0, failures={})
+    write_manifest(str(folder), {})
+    return [sample.key for sample in samples]
+
+
+class Study:
+    """Writes evaluations as `d2i eval` leaves them, each with scores of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folders: list[Path] = []
+        self.keys = {corpus: make_data(root / corpus) for corpus in ("photochat", "mmdialog")}
+
+    def add(self, corpus: str, backbone: str | None, *, run: bool = False, **card: Any) -> Path:
+        number = len(self.folders)
+        folder = self.root / "eval" / f"{number:02d}"
+        (folder / "images").mkdir(parents=True)
+        kind = "run" if run else backbone
+        values: dict[str, Any] = {
+            "label": f"{backbone}, {'' if run else 'not '}fine-tuned",
+            "kind": kind,
+            "backbone": backbone,
+            "run": f"/runs/{backbone}" if run else None,
+            "context": "full",
+            "text": {"strategy": "hash"},
+            "corpus": corpus,
+            "data": str(self.root / corpus),
+            "instances_sha256": corpus,
+            "extractor": PUBLISHED_EXTRACTOR,
+            "weights": {"clip_image": "ab" * 32},
+            "expected": NUM_TEST,
+            "found": NUM_TEST,
+            "resolution": 256,
+            "sampler": "dpm_solver",
+            "num_steps": 50,
+            "guidance_scale": 2.0,
+        }
+        scores = {name: 10.0 + number + 0.1 * i for i, name in enumerate(SCORES)}
+        intervals = {"fid": [scores["fid"] - 1, scores["fid"] + 1]}
+        document = {"scores": scores, "intervals": intervals, "card": values | card}
+        (folder / "scores.json").write_text(json.dumps(document))
+        rows = [{"key": key, "status": "ok", "clip_i": 50.0 + number} for key in self.keys[corpus]]
+        (folder / "instances.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with tarfile.open(folder / "images" / "0.tar", "w") as tar:
+            for key in self.keys[corpus]:
+                member = tarfile.TarInfo(f"{key}.png")
+                member.size = len(png(number))
+                tar.addfile(member, io.BytesIO(png(number)))
+        self.folders.append(folder)
+        return folder
+
+    def write(self, name: str, **options: Any) -> str:
+        write_report(self.folders, self.root / name, **options)
+        return (self.root / name).read_text()
+
+    def lines(self) -> list[dict[str, str]]:
+        return list(csv.DictReader(io.StringIO(self.write("tables.csv"))))
+
+
+SCORES = (
+    "fid",
+    "is",
+    "is_std",
+    "clip_i",
+    "clip_t",
+    "fid_clip",
+    "recall_1",
+    "recall_5",
+    "recall_10",
+)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Three backbones, two corpora, before and after; four linearizations; four contexts."""
+    made = Study(tmp_path_factory.mktemp("study"))
+    for corpus in ("photochat", "mmdialog"):
+        for backbone in BACKBONES:
+            made.add(corpus, backbone)
+            made.add(corpus, backbone, run=True)
+    for strategy in ("letters", "special", "space"):
+        made.add("photochat", "unidiffuser-v1", run=True, text={"strategy": strategy})
+    for context in ("none", "shuffled", "last"):
+        made.add("mmdialog", "uvit-s", run=True, context=context)
+    made.add("mmdialog", None, kind="divter", label="Divter", found=NUM_TEST - 3)
+    made.add("mmdialog", None, kind="images", label="MiniGPT-5", codec="jpg files")
+    return made
+
+
+def value(lines: list[dict[str, str]], table: str, row: str, column: str) -> str | None:
+    found = [
+        line["value"]
+        for line in lines
+        if (line["table"], line["row"], line["column"]) == (table, row, column)
+    ]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+def test_table_2_has_the_papers_numbers_beside_ours(study: Study) -> None:
+    lines = study.lines()
+    table = "Systems on PhotoChat (Table 2)"
+    assert value(lines, table, "U-ViT-Small", "FID") == "10.0"
+    assert value(lines, table, "U-ViT-Small", "FID (paper)") == "97.76"
+    assert value(lines, table, "UniDiffuser-v1 + ours", "CLIP-I (paper)") == "61.82"
+    assert value(lines, table, "UniDiffuser-v1 + ours", "FID") == "15.0"
+    # A system of the paper that was not evaluated, and a value that could not be read.
+    assert value(lines, table, "DALL-E 2", "FID") is None
+    assert value(lines, table, "DALL-E 2", "FID (paper)") == "124.1"
+    assert value(lines, table, "DALL-E 2", "CLIP-I (paper)") is None
+    assert {line["by"] for line in lines if "(paper)" in line["column"]} == {"paper"}
+    (uvit,) = [
+        line
+        for line in lines
+        if (line["table"], line["row"], line["column"]) == (table, "U-ViT-Small", "FID")
+    ]
+    assert (uvit["low"], uvit["high"]) == ("9.0", "11.0")
+    assert "dpm_solver 50 steps, guidance 2.0" in uvit["card"]
+
+
+def test_every_system_of_the_paper_has_a_row(study: Study) -> None:
+    lines = study.lines()
+    mmdialog = {line["row"] for line in lines if line["table"] == "Systems on MMDialog (Table 2)"}
+    backbones = {"U-ViT-Small", "U-ViT-Small(Deep)", "UniDiffuser-v1"}
+    assert mmdialog == backbones | {f"{name} + ours" for name in backbones} | {
+        *("DALL-E 2", "MiniGPT-5", "Divter")
+    }
+    assert value(lines, "Systems on MMDialog (Table 2)", "Divter", "pictures") == "217 of 220"
+
+
+def test_what_cannot_be_compared_stands_apart_with_the_reason(study: Study) -> None:
+    text = study.write("tables.md")
+    assert "Systems on MMDialog (Table 2), apart" in text
+    assert "Kept apart, as not comparable: codec jpg files instead of null." in text
+    apart = text[text.index("(Table 2), apart") :]
+    assert "|MiniGPT-5|" in apart[: apart.index("##")]
+    assert "it learned from our captions" in text
+
+
+def test_table_3_and_contexts(study: Study) -> None:
+    lines = study.lines()
+    name = "Linearizations: UniDiffuser-v1 + ours on PhotoChat"
+    assert [line["row"] for line in lines if line["table"] == name and line["column"] == "FID"] == [
+        "space",
+        "special",
+        "letters",
+        "hash",
+    ]
+    assert value(lines, name, "space", "FID (paper)") == "69.92"
+    assert value(lines, name, "letters", "FID (paper)") is None
+    shown = "What the system is shown: U-ViT-Small + ours on MMDialog"
+    assert [
+        line["row"] for line in lines if line["table"] == shown and line["column"] == "FID"
+    ] == ["full", "last", "none", "shuffled"]
+
+
+def test_figure_5_draws_fifty_of_each_by_hash(study: Study) -> None:
+    categories = draw_categories(str(study.root / "photochat"))
+    assert [(c.name, c.num_instances, len(c.keys)) for c in categories] == [
+        (name, 55, NUM_OF_CATEGORY) for name in ("people", "food", "animals")
+    ]
+    lines = [line for line in study.lines() if line["table"].startswith("CLIP-I by category")]
+    assert {line["column"] for line in lines} == {
+        f"{name}: 50 of 55" for name in ("people", "food", "animals")
+    }
+    assert lines[0]["value"] == "50.0"
+
+
+def test_table_5_is_the_recipes(study: Study) -> None:
+    lines = study.lines()
+    row = "MMDialog, U-ViT-Small"
+    for column in ("global batch", "global batch (paper)"):
+        assert value(lines, "Recipes (Table 5)", row, column) == "4096.0"
+    assert value(lines, "Recipes (Table 5)", row, "devices (paper)") == "8x A100-80GB"
+
+
+def test_the_page_has_all_of_it_and_loads_nothing(study: Study) -> None:
+    source = study.write("study.html")
+    opened = list(unclosed(source))
+    assert opened == []
+    for anchor in ("table2", "table3", "listening", "figure5", "table5", "conversations", "cards"):
+        assert f'<section id="{anchor}">' in source
+    assert 'title="97.76; the paper"' in source
+    assert "photochat" in source
+    # Systems of a corpus stand beside the truth of that corpus: 12 conversations each.
+    assert source.count('<article class="conversation"') == 12 + 12 + 3 * 4
+    assert len(study.folders) == 20
+    only = study.write("figure5.html", parts=("figure5",))
+    assert '<section id="figure5">' in only
+    assert "Table 2" not in only
+
+
+def unclosed(source: str) -> Iterator[str]:
+    class Page(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.open: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            assert all(not (n == "src" and not (v or "").startswith("data:")) for n, v in attrs)
+            if tag not in ("meta", "img"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    page = Page()
+    page.feed(source)
+    yield from page.open
+
+
+def test_on_another_extractor_the_papers_numbers_are_left_out(tmp_path: Path) -> None:
+    made = Study(tmp_path)
+    made.add("mmdialog", "uvit-s", extractor="clip_image 0123")
+    systems = [line for line in made.lines() if line["table"].startswith("Systems")]
+    assert systems
+    assert {line["by"] for line in systems} == {"d2i"}
+    assert "The paper's numbers are left out" in made.write("tables.md")
+
+
+def test_another_suffix_is_refused(study: Study) -> None:
+    with pytest.raises(ConfigError, match=r"ends in \.html, \.md or \.csv"):
+        study.write("tables.pdf")
