@@ -16,9 +16,7 @@ from d2i.preprocess.decoder import Decoder
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.sources import PictureSource
 from d2i.preprocess.handover import FetchedPicture, ShardTask, SourcePicture
-from d2i.preprocess.plan import records_url
 from d2i.preprocess.progress import Tally
-from d2i.preprocess.records import read_records
 
 _BLOCK = 16
 """Pictures handed on at once: 3 MB of them at 256 pixels (ours)."""
@@ -55,7 +53,7 @@ class FetchWorker:
         Raises:
             ClusterError: If this machine seems to reach nothing.
         """
-        instances = read_records(records_url(task.split_url, task.index))
+        instances = task.instances()
         kept = {i.image_ref for i in instances if keeps_source(i, self._recipe)}
         block: list[FetchedPicture] = []
         for found in self._source.fetch(

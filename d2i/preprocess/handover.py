@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.dialog import ImageRef
+from d2i.dialog import ImageRef, Instance
 from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.plan import records_url
+from d2i.preprocess.records import read_records
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,19 @@ class ShardTask:
         index: Number of the shard.
         failed_before: Of a supplement: why its instances failed before, counted by reason.
         placeholders: Of a supplement: sha256 of pictures that were found to stand for many.
+        keys: Of a repair: the instances that are made; None: all that were planned.
     """
 
     split_url: str
     index: int
     failed_before: dict[str, int] = field(default_factory=dict)
     placeholders: frozenset[str] = frozenset()
+    keys: frozenset[str] | None = None
+
+    def instances(self) -> list[Instance]:
+        """Read the instances that are to be made, in the plan's order."""
+        planned = read_records(records_url(self.split_url, self.index))
+        return [i for i in planned if self.keys is None or i.key in self.keys]
 
 
 @dataclass(frozen=True)

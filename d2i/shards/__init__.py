@@ -5,14 +5,20 @@ record beside each, and a manifest with its own sha256. Imports neither torch no
 """
 
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo, read_commits
-from d2i.shards.copy import copied_samples
+from d2i.shards.copy import copied_samples, intact_samples
+from d2i.shards.folder import find_data_sets
 from d2i.shards.manifest import (
     Manifest,
+    fold_manifest,
+    is_vouched,
     read_manifest,
+    remove_other_shards,
     remove_uncommitted,
     write_manifest,
 )
+from d2i.shards.mend import Evidence, Mended, broken_keys, find_evidence, mend
 from d2i.shards.reader import ShardReader
+from d2i.shards.rebuild import rebuild_commit
 from d2i.shards.sample import MEMBERS, SUFFIXES, Sample, json_bytes, npy_array, npy_bytes
 from d2i.shards.verify import ShardProblem, VerifyReport, verify
 from d2i.shards.write import write_shard
@@ -22,18 +28,29 @@ __all__ = [
     "SUFFIXES",
     "ArrayInfo",
     "Commit",
+    "Evidence",
     "FileInfo",
     "Manifest",
+    "Mended",
     "Sample",
     "ShardProblem",
     "ShardReader",
     "VerifyReport",
+    "broken_keys",
     "copied_samples",
+    "find_data_sets",
+    "find_evidence",
+    "fold_manifest",
+    "intact_samples",
+    "is_vouched",
     "json_bytes",
+    "mend",
     "npy_array",
     "npy_bytes",
     "read_commits",
     "read_manifest",
+    "rebuild_commit",
+    "remove_other_shards",
     "remove_uncommitted",
     "verify",
     "write_manifest",
