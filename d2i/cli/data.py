@@ -47,6 +47,10 @@ def preprocess(
     exclude: Annotated[
         str | None, typer.Option(metavar="FILE", help="Instance keys to leave out, one a line.")
     ] = None,
+    reuse: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Prepared data whose image members are copied."),
+    ] = None,
     settings: SetOption = None,
     allow_host: AllowHostOption = None,
     dns_server: DnsServerOption = None,
@@ -75,6 +79,9 @@ def preprocess(
 
         d2i preprocess --corpus photochat --source photochat --out data --recipe uvit-s-photochat
         --retry-failed
+
+        d2i preprocess --corpus photochat --source photochat --out spaced --recipe uvit-s-photochat
+        --set text.strategy=space --reuse data
     """
     from d2i.fault import parse_fault
     from d2i.preprocess.fetch.sources import Access
@@ -91,6 +98,7 @@ def preprocess(
         seed=seed,
         exclude=exclude,
         retry_failed=retry_failed,
+        reuse=reuse,
         access=Access(frozenset(allow_host or ()), dns_server),
         num_workers=workers,
         num_fetchers=fetch_workers,

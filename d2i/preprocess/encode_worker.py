@@ -21,6 +21,7 @@ from d2i.preprocess.handover import FetchedPicture, ShardResult, ShardTask
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
 from d2i.preprocess.placeholders import refuse_placeholders
 from d2i.preprocess.retry import net_failures
+from d2i.preprocess.reuse import NOTHING_REUSED, Reuse, Reused, ReusedSplits
 from d2i.settle import settle
 from d2i.shards import Sample, npy_bytes, write_shard
 from d2i.tokenize import VOCABULARY_SHA256
@@ -33,6 +34,7 @@ class EncodeWorkerBuilder:
     recipe: Recipe
     split_urls: tuple[str, ...]
     fault: JobFault | None = None
+    reuse: Reuse | None = None
 
     def __call__(self) -> EncodeWorker:
         """Load the encoders, and settle the fingerprint with every other worker.
@@ -66,10 +68,12 @@ class EncodeWorker:
         self._recipe = builder.recipe
         self._fault = builder.fault
         self._encoders = encoders
+        self._reused = ReusedSplits(builder.reuse)
         self.fingerprint = fingerprint(builder.recipe, encoders)
 
     def settle(self, split_url: str) -> None:
         """Write the fingerprint and the features of '' beside the shards, or check them."""
+        self._reused.check(split_url, self.fingerprint["image"])
         if differences := settle(fingerprint_url(split_url), self.fingerprint):
             raise ShardError(
                 f"{split_url} holds shards made otherwise: got {'; '.join(differences[:3])}; "
@@ -88,11 +92,16 @@ class EncodeWorker:
             task.placeholders,
             self._recipe.fetch.num_same_pictures,
         )
-        made = self.encode(instances, found)
+        made = self.encode(instances, found, self._reused.read(task, self._recipe))
         return self._publish(task, made.samples, made.rows)
 
-    def encode(self, instances: list[Instance], found: list[FetchedPicture]) -> Encoded:
-        """Encode pictures, and say what became of each instance."""
+    def encode(
+        self,
+        instances: list[Instance],
+        found: list[FetchedPicture],
+        reused: Reused = NOTHING_REUSED,
+    ) -> Encoded:
+        """Encode the pictures that were fetched, and say what became of each instance."""
         # In the plan's order, whichever came first.
         pictures = {
             one.ref: one.picture
@@ -102,9 +111,16 @@ class EncodeWorker:
         features = encode_pictures(pictures, self._encoders)
         self.reach("encode.images")
         outcomes = {one.ref: one for one in found}
-        rows = [ledger_row(i, outcomes[i.image_ref], features) for i in instances]
-        samples = build_samples(instances, pictures, features, self._encoders, self._recipe)
-        return Encoded(samples, rows)
+        asked = (instance for instance in instances if instance.image_ref in outcomes)
+        rows = [ledger_row(i, outcomes[i.image_ref], features) for i in asked]
+        samples = build_samples(
+            instances,
+            {**pictures, **reused.pictures},
+            features | reused.features,
+            self._encoders,
+            self._recipe,
+        )
+        return Encoded(samples, [*rows, *reused.rows(instances)])
 
     def _empty_features(self) -> dict[str, NDArray[np.generic]]:
         tokens = text_tokens("", self._recipe.text)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.plan import records_url
@@ -37,12 +38,11 @@ class ShardTask:
         return [i for i in planned if self.keys is None or i.key in self.keys]
 
 
-@dataclass(frozen=True)
-class SourcePicture:
-    """A picture that can be used.
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """The file of a picture that can be used.
 
     Args:
-        pixels: Its square crop, uint8 (R, R, 3).
         suffix: `jpg`, `png`, `webp` or `gif`.
         width: Of the whole, in pixels, upright.
         height: Of the whole, in pixels, upright.
@@ -51,13 +51,32 @@ class SourcePicture:
         data: The source bytes, where the shard keeps them.
     """
 
-    pixels: NDArray[np.uint8]
     suffix: str
     width: int
     height: int
     size_bytes: int
     sha256: str
     data: bytes | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourcePicture(SourceFile):
+    """A picture that is to be encoded: its file, and its square crop, uint8 (R, R, 3)."""
+
+    pixels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the image encoders made of one picture: moments f16 (8, h, w), clip f16 (clip_dim,)."""
+
+    moments: NDArray[np.float16]
+    clip: NDArray[np.float16]
+
+
+def keeps_source(instance: Instance, recipe: Recipe) -> bool:
+    """Say whether the shard keeps the source bytes of an instance's picture."""
+    return instance.split != "train" or recipe.preprocess.keep_images == "always"
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,21 @@ from d2i.shards.manifest import (
 from d2i.shards.mend import Evidence, Mended, broken_keys, find_evidence, mend
 from d2i.shards.reader import ShardReader
 from d2i.shards.rebuild import rebuild_commit
-from d2i.shards.sample import MEMBERS, SUFFIXES, Sample, json_bytes, npy_array, npy_bytes
+from d2i.shards.sample import (
+    IMAGE_SUFFIXES,
+    MEMBERS,
+    SUFFIXES,
+    Sample,
+    check_json,
+    json_bytes,
+    npy_array,
+    npy_bytes,
+)
 from d2i.shards.verify import ShardProblem, VerifyReport, verify
 from d2i.shards.write import write_shard
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "MEMBERS",
     "SUFFIXES",
     "ArrayInfo",
@@ -37,6 +47,7 @@ __all__ = [
     "ShardReader",
     "VerifyReport",
     "broken_keys",
+    "check_json",
     "copied_samples",
     "find_data_sets",
     "find_evidence",
