@@ -29,6 +29,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON line
 RayOption = Annotated[
     str | None, typer.Option("--ray-address", help="A running Ray cluster; else Ray starts here.")
 ]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=0, help="Ray workers; 0: this process, without Ray.")
+]
+FetchWorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Ray workers that fetch and decode.")
+]
 FaultOption = Annotated[
     str | None, typer.Option("--fault", help="POINT:error|sleep|kill:N, for proofs.")
 ]

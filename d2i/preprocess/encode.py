@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from d2i.config import Recipe
 from d2i.context import context_tokens
 from d2i.dialog import ImageRef, Instance
 from d2i.encoders import Encoders
 from d2i.preprocess.fetch.reasons import is_passing
-from d2i.preprocess.fetch_worker import keeps_source
-from d2i.preprocess.handover import FetchedPicture, SourcePicture
+from d2i.preprocess.handover import (
+    FetchedPicture,
+    ImageFeatures,
+    SourceFile,
+    SourcePicture,
+    keeps_source,
+)
 from d2i.preprocess.ledger import LedgerRow, Status
 from d2i.preprocess.records import instance_values
 from d2i.shards import Sample, json_bytes, npy_bytes
-
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """What the image encoders made of one picture: moments f16 (8, h, w), clip f16 (clip_dim,)."""
-
-    moments: NDArray[np.float16]
-    clip: NDArray[np.float16]
 
 
 def encode_pictures(
@@ -50,7 +45,7 @@ def encode_pictures(
 
 def build_samples(
     instances: Iterable[Instance],
-    pictures: Mapping[ImageRef, SourcePicture],
+    pictures: Mapping[ImageRef, SourceFile],
     features: Mapping[ImageRef, ImageFeatures],
     encoders: Encoders,
     recipe: Recipe,
@@ -107,7 +102,7 @@ def _status(reason: str) -> Status:
     return "passing" if is_passing(reason) else "permanent"
 
 
-def _metadata(instance: Instance, picture: SourcePicture) -> bytes:
+def _metadata(instance: Instance, picture: SourceFile) -> bytes:
     source = {
         "ref": list(instance.image_ref.value),
         "sha256": picture.sha256,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from d2i import storage
 from d2i.cluster import JobFault, device_of_worker
 from d2i.config import Recipe
 from d2i.context import text_tokens
+from d2i.dialog import Instance
 from d2i.encoders import Encoders, load_encoders
 from d2i.encoders.bundle import versions
 from d2i.errors import ShardError
@@ -20,9 +21,8 @@ from d2i.preprocess.encode import build_samples, encode_pictures, ledger_row
 from d2i.preprocess.handover import FetchedPicture, ShardResult, ShardTask
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
 from d2i.preprocess.placeholders import refuse_placeholders
-from d2i.preprocess.plan import records_url
-from d2i.preprocess.records import read_records
 from d2i.preprocess.retry import net_failures
+from d2i.preprocess.reuse import NOTHING_REUSED, Reuse, Reused, ReusedSplits
 from d2i.settle import settle
 from d2i.shards import Sample, npy_bytes, write_shard
 from d2i.tokenize import VOCABULARY_SHA256
@@ -35,6 +35,7 @@ class EncodeWorkerBuilder:
     recipe: Recipe
     split_urls: tuple[str, ...]
     fault: JobFault | None = None
+    reuse: Reuse | None = None
 
     def __call__(self) -> EncodeWorker:
         """Load the encoders, and settle the fingerprint with every other worker.
@@ -48,6 +49,19 @@ class EncodeWorkerBuilder:
         return worker
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Instances after encoding.
+
+    Args:
+        samples: Of those that have features, in key order; made as they are taken.
+        rows: What became of every instance.
+    """
+
+    samples: Iterator[Sample]
+    rows: list[LedgerRow]
+
+
 class EncodeWorker:
     """Holds the encoders; `run` makes one shard."""
 
@@ -55,28 +69,40 @@ class EncodeWorker:
         self._recipe = builder.recipe
         self._fault = builder.fault
         self._encoders = encoders
-        self._fingerprint = fingerprint(builder.recipe, encoders)
+        self._reused = ReusedSplits(builder.reuse)
+        self.fingerprint = fingerprint(builder.recipe, encoders)
 
     def settle(self, split_url: str) -> None:
         """Write the fingerprint and the features of '' beside the shards, or check them."""
-        if differences := settle(fingerprint_url(split_url), self._fingerprint):
+        self._reused.check(split_url, self.fingerprint["image"])
+        if differences := settle(fingerprint_url(split_url), self.fingerprint):
             raise ShardError(
                 f"{split_url} holds shards made otherwise: got {'; '.join(differences[:3])}; "
                 "choose another --out, or the versions and weights of before"
             )
         for name, array in self._empty_features().items():
-            url = storage.join(split_url, name)
-            if not storage.exists(url):
-                storage.write_bytes(url, npy_bytes(array))
+            url, data = storage.join(split_url, name), npy_bytes(array)
+            if not storage.exists(url) or storage.read_bytes(url) != data:
+                storage.write_bytes(url, data)
 
     def run(self, task: ShardTask, blocks: Iterable[list[FetchedPicture]]) -> ShardResult:
         """Encode and publish one planned shard; its commit record comes last."""
-        instances = read_records(records_url(task.split_url, task.index))
+        instances = task.instances()
         found = refuse_placeholders(
             (picture for block in blocks for picture in block),
             task.placeholders,
             self._recipe.fetch.num_same_pictures,
         )
+        made = self.encode(instances, found, self._reused.read(task, self._recipe))
+        return self._publish(task, made.samples, made.rows)
+
+    def encode(
+        self,
+        instances: list[Instance],
+        found: list[FetchedPicture],
+        reused: Reused = NOTHING_REUSED,
+    ) -> Encoded:
+        """Encode the pictures that were fetched, and say what became of each instance."""
         # In the plan's order, whichever came first.
         pictures = {
             one.ref: one.picture
@@ -84,11 +110,18 @@ class EncodeWorker:
             if one.picture is not None and one.fetched.reason == "ok"
         }
         features = encode_pictures(pictures, self._encoders)
-        self._reach("encode.images")
+        self.reach("encode.images")
         outcomes = {one.ref: one for one in found}
-        rows = [ledger_row(i, outcomes[i.image_ref], features) for i in instances]
-        samples = build_samples(instances, pictures, features, self._encoders, self._recipe)
-        return self._publish(task, samples, rows)
+        asked = (instance for instance in instances if instance.image_ref in outcomes)
+        rows = [ledger_row(i, outcomes[i.image_ref], features) for i in asked]
+        samples = build_samples(
+            instances,
+            {**pictures, **reused.pictures},
+            features | reused.features,
+            self._encoders,
+            self._recipe,
+        )
+        return Encoded(samples, [*rows, *reused.rows(instances)])
 
     def _empty_features(self) -> dict[str, NDArray[np.generic]]:
         tokens = text_tokens("", self._recipe.text)
@@ -101,18 +134,19 @@ class EncodeWorker:
         self, task: ShardTask, samples: Iterable[Sample], rows: list[LedgerRow]
     ) -> ShardResult:
         write_ledger(task.split_url, task.index, rows)
-        self._reach("ledger.written")
+        self.reach("ledger.written")
         commit = write_shard(
             samples,
             task.split_url,
             task.index,
             failures=net_failures(rows, task.failed_before),
-            fingerprint=self._fingerprint,
-            fault=self._reach,
+            fingerprint=self.fingerprint,
+            fault=self.reach,
         )
         return ShardResult(commit.num_samples, count_failures(rows))
 
-    def _reach(self, point: str) -> None:
+    def reach(self, point: str) -> None:
+        """Tell the job's fault, if there is one, that a point is reached."""
         if self._fault:
             self._fault.reach(point)
 

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 
 from d2i.cluster import JobFault, Shared
 from d2i.config import Recipe
-from d2i.dialog import ImageRef, Instance
+from d2i.dialog import ImageRef
 from d2i.errors import ClusterError
 from d2i.pictures import RefusedPictureError
 from d2i.preprocess.decoder import Decoder
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.sources import PictureSource
-from d2i.preprocess.handover import FetchedPicture, ShardTask, SourcePicture
-from d2i.preprocess.plan import records_url
+from d2i.preprocess.handover import FetchedPicture, ShardTask, SourcePicture, keeps_source
 from d2i.preprocess.progress import Tally
-from d2i.preprocess.records import read_records
+from d2i.preprocess.reuse import Reuse, ReusedSplits
 
 _BLOCK = 16
 """Pictures handed on at once: 3 MB of them at 256 pixels (ours)."""
@@ -32,6 +31,7 @@ class FetchWorkerBuilder:
     recipe: Recipe
     tally: Shared[Tally]
     fault: JobFault | None = None
+    reuse: Reuse | None = None
 
     def __call__(self) -> FetchWorker:
         """Return the worker; nothing is asked for yet."""
@@ -46,6 +46,7 @@ class FetchWorker:
         self._source = builder.pictures
         self._tally = builder.tally
         self._fault = builder.fault
+        self._reused = ReusedSplits(builder.reuse)
         fetch = builder.recipe.fetch
         self._decoder = Decoder(builder.recipe.image, fetch.decode_timeout_s, fetch.max_decode_mib)
 
@@ -55,11 +56,12 @@ class FetchWorker:
         Raises:
             ClusterError: If this machine seems to reach nothing.
         """
-        instances = read_records(records_url(task.split_url, task.index))
+        instances = task.instances()
+        known = self._reused.known(task, self._recipe)
         kept = {i.image_ref for i in instances if keeps_source(i, self._recipe)}
         block: list[FetchedPicture] = []
         for found in self._source.fetch(
-            {instance.image_ref for instance in instances},
+            {instance.image_ref for instance in instances} - known,
             lambda ref, fetched: open_picture(ref, fetched, self._decoder, is_kept=ref in kept),
         ):
             self._reach("fetch.picture")
@@ -109,11 +111,6 @@ def open_picture(
         except RefusedPictureError as err:
             fetched = fetched.refused(err.reason, str(err))
     return FetchedPicture(ref, fetched.without_data(), picture, time.time())
-
-
-def keeps_source(instance: Instance, recipe: Recipe) -> bool:
-    """Say whether the shard keeps the source bytes of an instance's picture."""
-    return instance.split != "train" or recipe.preprocess.keep_images == "always"
 
 
 def _source_picture(data: bytes, decoder: Decoder, *, is_kept: bool) -> SourcePicture:

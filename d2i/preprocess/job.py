@@ -30,6 +30,7 @@ from d2i.preprocess.retry import (
     plan_supplements,
     read_supplements,
 )
+from d2i.preprocess.reuse import Reuse
 from d2i.recipes import check_prepared_with, keep_recipe
 from d2i.shards import read_commits, remove_uncommitted, write_manifest
 from d2i.shards.manifest import EMPTY_NAMES, MANIFEST_NAME
@@ -48,6 +49,7 @@ class PreprocessRequest:
     seed: int = 0
     exclude: str | None = None
     retry_failed: bool = False
+    reuse: str | None = None
     access: Access = NO_ACCESS
     num_workers: int | None = None
     num_fetchers: int | None = None
@@ -118,6 +120,11 @@ def preprocess(
 def _work(
     request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
 ) -> list[SplitSummary]:
+    if request.reuse and storage.resolve(request.reuse) == storage.resolve(request.out):
+        raise ConfigError(
+            f"--reuse {request.reuse} is --out itself; expected data that was prepared before; "
+            "choose another --out"
+        )
     plans = plan_job(request)
     # The splits of one folder are prepared alike, also one by one.
     if any(read_commits(storage.join(request.out, split)) for split in SPLITS):
@@ -144,9 +151,10 @@ def _make_shards(
     """Fetch, encode and publish; then withdraw what only the whole shows to be placeholders."""
     fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
     tally = share(Tally(), num_workers=request.num_workers)
+    reuse = None if request.reuse is None else Reuse(storage.resolve(request.reuse))
     stages = Stages(
-        FetchWorkerBuilder(_pictures(request), request.recipe, tally, fault),
-        EncodeWorkerBuilder(request.recipe, tuple(_split_urls(request, plans)), fault),
+        FetchWorkerBuilder(_pictures(request), request.recipe, tally, fault, reuse),
+        EncodeWorkerBuilder(request.recipe, tuple(_split_urls(request, plans)), fault, reuse),
         num_finishers=request.num_workers,
         num_feeders=request.num_fetchers,
         ray_address=request.ray_address,

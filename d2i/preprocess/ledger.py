@@ -78,9 +78,15 @@ def read_ledger(split_url: str) -> list[LedgerRow]:
 
 def iter_ledger(split_url: str) -> Iterator[LedgerRow]:
     """Read the rows of a split one shard at a time."""
+    for table in ledger_tables(split_url):
+        yield from _rows(table)
+
+
+def ledger_tables(split_url: str) -> Iterator[pa.Table]:
+    """Read the ledger of a split one shard at a time, as tables of `SCHEMA`."""
     folder = storage.join(split_url, "ledger")
     for name in storage.list_names(folder):
-        yield from _rows(_table(storage.join(folder, name)))
+        yield _table(storage.join(folder, name))
 
 
 def read_shard_ledger(split_url: str, index: int) -> list[LedgerRow]:

@@ -5,35 +5,63 @@ record beside each, and a manifest with its own sha256. Imports neither torch no
 """
 
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo, read_commits
-from d2i.shards.copy import copied_samples
+from d2i.shards.copy import copied_samples, intact_samples
+from d2i.shards.folder import find_data_sets
 from d2i.shards.manifest import (
     Manifest,
+    fold_manifest,
+    is_vouched,
     read_manifest,
+    remove_other_shards,
     remove_uncommitted,
     write_manifest,
 )
+from d2i.shards.mend import Evidence, Mended, broken_keys, find_evidence, mend
 from d2i.shards.reader import ShardReader
-from d2i.shards.sample import MEMBERS, SUFFIXES, Sample, json_bytes, npy_array, npy_bytes
+from d2i.shards.rebuild import rebuild_commit
+from d2i.shards.sample import (
+    IMAGE_SUFFIXES,
+    MEMBERS,
+    SUFFIXES,
+    Sample,
+    check_json,
+    json_bytes,
+    npy_array,
+    npy_bytes,
+)
 from d2i.shards.verify import ShardProblem, VerifyReport, verify
 from d2i.shards.write import write_shard
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "MEMBERS",
     "SUFFIXES",
     "ArrayInfo",
     "Commit",
+    "Evidence",
     "FileInfo",
     "Manifest",
+    "Mended",
     "Sample",
     "ShardProblem",
     "ShardReader",
     "VerifyReport",
+    "broken_keys",
+    "check_json",
     "copied_samples",
+    "find_data_sets",
+    "find_evidence",
+    "fold_manifest",
+    "intact_samples",
+    "is_vouched",
     "json_bytes",
+    "mend",
     "npy_array",
     "npy_bytes",
     "read_commits",
     "read_manifest",
+    "rebuild_commit",
+    "remove_other_shards",
     "remove_uncommitted",
     "verify",
     "write_manifest",

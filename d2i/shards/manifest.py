@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from pydantic import JsonValue, model_validator
@@ -36,6 +37,7 @@ MANIFEST_NAME = "manifest.json"
 CHECKSUM_NAME = "manifest.json.sha256"
 EMPTY_NAMES = ("empty_tokens.npy", "empty_text.npy")
 SHARD_SUFFIXES = (".tar", ".arrow", COMMIT_SUFFIX)
+_SHARD_FILE = re.compile(r"\d{6}-[0-9a-f]{16}(\.tar|\.arrow|\.commit\.json)")
 
 
 class Manifest(JsonRecord):
@@ -98,7 +100,7 @@ def write_manifest(
         ShardError: If a record is damaged, or shards disagree in arrays or in fingerprint.
     """
     reach = fault or (lambda _point: None)
-    manifest = _fold(out_url, fingerprint)
+    manifest = fold_manifest(out_url, fingerprint)
     data = manifest.to_bytes()
     # The checksum first: a manifest that is there has its checksum, except while it is replaced.
     _write_if_changed(storage.join(out_url, CHECKSUM_NAME), _checksum_line(data))
@@ -130,6 +132,13 @@ def read_manifest(url: str) -> Manifest:
     return parse_record(Manifest, data, manifest_url)
 
 
+def is_vouched(url: str, manifest: Manifest) -> bool:
+    """Say whether a manifest is the one whose file, or whose checksum, still lies there."""
+    data = manifest.to_bytes()
+    places = ((MANIFEST_NAME, data), (CHECKSUM_NAME, _checksum_line(data)))
+    return any(_holds(storage.join(url, name), expected) for name, expected in places)
+
+
 def listed_names(manifest: Manifest) -> set[str]:
     """Give the name of every file a data set's folder holds, `plan/` and `ledger/` aside."""
     names = {MANIFEST_NAME, CHECKSUM_NAME, *manifest.files}
@@ -147,8 +156,17 @@ def remove_uncommitted(out_url: str) -> list[str]:
         The names removed.
     """
     storage.remove_leftovers(out_url)
-    kept = {commit.name + suffix for commit in read_commits(out_url) for suffix in SHARD_SUFFIXES}
-    found = [name for name in storage.list_names(out_url) if name.endswith(SHARD_SUFFIXES)]
+    return remove_other_shards(out_url, read_commits(out_url))
+
+
+def remove_other_shards(out_url: str, commits: Iterable[Commit]) -> list[str]:
+    """Remove the files of every shard but these, and none that is named otherwise.
+
+    Returns:
+        The names removed.
+    """
+    kept = {commit.name + suffix for commit in commits for suffix in SHARD_SUFFIXES}
+    found = [name for name in storage.list_names(out_url) if _SHARD_FILE.fullmatch(name)]
     stray = [name for name in found if name not in kept]
     # Commit records first, so that no record is ever left without its tar.
     for name in sorted(stray, key=lambda name: not name.endswith(COMMIT_SUFFIX)):
@@ -156,7 +174,12 @@ def remove_uncommitted(out_url: str) -> list[str]:
     return stray
 
 
-def _fold(out_url: str, fingerprint: Mapping[str, Any]) -> Manifest:
+def fold_manifest(out_url: str, fingerprint: Mapping[str, Any]) -> Manifest:
+    """Give the manifest of the commits that are there, and write nothing.
+
+    Raises:
+        ShardError: As `write_manifest`.
+    """
     shards = tuple(read_commits(out_url))
     _check_fingerprints(shards, fingerprint)
     num_samples, size_bytes, failures, arrays = _totals(shards)
@@ -217,5 +240,9 @@ def _checksum_line(data: bytes) -> bytes:
 
 
 def _write_if_changed(url: str, data: bytes) -> None:
-    if not storage.exists(url) or storage.read_bytes(url) != data:
+    if not _holds(url, data):
         storage.write_bytes(url, data)
+
+
+def _holds(url: str, data: bytes) -> bool:
+    return storage.exists(url) and storage.read_bytes(url) == data

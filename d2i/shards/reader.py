@@ -25,7 +25,7 @@ from d2i import storage
 from d2i.errors import ShardError
 from d2i.settle import differences
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo, canonical_json
-from d2i.shards.index import Extent, Index, read_index
+from d2i.shards.index import Extent, Index, IndexRow, read_index
 from d2i.shards.manifest import Manifest, read_manifest
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
@@ -147,6 +147,17 @@ class ShardReader:
         """
         return self._read_member(index, IMAGE_SUFFIXES)
 
+    def read_members(self, index: int) -> dict[str, bytes]:
+        """Read one sample's members as they lie in the tar, by suffix.
+
+        Raises:
+            IndexError: If the index is out of range.
+            ShardError: If the bytes of one do not match their checksum.
+        """
+        shard, row = self._locate(int(self._positions([index])[0]))
+        found = shard.index.row(row)
+        return {suffix: self._checked(shard, found, suffix) for suffix in found.extents}
+
     @cached_property
     def empty_tokens(self) -> NDArray[np.uint16]:
         """Token ids of the empty text, uint16 (77 W,), read-only.
@@ -231,16 +242,16 @@ class ShardReader:
     def _read_member(self, index: int, suffixes: Sequence[str]) -> bytes | None:
         shard, row = self._locate(int(self._positions([index])[0]))
         found = shard.index.row(row)
-        for suffix in suffixes:
-            if suffix in found.extents:
-                data = shard.member(found.extents[suffix])
-                if zlib.crc32(data) != found.extents[suffix].crc32:
-                    raise ShardError(
-                        f"{found.key}.{suffix} in {self.url} does not match its checksum; "
-                        "run `d2i verify`"
-                    )
-                return data
-        return None
+        suffix = next((suffix for suffix in suffixes if suffix in found.extents), None)
+        return self._checked(shard, found, suffix) if suffix else None
+
+    def _checked(self, shard: _OpenShard, row: IndexRow, suffix: str) -> bytes:
+        data = shard.member(row.extents[suffix])
+        if zlib.crc32(data) != row.extents[suffix].crc32:
+            raise ShardError(
+                f"{row.key}.{suffix} in {self.url} does not match its checksum; run `d2i repair`"
+            )
+        return data
 
     def _read_empty(self, name: Any) -> NDArray[Any]:
         info = self.manifest.files.get(name)

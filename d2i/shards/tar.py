@@ -5,6 +5,8 @@ Written here byte by byte, because the standard library's headers differ between
 
 from __future__ import annotations
 
+from d2i.errors import ShardError
+
 BLOCK_SIZE_BYTES = 512
 END = bytes(2 * BLOCK_SIZE_BYTES)
 """Two zero blocks end an archive."""
@@ -32,6 +34,23 @@ def header(name: str, size_bytes: int) -> bytes:
         raise ValueError(f"name {name!r} or size {size_bytes} does not fit a USTAR header")
     checksum = b"%06o\0 " % sum(block)
     return block[:148] + checksum + block[156:]
+
+
+def read_header(block: bytes) -> tuple[str, int]:
+    """Give name and size of the member that a header announces.
+
+    Raises:
+        ShardError: If it is not byte for byte the one that `header` makes.
+    """
+    try:
+        name = block[:100].rstrip(b"\0").decode("ascii")
+        size_bytes = int(block[124:135], 8)
+        is_ours = header(name, size_bytes) == block
+    except ValueError as err:
+        raise ShardError("a tar header is damaged") from err
+    if not is_ours:
+        raise ShardError("a tar header is not written as d2i writes it")
+    return name, size_bytes
 
 
 def padding(size_bytes: int) -> bytes:

@@ -11,10 +11,13 @@ from typing import IO, Any
 from d2i import storage
 from d2i.errors import ShardError
 from d2i.fault import Point
+from d2i.settle import differences
 from d2i.shards import tar
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo, fingerprint_sha256, shard_name
 from d2i.shards.index import Extent, IndexRow, index_bytes
 from d2i.shards.sample import SUFFIXES, Sample, sample_arrays
+
+_CHUNK_SIZE_BYTES = 1 << 20
 
 
 def write_shard(
@@ -24,6 +27,7 @@ def write_shard(
     *,
     failures: Mapping[str, int],
     fingerprint: Mapping[str, Any] | None = None,
+    expected: Commit | None = None,
     fault: Callable[[Point], None] | None = None,
 ) -> Commit:
     """Write samples, in the order given, to one shard of a data set and commit it.
@@ -38,6 +42,7 @@ def write_shard(
         failures: Instances without a sample, by reason class. A supplement shard, which retries
             instances counted before, takes back what it mended with negative counts.
         fingerprint: What decides the bytes; `write_manifest` refuses shards of another one.
+        expected: Of a shard that is made again: what it was; nothing else is published.
         fault: Told of each fault point as it is reached: `shard.written` (complete, but under no
             name yet), then `shard.tar`, `shard.index`, `shard.commit` (published).
 
@@ -45,8 +50,8 @@ def write_shard(
         The commit record, as written.
 
     Raises:
-        ShardError: If a key repeats, a member is not legal, or samples differ in their arrays;
-            no file is left behind.
+        ShardError: If a key repeats, a member is not legal, samples differ in their arrays, or the
+            shard is not the expected one; no file is left behind.
     """
     reach = fault or (lambda _point: None)
     with storage.scratch_file(out_url) as scratch:
@@ -62,6 +67,8 @@ def write_shard(
             index_file=file_info(index_data),
             arrays=writer.arrays or {},
         )
+        if expected is not None and commit != expected:
+            raise ShardError(_other_than(expected, commit))
         reach("shard.written")
         storage.publish_file(scratch, storage.join(out_url, commit.tar_name))
     reach("shard.tar")
@@ -75,6 +82,25 @@ def write_shard(
 def file_info(data: bytes) -> FileInfo:
     """Give size and sha256 of a file's content."""
     return FileInfo(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def streamed_info(file: IO[bytes]) -> FileInfo:
+    """Give size and sha256 of an open file, from where it stands."""
+    digest, size_bytes = hashlib.sha256(), 0
+    while chunk := file.read(_CHUNK_SIZE_BYTES):
+        digest.update(chunk)
+        size_bytes += len(chunk)
+    return FileInfo(size_bytes=size_bytes, sha256=digest.hexdigest())
+
+
+def _other_than(expected: Commit, made: Commit) -> str:
+    """Say in which way a shard did not come out as it was."""
+    if made.num_samples != expected.num_samples:
+        return f"{made.num_samples} samples came out; expected {expected.num_samples}"
+    if made.tar != expected.tar:
+        return f"other bytes came out: {made.name}; a picture or a version is not what it was"
+    named = differences(made.model_dump(mode="json"), expected.model_dump(mode="json"))
+    return f"another record came out: {'; '.join(named[:3])}"
 
 
 def _write_tar(samples: Iterable[Sample], path: Path) -> _TarWriter:

@@ -1,0 +1,44 @@
+"""The options that say whom this machine may ask for pictures, and through whom."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2i.errors import ConfigError
+
+if TYPE_CHECKING:
+    from d2i.preprocess.fetch.sources import Access
+
+AllowHostOption = Annotated[
+    list[str] | None, typer.Option(metavar="HOST:PORT", help="A private host to be asked.")
+]
+DnsServerOption = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Find hosts through this DNS server.")
+]
+ProxyOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", envvar="D2I_PROXY", help="Ask through http://[USER:PASSWORD@]HOST:PORT."
+    ),
+]
+
+
+def access_of(allow_host: list[str] | None, dns_server: str | None, proxy: str | None) -> Access:
+    """Read the three options.
+
+    Raises:
+        ConfigError: If one cannot be read, or two of them exclude each other.
+    """
+    from d2i.preprocess.fetch.guard import allowed_hosts
+    from d2i.preprocess.fetch.proxy import parse_proxy
+    from d2i.preprocess.fetch.sources import Access
+
+    if proxy and dns_server:
+        raise ConfigError(
+            f"--dns-server {dns_server}: got --proxy as well, which finds the hosts itself; "
+            "expected one of the two; leave one out"
+        )
+    hosts = allowed_hosts(allow_host or [])
+    return Access(hosts, dns_server, parse_proxy(proxy) if proxy else None)

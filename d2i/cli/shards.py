@@ -1,0 +1,146 @@
+"""Commands about prepared data that is there: verify, repair, inspect."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+
+from d2i.cli.access import AllowHostOption, DnsServerOption, ProxyOption, access_of
+from d2i.cli.console import (
+    FaultOption,
+    FetchWorkersOption,
+    JsonOption,
+    ProgressLine,
+    RayOption,
+    WorkersOption,
+    print_result,
+    register,
+)
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Give the commands of this module to the app."""
+    for command in (verify, repair, inspect):
+        register(app, command)
+
+
+def verify(
+    folder: Annotated[str, typer.Argument(help="A folder made by d2i preprocess.")],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every byte of prepared shards against their manifest; exit code 1 if any is wrong.
+
+    Examples:
+
+        d2i verify data
+
+        d2i verify data/test
+    """
+    from d2i.shards import find_data_sets
+    from d2i.shards import verify as verify_shards
+
+    progress = ProgressLine()
+    problems: list[dict[str, str]] = []
+    num_samples = num_shards = 0
+    for url in find_data_sets(folder):
+        report = verify_shards(
+            url, on_progress=lambda done, total: progress.show(f"{done}/{total}")
+        )
+        problems += [dataclasses.asdict(p) | {"folder": url} for p in report.problems]
+        num_samples, num_shards = num_samples + report.num_samples, num_shards + report.num_shards
+    progress.close()
+    lines = [_problem_line(problem) for problem in problems]
+    lines.append(f"{num_samples} samples in {num_shards} shards, {len(problems)} problems")
+    print_result(
+        {"num_samples": num_samples, "num_shards": num_shards, "problems": problems},
+        lines,
+        as_json=as_json,
+    )
+    if problems:
+        raise typer.Exit(1)
+
+
+def repair(
+    folder: Annotated[str, typer.Argument(help="A folder made by d2i preprocess.")],
+    allow_host: AllowHostOption = None,
+    dns_server: DnsServerOption = None,
+    proxy: ProxyOption = None,
+    workers: WorkersOption = None,
+    fetch_workers: FetchWorkersOption = None,
+    ray_address: RayOption = None,
+    *,
+    as_json: JsonOption = False,
+    fault: FaultOption = None,
+) -> None:
+    """Make again what d2i verify finds broken or missing, to the very bytes; 1 if any is left.
+
+    What is whole mends the rest; only samples that are lost are fetched and encoded again.
+
+    Examples:
+
+        d2i repair data
+
+        d2i repair data/test --workers 0
+    """
+    from d2i.fault import parse_fault
+    from d2i.preprocess.repair import RepairRequest
+    from d2i.preprocess.repair import repair as run
+
+    progress = ProgressLine()
+    request = RepairRequest(
+        folder=folder,
+        access=access_of(allow_host, dns_server, proxy),
+        num_workers=workers,
+        num_fetchers=fetch_workers,
+        ray_address=ray_address,
+        fault=parse_fault(fault),
+    )
+    try:
+        summaries = run(request, lambda done, total: progress.show(f"{done}/{total} shards made"))
+    finally:
+        progress.close()
+    lines = []
+    for summary in summaries:
+        problems = [dataclasses.asdict(p) | {"folder": summary.folder} for p in summary.problems]
+        lines += [_problem_line(problem) for problem in problems]
+        lines.append(
+            f"{summary.folder}: {len(summary.mended)} files restored, {len(summary.made)} shards "
+            f"made again, {len(problems)} problems left"
+        )
+    result = {"data_sets": [dataclasses.asdict(summary) for summary in summaries]}
+    print_result(result, lines, as_json=as_json)
+    if any(summary.problems for summary in summaries):
+        raise typer.Exit(1)
+
+
+def inspect(
+    folder: Annotated[str, typer.Argument(help="A data set: one split's folder.")],
+    num: Annotated[int, typer.Option(min=1, help="How many samples.")] = 3,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at samples: the conversation, where the picture came from, what is stored.
+
+    Examples:
+
+        d2i inspect data/test
+
+        d2i inspect data/test --num 10 --json
+    """
+    from d2i.shards import ShardReader, find_data_sets
+
+    reader = ShardReader(find_data_sets(folder)[0])
+    samples = [reader.read_json(index) for index in range(min(num, len(reader)))]
+    arrays = {name: [info.dtype, *info.shape] for name, info in reader.manifest.arrays.items()}
+    lines = [f"{len(reader)} samples; each holds {arrays}"]
+    for sample in samples:
+        lines += ["", f"{sample['key']}  <-  {sample['source']['ref'][0]}"]
+        lines += [f"  {turn['speaker']}: {turn['text']}" for turn in sample["context"]]
+    print_result({"num_samples": len(reader), "samples": samples}, lines, as_json=as_json)
+
+
+def _problem_line(problem: dict[str, Any]) -> str:
+    return f"{problem['folder']}/{problem['file']}: {problem['reason']}: {problem['detail']}"

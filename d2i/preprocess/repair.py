@@ -1,0 +1,255 @@
+"""Make again exactly what of prepared data is broken or missing, to the bytes that were there.
+
+First what is left of a data set mends the rest (`d2i.shards.mend`); only samples that are lost are
+fetched and encoded again, by the path that made them. Nothing but the bytes of before is published
+under a shard's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from d2i import storage
+from d2i.cluster import Pool, Stages, job_fault, run_stages, run_tasks, session, share
+from d2i.config import Recipe
+from d2i.errors import D2IError, ShardError
+from d2i.fault import Fault
+from d2i.preprocess.encode_worker import EncodeWorkerBuilder, fingerprint_url
+from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
+from d2i.preprocess.fetch_worker import FetchWorkerBuilder
+from d2i.preprocess.handover import FetchedPicture
+from d2i.preprocess.kept import KeptJob
+from d2i.preprocess.progress import Tally
+from d2i.preprocess.repair_plan import broken_tasks, lost_records, unknown_shards, unknown_task
+from d2i.preprocess.repair_worker import RepairResult, RepairTask, RepairWorkerBuilder
+from d2i.shards import (
+    Commit,
+    Evidence,
+    Mended,
+    ShardProblem,
+    find_data_sets,
+    find_evidence,
+    fold_manifest,
+    is_vouched,
+    mend,
+    remove_other_shards,
+    verify,
+    write_manifest,
+)
+from d2i.shards.commit import COMMIT_SUFFIX, canonical_json
+from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME
+from d2i.shards.write import file_info
+
+
+@dataclass(frozen=True)
+class RepairRequest:
+    """One repair: of a folder that d2i preprocess made, or of one of its splits."""
+
+    folder: str
+    access: Access = NO_ACCESS
+    num_workers: int | None = None
+    num_fetchers: int | None = None
+    ray_address: str | None = None
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True)
+class RepairSummary:
+    """What became of one data set.
+
+    Attributes:
+        folder: Its folder.
+        mended: Files that were restored from what was left.
+        made: Shards that were made again.
+        problems: What `verify` finds afterwards; `repair` is the reason of what cannot be mended.
+    """
+
+    folder: str
+    mended: tuple[str, ...]
+    made: tuple[str, ...]
+    problems: tuple[ShardProblem, ...]
+
+
+def repair(
+    request: RepairRequest, on_progress: Callable[[int, int], None] = lambda _done, _all: None
+) -> list[RepairSummary]:
+    """Repair every data set of a folder; a sound one is left as it is.
+
+    Args:
+        request: Which folder, and where the work runs.
+        on_progress: Told of the shards made again and their total, set by set.
+
+    Raises:
+        D2IError: What the user can mend; what was repaired so far is kept.
+    """
+    url = storage.resolve(request.folder)
+    with storage.only_writer(_root(url)):
+        return [_RepairedSet(request, url).repair(on_progress) for url in find_data_sets(url)]
+
+
+class _RepairedSet:
+    """One data set under repair."""
+
+    def __init__(self, request: RepairRequest, url: str) -> None:
+        self.request = request
+        self.url = url
+        self.mended: list[str] = []
+        self.made: list[str] = []
+        self.problems: list[ShardProblem] = []
+        self.job = self._kept_job()
+        self.evidence = self._evidence()
+        self.fingerprint = self._fingerprint()
+
+    def repair(self, on_progress: Callable[[int, int], None]) -> RepairSummary:
+        """Mend what is left, make the rest again, fold the manifest anew, and check it all."""
+        storage.remove_leftovers(self.url)
+        commits = self._mend_records()
+        mended = mend(self.url, commits.values(), self.fingerprint)
+        self.mended += mended.files
+        if self.job:
+            self._make(self.job, self._tasks(self.job, commits, mended), commits, on_progress)
+        if not self.problems:
+            remove_other_shards(self.url, self._evidence().commits.values())
+            self._fold()
+        report = verify(self.url)
+        problems = (*self.problems, *report.problems)
+        return RepairSummary(self.url, tuple(sorted(self.mended)), tuple(self.made), problems)
+
+    def _kept_job(self) -> KeptJob | None:
+        """Return how the set was made; without that, only what is left can mend it."""
+        try:
+            return KeptJob(self.url)
+        except D2IError as err:
+            if storage.exists(storage.join(self.url, "plan")):
+                self._add("plan", str(err))
+            return None
+
+    def _evidence(self) -> Evidence:
+        """Return what is known of the shards that were planned; others do not belong here."""
+        found = find_evidence(self.url)
+        listed = {shard.index for shard in found.manifest.shards} if found.manifest else set[int]()
+        planned = {*self.job.indexes()} if self.job else {*found.commits}
+        kept = {i: commit for i, commit in found.commits.items() if i in planned | listed}
+        return Evidence(found.manifest, kept)
+
+    def _fingerprint(self) -> dict[str, Any] | None:
+        """Return what the shards were made under, restored where the manifest tells it."""
+        manifest = self.evidence.manifest
+        if manifest is None:
+            return self.job.fingerprint() if self.job else None
+        url, data = fingerprint_url(self.url), canonical_json(manifest.fingerprint)
+        if self.job and self.job.fingerprint() != manifest.fingerprint:
+            storage.write_bytes(url, data)
+        return dict(manifest.fingerprint)
+
+    def _mend_records(self) -> dict[int, Commit]:
+        if self.job is None:
+            return self.evidence.commits
+        lost = lost_records(self.job, self.evidence, self.fingerprint)
+        self.mended += [name for c in lost.values() for name in (c.commit_name, c.index_name)]
+        return self.evidence.commits | lost
+
+    def _tasks(self, job: KeptJob, commits: dict[int, Commit], mended: Mended) -> list[RepairTask]:
+        tasks = list(broken_tasks(job, mended.broken))
+        for index in unknown_shards(job, self.evidence, commits):
+            task = unknown_task(job, index)
+            if task is None:
+                detail = (
+                    "its record, its tar and its ledger are lost, or a part of it was asked for "
+                    "again since; expected one of them; prepare the data anew in another folder"
+                )
+                self._add(f"{index:06d}{COMMIT_SUFFIX}", detail)
+            else:
+                tasks.append(task)
+        return tasks
+
+    def _make(
+        self,
+        job: KeptJob,
+        tasks: list[RepairTask],
+        commits: dict[int, Commit],
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        """Make shards, and the features of '' where they are not those of the manifest."""
+        if not tasks and self._has_features(commits):
+            return
+        request, recipe = self.request, job.recipe()
+        builder = EncodeWorkerBuilder(recipe, (self.url,))
+        with session(request.num_workers, request.ray_address):
+            if not tasks:
+                pool = Pool(_Settling, request.num_workers, request.ray_address)
+                list(run_tasks(pool, [builder]))
+            results = run_stages(self._stages(job, recipe), tasks)
+            for done, (task, result) in enumerate(results, start=1):
+                if result.problem is None:
+                    self.made.append(result.name)
+                else:
+                    name = task.commit.tar_name if task.commit else f"{task.index:06d}.tar"
+                    self._add(name, result.problem)
+                on_progress(done, len(tasks))
+
+    def _stages(
+        self, job: KeptJob, recipe: Recipe
+    ) -> Stages[RepairTask, list[FetchedPicture], RepairResult]:
+        request = self.request
+        fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
+        pictures = PictureSource(
+            recipe.corpus.image_root or job.plan.decided_by["source"],
+            recipe.fetch,
+            request.access,
+            share(host_book(recipe.fetch), num_workers=request.num_workers),
+        )
+        tally = share(Tally(), num_workers=request.num_workers)
+        return Stages(
+            FetchWorkerBuilder(pictures, recipe, tally, fault),
+            RepairWorkerBuilder(EncodeWorkerBuilder(recipe, (self.url,), fault)),
+            num_finishers=request.num_workers,
+            num_feeders=request.num_fetchers,
+            ray_address=request.ray_address,
+        )
+
+    def _has_features(self, commits: dict[int, Commit]) -> bool:
+        """Say whether the features of '' are known to be whole, or what would be folded is."""
+        if self.evidence.manifest:
+            return all(_is(self.url, n, i) for n, i in self.evidence.manifest.files.items())
+        if self.fingerprint is None or not commits:
+            return False
+        try:
+            return is_vouched(self.url, fold_manifest(self.url, self.fingerprint))
+        except ShardError:
+            return False
+
+    def _fold(self) -> None:
+        """Write the manifest where that was damaged."""
+        if self.evidence.manifest:
+            return
+        fingerprint = self.fingerprint or (self.job.fingerprint() if self.job else None)
+        if fingerprint is None:
+            detail = "what its shards were made under is lost; expected plan/fingerprint.json"
+            self._add(MANIFEST_NAME, detail)
+            return
+        write_manifest(self.url, fingerprint)
+        self.mended += [MANIFEST_NAME, CHECKSUM_NAME]
+
+    def _add(self, file: str, detail: str) -> None:
+        self.problems.append(ShardProblem(file, "repair", detail))
+
+
+class _Settling:
+    """Writes the features of '' and the fingerprint, where they are not as they should be."""
+
+    def run(self, builder: EncodeWorkerBuilder) -> None:
+        builder()
+
+
+def _is(url: str, name: str, expected: object) -> bool:
+    place = storage.join(url, name)
+    return storage.exists(place) and file_info(storage.read_bytes(place)) == expected
+
+
+def _root(folder: str) -> str:
+    """Return the folder that one command holds: the one whose splits were prepared together."""
+    is_root = storage.exists(storage.join(folder, "recipe.json"))
+    return folder if is_root else folder.rpartition("/")[0] or folder

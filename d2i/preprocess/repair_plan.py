@@ -1,0 +1,73 @@
+"""What a repair must fetch and encode, by what manifest, records, indexes and ledger still tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from d2i import storage
+from d2i.errors import ShardError
+from d2i.preprocess.kept import KeptJob
+from d2i.preprocess.repair_worker import RepairTask
+from d2i.shards import Commit, Evidence, broken_keys, rebuild_commit
+from d2i.shards.commit import fingerprint_sha256
+
+
+def lost_records(
+    job: KeptJob, evidence: Evidence, fingerprint: Mapping[str, object] | None
+) -> dict[int, Commit]:
+    """Write the records that neither manifest nor file tells of, but tar and ledger do.
+
+    Returns:
+        The records written, by number of the shard.
+    """
+    found: dict[int, Commit] = {}
+    for index in unknown_shards(job, evidence, evidence.commits) if fingerprint else ():
+        failures = job.failures(index)
+        for name in storage.list_names(job.split_url) if failures is not None else ():
+            if name.startswith(f"{index:06d}-") and name.endswith(".tar") and index not in found:
+                commit = _rebuilt(job.split_url, name, failures or {}, fingerprint or {})
+                if commit is not None:
+                    found[index] = commit
+    return found
+
+
+def unknown_shards(
+    job: KeptJob, evidence: Evidence, commits: Mapping[int, Commit]
+) -> Iterable[int]:
+    """Return the numbers of the shards that should be there, and of which no record is."""
+    if evidence.manifest:
+        return []
+    return [index for index in job.indexes() if index not in commits]
+
+
+def broken_tasks(job: KeptJob, broken: Iterable[Commit]) -> Iterator[RepairTask]:
+    """Give what must be made again of shards whose record is known: only the samples lost."""
+    for commit in broken:
+        keys = broken_keys(job.split_url, commit)
+        if keys is None:
+            keys = job.written_keys(commit.index)
+        yield RepairTask(
+            job.split_url, commit.index, keys=keys, failures=commit.failures, commit=commit
+        )
+
+
+def unknown_task(job: KeptJob, index: int) -> RepairTask | None:
+    """Give a shard of which neither record nor tar is left, as the ledger tells of it."""
+    keys, failures = job.written_keys(index), job.failures(index)
+    if keys is None or failures is None:
+        return None
+    return RepairTask(job.split_url, index, keys=keys, failures=failures)
+
+
+def _rebuilt(
+    url: str, tar_name: str, failures: Mapping[str, int], fingerprint: Mapping[str, object]
+) -> Commit | None:
+    try:
+        return rebuild_commit(
+            url,
+            tar_name,
+            failures=failures,
+            fingerprint_sha256=fingerprint_sha256(fingerprint),
+        )
+    except (OSError, ShardError):
+        return None

@@ -1,0 +1,200 @@
+"""Image members of data that was prepared before: `--reuse DIR` makes new text for old pictures.
+
+An instance is found by its key, and only where it names the same picture. What failed before fails
+again for the same reason, unasked, so that both data sets hold the same instances. Must not import
+torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from d2i import storage
+from d2i.config import Recipe
+from d2i.dialog import ImageRef, Instance
+from d2i.errors import ShardError
+from d2i.preprocess.handover import ImageFeatures, ShardTask, SourceFile, keeps_source
+from d2i.preprocess.ledger import SCHEMA, LedgerRow, ledger_tables
+from d2i.settle import differences
+from d2i.shards import IMAGE_SUFFIXES, ShardReader, check_json, npy_array
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Data that was prepared before; picklable.
+
+    Args:
+        folder: Its folder, with the same splits.
+    """
+
+    folder: str
+
+
+@dataclass(frozen=True)
+class Reused:
+    """What is known of a shard's pictures already, each by its reference."""
+
+    pictures: dict[ImageRef, SourceFile] = field(default_factory=dict)
+    features: dict[ImageRef, ImageFeatures] = field(default_factory=dict)
+    failures: dict[ImageRef, LedgerRow] = field(default_factory=dict)
+
+    def rows(self, instances: Sequence[Instance]) -> Iterator[LedgerRow]:
+        """Say what became of those instances whose picture is known."""
+        for instance in instances:
+            if instance.image_ref in self.failures:
+                yield replace(self.failures[instance.image_ref], key=instance.key)
+            elif instance.image_ref in self.pictures:
+                yield _row(instance, self.pictures[instance.image_ref])
+
+
+NOTHING_REUSED = Reused()
+
+
+class ReusedSplits:
+    """The splits of data that was prepared before, each opened when it is needed."""
+
+    def __init__(self, reuse: Reuse | None) -> None:
+        self._reuse = reuse
+        self._open: dict[str, ReusedSplit] = {}
+
+    def check(self, split_url: str, image_part: Mapping[str, Any]) -> None:
+        """Refuse pictures that were encoded otherwise; see `ReusedSplit.check`."""
+        if split := self._split(split_url):
+            split.check(image_part)
+
+    def known(self, task: ShardTask, recipe: Recipe) -> set[ImageRef]:
+        """Return the pictures of a shard that need not be fetched."""
+        split = self._split(task.split_url)
+        return split.known(task, recipe) if split else set()
+
+    def read(self, task: ShardTask, recipe: Recipe) -> Reused:
+        """Read what is known of a shard's pictures; see `ReusedSplit.read`."""
+        split = self._split(task.split_url)
+        return split.read(task, recipe) if split else NOTHING_REUSED
+
+    def _split(self, split_url: str) -> ReusedSplit | None:
+        """Open the split that has the name of the new one.
+
+        Raises:
+            ShardError: If it is not there, not finished or damaged.
+        """
+        if self._reuse is None:
+            return None
+        url = storage.join(self._reuse.folder, split_url.rpartition("/")[2])
+        if url not in self._open:
+            self._open[url] = ReusedSplit(url)
+        return self._open[url]
+
+
+class ReusedSplit:
+    """The pictures of one prepared split, by the keys of its samples."""
+
+    def __init__(self, url: str) -> None:
+        self._reader = ShardReader(url)
+        self._keys = pa.array(self._reader.keys, pa.string())
+        tables = [table.filter(pc.not_equal(table["status"], "ok")) for table in ledger_tables(url)]
+        self._failures = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
+
+    def check(self, image_part: Mapping[str, Any]) -> None:
+        """Refuse pictures that were encoded otherwise.
+
+        Args:
+            image_part: The image part of the fingerprint that the new data will have.
+
+        Raises:
+            ShardError: Naming what differs.
+        """
+        theirs: Any = self._reader.manifest.fingerprint.get("image", {})
+        if named := differences(theirs, image_part):
+            raise ShardError(
+                f"--reuse {self._reader.url}: its pictures were made otherwise: "
+                f"{'; '.join(named[:3])}; expected the same image part of the fingerprint; "
+                "leave --reuse out, or take the weights, settings and versions of before"
+            )
+
+    def known(self, task: ShardTask, recipe: Recipe) -> set[ImageRef]:
+        """Return the pictures of a shard that need not be fetched."""
+        instances = task.instances()
+        return {*self._places(instances, recipe), *self._failed(task, instances)}
+
+    def read(self, task: ShardTask, recipe: Recipe) -> Reused:
+        """Read what is known of a shard's pictures, every byte against its checksum.
+
+        Raises:
+            ShardError: If a byte is not what it was; `d2i repair` mends that.
+        """
+        instances = task.instances()
+        places = self._places(instances, recipe)
+        reused = Reused(failures=self._failed(task, instances))
+        for ref, place in places.items():
+            members = self._reader.read_members(place)
+            reused.pictures[ref] = _source_file(members)
+            reused.features[ref] = ImageFeatures(
+                npy_array(members["moments.npy"]), npy_array(members["clip.npy"])
+            )
+        return reused
+
+    def _places(self, instances: Sequence[Instance], recipe: Recipe) -> dict[ImageRef, int]:
+        found: dict[ImageRef, int] = {}
+        for instance, place in zip(instances, _indexes(instances, self._keys), strict=True):
+            if place is not None and instance.image_ref not in found:
+                sample = self._reader.read_json(place)
+                is_same = sample["source"]["ref"] == list(instance.image_ref.value)
+                wants_bytes = keeps_source(instance, recipe)
+                if is_same and (not wants_bytes or self._reader.read_image(place) is not None):
+                    found[instance.image_ref] = place
+        return found
+
+    def _failed(self, task: ShardTask, instances: Sequence[Instance]) -> dict[ImageRef, LedgerRow]:
+        """Return the failures of before; none for a supplement, which is there to ask again."""
+        if task.failed_before:
+            return {}
+        places = _indexes(instances, self._failures["key"].combine_chunks())
+        return {
+            instance.image_ref: LedgerRow(**self._failures.slice(place, 1).to_pylist()[0])
+            for instance, place in zip(instances, places, strict=True)
+            if place is not None
+        }
+
+
+def _indexes(instances: Sequence[Instance], keys: pa.Array) -> list[int | None]:
+    wanted = pa.array([instance.key for instance in instances], pa.string())
+    found: list[int | None] = pc.index_in(wanted, value_set=keys).to_pylist()
+    return found
+
+
+def _source_file(members: Mapping[str, bytes]) -> SourceFile:
+    source = check_json(members["json"])["source"]
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    return SourceFile(
+        suffix=suffix or "",
+        width=source["width"],
+        height=source["height"],
+        size_bytes=source["size_bytes"],
+        sha256=source["sha256"],
+        data=members[suffix] if suffix else None,
+    )
+
+
+def _row(instance: Instance, picture: SourceFile) -> LedgerRow:
+    return LedgerRow(
+        key=instance.key,
+        image=instance.image_ref.value[0],
+        status="ok",
+        reason="ok",
+        detail="its image members were there before",
+        attempts=0,
+        http_status=None,
+        final_url=None,
+        size_bytes=picture.size_bytes,
+        width=picture.width,
+        height=picture.height,
+        sha256=picture.sha256,
+        time_s=time.time(),
+    )

@@ -1,0 +1,34 @@
+"""Which data sets a folder holds: itself, or one a split. Must not import torch or ray."""
+
+from __future__ import annotations
+
+from d2i import storage
+from d2i.errors import ConfigError
+from d2i.shards.commit import COMMIT_SUFFIX
+from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME
+
+_SPLITS = ("train", "valid", "test")
+
+
+def find_data_sets(folder: str) -> list[str]:
+    """Return the folder itself if it is a data set, else the splits below it.
+
+    One that has lost its manifest, or never had one, is a data set too: it is not passed over.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    places = [folder, *(storage.join(folder, split) for split in _SPLITS)]
+    found = [url for url in places if _is_data_set(url)]
+    if not found:
+        raise ConfigError(
+            f"{folder} holds no manifest.json; expected a folder made by d2i preprocess; "
+            "repeat its command to finish it, or check the path"
+        )
+    return found
+
+
+def _is_data_set(url: str) -> bool:
+    names = storage.list_names(url)
+    is_made = any(n in (MANIFEST_NAME, CHECKSUM_NAME) or n.endswith(COMMIT_SUFFIX) for n in names)
+    return is_made or storage.exists(storage.join(url, "plan", "plan.json"))

@@ -1,0 +1,284 @@
+"""Whatever is broken of prepared data: `verify` finds it, `repair` brings the same bytes back."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from d2i.errors import ShardError
+from d2i.fault import Fault
+from d2i.preprocess.fetch.sources import Access
+from d2i.preprocess.job import PreprocessRequest
+from d2i.preprocess.job import preprocess as run_job
+from d2i.preprocess.ledger import read_ledger
+from d2i.preprocess.repair import RepairRequest, RepairSummary, repair
+from d2i.recipes import resolve_recipe
+from d2i.shards import find_data_sets, read_commits, verify
+from tests.integration.chats import picture, sends, write_chats
+from tests.integration.commands import preprocess
+from tests.processes import run_d2i, run_process
+from tests.servers import WebServer, running
+from tests.shared import needs_shared
+
+pytestmark = needs_shared
+NUM = 10
+NUM_PER_SHARD = ("--set", "preprocess.num_samples_per_shard=3")
+
+
+def write_corpus(folder: Path) -> Path:
+    """Two splits of pictures in files, one of each broken."""
+    folder.mkdir()
+    for split, first in (("train", 0), ("test", NUM)):
+        numbers = range(first, first + NUM)
+        for n in numbers:
+            data = picture(size=(64 + n, 64))
+            (folder / f"{n}.jpg").write_bytes(data[:200] if n % NUM == 4 else data)
+        lines = [
+            {"id": f"c{n}", "turns": [{"text": f"look at {n}", "images": [f"{n}.jpg"]}]}
+            for n in numbers
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("repair")
+    source = write_corpus(folder / "chats")
+    preprocess("jsonl", source, folder / "data", *settings, *NUM_PER_SHARD)
+    return folder / "data"
+
+
+@pytest.fixture
+def copy(data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(data, tmp_path / "data"))
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """All that `verify` answers for, and the ledger as it lies there."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.parent.name != "plan" and not path.name.startswith(".d2i")
+    }
+
+
+def problems_of(out: Path) -> list[str]:
+    return [p.reason for url in find_data_sets(str(out)) for p in verify(url).problems]
+
+
+def repaired(out: Path) -> list[RepairSummary]:
+    return repair(RepairRequest(str(out), num_workers=0))
+
+
+def only(out: Path, pattern: str) -> Path:
+    """The second file of its kind in the split whose shards keep no picture."""
+    return sorted((out / "train").glob(pattern))[-1 if "empty" in pattern else 0]
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def cut(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+
+
+def cut_at_a_sample(path: Path) -> None:
+    with tarfile.open(path) as file:
+        cut(path, [m for m in file.getmembers() if m.name.endswith(".json")][1].offset)
+
+
+def cut_in_a_member(path: Path) -> None:
+    with tarfile.open(path) as file:
+        cut(path, [m for m in file.getmembers() if "moments" in m.name][1].offset_data + 100)
+
+
+def swap(path: Path) -> None:
+    other = sorted(path.parent.glob(f"*{path.suffix}"))[1]
+    one, two = path.read_bytes(), other.read_bytes()
+    path.write_bytes(two)
+    other.write_bytes(one)
+
+
+def lose_all_but_the_tars(path: Path) -> None:
+    for pattern in ("*.commit.json", "*.arrow", "manifest.json*"):
+        for found in path.parent.glob(pattern):
+            found.unlink()
+
+
+def lose_the_shard_and_the_manifest(path: Path) -> None:
+    for found in [*path.parent.glob(f"{path.stem}*"), *path.parent.glob("manifest*")]:
+        found.unlink()
+
+
+def leave_only_plan_and_ledger(path: Path) -> None:
+    for found in path.parent.iterdir():
+        if found.is_file():
+            found.unlink()
+
+
+def fall_behind(path: Path) -> None:
+    """Files of a shard that nothing lists."""
+    (path.parent / f"000009-{'0' * 16}.tar").write_bytes(path.read_bytes())
+
+
+FILES = (
+    *("*.tar", "*.arrow", "*.commit.json", "manifest.json", "manifest.json.sha256"),
+    *("empty_tokens.npy", "empty_text.npy"),
+)
+DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
+    **{f"{name} missing": (name, Path.unlink) for name in FILES},
+    **{f"{name} cut": (name, lambda p: cut(p, p.stat().st_size // 2)) for name in FILES},
+    **{f"{name} empty": (name, lambda p: cut(p, 0)) for name in FILES},
+    "cut at a sample": ("*.tar", cut_at_a_sample),
+    "cut in a member": ("*.tar", cut_in_a_member),
+    "tars swapped": ("*.tar", swap),
+    "indexes swapped": ("*.arrow", swap),
+    "tail": ("*.tar", lambda p: p.write_bytes(p.read_bytes() + b"\0" * 512)),
+    "only the tars left": ("*.tar", lose_all_but_the_tars),
+    "a shard and the manifest lost": ("*.tar", lose_the_shard_and_the_manifest),
+    "only plan and ledger left": ("*.tar", leave_only_plan_and_ledger),
+    "an unlisted shard": ("*.tar", fall_behind),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_found_and_the_same_bytes_come_back(case: str, copy: Path) -> None:
+    good = contents(copy)
+    pattern, damage = DAMAGE[case]
+    damage(only(copy, pattern))
+    assert contents(copy) != good
+    assert problems_of(copy)
+    assert [summary.problems for summary in repaired(copy)] == [(), ()]
+    assert contents(copy) == good
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_flipped_bits_are_found_and_the_same_bytes_come_back(seed: int, copy: Path) -> None:
+    """One bit each in one to three files, anywhere."""
+    good = contents(copy)
+    draw = random.Random(seed)
+    paths = [copy / name for name in good if "ledger" not in name and name != "recipe.json"]
+    for path in draw.sample(paths, 1 + seed % 3):
+        flip(path, draw.randrange(path.stat().st_size * 8))
+    assert problems_of(copy)
+    assert [summary.problems for summary in repaired(copy)] == [(), ()]
+    assert contents(copy) == good
+
+
+def break_sample(out: Path, number: int) -> None:
+    """Flip a bit in one sample's moments, wherever it lies."""
+    for path in (out / "test").glob("*.tar"):
+        with tarfile.open(path) as file:
+            for member in file.getmembers():
+                if member.name == f"test-c{number}-0-0.moments.npy":
+                    flip(path, (member.offset_data + 200) * 8)
+                    return
+    raise AssertionError(f"no sample of {number}")
+
+
+def test_only_lost_pictures_are_asked_for_again(tmp_path: Path, settings: list[str]) -> None:
+    """Also of what was mended since by a supplement; and a picture that is gone is said to be."""
+    answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(8)}
+    late = {f"/{n}": sends(b"", 500) for n in (1, 6)}
+    with running(WebServer("127.0.0.1", answers | late | {"/8": sends(b"", 404)})) as web:
+        host = f"127.0.0.1:{web.port}"
+        urls = {f"c{n}": [f"http://{host}/{n}"] for n in range(9)}
+        source, out = write_chats(tmp_path / "chats", urls), tmp_path / "data"
+        recipe = resolve_recipe("demo", [*settings, *NUM_PER_SHARD][1::2])
+        access = Access(frozenset({host}))
+        job = PreprocessRequest(
+            "jsonl", str(source), str(out), recipe, access=access, num_workers=0
+        )
+        run_job(job, lambda _: None)
+        web.answers.update(answers)
+        run_job(replace(job, retry_failed=True), lambda _: None)
+        good, ledger = contents(out), read_ledger(str(out / "test"))
+        request = RepairRequest(str(out / "test"), access=access, num_workers=0)
+
+        web.asked.clear()
+        break_sample(out, 3)
+        break_sample(out, 6)
+        assert repair(request)[0].problems == ()
+        assert sorted(web.asked) == ["/3", "/6"]
+        assert contents(out) == good
+
+        for commit in read_commits(str(out / "test")):
+            (out / "test" / commit.tar_name).unlink()
+            (out / "test" / commit.index_name).unlink()
+        web.asked.clear()
+        assert repair(request)[0].problems == ()
+        assert sorted(web.asked) == [f"/{n}" for n in range(8)], "404 is not asked again"
+        assert contents(out) == good
+
+        web.answers["/3"] = sends(b"", 404)
+        break_sample(out, 3)
+        broken = contents(out)
+        (told, *_) = repair(request)[0].problems
+        assert (told.reason, told.detail) == (
+            "repair",
+            "not every picture could be had again: 1 http_404",
+        )
+        web.answers["/3"] = sends(picture("PNG"))
+        assert "other bytes came out" in repair(request)[0].problems[0].detail
+        assert contents(out) == broken, "nothing else stands under the shard's name"
+        assert read_ledger(str(out / "test")) == ledger
+
+
+def test_the_command_killed_and_repeated(copy: Path) -> None:
+    good = contents(copy)
+    only(copy, "*.tar").unlink()
+    only(copy, "*.arrow").unlink()
+    command = ("repair", copy, "--workers", "0", "--json")
+    killed = run_process(*command, "--fault", "shard.written:kill:1")
+    assert killed.returncode == -signal.SIGKILL
+    assert run_process("verify", copy).returncode == 1
+    test, train = sorted(run_d2i(*command)["data_sets"], key=lambda found: found["folder"])
+    assert (test["made"], test["mended"], test["problems"]) == ([], [], [])
+    assert (train["made"], train["problems"]) == ([only(copy, "*.tar").stem], [])
+    assert contents(copy) == good
+
+
+def test_a_worker_killed_on_ray_is_replaced(copy: Path) -> None:
+    good = contents(copy)
+    only(copy, "*.tar").unlink()
+    fault = Fault("shard.tar", "kill", 1)
+    (summary,) = repair(RepairRequest(str(copy / "train"), num_workers=1, fault=fault))
+    assert summary.problems == ()
+    assert contents(copy) == good
+
+
+def test_without_a_plan_what_is_left_mends_the_rest(copy: Path) -> None:
+    """As for shards that other programs wrote: nothing says where pictures are to be had."""
+    shutil.rmtree(copy / "train" / "plan")
+    (copy / "recipe.json").unlink()
+    good = contents(copy)
+    only(copy, "*.arrow").unlink()
+    only(copy, "*.commit.json").unlink()
+    assert repaired(copy / "train")[0].problems == ()
+    assert contents(copy) == good
+    only(copy, "*.tar").unlink()
+    (problem,) = repaired(copy / "train")[0].problems
+    assert problem.reason == "missing"
+
+
+def test_other_settings_repair_nothing(copy: Path) -> None:
+    recipe = json.loads((copy / "recipe.json").read_text())
+    plan = json.loads((copy / "train" / "plan" / "plan.json").read_text())
+    plan["decided_by"]["recipe"]["encoders"]["compute_batch_size"] = 4
+    (copy / "train" / "plan" / "plan.json").write_text(json.dumps(plan))
+    assert recipe["encoders"]["compute_batch_size"] == 8
+    only(copy, "*.tar").unlink()
+    with pytest.raises(ShardError, match=r"got image\.compute_batch_size: 4, expected 8"):
+        repaired(copy / "train")

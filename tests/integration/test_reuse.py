@@ -1,0 +1,106 @@
+"""`--reuse`: other text for the same pictures, without asking for one of them again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from d2i.errors import ConfigError, ShardError
+from d2i.preprocess.fetch.sources import Access
+from d2i.preprocess.job import PreprocessRequest
+from d2i.preprocess.job import preprocess as run_job
+from d2i.recipes import change_recipe, resolve_recipe
+from d2i.shards import ShardReader, verify
+from tests.integration.chats import picture, reasons, sends, write_chats
+from tests.servers import WebServer, running
+from tests.shared import needs_shared
+
+pytestmark = needs_shared
+NUM = 8
+
+
+def files(out: str) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in Path(out, "test").iterdir() if p.is_file()}
+
+
+def test_new_text_for_old_pictures(tmp_path: Path, settings: list[str]) -> None:
+    answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(NUM)}
+    failing = {"/gone": sends(b"", 404), "/late": sends(b"", 500), "/text": sends(b"hello")}
+    with running(WebServer("127.0.0.1", answers | failing)) as web:
+        host = f"127.0.0.1:{web.port}"
+        urls = {f"c{path[1:]}": [f"http://{host}{path}"] for path in web.answers}
+        recipe = resolve_recipe("demo", [*settings[1::2], "preprocess.num_samples_per_shard=3"])
+        old = PreprocessRequest(
+            "jsonl",
+            str(write_chats(tmp_path / "chats", urls)),
+            str(tmp_path / "old"),
+            recipe,
+            access=Access(frozenset({host})),
+            num_workers=0,
+        )
+        spaced = change_recipe(recipe, ["text.strategy=space", "text.num_windows=2"])
+        fresh = replace(old, out=str(tmp_path / "fresh"), recipe=spaced)
+        new = replace(fresh, out=str(tmp_path / "new"), reuse=old.out)
+        run_job(old, lambda _: None)
+        run_job(fresh, lambda _: None)
+        web.asked.clear()
+        (summary,) = run_job(new, lambda _: None)
+        assert not web.asked
+        assert files(new.out) == files(fresh.out) != files(old.out)
+        assert summary.failures == {"http_404": 1, "http_500": 1, "not_an_image": 1}
+        assert reasons(tmp_path / "new") == reasons(tmp_path / "fresh")
+
+        web.answers["/late"] = answers["/0"]
+        (again,) = run_job(replace(new, retry_failed=True), lambda _: None)
+        assert list(web.asked) == ["/late"]
+        assert again.num_written == NUM + 1
+        assert verify(f"{new.out}/test").ok
+
+        few = replace(old, out=str(tmp_path / "few"), limit=4)
+        run_job(few, lambda _: None)
+        web.asked.clear()
+        rest = replace(fresh, out=str(tmp_path / "rest"), reuse=few.out)
+        run_job(rest, lambda _: None)
+        assert len(web.asked) == len(urls) - 4, "what is not there is fetched"
+        reader = ShardReader(f"{rest.out}/test")
+        assert len(set(reader.keys)) == NUM + 1
+
+        other = replace(
+            new,
+            out=str(tmp_path / "other"),
+            recipe=change_recipe(spaced, ["encoders.compute_batch_size=4"]),
+        )
+        with pytest.raises(ShardError, match=r"image\.compute_batch_size|compute_batch_size: 8"):
+            run_job(other, lambda _: None)
+        with pytest.raises(ConfigError, match="is --out itself"):
+            run_job(replace(old, reuse=old.out), lambda _: None)
+
+        for path in Path(old.out, "test").glob("*.tar"):
+            content = bytearray(path.read_bytes())
+            content[2000] ^= 1
+            path.write_bytes(content)
+        with pytest.raises(ShardError, match="does not match its checksum; run `d2i repair`"):
+            run_job(replace(new, out=str(tmp_path / "lie")), lambda _: None)
+
+
+def test_source_bytes_that_are_not_there_are_fetched(tmp_path: Path, settings: list[str]) -> None:
+    """Training shards keep none unless asked to."""
+    source = tmp_path / "chats"
+    source.mkdir()
+    (source / "0.jpg").write_bytes(data := picture())
+    line = '{"id": "a", "turns": [{"text": "look", "images": ["0.jpg"]}]}'
+    (source / "train.jsonl").write_text(line)
+    recipe = resolve_recipe("demo", settings[1::2])
+    old = PreprocessRequest("jsonl", str(source), str(tmp_path / "old"), recipe, num_workers=0)
+    run_job(old, lambda _: None)
+    keeping = change_recipe(recipe, ["preprocess.keep_images=always"])
+    new = replace(old, out=str(tmp_path / "new"), recipe=keeping, reuse=old.out)
+    run_job(new, lambda _: None)
+    assert ShardReader(f"{new.out}/train").read_image(0) == data
+    # Now they are there, and the file itself is needed no more.
+    (source / "0.jpg").unlink()
+    spaced = change_recipe(keeping, ["text.strategy=space"])
+    run_job(replace(new, out=str(tmp_path / "more"), recipe=spaced, reuse=new.out), lambda _: None)
+    assert ShardReader(str(tmp_path / "more" / "train")).read_image(0) == data
