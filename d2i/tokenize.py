@@ -1,9 +1,10 @@
 """CLIP's byte-pair tokenizer: text to ids, ids to the 77-token window.
 
 Owns cleaning, vocabulary and window. Equal to the published pipeline (OpenAI's CLIP with ftfy),
-except that a special token written out in a message stays plain text: a message must not be able
-to end the prompt. The vocabulary is the file that ships with open_clip_torch; that package is
-located, never imported. Must not import torch.
+with two exceptions. A special token written out in a message stays plain text: a message must not
+be able to end the prompt. And of thousands of combining marks in a row most are left out: it must
+not be able to hold up who reads it either. The vocabulary is the file that ships with
+open_clip_torch; that package is located, never imported. Must not import torch.
 """
 
 import gzip
@@ -38,6 +39,8 @@ _INSTALL = "pip install open_clip_torch"
 # CLIP's word pattern without its two special tokens.
 _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 _SPACE = regex.compile(r"\s+")
+# Sorting a run of combining marks, as mending does, takes the square of its length.
+_MANY_MARKS = regex.compile(r"(\p{M}{256})\p{M}++")
 
 
 def encode(text: str) -> list[int]:
@@ -90,7 +93,8 @@ def window(
 
 def _clean(text: str) -> str:
     """Mend encoding accidents, undo HTML escapes (twice), collapse spaces, lower the case."""
-    mended = html.unescape(html.unescape(ftfy.fix_text(text)))
+    bounded = text if text.isascii() else _MANY_MARKS.sub(r"\1", text)
+    mended = html.unescape(html.unescape(ftfy.fix_text(bounded)))
     return _SPACE.sub(" ", mended).strip().lower()
 
 

@@ -230,11 +230,11 @@ def _instances(
 
 
 def _first_occurrences(corpus: Corpus, instances: Iterator[Instance]) -> Iterator[Instance]:
-    seen: set[str] = set()
+    seen: set[int] = set()  # Hashes, as names may be long.
     for instance in instances:
-        image_id = corpus.image_id(instance.image_ref)
-        if image_id not in seen:
-            seen.add(image_id)
+        image = hash(corpus.image_id(instance.image_ref))
+        if image not in seen:
+            seen.add(image)
             yield instance
 
 
@@ -288,7 +288,7 @@ def _dialogs(
     max_broken: float | None,
 ) -> Iterator[Dialog]:
     parse, flaw = corpus.parser(source, split), reading.flaw
-    seen: set[str] = set()
+    seen: set[int] = set()  # Hashes, as ids may be long.
     for path in files:
         for where, record in _read_file(source, path, reading.problem, corpus.record_type):
             reading.where = where
@@ -300,12 +300,13 @@ def _dialogs(
             except RecordError as error:
                 flaw(error.reason, error.detail)
                 continue
-            if dialog.id in seen:
+            number = hash(dialog.id)
+            if number in seen:
                 flaw("duplicate_dialog_id", "its id was seen before, the first dialog is kept")
             elif _is_too_large(dialog):
                 flaw("too_large", f"{len(dialog.pictures)} pictures repeat too long a context")
             else:
-                seen.add(dialog.id)
+                seen.add(number)
                 yield dialog
     reading.refuse_if_broken(split, len(seen), max_broken)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,20 @@ def test_an_address_that_cannot_be_taken_apart_is_none(tmp_path: Path, url: str)
     num_read, problems = read("photochat", tmp_path, repeated="unique")
     assert num_read == 1
     assert problems == {"bad_image_ref": 1}
+
+
+def test_long_ids_and_names_take_no_room_of_their_own(tmp_path: Path) -> None:
+    """All of a split are remembered, to find the same one twice."""
+    turns = [{"text": "a", "images": ["b" * 1000 + "{}"]}]
+    line = json.dumps({"id": "c" * 1000 + "{}", "turns": turns}).replace("{}", "%d") + "\n"
+    with (tmp_path / "train.jsonl").open("w") as file:
+        file.writelines(line % (number, number) for number in range(6000))
+    tracemalloc.start()
+    num_read, problems = read("jsonl", tmp_path, repeated="unique")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (num_read, problems) == (6000, {})
+    assert peak_bytes < 4 << 20
 
 
 def test_two_names_of_one_split_are_refused(tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def test_any_text_gives_plain_ids(text: str) -> None:
     assert all(0 <= number < START_ID for number in encode(text))
 
 
+def test_marks_without_end_are_cut_short_and_others_are_not() -> None:
+    """Their order is made canonical by sorting: in the square of their number."""
+    marks = "\u0316\u0301" * 16_000
+    assert encode(f"a{marks} b") == encode(f"a{marks[:256]} b")
+    assert len(encode(f"a{marks[:256]}")) > len(encode(f"a{marks[:200]}")) > 200
+
+
 def test_linebreaks_and_case_change_nothing() -> None:
     assert encode("Hello\r\n  WORLD") == encode("hello world")
 
