@@ -10,6 +10,7 @@ from d2i.cluster import share
 from d2i.preprocess.fetch.addresses import AddressFetcher, Courtesy
 from d2i.preprocess.fetch.body import BodyLimits
 from d2i.preprocess.fetch.connect import Straight
+from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.guard import allowed_hosts
 from d2i.preprocess.fetch.hosts import HostBook, HostLimits
 from d2i.preprocess.fetch.placeholders import Placeholders
@@ -18,12 +19,14 @@ from d2i.preprocess.fetch.resolver import Resolver
 from tests.servers import Handler, WebServer, running
 
 
-def fetcher(host: str, requests_per_s: float) -> AddressFetcher:
-    limits = Limits(5.0, 5.0, BodyLimits(1000, 1.0), "d2i test", allowed_hosts([host]))
+def fetcher(*hosts: str, requests_per_s: float, num_slots: int = 4) -> AddressFetcher:
+    limits = Limits(5.0, 5.0, BodyLimits(1000, 1.0), "d2i test", allowed_hosts(hosts))
     book = HostBook(HostLimits(requests_per_s, 3, 60.0, max_retry_after_s=60.0))
     route = Straight(Resolver("127.0.0.1"))
     shared = share(book, num_workers=0)
-    return AddressFetcher(limits, Courtesy(1, 60.0), route, shared, Placeholders(frozenset()))
+    nothing = Placeholders(frozenset())
+    slots = threading.Semaphore(num_slots)
+    return AddressFetcher(limits, Courtesy(1, 60.0), route, shared, nothing, slots)
 
 
 def test_peace_is_kept_by_those_who_already_wait_for_their_turn() -> None:
@@ -63,3 +66,40 @@ def test_who_cannot_wait_takes_no_turn() -> None:
         # Had each taken a turn, this one would be 42 s away.
         assert asked.fetch(url, time.monotonic() + 20.0).reason == "ok"
     assert web.asked["/x"] == 2
+
+
+def test_only_so_many_requests_are_under_way_and_who_waits_for_a_turn_is_none() -> None:
+    """Four threads, two slots: a host that wants peace leaves both to another host."""
+    under_way, most = 0, 0
+    lock = threading.Lock()
+    both = threading.Barrier(2, timeout=60)
+
+    def counts(handler: Handler) -> None:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        both.wait()
+        with lock:
+            under_way -= 1
+        handler.send(200, b"x")
+
+    with (
+        running(WebServer("127.0.0.1", {"/x": counts})) as web,
+        running(WebServer("127.0.0.1", {"/x": lambda handler: handler.send(200, b"x")})) as other,
+        ThreadPoolExecutor(6) as threads,
+    ):
+        free, busy = f"127.0.0.1:{web.port}", f"127.0.0.1:{other.port}"
+        asked = fetcher(free, busy, requests_per_s=1000.0, num_slots=2)
+        asked.hosts.call("report", busy, reached=True, retry_after_s=5.0)
+        deadline = time.monotonic() + 60.0
+
+        def fetch(host: str) -> Fetched:
+            return asked.fetch([f"http://{host}/x"], deadline)
+
+        late = [threads.submit(fetch, busy) for _ in range(2)]
+        found = list(threads.map(fetch, [free] * 4))
+        assert not any(one.done() for one in late)
+        found += [one.result() for one in late]
+    assert [one.reason for one in found] == ["ok"] * 6
+    assert most == 2

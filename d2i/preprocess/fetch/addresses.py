@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,13 +40,23 @@ class Courtesy:
 
 @dataclass(frozen=True)
 class AddressFetcher:
-    """Asks for pictures by their addresses. Safe to call from several threads."""
+    """Asks for pictures by their addresses. Safe to call from several threads.
+
+    Args:
+        limits: What one address may cost.
+        courtesy: How patient to be.
+        route: How hosts are reached.
+        hosts: Turns, and who is left alone.
+        placeholders: Pictures that stand for others.
+        slots: One for each request that may be under way; who waits for a turn holds none.
+    """
 
     limits: Limits
     courtesy: Courtesy
     route: Route
     hosts: Shared[HostBook]
     placeholders: Placeholders
+    slots: threading.Semaphore
 
     def fetch(self, addresses: Sequence[str], deadline: float) -> Fetched:
         """Return the first picture that an address gives, or the failure of the last one.
@@ -77,6 +88,7 @@ class _Visit:
     address: str
     deadline: float
     asked: list[Target] = field(default_factory=list)
+    has_slot: bool = False
 
     def fetch(self, attempts: int) -> Fetched:
         """Ask, and ask again while the host is only busy; `attempts` were made before."""
@@ -108,24 +120,50 @@ class _Visit:
         except RefusedRequestError as err:
             self._report(err)
             raise
+        finally:
+            self._give_slot_back()
         self._report(None)
         return answer
 
     def _wait_for_turn(self, target: Target) -> None:
-        """Wait until the host may be asked."""
+        """Wait until the host may be asked, and there is room for one more request."""
+        self._give_slot_back()
         if self.asked:
             # It sent us on: it was reached.
             self.fetcher.hosts.call("report", self.asked[-1].netloc, reached=True)
-        hosts, host = self.fetcher.hosts, target.netloc
-        while wait_s := self._take_turn(host):
+        host = target.netloc
+        while True:
+            wait_s = self._take_turn(host)
             time.sleep(wait_s)
-            if not hosts.call("wants_peace", host):
+            has_waited = self._take_slot() or wait_s > 0.0
+            # Meanwhile it may have asked for peace, or have shown that it is dead.
+            if not (has_waited and self.fetcher.hosts.call("wants_peace", host)):
                 break
+            self._give_slot_back()
         self.asked.append(target)
+
+    def _take_slot(self) -> bool:
+        """Wait until there is room for one more request; return whether there was none at once."""
+        slots = self.fetcher.slots
+        self.has_slot = slots.acquire(blocking=False)
+        if self.has_slot:
+            return False
+        self.has_slot = slots.acquire(timeout=self._patience_s())
+        if not self.has_slot:
+            raise RefusedRequestError("shard_timeout", "the requests before it took too long")
+        return True
+
+    def _give_slot_back(self) -> None:
+        if self.has_slot:
+            self.has_slot = False
+            self.fetcher.slots.release()
+
+    def _patience_s(self) -> float:
+        return max(self.deadline - time.monotonic(), 0.0)
 
     def _take_turn(self, host: str) -> float:
         """Return for how long the host is to be left alone, in seconds."""
-        patience_s = self.deadline - time.monotonic()
+        patience_s = self._patience_s()
         wait_s: float | None = self.fetcher.hosts.call("reserve", host, patience_s)
         if wait_s is None:
             raise RefusedRequestError("dead_host", f"{host} did not answer before")

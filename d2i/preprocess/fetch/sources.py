@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from d2i.preprocess.fetch.resolver import Resolver
 from d2i.preprocess.fetch.spread import spread_over_hosts
 
 OpenedT = TypeVar("OpenedT")
+_NUM_WAITING = 16
+"""Threads beyond those that ask, so that a host's peace does not hold up the others (ours)."""
 _PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
 
 
@@ -118,7 +121,7 @@ class PictureSource:
             spread_over_hosts(refs),
             lambda ref, deadline: fetcher.fetch(self._addresses(ref), deadline),
             open_picture,
-            num_threads=self.config.num_threads,
+            num_threads=self.config.num_threads + _NUM_WAITING,
             timeout_s=self.config.shard_timeout_s,
         )
 
@@ -141,7 +144,14 @@ class PictureSource:
             allow_hosts=self.access.allow_hosts,
         )
         courtesy = Courtesy(config.num_attempts, config.max_retry_after_s)
-        return AddressFetcher(limits, courtesy, self._route(), self.hosts, self._placeholders())
+        return AddressFetcher(
+            limits,
+            courtesy,
+            self._route(),
+            self.hosts,
+            self._placeholders(),
+            threading.Semaphore(config.num_threads),
+        )
 
     def _placeholders(self) -> Placeholders:
         return Placeholders(frozenset(self.config.placeholder_sha256))
