@@ -267,13 +267,16 @@ def test_the_commands(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_what_it_seems_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    pointer, cut, renamed = (tmp_path / name for name in ("lfs.pth", "cut.pth", "uvit_v1.pth"))
+    names = ("lfs.pth", "cut.pth", "uvit_v1.pth", "code.pth")
+    pointer, cut, renamed, code = (tmp_path / name for name in names)
+    torch.save({"norm.weight": Path("a path is an object")}, code)
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     save_weights(tiny("uvit-s"), renamed)
     cut.write_bytes(renamed.read_bytes()[:1000])
     for path, message in (
         (pointer, "Git LFS pointer"),
         (cut, "truncated"),
+        (code, "holds more than tensors"),
         (renamed, "is U-ViT, text to image"),
     ):
         with pytest.raises(D2IError, match=message):

@@ -1,0 +1,65 @@
+"""Position embeddings of published weights, fitted to a network of other sizes.
+
+More text tokens go beyond the paper (ours): CLIP counts its own positions anew in every window of
+77 tokens, so a grown network begins by doing the same, and fine-tuning may tell the windows apart.
+Other latent sizes are interpolated, as the published network does while it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2i.models.blocks import resize_positions
+from d2i.tokenize import WINDOW_LENGTH
+
+_MAX_WINDOWS = 4
+
+
+def fit_positions(state: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
+    """Fit `pos_embed` of weights to a network with more text windows or another latent size.
+
+    Args:
+        state: published tensors by name.
+        network: a `UViT` or `UniDiffuser`, which is not changed.
+
+    Returns:
+        The same tensors, but for `pos_embed` (1, tokens, D): its text part is repeated, its patches
+        are interpolated. What cannot be told apart with certainty is left as it is.
+    """
+    positions = state.get("pos_embed")
+    if positions is None or positions.shape[1] == network.pos_embed.shape[1]:
+        return dict(state)
+    sizes = _sizes_before(positions.shape[1], network)
+    if sizes is None:
+        return dict(state)
+    num_text, side = sizes
+    first, end = network.num_time_tokens, network.num_time_tokens + num_text
+    times, text = positions[:, :first], positions[:, first:end]
+    clip, patches = positions[:, end : -(side**2)], positions[:, -(side**2) :]
+    repeated = [text] * (network.num_text_tokens // num_text)
+    new_side = network.latent_size // network.patch_size
+    resized = resize_positions(patches, (side, side), (new_side, new_side))
+    return dict(state) | {"pos_embed": torch.cat([times, *repeated, clip, resized], dim=1)}
+
+
+def _sizes_before(num_positions: int, network: Any) -> tuple[int, int] | None:
+    """The text tokens and the rows of patches that weights with so many positions were made for."""
+    side = network.latent_size // network.patch_size
+    num_others = network.pos_embed.shape[1] - network.num_text_tokens - side**2
+    num_both = num_positions - num_others
+    num_new = network.num_text_tokens
+    texts = [num_new // share for share in range(1, _MAX_WINDOWS + 1) if not num_new % share]
+    for num_text in texts:
+        if num_text + side**2 == num_both:
+            return num_text, side
+    # Another square is only trusted beside whole windows: of any other number, some would fit.
+    for num_text in texts:
+        found = math.isqrt(max(0, num_both - num_text))
+        if num_text % WINDOW_LENGTH == 0 and found and num_text + found**2 == num_both:
+            return num_text, found
+    return None
