@@ -57,9 +57,15 @@ def _sizes_before(num_positions: int, network: Any) -> tuple[int, int] | None:
     for num_text in texts:
         if num_text + side**2 == num_both:
             return num_text, side
-    # Another square is only trusted beside whole windows: of any other number, some would fit.
-    for num_text in texts:
-        found = math.isqrt(max(0, num_both - num_text))
-        if num_text % WINDOW_LENGTH == 0 and found and num_text + found**2 == num_both:
-            return num_text, found
-    return None
+    # Another square is only trusted beside whole windows, and where no other number of them fits.
+    readings = [
+        (num_text, math.isqrt(num_both - num_text))
+        for num_text in range(WINDOW_LENGTH, _MAX_WINDOWS * WINDOW_LENGTH + 1, WINDOW_LENGTH)
+        if _is_square(num_both - num_text)
+    ]
+    is_certain = len(readings) == 1 and readings[0][0] in texts
+    return readings[0] if is_certain else None
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
