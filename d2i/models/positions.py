@@ -18,6 +18,8 @@ from d2i.models.blocks import resize_positions
 from d2i.tokenize import WINDOW_LENGTH
 
 _MAX_WINDOWS = 4
+# U-ViT at 256 px and UniDiffuser at 512 px: text tokens, and rows of patches.
+_PUBLISHED = {77 + 16**2: (77, 16), 77 + 32**2: (77, 32)}
 
 
 def fit_positions(state: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
@@ -57,14 +59,25 @@ def _sizes_before(num_positions: int, network: Any) -> tuple[int, int] | None:
     for num_text in texts:
         if num_text + side**2 == num_both:
             return num_text, side
-    # Another square is only trusted beside whole windows, and where no other number of them fits.
+    found = read_positions(num_both)
+    return found if found and found[0] in texts else None
+
+
+def read_positions(num_both: int) -> tuple[int, int] | None:
+    """Split a number of positions into whole text windows and a square of patches.
+
+    Returns:
+        Text tokens, and rows of patches; those of the published networks first. None where nothing
+        fits, or more than one reading does.
+    """
+    if num_both in _PUBLISHED:
+        return _PUBLISHED[num_both]
     readings = [
         (num_text, math.isqrt(num_both - num_text))
         for num_text in range(WINDOW_LENGTH, _MAX_WINDOWS * WINDOW_LENGTH + 1, WINDOW_LENGTH)
         if _is_square(num_both - num_text)
     ]
-    is_certain = len(readings) == 1 and readings[0][0] in texts
-    return readings[0] if is_certain else None
+    return readings[0] if len(readings) == 1 else None
 
 
 def _is_square(number: int) -> bool:

@@ -94,6 +94,17 @@ def test_every_window_counts_and_learns(config: BackboneConfig) -> None:
         assert loss_of(network, other) != loss
 
 
+@pytest.mark.parametrize(("name", "latent_size"), [("uvit-s", 32), ("unidiffuser-v1", 64)])
+def test_published_positions_fit_other_sizes(name: str, latent_size: int) -> None:
+    thin: dict[str, Any] = {"dim": 4, "depth": 2, "num_heads": 1}
+    published: Any = build_backbone(name, **thin)
+    assert published.latent_size == latent_size
+    for other in (16, 24, 48):
+        network: Any = build_backbone(name, **thin, latent_size=other, num_text_tokens=154)
+        grown = fit_positions(published.state_dict(), network)["pos_embed"]
+        assert grown.shape == network.pos_embed.shape
+
+
 def test_another_latent_size_is_what_the_published_network_interpolates(
     config: BackboneConfig,
 ) -> None:
