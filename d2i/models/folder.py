@@ -79,8 +79,8 @@ def read_config(path: Path) -> BackboneConfig | None:
         values = json.loads(file.read_text())
     except ValueError as err:
         raise CheckpointError(f"{file} is not JSON: {err}; expected a backbone's sizes") from err
-    if isinstance(values, dict) and "_class_name" in values:
-        return None
     if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
         values = values["recipe"].get("backbone", {}) | {"weights": None}
+    if not isinstance(values, dict) or "name" not in values:
+        return None
     return load_config(BackboneConfig, values, source=str(file))
