@@ -11,10 +11,20 @@ from d2i.config import NUM_NOISE_LEVELS
 from d2i.diffusion.ancestral import Variance, ancestral
 from d2i.diffusion.dpm_solver import Eps, dpm_solver
 from d2i.diffusion.draws import SampleDraws
-from d2i.diffusion.schedulers import run_scheduler
+from d2i.diffusion.schedulers import build_scheduler, run_scheduler
 
 DIFFUSERS_PREFIX = "diffusers:"
 ANCESTRAL: dict[str, Variance] = {"ancestral": "beta", "ancestral_posterior": "posterior"}
+
+
+def check_sampler(name: str) -> None:
+    """Make sure that there is a sampler of that name, before anything is loaded for it.
+
+    Raises:
+        ConfigError: as `build_scheduler`.
+    """
+    if name.startswith(DIFFUSERS_PREFIX):
+        build_scheduler(name.removeprefix(DIFFUSERS_PREFIX))
 
 
 def run_sampler(name: str, eps: Eps, x: Tensor, num_steps: int, draws: SampleDraws) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2i.config import BackboneConfig, SampleConfig
 from d2i.diffusion import Eps, guided_unidiffuser, guided_uvit, join_state, split_state
 from d2i.diffusion.draws import SampleDraws
-from d2i.diffusion.samplers import run_sampler
+from d2i.diffusion.samplers import check_sampler, run_sampler
 from d2i.encoders import Vae
 from d2i.encoders.load import weights_hash
 from d2i.models import UniDiffuser
@@ -42,6 +42,7 @@ class Sampler:
         empty_text: NDArray[Any],
         device: str = "cpu",
     ) -> None:
+        check_sampler(config.sampler)
         self._network: Any = build_network(backbone).to(device).eval().requires_grad_(False)
         self._vae, self._config, self._device = vae, config, device
         self._empty_text = torch.from_numpy(empty_text.astype(np.float32)).to(device)

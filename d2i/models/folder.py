@@ -14,9 +14,9 @@ from torch import nn
 from d2i import storage
 from d2i.config import BackboneConfig, load_config
 from d2i.errors import CheckpointError
+from d2i.models.positions import fit_positions
 from d2i.models.presets import build_backbone
 from d2i.models.weights import fill_network, read_published
-from d2i.models.windows import grow_text_positions
 from d2i.shipped import resolve_weights
 
 CONFIG_NAME = "config.json"
@@ -26,8 +26,8 @@ def build_network(config: BackboneConfig) -> nn.Module:
     """Build the backbone of a recipe, with its weights where it names some.
 
     Where the weights lie in a model folder, its `config.json` gives the sizes that the recipe
-    leaves open. Where the recipe's network reads several times as many text tokens as that of the
-    weights, their text positions are repeated.
+    leaves open. Where the recipe's network reads more text windows than that of the weights, or has
+    another latent size, their position embedding is fitted to it.
 
     Returns:
         The network in float32 on the CPU; its `latent_scale` is the factor from raw VAE latents.
@@ -40,7 +40,7 @@ def build_network(config: BackboneConfig) -> nn.Module:
     if config.weights is None:
         return network
     path = resolve_weights(config.weights)
-    return fill_network(network, grow_text_positions(read_published(path), network), path)
+    return fill_network(network, fit_positions(read_published(path), network), path)
 
 
 def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
@@ -79,8 +79,8 @@ def read_config(path: Path) -> BackboneConfig | None:
         values = json.loads(file.read_text())
     except ValueError as err:
         raise CheckpointError(f"{file} is not JSON: {err}; expected a backbone's sizes") from err
-    if isinstance(values, dict) and "_class_name" in values:
-        return None
     if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
         values = values["recipe"].get("backbone", {}) | {"weights": None}
+    if not isinstance(values, dict) or "name" not in values:
+        return None
     return load_config(BackboneConfig, values, source=str(file))

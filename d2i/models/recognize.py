@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from torch import Tensor
 
 from d2i.models.autoencoder_layout import is_diffusers_autoencoder, is_ldm
 from d2i.models.diffusers_layout import from_diffusers, is_diffusers
+from d2i.models.positions import read_positions
 from d2i.published import PublishedFile, find_published
-from d2i.tokenize import WINDOW_LENGTH
 
 Kind = Literal["backbone", "autoencoder", "text prefix"]
 Layout = Literal["published", "diffusers"]
 
 PREFIX_KEYS = ("encode_prefix.weight", "encode_prefix.bias")
-_MAX_WINDOWS = 4
 # Tokens that are neither text nor patches.
 _NUM_UVIT_TOKENS = 1
 _NUM_UNIDIFFUSER_TOKENS = 3
@@ -98,14 +96,7 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
     if not is_uvit:
         sizes["clip_dim"] = state["clip_img_embed.weight"].shape[-1]
     num_others = _NUM_UVIT_TOKENS if is_uvit else _NUM_UNIDIFFUSER_TOKENS
-    return sizes | _text_and_latent(num_tokens - num_others, patch_size)
-
-
-def _text_and_latent(num_tokens: int, patch_size: int) -> dict[str, int]:
-    """Split tokens into whole text windows and a square of patches, where that can be done."""
-    for num_windows in range(1, _MAX_WINDOWS + 1):
-        num_text_tokens = WINDOW_LENGTH * num_windows
-        side = math.isqrt(max(0, num_tokens - num_text_tokens))
-        if side and side * side == num_tokens - num_text_tokens:
-            return {"num_text_tokens": num_text_tokens, "latent_size": side * patch_size}
-    return {}
+    read = read_positions(num_tokens - num_others)
+    if read is not None:
+        sizes |= {"num_text_tokens": read[0], "latent_size": read[1] * patch_size}
+    return sizes

@@ -19,7 +19,13 @@ from d2i.models.diffusers_layout import from_diffusers
 from d2i.models.folder import read_config
 from d2i.models.presets import PRESETS, build_backbone
 from d2i.models.recognize import Recognized, recognize
-from d2i.models.weights import check_fits, fill_network, read_state_dict, weights_file
+from d2i.models.weights import (
+    DIRECTORY_FILES,
+    check_fits,
+    fill_network,
+    read_state_dict,
+    weights_file,
+)
 from d2i.published import shapes_hash
 
 
@@ -93,7 +99,8 @@ def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
     Raises:
         ConfigError: If the tensors do not tell a size, which `settings` must then.
     """
-    beside = read_config(source.path) if source.path.is_dir() else None
+    is_of_a_folder = source.file.name in DIRECTORY_FILES
+    beside = read_config(source.file.parent) if is_of_a_folder else None
     if beside is not None:
         return apply_settings(beside, settings)
     name, told = str(source.found.backbone), source.found.sizes or {}

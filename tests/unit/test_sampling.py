@@ -127,6 +127,13 @@ def test_a_wrong_sampler_is_one_line(setting: str, message: str) -> None:
     assert apply_settings(SampleConfig(), ["sampler=ancestral", "num_steps=1000"])
 
 
+def test_a_scheduler_that_there_is_not_is_refused_before_anything_is_loaded() -> None:
+    config = SampleConfig(sampler="diffusers:DPMSolverMultistepsScheduler")
+    backbone = BackboneConfig(name="uvit-s", weights="not there")
+    with pytest.raises(ConfigError, match="has no such scheduler"):
+        Sampler(backbone, Vae("demo:vae", "kl"), config, EMPTY)
+
+
 @given(st.integers(1, 12))
 def test_a_grid_shows_every_picture_in_order(num: int) -> None:
     pixels = np.arange(num * 2 * 3 * 3, dtype=np.uint8).reshape(num, 2, 3, 3) + 1

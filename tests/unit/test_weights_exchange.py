@@ -156,6 +156,15 @@ def test_a_fine_tuned_run_is_exported_with_the_sizes_of_its_recipe(tmp_path: Pat
     export_weights(run, tmp_path / "mine.pth", "published")
     assert_same_bits(read_state_dict(tmp_path / "mine.pth"), network.state_dict())
     assert json.loads((tmp_path / "model" / "config.json").read_text())["num_heads"] == 2
+    import_weights(run / "ema.safetensors", tmp_path / "again")
+    assert_same_bits(read_state_dict(tmp_path / "again"), network.state_dict())
+
+
+def test_another_program_s_config_is_passed_over(tmp_path: Path) -> None:
+    save_weights(tiny("uvit-s"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": ["Other"], "hidden_size": 16}')
+    import_weights(tmp_path, tmp_path / "model", TINY_SETTINGS)
+    assert build_network(BackboneConfig(name="uvit-s", weights=str(tmp_path / "model")))
 
 
 def test_sizes_that_no_tensor_tells_are_asked_for(tmp_path: Path) -> None:
@@ -267,13 +276,16 @@ def test_the_commands(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_what_it_seems_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    pointer, cut, renamed = (tmp_path / name for name in ("lfs.pth", "cut.pth", "uvit_v1.pth"))
+    names = ("lfs.pth", "cut.pth", "uvit_v1.pth", "code.pth")
+    pointer, cut, renamed, code = (tmp_path / name for name in names)
+    torch.save({"norm.weight": Path("a path is an object")}, code)
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
     save_weights(tiny("uvit-s"), renamed)
     cut.write_bytes(renamed.read_bytes()[:1000])
     for path, message in (
         (pointer, "Git LFS pointer"),
         (cut, "truncated"),
+        (code, "holds more than tensors"),
         (renamed, "is U-ViT, text to image"),
     ):
         with pytest.raises(D2IError, match=message):

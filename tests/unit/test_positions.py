@@ -1,4 +1,4 @@
-"""A network for longer contexts: grown from published weights, and the same at one window."""
+"""Published weights in networks for longer contexts and other latent sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from d2i.errors import CheckpointError
 from d2i.eval.sampler import Sampler
 from d2i.models import build_backbone, read_state_dict, save_weights
 from d2i.models.folder import build_network
-from d2i.models.windows import grow_text_positions
+from d2i.models.positions import fit_positions
 from d2i.tokenize import WINDOW_LENGTH
 
 SIZES: dict[str, Any] = {"latent_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "text_dim": 8}
@@ -54,7 +54,7 @@ def loss_of(network: Any, text: Tensor) -> Tensor:
 def test_one_window_is_the_published_network(config: BackboneConfig) -> None:
     published, network = build_network(config), with_windows(config, 1)
     state = read_state_dict(str(config.weights))
-    grown = grow_text_positions(state, network)
+    grown = fit_positions(state, network)
     assert all(grown[key] is state[key] for key in state)
     text = torch.randn(2, WINDOW_LENGTH, 8)
     assert torch.equal(loss_of(network, text), loss_of(published, text))
@@ -94,9 +94,41 @@ def test_every_window_counts_and_learns(config: BackboneConfig) -> None:
         assert loss_of(network, other) != loss
 
 
+@pytest.mark.parametrize(("name", "latent_size"), [("uvit-s", 32), ("unidiffuser-v1", 64)])
+def test_published_positions_fit_other_sizes(name: str, latent_size: int) -> None:
+    thin: dict[str, Any] = {"dim": 4, "depth": 2, "num_heads": 1}
+    published: Any = build_backbone(name, **thin)
+    assert published.latent_size == latent_size
+    for other in (16, 24, 48):
+        network: Any = build_backbone(name, **thin, latent_size=other, num_text_tokens=154)
+        grown = fit_positions(published.state_dict(), network)["pos_embed"]
+        assert grown.shape == network.pos_embed.shape
+
+
+def test_another_latent_size_is_what_the_published_network_interpolates(
+    config: BackboneConfig,
+) -> None:
+    published = build_network(config)
+    resized: Any = build_network(config.model_copy(update={"latent_size": 8}))
+    torch.manual_seed(2)
+    latent, text, n = torch.randn(1, 4, 8, 8), torch.randn(1, WINDOW_LENGTH, 8), torch.tensor([7])
+    with torch.no_grad():
+        if config.name == "uvit-s":
+            pairs = [(resized(latent, n, text), published(latent, n, text))]
+        else:
+            inputs = (latent, torch.randn(1, 1, 512), text, n, n)
+            pairs = list(zip(resized(*inputs), published(*inputs), strict=True))
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    both = config.model_copy(update={"latent_size": 8, "num_text_tokens": 2 * WINDOW_LENGTH})
+    assert build_network(both).pos_embed.shape[1] == resized.pos_embed.shape[1] + WINDOW_LENGTH
+
+
 def test_what_is_no_whole_number_of_windows_is_refused(config: BackboneConfig) -> None:
-    with pytest.raises(CheckpointError, match=r"mis-shaped \(pos_embed"):
-        build_network(config.model_copy(update={"num_text_tokens": 100}))
+    for num_text_tokens in (76, 78, 80, 100):
+        with pytest.raises(CheckpointError, match=r"mis-shaped \(pos_embed"):
+            wrong = {"num_text_tokens": num_text_tokens, "latent_size": 8}
+            build_network(config.model_copy(update=wrong))
     save_weights(with_windows(config, 2), Path(str(config.weights)))
     with pytest.raises(CheckpointError, match=r"mis-shaped \(pos_embed"):
         build_network(config)

@@ -1,0 +1,84 @@
+"""Position embeddings of published weights, fitted to a network of other sizes.
+
+More text tokens go beyond the paper (ours): CLIP counts its own positions anew in every window of
+77 tokens, so a grown network begins by doing the same, and fine-tuning may tell the windows apart.
+Other latent sizes are interpolated, as the published network does while it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2i.models.blocks import resize_positions
+from d2i.tokenize import WINDOW_LENGTH
+
+_MAX_WINDOWS = 4
+# U-ViT at 256 px and UniDiffuser at 512 px: text tokens, and rows of patches.
+_PUBLISHED = {77 + 16**2: (77, 16), 77 + 32**2: (77, 32)}
+
+
+def fit_positions(state: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
+    """Fit `pos_embed` of weights to a network with more text windows or another latent size.
+
+    Args:
+        state: published tensors by name.
+        network: a `UViT` or `UniDiffuser`, which is not changed.
+
+    Returns:
+        The same tensors, but for `pos_embed` (1, tokens, D): its text part is repeated, its patches
+        are interpolated. What cannot be told apart with certainty is left as it is.
+    """
+    positions = state.get("pos_embed")
+    if positions is None or positions.shape[1] == network.pos_embed.shape[1]:
+        return dict(state)
+    sizes = _sizes_before(positions.shape[1], network)
+    if sizes is None:
+        return dict(state)
+    num_text, side = sizes
+    first, end = network.num_time_tokens, network.num_time_tokens + num_text
+    times, text = positions[:, :first], positions[:, first:end]
+    clip, patches = positions[:, end : -(side**2)], positions[:, -(side**2) :]
+    repeated = [text] * (network.num_text_tokens // num_text)
+    new_side = network.latent_size // network.patch_size
+    resized = resize_positions(patches, (side, side), (new_side, new_side))
+    return dict(state) | {"pos_embed": torch.cat([times, *repeated, clip, resized], dim=1)}
+
+
+def _sizes_before(num_positions: int, network: Any) -> tuple[int, int] | None:
+    """The text tokens and the rows of patches that weights with so many positions were made for."""
+    side = network.latent_size // network.patch_size
+    num_others = network.pos_embed.shape[1] - network.num_text_tokens - side**2
+    num_both = num_positions - num_others
+    num_new = network.num_text_tokens
+    texts = [num_new // share for share in range(1, _MAX_WINDOWS + 1) if not num_new % share]
+    for num_text in texts:
+        if num_text + side**2 == num_both:
+            return num_text, side
+    found = read_positions(num_both)
+    return found if found and found[0] in texts else None
+
+
+def read_positions(num_both: int) -> tuple[int, int] | None:
+    """Split a number of positions into whole text windows and a square of patches.
+
+    Returns:
+        Text tokens, and rows of patches; those of the published networks first. None where nothing
+        fits, or more than one reading does.
+    """
+    if num_both in _PUBLISHED:
+        return _PUBLISHED[num_both]
+    readings = [
+        (num_text, math.isqrt(num_both - num_text))
+        for num_text in range(WINDOW_LENGTH, _MAX_WINDOWS * WINDOW_LENGTH + 1, WINDOW_LENGTH)
+        if _is_square(num_both - num_text)
+    ]
+    return readings[0] if len(readings) == 1 else None
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
