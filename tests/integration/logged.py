@@ -1,4 +1,7 @@
-"""A system of the tests' own: the demo's network, with a line in a file for each picture drawn."""
+"""A system of the tests' own: the demo's network, with a line in a file for each picture drawn.
+
+A line is the key and the process that drew it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class Logged:
 
     def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
         with self._log.open("a") as file:
-            file.writelines(f"{prompt.key}\n" for prompt in prompts)
+            file.writelines(f"{prompt.key} {os.getpid()}\n" for prompt in prompts)
         return self._system.draw(prompts)
 
 

@@ -1,0 +1,385 @@
+"""What the evaluation costs, beside torch-fidelity's own and beside bare sampling.
+
+    python benchmarks/evaluation.py --photos photos --num 2000
+
+Every figure is taken by a process of its own, one thread a process:
+
+- metrics: the same squares of photographs, as PNG files, through `torch_fidelity.calculate_metrics`
+  and through d2i on 1 and on 2 Ray workers, by the same extractor: the demo's CLIP, or with
+  `--inception NUM` as many by Inception with random weights as well. Scores, and processor seconds
+  from the first picture to the scores, of the busiest worker; starting and loading are left out.
+- scheduling: 23,772 instances that cost nothing, over 2 Ray workers, each task written to disk;
+  seconds of the clock, Ray's start included.
+- overhead: a whole evaluation of the demo's network beside bare sampling of the same pictures;
+  processor seconds, of which the whole also loads the weights.
+
+Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIDE_PX = 64
+NUM_SCHEDULED = 23_772
+BATCH_SIZE = 32
+TASK_SIZE = 50
+"""Instances a task, as the recipes' compute batch."""
+NUM_DIALOGS = 600
+"""Of the corpus that overhead is measured on."""
+
+
+def make_pictures(photos: Path, folder: Path, num: int) -> None:
+    """Cut squares at random out of photographs, `num` as true pictures and `num` as drawn ones."""
+    dice = np.random.default_rng(0)
+    images = []
+    for path in sorted(photos.rglob("*.jpg")):
+        with Image.open(path) as photograph:
+            images.append(photograph.convert("RGB"))
+    for name in ("true", "drawn"):
+        (folder / name).mkdir(parents=True)
+        for number in range(num):
+            image = images[int(dice.integers(len(images)))]
+            side = int(dice.integers(SIDE_PX, min(image.size)))
+            left, top = (int(dice.integers(0, size - side + 1)) for size in image.size)
+            square = image.crop((left, top, left + side, top + side))
+            square.resize((SIDE_PX, SIDE_PX)).save(folder / name / f"{number:06d}.png")
+
+
+def save_inception(path: Path) -> None:
+    """Save torch-fidelity's Inception with seeded random weights, in its own file form."""
+    import torch
+    from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+    class Unfilled(inception.FeatureExtractorInceptionV3):  # type: ignore[misc]
+        def load_state_dict(self, *_: object) -> None:
+            """Keep what it was built with."""
+
+    torch.manual_seed(0)
+    inception.load_state_dict_from_url = lambda *_, **__: {}
+    state = Unfilled("random", ["2048"]).state_dict()
+    for name, tensor in state.items():
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(tensor)
+    torch.save(state, path)
+
+
+def load_extractor(inception: str | None) -> Any:
+    """Load d2i's extractor: Inception from a file, or the demo's CLIP with its classes."""
+    from hashlib import sha256
+
+    from d2i.config import MetricsConfig
+    from d2i.encoders import load_encoders
+    from d2i.eval.extractors import InceptionExtractor, build_extractor
+    from d2i.eval.text import TextTower
+    from d2i.recipes import load_recipe
+
+    if inception:
+        digits = sha256(Path(inception).read_bytes()).hexdigest()
+        config = MetricsConfig(extractor_weights=inception, extractor_sha256=digits)
+        return InceptionExtractor(config, BATCH_SIZE, "cpu")
+    recipe = load_recipe("demo")
+    encoders = load_encoders(recipe.encoders, "cpu")
+    return build_extractor(recipe, encoders, TextTower.load(recipe, encoders, "cpu"), "cpu")
+
+
+def measure_peer(folder: Path, inception: str | None) -> dict[str, Any]:
+    """Time torch-fidelity's own evaluation of the two folders."""
+    import torch
+    import torch_fidelity
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    torch.set_num_threads(1)
+    extractor = None if inception else load_extractor(None)
+
+    class DemoClip(FeatureExtractorBase):  # type: ignore[misc]
+        """The demo's CLIP as torch-fidelity takes an extractor."""
+
+        def __init__(self, name: str, features_list: list[str], **_: object) -> None:
+            super().__init__(name, features_list)
+
+        def forward(self, pixels: Any) -> tuple[Any, ...]:
+            found = extractor.extract(pixels.permute(0, 2, 3, 1).numpy())  # type: ignore[union-attr]
+            parts = {"features": found.features, "logits": found.logits}
+            return tuple(torch.from_numpy(parts[name]) for name in self.features_list)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return ("features", "logits")
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return "logits" if metric == "isc" else "features"
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+    torch_fidelity.register_feature_extractor("demo-clip", DemoClip)
+    chosen = (
+        {"feature_extractor_weights_path": inception}
+        if inception
+        else {"feature_extractor": "demo-clip"}
+    )
+    num = len(list((folder / "true").iterdir()))
+    start = time.process_time()
+    # The first folder's Inception Score is taken, so it is the drawn one.
+    found = torch_fidelity.calculate_metrics(
+        input1=str(folder / "drawn"),
+        input2=str(folder / "true"),
+        **chosen,
+        isc=True,
+        fid=True,
+        kid=True,
+        kid_subset_size=min(1000, num),
+        batch_size=BATCH_SIZE,
+        save_cpu_ram=True,
+        cuda=False,
+        cache=False,
+        verbose=False,
+    )
+    scores = {
+        "fid": found["frechet_inception_distance"],
+        "kid": found["kernel_inception_distance_mean"],
+        "is": found["inception_score_mean"],
+    }
+    return {"seconds": time.process_time() - start, "scores": scores}
+
+
+@dataclass(frozen=True)
+class PictureWorkerBuilder:
+    """Builds what measures pictures, in the process where it does; picklable."""
+
+    folder: Path
+    inception: str | None
+
+    def __call__(self) -> PictureWorker:
+        """Load the extractor."""
+        import torch
+
+        torch.set_num_threads(1)
+        return PictureWorker(self.folder, load_extractor(self.inception))
+
+
+class PictureWorker:
+    """Reads and measures the pictures of one task."""
+
+    def __init__(self, folder: Path, extractor: Any) -> None:
+        self._folder, self._extractor = folder, extractor
+
+    def run(self, task: tuple[str, int, int]) -> tuple[int, float, Any]:
+        """Return which process this is, the processor seconds it took, and the features."""
+        begun = time.process_time()
+        name, start, stop = task
+        pixels = [
+            np.asarray(Image.open(self._folder / name / f"{number:06d}.png"))
+            for number in range(start, stop)
+        ]
+        found = self._extractor.extract(np.stack(pixels))
+        return os.getpid(), time.process_time() - begun, found
+
+
+def measure_ours(folder: Path, inception: str | None, num_workers: int) -> dict[str, Any]:
+    """Time d2i's extraction on Ray workers, and its scores."""
+    import torch
+
+    from d2i.cluster import Pool, run_tasks
+    from d2i.eval.metrics import compute_scores
+
+    torch.set_num_threads(1)
+    num = len(list((folder / "true").iterdir()))
+    size = 2 * BATCH_SIZE
+    tasks = [
+        (name, start, min(start + size, num))
+        for name in ("true", "drawn")
+        for start in range(0, num, size)
+    ]
+    pool = Pool(PictureWorkerBuilder(folder, inception), num_workers=num_workers)
+    found = dict(run_tasks(pool, tasks))
+    by_worker: Counter[int] = Counter()
+    for process, seconds, _ in found.values():
+        by_worker[process] += seconds
+    start = time.process_time()
+    true, drawn = (_joined(found[t][2] for t in tasks if t[0] == n) for n in ("true", "drawn"))
+    pairs = np.ones((num, 2), np.float32)
+    # The drawn pictures first, as the peer has them: KID draws its subsets of the first set first.
+    scores = compute_scores(drawn[0], true[0], drawn[1], pairs, pairs)
+    scoring = time.process_time() - start
+    seconds = max(by_worker.values()) + scoring
+    compared = {name: scores[name] for name in ("fid", "kid", "is")}
+    return {"seconds": seconds, "scoring": scoring, "scores": compared}
+
+
+def _joined(parts: Iterable[Any]) -> tuple[Any, Any]:
+    found = list(parts)
+    return (
+        np.concatenate([part.features for part in found]),
+        np.concatenate([part.logits for part in found]),
+    )
+
+
+@dataclass(frozen=True)
+class NullWorker:
+    """Draws nothing and writes its task as an evaluation does; it is its own builder."""
+
+    out_url: str
+
+    def __call__(self) -> NullWorker:
+        """Return itself."""
+        return self
+
+    def run(self, task: Any) -> int:
+        """Write a task of no features."""
+        from d2i.eval.tasks import write_task
+
+        write_task(self.out_url, task, {"keys": np.arange(task.start, task.stop)})
+        return len(task.indices)
+
+
+def measure_scheduling(folder: Path) -> dict[str, Any]:
+    """Time all tasks of a null sampler over 2 Ray workers, Ray's start included."""
+    from d2i.cluster import Pool, run_tasks
+    from d2i.eval.tasks import finished_tasks, plan_tasks
+
+    start = time.perf_counter()
+    tasks = plan_tasks(NUM_SCHEDULED, TASK_SIZE)
+    pool = Pool(NullWorker(str(folder / "null")), num_workers=2)
+    done = sum(count for _, count in run_tasks(pool, tasks))
+    if done != NUM_SCHEDULED or len(finished_tasks(str(folder / "null"))) != len(tasks):
+        raise RuntimeError(f"{done} of {NUM_SCHEDULED} instances were done")
+    return {"instances": done, "tasks": len(tasks), "seconds": time.perf_counter() - start}
+
+
+def measure_overhead(folder: Path) -> dict[str, Any]:
+    """Time a whole evaluation in this process, and the drawing alone, in processor seconds."""
+    import torch
+
+    from d2i.demo.corpus import write_corpus
+    from d2i.encoders import load_encoders
+    from d2i.eval.job import EvalRequest, evaluate, test_url
+    from d2i.eval.prompts import PromptReader
+    from d2i.eval.system import SystemContext
+    from d2i.eval.systems import build_system, parse_system
+    from d2i.preprocess.job import PreprocessRequest, preprocess
+    from d2i.recipes import load_recipe
+    from d2i.shards import ShardReader
+
+    torch.set_num_threads(1)
+    write_corpus(folder / "corpus", NUM_DIALOGS, 1)
+    recipe = load_recipe("demo")
+    source, data = str(folder / "corpus"), str(folder / "data")
+    request = PreprocessRequest("mmdialog", source, data, recipe, num_workers=0)
+    preprocess(request, lambda _: None)
+    spec = parse_system("uvit-s", "demo:backbone", recipe)
+    reader = ShardReader(test_url(data))
+    encoders = load_encoders(recipe.encoders, "cpu")
+    system = build_system(SystemContext(spec, recipe, encoders, reader.keys, "cpu"))
+    prompts = PromptReader(reader, recipe.text, "full")
+    start = time.process_time()
+    system.draw([prompts.read(index) for index in range(len(reader))])
+    bare = time.process_time() - start
+    start = time.process_time()
+    evaluate(EvalRequest(recipe, spec, test_url(data), str(folder / "scores")), lambda _: None)
+    whole = time.process_time() - start
+    return {"pictures": len(reader), "bare_cpu_s": bare, "whole_cpu_s": whole}
+
+
+def in_a_process(name: str, folder: Path, inception: Path | None) -> dict[str, Any]:
+    """Take one figure in a process of its own."""
+    command = [sys.executable, __file__, "--measure", name, "--folder", str(folder)]
+    command += ["--weights", str(inception)] if inception else []
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    here = {"PYTHONPATH": str(Path(__file__).parent), "XDG_CACHE_HOME": str(folder / "cache")}
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | one_thread | here
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name}: {found}", file=sys.stderr)
+    return found
+
+
+def compare(folder: Path, inception: Path | None) -> dict[str, Any]:
+    """Take the peer's figures and ours in turns, and compare the scores."""
+    names = ("peer", "ours on 1", "ours on 2")
+    found = {name: in_a_process(name, folder, inception) for name in names}
+    peer = found["peer"]["scores"]
+    differences: Mapping[str, Callable[[float, float], float]] = {
+        "fid": lambda ours, theirs: abs(ours - theirs) / abs(theirs),
+        "kid": lambda ours, theirs: abs(ours - theirs),
+        "is": lambda ours, theirs: abs(ours - theirs) / theirs,
+    }
+    return {
+        "seconds": {name: round(value["seconds"], 2) for name, value in found.items()},
+        "differences": {
+            name: max(distance(found[ours]["scores"][name], peer[name]) for ours in names[1:])
+            for name, distance in differences.items()
+        },
+        "same_on_2_as_on_1": found["ours on 1"]["scores"] == found["ours on 2"]["scores"],
+        "scores": peer,
+    }
+
+
+def machine() -> dict[str, object]:
+    """Say what this ran on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.machine(), "cores": len(names)}
+
+
+def measure(name: str, folder: Path, inception: str | None) -> dict[str, Any]:
+    """Take one figure in this process."""
+    work: dict[str, Callable[[], dict[str, Any]]] = {
+        "peer": lambda: measure_peer(folder, inception),
+        "ours on 1": lambda: measure_ours(folder, inception, 1),
+        "ours on 2": lambda: measure_ours(folder, inception, 2),
+        "scheduling": lambda: measure_scheduling(folder),
+        "overhead": lambda: measure_overhead(folder),
+    }
+    return work[name]()
+
+
+def main() -> None:
+    """Measure, and print one JSON line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--photos", type=Path, required="--measure" not in sys.argv)
+    parser.add_argument("--num", type=int, default=2000)
+    parser.add_argument("--inception", type=int, default=0, metavar="NUM")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.folder, options.weights)))
+        return
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        make_pictures(options.photos, folder / "clip", options.num)
+        found = {"metrics, demo's CLIP": compare(folder / "clip", None)}
+        if options.inception:
+            weights = folder / "inception.pth"
+            save_inception(weights)
+            make_pictures(options.photos, folder / "inception", options.inception)
+            found["metrics, Inception"] = compare(folder / "inception", weights)
+        for name in ("scheduling", "overhead"):
+            (folder / name).mkdir()
+            found[name] = in_a_process(name, folder / name, None)
+    print(json.dumps({"machine": machine(), "python": platform.python_version(), **found}))
+
+
+if __name__ == "__main__":
+    main()
