@@ -140,8 +140,6 @@ class BackboneConfig(Config):
     num_text_tokens: int | None = Field(default=None, gt=0)
     """77 for each of `text.num_windows`; weights of one window are grown to it."""
     clip_dim: int | None = Field(default=None, gt=0)
-    gradient_checkpointing: bool | None = None
-    """Whether training keeps each block's input alone, and computes the rest again."""
 
     def overrides(self) -> dict[str, Any]:
         """Return the sizes that differ from the published ones, for `build_backbone`."""
@@ -158,6 +156,8 @@ class OptimConfig(Config):
     eps: float = Field(default=1e-8, gt=0)
     num_warmup_steps: int = Field(default=0, ge=0)
     """Linear warm-up, then constant."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Longer gradients are cut to this norm; `None`, as published, cuts none."""
 
 
 class UniDiffuserLossConfig(Config):
@@ -179,7 +179,7 @@ class UniDiffuserLossConfig(Config):
 
 
 class TrainConfig(Config):
-    """Everything that decides the numbers of one training run."""
+    """Everything that decides the numbers of one training run, and what is kept of it."""
 
     num_steps: int = Field(gt=0)
     global_batch_size: int = Field(gt=0)
@@ -188,16 +188,44 @@ class TrainConfig(Config):
     """The most samples a rank takes through the network at once."""
     optim: OptimConfig = OptimConfig()
     unidiffuser: UniDiffuserLossConfig = UniDiffuserLossConfig()
-    precision: Literal["fp32", "bf16"] = "bf16"
-    zero_stage: Literal[0, 1, 2] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    activation_checkpointing: bool = False
+    """Whether blocks are computed again in the backward pass: a third more work, less memory."""
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of samples whose text is replaced by that of '' (classifier-free guidance)."""
     ema_rate: float = Field(default=0.9999, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
+    order: Literal["global", "blocked"] = "global"
+    """`global`: all samples shuffled. `blocked`: shards shuffled, then samples within a window of
+    them, for shards that are fetched from elsewhere."""
+    num_window_shards: int = Field(default=16, gt=0)
+    """With `blocked`: the shards of a window."""
+    num_reader_threads: int = Field(default=2, gt=0)
+    """Threads that read and draw ahead of each rank."""
     num_checkpoint_steps: int = Field(default=1000, gt=0)
     """Steps between two checkpoints."""
+    num_checkpoints_kept: int = Field(default=2, gt=0)
+    """How many of the newest checkpoints are kept."""
     num_log_steps: int = Field(default=10, gt=0)
     """Steps between two lines of `metrics.jsonl`."""
+    num_validation_steps: int = Field(default=500, gt=0)
+    """Steps between two losses on fixed validation instances, where the data has any."""
+    num_validation_samples: int = Field(default=256, gt=0)
+    """How many instances those are at most."""
+    record_keys: bool = False
+    """Whether each rank writes down the keys of every step, as a proof of the order."""
+    num_sample_steps: int | None = Field(default=None, gt=0)
+    """Steps between two pictures of fixed validation dialogs; `None` draws none."""
+
+    @model_validator(mode="after")
+    def _pictures_are_drawn_from_checkpoints(self) -> Self:
+        if self.num_sample_steps and self.num_sample_steps % self.num_checkpoint_steps:
+            raise ValueError(
+                f"num_sample_steps must be a multiple of num_checkpoint_steps "
+                f"({self.num_checkpoint_steps}), as pictures are drawn from checkpoints"
+            )
+        return self
 
     def accumulation(self, world_size: int) -> tuple[int, int]:
         """Split the global batch over ranks.

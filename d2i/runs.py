@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from d2i import __version__, storage
 from d2i.config import Recipe, load_config
@@ -18,6 +18,7 @@ from d2i.settle import settle
 CONFIG_NAME = "config.json"
 EMA_NAME = "ema.safetensors"
 METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "validation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,18 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class MetricsLine:
-    """One line of `metrics.jsonl`; `loss` is the mean over the steps since the line before."""
+    """One line of `metrics.jsonl`, about the steps since the line before.
+
+    Args:
+        step: Steps taken.
+        loss: Mean over the steps.
+        lr: Learning rate of the last step.
+        num_images: Samples taken through the network since the start of the run.
+        images_per_s: Over all ranks.
+        elapsed_s: Seconds of training.
+        data_wait: Share of the time that the first rank waited for data, 0 to 1.
+        mfu: Share of the devices' peak FLOP/s, 0 to 1; None where the peak is not known.
+    """
 
     step: int
     loss: float
@@ -48,6 +60,23 @@ class MetricsLine:
     num_images: int
     images_per_s: float
     elapsed_s: float
+    data_wait: float | None = None
+    mfu: float | None = None
+
+
+@dataclass(frozen=True)
+class ValidationLine:
+    """One line of `validation.jsonl`: the loss on fixed instances, noise and times.
+
+    Args:
+        step: Steps taken.
+        loss: Mean over all instances.
+        bands: Mean over those whose model time n lies in a band such as `1-250`.
+    """
+
+    step: int
+    loss: float
+    bands: dict[str, float]
 
 
 def open_run(run_dir: Path, config: RunConfig, *, is_begun: bool) -> None:
@@ -95,23 +124,43 @@ def read_recipe(run_dir: Path) -> Recipe:
 
 def read_metrics(run_dir: Path) -> list[MetricsLine]:
     """Read `metrics.jsonl`; a line that was being written when the run was killed is left out."""
-    path = run_dir / METRICS_NAME
+    return _read_lines(run_dir / METRICS_NAME, MetricsLine)
+
+
+def read_validation(run_dir: Path) -> list[ValidationLine]:
+    """Read `validation.jsonl`, as `read_metrics` does."""
+    return _read_lines(run_dir / VALIDATION_NAME, ValidationLine)
+
+
+def keep_lines_until(run_dir: Path, step: int) -> None:
+    """Drop the lines after a step, which the run is about to write anew."""
+    for name, lines in (
+        (METRICS_NAME, read_metrics(run_dir)),
+        (VALIDATION_NAME, read_validation(run_dir)),
+    ):
+        kept = "".join(_as_line(line) for line in lines if line.step <= step)
+        storage.write_bytes(str(run_dir / name), kept.encode())
+
+
+def append_line(run_dir: Path, line: MetricsLine | ValidationLine) -> None:
+    """Append one line to `metrics.jsonl` or `validation.jsonl`."""
+    name = METRICS_NAME if isinstance(line, MetricsLine) else VALIDATION_NAME
+    with (run_dir / name).open("a") as file:
+        file.write(_as_line(line))
+
+
+def _as_line(line: MetricsLine | ValidationLine) -> str:
+    return json.dumps(asdict(line)) + "\n"
+
+
+LineT = TypeVar("LineT", MetricsLine, ValidationLine)
+
+
+def _read_lines(path: Path, kind: type[LineT]) -> list[LineT]:
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
-            lines.append(MetricsLine(**json.loads(text)))
+            lines.append(kind(**json.loads(text)))
         except (ValueError, TypeError):
             continue
     return lines
-
-
-def keep_metrics_until(run_dir: Path, step: int) -> None:
-    """Drop the lines after a step, which the run is about to write anew."""
-    kept = [json.dumps(asdict(line)) for line in read_metrics(run_dir) if line.step <= step]
-    storage.write_bytes(str(run_dir / METRICS_NAME), "".join(f"{line}\n" for line in kept).encode())
-
-
-def append_metrics(run_dir: Path, line: MetricsLine) -> None:
-    """Append one line to `metrics.jsonl`."""
-    with (run_dir / METRICS_NAME).open("a") as file:
-        file.write(json.dumps(asdict(line)) + "\n")

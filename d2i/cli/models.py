@@ -34,6 +34,9 @@ def train(
     num_accelerators: Annotated[
         int | None, typer.Option(min=1, help="Ranks; else every GPU, or one CPU rank.")
     ] = None,
+    zero: Annotated[
+        Path | None, typer.Option(help="DeepSpeed's zero_optimization settings: train/zero-2.json.")
+    ] = None,
     *,
     as_json: JsonOption = False,
     fault: FaultOption = None,
@@ -48,7 +51,7 @@ def train(
     """
     from d2i.fault import parse_fault
     from d2i.recipes import resolve_recipe
-    from d2i.runs import read_metrics
+    from d2i.runs import EMA_NAME, read_metrics
     from d2i.train.command import deepspeed_command, run_command
 
     run = run.expanduser()
@@ -59,16 +62,22 @@ def train(
     _check_data(data)
     arguments = ["--recipe", recipe, "--data", data, "--run", str(run)]
     arguments += [part for setting in settings or [] for part in ("--set", setting)]
+    arguments += ["--zero", str(zero)] if zero else []
     arguments += ["--fault", fault] if fault else []
     command = deepspeed_command(arguments, num_accelerators)
     typer.echo(" ".join(command), err=True)
     code = run_command(command)
     if code:
         raise typer.Exit(2 if code == 2 else 1)
-    last = read_metrics(run)[-1]
+    lines = [dataclasses.asdict(line) for line in read_metrics(run)[-1:]]
+    if not (run / EMA_NAME).exists():
+        stopped = f"stopped as asked: resume with the same command: {run}"
+        print_result({"run": str(run), "finished": False}, [stopped], as_json=as_json)
+        return
+    last = lines[-1]
     print_result(
-        {"run": str(run), **dataclasses.asdict(last)},
-        [f"{last.step} steps, loss {last.loss:.4f}, {last.images_per_s:.0f} images/s: {run}"],
+        {"run": str(run), "finished": True, **last},
+        ["{step} steps, loss {loss:.4f}, {images_per_s:.0f} images/s: ".format(**last) + str(run)],
         as_json=as_json,
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +18,10 @@ from d2i.config import TrainConfig
 from d2i.diffusion.draws import integers, normal, uniform
 from d2i.shards import ShardReader
 
-_NUM_MODEL_TIMES = 1000
+NUM_MODEL_TIMES = 1000
+
+# Token ids uint16 (N, 77 W) to text latents float16 (N, 77 W, text_dim).
+TextEncoder = Callable[[NDArray[np.uint16]], NDArray[np.float16]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on another device."""
-        return _moved(self, device)
+        return _mapped(self, lambda part: part.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """Return the batch in memory that an accelerator copies from without waiting."""
+        return _mapped(self, lambda part: part.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -62,48 +71,85 @@ class Joint:
     text_noise: Tensor
     n_text: Tensor
 
-    def to(self, device: torch.device) -> Joint:
-        """Return the parts on another device."""
-        return _moved(self, device)
-
 
 T = TypeVar("T", "Batch", "Joint")
 
 
-def _moved(part: T, device: torch.device) -> T:
-    values = {f.name: getattr(part, f.name) for f in fields(part)}
-    return replace(part, **{k: v.to(device) for k, v in values.items() if hasattr(v, "to")})
+def _mapped(part: T, change: Callable[[Tensor], Tensor]) -> T:
+    def changed(value: Any) -> Any:
+        if isinstance(value, Joint):
+            return _mapped(value, change)
+        return change(value) if isinstance(value, Tensor) else value
+
+    return replace(part, **{f.name: changed(getattr(part, f.name)) for f in fields(part)})
 
 
 class BatchReader:
-    """Reads micro batches one ahead of their use, in a thread of its own."""
+    """Reads micro batches ahead of their use, in threads of its own.
 
-    def __init__(self, reader: ShardReader, config: TrainConfig, *, is_joint: bool) -> None:
+    Args:
+        reader: The shards.
+        config: The seed, the share of dropped conditions, and how many threads.
+        is_joint: Whether the loss is UniDiffuser's.
+        encode_text: Encodes token ids, for shards that hold no text latents.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        config: TrainConfig,
+        *,
+        is_joint: bool,
+        encode_text: TextEncoder | None = None,
+    ) -> None:
         self._reader = reader
         self._config = config
         self._is_joint = is_joint
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-reader")
+        self._encode_text = encode_text
+        self._threads = ThreadPoolExecutor(config.num_reader_threads, "batch-reader")
 
-    def request(self, indices: NDArray[np.int64], step: int) -> Future[Batch]:
-        """Start reading a micro batch."""
-        return self._thread.submit(self.read, indices, step)
+    def read_ahead(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
+        """Read a micro batch for each (sample indices, step), in their order."""
+        waiting: deque[Future[Batch]] = deque()
+        for indices, step in requests:
+            waiting.append(self._threads.submit(self._read_pinned, indices, step))
+            if len(waiting) > self._config.num_reader_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
-    def read(self, indices: NDArray[np.int64], step: int) -> Batch:
-        """Read a micro batch and make its draws."""
-        members = ("moments", "text", "clip") if self._is_joint else ("moments", "text")
+    def _read_pinned(self, indices: NDArray[np.int64], step: int) -> Batch:
+        batch = self.read(indices, step)
+        return batch.pinned() if torch.cuda.is_available() else batch
+
+    def read(self, indices: NDArray[np.int64], step: int, purpose: str = "") -> Batch:
+        """Read a micro batch and make its draws.
+
+        Args:
+            indices: Sample numbers, int64 (B,).
+            step: The step that the draws belong to.
+            purpose: What they are for, where that is not training.
+        """
+        text_member = "tokens" if self._encode_text else "text"
+        members = ["moments", text_member, *(["clip"] if self._is_joint else [])]
         arrays = self._reader.read(indices, members=members)
         keys = tuple(self._reader.keys[int(i)] for i in indices)
-        text = self._with_dropped_conditions(arrays["text"].astype(np.float32), keys, step)
+        text = self._text(arrays[text_member])
+        if not purpose:
+            text = self._with_dropped_conditions(text, keys, step)
         moments, seed = arrays["moments"], self._config.seed
         shape = (4, *moments.shape[2:])
+        times = integers(1, NUM_MODEL_TIMES, seed, f"{purpose}n", keys, step)
         return Batch(
             keys=keys,
             moments=_tensor(moments),
             text=_tensor(text),
-            latent_noise=_tensor(normal(seed, "latent", keys, step, shape)),
-            noise=_tensor(normal(seed, "noise", keys, step, shape)),
-            n=torch.from_numpy(integers(1, _NUM_MODEL_TIMES, seed, "n", keys, step)),
-            joint=self._joint(arrays["clip"], text, keys, step) if self._is_joint else None,
+            latent_noise=_tensor(normal(seed, f"{purpose}latent", keys, step, shape)),
+            noise=_tensor(normal(seed, f"{purpose}noise", keys, step, shape)),
+            n=torch.from_numpy(times),
+            joint=self._joint(arrays["clip"], text, keys, step, purpose)
+            if self._is_joint
+            else None,
         )
 
     def _joint(
@@ -112,25 +158,39 @@ class BatchReader:
         text: NDArray[np.float32],
         keys: Sequence[str],
         step: int,
+        purpose: str,
     ) -> Joint:
         seed = self._config.seed
+        clip_shape, text_shape = (1, clip.shape[1]), text.shape[1:]
+        times = integers(1, NUM_MODEL_TIMES, seed, f"{purpose}n.text", keys, step)
         return Joint(
             clip=_tensor(clip[:, None]),
-            clip_noise=_tensor(normal(seed, "noise.clip", keys, step, (1, clip.shape[1]))),
-            text_noise=_tensor(normal(seed, "noise.text", keys, step, text.shape[1:])),
-            n_text=torch.from_numpy(integers(1, _NUM_MODEL_TIMES, seed, "n.text", keys, step)),
+            clip_noise=_tensor(normal(seed, f"{purpose}noise.clip", keys, step, clip_shape)),
+            text_noise=_tensor(normal(seed, f"{purpose}noise.text", keys, step, text_shape)),
+            n_text=torch.from_numpy(times),
         )
 
     def close(self) -> None:
-        """Stop the reading thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Stop the reading threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _text(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        latents = self._encode_text(stored) if self._encode_text else stored
+        return np.asarray(latents, dtype=np.float32)
+
+    @cached_property
+    def _empty_text(self) -> NDArray[np.float32]:
+        has_latents = self._encode_text is None
+        stored = self._reader.empty_text if has_latents else self._reader.empty_tokens
+        empty: NDArray[np.float32] = self._text(stored[None])[0]
+        return empty
 
     def _with_dropped_conditions(
         self, text: NDArray[np.float32], keys: Sequence[str], step: int
     ) -> NDArray[np.float32]:
         share = self._config.condition_dropout
         dropped = uniform(self._config.seed, "drop", keys, step) < share
-        text[dropped] = self._reader.empty_text
+        text[dropped] = self._empty_text
         return text
 
 

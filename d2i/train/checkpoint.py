@@ -1,167 +1,232 @@
-"""Checkpoints: whole or absent, safetensors and JSON only, so that resuming unpickles nothing.
+"""Checkpoints on disk: whole or absent, of any number of ranks, safetensors and JSON only.
 
-`checkpoints/step-N/` holds one file a rank (float32 weights, AdamW moments and EMA, as that rank
-holds them), the whole EMA under its published keys, and last of all `complete.json`.
+`checkpoints/step-N/` holds one file a rank, named by its sha256, and last of all `complete.json`.
+A file holds flat float32 runs of numbers, each named `KIND:PARAMETER:START`: a weight, its AdamW
+moments or its average. So no file knows which ranks or which ZeRO stage wrote it, any others can
+go on from it, and nothing is unpickled. Must not import DeepSpeed or `torch.distributed`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from d2i import storage
 from d2i.errors import CheckpointError
-from d2i.fault import Fault
-from d2i.models import save_weights
-from d2i.train.ema import Ema
-from d2i.train.engine import base_optimizer, full_weights, master_weights
 
-_MARKER = "complete.json"
-_PENDING = "losses"
+Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
+KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq", "ema")
+MARKER = "complete.json"
 _IS_OURS = re.compile(r"step-\d+|\.step-\d+\.tmp")
-_NUM_KEPT = 2
+_PART = re.compile(r"part-(\d+)-[0-9a-f]{16}\.safetensors")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: counted in optimizer steps, over all ranks.
+    """How far a run is: counters, the same on all ranks.
 
     Args:
         step: Optimizer steps taken.
         elapsed_s: Seconds of training, those before an interruption included.
-        losses: This rank's losses since the last line of `metrics.jsonl`.
+        losses: Loss of each step since the last line of `metrics.jsonl`, over all ranks.
+        num_updates: Updates that AdamW counts: fp16 leaves out those that overflow.
+        loss_scale: The numbers of fp16's dynamic loss scale.
     """
 
-    step: int
-    elapsed_s: float
+    step: int = 0
+    elapsed_s: float = 0.0
     losses: tuple[float, ...] = ()
+    num_updates: int = 0
+    loss_scale: Mapping[str, float] = field(default_factory=dict)
 
 
-def save_checkpoint(
-    run_dir: Path, engine: Any, ema: Ema, progress: Progress, fault: Fault | None = None
-) -> None:
-    """Write a checkpoint; every rank must call this, and none returns before it is whole."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    target = run_dir / "checkpoints" / f"step-{progress.step}"
-    scratch = target.with_name(f".{target.name}.tmp")
-    if rank == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    torch.distributed.barrier()
-    pending = torch.tensor(progress.losses, dtype=torch.float64)
-    state = _rank_state(engine, ema) | {_PENDING: pending}
-    save_file(state, scratch / _rank_file(rank, world_size))
-    storage.sync(scratch / _rank_file(rank, world_size))
-    averaged = ema.read_in_place(lambda: full_weights(engine))
-    if rank == 0:
-        save_weights(averaged, scratch / "ema.safetensors")
-    torch.distributed.barrier()
-    if rank == 0:
-        scratch.rename(target)
-        if fault:
-            fault.reach("train.checkpoint_written")
-        _write_marker(target, progress, world_size)
-        _prune(run_dir)
-    torch.distributed.barrier()
+def run_name(kind: Kind, parameter: str, start: int) -> str:
+    """Return the name of a run of numbers within a file."""
+    return f"{kind}:{parameter}:{start}"
 
 
-def load_newest_checkpoint(run_dir: Path, engine: Any, ema: Ema) -> Progress:
-    """Continue from the newest whole checkpoint, or from the start where there is none.
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies once it is whole."""
+    return run_dir / "checkpoints" / f"step-{step}"
 
-    Raises:
-        CheckpointError: If it was written by another number of ranks, or cannot be read.
-    """
-    newest = newest_checkpoint(run_dir)
-    if newest is None:
-        return Progress(step=0, elapsed_s=0.0)
-    marker = json.loads((newest / _MARKER).read_text())
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if marker["world_size"] != world_size:
-        raise CheckpointError(
-            f"{newest} was written by {marker['world_size']} ranks, got {world_size}; expected "
-            f"the same; repeat with --num-accelerators {marker['world_size']}"
-        )
+
+def scratch_folder(run_dir: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is written."""
+    return run_dir / "checkpoints" / f".step-{step}.tmp"
+
+
+def write_part(scratch: Path, rank: int, runs: Mapping[str, Tensor]) -> None:
+    """Write one rank's numbers, which appear under their final name complete."""
+    unnamed = scratch / f".part-{rank}"
+    _save(dict(runs), unnamed)
+    storage.sync(unnamed)
+    unnamed.rename(scratch / f"part-{rank}-{_sha256(unnamed)[:16]}.safetensors")
+
+
+def _save(runs: dict[str, Tensor], path: Path) -> None:
+    """Write safetensors; what the system refuses is told as the system tells it."""
     try:
-        state = load_file(newest / _rank_file(rank, world_size))
-    except (OSError, ValueError) as err:
-        raise CheckpointError(
-            f"{newest} cannot be read: {err}; expected a whole checkpoint; delete this folder and "
-            "repeat the command, and the one before is taken"
-        ) from err
-    _restore(state, engine, ema)
-    return Progress(marker["step"], marker["elapsed_s"], tuple(state[_PENDING].tolist()))
+        save_file(runs, path)
+    except SafetensorError as err:
+        path.unlink(missing_ok=True)
+        number = re.search(r"os error (\d+)", str(err))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from err
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the folder of the newest whole checkpoint."""
-    whole = _whole_checkpoints(run_dir)
-    return whole[-1] if whole else None
+def written_ranks(scratch: Path) -> set[int]:
+    """Return the ranks whose file is there."""
+    names = (_PART.fullmatch(path.name) for path in scratch.iterdir())
+    return {int(name[1]) for name in names if name}
 
 
-def _rank_state(engine: Any, ema: Ema) -> dict[str, Tensor]:
-    optimizer = base_optimizer(engine)
-    state: dict[str, Tensor] = {}
-    for i, (weight, average) in enumerate(zip(master_weights(engine), ema.tensors, strict=True)):
-        moments = optimizer.state[weight]
-        state[f"{i}.weight"] = weight.detach().cpu().clone()
-        state[f"{i}.ema"] = average.cpu().clone()
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            state[f"{i}.{name}"] = moments[name].detach().cpu().clone()
-    return state
-
-
-@torch.no_grad()
-def _restore(state: dict[str, Tensor], engine: Any, ema: Ema) -> None:
-    optimizer = base_optimizer(engine)
-    for i, (weight, average) in enumerate(zip(master_weights(engine), ema.tensors, strict=True)):
-        weight.data.copy_(state[f"{i}.weight"])
-        average.copy_(state[f"{i}.ema"])
-        optimizer.state[weight] = {
-            name: state[f"{i}.{name}"].to(weight.device)
-            for name in ("exp_avg", "exp_avg_sq", "step")
-        }
-    # Under ZeRO the network holds copies of the weights; they follow only after a step.
-    whole = full_weights(engine)
-    for name, parameter in engine.module.named_parameters():
-        parameter.data.copy_(whole[name])
-
-
-def _rank_file(rank: int, world_size: int) -> str:
-    return f"rank-{rank}-of-{world_size}.safetensors"
-
-
-def _write_marker(folder: Path, progress: Progress, world_size: int) -> None:
-    marker = {
-        "step": progress.step,
-        "elapsed_s": progress.elapsed_s,
+def write_marker(
+    folder: Path, progress: Progress, shapes: Mapping[str, tuple[int, ...]], world_size: int
+) -> None:
+    """Make a checkpoint whole: all of its files are there and in their place."""
+    marker = asdict(progress) | {
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "files": {path.name: path.stat().st_size for path in sorted(folder.glob("part-*"))},
         "world_size": world_size,
     }
-    scratch = folder / f".{_MARKER}"
-    scratch.write_text(json.dumps(marker))
-    storage.sync(scratch)
-    scratch.rename(folder / _MARKER)
-    storage.sync(folder)
+    storage.write_bytes(str(folder / MARKER), (json.dumps(marker) + "\n").encode())
 
 
-def _whole_checkpoints(run_dir: Path) -> list[Path]:
-    markers = (run_dir / "checkpoints").glob(f"step-*/{_MARKER}")
+def whole_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the folders of all whole checkpoints, the newest last."""
+    markers = (run_dir / "checkpoints").glob(f"step-*/{MARKER}")
     return sorted((m.parent for m in markers), key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def _prune(run_dir: Path) -> None:
-    """Keep the newest checkpoints, and remove what killed attempts left of others."""
-    whole = _whole_checkpoints(run_dir)
-    for folder in whole[:-_NUM_KEPT]:
-        (folder / _MARKER).unlink()
+def prune(run_dir: Path, num_kept: int) -> None:
+    """Keep the newest whole checkpoints, and remove what killed attempts left of others."""
+    for folder in whole_checkpoints(run_dir)[:-num_kept]:
+        (folder / MARKER).unlink()
     for folder in (run_dir / "checkpoints").iterdir():
-        if _IS_OURS.fullmatch(folder.name) and not (folder / _MARKER).exists():
+        if _IS_OURS.fullmatch(folder.name) and not (folder / MARKER).exists():
             shutil.rmtree(folder)
+
+
+class Checkpoint:
+    """A whole checkpoint, to be read by any number of ranks.
+
+    Args:
+        folder: As `whole_checkpoints` gives it.
+
+    Raises:
+        CheckpointError: If its marker or a file cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            marker = json.loads((folder / MARKER).read_text())
+            self.shapes = {name: tuple(shape) for name, shape in marker["shapes"].items()}
+            self._sizes: dict[str, int] = marker["files"]
+            self.progress = Progress(
+                step=marker["step"],
+                elapsed_s=marker["elapsed_s"],
+                losses=tuple(marker["losses"]),
+                num_updates=marker["num_updates"],
+                loss_scale=marker["loss_scale"],
+            )
+            self._files = [safe_open(folder / name, "pt") for name in self._sizes]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:
+            raise self._damaged(err) from err
+        self._runs: dict[tuple[str, str], list[tuple[int, Any]]] = defaultdict(list)
+        for file in self._files:
+            for name in file.keys():  # noqa: SIM118 - no mapping, it only has keys
+                kind, parameter, start = name.split(":")
+                self._runs[kind, parameter].append((int(start), file))
+
+    def check(self) -> None:
+        """Read every byte once.
+
+        Raises:
+            CheckpointError: If a file is not the one that was written.
+        """
+        for name, size_bytes in self._sizes.items():
+            path = self.folder / name
+            if path.stat().st_size != size_bytes:
+                raise self._damaged(f"{name} has {path.stat().st_size} bytes, not {size_bytes}")
+            if _sha256(path)[:16] not in name:
+                raise self._damaged(f"{name} does not have the sha256 of its name")
+
+    def read(self, kind: Kind, parameter: str, start: int, length: int) -> Tensor:
+        """Read numbers start to start + length of a flattened parameter, float32 (length,).
+
+        Raises:
+            CheckpointError: If some of them are in no file.
+        """
+        numbers = torch.empty(length)
+        num_read = 0
+        for first, file in self._runs[kind, parameter]:
+            run = file.get_slice(run_name(kind, parameter, first))
+            low, high = max(start, first), min(start + length, first + run.get_shape()[0])
+            if low < high:
+                numbers[low - start : high - start] = run[low - first : high - first]
+                num_read += high - low
+        if num_read != length:
+            raise self._damaged(f"it holds {num_read} of {length} numbers of {kind} {parameter}")
+        return numbers
+
+    def read_whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
+        """Read every parameter of a kind, in its shape, by its published key."""
+        for name, shape in self.shapes.items():
+            length = int(torch.Size(shape).numel())
+            yield name, self.read(kind, name, 0, length).reshape(shape)
+
+    def _damaged(self, reason: object) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder} is damaged: {reason}; expected a whole checkpoint; delete this folder "
+            "and repeat the command: it goes on from the one before"
+        )
+
+
+def newest_sound_checkpoint(run_dir: Path, warn: Any) -> Checkpoint | None:
+    """Return the newest checkpoint of which every byte is as it was written.
+
+    Args:
+        run_dir: The run directory.
+        warn: Told of each newer one that is not, in a line.
+
+    Returns:
+        None where no checkpoint was ever made whole.
+
+    Raises:
+        CheckpointError: If there are some, and all are damaged.
+    """
+    folders = whole_checkpoints(run_dir)
+    for folder in reversed(folders):
+        try:
+            checkpoint = Checkpoint(folder)
+            checkpoint.check()
+        except CheckpointError as err:
+            warn(str(err).partition("; ")[0])
+            continue
+        return checkpoint
+    if folders:
+        raise CheckpointError(
+            f"{run_dir}: none of {len(folders)} checkpoints is sound; expected one at least; "
+            "restore them, or begin anew with another --run"
+        )
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

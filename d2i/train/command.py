@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 import d2i
 from d2i.errors import ClusterError
 from d2i.processes import end_with_parent, starter_environment
+
+_ASK_EVERY_S = 1.0
 
 
 def deepspeed_command(arguments: Sequence[str], num_accelerators: int | None) -> list[str]:
@@ -58,19 +61,47 @@ def run_command(command: Sequence[str]) -> int:
         env=environment,
         stdout=sys.stderr,
         start_new_session=True,
-        preexec_fn=end_with_parent,
+        preexec_fn=_before_launcher,
     ) as launcher:
-        # Asked to end, this process takes the ranks along: the launcher would leave them behind.
-        signal.signal(signal.SIGTERM, _leave)
+        stop = _Stop(launcher.pid)
         try:
-            return launcher.wait()
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return launcher.wait(timeout=_ASK_EVERY_S)
+                stop.repeat()
         except BaseException:
             os.killpg(launcher.pid, signal.SIGTERM)
             raise
 
 
-def _leave(signal_number: int, _frame: object) -> None:
-    sys.exit(128 + signal_number)
+class _Stop:
+    """Hands a wish to stop on to the ranks, which write a checkpoint and end with code 0.
+
+    SIGTERM, SLURM's SIGUSR1 and a first Ctrl-C are such wishes; a second Ctrl-C ends all at once.
+    The ranks are asked again and again, as they do not listen before they have joined.
+    """
+
+    def __init__(self, group: int) -> None:
+        self._group = group
+        self._is_asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def repeat(self) -> None:
+        """Ask again, if it was asked before."""
+        if self._is_asked:
+            os.killpg(self._group, signal.SIGUSR1)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        if self._is_asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._is_asked = True
+
+
+def _before_launcher() -> None:
+    end_with_parent()
+    # The launcher knows nothing of this signal and would die of it; the ranks listen to it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _free_port() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,17 +26,3 @@ class Ema:
         """Take in the weights as they are now."""
         current = [weight.detach().float() for weight in self._weights]
         torch._foreach_lerp_(self.tensors, current, 1.0 - self.rate)
-
-    @torch.no_grad()
-    def read_in_place(self, read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return what `read` gives while the averages stand in for the weights."""
-        kept = [weight.detach().clone() for weight in self._weights]
-        self._assign(self.tensors)
-        try:
-            return read()
-        finally:
-            self._assign(kept)
-
-    def _assign(self, values: Sequence[Tensor]) -> None:
-        for weight, value in zip(self._weights, values, strict=True):
-            weight.data.copy_(value)

@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2i.config import TrainConfig
+from d2i.errors import ClusterError, ConfigError
+from d2i.train.ranks import Ranks
+
+_ZERO = "zero_optimization"
 
 
-def join_ranks() -> tuple[int, int]:
-    """Join the other ranks.
+@dataclass(frozen=True)
+class Part:
+    """A run of numbers of one parameter, and where this rank's optimizer holds them.
 
-    Returns:
-        (rank, world_size).
+    Args:
+        name: The parameter's published key.
+        start: First number within the flattened parameter.
+        length: How many.
+        master: Number of the tensor in `master_weights`.
+        offset: First number within that flattened tensor.
+        is_shared: Whether every rank holds the same.
     """
+
+    name: str
+    start: int
+    length: int
+    master: int
+    offset: int
+    is_shared: bool
+
+    def of(self, tensors: list[Tensor]) -> Tensor:
+        """Return the part's numbers out of tensors shaped as the masters, as a flat view."""
+        return tensors[self.master].detach().view(-1)[self.offset : self.offset + self.length]
+
+
+def join_ranks() -> Ranks:
+    """Join the other ranks; every rank must call this."""
     deepspeed = _import_deepspeed()
     if not torch.cuda.is_available():
         # One thread a rank: sums are taken in one order, whatever the machine has.
@@ -25,17 +54,42 @@ def join_ranks() -> tuple[int, int]:
         # The shared-memory kernel serves inference only, and would need a C++ compiler here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    distributed = torch.distributed
+    return Ranks(
+        rank=distributed.get_rank(),
+        world_size=distributed.get_world_size(),
+        device=torch.device(deepspeed.accelerator.get_accelerator().current_device_name()),
+        control=distributed.new_group(backend="gloo"),
+    )
 
 
 def build_engine(
-    network: nn.Module, config: TrainConfig, micro_batch_size: int, num_micro_batches: int
+    network: nn.Module,
+    config: TrainConfig,
+    world_size: int,
+    zero: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return a DeepSpeed engine around the network, with AdamW over all of its parameters.
 
     Weight decay acts on every parameter, as published (models.md, section 2.2).
+
+    Args:
+        network: In float32; its weights become the engine's.
+        config: Batches, optimizer, precision and ZeRO stage.
+        world_size: Ranks that share the global batch.
+        zero: DeepSpeed's `zero_optimization` settings, in place of the bare stage.
+
+    Raises:
+        ConfigError: If the ranks cannot share the global batch.
+        ClusterError: If the device cannot compute in the precision.
     """
     deepspeed = _import_deepspeed()
+    if config.precision == "fp16" and not _has_fp16(deepspeed):
+        raise ClusterError(
+            "train.precision is fp16, which this device does not compute in; expected a device "
+            "that does; --set train.precision=bf16"
+        )
+    micro_batch_size, num_micro_batches = config.accumulation(world_size)
     optim = config.optim
     optimizer = torch.optim.AdamW(
         network.parameters(),
@@ -48,13 +102,42 @@ def build_engine(
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
-        "zero_optimization": {"stage": config.zero_stage},
+        _ZERO: dict(zero or {"stage": config.zero_stage}),
         "zero_allow_untested_optimizer": True,
+        # With a client's own optimizer DeepSpeed would ask for its C++ one, to be compiled.
+        "zero_force_ds_cpu_optimizer": False,
+        # DeepSpeed's own default would clip at 1.
+        "gradient_clipping": optim.max_grad_norm or 0.0,
         "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": 2**31,
     }
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
     return engine
+
+
+def read_zero(path: Path) -> dict[str, Any]:
+    """Read DeepSpeed's `zero_optimization` settings from a JSON file such as `train/zero-2.json`.
+
+    Raises:
+        ConfigError: If it cannot be read, has no stage, or holds other settings: those are the
+            recipe's.
+    """
+    try:
+        content = json.loads(path.read_text())
+        zero: dict[str, Any] = content[_ZERO]
+        stage = zero["stage"]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise ConfigError(
+            f'--zero {path}: {err!r}; expected JSON as {{"{_ZERO}": {{"stage": 2}}}}; '
+            "see train/zero-2.json"
+        ) from err
+    if set(content) != {_ZERO} or stage not in (0, 1, 2, 3):
+        raise ConfigError(
+            f"--zero {path}: holds {', '.join(content)} with stage {stage}; expected {_ZERO} alone "
+            "with a stage of 0 to 3; batches, optimizer and precision are the recipe's (--set)"
+        )
+    return zero
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -67,19 +150,68 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 def master_weights(engine: Any) -> list[Tensor]:
     """Return the float32 tensors this rank's optimizer steps: partitions under ZeRO."""
+    if engine.zero_optimization_stage() == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in base_optimizer(engine).param_groups for p in group["params"]]
 
 
-def full_weights(engine: Any) -> dict[str, Tensor]:
-    """Return every float32 weight, whole, by its published key; every rank must call this."""
-    from deepspeed.utils import safe_get_full_fp32_param
+def list_parts(engine: Any) -> list[Part]:
+    """Return every part of a parameter that this rank's masters hold."""
+    if engine.zero_optimization_stage() == 3:
+        return _parts_of_stage_3(engine)
+    places = enumerate(master_weights(engine))
+    masters = {master.untyped_storage().data_ptr(): number for number, master in places}
+    parts = []
+    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+        if not hasattr(parameter, "_hp_mapping"):
+            parts.append(Part(name, 0, parameter.numel(), number, 0, is_shared=True))
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            owner = masters[mapping.hp_fragment.untyped_storage().data_ptr()]
+            parts.append(Part(name, here.start, here.numel, owner, there.start, is_shared=False))
+    return parts
 
-    weights = {}
+
+def _parts_of_stage_3(engine: Any) -> list[Part]:
+    """Each rank holds an equal run of every parameter, the last one padded."""
+    optimizer, parts = engine.optimizer, []
     for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        source = parameter if full is None else full
-        weights[name] = source.detach().float().cpu().clone()
-    return weights
+        position = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        master, offset, length = position
+        start = torch.distributed.get_rank() * length
+        length = min(length, parameter.ds_numel - start)
+        if length > 0:
+            parts.append(Part(name, start, length, master, offset, is_shared=False))
+    return parts
+
+
+def loss_scaler_state(engine: Any) -> dict[str, float]:
+    """Return the numbers of fp16's dynamic loss scale; empty in other precisions."""
+    scaler = _loss_scaler(engine)
+    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+    return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
+
+
+def restore_loss_scaler(engine: Any, state: Mapping[str, float]) -> None:
+    """Give fp16's dynamic loss scale the numbers it had."""
+    for name, value in state.items():
+        setattr(_loss_scaler(engine), name, value)
+
+
+def _loss_scaler(engine: Any) -> Any:
+    """The object that holds the scale: one of its own under ZeRO, else a part of the optimizer."""
+    optimizer = engine.optimizer
+    if not engine.fp16_enabled():
+        return None
+    for name in ("loss_scaler", "loss_scale_config"):
+        if hasattr(optimizer, name):
+            return getattr(optimizer, name)
+    return optimizer
+
+
+def _has_fp16(deepspeed: Any) -> bool:
+    return bool(deepspeed.accelerator.get_accelerator().is_fp16_supported())
 
 
 def _import_deepspeed() -> Any:

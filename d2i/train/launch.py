@@ -25,6 +25,9 @@ def launch(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting: train.num_steps=100.")
     ] = None,
+    zero: Annotated[
+        Path | None, typer.Option(help="DeepSpeed's zero_optimization settings: train/zero-2.json.")
+    ] = None,
     fault: Annotated[str | None, typer.Option(help="POINT:error|sleep|kill:N, for proofs.")] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
@@ -32,11 +35,23 @@ def launch(
 
     For example: deepspeed --num_accelerators 2 train/launch.py --recipe demo --data D --run R
     """
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    from d2i.train.loop import TrainRequest, train
+    _name_rank(local_rank)
+    from d2i.train.engine import read_zero
+    from d2i.train.loop import train
+    from d2i.train.request import TrainRequest
 
     resolved = resolve_recipe(recipe, settings or [])
-    train(TrainRequest(resolved, data, run.expanduser(), parse_fault(fault)))
+    zero_settings = None if zero is None else read_zero(zero)
+    train(TrainRequest(resolved, data, run.expanduser(), zero_settings, parse_fault(fault)))
+
+
+def _name_rank(local_rank: int) -> None:
+    """Say which rank this is, where the launcher says it in other words: an option, or SLURM's."""
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 
 def main() -> None:
@@ -45,7 +60,9 @@ def main() -> None:
     try:
         app()
     except D2IError as err:
-        if os.environ.get("RANK", "0") == "0":
+        from d2i.train.trouble import RankError
+
+        if os.environ.get("RANK", "0") == "0" or isinstance(err, RankError):
             sys.stderr.write(f"error: {err}\n")
         sys.exit(2)
 

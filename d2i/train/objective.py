@@ -1,4 +1,4 @@
-"""The loss of one micro batch, by backbone family."""
+"""The loss of each sample of a micro batch, by backbone family."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_joint(config: BackboneConfig) -> bool:
 def build_objective(
     config: BackboneConfig, latent_scale: float, options: UniDiffuserLossConfig
 ) -> Objective:
-    """Return the function from (network, batch) to the mean loss, a scalar.
+    """Return the function from (network, batch) to losses (B,), of which training takes the mean.
 
     Latents are drawn anew from the stored moments at every step (models.md, section 2.5).
     """
@@ -31,7 +31,7 @@ def build_objective(
         return sample_latent(batch.moments, batch.latent_noise, latent_scale)
 
     def uvit(network: Any, batch: Batch) -> Tensor:
-        return uvit_loss(network, latents(batch), batch.text, batch.n, batch.noise).mean()
+        return uvit_loss(network, latents(batch), batch.text, batch.n, batch.noise)
 
     def unidiffuser(network: Any, batch: Batch) -> Tensor:
         joint = batch.joint
@@ -39,7 +39,7 @@ def build_objective(
             raise ValueError("a joint loss needs a joint batch")
         parts = (latents(batch), joint.clip, batch.text)
         noises = (batch.noise, joint.clip_noise, joint.text_noise)
-        losses = unidiffuser_loss(
+        return unidiffuser_loss(
             network,
             parts,
             batch.n,
@@ -49,6 +49,5 @@ def build_objective(
             weights=options.weights,
             data_type=options.data_type,
         )
-        return losses.mean()
 
     return unidiffuser if is_joint(config) else uvit

@@ -1,78 +1,38 @@
-"""Real two-rank DeepSpeed: resumed to the bit, and the same losses for ZeRO 0, 1 and 2."""
+"""Real two-rank DeepSpeed: resumed to the bit, stopped on request, and by other ranks."""
 
 from __future__ import annotations
 
-import json
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
-from tests.processes import COMMAND, run_d2i, run_process
+from tests.integration.training import (
+    command,
+    ema_bytes,
+    keys_by_step,
+    losses,
+    train,
+    write_data,
+)
+from tests.processes import COMMAND, run_process
 
-NUM_SAMPLES, NUM_STEPS = 10, 6
-SETTINGS = {
-    "backbone.weights": "null",
-    "backbone.latent_scale": 1.0,
-    "backbone.latent_size": 4,
-    "backbone.patch_size": 2,
-    "backbone.dim": 16,
-    "backbone.depth": 3,
-    "backbone.num_heads": 2,
-    "backbone.text_dim": 8,
-    "train.num_steps": NUM_STEPS,
-    "train.global_batch_size": 8,
-    "train.micro_batch_size": 2,
-    "train.num_checkpoint_steps": 2,
-    "train.num_log_steps": 3,
-}
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    samples = [
-        Sample(
-            f"train-{number}",
-            {
-                "json": json_bytes({"key": f"train-{number}"}),
-                "moments.npy": npy_bytes(rng.standard_normal((8, 4, 4)).astype(np.float16)),
-                "tokens.npy": npy_bytes(np.zeros(77, np.uint16)),
-                "text.npy": npy_bytes(rng.standard_normal((77, 8)).astype(np.float16)),
-            },
-        )
-        for number in range(NUM_SAMPLES)
-    ]
-    write_shard(samples, str(folder), 0, failures={})
-    (folder / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
-    (folder / "empty_text.npy").write_bytes(npy_bytes(np.zeros((77, 8), np.float16)))
-    write_manifest(str(folder), {})
-    return folder
-
-
-def command(data: Path, run: Path, **changed: object) -> list[object]:
-    values = SETTINGS | {name.replace("__", "."): value for name, value in changed.items()}
-    settings = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
-    return [
-        *("train", "--recipe", "demo", "--data", data, "--run", run),
-        *("--num-accelerators", "2", *settings),
-    ]
-
-
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 6]
-    return [line["loss"] for line in lines]
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run_d2i(*command(data, run))
+    assert train(data, run, train__record_keys="true")["finished"]
     return run
 
 
@@ -81,38 +41,106 @@ def test_a_killed_run_resumes_to_the_bit(
     data: Path, undisturbed: Path, tmp_path: Path, fault: str
 ) -> None:
     run = tmp_path / "killed"
-    killed = run_process(*command(data, run), "--fault", fault)
-    assert killed.returncode == 1
+    killed = run_process(*command(data, run, train__record_keys="true"), "--fault", fault)
+    assert killed.returncode != 0
     assert not (run / "ema.safetensors").exists()
-    run_d2i(*command(data, run))
+    train(data, run, train__record_keys="true")
     assert losses(run) == losses(undisturbed)
-    assert (run / "ema.safetensors").read_bytes() == (undisturbed / "ema.safetensors").read_bytes()
+    assert ema_bytes(run) == ema_bytes(undisturbed)
 
 
 def test_the_ranks_end_with_the_command(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     """SIGKILL reaches neither launcher nor ranks; they must not go on writing to the run."""
     run = tmp_path / "killed"
-    asleep = [*COMMAND, *map(str, command(data, run)), "--fault", "train.step_done:sleep:3"]
-    with subprocess.Popen(asleep, stderr=subprocess.PIPE) as process:
-        while not (run / "checkpoints" / "step-2" / "complete.json").exists():
-            assert process.poll() is None
-            time.sleep(0.1)
+    asleep = command(data, run, train__record_keys="true")
+    with started([*asleep, "--fault", "train.step_done:sleep:3"]) as process:
+        wait_for(process, run / "checkpoints" / "step-2" / "complete.json")
         process.kill()
-    run_d2i(*command(data, run))
+    train(data, run, train__record_keys="true")
     assert losses(run) == losses(undisturbed)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_zero_stages_agree(data: Path, undisturbed: Path, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_it_writes_a_checkpoint_and_goes_on(
+    data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "stopped"
+    long = {"train__num_steps": 100_000, "train__num_checkpoint_steps": 100_000}
+    with started(command(data, run, **long)) as process:
+        wait_for(process, run / "metrics.jsonl")
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "resume with the same command, from step-" in said
+    assert len(list((run / "checkpoints").glob("step-*/complete.json"))) == 1
+    assert not (run / "ema.safetensors").exists()
+
+
+def test_other_ranks_go_on_in_the_same_order(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """One rank, then two, then one again; losses within 1e-5, averages within 1e-6."""
+    run = tmp_path / "elastic"
+    changed = {"train__record_keys": "true"}
+    for num_ranks in (1, 2):
+        # Both attempts end after their third step: the first at step 3, the second at step 5.
+        cut = run_process(
+            *command(data, run, num_ranks, **changed), "--fault", "train.step_done:kill:3"
+        )
+        assert cut.returncode != 0
+    train(data, run, 1, **changed)
+    np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
+    ours, theirs = (load_file(folder / "ema.safetensors") for folder in (run, undisturbed))
+    for name, average in ours.items():
+        np.testing.assert_allclose(average, theirs[name], rtol=0, atol=1e-6)
+    order = keys_by_step(undisturbed)
+    assert sorted(order) == [1, 2, 3, 4, 5, 6]
+    seen = {(step, key) for step, keys in keys_by_step(run).items() for key in keys}
+    assert seen == {(step, key) for step, keys in order.items() for key in keys}
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "damaged"
+    words = command(data, run, train__record_keys="true")
+    assert run_process(*words, "--fault", "train.step_done:kill:5").returncode != 0
+    newest = run / "checkpoints" / "step-4"
+    part = next(newest.glob("part-0-*"))
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    again = run_process(*words)
+    assert again.returncode == 0, again.stderr
+    assert f"warning: {newest} is damaged" in again.stderr
+    assert ema_bytes(run) == ema_bytes(undisturbed)
+
+
+def test_stage_3_of_a_file_agrees(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_d2i(*command(data, run, train__zero_stage=stage))
+    done = run_process(*command(data, run), "--zero", ROOT / "train" / "zero-3.json")
+    assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
 
 
 def test_what_a_run_cannot_go_on_with_is_refused(data: Path, undisturbed: Path) -> None:
-    alone = run_process(*command(data, undisturbed), "--num-accelerators", "1")
-    assert alone.returncode == 2
-    assert "was written by 2 ranks, got 1" in alone.stderr
-    other = run_process(*command(data, undisturbed, train__seed=1))
+    other = run_process(*command(data, undisturbed, train__record_keys="true", train__seed=1))
     assert other.returncode == 2
     assert "recipe.train.seed: 1, expected 0" in other.stderr
+
+
+def test_a_step_whose_loss_is_no_number_is_named(data: Path, tmp_path: Path) -> None:
+    diverged = run_process(*command(data, tmp_path / "run", 1, train__optim__lr=1e30))
+    assert diverged.returncode == 2
+    assert "the loss of step" in diverged.stderr
+    assert "of the samples train-" in diverged.stderr
+    assert "train.optim.lr below" in diverged.stderr
+
+
+def started(words: list[object]) -> subprocess.Popen[str]:
+    line = [*COMMAND, *map(str, words)]
+    return subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen[str], path: Path) -> None:
+    while not (path.exists() and path.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.1)

@@ -24,9 +24,9 @@ import d2i
 ROOT = Path(__file__).resolve().parents[2]
 FACES = ("preprocess", "train", "eval", "cluster", "benchmarks")
 
-# Never imported: DeepSpeed's builder calls ninja, open_clip brings CLIP's vocabulary, and
-# img2dataset is what the safe downloader is to be built on.
-NOT_IMPORTED = {"img2dataset", "ninja", "open-clip-torch", "webdataset"}
+# Never imported: DeepSpeed's builder calls ninja, open_clip brings CLIP's vocabulary, torch writes
+# its events through tensorboard, and img2dataset is what the safe downloader is to be built on.
+NOT_IMPORTED = {"img2dataset", "ninja", "open-clip-torch", "tensorboard", "webdataset"}
 
 
 def programs() -> list[Path]:

@@ -1,0 +1,87 @@
+"""`loss.png`: the training and the validation loss by step, drawn with Pillow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from d2i import storage
+from d2i.pictures import png_bytes
+from d2i.runs import read_metrics, read_validation
+
+_SIZE = (960, 480)
+_BOX = (80, 30, 940, 430)
+_INK, _GRID, _TRAINING, _VALIDATION = "#222222", "#dddddd", "#3b6fb6", "#c8553d"
+_NUM_TICKS = 5
+
+Points = Sequence[tuple[float, float]]
+Range = tuple[float, float]
+
+
+def draw_chart(run_dir: Path) -> None:
+    """Draw `loss.png` out of the run's own records; nothing before there are two lines of them."""
+    training = [(float(line.step), line.loss) for line in read_metrics(run_dir)]
+    validation = [(float(line.step), line.loss) for line in read_validation(run_dir)]
+    if len(training) < 2:
+        return
+    image = Image.new("RGB", _SIZE, "white")
+    draw = ImageDraw.Draw(image)
+    points = [*training, *validation]
+    steps, losses = _range([step for step, _ in points]), _range([loss for _, loss in points])
+    _draw_frame(draw, steps, losses)
+    _draw_line(draw, training, steps, losses, _TRAINING)
+    _draw_line(draw, validation, steps, losses, _VALIDATION)
+    _draw_legend(draw, has_validation=bool(validation))
+    storage.write_bytes(str(run_dir / "loss.png"), png_bytes(np.asarray(image)))
+
+
+def _range(values: Sequence[float]) -> Range:
+    low, high = min(values), max(values)
+    margin = 0.02 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _place(point: tuple[float, float], steps: Range, losses: Range) -> tuple[float, float]:
+    left, top, right, bottom = _BOX
+    across = (point[0] - steps[0]) / (steps[1] - steps[0])
+    up = (point[1] - losses[0]) / (losses[1] - losses[0])
+    return left + across * (right - left), bottom - up * (bottom - top)
+
+
+def _draw_frame(draw: ImageDraw.ImageDraw, steps: Range, losses: Range) -> None:
+    left, top, right, bottom = _BOX
+    font = ImageFont.load_default(14)
+    for number in range(_NUM_TICKS + 1):
+        share = number / _NUM_TICKS
+        loss = losses[0] + share * (losses[1] - losses[0])
+        step = steps[0] + share * (steps[1] - steps[0])
+        x, y = _place((step, loss), steps, losses)
+        draw.line((left, y, right, y), fill=_GRID)
+        draw.text((left - 8, y), f"{loss:.4g}", fill=_INK, font=font, anchor="rm")
+        draw.text((x, bottom + 8), f"{step:,.0f}", fill=_INK, font=font, anchor="ma")
+    draw.rectangle(_BOX, outline=_INK)
+    draw.text((right, bottom + 28), "step", fill=_INK, font=font, anchor="ra")
+    draw.text((left, top - 8), "loss", fill=_INK, font=font, anchor="ls")
+
+
+def _draw_line(
+    draw: ImageDraw.ImageDraw, points: Points, steps: Range, losses: Range, colour: str
+) -> None:
+    places = [_place(point, steps, losses) for point in points]
+    if len(places) > 1:
+        draw.line(places, fill=colour, width=2)
+    elif places:
+        x, y = places[0]
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+
+
+def _draw_legend(draw: ImageDraw.ImageDraw, *, has_validation: bool) -> None:
+    names = [("training", _TRAINING)] + [("validation", _VALIDATION)] * has_validation
+    font = ImageFont.load_default(14)
+    for number, (name, colour) in enumerate(names):
+        x, y = _BOX[2] - 110, _BOX[1] + 14 + 20 * number
+        draw.line((x, y, x + 20, y), fill=colour, width=3)
+        draw.text((x + 26, y), name, fill=_INK, font=font, anchor="lm")

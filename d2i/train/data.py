@@ -1,0 +1,74 @@
+"""The shards of a run: which they are, whether they fit the network, who encodes their text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2i import storage
+from d2i.config import EncodersConfig
+from d2i.encoders import ClipText
+from d2i.errors import ConfigError, DataError
+from d2i.shards import ShardReader
+from d2i.train.batch import TextEncoder
+
+
+def train_url(data_url: str) -> str:
+    """Return the folder of the training shards: `DIR/train`, or `DIR` itself."""
+    return split_url(data_url, "train") or data_url
+
+
+def split_url(data_url: str, split: str) -> str | None:
+    """Return the folder of a split's shards, or None where there are none."""
+    inner = storage.join(data_url, split)
+    return inner if storage.exists(storage.join(inner, "manifest.json")) else None
+
+
+def check_sizes(network: Any, reader: ShardReader) -> None:
+    """Make sure that the network takes what the shards hold.
+
+    Raises:
+        ConfigError: Naming the size that differs and the setting to change.
+        DataError: If there is no sample.
+    """
+    arrays = reader.manifest.arrays
+    if not len(reader):
+        raise DataError(
+            f"{reader.url} holds no sample; expected at least one; its ledger and manifest.json "
+            "say why there is none"
+        )
+    wanted = {"backbone.latent_size": (network.latent_size, arrays["moments"].shape[-1])}
+    if "text" in arrays:
+        num_tokens, text_dim = arrays["text"].shape
+        wanted["backbone.text_dim"] = (network.text_dim, text_dim)
+    else:
+        num_tokens = arrays["tokens"].shape[0]
+    wanted["backbone.num_text_tokens"] = (network.num_text_tokens, num_tokens)
+    for setting, (network_size, data_size) in wanted.items():
+        if network_size != data_size:
+            raise ConfigError(
+                f"{setting} of the network is {network_size}, the shards hold {data_size}; "
+                f"expected the same; --set {setting}={data_size} or prepare the data anew"
+            )
+
+
+def build_text_encoder(
+    reader: ShardReader, config: EncodersConfig, device: str
+) -> TextEncoder | None:
+    """Return the frozen text encoder for shards that hold token ids alone; None for others.
+
+    Its latents are those that the shards would hold: float16, at the fixed compute batch.
+
+    Raises:
+        CheckpointError: If it cannot be loaded.
+    """
+    if "text" in reader.manifest.arrays:
+        return None
+    clip_text = ClipText(config.clip_text, config.text_prefix, device)
+
+    def encode(tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
+        return clip_text.encode(tokens, config.compute_batch_size).astype(np.float16)
+
+    return encode

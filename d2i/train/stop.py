@@ -1,0 +1,57 @@
+"""Being asked to stop: by SIGTERM, or by SIGUSR1, as SLURM does before it takes a node away."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import torch
+
+from d2i.train.ranks import Ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """What the ranks agree on at every step: whether one of them was asked to stop.
+
+    The answer is that of the step before, so that no step waits for it.
+
+    Args:
+        ranks: Those that must agree.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._is_asked = False
+        self._asking: tuple[Any, torch.Tensor] | None = None
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
+
+    def _ask(self, _number: int, _frame: object) -> None:
+        self._is_asked = True
+
+    def is_agreed(self) -> bool:
+        """Say whether to stop; every rank must call this after every step."""
+        answer = self._answer()
+        asked = torch.tensor(int(self._is_asked))
+        work = torch.distributed.all_reduce(asked, group=self._ranks.control, async_op=True)
+        self._asking = (work, asked)
+        return answer
+
+    def close(self) -> None:
+        """Wait for the last answer, which nobody needs, and listen no more.
+
+        Whoever asks may ask again; the default for SIGUSR1 would end this process in its last
+        moment with another code than 0.
+        """
+        self._answer()
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def _answer(self) -> bool:
+        if self._asking is None:
+            return False
+        work, asked = self._asking
+        self._asking = None
+        work.wait()
+        return bool(asked.item())

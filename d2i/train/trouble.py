@@ -1,0 +1,92 @@
+"""How training ends when something is wrong: in one line that says what, where and what to do."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2i.config import TrainConfig
+from d2i.errors import ClusterError, D2IError
+from d2i.train.checkpoint import whole_checkpoints
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NUM_SHOWN = 8
+
+
+class RankError(ClusterError):
+    """An error that one rank alone has seen, so that it must be the one that says so."""
+
+
+class DivergedError(D2IError):
+    """The loss is no number any more."""
+
+
+def check_finite(
+    losses: Sequence[float], first_step: int, keys: dict[int, list[str]], config: TrainConfig
+) -> None:
+    """Make sure that the loss of every step is a number.
+
+    Args:
+        losses: Of each step, from `first_step`.
+        first_step: As the user counts: the first step of a run is 1.
+        keys: For a step whose loss is none, the samples of the micro batches at fault.
+        config: What may be lowered.
+
+    Raises:
+        DivergedError: Naming the first such step and its samples.
+    """
+    for step, loss in enumerate(losses, first_step):
+        if not math.isfinite(loss):
+            named = keys.get(step, [])
+            shown = ", ".join(named[:_NUM_SHOWN]) + (", …" if len(named) > _NUM_SHOWN else "")
+            raise DivergedError(
+                f"the loss of step {step} is {loss}, of the samples {shown}; expected a finite "
+                f"number; begin another --run with a train.optim.lr below {config.optim.lr:g} or "
+                f"more train.optim.num_warmup_steps than {config.optim.num_warmup_steps}"
+                + ("" if config.precision == "fp32" else ", or with train.precision=fp32")
+                + "; if it is always the same samples, look at them with d2i inspect"
+            )
+
+
+def in_plain_words(error: BaseException, run_dir: Path, config: TrainConfig) -> D2IError | None:
+    """Return what an error of this rank means to the user; None where it is a bug."""
+    where = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return RankError(f"{where} is out of memory; expected to fit; {_what_to_lower(config)}")
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return RankError(
+            f"{where} cannot write {error.filename or run_dir}: {error.strerror}; expected room on "
+            f"the disk; nothing half-written counts; free some and {how_to_go_on(run_dir)}"
+        )
+    return None
+
+
+def lost_ranks(gone: Sequence[int], hosts: Sequence[str], run_dir: Path) -> D2IError:
+    """Say which ranks do not answer any more."""
+    named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in gone) or "no rank by its end"
+    return RankError(
+        f"{named} ended without a word, the others cannot go on; expected {len(hosts)} ranks; see "
+        f"that host's log (out of memory, or killed) and {how_to_go_on(run_dir)}"
+    )
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """Say from where the same command goes on."""
+    whole = whole_checkpoints(run_dir)
+    newest = whole[-1].name if whole else "the start"
+    return f"resume with the same command, from {newest}"
+
+
+def _what_to_lower(config: TrainConfig) -> str:
+    settings = []
+    if config.micro_batch_size > 1:
+        settings.append(f"train.micro_batch_size={config.micro_batch_size // 2}")
+    if not config.activation_checkpointing:
+        settings.append("train.activation_checkpointing=true")
+    if config.zero_stage < 3:
+        settings.append(f"train.zero_stage={config.zero_stage + 1}")
+    return f"--set {' or --set '.join(settings)}" if settings else "use more or larger devices"

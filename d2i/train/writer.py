@@ -1,0 +1,177 @@
+"""Writing checkpoints beside the training: a copy of the numbers now, the disk in a thread."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from d2i import storage
+from d2i.config import TrainConfig
+from d2i.fault import Fault
+from d2i.train.checkpoint import (
+    Checkpoint,
+    Kind,
+    Progress,
+    prune,
+    run_name,
+    scratch_folder,
+    step_folder,
+    write_marker,
+    write_part,
+    written_ranks,
+)
+from d2i.train.ema import Ema
+from d2i.train.engine import (
+    Part,
+    base_optimizer,
+    list_parts,
+    master_weights,
+    restore_loss_scaler,
+)
+from d2i.train.ranks import Ranks
+
+_MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that training changes: the masters, their moments and their averages."""
+
+    engine: Any
+    ema: Ema
+
+    def tensors(self) -> dict[Kind, list[Tensor]]:
+        """Return the float32 tensors of each kind, one for each master of this rank."""
+        masters, state = master_weights(self.engine), base_optimizer(self.engine).state
+        found: dict[Kind, list[Tensor]] = {"weight": masters, "ema": self.ema.tensors}
+        for kind in _MOMENTS:
+            found[kind] = [state[master][kind] for master in masters]
+        return found
+
+    def num_updates(self) -> int:
+        """Return how many updates AdamW counts."""
+        first = base_optimizer(self.engine).state[master_weights(self.engine)[0]]
+        return int(first["step"].item())
+
+    def copy_own_runs(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Copy to the CPU what this rank is to write; what all hold is dealt out over them."""
+        tensors, runs = self.tensors(), {}
+        for number, part in enumerate(list_parts(self.engine)):
+            if part.is_shared and number % ranks.world_size != ranks.rank:
+                continue
+            for kind, of_kind in tensors.items():
+                runs[run_name(kind, part.name, part.start)] = _copied(part.of(of_kind))
+        return runs
+
+    def begin(self, num_updates: int = 0) -> None:
+        """Give AdamW its moments, which are zero before the first update."""
+        for master in master_weights(self.engine):
+            base_optimizer(self.engine).state[master] = {
+                "exp_avg": torch.zeros_like(master, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+                "step": torch.tensor(float(num_updates), device=master.device),
+            }
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Fill this rank's part of the state; the network has its weights already."""
+        progress = checkpoint.progress
+        self.begin(progress.num_updates)
+        tensors = self.tensors()
+        for part in list_parts(self.engine):
+            for kind, of_kind in tensors.items():
+                _fill(part, kind, of_kind, checkpoint)
+        restore_loss_scaler(self.engine, progress.loss_scale)
+
+
+def _copied(numbers: Tensor) -> Tensor:
+    return numbers.to("cpu", copy=True)
+
+
+def _fill(part: Part, kind: Kind, tensors: list[Tensor], checkpoint: Checkpoint) -> None:
+    part.of(tensors).copy_(checkpoint.read(kind, part.name, part.start, part.length))
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time, in a thread of each rank.
+
+    Args:
+        run_dir: The run directory, the same files for all ranks.
+        config: How many checkpoints are kept.
+        ranks: This rank among those that write.
+        shapes: Shape of every parameter, by its published key.
+        fault: For proofs.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrainConfig,
+        ranks: Ranks,
+        shapes: Mapping[str, tuple[int, ...]],
+        fault: Fault | None = None,
+    ) -> None:
+        self._run_dir, self._config, self._ranks = run_dir, config, ranks
+        self._shapes, self._fault = shapes, fault
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+        self._pending: Future[None] | None = None
+        self._abandoned = threading.Event()
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for no other rank any more: on an error they may be gone."""
+        self._abandoned.set()
+        self._thread.shutdown()
+
+    def start(self, state: TrainState, progress: Progress) -> None:
+        """Begin a checkpoint; every rank must call this. Waits for the one before.
+
+        Raises:
+            OSError: If the one before could not be written.
+        """
+        self.finish()
+        scratch = scratch_folder(self._run_dir, progress.step)
+        if self._ranks.is_first:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        self._ranks.wait_for_all()
+        runs = state.copy_own_runs(self._ranks)
+        self._pending = self._thread.submit(self._write, scratch, runs, progress)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun is written, by this rank at least."""
+        self.raise_if_failed(wait=True)
+
+    def raise_if_failed(self, *, wait: bool = False) -> None:
+        """Raise what writing raised, as soon as it is known."""
+        if self._pending is not None and (wait or self._pending.done()):
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(self, scratch: Path, runs: Mapping[str, Tensor], progress: Progress) -> None:
+        write_part(scratch, self._ranks.rank, runs)
+        if not self._ranks.is_first:
+            return
+        while len(written_ranks(scratch)) < self._ranks.world_size:
+            if self._abandoned.wait(_POLL_S):
+                return
+        folder = step_folder(self._run_dir, progress.step)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+        storage.sync(folder.parent)
+        if self._fault:
+            self._fault.reach("train.checkpoint_written")
+        write_marker(folder, progress, self._shapes, self._ranks.world_size)
+        prune(self._run_dir, self._config.num_checkpoints_kept)

@@ -1,0 +1,122 @@
+"""What every rank runs in `test_engine.py`: golden steps by every ZeRO stage, and changing over.
+
+    deepspeed --num_accelerators 2 tests/integration/engine_program.py GOLDEN OUT
+
+Writes `OUT/stage-N.safetensors` (losses, weights and averages after four golden steps), and
+`OUT/from-A-to-B.safetensors` (after two steps by stage A, a checkpoint, and two by stage B).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from d2i.config import OptimConfig, TrainConfig
+from d2i.diffusion import uvit_loss
+from d2i.models import build_backbone, load_weights
+from d2i.train.checkpoint import Checkpoint, Progress, step_folder
+from d2i.train.ema import Ema
+from d2i.train.engine import base_optimizer, build_engine, join_ranks, master_weights
+from d2i.train.ranks import Ranks
+from d2i.train.writer import CheckpointWriter, TrainState
+
+SIZES = {"latent_size": 8, "patch_size": 2, "dim": 64, "depth": 4, "num_heads": 4}
+CHANGES = ((0, 3), (3, 2), (1, 0))
+
+
+def config(stage: Any, num_micro: int = 1) -> TrainConfig:
+    """The golden optimizer, six samples a step."""
+    optim = OptimConfig(lr=3e-3, num_warmup_steps=2)
+    return TrainConfig(
+        num_steps=4,
+        global_batch_size=6,
+        micro_batch_size=3 // num_micro,
+        optim=optim,
+        precision="fp32",
+        zero_stage=stage,
+        ema_rate=0.9,
+    )
+
+
+def begin(golden: Path, stage: int, ranks: Ranks, checkpoint: Checkpoint | None) -> TrainState:
+    """The golden network, or the one of a checkpoint, under a stage."""
+    network = build_backbone("uvit-s", **SIZES, text_dim=32, num_text_tokens=7)
+    load_weights(network, golden / "uvit_tiny.safetensors")
+    if checkpoint:
+        network.load_state_dict(dict(checkpoint.read_whole("weight")))
+    engine = build_engine(network, config(stage), ranks.world_size)
+    state = TrainState(engine, Ema(master_weights(engine), 0.9))
+    if checkpoint:
+        state.restore(checkpoint)
+    else:
+        state.begin()
+    return state
+
+
+def take_steps(state: TrainState, golden: Path, ranks: Ranks, steps: range) -> list[float]:
+    """Golden steps on this rank's half of the golden batch; the losses over all ranks."""
+    with np.load(golden / "losses.npz", allow_pickle=False) as stored:
+        names = ("uvit_x0", "uvit_context", "uvit_n", "uvit_eps")
+        half = [torch.from_numpy(stored[n]).chunk(ranks.world_size)[ranks.rank] for n in names]
+    x0, text, n, eps = half
+    losses = []
+    for step in steps:
+        for group in base_optimizer(state.engine).param_groups:
+            group["lr"] = 3e-3 * min(step / 2, 1)
+        loss = uvit_loss(state.engine, x0, text, n, eps).mean()
+        state.engine.backward(loss)
+        state.engine.step()
+        state.ema.update()
+        losses.append(float(ranks.sum(loss.detach()) / ranks.world_size))
+    return losses
+
+
+def keep(state: TrainState, ranks: Ranks, folder: Path, losses: list[float]) -> Checkpoint:
+    """A checkpoint as training writes it, and its content whole beside it."""
+    shapes = {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in state.engine.module.named_parameters()
+    }
+    with CheckpointWriter(folder, config(0), ranks, shapes) as writer:
+        progress = Progress(step=len(losses), num_updates=state.num_updates())
+        writer.start(state, progress)
+        writer.finish()
+    ranks.wait_for_all()
+    checkpoint = Checkpoint(step_folder(folder, len(losses)))
+    checkpoint.check()
+    whole: dict[str, Tensor] = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    for kind in ("weight", "ema"):
+        whole |= {f"{kind}:{name}": t.clone() for name, t in checkpoint.read_whole(kind)}
+    if ranks.is_first:
+        save_file(whole, folder.with_suffix(".safetensors"))
+    return checkpoint
+
+
+def main() -> None:
+    """Run every stage, and every change between two."""
+    golden, out = map(Path, sys.argv[-2:])
+    os.environ.setdefault("LOCAL_RANK", "0")
+    ranks = join_ranks()
+    for stage in range(4):
+        state = begin(golden, stage, ranks, None)
+        losses = take_steps(state, golden, ranks, range(4))
+        keep(state, ranks, out / f"stage-{stage}", losses)
+    for first, then in CHANGES:
+        state = begin(golden, first, ranks, None)
+        losses = take_steps(state, golden, ranks, range(2))
+        checkpoint = keep(state, ranks, out / f"half-{first}", losses)
+        state = begin(golden, then, ranks, checkpoint)
+        losses += take_steps(state, golden, ranks, range(2, 4))
+        keep(state, ranks, out / f"from-{first}-to-{then}", losses)
+    ranks.wait_for_all()
+
+
+if __name__ == "__main__":
+    main()

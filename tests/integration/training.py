@@ -1,0 +1,104 @@
+"""A tiny data set and network for tests of training, and the commands that train on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
+from tests.processes import run_d2i
+
+NUM_STEPS = 6
+SETTINGS = {
+    "backbone.weights": "null",
+    "backbone.latent_scale": 1.0,
+    "backbone.latent_size": 4,
+    "backbone.patch_size": 2,
+    "backbone.dim": 16,
+    "backbone.depth": 3,
+    "backbone.num_heads": 2,
+    "backbone.text_dim": 8,
+    "train.num_steps": NUM_STEPS,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 2,
+    "train.num_checkpoint_steps": 2,
+    "train.num_log_steps": 3,
+    "train.num_validation_steps": 3,
+}
+
+
+def write_split(folder: Path, split: str, num_samples: int, **sizes: int) -> None:
+    """Shards of random numbers, two of them."""
+    random = np.random.default_rng(len(split))
+    side, text_dim = sizes.get("side", 4), sizes.get("text_dim", 8)
+    samples = [
+        Sample(
+            f"{split}-{number}",
+            {
+                "json": json_bytes({"key": f"{split}-{number}"}),
+                "moments.npy": npy_bytes(
+                    random.standard_normal((8, side, side)).astype(np.float16)
+                ),
+                "tokens.npy": npy_bytes(np.zeros(77, np.uint16)),
+                "text.npy": npy_bytes(random.standard_normal((77, text_dim)).astype(np.float16)),
+            },
+        )
+        for number in range(num_samples)
+    ]
+    half = num_samples // 2
+    for number, part in enumerate((samples[:half], samples[half:])):
+        write_shard(part, str(folder), number, failures={})
+    (folder / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
+    (folder / "empty_text.npy").write_bytes(npy_bytes(np.zeros((77, text_dim), np.float16)))
+    write_manifest(str(folder), {})
+
+
+def write_data(folder: Path) -> Path:
+    """Ten training and five validation samples."""
+    for split, num_samples in (("train", 10), ("valid", 5)):
+        (folder / split).mkdir(parents=True)
+        write_split(folder / split, split, num_samples)
+    return folder
+
+
+def command(data: Path, run: Path, num_ranks: int = 2, **changed: Any) -> list[object]:
+    """The command that trains, with settings such as `train__seed=1` changed."""
+    values = SETTINGS | {name.replace("__", "."): value for name, value in changed.items()}
+    settings = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+    return [
+        *("train", "--recipe", "demo", "--data", data, "--run", run),
+        *("--num-accelerators", num_ranks, *settings),
+    ]
+
+
+def train(data: Path, run: Path, num_ranks: int = 2, **changed: Any) -> dict[str, Any]:
+    """Run the command to its end."""
+    result: dict[str, Any] = run_d2i(*command(data, run, num_ranks, **changed), "--json")
+    return result
+
+
+def losses(run: Path) -> list[float]:
+    """The losses as logged, and those of validation."""
+    found = []
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+        assert [line["step"] for line in lines] == [3, 6]
+        found += [line["loss"] for line in lines]
+    return found
+
+
+def keys_by_step(run: Path) -> dict[int, list[str]]:
+    """The keys of every step, rank after rank, as the last attempt at the step wrote them."""
+    found: dict[int, list[str]] = {}
+    for path in sorted((run / "keys").iterdir()):
+        for line in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(line["step"], []).extend(line["keys"])
+    return found
+
+
+def ema_bytes(run: Path) -> bytes:
+    """The finished weights."""
+    return (run / "ema.safetensors").read_bytes()

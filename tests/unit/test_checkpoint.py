@@ -1,0 +1,123 @@
+"""Checkpoints on disk: read by any parts, and never taken for whole when they are not."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2i.errors import CheckpointError
+from d2i.train.checkpoint import (
+    MARKER,
+    Checkpoint,
+    Progress,
+    newest_sound_checkpoint,
+    prune,
+    run_name,
+    whole_checkpoints,
+    write_marker,
+    write_part,
+)
+
+WEIGHT = torch.arange(12.0).reshape(3, 4)
+PROGRESS = Progress(3, 1.5, (0.25, 0.5), 3, {"cur_scale": 2.0})
+
+
+def write(run_dir: Path, step: int, cuts: list[int]) -> Path:
+    """A checkpoint of one parameter, cut into runs, each written by another rank."""
+    folder = run_dir / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    bounds = [0, *sorted(set(cuts)), 12]
+    for rank, (start, end) in enumerate(pairwise(bounds)):
+        numbers = WEIGHT.flatten()[start:end].clone()
+        write_part(folder, rank, {run_name("ema", "a.weight", start): numbers})
+    write_marker(folder, PROGRESS, {"a.weight": (3, 4)}, len(bounds) - 1)
+    return folder
+
+
+@given(cuts=st.lists(st.integers(1, 11), max_size=4), ends=st.tuples(*[st.integers(0, 12)] * 2))
+def test_any_run_is_read_whoever_wrote_it(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], ends: tuple[int, int]
+) -> None:
+    checkpoint = Checkpoint(write(tmp_path_factory.mktemp("run"), 3, cuts))
+    start, end = sorted(ends)
+    assert torch.equal(
+        checkpoint.read("ema", "a.weight", start, end - start), WEIGHT.flatten()[start:end]
+    )
+    assert torch.equal(dict(checkpoint.read_whole("ema"))["a.weight"], WEIGHT)
+    assert checkpoint.progress == PROGRESS
+
+
+def test_what_no_rank_wrote_is_missed(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(write(tmp_path, 3, []))
+    with pytest.raises(CheckpointError, match="0 of 12 numbers of weight"):
+        checkpoint.read("weight", "a.weight", 0, 12)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "marker"])
+def test_the_one_before_is_taken_with_a_warning(tmp_path: Path, harm: str) -> None:
+    write(tmp_path, 3, [])
+    newest = write(tmp_path, 6, [5])
+    part = next(newest.glob("part-1-*"))
+    content = bytearray(part.read_bytes())
+    if harm == "flip":
+        content[-3] ^= 1
+    part.write_bytes(content[:-4] if harm == "cut" else content)
+    if harm == "remove":
+        part.unlink()
+    if harm == "marker":
+        (newest / MARKER).write_text('{"step"')
+    warned: list[str] = []
+    found = newest_sound_checkpoint(tmp_path, warned.append)
+    assert found is not None
+    assert found.folder.name == "step-3"
+    assert len(warned) == 1
+    assert str(newest) in warned[0]
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path: Path) -> None:
+    (write(tmp_path, 3, []) / MARKER).write_text("")
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints"):
+        newest_sound_checkpoint(tmp_path, lambda _: None)
+
+
+def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
+    for step in (2, 10, 4):
+        write(tmp_path, step, [])
+    for name in ("step-12", ".step-14.tmp", "mine"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    prune(tmp_path, 2)
+    assert [folder.name for folder in whole_checkpoints(tmp_path)] == ["step-4", "step-10"]
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["mine", "step-10", "step-4"]
+
+
+def test_a_full_disk_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
+    """The kernel itself refuses to write more, as it does on a full disk."""
+    program = (
+        "import sys; from pathlib import Path; import torch\n"
+        "from d2i.config import TrainConfig\n"
+        "from d2i.train.checkpoint import write_part\n"
+        "from d2i.train.trouble import in_plain_words\n"
+        "config = TrainConfig(num_steps=1, global_batch_size=1, micro_batch_size=1)\n"
+        "try:\n    write_part(Path(sys.argv[1]), 0, {'ema:a:0': torch.zeros(1 << 20)})\n"
+        "except OSError as err:\n    print(in_plain_words(err, Path(sys.argv[1]), config))\n"
+    )
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=True)
+    assert "cannot write" in done.stdout
+    assert "nothing half-written counts" in done.stdout
+    assert not list(tmp_path.glob("part-*"))

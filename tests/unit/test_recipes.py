@@ -1,0 +1,84 @@
+"""Every recipe, to the last setting: a changed default shows as a changed golden file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from d2i.errors import ConfigError
+from d2i.recipes import RECIPES, load_recipe
+from d2i.train.engine import read_zero
+from tests.shared import SHARED, needs_shared
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "recipes"
+TABLE_5 = {
+    "uvit-s": "U-ViT-Small",
+    "uvit-s-deep": "U-ViT-Small(Deep)",
+    "unidiffuser-v1": "UniDiffuser-v1",
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_its_golden_file(name: str) -> None:
+    assert (GOLDEN / f"{name}.json").read_text() == load_recipe(name).model_dump_json(
+        indent=1
+    ) + "\n"
+
+
+def test_no_golden_file_is_of_a_recipe_that_is_gone() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.json")} == set(RECIPES)
+
+
+@needs_shared
+@pytest.mark.parametrize("corpus", ["photochat", "mmdialog"])
+@pytest.mark.parametrize("backbone", TABLE_5)
+def test_the_papers_numbers(corpus: str, backbone: str) -> None:
+    paper = json.loads((SHARED / "reference" / "paper.json").read_text())
+    recipe = load_recipe(f"{backbone}-{corpus}")
+    resolution, batch, devices = paper["table5"][corpus][TABLE_5[backbone]]
+    assert (recipe.image.resolution, recipe.train.global_batch_size) == (resolution, batch)
+    optim = recipe.train.optim
+    assert optim.lr == paper["optimizer"]["lr"]
+    assert optim.weight_decay == paper["optimizer"]["weight_decay"]
+    assert list(optim.betas) == paper["optimizer"]["betas"]
+    assert recipe.train.precision in ("bf16", "fp16")
+    assert recipe.sample.num_steps == paper["sampler"]["steps"]
+    # The paper's own number of devices shares the batch.
+    recipe.train.accumulation(int(devices.partition("x")[0]))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_a_script_that_starts_it(name: str) -> None:
+    script = ROOT / "train" / f"{name}.sh"
+    assert os.access(script, os.X_OK)
+    without = subprocess.run([script], capture_output=True, text=True, check=False)
+    assert without.returncode != 0
+    assert "usage: " in without.stderr
+    assert re.search(rf"--recipe {name} ", script.read_text())
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_zero_file_is_of_its_stage(stage: int) -> None:
+    assert read_zero(ROOT / "train" / f"zero-{stage}.json")["stage"] == stage
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"zero_optimization": {"stage": 7}}',
+        '{"zero_optimization": {"stage": 1}, "train_batch_size": 4}',
+    ],
+)
+def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "zero.json").write_text(content)
+    with pytest.raises(ConfigError, match="--zero"):
+        read_zero(tmp_path / "zero.json")

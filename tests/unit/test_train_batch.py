@@ -1,0 +1,107 @@
+"""Micro batches: the same from latents and from token ids, by any number of threads."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from d2i.config import EncodersConfig, TrainConfig
+from d2i.encoders import ClipText
+from d2i.recipes import load_recipe
+from d2i.shards import (
+    Sample,
+    ShardReader,
+    json_bytes,
+    npy_bytes,
+    write_manifest,
+    write_shard,
+)
+from d2i.tokenize import encode, window
+from d2i.train.batch import Batch, BatchReader
+from d2i.train.data import build_text_encoder
+from d2i.train.order import DataOrder
+
+LINES = [f"# i saw a {colour} ball # at night" for colour in ("red", "blue", "green", "pink")]
+ENCODERS: EncodersConfig = load_recipe("demo").encoders
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardReader, ShardReader]:
+    """The same samples with text latents, and with token ids alone."""
+    clip_text = ClipText(ENCODERS.clip_text)
+    folders = []
+    for members in (("tokens", "text"), ("tokens",)):
+        folder = tmp_path_factory.mktemp("shards")
+        random = np.random.default_rng(0)
+        samples = []
+        for number, line in enumerate(LINES):
+            arrays = {"tokens": window(encode(line))}
+            latents = clip_text.encode(arrays["tokens"][None], ENCODERS.compute_batch_size)
+            arrays["text"] = latents[0].astype(np.float16)
+            encoded = {
+                "json": json_bytes({"n": number}),
+                "moments.npy": npy_bytes(random.standard_normal((8, 4, 4)).astype(np.float16)),
+            }
+            encoded |= {f"{name}.npy": npy_bytes(arrays[name]) for name in members}
+            samples.append(Sample(f"train-{number}", encoded))
+        write_shard(samples, str(folder), 0, failures={})
+        empty = window(encode(""))
+        (folder / "empty_tokens.npy").write_bytes(npy_bytes(empty))
+        if "text" in members:
+            latents = clip_text.encode(empty[None], ENCODERS.compute_batch_size)[0]
+            (folder / "empty_text.npy").write_bytes(npy_bytes(latents.astype(np.float16)))
+        write_manifest(str(folder), {})
+        folders.append(folder)
+    return ShardReader(str(folders[0])), ShardReader(str(folders[1]))
+
+
+def config(num_threads: int = 1) -> TrainConfig:
+    return TrainConfig(
+        num_steps=4,
+        global_batch_size=4,
+        micro_batch_size=2,
+        condition_dropout=0.4,
+        num_reader_threads=num_threads,
+    )
+
+
+def stream(reader: ShardReader, num_threads: int) -> list[Batch]:
+    encode_text = build_text_encoder(reader, ENCODERS, "cpu")
+    batches = BatchReader(reader, config(num_threads), is_joint=False, encode_text=encode_text)
+    order = DataOrder((len(reader),), 0)
+    requests = [
+        (indices, step) for step in range(4) for indices in order.micro_batches(step, 4, 0, 1, 2)
+    ]
+    found = list(batches.read_ahead(requests))
+    batches.close()
+    return found
+
+
+def check_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs) == 8
+    for one, other in zip(ours, theirs, strict=True):
+        for field in fields(Batch):
+            value, expected = getattr(one, field.name), getattr(other, field.name)
+            same = torch.equal(value, expected) if torch.is_tensor(value) else value == expected
+            assert same, field.name
+
+
+def test_token_ids_alone_give_the_very_latents_of_the_shards(
+    readers: tuple[ShardReader, ShardReader],
+) -> None:
+    with_latents, with_tokens = readers
+    assert "text" not in with_tokens.manifest.arrays
+    found = stream(with_tokens, 1)
+    check_same(found, stream(with_latents, 1))
+    # Some conditions are dropped in these batches, and some are not.
+    empty = torch.from_numpy(with_latents.empty_text.astype(np.float32))
+    dropped = [torch.equal(row, empty) for batch in found for row in batch.text]
+    assert 0 < sum(dropped) < len(dropped)
+
+
+@pytest.mark.parametrize("num_threads", [2, 5])
+def test_threads_change_nothing(readers: tuple[ShardReader, ShardReader], num_threads: int) -> None:
+    check_same(stream(readers[0], num_threads), stream(readers[0], 1))

@@ -1,0 +1,94 @@
+"""What a run shows and how it ends: pace, chart, and the lines for what went wrong."""
+
+from __future__ import annotations
+
+import errno
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from d2i.config import BackboneConfig, BackboneName, TrainConfig
+from d2i.runs import MetricsLine, ValidationLine, append_line, keep_lines_until, read_validation
+from d2i.train.chart import draw_chart
+from d2i.train.pace import count_flops, peak_flops, progress_line
+from d2i.train.trouble import DivergedError, check_finite, in_plain_words
+
+CONFIG = TrainConfig(num_steps=10, global_batch_size=4, micro_batch_size=2)
+
+
+def line(step: int, loss: float) -> MetricsLine:
+    return MetricsLine(step, loss, 1e-4, 4 * step, 8.0, 1.0, 0.25, 0.4)
+
+
+# performance.md, section 2, in GFLOP; counted there by the same tool.
+@pytest.mark.parametrize(
+    ("name", "gigaflop"),
+    [("uvit-s", 97.31), ("uvit-s-deep", 127.37), ("unidiffuser-v1", 6986.2)],
+)
+def test_the_work_of_an_image(name: BackboneName, gigaflop: float) -> None:
+    assert count_flops(BackboneConfig(name=name)) / 1e9 == pytest.approx(gigaflop, rel=0.01)
+
+
+def test_no_peak_is_made_up_for_a_processor() -> None:
+    assert peak_flops(torch.device("cpu"), "bf16") is None
+
+
+def test_the_progress_line_says_all() -> None:
+    said = progress_line(line(4, 0.5), 10, 4)
+    assert said == ("step 4/10  loss 0.5000  8 images/s  data wait 25.0%  MFU 40%  3 s left")
+
+
+def test_the_chart_shows_both_losses(tmp_path: Path) -> None:
+    append_line(tmp_path, line(1, 1.0))
+    draw_chart(tmp_path)
+    assert not (tmp_path / "loss.png").exists()
+    append_line(tmp_path, line(5, 0.5))
+    for step in (2, 5):
+        append_line(tmp_path, ValidationLine(step, 0.7, {"1-250": 0.9}))
+    draw_chart(tmp_path)
+    pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
+    for colour in ((0x3B, 0x6F, 0xB6), (0xC8, 0x55, 0x3D)):
+        assert (pixels == colour).all(-1).sum() > 100
+
+
+def test_later_lines_of_a_cut_off_attempt_are_dropped(tmp_path: Path) -> None:
+    for step in (2, 5):
+        append_line(tmp_path, ValidationLine(step, 0.7, {}))
+    keep_lines_until(tmp_path, 4)
+    assert [kept.step for kept in read_validation(tmp_path)] == [2]
+
+
+def test_the_first_bad_step_is_named_with_its_samples() -> None:
+    check_finite([0.5, 0.4], 7, {}, CONFIG)
+    with pytest.raises(DivergedError) as caught:
+        check_finite([0.5, math.nan, math.inf], 7, {8: [f"k{n}" for n in range(12)]}, CONFIG)
+    said = str(caught.value)
+    assert "the loss of step 8 is nan, of the samples k0, k1" in said
+    assert "k8" not in said
+    assert "train.optim.lr below 3e-05" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "--set train.micro_batch_size=1 or --set train.activation_checkpointing"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "or --set train.zero_stage=2"),
+        (OSError(errno.ENOSPC, "No space left on device", "/run/a"), "cannot write /run/a"),
+    ],
+)
+def test_what_went_wrong_is_said_with_a_way_out(
+    error: Exception, words: str, tmp_path: Path
+) -> None:
+    meaning = in_plain_words(error, tmp_path, CONFIG)
+    assert meaning is not None
+    assert words in str(meaning)
+    assert "rank 0 on " in str(meaning)
+
+
+def test_a_bug_is_left_a_bug(tmp_path: Path) -> None:
+    assert in_plain_words(KeyError("x"), tmp_path, CONFIG) is None

@@ -1,0 +1,9 @@
+#!/bin/sh
+# U-ViT-S-Deep on MMDialog: the paper's eight A100-80GB (Table 5). NUM_ACCELERATORS=N takes others: the batch
+# stays the same. More options go behind the three paths, such as --set train.order=blocked.
+set -eu
+[ $# -ge 3 ] || { echo "usage: $0 DATA RUN WEIGHTS [OPTIONS]" >&2; exit 2; }
+data=$1 run=$2 weights=$3
+shift 3
+exec deepspeed --num_accelerators "${NUM_ACCELERATORS:-8}" "$(dirname "$0")/launch.py" \
+  --recipe uvit-s-deep-mmdialog --data "$data" --run "$run" --set backbone.weights="$weights" "$@"
