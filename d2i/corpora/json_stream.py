@@ -188,6 +188,7 @@ def _lines(view: _View, path: str, report: Report, parse: _Parse) -> Iterator[tu
             block = view.skip_line()
         num_passed = view.offset + view.pos - begin
         lines = block.split(b"\n")
+        last = number + len(lines)
         for line in lines:
             number += 1
             where = f"{path} line {number}"
@@ -201,7 +202,7 @@ def _lines(view: _View, path: str, report: Report, parse: _Parse) -> Iterator[tu
                 yield where, value
             elif line.strip():
                 # Without its line end the last line is cut off, be it within a string.
-                is_cut = line is lines[-1] and not view.has_ended_line()
+                is_cut = number == last and not view.has_ended_line()
                 whole = io.BytesIO(line if is_cut else line + b"\n")
                 inner = _View(whole, len(line) + 1, view.max_record_bytes)
                 yield from _Objects(inner, path, report, parse, where, _MAX_LINE_RESYNCS)
@@ -349,8 +350,11 @@ class _Objects:
             self.report(Problem("too_many_broken", where, f"{what} are passed over"))
 
     def _num_records(self, num_passed: int) -> int:
-        """Say how many records may be lost with so many bytes; one where all start alike."""
-        if self.start_alike and self.num_given > 1:
+        """Say how many records may be lost with so many bytes.
+
+        One, where all start alike, or are lines.
+        """
+        if self.fixed_where is not None or (self.start_alike and self.num_given > 1):
             return 1
         length = self.given_bytes // self.num_given if self.num_given else _UNKNOWN_LENGTH
         return max(1, num_passed // max(length, 1))

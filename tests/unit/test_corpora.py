@@ -177,11 +177,16 @@ def test_a_swallowed_rest_is_an_error(tmp_path: Path) -> None:
 
 def test_a_long_line_that_is_broken_costs_itself_alone() -> None:
     long = json.dumps({"id": 1, "body": ["x" * 50] * 3000})
-    for broken in (long[:-1], long[: len(long) // 2], '{"a": ' * 20 + long):
+    for broken in (
+        long[:-1],
+        long.replace("x", "\\x", 1),
+        long[: len(long) // 2],
+        '{"a": ' * 20 + long,
+    ):
         lines = [json.dumps({"id": 0}), broken, json.dumps({"id": 2})]
         values, problems = read("\n".join(lines).encode())
         assert [value["id"] for value in values if value["id"] != 1] == [0, 2]
-        assert {problem.where for problem in problems} == {"f line 2"}
+        assert {(problem.where, problem.num_records) for problem in problems} == {("f line 2", 1)}
         assert "too_many_broken" not in {problem.reason for problem in problems}
 
 
