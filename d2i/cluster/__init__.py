@@ -1,9 +1,9 @@
 """Where work runs: in this process, or on Ray. The only package that imports ray."""
 
+from d2i.cluster.actors import ResourceRequest
 from d2i.cluster.faults import JobFault, job_fault
 from d2i.cluster.pool import (
     Pool,
-    ResourceRequest,
     Shared,
     Worker,
     device_of_worker,

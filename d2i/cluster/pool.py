@@ -1,7 +1,7 @@
 """Run tasks on workers: one contract, in this process or on a Ray cluster.
 
 A worker is built once where it runs, takes one task at a time and keeps nothing of it. A dead
-worker is started anew and its task given out again; a task that raises ends the job.
+worker is replaced, and its task goes to whoever is there first; a task that raises ends the job.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import functools
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from d2i.errors import ClusterError, D2IError
+from d2i.cluster.actors import ResourceRequest, actor_size, num_workers_of, result_of
+from d2i.cluster.crew import Crew
+from d2i.errors import ClusterError
 
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
 ObjectT = TypeVar("ObjectT")
 TaskIn = TypeVar("TaskIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
-
-# A task that takes this many more workers down with it ends the job with a clear message.
-NUM_RETRIES = 3
 
 
 class Worker(Protocol[TaskIn, ResultOut]):
@@ -33,14 +33,6 @@ class Worker(Protocol[TaskIn, ResultOut]):
     def run(self, task: TaskIn) -> ResultOut:
         """Do one task; a task may be given out again after a worker has died in it."""
         ...
-
-
-@dataclass(frozen=True)
-class ResourceRequest:
-    """What one worker occupies. An accelerator is taken where the cluster has any."""
-
-    num_cpus: float = 1.0
-    num_gpus: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,7 @@ class Pool(Generic[TaskT, ResultT]):
     build_worker: Callable[[], Worker[TaskT, ResultT]]
     num_workers: int | None = None
     ray_address: str | None = None
-    resources: ResourceRequest = ResourceRequest()
+    resources: ResourceRequest = field(default_factory=ResourceRequest)
 
 
 class Shared(Generic[ObjectT]):
@@ -174,124 +166,27 @@ def _run_on_ray(
     with session(pool.num_workers, pool.ray_address):
         size = actor_size(pool.resources)
         num_workers = min(num_workers_of(pool.num_workers, size), len(tasks))
-        waiting = list(reversed(tasks))
-        running: dict[Any, tuple[Any, TaskT]] = {}
-        for _ in range(num_workers):
-            actor = start_actor(pool.build_worker, size, num_retries=NUM_RETRIES)
-            _give(actor, waiting, running)
-        while running:
-            (ready, *_), _ = ray.wait(list(running), num_returns=1)
-            actor, task = running.pop(ready)
-            result = result_of(ready)
-            _give(actor, waiting, running)
-            yield task, result
-
-
-def _give(actor: Any, waiting: list[TaskT], running: dict[Any, tuple[Any, TaskT]]) -> None:
-    if waiting:
-        task = waiting.pop()
-        running[actor.run.remote(task)] = (actor, task)
-
-
-def result_of(reference: Any) -> Any:
-    """Return what an actor's task gave.
-
-    Raises:
-        D2IError: If it raised that.
-        ClusterError: If its worker keeps dying.
-    """
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as err:
-        if isinstance(err.cause, D2IError):
-            raise type(err.cause)(str(err.cause)) from err
-        raise
-    except ray.exceptions.RayActorError as err:
-        raise too_many_deaths(err) from err
-
-
-def too_many_deaths(err: Exception) -> ClusterError:
-    """Say that a task ends every worker it is given to."""
-    return ClusterError(
-        f"a task took {NUM_RETRIES + 1} workers down with it: {str(err).splitlines()[0]}; "
-        "expected it to finish; look for memory pressure, then repeat the command: finished "
-        "work is kept"
-    )
-
-
-@dataclass(frozen=True)
-class ActorSize:
-    """What one actor occupies on the cluster at hand."""
-
-    num_cpus: float
-    num_gpus: float
-
-
-def actor_size(resources: ResourceRequest) -> ActorSize:
-    """Return what a worker occupies, without an accelerator where the cluster has none."""
-    import ray
-
-    has_gpus = bool(ray.cluster_resources().get("GPU", 0))
-    return ActorSize(resources.num_cpus, resources.num_gpus if has_gpus else 0.0)
-
-
-def start_actor(build_worker: Callable[[], Any], size: ActorSize, *, num_retries: int) -> Any:
-    """Start an actor, which is started anew whenever it dies, and its task given to it again."""
-    import ray
-
-    options = ray.remote(
-        num_cpus=size.num_cpus,
-        num_gpus=size.num_gpus,
-        max_restarts=-1 if num_retries else 0,
-        max_task_retries=num_retries,
-        # Ray would fill one node after the other with those that occupy nothing.
-        scheduling_strategy="SPREAD",
-    )
-    return options(_WorkerActor).remote(build_worker)
-
-
-def num_workers_of(asked: int | None, size: ActorSize) -> int:
-    """Return how many workers there are: as asked, or as many as fit."""
-    import ray
-
-    if asked:
-        return asked
-    total = ray.cluster_resources()
-    if size.num_gpus:
-        return max(1, int(total["GPU"] // size.num_gpus))
-    return max(1, int(total.get("CPU", 1) // size.num_cpus))
-
-
-class _WorkerActor:
-    """Holds the worker in its Ray process.
-
-    It is built with the first task: an error in building then reaches the driver as what it is.
-    """
-
-    def __init__(self, build_worker: Callable[[], Any]) -> None:
-        self._build_worker = build_worker
-        self._worker: Any = None
-
-    def build(self) -> None:
-        if self._worker is None:
-            self._worker = self._build_worker()
-
-    def run(self, task: Any) -> Any:
-        self.build()
-        return self._worker.run(task)
-
-    def stream(self, task: Any) -> Iterator[Any]:
-        self.build()
-        yield from self._worker.stream(task)
-
-    def finish(self, task: Any, blocks: list[Any]) -> Any:
-        import ray
-
-        self.build()
-        # One at a time: what is not held any more leaves this process's memory.
-        return self._worker.run(task, (ray.get(block) for block in blocks))
+        crew = Crew(pool.build_worker, size, num_workers)
+        # Tasks are known here by their numbers.
+        waiting = deque(range(len(tasks)))
+        running: dict[Any, tuple[Any, int]] = {}
+        while waiting or running:
+            while waiting and crew.idle:
+                actor, number = crew.idle.popleft(), waiting.popleft()
+                running[actor.run.remote(tasks[number])] = (actor, number)
+            (ready, *_), _ = ray.wait([*crew.awaited(), *running], num_returns=1)
+            if crew.is_building(ready):
+                crew.welcome(ready)
+                continue
+            actor, number = running.pop(ready)
+            try:
+                result = result_of(ready)
+            except ray.exceptions.RayActorError as err:
+                crew.replace(number, err)
+                waiting.appendleft(number)
+            else:
+                crew.idle.append(actor)
+                yield tasks[number], result
 
 
 @contextmanager

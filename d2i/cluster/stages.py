@@ -6,22 +6,20 @@ object store on their way, never in the driver. A task whose feeder or blocks ar
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from d2i.cluster.pool import (
-    NUM_RETRIES,
+from d2i.cluster.actors import (
     ActorSize,
     ResourceRequest,
     actor_size,
     num_workers_of,
     result_of,
-    session,
-    start_actor,
-    too_many_deaths,
 )
+from d2i.cluster.crew import Crew
+from d2i.cluster.pool import session
 
 TaskT = TypeVar("TaskT")
 BlockT = TypeVar("BlockT")
@@ -129,9 +127,9 @@ def _run_on_ray(
 
 @dataclass
 class _Stream:
-    """A task being fed: the blocks so far."""
+    """A task being fed, by its number: the blocks so far."""
 
-    task: Any
+    number: int
     actor: Any
     blocks: list[Any] = field(default_factory=list)
 
@@ -141,44 +139,40 @@ class _Flow:
 
     def __init__(self, stages: Stages[Any, Any, Any], tasks: Sequence[Any]) -> None:
         size = actor_size(ResourceRequest())
-        num_finishers = min(num_workers_of(stages.num_finishers, size), len(tasks))
-        self._stages = stages
-        self._feeder_size, num_feeders = _feeders(stages, num_finishers, has_gpus=size.num_gpus > 0)
-        self._waiting = deque(tasks)
-        self._deaths: Counter[int] = Counter()
-        self._idle_feeders = [self._new_feeder() for _ in range(min(num_feeders, len(tasks)))]
-        self._idle_finishers: list[Any] = []
+        self._num_finishers = min(num_workers_of(stages.num_finishers, size), len(tasks))
+        feeder_size, num_feeders = _feeders(stages, self._num_finishers, has_gpus=size.num_gpus > 0)
+        # Built at once: what is wrong with them is said before anything is fed for hours.
+        self._finishers = Crew(stages.build_finisher, size, self._num_finishers)
+        self._feeders = Crew(stages.build_feeder, feeder_size, min(num_feeders, len(tasks)))
+        self._tasks = tasks
+        self._waiting = deque(range(len(tasks)))
         self._streams: dict[Any, _Stream] = {}
         self._fed: deque[_Stream] = deque()
         self._finishing: dict[Any, tuple[Any, _Stream]] = {}
-        finishers = [
-            start_actor(stages.build_finisher, size, num_retries=NUM_RETRIES)
-            for _ in range(num_finishers)
-        ]
-        # Built at once: what is wrong with them is said before anything is fed for hours.
-        self._building = {finisher.build.remote(): finisher for finisher in finishers}
-        self._num_finishers = num_finishers
         self.num_left = len(tasks)
 
     def awaited(self) -> list[Any]:
         """Return all that may be ready next."""
-        return [*self._building, *self._finishing, *self._streams]
+        crews = [*self._finishers.awaited(), *self._feeders.awaited()]
+        return [*crews, *self._finishing, *self._streams]
 
     def give_out(self) -> None:
         """Give work to whoever has none, as long as not too much waits to be finished."""
-        while self._waiting and self._idle_feeders and len(self._fed) < self._num_finishers:
-            actor, task = self._idle_feeders.pop(), self._waiting.popleft()
-            self._streams[actor.stream.remote(task)] = _Stream(task, actor)
-        while self._fed and self._idle_finishers:
-            actor, stream = self._idle_finishers.pop(), self._fed.popleft()
-            self._finishing[actor.finish.remote(stream.task, stream.blocks)] = (actor, stream)
+        while self._waiting and self._feeders.idle and len(self._fed) < self._num_finishers:
+            actor, number = self._feeders.idle.popleft(), self._waiting.popleft()
+            self._streams[actor.stream.remote(self._tasks[number])] = _Stream(number, actor)
+        while self._fed and self._finishers.idle:
+            actor, stream = self._finishers.idle.popleft(), self._fed.popleft()
+            task = self._tasks[stream.number]
+            self._finishing[actor.finish.remote(task, stream.blocks)] = (actor, stream)
 
     def take(self, reference: Any) -> Iterator[tuple[Any, Any]]:
         """Take what is ready; yield the task and its result if one is finished."""
-        if reference in self._building:
-            result_of(reference)
-            self._idle_finishers.append(self._building.pop(reference))
-        elif reference in self._streams:
+        for crew in (self._finishers, self._feeders):
+            if crew.is_building(reference):
+                crew.welcome(reference)
+                return
+        if reference in self._streams:
             self._take_block(reference)
         else:
             yield from self._take_result(reference)
@@ -194,41 +188,36 @@ class _Flow:
         else:
             return
         try:
-            ray.get(generator.completed())
+            result_of(generator.completed())
         except ray.exceptions.RayActorError as err:
             # Ray itself would go on with the block after the last, but the order may be another.
-            self._feed_again(stream, err)
-            self._idle_feeders.append(self._new_feeder())
-        except ray.exceptions.RayTaskError:
-            result_of(generator.completed())
+            self._feeders.replace(stream.number, err)
+            self._waiting.append(stream.number)
         else:
-            self._idle_feeders.append(stream.actor)
+            self._feeders.idle.append(stream.actor)
             self._fed.append(stream)
 
     def _take_result(self, reference: Any) -> Iterator[tuple[Any, Any]]:
         import ray
 
         actor, stream = self._finishing.pop(reference)
-        self._idle_finishers.append(actor)
         try:
             result = result_of(reference)
+        except ray.exceptions.RayActorError as err:
+            # Its blocks are still there, for whoever is free first.
+            self._finishers.replace(stream.number, err)
+            self._fed.appendleft(stream)
+            return
         except ray.exceptions.RayTaskError as err:
             if not isinstance(err.cause, ray.exceptions.ObjectLostError):
                 raise
             # The node that held its blocks is gone.
-            self._feed_again(stream, err)
+            self._feeders.blame(stream.number, err)
+            self._waiting.append(stream.number)
         else:
             self.num_left -= 1
-            yield stream.task, result
-
-    def _feed_again(self, stream: _Stream, err: Exception) -> None:
-        self._deaths[id(stream.task)] += 1
-        if self._deaths[id(stream.task)] > NUM_RETRIES:
-            raise too_many_deaths(err) from err
-        self._waiting.append(stream.task)
-
-    def _new_feeder(self) -> Any:
-        return start_actor(self._stages.build_feeder, self._feeder_size, num_retries=0)
+            yield self._tasks[stream.number], result
+        self._finishers.idle.append(actor)
 
 
 def _feeders(

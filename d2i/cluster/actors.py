@@ -1,0 +1,103 @@
+"""One worker as a Ray actor: what it occupies, how it is started, what its task gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from d2i.errors import D2IError
+
+
+@dataclass(frozen=True)
+class ResourceRequest:
+    """What one worker occupies. An accelerator is taken where the cluster has any."""
+
+    num_cpus: float = 1.0
+    num_gpus: float = 1.0
+
+
+@dataclass(frozen=True)
+class ActorSize:
+    """What one actor occupies on the cluster at hand."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+def actor_size(resources: ResourceRequest) -> ActorSize:
+    """Return what a worker occupies, without an accelerator where the cluster has none."""
+    import ray
+
+    has_gpus = bool(ray.cluster_resources().get("GPU", 0))
+    return ActorSize(resources.num_cpus, resources.num_gpus if has_gpus else 0.0)
+
+
+def num_workers_of(asked: int | None, size: ActorSize) -> int:
+    """Return how many workers there are: as asked, or as many as fit."""
+    import ray
+
+    if asked:
+        return asked
+    total = ray.cluster_resources()
+    if size.num_gpus:
+        return max(1, int(total["GPU"] // size.num_gpus))
+    return max(1, int(total.get("CPU", 1) // size.num_cpus))
+
+
+def start_actor(build_worker: Callable[[], Any], size: ActorSize) -> Any:
+    """Start an actor, which is not started again by Ray when it dies."""
+    import ray
+
+    options = ray.remote(
+        num_cpus=size.num_cpus,
+        num_gpus=size.num_gpus,
+        max_restarts=0,
+        max_task_retries=0,
+        # Ray would fill one node after the other with those that occupy nothing.
+        scheduling_strategy="SPREAD",
+    )
+    return options(_WorkerActor).remote(build_worker)
+
+
+def result_of(reference: Any) -> Any:
+    """Return what an actor's task gave.
+
+    Raises:
+        D2IError: If it raised that.
+        ray.exceptions.RayActorError: If its worker died.
+    """
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as err:
+        if isinstance(err.cause, D2IError):
+            raise type(err.cause)(str(err.cause)) from err
+        raise
+
+
+class _WorkerActor:
+    """Holds the worker in its Ray process.
+
+    It is built by a task of its own: an error in building then reaches the driver as what it is.
+    """
+
+    def __init__(self, build_worker: Callable[[], Any]) -> None:
+        self._build_worker = build_worker
+        self._worker: Any = None
+
+    def build(self) -> None:
+        self._worker = self._build_worker()
+
+    def run(self, task: Any) -> Any:
+        return self._worker.run(task)
+
+    def stream(self, task: Any) -> Iterator[Any]:
+        yield from self._worker.stream(task)
+
+    def finish(self, task: Any, blocks: list[Any]) -> Any:
+        import ray
+
+        # One at a time: what is not held any more leaves this process's memory.
+        return self._worker.run(task, (ray.get(block) for block in blocks))

@@ -1,0 +1,91 @@
+"""A preprocessing job in which something is killed: a program that the kill matrix runs.
+
+    python -m tests.integration.killing '{"victim": "node", "point": "shard.tar", ...}'
+
+Its faults kill this process (driver), the worker that reaches the point, or that worker's node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2i.fault import Fault
+from d2i.preprocess.fetch.sources import Access
+from d2i.preprocess.job import PreprocessRequest
+from d2i.preprocess.job import preprocess as run_job
+from d2i.recipes import resolve_recipe
+
+
+@dataclass
+class Killing(Fault):
+    """Kills once in the whole job, also where a node takes the count of passes with it."""
+
+    victim: str = "worker"
+    driver: int = 0
+    done: str = ""
+
+    def act(self) -> None:
+        if Path(self.done).exists():
+            return
+        victims = {"driver": [self.driver], "worker": [os.getpid()]}.get(self.victim)
+        if victims is None:
+            raylet = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+            assert b"raylet" in raylet
+            # The first node is the driver's own machine, which dies as a whole.
+            victims = [os.getppid(), *([self.driver] if b"--head" in raylet else [])]
+        Path(self.done).write_text("driver" if self.driver in victims else "other")
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        # Until the node's end reaches this process.
+        signal.pause()
+
+
+def request_of(values: dict[str, Any], **changes: Any) -> PreprocessRequest:
+    """The job, without any fault."""
+    options: dict[str, Any] = {"num_workers": 0, **changes}
+    return PreprocessRequest(
+        "jsonl",
+        values["source"],
+        values["out"],
+        resolve_recipe("demo", values["settings"]),
+        access=Access(frozenset({values["host"]})),
+        **options,
+    )
+
+
+@contextmanager
+def two_nodes() -> Iterator[str]:
+    """Two nodes of one core each; gives their address."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.add_node(**node)
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def main() -> None:
+    values = json.loads(sys.argv[1])
+    fault = Killing(
+        values["point"], "kill", values["nth"], 0, values["victim"], os.getpid(), values["done"]
+    )
+    if values["victim"] == "node":
+        with two_nodes() as address:
+            run_job(request_of(values, num_workers=2, ray_address=address, fault=fault), print)
+    else:
+        run_job(request_of(values, num_workers=2, fault=fault), print)
+
+
+if __name__ == "__main__":
+    main()
