@@ -64,5 +64,7 @@ def card_summary(evaluation: Evaluation) -> str:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "not named"
     said = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return said if len(said) <= 60 else f"{said[:57]}…"

@@ -101,13 +101,15 @@ def _systems(corpus: str, part: Sequence[Evaluation], first: Sequence[Evaluation
         )
     if any(e.card.get("kind") == "divter" and corpus == "mmdialog" for e in part):
         notes.append(_SAME_DESCRIPTIONS)
-    named = _named(part)
-    rows = [
-        _row(heading, evaluation, paper.get(paper_row(evaluation.card), _NO_PAPER))
-        for heading, evaluation in _in_papers_order(named, list(paper))
+    named: list[tuple[str, str, Evaluation | None]] = [
+        (paper_row(evaluation.card), heading, evaluation) for heading, evaluation in _named(part)
     ]
-    present = {paper_row(evaluation.card) for evaluation in part}
-    rows += [_row(name, None, scores) for name, scores in paper.items() if name not in present]
+    absent = set(paper) - {name for name, *_ in named}
+    named += [(name, name, None) for name in absent]
+    rows = [
+        _row(heading, evaluation, paper.get(name, _NO_PAPER))
+        for name, heading, evaluation in sorted(named, key=lambda n: _place(n[0], list(paper)))
+    ]
     title = f"Systems on {_corpus(corpus)} (Table 2)" + ("" if is_first else ", apart")
     return Table(title, _COLUMNS, tuple(rows), tuple(notes))
 
@@ -184,12 +186,6 @@ def _named(part: Sequence[Evaluation]) -> list[tuple[str, Evaluation]]:
         )
         for name, evaluation in zip(names, part, strict=True)
     ]
-
-
-def _in_papers_order(
-    named: list[tuple[str, Evaluation]], order: Sequence[str]
-) -> list[tuple[str, Evaluation]]:
-    return sorted(named, key=lambda pair: _place(paper_row(pair[1].card), order))
 
 
 def _place(name: str, order: Sequence[str]) -> int:

@@ -13,11 +13,11 @@ from d2i.eval.bootstrap import (
     NUM_RESAMPLES,
     draw_resamples,
     fid_deviation,
+    fid_influences,
     inception_deviation,
     intervals,
     kid_deviation,
     mean_deviation,
-    weighted_fid,
 )
 from d2i.eval.metrics import compute_fid, compute_scores
 from d2i.eval.prompts import partners
@@ -27,14 +27,21 @@ from d2i.eval.tasks import EvalTask, plan_tasks
 from d2i.tokenize import encode
 
 
-@pytest.mark.parametrize(("num", "width"), [(40, 5), (12, 30)])
-def test_a_weighted_fid_is_the_fid_of_repeated_pictures(num: int, width: int) -> None:
+@pytest.mark.parametrize(("num", "width"), [(400, 5), (400, 40)])
+def test_influences_say_what_another_copy_of_a_picture_changes(num: int, width: int) -> None:
     dice = np.random.default_rng(0)
-    real, fake = dice.standard_normal((num, width)), 1.3 * dice.standard_normal((num - 2, width))
-    counts, fake_counts = dice.integers(0, 4, num), dice.integers(0, 4, num - 2)
-    expected = compute_fid(np.repeat(real, counts, 0), np.repeat(fake, fake_counts, 0))
-    found = weighted_fid(real, fake, counts, fake_counts)
-    assert found == pytest.approx(expected, rel=1e-6)
+    real = dice.standard_normal((num, width))
+    fake = 1.3 * dice.standard_normal((num - 50, width)) + 0.2
+    of_real, of_fake = fid_influences(real, fake)
+    assert abs(of_real.mean()) + abs(of_fake.mean()) < 1e-8 * width
+    before = compute_fid(real, fake)
+    # The pictures that matter most and least, of either set.
+    for row in (int(of_real.argmax()), int(of_real.argmin())):
+        change = compute_fid(np.concatenate([real, real[[row]]]), fake) - before
+        assert change == pytest.approx(of_real[row] / num, rel=0.05, abs=0.01 * before / num)
+    for row in (int(of_fake.argmax()), int(of_fake.argmin())):
+        change = compute_fid(real, np.concatenate([fake, fake[[row]]])) - before
+        assert change == pytest.approx(of_fake[row] / (num - 50), rel=0.05, abs=0.01 * before / num)
 
 
 def test_a_means_deviation_is_the_standard_error() -> None:
@@ -65,6 +72,21 @@ def test_deviations_are_those_of_new_draws() -> None:
     for name, deviation in said.items():
         fresh_deviation = np.std([scores[name] for scores in found], ddof=1)
         assert deviation == pytest.approx(fresh_deviation, rel=0.6), name
+
+
+@pytest.mark.parametrize(("num", "width"), [(120, 60), (60, 120)])
+def test_the_fid_of_new_draws_moves_as_said(num: int, width: int) -> None:
+    """Also with fewer pictures than dimensions, where covariances have no full rank."""
+    dice = np.random.default_rng(0)
+    scale = 1 / np.sqrt(1 + np.arange(width))
+
+    def fresh() -> tuple[np.ndarray, np.ndarray]:
+        real, fake = dice.standard_normal((2, num, width)) * scale
+        return real, 1.2 * fake + 0.1
+
+    expected = np.std([compute_fid(*fresh()) for _ in range(60)], ddof=1)
+    said = fid_deviation(*fresh(), draw_resamples(num, np.arange(num)))
+    assert said == pytest.approx(expected, rel=0.3)
 
 
 def test_a_resample_keeps_pictures_with_their_instances() -> None:

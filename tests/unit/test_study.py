@@ -184,7 +184,7 @@ def test_every_system_of_the_paper_has_a_row(study: Study) -> None:
 def test_what_cannot_be_compared_stands_apart_with_the_reason(study: Study) -> None:
     text = study.write("tables.md")
     assert "Systems on MMDialog (Table 2), apart" in text
-    assert "Kept apart, as not comparable: codec jpg files instead of null." in text
+    assert "Kept apart, as not comparable: codec jpg files instead of not named." in text
     apart = text[text.index("(Table 2), apart") :]
     assert "|MiniGPT-5|" in apart[: apart.index("##")]
     assert "it learned from our captions" in text
