@@ -134,8 +134,9 @@ def _influences(
     centred: Floats, shift: Floats, frame: Floats | None, vectors: Floats, values: Floats
 ) -> Floats:
     directions = vectors if frame is None else frame @ vectors
-    shared = len(centred) * (directions**2 @ values)
-    spread = (centred**2).sum(axis=1)
+    num = len(centred)
+    shared = num * (directions**2 @ values)
+    spread = num / (num - 1) * (centred**2).sum(axis=1)
     found: Floats = 2 * centred @ shift + spread - spread.mean() - (shared - shared.mean())
     return found
 
