@@ -36,10 +36,14 @@ class Resamples:
 
 
 def draw_resamples(num_instances: int, drawn: Counts, seed: int = 2020) -> Resamples:
-    """Draw `NUM_RESAMPLES` resamples; `drawn` (M,) are the indices that have a picture."""
+    """Draw `NUM_RESAMPLES` resamples; `drawn` (M,) are the indices that have a picture.
+
+    Those without any of them, which few pictures make likely, say nothing and are left out.
+    """
     generator = np.random.default_rng(seed)
     share = np.full(num_instances, 1 / num_instances)
     real = generator.multinomial(num_instances, share, size=NUM_RESAMPLES)
+    real = real[real[:, drawn].any(axis=1)]
     return Resamples(real, real[:, drawn])
 
 
