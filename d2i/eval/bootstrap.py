@@ -36,10 +36,14 @@ class Resamples:
 
 
 def draw_resamples(num_instances: int, drawn: Counts, seed: int = 2020) -> Resamples:
-    """Draw `NUM_RESAMPLES` resamples; `drawn` (M,) are the indices that have a picture."""
+    """Draw `NUM_RESAMPLES` resamples; `drawn` (M,) are the indices that have a picture.
+
+    Those without any of them, which few pictures make likely, say nothing and are left out.
+    """
     generator = np.random.default_rng(seed)
     share = np.full(num_instances, 1 / num_instances)
     real = generator.multinomial(num_instances, share, size=NUM_RESAMPLES)
+    real = real[real[:, drawn].any(axis=1)]
     return Resamples(real, real[:, drawn])
 
 
@@ -134,8 +138,9 @@ def _influences(
     centred: Floats, shift: Floats, frame: Floats | None, vectors: Floats, values: Floats
 ) -> Floats:
     directions = vectors if frame is None else frame @ vectors
-    shared = len(centred) * (directions**2 @ values)
-    spread = (centred**2).sum(axis=1)
+    num = len(centred)
+    shared = num * (directions**2 @ values)
+    spread = num / (num - 1) * (centred**2).sum(axis=1)
     found: Floats = 2 * centred @ shift + spread - spread.mean() - (shared - shared.mean())
     return found
 
