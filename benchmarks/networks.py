@@ -1,6 +1,6 @@
 """How fast one optimizer step is, beside a plain implementation and beside diffusers' network.
 
-    python benchmarks/training.py --repeats 5
+    python benchmarks/networks.py --repeats 5
 
 `uvit`: U-ViT-S at full size against the same network with attention written out (softmax of q k^T)
 and torch's default AdamW and averaging loop. `unidiffuser`: UniDiffuser at a middle size against
@@ -255,7 +255,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {name: measure(name, options) for name in options.networks}
     measured = {"machine": machine(options), "matrix_gflops": round(matrix_gflops(options), 1)}
-    print(json.dumps({"benchmark": "training", **vars(options), **measured, **found}))
+    print(json.dumps({"benchmark": "networks", **vars(options), **measured, **found}))
 
 
 if __name__ == "__main__":
