@@ -135,8 +135,6 @@ class BackboneConfig(Config):
     num_text_tokens: int | None = Field(default=None, gt=0)
     """77 for each of `text.num_windows`; weights of one window are grown to it."""
     clip_dim: int | None = Field(default=None, gt=0)
-    gradient_checkpointing: bool | None = None
-    """Whether training keeps each block's input alone, and computes the rest again."""
 
     def overrides(self) -> dict[str, Any]:
         """Return the sizes that differ from the published ones, for `build_backbone`."""

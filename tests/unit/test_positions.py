@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +147,3 @@ def test_a_long_conversation_is_drawn_by_the_grown_demo_network() -> None:
     drawn = sampler.draw(["a", "a"], np.concatenate([text[:1], short]))
     assert drawn.shape == (2, 64, 64, 3)
     assert (drawn[0] != drawn[1]).any()
-
-
-def test_a_run_can_be_told_to_recompute_its_blocks(config: BackboneConfig) -> None:
-    recomputing = config.model_copy(update={"gradient_checkpointing": True})
-    network: Any = build_network(recomputing)
-    assert network.gradient_checkpointing
-    assert not build_network(config).gradient_checkpointing  # type: ignore[union-attr]
-    assert json.loads(recomputing.model_dump_json())["gradient_checkpointing"]
