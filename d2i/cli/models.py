@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +43,9 @@ def train(
         Path | None, typer.Option(help="DeepSpeed's zero_optimization settings: train/zero-2.json.")
     ] = None,
     *,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="Measure this machine for it; train nothing.")
+    ] = False,
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
@@ -52,6 +56,8 @@ def train(
         d2i train --recipe demo --data data --run runs/demo --num-accelerators 2
 
         d2i train --recipe uvit-s-photochat --data data --run runs/a --set train.optim.lr=1e-5
+
+        d2i train --recipe uvit-s-mmdialog --data data --run runs/b --preflight --json
     """
     from d2i.fault import parse_fault
     from d2i.recipes import resolve_recipe
@@ -68,11 +74,16 @@ def train(
     arguments += [part for setting in settings or [] for part in ("--set", setting)]
     arguments += ["--zero", str(zero)] if zero else []
     arguments += ["--fault", fault] if fault else []
+    arguments += ["--preflight"] if preflight else []
     command = deepspeed_command(arguments, num_accelerators)
     typer.echo(" ".join(command), err=True)
     code = run_command(command)
     if code:
         raise typer.Exit(2 if code == 2 else 1)
+    if preflight:
+        found = json.loads((run / "preflight.json").read_text())
+        print_result(found, [f"{name}: {v}" for name, v in found.items()], as_json=as_json)
+        return
     lines = [dataclasses.asdict(line) for line in read_metrics(run)[-1:]]
     if not (run / EMA_NAME).exists():
         stopped = f"stopped as asked: resume with the same command: {run}"
