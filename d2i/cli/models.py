@@ -18,7 +18,7 @@ from d2i.cli.console import (
     print_result,
     register,
 )
-from d2i.errors import ConfigError
+from d2i.errors import ClusterError, ConfigError
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -61,7 +61,7 @@ def train(
     """
     from d2i.fault import parse_fault
     from d2i.recipes import resolve_recipe
-    from d2i.runs import EMA_NAME, read_metrics
+    from d2i.runs import STOPPED_NAME
     from d2i.train.command import deepspeed_command, run_command
 
     run = run.expanduser()
@@ -77,6 +77,7 @@ def train(
     arguments += ["--preflight"] if preflight else []
     command = deepspeed_command(arguments, num_accelerators)
     typer.echo(" ".join(command), err=True)
+    (run / STOPPED_NAME).unlink(missing_ok=True)
     code = run_command(command)
     if code:
         raise typer.Exit(2 if code == 2 else 1)
@@ -84,17 +85,7 @@ def train(
         found = json.loads((run / "preflight.json").read_text())
         print_result(found, [f"{name}: {v}" for name, v in found.items()], as_json=as_json)
         return
-    lines = [dataclasses.asdict(line) for line in read_metrics(run)[-1:]]
-    if not (run / EMA_NAME).exists():
-        stopped = f"stopped as asked: resume with the same command: {run}"
-        print_result({"run": str(run), "finished": False}, [stopped], as_json=as_json)
-        return
-    last = lines[-1]
-    print_result(
-        {"run": str(run), "finished": True, **last},
-        ["{step} steps, loss {loss:.4f}, {images_per_s:.0f} images/s: ".format(**last) + str(run)],
-        as_json=as_json,
-    )
+    _print_run(run, as_json=as_json)
 
 
 def sample(
@@ -165,6 +156,29 @@ def _check_data(data: str) -> None:
             f"--data {data}: no manifest.json there nor in train/; expected a folder made by "
             "d2i preprocess; repeat its command to finish it, or check the path"
         )
+
+
+def _print_run(run: Path, *, as_json: bool) -> None:
+    """Say how a training ended whose launcher ended well.
+
+    Raises:
+        ClusterError: If it neither finished nor stopped: a launcher that is killed ends with 0.
+    """
+    from d2i.runs import EMA_NAME, STOPPED_NAME, read_metrics
+
+    result = {"run": str(run), "finished": (run / EMA_NAME).exists()}
+    if (run / STOPPED_NAME).exists():
+        line = f"stopped as asked: resume with the same command: {run}"
+        print_result(result | {"finished": False}, [line], as_json=as_json)
+        return
+    if not result["finished"]:
+        raise ClusterError(
+            f"{run}: the launcher ended before the training did; expected it to wait for its "
+            "ranks; see above who ended it, and resume with the same command"
+        )
+    last = read_metrics(run)[-1]
+    line = f"{last.step} steps, loss {last.loss:.4f}, {last.images_per_s:.0f} images/s: {run}"
+    print_result(result | dataclasses.asdict(last), [line], as_json=as_json)
 
 
 def _read_text(dialog: str) -> str:
