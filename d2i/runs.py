@@ -19,6 +19,8 @@ CONFIG_NAME = "config.json"
 EMA_NAME = "ema.safetensors"
 METRICS_NAME = "metrics.jsonl"
 VALIDATION_NAME = "validation.jsonl"
+# Written by a training that was asked to stop, and did.
+STOPPED_NAME = "stopped.json"
 
 
 @dataclass(frozen=True)

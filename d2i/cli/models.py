@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ from d2i.cli.console import (
     print_result,
     register,
 )
-from d2i.errors import ConfigError
+from d2i.errors import ClusterError, ConfigError
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -38,6 +39,9 @@ def train(
         Path | None, typer.Option(help="DeepSpeed's zero_optimization settings: train/zero-2.json.")
     ] = None,
     *,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="Measure this machine for it; train nothing.")
+    ] = False,
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
@@ -48,10 +52,12 @@ def train(
         d2i train --recipe demo --data data --run runs/demo --num-accelerators 2
 
         d2i train --recipe uvit-s-photochat --data data --run runs/a --set train.optim.lr=1e-5
+
+        d2i train --recipe uvit-s-mmdialog --data data --run runs/b --preflight --json
     """
     from d2i.fault import parse_fault
     from d2i.recipes import resolve_recipe
-    from d2i.runs import EMA_NAME, read_metrics
+    from d2i.runs import STOPPED_NAME
     from d2i.train.command import deepspeed_command, run_command
 
     run = run.expanduser()
@@ -64,22 +70,18 @@ def train(
     arguments += [part for setting in settings or [] for part in ("--set", setting)]
     arguments += ["--zero", str(zero)] if zero else []
     arguments += ["--fault", fault] if fault else []
+    arguments += ["--preflight"] if preflight else []
     command = deepspeed_command(arguments, num_accelerators)
     typer.echo(" ".join(command), err=True)
+    (run / STOPPED_NAME).unlink(missing_ok=True)
     code = run_command(command)
     if code:
         raise typer.Exit(2 if code == 2 else 1)
-    lines = [dataclasses.asdict(line) for line in read_metrics(run)[-1:]]
-    if not (run / EMA_NAME).exists():
-        stopped = f"stopped as asked: resume with the same command: {run}"
-        print_result({"run": str(run), "finished": False}, [stopped], as_json=as_json)
+    if preflight:
+        found = json.loads((run / "preflight.json").read_text())
+        print_result(found, [f"{name}: {v}" for name, v in found.items()], as_json=as_json)
         return
-    last = lines[-1]
-    print_result(
-        {"run": str(run), "finished": True, **last},
-        ["{step} steps, loss {loss:.4f}, {images_per_s:.0f} images/s: ".format(**last) + str(run)],
-        as_json=as_json,
-    )
+    _print_run(run, as_json=as_json)
 
 
 def sample(
@@ -129,6 +131,29 @@ def _check_data(data: str) -> None:
             f"--data {data}: no manifest.json there nor in train/; expected a folder made by "
             "d2i preprocess; repeat its command to finish it, or check the path"
         )
+
+
+def _print_run(run: Path, *, as_json: bool) -> None:
+    """Say how a training ended whose launcher ended well.
+
+    Raises:
+        ClusterError: If it neither finished nor stopped: a launcher that is killed ends with 0.
+    """
+    from d2i.runs import EMA_NAME, STOPPED_NAME, read_metrics
+
+    result = {"run": str(run), "finished": (run / EMA_NAME).exists()}
+    if (run / STOPPED_NAME).exists():
+        line = f"stopped as asked: resume with the same command: {run}"
+        print_result(result | {"finished": False}, [line], as_json=as_json)
+        return
+    if not result["finished"]:
+        raise ClusterError(
+            f"{run}: the launcher ended before the training did; expected it to wait for its "
+            "ranks; see above who ended it, and resume with the same command"
+        )
+    last = read_metrics(run)[-1]
+    line = f"{last.step} steps, loss {last.loss:.4f}, {last.images_per_s:.0f} images/s: {run}"
+    print_result(result | dataclasses.asdict(last), [line], as_json=as_json)
 
 
 def _read_text(dialog: str) -> str:

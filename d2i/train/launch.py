@@ -28,6 +28,9 @@ def launch(
     zero: Annotated[
         Path | None, typer.Option(help="DeepSpeed's zero_optimization settings: train/zero-2.json.")
     ] = None,
+    only_measure: Annotated[
+        bool, typer.Option("--preflight", help="Measure and write preflight.json; train nothing.")
+    ] = False,
     fault: Annotated[str | None, typer.Option(help="POINT:error|sleep|kill:N, for proofs.")] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
@@ -38,11 +41,13 @@ def launch(
     _name_rank(local_rank)
     from d2i.train.engine import read_zero
     from d2i.train.loop import train
+    from d2i.train.preflight import preflight
     from d2i.train.request import TrainRequest
 
     resolved = resolve_recipe(recipe, settings or [])
     zero_settings = None if zero is None else read_zero(zero)
-    train(TrainRequest(resolved, data, run.expanduser(), zero_settings, parse_fault(fault)))
+    request = TrainRequest(resolved, data, run.expanduser(), zero_settings, parse_fault(fault))
+    (preflight if only_measure else train)(request)
 
 
 def _name_rank(local_rank: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from d2i.errors import CheckpointError, D2IError
 from d2i.models import save_weights
 from d2i.models.folder import build_network, resolve_sizes
 from d2i.recipes import check_prepared_with
-from d2i.runs import EMA_NAME, RunConfig, open_run
+from d2i.runs import EMA_NAME, STOPPED_NAME, RunConfig, open_run
 from d2i.shards import ShardReader
 from d2i.train.checkpoint import (
     Checkpoint,
@@ -86,6 +87,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     checkpoint = _find_checkpoint(run_dir, ranks)
     if ranks.is_first:
         is_begun = checkpoint is not None or (run_dir / EMA_NAME).exists()
+        storage.remove(str(run_dir / STOPPED_NAME))
         open_run(run_dir, _run_config(request, reader, ranks.world_size), is_begun=is_begun)
     ranks.wait_for_all()
     state = _build_state(request, ranks, network, checkpoint)
@@ -136,6 +138,8 @@ def _build_state(
 def _end(request: TrainRequest, progress: Progress) -> None:
     run_dir, config = request.run_dir, request.recipe.train
     if progress.step < config.num_steps:
+        stopped = json.dumps({"step": progress.step}) + "\n"
+        storage.write_bytes(str(run_dir / STOPPED_NAME), stopped.encode())
         say(f"stopped at step {progress.step}/{config.num_steps}: {how_to_go_on(run_dir)}")
         return
     checkpoint = Checkpoint(step_folder(run_dir, progress.step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from d2i.train.checkpoint import whole_checkpoints
 from tests.integration.training import (
     command,
     ema_bytes,
@@ -101,9 +103,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "damaged"
-    words = command(data, run, train__record_keys="true")
+    words = command(data, run, train__num_checkpoint_steps=1)
     assert run_process(*words, "--fault", "train.step_done:kill:5").returncode != 0
-    newest = run / "checkpoints" / "step-4"
+    newest = whole_checkpoints(run)[-1]
     part = next(newest.glob("part-0-*"))
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
@@ -112,6 +114,22 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert again.returncode == 0, again.stderr
     assert f"warning: {newest} is damaged" in again.stderr
     assert ema_bytes(run) == ema_bytes(undisturbed)
+
+
+def test_the_demos_script_measures_before_a_training(data: Path, tmp_path: Path) -> None:
+    """The script of a recipe, run for real; it trains nothing, so the run can be begun after."""
+    words = [str(word) for word in command(data, tmp_path)]
+    settings = words[words.index("--set") :]
+    line = [ROOT / "train" / "demo.sh", data, tmp_path / "run", "--preflight", *settings]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "run" / "preflight.json").read_text())
+    assert found["world_size"] == 2
+    assert found["device_distance"] < found["max_device_distance"]
+    assert found["micro_batch_size"] * found["num_micro_batches"] == 4
+    for name in ("all_reduce_gb_per_s", "input_samples_per_s", "images_per_s", "peak_memory_gb"):
+        assert found[name] > 0, name
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_stage_3_of_a_file_agrees(data: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ One seeded run in CI; `make soak` does twenty.
 from __future__ import annotations
 
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -66,8 +67,10 @@ def kill_at(data: Path, run: Path, victim: str, step: int) -> None:
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: log.exists() and log.read_text().count("\n") >= 2 * step, process)
         kill(victim, run)
-        process.communicate(timeout=120)
-    assert process.returncode != 0
+        _, said = process.communicate(timeout=120)
+    assert process.returncode != 0, said
+    if victim.startswith("rank"):
+        assert f"{victim} on {platform.node()} ended without a word" in said
 
 
 def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:

@@ -97,7 +97,7 @@ def test_token_ids_alone_give_the_very_latents_of_the_shards(
     found = stream(with_tokens, 1)
     check_same(found, stream(with_latents, 1))
     # Some conditions are dropped in these batches, and some are not.
-    empty = torch.from_numpy(with_latents.empty_text.astype(np.float32))
+    empty = torch.tensor(with_latents.empty_text)
     dropped = [torch.equal(row, empty) for batch in found for row in batch.text]
     assert 0 < sum(dropped) < len(dropped)
 

@@ -1,0 +1,251 @@
+"""What a training step costs beside the network itself, and how fast a rank can be fed.
+
+    python benchmarks/training.py step --batch 2 --steps 6
+    python benchmarks/training.py input --num-samples 2000
+    python benchmarks/training.py unidiffuser --depth 6
+
+`step`: U-ViT-S on one rank, by a bare PyTorch loop and then through the whole of d2i's loop
+(reading, draws, DeepSpeed, EMA, records) in one process; the time of an EMA update; and how long a
+checkpoint holds training up. Seconds of the processor, as neighbours disturb them less; the
+checkpoint by the clock. `input`: micro batches of 256 px samples for a network that takes no
+time. `unidiffuser`: a forward and backward pass of UniDiffuser-v1 (30 blocks, or `--depth`), with
+`--optimizer` the whole step, its AdamW and its EMA; the peak memory of the process.
+
+Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from d2i.config import Recipe, TrainConfig, apply_settings
+from d2i.diffusion import uvit_loss
+from d2i.models import build_backbone
+from d2i.recipes import load_recipe
+from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
+from d2i.train.batch import BatchReader
+from d2i.train.checkpoint import Progress
+from d2i.train.ema import Ema
+from d2i.train.engine import build_engine, join_ranks, master_weights
+from d2i.train.order import DataOrder
+from d2i.train.request import TrainRequest
+from d2i.train.stepper import Stepper
+from d2i.train.writer import CheckpointWriter, TrainState
+
+SHAPES = {"moments": (8, 32, 32), "clip": (512,), "tokens": (77,), "text": (77, 768)}
+NUM_SHARD_SAMPLES = 500
+
+
+class Clock:
+    """Stands where a fault would: marks the processor's time whenever a step is done."""
+
+    def __init__(self) -> None:
+        self.marks = [time.process_time()]
+
+    def reach(self, _point: str) -> None:
+        """Mark the end of a step."""
+        self.marks.append(time.process_time())
+
+    def seconds(self) -> list[float]:
+        """Seconds of each step but the first, which warms everything up."""
+        return [end - start for start, end in zip(self.marks, self.marks[1:], strict=False)][1:]
+
+
+def write_data(folder: Path, num_samples: int) -> ShardReader:
+    """Write samples of random numbers at U-ViT-S's sizes."""
+    random = np.random.default_rng(0)
+    for shard, start in enumerate(range(0, num_samples, NUM_SHARD_SAMPLES)):
+        samples = []
+        for number in range(start, min(start + NUM_SHARD_SAMPLES, num_samples)):
+            encoded = {"json": json_bytes({"number": number})}
+            for name, shape in SHAPES.items():
+                values = random.standard_normal(shape).astype(np.float16)
+                numbers = np.zeros(shape, np.uint16) if name == "tokens" else values
+                encoded[f"{name}.npy"] = npy_bytes(numbers)
+            samples.append(Sample(f"train-{number}-0-0", encoded))
+        write_shard(samples, str(folder), shard, failures={})
+    (folder / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
+    (folder / "empty_text.npy").write_bytes(npy_bytes(np.zeros((77, 768), np.float16)))
+    write_manifest(str(folder), {})
+    return ShardReader(str(folder))
+
+
+def recipe(batch: int, num_steps: int) -> Recipe:
+    """U-ViT-S at a batch that a processor can take, in float32."""
+    settings = {
+        "global_batch_size": batch,
+        "micro_batch_size": batch,
+        "num_steps": num_steps,
+        "num_checkpoint_steps": 10**9,
+        "precision": "fp32",
+        "zero_stage": 0,
+    }
+    named = [f"train.{name}={json.dumps(value)}" for name, value in settings.items()]
+    return apply_settings(load_recipe("uvit-s-photochat"), named)
+
+
+def measure_step(args: argparse.Namespace) -> dict[str, Any]:
+    """Time d2i's loop and a bare one on the same network and batch."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29871")
+    ranks = join_ranks()
+    settings = recipe(args.batch, args.steps + 1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "train").mkdir()
+        reader = write_data(folder / "train", 64)
+        network = build_backbone("uvit-s")
+        bare = time_bare_loop(reader, settings.train, args.steps + 1)
+        engine = build_engine(network, settings.train, 1)
+        state = TrainState(engine, Ema(master_weights(engine), settings.train.ema_rate))
+        state.begin()
+        clock: Any = Clock()
+        request = TrainRequest(settings, name, folder / "run", fault=clock)
+        (folder / "run").mkdir()
+        shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+        with CheckpointWriter(folder / "run", settings.train, ranks, shapes) as writer:
+            Stepper(request, ranks, state, reader, writer).run(Progress())
+            writer.finish()
+            ours = clock.seconds()
+            stall_s = time_checkpoint(writer, state)
+        ema_s = statistics.median(time_of(state.ema.update) for _ in range(5))
+    step_s, bare_s = statistics.median(ours), statistics.median(bare)
+    return {
+        "batch": args.batch,
+        "step_s": round(step_s, 3),
+        "bare_step_s": round(bare_s, 3),
+        "overhead": round(step_s / bare_s - 1, 4),
+        "ema_s": round(ema_s, 4),
+        "ema_share": round(ema_s / step_s, 4),
+        "checkpoint_stall_s": round(stall_s, 3),
+        "step_s_repeats": [round(value, 3) for value in ours],
+        "bare_step_s_repeats": [round(value, 3) for value in bare],
+    }
+
+
+def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> list[float]:
+    """Time forward, backward and AdamW on one batch that is there already."""
+    batches = BatchReader(reader, config, is_joint=False)
+    batch = batches.read(np.arange(config.global_batch_size), 0).to(torch.device("cpu"))
+    batches.close()
+    network = build_backbone("uvit-s")
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-5, fused=True)
+    clock = Clock()
+    for _ in range(num_steps):
+        latent = batch.moments[:, :4]
+        uvit_loss(network, latent, batch.text, batch.n, batch.noise).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.reach("")
+    return clock.seconds()
+
+
+def time_checkpoint(writer: CheckpointWriter, state: TrainState) -> float:
+    """Seconds by the clock until training may go on."""
+    started = time.perf_counter()
+    writer.start(state, Progress(step=10**6))
+    stall_s = time.perf_counter() - started
+    writer.finish()
+    return stall_s
+
+
+def time_of(function: Any) -> float:
+    """Seconds of the processor that a call takes."""
+    started = time.process_time()
+    function()
+    return time.process_time() - started
+
+
+def measure_input(args: argparse.Namespace) -> dict[str, Any]:
+    """Time reading, drawing and tensors, for a network that takes no time."""
+    config = TrainConfig(
+        num_steps=1,
+        global_batch_size=args.batch,
+        micro_batch_size=args.batch,
+        num_reader_threads=args.threads,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        reader = write_data(Path(name), args.num_samples)
+        sizes = tuple(shard.num_samples for shard in reader.manifest.shards)
+        order = DataOrder(sizes, 0)
+        batches = BatchReader(reader, config, is_joint=False)
+        rates, cpu_rates = [], []
+        for repeat in range(args.repeats + 1):
+            steps = range(repeat * args.steps, (repeat + 1) * args.steps)
+            wall, cpu = time.perf_counter(), time.process_time()
+            requests = ((order.global_batch(step, args.batch), step) for step in steps)
+            num_read = sum(len(batch.keys) for batch in batches.read_ahead(requests))
+            rates.append(num_read / (time.perf_counter() - wall))
+            cpu_rates.append(num_read / (time.process_time() - cpu))
+        batches.close()
+    return {
+        "batch": args.batch,
+        "threads": args.threads,
+        "samples_per_s": round(statistics.median(rates[1:])),
+        "samples_per_cpu_s": round(statistics.median(cpu_rates[1:])),
+        "samples_per_s_repeats": [round(value) for value in rates[1:]],
+    }
+
+
+def measure_unidiffuser(args: argparse.Namespace) -> dict[str, Any]:
+    """Take one picture at 512 px forward and backward, and on request the whole step."""
+    network: Any = build_backbone("unidiffuser-v1", depth=args.depth, gradient_checkpointing=True)
+    noise = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1, *shape, generator=noise) for shape in ((4, 64, 64), (1, 512), (77, 64))]
+    n = torch.tensor([500])
+    started, cpu = time.perf_counter(), time.process_time()
+    predicted = network(*parts, n, n)
+    loss = sum(part.square().sum() for part in predicted) / sum(p.numel() for p in parts)
+    loss.backward()
+    found = {"forward_backward_s": round(time.perf_counter() - started, 1)}
+    if args.optimizer:
+        ema = Ema(list(network.parameters()), 0.9999)
+        torch.optim.AdamW(network.parameters(), lr=3e-5, fused=True).step()
+        ema.update()
+    grads = [p.grad for p in network.parameters()]
+    return {
+        "depth": args.depth,
+        "num_parameters": sum(p.numel() for p in network.parameters()),
+        "with_optimizer": args.optimizer,
+        "loss": round(float(loss.detach()), 4),
+        "gradients_are_finite": all(g is not None and bool(g.isfinite().all()) for g in grads),
+        **found,
+        "cpu_s": round(time.process_time() - cpu, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+    }
+
+
+def main() -> None:
+    """Measure what is asked for and print the line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("step", "input", "unidiffuser"))
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--num-samples", type=int, default=2000)
+    parser.add_argument("--depth", type=int, default=30)
+    parser.add_argument("--optimizer", action="store_true")
+    args = parser.parse_args()
+    measures = {"step": measure_step, "input": measure_input, "unidiffuser": measure_unidiffuser}
+    result = {"benchmark": f"training {args.part}", **measures[args.part](args)}
+    result["machine"] = f"{platform.machine()}, Python {platform.python_version()}"
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Which checkpoint of a run, and which guidance, draw best on validation dialogs (`d2i select`).
+
+Everything lies in `RUN/select`: a seeded part of the validation split as a data set of its own, the
+weights of each checkpoint, and an evaluation of each candidate, so that a repeated command draws
+only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from d2i import storage
+from d2i.config import ImageConfig, Recipe
+from d2i.errors import CheckpointError, ConfigError, DataError
+from d2i.eval.job import EvalProgress, EvalRequest, evaluate
+from d2i.eval.systems import SystemSpec
+from d2i.models import save_weights
+from d2i.pictures import decode_picture
+from d2i.recipes import change_recipe
+from d2i.runs import CONFIG_NAME, read_recipe
+from d2i.settle import settle
+from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
+from d2i.train.checkpoint import Checkpoint, whole_checkpoints
+from d2i.train.data import split_url
+from d2i.train.validation import choose_instances
+
+BEST_NAME = "best.json"
+Metric = Literal["fid", "kid", "clip_i"]
+_HIGHER_IS_BETTER = ("clip_i",)
+
+
+@dataclass(frozen=True)
+class SelectRequest:
+    """What is to be compared.
+
+    Args:
+        run_dir: A run with checkpoints.
+        guidance_scales: Tried with each checkpoint; none takes the recipe's own.
+        metric: What decides.
+        num_instances: Size of the validation subset, at most.
+        seed: Chooses the subset.
+        settings: `--set` of the recipe, such as `sample.num_steps=20`.
+        num_workers: As in `d2i eval`.
+    """
+
+    run_dir: Path
+    guidance_scales: Sequence[float] = ()
+    metric: Metric = "fid"
+    num_instances: int = 1000
+    seed: int = 0
+    settings: Sequence[str] = ()
+    num_workers: int | None = 0
+
+
+def select(
+    request: SelectRequest, on_progress: Callable[[str, EvalProgress], None]
+) -> dict[str, Any]:
+    """Score every candidate, and write `best.json` into the run.
+
+    Returns:
+        Its content: `weights` (relative to the run), `step`, `guidance_scale`, `metric`, `value`,
+        `num_instances`, `seed`, and `candidates` with all of their scores.
+
+    Raises:
+        CheckpointError: If the run has no whole checkpoint.
+        DataError: If its data has no validation split.
+    """
+    folder = request.run_dir / "select"
+    recipe = change_recipe(read_recipe(request.run_dir), request.settings)
+    checkpoints = whole_checkpoints(request.run_dir)
+    if not checkpoints:
+        raise CheckpointError(
+            f"{request.run_dir} has no whole checkpoint; expected one at least; repeat its "
+            "d2i train command"
+        )
+    subset = _write_subset(request, folder)
+    scales = request.guidance_scales or (recipe.sample.guidance_scale,)
+    candidates = [
+        _score(request, recipe, checkpoint, scale, subset, on_progress)
+        for checkpoint in checkpoints
+        for scale in scales
+    ]
+    sign = -1 if request.metric in _HIGHER_IS_BETTER else 1
+    best = min(candidates, key=lambda candidate: sign * candidate["scores"][request.metric])
+    result = {
+        "weights": best["weights"],
+        "step": best["step"],
+        "guidance_scale": best["guidance_scale"],
+        "metric": request.metric,
+        "value": best["scores"][request.metric],
+        "num_instances": len(ShardReader(str(subset))),
+        "seed": request.seed,
+        "candidates": candidates,
+    }
+    data = json.dumps(result, indent=1, sort_keys=True) + "\n"
+    storage.write_bytes(str(request.run_dir / BEST_NAME), data.encode())
+    return result
+
+
+def _score(
+    request: SelectRequest,
+    recipe: Recipe,
+    folder: Path,
+    guidance_scale: float,
+    subset: Path,
+    on_progress: Callable[[str, EvalProgress], None],
+) -> dict[str, Any]:
+    weights = request.run_dir / "select" / f"{folder.name}.safetensors"
+    if not weights.exists():
+        checkpoint = Checkpoint(folder)
+        checkpoint.check()
+        save_weights(dict(checkpoint.read_whole("ema")), weights)
+    name = f"{folder.name}, guidance {guidance_scale:g}"
+    backbone = recipe.backbone.model_copy(update={"weights": str(weights.absolute())})
+    run_dir = str(request.run_dir.absolute())
+    evaluation = EvalRequest(
+        recipe=change_recipe(recipe, [f"sample.guidance_scale={guidance_scale}"]),
+        system=SystemSpec(f"run:{run_dir}", name, "run", run_dir, backbone, run_dir),
+        data_url=str(subset),
+        out_url=str(subset.parent / f"{folder.name}-guidance-{guidance_scale:g}"),
+        save_images="none",
+        num_workers=request.num_workers,
+    )
+    result = evaluate(evaluation, lambda progress: on_progress(name, progress))
+    return {
+        "weights": str(weights.relative_to(request.run_dir)),
+        "step": int(folder.name.removeprefix("step-")),
+        "guidance_scale": guidance_scale,
+        "scores": result["scores"],
+    }
+
+
+def _write_subset(request: SelectRequest, folder: Path) -> Path:
+    """Write the chosen validation instances as a data set, once for each choice."""
+    source = json.loads((request.run_dir / CONFIG_NAME).read_text())["data"]
+    url = split_url(source, "valid")
+    if url is None:
+        raise DataError(
+            f"{source} has no valid/manifest.json; expected a validation split; prepare it with "
+            "d2i preprocess --split valid"
+        )
+    reader = ShardReader(url)
+    rows = choose_instances(len(reader), request.num_instances, request.seed)
+    subset = folder / f"valid-{len(rows)}-of-seed-{request.seed}" / "data"
+    chosen = {"manifest_sha256": reader.manifest.sha256, "data": source}
+    if named := settle(str(subset.parent / "chosen.json"), chosen):
+        raise ConfigError(
+            f"{subset.parent} was chosen from other data: got {'; '.join(named)}; delete it"
+        )
+    if not (subset / "manifest.json").exists():
+        fingerprint = reader.manifest.fingerprint
+        subset.mkdir(parents=True, exist_ok=True)
+        write_shard(_samples(reader, sorted(rows.tolist())), str(subset), 0, failures={})
+        for name, values in _empty_features(reader):
+            storage.write_bytes(str(subset / name), npy_bytes(values))
+        write_manifest(str(subset), fingerprint)
+    return subset
+
+
+def _samples(reader: ShardReader, rows: Sequence[int]) -> Iterator[Sample]:
+    for row in rows:
+        members = {"json": json_bytes(reader.read_json(row))}
+        arrays = reader.read(np.array([row]))
+        members |= {f"{name}.npy": npy_bytes(values[0]) for name, values in arrays.items()}
+        picture = reader.read_image(row)
+        if picture is not None:
+            members[decode_picture(picture, ImageConfig()).suffix] = picture
+        yield Sample(reader.keys[row], members)
+
+
+def _empty_features(reader: ShardReader) -> Iterator[tuple[str, Any]]:
+    if "empty_tokens.npy" in reader.manifest.files:
+        yield "empty_tokens.npy", reader.empty_tokens
+    if "empty_text.npy" in reader.manifest.files:
+        yield "empty_text.npy", reader.empty_text

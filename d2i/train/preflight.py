@@ -1,0 +1,244 @@
+"""Before a long training: is this device right, how much fits, how fast will it go."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2i import storage
+from d2i.config import TrainConfig
+from d2i.diffusion.draws import normal
+from d2i.models import build_backbone
+from d2i.models.folder import build_network
+from d2i.recipes import check_prepared_with
+from d2i.shards import ShardReader
+from d2i.train.batch import Batch, BatchReader
+from d2i.train.data import build_text_encoder, check_sizes, train_url
+from d2i.train.engine import build_engine, join_ranks
+from d2i.train.objective import build_objective, is_joint
+from d2i.train.order import DataOrder
+from d2i.train.pace import count_flops, peak_flops
+from d2i.train.ranks import Ranks
+from d2i.train.request import TrainRequest
+
+PREFLIGHT_NAME = "preflight.json"
+_TINY = {
+    "latent_size": 8,
+    "patch_size": 2,
+    "dim": 64,
+    "depth": 4,
+    "num_heads": 4,
+    "text_dim": 16,
+    "num_text_tokens": 7,
+}
+# Ten times what the published networks show, against float64 (golden numbers' README).
+_MAX_DISTANCE = 4e-5
+_NUM_REDUCED = 4_000_000
+_NUM_TIMED_STEPS = 3
+_NUM_INPUT_BATCHES = 8
+# Without an accelerator nothing says that memory is full, so no larger batch is looked for.
+_CPU_MICRO_BATCH_SIZE = 4
+
+
+def preflight(request: TrainRequest) -> None:
+    """Measure on all ranks, and write `preflight.json` into the run directory.
+
+    Nothing of the run itself is begun: no weights are trained that are kept.
+
+    Raises:
+        ConfigError: If the ranks cannot share the batch, or the sizes do not fit the data.
+    """
+    ranks = join_ranks()
+    found = _measure(request, ranks)
+    if ranks.is_first:
+        data = json.dumps(found, indent=1, sort_keys=True) + "\n"
+        storage.write_bytes(str(request.run_dir / PREFLIGHT_NAME), data.encode())
+    ranks.wait_for_all()
+    torch.distributed.destroy_process_group()
+
+
+def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
+    recipe, config = request.recipe, request.recipe.train
+    micro_batch_size, num_micro_batches = config.accumulation(ranks.world_size)
+    reader = ShardReader(train_url(request.data_url))
+    check_prepared_with(recipe, reader.url)
+    network: Any = build_network(recipe.backbone)
+    network.gradient_checkpointing = config.activation_checkpointing
+    check_sizes(network, reader)
+    found: dict[str, Any] = {
+        "recipe": recipe.name,
+        "device": _device_name(ranks.device),
+        "world_size": ranks.world_size,
+        "precision": config.precision,
+        "micro_batch_size": micro_batch_size,
+        "num_micro_batches": num_micro_batches,
+        "torch_version": torch.__version__,
+        "device_distance": device_distance(ranks.device),
+        "max_device_distance": _MAX_DISTANCE,
+        "all_reduce_gb_per_s": _time_all_reduce(ranks),
+    }
+    encode_text = build_text_encoder(reader, recipe.encoders, str(ranks.device))
+    joint = is_joint(recipe.backbone)
+    batches = BatchReader(reader, config, is_joint=joint, encode_text=encode_text)
+    found["input_samples_per_s"] = _time_input(batches, reader, config, ranks)
+    found |= _Trial(request, ranks, network, batches, len(reader)).run()
+    batches.close()
+    return found
+
+
+def device_distance(device: torch.device) -> float:
+    """Largest distance of a tiny U-ViT in float32 on a device from the same in float64 here."""
+    torch.manual_seed(0)
+    network: Any = build_backbone("uvit-s", **_TINY).requires_grad_(False)
+    latent, text = (_drawn(name, shape) for name, shape in (("x", (4, 8, 8)), ("t", (7, 16))))
+    n = torch.tensor([250.0, 750.0])
+    exact = network.double()(latent.double(), n.double(), text.double())
+    inputs = [tensor.to(device) for tensor in (latent, n, text)]
+    there = network.float().to(device)(*inputs)
+    return float((there.cpu().double() - exact).abs().max())
+
+
+def _drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(normal(0, f"preflight.{name}", ("a", "b"), 0, shape))
+
+
+def _time_all_reduce(ranks: Ranks) -> float | None:
+    """Bytes that each rank sends, by the ring's formula, a second; None for one rank."""
+    if ranks.world_size == 1:
+        return None
+    numbers = torch.ones(_NUM_REDUCED, device=ranks.device)
+    torch.distributed.all_reduce(numbers)
+    with _timed(ranks.device) as seconds:
+        torch.distributed.all_reduce(numbers)
+    share = 2 * (ranks.world_size - 1) / ranks.world_size
+    return round(share * 4 * _NUM_REDUCED / seconds[0] / 1e9, 3)
+
+
+def _time_input(
+    batches: BatchReader, reader: ShardReader, config: TrainConfig, ranks: Ranks
+) -> float:
+    """Samples a second that a rank reads and draws for, over all ranks."""
+    sizes = tuple(shard.num_samples for shard in reader.manifest.shards)
+    order = DataOrder(sizes, config.seed, config.order, config.num_window_shards)
+    size = config.accumulation(ranks.world_size)[0]
+    requests = ((order.global_batch(step, size), step) for step in range(_NUM_INPUT_BATCHES))
+    with _timed(ranks.device) as seconds:
+        num_read = sum(len(batch.keys) for batch in batches.read_ahead(requests))
+    return round(float(ranks.sum(torch.tensor(num_read / seconds[0]))), 1)
+
+
+class _Trial:
+    """Steps that count for nothing: how many samples fit, how much memory, how long."""
+
+    def __init__(
+        self,
+        request: TrainRequest,
+        ranks: Ranks,
+        network: Any,
+        batches: BatchReader,
+        num_samples: int,
+    ) -> None:
+        self._config, self._ranks = request.recipe.train, ranks
+        self._backbone = request.recipe.backbone
+        self._batches, self._num_samples = batches, num_samples
+        # Each micro batch is a step of its own here, so that the optimizer's memory is seen.
+        one_each = {"global_batch_size": ranks.world_size, "micro_batch_size": 1}
+        trial_config = self._config.model_copy(update=one_each)
+        self._engine = build_engine(network, trial_config, ranks.world_size, request.zero)
+        self._objective = build_objective(
+            self._backbone, self._engine.module.latent_scale, self._config.unidiffuser
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Measure."""
+        size, largest = self._largest_micro_batch()
+        step_s = self._time_steps(size)
+        images_per_s = size * self._ranks.world_size / step_s
+        config = self._config
+        peak = peak_flops(self._ranks.device, config.precision)
+        flops = count_flops(self._backbone)
+        mfu = peak and images_per_s * flops / (self._ranks.world_size * peak)
+        return {
+            "measured_micro_batch_size": size,
+            "largest_micro_batch_size": largest,
+            "peak_memory_gb": round(_peak_memory(self._ranks.device) / 1e9, 3),
+            "images_per_s": round(images_per_s, 3),
+            "mfu": mfu and round(mfu, 4),
+            "hours_to_finish": round(
+                config.num_steps * config.global_batch_size / images_per_s / 3600, 3
+            ),
+        }
+
+    def _largest_micro_batch(self) -> tuple[int, int | None]:
+        """The micro batch to measure with, and the largest that fits where that can be known."""
+        wanted, _ = self._config.accumulation(self._ranks.world_size)
+        if self._ranks.device.type != "cuda":
+            return min(wanted, _CPU_MICRO_BATCH_SIZE), None
+        largest, size = 0, 1
+        while size <= self._config.global_batch_size and self._fits(size):
+            largest, size = size, 2 * size
+        if largest < wanted and self._fits(wanted):
+            largest = wanted
+        return max(1, min(largest, wanted)), largest
+
+    def _fits(self, size: int) -> bool:
+        has_failed = torch.tensor(0)
+        try:
+            self._step(self._batch(size))
+        except torch.OutOfMemoryError:
+            has_failed += 1
+            torch.cuda.empty_cache()
+        return int(self._ranks.sum(has_failed)) == 0
+
+    def _time_steps(self, size: int) -> float:
+        batch = self._batch(size)
+        self._step(batch)
+        with _timed(self._ranks.device) as seconds:
+            for _ in range(_NUM_TIMED_STEPS):
+                self._step(batch)
+        return seconds[0] / _NUM_TIMED_STEPS
+
+    def _step(self, batch: Batch) -> None:
+        self._engine.backward(self._objective(self._engine, batch).mean())
+        self._engine.step()
+
+    def _batch(self, size: int) -> Batch:
+        indices = np.arange(size) % self._num_samples
+        return self._batches.read(indices, 0).to(self._ranks.device)
+
+
+@contextmanager
+def _timed(device: torch.device) -> Iterator[list[float]]:
+    """Give a list that holds the seconds once the block is left and the device is done."""
+    seconds: list[float] = []
+    _wait_for(device)
+    started = time.perf_counter()
+    yield seconds
+    _wait_for(device)
+    seconds.append(time.perf_counter() - started)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} processor"

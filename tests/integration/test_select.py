@@ -1,0 +1,68 @@
+"""A run on real pictures: what it draws on the way, and which of its checkpoints is chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2i.models.weights import read_state_dict
+from tests.integration.commands import preprocess
+from tests.processes import run_d2i
+from tests.shared import SHARED, needs_shared
+
+pytestmark = needs_shared
+SOURCE = SHARED / "data" / "mmdialog"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("select")
+    data, run = folder / "data", folder / "run"
+    for split in ("train", "valid"):
+        preprocess("mmdialog", SOURCE, data, "--split", split, *settings)
+    drawn = ("--set", "train.num_steps=4", "--set", "train.num_sample_steps=4")
+    run_d2i("train", "--recipe", "demo", "--data", data, "--run", run, *settings, *drawn)
+    return run
+
+
+def test_validation_dialogs_are_drawn_beside_the_true_pictures(run: Path) -> None:
+    grid = Image.open(run / "samples" / "step-4.png")
+    pixels = np.asarray(grid.convert("RGB"))
+    side = pixels.shape[0] // 2
+    assert pixels.shape[1] % side == 0
+    assert grid.info["step"] == "4"
+    # The true pictures are photographs, what so short a training draws is something else.
+    assert (pixels[:side] != pixels[side:]).mean() > 0.5
+    assert pixels[:side].std() > 10
+
+
+def test_tensorboard_has_what_the_metrics_have(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    found = events.Scalars("train/loss")[-1]
+    assert found.step == last["step"]
+    assert found.value == pytest.approx(last["loss"], rel=1e-5)
+    assert events.Scalars("valid/loss")
+
+
+def test_the_best_candidate_is_named_and_can_be_drawn_with(run: Path) -> None:
+    words = ("select", "--run", run, "--num-instances", 4, "--metric", "clip_i", "--json")
+    best = run_d2i(*words, "--guidance", 1, "--guidance", 3)
+    assert best == json.loads((run / "best.json").read_text())
+    tried = [(c["step"], c["guidance_scale"]) for c in best["candidates"]]
+    assert tried == [(2, 1), (2, 3), (4, 1), (4, 3)]
+    assert best["value"] == max(c["scores"]["clip_i"] for c in best["candidates"])
+    # Two pictures of the validation split can be read: the subset is all of them.
+    assert best["num_instances"] == 2
+    weights = read_state_dict(run / best["weights"])
+    assert weights.keys() == read_state_dict(run / "ema.safetensors").keys()
+    tasks = {path: path.stat().st_mtime_ns for path in run.glob("select/*/*/tasks/*.npz")}
+    assert tasks
+    assert run_d2i(*words, "--guidance", 1, "--guidance", 3) == best
+    assert {path: path.stat().st_mtime_ns for path in tasks} == tasks
