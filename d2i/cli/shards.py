@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,10 @@ from d2i.cli.console import (
     print_result,
     register,
 )
+from d2i.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from d2i.shards import ShardReader
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -119,6 +123,9 @@ def repair(
 def inspect(
     folder: Annotated[str, typer.Argument(help="A data set: one split's folder.")],
     num: Annotated[int, typer.Option(min=1, help="How many samples.")] = 3,
+    html: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a page with their pictures.")
+    ] = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
@@ -129,6 +136,8 @@ def inspect(
         d2i inspect data/test
 
         d2i inspect data/test --num 10 --json
+
+        d2i inspect data/test --num 10 --html samples.html
     """
     from d2i.shards import ShardReader, find_data_sets
 
@@ -139,7 +148,47 @@ def inspect(
     for sample in samples:
         lines += ["", f"{sample['key']}  <-  {sample['source']['ref'][0]}"]
         lines += [f"  {turn['speaker']}: {turn['text']}" for turn in sample["context"]]
+    if html is not None:
+        _write_page(html, reader, len(samples))
+        lines += ["", f"page: {html}"]
     print_result({"num_samples": len(reader), "samples": samples}, lines, as_json=as_json)
+
+
+def _write_page(html: str, reader: ShardReader, num: int) -> None:
+    """Decode the latents of the first samples, by the autoencoder that made them."""
+    import torch
+
+    from d2i.context import context_text
+    from d2i.dialog import Turn
+    from d2i.encoders import Vae
+    from d2i.pictures import png_bytes
+    from d2i.recipes import read_kept_recipe
+    from d2i.report import ShownSample, write_samples_page
+
+    recipe = read_kept_recipe(reader.url)
+    vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind)
+    image_part: Any = reader.manifest.fingerprint["image"]
+    if vae.hash != image_part["vae"]:
+        raise CheckpointError(
+            f"{recipe.encoders.vae}: its weights are {vae.hash[:16]}…; expected "
+            f"{image_part['vae'][:16]}…, by which the latents were made; put those back"
+        )
+    batch = reader.read(range(num), ["moments", "tokens"])
+    shown = []
+    for place in range(num):
+        mean = torch.from_numpy(batch["moments"][place : place + 1, :4])
+        (pixels,) = vae.decode(mean, batch_size=1)
+        metadata = reader.read_json(place)
+        shown.append(
+            ShownSample(
+                metadata=metadata,
+                line=context_text([Turn(**turn) for turn in metadata["context"]], recipe.text),
+                tokens=batch["tokens"][place].tolist(),
+                kept=reader.read_image(place),
+                decoded=png_bytes(pixels),
+            )
+        )
+    write_samples_page(html, reader.url, len(reader), shown)
 
 
 def _problem_line(problem: dict[str, Any]) -> str:

@@ -171,6 +171,8 @@ def _make_shards(
             fault.reach("job.shard_done")
     for split_url in _split_urls(request, plans):
         _withdraw_placeholders(request, split_url, fault)
+        # Workers of a driver that was killed live on for a moment, beside this job.
+        remove_uncommitted(split_url)
 
 
 def _withdraw_placeholders(

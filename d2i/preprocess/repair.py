@@ -111,6 +111,7 @@ class _RepairedSet:
         if self.job:
             self._make(self.job, self._tasks(self.job, commits, mended), commits, on_progress)
         if not self.problems:
+            storage.remove_leftovers(self.url)
             remove_other_shards(self.url, self._evidence().commits.values())
             self._fold()
         report = verify(self.url)

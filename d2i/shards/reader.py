@@ -37,6 +37,8 @@ from d2i.shards.sample import (
     npy_header,
     npy_size_bytes,
 )
+from d2i.shards.tar import BLOCK_SIZE_BYTES
+from d2i.shards.tar import header as tar_header
 
 
 @dataclass(frozen=True)
@@ -220,8 +222,8 @@ class ShardReader:
             return _open_shard(commit, _map_file(tar_path), _map_file(index_path))
         except FileNotFoundError as err:
             raise ShardError(
-                f"{self.url} lacks a file of shard {commit.name}; delete {commit.commit_name} and "
-                "repeat `d2i preprocess`"
+                f"{self.url} lacks a file of shard {commit.name}; expected its tar and its index; "
+                "run `d2i repair`"
             ) from err
         except ShardError as err:
             raise ShardError(f"shard {commit.name} of {self.url}: {err}; run `d2i verify`") from err
@@ -259,7 +261,7 @@ class ShardReader:
             raise ShardError(f"{self.url} holds no {name}; make the data again with text latents")
         data = storage.read_bytes(storage.join(self.url, name))
         if hashlib.sha256(data).hexdigest() != info.sha256:
-            raise ShardError(f"{name} in {self.url} does not match the manifest; run `d2i verify`")
+            raise ShardError(f"{name} in {self.url} does not match the manifest; run `d2i repair`")
         return npy_array(data)
 
 
@@ -310,7 +312,8 @@ def _open_shard(commit: Commit, tar: Any, index_file: Any) -> _OpenShard:
     """Check a mapped shard against its commit record, before any offset is used.
 
     Raises:
-        ShardError: If a size, the index's sha256, an extent or the first npy header differs.
+        ShardError: If a size, the index's sha256, an extent, the first npy header, or the names
+            at either end of the tar differ: it may be another shard's.
     """
     if tar.size != commit.tar.size_bytes:
         raise ShardError(f"the tar has {tar.size} bytes; expected {commit.tar.size_bytes}")
@@ -318,10 +321,20 @@ def _open_shard(commit: Commit, tar: Any, index_file: Any) -> _OpenShard:
         raise ShardError("the index does not have the sha256 of the manifest")
     index = read_index(index_file, num_samples=commit.num_samples, tar_size_bytes=tar.size)
     tar_bytes = np.frombuffer(tar, np.uint8)
+    _check_names(index, tar_bytes)
     starts: dict[str, NDArray[np.uint64]] = {
         name: _array_starts(name, array, index, tar_bytes) for name, array in commit.arrays.items()
     }
     return _OpenShard(tar_bytes, index, starts)
+
+
+def _check_names(index: Index, tar_bytes: NDArray[np.uint8]) -> None:
+    for row in {0, len(index) - 1} if len(index) else ():
+        found = index.row(row)
+        for suffix, extent in found.extents.items():
+            header = tar_bytes[max(0, extent.offset - BLOCK_SIZE_BYTES) : extent.offset].tobytes()
+            if header != tar_header(f"{found.key}.{suffix}", extent.size_bytes):
+                raise ShardError(f"the tar does not hold {found.key}.{suffix} where its index says")
 
 
 def _array_starts(

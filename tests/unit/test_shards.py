@@ -403,20 +403,41 @@ def test_good_data_has_no_problem(data: Path) -> None:
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_the_three_corruptions_webdataset_misses(copy: Path) -> None:
-    path = max(copy.glob("*.tar"), key=lambda path: path.stat().st_size)
-    good = path.read_bytes()
-    with tarfile.open(path) as file:
+def test_what_webdataset_reads_without_a_word_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut at a sample, a bit flipped, shards swapped: no reader of plain tars can tell."""
+    monkeypatch.setenv("WDS_SECURE", "1")
+    wds = pytest.importorskip("webdataset")
+    make_data(tmp_path, 3, 3)
+    one, two = sorted(tmp_path.glob("*.tar"))
+    good = one.read_bytes()
+    with tarfile.open(one) as file:
         second = [m for m in file.getmembers() if m.name.endswith(".json")][1]
         inside = file.getmember(second.name.replace("json", "text.npy"))
     flipped = bytearray(good)
     flipped[inside.offset_data + 500] ^= 1
-    for damaged in (good[: second.offset], good[: inside.offset_data + 300], bytes(flipped)):
-        path.write_bytes(damaged)
-        found = {problem.reason for problem in verify(str(copy)).problems}
-        assert found & {"size", "sha256"} and found & {"structure", "member"}
-    path.write_bytes(good)
-    assert verify(str(copy)).ok
+    damages = {"size": (good[: second.offset], 1), "sha256": (bytes(flipped), 3)}
+    damages["structure"] = (two.read_bytes(), 3)
+    for reason, (damaged, num_theirs) in damages.items():
+        one.write_bytes(damaged)
+        theirs = wds.WebDataset([str(one)], shardshuffle=False).decode()
+        assert sum(1 for _ in theirs) == num_theirs, "it says nothing"
+        assert (".tar", reason) in reasons(tmp_path)
+    one.write_bytes(good[: inside.offset_data + 300])
+    assert reasons(tmp_path) == {(".tar", "size"), (".tar", "structure")}
+    with pytest.raises(Exception, match="unexpected end of data"):
+        list(wds.WebDataset([str(one)], shardshuffle=False).decode())
+    one.write_bytes(good)
+    assert verify(str(tmp_path)).ok
+
+
+def test_a_shard_under_another_s_name_is_not_read(tmp_path: Path) -> None:
+    make_data(tmp_path, 3, 3)
+    one, two = sorted(tmp_path.glob("*.tar"))
+    one.write_bytes(two.read_bytes())
+    with pytest.raises(ShardError, match=r"does not hold train-0-0-0\.json where its index says"):
+        ShardReader(str(tmp_path)).read([0])
 
 
 @pytest.fixture

@@ -1,0 +1,176 @@
+"""What is noticed of damaged shards: by webdataset as it is read, by d2i verify, by d2i's reader.
+
+Makes one data set, damages a copy of it in each way, and prints one JSON line: for each damage how
+many of the samples webdataset gave with its default handler and with the one that warns, whether it
+raised, and what `d2i verify` and `ShardReader` say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2i.errors import ShardError
+from d2i.shards import (
+    Sample,
+    ShardReader,
+    json_bytes,
+    npy_bytes,
+    read_manifest,
+    verify,
+    write_manifest,
+    write_shard,
+)
+
+NUM_SHARDS = 2
+
+
+def make_data(folder: Path, num_samples: int) -> None:
+    """Write a data set of two shards with random features."""
+    random = np.random.default_rng(0)
+    for index in range(NUM_SHARDS):
+        samples = [
+            Sample(
+                f"train-{index}-{number}-0",
+                {
+                    "json": json_bytes({"number": number}),
+                    "moments.npy": npy_bytes(random.normal(size=(8, 8, 8)).astype(np.float16)),
+                    "clip.npy": npy_bytes(random.normal(size=64).astype(np.float16)),
+                    "tokens.npy": npy_bytes(random.integers(0, 49408, 77).astype(np.uint16)),
+                },
+            )
+            for number in range(num_samples // NUM_SHARDS)
+        ]
+        write_shard(samples, str(folder), index, failures={})
+    write_manifest(str(folder), {})
+
+
+def tars(folder: Path) -> list[Path]:
+    """Give the tars in order."""
+    return sorted(folder.glob("*.tar"))
+
+
+def members(path: Path, suffix: str) -> list[tarfile.TarInfo]:
+    """Give the members of a kind, in order."""
+    with tarfile.open(path) as file:
+        return [member for member in file.getmembers() if member.name.endswith(suffix)]
+
+
+def cut(path: Path, length: int) -> None:
+    """Keep the first bytes of a file."""
+    os.truncate(path, length)
+
+
+def cut_at_a_sample(folder: Path) -> None:
+    """Cut where the second half of a shard's samples begins."""
+    found = members(tars(folder)[0], ".json")
+    cut(tars(folder)[0], found[len(found) // 2].offset)
+
+
+def cut_in_a_member(folder: Path) -> None:
+    """Cut in the middle of an array."""
+    found = members(tars(folder)[0], "moments.npy")
+    cut(tars(folder)[0], found[len(found) // 2].offset_data + 200)
+
+
+def flip_a_bit(folder: Path) -> None:
+    """Flip one bit of one number."""
+    path = tars(folder)[0]
+    content = bytearray(path.read_bytes())
+    content[members(path, "moments.npy")[3].offset_data + 200] ^= 1
+    path.write_bytes(content)
+
+
+def swap_shards(folder: Path) -> None:
+    """Give two tars each other's name."""
+    one, two = tars(folder)
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+
+
+def lose_a_shard(folder: Path) -> None:
+    """Remove a tar."""
+    tars(folder)[1].unlink()
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "nothing": lambda _: None,
+    "cut at a sample": cut_at_a_sample,
+    "cut inside a member": cut_in_a_member,
+    "one bit flipped": flip_a_bit,
+    "two shards swapped": swap_shards,
+    "a shard missing": lose_a_shard,
+}
+
+
+def read_webdataset(folder: Path, *, warn: bool) -> dict[str, Any]:
+    """Read what lies there as webdataset does; give samples and error."""
+    import webdataset
+
+    handler = webdataset.warn_and_continue if warn else webdataset.reraise_exception
+    num_read = 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = webdataset.WebDataset(
+                [str(path) for path in tars(folder)], shardshuffle=False, handler=handler
+            ).decode(handler=handler)
+            for _ in data:
+                num_read += 1
+    except Exception as err:
+        return {"samples": num_read, "error": type(err).__name__}
+    return {"samples": num_read, "error": None}
+
+
+def read_ours(folder: Path) -> str | None:
+    """Read every sample as training does; give the error, if there is one."""
+    try:
+        reader = ShardReader(str(folder))
+        reader.read(range(len(reader)))
+    except ShardError as err:
+        return str(err).replace(str(folder), "DATA")
+    return None
+
+
+def main() -> None:
+    """Damage, read, and print the line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--num-samples", type=int, default=600)
+    args = parser.parse_args()
+    os.environ["WDS_SECURE"] = "1"
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        good = Path(scratch, "good")
+        make_data(good, args.num_samples)
+        for name, damage in DAMAGE.items():
+            folder = Path(shutil.copytree(good, Path(scratch, name)))
+            damage(folder)
+            found[name] = {
+                "webdataset": read_webdataset(folder, warn=False),
+                "webdataset_warning": read_webdataset(folder, warn=True),
+                "d2i_verify": sorted({p.reason for p in verify(str(folder)).problems}),
+                "d2i_reader": read_ours(folder),
+            }
+        expected = read_manifest(str(good)).num_samples
+    machine = f"{platform.machine()}, Python {platform.python_version()}"
+    print(
+        json.dumps(
+            {"benchmark": "corruption", "num_samples": expected, **found, "machine": machine}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

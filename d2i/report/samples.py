@@ -1,0 +1,92 @@
+"""The page of samples: what was said, the picture as it was kept and as its latents decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from d2i import storage
+from d2i.report.document import draw_document, draw_header
+from d2i.report.markup import Section, card, counted, picture, table, text
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One sample of a data set.
+
+    Args:
+        metadata: Its `json` member: key, context, source.
+        line: The context as the text encoder reads it.
+        tokens: Its token ids, in order.
+        kept: The source bytes of its picture, where they are kept.
+        decoded: PNG bytes of what the autoencoder makes of its latent mean.
+    """
+
+    metadata: dict[str, Any]
+    line: str
+    tokens: Sequence[int]
+    kept: bytes | None
+    decoded: bytes
+
+
+def write_samples_page(
+    url: str, data_url: str, num_samples: int, samples: Sequence[ShownSample]
+) -> None:
+    """Write one HTML file that holds everything it shows.
+
+    Args:
+        url: Where it goes.
+        data_url: The data set, as it is named on the page.
+        num_samples: How many it holds.
+        samples: Those that are shown.
+    """
+    shown = card("Shown", [("samples", counted(len(samples), "sample"))], "in shard order")
+    header = draw_header(
+        "prepared data",
+        text(data_url),
+        f"{counted(num_samples, 'sample')}; what was said stands beside the picture that was sent, "
+        "as it was kept and as its stored latents decode.",
+        shown,
+    )
+    sections = [_section(number, sample) for number, sample in enumerate(samples)]
+    page = draw_document(f"Samples of {data_url}", header, sections, "Nothing here was generated.")
+    storage.write_bytes(url, page.encode())
+
+
+def _section(number: int, sample: ShownSample) -> Section:
+    key = str(sample.metadata["key"])
+    kept = _figure("As it was sent", picture(sample.kept, f"source picture of {key}"))
+    if sample.kept is None:
+        kept = _figure("As it was sent", "<p>not kept in this shard</p>")
+    decoded = _figure("As its latents decode", picture(sample.decoded, f"decoded latents of {key}"))
+    body = (
+        f'<article class="conversation">{_chat(sample.metadata["context"])}'
+        f'<div class="pictures">{kept}{decoded}</div></article>{_facts(sample)}'
+    )
+    return Section(f"sample-{number}", key, body)
+
+
+def _chat(turns: Sequence[dict[str, Any]]) -> str:
+    items = "".join(
+        f'<li dir="auto" class="{"ours" if (turn["speaker"] or 0) % 2 else "theirs"}">'
+        f"{text(turn['text'])}</li>"
+        for turn in turns
+    )
+    return f'<ol class="chat" tabindex="0" aria-label="Conversation">{items}</ol>'
+
+
+def _figure(name: str, body: str) -> str:
+    return f"<figure><figcaption>{text(name)}</figcaption>{body}</figure>"
+
+
+def _facts(sample: ShownSample) -> str:
+    source = sample.metadata["source"]
+    rows = {
+        "picture": ", ".join(source["ref"]),
+        "sha256": source["sha256"],
+        "source": f"{source['width']} x {source['height']} pixels, {source['size_bytes']} bytes",
+        "as the text encoder reads it": sample.line,
+        "tokens": " ".join(map(str, sample.tokens)),
+    }
+    return table(("", "value"), [(text(name), [text(value)]) for name, value in rows.items()])
