@@ -209,12 +209,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if upright.mode.startswith("I"):
         upright = Image.fromarray((np.asarray(upright, dtype=np.uint32) >> 8).astype(np.uint8))
     if upright.mode in ("LA", "PA", "RGBA") or "transparency" in upright.info:
-        layered = upright.convert("RGBA")
-        white = Image.new("RGBA", layered.size, "white")
-        return Image.alpha_composite(white, layered).convert("RGB")
+        return _over_white(upright.convert("RGBA"), profile)
+    if upright.mode == "P":
+        upright = upright.convert("RGB")
     if profile and upright.mode in ("RGB", "CMYK"):
         upright = _to_srgb(upright, profile)
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _over_white(layered: Image.Image, profile: bytes | None) -> Image.Image:
+    """Lay RGBA over white, its colours converted before they are mixed."""
+    if profile:
+        colours = _to_srgb(layered.convert("RGB"), profile)
+        colours.putalpha(layered.getchannel("A"))
+        layered = colours
+    white = Image.new("RGBA", layered.size, "white")
+    return Image.alpha_composite(white, layered).convert("RGB")
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:

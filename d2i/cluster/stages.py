@@ -6,6 +6,7 @@ object store on their way, never in the driver. A task whose feeder or blocks ar
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -117,10 +118,13 @@ def _run_on_ray(
     import ray
 
     flow = _Flow(stages, tasks)
+    next_tick = time.monotonic()
     while flow.num_left:
         flow.give_out()
         ready, _ = ray.wait(flow.awaited(), num_returns=1, timeout=_TICK_S, fetch_local=False)
-        on_wait()
+        if time.monotonic() >= next_tick:
+            on_wait()
+            next_tick = time.monotonic() + _TICK_S
         for reference in ready:
             yield from flow.take(reference)
 
@@ -226,8 +230,8 @@ def _feeders(
     """Return what a feeder occupies, and how many there are."""
     import ray
 
+    # They occupy nothing: one that waited for a core could take that of a finisher which died.
+    size = ActorSize(0.0, 0.0)
     num_cores = int(ray.cluster_resources().get("CPU", 1))
-    if not has_gpus:
-        return ActorSize(0.0, 0.0), stages.num_feeders or num_finishers
-    num_cpus = ResourceRequest().num_cpus
-    return ActorSize(num_cpus, 0.0), stages.num_feeders or max(1, num_cores - num_finishers)
+    fitting = max(1, num_cores - num_finishers) if has_gpus else num_finishers
+    return size, stages.num_feeders or fitting

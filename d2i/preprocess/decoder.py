@@ -66,18 +66,7 @@ class Decoder:
                     return decode_square(image, self._image)
                 except MemoryError as err:
                     raise RefusedPictureError("decode_memory", "takes too much") from err
-        try:
-            header, pixels = self._ask_child(data)
-        except TimeoutError as err:
-            self.close()
-            raise RefusedPictureError("decode_timeout", f"over {self._timeout_s:g} s") from err
-        except (EOFError, BrokenPipeError) as err:
-            self.close()
-            raise RefusedPictureError("decode_error", "the decoder died of it") from err
-        except BaseException:
-            # What is left in the pipe would be taken for the answer to the next picture.
-            self.close()
-            raise
+        header, pixels = self._ask_twice(data)
         if "reason" in header:
             raise RefusedPictureError(header["reason"], header["detail"])
         side = self._image.resolution
@@ -91,6 +80,24 @@ class Decoder:
         self._child.kill()
         self._child.communicate()
         self._child = None
+
+    def _ask_twice(self, data: bytes) -> tuple[dict[str, Any], bytes]:
+        """Ask the child, and a fresh one where it died: something else may have ended it."""
+        for is_last in (False, True):
+            try:
+                return self._ask_child(data)
+            except TimeoutError as err:
+                self.close()
+                raise RefusedPictureError("decode_timeout", f"over {self._timeout_s:g} s") from err
+            except (EOFError, BrokenPipeError) as err:
+                self.close()
+                if is_last:
+                    raise RefusedPictureError("decode_error", "the decoder died of it") from err
+            except BaseException:
+                # What is left in the pipe would be taken for the answer to the next picture.
+                self.close()
+                raise
+        raise AssertionError("one of the two returned or raised")
 
     def _ask_child(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         child = self._child or self._start()

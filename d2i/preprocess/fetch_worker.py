@@ -69,9 +69,7 @@ class FetchWorker:
             if len(block) == _BLOCK:
                 yield self._counted(block)
                 block = []
-        # A supplement holds only what failed before: that all of it fails again says nothing new.
-        if not task.failed_before:
-            self._refuse_trouble()
+        self._refuse_trouble(of_names=bool(task.failed_before))
         self._reach("fetch.shard")
         yield self._counted(block)
 
@@ -79,9 +77,13 @@ class FetchWorker:
         self._tally.call("add", [found.fetched.reason for found in block])
         return block
 
-    def _refuse_trouble(self) -> None:
-        """Stop where this machine reaches nothing, before a row says that all is dead."""
-        if trouble := self._source.trouble():
+    def _refuse_trouble(self, *, of_names: bool) -> None:
+        """Stop where this machine reaches nothing, before a row says that all is dead.
+
+        A supplement holds only what failed before: that hosts are not reached again says nothing
+        new, and their rows stay passing; that no name is found would make them permanent.
+        """
+        if trouble := self._source.trouble(of_names=of_names):
             raise ClusterError(
                 f"{trouble}: that looks like this machine's network, not like dead addresses; "
                 "expected some to answer; mend it (DNS, firewall), then repeat the command: "

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from d2i import storage
-from d2i.cluster import JobFault, Pool, Stages, job_fault, run_stages, run_tasks, session, share
+from d2i.cluster import Pool, Stages, job_fault, run_stages, run_tasks, session, share
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.errors import ConfigError, DataError, ShardError
@@ -26,7 +26,7 @@ from d2i.preprocess.plan import Plan, PlanRequest, make_plan
 from d2i.preprocess.progress import JobProgress, Tally
 from d2i.preprocess.retry import (
     Supplement,
-    merge_ledger,
+    merge_ledgers,
     plan_supplements,
     read_supplements,
 )
@@ -138,6 +138,11 @@ def _work(
     if tasks:
         with session(request.num_workers, request.ray_address):
             _make_shards(request, plans, tasks, progress, on_progress)
+    for split_url in _split_urls(request, plans):
+        # Also where a killed command had made all shards.
+        _withdraw_placeholders(request, split_url)
+        # Workers of a driver that was killed live on for a moment, beside this job.
+        remove_uncommitted(split_url)
     return [_finish(request, split, plan) for split, plan in plans.items()]
 
 
@@ -148,7 +153,7 @@ def _make_shards(
     progress: JobProgress,
     on_progress: Callable[[JobProgress], None],
 ) -> None:
-    """Fetch, encode and publish; then withdraw what only the whole shows to be placeholders."""
+    """Fetch, encode and publish."""
     fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
     tally = share(Tally(), num_workers=request.num_workers)
     reuse = None if request.reuse is None else Reuse(storage.resolve(request.reuse))
@@ -169,23 +174,22 @@ def _make_shards(
         show()
         if fault:
             fault.reach("job.shard_done")
-    for split_url in _split_urls(request, plans):
-        _withdraw_placeholders(request, split_url, fault)
-        # Workers of a driver that was killed live on for a moment, beside this job.
-        remove_uncommitted(split_url)
 
 
-def _withdraw_placeholders(
-    request: PreprocessRequest, split_url: str, fault: JobFault | None
-) -> None:
+def _withdraw_placeholders(request: PreprocessRequest, split_url: str) -> None:
+    """Withdraw what only the whole split shows to be placeholders."""
     if storage.exists(storage.join(split_url, MANIFEST_NAME)):
         # A run may have begun with it.
         return
     withdrawals = plan_withdrawals(split_url, request.recipe.fetch.num_same_pictures)
-    worker = partial(WithdrawalWorker, _read_fingerprint(split_url), fault)
-    pool = Pool(worker, num_workers=request.num_workers, ray_address=request.ray_address)
-    for _ in run_tasks(pool, withdrawals):
-        pass
+    if not withdrawals:
+        return
+    with session(request.num_workers, request.ray_address):
+        fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
+        worker = partial(WithdrawalWorker, _read_fingerprint(split_url), fault)
+        pool = Pool(worker, num_workers=request.num_workers, ray_address=request.ray_address)
+        for _ in run_tasks(pool, withdrawals):
+            pass
 
 
 def _missing_tasks(
@@ -243,13 +247,8 @@ def _plan_again(request: PreprocessRequest, plans: dict[str, Plan]) -> None:
     num_samples = request.recipe.preprocess.num_samples_per_shard
     for split, plan in plans.items():
         split_url = storage.join(request.out, split)
-        _merge_ledgers(split_url, plan)
+        merge_ledgers(split_url, plan.num_shards, read_supplements(split_url))
         plan_supplements(split_url, plan.num_shards, num_samples)
-
-
-def _merge_ledgers(split_url: str, plan: Plan) -> None:
-    for supplement in read_supplements(split_url):
-        merge_ledger(split_url, plan.num_shards, supplement)
 
 
 def _forget_fingerprint(split_url: str) -> None:
@@ -280,7 +279,7 @@ def _read_fingerprint(split_url: str) -> dict[str, Any]:
 
 def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
     split_url = storage.join(request.out, split)
-    _merge_ledgers(split_url, plan)
+    merge_ledgers(split_url, plan.num_shards, read_supplements(split_url))
     fault = request.fault.reach if request.fault else None
     manifest = write_manifest(split_url, _read_fingerprint(split_url), fault=fault)
     if manifest.num_samples + sum(manifest.failures.values()) != plan.num_instances:

@@ -25,7 +25,7 @@ from d2i.preprocess.ledger import (
     read_shard_ledger,
     write_ledger,
 )
-from d2i.shards import copied_samples, read_commits, write_shard
+from d2i.shards import Commit, copied_samples, read_commits, write_shard
 
 REASON = "placeholder"
 
@@ -69,7 +69,7 @@ class Withdrawal:
     """A committed shard that holds placeholders."""
 
     split_url: str
-    index: int
+    commit: Commit
     placeholders: frozenset[str]
 
 
@@ -79,7 +79,7 @@ def plan_withdrawals(split_url: str, num_same: int) -> list[Withdrawal]:
     if not placeholders:
         return []
     return [
-        Withdrawal(split_url, commit.index, placeholders)
+        Withdrawal(split_url, commit, placeholders)
         for commit in read_commits(split_url)
         if any(_is_withdrawn(r, placeholders) for r in read_shard_ledger(split_url, commit.index))
     ]
@@ -100,26 +100,32 @@ class WithdrawalWorker:
     def run(self, task: Withdrawal) -> int:
         """Return how many samples were withdrawn.
 
-        The old record goes first: killed before the new one is there, the shard is made anew.
+        Done again after it was killed anywhere, it ends in the same: the new record is there before
+        the old one goes, and what was withdrawn is told by the ledger, which is written after both.
         """
-        (commit,) = (c for c in read_commits(task.split_url) if c.index == task.index)
-        rows = read_shard_ledger(task.split_url, task.index)
+        split_url, old = task.split_url, task.commit
+        rows = read_shard_ledger(split_url, old.index)
         withdrawn = {row.key for row in rows if _is_withdrawn(row, task.placeholders)}
-        storage.remove(storage.join(task.split_url, commit.commit_name))
-        if self.fault:
-            self.fault.reach("placeholders.record_removed")
-        rows = [_withdrawn(row) if row.key in withdrawn else row for row in rows]
-        write_ledger(task.split_url, task.index, rows)
-        samples = copied_samples(task.split_url, commit)
-        write_shard(
-            (sample for sample in samples if sample.key not in withdrawn),
-            task.split_url,
-            task.index,
-            failures=count_failures(rows),
-            fingerprint=self.fingerprint,
-        )
-        for name in (commit.index_name, commit.tar_name):
-            storage.remove(storage.join(task.split_url, name))
+        if withdrawn:
+            rows = [_withdrawn(row) if row.key in withdrawn else row for row in rows]
+            samples = copied_samples(split_url, old)
+            new = write_shard(
+                (sample for sample in samples if sample.key not in withdrawn),
+                split_url,
+                old.index,
+                failures=count_failures(rows),
+                fingerprint=self.fingerprint,
+            )
+            if new.name == old.name:
+                # An earlier attempt came as far as the ledger.
+                write_ledger(split_url, old.index, rows)
+                return len(withdrawn)
+            storage.remove(storage.join(split_url, old.commit_name))
+            if self.fault:
+                self.fault.reach("placeholders.record_removed")
+            write_ledger(split_url, old.index, rows)
+        for name in (old.index_name, old.tar_name):
+            storage.remove(storage.join(split_url, name))
         return len(withdrawn)
 
 

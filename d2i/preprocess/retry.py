@@ -73,19 +73,20 @@ def plan_supplements(split_url: str, num_shards: int, num_samples: int) -> list[
     return planned
 
 
-def merge_ledger(split_url: str, num_shards: int, supplement: Supplement) -> None:
-    """Put the rows of a committed supplement in the place of those they replace.
+def merge_ledgers(split_url: str, num_shards: int, supplements: Iterable[Supplement]) -> None:
+    """Put the rows of committed supplements in the place of those they replace, in one pass.
 
     Repeated after a kill it does what was left; afterwards each key has one row again.
     """
-    if not storage.exists(ledger_url(split_url, supplement.index)):
-        return
-    newer = {row.key: row for row in read_shard_ledger(split_url, supplement.index)}
-    for index in range(num_shards):
+    there = [s for s in supplements if storage.exists(ledger_url(split_url, s.index))]
+    # The later ones replace the earlier ones' too.
+    newer = {row.key: row for s in there for row in read_shard_ledger(split_url, s.index)}
+    for index in range(num_shards if there else 0):
         rows = read_shard_ledger(split_url, index)
         if any(row.key in newer for row in rows):
             write_ledger(split_url, index, [newer.get(row.key, row) for row in rows])
-    storage.remove(ledger_url(split_url, supplement.index))
+    for supplement in there:
+        storage.remove(ledger_url(split_url, supplement.index))
 
 
 def net_failures(rows: Iterable[LedgerRow], before: dict[str, int]) -> dict[str, int]:

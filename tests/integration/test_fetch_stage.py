@@ -84,13 +84,14 @@ def test_one_picture_under_many_addresses_is_none(tmp_path: Path, settings: list
         assert whole["failures"] == failures
         assert whole["hosts"] == [{"host": "127.0.0.1", "failures": failures}]
 
-        command = (
-            *("preprocess", "--corpus", "jsonl", "--source", source, "--out", tmp_path / "out"),
-            *("--recipe", "demo", "--workers", "0", *extra),
-            *("--fault", "placeholders.record_removed:kill:2"),
-        )
-        killed = run_process(*command)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        num_shards = whole["num_shards"]
+        # The last shard is there, and nothing withdrawn yet; then some of it.
+        for point in (f"job.shard_done:kill:{num_shards}", "placeholders.record_removed:kill:2"):
+            killed = run_process(
+                *("preprocess", "--corpus", "jsonl", "--source", source, "--out", tmp_path / "out"),
+                *("--recipe", "demo", "--workers", "0", *extra, "--fault", point),
+            )
+            assert killed.returncode == -signal.SIGKILL, killed.stderr
         preprocess("jsonl", source, tmp_path / "out", *extra)
         assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
         assert not verify(str(tmp_path / "out" / "test")).problems

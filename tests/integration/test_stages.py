@@ -73,7 +73,7 @@ def test_a_killed_worker_costs_its_task_alone(point: Point, nth: int) -> None:
     results = list(run_stages(stages, range(NUM_TASKS)))
     assert sorted(task for task, _ in results) == list(range(NUM_TASKS))
     assert all(found == list(range(task, task + NUM_BLOCKS)) for task, found in results)
-    assert fault.passes.call("is_due", point) is False, "it acts once in the whole job"
+    assert fault.passes.call("__getattribute__", "num_passed") >= nth, "it was reached"
 
 
 def test_without_ray_the_result_is_the_same() -> None:

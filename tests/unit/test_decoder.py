@@ -110,14 +110,28 @@ def test_a_header_that_takes_memory_is_not_opened_here(decoder: Decoder) -> None
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
 
-def test_a_decoder_that_dies_costs_one_picture(decoder: Decoder) -> None:
+def test_a_decoder_that_something_else_ended_costs_nothing(decoder: Decoder) -> None:
     assert decoder.decode(saved("PNG")).width == 90
     assert decoder._child is not None
     os.kill(decoder._child.pid, signal.SIGKILL)
+    assert decoder.decode(saved("PNG")).width == 90
+
+
+def test_a_picture_that_ends_every_decoder_is_refused(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each child is killed once it has begun."""
+    start = decoder._start
+
+    def start_and_kill() -> object:
+        child = start()
+        child.kill()
+        return child
+
+    monkeypatch.setattr(decoder, "_start", start_and_kill)
     with pytest.raises(RefusedPictureError) as caught:
         decoder.decode(saved("PNG"))
     assert caught.value.reason == "decode_error"
-    assert decoder.decode(saved("PNG")).width == 90
 
 
 def test_a_jpeg_of_very_many_scans_is_decoded_apart(decoder: Decoder) -> None:

@@ -104,17 +104,56 @@ def test_a_window_of_mostly_dead_hosts_is_trouble(num_reached: int, is_trouble: 
     assert (hosts.trouble() is not None) is is_trouble
 
 
+def asked(hosts: HostBook, host: str, *, reached: bool) -> None:
+    assert hosts.reserve(host, PATIENCE_S) is not None
+    hosts.report(host, reached=reached)
+
+
 def test_a_cable_that_is_pulled_is_trouble_and_rotten_hosts_between_good_ones_are_not() -> None:
     hosts = book()
     for number in range(100):
-        hosts.report(f"good{number}", reached=True)
+        asked(hosts, f"good{number}", reached=True)
     for number in range(18):
-        hosts.report(f"rotten{number}", reached=False)
-        hosts.report(f"good{number}", reached=True)
+        asked(hosts, f"rotten{number}", reached=False)
+        asked(hosts, f"good{number}", reached=True)
     assert hosts.trouble() is None
     for number in range(100):
-        hosts.report(f"good{number}", reached=False)
+        asked(hosts, f"good{number}", reached=False)
     assert hosts.trouble() is not None
+
+
+def test_dead_hosts_that_are_given_up_last_are_no_trouble() -> None:
+    """They were asked between the others, which answered long before."""
+    hosts = book()
+    for number in range(80):
+        hosts.reserve(f"h{number}", PATIENCE_S)
+    for number in range(80):
+        if number % 4:
+            hosts.report(f"h{number}", reached=True)
+    for number in range(0, 80, 4):
+        hosts.report(f"h{number}", reached=False)
+    assert hosts.trouble() is None
+
+
+def test_names_that_all_lead_nowhere_are_trouble_of_our_own_also_when_asked_again() -> None:
+    hosts = book()
+    for number in range(8):
+        hosts.reserve(f"h{number}", PATIENCE_S)
+        hosts.report_unnamed(f"h{number}")
+    assert "8 of the last 8" in str(hosts.trouble())
+    assert hosts.trouble(of_names=True) == hosts.trouble()
+    asked(hosts, "dead", reached=False)
+    assert hosts.trouble(of_names=True) is None
+
+
+def test_a_longer_peace_is_not_cut_by_a_shorter_one_nor_waited_for() -> None:
+    hosts = book()
+    hosts.report("a", reached=True, retry_after_s=3000.0)
+    hosts.report("a", reached=True, retry_after_s=61.0)
+    assert hosts.reserve("a", 1e6) is None
+    hosts = book(dead_s=0.0)
+    hosts.report("a", reached=True, retry_after_s=50.0)
+    assert 49.0 < reserved(hosts, "a") <= 50.0
 
 
 def test_a_shared_book_is_one_in_this_process() -> None:
@@ -129,7 +168,7 @@ def test_a_shared_book_is_one_in_this_process() -> None:
     [
         *((f"http_{status}", True) for status in (408, 425, 429, 500, 503)),
         *((f"http_{status}", False) for status in (400, 403, 404, 410)),
-        *((name, True) for name in ("timeout", "connect", "dead_host", "dns_failed")),
+        *((name, True) for name in ("timeout", "connect", "tls", "dead_host", "decode_timeout")),
         *((name, False) for name in ("no_such_host", "placeholder", "decode_error", "robots")),
     ],
 )

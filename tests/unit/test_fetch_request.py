@@ -257,6 +257,9 @@ def test_bad_answers_have_a_reason(server: ThreadingHTTPServer, path: str, reaso
         "[::1]",
         "[::ffff:7f00:1]",
         "169.254.169.254",
+        "168.63.129.16",
+        "\uff11\uff12\uff17\u30020.0.1",
+        "\u2460\u2461\u2466\uff0e0\uff0e0\uff0e1",
     ],
 )
 def test_a_private_address_is_refused_in_every_notation(host: str) -> None:

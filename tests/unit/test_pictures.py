@@ -159,3 +159,18 @@ def test_png_bytes_keep_pixels_and_settings() -> None:
     assert (np.asarray(image) == pixels).all()
     assert image.info["seed"] == "3"
     assert png_bytes(pixels) == png_bytes(pixels)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_colours_are_converted_also_under_alpha_and_in_palettes(mode: str) -> None:
+    """A profile whose red and green are exchanged shows whether it was looked at."""
+    usual = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = usual.replace(b"rXYZ", b"swap").replace(b"gXYZ", b"rXYZ").replace(b"swap", b"gXYZ")
+    picture = Image.new("RGB", (64, 64), (200, 60, 30))
+    other = picture.convert("RGBA") if mode == "RGBA" else picture.quantize(4)
+    plain, converted = (
+        np.asarray(decode_picture(saved(image, "PNG", icc_profile=profile), LIMITS).image, int)
+        for image in (picture, other)
+    )
+    assert np.abs(plain - np.asarray(picture, int)).max() > 20
+    assert np.abs(converted - plain).max() <= 2

@@ -16,13 +16,12 @@ from d2i.preprocess.fetch.hosts import HostBook
 from d2i.preprocess.fetch.placeholders import Placeholders
 from d2i.preprocess.fetch.reasons import UNREACHED, RefusedRequestError, is_passing
 from d2i.preprocess.fetch.request import Limits, Response, get
+from d2i.preprocess.fetch.robots import is_kept_away
 
-ROBOTS_TOKEN = "d2i"  # The name by which a host may address d2i alone.
-ROBOTS_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
 _BUSY = (429, 503)
 _UNSAID_PEACE_S = 1.0
-_SAY_NOTHING = ("no_such_host", "refused_address", "proxy_refused")
-"""Failures of a name, and rules, which tell nothing of the network."""
+_UNNAMED = ("no_such_host", "refused_address")
+"""Failures of a name: of one host they tell nothing, of many that our DNS is at fault."""
 
 
 @dataclass(frozen=True)
@@ -172,10 +171,13 @@ class _Visit:
         return wait_s
 
     def _report(self, error: RefusedRequestError | None) -> None:
-        if not self.asked or (error is not None and error.reason in _SAY_NOTHING):
+        if not self.asked or (error is not None and error.reason == "proxy_refused"):
             return
         if error is not None and error.reason == "proxy_unreached":
             self.fetcher.hosts.call("report_proxy_unreached")
+            return
+        if error is not None and error.reason in _UNNAMED:
+            self.fetcher.hosts.call("report_unnamed", self.asked[-1].netloc)
             return
         wait_s = 0.0 if error is None else _retry_after_s(error)
         self.fetcher.hosts.call(
@@ -195,9 +197,7 @@ def _retry_after_s(error: RefusedRequestError) -> float:
 
 def _check_answer(answer: Response, placeholders: Placeholders) -> None:
     """Refuse a picture that its host keeps from us, or that stands for one that is gone."""
-    from img2dataset.downloader import is_disallowed
-
-    if is_disallowed(answer.headers, ROBOTS_TOKEN, ROBOTS_DIRECTIVES):
+    if is_kept_away(answer.headers.get_all("X-Robots-Tag", [])):
         raise RefusedRequestError(
             "robots", "X-Robots-Tag forbids it", answer.status, final_url=answer.final_url
         )

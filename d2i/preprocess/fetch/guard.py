@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, urlsplit
@@ -15,6 +16,9 @@ PORTS = {"http": 80, "https": 443}
 _PLAIN = "/%:@!$&'()*+,;=~-._?"
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _DOCUMENTATION = ipaddress.ip_network("3fff::/20")
+_DOTS = str.maketrans(dict.fromkeys("\u3002\uff0e\uff61", "."))
+_OF_PLATFORMS = frozenset({"168.63.129.16"})
+"""Public by their numbers, but each cloud machine's own: Azure's wire server, with its secrets."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,9 @@ def check_url(url: str, allow_hosts: frozenset[str]) -> Target:
     """
     try:
         parts = urlsplit(url)
-        port = parts.port
+        port, host = parts.port, _host(parts)
     except ValueError as err:
         raise RefusedRequestError("bad_url", str(err)) from err
-    host = _host(parts)
     if parts.scheme not in PORTS or not host or not host.isprintable() or port == 0:
         raise RefusedRequestError("bad_url", "expected an http or https address with a host")
     target = Target(parts.scheme, host, port or PORTS[parts.scheme], _path(parts))
@@ -88,8 +91,16 @@ def _netloc(host: str, port: int) -> str:
 
 
 def _host(parts: SplitResult) -> str:
-    """Return a host in lower case, and an IP address as it is usually written."""
-    host = (parts.hostname or "").rstrip(".")
+    """Return a host as it is asked for: ASCII, lower case, an IP address as usually written.
+
+    Once and before every check, as wide digits and other alphabets' dots make an address too.
+
+    Raises:
+        ValueError: If it is no name.
+    """
+    host = unicodedata.normalize("NFKC", parts.hostname or "").translate(_DOTS).rstrip(".")
+    if not host.isascii():
+        host = host.encode("idna").decode("ascii").lower()
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
@@ -112,6 +123,8 @@ def check_addresses(target: Target, addresses: Iterable[str], allow_hosts: froze
 def is_public(address: str) -> bool:
     """Return whether an IP address is on the public internet, seen through IPv4-in-IPv6 forms."""
     ip = ipaddress.ip_address(address.partition("%")[0])
+    if str(ip) in _OF_PLATFORMS:
+        return False
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if inner is not None:

@@ -5,11 +5,18 @@ One `HostBook` serves a whole job. Must not ask anything itself.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
+from typing import Literal
+
+Outcome = Literal["reached", "unreached", "unnamed"]
+"""What a host showed of our own network; `unnamed`: its name led nowhere, or where none may."""
 
 _WINDOW = 20
-"""The last word of so many different hosts shows whether the trouble is ours (ours)."""
+"""So many different hosts, asked one after the other, show whether the trouble is ours (ours)."""
+_NUM_BEGUN = 4096
+"""Hosts whose answers are still waited for, at most."""
 _SHARE_UNREACHED = 0.9
 _FEW_HOSTS = 8
 """That many hosts, and not one of them reached, are enough to stop (ours)."""
@@ -43,7 +50,7 @@ class _Host:
         """Count a request that never got there; too many in a row, and it counts as dead."""
         self.num_unreached += 1
         if self.num_unreached >= limits.num_failures:
-            self.dead_until = now + limits.dead_s
+            self.dead_until = max(self.dead_until, now + limits.dead_s)
 
 
 @dataclass
@@ -52,7 +59,7 @@ class HostBook:
 
     limits: HostLimits
     _hosts: dict[str, _Host] = field(default_factory=dict)
-    _recent: dict[str, bool] = field(default_factory=dict)
+    _begun: dict[str, Outcome | None] = field(default_factory=dict)
     _proxy: _Host = field(default_factory=_Host)
 
     def reserve(self, host: str, patience_s: float) -> float | None:
@@ -60,15 +67,19 @@ class HostBook:
 
         Returns:
             How long to wait before asking, in seconds, and no turn is taken if that is beyond
-            `patience_s`; None if the host is dead for now, or the proxy is.
+            `patience_s`; None if the host is dead for now or wants longer peace than anybody
+            waits for, or the proxy is dead.
         """
         now = time.monotonic()
         state = self._hosts.setdefault(host, _Host())
         if now < max(state.dead_until, self._proxy.dead_until):
             return None
+        if state.peace_until - now > self.limits.max_retry_after_s:
+            return None
         turn = max(now, state.next_free)
         if turn - now <= patience_s:
             state.next_free = turn + 1.0 / self.limits.requests_per_s
+            self._begin(host)
         return turn - now
 
     def wants_peace(self, host: str) -> bool:
@@ -80,35 +91,52 @@ class HostBook:
         """Say how a request ended: whether the host answered, and for how long it wants peace."""
         now = time.monotonic()
         state = self._hosts.setdefault(host, _Host())
-        self._recent.pop(host, None)
-        self._recent[host] = reached
-        if len(self._recent) > _WINDOW:
-            del self._recent[next(iter(self._recent))]
+        self._begun[host] = "reached" if reached else "unreached"
         if reached:
             state.num_unreached = self._proxy.num_unreached = 0
         else:
             state.note_unreached(self.limits, now)
         if retry_after_s > self.limits.max_retry_after_s:
             # Nobody waits for so long: the host is left alone, and asked in a later run.
-            state.dead_until = now + retry_after_s
+            state.dead_until = max(state.dead_until, now + retry_after_s)
         state.peace_until = max(state.peace_until, now + retry_after_s)
         state.next_free = max(state.next_free, state.peace_until)
+
+    def report_unnamed(self, host: str) -> None:
+        """Say that a host's name led nowhere, or to an address that may not be asked."""
+        self._begun[host] = "unnamed"
 
     def report_proxy_unreached(self) -> None:
         """Say that the proxy took no connection; of the host that tells nothing."""
         self._proxy.note_unreached(self.limits, time.monotonic())
 
-    def trouble(self) -> str | None:
-        """Say what looks like trouble of this machine's own network rather than dead addresses."""
-        if self._proxy.num_unreached >= self.limits.num_failures:
+    def trouble(self, *, of_names: bool = False) -> str | None:
+        """Say what looks like trouble of this machine's own network rather than dead addresses.
+
+        The hosts count in the order in which they were asked: those that answer do so long before
+        those that do not, and the last words of a shard are all of dead hosts.
+
+        Args:
+            of_names: Whether only names that led nowhere are of interest.
+        """
+        if self._proxy.num_unreached >= self.limits.num_failures and not of_names:
             return f"the proxy could not be reached {self._proxy.num_unreached} times in a row"
-        contacts = list(self._recent.values())
-        num_unreached = contacts.count(False)
+        known = (outcome for outcome in reversed(self._begun.values()) if outcome is not None)
+        contacts = list(itertools.islice(known, _WINDOW))
+        if of_names and "unreached" in contacts:
+            return None
+        num_failed = len(contacts) - contacts.count("reached")
         is_trouble = (
-            num_unreached >= _FEW_HOSTS
-            if all(not reached for reached in contacts)
-            else len(contacts) == _WINDOW and num_unreached >= _SHARE_UNREACHED * _WINDOW
+            num_failed >= _FEW_HOSTS
+            if num_failed == len(contacts)
+            else len(contacts) == _WINDOW and num_failed >= _SHARE_UNREACHED * _WINDOW
         )
         if not is_trouble:
             return None
-        return f"{num_unreached} of the last {len(contacts)} different hosts could not be reached"
+        return f"{num_failed} of the last {len(contacts)} different hosts could not be reached"
+
+    def _begin(self, host: str) -> None:
+        self._begun.pop(host, None)
+        self._begun[host] = None
+        if len(self._begun) > _NUM_BEGUN:
+            del self._begun[next(iter(self._begun))]

@@ -8,6 +8,7 @@ _PASSING = frozenset(
         "connect",
         "cut_body",
         "dead_host",
+        "decode_timeout",
         "dns_failed",
         "engine_error",
         "proxy_refused",
@@ -15,10 +16,11 @@ _PASSING = frozenset(
         "read_error",
         "shard_timeout",
         "timeout",
+        "tls",
         "too_slow",
     }
 )
-UNREACHED = frozenset({"connect", "dns_failed", "timeout"})
+UNREACHED = frozenset({"connect", "dns_failed", "timeout", "tls"})
 """What a host that cannot be reached looks like, and a machine that reaches nothing; unless
 `RefusedRequestError.was_reached`."""
 

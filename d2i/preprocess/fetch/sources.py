@@ -89,9 +89,9 @@ class PictureSource:
         yield from self._read_files(files, open_picture)
         yield from self._ask(by_address, open_picture)
 
-    def trouble(self) -> str | None:
+    def trouble(self, *, of_names: bool = False) -> str | None:
         """Say what looks like trouble of this machine's own network, if anything does."""
-        found: str | None = self.hosts.call("trouble")
+        found: str | None = self.hosts.call("trouble", of_names=of_names)
         return found
 
     def _read_files(

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+
+from d2i.preprocess.fetch.robots import is_kept_away
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["noai"],
+        ["NoIndex, nofollow"],
+        ["none"],
+        ["d2i: noimageai"],
+        ["d2i : noai"],
+        ["otherbot: all", "noindex"],
+        ["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"],
+        ["unavailable_after: Saturday, 25-Jun-30 15:00:00 UTC, noai"],
+    ],
+)
+def test_a_host_keeps_its_pictures(values: list[str]) -> None:
+    assert is_kept_away(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], ["all"], ["nofollow"], ["otherbot: noindex, noai"], ["unavailable_after: 25 Jun 2030"]],
+)
+def test_what_is_said_of_others_or_of_links_keeps_nothing(values: list[str]) -> None:
+    assert not is_kept_away(values)
