@@ -100,7 +100,10 @@ def ledger_table(split_url: str, index: int) -> pa.Table:
 
 
 def _table(url: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(storage.read_bytes(url)), schema=SCHEMA)
+    # In this thread alone: one of Arrow's that still held the bytes at the interpreter's end was
+    # seen to abort the process.
+    data = io.BytesIO(storage.read_bytes(url))
+    return pq.read_table(data, schema=SCHEMA, use_threads=False, pre_buffer=False)
 
 
 def _rows(table: pa.Table) -> list[LedgerRow]:

@@ -25,7 +25,7 @@ from d2i.preprocess.ledger import (
     read_shard_ledger,
     write_ledger,
 )
-from d2i.shards import copied_samples, read_commits, write_shard
+from d2i.shards import Commit, copied_samples, read_commits, write_shard
 
 REASON = "placeholder"
 
@@ -66,10 +66,10 @@ def placeholders_of(split_url: str, num_same: int) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Withdrawal:
-    """A committed shard that holds placeholders."""
+    """A committed shard that holds placeholders; `commit` is its record before."""
 
     split_url: str
-    index: int
+    commit: Commit
     placeholders: frozenset[str]
 
 
@@ -79,7 +79,7 @@ def plan_withdrawals(split_url: str, num_same: int) -> list[Withdrawal]:
     if not placeholders:
         return []
     return [
-        Withdrawal(split_url, commit.index, placeholders)
+        Withdrawal(split_url, commit, placeholders)
         for commit in read_commits(split_url)
         if any(_is_withdrawn(r, placeholders) for r in read_shard_ledger(split_url, commit.index))
     ]
@@ -100,26 +100,27 @@ class WithdrawalWorker:
     def run(self, task: Withdrawal) -> int:
         """Return how many samples were withdrawn.
 
-        The old record goes first: killed before the new one is there, the shard is made anew.
+        The old record goes first: killed before the new one is there, the shard is made anew by the
+        same command, or this task is given out again.
         """
-        (commit,) = (c for c in read_commits(task.split_url) if c.index == task.index)
-        rows = read_shard_ledger(task.split_url, task.index)
-        withdrawn = {row.key for row in rows if _is_withdrawn(row, task.placeholders)}
-        storage.remove(storage.join(task.split_url, commit.commit_name))
-        if self.fault:
-            self.fault.reach("placeholders.record_removed")
-        rows = [_withdrawn(row) if row.key in withdrawn else row for row in rows]
-        write_ledger(task.split_url, task.index, rows)
-        samples = copied_samples(task.split_url, commit)
-        write_shard(
-            (sample for sample in samples if sample.key not in withdrawn),
-            task.split_url,
-            task.index,
-            failures=count_failures(rows),
-            fingerprint=self.fingerprint,
-        )
-        for name in (commit.index_name, commit.tar_name):
-            storage.remove(storage.join(task.split_url, name))
+        old, url = task.commit, task.split_url
+        rows = read_shard_ledger(url, old.index)
+        withdrawn = {row.key for row in rows if _stands_for_many(row, task.placeholders)}
+        if not any(c.index == old.index and c.name != old.name for c in read_commits(url)):
+            storage.remove(storage.join(url, old.commit_name))
+            if self.fault:
+                self.fault.reach("placeholders.record_removed")
+            rows = [_withdrawn(row) if row.key in withdrawn else row for row in rows]
+            write_ledger(url, old.index, rows)
+            write_shard(
+                (s for s in copied_samples(url, old) if s.key not in withdrawn),
+                url,
+                old.index,
+                failures=count_failures(rows),
+                fingerprint=self.fingerprint,
+            )
+        for name in (old.index_name, old.tar_name):
+            storage.remove(storage.join(url, name))
         return len(withdrawn)
 
 
@@ -132,8 +133,12 @@ def _was_asked(found: FetchedPicture) -> bool:
     return found.fetched.final_url is not None
 
 
+def _stands_for_many(row: LedgerRow, placeholders: Set[str]) -> bool:
+    return row.final_url is not None and row.sha256 in placeholders
+
+
 def _is_withdrawn(row: LedgerRow, placeholders: Set[str]) -> bool:
-    return row.status == "ok" and row.final_url is not None and row.sha256 in placeholders
+    return row.status == "ok" and _stands_for_many(row, placeholders)
 
 
 def _refused(found: FetchedPicture) -> FetchedPicture:
