@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from d2i import storage
-from d2i.preprocess.records import write_table
+from d2i.preprocess.records import read_table, write_table
 
 Status = Literal["ok", "permanent", "passing"]
 
@@ -86,7 +84,7 @@ def ledger_tables(split_url: str) -> Iterator[pa.Table]:
     """Read the ledger of a split one shard at a time, as tables of `SCHEMA`."""
     folder = storage.join(split_url, "ledger")
     for name in storage.list_names(folder):
-        yield _table(storage.join(folder, name))
+        yield read_table(storage.join(folder, name), SCHEMA)
 
 
 def read_shard_ledger(split_url: str, index: int) -> list[LedgerRow]:
@@ -96,14 +94,7 @@ def read_shard_ledger(split_url: str, index: int) -> list[LedgerRow]:
 
 def ledger_table(split_url: str, index: int) -> pa.Table:
     """Read the rows of one planned shard as a table of `SCHEMA`, in key order."""
-    return _table(ledger_url(split_url, index))
-
-
-def _table(url: str) -> pa.Table:
-    # In this thread alone: one of Arrow's that still held the bytes at the interpreter's end was
-    # seen to abort the process.
-    data = io.BytesIO(storage.read_bytes(url))
-    return pq.read_table(data, schema=SCHEMA, use_threads=False, pre_buffer=False)
+    return read_table(ledger_url(split_url, index), SCHEMA)
 
 
 def _rows(table: pa.Table) -> list[LedgerRow]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Sequence
 
@@ -63,8 +62,14 @@ def records_table(instances: Sequence[Instance]) -> pa.Table:
 
 def read_records(url: str) -> list[Instance]:
     """Read the instances of one planned shard, in their order."""
-    table = pq.read_table(io.BytesIO(storage.read_bytes(url)), schema=SCHEMA)
-    return [_instance(row) for row in table.to_pylist()]
+    return [_instance(row) for row in read_table(url, SCHEMA).to_pylist()]
+
+
+def read_table(url: str, schema: pa.Schema) -> pa.Table:
+    """Read a whole Parquet file as a table of a schema."""
+    # Arrow's own buffer: a thread of Arrow's that asked a Python file at the interpreter's end was
+    # seen to abort a process whose work was done.
+    return pq.read_table(pa.BufferReader(storage.read_bytes(url)), schema=schema)
 
 
 def write_table(url: str, table: pa.Table, *, sync_name: bool = True) -> None:

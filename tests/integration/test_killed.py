@@ -37,7 +37,7 @@ def test_preprocessing(tmp_path: Path, data: Path, settings: list[str]) -> None:
     points = (
         *("fetch.picture", "fetch.shard", "encode.images", "ledger.written"),
         *("shard.written", "shard.tar", "shard.index", "shard.commit"),
-        *("job.shard_done", "manifest.checksum", "manifest.written"),
+        *("manifest.checksum", "manifest.written"),
     )
     for point in points:
         killed = run_process(
