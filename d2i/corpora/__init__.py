@@ -55,7 +55,9 @@ _FEW_PICTURES = MAX_CONTEXT_CHARS // (MAX_RECORD_BYTES + MAX_TURNS * _TURN_CHARS
 
 _log = logging.getLogger(__name__)
 # Reasons that say nothing against the form of a record.
-_SOUND: frozenset[Reason] = frozenset({"bad_image_ref", "empty_context", "no_image"})
+_SOUND: frozenset[Reason] = frozenset(
+    {"bad_image_ref", "empty_context", "no_image", "unknown_field"}
+)
 
 
 class Corpus(Protocol):

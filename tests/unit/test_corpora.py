@@ -568,6 +568,8 @@ def test_own_chats_in_both_forms(tmp_path: Path) -> None:
     ]
 
 
+PICTURE = {"type": "image", "image": "1.jpg"}
+
 MISSPELT = [
     ({"turns": [{"text": "a", "image": ["1.jpg"]}]}, "turn 0: got 'image', expected 'images'"),
     ({"turns": [{"text": "a", "Images": ["1.jpg"]}]}, "turn 0: got 'Images', expected 'images'"),
@@ -576,7 +578,6 @@ MISSPELT = [
         "turn 1: got 'txt', expected 'text'",
     ),
     ({"turns": [{"text": "a", "speaker_id": 1}]}, "turn 0: got 'speaker_id', expected 'speaker'"),
-    ({"turns": [], "message": []}, "got 'message', expected 'messages'"),
     (
         {
             "messages": [
@@ -600,6 +601,123 @@ def test_a_misspelt_field_of_own_chats_is_a_problem(
     found, problems = instances("jsonl", tmp_path, "train")
     assert {"a b"} <= {instance.dialog_id for instance in found}
     assert [(problem.reason, problem.detail) for problem in problems] == [("unknown_field", detail)]
+
+
+EXTRA = [
+    {"n_turns": 2},
+    {"num_messages": 2},
+    {"message": "a"},
+    {"turn": 1},
+    {"n_images": 1},
+    {"image_ids": [1]},
+    {"speaker_id": 1},
+    {"image": None},
+]
+
+
+@pytest.mark.parametrize("extra", EXTRA, ids=lambda extra: next(iter(extra)))
+def test_a_name_nearly_like_a_field_breaks_no_record_that_is_sound(
+    tmp_path: Path, extra: dict[str, Any]
+) -> None:
+    made = [CHAT | {"id": n} | extra for n in range(150)]
+    turns = [{"text": "a"} | extra, {"text": "b", "images": ["1.jpg"]}]
+    made += [{"id": n, "turns": turns} for n in range(150, 300)]
+    write_lines(tmp_path / "train.jsonl", *made)
+    problems: list[Problem] = []
+    found = list(read_instances("jsonl", tmp_path, "train", on_problem=problems.append))
+    assert len(found) == 300
+    assert set(reasons(problems)) <= {"unknown_field"}
+    # Of what the records themselves are called, and of what holds nothing, nothing is said.
+    assert all("turn 0: " in problem.detail for problem in problems)
+    assert problems or not {"n_images", "image_ids", "speaker_id"} & set(extra)
+
+
+def test_a_record_of_neither_form_says_what_is_nearly_one(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", {"id": 1, "message": CHAT["messages"]}, PLAIN)
+    _, problems = instances("jsonl", tmp_path, "train")
+    (problem,) = problems
+    assert problem.reason == "missing_field"
+    assert problem.detail.endswith("got 'message', expected 'messages'")
+
+
+ROLES = {"Assistant": 1, "USER": 0, "bot": 1, "model": 1, "human": 0, "gpt": 1}
+
+
+@pytest.mark.parametrize("role", sorted(ROLES))
+def test_other_names_of_the_two_roles_lose_no_word(tmp_path: Path, role: str) -> None:
+    messages = [{"role": role, "content": "a"}, {"role": "user", "content": [PICTURE]}]
+    write_lines(tmp_path / "train.jsonl", {"id": 1, "messages": messages})
+    (found,), problems = instances("jsonl", tmp_path, "train")
+    assert found.context[0] == Turn(ROLES[role], "a")
+    assert problems == []
+
+
+def test_words_of_an_unknown_role_are_told_to_be_lost(tmp_path: Path) -> None:
+    other = [{"role": "critic", "content": "a"}, {"role": "critic", "content": ""}]
+    messages = [*other, {"role": "user", "content": [{"type": "text", "text": "b"}, PICTURE]}]
+    write_lines(tmp_path / "train.jsonl", {"id": 1, "messages": messages})
+    (found,), problems = instances("jsonl", tmp_path, "train")
+    assert linearize(found.context) == "# b"
+    assert [(p.reason, p.detail.partition(",")[0]) for p in problems] == [
+        ("wrong_type", "turn 0: got role 'critic'")
+    ]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "input_audio", "input_audio": {"data": "AA"}},
+        {"type": "refusal", "refusal": "no"},
+        {"type": "thing", "text": {"x": 1}},
+        {"type": "image"},
+        {"text": "no type"},
+    ],
+)
+def test_an_unknown_part_costs_itself_alone(tmp_path: Path, part: dict[str, Any]) -> None:
+    parts = [{"type": "text", "text": "a"}, part, PICTURE]
+    write_lines(
+        tmp_path / "train.jsonl", {"id": 1, "messages": [{"role": "user", "content": parts}]}
+    )
+    (found,), problems = instances("jsonl", tmp_path, "train")
+    assert (linearize(found.context), found.image_ref.value) == ("# a", ("1.jpg",))
+    assert len(problems) == 1
+
+
+@pytest.mark.parametrize("content", [{"ok": True}, "x" * 100_000, [1, {"text": {}}]])
+def test_what_a_silent_role_holds_is_not_looked_at(tmp_path: Path, content: Any) -> None:
+    messages = [{"role": "tool", "content": content}, *CHAT["messages"][1:]]
+    write_lines(tmp_path / "train.jsonl", CHAT | {"messages": messages})
+    found, problems = instances("jsonl", tmp_path, "train")
+    assert (len(found), problems) == (1, [])
+
+
+def test_conversations_without_an_id_are_named_by_what_they_say(tmp_path: Path) -> None:
+    pairs = [
+        [{"role": "user", "content": f"draw {n}"}, {"role": "assistant", "content": [PICTURE]}]
+        for n in (1, 2, 1)
+    ]
+    records = [{"messages": messages} for messages in pairs]
+    write_lines(tmp_path / "a/train.jsonl", *records)
+    write_lines(tmp_path / "b/train.jsonl", *(dict(r, meta=1) for r in reversed(records)))
+    one, problems = instances("jsonl", tmp_path / "a", "train")
+    other, _ = instances("jsonl", tmp_path / "b", "train")
+    assert len(one) == 2
+    assert set(one) == set(other)
+    assert reasons(problems) == Counter({"duplicate_dialog_id": 1})
+
+
+def test_speakers_may_have_names(tmp_path: Path) -> None:
+    turns = [{"speaker": name, "text": name} for name in ("Al", "Bo", "Al", "Cy")]
+    last = {"speaker": "Bo", "images": ["1.jpg"]}
+    write_lines(
+        tmp_path / "train.jsonl",
+        {"id": 1, "turns": [*turns, last]},
+        {"id": 2, "turns": [turns[0], last | {"speaker": 1}]},
+        {"id": 3, "turns": [{"speaker": str(n), "text": "a"} for n in range(129)]},
+    )
+    (found,), problems = instances("jsonl", tmp_path, "train")
+    assert [turn.speaker for turn in found.context] == [0, 1, 0, 2, 1]
+    assert [problem.reason for problem in problems] == ["wrong_type", "too_large"]
 
 
 def test_other_fields_of_own_chats_are_passed_over(tmp_path: Path) -> None:
