@@ -111,8 +111,8 @@ def _parse(fields: dict[str, Any], flaw: Flaw) -> Dialog:
     if record.turns is None and record.messages is None:
         detail = misspelt(fields, ("turns", "messages")) or "expected one of them"
         raise RecordError("missing_field", f"turns: missing, and so is messages; {detail}")
-    if detail := next(_misspelt(fields), None):
-        flaw("unknown_field", detail)
+    if stray := next(_misspelt(fields), None):
+        flaw("unknown_field", stray)
     turns, pictures = [], []
     for index, (turn, images) in enumerate(_read(record, flaw)):
         turns.append(turn)

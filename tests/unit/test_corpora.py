@@ -190,6 +190,72 @@ def test_a_long_line_that_is_broken_costs_itself_alone() -> None:
         assert "too_many_broken" not in {problem.reason for problem in problems}
 
 
+def test_what_lies_within_a_broken_line_is_no_record(tmp_path: Path) -> None:
+    """Neither an earlier version of the conversation, nor the calls of a tool."""
+    old = {"id": 0, "turns": [{"text": "old", "images": ["old.jpg"]}]}
+    broken = json.dumps({"id": 1, "bad": "NaN", "parent": old} | {"turns": PLAIN["turns"]})
+    calls = json.dumps({"id": 2, "calls": [{"id": n} for n in range(5)], "bad": "NaN"})
+    lines = [broken, calls, calls[:-1], calls.replace('"calls"', '"calls')]
+    lines = [json.dumps(CHAT), *lines, *(json.dumps(PLAIN | {"id": n}) for n in range(9, 14))]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(lines).replace('"NaN"', "NaN"))
+    found, problems = instances("jsonl", tmp_path, "train")
+    assert {i.dialog_id for i in found} == {"2", *map(str, range(9, 14))}
+    assert [(p.where, p.num_records) for p in problems] == [
+        (f"train.jsonl line {number}", 1) for number in range(2, 6)
+    ]
+
+
+def test_objects_run_together_in_a_line_are_given_up_to_one_that_does_not_close() -> None:
+    whole = '{"id": 1}, {"id": NaN} {"id": 2}'
+    lines = ['{"id": 0}', whole, '[{"id": 3}, {"id": 4', '[{"id": 5}', '{"id": 6}']
+    values, problems = read("\n".join(lines).encode())
+    assert [value["id"] for value in values] == [0, 1, 2, 3, 5, 6]
+    assert [(p.reason, p.where) for p in problems] == [
+        ("invalid_json", "f line 2"),
+        ("truncated", "f line 3"),
+        ("truncated", "f line 4"),
+    ]
+
+
+FIRST_BROKEN = {
+    "key": lambda text: text.replace('"conversation_id"', '"conversation_\\x"', 1),
+    "quotation mark": lambda text: text.replace('"conversation_id"', '"conversation_id', 1),
+    "bracket": lambda text: text[:-1],
+    "value": lambda text: text.replace(": 0,", ": NaN,", 1),
+}
+
+
+@pytest.mark.parametrize("damage", sorted(FIRST_BROKEN))
+@pytest.mark.parametrize("joiner", [",", ",\n"])
+def test_a_damaged_first_record_never_loses_a_small_file_untold(
+    tmp_path: Path, damage: str, joiner: str
+) -> None:
+    texts = [json.dumps(mmdialog([text("a"), media("1")], number=n)) for n in range(12)]
+    texts[0] = FIRST_BROKEN[damage](texts[0])
+    path = tmp_path / "train" / "conversations.json"
+    path.parent.mkdir()
+    path.write_text(f"[{joiner.join(texts)}]")
+    found, problems = instances("mmdialog", tmp_path, "train")
+    assert problems
+    if len(found) < 11:
+        assert found == []
+        with pytest.raises(DataError):
+            list(read_instances("mmdialog", tmp_path, "train", on_problem=unheard))
+    # Lost for good only where nothing says where the second begins.
+    assert len(found) == 11 or (joiner == "," and damage in ("key", "quotation mark"))
+
+
+@pytest.mark.parametrize("at", [0, 3, 5])
+def test_a_line_over_the_limit_costs_itself_alone_wherever_it_is(at: int) -> None:
+    records = [{"id": n, "body": "x" * (5000 if n == at else 9)} for n in range(6)]
+    data = FORMS["lines"](records).encode()
+    for chunk_bytes in (64, 1 << 20):
+        values, problems = read(data, chunk_bytes=chunk_bytes, max_record_bytes=3000)
+        assert [value["id"] for value in values] == [n for n in range(6) if n != at]
+        assert [(p.reason, p.num_records) for p in problems] == [("too_large", 1)]
+
+
 def test_a_line_without_end_counts_for_what_it_may_hold() -> None:
     data = b'{"id": 0}\n' + b"[" + b'{"id": 1},' * 1000 + b'{"id": 1}]\n{"id": 2}\n'
     values, problems = read(data, chunk_bytes=64, max_record_bytes=1000)
@@ -862,6 +928,32 @@ def test_too_many_broken_records_end_the_reading_after_the_last(tmp_path: Path) 
         list(read_instances("jsonl", tmp_path, "train", on_problem=unheard, max_broken=0))
 
 
+@pytest.mark.parametrize(("num_broken", "num_sound"), [(1, 0), (2, 1), (100, 99)])
+def test_a_file_with_more_broken_records_than_sound_ones_is_an_error(
+    tmp_path: Path, num_broken: int, num_sound: int
+) -> None:
+    broken = [{"id": n} for n in range(num_broken)]
+    sound = [PLAIN | {"id": n} for n in range(num_sound)]
+    write_lines(tmp_path / "train.jsonl", *broken, *sound)
+    with pytest.raises(DataError, match=f"got {num_broken} broken of .* of train.jsonl"):
+        list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
+    write_lines(tmp_path / "train.jsonl", *broken, *sound, *(PLAIN | {"id": n} for n in "ab"))
+    if num_sound:
+        list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
+    assert len(instances("jsonl", tmp_path, "train")[0]) == (num_sound + 2) * 3
+
+
+def test_a_record_with_two_flaws_is_broken_once(tmp_path: Path) -> None:
+    critics = [{"role": "critic", "content": "a"}] * 3
+    flawed = [{"id": n, "messages": critics} for n in range(50)]
+    write_lines(tmp_path / "train.jsonl", *flawed, *(PLAIN | {"id": n} for n in range(50, 100)))
+    _, problems = instances("jsonl", tmp_path, "train")
+    assert len(problems) == 150
+    instances("jsonl", tmp_path, "train", max_broken=0.5)
+    with pytest.raises(DataError, match="50 broken of 100 records"):
+        instances("jsonl", tmp_path, "train", max_broken=0.49)
+
+
 @pytest.mark.parametrize(
     "image",
     [
@@ -956,5 +1048,5 @@ def test_a_source_without_the_split_is_refused_at_once(tmp_path: Path) -> None:
 def test_unheard_problems_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_lines(tmp_path / "train.jsonl", {"id": 1})
     with caplog.at_level(logging.WARNING):
-        assert list(read_instances("jsonl", tmp_path, "train")) == []
+        assert list(read_instances("jsonl", tmp_path, "train", max_broken=1.0)) == []
     assert "train.jsonl line 1: turns: missing, and so is messages" in caplog.text
