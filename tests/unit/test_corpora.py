@@ -492,10 +492,11 @@ def test_mmdialog_pictures_of_one_turn(tmp_path: Path) -> None:
 
 
 def test_emoji_are_dropped_and_other_colons_stay(tmp_path: Path) -> None:
-    line = "at 10:30:45 :1st_place_medal::flag_Côte_d\u2019Ivoire: http://x:80/a note: yes"
+    stay = "at 10:30:45 http://x:80/a note: yes std::vector::iterator https://x.com/p:q:r :no_name:"
+    line = f":1st_place_medal::Côte_d\u2019Ivoire: {stay}:red_heart:"
     write_lines(tmp_path / "train/conversations.json", mmdialog([text(line), media("1")]))
     (found,), _ = instances("mmdialog", tmp_path, "train", emoji="drop")
-    assert linearize(found.context, "space") == "at 10:30:45 http://x:80/a note: yes"
+    assert linearize(found.context, "space") == stay
 
 
 @pytest.mark.parametrize("key", ["../1", "/etc/passwd", "a/b", "", ".", "a\\b", "1\x00", "1.jpg"])
@@ -588,6 +589,16 @@ def test_photochat_asks_where_it_is_told(tmp_path: Path) -> None:
     assert found.image_ref.value[0] == "http://mirror.example/train/00ff"
     with pytest.raises(ConfigError, match="photo_id"):
         read_instances("photochat", tmp_path, "train", open_images_url="http://mirror.example")
+
+
+def test_photos_asked_for_by_query_are_different_ones(tmp_path: Path) -> None:
+    made = [photochat(dialogue_id=n, photo_id=f"train/0{n}", photo_url=None) for n in range(3)]
+    made += [photochat(dialogue_id=n, photo_url=f"https://x.example/1?{n}") for n in (3, 4)]
+    write_lines(tmp_path / "train/train_00.json", made)
+    template = "http://mirror.example/get?id={photo_id}"
+    options = {"repeated": "unique", "open_images_url": template}
+    found, _ = instances("photochat", tmp_path, "train", **options)
+    assert [instance.dialog_id for instance in found] == ["0", "1", "2", "3"]
 
 
 PLAIN = {
