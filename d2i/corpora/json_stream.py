@@ -29,7 +29,7 @@ _BOM = b"\xef\xbb\xbf"
 _BROKEN = object()
 
 _Parse = Callable[[bytes], Any]
-_OVERLAP_BYTES = 1024
+_OVERLAP_BYTES, _LOOK_BACK_BYTES = 1024, 64
 _LINE_END = ord("\n")
 _BLANK = re.compile(rb"\s*+")
 _SEPARATORS = re.compile(rb"[\s,\[\]]*+")
@@ -403,12 +403,12 @@ class _Objects:
 
     def _find_start(self) -> bool:
         """Look for another object anywhere after the read position."""
-        view, pattern = self.view, self.start_pattern or _LINE_START
+        view = self.view
         self._count_resync()
         view.pos += 1
         while True:
-            if match := pattern.search(view.data, view.pos):
-                view.pos = match.start(1)
+            if (start := self._next_start(view.pos)) is not None:
+                view.pos = start
                 return True
             view.pos = max(view.pos, len(view.data) - _OVERLAP_BYTES)
             if not view.fill():
@@ -416,12 +416,23 @@ class _Objects:
 
     def _find_start_within(self, length: int) -> bool:
         """Look for another object within one: a lost quotation mark makes one of several."""
-        view, pattern = self.view, self.start_pattern or _LINE_START
-        match = pattern.search(view.data, view.pos + 1, view.pos + length)
-        if match:
+        view = self.view
+        start = self._next_start(view.pos + 1, view.pos + length)
+        if start is not None:
             self._count_resync()
-        view.pos = match.start(1) if match else view.pos + length
+        view.pos = view.pos + length if start is None else start
         return True
+
+    def _next_start(self, begin: int, end: int | None = None) -> int | None:
+        """Return where an object seems to start that is no value of a key and opens no list."""
+        data = self.view.data
+        stop = len(data) if end is None else end
+        for match in (self.start_pattern or _LINE_START).finditer(data, begin, stop):
+            start = match.start(1)
+            before = data[max(0, start - _LOOK_BACK_BYTES) : start].rstrip()
+            if not before.endswith((b":", b"[")):
+                return start
+        return None
 
 
 def _scan(data: bytes, at: int, depth: int) -> tuple[int, int]:

@@ -218,6 +218,18 @@ def test_objects_run_together_in_a_line_are_given_up_to_one_that_does_not_close(
     ]
 
 
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("form", ["array", "indented array", "run together"])
+@pytest.mark.parametrize("inner", [{"id": 7}, [{"id": 7}]], ids=["value", "list"])
+def test_what_lies_within_a_broken_object_is_no_record(form: str, number: int, inner: Any) -> None:
+    records: list[Any] = [{"id": n, "bad": 0, "inner": inner} for n in range(5)]
+    records[number]["bad"] = "NaN"
+    data = FORMS[form](records).replace('"NaN"', "NaN").encode()
+    values, problems = read(data)
+    assert [value["id"] for value in values] == [n for n in range(5) if n != number]
+    assert [problem.reason for problem in problems] == ["invalid_json"]
+
+
 FIRST_BROKEN = {
     "key": lambda text: text.replace('"conversation_id"', '"conversation_\\x"', 1),
     "quotation mark": lambda text: text.replace('"conversation_id"', '"conversation_id', 1),
