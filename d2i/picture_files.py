@@ -6,6 +6,7 @@ Must not import torch.
 from __future__ import annotations
 
 from functools import cache
+from urllib.parse import quote
 
 from d2i import storage
 from d2i.pictures import RefusedPictureError
@@ -32,7 +33,7 @@ def read_picture(root: str, path: str, max_bytes: int) -> bytes:
         if is_tars(root):
             data = _read_member(_index(root), path, max_bytes)
         else:
-            data = storage.read_head(storage.join(root, path), max_bytes + 1)
+            data = storage.read_head(picture_url(root, path), max_bytes + 1)
     except FileNotFoundError as err:
         raise RefusedPictureError("missing_file", "no such file") from err
     except (OSError, ValueError) as err:
@@ -41,6 +42,20 @@ def read_picture(root: str, path: str, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise RefusedPictureError("too_many_bytes", f"over {max_bytes} bytes")
     return data
+
+
+def picture_url(root: str, path: str) -> str:
+    """Return where a picture of a folder is read; a path with a part `..` raises ValueError.
+
+    Of a web address each part is quoted, as `%2e%2e` climbs and `#` ends the address there. In
+    all other folders these are what a file may be called.
+    """
+    parts = path.split("/")
+    if ".." in parts:
+        raise ValueError("got a part '..', expected a path below the folder")
+    if root.rpartition("::")[2].lower().startswith(("http://", "https://")):
+        path = "/".join(quote(part, safe="") for part in parts)
+    return storage.join(root, path)
 
 
 @cache

@@ -28,6 +28,7 @@ from d2i.cli.console import (
 if TYPE_CHECKING:
     from d2i.config import Recipe
     from d2i.preprocess.job import PreprocessRequest, SplitSummary
+    from d2i.preprocess.plan import Plan
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -108,7 +109,7 @@ def preprocess(
         plans = plan_job(request, keep=False)
         lines = [
             f"{name}: {plan.num_instances} instances of {plan.num_images} pictures, "
-            f"{plan.num_shards} shards, excluded: {plan.num_excluded}, "
+            f"{plan.num_shards} shards, {_excluded(plan)}, "
             f"corpus problems: {counted(plan.problems)}"
             for name, plan in plans.items()
         ]
@@ -135,11 +136,18 @@ def _with_progress(request: PreprocessRequest, run: object) -> list[SplitSummary
 def _summary_lines(summary: SplitSummary) -> list[str]:
     line = (
         f"{summary.split}: read {summary.num_instances}, written {summary.num_written} in "
-        f"{summary.num_shards} shards, excluded: {summary.num_excluded}, "
+        f"{summary.num_shards} shards, {_excluded(summary)}, "
         f"failed: {counted(summary.failures)}, "
         f"corpus problems: {counted(summary.problems)}"
     )
     return [line, *(f"  lost to {h.host}: {counted(h.failures)}" for h in summary.hosts)]
+
+
+def _excluded(counts: Plan | SplitSummary) -> str:
+    """Say how many instances `--exclude` left out, and how many of its keys none has."""
+    unmatched = counts.num_unmatched
+    rest = f" ({unmatched} listed keys match none that was read)" if unmatched else ""
+    return f"excluded: {counts.num_excluded}{rest}"
 
 
 def _recipe(name: str, settings: list[str] | None) -> Recipe:

@@ -39,8 +39,9 @@ __all__ = [
 ]
 
 MAX_BROKEN, FEW_BROKEN = 0.1, 100
-"""The share of a split's records that may be broken, and a number that may be in any case. More
-of them, and the files are of another form than the reader takes them for."""
+"""The share of a split's records that may be broken, and a number that may be where no file has
+more broken records than sound ones. More of them, and the files are of another form than the
+reader takes them for."""
 
 MAX_CONTEXT_CHARS = 64 << 20
 """A dialog is passed over if the contexts of its pictures, laid end to end, could be longer."""
@@ -55,7 +56,9 @@ _FEW_PICTURES = MAX_CONTEXT_CHARS // (MAX_RECORD_BYTES + MAX_TURNS * _TURN_CHARS
 
 _log = logging.getLogger(__name__)
 # Reasons that say nothing against the form of a record.
-_SOUND: frozenset[Reason] = frozenset({"bad_image_ref", "empty_context", "no_image"})
+_SOUND: frozenset[Reason] = frozenset(
+    {"bad_image_ref", "empty_context", "empty_file", "no_image", "unknown_field"}
+)
 
 
 class Corpus(Protocol):
@@ -122,7 +125,7 @@ def read_instances(
         split: `train`, `valid` (also `val`, `dev`, `validation`) or `test`.
         on_problem: Gets every problem; without it they are logged as warnings.
         max_broken: Share of the records, 0 to 1, that may be broken; by default `MAX_BROKEN`,
-            or `FEW_BROKEN` records.
+            or `FEW_BROKEN` records, and at most half of those of a file.
         **options: The fields of the corpus's class in `CORPORA`.
 
     Raises:
@@ -238,20 +241,37 @@ def _first_occurrences(corpus: Corpus, instances: Iterator[Instance]) -> Iterato
             yield instance
 
 
+@dataclasses.dataclass
+class _Count:
+    """How many records of a file or a split were sound, and how many broken."""
+
+    sound: int = 0
+    broken: int = 0
+
+    @property
+    def records(self) -> int:
+        """All of them."""
+        return self.sound + self.broken
+
+
 class _Reading:
     """One reading of a split: where it is, what was broken so far, whom to tell."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
         self.where = ""
-        self.num_broken = 0
+        self.in_split = _Count()
+        self.in_file = _Count()
+        self.broken_where = ""
+        self.broken_file = ""
         self.gave_up = ""
         self.example = ""
 
     def problem(self, problem: Problem) -> None:
-        """Pass a problem on, and count it if it stands for a broken record."""
-        if problem.reason not in _SOUND:
-            self.num_broken += problem.num_records
+        """Pass a problem on, and count it if it is the first that stands for a broken record."""
+        if problem.reason not in _SOUND and problem.where != self.broken_where:
+            self.broken_where = problem.where
+            self.in_file.broken += problem.num_records
             self.example = self.example or f"{problem.where}: {problem.reason}"
         if problem.reason == "too_many_broken":
             self.gave_up = f"{problem.where}: {problem.detail}"
@@ -261,21 +281,39 @@ class _Reading:
         """Report something in the record that is being read."""
         self.problem(Problem(reason, self.where, detail))
 
-    def refuse_if_broken(self, split: str, num_read: int, max_broken: float | None) -> None:
+    def count_read(self) -> None:
+        """Count the record that is being read, if nothing said that it is broken."""
+        self.in_file.sound += self.where != self.broken_where
+
+    def end_file(self, path: str) -> None:
+        """Add a file's records to those of the split."""
+        count = self.in_file
+        if count.broken > count.sound and not self.broken_file:
+            self.broken_file = f"{count.broken} broken of {count.records} records of {path}"
+        self.in_split.sound += count.sound
+        self.in_split.broken += count.broken
+        self.in_file = _Count()
+
+    def refuse_if_broken(self, split: str, max_broken: float | None) -> None:
         """End with an error if more records were broken than may be."""
+        count = self.in_split
         if self.gave_up and max_broken != 1:
             raise DataError(
-                f"{split}: got {num_read} records, and a rest that could not be read "
+                f"{split}: got {count.sound} records, and a rest that could not be read "
                 f"({self.gave_up}), expected to read the whole; mend the file, or go on without "
                 "the rest with --set corpus.max_broken=1"
             )
-        num_records = num_read + self.num_broken
         share = MAX_BROKEN if max_broken is None else max_broken
-        if self.num_broken > max(share * num_records, FEW_BROKEN if max_broken is None else 0):
+        few = FEW_BROKEN if max_broken is None else 0
+        found, allowed = "", f"{share:g}"
+        if count.broken > max(share * count.records, few):
+            found = f"{count.broken} broken of {count.records} records"
+        elif self.broken_file and max_broken is None:
+            found, allowed = self.broken_file, "a half of a file's"
+        if found:
             raise DataError(
-                f"{split}: got {self.num_broken} broken of {num_records} records "
-                f"({self.example}), expected a share of at most {share:g}; check --corpus and "
-                "--source, or allow more with --set corpus.max_broken=1"
+                f"{split}: got {found} ({self.example}), expected a share of at most {allowed}; "
+                "check --corpus and --source, or allow more with --set corpus.max_broken=1"
             )
 
 
@@ -307,8 +345,10 @@ def _dialogs(
                 flaw("too_large", f"{len(dialog.pictures)} pictures repeat too long a context")
             else:
                 seen.add(number)
+                reading.count_read()
                 yield dialog
-    reading.refuse_if_broken(split, len(seen), max_broken)
+        reading.end_file(path)
+    reading.refuse_if_broken(split, max_broken)
 
 
 def _is_too_large(dialog: Dialog) -> bool:

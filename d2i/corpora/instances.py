@@ -144,12 +144,17 @@ def _spoken_span(turns: tuple[Turn, ...]) -> tuple[int, int]:
 
 
 def _drop_emoji(text: str) -> str:
-    return " ".join(_EMOJI.sub(" ", text).split()) if ":" in text else text
+    """Leave out what names an emoji; other words between colons, as in `std::vector::x`, stay."""
+    if ":" not in text:
+        return text
+    return " ".join(_EMOJI.sub(lambda m: m[0] if _drawn(m[0]) == m[0] else " ", text).split())
 
 
 def _draw_emoji(text: str) -> str:
-    if ":" not in text:
-        return text
+    return _drawn(text) if ":" in text else text
+
+
+def _drawn(text: str) -> str:
     import emoji  # Only whoever asks for it waits for its tables.
 
     return emoji.emojize(text)

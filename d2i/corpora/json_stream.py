@@ -5,9 +5,8 @@ bounded by one object and one read, time by the file's size. What is broken is r
 place and passed over; the objects around it are still given. Must not import torch.
 """
 
-import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import IO, Any
 
 import msgspec
@@ -19,7 +18,6 @@ MAX_RECORD_BYTES = 4 << 20
 """An object larger than this is passed over. MMDialog's largest take about 125 kB."""
 MAX_RESYNCS = 1000
 """How often the thread may be lost in one file that is not made of lines."""
-_MAX_LINE_RESYNCS = 4
 _NUM_RESCANNED = 64
 """How many of the largest records may be read in vain: seconds of work."""
 _MAX_DEPTH = 1024
@@ -31,7 +29,7 @@ _BOM = b"\xef\xbb\xbf"
 _BROKEN = object()
 
 _Parse = Callable[[bytes], Any]
-_OVERLAP_BYTES = 1024
+_OVERLAP_BYTES, _LOOK_BACK_BYTES = 1024, 64
 _LINE_END = ord("\n")
 _BLANK = re.compile(rb"\s*+")
 _SEPARATORS = re.compile(rb"[\s,\[\]]*+")
@@ -76,7 +74,7 @@ def read_objects(
     elif _holds_lines(view, parse):
         yield from _lines(view, path, report, parse)
     else:
-        yield from _Objects(view, path, report, parse)
+        yield from _Objects(view, path, report, parse, _keys(kind))
 
 
 class _View:
@@ -167,12 +165,16 @@ class _View:
 
 
 def _holds_lines(view: _View, parse: _Parse) -> bool:
-    """Tell lines from objects one after another: by the first line, or the start of the second."""
+    """Tell lines from objects one after another: by the first line, or the start of the second.
+
+    A line over the largest record is one, unless it begins with an object that is not.
+    """
     if view.peek() == b"[":
         return False
     length = view.line_length()
     if length > view.max_record_bytes:
-        return False
+        end, depth = _scan(view.data, view.pos, 0)
+        return depth != 0 or end - view.pos > view.max_record_bytes
     while view.num_ahead() <= length and view.fill():
         pass
     return view.peek(length + 1)[length:] == b"{" or parse(view.peek(length)) is not _BROKEN
@@ -203,9 +205,34 @@ def _lines(view: _View, path: str, report: Report, parse: _Parse) -> Iterator[tu
             elif line.strip():
                 # Without its line end the last line is cut off, be it within a string.
                 is_cut = number == last and not view.has_ended_line()
-                whole = io.BytesIO(line if is_cut else line + b"\n")
-                inner = _View(whole, len(line) + 1, view.max_record_bytes)
-                yield from _Objects(inner, path, report, parse, where, _MAX_LINE_RESYNCS)
+                whole = line if is_cut else line + b"\n"
+                yield from _objects_of_line(whole, where, report, parse)
+
+
+def _objects_of_line(
+    line: bytes, where: str, report: Report, parse: _Parse
+) -> Iterator[tuple[str, Any]]:
+    """Give the objects of a line that is none by itself, up to one that does not close.
+
+    What lies within an object is never taken for a record.
+    """
+    at, depth = _after_separators(line, 0), 0
+    while at < len(line) and depth == 0:
+        end, depth = _scan(line, at, 0) if line.startswith(b"{", at) else (at, -1)
+        value = parse(line[at:end]) if depth == 0 else _BROKEN
+        if value is _BROKEN:
+            reason: Reason = "truncated" if depth > 0 else _diagnose(line[at:])
+            report(Problem(reason, where, "the object cannot be read"))
+        else:
+            yield where, value
+        at = _after_separators(line, end)
+    if depth == 0 and line.lstrip().startswith(b"[") and not line.rstrip().endswith(b"]"):
+        report(Problem("truncated", where, "the array is not closed"))
+
+
+def _after_separators(line: bytes, at: int) -> int:
+    match = _SEPARATORS.match(line, at)
+    return match.end() if match else at
 
 
 class _Objects:
@@ -223,19 +250,19 @@ class _Objects:
         path: str,
         report: Report,
         parse: _Parse,
-        where: str | None = None,
-        max_resyncs: int = MAX_RESYNCS,
+        keys: Collection[bytes] | None,
     ) -> None:
         self.view = view
         self.path = path
         self.report = report
         self.parse = parse
-        self.fixed_where = where
-        self.resyncs_left = max_resyncs
+        self.keys = keys
+        self.resyncs_left = MAX_RESYNCS
         self.last_length = 0
         self.num_given = 0
         self.given_bytes = 0
         self.start_alike = True
+        self.start_is_sure = False
         self.scanned_bytes = 0
         self.rescanned_bytes = 0
         self.start_pattern: re.Pattern[bytes] | None = None
@@ -247,7 +274,7 @@ class _Objects:
         while view.num_ahead():
             where = self._where()
             value, measured = self._read_next()
-            self._learn_start()
+            self._learn_start(is_whole=value is not _BROKEN)
             if value is not _BROKEN and isinstance(measured, int):
                 view.pos += measured
                 self.last_length = measured
@@ -261,7 +288,7 @@ class _Objects:
             self.report(Problem("truncated", self._where(), "the array is not closed"))
 
     def _where(self) -> str:
-        return self.fixed_where or f"{self.path} byte {self.view.offset + self.view.pos}"
+        return f"{self.path} byte {self.view.offset + self.view.pos}"
 
     def _skip_separators(self) -> bool:
         """Go to the next object, and say whether a bracket was closed on the way."""
@@ -315,13 +342,19 @@ class _Objects:
             if not view.fill():
                 return "truncated"
 
-    def _learn_start(self) -> None:
-        """Learn how the first object starts, and whether this one does so as well."""
+    def _learn_start(self, *, is_whole: bool) -> None:
+        """Learn how the first object starts, and whether this one does so as well.
+
+        Of a broken one it is learned if it is a key of a record, until there is a whole one.
+        """
         view = self.view
-        if self.start_pattern is not None:
+        if self.start_pattern is not None and (self.start_is_sure or not is_whole):
             self.start_alike &= self.start_pattern.match(view.data, view.pos) is not None
-        elif match := _FIRST_KEY.match(view.data, view.pos):
+            return
+        match = _FIRST_KEY.match(view.data, view.pos)
+        if match and (is_whole or self.keys is None or match[1] in self.keys):
             self.start_pattern = re.compile(rb"(\{)\s*+%b\s*+:" % re.escape(match[1]))
+            self.start_is_sure = is_whole
 
     def _pass_over(self, measured: int | Reason, where: str) -> bool:
         """Report the broken object at the read position and go on; False where nothing follows."""
@@ -340,21 +373,20 @@ class _Objects:
             self._give_up(self._where(), "too many broken places before it: all bytes from here")
             return False
         # More than one object that the file's end cut off.
-        if not found and num_passed > max(4 * self.last_length, CHUNK_BYTES):
+        most = max(4 * self.last_length, CHUNK_BYTES) if self.num_given else 0
+        if not found and num_passed > most:
             self._give_up(where, f"with no start like the first one's the last {num_passed} bytes")
         return found
 
     def _give_up(self, where: str, what: str) -> None:
-        """Report that a file's rest is passed over; that of a line was one record, and is told."""
-        if self.fixed_where is None:
-            self.report(Problem("too_many_broken", where, f"{what} are passed over"))
+        self.report(Problem("too_many_broken", where, f"{what} are passed over"))
 
     def _num_records(self, num_passed: int) -> int:
         """Say how many records may be lost with so many bytes.
 
-        One, where all start alike, or are lines.
+        One, where all start alike.
         """
-        if self.fixed_where is not None or (self.start_alike and self.num_given > 1):
+        if self.start_alike and self.num_given > 1:
             return 1
         length = self.given_bytes // self.num_given if self.num_given else _UNKNOWN_LENGTH
         return max(1, num_passed // max(length, 1))
@@ -371,12 +403,12 @@ class _Objects:
 
     def _find_start(self) -> bool:
         """Look for another object anywhere after the read position."""
-        view, pattern = self.view, self.start_pattern or _LINE_START
+        view = self.view
         self._count_resync()
         view.pos += 1
         while True:
-            if match := pattern.search(view.data, view.pos):
-                view.pos = match.start(1)
+            if (start := self._next_start(view.pos)) is not None:
+                view.pos = start
                 return True
             view.pos = max(view.pos, len(view.data) - _OVERLAP_BYTES)
             if not view.fill():
@@ -384,12 +416,23 @@ class _Objects:
 
     def _find_start_within(self, length: int) -> bool:
         """Look for another object within one: a lost quotation mark makes one of several."""
-        view, pattern = self.view, self.start_pattern or _LINE_START
-        match = pattern.search(view.data, view.pos + 1, view.pos + length)
-        if match:
+        view = self.view
+        start = self._next_start(view.pos + 1, view.pos + length)
+        if start is not None:
             self._count_resync()
-        view.pos = match.start(1) if match else view.pos + length
+        view.pos = view.pos + length if start is None else start
         return True
+
+    def _next_start(self, begin: int, end: int | None = None) -> int | None:
+        """Return where an object seems to start that is no value of a key and opens no list."""
+        data = self.view.data
+        stop = len(data) if end is None else end
+        for match in (self.start_pattern or _LINE_START).finditer(data, begin, stop):
+            start = match.start(1)
+            before = data[max(0, start - _LOOK_BACK_BYTES) : start].rstrip()
+            if not before.endswith((b":", b"[")):
+                return start
+        return None
 
 
 def _scan(data: bytes, at: int, depth: int) -> tuple[int, int]:
@@ -428,6 +471,12 @@ def _parser(kind: Any) -> _Parse:
             return _BROKEN
 
     return parse
+
+
+def _keys(kind: Any) -> Collection[bytes] | None:
+    """Return the keys of a declared kind as they are written, or None where all are taken."""
+    names = getattr(kind, "__struct_encode_fields__", None)
+    return None if names is None else [f'"{name}"'.encode() for name in names]
 
 
 def _is_json(text: bytes) -> bool:

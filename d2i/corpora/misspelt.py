@@ -8,17 +8,14 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from msgspec import Struct
-
 _LEAST_LIKENESS = 0.8
 """`image` is like `images`, and `speaker_id` like `speaker` (ours)."""
 
 
-def misspelt(fields: Mapping[str, Any], kind: type[Struct]) -> str | None:
-    """Describe the first field of an object that is nearly one of a kind's that it lacks."""
-    names = kind.__struct_fields__
-    for name in fields:
-        near = None if name in names else _nearest(name, names)
+def misspelt(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """Describe the first field of an object that is nearly one of the names that it lacks."""
+    for name, value in fields.items():
+        near = None if value is None or name in names else _nearest(name, names)
         if near is not None and fields.get(near) is None:
             return f"got {name!r}, expected {near!r}"
     return None

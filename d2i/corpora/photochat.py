@@ -75,8 +75,14 @@ class PhotoChat(InstanceOptions):
         return [f"{folder}/{name}" for name in names if name.endswith(".json")]
 
     def image_id(self, ref: ImageRef) -> str:
-        """Name the photo itself: its Flickr path, as releases and hosts differ in the rest."""
-        return urlsplit(ref.value[-1]).path
+        """Name the photo itself: its Flickr path, as releases and hosts differ in the rest.
+
+        Without one, path and query of the address it is asked for at: its id may be in either.
+        """
+        address = ref.value[-1]
+        parts = urlsplit(address)
+        is_made = address.startswith(self.open_images_url.partition("{photo_id}")[0])
+        return f"{parts.path}?{parts.query}" if is_made and parts.query else parts.path
 
     def parser(self, source: str, split: str) -> Callable[[PhotoChatRecord, Flaw], Dialog]:
         """Return what parses one record; source and split do not matter here."""

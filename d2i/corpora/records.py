@@ -37,7 +37,8 @@ _T = TypeVar("_T")
 Turns = Annotated[list[_T], Meta(max_length=MAX_TURNS)]
 Text = Annotated[str, Meta(max_length=1 << 16)]
 """What is said in a turn. Longer texts are no talk, and combining marks cost their square."""
-DialogId = int | Annotated[str, Meta(max_length=1024)]
+Name = Annotated[str, Meta(max_length=1024)]
+DialogId = int | Name
 Speaker = Annotated[int, Meta(ge=0, le=127)]
 
 _WEB_URL = re.compile(r"https?://[^\s\x00-\x1f]+", re.IGNORECASE)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 import msgspec
 
 from d2i import storage
+from d2i.corpora import SPLITS
 from d2i.errors import ConfigError
+
+_KEY = re.compile(rf"({'|'.join(SPLITS)})-[A-Za-z0-9_-]+-[0-9]+-[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,10 @@ class Exclusion:
 
     keys: frozenset[str]
     sha256: str | None
+
+    def num_of(self, split: str) -> int:
+        """Count the keys of one split."""
+        return sum(key.startswith(f"{split}-") for key in self.keys)
 
 
 NOTHING = Exclusion(frozenset(), None)
@@ -46,8 +54,14 @@ def read_exclusion(url: str) -> Exclusion:
 
 def _key(line: bytes, where: str) -> str:
     try:
-        return msgspec.json.decode(line, type=_Line).key if line[:1] == b"{" else line.decode()
+        key = msgspec.json.decode(line, type=_Line).key if line[:1] == b"{" else line.decode()
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{where}: {error}; expected an instance key, or a JSON object with a key"
         ) from None
+    if _KEY.fullmatch(key) is None:
+        raise ConfigError(
+            f"{where}: got {key[:40]!r}, expected an instance key such as train-7-2-0 and nothing "
+            "else, or a JSON object with a key"
+        )
+    return key

@@ -66,6 +66,7 @@ class SplitSummary:
     num_images: int
     num_written: int
     num_excluded: int
+    num_unmatched: int
     failures: dict[str, int]
     problems: dict[str, int]
     num_shards: int
@@ -293,6 +294,7 @@ def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
         num_images=plan.num_images,
         num_written=manifest.num_samples,
         num_excluded=plan.num_excluded,
+        num_unmatched=plan.num_unmatched,
         failures=dict(manifest.failures),
         problems=plan.problems,
         num_shards=plan.num_shards,

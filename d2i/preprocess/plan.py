@@ -34,9 +34,9 @@ from d2i.settle import differences
 from d2i.shards import read_commits
 
 _FORMAT = 2
-_BATCH = 500
-"""Few enough to be still in the processor's cache when they are laid out in columns, and to take
-bounded memory: each is from a record of at most 4 MB."""
+_BATCH, _BATCH_CHARS = 500, 16 << 20
+"""Few enough to be still in the processor's cache when they are laid out in columns, and where
+their contexts are long, to take little memory."""
 _NUM_WRITERS = 4
 
 
@@ -58,6 +58,7 @@ class Plan:
     """The plan of one split, as kept in `plan/plan.json`.
 
     `most_occurrences` are the instances of the picture that has most: all are in one shard.
+    `num_unmatched` are the keys of this split in the list of `--exclude` that no instance read has.
     """
 
     decided_by: dict[str, Any]
@@ -67,6 +68,7 @@ class Plan:
     num_excluded: int
     problems: dict[str, int]
     most_occurrences: int = 0
+    num_unmatched: int = 0
     format: int = _FORMAT
 
 
@@ -138,6 +140,7 @@ class _Planner:
             num_excluded=self.num_excluded,
             problems=dict(sorted(self.problems.items())),
             most_occurrences=grouped.most_occurrences,
+            num_unmatched=self.request.exclusion.num_of(self.request.split) - self.num_excluded,
         )
         if self.split_url is not None:
             self._finish(plan, self.split_url)
@@ -186,13 +189,27 @@ class _Planner:
         choice = Choice(request.limit, rule, request.seed)
         if rule == "first":
             instances = itertools.islice(instances, request.limit)
-        while batch := list(itertools.islice(instances, _BATCH)):
+        for batch in _batches(instances):
             ranks = choice.rank(batch)
             wanted = np.flatnonzero(ranks <= np.uint64(choice.max_rank))
             if len(wanted) < len(batch):
                 batch, ranks = [batch[i] for i in wanted], ranks[wanted]
             grouped.add(batch, ranks)
         return choice.last_rank()
+
+
+def _batches(instances: Iterator[Instance]) -> Iterator[list[Instance]]:
+    """Give `_BATCH` instances at a time, or fewer that reach `_BATCH_CHARS`."""
+    batch: list[Instance] = []
+    num_chars = 0
+    for instance in instances:
+        batch.append(instance)
+        num_chars += sum([len(turn.text) for turn in instance.context])
+        if len(batch) >= _BATCH or num_chars >= _BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
 
 
 def _read_plan(split_url: str) -> Plan | None:

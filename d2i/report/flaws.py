@@ -20,7 +20,7 @@ _PROBLEMS = {
     "too_large": "a record that is larger than any dialog should be",
     "too_many_broken": "the rest of a file, given up because so much of it was broken",
     "truncated": "a file that ends in the middle of a record",
-    "unknown_field": "a part whose name is nearly that of one that is left out",
+    "unknown_field": "a part that is unknown, or named nearly like one that is left out",
     "wrong_type": "a part that is of another kind than expected, such as a number for a text",
 }
 _FAILURES = {

@@ -190,6 +190,84 @@ def test_a_long_line_that_is_broken_costs_itself_alone() -> None:
         assert "too_many_broken" not in {problem.reason for problem in problems}
 
 
+def test_what_lies_within_a_broken_line_is_no_record(tmp_path: Path) -> None:
+    """Neither an earlier version of the conversation, nor the calls of a tool."""
+    old = {"id": 0, "turns": [{"text": "old", "images": ["old.jpg"]}]}
+    broken = json.dumps({"id": 1, "bad": "NaN", "parent": old} | {"turns": PLAIN["turns"]})
+    calls = json.dumps({"id": 2, "calls": [{"id": n} for n in range(5)], "bad": "NaN"})
+    lines = [broken, calls, calls[:-1], calls.replace('"calls"', '"calls')]
+    lines = [json.dumps(CHAT), *lines, *(json.dumps(PLAIN | {"id": n}) for n in range(9, 14))]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(lines).replace('"NaN"', "NaN"))
+    found, problems = instances("jsonl", tmp_path, "train")
+    assert {i.dialog_id for i in found} == {"2", *map(str, range(9, 14))}
+    assert [(p.where, p.num_records) for p in problems] == [
+        (f"train.jsonl line {number}", 1) for number in range(2, 6)
+    ]
+
+
+def test_objects_run_together_in_a_line_are_given_up_to_one_that_does_not_close() -> None:
+    whole = '{"id": 1}, {"id": NaN} {"id": 2}'
+    lines = ['{"id": 0}', whole, '[{"id": 3}, {"id": 4', '[{"id": 5}', '{"id": 6}']
+    values, problems = read("\n".join(lines).encode())
+    assert [value["id"] for value in values] == [0, 1, 2, 3, 5, 6]
+    assert [(p.reason, p.where) for p in problems] == [
+        ("invalid_json", "f line 2"),
+        ("truncated", "f line 3"),
+        ("truncated", "f line 4"),
+    ]
+
+
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("form", ["array", "indented array", "run together"])
+@pytest.mark.parametrize("inner", [{"id": 7}, [{"id": 7}]], ids=["value", "list"])
+def test_what_lies_within_a_broken_object_is_no_record(form: str, number: int, inner: Any) -> None:
+    records: list[Any] = [{"id": n, "bad": 0, "inner": inner} for n in range(5)]
+    records[number]["bad"] = "NaN"
+    data = FORMS[form](records).replace('"NaN"', "NaN").encode()
+    values, problems = read(data)
+    assert [value["id"] for value in values] == [n for n in range(5) if n != number]
+    assert [problem.reason for problem in problems] == ["invalid_json"]
+
+
+FIRST_BROKEN = {
+    "key": lambda text: text.replace('"conversation_id"', '"conversation_\\x"', 1),
+    "quotation mark": lambda text: text.replace('"conversation_id"', '"conversation_id', 1),
+    "bracket": lambda text: text[:-1],
+    "value": lambda text: text.replace(": 0,", ": NaN,", 1),
+}
+
+
+@pytest.mark.parametrize("damage", sorted(FIRST_BROKEN))
+@pytest.mark.parametrize("joiner", [",", ",\n"])
+def test_a_damaged_first_record_never_loses_a_small_file_untold(
+    tmp_path: Path, damage: str, joiner: str
+) -> None:
+    texts = [json.dumps(mmdialog([text("a"), media("1")], number=n)) for n in range(12)]
+    texts[0] = FIRST_BROKEN[damage](texts[0])
+    path = tmp_path / "train" / "conversations.json"
+    path.parent.mkdir()
+    path.write_text(f"[{joiner.join(texts)}]")
+    found, problems = instances("mmdialog", tmp_path, "train")
+    assert problems
+    if len(found) < 11:
+        assert found == []
+        with pytest.raises(DataError):
+            list(read_instances("mmdialog", tmp_path, "train", on_problem=unheard))
+    # Lost for good only where nothing says where the second begins.
+    assert len(found) == 11 or (joiner == "," and damage in ("key", "quotation mark"))
+
+
+@pytest.mark.parametrize("at", [0, 3, 5])
+def test_a_line_over_the_limit_costs_itself_alone_wherever_it_is(at: int) -> None:
+    records = [{"id": n, "body": "x" * (5000 if n == at else 9)} for n in range(6)]
+    data = FORMS["lines"](records).encode()
+    for chunk_bytes in (64, 1 << 20):
+        values, problems = read(data, chunk_bytes=chunk_bytes, max_record_bytes=3000)
+        assert [value["id"] for value in values] == [n for n in range(6) if n != at]
+        assert [(p.reason, p.num_records) for p in problems] == [("too_large", 1)]
+
+
 def test_a_line_without_end_counts_for_what_it_may_hold() -> None:
     data = b'{"id": 0}\n' + b"[" + b'{"id": 1},' * 1000 + b'{"id": 1}]\n{"id": 2}\n'
     values, problems = read(data, chunk_bytes=64, max_record_bytes=1000)
@@ -426,10 +504,11 @@ def test_mmdialog_pictures_of_one_turn(tmp_path: Path) -> None:
 
 
 def test_emoji_are_dropped_and_other_colons_stay(tmp_path: Path) -> None:
-    line = "at 10:30:45 :1st_place_medal::flag_Côte_d\u2019Ivoire: http://x:80/a note: yes"
+    stay = "at 10:30:45 http://x:80/a note: yes std::vector::iterator https://x.com/p:q:r :no_name:"
+    line = f":1st_place_medal::Côte_d\u2019Ivoire: {stay}:red_heart:"
     write_lines(tmp_path / "train/conversations.json", mmdialog([text(line), media("1")]))
     (found,), _ = instances("mmdialog", tmp_path, "train", emoji="drop")
-    assert linearize(found.context, "space") == "at 10:30:45 http://x:80/a note: yes"
+    assert linearize(found.context, "space") == stay
 
 
 @pytest.mark.parametrize("key", ["../1", "/etc/passwd", "a/b", "", ".", "a\\b", "1\x00", "1.jpg"])
@@ -524,6 +603,16 @@ def test_photochat_asks_where_it_is_told(tmp_path: Path) -> None:
         read_instances("photochat", tmp_path, "train", open_images_url="http://mirror.example")
 
 
+def test_photos_asked_for_by_query_are_different_ones(tmp_path: Path) -> None:
+    made = [photochat(dialogue_id=n, photo_id=f"train/0{n}", photo_url=None) for n in range(3)]
+    made += [photochat(dialogue_id=n, photo_url=f"https://x.example/1?{n}") for n in (3, 4)]
+    write_lines(tmp_path / "train/train_00.json", made)
+    template = "http://mirror.example/get?id={photo_id}"
+    options = {"repeated": "unique", "open_images_url": template}
+    found, _ = instances("photochat", tmp_path, "train", **options)
+    assert [instance.dialog_id for instance in found] == ["0", "1", "2", "3"]
+
+
 PLAIN = {
     "id": "a b",
     "turns": [
@@ -568,6 +657,8 @@ def test_own_chats_in_both_forms(tmp_path: Path) -> None:
     ]
 
 
+PICTURE = {"type": "image", "image": "1.jpg"}
+
 MISSPELT = [
     ({"turns": [{"text": "a", "image": ["1.jpg"]}]}, "turn 0: got 'image', expected 'images'"),
     ({"turns": [{"text": "a", "Images": ["1.jpg"]}]}, "turn 0: got 'Images', expected 'images'"),
@@ -576,7 +667,6 @@ MISSPELT = [
         "turn 1: got 'txt', expected 'text'",
     ),
     ({"turns": [{"text": "a", "speaker_id": 1}]}, "turn 0: got 'speaker_id', expected 'speaker'"),
-    ({"turns": [], "message": []}, "got 'message', expected 'messages'"),
     (
         {
             "messages": [
@@ -600,6 +690,123 @@ def test_a_misspelt_field_of_own_chats_is_a_problem(
     found, problems = instances("jsonl", tmp_path, "train")
     assert {"a b"} <= {instance.dialog_id for instance in found}
     assert [(problem.reason, problem.detail) for problem in problems] == [("unknown_field", detail)]
+
+
+EXTRA = [
+    {"n_turns": 2},
+    {"num_messages": 2},
+    {"message": "a"},
+    {"turn": 1},
+    {"n_images": 1},
+    {"image_ids": [1]},
+    {"speaker_id": 1},
+    {"image": None},
+]
+
+
+@pytest.mark.parametrize("extra", EXTRA, ids=lambda extra: next(iter(extra)))
+def test_a_name_nearly_like_a_field_breaks_no_record_that_is_sound(
+    tmp_path: Path, extra: dict[str, Any]
+) -> None:
+    made = [CHAT | {"id": n} | extra for n in range(150)]
+    turns = [{"text": "a"} | extra, {"text": "b", "images": ["1.jpg"]}]
+    made += [{"id": n, "turns": turns} for n in range(150, 300)]
+    write_lines(tmp_path / "train.jsonl", *made)
+    problems: list[Problem] = []
+    found = list(read_instances("jsonl", tmp_path, "train", on_problem=problems.append))
+    assert len(found) == 300
+    assert set(reasons(problems)) <= {"unknown_field"}
+    # Of what the records themselves are called, and of what holds nothing, nothing is said.
+    assert all("turn 0: " in problem.detail for problem in problems)
+    assert problems or not {"n_images", "image_ids", "speaker_id"} & set(extra)
+
+
+def test_a_record_of_neither_form_says_what_is_nearly_one(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", {"id": 1, "message": CHAT["messages"]}, PLAIN)
+    _, problems = instances("jsonl", tmp_path, "train")
+    (problem,) = problems
+    assert problem.reason == "missing_field"
+    assert problem.detail.endswith("got 'message', expected 'messages'")
+
+
+ROLES = {"Assistant": 1, "USER": 0, "bot": 1, "model": 1, "human": 0, "gpt": 1}
+
+
+@pytest.mark.parametrize("role", sorted(ROLES))
+def test_other_names_of_the_two_roles_lose_no_word(tmp_path: Path, role: str) -> None:
+    messages = [{"role": role, "content": "a"}, {"role": "user", "content": [PICTURE]}]
+    write_lines(tmp_path / "train.jsonl", {"id": 1, "messages": messages})
+    (found,), problems = instances("jsonl", tmp_path, "train")
+    assert found.context[0] == Turn(ROLES[role], "a")
+    assert problems == []
+
+
+def test_words_of_an_unknown_role_are_told_to_be_lost(tmp_path: Path) -> None:
+    other = [{"role": "critic", "content": "a"}, {"role": "critic", "content": ""}]
+    messages = [*other, {"role": "user", "content": [{"type": "text", "text": "b"}, PICTURE]}]
+    write_lines(tmp_path / "train.jsonl", {"id": 1, "messages": messages})
+    (found,), problems = instances("jsonl", tmp_path, "train")
+    assert linearize(found.context) == "# b"
+    assert [(p.reason, p.detail.partition(",")[0]) for p in problems] == [
+        ("wrong_type", "turn 0: got role 'critic'")
+    ]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "input_audio", "input_audio": {"data": "AA"}},
+        {"type": "refusal", "refusal": "no"},
+        {"type": "thing", "text": {"x": 1}},
+        {"type": "image"},
+        {"text": "no type"},
+    ],
+)
+def test_an_unknown_part_costs_itself_alone(tmp_path: Path, part: dict[str, Any]) -> None:
+    parts = [{"type": "text", "text": "a"}, part, PICTURE]
+    write_lines(
+        tmp_path / "train.jsonl", {"id": 1, "messages": [{"role": "user", "content": parts}]}
+    )
+    (found,), problems = instances("jsonl", tmp_path, "train")
+    assert (linearize(found.context), found.image_ref.value) == ("# a", ("1.jpg",))
+    assert len(problems) == 1
+
+
+@pytest.mark.parametrize("content", [{"ok": True}, "x" * 100_000, [1, {"text": {}}]])
+def test_what_a_silent_role_holds_is_not_looked_at(tmp_path: Path, content: Any) -> None:
+    messages = [{"role": "tool", "content": content}, *CHAT["messages"][1:]]
+    write_lines(tmp_path / "train.jsonl", CHAT | {"messages": messages})
+    found, problems = instances("jsonl", tmp_path, "train")
+    assert (len(found), problems) == (1, [])
+
+
+def test_conversations_without_an_id_are_named_by_what_they_say(tmp_path: Path) -> None:
+    pairs = [
+        [{"role": "user", "content": f"draw {n}"}, {"role": "assistant", "content": [PICTURE]}]
+        for n in (1, 2, 1)
+    ]
+    records = [{"messages": messages} for messages in pairs]
+    write_lines(tmp_path / "a/train.jsonl", *records)
+    write_lines(tmp_path / "b/train.jsonl", *(dict(r, meta=1) for r in reversed(records)))
+    one, problems = instances("jsonl", tmp_path / "a", "train")
+    other, _ = instances("jsonl", tmp_path / "b", "train")
+    assert len(one) == 2
+    assert set(one) == set(other)
+    assert reasons(problems) == Counter({"duplicate_dialog_id": 1})
+
+
+def test_speakers_may_have_names(tmp_path: Path) -> None:
+    turns = [{"speaker": name, "text": name} for name in ("Al", "Bo", "Al", "Cy")]
+    last = {"speaker": "Bo", "images": ["1.jpg"]}
+    write_lines(
+        tmp_path / "train.jsonl",
+        {"id": 1, "turns": [*turns, last]},
+        {"id": 2, "turns": [turns[0], last | {"speaker": 1}]},
+        {"id": 3, "turns": [{"speaker": str(n), "text": "a"} for n in range(129)]},
+    )
+    (found,), problems = instances("jsonl", tmp_path, "train")
+    assert [turn.speaker for turn in found.context] == [0, 1, 0, 2, 1]
+    assert [problem.reason for problem in problems] == ["wrong_type", "too_large"]
 
 
 def test_other_fields_of_own_chats_are_passed_over(tmp_path: Path) -> None:
@@ -744,6 +951,32 @@ def test_too_many_broken_records_end_the_reading_after_the_last(tmp_path: Path) 
         list(read_instances("jsonl", tmp_path, "train", on_problem=unheard, max_broken=0))
 
 
+@pytest.mark.parametrize(("num_broken", "num_sound"), [(1, 0), (2, 1), (100, 99)])
+def test_a_file_with_more_broken_records_than_sound_ones_is_an_error(
+    tmp_path: Path, num_broken: int, num_sound: int
+) -> None:
+    broken = [{"id": n} for n in range(num_broken)]
+    sound = [PLAIN | {"id": n} for n in range(num_sound)]
+    write_lines(tmp_path / "train.jsonl", *broken, *sound)
+    with pytest.raises(DataError, match=f"got {num_broken} broken of .* of train.jsonl"):
+        list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
+    write_lines(tmp_path / "train.jsonl", *broken, *sound, *(PLAIN | {"id": n} for n in "ab"))
+    if num_sound:
+        list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
+    assert len(instances("jsonl", tmp_path, "train")[0]) == (num_sound + 2) * 3
+
+
+def test_a_record_with_two_flaws_is_broken_once(tmp_path: Path) -> None:
+    critics = [{"role": "critic", "content": "a"}] * 3
+    flawed = [{"id": n, "messages": critics} for n in range(50)]
+    write_lines(tmp_path / "train.jsonl", *flawed, *(PLAIN | {"id": n} for n in range(50, 100)))
+    _, problems = instances("jsonl", tmp_path, "train")
+    assert len(problems) == 150
+    instances("jsonl", tmp_path, "train", max_broken=0.5)
+    with pytest.raises(DataError, match="50 broken of 100 records"):
+        instances("jsonl", tmp_path, "train", max_broken=0.49)
+
+
 @pytest.mark.parametrize(
     "image",
     [
@@ -838,5 +1071,5 @@ def test_a_source_without_the_split_is_refused_at_once(tmp_path: Path) -> None:
 def test_unheard_problems_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_lines(tmp_path / "train.jsonl", {"id": 1})
     with caplog.at_level(logging.WARNING):
-        assert list(read_instances("jsonl", tmp_path, "train")) == []
+        assert list(read_instances("jsonl", tmp_path, "train", max_broken=1.0)) == []
     assert "train.jsonl line 1: turns: missing, and so is messages" in caplog.text

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from yarl import URL
 
 from d2i.corpora import Problem, build_corpus, read_instances
 from d2i.dialog import Instance, linearize
+from d2i.picture_files import picture_url
 
 NUM_SEEDS, NUM_SOAK_SEEDS = 150, 40_000
 MAX_PEAK_BYTES = 24 << 20
@@ -30,6 +32,9 @@ HOSTILE = [
     "~/x",
     "..",
     "a/../../b",
+    "%2e%2e/secret/x.jpg",
+    "photos/..%2f..%2fsecret/x.jpg",
+    "photos/1.jpg#x",
     "file:///etc/passwd",
     "http://127.0.0.1/",
     "C:\\x",
@@ -165,6 +170,9 @@ def check(folder: Path, corpus: str, seed: int) -> int:
             assert not place.startswith("-")
             inside = os.path.normpath(f"{root}/{place}")
             assert inside.startswith(root + os.sep)
+            # As the client of a web address sees it.
+            assert URL(picture_url("http://x/pub", place)).raw_path.startswith("/pub/")
+            assert not URL(picture_url("http://x/pub", place)).fragment
     assert found or problems
     assert all(problem.where.startswith(tuple(FILES[corpus])) for problem in problems)
     return len(found)

@@ -20,6 +20,7 @@ from d2i.picture_files import read_picture
 from d2i.pictures import RefusedPictureError
 from d2i.preprocess.plan import PlanRequest, make_plan
 from d2i.recipes import load_recipe
+from tests.servers import WebServer, running
 
 
 def read(
@@ -94,7 +95,7 @@ def test_a_dialog_of_many_pictures_is_surveyed_in_no_time(tmp_path: Path) -> Non
 
 def test_a_text_without_end_is_passed_over(tmp_path: Path) -> None:
     long = {"id": 1, "turns": [{"text": "a\u0301" * 40_000, "images": ["a"]}]}
-    num_read, problems = read("jsonl", chats(tmp_path / "chats", long))
+    num_read, problems = read("jsonl", chats(tmp_path / "chats", long), max_broken=1.0)
     assert (num_read, problems["too_large"]) == (0, 1)
 
 
@@ -147,6 +148,29 @@ def test_a_picture_of_a_tool_is_said_to_make_no_instance(tmp_path: Path) -> None
     messages = [{"role": "user", "content": "draw"}, {"role": "tool", "content": [part]}]
     num_read, problems = read("jsonl", chats(tmp_path / "c", {"id": 1, "messages": messages}))
     assert (num_read, problems) == (0, {"no_image": 1})
+
+
+def test_no_name_of_a_picture_leads_a_web_address_elsewhere(tmp_path: Path) -> None:
+    """`%` and `#` belong to the name, on a server as in a folder."""
+    names = ["%2e%2e/secret/x.jpg", "photos/..%2f..%2fsecret/x.jpg", "photos/1.jpg#x", "50%.jpg"]
+    turns = [{"text": "a", "images": names}]
+    source = chats(tmp_path / "chats", {"id": 1, "turns": turns})
+    paths = [i.image_ref.value[0] for i in read_instances("jsonl", source, "train")]
+    assert paths == names
+    (source / "50%.jpg").write_bytes(b"half")
+    assert read_picture(str(source), "50%.jpg", 100) == b"half"
+    asked = ("/secret/x.jpg", "/pub/photos/1.jpg", "/pub/50%25.jpg")
+    with running(
+        WebServer("127.0.0.1", {path: lambda h: h.send(200, b"x") for path in asked})
+    ) as s:
+        root = f"http://127.0.0.1:{s.port}/pub"
+        assert read_picture(root, "photos/1.jpg", 100) == b"x"
+        assert read_picture(root, "50%.jpg", 100) == b"x"
+        for name in [*names[:3], "../secret/x.jpg"]:
+            with pytest.raises(RefusedPictureError):
+                read_picture(root, name, 100)
+        assert s.asked["/secret/x.jpg"] == 0
+        assert all(path.startswith("/pub/") for path in s.asked)
 
 
 def test_a_pipe_among_the_pictures_is_not_waited_for(tmp_path: Path) -> None:

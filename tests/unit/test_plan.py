@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 import random
 from collections import Counter
@@ -19,7 +20,7 @@ from d2i.errors import ConfigError, DataError
 from d2i.preprocess import dealt
 from d2i.preprocess.choose import Choice
 from d2i.preprocess.exclude import read_exclusion
-from d2i.preprocess.plan import PlanRequest, make_plan, records_url
+from d2i.preprocess.plan import PlanRequest, _batches, make_plan, records_url
 from d2i.preprocess.records import read_records, records_table, write_table
 from d2i.recipes import load_recipe
 
@@ -118,6 +119,7 @@ def test_rows_that_went_through_files_are_the_same(
     at_once = planned(source, tmp_path / "at once")
     monkeypatch.setattr(dealt, "MAX_WAITING_BYTES", 1)
     monkeypatch.setattr("d2i.preprocess.plan._BATCH", 9)
+    monkeypatch.setattr("d2i.preprocess.plan._BATCH_CHARS", 60)
     assert planned(source, tmp_path / "piecewise") == at_once
 
 
@@ -134,27 +136,53 @@ def test_other_rules_of_choice(tmp_path: Path) -> None:
     assert all(len(draw) == 30 for draw in draws)
 
 
+def test_a_batch_ends_where_its_contexts_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2i.preprocess.plan._BATCH", 4)
+    monkeypatch.setattr("d2i.preprocess.plan._BATCH_CHARS", 100)
+    ref = ImageRef("file", ("x",))
+    made = [
+        Instance(f"k{n}", "train", "", 0, 0, (Turn(0, "a" * length), Turn(1, "b")), ref)
+        for n, length in enumerate([1, 200, 49, 49, 1, 1, 1, 1, 1])
+    ]
+    batches = list(_batches(iter(made)))
+    assert [len(batch) for batch in batches] == [2, 2, 4, 1]
+    assert list(itertools.chain.from_iterable(batches)) == made
+
+
 def test_excluded_keys_are_left_out_and_counted(tmp_path: Path) -> None:
     source = write_dialogs(tmp_path / "corpus")
     every = keys(planned(source, tmp_path / "every"))
     bare, listed, unknown = sorted(every)[0], sorted(every)[1], "train-none-0-0"
     leaks = tmp_path / "leaks.jsonl"
-    leaks.write_text(f'{bare}\n{{"key": "{listed}", "reason": "shared_image"}}\n\n{unknown}\n')
+    other = "test-1-0-0"
+    leaks.write_text(
+        f'{bare}\n{{"key": "{listed}", "reason": "shared_image"}}\n\n{unknown}\n{other}\n'
+    )
     exclusion = read_exclusion(str(leaks))
     left = keys(planned(source, tmp_path / "left", exclusion=exclusion))
     assert left == every - {bare, listed}
     plan = json.loads((tmp_path / "left/plan/plan.json").read_text())
-    assert plan["num_excluded"] == 2
+    assert (plan["num_excluded"], plan["num_unmatched"]) == (2, 1)
     assert plan["decided_by"]["exclude"] == exclusion.sha256
-    leaks.write_text(f"{unknown}\n{listed}\n{bare}\n")
+    leaks.write_text(f"{other}\n{unknown}\n{listed}\n{bare}\n")
     assert read_exclusion(str(leaks)) == exclusion
 
 
 def test_a_list_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         read_exclusion(str(tmp_path / "none"))
-    (tmp_path / "list").write_text('ok\n{"kee": 1}\n')
+    (tmp_path / "list").write_text('train-1-0-0\n{"kee": 1}\n')
     with pytest.raises(ConfigError, match=r"line 2: .*`key`"):
+        read_exclusion(str(tmp_path / "list"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["# no", "train-1-0-0,leak", '"train-1-0-0"', "train-1-0", "trian-1-0-0", '{"key": "a b"}'],
+)
+def test_a_line_that_holds_no_key_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "list").write_text(f"train-a_B-1-0-0\n{line}\n")
+    with pytest.raises(ConfigError, match=r"list line 2: got .*expected an instance key"):
         read_exclusion(str(tmp_path / "list"))
 
 
