@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from d2i import __version__, storage
 from d2i.config import Recipe, load_config
-from d2i.errors import CheckpointError
+from d2i.errors import CheckpointError, ConfigError
 from d2i.settle import settle
 
 CONFIG_NAME = "config.json"
@@ -21,6 +21,7 @@ METRICS_NAME = "metrics.jsonl"
 VALIDATION_NAME = "validation.jsonl"
 # Written by a training that was asked to stop, and did.
 STOPPED_NAME = "stopped.json"
+BEST_NAME = "best.json"
 
 
 @dataclass(frozen=True)
@@ -166,3 +167,22 @@ def _read_lines(path: Path, kind: type[LineT]) -> list[LineT]:
         except (ValueError, TypeError):
             continue
     return lines
+
+
+def best_choice(run_dir: Path) -> tuple[Path, float] | None:
+    """Return the weights and the guidance scale that `d2i select` chose for a run, if it did.
+
+    Raises:
+        ConfigError: If what it wrote is damaged, or the weights are gone.
+    """
+    path = run_dir / BEST_NAME
+    if not path.exists():
+        return None
+    try:
+        best = json.loads(path.read_text())
+        weights, scale = run_dir / best["weights"], float(best["guidance_scale"])
+    except (ValueError, KeyError, TypeError) as err:
+        raise ConfigError(f"{path} is damaged: {err}; repeat d2i select, or delete it") from err
+    if not weights.exists():
+        raise ConfigError(f"{path} names {weights}, which is gone; repeat d2i select")
+    return weights, scale

@@ -23,14 +23,13 @@ from d2i.eval.systems import SystemSpec
 from d2i.models import save_weights
 from d2i.pictures import decode_picture
 from d2i.recipes import change_recipe
-from d2i.runs import CONFIG_NAME, read_recipe
+from d2i.runs import BEST_NAME, CONFIG_NAME, read_recipe
 from d2i.settle import settle
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 from d2i.train.checkpoint import Checkpoint, whole_checkpoints
 from d2i.train.data import split_url
 from d2i.train.validation import choose_instances
 
-BEST_NAME = "best.json"
 Metric = Literal["fid", "kid", "clip_i"]
 _HIGHER_IS_BETTER = ("clip_i",)
 

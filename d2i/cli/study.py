@@ -90,9 +90,10 @@ def evaluate(
 
     FID, KID, IS, CLIP-I, CLIP-T, FID on CLIP features, and recall of the true picture.
 
-    A system is run:DIR; a backbone's name with --weights; diffusers:PATH; dalle2:PATH (unCLIP);
-    images:DIR (files named by instance key); retrieve:DIR (the nearest training picture);
-    divter:DIR,SYSTEM (a description generator, and what draws); or package.module:function.
+    A system is run:DIR (what d2i select chose of it, else its last weights); a backbone's name with
+    --weights; diffusers:PATH; dalle2:PATH (unCLIP); images:DIR (files named by instance key);
+    retrieve:DIR (the nearest training picture); divter:DIR,SYSTEM (a description generator, and
+    what draws); or package.module:function.
 
     Examples:
 
@@ -114,7 +115,8 @@ def evaluate(
 
     if workers is not None and not parallel:
         raise ConfigError("--workers counts Ray workers; expected --parallel with it; add it")
-    recipe = change_recipe(read_kept_recipe(data), settings or [])
+    # First what d2i select chose, so that a setting given here outweighs it.
+    recipe = change_recipe(read_kept_recipe(data), [*_chosen_guidance(system), *(settings or [])])
     request = EvalRequest(
         recipe=recipe,
         system=parse_system(system, weights, recipe),
@@ -191,3 +193,12 @@ def _score_lines(result: dict[str, Any]) -> list[str]:
 
 def _interval(interval: list[float] | None) -> str:
     return "" if interval is None else f"  (95 %: {interval[0]:.4g} to {interval[1]:.4g})"
+
+
+def _chosen_guidance(system: str) -> list[str]:
+    """Return the guidance scale that d2i select chose for a run, as a setting."""
+    from d2i.runs import best_choice
+
+    kind, _, run_dir = system.partition(":")
+    best = best_choice(Path(run_dir).expanduser()) if kind == "run" else None
+    return [f"sample.guidance_scale={best[1]}"] if best else []

@@ -24,7 +24,8 @@ class Vae:
     """A frozen autoencoder over latents of 4 channels.
 
     Args:
-        name: A shipped name, a folder, a hub repository, or (tiny) a safetensors file.
+        name: A shipped name, a folder, a hub repository, or a file: LDM's published
+            `autoencoder_kl.pth`, converted on load, or one with diffusers' key names.
         kind: `kl` for AutoencoderKL, `tiny` for AutoencoderTiny.
         device: Where it runs.
     """
@@ -65,12 +66,32 @@ class Vae:
 def _load(name: str, kind: Literal["kl", "tiny"]) -> Any:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    if kind == "kl":
-        return load_pretrained(AutoencoderKL, name, **_PLAIN_LOADING)
     path = Path(resolve_weights(name))
+    if kind == "kl":
+        if path.is_file():
+            return _load_kl_file(path)
+        return load_pretrained(AutoencoderKL, name, **_PLAIN_LOADING)
     if path.suffix == ".safetensors":
         return _load_tiny_file(path, AutoencoderTiny())
     return load_pretrained(AutoencoderTiny, name, **_PLAIN_LOADING)
+
+
+def _load_kl_file(path: Path) -> Any:
+    from diffusers import AutoencoderKL
+
+    from d2i.models.autoencoder_layout import autoencoder_config
+    from d2i.models.source import checked_autoencoder, open_source
+
+    source = open_source(path)
+    if source.found.kind != "autoencoder":
+        raise CheckpointError(
+            f"{path} is {source.found.words}; expected a KL autoencoder; check --set encoders.vae"
+        )
+    state = checked_autoencoder(source)
+    config = {key: v for key, v in autoencoder_config(state).items() if key != "_class_name"}
+    module: Any = AutoencoderKL(**config)
+    module.load_state_dict({key: value.float() for key, value in state.items()})
+    return freeze(module)
 
 
 def _load_tiny_file(path: Path, module: Any) -> Any:

@@ -42,6 +42,8 @@ def _system(request: EvalRequest) -> dict[str, Any]:
         "sampler": sample.sampler,
         "num_steps": sample.num_steps,
         "guidance_scale": sample.guidance_scale,
+        "unconditional": sample.unconditional,
+        "data_type": sample.data_type,
     }
 
 

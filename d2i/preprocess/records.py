@@ -67,9 +67,10 @@ def read_records(url: str) -> list[Instance]:
 
 def read_table(url: str, schema: pa.Schema) -> pa.Table:
     """Read a whole Parquet file as a table of a schema."""
-    # Arrow's own buffer: a thread of Arrow's that asked a Python file at the interpreter's end was
+    file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(url)), pre_buffer=False)
+    # In this thread alone: one of Arrow's that let go of the bytes at the interpreter's end was
     # seen to abort a process whose work was done.
-    return pq.read_table(pa.BufferReader(storage.read_bytes(url)), schema=schema)
+    return file.read(schema.names, use_threads=False).cast(schema)
 
 
 def write_table(url: str, table: pa.Table, *, sync_name: bool = True) -> None:

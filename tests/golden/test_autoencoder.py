@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from d2i.encoders import Vae
+from d2i.errors import CheckpointError
 from d2i.models import read_state_dict
 from d2i.models.autoencoder_layout import autoencoder_config, diffusers_to_ldm, ldm_to_diffusers
 from d2i.published import find_published, shapes_hash
@@ -26,6 +28,18 @@ def autoencoder() -> Any:
     network = AutoencoderKL(**{key: v for key, v in config.items() if key != "_class_name"})
     network.load_state_dict(state)
     return network.eval().requires_grad_(False)
+
+
+def test_the_published_file_is_converted_on_load(autoencoder: Any) -> None:
+    loaded = Vae(str(GOLDEN / "autoencoder_tiny.safetensors"), "kl").module.state_dict()
+    expected = autoencoder.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+def test_another_file_is_refused_as_what_it_is() -> None:
+    with pytest.raises(CheckpointError, match="U-ViT"):
+        Vae(str(GOLDEN / "uvit_tiny.safetensors"), "kl")
 
 
 def test_every_key_has_its_published_counterpart() -> None:

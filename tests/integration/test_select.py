@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from d2i.eval.systems import parse_system
 from d2i.models.weights import read_state_dict
+from d2i.runs import read_recipe
 from tests.integration.commands import preprocess
 from tests.processes import run_d2i
 from tests.shared import SHARED, needs_shared
@@ -51,7 +53,7 @@ def test_tensorboard_has_what_the_metrics_have(run: Path) -> None:
     assert events.Scalars("valid/loss")
 
 
-def test_the_best_candidate_is_named_and_can_be_drawn_with(run: Path) -> None:
+def test_the_best_candidate_is_named_and_drawn_with(run: Path, settings: list[str]) -> None:
     words = ("select", "--run", run, "--num-instances", 4, "--metric", "clip_i", "--json")
     best = run_d2i(*words, "--guidance", 1, "--guidance", 3)
     assert best == json.loads((run / "best.json").read_text())
@@ -66,3 +68,13 @@ def test_the_best_candidate_is_named_and_can_be_drawn_with(run: Path) -> None:
     assert tasks
     assert run_d2i(*words, "--guidance", 1, "--guidance", 3) == best
     assert {path: path.stat().st_mtime_ns for path in tasks} == tasks
+
+    preprocess("mmdialog", SOURCE, run.parent / "data", "--split", "test", *settings)
+    words = ("eval", "--system", f"run:{run}", "--data", run.parent / "data", "--json")
+    chosen = run_d2i(*words, "--out", run.parent / "chosen")["card"]
+    assert chosen["guidance_scale"] == best["guidance_scale"]
+    assert parse_system(f"run:{run}", None, read_recipe(run)).backbone.weights == str(
+        run / best["weights"]
+    )
+    other = ("--set", "sample.guidance_scale=5", "--out", run.parent / "other")
+    assert run_d2i(*words, *other)["card"]["guidance_scale"] == 5

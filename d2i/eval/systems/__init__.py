@@ -12,7 +12,7 @@ from d2i import storage
 from d2i.config import BackboneConfig, BackboneName, Recipe
 from d2i.errors import ConfigError
 from d2i.eval.system import System, SystemContext
-from d2i.runs import EMA_NAME, read_recipe
+from d2i.runs import EMA_NAME, best_choice, read_recipe
 
 _BACKBONES = get_args(BackboneName)
 # A module is imported only when its system is asked for.
@@ -99,7 +99,8 @@ def _run(system: str, target: str, weights: str | None, recipe: Recipe) -> Syste
     del weights, recipe
     run_dir = Path(target).expanduser().absolute()
     trained = read_recipe(run_dir).backbone
-    path = run_dir / EMA_NAME
+    best = best_choice(run_dir)
+    path = best[0] if best else run_dir / EMA_NAME
     if not path.exists():
         raise ConfigError(
             f"--system {system}: {path} is not there; expected a finished run; "
