@@ -1,0 +1,46 @@
+"""A canary that the port rule lets through: it is the rule of addresses that keeps it unasked."""
+
+from __future__ import annotations
+
+import pytest
+
+from d2i.preprocess.fetch import guard
+from d2i.preprocess.fetch.body import BodyLimits
+from d2i.preprocess.fetch.connect import Straight
+from d2i.preprocess.fetch.reasons import RefusedRequestError
+from d2i.preprocess.fetch.request import Limits, get
+from d2i.preprocess.fetch.resolver import Resolver
+from tests.servers import Names, WebServer, name_server, running
+
+
+@pytest.mark.parametrize("way", ["literal", "name", "redirect", "second of two", "rebound"])
+def test_no_way_leads_to_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = Names({"inside.test": ["127.0.0.2"], "moving.test": ["127.0.0.3", "127.0.0.2"]})
+    with (
+        running(WebServer("127.0.0.2", {"/x": lambda h: h.send(200, b"secret")})) as canary,
+        running(WebServer("127.0.0.3", {})) as web,
+        running(name_server(names)) as server,
+    ):
+        monkeypatch.setitem(guard.PORTS, "http", canary.port)
+        route = Straight(Resolver(f"127.0.0.1:{server.server_address[1]}"))
+        limits = Limits(
+            5.0, 5.0, BodyLimits(1000, 1.0), "d2i", frozenset([f"127.0.0.3:{web.port}"])
+        )
+        inside = f"http://inside.test:{canary.port}/x"
+        web.answers["/to"] = lambda h: h.send(302, Location=inside)
+        web.answers["/on"] = lambda h: h.send(302, Location=f"http://127.0.0.3:{web.port}/to")
+        addresses = {
+            "literal": f"http://127.0.0.2:{canary.port}/x",
+            "name": inside,
+            "redirect": f"http://127.0.0.3:{web.port}/to",
+            "second of two": f"http://127.0.0.3:{web.port}/on",
+            "rebound": f"http://moving.test:{canary.port}/x",
+        }
+        with pytest.raises(RefusedRequestError) as caught:
+            get(addresses[way], limits, route)
+        assert caught.value.reason == "refused_address"
+        assert not canary.asked
+
+        allowed = frozenset([f"inside.test:{canary.port}"])
+        seen = get(inside, Limits(5.0, 5.0, limits.body, "d2i", allowed), route)
+        assert seen.body == b"secret", "it can be asked"
