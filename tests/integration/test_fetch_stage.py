@@ -42,7 +42,7 @@ def chats_of(server: WebServer) -> dict[str, list[str]]:
 
 def test_workers_killed_on_ray_change_nothing(tmp_path: Path, settings: list[str]) -> None:
     answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(12)}
-    points: list[tuple[Point, int]] = [("fetch.picture", 8), ("encode.images", 2), ("shard.tar", 3)]
+    points: list[tuple[Point, int]] = [("fetch.picture", 8), ("shard.tar", 3)]
     with running(WebServer("127.0.0.1", answers | {"/gone": sends(b"", 404)})) as web:
         source = write_chats(tmp_path / "chats", chats_of(web))
         recipe = resolve_recipe("demo", [*settings, *NUM_PER_SHARD][1::2])
