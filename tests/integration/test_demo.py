@@ -48,15 +48,25 @@ def break_off(out: Path, stage: str, number: signal.Signals) -> None:
     assert process.returncode != 0
 
 
+# How each stage is broken off: by Ctrl-C or by SIGKILL.
+BREAKS = [
+    ("preprocess", signal.SIGINT),
+    ("evaluate before", signal.SIGKILL),
+    ("train", signal.SIGINT),
+    ("train", signal.SIGKILL),
+    ("evaluate after", signal.SIGINT),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_demo_broken_off_at_every_stage_ends_in_the_same_scores(tmp_path: Path) -> None:
+@pytest.mark.parametrize("breaks", [BREAKS[1:3], pytest.param(BREAKS, marks=pytest.mark.soak)])
+def test_a_demo_broken_off_ends_in_the_same_scores(
+    tmp_path: Path, breaks: list[tuple[str, signal.Signals]]
+) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    break_off(killed, "preprocess", signal.SIGINT)
-    break_off(killed, "evaluate before", signal.SIGKILL)
-    break_off(killed, "train", signal.SIGINT)
-    break_off(killed, "train", signal.SIGKILL)
-    break_off(killed, "evaluate after", signal.SIGINT)
+    for stage, number in breaks:
+        break_off(killed, stage, number)
     result = run_d2i("demo", "--out", killed, *SMALL)
     assert set(result["seconds"]) == {
         *("corpus", "preprocess", "evaluate before", "train", "evaluate after"),

@@ -37,13 +37,12 @@ def test_a_damaged_file_is_said_to_be(tmp_path: Path, content: str) -> None:
         settle(str(tmp_path / "kept.json"), {})
 
 
-def test_a_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_LOCK_WAIT_S", 0.0)
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     with ExitStack() as held:
         held.enter_context(storage.only_writer(str(tmp_path)))
         held.enter_context(storage.only_writer(str(tmp_path / "other")))
         with pytest.raises(ConfigError, match="another command works there"):
-            held.enter_context(storage.only_writer(str(tmp_path)))
+            held.enter_context(storage.only_writer(str(tmp_path), wait_s=0))
     with storage.only_writer(str(tmp_path)):
         pass
 
