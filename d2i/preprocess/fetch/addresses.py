@@ -133,7 +133,8 @@ class _Visit:
         host = target.netloc
         while True:
             wait_s = self._take_turn(host)
-            time.sleep(wait_s)
+            if wait_s > 0.0:
+                time.sleep(wait_s)
             has_waited = self._take_slot() or wait_s > 0.0
             # Meanwhile it may have asked for peace, or have shown that it is dead.
             if not (has_waited and self.fetcher.hosts.call("wants_peace", host)):
