@@ -25,7 +25,7 @@ from d2i.preprocess.fetch.connect import Route, Straight, ThroughProxy
 from d2i.preprocess.fetch.engine import fetch_all
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.hosts import HostBook, HostLimits
-from d2i.preprocess.fetch.placeholders import Placeholders
+from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.proxy import Proxy
 from d2i.preprocess.fetch.request import Limits
 from d2i.preprocess.fetch.resolver import Resolver
@@ -169,8 +169,8 @@ class PictureSource:
             threading.Semaphore(config.num_threads),
         )
 
-    def _placeholders(self) -> Placeholders:
-        return Placeholders(frozenset(self.config.placeholder_sha256))
+    def _placeholders(self) -> KnownPlaceholders:
+        return KnownPlaceholders(frozenset(self.config.placeholder_sha256))
 
     def _route(self) -> Route:
         if self.access.proxy is not None:
