@@ -24,7 +24,7 @@ Point = Literal[
     "shard.index",
     "shard.commit",
     "job.shard_done",
-    "placeholders.record_removed",
+    "same_pictures.record_removed",
     "manifest.checksum",
     "manifest.written",
     "train.step_done",

@@ -116,6 +116,9 @@ def crop_to_square(picture: Image.Image, resolution: int) -> Image.Image:
     """Cut the centre square and resize it with LANCZOS (`datasets.py:419-430` of U-ViT)."""
     left, top, side = _centre(picture.size)
     square = picture.crop((left, top, left + side, top + side))
+    if side == resolution:
+        # Resizing would only copy it.
+        return square
     return square.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 

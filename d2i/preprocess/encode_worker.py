@@ -20,9 +20,9 @@ from d2i.pictures import RESIZE
 from d2i.preprocess.encode import build_samples, encode_pictures, ledger_row
 from d2i.preprocess.handover import FetchedPicture, ShardResult, ShardTask
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
-from d2i.preprocess.placeholders import refuse_placeholders
 from d2i.preprocess.retry import net_failures
 from d2i.preprocess.reuse import NOTHING_REUSED, Reuse, Reused, ReusedSplits
+from d2i.preprocess.same_pictures import refuse_placeholders
 from d2i.settle import settle
 from d2i.shards import Sample, npy_bytes, write_shard
 from d2i.tokenize import VOCABULARY_SHA256

@@ -21,7 +21,6 @@ from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import ShardTask
 from d2i.preprocess.hosts_of_failure import HostFailures, hosts_of_failure
 from d2i.preprocess.ledger import iter_ledger
-from d2i.preprocess.placeholders import WithdrawalWorker, placeholders_of, plan_withdrawals
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
 from d2i.preprocess.progress import JobProgress, Tally
 from d2i.preprocess.retry import (
@@ -31,6 +30,7 @@ from d2i.preprocess.retry import (
     read_supplements,
 )
 from d2i.preprocess.reuse import Reuse
+from d2i.preprocess.same_pictures import WithdrawalWorker, placeholders_of, plan_withdrawals
 from d2i.recipes import check_prepared_with, keep_recipe
 from d2i.shards import read_commits, remove_uncommitted, write_manifest
 from d2i.shards.manifest import EMPTY_NAMES, MANIFEST_NAME

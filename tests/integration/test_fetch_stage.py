@@ -86,7 +86,7 @@ def test_one_picture_under_many_addresses_is_none(tmp_path: Path, settings: list
 
         num_shards = whole["num_shards"]
         # The last shard is there, and nothing withdrawn yet; then some of it.
-        for point in (f"job.shard_done:kill:{num_shards}", "placeholders.record_removed:kill:2"):
+        for point in (f"job.shard_done:kill:{num_shards}", "same_pictures.record_removed:kill:2"):
             killed = run_process(
                 *("preprocess", "--corpus", "jsonl", "--source", source, "--out", tmp_path / "out"),
                 *("--recipe", "demo", "--workers", "0", *extra, "--fault", point),

@@ -42,7 +42,7 @@ PASSES = {
     "shard.tar": 4,
     "shard.index": 4,
     "shard.commit": 4,
-    "placeholders.record_removed": 2,
+    "same_pictures.record_removed": 2,
 }
 DRIVER_PASSES = {"job.shard_done": 4, "manifest.checksum": 1, "manifest.written": 1}
 RUNS = [

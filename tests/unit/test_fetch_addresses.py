@@ -13,7 +13,7 @@ from d2i.preprocess.fetch.connect import Straight
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.guard import allowed_hosts
 from d2i.preprocess.fetch.hosts import HostBook, HostLimits
-from d2i.preprocess.fetch.placeholders import Placeholders
+from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.request import Limits
 from d2i.preprocess.fetch.resolver import Resolver
 from tests.servers import Handler, WebServer, running
@@ -24,7 +24,7 @@ def fetcher(*hosts: str, requests_per_s: float, num_slots: int = 4) -> AddressFe
     book = HostBook(HostLimits(requests_per_s, 3, 60.0, max_retry_after_s=60.0))
     route = Straight(Resolver("127.0.0.1"))
     shared = share(book, num_workers=0)
-    nothing = Placeholders(frozenset())
+    nothing = KnownPlaceholders(frozenset())
     slots = threading.Semaphore(num_slots)
     return AddressFetcher(limits, Courtesy(1, 60.0), route, shared, nothing, slots)
 

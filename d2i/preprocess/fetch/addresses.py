@@ -13,7 +13,7 @@ from d2i.preprocess.fetch.connect import Route
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.guard import Target
 from d2i.preprocess.fetch.hosts import HostBook
-from d2i.preprocess.fetch.placeholders import Placeholders
+from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.reasons import UNREACHED, RefusedRequestError, is_passing
 from d2i.preprocess.fetch.request import Limits, Response, get
 from d2i.preprocess.fetch.robots import is_kept_away
@@ -54,7 +54,7 @@ class AddressFetcher:
     courtesy: Courtesy
     route: Route
     hosts: Shared[HostBook]
-    placeholders: Placeholders
+    placeholders: KnownPlaceholders
     slots: threading.Semaphore
 
     def fetch(self, addresses: Sequence[str], deadline: float) -> Fetched:
@@ -133,7 +133,8 @@ class _Visit:
         host = target.netloc
         while True:
             wait_s = self._take_turn(host)
-            time.sleep(wait_s)
+            if wait_s > 0.0:
+                time.sleep(wait_s)
             has_waited = self._take_slot() or wait_s > 0.0
             # Meanwhile it may have asked for peace, or have shown that it is dead.
             if not (has_waited and self.fetcher.hosts.call("wants_peace", host)):
@@ -195,7 +196,7 @@ def _retry_after_s(error: RefusedRequestError) -> float:
     return _UNSAID_PEACE_S if error.status in _BUSY else 0.0
 
 
-def _check_answer(answer: Response, placeholders: Placeholders) -> None:
+def _check_answer(answer: Response, placeholders: KnownPlaceholders) -> None:
     """Refuse a picture that its host keeps from us, or that stands for one that is gone."""
     if is_kept_away(answer.headers.get_all("X-Robots-Tag", [])):
         raise RefusedRequestError(

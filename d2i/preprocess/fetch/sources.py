@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
@@ -23,7 +25,7 @@ from d2i.preprocess.fetch.connect import Route, Straight, ThroughProxy
 from d2i.preprocess.fetch.engine import fetch_all
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.hosts import HostBook, HostLimits
-from d2i.preprocess.fetch.placeholders import Placeholders
+from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.proxy import Proxy
 from d2i.preprocess.fetch.request import Limits
 from d2i.preprocess.fetch.resolver import Resolver
@@ -32,6 +34,8 @@ from d2i.preprocess.fetch.spread import spread_over_hosts
 OpenedT = TypeVar("OpenedT")
 _NUM_WAITING = 16
 """Threads beyond those that ask, so that a host's peace does not hold up the others (ours)."""
+_RUN = 4
+"""Files that a thread reads before it hands them over, which costs as much as a file (ours)."""
 _PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
 
 
@@ -97,11 +101,23 @@ class PictureSource:
     def _read_files(
         self, refs: list[ImageRef], open_picture: Callable[[ImageRef, Fetched], OpenedT]
     ) -> Iterator[OpenedT]:
+        runs = (refs[start : start + _RUN] for start in range(0, len(refs), _RUN))
         with ThreadPoolExecutor(self.config.num_threads) as threads:
-            for start in range(0, len(refs), self.config.num_threads):
-                few = refs[start : start + self.config.num_threads]
-                for ref, fetched in zip(few, threads.map(self._read_file, few), strict=True):
+            begun: deque[tuple[list[ImageRef], Future[list[Fetched]]]] = deque()
+
+            def begin(num_runs: int) -> None:
+                for run in itertools.islice(runs, num_runs):
+                    begun.append((run, threads.submit(self._read_run, run)))
+
+            begin(self.config.num_threads)
+            while begun:
+                run, found = begun.popleft()
+                for ref, fetched in zip(run, found.result(), strict=True):
                     yield open_picture(ref, fetched)
+                begin(1)
+
+    def _read_run(self, refs: list[ImageRef]) -> list[Fetched]:
+        return [self._read_file(ref) for ref in refs]
 
     def _read_file(self, ref: ImageRef) -> Fetched:
         path = ref.value[0]
@@ -153,8 +169,8 @@ class PictureSource:
             threading.Semaphore(config.num_threads),
         )
 
-    def _placeholders(self) -> Placeholders:
-        return Placeholders(frozenset(self.config.placeholder_sha256))
+    def _placeholders(self) -> KnownPlaceholders:
+        return KnownPlaceholders(frozenset(self.config.placeholder_sha256))
 
     def _route(self) -> Route:
         if self.access.proxy is not None:

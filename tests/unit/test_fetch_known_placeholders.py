@@ -1,4 +1,4 @@
-"""Placeholders, and the order of a picture's addresses."""
+"""Known placeholders, and the order of a picture's addresses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from d2i.config import FetchConfig, apply_settings
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
 from d2i.preprocess.fetch.guard import allowed_hosts
-from d2i.preprocess.fetch.placeholders import Placeholders
+from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
 from tests.servers import WebServer, running
 
@@ -31,7 +31,7 @@ GREY_SHA256 = hashlib.sha256(GREY).hexdigest()
     ],
 )
 def test_a_placeholder_is_told_by_name_or_bytes(data: bytes, url: str | None, is_one: bool) -> None:
-    assert (Placeholders(frozenset([GREY_SHA256])).why(data, url) is not None) is is_one
+    assert (KnownPlaceholders(frozenset([GREY_SHA256])).why(data, url) is not None) is is_one
 
 
 def test_the_next_address_is_asked_after_a_placeholder(tmp_path: Path) -> None:

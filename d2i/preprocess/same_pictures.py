@@ -91,7 +91,7 @@ class WithdrawalWorker:
 
     Args:
         fingerprint: Of the data set.
-        fault: Told of `placeholders.record_removed`.
+        fault: Told of `same_pictures.record_removed`.
     """
 
     fingerprint: Mapping[str, Any]
@@ -122,7 +122,7 @@ class WithdrawalWorker:
                 return len(withdrawn)
             storage.remove(storage.join(split_url, old.commit_name))
             if self.fault:
-                self.fault.reach("placeholders.record_removed")
+                self.fault.reach("same_pictures.record_removed")
             write_ledger(split_url, old.index, rows)
         for name in (old.index_name, old.tar_name):
             storage.remove(storage.join(split_url, name))

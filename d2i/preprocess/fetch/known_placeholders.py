@@ -10,7 +10,7 @@ _NAMES = ("photo_unavailable", "photo_not_available", "image_not_available")
 
 
 @dataclass(frozen=True)
-class Placeholders:
+class KnownPlaceholders:
     """Which pictures stand for others.
 
     Args:
