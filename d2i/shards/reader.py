@@ -88,7 +88,8 @@ class ShardReader:
             members: Out of "moments", "clip", "tokens", "text"; by default all that are stored.
 
         Returns:
-            New C-contiguous arrays (N, *shape) by member, with the manifest's dtype and shape:
+            New C-contiguous arrays (N, *shape) by member, which a tensor takes over without a copy
+            and pins with one, with the manifest's dtype and shape:
             moments float16 (N, 8, h, w), clip float16 (N, clip_dim), tokens uint16 (N, 77 W),
             text float16 (N, 77 W, text_dim).
 

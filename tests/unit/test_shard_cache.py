@@ -17,7 +17,10 @@ import pytest
 from numpy.typing import NDArray
 
 from d2i.errors import ConfigError, ShardError
+from d2i.recipes import load_recipe
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
+from d2i.train.data import check_cache
+from d2i.train.order import DataOrder
 from tests.stores import fetched
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +123,35 @@ def test_what_comes_next_is_fetched_ahead_of_its_use(data: Path, tmp_path: Path)
     # What is read unforeseen takes the place of what is wanted last.
     reader.read([4 * NUM_SAMPLES])
     assert cached(cache) == {1, 3, 4}
+
+
+def test_an_epoch_of_blocked_order_fetches_each_shard_once(data: Path, tmp_path: Path) -> None:
+    """A cache of two windows: one that is read, and one that is fetched meanwhile."""
+    reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "c", cache_gb=bound(data, 4))
+    order = DataOrder((NUM_SAMPLES,) * NUM_SHARDS, 3, "blocked", num_window_shards=2)
+    num_steps = order.num_samples // 3
+    for step in range(num_steps):
+        reader.prefetch(order.shards_ahead(step, 3))
+        indices = order.global_batch(step, 3)
+        assert is_right(reader.read(indices), indices)
+    # The window of the next epoch is under way already.
+    once = set(range(NUM_SHARDS)) - set(order.shards_ahead(num_steps, 3)[:2])
+    counts = Counter(tars(data))
+    assert set(counts) == set(range(NUM_SHARDS))
+    assert all(counts[shard] == 1 for shard in once)
+
+
+def test_a_cache_smaller_than_a_window_is_refused(data: Path, tmp_path: Path) -> None:
+    reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "cache")
+    config = load_recipe("demo").train.model_copy(
+        update={"order": "blocked", "num_window_shards": 2}
+    )
+    check_cache(reader, config, bound(data, 2))
+    check_cache(ShardReader(str(data)), config, bound(data, 1))
+    with pytest.raises(ConfigError, match=r"train.num_window_shards=2, noted.* GB at once"):
+        check_cache(reader, config, bound(data, 1.5))
+    with pytest.raises(ConfigError, match=r"--set train.order=blocked"):
+        check_cache(reader, config.model_copy(update={"order": "global"}), bound(data, 5))
 
 
 def test_keys_need_no_tar(data: Path, tmp_path: Path) -> None:
