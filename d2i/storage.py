@@ -24,7 +24,7 @@ from typing import IO, Any, Literal, cast
 
 from d2i.errors import ConfigError, D2IError
 
-_TEMPORARY_SUFFIX = ".d2i-tmp"
+TEMPORARY_SUFFIX = ".d2i-tmp"
 _LOCK_NAME = ".d2i-lock"
 _LOCK_WAIT_S = 15.0
 _BUFFER_BYTES = 1 << 18
@@ -84,7 +84,7 @@ def list_names(url: str, prefix: str = "") -> list[str]:
     inside = [entry.rstrip("/") for entry in entries if entry.rstrip("/") != own]
     names = {entry.rpartition("/")[2] for entry in inside}
     return sorted(
-        name for name in names if name.startswith(prefix) and not name.endswith(_TEMPORARY_SUFFIX)
+        name for name in names if name.startswith(prefix) and not name.endswith(TEMPORARY_SUFFIX)
     )
 
 
@@ -167,10 +167,15 @@ def read_bytes(url: str) -> bytes:
 def fetch_file(url: str, path: Path) -> None:
     """Copy a file to a local path, which appears complete or not at all."""
     with scratch_file(str(path.parent)) as scratch:
-        with _errors_of(url):
-            fs, source = _split(url)
-            fs.get_file(source, str(scratch))
+        download(url, scratch)
         publish_file(scratch, str(path))
+
+
+def download(url: str, path: Path) -> None:
+    """Copy a file to a local path, which is complete once this returns, and may be cut before."""
+    with _errors_of(url):
+        fs, source = _split(url)
+        fs.get_file(source, str(path))
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -250,7 +255,7 @@ def remove_leftovers(url: str) -> int:
         How many were removed.
     """
     folder = local_path(url)
-    leftovers = [] if folder is None else list(folder.glob(f".*{_TEMPORARY_SUFFIX}"))
+    leftovers = [] if folder is None else list(folder.glob(f".*{TEMPORARY_SUFFIX}"))
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
@@ -397,7 +402,7 @@ def _copy_beside(path: Path, target: Path) -> Path:
 
 
 def _temporary_in(folder: Path) -> Path:
-    return folder / f".{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
+    return folder / f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
 
 
 def sync(path: Path) -> None:

@@ -38,6 +38,12 @@ def train(
     zero: Annotated[
         Path | None, typer.Option(help="DeepSpeed's zero_optimization settings: train/zero-2.json.")
     ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Local folder for shards that lie elsewhere.")
+    ] = None,
+    cache_gb: Annotated[
+        float | None, typer.Option(min=0, help="The most it may hold, in 1e9 bytes; else all.")
+    ] = None,
     *,
     preflight: Annotated[
         bool, typer.Option("--preflight", help="Measure this machine for it; train nothing.")
@@ -54,6 +60,9 @@ def train(
         d2i train --recipe uvit-s-photochat --data data --run runs/a --set train.optim.lr=1e-5
 
         d2i train --recipe uvit-s-mmdialog --data data --run runs/b --preflight --json
+
+        d2i train --recipe uvit-s-mmdialog --data s3://bucket/data --run runs/b
+        --set train.order=blocked --cache-dir /nvme/d2i --cache-gb 200
     """
     from d2i.fault import parse_fault
     from d2i.recipes import resolve_recipe
@@ -69,6 +78,8 @@ def train(
     arguments = ["--recipe", recipe, "--data", data, "--run", str(run)]
     arguments += [part for setting in settings or [] for part in ("--set", setting)]
     arguments += ["--zero", str(zero)] if zero else []
+    arguments += ["--cache-dir", str(cache_dir)] if cache_dir else []
+    arguments += ["--cache-gb", str(cache_gb)] if cache_gb is not None else []
     arguments += ["--fault", fault] if fault else []
     arguments += ["--preflight"] if preflight else []
     command = deepspeed_command(arguments, num_accelerators)

@@ -7,58 +7,40 @@ member. Parses no header and unpickles nothing. Must not import torch or ray.
 from __future__ import annotations
 
 import hashlib
-import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from d2i import storage
 from d2i.errors import ShardError
 from d2i.settle import differences
-from d2i.shards.commit import ArrayInfo, Commit, FileInfo, canonical_json
-from d2i.shards.index import Extent, Index, IndexRow, read_index
+from d2i.shards.cache import CachedShards
+from d2i.shards.commit import ArrayInfo, canonical_json
+from d2i.shards.index import IndexRow
 from d2i.shards.manifest import Manifest, read_manifest
+from d2i.shards.mapped import LocalShards, MappedShard, Shards
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
-    MEMBERS,
     NPY_DTYPES,
     NPY_HEADER_SIZE_BYTES,
     check_json,
     npy_array,
-    npy_header,
     npy_size_bytes,
 )
-from d2i.shards.tar import BLOCK_SIZE_BYTES
-from d2i.shards.tar import header as tar_header
-
-
-@dataclass(frozen=True)
-class _OpenShard:
-    """A mapped shard: the tar's bytes, its index, and where each array's numbers begin."""
-
-    tar: NDArray[np.uint8]
-    index: Index
-    starts: Mapping[str, NDArray[np.uint64]]
-
-    def member(self, extent: Extent) -> bytes:
-        end = extent.offset + extent.size_bytes
-        return self.tar[extent.offset : end].tobytes()
 
 
 class ShardReader:
     """Random access to the samples of one data set.
 
     Sample `i` is the i-th in shard order, the same on every machine. Safe to share between
-    threads. Holds no open file.
+    threads. Holds no open file, or one where the shards lie elsewhere.
     """
 
     def __init__(
@@ -67,6 +49,7 @@ class ShardReader:
         expect_fingerprint: Mapping[str, Any] | None = None,
         *,
         cache_dir: str | Path | None = None,
+        cache_gb: float | None = None,
     ) -> None:
         """Read the manifest; shards are opened when they are needed.
 
@@ -74,22 +57,22 @@ class ShardReader:
             url: The data set's folder.
             expect_fingerprint: Refuse a data set made under any other.
             cache_dir: Local folder that keeps shards fetched from a URL that is not local; by
-                default one in the user's cache.
+                default one in the user's cache. Processes and data sets may share it.
+            cache_gb: The most that it may hold, in 1e9 bytes; whole shards go, those used longest
+                ago first. By default all that is fetched is kept.
 
         Raises:
+            ConfigError: If the largest shard does not fit into the cache.
             ShardError: If the manifest is absent or damaged, or the fingerprint is another.
         """
         self.url = storage.resolve(url)
-        self._folder = storage.local_path(self.url)
-        self._cache_dir = Path(cache_dir) if cache_dir else storage.cache_folder(self.url)
         self.manifest: Manifest = read_manifest(self.url)
         if expect_fingerprint is not None:
             _check_fingerprint(self.url, self.manifest, expect_fingerprint)
         counts = [shard.num_samples for shard in self.manifest.shards]
         self._starts = [0, *accumulate(counts)][:-1]
-        self._open: dict[int, _OpenShard] = {}
-        self._lock = threading.Lock()
-        self.keys: Sequence[str] = _Keys(self)
+        self._shards = self._find_shards(cache_dir, cache_gb)
+        self.keys: Sequence[str] = _Keys(self._shards, self._starts, len(self))
 
     def __len__(self) -> int:
         """Give the number of samples."""
@@ -105,7 +88,8 @@ class ShardReader:
             members: Out of "moments", "clip", "tokens", "text"; by default all that are stored.
 
         Returns:
-            New C-contiguous arrays (N, *shape) by member, with the manifest's dtype and shape:
+            New C-contiguous arrays (N, *shape) by member, which a tensor takes over without a copy
+            and pins with one, with the manifest's dtype and shape:
             moments float16 (N, 8, h, w), clip float16 (N, clip_dim), tokens uint16 (N, 77 W),
             text float16 (N, 77 W, text_dim).
 
@@ -123,13 +107,18 @@ class ShardReader:
             name: values.view(np.uint8).reshape(len(positions), _num_bytes(arrays[name]))
             for name, values in batch.items()
         }
-        # In storage order, so that neighbours on disk are read together.
-        for target in np.argsort(positions, kind="stable").tolist():
-            shard, row = self._locate(int(positions[target]))
-            for name, row_bytes in rows.items():
-                start = int(shard.starts[name][row])
-                row_bytes[target] = shard.tar[start : start + row_bytes.shape[1]]
+        for number, places in self._by_shard(positions):
+            with self._shards.using(number) as shard:
+                _copy_rows(shard, positions[places] - self._starts[number], places, rows)
         return batch
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Fetch shards that lie elsewhere ahead of their use, in the background.
+
+        Takes the place of what was asked for before: give all that will be read next, the first
+        one first, by number in the manifest. A bounded cache keeps those longest that come soonest.
+        """
+        self._shards.prefetch(list(shards))
 
     def read_json(self, index: int) -> dict[str, Any]:
         """Read one sample's `json` member: its context and where its picture came from.
@@ -156,9 +145,10 @@ class ShardReader:
             IndexError: If the index is out of range.
             ShardError: If the bytes of one do not match their checksum.
         """
-        shard, row = self._locate(int(self._positions([index])[0]))
-        found = shard.index.row(row)
-        return {suffix: self._checked(shard, found, suffix) for suffix in found.extents}
+        number, row = _locate(self._starts, int(self._positions([index])[0]))
+        with self._shards.using(number) as shard:
+            found = shard.index.row(row)
+            return {suffix: self._checked(shard, found, suffix) for suffix in found.extents}
 
     @cached_property
     def empty_tokens(self) -> NDArray[np.uint16]:
@@ -177,6 +167,14 @@ class ShardReader:
             ShardError: If they are not stored or damaged.
         """
         return self._read_empty("empty_text.npy")
+
+    def _find_shards(self, cache_dir: str | Path | None, cache_gb: float | None) -> Shards:
+        folder = storage.local_path(self.url)
+        if folder is not None:
+            return LocalShards(folder, self.manifest.shards)
+        cache = Path(cache_dir) if cache_dir else storage.cache_folder("shards")
+        max_bytes = None if cache_gb is None else int(cache_gb * 1e9)
+        return CachedShards(self.url, self.manifest.shards, cache, max_bytes)
 
     def _positions(self, indices: ArrayLike) -> NDArray[np.int64]:
         positions = np.asarray(indices)
@@ -203,51 +201,23 @@ class ShardReader:
             )
         return {name: stored[name] for name in names}
 
-    def _locate(self, position: int) -> tuple[_OpenShard, int]:
-        number = bisect_right(self._starts, position) - 1
-        return self._shard(number), position - self._starts[number]
-
-    def _shard(self, number: int) -> _OpenShard:
-        shard = self._open.get(number)
-        if shard is None:
-            with self._lock:
-                shard = self._open.get(number) or self._map(self.manifest.shards[number])
-                self._open[number] = shard
-        return shard
-
-    def _map(self, commit: Commit) -> _OpenShard:
-        try:
-            index_path = self._local_file(commit.index_name, commit.index_file)
-            tar_path = self._local_file(commit.tar_name, commit.tar)
-            return _open_shard(commit, _map_file(tar_path), _map_file(index_path))
-        except FileNotFoundError as err:
-            raise ShardError(
-                f"{self.url} lacks a file of shard {commit.name}; expected its tar and its index; "
-                "run `d2i repair`"
-            ) from err
-        except ShardError as err:
-            raise ShardError(f"shard {commit.name} of {self.url}: {err}; run `d2i verify`") from err
-
-    def _local_file(self, name: str, info: FileInfo) -> Path:
-        """Give the local path of a shard's file, fetching and checking it if it is elsewhere."""
-        if self._folder is not None:
-            return self._folder / name
-        path = self._cache_dir / name
-        if not path.is_file() or path.stat().st_size != info.size_bytes:
-            storage.fetch_file(storage.join(self.url, name), path)
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
-                    path.unlink(missing_ok=True)
-                    raise ShardError(f"{name} was fetched with another sha256 than the manifest's")
-        return path
+    def _by_shard(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Give each shard with the places in the batch that it fills, in storage order."""
+        if not len(positions):
+            return
+        places = np.argsort(positions, kind="stable")
+        numbers = np.searchsorted(self._starts, positions[places], side="right") - 1
+        for part in np.split(places, np.flatnonzero(np.diff(numbers)) + 1):
+            yield _locate(self._starts, int(positions[part[0]]))[0], part
 
     def _read_member(self, index: int, suffixes: Sequence[str]) -> bytes | None:
-        shard, row = self._locate(int(self._positions([index])[0]))
-        found = shard.index.row(row)
-        suffix = next((suffix for suffix in suffixes if suffix in found.extents), None)
-        return self._checked(shard, found, suffix) if suffix else None
+        number, row = _locate(self._starts, int(self._positions([index])[0]))
+        with self._shards.using(number) as shard:
+            found = shard.index.row(row)
+            suffix = next((suffix for suffix in suffixes if suffix in found.extents), None)
+            return self._checked(shard, found, suffix) if suffix else None
 
-    def _checked(self, shard: _OpenShard, row: IndexRow, suffix: str) -> bytes:
+    def _checked(self, shard: MappedShard, row: IndexRow, suffix: str) -> bytes:
         data = shard.member(row.extents[suffix])
         if zlib.crc32(data) != row.extents[suffix].crc32:
             raise ShardError(
@@ -268,11 +238,11 @@ class ShardReader:
 class _Keys(Sequence[str]):
     """The keys of a data set, decoded one at a time from the mapped indexes."""
 
-    def __init__(self, reader: ShardReader) -> None:
-        self._reader = reader
+    def __init__(self, shards: Shards, starts: Sequence[int], num_samples: int) -> None:
+        self._shards, self._starts, self._num_samples = shards, starts, num_samples
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return self._num_samples
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -281,12 +251,18 @@ class _Keys(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[position] for position in range(len(self))[index]]
-        shard, row = self._reader._locate(range(len(self))[index])
-        return str(shard.index.keys[row])
+        number, row = _locate(self._starts, range(len(self))[index])
+        return str(self._shards.index(number).keys[row])
 
     def __iter__(self) -> Iterator[str]:
-        for number in range(len(self._reader.manifest.shards)):
-            yield from self._reader._shard(number).index.keys.to_pylist()
+        for number in range(len(self._starts)):
+            yield from self._shards.index(number).keys.to_pylist()
+
+
+def _locate(starts: Sequence[int], position: int) -> tuple[int, int]:
+    """Give a sample's shard, and its row there."""
+    number = bisect_right(starts, position) - 1
+    return number, position - starts[number]
 
 
 def _check_fingerprint(url: str, manifest: Manifest, expected: Mapping[str, Any]) -> None:
@@ -299,57 +275,18 @@ def _check_fingerprint(url: str, manifest: Manifest, expected: Mapping[str, Any]
     )
 
 
-def _map_file(path: Path) -> Any:
-    """Map a file without keeping it open: the map lives as long as the buffer.
-
-    Python's own mmap holds a descriptor each, which runs out at a thousand shards.
-    """
-    with pa.memory_map(str(path)) as file:
-        return file.read_buffer()
-
-
-def _open_shard(commit: Commit, tar: Any, index_file: Any) -> _OpenShard:
-    """Check a mapped shard against its commit record, before any offset is used.
-
-    Raises:
-        ShardError: If a size, the index's sha256, an extent, the first npy header, or the names
-            at either end of the tar differ: it may be another shard's.
-    """
-    if tar.size != commit.tar.size_bytes:
-        raise ShardError(f"the tar has {tar.size} bytes; expected {commit.tar.size_bytes}")
-    if hashlib.sha256(index_file).hexdigest() != commit.index_file.sha256:
-        raise ShardError("the index does not have the sha256 of the manifest")
-    index = read_index(index_file, num_samples=commit.num_samples, tar_size_bytes=tar.size)
-    tar_bytes = np.frombuffer(tar, np.uint8)
-    _check_names(index, tar_bytes)
-    starts: dict[str, NDArray[np.uint64]] = {
-        name: _array_starts(name, array, index, tar_bytes) for name, array in commit.arrays.items()
-    }
-    return _OpenShard(tar_bytes, index, starts)
-
-
-def _check_names(index: Index, tar_bytes: NDArray[np.uint8]) -> None:
-    for row in {0, len(index) - 1} if len(index) else ():
-        found = index.row(row)
-        for suffix, extent in found.extents.items():
-            header = tar_bytes[max(0, extent.offset - BLOCK_SIZE_BYTES) : extent.offset].tobytes()
-            if header != tar_header(f"{found.key}.{suffix}", extent.size_bytes):
-                raise ShardError(f"the tar does not hold {found.key}.{suffix} where its index says")
-
-
-def _array_starts(
-    name: str, array: ArrayInfo, index: Index, tar: NDArray[np.uint8]
-) -> NDArray[np.uint64]:
-    """Give where each sample's numbers begin: all sizes are checked, and the first header."""
-    suffix = MEMBERS[name].suffix
-    offsets, sizes = index.column(suffix, "offset"), index.column(suffix, "size")
-    if not np.all(offsets) or not np.all(sizes == npy_size_bytes(array.shape)):
-        raise ShardError(f"the index has {suffix} members absent or not of shape {array.shape}")
-    if len(index):
-        first = tar[int(offsets[0]) :][:NPY_HEADER_SIZE_BYTES].tobytes()
-        if first != npy_header(array.dtype, array.shape):
-            raise ShardError(f"{suffix} is not npy {array.dtype} {array.shape} as in the manifest")
-    return offsets + np.uint64(NPY_HEADER_SIZE_BYTES)
+def _copy_rows(
+    shard: MappedShard,
+    rows: NDArray[np.int64],
+    places: NDArray[np.int64],
+    batch: Mapping[str, NDArray[np.uint8]],
+) -> None:
+    """Copy rows of a shard to their places, sample by sample: members lie side by side."""
+    arrays = list(batch.values())
+    starts = [shard.starts[name][rows].tolist() for name in batch]
+    for place, *begins in zip(places.tolist(), *starts, strict=True):
+        for array, begin in zip(arrays, begins, strict=True):
+            array[place] = shard.tar[begin : begin + array.shape[1]]
 
 
 def _num_bytes(array: ArrayInfo) -> int:

@@ -55,7 +55,10 @@ class Batch:
         return _mapped(self, lambda part: _widened(part.to(device, non_blocking=True)))
 
     def pinned(self) -> Batch:
-        """Return the batch in memory that an accelerator copies from without waiting."""
+        """Return the batch in memory that an accelerator copies from without waiting.
+
+        The one copy on the way from the shards' arrays, whose memory the tensors share.
+        """
         return _mapped(self, lambda part: part.pin_memory())
 
 

@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2i import storage
-from d2i.config import EncodersConfig
+from d2i.config import EncodersConfig, TrainConfig
 from d2i.encoders import ClipText
 from d2i.errors import ConfigError, DataError
 from d2i.shards import ShardReader
 from d2i.train.batch import TextEncoder
+from d2i.train.order import DataOrder
 
 
 def train_url(data_url: str) -> str:
@@ -52,6 +53,31 @@ def check_sizes(network: Any, reader: ShardReader) -> None:
                 f"{setting} of the network is {network_size}, the shards hold {data_size}; "
                 f"expected the same; --set {setting}={data_size} or prepare the data anew"
             )
+
+
+def build_order(reader: ShardReader, config: TrainConfig) -> DataOrder:
+    """Return the order in which a run takes the samples of its shards."""
+    sizes = tuple(shard.num_samples for shard in reader.manifest.shards)
+    return DataOrder(sizes, config.seed, config.order, config.num_window_shards)
+
+
+def check_cache(reader: ShardReader, config: TrainConfig, cache_gb: float | None) -> None:
+    """Make sure that the cache holds what the order reads at once; a local folder needs none.
+
+    Raises:
+        ConfigError: If it does not: every batch would fetch shards that it fetched before.
+    """
+    if cache_gb is None or storage.local_path(reader.url) is not None:
+        return
+    sizes = [shard.tar.size_bytes for shard in reader.manifest.shards]
+    needed_gb = build_order(reader, config).num_window_bytes(sizes) / 1e9
+    if needed_gb > cache_gb:
+        named = f"train.num_window_shards={config.num_window_shards}, " * (config.order != "global")
+        raise ConfigError(
+            f"--cache-gb {cache_gb:g}: train.order={config.order} ({named}{reader.url}) reads "
+            f"{needed_gb:.3g} GB at once; expected at least that, or twice to read ahead; give "
+            "more, or --set train.order=blocked with fewer train.num_window_shards"
+        )
 
 
 def build_text_encoder(

@@ -31,6 +31,12 @@ def launch(
     only_measure: Annotated[
         bool, typer.Option("--preflight", help="Measure and write preflight.json; train nothing.")
     ] = False,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Local folder for shards that lie elsewhere.")
+    ] = None,
+    cache_gb: Annotated[
+        float | None, typer.Option(min=0, help="The most it may hold, in 1e9 bytes; else all.")
+    ] = None,
     fault: Annotated[str | None, typer.Option(help="POINT:error|sleep|kill:N, for proofs.")] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
@@ -46,7 +52,9 @@ def launch(
 
     resolved = resolve_recipe(recipe, settings or [])
     zero_settings = None if zero is None else read_zero(zero)
-    request = TrainRequest(resolved, data, run.expanduser(), zero_settings, parse_fault(fault))
+    request = TrainRequest(
+        resolved, data, run.expanduser(), zero_settings, parse_fault(fault), cache_dir, cache_gb
+    )
     (preflight if only_measure else train)(request)
 
 

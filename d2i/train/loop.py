@@ -22,7 +22,7 @@ from d2i.train.checkpoint import (
     newest_sound_checkpoint,
     step_folder,
 )
-from d2i.train.data import check_sizes, train_url
+from d2i.train.data import check_cache, check_sizes, train_url
 from d2i.train.ema import Ema
 from d2i.train.engine import build_engine, join_ranks, master_weights
 from d2i.train.ranks import Ranks
@@ -77,7 +77,8 @@ def _who_was_lost(request: TrainRequest, ranks: Ranks, hosts: list[str]) -> D2IE
 def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     recipe, config, run_dir = request.recipe, request.recipe.train, request.run_dir
     config.accumulation(ranks.world_size)
-    reader = ShardReader(train_url(request.data_url))
+    reader = request.open_shards(train_url(request.data_url))
+    check_cache(reader, config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
     # Only a network without weights to start from draws its first ones here.
     torch.manual_seed(config.seed)

@@ -52,6 +52,32 @@ class DataOrder:
             return _permutation(self.num_samples, self.seed, epoch)
         return _blocked(self.shard_sizes, self.num_window_shards, self.seed, epoch)
 
+    def shards_ahead(self, step: int, size: int) -> tuple[int, ...]:
+        """Return the shards that a step and those after it read, in the order of need.
+
+        With `blocked` they are the windows that the step's samples lie in, and the one after;
+        with `global` all shards, as any step may need any.
+        """
+        if self.kind == "global":
+            return tuple(range(len(self.shard_sizes)))
+        first, last = step * size, (step + 1) * size - 1
+        epochs = range(first // self.num_samples, last // self.num_samples + 2)
+        found = [
+            _window_ends(self.shard_sizes, self.num_window_shards, self.seed, e) for e in epochs
+        ]
+        windows = [window for of_epoch, _ in found for window in of_epoch]
+        ends = [
+            e * self.num_samples + of_epoch for e, (_, of_epoch) in zip(epochs, found, strict=True)
+        ]
+        start, stop = np.searchsorted(np.concatenate(ends), [first, last], side="right")
+        wanted = (int(shard) for window in windows[start : stop + 2] for shard in window)
+        return tuple(dict.fromkeys(wanted))
+
+    def num_window_bytes(self, shard_bytes: Sequence[int]) -> int:
+        """Return the most bytes of shards that are read at once, of those given for each."""
+        num_shards = len(shard_bytes) if self.kind == "global" else self.num_window_shards
+        return sum(sorted(shard_bytes)[-num_shards:])
+
     def micro_batches(
         self, step: int, size: int, rank: int, world_size: int, num_micro_batches: int
     ) -> list[NDArray[np.int64]]:
@@ -69,15 +95,30 @@ def _permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def _blocked(
     shard_sizes: Sequence[int], num_window_shards: int, seed: int, epoch: int
 ) -> NDArray[np.int64]:
-    random = np.random.default_rng([seed, epoch, sum(shard_sizes), len(shard_sizes)])
+    windows, random = _windows(shard_sizes, num_window_shards, seed, epoch)
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])
+    parts = [np.concatenate([np.arange(starts[s], starts[s + 1]) for s in w]) for w in windows]
+    order = np.concatenate([random.permutation(part) for part in parts])
+    return _frozen(order.astype(np.int64))
+
+
+@lru_cache(maxsize=4)
+def _window_ends(
+    shard_sizes: Sequence[int], num_window_shards: int, seed: int, epoch: int
+) -> tuple[tuple[NDArray[np.int64], ...], NDArray[np.int64]]:
+    """Return the shards of each window of an epoch, and at which sample each window ends."""
+    windows, _ = _windows(shard_sizes, num_window_shards, seed, epoch)
+    return windows, np.cumsum([np.take(shard_sizes, window).sum() for window in windows])
+
+
+def _windows(
+    shard_sizes: Sequence[int], num_window_shards: int, seed: int, epoch: int
+) -> tuple[tuple[NDArray[np.int64], ...], np.random.Generator]:
+    """Return the shards of each window of an epoch, and what goes on to shuffle their samples."""
+    random = np.random.default_rng([seed, epoch, sum(shard_sizes), len(shard_sizes)])
     shards = random.permutation(len(shard_sizes))
-    windows = []
-    for first in range(0, len(shards), num_window_shards):
-        chosen = shards[first : first + num_window_shards]
-        samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in chosen])
-        windows.append(random.permutation(samples))
-    return _frozen(np.concatenate(windows).astype(np.int64))
+    firsts = range(0, len(shards), num_window_shards)
+    return tuple(shards[first : first + num_window_shards] for first in firsts), random
 
 
 def _frozen(order: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -22,10 +22,15 @@ from d2i.models.folder import build_network
 from d2i.recipes import check_prepared_with
 from d2i.shards import ShardReader
 from d2i.train.batch import Batch, BatchReader
-from d2i.train.data import build_text_encoder, check_sizes, train_url
+from d2i.train.data import (
+    build_order,
+    build_text_encoder,
+    check_cache,
+    check_sizes,
+    train_url,
+)
 from d2i.train.engine import build_engine, join_ranks
 from d2i.train.objective import build_objective, is_joint
-from d2i.train.order import DataOrder
 from d2i.train.pace import count_flops, peak_flops
 from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
@@ -69,7 +74,8 @@ def preflight(request: TrainRequest) -> None:
 def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
     recipe, config = request.recipe, request.recipe.train
     micro_batch_size, num_micro_batches = config.accumulation(ranks.world_size)
-    reader = ShardReader(train_url(request.data_url))
+    reader = request.open_shards(train_url(request.data_url))
+    check_cache(reader, config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
     network: Any = build_network(recipe.backbone)
     network.gradient_checkpointing = config.activation_checkpointing
@@ -127,8 +133,7 @@ def _time_input(
     batches: BatchReader, reader: ShardReader, config: TrainConfig, ranks: Ranks
 ) -> float:
     """Samples a second that a rank reads and draws for, over all ranks."""
-    sizes = tuple(shard.num_samples for shard in reader.manifest.shards)
-    order = DataOrder(sizes, config.seed, config.order, config.num_window_shards)
+    order = build_order(reader, config)
     size = config.accumulation(ranks.world_size)[0]
     requests = ((order.global_batch(step, size), step) for step in range(_NUM_INPUT_BATCHES))
     with _timed(ranks.device) as seconds:

@@ -9,6 +9,7 @@ from typing import Any
 
 from d2i.config import Recipe
 from d2i.fault import Fault
+from d2i.shards import ShardReader
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class TrainRequest:
         run_dir: The run directory, on files that all ranks share.
         zero: DeepSpeed's `zero_optimization` settings, in place of the bare stage.
         fault: For proofs.
+        cache_dir: Folder of this machine for shards that lie elsewhere; one of the user's cache.
+        cache_gb: The most that it may hold, in 1e9 bytes; without it, all.
     """
 
     recipe: Recipe
@@ -28,3 +31,14 @@ class TrainRequest:
     run_dir: Path
     zero: Mapping[str, Any] | None = None
     fault: Fault | None = None
+    cache_dir: Path | None = None
+    cache_gb: float | None = None
+
+    def open_shards(self, url: str) -> ShardReader:
+        """Open a data set behind this job's cache.
+
+        Raises:
+            ShardError: If it cannot be read.
+            ConfigError: If one of its shards does not fit into the cache.
+        """
+        return ShardReader(url, cache_dir=self.cache_dir, cache_gb=self.cache_gb)

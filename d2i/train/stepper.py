@@ -11,11 +11,10 @@ from d2i.runs import MetricsLine
 from d2i.shards import ShardReader
 from d2i.train.batch import Batch, BatchReader
 from d2i.train.checkpoint import Checkpoint, Progress, step_folder
-from d2i.train.data import build_text_encoder, split_url
+from d2i.train.data import build_order, build_text_encoder, split_url
 from d2i.train.engine import base_optimizer, loss_scaler_state
 from d2i.train.losses import Losses
 from d2i.train.objective import Objective, build_objective, is_joint
-from d2i.train.order import DataOrder
 from d2i.train.pace import Pace, count_flops, peak_flops, progress_line
 from d2i.train.ranks import Ranks
 from d2i.train.records import Records, record_keys, say
@@ -41,12 +40,7 @@ class Stepper:
         self._request, self._config = request, request.recipe.train
         self._ranks, self._state, self._writer = ranks, state, writer
         self._engine = state.engine
-        self._order = DataOrder(
-            tuple(shard.num_samples for shard in reader.manifest.shards),
-            self._config.seed,
-            self._config.order,
-            self._config.num_window_shards,
-        )
+        self._order = build_order(reader, self._config)
         self._reader = reader
         encoders = request.recipe.encoders
         self._encode_text = build_text_encoder(reader, encoders, str(ranks.device))
@@ -103,6 +97,8 @@ class Stepper:
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         self._set_learning_rate(step)
+        # Told of the step that is taken, not of those read ahead: what they need stays as well.
+        self._reader.prefetch(self._order.shards_ahead(step, self._config.global_batch_size))
         for _ in range(self._num_micro_batches):
             with self._pace.waiting_for_data():
                 batch = next(batches)
@@ -185,7 +181,7 @@ class Stepper:
     def _watchers(self) -> tuple[Validation | None, SampleGrid | None]:
         """What looks at the validation split, where there is one."""
         url = split_url(self._request.data_url, "valid")
-        if url is None or not len(reader := ShardReader(url)):
+        if url is None or not len(reader := self._request.open_shards(url)):
             return None, None
         validation = Validation(
             self._batches_of(reader), len(reader), self._config, self._objective, self._ranks

@@ -21,7 +21,7 @@ from tests.integration.training import (
     train,
     write_data,
 )
-from tests.processes import COMMAND, run_process
+from tests.processes import COMMAND, run_d2i, run_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,11 +42,14 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_run_resumes_to_the_bit(
     data: Path, undisturbed: Path, tmp_path: Path, fault: str
 ) -> None:
-    run = tmp_path / "killed"
+    """The rest is read from elsewhere, through a cache: the same samples, so the same bits."""
+    run, cache = tmp_path / "killed", tmp_path / "cache"
     killed = run_process(*command(data, run, train__record_keys="true"), "--fault", fault)
     assert killed.returncode != 0
     assert not (run / "ema.safetensors").exists()
-    train(data, run, train__record_keys="true")
+    elsewhere = command(f"simplecache::file://{data}", run, train__record_keys="true")
+    run_d2i(*elsewhere, "--cache-dir", cache, "--cache-gb", "0.001")
+    assert len(list(cache.glob("*.tar"))) > 1
     assert losses(run) == losses(undisturbed)
     assert ema_bytes(run) == ema_bytes(undisturbed)
 

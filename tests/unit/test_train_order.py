@@ -54,6 +54,28 @@ def test_a_window_of_shards_is_used_up_before_the_next() -> None:
     assert (np.diff(shards[:20]) != 0).sum() > 2
 
 
+@given(shard_sizes, st.integers(1, 4), st.integers(1, 20), st.integers(0, 12))
+def test_what_a_step_reads_is_told_before(
+    sizes: tuple[int, ...], window: int, size: int, step: int
+) -> None:
+    order = DataOrder(sizes, 5, "blocked", window)
+    ends = np.cumsum(sizes)
+    ahead = order.shards_ahead(step, size)
+    read = np.searchsorted(ends, order.global_batch(step, size), side="right")
+    assert set(read.tolist()) <= set(ahead)
+    assert read[0] in ahead[:window]
+    # And what the next window holds, of this epoch or the next.
+    after = order.global_batch((step + 1) * size, 1)
+    assert set(np.searchsorted(ends, after, side="right").tolist()) <= set(ahead)
+    assert set(DataOrder(sizes, 5).shards_ahead(step, size)) == set(range(len(sizes)))
+
+
+def test_the_order_of_windows_is_that_of_before() -> None:
+    """A run that was begun goes on in its order, whatever is done to this code."""
+    order = DataOrder((3, 2, 4, 3), 7, "blocked", num_window_shards=2)
+    assert order.epoch(1).tolist() == [1, 3, 0, 4, 2, 10, 7, 5, 9, 11, 6, 8]
+
+
 def test_the_average_follows_its_formula() -> None:
     weight = torch.tensor([1.0, 2.0])
     ema = Ema([weight], rate=0.9)

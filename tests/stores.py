@@ -1,0 +1,74 @@
+"""A store that is not local in d2i's eyes: it notes what is fetched, and may kill who fetches.
+
+    python -m tests.stores URL CACHE [--kill-at NAME]
+
+reads all samples of a data set through a cache, prints `read`, and waits for the end of its input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+LOG_NAME = "fetched.log"
+
+
+class NotedStore(LocalFileSystem):
+    """Files of this disk under `noted://`; each fetch is a line of `fetched.log` beside them."""
+
+    protocol = "noted"
+    kill_at: str | None = None
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        stripped: str = super()._strip_protocol(path.removeprefix("noted://"))
+        return stripped
+
+    def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
+        source = Path(self._strip_protocol(rpath))
+        with (source.parent.parent / LOG_NAME).open("a") as log:
+            log.write(f"{source.name}\n")
+        data = source.read_bytes()
+        with Path(lpath).open("wb") as file:
+            file.write(data[: len(data) // 2])
+            file.flush()
+            if source.name == self.kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            file.write(data[len(data) // 2 :])
+
+
+fsspec.register_implementation("noted", NotedStore, clobber=True)
+
+
+def fetched(data: Path) -> list[str]:
+    """The names that were fetched of a data set, in order."""
+    log = data.parent / LOG_NAME
+    return log.read_text().split() if log.exists() else []
+
+
+def main() -> None:
+    """Read, say so, and wait."""
+    from d2i.shards import ShardReader
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("cache")
+    parser.add_argument("--kill-at")
+    args = parser.parse_args()
+    NotedStore.kill_at = args.kill_at
+    reader = ShardReader(args.url, cache_dir=args.cache)
+    reader.read(range(len(reader)))
+    sys.stdout.write("read\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

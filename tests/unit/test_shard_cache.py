@@ -1,0 +1,216 @@
+"""Shards that lie elsewhere: a bounded cache, fetched ahead, whole or absent, shared."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from d2i.errors import ConfigError, ShardError
+from d2i.recipes import load_recipe
+from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
+from d2i.train.data import check_cache
+from d2i.train.order import DataOrder
+from tests.stores import fetched
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_SHARDS, NUM_SAMPLES = 6, 5
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Six shards of five samples; sample i holds the number i."""
+    folder = tmp_path / "store" / "data"
+    for shard in range(NUM_SHARDS):
+        samples = []
+        for number in range(shard * NUM_SAMPLES, (shard + 1) * NUM_SAMPLES):
+            clip = np.full(64, number, np.float16)
+            members = {"json": json_bytes({"number": number}), "clip.npy": npy_bytes(clip)}
+            samples.append(Sample(f"train-{number:02d}-0-0", members))
+        write_shard(samples, str(folder), shard, failures={})
+    write_manifest(str(folder), {})
+    return folder
+
+
+def bound(data: Path, num_shards: float) -> float:
+    """A cache's size in GB, in shards."""
+    return num_shards * max(tar.stat().st_size for tar in data.glob("*.tar")) / 1e9
+
+
+def cached(cache: Path) -> set[int]:
+    return {int(tar.name[:6]) for tar in cache.glob("*.tar")}
+
+
+def tars(data: Path) -> list[int]:
+    return [int(name[:6]) for name in fetched(data) if name.endswith(".tar")]
+
+
+def is_right(batch: dict[str, NDArray[Any]], indices: NDArray[Any]) -> bool:
+    return bool((batch["clip"] == indices[:, None]).all())
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_threads_read_a_set_that_is_larger_than_the_cache(data: Path, tmp_path: Path) -> None:
+    size_gb = bound(data, 2.5)
+    reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "cache", cache_gb=size_gb)
+
+    def read(seed: int) -> bool:
+        order = np.random.default_rng(seed).permutation(len(reader))[:8]
+        reader.prefetch(np.random.default_rng(seed).permutation(NUM_SHARDS).tolist())
+        return is_right(reader.read(order), order) and reader.keys[int(order[0])][6:8] == (
+            f"{order[0]:02d}"
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(60)))
+    assert reader.read_json(7) == {"number": 7}
+    assert reader.read_members(29)["json"] == json_bytes({"number": 29})
+    # Whoever opens a shard last leaves no more than the bound.
+    reader.prefetch([])
+    wait_until(lambda: not list((tmp_path / "cache").glob(".*.d2i-tmp")))
+    for shard in range(NUM_SHARDS):
+        reader.read([shard * NUM_SAMPLES])
+    assert len(cached(tmp_path / "cache")) <= 2
+    # An index is fetched once, whatever becomes of its tar.
+    counts = Counter(name for name in fetched(data) if name.endswith(".arrow"))
+    assert set(counts.values()) == {1} and len(counts) == NUM_SHARDS
+
+
+def test_the_shard_used_longest_ago_goes(data: Path, tmp_path: Path) -> None:
+    reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "c", cache_gb=bound(data, 3))
+    for shard in (0, 1, 2, 0, 3):
+        reader.read([shard * NUM_SAMPLES])
+    assert cached(tmp_path / "c") == {0, 2, 3}
+    reader.read([0])
+    assert tars(data) == [0, 1, 2, 3]
+    # The next process goes on with what is there, by the same rule.
+    again = ShardReader(f"noted://{data}", cache_dir=tmp_path / "c", cache_gb=bound(data, 3))
+    del reader
+    again.read([2 * NUM_SAMPLES, 0])
+    again.read([4 * NUM_SAMPLES])
+    assert tars(data) == [0, 1, 2, 3, 4]
+    assert cached(tmp_path / "c") == {0, 2, 4}
+
+
+def test_what_comes_next_is_fetched_ahead_of_its_use(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 3))
+    reader.prefetch([5, 1, 3, 0])
+    wait_until(lambda: cached(cache) == {5, 1, 3})
+    # There is no room for the last one before the first one is done with.
+    indices = np.array([5, 1, 3]) * NUM_SAMPLES
+    assert is_right(reader.read(indices), indices)
+    assert set(tars(data)) == {5, 1, 3}
+    reader.prefetch([1, 3, 0])
+    wait_until(lambda: cached(cache) == {1, 3, 0})
+    # What is read unforeseen takes the place of what is wanted last.
+    reader.read([4 * NUM_SAMPLES])
+    assert cached(cache) == {1, 3, 4}
+
+
+def test_an_epoch_of_blocked_order_fetches_each_shard_once(data: Path, tmp_path: Path) -> None:
+    """A cache of two windows: one that is read, and one that is fetched meanwhile."""
+    reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "c", cache_gb=bound(data, 4))
+    order = DataOrder((NUM_SAMPLES,) * NUM_SHARDS, 3, "blocked", num_window_shards=2)
+    num_steps = order.num_samples // 3
+    for step in range(num_steps):
+        reader.prefetch(order.shards_ahead(step, 3))
+        indices = order.global_batch(step, 3)
+        assert is_right(reader.read(indices), indices)
+    # The window of the next epoch is under way already.
+    once = set(range(NUM_SHARDS)) - set(order.shards_ahead(num_steps, 3)[:2])
+    counts = Counter(tars(data))
+    assert set(counts) == set(range(NUM_SHARDS))
+    assert all(counts[shard] == 1 for shard in once)
+
+
+def test_a_cache_smaller_than_a_window_is_refused(data: Path, tmp_path: Path) -> None:
+    reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "cache")
+    config = load_recipe("demo").train.model_copy(
+        update={"order": "blocked", "num_window_shards": 2}
+    )
+    check_cache(reader, config, bound(data, 2))
+    check_cache(ShardReader(str(data)), config, bound(data, 1))
+    with pytest.raises(ConfigError, match=r"train.num_window_shards=2, noted.* GB at once"):
+        check_cache(reader, config, bound(data, 1.5))
+    with pytest.raises(ConfigError, match=r"--set train.order=blocked"):
+        check_cache(reader, config.model_copy(update={"order": "global"}), bound(data, 5))
+
+
+def test_keys_need_no_tar(data: Path, tmp_path: Path) -> None:
+    reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "cache")
+    assert list(reader.keys) == [f"train-{n:02d}-0-0" for n in range(len(reader))]
+    assert tars(data) == []
+
+
+def test_a_cache_that_one_shard_overfills_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="too small for noted"):
+        ShardReader(f"noted://{data}", cache_dir=tmp_path, cache_gb=bound(data, 0.9))
+
+
+def test_what_was_fetched_damaged_is_not_kept(data: Path, tmp_path: Path) -> None:
+    tar = min(data.glob("*.tar"))
+    good = tar.read_bytes()
+    tar.write_bytes(good[:-1] + b"x")
+    reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "cache")
+    reader.prefetch([0])
+    with pytest.raises(ShardError, match="another sha256"):
+        reader.read([0])
+    assert cached(tmp_path / "cache") == set()
+    tar.write_bytes(good)
+    assert is_right(reader.read([0]), np.array([0]))
+
+
+def start(data: Path, cache: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.stores", f"noted://{data}", str(cache), *options]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+
+
+def test_a_killed_fetch_leaves_nothing_half(data: Path, tmp_path: Path) -> None:
+    cache, name = tmp_path / "cache", sorted(data.glob("*.tar"))[2].name
+    with start(data, cache, "--kill-at", name) as killed:
+        assert killed.wait(WAIT_S) == -signal.SIGKILL
+    assert cached(cache) == {0, 1}
+    assert (cache / f".{name}.d2i-tmp").stat().st_size > 0
+    # Its remains count as its shard and make room first.
+    reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 1.5))
+    indices = np.arange(len(reader))
+    assert is_right(reader.read(indices), indices)
+    assert cached(cache) == {5}
+    assert list(cache.glob(".*.d2i-tmp")) == []
+
+
+def test_processes_share_a_cache(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with start(data, cache) as one, start(data, cache) as other:
+        for process in (one, other):
+            assert process.stdout is not None and process.stdout.readline() == "read\n"
+        # Whichever came first fetched a file, for both.
+        assert set(Counter(fetched(data)).values()) == {1}
+        reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 1))
+        indices = np.arange(len(reader))
+        assert is_right(reader.read(indices), indices)
+        # What others hold stays, above the bound, until they end, in whatever way.
+        assert cached(cache) == set(range(NUM_SHARDS))
+        one.kill()
+        other.communicate()
+    reader.read([0])
+    assert cached(cache) == {0}
