@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 from d2i import __version__
-from d2i.cli import corpus, data, environment, models, runs, shards, study, weights
+from d2i.cli import cluster, corpus, data, environment, models, runs, shards, study, weights
 from d2i.errors import D2IError
 
 USER_CAN_FIX = 2
@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Begin with: d2i demo. An error's full traceback: d2i --debug COMMAND.",
 )
-for part in (study, corpus, data, shards, models, runs, weights, environment):
+for part in (study, corpus, data, shards, models, runs, weights, cluster, environment):
     part.add_commands(app)
 
 

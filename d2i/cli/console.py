@@ -91,6 +91,11 @@ def print_result(result: dict[str, Any], lines: Iterable[str], *, as_json: bool)
         typer.echo(line)
 
 
+def row_line(status: str, name: str, detail: str, fix: str) -> str:
+    """Return one row of a report on what can run, with the fix where one is needed."""
+    return f"{status:5} {name}: {detail}" + (f"  -> {fix}" if fix else "")
+
+
 def existing_source(source: str) -> str:
     """Return the folder of a corpus.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from d2i.cli.console import JsonOption, SetOption, help_text, print_result, register
+from d2i.cli.console import JsonOption, SetOption, help_text, print_result, register, row_line
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -63,14 +63,13 @@ def doctor(*, as_json: JsonOption = False) -> None:
 
         d2i doctor --json
     """
-    from d2i.doctor import checks
+    from d2i.doctor.machine import checks
 
     found = []
     for check in checks():
         found.append(asdict(check))
         if not as_json:
-            fix = f"  -> {check.fix}" if check.fix else ""
-            typer.echo(f"{check.status:5} {check.name}: {check.detail}{fix}")
+            typer.echo(row_line(check.status, check.name, check.detail, check.fix))
     if as_json:
         print_result({"checks": found}, [], as_json=True)
     if any(check["status"] == "fail" for check in found):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ ResultT = TypeVar("ResultT")
 ObjectT = TypeVar("ObjectT")
 TaskIn = TypeVar("TaskIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
+
+_CONNECT_TIMEOUT_S = 10.0
 
 
 class Worker(Protocol[TaskIn, ResultOut]):
@@ -189,6 +192,24 @@ def _run_on_ray(
                 yield tasks[number], result
 
 
+def _refuse_silence(address: str) -> None:
+    """Refuse an address that takes no connection: Ray itself would try for minutes.
+
+    Raises:
+        ClusterError: If nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
+    except OSError as err:
+        raise ClusterError(
+            f"nothing answers at {address}: {err}; expected a running Ray; start it, or check the "
+            "address and its firewall"
+        ) from err
+
+
 @contextmanager
 def _ray_session(address: str | None, num_workers: int | None) -> Iterator[None]:
     # Ray reads these at import; nothing is reported to anyone unless the user asks for it.
@@ -202,6 +223,8 @@ def _ray_session(address: str | None, num_workers: int | None) -> Iterator[None]
         # A session around this one keeps it up.
         yield
         return
+    if address:
+        _refuse_silence(address)
     # On this machine as many workers as are asked for, however few cores there are.
     is_crowded = address is None and (num_workers or 0) > len(os.sched_getaffinity(0))
     try:

@@ -55,6 +55,8 @@ def test_help_imports_nothing_heavy() -> None:
             "no such folder",
         ),
         (("verify", "/nowhere"), "holds no manifest.json"),
+        (("cluster", "check", "--ray-address", "127.0.0.1:9"), "nothing answers at 127.0.0.1:9"),
+        (("cluster", "check", "--ray-address", "auto", "--set", "image.resolution=8"), "--recipe"),
         (("eval", "--system", "run:x", "--data", "/nowhere", "--out", "o"), "recipe.json"),
         (("report", "/nowhere"), "/nowhere"),
         (("recipes", "show", "nothing"), "no such recipe"),

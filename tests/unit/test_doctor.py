@@ -10,17 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from d2i import doctor
-from d2i.doctor import Check
+from d2i.doctor import machine as doctor
+from d2i.doctor.check import Check, run_checks
 
 
 def test_a_check_that_crashes_is_a_fail_row_and_the_next_one_still_runs() -> None:
     def crash() -> Check:
         raise ValueError("first line\nsecond line")
 
-    rows = list(
-        doctor.run_checks([("broken", crash), ("Python", doctor.check_python), ("again", crash)])
-    )
+    rows = list(run_checks([("broken", crash), ("Python", doctor.check_python), ("again", crash)]))
 
     assert [row.status for row in rows] == ["fail", "ok", "fail"]
     assert rows[0].name == "broken"
@@ -35,7 +33,7 @@ def test_a_row_is_computed_when_it_is_asked_for() -> None:
         asked.append("asked")
         return Check("note", "ok", "")
 
-    rows = doctor.run_checks([("a", note), ("b", note)])
+    rows = run_checks([("a", note), ("b", note)])
     assert asked == []
     next(rows)
     assert asked == ["asked"]
@@ -133,7 +131,7 @@ def test_inception_weights_are_known_by_their_checksum(tmp_path: Path) -> None:
 
 def test_importing_the_doctor_is_light() -> None:
     heavy = {"torch", "ray", "deepspeed", "diffusers", "transformers"}
-    program = "import sys, d2i.doctor; print(*sys.modules)"
+    program = "import sys, d2i.doctor.machine; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ
     ).stdout.split()

@@ -16,18 +16,14 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
+from d2i.doctor.check import REINSTALL, Check, first_line, run_checks
 from d2i.errors import D2IError
 
-Status = Literal["ok", "warn", "fail"]
-
 _GIB = 2**30
-_REINSTALL = "make clean setup, or pip install -c constraints.txt -e ."
 
 _RAY_TIMEOUT_S = 120.0
 _RAY_PROGRAM = """
@@ -45,23 +41,6 @@ _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}"
 
 
-@dataclass(frozen=True)
-class Check:
-    """One row of the doctor's report.
-
-    Args:
-        name: What was looked at.
-        status: `ok`; `warn`: some work is out of reach or slow; `fail`: the demo cannot run.
-        detail: What was found, in one line.
-        fix: What to do, in one line; empty where nothing needs doing.
-    """
-
-    name: str
-    status: Status
-    detail: str
-    fix: str = ""
-
-
 def checks() -> Iterator[Check]:
     """Look at the environment, one row at a time; a row is computed when it is asked for.
 
@@ -70,15 +49,6 @@ def checks() -> Iterator[Check]:
         breaks is a `fail` row with the reason.
     """
     return run_checks(_CHECKS)
-
-
-def run_checks(named: Iterable[tuple[str, Callable[[], Check]]]) -> Iterator[Check]:
-    """Run named checks, each kept from the others: an exception becomes its `fail` row."""
-    for name, check in named:
-        try:
-            yield check()
-        except Exception as err:
-            yield Check(name, "fail", f"{type(err).__name__}: {_first_line(err)}", _REINSTALL)
 
 
 def check_python() -> Check:
@@ -92,7 +62,7 @@ def check_python() -> Check:
 def check_torch() -> Check:
     """Whether torch and torchvision are one build: an operator of the pair is called."""
     pair = f"torch {version('torch')}, torchvision {version('torchvision')}"
-    fix = f"install the pair that constraints.txt names: {_REINSTALL}"
+    fix = f"install the pair that constraints.txt names: {REINSTALL}"
     try:
         import torch
         from torchvision.ops import nms
@@ -100,7 +70,7 @@ def check_torch() -> Check:
         box = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
         kept = nms(box, torch.ones(1), 0.5).tolist()
     except (ImportError, RuntimeError, OSError) as err:
-        return Check("torch", "fail", f"{pair} do not fit: {_first_line(err)}", fix)
+        return Check("torch", "fail", f"{pair} do not fit: {first_line(err)}", fix)
     if kept != [0]:
         return Check("torch", "fail", f"{pair}: nms of one box gave {kept}, expected [0]", fix)
     return Check("torch", "ok", f"{pair}, one build")
@@ -214,10 +184,10 @@ def check_shipped_weights() -> Check:
         try:
             folder = Path(resolve_weights(part))
         except D2IError as err:
-            return Check(name, "fail", _first_line(err), _REINSTALL)
+            return Check(name, "fail", first_line(err), REINSTALL)
         sizes = [file.stat().st_size for file in folder.rglob("*.safetensors")]
         if not sizes:
-            return Check(name, "fail", f"{part} holds no .safetensors file", _REINSTALL)
+            return Check(name, "fail", f"{part} holds no .safetensors file", REINSTALL)
         size += sum(sizes)
     return Check(name, "ok", f"{len(parts)} networks, {size / 2**20:.1f} MiB")
 
@@ -230,9 +200,9 @@ def check_vocabulary() -> Check:
     try:
         ids = encode("a photo")
     except D2IError as err:
-        return Check(name, "fail", _first_line(err), "pip install open_clip_torch")
+        return Check(name, "fail", first_line(err), "pip install open_clip_torch")
     if ids != [320, 1125]:
-        return Check(name, "fail", f"'a photo' became {ids}, expected [320, 1125]", _REINSTALL)
+        return Check(name, "fail", f"'a photo' became {ids}, expected [320, 1125]", REINSTALL)
     return Check(name, "ok", "'a photo' has its published ids")
 
 
@@ -268,10 +238,6 @@ _CHECKS: tuple[tuple[str, Callable[[], Check]], ...] = (
     ("CLIP vocabulary", check_vocabulary),
     ("Inception weights", check_inception),
 )
-
-
-def _first_line(err: BaseException) -> str:
-    return (str(err).strip().splitlines() or ["no message"])[0]
 
 
 def _torch_cache(hub_dir: Path | None) -> Path:

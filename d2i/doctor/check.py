@@ -1,0 +1,42 @@
+"""One row of a report on what can run, and how rows are made: each kept from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["ok", "warn", "fail"]
+
+REINSTALL = "make clean setup, or pip install -c constraints.txt -e ."
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the doctor's report.
+
+    Args:
+        name: What was looked at.
+        status: `ok`; `warn`: some work is out of reach or slow; `fail`: the demo cannot run.
+        detail: What was found, in one line.
+        fix: What to do, in one line; empty where nothing needs doing.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    fix: str = ""
+
+
+def run_checks(named: Iterable[tuple[str, Callable[[], Check]]]) -> Iterator[Check]:
+    """Run named checks, each kept from the others: an exception becomes its `fail` row."""
+    for name, check in named:
+        try:
+            yield check()
+        except Exception as err:
+            yield Check(name, "fail", f"{type(err).__name__}: {first_line(err)}", REINSTALL)
+
+
+def first_line(err: BaseException) -> str:
+    """Return the first line of what an error says."""
+    return (str(err).strip().splitlines() or ["no message"])[0]

@@ -1,0 +1,169 @@
+"""What a Ray cluster offers a job, node by node, before the job burns hours there."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from d2i import storage
+from d2i.cluster import session
+from d2i.cluster.nodes import Node, NodeAnswer, ask_nodes, wait_for_nodes
+from d2i.config import Recipe
+from d2i.doctor.check import Check, first_line
+from d2i.doctor.node import Probe, Question, installed_versions, look_at_node
+from d2i.errors import D2IError
+
+_GIB = 2**30
+_ANSWER_TIMEOUT_S = 300.0
+# Object stores refuse signatures that are minutes off; rows of one ledger should be in order.
+_MAX_CLOCK_SKEW_S = 300.0
+_GOOD_CLOCK_SKEW_S = 2.0
+# Of a planned shard, at once: one being fed, one waiting, one being finished for each worker.
+_NUM_SHARDS_IN_FLIGHT = 3
+
+
+@dataclass(frozen=True)
+class ClusterRequest:
+    """What is expected of a cluster.
+
+    Args:
+        ray_address: Where it is.
+        num_nodes: How many nodes there must be; None takes those that are there.
+        wait_s: How long to wait for them, in seconds.
+        recipe: Whose weights every node must have; None asks for none.
+        storage_urls: Folders that every node must read and write.
+    """
+
+    ray_address: str
+    num_nodes: int | None = None
+    wait_s: float = 300.0
+    recipe: Recipe | None = None
+    storage_urls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of one node, or of the cluster as a whole."""
+
+    name: str
+    checks: list[Check]
+
+
+def check_cluster(request: ClusterRequest) -> Iterator[Report]:
+    """Look at the cluster as a whole, then at each node.
+
+    Raises:
+        ClusterError: If it cannot be reached.
+    """
+    with session(None, request.ray_address), _probes(request) as (probes, problems):
+        nodes = wait_for_nodes(request.num_nodes or 1, request.wait_s)
+        yield Report("cluster", [*_cluster_checks(request, nodes), *problems])
+        question = Question(installed_versions(), _weights(request.recipe), probes)
+        for answer in ask_nodes(nodes, partial(_look, question), _ANSWER_TIMEOUT_S):
+            yield Report(_describe(answer.node), _node_checks(answer, request.recipe))
+
+
+def _look(question: Question, node: Node) -> list[Check]:
+    return look_at_node(question, node.num_gpus, node.node_id)
+
+
+def _cluster_checks(request: ClusterRequest, nodes: Sequence[Node]) -> list[Check]:
+    wanted = request.num_nodes or len(nodes)
+    detail = f"{len(nodes)} of {wanted} expected" if request.num_nodes else f"{len(nodes)}"
+    is_short = len(nodes) < wanted
+    fix = f"they did not come within {request.wait_s:.0f} s: see the logs of those missing"
+    came = Check("nodes", "fail", detail, fix) if is_short else Check("nodes", "ok", detail)
+    return [came, _check_workers(sum(n.num_gpus for n in nodes), sum(n.num_cpus for n in nodes))]
+
+
+def _check_workers(num_gpus: float, num_cpus: float) -> Check:
+    """Whether there is anything that a worker may occupy."""
+    if num_gpus:
+        detail = f"{num_gpus:g} accelerators, one worker each; {num_cpus:g} cores to fetch"
+        return Check("workers", "ok", detail)
+    detail = f"no accelerator; {num_cpus:g} cores, one worker each"
+    if num_cpus:
+        return Check("workers", "ok", detail)
+    return Check("workers", "fail", detail, "add nodes, or start them without --num-cpus=0")
+
+
+def _node_checks(answer: NodeAnswer[list[Check]], recipe: Recipe | None) -> list[Check]:
+    if answer.answer is None:
+        fix = "start the node from the same image or environment as the driver"
+        return [Check("answer", "fail", answer.problem, fix)]
+    return [*answer.answer, _check_object_store(answer.node, recipe), _check_clock(answer)]
+
+
+def _check_object_store(node: Node, recipe: Recipe | None) -> Check:
+    """Whether the shards that may be in flight fit in a node's object store."""
+    name, size = "object store", node.object_store_bytes
+    detail = f"{size / _GIB:.1f} GiB"
+    num_workers = int(node.num_gpus or node.num_cpus)
+    if recipe is None or not num_workers:
+        return Check(name, "ok", detail)
+    shard_bytes = recipe.preprocess.num_samples_per_shard * 3 * recipe.image.resolution**2
+    needed = _NUM_SHARDS_IN_FLIGHT * num_workers * shard_bytes
+    if size >= needed:
+        return Check(name, "ok", f"{detail}; shards in flight may take {needed / _GIB:.1f}")
+    fix = "ray start --object-store-memory, or --set preprocess.num_samples_per_shard=N"
+    detail += f"; shards in flight may take {needed / _GIB:.1f}, the rest goes to the disk"
+    return Check(name, "warn", detail, fix)
+
+
+def _check_clock(answer: NodeAnswer[list[Check]]) -> Check:
+    """How far a node's clock is from the driver's."""
+    ahead_s, error_s = answer.clock_ahead_s, answer.clock_error_s
+    detail = f"{ahead_s:+.3f} s beside the driver's (within {error_s:.3f} s)"
+    skew_s = max(abs(ahead_s) - error_s, 0.0)
+    if skew_s < _GOOD_CLOCK_SKEW_S:
+        return Check("clock", "ok", detail)
+    fix = "let chrony or ntpd set the clocks of all nodes"
+    return Check("clock", "warn" if skew_s < _MAX_CLOCK_SKEW_S else "fail", detail, fix)
+
+
+def _describe(node: Node) -> str:
+    gpus = f", {node.num_gpus:g} accelerators" if node.num_gpus else ""
+    memory = f"{node.memory_bytes / _GIB:.1f} GiB"
+    return f"{node.address} {node.node_id[:8]}: {node.num_cpus:g} cores{gpus}, {memory}"
+
+
+def _weights(recipe: Recipe | None) -> tuple[tuple[str, str], ...]:
+    """Return setting and value of all weights that a recipe names."""
+    if recipe is None:
+        return ()
+    named = {
+        "encoders.vae": recipe.encoders.vae,
+        "encoders.clip_image": recipe.encoders.clip_image,
+        "encoders.clip_text": recipe.encoders.clip_text,
+        "encoders.text_prefix": recipe.encoders.text_prefix,
+        "backbone.weights": recipe.backbone.weights,
+        "metrics.clip_text": recipe.metrics.clip_text,
+        "metrics.extractor_weights": recipe.metrics.extractor_weights,
+    }
+    return tuple((setting, value) for setting, value in named.items() if value)
+
+
+@contextlib.contextmanager
+def _probes(request: ClusterRequest) -> Iterator[tuple[tuple[Probe, ...], list[Check]]]:
+    """Leave a file in each place while the nodes look; also give a row where that fails."""
+    content = secrets.token_bytes(64)
+    file = f"d2i-probe-{content[:8].hex()}"
+    probes, problems = [], []
+    for url in map(storage.resolve, request.storage_urls):
+        try:
+            storage.write_bytes(storage.join(url, file), content)
+            probes.append(Probe(url, file, content))
+        except (OSError, D2IError) as err:
+            fix = "check the URL, and this machine's leave to write there"
+            detail = f"the driver cannot write: {first_line(err)}"
+            problems.append(Check(f"storage {url}", "fail", detail, fix))
+            probes.append(Probe(url, None, content))
+    try:
+        yield tuple(probes), problems
+    finally:
+        for probe in probes:
+            if probe.name:
+                storage.remove(storage.join(probe.url, probe.name))

@@ -1,0 +1,218 @@
+"""What one node of a cluster says of itself, beside what the driver expects of it.
+
+Runs on the node. Must not import ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import d2i
+from d2i import storage
+from d2i.doctor.check import Check, first_line, run_checks
+from d2i.errors import D2IError
+
+# What decides the bytes of shards and pictures, or must be the same for processes to talk.
+_DECISIVE = ("d2i", "ray", "torch", "torchvision", "diffusers", "transformers", "numpy", "pillow")
+_OTHERS = ("deepspeed", "img2dataset", "open_clip_torch", "pyarrow", "tokenizers", "fsspec", "s3fs")
+
+_GIB = 2**30
+# Ray stops writing to a disk that is so full.
+_FULL_DISK = 0.95
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A place that every node must read and write, and a file that the driver left there.
+
+    Args:
+        url: The folder.
+        name: The file's name; None where the driver itself could not write.
+        content: What it holds.
+    """
+
+    url: str
+    name: str | None
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a node is asked; picklable.
+
+    Args:
+        versions: The driver's, as `installed_versions` gives them.
+        weights: Setting and value of everything that a recipe names as weights.
+        probes: The places.
+    """
+
+    versions: dict[str, str]
+    weights: tuple[tuple[str, str], ...]
+    probes: tuple[Probe, ...]
+
+
+def look_at_node(question: Question, num_gpus: float, node_id: str) -> list[Check]:
+    """Look at the node this is called on: versions, accelerators, weights, storage, disk.
+
+    Args:
+        question: What the driver wants to know.
+        num_gpus: How many accelerators Ray counts here.
+        node_id: A name for its file in each place; no other node's.
+
+    Returns:
+        One row a thing looked at; nothing is raised.
+    """
+    checks: list[tuple[str, Callable[[], Check]]] = [
+        ("versions", partial(check_versions, question.versions)),
+        ("accelerators", partial(check_accelerators, num_gpus)),
+        *((f"weights {n}", partial(check_weights, n, value)) for n, value in question.weights),
+        *((f"storage {p.url}", partial(check_storage, p, node_id)) for p in question.probes),
+        ("disk", check_disk),
+    ]
+    return list(run_checks(checks))
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of what is installed here, d2i's with a hash of its code."""
+    found = {"python": platform.python_version()}
+    for name in (*_DECISIVE, *_OTHERS):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | {"d2i": f"{d2i.__version__} (code {_code_hash()})"}
+
+
+def check_versions(expected: dict[str, str]) -> Check:
+    """Compare what is installed here with the driver's: what decides bytes must be the same."""
+    found = installed_versions()
+    differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if not differing:
+        return Check("versions", "ok", f"as the driver's: {len(found)} packages")
+    detail = ", ".join(
+        f"{name} {found.get(name, 'absent')}, the driver has {expected.get(name, 'none')}"
+        for name in differing
+    )
+    is_decisive = any(_is_decisive(expected.get(n, ""), found.get(n, ""), n) for n in differing)
+    fix = "use one image, or one environment made from constraints.txt, on all nodes"
+    return Check("versions", "fail" if is_decisive else "warn", detail, fix)
+
+
+def check_accelerators(num_gpus: float) -> Check:
+    """Whether torch computes on as many accelerators as Ray counts here."""
+    name = "accelerators"
+    if not num_gpus:
+        return Check(name, "ok", "none; this node fetches, or computes on cores")
+    # Ray hides them from a process that occupies none.
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found < num_gpus:
+        detail = f"Ray counts {num_gpus:g}, torch (CUDA {torch.version.cuda}) computes on {found}"
+        return Check(name, "fail", detail, "update the driver, or give the container its devices")
+    torch.ones(1, device="cuda").add(1).cpu()
+    size = torch.cuda.get_device_properties(0).total_memory
+    detail = f"{found} x {torch.cuda.get_device_name(0)}, {size / _GIB:.0f} GiB"
+    return Check(name, "ok", detail)
+
+
+def check_weights(setting: str, value: str) -> Check:
+    """Whether what a setting names is here: shipped, a path, or in the hub's cache."""
+    from d2i.shipped import resolve_weights
+
+    name = f"weights {setting}"
+    try:
+        path = Path(resolve_weights(value))
+    except D2IError as err:
+        return Check(name, "fail", first_line(err), "install the same d2i on all nodes")
+    if path.exists():
+        return Check(name, "ok", f"{value}, {_size_bytes(path) / 2**20:.1f} MiB")
+    if path.is_absolute() or not _HUB_NAME.fullmatch(value):
+        fix = "copy it to every node, or put it on a file system that all share"
+        return Check(name, "fail", f"{value} is not here", fix)
+    if _is_in_hub_cache(value):
+        return Check(name, "ok", f"{value}, in the hub's cache")
+    fix = f"'hf download {value}' on every node, or set HF_HOME to a folder that all share"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return Check(name, "fail", f"{value} is not in the hub's cache, and HF_HUB_OFFLINE", fix)
+    return Check(name, "warn", f"{value} is not in the hub's cache: it will be downloaded", fix)
+
+
+def check_storage(probe: Probe, node_id: str) -> Check:
+    """Whether the driver's file can be read in a place, and one of the node's own written."""
+    name = f"storage {probe.url}"
+    own = storage.join(probe.url, f"d2i-probe-{node_id}")
+    fix = "give every node the same place, and its own leave to read and write there"
+    try:
+        if probe.name and storage.read_bytes(storage.join(probe.url, probe.name)) != probe.content:
+            return Check(name, "fail", "another file than the driver's lies there", fix)
+    except FileNotFoundError:
+        return Check(name, "fail", "the driver's file is not there: it is another place", fix)
+    except (OSError, D2IError) as err:
+        return Check(name, "fail", f"cannot be read: {first_line(err)}", fix)
+    try:
+        storage.write_bytes(own, probe.content)
+        is_whole = storage.read_bytes(own) == probe.content
+        storage.remove(own)
+    except (OSError, D2IError) as err:
+        return Check(name, "fail", f"cannot be written: {first_line(err)}", fix)
+    if not is_whole:
+        return Check(name, "fail", "what was written came back otherwise", fix)
+    return Check(name, "ok", "read, written and removed a file")
+
+
+def check_disk(folder: Path | None = None) -> Check:
+    """How much room there is where Ray spills objects and files are prepared."""
+    folder = folder or Path(tempfile.gettempdir())
+    usage = shutil.disk_usage(folder)
+    detail = f"{usage.free / _GIB:.1f} GiB free in {folder}"
+    if usage.used > _FULL_DISK * usage.total:
+        return Check("disk", "fail", f"{detail}, over 95 % full: Ray spills no more", "make room")
+    if usage.free < 20 * _GIB:
+        return Check("disk", "warn", detail, "little for spilled objects: make room")
+    return Check("disk", "ok", detail)
+
+
+def _is_decisive(expected: str, found: str, name: str) -> bool:
+    """Whether a difference is more than that of a build (`2.14.1+cpu` beside `2.14.1`)."""
+    if name == "python":
+        return expected.split(".")[:2] != found.split(".")[:2]
+    return name in _DECISIVE and expected.partition("+")[0] != found.partition("+")[0]
+
+
+@cache
+def _code_hash() -> str:
+    """Return 8 digits of the sha256 of d2i's own code: a version alone does not tell a checkout."""
+    digest = hashlib.sha256()
+    root = Path(d2i.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _size_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def _files(path: Path) -> Iterator[Path]:
+    yield from (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _is_in_hub_cache(value: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    owner, repository, *subfolder = value.split("/")
+    config = "/".join([*subfolder, "config.json"])
+    return isinstance(try_to_load_from_cache(f"{owner}/{repository}", config), str)

@@ -1,0 +1,163 @@
+"""`d2i cluster check` on two real Ray nodes with a token, one of which lacks what the other has."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.processes import COMMAND
+
+RAY = Path(sys.executable).with_name("ray")
+ADDRESSES = ("127.0.0.1", "127.0.0.2")
+START_S = 60.0
+HUB_NAME = "someone/clip"
+
+
+@contextmanager
+def ray_node(environment: dict[str, str], *options: str) -> Iterator[None]:
+    """One node, gone with all of its processes at the end."""
+    size = ("--num-cpus=1", f"--object-store-memory={80 << 20}", "--num-gpus=0")
+    process = subprocess.Popen(
+        [RAY, "start", "--block", *size, *options],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_until_taken(port: int) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        with closing(socket.socket()) as client:
+            if client.connect_ex((ADDRESSES[0], port)) == 0:
+                return
+        time.sleep(0.1)
+    pytest.fail("no head node")
+
+
+def fill_hub_cache(home: Path) -> None:
+    """Put a model's configuration where the hub's client keeps what it has downloaded."""
+    repository = home / ".cache" / "huggingface" / "hub" / f"models--{HUB_NAME.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (repository / "snapshots" / ("0" * 40) / "config.json").write_text("{}")
+    (home / "a-file").write_text("where a folder would have to be")
+
+
+def poor_environment(folder: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Where another diffusers is installed, and the home, with the hub's cache, is another."""
+    installed = folder / "site" / "diffusers-0.0.1.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: diffusers\nVersion: 0.0.1\n")
+    (folder / "poor").mkdir()
+    return environment | {"PYTHONPATH": str(folder / "site"), "HOME": str(folder / "poor")}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What one check of both nodes gave, and a folder that they share."""
+
+    exit_code: int
+    rows: list[dict[str, dict[str, str]]]
+    shared: Path
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
+    folder = tmp_path_factory.mktemp("cluster")
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    rich = os.environ | token | {"HOME": str(folder / "rich"), "HF_HUB_OFFLINE": "1"}
+    fill_hub_cache(folder / "rich")
+    address, shared = f"{ADDRESSES[0]}:{port}", folder / "shared"
+    # Sockets' names are short.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as ray_folder, ExitStack() as nodes:
+        head = ("--head", f"--port={port}", f"--temp-dir={ray_folder}", "--include-dashboard=false")
+        nodes.enter_context(ray_node(rich, *head, f"--node-ip-address={ADDRESSES[0]}"))
+        wait_until_taken(port)
+        other = (f"--address={address}", f"--node-ip-address={ADDRESSES[1]}")
+        nodes.enter_context(ray_node(poor_environment(folder, rich), *other))
+        done = subprocess.run(
+            [
+                *(*COMMAND, "cluster", "check", "--ray-address", address, "--json"),
+                *("--num-nodes", "2", "--wait-s", "60"),
+                *("--recipe", "demo", "--set", f"encoders.clip_text={HUB_NAME}"),
+                *("--set", "encoders.vae=vae.safetensors"),
+                *("--storage", str(shared), "--storage", "memory://apart"),
+                *("--storage", str(folder / "rich" / "a-file" / "below")),
+            ],
+            env=rich,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.stdout, done.stderr
+    reports = json.loads(done.stdout.splitlines()[-1])["reports"]
+    rows = [{row["name"]: row for row in report["checks"]} for report in reports]
+    # The node that lacks something comes last.
+    rows[1:] = sorted(rows[1:], key=lambda found: found["versions"]["status"] == "fail")
+    return Checked(done.returncode, rows, shared)
+
+
+def test_what_is_as_it_should_be_is_ok_on_both_nodes(checked: Checked) -> None:
+    cluster, *nodes = checked.rows
+    assert cluster["nodes"]["detail"] == "2 of 2 expected"
+    assert cluster["workers"]["status"] == "ok"
+    assert len(nodes) == 2
+    for node in nodes:
+        for name in ("accelerators", "object store", "clock", f"storage {checked.shared}"):
+            assert node[name]["status"] == "ok", node[name]
+        assert node["weights encoders.clip_image"]["status"] == "ok"
+    assert list(checked.shared.iterdir()) == [], "every probe is removed"
+
+
+def test_another_version_and_a_missing_weight_are_found_on_their_node_alone(
+    checked: Checked,
+) -> None:
+    _, rich, poor = checked.rows
+    for name in ("versions", "weights encoders.clip_text"):
+        assert (rich[name]["status"], poor[name]["status"]) == ("ok", "fail"), name
+        assert poor[name]["fix"]
+    assert "diffusers 0.0.1, the driver has" in poor["versions"]["detail"]
+    assert "is not in the hub's cache" in poor["weights encoders.clip_text"]["detail"]
+    assert checked.exit_code == 1
+
+
+def test_a_weight_that_is_on_no_node_fails_on_each(checked: Checked) -> None:
+    for node in checked.rows[1:]:
+        assert node["weights encoders.vae"]["detail"] == "vae.safetensors is not here"
+
+
+def test_a_place_that_is_another_on_each_node_is_no_storage(checked: Checked) -> None:
+    # Each process has a memory of its own: all can write there, and none sees the driver's file.
+    for node in checked.rows[1:]:
+        assert node["storage memory://apart"]["status"] == "fail"
+        assert "it is another place" in node["storage memory://apart"]["detail"]
+
+
+def test_a_place_that_nobody_can_write_fails_everywhere(checked: Checked) -> None:
+    for rows in checked.rows:
+        (row,) = (row for name, row in rows.items() if name.endswith("/below"))
+        assert row["status"] == "fail"
+        assert "cannot" in row["detail"]
