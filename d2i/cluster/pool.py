@@ -215,8 +215,9 @@ def _ray_session(address: str | None, num_workers: int | None) -> Iterator[None]
     # Ray reads these at import; nothing is reported to anyone unless the user asks for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray would prefer it over the address that was asked for.
-    os.environ.pop("RAY_ADDRESS", None)
+    if address != "auto":
+        # Ray would prefer it over the address that was asked for.
+        os.environ.pop("RAY_ADDRESS", None)
     import ray
 
     if ray.is_initialized():

@@ -13,6 +13,7 @@ from d2i.errors import D2IError
 from d2i.fault import parse_fault
 from d2i.processes import end_with_starter
 from d2i.recipes import resolve_recipe
+from d2i.train.slurm import torch_names
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -60,10 +61,7 @@ def launch(
 
 def _name_rank(local_rank: int) -> None:
     """Say which rank this is, where the launcher says it in other words: an option, or SLURM's."""
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ.update(torch_names(os.environ))
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 

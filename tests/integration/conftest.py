@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.integration import evaluations
 from tests.integration.commands import preprocess
+from tests.integration.logged import LOG
 from tests.integration.networks import save_random_clip
+from tests.processes import run_d2i
 from tests.shared import SHARED
 
 
@@ -61,6 +64,16 @@ def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text("\n".join(map(json.dumps, descriptions)))
     preprocess("jsonl", folder, folder / "data", "--set", f"corpus.descriptions={path}")
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def whole(chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chats' evaluation done at one go, in one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LOG, str(folder / "drawn.txt"))
+        run_d2i(*evaluations.command(chat_data, folder / "out"))
+    return folder / "out"
 
 
 WORDS = ("red", "yellow", "green", "blue", "pink", "white", "ball", "box", "tent", "ring", "star")

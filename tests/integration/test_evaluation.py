@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import signal
-import tarfile
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.integration.evaluations import assert_same, command, pictures
 from tests.integration.logged import LOG
 from tests.processes import run_d2i, run_process
 
@@ -24,43 +23,8 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "drawn.txt"
 
 
-def command(data: Path, out: Path, *extra: object) -> list[Any]:
-    return [
-        *("eval", "--system", "tests.integration.logged:build", "--data", data, "--out", out),
-        *("--save-images", "all", "--json"),
-        *("--set", "sample.num_steps=2", "--set", "sample.compute_batch_size=4", *extra),
-    ]
-
-
 def on_ray(workers: int, task_size: int) -> tuple[object, ...]:
     return "--parallel", "--workers", workers, "--task-size", task_size
-
-
-def pictures(out: Path) -> dict[str, bytes]:
-    found = {}
-    for path in sorted((out / "images").glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                assert file is not None
-                found[member.name] = file.read()
-    return found
-
-
-@pytest.fixture(scope="session")
-def whole(chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The evaluation done at one go, in one process."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(LOG, str(folder / "drawn.txt"))
-        run_d2i(*command(chat_data, folder / "out"))
-    return folder / "out"
-
-
-def assert_same(out: Path, whole: Path) -> None:
-    assert (out / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
-    assert (out / "instances.jsonl").read_bytes() == (whole / "instances.jsonl").read_bytes()
-    assert pictures(out) == pictures(whole)
 
 
 @pytest.mark.parametrize(("workers", "task_size"), [(1, 1), (2, 3), (4, 7)])

@@ -1,0 +1,111 @@
+"""Whoever starts the ranks, on one machine or on two: the same losses, the same weights."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.integration.training import command, ema_bytes, losses, train, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRY = ROOT / "train" / "launch.py"
+NUM_NODES = 2
+
+Line = tuple[list[str], dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def by_command(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks of one machine, by `d2i train`: the deepspeed launcher."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    train(data, run)
+    return run
+
+
+def deepspeed_node(node: int, port: int) -> Line:
+    """What the deepspeed launcher runs on each machine of its hostfile."""
+    world = {f"node{number}": [0] for number in range(NUM_NODES)}
+    launch = [sys.executable, "-m", "deepspeed.launcher.launch"]
+    ranks = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    master = ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [*launch, f"--world_info={ranks}", f"--node_rank={node}", *master, str(ENTRY)], {}
+
+
+def torchrun_node(node: int, port: int) -> Line:
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nnodes", str(NUM_NODES)]
+    master = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    # Without `--` it takes our --run for a shorter form of its own --run-path.
+    return [*torchrun, "--node-rank", str(node), *master, "--", str(ENTRY)], {}
+
+
+def slurm_task(node: int, port: int) -> Line:
+    """What srun sets for each of its tasks; where the first one is, d2i finds out."""
+    names = {
+        "SLURM_JOB_ID": str(port),
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_NTASKS": str(NUM_NODES),
+        "SLURM_PROCID": str(node),
+        "SLURM_LOCALID": "0",
+    }
+    return [sys.executable, str(ENTRY)], names
+
+
+@pytest.mark.parametrize(
+    "node", [pytest.param(deepspeed_node, marks=pytest.mark.soak), torchrun_node, slurm_task]
+)
+def test_every_launcher_gives_the_same(
+    node: Callable[[int, int], Line], data: Path, by_command: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    start_nodes(node, entry_arguments(data, run))
+    assert losses(run) == losses(by_command)
+    assert ema_bytes(run) == ema_bytes(by_command)
+    found = json.loads((run / "config.json").read_text())
+    assert found["world_size"] == NUM_NODES
+
+
+def entry_arguments(data: Path, run: Path) -> list[str]:
+    """The command's own, less its name and the number of accelerators."""
+    words = [str(word) for word in command(data, run)][1:]
+    at = words.index("--num-accelerators")
+    return words[:at] + words[at + 2 :]
+
+
+def start_nodes(node: Callable[[int, int], Line], arguments: list[str]) -> None:
+    port = free_port()
+    with ExitStack() as stack:
+        started = []
+        for number in range(NUM_NODES):
+            line, names = node(number, port)
+            process = subprocess.Popen(
+                [*line, *arguments],
+                env=os.environ | names,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.callback(process.kill)
+            started.append(process)
+        for process in started:
+            _, said = process.communicate(timeout=120)
+            assert process.returncode == 0, said[-3000:]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

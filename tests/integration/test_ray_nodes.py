@@ -1,0 +1,120 @@
+"""Jobs that `ray job submit` hands to several nodes: one dies, another comes, the same bytes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration import evaluations
+from tests.integration.logged import GATE, LOG
+from tests.integration.ray_nodes import Node, RayNodes, ray_nodes, wait_until
+from tests.processes import run_d2i
+
+ROOT = Path(__file__).resolve().parents[2]
+ON_CLUSTER = ("--ray-address", "auto")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    folder = tmp_path_factory.mktemp("gate")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    names = {LOG: str(folder / "drawn.txt"), GATE: str(folder / "gate"), "PYTHONPATH": path}
+    with ray_nodes(names) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def node(cluster: RayNodes) -> Iterator[Node]:
+    """The one node with cores for tasks."""
+    added = cluster.add()
+    yield added
+    for other in cluster.nodes[1:]:
+        other.kill()
+
+
+def preprocess_words(source: Path, out: Path, *extra: object) -> list[object]:
+    return [
+        *("preprocess", "--corpus", "jsonl", "--source", source, "--out", out, "--split", "test"),
+        *("--recipe", "demo", "--set", "preprocess.num_samples_per_shard=4", *extra),
+    ]
+
+
+@pytest.fixture(scope="module")
+def prepared(chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    run_d2i(*preprocess_words(chat_data.parent, out, "--workers", "0"))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("point", "nth"),
+    [
+        ("shard.tar", 3),
+        *(
+            pytest.param(point, nth, marks=pytest.mark.soak)
+            for point in ("fetch.picture", "encode.images", "ledger.written", "shard.commit")
+            for nth in (2, 5)
+        ),
+    ],
+)
+def test_preparation_outlives_a_node(
+    cluster: RayNodes,
+    node: Node,
+    prepared: Path,
+    chat_data: Path,
+    tmp_path: Path,
+    point: str,
+    nth: int,
+) -> None:
+    """A worker waits in the middle of a shard; its node goes, and another takes all it did."""
+    out = tmp_path / "out"
+    fault = ("--fault", f"{point}:sleep:{nth}", "--fetch-workers", "1")
+    job = submit_d2i(cluster, *preprocess_words(chat_data.parent, out, *ON_CLUSTER, *fault))
+    wait_until(lambda: len(list((out / "test").glob("*.commit.json"))) == nth - 1, job)
+    node.kill()
+    cluster.add()
+    assert_succeeded(job)
+    assert shards(out) == shards(prepared)
+
+
+def test_evaluation_outlives_a_node(
+    cluster: RayNodes, node: Node, whole: Path, chat_data: Path, tmp_path: Path
+) -> None:
+    """A worker waits before its second task; its node goes, and that of another does the rest."""
+    out, drawn, gate = tmp_path / "out", *(Path(cluster.environment[name]) for name in (LOG, GATE))
+    words = evaluations.command(chat_data, out, "--parallel", "--task-size", "3", *ON_CLUSTER)
+    job = submit_d2i(cluster, *words)
+    wait_until(lambda: len(processes(drawn)) == 1 and bool(finished(out)), job)
+    node.kill()
+    cluster.add()
+    wait_until(lambda: len(processes(drawn)) == 2, job)
+    gate.touch()
+    assert_succeeded(job)
+    evaluations.assert_same(out, whole)
+
+
+def submit_d2i(cluster: RayNodes, *words: object) -> subprocess.Popen[str]:
+    return cluster.submit(str(Path(sys.executable).with_name("d2i")), *words)
+
+
+def assert_succeeded(job: subprocess.Popen[str]) -> None:
+    said, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, said[-3000:]
+
+
+def shards(out: Path) -> dict[str, bytes]:
+    """Every file that a reader of the data needs, by name."""
+    return {path.name: path.read_bytes() for path in (out / "test").iterdir() if path.suffix}
+
+
+def finished(out: Path) -> list[Path]:
+    return list((out / "tasks").glob("*.npz"))
+
+
+def processes(drawn: Path) -> set[str]:
+    return {line.split()[1] for line in drawn.read_text().splitlines()} if drawn.exists() else set()

@@ -1,0 +1,61 @@
+"""SLURM's own words for ranks and nodes."""
+
+from __future__ import annotations
+
+import pytest
+
+from d2i.errors import ClusterError
+from d2i.train.slurm import first_node, torch_names
+
+TASK = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_JOB_NODELIST": "gpu[07-09,12],login1",
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[07-09,12],login1", "gpu07"),
+        ("gpu[3,5]", "gpu3"),
+        ("rack-2-gpu[001-128]-ib0,x", "rack-2-gpu001-ib0"),
+        ("a.example.org,b.example.org", "a.example.org"),
+    ],
+)
+def test_the_first_node_is_found(names: str, first: str) -> None:
+    assert first_node({"SLURM_JOB_NODELIST": names}) == first
+
+
+def test_a_task_of_srun_is_a_rank() -> None:
+    assert torch_names(TASK) == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "24567",
+    }
+
+
+def test_what_the_batch_script_set_is_left_alone() -> None:
+    found = torch_names(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "6000"})
+    assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+
+
+def test_a_step_of_some_nodes_has_its_own_first() -> None:
+    assert torch_names(TASK | {"SLURM_STEP_NODELIST": "gpu[08-09]"})["MASTER_ADDR"] == "gpu08"
+
+
+@pytest.mark.parametrize("names", [TASK | {"RANK": "0"}, {"SLURM_JOB_ID": "1"}, {}])
+def test_other_launchers_are_not_overruled(names: dict[str, str]) -> None:
+    """A batch script, an allocation's shell and torchrun under srun hold some of these too."""
+    assert torch_names(names) == {}
+
+
+def test_without_a_list_of_nodes_it_is_said() -> None:
+    with pytest.raises(ClusterError, match="export MASTER_ADDR"):
+        torch_names({name: value for name, value in TASK.items() if "NODELIST" not in name})
