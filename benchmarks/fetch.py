@@ -5,13 +5,15 @@
 Serves a folder of photographs on loopback and fetches `--num` addresses in turns, each time in a
 process of its own with one decoding core and 16 threads: by img2dataset 1.47 as it comes
 (`Downloader`, `Resizer`, `WebDatasetSampleWriter`) and by d2i (`PictureSource`, decoding included,
-then JPEG as well). Both centre-crop to 256 and write JPEG at quality 95 to a tar. Two lists: good
-addresses alone, and a mixed one with 10 % on dead hosts (20 loopback listeners that never answer),
-5 % slow (2 s), 5 % 404, 2 % 429 once, 3 % broken, and the same 5 s of patience for both. `--hosts`
-says how many hosts the one server is (ports, each a host to d2i's manners): a host that says 429 is
-left alone by d2i for the second it asks for, and by img2dataset not at all, so that with one host
-the 429s alone cost d2i 40 s. Prints one JSON line: rows a second, medians and all repeats, and the
-ratio of each repeat.
+then JPEG as well). Both centre-crop to 256 and write JPEG at quality 95 to a tar. d2i resizes with
+LANCZOS, as U-ViT does; img2dataset's choice is AREA, which costs half as much, so that of good
+addresses it is measured with its own LANCZOS as well. Two lists: good addresses alone, and a mixed
+one with 10 % on dead hosts (20 loopback listeners that never answer), 5 % slow (2 s), 5 % 404, 2 %
+429 once, 3 % broken, and the same 5 s of patience for both. `--hosts` says how many hosts the one
+server is (ports, each a host to d2i's manners): a host that says 429 is left alone by d2i for the
+second it asks for, and by img2dataset not at all, so that with one host the 429s alone cost d2i
+40 s. Prints one JSON line: rows a second, milliseconds of the processor a row, and d2i's rate over
+that of each, medians and all repeats.
 """
 
 from __future__ import annotations
@@ -31,13 +33,16 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 NUM_THREADS, SIDE, QUALITY, PATIENCE_S, SLOW_S = 16, 256, 95, 5, 2.0
 NUM_DEAD_HOSTS = 20
+FILTERS = {"img2dataset": "area", "img2dataset, lanczos": "lanczos"}
+"""The peer's ways to make a picture smaller; the first is its own choice."""
+CONTESTANTS = {"good": (*FILTERS, "d2i"), "mixed": ("img2dataset", "d2i")}
 Ports = dict[str, list[int]]
 SHARES = {"dead": 0.10, "slow": 0.05, "gone": 0.05, "busy": 0.02, "broken": 0.03}
 
@@ -98,11 +103,11 @@ def serve(photos: Path, num_hosts: int) -> None:
         servers[0].serve_forever()
 
 
-def addresses(ports: Ports, num: int, *, mixed: bool) -> list[str]:
+def addresses(ports: Ports, num: int, list_name: str) -> list[str]:
     """Return the list, its kinds evenly spread."""
     live, dead = ports["live"], ports["dead"]
     urls = [f"http://127.0.0.1:{live[n % len(live)]}/good/{n}" for n in range(num)]
-    if mixed:
+    if list_name == "mixed":
         place = 0
         for kind, share in SHARES.items():
             for _ in range(round(num * share)):
@@ -114,7 +119,7 @@ def addresses(ports: Ports, num: int, *, mixed: bool) -> list[str]:
     return urls
 
 
-def by_img2dataset(urls: list[str], folder: Path) -> int:
+def by_img2dataset(urls: list[str], folder: Path, downscale: str) -> int:
     """Fetch with img2dataset's own parts; return how many rows it wrote."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -130,7 +135,12 @@ def by_img2dataset(urls: list[str], folder: Path) -> int:
         writer.write_table(table)
     download = Downloader(
         WebDatasetSampleWriter,
-        Resizer(SIDE, "center_crop", resize_only_if_bigger=False, encode_quality=QUALITY),
+        Resizer(
+            *(SIDE, "center_crop"),
+            resize_only_if_bigger=False,
+            downscale_interpolation=downscale,
+            encode_quality=QUALITY,
+        ),
         *(NUM_THREADS, False, False, str(folder), ["url"], PATIENCE_S, len(urls), 5),
         *(None, None, "jpg", 0, "d2i", None),
     )
@@ -146,9 +156,9 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     from d2i.config import FetchConfig, ImageConfig
     from d2i.dialog import ImageRef
     from d2i.preprocess.decoder import Decoder
-    from d2i.preprocess.fetch.fetched import Fetched
     from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
     from d2i.preprocess.fetch_worker import open_picture
+    from d2i.preprocess.handover import SourcePicture
 
     config = FetchConfig(num_threads=NUM_THREADS, timeout_s=PATIENCE_S, max_host_requests_per_s=1e6)
     hosts = frozenset(url.split("/")[2] for url in urls)
@@ -157,20 +167,22 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
     with tarfile.open(folder / "out.tar", "w") as tar:
 
-        def write(ref: ImageRef, fetched: Fetched) -> str:
-            found = open_picture(ref, fetched, decoder, is_kept=False)
-            opened = found.picture
-            if opened is None:
-                return found.fetched.reason
+        def write(opened: SourcePicture) -> None:
             buffer = io.BytesIO()
             Image.fromarray(opened.pixels).save(buffer, "JPEG", quality=QUALITY)
             info = tarfile.TarInfo(f"{opened.sha256}.jpg")
             info.size = buffer.tell()
             buffer.seek(0)
             tar.addfile(info, buffer)
-            return "ok"
 
-        counts = Counter(source.fetch([ImageRef("urls", (url,)) for url in urls], write))
+        counts: Counter[str] = Counter()
+        for found in source.fetch(
+            [ImageRef("urls", (url,)) for url in urls],
+            lambda ref, fetched: open_picture(ref, fetched, decoder, is_kept=False),
+        ):
+            counts[found.fetched.reason] += 1
+            if found.picture is not None:
+                write(found.picture)
     decoder.close()
     print(json.dumps(counts), file=sys.stderr)
     return counts.total()
@@ -179,15 +191,25 @@ def by_d2i(urls: list[str], folder: Path) -> int:
 def measure(who: str, urls: list[str]) -> dict[str, float]:
     """Fetch the list once in this process."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    import img2dataset.downloader  # noqa: F401  # Imports are not what is timed.
+    # Imports are not what is timed.
+    import img2dataset.downloader
+    import img2dataset.resizer  # noqa: F401
 
     if who == "d2i":
         import d2i.preprocess.fetch_worker  # noqa: F401
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        num_rows = {"img2dataset": by_img2dataset, "d2i": by_d2i}[who](urls, Path(folder))
-        seconds = time.perf_counter() - start
-    return {"num_rows": num_rows, "seconds": seconds, "per_s": len(urls) / seconds}
+        start, cpu_start = time.perf_counter(), time.process_time()
+        if who == "d2i":
+            num_rows = by_d2i(urls, Path(folder))
+        else:
+            num_rows = by_img2dataset(urls, Path(folder), FILTERS[who])
+        seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
+    return {
+        "num_rows": num_rows,
+        "seconds": seconds,
+        "per_s": len(urls) / seconds,
+        "cpu_ms": cpu_s / len(urls) * 1e3,
+    }
 
 
 @contextlib.contextmanager
@@ -203,34 +225,41 @@ def serving(photos: Path, num_hosts: int) -> Iterator[Ports]:
             process.kill()
 
 
-def repeat(photos: Path, num: int, num_hosts: int, *, mixed: bool) -> dict[str, dict[str, float]]:
-    """Measure both once, one after the other, on a server of their own."""
+def repeat(photos: Path, num: int, num_hosts: int, list_name: str) -> dict[str, dict[str, float]]:
+    """Measure all once, one after the other, each on a server of its own."""
     found = {}
-    for who in ("img2dataset", "d2i"):
+    for who in CONTESTANTS[list_name]:
         with (
             serving(photos, num_hosts) as ports,
             tempfile.NamedTemporaryFile("w", suffix=".json") as file,
         ):
-            json.dump(addresses(ports, num, mixed=mixed), file)
+            json.dump(addresses(ports, num, list_name), file)
             file.flush()
             command = [sys.executable, __file__, "--measure", who, "--urls", file.name]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[who] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{'mixed' if mixed else 'good'}: {who}: {found[who]}", file=sys.stderr)
+        print(f"{list_name}: {who}: {found[who]}", file=sys.stderr)
     return found
 
 
 def summary(runs: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     """Put the repeats together."""
-    ratios = [run["d2i"]["per_s"] / run["img2dataset"]["per_s"] for run in runs]
-    rates = {who: [round(run[who]["per_s"], 1) for run in runs] for who in ("img2dataset", "d2i")}
     return {
-        "num_rows": {who: runs[0][who]["num_rows"] for who in rates},
-        "per_s": {who: statistics.median(values) for who, values in rates.items()},
-        "all_per_s": rates,
-        "ratio": round(statistics.median(ratios), 2),
-        "all_ratios": [round(ratio, 2) for ratio in ratios],
+        "num_rows": {who: runs[0][who]["num_rows"] for who in runs[0]},
+        "per_s": {who: medians(run[who]["per_s"] for run in runs) for who in runs[0]},
+        "cpu_ms": {who: medians(run[who]["cpu_ms"] for run in runs) for who in runs[0]},
+        "ratio": {
+            who: medians(run["d2i"]["per_s"] / run[who]["per_s"] for run in runs)
+            for who in runs[0]
+            if who != "d2i"
+        },
     }
+
+
+def medians(values: Iterable[float]) -> dict[str, Any]:
+    """Return the median and all values."""
+    rounded = [round(value, 2) for value in values]
+    return {"median": round(statistics.median(rounded), 2), "all": rounded}
 
 
 def machine() -> dict[str, object]:
@@ -260,7 +289,7 @@ def main() -> None:
         found = {
             name: summary(
                 [
-                    repeat(options.photos, options.num, options.hosts, mixed=name == "mixed")
+                    repeat(options.photos, options.num, options.hosts, name)
                     for _ in range(options.repeats)
                 ]
             )

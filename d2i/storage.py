@@ -30,6 +30,8 @@ _LOCK_WAIT_S = 15.0
 _BUFFER_BYTES = 1 << 18
 # What file systems without locks say: Lustre without `-o flock`, several mounts in user space.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"}
+"""fsspec's names of file systems whose paths begin with a bucket."""
 
 
 def join(url: str, *parts: str) -> str:
@@ -271,10 +273,14 @@ def only_writer(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
             take a moment to end.
 
     Raises:
-        ConfigError: If another command goes on working there.
+        ConfigError: If another command goes on working there, or there is no such bucket.
     """
     folder = local_path(url)
     if folder is None:
+        with _errors_of(url):
+            fs, path = _split(url)
+            if _has_buckets(fs):
+                _check_bucket(fs, path, url)
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -384,9 +390,32 @@ class _Foreign(io.RawIOBase):
 def _put(path: Path, url: str) -> None:
     with _errors_of(url):
         fs, target = _split(url)
-        fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        if _has_buckets(fs):
+            _check_bucket(fs, target, url)
+        else:
+            fs.makedirs(target.rpartition("/")[0], exist_ok=True)
         fs.put_file(str(path), target)
     path.unlink()
+
+
+def _has_buckets(fs: Any) -> bool:
+    """Say whether a file system is an object store, which has buckets and no folders."""
+    names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    return bool(names & _OBJECT_STORES)
+
+
+def _check_bucket(fs: Any, path: str, url: str) -> None:
+    """Refuse a bucket that is not there: to make folders would make it, mistyped or not."""
+    bucket = path.partition("/")[0]
+    try:
+        fs.info(bucket)
+    except FileNotFoundError as err:
+        raise ConfigError(
+            f"{url}: there is no {bucket}; expected a bucket that exists; make it, or mend the URL"
+        ) from err
+    except PermissionError:
+        # Who may write into it need not be allowed to look at it.
+        return
 
 
 def _copy_beside(path: Path, target: Path) -> Path:

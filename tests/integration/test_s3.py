@@ -15,6 +15,7 @@ import fsspec
 import pytest
 
 from d2i import storage
+from d2i.errors import ConfigError
 from d2i.preprocess.ledger import LedgerRow, read_ledger
 from tests.processes import run_d2i, run_process
 from tests.shared import SHARED, needs_shared
@@ -114,3 +115,19 @@ def test_a_store_that_is_not_there_is_one_clear_line(
     assert done.returncode == 2
     assert done.stderr.startswith("error: s3://chats/mmdialog: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_mistyped_bucket_is_refused_at_once_and_not_made(bucket: str) -> None:
+    assert bucket == "s3://chats"
+    done = run_process(
+        *("preprocess", "--corpus", "mmdialog", "--source", SOURCE),
+        *("--out", "s3://chast/data", "--recipe", "demo"),
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: s3://chast/data: there is no chast; expected a bucket that exists; make it, or "
+        "mend the URL\n"
+    )
+    with pytest.raises(ConfigError, match="there is no chast"):
+        storage.write_bytes("s3://chast/data/recipe.json", b"{}")
+    assert fsspec.filesystem("s3").ls("") == ["chats"]
