@@ -192,6 +192,9 @@ class TrainConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: bool = False
     """Whether blocks are computed again in the backward pass: a third more work, less memory."""
+    compile: bool = False
+    """Whether `torch.compile` fuses what lies between the matrix products of a block: quicker steps
+    after a minute of compiling, which wants a C++ compiler and, on a GPU, Triton."""
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of samples whose text is replaced by that of '' (classifier-free guidance)."""
     ema_rate: float = Field(default=0.9999, ge=0, lt=1)

@@ -18,6 +18,8 @@ LATENT_CHANNELS = 4
 MLP_RATIO = 4
 INIT_STD = 0.02
 MAX_PERIOD = 10_000
+# The most tokens for which `attend` keeps all scores: U-ViT-S has 334, UniDiffuser-v1 1105 or more.
+MAX_WRITTEN_OUT = 512
 
 
 def time_token(n_B: Tensor, dim: int) -> Tensor:
@@ -149,6 +151,27 @@ def init_published(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def attend(q_BNLd: Tensor, k_BNLd: Tensor, v_BNLd: Tensor) -> Tensor:
+    """Mix values by softmax(q k^T / sqrt(d)), with whichever kernel is the quicker one.
+
+    That is torch's fused one, but for short rows in bfloat16 on a CPU: there it computes in float32
+    and takes three times as long as plain matrix products (ours; `benchmarks/README.md`).
+
+    Args:
+        q_BNLd: queries, (B, N, L, d).
+        k_BNLd: keys, shaped as the queries.
+        v_BNLd: values, shaped as the queries.
+
+    Returns:
+        (B, N, L, d), in the dtype of the inputs.
+    """
+    is_half_on_cpu = q_BNLd.device.type == "cpu" and q_BNLd.dtype == torch.bfloat16
+    if not is_half_on_cpu or q_BNLd.shape[-2] > MAX_WRITTEN_OUT:
+        return F.scaled_dot_product_attention(q_BNLd, k_BNLd, v_BNLd)
+    scores_BNLL: Tensor = (q_BNLd * q_BNLd.shape[-1] ** -0.5) @ k_BNLd.transpose(-2, -1)
+    return scores_BNLL.softmax(-1) @ v_BNLd
+
+
 class PatchEmbed(nn.Module):
     """Latent (B, 4, H, W) to tokens (B, H/p * W/p, D), row by row."""
 
@@ -178,7 +201,7 @@ class Attention(nn.Module):
         batch, length, dim = x_BLD.shape
         heads = (batch, length, 3, self.num_heads, dim // self.num_heads)
         q_BNLd, k_BNLd, v_BNLd = self.qkv(x_BLD).view(heads).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed_BNLd = F.scaled_dot_product_attention(q_BNLd, k_BNLd, v_BNLd)
+        mixed_BNLd = attend(q_BNLd, k_BNLd, v_BNLd)
         output: Tensor = self.proj(mixed_BNLd.transpose(1, 2).reshape(batch, length, dim))
         return output
 

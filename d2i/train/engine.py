@@ -80,7 +80,8 @@ def build_engine(
         zero: DeepSpeed's `zero_optimization` settings, in place of the bare stage.
 
     Raises:
-        ConfigError: If the ranks cannot share the global batch.
+        ConfigError: If the ranks cannot share the global batch, or a compiled network cannot be
+            trained by the ZeRO stage.
         ClusterError: If the device cannot compute in the precision.
     """
     deepspeed = _import_deepspeed()
@@ -102,7 +103,7 @@ def build_engine(
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
-        _ZERO: dict(zero or {"stage": config.zero_stage}),
+        _ZERO: _zero_settings(config, zero),
         "zero_allow_untested_optimizer": True,
         # With a client's own optimizer DeepSpeed would ask for its C++ one, to be compiled.
         "zero_force_ds_cpu_optimizer": False,
@@ -114,6 +115,16 @@ def build_engine(
     }
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
     return engine
+
+
+def _zero_settings(config: TrainConfig, zero: Mapping[str, Any] | None) -> dict[str, Any]:
+    settings = dict(zero or {"stage": config.zero_stage})
+    if config.compile and settings["stage"] == 3:
+        raise ConfigError(
+            "train.compile is true with ZeRO stage 3, which gathers weights while a block is "
+            "computed; expected stage 0, 1 or 2; --set train.zero_stage=2 or train.compile=false"
+        )
+    return settings
 
 
 def read_zero(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from d2i import storage
 from d2i.errors import CheckpointError, D2IError
 from d2i.models import save_weights
-from d2i.models.folder import build_network, resolve_sizes
+from d2i.models.folder import resolve_sizes
 from d2i.recipes import check_prepared_with
 from d2i.runs import EMA_NAME, STOPPED_NAME, RunConfig, open_run
 from d2i.shards import ShardReader
@@ -25,6 +25,7 @@ from d2i.train.checkpoint import (
 from d2i.train.data import check_cache, check_sizes, train_url
 from d2i.train.ema import Ema
 from d2i.train.engine import build_engine, join_ranks, master_weights
+from d2i.train.network import build_trained_network
 from d2i.train.ranks import Ranks
 from d2i.train.records import say
 from d2i.train.request import TrainRequest
@@ -82,8 +83,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     check_prepared_with(recipe, reader.url)
     # Only a network without weights to start from draws its first ones here.
     torch.manual_seed(config.seed)
-    network: Any = build_network(recipe.backbone)
-    network.gradient_checkpointing = config.activation_checkpointing
+    network = build_trained_network(recipe)
     check_sizes(network, reader)
     checkpoint = _find_checkpoint(run_dir, ranks)
     if ranks.is_first:

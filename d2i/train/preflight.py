@@ -18,7 +18,6 @@ from d2i import storage
 from d2i.config import TrainConfig
 from d2i.diffusion.draws import normal
 from d2i.models import build_backbone
-from d2i.models.folder import build_network
 from d2i.recipes import check_prepared_with
 from d2i.shards import ShardReader
 from d2i.train.batch import Batch, BatchReader
@@ -30,6 +29,7 @@ from d2i.train.data import (
     train_url,
 )
 from d2i.train.engine import build_engine, join_ranks
+from d2i.train.network import build_trained_network
 from d2i.train.objective import build_objective, is_joint
 from d2i.train.pace import count_flops, peak_flops
 from d2i.train.ranks import Ranks
@@ -77,8 +77,7 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
     reader = request.open_shards(train_url(request.data_url))
     check_cache(reader, config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
-    network: Any = build_network(recipe.backbone)
-    network.gradient_checkpointing = config.activation_checkpointing
+    network = build_trained_network(recipe)
     check_sizes(network, reader)
     found: dict[str, Any] = {
         "recipe": recipe.name,

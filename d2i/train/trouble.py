@@ -62,6 +62,12 @@ def in_plain_words(error: BaseException, run_dir: Path, config: TrainConfig) -> 
             f"{where} cannot write {error.filename or run_dir}: {error.strerror}; expected room on "
             f"the disk; nothing half-written counts; free some and {how_to_go_on(run_dir)}"
         )
+    if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):
+        return RankError(
+            f"{where} cannot compile the network: {str(error).splitlines()[0]}; expected a C++ "
+            "compiler and, on a GPU, Triton, as train.compile is true; install what is missing, or "
+            "begin another --run with --set train.compile=false"
+        )
     return None
 
 

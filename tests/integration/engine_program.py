@@ -1,9 +1,9 @@
-"""What every rank runs in `test_engine.py`: golden steps by every ZeRO stage, and changing over.
+"""What every rank runs in `test_engine.py`: golden steps in every way, and changing over.
 
     deepspeed --num_accelerators 2 tests/integration/engine_program.py GOLDEN OUT
 
-Writes `OUT/stage-N.safetensors` (losses, weights and averages after four golden steps), and
-`OUT/from-A-to-B.safetensors` (after two steps by stage A, a checkpoint, and two by stage B).
+Writes `OUT/WAY.safetensors` (losses, weights and averages after four golden steps), and
+`OUT/A-to-B.safetensors` (after two steps in way A, a checkpoint, and two in way B).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,35 +22,53 @@ from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone, load_weights
 from d2i.train.checkpoint import Checkpoint, Progress, step_folder
 from d2i.train.ema import Ema
-from d2i.train.engine import base_optimizer, build_engine, join_ranks, master_weights
+from d2i.train.engine import (
+    base_optimizer,
+    build_engine,
+    join_ranks,
+    master_weights,
+    read_zero,
+)
+from d2i.train.network import compile_blocks
 from d2i.train.ranks import Ranks
 from d2i.train.writer import CheckpointWriter, TrainState
 
 SIZES = {"latent_size": 8, "patch_size": 2, "dim": 64, "depth": 4, "num_heads": 4}
-CHANGES = ((0, 3), (3, 2), (1, 0))
+ZERO_FILES = Path(__file__).parents[2] / "train"
+STAGES = ("zero-0", "zero-1", "zero-2", "zero-3", "zero-2-offload", "zero-3-offload")
+# The blocks compiled, by the recipe's stage: 1.
+COMPILED = "compiled"
+CHANGES = (
+    ("zero-0", "zero-3"),
+    ("zero-3", "zero-2-offload"),
+    ("zero-3-offload", "zero-2"),
+    ("zero-1", "zero-0"),
+    (COMPILED, COMPILED),
+)
+
+# The golden optimizer, six samples a step.
+CONFIG = TrainConfig(
+    num_steps=4,
+    global_batch_size=6,
+    micro_batch_size=3,
+    optim=OptimConfig(lr=3e-3, num_warmup_steps=2),
+    precision="fp32",
+    ema_rate=0.9,
+)
 
 
-def config(stage: Any, num_micro: int = 1) -> TrainConfig:
-    """The golden optimizer, six samples a step."""
-    optim = OptimConfig(lr=3e-3, num_warmup_steps=2)
-    return TrainConfig(
-        num_steps=4,
-        global_batch_size=6,
-        micro_batch_size=3 // num_micro,
-        optim=optim,
-        precision="fp32",
-        zero_stage=stage,
-        ema_rate=0.9,
-    )
-
-
-def begin(golden: Path, stage: int, ranks: Ranks, checkpoint: Checkpoint | None) -> TrainState:
-    """The golden network, or the one of a checkpoint, under a stage."""
+def begin(golden: Path, way: str, ranks: Ranks, checkpoint: Checkpoint | None) -> TrainState:
+    """The golden network, or the one of a checkpoint, trained in a way."""
     network = build_backbone("uvit-s", **SIZES, text_dim=32, num_text_tokens=7)
     load_weights(network, golden / "uvit_tiny.safetensors")
     if checkpoint:
         network.load_state_dict(dict(checkpoint.read_whole("weight")))
-    engine = build_engine(network, config(stage), ranks.world_size)
+    zero = None
+    if way == COMPILED:
+        compile_blocks(network)
+    else:
+        zero = read_zero(ZERO_FILES / f"{way}.json")
+    engine = build_engine(network, CONFIG, ranks.world_size, zero)
     state = TrainState(engine, Ema(master_weights(engine), 0.9))
     if checkpoint:
         state.restore(checkpoint)
@@ -84,7 +101,7 @@ def keep(state: TrainState, ranks: Ranks, folder: Path, losses: list[float]) -> 
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in state.engine.module.named_parameters()
     }
-    with CheckpointWriter(folder, config(0), ranks, shapes) as writer:
+    with CheckpointWriter(folder, CONFIG, ranks, shapes) as writer:
         progress = Progress(step=len(losses), num_updates=state.num_updates())
         writer.start(state, progress)
         writer.finish()
@@ -100,21 +117,21 @@ def keep(state: TrainState, ranks: Ranks, folder: Path, losses: list[float]) -> 
 
 
 def main() -> None:
-    """Run every stage, and every change between two."""
+    """Train in every way, and change from one to the other."""
     golden, out = map(Path, sys.argv[-2:])
     os.environ.setdefault("LOCAL_RANK", "0")
     ranks = join_ranks()
-    for stage in range(4):
-        state = begin(golden, stage, ranks, None)
+    for way in (*STAGES, COMPILED):
+        state = begin(golden, way, ranks, None)
         losses = take_steps(state, golden, ranks, range(4))
-        keep(state, ranks, out / f"stage-{stage}", losses)
+        keep(state, ranks, out / way, losses)
     for first, then in CHANGES:
         state = begin(golden, first, ranks, None)
         losses = take_steps(state, golden, ranks, range(2))
         checkpoint = keep(state, ranks, out / f"half-{first}", losses)
         state = begin(golden, then, ranks, checkpoint)
         losses += take_steps(state, golden, ranks, range(2, 4))
-        keep(state, ranks, out / f"from-{first}-to-{then}", losses)
+        keep(state, ranks, out / f"{first}-to-{then}", losses)
     ranks.wait_for_all()
 
 

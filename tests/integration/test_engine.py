@@ -1,4 +1,4 @@
-"""Four golden AdamW steps with their averages, through DeepSpeed on two ranks, by every stage."""
+"""Four golden AdamW steps with their averages, through DeepSpeed on two ranks, in every way."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from d2i.config import TrainConfig
+from d2i.errors import ConfigError
 from d2i.train.command import deepspeed_command
+from d2i.train.engine import build_engine
 from tests.golden.arrays import GOLDEN, facts, tensors
 from tests.golden.test_losses import check_trained
-from tests.integration.engine_program import CHANGES
+from tests.integration.engine_program import CHANGES, COMPILED, STAGES
 from tests.shared import needs_shared
 
 pytestmark = needs_shared
@@ -46,11 +49,25 @@ def check_golden(whole: dict[str, Tensor]) -> None:
     check_trained(of_kind(whole, "ema"), "train4_ema9", order)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_golden_steps_by_every_stage(results: Path, stage: int) -> None:
-    check_golden(load_file(results / f"stage-{stage}.safetensors"))
+@pytest.mark.parametrize("way", [*STAGES, COMPILED])
+def test_golden_steps_in_every_way(results: Path, way: str) -> None:
+    check_golden(load_file(results / f"{way}.safetensors"))
 
 
 @pytest.mark.parametrize(("first", "then"), CHANGES)
-def test_golden_steps_with_a_change_of_stage(results: Path, first: int, then: int) -> None:
-    check_golden(load_file(results / f"from-{first}-to-{then}.safetensors"))
+def test_golden_steps_with_a_change_of_way(results: Path, first: str, then: str) -> None:
+    check_golden(load_file(results / f"{first}-to-{then}.safetensors"))
+
+
+def test_compiled_blocks_go_on_to_the_bit(results: Path) -> None:
+    undisturbed = load_file(results / f"{COMPILED}.safetensors")
+    resumed = load_file(results / f"{COMPILED}-to-{COMPILED}.safetensors")
+    assert undisturbed.keys() == resumed.keys()
+    for name, tensor in undisturbed.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_stage_that_cannot_be_compiled_is_refused() -> None:
+    config = TrainConfig(num_steps=1, global_batch_size=1, micro_batch_size=1, compile=True)
+    with pytest.raises(ConfigError, match="ZeRO stage 3"):
+        build_engine(torch.nn.Linear(1, 1), config, 1, {"stage": 3})

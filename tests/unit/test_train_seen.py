@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from d2i.config import BackboneConfig, BackboneName, TrainConfig
 from d2i.runs import MetricsLine, ValidationLine, append_line, keep_lines_until, read_validation
@@ -79,6 +80,7 @@ def test_the_first_bad_step_is_named_with_its_samples() -> None:
         (MemoryError(), "--set train.micro_batch_size=1 or --set train.activation_checkpointing"),
         (torch.OutOfMemoryError("CUDA out of memory"), "or --set train.zero_stage=2"),
         (OSError(errno.ENOSPC, "No space left on device", "/run/a"), "cannot write /run/a"),
+        (InductorError(InvalidCxxCompiler(), None), "No working C++ compiler found"),
     ],
 )
 def test_what_went_wrong_is_said_with_a_way_out(
@@ -88,6 +90,7 @@ def test_what_went_wrong_is_said_with_a_way_out(
     assert meaning is not None
     assert words in str(meaning)
     assert "rank 0 on " in str(meaning)
+    assert "\n" not in str(meaning)
 
 
 def test_a_bug_is_left_a_bug(tmp_path: Path) -> None:
