@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.config import EncodersConfig
+from d2i.config import EncodersConfig, Precision
 from d2i.encoders.clip_image import ClipImage
 from d2i.encoders.clip_text import ClipText
 from d2i.encoders.vae import Vae
@@ -48,16 +48,18 @@ class Encoders:
         }
 
 
-def load_encoders(config: EncodersConfig, device: str = "cpu") -> Encoders:
+def load_encoders(
+    config: EncodersConfig, device: str = "cpu", precision: Precision = "fp32"
+) -> Encoders:
     """Load the encoders of a recipe onto one device.
 
     Raises:
         CheckpointError: If one of them cannot be loaded.
     """
     return Encoders(
-        vae=Vae(config.vae, config.vae_kind, device),
-        clip_image=ClipImage(config.clip_image, device),
-        clip_text=ClipText(config.clip_text, config.text_prefix, device),
+        vae=Vae(config.vae, config.vae_kind, device, precision),
+        clip_image=ClipImage(config.clip_image, device, precision),
+        clip_text=ClipText(config.clip_text, config.text_prefix, device, precision),
         compute_batch_size=config.compute_batch_size,
     )
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from d2i.config import Precision
 from d2i.encoders.load import load_pretrained, run_padded, weights_hash
 
 # OpenAI CLIP's preprocessing (models.md, section 3.4).
@@ -18,10 +19,10 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 class ClipImage:
     """A frozen CLIP image tower with its projection (ViT-B/32: 512 numbers a picture)."""
 
-    def __init__(self, name: str, device: str = "cpu") -> None:
+    def __init__(self, name: str, device: str = "cpu", precision: Precision = "fp32") -> None:
         from transformers import CLIPVisionModelWithProjection
 
-        self.device = device
+        self.device, self._precision = device, precision
         self.module = load_pretrained(CLIPVisionModelWithProjection, name).to(device)
         self.image_size: int = self.module.config.image_size
         self.hash = weights_hash(self.module)
@@ -35,7 +36,7 @@ class ClipImage:
         Pictures are resized to the tower's input with BICUBIC, as CLIP's own preprocessing does.
         """
         resized = np.stack([self._resize(image) for image in pixels])
-        return run_padded(self._embed, resized, batch_size, self.device)
+        return run_padded(self._embed, resized, batch_size, self.device, self._precision)
 
     def _resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         size = (self.image_size, self.image_size)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from d2i.config import Precision
 from d2i.encoders.load import freeze, load_pretrained, run_padded, weights_hash
 from d2i.errors import CheckpointError
 from d2i.shipped import resolve_weights
@@ -29,10 +30,16 @@ class ClipText:
     compact vocabulary; every other id then becomes row 0.
     """
 
-    def __init__(self, name: str, prefix: str | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        name: str,
+        prefix: str | None = None,
+        device: str = "cpu",
+        precision: Precision = "fp32",
+    ) -> None:
         from transformers import CLIPTextModelWithProjection
 
-        self.device = device
+        self.device, self._precision = device, precision
         self.module = load_pretrained(CLIPTextModelWithProjection, name).to(device)
         self.prefix = _load_prefix(prefix).to(device) if prefix else None
         self._rows = _compact_rows(Path(resolve_weights(name)) / "clip_ids.json")
@@ -42,14 +49,18 @@ class ClipText:
     def encode(self, tokens: NDArray[np.uint16], batch_size: int) -> NDArray[np.float32]:
         """Encode uint16 (N, 77 W) to the last hidden state, float32 (N, 77 W, text_dim)."""
         windows = self._ids(tokens).reshape(-1, WINDOW_LENGTH)
-        hidden = run_padded(self._hidden, windows, batch_size, self.device)
+        hidden = run_padded(self._hidden, windows, batch_size, self.device, self._precision)
         return hidden.reshape(len(tokens), -1, hidden.shape[-1])
 
     @torch.inference_mode()
     def embed(self, tokens: NDArray[np.uint16], batch_size: int) -> NDArray[np.float32]:
         """Embed uint16 (N, 77) in the space of the CLIP image tower: float32 (N, clip_dim)."""
         return run_padded(
-            lambda ids: self.module(ids).text_embeds, self._ids(tokens), batch_size, self.device
+            lambda ids: self.module(ids).text_embeds,
+            self._ids(tokens),
+            batch_size,
+            self.device,
+            self._precision,
         )
 
     def _ids(self, tokens: NDArray[np.uint16]) -> NDArray[np.int64]:

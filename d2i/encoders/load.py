@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from d2i.config import Precision
 from d2i.errors import CheckpointError
 from d2i.shipped import resolve_weights
 
@@ -59,8 +60,15 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+_LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def run_padded(
-    network: Callable[[Tensor], Tensor], inputs: NDArray[Any], batch_size: int, device: str
+    network: Callable[[Tensor], Tensor],
+    inputs: NDArray[Any],
+    batch_size: int,
+    device: str,
+    precision: Precision = "fp32",
 ) -> NDArray[np.float32]:
     """Run a network over rows at one fixed batch, the last one padded by repeating its first row.
 
@@ -69,14 +77,20 @@ def run_padded(
         inputs: (N, ...), N >= 1.
         batch_size: Rows of every call.
         device: Where the network lives.
+        precision: What it multiplies in.
 
     Returns:
         float32 (N, ...), row for row.
     """
-    outputs = [
-        network(torch.from_numpy(batch).to(device))[:count].float().cpu().numpy()
-        for batch, count in padded_batches(inputs, batch_size)
-    ]
+    is_lower = precision in _LOWER
+    # Without the cache, as weights that are inference tensors cannot be kept in it.
+    with torch.autocast(
+        torch.device(device).type, _LOWER.get(precision), enabled=is_lower, cache_enabled=False
+    ):
+        outputs = [
+            network(torch.from_numpy(batch).to(device))[:count].float().cpu().numpy()
+            for batch, count in padded_batches(inputs, batch_size)
+        ]
     return np.concatenate(outputs)
 
 

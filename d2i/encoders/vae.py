@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d2i.config import Precision
 from d2i.encoders.load import freeze, load_pretrained, padded_batches, run_padded, weights_hash
 from d2i.errors import CheckpointError
 from d2i.shipped import resolve_weights
@@ -28,11 +29,18 @@ class Vae:
             `autoencoder_kl.pth`, converted on load, or one with diffusers' key names.
         kind: `kl` for AutoencoderKL, `tiny` for AutoencoderTiny.
         device: Where it runs.
+        precision: What it encodes in; it decodes in float32.
     """
 
-    def __init__(self, name: str, kind: Literal["kl", "tiny"], device: str = "cpu") -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: Literal["kl", "tiny"],
+        device: str = "cpu",
+        precision: Precision = "fp32",
+    ) -> None:
         self.kind = kind
-        self.device = device
+        self.device, self._precision = device, precision
         self.module = _load(name, kind).to(device)
         self.hash = weights_hash(self.module)
 
@@ -43,7 +51,7 @@ class Vae:
         The first 4 channels are the mean, the last 4 the log-variance (-30 where there is none).
         Pixels enter as x / 127.5 - 1 (models.md, section 2.6).
         """
-        return run_padded(self._moments, pixels, batch_size, self.device)
+        return run_padded(self._moments, pixels, batch_size, self.device, self._precision)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, batch_size: int) -> NDArray[np.uint8]:

@@ -43,7 +43,9 @@ class EncodeWorkerBuilder:
         Raises:
             ShardError: If the shards there were made by other weights, settings or versions.
         """
-        worker = EncodeWorker(self, load_encoders(self.recipe.encoders, device_of_worker()))
+        precision = self.recipe.preprocess.encoder_precision
+        encoders = load_encoders(self.recipe.encoders, device_of_worker(), precision)
+        worker = EncodeWorker(self, encoders)
         for split_url in self.split_urls:
             worker.settle(split_url)
         return worker
@@ -168,12 +170,14 @@ def fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, dict[str, objec
             "resize": RESIZE,
             "draft": recipe.image.draft,
             "compute_batch_size": recipe.encoders.compute_batch_size,
+            "precision": recipe.preprocess.encoder_precision,
             "device": encoders.vae.device,
             "versions": versions(),
         },
         "text": {
             "tokenizer": VOCABULARY_SHA256,
             "clip_text": hashes["clip_text"],
+            "precision": recipe.preprocess.encoder_precision,
             **recipe.text.model_dump(),
         },
     }

@@ -1,0 +1,95 @@
+"""Encoding: in which precision, and what has no number that float16 can hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from d2i.config import Precision
+from d2i.dialog import ImageRef, Instance, Turn
+from d2i.encoders import Encoders, load_encoders
+from d2i.errors import ShardError
+from d2i.preprocess.encode_worker import EncodeWorker, EncodeWorkerBuilder
+from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.handover import FetchedPicture, SourcePicture
+from d2i.recipes import change_recipe, load_recipe
+from d2i.tokenize import encode, window
+
+RECIPE = load_recipe("demo")
+SIDE = RECIPE.image.resolution
+
+
+@pytest.fixture(scope="module")
+def encoders() -> Encoders:
+    return load_encoders(RECIPE.encoders)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> NDArray[np.uint8]:
+    """A black square, a white one, and smooth ones."""
+    ramp = np.linspace(0, 255, SIDE).astype(np.uint8)
+    smooth = [np.stack(np.broadcast_arrays(ramp[:, None], ramp, shift), -1) for shift in (0, 200)]
+    plain = [np.full((SIDE, SIDE, 3), level, np.uint8) for level in (0, 255)]
+    return np.stack([*plain, *smooth]).astype(np.uint8)
+
+
+def relative_rms(exact: NDArray[np.float16], other: NDArray[np.float16]) -> float:
+    wide, difference = exact.astype(np.float64), other.astype(np.float64) - exact
+    return float(np.sqrt(np.mean(difference**2) / np.mean(wide**2)))
+
+
+@pytest.mark.parametrize(("precision", "most"), [("bf16", 0.05), ("fp16", 0.01)])
+def test_lower_precision_changes_features_by_no_more_than_its_digits(
+    encoders: Encoders, pixels: NDArray[np.uint8], precision: Precision, most: float
+) -> None:
+    lower = load_encoders(RECIPE.encoders, precision=precision)
+    assert lower.hashes() == encoders.hashes()
+    tokens = window(encode("# i saw a red ball # at night"))[None]
+    exact = [*encoders.encode_images(pixels), encoders.encode_text(tokens)]
+    other = [*lower.encode_images(pixels), lower.encode_text(tokens)]
+    for one, two in zip(exact, other, strict=True):
+        assert 0 < relative_rms(one, two) < most
+
+
+def test_data_is_of_one_precision(encoders: Encoders, tmp_path: Path) -> None:
+    lower = change_recipe(RECIPE, ["preprocess.encoder_precision=bf16"])
+    EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).settle(str(tmp_path))
+    with pytest.raises(ShardError, match=r"image\.precision: bf16, expected fp32"):
+        EncodeWorker(EncodeWorkerBuilder(lower, ()), encoders).settle(str(tmp_path))
+
+
+def test_a_latent_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8]) -> None:
+    """Of two pictures in one batch the one fails, and the other is as it is alone."""
+    encoders = load_encoders(RECIPE.encoders)
+    moments = encoders.vae.encode(pixels[:2], encoders.compute_batch_size)
+    largest = np.abs(moments).reshape(2, -1).max(1)
+    good, bad = np.argsort(largest).tolist()
+    # The last layer is linear: this many times larger, one picture is beyond float16 and one not.
+    factor = float(np.finfo(np.float16).max) / np.sqrt(largest.prod())
+    with torch.no_grad():
+        for parameter in encoders.vae.module.quant_conv.parameters():
+            parameter.mul_(factor)
+    instances = [instance(number) for number in range(2)]
+    found = [fetched(i.image_ref, pixels[number]) for number, i in enumerate(instances)]
+    made = EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).encode(instances, found)
+    assert [sample.key for sample in made.samples] == [instances[good].key]
+    rows = {row.key: row for row in made.rows}
+    assert rows[instances[good].key].status == "ok"
+    lost = rows[instances[bad].key]
+    assert (lost.status, lost.reason) == ("permanent", "non_finite_latent")
+    assert "float16" in lost.detail
+
+
+def instance(number: int) -> Instance:
+    ref = ImageRef("file", (f"{number}.png",))
+    return Instance(f"train-{number}-0-0", "train", str(number), 0, 0, (Turn(0, "hi"),), ref)
+
+
+def fetched(ref: ImageRef, square: NDArray[np.uint8]) -> FetchedPicture:
+    file = {"suffix": "png", "width": SIDE, "height": SIDE, "size_bytes": 1, "sha256": "0" * 64}
+    picture = SourcePicture(**file, data=None, pixels=square)
+    return FetchedPicture(ref, Fetched(None), picture, 0.0)
