@@ -147,6 +147,24 @@ def test_every_pod_is_a_sound_and_humble_one(cluster: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cluster", ray_clusters())
+def test_rays_object_store_fits_into_the_shared_memory(cluster: dict[str, Any]) -> None:
+    from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION as SHARE
+
+    for template in pods(cluster):
+        (container,) = template["spec"]["containers"]
+        (memory,) = (v["emptyDir"] for v in template["spec"]["volumes"] if v["name"] == "memory")
+        assert {"name": "memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
+        asked = SHARE * gibibytes(container["resources"]["limits"]["memory"])
+        # Else Ray takes the disk, and says so in a log that nobody reads.
+        assert asked <= gibibytes(memory["sizeLimit"])
+
+
+def gibibytes(quantity: str) -> int:
+    assert quantity.endswith("Gi")
+    return int(quantity.removesuffix("Gi"))
+
+
+@pytest.mark.parametrize("cluster", ray_clusters())
 def test_a_ray_cluster_has_a_token_and_the_pinned_ray(cluster: dict[str, Any]) -> None:
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["rayVersion"] == pins()["ray"]
