@@ -10,8 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import boto3
 import jsonschema
 import kubernetes_validate
+import moto
 import pytest
 import yaml
 
@@ -200,6 +202,35 @@ def test_rays_launcher_takes_its_file(path: Path) -> None:
     assert config["file_mounts"] == {"/home/d2i/.ray/auth_token": "~/.ray/auth_token"}
     head = " ".join(config["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in head
+
+
+def test_rays_launcher_starts_both_kinds_of_node_on_an_emulated_aws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config
+
+    # It makes a key for SSH there.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(variable, "emulated")
+    monkeypatch.setenv("MOTO_ACCOUNT_ID", "111122223333")
+    (config,) = documents(CLUSTER / "ray" / "aws.yaml")
+    with moto.mock_aws():
+        for profile in PROFILES.values():
+            boto3.client("iam").create_instance_profile(InstanceProfileName=f"d2i-{profile}")
+        ready = bootstrap_aws(prepare_config(config))
+        provider = AWSNodeProvider(ready["provider"], ready["cluster_name"])
+        for kind, node_type in ready["available_node_types"].items():
+            tags = {"ray-user-node-type": kind}
+            (instance,) = provider.create_node(node_type["node_config"], tags, 1).values()
+            assert instance.metadata_options["HttpTokens"] == "required"
+            assert instance.iam_instance_profile["Arn"].endswith(f"/d2i-{PROFILES[kind]}")
+            assert (instance.instance_lifecycle == "spot") == (kind == "gpu")
+
+
+PROFILES = {"head": "head", "gpu": "worker"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
