@@ -24,8 +24,10 @@ from d2i.cli.console import (
     print_result,
     register,
 )
+from d2i.cli.forecast import PriceOption, RateOption, assumed_of, forecast_lines
 
 if TYPE_CHECKING:
+    from d2i.cluster.forecast import Assumed
     from d2i.config import Recipe
     from d2i.preprocess.job import PreprocessRequest, SplitSummary
     from d2i.preprocess.plan import Plan
@@ -62,7 +64,11 @@ def preprocess(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Ask again for what failed in passing.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, and fetch nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan, say what it would take, and fetch nothing.")
+    ] = False,
+    rate: RateOption = None,
+    price_per_node_hour: PriceOption = None,
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
@@ -78,6 +84,9 @@ def preprocess(
         d2i preprocess --corpus mmdialog --source MMDialog --out data --recipe uvit-s-mmdialog
         --exclude leaks.jsonl
 
+        d2i preprocess --corpus mmdialog --source MMDialog --out data --recipe uvit-s-mmdialog
+        --ray-address auto --dry-run --price-per-node-hour 4
+
         d2i preprocess --corpus photochat --source photochat --out data --recipe uvit-s-photochat
         --retry-failed
 
@@ -85,9 +94,10 @@ def preprocess(
         --set text.strategy=space --reuse data
     """
     from d2i.fault import parse_fault
-    from d2i.preprocess.job import PreprocessRequest, plan_job
+    from d2i.preprocess.job import PreprocessRequest
     from d2i.preprocess.job import preprocess as run
 
+    assumed = assumed_of(rate, price_per_node_hour, dry_run=dry_run)
     request = PreprocessRequest(
         corpus=corpus,
         source=existing_source(source),
@@ -106,15 +116,7 @@ def preprocess(
         fault=parse_fault(fault),
     )
     if dry_run:
-        plans = plan_job(request, keep=False)
-        lines = [
-            f"{name}: {plan.num_instances} instances of {plan.num_images} pictures, "
-            f"{plan.num_shards} shards, {_excluded(plan)}, "
-            f"corpus problems: {counted(plan.problems)}"
-            for name, plan in plans.items()
-        ]
-        result = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
-        print_result(result, lines, as_json=as_json)
+        _foresee(request, assumed, as_json=as_json)
         return
     summaries = _with_progress(request, run)
     print_result(
@@ -122,6 +124,27 @@ def preprocess(
         [line for summary in summaries for line in _summary_lines(summary)],
         as_json=as_json,
     )
+
+
+def _foresee(request: PreprocessRequest, assumed: Assumed, *, as_json: bool) -> None:
+    from d2i.cluster.forecast import forecast
+    from d2i.cluster.offer import look_at_offer
+    from d2i.cluster.rates import find_rate
+    from d2i.preprocess.job import plan_job, rate_decided_by, work_left
+
+    plans = plan_job(request, keep=False)
+    offer = look_at_offer(request.num_workers, request.ray_address)
+    measured = find_rate(rate_decided_by(request, offer.unit))
+    found = forecast(work_left(request, plans), offer, measured, assumed)
+    lines = [
+        f"{name}: {plan.num_instances} instances of {plan.num_images} pictures, "
+        f"{plan.num_shards} shards, {_excluded(plan)}, "
+        f"corpus problems: {counted(plan.problems)}"
+        for name, plan in plans.items()
+    ]
+    result = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
+    result["forecast"] = dataclasses.asdict(found)
+    print_result(result, [*lines, *forecast_lines(found)], as_json=as_json)
 
 
 def _with_progress(request: PreprocessRequest, run: object) -> list[SplitSummary]:

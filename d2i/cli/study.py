@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,7 +18,12 @@ from d2i.cli.console import (
     print_result,
     register,
 )
+from d2i.cli.forecast import PriceOption, RateOption, assumed_of, forecast_lines
 from d2i.errors import ConfigError
+
+if TYPE_CHECKING:
+    from d2i.cluster.forecast import Assumed
+    from d2i.eval.job import EvalRequest
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -82,7 +88,9 @@ def evaluate(
     ray_address: RayOption = None,
     *,
     parallel: Annotated[bool, typer.Option("--parallel", help="Work on Ray.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take.")] = False,
+    rate: RateOption = None,
+    price_per_node_hour: PriceOption = None,
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
@@ -108,11 +116,10 @@ def evaluate(
     from d2i.eval.job import EvalRequest, test_url
     from d2i.eval.job import evaluate as run
     from d2i.eval.systems import parse_system
-    from d2i.eval.tasks import plan_tasks
     from d2i.fault import parse_fault
     from d2i.recipes import change_recipe, read_kept_recipe
-    from d2i.shards import read_manifest
 
+    assumed = assumed_of(rate, price_per_node_hour, dry_run=dry_run)
     if workers is not None and not parallel:
         raise ConfigError("--workers counts Ray workers; expected --parallel with it; add it")
     # First what d2i select chose, so that a setting given here outweighs it.
@@ -131,10 +138,7 @@ def evaluate(
         fault=parse_fault(fault),
     )
     if dry_run:
-        num = read_manifest(request.data_url).num_samples
-        tasks = len(plan_tasks(num, task_size or recipe.sample.compute_batch_size))
-        plan = {"pictures": num, "tasks": tasks, "steps_per_picture": recipe.sample.num_steps}
-        print_result(plan, [f"{name}: {value}" for name, value in plan.items()], as_json=as_json)
+        _foresee(request, assumed, as_json=as_json)
         return
     progress = ProgressLine()
     try:
@@ -142,6 +146,22 @@ def evaluate(
     finally:
         progress.close()
     print_result(result, _score_lines(result), as_json=as_json)
+
+
+def _foresee(request: EvalRequest, assumed: Assumed, *, as_json: bool) -> None:
+    from d2i.cluster.forecast import forecast
+    from d2i.cluster.offer import look_at_offer
+    from d2i.cluster.rates import find_rate
+    from d2i.eval.job import rate_decided_by, work_left
+    from d2i.shards import read_manifest
+
+    num_pictures = read_manifest(request.data_url).num_samples
+    offer = look_at_offer(request.num_workers, request.ray_address)
+    measured = find_rate(rate_decided_by(request, offer.unit))
+    found = forecast(work_left(request, num_pictures), offer, measured, assumed)
+    result = {"pictures": num_pictures, "forecast": dataclasses.asdict(found)}
+    lines = [f"pictures: {num_pictures}", *forecast_lines(found)]
+    print_result(result, lines, as_json=as_json)
 
 
 def report(

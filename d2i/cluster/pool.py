@@ -239,8 +239,8 @@ def _ray_session(address: str | None, num_workers: int | None) -> Iterator[None]
     except (ConnectionError, OSError, RuntimeError, ValueError) as err:
         where = f"the cluster at {address}" if address else "Ray on this machine"
         raise ClusterError(
-            f"{where} did not start: {str(err).splitlines()[0]}; expected a running Ray; "
-            "see 'd2i doctor'"
+            f"{where} did not start: {str(err).splitlines()[0]}; expected a running Ray, and its "
+            "token in RAY_AUTH_TOKEN or ~/.ray/auth_token; see 'd2i doctor'"
         ) from err
     try:
         yield

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2i import storage
-from d2i.cluster import Pool, run_tasks
+from d2i.cluster import Pool, run_tasks, session
+from d2i.cluster.forecast import Work
+from d2i.cluster.offer import Unit, offer_of_session
+from d2i.cluster.rates import Meter, keep_rate
 from d2i.config import Recipe
 from d2i.errors import ConfigError, DataError
 from d2i.eval.card import metric_card
@@ -95,6 +98,20 @@ def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) 
         return _work(request, on_progress)
 
 
+def work_left(request: EvalRequest, num_instances: int) -> Work:
+    """Return what of an evaluation of so many instances is not finished; nothing is written."""
+    missing = plan_tasks(num_instances, _task_size(request), finished_tasks(request.out_url))
+    # Workers write what they measure themselves: nothing goes through the object stores.
+    return Work(sum(len(task.indices) for task in missing), len(missing), 0)
+
+
+def rate_decided_by(request: EvalRequest, unit: Unit) -> dict[str, Any]:
+    """Return what decides how fast a worker is, as far as the request knows it."""
+    recipe = request.recipe.model_dump(mode="json")
+    parts = {name: recipe[name] for name in ("image", "encoders", "sample", "metrics")}
+    return {"stage": "eval", "system": _spec_values(request.system), "unit": unit, **parts}
+
+
 def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> dict[str, Any]:
     reader = ShardReader(request.data_url)
     check_prepared_with(request.recipe, request.data_url, parts=("image", "encoders"))
@@ -121,15 +138,26 @@ def _draw(
 ) -> None:
     """Do all tasks that are not finished."""
     finished = finished_tasks(request.out_url)
-    size = request.task_size or request.recipe.sample.compute_batch_size
-    missing = plan_tasks(len(reader), size, finished)
+    missing = plan_tasks(len(reader), _task_size(request), finished)
+    if not missing:
+        return
     progress = EvalProgress(len(reader), sum(len(task.indices) for task in finished))
-    for task, result in run_tasks(_pool(request), missing):
-        progress.num_done += len(task.indices)
-        progress.failures += result.failures
-        on_progress(progress)
-        if request.fault:
-            request.fault.reach("eval.task_done")
+    with session(request.num_workers, request.ray_address):
+        offer = offer_of_session(request.num_workers)
+        meter = Meter(min(offer.num_workers, len(missing)))
+        for task, result in run_tasks(_pool(request), missing):
+            progress.num_done += len(task.indices)
+            progress.failures += result.failures
+            meter.take(len(task.indices))
+            on_progress(progress)
+            if request.fault:
+                request.fault.reach("eval.task_done")
+        if rate := meter.rate():
+            keep_rate(rate_decided_by(request, offer.unit), rate)
+
+
+def _task_size(request: EvalRequest) -> int:
+    return request.task_size or request.recipe.sample.compute_batch_size
 
 
 def _pool(request: EvalRequest) -> Pool[EvalTask, TaskResult]:

@@ -10,6 +10,9 @@ from typing import Any
 
 from d2i import storage
 from d2i.cluster import Pool, Stages, job_fault, run_stages, run_tasks, session, share
+from d2i.cluster.forecast import Work
+from d2i.cluster.offer import Unit, offer_of_session
+from d2i.cluster.rates import Meter, keep_rate
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.errors import ConfigError, DataError, ShardError
@@ -106,6 +109,27 @@ def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan
     }
 
 
+def work_left(request: PreprocessRequest, plans: dict[str, Plan]) -> Work:
+    """Return what of some plans is not committed yet; nothing is written."""
+    num_shards = num_instances = 0
+    for split, plan in plans.items():
+        commits = read_commits(storage.join(request.out, split))
+        num_shards += plan.num_shards - len({c.index for c in commits if c.index < plan.num_shards})
+        done = sum(c.num_samples + sum(c.failures.values()) for c in commits)
+        num_instances += plan.num_instances - done
+    recipe = request.recipe
+    pixels = recipe.preprocess.num_samples_per_shard * 3 * recipe.image.resolution**2
+    # One shard being fed, one that waits, one being finished; source bytes come on top.
+    return Work(num_instances, num_shards, 3 * pixels)
+
+
+def rate_decided_by(request: PreprocessRequest, unit: Unit) -> dict[str, Any]:
+    """Return what decides how fast a worker is, as far as the request knows it."""
+    recipe = request.recipe.model_dump(mode="json")
+    parts = {name: recipe[name] for name in ("image", "text", "encoders")}
+    return {"stage": "preprocess", "corpus": request.corpus, "unit": unit, **parts}
+
+
 def preprocess(
     request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
 ) -> list[SplitSummary]:
@@ -166,15 +190,21 @@ def _make_shards(
         ray_address=request.ray_address,
     )
 
+    offer = offer_of_session(request.num_workers)
+    meter = Meter(min(offer.num_workers, len(tasks)))
+
     def show() -> None:
         progress.look(tally)
         on_progress(progress)
 
     for _, result in run_stages(stages, tasks, show):
         progress.take(result)
+        meter.take(result.num_written + sum(result.failures.values()))
         show()
         if fault:
             fault.reach("job.shard_done")
+    if rate := meter.rate():
+        keep_rate(rate_decided_by(request, offer.unit), rate)
 
 
 def _withdraw_placeholders(request: PreprocessRequest, split_url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -68,6 +69,8 @@ def _name_rank(local_rank: int) -> None:
 def main() -> None:
     """Run the entry point: exit code 2 and one line for what the user can mend."""
     end_with_starter()
+    # The wish to stop may come while torch is imported; it is heard once a step can end with it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         app()
     except D2IError as err:

@@ -27,6 +27,8 @@ class StopRequest:
         self._asking: tuple[Any, torch.Tensor] | None = None
         for number in SIGNALS:
             signal.signal(number, self._ask)
+        # The entry point held it back until now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
     def _ask(self, _number: int, _frame: object) -> None:
         self._is_asked = True

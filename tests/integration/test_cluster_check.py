@@ -14,16 +14,20 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.integration.conftest import write_chat
 from tests.processes import COMMAND
 
 RAY = Path(sys.executable).with_name("ray")
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
 START_S = 60.0
 HUB_NAME = "someone/clip"
+SMALL_SHARDS = ("--set", "preprocess.num_samples_per_shard=2")
 
 
 @contextmanager
@@ -64,6 +68,14 @@ def fill_hub_cache(home: Path) -> None:
     (home / "a-file").write_text("where a folder would have to be")
 
 
+def chats_in(folder: Path) -> Path:
+    """Ten chats with a picture each."""
+    chats = folder / "chats"
+    chats.mkdir()
+    (chats / "test.jsonl").write_text("\n".join(write_chat(chats, f"c{n}") for n in range(10)))
+    return chats
+
+
 def poor_environment(folder: Path, environment: dict[str, str]) -> dict[str, str]:
     """Where another diffusers is installed, and the home, with the hub's cache, is another."""
     installed = folder / "site" / "diffusers-0.0.1.dist-info"
@@ -75,11 +87,12 @@ def poor_environment(folder: Path, environment: dict[str, str]) -> dict[str, str
 
 @dataclass(frozen=True)
 class Checked:
-    """What one check of both nodes gave, and a folder that they share."""
+    """What one check of both nodes gave, a folder that they share, and the forecast of a job."""
 
     exit_code: int
     rows: list[dict[str, dict[str, str]]]
     shared: Path
+    forecast: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -98,26 +111,28 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
         wait_until_taken(port)
         other = (f"--address={address}", f"--node-ip-address={ADDRESSES[1]}")
         nodes.enter_context(ray_node(poor_environment(folder, rich), *other))
-        done = subprocess.run(
+        run = partial(subprocess.run, env=rich, capture_output=True, text=True, check=False)
+        asked = ("--ray-address", address, "--json", "--recipe", "demo")
+        done = run(
             [
-                *(*COMMAND, "cluster", "check", "--ray-address", address, "--json"),
-                *("--num-nodes", "2", "--wait-s", "60"),
-                *("--recipe", "demo", "--set", f"encoders.clip_text={HUB_NAME}"),
+                *(*COMMAND, "cluster", "check", *asked, "--num-nodes", "2", "--wait-s", "60"),
+                *("--set", f"encoders.clip_text={HUB_NAME}"),
                 *("--set", "encoders.vae=vae.safetensors"),
                 *("--storage", str(shared), "--storage", "memory://apart"),
                 *("--storage", str(folder / "rich" / "a-file" / "below")),
-            ],
-            env=rich,
-            capture_output=True,
-            text=True,
-            check=False,
+            ]
         )
+        source = ("--corpus", "jsonl", "--source", str(chats_in(folder)))
+        dry = ("--out", str(folder / "out"), "--dry-run", "--rate", "1", *SMALL_SHARDS)
+        planned = run([*COMMAND, "preprocess", *source, *asked, *dry])
+    assert planned.stdout, planned.stderr
     assert done.stdout, done.stderr
     reports = json.loads(done.stdout.splitlines()[-1])["reports"]
     rows = [{row["name"]: row for row in report["checks"]} for report in reports]
     # The node that lacks something comes last.
     rows[1:] = sorted(rows[1:], key=lambda found: found["versions"]["status"] == "fail")
-    return Checked(done.returncode, rows, shared)
+    forecast = json.loads(planned.stdout.splitlines()[-1])["forecast"]
+    return Checked(done.returncode, rows, shared, forecast)
 
 
 def test_what_is_as_it_should_be_is_ok_on_both_nodes(checked: Checked) -> None:
@@ -161,3 +176,11 @@ def test_a_place_that_nobody_can_write_fails_everywhere(checked: Checked) -> Non
         (row,) = (row for name, row in rows.items() if name.endswith("/below"))
         assert row["status"] == "fail"
         assert "cannot" in row["detail"]
+
+
+def test_a_dry_run_reckons_with_the_nodes_that_are_there(checked: Checked) -> None:
+    found = checked.forecast
+    assert (found["offer"]["num_nodes"], found["offer"]["unit"]) == (2, "core")
+    assert found["offer"]["object_store_bytes"] == pytest.approx(2 * (80 << 20), rel=0.01)
+    # Five shards of two pictures on two workers: three rounds.
+    assert (found["num_workers"], found["num_rounds"], found["time_s"]) == (2, 3, 6.0)

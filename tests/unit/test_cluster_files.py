@@ -1,0 +1,404 @@
+"""The cluster files hold to their schemas and their promises, and so do the commands they tell."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import boto3
+import jsonschema
+import kubernetes_validate
+import moto
+import pytest
+import yaml
+
+from tests.command_lines import parse_d2i
+from tests.shared import SHARED, needs_shared
+
+ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "cluster"
+KUBERNETES = sorted((CLUSTER / "kubernetes").glob("*.yaml"))
+LAUNCHER = sorted((CLUSTER / "ray").glob("*.yaml"))
+SLURM = sorted((CLUSTER / "slurm").glob("*"))
+FILES = [CLUSTER / "Dockerfile", *LAUNCHER, *KUBERNETES, *SLURM]
+SCRIPTS = sorted([*SLURM, *(ROOT / "train").glob("*.sh"), ROOT / ".ci" / "run"])
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def of_kind(*kinds: str) -> list[Any]:
+    found = [(path, doc) for path in KUBERNETES for doc in documents(path)]
+    return [pytest.param(d, id=f"{p.stem}-{d['kind']}") for p, d in found if d["kind"] in kinds]
+
+
+def ray_clusters() -> list[Any]:
+    """The spec of every Ray cluster, of its own or in a job."""
+    found = [(p, d["spec"]) for p in KUBERNETES for d in documents(p) if d["kind"][:3] == "Ray"]
+    return [pytest.param(s.get("rayClusterSpec", s), id=p.stem) for p, s in found]
+
+
+def pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"] for group in groups]
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines)
+
+
+def strictly(schema: Any) -> Any:
+    """The same schema, which refuses fields that it does not name; Kubernetes would drop them."""
+    if isinstance(schema, list):
+        return [strictly(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: strictly(part) for key, part in schema.items()}
+    is_open = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    if isinstance(schema.get("properties"), dict) and "type" in schema and not is_open:
+        closed["additionalProperties"] = False
+    return closed
+
+
+@cache
+def schema_of(kind: str, api_version: str) -> dict[str, Any]:
+    text = (SHARED / "schemas" / f"ray.io_{kind.lower()}s.yaml").read_text()
+    # The other loader takes ten seconds for these.
+    definition = yaml.load(text, Loader=yaml.CSafeLoader)["spec"]
+    schemas = {
+        f"{definition['group']}/{version['name']}": version["schema"]["openAPIV3Schema"]
+        for version in definition["versions"]
+    }
+    closed: dict[str, Any] = strictly(schemas[api_version])
+    # Kubernetes itself knows what is in here.
+    closed["properties"]["metadata"] = {"type": "object"}
+    return closed
+
+
+def check_by_kuberay(document: dict[str, Any]) -> None:
+    schema = schema_of(document["kind"], document["apiVersion"])
+    jsonschema.Draft202012Validator(schema).validate(document)
+
+
+@needs_shared
+@pytest.mark.parametrize("document", of_kind("RayCluster", "RayJob"))
+def test_a_ray_resource_is_what_kuberay_published(document: dict[str, Any]) -> None:
+    check_by_kuberay(document)
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("authOptions.mode", "tokn"),
+        ("authOption", {}),
+        ("headGroupSpec.template.spec.containers.0.imagee", "x"),
+        ("workerGroupSpecs.0.replicas", "four"),
+        ("workerGroupSpecs.0.template.spec.nodeSelectr", {}),
+    ],
+)
+def test_a_misspelt_ray_resource_is_found(path: str, value: object) -> None:
+    (document,) = documents(CLUSTER / "kubernetes" / "cluster.yaml")
+    place: Any = document["spec"]
+    *folders, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    for folder in folders:
+        place = place[folder]
+    place[last] = value
+    with pytest.raises(jsonschema.ValidationError):
+        check_by_kuberay(document)
+
+
+@pytest.mark.parametrize(
+    "document", of_kind("ServiceAccount", "NetworkPolicy", "PersistentVolumeClaim")
+)
+def test_a_resource_of_kubernetes_is_what_it_published(document: dict[str, Any]) -> None:
+    kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_every_kubernetes_document_is_checked_by_one_of_both() -> None:
+    checked = of_kind(
+        *("RayCluster", "RayJob", "ServiceAccount", "NetworkPolicy", "PersistentVolumeClaim")
+    )
+    assert len(checked) == sum(len(documents(path)) for path in KUBERNETES) == 6
+
+
+@pytest.mark.parametrize("cluster", ray_clusters())
+def test_every_pod_is_a_sound_and_humble_one(cluster: dict[str, Any]) -> None:
+    for template in pods(cluster):
+        pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        pod["metadata"] = template["metadata"] | {"name": "pod"}
+        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+        assert template["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert template["spec"]["serviceAccountName"] == "d2i"
+        assert template["metadata"]["labels"] == {"app": "d2i"}, "who the network policy fences"
+        for container in template["spec"]["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            variables = {variable["name"] for variable in container.get("env", [])}
+            assert not any("KEY" in v or "SECRET" in v or "TOKEN" in v for v in variables)
+
+
+@pytest.mark.parametrize("cluster", ray_clusters())
+def test_rays_object_store_fits_into_the_shared_memory(cluster: dict[str, Any]) -> None:
+    from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION as SHARE
+
+    for template in pods(cluster):
+        (container,) = template["spec"]["containers"]
+        (memory,) = (v["emptyDir"] for v in template["spec"]["volumes"] if v["name"] == "memory")
+        assert {"name": "memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
+        asked = SHARE * gibibytes(container["resources"]["limits"]["memory"])
+        # Else Ray takes the disk, and says so in a log that nobody reads.
+        assert asked <= gibibytes(memory["sizeLimit"])
+
+
+def gibibytes(quantity: str) -> int:
+    assert quantity.endswith("Gi")
+    return int(quantity.removesuffix("Gi"))
+
+
+@pytest.mark.parametrize("cluster", ray_clusters())
+def test_a_ray_cluster_has_a_token_and_the_pinned_ray(cluster: dict[str, Any]) -> None:
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["rayVersion"] == pins()["ray"]
+
+
+def test_only_a_job_that_kuberay_asks_shows_its_dashboard() -> None:
+    shown = {
+        document["kind"]: spec["headGroupSpec"]["rayStartParams"]["dashboard-host"]
+        for path in KUBERNETES
+        for document in documents(path)
+        if document["kind"][:3] == "Ray"
+        for spec in [document["spec"].get("rayClusterSpec", document["spec"])]
+    }
+    assert shown == {"RayCluster": "127.0.0.1", "RayJob": "0.0.0.0"}
+
+
+@pytest.mark.parametrize("document", of_kind("RayJob"))
+def test_a_jobs_command_parses_and_is_repeated(document: dict[str, Any]) -> None:
+    parse_d2i(document["spec"]["entrypoint"])
+    assert document["spec"]["backoffLimit"] > 0
+    assert not set(document["spec"]["entrypoint"]) & set("|&;<>()$`\"'"), "KubeRay quotes nothing"
+
+
+@pytest.mark.parametrize("path", LAUNCHER, ids=name)
+def test_rays_launcher_takes_its_file(path: Path) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    (config,) = documents(path)
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepared | {"max_worker": 3})
+    assert config["file_mounts"] == {"/home/d2i/.ray/auth_token": "~/.ray/auth_token"}
+    head = " ".join(config["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in head
+
+
+def test_rays_launcher_starts_both_kinds_of_node_on_an_emulated_aws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config
+
+    # It makes a key for SSH there.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(variable, "emulated")
+    monkeypatch.setenv("MOTO_ACCOUNT_ID", "111122223333")
+    (config,) = documents(CLUSTER / "ray" / "aws.yaml")
+    with moto.mock_aws():
+        for profile in PROFILES.values():
+            boto3.client("iam").create_instance_profile(InstanceProfileName=f"d2i-{profile}")
+        ready = bootstrap_aws(prepare_config(config))
+        provider = AWSNodeProvider(ready["provider"], ready["cluster_name"])
+        for kind, node_type in ready["available_node_types"].items():
+            tags = {"ray-user-node-type": kind}
+            (instance,) = provider.create_node(node_type["node_config"], tags, 1).values()
+            assert instance.metadata_options["HttpTokens"] == "required"
+            assert instance.iam_instance_profile["Arn"].endswith(f"/d2i-{PROFILES[kind]}")
+            assert (instance.instance_lifecycle == "spot") == (kind == "gpu")
+
+
+PROFILES = {"head": "head", "gpu": "worker"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name)
+def test_shellcheck_finds_nothing(path: Path) -> None:
+    linted("shellcheck", "--severity=style", str(path))
+
+
+def test_hadolint_finds_nothing() -> None:
+    linted("hadolint", "--failure-threshold=style", str(CLUSTER / "Dockerfile"))
+
+
+def linted(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_both_images_run_as_nobody_and_hold_the_constraints() -> None:
+    lines = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    stages = [line.split()[-1] for line in lines if line.startswith("FROM")]
+    assert stages == ["base", "cpu", "cuda"]
+    assert [line for line in lines if line.startswith("USER")] == ["USER 1000"] * 2
+    assert sum("--constraint constraints.txt" in line for line in lines) == 2
+    python = next(line.split()[1] for line in lines if line.startswith("FROM"))
+    assert re.fullmatch(r"python:3\.1[12]-[a-z]+-[a-z]+", python)
+    for line in lines:
+        for copied in line.split()[1:-1] if line.startswith("COPY") else []:
+            assert (ROOT / copied).exists(), copied
+
+
+def test_the_slurm_scripts_ask_for_a_second_life() -> None:
+    for path in SLURM:
+        options = dict(sbatch_options(path))
+        assert "requeue" in options
+        assert "USR1@" in options["signal"]
+        assert 'scontrol requeue "$SLURM_JOB_ID"' in path.read_text()
+
+
+SBATCH = {
+    *("job-name", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "time"),
+    *("exclusive", "requeue", "open-mode", "signal"),
+}
+
+
+def sbatch_options(path: Path) -> Iterator[tuple[str, str]]:
+    """The options of a batch script, up to its first command, as sbatch reads them."""
+    for line in path.read_text().splitlines():
+        if line and not line.startswith("#"):
+            return
+        if line.startswith("#SBATCH"):
+            option, _, value = line.removeprefix("#SBATCH --").partition("=")
+            assert option in SBATCH, line
+            yield option, value
+
+
+def header(path: Path) -> list[str]:
+    """The commands at the top of a file: the indented lines of its first comment."""
+    lines = path.read_text().splitlines()
+    lines = lines[1:] if lines[0].startswith("#!") else lines
+    comment = lines[: lines.index("#")]
+    assert all(line.startswith("#") for line in comment), name(path)
+    return [line.removeprefix("#   ") for line in comment if line.startswith("#   ")]
+
+
+def readme_lines() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (CLUSTER / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_a_file_opens_with_three_commands(path: Path) -> None:
+    assert len(header(path)) == 3
+
+
+LINES = [*readme_lines(), *(line for path in FILES for line in header(path))]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_that_is_told_can_be_typed(line: str) -> None:
+    words = shlex.split(line)
+    PARSERS[words[0]](words)
+
+
+def parse_docker(words: list[str]) -> None:
+    if words[1] == "run":
+        parse_d2i(line_of(words[words.index("d2i") :]))
+        return
+    assert words[1] == "build"
+    options = dict(zip(words[2:-1:2], words[3:-1:2], strict=True))
+    assert set(options) == {"--target", "--tag", "--file"}
+    assert f" AS {options['--target']}\n" in (ROOT / options["--file"]).read_text()
+
+
+def parse_ray(words: list[str]) -> None:
+    from ray.scripts.scripts import cli
+
+    command: Any = cli
+    rest = words[1:]
+    while hasattr(command, "commands"):
+        command, rest = command.commands[rest[0]], rest[1:]
+    context = command.make_context("ray", list(rest))
+    if told := context.params.get("cluster_config_file"):
+        assert ROOT / told in LAUNCHER
+    run = " ".join(context.params.get("entrypoint", ())) or context.params.get("cmd", "")
+    for part in filter(None, run.split(" && ")):
+        parse_d2i(part)
+
+
+def parse_kubectl(words: list[str]) -> None:
+    verb, _, told = words[1], *split_at(words, "--")
+    assert verb in {"create", "apply", "delete", "exec", "wait", "port-forward"}
+    named = [ROOT / words[i + 1] for i, word in enumerate(words) if word == "--filename"]
+    assert (verb in {"apply", "delete"}) == bool(named)
+    assert set(named) <= set(KUBERNETES)
+    resources = [document for path in KUBERNETES for document in documents(path)]
+    known = {f"{d['kind'].lower()}/{d['metadata']['name']}" for d in resources}
+    # KubeRay makes a service for the head of each cluster.
+    known |= {f"service/{n.partition('/')[2]}-head-svc" for n in known if n[:10] == "raycluster"}
+    targets = [word for word in words if re.fullmatch(r"[a-z]+/[a-z0-9-]+", word)]
+    assert set(targets) <= known
+    assert verb not in {"exec", "wait", "port-forward"} or targets
+    if told:
+        parse_d2i(line_of(told))
+
+
+def parse_sbatch(words: list[str]) -> None:
+    script, arguments = ROOT / words[1], words[2:]
+    assert script in SLURM
+    if script.stem == "ray":
+        parse_d2i(line_of(["d2i", *arguments, "--ray-address", "head:20001"]))
+        return
+    from typer.main import get_command
+
+    from d2i.train.launch import app
+
+    get_command(app).make_context("launch", ["--run", *arguments])
+
+
+def parse_scancel(words: list[str]) -> None:
+    jobs = {dict(sbatch_options(path))["job-name"] for path in SLURM}
+    assert words[-2] == "--name"
+    assert words[-1] in jobs
+
+
+def parse_export(words: list[str]) -> None:
+    assert words[1] == "RAY_AUTH_MODE=token"
+
+
+def line_of(words: list[str]) -> str:
+    return shlex.join(words)
+
+
+def split_at(words: list[str], mark: str) -> tuple[list[str], list[str]]:
+    at = words.index(mark) if mark in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+PARSERS: dict[str, Callable[[list[str]], None]] = {
+    "d2i": lambda words: parse_d2i(line_of(words)),
+    "docker": parse_docker,
+    "export": parse_export,
+    "kubectl": parse_kubectl,
+    "ray": parse_ray,
+    "sbatch": parse_sbatch,
+    "scancel": parse_scancel,
+}
+
+
+def test_no_file_holds_a_key() -> None:
+    for path in FILES:
+        text = path.read_text()
+        assert not re.search(r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|aws_secret", text), path
