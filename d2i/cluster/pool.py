@@ -16,7 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from d2i.cluster.actors import ResourceRequest, actor_size, num_workers_of, result_of
+from d2i.cluster.actors import (
+    ResourceRequest,
+    actor_size,
+    check_own_node,
+    get,
+    num_workers_of,
+    result_of,
+)
 from d2i.cluster.crew import Crew
 from d2i.errors import ClusterError
 
@@ -25,6 +32,8 @@ ResultT = TypeVar("ResultT")
 ObjectT = TypeVar("ObjectT")
 TaskIn = TypeVar("TaskIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
+
+_TICK_S = 5.0
 
 
 class Worker(Protocol[TaskIn, ResultOut]):
@@ -68,9 +77,7 @@ class Shared(Generic[ObjectT]):
     def call(self, method: str, *args: object, **kwargs: object) -> Any:
         """Call a method of the object, one call at a time, and return what it returns."""
         if self._is_remote:
-            import ray
-
-            return ray.get(self._target.call.remote(method, *args, **kwargs))
+            return get(self._target.call.remote(method, *args, **kwargs))
         with self._lock:
             return getattr(self._target, method)(*args, **kwargs)
 
@@ -174,7 +181,7 @@ def _run_on_ray(
             while waiting and crew.idle:
                 actor, number = crew.idle.popleft(), waiting.popleft()
                 running[actor.run.remote(tasks[number])] = (actor, number)
-            (ready, *_), _ = ray.wait([*crew.awaited(), *running], num_returns=1)
+            ready = _first_ready([*crew.awaited(), *running])
             if crew.is_building(ready):
                 crew.welcome(ready)
                 continue
@@ -187,6 +194,15 @@ def _run_on_ray(
             else:
                 crew.idle.append(actor)
                 yield tasks[number], result
+
+
+def _first_ready(references: list[Any]) -> Any:
+    """Return one that is ready, once there is one."""
+    import ray
+
+    while not (ready := ray.wait(references, num_returns=1, timeout=_TICK_S)[0]):
+        check_own_node()
+    return ready[0]
 
 
 @contextmanager
