@@ -110,6 +110,7 @@ def repair(
     for summary in summaries:
         problems = [dataclasses.asdict(p) | {"folder": summary.folder} for p in summary.problems]
         lines += [_problem_line(problem) for problem in problems]
+        lines += [f"{summary.folder}/{note}" for note in summary.notes]
         lines.append(
             f"{summary.folder}: {len(summary.mended)} files restored, {len(summary.made)} shards "
             f"made again, {len(problems)} problems left"

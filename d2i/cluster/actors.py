@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from d2i.errors import D2IError
+from d2i.errors import ClusterError, D2IError
+
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,54 @@ def result_of(reference: Any) -> Any:
 
     Raises:
         D2IError: If it raised that.
+        ClusterError: As `check_own_node`.
         ray.exceptions.RayActorError: If its worker died.
     """
     import ray
 
     try:
-        return ray.get(reference)
+        return get(reference)
     except ray.exceptions.RayTaskError as err:
         if isinstance(err.cause, D2IError):
             raise type(err.cause)(str(err.cause)) from err
         raise
+
+
+def get(reference: Any) -> Any:
+    """Return an object as `ray.get` does, but do not wait for one that cannot come.
+
+    Raises:
+        ClusterError: As `check_own_node`.
+    """
+    import ray
+
+    while True:
+        try:
+            return ray.get(reference, timeout=_PATIENCE_S)
+        except ray.exceptions.GetTimeoutError:
+            check_own_node()
+        except ray.exceptions.RayActorError:
+            # With its node, who owns an actor counts as dead, and the actor as well.
+            check_own_node()
+            raise
+
+
+def check_own_node() -> None:
+    """Make sure that the node is alive through which this process uses Ray.
+
+    Without it nothing gets ready any more, and Ray itself would wait for ever.
+
+    Raises:
+        ClusterError: If it is dead.
+    """
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    if any(node["NodeID"] == own and not node["Alive"] for node in ray.nodes()):
+        raise ClusterError(
+            "Ray's node on this machine died under the job; expected it to outlive that; look for "
+            "memory pressure, then run the same command again: finished work is kept"
+        )
 
 
 class _WorkerActor:

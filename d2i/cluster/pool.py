@@ -17,7 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from d2i.cluster.actors import ResourceRequest, actor_size, num_workers_of, result_of
+from d2i.cluster.actors import (
+    ResourceRequest,
+    actor_size,
+    check_own_node,
+    get,
+    num_workers_of,
+    result_of,
+)
 from d2i.cluster.crew import Crew
 from d2i.errors import ClusterError
 
@@ -28,6 +35,7 @@ TaskIn = TypeVar("TaskIn", contravariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
 _CONNECT_TIMEOUT_S = 10.0
+_TICK_S = 5.0
 
 
 class Worker(Protocol[TaskIn, ResultOut]):
@@ -71,9 +79,7 @@ class Shared(Generic[ObjectT]):
     def call(self, method: str, *args: object, **kwargs: object) -> Any:
         """Call a method of the object, one call at a time, and return what it returns."""
         if self._is_remote:
-            import ray
-
-            return ray.get(self._target.call.remote(method, *args, **kwargs))
+            return get(self._target.call.remote(method, *args, **kwargs))
         with self._lock:
             return getattr(self._target, method)(*args, **kwargs)
 
@@ -177,7 +183,7 @@ def _run_on_ray(
             while waiting and crew.idle:
                 actor, number = crew.idle.popleft(), waiting.popleft()
                 running[actor.run.remote(tasks[number])] = (actor, number)
-            (ready, *_), _ = ray.wait([*crew.awaited(), *running], num_returns=1)
+            ready = _first_ready([*crew.awaited(), *running])
             if crew.is_building(ready):
                 crew.welcome(ready)
                 continue
@@ -208,6 +214,15 @@ def _refuse_silence(address: str) -> None:
             f"nothing answers at {address}: {err}; expected a running Ray; start it, or check the "
             "address and its firewall"
         ) from err
+
+
+def _first_ready(references: list[Any]) -> Any:
+    """Return one that is ready, once there is one."""
+    import ray
+
+    while not (ready := ray.wait(references, num_returns=1, timeout=_TICK_S)[0]):
+        check_own_node()
+    return ready[0]
 
 
 @contextmanager

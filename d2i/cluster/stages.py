@@ -16,6 +16,7 @@ from d2i.cluster.actors import (
     ActorSize,
     ResourceRequest,
     actor_size,
+    check_own_node,
     num_workers_of,
     result_of,
 )
@@ -122,6 +123,8 @@ def _run_on_ray(
     while flow.num_left:
         flow.give_out()
         ready, _ = ray.wait(flow.awaited(), num_returns=1, timeout=_TICK_S, fetch_local=False)
+        if not ready:
+            check_own_node()
         if time.monotonic() >= next_tick:
             on_wait()
             next_tick = time.monotonic() + _TICK_S

@@ -35,7 +35,8 @@ from d2i.preprocess.retry import (
 from d2i.preprocess.reuse import Reuse
 from d2i.preprocess.same_pictures import WithdrawalWorker, placeholders_of, plan_withdrawals
 from d2i.recipes import check_prepared_with, keep_recipe
-from d2i.shards import read_commits, remove_uncommitted, write_manifest
+from d2i.shards import read_commits, read_manifest, remove_uncommitted, write_manifest
+from d2i.shards.commit import canonical_json
 from d2i.shards.manifest import EMPTY_NAMES, MANIFEST_NAME
 
 
@@ -304,7 +305,15 @@ def _split_urls(request: PreprocessRequest, plans: dict[str, Plan]) -> list[str]
 
 
 def _read_fingerprint(split_url: str) -> dict[str, Any]:
-    fingerprint: dict[str, Any] = json.loads(storage.read_bytes(fingerprint_url(split_url)))
+    """Read what the shards were made under; where it is lost, the manifest still has it.
+
+    Raises:
+        ShardError: If that is lost as well.
+    """
+    url = fingerprint_url(split_url)
+    if not storage.exists(url):
+        storage.write_bytes(url, canonical_json(read_manifest(split_url).fingerprint))
+    fingerprint: dict[str, Any] = json.loads(storage.read_bytes(url))
     return fingerprint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,15 @@ from d2i.preprocess.plan import Plan, records_url
 from d2i.preprocess.records import read_records
 from d2i.preprocess.retry import Supplement, net_failures, read_supplements
 from d2i.recipes import read_kept_recipe
+
+_WRITTEN_AGAIN = (
+    "lost; the shards need it only to be made again, and the d2i preprocess command that made them "
+    "writes it anew"
+)
+_FOR_GOOD = (
+    "lost for good; the manifest still counts the failures, but nothing says which instances they "
+    "were: --retry-failed cannot ask for them"
+)
 
 
 class KeptJob:
@@ -98,6 +108,31 @@ class KeptJob:
 
     def _planned_keys(self, index: int) -> set[str]:
         return {i.key for i in read_records(records_url(self.split_url, index))}
+
+
+def lost_files(split_url: str, indexes: Iterable[int]) -> Iterator[str]:
+    """Say what of a job's own files is lost, beside the shards, and what that means.
+
+    Of shards that other programs made, without plan and ledger, nothing is lost.
+
+    Args:
+        split_url: The data set's folder.
+        indexes: The numbers of its shards.
+    """
+    if not any(storage.exists(storage.join(split_url, name)) for name in ("plan", "ledger")):
+        return
+    parent = storage.resolve(split_url).rpartition("/")[0]
+    if not any(storage.exists(storage.join(url, "recipe.json")) for url in (split_url, parent)):
+        yield f"recipe.json: {_WRITTEN_AGAIN}"
+    names = [f"{index:06d}.parquet" for index in indexes]
+    for folder, expected, meaning in (
+        ("plan", ["plan.json", *names], _WRITTEN_AGAIN),
+        ("ledger", names, _FOR_GOOD),
+    ):
+        there = set(storage.list_names(storage.join(split_url, folder)))
+        if lost := [name for name in expected if name not in there]:
+            more = f" and {len(lost) - 1} more" if lost[1:] else ""
+            yield f"{folder}/{lost[0]}{more}: {meaning}"
 
 
 def _supplements(split_url: str) -> list[Supplement]:

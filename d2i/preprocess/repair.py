@@ -20,7 +20,7 @@ from d2i.preprocess.encode_worker import EncodeWorkerBuilder, fingerprint_url
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import FetchedPicture
-from d2i.preprocess.kept import KeptJob
+from d2i.preprocess.kept import KeptJob, lost_files
 from d2i.preprocess.progress import Tally
 from d2i.preprocess.repair_plan import broken_tasks, lost_records, unknown_shards, unknown_task
 from d2i.preprocess.repair_worker import RepairResult, RepairTask, RepairWorkerBuilder
@@ -64,12 +64,15 @@ class RepairSummary:
         mended: Files that were restored from what was left.
         made: Shards that were made again.
         problems: What `verify` finds afterwards; `repair` is the reason of what cannot be mended.
+        notes: Files of the job, beside the shards, that are lost, and what that means: no reader
+            of the data misses them.
     """
 
     folder: str
     mended: tuple[str, ...]
     made: tuple[str, ...]
     problems: tuple[ShardProblem, ...]
+    notes: tuple[str, ...]
 
 
 def repair(
@@ -116,7 +119,10 @@ class _RepairedSet:
             self._fold()
         report = verify(self.url)
         problems = (*self.problems, *report.problems)
-        return RepairSummary(self.url, tuple(sorted(self.mended)), tuple(self.made), problems)
+        notes = tuple(lost_files(self.url, sorted(commits)))
+        return RepairSummary(
+            self.url, tuple(sorted(self.mended)), tuple(self.made), problems, notes
+        )
 
     def _kept_job(self) -> KeptJob | None:
         """Return how the set was made; without that, only what is left can mend it."""

@@ -273,6 +273,35 @@ def test_without_a_plan_what_is_left_mends_the_rest(copy: Path) -> None:
     assert problem.reason == "missing"
 
 
+def test_what_a_job_lost_of_its_own_is_said_and_comes_back(
+    copy: Path, data: Path, settings: list[str]
+) -> None:
+    """The plan by the same command again; a ledger never, and no reader misses it."""
+    good = contents(copy)
+    shutil.rmtree(copy / "train" / "plan")
+    (copy / "recipe.json").unlink()
+    lost = sorted((copy / "train" / "ledger").iterdir())[1]
+    lost.unlink()
+    found = run_process("repair", copy, "--workers", "0")
+    assert found.returncode == 0, found.stderr
+    train = copy / "train"
+    for line in (
+        f"{train}/recipe.json: lost; the shards need it only to be made again",
+        f"{train}/plan/plan.json and 4 more: lost; the shards need it only",
+        f"{train}/ledger/000001.parquet: lost for good; the manifest still counts",
+    ):
+        assert line in found.stdout
+    preprocess("jsonl", data.parent / "chats", copy, *settings, *NUM_PER_SHARD)
+    assert contents(copy) == {
+        name: content for name, content in good.items() if name != str(lost.relative_to(copy))
+    }
+    only(copy, "*.tar").unlink()
+    (summary, _) = sorted(repaired(copy), key=lambda one: one.folder, reverse=True)
+    assert summary.problems == () and [note[:24] for note in summary.notes] == [
+        "ledger/000001.parquet: l"
+    ]
+
+
 def test_other_settings_repair_nothing(copy: Path) -> None:
     recipe = json.loads((copy / "recipe.json").read_text())
     plan = json.loads((copy / "train" / "plan" / "plan.json").read_text())

@@ -5,16 +5,30 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from d2i.cluster import JobFault, Stages, job_fault, run_stages, session
+from d2i.cluster import (
+    JobFault,
+    Pool,
+    Shared,
+    Stages,
+    job_fault,
+    run_stages,
+    run_tasks,
+    session,
+    share,
+)
 from d2i.errors import ClusterError, ConfigError
 from d2i.fault import Fault, Point
 
+ROOT = Path(__file__).resolve().parents[2]
 NUM_TASKS, NUM_BLOCKS = 6, 5
 
 
@@ -101,3 +115,44 @@ def test_a_task_that_kills_every_worker_ends_the_job() -> None:
 def test_more_workers_than_cores_are_no_deadlock() -> None:
     stages = Stages(Feeding, Finishing, num_finishers=2, num_feeders=5)
     assert len(list(run_stages(stages, range(NUM_TASKS)))) == NUM_TASKS
+
+
+class Felling:
+    """Kills its node, and does not finish."""
+
+    def run(self, _task: int, _blocks: Iterable[int] = ()) -> None:
+        os.kill(os.getppid(), signal.SIGKILL)
+        signal.pause()
+
+
+def fell_node(kind: str) -> None:
+    """The job of the test below: its own node dies, and it must end with a clear error."""
+    try:
+        with session(1, None):
+            holder: Shared[list[int]] = share([], num_workers=1)
+            if kind == "stages":
+                stages = Stages(Feeding, Felling, num_finishers=1)
+                list(run_stages(stages, [0, 1], lambda: holder.call("append", 1)))
+            else:
+                list(run_tasks(Pool(Felling, num_workers=1), [0, 1]))
+    except ClusterError as err:
+        sys.stdout.write(f"{err}\n")
+
+
+@pytest.mark.parametrize("kind", ["stages", "tasks"])
+def test_a_job_whose_own_node_dies_ends_with_a_clear_error(kind: str) -> None:
+    code = f"from tests.integration.test_stages import fell_node; fell_node({kind!r})"
+    # Ray takes 15 seconds by itself to notice.
+    quick = {"RAY_health_check_period_ms": "300", "RAY_health_check_failure_threshold": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | quick,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "Ray's node on this machine died" in done.stdout, done.stderr[-2000:]
+    assert "run the same command again" in done.stdout
+    assert done.returncode == 0
