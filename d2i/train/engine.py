@@ -77,7 +77,8 @@ def build_engine(
         network: In float32; its weights become the engine's.
         config: Batches, optimizer, precision and ZeRO stage.
         world_size: Ranks that share the global batch.
-        zero: DeepSpeed's `zero_optimization` settings, in place of the bare stage.
+        zero: DeepSpeed's `zero_optimization` settings, in place of the bare stage, which is 0 for
+            one rank in float32.
 
     Raises:
         ConfigError: If the ranks cannot share the global batch, or a compiled network cannot be
@@ -103,7 +104,7 @@ def build_engine(
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
-        _ZERO: _zero_settings(config, zero),
+        _ZERO: _zero_settings(config, world_size, zero),
         "zero_allow_untested_optimizer": True,
         # With a client's own optimizer DeepSpeed would ask for its C++ one, to be compiled.
         "zero_force_ds_cpu_optimizer": False,
@@ -114,11 +115,18 @@ def build_engine(
         "steps_per_print": 2**31,
     }
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
+    if world_size == 1 and engine.zero_optimization_stage() == 0:
+        # Nor anybody to average gradients with, which DeepSpeed would copy out and back for it.
+        engine.enable_backward_allreduce = False
     return engine
 
 
-def _zero_settings(config: TrainConfig, zero: Mapping[str, Any] | None) -> dict[str, Any]:
-    settings = dict(zero or {"stage": config.zero_stage})
+def _zero_settings(
+    config: TrainConfig, world_size: int, zero: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    # One rank has nobody to share with: in float32 a stage would only copy, to the same numbers.
+    stage = 0 if world_size == 1 and config.precision == "fp32" else config.zero_stage
+    settings = dict(zero or {"stage": stage})
     if config.compile and settings["stage"] == 3:
         raise ConfigError(
             "train.compile is true with ZeRO stage 3, which gathers weights while a block is "
