@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from d2i.config import Recipe
@@ -18,13 +17,13 @@ class TrainRequest:
     Args:
         recipe: What decides the numbers.
         data_url: Folder made by d2i preprocess.
-        run_dir: The run directory, on files that all ranks share.
+        run_url: The run directory, a path or an fsspec URL that all ranks share.
         zero: DeepSpeed's `zero_optimization` settings, in place of the bare stage.
         fault: For proofs.
     """
 
     recipe: Recipe
     data_url: str
-    run_dir: Path
+    run_url: str
     zero: Mapping[str, Any] | None = None
     fault: Fault | None = None
