@@ -112,10 +112,10 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         state = TrainState(engine, Ema(master_weights(engine), settings.train.ema_rate))
         state.begin()
         clock: Any = Clock()
-        request = TrainRequest(settings, name, folder / "run", fault=clock)
+        request = TrainRequest(settings, name, str(folder / "run"), fault=clock)
         (folder / "run").mkdir()
         shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-        with CheckpointWriter(folder / "run", settings.train, ranks, shapes) as writer:
+        with CheckpointWriter(str(folder / "run"), settings.train, ranks, shapes) as writer:
             Stepper(request, ranks, state, reader, writer).run(Progress())
             writer.finish()
             ours = clock.seconds()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -36,6 +37,8 @@ Point = Literal[
 ]
 Action = Literal["error", "sleep", "kill"]
 _SLEEP_S = 3600.0
+WAITS = "asked to wait at "
+"""What a process that sleeps says on stderr, before the point."""
 
 
 class FaultError(RuntimeError):
@@ -74,6 +77,9 @@ class Fault:
         if self.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.action == "sleep":
+            # It gives no other sign.
+            sys.stderr.write(f"{WAITS}{self.point}\n")
+            sys.stderr.flush()
             time.sleep(_SLEEP_S)
         raise FaultError(f"asked for at {self.point}")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from d2i import __version__, storage
@@ -82,18 +81,18 @@ class ValidationLine:
     bands: dict[str, float]
 
 
-def open_run(run_dir: Path, config: RunConfig, *, is_begun: bool) -> None:
+def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
     """Begin a run, or make sure that this is the same one.
 
     Args:
-        run_dir: The run directory.
+        run_url: The run directory.
         config: What the run is.
         is_begun: Whether it has weights of its own; what has none may be begun with other settings.
 
     Raises:
         CheckpointError: If the run was started with another recipe or other data.
     """
-    url = str(run_dir / CONFIG_NAME)
+    url = storage.join(run_url, CONFIG_NAME)
     if not is_begun:
         storage.remove(url)
     differences = [
@@ -103,53 +102,52 @@ def open_run(run_dir: Path, config: RunConfig, *, is_begun: bool) -> None:
     ]
     if differences:
         raise CheckpointError(
-            f"{run_dir} was started with another recipe or other data: got "
+            f"{run_url} was started with another recipe or other data: got "
             f"{'; '.join(differences[:3])}; repeat that or choose another --run"
         )
 
 
-def read_recipe(run_dir: Path) -> Recipe:
+def read_recipe(run_url: str) -> Recipe:
     """Return the recipe that a run was trained by.
 
     Raises:
         CheckpointError: If the folder is no run.
     """
-    path = run_dir / CONFIG_NAME
+    url = storage.join(run_url, CONFIG_NAME)
     try:
-        values = json.loads(path.read_text())["recipe"]
+        values = json.loads(storage.read_bytes(url))["recipe"]
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise CheckpointError(
-            f"{run_dir} is no run: {CONFIG_NAME} cannot be read; expected a folder made by "
+            f"{run_url} is no run: {CONFIG_NAME} cannot be read; expected a folder made by "
             "d2i train"
         ) from err
-    return load_config(Recipe, values, source=str(path))
+    return load_config(Recipe, values, source=url)
 
 
-def read_metrics(run_dir: Path) -> list[MetricsLine]:
+def read_metrics(run_url: str) -> list[MetricsLine]:
     """Read `metrics.jsonl`; a line that was being written when the run was killed is left out."""
-    return _read_lines(run_dir / METRICS_NAME, MetricsLine)
+    return _read_lines(storage.join(run_url, METRICS_NAME), MetricsLine)
 
 
-def read_validation(run_dir: Path) -> list[ValidationLine]:
+def read_validation(run_url: str) -> list[ValidationLine]:
     """Read `validation.jsonl`, as `read_metrics` does."""
-    return _read_lines(run_dir / VALIDATION_NAME, ValidationLine)
+    return _read_lines(storage.join(run_url, VALIDATION_NAME), ValidationLine)
 
 
-def keep_lines_until(run_dir: Path, step: int) -> None:
+def keep_lines_until(run_url: str, step: int) -> None:
     """Drop the lines after a step, which the run is about to write anew."""
     for name, lines in (
-        (METRICS_NAME, read_metrics(run_dir)),
-        (VALIDATION_NAME, read_validation(run_dir)),
+        (METRICS_NAME, read_metrics(run_url)),
+        (VALIDATION_NAME, read_validation(run_url)),
     ):
         kept = "".join(_as_line(line) for line in lines if line.step <= step)
-        storage.write_bytes(str(run_dir / name), kept.encode())
+        storage.write_bytes(storage.join(run_url, name), kept.encode())
 
 
-def append_line(run_dir: Path, line: MetricsLine | ValidationLine) -> None:
+def append_line(run_url: str, line: MetricsLine | ValidationLine) -> None:
     """Append one line to `metrics.jsonl` or `validation.jsonl`."""
     name = METRICS_NAME if isinstance(line, MetricsLine) else VALIDATION_NAME
-    with (run_dir / name).open("a") as file:
-        file.write(_as_line(line))
+    storage.append_bytes(storage.join(run_url, name), _as_line(line).encode())
 
 
 def _as_line(line: MetricsLine | ValidationLine) -> str:
@@ -159,9 +157,9 @@ def _as_line(line: MetricsLine | ValidationLine) -> str:
 LineT = TypeVar("LineT", MetricsLine, ValidationLine)
 
 
-def _read_lines(path: Path, kind: type[LineT]) -> list[LineT]:
+def _read_lines(url: str, kind: type[LineT]) -> list[LineT]:
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in storage.read_bytes(url).splitlines() if storage.exists(url) else []:
         try:
             lines.append(kind(**json.loads(text)))
         except (ValueError, TypeError):
@@ -169,20 +167,20 @@ def _read_lines(path: Path, kind: type[LineT]) -> list[LineT]:
     return lines
 
 
-def best_choice(run_dir: Path) -> tuple[Path, float] | None:
+def best_choice(run_url: str) -> tuple[str, float] | None:
     """Return the weights and the guidance scale that `d2i select` chose for a run, if it did.
 
     Raises:
         ConfigError: If what it wrote is damaged, or the weights are gone.
     """
-    path = run_dir / BEST_NAME
-    if not path.exists():
+    url = storage.join(run_url, BEST_NAME)
+    if not storage.exists(url):
         return None
     try:
-        best = json.loads(path.read_text())
-        weights, scale = run_dir / best["weights"], float(best["guidance_scale"])
-    except (ValueError, KeyError, TypeError) as err:
-        raise ConfigError(f"{path} is damaged: {err}; repeat d2i select, or delete it") from err
-    if not weights.exists():
-        raise ConfigError(f"{path} names {weights}, which is gone; repeat d2i select")
+        best = json.loads(storage.read_bytes(url))
+        weights, scale = storage.join(run_url, best["weights"]), float(best["guidance_scale"])
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ConfigError(f"{url} is damaged: {err}; repeat d2i select, or delete it") from err
+    if not storage.exists(weights):
+        raise ConfigError(f"{url} names {weights}, which is gone; repeat d2i select")
     return weights, scale

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +25,7 @@ from d2i.recipes import change_recipe
 from d2i.runs import BEST_NAME, CONFIG_NAME, read_recipe
 from d2i.settle import settle
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.train.checkpoint import Checkpoint, whole_checkpoints
+from d2i.train.checkpoint import Checkpoint, step_of, whole_checkpoints
 from d2i.train.data import split_url
 from d2i.train.validation import choose_instances
 
@@ -39,7 +38,7 @@ class SelectRequest:
     """What is to be compared.
 
     Args:
-        run_dir: A run with checkpoints.
+        run_url: A run with checkpoints.
         guidance_scales: Tried with each checkpoint; none takes the recipe's own.
         metric: What decides.
         num_instances: Size of the validation subset, at most.
@@ -48,7 +47,7 @@ class SelectRequest:
         num_workers: As in `d2i eval`.
     """
 
-    run_dir: Path
+    run_url: str
     guidance_scales: Sequence[float] = ()
     metric: Metric = "fid"
     num_instances: int = 1000
@@ -70,12 +69,12 @@ def select(
         CheckpointError: If the run has no whole checkpoint.
         DataError: If its data has no validation split.
     """
-    folder = request.run_dir / "select"
-    recipe = change_recipe(read_recipe(request.run_dir), request.settings)
-    checkpoints = whole_checkpoints(request.run_dir)
+    folder = storage.join(request.run_url, "select")
+    recipe = change_recipe(read_recipe(request.run_url), request.settings)
+    checkpoints = whole_checkpoints(request.run_url)
     if not checkpoints:
         raise CheckpointError(
-            f"{request.run_dir} has no whole checkpoint; expected one at least; repeat its "
+            f"{request.run_url} has no whole checkpoint; expected one at least; repeat its "
             "d2i train command"
         )
     subset = _write_subset(request, folder)
@@ -93,51 +92,53 @@ def select(
         "guidance_scale": best["guidance_scale"],
         "metric": request.metric,
         "value": best["scores"][request.metric],
-        "num_instances": len(ShardReader(str(subset))),
+        "num_instances": len(ShardReader(storage.join(subset, "data"))),
         "seed": request.seed,
         "candidates": candidates,
     }
     data = json.dumps(result, indent=1, sort_keys=True) + "\n"
-    storage.write_bytes(str(request.run_dir / BEST_NAME), data.encode())
+    storage.write_bytes(storage.join(request.run_url, BEST_NAME), data.encode())
     return result
 
 
 def _score(
     request: SelectRequest,
     recipe: Recipe,
-    folder: Path,
+    folder: str,
     guidance_scale: float,
-    subset: Path,
+    subset: str,
     on_progress: Callable[[str, EvalProgress], None],
 ) -> dict[str, Any]:
-    weights = request.run_dir / "select" / f"{folder.name}.safetensors"
-    if not weights.exists():
+    run_url, step = storage.resolve(request.run_url), step_of(folder)
+    kept = f"select/step-{step}.safetensors"
+    weights = storage.join(run_url, kept)
+    if not storage.exists(weights):
         checkpoint = Checkpoint(folder)
         checkpoint.check()
-        save_weights(dict(checkpoint.read_whole("ema")), weights)
-    name = f"{folder.name}, guidance {guidance_scale:g}"
-    backbone = recipe.backbone.model_copy(update={"weights": str(weights.absolute())})
-    run_dir = str(request.run_dir.absolute())
+        with storage.new_file(weights) as path:
+            save_weights(dict(checkpoint.read_whole("ema")), path)
+    name = f"step-{step}, guidance {guidance_scale:g}"
+    backbone = recipe.backbone.model_copy(update={"weights": weights})
     evaluation = EvalRequest(
         recipe=change_recipe(recipe, [f"sample.guidance_scale={guidance_scale}"]),
-        system=SystemSpec(f"run:{run_dir}", name, "run", run_dir, backbone, run_dir),
-        data_url=str(subset),
-        out_url=str(subset.parent / f"{folder.name}-guidance-{guidance_scale:g}"),
+        system=SystemSpec(f"run:{run_url}", name, "run", run_url, backbone, run_url),
+        data_url=storage.join(subset, "data"),
+        out_url=storage.join(subset, f"step-{step}-guidance-{guidance_scale:g}"),
         save_images="none",
         num_workers=request.num_workers,
     )
     result = evaluate(evaluation, lambda progress: on_progress(name, progress))
     return {
-        "weights": str(weights.relative_to(request.run_dir)),
-        "step": int(folder.name.removeprefix("step-")),
+        "weights": kept,
+        "step": step,
         "guidance_scale": guidance_scale,
         "scores": result["scores"],
     }
 
 
-def _write_subset(request: SelectRequest, folder: Path) -> Path:
-    """Write the chosen validation instances as a data set, once for each choice."""
-    source = json.loads((request.run_dir / CONFIG_NAME).read_text())["data"]
+def _write_subset(request: SelectRequest, folder: str) -> str:
+    """Write the chosen validation instances as `data` of a folder, once for each choice."""
+    source = json.loads(storage.read_bytes(storage.join(request.run_url, CONFIG_NAME)))["data"]
     url = split_url(source, "valid")
     if url is None:
         raise DataError(
@@ -146,19 +147,17 @@ def _write_subset(request: SelectRequest, folder: Path) -> Path:
         )
     reader = ShardReader(url)
     rows = choose_instances(len(reader), request.num_instances, request.seed)
-    subset = folder / f"valid-{len(rows)}-of-seed-{request.seed}" / "data"
+    subset = storage.join(folder, f"valid-{len(rows)}-of-seed-{request.seed}")
+    data_url = storage.join(subset, "data")
     chosen = {"manifest_sha256": reader.manifest.sha256, "data": source}
-    if named := settle(str(subset.parent / "chosen.json"), chosen):
-        raise ConfigError(
-            f"{subset.parent} was chosen from other data: got {'; '.join(named)}; delete it"
-        )
-    if not (subset / "manifest.json").exists():
+    if named := settle(storage.join(subset, "chosen.json"), chosen):
+        raise ConfigError(f"{subset} was chosen from other data: got {'; '.join(named)}; delete it")
+    if not storage.exists(storage.join(data_url, "manifest.json")):
         fingerprint = reader.manifest.fingerprint
-        subset.mkdir(parents=True, exist_ok=True)
-        write_shard(_samples(reader, sorted(rows.tolist())), str(subset), 0, failures={})
+        write_shard(_samples(reader, sorted(rows.tolist())), data_url, 0, failures={})
         for name, values in _empty_features(reader):
-            storage.write_bytes(str(subset / name), npy_bytes(values))
-        write_manifest(str(subset), fingerprint)
+            storage.write_bytes(storage.join(data_url, name), npy_bytes(values))
+        write_manifest(data_url, fingerprint)
     return subset
 
 

@@ -1,4 +1,4 @@
-"""The small published model that comes with the package, by name.
+"""Weights by name: the small published model that comes with the package, and those at a URL.
 
 `demo:vae` and its like stand for folders inside the installed package, so that a recipe and the
 settings of a run hold no path of one machine.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from d2i import storage
 from d2i.errors import ConfigError
 
 _PREFIX = "demo:"
@@ -15,13 +16,19 @@ _FOLDER = Path(__file__).parent / "demo" / "weights"
 
 
 def resolve_weights(name: str) -> str:
-    """Return the folder of a shipped model, or `name` itself (a path or a hub repository).
+    """Return the path of a shipped model or of a URL's copy here, or `name` itself.
+
+    Args:
+        name: Such as `demo:vae`; a URL of a file, or of a folder without folders in it, which is
+            fetched once; a path or a hub repository.
 
     Raises:
+        OSError: If a URL cannot be read.
         ConfigError: If no shipped model has that name.
     """
     if not name.startswith(_PREFIX):
-        return name
+        is_foreign = "://" in name and storage.local_path(name) is None
+        return str(storage.local_copies(name)) if is_foreign else name
     folder = _FOLDER / name.removeprefix(_PREFIX)
     if not folder.is_dir():
         known = ", ".join(sorted(_PREFIX + p.name for p in _FOLDER.glob("*/")))

@@ -241,6 +241,64 @@ def cache_folder(url: str) -> Path:
     return root / "d2i" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
+def append_bytes(url: str, data: bytes) -> None:
+    """Append to a file; where its file system cannot, the whole file is written anew."""
+    local = local_path(url)
+    if local is None:
+        write_bytes(url, (read_bytes(url) if exists(url) else b"") + data)
+        return
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with local.open("ab") as file:
+        file.write(data)
+
+
+def local_copy(url: str) -> Path:
+    """Return a file's path here: its own, or that of a copy in the user's cache.
+
+    A copy belongs to one version of the file, and is fetched once.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If it cannot be read, or not be kept.
+    """
+    local = local_path(url)
+    if local is not None:
+        return local
+    path = cache_folder(f"{url} {version(url)}") / url.rpartition("/")[2]
+    if not path.is_file():
+        fetch_file(url, path)
+    return path
+
+
+def local_copies(url: str) -> Path:
+    """Return a path here of a file, or of a folder that holds files alone; as `local_copy`."""
+    local = local_path(url)
+    names = list_names(url) if local is None else []
+    if not names or names == [url.rpartition("/")[2]]:
+        return local_copy(url)
+    copied = {name: f"{join(url, name)} {version(join(url, name))}" for name in names}
+    folder = cache_folder(" ".join(copied.values()))
+    for name in names:
+        if not (folder / name).is_file():
+            fetch_file(join(url, name), folder / name)
+    return folder
+
+
+def make_folder(url: str) -> None:
+    """Make a local folder, whose name a power failure leaves; elsewhere there is none to make."""
+    local = local_path(url)
+    if local is not None:
+        local.mkdir(parents=True, exist_ok=True)
+        sync(local.parent)
+
+
+def remove_folder(url: str) -> None:
+    """Remove a folder and all in it; nothing happens where there is none."""
+    with _errors_of(url), contextlib.suppress(FileNotFoundError):
+        fs, path = _split(url)
+        fs.rm(path, recursive=True)
+
+
 def remove(url: str) -> None:
     """Remove a file; nothing happens where there is none."""
     with _errors_of(url), contextlib.suppress(FileNotFoundError):

@@ -30,7 +30,7 @@ def add_commands(app: typer.Typer) -> None:
 def train(
     recipe: RecipeOption,
     data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
-    run: Annotated[Path, typer.Option(help="Run directory; the same command resumes.")],
+    run: Annotated[str, typer.Option(help="Run directory; the same command resumes.")],
     settings: SetOption = None,
     num_accelerators: Annotated[
         int | None, typer.Option(min=1, help="Ranks; else every GPU, or one CPU rank.")
@@ -64,18 +64,18 @@ def train(
         d2i train --recipe uvit-s-mmdialog --data s3://bucket/data --run runs/b
         --set train.order=blocked --cache-dir /nvme/d2i --cache-gb 200
     """
+    from d2i import storage
     from d2i.fault import parse_fault
     from d2i.recipes import resolve_recipe
     from d2i.runs import STOPPED_NAME
     from d2i.train.command import deepspeed_command, run_command
 
-    run = run.expanduser()
     # Checked here, so that a typing error costs no start of the ranks.
     resolved = resolve_recipe(recipe, settings or [])
     resolved.train.accumulation(num_accelerators or 1)
     parse_fault(fault)
     _check_data(data)
-    arguments = ["--recipe", recipe, "--data", data, "--run", str(run)]
+    arguments = ["--recipe", recipe, "--data", data, "--run", run]
     arguments += [part for setting in settings or [] for part in ("--set", setting)]
     arguments += ["--zero", str(zero)] if zero else []
     arguments += ["--cache-dir", str(cache_dir)] if cache_dir else []
@@ -84,19 +84,19 @@ def train(
     arguments += ["--preflight"] if preflight else []
     command = deepspeed_command(arguments, num_accelerators)
     typer.echo(" ".join(command), err=True)
-    (run / STOPPED_NAME).unlink(missing_ok=True)
+    storage.remove(storage.join(run, STOPPED_NAME))
     code = run_command(command)
     if code:
         raise typer.Exit(2 if code == 2 else 1)
     if preflight:
-        found = json.loads((run / "preflight.json").read_text())
+        found = json.loads(storage.read_bytes(storage.join(run, "preflight.json")))
         print_result(found, [f"{name}: {v}" for name, v in found.items()], as_json=as_json)
         return
     _print_run(run, as_json=as_json)
 
 
 def sample(
-    run: Annotated[Path, typer.Option(help="A finished run.")],
+    run: Annotated[str, typer.Option(help="A finished run.")],
     dialog: Annotated[str, typer.Option(help="A file with one turn a line, or JSON; - for stdin.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("picture.png"),
     seed: Annotated[
@@ -124,7 +124,7 @@ def sample(
     from d2i.recipes import change_recipe
     from d2i.runs import read_recipe
 
-    run, out = run.expanduser(), out.expanduser()
+    out = out.expanduser()
     recipe = change_recipe(read_recipe(run), settings or [])
     seeds = seed or [recipe.sample.seed]
     turns = read_dialog(_read_text(dialog))
@@ -144,16 +144,17 @@ def _check_data(data: str) -> None:
         )
 
 
-def _print_run(run: Path, *, as_json: bool) -> None:
+def _print_run(run: str, *, as_json: bool) -> None:
     """Say how a training ended whose launcher ended well.
 
     Raises:
         ClusterError: If it neither finished nor stopped: a launcher that is killed ends with 0.
     """
+    from d2i import storage
     from d2i.runs import EMA_NAME, STOPPED_NAME, read_metrics
 
-    result = {"run": str(run), "finished": (run / EMA_NAME).exists()}
-    if (run / STOPPED_NAME).exists():
+    result = {"run": run, "finished": storage.exists(storage.join(run, EMA_NAME))}
+    if storage.exists(storage.join(run, STOPPED_NAME)):
         line = f"stopped as asked: resume with the same command: {run}"
         print_result(result | {"finished": False}, [line], as_json=as_json)
         return

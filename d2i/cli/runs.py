@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -16,7 +15,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def select(
-    run: Annotated[Path, typer.Option(help="A run with checkpoints.")],
+    run: Annotated[str, typer.Option(help="A run with checkpoints.")],
     guidance: Annotated[
         list[float] | None, typer.Option(min=1, help="A guidance scale to try; may be repeated.")
     ] = None,
@@ -42,7 +41,7 @@ def select(
     from d2i.select import select as run_select
 
     request = SelectRequest(
-        run_dir=run.expanduser(),
+        run_url=run,
         guidance_scales=tuple(guidance or ()),
         metric=metric,
         num_instances=num_instances,

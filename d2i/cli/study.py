@@ -219,6 +219,6 @@ def _chosen_guidance(system: str) -> list[str]:
     """Return the guidance scale that d2i select chose for a run, as a setting."""
     from d2i.runs import best_choice
 
-    kind, _, run_dir = system.partition(":")
-    best = best_choice(Path(run_dir).expanduser()) if kind == "run" else None
+    kind, _, run_url = system.partition(":")
+    best = best_choice(run_url) if kind == "run" else None
     return [f"sample.guidance_scale={best[1]}"] if best else []

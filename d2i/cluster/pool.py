@@ -98,9 +98,16 @@ def share(value: ObjectT, *, num_workers: int | None) -> Shared[ObjectT]:
     if num_workers == 0:
         return Shared(value, is_remote=False)
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # With its node, what it knew is lost; a new one starts from `value` and goes on.
-    holder = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Holder)
+    # Beside the driver: what it knows is lost with no other node. What asks for nothing is handed
+    # to a random node first, which may not know the driver's yet: so it asks for a byte. Where its
+    # process alone dies, a new one starts from `value` and goes on.
+    here = ray.get_runtime_context().get_node_id()
+    beside: Any = NodeAffinitySchedulingStrategy(here, soft=True)
+    holder = ray.remote(
+        num_cpus=0, memory=1, max_restarts=-1, max_task_retries=-1, scheduling_strategy=beside
+    )(_Holder)
     return Shared(holder.remote(value), is_remote=True)
 
 

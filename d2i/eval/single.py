@@ -46,14 +46,14 @@ class Request:
     """One conversation, and the pictures wanted of it.
 
     Args:
-        run_dir: A finished run.
+        run_url: A finished run.
         recipe: How to read the conversation, and how to draw.
         turns: The conversation.
         seeds: One picture each.
         key: What the noise is keyed by beside the seed; None for the linearized text.
     """
 
-    run_dir: Path
+    run_url: str
     recipe: Recipe
     turns: Sequence[Turn]
     seeds: Sequence[int]
@@ -80,7 +80,7 @@ def draw_dialog(request: Request, out: Path) -> str:
         for row in tokens
     ]
     sampler = Sampler(
-        parse_system(f"run:{request.run_dir}", None, recipe).backbone,
+        parse_system(f"run:{request.run_url}", None, recipe).backbone,
         Vae(encoders.vae, encoders.vae_kind, device),
         recipe.sample,
         latents[1][0],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -21,10 +20,10 @@ Points = Sequence[tuple[float, float]]
 Range = tuple[float, float]
 
 
-def draw_chart(run_dir: Path) -> None:
+def draw_chart(run_url: str) -> None:
     """Draw `loss.png` out of the run's own records; nothing before there are two lines of them."""
-    training = [(float(line.step), line.loss) for line in read_metrics(run_dir)]
-    validation = [(float(line.step), line.loss) for line in read_validation(run_dir)]
+    training = [(float(line.step), line.loss) for line in read_metrics(run_url)]
+    validation = [(float(line.step), line.loss) for line in read_validation(run_url)]
     if len(training) < 2:
         return
     image = Image.new("RGB", _SIZE, "white")
@@ -35,7 +34,7 @@ def draw_chart(run_dir: Path) -> None:
     _draw_line(draw, training, steps, losses, _TRAINING)
     _draw_line(draw, validation, steps, losses, _VALIDATION)
     _draw_legend(draw, has_validation=bool(validation))
-    storage.write_bytes(str(run_dir / "loss.png"), png_bytes(np.asarray(image)))
+    storage.write_bytes(storage.join(run_url, "loss.png"), png_bytes(np.asarray(image)))
 
 
 def _range(values: Sequence[float]) -> Range:

@@ -12,25 +12,29 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from d2i import storage
 from d2i.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import io
+
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq", "ema")
 MARKER = "complete.json"
-_IS_OURS = re.compile(r"step-\d+|\.step-\d+\.tmp")
+_STEP = re.compile(r"step-(\d+)")
+_LENGTH_BYTES = 8
 _PART = re.compile(r"part-(\d+)-[0-9a-f]{16}\.safetensors")
 
 
@@ -58,22 +62,25 @@ def run_name(kind: Kind, parameter: str, start: int) -> str:
     return f"{kind}:{parameter}:{start}"
 
 
-def step_folder(run_dir: Path, step: int) -> Path:
-    """Return where the checkpoint of a step lies once it is whole."""
-    return run_dir / "checkpoints" / f"step-{step}"
+def step_folder(run_url: str, step: int) -> str:
+    """Return where the checkpoint of a step lies; without its marker it does not exist."""
+    return storage.join(run_url, "checkpoints", f"step-{step}")
 
 
-def scratch_folder(run_dir: Path, step: int) -> Path:
-    """Return where the checkpoint of a step is written."""
-    return run_dir / "checkpoints" / f".step-{step}.tmp"
+def clear_step(run_url: str, step: int) -> str:
+    """Make room for a step's checkpoint: what was there ends with its marker; return its folder."""
+    folder = step_folder(run_url, step)
+    _remove(folder)
+    storage.make_folder(folder)
+    return folder
 
 
-def write_part(scratch: Path, rank: int, runs: Mapping[str, Tensor]) -> None:
+def write_part(folder: str, rank: int, runs: Mapping[str, Tensor]) -> None:
     """Write one rank's numbers, which appear under their final name complete."""
-    unnamed = scratch / f".part-{rank}"
-    _save(dict(runs), unnamed)
-    storage.sync(unnamed)
-    unnamed.rename(scratch / f"part-{rank}-{_sha256(unnamed)[:16]}.safetensors")
+    with storage.scratch_file(folder) as scratch:
+        _save(dict(runs), scratch)
+        name = f"part-{rank}-{_sha256(str(scratch))[:16]}.safetensors"
+        storage.publish_file(scratch, storage.join(folder, name))
 
 
 def _save(runs: dict[str, Tensor], path: Path) -> None:
@@ -81,44 +88,95 @@ def _save(runs: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(runs, path)
     except SafetensorError as err:
-        path.unlink(missing_ok=True)
         number = re.search(r"os error (\d+)", str(err))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from err
 
 
-def written_ranks(scratch: Path) -> set[int]:
+def written_ranks(folder: str) -> set[int]:
     """Return the ranks whose file is there."""
-    names = (_PART.fullmatch(path.name) for path in scratch.iterdir())
-    return {int(name[1]) for name in names if name}
+    return {int(name[1]) for name in _parts(folder).values()}
+
+
+def _parts(folder: str) -> dict[str, re.Match[str]]:
+    names = {name: _PART.fullmatch(name) for name in storage.list_names(folder)}
+    return {name: found for name, found in names.items() if found}
 
 
 def write_marker(
-    folder: Path, progress: Progress, shapes: Mapping[str, tuple[int, ...]], world_size: int
+    folder: str, progress: Progress, shapes: Mapping[str, tuple[int, ...]], world_size: int
 ) -> None:
-    """Make a checkpoint whole: all of its files are there and in their place."""
+    """Make a checkpoint whole: all of its files are there."""
+    parts = sorted(_parts(folder))
     marker = asdict(progress) | {
         "shapes": {name: list(shape) for name, shape in shapes.items()},
-        "files": {path.name: path.stat().st_size for path in sorted(folder.glob("part-*"))},
+        "files": {part: storage.size_bytes(storage.join(folder, part)) for part in parts},
         "world_size": world_size,
     }
-    storage.write_bytes(str(folder / MARKER), (json.dumps(marker) + "\n").encode())
+    storage.write_bytes(storage.join(folder, MARKER), (json.dumps(marker) + "\n").encode())
 
 
-def whole_checkpoints(run_dir: Path) -> list[Path]:
+def whole_checkpoints(run_url: str) -> list[str]:
     """Return the folders of all whole checkpoints, the newest last."""
-    markers = (run_dir / "checkpoints").glob(f"step-*/{MARKER}")
-    return sorted((m.parent for m in markers), key=lambda p: int(p.name.removeprefix("step-")))
+    return [folder for folder in _step_folders(run_url) if _is_whole(folder)]
 
 
-def prune(run_dir: Path, num_kept: int) -> None:
+def step_of(folder: str) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(folder.rpartition("step-")[2])
+
+
+def prune(run_url: str, num_kept: int) -> None:
     """Keep the newest whole checkpoints, and remove what killed attempts left of others."""
-    for folder in whole_checkpoints(run_dir)[:-num_kept]:
-        (folder / MARKER).unlink()
-    for folder in (run_dir / "checkpoints").iterdir():
-        if _IS_OURS.fullmatch(folder.name) and not (folder / MARKER).exists():
-            shutil.rmtree(folder)
+    kept = whole_checkpoints(run_url)[-num_kept:]
+    for folder in _step_folders(run_url):
+        if folder not in kept:
+            _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    storage.remove(storage.join(folder, MARKER))
+    storage.remove_folder(folder)
+
+
+def _is_whole(folder: str) -> bool:
+    return storage.exists(storage.join(folder, MARKER))
+
+
+def _step_folders(run_url: str) -> list[str]:
+    names = storage.list_names(storage.join(run_url, "checkpoints"))
+    steps = sorted(int(found[1]) for found in map(_STEP.fullmatch, names) if found)
+    return [step_folder(run_url, step) for step in steps]
+
+
+class _Part:
+    """A file of a checkpoint, of which is read what is asked for, wherever it lies.
+
+    Args:
+        url: The file.
+        size_bytes: How long it is.
+
+    Raises:
+        ValueError: If it is not what `write_part` wrote.
+    """
+
+    def __init__(self, url: str, size_bytes: int) -> None:
+        self._url = url
+        length = int.from_bytes(storage.read_range(url, 0, _LENGTH_BYTES), "little")
+        self._begin = _LENGTH_BYTES + length
+        if self._begin > size_bytes:
+            raise ValueError(f"{url.rpartition('/')[2]} is no safetensors file")
+        header = json.loads(storage.read_range(url, _LENGTH_BYTES, length))
+        header.pop("__metadata__", None)
+        self._offsets = {name: run["data_offsets"][0] for name, run in header.items()}
+        self.lengths: dict[str, int] = {name: run["shape"][0] for name, run in header.items()}
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Read numbers start to stop - 1 of a run, float32; fewer where the file ends before."""
+        offset = self._begin + self._offsets[name] + 4 * start
+        data = storage.read_range(self._url, offset, 4 * (stop - start))
+        return torch.from_numpy(np.frombuffer(data, "<f4", len(data) // 4).copy())
 
 
 class Checkpoint:
@@ -131,10 +189,10 @@ class Checkpoint:
         CheckpointError: If its marker or a file cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str) -> None:
         self.folder = folder
         try:
-            marker = json.loads((folder / MARKER).read_text())
+            marker = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
             self.shapes = {name: tuple(shape) for name, shape in marker["shapes"].items()}
             self._sizes: dict[str, int] = marker["files"]
             self.progress = Progress(
@@ -144,14 +202,14 @@ class Checkpoint:
                 num_updates=marker["num_updates"],
                 loss_scale=marker["loss_scale"],
             )
-            self._files = [safe_open(folder / name, "pt") for name in self._sizes]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:
+            parts = [_Part(storage.join(folder, n), size) for n, size in self._sizes.items()]
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as err:
             raise self._damaged(err) from err
-        self._runs: dict[tuple[str, str], list[tuple[int, Any]]] = defaultdict(list)
-        for file in self._files:
-            for name in file.keys():  # noqa: SIM118 - no mapping, it only has keys
+        self._runs: dict[tuple[str, str], list[tuple[int, _Part]]] = defaultdict(list)
+        for part in parts:
+            for name in part.lengths:
                 kind, parameter, start = name.split(":")
-                self._runs[kind, parameter].append((int(start), file))
+                self._runs[kind, parameter].append((int(start), part))
 
     def check(self) -> None:
         """Read every byte once.
@@ -160,10 +218,10 @@ class Checkpoint:
             CheckpointError: If a file is not the one that was written.
         """
         for name, size_bytes in self._sizes.items():
-            path = self.folder / name
-            if path.stat().st_size != size_bytes:
-                raise self._damaged(f"{name} has {path.stat().st_size} bytes, not {size_bytes}")
-            if _sha256(path)[:16] not in name:
+            url = storage.join(self.folder, name)
+            if (found := storage.size_bytes(url)) != size_bytes:
+                raise self._damaged(f"{name} has {found} bytes, not {size_bytes}")
+            if _sha256(url)[:16] not in name:
                 raise self._damaged(f"{name} does not have the sha256 of its name")
 
     def read(self, kind: Kind, parameter: str, start: int, length: int) -> Tensor:
@@ -174,12 +232,13 @@ class Checkpoint:
         """
         numbers = torch.empty(length)
         num_read = 0
-        for first, file in self._runs[kind, parameter]:
-            run = file.get_slice(run_name(kind, parameter, first))
-            low, high = max(start, first), min(start + length, first + run.get_shape()[0])
+        for first, part in self._runs[kind, parameter]:
+            name = run_name(kind, parameter, first)
+            low, high = max(start, first), min(start + length, first + part.lengths[name])
             if low < high:
-                numbers[low - start : high - start] = run[low - first : high - first]
-                num_read += high - low
+                found = part.read(name, low - first, high - first)
+                numbers[low - start :][: len(found)] = found
+                num_read += len(found)
         if num_read != length:
             raise self._damaged(f"it holds {num_read} of {length} numbers of {kind} {parameter}")
         return numbers
@@ -197,11 +256,11 @@ class Checkpoint:
         )
 
 
-def newest_sound_checkpoint(run_dir: Path, warn: Any) -> Checkpoint | None:
+def newest_sound_checkpoint(run_url: str, warn: Any) -> Checkpoint | None:
     """Return the newest checkpoint of which every byte is as it was written.
 
     Args:
-        run_dir: The run directory.
+        run_url: The run directory.
         warn: Told of each newer one that is not, in a line.
 
     Returns:
@@ -210,7 +269,7 @@ def newest_sound_checkpoint(run_dir: Path, warn: Any) -> Checkpoint | None:
     Raises:
         CheckpointError: If there are some, and all are damaged.
     """
-    folders = whole_checkpoints(run_dir)
+    folders = whole_checkpoints(run_url)
     for folder in reversed(folders):
         try:
             checkpoint = Checkpoint(folder)
@@ -221,12 +280,12 @@ def newest_sound_checkpoint(run_dir: Path, warn: Any) -> Checkpoint | None:
         return checkpoint
     if folders:
         raise CheckpointError(
-            f"{run_dir}: none of {len(folders)} checkpoints is sound; expected one at least; "
+            f"{run_url}: none of {len(folders)} checkpoints is sound; expected one at least; "
             "restore them, or begin anew with another --run"
         )
     return None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(url: str) -> str:
+    with storage.open_url(url) as file:
+        return hashlib.file_digest(cast("io.BufferedReader", file), "sha256").hexdigest()

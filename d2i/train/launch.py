@@ -23,7 +23,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def launch(
     recipe: Annotated[str, typer.Option(help="A recipe's name, or module:function.")],
     data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
-    run: Annotated[Path, typer.Option(help="Run directory; the same command resumes it.")],
+    run: Annotated[str, typer.Option(help="Run directory; the same command resumes it.")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting: train.num_steps=100.")
     ] = None,
@@ -55,7 +55,7 @@ def launch(
     resolved = resolve_recipe(recipe, settings or [])
     zero_settings = None if zero is None else read_zero(zero)
     request = TrainRequest(
-        resolved, data, run.expanduser(), zero_settings, parse_fault(fault), cache_dir, cache_gb
+        resolved, data, run, zero_settings, parse_fault(fault), cache_dir, cache_gb
     )
     (preflight if only_measure else train)(request)
 

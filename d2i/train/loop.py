@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,14 +46,14 @@ def train(request: TrainRequest) -> None:
     """
     ranks = join_ranks()
     hosts = ranks.hosts()
-    with storage.only_writer(str(request.run_dir)) if ranks.is_first else nullcontext():
+    with storage.only_writer(request.run_url) if ranks.is_first else nullcontext():
         ranks.wait_for_all()
         try:
             _train_rank(request, ranks)
         except D2IError:
             raise
         except Exception as err:
-            meaning = in_plain_words(err, request.run_dir, request.recipe.train)
+            meaning = in_plain_words(err, request.run_url, request.recipe.train)
             if meaning is None and _is_of_the_others(err, ranks):
                 meaning = _who_was_lost(request, ranks, hosts)
             if meaning is None:
@@ -72,11 +71,11 @@ def _is_of_the_others(error: Exception, ranks: Ranks) -> bool:
 
 
 def _who_was_lost(request: TrainRequest, ranks: Ranks, hosts: list[str]) -> D2IError | None:
-    return lost_ranks(ranks.who_is_gone(), hosts, request.run_dir)
+    return lost_ranks(ranks.who_is_gone(), hosts, request.run_url)
 
 
 def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
-    recipe, config, run_dir = request.recipe, request.recipe.train, request.run_dir
+    recipe, config, run_url = request.recipe, request.recipe.train, request.run_url
     config.accumulation(ranks.world_size)
     reader = request.open_shards(train_url(request.data_url))
     check_cache(reader, config, request.cache_gb)
@@ -85,16 +84,16 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     torch.manual_seed(config.seed)
     network = build_trained_network(recipe)
     check_sizes(network, reader)
-    checkpoint = _find_checkpoint(run_dir, ranks)
+    checkpoint = _find_checkpoint(run_url, ranks)
     if ranks.is_first:
-        is_begun = checkpoint is not None or (run_dir / EMA_NAME).exists()
-        storage.remove(str(run_dir / STOPPED_NAME))
-        open_run(run_dir, _run_config(request, reader, ranks.world_size), is_begun=is_begun)
+        is_begun = checkpoint is not None or storage.exists(storage.join(run_url, EMA_NAME))
+        storage.remove(storage.join(run_url, STOPPED_NAME))
+        open_run(run_url, _run_config(request, reader, ranks.world_size), is_begun=is_begun)
     ranks.wait_for_all()
     state = _build_state(request, ranks, network, checkpoint)
     progress = checkpoint.progress if checkpoint else Progress()
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    with CheckpointWriter(run_dir, config, ranks, shapes, request.fault) as writer:
+    with CheckpointWriter(run_url, config, ranks, shapes, request.fault) as writer:
         last = Stepper(request, ranks, state, reader, writer).run(progress)
         writer.finish()
         ranks.wait_for_all()
@@ -102,13 +101,13 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
         _end(request, last)
 
 
-def _find_checkpoint(run_dir: Path, ranks: Ranks) -> Checkpoint | None:
+def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:
     """Find where to go on from: the first rank reads every byte, the others believe it."""
     step = _NONE_IS_THERE
     problem: D2IError | None = None
     if ranks.is_first:
         try:
-            found = newest_sound_checkpoint(run_dir, lambda line: say(f"warning: {line}"))
+            found = newest_sound_checkpoint(run_url, lambda line: say(f"warning: {line}"))
             step = found.progress.step if found else _NONE_IS_THERE
         except D2IError as err:
             step, problem = _NONE_IS_SOUND, err
@@ -116,8 +115,8 @@ def _find_checkpoint(run_dir: Path, ranks: Ranks) -> Checkpoint | None:
     if problem:
         raise problem
     if step == _NONE_IS_SOUND:
-        raise CheckpointError(f"no checkpoint of {run_dir} is sound; see the first rank's line")
-    return None if step == _NONE_IS_THERE else Checkpoint(step_folder(run_dir, step))
+        raise CheckpointError(f"no checkpoint of {run_url} is sound; see the first rank's line")
+    return None if step == _NONE_IS_THERE else Checkpoint(step_folder(run_url, step))
 
 
 def _build_state(
@@ -137,14 +136,15 @@ def _build_state(
 
 
 def _end(request: TrainRequest, progress: Progress) -> None:
-    run_dir, config = request.run_dir, request.recipe.train
+    run_url, config = request.run_url, request.recipe.train
     if progress.step < config.num_steps:
         stopped = json.dumps({"step": progress.step}) + "\n"
-        storage.write_bytes(str(run_dir / STOPPED_NAME), stopped.encode())
-        say(f"stopped at step {progress.step}/{config.num_steps}: {how_to_go_on(run_dir)}")
+        storage.write_bytes(storage.join(run_url, STOPPED_NAME), stopped.encode())
+        say(f"stopped at step {progress.step}/{config.num_steps}: {how_to_go_on(run_url)}")
         return
-    checkpoint = Checkpoint(step_folder(run_dir, progress.step))
-    save_weights(dict(checkpoint.read_whole("ema")), run_dir / EMA_NAME)
+    checkpoint = Checkpoint(step_folder(run_url, progress.step))
+    with storage.new_file(storage.join(run_url, EMA_NAME)) as path:
+        save_weights(dict(checkpoint.read_whole("ema")), path)
 
 
 def _run_config(request: TrainRequest, reader: ShardReader, world_size: int) -> RunConfig:

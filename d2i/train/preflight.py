@@ -66,7 +66,7 @@ def preflight(request: TrainRequest) -> None:
     found = _measure(request, ranks)
     if ranks.is_first:
         data = json.dumps(found, indent=1, sort_keys=True) + "\n"
-        storage.write_bytes(str(request.run_dir / PREFLIGHT_NAME), data.encode())
+        storage.write_bytes(storage.join(request.run_url, PREFLIGHT_NAME), data.encode())
     ranks.wait_for_all()
     torch.distributed.destroy_process_group()
 

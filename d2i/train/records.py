@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from d2i import storage
 from d2i.runs import MetricsLine, ValidationLine, append_line, keep_lines_until
 from d2i.train.chart import draw_chart
 
@@ -17,21 +19,23 @@ class Records:
     """The records of one run, as files in its folder.
 
     Args:
-        run_dir: The run directory.
+        run_url: The run directory.
         step: The step that the run goes on from; later lines of a cut off attempt are dropped.
     """
 
-    def __init__(self, run_dir: Path, step: int) -> None:
+    def __init__(self, run_url: str, step: int) -> None:
         # Imported here: of all ranks only the first one needs it, and it takes a second.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._run_dir = run_dir
-        keep_lines_until(run_dir, step)
-        self._events = SummaryWriter(str(run_dir / _EVENTS_NAME), purge_step=step + 1)
+        self._run_url = run_url
+        keep_lines_until(run_url, step)
+        # TensorBoard writes to a folder: that of the run, or one that is copied there.
+        self._folder = _local_events(run_url)
+        self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
 
     def metrics(self, line: MetricsLine) -> None:
         """Keep the line of some steps."""
-        append_line(self._run_dir, line)
+        append_line(self._run_url, line)
         for name in ("loss", "lr", "images_per_s", "data_wait", "mfu"):
             value = getattr(line, name)
             if value is not None:
@@ -39,7 +43,7 @@ class Records:
 
     def validation(self, line: ValidationLine) -> None:
         """Keep a validation loss, and draw the chart anew."""
-        append_line(self._run_dir, line)
+        append_line(self._run_url, line)
         self._events.add_scalar("valid/loss", line.loss, line.step)
         for band, loss in line.bands.items():
             self._events.add_scalar(f"valid/n_{band}", loss, line.step)
@@ -49,21 +53,32 @@ class Records:
 
     def draw(self) -> None:
         """Draw `loss.png` out of what is kept, and hand TensorBoard what it has not seen."""
-        draw_chart(self._run_dir)
+        draw_chart(self._run_url)
         self._events.flush()
+        self._publish_events()
 
     def close(self) -> None:
         """Draw for the last time."""
         self.draw()
         self._events.close()
+        self._publish_events()
+
+    def _publish_events(self) -> None:
+        if storage.local_path(self._run_url) is None:
+            for path in self._folder.iterdir():
+                url = storage.join(self._run_url, _EVENTS_NAME, path.name)
+                storage.write_bytes(url, path.read_bytes())
 
 
-def record_keys(run_dir: Path, rank: int, step: int, keys: Sequence[str]) -> None:
+def _local_events(run_url: str) -> Path:
+    local = storage.local_path(run_url)
+    return local / _EVENTS_NAME if local else Path(tempfile.mkdtemp(prefix=_EVENTS_NAME))
+
+
+def record_keys(run_url: str, rank: int, step: int, keys: Sequence[str]) -> None:
     """Append the keys of a rank's micro batch to `keys/rank-N.jsonl`."""
-    path = run_dir / "keys" / f"rank-{rank}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step, "keys": list(keys)}) + "\n")
+    line = json.dumps({"step": step, "keys": list(keys)}) + "\n"
+    storage.append_bytes(storage.join(run_url, "keys", f"rank-{rank}.jsonl"), line.encode())
 
 
 def say(line: str) -> None:

@@ -19,7 +19,7 @@ class TrainRequest:
     Args:
         recipe: What decides the numbers.
         data_url: Folder made by d2i preprocess.
-        run_dir: The run directory, on files that all ranks share.
+        run_url: The run directory, a path or an fsspec URL that all ranks share.
         zero: DeepSpeed's `zero_optimization` settings, in place of the bare stage.
         fault: For proofs.
         cache_dir: Folder of this machine for shards that lie elsewhere; one of the user's cache.
@@ -28,7 +28,7 @@ class TrainRequest:
 
     recipe: Recipe
     data_url: str
-    run_dir: Path
+    run_url: str
     zero: Mapping[str, Any] | None = None
     fault: Fault | None = None
     cache_dir: Path | None = None

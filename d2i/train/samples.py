@@ -7,7 +7,6 @@ device, so that training waits little: for looking at, never for scores.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,7 +64,7 @@ class SampleGrid:
         self._text = self._latents(stored, encode_text)
         self._empty_text = self._latents(empty[None], encode_text)[0]
 
-    def draw(self, checkpoint: Checkpoint, path: Path) -> None:
+    def draw(self, checkpoint: Checkpoint, url: str) -> None:
         """Draw the grid with a checkpoint's averages and write it as PNG."""
         network = self._network(checkpoint)
         with torch.inference_mode():
@@ -76,7 +75,7 @@ class SampleGrid:
             for true, drawn in zip(self._true, pixels, strict=True)
         ]
         metadata = {"keys": " ".join(self._keys), "step": str(checkpoint.progress.step)}
-        storage.write_bytes(str(path), png_bytes(np.concatenate(columns, axis=1), metadata))
+        storage.write_bytes(url, png_bytes(np.concatenate(columns, axis=1), metadata))
 
     def _network(self, checkpoint: Checkpoint) -> Any:
         sizes = resolve_sizes(self._recipe.backbone)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from d2i import storage
 from d2i.runs import MetricsLine
 from d2i.shards import ShardReader
 from d2i.train.batch import Batch, BatchReader
@@ -60,7 +61,7 @@ class Stepper:
         self._pace = Pace(progress.step, progress.elapsed_s)
         self._losses.known = list(progress.losses)
         self._records = (
-            Records(self._request.run_dir, progress.step) if self._ranks.is_first else None
+            Records(self._request.run_url, progress.step) if self._ranks.is_first else None
         )
         stop = StopRequest(self._ranks)
         batches = self._batches.read_ahead(self._requests(progress.step))
@@ -103,7 +104,7 @@ class Stepper:
             with self._pace.waiting_for_data():
                 batch = next(batches)
             if self._config.record_keys:
-                record_keys(self._request.run_dir, self._ranks.rank, step + 1, batch.keys)
+                record_keys(self._request.run_url, self._ranks.rank, step + 1, batch.keys)
             loss = self._objective(self._engine, batch.to(self._ranks.device)).mean()
             self._engine.backward(loss)
             self._engine.step()
@@ -197,5 +198,6 @@ class Stepper:
         """Draw on the first rank; the others wait at their next step."""
         self._writer.finish()
         if self._grid:
-            checkpoint = Checkpoint(step_folder(self._request.run_dir, step))
-            self._grid.draw(checkpoint, self._request.run_dir / "samples" / f"step-{step}.png")
+            checkpoint = Checkpoint(step_folder(self._request.run_url, step))
+            picture = storage.join(self._request.run_url, "samples", f"step-{step}.png")
+            self._grid.draw(checkpoint, picture)

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 
 from d2i.config import TrainConfig
 from d2i.errors import ClusterError, D2IError
@@ -52,15 +51,15 @@ def check_finite(
             )
 
 
-def in_plain_words(error: BaseException, run_dir: Path, config: TrainConfig) -> D2IError | None:
+def in_plain_words(error: BaseException, run_url: str, config: TrainConfig) -> D2IError | None:
     """Return what an error of this rank means to the user; None where it is a bug."""
     where = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return RankError(f"{where} is out of memory; expected to fit; {_what_to_lower(config)}")
     if isinstance(error, OSError) and error.errno in _FULL:
         return RankError(
-            f"{where} cannot write {error.filename or run_dir}: {error.strerror}; expected room on "
-            f"the disk; nothing half-written counts; free some and {how_to_go_on(run_dir)}"
+            f"{where} cannot write {error.filename or run_url}: {error.strerror}; expected room on "
+            f"the disk; nothing half-written counts; free some and {how_to_go_on(run_url)}"
         )
     if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):
         return RankError(
@@ -71,19 +70,19 @@ def in_plain_words(error: BaseException, run_dir: Path, config: TrainConfig) -> 
     return None
 
 
-def lost_ranks(gone: Sequence[int], hosts: Sequence[str], run_dir: Path) -> D2IError:
+def lost_ranks(gone: Sequence[int], hosts: Sequence[str], run_url: str) -> D2IError:
     """Say which ranks do not answer any more."""
     named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in gone) or "no rank by its end"
     return RankError(
         f"{named} ended without a word, the others cannot go on; expected {len(hosts)} ranks; see "
-        f"that host's log (out of memory, or killed) and {how_to_go_on(run_dir)}"
+        f"that host's log (out of memory, or killed) and {how_to_go_on(run_url)}"
     )
 
 
-def how_to_go_on(run_dir: Path) -> str:
+def how_to_go_on(run_url: str) -> str:
     """Say from where the same command goes on."""
-    whole = whole_checkpoints(run_dir)
-    newest = whole[-1].name if whole else "the start"
+    whole = whole_checkpoints(run_url)
+    newest = whole[-1].rpartition("/")[2] if whole else "the start"
     return f"resume with the same command, from {newest}"
 
 

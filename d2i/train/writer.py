@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -20,9 +18,9 @@ from d2i.train.checkpoint import (
     Checkpoint,
     Kind,
     Progress,
+    clear_step,
     prune,
     run_name,
-    scratch_folder,
     step_folder,
     write_marker,
     write_part,
@@ -40,6 +38,8 @@ from d2i.train.ranks import Ranks
 
 _MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 _POLL_S = 0.02
+# Listing an object store costs money and time.
+_FOREIGN_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class CheckpointWriter:
     """Writes one checkpoint at a time, in a thread of each rank.
 
     Args:
-        run_dir: The run directory, the same files for all ranks.
+        run_url: The run directory, the same files for all ranks.
         config: How many checkpoints are kept.
         ranks: This rank among those that write.
         shapes: Shape of every parameter, by its published key.
@@ -114,17 +114,18 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        run_dir: Path,
+        run_url: str,
         config: TrainConfig,
         ranks: Ranks,
         shapes: Mapping[str, tuple[int, ...]],
         fault: Fault | None = None,
     ) -> None:
-        self._run_dir, self._config, self._ranks = run_dir, config, ranks
+        self._run_url, self._config, self._ranks = run_url, config, ranks
         self._shapes, self._fault = shapes, fault
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
         self._pending: Future[None] | None = None
         self._abandoned = threading.Event()
+        self._poll_s = _POLL_S if storage.local_path(run_url) else _FOREIGN_POLL_S
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -142,13 +143,11 @@ class CheckpointWriter:
             OSError: If the one before could not be written.
         """
         self.finish()
-        scratch = scratch_folder(self._run_dir, progress.step)
         if self._ranks.is_first:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
+            clear_step(self._run_url, progress.step)
         self._ranks.wait_for_all()
         runs = state.copy_own_runs(self._ranks)
-        self._pending = self._thread.submit(self._write, scratch, runs, progress)
+        self._pending = self._thread.submit(self._write, runs, progress)
 
     def finish(self) -> None:
         """Wait until the checkpoint that was begun is written, by this rank at least."""
@@ -160,18 +159,15 @@ class CheckpointWriter:
             pending, self._pending = self._pending, None
             pending.result()
 
-    def _write(self, scratch: Path, runs: Mapping[str, Tensor], progress: Progress) -> None:
-        write_part(scratch, self._ranks.rank, runs)
+    def _write(self, runs: Mapping[str, Tensor], progress: Progress) -> None:
+        folder = step_folder(self._run_url, progress.step)
+        write_part(folder, self._ranks.rank, runs)
         if not self._ranks.is_first:
             return
-        while len(written_ranks(scratch)) < self._ranks.world_size:
-            if self._abandoned.wait(_POLL_S):
+        while len(written_ranks(folder)) < self._ranks.world_size:
+            if self._abandoned.wait(self._poll_s):
                 return
-        folder = step_folder(self._run_dir, progress.step)
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
-        storage.sync(folder.parent)
         if self._fault:
             self._fault.reach("train.checkpoint_written")
         write_marker(folder, progress, self._shapes, self._ranks.world_size)
-        prune(self._run_dir, self._config.num_checkpoints_kept)
+        prune(self._run_url, self._config.num_checkpoints_kept)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.integration import evaluations
+from tests.integration import evaluations, training
 from tests.integration.commands import preprocess
 from tests.integration.logged import LOG
 from tests.integration.networks import save_random_clip
@@ -74,6 +74,20 @@ def whole(chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv(LOG, str(folder / "drawn.txt"))
         run_d2i(*evaluations.command(chat_data, folder / "out"))
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random numbers as shards, for a tiny network."""
+    return training.write_data(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="session")
+def trained(training_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed training on two ranks."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert training.train(training_data, run, train__record_keys="true")["finished"]
+    return run
 
 
 WORDS = ("red", "yellow", "green", "blue", "pink", "white", "ball", "box", "tent", "ring", "star")

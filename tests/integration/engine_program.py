@@ -101,12 +101,12 @@ def keep(state: TrainState, ranks: Ranks, folder: Path, losses: list[float]) -> 
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in state.engine.module.named_parameters()
     }
-    with CheckpointWriter(folder, CONFIG, ranks, shapes) as writer:
+    with CheckpointWriter(str(folder), CONFIG, ranks, shapes) as writer:
         progress = Progress(step=len(losses), num_updates=state.num_updates())
         writer.start(state, progress)
         writer.finish()
     ranks.wait_for_all()
-    checkpoint = Checkpoint(step_folder(folder, len(losses)))
+    checkpoint = Checkpoint(step_folder(str(folder), len(losses)))
     checkpoint.check()
     whole: dict[str, Tensor] = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for kind in ("weight", "ema"):

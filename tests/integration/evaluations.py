@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def command(data: Path, out: Path, *extra: object) -> list[Any]:
+def command(data: Path | str, out: Path | str, *extra: object) -> list[Any]:
     """The words of `d2i eval`."""
     return [
         *("eval", "--system", "tests.integration.logged:build", "--data", data, "--out", out),

@@ -86,7 +86,12 @@ class Node:
     address: str
     prefix: list[str]
     process: subprocess.Popen[bytes]
-    log: Path
+    folder: Path
+
+    def said(self, words: str) -> bool:
+        """Whether a worker of the node has written this to stderr."""
+        logs = self.folder.glob("ray/session_*/logs/worker-*.err")
+        return any(words in log.read_text() for log in logs)
 
     def kill(self) -> None:
         """SIGKILL every process of the node, as when its machine goes."""
@@ -145,7 +150,7 @@ class RayNodes:
             process = subprocess.Popen(
                 [*prefix, *line], cwd=folder, env=self.environment, stdout=log, stderr=log
             )
-        self.nodes.append(Node(address, prefix, process, folder / "log"))
+        self.nodes.append(Node(address, prefix, process, folder))
         return self.nodes[-1]
 
     def _answers(self) -> bool:

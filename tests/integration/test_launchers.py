@@ -14,26 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.training import command, ema_bytes, losses, train, write_data
+from tests.integration.training import command, ema_bytes, losses
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "train" / "launch.py"
 NUM_NODES = 2
 
 Line = tuple[list[str], dict[str, str]]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def by_command(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two ranks of one machine, by `d2i train`: the deepspeed launcher."""
-    run = tmp_path_factory.mktemp("runs") / "run"
-    train(data, run)
-    return run
 
 
 def deepspeed_node(node: int, port: int) -> Line:
@@ -68,12 +55,12 @@ def slurm_task(node: int, port: int) -> Line:
     "node", [pytest.param(deepspeed_node, marks=pytest.mark.soak), torchrun_node, slurm_task]
 )
 def test_every_launcher_gives_the_same(
-    node: Callable[[int, int], Line], data: Path, by_command: Path, tmp_path: Path
+    node: Callable[[int, int], Line], training_data: Path, trained: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    start_nodes(node, entry_arguments(data, run))
-    assert losses(run) == losses(by_command)
-    assert ema_bytes(run) == ema_bytes(by_command)
+    start_nodes(node, entry_arguments(training_data, run))
+    assert losses(run) == losses(trained)
+    assert ema_bytes(run) == ema_bytes(trained)
     found = json.loads((run / "config.json").read_text())
     assert found["world_size"] == NUM_NODES
 

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -17,48 +12,41 @@ import pytest
 from d2i import storage
 from d2i.errors import ConfigError
 from d2i.preprocess.ledger import LedgerRow, read_ledger
+from tests.integration import evaluations, training
+from tests.integration.logged import LOG
+from tests.integration.object_store import Front, environment, free_port, object_store
 from tests.processes import run_d2i, run_process
 from tests.shared import SHARED, needs_shared
 
-pytestmark = needs_shared
-
+# Requests before the restart: every stage asks more often.
+NUM_BEFORE = 40
 SOURCE = SHARED / "data" / "mmdialog"
-START_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """A server with a bucket, found as a user's would be: by the environment."""
+    folder = tmp_path_factory.mktemp("store")
+    with object_store(folder / "server.log") as front, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(front.port).items():
+            patch.setenv(name, value)
+        # fsspec read the environment when it was imported.
+        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://127.0.0.1:{front.port}"})
+        # What is fetched is kept for this server alone.
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        fsspec.filesystem("s3").mkdir("chats")
+        yield front
+        fsspec.filesystem("s3").clear_instance_cache()
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """The URL of a new bucket, found as a user's would be: by the environment."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    # fsspec read the environment when it was imported.
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://127.0.0.1:{port}"})
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with (
-        (tmp_path / "server.log").open("w") as log,
-        subprocess.Popen(command, stdout=log, stderr=log) as server,
-    ):
-        try:
-            wait_until_taken(port, server)
-            fsspec.filesystem("s3").mkdir("chats")
-            yield "s3://chats"
-        finally:
-            server.kill()
-            fsspec.filesystem("s3").clear_instance_cache()
-
-
-def wait_until_taken(port: int, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_S
-    while server.poll() is None and time.monotonic() < deadline:
-        with closing(socket.socket()) as client:
-            if client.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    pytest.fail(f"no S3 server: exit code {server.poll()}")
+def bucket(front: Front) -> Iterator[str]:
+    """The bucket's URL; the server is restarted in the middle of what is done there."""
+    before = front.done["restarted"], front.done["refused"], front.done["unanswered"]
+    front.restart_after(NUM_BEFORE)
+    yield "s3://chats"
+    now = front.done["restarted"], front.done["refused"], front.done["unanswered"]
+    assert all(then < after for then, after in zip(before, now, strict=True)), front.done
 
 
 def preprocess(source: object, out: object, settings: list[str]) -> None:
@@ -79,6 +67,7 @@ def rows(url: str) -> list[LedgerRow]:
     return [row.__class__(**{**row.__dict__, "time_s": 0.0}) for row in read_ledger(url)]
 
 
+@needs_shared
 @pytest.mark.slow
 def test_a_run_over_s3_is_the_run_over_a_folder(
     tmp_path: Path, settings: list[str], bucket: str
@@ -99,11 +88,55 @@ def test_a_run_over_s3_is_the_run_over_a_folder(
     assert {name: shards(storage.join(data, name)) for name in before} == before
 
 
+@pytest.mark.slow
+def test_training_over_s3_is_killed_and_ends_in_the_same_bits(
+    trained: Path, training_data: Path, bucket: str
+) -> None:
+    data, run = f"{bucket}/training", f"{bucket}/run"
+    fsspec.filesystem("s3").put(str(training_data), data, recursive=True)
+    words = training.command(data, run, train__num_checkpoints_kept=1)
+    killed = run_process(*words, "--fault", "train.checkpoint_written:kill:2")
+    assert killed.returncode != 0
+    assert names(f"{run}/checkpoints/step-2")[-1].endswith("complete.json"), killed.stderr[-2000:]
+    assert "complete.json" not in names(f"{run}/checkpoints/step-4")
+    run_d2i(*words, "--json")
+    assert storage.read_bytes(f"{run}/ema.safetensors") == training.ema_bytes(trained)
+    # Of the lines none is lost or doubled; of the checkpoints the newest is kept, whole.
+    metrics = [json.loads(line) for line in storage.read_bytes(f"{run}/metrics.jsonl").splitlines()]
+    assert [line["step"] for line in metrics] == [3, 6]
+    assert storage.list_names(f"{run}/checkpoints") == ["step-6"]
+    assert storage.list_names(f"{run}/tensorboard")
+
+
+@pytest.mark.slow
+def test_evaluation_over_s3_is_the_one_over_a_folder(
+    chat_data: Path, whole: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LOG, str(tmp_path / "drawn.txt"))
+    data, out = f"{bucket}/chats", f"{bucket}/scores"
+    fsspec.filesystem("s3").put(str(chat_data), data, recursive=True)
+    run_d2i(*evaluations.command(data, out, "--parallel", "--workers", "2", "--task-size", "2"))
+    fsspec.filesystem("s3").get(out, str(tmp_path / "scores"), recursive=True)
+    assert (tmp_path / "scores" / "instances.jsonl").read_bytes() == (
+        whole / "instances.jsonl"
+    ).read_bytes()
+    assert evaluations.pictures(tmp_path / "scores") == evaluations.pictures(whole)
+    ours, theirs = (
+        json.loads((o / "scores.json").read_text()) for o in (tmp_path / "scores", whole)
+    )
+    assert ours["card"].pop("data") == f"{data}/test"
+    theirs["card"].pop("data")
+    assert ours == theirs
+
+
+def names(url: str) -> list[str]:
+    return sorted(storage.list_names(url), key=lambda name: name == "complete.json")
+
+
 def test_a_store_that_is_not_there_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")

@@ -73,7 +73,7 @@ def test_the_best_candidate_is_named_and_drawn_with(run: Path, settings: list[st
     words = ("eval", "--system", f"run:{run}", "--data", run.parent / "data", "--json")
     chosen = run_d2i(*words, "--out", run.parent / "chosen")["card"]
     assert chosen["guidance_scale"] == best["guidance_scale"]
-    assert parse_system(f"run:{run}", None, read_recipe(run)).backbone.weights == str(
+    assert parse_system(f"run:{run}", None, read_recipe(str(run))).backbone.weights == str(
         run / best["weights"]
     )
     other = ("--set", "sample.guidance_scale=5", "--out", run.parent / "other")

@@ -19,23 +19,20 @@ from tests.integration.training import (
     keys_by_step,
     losses,
     train,
-    write_data,
 )
 from tests.processes import COMMAND, run_d2i, run_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
+@pytest.fixture
+def data(training_data: Path) -> Path:
+    return training_data
 
 
-@pytest.fixture(scope="module")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert train(data, run, train__record_keys="true")["finished"]
-    return run
+@pytest.fixture
+def undisturbed(trained: Path) -> Path:
+    return trained
 
 
 @pytest.mark.parametrize("fault", ["train.step_done:kill:3", "train.checkpoint_written:kill:2"])
@@ -108,7 +105,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     run = tmp_path / "damaged"
     words = command(data, run, train__num_checkpoint_steps=1)
     assert run_process(*words, "--fault", "train.step_done:kill:5").returncode != 0
-    newest = whole_checkpoints(run)[-1]
+    newest = Path(whole_checkpoints(str(run))[-1])
     part = next(newest.glob("part-0-*"))
     content = bytearray(part.read_bytes())
     content[-1] ^= 1

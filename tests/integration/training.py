@@ -64,7 +64,7 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def command(data: Path | str, run: Path, num_ranks: int = 2, **changed: Any) -> list[object]:
+def command(data: Path | str, run: Path | str, num_ranks: int = 2, **changed: Any) -> list[object]:
     """The command that trains, with settings such as `train__seed=1` changed."""
     values = SETTINGS | {name.replace("__", "."): value for name, value in changed.items()}
     settings = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]

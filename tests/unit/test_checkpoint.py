@@ -14,17 +14,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d2i import storage
 from d2i.errors import CheckpointError
 from d2i.train.checkpoint import (
     MARKER,
     Checkpoint,
     Progress,
+    clear_step,
     newest_sound_checkpoint,
     prune,
     run_name,
+    step_folder,
+    step_of,
     whole_checkpoints,
     write_marker,
     write_part,
+    written_ranks,
 )
 
 WEIGHT = torch.arange(12.0).reshape(3, 4)
@@ -34,12 +39,11 @@ PROGRESS = Progress(3, 1.5, (0.25, 0.5), 3, {"cur_scale": 2.0})
 def write(run_dir: Path, step: int, cuts: list[int]) -> Path:
     """A checkpoint of one parameter, cut into runs, each written by another rank."""
     folder = run_dir / "checkpoints" / f"step-{step}"
-    folder.mkdir(parents=True)
     bounds = [0, *sorted(set(cuts)), 12]
     for rank, (start, end) in enumerate(pairwise(bounds)):
         numbers = WEIGHT.flatten()[start:end].clone()
-        write_part(folder, rank, {run_name("ema", "a.weight", start): numbers})
-    write_marker(folder, PROGRESS, {"a.weight": (3, 4)}, len(bounds) - 1)
+        write_part(str(folder), rank, {run_name("ema", "a.weight", start): numbers})
+    write_marker(str(folder), PROGRESS, {"a.weight": (3, 4)}, len(bounds) - 1)
     return folder
 
 
@@ -47,7 +51,7 @@ def write(run_dir: Path, step: int, cuts: list[int]) -> Path:
 def test_any_run_is_read_whoever_wrote_it(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], ends: tuple[int, int]
 ) -> None:
-    checkpoint = Checkpoint(write(tmp_path_factory.mktemp("run"), 3, cuts))
+    checkpoint = Checkpoint(str(write(tmp_path_factory.mktemp("run"), 3, cuts)))
     start, end = sorted(ends)
     assert torch.equal(
         checkpoint.read("ema", "a.weight", start, end - start), WEIGHT.flatten()[start:end]
@@ -57,7 +61,7 @@ def test_any_run_is_read_whoever_wrote_it(
 
 
 def test_what_no_rank_wrote_is_missed(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(write(tmp_path, 3, []))
+    checkpoint = Checkpoint(str(write(tmp_path, 3, [])))
     with pytest.raises(CheckpointError, match="0 of 12 numbers of weight"):
         checkpoint.read("weight", "a.weight", 0, 12)
 
@@ -76,9 +80,9 @@ def test_the_one_before_is_taken_with_a_warning(tmp_path: Path, harm: str) -> No
     if harm == "marker":
         (newest / MARKER).write_text('{"step"')
     warned: list[str] = []
-    found = newest_sound_checkpoint(tmp_path, warned.append)
+    found = newest_sound_checkpoint(str(tmp_path), warned.append)
     assert found is not None
-    assert found.folder.name == "step-3"
+    assert found.folder == str(tmp_path / "checkpoints" / "step-3")
     assert len(warned) == 1
     assert str(newest) in warned[0]
 
@@ -86,30 +90,48 @@ def test_the_one_before_is_taken_with_a_warning(tmp_path: Path, harm: str) -> No
 def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path: Path) -> None:
     (write(tmp_path, 3, []) / MARKER).write_text("")
     with pytest.raises(CheckpointError, match="none of 1 checkpoints"):
-        newest_sound_checkpoint(tmp_path, lambda _: None)
+        newest_sound_checkpoint(str(tmp_path), lambda _: None)
 
 
 def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
     for step in (2, 10, 4):
         write(tmp_path, step, [])
-    for name in ("step-12", ".step-14.tmp", "mine"):
+    for name in ("step-12", "mine"):
         (tmp_path / "checkpoints" / name).mkdir()
-    prune(tmp_path, 2)
-    assert [folder.name for folder in whole_checkpoints(tmp_path)] == ["step-4", "step-10"]
+    prune(str(tmp_path), 2)
+    assert [step_of(folder) for folder in whole_checkpoints(str(tmp_path))] == [4, 10]
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["mine", "step-10", "step-4"]
+
+
+def test_a_foreign_place_holds_them_as_a_folder_does() -> None:
+    run = "memory://checkpoints-run"
+    for step in (2, 4, 6):
+        folder = clear_step(run, step)
+        for rank, part in enumerate(WEIGHT.flatten().split(5)):
+            write_part(folder, rank, {run_name("ema", "a.weight", 5 * rank): part.clone()})
+        assert written_ranks(folder) == {0, 1, 2}
+        assert whole_checkpoints(run) == [step_folder(run, n) for n in range(2, step, 2)]
+        write_marker(folder, PROGRESS, {"a.weight": (3, 4)}, 3)
+    found = newest_sound_checkpoint(run, pytest.fail)
+    assert found is not None
+    assert torch.equal(dict(found.read_whole("ema"))["a.weight"], WEIGHT)
+    assert torch.equal(found.read("ema", "a.weight", 4, 7), WEIGHT.flatten()[4:11])
+    clear_step(run, 4)
+    prune(run, 1)
+    assert storage.list_names(f"{run}/checkpoints") == ["step-6"]
 
 
 def test_a_full_disk_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
     """The kernel itself refuses to write more, as it does on a full disk."""
     program = (
-        "import sys; from pathlib import Path; import torch\n"
+        "import sys; import torch\n"
         "from d2i.config import TrainConfig\n"
         "from d2i.train.checkpoint import write_part\n"
         "from d2i.train.trouble import in_plain_words\n"
         "config = TrainConfig(num_steps=1, global_batch_size=1, micro_batch_size=1)\n"
-        "try:\n    write_part(Path(sys.argv[1]), 0, {'ema:a:0': torch.zeros(1 << 20)})\n"
-        "except OSError as err:\n    print(in_plain_words(err, Path(sys.argv[1]), config))\n"
+        "try:\n    write_part(sys.argv[1], 0, {'ema:a:0': torch.zeros(1 << 20)})\n"
+        "except OSError as err:\n    print(in_plain_words(err, sys.argv[1], config))\n"
     )
 
     def limit() -> None:

@@ -16,6 +16,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from d2i import storage
+from d2i.shipped import resolve_weights
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -216,3 +217,45 @@ def test_a_cloud_that_goes_away_while_a_file_is_read(
     with storage.open_url(cloud) as file, pytest.raises(OSError, match="gone while") as caught:
         file.read()
     assert caught.value.filename == cloud
+
+
+@pytest.mark.parametrize("place", ["here", "memory"])
+def test_what_is_appended_comes_after_what_was_there(place: str, tmp_path: Path) -> None:
+    url = f"memory://appended{tmp_path}/a.txt" if place == "memory" else f"{tmp_path}/in/a.txt"
+    for data in (b"one\n", b"two\n"):
+        storage.append_bytes(url, data)
+    assert storage.read_bytes(url) == b"one\ntwo\n"
+
+
+def test_a_folder_goes_with_all_that_is_in_it(tmp_path: Path) -> None:
+    for folder in (str(tmp_path / "gone"), f"memory://gone{tmp_path}"):
+        storage.write_bytes(f"{folder}/in/a", b"1")
+        storage.write_bytes(f"{folder}-not", b"1")
+        storage.remove_folder(folder)
+        storage.remove_folder(folder)
+        assert not storage.exists(folder)
+        assert storage.exists(f"{folder}-not")
+
+
+def test_weights_at_a_url_are_copied_once_for_each_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = f"memory://weights{tmp_path}/model"
+    for name in ("config.json", "model.safetensors"):
+        storage.write_bytes(f"{folder}/{name}", name.encode())
+    copy = Path(resolve_weights(folder))
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
+        "config.json": b"config.json",
+        "model.safetensors": b"model.safetensors",
+    }
+    file = Path(resolve_weights(f"{folder}/model.safetensors"))
+    assert file.read_bytes() == b"model.safetensors"
+    before = file.stat().st_mtime_ns
+    assert resolve_weights(f"{folder}/model.safetensors") == str(file)
+    assert file.stat().st_mtime_ns == before
+    storage.write_bytes(f"{folder}/model.safetensors", b"newer")
+    assert Path(resolve_weights(f"{folder}/model.safetensors")).read_bytes() == b"newer"
+    assert (Path(resolve_weights(folder)) / "model.safetensors").read_bytes() == b"newer"
+    with pytest.raises(FileNotFoundError):
+        resolve_weights(f"{folder}/other.safetensors")

@@ -44,13 +44,13 @@ def test_the_progress_line_says_all() -> None:
 
 
 def test_the_chart_shows_both_losses(tmp_path: Path) -> None:
-    append_line(tmp_path, line(1, 1.0))
-    draw_chart(tmp_path)
+    append_line(str(tmp_path), line(1, 1.0))
+    draw_chart(str(tmp_path))
     assert not (tmp_path / "loss.png").exists()
-    append_line(tmp_path, line(5, 0.5))
+    append_line(str(tmp_path), line(5, 0.5))
     for step in (2, 5):
-        append_line(tmp_path, ValidationLine(step, 0.7, {"1-250": 0.9}))
-    draw_chart(tmp_path)
+        append_line(str(tmp_path), ValidationLine(step, 0.7, {"1-250": 0.9}))
+    draw_chart(str(tmp_path))
     pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
     for colour in ((0x3B, 0x6F, 0xB6), (0xC8, 0x55, 0x3D)):
         assert (pixels == colour).all(-1).sum() > 100
@@ -58,9 +58,9 @@ def test_the_chart_shows_both_losses(tmp_path: Path) -> None:
 
 def test_later_lines_of_a_cut_off_attempt_are_dropped(tmp_path: Path) -> None:
     for step in (2, 5):
-        append_line(tmp_path, ValidationLine(step, 0.7, {}))
-    keep_lines_until(tmp_path, 4)
-    assert [kept.step for kept in read_validation(tmp_path)] == [2]
+        append_line(str(tmp_path), ValidationLine(step, 0.7, {}))
+    keep_lines_until(str(tmp_path), 4)
+    assert [kept.step for kept in read_validation(str(tmp_path))] == [2]
 
 
 def test_the_first_bad_step_is_named_with_its_samples() -> None:
@@ -86,7 +86,7 @@ def test_the_first_bad_step_is_named_with_its_samples() -> None:
 def test_what_went_wrong_is_said_with_a_way_out(
     error: Exception, words: str, tmp_path: Path
 ) -> None:
-    meaning = in_plain_words(error, tmp_path, CONFIG)
+    meaning = in_plain_words(error, str(tmp_path), CONFIG)
     assert meaning is not None
     assert words in str(meaning)
     assert "rank 0 on " in str(meaning)
@@ -94,4 +94,4 @@ def test_what_went_wrong_is_said_with_a_way_out(
 
 
 def test_a_bug_is_left_a_bug(tmp_path: Path) -> None:
-    assert in_plain_words(KeyError("x"), tmp_path, CONFIG) is None
+    assert in_plain_words(KeyError("x"), str(tmp_path), CONFIG) is None

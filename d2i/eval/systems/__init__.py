@@ -97,18 +97,18 @@ def build_system(context: SystemContext) -> System:
 
 def _run(system: str, target: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     del weights, recipe
-    run_dir = Path(target).expanduser().absolute()
-    trained = read_recipe(run_dir).backbone
-    best = best_choice(run_dir)
-    path = best[0] if best else run_dir / EMA_NAME
-    if not path.exists():
+    run_url = storage.resolve(target)
+    trained = read_recipe(run_url).backbone
+    best = best_choice(run_url)
+    path = best[0] if best else storage.join(run_url, EMA_NAME)
+    if not storage.exists(path):
         raise ConfigError(
             f"--system {system}: {path} is not there; expected a finished run; "
             "repeat its d2i train command to finish it"
         )
-    network = trained.model_copy(update={"weights": str(path)})
+    network = trained.model_copy(update={"weights": path})
     label = f"{trained.name}, fine-tuned"
-    return SystemSpec(f"run:{run_dir}", label, "run", str(run_dir), network, str(run_dir))
+    return SystemSpec(f"run:{run_url}", label, "run", run_url, network, run_url)
 
 
 def _backbone(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:

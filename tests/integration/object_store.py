@@ -1,0 +1,188 @@
+"""A real S3 server behind a front that now and then says 503, loses an answer, or is restarted."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+_START_S = 60.0
+_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
+# Of the requests, how many are refused unseen and how many are done without an answer.
+_REFUSED, _UNANSWERED = 0.04, 0.02
+_OFF_S = 2.0
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Hands a request on as it is."""
+
+    server: _Server
+    protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.add(self.connection)
+
+    def finish(self) -> None:
+        self.server.connections.discard(self.connection)
+        with suppress(OSError):
+            super().finish()
+
+    def handle(self) -> None:
+        with suppress(OSError):
+            super().handle()
+
+    def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        fate = self.server.front.fate()
+        status, headers, data = 503, [], _SLOW_DOWN
+        if fate != "refused":
+            status, headers, data = self._ask(body)
+        if fate == "unanswered":
+            status, headers, data = 503, [], _SLOW_DOWN
+        self.send_response_only(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if not any(name.lower() == "content-length" for name, _ in headers):
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer
+
+    def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.server.front.inner)) as inner:
+            inner.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in ("expect", "connection"):
+                    inner.putheader(name, value)
+            inner.endheaders(body)
+            found = inner.getresponse()
+            data = found.read()
+            passed = [
+                (name, value)
+                for name, value in found.getheaders()
+                if name.lower() not in ("connection", "transfer-encoding")
+            ]
+            return found.status, passed, data
+
+    def log_message(self, *_: object) -> None:
+        """Stay quiet."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, front: Front, port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.front = front
+        self.connections: set[Any] = set()
+
+    def handle_error(self, *_: object) -> None:
+        """A client that left, or was cut off, is no trouble."""
+
+
+class Front:
+    """The address that clients have; its faults are drawn by a seed.
+
+    Args:
+        inner: The port of the server behind it, which keeps what was put there.
+        seed: Draws the faults.
+    """
+
+    def __init__(self, inner: int, seed: int) -> None:
+        self.inner = inner
+        self.done: Counter[str] = Counter()
+        self._dice = random.Random(seed)
+        self._lock = threading.Lock()
+        self._restart_at: int | None = None
+        self._server = _Server(self, 0)
+        self.port = int(self._server.server_address[1])
+        self._serve()
+
+    def fate(self) -> str:
+        """Say what becomes of the next request."""
+        with self._lock:
+            self.done["asked"] += 1
+            if self.done["asked"] == self._restart_at:
+                threading.Thread(target=self._restart).start()
+            drawn = self._dice.random()
+            fate = "refused" if drawn < _REFUSED else "unanswered"
+            fate = fate if drawn < _REFUSED + _UNANSWERED else "answered"
+            self.done[fate] += 1
+            return fate
+
+    def restart_after(self, num_requests: int) -> None:
+        """Cut all connections after so many more requests, and take none for a while."""
+        self._restart_at = self.done["asked"] + num_requests
+
+    def stop(self) -> None:
+        """Take no connection any more, and cut those there are."""
+        self._server.shutdown()
+        self._server.server_close()
+        for connection in list(self._server.connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _serve(self) -> None:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def _restart(self) -> None:
+        self.stop()
+        time.sleep(_OFF_S)
+        self._server = _Server(self, self.port)
+        self._serve()
+        self.done["restarted"] += 1
+
+
+@contextmanager
+def object_store(log: Path, seed: int = 0) -> Iterator[Front]:
+    """Start a server and its front."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
+        front = Front(port, seed)
+        try:
+            _wait_until_taken(port, server)
+            yield front
+        finally:
+            front.stop()
+            server.kill()
+
+
+def environment(port: int) -> dict[str, str]:
+    """What leads a user's commands to it."""
+    return {
+        "FSSPEC_S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
+def free_port() -> int:
+    """Return a port that nothing listens at."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        return int(free.getsockname()[1])
+
+
+def _wait_until_taken(port: int, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _START_S
+    while server.poll() is None and time.monotonic() < deadline:
+        with closing(socket.socket()) as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"no S3 server: exit code {server.poll()}")
