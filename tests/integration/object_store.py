@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import random
 import socket
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from typing import Any
 
 _START_S = 60.0
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
-# Of the requests, how many are refused unseen and how many are done without an answer.
-_REFUSED, _UNANSWERED = 0.04, 0.02
+# One request of so many is refused unseen, one of so many is done without an answer.
+_REFUSED, _UNANSWERED = 23, 37
 _OFF_S = 2.0
 
 
@@ -95,17 +94,15 @@ class _Server(ThreadingHTTPServer):
 
 
 class Front:
-    """The address that clients have; its faults are drawn by a seed.
+    """The address that clients have; `done` counts what became of their requests.
 
     Args:
         inner: The port of the server behind it, which keeps what was put there.
-        seed: Draws the faults.
     """
 
-    def __init__(self, inner: int, seed: int) -> None:
+    def __init__(self, inner: int) -> None:
         self.inner = inner
         self.done: Counter[str] = Counter()
-        self._dice = random.Random(seed)
         self._lock = threading.Lock()
         self._restart_at: int | None = None
         self._server = _Server(self, 0)
@@ -118,9 +115,8 @@ class Front:
             self.done["asked"] += 1
             if self.done["asked"] == self._restart_at:
                 threading.Thread(target=self._restart).start()
-            drawn = self._dice.random()
-            fate = "refused" if drawn < _REFUSED else "unanswered"
-            fate = fate if drawn < _REFUSED + _UNANSWERED else "answered"
+            fate = "unanswered" if self.done["asked"] % _UNANSWERED == 0 else "answered"
+            fate = "refused" if self.done["asked"] % _REFUSED == 0 else fate
             self.done[fate] += 1
             return fate
 
@@ -148,12 +144,12 @@ class Front:
 
 
 @contextmanager
-def object_store(log: Path, seed: int = 0) -> Iterator[Front]:
+def object_store(log: Path) -> Iterator[Front]:
     """Start a server and its front."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
-        front = Front(port, seed)
+        front = Front(port)
         try:
             _wait_until_taken(port, server)
             yield front

@@ -18,7 +18,7 @@ from tests.integration.object_store import Front, environment, free_port, object
 from tests.processes import run_d2i, run_process
 from tests.shared import SHARED, needs_shared
 
-# Requests before the restart: every stage asks more often.
+# Requests of a stage before the restart: each asks more often.
 NUM_BEFORE = 40
 SOURCE = SHARED / "data" / "mmdialog"
 
@@ -41,9 +41,8 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
 
 @pytest.fixture
 def bucket(front: Front) -> Iterator[str]:
-    """The bucket's URL; the server is restarted in the middle of what is done there."""
+    """The bucket's URL; requests fail there, and a test has the server restarted."""
     before = front.done["restarted"], front.done["refused"], front.done["unanswered"]
-    front.restart_after(NUM_BEFORE)
     yield "s3://chats"
     now = front.done["restarted"], front.done["refused"], front.done["unanswered"]
     assert all(then < after for then, after in zip(before, now, strict=True)), front.done
@@ -70,12 +69,16 @@ def rows(url: str) -> list[LedgerRow]:
 @needs_shared
 @pytest.mark.slow
 def test_a_run_over_s3_is_the_run_over_a_folder(
-    tmp_path: Path, settings: list[str], bucket: str
+    tmp_path: Path, settings: list[str], front: Front, bucket: str
 ) -> None:
     source = f"{bucket}/mmdialog"
     fsspec.filesystem("s3").put(str(SOURCE), source, recursive=True)
     folder, data = tmp_path / "data", f"{bucket}/data"
     preprocess(SOURCE, folder, settings)
+    vae = f"{bucket}/vae.safetensors"
+    fsspec.filesystem("s3").put(str(SHARED / "weights" / "taesd_fp8.safetensors"), vae)
+    settings = [*settings, "--set", f"encoders.vae={vae}"]
+    front.restart_after(NUM_BEFORE)
     preprocess(source, data, settings)
     for split in ("train", "valid", "test"):
         here, there = str(folder / split), storage.join(data, split)
@@ -90,11 +93,12 @@ def test_a_run_over_s3_is_the_run_over_a_folder(
 
 @pytest.mark.slow
 def test_training_over_s3_is_killed_and_ends_in_the_same_bits(
-    trained: Path, training_data: Path, bucket: str
+    trained: Path, training_data: Path, front: Front, bucket: str
 ) -> None:
     data, run = f"{bucket}/training", f"{bucket}/run"
     fsspec.filesystem("s3").put(str(training_data), data, recursive=True)
     words = training.command(data, run, train__num_checkpoints_kept=1)
+    front.restart_after(NUM_BEFORE)
     killed = run_process(*words, "--fault", "train.checkpoint_written:kill:2")
     assert killed.returncode != 0
     assert names(f"{run}/checkpoints/step-2")[-1].endswith("complete.json"), killed.stderr[-2000:]
@@ -110,11 +114,17 @@ def test_training_over_s3_is_killed_and_ends_in_the_same_bits(
 
 @pytest.mark.slow
 def test_evaluation_over_s3_is_the_one_over_a_folder(
-    chat_data: Path, whole: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chat_data: Path,
+    whole: Path,
+    front: Front,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(LOG, str(tmp_path / "drawn.txt"))
     data, out = f"{bucket}/chats", f"{bucket}/scores"
     fsspec.filesystem("s3").put(str(chat_data), data, recursive=True)
+    front.restart_after(NUM_BEFORE)
     run_d2i(*evaluations.command(data, out, "--parallel", "--workers", "2", "--task-size", "2"))
     fsspec.filesystem("s3").get(out, str(tmp_path / "scores"), recursive=True)
     assert (tmp_path / "scores" / "instances.jsonl").read_bytes() == (
