@@ -4,8 +4,10 @@
 
 `uvit`: U-ViT-S at full size against the same network with attention written out (softmax of q k^T)
 and torch's default AdamW and averaging loop. `unidiffuser`: UniDiffuser at a middle size against
-diffusers' `UniDiffuserModel` that holds the same weights, both with fused AdamW. Steps are taken
-in turns; a ratio is that of one pair of neighbours, above 1 where d2i is quicker. FLOPs are counted
+diffusers' `UniDiffuserModel` that holds the same weights, both with fused AdamW. `--compile d2i`
+compiles d2i's blocks as `train.compile` does, `--compile both` those of the other network as well.
+Steps are taken in turns, on a CPU by one thread as each rank of training does; a ratio is that of
+one pair of neighbours, above 1 where d2i is quicker. FLOPs are counted
 by torch's `FlopCounterMode` on the meta device, 2 a multiply-add, forward and backward. Prints one
 JSON line with all repeats.
 """
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2i.diffusion import unidiffuser_loss, uvit_loss
@@ -32,6 +35,7 @@ from d2i.models import build_backbone
 from d2i.models.blocks import Attention
 from d2i.models.diffusers_layout import diffusers_config, to_diffusers
 from d2i.train.ema import Ema
+from d2i.train.network import compile_blocks
 
 MIDDLE: dict[str, Any] = {"dim": 512, "depth": 12, "num_heads": 8, "latent_size": 32}
 OPTIMIZER: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.9), "weight_decay": 0.03}
@@ -111,8 +115,8 @@ def uvit_steps(options: argparse.Namespace) -> dict[str, Step]:
     default = torch.optim.AdamW(plain.parameters(), **OPTIMIZER)
     averages = Ema(list(ours.parameters()), EMA_RATE), PlainAverage(list(plain.parameters()))
     return {
-        "d2i": build_step(compiled(ours, options), loss, fused, averages[0], options),
-        "plain": build_step(compiled(plain, options), loss, default, averages[1], options),
+        "d2i": build_step(compiled(ours, "d2i", options), loss, fused, averages[0], options),
+        "plain": build_step(compiled(plain, "plain", options), loss, default, averages[1], options),
     }
 
 
@@ -136,7 +140,8 @@ def unidiffuser_steps(options: argparse.Namespace) -> dict[str, Step]:
         # diffusers' network has a patch projection that gets no gradient; AdamW passes over it.
         optimizer = torch.optim.AdamW(network.parameters(), **OPTIMIZER, fused=True)
         average = Ema(list(network.parameters()), EMA_RATE)
-        steps[name] = build_step(compiled(network, options), loss, optimizer, average, options)
+        network = compiled(network, name, options)
+        steps[name] = build_step(network, loss, optimizer, average, options)
     return steps
 
 
@@ -155,9 +160,14 @@ def drawn(options: argparse.Namespace, *shape: int) -> Tensor:
     return torch.randn(options.batch, *shape, device=options.device)
 
 
-def compiled(network: nn.Module, options: argparse.Namespace) -> nn.Module:
-    """Compile a network where that is asked for."""
-    return torch.compile(network) if options.compile else network
+def compiled(network: Any, name: str, options: argparse.Namespace) -> Any:
+    """Compile a network where that is asked for: its blocks, or all of one that is not d2i's."""
+    if options.compile == "both" or options.compile == name:
+        if hasattr(network, "in_blocks"):
+            compile_blocks(network)
+        else:
+            network.compile()
+    return network
 
 
 def timed(step: Step, device: str) -> dict[str, float]:
@@ -168,6 +178,33 @@ def timed(step: Step, device: str) -> dict[str, float]:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - wall
     return {"wall_s": seconds, "cpu_s": time.process_time() - cpu, "loss": loss}
+
+
+class LinearLayers(TorchDispatchMode):
+    """Counts the seconds of the processor that the matrix products of linear layers take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def __torch_dispatch__(
+        self, operation: Any, _types: Any, arguments: Any = (), named: Any = None
+    ) -> Any:
+        """Run an operation, and count it where it is such a product."""
+        started = time.process_time()
+        result = operation(*arguments, **(named or {}))
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.seconds += time.process_time() - started
+        return result
+
+
+def seconds_of_linear_layers(step: Step, options: argparse.Namespace) -> float | None:
+    """Measure what no way to write a step can save; on a CPU alone, where calls wait."""
+    if options.device != "cpu" or options.compile == "both":
+        return None
+    with LinearLayers() as layers:
+        step()
+    return round(layers.seconds, 3)
 
 
 def gflop_per_image(name: str) -> float:
@@ -218,6 +255,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "ratio_cpu": spread(ratios["cpu_s"]),
         "seconds_d2i": spread([t["wall_s"] for t in times["d2i"]]),
         "cpu_seconds_d2i": spread([t["cpu_s"] for t in times["d2i"]]),
+        "cpu_seconds_of_linear_layers": seconds_of_linear_layers(steps[other], options),
         "gflop_per_image": round(gflop, 2),
         "gflops": round(gflop * options.batch / wall, 1),
     }
@@ -251,8 +289,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
+    parser.add_argument("--compile", choices=("none", "d2i", "both"), default="none")
     options = parser.parse_args()
+    if options.device == "cpu":
+        # Two threads that wait for each other would burn processor time of no step's.
+        torch.set_num_threads(1)
     found = {name: measure(name, options) for name in options.networks}
     measured = {"machine": machine(options), "matrix_gflops": round(matrix_gflops(options), 1)}
     print(json.dumps({"benchmark": "networks", **vars(options), **measured, **found}))
