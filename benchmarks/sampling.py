@@ -174,6 +174,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
     options = parser.parse_args()
+    if options.device == "cpu":
+        # Two threads that wait for each other would burn processor time of no picture's.
+        torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     ours, theirs = build_both(options)
     check_same(ours, theirs, options)
