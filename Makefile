@@ -2,7 +2,7 @@
 # and made again when pyproject.toml or constraints.txt changes.
 #
 #   make demo                    the whole pipeline, small, on this machine (ARGS="--out DIR")
-#   make test                    the tests                                  (ARGS="-k shards")
+#   make test                    the tests, two files at a time             (ARGS="-k shards")
 #   make check                   formatting, lint, types, dependency direction, spelling
 #   make soak                    the tests that take many minutes
 #   make setup                   the environment alone
@@ -37,7 +37,7 @@ demo: setup
 
 test: setup
 	@echo "make test: running the tests"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 soak: setup
 	@echo "make soak: running the tests that take many minutes"
