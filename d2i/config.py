@@ -347,6 +347,9 @@ class FetchConfig(Config):
     """Requests in a row that do not reach a host, until it is left alone (`dead_host`)."""
     dead_host_s: float = Field(default=600.0, ge=0)
     """How long a host is then left alone."""
+    num_trouble_hosts: int = Field(default=20, ge=0)
+    """When nearly all of the last so many different hosts cannot be reached, the job stops; 0: it
+    never does."""
     num_same_pictures: int = Field(default=10, ge=0)
     """One and the same picture under so many addresses is a `placeholder`; 0: it never is."""
     placeholder_sha256: tuple[Sha256, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +17,19 @@ from d2i.preprocess.fetch.hosts import HostBook, HostLimits
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.request import Limits
 from d2i.preprocess.fetch.resolver import Resolver
-from tests.servers import Handler, WebServer, running
+from tests.servers import Answer, Handler, Names, WebServer, name_server, running
 
 
-def fetcher(*hosts: str, requests_per_s: float, num_slots: int = 4) -> AddressFetcher:
-    limits = Limits(5.0, 5.0, BodyLimits(1000, 1.0), "d2i test", allowed_hosts(hosts))
-    book = HostBook(HostLimits(requests_per_s, 3, 60.0, max_retry_after_s=60.0))
-    route = Straight(Resolver("127.0.0.1"))
+def fetcher(
+    *hosts: str,
+    requests_per_s: float = 1000.0,
+    num_slots: int = 4,
+    timeout_s: float = 5.0,
+    dns_server: str = "127.0.0.1",
+) -> AddressFetcher:
+    limits = Limits(timeout_s, 5.0, BodyLimits(1000, 1.0), "d2i test", allowed_hosts(hosts))
+    book = HostBook(HostLimits(requests_per_s, 3, 60.0, 60.0, num_trouble_hosts=20))
+    route = Straight(Resolver(dns_server))
     shared = share(book, num_workers=0)
     nothing = KnownPlaceholders(frozenset())
     slots = threading.Semaphore(num_slots)
@@ -68,6 +75,59 @@ def test_who_cannot_wait_takes_no_turn() -> None:
     assert web.asked["/x"] == 2
 
 
+def sends_on(target: str) -> Answer:
+    return lambda handler: handler.send(302, Location=target)
+
+
+def test_a_host_that_sends_us_nowhere_is_no_trouble_of_our_own() -> None:
+    answers = {f"/{n}": sends_on(f"http://no{n}.test/x.jpg") for n in range(12)}
+    with (
+        running(WebServer("127.0.0.1", answers)) as web,
+        running(name_server(Names({}))) as dns,
+    ):
+        host = f"127.0.0.1:{web.port}"
+        asked = fetcher(host, dns_server=f"127.0.0.1:{dns.server_address[1]}")
+        deadline = time.monotonic() + 60.0
+        found = [asked.fetch([f"http://{host}{path}"], deadline) for path in answers]
+    assert {one.reason for one in found} == {"no_such_host"}
+    assert found[3].final_url == "http://no3.test/x.jpg"
+    assert asked.hosts.call("trouble") is None
+
+
+def test_a_redirect_to_where_none_may_ask_is_not_the_fault_of_who_sends_us_there() -> None:
+    names = Names({f"h{n}.test": ["127.0.0.1"] for n in range(9)})
+    with (
+        running(WebServer("127.0.0.1", {"/x": sends_on("https://a.test:8443/y")})) as web,
+        running(name_server(names)) as dns,
+    ):
+        hosts = [f"{name}:{web.port}" for name in names.addresses]
+        asked = fetcher(*hosts, dns_server=f"127.0.0.1:{dns.server_address[1]}")
+        deadline = time.monotonic() + 60.0
+        found = [asked.fetch([f"http://{host}/x"], deadline) for host in hosts]
+    assert {(one.reason, one.final_url, one.attempts) for one in found} == {
+        ("refused_address", "https://a.test:8443/y", 1)
+    }
+    assert asked.hosts.call("trouble") is None
+
+
+def test_who_sends_us_on_cannot_have_another_host_left_alone() -> None:
+    """As often as it likes, and too late for the other one to answer."""
+    with (
+        running(WebServer("127.0.0.1", {})) as web,
+        socket.create_server(("127.0.0.1", 0), backlog=64) as silent,
+    ):
+        sender, victim = f"127.0.0.1:{web.port}", f"127.0.0.1:{silent.getsockname()[1]}"
+        web.answers["/x"] = sends_on(f"http://{victim}/x")
+        asked = fetcher(sender, victim, timeout_s=0.3)
+        deadline = time.monotonic() + 60.0
+        for _ in range(4):
+            assert asked.fetch([f"http://{sender}/x"], deadline).reason == "timeout"
+        assert asked.hosts.call("reserve", victim, 60.0) is not None
+        for _ in range(3):
+            assert asked.fetch([f"http://{victim}/x"], deadline).reason == "timeout"
+        assert asked.hosts.call("reserve", victim, 60.0) is None
+
+
 def test_only_so_many_requests_are_under_way_and_who_waits_for_a_turn_is_none() -> None:
     """Four threads, two slots: a host that wants peace leaves both to another host."""
     under_way, most = 0, 0
@@ -91,7 +151,7 @@ def test_only_so_many_requests_are_under_way_and_who_waits_for_a_turn_is_none() 
     ):
         free, busy = f"127.0.0.1:{web.port}", f"127.0.0.1:{other.port}"
         asked = fetcher(free, busy, requests_per_s=1000.0, num_slots=2)
-        asked.hosts.call("report", busy, reached=True, retry_after_s=5.0)
+        asked.hosts.call("report", busy, "reached", retry_after_s=5.0)
         deadline = time.monotonic() + 60.0
 
         def fetch(host: str) -> Fetched:

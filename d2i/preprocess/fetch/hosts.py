@@ -13,8 +13,6 @@ from typing import Literal
 Outcome = Literal["reached", "unreached", "unnamed"]
 """What a host showed of our own network; `unnamed`: its name led nowhere, or where none may."""
 
-_WINDOW = 20
-"""So many different hosts, asked one after the other, show whether the trouble is ours (ours)."""
 _NUM_BEGUN = 4096
 """Hosts whose answers are still waited for, at most."""
 _SHARE_UNREACHED = 0.9
@@ -31,12 +29,15 @@ class HostLimits:
         num_failures: Requests in a row that never reached it, until it counts as dead.
         dead_s: How long a dead host is not asked again, in seconds.
         max_retry_after_s: A host that wants longer peace than this counts as dead for so long.
+        num_trouble_hosts: So many different hosts, asked one after the other, show whether the
+            trouble is ours; 0: none do.
     """
 
     requests_per_s: float
     num_failures: int
     dead_s: float
     max_retry_after_s: float
+    num_trouble_hosts: int
 
 
 @dataclass
@@ -62,8 +63,14 @@ class HostBook:
     _begun: dict[str, Outcome | None] = field(default_factory=dict)
     _proxy: _Host = field(default_factory=_Host)
 
-    def reserve(self, host: str, patience_s: float) -> float | None:
+    def reserve(self, host: str, patience_s: float, *, is_named: bool = True) -> float | None:
         """Take the next turn of a host, unless it is further away than `patience_s`.
+
+        Args:
+            host: As `guard.Target.netloc` names it.
+            patience_s: How long the caller can wait, in seconds.
+            is_named: Whether an address names it, and not another host that sends us on: only
+                of such hosts is it counted how many cannot be reached.
 
         Returns:
             How long to wait before asking, in seconds, and no turn is taken if that is beyond
@@ -79,7 +86,8 @@ class HostBook:
         turn = max(now, state.next_free)
         if turn - now <= patience_s:
             state.next_free = turn + 1.0 / self.limits.requests_per_s
-            self._begin(host)
+            if is_named:
+                self._begin(host)
         return turn - now
 
     def wants_peace(self, host: str) -> bool:
@@ -87,24 +95,20 @@ class HostBook:
         state = self._hosts.setdefault(host, _Host())
         return time.monotonic() < max(state.peace_until, state.dead_until)
 
-    def report(self, host: str, *, reached: bool, retry_after_s: float = 0.0) -> None:
-        """Say how a request ended: whether the host answered, and for how long it wants peace."""
+    def report(self, host: str, outcome: Outcome, *, retry_after_s: float = 0.0) -> None:
+        """Say what a request showed of a host, and for how long it wants peace, in seconds."""
         now = time.monotonic()
         state = self._hosts.setdefault(host, _Host())
-        self._begun[host] = "reached" if reached else "unreached"
-        if reached:
+        self._begun[host] = outcome
+        if outcome == "reached":
             state.num_unreached = self._proxy.num_unreached = 0
-        else:
+        elif outcome == "unreached":
             state.note_unreached(self.limits, now)
         if retry_after_s > self.limits.max_retry_after_s:
             # Nobody waits for so long: the host is left alone, and asked in a later run.
             state.dead_until = max(state.dead_until, now + retry_after_s)
         state.peace_until = max(state.peace_until, now + retry_after_s)
         state.next_free = max(state.next_free, state.peace_until)
-
-    def report_unnamed(self, host: str) -> None:
-        """Say that a host's name led nowhere, or to an address that may not be asked."""
-        self._begun[host] = "unnamed"
 
     def report_proxy_unreached(self) -> None:
         """Say that the proxy took no connection; of the host that tells nothing."""
@@ -122,21 +126,22 @@ class HostBook:
         if self._proxy.num_unreached >= self.limits.num_failures and not of_names:
             return f"the proxy could not be reached {self._proxy.num_unreached} times in a row"
         known = (outcome for outcome in reversed(self._begun.values()) if outcome is not None)
-        contacts = list(itertools.islice(known, _WINDOW))
-        if of_names and "unreached" in contacts:
+        window = self.limits.num_trouble_hosts
+        contacts = list(itertools.islice(known, window))
+        if not contacts or (of_names and "unreached" in contacts):
             return None
         num_failed = len(contacts) - contacts.count("reached")
         is_trouble = (
-            num_failed >= _FEW_HOSTS
+            num_failed >= min(_FEW_HOSTS, window)
             if num_failed == len(contacts)
-            else len(contacts) == _WINDOW and num_failed >= _SHARE_UNREACHED * _WINDOW
+            else len(contacts) == window and num_failed >= _SHARE_UNREACHED * window
         )
         if not is_trouble:
             return None
         return f"{num_failed} of the last {len(contacts)} different hosts could not be reached"
 
     def _begin(self, host: str) -> None:
-        self._begun.pop(host, None)
-        self._begun[host] = None
+        # What it showed before holds until its answer: a host that is asked all the time has one.
+        self._begun[host] = self._begun.pop(host, None)
         if len(self._begun) > _NUM_BEGUN:
             del self._begun[next(iter(self._begun))]

@@ -195,6 +195,7 @@ def host_book(config: FetchConfig) -> HostBook:
             config.num_host_failures,
             config.dead_host_s,
             config.max_retry_after_s,
+            config.num_trouble_hosts,
         )
     )
 
