@@ -344,7 +344,8 @@ class FetchConfig(Config):
     max_retry_after_s: float = Field(default=60.0, ge=0)
     """A host that wants longer peace than this is left to a later run."""
     num_host_failures: int = Field(default=3, gt=0)
-    """Requests in a row that do not reach a host, until it is left alone (`dead_host`)."""
+    """Requests in a row that do not reach a host, or answers in a row that it is busy, with a wait
+    after each, until it is left alone (`dead_host`)."""
     dead_host_s: float = Field(default=600.0, ge=0)
     """How long a host is then left alone."""
     num_trouble_hosts: int = Field(default=20, ge=0)

@@ -25,6 +25,7 @@ def fetcher(
     requests_per_s: float = 1000.0,
     num_slots: int = 4,
     timeout_s: float = 5.0,
+    num_attempts: int = 1,
     dns_server: str = "127.0.0.1",
 ) -> AddressFetcher:
     limits = Limits(timeout_s, 5.0, BodyLimits(1000, 1.0), "d2i test", allowed_hosts(hosts))
@@ -33,7 +34,7 @@ def fetcher(
     shared = share(book, num_workers=0)
     nothing = KnownPlaceholders(frozenset())
     slots = threading.Semaphore(num_slots)
-    return AddressFetcher(limits, Courtesy(1, 60.0), route, shared, nothing, slots)
+    return AddressFetcher(limits, Courtesy(num_attempts, 60.0), route, shared, nothing, slots)
 
 
 def test_peace_is_kept_by_those_who_already_wait_for_their_turn() -> None:
@@ -60,6 +61,28 @@ def test_peace_is_kept_by_those_who_already_wait_for_their_turn() -> None:
     assert sorted(one.reason for one in found) == ["http_429", "ok", "ok", "ok"]
     # All four had their turns within 0.6 s of the first.
     assert all(later - times[0] >= 2.0 for later in times[1:])
+
+
+def test_a_host_that_is_always_busy_holds_up_the_others_for_a_moment_only() -> None:
+    """Thirty pictures, each to be asked for three times, with a second of peace after each."""
+    answers = {
+        "/busy": lambda handler: handler.send(429, Retry_After="1"),
+        "/x": lambda handler: handler.send(200, b"x"),
+    }
+    with (
+        running(WebServer("127.0.0.1", answers)) as busy,
+        running(WebServer("127.0.0.1", answers)) as web,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        hosts = [f"127.0.0.1:{server.port}" for server in (busy, web)]
+        asked = fetcher(*hosts, num_attempts=3)
+        urls = [f"http://{hosts[0]}/busy"] * 30 + [f"http://{hosts[1]}/x"] * 4
+        deadline = time.monotonic() + 60.0
+        found = list(threads.map(lambda url: asked.fetch([url], deadline), urls))
+    assert [one.reason for one in found[30:]] == ["ok"] * 4
+    assert {one.reason for one in found[:30]} <= {"http_429", "dead_host"}
+    # Four may be under way whenever a peace is over.
+    assert 3 <= busy.asked["/busy"] <= 12
 
 
 def test_who_cannot_wait_takes_no_turn() -> None:

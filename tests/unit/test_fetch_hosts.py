@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 
 import pytest
 
@@ -194,6 +195,30 @@ def test_a_longer_peace_is_not_cut_by_a_shorter_one_nor_waited_for() -> None:
     hosts = book(dead_s=0.0)
     hosts.report("a", "reached", retry_after_s=50.0)
     assert 49.0 < reserved(hosts, "a") <= 50.0
+
+
+def test_a_host_that_wants_peace_again_and_again_is_left_alone() -> None:
+    hosts = book(requests_per_s=1000.0)
+    # Of one moment: those under way at once.
+    for _ in range(9):
+        hosts.report("a", "reached", retry_after_s=0.05)
+    for _ in range(2):
+        assert hosts.reserve("a", PATIENCE_S) is not None
+        # Longer than the peace.
+        time.sleep(0.06)
+        hosts.report("a", "reached", retry_after_s=0.05)
+    assert hosts.reserve("a", PATIENCE_S) is None
+
+
+@pytest.mark.parametrize(("peace_s", "is_left_alone"), [(0.05, False), (1.05, True)])
+def test_a_second_of_peace_is_paid_by_an_answer(peace_s: float, is_left_alone: bool) -> None:
+    hosts = book(requests_per_s=1000.0)
+    for number in range(3):
+        hosts.report("a", "reached", retry_after_s=peace_s)
+        assert (hosts.reserve("a", PATIENCE_S) is None) is (is_left_alone and number == 2)
+        # Longer than the peace.
+        time.sleep(peace_s + 0.01)
+        hosts.report("a", "reached")
 
 
 def test_a_shared_book_is_one_in_this_process() -> None:

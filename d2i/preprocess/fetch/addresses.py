@@ -168,7 +168,9 @@ class _Visit:
             "reserve", host, patience_s, is_named=not self.asked
         )
         if wait_s is None:
-            raise RefusedRequestError("dead_host", f"{host} did not answer before")
+            raise RefusedRequestError(
+                "dead_host", f"{host} did not answer before, or was busy too often"
+            )
         if wait_s > patience_s:
             raise RefusedRequestError("shard_timeout", f"{host} has too long a queue")
         return wait_s

@@ -26,7 +26,8 @@ class HostLimits:
 
     Args:
         requests_per_s: The most requests a second, over the whole job.
-        num_failures: Requests in a row that never reached it, until it counts as dead.
+        num_failures: Requests in a row that never reached it, or wishes for peace in a row, until
+            it counts as dead.
         dead_s: How long a dead host is not asked again, in seconds.
         max_retry_after_s: A host that wants longer peace than this counts as dead for so long.
         num_trouble_hosts: So many different hosts, asked one after the other, show whether the
@@ -45,6 +46,8 @@ class _Host:
     next_free: float = 0.0
     peace_until: float = 0.0
     num_unreached: int = 0
+    num_peaces: int = 0
+    num_answers: int = 0
     dead_until: float = 0.0
 
     def note_unreached(self, limits: HostLimits, now: float) -> None:
@@ -52,6 +55,23 @@ class _Host:
         self.num_unreached += 1
         if self.num_unreached >= limits.num_failures:
             self.dead_until = max(self.dead_until, now + limits.dead_s)
+
+    def note_peace(self, for_s: float, limits: HostLimits, now: float) -> None:
+        """Grant peace; too many in a row, and the host counts as dead: who waits holds a thread.
+
+        They are in a row where it gave fewer answers in between than it now wants seconds (ours).
+        """
+        # What was under way when the last one began says nothing new.
+        if now >= self.peace_until:
+            self.num_peaces = 1 if self.num_answers >= for_s else self.num_peaces + 1
+            self.num_answers = 0
+        if for_s > limits.max_retry_after_s:
+            # Nobody waits for so long: the host is left alone, and asked in a later run.
+            self.dead_until = max(self.dead_until, now + for_s)
+        if self.num_peaces >= limits.num_failures:
+            self.dead_until = max(self.dead_until, now + limits.dead_s)
+        self.peace_until = max(self.peace_until, now + for_s)
+        self.next_free = max(self.next_free, self.peace_until)
 
 
 @dataclass
@@ -104,11 +124,10 @@ class HostBook:
             state.num_unreached = self._proxy.num_unreached = 0
         elif outcome == "unreached":
             state.note_unreached(self.limits, now)
-        if retry_after_s > self.limits.max_retry_after_s:
-            # Nobody waits for so long: the host is left alone, and asked in a later run.
-            state.dead_until = max(state.dead_until, now + retry_after_s)
-        state.peace_until = max(state.peace_until, now + retry_after_s)
-        state.next_free = max(state.next_free, state.peace_until)
+        if retry_after_s > 0.0:
+            state.note_peace(retry_after_s, self.limits, now)
+        elif outcome == "reached":
+            state.num_answers += 1
 
     def report_proxy_unreached(self) -> None:
         """Say that the proxy took no connection; of the host that tells nothing."""
