@@ -7,6 +7,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from d2i.cluster import share
 from d2i.preprocess.fetch.addresses import AddressFetcher, Courtesy
 from d2i.preprocess.fetch.body import BodyLimits
@@ -18,6 +20,9 @@ from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.request import Limits
 from d2i.preprocess.fetch.resolver import Resolver
 from tests.servers import Answer, Handler, Names, WebServer, name_server, running
+
+GIF = b"GIF89a"
+"""As much of a picture as is looked at here."""
 
 
 def fetcher(
@@ -48,7 +53,7 @@ def test_peace_is_kept_by_those_who_already_wait_for_their_turn() -> None:
         if is_first:
             handler.send(429, Retry_After="2")
         else:
-            handler.send(200, b"x")
+            handler.send(200, GIF)
 
     with running(WebServer("127.0.0.1", {"/x": is_busy_at_first})) as web:
         host = f"127.0.0.1:{web.port}"
@@ -67,7 +72,7 @@ def test_a_host_that_is_always_busy_holds_up_the_others_for_a_moment_only() -> N
     """Thirty pictures, each to be asked for three times, with a second of peace after each."""
     answers = {
         "/busy": lambda handler: handler.send(429, Retry_After="1"),
-        "/x": lambda handler: handler.send(200, b"x"),
+        "/x": lambda handler: handler.send(200, GIF),
     }
     with (
         running(WebServer("127.0.0.1", answers)) as busy,
@@ -86,7 +91,7 @@ def test_a_host_that_is_always_busy_holds_up_the_others_for_a_moment_only() -> N
 
 
 def test_who_cannot_wait_takes_no_turn() -> None:
-    with running(WebServer("127.0.0.1", {"/x": lambda handler: handler.send(200, b"x")})) as web:
+    with running(WebServer("127.0.0.1", {"/x": lambda handler: handler.send(200, GIF)})) as web:
         host = f"127.0.0.1:{web.port}"
         asked = fetcher(host, requests_per_s=0.5)
         url = [f"http://{host}/x"]
@@ -96,6 +101,22 @@ def test_who_cannot_wait_takes_no_turn() -> None:
         # Had each taken a turn, this one would be 42 s away.
         assert asked.fetch(url, time.monotonic() + 20.0).reason == "ok"
     assert web.asked["/x"] == 2
+
+
+@pytest.mark.parametrize("page", [b"<html>gone</html>", b"<svg/>", b"", b"GIF89", b" GIF89a"])
+def test_the_next_address_is_asked_where_the_first_gives_no_picture(page: bytes) -> None:
+    answers = {
+        "/page": lambda handler: handler.send(200, page),
+        "/x": lambda handler: handler.send(200, GIF),
+    }
+    with running(WebServer("127.0.0.1", answers)) as web:
+        host = f"127.0.0.1:{web.port}"
+        asked = fetcher(host)
+        urls = [f"http://{host}/page", f"http://{host}/x"]
+        found = asked.fetch(urls, time.monotonic() + 60.0)
+        none = asked.fetch(urls[:1] * 2, time.monotonic() + 60.0)
+    assert (found.data, found.attempts, found.final_url) == (GIF, 2, urls[1])
+    assert (none.reason, none.attempts, none.http_status) == ("not_an_image", 2, 200)
 
 
 def sends_on(target: str) -> Answer:
@@ -165,11 +186,11 @@ def test_only_so_many_requests_are_under_way_and_who_waits_for_a_turn_is_none() 
         both.wait()
         with lock:
             under_way -= 1
-        handler.send(200, b"x")
+        handler.send(200, GIF)
 
     with (
         running(WebServer("127.0.0.1", {"/x": counts})) as web,
-        running(WebServer("127.0.0.1", {"/x": lambda handler: handler.send(200, b"x")})) as other,
+        running(WebServer("127.0.0.1", {"/x": lambda handler: handler.send(200, GIF)})) as other,
         ThreadPoolExecutor(6) as threads,
     ):
         free, busy = f"127.0.0.1:{web.port}", f"127.0.0.1:{other.port}"

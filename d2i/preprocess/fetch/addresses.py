@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from d2i.cluster import Shared
+from d2i.pictures import NO_PICTURE, begins_as_picture
 from d2i.preprocess.fetch.connect import Route
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.guard import Target
@@ -59,6 +60,9 @@ class AddressFetcher:
 
     def fetch(self, addresses: Sequence[str], deadline: float) -> Fetched:
         """Return the first picture that an address gives, or the failure of the last one.
+
+        Only its first bytes are looked at: whether the rest can be decoded shows too late for
+        another address to be asked.
 
         Args:
             addresses: Where it may be had, best first.
@@ -209,10 +213,14 @@ def _retry_after_s(error: RefusedRequestError) -> float:
 
 
 def _check_answer(answer: Response, placeholders: KnownPlaceholders) -> None:
-    """Refuse a picture that its host keeps from us, or that stands for one that is gone."""
+    """Refuse what its host keeps from us, stands for what is gone, or is a page, not a picture."""
     if is_kept_away(answer.headers.get_all("X-Robots-Tag", [])):
         raise RefusedRequestError(
             "robots", "X-Robots-Tag forbids it", answer.status, final_url=answer.final_url
         )
     if why := placeholders.why(answer.body, answer.final_url):
         raise RefusedRequestError("placeholder", why, answer.status, final_url=answer.final_url)
+    if not begins_as_picture(answer.body):
+        raise RefusedRequestError(
+            "not_an_image", NO_PICTURE, answer.status, final_url=answer.final_url
+        )
