@@ -349,8 +349,8 @@ class FetchConfig(Config):
     dead_host_s: float = Field(default=600.0, ge=0)
     """How long a host is then left alone."""
     num_trouble_hosts: int = Field(default=20, ge=0)
-    """When nearly all of the last so many different hosts cannot be reached, the job stops; 0: it
-    never does."""
+    """When nearly all of the last so many different hosts cannot be reached, or the mirror cannot,
+    the job stops; 0: it goes on."""
     num_same_pictures: int = Field(default=10, ge=0)
     """One and the same picture under so many addresses is a `placeholder`; 0: it never is."""
     placeholder_sha256: tuple[Sha256, ...] = ()

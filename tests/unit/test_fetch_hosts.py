@@ -96,6 +96,22 @@ def test_a_host_is_dead_after_failures_in_a_row_for_a_while() -> None:
     assert hosts.reserve("a", PATIENCE_S) is None
 
 
+def test_a_mirror_is_one_host_and_all_pictures() -> None:
+    hosts = HostBook(book().limits, mirror="m")
+    hosts.report("other", "unreached")
+    assert hosts.trouble() is None
+    hosts.report("m", "unnamed")
+    assert "the mirror m could not be reached" in str(hosts.trouble())
+    assert hosts.trouble(of_names=True) == hosts.trouble()
+    # One that has answered may miss a deadline.
+    for outcome in ("reached", "unreached", "unreached"):
+        hosts.report("m", outcome)
+        assert hosts.trouble() is None
+    hosts.report("m", "unreached")
+    assert hosts.trouble() is not None
+    assert hosts.trouble(of_names=True) is None
+
+
 def test_a_few_hosts_of_which_none_answers_are_trouble() -> None:
     hosts = book()
     for number in range(7):

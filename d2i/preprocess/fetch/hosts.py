@@ -76,12 +76,20 @@ class _Host:
 
 @dataclass
 class HostBook:
-    """Hands out turns to ask a host. Its clock is its own, so workers need no common one."""
+    """Hands out turns to ask a host. Its clock is its own, so workers need no common one.
+
+    Args:
+        limits: What one host is spared.
+        mirror: The host of which the pictures come that a corpus names as files, if it is one.
+    """
 
     limits: HostLimits
+    mirror: str | None = None
     _hosts: dict[str, _Host] = field(default_factory=dict)
     _begun: dict[str, Outcome | None] = field(default_factory=dict)
     _proxy: _Host = field(default_factory=_Host)
+    _num_mirror_failures: int = 0
+    _has_mirror_answered: bool = False
 
     def reserve(self, host: str, patience_s: float, *, is_named: bool = True) -> float | None:
         """Take the next turn of a host, unless it is further away than `patience_s`.
@@ -120,6 +128,8 @@ class HostBook:
         now = time.monotonic()
         state = self._hosts.setdefault(host, _Host())
         self._begun[host] = outcome
+        if host == self.mirror:
+            self._note_mirror(outcome)
         if outcome == "reached":
             state.num_unreached = self._proxy.num_unreached = 0
         elif outcome == "unreached":
@@ -144,8 +154,10 @@ class HostBook:
         """
         if self._proxy.num_unreached >= self.limits.num_failures and not of_names:
             return f"the proxy could not be reached {self._proxy.num_unreached} times in a row"
-        known = (outcome for outcome in reversed(self._begun.values()) if outcome is not None)
         window = self.limits.num_trouble_hosts
+        if window and self._is_mirror_lost(of_names=of_names):
+            return f"the mirror {self.mirror} could not be reached (is fetch.mirror spelt right?)"
+        known = (outcome for outcome in reversed(self._begun.values()) if outcome is not None)
         contacts = list(itertools.islice(known, window))
         if not contacts or (of_names and "unreached" in contacts):
             return None
@@ -158,6 +170,18 @@ class HostBook:
         if not is_trouble:
             return None
         return f"{num_failed} of the last {len(contacts)} different hosts could not be reached"
+
+    def _note_mirror(self, outcome: Outcome) -> None:
+        is_reached = outcome == "reached"
+        self._has_mirror_answered |= is_reached
+        self._num_mirror_failures = 0 if is_reached else self._num_mirror_failures + 1
+
+    def _is_mirror_lost(self, *, of_names: bool) -> bool:
+        """Say whether it never answered, or fails again and again: one host, but all pictures."""
+        if self.mirror is None or (of_names and self._begun.get(self.mirror) != "unnamed"):
+            return False
+        few = self.limits.num_failures if self._has_mirror_answered else 1
+        return self._num_mirror_failures >= few
 
     def _begin(self, host: str) -> None:
         # What it showed before holds until its answer: a host that is asked all the time has one.
