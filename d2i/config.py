@@ -344,9 +344,13 @@ class FetchConfig(Config):
     max_retry_after_s: float = Field(default=60.0, ge=0)
     """A host that wants longer peace than this is left to a later run."""
     num_host_failures: int = Field(default=3, gt=0)
-    """Requests in a row that do not reach a host, until it is left alone (`dead_host`)."""
+    """Requests in a row that do not reach a host, or answers in a row that it is busy, with a wait
+    after each, until it is left alone (`dead_host`)."""
     dead_host_s: float = Field(default=600.0, ge=0)
     """How long a host is then left alone."""
+    num_trouble_hosts: int = Field(default=20, ge=0)
+    """When nearly all of the last so many different hosts cannot be reached, or the mirror cannot,
+    the job stops; 0: it goes on."""
     num_same_pictures: int = Field(default=10, ge=0)
     """One and the same picture under so many addresses is a `placeholder`; 0: it never is."""
     placeholder_sha256: tuple[Sha256, ...] = ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from d2i.config import ImageConfig
 RESIZE = "centre crop, lanczos"
 """How a picture becomes its square, as fingerprints and metric cards say it."""
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
+_BEGINNING = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP", re.DOTALL)
+NO_PICTURE = "neither JPEG, PNG, WebP nor GIF"
+"""What `not_an_image` means."""
 # What Pillow calls a JPEG that holds several pictures; the first is taken.
 _MANY_JPEGS = "MPO"
 _ORIENTATION = 0x0112
@@ -56,6 +60,11 @@ class RefusedPictureError(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+def begins_as_picture(data: bytes) -> bool:
+    """Say whether bytes begin as JPEG, PNG, WebP or GIF do; of the rest that tells nothing."""
+    return _BEGINNING.match(data) is not None
 
 
 def decode_picture(data: bytes, limits: ImageConfig) -> Picture:
@@ -140,7 +149,7 @@ def _decoding() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except UnidentifiedImageError as err:
-        raise RefusedPictureError("not_an_image", "neither JPEG, PNG, WebP nor GIF") from err
+        raise RefusedPictureError("not_an_image", NO_PICTURE) from err
     except Image.DecompressionBombError as err:
         raise RefusedPictureError("too_large", str(err)) from err
     except (RefusedPictureError, MemoryError):

@@ -86,8 +86,9 @@ class FetchWorker:
         if trouble := self._source.trouble(of_names=of_names):
             raise ClusterError(
                 f"{trouble}: that looks like this machine's network, not like dead addresses; "
-                "expected some to answer; mend it (DNS, firewall), then repeat the command: "
-                "the rows of this shard were not written"
+                "expected some to answer; the rows of this shard were not written; mend it "
+                "(DNS, firewall), then repeat the command, for addresses that are really dead "
+                "with --set fetch.num_trouble_hosts=0"
             )
 
     def _reach(self, point: str) -> None:

@@ -296,7 +296,7 @@ def _pictures(request: PreprocessRequest) -> PictureSource:
         request.recipe.corpus.image_root or storage.resolve(request.source),
         fetch,
         request.access,
-        share(host_book(fetch), num_workers=request.num_workers),
+        share(host_book(fetch, request.access), num_workers=request.num_workers),
     )
 
 

@@ -206,7 +206,7 @@ class _RepairedSet:
             recipe.corpus.image_root or job.plan.decided_by["source"],
             recipe.fetch,
             request.access,
-            share(host_book(recipe.fetch), num_workers=request.num_workers),
+            share(host_book(recipe.fetch, request.access), num_workers=request.num_workers),
         )
         tally = share(Tally(), num_workers=request.num_workers)
         return Stages(

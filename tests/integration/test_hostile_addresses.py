@@ -228,14 +228,18 @@ def test_trouble_of_our_own_is_not_written_down_as_dead_addresses(
         tmp_path / "chats", {f"c{n}": [f"http://{host}/x.jpg"] for n, host in enumerate(closed)}
     )
     out = tmp_path / "data"
+    network = [part for host in closed for part in ("--allow-host", host)]
     done = run_process(
         *("preprocess", "--corpus", "jsonl", "--source", source, "--out", out),
-        *("--recipe", "demo", "--workers", "0", *settings),
-        *(part for host in closed for part in ("--allow-host", host)),
+        *("--recipe", "demo", "--workers", "0", *settings, *network),
     )
     assert done.returncode == 2
     assert "different hosts could not be reached" in done.stderr
+    assert "--set fetch.num_trouble_hosts=0" in done.stderr
     assert not list(out.rglob("ledger/*.parquet"))
+    off = ("--set", "fetch.num_trouble_hosts=0")
+    preprocess("jsonl", source, out, *network, *settings, *off)
+    assert list(reasons(out).values()) == ["connect"] * 10
 
 
 def test_workers_on_ray_keep_manners_together(

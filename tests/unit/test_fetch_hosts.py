@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import pickle
+import time
 
 import pytest
 
 from d2i.cluster import share
-from d2i.preprocess.fetch.hosts import HostBook, HostLimits
+from d2i.preprocess.fetch.hosts import HostBook, HostLimits, Outcome
 from d2i.preprocess.fetch.reasons import is_passing
 
 PATIENCE_S = 1000.0
 
 
-def book(requests_per_s: float = 10.0, dead_s: float = 60.0) -> HostBook:
-    return HostBook(HostLimits(requests_per_s, 3, dead_s, max_retry_after_s=60.0))
+def book(
+    requests_per_s: float = 10.0, dead_s: float = 60.0, num_trouble_hosts: int = 20
+) -> HostBook:
+    limits = HostLimits(
+        requests_per_s,
+        num_failures=3,
+        dead_s=dead_s,
+        max_retry_after_s=60.0,
+        num_trouble_hosts=num_trouble_hosts,
+    )
+    return HostBook(limits)
 
 
 def reserved(hosts: HostBook, host: str) -> float:
@@ -33,10 +43,10 @@ def test_turns_of_one_host_are_apart_and_hosts_do_not_wait_for_each_other() -> N
 
 def test_a_host_that_asks_for_peace_gets_it() -> None:
     hosts = book()
-    hosts.report("a", reached=True, retry_after_s=30.0)
+    hosts.report("a", "reached", retry_after_s=30.0)
     assert 29.0 < reserved(hosts, "a") <= 30.0
     assert reserved(hosts, "b") == 0.0
-    hosts.report("b", reached=True, retry_after_s=3600.0)
+    hosts.report("b", "reached", retry_after_s=3600.0)
     assert hosts.reserve("b", PATIENCE_S) is None
 
 
@@ -55,7 +65,7 @@ def test_who_waits_for_a_turn_learns_that_peace_was_asked_for() -> None:
     reserved(hosts, "a")
     assert reserved(hosts, "a") > 0.0
     assert not hosts.wants_peace("a")
-    hosts.report("a", reached=True, retry_after_s=30.0)
+    hosts.report("a", "reached", retry_after_s=30.0)
     assert hosts.wants_peace("a")
     assert not hosts.wants_peace("b")
     assert reserved(hosts, "a") > 29.0
@@ -69,30 +79,46 @@ def test_a_proxy_that_is_down_is_our_own_trouble_and_no_hosts() -> None:
         hosts.report_proxy_unreached()
     assert "the proxy could not be reached 3 times" in str(hosts.trouble())
     assert hosts.reserve("a", PATIENCE_S) is None
-    hosts.report("a", reached=True)
+    hosts.report("a", "reached")
     assert hosts.trouble() is None
 
 
 def test_a_host_is_dead_after_failures_in_a_row_for_a_while() -> None:
     hosts = book(dead_s=0.0)
     for _ in range(3):
-        hosts.report("a", reached=False)
+        hosts.report("a", "unreached")
     assert hosts.reserve("a", PATIENCE_S) is not None
     hosts = book()
     for reached in (False, False, True, False, False):
-        hosts.report("a", reached=reached)
+        hosts.report("a", "reached" if reached else "unreached")
     assert hosts.reserve("a", PATIENCE_S) is not None
-    hosts.report("a", reached=False)
+    hosts.report("a", "unreached")
     assert hosts.reserve("a", PATIENCE_S) is None
+
+
+def test_a_mirror_is_one_host_and_all_pictures() -> None:
+    hosts = HostBook(book().limits, mirror="m")
+    hosts.report("other", "unreached")
+    assert hosts.trouble() is None
+    hosts.report("m", "unnamed")
+    assert "the mirror m could not be reached" in str(hosts.trouble())
+    assert hosts.trouble(of_names=True) == hosts.trouble()
+    # One that has answered may miss a deadline.
+    for outcome in ("reached", "unreached", "unreached"):
+        hosts.report("m", outcome)
+        assert hosts.trouble() is None
+    hosts.report("m", "unreached")
+    assert hosts.trouble() is not None
+    assert hosts.trouble(of_names=True) is None
 
 
 def test_a_few_hosts_of_which_none_answers_are_trouble() -> None:
     hosts = book()
     for number in range(7):
-        hosts.report(f"h{number}", reached=False)
-        hosts.report(f"h{number}", reached=False)
+        hosts.report(f"h{number}", "unreached")
+        hosts.report(f"h{number}", "unreached")
     assert hosts.trouble() is None
-    hosts.report("h7", reached=False)
+    hosts.report("h7", "unreached")
     assert "8 of the last 8" in str(hosts.trouble())
 
 
@@ -100,25 +126,25 @@ def test_a_few_hosts_of_which_none_answers_are_trouble() -> None:
 def test_a_window_of_mostly_dead_hosts_is_trouble(num_reached: int, is_trouble: bool) -> None:
     hosts = book()
     for number in range(20):
-        hosts.report(f"h{number}", reached=number < num_reached)
+        hosts.report(f"h{number}", "reached" if number < num_reached else "unreached")
     assert (hosts.trouble() is not None) is is_trouble
 
 
-def asked(hosts: HostBook, host: str, *, reached: bool) -> None:
+def asked(hosts: HostBook, host: str, outcome: Outcome) -> None:
     assert hosts.reserve(host, PATIENCE_S) is not None
-    hosts.report(host, reached=reached)
+    hosts.report(host, outcome)
 
 
 def test_a_cable_that_is_pulled_is_trouble_and_rotten_hosts_between_good_ones_are_not() -> None:
     hosts = book()
     for number in range(100):
-        asked(hosts, f"good{number}", reached=True)
+        asked(hosts, f"good{number}", "reached")
     for number in range(18):
-        asked(hosts, f"rotten{number}", reached=False)
-        asked(hosts, f"good{number}", reached=True)
+        asked(hosts, f"rotten{number}", "unreached")
+        asked(hosts, f"good{number}", "reached")
     assert hosts.trouble() is None
     for number in range(100):
-        asked(hosts, f"good{number}", reached=False)
+        asked(hosts, f"good{number}", "unreached")
     assert hosts.trouble() is not None
 
 
@@ -129,9 +155,40 @@ def test_dead_hosts_that_are_given_up_last_are_no_trouble() -> None:
         hosts.reserve(f"h{number}", PATIENCE_S)
     for number in range(80):
         if number % 4:
-            hosts.report(f"h{number}", reached=True)
+            hosts.report(f"h{number}", "reached")
     for number in range(0, 80, 4):
-        hosts.report(f"h{number}", reached=False)
+        hosts.report(f"h{number}", "unreached")
+    assert hosts.trouble() is None
+
+
+@pytest.mark.parametrize(("window", "said"), [(0, "None"), (4, "4 of the last 4"), (30, "9 of")])
+def test_how_many_dead_hosts_are_trouble_can_be_said(window: int, said: str) -> None:
+    hosts = book(num_trouble_hosts=window)
+    for number in range(9):
+        asked(hosts, f"dead{number}", "unreached")
+    assert said in str(hosts.trouble())
+
+
+def test_a_live_host_that_is_asked_again_and_again_is_known_to_live() -> None:
+    hosts = book()
+    asked(hosts, "live", "reached")
+    for number in range(8):
+        asked(hosts, f"dead{number}", "unreached")
+    hosts.reserve("live", PATIENCE_S)
+    assert hosts.trouble() is None
+    hosts.report("live", "unreached")
+    assert "9 of the last 9" in str(hosts.trouble())
+
+
+def test_where_others_send_us_says_nothing_of_our_own_network() -> None:
+    hosts = book()
+    for number in range(20):
+        asked(hosts, f"h{number}", "unnamed" if number < 17 else "reached")
+    assert hosts.trouble() is None
+    for number in range(17):
+        hosts.reserve(f"h{number}", PATIENCE_S, is_named=False)
+        hosts.reserve(f"other{number}", PATIENCE_S, is_named=False)
+    asked(hosts, "last", "reached")
     assert hosts.trouble() is None
 
 
@@ -139,21 +196,45 @@ def test_names_that_all_lead_nowhere_are_trouble_of_our_own_also_when_asked_agai
     hosts = book()
     for number in range(8):
         hosts.reserve(f"h{number}", PATIENCE_S)
-        hosts.report_unnamed(f"h{number}")
+        hosts.report(f"h{number}", "unnamed")
     assert "8 of the last 8" in str(hosts.trouble())
     assert hosts.trouble(of_names=True) == hosts.trouble()
-    asked(hosts, "dead", reached=False)
+    asked(hosts, "dead", "unreached")
     assert hosts.trouble(of_names=True) is None
 
 
 def test_a_longer_peace_is_not_cut_by_a_shorter_one_nor_waited_for() -> None:
     hosts = book()
-    hosts.report("a", reached=True, retry_after_s=3000.0)
-    hosts.report("a", reached=True, retry_after_s=61.0)
+    hosts.report("a", "reached", retry_after_s=3000.0)
+    hosts.report("a", "reached", retry_after_s=61.0)
     assert hosts.reserve("a", 1e6) is None
     hosts = book(dead_s=0.0)
-    hosts.report("a", reached=True, retry_after_s=50.0)
+    hosts.report("a", "reached", retry_after_s=50.0)
     assert 49.0 < reserved(hosts, "a") <= 50.0
+
+
+def test_a_host_that_wants_peace_again_and_again_is_left_alone() -> None:
+    hosts = book(requests_per_s=1000.0)
+    # Of one moment: those under way at once.
+    for _ in range(9):
+        hosts.report("a", "reached", retry_after_s=0.05)
+    for _ in range(2):
+        assert hosts.reserve("a", PATIENCE_S) is not None
+        # Longer than the peace.
+        time.sleep(0.06)
+        hosts.report("a", "reached", retry_after_s=0.05)
+    assert hosts.reserve("a", PATIENCE_S) is None
+
+
+@pytest.mark.parametrize(("peace_s", "is_left_alone"), [(0.05, False), (1.05, True)])
+def test_a_second_of_peace_is_paid_by_an_answer(peace_s: float, is_left_alone: bool) -> None:
+    hosts = book(requests_per_s=1000.0)
+    for number in range(3):
+        hosts.report("a", "reached", retry_after_s=peace_s)
+        assert (hosts.reserve("a", PATIENCE_S) is None) is (is_left_alone and number == 2)
+        # Longer than the peace.
+        time.sleep(peace_s + 0.01)
+        hosts.report("a", "reached")
 
 
 def test_a_shared_book_is_one_in_this_process() -> None:

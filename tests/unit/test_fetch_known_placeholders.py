@@ -17,6 +17,7 @@ from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
 from tests.servers import WebServer, running
 
 GREY = b"grey"
+GOOD = b"GIF89a good"
 GREY_SHA256 = hashlib.sha256(GREY).hexdigest()
 
 
@@ -37,7 +38,7 @@ def test_a_placeholder_is_told_by_name_or_bytes(data: bytes, url: str | None, is
 def test_the_next_address_is_asked_after_a_placeholder(tmp_path: Path) -> None:
     config = FetchConfig(placeholder_sha256=(GREY_SHA256,), num_threads=1)
     (tmp_path / "grey.jpg").write_bytes(GREY)
-    answers = {"/grey": lambda h: h.send(200, GREY), "/good": lambda h: h.send(200, b"good")}
+    answers = {"/grey": lambda h: h.send(200, GREY), "/good": lambda h: h.send(200, GOOD)}
     with running(WebServer("127.0.0.1", answers)) as web:
         host = f"127.0.0.1:{web.port}"
         access = Access(allowed_hosts([host]), "127.0.0.1")
@@ -47,7 +48,7 @@ def test_the_next_address_is_asked_after_a_placeholder(tmp_path: Path) -> None:
         only = ImageRef("urls", (f"http://{host}/grey",))
         file = ImageRef("file", ("grey.jpg",))
         found = dict(source.fetch([both, only, file], lambda ref, f: (ref, (f.reason, f.data))))
-    assert found[both] == ("ok", b"good")
+    assert found[both] == ("ok", GOOD)
     assert found[only] == ("placeholder", None)
     assert found[file] == ("placeholder", None)
 

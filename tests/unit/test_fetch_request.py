@@ -269,9 +269,13 @@ def test_a_private_address_is_refused_in_every_notation(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///etc/hostname", "data:,x", "ftp://a/b", "http://", "http://[bad/x.jpg", "x"]
+    "url",
+    [
+        *("file:///etc/hostname", "data:,x", "ftp://a/b", "http://", "http://[bad/x.jpg", "x"),
+        *("http://a..b/x", "http://.a/x", f"http://{'a' * 64}.test/x", f"http://{'a.' * 128}b/x"),
+    ],
 )
-def test_other_schemes_are_refused(url: str) -> None:
+def test_what_is_no_web_address_is_refused(url: str) -> None:
     with pytest.raises(RefusedRequestError) as caught:
         get(url, limits(), ROUTE)
     assert caught.value.reason == "bad_url"

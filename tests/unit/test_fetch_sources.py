@@ -10,9 +10,11 @@ from d2i import picture_files
 from d2i.cluster import share
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
+from d2i.errors import ConfigError
 from d2i.preprocess.fetch import sources
 from d2i.preprocess.fetch.fetched import Fetched
-from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
+from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
+from tests.servers import Names, WebServer, name_server, running
 
 NUM_FILES = 203
 
@@ -28,6 +30,45 @@ def refs_of(folder: Path) -> list[ImageRef]:
         if number % 7:
             (folder / f"{number:03}").write_text(str(number))
     return [ImageRef("file", (f"{number:03}",)) for number in range(NUM_FILES)]
+
+
+def asked_of_mirror(template: str, access: Access, *paths: str) -> tuple[list[str], str | None]:
+    """Return the reason of each file that a mirror is asked for, and what trouble is seen."""
+    config = FetchConfig(mirror=template, num_threads=2)
+    book = share(host_book(config, access), num_workers=0)
+    source = PictureSource("/nowhere", config, access, book)
+    refs = [ImageRef("file", (path,)) for path in paths]
+    found = dict(source.fetch(refs, lambda ref, fetched: (ref, fetched.reason)))
+    return [found[ref] for ref in refs], source.trouble()
+
+
+def test_a_mirror_is_asked_by_name_and_never_above_its_place() -> None:
+    answers = dict.fromkeys(("/p/train/1.jpg", "/p/a%2520b"), lambda h: h.send(200, b"GIF89a"))
+    with running(WebServer("127.0.0.1", answers)) as web:
+        host = f"127.0.0.1:{web.port}"
+        access = Access(frozenset([host]))
+        paths = ("train/1.jpg", "a%20b", "gone.jpg", "../secret", "a/../../secret")
+        found = asked_of_mirror(f"http://{host}/p/{{path}}", access, *paths)
+        by_key = asked_of_mirror(f"http://{host}/p/{{key}}/x", access, "...jpg")
+    assert found == (["ok", "ok", "http_404", "bad_url", "bad_url"], None)
+    assert by_key == (["bad_url"], None)
+    assert set(web.asked) == {*answers, "/p/gone.jpg"}
+
+
+def test_a_mirror_that_is_not_there_is_trouble_and_not_many_dead_pictures() -> None:
+    with running(name_server(Names({}))) as dns:
+        access = Access(dns_server=f"127.0.0.1:{dns.server_address[1]}")
+        _, trouble = asked_of_mirror("http://misspelt.test/{path}", access, "1.jpg", "2.jpg")
+    assert "the mirror misspelt.test:80 could not be reached" in str(trouble)
+
+
+def test_a_mirror_that_may_not_be_asked_is_refused_at_once() -> None:
+    config = FetchConfig(mirror="http://mirror.test:8080/{path}")
+    with pytest.raises(ConfigError, match=r"port 8080 is not 80.*--allow-host"):
+        host_book(config)
+    allowed = Access(frozenset(["mirror.test:8080"]))
+    assert host_book(config, allowed).mirror == "mirror.test:8080"
+    assert host_book(FetchConfig(mirror="http://{key}.test/x")).mirror is None
 
 
 @pytest.mark.parametrize("num_threads", [1, 3, 16])

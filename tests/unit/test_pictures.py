@@ -13,6 +13,7 @@ from d2i.config import ImageConfig
 from d2i.pictures import (
     RefusedPictureError,
     Square,
+    begins_as_picture,
     crop_to_square,
     decode_picture,
     decode_square,
@@ -64,6 +65,13 @@ def test_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode_picture(data, LIMITS).image.getpixel((5, 5)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "MPO"])
+def test_what_can_be_decoded_begins_as_a_picture(form: str) -> None:
+    data = saved(noise((32, 32)), form)
+    assert decode_picture(data, LIMITS).image.size == (32, 32)
+    assert begins_as_picture(data)
 
 
 def test_reasons() -> None:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from d2i.cluster import Shared
+from d2i.pictures import NO_PICTURE, begins_as_picture
 from d2i.preprocess.fetch.connect import Route
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.guard import Target
-from d2i.preprocess.fetch.hosts import HostBook
+from d2i.preprocess.fetch.hosts import HostBook, Outcome
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.reasons import UNREACHED, RefusedRequestError, is_passing
 from d2i.preprocess.fetch.request import Limits, Response, get
@@ -59,6 +60,9 @@ class AddressFetcher:
 
     def fetch(self, addresses: Sequence[str], deadline: float) -> Fetched:
         """Return the first picture that an address gives, or the failure of the last one.
+
+        Only its first bytes are looked at: whether the rest can be decoded shows too late for
+        another address to be asked.
 
         Args:
             addresses: Where it may be had, best first.
@@ -129,7 +133,7 @@ class _Visit:
         self._give_slot_back()
         if self.asked:
             # It sent us on: it was reached.
-            self.fetcher.hosts.call("report", self.asked[-1].netloc, reached=True)
+            self.fetcher.hosts.call("report", self.asked[-1].netloc, "reached")
         host = target.netloc
         while True:
             wait_s = self._take_turn(host)
@@ -164,29 +168,41 @@ class _Visit:
     def _take_turn(self, host: str) -> float:
         """Return for how long the host is to be left alone, in seconds."""
         patience_s = self._patience_s()
-        wait_s: float | None = self.fetcher.hosts.call("reserve", host, patience_s)
+        wait_s: float | None = self.fetcher.hosts.call(
+            "reserve", host, patience_s, is_named=not self.asked
+        )
         if wait_s is None:
-            raise RefusedRequestError("dead_host", f"{host} did not answer before")
+            raise RefusedRequestError(
+                "dead_host", f"{host} did not answer before, or was busy too often"
+            )
         if wait_s > patience_s:
             raise RefusedRequestError("shard_timeout", f"{host} has too long a queue")
         return wait_s
 
     def _report(self, error: RefusedRequestError | None) -> None:
-        if not self.asked or (error is not None and error.reason == "proxy_refused"):
+        """Say what the host that was asked last showed; of one that we were sent to, good alone.
+
+        Who sends us on chooses where to and how late, and could make any host look dead.
+        """
+        if not self.asked:
             return
         if error is not None and error.reason == "proxy_unreached":
             self.fetcher.hosts.call("report_proxy_unreached")
             return
-        if error is not None and error.reason in _UNNAMED:
-            self.fetcher.hosts.call("report_unnamed", self.asked[-1].netloc)
+        outcome = _outcome(error)
+        if outcome is None or (outcome != "reached" and len(self.asked) > 1):
             return
         wait_s = 0.0 if error is None else _retry_after_s(error)
-        self.fetcher.hosts.call(
-            "report",
-            self.asked[-1].netloc,
-            reached=error is None or error.was_reached or error.reason not in UNREACHED,
-            retry_after_s=wait_s,
-        )
+        self.fetcher.hosts.call("report", self.asked[-1].netloc, outcome, retry_after_s=wait_s)
+
+
+def _outcome(error: RefusedRequestError | None) -> Outcome | None:
+    """Return what the end of a request shows of the host that was asked, if anything."""
+    if error is None or error.was_reached:
+        return "reached"
+    if error.reason in _UNNAMED:
+        return "unnamed"
+    return "unreached" if error.reason in UNREACHED else None
 
 
 def _retry_after_s(error: RefusedRequestError) -> float:
@@ -197,10 +213,14 @@ def _retry_after_s(error: RefusedRequestError) -> float:
 
 
 def _check_answer(answer: Response, placeholders: KnownPlaceholders) -> None:
-    """Refuse a picture that its host keeps from us, or that stands for one that is gone."""
+    """Refuse what its host keeps from us, stands for what is gone, or is a page, not a picture."""
     if is_kept_away(answer.headers.get_all("X-Robots-Tag", [])):
         raise RefusedRequestError(
             "robots", "X-Robots-Tag forbids it", answer.status, final_url=answer.final_url
         )
     if why := placeholders.why(answer.body, answer.final_url):
         raise RefusedRequestError("placeholder", why, answer.status, final_url=answer.final_url)
+    if not begins_as_picture(answer.body):
+        raise RefusedRequestError(
+            "not_an_image", NO_PICTURE, answer.status, final_url=answer.final_url
+        )

@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import SplitResult, quote, urlsplit
 
+import dns.exception
+import dns.name
+
 from d2i.errors import ConfigError
 from d2i.preprocess.fetch.reasons import RefusedRequestError
 
@@ -104,7 +107,20 @@ def _host(parts: SplitResult) -> str:
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
-        return host
+        return _name(host)
+
+
+def _name(host: str) -> str:
+    """Return a name that DNS can be asked for: no label empty or over 63 bytes, 255 in all.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        dns.name.from_text(host)
+    except dns.exception.DNSException as err:
+        raise ValueError(f"{host[:64]} is no name of a host: {err}") from err
+    return host
 
 
 def check_addresses(target: Target, addresses: Iterable[str], allow_hosts: frozenset[str]) -> None:

@@ -13,8 +13,6 @@ from typing import Literal
 Outcome = Literal["reached", "unreached", "unnamed"]
 """What a host showed of our own network; `unnamed`: its name led nowhere, or where none may."""
 
-_WINDOW = 20
-"""So many different hosts, asked one after the other, show whether the trouble is ours (ours)."""
 _NUM_BEGUN = 4096
 """Hosts whose answers are still waited for, at most."""
 _SHARE_UNREACHED = 0.9
@@ -28,15 +26,19 @@ class HostLimits:
 
     Args:
         requests_per_s: The most requests a second, over the whole job.
-        num_failures: Requests in a row that never reached it, until it counts as dead.
+        num_failures: Requests in a row that never reached it, or wishes for peace in a row, until
+            it counts as dead.
         dead_s: How long a dead host is not asked again, in seconds.
         max_retry_after_s: A host that wants longer peace than this counts as dead for so long.
+        num_trouble_hosts: So many different hosts, asked one after the other, show whether the
+            trouble is ours; 0: none do.
     """
 
     requests_per_s: float
     num_failures: int
     dead_s: float
     max_retry_after_s: float
+    num_trouble_hosts: int
 
 
 @dataclass
@@ -44,6 +46,8 @@ class _Host:
     next_free: float = 0.0
     peace_until: float = 0.0
     num_unreached: int = 0
+    num_peaces: int = 0
+    num_answers: int = 0
     dead_until: float = 0.0
 
     def note_unreached(self, limits: HostLimits, now: float) -> None:
@@ -52,18 +56,49 @@ class _Host:
         if self.num_unreached >= limits.num_failures:
             self.dead_until = max(self.dead_until, now + limits.dead_s)
 
+    def note_peace(self, for_s: float, limits: HostLimits, now: float) -> None:
+        """Grant peace; too many in a row, and the host counts as dead: who waits holds a thread.
+
+        They are in a row where it gave fewer answers in between than it now wants seconds (ours).
+        """
+        # What was under way when the last one began says nothing new.
+        if now >= self.peace_until:
+            self.num_peaces = 1 if self.num_answers >= for_s else self.num_peaces + 1
+            self.num_answers = 0
+        if for_s > limits.max_retry_after_s:
+            # Nobody waits for so long: the host is left alone, and asked in a later run.
+            self.dead_until = max(self.dead_until, now + for_s)
+        if self.num_peaces >= limits.num_failures:
+            self.dead_until = max(self.dead_until, now + limits.dead_s)
+        self.peace_until = max(self.peace_until, now + for_s)
+        self.next_free = max(self.next_free, self.peace_until)
+
 
 @dataclass
 class HostBook:
-    """Hands out turns to ask a host. Its clock is its own, so workers need no common one."""
+    """Hands out turns to ask a host. Its clock is its own, so workers need no common one.
+
+    Args:
+        limits: What one host is spared.
+        mirror: The host of which the pictures come that a corpus names as files, if it is one.
+    """
 
     limits: HostLimits
+    mirror: str | None = None
     _hosts: dict[str, _Host] = field(default_factory=dict)
     _begun: dict[str, Outcome | None] = field(default_factory=dict)
     _proxy: _Host = field(default_factory=_Host)
+    _num_mirror_failures: int = 0
+    _has_mirror_answered: bool = False
 
-    def reserve(self, host: str, patience_s: float) -> float | None:
+    def reserve(self, host: str, patience_s: float, *, is_named: bool = True) -> float | None:
         """Take the next turn of a host, unless it is further away than `patience_s`.
+
+        Args:
+            host: As `guard.Target.netloc` names it.
+            patience_s: How long the caller can wait, in seconds.
+            is_named: Whether an address names it, and not another host that sends us on: only
+                of such hosts is it counted how many cannot be reached.
 
         Returns:
             How long to wait before asking, in seconds, and no turn is taken if that is beyond
@@ -79,7 +114,8 @@ class HostBook:
         turn = max(now, state.next_free)
         if turn - now <= patience_s:
             state.next_free = turn + 1.0 / self.limits.requests_per_s
-            self._begin(host)
+            if is_named:
+                self._begin(host)
         return turn - now
 
     def wants_peace(self, host: str) -> bool:
@@ -87,24 +123,21 @@ class HostBook:
         state = self._hosts.setdefault(host, _Host())
         return time.monotonic() < max(state.peace_until, state.dead_until)
 
-    def report(self, host: str, *, reached: bool, retry_after_s: float = 0.0) -> None:
-        """Say how a request ended: whether the host answered, and for how long it wants peace."""
+    def report(self, host: str, outcome: Outcome, *, retry_after_s: float = 0.0) -> None:
+        """Say what a request showed of a host, and for how long it wants peace, in seconds."""
         now = time.monotonic()
         state = self._hosts.setdefault(host, _Host())
-        self._begun[host] = "reached" if reached else "unreached"
-        if reached:
+        self._begun[host] = outcome
+        if host == self.mirror:
+            self._note_mirror(outcome)
+        if outcome == "reached":
             state.num_unreached = self._proxy.num_unreached = 0
-        else:
+        elif outcome == "unreached":
             state.note_unreached(self.limits, now)
-        if retry_after_s > self.limits.max_retry_after_s:
-            # Nobody waits for so long: the host is left alone, and asked in a later run.
-            state.dead_until = max(state.dead_until, now + retry_after_s)
-        state.peace_until = max(state.peace_until, now + retry_after_s)
-        state.next_free = max(state.next_free, state.peace_until)
-
-    def report_unnamed(self, host: str) -> None:
-        """Say that a host's name led nowhere, or to an address that may not be asked."""
-        self._begun[host] = "unnamed"
+        if retry_after_s > 0.0:
+            state.note_peace(retry_after_s, self.limits, now)
+        elif outcome == "reached":
+            state.num_answers += 1
 
     def report_proxy_unreached(self) -> None:
         """Say that the proxy took no connection; of the host that tells nothing."""
@@ -121,22 +154,37 @@ class HostBook:
         """
         if self._proxy.num_unreached >= self.limits.num_failures and not of_names:
             return f"the proxy could not be reached {self._proxy.num_unreached} times in a row"
+        window = self.limits.num_trouble_hosts
+        if window and self._is_mirror_lost(of_names=of_names):
+            return f"the mirror {self.mirror} could not be reached (is fetch.mirror spelt right?)"
         known = (outcome for outcome in reversed(self._begun.values()) if outcome is not None)
-        contacts = list(itertools.islice(known, _WINDOW))
-        if of_names and "unreached" in contacts:
+        contacts = list(itertools.islice(known, window))
+        if not contacts or (of_names and "unreached" in contacts):
             return None
         num_failed = len(contacts) - contacts.count("reached")
         is_trouble = (
-            num_failed >= _FEW_HOSTS
+            num_failed >= min(_FEW_HOSTS, window)
             if num_failed == len(contacts)
-            else len(contacts) == _WINDOW and num_failed >= _SHARE_UNREACHED * _WINDOW
+            else len(contacts) == window and num_failed >= _SHARE_UNREACHED * window
         )
         if not is_trouble:
             return None
         return f"{num_failed} of the last {len(contacts)} different hosts could not be reached"
 
+    def _note_mirror(self, outcome: Outcome) -> None:
+        is_reached = outcome == "reached"
+        self._has_mirror_answered |= is_reached
+        self._num_mirror_failures = 0 if is_reached else self._num_mirror_failures + 1
+
+    def _is_mirror_lost(self, *, of_names: bool) -> bool:
+        """Say whether it never answered, or fails again and again: one host, but all pictures."""
+        if self.mirror is None or (of_names and self._begun.get(self.mirror) != "unnamed"):
+            return False
+        few = self.limits.num_failures if self._has_mirror_answered else 1
+        return self._num_mirror_failures >= few
+
     def _begin(self, host: str) -> None:
-        self._begun.pop(host, None)
-        self._begun[host] = None
+        # What it showed before holds until its answer: a host that is asked all the time has one.
+        self._begun[host] = self._begun.pop(host, None)
         if len(self._begun) > _NUM_BEGUN:
             del self._begun[next(iter(self._begun))]

@@ -33,10 +33,10 @@ class RefusedRequestError(Exception):
         detail: What happened, for a person.
         status: The HTTP status, where there was one.
         retry_after_s: How long the host asks to be left alone, in seconds.
-        final_url: The last address asked, after redirects.
+        final_url: The last address asked, or refused, after redirects.
 
     Attributes:
-        was_reached: Whether the host had answered before it failed.
+        was_reached: Whether the host that was asked last had answered before it failed.
     """
 
     def __init__(

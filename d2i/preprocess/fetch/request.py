@@ -13,8 +13,8 @@ import http.client
 import ssl
 import string
 import time
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin
 
@@ -79,10 +79,11 @@ def get(
             `too_many_redirects`.
     """
     deadline = time.monotonic() + limits.timeout_s
-    for _ in range(_NUM_REDIRECTS + 1):
-        target = check_url(url, limits.allow_hosts)
-        before = time.monotonic()
-        on_target(target)
+    for hop in range(_NUM_REDIRECTS + 1):
+        with _refusing_before_it_asks(url, is_sent_on=hop > 0):
+            target = check_url(url, limits.allow_hosts)
+            before = time.monotonic()
+            on_target(target)
         # Waiting for a turn is our courtesy, not the host's slowness.
         deadline += time.monotonic() - before
         progress = _Progress()
@@ -96,6 +97,16 @@ def get(
             return answer
         url = answer
     raise RefusedRequestError("too_many_redirects", f"over {_NUM_REDIRECTS}", final_url=url)
+
+
+@contextmanager
+def _refusing_before_it_asks(url: str, *, is_sent_on: bool) -> Iterator[None]:
+    """Say of a refusal which address it is of; whoever sent us on to it was reached."""
+    try:
+        yield
+    except RefusedRequestError as err:
+        err.final_url, err.was_reached = url, is_sent_on
+        raise
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -11,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar
-from urllib.parse import quote
 
 from d2i import __version__
 from d2i.cluster import Shared
@@ -26,7 +24,9 @@ from d2i.preprocess.fetch.engine import fetch_all
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.hosts import HostBook, HostLimits
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
+from d2i.preprocess.fetch.mirror import mirror_address, mirror_host
 from d2i.preprocess.fetch.proxy import Proxy
+from d2i.preprocess.fetch.reasons import RefusedRequestError
 from d2i.preprocess.fetch.request import Limits
 from d2i.preprocess.fetch.resolver import Resolver
 from d2i.preprocess.fetch.spread import spread_over_hosts
@@ -36,7 +36,6 @@ _NUM_WAITING = 16
 """Threads beyond those that ask, so that a host's peace does not hold up the others (ours)."""
 _RUN = 4
 """Files that a thread reads before it hands them over, which costs as much as a file (ours)."""
-_PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
 
 
 @dataclass(frozen=True)
@@ -135,20 +134,21 @@ class PictureSource:
         fetcher = self._address_fetcher()
         return fetch_all(
             spread_over_hosts(refs),
-            lambda ref, deadline: fetcher.fetch(self._addresses(ref), deadline),
+            lambda ref, deadline: self._ask_for(ref, fetcher, deadline),
             open_picture,
             num_threads=self.config.num_threads + _NUM_WAITING,
             timeout_s=self.config.shard_timeout_s,
         )
 
-    def _addresses(self, ref: ImageRef) -> tuple[str, ...]:
-        """Return where a picture may be had: of a file, its place in the mirror."""
+    def _ask_for(self, ref: ImageRef, fetcher: AddressFetcher, deadline: float) -> Fetched:
+        """Ask where a picture may be had: of a file, its place in the mirror."""
         if ref.kind == "urls":
-            return ref.value
-        path = ref.value[0]
-        names = {"path": path, "name": path.rpartition("/")[2]}
-        names["key"] = names["name"].rpartition(".")[0] or names["name"]
-        return (_PLACEHOLDER.sub(lambda found: quote(names[found[1]]), str(self.config.mirror)),)
+            return fetcher.fetch(ref.value, deadline)
+        try:
+            address = mirror_address(str(self.config.mirror), ref.value[0])
+        except RefusedRequestError as err:
+            return Fetched(None, err.reason, str(err), attempts=0)
+        return fetcher.fetch([address], deadline)
 
     def _address_fetcher(self) -> AddressFetcher:
         config = self.config
@@ -187,16 +187,20 @@ def _resolver(server: str | None) -> Resolver:
     return Resolver(server)
 
 
-def host_book(config: FetchConfig) -> HostBook:
-    """Return the manners of a new job."""
-    return HostBook(
-        HostLimits(
-            config.max_host_requests_per_s,
-            config.num_host_failures,
-            config.dead_host_s,
-            config.max_retry_after_s,
-        )
+def host_book(config: FetchConfig, access: Access = NO_ACCESS) -> HostBook:
+    """Return the manners of a new job.
+
+    Raises:
+        ConfigError: If the mirror may not be asked.
+    """
+    limits = HostLimits(
+        config.max_host_requests_per_s,
+        config.num_host_failures,
+        config.dead_host_s,
+        config.max_retry_after_s,
+        config.num_trouble_hosts,
     )
+    return HostBook(limits, config.mirror and mirror_host(config.mirror, access.allow_hosts))
 
 
 def user_agent(contact: str | None) -> str:

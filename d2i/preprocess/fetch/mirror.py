@@ -1,0 +1,49 @@
+"""A mirror: one host that has, by name, the pictures that a corpus names as files.
+
+Asks nothing itself.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote, urlsplit
+
+from d2i.errors import ConfigError
+from d2i.preprocess.fetch.guard import check_url
+from d2i.preprocess.fetch.reasons import RefusedRequestError
+
+_PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
+
+
+def mirror_address(template: str, path: str) -> str:
+    """Return where a mirror has a file.
+
+    Args:
+        template: `FetchConfig.mirror`.
+        path: The file's name in the corpus.
+
+    Raises:
+        RefusedRequestError: `bad_url` for a name that climbs out of its place.
+    """
+    names = {"path": path, "name": path.rpartition("/")[2]}
+    names["key"] = names["name"].rpartition(".")[0] or names["name"]
+    # A file called `...jpg` has the key `..`.
+    if ".." in [*path.split("/"), names["key"]]:
+        raise RefusedRequestError("bad_url", f"{path}: got a part '..', expected a path below it")
+    return _PLACEHOLDER.sub(lambda found: quote(names[found[1]]), template)
+
+
+def mirror_host(template: str, allow_hosts: frozenset[str]) -> str | None:
+    """Return the one host of a mirror, as `Target.netloc`; None where names make several of it.
+
+    Raises:
+        ConfigError: If it is no address that may be asked.
+    """
+    try:
+        target = check_url(_PLACEHOLDER.sub("x", template), allow_hosts)
+    except RefusedRequestError as err:
+        raise ConfigError(
+            f"fetch.mirror {template}: {err}; expected a web address on its usual port; "
+            "mend it, or allow its host with --allow-host HOST:PORT"
+        ) from err
+    return None if _PLACEHOLDER.search(urlsplit(template).netloc) else target.netloc
