@@ -173,8 +173,7 @@ class ShardReader:
         if folder is not None:
             return LocalShards(folder, self.manifest.shards)
         cache = Path(cache_dir) if cache_dir else storage.cache_folder("shards")
-        max_bytes = None if cache_gb is None else int(cache_gb * 1e9)
-        return CachedShards(self.url, self.manifest.shards, cache, max_bytes)
+        return CachedShards(self.url, self.manifest.shards, cache, cache_gb)
 
     def _positions(self, indices: ArrayLike) -> NDArray[np.int64]:
         positions = np.asarray(indices)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from d2i.errors import ConfigError, ShardError
 from d2i.recipes import load_recipe
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
+from d2i.shards.copies import Copies
+from d2i.shards.write import file_info
 from d2i.train.data import check_cache
 from d2i.train.order import DataOrder
 from tests.stores import fetched
@@ -49,7 +52,7 @@ def bound(data: Path, num_shards: float) -> float:
 
 
 def cached(cache: Path) -> set[int]:
-    return {int(tar.name[:6]) for tar in cache.glob("*.tar")}
+    return {int(copy.name[:6]) for copy in cache.glob("*.d2i-tar")}
 
 
 def tars(data: Path) -> list[int]:
@@ -165,6 +168,90 @@ def test_a_cache_that_one_shard_overfills_is_refused(data: Path, tmp_path: Path)
         ShardReader(f"noted://{data}", cache_dir=tmp_path, cache_gb=bound(data, 0.9))
 
 
+@pytest.mark.parametrize("cache_gb", [float("nan"), float("inf"), -1.0])
+def test_a_cache_of_no_size_is_refused(data: Path, tmp_path: Path, cache_gb: float) -> None:
+    with pytest.raises(ConfigError, match="a cache of"):
+        ShardReader(f"noted://{data}", cache_dir=tmp_path, cache_gb=cache_gb)
+
+
+def test_a_folder_that_can_keep_nothing_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / ".d2i-claims").mkdir(parents=True)
+    for place in ("file", "file/below", "taken"):
+        with pytest.raises(ConfigError, match=f"{place} cannot keep .* give another --cache-dir"):
+            ShardReader(f"noted://{data}", cache_dir=tmp_path / place)
+
+
+def test_a_cache_removes_nothing_but_copies(data: Path, tmp_path: Path) -> None:
+    """A data set that lies in the folder of copies stays, whatever the bound."""
+    cache = tmp_path / "cache"
+    shutil.copytree(data, cache)
+    (cache / "photos.tar").write_bytes(bytes(100_000))
+    before = {path.name: path.read_bytes() for path in cache.iterdir()}
+    reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 1))
+    indices = np.arange(len(reader))
+    assert is_right(reader.read(indices), indices)
+    assert len(cached(cache)) == 1
+    assert {name: (cache / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("kind", ["tar", "index"])
+def test_a_copy_with_one_bit_flipped_is_fetched_again(
+    data: Path, tmp_path: Path, kind: str
+) -> None:
+    cache, indices = tmp_path / "cache", np.arange(NUM_SHARDS * NUM_SAMPLES)
+    url = f"noted://{data}"
+    ShardReader(url, cache_dir=cache).read(indices)
+    for number, copy in enumerate(sorted(cache.glob(f"*.d2i-{kind}"))):
+        content = bytearray(copy.read_bytes())
+        content[number * len(content) // NUM_SHARDS] ^= 1
+        copy.write_bytes(content)
+    again = ShardReader(url, cache_dir=cache)
+    assert is_right(again.read(indices), indices)
+    assert [again.keys[int(index)][6:8] for index in indices] == [f"{i:02d}" for i in indices]
+    ending = {"tar": ".tar", "index": ".arrow"}[kind]
+    counts = Counter(fetched(data))
+    assert {name: count for name, count in counts.items() if count > 1} == {
+        name: 2 for name in counts if name.endswith(ending)
+    }
+
+
+def test_files_of_one_name_and_other_content_share_a_cache(tmp_path: Path) -> None:
+    """As the indexes of equal tars, written by two versions of Arrow."""
+    name = "000000-0123456789abcdef.arrow"
+    for content in (b"one", b"two", b"one"):
+        url = write_store(tmp_path / content.decode(), name, content)
+        mapped = Copies(url, tmp_path / "cache").map(name, file_info(content))
+        assert bytes(mapped) == content
+    assert len(list((tmp_path / "cache").glob("*.d2i-index"))) == 2
+
+
+def write_store(folder: Path, name: str, content: bytes) -> str:
+    """Make a store of one file; give its URL."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "data" / name).write_bytes(content)
+    return f"noted://{folder / 'data'}"
+
+
+def test_a_copy_that_disappears_is_fetched_beside_its_users(data: Path, tmp_path: Path) -> None:
+    """In this process and another, which both have it mapped and read on."""
+    cache, url, indices = tmp_path / "cache", f"noted://{data}", np.arange(30)
+    first = ShardReader(url, cache_dir=cache)
+    assert is_right(first.read(indices), indices)
+    with start(data, cache) as other:
+        assert other.stdout is not None and other.stdout.readline() == "read\n"
+        for copy in cache.glob("*.d2i-*"):
+            copy.unlink()
+        assert is_right(ShardReader(url, cache_dir=cache).read(indices), indices)
+        with start(data, cache) as late:
+            assert late.stdout is not None and late.stdout.readline() == "read\n"
+            late.communicate()
+        assert is_right(first.read(indices), indices)
+        other.communicate()
+    # Fetched once more, for all that came later.
+    assert set(Counter(fetched(data)).values()) == {2}
+
+
 def test_what_was_fetched_damaged_is_not_kept(data: Path, tmp_path: Path) -> None:
     tar = min(data.glob("*.tar"))
     good = tar.read_bytes()
@@ -189,7 +276,8 @@ def test_a_killed_fetch_leaves_nothing_half(data: Path, tmp_path: Path) -> None:
     with start(data, cache, "--kill-at", name) as killed:
         assert killed.wait(WAIT_S) == -signal.SIGKILL
     assert cached(cache) == {0, 1}
-    assert (cache / f".{name}.d2i-tmp").stat().st_size > 0
+    (remains,) = cache.glob(f".{name.removesuffix('.tar')}.*.d2i-tmp")
+    assert remains.stat().st_size > 0
     # Its remains count as its shard and make room first.
     reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 1.5))
     indices = np.arange(len(reader))
