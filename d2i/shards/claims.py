@@ -13,6 +13,17 @@ from pathlib import Path
 
 # struct flock of 64-bit Linux: type, whence, start, length, process (0 for these locks).
 _FLOCK = "hhqqi4x"
+_OPEN: weakref.WeakKeyDictionary[Claims, weakref.finalize[[int], Claims]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _close_all() -> None:
+    for close in list(_OPEN.values()):
+        close()
+
+
+os.register_at_fork(after_in_child=_close_all)
 
 
 class Claims:
@@ -20,7 +31,8 @@ class Claims:
 
     A byte of the file stands for a name (Linux's open file description locks), so that one open
     file serves any number of claims, and the kernel lifts them when the process ends in whatever
-    way. Threads that share this object share its claims.
+    way. Threads that share this object share its claims. A forked child has none: what it inherits
+    is closed, or its parent's claims would outlive the parent.
 
     Args:
         path: The file, on a disk of this machine; made where it is not there.
@@ -28,7 +40,7 @@ class Claims:
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        weakref.finalize(self, os.close, self._file)
+        _OPEN[self] = weakref.finalize(self, os.close, self._file)
 
     def share(self, name: str) -> None:
         """Claim a name beside others; wait while another has it alone."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +27,7 @@ from d2i.shards.copies import Copies
 from d2i.shards.write import file_info
 from d2i.train.data import check_cache
 from d2i.train.order import DataOrder
-from tests.stores import fetched
+from tests.stores import NotedStore, fetched, read_all
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_SHARDS, NUM_SAMPLES = 6, 5
@@ -302,3 +305,70 @@ def test_processes_share_a_cache(data: Path, tmp_path: Path) -> None:
         other.communicate()
     reader.read([0])
     assert cached(cache) == {0}
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("place", ["{data}", "noted://{data}"])
+def test_other_processes_take_over_a_reader(
+    data: Path, tmp_path: Path, method: str, place: str
+) -> None:
+    """As the workers of torch's DataLoader do, here in a cache that holds a third."""
+    url, size_gb = place.format(data=data), bound(data, 2)
+    reader = ShardReader(url, cache_dir=tmp_path / "cache", cache_gb=size_gb)
+    indices = np.arange(len(reader))
+    assert is_right(reader.read(indices), indices)
+    processes, answers = of_method(method, reader, num_processes=2)
+    for _ in range(3):
+        assert is_right(reader.read(indices), indices)
+    for _ in processes:
+        numbers, keys = answers.get(timeout=WAIT_S)
+        assert numbers == indices.tolist() and keys == list(reader.keys)
+    for process in processes:
+        process.join(WAIT_S)
+        assert process.exitcode == 0
+
+
+def test_a_fork_while_shards_are_fetched(data: Path, tmp_path: Path) -> None:
+    """The child waits for what its parent fetches, not for threads that it does not have."""
+    reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "cache")
+    list(reader.keys)
+    NotedStore.may_fetch.clear()
+    try:
+        reader.prefetch(range(NUM_SHARDS))
+        wait_until(lambda: len(tars(data)) == 4)
+        (process,), answers = of_method("fork", reader, num_processes=1)
+    finally:
+        NotedStore.may_fetch.set()
+    numbers, _ = answers.get(timeout=WAIT_S)
+    assert numbers == list(range(len(reader)))
+    process.join(WAIT_S)
+    # No tar was fetched by both.
+    assert set(Counter(tars(data)).values()) == {1}
+
+
+def test_a_child_keeps_no_claim_of_its_dead_parent(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with start(data, cache, "--fork") as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "read\n"
+        child = int(parent.stdout.readline())
+        parent.kill()
+    try:
+        ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 1)).read([0])
+        assert cached(cache) == {0}
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def of_method(method: str, reader: ShardReader, num_processes: int) -> tuple[list[Any], Any]:
+    """Start processes that read all."""
+    context: Any = multiprocessing.get_context(method)
+    answers = context.Queue()
+    processes = [
+        context.Process(target=read_all, args=(reader, answers)) for _ in range(num_processes)
+    ]
+    with warnings.catch_warnings():
+        # Of Python 3.12, where threads run: what forks here takes no lock of theirs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for process in processes:
+            process.start()
+    return processes, answers
