@@ -36,8 +36,9 @@ class CachedShards:
     Room for a shard is made by removing the tars that were used longest ago; those that are wanted
     soon (`prefetch`) go last, the latest first, and for a shard that is only wanted itself none
     that is wanted before it. Nothing goes that a thread reads or another process holds: the bound
-    is passed, until the next shard is opened, rather than waited for. Indexes are always kept;
-    they take about a hundredth of their tars.
+    is passed, until the next shard is opened, rather than waited for; so it is where several
+    processes fetch at once, by what is on its way to the others. Indexes are always kept; they take
+    about a hundredth of their tars.
 
     A shard is mapped, and held against all others, while it is read or wanted; where there is no
     bound, from then on.

@@ -31,19 +31,23 @@ from tests.stores import NotedStore, fetched, read_all
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_SHARDS, NUM_SAMPLES = 6, 5
+ORDER = DataOrder((NUM_SAMPLES,) * NUM_SHARDS, 3, "blocked", num_window_shards=2)
 WAIT_S = 60.0
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Six shards of five samples; sample i holds the number i."""
-    folder = tmp_path / "store" / "data"
+    return write_data(tmp_path / "store" / "data", "train")
+
+
+def write_data(folder: Path, split: str) -> Path:
     for shard in range(NUM_SHARDS):
         samples = []
         for number in range(shard * NUM_SAMPLES, (shard + 1) * NUM_SAMPLES):
             clip = np.full(64, number, np.float16)
             members = {"json": json_bytes({"number": number}), "clip.npy": npy_bytes(clip)}
-            samples.append(Sample(f"train-{number:02d}-0-0", members))
+            samples.append(Sample(f"{split}-{number:02d}-0-0", members))
         write_shard(samples, str(folder), shard, failures={})
     write_manifest(str(folder), {})
     return folder
@@ -134,14 +138,77 @@ def test_what_comes_next_is_fetched_ahead_of_its_use(data: Path, tmp_path: Path)
 def test_an_epoch_of_blocked_order_fetches_each_shard_once(data: Path, tmp_path: Path) -> None:
     """A cache of two windows: one that is read, and one that is fetched meanwhile."""
     reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "c", cache_gb=bound(data, 4))
-    order = DataOrder((NUM_SAMPLES,) * NUM_SHARDS, 3, "blocked", num_window_shards=2)
-    num_steps = order.num_samples // 3
-    for step in range(num_steps):
-        reader.prefetch(order.shards_ahead(step, 3))
-        indices = order.global_batch(step, 3)
+    read_epoch(reader, lambda: None)
+    assert_fetched_once(data)
+
+
+def test_a_reader_that_idles_starves_no_other(data: Path, tmp_path: Path) -> None:
+    """As that of the validation split between two validations, or one of another process."""
+    cache, size_gb = tmp_path / "c", bound(data, 5.1)
+    valid = write_data(tmp_path / "elsewhere" / "valid", "valid")
+    idle = ShardReader(f"noted://{valid}", cache_dir=cache, cache_gb=size_gb)
+    every = np.arange(len(idle))
+    assert is_right(idle.read(every), every)
+    assert len(list(cache.glob("*.d2i-tar"))) == 5
+    reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=size_gb)
+
+    def validate() -> None:
+        assert is_right(idle.read(every[:1]), every[:1])
+        # One more than there is room for, where both found room at once.
+        assert len(list(cache.glob("*.d2i-tar"))) <= 6
+
+    read_epoch(reader, validate)
+    assert_fetched_once(data)
+
+
+def test_what_failed_to_be_fetched_ahead_is_tried_again(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    reader = ShardReader(f"noted://{data}", cache_dir=cache)
+    (away := tmp_path / "away").mkdir()
+    for tar in data.glob("*.tar"):
+        tar.rename(away / tar.name)
+    reader.prefetch([0, 1, 2, 3])
+    wait_until(lambda: len(tars(data)) == 4)
+    for tar in away.glob("*.tar"):
+        tar.rename(data / tar.name)
+
+    def asked_again() -> bool:
+        reader.prefetch([0, 1, 2, 3])
+        return cached(cache) == {0, 1, 2, 3}
+
+    wait_until(asked_again)
+
+
+def test_what_had_no_room_is_fetched_once_there_is(data: Path, tmp_path: Path) -> None:
+    """A slower rank holds the window before: the faster one asks for the same until it is left."""
+    cache, size_gb = tmp_path / "cache", bound(data, 4)
+    slower, faster = (
+        ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=size_gb) for _ in range(2)
+    )
+    slower.prefetch([0, 1, 2, 3])
+    wait_until(lambda: cached(cache) == {0, 1, 2, 3})
+    faster.prefetch([2, 3, 4, 5])
+    slower.prefetch([2, 3])
+
+    def asked_again() -> bool:
+        faster.prefetch([2, 3, 4, 5])
+        return cached(cache) == {2, 3, 4, 5}
+
+    wait_until(asked_again)
+
+
+def read_epoch(reader: ShardReader, after_step: Callable[[], None]) -> None:
+    """Read an epoch as training does, two shards at a time."""
+    for step in range(ORDER.num_samples // 3):
+        reader.prefetch(ORDER.shards_ahead(step, 3))
+        indices = ORDER.global_batch(step, 3)
         assert is_right(reader.read(indices), indices)
-    # The window of the next epoch is under way already.
-    once = set(range(NUM_SHARDS)) - set(order.shards_ahead(num_steps, 3)[:2])
+        after_step()
+
+
+def assert_fetched_once(data: Path) -> None:
+    """Of each shard, but for those of the next epoch's window, which is under way already."""
+    once = set(range(NUM_SHARDS)) - set(ORDER.shards_ahead(ORDER.num_samples // 3, 3)[:2])
     counts = Counter(tars(data))
     assert set(counts) == set(range(NUM_SHARDS))
     assert all(counts[shard] == 1 for shard in once)
@@ -152,12 +219,15 @@ def test_a_cache_smaller_than_a_window_is_refused(data: Path, tmp_path: Path) ->
     config = load_recipe("demo").train.model_copy(
         update={"order": "blocked", "num_window_shards": 2}
     )
-    check_cache(reader, config, bound(data, 2))
-    check_cache(ShardReader(str(data)), config, bound(data, 1))
-    with pytest.raises(ConfigError, match=r"train.num_window_shards=2, noted.* GB at once"):
-        check_cache(reader, config, bound(data, 1.5))
+    check_cache(reader, None, config, bound(data, 2))
+    check_cache(reader, reader, config, bound(data, 3))
+    check_cache(ShardReader(str(data)), reader, config, bound(data, 1))
+    with pytest.raises(ConfigError, match=r"train.num_window_shards=2, noted.* GB at once;"):
+        check_cache(reader, None, config, bound(data, 1.5))
+    with pytest.raises(ConfigError, match=r"at once with a validation shard; expected"):
+        check_cache(reader, reader, config, bound(data, 2.9))
     with pytest.raises(ConfigError, match=r"--set train.order=blocked"):
-        check_cache(reader, config.model_copy(update={"order": "global"}), bound(data, 5))
+        check_cache(reader, None, config.model_copy(update={"order": "global"}), bound(data, 5))
 
 
 def test_keys_need_no_tar(data: Path, tmp_path: Path) -> None:
