@@ -1,8 +1,9 @@
 """A store that is not local in d2i's eyes: it notes what is fetched, and may kill who fetches.
 
-    python -m tests.stores URL CACHE [--kill-at NAME]
+    python -m tests.stores URL CACHE [--kill-at NAME] [--fork]
 
-reads all samples of a data set through a cache, prints `read`, and waits for the end of its input.
+reads all samples of a data set through a cache, prints `read`, and waits for the end of its input;
+with `--fork` a child is forked after that, which prints its number and waits to be killed.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import argparse
 import os
 import signal
 import sys
+import threading
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from d2i.shards import ShardReader
 
 LOG_NAME = "fetched.log"
 
@@ -25,6 +30,8 @@ class NotedStore(LocalFileSystem):
 
     protocol = "noted"
     kill_at: str | None = None
+    may_fetch = threading.Event()
+    may_fetch.set()
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -35,6 +42,7 @@ class NotedStore(LocalFileSystem):
         source = Path(self._strip_protocol(rpath))
         with (source.parent.parent / LOG_NAME).open("a") as log:
             log.write(f"{source.name}\n")
+        self.may_fetch.wait()
         data = source.read_bytes()
         with Path(lpath).open("wb") as file:
             file.write(data[: len(data) // 2])
@@ -53,20 +61,34 @@ def fetched(data: Path) -> list[str]:
     return log.read_text().split() if log.exists() else []
 
 
+def read_all(reader: ShardReader, answers: Queue[Any]) -> None:
+    """Read all of a reader that another process made, and answer with the numbers it holds."""
+    # Of its own, where the parent that forked it has fetches wait.
+    NotedStore.may_fetch = threading.Event()
+    NotedStore.may_fetch.set()
+    indices = range(len(reader))
+    reader.prefetch(range(len(reader.manifest.shards)))
+    keys = [reader.keys[index] for index in indices]
+    answers.put((reader.read(indices)["clip"][:, 0].tolist(), keys))
+
+
 def main() -> None:
     """Read, say so, and wait."""
-    from d2i.shards import ShardReader
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
     parser.add_argument("cache")
     parser.add_argument("--kill-at")
+    parser.add_argument("--fork", action="store_true")
     args = parser.parse_args()
     NotedStore.kill_at = args.kill_at
     reader = ShardReader(args.url, cache_dir=args.cache)
     reader.read(range(len(reader)))
     sys.stdout.write("read\n")
     sys.stdout.flush()
+    if args.fork and os.fork() == 0:
+        sys.stdout.write(f"{os.getpid()}\n")
+        sys.stdout.flush()
+        signal.pause()
     sys.stdin.read()
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,6 +35,13 @@ WorkersOption = Annotated[
 ]
 FetchWorkersOption = Annotated[
     int | None, typer.Option(min=1, help="Ray workers that fetch and decode.")
+]
+CacheDirOption = Annotated[
+    Path | None, typer.Option("--cache-dir", help="Local folder for shards that lie elsewhere.")
+]
+CacheGbOption = Annotated[
+    float | None,
+    typer.Option("--cache-gb", min=0, help="The most it may hold, in 1e9 bytes; else all."),
 ]
 FaultOption = Annotated[
     str | None, typer.Option("--fault", help="POINT:error|sleep|kill:N, for proofs.")

@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from d2i.cli.console import (
+    CacheDirOption,
+    CacheGbOption,
     FaultOption,
     JsonOption,
     RecipeOption,
@@ -38,12 +40,8 @@ def train(
     zero: Annotated[
         Path | None, typer.Option(help="DeepSpeed's zero_optimization settings: train/zero-2.json.")
     ] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Local folder for shards that lie elsewhere.")
-    ] = None,
-    cache_gb: Annotated[
-        float | None, typer.Option(min=0, help="The most it may hold, in 1e9 bytes; else all.")
-    ] = None,
+    cache_dir: CacheDirOption = None,
+    cache_gb: CacheGbOption = None,
     *,
     preflight: Annotated[
         bool, typer.Option("--preflight", help="Measure this machine for it; train nothing.")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from d2i.cli.console import (
+    CacheDirOption,
+    CacheGbOption,
     FaultOption,
     JsonOption,
     ProgressLine,
@@ -86,6 +89,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="Ray workers, with --parallel.")
     ] = None,
     ray_address: RayOption = None,
+    cache_dir: CacheDirOption = None,
+    cache_gb: CacheGbOption = None,
     *,
     parallel: Annotated[bool, typer.Option("--parallel", help="Work on Ray.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take.")] = False,
@@ -118,6 +123,7 @@ def evaluate(
     from d2i.eval.systems import parse_system
     from d2i.fault import parse_fault
     from d2i.recipes import change_recipe, read_kept_recipe
+    from d2i.shards import ShardReader
 
     assumed = assumed_of(rate, price_per_node_hour, dry_run=dry_run)
     if workers is not None and not parallel:
@@ -136,6 +142,7 @@ def evaluate(
         num_workers=workers if parallel else 0,
         ray_address=ray_address,
         fault=parse_fault(fault),
+        open_shards=partial(ShardReader, cache_dir=cache_dir, cache_gb=cache_gb),
     )
     if dry_run:
         _foresee(request, assumed, as_json=as_json)

@@ -43,6 +43,8 @@ class EvalRequest:
         task_size: Instances that a worker is given at a time; `None` takes one compute batch.
             Changes no number.
         num_workers: `0` works in this process, without Ray; `None` fits the machine or cluster.
+        open_shards: Opens a data set wherever it is read; pickles. Another than `ShardReader` says
+            where copies of shards that lie elsewhere are kept.
     """
 
     recipe: Recipe
@@ -56,6 +58,7 @@ class EvalRequest:
     num_workers: int | None = 0
     ray_address: str | None = None
     fault: Fault | None = None
+    open_shards: Callable[[str], ShardReader] = ShardReader
 
 
 @dataclass
@@ -113,7 +116,7 @@ def rate_decided_by(request: EvalRequest, unit: Unit) -> dict[str, Any]:
 
 
 def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> dict[str, Any]:
-    reader = ShardReader(request.data_url)
+    reader = request.open_shards(request.data_url)
     check_prepared_with(request.recipe, request.data_url, parts=("image", "encoders"))
     for folder in ("tasks", "images"):
         storage.remove_leftovers(storage.join(request.out_url, folder))
@@ -169,6 +172,7 @@ def _pool(request: EvalRequest) -> Pool[EvalTask, TaskResult]:
         context=request.context,
         save_images=request.save_images,
         fault=request.fault,
+        open_shards=request.open_shards,
     )
     return Pool(builder, num_workers=request.num_workers, ray_address=request.ray_address)
 

@@ -6,7 +6,7 @@ line as `--system package.module:build`. The systems of d2i are built by functio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from d2i.config import Recipe
 from d2i.encoders import Encoders
 from d2i.eval.prompts import Prompt
+from d2i.shards import ShardReader
 
 if TYPE_CHECKING:
     from d2i.eval.systems import SystemSpec
@@ -68,6 +69,7 @@ class SystemContext:
         encoders: The recipe's frozen encoders.
         keys: The keys of all instances that are to be drawn.
         device: The torch device to work on.
+        open_shards: Opens a data set that the system reads.
     """
 
     spec: SystemSpec
@@ -75,3 +77,4 @@ class SystemContext:
     encoders: Encoders
     keys: Sequence[str]
     device: str
+    open_shards: Callable[[str], ShardReader] = ShardReader

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +53,7 @@ class EvalWorkerBuilder:
     context: ContextMode
     save_images: SaveImages
     fault: Fault | None = None
+    open_shards: Callable[[str], ShardReader] = ShardReader
 
     def __call__(self) -> EvalWorker:
         """Load the system, the encoders and the feature extractor."""
@@ -67,11 +68,18 @@ class EvalWorker:
 
     def __init__(self, builder: EvalWorkerBuilder, encoders: Encoders, device: str) -> None:
         self._builder, self._encoders, self._device = builder, encoders, device
-        self._reader = ShardReader(builder.data_url)
+        self._reader = builder.open_shards(builder.data_url)
         self._prompts = PromptReader(self._reader, builder.recipe.text, builder.context)
         self._measurer = Measurer(builder.recipe, encoders, self._reader, device)
         self._system = build_system(
-            SystemContext(builder.system, builder.recipe, encoders, self._reader.keys, device)
+            SystemContext(
+                builder.system,
+                builder.recipe,
+                encoders,
+                self._reader.keys,
+                device,
+                builder.open_shards,
+            )
         )
 
     def run(self, task: EvalTask) -> TaskResult:

@@ -1,40 +1,33 @@
-"""Local copies of shards that lie elsewhere: bounded, fetched ahead, shared by processes.
+"""Shards that lie elsewhere, through local copies: bounded, fetched ahead, shared by processes.
 
-A copy is whole or absent under its name, which says its content: one folder serves any number of
-data sets. Must not import torch or ray.
+Must not import torch or ray.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
+import math
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2i import storage
-from d2i.errors import ConfigError, D2IError, ShardError
-from d2i.shards.claims import Claims
-from d2i.shards.commit import Commit, FileInfo
-from d2i.shards.index import Index
-from d2i.shards.mapped import MappedShard, in_words, map_file, open_index, open_shard
+from d2i.errors import ConfigError, D2IError
+from d2i.shards.commit import Commit
+from d2i.shards.copies import Copies, copy_name
+from d2i.shards.index import Index, read_index
+from d2i.shards.mapped import MappedShard, in_words, open_shard
 
 _NUM_FETCHERS = 4
-_CLAIMS_NAME = ".d2i-claims"
 
 
 @dataclass
 class _Held:
-    """A mapped copy, how many threads read it now, and when one last began to."""
+    """A mapped copy, and how many threads read it now."""
 
     shard: MappedShard
     num_users: int
-    used_ns: int
 
 
 class CachedShards:
@@ -43,35 +36,40 @@ class CachedShards:
     Room for a shard is made by removing the tars that were used longest ago; those that are wanted
     soon (`prefetch`) go last, the latest first, and for a shard that is only wanted itself none
     that is wanted before it. Nothing goes that a thread reads or another process holds: the bound
-    is passed, until the next shard is opened, rather than waited for. Indexes are always kept;
-    they take about a hundredth of their tars.
+    is passed, until the next shard is opened, rather than waited for; so it is where several
+    processes fetch at once, by what is on its way to the others. Indexes are always kept; they take
+    about a hundredth of their tars.
+
+    A shard is mapped, and held against all others, while it is read or wanted; where there is no
+    bound, from then on.
 
     Args:
         url: The data set's folder.
         commits: Its shards.
         folder: Where the copies lie, on a disk of this machine; made where it is not there.
-        max_bytes: The most that tars in the folder may take together; `None` keeps all.
+        max_gb: The most that tars in the folder may take together, in 1e9 bytes; `None` keeps all.
 
     Raises:
-        ConfigError: If the largest shard alone would take more.
+        ConfigError: If the largest shard alone would take more, or nothing can be kept there.
     """
 
     def __init__(
-        self, url: str, commits: Sequence[Commit], folder: Path, max_bytes: int | None
+        self, url: str, commits: Sequence[Commit], folder: Path, max_gb: float | None
     ) -> None:
-        _check_bound(url, commits, max_bytes)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._url, self._commits, self._folder = url, commits, folder
-        self._max_bytes = max_bytes
-        self._claims = Claims(folder / _CLAIMS_NAME)
-        self._numbers = {commit.tar_name: number for number, commit in enumerate(commits)}
+        _check_bound(url, commits, max_gb)
+        self._url, self._commits = url, commits
+        self._max_bytes = None if max_gb is None else int(max_gb * 1e9)
+        self._copies = Copies(url, folder)
+        self._names = [copy_name(commit.tar_name, commit.tar) for commit in commits]
+        self._numbers = {name: number for number, name in enumerate(self._names)}
         self._indexes: dict[int, Index] = {}
         self._index_lock = threading.Lock()
         # Guards all below.
         self._changed = threading.Condition()
         self._held: dict[int, _Held] = {}
         self._pending: set[int] = set()
-        self._wanted: tuple[int, ...] = ()
+        # Place by number, the first one first.
+        self._wanted: dict[int, int] = {}
         self._num_fetchers = 0
 
     def index(self, number: int) -> Index:
@@ -92,35 +90,38 @@ class CachedShards:
         finally:
             with self._changed:
                 held.num_users -= 1
+                self._let_go_if_idle(number)
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Fetch shards in the background, the first one first, in place of those wanted before.
 
-        What fails is left to whoever reads the shard, and gets the error.
+        What fails is left to whoever reads the shard, and gets the error; it is tried again when
+        this is called again.
         """
-        wanted = tuple(numbers)
+        wanted = {number: place for place, number in enumerate(dict.fromkeys(numbers))}
         with self._changed:
-            if wanted == self._wanted:
-                return
-            self._wanted = wanted
-            num_started = _NUM_FETCHERS - self._num_fetchers
-            self._num_fetchers = _NUM_FETCHERS
+            if wanted != self._wanted:
+                self._wanted = wanted
+                for number in list(self._held):
+                    self._let_go_if_idle(number)
+            num_missing = len(wanted.keys() - self._held.keys() - self._pending)
+            num_started = max(0, min(num_missing, _NUM_FETCHERS - self._num_fetchers))
+            self._num_fetchers += num_started
         for _ in range(num_started):
             # A daemon: a process that is done does not wait for shards that nobody will read.
             threading.Thread(target=self._fetch_wanted, name="shard-fetcher", daemon=True).start()
 
     def _fetch_wanted(self) -> None:
-        try:
-            while (number := self._next_wanted()) is not None:
+        while (number := self._next_wanted()) is not None:
+            try:
                 self._open(number, num_users=0)
-        except (D2IError, OSError):
-            return
-        finally:
-            with self._changed:
-                self._num_fetchers -= 1
+            except (D2IError, OSError):
+                with self._changed:
+                    self._num_fetchers -= 1
+                return
 
     def _next_wanted(self) -> int | None:
-        """Claim the next shard to be fetched, if one is wanted for which there is room."""
+        """Make the next shard pending that is wanted and has room; else count a fetcher less."""
         with self._changed:
             for number in self._wanted:
                 if number not in self._held and number not in self._pending:
@@ -128,7 +129,8 @@ class CachedShards:
                     if self._make_room(ahead=number):
                         return number
                     self._pending.discard(number)
-                    return None
+                    break
+            self._num_fetchers -= 1
         return None
 
     def _take(self, number: int) -> _Held:
@@ -137,7 +139,6 @@ class CachedShards:
             held = self._held.get(number)
             if held is not None:
                 held.num_users += 1
-                held.used_ns = time.time_ns()
                 return held
             self._pending.add(number)
             self._make_room()
@@ -149,50 +150,40 @@ class CachedShards:
         try:
             index = self.index(number)
             with in_words(self._url, commit):
-                shard = open_shard(commit, map_file(self._copy(commit.tar_name, commit.tar)), index)
-            held = _Held(shard, num_users, time.time_ns())
+                shard = open_shard(commit, self._copies.map(commit.tar_name, commit.tar), index)
+            held = _Held(shard, num_users)
         finally:
             with self._changed:
                 self._pending.discard(number)
                 if held is None:
-                    self._claims.drop(commit.tar_name)
+                    self._copies.let_go(self._names[number])
                 else:
                     self._held[number] = held
+                    self._let_go_if_idle(number)
                 self._changed.notify_all()
         return held
+
+    def _let_go_if_idle(self, number: int) -> None:
+        """Let others remove a shard that is neither read nor wanted here, if there is a bound."""
+        held = self._held[number]
+        if self._max_bytes is not None and not held.num_users and number not in self._wanted:
+            self._let_go(number)
+
+    def _let_go(self, number: int) -> None:
+        # Unmapped first: what is mapped takes its bytes of the disk though it is removed.
+        del self._held[number]
+        self._copies.let_go(self._names[number])
 
     def _open_index(self, commit: Commit) -> Index:
         with in_words(self._url, commit):
             try:
-                path = self._copy(commit.index_name, commit.index_file)
+                mapped = self._copies.map(commit.index_name, commit.index_file)
             finally:
                 # Indexes are never removed.
-                self._claims.drop(commit.index_name)
-            return open_index(commit, map_file(path))
-
-    def _copy(self, name: str, info: FileInfo) -> Path:
-        """Give the path of a file's copy, under a shared claim; one process fetches it."""
-        path = self._folder / name
-        self._claims.share(name)
-        if not _is_whole(path, info):
-            self._claims.own(name)
-            if not _is_whole(path, info):
-                self._fetch(name, info, path)
-            self._claims.share(name)
-        os.utime(path)
-        return path
-
-    def _fetch(self, name: str, info: FileInfo, path: Path) -> None:
-        # One name for all attempts: what a killed one left is written over, or makes room.
-        scratch = path.with_name(f".{name}{storage.TEMPORARY_SUFFIX}")
-        try:
-            storage.download(storage.join(self._url, name), scratch)
-            with scratch.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
-                    raise ShardError(f"{name} was fetched with another sha256 than the manifest's")
-            storage.publish_file(scratch, str(path))
-        finally:
-            scratch.unlink(missing_ok=True)
+                self._copies.let_go(copy_name(commit.index_name, commit.index_file))
+            return read_index(
+                mapped, num_samples=commit.num_samples, tar_size_bytes=commit.tar.size_bytes
+            )
 
     def _make_room(self, ahead: int | None = None) -> bool:
         """Remove copies until all that is there or on its way fits; say whether it does.
@@ -202,7 +193,9 @@ class CachedShards:
         """
         if self._max_bytes is None:
             return True
-        sizes = self._sizes()
+        sizes = self._copies.tar_sizes()
+        for number in self._pending:
+            sizes[self._names[number]] = self._commits[number].tar.size_bytes
         excess = sum(sizes.values()) - self._max_bytes
         for name in self._victims(sizes, ahead) if excess > 0 else ():
             if excess <= 0:
@@ -211,65 +204,36 @@ class CachedShards:
                 excess -= sizes[name]
         return excess <= 0
 
-    def _sizes(self) -> Counter[str]:
-        """Bytes of each tar in the folder, whole or cut, and of those this process awaits."""
-        sizes: Counter[str] = Counter()
-        for entry in os.scandir(self._folder):
-            name = entry.name.removesuffix(storage.TEMPORARY_SUFFIX).removeprefix(".")
-            if name.endswith(".tar"):
-                with contextlib.suppress(FileNotFoundError):
-                    sizes[name] += entry.stat().st_size
-        for number in self._pending:
-            sizes[self._commits[number].tar_name] = self._commits[number].tar.size_bytes
-        return sizes
-
     def _victims(self, names: Counter[str], ahead: int | None) -> list[str]:
         """What may be removed, in the order in which it should be."""
-        places = {self._commits[n].tar_name: place for place, n in enumerate(self._wanted)}
-        first_free = -1 if ahead is None else places[self._commits[ahead].tar_name]
+        places = {self._names[number]: place for number, place in self._wanted.items()}
+        first_free = -1 if ahead is None else places[self._names[ahead]]
         unwanted = [name for name in names if name not in places]
         later = [name for name in names if places.get(name, -1) > first_free]
         return [
-            *sorted(unwanted, key=self._last_use),
+            *sorted(unwanted, key=self._copies.last_use_ns),
             *sorted(later, key=lambda name: -places[name]),
         ]
 
-    def _last_use(self, name: str) -> int:
-        held = self._held.get(self._numbers.get(name, -1))
-        if held is not None:
-            return held.used_ns
-        try:
-            return (self._folder / name).stat().st_mtime_ns
-        except FileNotFoundError:
-            return 0
-
     def _remove(self, name: str) -> bool:
-        """Remove a tar, and what is left of fetching it, unless it is in use; say whether."""
+        """Remove the copy of a tar, unless it is in use here or held elsewhere; say whether."""
         number = self._numbers.get(name, -1)
         held = self._held.get(number)
         if number in self._pending or (held is not None and held.num_users):
             return False
-        self._held.pop(number, None)
-        is_free = self._claims.try_own(name)
-        if is_free:
-            path = self._folder / name
-            path.unlink(missing_ok=True)
-            path.with_name(f".{name}{storage.TEMPORARY_SUFFIX}").unlink(missing_ok=True)
-        self._claims.drop(name)
-        return is_free
+        if held is not None:
+            self._let_go(number)
+        return self._copies.remove(name)
 
 
-def _check_bound(url: str, commits: Sequence[Commit], max_bytes: int | None) -> None:
+def _check_bound(url: str, commits: Sequence[Commit], max_gb: float | None) -> None:
+    if max_gb is None:
+        return
     largest = max((commit.tar.size_bytes for commit in commits), default=0)
-    if max_bytes is not None and max_bytes < largest:
+    if not math.isfinite(max_gb):
+        raise ConfigError(f"a cache of {max_gb} GB; expected a number; leave it out to keep all")
+    if int(max_gb * 1e9) < largest:
         raise ConfigError(
-            f"a cache of {max_bytes / 1e9:g} GB is too small for {url}, whose largest shard has "
+            f"a cache of {max_gb:g} GB is too small for {url}, whose largest shard has "
             f"{largest / 1e9:g} GB; expected several shards to fit; give it more"
         )
-
-
-def _is_whole(path: Path, info: FileInfo) -> bool:
-    try:
-        return path.stat().st_size == info.size_bytes
-    except FileNotFoundError:
-        return False

@@ -7,10 +7,23 @@ import hashlib
 import os
 import struct
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # struct flock of 64-bit Linux: type, whence, start, length, process (0 for these locks).
 _FLOCK = "hhqqi4x"
+_OPEN: weakref.WeakKeyDictionary[Claims, weakref.finalize[[int], Claims]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _close_all() -> None:
+    for close in list(_OPEN.values()):
+        close()
+
+
+os.register_at_fork(after_in_child=_close_all)
 
 
 class Claims:
@@ -18,7 +31,8 @@ class Claims:
 
     A byte of the file stands for a name (Linux's open file description locks), so that one open
     file serves any number of claims, and the kernel lifts them when the process ends in whatever
-    way. Threads that share this object share its claims.
+    way. Threads that share this object share its claims. A forked child has none: what it inherits
+    is closed, or its parent's claims would outlive the parent.
 
     Args:
         path: The file, on a disk of this machine; made where it is not there.
@@ -26,30 +40,48 @@ class Claims:
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        weakref.finalize(self, os.close, self._file)
+        _OPEN[self] = weakref.finalize(self, os.close, self._file)
 
     def share(self, name: str) -> None:
         """Claim a name beside others; wait while another has it alone."""
         self._lock(fcntl.F_OFD_SETLKW, fcntl.F_RDLCK, name)
 
-    def own(self, name: str) -> None:
-        """Claim a name alone, giving up a shared claim first; wait while others have it."""
-        # Two that wait for each other to give up theirs would wait for ever.
-        self.drop(name)
-        self._lock(fcntl.F_OFD_SETLKW, fcntl.F_WRLCK, name)
+    def is_taken(self, name: str) -> bool:
+        """Say whether another claims a name, shared or alone."""
+        found = self._lock(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, name)
+        return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
 
-    def try_own(self, name: str) -> bool:
-        """Claim a name alone where no other has it, and say so; a shared claim is kept else."""
+    @contextmanager
+    def owning(self, name: str) -> Iterator[None]:
+        """Claim a name alone; wait while others have it.
+
+        Only for names that nobody shares: two that wait for each other would wait for ever.
+        """
+        self._lock(fcntl.F_OFD_SETLKW, fcntl.F_WRLCK, name)
         try:
-            self._lock(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, name)
-        except BlockingIOError:
-            return False
-        return True
+            yield
+        finally:
+            self.drop(name)
+
+    @contextmanager
+    def trying_to_own(self, *names: str) -> Iterator[bool]:
+        """Claim names alone where no other has any of them, and say so; wait for nobody."""
+        owned: list[str] = []
+        try:
+            with suppress(BlockingIOError):
+                for name in names:
+                    self._lock(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, name)
+                    owned.append(name)
+            yield len(owned) == len(names)
+        finally:
+            for name in owned:
+                self.drop(name)
 
     def drop(self, name: str) -> None:
         """Give up a claim, if there is one."""
         self._lock(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, name)
 
-    def _lock(self, command: int, kind: int, name: str) -> None:
+    def _lock(self, command: int, kind: int, name: str) -> bytes:
         byte = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
-        fcntl.fcntl(self._file, command, struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0))
+        lock = struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0)
+        return fcntl.fcntl(self._file, command, lock)

@@ -6,7 +6,6 @@ Must not import torch or ray.
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -53,32 +52,34 @@ class Shards(Protocol):
 
 
 class LocalShards:
-    """The shards of a folder, each mapped when it is first touched."""
+    """The shards of a folder, each mapped when it is first touched.
+
+    Holds no lock, so that forks and pickles are of use: of threads that touch a shard at once each
+    maps it, and one map stays.
+    """
 
     def __init__(self, folder: Path, commits: Sequence[Commit]) -> None:
         self._folder = folder
         self._commits = commits
         self._indexes: dict[int, Index] = {}
         self._open: dict[int, MappedShard] = {}
-        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalShards, (self._folder, self._commits)
 
     def index(self, number: int) -> Index:
         """Give the index of a shard."""
         index = self._indexes.get(number)
         if index is None:
-            with self._lock:
-                index = self._indexes.get(number) or self._open_index(self._commits[number])
-                self._indexes[number] = index
+            index = self._indexes.setdefault(number, self._open_index(self._commits[number]))
         return index
 
     def using(self, number: int) -> AbstractContextManager[MappedShard]:
         """Give a shard, which stays mapped."""
         shard = self._open.get(number)
         if shard is None:
-            index = self.index(number)
-            with self._lock:
-                shard = self._open.get(number) or self._map(self._commits[number], index)
-                self._open[number] = shard
+            mapped = self._map(self._commits[number], self.index(number))
+            shard = self._open.setdefault(number, mapped)
         return nullcontext(shard)
 
     def prefetch(self, numbers: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +23,7 @@ from d2i.errors import ShardError
 from d2i.settle import differences
 from d2i.shards.cache import CachedShards
 from d2i.shards.commit import ArrayInfo, canonical_json
+from d2i.shards.forks import ForkedShards
 from d2i.shards.index import IndexRow
 from d2i.shards.manifest import Manifest, read_manifest
 from d2i.shards.mapped import LocalShards, MappedShard, Shards
@@ -40,7 +41,9 @@ class ShardReader:
     """Random access to the samples of one data set.
 
     Sample `i` is the i-th in shard order, the same on every machine. Safe to share between
-    threads. Holds no open file, or one where the shards lie elsewhere.
+    threads, to inherit by a fork and to pickle, for workers of any kind; a pickle holds the
+    manifest, so that it reads what it was made of. Holds no open file, or one where the shards lie
+    elsewhere.
     """
 
     def __init__(
@@ -173,8 +176,7 @@ class ShardReader:
         if folder is not None:
             return LocalShards(folder, self.manifest.shards)
         cache = Path(cache_dir) if cache_dir else storage.cache_folder("shards")
-        max_bytes = None if cache_gb is None else int(cache_gb * 1e9)
-        return CachedShards(self.url, self.manifest.shards, cache, max_bytes)
+        return ForkedShards(partial(CachedShards, self.url, self.manifest.shards, cache, cache_gb))
 
     def _positions(self, indices: ArrayLike) -> NDArray[np.int64]:
         positions = np.asarray(indices)

@@ -61,8 +61,12 @@ def build_order(reader: ShardReader, config: TrainConfig) -> DataOrder:
     return DataOrder(sizes, config.seed, config.order, config.num_window_shards)
 
 
-def check_cache(reader: ShardReader, config: TrainConfig, cache_gb: float | None) -> None:
-    """Make sure that the cache holds what the order reads at once; a local folder needs none.
+def check_cache(
+    reader: ShardReader, valid: ShardReader | None, config: TrainConfig, cache_gb: float | None
+) -> None:
+    """Make sure that the cache holds what a run reads at once; a local folder needs none.
+
+    That is what the order reads, and one shard of the validation split beside it.
 
     Raises:
         ConfigError: If it does not: every batch would fetch shards that it fetched before.
@@ -70,13 +74,15 @@ def check_cache(reader: ShardReader, config: TrainConfig, cache_gb: float | None
     if cache_gb is None or storage.local_path(reader.url) is not None:
         return
     sizes = [shard.tar.size_bytes for shard in reader.manifest.shards]
-    needed_gb = build_order(reader, config).num_window_bytes(sizes) / 1e9
-    if needed_gb > cache_gb:
+    valid_sizes = [shard.tar.size_bytes for shard in valid.manifest.shards] if valid else [0]
+    needed = build_order(reader, config).num_window_bytes(sizes) + max(valid_sizes, default=0)
+    if needed > cache_gb * 1e9:
         named = f"train.num_window_shards={config.num_window_shards}, " * (config.order != "global")
+        beside = " with a validation shard" if valid else ""
         raise ConfigError(
             f"--cache-gb {cache_gb:g}: train.order={config.order} ({named}{reader.url}) reads "
-            f"{needed_gb:.3g} GB at once; expected at least that, or twice to read ahead; give "
-            "more, or --set train.order=blocked with fewer train.num_window_shards"
+            f"{needed / 1e9:.3g} GB at once{beside}; expected at least that, or twice to read "
+            "ahead; give more, or --set train.order=blocked with fewer train.num_window_shards"
         )
 
 

@@ -78,7 +78,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     recipe, config, run_url = request.recipe, request.recipe.train, request.run_url
     config.accumulation(ranks.world_size)
     reader = request.open_shards(train_url(request.data_url))
-    check_cache(reader, config, request.cache_gb)
+    check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
     # Only a network without weights to start from draws its first ones here.
     torch.manual_seed(config.seed)

@@ -75,7 +75,7 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
     recipe, config = request.recipe, request.recipe.train
     micro_batch_size, num_micro_batches = config.accumulation(ranks.world_size)
     reader = request.open_shards(train_url(request.data_url))
-    check_cache(reader, config, request.cache_gb)
+    check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
     network = build_trained_network(recipe)
     check_sizes(network, reader)

@@ -10,6 +10,7 @@ from typing import Any
 from d2i.config import Recipe
 from d2i.fault import Fault
 from d2i.shards import ShardReader
+from d2i.train.data import split_url
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,10 @@ class TrainRequest:
             ConfigError: If one of its shards does not fit into the cache.
         """
         return ShardReader(url, cache_dir=self.cache_dir, cache_gb=self.cache_gb)
+
+    def open_validation(self) -> ShardReader | None:
+        """Open the validation split as `open_shards` does; `None` where it holds no sample."""
+        url = split_url(self.data_url, "valid")
+        if url is None or not len(reader := self.open_shards(url)):
+            return None
+        return reader

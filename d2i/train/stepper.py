@@ -12,7 +12,7 @@ from d2i.runs import MetricsLine
 from d2i.shards import ShardReader
 from d2i.train.batch import Batch, BatchReader
 from d2i.train.checkpoint import Checkpoint, Progress, step_folder
-from d2i.train.data import build_order, build_text_encoder, split_url
+from d2i.train.data import build_order, build_text_encoder
 from d2i.train.engine import base_optimizer, loss_scaler_state
 from d2i.train.losses import Losses
 from d2i.train.objective import Objective, build_objective, is_joint
@@ -181,8 +181,8 @@ class Stepper:
 
     def _watchers(self) -> tuple[Validation | None, SampleGrid | None]:
         """What looks at the validation split, where there is one."""
-        url = split_url(self._request.data_url, "valid")
-        if url is None or not len(reader := self._request.open_shards(url)):
+        reader = self._request.open_validation()
+        if reader is None:
             return None, None
         validation = Validation(
             self._batches_of(reader), len(reader), self._config, self._objective, self._ranks

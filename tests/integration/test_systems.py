@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,17 @@ from tests.integration.networks import save_random_describer, save_tiny_pipeline
 FEW_STEPS = ("sample.num_steps=2", "sample.compute_batch_size=8")
 
 
-def recipe_of(data: Path, *settings: str) -> Recipe:
+def recipe_of(data: Path | str, *settings: str) -> Recipe:
     return change_recipe(read_kept_recipe(str(data)), [*FEW_STEPS, *settings])
 
 
 def scored(
-    data: Path, out: Path, system: str, *settings: str, weights: str | None = None, **options: Any
+    data: Path | str,
+    out: Path,
+    system: str,
+    *settings: str,
+    weights: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Evaluate in this process."""
     recipe = recipe_of(data, *settings)
@@ -76,8 +82,14 @@ def test_dalle2_as_unclip(tmp_path: Path, chat_data: Path) -> None:
 
 
 def test_retrieval_shows_training_pictures(tmp_path: Path, chat_data: Path) -> None:
-    result = scored(chat_data, tmp_path / "out", f"retrieve:{chat_data}", save_images="all")
+    """Data that lies elsewhere is read through the cache that the request names, and no other."""
+    elsewhere, cache = f"simplecache::file://{chat_data}", tmp_path / "cache"
+    through = partial(ShardReader, cache_dir=cache, cache_gb=0.001)
+    system = f"retrieve:{elsewhere}"
+    result = scored(elsewhere, tmp_path / "out", system, save_images="all", open_shards=through)
     assert_scored(result)
+    num_shards = sum(len(list((chat_data / split).glob("*.tar"))) for split in ("train", "test"))
+    assert len(list(cache.glob("*.d2i-tar"))) == num_shards
     assert (
         result["card"]["weights"]["pictures"]
         == ShardReader(str(chat_data / "train")).manifest.sha256

@@ -46,7 +46,7 @@ def test_a_killed_run_resumes_to_the_bit(
     assert not (run / "ema.safetensors").exists()
     elsewhere = command(f"simplecache::file://{data}", run, train__record_keys="true")
     run_d2i(*elsewhere, "--cache-dir", cache, "--cache-gb", "0.001")
-    assert len(list(cache.glob("*.tar"))) > 1
+    assert len(list(cache.glob("*.d2i-tar"))) > 1
     assert losses(run) == losses(undisturbed)
     assert ema_bytes(run) == ema_bytes(undisturbed)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,25 +23,31 @@ from numpy.typing import NDArray
 from d2i.errors import ConfigError, ShardError
 from d2i.recipes import load_recipe
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
+from d2i.shards.copies import Copies
+from d2i.shards.write import file_info
 from d2i.train.data import check_cache
 from d2i.train.order import DataOrder
-from tests.stores import fetched
+from tests.stores import NotedStore, fetched, read_all
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_SHARDS, NUM_SAMPLES = 6, 5
+ORDER = DataOrder((NUM_SAMPLES,) * NUM_SHARDS, 3, "blocked", num_window_shards=2)
 WAIT_S = 60.0
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Six shards of five samples; sample i holds the number i."""
-    folder = tmp_path / "store" / "data"
+    return write_data(tmp_path / "store" / "data", "train")
+
+
+def write_data(folder: Path, split: str) -> Path:
     for shard in range(NUM_SHARDS):
         samples = []
         for number in range(shard * NUM_SAMPLES, (shard + 1) * NUM_SAMPLES):
             clip = np.full(64, number, np.float16)
             members = {"json": json_bytes({"number": number}), "clip.npy": npy_bytes(clip)}
-            samples.append(Sample(f"train-{number:02d}-0-0", members))
+            samples.append(Sample(f"{split}-{number:02d}-0-0", members))
         write_shard(samples, str(folder), shard, failures={})
     write_manifest(str(folder), {})
     return folder
@@ -49,7 +59,7 @@ def bound(data: Path, num_shards: float) -> float:
 
 
 def cached(cache: Path) -> set[int]:
-    return {int(tar.name[:6]) for tar in cache.glob("*.tar")}
+    return {int(copy.name[:6]) for copy in cache.glob("*.d2i-tar")}
 
 
 def tars(data: Path) -> list[int]:
@@ -128,14 +138,77 @@ def test_what_comes_next_is_fetched_ahead_of_its_use(data: Path, tmp_path: Path)
 def test_an_epoch_of_blocked_order_fetches_each_shard_once(data: Path, tmp_path: Path) -> None:
     """A cache of two windows: one that is read, and one that is fetched meanwhile."""
     reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "c", cache_gb=bound(data, 4))
-    order = DataOrder((NUM_SAMPLES,) * NUM_SHARDS, 3, "blocked", num_window_shards=2)
-    num_steps = order.num_samples // 3
-    for step in range(num_steps):
-        reader.prefetch(order.shards_ahead(step, 3))
-        indices = order.global_batch(step, 3)
+    read_epoch(reader, lambda: None)
+    assert_fetched_once(data)
+
+
+def test_a_reader_that_idles_starves_no_other(data: Path, tmp_path: Path) -> None:
+    """As that of the validation split between two validations, or one of another process."""
+    cache, size_gb = tmp_path / "c", bound(data, 5.1)
+    valid = write_data(tmp_path / "elsewhere" / "valid", "valid")
+    idle = ShardReader(f"noted://{valid}", cache_dir=cache, cache_gb=size_gb)
+    every = np.arange(len(idle))
+    assert is_right(idle.read(every), every)
+    assert len(list(cache.glob("*.d2i-tar"))) == 5
+    reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=size_gb)
+
+    def validate() -> None:
+        assert is_right(idle.read(every[:1]), every[:1])
+        # One more than there is room for, where both found room at once.
+        assert len(list(cache.glob("*.d2i-tar"))) <= 6
+
+    read_epoch(reader, validate)
+    assert_fetched_once(data)
+
+
+def test_what_failed_to_be_fetched_ahead_is_tried_again(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    reader = ShardReader(f"noted://{data}", cache_dir=cache)
+    (away := tmp_path / "away").mkdir()
+    for tar in data.glob("*.tar"):
+        tar.rename(away / tar.name)
+    reader.prefetch([0, 1, 2, 3])
+    wait_until(lambda: len(tars(data)) == 4)
+    for tar in away.glob("*.tar"):
+        tar.rename(data / tar.name)
+
+    def asked_again() -> bool:
+        reader.prefetch([0, 1, 2, 3])
+        return cached(cache) == {0, 1, 2, 3}
+
+    wait_until(asked_again)
+
+
+def test_what_had_no_room_is_fetched_once_there_is(data: Path, tmp_path: Path) -> None:
+    """A slower rank holds the window before: the faster one asks for the same until it is left."""
+    cache, size_gb = tmp_path / "cache", bound(data, 4)
+    slower, faster = (
+        ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=size_gb) for _ in range(2)
+    )
+    slower.prefetch([0, 1, 2, 3])
+    wait_until(lambda: cached(cache) == {0, 1, 2, 3})
+    faster.prefetch([2, 3, 4, 5])
+    slower.prefetch([2, 3])
+
+    def asked_again() -> bool:
+        faster.prefetch([2, 3, 4, 5])
+        return cached(cache) == {2, 3, 4, 5}
+
+    wait_until(asked_again)
+
+
+def read_epoch(reader: ShardReader, after_step: Callable[[], None]) -> None:
+    """Read an epoch as training does, two shards at a time."""
+    for step in range(ORDER.num_samples // 3):
+        reader.prefetch(ORDER.shards_ahead(step, 3))
+        indices = ORDER.global_batch(step, 3)
         assert is_right(reader.read(indices), indices)
-    # The window of the next epoch is under way already.
-    once = set(range(NUM_SHARDS)) - set(order.shards_ahead(num_steps, 3)[:2])
+        after_step()
+
+
+def assert_fetched_once(data: Path) -> None:
+    """Of each shard, but for those of the next epoch's window, which is under way already."""
+    once = set(range(NUM_SHARDS)) - set(ORDER.shards_ahead(ORDER.num_samples // 3, 3)[:2])
     counts = Counter(tars(data))
     assert set(counts) == set(range(NUM_SHARDS))
     assert all(counts[shard] == 1 for shard in once)
@@ -146,12 +219,15 @@ def test_a_cache_smaller_than_a_window_is_refused(data: Path, tmp_path: Path) ->
     config = load_recipe("demo").train.model_copy(
         update={"order": "blocked", "num_window_shards": 2}
     )
-    check_cache(reader, config, bound(data, 2))
-    check_cache(ShardReader(str(data)), config, bound(data, 1))
-    with pytest.raises(ConfigError, match=r"train.num_window_shards=2, noted.* GB at once"):
-        check_cache(reader, config, bound(data, 1.5))
+    check_cache(reader, None, config, bound(data, 2))
+    check_cache(reader, reader, config, bound(data, 3))
+    check_cache(ShardReader(str(data)), reader, config, bound(data, 1))
+    with pytest.raises(ConfigError, match=r"train.num_window_shards=2, noted.* GB at once;"):
+        check_cache(reader, None, config, bound(data, 1.5))
+    with pytest.raises(ConfigError, match=r"at once with a validation shard; expected"):
+        check_cache(reader, reader, config, bound(data, 2.9))
     with pytest.raises(ConfigError, match=r"--set train.order=blocked"):
-        check_cache(reader, config.model_copy(update={"order": "global"}), bound(data, 5))
+        check_cache(reader, None, config.model_copy(update={"order": "global"}), bound(data, 5))
 
 
 def test_keys_need_no_tar(data: Path, tmp_path: Path) -> None:
@@ -163,6 +239,90 @@ def test_keys_need_no_tar(data: Path, tmp_path: Path) -> None:
 def test_a_cache_that_one_shard_overfills_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="too small for noted"):
         ShardReader(f"noted://{data}", cache_dir=tmp_path, cache_gb=bound(data, 0.9))
+
+
+@pytest.mark.parametrize("cache_gb", [float("nan"), float("inf"), -1.0])
+def test_a_cache_of_no_size_is_refused(data: Path, tmp_path: Path, cache_gb: float) -> None:
+    with pytest.raises(ConfigError, match="a cache of"):
+        ShardReader(f"noted://{data}", cache_dir=tmp_path, cache_gb=cache_gb)
+
+
+def test_a_folder_that_can_keep_nothing_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / ".d2i-claims").mkdir(parents=True)
+    for place in ("file", "file/below", "taken"):
+        with pytest.raises(ConfigError, match=f"{place} cannot keep .* give another --cache-dir"):
+            ShardReader(f"noted://{data}", cache_dir=tmp_path / place)
+
+
+def test_a_cache_removes_nothing_but_copies(data: Path, tmp_path: Path) -> None:
+    """A data set that lies in the folder of copies stays, whatever the bound."""
+    cache = tmp_path / "cache"
+    shutil.copytree(data, cache)
+    (cache / "photos.tar").write_bytes(bytes(100_000))
+    before = {path.name: path.read_bytes() for path in cache.iterdir()}
+    reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 1))
+    indices = np.arange(len(reader))
+    assert is_right(reader.read(indices), indices)
+    assert len(cached(cache)) == 1
+    assert {name: (cache / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("kind", ["tar", "index"])
+def test_a_copy_with_one_bit_flipped_is_fetched_again(
+    data: Path, tmp_path: Path, kind: str
+) -> None:
+    cache, indices = tmp_path / "cache", np.arange(NUM_SHARDS * NUM_SAMPLES)
+    url = f"noted://{data}"
+    ShardReader(url, cache_dir=cache).read(indices)
+    for number, copy in enumerate(sorted(cache.glob(f"*.d2i-{kind}"))):
+        content = bytearray(copy.read_bytes())
+        content[number * len(content) // NUM_SHARDS] ^= 1
+        copy.write_bytes(content)
+    again = ShardReader(url, cache_dir=cache)
+    assert is_right(again.read(indices), indices)
+    assert [again.keys[int(index)][6:8] for index in indices] == [f"{i:02d}" for i in indices]
+    ending = {"tar": ".tar", "index": ".arrow"}[kind]
+    counts = Counter(fetched(data))
+    assert {name: count for name, count in counts.items() if count > 1} == {
+        name: 2 for name in counts if name.endswith(ending)
+    }
+
+
+def test_files_of_one_name_and_other_content_share_a_cache(tmp_path: Path) -> None:
+    """As the indexes of equal tars, written by two versions of Arrow."""
+    name = "000000-0123456789abcdef.arrow"
+    for content in (b"one", b"two", b"one"):
+        url = write_store(tmp_path / content.decode(), name, content)
+        mapped = Copies(url, tmp_path / "cache").map(name, file_info(content))
+        assert bytes(mapped) == content
+    assert len(list((tmp_path / "cache").glob("*.d2i-index"))) == 2
+
+
+def write_store(folder: Path, name: str, content: bytes) -> str:
+    """Make a store of one file; give its URL."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "data" / name).write_bytes(content)
+    return f"noted://{folder / 'data'}"
+
+
+def test_a_copy_that_disappears_is_fetched_beside_its_users(data: Path, tmp_path: Path) -> None:
+    """In this process and another, which both have it mapped and read on."""
+    cache, url, indices = tmp_path / "cache", f"noted://{data}", np.arange(30)
+    first = ShardReader(url, cache_dir=cache)
+    assert is_right(first.read(indices), indices)
+    with start(data, cache) as other:
+        assert other.stdout is not None and other.stdout.readline() == "read\n"
+        for copy in cache.glob("*.d2i-*"):
+            copy.unlink()
+        assert is_right(ShardReader(url, cache_dir=cache).read(indices), indices)
+        with start(data, cache) as late:
+            assert late.stdout is not None and late.stdout.readline() == "read\n"
+            late.communicate()
+        assert is_right(first.read(indices), indices)
+        other.communicate()
+    # Fetched once more, for all that came later.
+    assert set(Counter(fetched(data)).values()) == {2}
 
 
 def test_what_was_fetched_damaged_is_not_kept(data: Path, tmp_path: Path) -> None:
@@ -189,7 +349,8 @@ def test_a_killed_fetch_leaves_nothing_half(data: Path, tmp_path: Path) -> None:
     with start(data, cache, "--kill-at", name) as killed:
         assert killed.wait(WAIT_S) == -signal.SIGKILL
     assert cached(cache) == {0, 1}
-    assert (cache / f".{name}.d2i-tmp").stat().st_size > 0
+    (remains,) = cache.glob(f".{name.removesuffix('.tar')}.*.d2i-tmp")
+    assert remains.stat().st_size > 0
     # Its remains count as its shard and make room first.
     reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 1.5))
     indices = np.arange(len(reader))
@@ -214,3 +375,70 @@ def test_processes_share_a_cache(data: Path, tmp_path: Path) -> None:
         other.communicate()
     reader.read([0])
     assert cached(cache) == {0}
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("place", ["{data}", "noted://{data}"])
+def test_other_processes_take_over_a_reader(
+    data: Path, tmp_path: Path, method: str, place: str
+) -> None:
+    """As the workers of torch's DataLoader do, here in a cache that holds a third."""
+    url, size_gb = place.format(data=data), bound(data, 2)
+    reader = ShardReader(url, cache_dir=tmp_path / "cache", cache_gb=size_gb)
+    indices = np.arange(len(reader))
+    assert is_right(reader.read(indices), indices)
+    processes, answers = of_method(method, reader, num_processes=2)
+    for _ in range(3):
+        assert is_right(reader.read(indices), indices)
+    for _ in processes:
+        numbers, keys = answers.get(timeout=WAIT_S)
+        assert numbers == indices.tolist() and keys == list(reader.keys)
+    for process in processes:
+        process.join(WAIT_S)
+        assert process.exitcode == 0
+
+
+def test_a_fork_while_shards_are_fetched(data: Path, tmp_path: Path) -> None:
+    """The child waits for what its parent fetches, not for threads that it does not have."""
+    reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "cache")
+    list(reader.keys)
+    NotedStore.may_fetch.clear()
+    try:
+        reader.prefetch(range(NUM_SHARDS))
+        wait_until(lambda: len(tars(data)) == 4)
+        (process,), answers = of_method("fork", reader, num_processes=1)
+    finally:
+        NotedStore.may_fetch.set()
+    numbers, _ = answers.get(timeout=WAIT_S)
+    assert numbers == list(range(len(reader)))
+    process.join(WAIT_S)
+    # No tar was fetched by both.
+    assert set(Counter(tars(data)).values()) == {1}
+
+
+def test_a_child_keeps_no_claim_of_its_dead_parent(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with start(data, cache, "--fork") as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "read\n"
+        child = int(parent.stdout.readline())
+        parent.kill()
+    try:
+        ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 1)).read([0])
+        assert cached(cache) == {0}
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def of_method(method: str, reader: ShardReader, num_processes: int) -> tuple[list[Any], Any]:
+    """Start processes that read all."""
+    context: Any = multiprocessing.get_context(method)
+    answers = context.Queue()
+    processes = [
+        context.Process(target=read_all, args=(reader, answers)) for _ in range(num_processes)
+    ]
+    with warnings.catch_warnings():
+        # Of Python 3.12, where threads run: what forks here takes no lock of theirs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for process in processes:
+            process.start()
+    return processes, answers

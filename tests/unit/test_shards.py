@@ -385,9 +385,9 @@ def test_shards_elsewhere_are_cached(
     for _ in range(2):
         batch = ShardReader(url, cache_dir=tmp_path).read([7, 0])
         assert all(np.array_equal(batch[name], expected[name]) for name in expected)
-    assert len(list(tmp_path.glob("*.tar"))) == 2
+    assert len(list(tmp_path.glob("*.d2i-tar"))) == 2
     assert np.array_equal(ShardReader(url).read([7])["clip"], expected["clip"][:1])
-    assert len(list(tmp_path.glob("cache/d2i/*/*.tar"))) == 1
+    assert len(list(tmp_path.glob("cache/d2i/*/*.d2i-tar"))) == 1
     assert verify(url).ok
 
 

@@ -14,7 +14,6 @@ from d2i.eval.prompts import Prompt
 from d2i.eval.system import IN_MEMORY, Drawing, SystemContext
 from d2i.eval.text import TextTower
 from d2i.pictures import decode_picture
-from d2i.shards import ShardReader
 
 _NUM_ROWS = 1 << 16
 
@@ -33,7 +32,7 @@ class RetrieveSystem:
     def __init__(self, context: SystemContext) -> None:
         url = context.spec.target
         inner = storage.join(url, "train")
-        self._reader = ShardReader(inner if storage.exists(inner) else url)
+        self._reader = context.open_shards(inner if storage.exists(inner) else url)
         tower = TextTower.load(context.recipe, context.encoders, context.device)
         if tower is None or not len(self._reader):
             raise ConfigError(
