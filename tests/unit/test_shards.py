@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -666,6 +667,39 @@ def test_index_reader_survives_fuzz(data: st.DataObject) -> None:
     except ShardError:
         return
     assert all(e.offset + e.size_bytes <= 2048 for e in index.row(0).extents.values())
+
+
+def index_of(rows: Any, schema: pa.Schema, **options: Any) -> bytes:
+    sink, options = pa.BufferOutputStream(), pa.ipc.IpcWriteOptions(**options)
+    with pa.ipc.new_file(sink, schema, options=options) as file:
+        file.write_batch(rows)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_a_compressed_index_is_refused_before_it_is_unpacked(codec: str) -> None:
+    extent = {"json": Extent(512, 10, 1)}
+    good = index_bytes([IndexRow(f"{n:088}", extent) for n in range(100_000)])
+    batch = pa.ipc.open_file(good).get_batch(0)
+    bomb = index_of(batch, batch.schema, compression=codec)
+    assert 20 * len(bomb) < len(good)
+    before = pa.total_allocated_bytes()
+    with pytest.raises(ShardError, match="compressed"):
+        read_index(bomb, num_samples=100_000, tar_size_bytes=2048)
+    assert pa.total_allocated_bytes() == before
+
+
+def test_an_index_says_nothing_beside_its_columns() -> None:
+    batch = pa.ipc.open_file(index_bytes([IndexRow("k", {"json": Extent(512, 10, 1)})])).get_batch(
+        0
+    )
+    hidden = batch.replace_schema_metadata({"hidden": "text"})
+    with pytest.raises(ShardError, match="other columns"):
+        read_index(index_of(hidden, hidden.schema), num_samples=1, tar_size_bytes=2048)
+    for absent in (Extent(0, 1, 0), Extent(0, 0, 1)):
+        rows = [IndexRow("k", {"json": Extent(512, 10, 1), "png": absent})]
+        with pytest.raises(ShardError, match="no place in the tar"):
+            read_index(index_bytes(rows), num_samples=1, tar_size_bytes=2048)
 
 
 def test_index_keys_are_checked() -> None:
