@@ -140,10 +140,12 @@ def inspect(
 
         d2i inspect data/test --num 10 --html samples.html
     """
-    from d2i.shards import ShardReader, find_data_sets
+    from d2i.shards import ShardReader, check_metadata, find_data_sets
 
     reader = ShardReader(find_data_sets(folder)[0])
     samples = [reader.read_json(index) for index in range(min(num, len(reader)))]
+    for key, sample in zip(reader.keys, samples, strict=False):
+        check_metadata(key, sample)
     arrays = {name: [info.dtype, *info.shape] for name, info in reader.manifest.arrays.items()}
     lines = [f"{len(reader)} samples; each holds {arrays}"]
     for sample in samples:

@@ -20,6 +20,7 @@ from d2i.shards.manifest import (
     write_manifest,
 )
 from d2i.shards.mend import Evidence, Mended, broken_keys, find_evidence, mend
+from d2i.shards.metadata import check_metadata
 from d2i.shards.reader import ShardReader
 from d2i.shards.rebuild import rebuild_commit
 from d2i.shards.sample import (
@@ -51,6 +52,7 @@ __all__ = [
     "VerifyReport",
     "broken_keys",
     "check_json",
+    "check_metadata",
     "copied_samples",
     "find_data_sets",
     "find_evidence",

@@ -30,12 +30,13 @@ from d2i.shards.commit import (
     parse_record,
     read_commits,
 )
-from d2i.shards.sample import npy_info
+from d2i.shards.sample import check_array
 from d2i.shards.write import file_info
 
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_NAME = "manifest.json.sha256"
-EMPTY_NAMES = ("empty_tokens.npy", "empty_text.npy")
+EMPTY_NAMES = {"empty_tokens.npy": "tokens", "empty_text.npy": "text"}
+"""The files with the features of '', and the array member that each stands in for."""
 SHARD_SUFFIXES = (".tar", ".arrow", COMMIT_SUFFIX)
 _SHARD_FILE = re.compile(r"\d{6}-[0-9a-f]{16}(\.tar|\.arrow|\.commit\.json)")
 
@@ -260,7 +261,7 @@ def _empty_files(out_url: str) -> Iterator[tuple[str, FileInfo]]:
     for name in EMPTY_NAMES:
         if name in present:
             data = storage.read_bytes(storage.join(out_url, name))
-            npy_info(data)
+            check_array(EMPTY_NAMES[name], data)
             yield name, file_info(data)
 
 

@@ -40,6 +40,7 @@ from d2i.shards.commit import shard_name
 from d2i.shards.index import Extent, IndexRow, index_bytes, read_index
 from d2i.shards.sample import npy_header
 from d2i.shards.write import file_info
+from tests.samples import metadata
 
 FINGERPRINT = {"image": {"vae": "ab12", "resolution": 32}, "text": {"num_windows": 1}}
 JPEG = b"\xff\xd8\xff\xe0 not decoded here"
@@ -48,8 +49,9 @@ JPEG = b"\xff\xd8\xff\xe0 not decoded here"
 def make_sample(number: int, *, image: str | None = "jpg", seed: int = 0) -> Sample:
     """Make a small sample of random numbers, any bit pattern but no NaN."""
     random = np.random.default_rng((seed, number))
+    key = f"train-{number}-0-0"
     members = {
-        "json": json_bytes({"number": number, "text": "naïve 🙂"}),
+        "json": json_bytes(metadata(key, dialog_id=str(number), description="naïve 🙂")),
         "moments.npy": npy_bytes(random.normal(size=(8, 4, 4)).astype(np.float16)),
         "clip.npy": npy_bytes(random.normal(size=16).astype(np.float16)),
         "tokens.npy": npy_bytes(random.integers(0, 49408, 77).astype(np.uint16)),
@@ -57,7 +59,7 @@ def make_sample(number: int, *, image: str | None = "jpg", seed: int = 0) -> Sam
     }
     if image is not None:
         members[image] = JPEG + bytes([number % 256])
-    return Sample(f"train-{number}-0-0", members)
+    return Sample(key, members)
 
 
 def make_data(folder: Path, *counts: int) -> Manifest:
@@ -132,6 +134,12 @@ BAD_MEMBERS: dict[str, tuple[str, bytes | None]] = {
     "no json": ("json", None),
     "json list": ("json", b"[]"),
     "deep json": ("json", b"[" * 100_000),
+    "json with NaN": ("json", b'{"a":NaN}'),
+    "json of two lines": ("json", b'{"a":1}\n'),
+    "json with a key twice": ("json", b'{"a":1,"a":2}'),
+    "infinite": ("text.npy", npy_bytes(np.full((77, 6), np.inf, np.float16))),
+    "not a number": ("clip.npy", npy_bytes(np.full(16, -np.nan, np.float16))),
+    "unknown token": ("tokens.npy", npy_bytes(np.full(77, 49408, np.uint16))),
     "pickle": ("pickle", b"x"),
     "two images": ("png", b"x"),
     "empty": ("jpg", b""),
@@ -507,6 +515,42 @@ def test_missing_and_unlisted_files_are_found(copy: Path) -> None:
         (".npy", "missing"),
         (".tar", "unlisted"),
     }
+
+
+BAD_METADATA: dict[str, tuple[dict[str, Any], str]] = {
+    "another key": ({"key": "train-1-0-0"}, "is that of 'train-1-0-0'"),
+    "another split": ({"split": "dev"}, "split"),
+    "no picture": ({"split": "test"}, "has no picture; expected one in test"),
+    "unknown field": ({"more": 1}, "more"),
+    "turn": ({"turn": -1}, "turn"),
+    "context": ({"context": [{"text": "no speaker"}]}, "speaker"),
+    "source": ({"source": {}}, "source"),
+    "no address": ({"source": metadata("")["source"] | {"ref": []}}, "ref"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_METADATA)
+def test_metadata_that_is_not_the_sample_s_is_found(case: str, tmp_path: Path) -> None:
+    changes, told = BAD_METADATA[case]
+    sample = make_sample(0, image=None)
+    members = {**sample.members, "json": json_bytes(metadata(sample.key, **changes))}
+    write_shard([Sample(sample.key, members)], str(tmp_path), 0, failures={})
+    write_manifest(str(tmp_path), {})
+    (problem,) = verify(str(tmp_path)).problems
+    assert problem.reason == "member" and told in problem.detail
+
+
+def test_features_of_the_empty_text_are_checked(copy: Path) -> None:
+    for name, bad in (
+        ("empty_text.npy", np.full((77, 6), np.inf, np.float16)),
+        ("empty_tokens.npy", np.full(77, 65535, np.uint16)),
+        ("empty_tokens.npy", np.zeros(76, np.uint16)),
+    ):
+        good = (copy / name).read_bytes()
+        (copy / name).write_bytes(npy_bytes(bad))
+        with pytest.raises(ShardError):
+            write_manifest(str(copy), FINGERPRINT)
+        (copy / name).write_bytes(good)
 
 
 def test_keys_in_two_shards_are_found(tmp_path: Path) -> None:
