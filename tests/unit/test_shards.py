@@ -445,8 +445,8 @@ def test_a_shard_under_another_s_name_is_not_read(tmp_path: Path) -> None:
     make_data(tmp_path, 3, 3)
     one, two = sorted(tmp_path.glob("*.tar"))
     one.write_bytes(two.read_bytes())
-    with pytest.raises(ShardError, match=r"does not hold train-0-0-0\.json where its index says"):
-        ShardReader(str(tmp_path)).read([0])
+    with pytest.raises(ShardError, match=r"does not hold train-0-0-0\.clip\.npy where its index"):
+        ShardReader(str(tmp_path)).read([0], ["clip"])
 
 
 @pytest.fixture
@@ -650,6 +650,33 @@ def test_hostile_tars_are_found(single: Path, name: str) -> None:
     assert (".tar", "structure") in reasons(single)
 
 
+@pytest.mark.parametrize("name", ["link", "device", "setuid"])
+@pytest.mark.parametrize("suffix", ["moments.npy", "json", "jpg"])
+def test_a_hostile_member_amid_others_is_not_read(name: str, suffix: str, tmp_path: Path) -> None:
+    """Whichever sample it is of, and with all checksums forged to fit."""
+    write_shard([make_sample(n) for n in range(3)], str(tmp_path), 0, failures={})
+    write_manifest(str(tmp_path), {})
+    kinds = {"link": tarfile.SYMTYPE, "device": tarfile.CHRTYPE}
+
+    def change(member: tarfile.TarInfo) -> None:
+        if member.name == f"train-1-0-0.{suffix}":
+            member.type = kinds.get(name, tarfile.REGTYPE)
+            member.mode = 0o4755 if name == "setuid" else member.mode
+
+    tar, rows = rebuild(tmp_path, change)
+    forge(tmp_path, tar, index_bytes(rows))
+    reader = ShardReader(str(tmp_path))
+    assert len(reader.read([0, 2])["clip"]) == 2
+    reads: dict[str, Callable[[], Any]] = {
+        "moments.npy": lambda: reader.read([0, 1]),
+        "json": lambda: reader.read_json(1),
+        "jpg": lambda: reader.read_image(1),
+    }
+    for read in (reads[suffix], reads[suffix], lambda: reader.read_members(1)):
+        with pytest.raises(ShardError, match=rf"does not hold train-1-0-0\.{suffix} where"):
+            read()
+
+
 def test_hidden_members_and_tails_are_found(single: Path) -> None:
     (path,) = single.glob("*.tar")
     (index,) = single.glob("*.arrow")
@@ -680,8 +707,9 @@ def test_arrays_unlike_the_manifest_are_refused(
         rows.append(IndexRow(row.key, extents))
     forge(single, tar, index_bytes(rows))
     assert reasons(single) == {(".tar", "member")}
-    with pytest.raises(ShardError, match=r"moments\.npy is not npy float16 \(8, 4, 4\)"):
-        ShardReader(str(single)).read([0])
+    for row in (0, 1):
+        with pytest.raises(ShardError, match=r"moments\.npy is not npy float16 \(8, 4, 4\)"):
+            ShardReader(str(single)).read([row])
 
 
 @pytest.mark.parametrize(
