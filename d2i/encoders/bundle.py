@@ -36,8 +36,12 @@ class Encoders:
         return moments, clip
 
     def encode_text(self, tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
-        """Encode uint16 (N, 77 W) to text latents f16 (N, 77 W, text_dim)."""
-        return self.clip_text.encode(tokens, self.compute_batch_size).astype(np.float16)
+        """Encode uint16 (N, 77 W) to text latents f16 (N, 77 W, text_dim).
+
+        A value beyond float16 becomes infinite, as with pictures.
+        """
+        with np.errstate(over="ignore"):
+            return self.clip_text.encode(tokens, self.compute_batch_size).astype(np.float16)
 
     def hashes(self) -> dict[str, str]:
         """Return the sha256 of every encoder's weights, by name."""
