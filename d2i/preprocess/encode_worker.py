@@ -185,7 +185,7 @@ def fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, dict[str, objec
             "draft": recipe.image.draft,
             "compute_batch_size": recipe.encoders.compute_batch_size,
             "precision": recipe.preprocess.encoder_precision,
-            "device": encoders.vae.device,
+            "device": encoders.device_kind,
             "versions": versions(),
         },
         "text": {

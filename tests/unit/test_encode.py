@@ -57,6 +57,14 @@ def test_lower_precision_changes_features_by_no_more_than_its_digits(
         assert 0 < relative_rms(one, two) < most
 
 
+def test_float32_is_whole_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN would take TF32 for it; what that flag does only a GPU shows."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert load_encoders(RECIPE.encoders).device_kind == "cpu"
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_data_is_of_one_precision(encoders: Encoders, tmp_path: Path) -> None:
     lower = change_recipe(RECIPE, ["preprocess.encoder_precision=bf16"])
     EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).settle(str(tmp_path))
