@@ -18,7 +18,6 @@ from d2i.cli.console import (
     print_result,
     register,
 )
-from d2i.errors import CheckpointError
 
 if TYPE_CHECKING:
     from d2i.shards import ShardReader
@@ -163,19 +162,14 @@ def _write_page(html: str, reader: ShardReader, num: int) -> None:
 
     from d2i.context import context_text
     from d2i.dialog import Turn
-    from d2i.encoders import Vae
+    from d2i.encoders import Vae, check_made_by
     from d2i.pictures import png_bytes
     from d2i.recipes import read_kept_recipe
     from d2i.report import ShownSample, write_samples_page
 
     recipe = read_kept_recipe(reader.url)
     vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind)
-    image_part: Any = reader.manifest.fingerprint["image"]
-    if vae.hash != image_part["vae"]:
-        raise CheckpointError(
-            f"{recipe.encoders.vae}: its weights are {vae.hash[:16]}…; expected "
-            f"{image_part['vae'][:16]}…, by which the latents were made; put those back"
-        )
+    check_made_by({"vae": vae.hash}, reader.manifest, reader.url)
     batch = reader.read(range(num), ["moments", "tokens"])
     shown = []
     for place in range(num):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from d2i.config import EncodersConfig, Precision
 from d2i.encoders.clip_image import ClipImage
 from d2i.encoders.clip_text import ClipText
+from d2i.encoders.prepared import EncoderName
 from d2i.encoders.vae import Vae
 
 
@@ -50,7 +51,7 @@ class Encoders:
         device = torch.device(self.vae.device)
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
-    def hashes(self) -> dict[str, str]:
+    def hashes(self) -> dict[EncoderName, str]:
         """Return the sha256 of every encoder's weights, by name."""
         return {
             "vae": self.vae.hash,
