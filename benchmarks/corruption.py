@@ -44,7 +44,7 @@ def make_data(folder: Path, num_samples: int) -> None:
             Sample(
                 f"train-{index}-{number}-0",
                 {
-                    "json": json_bytes({"number": number}),
+                    "json": json_bytes(metadata(f"train-{index}-{number}-0")),
                     "moments.npy": npy_bytes(random.normal(size=(8, 8, 8)).astype(np.float16)),
                     "clip.npy": npy_bytes(random.normal(size=64).astype(np.float16)),
                     "tokens.npy": npy_bytes(random.integers(0, 49408, 77).astype(np.uint16)),
@@ -54,6 +54,14 @@ def make_data(folder: Path, num_samples: int) -> None:
         ]
         write_shard(samples, str(folder), index, failures={})
     write_manifest(str(folder), {})
+
+
+def metadata(key: str) -> dict[str, Any]:
+    """Give all that a sample's json member must hold."""
+    source = {"ref": ["a.jpg"], "sha256": "0" * 64, "size_bytes": 1, "width": 1, "height": 1}
+    names = {"key": key, "split": "train", "dialog_id": "0", "turn": 1, "image": 0}
+    texts = {"description": None, "description_by": None, "labels": [], "direction": "answer"}
+    return {**names, **texts, "context": [{"speaker": 0, "text": "look"}], "source": source}
 
 
 def tars(folder: Path) -> list[Path]:

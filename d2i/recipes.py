@@ -237,7 +237,8 @@ def check_prepared_with(
 
     `parts` are what matters: who encodes the text anew need not ask how it was.
 
-    An encoder that was a local path is not compared: the same file may lie elsewhere now. Shards
+    An encoder that was a local path is not compared: the same file may lie elsewhere now, and who
+    loads it compares its weights (`d2i.encoders.check_made_by`). Shards
     that d2i preprocess did not make have no recipe beside them, and are taken as they are.
 
     Raises:

@@ -18,7 +18,6 @@ from d2i.cli.console import (
     print_result,
     register,
 )
-from d2i.errors import CheckpointError
 
 if TYPE_CHECKING:
     from d2i.shards import ShardReader
@@ -140,10 +139,12 @@ def inspect(
 
         d2i inspect data/test --num 10 --html samples.html
     """
-    from d2i.shards import ShardReader, find_data_sets
+    from d2i.shards import ShardReader, check_metadata, find_data_sets
 
     reader = ShardReader(find_data_sets(folder)[0])
     samples = [reader.read_json(index) for index in range(min(num, len(reader)))]
+    for key, sample in zip(reader.keys, samples, strict=False):
+        check_metadata(key, sample)
     arrays = {name: [info.dtype, *info.shape] for name, info in reader.manifest.arrays.items()}
     lines = [f"{len(reader)} samples; each holds {arrays}"]
     for sample in samples:
@@ -161,19 +162,14 @@ def _write_page(html: str, reader: ShardReader, num: int) -> None:
 
     from d2i.context import context_text
     from d2i.dialog import Turn
-    from d2i.encoders import Vae
+    from d2i.encoders import Vae, check_made_by
     from d2i.pictures import png_bytes
     from d2i.recipes import read_kept_recipe
     from d2i.report import ShownSample, write_samples_page
 
     recipe = read_kept_recipe(reader.url)
     vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind)
-    image_part: Any = reader.manifest.fingerprint["image"]
-    if vae.hash != image_part["vae"]:
-        raise CheckpointError(
-            f"{recipe.encoders.vae}: its weights are {vae.hash[:16]}…; expected "
-            f"{image_part['vae'][:16]}…, by which the latents were made; put those back"
-        )
+    check_made_by({"vae": vae.hash}, reader.manifest, reader.url)
     batch = reader.read(range(num), ["moments", "tokens"])
     shown = []
     for place in range(num):

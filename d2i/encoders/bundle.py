@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from d2i.config import EncodersConfig, Precision
 from d2i.encoders.clip_image import ClipImage
 from d2i.encoders.clip_text import ClipText
+from d2i.encoders.prepared import EncoderName
 from d2i.encoders.vae import Vae
 
 
@@ -36,10 +38,20 @@ class Encoders:
         return moments, clip
 
     def encode_text(self, tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
-        """Encode uint16 (N, 77 W) to text latents f16 (N, 77 W, text_dim)."""
-        return self.clip_text.encode(tokens, self.compute_batch_size).astype(np.float16)
+        """Encode uint16 (N, 77 W) to text latents f16 (N, 77 W, text_dim).
 
-    def hashes(self) -> dict[str, str]:
+        A value beyond float16 becomes infinite, as with pictures.
+        """
+        with np.errstate(over="ignore"):
+            return self.clip_text.encode(tokens, self.compute_batch_size).astype(np.float16)
+
+    @property
+    def device_kind(self) -> str:
+        """What the device is called: bytes are the same on one kind of device only."""
+        device = torch.device(self.vae.device)
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    def hashes(self) -> dict[EncoderName, str]:
         """Return the sha256 of every encoder's weights, by name."""
         return {
             "vae": self.vae.hash,
@@ -53,9 +65,13 @@ def load_encoders(
 ) -> Encoders:
     """Load the encoders of a recipe onto one device.
 
+    float32 is whole from then on in this process: of itself cuDNN rounds what a convolution
+    multiplies to 10 bits (TF32).
+
     Raises:
         CheckpointError: If one of them cannot be loaded.
     """
+    torch.backends.cudnn.allow_tf32 = False
     return Encoders(
         vae=Vae(config.vae, config.vae_kind, device, precision),
         clip_image=ClipImage(config.clip_image, device, precision),

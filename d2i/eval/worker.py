@@ -16,7 +16,7 @@ from d2i import storage
 from d2i.cluster import device_of_worker
 from d2i.config import Recipe
 from d2i.dialog import key_order_hash
-from d2i.encoders import Encoders, load_encoders
+from d2i.encoders import Encoders, check_made_by, load_encoders
 from d2i.encoders.bundle import versions
 from d2i.errors import ConfigError
 from d2i.eval.measure import Measurer, drawing_rows
@@ -56,7 +56,11 @@ class EvalWorkerBuilder:
     open_shards: Callable[[str], ShardReader] = ShardReader
 
     def __call__(self) -> EvalWorker:
-        """Load the system, the encoders and the feature extractor."""
+        """Load the system, the encoders and the feature extractor.
+
+        Raises:
+            CheckpointError: If one cannot be loaded, or the data was made by other encoders.
+        """
         device = device_of_worker()
         worker = EvalWorker(self, load_encoders(self.recipe.encoders, device), device)
         worker.settle()
@@ -69,6 +73,7 @@ class EvalWorker:
     def __init__(self, builder: EvalWorkerBuilder, encoders: Encoders, device: str) -> None:
         self._builder, self._encoders, self._device = builder, encoders, device
         self._reader = builder.open_shards(builder.data_url)
+        check_made_by(encoders.hashes(), self._reader.manifest, self._reader.url)
         self._prompts = PromptReader(self._reader, builder.recipe.text, builder.context)
         self._measurer = Measurer(builder.recipe, encoders, self._reader, device)
         self._system = build_system(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from d2i.config import Recipe
 from d2i.context import context_tokens
@@ -18,7 +20,7 @@ from d2i.preprocess.handover import (
     SourcePicture,
     keeps_source,
 )
-from d2i.preprocess.ledger import LedgerRow, Status
+from d2i.preprocess.ledger import NON_FINITE_TEXT, LedgerRow, Status
 from d2i.preprocess.records import instance_values
 from d2i.shards import Sample, json_bytes, npy_bytes
 
@@ -43,32 +45,60 @@ def encode_pictures(
     return features
 
 
+@dataclass(frozen=True)
+class TextFeatures:
+    """What a context became: tokens u16 (77 W,) and, where stored, text f16 (77 W, text_dim)."""
+
+    tokens: NDArray[np.uint16]
+    text: NDArray[np.float16] | None
+
+
+def encode_contexts(
+    instances: Iterable[Instance], encoders: Encoders, recipe: Recipe
+) -> dict[str, TextFeatures]:
+    """Encode the context of each instance, by key; those with non-finite latents are left out.
+
+    Args:
+        instances: Of one shard, in any order; all of their latents are held at once.
+        encoders: What they are encoded by, a batch at a time.
+        recipe: How a context becomes tokens, and whether latents are stored.
+    """
+    features = {}
+    ordered = sorted(instances, key=lambda i: i.key)
+    for start in range(0, len(ordered), encoders.compute_batch_size):
+        batch = ordered[start : start + encoders.compute_batch_size]
+        tokens = np.stack([context_tokens(instance.context, recipe.text) for instance in batch])
+        text = encoders.encode_text(tokens) if recipe.text.latents == "full" else None
+        for row, instance in enumerate(batch):
+            latents = None if text is None else text[row]
+            if latents is None or np.isfinite(latents).all():
+                features[instance.key] = TextFeatures(tokens[row], latents)
+    return features
+
+
 def build_samples(
     instances: Iterable[Instance],
     pictures: Mapping[ImageRef, SourceFile],
     features: Mapping[ImageRef, ImageFeatures],
-    encoders: Encoders,
+    texts: Mapping[str, TextFeatures],
     recipe: Recipe,
 ) -> Iterator[Sample]:
-    """Yield the samples of one shard, in key order, of the instances that have features."""
-    chosen = sorted((i for i in instances if i.image_ref in features), key=lambda i: i.key)
-    for start in range(0, len(chosen), encoders.compute_batch_size):
-        batch = chosen[start : start + encoders.compute_batch_size]
-        tokens = np.stack([context_tokens(instance.context, recipe.text) for instance in batch])
-        text = encoders.encode_text(tokens) if recipe.text.latents == "full" else None
-        for row, instance in enumerate(batch):
-            picture, image = pictures[instance.image_ref], features[instance.image_ref]
-            members = {
-                "json": _metadata(instance, picture),
-                "moments.npy": npy_bytes(image.moments),
-                "clip.npy": npy_bytes(image.clip),
-                "tokens.npy": npy_bytes(tokens[row]),
-            }
-            if text is not None:
-                members["text.npy"] = npy_bytes(text[row])
-            if picture.data is not None and keeps_source(instance, recipe):
-                members[picture.suffix] = picture.data
-            yield Sample(instance.key, members)
+    """Yield the samples of one shard, in key order, of the instances that have both features."""
+    chosen = (i for i in instances if i.image_ref in features and i.key in texts)
+    for instance in sorted(chosen, key=lambda i: i.key):
+        picture, image = pictures[instance.image_ref], features[instance.image_ref]
+        text = texts[instance.key]
+        members = {
+            "json": _metadata(instance, picture),
+            "moments.npy": npy_bytes(image.moments),
+            "clip.npy": npy_bytes(image.clip),
+            "tokens.npy": npy_bytes(text.tokens),
+        }
+        if text.text is not None:
+            members["text.npy"] = npy_bytes(text.text)
+        if picture.data is not None and keeps_source(instance, recipe):
+            members[picture.suffix] = picture.data
+        yield Sample(instance.key, members)
 
 
 def ledger_row(
@@ -94,6 +124,14 @@ def ledger_row(
         sha256=picture.sha256 if picture else None,
         time_s=found.time_s,
     )
+
+
+def with_text(row: LedgerRow, texts: Mapping[str, TextFeatures]) -> LedgerRow:
+    """Say what became of an instance once its context was encoded too."""
+    if row.status != "ok" or row.key in texts:
+        return row
+    detail = "the text encoder gave a value beyond float16"
+    return replace(row, status=_status(NON_FINITE_TEXT), reason=NON_FINITE_TEXT, detail=detail)
 
 
 def _status(reason: str) -> Status:

@@ -15,9 +15,15 @@ from d2i.context import text_tokens
 from d2i.dialog import Instance
 from d2i.encoders import Encoders, load_encoders
 from d2i.encoders.bundle import versions
-from d2i.errors import ShardError
+from d2i.errors import CheckpointError, ShardError
 from d2i.pictures import RESIZE
-from d2i.preprocess.encode import build_samples, encode_pictures, ledger_row
+from d2i.preprocess.encode import (
+    build_samples,
+    encode_contexts,
+    encode_pictures,
+    ledger_row,
+    with_text,
+)
 from d2i.preprocess.handover import FetchedPicture, ShardResult, ShardTask
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
 from d2i.preprocess.retry import net_failures
@@ -42,6 +48,7 @@ class EncodeWorkerBuilder:
 
         Raises:
             ShardError: If the shards there were made by other weights, settings or versions.
+        CheckpointError: If the text encoder has no finite features of the empty text.
         """
         precision = self.recipe.preprocess.encoder_precision
         encoders = load_encoders(self.recipe.encoders, device_of_worker(), precision)
@@ -56,7 +63,7 @@ class Encoded:
     """Instances after encoding.
 
     Args:
-        samples: Of those that have features, in key order; made as they are taken.
+        samples: Of those that have features, in key order; laid out as they are taken.
         rows: What became of every instance.
     """
 
@@ -116,20 +123,27 @@ class EncodeWorker:
         outcomes = {one.ref: one for one in found}
         asked = (instance for instance in instances if instance.image_ref in outcomes)
         rows = [ledger_row(i, outcomes[i.image_ref], features) for i in asked]
+        features |= reused.features
+        # Before the samples are taken, as their failures are told of first.
+        with_picture = [instance for instance in instances if instance.image_ref in features]
+        texts = encode_contexts(with_picture, self._encoders, self._recipe)
         samples = build_samples(
-            instances,
-            {**pictures, **reused.pictures},
-            features | reused.features,
-            self._encoders,
-            self._recipe,
+            with_picture, {**pictures, **reused.pictures}, features, texts, self._recipe
         )
-        return Encoded(samples, [*rows, *reused.rows(instances)])
+        return Encoded(samples, [with_text(r, texts) for r in (*rows, *reused.rows(instances))])
 
     def _empty_features(self) -> dict[str, NDArray[np.generic]]:
         tokens = text_tokens("", self._recipe.text)
         features: dict[str, NDArray[np.generic]] = {"empty_tokens.npy": tokens}
         if self._recipe.text.latents == "full":
-            features["empty_text.npy"] = self._encoders.encode_text(tokens[None])[0]
+            text = self._encoders.encode_text(tokens[None])[0]
+            if not np.isfinite(text).all():
+                raise CheckpointError(
+                    f"{self._recipe.encoders.clip_text}: gives values beyond float16 for the empty "
+                    "text; expected finite latents; take other weights, or another --set "
+                    "preprocess.encoder_precision"
+                )
+            features["empty_text.npy"] = text
         return features
 
     def _publish(
@@ -171,7 +185,7 @@ def fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, dict[str, objec
             "draft": recipe.image.draft,
             "compute_batch_size": recipe.encoders.compute_batch_size,
             "precision": recipe.preprocess.encoder_precision,
-            "device": encoders.vae.device,
+            "device": encoders.device_kind,
             "versions": versions(),
         },
         "text": {

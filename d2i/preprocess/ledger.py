@@ -14,6 +14,9 @@ from d2i.preprocess.records import read_table, write_table
 
 Status = Literal["ok", "permanent", "passing"]
 
+NON_FINITE_TEXT = "non_finite_text"
+"""The reason of the one failure that is not the picture's."""
+
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),

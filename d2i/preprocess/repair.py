@@ -27,16 +27,19 @@ from d2i.preprocess.repair_worker import RepairResult, RepairTask, RepairWorkerB
 from d2i.shards import (
     Commit,
     Evidence,
+    Manifest,
     Mended,
     ShardProblem,
     find_data_sets,
     find_evidence,
     fold_manifest,
+    is_told_by_checksum,
     is_vouched,
     mend,
+    other_shard_files,
+    publish_manifest,
     remove_other_shards,
     verify,
-    write_manifest,
 )
 from d2i.shards.commit import COMMIT_SUFFIX, canonical_json
 from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME
@@ -113,10 +116,10 @@ class _RepairedSet:
         self.mended += mended.files
         if self.job:
             self._make(self.job, self._tasks(self.job, commits, mended), commits, on_progress)
-        if not self.problems:
+        if not self.problems and self._restore_manifest():
             storage.remove_leftovers(self.url)
+            # The manifest says by now which shards do not belong here.
             remove_other_shards(self.url, self._evidence().commits.values())
-            self._fold()
         report = verify(self.url)
         problems = (*self.problems, *report.problems)
         notes = tuple(lost_files(self.url, sorted(commits)))
@@ -134,11 +137,17 @@ class _RepairedSet:
             return None
 
     def _evidence(self) -> Evidence:
-        """Return what is known of the shards that were planned; others do not belong here."""
+        """Return what is known of the shards, but of those that the manifest does not know.
+
+        A plan alone excludes none: it may have lost its supplements.
+        """
         found = find_evidence(self.url)
-        listed = {shard.index for shard in found.manifest.shards} if found.manifest else set[int]()
-        planned = {*self.job.indexes()} if self.job else {*found.commits}
-        kept = {i: commit for i, commit in found.commits.items() if i in planned | listed}
+        if found.manifest is None:
+            return found
+        belonging = {shard.index for shard in found.manifest.shards}
+        # A supplement may be under way.
+        belonging |= {*self.job.indexes()} if self.job else set[int]()
+        kept = {i: commit for i, commit in found.commits.items() if i in belonging}
         return Evidence(found.manifest, kept)
 
     def _fingerprint(self) -> dict[str, Any] | None:
@@ -224,21 +233,51 @@ class _RepairedSet:
         if self.fingerprint is None or not commits:
             return False
         try:
-            return is_vouched(self.url, fold_manifest(self.url, self.fingerprint))
+            return is_vouched(self.url, self._fold(self.fingerprint))
         except ShardError:
             return False
 
-    def _fold(self) -> None:
-        """Write the manifest where that was damaged."""
+    def _restore_manifest(self) -> bool:
+        """Write the manifest where that was damaged; say whether there is one now."""
         if self.evidence.manifest:
-            return
+            return True
         fingerprint = self.fingerprint or (self.job.fingerprint() if self.job else None)
         if fingerprint is None:
             detail = "what its shards were made under is lost; expected plan/fingerprint.json"
             self._add(MANIFEST_NAME, detail)
-            return
-        write_manifest(self.url, fingerprint)
+            return False
+        try:
+            manifest = self._fold(fingerprint)
+        except ShardError as err:
+            self._add(MANIFEST_NAME, str(err))
+            return False
+        if not self._is_whole(manifest):
+            return False
+        publish_manifest(self.url, manifest)
         self.mended += [MANIFEST_NAME, CHECKSUM_NAME]
+        return True
+
+    def _fold(self, fingerprint: dict[str, Any]) -> Manifest:
+        commits = self._evidence().commits
+        return fold_manifest(self.url, fingerprint, [commits[index] for index in sorted(commits)])
+
+    def _is_whole(self, manifest: Manifest) -> bool:
+        """Say whether a manifest that was folded anew leaves out no shard that was there."""
+        is_told = is_told_by_checksum(self.url, manifest)
+        if is_told is False:
+            detail = (
+                f"what is left gives another manifest than {CHECKSUM_NAME} is of: a shard may be "
+                "lost with all that tells of it; put it back, or prepare the data anew"
+            )
+            self._add(MANIFEST_NAME, detail)
+        elif is_told is None:
+            detail = (
+                "no record and no manifest tells whether it belongs here; put its record or the "
+                "manifest back, or take the file away"
+            )
+            for name in other_shard_files(self.url, manifest.shards):
+                self._add(name, detail)
+        return not self.problems
 
     def _add(self, file: str, detail: str) -> None:
         self.problems.append(ShardProblem(file, "repair", detail))

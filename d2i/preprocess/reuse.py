@@ -20,7 +20,7 @@ from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ShardError
 from d2i.preprocess.handover import ImageFeatures, ShardTask, SourceFile, keeps_source
-from d2i.preprocess.ledger import SCHEMA, LedgerRow, ledger_tables
+from d2i.preprocess.ledger import NON_FINITE_TEXT, SCHEMA, LedgerRow, ledger_tables
 from d2i.settle import differences
 from d2i.shards import IMAGE_SUFFIXES, ShardReader, check_json, npy_array
 
@@ -98,7 +98,7 @@ class ReusedSplit:
     def __init__(self, url: str) -> None:
         self._reader = ShardReader(url)
         self._keys = pa.array(self._reader.keys, pa.string())
-        tables = [table.filter(pc.not_equal(table["status"], "ok")) for table in ledger_tables(url)]
+        tables = [table.filter(_lacks_picture(table)) for table in ledger_tables(url)]
         self._failures = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
 
     def check(self, image_part: Mapping[str, Any]) -> None:
@@ -161,6 +161,12 @@ class ReusedSplit:
             for instance, place in zip(instances, places, strict=True)
             if place is not None
         }
+
+
+def _lacks_picture(table: pa.Table) -> pa.ChunkedArray:
+    """Say which instances failed for their picture: the text of the others is made anew."""
+    failed = pc.not_equal(table["status"], "ok")
+    return pc.and_(failed, pc.not_equal(table["reason"], NON_FINITE_TEXT))
 
 
 def _indexes(instances: Sequence[Instance], keys: pa.Array) -> list[int | None]:

@@ -10,13 +10,17 @@ from d2i.shards.folder import find_data_sets
 from d2i.shards.manifest import (
     Manifest,
     fold_manifest,
+    is_told_by_checksum,
     is_vouched,
+    other_shard_files,
+    publish_manifest,
     read_manifest,
     remove_other_shards,
     remove_uncommitted,
     write_manifest,
 )
 from d2i.shards.mend import Evidence, Mended, broken_keys, find_evidence, mend
+from d2i.shards.metadata import check_metadata
 from d2i.shards.reader import ShardReader
 from d2i.shards.rebuild import rebuild_commit
 from d2i.shards.sample import (
@@ -48,16 +52,20 @@ __all__ = [
     "VerifyReport",
     "broken_keys",
     "check_json",
+    "check_metadata",
     "copied_samples",
     "find_data_sets",
     "find_evidence",
     "fold_manifest",
     "intact_samples",
+    "is_told_by_checksum",
     "is_vouched",
     "json_bytes",
     "mend",
     "npy_array",
     "npy_bytes",
+    "other_shard_files",
+    "publish_manifest",
     "read_commits",
     "read_manifest",
     "rebuild_commit",

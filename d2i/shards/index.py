@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from d2i.errors import ShardError
+from d2i.shards.arrow import read_one_batch
 from d2i.shards.sample import KEY_PATTERN, MAX_MEMBER_SIZE_BYTES, SUFFIXES
 
 _FIELDS = {"offset": pa.uint64(), "size": pa.uint64(), "crc32": pa.uint32()}
@@ -115,12 +116,9 @@ def read_index(buffer: Any, *, num_samples: int, tar_size_bytes: int) -> Index:
         ShardError: If it is not such an index.
     """
     try:
-        with pa.ipc.open_file(pa.py_buffer(buffer)) as reader:
-            if not reader.schema.equals(SCHEMA) or reader.num_record_batches != 1:
-                raise ShardError("the index has other columns; made by another version of d2i?")
-            batch = reader.get_batch(0)
+        batch = read_one_batch(pa.py_buffer(buffer), SCHEMA)
         batch.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as err:
+    except (pa.ArrowException, OSError, EOFError, ValueError) as err:
         raise ShardError("the index is not a readable Arrow file") from err
     if batch.num_rows != num_samples:
         raise ShardError(f"the index has {batch.num_rows} samples; expected {num_samples}")
@@ -145,3 +143,6 @@ def _check_extents(index: Index, tar_size_bytes: int) -> None:
         # Both terms are small by now, so the sum cannot wrap around.
         if not np.all(within) or np.any(offset + size > tar_size_bytes):
             raise ShardError(f"the index places a {suffix} member outside the tar")
+        absent = offset == 0
+        if np.any(size[absent]) or np.any(index.column(suffix, "crc32")[absent]):
+            raise ShardError(f"the index tells of a {suffix} member that has no place in the tar")

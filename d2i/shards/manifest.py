@@ -30,12 +30,13 @@ from d2i.shards.commit import (
     parse_record,
     read_commits,
 )
-from d2i.shards.sample import npy_info
+from d2i.shards.sample import check_array
 from d2i.shards.write import file_info
 
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_NAME = "manifest.json.sha256"
-EMPTY_NAMES = ("empty_tokens.npy", "empty_text.npy")
+EMPTY_NAMES = {"empty_tokens.npy": "tokens", "empty_text.npy": "text"}
+"""The files with the features of '', and the array member that each stands in for."""
 SHARD_SUFFIXES = (".tar", ".arrow", COMMIT_SUFFIX)
 _SHARD_FILE = re.compile(r"\d{6}-[0-9a-f]{16}(\.tar|\.arrow|\.commit\.json)")
 
@@ -99,15 +100,22 @@ def write_manifest(
     Raises:
         ShardError: If a record is damaged, or shards disagree in arrays or in fingerprint.
     """
+    manifest = fold_manifest(out_url, fingerprint, read_commits(out_url))
+    publish_manifest(out_url, manifest, fault=fault)
+    return manifest
+
+
+def publish_manifest(
+    out_url: str, manifest: Manifest, *, fault: Callable[[Point], None] | None = None
+) -> None:
+    """Write a manifest and its checksum, where they do not lie there already."""
     reach = fault or (lambda _point: None)
-    manifest = fold_manifest(out_url, fingerprint)
     data = manifest.to_bytes()
     # The checksum first: a manifest that is there has its checksum, except while it is replaced.
     _write_if_changed(storage.join(out_url, CHECKSUM_NAME), _checksum_line(data))
     reach("manifest.checksum")
     _write_if_changed(storage.join(out_url, MANIFEST_NAME), data)
     reach("manifest.written")
-    return manifest
 
 
 def read_manifest(url: str) -> Manifest:
@@ -139,6 +147,22 @@ def is_vouched(url: str, manifest: Manifest) -> bool:
     return any(_holds(storage.join(url, name), expected) for name, expected in places)
 
 
+def is_told_by_checksum(url: str, manifest: Manifest) -> bool | None:
+    """Say whether the checksum that lies there is a manifest's; None where it tells nothing.
+
+    One that lost a few of its digits still tells: of two hashes that have nothing to do with each
+    other one digit in sixteen agrees, and half of them never do.
+    """
+    try:
+        found = storage.read_bytes(storage.join(url, CHECKSUM_NAME))
+    except OSError:
+        return None
+    expected = _checksum_line(manifest.to_bytes())
+    if re.fullmatch(rb"[0-9a-f]{64}" + re.escape(expected[64:]), found) is None:
+        return None
+    return 2 * sum(a == b for a, b in zip(found[:64], expected[:64], strict=True)) > 64
+
+
 def listed_names(manifest: Manifest) -> set[str]:
     """Give the name of every file a data set's folder holds, `plan/` and `ledger/` aside."""
     names = {MANIFEST_NAME, CHECKSUM_NAME, *manifest.files}
@@ -165,22 +189,29 @@ def remove_other_shards(out_url: str, commits: Iterable[Commit]) -> list[str]:
     Returns:
         The names removed.
     """
-    kept = {commit.name + suffix for commit in commits for suffix in SHARD_SUFFIXES}
-    found = [name for name in storage.list_names(out_url) if _SHARD_FILE.fullmatch(name)]
-    stray = [name for name in found if name not in kept]
+    stray = other_shard_files(out_url, commits)
     # Commit records first, so that no record is ever left without its tar.
     for name in sorted(stray, key=lambda name: not name.endswith(COMMIT_SUFFIX)):
         storage.remove(storage.join(out_url, name))
     return stray
 
 
-def fold_manifest(out_url: str, fingerprint: Mapping[str, Any]) -> Manifest:
-    """Give the manifest of the commits that are there, and write nothing.
+def other_shard_files(out_url: str, commits: Iterable[Commit]) -> list[str]:
+    """Give the names of the files of every shard but these."""
+    kept = {commit.name + suffix for commit in commits for suffix in SHARD_SUFFIXES}
+    found = [name for name in storage.list_names(out_url) if _SHARD_FILE.fullmatch(name)]
+    return [name for name in found if name not in kept]
+
+
+def fold_manifest(
+    out_url: str, fingerprint: Mapping[str, Any], commits: Iterable[Commit]
+) -> Manifest:
+    """Give the manifest of some commits, in index order, and write nothing.
 
     Raises:
-        ShardError: As `write_manifest`.
+        ShardError: If shards disagree in arrays or in fingerprint.
     """
-    shards = tuple(read_commits(out_url))
+    shards = tuple(commits)
     _check_fingerprints(shards, fingerprint)
     num_samples, size_bytes, failures, arrays = _totals(shards)
     return Manifest(
@@ -230,7 +261,7 @@ def _empty_files(out_url: str) -> Iterator[tuple[str, FileInfo]]:
     for name in EMPTY_NAMES:
         if name in present:
             data = storage.read_bytes(storage.join(out_url, name))
-            npy_info(data)
+            check_array(EMPTY_NAMES[name], data)
             yield name, file_info(data)
 
 

@@ -1,12 +1,12 @@
-"""One shard, mapped: checked once against its commit record, before any offset is used.
+"""One shard, mapped: checked against its commit record, before any offset is used.
 
-Must not import torch or ray.
+The headers of a sample are compared when it is first read. Must not import torch or ray.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,24 +18,80 @@ from numpy.typing import NDArray
 
 from d2i.errors import ShardError
 from d2i.shards.commit import ArrayInfo, Commit
-from d2i.shards.index import Extent, Index, read_index
+from d2i.shards.index import Index, IndexRow, read_index
 from d2i.shards.sample import MEMBERS, NPY_HEADER_SIZE_BYTES, npy_header, npy_size_bytes
 from d2i.shards.tar import BLOCK_SIZE_BYTES
-from d2i.shards.tar import header as tar_header
+from d2i.shards.tar import header_form as tar_header_form
+
+
+class MappedArray:
+    """One array member of a mapped shard: where each sample's numbers begin.
+
+    A sample's headers are compared when it is first read, and only then: all at once would read
+    the whole tar.
+    """
+
+    def __init__(self, name: str, array: ArrayInfo, index: Index, tar: NDArray[np.uint8]) -> None:
+        """Check every size; no byte of the tar is looked at yet.
+
+        Raises:
+            ShardError: If a sample has no such member, or one of another size.
+        """
+        self._suffix = MEMBERS[name].suffix
+        self._array, self._index, self._tar = array, index, tar
+        size_bytes = npy_size_bytes(array.shape)
+        offsets, sizes = index.column(self._suffix, "offset"), index.column(self._suffix, "size")
+        if not np.all(offsets) or not np.all(sizes == size_bytes):
+            raise ShardError(
+                f"the index has {self._suffix} members absent or not of shape {array.shape}"
+            )
+        self._starts: NDArray[np.uint64] = offsets + np.uint64(NPY_HEADER_SIZE_BYTES)
+        self._unchecked: NDArray[np.bool_] | None = np.ones(len(index), np.bool_)
+        self._tar_header = tar_header_form(size_bytes)
+        self._npy_header = npy_header(array.dtype, array.shape)
+
+    def starts(self, rows: NDArray[np.int64]) -> list[int]:
+        """Give where the numbers of some samples begin.
+
+        Raises:
+            ShardError: If the headers before them are not the ones that d2i writes.
+        """
+        starts: list[int] = self._starts[rows].tolist()
+        unchecked = self._unchecked
+        if unchecked is not None and unchecked[rows].any():
+            for row, start in zip(rows.tolist(), starts, strict=True):
+                self._check(f"{self._index.keys[row]}.{self._suffix}", start)
+            unchecked[rows] = False
+            if not unchecked.any():
+                self._unchecked = None
+        return starts
+
+    def _check(self, name: str, start: int) -> None:
+        npy_start = start - NPY_HEADER_SIZE_BYTES
+        check_tar_header(self._tar, npy_start, name, self._tar_header)
+        if self._tar[npy_start:start].tobytes() != self._npy_header:
+            expected = f"{self._array.dtype} {self._array.shape}"
+            raise ShardError(f"{name} is not npy {expected} as in the manifest")
 
 
 @dataclass(frozen=True)
 class MappedShard:
-    """A mapped shard: the tar's bytes, its index, and where each array's numbers begin."""
+    """A mapped shard: the tar's bytes, its index, and its arrays by name."""
 
     tar: NDArray[np.uint8]
     index: Index
-    starts: Mapping[str, NDArray[np.uint64]]
+    arrays: Mapping[str, MappedArray]
 
-    def member(self, extent: Extent) -> bytes:
-        """Copy a member's content."""
-        end = extent.offset + extent.size_bytes
-        return self.tar[extent.offset : end].tobytes()
+    def member(self, row: IndexRow, suffix: str) -> bytes:
+        """Copy a member's content.
+
+        Raises:
+            ShardError: If it does not lie there as a plain file of that name.
+        """
+        extent = row.extents[suffix]
+        form = tar_header_form(extent.size_bytes)
+        check_tar_header(self.tar, extent.offset, f"{row.key}.{suffix}", form)
+        return self.tar[extent.offset : extent.offset + extent.size_bytes].tobytes()
 
 
 class Shards(Protocol):
@@ -138,38 +194,24 @@ def open_shard(commit: Commit, tar: Any, index: Index) -> MappedShard:
     """Check a mapped tar against its commit record and its index.
 
     Raises:
-        ShardError: If its size, an array's size, the first npy header, or the names at either
-            end of the tar differ: it may be another shard's.
+        ShardError: If its size or an array's size differs.
     """
     if tar.size != commit.tar.size_bytes:
         raise ShardError(f"the tar has {tar.size} bytes; expected {commit.tar.size_bytes}")
     tar_bytes = np.frombuffer(tar, np.uint8)
-    _check_names(index, tar_bytes)
-    starts: dict[str, NDArray[np.uint64]] = {
-        name: _array_starts(name, array, index, tar_bytes) for name, array in commit.arrays.items()
+    arrays: dict[str, MappedArray] = {
+        name: MappedArray(name, array, index, tar_bytes) for name, array in commit.arrays.items()
     }
-    return MappedShard(tar_bytes, index, starts)
+    return MappedShard(tar_bytes, index, arrays)
 
 
-def _check_names(index: Index, tar_bytes: NDArray[np.uint8]) -> None:
-    for row in {0, len(index) - 1} if len(index) else ():
-        found = index.row(row)
-        for suffix, extent in found.extents.items():
-            header = tar_bytes[max(0, extent.offset - BLOCK_SIZE_BYTES) : extent.offset].tobytes()
-            if header != tar_header(f"{found.key}.{suffix}", extent.size_bytes):
-                raise ShardError(f"the tar does not hold {found.key}.{suffix} where its index says")
+def check_tar_header(
+    tar: NDArray[np.uint8], offset: int, name: str, form: Callable[[str], bytes]
+) -> None:
+    """Refuse a tar whose content at an offset is not that of a plain file of some name.
 
-
-def _array_starts(
-    name: str, array: ArrayInfo, index: Index, tar: NDArray[np.uint8]
-) -> NDArray[np.uint64]:
-    """Give where each sample's numbers begin: all sizes are checked, and the first header."""
-    suffix = MEMBERS[name].suffix
-    offsets, sizes = index.column(suffix, "offset"), index.column(suffix, "size")
-    if not np.all(offsets) or not np.all(sizes == npy_size_bytes(array.shape)):
-        raise ShardError(f"the index has {suffix} members absent or not of shape {array.shape}")
-    if len(index):
-        first = tar[int(offsets[0]) :][:NPY_HEADER_SIZE_BYTES].tobytes()
-        if first != npy_header(array.dtype, array.shape):
-            raise ShardError(f"{suffix} is not npy {array.dtype} {array.shape} as in the manifest")
-    return offsets + np.uint64(NPY_HEADER_SIZE_BYTES)
+    Raises:
+        ShardError: If the header before it is another: the tar may be hostile, or another shard's.
+    """
+    if tar[max(0, offset - BLOCK_SIZE_BYTES) : offset].tobytes() != form(name):
+        raise ShardError(f"the tar does not hold {name} where its index says")

@@ -1,7 +1,7 @@
 """Read samples of a data set in any order, straight out of mapped tars.
 
-A shard is mapped when it is first touched and checked once; after that a batch is one copy a
-member. Parses no header and unpickles nothing. Must not import torch or ray.
+A shard is mapped and checked when it is first touched, and so are a sample's headers; after that a
+batch is one copy a member. Parses no header and unpickles nothing. Must not import torch or ray.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
@@ -26,7 +27,7 @@ from d2i.shards.commit import ArrayInfo, canonical_json
 from d2i.shards.forks import ForkedShards
 from d2i.shards.index import IndexRow
 from d2i.shards.manifest import Manifest, read_manifest
-from d2i.shards.mapped import LocalShards, MappedShard, Shards
+from d2i.shards.mapped import LocalShards, MappedShard, Shards, in_words
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
     NPY_DTYPES,
@@ -111,7 +112,7 @@ class ShardReader:
             for name, values in batch.items()
         }
         for number, places in self._by_shard(positions):
-            with self._shards.using(number) as shard:
+            with self._shards.using(number) as shard, self._in_words(number):
                 _copy_rows(shard, positions[places] - self._starts[number], places, rows)
         return batch
 
@@ -149,9 +150,9 @@ class ShardReader:
             ShardError: If the bytes of one do not match their checksum.
         """
         number, row = _locate(self._starts, int(self._positions([index])[0]))
-        with self._shards.using(number) as shard:
+        with self._shards.using(number) as shard, self._in_words(number):
             found = shard.index.row(row)
-            return {suffix: self._checked(shard, found, suffix) for suffix in found.extents}
+            return {suffix: _checked(shard, found, suffix) for suffix in found.extents}
 
     @cached_property
     def empty_tokens(self) -> NDArray[np.uint16]:
@@ -214,18 +215,13 @@ class ShardReader:
 
     def _read_member(self, index: int, suffixes: Sequence[str]) -> bytes | None:
         number, row = _locate(self._starts, int(self._positions([index])[0]))
-        with self._shards.using(number) as shard:
+        with self._shards.using(number) as shard, self._in_words(number):
             found = shard.index.row(row)
             suffix = next((suffix for suffix in suffixes if suffix in found.extents), None)
-            return self._checked(shard, found, suffix) if suffix else None
+            return _checked(shard, found, suffix) if suffix else None
 
-    def _checked(self, shard: MappedShard, row: IndexRow, suffix: str) -> bytes:
-        data = shard.member(row.extents[suffix])
-        if zlib.crc32(data) != row.extents[suffix].crc32:
-            raise ShardError(
-                f"{row.key}.{suffix} in {self.url} does not match its checksum; run `d2i repair`"
-            )
-        return data
+    def _in_words(self, number: int) -> AbstractContextManager[None]:
+        return in_words(self.url, self.manifest.shards[number])
 
     def _read_empty(self, name: Any) -> NDArray[Any]:
         info = self.manifest.files.get(name)
@@ -277,6 +273,13 @@ def _check_fingerprint(url: str, manifest: Manifest, expected: Mapping[str, Any]
     )
 
 
+def _checked(shard: MappedShard, row: IndexRow, suffix: str) -> bytes:
+    data = shard.member(row, suffix)
+    if zlib.crc32(data) != row.extents[suffix].crc32:
+        raise ShardError(f"{row.key}.{suffix} does not match its checksum")
+    return data
+
+
 def _copy_rows(
     shard: MappedShard,
     rows: NDArray[np.int64],
@@ -285,7 +288,7 @@ def _copy_rows(
 ) -> None:
     """Copy rows of a shard to their places, sample by sample: members lie side by side."""
     arrays = list(batch.values())
-    starts = [shard.starts[name][rows].tolist() for name in batch]
+    starts = [shard.arrays[name].starts(rows) for name in batch]
     for place, *begins in zip(places.tolist(), *starts, strict=True):
         for array, begin in zip(arrays, begins, strict=True):
             array[place] = shard.tar[begin : begin + array.shape[1]]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +41,15 @@ MAX_KEY_LENGTH = 88
 KEY_PATTERN = rf"[A-Za-z0-9_][A-Za-z0-9_-]{{0,{MAX_KEY_LENGTH - 1}}}"
 """No dot (WebDataset ends a key at the first one), no slash, no leading dash."""
 
+NUM_TOKEN_IDS = 49408
+"""CLIP's BPE ids, its marks of start and end included."""
+
 NPY_HEADER_SIZE_BYTES = 128
 NPY_DTYPES = {"float16": "<f2", "uint16": "<u2"}
 """The byte order on disk of each dtype a member may have."""
+
+_INFINITY = 0x7C00
+"""The bits of float16's infinity; those of what is no number are above."""
 
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00\x76\x00"
@@ -180,6 +186,24 @@ def check_shape(name: str, dtype: str, shape: tuple[int, ...]) -> None:
         )
 
 
+def check_array(name: str, data: bytes) -> tuple[str, tuple[int, ...]]:
+    """Check a whole array member, its values included, and give its dtype name and shape.
+
+    Raises:
+        ShardError: As `npy_info` and `check_shape`, or if a latent is not finite or a token is none
+            of CLIP's.
+    """
+    dtype, shape = npy_info(data)
+    check_shape(name, dtype, shape)
+    values = np.frombuffer(data, NPY_DTYPES["uint16"], offset=NPY_HEADER_SIZE_BYTES)
+    if name == "tokens":
+        if values.max() >= NUM_TOKEN_IDS:
+            raise ShardError(f"tokens hold {values.max()}; expected ids below {NUM_TOKEN_IDS}")
+    elif (values & 0x7FFF).max() >= _INFINITY:
+        raise ShardError(f"{name} holds a value that is not finite")
+    return dtype, shape
+
+
 def _leading_axis_fits(name: str, size: int) -> bool:
     if name == "moments":
         return size == 8
@@ -190,18 +214,16 @@ def sample_arrays(sample: Sample) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Check a whole sample and give dtype and shape of each of its arrays.
 
     Raises:
-        ShardError: If the key, a suffix, a size, the json or an array is not legal.
+        ShardError: If the key, a suffix, a size, the json's form or an array is not legal.
     """
     check_key(sample.key)
     try:
         _check_members(sample.members)
         arrays = {
-            name: npy_info(sample.members[spec.suffix])
+            name: check_array(name, sample.members[spec.suffix])
             for name, spec in MEMBERS.items()
             if spec.suffix in sample.members
         }
-        for name, (dtype, shape) in arrays.items():
-            check_shape(name, dtype, shape)
     except ShardError as err:
         raise ShardError(f"sample {sample.key}: {err}") from err
     if "tokens" in arrays and "text" in arrays and arrays["tokens"][1][0] != arrays["text"][1][0]:
@@ -213,15 +235,16 @@ def check_json(data: bytes) -> dict[str, Any]:
     """Decode a `json` member.
 
     Raises:
-        ShardError: If it is not one JSON object.
+        ShardError: If it is not one JSON object as `json_bytes` writes it.
     """
     try:
         value = json.loads(data)
+        is_canonical = isinstance(value, dict) and json_bytes(value) == data
     except (ValueError, RecursionError) as err:
         raise ShardError("the json member is not JSON") from err
-    if not isinstance(value, dict):
-        raise ShardError("the json member is not an object")
-    return value
+    if not is_canonical:
+        raise ShardError("the json member is not an object in the one form it may have")
+    return cast("dict[str, Any]", value)
 
 
 def _check_members(members: Mapping[str, bytes]) -> None:

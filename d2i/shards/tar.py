@@ -5,6 +5,8 @@ Written here byte by byte, because the standard library's headers differ between
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from d2i.errors import ShardError
 
 BLOCK_SIZE_BYTES = 512
@@ -19,21 +21,25 @@ def header(name: str, size_bytes: int) -> bytes:
         name: ASCII, at most 100 characters.
         size_bytes: Size of the content, below 8 GiB.
     """
-    fields = [
-        name.encode("ascii").ljust(100, b"\0"),
-        b"0000644\0",
-        b"0000000\0" * 2,
-        b"%011o\0" % size_bytes,
-        b"%011o\0" % 0,
-        b" " * 8,
-        b"0".ljust(101, b"\0"),
-        b"ustar\x0000".ljust(255, b"\0"),
-    ]
-    block = b"".join(fields)
-    if len(block) != BLOCK_SIZE_BYTES:
-        raise ValueError(f"name {name!r} or size {size_bytes} does not fit a USTAR header")
-    checksum = b"%06o\0 " % sum(block)
-    return block[:148] + checksum + block[156:]
+    return header_form(size_bytes)(name)
+
+
+def header_form(size_bytes: int) -> Callable[[str], bytes]:
+    """Give what makes the header of each file of one size out of its name."""
+    before = b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size_bytes + b"%011o\0" % 0
+    after = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(255, b"\0")
+    # The checksum counts itself as eight spaces.
+    sum_beside_name = sum(before) + sum(b" " * 8) + sum(after)
+
+    def form(name: str) -> bytes:
+        field = name.encode("ascii").ljust(100, b"\0")
+        checksum = b"%06o\0 " % (sum_beside_name + sum(field))
+        block = b"".join((field, before, checksum, after))
+        if len(block) != BLOCK_SIZE_BYTES:
+            raise ValueError(f"name {name!r} or size {size_bytes} does not fit a USTAR header")
+        return block
+
+    return form
 
 
 def read_header(block: bytes) -> tuple[str, int]:

@@ -22,8 +22,9 @@ from d2i.errors import ShardError
 from d2i.shards import tar
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo
 from d2i.shards.index import Index, IndexRow, read_index
-from d2i.shards.manifest import MANIFEST_NAME, Manifest, listed_names, read_manifest
-from d2i.shards.sample import Sample, npy_info, sample_arrays
+from d2i.shards.manifest import EMPTY_NAMES, MANIFEST_NAME, Manifest, listed_names, read_manifest
+from d2i.shards.metadata import check_sample
+from d2i.shards.sample import Sample, check_array, sample_arrays
 
 OTHER_FOLDERS = frozenset({"plan", "ledger"})
 _CHUNK_SIZE_BYTES = 1 << 20
@@ -176,8 +177,10 @@ class _TarWalk:
             if wrong:
                 yield f"{row.key}: {', '.join(wrong)} do not match their checksum"
                 continue
+            sample = Sample(row.key, members)
             try:
-                arrays = sample_arrays(Sample(row.key, members))
+                arrays = sample_arrays(sample)
+                check_sample(sample)
             except ShardError as err:
                 yield str(err)
                 continue
@@ -244,7 +247,7 @@ def _check_files(url: str, manifest: Manifest) -> Iterator[ShardProblem]:
         try:
             data = storage.read_bytes(storage.join(url, name))
             yield from _compare(name, data, expected)
-            npy_info(data)
+            check_array(EMPTY_NAMES[name], data)
         except FileNotFoundError:
             yield ShardProblem(name, "missing", "the manifest lists this file")
         except OSError as err:

@@ -18,7 +18,7 @@ from d2i import storage
 from d2i.config import ImageConfig, Recipe
 from d2i.diffusion import dpm_solver, guided_unidiffuser, guided_uvit, join_state, split_state
 from d2i.diffusion.draws import normal
-from d2i.encoders import Vae
+from d2i.encoders import Vae, check_made_by
 from d2i.models import build_backbone
 from d2i.models.folder import resolve_sizes
 from d2i.pictures import crop_to_square, decode_picture, png_bytes
@@ -43,7 +43,7 @@ class SampleGrid:
         encode_text: Encodes token ids, for shards that hold no text latents.
 
     Raises:
-        CheckpointError: If the autoencoder cannot be loaded.
+        CheckpointError: If the autoencoder cannot be loaded, or did not make the shards.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class SampleGrid:
     ) -> None:
         self._recipe, self._device = recipe, device
         self._vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind, str(device))
+        check_made_by({"vae": self._vae.hash}, reader.manifest, reader.url)
         rows = choose_instances(len(reader), _NUM_DIALOGS, recipe.train.seed)
         self._keys = [reader.keys[int(row)] for row in rows]
         self._true = [reader.read_image(int(row)) for row in rows]

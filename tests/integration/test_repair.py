@@ -221,6 +221,7 @@ def test_only_lost_pictures_are_asked_for_again(tmp_path: Path, settings: list[s
         assert repair(request)[0].problems == ()
         assert sorted(web.asked) == [f"/{n}" for n in range(8)], "404 is not asked again"
         assert contents(out) == good
+        assert_lost_supplements_lose_no_sample(out, request)
 
         web.answers["/3"] = sends(b"", 404)
         break_sample(out, 3)
@@ -234,6 +235,29 @@ def test_only_lost_pictures_are_asked_for_again(tmp_path: Path, settings: list[s
         assert "other bytes came out" in repair(request)[0].problems[0].detail
         assert contents(out) == broken, "nothing else stands under the shard's name"
         assert read_ledger(str(out / "test")) == ledger
+
+
+def assert_lost_supplements_lose_no_sample(out: Path, request: RepairRequest) -> None:
+    """A plan without its supplements excludes no record, and the checksum tells of lost ones."""
+    good, supplements = contents(out), out / "test" / "plan" / "supplements.json"
+    planned = supplements.read_bytes()
+    supplements.unlink()
+    flip(out / "test" / "manifest.json", 400)
+    assert repair(request)[0].problems == ()
+    assert contents(out) == good
+
+    last = read_commits(str(out / "test"))[-1]
+    for name in (last.tar_name, last.index_name, last.commit_name):
+        (out / "test" / name).unlink()
+    flip(out / "test" / "manifest.json", 400)
+    broken = contents(out)
+    assert (
+        "another manifest than manifest.json.sha256 is of" in repair(request)[0].problems[0].detail
+    )
+    assert contents(out) == broken, "nothing is written that leaves a shard out"
+    supplements.write_bytes(planned)
+    for name, content in good.items():
+        (out / name).write_bytes(content)
 
 
 def test_the_command_killed_and_repeated(copy: Path) -> None:
@@ -271,6 +295,33 @@ def test_without_a_plan_what_is_left_mends_the_rest(copy: Path) -> None:
     only(copy, "*.tar").unlink()
     (problem,) = repaired(copy / "train")[0].problems
     assert problem.reason == "missing"
+
+
+def test_nothing_goes_while_nothing_says_what_belongs(copy: Path) -> None:
+    """A record and the manifest damaged together, and no plan: the tar may be the only copy."""
+    shutil.rmtree(copy / "train" / "plan")
+    flip(copy / "train" / "manifest.json", 400)
+    flip(only(copy, "*.commit.json"), 400)
+    broken = contents(copy)
+    assert "made under is lost" in repaired(copy / "train")[0].problems[0].detail
+    assert contents(copy) == broken
+
+
+def test_a_stray_tar_goes_where_the_checksum_tells_and_else_is_said(copy: Path) -> None:
+    good, manifest = contents(copy), copy / "train" / "manifest.json"
+    fall_behind(only(copy, "*.tar"))
+    manifest.unlink()
+    assert repaired(copy / "train")[0].problems == ()
+    assert contents(copy) == good
+    fall_behind(only(copy, "*.tar"))
+    stray = only(copy, "000009-*.tar")
+    manifest.unlink()
+    (copy / "train" / "manifest.json.sha256").unlink()
+    (told, *_) = repaired(copy / "train")[0].problems
+    assert (told.file, stray.exists(), manifest.exists()) == (stray.name, True, False)
+    stray.unlink()
+    assert repaired(copy / "train")[0].problems == ()
+    assert contents(copy) == good
 
 
 def test_what_a_job_lost_of_its_own_is_said_and_comes_back(

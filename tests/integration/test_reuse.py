@@ -81,7 +81,7 @@ def test_new_text_for_old_pictures(tmp_path: Path, settings: list[str]) -> None:
             content = bytearray(path.read_bytes())
             content[2000] ^= 1
             path.write_bytes(content)
-        with pytest.raises(ShardError, match="does not match its checksum; run `d2i repair`"):
+        with pytest.raises(ShardError, match="does not match its checksum; run `d2i verify`"):
             run_job(replace(new, out=str(tmp_path / "lie")), lambda _: None)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import run_process
+from tests.samples import metadata
 
 HEAVY = ("torch", "ray", "deepspeed", "diffusers", "transformers", "numpy", "pyarrow")
 
@@ -76,17 +77,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], hint:
     assert done.stdout == ""
 
 
-def test_verify_tells_a_broken_folder_by_exit_code_1(tmp_path: Path) -> None:
+def write_one_sample(folder: Path, values: dict[str, object]) -> None:
     import numpy as np
 
     from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 
-    members = {
-        "json": json_bytes({"key": "a"}),
-        "tokens.npy": npy_bytes(np.zeros(77, np.uint16)),
-    }
-    write_shard([Sample("a", members)], str(tmp_path), 0, failures={})
-    write_manifest(str(tmp_path), {})
+    members = {"json": json_bytes(values), "tokens.npy": npy_bytes(np.zeros(77, np.uint16))}
+    write_shard([Sample("a", members)], str(folder), 0, failures={})
+    write_manifest(str(folder), {})
+
+
+def test_inspect_shows_no_sample_that_lacks_a_field(tmp_path: Path) -> None:
+    write_one_sample(tmp_path, {"key": "a"})
+    done = run_process("inspect", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "sample a: the json member is not as d2i writes it" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_verify_tells_a_broken_folder_by_exit_code_1(tmp_path: Path) -> None:
+    write_one_sample(tmp_path, metadata("a"))
     assert run_process("verify", tmp_path).returncode == 0
     tar = next(tmp_path.glob("*.tar"))
     tar.write_bytes(tar.read_bytes()[:-512])

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from d2i.config import Precision
+from d2i.context import context_tokens
 from d2i.dialog import ImageRef, Instance, Turn
 from d2i.encoders import Encoders, load_encoders
-from d2i.errors import ShardError
+from d2i.errors import CheckpointError, ShardError
 from d2i.preprocess.encode_worker import EncodeWorker, EncodeWorkerBuilder
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.handover import FetchedPicture, SourcePicture
@@ -55,6 +57,14 @@ def test_lower_precision_changes_features_by_no_more_than_its_digits(
         assert 0 < relative_rms(one, two) < most
 
 
+def test_float32_is_whole_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN would take TF32 for it; what that flag does only a GPU shows."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert load_encoders(RECIPE.encoders).device_kind == "cpu"
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_data_is_of_one_precision(encoders: Encoders, tmp_path: Path) -> None:
     lower = change_recipe(RECIPE, ["preprocess.encoder_precision=bf16"])
     EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).settle(str(tmp_path))
@@ -82,6 +92,45 @@ def test_a_latent_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8]) -> N
     lost = rows[instances[bad].key]
     assert (lost.status, lost.reason) == ("permanent", "non_finite_latent")
     assert "float16" in lost.detail
+
+
+def beyond_float16_of(encoders: Encoders, good: str, bad: str) -> str:
+    """Scale the text encoder until the latents of one text are beyond float16; give which."""
+    tokens = np.stack([context_tokens((Turn(0, text),), RECIPE.text) for text in (good, bad)])
+    latents = encoders.clip_text.encode(tokens, encoders.compute_batch_size)
+    largest = np.abs(latents).reshape(2, -1).max(1)
+    factor = float(np.finfo(np.float16).max) / np.sqrt(largest.prod())
+    with torch.no_grad():
+        for parameter in encoders.clip_text.module.text_model.final_layer_norm.parameters():
+            parameter.mul_(factor)
+    return (good, bad)[int(largest.argmax())]
+
+
+def test_a_text_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8]) -> None:
+    """Of two contexts of one picture the one fails, in the ledger and not in the shard."""
+    encoders = load_encoders(RECIPE.encoders)
+    texts = ("a red ball on the beach", "no wait, the blue one at night")
+    bad = beyond_float16_of(encoders, *texts)
+    instances = [replace(instance(n), context=(Turn(0, text),)) for n, text in enumerate(texts)]
+    one = instances[0].image_ref
+    instances = [replace(i, image_ref=one) for i in instances]
+    made = EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).encode(
+        instances, [fetched(one, pixels[2])]
+    )
+    written = [i.key for i in instances if i.context[0].text != bad]
+    assert [sample.key for sample in made.samples] == written
+    assert {row.key: row.reason for row in made.rows} == {
+        i.key: "ok" if i.key in written else "non_finite_text" for i in instances
+    }
+
+
+def test_an_empty_text_beyond_float16_is_refused(tmp_path: Path) -> None:
+    encoders = load_encoders(RECIPE.encoders)
+    with torch.no_grad():
+        encoders.clip_text.module.text_model.final_layer_norm.bias.fill_(1e6)
+    with pytest.raises(CheckpointError, match="beyond float16 for the empty text"):
+        EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).settle(str(tmp_path))
+    assert not list(tmp_path.glob("empty_text.npy"))
 
 
 def instance(number: int) -> Instance:

@@ -42,10 +42,27 @@ def npy(array: NDArray[Any]) -> bytes:
     return b"\x93NUMPY\x01\x00\x76\x00" + text.encode().ljust(117) + b"\n" + array.tobytes()
 
 
+def metadata(number: int) -> dict[str, Any]:
+    source = {"ref": ["a.png"], "sha256": "0" * 64, "size_bytes": 10, "width": 4, "height": 4}
+    return {
+        "key": f"train-{number}-0-0",
+        "split": "train",
+        "dialog_id": str(number),
+        "turn": 2,
+        "image": 0,
+        "context": [{"speaker": 0, "text": "naïve"}, {"speaker": None, "text": ""}],
+        "direction": "answer",
+        "description": None,
+        "labels": ["ball"],
+        "description_by": None,
+        "source": source,
+    }
+
+
 def members(number: int) -> dict[str, bytes]:
     random = np.random.default_rng(number)
     return {
-        "json": json.dumps({"number": number}, separators=(",", ":")).encode(),
+        "json": json.dumps(metadata(number), sort_keys=True, separators=(",", ":")).encode("ascii"),
         "moments.npy": npy(random.normal(size=(8, 4, 4)).astype("<f2")),
         "clip.npy": npy(random.normal(size=16).astype("<f2")),
         "tokens.npy": npy(random.integers(0, 49408, 77).astype("<u2")),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,7 @@ from d2i.shards.commit import shard_name
 from d2i.shards.index import Extent, IndexRow, index_bytes, read_index
 from d2i.shards.sample import npy_header
 from d2i.shards.write import file_info
+from tests.samples import metadata
 
 FINGERPRINT = {"image": {"vae": "ab12", "resolution": 32}, "text": {"num_windows": 1}}
 JPEG = b"\xff\xd8\xff\xe0 not decoded here"
@@ -47,8 +49,9 @@ JPEG = b"\xff\xd8\xff\xe0 not decoded here"
 def make_sample(number: int, *, image: str | None = "jpg", seed: int = 0) -> Sample:
     """Make a small sample of random numbers, any bit pattern but no NaN."""
     random = np.random.default_rng((seed, number))
+    key = f"train-{number}-0-0"
     members = {
-        "json": json_bytes({"number": number, "text": "naïve 🙂"}),
+        "json": json_bytes(metadata(key, dialog_id=str(number), description="naïve 🙂")),
         "moments.npy": npy_bytes(random.normal(size=(8, 4, 4)).astype(np.float16)),
         "clip.npy": npy_bytes(random.normal(size=16).astype(np.float16)),
         "tokens.npy": npy_bytes(random.integers(0, 49408, 77).astype(np.uint16)),
@@ -56,7 +59,7 @@ def make_sample(number: int, *, image: str | None = "jpg", seed: int = 0) -> Sam
     }
     if image is not None:
         members[image] = JPEG + bytes([number % 256])
-    return Sample(f"train-{number}-0-0", members)
+    return Sample(key, members)
 
 
 def make_data(folder: Path, *counts: int) -> Manifest:
@@ -131,6 +134,12 @@ BAD_MEMBERS: dict[str, tuple[str, bytes | None]] = {
     "no json": ("json", None),
     "json list": ("json", b"[]"),
     "deep json": ("json", b"[" * 100_000),
+    "json with NaN": ("json", b'{"a":NaN}'),
+    "json of two lines": ("json", b'{"a":1}\n'),
+    "json with a key twice": ("json", b'{"a":1,"a":2}'),
+    "infinite": ("text.npy", npy_bytes(np.full((77, 6), np.inf, np.float16))),
+    "not a number": ("clip.npy", npy_bytes(np.full(16, -np.nan, np.float16))),
+    "unknown token": ("tokens.npy", npy_bytes(np.full(77, 49408, np.uint16))),
     "pickle": ("pickle", b"x"),
     "two images": ("png", b"x"),
     "empty": ("jpg", b""),
@@ -436,8 +445,8 @@ def test_a_shard_under_another_s_name_is_not_read(tmp_path: Path) -> None:
     make_data(tmp_path, 3, 3)
     one, two = sorted(tmp_path.glob("*.tar"))
     one.write_bytes(two.read_bytes())
-    with pytest.raises(ShardError, match=r"does not hold train-0-0-0\.json where its index says"):
-        ShardReader(str(tmp_path)).read([0])
+    with pytest.raises(ShardError, match=r"does not hold train-0-0-0\.clip\.npy where its index"):
+        ShardReader(str(tmp_path)).read([0], ["clip"])
 
 
 @pytest.fixture
@@ -506,6 +515,42 @@ def test_missing_and_unlisted_files_are_found(copy: Path) -> None:
         (".npy", "missing"),
         (".tar", "unlisted"),
     }
+
+
+BAD_METADATA: dict[str, tuple[dict[str, Any], str]] = {
+    "another key": ({"key": "train-1-0-0"}, "is that of 'train-1-0-0'"),
+    "another split": ({"split": "dev"}, "split"),
+    "no picture": ({"split": "test"}, "has no picture; expected one in test"),
+    "unknown field": ({"more": 1}, "more"),
+    "turn": ({"turn": -1}, "turn"),
+    "context": ({"context": [{"text": "no speaker"}]}, "speaker"),
+    "source": ({"source": {}}, "source"),
+    "no address": ({"source": metadata("")["source"] | {"ref": []}}, "ref"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_METADATA)
+def test_metadata_that_is_not_the_sample_s_is_found(case: str, tmp_path: Path) -> None:
+    changes, told = BAD_METADATA[case]
+    sample = make_sample(0, image=None)
+    members = {**sample.members, "json": json_bytes(metadata(sample.key, **changes))}
+    write_shard([Sample(sample.key, members)], str(tmp_path), 0, failures={})
+    write_manifest(str(tmp_path), {})
+    (problem,) = verify(str(tmp_path)).problems
+    assert problem.reason == "member" and told in problem.detail
+
+
+def test_features_of_the_empty_text_are_checked(copy: Path) -> None:
+    for name, bad in (
+        ("empty_text.npy", np.full((77, 6), np.inf, np.float16)),
+        ("empty_tokens.npy", np.full(77, 65535, np.uint16)),
+        ("empty_tokens.npy", np.zeros(76, np.uint16)),
+    ):
+        good = (copy / name).read_bytes()
+        (copy / name).write_bytes(npy_bytes(bad))
+        with pytest.raises(ShardError):
+            write_manifest(str(copy), FINGERPRINT)
+        (copy / name).write_bytes(good)
 
 
 def test_keys_in_two_shards_are_found(tmp_path: Path) -> None:
@@ -605,6 +650,33 @@ def test_hostile_tars_are_found(single: Path, name: str) -> None:
     assert (".tar", "structure") in reasons(single)
 
 
+@pytest.mark.parametrize("name", ["link", "device", "setuid"])
+@pytest.mark.parametrize("suffix", ["moments.npy", "json", "jpg"])
+def test_a_hostile_member_amid_others_is_not_read(name: str, suffix: str, tmp_path: Path) -> None:
+    """Whichever sample it is of, and with all checksums forged to fit."""
+    write_shard([make_sample(n) for n in range(3)], str(tmp_path), 0, failures={})
+    write_manifest(str(tmp_path), {})
+    kinds = {"link": tarfile.SYMTYPE, "device": tarfile.CHRTYPE}
+
+    def change(member: tarfile.TarInfo) -> None:
+        if member.name == f"train-1-0-0.{suffix}":
+            member.type = kinds.get(name, tarfile.REGTYPE)
+            member.mode = 0o4755 if name == "setuid" else member.mode
+
+    tar, rows = rebuild(tmp_path, change)
+    forge(tmp_path, tar, index_bytes(rows))
+    reader = ShardReader(str(tmp_path))
+    assert len(reader.read([0, 2])["clip"]) == 2
+    reads: dict[str, Callable[[], Any]] = {
+        "moments.npy": lambda: reader.read([0, 1]),
+        "json": lambda: reader.read_json(1),
+        "jpg": lambda: reader.read_image(1),
+    }
+    for read in (reads[suffix], reads[suffix], lambda: reader.read_members(1)):
+        with pytest.raises(ShardError, match=rf"does not hold train-1-0-0\.{suffix} where"):
+            read()
+
+
 def test_hidden_members_and_tails_are_found(single: Path) -> None:
     (path,) = single.glob("*.tar")
     (index,) = single.glob("*.arrow")
@@ -635,8 +707,9 @@ def test_arrays_unlike_the_manifest_are_refused(
         rows.append(IndexRow(row.key, extents))
     forge(single, tar, index_bytes(rows))
     assert reasons(single) == {(".tar", "member")}
-    with pytest.raises(ShardError, match=r"moments\.npy is not npy float16 \(8, 4, 4\)"):
-        ShardReader(str(single)).read([0])
+    for row in (0, 1):
+        with pytest.raises(ShardError, match=r"moments\.npy is not npy float16 \(8, 4, 4\)"):
+            ShardReader(str(single)).read([row])
 
 
 @pytest.mark.parametrize(
@@ -666,6 +739,39 @@ def test_index_reader_survives_fuzz(data: st.DataObject) -> None:
     except ShardError:
         return
     assert all(e.offset + e.size_bytes <= 2048 for e in index.row(0).extents.values())
+
+
+def index_of(rows: Any, schema: pa.Schema, **options: Any) -> bytes:
+    sink, options = pa.BufferOutputStream(), pa.ipc.IpcWriteOptions(**options)
+    with pa.ipc.new_file(sink, schema, options=options) as file:
+        file.write_batch(rows)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_a_compressed_index_is_refused_before_it_is_unpacked(codec: str) -> None:
+    extent = {"json": Extent(512, 10, 1)}
+    good = index_bytes([IndexRow(f"{n:088}", extent) for n in range(100_000)])
+    batch = pa.ipc.open_file(good).get_batch(0)
+    bomb = index_of(batch, batch.schema, compression=codec)
+    assert 20 * len(bomb) < len(good)
+    before = pa.total_allocated_bytes()
+    with pytest.raises(ShardError, match="compressed"):
+        read_index(bomb, num_samples=100_000, tar_size_bytes=2048)
+    assert pa.total_allocated_bytes() == before
+
+
+def test_an_index_says_nothing_beside_its_columns() -> None:
+    batch = pa.ipc.open_file(index_bytes([IndexRow("k", {"json": Extent(512, 10, 1)})])).get_batch(
+        0
+    )
+    hidden = batch.replace_schema_metadata({"hidden": "text"})
+    with pytest.raises(ShardError, match="other columns"):
+        read_index(index_of(hidden, hidden.schema), num_samples=1, tar_size_bytes=2048)
+    for absent in (Extent(0, 1, 0), Extent(0, 0, 1)):
+        rows = [IndexRow("k", {"json": Extent(512, 10, 1), "png": absent})]
+        with pytest.raises(ShardError, match="no place in the tar"):
+            read_index(index_bytes(rows), num_samples=1, tar_size_bytes=2048)
 
 
 def test_index_keys_are_checked() -> None:

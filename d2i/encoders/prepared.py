@@ -1,0 +1,38 @@
+"""Whether encoders are those that data was prepared by: by their weights, wherever those lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from d2i.errors import CheckpointError
+from d2i.shards import Manifest
+
+EncoderName = Literal["vae", "clip_image", "clip_text"]
+
+_PARTS = {"vae": "image", "clip_image": "image", "clip_text": "text"}
+"""The part of a data set's fingerprint that has the hash of each encoder's weights."""
+
+
+def check_made_by(hashes: Mapping[EncoderName, str], manifest: Manifest, data_url: str) -> None:
+    """Refuse encoders with other weights than those that made a data set.
+
+    Shards that d2i preprocess did not make name no encoder, and are taken as they are.
+
+    Args:
+        hashes: sha256 of weights, by encoder.
+        manifest: Of the data set.
+        data_url: Where it lies.
+
+    Raises:
+        CheckpointError: Naming the encoder.
+    """
+    fingerprint: Mapping[str, Any] = manifest.fingerprint
+    for name, found in hashes.items():
+        part = fingerprint.get(_PARTS[name])
+        expected = part.get(name, found) if isinstance(part, dict) else found
+        if found != expected:
+            raise CheckpointError(
+                f"encoders.{name}: its weights are {found[:16]}…; expected {str(expected)[:16]}…, "
+                f"by which {data_url} was made; put those back, or prepare the data anew"
+            )

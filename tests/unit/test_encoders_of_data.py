@@ -1,0 +1,60 @@
+"""Data is read with the encoders that made it, wherever their weights lie now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2i.encoders import Encoders, check_made_by, load_encoders
+from d2i.errors import CheckpointError
+from d2i.eval.systems import SystemSpec
+from d2i.eval.worker import EvalWorker, EvalWorkerBuilder
+from d2i.preprocess.encode_worker import fingerprint
+from d2i.recipes import load_recipe
+from d2i.shards import ShardReader, write_manifest
+from d2i.train.data import build_text_encoder
+from d2i.train.samples import SampleGrid
+
+RECIPE = load_recipe("demo")
+
+
+@pytest.fixture(scope="module")
+def encoders() -> Encoders:
+    return load_encoders(RECIPE.encoders)
+
+
+def evaluate(reader: ShardReader, encoders: Encoders) -> Any:
+    system = SystemSpec("images:unused", "unused", "images", "unused")
+    builder = EvalWorkerBuilder(RECIPE, system, reader.url, "unused", "full", "none")
+    return EvalWorker(builder, encoders, "cpu")
+
+
+USES: dict[str, tuple[str, Callable[[ShardReader, Encoders], Any]]] = {
+    "training text": (
+        "clip_text",
+        lambda reader, _: build_text_encoder(reader, RECIPE.encoders, "cpu"),
+    ),
+    "sample grid": ("vae", lambda reader, _: SampleGrid(RECIPE, reader, torch.device("cpu"))),
+    "evaluation": ("clip_image", evaluate),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_other_weights_are_refused(use: str, encoders: Encoders, tmp_path: Path) -> None:
+    """Also where the recipe names them by a path, which says nothing of what lies there."""
+    name, load = USES[use]
+    made_by = fingerprint(RECIPE, encoders)
+    check_made_by(encoders.hashes(), write_manifest(str(tmp_path), made_by), str(tmp_path))
+    made_by["text" if name == "clip_text" else "image"][name] = "0" * 64
+    write_manifest(str(tmp_path), made_by)
+    with pytest.raises(CheckpointError, match=rf"encoders\.{name}: .* expected 0000000000000000…"):
+        load(ShardReader(str(tmp_path)), encoders)
+
+
+def test_shards_from_elsewhere_name_no_encoder(encoders: Encoders, tmp_path: Path) -> None:
+    manifest = write_manifest(str(tmp_path), {"image": "another program's"})
+    check_made_by(encoders.hashes(), manifest, str(tmp_path))
