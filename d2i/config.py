@@ -73,7 +73,7 @@ class CorpusConfig(Config):
     """File of descriptions that `d2i corpus --describe` made, for pictures without one."""
     image_root: str | None = None
     """The folder of the pictures, where it is not the corpus's own; or plain tars of them,
-    `images.tar` or `s3://bucket/images/*.tar`."""
+    `images.tar` or `s3://bucket/images/*.tar`. For web addresses there is `fetch.mirror`."""
     open_images_url: str | None = None
     """PhotoChat: the address of an Open Images picture, with `{photo_id}`."""
 
