@@ -20,6 +20,7 @@ from d2i.preprocess.handover import (
 )
 from d2i.preprocess.ledger import LedgerRow, Status
 from d2i.preprocess.records import instance_values
+from d2i.preprocess.source_bytes import SourceBytes
 from d2i.shards import Sample, json_bytes, npy_bytes
 
 
@@ -49,6 +50,7 @@ def build_samples(
     features: Mapping[ImageRef, ImageFeatures],
     encoders: Encoders,
     recipe: Recipe,
+    sources: SourceBytes,
 ) -> Iterator[Sample]:
     """Yield the samples of one shard, in key order, of the instances that have features."""
     chosen = sorted((i for i in instances if i.image_ref in features), key=lambda i: i.key)
@@ -66,8 +68,9 @@ def build_samples(
             }
             if text is not None:
                 members["text.npy"] = npy_bytes(text[row])
-            if picture.data is not None and keeps_source(instance, recipe):
-                members[picture.suffix] = picture.data
+            source = sources.get(instance.image_ref) if keeps_source(instance, recipe) else None
+            if source is not None:
+                members[picture.suffix] = source
             yield Sample(instance.key, members)
 
 
