@@ -10,7 +10,14 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from d2i.errors import ConfigError
 
@@ -357,6 +364,13 @@ class FetchConfig(Config):
     max_decode_mib: int = Field(default=2048, ge=256)
     """The most memory that the decoder may take, in MiB."""
 
+    @field_validator("contact")
+    @classmethod
+    def _contact_fits_a_header(cls, contact: str | None) -> str | None:
+        if contact is not None and not (contact.isascii() and contact.isprintable()):
+            raise ValueError("expected one line of ASCII, as it is sent in a header")
+        return contact
+
 
 class Recipe(Config):
     """One reproducible setting of every stage, from corpus to scores."""
@@ -399,7 +413,8 @@ def apply_settings(config: ConfigT, settings: Sequence[str]) -> ConfigT:
                 f"--set {setting}: expected NAME=VALUE, e.g. --set train.num_steps=100"
             )
         _assign(values, type(config), path, _parse(text))
-    return load_config(type(config), values, source="--set " + " --set ".join(settings))
+    source = " ".join(f"--set {setting}" for setting in settings).replace("\n", "\\n")
+    return load_config(type(config), values, source=source)
 
 
 def load_config(kind: type[ConfigT], values: dict[str, Any], *, source: str) -> ConfigT:
