@@ -23,6 +23,9 @@ from d2i.preprocess.records import instance_values
 from d2i.preprocess.source_bytes import SourceBytes
 from d2i.shards import Sample, json_bytes, npy_bytes
 
+_MAX_DETAIL = 500
+"""Characters of a failure's detail that the ledger keeps (ours)."""
+
 
 def encode_pictures(
     pictures: Mapping[ImageRef, SourcePicture], encoders: Encoders
@@ -87,7 +90,7 @@ def ledger_row(
         image=instance.image_ref.value[0] if instance.image_ref.value else "",
         status=_status(reason),
         reason=reason,
-        detail=detail,
+        detail=_shortened(detail),
         attempts=fetched.attempts,
         http_status=fetched.http_status,
         final_url=fetched.final_url,
@@ -97,6 +100,11 @@ def ledger_row(
         sha256=picture.sha256 if picture else None,
         time_s=found.time_s,
     )
+
+
+def _shortened(detail: str) -> str:
+    """Cut what a server may have written at any length."""
+    return detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}…"
 
 
 def _status(reason: str) -> Status:
