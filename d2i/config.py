@@ -10,7 +10,14 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from d2i.errors import ConfigError
 
@@ -73,7 +80,7 @@ class CorpusConfig(Config):
     """File of descriptions that `d2i corpus --describe` made, for pictures without one."""
     image_root: str | None = None
     """The folder of the pictures, where it is not the corpus's own; or plain tars of them,
-    `images.tar` or `s3://bucket/images/*.tar`."""
+    `images.tar` or `s3://bucket/images/*.tar`. For web addresses there is `fetch.mirror`."""
     open_images_url: str | None = None
     """PhotoChat: the address of an Open Images picture, with `{photo_id}`."""
 
@@ -361,6 +368,13 @@ class FetchConfig(Config):
     max_decode_mib: int = Field(default=2048, ge=256)
     """The most memory that the decoder may take, in MiB."""
 
+    @field_validator("contact")
+    @classmethod
+    def _contact_fits_a_header(cls, contact: str | None) -> str | None:
+        if contact is not None and not (contact.isascii() and contact.isprintable()):
+            raise ValueError("expected one line of ASCII, as it is sent in a header")
+        return contact
+
 
 class Recipe(Config):
     """One reproducible setting of every stage, from corpus to scores."""
@@ -403,7 +417,8 @@ def apply_settings(config: ConfigT, settings: Sequence[str]) -> ConfigT:
                 f"--set {setting}: expected NAME=VALUE, e.g. --set train.num_steps=100"
             )
         _assign(values, type(config), path, _parse(text))
-    return load_config(type(config), values, source="--set " + " --set ".join(settings))
+    source = " ".join(f"--set {setting}" for setting in settings).replace("\n", "\\n")
+    return load_config(type(config), values, source=source)
 
 
 def load_config(kind: type[ConfigT], values: dict[str, Any], *, source: str) -> ConfigT:

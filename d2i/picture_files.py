@@ -5,21 +5,24 @@ Must not import torch.
 
 from __future__ import annotations
 
+import re
 from functools import cache
-from urllib.parse import quote
 
 from d2i import storage
+from d2i.errors import ConfigError
 from d2i.pictures import RefusedPictureError
 from d2i.tars import Member, TarIndex, is_tars, open_index
 
 _NUM_ALIKE = 8
+_WEB_ADDRESS = re.compile(r"(^|::)https?:", re.IGNORECASE)
+"""Also as what another file system lies on: `simplecache::https://…`."""
 
 
 def read_picture(root: str, path: str, max_bytes: int) -> bytes:
     """Read the bytes of a picture file.
 
     Args:
-        root: A folder (any fsspec URL), `x.tar`, or `folder/*.tar`.
+        root: A folder (any fsspec URL but a web address), `x.tar`, or `folder/*.tar`.
         path: The picture's name below it; of a tar's member the first folders may be left out.
         max_bytes: Its greatest length.
 
@@ -27,8 +30,10 @@ def read_picture(root: str, path: str, max_bytes: int) -> bytes:
         RefusedPictureError: `missing_file`, `read_error` or `too_many_bytes`; of a tar also
             `refused_member` (a link or a device), and `ambiguous_file` where several members have
             that name and are not the same.
+        ConfigError: If the root is a web address, of which nothing is asked.
         DataError: If the tars cannot be read at all.
     """
+    _refuse_web_address(root)
     try:
         if is_tars(root):
             data = _read_member(_index(root), path, max_bytes)
@@ -45,17 +50,20 @@ def read_picture(root: str, path: str, max_bytes: int) -> bytes:
 
 
 def picture_url(root: str, path: str) -> str:
-    """Return where a picture of a folder is read; a path with a part `..` raises ValueError.
-
-    Of a web address each part is quoted, as `%2e%2e` climbs and `#` ends the address there. In
-    all other folders these are what a file may be called.
-    """
-    parts = path.split("/")
-    if ".." in parts:
+    """Return where a picture of a folder is read; a path with a part `..` raises ValueError."""
+    if ".." in path.split("/"):
         raise ValueError("got a part '..', expected a path below the folder")
-    if root.rpartition("::")[2].lower().startswith(("http://", "https://")):
-        path = "/".join(quote(part, safe="") for part in parts)
     return storage.join(root, path)
+
+
+def _refuse_web_address(root: str) -> None:
+    """Refuse what could redirect anywhere: web addresses are asked through the guard alone."""
+    if _WEB_ADDRESS.search(root):
+        raise ConfigError(
+            f"{root}: got a web address as the place of pictures; expected a folder, tars or an "
+            "object store; give --set 'fetch.mirror=ADDRESS/{path}' to 'd2i preprocess', or copy "
+            "the pictures first"
+        )
 
 
 @cache

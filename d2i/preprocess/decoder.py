@@ -28,6 +28,7 @@ from PIL import Image
 from d2i.config import ImageConfig
 from d2i.errors import ClusterError
 from d2i.pictures import RefusedPictureError, Square, decode_square, open_header
+from d2i.preprocess.jpeg_header import is_small_header
 
 _LENGTH = struct.Struct("<Q")
 _JPEG = b"\xff\xd8\xff"
@@ -60,8 +61,8 @@ class Decoder:
             RefusedPictureError: As `d2i.pictures.decode_picture` does; `decode_timeout` or
                 `decode_memory` where a picture cost too much.
         """
-        # Headers of other formats are not safe to open here: that of a WebP takes its canvas.
-        if data.startswith(_JPEG):
+        # Other headers are not safe to open here: that of a WebP takes its canvas.
+        if data.startswith(_JPEG) and is_small_header(data):
             image = open_header(data, self._image)
             if _is_plain(image, data):
                 try:

@@ -22,7 +22,11 @@ from d2i.preprocess.handover import (
 )
 from d2i.preprocess.ledger import NON_FINITE_TEXT, LedgerRow, Status
 from d2i.preprocess.records import instance_values
+from d2i.preprocess.source_bytes import SourceBytes
 from d2i.shards import Sample, json_bytes, npy_bytes
+
+_MAX_DETAIL = 500
+"""Characters of a failure's detail that the ledger keeps (ours)."""
 
 
 def encode_pictures(
@@ -82,6 +86,7 @@ def build_samples(
     features: Mapping[ImageRef, ImageFeatures],
     texts: Mapping[str, TextFeatures],
     recipe: Recipe,
+    sources: SourceBytes,
 ) -> Iterator[Sample]:
     """Yield the samples of one shard, in key order, of the instances that have both features."""
     chosen = (i for i in instances if i.image_ref in features and i.key in texts)
@@ -96,8 +101,9 @@ def build_samples(
         }
         if text.text is not None:
             members["text.npy"] = npy_bytes(text.text)
-        if picture.data is not None and keeps_source(instance, recipe):
-            members[picture.suffix] = picture.data
+        source = sources.get(instance.image_ref) if keeps_source(instance, recipe) else None
+        if source is not None:
+            members[picture.suffix] = source
         yield Sample(instance.key, members)
 
 
@@ -114,7 +120,7 @@ def ledger_row(
         image=instance.image_ref.value[0] if instance.image_ref.value else "",
         status=_status(reason),
         reason=reason,
-        detail=detail,
+        detail=_shortened(detail),
         attempts=fetched.attempts,
         http_status=fetched.http_status,
         final_url=fetched.final_url,
@@ -132,6 +138,11 @@ def with_text(row: LedgerRow, texts: Mapping[str, TextFeatures]) -> LedgerRow:
         return row
     detail = "the text encoder gave a value beyond float16"
     return replace(row, status=_status(NON_FINITE_TEXT), reason=NON_FINITE_TEXT, detail=detail)
+
+
+def _shortened(detail: str) -> str:
+    """Cut what a server may have written at any length."""
+    return detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}…"
 
 
 def _status(reason: str) -> Status:

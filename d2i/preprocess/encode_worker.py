@@ -29,6 +29,7 @@ from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
 from d2i.preprocess.retry import net_failures
 from d2i.preprocess.reuse import NOTHING_REUSED, Reuse, Reused, ReusedSplits
 from d2i.preprocess.same_pictures import refuse_placeholders
+from d2i.preprocess.source_bytes import SourceBytes, source_bytes
 from d2i.settle import settle
 from d2i.shards import Sample, npy_bytes, write_shard
 from d2i.tokenize import VOCABULARY_SHA256
@@ -96,22 +97,31 @@ class EncodeWorker:
 
     def run(self, task: ShardTask, blocks: Iterable[list[FetchedPicture]]) -> ShardResult:
         """Encode and publish one planned shard; its commit record comes last."""
-        instances = task.instances()
-        found = refuse_placeholders(
-            (picture for block in blocks for picture in block),
-            task.placeholders,
-            self._recipe.fetch.num_same_pictures,
-        )
-        made = self.encode(instances, found, self._reused.read(task, self._recipe))
-        return self._publish(task, made.samples, made.rows)
+        with source_bytes(task.split_url) as sources:
+            found = refuse_placeholders(
+                sources.taken_from(blocks),
+                task.placeholders,
+                self._recipe.fetch.num_same_pictures,
+            )
+            reused = self._reused.read(task, self._recipe, sources)
+            made = self.encode(task.instances(), found, sources, reused)
+            return self._publish(task, made.samples, made.rows)
 
     def encode(
         self,
         instances: list[Instance],
         found: list[FetchedPicture],
+        sources: SourceBytes,
         reused: Reused = NOTHING_REUSED,
     ) -> Encoded:
-        """Encode the pictures that were fetched, and say what became of each instance."""
+        """Encode the pictures that were fetched, and say what became of each instance.
+
+        Args:
+            instances: In the plan's order.
+            found: What came of their pictures.
+            sources: The source bytes that the samples keep, until those are made.
+            reused: What is known of pictures that were not fetched.
+        """
         # In the plan's order, whichever came first.
         pictures = {
             one.ref: one.picture
@@ -128,7 +138,7 @@ class EncodeWorker:
         with_picture = [instance for instance in instances if instance.image_ref in features]
         texts = encode_contexts(with_picture, self._encoders, self._recipe)
         samples = build_samples(
-            with_picture, {**pictures, **reused.pictures}, features, texts, self._recipe
+            with_picture, {**pictures, **reused.pictures}, features, texts, self._recipe, sources
         )
         return Encoded(samples, [with_text(r, texts) for r in (*rows, *reused.rows(instances))])
 

@@ -21,6 +21,8 @@ from d2i.preprocess.reuse import Reuse, ReusedSplits
 
 _BLOCK = 16
 """Pictures handed on at once: 3 MB of them at 256 pixels (ours)."""
+_BLOCK_BYTES = 8 << 20
+"""Source bytes after which a block ends, however few pictures it holds (ours)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class FetchWorker:
         ):
             self._reach("fetch.picture")
             block.append(found)
-            if len(block) == _BLOCK:
+            if len(block) == _BLOCK or _num_source_bytes(block) >= _BLOCK_BYTES:
                 yield self._counted(block)
                 block = []
         self._refuse_trouble(of_names=bool(task.failed_before))
@@ -96,6 +98,10 @@ class FetchWorker:
             self._fault.reach(point)
 
 
+def _num_source_bytes(block: list[FetchedPicture]) -> int:
+    return sum(len(found.fetched.data or b"") for found in block)
+
+
 def open_picture(
     ref: ImageRef, fetched: Fetched, decoder: Decoder, *, is_kept: bool
 ) -> FetchedPicture:
@@ -110,13 +116,14 @@ def open_picture(
     picture = None
     if fetched.data is not None:
         try:
-            picture = _source_picture(fetched.data, decoder, is_kept=is_kept)
+            picture = _source_picture(fetched.data, decoder)
         except RefusedPictureError as err:
             fetched = fetched.refused(err.reason, str(err))
-    return FetchedPicture(ref, fetched.without_data(), picture, time.time())
+    handed_on = fetched if is_kept else fetched.without_data()
+    return FetchedPicture(ref, handed_on, picture, time.time())
 
 
-def _source_picture(data: bytes, decoder: Decoder, *, is_kept: bool) -> SourcePicture:
+def _source_picture(data: bytes, decoder: Decoder) -> SourcePicture:
     found = decoder.decode(data)
     return SourcePicture(
         pixels=found.pixels,
@@ -125,5 +132,4 @@ def _source_picture(data: bytes, decoder: Decoder, *, is_kept: bool) -> SourcePi
         height=found.height,
         size_bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        data=data if is_kept else None,
     )

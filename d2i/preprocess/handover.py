@@ -48,7 +48,6 @@ class SourceFile:
         height: Of the whole, in pixels, upright.
         size_bytes: Length of the source bytes.
         sha256: Of the source bytes.
-        data: The source bytes, where the shard keeps them.
     """
 
     suffix: str
@@ -56,7 +55,6 @@ class SourceFile:
     height: int
     size_bytes: int
     sha256: str
-    data: bytes | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +83,7 @@ class FetchedPicture:
 
     Args:
         ref: Which picture.
-        fetched: How asking for it ended, without the bytes.
+        fetched: How asking for it ended; with the source bytes where the shard keeps them.
         picture: The picture, where it can be used.
         time_s: Unix time at which it was opened.
     """

@@ -10,6 +10,7 @@ from d2i.errors import ShardError
 from d2i.preprocess.encode_worker import Encoded, EncodeWorker, EncodeWorkerBuilder
 from d2i.preprocess.handover import FetchedPicture, ShardTask
 from d2i.preprocess.ledger import count_failures
+from d2i.preprocess.source_bytes import source_bytes
 from d2i.shards import Commit, Sample, intact_samples, write_shard
 
 
@@ -58,8 +59,11 @@ class RepairWorker:
 
     def run(self, task: RepairTask, blocks: Iterable[list[FetchedPicture]]) -> RepairResult:
         """Publish the very shard that was there, or say why that is not possible."""
-        found = [picture for block in blocks for picture in block]
-        made = self._encode.encode(task.instances(), found)
+        with source_bytes(task.split_url) as sources:
+            found = list(sources.taken_from(blocks))
+            return self._publish(task, self._encode.encode(task.instances(), found, sources))
+
+    def _publish(self, task: RepairTask, made: Encoded) -> RepairResult:
         name = task.commit.name if task.commit else f"{task.index:06d}"
         lost = count_failures(made.rows)
         if lost and task.keys is not None:

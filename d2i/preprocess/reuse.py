@@ -21,6 +21,7 @@ from d2i.dialog import ImageRef, Instance
 from d2i.errors import ShardError
 from d2i.preprocess.handover import ImageFeatures, ShardTask, SourceFile, keeps_source
 from d2i.preprocess.ledger import NON_FINITE_TEXT, SCHEMA, LedgerRow, ledger_tables
+from d2i.preprocess.source_bytes import SourceBytes
 from d2i.settle import differences
 from d2i.shards import IMAGE_SUFFIXES, ShardReader, check_json, npy_array
 
@@ -73,10 +74,10 @@ class ReusedSplits:
         split = self._split(task.split_url)
         return split.known(task, recipe) if split else set()
 
-    def read(self, task: ShardTask, recipe: Recipe) -> Reused:
+    def read(self, task: ShardTask, recipe: Recipe, sources: SourceBytes) -> Reused:
         """Read what is known of a shard's pictures; see `ReusedSplit.read`."""
         split = self._split(task.split_url)
-        return split.read(task, recipe) if split else NOTHING_REUSED
+        return split.read(task, recipe, sources) if split else NOTHING_REUSED
 
     def _split(self, split_url: str) -> ReusedSplit | None:
         """Open the split that has the name of the new one.
@@ -123,8 +124,13 @@ class ReusedSplit:
         instances = task.instances()
         return {*self._places(instances, recipe), *self._failed(task, instances)}
 
-    def read(self, task: ShardTask, recipe: Recipe) -> Reused:
+    def read(self, task: ShardTask, recipe: Recipe, sources: SourceBytes) -> Reused:
         """Read what is known of a shard's pictures, every byte against its checksum.
+
+        Args:
+            task: The shard.
+            recipe: Of the new data.
+            sources: Takes their source bytes, where those are there.
 
         Raises:
             ShardError: If a byte is not what it was; `d2i repair` mends that.
@@ -134,7 +140,10 @@ class ReusedSplit:
         reused = Reused(failures=self._failed(task, instances))
         for ref, place in places.items():
             members = self._reader.read_members(place)
-            reused.pictures[ref] = _source_file(members)
+            suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), "")
+            if suffix:
+                sources.put(ref, members[suffix])
+            reused.pictures[ref] = _source_file(members["json"], suffix)
             reused.features[ref] = ImageFeatures(
                 npy_array(members["moments.npy"]), npy_array(members["clip.npy"])
             )
@@ -175,16 +184,14 @@ def _indexes(instances: Sequence[Instance], keys: pa.Array) -> list[int | None]:
     return found
 
 
-def _source_file(members: Mapping[str, bytes]) -> SourceFile:
-    source = check_json(members["json"])["source"]
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), None)
+def _source_file(json: bytes, suffix: str) -> SourceFile:
+    source = check_json(json)["source"]
     return SourceFile(
-        suffix=suffix or "",
+        suffix=suffix,
         width=source["width"],
         height=source["height"],
         size_bytes=source["size_bytes"],
         sha256=source["sha256"],
-        data=members[suffix] if suffix else None,
     )
 
 

@@ -61,6 +61,10 @@ def is_busy_once(handler: Handler) -> None:
         handler.send(200, picture())
 
 
+def talks_long(handler: Handler) -> None:
+    handler.wfile.write(b"HTTP/1.1 418 " + b"x" * 60_000 + b"\r\nContent-Length: 0\r\n\r\n")
+
+
 def exif_turned() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -87,6 +91,7 @@ CASES: dict[str, tuple[Answer, str]] = {
     "redirected": (redirects("/good"), "ok"),
     "gone": (sends(b"", 410), "http_410"),
     "broken-server": (sends(b"", 500), "http_500"),
+    "talkative": (talks_long, "http_418"),
     "forbidden-by-robots": (sends(GOOD, X_Robots_Tag="noai"), "robots"),
     "forbidden-to-us": (sends(GOOD, X_Robots_Tag="d2i: noimageai"), "robots"),
     "forbidden-to-others": (sends(GOOD, X_Robots_Tag="otherbot: noai"), "ok"),
@@ -195,6 +200,7 @@ def test_every_case_ends_as_its_row(
     assert rows["test-busy-0-0"].status == "passing"
     assert rows["test-busy-0-0"].attempts == 1
     assert rows["test-gone-0-0"].status == "permanent"
+    assert len(rows["test-talkative-0-0"].detail) <= 501
     assert rows["test-redirected-0-0"].final_url == f"http://{host}/good"
 
 

@@ -79,8 +79,10 @@ def test_new_text_for_old_pictures(tmp_path: Path, settings: list[str]) -> None:
 
         for path in Path(old.out, "test").glob("*.tar"):
             content = bytearray(path.read_bytes())
-            content[2000] ^= 1
-            path.write_bytes(content)
+            # Where all pictures of a shard failed, its tar holds nothing to be damaged.
+            if len(content) > 2000:
+                content[2000] ^= 1
+                path.write_bytes(content)
         with pytest.raises(ShardError, match="does not match its checksum; run `d2i verify`"):
             run_job(replace(new, out=str(tmp_path / "lie")), lambda _: None)
 

@@ -27,6 +27,9 @@ def test_a_setting_replaces_a_value_and_is_checked() -> None:
         ("train.num_steps.x=1", "not a group"),
         ("image.resolution=7", "multiple of 8"),
         ("nothing_like_it=1", "it has"),
+        ("fetch.contact=\u0141ukasz <l@example.org>", "one line of ASCII"),
+        ("fetch.contact=l@example.org\nX-Forwarded-For: 1", "one line of ASCII"),
+        ("fetch.contact=l@example.org\x7f", "one line of ASCII"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(setting: str, hint: str) -> None:

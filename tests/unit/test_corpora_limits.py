@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from d2i.config import DialogConfig
+from d2i.cluster import share
+from d2i.config import DialogConfig, FetchConfig
 from d2i.corpora import read_instances
 from d2i.corpora.survey import survey_split
-from d2i.errors import DataError
+from d2i.errors import ConfigError, DataError
 from d2i.picture_files import read_picture
 from d2i.pictures import RefusedPictureError
+from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
 from d2i.preprocess.plan import PlanRequest, make_plan
 from d2i.recipes import load_recipe
 from tests.servers import WebServer, running
@@ -150,27 +152,35 @@ def test_a_picture_of_a_tool_is_said_to_make_no_instance(tmp_path: Path) -> None
     assert (num_read, problems) == (0, {"no_image": 1})
 
 
-def test_no_name_of_a_picture_leads_a_web_address_elsewhere(tmp_path: Path) -> None:
+def test_no_name_of_a_picture_leads_a_mirror_elsewhere(tmp_path: Path) -> None:
     """`%` and `#` belong to the name, on a server as in a folder."""
     names = ["%2e%2e/secret/x.jpg", "photos/..%2f..%2fsecret/x.jpg", "photos/1.jpg#x", "50%.jpg"]
     turns = [{"text": "a", "images": names}]
     source = chats(tmp_path / "chats", {"id": 1, "turns": turns})
-    paths = [i.image_ref.value[0] for i in read_instances("jsonl", source, "train")]
-    assert paths == names
+    refs = [i.image_ref for i in read_instances("jsonl", source, "train")]
+    assert [ref.value[0] for ref in refs] == names
     (source / "50%.jpg").write_bytes(b"half")
     assert read_picture(str(source), "50%.jpg", 100) == b"half"
     asked = ("/secret/x.jpg", "/pub/photos/1.jpg", "/pub/50%25.jpg")
     with running(
         WebServer("127.0.0.1", {path: lambda h: h.send(200, b"x") for path in asked})
     ) as s:
-        root = f"http://127.0.0.1:{s.port}/pub"
-        assert read_picture(root, "photos/1.jpg", 100) == b"x"
-        assert read_picture(root, "50%.jpg", 100) == b"x"
-        for name in [*names[:3], "../secret/x.jpg"]:
-            with pytest.raises(RefusedPictureError):
-                read_picture(root, name, 100)
-        assert s.asked["/secret/x.jpg"] == 0
+        host = f"127.0.0.1:{s.port}"
+        config = FetchConfig(mirror=f"http://{host}/pub/{{path}}")
+        access = Access(allow_hosts=frozenset({host}))
+        mirror = PictureSource("", config, access, share(host_book(config), num_workers=0))
+        found = dict(mirror.fetch(refs, lambda ref, one: (ref.value[0], one.data)))
+        assert found == dict.fromkeys(names[:3]) | {"50%.jpg": b"x"}
         assert all(path.startswith("/pub/") for path in s.asked)
+
+
+@pytest.mark.parametrize("root", ["{}/p", "simplecache::{}/p", "{}/p.tar", "tar://p::{}/p.tar"])
+def test_a_web_address_is_no_folder_of_pictures(root: str) -> None:
+    """What it redirects to would be asked unguarded."""
+    with running(WebServer("127.0.0.1", {})) as web:
+        with pytest.raises(ConfigError, match=r"fetch\.mirror"):
+            read_picture(root.format(f"HTTP://127.0.0.1:{web.port}"), "1.jpg", 100)
+        assert not web.asked
 
 
 def test_a_pipe_among_the_pictures_is_not_waited_for(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from d2i.config import ImageConfig
 from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture
@@ -142,6 +143,37 @@ def test_a_jpeg_of_very_many_scans_is_decoded_apart(decoder: Decoder) -> None:
     with suppress(RefusedPictureError):
         decoder.decode(plain[:start] + plain[start:-2] * 9 + plain[-2:])
     assert decoder._child is not None
+
+
+def part(kind: int, body: bytes) -> bytes:
+    return b"\xff" + bytes([kind]) + struct.pack(">H", len(body) + 2) + body
+
+
+EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"
+HEADERS = {
+    "many parts": part(0xFE, b"x") * 201,
+    "exif in parts": part(0xE1, EXIF + bytes(60_000)) * 18,
+    "a byte at a time": part(0xFE, b"x") + bytes(3000),
+    "fill bytes": b"\xff" * 3000,
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=list(HEADERS))
+def test_a_jpeg_of_a_long_header_is_opened_apart(decoder: Decoder, header: bytes) -> None:
+    plain = saved("JPEG")
+    found = decoder.decode(plain[:2] + header + plain[2:])
+    assert decoder._child is not None
+    assert (found.pixels == decoder.decode(plain).pixels).all()
+
+
+def test_what_cameras_write_is_opened_here(decoder: Decoder) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a camera"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    options = {"exif": exif, "icc_profile": profile + bytes(500_000), "comment": b"by us"}
+    found = decoder.decode(saved("JPEG", **options))
+    assert (found.width, found.height) == (60, 90)
+    assert decoder._child is None
 
 
 def test_a_jpeg_of_several_pictures_gives_the_first(decoder: Decoder) -> None:

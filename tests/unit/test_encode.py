@@ -18,6 +18,7 @@ from d2i.errors import CheckpointError, ShardError
 from d2i.preprocess.encode_worker import EncodeWorker, EncodeWorkerBuilder
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.handover import FetchedPicture, SourcePicture
+from d2i.preprocess.source_bytes import source_bytes
 from d2i.recipes import change_recipe, load_recipe
 from d2i.tokenize import encode, window
 
@@ -72,7 +73,7 @@ def test_data_is_of_one_precision(encoders: Encoders, tmp_path: Path) -> None:
         EncodeWorker(EncodeWorkerBuilder(lower, ()), encoders).settle(str(tmp_path))
 
 
-def test_a_latent_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8]) -> None:
+def test_a_latent_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     """Of two pictures in one batch the one fails, and the other is as it is alone."""
     encoders = load_encoders(RECIPE.encoders)
     moments = encoders.vae.encode(pixels[:2], encoders.compute_batch_size)
@@ -85,8 +86,10 @@ def test_a_latent_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8]) -> N
             parameter.mul_(factor)
     instances = [instance(number) for number in range(2)]
     found = [fetched(i.image_ref, pixels[number]) for number, i in enumerate(instances)]
-    made = EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).encode(instances, found)
-    assert [sample.key for sample in made.samples] == [instances[good].key]
+    worker = EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders)
+    with source_bytes(str(tmp_path)) as sources:
+        made = worker.encode(instances, found, sources)
+        assert [sample.key for sample in made.samples] == [instances[good].key]
     rows = {row.key: row for row in made.rows}
     assert rows[instances[good].key].status == "ok"
     lost = rows[instances[bad].key]
@@ -140,5 +143,5 @@ def instance(number: int) -> Instance:
 
 def fetched(ref: ImageRef, square: NDArray[np.uint8]) -> FetchedPicture:
     file = {"suffix": "png", "width": SIDE, "height": SIDE, "size_bytes": 1, "sha256": "0" * 64}
-    picture = SourcePicture(**file, data=None, pixels=square)
+    picture = SourcePicture(**file, pixels=square)
     return FetchedPicture(ref, Fetched(None), picture, 0.0)

@@ -24,8 +24,11 @@ from d2i.preprocess.fetch.resolver import Resolver
     [
         *("127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.5.5", "169.254.169.254", "100.64.0.1"),
         *("0.0.0.0", "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1", "ff02::1"),
+        *("168.63.129.16", "192.0.0.192", "192.0.0.8", "192.0.0.100", "192.0.0.9", "192.88.99.1"),
         *(
             "::ffff:127.0.0.1",
+            "::ffff:192.0.0.192",
+            "64:ff9b::c000:c0",
             "::ffff:10.0.0.1",
             "64:ff9b::7f00:1",
             "64:ff9b:1::7f00:1",
@@ -41,7 +44,9 @@ def test_private_addresses_are_not_public(address: str) -> None:
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "192.0.1.1", "192.88.98.1", "2606:4700::1111", "::ffff:8.8.8.8"]
+)
 def test_public_addresses_are(address: str) -> None:
     assert is_public(address)
 

@@ -15,6 +15,10 @@ from d2i.preprocess.fetch.robots import is_kept_away
         ["d2i : noai"],
         ["otherbot: all", "noindex"],
         ["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"],
+        ["max-image-preview:large, noai"],
+        ["noai, max-image-preview:large"],
+        ["max-snippet:-1, max-video-preview: 3, noimageindex"],
+        ["d2i: max-snippet:3, noai"],
         ["unavailable_after: Saturday, 25-Jun-30 15:00:00 UTC, noai"],
     ],
 )
@@ -24,7 +28,15 @@ def test_a_host_keeps_its_pictures(values: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [[], ["all"], ["nofollow"], ["otherbot: noindex, noai"], ["unavailable_after: 25 Jun 2030"]],
+    [
+        [],
+        ["all"],
+        ["nofollow"],
+        ["max-image-preview:none"],
+        ["otherbot: noindex, noai"],
+        ["otherbot: max-image-preview:large, noai"],
+        ["unavailable_after: 25 Jun 2030"],
+    ],
 )
 def test_what_is_said_of_others_or_of_links_keeps_nothing(values: list[str]) -> None:
     assert not is_kept_away(values)

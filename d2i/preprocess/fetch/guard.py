@@ -20,8 +20,11 @@ _PLAIN = "/%:@!$&'()*+,;=~-._?"
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _DOCUMENTATION = ipaddress.ip_network("3fff::/20")
 _DOTS = str.maketrans(dict.fromkeys("\u3002\uff0e\uff61", "."))
-_OF_PLATFORMS = frozenset({"168.63.129.16"})
-"""Public by their numbers, but each cloud machine's own: Azure's wire server, with its secrets."""
+_OF_PLATFORMS = tuple(
+    map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24"))
+)
+"""Public to Python, but each cloud machine's own: Azure's wire server, and Oracle's metadata among
+the protocols' addresses (RFC 6890); and the relays that 6to4 had (RFC 7526)."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def check_addresses(target: Target, addresses: Iterable[str], allow_hosts: froze
 def is_public(address: str) -> bool:
     """Return whether an IP address is on the public internet, seen through IPv4-in-IPv6 forms."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if str(ip) in _OF_PLATFORMS:
+    if any(ip in network for network in _OF_PLATFORMS):
         return False
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 _OUR_NAME = "d2i"
 """The name by which a host may address d2i alone."""
 _DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
-_DATED = "unavailable_after"
+_VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+"""What has a value of its own after a colon, and is nobody's name."""
 _NAME = re.compile(r"[a-z][a-z0-9_.-]*", re.IGNORECASE)
 
 
@@ -21,7 +22,7 @@ def _is_forbidding(value: str) -> bool:
     agent: str | None = None
     for part in value.split(","):
         name, colon, directive = (piece.strip().lower() for piece in part.partition(":"))
-        if name == _DATED:
+        if name in _VALUED:
             continue
         if colon and _NAME.fullmatch(name):
             # What follows is said to that one alone.
