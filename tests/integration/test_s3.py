@@ -160,8 +160,8 @@ def test_a_store_that_is_not_there_is_one_clear_line(
     assert done.stderr.count("\n") == 1
 
 
-def test_a_mistyped_bucket_is_refused_at_once_and_not_made(bucket: str) -> None:
-    assert bucket == "s3://chats"
+@pytest.mark.usefixtures("front")
+def test_a_mistyped_bucket_is_refused_at_once_and_not_made() -> None:
     done = run_process(
         *("preprocess", "--corpus", "mmdialog", "--source", SOURCE),
         *("--out", "s3://chast/data", "--recipe", "demo"),
