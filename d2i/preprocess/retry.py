@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 from d2i import storage
 from d2i.dialog import Instance
+from d2i.errors import ShardError
 from d2i.preprocess.ledger import (
     LedgerRow,
     count_failures,
@@ -22,6 +23,7 @@ from d2i.preprocess.ledger import (
 )
 from d2i.preprocess.plan import records_url
 from d2i.preprocess.records import read_records, records_table, write_table
+from d2i.shards import read_commits
 
 _NAME = "supplements.json"
 
@@ -59,8 +61,12 @@ def plan_supplements(split_url: str, num_shards: int, num_samples: int) -> list[
 
     Returns:
         All supplements, those of before included.
+
+    Raises:
+        ShardError: If one is there of which the list of supplements says nothing.
     """
     planned = read_supplements(split_url)
+    _refuse_unlisted(split_url, num_shards, planned)
     again = _passing(split_url, num_shards)
     for index, part in enumerate(_parts(again, num_samples), start=num_shards + len(planned)):
         instances = sorted((instance for instance, _ in part), key=lambda i: i.key)
@@ -106,6 +112,15 @@ def _passing(split_url: str, num_shards: int) -> Iterator[tuple[Instance, str]]:
             failed = (instance for instance in instances if instance.key in reasons)
             for instance in sorted(failed, key=lambda i: (i.image_ref.value, i.key)):
                 yield instance, reasons[instance.key]
+
+
+def _refuse_unlisted(split_url: str, num_shards: int, planned: list[Supplement]) -> None:
+    numbers = {commit.index for commit in read_commits(split_url) if commit.index >= num_shards}
+    if unlisted := numbers - {supplement.index for supplement in planned}:
+        raise ShardError(
+            f"{_url(split_url)} does not list shard {min(unlisted)}, which --retry-failed made "
+            "before; expected the list as it was; put it back, or choose another --out"
+        )
 
 
 def _parts(

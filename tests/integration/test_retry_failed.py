@@ -72,5 +72,13 @@ def test_what_fails_again_is_no_trouble_of_our_own(tmp_path: Path, settings: lis
         extra = (*(part for host in hosts for part in ("--allow-host", host)), *settings)
         first = preprocess("jsonl", source, out, *extra)["test"]
         again = preprocess("jsonl", source, out, "--retry-failed", *extra)["test"]
-    assert first["failures"] == again["failures"] == {"connect": 10}
-    assert list(reasons(out).values()).count("connect") == 10
+        assert first["failures"] == again["failures"] == {"connect": 10}
+        assert list(reasons(out).values()).count("connect") == 10
+
+        (out / "test" / "plan" / "supplements.json").unlink()
+        lost = run_process(
+            *("preprocess", "--corpus", "jsonl", "--source", source, "--out", out),
+            *("--recipe", "demo", "--workers", "0", "--retry-failed", *extra),
+        )
+    assert lost.returncode == 2
+    assert "does not list shard 1, which --retry-failed made before" in lost.stderr
