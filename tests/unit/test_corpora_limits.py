@@ -152,6 +152,10 @@ def test_a_picture_of_a_tool_is_said_to_make_no_instance(tmp_path: Path) -> None
     assert (num_read, problems) == (0, {"no_image": 1})
 
 
+# What begins as a picture does.
+JPEG = b"\xff\xd8\xff"
+
+
 def test_no_name_of_a_picture_leads_a_mirror_elsewhere(tmp_path: Path) -> None:
     """`%` and `#` belong to the name, on a server as in a folder."""
     names = ["%2e%2e/secret/x.jpg", "photos/..%2f..%2fsecret/x.jpg", "photos/1.jpg#x", "50%.jpg"]
@@ -163,14 +167,14 @@ def test_no_name_of_a_picture_leads_a_mirror_elsewhere(tmp_path: Path) -> None:
     assert read_picture(str(source), "50%.jpg", 100) == b"half"
     asked = ("/secret/x.jpg", "/pub/photos/1.jpg", "/pub/50%25.jpg")
     with running(
-        WebServer("127.0.0.1", {path: lambda h: h.send(200, b"x") for path in asked})
+        WebServer("127.0.0.1", {path: lambda h: h.send(200, JPEG) for path in asked})
     ) as s:
         host = f"127.0.0.1:{s.port}"
         config = FetchConfig(mirror=f"http://{host}/pub/{{path}}")
         access = Access(allow_hosts=frozenset({host}))
-        mirror = PictureSource("", config, access, share(host_book(config), num_workers=0))
+        mirror = PictureSource("", config, access, share(host_book(config, access), num_workers=0))
         found = dict(mirror.fetch(refs, lambda ref, one: (ref.value[0], one.data)))
-        assert found == dict.fromkeys(names[:3]) | {"50%.jpg": b"x"}
+        assert found == dict.fromkeys(names[:3]) | {"50%.jpg": JPEG}
         assert all(path.startswith("/pub/") for path in s.asked)
 
 

@@ -109,7 +109,7 @@ def beyond_float16_of(encoders: Encoders, good: str, bad: str) -> str:
     return (good, bad)[int(largest.argmax())]
 
 
-def test_a_text_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8]) -> None:
+def test_a_text_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     """Of two contexts of one picture the one fails, in the ledger and not in the shard."""
     encoders = load_encoders(RECIPE.encoders)
     texts = ("a red ball on the beach", "no wait, the blue one at night")
@@ -117,11 +117,11 @@ def test_a_text_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8]) -> Non
     instances = [replace(instance(n), context=(Turn(0, text),)) for n, text in enumerate(texts)]
     one = instances[0].image_ref
     instances = [replace(i, image_ref=one) for i in instances]
-    made = EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).encode(
-        instances, [fetched(one, pixels[2])]
-    )
+    worker = EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders)
     written = [i.key for i in instances if i.context[0].text != bad]
-    assert [sample.key for sample in made.samples] == written
+    with source_bytes(str(tmp_path)) as sources:
+        made = worker.encode(instances, [fetched(one, pixels[2])], sources)
+        assert [sample.key for sample in made.samples] == written
     assert {row.key: row.reason for row in made.rows} == {
         i.key: "ok" if i.key in written else "non_finite_text" for i in instances
     }
