@@ -471,8 +471,9 @@ def _check_bucket(fs: Any, path: str, url: str) -> None:
         raise ConfigError(
             f"{url}: there is no {bucket}; expected a bucket that exists; make it, or mend the URL"
         ) from err
-    except PermissionError:
-        # Who may write into it need not be allowed to look at it.
+    except OSError:
+        # Who may write into it need not be allowed to look at it, and a server that fails for a
+        # moment says nothing of it: writing itself, which is tried again, will tell.
         return
 
 
