@@ -190,9 +190,17 @@ class Stepper:
         return validation, self._build_grid(reader)
 
     def _build_grid(self, reader: ShardReader) -> SampleGrid | None:
-        if not self._ranks.is_first or not self._config.num_sample_steps:
-            return None
-        return SampleGrid(self._request.recipe, reader, self._ranks.device, self._encode_text)
+        """Build the grid on the first rank, where pictures are asked for."""
+        built = []
+
+        def build() -> int:
+            recipe, device = self._request.recipe, self._ranks.device
+            built.append(SampleGrid(recipe, reader, device, self._encode_text))
+            return 0
+
+        if self._config.num_sample_steps:
+            self._ranks.on_first(build)
+        return built[0] if built else None
 
     def _draw_samples(self, step: int) -> None:
         """Draw on the first rank; the others wait at their next step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -20,7 +21,7 @@ from tests.integration.training import (
     losses,
     train,
 )
-from tests.processes import COMMAND, run_d2i, run_process
+from tests.processes import COMMAND, command_lines, run_d2i, run_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,15 +63,18 @@ def test_the_ranks_end_with_the_command(data: Path, undisturbed: Path, tmp_path:
     assert losses(run) == losses(undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, True), (signal.SIGUSR1, False)])
 def test_asked_to_stop_it_writes_a_checkpoint_and_goes_on(
-    data: Path, tmp_path: Path, number: signal.Signals
+    data: Path, tmp_path: Path, number: signal.Signals, *, to_all: bool
 ) -> None:
+    """To the command alone, or to its launcher and ranks as well, as who ends a whole job does."""
     run = tmp_path / "stopped"
     long = {"train__num_steps": 100_000, "train__num_checkpoint_steps": 100_000}
     with started(command(data, run, **long)) as process:
         wait_for(process, run / "metrics.jsonl")
-        process.send_signal(number)
+        for other, words in command_lines():
+            if str(run) in words and (to_all or other == process.pid):
+                os.kill(other, number)
         _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "resume with the same command, from step-" in said
