@@ -62,6 +62,8 @@ def run_command(command: Sequence[str]) -> int:
     with subprocess.Popen(
         list(command),
         env=environment,
+        # Nobody answers a question that a library of a rank asks.
+        stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
         start_new_session=True,
         preexec_fn=_before_launcher,

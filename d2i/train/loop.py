@@ -70,7 +70,8 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     network = build_trained_network(recipe)
     check_sizes(network, reader)
     checkpoint = _find_checkpoint(run_url, ranks)
-    ranks.on_first(lambda: _open_run(request, reader, ranks, checkpoint))
+    if ranks.on_first(lambda: _open_run(request, reader, ranks, checkpoint)):
+        return
     state = _build_state(request, ranks, network, checkpoint)
     progress = checkpoint.progress if checkpoint else Progress()
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -96,11 +97,15 @@ def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:
 def _open_run(
     request: TrainRequest, reader: ShardReader, ranks: Ranks, checkpoint: Checkpoint | None
 ) -> int:
+    """Begin the run, or go on with it; return 1 where it is finished and nothing can be gone on."""
     run_url = request.run_url
-    is_begun = checkpoint is not None or storage.exists(storage.join(run_url, EMA_NAME))
+    is_finished = checkpoint is None and storage.exists(storage.join(run_url, EMA_NAME))
+    is_begun = checkpoint is not None or is_finished
     storage.remove(storage.join(run_url, STOPPED_NAME))
     open_run(run_url, _run_config(request, reader, ranks.world_size), is_begun=is_begun)
-    return 0
+    if is_finished:
+        say(f"{run_url} is finished, its checkpoints are gone: nothing to do")
+    return int(is_finished)
 
 
 def _build_state(

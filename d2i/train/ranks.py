@@ -18,6 +18,7 @@ _FAILED = -1
 _TOLD = "told"
 _WAIT_S, _POLL_S = 3.0, 0.1
 Answer = TypeVar("Answer")
+Built = TypeVar("Built")
 
 
 class ToldError(D2IError):
@@ -88,6 +89,17 @@ class Ranks:
         if number == _FAILED:
             raise ToldError
         return number
+
+    def built_on_first(self, build: Callable[[], Built]) -> Built | None:
+        """Return what the first rank alone builds, None on the others; as `on_first`."""
+        built: list[Built] = []
+
+        def work() -> int:
+            built.append(build())
+            return 0
+
+        self.on_first(work)
+        return built[0] if built else None
 
     def speaks_first(self) -> bool | None:
         """Say whether this rank is the first one that says why the training ends.

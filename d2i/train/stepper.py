@@ -60,9 +60,8 @@ class Stepper:
         config = self._config
         self._pace = Pace(progress.step, progress.elapsed_s)
         self._losses.known = list(progress.losses)
-        self._records = (
-            Records(self._request.run_url, progress.step) if self._ranks.is_first else None
-        )
+        run_url, recipe = self._request.run_url, self._request.recipe
+        self._records = self._ranks.built_on_first(lambda: Records(run_url, recipe, progress.step))
         stop = StopRequest(self._ranks)
         batches = self._batches.read_ahead(self._requests(progress.step))
         step = progress.step
@@ -191,16 +190,12 @@ class Stepper:
 
     def _build_grid(self, reader: ShardReader) -> SampleGrid | None:
         """Build the grid on the first rank, where pictures are asked for."""
-        built = []
-
-        def build() -> int:
-            recipe, device = self._request.recipe, self._ranks.device
-            built.append(SampleGrid(recipe, reader, device, self._encode_text))
-            return 0
-
-        if self._config.num_sample_steps:
-            self._ranks.on_first(build)
-        return built[0] if built else None
+        if not self._config.num_sample_steps:
+            return None
+        recipe, device = self._request.recipe, self._ranks.device
+        return self._ranks.built_on_first(
+            lambda: SampleGrid(recipe, reader, device, self._encode_text)
+        )
 
     def _draw_samples(self, step: int) -> None:
         """Draw on the first rank; the others wait at their next step."""

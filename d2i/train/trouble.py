@@ -70,7 +70,7 @@ def in_plain_words(error: BaseException, run_url: str, config: TrainConfig) -> D
         return RankError(
             f"{where} cannot compile the network: {str(error).splitlines()[0]}; expected a C++ "
             "compiler and, on a GPU, Triton, as train.compile is true; install what is missing, or "
-            "begin another --run with --set train.compile=false"
+            "go on with --set train.compile=false"
         )
     return None
 
