@@ -97,8 +97,9 @@ class Stepper:
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         self._set_learning_rate(step)
-        # Told of the step that is taken, not of those read ahead: what they need stays as well.
-        self._reader.prefetch(self._order.shards_ahead(step, self._config.global_batch_size))
+        # What is read already makes room for what comes: steps earlier than once they are taken.
+        unread = self._batches.first_unread(step)
+        self._reader.prefetch(self._order.shards_ahead(unread, self._config.global_batch_size))
         for _ in range(self._num_micro_batches):
             with self._pace.waiting_for_data():
                 batch = next(batches)
