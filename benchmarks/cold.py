@@ -124,7 +124,7 @@ def paced(
     read_ahead = batches.read_ahead(requests)
     for step in range(num_steps):
         if is_ahead:
-            reader.prefetch(order.shards_ahead(step, args.batch))
+            reader.prefetch(order.shards_ahead(batches.first_unread(step), args.batch))
         asked = time.perf_counter()
         next(read_ahead)
         yield time.perf_counter() - asked

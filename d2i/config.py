@@ -230,6 +230,9 @@ class TrainConfig(Config):
     """Whether each rank writes down the keys of every step, as a proof of the order."""
     num_sample_steps: int | None = Field(default=None, gt=0)
     """Steps between two pictures of fixed validation dialogs; `None` draws none."""
+    wandb_project: str | None = Field(default=None, min_length=1)
+    """The project of Weights & Biases to which the run's lines are sent, too, as who is logged in
+    there (`wandb login`, or `WANDB_MODE=offline`); `None` sends nothing anywhere."""
 
     @model_validator(mode="after")
     def _pictures_are_drawn_from_checkpoints(self) -> Self:

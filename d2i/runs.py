@@ -22,6 +22,26 @@ VALIDATION_NAME = "validation.jsonl"
 STOPPED_NAME = "stopped.json"
 BEST_NAME = "best.json"
 
+# What decides where and in which pieces a step is computed, and what is kept of it, but no number
+# beyond its rounding: as the number of ranks may, it may change from one command to the next.
+_MAY_CHANGE = frozenset(
+    f"recipe.train.{name}"
+    for name in (
+        "micro_batch_size",
+        "zero_stage",
+        "activation_checkpointing",
+        "compile",
+        "num_reader_threads",
+        "num_checkpoint_steps",
+        "num_checkpoints_kept",
+        "num_log_steps",
+        "num_validation_steps",
+        "num_sample_steps",
+        "record_keys",
+        "wandb_project",
+    )
+)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -84,6 +104,8 @@ class ValidationLine:
 def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
     """Begin a run, or make sure that this is the same one.
 
+    What changes no number may be another; `config.json` keeps what the run was begun with.
+
     Args:
         run_url: The run directory.
         config: What the run is.
@@ -99,6 +121,7 @@ def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
         difference
         for difference in settle(url, asdict(config))
         if difference.startswith(("recipe.", "manifest_sha256:"))
+        and difference.partition(":")[0] not in _MAY_CHANGE
     ]
     if differences:
         raise CheckpointError(

@@ -84,7 +84,8 @@ def train(
     typer.echo(" ".join(command), err=True)
     storage.remove(storage.join(run, STOPPED_NAME))
     code = run_command(command)
-    if code:
+    # A launcher that is told to end, as its ranks are, says that it failed.
+    if code and not storage.exists(storage.join(run, STOPPED_NAME)):
         raise typer.Exit(2 if code == 2 else 1)
     if preflight:
         found = json.loads(storage.read_bytes(storage.join(run, "preflight.json")))

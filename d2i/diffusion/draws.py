@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +35,10 @@ def normal(
         (B, *shape) float32.
     """
 
-    def draw(generator: np.random.Generator) -> npt.NDArray[Any]:
-        return np.asarray(generator.standard_normal(shape, dtype=np.float32))
+    def fill(generator: np.random.Generator, row: npt.NDArray[Any]) -> None:
+        generator.standard_normal(dtype=np.float32, out=row)
 
-    return _rows(draw, np.float32, seed, purpose, keys, step, shape)
+    return _rows(fill, np.float32, seed, purpose, keys, step, shape)
 
 
 def uniform(
@@ -49,10 +50,10 @@ def uniform(
         (B, *shape) float32.
     """
 
-    def draw(generator: np.random.Generator) -> npt.NDArray[Any]:
-        return np.asarray(generator.random(shape, dtype=np.float32))
+    def fill(generator: np.random.Generator, row: npt.NDArray[Any]) -> None:
+        generator.random(dtype=np.float32, out=row)
 
-    return _rows(draw, np.float32, seed, purpose, keys, step, shape)
+    return _rows(fill, np.float32, seed, purpose, keys, step, shape)
 
 
 def integers(
@@ -70,10 +71,10 @@ def integers(
         (B, *shape) int64.
     """
 
-    def draw(generator: np.random.Generator) -> npt.NDArray[Any]:
-        return np.asarray(generator.integers(low, high, size=shape, endpoint=True))
+    def fill(generator: np.random.Generator, row: npt.NDArray[Any]) -> None:
+        row[:] = generator.integers(low, high, size=row.size, endpoint=True)
 
-    return _rows(draw, np.int64, seed, purpose, keys, step, shape)
+    return _rows(fill, np.int64, seed, purpose, keys, step, shape)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class SampleDraws:
 
 
 def _rows(
-    draw: Callable[[np.random.Generator], npt.NDArray[Any]],
+    fill: Callable[[np.random.Generator, npt.NDArray[Any]], None],
     dtype: type[np.generic],
     seed: int,
     purpose: str,
@@ -116,13 +117,14 @@ def _rows(
     philox = np.random.Philox(key=0)
     generator = np.random.Generator(philox)
     start = philox.state
-    rows = np.empty((len(keys), *shape), dtype=dtype)
-    for row, philox_key in enumerate(_philox_keys(seed, purpose, keys, step)):
+    rows = np.empty((len(keys), math.prod(shape)), dtype=dtype)
+    philox_keys = _philox_keys(seed, purpose, keys, step)
+    for row, philox_key in zip(rows, philox_keys, strict=True):
         # Setting the state equals a new Philox(key=...), at a third of the time.
         start["state"]["key"][:] = philox_key
         philox.state = start
-        rows[row] = draw(generator)
-    return rows
+        fill(generator, row)
+    return rows.reshape(len(keys), *shape)
 
 
 def _philox_keys(

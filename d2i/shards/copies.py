@@ -126,7 +126,8 @@ class Copies:
             with scratch.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
                     raise ShardError(f"{name} was fetched with another sha256 than the manifest's")
-            storage.publish_file(scratch, str(self._folder / copy))
+            # Not flushed: what a power failure leaves of it is noticed by whoever maps it next.
+            scratch.replace(self._folder / copy)
         finally:
             scratch.unlink(missing_ok=True)
 

@@ -118,16 +118,30 @@ class BatchReader:
         self._is_joint = is_joint
         self._encode_text = encode_text
         self._threads = ThreadPoolExecutor(config.num_reader_threads, "batch-reader")
+        self._waiting: deque[tuple[int, Future[Batch]]] = deque()
 
     def read_ahead(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
         """Read a micro batch for each (sample indices, step), in their order."""
-        waiting: deque[Future[Batch]] = deque()
+        waiting = self._waiting
         for indices, step in requests:
-            waiting.append(self._threads.submit(self._read_pinned, indices, step))
+            waiting.append((step, self._threads.submit(self._read_pinned, indices, step)))
             if len(waiting) > self._config.num_reader_threads:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[1].result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[1].result()
+
+    def first_unread(self, step: int) -> int:
+        """Return the step of the first micro batch that still has to be read.
+
+        Args:
+            step: The one that is taken, which it is at least; the last one asked for, if all are
+                read.
+        """
+        for asked, batch in self._waiting:
+            step = max(step, asked)
+            if not batch.done():
+                break
+        return step
 
     def _read_pinned(self, indices: NDArray[np.int64], step: int) -> Batch:
         batch = self.read(indices, step)
@@ -144,7 +158,8 @@ class BatchReader:
         text_member = "tokens" if self._encode_text else "text"
         members = ["moments", text_member, *(["clip"] if self._is_joint else [])]
         arrays = self._reader.read(indices, members=members)
-        keys = tuple(self._reader.keys[int(i)] for i in indices)
+        all_keys = self._reader.keys
+        keys = tuple(all_keys[number] for number in indices.tolist())
         text = self._text(arrays[text_member])
         if not purpose:
             text = self._with_dropped_conditions(text, keys, step)

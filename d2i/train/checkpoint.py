@@ -1,6 +1,7 @@
 """Checkpoints on disk: whole or absent, of any number of ranks, safetensors and JSON only.
 
-`checkpoints/step-N/` holds one file a rank, named by its sha256, and last of all `complete.json`.
+`checkpoints/step-N/` holds one file a rank, named by its sha256, and last of all `complete.json`,
+which holds its own.
 A file holds flat float32 runs of numbers, each named `KIND:PARAMETER:START`: a weight, its AdamW
 moments or its average. So no file knows which ranks or which ZeRO stage wrote it, any others can
 go on from it, and nothing is unpickled. Must not import DeepSpeed or `torch.distributed`.
@@ -114,7 +115,20 @@ def write_marker(
         "files": {part: storage.size_bytes(storage.join(folder, part)) for part in parts},
         "world_size": world_size,
     }
-    storage.write_bytes(storage.join(folder, MARKER), (json.dumps(marker) + "\n").encode())
+    data = json.dumps(marker | {"sha256": _marker_sha256(marker)}) + "\n"
+    storage.write_bytes(storage.join(folder, MARKER), data.encode())
+
+
+def _read_marker(folder: str) -> dict[str, Any]:
+    marker: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
+    if marker.pop("sha256") != _marker_sha256(marker):
+        raise ValueError(f"{MARKER} does not have the sha256 that it holds")
+    return marker
+
+
+def _marker_sha256(marker: Mapping[str, Any]) -> str:
+    """Sum up a marker as it is read, less its own sum."""
+    return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
 
 
 def whole_checkpoints(run_url: str) -> list[str]:
@@ -127,9 +141,14 @@ def step_of(folder: str) -> int:
     return int(folder.rpartition("step-")[2])
 
 
-def prune(run_url: str, num_kept: int) -> None:
-    """Keep the newest whole checkpoints, and remove what killed attempts left of others."""
-    kept = whole_checkpoints(run_url)[-num_kept:]
+def prune(run_url: str, num_kept: int, newest: int) -> None:
+    """Keep the newest whole checkpoints up to a step, which was just written; remove all others.
+
+    Those are older ones, what killed attempts left, and later ones: they were passed over as
+    damaged, or the run would be further, and must not count in place of sound ones.
+    """
+    whole = [folder for folder in whole_checkpoints(run_url) if step_of(folder) <= newest]
+    kept = whole[-num_kept:]
     for folder in _step_folders(run_url):
         if folder not in kept:
             _remove(folder)
@@ -192,7 +211,7 @@ class Checkpoint:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         try:
-            marker = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
+            marker = _read_marker(folder)
             self.shapes = {name: tuple(shape) for name, shape in marker["shapes"].items()}
             self._sizes: dict[str, int] = marker["files"]
             self.progress = Progress(
@@ -202,14 +221,19 @@ class Checkpoint:
                 num_updates=marker["num_updates"],
                 loss_scale=marker["loss_scale"],
             )
-            parts = [_Part(storage.join(folder, n), size) for n, size in self._sizes.items()]
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as err:
+            self._runs = self._find_runs()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as err:
             raise self._damaged(err) from err
-        self._runs: dict[tuple[str, str], list[tuple[int, _Part]]] = defaultdict(list)
-        for part in parts:
+
+    def _find_runs(self) -> dict[tuple[str, str], list[tuple[int, _Part]]]:
+        """Return where the runs of each parameter begin, and which file holds them."""
+        runs: dict[tuple[str, str], list[tuple[int, _Part]]] = defaultdict(list)
+        for file, size in self._sizes.items():
+            part = _Part(storage.join(self.folder, file), size)
             for name in part.lengths:
                 kind, parameter, start = name.split(":")
-                self._runs[kind, parameter].append((int(start), part))
+                runs[kind, parameter].append((int(start), part))
+        return runs
 
     def check(self) -> None:
         """Read every byte once.

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from d2i.errors import ClusterError
 from d2i.processes import end_with_parent, starter_environment
 
 _ASK_EVERY_S = 1.0
+# DeepSpeed's launcher kills ranks that take more than 30 seconds to end.
+_GROUP_WAIT_S, _GROUP_POLL_S = 60.0, 0.05
 
 
 def deepspeed_command(arguments: Sequence[str], num_accelerators: int | None) -> list[str]:
@@ -59,6 +62,8 @@ def run_command(command: Sequence[str]) -> int:
     with subprocess.Popen(
         list(command),
         env=environment,
+        # Nobody answers a question that a library of a rank asks.
+        stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
         start_new_session=True,
         preexec_fn=_before_launcher,
@@ -67,7 +72,9 @@ def run_command(command: Sequence[str]) -> int:
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return launcher.wait(timeout=_ASK_EVERY_S)
+                    code = launcher.wait(timeout=_ASK_EVERY_S)
+                    stop.wait_for_group()
+                    return code
                 stop.repeat()
         except BaseException:
             os.killpg(launcher.pid, signal.SIGTERM)
@@ -91,6 +98,14 @@ class _Stop:
         """Ask again, if it was asked before."""
         if self._is_asked:
             os.killpg(self._group, signal.SIGUSR1)
+
+    def wait_for_group(self) -> None:
+        """Wait for the ranks if it was asked: a launcher that is asked as well ends before them."""
+        deadline = time.monotonic() + _GROUP_WAIT_S
+        with contextlib.suppress(ProcessLookupError):
+            while self._is_asked and time.monotonic() < deadline:
+                os.killpg(self._group, 0)
+                time.sleep(_GROUP_POLL_S)
 
     def _ask(self, number: int, _frame: object) -> None:
         if self._is_asked and number == signal.SIGINT:

@@ -69,15 +69,17 @@ def _name_rank(local_rank: int) -> None:
 def main() -> None:
     """Run the entry point: exit code 2 and one line for what the user can mend."""
     end_with_starter()
+    # What torch's C++ has to say of a rank that is gone is a page of addresses.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # The wish to stop may come while torch is imported; it is heard once a step can end with it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         app()
     except D2IError as err:
-        from d2i.train.trouble import RankError
+        from d2i.train.ending import say_last_word
 
-        if os.environ.get("RANK", "0") == "0" or isinstance(err, RankError):
-            sys.stderr.write(f"error: {err}\n")
+        if line := say_last_word(err):
+            sys.stderr.write(f"error: {line}\n")
         sys.exit(2)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from d2i import storage
-from d2i.errors import CheckpointError, D2IError
 from d2i.models import save_weights
 from d2i.models.folder import resolve_sizes
 from d2i.recipes import check_prepared_with
@@ -23,17 +22,15 @@ from d2i.train.checkpoint import (
 )
 from d2i.train.data import check_cache, check_sizes, train_url
 from d2i.train.ema import Ema
+from d2i.train.ending import ending_in_words
 from d2i.train.engine import build_engine, join_ranks, master_weights
 from d2i.train.network import build_trained_network
 from d2i.train.ranks import Ranks
 from d2i.train.records import say
 from d2i.train.request import TrainRequest
 from d2i.train.stepper import Stepper
-from d2i.train.trouble import how_to_go_on, in_plain_words, lost_ranks
+from d2i.train.trouble import how_to_go_on
 from d2i.train.writer import CheckpointWriter, TrainState
-
-# What the first rank says in place of a step.
-_NONE_IS_THERE, _NONE_IS_SOUND = -1, -2
 
 
 def train(request: TrainRequest) -> None:
@@ -45,33 +42,21 @@ def train(request: TrainRequest) -> None:
         D2IError: What else the user can mend.
     """
     ranks = join_ranks()
-    hosts = ranks.hosts()
-    with storage.only_writer(request.run_url) if ranks.is_first else nullcontext():
-        ranks.wait_for_all()
-        try:
-            _train_rank(request, ranks)
-        except D2IError:
-            raise
-        except Exception as err:
-            meaning = in_plain_words(err, request.run_url, request.recipe.train)
-            if meaning is None and _is_of_the_others(err, ranks):
-                meaning = _who_was_lost(request, ranks, hosts)
-            if meaning is None:
-                raise
-            raise meaning from err
+    with ending_in_words(request, ranks), ExitStack() as stack:
+        _hold_run(request.run_url, ranks, stack)
+        _train_rank(request, ranks)
         ranks.wait_for_all()
     torch.distributed.destroy_process_group()
 
 
-def _is_of_the_others(error: Exception, ranks: Ranks) -> bool:
-    said = str(error).lower()
-    signs = ("connection", "peer", "gloo", "nccl", "socket")
-    is_told = isinstance(error, RuntimeError) and any(sign in said for sign in signs)
-    return ranks.world_size > 1 and is_told
+def _hold_run(run_url: str, ranks: Ranks, stack: ExitStack) -> None:
+    """Have the first rank hold the run's folder against other commands until the stack is left."""
 
+    def hold() -> int:
+        stack.enter_context(storage.only_writer(run_url))
+        return 0
 
-def _who_was_lost(request: TrainRequest, ranks: Ranks, hosts: list[str]) -> D2IError | None:
-    return lost_ranks(ranks.who_is_gone(), hosts, request.run_url)
+    ranks.on_first(hold)
 
 
 def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
@@ -85,11 +70,8 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     network = build_trained_network(recipe)
     check_sizes(network, reader)
     checkpoint = _find_checkpoint(run_url, ranks)
-    if ranks.is_first:
-        is_begun = checkpoint is not None or storage.exists(storage.join(run_url, EMA_NAME))
-        storage.remove(storage.join(run_url, STOPPED_NAME))
-        open_run(run_url, _run_config(request, reader, ranks.world_size), is_begun=is_begun)
-    ranks.wait_for_all()
+    if ranks.on_first(lambda: _open_run(request, reader, ranks, checkpoint)):
+        return
     state = _build_state(request, ranks, network, checkpoint)
     progress = checkpoint.progress if checkpoint else Progress()
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -103,20 +85,27 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
 
 def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:
     """Find where to go on from: the first rank reads every byte, the others believe it."""
-    step = _NONE_IS_THERE
-    problem: D2IError | None = None
-    if ranks.is_first:
-        try:
-            found = newest_sound_checkpoint(run_url, lambda line: say(f"warning: {line}"))
-            step = found.progress.step if found else _NONE_IS_THERE
-        except D2IError as err:
-            step, problem = _NONE_IS_SOUND, err
-    step = ranks.from_first(step)
-    if problem:
-        raise problem
-    if step == _NONE_IS_SOUND:
-        raise CheckpointError(f"no checkpoint of {run_url} is sound; see the first rank's line")
-    return None if step == _NONE_IS_THERE else Checkpoint(step_folder(run_url, step))
+
+    def newest_step() -> int:
+        found = newest_sound_checkpoint(run_url, lambda line: say(f"warning: {line}"))
+        return found.progress.step if found else 0
+
+    step = ranks.on_first(newest_step)
+    return Checkpoint(step_folder(run_url, step)) if step else None
+
+
+def _open_run(
+    request: TrainRequest, reader: ShardReader, ranks: Ranks, checkpoint: Checkpoint | None
+) -> int:
+    """Begin the run, or go on with it; return 1 where it is finished and nothing can be gone on."""
+    run_url = request.run_url
+    is_finished = checkpoint is None and storage.exists(storage.join(run_url, EMA_NAME))
+    is_begun = checkpoint is not None or is_finished
+    storage.remove(storage.join(run_url, STOPPED_NAME))
+    open_run(run_url, _run_config(request, reader, ranks.world_size), is_begun=is_begun)
+    if is_finished:
+        say(f"{run_url} is finished, its checkpoints are gone: nothing to do")
+    return int(is_finished)
 
 
 def _build_state(

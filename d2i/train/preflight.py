@@ -28,6 +28,7 @@ from d2i.train.data import (
     check_sizes,
     train_url,
 )
+from d2i.train.ending import ending_in_words
 from d2i.train.engine import build_engine, join_ranks
 from d2i.train.network import build_trained_network
 from d2i.train.objective import build_objective, is_joint
@@ -63,11 +64,12 @@ def preflight(request: TrainRequest) -> None:
         ConfigError: If the ranks cannot share the batch, or the sizes do not fit the data.
     """
     ranks = join_ranks()
-    found = _measure(request, ranks)
-    if ranks.is_first:
-        data = json.dumps(found, indent=1, sort_keys=True) + "\n"
-        storage.write_bytes(storage.join(request.run_url, PREFLIGHT_NAME), data.encode())
-    ranks.wait_for_all()
+    with ending_in_words(request, ranks):
+        found = _measure(request, ranks)
+        if ranks.is_first:
+            data = json.dumps(found, indent=1, sort_keys=True) + "\n"
+            storage.write_bytes(storage.join(request.run_url, PREFLIGHT_NAME), data.encode())
+        ranks.wait_for_all()
     torch.distributed.destroy_process_group()
 
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from d2i.errors import D2IError
+
 _HOST_LENGTH = 255
+_FAILED = -1
+_TOLD = "told"
+_WAIT_S, _POLL_S = 3.0, 0.1
+Answer = TypeVar("Answer")
+Built = TypeVar("Built")
+
+
+class ToldError(D2IError):
+    """Another rank says why the training ends."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +68,69 @@ class Ranks:
         torch.distributed.all_gather(parts, values, group=self.control)
         return torch.stack(parts)
 
-    def who_is_gone(self, wait_s: float = 3.0) -> list[int]:
+    def on_first(self, work: Callable[[], int]) -> int:
+        """Return what the first rank's work gives, on every rank; every rank must call this.
+
+        Args:
+            work: Gives a number from 0.
+
+        Raises:
+            ToldError: On the others, if the work failed; on the first rank, its own error.
+        """
+        number, problem = _FAILED, None
+        if self.is_first:
+            try:
+                number = work()
+            except Exception as err:
+                problem = err
+        number = self.from_first(number)
+        if problem:
+            raise problem
+        if number == _FAILED:
+            raise ToldError
+        return number
+
+    def built_on_first(self, build: Callable[[], Built]) -> Built | None:
+        """Return what the first rank alone builds, None on the others; as `on_first`."""
+        built: list[Built] = []
+
+        def work() -> int:
+            built.append(build())
+            return 0
+
+        self.on_first(work)
+        return built[0] if built else None
+
+    def speaks_first(self) -> bool | None:
+        """Say whether this rank is the first one that says why the training ends.
+
+        None where nobody can be asked: the first rank, which holds the answer, is gone.
+        """
+        return _asked(lambda store: store.add(_TOLD, 1) == 1)
+
+    def is_told(self, wait_s: float = _WAIT_S) -> bool | None:
+        """Say whether another rank says why the training ends, or does so soon; None as above."""
+        deadline = time.monotonic() + wait_s
+        while not (told := _asked(lambda store: store.check([_TOLD]))):
+            if told is None or time.monotonic() > deadline:
+                return told
+            time.sleep(_POLL_S)
+        return True
+
+    def who_is_gone(self, wait_s: float = _WAIT_S) -> list[int]:
         """After a call to the others has failed: which ranks do not answer any more.
 
         Those still there report to the store that brought them together, which the first rank
         holds; without it the first rank itself is gone.
         """
-        store = _reports()
-        try:
+
+        def missing(store: Any) -> list[int]:
             store.set(str(self.rank), "here")
             time.sleep(wait_s)
             return [r for r in range(self.world_size) if not store.check([str(r)])]
-        except (RuntimeError, torch.distributed.DistError):
-            return [0]
+
+        gone = _asked(missing)
+        return [0] if gone is None else gone
 
     def hosts(self) -> list[str]:
         """Return the host of every rank, by rank; every rank must call this."""
@@ -78,6 +140,10 @@ class Ranks:
         return [bytes(row.tolist()).rstrip(b"\0").decode() for row in self.gather(padded)]
 
 
-def _reports() -> Any:
+def _asked(question: Callable[[Any], Answer]) -> Answer | None:
+    """Ask the store that brought the ranks together; None where it is gone."""
     c10d: Any = torch.distributed.distributed_c10d
-    return c10d.PrefixStore("d2i.here", c10d._get_default_store())
+    try:
+        return question(c10d.PrefixStore("d2i.here", c10d._get_default_store()))
+    except (RuntimeError, torch.distributed.DistError):
+        return None

@@ -1,16 +1,18 @@
-"""What the first rank keeps of a run while it goes on: lines, TensorBoard, a chart, pictures."""
+"""What the first rank keeps of a run while it goes on: lines, TensorBoard and others, a chart."""
 
 from __future__ import annotations
 
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from d2i import storage
+from d2i.config import Recipe
 from d2i.runs import MetricsLine, ValidationLine, append_line, keep_lines_until
 from d2i.train.chart import draw_chart
+from d2i.train.wandb_lines import WandbLines
 
 _EVENTS_NAME = "tensorboard"
 
@@ -20,10 +22,14 @@ class Records:
 
     Args:
         run_url: The run directory.
+        recipe: Of the run; it may ask for Weights & Biases.
         step: The step that the run goes on from; later lines of a cut off attempt are dropped.
+
+    Raises:
+        ConfigError: If Weights & Biases is asked for and cannot be used.
     """
 
-    def __init__(self, run_url: str, step: int) -> None:
+    def __init__(self, run_url: str, recipe: Recipe, step: int) -> None:
         # Imported here: of all ranks only the first one needs it, and it takes a second.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -32,24 +38,30 @@ class Records:
         # TensorBoard writes to a folder: that of the run, or one that is copied there.
         self._folder = _local_events(run_url)
         self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
+        project = recipe.train.wandb_project
+        self._wandb = WandbLines(project, run_url, recipe) if project else None
 
     def metrics(self, line: MetricsLine) -> None:
         """Keep the line of some steps."""
         append_line(self._run_url, line)
-        for name in ("loss", "lr", "images_per_s", "data_wait", "mfu"):
-            value = getattr(line, name)
-            if value is not None:
-                self._events.add_scalar(f"train/{name}", value, line.step)
+        names = ("loss", "lr", "images_per_s", "data_wait", "mfu")
+        values = {f"train/{name}": getattr(line, name) for name in names}
+        self._show({name: v for name, v in values.items() if v is not None}, line.step)
 
     def validation(self, line: ValidationLine) -> None:
         """Keep a validation loss, and draw the chart anew."""
         append_line(self._run_url, line)
-        self._events.add_scalar("valid/loss", line.loss, line.step)
-        for band, loss in line.bands.items():
-            self._events.add_scalar(f"valid/n_{band}", loss, line.step)
+        in_bands = {f"valid/n_{band}": loss for band, loss in line.bands.items()}
+        self._show({"valid/loss": line.loss, **in_bands}, line.step)
         bands = "  ".join(f"n {band}: {loss:.4f}" for band, loss in line.bands.items())
         say(f"step {line.step}  validation loss {line.loss:.4f}  ({bands})")
         self.draw()
+
+    def _show(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.add(values, step)
 
     def draw(self) -> None:
         """Draw `loss.png` out of what is kept, and hand TensorBoard what it has not seen."""
@@ -62,6 +74,8 @@ class Records:
         self.draw()
         self._events.close()
         self._publish_events()
+        if self._wandb:
+            self._wandb.close()
 
     def _publish_events(self) -> None:
         if storage.local_path(self._run_url) is None:

@@ -60,9 +60,8 @@ class Stepper:
         config = self._config
         self._pace = Pace(progress.step, progress.elapsed_s)
         self._losses.known = list(progress.losses)
-        self._records = (
-            Records(self._request.run_url, progress.step) if self._ranks.is_first else None
-        )
+        run_url, recipe = self._request.run_url, self._request.recipe
+        self._records = self._ranks.built_on_first(lambda: Records(run_url, recipe, progress.step))
         stop = StopRequest(self._ranks)
         batches = self._batches.read_ahead(self._requests(progress.step))
         step = progress.step
@@ -98,8 +97,9 @@ class Stepper:
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         self._set_learning_rate(step)
-        # Told of the step that is taken, not of those read ahead: what they need stays as well.
-        self._reader.prefetch(self._order.shards_ahead(step, self._config.global_batch_size))
+        # What is read already makes room for what comes: steps earlier than once they are taken.
+        unread = self._batches.first_unread(step)
+        self._reader.prefetch(self._order.shards_ahead(unread, self._config.global_batch_size))
         for _ in range(self._num_micro_batches):
             with self._pace.waiting_for_data():
                 batch = next(batches)
@@ -190,9 +190,13 @@ class Stepper:
         return validation, self._build_grid(reader)
 
     def _build_grid(self, reader: ShardReader) -> SampleGrid | None:
-        if not self._ranks.is_first or not self._config.num_sample_steps:
+        """Build the grid on the first rank, where pictures are asked for."""
+        if not self._config.num_sample_steps:
             return None
-        return SampleGrid(self._request.recipe, reader, self._ranks.device, self._encode_text)
+        recipe, device = self._request.recipe, self._ranks.device
+        return self._ranks.built_on_first(
+            lambda: SampleGrid(recipe, reader, device, self._encode_text)
+        )
 
     def _draw_samples(self, step: int) -> None:
         """Draw on the first rank; the others wait at their next step."""

@@ -61,11 +61,16 @@ def in_plain_words(error: BaseException, run_url: str, config: TrainConfig) -> D
             f"{where} cannot write {error.filename or run_url}: {error.strerror}; expected room on "
             f"the disk; nothing half-written counts; free some and {how_to_go_on(run_url)}"
         )
+    if isinstance(error, OSError) and error.filename is not None:
+        return RankError(
+            f"{where} cannot use {error.filename}: {error.strerror or error}; expected a place "
+            f"that can be read and written; check its permissions and {how_to_go_on(run_url)}"
+        )
     if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):
         return RankError(
             f"{where} cannot compile the network: {str(error).splitlines()[0]}; expected a C++ "
             "compiler and, on a GPU, Triton, as train.compile is true; install what is missing, or "
-            "begin another --run with --set train.compile=false"
+            "go on with --set train.compile=false"
         )
     return None
 
@@ -74,7 +79,7 @@ def lost_ranks(gone: Sequence[int], hosts: Sequence[str], run_url: str) -> D2IEr
     """Say which ranks do not answer any more."""
     named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in gone) or "no rank by its end"
     return RankError(
-        f"{named} ended without a word, the others cannot go on; expected {len(hosts)} ranks; see "
+        f"{named} ended, the others cannot go on; expected {len(hosts)} ranks; see its own line or "
         f"that host's log (out of memory, or killed) and {how_to_go_on(run_url)}"
     )
 

@@ -170,4 +170,4 @@ class CheckpointWriter:
         if self._fault:
             self._fault.reach("train.checkpoint_written")
         write_marker(folder, progress, self._shapes, self._ranks.world_size)
-        prune(self._run_url, self._config.num_checkpoints_kept)
+        prune(self._run_url, self._config.num_checkpoints_kept, progress.step)

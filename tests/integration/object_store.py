@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tests.processes import free_port
+
 _START_S = 60.0
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
 # One request of so many is refused unseen, one of so many is done without an answer.
@@ -166,12 +168,6 @@ def environment(port: int) -> dict[str, str]:
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-
-
-def free_port() -> int:
-    """Return a port that nothing listens at."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        return int(free.getsockname()[1])
 
 
 def _wait_until_taken(port: int, server: subprocess.Popen[bytes]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.training import command, ema_bytes, losses
+from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "train" / "launch.py"
@@ -90,9 +90,3 @@ def start_nodes(node: Callable[[int, int], Line], arguments: list[str]) -> None:
         for process in started:
             _, said = process.communicate(timeout=120)
             assert process.returncode == 0, said[-3000:]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

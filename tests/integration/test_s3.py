@@ -14,8 +14,8 @@ from d2i.errors import ConfigError
 from d2i.preprocess.ledger import LedgerRow, read_ledger
 from tests.integration import evaluations, training
 from tests.integration.logged import LOG
-from tests.integration.object_store import Front, environment, free_port, object_store
-from tests.processes import run_d2i, run_process
+from tests.integration.object_store import Front, environment, object_store
+from tests.processes import free_port, run_d2i, run_process
 from tests.shared import SHARED, needs_shared
 
 # Requests of a stage before the restart: each asks more often.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import time
@@ -20,7 +22,7 @@ from tests.integration.training import (
     losses,
     train,
 )
-from tests.processes import COMMAND, run_d2i, run_process
+from tests.processes import COMMAND, command_lines, run_d2i, run_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,15 +64,18 @@ def test_the_ranks_end_with_the_command(data: Path, undisturbed: Path, tmp_path:
     assert losses(run) == losses(undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, True), (signal.SIGUSR1, False)])
 def test_asked_to_stop_it_writes_a_checkpoint_and_goes_on(
-    data: Path, tmp_path: Path, number: signal.Signals
+    data: Path, tmp_path: Path, number: signal.Signals, *, to_all: bool
 ) -> None:
+    """To the command alone, or to its launcher and ranks as well, as who ends a whole job does."""
     run = tmp_path / "stopped"
     long = {"train__num_steps": 100_000, "train__num_checkpoint_steps": 100_000}
     with started(command(data, run, **long)) as process:
         wait_for(process, run / "metrics.jsonl")
-        process.send_signal(number)
+        for other, words in command_lines():
+            if str(run) in words and (to_all or other == process.pid):
+                os.kill(other, number)
         _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert "resume with the same command, from step-" in said
@@ -79,16 +84,22 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_goes_on(
 
 
 def test_other_ranks_go_on_in_the_same_order(data: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """One rank, then two, then one again; losses within 1e-5, averages within 1e-6."""
+    """One rank, then two, then one again; losses within 1e-5, averages within 1e-6.
+
+    With the ranks change how much they take at once and what they share.
+    """
     run = tmp_path / "elastic"
-    changed = {"train__record_keys": "true"}
-    for num_ranks in (1, 2):
-        # Both attempts end after their third step: the first at step 3, the second at step 5.
-        cut = run_process(
-            *command(data, run, num_ranks, **changed), "--fault", "train.step_done:kill:3"
-        )
-        assert cut.returncode != 0
-    train(data, run, 1, **changed)
+    ways = (
+        (1, {"train__micro_batch_size": 2}),
+        (2, {"train__micro_batch_size": 4, "train__zero_stage": 2}),
+        (1, {"train__micro_batch_size": 8, "train__activation_checkpointing": "true"}),
+    )
+    for number, (num_ranks, changed) in enumerate(ways):
+        words = command(data, run, num_ranks, train__record_keys="true", **changed)
+        if number < 2:
+            # Both attempts end after their third step: the first at step 3, the second at step 5.
+            words += ["--fault", "train.step_done:kill:3"]
+        assert (run_process(*words).returncode == 0) == (number == 2)
     np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
     ours, theirs = (load_file(folder / "ema.safetensors") for folder in (run, undisturbed))
     for name, average in ours.items():
@@ -143,6 +154,18 @@ def test_what_a_run_cannot_go_on_with_is_refused(data: Path, undisturbed: Path) 
     other = run_process(*command(data, undisturbed, train__record_keys="true", train__seed=1))
     assert other.returncode == 2
     assert "recipe.train.seed: 1, expected 0" in other.stderr
+
+
+def test_a_finished_run_without_checkpoints_is_left_as_it_is(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("checkpoints"))
+    again = run_process(*command(data, run, 1, train__record_keys="true"))
+    assert again.returncode == 0, again.stderr
+    assert "is finished, its checkpoints are gone: nothing to do" in again.stderr
+    assert losses(run) == losses(undisturbed)
+    assert ema_bytes(run) == ema_bytes(undisturbed)
 
 
 def test_a_step_whose_loss_is_no_number_is_named(data: Path, tmp_path: Path) -> None:

@@ -87,6 +87,23 @@ def test_the_one_before_is_taken_with_a_warning(tmp_path: Path, harm: str) -> No
     assert str(newest) in warned[0]
 
 
+@pytest.mark.parametrize("name", [MARKER, "part-0-*"])
+def test_no_flipped_bit_is_taken_for_sound(tmp_path: Path, name: str) -> None:
+    """Not in the marker's numbers, nor in the names and places of a file's header."""
+    before = write(tmp_path, 3, [])
+    path = next(write(tmp_path, 6, []).glob(name))
+    content = path.read_bytes()
+    for bit in range(0, 8 * len(content), 5):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        warned: list[str] = []
+        found = newest_sound_checkpoint(str(tmp_path), warned.append)
+        assert found is not None
+        assert found.folder == str(before), bit
+        assert len(warned) == 1
+
+
 def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path: Path) -> None:
     (write(tmp_path, 3, []) / MARKER).write_text("")
     with pytest.raises(CheckpointError, match="none of 1 checkpoints"):
@@ -98,10 +115,17 @@ def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
         write(tmp_path, step, [])
     for name in ("step-12", "mine"):
         (tmp_path / "checkpoints" / name).mkdir()
-    prune(str(tmp_path), 2)
+    prune(str(tmp_path), 2, 10)
     assert [step_of(folder) for folder in whole_checkpoints(str(tmp_path))] == [4, 10]
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["mine", "step-10", "step-4"]
+
+
+def test_a_later_one_that_was_passed_over_displaces_none(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        write(tmp_path, step, [])
+    prune(str(tmp_path), 1, 4)
+    assert [step_of(folder) for folder in whole_checkpoints(str(tmp_path))] == [4]
 
 
 def test_a_foreign_place_holds_them_as_a_folder_does() -> None:
@@ -118,7 +142,7 @@ def test_a_foreign_place_holds_them_as_a_folder_does() -> None:
     assert torch.equal(dict(found.read_whole("ema"))["a.weight"], WEIGHT)
     assert torch.equal(found.read("ema", "a.weight", 4, 7), WEIGHT.flatten()[4:11])
     clear_step(run, 4)
-    prune(run, 1)
+    prune(run, 1, 6)
     assert storage.list_names(f"{run}/checkpoints") == ["step-6"]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from d2i.config import EncodersConfig, TrainConfig
 from d2i.encoders import ClipText
@@ -105,3 +107,25 @@ def test_token_ids_alone_give_the_very_latents_of_the_shards(
 @pytest.mark.parametrize("num_threads", [2, 5])
 def test_threads_change_nothing(readers: tuple[ShardReader, ShardReader], num_threads: int) -> None:
     check_same(stream(readers[0], num_threads), stream(readers[0], 1))
+
+
+def test_what_is_not_read_yet_is_known(readers: tuple[ShardReader, ShardReader]) -> None:
+    """Shards are fetched ahead of that, and those read before make room."""
+    reader, gate = readers[1], threading.Event()
+    held_up = reader.read(np.array([2]), members=["tokens"])["tokens"]
+
+    def encode_text(tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
+        if np.array_equal(tokens, held_up):
+            gate.wait()
+        return np.zeros((*tokens.shape, 8), np.float16)
+
+    batches = BatchReader(reader, config(2), is_joint=False, encode_text=encode_text)
+    ahead = batches.read_ahead((np.array([step]), step) for step in range(4))
+    assert batches.first_unread(0) == 0
+    next(ahead)
+    next(ahead)
+    assert batches.first_unread(1) == 2
+    gate.set()
+    next(ahead)
+    assert batches.first_unread(2) == 3
+    batches.close()

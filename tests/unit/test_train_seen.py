@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +64,39 @@ def test_later_lines_of_a_cut_off_attempt_are_dropped(tmp_path: Path) -> None:
         append_line(str(tmp_path), ValidationLine(step, 0.7, {}))
     keep_lines_until(str(tmp_path), 4)
     assert [kept.step for kept in read_validation(str(tmp_path))] == [2]
+
+
+def test_lines_go_to_weights_and_biases_on_request_alone(tmp_path: Path) -> None:
+    """Kept for later where nobody is to be logged in (`WANDB_MODE=offline`); else refused here."""
+    program = (
+        "import sys\n"
+        "from d2i.recipes import resolve_recipe\n"
+        "from d2i.runs import MetricsLine\n"
+        "from d2i.train.records import Records\n"
+        "for settings in ([], ['train.wandb_project=chats']):\n"
+        "    assert 'wandb' not in sys.modules\n"
+        "    records = Records(sys.argv[1], resolve_recipe('demo', settings), 0)\n"
+        "    records.metrics(MetricsLine(3, 0.5, 1e-4, 12, 8.0, 1.0))\n"
+        "    records.close()\n"
+    )
+    home = {"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"]}
+    refused, kept = (
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            env=home | mode,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for mode in ({}, {"WANDB_MODE": "offline"})
+    )
+    assert "ConfigError: train.wandb_project is chats: No API key configured." in refused.stderr
+    assert kept.returncode == 0, kept.stderr
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    content = path.read_bytes()
+    assert b"train/loss" in content
+    assert os.uname().nodename.encode() not in content
 
 
 def test_the_first_bad_step_is_named_with_its_samples() -> None:

@@ -1,0 +1,70 @@
+"""The run's lines on Weights & Biases, on request only: the one module that imports wandb."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from d2i import storage
+from d2i.config import Recipe
+from d2i.errors import ConfigError
+
+
+class WandbLines:
+    """One run of Weights & Biases, the same whenever this run goes on.
+
+    Nothing is sent but the recipe and the lines: no code, no console, no name of this machine.
+
+    Args:
+        project: The project there.
+        run_url: The run directory, whose hash names the run there.
+        recipe: What the run is.
+
+    Raises:
+        ConfigError: If wandb is not installed, or nobody is logged in.
+    """
+
+    def __init__(self, project: str, run_url: str, recipe: Recipe) -> None:
+        url, local = storage.resolve(run_url), storage.local_path(run_url)
+        try:
+            import wandb
+        except ImportError as err:
+            raise ConfigError(
+                f"train.wandb_project is {project}: {err}; expected wandb beside d2i; pip install "
+                "wandb, or leave the setting out"
+            ) from err
+        try:
+            self._run: Any = wandb.init(
+                project=project,
+                id=hashlib.sha256(url.encode()).hexdigest()[:16],
+                name=url.rpartition("/")[2],
+                resume="allow",
+                dir=str(local or tempfile.mkdtemp(prefix="wandb")),
+                config=recipe.model_dump(mode="json"),
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    disable_git=True,
+                    disable_code=True,
+                    x_disable_meta=True,
+                    x_disable_machine_info=True,
+                    x_disable_stats=True,
+                    x_save_requirements=False,
+                    host="",
+                ),
+            )
+        except wandb.errors.Error as err:
+            raise ConfigError(
+                f"train.wandb_project is {project}: {' '.join(str(err).split())} Expected a "
+                "project that lines can be sent to; wandb login, or WANDB_MODE=offline"
+            ) from err
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        """Send the values of a step; those of one that is there already change nothing."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()

@@ -1,0 +1,67 @@
+"""What a run may go on with, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d2i.errors import CheckpointError
+from d2i.recipes import resolve_recipe
+from d2i.runs import RunConfig, open_run, read_recipe
+
+
+def begun(run: Path, *settings: str, data: str = "a" * 64, is_begun: bool = True) -> None:
+    recipe = resolve_recipe("uvit-s-photochat", settings).model_dump(mode="json")
+    open_run(str(run), RunConfig(recipe, "data", data, 2), is_begun=is_begun)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "micro_batch_size=64",
+        "zero_stage=3",
+        "activation_checkpointing=true",
+        "compile=true",
+        "num_checkpoint_steps=7",
+        "num_log_steps=1",
+        "record_keys=true",
+        "wandb_project=chats",
+    ],
+)
+def test_what_changes_no_number_may_change(tmp_path: Path, setting: str) -> None:
+    """Whoever is out of memory is told to lower the first ones, and goes on."""
+    begun(tmp_path)
+    begun(tmp_path, f"train.{setting}")
+    assert read_recipe(str(tmp_path)) == resolve_recipe("uvit-s-photochat", [])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.global_batch_size=370",
+        "train.optim.lr=0.001",
+        "train.precision=fp32",
+        "train.order=blocked",
+        "train.num_steps=851",
+        "train.ema_rate=0.9",
+        "text.strategy=space",
+    ],
+)
+def test_what_changes_a_number_is_refused(tmp_path: Path, setting: str) -> None:
+    begun(tmp_path)
+    name, _, value = setting.partition("=")
+    with pytest.raises(CheckpointError, match=f"recipe.{name}: {value}, expected "):
+        begun(tmp_path, setting)
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    begun(tmp_path)
+    with pytest.raises(CheckpointError, match="manifest_sha256: bbb"):
+        begun(tmp_path, data="b" * 64)
+
+
+def test_what_has_no_weights_yet_is_begun_anew(tmp_path: Path) -> None:
+    begun(tmp_path)
+    begun(tmp_path, "train.optim.lr=0.5", is_begun=False)
+    assert read_recipe(str(tmp_path)).train.optim.lr == 0.5
