@@ -96,7 +96,7 @@ def train(
 def sample(
     run: Annotated[str, typer.Option(help="A finished run.")],
     dialog: Annotated[str, typer.Option(help="A file with one turn a line, or JSON; - for stdin.")],
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("picture.png"),
+    out: Annotated[str, typer.Option(help="The PNG to write, a path or a URL.")] = "picture.png",
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="One picture a seed; several make a grid.")
     ] = None,
@@ -122,13 +122,12 @@ def sample(
     from d2i.recipes import change_recipe
     from d2i.runs import read_recipe
 
-    out = out.expanduser()
     recipe = change_recipe(read_recipe(run), settings or [])
     seeds = seed or [recipe.sample.seed]
     turns = read_dialog(_read_text(dialog))
     text = draw_dialog(Request(run, recipe, turns, seeds, key), out)
-    result = {"image": str(out), "text": text, "seeds": seeds}
-    print_result(result, [str(out)], as_json=as_json)
+    result = {"image": out, "text": text, "seeds": seeds}
+    print_result(result, [out], as_json=as_json)
 
 
 def _check_data(data: str) -> None:

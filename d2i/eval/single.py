@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ class Request:
     key: str | None = None
 
 
-def draw_dialog(request: Request, out: Path) -> str:
+def draw_dialog(request: Request, out: str) -> str:
     """Draw the pictures that answer a conversation as one PNG, its settings in the metadata.
 
     Several pictures are laid out in a grid, row by row. The same conversation, key and seed give
@@ -97,7 +96,7 @@ def draw_dialog(request: Request, out: Path) -> str:
         "d2i": __version__,
     }
     metadata = {name: str(value) for name, value in settings.items()}
-    storage.write_bytes(str(out), png_bytes(grid(pixels), metadata))
+    storage.write_bytes(out, png_bytes(grid(pixels), metadata))
     return text
 
 

@@ -18,6 +18,14 @@ Kind = Literal["backbone", "autoencoder", "text prefix"]
 Layout = Literal["published", "diffusers"]
 
 PREFIX_KEYS = ("encode_prefix.weight", "encode_prefix.bias")
+# Axes of the tensors whose shapes are read.
+_NUM_AXES = {
+    "pos_embed": 3,
+    "patch_embed.proj.weight": 4,
+    "context_embed.weight": 2,
+    "text_embed.weight": 2,
+    "clip_img_embed.weight": 2,
+}
 # Tokens that are neither text nor patches.
 _NUM_UVIT_TOKENS = 1
 _NUM_UNIDIFFUSER_TOKENS = 3
@@ -69,6 +77,8 @@ def _backbone(
     state: Mapping[str, Tensor], layout: Layout, published: tuple[PublishedFile, ...]
 ) -> Recognized | None:
     if "pos_embed" not in state or "patch_embed.proj.weight" not in state:
+        return None
+    if any(state[key].dim() != num for key, num in _NUM_AXES.items() if key in state):
         return None
     if "context_embed.weight" in state:
         name, title = "uvit-s", "U-ViT, text to image"

@@ -18,11 +18,12 @@ from d2i.models.autoencoder_layout import autoencoder_config, ldm_to_diffusers
 from d2i.models.diffusers_layout import from_diffusers
 from d2i.models.folder import read_config
 from d2i.models.presets import PRESETS, build_backbone
-from d2i.models.recognize import Recognized, recognize
+from d2i.models.recognize import PREFIX_KEYS, Recognized, recognize
 from d2i.models.weights import (
     DIRECTORY_FILES,
     check_fits,
     fill_network,
+    is_dense_floats,
     read_state_dict,
     weights_file,
 )
@@ -142,12 +143,35 @@ def checked_autoencoder(source: Source) -> dict[str, Tensor]:
     state = ldm_to_diffusers(source.state) if is_ldm else dict(source.state)
     try:
         config = autoencoder_config(state)
+        with torch.device("meta"):
+            network: Any = AutoencoderKL(**{k: v for k, v in config.items() if k != "_class_name"})
     except KeyError as err:
         raise CheckpointError(
             f"{source.file} is {source.found.words} without {err}; expected a whole one; fetch it "
             "again"
         ) from err
-    with torch.device("meta"):
-        network: Any = AutoencoderKL(**{k: v for k, v in config.items() if k != "_class_name"})
+    except ValueError as err:
+        raise CheckpointError(
+            f"{source.file} is {source.found.words} that diffusers cannot build: {err}; expected "
+            "widths of its blocks that are multiples of 32"
+        ) from err
     check_fits(network, state, source.file)
     return state
+
+
+def checked_prefix(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """The two tensors of a caption decoder's text prefix, weight (out, in) and bias (out,).
+
+    Raises:
+        CheckpointError: If one is missing, or they are not those of one linear layer.
+    """
+    prefix = {key: state[key] for key in PREFIX_KEYS if key in state}
+    shapes = [tuple(tensor.shape) for tensor in prefix.values() if is_dense_floats(tensor)]
+    if [len(shape) for shape in shapes] != [2, 1] or shapes[0][:1] != shapes[1] or 0 in shapes[0]:
+        found = [f"{key} {tensor.dtype} {tuple(tensor.shape)}" for key, tensor in prefix.items()]
+        raise CheckpointError(
+            f"{path} holds {', '.join(found) or 'no encode_prefix'}; expected encode_prefix.weight "
+            "(out, in) and encode_prefix.bias (out,), as in UniDiffuser's caption_decoder.pth; use "
+            "that file"
+        )
+    return prefix
