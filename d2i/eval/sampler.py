@@ -16,6 +16,7 @@ from d2i.diffusion.draws import SampleDraws
 from d2i.diffusion.samplers import check_sampler, run_sampler
 from d2i.encoders import Vae
 from d2i.encoders.load import weights_hash
+from d2i.errors import ConfigError
 from d2i.models import UniDiffuser
 from d2i.models.folder import build_network
 
@@ -32,6 +33,9 @@ class Sampler:
         config: Steps, guidance, seed and batch.
         empty_text: float (T, D), the text latents of ''.
         device: Where the network runs.
+
+    Raises:
+        ConfigError: If the network reads text latents of another shape.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Sampler:
         check_sampler(config.sampler)
         self._network: Any = build_network(backbone).to(device).eval().requires_grad_(False)
         self._vae, self._config, self._device = vae, config, device
+        _check_text(empty_text.shape, self._network)
         self._empty_text = torch.from_numpy(empty_text.astype(np.float32)).to(device)
         self.hash = weights_hash(self._network)
 
@@ -125,3 +130,12 @@ class Sampler:
         self, draws: SampleDraws, purpose: str, shape: tuple[int, ...], step: int = 0
     ) -> Tensor:
         return torch.from_numpy(draws.normal(purpose, tuple(shape), step)).to(self._device)
+
+
+def _check_text(found: tuple[int, ...], network: Any) -> None:
+    expected = (network.num_text_tokens, network.text_dim)
+    if found != expected:
+        raise ConfigError(
+            f"the text latents are {found} (tokens, features), expected {expected}, as the network "
+            "reads them; check text.num_windows, backbone.num_text_tokens and encoders.text_prefix"
+        )

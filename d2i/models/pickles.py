@@ -21,7 +21,7 @@ _MAX_PICKLE_BYTES = 4_000_000
 _NUM_OLD_PICKLES = 5
 _TENSORS_ALONE = re.compile(
     r"collections OrderedDict"
-    r"|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter)"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter)"
     r"|torch(\.storage)? \w+Storage"
     r"|torch (bfloat16|(float|complex|int|uint)\w+|bool)"
 )
