@@ -15,7 +15,7 @@ from d2i.diffusion import Eps, guided_unidiffuser, guided_uvit, join_state, spli
 from d2i.diffusion.draws import SampleDraws
 from d2i.diffusion.samplers import check_sampler, run_sampler
 from d2i.encoders import Vae
-from d2i.encoders.load import weights_hash
+from d2i.encoders.load import multiplied_in, weights_hash
 from d2i.errors import ConfigError
 from d2i.models import UniDiffuser
 from d2i.models.folder import build_network
@@ -30,7 +30,7 @@ class Sampler:
     Args:
         backbone: The network and its weights.
         vae: Decodes unscaled latents.
-        config: Steps, guidance, seed and batch.
+        config: Steps, guidance, precision, seed and batch.
         empty_text: float (T, D), the text latents of ''.
         device: Where the network runs.
 
@@ -91,10 +91,10 @@ class Sampler:
         index = [row if row < num_rows else 0 for row in range(size)]
         padded = SampleDraws([draws.seeds[i] for i in index], [draws.keys[i] for i in index])
         rows = torch.from_numpy(text[index].astype(np.float32)).to(self._device)
-        if isinstance(self._network, UniDiffuser):
-            latents = self._draw_unidiffuser(padded, rows)
-        else:
-            latents = self._draw_uvit(padded, rows)
+        is_joint = isinstance(self._network, UniDiffuser)
+        draw_rows = self._draw_unidiffuser if is_joint else self._draw_uvit
+        with multiplied_in(self._config.precision, self._device):
+            latents = draw_rows(padded, rows)
         unscaled: Tensor = latents[:num_rows] / self._network.latent_scale
         return unscaled
 

@@ -70,6 +70,17 @@ def test_nor_with_a_scheduler_of_diffusers(sampler: str) -> None:
     assert (together[3] != all_pictures()[3]).any()
 
 
+@pytest.mark.parametrize(("precision", "most"), [("bf16", 4.0), ("fp16", 0.5)])
+def test_another_precision_is_near_and_as_much_a_function_of_its_key(
+    precision: str, most: float
+) -> None:
+    rounded = all_pictures(precision=precision)
+    alone = demo_sampler(precision=precision).draw(["d"], text_of(["d"]), [3])
+    np.testing.assert_array_equal(alone[0], rounded[3])
+    distance = np.abs(rounded.astype(float) - all_pictures()).mean()
+    assert 0 < distance < most
+
+
 def test_key_seed_and_text_each_change_a_picture() -> None:
     first = all_pictures()[0]
     for key, text, seed in (("b", "a", 0), ("a", "b", 0), ("a", "a", 1)):
