@@ -46,6 +46,7 @@ def import_weights(path: Path, out: str | Path, settings: Sequence[str] = ()) ->
         ConfigError: If a size is missing or wrong.
     """
     source, out = open_source(path), str(out)
+    _refuse_encoder(source)
     _refuse_to_overwrite(out)
     {
         "backbone": _import_backbone,
@@ -72,6 +73,7 @@ def export_weights(
         ConfigError: If a size is missing or wrong.
     """
     source, out = open_source(path), str(out)
+    _refuse_encoder(source)
     if layout == "published":
         _write_published(_published_state(source, settings), out)
         return source
@@ -145,6 +147,14 @@ def _write_card(source: Source, out: str, use: str) -> None:
     found = source.found
     card = model_card(found.words, source.file.name, source.sha256, found.published, use)
     storage.write_bytes(storage.join(out, CARD_NAME), card.encode())
+
+
+def _refuse_encoder(source: Source) -> None:
+    if source.found.kind == "encoder":
+        raise CheckpointError(
+            f"{source.file} is {source.found.words}, which has one form; expected a backbone, a KL "
+            "autoencoder or a caption decoder; use it as it is, with --set encoders.…"
+        )
 
 
 def _refuse_to_overwrite(out: str) -> None:

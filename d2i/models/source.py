@@ -24,6 +24,7 @@ from d2i.models.weights import (
     check_fits,
     fill_network,
     is_dense_floats,
+    read_described,
     read_state_dict,
     weights_file,
 )
@@ -94,8 +95,8 @@ def file_sha256(file: Path) -> str:
 def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
     """Name a backbone and the sizes in which it differs from its preset.
 
-    They are taken from the `config.json` beside the weights, else from the tensors; `settings`
-    have the last word.
+    They are taken from the `config.json` beside the weights, else from the tensors and what the
+    file says beside them; `settings` have the last word.
 
     Raises:
         ConfigError: If the tensors do not tell a size, which `settings` must then.
@@ -107,6 +108,7 @@ def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
     name, told = str(source.found.backbone), source.found.sizes or {}
     preset = PRESETS[name][1]
     values: dict[str, Any] = {key: size for key, size in told.items() if size != preset[key]}
+    values |= _other_scale(source.file, preset["latent_scale"])
     config = load_config(BackboneConfig, {"name": name} | values, source=str(source.file))
     config = apply_settings(config, settings)
     hidden = {"latent_size", "num_text_tokens"} - set(told)
@@ -118,6 +120,12 @@ def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
             f"expected {' '.join(f'--set {key}=N' for key in missing)}"
         )
     return config
+
+
+def _other_scale(file: Path, preset: float) -> dict[str, str]:
+    """The latent scale that a file of d2i's says, where that is not the published one."""
+    said = read_described(file).get("latent_scale", repr(preset))
+    return {} if said == repr(preset) else {"latent_scale": said}
 
 
 def network_of(source: Source, settings: Sequence[str]) -> nn.Module:

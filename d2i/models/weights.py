@@ -120,6 +120,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return _flat_tensors(file, content)
 
 
+def read_described(path: str | Path) -> dict[str, str]:
+    """Return what a safetensors file says beside its tensors; nothing for any other form."""
+    file = weights_file(path)
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return dict(opened.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return {}
+
+
 def save_weights(network_or_state: nn.Module | Mapping[str, Tensor], path: str | Path) -> None:
     """Write weights as safetensors under their published keys; complete, or not at all.
 

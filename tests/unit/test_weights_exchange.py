@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2i.config import BackboneConfig
@@ -187,6 +188,18 @@ def test_windows_and_patches_are_told_by_the_number_of_positions(tmp_path: Path)
     assert config == {"name": "uvit-s"} | sizes
 
 
+def test_a_scale_that_is_not_the_published_one_stays(tmp_path: Path) -> None:
+    save_weights(build_backbone("uvit-s", **TINY, latent_scale=0.5), tmp_path / "w.safetensors")
+    import_weights(tmp_path / "w.safetensors", tmp_path / "model", [*TINY_SETTINGS, "text_dim=768"])
+    weights = str(tmp_path / "model")
+    network: Any = build_network(BackboneConfig(name="uvit-s", weights=weights))
+    assert network.latent_scale == 0.5
+    metadata = {"latent_scale": "a half"}
+    save_file(network.state_dict(), tmp_path / "odd.safetensors", metadata)
+    with pytest.raises(ConfigError, match="latent_scale is 'a half'"):
+        import_weights(tmp_path / "odd.safetensors", tmp_path / "odd", TINY_SETTINGS)
+
+
 def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
     save_weights(tiny("uvit-s"), tmp_path / "w.safetensors")
     import_weights(tmp_path / "w.safetensors", tmp_path / "model", TINY_SETTINGS)
@@ -336,6 +349,25 @@ def test_an_autoencoder_of_another_make_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=message):
             import_weights(tmp_path / "kl.safetensors", tmp_path / "vae")
         assert not (tmp_path / "vae").exists()
+
+
+def test_encoders_that_are_used_as_they_are_have_their_names(tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    save_weights(AutoencoderTiny(), tmp_path / "tiny.safetensors")
+    for name, words in (
+        (str(tmp_path / "tiny.safetensors"), "tiny autoencoder (AutoencoderTiny)"),
+        ("demo:clip_image", "CLIP's image encoder"),
+        ("demo:clip_text", "CLIP's text encoder"),
+    ):
+        path = Path(resolve_weights(name))
+        seen = look_at(path)
+        assert (seen["kind"], seen["what"]) == ("encoder", words)
+        with pytest.raises(CheckpointError, match="use it as it is"):
+            import_weights(path, tmp_path / "out")
+        with pytest.raises(CheckpointError, match="use it as it is"):
+            export_weights(path, tmp_path / "out.pth", "published")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.safetensors"]
 
 
 def test_a_file_that_is_not_what_it_seems_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
