@@ -6,10 +6,11 @@
 and torch's default AdamW and averaging loop. `unidiffuser`: UniDiffuser at a middle size against
 diffusers' `UniDiffuserModel` that holds the same weights, both with fused AdamW. `--compile d2i`
 compiles d2i's blocks as `train.compile` does, `--compile both` those of the other network as well.
-Steps are taken in turns, on a CPU by one thread as each rank of training does; a ratio is that of
-one pair of neighbours, above 1 where d2i is quicker. FLOPs are counted
-by torch's `FlopCounterMode` on the meta device, 2 a multiply-add, forward and backward. Prints one
-JSON line with all repeats.
+Steps are taken in turns, on a CPU by one thread as each rank of training does, or by as many as
+`--threads` says; a ratio is that of one pair of neighbours, above 1 where d2i is quicker, once by
+the processor's time (of all threads together) and once by the clock. FLOPs are counted by torch's
+`FlopCounterMode` on the meta device, 2 a multiply-add, forward and backward. Prints one JSON line
+with all repeats.
 """
 
 from __future__ import annotations
@@ -290,10 +291,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", choices=("none", "d2i", "both"), default="none")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     options = parser.parse_args()
     if options.device == "cpu":
-        # Two threads that wait for each other would burn processor time of no step's.
-        torch.set_num_threads(1)
+        # Threads that wait for each other burn processor time of no step's.
+        torch.set_num_threads(options.threads)
     found = {name: measure(name, options) for name in options.networks}
     measured = {"machine": machine(options), "matrix_gflops": round(matrix_gflops(options), 1)}
     print(json.dumps({"benchmark": "networks", **vars(options), **measured, **found}))

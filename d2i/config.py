@@ -278,6 +278,10 @@ class SampleConfig(Config):
     """UniDiffuser's half without condition: pure noise as text (as published), or that of ''."""
     data_type: Literal[0, 1] = 1
     """UniDiffuser-v1's kind of data: 1 curated (as published), 0 of the web."""
+    precision: Precision = "fp32"
+    """What the network multiplies in, by torch's autocast; weights and solver stay in float32. The
+    published programs sample so, which is what GPUs are quick at; `bf16` changes a sample by some
+    1e-2, `fp16` by 1e-3 (models.md, section 6.3)."""
     compute_batch_size: int = Field(default=50, gt=0)
     """The network runs at this one, padded batch, so that grouping changes no bit."""
     seed: int = Field(default=0, ge=0)

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _UVIT_SOURCE = "github.com/baofff/U-ViT, README, 'Pretrained Models'"
-_UVIT_LICENCE = "MIT, as its repository"
+_UVIT_LICENCE = "MIT is its repository's, not checked for the weights"
 _UVIT_DATA = "MS-COCO 2014, 82,783 training pictures with their captions, at 256 px"
-_UNIDIFFUSER_LICENCE = "AGPL-3.0, as its repository"
-_WEB_DATA = "pictures and texts of the web (LAION-5B, filtered by its authors), at 512 px"
-_STABLE_DIFFUSION = "CreativeML Open RAIL-M, as Stable Diffusion v1"
+_UNIDIFFUSER_LICENCE = "AGPL-3.0 is its repository's, not checked for the weights"
+_WEB_DATA = "pictures and texts of the web (LAION-5B, filtered, by its paper), at 512 px"
+_STABLE_DIFFUSION = "CreativeML Open RAIL-M if, as we guess, it is Stable Diffusion v1's"
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class PublishedFile:
         name: Its name, within its source.
         holds: What it is, in words.
         source: Where its authors publish it.
-        licence: What its source says of it; no legal advice.
-        data: What it was trained on.
+        licence: What d2i knows of it; no legal advice.
+        data: What it was trained on, as far as d2i knows.
         num_keys: Its tensors.
         shapes_sha256: `shapes_hash` of them. Of the caption decoder, only the text prefix counts,
             which is all that text-to-image needs.
@@ -77,7 +77,7 @@ def _autoencoder(name: str, holds: str) -> PublishedFile:
         holds=holds,
         source=f"{_UVIT_SOURCE.split(',')[0]}, README, 'Autoencoder'",
         licence=_STABLE_DIFFUSION,
-        data="LAION, as Stable Diffusion v1",
+        data="LAION if, as we guess, it is Stable Diffusion v1's",
         num_keys=248,
         shapes_sha256="2635cb9e3247f5ebcfeb369aba9c686646ee65ab2f88588d27567204e54e2918",
     )

@@ -27,8 +27,7 @@ def resolve_weights(name: str) -> str:
         ConfigError: If no shipped model has that name.
     """
     if not name.startswith(_PREFIX):
-        is_foreign = "://" in name and storage.local_path(name) is None
-        return str(storage.local_copies(name)) if is_foreign else name
+        return str(storage.local_path(name) or storage.local_copies(name))
     folder = _FOLDER / name.removeprefix(_PREFIX)
     if not folder.is_dir():
         known = ", ".join(sorted(_PREFIX + p.name for p in _FOLDER.glob("*/")))

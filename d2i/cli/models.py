@@ -97,7 +97,7 @@ def train(
 def sample(
     run: Annotated[str, typer.Option(help="A finished run.")],
     dialog: Annotated[str, typer.Option(help="A file with one turn a line, or JSON; - for stdin.")],
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("picture.png"),
+    out: Annotated[str, typer.Option(help="The PNG to write, a path or a URL.")] = "picture.png",
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="One picture a seed; several make a grid.")
     ] = None,
@@ -123,13 +123,14 @@ def sample(
     from d2i.recipes import change_recipe
     from d2i.runs import read_recipe
 
-    out = out.expanduser()
+    if not out.lower().endswith(".png"):
+        raise ConfigError(f"--out {out}: expected a name that ends in .png; change it")
+    turns = read_dialog(_read_text(dialog))
     recipe = change_recipe(read_recipe(run), settings or [])
     seeds = seed or [recipe.sample.seed]
-    turns = read_dialog(_read_text(dialog))
     text = draw_dialog(Request(run, recipe, turns, seeds, key), out)
-    result = {"image": str(out), "text": text, "seeds": seeds}
-    print_result(result, [str(out)], as_json=as_json)
+    result = {"image": out, "text": text, "seeds": seeds}
+    print_result(result, [out], as_json=as_json)
 
 
 def _check_data(data: str) -> None:
@@ -168,11 +169,17 @@ def _print_run(run: str, *, as_json: bool) -> None:
 
 
 def _read_text(dialog: str) -> str:
-    if dialog == "-":
-        return sys.stdin.read()
     try:
-        return Path(dialog).read_text()
+        data = _read_stdin() if dialog == "-" else Path(dialog).expanduser().read_bytes()
+        # Some editors begin a file with a mark that is none of its text.
+        return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(
-            f"--dialog {dialog}: {err}; expected a text or JSON file, or - for stdin"
+            f"--dialog {dialog}: {err}; expected a text or JSON file in UTF-8, or - for stdin"
         ) from err
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise OSError("stdin is closed")
+    return sys.stdin.buffer.read()

@@ -17,7 +17,9 @@ from d2i.shipped import resolve_weights
 if TYPE_CHECKING:
     from d2i.models.source import Source
 
-FileArgument = Annotated[Path, typer.Argument(help="A published file, a model folder, or a run.")]
+FileArgument = Annotated[
+    str, typer.Argument(help="A published file, a model folder, or a run: a path or a URL.")
+]
 
 
 class Layout(StrEnum):
@@ -73,7 +75,7 @@ def inspect_weights(
 
 def import_weights(
     file: FileArgument,
-    out: Annotated[Path, typer.Option(help="The model folder to make.")],
+    out: Annotated[str, typer.Option(help="The model folder to make, a path or a URL.")],
     settings: SetOption = None,
     *,
     as_json: JsonOption = False,
@@ -93,13 +95,13 @@ def import_weights(
     """
     from d2i.models.exchange import import_weights as import_into
 
-    source = import_into(_path(file), out.expanduser(), settings or [])
+    source = import_into(_path(file), out, settings or [])
     _print_source(source, out, as_json=as_json)
 
 
 def export_weights(
     file: FileArgument,
-    out: Annotated[Path, typer.Option(help="The file (published) or folder (diffusers) to write.")],
+    out: Annotated[str, typer.Option(help="The file (published) or folder (diffusers) to write.")],
     to: Annotated[Layout, typer.Option(help="Whose key names to write.")],
     settings: SetOption = None,
     *,
@@ -115,17 +117,17 @@ def export_weights(
     """
     from d2i.models.exchange import export_weights as export_as
 
-    source = export_as(_path(file), out.expanduser(), to.value, settings or [])
+    source = export_as(_path(file), out, to.value, settings or [])
     _print_source(source, out, as_json=as_json)
 
 
-def _path(file: Path) -> Path:
-    return Path(resolve_weights(str(file))).expanduser()
+def _path(file: str) -> Path:
+    return Path(resolve_weights(file))
 
 
-def _print_source(source: Source, out: Path, *, as_json: bool) -> None:
+def _print_source(source: Source, out: str, *, as_json: bool) -> None:
     result = {
-        "out": str(out),
+        "out": out,
         "what": source.found.words,
         "num_tensors": len(source.state),
         "sha256": source.sha256,
@@ -134,7 +136,7 @@ def _print_source(source: Source, out: Path, *, as_json: bool) -> None:
         source.found.words,
         f"{len(source.state)} tensors of {source.file}",
         f"sha256 {source.sha256}",
-        str(out),
+        out,
     ]
     print_result(result, lines, as_json=as_json)
 

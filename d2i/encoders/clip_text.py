@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from d2i.config import Precision
 from d2i.encoders.load import freeze, load_pretrained, run_padded, weights_hash
-from d2i.errors import CheckpointError
 from d2i.shipped import resolve_weights
 from d2i.tokenize import WINDOW_LENGTH
 
@@ -84,16 +83,10 @@ def _compact_rows(path: Path) -> NDArray[np.int64] | None:
 
 def _load_prefix(name: str) -> Any:
     """Load UniDiffuser's text prefix, the only part of its caption decoder that is needed."""
+    from d2i.models.source import checked_prefix
     from d2i.models.weights import read_state_dict
 
-    state = read_state_dict(resolve_weights(name))
-    try:
-        weight, bias = state["encode_prefix.weight"], state["encode_prefix.bias"]
-    except KeyError as err:
-        raise CheckpointError(
-            f"{name}: has no {err}; expected UniDiffuser's caption_decoder.pth; "
-            "check --set encoders.text_prefix"
-        ) from err
+    weight, bias = checked_prefix(read_state_dict(resolve_weights(name)), name).values()
     prefix = nn.Linear(weight.shape[1], weight.shape[0])
     prefix.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     return freeze(prefix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def weights_hash(module: nn.Module) -> str:
 _LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def multiplied_in(precision: Precision, device: str) -> AbstractContextManager[Any]:
+    """Let networks multiply in a precision, by torch's autocast; `fp32` changes nothing."""
+    # Without the cache, as weights that are inference tensors cannot be kept in it.
+    return torch.autocast(
+        torch.device(device).type,
+        _LOWER.get(precision),
+        enabled=precision in _LOWER,
+        cache_enabled=False,
+    )
+
+
 def run_padded(
     network: Callable[[Tensor], Tensor],
     inputs: NDArray[Any],
@@ -82,11 +94,7 @@ def run_padded(
     Returns:
         float32 (N, ...), row for row.
     """
-    is_lower = precision in _LOWER
-    # Without the cache, as weights that are inference tensors cannot be kept in it.
-    with torch.autocast(
-        torch.device(device).type, _LOWER.get(precision), enabled=is_lower, cache_enabled=False
-    ):
+    with multiplied_in(precision, device):
         outputs = [
             network(torch.from_numpy(batch).to(device))[:count].float().cpu().numpy()
             for batch, count in padded_batches(inputs, batch_size)

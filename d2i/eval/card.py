@@ -44,6 +44,7 @@ def _system(request: EvalRequest) -> dict[str, Any]:
         "guidance_scale": sample.guidance_scale,
         "unconditional": sample.unconditional,
         "data_type": sample.data_type,
+        "precision": sample.precision,
     }
 
 

@@ -15,7 +15,8 @@ from d2i.diffusion import Eps, guided_unidiffuser, guided_uvit, join_state, spli
 from d2i.diffusion.draws import SampleDraws
 from d2i.diffusion.samplers import check_sampler, run_sampler
 from d2i.encoders import Vae
-from d2i.encoders.load import weights_hash
+from d2i.encoders.load import multiplied_in, weights_hash
+from d2i.errors import ConfigError
 from d2i.models import UniDiffuser
 from d2i.models.folder import build_network
 
@@ -29,9 +30,12 @@ class Sampler:
     Args:
         backbone: The network and its weights.
         vae: Decodes unscaled latents.
-        config: Steps, guidance, seed and batch.
+        config: Steps, guidance, precision, seed and batch.
         empty_text: float (T, D), the text latents of ''.
         device: Where the network runs.
+
+    Raises:
+        ConfigError: If the network reads text latents of another shape.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Sampler:
         check_sampler(config.sampler)
         self._network: Any = build_network(backbone).to(device).eval().requires_grad_(False)
         self._vae, self._config, self._device = vae, config, device
+        _check_text(empty_text.shape, self._network)
         self._empty_text = torch.from_numpy(empty_text.astype(np.float32)).to(device)
         self.hash = weights_hash(self._network)
 
@@ -86,10 +91,10 @@ class Sampler:
         index = [row if row < num_rows else 0 for row in range(size)]
         padded = SampleDraws([draws.seeds[i] for i in index], [draws.keys[i] for i in index])
         rows = torch.from_numpy(text[index].astype(np.float32)).to(self._device)
-        if isinstance(self._network, UniDiffuser):
-            latents = self._draw_unidiffuser(padded, rows)
-        else:
-            latents = self._draw_uvit(padded, rows)
+        is_joint = isinstance(self._network, UniDiffuser)
+        draw_rows = self._draw_unidiffuser if is_joint else self._draw_uvit
+        with multiplied_in(self._config.precision, self._device):
+            latents = draw_rows(padded, rows)
         unscaled: Tensor = latents[:num_rows] / self._network.latent_scale
         return unscaled
 
@@ -125,3 +130,12 @@ class Sampler:
         self, draws: SampleDraws, purpose: str, shape: tuple[int, ...], step: int = 0
     ) -> Tensor:
         return torch.from_numpy(draws.normal(purpose, tuple(shape), step)).to(self._device)
+
+
+def _check_text(found: tuple[int, ...], network: Any) -> None:
+    expected = (network.num_text_tokens, network.text_dim)
+    if found != expected:
+        raise ConfigError(
+            f"the text latents are {found} (tokens, features), expected {expected}, as the network "
+            "reads them; check text.num_windows, backbone.num_text_tokens and encoders.text_prefix"
+        )

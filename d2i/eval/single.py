@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,13 +29,13 @@ def read_dialog(text: str) -> list[Turn]:
     JSON is a list of turns, or one turn: a string, or `{"speaker": 0, "text": "…"}`.
 
     Raises:
-        DataError: If there is no turn in it, or the JSON is of another form.
+        DataError: If there is no text in it, or the JSON is of another form.
     """
     if text.lstrip().startswith(("[", "{")):
         turns = _read_json(text)
     else:
         turns = [Turn(None, line.strip()) for line in text.splitlines() if line.strip()]
-    if not turns:
+    if not any(turn.text.strip() for turn in turns):
         raise DataError("the dialog is empty; expected a turn a line, or a JSON list of turns")
     return turns
 
@@ -60,7 +59,7 @@ class Request:
     key: str | None = None
 
 
-def draw_dialog(request: Request, out: Path) -> str:
+def draw_dialog(request: Request, out: str) -> str:
     """Draw the pictures that answer a conversation as one PNG, its settings in the metadata.
 
     Several pictures are laid out in a grid, row by row. The same conversation, key and seed give
@@ -97,7 +96,7 @@ def draw_dialog(request: Request, out: Path) -> str:
         "d2i": __version__,
     }
     metadata = {name: str(value) for name, value in settings.items()}
-    storage.write_bytes(str(out), png_bytes(grid(pixels), metadata))
+    storage.write_bytes(out, png_bytes(grid(pixels), metadata))
     return text
 
 
@@ -123,7 +122,7 @@ def _read_json(text: str) -> list[Turn]:
     try:
         values = json.loads(text)
         return [_turn(value) for value in (values if isinstance(values, list) else [values])]
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, TypeError, RecursionError) as err:
         raise DataError(
             f"the dialog is no list of turns: {err}; expected a JSON list of strings or of "
             '{"speaker": 0, "text": "…"}'
@@ -132,9 +131,11 @@ def _read_json(text: str) -> list[Turn]:
 
 def _turn(value: Any) -> Turn:
     if isinstance(value, str):
-        return Turn(None, value)
+        value = {"text": value}
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise TypeError(f"a turn is {value!r}")
+    # Half of a pair that JSON can write, and no text can hold: it raises.
+    value["text"].encode()
     speaker = value.get("speaker")
     if speaker is not None and not isinstance(speaker, int):
         raise TypeError(f"a speaker is {speaker!r}")

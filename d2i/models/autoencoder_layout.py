@@ -14,6 +14,8 @@ from torch import Tensor
 # Stable Diffusion's factor; d2i itself takes the scale from the backbone.
 _SCALING_FACTOR = 0.18215
 _NORM_GROUPS = 32
+# Of the kernels of a convolution.
+_NUM_AXES = 4
 
 # Pairs of (LDM, diffusers), the variable part between them kept. Those of decoder.up count the
 # other way round and are renumbered apart.
@@ -52,7 +54,8 @@ def ldm_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in state.items():
         name = _renamed(key, _NAMES).replace(_LDM_SHORTCUT, _SHORTCUT)
         name = _renumbered(name, num_levels)
-        renamed[name] = tensor[:, :, 0, 0] if _ATTENTION.fullmatch(name) else tensor
+        is_kernel = _ATTENTION.fullmatch(name) and tensor.shape[2:] == (1, 1)
+        renamed[name] = tensor[:, :, 0, 0] if is_kernel else tensor
     return renamed
 
 
@@ -72,10 +75,13 @@ def autoencoder_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Args:
         state: in diffusers' layout.
+
+    Raises:
+        KeyError: If a convolution that tells a size is missing, or is none.
     """
     num_levels = _count(state, r"encoder\.down_blocks\.(\d+)\..*")
     widths = [
-        len(state[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"])
+        _size(state, f"encoder.down_blocks.{level}.resnets.0.conv1.weight", 0)
         for level in range(num_levels)
     ]
     return {
@@ -85,13 +91,19 @@ def autoencoder_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * num_levels,
         "up_block_types": ["UpDecoderBlock2D"] * num_levels,
         "layers_per_block": _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)\..*"),
-        "in_channels": state["encoder.conv_in.weight"].shape[1],
-        "out_channels": len(state["decoder.conv_out.weight"]),
-        "latent_channels": len(state["post_quant_conv.weight"]),
+        "in_channels": _size(state, "encoder.conv_in.weight", 1),
+        "out_channels": _size(state, "decoder.conv_out.weight", 0),
+        "latent_channels": _size(state, "post_quant_conv.weight", 0),
         "norm_num_groups": _NORM_GROUPS,
         "sample_size": 256,
         "scaling_factor": _SCALING_FACTOR,
     }
+
+
+def _size(state: Mapping[str, Tensor], key: str, axis: int) -> int:
+    if state[key].dim() != _NUM_AXES:
+        raise KeyError(key)
+    return state[key].shape[axis]
 
 
 def _count(state: Mapping[str, Any], pattern: str) -> int:

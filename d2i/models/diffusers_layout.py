@@ -67,7 +67,8 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename UniDiffuser weights in diffusers' layout to published keys; others stay.
 
-    The unused patch projection is left out. Where one of q, k, v is missing, the others stay too.
+    The unused patch projection is left out. Where one of q, k, v is missing, or has another shape,
+    all stay as they are.
     """
     left = {key: tensor for key, tensor in state.items() if not key.startswith(UNUSED_PREFIX)}
     renamed: dict[str, Tensor] = {}
@@ -75,7 +76,8 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if key.endswith(_SEPARATE[0]):
             stem = key.removesuffix(_SEPARATE[0])
             parts = [stem + part for part in _SEPARATE]
-            if all(part in left for part in parts):
+            shapes = {left[part].shape if part in left else None for part in parts}
+            if len(shapes) == 1 and left[key].dim():
                 ours = _from_diffusers_key(key).removesuffix(_SEPARATE[0]) + _QKV
                 renamed[ours] = torch.cat([left.pop(part) for part in parts])
     return renamed | {_from_diffusers_key(key): tensor for key, tensor in left.items()}

@@ -52,10 +52,10 @@ def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
     return load_config(BackboneConfig, known, source=str(config.weights))
 
 
-def write_config(folder: Path, config: BackboneConfig) -> None:
+def write_config(folder: str | Path, config: BackboneConfig) -> None:
     """Write the name and sizes of a backbone into its model folder."""
     data = (json.dumps(_described(config), indent=1) + "\n").encode()
-    storage.write_bytes(str(folder / CONFIG_NAME), data)
+    storage.write_bytes(storage.join(str(folder), CONFIG_NAME), data)
 
 
 def _described(config: BackboneConfig) -> dict[str, Any]:

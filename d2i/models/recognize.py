@@ -14,10 +14,25 @@ from d2i.models.diffusers_layout import from_diffusers, is_diffusers
 from d2i.models.positions import read_positions
 from d2i.published import PublishedFile, find_published
 
-Kind = Literal["backbone", "autoencoder", "text prefix"]
+Kind = Literal["backbone", "autoencoder", "text prefix", "encoder"]
 Layout = Literal["published", "diffusers"]
 
 PREFIX_KEYS = ("encode_prefix.weight", "encode_prefix.bias")
+# Encoders that are used as they are: the keys that tell one, and what it is.
+_ENCODERS = (
+    (("encoder.layers.0.weight", "decoder.layers.0.weight"), "tiny autoencoder (AutoencoderTiny)"),
+    (("visual_projection.weight", "text_projection.weight"), "CLIP, images and text"),
+    (("visual_projection.weight",), "CLIP's image encoder"),
+    (("text_projection.weight",), "CLIP's text encoder"),
+)
+# Axes of the tensors whose shapes are read.
+_NUM_AXES = {
+    "pos_embed": 3,
+    "patch_embed.proj.weight": 4,
+    "context_embed.weight": 2,
+    "text_embed.weight": 2,
+    "clip_img_embed.weight": 2,
+}
 # Tokens that are neither text nor patches.
 _NUM_UVIT_TOKENS = 1
 _NUM_UNIDIFFUSER_TOKENS = 3
@@ -60,6 +75,9 @@ def recognize(state: Mapping[str, Tensor]) -> Recognized | None:
         width = " to ".join(str(size) for size in reversed(prefix[PREFIX_KEYS[0]]))
         words = f"UniDiffuser's text prefix, {width} features"
         return Recognized("text prefix", "published", words, tuple(find_published(prefix)))
+    for keys, words in _ENCODERS:
+        if all(key in state for key in keys):
+            return Recognized("encoder", "diffusers", words, published)
     if is_diffusers(state):
         return _backbone(from_diffusers(state), "diffusers", published)
     return _backbone(state, "published", published)
@@ -69,6 +87,8 @@ def _backbone(
     state: Mapping[str, Tensor], layout: Layout, published: tuple[PublishedFile, ...]
 ) -> Recognized | None:
     if "pos_embed" not in state or "patch_embed.proj.weight" not in state:
+        return None
+    if any(state[key].dim() != num for key, num in _NUM_AXES.items() if key in state):
         return None
     if "context_embed.weight" in state:
         name, title = "uvit-s", "U-ViT, text to image"

@@ -18,11 +18,13 @@ from d2i.models.autoencoder_layout import autoencoder_config, ldm_to_diffusers
 from d2i.models.diffusers_layout import from_diffusers
 from d2i.models.folder import read_config
 from d2i.models.presets import PRESETS, build_backbone
-from d2i.models.recognize import Recognized, recognize
+from d2i.models.recognize import PREFIX_KEYS, Recognized, recognize
 from d2i.models.weights import (
     DIRECTORY_FILES,
     check_fits,
     fill_network,
+    is_dense_floats,
+    read_described,
     read_state_dict,
     weights_file,
 )
@@ -93,8 +95,8 @@ def file_sha256(file: Path) -> str:
 def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
     """Name a backbone and the sizes in which it differs from its preset.
 
-    They are taken from the `config.json` beside the weights, else from the tensors; `settings`
-    have the last word.
+    They are taken from the `config.json` beside the weights, else from the tensors and what the
+    file says beside them; `settings` have the last word.
 
     Raises:
         ConfigError: If the tensors do not tell a size, which `settings` must then.
@@ -106,6 +108,7 @@ def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
     name, told = str(source.found.backbone), source.found.sizes or {}
     preset = PRESETS[name][1]
     values: dict[str, Any] = {key: size for key, size in told.items() if size != preset[key]}
+    values |= _other_scale(source.file, preset["latent_scale"])
     config = load_config(BackboneConfig, {"name": name} | values, source=str(source.file))
     config = apply_settings(config, settings)
     hidden = {"latent_size", "num_text_tokens"} - set(told)
@@ -117,6 +120,12 @@ def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
             f"expected {' '.join(f'--set {key}=N' for key in missing)}"
         )
     return config
+
+
+def _other_scale(file: Path, preset: float) -> dict[str, str]:
+    """The latent scale that a file of d2i's says, where that is not the published one."""
+    said = read_described(file).get("latent_scale", repr(preset))
+    return {} if said == repr(preset) else {"latent_scale": said}
 
 
 def network_of(source: Source, settings: Sequence[str]) -> nn.Module:
@@ -142,12 +151,35 @@ def checked_autoencoder(source: Source) -> dict[str, Tensor]:
     state = ldm_to_diffusers(source.state) if is_ldm else dict(source.state)
     try:
         config = autoencoder_config(state)
+        with torch.device("meta"):
+            network: Any = AutoencoderKL(**{k: v for k, v in config.items() if k != "_class_name"})
     except KeyError as err:
         raise CheckpointError(
             f"{source.file} is {source.found.words} without {err}; expected a whole one; fetch it "
             "again"
         ) from err
-    with torch.device("meta"):
-        network: Any = AutoencoderKL(**{k: v for k, v in config.items() if k != "_class_name"})
+    except ValueError as err:
+        raise CheckpointError(
+            f"{source.file} is {source.found.words} that diffusers cannot build: {err}; expected "
+            "widths of its blocks that are multiples of 32"
+        ) from err
     check_fits(network, state, source.file)
     return state
+
+
+def checked_prefix(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """The two tensors of a caption decoder's text prefix, weight (out, in) and bias (out,).
+
+    Raises:
+        CheckpointError: If one is missing, or they are not those of one linear layer.
+    """
+    prefix = {key: state[key] for key in PREFIX_KEYS if key in state}
+    shapes = [tuple(tensor.shape) for tensor in prefix.values() if is_dense_floats(tensor)]
+    if [len(shape) for shape in shapes] != [2, 1] or shapes[0][:1] != shapes[1] or 0 in shapes[0]:
+        found = [f"{key} {tensor.dtype} {tuple(tensor.shape)}" for key, tensor in prefix.items()]
+        raise CheckpointError(
+            f"{path} holds {', '.join(found) or 'no encode_prefix'}; expected encode_prefix.weight "
+            "(out, in) and encode_prefix.bias (out,), as in UniDiffuser's caption_decoder.pth; use "
+            "that file"
+        )
+    return prefix

@@ -7,7 +7,6 @@ Imports no network class and no preset.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from d2i import storage
 from d2i.errors import CheckpointError
 from d2i.models.diffusers_layout import from_diffusers, is_diffusers
+from d2i.models.pickles import ZIP_MAGIC, check_torch_file
 from d2i.models.recognize import recognize
 
 LFS_POINTER = b"version https://git-lfs"
-ZIP_MAGIC = b"PK\x03\x04"
 TORCH_MAGICS = (ZIP_MAGIC, b"\x80")
 DIRECTORY_FILES = (
     "model.safetensors",
@@ -113,10 +112,22 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     is_torch = head.startswith(TORCH_MAGICS) and head[8:9] != b"{"
     try:
         content = _read_torch(file) if is_torch else safetensors.torch.load_file(file)
+    except CheckpointError:
+        raise
     except Exception as error:
         # torch and safetensors raise a dozen classes for a broken file; the user needs one line.
         raise CheckpointError(_unreadable(file, error)) from error
     return _flat_tensors(file, content)
+
+
+def read_described(path: str | Path) -> dict[str, str]:
+    """Return what a safetensors file says beside its tensors; nothing for any other form."""
+    file = weights_file(path)
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            return dict(opened.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return {}
 
 
 def save_weights(network_or_state: nn.Module | Mapping[str, Tensor], path: str | Path) -> None:
@@ -124,7 +135,7 @@ def save_weights(network_or_state: nn.Module | Mapping[str, Tensor], path: str |
 
     Args:
         network_or_state: a network, or tensors by key.
-        path: the file to write; its directory is made.
+        path: the file to write, a path or a URL; its directory is made.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -147,15 +158,13 @@ def save_torch(state: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def _write(path: str | Path, write: Callable[[Path], None]) -> None:
-    target = Path(path)
     try:
-        with storage.scratch_file(str(target.parent)) as scratch:
+        with storage.new_file(str(path)) as scratch:
             write(scratch)
-            storage.publish_file(scratch, str(target))
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         # torch and safetensors wrap what the system says.
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0][:160]
-        raise CheckpointError(f"cannot write {target}: {reason}; check the path") from error
+        raise CheckpointError(f"cannot write {path}: {reason}; check the path") from error
 
 
 def _describe(network: nn.Module) -> dict[str, str]:
@@ -193,17 +202,13 @@ def _head(file: Path) -> bytes:
 
 
 def _read_torch(file: Path) -> object:
+    check_torch_file(file)
     is_zip = _head(file).startswith(ZIP_MAGIC)
     return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def _unreadable(file: Path, error: Exception) -> str:
     size_bytes = file.stat().st_size
-    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
-        return (
-            f"{file} is a pickle that holds more than tensors, which d2i never runs; "
-            "save its state dict alone and use that file"
-        )
     reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
     return (
         f"cannot read weights {file} ({size_bytes} bytes): {reason}; the file is truncated or of "
@@ -218,12 +223,31 @@ def _flat_tensors(file: Path, content: object) -> dict[str, Tensor]:
             "expected a flat state dict of tensors"
         )
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
+        if not isinstance(key, str) or not key.isprintable() or not _has_numbers(value):
             raise CheckpointError(
-                f"{file} holds {type(value).__name__} at {key!r}, expected a flat state dict of "
-                "tensors; save the inner state dict alone and use that file"
+                f"{file} holds {_kind(value)} at {key!r:.100}, expected a flat state dict of "
+                "tensors by name; save the inner state dict alone and use that file"
             )
-    return {key.removeprefix(PARALLEL_PREFIX): value for key, value in content.items()}
+    tensors = {key.removeprefix(PARALLEL_PREFIX): value for key, value in content.items()}
+    if len(tensors) < len(content):
+        twice = next(key for key in tensors if key in content and PARALLEL_PREFIX + key in content)
+        raise CheckpointError(
+            f"{file} holds both {twice} and {PARALLEL_PREFIX}{twice}, expected one network; save "
+            "the one that is meant and use that file"
+        )
+    return tensors
+
+
+def _has_numbers(value: object) -> bool:
+    """Whether it is a tensor with a number in the file for each of its own."""
+    if not isinstance(value, Tensor) or value.is_meta:
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
+
+
+def _kind(value: object) -> str:
+    is_hollow = isinstance(value, Tensor) and not _has_numbers(value)
+    return "a tensor without its numbers" if is_hollow else type(value).__name__
 
 
 def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
@@ -238,7 +262,7 @@ def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
     not_floats = [
         f"{key} is {found[key].dtype}"
         for key in expected
-        if key in found and not _is_dense_floats(found[key])
+        if key in found and not is_dense_floats(found[key])
     ]
     kinds = (
         ("missing", missing),
@@ -249,7 +273,8 @@ def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
     return [f"{len(items)} {kind} ({_first_few(items)})" for kind, items in kinds if items]
 
 
-def _is_dense_floats(tensor: Tensor) -> bool:
+def is_dense_floats(tensor: Tensor) -> bool:
+    """Say whether a tensor is one of plain floats, as all weights are."""
     return tensor.is_floating_point() and tensor.layout == torch.strided
 
 

@@ -26,6 +26,7 @@ _DECIDING_FIELDS = (
     "sampler",
     "num_steps",
     "guidance_scale",
+    "precision",
     "seed",
     "compute_batch_size",
     "device",

@@ -24,6 +24,7 @@ _CARD_FIELDS = {
     "sampler": "Sampler",
     "num_steps": "Sampling steps",
     "guidance_scale": "Guidance scale",
+    "precision": "Precision of the network",
     "seed": "Seed",
     "compute_batch_size": "Compute batch",
     "device": "Device",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from d2i.errors import ConfigError, DataError
 from d2i.eval.sampler import Sampler
 from d2i.eval.single import grid, read_dialog
 from d2i.models import build_backbone, save_weights
+from tests.processes import COMMAND
 
 # diffusers' schedulers speak to numpy in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 EMPTY = np.zeros((77, 64), np.float16)
 QUICK = {"num_steps": 1, "compute_batch_size": 3}
 KEYS = ["a", "b", "c", "d", "e"]
+SHELL_WITHOUT_STDIN = ("sh", "-c", 'exec "$0" "$@" <&-')
 
 
 def text_of(keys: list[str]) -> NDArray[np.float16]:
@@ -65,6 +68,17 @@ def test_nor_with_a_scheduler_of_diffusers(sampler: str) -> None:
     alone = demo_sampler(sampler=sampler, num_steps=2).draw(["d"], text_of(["d"]), [3])
     np.testing.assert_array_equal(alone[0], together[3])
     assert (together[3] != all_pictures()[3]).any()
+
+
+@pytest.mark.parametrize(("precision", "most"), [("bf16", 4.0), ("fp16", 0.5)])
+def test_another_precision_is_near_and_as_much_a_function_of_its_key(
+    precision: str, most: float
+) -> None:
+    rounded = all_pictures(precision=precision)
+    alone = demo_sampler(precision=precision).draw(["d"], text_of(["d"]), [3])
+    np.testing.assert_array_equal(alone[0], rounded[3])
+    distance = np.abs(rounded.astype(float) - all_pictures()).mean()
+    assert 0 < distance < most
 
 
 def test_key_seed_and_text_each_change_a_picture() -> None:
@@ -151,6 +165,29 @@ def test_a_dialog_is_lines_or_json() -> None:
     assert [turn.text for turn in lines] == ["hello", "a red hat"]
     turns = read_dialog('["hi", {"speaker": 1, "text": "you"}]')
     assert [(turn.speaker, turn.text) for turn in turns] == [(None, "hi"), (1, "you")]
-    for wrong in ("", " \n", "[]", "[1]", '{"txt": ""}', '[{"text": "a", "speaker": "x"}]', "[..."):
-        with pytest.raises(DataError):
+    for wrong in (
+        *("", " \n", "[]", "[1]", '[""]', '{"txt": ""}', '[{"text": "a", "speaker": "x"}]', "[..."),
+        *('["\\ud800"]', "[" * 100_000),
+    ):
+        with pytest.raises(DataError) as caught:
             read_dialog(wrong)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "empty", [np.zeros((154, 64), np.float16), np.zeros((77, 768), np.float16)]
+)
+def test_text_latents_of_another_shape_are_refused(empty: NDArray[np.float16]) -> None:
+    backbone = BackboneConfig(name="uvit-s", weights="demo:backbone")
+    with pytest.raises(ConfigError, match=r"the text latents are .*, expected \(77, 64\)"):
+        Sampler(backbone, Vae("demo:vae", "kl"), SampleConfig.model_validate(QUICK), empty)
+
+
+def test_a_conversation_that_cannot_be_read_is_one_line() -> None:
+    command = [*COMMAND, "sample", "--run", "none", "--dialog", "-"]
+    shut = subprocess.run([*SHELL_WITHOUT_STDIN, *command], capture_output=True, check=False)
+    garbled = subprocess.run(command, input=b"\xff\xfe", capture_output=True, check=False)
+    for done, message in ((shut, b"stdin is closed"), (garbled, b"can't decode")):
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1

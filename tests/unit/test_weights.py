@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from d2i.errors import CheckpointError, ConfigError
 from d2i.models import build_backbone, load_weights, read_state_dict, save_weights
+from d2i.models.diffusers_layout import UNUSED_PREFIX, to_diffusers
 
 TINY = {
     "latent_size": 4,
@@ -165,6 +167,75 @@ def test_a_pickle_with_code_is_never_run(
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     assert "pickle that holds more than tensors" in refusal(tiny(), path)
     assert not (tmp_path / "should-not-exist").exists()
+
+
+class Blown:
+    """Asks for memory when unpickled: nothing that torch forbids."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        """Name what takes it."""
+        return bytearray, (1 << 40,)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_a_small_file_cannot_ask_for_much_memory(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"a": Blown()}, path, _use_new_zipfile_serialization=form == "zip")
+    assert "holds more than tensors" in refusal(tiny(), path)
+    torch.save({"a": "b" * 5_000_000}, path, _use_new_zipfile_serialization=form == "zip")
+    assert "over 4000000 bytes beside its tensors" in refusal(tiny(), path)
+
+
+def test_a_compressed_file_is_not_unpacked(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "w.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert "is compressed" in refusal(tiny(), tmp_path / "w.pth")
+
+
+def test_tensors_without_numbers_of_their_own_are_refused(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(state | {"norm.bias": torch.zeros(1).expand(16)}, path)
+    assert "a tensor without its numbers at 'norm.bias'" in refusal(tiny(), path)
+    torch.save(state | {"norm.bias": torch.zeros(16, device="meta")}, path)
+    assert "holds more than tensors" in refusal(tiny(), path)
+
+
+def test_two_networks_in_one_file_are_not_mixed(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state | {"module.norm.bias": torch.zeros(16)}, tmp_path / "w.pth")
+    message = refusal(tiny(), tmp_path / "w.pth")
+    assert "holds both norm.bias and module.norm.bias" in message
+
+
+def test_a_name_that_would_break_the_line_is_refused(
+    tmp_path: Path, state: dict[str, Tensor]
+) -> None:
+    torch.save(state | {"a\nb\x1b[31m": torch.zeros(1)}, tmp_path / "w.pth")
+    assert r"at 'a\nb\x1b[31m'" in refusal(tiny(), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("layout", ["published", "diffusers"])
+@pytest.mark.parametrize("shape", [(), (3,), (1, 2, 0, 4, 5)])
+def test_a_tensor_of_any_other_shape_is_one_line(
+    tmp_path: Path, layout: str, shape: tuple[int, ...]
+) -> None:
+    network = build_backbone("unidiffuser-v1", **TINY) if layout == "diffusers" else tiny()
+    state = dict(network.state_dict())
+    state = to_diffusers(state) if layout == "diffusers" else state
+    path = tmp_path / "w.safetensors"
+    for key in state:
+        if key.startswith(UNUSED_PREFIX):
+            continue
+        save_weights(state | {key: torch.zeros(shape)}, path)
+        with pytest.raises(CheckpointError, match=r"mis-shaped|missing") as caught:
+            load_weights(network, path)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2i.config import BackboneConfig
+from d2i.encoders import ClipText
 from d2i.errors import CheckpointError, ConfigError, D2IError
 from d2i.models import build_backbone, load_weights, read_state_dict, save_weights
 from d2i.models.diffusers_layout import from_diffusers, to_diffusers
@@ -19,6 +21,7 @@ from d2i.models.exchange import export_weights, import_weights
 from d2i.models.folder import build_network
 from d2i.models.source import look_at
 from d2i.published import PUBLISHED, find_published, shapes_hash
+from d2i.shipped import resolve_weights
 from tests.processes import run_d2i, run_process
 
 TINY = {"latent_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "num_text_tokens": 3}
@@ -185,6 +188,18 @@ def test_windows_and_patches_are_told_by_the_number_of_positions(tmp_path: Path)
     assert config == {"name": "uvit-s"} | sizes
 
 
+def test_a_scale_that_is_not_the_published_one_stays(tmp_path: Path) -> None:
+    save_weights(build_backbone("uvit-s", **TINY, latent_scale=0.5), tmp_path / "w.safetensors")
+    import_weights(tmp_path / "w.safetensors", tmp_path / "model", [*TINY_SETTINGS, "text_dim=768"])
+    weights = str(tmp_path / "model")
+    network: Any = build_network(BackboneConfig(name="uvit-s", weights=weights))
+    assert network.latent_scale == 0.5
+    metadata = {"latent_scale": "a half"}
+    save_file(network.state_dict(), tmp_path / "odd.safetensors", metadata)
+    with pytest.raises(ConfigError, match="latent_scale is 'a half'"):
+        import_weights(tmp_path / "odd.safetensors", tmp_path / "odd", TINY_SETTINGS)
+
+
 def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
     save_weights(tiny("uvit-s"), tmp_path / "w.safetensors")
     import_weights(tmp_path / "w.safetensors", tmp_path / "model", TINY_SETTINGS)
@@ -273,6 +288,86 @@ def test_the_commands(tmp_path: Path) -> None:
     done = run_d2i("weights", "import", "demo:backbone", "--out", tmp_path / "model", "--json")
     assert done["sha256"] == seen["sha256"]
     assert look_at(tmp_path / "model")["shapes"] == seen["shapes"]
+
+
+def test_weights_and_their_folders_have_urls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    network = tiny("uvit-s")
+    source = f"memory:/{tmp_path}/w.safetensors"
+    save_weights(network, source)
+    copy = resolve_weights(source)
+    import_weights(Path(copy), f"memory:/{tmp_path}/model", TINY_SETTINGS)
+    with pytest.raises(CheckpointError, match="holds weights already"):
+        import_weights(Path(copy), f"memory:/{tmp_path}/model", TINY_SETTINGS)
+    again = build_network(BackboneConfig(name="uvit-s", weights=f"memory:/{tmp_path}/model"))
+    assert_same_bits(again.state_dict(), network.state_dict())
+    save_weights(network, tmp_path / "w.safetensors")
+    settings = [part for setting in TINY_SETTINGS for part in ("--set", setting)]
+    url, out = f"file://{tmp_path}/w.safetensors", f"file://{tmp_path}/out.pth"
+    done = run_d2i("weights", "export", url, "--to", "published", "--out", out, *settings, "--json")
+    assert done["out"] == out
+    assert_same_bits(read_state_dict(tmp_path / "out.pth"), network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias"),
+    [
+        (torch.zeros(()), torch.zeros(4)),
+        (torch.zeros(4), torch.zeros(4)),
+        (torch.zeros(4, 8), torch.zeros(8)),
+        (torch.zeros(0, 8), torch.zeros(0)),
+        (torch.zeros(4, 8, dtype=torch.int64), torch.zeros(4)),
+    ],
+)
+def test_a_text_prefix_that_is_no_layer_is_refused(
+    tmp_path: Path, weight: Tensor, bias: Tensor
+) -> None:
+    path = tmp_path / "caption_decoder.pth"
+    torch.save({"encode_prefix.weight": weight, "encode_prefix.bias": bias}, path)
+    with pytest.raises(CheckpointError, match=r"expected encode_prefix.weight \(out, in\)"):
+        import_weights(path, tmp_path / "prefix")
+    assert not (tmp_path / "prefix").exists()
+    with pytest.raises(CheckpointError, match=r"expected encode_prefix.weight \(out, in\)"):
+        ClipText("demo:clip_text", str(path))
+
+
+def test_an_autoencoder_of_another_make_is_one_line(tmp_path: Path) -> None:
+    whole = {
+        "encoder.down.0.block.0.conv1.weight": torch.zeros(8, 8, 3, 3),
+        "encoder.down.0.block.0.conv2.weight": torch.zeros(8, 8, 3, 3),
+        "encoder.conv_in.weight": torch.zeros(8, 3, 3, 3),
+        "decoder.conv_out.weight": torch.zeros(3, 8, 3, 3),
+        "post_quant_conv.weight": torch.zeros(4, 4, 1, 1),
+    }
+    for state, message in (
+        (whole | {"encoder.conv_in.weight": torch.zeros(())}, "without 'encoder.conv_in.weight'"),
+        (whole, "multiples of 32"),
+    ):
+        save_weights(state, tmp_path / "kl.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            import_weights(tmp_path / "kl.safetensors", tmp_path / "vae")
+        assert not (tmp_path / "vae").exists()
+
+
+def test_encoders_that_are_used_as_they_are_have_their_names(tmp_path: Path) -> None:
+    from diffusers import AutoencoderTiny
+
+    save_weights(AutoencoderTiny(), tmp_path / "tiny.safetensors")
+    for name, words in (
+        (str(tmp_path / "tiny.safetensors"), "tiny autoencoder (AutoencoderTiny)"),
+        ("demo:clip_image", "CLIP's image encoder"),
+        ("demo:clip_text", "CLIP's text encoder"),
+    ):
+        path = Path(resolve_weights(name))
+        seen = look_at(path)
+        assert (seen["kind"], seen["what"]) == ("encoder", words)
+        with pytest.raises(CheckpointError, match="use it as it is"):
+            import_weights(path, tmp_path / "out")
+        with pytest.raises(CheckpointError, match="use it as it is"):
+            export_weights(path, tmp_path / "out.pth", "published")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.safetensors"]
 
 
 def test_a_file_that_is_not_what_it_seems_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
