@@ -56,6 +56,8 @@ class DealtRows:
 
     def add(self, table: pa.Table) -> None:
         """Take rows; all tables have one schema."""
+        if not table.num_rows:
+            return
         self._waiting.append(table)
         self._num_waiting_bytes += table.get_total_buffer_size()
         if self._num_waiting_bytes > MAX_WAITING_BYTES:

@@ -23,7 +23,6 @@ from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import ShardTask
 from d2i.preprocess.hosts_of_failure import HostFailures, hosts_of_failure
-from d2i.preprocess.ledger import iter_ledger
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
 from d2i.preprocess.progress import JobProgress, Tally
 from d2i.preprocess.retry import (
@@ -35,7 +34,13 @@ from d2i.preprocess.retry import (
 from d2i.preprocess.reuse import Reuse
 from d2i.preprocess.same_pictures import WithdrawalWorker, placeholders_of, plan_withdrawals
 from d2i.recipes import check_prepared_with, keep_recipe
-from d2i.shards import read_commits, read_manifest, remove_uncommitted, write_manifest
+from d2i.shards import (
+    committed_names,
+    read_commits,
+    read_manifest,
+    remove_uncommitted,
+    write_manifest,
+)
 from d2i.shards.commit import canonical_json
 from d2i.shards.manifest import EMPTY_NAMES, MANIFEST_NAME
 
@@ -153,7 +158,7 @@ def _work(
         )
     plans = plan_job(request)
     # The splits of one folder are prepared alike, also one by one.
-    if any(read_commits(storage.join(request.out, split)) for split in SPLITS):
+    if any(committed_names(storage.join(request.out, split)) for split in SPLITS):
         check_prepared_with(request.recipe, request.out)
     keep_recipe(request.recipe, request.out)
     tasks, num_instances = _missing_tasks(request, plans)
@@ -337,5 +342,5 @@ def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
         failures=dict(manifest.failures),
         problems=plan.problems,
         num_shards=plan.num_shards,
-        hosts=hosts_of_failure(iter_ledger(split_url)),
+        hosts=hosts_of_failure(split_url),
     )

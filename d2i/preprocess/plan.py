@@ -31,7 +31,7 @@ from d2i.preprocess.exclude import NOTHING, Exclusion
 from d2i.preprocess.grouped import GroupedInstances
 from d2i.preprocess.records import write_table
 from d2i.settle import differences
-from d2i.shards import read_commits
+from d2i.shards import committed_names
 
 _FORMAT = 2
 _BATCH, _BATCH_CHARS = 500, 16 << 20
@@ -96,7 +96,7 @@ def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Pla
         named = differences(_decided_by(request), there.decided_by)
         if not named:
             return there
-        if read_commits(split_url):
+        if committed_names(split_url):
             raise ConfigError(
                 f"{split_url} was begun with other settings: got {'; '.join(named[:3])}; "
                 "repeat those or choose another --out"

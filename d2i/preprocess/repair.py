@@ -119,7 +119,7 @@ class _RepairedSet:
         if not self.problems and self._restore_manifest():
             storage.remove_leftovers(self.url)
             # The manifest says by now which shards do not belong here.
-            remove_other_shards(self.url, self._evidence().commits.values())
+            remove_other_shards(self.url, (c.name for c in self._evidence().commits.values()))
         report = verify(self.url)
         problems = (*self.problems, *report.problems)
         notes = tuple(lost_files(self.url, sorted(commits)))
@@ -275,7 +275,7 @@ class _RepairedSet:
                 "no record and no manifest tells whether it belongs here; put its record or the "
                 "manifest back, or take the file away"
             )
-            for name in other_shard_files(self.url, manifest.shards):
+            for name in other_shard_files(self.url, (s.name for s in manifest.shards)):
                 self._add(name, detail)
         return not self.problems
 

@@ -23,7 +23,7 @@ from d2i.preprocess.ledger import (
 )
 from d2i.preprocess.plan import records_url
 from d2i.preprocess.records import read_records, records_table, write_table
-from d2i.shards import read_commits
+from d2i.shards import committed_names
 
 _NAME = "supplements.json"
 
@@ -115,7 +115,7 @@ def _passing(split_url: str, num_shards: int) -> Iterator[tuple[Instance, str]]:
 
 
 def _refuse_unlisted(split_url: str, num_shards: int, planned: list[Supplement]) -> None:
-    numbers = {commit.index for commit in read_commits(split_url) if commit.index >= num_shards}
+    numbers = {index for index in committed_names(split_url) if index >= num_shards}
     if unlisted := numbers - {supplement.index for supplement in planned}:
         raise ShardError(
             f"{_url(split_url)} does not list shard {min(unlisted)}, which --retry-failed made "

@@ -99,7 +99,7 @@ class ReusedSplit:
     def __init__(self, url: str) -> None:
         self._reader = ShardReader(url)
         self._keys = pa.array(self._reader.keys, pa.string())
-        tables = [table.filter(_lacks_picture(table)) for table in ledger_tables(url)]
+        tables = [table.filter(_lacks_picture(table)) for _, table in ledger_tables(url)]
         self._failures = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
 
     def check(self, image_part: Mapping[str, Any]) -> None:
