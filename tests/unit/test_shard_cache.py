@@ -230,6 +230,30 @@ def test_a_cache_smaller_than_a_window_is_refused(data: Path, tmp_path: Path) ->
         check_cache(reader, None, config.model_copy(update={"order": "global"}), bound(data, 5))
 
 
+def test_few_of_many_shards_are_mapped_at_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, most = Path("/proc/self/maps"), 2
+    if not maps.exists():
+        pytest.skip("no list of maps here")
+    monkeypatch.setattr("d2i.shards.cache.max_mapped_shards", lambda: most)
+    cache = tmp_path / "cache"
+    reader = ShardReader(f"noted://{data}", cache_dir=cache)
+    indices = np.arange(NUM_SHARDS * NUM_SAMPLES)
+    for shards in (range(NUM_SHARDS), reversed(range(NUM_SHARDS)), ()):
+        reader.prefetch(shards)
+        assert is_right(reader.read(indices), indices)
+        assert [reader.keys[i] for i in (0, 29, 12)] == [
+            "train-00-0-0",
+            "train-29-0-0",
+            "train-12-0-0",
+        ]
+    mapped = [line for line in maps.read_text().splitlines() if str(cache) in line]
+    assert 0 < len(mapped) <= 3 * most
+    # Each was fetched once: its copy stays, as the cache has no bound.
+    assert sorted(tars(data)) == list(range(NUM_SHARDS))
+
+
 def test_keys_need_no_tar(data: Path, tmp_path: Path) -> None:
     reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "cache")
     assert list(reader.keys) == [f"train-{n:02d}-0-0" for n in range(len(reader))]

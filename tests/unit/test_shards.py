@@ -383,6 +383,32 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     assert len(list(open_files.iterdir())) <= before + 1
 
 
+def test_few_of_many_shards_are_mapped_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, num_shards, most = Path("/proc/self/maps"), 24, 5
+    if not maps.exists():
+        pytest.skip("no list of maps here")
+    make_data(tmp_path, *[1] * num_shards)
+    expected = ShardReader(str(tmp_path)).read(range(num_shards))
+    monkeypatch.setattr("d2i.shards.mapped.max_mapped_shards", lambda: most)
+    reader = ShardReader(str(tmp_path))
+
+    def read(seed: int) -> bool:
+        order = np.random.default_rng(seed).permutation(num_shards)
+        batch = reader.read(order)
+        keys = [reader.keys[place] for place in order[:6]]
+        return np.array_equal(batch["clip"], expected["clip"][order]) and keys == [
+            make_sample(int(place)).key for place in order[:6]
+        ]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(40)))
+    # Those of a shard that is open, and of one whose index alone was asked for.
+    mapped = [line for line in maps.read_text().splitlines() if str(tmp_path) in line]
+    assert 0 < len(mapped) <= 3 * most
+
+
 def test_shards_elsewhere_are_cached(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
