@@ -2,7 +2,7 @@
 
 A URL is a plain path, `file://…`, or anything fsspec knows (`s3://`, `gs://`, `memory://`).
 Whatever is written here appears under its final name complete, or not at all. Must not import
-any part of d2i but `errors`.
+any part of d2i but `ahead` and `errors`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import shutil
 import stat
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+from d2i.ahead import work_ahead
 from d2i.errors import ConfigError, D2IError
 
 TEMPORARY_SUFFIX = ".d2i-tmp"
@@ -178,14 +177,7 @@ def read_each(urls: Iterable[str]) -> Iterator[bytes]:
     Raises:
         FileNotFoundError: If one is not there.
     """
-    reading: deque[Future[bytes]] = deque()
-    with ThreadPoolExecutor(_NUM_READERS, "file-reader") as threads:
-        for url in urls:
-            reading.append(threads.submit(read_bytes, url))
-            if len(reading) > _NUM_READERS:
-                yield reading.popleft().result()
-        while reading:
-            yield reading.popleft().result()
+    return work_ahead(read_bytes, urls, _NUM_READERS)
 
 
 def fetch_file(url: str, path: Path) -> None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from d2i import storage
+from d2i.ahead import work_ahead
 from d2i.config import Recipe
 from d2i.corpora import Problem, build_corpus, read_instances
 from d2i.dialog import Instance
@@ -230,19 +230,13 @@ def _written(shards: Iterable[pa.Table], split_url: str) -> Iterator[pa.Table]:
 
     Their names are flushed at the end, as none counts before the plan's own file is there.
     """
-    pending: deque[tuple[pa.Table, Future[None]]] = deque()
-    with ThreadPoolExecutor(_NUM_WRITERS) as threads:
-        for index, shard in enumerate(shards):
-            url = records_url(split_url, index)
-            written = threads.submit(write_table, url, shard, sync_name=False)
-            pending.append((shard, written))
-            while len(pending) > _NUM_WRITERS:
-                done, written = pending.popleft()
-                written.result()
-                yield done
-        for done, written in pending:
-            written.result()
-            yield done
+
+    def write(numbered: tuple[int, pa.Table]) -> pa.Table:
+        index, shard = numbered
+        write_table(records_url(split_url, index), shard, sync_name=False)
+        return shard
+
+    return work_ahead(write, enumerate(shards), _NUM_WRITERS)
 
 
 def _plan_url(split_url: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import subprocess
@@ -37,7 +38,7 @@ from d2i.shards import (
     write_shard,
 )
 from d2i.shards.commit import shard_name
-from d2i.shards.index import Extent, IndexRow, index_bytes, read_index
+from d2i.shards.index import Extent, Index, IndexRow, index_bytes, read_index
 from d2i.shards.sample import npy_header
 from d2i.shards.write import file_info
 from tests.samples import metadata
@@ -577,6 +578,20 @@ def test_features_of_the_empty_text_are_checked(copy: Path) -> None:
         with pytest.raises(ShardError):
             write_manifest(str(copy), FINGERPRINT)
         (copy / name).write_bytes(good)
+
+
+def test_of_all_shards_few_are_held(tmp_path: Path) -> None:
+    num_shards, num_workers = 24, 3
+    make_data(tmp_path, *[1] * num_shards)
+    held: list[int] = []
+
+    def count(done: int, num: int) -> None:
+        assert (done, num) == (len(held) + 1, num_shards)
+        held.append(sum(type(found) is Index for found in gc.get_objects()))
+
+    before = sum(type(found) is Index for found in gc.get_objects())
+    assert verify(str(tmp_path), num_workers=num_workers, on_progress=count).ok
+    assert max(held) - before <= num_workers + 2
 
 
 def test_keys_in_two_shards_are_found(tmp_path: Path) -> None:
