@@ -9,9 +9,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d2i import storage
 from d2i.errors import ShardError
@@ -51,6 +52,19 @@ class ArrayInfo(JsonRecord):
     shape: tuple[Annotated[int, Field(ge=1)], ...]
 
 
+Arrays = dict[Literal["moments", "clip", "tokens", "text"], ArrayInfo]
+
+
+def _the_same(arrays: Arrays) -> Arrays:
+    """Give one object for equal arrays: all shards of a data set have the same."""
+    return _only_arrays(tuple(arrays.items()))
+
+
+@lru_cache(maxsize=64)
+def _only_arrays(items: tuple[tuple[Any, ArrayInfo], ...]) -> Arrays:
+    return dict(items)
+
+
 class Commit(JsonRecord):
     """What one shard holds.
 
@@ -74,7 +88,7 @@ class Commit(JsonRecord):
     fingerprint_sha256: Sha256 | None = None
     tar: FileInfo
     index_file: FileInfo
-    arrays: dict[Literal["moments", "clip", "tokens", "text"], ArrayInfo]
+    arrays: Annotated[Arrays, AfterValidator(_the_same)]
 
     @property
     def tar_name(self) -> str:
