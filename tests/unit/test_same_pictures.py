@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from d2i.preprocess import dealt
 from d2i.preprocess.ledger import SCHEMA, LedgerRow, ledger_url, write_ledger
 from d2i.preprocess.records import write_table
 from d2i.preprocess.same_pictures import placeholders_of, plan_withdrawals
+from tests.arrow import own_pool
 
 NUM_SHARDS, NUM_ROWS, NUM_SAME = 30, 400, 10
 
@@ -57,14 +57,9 @@ def test_one_picture_of_many_shards_is_found_in_little_memory(
         commit(tmp_path, shard)
         num_bytes += sum(len(r.sha256 or "") + len(r.image) for r in own)
     monkeypatch.setattr(dealt, "MAX_WAITING_BYTES", 1 << 16)
-    pool = pa.proxy_memory_pool(pa.default_memory_pool())
-    before = pa.default_memory_pool()
-    pa.set_memory_pool(pool)
-    try:
+    with own_pool() as pool:
         assert placeholders_of(str(tmp_path), NUM_SAME) == {sha256("gone")}
-        assert pool.max_memory() < num_bytes / 2
-    finally:
-        pa.set_memory_pool(before)
+    assert pool.max_memory() < num_bytes / 2
     assert placeholders_of(str(tmp_path), 0) == frozenset()
 
 
