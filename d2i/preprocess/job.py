@@ -19,6 +19,7 @@ from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault import Fault
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder, fingerprint_url
 from d2i.preprocess.exclude import NOTHING, read_exclusion
+from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import ShardTask
@@ -301,7 +302,7 @@ def _pictures(request: PreprocessRequest) -> PictureSource:
         request.recipe.corpus.image_root or storage.resolve(request.source),
         fetch,
         request.access,
-        share(host_book(fetch, request.access), num_workers=request.num_workers),
+        share_books(host_book(fetch, request.access), num_workers=request.num_workers),
     )
 
 

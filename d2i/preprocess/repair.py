@@ -17,6 +17,7 @@ from d2i.config import Recipe
 from d2i.errors import D2IError, ShardError
 from d2i.fault import Fault
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder, fingerprint_url
+from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import FetchedPicture
@@ -215,7 +216,7 @@ class _RepairedSet:
             recipe.corpus.image_root or job.plan.decided_by["source"],
             recipe.fetch,
             request.access,
-            share(host_book(recipe.fetch, request.access), num_workers=request.num_workers),
+            share_books(host_book(recipe.fetch, request.access), num_workers=request.num_workers),
         )
         tally = share(Tally(), num_workers=request.num_workers)
         return Stages(
