@@ -37,7 +37,7 @@ from d2i.shards import (
     write_manifest,
     write_shard,
 )
-from d2i.shards.commit import shard_name
+from d2i.shards.commit import canonical_json, shard_name
 from d2i.shards.index import Extent, Index, IndexRow, index_bytes, read_index
 from d2i.shards.sample import npy_header
 from d2i.shards.write import file_info
@@ -242,6 +242,19 @@ def test_manifest_is_the_fold_of_the_commits(data: Path) -> None:
     assert manifest.sha256 == (data / "manifest.json.sha256").read_text().split()[0]
     line = ["sha256sum", "--check", "--quiet", "manifest.json.sha256"]
     assert subprocess.run(line, cwd=data, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("counts", [(), (1,), (2, 0, 1)])
+def test_a_manifest_written_shard_by_shard_is_canonical(
+    counts: tuple[int, ...], tmp_path: Path
+) -> None:
+    fingerprint = {"a": '"shards": []\n', "z": [[], {"shards": []}]}
+    for index, count in enumerate(counts):
+        samples = [make_sample(10 * index + number) for number in range(count)]
+        write_shard(samples, str(tmp_path), index, failures={}, fingerprint=fingerprint)
+    manifest = write_manifest(str(tmp_path), fingerprint)
+    assert manifest.to_bytes() == canonical_json(manifest.model_dump(mode="json"))
+    assert read_manifest(str(tmp_path)) == manifest
 
 
 def test_a_supplement_takes_back_failures(copy: Path) -> None:
