@@ -38,6 +38,8 @@ _BATCH, _BATCH_CHARS = 500, 16 << 20
 """Few enough to be still in the processor's cache when they are laid out in columns, and where
 their contexts are long, to take little memory."""
 _NUM_WRITERS = 4
+_NUM_DISTANT_WRITERS = 32
+"""Where a file is mostly waited for."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ def _written(shards: Iterable[pa.Table], split_url: str) -> Iterator[pa.Table]:
         write_table(records_url(split_url, index), shard, sync_name=False)
         return shard
 
-    return work_ahead(write, enumerate(shards), _NUM_WRITERS)
+    is_here = storage.local_path(split_url) is not None
+    return work_ahead(write, enumerate(shards), _NUM_WRITERS if is_here else _NUM_DISTANT_WRITERS)
 
 
 def _plan_url(split_url: str) -> str:
