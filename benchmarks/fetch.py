@@ -152,17 +152,17 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     """Fetch with d2i's parts; return how many rows came of it."""
     from PIL import Image
 
-    from d2i.cluster import share
     from d2i.config import FetchConfig, ImageConfig
     from d2i.dialog import ImageRef
     from d2i.preprocess.decoder import Decoder
+    from d2i.preprocess.fetch.books import share_books
     from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
     from d2i.preprocess.fetch_worker import open_picture
     from d2i.preprocess.handover import SourcePicture
 
     config = FetchConfig(num_threads=NUM_THREADS, timeout_s=PATIENCE_S, max_host_requests_per_s=1e6)
     hosts = frozenset(url.split("/")[2] for url in urls)
-    book = share(host_book(config), num_workers=0)
+    book = share_books(host_book(config), num_workers=0)
     source = PictureSource(str(folder), config, Access(hosts, "127.0.0.1"), book)
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
     with tarfile.open(folder / "out.tar", "w") as tar:

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from d2i.cluster import share
 from d2i.config import FetchConfig, ImageConfig
 from d2i.dialog import ImageRef
 from d2i.preprocess.decoder import Decoder
+from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
 from d2i.preprocess.fetch_worker import open_picture
@@ -62,7 +62,7 @@ def bare(folder: Path, names: list[str]) -> None:
 def by_d2i(folder: Path, names: list[str]) -> None:
     """Open each picture as d2i's workers do."""
     config = FetchConfig()
-    book = share(host_book(config), num_workers=0)
+    book = share_books(host_book(config), num_workers=0)
     source = PictureSource(str(folder), config, NO_ACCESS, book)
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
 

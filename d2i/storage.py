@@ -2,7 +2,7 @@
 
 A URL is a plain path, `file://…`, or anything fsspec knows (`s3://`, `gs://`, `memory://`).
 Whatever is written here appears under its final name complete, or not at all. Must not import
-any part of d2i but `errors`.
+any part of d2i but `ahead` and `errors`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+from d2i.ahead import work_ahead
 from d2i.errors import ConfigError, D2IError
 
 TEMPORARY_SUFFIX = ".d2i-tmp"
 _LOCK_NAME = ".d2i-lock"
 _LOCK_WAIT_S = 15.0
 _BUFFER_BYTES = 1 << 18
+_NUM_READERS = 32
 # What file systems without locks say: Lustre without `-o flock`, several mounts in user space.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"}
@@ -164,6 +167,17 @@ def read_bytes(url: str) -> bytes:
     """
     with open_url(url) as file:
         return cast("bytes", file.read())
+
+
+def read_each(urls: Iterable[str]) -> Iterator[bytes]:
+    """Read many small files whole, and give them in order.
+
+    Several at a time, as a file over a network is mostly waited for; few are held.
+
+    Raises:
+        FileNotFoundError: If one is not there.
+    """
+    return work_ahead(read_bytes, urls, _NUM_READERS)
 
 
 def fetch_file(url: str, path: Path) -> None:
@@ -466,11 +480,24 @@ def _check_bucket(fs: Any, path: str, url: str) -> None:
     """Refuse a bucket that is not there: to make folders would make it, mistyped or not."""
     bucket = path.partition("/")[0]
     try:
-        fs.info(bucket)
+        _look_for_bucket(fs, bucket)
     except FileNotFoundError as err:
         raise ConfigError(
             f"{url}: there is no {bucket}; expected a bucket that exists; make it, or mend the URL"
         ) from err
+
+
+@cache
+def _look_for_bucket(fs: Any, bucket: str) -> None:
+    """Look for a bucket, once a process: what is not there is not remembered.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+    """
+    try:
+        fs.info(bucket)
+    except FileNotFoundError:
+        raise
     except OSError:
         # Who may write into it need not be allowed to look at it, and a server that fails for a
         # moment says nothing of it: writing itself, which is tried again, will tell.

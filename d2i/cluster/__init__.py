@@ -1,6 +1,6 @@
 """Where work runs: in this process, or on Ray. The only package that imports ray."""
 
-from d2i.cluster.actors import ResourceRequest
+from d2i.cluster.actors import ResourceRequest, num_session_cores
 from d2i.cluster.faults import JobFault, job_fault
 from d2i.cluster.pool import (
     Pool,
@@ -24,6 +24,7 @@ __all__ = [
     "Worker",
     "device_of_worker",
     "job_fault",
+    "num_session_cores",
     "run_stages",
     "run_tasks",
     "session",

@@ -35,6 +35,19 @@ def actor_size(resources: ResourceRequest) -> ActorSize:
     return ActorSize(resources.num_cpus, resources.num_gpus if has_gpus else 0.0)
 
 
+def num_session_cores(*, num_workers: int | None) -> int:
+    """Return the cores of the session that is open: of all nodes, or 1 without Ray.
+
+    Args:
+        num_workers: As the pool's.
+    """
+    if num_workers == 0:
+        return 1
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
 def num_workers_of(asked: int | None, size: ActorSize) -> int:
     """Return how many workers there are: as asked, or as many as fit."""
     import ray

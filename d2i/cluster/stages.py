@@ -17,6 +17,7 @@ from d2i.cluster.actors import (
     ResourceRequest,
     actor_size,
     check_own_node,
+    num_session_cores,
     num_workers_of,
     result_of,
 )
@@ -116,13 +117,11 @@ def _run_here(
 def _run_on_ray(
     stages: Stages[TaskT, BlockT, ResultT], tasks: Sequence[TaskT], on_wait: Callable[[], None]
 ) -> Iterator[tuple[TaskT, ResultT]]:
-    import ray
-
     flow = _Flow(stages, tasks)
     next_tick = time.monotonic()
     while flow.num_left:
         flow.give_out()
-        ready, _ = ray.wait(flow.awaited(), num_returns=1, timeout=_TICK_S, fetch_local=False)
+        ready = _ready(flow.awaited())
         if not ready:
             check_own_node()
         if time.monotonic() >= next_tick:
@@ -130,6 +129,19 @@ def _run_on_ray(
             next_tick = time.monotonic() + _TICK_S
         for reference in ready:
             yield from flow.take(reference)
+
+
+def _ready(references: list[Any]) -> list[Any]:
+    """Return all that is ready, waiting up to `_TICK_S` for the first.
+
+    One at a time would look through thousands of streams for each block of one of them.
+    """
+    import ray
+
+    ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
+    if not ready:
+        ready, _ = ray.wait(references, num_returns=1, timeout=_TICK_S, fetch_local=False)
+    return list(ready)
 
 
 @dataclass
@@ -231,10 +243,8 @@ def _feeders(
     stages: Stages[Any, Any, Any], num_finishers: int, *, has_gpus: bool
 ) -> tuple[ActorSize, int]:
     """Return what a feeder occupies, and how many there are."""
-    import ray
-
     # They occupy nothing: one that waited for a core could take that of a finisher which died.
     size = ActorSize(0.0, 0.0)
-    num_cores = int(ray.cluster_resources().get("CPU", 1))
+    num_cores = num_session_cores(num_workers=stages.num_finishers)
     fitting = max(1, num_cores - num_finishers) if has_gpus else num_finishers
     return size, stages.num_feeders or fitting

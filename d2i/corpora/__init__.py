@@ -19,6 +19,7 @@ from d2i.corpora.layout import SPLITS
 from d2i.corpora.mmdialog import MMDialog
 from d2i.corpora.photochat import PhotoChat
 from d2i.corpora.records import MAX_TURNS, Dialog, Flaw, Problem, Reason, RecordError, Report
+from d2i.corpora.seen import SeenHashes
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ConfigError, DataError
 
@@ -233,7 +234,7 @@ def _instances(
 
 
 def _first_occurrences(corpus: Corpus, instances: Iterator[Instance]) -> Iterator[Instance]:
-    seen: set[int] = set()  # Hashes, as names may be long.
+    seen = SeenHashes()  # As names may be long.
     for instance in instances:
         image = hash(corpus.image_id(instance.image_ref))
         if image not in seen:
@@ -326,7 +327,7 @@ def _dialogs(
     max_broken: float | None,
 ) -> Iterator[Dialog]:
     parse, flaw = corpus.parser(source, split), reading.flaw
-    seen: set[int] = set()  # Hashes, as ids may be long.
+    seen = SeenHashes()  # As ids may be long.
     for path in files:
         for where, record in _read_file(source, path, reading.problem, corpus.record_type):
             reading.where = where

@@ -17,6 +17,7 @@ from d2i.config import DialogConfig, TextConfig
 from d2i.context import context_text
 from d2i.corpora import Corpus, Dialog, Problem, build_corpus, read_dialogs
 from d2i.corpora.records import Flaw, Reason
+from d2i.corpora.seen import SeenHashes
 from d2i.dialog import Instance, key_order_hash, key_prefix
 from d2i.tokenize import WINDOW_LENGTH, encode
 
@@ -193,7 +194,7 @@ class _Counter:
         self.num_empty = 0
         self._corpus = corpus
         self._split = split
-        self._seen: set[int] | None = set() if corpus.is_unique(split) else None
+        self._seen = SeenHashes() if corpus.is_unique(split) else None
 
     def take(self, dialog: Dialog, flaw: Flaw) -> None:
         """Count those of one dialog."""
@@ -208,7 +209,7 @@ class _Counter:
         self.num_instances += len(instances)
 
 
-def _first_seen(instances: list[Instance], corpus: Corpus, seen: set[int]) -> list[Instance]:
+def _first_seen(instances: list[Instance], corpus: Corpus, seen: SeenHashes) -> list[Instance]:
     """Keep those whose picture was not seen before, and remember theirs."""
     kept = []
     for instance in instances:

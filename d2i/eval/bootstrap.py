@@ -3,6 +3,7 @@
 Instances are drawn anew with replacement (Efron 1979), the true picture and the drawn one together.
 An interval is the score plus and minus 1.96 times the deviation over resamples, not a pair of
 percentiles: a resample holds fewer distinct pictures, which shifts FID and the Inception Score.
+Of very many instances a part stands for all (`scores`).
 Must not import torch.
 """
 

@@ -32,6 +32,11 @@ RECALLS = (1, 5, 10)
 # Inception's features have 2048 dimensions: of fewer pictures, the covariance is not of full rank.
 _FEW_PICTURES = 2048
 _MIN_PICTURES = 2
+_SEED = 2020
+_MAX_RESAMPLED = 32_768
+"""Instances that intervals come from at most (ours): KID's takes time by the square of it."""
+_OF_DRAWN = frozenset({"features", "embeddings", "logits"})
+"""What has a row a drawn picture; all else has a row an instance."""
 
 
 @dataclass(frozen=True)
@@ -141,22 +146,40 @@ def _scores(measured: Measured) -> dict[str, float | int | None]:
 
 
 def _deviations(measured: Measured, scores: dict[str, Any]) -> dict[str, float]:
-    arrays = {name: _wide(array) for name, array in measured.arrays.items()}
-    resamples: Resamples = draw_resamples(len(arrays["keys"]), measured.drawn)
+    num = len(measured.arrays["keys"])
+    chosen = _resampled(num)
+    places = np.flatnonzero(np.isin(measured.drawn, chosen))
+    arrays = {
+        name: _wide(array[places if name in _OF_DRAWN else chosen])
+        for name, array in measured.arrays.items()
+    }
+    drawn = np.searchsorted(chosen, measured.drawn[places])
+    resamples: Resamples = draw_resamples(len(chosen), drawn)
     real, fake = arrays["real_features"], arrays["features"]
     found = {
         "fid": fid_deviation(real, fake, resamples),
         "kid": kid_deviation(real, fake, resamples),
         "fid_clip": fid_deviation(arrays["real_embeddings"], arrays["embeddings"], resamples),
-        "clip_i": mean_deviation(measured.clip_i, resamples),
+        "clip_i": mean_deviation(measured.clip_i[places], resamples),
     }
+    ranks = measured.ranks[places]
     for k in RECALLS:
-        found[f"recall_{k}"] = mean_deviation(np.where(measured.ranks <= k, 100.0, 0.0), resamples)
+        found[f"recall_{k}"] = mean_deviation(np.where(ranks <= k, 100.0, 0.0), resamples)
     if measured.clip_t is not None:
-        found["clip_t"] = mean_deviation(measured.clip_t, resamples)
+        found["clip_t"] = mean_deviation(measured.clip_t[places], resamples)
     if "logits" in arrays:
         found["is"] = inception_deviation(arrays["logits"], resamples, scores["is_splits"])
-    return found
+    # A deviation falls with the root of the number of instances.
+    scale = float(np.sqrt(len(chosen) / num))
+    return {name: scale * deviation for name, deviation in found.items()}
+
+
+def _resampled(num_instances: int) -> NDArray[np.int64]:
+    """Choose the instances that intervals come from: all, or so many of them at random."""
+    if num_instances <= _MAX_RESAMPLED:
+        return np.arange(num_instances)
+    generator = np.random.default_rng([_SEED, num_instances])
+    return np.sort(generator.choice(num_instances, _MAX_RESAMPLED, replace=False))
 
 
 def _warnings(measured: Measured) -> Iterator[str]:
@@ -171,6 +194,8 @@ def _warnings(measured: Measured) -> Iterator[str]:
             f"{num_drawn} of {len(keys)} instances have a picture ({_counted(measured.failures)}); "
             "the others are left out, not replaced"
         )
+    if len(keys) > _MAX_RESAMPLED:
+        yield f"intervals come from {_MAX_RESAMPLED} of {len(keys)} instances, scaled to all"
     flat = np.flatnonzero(measured.arrays["is_flat"])
     if len(flat):
         yield f"{len(flat)} pictures are of one colour, the first is that of {keys[flat[0]]}"

@@ -78,7 +78,8 @@ def read_tasks(out_url: str, tasks: Sequence[EvalTask]) -> dict[str, NDArray[Any
     for arrays in _each(out_url, tasks):
         for name, array in arrays.items():
             parts.setdefault(name, []).append(array)
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    # One name at a time is there twice.
+    return {name: np.concatenate(parts.pop(name)) for name in list(parts)}
 
 
 def _each(out_url: str, tasks: Sequence[EvalTask]) -> Iterator[dict[str, NDArray[Any]]]:

@@ -1,24 +1,28 @@
 """Rows dealt out on disk by the first bits of a hash, so that each part can be sorted by itself.
 
-One file takes them all: what is dealt at once makes one batch of it a bucket. Memory is bounded by
-what waits, twice, and by one bucket when it is read.
+One file takes them all: what is dealt at once makes one batch of it a bucket. A bucket that is
+large by the end is dealt out again by the next bits. Memory is bounded by what waits, twice, and by
+one bucket when it is read.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 BUCKET_BITS = 6
 """2.74 million instances of MMDialog, about 1 GB, make 64 buckets of 16 MB."""
 MAX_WAITING_BYTES = 16 << 20
+MAX_BUCKET_BYTES = 64 << 20
+_HASH_BITS = 64
 
 
 class DealtRows:
@@ -30,14 +34,17 @@ class DealtRows:
     Args:
         path: A local file that is not there yet.
         hash_column: The column, uint64, whose first bits choose the bucket.
+        num_bits_before: Leading bits that all rows have in common.
     """
 
-    def __init__(self, path: Path, hash_column: str) -> None:
+    def __init__(self, path: Path, hash_column: str, num_bits_before: int = 0) -> None:
         self._path = path
         self._hash_column = hash_column
+        self._num_bits_before = num_bits_before
         self._waiting: list[pa.Table] = []
         self._num_waiting_bytes = 0
         self._batches: dict[int, list[int]] = defaultdict(list)
+        self._num_bytes: Counter[int] = Counter()
         self._num_batches = 0
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
         self._open = contextlib.ExitStack()
@@ -56,6 +63,8 @@ class DealtRows:
 
     def add(self, table: pa.Table) -> None:
         """Take rows; all tables have one schema."""
+        if not table.num_rows:
+            return
         self._waiting.append(table)
         self._num_waiting_bytes += table.get_total_buffer_size()
         if self._num_waiting_bytes > MAX_WAITING_BYTES:
@@ -68,7 +77,25 @@ class DealtRows:
         with pa.OSFile(str(self._path)) as file:
             reader = pa.ipc.open_file(file)
             for bucket in sorted(self._batches):
-                yield pa.Table.from_batches(map(reader.get_batch, self._batches[bucket]))
+                batches = map(reader.get_batch, self._batches[bucket])
+                if self._is_to_be_dealt_again(bucket):
+                    yield from self._dealt_again(batches)
+                else:
+                    yield pa.Table.from_batches(batches)
+
+    def _is_to_be_dealt_again(self, bucket: int) -> bool:
+        # Rows of one hash stay together, however many they are.
+        has_bits_left = self._num_bits_before + 2 * BUCKET_BITS <= _HASH_BITS
+        return has_bits_left and self._num_bytes[bucket] > MAX_BUCKET_BYTES
+
+    def _dealt_again(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+        path = self._path.with_name(f"{self._path.name}-")
+        num_bits = self._num_bits_before + BUCKET_BITS
+        with DealtRows(path, self._hash_column, num_bits) as again:
+            for batch in batches:
+                again.add(pa.Table.from_batches([batch]))
+        yield from again.buckets()
+        path.unlink()
 
     def _wait(self) -> None:
         if self._dealing is not None:
@@ -85,15 +112,20 @@ class DealtRows:
         table = pa.concat_tables(tables).combine_chunks()
         hashes = table.column(self._hash_column).to_numpy()
         order = np.argsort(hashes)
-        table, buckets = table.take(order), hashes[order] >> np.uint64(64 - BUCKET_BITS)
+        table, buckets = table.take(order), self._buckets_of(hashes[order])
         starts = np.flatnonzero(np.diff(buckets, prepend=np.uint64(2**BUCKET_BITS)))
-        for bucket in buckets[starts]:
-            self._batches[int(bucket)].append(self._num_batches)
-            self._num_batches += 1
         stops = [*starts[1:], len(order)]
         parts = [table.slice(a, b - a) for a, b in zip(starts, stops, strict=True)]
+        for bucket, part in zip(buckets[starts].tolist(), parts, strict=True):
+            self._batches[bucket].append(self._num_batches)
+            self._num_bytes[bucket] += part.nbytes
+            self._num_batches += 1
         # In one call, each part as a batch of its own.
         self._file(table.schema).write_table(pa.concat_tables(parts))
+
+    def _buckets_of(self, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        own_bits = hashes << np.uint64(self._num_bits_before)
+        return own_bits >> np.uint64(_HASH_BITS - BUCKET_BITS)
 
     def _file(self, schema: pa.Schema) -> pa.ipc.RecordBatchFileWriter:
         if self._writer is None:

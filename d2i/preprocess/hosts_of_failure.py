@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from d2i.preprocess.ledger import LedgerRow
+import pyarrow.compute as pc
+
+from d2i.preprocess.ledger import ledger_tables
 
 _NUM_HOSTS = 5
 
@@ -25,12 +26,15 @@ class HostFailures:
         return sum(self.failures.values())
 
 
-def hosts_of_failure(rows: Iterable[LedgerRow]) -> list[HostFailures]:
-    """Return the hosts to which most instances were lost, the worst first."""
+def hosts_of_failure(split_url: str) -> list[HostFailures]:
+    """Return the hosts to which most instances of a split were lost, the worst first."""
     by_host: dict[str, Counter[str]] = {}
-    for row in rows:
-        if row.status != "ok" and (host := _host(row.final_url)):
-            by_host.setdefault(host, Counter())[row.reason] += 1
+    for _, table in ledger_tables(split_url, ["status", "final_url", "reason"]):
+        failed = table.filter(pc.not_equal(table["status"], "ok"))
+        urls, reasons = failed["final_url"].to_pylist(), failed["reason"].to_pylist()
+        for url, reason in zip(urls, reasons, strict=True):
+            if host := _host(url):
+                by_host.setdefault(host, Counter())[reason] += 1
     hosts = [HostFailures(host, dict(sorted(c.items()))) for host, c in by_host.items()]
     return sorted(hosts, key=lambda h: (-h.num, h.host))[:_NUM_HOSTS]
 

@@ -19,11 +19,11 @@ from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault import Fault
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder, fingerprint_url
 from d2i.preprocess.exclude import NOTHING, read_exclusion
+from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import ShardTask
 from d2i.preprocess.hosts_of_failure import HostFailures, hosts_of_failure
-from d2i.preprocess.ledger import iter_ledger
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
 from d2i.preprocess.progress import JobProgress, Tally
 from d2i.preprocess.retry import (
@@ -35,7 +35,13 @@ from d2i.preprocess.retry import (
 from d2i.preprocess.reuse import Reuse
 from d2i.preprocess.same_pictures import WithdrawalWorker, placeholders_of, plan_withdrawals
 from d2i.recipes import check_prepared_with, keep_recipe
-from d2i.shards import read_commits, read_manifest, remove_uncommitted, write_manifest
+from d2i.shards import (
+    committed_names,
+    read_commits,
+    read_manifest,
+    remove_uncommitted,
+    write_manifest,
+)
 from d2i.shards.commit import canonical_json
 from d2i.shards.manifest import EMPTY_NAMES, MANIFEST_NAME
 
@@ -153,7 +159,7 @@ def _work(
         )
     plans = plan_job(request)
     # The splits of one folder are prepared alike, also one by one.
-    if any(read_commits(storage.join(request.out, split)) for split in SPLITS):
+    if any(committed_names(storage.join(request.out, split)) for split in SPLITS):
         check_prepared_with(request.recipe, request.out)
     keep_recipe(request.recipe, request.out)
     tasks, num_instances = _missing_tasks(request, plans)
@@ -296,7 +302,7 @@ def _pictures(request: PreprocessRequest) -> PictureSource:
         request.recipe.corpus.image_root or storage.resolve(request.source),
         fetch,
         request.access,
-        share(host_book(fetch, request.access), num_workers=request.num_workers),
+        share_books(host_book(fetch, request.access), num_workers=request.num_workers),
     )
 
 
@@ -337,5 +343,5 @@ def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
         failures=dict(manifest.failures),
         problems=plan.problems,
         num_shards=plan.num_shards,
-        hosts=hosts_of_failure(iter_ledger(split_url)),
+        hosts=hosts_of_failure(split_url),
     )

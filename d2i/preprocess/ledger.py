@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import pyarrow as pa
 
 from d2i import storage
-from d2i.preprocess.records import read_table, write_table
+from d2i.preprocess.records import parse_table, write_table
 
 Status = Literal["ok", "permanent", "passing"]
 
@@ -79,25 +79,35 @@ def read_ledger(split_url: str) -> list[LedgerRow]:
 
 def iter_ledger(split_url: str) -> Iterator[LedgerRow]:
     """Read the rows of a split one shard at a time."""
-    for table in ledger_tables(split_url):
+    for _, table in ledger_tables(split_url):
         yield from _rows(table)
 
 
-def ledger_tables(split_url: str) -> Iterator[pa.Table]:
-    """Read the ledger of a split one shard at a time, as tables of `SCHEMA`."""
+def ledger_tables(
+    split_url: str,
+    columns: Sequence[str] = SCHEMA.names,
+    *,
+    shards: Container[int] | None = None,
+) -> Iterator[tuple[int, pa.Table]]:
+    """Read the ledger of a split one shard at a time: number, and some columns of `SCHEMA`.
+
+    Args:
+        split_url: The data set's folder.
+        columns: Which columns.
+        shards: Numbers of the shards, as far as they have a ledger; None: all that have one.
+    """
     folder = storage.join(split_url, "ledger")
-    for name in storage.list_names(folder):
-        yield read_table(storage.join(folder, name), SCHEMA)
+    found = [int(name.removesuffix(".parquet")) for name in storage.list_names(folder)]
+    wanted = [number for number in found if shards is None or number in shards]
+    schema = pa.schema([SCHEMA.field(column) for column in columns])
+    files = storage.read_each(ledger_url(split_url, number) for number in wanted)
+    for number, data in zip(wanted, files, strict=True):
+        yield number, parse_table(data, schema)
 
 
 def read_shard_ledger(split_url: str, index: int) -> list[LedgerRow]:
     """Read the rows of one planned shard, in key order."""
-    return _rows(ledger_table(split_url, index))
-
-
-def ledger_table(split_url: str, index: int) -> pa.Table:
-    """Read the rows of one planned shard as a table of `SCHEMA`, in key order."""
-    return read_table(ledger_url(split_url, index), SCHEMA)
+    return _rows(parse_table(storage.read_bytes(ledger_url(split_url, index)), SCHEMA))
 
 
 def _rows(table: pa.Table) -> list[LedgerRow]:

@@ -2,7 +2,8 @@
 
 The plan is a function of the corpus, the recipe, `--limit`, `--seed` and `--exclude` alone. It is
 written beside the shards before anything is fetched, so that a repeated command does the same
-work. Memory does not grow with the corpus: rows go through files (`grouped`).
+work. Memory hardly grows with the corpus: rows go through files (`grouped`), and of each dialog
+eight bytes are remembered.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from d2i import storage
+from d2i.ahead import work_ahead
 from d2i.config import Recipe
 from d2i.corpora import Problem, build_corpus, read_instances
 from d2i.dialog import Instance
@@ -31,13 +32,15 @@ from d2i.preprocess.exclude import NOTHING, Exclusion
 from d2i.preprocess.grouped import GroupedInstances
 from d2i.preprocess.records import write_table
 from d2i.settle import differences
-from d2i.shards import read_commits
+from d2i.shards import committed_names
 
 _FORMAT = 2
 _BATCH, _BATCH_CHARS = 500, 16 << 20
 """Few enough to be still in the processor's cache when they are laid out in columns, and where
 their contexts are long, to take little memory."""
 _NUM_WRITERS = 4
+_NUM_DISTANT_WRITERS = 32
+"""Where a file is mostly waited for."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Pla
         named = differences(_decided_by(request), there.decided_by)
         if not named:
             return there
-        if read_commits(split_url):
+        if committed_names(split_url):
             raise ConfigError(
                 f"{split_url} was begun with other settings: got {'; '.join(named[:3])}; "
                 "repeat those or choose another --out"
@@ -230,19 +233,14 @@ def _written(shards: Iterable[pa.Table], split_url: str) -> Iterator[pa.Table]:
 
     Their names are flushed at the end, as none counts before the plan's own file is there.
     """
-    pending: deque[tuple[pa.Table, Future[None]]] = deque()
-    with ThreadPoolExecutor(_NUM_WRITERS) as threads:
-        for index, shard in enumerate(shards):
-            url = records_url(split_url, index)
-            written = threads.submit(write_table, url, shard, sync_name=False)
-            pending.append((shard, written))
-            while len(pending) > _NUM_WRITERS:
-                done, written = pending.popleft()
-                written.result()
-                yield done
-        for done, written in pending:
-            written.result()
-            yield done
+
+    def write(numbered: tuple[int, pa.Table]) -> pa.Table:
+        index, shard = numbered
+        write_table(records_url(split_url, index), shard, sync_name=False)
+        return shard
+
+    is_here = storage.local_path(split_url) is not None
+    return work_ahead(write, enumerate(shards), _NUM_WRITERS if is_here else _NUM_DISTANT_WRITERS)
 
 
 def _plan_url(split_url: str) -> str:

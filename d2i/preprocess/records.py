@@ -62,12 +62,12 @@ def records_table(instances: Sequence[Instance]) -> pa.Table:
 
 def read_records(url: str) -> list[Instance]:
     """Read the instances of one planned shard, in their order."""
-    return [_instance(row) for row in read_table(url, SCHEMA).to_pylist()]
+    return [_instance(row) for row in parse_table(storage.read_bytes(url), SCHEMA).to_pylist()]
 
 
-def read_table(url: str, schema: pa.Schema) -> pa.Table:
-    """Read a whole Parquet file as a table of a schema."""
-    file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(url)), pre_buffer=False)
+def parse_table(data: bytes, schema: pa.Schema) -> pa.Table:
+    """Decode the columns of a schema out of a Parquet file's bytes."""
+    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
     # In this thread alone: one of Arrow's that let go of the bytes at the interpreter's end was
     # seen to abort a process whose work was done.
     return file.read(schema.names, use_threads=False).cast(schema)

@@ -17,6 +17,7 @@ from d2i.config import Recipe
 from d2i.errors import D2IError, ShardError
 from d2i.fault import Fault
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder, fingerprint_url
+from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import FetchedPicture
@@ -119,7 +120,7 @@ class _RepairedSet:
         if not self.problems and self._restore_manifest():
             storage.remove_leftovers(self.url)
             # The manifest says by now which shards do not belong here.
-            remove_other_shards(self.url, self._evidence().commits.values())
+            remove_other_shards(self.url, (c.name for c in self._evidence().commits.values()))
         report = verify(self.url)
         problems = (*self.problems, *report.problems)
         notes = tuple(lost_files(self.url, sorted(commits)))
@@ -215,7 +216,7 @@ class _RepairedSet:
             recipe.corpus.image_root or job.plan.decided_by["source"],
             recipe.fetch,
             request.access,
-            share(host_book(recipe.fetch, request.access), num_workers=request.num_workers),
+            share_books(host_book(recipe.fetch, request.access), num_workers=request.num_workers),
         )
         tally = share(Tally(), num_workers=request.num_workers)
         return Stages(
@@ -275,7 +276,7 @@ class _RepairedSet:
                 "no record and no manifest tells whether it belongs here; put its record or the "
                 "manifest back, or take the file away"
             )
-            for name in other_shard_files(self.url, manifest.shards):
+            for name in other_shard_files(self.url, (s.name for s in manifest.shards)):
                 self._add(name, detail)
         return not self.problems
 

@@ -11,19 +11,23 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from d2i import storage
 from d2i.dialog import Instance
 from d2i.errors import ShardError
 from d2i.preprocess.ledger import (
     LedgerRow,
     count_failures,
+    ledger_tables,
     ledger_url,
     read_shard_ledger,
     write_ledger,
 )
 from d2i.preprocess.plan import records_url
 from d2i.preprocess.records import read_records, records_table, write_table
-from d2i.shards import read_commits
+from d2i.shards import committed_names
 
 _NAME = "supplements.json"
 
@@ -87,10 +91,12 @@ def merge_ledgers(split_url: str, num_shards: int, supplements: Iterable[Supplem
     there = [s for s in supplements if storage.exists(ledger_url(split_url, s.index))]
     # The later ones replace the earlier ones' too.
     newer = {row.key: row for s in there for row in read_shard_ledger(split_url, s.index)}
-    for index in range(num_shards if there else 0):
-        rows = read_shard_ledger(split_url, index)
-        if any(row.key in newer for row in rows):
-            write_ledger(split_url, index, [newer.get(row.key, row) for row in rows])
+    if there:
+        keys = pa.array(newer, pa.string())
+        for index, table in ledger_tables(split_url, ["key"], shards=range(num_shards)):
+            if pc.any(pc.is_in(table["key"], value_set=keys)).as_py():
+                rows = read_shard_ledger(split_url, index)
+                write_ledger(split_url, index, [newer.get(row.key, row) for row in rows])
     for supplement in there:
         storage.remove(ledger_url(split_url, supplement.index))
 
@@ -104,9 +110,10 @@ def net_failures(rows: Iterable[LedgerRow], before: dict[str, int]) -> dict[str,
 
 def _passing(split_url: str, num_shards: int) -> Iterator[tuple[Instance, str]]:
     """Give the instances that failed in passing, by shard and picture, with the reason."""
-    for index in range(num_shards):
-        rows = read_shard_ledger(split_url, index)
-        reasons = {row.key: row.reason for row in rows if row.status == "passing"}
+    columns = ["key", "status", "reason"]
+    for index, table in ledger_tables(split_url, columns, shards=range(num_shards)):
+        passing = table.filter(pc.equal(table["status"], "passing"))
+        reasons = dict(zip(passing["key"].to_pylist(), passing["reason"].to_pylist(), strict=True))
         if reasons:
             instances = read_records(records_url(split_url, index))
             failed = (instance for instance in instances if instance.key in reasons)
@@ -115,7 +122,7 @@ def _passing(split_url: str, num_shards: int) -> Iterator[tuple[Instance, str]]:
 
 
 def _refuse_unlisted(split_url: str, num_shards: int, planned: list[Supplement]) -> None:
-    numbers = {commit.index for commit in read_commits(split_url) if commit.index >= num_shards}
+    numbers = {index for index in committed_names(split_url) if index >= num_shards}
     if unlisted := numbers - {supplement.index for supplement in planned}:
         raise ShardError(
             f"{_url(split_url)} does not list shard {min(unlisted)}, which --retry-failed made "

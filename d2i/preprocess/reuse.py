@@ -20,6 +20,7 @@ from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ShardError
 from d2i.preprocess.handover import ImageFeatures, ShardTask, SourceFile, keeps_source
+from d2i.preprocess.key_places import KeyPlaces
 from d2i.preprocess.ledger import NON_FINITE_TEXT, SCHEMA, LedgerRow, ledger_tables
 from d2i.preprocess.source_bytes import SourceBytes
 from d2i.settle import differences
@@ -98,9 +99,10 @@ class ReusedSplit:
 
     def __init__(self, url: str) -> None:
         self._reader = ShardReader(url)
-        self._keys = pa.array(self._reader.keys, pa.string())
-        tables = [table.filter(_lacks_picture(table)) for table in ledger_tables(url)]
+        self._places_of_keys = KeyPlaces(self._reader.keys)
+        tables = [table.filter(_lacks_picture(table)) for _, table in ledger_tables(url)]
         self._failures = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
+        self._places_of_failures = KeyPlaces(self._failures["key"].to_pylist())
 
     def check(self, image_part: Mapping[str, Any]) -> None:
         """Refuse pictures that were encoded otherwise.
@@ -151,7 +153,8 @@ class ReusedSplit:
 
     def _places(self, instances: Sequence[Instance], recipe: Recipe) -> dict[ImageRef, int]:
         found: dict[ImageRef, int] = {}
-        for instance, place in zip(instances, _indexes(instances, self._keys), strict=True):
+        for instance in instances:
+            place = self._places_of_keys.find(instance.key)
             if place is not None and instance.image_ref not in found:
                 sample = self._reader.read_json(place)
                 is_same = sample["source"]["ref"] == list(instance.image_ref.value)
@@ -164,7 +167,7 @@ class ReusedSplit:
         """Return the failures of before; none for a supplement, which is there to ask again."""
         if task.failed_before:
             return {}
-        places = _indexes(instances, self._failures["key"].combine_chunks())
+        places = [self._places_of_failures.find(instance.key) for instance in instances]
         return {
             instance.image_ref: LedgerRow(**self._failures.slice(place, 1).to_pylist()[0])
             for instance, place in zip(instances, places, strict=True)
@@ -176,12 +179,6 @@ def _lacks_picture(table: pa.Table) -> pa.ChunkedArray:
     """Say which instances failed for their picture: the text of the others is made anew."""
     failed = pc.not_equal(table["status"], "ok")
     return pc.and_(failed, pc.not_equal(table["reason"], NON_FINITE_TEXT))
-
-
-def _indexes(instances: Sequence[Instance], keys: pa.Array) -> list[int | None]:
-    wanted = pa.array([instance.key for instance in instances], pa.string())
-    found: list[int | None] = pc.index_in(wanted, value_set=keys).to_pylist()
-    return found
 
 
 def _source_file(json: bytes, suffix: str) -> SourceFile:

@@ -7,27 +7,32 @@ shard was made first. A finished data set is left as it is.
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from d2i import storage
 from d2i.cluster import JobFault
+from d2i.preprocess.dealt import DealtRows
 from d2i.preprocess.handover import FetchedPicture
 from d2i.preprocess.ledger import (
     LedgerRow,
     count_failures,
-    ledger_table,
+    ledger_tables,
     read_shard_ledger,
     write_ledger,
 )
-from d2i.shards import Commit, copied_samples, read_commits, write_shard
+from d2i.shards import Commit, committed_names, copied_samples, read_commits, write_shard
 
 REASON = "placeholder"
+_HASH = "sha256_hash"
 
 
 def refuse_placeholders(
@@ -50,18 +55,24 @@ def refuse_placeholders(
 
 
 def placeholders_of(split_url: str, num_same: int) -> frozenset[str]:
-    """Return the sha256 of the pictures that a split's ledger holds under many addresses."""
+    """Return the sha256 of the pictures that a split's ledger holds under many addresses.
+
+    They are counted a part of all sha256 at a time, as all pictures of a split may be too many for
+    memory.
+    """
     if not num_same:
         return frozenset()
-    columns = ["sha256", "image", "final_url"]
-    tables = [table.select(columns) for table in _ledgers(split_url)]
-    if not tables:
-        return frozenset()
-    rows = pa.concat_tables(tables)
-    asked = rows.filter(pc.and_(pc.is_valid(rows["sha256"]), pc.is_valid(rows["final_url"])))
-    counts = asked.group_by("sha256").aggregate([("image", "count_distinct")])
-    many = counts.filter(pc.greater_equal(counts["image_count_distinct"], num_same))
-    return frozenset(many["sha256"].to_pylist())
+    found: set[str] = set()
+    with tempfile.TemporaryDirectory(prefix="d2i-same-") as scratch:
+        with DealtRows(Path(scratch) / "pictures.arrow", _HASH) as dealt:
+            columns = ["sha256", "image", "final_url"]
+            for _, table in ledger_tables(split_url, columns, shards=committed_names(split_url)):
+                dealt.add(_asked_pictures(table))
+        for part in dealt.buckets():
+            counts = part.group_by("sha256").aggregate([("image", "count_distinct")])
+            many = counts.filter(pc.greater_equal(counts["image_count_distinct"], num_same))
+            found.update(many["sha256"].to_pylist())
+    return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,12 @@ def plan_withdrawals(split_url: str, num_same: int) -> list[Withdrawal]:
     placeholders = placeholders_of(split_url, num_same)
     if not placeholders:
         return []
+    commits = {commit.index: commit for commit in read_commits(split_url)}
+    columns = ["status", "final_url", "sha256"]
     return [
-        Withdrawal(split_url, commit, placeholders)
-        for commit in read_commits(split_url)
-        if any(_is_withdrawn(r, placeholders) for r in read_shard_ledger(split_url, commit.index))
+        Withdrawal(split_url, commits[number], placeholders)
+        for number, table in ledger_tables(split_url, columns, shards=commits)
+        if _has_withdrawn(table, placeholders)
     ]
 
 
@@ -129,13 +142,26 @@ class WithdrawalWorker:
         return len(withdrawn)
 
 
-def _ledgers(split_url: str) -> Iterator[pa.Table]:
-    return (ledger_table(split_url, commit.index) for commit in read_commits(split_url))
+def _asked_pictures(ledger: pa.Table) -> pa.Table:
+    """Return sha256 and address of the pictures that came from one, and what deals them out."""
+    came = pc.and_(pc.is_valid(ledger["sha256"]), pc.is_valid(ledger["final_url"]))
+    pictures = ledger.filter(came).select(["sha256", "image"])
+    digits = pc.utf8_slice_codeunits(pictures["sha256"], 0, 16).to_pylist()
+    hashes = np.frombuffer(bytes.fromhex("".join(digits)), ">u8").astype(np.uint64)
+    return pictures.append_column(_HASH, pa.array(hashes, pa.uint64()))
 
 
 def _was_asked(found: FetchedPicture) -> bool:
     """Say whether a picture came from an address: equal files are somebody's own matter."""
     return found.fetched.final_url is not None
+
+
+def _has_withdrawn(ledger: pa.Table, placeholders: Set[str]) -> bool:
+    """Say whether `_is_withdrawn` is true of a row."""
+    known = pa.array(sorted(placeholders), pa.string())
+    was_written = pc.and_(pc.equal(ledger["status"], "ok"), pc.is_valid(ledger["final_url"]))
+    is_known = pc.is_in(ledger["sha256"], value_set=known)
+    return bool(pc.any(pc.and_(was_written, is_known)).as_py())
 
 
 def _is_withdrawn(row: LedgerRow, placeholders: Set[str]) -> bool:

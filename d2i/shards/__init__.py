@@ -4,7 +4,7 @@ A data set is one folder, one split of a corpus: plain WebDataset tars, an Arrow
 record beside each, and a manifest with its own sha256. Imports neither torch nor ray.
 """
 
-from d2i.shards.commit import ArrayInfo, Commit, FileInfo, read_commits
+from d2i.shards.commit import ArrayInfo, Commit, FileInfo, committed_names, read_commits
 from d2i.shards.copy import copied_samples, intact_samples
 from d2i.shards.folder import find_data_sets
 from d2i.shards.manifest import (
@@ -53,6 +53,7 @@ __all__ = [
     "broken_keys",
     "check_json",
     "check_metadata",
+    "committed_names",
     "copied_samples",
     "find_data_sets",
     "find_evidence",

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from d2i.errors import ConfigError, D2IError
 from d2i.shards.commit import Commit
 from d2i.shards.copies import Copies, copy_name
 from d2i.shards.index import Index, read_index
-from d2i.shards.mapped import MappedShard, in_words, open_shard
+from d2i.shards.mapped import MappedShard, in_words, max_mapped_shards, open_shard
 
 _NUM_FETCHERS = 4
 
@@ -41,7 +42,7 @@ class CachedShards:
     about a hundredth of their tars.
 
     A shard is mapped, and held against all others, while it is read or wanted; where there is no
-    bound, from then on.
+    bound, from then on, as long as a process may have so many maps.
 
     Args:
         url: The data set's folder.
@@ -62,6 +63,8 @@ class CachedShards:
         self._copies = Copies(url, folder)
         self._names = [copy_name(commit.tar_name, commit.tar) for commit in commits]
         self._numbers = {name: number for number, name in enumerate(self._names)}
+        self._max_mapped = max_mapped_shards()
+        # In the order of their opening.
         self._indexes: dict[int, Index] = {}
         self._index_lock = threading.Lock()
         # Guards all below.
@@ -78,6 +81,8 @@ class CachedShards:
         if index is None:
             with self._index_lock:
                 index = self._indexes.get(number) or self._open_index(self._commits[number])
+                while len(self._indexes) >= self._max_mapped:
+                    del self._indexes[next(iter(self._indexes))]
                 self._indexes[number] = index
         return index
 
@@ -96,9 +101,10 @@ class CachedShards:
         """Fetch shards in the background, the first one first, in place of those wanted before.
 
         What fails is left to whoever reads the shard, and gets the error; it is tried again when
-        this is called again.
+        this is called again. Of very many, only as many as may be mapped are wanted.
         """
-        wanted = {number: place for place, number in enumerate(dict.fromkeys(numbers))}
+        first = islice(dict.fromkeys(numbers), self._max_mapped)
+        wanted = {number: place for place, number in enumerate(first)}
         with self._changed:
             if wanted != self._wanted:
                 self._wanted = wanted
@@ -160,6 +166,7 @@ class CachedShards:
                 else:
                     self._held[number] = held
                     self._let_go_if_idle(number)
+                    self._let_go_surplus()
                 self._changed.notify_all()
         return held
 
@@ -167,6 +174,17 @@ class CachedShards:
         """Let others remove a shard that is neither read nor wanted here, if there is a bound."""
         held = self._held[number]
         if self._max_bytes is not None and not held.num_users and number not in self._wanted:
+            self._let_go(number)
+
+    def _let_go_surplus(self) -> None:
+        """Unmap what was opened longest ago, and is idle, where too many are mapped."""
+        surplus = max(0, len(self._held) - self._max_mapped)
+        idle = (
+            number
+            for number, held in self._held.items()
+            if not held.num_users and number not in self._wanted
+        )
+        for number in list(islice(idle, surplus)):
             self._let_go(number)
 
     def _let_go(self, number: int) -> None:

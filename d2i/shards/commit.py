@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d2i import storage
 from d2i.errors import ShardError
 from d2i.shards.sample import check_shape
 
 COMMIT_SUFFIX = ".commit.json"
+_SHARD_NAME = re.compile(r"\d{6}-[0-9a-f]{16}")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -49,6 +52,19 @@ class ArrayInfo(JsonRecord):
     shape: tuple[Annotated[int, Field(ge=1)], ...]
 
 
+Arrays = dict[Literal["moments", "clip", "tokens", "text"], ArrayInfo]
+
+
+def _the_same(arrays: Arrays) -> Arrays:
+    """Give one object for equal arrays: all shards of a data set have the same."""
+    return _only_arrays(tuple(arrays.items()))
+
+
+@lru_cache(maxsize=64)
+def _only_arrays(items: tuple[tuple[Any, ArrayInfo], ...]) -> Arrays:
+    return dict(items)
+
+
 class Commit(JsonRecord):
     """What one shard holds.
 
@@ -72,7 +88,7 @@ class Commit(JsonRecord):
     fingerprint_sha256: Sha256 | None = None
     tar: FileInfo
     index_file: FileInfo
-    arrays: dict[Literal["moments", "clip", "tokens", "text"], ArrayInfo]
+    arrays: Annotated[Arrays, AfterValidator(_the_same)]
 
     @property
     def tar_name(self) -> str:
@@ -133,21 +149,38 @@ def parse_record(kind: type[Record], data: bytes, url: str) -> Record:
     return record
 
 
-def read_commits(out_url: str) -> list[Commit]:
-    """Read the commit records of a data set, in index order: the shards that exist.
+def committed_names(out_url: str) -> dict[int, str]:
+    """Name the shards that exist by their index, in its order, without a look at their records.
 
     Where two attempts at one shard both committed with different bytes, the one whose name
     sorts first counts, so that every reader chooses the same.
 
     Raises:
+        ShardError: If a record's name is that of no shard.
+    """
+    names: dict[int, str] = {}
+    for file_name in storage.list_names(out_url):
+        if file_name.endswith(COMMIT_SUFFIX):
+            name = file_name.removesuffix(COMMIT_SUFFIX)
+            if _SHARD_NAME.fullmatch(name) is None:
+                url = storage.join(out_url, file_name)
+                raise ShardError(f"{url} is the record of no shard; remove the file")
+            names.setdefault(int(name[:6]), name)
+    return names
+
+
+def read_commits(out_url: str) -> list[Commit]:
+    """Read the records of `committed_names`, in index order.
+
+    Raises:
         ShardError: If a record is damaged. Remove that file and run the same command again.
     """
-    commits: dict[int, Commit] = {}
-    for name in storage.list_names(out_url):
-        if name.endswith(COMMIT_SUFFIX):
-            url = storage.join(out_url, name)
-            commit = parse_record(Commit, storage.read_bytes(url), url)
-            if commit.commit_name != name:
-                raise ShardError(f"{url} is the record of {commit.name}; remove the file")
-            commits.setdefault(commit.index, commit)
-    return [commits[index] for index in sorted(commits)]
+    names = committed_names(out_url).values()
+    urls = [storage.join(out_url, name + COMMIT_SUFFIX) for name in names]
+    commits = []
+    for name, url, data in zip(names, urls, storage.read_each(urls), strict=True):
+        commit = parse_record(Commit, data, url)
+        if commit.name != name:
+            raise ShardError(f"{url} is the record of {commit.name}; remove the file")
+        commits.append(commit)
+    return commits

@@ -22,6 +22,7 @@ _CLAIMS_NAME = ".d2i-claims"
 # What else lies in the folder is not ours: a data set's own files end otherwise.
 _TAR_SUFFIX = ".d2i-tar"
 _INDEX_SUFFIX = ".d2i-index"
+_INDEX_FOLDER = "indexes"
 
 
 class Copies:
@@ -67,7 +68,7 @@ class Copies:
             mapped = self._map_sound(copy, info)
             if mapped is None:
                 self._fetch(name, copy, info)
-                mapped = map_file(self._folder / copy)
+                mapped = map_file(self._path(copy))
             self._claims.share(copy)
         self._seen.add(copy)
         return mapped
@@ -76,14 +77,14 @@ class Copies:
         """Give up the claim on a copy, which is no longer mapped here."""
         # Last used now, as all that share the folder see.
         with contextlib.suppress(FileNotFoundError):
-            os.utime(self._folder / copy)
+            os.utime(self._path(copy))
         self._claims.drop(copy)
 
     def remove(self, copy: str) -> bool:
         """Remove a copy, and what is left of fetching it, unless it is claimed; say whether."""
         with self._claims.trying_to_own(_making(copy), copy) as is_free:
             if is_free:
-                for path in (self._folder / copy, self._scratch(copy)):
+                for path in (self._path(copy), self._scratch(copy)):
                     path.unlink(missing_ok=True)
         return is_free
 
@@ -100,12 +101,12 @@ class Copies:
     def last_use_ns(self, copy: str) -> int:
         """Give the time when a copy was last mapped or let go; 0 for what is left of a fetch."""
         try:
-            return (self._folder / copy).stat().st_mtime_ns
+            return self._path(copy).stat().st_mtime_ns
         except FileNotFoundError:
             return 0
 
     def _map_sound(self, copy: str, info: FileInfo) -> Any | None:
-        path = self._folder / copy
+        path = self._path(copy)
         try:
             if path.stat().st_size != info.size_bytes:
                 return None
@@ -120,19 +121,24 @@ class Copies:
     def _fetch(self, name: str, copy: str, info: FileInfo) -> None:
         # One name for all attempts: what a killed one left is written over, or makes room.
         scratch = self._scratch(copy)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        scratch.parent.mkdir(parents=True, exist_ok=True)
         try:
             storage.download(storage.join(self._url, name), scratch)
             with scratch.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
                     raise ShardError(f"{name} was fetched with another sha256 than the manifest's")
             # Not flushed: what a power failure leaves of it is noticed by whoever maps it next.
-            scratch.replace(self._folder / copy)
+            scratch.replace(self._path(copy))
         finally:
             scratch.unlink(missing_ok=True)
 
+    def _path(self, copy: str) -> Path:
+        # All indexes stay: beside the tars they would be looked through whenever those make room.
+        folder = self._folder / _INDEX_FOLDER if copy.endswith(_INDEX_SUFFIX) else self._folder
+        return folder / copy
+
     def _scratch(self, copy: str) -> Path:
-        return self._folder / f".{copy}{storage.TEMPORARY_SUFFIX}"
+        return self._path(copy).with_name(f".{copy}{storage.TEMPORARY_SUFFIX}")
 
 
 def copy_name(name: str, info: FileInfo) -> str:

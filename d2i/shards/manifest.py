@@ -26,6 +26,7 @@ from d2i.shards.commit import (
     FileInfo,
     JsonRecord,
     canonical_json,
+    committed_names,
     fingerprint_sha256,
     parse_record,
     read_commits,
@@ -63,6 +64,16 @@ class Manifest(JsonRecord):
     arrays: dict[Literal["moments", "clip", "tokens", "text"], ArrayInfo]
     files: dict[Literal["empty_tokens.npy", "empty_text.npy"], FileInfo]
     shards: tuple[Commit, ...]
+
+    def to_bytes(self) -> bytes:
+        """Encode as canonical JSON, one shard after the other: all at once take ten times that."""
+        rest = canonical_json(self.model_dump(mode="json", exclude={"shards"}) | {"shards": []})
+        if not self.shards:
+            return rest
+        # Only the size comes after it, whatever the fingerprint holds.
+        before, _, after = rest.rpartition(b"[]")
+        records = (shard.to_bytes().rstrip().replace(b"\n", b"\n  ") for shard in self.shards)
+        return b"".join((before, b"[\n  ", b",\n  ".join(records), b"\n ]", after))
 
     @property
     def sha256(self) -> str:
@@ -180,25 +191,25 @@ def remove_uncommitted(out_url: str) -> list[str]:
         The names removed.
     """
     storage.remove_leftovers(out_url)
-    return remove_other_shards(out_url, read_commits(out_url))
+    return remove_other_shards(out_url, committed_names(out_url).values())
 
 
-def remove_other_shards(out_url: str, commits: Iterable[Commit]) -> list[str]:
+def remove_other_shards(out_url: str, shard_names: Iterable[str]) -> list[str]:
     """Remove the files of every shard but these, and none that is named otherwise.
 
     Returns:
         The names removed.
     """
-    stray = other_shard_files(out_url, commits)
+    stray = other_shard_files(out_url, shard_names)
     # Commit records first, so that no record is ever left without its tar.
     for name in sorted(stray, key=lambda name: not name.endswith(COMMIT_SUFFIX)):
         storage.remove(storage.join(out_url, name))
     return stray
 
 
-def other_shard_files(out_url: str, commits: Iterable[Commit]) -> list[str]:
+def other_shard_files(out_url: str, shard_names: Iterable[str]) -> list[str]:
     """Give the names of the files of every shard but these."""
-    kept = {commit.name + suffix for commit in commits for suffix in SHARD_SUFFIXES}
+    kept = {name + suffix for name in shard_names for suffix in SHARD_SUFFIXES}
     found = [name for name in storage.list_names(out_url) if _SHARD_FILE.fullmatch(name)]
     return [name for name in found if name not in kept]
 
@@ -257,10 +268,10 @@ def _check_fingerprints(shards: Sequence[Commit], fingerprint: Mapping[str, Any]
 
 
 def _empty_files(out_url: str) -> Iterator[tuple[str, FileInfo]]:
-    present = storage.list_names(out_url)
     for name in EMPTY_NAMES:
-        if name in present:
-            data = storage.read_bytes(storage.join(out_url, name))
+        url = storage.join(out_url, name)
+        if storage.exists(url):
+            data = storage.read_bytes(url)
             check_array(EMPTY_NAMES[name], data)
             yield name, file_info(data)
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ from d2i.shards.index import Index, IndexRow, read_index
 from d2i.shards.sample import MEMBERS, NPY_HEADER_SIZE_BYTES, npy_header, npy_size_bytes
 from d2i.shards.tar import BLOCK_SIZE_BYTES
 from d2i.shards.tar import header_form as tar_header_form
+
+_USUAL_MAX_MAPS = 65_530
 
 
 class MappedArray:
@@ -45,7 +48,8 @@ class MappedArray:
             raise ShardError(
                 f"the index has {self._suffix} members absent or not of shape {array.shape}"
             )
-        self._starts: NDArray[np.uint64] = offsets + np.uint64(NPY_HEADER_SIZE_BYTES)
+        # Of the mapped file itself: a copy would take eight bytes a sample of all shards.
+        self._offsets: NDArray[np.uint64] = offsets
         self._unchecked: NDArray[np.bool_] | None = np.ones(len(index), np.bool_)
         self._tar_header = tar_header_form(size_bytes)
         self._npy_header = npy_header(array.dtype, array.shape)
@@ -56,7 +60,7 @@ class MappedArray:
         Raises:
             ShardError: If the headers before them are not the ones that d2i writes.
         """
-        starts: list[int] = self._starts[rows].tolist()
+        starts: list[int] = (self._offsets[rows] + np.uint64(NPY_HEADER_SIZE_BYTES)).tolist()
         unchecked = self._unchecked
         if unchecked is not None and unchecked[rows].any():
             for row, start in zip(rows.tolist(), starts, strict=True):
@@ -108,7 +112,7 @@ class Shards(Protocol):
 
 
 class LocalShards:
-    """The shards of a folder, each mapped when it is first touched.
+    """The shards of a folder, each mapped when it is touched; those used last stay mapped.
 
     Holds no lock, so that forks and pickles are of use: of threads that touch a shard at once each
     maps it, and one map stays.
@@ -117,37 +121,48 @@ class LocalShards:
     def __init__(self, folder: Path, commits: Sequence[Commit]) -> None:
         self._folder = folder
         self._commits = commits
-        self._indexes: dict[int, Index] = {}
-        self._open: dict[int, MappedShard] = {}
+        most = max_mapped_shards()
+        # Of functions, not of methods: those would keep this object, and its maps, alive.
+        self._index = lru_cache(most)(partial(_map_index, folder, commits))
+        self._shard = lru_cache(most)(partial(_map_shard, folder, commits, self._index))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalShards, (self._folder, self._commits)
 
     def index(self, number: int) -> Index:
         """Give the index of a shard."""
-        index = self._indexes.get(number)
-        if index is None:
-            index = self._indexes.setdefault(number, self._open_index(self._commits[number]))
-        return index
+        return self._index(number)
 
     def using(self, number: int) -> AbstractContextManager[MappedShard]:
-        """Give a shard, which stays mapped."""
-        shard = self._open.get(number)
-        if shard is None:
-            mapped = self._map(self._commits[number], self.index(number))
-            shard = self._open.setdefault(number, mapped)
-        return nullcontext(shard)
+        """Give a shard, which stays mapped at least until it is left."""
+        return nullcontext(self._shard(number))
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Nothing is fetched: all is here."""
 
-    def _open_index(self, commit: Commit) -> Index:
-        with in_words(str(self._folder), commit):
-            return open_index(commit, map_file(self._folder / commit.index_name))
 
-    def _map(self, commit: Commit, index: Index) -> MappedShard:
-        with in_words(str(self._folder), commit):
-            return open_shard(commit, map_file(self._folder / commit.tar_name), index)
+def max_mapped_shards() -> int:
+    """Say how many shards of a data set may be mapped at once.
+
+    Linux bounds the maps of a process, and each shard has two. Two data sets may be read, and a
+    fifth is left for libraries.
+    """
+    bound = Path("/proc/sys/vm/max_map_count")
+    return int(bound.read_text() if bound.exists() else _USUAL_MAX_MAPS) // 5
+
+
+def _map_index(folder: Path, commits: Sequence[Commit], number: int) -> Index:
+    commit = commits[number]
+    with in_words(str(folder), commit):
+        return open_index(commit, map_file(folder / commit.index_name))
+
+
+def _map_shard(
+    folder: Path, commits: Sequence[Commit], index: Callable[[int], Index], number: int
+) -> MappedShard:
+    commit = commits[number]
+    with in_words(str(folder), commit):
+        return open_shard(commit, map_file(folder / commit.tar_name), index(number))
 
 
 @contextmanager

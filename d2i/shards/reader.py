@@ -75,6 +75,8 @@ class ShardReader:
             _check_fingerprint(self.url, self.manifest, expect_fingerprint)
         counts = [shard.num_samples for shard in self.manifest.shards]
         self._starts = [0, *accumulate(counts)][:-1]
+        # For batches, which would make one of the list each; a single sample is found in the list.
+        self._start_array = np.array(self._starts, np.int64)
         self._shards = self._find_shards(cache_dir, cache_gb)
         self.keys: Sequence[str] = _Keys(self._shards, self._starts, len(self))
 
@@ -209,7 +211,7 @@ class ShardReader:
         if not len(positions):
             return
         places = np.argsort(positions, kind="stable")
-        numbers = np.searchsorted(self._starts, positions[places], side="right") - 1
+        numbers = np.searchsorted(self._start_array, positions[places], side="right") - 1
         for part in np.split(places, np.flatnonzero(np.diff(numbers)) + 1):
             yield _locate(self._starts, int(positions[part[0]]))[0], part
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from array import array
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from d2i import storage
+from d2i.ahead import work_ahead
 from d2i.errors import ShardError
 from d2i.shards import tar
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo
@@ -81,18 +84,15 @@ def verify(
     except (ShardError, OSError) as err:
         return VerifyReport(0, 0, (ShardProblem(MANIFEST_NAME, "manifest", str(err)),))
     problems = [*_unlisted(url, manifest), *_check_files(url, manifest)]
-    keys: dict[str, Any] = {}
-    with ThreadPoolExecutor(num_workers) as pool:
-        check = _ShardCheck
-        checks = [pool.submit(check.run, check(url, shard)) for shard in manifest.shards]
-        for done, finished in enumerate(as_completed(checks), start=1):
-            result = finished.result()
-            problems += result.problems
-            if result.index is not None:
-                keys[result.shard.tar_name] = result.index.keys
-            if on_progress is not None:
-                on_progress(done, len(checks))
-    problems += _duplicates(keys)
+    checks = (_ShardCheck(url, shard) for shard in manifest.shards)
+    key_hashes = array("q")
+    for done, check in enumerate(work_ahead(_ShardCheck.run, checks, num_workers), start=1):
+        problems += check.problems
+        if check.index is not None:
+            key_hashes.extend(map(hash, check.index.keys.to_pylist()))
+        if on_progress is not None:
+            on_progress(done, len(manifest.shards))
+    problems += _duplicates(url, manifest, key_hashes)
     problems.sort(key=lambda problem: (problem.file, problem.reason))
     return VerifyReport(len(manifest.shards), manifest.num_samples, tuple(problems))
 
@@ -120,6 +120,12 @@ class _ShardCheck:
             except OSError as err:
                 self._add(name, "unreadable", str(err))
         return self
+
+    def read_index(self) -> Index | None:
+        """Read the index alone; None where there is none that can be read."""
+        with suppress(OSError):
+            self._check_index(self.shard.index_name)
+        return self.index
 
     def _add(self, file: str, reason: str, detail: str) -> None:
         self.problems.append(ShardProblem(file, reason, detail))
@@ -256,8 +262,24 @@ def _check_files(url: str, manifest: Manifest) -> Iterator[ShardProblem]:
             yield ShardProblem(name, "member", str(err))
 
 
-def _duplicates(keys: dict[str, Any]) -> Iterator[ShardProblem]:
-    """Find keys that several samples share, within a shard or across shards."""
+def _duplicates(url: str, manifest: Manifest, key_hashes: array[int]) -> Iterator[ShardProblem]:
+    """Find keys that several samples share, within a shard or across shards.
+
+    The keys themselves are read again, and only those of which another may be the same: of all
+    samples together they may be too many for memory.
+    """
+    hashes = np.frombuffer(key_hashes, np.int64)
+    hashes.sort()
+    repeated_hashes = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+    if not repeated_hashes:
+        return
+    keys: dict[str, pa.Array] = {}
+    for shard in manifest.shards:
+        index = _ShardCheck(url, shard).read_index()
+        found = index.keys.to_pylist() if index else []
+        keys[shard.tar_name] = pa.array(
+            [key for key in found if hash(key) in repeated_hashes], pa.string()
+        )
     counts = pc.value_counts(pa.chunked_array(list(keys.values()), pa.string()))
     repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     if not len(repeated):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -31,7 +31,7 @@ class DataOrder:
     kind: Literal["global", "blocked"] = "global"
     num_window_shards: int = 1
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         """Samples of an epoch."""
         return sum(self.shard_sizes)
@@ -44,10 +44,10 @@ class DataOrder:
             first = epoch * num_samples
             low, high = max(start - first, 0), min(end - first, num_samples)
             parts.append(self.epoch(epoch)[low:high])
-        return np.concatenate(parts)
+        return np.concatenate(parts).astype(np.int64)
 
-    def epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Return all samples in the order of an epoch, int64 (num_samples,), read-only."""
+    def epoch(self, epoch: int) -> NDArray[np.uint32]:
+        """Return all samples in the order of an epoch, uint32 (num_samples,), read-only."""
         if self.kind == "global":
             return _permutation(self.num_samples, self.seed, epoch)
         return _blocked(self.shard_sizes, self.num_window_shards, self.seed, epoch)
@@ -86,20 +86,28 @@ class DataOrder:
         return np.split(mine, num_micro_batches)
 
 
-@lru_cache(maxsize=2)
-def _permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return _frozen(np.random.default_rng([seed, epoch, num_samples]).permutation(num_samples))
+# One epoch is held, of 4 bytes a sample: a step that ends one begins the next.
+@lru_cache(maxsize=1)
+def _permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.uint32]:
+    order = np.arange(num_samples, dtype=np.uint32)
+    np.random.default_rng([seed, epoch, num_samples]).shuffle(order)
+    return _frozen(order)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _blocked(
     shard_sizes: Sequence[int], num_window_shards: int, seed: int, epoch: int
-) -> NDArray[np.int64]:
+) -> NDArray[np.uint32]:
     windows, random = _windows(shard_sizes, num_window_shards, seed, epoch)
-    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    parts = [np.concatenate([np.arange(starts[s], starts[s + 1]) for s in w]) for w in windows]
-    order = np.concatenate([random.permutation(part) for part in parts])
-    return _frozen(order.astype(np.int64))
+    stops = np.cumsum(shard_sizes)
+    order = np.empty(stops[-1], np.uint32)
+    begin = 0
+    for window in windows:
+        parts = [np.arange(stops[s] - shard_sizes[s], stops[s]) for s in window]
+        num = sum(map(len, parts))
+        order[begin : begin + num] = random.permutation(np.concatenate(parts))
+        begin += num
+    return _frozen(order)
 
 
 @lru_cache(maxsize=4)
@@ -108,7 +116,8 @@ def _window_ends(
 ) -> tuple[tuple[NDArray[np.int64], ...], NDArray[np.int64]]:
     """Return the shards of each window of an epoch, and at which sample each window ends."""
     windows, _ = _windows(shard_sizes, num_window_shards, seed, epoch)
-    return windows, np.cumsum([np.take(shard_sizes, window).sum() for window in windows])
+    sizes = np.array(shard_sizes)
+    return windows, np.cumsum([sizes[window].sum() for window in windows])
 
 
 def _windows(
@@ -121,6 +130,6 @@ def _windows(
     return tuple(shards[first : first + num_window_shards] for first in firsts), random
 
 
-def _frozen(order: NDArray[np.int64]) -> NDArray[np.int64]:
+def _frozen(order: NDArray[np.uint32]) -> NDArray[np.uint32]:
     order.flags.writeable = False
     return order

@@ -121,6 +121,7 @@ def test_equal_files_are_no_placeholders(tmp_path: Path, settings: list[str]) ->
 STREAM = """
 import json, resource, sys
 from d2i.cluster import share
+from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import ShardTask
@@ -131,7 +132,7 @@ from d2i.recipes import resolve_recipe
 source, out = sys.argv[1:3]
 recipe = resolve_recipe("demo", ["image.resolution=256", "preprocess.num_samples_per_shard=1000"])
 make_plan(PlanRequest("jsonl", source, "test", recipe), out)
-hosts = share(host_book(recipe.fetch), num_workers=0)
+hosts = share_books(host_book(recipe.fetch), num_workers=0)
 pictures = PictureSource(source, recipe.fetch, NO_ACCESS, hosts)
 worker = FetchWorkerBuilder(pictures, recipe, share(Tally(), num_workers=0))()
 num = sum(len(block) for block in worker.stream(ShardTask(out, 0)))

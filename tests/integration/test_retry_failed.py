@@ -74,6 +74,8 @@ def test_what_fails_again_is_no_trouble_of_our_own(tmp_path: Path, settings: lis
         again = preprocess("jsonl", source, out, "--retry-failed", *extra)["test"]
         assert first["failures"] == again["failures"] == {"connect": 10}
         assert list(reasons(out).values()).count("connect") == 10
+        # And once more, beside a shard whose rows went into those of the ones it mends.
+        assert preprocess("jsonl", source, out, "--retry-failed", *extra)["test"] == again
 
         (out / "test" / "plan" / "supplements.json").unlink()
         lost = run_process(

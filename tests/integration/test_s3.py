@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from d2i import storage
@@ -161,6 +162,29 @@ def test_a_store_that_is_not_there_is_one_clear_line(
 
 
 @pytest.mark.usefixtures("front")
+def test_how_many_requests_a_file_costs(front: Front) -> None:
+    """Some more are those that the store refuses."""
+    names = [f"s3://chats/small/{number}" for number in range(60)]
+    contents = [name.encode() for name in names]
+    storage.write_bytes("s3://chats/small/first", b"")
+    asked = [front.done["asked"]]
+    for name, content in zip(names, contents, strict=True):
+        storage.write_bytes(name, content)
+    asked.append(front.done["asked"])
+    assert read(names) == contents
+    asked.append(front.done["asked"])
+    writing, reading = np.diff(asked) / len(names)
+    assert 1 <= writing < 1.3
+    # s3fs asks for a file's size before it reads it.
+    assert 2 <= reading < 2.6
+    with pytest.raises(FileNotFoundError):
+        read([*names, "s3://chats/small/none"])
+
+
+def read(urls: list[str]) -> list[bytes]:
+    return list(storage.read_each(urls))
+
+
 def test_a_mistyped_bucket_is_refused_at_once_and_not_made() -> None:
     done = run_process(
         *("preprocess", "--corpus", "mmdialog", "--source", SOURCE),

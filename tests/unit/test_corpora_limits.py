@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from d2i.cluster import share
 from d2i.config import DialogConfig, FetchConfig
 from d2i.corpora import read_instances
 from d2i.corpora.survey import survey_split
 from d2i.errors import ConfigError, DataError
 from d2i.picture_files import read_picture
 from d2i.pictures import RefusedPictureError
+from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
 from d2i.preprocess.plan import PlanRequest, make_plan
 from d2i.recipes import load_recipe
@@ -172,7 +172,9 @@ def test_no_name_of_a_picture_leads_a_mirror_elsewhere(tmp_path: Path) -> None:
         host = f"127.0.0.1:{s.port}"
         config = FetchConfig(mirror=f"http://{host}/pub/{{path}}")
         access = Access(allow_hosts=frozenset({host}))
-        mirror = PictureSource("", config, access, share(host_book(config, access), num_workers=0))
+        mirror = PictureSource(
+            "", config, access, share_books(host_book(config, access), num_workers=0)
+        )
         found = dict(mirror.fetch(refs, lambda ref, one: (ref.value[0], one.data)))
         assert found == dict.fromkeys(names[:3]) | {"50%.jpg": JPEG}
         assert all(path.startswith("/pub/") for path in s.asked)

@@ -23,6 +23,7 @@ from d2i.eval.bootstrap import (
 from d2i.eval.metrics import compute_fid, compute_scores
 from d2i.eval.prompts import partners
 from d2i.eval.recall import draw_negatives, true_ranks
+from d2i.eval.scores import Measured, score
 from d2i.eval.systems.pipeline import last_words
 from d2i.eval.tasks import EvalTask, plan_tasks
 from d2i.tokenize import encode
@@ -116,6 +117,45 @@ def test_a_resample_keeps_pictures_with_their_instances() -> None:
     assert (resamples.real.sum(axis=1) == 6).all()
     assert np.array_equal(resamples.fake, resamples.real[:, drawn])
     assert np.array_equal(resamples.real, draw_resamples(6, drawn).real)
+
+
+def test_a_part_of_very_many_instances_tells_the_intervals_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num = 600
+    measured = measured_of(num)
+    of_all = score(measured)
+    monkeypatch.setattr("d2i.eval.scores._MAX_RESAMPLED", num // 2)
+    of_part = score(measured)
+    assert of_part["scores"] == of_all["scores"]
+    assert f"{num // 2} of {num} instances" in " ".join(of_part["warnings"])
+    # 200 resamples know a deviation to 5 %, half of the features about as well.
+    for name, (low, high) in of_all["intervals"].items():
+        width = np.diff(of_part["intervals"][name])[0]
+        assert width == pytest.approx(high - low, rel=0.3), name
+    assert set(of_part["intervals"]) == set(of_all["intervals"])
+
+
+def measured_of(num: int) -> Measured:
+    """Random features of instances, of which one in ten has no picture."""
+    dice = np.random.default_rng(0)
+    reasons = np.where(dice.random(num) < 0.1, "refused", "")
+    num_drawn = np.count_nonzero(reasons == "")
+    real_embeddings = dice.standard_normal((num, 6))
+    near = real_embeddings[reasons == ""]
+    return Measured(
+        {
+            "keys": np.array([f"test-{number}-0-0" for number in range(num)]),
+            "reasons": reasons,
+            "sources": np.array(["memory"] * num),
+            "is_flat": np.zeros(num, bool),
+            "real_features": dice.standard_normal((num, 4)).astype(np.float32),
+            "features": dice.standard_normal((num_drawn, 4)).astype(np.float32) + 0.8,
+            "logits": 2 * dice.standard_normal((num_drawn, 6)).astype(np.float32),
+            "real_embeddings": real_embeddings.astype(np.float32),
+            "embeddings": (near + dice.standard_normal(near.shape)).astype(np.float32),
+        }
+    )
 
 
 def test_an_interval_needs_a_score_and_a_deviation() -> None:

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from d2i.cluster import share
 from d2i.preprocess.fetch.addresses import AddressFetcher, Courtesy
 from d2i.preprocess.fetch.body import BodyLimits
+from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.connect import Straight
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.guard import allowed_hosts
@@ -36,10 +36,10 @@ def fetcher(
     limits = Limits(timeout_s, 5.0, BodyLimits(1000, 1.0), "d2i test", allowed_hosts(hosts))
     book = HostBook(HostLimits(requests_per_s, 3, 60.0, 60.0, num_trouble_hosts=20))
     route = Straight(Resolver(dns_server))
-    shared = share(book, num_workers=0)
+    books = share_books(book, num_workers=0)
     nothing = KnownPlaceholders(frozenset())
     slots = threading.Semaphore(num_slots)
-    return AddressFetcher(limits, Courtesy(num_attempts, 60.0), route, shared, nothing, slots)
+    return AddressFetcher(limits, Courtesy(num_attempts, 60.0), route, books, nothing, slots)
 
 
 def test_peace_is_kept_by_those_who_already_wait_for_their_turn() -> None:
@@ -135,7 +135,7 @@ def test_a_host_that_sends_us_nowhere_is_no_trouble_of_our_own() -> None:
         found = [asked.fetch([f"http://{host}{path}"], deadline) for path in answers]
     assert {one.reason for one in found} == {"no_such_host"}
     assert found[3].final_url == "http://no3.test/x.jpg"
-    assert asked.hosts.call("trouble") is None
+    assert asked.hosts.trouble(of_names=False) is None
 
 
 def test_a_redirect_to_where_none_may_ask_is_not_the_fault_of_who_sends_us_there() -> None:
@@ -151,7 +151,7 @@ def test_a_redirect_to_where_none_may_ask_is_not_the_fault_of_who_sends_us_there
     assert {(one.reason, one.final_url, one.attempts) for one in found} == {
         ("refused_address", "https://a.test:8443/y", 1)
     }
-    assert asked.hosts.call("trouble") is None
+    assert asked.hosts.trouble(of_names=False) is None
 
 
 def test_who_sends_us_on_cannot_have_another_host_left_alone() -> None:
@@ -166,10 +166,10 @@ def test_who_sends_us_on_cannot_have_another_host_left_alone() -> None:
         deadline = time.monotonic() + 60.0
         for _ in range(4):
             assert asked.fetch([f"http://{sender}/x"], deadline).reason == "timeout"
-        assert asked.hosts.call("reserve", victim, 60.0) is not None
+        assert asked.hosts.of(victim).call("reserve", victim, 60.0) is not None
         for _ in range(3):
             assert asked.fetch([f"http://{victim}/x"], deadline).reason == "timeout"
-        assert asked.hosts.call("reserve", victim, 60.0) is None
+        assert asked.hosts.of(victim).call("reserve", victim, 60.0) is None
 
 
 def test_only_so_many_requests_are_under_way_and_who_waits_for_a_turn_is_none() -> None:
@@ -195,7 +195,7 @@ def test_only_so_many_requests_are_under_way_and_who_waits_for_a_turn_is_none() 
     ):
         free, busy = f"127.0.0.1:{web.port}", f"127.0.0.1:{other.port}"
         asked = fetcher(free, busy, requests_per_s=1000.0, num_slots=2)
-        asked.hosts.call("report", busy, "reached", retry_after_s=5.0)
+        asked.hosts.of(busy).call("report", busy, "reached", retry_after_s=5.0)
         deadline = time.monotonic() + 60.0
 
         def fetch(host: str) -> Fetched:

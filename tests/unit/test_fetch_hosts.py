@@ -6,12 +6,16 @@ import pickle
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from d2i.cluster import share
-from d2i.preprocess.fetch.hosts import HostBook, HostLimits, Outcome
+from d2i.preprocess.fetch.books import HostBooks, share_books
+from d2i.preprocess.fetch.hosts import HostBook, HostLimits, Outcome, trouble_in
 from d2i.preprocess.fetch.reasons import is_passing
 
 PATIENCE_S = 1000.0
+OUTCOMES: list[Outcome] = ["reached", "unreached", "unnamed"]
 
 
 def book(
@@ -31,6 +35,11 @@ def reserved(hosts: HostBook, host: str) -> float:
     wait_s = hosts.reserve(host, PATIENCE_S)
     assert wait_s is not None
     return wait_s
+
+
+def trouble(hosts: HostBook, *, of_names: bool = False) -> str | None:
+    signs = hosts.signs(of_names=of_names)
+    return trouble_in([signs], hosts.limits.num_trouble_hosts, of_names=of_names)
 
 
 def test_turns_of_one_host_are_apart_and_hosts_do_not_wait_for_each_other() -> None:
@@ -74,13 +83,13 @@ def test_who_waits_for_a_turn_learns_that_peace_was_asked_for() -> None:
 def test_a_proxy_that_is_down_is_our_own_trouble_and_no_hosts() -> None:
     hosts = book()
     for _ in range(3):
-        assert hosts.trouble() is None
+        assert trouble(hosts) is None
         assert hosts.reserve("a", PATIENCE_S) is not None
         hosts.report_proxy_unreached()
-    assert "the proxy could not be reached 3 times" in str(hosts.trouble())
+    assert "the proxy could not be reached 3 times" in str(trouble(hosts))
     assert hosts.reserve("a", PATIENCE_S) is None
     hosts.report("a", "reached")
-    assert hosts.trouble() is None
+    assert trouble(hosts) is None
 
 
 def test_a_host_is_dead_after_failures_in_a_row_for_a_while() -> None:
@@ -99,17 +108,17 @@ def test_a_host_is_dead_after_failures_in_a_row_for_a_while() -> None:
 def test_a_mirror_is_one_host_and_all_pictures() -> None:
     hosts = HostBook(book().limits, mirror="m")
     hosts.report("other", "unreached")
-    assert hosts.trouble() is None
+    assert trouble(hosts) is None
     hosts.report("m", "unnamed")
-    assert "the mirror m could not be reached" in str(hosts.trouble())
-    assert hosts.trouble(of_names=True) == hosts.trouble()
+    assert "the mirror m could not be reached" in str(trouble(hosts))
+    assert trouble(hosts, of_names=True) == trouble(hosts)
     # One that has answered may miss a deadline.
     for outcome in ("reached", "unreached", "unreached"):
         hosts.report("m", outcome)
-        assert hosts.trouble() is None
+        assert trouble(hosts) is None
     hosts.report("m", "unreached")
-    assert hosts.trouble() is not None
-    assert hosts.trouble(of_names=True) is None
+    assert trouble(hosts) is not None
+    assert trouble(hosts, of_names=True) is None
 
 
 def test_a_few_hosts_of_which_none_answers_are_trouble() -> None:
@@ -117,9 +126,9 @@ def test_a_few_hosts_of_which_none_answers_are_trouble() -> None:
     for number in range(7):
         hosts.report(f"h{number}", "unreached")
         hosts.report(f"h{number}", "unreached")
-    assert hosts.trouble() is None
+    assert trouble(hosts) is None
     hosts.report("h7", "unreached")
-    assert "8 of the last 8" in str(hosts.trouble())
+    assert "8 of the last 8" in str(trouble(hosts))
 
 
 @pytest.mark.parametrize(("num_reached", "is_trouble"), [(2, True), (3, False)])
@@ -127,7 +136,7 @@ def test_a_window_of_mostly_dead_hosts_is_trouble(num_reached: int, is_trouble: 
     hosts = book()
     for number in range(20):
         hosts.report(f"h{number}", "reached" if number < num_reached else "unreached")
-    assert (hosts.trouble() is not None) is is_trouble
+    assert (trouble(hosts) is not None) is is_trouble
 
 
 def asked(hosts: HostBook, host: str, outcome: Outcome) -> None:
@@ -142,10 +151,10 @@ def test_a_cable_that_is_pulled_is_trouble_and_rotten_hosts_between_good_ones_ar
     for number in range(18):
         asked(hosts, f"rotten{number}", "unreached")
         asked(hosts, f"good{number}", "reached")
-    assert hosts.trouble() is None
+    assert trouble(hosts) is None
     for number in range(100):
         asked(hosts, f"good{number}", "unreached")
-    assert hosts.trouble() is not None
+    assert trouble(hosts) is not None
 
 
 def test_dead_hosts_that_are_given_up_last_are_no_trouble() -> None:
@@ -158,7 +167,7 @@ def test_dead_hosts_that_are_given_up_last_are_no_trouble() -> None:
             hosts.report(f"h{number}", "reached")
     for number in range(0, 80, 4):
         hosts.report(f"h{number}", "unreached")
-    assert hosts.trouble() is None
+    assert trouble(hosts) is None
 
 
 @pytest.mark.parametrize(("window", "said"), [(0, "None"), (4, "4 of the last 4"), (30, "9 of")])
@@ -166,7 +175,7 @@ def test_how_many_dead_hosts_are_trouble_can_be_said(window: int, said: str) -> 
     hosts = book(num_trouble_hosts=window)
     for number in range(9):
         asked(hosts, f"dead{number}", "unreached")
-    assert said in str(hosts.trouble())
+    assert said in str(trouble(hosts))
 
 
 def test_a_live_host_that_is_asked_again_and_again_is_known_to_live() -> None:
@@ -175,21 +184,21 @@ def test_a_live_host_that_is_asked_again_and_again_is_known_to_live() -> None:
     for number in range(8):
         asked(hosts, f"dead{number}", "unreached")
     hosts.reserve("live", PATIENCE_S)
-    assert hosts.trouble() is None
+    assert trouble(hosts) is None
     hosts.report("live", "unreached")
-    assert "9 of the last 9" in str(hosts.trouble())
+    assert "9 of the last 9" in str(trouble(hosts))
 
 
 def test_where_others_send_us_says_nothing_of_our_own_network() -> None:
     hosts = book()
     for number in range(20):
         asked(hosts, f"h{number}", "unnamed" if number < 17 else "reached")
-    assert hosts.trouble() is None
+    assert trouble(hosts) is None
     for number in range(17):
         hosts.reserve(f"h{number}", PATIENCE_S, is_named=False)
         hosts.reserve(f"other{number}", PATIENCE_S, is_named=False)
     asked(hosts, "last", "reached")
-    assert hosts.trouble() is None
+    assert trouble(hosts) is None
 
 
 def test_names_that_all_lead_nowhere_are_trouble_of_our_own_also_when_asked_again() -> None:
@@ -197,10 +206,10 @@ def test_names_that_all_lead_nowhere_are_trouble_of_our_own_also_when_asked_agai
     for number in range(8):
         hosts.reserve(f"h{number}", PATIENCE_S)
         hosts.report(f"h{number}", "unnamed")
-    assert "8 of the last 8" in str(hosts.trouble())
-    assert hosts.trouble(of_names=True) == hosts.trouble()
+    assert "8 of the last 8" in str(trouble(hosts))
+    assert trouble(hosts, of_names=True) == trouble(hosts)
     asked(hosts, "dead", "unreached")
-    assert hosts.trouble(of_names=True) is None
+    assert trouble(hosts, of_names=True) is None
 
 
 def test_a_longer_peace_is_not_cut_by_a_shorter_one_nor_waited_for() -> None:
@@ -235,6 +244,34 @@ def test_a_second_of_peace_is_paid_by_an_answer(peace_s: float, is_left_alone: b
         # Longer than the peace.
         time.sleep(peace_s + 0.01)
         hosts.report("a", "reached")
+
+
+@settings(deadline=None)
+@given(
+    asked_hosts=st.lists(st.tuples(st.integers(0, 15), st.sampled_from(OUTCOMES)), max_size=60),
+    of_names=st.booleans(),
+)
+def test_several_books_know_what_one_does(
+    asked_hosts: list[tuple[int, Outcome]], *, of_names: bool
+) -> None:
+    several = HostBooks(tuple(share(book(1e6), num_workers=0) for _ in range(4)), 20)
+    one = share_books(book(1e6), num_workers=0)
+    assert len(one.books) == 1
+    for number, outcome in asked_hosts:
+        host = f"h{number}"
+        for books in (one, several):
+            books.of(host).call("reserve", host, PATIENCE_S)
+            books.of(host).call("report", host, outcome)
+    assert several.trouble(of_names=of_names) == one.trouble(of_names=of_names)
+    assert len({id(several.of(f"h{number}")) for number in range(16)}) > 1
+
+
+def test_a_book_for_every_sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for num_cores, num_books in ((1, 1), (31, 1), (64, 4), (10_000, 16)):
+        monkeypatch.setattr(
+            "d2i.preprocess.fetch.books.num_session_cores", lambda num=num_cores, **_: num
+        )
+        assert len(share_books(book(), num_workers=0).books) == num_books
 
 
 def test_a_shared_book_is_one_in_this_process() -> None:

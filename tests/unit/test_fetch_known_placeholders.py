@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from d2i.cluster import share
 from d2i.config import FetchConfig, apply_settings
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
+from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.guard import allowed_hosts
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
@@ -42,7 +42,7 @@ def test_the_next_address_is_asked_after_a_placeholder(tmp_path: Path) -> None:
     with running(WebServer("127.0.0.1", answers)) as web:
         host = f"127.0.0.1:{web.port}"
         access = Access(allowed_hosts([host]), "127.0.0.1")
-        book = share(host_book(config), num_workers=0)
+        book = share_books(host_book(config), num_workers=0)
         source = PictureSource(str(tmp_path), config, access, book)
         both = ImageRef("urls", (f"http://{host}/grey", f"http://{host}/good"))
         only = ImageRef("urls", (f"http://{host}/grey",))

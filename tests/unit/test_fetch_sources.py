@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from d2i import picture_files
-from d2i.cluster import share
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
 from d2i.preprocess.fetch import sources
+from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from tests.servers import Names, WebServer, name_server, running
@@ -21,7 +21,7 @@ NUM_FILES = 203
 
 def source_of(folder: Path, num_threads: int) -> PictureSource:
     config = FetchConfig(num_threads=num_threads)
-    book = share(host_book(config), num_workers=0)
+    book = share_books(host_book(config), num_workers=0)
     return PictureSource(str(folder), config, NO_ACCESS, book)
 
 
@@ -35,7 +35,7 @@ def refs_of(folder: Path) -> list[ImageRef]:
 def asked_of_mirror(template: str, access: Access, *paths: str) -> tuple[list[str], str | None]:
     """Return the reason of each file that a mirror is asked for, and what trouble is seen."""
     config = FetchConfig(mirror=template, num_threads=2)
-    book = share(host_book(config, access), num_workers=0)
+    book = share_books(host_book(config, access), num_workers=0)
     source = PictureSource("/nowhere", config, access, book)
     refs = [ImageRef("file", (path,)) for path in paths]
     found = dict(source.fetch(refs, lambda ref, fetched: (ref, fetched.reason)))

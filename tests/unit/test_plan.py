@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d2i import storage
 from d2i.config import Recipe, apply_settings
 from d2i.dialog import ImageRef, Instance, Turn, key_order_hash
 from d2i.errors import ConfigError, DataError
@@ -121,6 +122,17 @@ def test_rows_that_went_through_files_are_the_same(
     monkeypatch.setattr("d2i.preprocess.plan._BATCH", 9)
     monkeypatch.setattr("d2i.preprocess.plan._BATCH_CHARS", 60)
     assert planned(source, tmp_path / "piecewise") == at_once
+
+
+def test_a_plan_written_elsewhere_is_the_one_written_here(tmp_path: Path) -> None:
+    source, url = write_dialogs(tmp_path / "corpus"), f"memory://plan{tmp_path}"
+    settings = "preprocess.num_samples_per_shard=2"
+    planned(source, tmp_path / "here", settings)
+    make_plan(PlanRequest("mmdialog", source, "train", recipe(settings)), url)
+    here = {path.name: path.read_bytes() for path in (tmp_path / "here" / "plan").iterdir()}
+    names = storage.list_names(f"{url}/plan")
+    assert len(names) > 4
+    assert {name: storage.read_bytes(f"{url}/plan/{name}") for name in names} == here
 
 
 def test_other_rules_of_choice(tmp_path: Path) -> None:

@@ -230,6 +230,39 @@ def test_a_cache_smaller_than_a_window_is_refused(data: Path, tmp_path: Path) ->
         check_cache(reader, None, config.model_copy(update={"order": "global"}), bound(data, 5))
 
 
+def test_few_of_many_shards_are_mapped_at_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, most = Path("/proc/self/maps"), 2
+    if not maps.exists():
+        pytest.skip("no list of maps here")
+    monkeypatch.setattr("d2i.shards.cache.max_mapped_shards", lambda: most)
+    cache = tmp_path / "cache"
+    reader = ShardReader(f"noted://{data}", cache_dir=cache)
+    indices = np.arange(NUM_SHARDS * NUM_SAMPLES)
+    for shards in (range(NUM_SHARDS), reversed(range(NUM_SHARDS)), ()):
+        reader.prefetch(shards)
+        assert is_right(reader.read(indices), indices)
+        assert [reader.keys[i] for i in (0, 29, 12)] == [
+            "train-00-0-0",
+            "train-29-0-0",
+            "train-12-0-0",
+        ]
+    mapped = [line for line in maps.read_text().splitlines() if str(cache) in line]
+    assert 0 < len(mapped) <= 3 * most
+    # Each was fetched once: its copy stays, as the cache has no bound.
+    assert sorted(tars(data)) == list(range(NUM_SHARDS))
+
+
+def test_room_is_made_without_a_look_at_the_indexes(data: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 2))
+    reader.read(range(NUM_SHARDS * NUM_SAMPLES))
+    assert len(list(cache.rglob("*.d2i-index"))) == NUM_SHARDS
+    # Two tars, the claims, and the folder of all indexes that ever were fetched.
+    assert len(list(cache.iterdir())) <= 4
+
+
 def test_keys_need_no_tar(data: Path, tmp_path: Path) -> None:
     reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "cache")
     assert list(reader.keys) == [f"train-{n:02d}-0-0" for n in range(len(reader))]
@@ -260,7 +293,7 @@ def test_a_cache_removes_nothing_but_copies(data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(data, cache)
     (cache / "photos.tar").write_bytes(bytes(100_000))
-    before = {path.name: path.read_bytes() for path in cache.iterdir()}
+    before = {path.name: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
     reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 1))
     indices = np.arange(len(reader))
     assert is_right(reader.read(indices), indices)
@@ -275,7 +308,7 @@ def test_a_copy_with_one_bit_flipped_is_fetched_again(
     cache, indices = tmp_path / "cache", np.arange(NUM_SHARDS * NUM_SAMPLES)
     url = f"noted://{data}"
     ShardReader(url, cache_dir=cache).read(indices)
-    for number, copy in enumerate(sorted(cache.glob(f"*.d2i-{kind}"))):
+    for number, copy in enumerate(sorted(cache.rglob(f"*.d2i-{kind}"))):
         content = bytearray(copy.read_bytes())
         content[number * len(content) // NUM_SHARDS] ^= 1
         copy.write_bytes(content)
@@ -296,7 +329,7 @@ def test_files_of_one_name_and_other_content_share_a_cache(tmp_path: Path) -> No
         url = write_store(tmp_path / content.decode(), name, content)
         mapped = Copies(url, tmp_path / "cache").map(name, file_info(content))
         assert bytes(mapped) == content
-    assert len(list((tmp_path / "cache").glob("*.d2i-index"))) == 2
+    assert len(list((tmp_path / "cache").rglob("*.d2i-index"))) == 2
 
 
 def write_store(folder: Path, name: str, content: bytes) -> str:
@@ -313,7 +346,7 @@ def test_a_copy_that_disappears_is_fetched_beside_its_users(data: Path, tmp_path
     assert is_right(first.read(indices), indices)
     with start(data, cache) as other:
         assert other.stdout is not None and other.stdout.readline() == "read\n"
-        for copy in cache.glob("*.d2i-*"):
+        for copy in cache.rglob("*.d2i-*"):
             copy.unlink()
         assert is_right(ShardReader(url, cache_dir=cache).read(indices), indices)
         with start(data, cache) as late:

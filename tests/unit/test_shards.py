@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import subprocess
@@ -36,8 +37,8 @@ from d2i.shards import (
     write_manifest,
     write_shard,
 )
-from d2i.shards.commit import shard_name
-from d2i.shards.index import Extent, IndexRow, index_bytes, read_index
+from d2i.shards.commit import canonical_json, shard_name
+from d2i.shards.index import Extent, Index, IndexRow, index_bytes, read_index
 from d2i.shards.sample import npy_header
 from d2i.shards.write import file_info
 from tests.samples import metadata
@@ -243,6 +244,19 @@ def test_manifest_is_the_fold_of_the_commits(data: Path) -> None:
     assert subprocess.run(line, cwd=data, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("counts", [(), (1,), (2, 0, 1)])
+def test_a_manifest_written_shard_by_shard_is_canonical(
+    counts: tuple[int, ...], tmp_path: Path
+) -> None:
+    fingerprint = {"a": '"shards": []\n', "z": [[], {"shards": []}]}
+    for index, count in enumerate(counts):
+        samples = [make_sample(10 * index + number) for number in range(count)]
+        write_shard(samples, str(tmp_path), index, failures={}, fingerprint=fingerprint)
+    manifest = write_manifest(str(tmp_path), fingerprint)
+    assert manifest.to_bytes() == canonical_json(manifest.model_dump(mode="json"))
+    assert read_manifest(str(tmp_path)) == manifest
+
+
 def test_a_supplement_takes_back_failures(copy: Path) -> None:
     mended = {"timeout": -2, "http": 1}
     write_shard([make_sample(99)], str(copy), 4, failures=mended, fingerprint=FINGERPRINT)
@@ -381,6 +395,32 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     reader = ShardReader(str(tmp_path))
     reader.read(range(20))
     assert len(list(open_files.iterdir())) <= before + 1
+
+
+def test_few_of_many_shards_are_mapped_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, num_shards, most = Path("/proc/self/maps"), 24, 5
+    if not maps.exists():
+        pytest.skip("no list of maps here")
+    make_data(tmp_path, *[1] * num_shards)
+    expected = ShardReader(str(tmp_path)).read(range(num_shards))
+    monkeypatch.setattr("d2i.shards.mapped.max_mapped_shards", lambda: most)
+    reader = ShardReader(str(tmp_path))
+
+    def read(seed: int) -> bool:
+        order = np.random.default_rng(seed).permutation(num_shards)
+        batch = reader.read(order)
+        keys = [reader.keys[place] for place in order[:6]]
+        return np.array_equal(batch["clip"], expected["clip"][order]) and keys == [
+            make_sample(int(place)).key for place in order[:6]
+        ]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(40)))
+    # Those of a shard that is open, and of one whose index alone was asked for.
+    mapped = [line for line in maps.read_text().splitlines() if str(tmp_path) in line]
+    assert 0 < len(mapped) <= 3 * most
 
 
 def test_shards_elsewhere_are_cached(
@@ -551,6 +591,20 @@ def test_features_of_the_empty_text_are_checked(copy: Path) -> None:
         with pytest.raises(ShardError):
             write_manifest(str(copy), FINGERPRINT)
         (copy / name).write_bytes(good)
+
+
+def test_of_all_shards_few_are_held(tmp_path: Path) -> None:
+    num_shards, num_workers = 24, 3
+    make_data(tmp_path, *[1] * num_shards)
+    held: list[int] = []
+
+    def count(done: int, num: int) -> None:
+        assert (done, num) == (len(held) + 1, num_shards)
+        held.append(sum(type(found) is Index for found in gc.get_objects()))
+
+    before = sum(type(found) is Index for found in gc.get_objects())
+    assert verify(str(tmp_path), num_workers=num_workers, on_progress=count).ok
+    assert max(held) - before <= num_workers + 2
 
 
 def test_keys_in_two_shards_are_found(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from d2i.cluster import share
 from d2i.dialog import ImageRef
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
+from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import ShardTask
@@ -60,7 +61,7 @@ def test_the_source_bytes_of_a_shard_are_never_in_memory_together(tmp_path: Path
     source.mkdir()
     write_chats(source)
     make_plan(PlanRequest("jsonl", str(source), "test", recipe), split_url)
-    book = share(host_book(recipe.fetch), num_workers=0)
+    book = share_books(host_book(recipe.fetch), num_workers=0)
     pictures = PictureSource(str(source), recipe.fetch, NO_ACCESS, book)
     feeder = FetchWorkerBuilder(pictures, recipe, share(Tally(), num_workers=0))()
     finisher = EncodeWorkerBuilder(recipe, (split_url,))()

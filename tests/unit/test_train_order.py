@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Literal
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +76,24 @@ def test_the_order_of_windows_is_that_of_before() -> None:
     """A run that was begun goes on in its order, whatever is done to this code."""
     order = DataOrder((3, 2, 4, 3), 7, "blocked", num_window_shards=2)
     assert order.epoch(1).tolist() == [1, 3, 0, 4, 2, 10, 7, 5, 9, 11, 6, 8]
+    for num_samples, epoch in ((12, 1), (5000, 0)):
+        random = np.random.default_rng([7, epoch, num_samples])
+        assert (DataOrder((num_samples,), 7).epoch(epoch) == random.permutation(num_samples)).all()
+
+
+@pytest.mark.parametrize("kind", ["global", "blocked"])
+def test_an_epoch_is_held_in_few_bytes_a_sample(kind: Kind) -> None:
+    num_samples = 10**6
+    order = DataOrder((1000,) * (num_samples // 1000), 1, kind, num_window_shards=8)
+    tracemalloc.start()
+    try:
+        for step in (0, num_samples // 64, 0):
+            order.global_batch(step, 64)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 5 * num_samples
+    assert peak < 10 * num_samples
 
 
 def test_the_average_follows_its_formula() -> None:

@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from d2i.cluster import Shared
 from d2i.pictures import NO_PICTURE, begins_as_picture
+from d2i.preprocess.fetch.books import HostBooks
 from d2i.preprocess.fetch.connect import Route
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.guard import Target
-from d2i.preprocess.fetch.hosts import HostBook, Outcome
+from d2i.preprocess.fetch.hosts import Outcome
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.reasons import UNREACHED, RefusedRequestError, is_passing
 from d2i.preprocess.fetch.request import Limits, Response, get
@@ -54,7 +55,7 @@ class AddressFetcher:
     limits: Limits
     courtesy: Courtesy
     route: Route
-    hosts: Shared[HostBook]
+    hosts: HostBooks
     placeholders: KnownPlaceholders
     slots: threading.Semaphore
 
@@ -133,7 +134,7 @@ class _Visit:
         self._give_slot_back()
         if self.asked:
             # It sent us on: it was reached.
-            self.fetcher.hosts.call("report", self.asked[-1].netloc, "reached")
+            self._call("report", self.asked[-1].netloc, "reached")
         host = target.netloc
         while True:
             wait_s = self._take_turn(host)
@@ -141,7 +142,7 @@ class _Visit:
                 time.sleep(wait_s)
             has_waited = self._take_slot() or wait_s > 0.0
             # Meanwhile it may have asked for peace, or have shown that it is dead.
-            if not (has_waited and self.fetcher.hosts.call("wants_peace", host)):
+            if not (has_waited and self._call("wants_peace", host)):
                 break
             self._give_slot_back()
         self.asked.append(target)
@@ -168,9 +169,7 @@ class _Visit:
     def _take_turn(self, host: str) -> float:
         """Return for how long the host is to be left alone, in seconds."""
         patience_s = self._patience_s()
-        wait_s: float | None = self.fetcher.hosts.call(
-            "reserve", host, patience_s, is_named=not self.asked
-        )
+        wait_s: float | None = self._call("reserve", host, patience_s, is_named=not self.asked)
         if wait_s is None:
             raise RefusedRequestError(
                 "dead_host", f"{host} did not answer before, or was busy too often"
@@ -187,13 +186,17 @@ class _Visit:
         if not self.asked:
             return
         if error is not None and error.reason == "proxy_unreached":
-            self.fetcher.hosts.call("report_proxy_unreached")
+            self.fetcher.hosts.of(self.asked[-1].netloc).call("report_proxy_unreached")
             return
         outcome = _outcome(error)
         if outcome is None or (outcome != "reached" and len(self.asked) > 1):
             return
         wait_s = 0.0 if error is None else _retry_after_s(error)
-        self.fetcher.hosts.call("report", self.asked[-1].netloc, outcome, retry_after_s=wait_s)
+        self._call("report", self.asked[-1].netloc, outcome, retry_after_s=wait_s)
+
+    def _call(self, method: str, host: str, *args: object, **kwargs: object) -> Any:
+        """Ask the book that has a host."""
+        return self.fetcher.hosts.of(host).call(method, host, *args, **kwargs)
 
 
 def _outcome(error: RefusedRequestError | None) -> Outcome | None:

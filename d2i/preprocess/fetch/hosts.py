@@ -1,12 +1,14 @@
 """Manners, kept by all workers together: how often a host is asked, and when it is left alone.
 
-One `HostBook` serves a whole job. Must not ask anything itself.
+A `HostBook` knows some of a job's hosts, or all (`books`). Must not ask anything itself.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +20,50 @@ _NUM_BEGUN = 4096
 _SHARE_UNREACHED = 0.9
 _FEW_HOSTS = 8
 """That many hosts, and not one of them reached, are enough to stop (ours)."""
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What a book has seen of our own network.
+
+    Args:
+        lost: What all requests go through and cannot be reached, if there is such a thing.
+        contacts: When hosts were asked, and what that showed: the last ones first.
+    """
+
+    lost: str | None
+    contacts: list[tuple[float, Outcome]]
+
+
+def trouble_in(signs: Sequence[Signs], window: int, *, of_names: bool = False) -> str | None:
+    """Say what looks like trouble of this machine's own network rather than dead addresses.
+
+    The hosts count in the order in which they were asked: those that answer do so long before
+    those that do not, and the last words of a shard are all of dead hosts.
+
+    Args:
+        signs: Of all books.
+        window: So many different hosts, asked one after the other, show it; 0: none do.
+        of_names: Whether only names that led nowhere are of interest.
+    """
+    for of_book in signs:
+        if of_book.lost:
+            return of_book.lost
+    latest = heapq.merge(
+        *(of_book.contacts for of_book in signs), key=lambda contact: contact[0], reverse=True
+    )
+    contacts = [outcome for _, outcome in itertools.islice(latest, window)]
+    if not contacts or (of_names and "unreached" in contacts):
+        return None
+    num_failed = len(contacts) - contacts.count("reached")
+    is_trouble = (
+        num_failed >= min(_FEW_HOSTS, window)
+        if num_failed == len(contacts)
+        else len(contacts) == window and num_failed >= _SHARE_UNREACHED * window
+    )
+    if not is_trouble:
+        return None
+    return f"{num_failed} of the last {len(contacts)} different hosts could not be reached"
 
 
 @dataclass(frozen=True)
@@ -86,7 +132,7 @@ class HostBook:
     limits: HostLimits
     mirror: str | None = None
     _hosts: dict[str, _Host] = field(default_factory=dict)
-    _begun: dict[str, Outcome | None] = field(default_factory=dict)
+    _begun: dict[str, tuple[float, Outcome | None]] = field(default_factory=dict)
     _proxy: _Host = field(default_factory=_Host)
     _num_mirror_failures: int = 0
     _has_mirror_answered: bool = False
@@ -127,7 +173,7 @@ class HostBook:
         """Say what a request showed of a host, and for how long it wants peace, in seconds."""
         now = time.monotonic()
         state = self._hosts.setdefault(host, _Host())
-        self._begun[host] = outcome
+        self._begun[host] = (self._begun.get(host, (now, None))[0], outcome)
         if host == self.mirror:
             self._note_mirror(outcome)
         if outcome == "reached":
@@ -143,33 +189,20 @@ class HostBook:
         """Say that the proxy took no connection; of the host that tells nothing."""
         self._proxy.note_unreached(self.limits, time.monotonic())
 
-    def trouble(self, *, of_names: bool = False) -> str | None:
-        """Say what looks like trouble of this machine's own network rather than dead addresses.
-
-        The hosts count in the order in which they were asked: those that answer do so long before
-        those that do not, and the last words of a shard are all of dead hosts.
+    def signs(self, *, of_names: bool = False) -> Signs:
+        """Say what was seen of this machine's own network.
 
         Args:
             of_names: Whether only names that led nowhere are of interest.
         """
-        if self._proxy.num_unreached >= self.limits.num_failures and not of_names:
-            return f"the proxy could not be reached {self._proxy.num_unreached} times in a row"
         window = self.limits.num_trouble_hosts
-        if window and self._is_mirror_lost(of_names=of_names):
-            return f"the mirror {self.mirror} could not be reached (is fetch.mirror spelt right?)"
-        known = (outcome for outcome in reversed(self._begun.values()) if outcome is not None)
-        contacts = list(itertools.islice(known, window))
-        if not contacts or (of_names and "unreached" in contacts):
-            return None
-        num_failed = len(contacts) - contacts.count("reached")
-        is_trouble = (
-            num_failed >= min(_FEW_HOSTS, window)
-            if num_failed == len(contacts)
-            else len(contacts) == window and num_failed >= _SHARE_UNREACHED * window
-        )
-        if not is_trouble:
-            return None
-        return f"{num_failed} of the last {len(contacts)} different hosts could not be reached"
+        known = [(begun_s, outcome) for begun_s, outcome in self._begun.values() if outcome]
+        lost: str | None = None
+        if self._proxy.num_unreached >= self.limits.num_failures and not of_names:
+            lost = f"the proxy could not be reached {self._proxy.num_unreached} times in a row"
+        elif window and self._is_mirror_lost(of_names=of_names):
+            lost = f"the mirror {self.mirror} could not be reached (is fetch.mirror spelt right?)"
+        return Signs(lost, heapq.nlargest(window, known, key=lambda contact: contact[0]))
 
     def _note_mirror(self, outcome: Outcome) -> None:
         is_reached = outcome == "reached"
@@ -178,13 +211,15 @@ class HostBook:
 
     def _is_mirror_lost(self, *, of_names: bool) -> bool:
         """Say whether it never answered, or fails again and again: one host, but all pictures."""
-        if self.mirror is None or (of_names and self._begun.get(self.mirror) != "unnamed"):
+        if self.mirror is None:
+            return False
+        if of_names and self._begun.get(self.mirror, (0.0, None))[1] != "unnamed":
             return False
         few = self.limits.num_failures if self._has_mirror_answered else 1
         return self._num_mirror_failures >= few
 
     def _begin(self, host: str) -> None:
         # What it showed before holds until its answer: a host that is asked all the time has one.
-        self._begun[host] = self._begun.pop(host, None)
+        self._begun[host] = (time.monotonic(), self._begun.pop(host, (0.0, None))[1])
         if len(self._begun) > _NUM_BEGUN:
             del self._begun[next(iter(self._begun))]

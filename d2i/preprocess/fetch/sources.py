@@ -12,13 +12,13 @@ from functools import cache
 from typing import TypeVar
 
 from d2i import __version__
-from d2i.cluster import Shared
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.picture_files import read_picture
 from d2i.pictures import RefusedPictureError
 from d2i.preprocess.fetch.addresses import AddressFetcher, Courtesy
 from d2i.preprocess.fetch.body import BodyLimits
+from d2i.preprocess.fetch.books import HostBooks
 from d2i.preprocess.fetch.connect import Route, Straight, ThroughProxy
 from d2i.preprocess.fetch.engine import fetch_all
 from d2i.preprocess.fetch.fetched import Fetched
@@ -72,7 +72,7 @@ class PictureSource:
     image_root: str
     config: FetchConfig
     access: Access
-    hosts: Shared[HostBook]
+    hosts: HostBooks
 
     def fetch(
         self, refs: Collection[ImageRef], open_picture: Callable[[ImageRef, Fetched], OpenedT]
@@ -94,8 +94,7 @@ class PictureSource:
 
     def trouble(self, *, of_names: bool = False) -> str | None:
         """Say what looks like trouble of this machine's own network, if anything does."""
-        found: str | None = self.hosts.call("trouble", of_names=of_names)
-        return found
+        return self.hosts.trouble(of_names=of_names)
 
     def _read_files(
         self, refs: list[ImageRef], open_picture: Callable[[ImageRef, Fetched], OpenedT]
