@@ -83,8 +83,12 @@ class Measured:
         )
 
 
-def score(measured: Measured) -> dict[str, Any]:
+def score(measured: Measured, resolution: int) -> dict[str, Any]:
     """Compute every score.
+
+    Args:
+        measured: All of an evaluation.
+        resolution: The side at which the pictures were measured.
 
     Returns:
         `scores` by name; `intervals`, 95 % confidence as [low, high]; `warnings`, one line each.
@@ -103,7 +107,7 @@ def score(measured: Measured) -> dict[str, Any]:
     return {
         "scores": scores,
         "intervals": intervals(scores, _deviations(measured, scores)),
-        "warnings": list(_warnings(measured)),
+        "warnings": list(_warnings(measured, resolution)),
     }
 
 
@@ -159,7 +163,7 @@ def _deviations(measured: Measured, scores: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _warnings(measured: Measured) -> Iterator[str]:
+def _warnings(measured: Measured, resolution: int) -> Iterator[str]:
     num_drawn, keys = len(measured.drawn), measured.arrays["keys"]
     if num_drawn < _FEW_PICTURES:
         yield (
@@ -176,10 +180,10 @@ def _warnings(measured: Measured) -> Iterator[str]:
         yield f"{len(flat)} pictures are of one colour, the first is that of {keys[flat[0]]}"
     if num_drawn > 1 and (measured.arrays["embeddings"] == measured.arrays["embeddings"][0]).all():
         yield "all pictures are alike to CLIP: the system draws one picture for every dialog"
-    yield from _source_warnings(measured.sources)
+    yield from _source_warnings(measured.sources, resolution)
 
 
-def _source_warnings(sources: list[str]) -> Iterator[str]:
+def _source_warnings(sources: list[str], resolution: int) -> Iterator[str]:
     files = [source.split() for source in sources if " " in source]
     codecs, sizes = {form for form, _ in files}, {size for _, size in files}
     if "jpg" in codecs:
@@ -189,6 +193,11 @@ def _source_warnings(sources: list[str]) -> Iterator[str]:
     if len(sizes) > 1:
         shown = ", ".join(sorted(sizes)[:3])
         yield f"the pictures have {len(sizes)} sizes ({shown}), each resized by itself"
+    if small := sorted(size for size in sizes if min(map(int, size.split("x"))) < resolution):
+        yield (
+            f"pictures of {small[0]} were enlarged to {resolution}x{resolution}: what they lack in "
+            "detail is scored too"
+        )
 
 
 def _cosines(rows: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float64]:

@@ -157,14 +157,10 @@ def test_pictures_made_elsewhere_by_key(tmp_path: Path, chat_data: Path) -> None
 
 def test_names_of_files_pair_the_pictures(tmp_path: Path, chat_data: Path) -> None:
     """CLIP-I is the definition's mean cosine, and order and form of files change nothing."""
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-    for number, key in enumerate(ShardReader(str(chat_data / "test")).keys):
-        Image.effect_noise((64, 64), 10 + 10 * number).convert("RGB").save(
-            tmp_path / "a" / f"{key}.png"
-        )
-        data = (tmp_path / "a" / f"{key}.png").read_bytes()
-        (tmp_path / "b" / f"{key}.PNG").write_bytes(data)
+    draw_noise(tmp_path / "a", chat_data)
+    (tmp_path / "b").mkdir()
+    for path in (tmp_path / "a").iterdir():
+        (tmp_path / "b" / f"{path.stem}.PNG").write_bytes(path.read_bytes())
     first = scored(chat_data, tmp_path / "first", f"images:{tmp_path / 'a'}")
     second = scored(chat_data, tmp_path / "second", f"images:{tmp_path / 'b'}")
     assert first["scores"] == second["scores"]
@@ -269,8 +265,40 @@ def test_other_weights_in_a_run_are_refused(tmp_path: Path, chat_data: Path) -> 
     (run / EMA_NAME).write_bytes((backbone / "model.safetensors").read_bytes())
     result = scored(chat_data, tmp_path / "out", f"run:{run}")
     assert result["card"]["backbone"] == "uvit-s"
-    state = load_file(run / EMA_NAME)
-    save_file({key: 2 * value for key, value in state.items()}, run / EMA_NAME)
-    (next((tmp_path / "out/tasks").glob("*.npz"))).unlink()
-    with pytest.raises(ConfigError, match=r"drawn otherwise: got weights\.backbone"):
+    save_file({key: 2 * value for key, value in load_file(run / EMA_NAME).items()}, run / EMA_NAME)
+    # Nothing is left to draw, and yet these are not that network's scores.
+    with pytest.raises(ConfigError, match=r"gave before its files changed; .* another --out"):
         scored(chat_data, tmp_path / "out", f"run:{run}")
+
+
+def test_pictures_made_anew_are_not_given_the_old_scores(tmp_path: Path, chat_data: Path) -> None:
+    made, system = tmp_path / "made", f"images:{tmp_path / 'made'}"
+    draw_noise(made, chat_data)
+    first = scored(chat_data, tmp_path / "out", system)
+    (made / "log.txt").write_text("no picture: it changes nothing")
+    assert scored(chat_data, tmp_path / "out", system) == first
+    (made / "0.png").write_bytes(b"a picture of no key")
+    with pytest.raises(ConfigError, match="before its files changed"):
+        scored(chat_data, tmp_path / "out", system)
+
+
+def test_odd_folders_of_pictures(tmp_path: Path, chat_data: Path) -> None:
+    made, system = tmp_path / "made", f"images:{tmp_path / 'made'}"
+    key = draw_noise(made, chat_data, side_px=32)
+    with pytest.raises(ConfigError, match=r"--context none: images:.* expected full"):
+        scored(chat_data, tmp_path / "out", system, context="none")
+    warnings = scored(chat_data, tmp_path / "out", system)["warnings"]
+    assert any("pictures of 32x32 were enlarged to 64x64" in warning for warning in warnings)
+    (made / f"{key}.jpg").write_bytes((made / f"{key}.png").read_bytes())
+    with pytest.raises(DataError, match=rf"two pictures for one key, {key}.jpg and {key}.png"):
+        scored(chat_data, tmp_path / "other", system)
+
+
+def draw_noise(folder: Path, data: Path, side_px: int = 64) -> str:
+    """Make a picture for each test key; return one of them."""
+    folder.mkdir()
+    keys = ShardReader(str(data / "test")).keys
+    for number, key in enumerate(keys):
+        noise = Image.effect_noise((side_px, side_px), 10 + 10 * number)
+        noise.convert("RGB").save(folder / f"{key}.png")
+    return keys[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from d2i.dialog import key_order_hash
-from d2i.errors import ConfigError
+from d2i.errors import ConfigError, DataError
 from d2i.eval.bootstrap import (
     NUM_RESAMPLES,
     draw_resamples,
@@ -24,7 +26,7 @@ from d2i.eval.metrics import compute_fid, compute_scores
 from d2i.eval.prompts import partners
 from d2i.eval.recall import draw_negatives, true_ranks
 from d2i.eval.systems.pipeline import last_words
-from d2i.eval.tasks import EvalTask, plan_tasks
+from d2i.eval.tasks import EvalTask, finished_tasks, plan_tasks, read_tasks, write_task
 from d2i.tokenize import encode
 
 
@@ -170,6 +172,25 @@ def test_tasks_cover_what_is_left_once(num: int, sizes: list[int], size: int) ->
     covered = [index for task in (*finished, *planned) for index in task.indices]
     assert sorted(covered) == list(range(num))
     assert all(len(task.indices) <= size for task in planned)
+
+
+def test_of_tasks_that_overlap_one_counts(tmp_path: Path) -> None:
+    """A worker that outlives its driver may finish what the next command has dealt out anew."""
+    for start, stop in ((0, 4), (2, 6), (4, 8), (4, 9)):
+        write_task(str(tmp_path), EvalTask(start, stop), {"keys": np.arange(start, stop)})
+    tasks = finished_tasks(str(tmp_path))
+    assert tasks == [EvalTask(0, 4), EvalTask(4, 8)]
+    assert read_tasks(str(tmp_path), tasks)["keys"].tolist() == list(range(8))
+    assert plan_tasks(9, 3, tasks) == [EvalTask(8, 9)]
+
+
+@pytest.mark.parametrize("cut", [0, 3, 200])
+def test_a_damaged_task_is_one_line(tmp_path: Path, cut: int) -> None:
+    write_task(str(tmp_path), EvalTask(0, 4), {"keys": np.arange(4)})
+    (path,) = (tmp_path / "tasks").iterdir()
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(DataError, match=r"00000004.npz is damaged: .*; remove it and repeat"):
+        read_tasks(str(tmp_path), finished_tasks(str(tmp_path)))
 
 
 def test_a_long_line_keeps_its_last_words() -> None:
