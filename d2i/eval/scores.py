@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from d2i.errors import DataError
 from d2i.eval.bootstrap import (
     Resamples,
+    deviation,
     draw_resamples,
     fid_deviation,
     inception_deviation,
     intervals,
-    kid_deviation,
     mean_deviation,
 )
-from d2i.eval.metrics import compute_fid, compute_scores
+from d2i.eval.metrics import Draws, build_frechet, score_features
 from d2i.eval.recall import NUM_NEGATIVES, true_ranks
 
 Arrays = dict[str, NDArray[Any]]
@@ -103,12 +103,7 @@ def score(measured: Measured, resolution: int) -> dict[str, Any]:
             "instances.jsonl"
         )
     with _one_thread():
-        scores = _scores(measured)
-    return {
-        "scores": scores,
-        "intervals": intervals(scores, _deviations(measured, scores)),
-        "warnings": list(_warnings(measured, resolution)),
-    }
+        return _scored(measured) | {"warnings": list(_warnings(measured, resolution))}
 
 
 def instance_rows(measured: Measured) -> Iterator[dict[str, Any]]:
@@ -127,39 +122,49 @@ def instance_rows(measured: Measured) -> Iterator[dict[str, Any]]:
         yield {"key": key, "status": "ok"} | row
 
 
-def _scores(measured: Measured) -> dict[str, float | int | None]:
-    arrays = measured.arrays
-    scores = compute_scores(
+def _scored(measured: Measured) -> dict[str, Any]:
+    """Compute scores, and their intervals from what the scores were computed on."""
+    arrays = {name: _wide(array) for name, array in measured.arrays.items()}
+    resamples = draw_resamples(len(arrays["keys"]), measured.drawn)
+    found = score_features(
         arrays["real_features"],
         arrays["features"],
         arrays.get("logits"),
         arrays["real_embeddings"][measured.drawn],
         arrays["embeddings"],
+        Draws(),
+        resamples,
     )
-    scores["fid_clip"] = compute_fid(arrays["real_embeddings"], arrays["embeddings"])
-    scores["clip_t"] = None if measured.clip_t is None else float(measured.clip_t.mean())
-    for k in RECALLS:
-        scores[f"recall_{k}"] = 100 * float((measured.ranks <= k).mean())
-    scores["num_negatives"] = min(NUM_NEGATIVES, len(arrays["keys"]) - 1)
-    return scores
-
-
-def _deviations(measured: Measured, scores: dict[str, Any]) -> dict[str, float]:
-    arrays = {name: _wide(array) for name, array in measured.arrays.items()}
-    resamples: Resamples = draw_resamples(len(arrays["keys"]), measured.drawn)
-    real, fake = arrays["real_features"], arrays["features"]
-    found = {
-        "fid": fid_deviation(real, fake, resamples),
-        "kid": kid_deviation(real, fake, resamples),
-        "fid_clip": fid_deviation(arrays["real_embeddings"], arrays["embeddings"], resamples),
-        "clip_i": mean_deviation(measured.clip_i, resamples),
+    fid_clip = build_frechet(arrays["real_embeddings"], arrays["embeddings"])
+    scores = found.scores | {"fid_clip": fid_clip.distance} | _scores_of_pictures(measured)
+    deviations = {
+        "fid": fid_deviation(*found.fid.influences, resamples),
+        "kid": deviation(found.resampled_kid),
+        "fid_clip": fid_deviation(*fid_clip.influences, resamples),
+        **_deviations_of_pictures(measured, resamples),
     }
+    if "logits" in arrays:
+        splits = int(scores["is_splits"] or 1)
+        deviations["is"] = inception_deviation(arrays["logits"], resamples, splits)
+    return {"scores": scores, "intervals": intervals(scores, deviations)}
+
+
+def _scores_of_pictures(measured: Measured) -> dict[str, float | int | None]:
+    """Give the scores that are means over pictures, CLIP-I aside."""
+    recalls = {f"recall_{k}": 100 * float((measured.ranks <= k).mean()) for k in RECALLS}
+    return {
+        "clip_t": None if measured.clip_t is None else float(measured.clip_t.mean()),
+        **recalls,
+        "num_negatives": min(NUM_NEGATIVES, len(measured.arrays["keys"]) - 1),
+    }
+
+
+def _deviations_of_pictures(measured: Measured, resamples: Resamples) -> dict[str, float]:
+    found = {"clip_i": mean_deviation(measured.clip_i, resamples)}
     for k in RECALLS:
         found[f"recall_{k}"] = mean_deviation(np.where(measured.ranks <= k, 100.0, 0.0), resamples)
     if measured.clip_t is not None:
         found["clip_t"] = mean_deviation(measured.clip_t, resamples)
-    if "logits" in arrays:
-        found["is"] = inception_deviation(arrays["logits"], resamples, scores["is_splits"])
     return found
 
 
