@@ -19,9 +19,10 @@ from d2i.config import Recipe
 from d2i.errors import ConfigError, DataError
 from d2i.eval.card import metric_card
 from d2i.eval.contents import hash_contents
+from d2i.eval.negatives import find_negatives
 from d2i.eval.prompts import ContextMode
 from d2i.eval.real import RealFeatures
-from d2i.eval.scores import Measured, instance_rows, score
+from d2i.eval.scores import Arrays, Measured, instance_rows, score
 from d2i.eval.systems import SystemSpec
 from d2i.eval.tasks import (
     EvalTask,
@@ -48,6 +49,8 @@ class EvalRequest:
     Args:
         context: How much of a dialog the system is shown.
         label: What tables call the system; `None` takes the one it has by itself.
+        negatives: The folder of MMDialog whose negative candidates recall is measured among; `None`
+            draws them by key hash. Changes no picture, and may be given once they are drawn.
         task_size: Instances that a worker is given at a time; `None` takes one compute batch.
             Changes no number.
         num_workers: `0` works in this process, without Ray; `None` fits the machine or cluster.
@@ -62,6 +65,7 @@ class EvalRequest:
     context: ContextMode = "full"
     save_images: SaveImages = "sample"
     label: str | None = None
+    negatives: str | None = None
     task_size: int | None = None
     num_workers: int | None = 0
     ray_address: str | None = None
@@ -140,8 +144,10 @@ def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> 
         )
     decided = _decided_by(request, reader)
     _settle(request, decided)
+    # Read before anything is drawn: what is wrong with them shows at once.
+    listed = find_negatives(reader, request.negatives) if request.negatives else None
     _draw(request, reader, on_progress)
-    measured = _read_measured(request.out_url, len(reader))
+    measured = Measured(_read_arrays(request.out_url, len(reader)), listed)
     _write_rows(request, measured)
     _keep_real(request, measured)
     card = metric_card(request, reader, measured) | {"files": decided["files"]}
@@ -159,7 +165,7 @@ def _remove_unfinished(out_url: str) -> None:
         storage.remove(images_url(out_url, task))
 
 
-def _read_measured(out_url: str, num_instances: int) -> Measured:
+def _read_arrays(out_url: str, num_instances: int) -> Arrays:
     tasks = finished_tasks(out_url)
     num_finished = sum(len(task.indices) for task in tasks)
     if num_finished != num_instances:
@@ -167,7 +173,7 @@ def _read_measured(out_url: str, num_instances: int) -> Measured:
             f"{out_url}/tasks has {num_finished} of {num_instances} instances at the end: another "
             "process writes there; expected one; repeat the command"
         )
-    return Measured(read_tasks(out_url, tasks))
+    return read_tasks(out_url, tasks)
 
 
 def _draw(

@@ -24,6 +24,7 @@ from d2i.eval.bootstrap import (
     mean_deviation,
 )
 from d2i.eval.metrics import Draws, build_frechet, score_features
+from d2i.eval.negatives import Listed
 from d2i.eval.recall import NUM_NEGATIVES, true_ranks
 
 Arrays = dict[str, NDArray[Any]]
@@ -40,10 +41,12 @@ class Measured:
 
     `keys`, `reasons`, `sources`, `is_flat`, `real_features`, `real_embeddings` and, with a text
     tower, `text_embeddings` have a row an instance; `features`, `embeddings` and, where the
-    extractor has classes, `logits` a row a drawn picture.
+    extractor has classes, `logits` a row a drawn picture. `listed` are the negatives that a corpus
+    lists, where they were asked for.
     """
 
     arrays: Arrays
+    listed: Listed | None = None
 
     @cached_property
     def drawn(self) -> NDArray[np.int64]:
@@ -80,6 +83,7 @@ class Measured:
             self.drawn,
             self.arrays["embeddings"],
             self.arrays["real_embeddings"],
+            self.listed.of_instances if self.listed else None,
         )
 
 
@@ -179,6 +183,11 @@ def _warnings(measured: Measured, resolution: int) -> Iterator[str]:
         yield (
             f"{num_drawn} of {len(keys)} instances have a picture ({_counted(measured.failures)}); "
             "the others are left out, not replaced"
+        )
+    if measured.listed and (number := measured.listed.mean_number) < NUM_NEGATIVES:
+        yield (
+            f"of the {NUM_NEGATIVES} negatives that {measured.listed.source} lists for a dialog, "
+            f"{number:.1f} are pictures of the data set; the rest were drawn by key hash"
         )
     flat = np.flatnonzero(measured.arrays["is_flat"])
     if len(flat):

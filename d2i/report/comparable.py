@@ -13,6 +13,7 @@ _METRIC_FIELDS = (
     "expected",
     "extractor",
     "clip_text",
+    "negatives",
     "resolution",
     "resize",
     "device",

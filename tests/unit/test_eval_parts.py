@@ -25,7 +25,7 @@ from d2i.eval.fid import Frechet
 from d2i.eval.kid import unbiased_mmd
 from d2i.eval.metrics import compute_fid, compute_scores
 from d2i.eval.prompts import partners
-from d2i.eval.recall import draw_negatives, true_ranks
+from d2i.eval.recall import choose_negatives, true_ranks
 from d2i.eval.systems.pipeline import last_words
 from d2i.eval.tasks import EvalTask, finished_tasks, plan_tasks, read_tasks, write_task
 from d2i.tokenize import encode
@@ -142,12 +142,31 @@ def test_ranks_count_what_is_as_near_as_the_truth() -> None:
 @given(st.integers(2, 50), st.integers(1, 60), st.text("abc", min_size=1))
 def test_negatives_are_others_and_depend_on_the_key_alone(num: int, wanted: int, key: str) -> None:
     index = key_order_hash(key, 1) % num
-    found = draw_negatives(key, index, num, wanted)
+    found = choose_negatives(key, index, num, wanted)
     assert len(set(found.tolist())) == len(found) == min(wanted, num - 1)
     assert index not in found
     assert found.min() >= 0
     assert found.max() < num
-    assert np.array_equal(found, draw_negatives(key, index, num, wanted))
+    assert np.array_equal(found, choose_negatives(key, index, num, wanted))
+
+
+@given(st.integers(2, 50), st.integers(1, 60), st.lists(st.integers(0, 49), max_size=60))
+def test_listed_negatives_come_first(num: int, wanted: int, listed: list[int]) -> None:
+    given_ = np.array([place for place in listed if 0 < place < num], np.int64)
+    found = choose_negatives("key", 0, num, wanted, given_).tolist()
+    assert len(set(found)) == len(found) == min(wanted, num - 1)
+    assert 0 not in found
+    assert len(set(found) & set(given_.tolist())) == min(len(set(given_.tolist())), len(found))
+
+
+def test_ranks_among_what_is_listed() -> None:
+    real = np.array([[1, 0], [0, 1], [0.9, 0.1], [0.8, 0.1]], np.float32)
+    keys = [f"test-{number}-0-0" for number in range(4)]
+    fake = np.array([[0.9, 0.1]], np.float32)
+    listed = [np.array([1]), *[np.empty(0, np.int64)] * 3]
+    drawn = np.array([0])
+    assert true_ranks(keys, drawn, fake, real, listed, num_negatives=1).tolist() == [1]
+    assert true_ranks(keys, drawn, fake, real).tolist() == [3]
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=20))
