@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from d2i.eval.influences import fid_influences
+
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
@@ -63,11 +65,12 @@ def mean_deviation(values: Floats, resamples: Resamples) -> float:
     return deviation(_weighted_means(values, resamples.fake))
 
 
-def fid_deviation(of_real: Floats, of_fake: Floats, resamples: Resamples) -> float:
-    """Deviation of the FID to first order in the resampling, of `Frechet.influences`.
+def fid_deviation(real: Floats, fake: Floats, resamples: Resamples) -> float:
+    """Deviation of the FID of features (N, D) and (M, D), to first order in the resampling.
 
     A decomposition for every resample would take longer than drawing the pictures may take.
     """
+    of_real, of_fake = fid_influences(real, fake)
     return deviation(
         _weighted_means(of_real, resamples.real) + _weighted_means(of_fake, resamples.fake)
     )

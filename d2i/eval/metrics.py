@@ -1,6 +1,6 @@
 """The scores of generated pictures: FID, KID, Inception Score and CLIP-I, from features at hand.
 
-The only module that imports torch_fidelity: its Inception network, and its Inception Score.
+The only module that imports torch_fidelity: its FID and Inception Score, and its Inception network.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import (
+    KEY_METRIC_FID,
+    fid_features_to_statistics,
+    fid_statistics_to_metric,
+)
 from torch_fidelity.metric_isc import (
     KEY_METRIC_ISC_MEAN,
     KEY_METRIC_ISC_STD,
@@ -24,7 +29,6 @@ from torch_fidelity.metric_isc import (
 
 from d2i.errors import DataError
 from d2i.eval.bootstrap import Resamples
-from d2i.eval.fid import Frechet
 from d2i.eval.kid import draw_subsets, unbiased_mmd
 
 Floats = npt.NDArray[np.float64]
@@ -94,16 +98,14 @@ class Draws:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores, and what is told of them by the way.
+    """Scores, and what is found by the way.
 
     Args:
         scores: As `compute_scores` returns them.
-        fid: The two Gaussians behind the FID.
         resampled_kid: (R,) the KID over all pictures of each resample.
     """
 
     scores: dict[str, float | int | None]
-    fid: Frechet
     resampled_kid: Floats
 
 
@@ -121,22 +123,18 @@ def score_features(
     Raises:
         DataError: As `compute_scores`.
     """
-    real, fake = (
-        _matrix(name, rows).numpy()
-        for name, rows in (("real_features", real_features), ("features", features))
-    )
-    fid = build_frechet(real, fake)
-    distance = _distance(fid)
-    kid, resampled_kid = _kid(real, fake, draws, resamples)
+    real, fake = _matrix("real_features", real_features), _matrix("features", features)
+    fid = compute_fid(real, fake)
+    kid, resampled_kid = _kid(real.numpy(), fake.numpy(), draws, resamples)
     scores = {
-        "fid": distance,
+        "fid": fid,
         **kid,
         **_inception_score(logits, len(fake), draws),
         "clip_i": _clip_i(
             _matrix("real_embeddings", real_embeddings), _matrix("embeddings", embeddings)
         ),
     }
-    return Scored(scores, fid, resampled_kid)
+    return Scored(scores, resampled_kid)
 
 
 def compute_fid(real_features: Any, features: Any) -> float:
@@ -149,23 +147,11 @@ def compute_fid(real_features: Any, features: Any) -> float:
     Raises:
         DataError: As `compute_scores`.
     """
-    return _distance(build_frechet(real_features, features))
-
-
-def build_frechet(real_features: Any, features: Any) -> Frechet:
-    """Return the two Gaussians whose distance `compute_fid` is.
-
-    Raises:
-        DataError: As `compute_scores`.
-    """
     real, fake = _matrix("real_features", real_features), _matrix("features", features)
     _expect_same_width("features", real, fake)
-    return Frechet(real.numpy(), fake.numpy())
-
-
-def _distance(fid: Frechet) -> float:
+    statistics = (fid_features_to_statistics(real), fid_features_to_statistics(fake))
     try:
-        found = fid.distance
+        found = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
     except np.linalg.LinAlgError as error:
         raise DataError(f"fid: {error}; the features' covariance overflows, check them") from error
     return _finite("fid", found)

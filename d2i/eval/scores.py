@@ -23,7 +23,7 @@ from d2i.eval.bootstrap import (
     intervals,
     mean_deviation,
 )
-from d2i.eval.metrics import Draws, build_frechet, score_features
+from d2i.eval.metrics import Draws, compute_fid, score_features
 from d2i.eval.negatives import Listed
 from d2i.eval.recall import NUM_NEGATIVES, true_ranks
 
@@ -139,12 +139,12 @@ def _scored(measured: Measured) -> dict[str, Any]:
         Draws(),
         resamples,
     )
-    fid_clip = build_frechet(arrays["real_embeddings"], arrays["embeddings"])
-    scores = found.scores | {"fid_clip": fid_clip.distance} | _scores_of_pictures(measured)
+    of_clip = arrays["real_embeddings"], arrays["embeddings"]
+    scores = found.scores | {"fid_clip": compute_fid(*of_clip)} | _scores_of_pictures(measured)
     deviations = {
-        "fid": fid_deviation(*found.fid.influences, resamples),
+        "fid": fid_deviation(arrays["real_features"], arrays["features"], resamples),
         "kid": deviation(found.resampled_kid),
-        "fid_clip": fid_deviation(*fid_clip.influences, resamples),
+        "fid_clip": fid_deviation(*of_clip, resamples),
         **_deviations_of_pictures(measured, resamples),
     }
     if "logits" in arrays:

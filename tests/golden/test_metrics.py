@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from d2i.errors import DataError
@@ -108,8 +107,7 @@ def test_sets_by_formula(name: str) -> None:
         kid_subset_size=golden["kid_subset_size"],
     )
     assert scores["fid"] == pytest.approx(golden["fid"], **FID)
-    # Where a covariance has no full rank, the root of its zeros costs the golden number 1.5e-8.
-    assert scores["fid"] == pytest.approx(golden["fid_float64_symmetric"], rel=1e-7)
+    assert scores["fid"] == pytest.approx(golden["fid_float64_symmetric"], rel=1e-8)
     assert scores["kid"] == pytest.approx(golden["kid_mean"], **KID)
     assert scores["kid"] == pytest.approx(golden["kid_mean_float64"], rel=1e-9)
     assert scores["kid_std"] == pytest.approx(golden["kid_std_float64"], rel=1e-9)
@@ -125,17 +123,19 @@ def random_sets(num: int, num_fake: int, width: int) -> tuple[np.ndarray, np.nda
 
 
 @pytest.mark.parametrize(("num", "num_fake", "width"), [(90, 70, 20), (60, 50, 80), (40, 90, 64)])
-def test_fid_and_kid_are_torch_fidelitys_own(num: int, num_fake: int, width: int) -> None:
-    """Its functions in float64, on the same features: more rows than columns, fewer, and both."""
+def test_kid_is_torch_fidelitys_own(num: int, num_fake: int, width: int) -> None:
+    """Its function in float64, on the same features: more rows than columns, fewer, and both."""
     real, fake = random_sets(num, num_fake, width)
     scores = compute_scores(
         real, fake, None, pairs(), pairs(), kid_subsets=7, kid_subset_size=33, seed=5
     )
-    tensors = torch.from_numpy(real), torch.from_numpy(fake)
-    fid = fid_statistics_to_metric(*map(fid_features_to_statistics, tensors), verbose=False)
-    assert scores["fid"] == pytest.approx(fid["frechet_inception_distance"], rel=1e-6)
     kid = kid_features_to_metric(
-        *tensors, kid_subsets=7, kid_subset_size=33, rng_seed=5, verbose=False
+        torch.from_numpy(real),
+        torch.from_numpy(fake),
+        kid_subsets=7,
+        kid_subset_size=33,
+        rng_seed=5,
+        verbose=False,
     )
     assert scores["kid"] == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-9)
     assert scores["kid_std"] == pytest.approx(kid["kernel_inception_distance_std"], rel=1e-9)
