@@ -84,10 +84,15 @@ def images_url(out_url: str, task: EvalTask) -> str:
 
 
 def write_task(out_url: str, task: EvalTask, arrays: dict[str, NDArray[Any]]) -> None:
-    """Keep what was measured of a task; with this file it is finished."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    storage.write_bytes(_task_url(out_url, task), buffer.getvalue())
+    """Keep what was measured of a task; with this file it is finished.
+
+    Its name is not waited for: a power failure may cost the last tasks, which are then done anew.
+    """
+    with (
+        storage.new_file(_task_url(out_url, task), sync_name=False) as path,
+        path.open("wb") as file,
+    ):
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_tasks(out_url: str, tasks: Sequence[EvalTask]) -> dict[str, NDArray[Any]]:
