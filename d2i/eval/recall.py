@@ -12,6 +12,7 @@ from d2i.dialog import key_order_hash
 NUM_NEGATIVES = 999
 """As many as MMDialog lists for each test dialog."""
 _SEED = 2020
+_NUM_ROWS = 256
 _NONE = np.empty(0, np.int64)
 
 
@@ -42,15 +43,25 @@ def true_ranks(
         int64 (M,), 1 for the nearest.
     """
     fake, real = _unit(embeddings), _unit(real_embeddings)
+    picture_of = _number_pictures(real_embeddings)
     ranks = np.empty(len(drawn), np.int64)
     for row, index in enumerate(drawn.tolist()):
+        if row % _NUM_ROWS == 0:
+            similarities = fake[row : row + _NUM_ROWS] @ real.T
         given = _NONE if listed is None else listed[index]
         negatives = choose_negatives(keys[index], index, len(keys), num_negatives, given)
-        candidates = real[negatives]
-        is_other = (candidates != real[index]).any(axis=1)
-        similarity = candidates[is_other] @ fake[row]
-        ranks[row] = 1 + np.count_nonzero(similarity >= real[index] @ fake[row])
+        negatives = negatives[picture_of[negatives] != picture_of[index]]
+        similarity = similarities[row % _NUM_ROWS]
+        ranks[row] = 1 + np.count_nonzero(similarity[negatives] >= similarity[index])
     return ranks
+
+
+def _number_pictures(embeddings: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Give each embedding (N, E) the number of its picture: copies have one number."""
+    rows = np.ascontiguousarray(embeddings)
+    as_bytes = rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel()
+    numbers: NDArray[np.int64] = np.unique(as_bytes, return_inverse=True)[1]
+    return numbers
 
 
 def choose_negatives(
