@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from d2i.recipes import RECIPES
@@ -43,8 +44,21 @@ def table2(evaluations: Sequence[Evaluation]) -> list[Table]:
     tables = []
     for corpus, group in _by(evaluations, lambda e: e.card.get("corpus")):
         parts = group_by_metric([e for e in group if is_plain(e)])
-        tables += [_systems(corpus, part, parts[0]) for part in parts]
+        # The paper's systems that nobody evaluated are named once.
+        with_absent = next(filter(_is_published, parts), None)
+        for number, part in enumerate(parts):
+            table = _systems(corpus, part, is_whole=part is with_absent)
+            tables.append(_set_apart(table, number, part, parts[0]) if number else table)
     return tables
+
+
+def _set_apart(
+    table: Table, number: int, part: Sequence[Evaluation], first: Sequence[Evaluation]
+) -> Table:
+    """Title a table that is not comparable with the first, and say why."""
+    note = f"Kept apart, as not comparable: {why_apart(part, first)}."
+    title = f"{table.title}, apart" + (f" ({number})" if number > 1 else "")
+    return replace(table, title=title, notes=(note, *table.notes))
 
 
 def table3(evaluations: Sequence[Evaluation]) -> list[Table]:
@@ -95,10 +109,9 @@ def table5() -> Table:
     return Table("Recipes (Table 5)", columns, tuple(rows))
 
 
-def _systems(corpus: str, part: Sequence[Evaluation], first: Sequence[Evaluation]) -> Table:
-    is_first = part is first
-    paper = paper_table2(corpus) if is_first else {}
-    notes = [] if is_first else [f"Kept apart, as not comparable: {why_apart(part, first)}."]
+def _systems(corpus: str, part: Sequence[Evaluation], *, is_whole: bool) -> Table:
+    """Make a row of each system, and with `is_whole` of those that the paper alone has."""
+    paper, notes = paper_table2(corpus), []
     if paper and not _is_published(part):
         paper = {}
         notes.append(
@@ -112,14 +125,13 @@ def _systems(corpus: str, part: Sequence[Evaluation], first: Sequence[Evaluation
         (name, _heading(heading, corpus, evaluation), evaluation)
         for name, heading, evaluation in zip(names, tell_apart(names, part), part, strict=True)
     ]
-    absent = set(paper) - {name for name, *_ in named}
+    absent = set(paper) - {name for name, *_ in named} if is_whole else ()
     named += [(name, name, None) for name in absent]
     rows = [
         _row(heading, evaluation, paper.get(name, _NO_PAPER))
         for name, heading, evaluation in sorted(named, key=lambda n: _place(n[0], list(paper)))
     ]
-    title = f"Systems on {_corpus(corpus)} (Table 2)" + ("" if is_first else ", apart")
-    return Table(title, _COLUMNS, tuple(rows), tuple(notes))
+    return Table(f"Systems on {_corpus(corpus)} (Table 2)", _COLUMNS, tuple(rows), tuple(notes))
 
 
 def _variants(

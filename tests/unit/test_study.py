@@ -209,6 +209,22 @@ def test_what_loses_nothing_stands_in_the_table(tmp_path: Path) -> None:
     assert "codec jpg files instead of without loss" in made.write("tables.md")
 
 
+def test_the_papers_numbers_stand_wherever_its_metric_does(tmp_path: Path) -> None:
+    """Also beside one system that stands apart; systems that nobody evaluated are named once."""
+    made = Study(tmp_path)
+    for backbone in BACKBONES:
+        made.add("mmdialog", backbone, extractor="clip_image 0123")
+    made.add("mmdialog", "uvit-s", run=True)
+    made.add("mmdialog", "unidiffuser-v1", run=True, device="cuda")
+    lines, table = made.lines(), "Systems on MMDialog (Table 2)"
+    assert value(lines, table, "U-ViT-Small", "FID (paper)") is None
+    assert value(lines, f"{table}, apart", "U-ViT-Small + ours", "FID (paper)") == "23.9"
+    assert value(lines, f"{table}, apart", "U-ViT-Small", "FID (paper)") == "52.95"
+    by_cuda = [line["row"] for line in lines if line["table"] == f"{table}, apart (2)"]
+    assert set(by_cuda) == {"UniDiffuser-v1 + ours"}
+    assert value(lines, f"{table}, apart (2)", by_cuda[0], "FID (paper)") == "22.72"
+
+
 def test_rows_of_one_name_tell_their_folders(tmp_path: Path) -> None:
     made = Study(tmp_path)
     for strategy in ("hash", "letters", "letters"):
