@@ -130,7 +130,10 @@ def list_versions(url: str) -> dict[str, str]:
     """
     with _errors_of(url):
         fs, path = _split(url)
-        found = fs.find(path, detail=True)
+        try:
+            found = fs.find(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
     own = path.rstrip("/")
     return {
         name.removeprefix(own).lstrip("/"): hashlib.sha256(str(info).encode()).hexdigest()
