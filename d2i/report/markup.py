@@ -94,9 +94,9 @@ def table(head: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]], captio
         for name, cells in rows
     )
     title = f"<caption>{caption}</caption>" if caption else ""
-    named = f' role="region" aria-label="{_TAG.sub("", caption)}"' if caption else ""
+    name = _TAG.sub("", caption) or "Table"
     return (
-        f'<div class="scroll" tabindex="0"{named}><table>{title}'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table>{title}'
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 

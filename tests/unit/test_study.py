@@ -18,7 +18,7 @@ from PIL import Image
 from d2i.errors import ConfigError
 from d2i.report import write_report
 from d2i.report.categories import NUM_OF_CATEGORY, draw_categories
-from d2i.report.paper import PUBLISHED_EXTRACTOR
+from d2i.report.paper import PUBLISHED_EXTRACTOR, paper_row
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 
 BACKBONES = ("uvit-s", "uvit-s-deep", "unidiffuser-v1")
@@ -223,6 +223,14 @@ def test_the_papers_numbers_stand_wherever_its_metric_does(tmp_path: Path) -> No
     by_cuda = [line["row"] for line in lines if line["table"] == f"{table}, apart (2)"]
     assert set(by_cuda) == {"UniDiffuser-v1 + ours"}
     assert value(lines, f"{table}, apart (2)", by_cuda[0], "FID (paper)") == "22.72"
+
+
+@pytest.mark.parametrize(
+    ("label", "row"),
+    [("minigpt5", "MiniGPT-5"), ("DALL·E 2", "DALL-E 2"), ("divter", "Divter"), ("note", "note")],
+)
+def test_a_label_finds_the_papers_row(label: str, row: str) -> None:
+    assert paper_row({"label": label}) == row
 
 
 def test_rows_of_one_name_tell_their_folders(tmp_path: Path) -> None:
