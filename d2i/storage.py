@@ -126,6 +126,24 @@ def version(url: str) -> str:
         return str(fs.ukey(path))
 
 
+def list_versions(url: str) -> dict[str, str]:
+    """Return what changes when a file does, of a file or of all below a folder, by name.
+
+    One listing tells it; empty where nothing is.
+    """
+    with _errors_of(url):
+        fs, path = _split(url)
+        try:
+            found = fs.find(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+    own = path.rstrip("/")
+    return {
+        name.removeprefix(own).lstrip("/"): hashlib.sha256(str(info).encode()).hexdigest()
+        for name, info in found.items()
+    }
+
+
 def read_range(url: str, offset: int, size_bytes: int) -> bytes:
     """Read a part of a file; it is shorter where the file ends before.
 

@@ -82,6 +82,10 @@ def evaluate(
     save_images: Annotated[
         Literal["all", "sample", "none"], typer.Option(help="Which pictures to keep, as PNG.")
     ] = "sample",
+    negatives: Annotated[
+        str | None,
+        typer.Option(help="MMDialog's folder: recall is among its own 999 negatives."),
+    ] = None,
     task_size: Annotated[
         int | None, typer.Option(min=1, help="Instances a worker is given at a time.")
     ] = None,
@@ -138,6 +142,7 @@ def evaluate(
         context=context,
         save_images=save_images,
         label=label,
+        negatives=negatives,
         task_size=task_size,
         num_workers=workers if parallel else 0,
         ray_address=ray_address,

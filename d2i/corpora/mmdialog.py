@@ -1,7 +1,7 @@
 """MMDialog: `{train,valid,test}/conversations.json` beside flat `{split}/{media_key}.jpg`.
 
-The release names no speakers; turns are taken to alternate. Its negative candidates are never
-read. Must not import torch.
+The release names no speakers; turns are taken to alternate. Its negative candidates are read by
+`negatives` alone. Must not import torch.
 """
 
 import re

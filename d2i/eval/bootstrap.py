@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from d2i.eval.influences import fid_influences
+
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 NUM_RESAMPLES = 200
 _Z_95 = 1.959963984540054
-_NUM_KERNEL_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def intervals(
 
 def mean_deviation(values: Floats, resamples: Resamples) -> float:
     """Deviation of the mean of one value (M,) a drawn picture."""
-    return _deviation(_weighted_means(values, resamples.fake))
+    return deviation(_weighted_means(values, resamples.fake))
 
 
 def fid_deviation(real: Floats, fake: Floats, resamples: Resamples) -> float:
@@ -71,35 +72,9 @@ def fid_deviation(real: Floats, fake: Floats, resamples: Resamples) -> float:
     A decomposition for every resample would take longer than drawing the pictures may take.
     """
     of_real, of_fake = fid_influences(real, fake)
-    return _deviation(
+    return deviation(
         _weighted_means(of_real, resamples.real) + _weighted_means(of_fake, resamples.fake)
     )
-
-
-def fid_influences(real: Floats, fake: Floats) -> tuple[Floats, Floats]:
-    """Say how much FID gains with the weight of each picture: (N,) and (M,), each of mean 0.
-
-    The trace of the root of two covariances A'A and B'B is the nuclear norm of M = A B'. With the
-    weight of row i, that norm grows by half of the i-th diagonal element of (M M')^(1/2).
-    """
-    (mean, centred, frame, root), (mean_2, centred_2, frame_2, root_2) = (
-        _decomposed(real),
-        _decomposed(fake),
-    )
-    left, values, right = np.linalg.svd(root @ root_2.T, full_matrices=False)
-    shift = mean - mean_2
-    return (
-        _influences(centred, shift, frame, left, values),
-        _influences(centred_2, -shift, frame_2, right.T, values),
-    )
-
-
-def kid_deviation(real: Floats, fake: Floats, resamples: Resamples) -> float:
-    """Deviation of KID over all pictures: the unbiased estimate, no picture paired with itself."""
-    of_real = _pair_means(real, real, resamples.real, resamples.real, is_same=True)
-    of_fake = _pair_means(fake, fake, resamples.fake, resamples.fake, is_same=True)
-    of_both = _pair_means(real, fake, resamples.real, resamples.fake, is_same=False)
-    return _deviation(of_real + of_fake - 2 * of_both)
 
 
 def inception_deviation(logits: Floats, resamples: Resamples, num_splits: int) -> float:
@@ -118,32 +93,7 @@ def inception_deviation(logits: Floats, resamples: Resamples, num_splits: int) -
         with np.errstate(divide="ignore", invalid="ignore"):
             of_means = np.where(means > 0, means * np.log(means), 0).sum(axis=1)
         found.append(np.exp(weights @ negentropy - of_means).mean())
-    return _deviation(found)
-
-
-def _decomposed(rows: Floats) -> tuple[Floats, Floats, Floats | None, Floats]:
-    """Give mean and centred rows, and a frame F and a root R with F R the rows over (n - 1)^(1/2).
-
-    Where there are fewer rows than columns, the rows are their own root, and need no frame.
-    """
-    mean: Floats = rows.mean(axis=0)
-    centred: Floats = rows - mean
-    root: Floats = centred / np.sqrt(len(rows) - 1)
-    if len(root) <= root.shape[1]:
-        return mean, centred, None, root
-    frame, root = np.linalg.qr(root)
-    return mean, centred, frame, root
-
-
-def _influences(
-    centred: Floats, shift: Floats, frame: Floats | None, vectors: Floats, values: Floats
-) -> Floats:
-    directions = vectors if frame is None else frame @ vectors
-    num = len(centred)
-    shared = num * (directions**2 @ values)
-    spread = num / (num - 1) * (centred**2).sum(axis=1)
-    found: Floats = 2 * centred @ shift + spread - spread.mean() - (shared - shared.mean())
-    return found
+    return deviation(found)
 
 
 def _weighted_means(values: Floats, counts: Counts) -> Floats:
@@ -152,24 +102,6 @@ def _weighted_means(values: Floats, counts: Counts) -> Floats:
     return means
 
 
-def _pair_means(
-    rows: Floats, columns: Floats, row_counts: Counts, column_counts: Counts, *, is_same: bool
-) -> Floats:
-    """Mean kernel over pairs, for each resample: (R,)."""
-    totals = np.zeros(len(row_counts))
-    for start in range(0, len(rows), _NUM_KERNEL_ROWS):
-        block = slice(start, start + _NUM_KERNEL_ROWS)
-        kernel = (rows[block] @ columns.T / rows.shape[1] + 1) ** 3
-        if is_same:
-            place = np.arange(len(kernel))
-            kernel[place, start + place] = 0
-        totals += ((row_counts[:, block] @ kernel) * column_counts).sum(axis=1)
-    pairs = row_counts.sum(axis=1) * column_counts.sum(axis=1)
-    if is_same:
-        pairs = pairs - (row_counts**2).sum(axis=1)
-    means: Floats = totals / np.maximum(pairs, 1)
-    return means
-
-
-def _deviation(values: Floats | list[float]) -> float:
+def deviation(values: Floats | list[float]) -> float:
+    """Return how far one value a resample (R,) lies from their mean; NaN where there is but one."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")

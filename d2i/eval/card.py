@@ -62,6 +62,7 @@ def _data(request: EvalRequest, reader: ShardReader, measured: Measured) -> dict
         "expected": manifest.num_samples + sum(manifest.failures.values()),
         "found": len(measured.drawn),
         "failures": dict(manifest.failures) | measured.failures,
+        "negatives": "as the corpus lists them" if measured.listed else "by key hash",
         "drawn_at": recipe.image.resolution,
         "resolution": recipe.metrics.resolution or recipe.image.resolution,
         "resize": RESIZE,

@@ -11,18 +11,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2i import storage
-from d2i.cluster import Pool, run_tasks, session
+from d2i.cluster import JobFault, Pool, job_fault, run_tasks, session
 from d2i.cluster.forecast import Work
 from d2i.cluster.offer import Unit, offer_of_session
 from d2i.cluster.rates import Meter, keep_rate
 from d2i.config import Recipe
 from d2i.errors import ConfigError, DataError
 from d2i.eval.card import metric_card
+from d2i.eval.contents import hash_contents
+from d2i.eval.negatives import find_negatives
 from d2i.eval.prompts import ContextMode
 from d2i.eval.real import RealFeatures
-from d2i.eval.scores import Measured, instance_rows, score
+from d2i.eval.scores import Arrays, Measured, instance_rows, score
 from d2i.eval.systems import SystemSpec
-from d2i.eval.tasks import EvalTask, finished_tasks, plan_tasks, read_tasks
+from d2i.eval.tasks import (
+    EvalTask,
+    finished_tasks,
+    images_url,
+    plan_tasks,
+    read_tasks,
+    saved_tasks,
+)
 from d2i.eval.worker import EvalWorkerBuilder, SaveImages, TaskResult, describe_url
 from d2i.fault import Fault
 from d2i.recipes import check_prepared_with
@@ -40,6 +49,8 @@ class EvalRequest:
     Args:
         context: How much of a dialog the system is shown.
         label: What tables call the system; `None` takes the one it has by itself.
+        negatives: The folder of MMDialog whose negative candidates recall is measured among; `None`
+            draws them by key hash. Changes no picture, and may be given once they are drawn.
         task_size: Instances that a worker is given at a time; `None` takes one compute batch.
             Changes no number.
         num_workers: `0` works in this process, without Ray; `None` fits the machine or cluster.
@@ -54,6 +65,7 @@ class EvalRequest:
     context: ContextMode = "full"
     save_images: SaveImages = "sample"
     label: str | None = None
+    negatives: str | None = None
     task_size: int | None = None
     num_workers: int | None = 0
     ray_address: str | None = None
@@ -94,9 +106,15 @@ def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) 
         The content of `scores.json`: `scores`, `intervals`, `warnings` and `card`.
 
     Raises:
-        ConfigError: If the output folder was begun with other settings.
+        ConfigError: If the output folder was begun with other settings or weights, or pictures of a
+            folder are to be drawn from another context.
         D2IError: What the user can mend; finished groups are kept.
     """
+    if request.system.kind == "images" and request.context != "full":
+        raise ConfigError(
+            f"--context {request.context}: {request.system.name} has drawn already, however it was "
+            "asked; expected full; tell what it was shown with --label"
+        )
     with storage.only_writer(request.out_url):
         return _work(request, on_progress)
 
@@ -118,22 +136,44 @@ def rate_decided_by(request: EvalRequest, unit: Unit) -> dict[str, Any]:
 def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> dict[str, Any]:
     reader = request.open_shards(request.data_url)
     check_prepared_with(request.recipe, request.data_url, parts=("image", "encoders"))
-    for folder in ("tasks", "images"):
-        storage.remove_leftovers(storage.join(request.out_url, folder))
+    _remove_unfinished(request.out_url)
     if not len(reader):
         raise DataError(
             f"{request.data_url} holds no sample; expected at least one; its ledger and "
             "manifest.json say why there is none"
         )
-    _settle(request, reader)
+    decided = _decided_by(request, reader)
+    _settle(request, decided)
+    # Read before anything is drawn: what is wrong with them shows at once.
+    listed = find_negatives(reader, request.negatives) if request.negatives else None
     _draw(request, reader, on_progress)
-    measured = Measured(read_tasks(request.out_url, finished_tasks(request.out_url)))
+    measured = Measured(_read_arrays(request.out_url, len(reader)), listed)
     _write_rows(request, measured)
     _keep_real(request, measured)
-    result = score(measured) | {"card": metric_card(request, reader, measured)}
+    card = metric_card(request, reader, measured) | {"files": decided["files"]}
+    result = score(measured, card["resolution"]) | {"card": card}
     data = json.dumps(result, indent=1, sort_keys=True) + "\n"
     storage.write_bytes(storage.join(request.out_url, SCORES_NAME), data.encode())
     return result
+
+
+def _remove_unfinished(out_url: str) -> None:
+    """Remove what killed processes left: files half written, and pictures of no finished task."""
+    for folder in ("tasks", "images"):
+        storage.remove_leftovers(storage.join(out_url, folder))
+    for task in {*saved_tasks(out_url)} - {*finished_tasks(out_url)}:
+        storage.remove(images_url(out_url, task))
+
+
+def _read_arrays(out_url: str, num_instances: int) -> Arrays:
+    tasks = finished_tasks(out_url)
+    num_finished = sum(len(task.indices) for task in tasks)
+    if num_finished != num_instances:
+        raise DataError(
+            f"{out_url}/tasks has {num_finished} of {num_instances} instances at the end: another "
+            "process writes there; expected one; repeat the command"
+        )
+    return read_tasks(out_url, tasks)
 
 
 def _draw(
@@ -148,13 +188,14 @@ def _draw(
     with session(request.num_workers, request.ray_address):
         offer = offer_of_session(request.num_workers)
         meter = Meter(min(offer.num_workers, len(missing)))
-        for task, result in run_tasks(_pool(request), missing):
+        fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
+        for task, result in run_tasks(_pool(request, fault), missing):
             progress.num_done += len(task.indices)
             progress.failures += result.failures
             meter.take(len(task.indices))
             on_progress(progress)
-            if request.fault:
-                request.fault.reach("eval.task_done")
+            if fault:
+                fault.reach("eval.task_done")
         if rate := meter.rate():
             keep_rate(rate_decided_by(request, offer.unit), rate)
 
@@ -163,7 +204,7 @@ def _task_size(request: EvalRequest) -> int:
     return request.task_size or request.recipe.sample.compute_batch_size
 
 
-def _pool(request: EvalRequest) -> Pool[EvalTask, TaskResult]:
+def _pool(request: EvalRequest, fault: JobFault | None) -> Pool[EvalTask, TaskResult]:
     builder = EvalWorkerBuilder(
         recipe=request.recipe,
         system=request.system,
@@ -171,7 +212,7 @@ def _pool(request: EvalRequest) -> Pool[EvalTask, TaskResult]:
         out_url=storage.resolve(request.out_url),
         context=request.context,
         save_images=request.save_images,
-        fault=request.fault,
+        fault=fault,
         open_shards=request.open_shards,
     )
     return Pool(builder, num_workers=request.num_workers, ray_address=request.ray_address)
@@ -186,6 +227,7 @@ def _decided_by(request: EvalRequest, reader: ShardReader) -> dict[str, Any]:
         "recipe": {name: recipe[name] for name in parts},
         "manifest_sha256": reader.manifest.sha256,
         "save_images": request.save_images,
+        "files": hash_contents(request.system),
     }
 
 
@@ -196,7 +238,7 @@ def _spec_values(spec: SystemSpec) -> dict[str, Any]:
     return values | {"network": network, "inner": inner}
 
 
-def _settle(request: EvalRequest, reader: ShardReader) -> None:
+def _settle(request: EvalRequest, decided: dict[str, Any]) -> None:
     kept, described = (
         storage.join(request.out_url, "evaluation.json"),
         describe_url(request.out_url),
@@ -205,7 +247,13 @@ def _settle(request: EvalRequest, reader: ShardReader) -> None:
         # Nothing was drawn under them yet: they may be those of a command with a typing error.
         storage.remove(kept)
         storage.remove(described)
-    if differences := settle(kept, _decided_by(request, reader)):
+    differences = settle(kept, decided)
+    if differences and all(difference.startswith("files.") for difference in differences):
+        raise ConfigError(
+            f"{request.out_url} holds what {request.system.name} gave before its files changed; "
+            "expected the same files; choose another --out"
+        )
+    if differences:
         raise ConfigError(
             f"{request.out_url} was begun with other settings: got {'; '.join(differences[:3])}; "
             "repeat those or choose another --out"

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from d2i.dialog import key_order_hash
 
 NUM_NEGATIVES = 999
-"""As many as MMDialog lists for each test dialog; these are drawn by key hash instead."""
+"""As many as MMDialog lists for each test dialog."""
 _SEED = 2020
+_NUM_ROWS = 256
+_NONE = np.empty(0, np.int64)
 
 
 def true_ranks(
@@ -19,41 +21,68 @@ def true_ranks(
     drawn: NDArray[np.int64],
     embeddings: NDArray[np.float32],
     real_embeddings: NDArray[np.float32],
+    listed: Sequence[NDArray[np.int64]] | None = None,
     num_negatives: int = NUM_NEGATIVES,
 ) -> NDArray[np.int64]:
     """Rank the true picture by CLIP similarity to the drawn one, among negatives.
 
-    The negatives of an instance are true pictures of others, drawn by the hash of its key. Another
-    copy of the true picture is no negative; any other that is as near as the true one counts as
-    nearer, so that nothing is won by pictures that CLIP cannot tell apart.
+    The negatives of an instance are true pictures of others: those that are listed for it, and for
+    what lacks of their number such as are drawn by the hash of its key. Another copy of the true
+    picture is no negative; any other that is as near as the true one counts as nearer, so that
+    nothing is won by pictures that CLIP cannot tell apart.
 
     Args:
         keys: N instance keys.
         drawn: (M,) the indices of the instances that have a drawn picture.
         embeddings: (M, E) CLIP embeddings of the drawn pictures.
         real_embeddings: (N, E) CLIP embeddings of the true pictures.
+        listed: For each of N instances the indices of others; None where nothing lists any.
         num_negatives: At most so many; fewer where there are fewer instances.
 
     Returns:
         int64 (M,), 1 for the nearest.
     """
     fake, real = _unit(embeddings), _unit(real_embeddings)
+    picture_of = _number_pictures(real_embeddings)
     ranks = np.empty(len(drawn), np.int64)
     for row, index in enumerate(drawn.tolist()):
-        negatives = draw_negatives(keys[index], index, len(keys), num_negatives)
-        candidates = real[negatives]
-        is_other = (candidates != real[index]).any(axis=1)
-        similarity = candidates[is_other] @ fake[row]
-        ranks[row] = 1 + np.count_nonzero(similarity >= real[index] @ fake[row])
+        if row % _NUM_ROWS == 0:
+            similarities = fake[row : row + _NUM_ROWS] @ real.T
+        given = _NONE if listed is None else listed[index]
+        negatives = choose_negatives(keys[index], index, len(keys), num_negatives, given)
+        negatives = negatives[picture_of[negatives] != picture_of[index]]
+        similarity = similarities[row % _NUM_ROWS]
+        ranks[row] = 1 + np.count_nonzero(similarity[negatives] >= similarity[index])
     return ranks
 
 
-def draw_negatives(key: str, index: int, num_instances: int, num: int) -> NDArray[np.int64]:
-    """Draw at most `num` instances other than `index`, each once, by the hash of its key."""
+def _number_pictures(embeddings: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Give each embedding (N, E) the number of its picture: copies have one number."""
+    rows = np.ascontiguousarray(embeddings)
+    as_bytes = rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel()
+    numbers: NDArray[np.int64] = np.unique(as_bytes, return_inverse=True)[1]
+    return numbers
+
+
+def choose_negatives(
+    key: str,
+    index: int,
+    num_instances: int,
+    num: int,
+    listed: NDArray[np.int64] = _NONE,
+) -> NDArray[np.int64]:
+    """Choose at most `num` instances other than `index`, each once, in order.
+
+    First those that are listed; the others are drawn by the hash of the key.
+    """
     generator = np.random.Generator(np.random.Philox(key_order_hash(key, _SEED)))
     chosen = generator.choice(num_instances - 1, min(num, num_instances - 1), replace=False)
-    others: NDArray[np.int64] = np.sort(chosen)
-    return others + (others >= index)
+    others: NDArray[np.int64] = chosen + (chosen >= index)
+    if len(listed):
+        listed = np.unique(listed)[:num]
+        unlisted = others[~np.isin(others, listed)]
+        others = np.concatenate([listed, unlisted[: len(others) - len(listed)]])
+    return np.sort(others)
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float64]:

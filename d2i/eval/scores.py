@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 from d2i.errors import DataError
 from d2i.eval.bootstrap import (
     Resamples,
+    deviation,
     draw_resamples,
     fid_deviation,
     inception_deviation,
     intervals,
-    kid_deviation,
     mean_deviation,
 )
-from d2i.eval.metrics import compute_fid, compute_scores
+from d2i.eval.kid import unbiased_mmd
+from d2i.eval.metrics import Draws, compute_fid, score_features
+from d2i.eval.negatives import Listed
 from d2i.eval.recall import NUM_NEGATIVES, true_ranks
 
 Arrays = dict[str, NDArray[Any]]
@@ -45,10 +47,12 @@ class Measured:
 
     `keys`, `reasons`, `sources`, `is_flat`, `real_features`, `real_embeddings` and, with a text
     tower, `text_embeddings` have a row an instance; `features`, `embeddings` and, where the
-    extractor has classes, `logits` a row a drawn picture.
+    extractor has classes, `logits` a row a drawn picture. `listed` are the negatives that a corpus
+    lists, where they were asked for.
     """
 
     arrays: Arrays
+    listed: Listed | None = None
 
     @cached_property
     def drawn(self) -> NDArray[np.int64]:
@@ -85,11 +89,16 @@ class Measured:
             self.drawn,
             self.arrays["embeddings"],
             self.arrays["real_embeddings"],
+            self.listed.of_instances if self.listed else None,
         )
 
 
-def score(measured: Measured) -> dict[str, Any]:
+def score(measured: Measured, resolution: int) -> dict[str, Any]:
     """Compute every score.
+
+    Args:
+        measured: All of an evaluation.
+        resolution: The side at which the pictures were measured.
 
     Returns:
         `scores` by name; `intervals`, 95 % confidence as [low, high]; `warnings`, one line each.
@@ -104,12 +113,7 @@ def score(measured: Measured) -> dict[str, Any]:
             "instances.jsonl"
         )
     with _one_thread():
-        scores = _scores(measured)
-    return {
-        "scores": scores,
-        "intervals": intervals(scores, _deviations(measured, scores)),
-        "warnings": list(_warnings(measured)),
-    }
+        return _scored(measured) | {"warnings": list(_warnings(measured, resolution))}
 
 
 def instance_rows(measured: Measured) -> Iterator[dict[str, Any]]:
@@ -128,61 +132,111 @@ def instance_rows(measured: Measured) -> Iterator[dict[str, Any]]:
         yield {"key": key, "status": "ok"} | row
 
 
-def _scores(measured: Measured) -> dict[str, float | int | None]:
-    arrays = measured.arrays
-    scores = compute_scores(
+def _scored(measured: Measured) -> dict[str, Any]:
+    """Compute scores, and their intervals from what the scores were computed on."""
+    arrays = {name: _wide(array) for name, array in measured.arrays.items()}
+    part = _choose_part(measured)
+    resamples = draw_resamples(len(part.instances), part.drawn)
+    found = score_features(
         arrays["real_features"],
         arrays["features"],
         arrays.get("logits"),
         arrays["real_embeddings"][measured.drawn],
         arrays["embeddings"],
+        Draws(),
+        resamples if part.is_whole else None,
     )
-    scores["fid_clip"] = compute_fid(arrays["real_embeddings"], arrays["embeddings"])
-    scores["clip_t"] = None if measured.clip_t is None else float(measured.clip_t.mean())
-    for k in RECALLS:
-        scores[f"recall_{k}"] = 100 * float((measured.ranks <= k).mean())
-    scores["num_negatives"] = min(NUM_NEGATIVES, len(arrays["keys"]) - 1)
-    return scores
+    fid_clip = compute_fid(arrays["real_embeddings"], arrays["embeddings"])
+    scores = found.scores | {"fid_clip": fid_clip} | _scores_of_pictures(measured)
+    deviations = _deviations_of_sets(
+        part.of(arrays), found.resampled_kid, resamples, int(scores["is_splits"] or 1)
+    ) | _deviations_of_pictures(measured, part.places, resamples)
+    # A deviation falls with the root of the number of instances.
+    scale = float(np.sqrt(len(part.instances) / len(arrays["keys"])))
+    scaled = {name: scale * value for name, value in deviations.items()}
+    return {"scores": scores, "intervals": intervals(scores, scaled)}
 
 
-def _deviations(measured: Measured, scores: dict[str, Any]) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Part:
+    """The instances that intervals come from.
+
+    Args:
+        instances: Their indices, in order.
+        places: Where those that have a drawn picture are among all that have one.
+        drawn: The same ones among `instances`.
+        is_whole: Whether it is all instances.
+    """
+
+    instances: NDArray[np.int64]
+    places: NDArray[np.int64]
+    drawn: NDArray[np.int64]
+    is_whole: bool
+
+    def of(self, arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """Return its rows of all arrays."""
+        if self.is_whole:
+            return arrays
+        return {
+            name: array[self.places if name in _OF_DRAWN else self.instances]
+            for name, array in arrays.items()
+        }
+
+
+def _choose_part(measured: Measured) -> _Part:
+    """Choose all instances, or of very many so many of them at random."""
     num = len(measured.arrays["keys"])
-    chosen = _resampled(num)
-    places = np.flatnonzero(np.isin(measured.drawn, chosen))
-    arrays = {
-        name: _wide(array[places if name in _OF_DRAWN else chosen])
-        for name, array in measured.arrays.items()
+    instances = np.arange(num)
+    if num > _MAX_RESAMPLED:
+        generator = np.random.default_rng([_SEED, num])
+        instances = np.sort(generator.choice(num, _MAX_RESAMPLED, replace=False))
+    places = np.flatnonzero(np.isin(measured.drawn, instances))
+    drawn = np.searchsorted(instances, measured.drawn[places])
+    return _Part(instances, places, drawn, is_whole=len(instances) == num)
+
+
+def _scores_of_pictures(measured: Measured) -> dict[str, float | int | None]:
+    """Give the scores that are means over pictures, CLIP-I aside."""
+    recalls = {f"recall_{k}": 100 * float((measured.ranks <= k).mean()) for k in RECALLS}
+    return {
+        "clip_t": None if measured.clip_t is None else float(measured.clip_t.mean()),
+        **recalls,
+        "num_negatives": min(NUM_NEGATIVES, len(measured.arrays["keys"]) - 1),
     }
-    drawn = np.searchsorted(chosen, measured.drawn[places])
-    resamples: Resamples = draw_resamples(len(chosen), drawn)
-    real, fake = arrays["real_features"], arrays["features"]
+
+
+def _deviations_of_sets(
+    arrays: Mapping[str, NDArray[Any]],
+    resampled_kid: NDArray[np.float64] | None,
+    resamples: Resamples,
+    num_splits: int,
+) -> dict[str, float]:
+    features = arrays["real_features"], arrays["features"]
+    if resampled_kid is None:
+        resampled_kid = unbiased_mmd(*features, resamples.real, resamples.fake)
     found = {
-        "fid": fid_deviation(real, fake, resamples),
-        "kid": kid_deviation(real, fake, resamples),
+        "fid": fid_deviation(*features, resamples),
+        "kid": deviation(resampled_kid),
         "fid_clip": fid_deviation(arrays["real_embeddings"], arrays["embeddings"], resamples),
-        "clip_i": mean_deviation(measured.clip_i[places], resamples),
     }
+    if "logits" in arrays:
+        found["is"] = inception_deviation(arrays["logits"], resamples, num_splits)
+    return found
+
+
+def _deviations_of_pictures(
+    measured: Measured, places: NDArray[np.int64], resamples: Resamples
+) -> dict[str, float]:
+    found = {"clip_i": mean_deviation(measured.clip_i[places], resamples)}
     ranks = measured.ranks[places]
     for k in RECALLS:
         found[f"recall_{k}"] = mean_deviation(np.where(ranks <= k, 100.0, 0.0), resamples)
     if measured.clip_t is not None:
         found["clip_t"] = mean_deviation(measured.clip_t[places], resamples)
-    if "logits" in arrays:
-        found["is"] = inception_deviation(arrays["logits"], resamples, scores["is_splits"])
-    # A deviation falls with the root of the number of instances.
-    scale = float(np.sqrt(len(chosen) / num))
-    return {name: scale * deviation for name, deviation in found.items()}
+    return found
 
 
-def _resampled(num_instances: int) -> NDArray[np.int64]:
-    """Choose the instances that intervals come from: all, or so many of them at random."""
-    if num_instances <= _MAX_RESAMPLED:
-        return np.arange(num_instances)
-    generator = np.random.default_rng([_SEED, num_instances])
-    return np.sort(generator.choice(num_instances, _MAX_RESAMPLED, replace=False))
-
-
-def _warnings(measured: Measured) -> Iterator[str]:
+def _warnings(measured: Measured, resolution: int) -> Iterator[str]:
     num_drawn, keys = len(measured.drawn), measured.arrays["keys"]
     if num_drawn < _FEW_PICTURES:
         yield (
@@ -196,15 +250,20 @@ def _warnings(measured: Measured) -> Iterator[str]:
         )
     if len(keys) > _MAX_RESAMPLED:
         yield f"intervals come from {_MAX_RESAMPLED} of {len(keys)} instances, scaled to all"
+    if measured.listed and (number := measured.listed.mean_number) < NUM_NEGATIVES:
+        yield (
+            f"of the {NUM_NEGATIVES} negatives that {measured.listed.source} lists for a dialog, "
+            f"{number:.1f} are pictures of the data set; the rest were drawn by key hash"
+        )
     flat = np.flatnonzero(measured.arrays["is_flat"])
     if len(flat):
         yield f"{len(flat)} pictures are of one colour, the first is that of {keys[flat[0]]}"
     if num_drawn > 1 and (measured.arrays["embeddings"] == measured.arrays["embeddings"][0]).all():
         yield "all pictures are alike to CLIP: the system draws one picture for every dialog"
-    yield from _source_warnings(measured.sources)
+    yield from _source_warnings(measured.sources, resolution)
 
 
-def _source_warnings(sources: list[str]) -> Iterator[str]:
+def _source_warnings(sources: list[str], resolution: int) -> Iterator[str]:
     files = [source.split() for source in sources if " " in source]
     codecs, sizes = {form for form, _ in files}, {size for _, size in files}
     if "jpg" in codecs:
@@ -214,6 +273,11 @@ def _source_warnings(sources: list[str]) -> Iterator[str]:
     if len(sizes) > 1:
         shown = ", ".join(sorted(sizes)[:3])
         yield f"the pictures have {len(sizes)} sizes ({shown}), each resized by itself"
+    if small := sorted(size for size in sizes if min(map(int, size.split("x"))) < resolution):
+        yield (
+            f"pictures of {small[0]} were enlarged to {resolution}x{resolution}: what they lack in "
+            "detail is scored too"
+        )
 
 
 def _cosines(rows: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float64]:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2i import storage
+from d2i.errors import DataError
 
-_NAME = re.compile(r"(\d{8})-(\d{8})\.npz")
+_NAME = re.compile(r"(\d{8})-(\d{8})\.(?:npz|tar)")
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,45 @@ def plan_tasks(num_instances: int, size: int, finished: Sequence[EvalTask] = ())
 
 
 def finished_tasks(out_url: str) -> list[EvalTask]:
-    """List the finished tasks of an evaluation, in the order of their instances."""
-    names = storage.list_names(storage.join(out_url, "tasks"))
-    found = filter(None, map(_NAME.fullmatch, names))
-    return sorted((EvalTask(int(m[1]), int(m[2])) for m in found), key=lambda task: task.start)
+    """List the finished tasks of an evaluation, in the order of their instances.
+
+    Of tasks that overlap, which a worker leaves that outlived its driver, one alone counts.
+    """
+    tasks: list[EvalTask] = []
+    for task in _listed(storage.join(out_url, "tasks")):
+        if not tasks or task.start >= tasks[-1].stop:
+            tasks.append(task)
+    return tasks
+
+
+def saved_tasks(out_url: str) -> list[EvalTask]:
+    """List the tasks of which pictures were kept, finished or not."""
+    return _listed(storage.join(out_url, "images"))
+
+
+def images_url(out_url: str, task: EvalTask) -> str:
+    """Return where the pictures of a task are kept, where any are."""
+    return storage.join(out_url, "images", f"{task.name}.tar")
 
 
 def write_task(out_url: str, task: EvalTask, arrays: dict[str, NDArray[Any]]) -> None:
-    """Keep what was measured of a task; with this file it is finished."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    storage.write_bytes(_task_url(out_url, task), buffer.getvalue())
+    """Keep what was measured of a task; with this file it is finished.
+
+    Its name is not waited for: a power failure may cost the last tasks, which are then done anew.
+    """
+    with (
+        storage.new_file(_task_url(out_url, task), sync_name=False) as path,
+        path.open("wb") as file,
+    ):
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_tasks(out_url: str, tasks: Sequence[EvalTask]) -> dict[str, NDArray[Any]]:
-    """Put the arrays of tasks together, in the order given."""
+    """Put the arrays of tasks together, in the order given.
+
+    Raises:
+        DataError: If a task's file is damaged.
+    """
     parts: dict[str, list[NDArray[Any]]] = {}
     for arrays in _each(out_url, tasks):
         for name, array in arrays.items():
@@ -82,11 +109,24 @@ def read_tasks(out_url: str, tasks: Sequence[EvalTask]) -> dict[str, NDArray[Any
     return {name: np.concatenate(parts.pop(name)) for name in list(parts)}
 
 
+def _listed(folder_url: str) -> list[EvalTask]:
+    matches = map(_NAME.fullmatch, storage.list_names(folder_url))
+    tasks = [EvalTask(int(match[1]), int(match[2])) for match in matches if match]
+    return sorted(tasks, key=lambda task: (task.start, task.stop))
+
+
 def _each(out_url: str, tasks: Sequence[EvalTask]) -> Iterator[dict[str, NDArray[Any]]]:
     for task in tasks:
-        data = storage.read_bytes(_task_url(out_url, task))
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            yield dict(arrays)
+        url = _task_url(out_url, task)
+        data = storage.read_bytes(url)
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                yield dict(arrays)
+        except (ValueError, EOFError, BadZipFile, zlib.error) as err:
+            raise DataError(
+                f"{url} is damaged: {err}; expected what a finished task leaves; remove it and "
+                "repeat the command: its pictures are drawn anew"
+            ) from err
 
 
 def _task_url(out_url: str, task: EvalTask) -> str:

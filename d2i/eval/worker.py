@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2i import storage
-from d2i.cluster import device_of_worker
+from d2i.cluster import JobFault, device_of_worker
 from d2i.config import Recipe
 from d2i.dialog import key_order_hash
 from d2i.encoders import Encoders, check_made_by, load_encoders
@@ -23,8 +23,7 @@ from d2i.eval.measure import Measurer, drawing_rows
 from d2i.eval.prompts import ContextMode, PromptReader
 from d2i.eval.system import Drawing, SystemContext
 from d2i.eval.systems import SystemSpec, build_system
-from d2i.eval.tasks import EvalTask, write_task
-from d2i.fault import Fault
+from d2i.eval.tasks import EvalTask, images_url, write_task
 from d2i.pictures import png_bytes
 from d2i.settle import settle
 from d2i.shards import ShardReader
@@ -52,7 +51,7 @@ class EvalWorkerBuilder:
     out_url: str
     context: ContextMode
     save_images: SaveImages
-    fault: Fault | None = None
+    fault: JobFault | None = None
     open_shards: Callable[[str], ShardReader] = ShardReader
 
     def __call__(self) -> EvalWorker:
@@ -151,8 +150,7 @@ class EvalWorker:
             if _is_saved(key, self._builder.save_images)
         ]
         if chosen:
-            url = storage.join(self._builder.out_url, "images", f"{task.name}.tar")
-            storage.write_bytes(url, _tar_bytes(chosen))
+            storage.write_bytes(images_url(self._builder.out_url, task), _tar_bytes(chosen))
 
 
 def describe_url(out_url: str) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 
 from d2i import storage
 from d2i.dialog import key_order_hash
-from d2i.report.evaluation import Evaluation
+from d2i.report.comparable import card_summary, group_by_metric, is_plain, why_apart
+from d2i.report.evaluation import Evaluation, tell_apart
 from d2i.report.paper import paper_row
 from d2i.report.tabulated import Cell, Row, Table
 from d2i.shards import ShardReader
@@ -63,16 +64,37 @@ def draw_categories(data_url: str) -> list[Category]:
     return found
 
 
-def categories_table(evaluations: Sequence[Evaluation], categories: Sequence[Category]) -> Table:
-    """Mean CLIP-I of each system within each category."""
+def labelled(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return the evaluations of which the categories are shown, one a system."""
+    return [e for e in evaluations if e.card.get("corpus") == "photochat" and is_plain(e)]
+
+
+def figure5(evaluations: Sequence[Evaluation]) -> list[Table]:
+    """Mean CLIP-I of each system within each category; what cannot be compared stands apart.
+
+    Raises:
+        ShardError: If the data set cannot be read.
+    """
+    parts = group_by_metric(labelled(evaluations))
+    return [
+        _table(part, categories, "" if part is parts[0] else why_apart(part, parts[0]))
+        for part in parts
+        if (categories := draw_categories(str(part[0].card.get("data"))))
+    ]
+
+
+def _table(part: Sequence[Evaluation], categories: Sequence[Category], apart: str) -> Table:
+    headings = tell_apart([paper_row(evaluation.card) for evaluation in part], part)
     rows = []
-    for evaluation in evaluations:
+    for heading, evaluation in zip(headings, part, strict=True):
         by_key = read_instances(evaluation)
         cells = tuple(_mean(by_key, category.keys) for category in categories)
-        rows.append(Row(paper_row(evaluation.card), cells))
+        rows.append(Row(heading, cells, card_summary(evaluation)))
     columns = tuple(f"{c.name}: {len(c.keys)} of {c.num_instances}" for c in categories)
-    note = "CLIP-I; the range is the mean's 95 % confidence, from the deviation of its pictures."
-    return Table("CLIP-I by category (Figure 5)", columns, tuple(rows), (note,))
+    notes = [f"Kept apart, as not comparable: {apart}."] if apart else []
+    notes.append("CLIP-I; the range is the mean's 95 % confidence, from its pictures' deviation.")
+    title = "CLIP-I by category (Figure 5)" + (", apart" if apart else "")
+    return Table(title, columns, tuple(rows), tuple(notes))
 
 
 def read_instances(evaluation: Evaluation) -> dict[str, dict[str, Any]]:

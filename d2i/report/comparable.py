@@ -6,25 +6,41 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2i.report.evaluation import Evaluation
+from d2i.report.evaluation import Evaluation, lossy_codec
 
 _METRIC_FIELDS = (
     "instances_sha256",
     "expected",
     "extractor",
     "clip_text",
+    "negatives",
     "resolution",
     "resize",
-    "codec",
     "device",
     "versions",
 )
 
 
+def is_plain(evaluation: Evaluation) -> bool:
+    """Say whether a system was shown the whole dialog, linearized as the paper's own systems."""
+    return context_of(evaluation) == "full" and strategy_of(evaluation) == "hash"
+
+
+def context_of(evaluation: Evaluation) -> str:
+    """Return what of the dialog the system was shown."""
+    return str(evaluation.card.get("context", "full"))
+
+
+def strategy_of(evaluation: Evaluation) -> str:
+    """Return how the dialog was linearized."""
+    return str((evaluation.card.get("text") or {}).get("strategy", "hash"))
+
+
 def metric_identity(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the metric. How a system samples is the system's own affair."""
     clip_image = (card.get("weights") or {}).get("clip_image")
-    return {name: card.get(name) for name in _METRIC_FIELDS} | {"clip_image": clip_image}
+    fields = {name: card.get(name) for name in _METRIC_FIELDS}
+    return fields | {"codec": lossy_codec(card), "clip_image": clip_image}
 
 
 def group_by_metric(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:

@@ -19,7 +19,7 @@ def conversations_section(evaluations: Sequence[Evaluation]) -> Section | LeftOu
 
     Evaluations of other instances are shown by themselves.
     """
-    parts = [_part(group) for group in _by_instances(evaluations)]
+    parts = [_part(group) for group in group_by_instances(evaluations)]
     bodies = [part for part in parts if not isinstance(part, LeftOut)]
     if not bodies:
         return next(part for part in parts if isinstance(part, LeftOut))
@@ -37,7 +37,8 @@ def draw_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) 
     return "".join(_row(conversation, evaluations, drawn) for conversation in shown)
 
 
-def _by_instances(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
+def group_by_instances(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
+    """Put those together that drew for the same conversations, in order of appearance."""
     groups: dict[str, list[Evaluation]] = {}
     for evaluation in evaluations:
         card = evaluation.card

@@ -13,6 +13,8 @@ from typing import Any
 from d2i import storage
 from d2i.errors import DataError
 
+MAX_NAMED = 4
+"""More evaluations than that are a study: too many to name in a sentence, or to be columns."""
 _MAX_PICTURE_BYTES = 1 << 26
 # What decides a score beside the system itself.
 _DECIDING_FIELDS = (
@@ -126,12 +128,16 @@ def column_names(evaluations: Sequence[Evaluation]) -> list[str]:
     """
     if _is_before_and_after(evaluations):
         return ["Before", "After"]
-    labels = [evaluation.label for evaluation in evaluations]
+    return tell_apart([evaluation.label for evaluation in evaluations], evaluations)
+
+
+def tell_apart(names: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
+    """Add to names that would be equal the folder of each evaluation."""
     return [
-        label
-        if labels.count(label) == 1
-        else f"{label} ({evaluation.url.rstrip('/').rpartition('/')[2]})"
-        for label, evaluation in zip(labels, evaluations, strict=True)
+        name
+        if names.count(name) == 1
+        else f"{name} ({evaluation.url.rstrip('/').rpartition('/')[2]})"
+        for name, evaluation in zip(names, evaluations, strict=True)
     ]
 
 
@@ -142,7 +148,7 @@ def group_comparable(evaluations: Sequence[Evaluation]) -> list[list[int]]:
     """
     groups: dict[str, list[int]] = {}
     for number, evaluation in enumerate(evaluations):
-        deciding = [evaluation.card.get(field) for field in _DECIDING_FIELDS]
+        deciding = [_deciding(evaluation, field) for field in _DECIDING_FIELDS]
         groups.setdefault(json.dumps(deciding, sort_keys=True, default=str), []).append(number)
     return list(groups.values())
 
@@ -152,8 +158,25 @@ def differing_fields(evaluations: Sequence[Evaluation]) -> list[str]:
     return [
         field
         for field in _DECIDING_FIELDS
-        if any(e.card.get(field) != evaluations[0].card.get(field) for e in evaluations)
+        if any(_deciding(e, field) != _deciding(evaluations[0], field) for e in evaluations)
     ]
+
+
+def lossy_codec(card: Mapping[str, Any]) -> str | None:
+    """Name the codecs that took something from the pictures that a system drew."""
+    codec = card.get("codec")
+    if codec is None:
+        return None
+    forms = str(codec).removesuffix(" files").split(", ") if "files" in str(codec) else []
+    lossy = [form for form in forms if form != "png"]
+    # Photographs that are shown as they are have the codec of the true ones.
+    if not lossy or card.get("kind") == "retrieve":
+        return "without loss"
+    return f"{', '.join(lossy)} files"
+
+
+def _deciding(evaluation: Evaluation, field: str) -> Any:
+    return lossy_codec(evaluation.card) if field == "codec" else evaluation.card.get(field)
 
 
 def _is_before_and_after(evaluations: Sequence[Evaluation]) -> bool:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from d2i.report.document import draw_header
-from d2i.report.evaluation import Evaluation, column_names, group_comparable
+from d2i.report.evaluation import MAX_NAMED, Evaluation, column_names, group_comparable
 from d2i.report.markup import card, figure, is_number, percent, text
 
 DEFAULT_TITLE = "d2i report"
-# More systems than that are a study: its tables are the headline.
-_MAX_NAMED = 4
 _SENTENCE = "A conversation goes in, the picture that answers it comes out"
 
 
@@ -18,7 +16,7 @@ def hero(evaluations: Sequence[Evaluation], title: str | None) -> str:
     """Draw the heading, what was evaluated, and up to three headline numbers."""
     cards = (
         [_accuracy(evaluations), _score(evaluations, "fid"), _score(evaluations, "clip_i")]
-        if len(evaluations) <= _MAX_NAMED
+        if len(evaluations) <= MAX_NAMED
         else []
     )
     return draw_header(title or DEFAULT_TITLE, _SENTENCE, _sentence(evaluations), "".join(cards))
@@ -29,7 +27,7 @@ def _sentence(evaluations: Sequence[Evaluation]) -> str:
     found, data = card.get("found"), str(card.get("data", "")).rstrip("/")
     count = f"{figure(found, ',')} conversations" if is_number(found) else "conversations"
     split = f" of the {text(data.rpartition('/')[2])} split" if data else ""
-    if len(evaluations) > _MAX_NAMED:
+    if len(evaluations) > MAX_NAMED:
         return f"{figure(len(evaluations), ',')} evaluations side by side, of what they share."
     labels = [f"<strong>{text(evaluation.label)}</strong>" for evaluation in evaluations]
     systems = " and ".join(filter(None, [", then ".join(labels[:-1]), labels[-1]]))

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 from PIL import Image, ImageOps
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+_TAG = re.compile(r"<[^>]*>")
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _MAX_SIDE_PX = 480
 _MAX_BYTES = 120_000
@@ -83,15 +84,19 @@ def duration(seconds: float) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]], caption: str = "") -> str:
-    """Make a table of ready-made cells; each row is its heading and its other cells."""
-    heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    """Make a table of ready-made cells; each row is its heading and its other cells.
+
+    The words of the caption also name the part of the page that scrolls sideways.
+    """
+    heads = "".join(f'<th scope="col">{cell}</th>' if cell else "<td></td>" for cell in head)
     lines = (
         f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
         for name, cells in rows
     )
     title = f"<caption>{caption}</caption>" if caption else ""
+    name = _TAG.sub("", caption) or "Table"
     return (
-        f'<div class="scroll" tabindex="0"><table>{title}'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table>{title}'
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 

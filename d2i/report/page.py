@@ -10,7 +10,7 @@ from d2i import storage
 from d2i.errors import ConfigError
 from d2i.report.attributes import attributes_section
 from d2i.report.cards import cards_section
-from d2i.report.categories import categories_table, draw_categories
+from d2i.report.categories import figure5
 from d2i.report.conversations import conversations_section
 from d2i.report.document import draw_document
 from d2i.report.evaluation import Evaluation, read_evaluation
@@ -72,11 +72,13 @@ def write_report(
 
 
 def _tables(evaluations: Sequence[Evaluation]) -> list[Table]:
-    tables = [*table2(evaluations), *table3(evaluations), *listening(evaluations), table5()]
-    labelled = [e for e in evaluations if e.card.get("corpus") == "photochat"]
-    if labelled and (categories := draw_categories(str(labelled[0].card.get("data")))):
-        tables.append(categories_table(labelled, categories))
-    return tables
+    return [
+        *table2(evaluations),
+        *table3(evaluations),
+        *listening(evaluations),
+        table5(),
+        *figure5(evaluations),
+    ]
 
 
 def _page(

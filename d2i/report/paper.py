@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -34,10 +35,14 @@ class PaperScores:
 
 
 def paper_row(card: Mapping[str, Any]) -> str:
-    """Name a system as the paper's Table 2 does, or by its label where that has no row for it."""
+    """Name a system as the paper's Table 2 does, or by its label where that has no row for it.
+
+    A label is that of a row whatever its capitals and hyphens: `minigpt5` is MiniGPT-5.
+    """
     backbone = _BACKBONES.get(str(card.get("backbone")))
     if backbone is None:
-        return str(card.get("label") or card.get("system"))
+        label = str(card.get("label") or card.get("system"))
+        return _rows_by_letters().get(_letters(label), label)
     return backbone + (_OURS if card.get("run") else "")
 
 
@@ -57,6 +62,16 @@ def paper_table5() -> dict[str, dict[str, list[Any]]]:
     """Return [resolution, global batch, devices] by corpus and backbone."""
     rows: dict[str, Any] = _paper()["table5"]
     return {corpus: row for corpus, row in rows.items() if isinstance(row, dict)}
+
+
+@cache
+def _rows_by_letters() -> dict[str, str]:
+    corpora = (rows for rows in _paper()["table2"].values() if isinstance(rows, dict))
+    return {_letters(name): name for rows in corpora for name in rows}
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).lower()
 
 
 def _scores(row: Mapping[str, Any]) -> PaperScores:

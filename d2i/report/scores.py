@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from d2i.report.evaluation import Evaluation, column_names, differing_fields, group_comparable
+from d2i.report.evaluation import (
+    MAX_NAMED,
+    Evaluation,
+    column_names,
+    differing_fields,
+    group_comparable,
+)
 from d2i.report.markup import Section, figure, is_number, percent, table, text
 
 _SCORES = {
@@ -46,12 +52,25 @@ def scores_section(evaluations: Sequence[Evaluation]) -> Section:
         _scores_table([evaluations[n] for n in group], [names[n] for n in group])
         for group in groups
     )
-    warned = "".join(
-        f'<p class="warning">{text(name)}: {text(warning)}.</p>'
-        for name, evaluation in zip(names, evaluations, strict=True)
-        for warning in evaluation.warnings
+    return Section("scores", "Scores", apart + "".join(tables) + _warned(evaluations, names))
+
+
+def _warned(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
+    """Say each warning once, and of whom it is."""
+    of: dict[str, list[str]] = {}
+    for name, evaluation in zip(names, evaluations, strict=True):
+        for warning in evaluation.warnings:
+            of.setdefault(warning, []).append(name)
+    return "".join(
+        f'<p class="warning">{text(_listed(warned))}: {text(warning)}.</p>'
+        for warning, warned in of.items()
     )
-    return Section("scores", "Scores", apart + "".join(tables) + warned)
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) <= MAX_NAMED:
+        return ", ".join(names)
+    return f"{', '.join(names[:MAX_NAMED])} and {len(names) - MAX_NAMED} more"
 
 
 def _scores_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
@@ -64,11 +83,19 @@ def _scores_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> st
     ]
     if any(evaluation.judged for evaluation in evaluations):
         rows.append((f"Attributes right {_direction('', 'higher')}", _accuracies(evaluations)))
+    head = ["Score", *(text(name) for name in names)]
     caption = f"FID on {extractor}{pictures}"
+    is_wide = len(evaluations) > MAX_NAMED
     return (
-        table(["Score", *(text(name) for name in names)], rows, caption)
-        + f"<details><summary>Metric card</summary>{_card_table(evaluations, names)}</details>"
-    )
+        _turned(head, rows, caption) if is_wide else table(head, rows, caption)
+    ) + f"<details><summary>Metric card</summary>{_card_table(evaluations, names)}</details>"
+
+
+def _turned(head: Sequence[str], rows: Sequence[tuple[str, list[str]]], caption: str) -> str:
+    """Draw a table with its columns as rows, for more systems than a page is wide."""
+    headings, cells = zip(*rows, strict=True)
+    columns = zip(head[1:], zip(*cells, strict=True), strict=True)
+    return f'<div class="turned">{table(["System", *headings], columns, caption)}</div>'
 
 
 def _direction(name: str, better: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from d2i.errors import DataError
-from d2i.report.categories import Category, categories_table, draw_categories
-from d2i.report.conversations import draw_rows
+from d2i.report.categories import Category, draw_categories, figure5, labelled
+from d2i.report.conversations import draw_rows, group_by_instances
 from d2i.report.dataset import read_conversations
 from d2i.report.evaluation import Evaluation
 from d2i.report.markup import LeftOut, Section, table, text
@@ -45,18 +45,17 @@ def recipes_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
 
 def categories_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
     """Show Figure 5: the scores, and the first conversations that all systems drew."""
-    chosen = [e for e in evaluations if e.card.get("corpus") == "photochat"]
+    chosen = labelled(evaluations)
     if not chosen:
         return LeftOut(_CATEGORIES, "no evaluation is of PhotoChat, whose labels say what is shown")
     try:
-        categories = draw_categories(str(chosen[0].card.get("data")))
-        galleries = "".join(_gallery(chosen, category) for category in categories)
+        tables = figure5(chosen)
+        galleries = _galleries(chosen)
     except DataError as error:
         return LeftOut(_CATEGORIES, str(error))
-    if not categories:
+    if not tables:
         return LeftOut(_CATEGORIES, "no label of the data set belongs to one of the categories")
-    scores = draw_table(categories_table(chosen, categories))
-    return Section("figure5", _CATEGORIES, scores + galleries)
+    return Section("figure5", _CATEGORIES, "".join(map(draw_table, tables)) + galleries)
 
 
 def draw_table(made: Table) -> str:
@@ -86,6 +85,13 @@ def _cell(cell: Cell, row: Row) -> str:
         return figure
     low, high = (format(end, cell.spec).replace("-", "\N{MINUS SIGN}") for end in cell.interval)
     return f"{figure} <small>{low} to {high}</small>"
+
+
+def _galleries(evaluations: Sequence[Evaluation]) -> str:
+    """Show conversations of each category, of the systems that drew for the same ones."""
+    same = group_by_instances(evaluations)[0]
+    categories = draw_categories(str(same[0].card.get("data")))
+    return "".join(_gallery(same, category) for category in categories)
 
 
 def _gallery(evaluations: Sequence[Evaluation], category: Category) -> str:

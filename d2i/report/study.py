@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from d2i.recipes import RECIPES
-from d2i.report.comparable import card_summary, group_by_metric, why_apart
-from d2i.report.evaluation import Evaluation
+from d2i.report.comparable import (
+    card_summary,
+    context_of,
+    group_by_metric,
+    is_plain,
+    strategy_of,
+    why_apart,
+)
+from d2i.report.evaluation import Evaluation, tell_apart
 from d2i.report.markup import is_number
 from d2i.report.paper import (
     PUBLISHED_EXTRACTOR,
@@ -35,22 +43,34 @@ def table2(evaluations: Sequence[Evaluation]) -> list[Table]:
     """Systems by corpus, as the paper's Table 2; what cannot be compared is a table of its own."""
     tables = []
     for corpus, group in _by(evaluations, lambda e: e.card.get("corpus")):
-        plain = [e for e in group if _context(e) == "full" and _strategy(e) == "hash"]
-        parts = group_by_metric(plain)
-        tables += [_systems(corpus, part, parts[0]) for part in parts]
+        parts = group_by_metric([e for e in group if is_plain(e)])
+        # The paper's systems that nobody evaluated are named once.
+        with_absent = next(filter(_is_published, parts), None)
+        for number, part in enumerate(parts):
+            table = _systems(corpus, part, is_whole=part is with_absent)
+            tables.append(_set_apart(table, number, part, parts[0]) if number else table)
     return tables
+
+
+def _set_apart(
+    table: Table, number: int, part: Sequence[Evaluation], first: Sequence[Evaluation]
+) -> Table:
+    """Title a table that is not comparable with the first, and say why."""
+    note = f"Kept apart, as not comparable: {why_apart(part, first)}."
+    title = f"{table.title}, apart" + (f" ({number})" if number > 1 else "")
+    return replace(table, title=title, notes=(note, *table.notes))
 
 
 def table3(evaluations: Sequence[Evaluation]) -> list[Table]:
     """The linearizations of one system, as the paper's Table 3."""
     tables = []
-    full = [e for e in evaluations if _context(e) == "full"]
+    full = [e for e in evaluations if context_of(e) == "full"]
     for (corpus, name), group in _by(full, _system):
-        if len({_strategy(e) for e in group}) < 2:
+        if len({strategy_of(e) for e in group}) < 2:
             continue
         paper = paper_table3() if (corpus, name) == ("photochat", SYSTEM_OF_TABLE_3) else {}
         tables += _variants(
-            f"Linearizations: {name} on {_corpus(corpus)}", group, _strategy, _STRATEGIES, paper
+            f"Linearizations: {name} on {_corpus(corpus)}", group, strategy_of, _STRATEGIES, paper
         )
     return tables
 
@@ -58,11 +78,11 @@ def table3(evaluations: Sequence[Evaluation]) -> list[Table]:
 def listening(evaluations: Sequence[Evaluation]) -> list[Table]:
     """One system shown the whole dialog, its last turn, nothing, and another dialog."""
     tables = []
-    hashed = [e for e in evaluations if _strategy(e) == "hash"]
+    hashed = [e for e in evaluations if strategy_of(e) == "hash"]
     for (corpus, name), group in _by(hashed, _system):
-        if len({_context(e) for e in group}) > 1:
+        if len({context_of(e) for e in group}) > 1:
             title = f"What the system is shown: {name} on {_corpus(corpus)}"
-            tables += _variants(title, group, _context, _CONTEXTS, {})
+            tables += _variants(title, group, context_of, _CONTEXTS, {})
     return tables
 
 
@@ -89,10 +109,9 @@ def table5() -> Table:
     return Table("Recipes (Table 5)", columns, tuple(rows))
 
 
-def _systems(corpus: str, part: Sequence[Evaluation], first: Sequence[Evaluation]) -> Table:
-    is_first = part is first
-    paper = paper_table2(corpus) if is_first else {}
-    notes = [] if is_first else [f"Kept apart, as not comparable: {why_apart(part, first)}."]
+def _systems(corpus: str, part: Sequence[Evaluation], *, is_whole: bool) -> Table:
+    """Make a row of each system, and with `is_whole` of those that the paper alone has."""
+    paper, notes = paper_table2(corpus), []
     if paper and not _is_published(part):
         paper = {}
         notes.append(
@@ -101,17 +120,18 @@ def _systems(corpus: str, part: Sequence[Evaluation], first: Sequence[Evaluation
         )
     if any(e.card.get("kind") == "divter" and corpus == "mmdialog" for e in part):
         notes.append(_SAME_DESCRIPTIONS)
+    names = [paper_row(evaluation.card) for evaluation in part]
     named: list[tuple[str, str, Evaluation | None]] = [
-        (paper_row(evaluation.card), heading, evaluation) for heading, evaluation in _named(part)
+        (name, _heading(heading, corpus, evaluation), evaluation)
+        for name, heading, evaluation in zip(names, tell_apart(names, part), part, strict=True)
     ]
-    absent = set(paper) - {name for name, *_ in named}
+    absent = set(paper) - {name for name, *_ in named} if is_whole else ()
     named += [(name, name, None) for name in absent]
     rows = [
         _row(heading, evaluation, paper.get(name, _NO_PAPER))
         for name, heading, evaluation in sorted(named, key=lambda n: _place(n[0], list(paper)))
     ]
-    title = f"Systems on {_corpus(corpus)} (Table 2)" + ("" if is_first else ", apart")
-    return Table(title, _COLUMNS, tuple(rows), tuple(notes))
+    return Table(f"Systems on {_corpus(corpus)} (Table 2)", _COLUMNS, tuple(rows), tuple(notes))
 
 
 def _variants(
@@ -127,7 +147,11 @@ def _variants(
     for part in parts:
         beside = paper if _is_published(part) else {}
         chosen = sorted(part, key=lambda e: _place(variant(e), order))
-        rows = [_row(variant(e), e, beside.get(variant(e), _NO_PAPER)) for e in chosen]
+        headings = tell_apart([variant(e) for e in chosen], chosen)
+        rows = [
+            _row(heading, e, beside.get(variant(e), _NO_PAPER))
+            for heading, e in zip(headings, chosen, strict=True)
+        ]
         apart = [] if part is parts[0] else [f"Kept apart: {why_apart(part, parts[0])}."]
         tables.append(Table(title, _COLUMNS, tuple(rows), tuple(apart)))
     return tables
@@ -174,18 +198,9 @@ def _pair(ours: int, paper: int) -> tuple[Cell, Cell]:
     return Cell(float(ours), ",.0f"), Cell(float(paper), ",.0f", by_paper=True)
 
 
-def _named(part: Sequence[Evaluation]) -> list[tuple[str, Evaluation]]:
-    """Name each system; names that would be equal carry the folder they come from."""
-    names = [paper_row(evaluation.card) for evaluation in part]
-    return [
-        (
-            name
-            if names.count(name) == 1
-            else f"{name} ({evaluation.url.rstrip('/').rpartition('/')[2]})",
-            evaluation,
-        )
-        for name, evaluation in zip(names, part, strict=True)
-    ]
+def _heading(name: str, corpus: str, evaluation: Evaluation) -> str:
+    is_by_our_captions = evaluation.card.get("kind") == "divter" and corpus == "mmdialog"
+    return f"{name}, our captions" if is_by_our_captions else name
 
 
 def _place(name: str, order: Sequence[str]) -> int:
@@ -205,14 +220,6 @@ def _by(
 
 def _system(evaluation: Evaluation) -> tuple[str, str]:
     return str(evaluation.card["corpus"]), paper_row(evaluation.card)
-
-
-def _context(evaluation: Evaluation) -> str:
-    return str(evaluation.card.get("context", "full"))
-
-
-def _strategy(evaluation: Evaluation) -> str:
-    return str((evaluation.card.get("text") or {}).get("strategy", "hash"))
 
 
 def _is_published(part: Sequence[Evaluation]) -> bool:

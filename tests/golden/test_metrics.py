@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch_fidelity.metric_kid import kid_features_to_metric
 
 from d2i.errors import DataError
 from d2i.eval.metrics import compute_scores
@@ -83,7 +84,9 @@ def test_small_stored_logits() -> None:
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["d64", "d256_rank_deficient"])
+@pytest.mark.parametrize(
+    "name", ["d64", pytest.param("d2048", marks=pytest.mark.soak), "d256_rank_deficient"]
+)
 def test_sets_by_formula(name: str) -> None:
     golden = case(name)
     real = features(golden["n1"], golden["d"], second=False)
@@ -108,6 +111,43 @@ def test_sets_by_formula(name: str) -> None:
     assert scores["kid"] == pytest.approx(golden["kid_mean"], **KID)
     assert scores["kid"] == pytest.approx(golden["kid_mean_float64"], rel=1e-9)
     assert scores["kid_std"] == pytest.approx(golden["kid_std_float64"], rel=1e-9)
+
+
+def random_sets(num: int, num_fake: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    dice = np.random.default_rng(0)
+    mix = dice.standard_normal((width, width))
+    return (
+        np.abs(dice.standard_normal((num, width)) @ mix),
+        1.1 * np.abs(dice.standard_normal((num_fake, width)) @ mix) + 0.15,
+    )
+
+
+@pytest.mark.parametrize(("num", "num_fake", "width"), [(90, 70, 20), (60, 50, 80), (40, 90, 64)])
+def test_kid_is_torch_fidelitys_own(num: int, num_fake: int, width: int) -> None:
+    """Its function in float64, on the same features: more rows than columns, fewer, and both."""
+    real, fake = random_sets(num, num_fake, width)
+    scores = compute_scores(
+        real, fake, None, pairs(), pairs(), kid_subsets=7, kid_subset_size=33, seed=5
+    )
+    kid = kid_features_to_metric(
+        torch.from_numpy(real),
+        torch.from_numpy(fake),
+        kid_subsets=7,
+        kid_subset_size=33,
+        rng_seed=5,
+        verbose=False,
+    )
+    assert scores["kid"] == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-9)
+    assert scores["kid_std"] == pytest.approx(kid["kernel_inception_distance_std"], rel=1e-9)
+
+
+def test_the_kernel_of_many_rows_is_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, fake = random_sets(50, 41, 6)
+    whole = compute_scores(real, fake, None, pairs(), pairs(), kid_subset_size=30)
+    monkeypatch.setattr("d2i.eval.kid._NUM_KERNEL_ROWS", 16)
+    in_blocks = compute_scores(real, fake, None, pairs(), pairs(), kid_subset_size=30)
+    assert in_blocks["kid"] == pytest.approx(whole["kid"], rel=1e-12)
+    assert in_blocks["kid_std"] == pytest.approx(whole["kid_std"], rel=1e-12)
 
 
 @needs_shared

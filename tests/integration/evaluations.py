@@ -17,13 +17,14 @@ def command(data: Path | str, out: Path | str, *extra: object) -> list[Any]:
 
 
 def pictures(out: Path) -> dict[str, bytes]:
-    """The drawn pictures by name."""
-    found = {}
+    """The drawn pictures by name, each kept once."""
+    found: dict[str, bytes] = {}
     for path in sorted((out / "images").glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 assert file is not None
+                assert member.name not in found
                 found[member.name] = file.read()
     return found
 

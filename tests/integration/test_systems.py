@@ -20,6 +20,8 @@ from d2i.eval.describer import Describer, DescriberConfig, read_pairs, train_des
 from d2i.eval.export import export_dialogs
 from d2i.eval.systems import parse_system
 from d2i.recipes import change_recipe, read_kept_recipe
+from d2i.report.evaluation import read_evaluation
+from d2i.report.study import table2
 from d2i.runs import EMA_NAME
 from d2i.shards import ShardReader
 from d2i.shipped import resolve_weights
@@ -56,6 +58,15 @@ def assert_scored(result: dict[str, Any], num: int = 23) -> None:
         assert low <= result["scores"][name] <= high
 
 
+def assert_row(out: Path, name: str) -> None:
+    """The evaluation is a row of Table 2, with all of its scores."""
+    (table,) = table2([read_evaluation(out)])
+    (row,) = table.rows
+    assert row.heading == name
+    blank = {c for c, cell in zip(table.columns, row.cells, strict=True) if cell.value is None}
+    assert blank == {"FID (paper)", "IS (paper)", "CLIP-I (paper)"}
+
+
 def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "instances.jsonl").read_text().splitlines()]
 
@@ -68,6 +79,7 @@ def test_a_diffusers_pipeline_from_its_folder(tmp_path: Path, chat_data: Path) -
     assert_scored(result)
     assert result["card"]["weights"]["pipeline"] == "StableDiffusionPipeline"
     assert result["card"]["pipeline_arguments"]["num_inference_steps"] == 2
+    assert_row(tmp_path / "out", "pipeline")
     grouped = scored(chat_data, tmp_path / "grouped", system, arguments, task_size=3)
     assert grouped == result
 
@@ -78,7 +90,7 @@ def test_dalle2_as_unclip(tmp_path: Path, chat_data: Path) -> None:
     arguments = f"sample.pipeline={json.dumps(steps)}"
     result = scored(chat_data, tmp_path / "out", f"dalle2:{tmp_path / 'unclip'}", arguments)
     assert_scored(result)
-    assert result["card"]["label"] == "DALL-E 2"
+    assert_row(tmp_path / "out", "DALL-E 2")
 
 
 def test_retrieval_shows_training_pictures(tmp_path: Path, chat_data: Path) -> None:
@@ -88,6 +100,7 @@ def test_retrieval_shows_training_pictures(tmp_path: Path, chat_data: Path) -> N
     system = f"retrieve:{elsewhere}"
     result = scored(elsewhere, tmp_path / "out", system, save_images="all", open_shards=through)
     assert_scored(result)
+    assert_row(tmp_path / "out", "nearest training picture")
     num_shards = sum(len(list((chat_data / split).glob("*.tar"))) for split in ("train", "test"))
     assert len(list(cache.glob("*.d2i-tar"))) == num_shards
     assert (
@@ -113,7 +126,7 @@ def test_divter_learns_to_describe_and_draws_it(tmp_path: Path, chat_data: Path)
     system = f"divter:{out},uvit-s"
     result = scored(chat_data, tmp_path / "scores", system, weights="demo:backbone")
     assert_scored(result)
-    assert result["card"]["label"] == "Divter"
+    assert_row(tmp_path / "scores", "Divter")
     assert {"describer", "backbone"} <= set(result["card"]["weights"])
 
 
@@ -136,6 +149,7 @@ def test_pictures_made_elsewhere_by_key(tmp_path: Path, chat_data: Path) -> None
     Image.new("RGB", (64, 64), "red").save(made / f"{keys[7]}.png")
     result = scored(chat_data, tmp_path / "out", f"images:{made}", label="MiniGPT-5")
     assert_scored(result, num=21)
+    assert_row(tmp_path / "out", "MiniGPT-5")
     card = result["card"]
     assert (card["label"], card["expected"], card["codec"]) == ("MiniGPT-5", 23, "png files")
     assert card["failures"] == {"missing_picture": 1, "not_an_image": 1}
@@ -157,14 +171,10 @@ def test_pictures_made_elsewhere_by_key(tmp_path: Path, chat_data: Path) -> None
 
 def test_names_of_files_pair_the_pictures(tmp_path: Path, chat_data: Path) -> None:
     """CLIP-I is the definition's mean cosine, and order and form of files change nothing."""
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-    for number, key in enumerate(ShardReader(str(chat_data / "test")).keys):
-        Image.effect_noise((64, 64), 10 + 10 * number).convert("RGB").save(
-            tmp_path / "a" / f"{key}.png"
-        )
-        data = (tmp_path / "a" / f"{key}.png").read_bytes()
-        (tmp_path / "b" / f"{key}.PNG").write_bytes(data)
+    draw_noise(tmp_path / "a", chat_data)
+    (tmp_path / "b").mkdir()
+    for path in (tmp_path / "a").iterdir():
+        (tmp_path / "b" / f"{path.stem}.PNG").write_bytes(path.read_bytes())
     first = scored(chat_data, tmp_path / "first", f"images:{tmp_path / 'a'}")
     second = scored(chat_data, tmp_path / "second", f"images:{tmp_path / 'b'}")
     assert first["scores"] == second["scores"]
@@ -269,8 +279,40 @@ def test_other_weights_in_a_run_are_refused(tmp_path: Path, chat_data: Path) -> 
     (run / EMA_NAME).write_bytes((backbone / "model.safetensors").read_bytes())
     result = scored(chat_data, tmp_path / "out", f"run:{run}")
     assert result["card"]["backbone"] == "uvit-s"
-    state = load_file(run / EMA_NAME)
-    save_file({key: 2 * value for key, value in state.items()}, run / EMA_NAME)
-    (next((tmp_path / "out/tasks").glob("*.npz"))).unlink()
-    with pytest.raises(ConfigError, match=r"drawn otherwise: got weights\.backbone"):
+    save_file({key: 2 * value for key, value in load_file(run / EMA_NAME).items()}, run / EMA_NAME)
+    # Nothing is left to draw, and yet these are not that network's scores.
+    with pytest.raises(ConfigError, match=r"gave before its files changed; .* another --out"):
         scored(chat_data, tmp_path / "out", f"run:{run}")
+
+
+def test_pictures_made_anew_are_not_given_the_old_scores(tmp_path: Path, chat_data: Path) -> None:
+    made, system = tmp_path / "made", f"images:{tmp_path / 'made'}"
+    draw_noise(made, chat_data)
+    first = scored(chat_data, tmp_path / "out", system)
+    (made / "log.txt").write_text("no picture: it changes nothing")
+    assert scored(chat_data, tmp_path / "out", system) == first
+    (made / "0.png").write_bytes(b"a picture of no key")
+    with pytest.raises(ConfigError, match="before its files changed"):
+        scored(chat_data, tmp_path / "out", system)
+
+
+def test_odd_folders_of_pictures(tmp_path: Path, chat_data: Path) -> None:
+    made, system = tmp_path / "made", f"images:{tmp_path / 'made'}"
+    key = draw_noise(made, chat_data, side_px=32)
+    with pytest.raises(ConfigError, match=r"--context none: images:.* expected full"):
+        scored(chat_data, tmp_path / "out", system, context="none")
+    warnings = scored(chat_data, tmp_path / "out", system)["warnings"]
+    assert any("pictures of 32x32 were enlarged to 64x64" in warning for warning in warnings)
+    (made / f"{key}.jpg").write_bytes((made / f"{key}.png").read_bytes())
+    with pytest.raises(DataError, match=rf"two pictures for one key, {key}.jpg and {key}.png"):
+        scored(chat_data, tmp_path / "other", system)
+
+
+def draw_noise(folder: Path, data: Path, side_px: int = 64) -> str:
+    """Make a picture for each test key; return one of them."""
+    folder.mkdir()
+    keys = ShardReader(str(data / "test")).keys
+    for number, key in enumerate(keys):
+        noise = Image.effect_noise((side_px, side_px), 10 + 10 * number)
+        noise.convert("RGB").save(folder / f"{key}.png")
+    return keys[0]

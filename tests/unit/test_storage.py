@@ -237,6 +237,20 @@ def test_a_folder_goes_with_all_that_is_in_it(tmp_path: Path) -> None:
         assert storage.exists(f"{folder}-not")
 
 
+def test_a_listing_tells_what_has_changed(folder: str) -> None:
+    assert storage.list_versions(folder) == {}
+    for name in ("a.png", "deep/b.png"):
+        storage.write_bytes(storage.join(folder, name), name.encode())
+    before = storage.list_versions(folder)
+    assert sorted(before) == ["a.png", "deep/b.png"]
+    assert storage.list_versions(folder) == before
+    storage.write_bytes(storage.join(folder, "a.png"), b"longer than before")
+    after = storage.list_versions(folder)
+    assert after["deep/b.png"] == before["deep/b.png"]
+    assert after["a.png"] != before["a.png"]
+    assert list(storage.list_versions(storage.join(folder, "a.png"))) == [""]
+
+
 def test_weights_at_a_url_are_copied_once_for_each_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

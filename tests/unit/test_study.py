@@ -18,7 +18,7 @@ from PIL import Image
 from d2i.errors import ConfigError
 from d2i.report import write_report
 from d2i.report.categories import NUM_OF_CATEGORY, draw_categories
-from d2i.report.paper import PUBLISHED_EXTRACTOR
+from d2i.report.paper import PUBLISHED_EXTRACTOR, paper_row
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 
 BACKBONES = ("uvit-s", "uvit-s-deep", "unidiffuser-v1")
@@ -176,9 +176,11 @@ def test_every_system_of_the_paper_has_a_row(study: Study) -> None:
     mmdialog = {line["row"] for line in lines if line["table"] == "Systems on MMDialog (Table 2)"}
     backbones = {"U-ViT-Small", "U-ViT-Small(Deep)", "UniDiffuser-v1"}
     assert mmdialog == backbones | {f"{name} + ours" for name in backbones} | {
-        *("DALL-E 2", "MiniGPT-5", "Divter")
+        *("DALL-E 2", "MiniGPT-5", "Divter, our captions")
     }
-    assert value(lines, "Systems on MMDialog (Table 2)", "Divter", "pictures") == "217 of 220"
+    table = "Systems on MMDialog (Table 2)"
+    assert value(lines, table, "Divter, our captions", "pictures") == "217 of 220"
+    assert value(lines, table, "Divter, our captions", "IS (paper)") == "20.53"
 
 
 def test_what_cannot_be_compared_stands_apart_with_the_reason(study: Study) -> None:
@@ -188,6 +190,66 @@ def test_what_cannot_be_compared_stands_apart_with_the_reason(study: Study) -> N
     apart = text[text.index("(Table 2), apart") :]
     assert "|MiniGPT-5|" in apart[: apart.index("##")]
     assert "it learned from our captions" in text
+
+
+def test_what_loses_nothing_stands_in_the_table(tmp_path: Path) -> None:
+    """Pictures that came as PNG, and the floor, whose photographs have the corpus's own codec."""
+    made = Study(tmp_path)
+    made.add("mmdialog", "uvit-s", codec="none: pictures stay in memory from sampler to metric")
+    made.add("mmdialog", None, kind="images", label="MiniGPT-5", codec="png files")
+    made.add("mmdialog", None, kind="retrieve", label="nearest", codec="jpg, png files")
+    made.add("mmdialog", None, kind="images", label="other", codec="jpg, png files")
+    table = "Systems on MMDialog (Table 2)"
+    scored = {
+        line["row"]
+        for line in made.lines()
+        if line["table"] == table and line["column"] == "CLIP-I"
+    }
+    assert scored == {"U-ViT-Small", "MiniGPT-5", "nearest"}
+    assert "codec jpg files instead of without loss" in made.write("tables.md")
+
+
+def test_the_papers_numbers_stand_wherever_its_metric_does(tmp_path: Path) -> None:
+    """Also beside one system that stands apart; systems that nobody evaluated are named once."""
+    made = Study(tmp_path)
+    for backbone in BACKBONES:
+        made.add("mmdialog", backbone, extractor="clip_image 0123")
+    made.add("mmdialog", "uvit-s", run=True)
+    made.add("mmdialog", "unidiffuser-v1", run=True, device="cuda")
+    lines, table = made.lines(), "Systems on MMDialog (Table 2)"
+    assert value(lines, table, "U-ViT-Small", "FID (paper)") is None
+    assert value(lines, f"{table}, apart", "U-ViT-Small + ours", "FID (paper)") == "23.9"
+    assert value(lines, f"{table}, apart", "U-ViT-Small", "FID (paper)") == "52.95"
+    by_cuda = [line["row"] for line in lines if line["table"] == f"{table}, apart (2)"]
+    assert set(by_cuda) == {"UniDiffuser-v1 + ours"}
+    assert value(lines, f"{table}, apart (2)", by_cuda[0], "FID (paper)") == "22.72"
+
+
+@pytest.mark.parametrize(
+    ("label", "row"),
+    [("minigpt5", "MiniGPT-5"), ("DALL·E 2", "DALL-E 2"), ("divter", "Divter"), ("note", "note")],
+)
+def test_a_label_finds_the_papers_row(label: str, row: str) -> None:
+    assert paper_row({"label": label}) == row
+
+
+def test_rows_of_one_name_tell_their_folders(tmp_path: Path) -> None:
+    made = Study(tmp_path)
+    for strategy in ("hash", "letters", "letters"):
+        made.add("photochat", "uvit-s", run=True, text={"strategy": strategy})
+    lines = [line for line in made.lines() if line["column"] == "FID"]
+    of_table_3 = [line["row"] for line in lines if line["table"].startswith("Linearizations")]
+    assert of_table_3 == ["letters (01)", "letters (02)", "hash"]
+
+
+def test_a_study_has_a_row_a_system_and_says_each_warning_once(study: Study) -> None:
+    for folder in study.folders:
+        document = json.loads((folder / "scores.json").read_text())
+        (folder / "scores.json").write_text(json.dumps(document | {"warnings": ["few pictures"]}))
+    source = study.write("warned.html", parts=("scores",))
+    assert source.count("few pictures") == 1
+    assert "and 16 more: few pictures." in source
+    assert '<th scope="row">uvit-s, fine-tuned (01)</th>' in source
 
 
 def test_table_3_and_contexts(study: Study) -> None:
@@ -217,6 +279,9 @@ def test_figure_5_draws_fifty_of_each_by_hash(study: Study) -> None:
         f"{name}: 50 of 55" for name in ("people", "food", "animals")
     }
     assert lines[0]["value"] == "50.0"
+    # One row a system, and none of it shown less, or in other words.
+    rows = [line["row"] for line in lines if line["column"].startswith("food")]
+    assert len(rows) == len(set(rows)) == 6
 
 
 def test_table_5_is_the_recipes(study: Study) -> None:
@@ -234,6 +299,10 @@ def test_the_page_has_all_of_it_and_loads_nothing(study: Study) -> None:
     for anchor in ("table2", "table3", "listening", "figure5", "table5", "conversations", "cards"):
         assert f'<section id="{anchor}">' in source
     assert 'title="97.76; the paper"' in source
+    # What scrolls has a name, also where the caption holds a figure; no heading is empty.
+    for name in ("Systems on PhotoChat (Table 2)", "FID on inception-v3-compat 6726825d, 220"):
+        assert f'role="region" aria-label="{name}' in source
+    assert '<th scope="col"></th>' not in source
     assert "photochat" in source
     # Systems of a corpus stand beside the truth of that corpus: 12 conversations each.
     assert source.count('<article class="conversation"') == 12 + 12 + 3 * 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from d2i.eval.system import Drawing, SystemContext
 from d2i.picture_files import read_picture
 from d2i.pictures import RefusedPictureError, decode_picture
 
-_SUFFIXES = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp"}
+_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 _MAX_BYTES = 1 << 28
 
 
@@ -22,19 +22,19 @@ def build(context: SystemContext) -> ImagesSystem:
     return ImagesSystem(context)
 
 
+def is_picture(name: str) -> bool:
+    """Say whether a file's name is that of a picture that is read."""
+    return name.rpartition(".")[2].lower() in _SUFFIXES
+
+
 class ImagesSystem:
     """Reads `DIR/{key}.png`, `.jpg` or `.webp`; what is not there is a failure, never replaced."""
 
     def __init__(self, context: SystemContext) -> None:
         self._url, self._limits = context.spec.target, context.recipe.image
         names = storage.list_names(self._url)
-        self._names = {
-            stem: name
-            for name in names
-            for stem, _, suffix in [name.rpartition(".")]
-            if suffix.lower() in _SUFFIXES
-        }
-        _expect_some(self._url, names, self._names.keys(), context.keys)
+        self._names = _by_key(self._url, filter(is_picture, names), context.keys)
+        _expect_some(self._url, names, self._names, context.keys)
         self.described = {"pictures": self._url}
 
     def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
@@ -54,8 +54,26 @@ class ImagesSystem:
         return Drawing(np.asarray(picture.image), source=f"{picture.suffix} {width}x{height}")
 
 
-def _expect_some(url: str, names: Sequence[str], stems: object, keys: Sequence[str]) -> None:
-    if any(key in stems for key in keys):  # type: ignore[operator]
+def _by_key(url: str, names: Iterable[str], keys: Collection[str]) -> dict[str, str]:
+    """Return the file of each key that has one."""
+    wanted, found = frozenset(keys), dict[str, str]()
+    for name in names:
+        key = name.rpartition(".")[0]
+        if key not in wanted:
+            continue
+        if key in found:
+            raise DataError(
+                f"{url}: got two pictures for one key, {found[key]} and {name}; expected one; "
+                "remove the other"
+            )
+        found[key] = name
+    return found
+
+
+def _expect_some(
+    url: str, names: Sequence[str], found: Mapping[str, str], keys: Sequence[str]
+) -> None:
+    if found:
         return
     got = f"got {len(names)} files, such as {names[0]}" if names else "got an empty folder"
     raise DataError(

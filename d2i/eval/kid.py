@@ -1,0 +1,104 @@
+"""The kernel distance of two sets of features (KID), over random subsets and over resamples.
+
+The kernel of each pair of pictures is computed once and summed for all of them at a time. The
+subsets are those that torch-fidelity draws from the same seed. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+_NUM_KERNEL_ROWS = 1024
+
+
+def draw_subsets(
+    num_real: int, num_fake: int, num_subsets: int, subset_size: int, seed: int
+) -> tuple[Counts, Counts]:
+    """Draw subsets without replacement, for each the true pictures first.
+
+    Returns:
+        (S, num_real) and (S, num_fake), 1 for each picture of a subset, else 0.
+    """
+    # Published KIDs are drawn by numpy's old generator: so that these are the same subsets.
+    dice = np.random.RandomState(seed)
+    real = np.zeros((num_subsets, num_real), np.int64)
+    fake = np.zeros((num_subsets, num_fake), np.int64)
+    for subset in range(num_subsets):
+        real[subset, dice.choice(num_real, subset_size, replace=False)] = 1
+        fake[subset, dice.choice(num_fake, subset_size, replace=False)] = 1
+    return real, fake
+
+
+def unbiased_mmd(real: Floats, fake: Floats, real_counts: Counts, fake_counts: Counts) -> Floats:
+    """Return the squared MMD of the kernel (x'y / D + 1)^3 (Binkowski et al. 2018, section 4).
+
+    Unbiased: no picture is paired with itself, nor with another copy of it that a resample holds.
+
+    Args:
+        real: (N, D) features of the true pictures.
+        fake: (M, D) features of the generated pictures.
+        real_counts: (R, N), how often each is in each of R sets.
+        fake_counts: (R, M), the same of the generated ones.
+
+    Returns:
+        (R,), one value a set.
+    """
+    of_real = _mean_within(real, real_counts.astype(np.float64))
+    of_fake = _mean_within(fake, fake_counts.astype(np.float64))
+    of_both = _mean_between(real, fake, *(c.astype(np.float64) for c in (real_counts, fake_counts)))
+    found: Floats = of_real + of_fake - 2 * of_both
+    return found
+
+
+def mmd_of_subsets(real: Floats, fake: Floats, real_counts: Counts, fake_counts: Counts) -> Floats:
+    """Do what `unbiased_mmd` does for sets of few pictures: each by itself, where that is less."""
+    num_pairs = int((real_counts.sum(axis=1) * fake_counts.sum(axis=1)).sum())
+    if len(real) * len(fake) <= num_pairs:
+        return unbiased_mmd(real, fake, real_counts, fake_counts)
+    found = []
+    for of_real, of_fake in zip(real_counts, fake_counts, strict=True):
+        rows, others = np.flatnonzero(of_real), np.flatnonzero(of_fake)
+        counts = of_real[rows][None], of_fake[others][None]
+        found.append(unbiased_mmd(real[rows], fake[others], *counts)[0])
+    return np.array(found)
+
+
+def _mean_within(rows: Floats, counts: Floats) -> Floats:
+    """Mean kernel over the pairs of two different rows, for each set: (R,)."""
+    totals = np.zeros(len(counts))
+    for start in range(0, len(rows), _NUM_KERNEL_ROWS):
+        stop = start + _NUM_KERNEL_ROWS
+        kernel = _kernel(rows[start:stop], rows[start:])
+        np.fill_diagonal(kernel, 0)
+        # The kernel is symmetric: what lies right of the square stands for what lies below it.
+        kernel[:, len(kernel) :] *= 2
+        totals += ((counts[:, start:stop] @ kernel) * counts[:, start:]).sum(axis=1)
+    pairs = counts.sum(axis=1) ** 2 - (counts**2).sum(axis=1)
+    means: Floats = totals / np.maximum(pairs, 1)
+    return means
+
+
+def _mean_between(rows: Floats, others: Floats, counts: Floats, other_counts: Floats) -> Floats:
+    """Mean kernel over all pairs of a row and another, for each set: (R,)."""
+    totals = np.zeros(len(counts))
+    for start in range(0, len(rows), _NUM_KERNEL_ROWS):
+        block = slice(start, start + _NUM_KERNEL_ROWS)
+        kernel = _kernel(rows[block], others)
+        totals += ((counts[:, block] @ kernel) * other_counts).sum(axis=1)
+    pairs = counts.sum(axis=1) * other_counts.sum(axis=1)
+    means: Floats = totals / np.maximum(pairs, 1)
+    return means
+
+
+def _kernel(rows: Floats, others: Floats) -> Floats:
+    kernel: Floats = rows @ others.T
+    kernel /= rows.shape[1]
+    kernel += 1
+    # Two products: numpy's power is many times as slow.
+    square = kernel * kernel
+    kernel *= square
+    return kernel
