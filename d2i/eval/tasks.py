@@ -83,8 +83,7 @@ def read_tasks(out_url: str, tasks: Sequence[EvalTask]) -> dict[str, NDArray[Any
 
 
 def _each(out_url: str, tasks: Sequence[EvalTask]) -> Iterator[dict[str, NDArray[Any]]]:
-    for task in tasks:
-        data = storage.read_bytes(_task_url(out_url, task))
+    for data in storage.read_each(_task_url(out_url, task) for task in tasks):
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             yield dict(arrays)
 
