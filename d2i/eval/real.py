@@ -6,7 +6,6 @@ not import torch.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -43,9 +42,9 @@ class RealFeatures:
         if self._kept is not None:
             return
         for name in NAMES:
-            buffer = io.BytesIO()
-            np.save(buffer, arrays[name], allow_pickle=False)
-            storage.write_bytes(str(self._folder / f"{name}.npy"), buffer.getvalue())
+            url = str(self._folder / f"{name}.npy")
+            with storage.new_file(url) as path, path.open("wb") as file:
+                np.save(file, arrays[name], allow_pickle=False)
         # Written last: without it nothing is kept.
         storage.write_bytes(str(self._folder / _DESCRIBED), self._described.encode())
 

@@ -116,9 +116,8 @@ def _listed(folder_url: str) -> list[EvalTask]:
 
 
 def _each(out_url: str, tasks: Sequence[EvalTask]) -> Iterator[dict[str, NDArray[Any]]]:
-    for task in tasks:
-        url = _task_url(out_url, task)
-        data = storage.read_bytes(url)
+    urls = [_task_url(out_url, task) for task in tasks]
+    for url, data in zip(urls, storage.read_each(urls), strict=True):
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 yield dict(arrays)
