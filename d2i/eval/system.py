@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from d2i.config import Recipe
 from d2i.encoders import Encoders
+from d2i.errors import DataError
 from d2i.eval.prompts import Prompt
 from d2i.shards import ShardReader
 
@@ -33,11 +34,28 @@ class Drawing:
         pixels: uint8 (H, W, 3) of any size, or None.
         reason: Without a picture, one word for the count of failures, such as `not_finite`.
         source: `memory`, or form and size of the file it was read from, such as `jpg 256x256`.
+
+    Raises:
+        DataError: If it has neither picture nor reason, or both, or pixels of another form.
     """
 
     pixels: NDArray[np.uint8] | None
     reason: str = ""
     source: str = IN_MEMORY
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be told apart later on."""
+        if (self.pixels is None) != bool(self.reason):
+            got = "neither picture nor reason" if self.pixels is None else "both"
+            raise DataError(
+                f"a system drew {got}; expected a picture, or one word why there is none"
+            )
+        if self.pixels is None:
+            return
+        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 3 or self.pixels.shape[2] != 3:
+            raise DataError(
+                f"a system drew {self.pixels.dtype} {self.pixels.shape}; expected uint8 (H, W, 3)"
+            )
 
 
 class System(Protocol):

@@ -18,7 +18,7 @@ from d2i.config import Recipe
 from d2i.dialog import key_order_hash
 from d2i.encoders import Encoders, check_made_by, load_encoders
 from d2i.encoders.bundle import versions
-from d2i.errors import ConfigError
+from d2i.errors import ConfigError, DataError
 from d2i.eval.measure import Measurer, drawing_rows
 from d2i.eval.prompts import ContextMode, PromptReader
 from d2i.eval.system import Drawing, SystemContext
@@ -90,6 +90,11 @@ class EvalWorker:
         """Do one group, keep its features (and pictures as asked); return what became of it."""
         keys = [self._reader.keys[i] for i in task.indices]
         drawings = self._system.draw([self._prompts.read(i) for i in task.indices])
+        if len(drawings) != len(keys):
+            raise DataError(
+                f"{self._builder.system.name} drew {len(drawings)} pictures for {len(keys)} "
+                "prompts; expected one each, or the reason why there is none"
+            )
         self._reach("eval.task_drawn")
         pictures = {
             key: self._measurer.fit(drawing.pixels)

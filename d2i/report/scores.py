@@ -21,7 +21,7 @@ _SCORES = {
     "clip_t": ("CLIP-T", "higher", ".2f", None),
     "fid_clip": ("FID on CLIP features", "lower", ",.2f", None),
     "recall_1": ("Recall of the true picture, first", "higher", ".1f", None),
-    "recall_10": ("among the first ten", "higher", ".1f", None),
+    "recall_10": ("Recall, among the first ten", "higher", ".1f", None),
 }
 _CARD_FIELDS = {
     "extractor": "Feature extractor",

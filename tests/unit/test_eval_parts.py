@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from d2i.eval.metrics import compute_fid, compute_scores
 from d2i.eval.prompts import partners
 from d2i.eval.recall import choose_negatives, true_ranks
 from d2i.eval.scores import Measured, score
+from d2i.eval.system import Drawing
 from d2i.eval.systems.pipeline import last_words
 from d2i.eval.tasks import EvalTask, finished_tasks, plan_tasks, read_tasks, write_task
 from d2i.tokenize import encode
@@ -252,6 +254,21 @@ def test_a_damaged_task_is_one_line(tmp_path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(DataError, match=r"00000004.npz is damaged: .*; remove it and repeat"):
         read_tasks(str(tmp_path), finished_tasks(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "message"),
+    [
+        ((None, ""), "neither picture nor reason; expected a picture, or one word"),
+        ((np.zeros((2, 2, 3), np.uint8), "withheld"), "a system drew both"),
+        ((np.zeros((2, 2, 3)), ""), r"drew float64 \(2, 2, 3\); expected uint8 \(H, W, 3\)"),
+        ((np.zeros((3, 2, 2), np.uint8), ""), r"drew uint8 \(3, 2, 2\)"),
+        ((np.zeros((2, 3), np.uint8), ""), r"drew uint8 \(2, 3\)"),
+    ],
+)
+def test_a_drawing_is_a_picture_or_a_reason(drawn: tuple[Any, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Drawing(*drawn)
 
 
 def test_a_long_line_keeps_its_last_words() -> None:
