@@ -76,6 +76,9 @@ def test_noised_samples() -> None:
 
 def test_uvit_loss_and_gradients() -> None:
     golden, network = tensors("losses"), tiny_uvit()
+    with torch.no_grad():
+        predicted = network(golden["uvit_xn"], golden["uvit_n"], golden["uvit_context"])
+    assert max_distance(predicted, golden["uvit_pred"]) < 2e-5
     loss = tiny_uvit_loss(network)
     close(loss, golden["uvit_per_sample_loss"], LOSS_RTOL)
     close(loss.mean(), golden["uvit_loss_fp64"], LOSS_RTOL)
