@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from d2i.errors import ConfigError
 from d2i.models import PRESETS, build_backbone, unidiffuser, uvit
 from d2i.models.blocks import time_token
 from tests.golden.arrays import (
@@ -229,6 +230,15 @@ def test_uvit_at_other_latent_sizes_keeps_the_shape() -> None:
     text, n = torch.zeros(2, 7, 32), torch.tensor([1, 1000])
     for size in ((4, 4), (12, 16)):
         assert network(torch.zeros(2, 4, *size), n, text).shape == (2, 4, *size)
+
+
+def test_a_latent_that_is_no_whole_number_of_patches_is_refused() -> None:
+    n = torch.tensor([1])
+    with pytest.raises(ConfigError, match="the latent is 8 x 9, expected multiples"):
+        tiny_uvit()(torch.zeros(1, 4, 8, 9), n, torch.zeros(1, 7, 32))
+    parts = torch.zeros(1, 4, 7, 8), torch.zeros(1, 1, 24), torch.zeros(1, 7, 16)
+    with pytest.raises(ConfigError, match="the latent is 7 x 8, expected multiples"):
+        tiny_unidiffuser("v1")(*parts, n, n)
 
 
 @pytest.mark.parametrize("name", ["uvit-s", "unidiffuser-v1"])
