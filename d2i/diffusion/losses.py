@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from d2i.diffusion.schedule import Schedule, default_schedule
+from d2i.errors import ConfigError
 
 LOGVAR_MIN = -30.0
 LOGVAR_MAX = 20.0
@@ -88,7 +89,12 @@ def unidiffuser_loss(
 
     Returns:
         (B,) loss a sample; the batch loss is its mean.
+
+    Raises:
+        ConfigError: `kind` is neither of the two.
     """
+    if kind not in ("joint", "t2i"):
+        raise ConfigError(f"kind is {kind!r}, expected 'joint' or 't2i'")
     schedule = schedule or default_schedule()
     latent, clip_image, text = parts
     noised_latent = schedule.add_noise(latent, noises[0], n_image)

@@ -33,6 +33,9 @@ _NAMES = (
     (r"mid.attn_1.proj_out", r"mid_block.attentions.0.to_out.0"),
     (r"norm_out", r"conv_norm_out"),
 )
+# diffusers' own names of attention before 2023, which files of that time still have.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)(\..*)")
 _LDM_SHORTCUT, _SHORTCUT = "nin_shortcut", "conv_shortcut"
 _ATTENTION = re.compile(r".*mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight")
 
@@ -68,6 +71,15 @@ def diffusers_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = name.replace(_SHORTCUT, _LDM_SHORTCUT)
         renamed[name] = tensor[:, :, None, None] if _ATTENTION.fullmatch(key) else tensor
     return renamed
+
+
+def with_new_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the attention of an autoencoder in diffusers' layout as diffusers does today."""
+    return {_OLD_ATTENTION.sub(_new_name, key): tensor for key, tensor in state.items()}
+
+
+def _new_name(match: re.Match[str]) -> str:
+    return f"{match[1]}{_OLD_NAMES[match[2]]}{match[3]}"
 
 
 def autoencoder_config(state: Mapping[str, Tensor]) -> dict[str, Any]:

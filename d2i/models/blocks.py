@@ -1,7 +1,7 @@
 """The parts that U-ViT and UniDiffuser share: patches, time, positions, attention, MLP.
 
 Shape letters: B batch, C channels, H and W latent height and width, L tokens, D features of one
-token, N attention heads. Owns no network and knows no file; imports nothing of d2i.
+token, N attention heads. Owns no network and knows no file; imports nothing of d2i but its errors.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from d2i.errors import ConfigError
 
 LATENT_CHANNELS = 4
 MLP_RATIO = 4
@@ -40,6 +42,21 @@ def time_token(n_B: Tensor, dim: int) -> Tensor:
     frequencies = torch.exp((-math.log(MAX_PERIOD) * index / half).double()).float()
     angles = n_B.float()[:, None] * frequencies[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)[:, None]
+
+
+def patch_grid(latent_BCHW: Tensor, patch_size: int) -> tuple[int, int]:
+    """Return the rows and columns of patches of a latent.
+
+    Raises:
+        ConfigError: If its height or width is no multiple of the patch size.
+    """
+    height, width = latent_BCHW.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ConfigError(
+            f"the latent is {height} x {width}, expected multiples of the patch size {patch_size}; "
+            "change the picture's size"
+        )
+    return height // patch_size, width // patch_size
 
 
 def unpatchify(patches_BLP: Tensor, height: int, width: int, patch_size: int) -> Tensor:

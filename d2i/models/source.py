@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from d2i.config import BackboneConfig, apply_settings, load_config
 from d2i.errors import CheckpointError, ConfigError
-from d2i.models.autoencoder_layout import autoencoder_config, ldm_to_diffusers
+from d2i.models.autoencoder_layout import (
+    autoencoder_config,
+    ldm_to_diffusers,
+    with_new_names,
+)
 from d2i.models.diffusers_layout import from_diffusers
 from d2i.models.folder import read_config
 from d2i.models.presets import PRESETS, build_backbone
@@ -148,7 +152,7 @@ def checked_autoencoder(source: Source) -> dict[str, Tensor]:
     from diffusers import AutoencoderKL
 
     is_ldm = source.found.layout == "published"
-    state = ldm_to_diffusers(source.state) if is_ldm else dict(source.state)
+    state = ldm_to_diffusers(source.state) if is_ldm else with_new_names(source.state)
     try:
         config = autoencoder_config(state)
         with torch.device("meta"):

@@ -17,6 +17,7 @@ from d2i.models.blocks import (
     Mlp,
     PatchEmbed,
     init_published,
+    patch_grid,
     positions_at,
     run_long_skips,
     time_token,
@@ -140,9 +141,12 @@ class UniDiffuser(nn.Module):
 
         Returns:
             (eps_latent, eps_clip, eps_text), shaped as the three inputs.
+
+        Raises:
+            ConfigError: If h or w is no multiple of the patch size.
         """
         height, width = latent.shape[-2:]
-        grid = (height // self.patch_size, width // self.patch_size)
+        grid = patch_grid(latent, self.patch_size)
         tokens_BLD = self._embed(latent, clip_image, text, n_image, n_text, data_type)
         x_BLD = run_long_skips(
             self.in_blocks,

@@ -16,6 +16,7 @@ from d2i.models.blocks import (
     Mlp,
     PatchEmbed,
     init_published,
+    patch_grid,
     positions_at,
     run_long_skips,
     time_token,
@@ -112,10 +113,13 @@ class UViT(nn.Module):
 
         Returns:
             (B, 4, h, w) predicted noise, in the dtype of the weights (or autocast's).
+
+        Raises:
+            ConfigError: If h or w is no multiple of the patch size.
         """
         dtype = self.pos_embed.dtype
         height, width = latent.shape[-2:]
-        grid = (height // self.patch_size, width // self.patch_size)
+        grid = patch_grid(latent, self.patch_size)
         num_prefix = NUM_TIME_TOKENS + self.num_text_tokens
         time_B1D = time_token(n, self.dim).to(dtype)
         text_BTD = self.context_embed(text.to(dtype))

@@ -22,6 +22,7 @@ from d2i.models.pickles import ZIP_MAGIC, check_torch_file
 from d2i.models.recognize import recognize
 
 LFS_POINTER = b"version https://git-lfs"
+WEB_PAGE = (b"<!doctype", b"<html")
 TORCH_MAGICS = (ZIP_MAGIC, b"\x80")
 DIRECTORY_FILES = (
     "model.safetensors",
@@ -100,14 +101,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         Tensors by key, without the prefix `module.`; memory-mapped where the form allows it.
 
     Raises:
-        CheckpointError: missing, truncated, a Git LFS pointer, not a state dict, or a pickle
-            that holds more than tensors.
+        CheckpointError: missing, truncated, a Git LFS pointer or a web page, not a state dict, or a
+            pickle that holds more than tensors.
     """
     file = weights_file(path)
     head = _head(file)
     if head.startswith(LFS_POINTER):
         raise CheckpointError(
             f"{file} is a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)"
+        )
+    if head.lstrip().lower().startswith(WEB_PAGE):
+        raise CheckpointError(
+            f"{file} is a web page, not the weights: the host asked something instead of sending "
+            "them; open its address in a browser, and fetch the file itself"
         )
     is_torch = head.startswith(TORCH_MAGICS) and head[8:9] != b"{"
     try:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from d2i.diffusion import Schedule, sample_latent, unidiffuser_loss, uvit_loss
+from d2i.errors import ConfigError
 from d2i.train.ema import Ema
 from tests.golden.arrays import facts, max_distance, tensors, tiny_unidiffuser, tiny_uvit
 from tests.shared import needs_shared
@@ -76,6 +77,9 @@ def test_noised_samples() -> None:
 
 def test_uvit_loss_and_gradients() -> None:
     golden, network = tensors("losses"), tiny_uvit()
+    with torch.no_grad():
+        predicted = network(golden["uvit_xn"], golden["uvit_n"], golden["uvit_context"])
+    assert max_distance(predicted, golden["uvit_pred"]) < 2e-5
     loss = tiny_uvit_loss(network)
     close(loss, golden["uvit_per_sample_loss"], LOSS_RTOL)
     close(loss.mean(), golden["uvit_loss_fp64"], LOSS_RTOL)
@@ -155,6 +159,11 @@ def test_unidiffuser_text_to_image_loss(version: str) -> None:
     close(ud_loss(network, version, kind="t2i"), (z + clip) / 280, LOSS_RTOL)
     by_part = ud_loss(network, version, kind="t2i", weights=(1.0, 1.0))
     close(by_part, z / 256 + clip / 24, LOSS_RTOL)
+
+
+def test_a_loss_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kind is 'image'"):
+        ud_loss(tiny_unidiffuser("v1"), "v1", kind="image")
 
 
 @pytest.mark.parametrize("scale", [0.23010, 0.18215])

@@ -146,6 +146,13 @@ def test_git_lfs_pointer(tmp_path: Path) -> None:
     assert "Git LFS pointer" in refusal(tiny(), path)
 
 
+@pytest.mark.parametrize("head", ["<!DOCTYPE html><html>", "\n<html lang=en>"])
+def test_a_page_in_place_of_a_download(tmp_path: Path, head: str) -> None:
+    path = tmp_path / "mscoco_uvit_small.pth"
+    path.write_text(f"{head}<title>Virus scan warning</title>")
+    assert "is a web page, not the weights" in refusal(tiny(), path)
+
+
 class Payload:
     """Runs a command when unpickled by a careless reader."""
 

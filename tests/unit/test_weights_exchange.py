@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,16 @@ def test_an_autoencoder_has_the_published_keys_and_goes_both_ways(tmp_path: Path
     with torch.no_grad():
         found, expected = (net.encode(image).latent_dist.mean for net in (back, theirs))
     assert torch.equal(found, expected)
+    # As diffusers named them in the days of Stable Diffusion v1.
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {
+        reduce(lambda key, name: key.replace(name, names[name]), names, key): tensor
+        for key, tensor in theirs.state_dict().items()
+    }
+    assert len(old.keys() - theirs.state_dict().keys()) == 16
+    save_weights(old, tmp_path / "old.safetensors")
+    import_weights(tmp_path / "old.safetensors", tmp_path / "new")
+    assert_same_bits(read_state_dict(tmp_path / "new"), theirs.state_dict())
     state = read_state_dict(tmp_path / "kl.pth")
     del state["decoder.mid.attn_1.q.weight"]
     torch.save(state, tmp_path / "cut.pth")
