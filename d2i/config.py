@@ -198,8 +198,8 @@ class TrainConfig(Config):
     unidiffuser: UniDiffuserLossConfig = UniDiffuserLossConfig()
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What the ranks share of the optimizer's state, gradients and weights; one rank in float32
-    has nobody to share with, and takes stage 0 unless `--zero` says otherwise."""
+    """What the ranks share of the optimizer's state, gradients and weights; one rank has nobody to
+    share with, and takes stage 0 in fp32, and in bf16 on a CPU, unless `--zero` says otherwise."""
     activation_checkpointing: bool = False
     """Whether blocks are computed again in the backward pass: a third more work, less memory."""
     compile: bool = False
