@@ -208,7 +208,7 @@ class TrainConfig(Config):
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of samples whose text is replaced by that of '' (classifier-free guidance)."""
     ema_rate: float = Field(default=0.9999, ge=0, lt=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     order: Literal["global", "blocked"] = "global"
     """`global`: all samples shuffled. `blocked`: shards shuffled, then samples within a window of
     them, for shards that are fetched from elsewhere."""
@@ -280,7 +280,7 @@ class SampleConfig(Config):
     """UniDiffuser-v1's kind of data: 1 curated (as published), 0 of the web."""
     compute_batch_size: int = Field(default=50, gt=0)
     """The network runs at this one, padded batch, so that grouping changes no bit."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     pipeline: dict[str, int | float | str] = {}
     """Arguments of a diffusers pipeline's call, for the systems that are one; its own defaults
     hold for all others."""
