@@ -82,15 +82,14 @@ def write_data(folder: Path, num_samples: int) -> ShardReader:
     return ShardReader(str(folder))
 
 
-def recipe(batch: int, num_steps: int) -> Recipe:
-    """U-ViT-S at a batch that a processor can take, in float32."""
+def recipe(batch: int, num_steps: int, precision: str) -> Recipe:
+    """U-ViT-S at a batch that a processor can take."""
     settings = {
         "global_batch_size": batch,
         "micro_batch_size": batch,
         "num_steps": num_steps,
         "num_checkpoint_steps": 10**9,
-        "precision": "fp32",
-        "zero_stage": 0,
+        "precision": precision,
     }
     named = [f"train.{name}={json.dumps(value)}" for name, value in settings.items()]
     return apply_settings(load_recipe("uvit-s-photochat"), named)
@@ -101,7 +100,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29871")
     ranks = join_ranks()
-    settings = recipe(args.batch, args.steps + 1)
+    settings = recipe(args.batch, args.steps + 1, args.precision)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "train").mkdir()
@@ -124,6 +123,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
     step_s, bare_s = statistics.median(ours), statistics.median(bare)
     return {
         "batch": args.batch,
+        "precision": args.precision,
         "step_s": round(step_s, 3),
         "bare_step_s": round(bare_s, 3),
         "overhead": round(step_s / bare_s - 1, 4),
@@ -141,15 +141,31 @@ def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> 
     batch = batches.read(np.arange(config.global_batch_size), 0).to(torch.device("cpu"))
     batches.close()
     network = build_backbone("uvit-s")
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-5, fused=True)
+    masters = list(network.parameters())
+    if config.precision == "bf16":
+        masters = [weight.detach().clone() for weight in masters]
+        network.bfloat16()
+    optimizer = torch.optim.AdamW(masters, lr=3e-5, fused=True)
     clock = Clock()
     for _ in range(num_steps):
         latent = batch.moments[:, :4]
         uvit_loss(network, latent, batch.text, batch.n, batch.noise).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step_masters(network, masters, optimizer)
         clock.reach("")
     return clock.seconds()
+
+
+@torch.no_grad()
+def step_masters(network: Any, masters: list[Any], optimizer: torch.optim.Optimizer) -> None:
+    """Step the float32 weights, which the network's own may be copies of."""
+    pairs = list(zip(network.parameters(), masters, strict=True))
+    for weight, master in pairs:
+        master.grad = weight.grad.float()
+        weight.grad = None
+    optimizer.step()
+    for weight, master in pairs:
+        if weight is not master:
+            weight.copy_(master)
 
 
 def time_checkpoint(writer: CheckpointWriter, state: TrainState) -> float:
@@ -235,6 +251,7 @@ def main() -> None:
     parser.add_argument("part", choices=("step", "input", "unidiffuser"))
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--num-samples", type=int, default=2000)

@@ -198,8 +198,8 @@ class TrainConfig(Config):
     unidiffuser: UniDiffuserLossConfig = UniDiffuserLossConfig()
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What the ranks share of the optimizer's state, gradients and weights; one rank in float32
-    has nobody to share with, and takes stage 0 unless `--zero` says otherwise."""
+    """What the ranks share of the optimizer's state, gradients and weights; one rank has nobody to
+    share with, and takes stage 0 in fp32, and in bf16 on a CPU, unless `--zero` says otherwise."""
     activation_checkpointing: bool = False
     """Whether blocks are computed again in the backward pass: a third more work, less memory."""
     compile: bool = False
@@ -208,7 +208,7 @@ class TrainConfig(Config):
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of samples whose text is replaced by that of '' (classifier-free guidance)."""
     ema_rate: float = Field(default=0.9999, ge=0, lt=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     order: Literal["global", "blocked"] = "global"
     """`global`: all samples shuffled. `blocked`: shards shuffled, then samples within a window of
     them, for shards that are fetched from elsewhere."""
@@ -284,7 +284,7 @@ class SampleConfig(Config):
     1e-2, `fp16` by 1e-3 (models.md, section 6.3)."""
     compute_batch_size: int = Field(default=50, gt=0)
     """The network runs at this one, padded batch, so that grouping changes no bit."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     pipeline: dict[str, int | float | str] = {}
     """Arguments of a diffusers pipeline's call, for the systems that are one; its own defaults
     hold for all others."""

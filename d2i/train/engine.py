@@ -78,7 +78,7 @@ def build_engine(
         config: Batches, optimizer, precision and ZeRO stage.
         world_size: Ranks that share the global batch.
         zero: DeepSpeed's `zero_optimization` settings, in place of the bare stage, which is 0 for
-            one rank in float32.
+            one rank in fp32, or in bf16 on a CPU.
 
     Raises:
         ConfigError: If the ranks cannot share the global batch, or a compiled network cannot be
@@ -114,7 +114,10 @@ def build_engine(
         "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": 2**31,
     }
+    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
+    if config.precision != "fp32":
+        _fill_masters(engine, weights)
     if world_size == 1 and engine.zero_optimization_stage() == 0:
         # Nor anybody to average gradients with, which DeepSpeed would copy out and back for it.
         engine.enable_backward_allreduce = False
@@ -124,8 +127,7 @@ def build_engine(
 def _zero_settings(
     config: TrainConfig, world_size: int, zero: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    # One rank has nobody to share with: in float32 a stage would only copy, to the same numbers.
-    stage = 0 if world_size == 1 and config.precision == "fp32" else config.zero_stage
+    stage = 0 if world_size == 1 and _gains_nothing_by_a_stage(config) else config.zero_stage
     settings = dict(zero or {"stage": stage})
     if config.compile and settings["stage"] == 3:
         raise ConfigError(
@@ -133,6 +135,16 @@ def _zero_settings(
             "computed; expected stage 0, 1 or 2; --set train.zero_stage=2 or train.compile=false"
         )
     return settings
+
+
+def _gains_nothing_by_a_stage(config: TrainConfig) -> bool:
+    """Say whether a rank that has nobody to share with would only copy, to the same numbers.
+
+    In half precision stage 0 asks after each gradient by itself whether it is finite, for which an
+    accelerator would wait; and in fp16 it scales the loss by other rules.
+    """
+    is_bf16_on_cpu = config.precision == "bf16" and not torch.cuda.is_available()
+    return config.precision == "fp32" or is_bf16_on_cpu
 
 
 def read_zero(path: Path) -> dict[str, Any]:
@@ -172,6 +184,15 @@ def master_weights(engine: Any) -> list[Tensor]:
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in base_optimizer(engine).param_groups for p in group["params"]]
+
+
+@torch.no_grad()
+def _fill_masters(engine: Any, weights: Mapping[str, Tensor]) -> None:
+    """Give the masters the float32 weights: DeepSpeed copies them once they are rounded."""
+    masters = master_weights(engine)
+    for part in list_parts(engine):
+        whole = weights[part.name].reshape(-1)
+        part.of(masters).copy_(whole[part.start : part.start + part.length])
 
 
 def list_parts(engine: Any) -> list[Part]:

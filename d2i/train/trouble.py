@@ -6,7 +6,9 @@ import errno
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from d2i.config import TrainConfig
 from d2i.errors import ClusterError, D2IError
@@ -44,11 +46,38 @@ def check_finite(
             shown = ", ".join(named[:_NUM_SHOWN]) + (", …" if len(named) > _NUM_SHOWN else "")
             raise DivergedError(
                 f"the loss of step {step} is {loss}, of the samples {shown}; expected a finite "
-                f"number; begin another --run with a train.optim.lr below {config.optim.lr:g} or "
-                f"more train.optim.num_warmup_steps than {config.optim.num_warmup_steps}"
-                + ("" if config.precision == "fp32" else ", or with train.precision=fp32")
-                + "; if it is always the same samples, look at them with d2i inspect"
+                f"number; {_what_to_begin_with(config)}; if it is always the same samples, look at "
+                "them with d2i inspect"
             )
+
+
+def check_weights(runs: Mapping[str, Tensor], step: int, config: TrainConfig) -> None:
+    """Make sure that all numbers of a checkpoint are finite: nothing could go on from others.
+
+    Args:
+        runs: What a rank is to write.
+        step: Steps taken.
+        config: What may be lowered.
+
+    Raises:
+        DivergedError: Naming the step and what is no number.
+    """
+    for name, numbers in runs.items():
+        # One pass over memory; what is not a number is both the least and the most.
+        if not all(extreme.isfinite() for extreme in numbers.aminmax()):
+            raise DivergedError(
+                f"{name.partition(':')[2].rpartition(':')[0]} is no finite number after step "
+                f"{step}, though its loss was; no checkpoint is written; expected finite weights "
+                f"and moments; {_what_to_begin_with(config)}"
+            )
+
+
+def _what_to_begin_with(config: TrainConfig) -> str:
+    return (
+        f"begin another --run with a train.optim.lr below {config.optim.lr:g} or more "
+        f"train.optim.num_warmup_steps than {config.optim.num_warmup_steps}"
+        + ("" if config.precision == "fp32" else ", or with train.precision=fp32")
+    )
 
 
 def in_plain_words(error: BaseException, run_url: str, config: TrainConfig) -> D2IError | None:

@@ -35,6 +35,7 @@ from d2i.train.engine import (
     restore_loss_scaler,
 )
 from d2i.train.ranks import Ranks
+from d2i.train.trouble import check_weights
 
 _MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 _POLL_S = 0.02
@@ -141,6 +142,7 @@ class CheckpointWriter:
 
         Raises:
             OSError: If the one before could not be written.
+            DivergedError: If it held what is no finite number.
         """
         self.finish()
         if self._ranks.is_first:
@@ -160,6 +162,7 @@ class CheckpointWriter:
             pending.result()
 
     def _write(self, runs: Mapping[str, Tensor], progress: Progress) -> None:
+        check_weights(runs, progress.step, self._config)
         folder = step_folder(self._run_url, progress.step)
         write_part(folder, self._ranks.rank, runs)
         if not self._ranks.is_first:

@@ -3,7 +3,9 @@
     deepspeed --num_accelerators 2 tests/integration/engine_program.py GOLDEN OUT
 
 Writes `OUT/WAY.safetensors` (losses, weights and averages after four golden steps), and
-`OUT/A-to-B.safetensors` (after two steps in way A, a checkpoint, and two in way B).
+`OUT/A-to-B.safetensors` (after two steps in way A, a checkpoint, and two in way B). In bfloat16
+`OUT/bf16-WAY-N.safetensors` after N steps of 0 and 4, and `OUT/bf16-WAY-again.safetensors` after
+two, a checkpoint, and two. One rank alone takes bfloat16 and the recipe's own stage only.
 """
 
 from __future__ import annotations
@@ -50,14 +52,24 @@ CHANGES = (
 CONFIG = TrainConfig(
     num_steps=4,
     global_batch_size=6,
-    micro_batch_size=3,
+    micro_batch_size=6,
     optim=OptimConfig(lr=3e-3, num_warmup_steps=2),
     precision="fp32",
     ema_rate=0.9,
 )
+BF16 = CONFIG.model_copy(update={"precision": "bf16"})
+# The recipe's own stage: 1, or 0 for one rank.
+RECIPE = "recipe"
+BF16_STAGES = ("zero-0", RECIPE, "zero-2", "zero-3")
 
 
-def begin(golden: Path, way: str, ranks: Ranks, checkpoint: Checkpoint | None) -> TrainState:
+def begin(
+    golden: Path,
+    way: str,
+    ranks: Ranks,
+    checkpoint: Checkpoint | None = None,
+    config: TrainConfig = CONFIG,
+) -> TrainState:
     """The golden network, or the one of a checkpoint, trained in a way."""
     network = build_backbone("uvit-s", **SIZES, text_dim=32, num_text_tokens=7)
     load_weights(network, golden / "uvit_tiny.safetensors")
@@ -66,9 +78,9 @@ def begin(golden: Path, way: str, ranks: Ranks, checkpoint: Checkpoint | None) -
     zero = None
     if way == COMPILED:
         compile_blocks(network)
-    else:
+    elif way != RECIPE:
         zero = read_zero(ZERO_FILES / f"{way}.json")
-    engine = build_engine(network, CONFIG, ranks.world_size, zero)
+    engine = build_engine(network, config, ranks.world_size, zero)
     state = TrainState(engine, Ema(master_weights(engine), 0.9))
     if checkpoint:
         state.restore(checkpoint)
@@ -116,17 +128,34 @@ def keep(state: TrainState, ranks: Ranks, folder: Path, losses: list[float]) -> 
     return checkpoint
 
 
+def train_in_bf16(golden: Path, out: Path, ranks: Ranks) -> None:
+    """Four steps at one go, and four with a checkpoint between."""
+    for way in BF16_STAGES if ranks.world_size > 1 else (RECIPE,):
+        state = begin(golden, way, ranks, config=BF16)
+        keep(state, ranks, out / f"bf16-{way}-0", [])
+        losses = take_steps(state, golden, ranks, range(2))
+        half = keep(state, ranks, out / f"bf16-{way}-half", losses)
+        losses += take_steps(state, golden, ranks, range(2, 4))
+        keep(state, ranks, out / f"bf16-{way}-4", losses)
+        state = begin(golden, way, ranks, half, BF16)
+        losses[2:] = take_steps(state, golden, ranks, range(2, 4))
+        keep(state, ranks, out / f"bf16-{way}-again", losses)
+
+
 def main() -> None:
     """Train in every way, and change from one to the other."""
     golden, out = map(Path, sys.argv[-2:])
     os.environ.setdefault("LOCAL_RANK", "0")
     ranks = join_ranks()
+    train_in_bf16(golden, out, ranks)
+    if ranks.world_size == 1:
+        return
     for way in (*STAGES, COMPILED):
-        state = begin(golden, way, ranks, None)
+        state = begin(golden, way, ranks)
         losses = take_steps(state, golden, ranks, range(4))
         keep(state, ranks, out / way, losses)
     for first, then in CHANGES:
-        state = begin(golden, first, ranks, None)
+        state = begin(golden, first, ranks)
         losses = take_steps(state, golden, ranks, range(2))
         checkpoint = keep(state, ranks, out / f"half-{first}", losses)
         state = begin(golden, then, ranks, checkpoint)

@@ -16,23 +16,31 @@ from d2i.train.command import deepspeed_command
 from d2i.train.engine import build_engine
 from tests.golden.arrays import GOLDEN, facts, tensors
 from tests.golden.test_losses import check_trained
-from tests.integration.engine_program import CHANGES, COMPILED, STAGES
+from tests.integration.engine_program import BF16_STAGES, CHANGES, COMPILED, RECIPE, STAGES
 from tests.shared import needs_shared
 
 pytestmark = needs_shared
 PROGRAM = Path(__file__).with_name("engine_program.py")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("engine")
-    launcher, *options = deepspeed_command([], 2)
-    ranks = options[: options.index("2") + 1]
+def run_program(num_ranks: int, out: Path) -> Path:
+    launcher, *options = deepspeed_command([], num_ranks)
+    ranks = options[: options.index(str(num_ranks)) + 1]
     command = [launcher, *ranks, str(PROGRAM), str(GOLDEN), str(out)]
     root = str(PROGRAM.parents[2])
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_program(2, tmp_path_factory.mktemp("engine"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_program(1, tmp_path_factory.mktemp("alone"))
 
 
 def of_kind(whole: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -65,6 +73,30 @@ def test_compiled_blocks_go_on_to_the_bit(results: Path) -> None:
     assert undisturbed.keys() == resumed.keys()
     for name, tensor in undisturbed.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def check_bf16(out: Path, way: str) -> None:
+    first, last, again = (
+        load_file(out / f"bf16-{way}-{name}.safetensors") for name in ("0", "4", "again")
+    )
+    golden = load_file(GOLDEN / "uvit_tiny.safetensors")
+    for kind in ("weight", "ema"):
+        for name, tensor in of_kind(first, kind).items():
+            assert torch.equal(tensor, golden[name]), "begun with rounded weights"
+    # bfloat16 has 8 bits, and the loss is a mean over many numbers.
+    expected = tensors("losses")["train4_loss"][:4].double()
+    torch.testing.assert_close(last["losses"], expected, rtol=5e-3, atol=0)
+    for name, tensor in last.items():
+        assert torch.equal(tensor, again[name]), name
+
+
+@pytest.mark.parametrize("way", BF16_STAGES)
+def test_bf16_keeps_float32_weights(results: Path, way: str) -> None:
+    check_bf16(results, way)
+
+
+def test_one_rank_alone_does_so_too(alone: Path) -> None:
+    check_bf16(alone, RECIPE)
 
 
 def test_a_stage_that_cannot_be_compiled_is_refused() -> None:

@@ -19,7 +19,7 @@ from d2i.config import BackboneConfig, BackboneName, TrainConfig
 from d2i.runs import MetricsLine, ValidationLine, append_line, keep_lines_until, read_validation
 from d2i.train.chart import draw_chart
 from d2i.train.pace import count_flops, peak_flops, progress_line
-from d2i.train.trouble import DivergedError, check_finite, in_plain_words
+from d2i.train.trouble import DivergedError, check_finite, check_weights, in_plain_words
 
 CONFIG = TrainConfig(num_steps=10, global_batch_size=4, micro_batch_size=2)
 
@@ -108,6 +108,19 @@ def test_the_first_bad_step_is_named_with_its_samples() -> None:
     assert "k8" not in said
     assert "train.optim.lr below 3e-05" in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("kind", ["weight", "exp_avg_sq", "ema"])
+def test_no_checkpoint_is_made_of_what_is_no_number(kind: str) -> None:
+    """The last update of a step whose loss was a number may make weights that are none."""
+    runs = {"weight:a.bias:0": torch.ones(3), f"{kind}:b.weight:4": torch.ones(3)}
+    check_weights(runs, 7, CONFIG)
+    for value in (math.inf, -math.inf, math.nan):
+        runs[f"{kind}:b.weight:4"][1] = value
+        with pytest.raises(
+            DivergedError, match=r"b\.weight is no finite number after step 7, .*lr"
+        ):
+            check_weights(runs, 7, CONFIG)
 
 
 @pytest.mark.parametrize(
