@@ -177,13 +177,14 @@ class _Flow:
 
     def give_out(self) -> None:
         """Give work to whoever has none, as long as not too much waits to be finished."""
-        while self._waiting and self._feeders.idle and len(self._fed) < self._num_finishers:
-            actor, number = self._feeders.idle.popleft(), self._waiting.popleft()
-            self._streams[actor.stream.remote(self._tasks[number])] = _Stream(number, actor)
+        # Finishing first: it makes room for the next one to be fed.
         while self._fed and self._finishers.idle:
             actor, stream = self._finishers.idle.popleft(), self._fed.popleft()
             task = self._tasks[stream.number]
             self._finishing[actor.finish.remote(task, stream.blocks)] = (actor, stream)
+        while self._waiting and self._feeders.idle and len(self._fed) < self._num_finishers:
+            actor, number = self._feeders.idle.popleft(), self._waiting.popleft()
+            self._streams[actor.stream.remote(self._tasks[number])] = _Stream(number, actor)
 
     def take(self, reference: Any) -> Iterator[tuple[Any, Any]]:
         """Take what is ready; yield the task and its result if one is finished."""

@@ -1,0 +1,628 @@
+"""What scale.py reckons with: small real jobs by the clock, and what their parts cost.
+
+    python benchmarks/scale_costs.py fit check --photos photos --vae taesd.safetensors --into FILE
+
+`fit`: the smallest jobs, with 1 and 2 workers or ranks, and the parts: opening a picture, encoding,
+writing, the driver's own work on Ray, the end of a job over many shards, scores. `check`: the same
+jobs, 2, 4 and 8 times as long, with 2 workers; nothing is fitted to them. Both given, they take
+turns. Every job is a whole command by itself: `d2i preprocess` of photographs at 256 pixels with a
+tiny autoencoder, `d2i train` and `d2i eval` of the demo's network at 64. A job's record is how long
+the command took, and when each shard, step or task was done. Writes them to FILE (JSON), where the
+parts that were not asked for stay as they were, and prints one JSON line: medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2i.config import Recipe
+from d2i.recipes import resolve_recipe
+
+D2I = (sys.executable, "-c", "from d2i.cli import main; main()")
+NUM_WORKERS = 2
+FITTED, HELD_OUT = (1,), (2, 4, 8)
+"""Lengths of the jobs, in multiples of the shortest."""
+UNIT_SIZES = {"preprocess": 4, "train": 16, "eval": 4}
+"""Pictures of a shard, samples of a step, instances of a task."""
+NUM_UNITS = {"preprocess": 10, "train": 10, "eval": 10}
+"""Units of the shortest job."""
+PREPROCESS_SETTINGS = ("image.resolution=256", "encoders.vae_kind=tiny", "text.latents=none")
+TRAIN_SETTINGS = (
+    "train.num_log_steps=1",
+    "train.num_checkpoint_steps=1000",
+    f"train.global_batch_size={UNIT_SIZES['train']}",
+    "train.micro_batch_size=8",
+)
+EVAL_SETTINGS = ("sample.num_steps=10", f"sample.compute_batch_size={UNIT_SIZES['eval']}")
+
+MANY_SHARDS = (500, 2000)
+MANY_LEDGERS = (30, 120)
+NUM_SHARD_SAMPLES = 1000
+MANY_SAMPLES = (1_000_000, 4_000_000)
+MANY_PICTURES = (1100, 2200)
+"""Above the 1,000 that a subset of KID has."""
+MANY_TASKS = (20, 420)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One whole command: which stage, with how many workers, how many times the shortest."""
+
+    stage: str
+    num_workers: int
+    times: int
+
+    @property
+    def num_units(self) -> int:
+        """Shards, steps or tasks."""
+        return NUM_UNITS[self.stage] * self.times
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the jobs work on: photographs, an autoencoder, prepared data sets by length."""
+
+    photos: Path
+    vae: Path
+    folder: Path
+
+    def chats(self, num: int, split: str) -> Path:
+        """Return a folder of so many chats, one photograph each, made now if it is not there."""
+        folder = self.folder / f"chats-{split}-{num}"
+        if not folder.exists():
+            folder.mkdir()
+            make_chats(self.photos, folder, num, split)
+        return folder
+
+    def prepared(self, times: int) -> Path:
+        """Return a data set of test dialogs for an evaluation of that length."""
+        whole = self.folder / "prepared"
+        num = NUM_UNITS["eval"] * UNIT_SIZES["eval"]
+        if not whole.exists():
+            settings = (f"preprocess.num_samples_per_shard={num}",)
+            chats = self.chats(num * max(HELD_OUT), "test")
+            run(preprocess_command(chats, whole, 0, settings), whole)
+        part = self.folder / f"prepared-{times}"
+        if not part.exists():
+            take_shards(whole, part, times)
+        return part
+
+
+def make_chats(photos: Path, folder: Path, num: int, split: str) -> None:
+    """Write one chat a picture; the pictures repeat, under names of their own."""
+    files = sorted(photos.rglob("*.jpg"))
+    lines = []
+    for number in range(num):
+        name = f"{number:06d}.jpg"
+        shutil.copyfile(files[number % len(files)], folder / name)
+        turns = [{"text": f"what is {number}", "images": []}, {"text": "", "images": [name]}]
+        lines.append(json.dumps({"id": str(number), "turns": turns}))
+    (folder / f"{split}.jsonl").write_text("\n".join(lines))
+
+
+def take_shards(whole: Path, part: Path, num: int) -> None:
+    """Make a data set of the first shards of another."""
+    from d2i.shards import read_manifest, write_manifest
+
+    manifest = read_manifest(str(whole / "test"))
+    (part / "test").mkdir(parents=True)
+    shutil.copy(whole / "recipe.json", part)
+    kept = [name for shard in manifest.shards[:num] for name in (shard.tar_name, shard.index_name)]
+    kept += [shard.commit_name for shard in manifest.shards[:num]]
+    for name in (*kept, *manifest.files):
+        shutil.copy(whole / "test" / name, part / "test")
+    write_manifest(str(part / "test"), manifest.fingerprint)
+
+
+def preprocess_command(
+    chats: Path, out: Path, num_workers: int, settings: Iterable[str]
+) -> list[str]:
+    """Return the command that prepares chats."""
+    words = ["preprocess", "--corpus", "jsonl", "--source", str(chats), "--out", str(out)]
+    return [*words, "--recipe", "demo", "--workers", str(num_workers), *_set(settings)]
+
+
+def command_of(job: Job, inputs: Inputs, out: Path) -> list[str]:
+    """Return the command of a job; what it reads is there already."""
+    if job.stage == "preprocess":
+        size = UNIT_SIZES["preprocess"]
+        chats = inputs.chats(job.num_units * size, "train")
+        settings = (*PREPROCESS_SETTINGS, f"encoders.vae={inputs.vae}", *_of_shards(size))
+        return preprocess_command(chats, out, job.num_workers, settings)
+    if job.stage == "train":
+        data = inputs.prepared(max(HELD_OUT)) / "test"
+        words = ["train", "--recipe", "demo", "--data", str(data), "--run", str(out)]
+        steps = f"train.num_steps={job.num_units}"
+        return [*words, "--num-accelerators", str(job.num_workers), *_set((*TRAIN_SETTINGS, steps))]
+    words = ["eval", "--system", "uvit-s", "--weights", "demo:backbone", "--out", str(out)]
+    words += ["--data", str(inputs.prepared(job.times)), "--save-images", "none", "--parallel"]
+    words += ["--task-size", str(UNIT_SIZES["eval"]), "--workers", str(job.num_workers)]
+    return [*words, *_set(EVAL_SETTINGS)]
+
+
+def _of_shards(size: int) -> tuple[str, str]:
+    return (
+        f"encoders.compute_batch_size={size}",
+        f"preprocess.num_samples_per_shard={size}",
+    )
+
+
+def _set(settings: Iterable[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def run(command: list[str], out: Path) -> float:
+    """Run a command with a cache of its own; return its seconds."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [*D2I, *command],
+            env={**os.environ, "XDG_CACHE_HOME": cache},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise SystemExit(f"{command[0]} into {out} failed:\n{done.stderr[-3000:]}")
+    return time.perf_counter() - began
+
+
+def measure_job(job: Job, inputs: Inputs) -> dict[str, Any]:
+    """Run a job, and return how long it took, and when each unit was done."""
+    out = Path(tempfile.mkdtemp(dir=inputs.folder))
+    command = command_of(job, inputs, out)
+    wall_s = run(command, out)
+    marks = sorted(_marks(job.stage, out))
+    if len(marks) != job.num_units:
+        raise SystemExit(f"{command}: {len(marks)} units done, expected {job.num_units}")
+    shutil.rmtree(out)
+    return {
+        "stage": job.stage,
+        "num_workers": job.num_workers,
+        "times": job.times,
+        "num_units": job.num_units,
+        "wall_s": round(wall_s, 2),
+        "marks_s": [round(mark - marks[0], 3) for mark in marks],
+    }
+
+
+def _marks(stage: str, out: Path) -> Iterator[float]:
+    if stage == "train":
+        for line in (out / "metrics.jsonl").read_text().splitlines():
+            yield json.loads(line)["elapsed_s"]
+        return
+    pattern = "train/*.commit.json" if stage == "preprocess" else "tasks/*.npz"
+    for path in out.glob(pattern):
+        yield path.stat().st_mtime
+
+
+def measure_pictures(inputs: Inputs) -> dict[str, float]:
+    """Return processor seconds a picture of each worker's work, in this process by one thread."""
+    from d2i.preprocess.encode_worker import EncodeWorkerBuilder
+    from d2i.preprocess.handover import ShardTask
+    from d2i.preprocess.job import PreprocessRequest, plan_job
+
+    size = UNIT_SIZES["preprocess"]
+    settings = [*PREPROCESS_SETTINGS, f"encoders.vae={inputs.vae}", *_of_shards(size)]
+    recipe = resolve_recipe("demo", settings)
+    with tempfile.TemporaryDirectory(dir=inputs.folder) as out:
+        chats = inputs.chats(size * NUM_UNITS["preprocess"], "train")
+        plan_job(PreprocessRequest("jsonl", str(chats), out, recipe, num_workers=0))
+        finisher = EncodeWorkerBuilder(recipe, (f"{out}/train",))()
+        feed_s, finish_s = [], []
+        for number in range(NUM_UNITS["preprocess"]):
+            task = ShardTask(f"{out}/train", number)
+            began = time.process_time()
+            block = _opened(task, chats, recipe)
+            fed = time.process_time()
+            finisher.run(task, [block])
+            feed_s.append((fed - began) / size)
+            finish_s.append((time.process_time() - fed) / size)
+    return {"feed_s": statistics.median(feed_s), "finish_s": statistics.median(finish_s)}
+
+
+def _opened(task: Any, chats: Path, recipe: Recipe) -> list[Any]:
+    """Read and open the pictures of a shard, as a feeding worker does."""
+    from d2i.picture_files import read_picture
+    from d2i.preprocess.decoder import Decoder
+    from d2i.preprocess.fetch.fetched import Fetched
+    from d2i.preprocess.fetch_worker import open_picture
+
+    fetch = recipe.fetch
+    decoder = Decoder(recipe.image, fetch.decode_timeout_s, fetch.max_decode_mib)
+    refs = [instance.image_ref for instance in task.instances()]
+    files = (read_picture(str(chats), ref.value[0], 1 << 24) for ref in refs)
+    pairs = zip(refs, files, strict=True)
+    block = [open_picture(ref, Fetched(data), decoder, is_kept=False) for ref, data in pairs]
+    decoder.close()
+    return block
+
+
+def _seconds(work: Callable[[], object], repeats: int) -> float:
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def measure_writing(inputs: Inputs) -> dict[str, float]:
+    """Return seconds of a shard's own publishing, and of each sample in it."""
+    from d2i.shards import Sample, json_bytes, npy_bytes, write_shard
+
+    arrays = {"moments": (8, 32, 32), "clip": (512,), "text": (77, 768)}
+    members = {f"{n}.npy": npy_bytes(np.zeros(s, np.float16)) for n, s in arrays.items()}
+    members["tokens.npy"] = npy_bytes(np.zeros(77, np.uint16))
+    found = {}
+    with tempfile.TemporaryDirectory(dir=inputs.folder) as out:
+        for num in (1, 201):
+            samples = [
+                Sample(f"train-{n}-1-0", {"json": json_bytes({"n": n}), **members})
+                for n in range(num)
+            ]
+            write = partial(write_shard, samples, out, 0, failures={})
+            found[num] = _seconds(write, 7)
+    sample_s = (found[201] - found[1]) / 200
+    return {"shard_s": found[1] - sample_s, "sample_s": max(sample_s, 0.0)}
+
+
+class Nothing:
+    """A worker of both kinds that does nothing; `num_blocks` empty ones a task."""
+
+    def __init__(self, num_blocks: int = 0) -> None:
+        self._num_blocks = num_blocks
+
+    def stream(self, task: int) -> Iterator[int]:
+        """Yield the blocks."""
+        for number in range(self._num_blocks):
+            yield task + number
+
+    def run(self, task: int, blocks: Iterable[int] = ()) -> int:
+        """Take them."""
+        return task + sum(1 for _ in blocks)
+
+
+def measure_driver() -> dict[str, float]:
+    """Return the driver's processor seconds a task and a block, and calls a second of an object."""
+    from d2i.cluster import session, share
+
+    few, many = MANY_TASKS
+    with session(NUM_WORKERS, None):
+        # Each with workers that are started anew, which costs the same.
+        least_s = _staged_s(few, 1)
+        task_s = (_staged_s(many, 1) - least_s) / (many - few)
+        block_s = (_staged_s(few, 1 + many) - least_s) / (few * many)
+        pool_task_s = (_pooled_s(many) - _pooled_s(few)) / (many - few)
+        calls_per_s = _calls_per_s(share(Nothing(), num_workers=NUM_WORKERS))
+    return {
+        "block_s": max(block_s, 0.0),
+        "stages_task_s": max(task_s - block_s, 0.0),
+        "pool_task_s": max(pool_task_s, 0.0),
+        "shared_calls_per_s": calls_per_s,
+    }
+
+
+def _staged_s(num_tasks: int, num_blocks: int) -> float:
+    from d2i.cluster import Stages, run_stages
+
+    build = partial(Nothing, num_blocks)
+    began = time.process_time()
+    list(run_stages(Stages(build, build, num_finishers=NUM_WORKERS), range(num_tasks)))
+    return time.process_time() - began
+
+
+def _pooled_s(num_tasks: int) -> float:
+    from d2i.cluster import Pool, run_tasks
+
+    began = time.process_time()
+    list(run_tasks(Pool(Nothing, num_workers=NUM_WORKERS), range(num_tasks)))
+    return time.process_time() - began
+
+
+def _calls_per_s(shared: Any, num: int = 4000) -> float:
+    """Return how often a second 16 threads together call what is shared."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    shared.call("run", 0)
+    began = time.perf_counter()
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda number: shared.call("run", number), range(num)))
+    return num / (time.perf_counter() - began)
+
+
+def make_commits(folder: Path, num: int) -> None:
+    """Write commit records, as those of shards of 1,000 samples, and their manifest."""
+    from d2i.shards import write_manifest
+    from d2i.shards.commit import Commit, shard_name
+
+    sha256 = "ab" * 32
+    file = {"size_bytes": 135_680_000, "sha256": sha256}
+    arrays = {
+        "moments": {"dtype": "float16", "shape": (8, 32, 32)},
+        "clip": {"dtype": "float16", "shape": (512,)},
+        "tokens": {"dtype": "uint16", "shape": (77,)},
+        "text": {"dtype": "float16", "shape": (77, 768)},
+    }
+    for index in range(num):
+        commit = Commit.model_validate(
+            {
+                "name": shard_name(index, sha256),
+                "index": index,
+                "num_samples": 990,
+                "failures": {"timeout": 6, "too_small": 4},
+                "tar": file,
+                "index_file": file,
+                "arrays": arrays,
+            }
+        )
+        (folder / commit.commit_name).write_bytes(commit.to_bytes())
+    write_manifest(str(folder), {})
+
+
+def make_ledgers(folder: Path, num: int) -> None:
+    """Write commit records, and a ledger of 1,000 fetched pictures for each."""
+    from d2i.preprocess.ledger import LedgerRow, write_ledger
+
+    make_commits(folder, num)
+    for index in range(num):
+        rows = [
+            LedgerRow(
+                key=f"train-{index}-{row}-0",
+                image=f"https://pictures.example.org/{index}/{row}.jpg",
+                status="ok",
+                reason="ok",
+                detail="",
+                attempts=1,
+                http_status=200,
+                final_url=f"https://pictures.example.org/{index}/{row}.jpg",
+                size_bytes=40_000,
+                width=400,
+                height=300,
+                sha256=f"{index:032x}{row:032x}",
+                time_s=1.7e9,
+            )
+            for row in range(NUM_SHARD_SAMPLES)
+        ]
+        write_ledger(str(folder), index, rows)
+
+
+def fold(folder: str) -> None:
+    """Fold the records of a finished split."""
+    from d2i.shards import write_manifest
+
+    write_manifest(folder, {})
+
+
+def look_through(folder: str) -> None:
+    """Look for placeholders in the ledger of a split: one pass over it."""
+    from d2i.preprocess.same_pictures import plan_withdrawals
+
+    plan_withdrawals(folder, 10)
+
+
+def open_shards(folder: str) -> None:
+    """Open a data set, as every rank and worker does."""
+    from d2i.shards import ShardReader
+
+    len(ShardReader(folder))
+
+
+def take_order(num_samples: str) -> None:
+    """Take the first global batch of two epochs, as every rank does."""
+    from d2i.train.order import DataOrder
+
+    sizes = (1000,) * (int(num_samples) // 1000)
+    order = DataOrder(sizes, 0)
+    order.global_batch(0, 4096)
+    order.global_batch(int(num_samples) // 4096, 4096)
+
+
+def score_pictures(num: str) -> None:
+    """Score random features of CLIP's size, with Inception's classes."""
+    import torch
+
+    from d2i.eval.scores import Measured, instance_rows, score
+
+    torch.set_num_threads(1)
+    dice, count = np.random.default_rng(0), int(num)
+    sizes = {"real_features": 512, "features": 512, "logits": 1008}
+    sizes |= dict.fromkeys(("real_embeddings", "embeddings", "text_embeddings"), 512)
+    arrays: dict[str, Any] = {
+        name: dice.standard_normal((count, size), dtype=np.float32) for name, size in sizes.items()
+    }
+    arrays["keys"] = np.array([f"test-{number}-1-0" for number in range(count)])
+    arrays["reasons"], arrays["sources"] = np.full(count, ""), np.full(count, "memory")
+    arrays["is_flat"] = np.zeros(count, bool)
+    measured = Measured(arrays)
+    list(instance_rows(measured))
+    score(measured)
+
+
+ALONE: dict[str, Callable[[str], None]] = {
+    "fold": fold,
+    "look_through": look_through,
+    "open": open_shards,
+    "order": take_order,
+    "score": score_pictures,
+}
+
+
+def measure_alone(name: str, argument: str) -> None:
+    """Measure one thing in a process that did nothing before, and print it as JSON."""
+    began = time.process_time()
+    ALONE[name](argument)
+    seconds = time.process_time() - began
+    print(json.dumps({"seconds": seconds, "bytes": peak_bytes()}))
+
+
+def peak_bytes() -> int:
+    """Return the most memory this process has held; `getrusage` counts the parent's, too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def _alone(name: str, argument: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--alone", name, argument]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def measure_growth(inputs: Inputs) -> dict[str, list[dict[str, float]]]:
+    """Return processor seconds and bytes of what grows with a job, each at two sizes."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ALONE}
+
+    def note(name: str, num: int, argument: str) -> None:
+        found[name].append({"num": num, **_alone(name, argument)})
+
+    for num in MANY_SHARDS:
+        with tempfile.TemporaryDirectory(dir=inputs.folder) as folder:
+            make_commits(Path(folder), num)
+            size = sum(path.stat().st_size for path in Path(folder).glob("manifest*"))
+            note("fold", num, folder)
+            note("open", num, folder)
+            found.setdefault("manifest", []).append({"num": num, "seconds": 0.0, "bytes": size})
+    for num in MANY_LEDGERS:
+        with tempfile.TemporaryDirectory(dir=inputs.folder) as folder:
+            make_ledgers(Path(folder), num)
+            note("look_through", num * NUM_SHARD_SAMPLES, folder)
+    for num in MANY_SAMPLES:
+        note("order", num, str(num))
+    for num in MANY_PICTURES:
+        note("score", num, str(num))
+    return found
+
+
+def measure_opening(inputs: Inputs) -> float:
+    """Return processor seconds of the first sample out of a shard of 1,000."""
+    from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
+
+    tokens = npy_bytes(np.zeros(77, np.uint16))
+    with tempfile.TemporaryDirectory(dir=inputs.folder) as out:
+        samples = (
+            Sample(f"train-{n}-1-0", {"json": json_bytes({"n": n}), "tokens.npy": tokens})
+            for n in range(NUM_SHARD_SAMPLES)
+        )
+        write_shard(samples, out, 0, failures={})
+        write_manifest(out, {})
+        found = []
+        for _ in range(9):
+            reader = ShardReader(out)
+            began = time.process_time()
+            reader.read([0])
+            found.append(time.process_time() - began)
+    return statistics.median(found)
+
+
+def measure_parts(inputs: Inputs) -> dict[str, Any]:
+    """Measure what the parts of the jobs cost."""
+    return {
+        **measure_pictures(inputs),
+        **measure_writing(inputs),
+        **measure_driver(),
+        "map_s": measure_opening(inputs),
+        "growth": measure_growth(inputs),
+    }
+
+
+def machine() -> dict[str, object]:
+    """Say what this ran on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+    }
+
+
+def jobs_of(asked: list[str]) -> list[Job]:
+    """Return the jobs of one repeat."""
+    fitted = [Job(s, w, t) for t in FITTED for s in NUM_UNITS for w in (1, NUM_WORKERS)]
+    held_out = [Job(s, NUM_WORKERS, t) for t in HELD_OUT for s in NUM_UNITS]
+    return (fitted if "fit" in asked else []) + (held_out if "check" in asked else [])
+
+
+def measure(asked: list[str], repeats: int, inputs: Inputs) -> Iterator[dict[str, Any]]:
+    """Measure what is asked for, in turns; yield what is known so far, part by part."""
+    # Made before any clock runs.
+    inputs.prepared(max(HELD_OUT))
+    found: dict[str, Any] = {"machine": machine(), "unit_sizes": UNIT_SIZES}
+    if "fit" in asked:
+        found |= {"parts": measure_parts(inputs), "fitted": []}
+    if "check" in asked:
+        found["held_out"] = []
+    for job in jobs_of(asked) * repeats:
+        found["fitted" if job.times in FITTED else "held_out"].append(measure_job(job, inputs))
+        yield found
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the median seconds of each job."""
+    names = {f"{r['stage']} {r['times']}x, {r['num_workers']} workers": r for r in runs}
+    return {
+        name: statistics.median(
+            other["wall_s"]
+            for other in runs
+            if all(other[key] == one[key] for key in ("stage", "times", "num_workers"))
+        )
+        for name, one in names.items()
+    }
+
+
+def dumped(record: dict[str, Any]) -> str:
+    """Return a record as JSON, each list of numbers in one line."""
+    text = json.dumps(record, indent=1)
+    return re.sub(r"\[[-\d.,\s]+\]", lambda m: " ".join(m[0].split()), text) + "\n"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="+", choices=("fit", "check"))
+    parser.add_argument("--photos", type=Path, required=True, help="Folder of JPEG files.")
+    parser.add_argument("--vae", type=Path, required=True, help="A file of AutoencoderTiny.")
+    parser.add_argument("--into", type=Path, required=True, help="The JSON file to write.")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--beside", default="nothing else", help="What else runs meanwhile.")
+    return parser
+
+
+def main() -> None:
+    """Measure, write the file, and print one JSON line."""
+    if sys.argv[1:2] == ["--alone"]:
+        measure_alone(*sys.argv[2:4])
+        return
+    options = build_parser().parse_args()
+    known = json.loads(options.into.read_text()) if options.into.exists() else {}
+    known |= {"repeats": options.repeats, "beside": options.beside}
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Inputs(options.photos.resolve(), options.vae.resolve(), Path(folder))
+        for found in measure(options.part, options.repeats, inputs):
+            # Each time: an hour's figures are not lost with the last job.
+            options.into.write_text(dumped({**known, **found}))
+    print(json.dumps(medians([*found.get("fitted", []), *found.get("held_out", [])])))
+
+
+if __name__ == "__main__":
+    main()
