@@ -179,8 +179,8 @@ def _foresee(request: EvalRequest, assumed: Assumed, *, as_json: bool) -> None:
 def report(
     evaluations: Annotated[list[str], typer.Argument(help="Folders made by d2i eval, in order.")],
     out: Annotated[
-        Path, typer.Option(help="A page (.html), or its tables alone (.md, .csv).")
-    ] = Path("report.html"),
+        str, typer.Option(help="A page (.html), or its tables alone (.md, .csv); also a URL.")
+    ] = "report.html",
     times: Annotated[Path | None, typer.Option(help="Stage times, as d2i demo writes.")] = None,
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
     *,
@@ -206,7 +206,7 @@ def report(
             f"--times {times}: {err}; expected the JSON that d2i demo writes"
         ) from err
     write_report(evaluations, out, times=measured, title=title)
-    print_result({"report": str(out)}, [str(out)], as_json=as_json)
+    print_result({"report": out}, [out], as_json=as_json)
 
 
 def _score_lines(result: dict[str, Any]) -> list[str]:

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from d2i import storage
+from d2i.cli.study import report
 from d2i.dialog import key_order_hash
 from d2i.errors import ConfigError, DataError
 from d2i.report import read_evaluation, write_report
@@ -314,6 +316,14 @@ def test_any_number_of_evaluations(made: Made, count: int) -> None:
     page = Page((made.root / "report.html").read_text())
     assert page.open == []
     assert len(page.alts) == 12 * (count + 1)
+
+
+def test_the_page_goes_to_an_object_store(made: Made) -> None:
+    url, folders = "memory://pages/report.html", list(map(str, made.eval_dirs))
+    report(folders, url, times=None, title=None)
+    page = made.render()
+    assert storage.read_bytes(url).decode() == page
+    assert not Path("memory:").exists()
 
 
 def test_what_is_absent_is_left_out_with_a_reason(made: Made) -> None:
