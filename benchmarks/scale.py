@@ -824,7 +824,7 @@ GROWING = {
     "fold": "a shard to fold the records",
     "open": "a shard to open a data set",
     "look_through": "an instance to look through the ledger",
-    "order": "an instance for the order of two epochs",
+    "order": "an instance for the orders of two epochs in turn",
     "score": "an instance to score",
 }
 

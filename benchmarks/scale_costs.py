@@ -453,7 +453,7 @@ def score_pictures(num: str) -> None:
     arrays["is_flat"] = np.zeros(count, bool)
     measured = Measured(arrays)
     list(instance_rows(measured))
-    score(measured)
+    score(measured, 256)
 
 
 ALONE: dict[str, Callable[[str], None]] = {
