@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -80,7 +81,19 @@ def main() -> None:
 
         if line := say_last_word(err):
             sys.stderr.write(f"error: {line}\n")
-        sys.exit(2)
+        _end_at_once(2)
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End without taking torch's threads down one by one.
+
+    One of them that notices meanwhile that another rank is gone would abort this one, and the
+    launcher would tell of that instead.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
