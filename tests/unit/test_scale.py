@@ -89,6 +89,15 @@ def test_what_was_held_out_is_none_of_what_was_fitted() -> None:
     assert kinds == [set(scale_costs.FITTED), set(scale_costs.HELD_OUT)]
 
 
+def test_what_was_held_out_is_predicted_within_a_quarter() -> None:
+    rows = scale.held_out(COSTS.record)
+    assert {(row["stage"], row["times"]) for row in rows} == {
+        (stage, times) for stage in scale_costs.NUM_UNITS for times in scale_costs.HELD_OUT
+    }
+    assert COSTS.record["repeats"] >= 3
+    assert max(abs(row["error"]) for row in rows) <= 0.25
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_more_nodes_are_not_slower(name: str) -> None:
     times = [time_of(name, COSTS, NUM, nodes) for nodes in (1, 4, 16)]
