@@ -227,6 +227,16 @@ def new_file(url: str, *, sync_name: bool = True) -> Iterator[Path]:
         publish_file(scratch, url, sync_name=sync_name)
 
 
+def _read_umask() -> int:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask
+
+
+# Read once, while there is but one thread: to ask for it is to change it.
+_UMASK = _read_umask()
+
+
 def publish_file(path: Path, url: str, *, sync_name: bool = True) -> None:
     """Move a finished local file to its URL, where it appears complete or not at all.
 
@@ -244,6 +254,9 @@ def publish_file(path: Path, url: str, *, sync_name: bool = True) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if path.stat().st_dev != target.parent.stat().st_dev:
         path = _copy_beside(path, target)
+    # Libraries put files of their own in the place, which only their owner may read.
+    with contextlib.suppress(PermissionError):
+        path.chmod(0o666 & ~_UMASK)
     sync(path)
     path.replace(target)
     if sync_name:

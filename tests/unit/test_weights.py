@@ -311,3 +311,10 @@ def test_the_latent_scale_is_no_weight() -> None:
     network = build_backbone("uvit-s", **TINY, latent_scale=1.0)
     assert network.latent_scale == 1.0
     assert not any("scale" in key for key in network.state_dict())
+
+
+def test_weights_have_the_permissions_of_any_file(tmp_path: Path) -> None:
+    plain, saved = tmp_path / "plain", tmp_path / "saved.safetensors"
+    plain.touch()
+    save_weights({"a": torch.zeros(2)}, saved)
+    assert saved.stat().st_mode == plain.stat().st_mode
