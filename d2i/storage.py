@@ -222,7 +222,7 @@ def write_bytes(url: str, data: bytes) -> None:
 def new_file(url: str, *, sync_name: bool = True) -> Iterator[Path]:
     """Give a local file to fill, which then is published as `publish_file` does."""
     target = local_path(url)
-    with scratch_file(url.rpartition("/")[0] if target is None else str(target.parent)) as scratch:
+    with scratch_file(url if target is None else str(target.parent)) as scratch:
         yield scratch
         publish_file(scratch, url, sync_name=sync_name)
 

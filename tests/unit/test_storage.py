@@ -204,10 +204,14 @@ def cloud() -> Iterator[str]:
         lambda url: storage.write_bytes(url, b""),
     ],
 )
-def test_what_a_cloud_raises_names_its_place(cloud: str, work: Any) -> None:
+def test_what_a_cloud_raises_names_its_place(
+    cloud: str, work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError) as caught:
         work(cloud)
     assert caught.value.filename == cloud
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cloud_that_goes_away_while_a_file_is_read(
