@@ -242,7 +242,7 @@ def publish_file(path: Path, url: str, *, sync_name: bool = True) -> None:
 
     A local target is reached by fsync and rename (through a copy beside it where the two lie on
     different file systems), any other by a plain put, which object stores make visible at once.
-    The local file is gone afterwards.
+    The local file is gone afterwards. Who may read the target is as for any new file.
 
     Without `sync_name` a power failure may undo the move until the next file is published there
     with it: for many files that count only once that one is there, as each would wait for the disk.
