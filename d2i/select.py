@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from d2i.config import ImageConfig, Recipe
 from d2i.errors import CheckpointError, ConfigError, DataError
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate
 from d2i.eval.systems import SystemSpec
+from d2i.metric_specs import METRICS, MetricSpec
 from d2i.models import save_weights
 from d2i.pictures import decode_picture
 from d2i.recipes import change_recipe
@@ -29,9 +30,6 @@ from d2i.train.checkpoint import Checkpoint, step_of, whole_checkpoints
 from d2i.train.data import split_url
 from d2i.train.validation import choose_instances
 
-Metric = Literal["fid", "kid", "clip_i"]
-_HIGHER_IS_BETTER = ("clip_i",)
-
 
 @dataclass(frozen=True)
 class SelectRequest:
@@ -40,7 +38,7 @@ class SelectRequest:
     Args:
         run_url: A run with checkpoints.
         guidance_scales: Tried with each checkpoint; none takes the recipe's own.
-        metric: What decides.
+        metric: What decides, a key of `d2i.metric_specs.METRICS`.
         num_instances: Size of the validation subset, at most.
         seed: Chooses the subset.
         settings: `--set` of the recipe, such as `sample.num_steps=20`.
@@ -49,7 +47,7 @@ class SelectRequest:
 
     run_url: str
     guidance_scales: Sequence[float] = ()
-    metric: Metric = "fid"
+    metric: str = "fid"
     num_instances: int = 1000
     seed: int = 0
     settings: Sequence[str] = ()
@@ -67,8 +65,13 @@ def select(
 
     Raises:
         CheckpointError: If the run has no whole checkpoint.
+        ConfigError: If the metric is none of `METRICS`, or was not scored.
         DataError: If its data has no validation split.
     """
+    if request.metric not in METRICS:
+        raise ConfigError(
+            f"the metric: got {request.metric!r}; expected one of {', '.join(METRICS)}"
+        )
     folder = storage.join(request.run_url, "select")
     recipe = change_recipe(read_recipe(request.run_url), request.settings)
     checkpoints = whole_checkpoints(request.run_url)
@@ -84,8 +87,7 @@ def select(
         for checkpoint in checkpoints
         for scale in scales
     ]
-    sign = -1 if request.metric in _HIGHER_IS_BETTER else 1
-    best = min(candidates, key=lambda candidate: sign * candidate["scores"][request.metric])
+    best = _best(candidates, METRICS[request.metric])
     result = {
         "weights": best["weights"],
         "step": best["step"],
@@ -99,6 +101,17 @@ def select(
     data = json.dumps(result, indent=1, sort_keys=True) + "\n"
     storage.write_bytes(storage.join(request.run_url, BEST_NAME), data.encode())
     return result
+
+
+def _best(candidates: Sequence[dict[str, Any]], metric: MetricSpec) -> dict[str, Any]:
+    values = [candidate["scores"].get(metric.key) for candidate in candidates]
+    if None in values:
+        raise ConfigError(
+            f"{metric.title} was not scored, it needs {metric.needs}; expected a metric of the "
+            "evaluation; choose another with --metric"
+        )
+    sign = -1 if metric.higher_is_better else 1
+    return min(candidates, key=lambda candidate: sign * candidate["scores"][metric.key])
 
 
 def _score(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from d2i.cli.console import JsonOption, ProgressLine, SetOption, print_result, register
+from d2i.metric_specs import METRICS
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -20,7 +21,7 @@ def select(
         list[float] | None, typer.Option(min=1, help="A guidance scale to try; may be repeated.")
     ] = None,
     metric: Annotated[
-        Literal["fid", "kid", "clip_i"], typer.Option(help="The score that decides.")
+        str, typer.Option(help="The score that decides.", metavar="|".join(METRICS))
     ] = "fid",
     num_instances: Annotated[int, typer.Option(min=2, help="Validation dialogs to draw.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the dialogs.")] = 0,

@@ -27,10 +27,10 @@ from d2i.eval.kid import unbiased_mmd
 from d2i.eval.metrics import Draws, compute_fid, score_features
 from d2i.eval.negatives import Listed
 from d2i.eval.recall import NUM_NEGATIVES, true_ranks
+from d2i.metric_specs import RECALLS
 
 Arrays = dict[str, NDArray[Any]]
 
-RECALLS = (1, 5, 10)
 # Inception's features have 2048 dimensions: of fewer pictures, the covariance is not of full rank.
 _FEW_PICTURES = 2048
 _MIN_PICTURES = 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from d2i.metric_specs import METRICS
 from d2i.report.document import draw_header
 from d2i.report.evaluation import MAX_NAMED, Evaluation, column_names, group_comparable
 from d2i.report.markup import card, figure, is_number, percent, text
@@ -57,11 +58,12 @@ def _score(evaluations: Sequence[Evaluation], name: str) -> str:
     values = [evaluation.scores.get(name) for evaluation in evaluations]
     if len(group_comparable(evaluations)) > 1 or not all(is_number(value) for value in values):
         return ""
-    title, note = {
-        "fid": ("FID", f"lower is better; on {text(evaluations[0].card.get('extractor', '?'))}"),
-        "clip_i": ("CLIP-I", "higher is better; 100 is the true picture itself"),
-    }[name]
-    return _card(title, [figure(v, ",.2f") for v in values if v is not None], evaluations, note)
+    metric = METRICS[name]
+    extractor = evaluations[0].card.get("extractor", "?")
+    beside = f"on {text(extractor)}" if metric.is_on_extractor else metric.note
+    note = f"{metric.direction}; {beside}"
+    shown = [figure(v, metric.spec) for v in values if v is not None]
+    return _card(metric.title, shown, evaluations, note)
 
 
 def _card(title: str, values: list[str], evaluations: Sequence[Evaluation], note: str) -> str:

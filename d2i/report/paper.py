@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
+
+from d2i.metric_specs import PAPER_METRICS
 
 PUBLISHED_EXTRACTOR = "inception-v3-compat 6726825d"
 """What FID and IS of the paper are computed on; beside any other its numbers say nothing."""
@@ -24,14 +25,8 @@ _OURS = " + ours"
 SYSTEM_OF_TABLE_3 = _BACKBONES["unidiffuser-v1"] + _OURS
 
 
-@dataclass(frozen=True)
-class PaperScores:
-    """The scores of one row; None where the paper's value could not be read."""
-
-    fid: float | None = None
-    inception: float | None = None
-    inception_std: float | None = None
-    clip_i: float | None = None
+PaperScores = Mapping[str, tuple[float | None, float | None]]
+"""Value and deviation of one row by key of the metric; None where the paper's was not readable."""
 
 
 def paper_row(card: Mapping[str, Any]) -> str:
@@ -75,8 +70,11 @@ def _letters(name: str) -> str:
 
 
 def _scores(row: Mapping[str, Any]) -> PaperScores:
-    inception, std = row.get("is") or (None, None)
-    return PaperScores(row.get("fid"), inception, std, row.get("clip_i"))
+    found: dict[str, tuple[float | None, float | None]] = {}
+    for metric in PAPER_METRICS:
+        value = row.get(metric.key)
+        found[metric.key] = (value[0], value[1]) if isinstance(value, list) else (value, None)
+    return found
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from d2i.metric_specs import METRICS, MetricSpec
 from d2i.report.evaluation import (
     MAX_NAMED,
     Evaluation,
@@ -13,16 +14,6 @@ from d2i.report.evaluation import (
 )
 from d2i.report.markup import Section, figure, is_number, percent, table, text
 
-_SCORES = {
-    "fid": ("FID", "lower", ",.2f", None),
-    "kid": ("KID", "lower", ".4f", "kid_std"),
-    "is": ("Inception Score", "higher", ".2f", "is_std"),
-    "clip_i": ("CLIP-I", "higher", ".2f", None),
-    "clip_t": ("CLIP-T", "higher", ".2f", None),
-    "fid_clip": ("FID on CLIP features", "lower", ",.2f", None),
-    "recall_1": ("Recall of the true picture, first", "higher", ".1f", None),
-    "recall_10": ("Recall, among the first ten", "higher", ".1f", None),
-}
 _CARD_FIELDS = {
     "extractor": "Feature extractor",
     "expected": "Pictures expected",
@@ -78,11 +69,12 @@ def _scores_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> st
     extractor, found = text(card.get("extractor", "not named")), card.get("found")
     pictures = f", {figure(found, ',')} pictures" if is_number(found) else ""
     rows = [
-        (f"{title} {_direction(name, better)}", [_score(e, name, spec, std) for e in evaluations])
-        for name, (title, better, spec, std) in _SCORES.items()
+        (f"{metric.long_title} {_direction(metric)}", [_score(e, metric) for e in evaluations])
+        for metric in METRICS.values()
+        if metric.on_page
     ]
     if any(evaluation.judged for evaluation in evaluations):
-        rows.append((f"Attributes right {_direction('', 'higher')}", _accuracies(evaluations)))
+        rows.append(("Attributes right <small>higher is better</small>", _accuracies(evaluations)))
     head = ["Score", *(text(name) for name in names)]
     caption = f"FID on {extractor}{pictures}"
     is_wide = len(evaluations) > MAX_NAMED
@@ -98,18 +90,22 @@ def _turned(head: Sequence[str], rows: Sequence[tuple[str, list[str]]], caption:
     return f'<div class="turned">{table(["System", *headings], columns, caption)}</div>'
 
 
-def _direction(name: str, better: str) -> str:
-    on_extractor = ", on the same extractor" if name in ("kid", "is") else ""
-    return f"<small>{better} is better{on_extractor}</small>"
+def _direction(metric: MetricSpec) -> str:
+    # The caption names the extractor for FID.
+    on_extractor = (
+        ", on the same extractor" if metric.is_on_extractor and metric.key != "fid" else ""
+    )
+    return f"<small>{metric.direction}{on_extractor}</small>"
 
 
-def _score(evaluation: Evaluation, name: str, spec: str, std_name: str | None) -> str:
-    value = evaluation.scores.get(name)
+def _score(evaluation: Evaluation, metric: MetricSpec) -> str:
+    value = evaluation.scores.get(metric.key)
     if not is_number(value):
         return '<span class="absent">not scored</span>'
-    std = evaluation.scores.get(std_name) if std_name else None
-    deviation = f" <small>± {figure(std, spec)}</small>" if is_number(std) else ""
-    return figure(value, spec) + deviation + _interval(evaluation.intervals.get(name), spec)
+    std = evaluation.scores.get(metric.std_key) if metric.std_key else None
+    deviation = f" <small>± {figure(std, metric.spec)}</small>" if is_number(std) else ""
+    interval = _interval(evaluation.intervals.get(metric.key), metric.spec)
+    return figure(value, metric.spec) + deviation + interval
 
 
 def _interval(interval: Sequence[float] | None, spec: str) -> str:

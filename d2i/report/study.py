@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from d2i.metric_specs import METRICS, PAPER_METRICS, RECALLS, MetricSpec
 from d2i.recipes import RECIPES
 from d2i.report.comparable import (
     card_summary,
@@ -31,11 +32,13 @@ from d2i.report.tabulated import Cell, Row, Table
 _STRATEGIES = ("space", "special", "letters", "hash")
 _CONTEXTS = ("full", "last", "none", "shuffled")
 _CORPORA = {"photochat": "PhotoChat", "mmdialog": "MMDialog"}
+_OTHERS = tuple(METRICS[key] for key in ("clip_t", "fid_clip", *(f"recall_{k}" for k in RECALLS)))
 _COLUMNS = (
-    *("FID", "FID (paper)", "IS", "IS (paper)", "CLIP-I", "CLIP-I (paper)"),
-    *("CLIP-T", "FID on CLIP", "recall@1", "recall@5", "recall@10", "pictures"),
+    *(title for m in PAPER_METRICS for title in (m.title, f"{m.title} (paper)")),
+    *(metric.title for metric in _OTHERS),
+    "pictures",
 )
-_NO_PAPER = PaperScores()
+_NO_PAPER: PaperScores = {}
 _SAME_DESCRIPTIONS = "Divter: MMDialog has no descriptions; it learned from our captions."
 
 
@@ -159,30 +162,27 @@ def _variants(
 
 def _row(heading: str, evaluation: Evaluation | None, paper: PaperScores) -> Row:
     cells = (
-        _score(evaluation, "fid"),
-        Cell(paper.fid, by_paper=True),
-        _score(evaluation, "is", std="is_std"),
-        Cell(paper.inception, std=paper.inception_std, by_paper=True),
-        _score(evaluation, "clip_i"),
-        Cell(paper.clip_i, by_paper=True),
-        *(_score(evaluation, name) for name in ("clip_t", "fid_clip")),
-        *(_score(evaluation, f"recall_{k}", ".1f") for k in (1, 5, 10)),
+        *(c for m in PAPER_METRICS for c in (_score(evaluation, m), _by_paper(paper, m))),
+        *(_score(evaluation, metric) for metric in _OTHERS),
         Cell(_counts(evaluation)),
     )
     return Row(heading, cells, card_summary(evaluation) if evaluation else "")
 
 
-def _score(
-    evaluation: Evaluation | None, name: str, spec: str = ".2f", std: str | None = None
-) -> Cell:
-    value = evaluation.scores.get(name) if evaluation else None
+def _by_paper(paper: PaperScores, metric: MetricSpec) -> Cell:
+    value, std = paper.get(metric.key, (None, None))
+    return Cell(value, metric.spec, std, by_paper=True)
+
+
+def _score(evaluation: Evaluation | None, metric: MetricSpec) -> Cell:
+    value = evaluation.scores.get(metric.key) if evaluation else None
     if evaluation is None or not is_number(value):
         return Cell()
-    deviation = evaluation.scores.get(std) if std else None
-    low_high = evaluation.intervals.get(name)
+    deviation = evaluation.scores.get(metric.std_key) if metric.std_key else None
+    low_high = evaluation.intervals.get(metric.key)
     return Cell(
         float(value),
-        spec,
+        metric.spec,
         float(deviation) if is_number(deviation) else None,
         (low_high[0], low_high[1]) if low_high else None,
     )

@@ -1,0 +1,71 @@
+"""The one table of metrics: what is scored has a row, and a row is all that printing needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from d2i.eval.scores import Measured, score
+from d2i.metric_specs import METRICS, PAPER_METRICS
+from d2i.report import paper, scores, study
+from d2i.report.evaluation import Evaluation
+
+# What scores.json holds beside metrics: how they were computed.
+_SIZES = {"kid_subset_size", "is_splits", "num_negatives"}
+
+
+def _measured(num: int = 12) -> Measured:
+    generator = np.random.default_rng(0)
+    drawn: dict[str, Any] = {
+        name: generator.normal(size=(num, 6)).astype(np.float32)
+        for name in ("features", "logits", "embeddings")
+    }
+    of_instances = {
+        name: generator.normal(size=(num, 6)).astype(np.float32)
+        for name in ("real_features", "real_embeddings", "text_embeddings")
+    }
+    texts = {
+        "keys": np.array([f"k-{n}" for n in range(num)]),
+        "reasons": np.full(num, ""),
+        "sources": np.full(num, "memory"),
+    }
+    return Measured(drawn | of_instances | texts | {"is_flat": np.zeros(num, bool)})
+
+
+def test_every_score_of_an_evaluation_is_in_the_table() -> None:
+    found = score(_measured(), resolution=8)
+    named = set(METRICS) | {metric.std_key for metric in METRICS.values()} | _SIZES
+    assert set(found["scores"]) <= named
+    assert set(METRICS) <= set(found["scores"])
+    assert set(found["intervals"]) <= {key for key, spec in METRICS.items() if spec.interval}
+
+
+def test_a_row_puts_a_metric_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = replace(METRICS["clip_i"], key="toy", long_title="Toy score", higher_is_better=False)
+    monkeypatch.setitem(METRICS, "toy", metric)
+    evaluation = Evaluation(
+        "a", {"toy": 12.34}, {"extractor": "clip"}, None, {}, {"toy": (11.0, 13.0)}
+    )
+    page = scores.scores_section([evaluation]).body
+    row = page[page.index("Toy score") :]
+    assert row.index("lower is better") < row.index("12.3") < row.index(">11.00<")
+
+
+def test_the_paper_has_a_column_for_each_of_its_metrics() -> None:
+    columns = study.table2([_of_photochat()])[0].columns
+    for metric in PAPER_METRICS:
+        place = columns.index(metric.title)
+        assert columns[place + 1] == f"{metric.title} (paper)"
+    assert paper.paper_table2("photochat")["U-ViT-Small"] == {
+        "fid": (97.76, None),
+        "is": (10.8, 0.6),
+        "clip_i": (56.61, None),
+    }
+
+
+def _of_photochat() -> Evaluation:
+    card = {"corpus": "photochat", "extractor": paper.PUBLISHED_EXTRACTOR, "context": "full"}
+    return Evaluation("a", {}, card, None, {})
