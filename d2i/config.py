@@ -132,12 +132,17 @@ class EncodersConfig(Config):
     """Every encoder runs at this one, padded batch, so that grouping changes no bit."""
 
 
+SCRATCH = "scratch"
+"""`backbone.weights` of who means to train from random weights."""
+
+
 class BackboneConfig(Config):
     """The network and where its fine-tuning starts. `None` keeps the published size."""
 
     name: BackboneName
     weights: str | None = None
-    """Weights to start from; `None` starts from the published initialisation."""
+    """Weights to start from: a file, a folder, a URL or `demo:backbone`; `scratch` draws random
+    ones. Training asks for one of them; what reads no network does not."""
     latent_scale: float | None = Field(default=None, gt=0)
     latent_size: int | None = Field(default=None, gt=0)
     patch_size: int | None = Field(default=None, gt=0)
@@ -148,6 +153,16 @@ class BackboneConfig(Config):
     num_text_tokens: int | None = Field(default=None, gt=0)
     """77 for each of `text.num_windows`; weights of one window are grown to it."""
     clip_dim: int | None = Field(default=None, gt=0)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether training starts from random weights; runs made before say so by None."""
+        return self.weights in (None, SCRATCH)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the network predicts picture and text together."""
+        return self.name.startswith("unidiffuser")
 
     def overrides(self) -> dict[str, Any]:
         """Return the sizes that differ from the published ones, for `build_backbone`."""
@@ -206,7 +221,8 @@ class TrainConfig(Config):
     """Whether `torch.compile` fuses what lies between the matrix products of a block: quicker steps
     after a minute of compiling, which wants a C++ compiler and, on a GPU, Triton."""
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
-    """Share of samples whose text is replaced by that of '' (classifier-free guidance)."""
+    """Share of samples whose text is replaced by that of '' (classifier-free guidance). Unset, 0
+    for UniDiffuser's joint loss: its half without condition is learned at t^y = T."""
     ema_rate: float = Field(default=0.9999, ge=0, lt=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     order: Literal["global", "blocked"] = "global"
@@ -275,7 +291,8 @@ class SampleConfig(Config):
     guidance_scale: float = Field(default=2.0, ge=1)
     """1 + s of `cond + s (cond - uncond)`: 2 for U-ViT, 8 for UniDiffuser."""
     unconditional: Literal["true_uncond", "empty_token"] = "true_uncond"
-    """UniDiffuser's half without condition: pure noise as text (as published), or that of ''."""
+    """UniDiffuser's half without condition: pure noise as text (as published), or that of '';
+    unset, the latter for the `t2i` loss, which learns no other."""
     data_type: Literal[0, 1] = 1
     """UniDiffuser-v1's kind of data: 1 curated (as published), 0 of the web."""
     precision: Precision = "fp32"
@@ -399,6 +416,37 @@ class Recipe(Config):
     metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
+    def _unset_means_what_the_loss_needs(self) -> Self:
+        """Fill what guidance needs to be learned and drawn, where nobody said it."""
+        if self.backbone.is_joint:
+            if self.train.unidiffuser.loss == "joint":
+                self._fill("train", "condition_dropout", 0.0)
+            else:
+                self._fill("sample", "unconditional", "empty_token")
+        return self
+
+    @model_validator(mode="after")
+    def _an_empty_text_is_learned(self) -> Self:
+        is_learned = self.train.unidiffuser.loss != "joint" or self.train.condition_dropout > 0
+        wants_it = self.backbone.is_joint and self.sample.unconditional == "empty_token"
+        if wants_it and not is_learned:
+            raise ValueError(
+                "sample.unconditional=empty_token asks for the text of '', which the joint loss "
+                "never sees without train.condition_dropout; set that to 0.1, or leave "
+                "sample.unconditional at true_uncond"
+            )
+        return self
+
+    def _fill(self, section: str, name: str, value: float | str) -> None:
+        """Give a setting its value, unless somebody did; it stays one that nobody set."""
+        part = getattr(self, section)
+        if name in part.model_fields_set:
+            return
+        filled = part.model_copy(update={name: value})
+        filled.model_fields_set.discard(name)
+        object.__setattr__(self, section, filled)
+
+    @model_validator(mode="after")
     def _inception_score_needs_classes(self) -> Self:
         if self.metrics.extractor == "clip" and len(self.metrics.classes) == 1:
             raise ValueError("metrics.classes needs at least two prompts")
@@ -416,7 +464,8 @@ def apply_settings(config: ConfigT, settings: Sequence[str]) -> ConfigT:
     Raises:
         ConfigError: On an unknown name (the nearest one is named), a wrong type or a bad form.
     """
-    values = config.model_dump()
+    # What nobody set is decided anew: it may depend on what is set now.
+    values = config.model_dump(exclude_unset=True)
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
@@ -438,11 +487,11 @@ def load_config(kind: type[ConfigT], values: dict[str, Any], *, source: str) -> 
         return kind.model_validate(values)
     except ValidationError as err:
         first = err.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or kind.__name__
-        raise ConfigError(
-            f"{source}: {field} is {_shortened(first['input'])}: {first['msg']}; "
-            "see 'd2i recipes show'"
-        ) from err
+        field = ".".join(str(part) for part in first["loc"])
+        # What two settings are together has no value of its own to show.
+        got = f"{field} is {_shortened(first['input'])}: " if field else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{source}: {got}{message}; see 'd2i recipes show'") from err
 
 
 def _shortened(value: Any) -> str:
@@ -461,7 +510,7 @@ def _assign(values: dict[str, Any], kind: type[Config], path: str, value: Any) -
     *parents, leaf = path.split(".")
     for parent in parents:
         _check_name(kind, parent, path)
-        kind, values = _section(kind, parent, path), values[parent]
+        kind, values = _section(kind, parent, path), values.setdefault(parent, {})
     _check_name(kind, leaf, path)
     values[leaf] = value
 

@@ -55,6 +55,12 @@ def find_published(shapes: Mapping[str, Sequence[int]]) -> list[PublishedFile]:
     return [file for file in PUBLISHED if file.shapes_sha256 == found]
 
 
+def weights_to_fetch(backbone: str) -> str:
+    """Name the published file of a backbone, and where its authors publish it."""
+    file = next(file for file in PUBLISHED if file.backbone == backbone)
+    return f"{file.name} ({file.source})"
+
+
 def _unidiffuser(
     version: int, num_keys: int, shapes_sha256: str, *, diffusers: bool = False
 ) -> PublishedFile:

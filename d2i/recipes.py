@@ -15,6 +15,7 @@ from typing import Any
 
 from d2i import storage
 from d2i.config import (
+    SCRATCH,
     BackboneConfig,
     EncodersConfig,
     ImageConfig,
@@ -191,7 +192,9 @@ def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
 def _absolute(name: str | None) -> str | None:
     """Return a name that is a path here as an absolute one, any other as it is."""
-    return str(Path(name).absolute()) if name and Path(name).exists() else name
+    if not name or name == SCRATCH or not Path(name).exists():
+        return name
+    return str(Path(name).absolute())
 
 
 def load_recipe(name: str) -> Recipe:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from d2i import __version__, storage
 from d2i.config import Recipe, load_config
 from d2i.errors import CheckpointError, ConfigError
+from d2i.published import weights_to_fetch
 from d2i.settle import settle
 
 CONFIG_NAME = "config.json"
@@ -52,12 +53,14 @@ class RunConfig:
         data: Folder of the training shards.
         manifest_sha256: Identity of that data set.
         world_size: Ranks the run was started with.
+        initial_weights: The weights it started from, as `d2i.models.initial` describes them.
     """
 
     recipe: dict[str, Any]
     data: str
     manifest_sha256: str
     world_size: int
+    initial_weights: dict[str, Any] | None = None
     d2i_version: str = __version__
 
 
@@ -128,6 +131,25 @@ def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
             f"{run_url} was started with another recipe or other data: got "
             f"{'; '.join(differences[:3])}; repeat that or choose another --run"
         )
+
+
+def check_initial_weights(recipe: Recipe, run_url: str) -> None:
+    """Make sure that a run is told what to start from; one made before this was asked goes on.
+
+    Raises:
+        ConfigError: If it is not: the published file, where it is published, and the setting.
+    """
+    if recipe.backbone.weights is not None:
+        return
+    if storage.exists(storage.join(run_url, CONFIG_NAME)):
+        began_so = read_recipe(run_url).backbone.weights is None
+        if began_so:
+            return
+    raise ConfigError(
+        f"recipe {recipe.name}: got no backbone.weights; expected what to fine-tune, "
+        f"{weights_to_fetch(recipe.backbone.name)}; give --set backbone.weights=PATH, or "
+        "backbone.weights=scratch to train from random weights"
+    )
 
 
 def read_recipe(run_url: str) -> Recipe:

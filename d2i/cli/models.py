@@ -55,22 +55,26 @@ def train(
 
         d2i train --recipe demo --data data --run runs/demo --num-accelerators 2
 
-        d2i train --recipe uvit-s-photochat --data data --run runs/a --set train.optim.lr=1e-5
+        d2i train --recipe uvit-s-photochat --data data --run runs/a
+        --set backbone.weights=mscoco_uvit_small.pth
 
         d2i train --recipe uvit-s-mmdialog --data data --run runs/b --preflight --json
 
         d2i train --recipe uvit-s-mmdialog --data s3://bucket/data --run runs/b
-        --set train.order=blocked --cache-dir /nvme/d2i --cache-gb 200
+        --set backbone.weights=mscoco_uvit_small.pth --set train.order=blocked
+        --cache-dir /nvme/d2i --cache-gb 200
     """
     from d2i import storage
     from d2i.fault import parse_fault
     from d2i.recipes import resolve_recipe
-    from d2i.runs import STOPPED_NAME
+    from d2i.runs import STOPPED_NAME, check_initial_weights
     from d2i.train.command import deepspeed_command, run_command
 
     # Checked here, so that a typing error costs no start of the ranks.
     resolved = resolve_recipe(recipe, settings or [])
     resolved.train.accumulation(num_accelerators or 1)
+    if not preflight:
+        check_initial_weights(resolved, run)
     parse_fault(fault)
     _check_data(data)
     arguments = ["--recipe", recipe, "--data", data, "--run", run]

@@ -139,7 +139,7 @@ def _weights(recipe: Recipe | None) -> tuple[tuple[str, str], ...]:
         "encoders.clip_image": recipe.encoders.clip_image,
         "encoders.clip_text": recipe.encoders.clip_text,
         "encoders.text_prefix": recipe.encoders.text_prefix,
-        "backbone.weights": recipe.backbone.weights,
+        "backbone.weights": None if recipe.backbone.is_random else recipe.backbone.weights,
         "metrics.clip_text": recipe.metrics.clip_text,
         "metrics.extractor_weights": recipe.metrics.extractor_weights,
     }

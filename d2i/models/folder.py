@@ -37,7 +37,7 @@ def build_network(config: BackboneConfig) -> nn.Module:
         ConfigError: If the sizes do not fit each other.
     """
     network = build_backbone(config.name, **resolve_sizes(config).overrides())
-    if config.weights is None:
+    if config.weights is None or config.is_random:
         return network
     path = resolve_weights(config.weights)
     return fill_network(network, fit_positions(read_published(path), network), path)
@@ -45,7 +45,9 @@ def build_network(config: BackboneConfig) -> nn.Module:
 
 def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
     """Fill the sizes that a recipe leaves open from the `config.json` beside its weights."""
-    there = read_config(Path(resolve_weights(config.weights))) if config.weights else None
+    if config.weights is None or config.is_random:
+        return config
+    there = read_config(Path(resolve_weights(config.weights)))
     if there is None:
         return config
     known = there.model_dump(exclude_none=True) | config.model_dump(exclude_none=True)

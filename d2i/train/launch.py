@@ -15,6 +15,7 @@ from d2i.errors import D2IError
 from d2i.fault import parse_fault
 from d2i.processes import end_with_starter
 from d2i.recipes import resolve_recipe
+from d2i.runs import check_initial_weights
 from d2i.train.slurm import torch_names
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -54,6 +55,8 @@ def launch(
     from d2i.train.request import TrainRequest
 
     resolved = resolve_recipe(recipe, settings or [])
+    if not only_measure:
+        check_initial_weights(resolved, run)
     zero_settings = None if zero is None else read_zero(zero)
     request = TrainRequest(
         resolved, data, run, zero_settings, parse_fault(fault), cache_dir, cache_gb

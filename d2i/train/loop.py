@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from d2i import storage
 from d2i.models import save_weights
 from d2i.models.folder import resolve_sizes
+from d2i.models.initial import describe_initial_weights
 from d2i.recipes import check_prepared_with
 from d2i.runs import EMA_NAME, STOPPED_NAME, RunConfig, open_run
 from d2i.shards import ShardReader
@@ -102,7 +104,11 @@ def _open_run(
     is_finished = checkpoint is None and storage.exists(storage.join(run_url, EMA_NAME))
     is_begun = checkpoint is not None or is_finished
     storage.remove(storage.join(run_url, STOPPED_NAME))
-    open_run(run_url, _run_config(request, reader, ranks.world_size), is_begun=is_begun)
+    config = _run_config(request, reader, ranks.world_size)
+    if not is_begun:
+        # Read where they are used; a run that goes on keeps what it began with.
+        config = replace(config, initial_weights=describe_initial_weights(request.recipe.backbone))
+    open_run(run_url, config, is_begun=is_begun)
     if is_finished:
         say(f"{run_url} is finished, its checkpoints are gone: nothing to do")
     return int(is_finished)

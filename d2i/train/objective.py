@@ -14,11 +14,6 @@ from d2i.train.batch import Batch
 Objective = Callable[[Any, Batch], Tensor]
 
 
-def is_joint(config: BackboneConfig) -> bool:
-    """Return whether the backbone predicts picture and text together."""
-    return config.name.startswith("unidiffuser")
-
-
 def build_objective(
     config: BackboneConfig, latent_scale: float, options: UniDiffuserLossConfig
 ) -> Objective:
@@ -50,4 +45,4 @@ def build_objective(
             data_type=options.data_type,
         )
 
-    return unidiffuser if is_joint(config) else uvit
+    return unidiffuser if config.is_joint else uvit

@@ -80,7 +80,7 @@ def count_flops(config: BackboneConfig) -> int:
         text = torch.empty(1, network.num_text_tokens, network.text_dim)
         n = torch.ones(1)
         with FlopCounterMode(display=False) as counter:
-            if config.name.startswith("unidiffuser"):
+            if config.is_joint:
                 network(latent, torch.empty(1, 1, network.clip_dim), text, n, n)
             else:
                 network(latent, n, text)

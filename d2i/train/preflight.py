@@ -31,7 +31,7 @@ from d2i.train.data import (
 from d2i.train.ending import ending_in_words
 from d2i.train.engine import build_engine, join_ranks
 from d2i.train.network import build_trained_network
-from d2i.train.objective import build_objective, is_joint
+from d2i.train.objective import build_objective
 from d2i.train.pace import count_flops, peak_flops
 from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
@@ -94,7 +94,7 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
         "all_reduce_gb_per_s": _time_all_reduce(ranks),
     }
     encode_text = build_text_encoder(reader, recipe.encoders, str(ranks.device))
-    joint = is_joint(recipe.backbone)
+    joint = recipe.backbone.is_joint
     batches = BatchReader(reader, config, is_joint=joint, encode_text=encode_text)
     found["input_samples_per_s"] = _time_input(batches, reader, config, ranks)
     found |= _Trial(request, ranks, network, batches, len(reader)).run()

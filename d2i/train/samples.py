@@ -25,7 +25,6 @@ from d2i.pictures import crop_to_square, decode_picture, png_bytes
 from d2i.shards import ShardReader
 from d2i.train.batch import TextEncoder
 from d2i.train.checkpoint import Checkpoint
-from d2i.train.objective import is_joint
 from d2i.train.validation import choose_instances
 
 _NUM_DIALOGS = 8
@@ -89,7 +88,7 @@ class SampleGrid:
         shape = (4, network.latent_size, network.latent_size)
         scale = self._recipe.sample.guidance_scale
         latent = self._noise(shape)
-        if not is_joint(self._recipe.backbone):
+        if not self._recipe.backbone.is_joint:
             eps = guided_uvit(network, self._text, self._empty_text, scale)
             return dpm_solver(eps, latent, _NUM_STEPS)
         eps = guided_unidiffuser(

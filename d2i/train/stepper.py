@@ -15,7 +15,7 @@ from d2i.train.checkpoint import Checkpoint, Progress, step_folder
 from d2i.train.data import build_order, build_text_encoder
 from d2i.train.engine import base_optimizer, loss_scaler_state
 from d2i.train.losses import Losses
-from d2i.train.objective import Objective, build_objective, is_joint
+from d2i.train.objective import Objective, build_objective
 from d2i.train.pace import Pace, count_flops, peak_flops, progress_line
 from d2i.train.ranks import Ranks
 from d2i.train.records import Records, record_keys, say
@@ -176,7 +176,7 @@ class Stepper:
         return self._ranks.world_size * peak / count_flops(self._request.recipe.backbone)
 
     def _batches_of(self, reader: ShardReader) -> BatchReader:
-        joint = is_joint(self._request.recipe.backbone)
+        joint = self._request.recipe.backbone.is_joint
         return BatchReader(reader, self._config, is_joint=joint, encode_text=self._encode_text)
 
     def _watchers(self) -> tuple[Validation | None, SampleGrid | None]:

@@ -30,7 +30,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "encoders.clip_text": folder / "clip_text",
         "metrics.clip_text": folder / "clip_text",
         "encoders.compute_batch_size": 8,
-        "backbone.weights": "null",
+        "backbone.weights": "scratch",
         "backbone.latent_scale": 1.0,
         "backbone.latent_size": 8,
         "backbone.patch_size": 2,

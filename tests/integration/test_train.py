@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from d2i.eval.systems import parse_system
+from d2i.recipes import load_recipe
 from d2i.train.checkpoint import whole_checkpoints
 from tests.integration.training import (
     command,
@@ -51,6 +53,14 @@ def test_a_killed_run_resumes_to_the_bit(
     assert len(list(cache.glob("*.d2i-tar"))) > 1
     assert losses(run) == losses(undisturbed)
     assert ema_bytes(run) == ema_bytes(undisturbed)
+
+
+def test_a_run_records_what_it_started_from(undisturbed: Path) -> None:
+    config = json.loads((undisturbed / "config.json").read_text())
+    assert config["initial_weights"] == {"file": "scratch"}
+    assert parse_system(f"run:{undisturbed}", None, load_recipe("demo")).label == (
+        "uvit-s, trained from scratch"
+    )
 
 
 def test_the_ranks_end_with_the_command(data: Path, undisturbed: Path, tmp_path: Path) -> None:

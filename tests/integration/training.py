@@ -13,7 +13,7 @@ from tests.processes import run_d2i
 
 NUM_STEPS = 6
 SETTINGS = {
-    "backbone.weights": "null",
+    "backbone.weights": "scratch",
     "backbone.latent_scale": 1.0,
     "backbone.latent_size": 4,
     "backbone.patch_size": 2,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from d2i.errors import ConfigError
-from d2i.recipes import RECIPES, load_recipe
+from d2i.recipes import RECIPES, change_recipe, load_recipe, resolve_recipe
 from d2i.train.engine import read_zero
 from tests.shared import SHARED, needs_shared
 
@@ -82,3 +82,29 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "zero.json").write_text(content)
     with pytest.raises(ConfigError, match="--zero"):
         read_zero(tmp_path / "zero.json")
+
+
+def test_unidiffusers_joint_loss_drops_no_text() -> None:
+    recipe = load_recipe("unidiffuser-v1-photochat")
+    assert (recipe.train.condition_dropout, recipe.sample.unconditional) == (0, "true_uncond")
+    assert load_recipe("uvit-s-photochat").train.condition_dropout == 0.1
+
+
+def test_the_text_to_image_loss_drops_texts_and_draws_with_the_empty_one() -> None:
+    recipe = resolve_recipe("unidiffuser-v1-photochat", ["train.unidiffuser.loss=t2i"])
+    assert (recipe.train.condition_dropout, recipe.sample.unconditional) == (0.1, "empty_token")
+    back = change_recipe(recipe, ["train.unidiffuser.loss=joint"])
+    assert (back.train.condition_dropout, back.sample.unconditional) == (0, "true_uncond")
+
+
+def test_what_was_set_stays_whatever_the_loss() -> None:
+    settings = ["train.condition_dropout=0.3", "train.unidiffuser.loss=joint"]
+    assert resolve_recipe("unidiffuser-v1-mmdialog", settings).train.condition_dropout == 0.3
+
+
+def test_an_empty_text_that_the_joint_loss_never_saw_is_refused() -> None:
+    settings = ["sample.unconditional=empty_token"]
+    with pytest.raises(ConfigError, match=r"never sees without train\.condition_dropout"):
+        resolve_recipe("unidiffuser-v1-photochat", settings)
+    recipe = resolve_recipe("unidiffuser-v1-photochat", [*settings, "train.condition_dropout=0.1"])
+    assert recipe.sample.unconditional == "empty_token"

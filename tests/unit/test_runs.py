@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from d2i.errors import CheckpointError
+from d2i.errors import CheckpointError, ConfigError
 from d2i.recipes import resolve_recipe
-from d2i.runs import RunConfig, open_run, read_recipe
+from d2i.runs import RunConfig, check_initial_weights, open_run, read_recipe
 
 
 def begun(run: Path, *settings: str, data: str = "a" * 64, is_begun: bool = True) -> None:
@@ -65,3 +65,31 @@ def test_what_has_no_weights_yet_is_begun_anew(tmp_path: Path) -> None:
     begun(tmp_path)
     begun(tmp_path, "train.optim.lr=0.5", is_begun=False)
     assert read_recipe(str(tmp_path)).train.optim.lr == 0.5
+
+
+def test_a_recipe_that_fine_tunes_asks_for_its_weights(tmp_path: Path) -> None:
+    recipe = resolve_recipe("uvit-s-deep-photochat", [])
+    with pytest.raises(ConfigError) as refused:
+        check_initial_weights(recipe, str(tmp_path))
+    line = str(refused.value)
+    assert "\n" not in line
+    for said in ("mscoco_uvit_small_deep.pth", "github.com/baofff/U-ViT", "backbone.weights=PATH"):
+        assert said in line
+
+
+@pytest.mark.parametrize("weights", ["scratch", "nnet.pth"])
+def test_who_says_what_to_start_from_may_start(tmp_path: Path, weights: str) -> None:
+    recipe = resolve_recipe("uvit-s-photochat", [f"backbone.weights={weights}"])
+    check_initial_weights(recipe, str(tmp_path))
+    assert recipe.backbone.is_random == (weights == "scratch")
+
+
+def test_a_run_begun_without_being_asked_goes_on(tmp_path: Path) -> None:
+    begun(tmp_path)
+    check_initial_weights(resolve_recipe("uvit-s-photochat", []), str(tmp_path))
+
+
+def test_a_run_begun_from_a_file_is_not_repeated_without_it(tmp_path: Path) -> None:
+    begun(tmp_path, "backbone.weights=nnet.pth")
+    with pytest.raises(ConfigError, match=r"got no backbone\.weights"):
+        check_initial_weights(resolve_recipe("uvit-s-photochat", []), str(tmp_path))

@@ -12,6 +12,7 @@ from d2i import storage
 from d2i.config import BackboneConfig, BackboneName, Recipe
 from d2i.errors import ConfigError
 from d2i.eval.system import System, SystemContext
+from d2i.published import weights_to_fetch
 from d2i.runs import EMA_NAME, best_choice, read_recipe
 
 _BACKBONES = get_args(BackboneName)
@@ -107,15 +108,16 @@ def _run(system: str, target: str, weights: str | None, recipe: Recipe) -> Syste
             "repeat its d2i train command to finish it"
         )
     network = trained.model_copy(update={"weights": path})
-    label = f"{trained.name}, fine-tuned"
+    how = "trained from scratch" if trained.is_random else "fine-tuned"
+    label = f"{trained.name}, {how}"
     return SystemSpec(f"run:{run_url}", label, "run", run_url, network, run_url)
 
 
 def _backbone(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     if weights is None:
         raise ConfigError(
-            f"--system {system}: a backbone needs weights; give --weights PATH "
-            "(the published file, a model folder, or demo:backbone)"
+            f"--system {system}: got no weights; expected {weights_to_fetch(system)}, a model "
+            "folder, or demo:backbone; give --weights PATH"
         )
     sizes = recipe.backbone.overrides() if recipe.backbone.name == system else {}
     values = {"name": system, "weights": _absolute(weights)} | sizes

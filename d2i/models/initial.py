@@ -1,0 +1,68 @@
+"""What a run records of the weights that it starts from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from d2i.config import SCRATCH, BackboneConfig
+from d2i.models.recognize import recognize
+from d2i.models.weights import read_state_dict, weights_file
+from d2i.shipped import resolve_weights
+
+
+def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:
+    """Describe the weights that a backbone is built with.
+
+    Returns:
+        `file`, its name; `sha256` of its bytes; `keys`, its tensors; `layout`, the published files
+        that have exactly these keys and shapes; `initialisation`, whether nobody trained them. For
+        random weights `file` is "scratch" and the others are absent.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+        OSError: If a URL cannot be read.
+    """
+    if config.weights is None or config.is_random:
+        return {"file": SCRATCH}
+    path = Path(resolve_weights(config.weights))
+    file = weights_file(path)
+    state = read_state_dict(path)
+    found = recognize(state)
+    return {
+        "file": config.weights if config.weights.startswith("demo:") else file.name,
+        "sha256": _sha256(file),
+        "keys": len(state),
+        "layout": [published.name for published in found.published] if found else [],
+        "initialisation": is_initialisation(state),
+    }
+
+
+def is_initialisation(state: Mapping[str, Tensor]) -> bool:
+    """Say whether weights are as a network is made: a norm all 1, or a bias all 0.
+
+    Training moves every one of them, so that trained weights have none. Any random network has the
+    published keys and shapes; this tells it from the published file.
+
+    Args:
+        state: Tensors by key, of any layout.
+    """
+    vectors = {key: tensor for key, tensor in state.items() if tensor.dim() == 1}
+    norms = (tensor for key, tensor in vectors.items() if _is_norm_weight(key))
+    biases = (tensor for key, tensor in vectors.items() if key.endswith(".bias"))
+    return any(bool((tensor == 1).all()) for tensor in norms) or any(
+        bool((tensor == 0).all()) for tensor in biases
+    )
+
+
+def _is_norm_weight(key: str) -> bool:
+    return key.endswith(".weight") and "norm" in key.split(".")[-2]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
