@@ -439,7 +439,8 @@ def score_pictures(num: str) -> None:
     """Score random features of CLIP's size, with Inception's classes."""
     import torch
 
-    from d2i.eval.scores import Measured, instance_rows, score
+    from d2i.eval.measured import Measured
+    from d2i.eval.scores import instance_rows, score
 
     torch.set_num_threads(1)
     dice, count = np.random.default_rng(0), int(num)

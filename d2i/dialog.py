@@ -36,6 +36,7 @@ _PLACEHOLDER = re.compile(r"\{(text|speaker|letter)\}")
 _PLAIN_SPLIT = re.compile(r"[A-Za-z0-9]{1,32}")
 _PLAIN_ID = re.compile(r"(?!.*_[0-9a-f]{32}$)[A-Za-z0-9_-]{1,64}", re.DOTALL)
 _UNSAFE = re.compile(r"[^A-Za-z0-9]+")
+_KEY = re.compile(r"([A-Za-z0-9_]+-[A-Za-z0-9_-]+)-[0-9]+-[0-9]+")
 
 
 class Turn(Struct, frozen=True, gc=False):
@@ -140,6 +141,16 @@ def make_key(split: str, dialog_id: str, turn: int, image: int) -> str:
 def key_prefix(split: str, dialog_id: str) -> str:
     """Return what the keys of all instances of one dialog begin with, for `make_key`."""
     return f"{_safe_split(split)}-{_safe(dialog_id, _PLAIN_ID)}-"
+
+
+def dialog_of_key(key: str) -> str:
+    """Return what names the dialog of an instance: its key without turn and image.
+
+    A key of another form than `make_key` gives tells of no dialog: its instance stands alone, and
+    the whole key is returned.
+    """
+    found = _KEY.fullmatch(key)
+    return found[1] if found else key
 
 
 def key_order_hash(key: str, seed: int) -> int:

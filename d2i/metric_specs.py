@@ -6,12 +6,17 @@ computation in `d2i.eval.scores`. Must not import torch: reports and the command
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 Needs = Literal["features", "classes", "image embeddings", "text embeddings"]
 """What a metric is computed from: the extractor's features or its class logits, or CLIP's."""
-Interval = Literal["normal"]
+Interval = Literal["normal", "bca", "wilson"]
+"""The kind of a 95 % confidence interval, all of them over dialogs (`d2i.eval.intervals`): the
+score plus and minus 1.96 deviations, cut at the metric's bounds; for a mean over images the BCa
+bootstrap (Efron 1987); for a share of images Wilson's."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class MetricSpec:
         spec: How it is rounded, as a format specification.
         needs: What it is computed from.
         interval: How its 95 % confidence interval is made; None for no interval.
+        bounds: Lowest and highest value there is; an interval never leaves them. The Inception
+            Score is bounded by the number of classes as well.
         std_key: Key of the deviation that is printed behind it, over subsets or splits.
         note: What a reader may want to know of its scale.
         on_page: Whether an evaluation's page prints it; a paper table always does.
@@ -37,7 +44,8 @@ class MetricSpec:
     higher_is_better: bool
     spec: str
     needs: Needs
-    interval: Interval | None = "normal"
+    interval: Interval | None
+    bounds: tuple[float, float] = (-inf, inf)
     std_key: str | None = None
     note: str = ""
     on_page: bool = True
@@ -46,6 +54,12 @@ class MetricSpec:
     def direction(self) -> str:
         """Say which way is better."""
         return f"{'higher' if self.higher_is_better else 'lower'} is better"
+
+    def can_be_interval(self, ends: Sequence[float]) -> bool:
+        """Whether low and high can be its interval; those of evaluations made before may not."""
+        low, high = ends
+        lowest, highest = self.bounds
+        return self.interval is not None and lowest <= low < high <= highest
 
     @property
     def is_on_extractor(self) -> bool:
@@ -57,6 +71,11 @@ RECALLS = (1, 5, 10)
 """The k of recall@k among negatives."""
 
 
+_PERCENT = (0.0, 100.0)
+_COSINE = (-100.0, 100.0)
+_DISTANCE = (0.0, inf)
+
+
 def _recall(k: int, long_title: str, *, on_page: bool) -> MetricSpec:
     return MetricSpec(
         f"recall_{k}",
@@ -65,14 +84,43 @@ def _recall(k: int, long_title: str, *, on_page: bool) -> MetricSpec:
         higher_is_better=True,
         spec=".1f",
         needs="image embeddings",
+        interval="wilson",
+        bounds=_PERCENT,
         on_page=on_page,
     )
 
 
 _ROWS = (
-    MetricSpec("fid", "FID", "FID", higher_is_better=False, spec=",.2f", needs="features"),
     MetricSpec(
-        "kid", "KID", "KID", higher_is_better=False, spec=".4f", needs="features", std_key="kid_std"
+        "fid",
+        "FID",
+        "FID",
+        higher_is_better=False,
+        spec=",.2f",
+        needs="features",
+        interval="normal",
+        bounds=_DISTANCE,
+    ),
+    MetricSpec(
+        "kid",
+        "KID",
+        "KID",
+        higher_is_better=False,
+        spec=".4f",
+        needs="features",
+        interval=None,
+        std_key="kid_std",
+        note="torch-fidelity's number, biased below 0 where both images are of the same dialogs",
+    ),
+    MetricSpec(
+        "kid_paired",
+        "paired KID",
+        "Paired KID",
+        higher_is_better=False,
+        spec=".4f",
+        needs="features",
+        interval="normal",
+        note="unbiased where both images are of the same dialogs; may fall a little below 0",
     ),
     MetricSpec(
         "is",
@@ -81,6 +129,8 @@ _ROWS = (
         higher_is_better=True,
         spec=".2f",
         needs="classes",
+        interval="normal",
+        bounds=(1.0, inf),
         std_key="is_std",
     ),
     MetricSpec(
@@ -90,10 +140,19 @@ _ROWS = (
         higher_is_better=True,
         spec=".2f",
         needs="image embeddings",
+        interval="bca",
+        bounds=_COSINE,
         note="100 is the true picture itself",
     ),
     MetricSpec(
-        "clip_t", "CLIP-T", "CLIP-T", higher_is_better=True, spec=".2f", needs="text embeddings"
+        "clip_t",
+        "CLIP-T",
+        "CLIP-T",
+        higher_is_better=True,
+        spec=".2f",
+        needs="text embeddings",
+        interval="bca",
+        bounds=_COSINE,
     ),
     MetricSpec(
         "fid_clip",
@@ -102,6 +161,8 @@ _ROWS = (
         higher_is_better=False,
         spec=",.2f",
         needs="image embeddings",
+        interval="normal",
+        bounds=_DISTANCE,
     ),
     _recall(1, "Recall of the true picture, first", on_page=True),
     _recall(5, "Recall, among the first five", on_page=False),

@@ -107,8 +107,8 @@ def _best(candidates: Sequence[dict[str, Any]], metric: MetricSpec) -> dict[str,
     values = [candidate["scores"].get(metric.key) for candidate in candidates]
     if None in values:
         raise ConfigError(
-            f"{metric.title} was not scored, it needs {metric.needs}; expected a metric of the "
-            "evaluation; choose another with --metric"
+            f"{metric.title} was not scored, it needs {metric.needs} and enough images; expected a "
+            "metric of the evaluation; choose another with --metric"
         )
     sign = -1 if metric.higher_is_better else 1
     return min(candidates, key=lambda candidate: sign * candidate["scores"][metric.key])

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from d2i import storage
-from d2i.eval.scores import Measured
+from d2i.eval.measured import Measured
 from d2i.eval.worker import describe_url
 from d2i.pictures import RESIZE
 from d2i.shards import ShardReader

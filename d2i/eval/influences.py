@@ -1,6 +1,7 @@
-"""How much each picture moves the Fréchet distance of two sets of features (FID).
+"""How much each image moves the Fréchet distance (FID) and the Inception Score: first derivatives.
 
-By singular values, which stay exact where a covariance has no full rank. Must not import torch.
+That of FID by singular values, which stay exact where a covariance has no full rank. Must not
+import torch.
 """
 
 from __future__ import annotations
@@ -30,6 +31,41 @@ def fid_influences(real: Floats, fake: Floats) -> tuple[Floats, Floats]:
         _influences(of_real, shift, of_fake.root.T @ right.T, values),
         _influences(of_fake, -shift, of_real.root.T @ left, values),
     )
+
+
+def inception_influences(logits: Floats, num_splits: int, seed: int) -> Floats:
+    """Say how much the Inception Score gains with the weight of each image: (M,), of mean 0.
+
+    Within a split of mean class shares q the score is the exponential of the mean of KL(p_i, q);
+    more weight for image i moves that mean by its KL(p_i, q) less the mean.
+
+    Args:
+        logits: (M, C) class logits before softmax.
+        num_splits: Splits that the score is the mean over, at most M.
+        seed: Of the permutation before the split, as torch-fidelity draws it.
+    """
+    num = len(logits)
+    found = np.zeros(num)
+    # Published scores are permuted by numpy's old generator: so that these are the same splits.
+    order = np.random.RandomState(seed).permutation(num)
+    for split in range(num_splits):
+        rows = order[split * num // num_splits : (split + 1) * num // num_splits]
+        divergences = _divergences(logits[rows])
+        mean = divergences.mean()
+        found[rows] = num / (num_splits * len(rows)) * np.exp(mean) * (divergences - mean)
+    return found
+
+
+def _divergences(logits: Floats) -> Floats:
+    """KL of the class shares of each row to their mean: (n,)."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shares = np.exp(logs)
+    means = shares.mean(axis=0)
+    # A class that no image has a share in adds nothing.
+    of_means = np.log(np.where(means > 0, means, 1))
+    found: Floats = (shares * (logs - of_means)).sum(axis=1)
+    return found
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from d2i.config import Recipe
 from d2i.errors import ConfigError, DataError
 from d2i.eval.card import metric_card
 from d2i.eval.contents import hash_contents
+from d2i.eval.measured import Arrays, Measured
 from d2i.eval.negatives import find_negatives
 from d2i.eval.prompts import ContextMode
 from d2i.eval.real import RealFeatures
-from d2i.eval.scores import Arrays, Measured, instance_rows, score
+from d2i.eval.scores import instance_rows, score
 from d2i.eval.systems import SystemSpec
 from d2i.eval.tasks import (
     EvalTask,

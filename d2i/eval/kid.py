@@ -1,10 +1,12 @@
-"""The kernel distance of two sets of features (KID), over random subsets and over resamples.
+"""The kernel distance of two sets of features (KID): over random subsets, and over paired images.
 
-The kernel of each pair of pictures is computed once and summed for all of them at a time. The
-subsets are those that torch-fidelity draws from the same seed. Must not import torch.
+Over subsets the kernel of each pair of images is computed once and summed for all subsets at a
+time; they are those that torch-fidelity draws from the same seed. Must not import torch.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,16 @@ Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 _NUM_KERNEL_ROWS = 1024
+_NUM_PAIRED_ROWS = 512
+_MIN_DIALOGS = 2
+
+
+@dataclass(frozen=True)
+class PairedMmd:
+    """A squared MMD of paired images, and its deviation; NaN where fewer than three dialogs are."""
+
+    value: float
+    deviation: float
 
 
 def draw_subsets(
@@ -36,7 +48,7 @@ def draw_subsets(
 def unbiased_mmd(real: Floats, fake: Floats, real_counts: Counts, fake_counts: Counts) -> Floats:
     """Return the squared MMD of the kernel (x'y / D + 1)^3 (Binkowski et al. 2018, section 4).
 
-    Unbiased: no picture is paired with itself, nor with another copy of it that a resample holds.
+    Unbiased for independent sets: no picture is paired with itself.
 
     Args:
         real: (N, D) features of the true pictures.
@@ -65,6 +77,54 @@ def mmd_of_subsets(real: Floats, fake: Floats, real_counts: Counts, fake_counts:
         counts = of_real[rows][None], of_fake[others][None]
         found.append(unbiased_mmd(real[rows], fake[others], *counts)[0])
     return np.array(found)
+
+
+def paired_mmd(real: Floats, fake: Floats, dialogs: Counts) -> PairedMmd | None:
+    """Return the squared MMD of paired samples (Gretton et al. 2012, Lemma 6, equation 4).
+
+    The mean of h(i, j) = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i) over all i and j of
+    different dialogs, with the kernel of `unbiased_mmd`. Gretton's leaves out i = j, as x_i and y_i
+    depend on each other; those of one dialog do as well, so all pairs within one are left out, of
+    all four terms. Where each instance is its own dialog the two are the same. Unbiased for
+    independent dialogs, and so below 0 about as often as above where both distributions are one.
+
+    The deviation is the jackknife's over dialogs, which is none too small (Efron and Stein 1981).
+
+    Args:
+        real: (M, D) features of the reference images.
+        fake: (M, D) features of the generated images; row i belongs to row i above.
+        dialogs: (M,) the number of each row's dialog, from 0.
+
+    Returns:
+        None where all images are of one dialog.
+    """
+    _, of_dialogs, sizes = np.unique(dialogs, return_inverse=True, return_counts=True)
+    if len(sizes) < _MIN_DIALOGS:
+        return None
+    sums = np.bincount(of_dialogs, _paired_sums(real, fake, dialogs))
+    num_pairs = len(real) ** 2 - (sizes**2).sum()
+    value = float(sums.sum() / num_pairs)
+    if len(sizes) == _MIN_DIALOGS:
+        return PairedMmd(value, float("nan"))
+    left_out = (sums.sum() - 2 * sums) / (num_pairs - 2 * sizes * (len(real) - sizes))
+    variance = (len(sizes) - 1) / len(sizes) * ((left_out - left_out.mean()) ** 2).sum()
+    return PairedMmd(value, float(np.sqrt(variance)))
+
+
+def _paired_sums(real: Floats, fake: Floats, dialogs: Counts) -> Floats:
+    """Sum h of each row over the rows of other dialogs: (M,)."""
+    sums = np.zeros(len(real))
+    for start in range(0, len(real), _NUM_PAIRED_ROWS):
+        rows, others = slice(start, start + _NUM_PAIRED_ROWS), slice(start, None)
+        found = _kernel(real[rows], real[others])
+        found += _kernel(fake[rows], fake[others])
+        found -= _kernel(real[rows], fake[others])
+        found -= _kernel(fake[rows], real[others])
+        found[dialogs[rows, None] == dialogs[others]] = 0
+        sums[rows] += found.sum(axis=1)
+        # h is symmetric: what lies right of the square stands for what lies below it.
+        sums[start + len(found) :] += found[:, len(found) :].sum(axis=0)
+    return sums
 
 
 def _mean_within(rows: Floats, counts: Floats) -> Floats:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,7 @@ from torch_fidelity.metric_isc import (
 )
 
 from d2i.errors import DataError
-from d2i.eval.bootstrap import Resamples
-from d2i.eval.kid import draw_subsets, mmd_of_subsets, unbiased_mmd
+from d2i.eval.kid import draw_subsets, mmd_of_subsets
 
 Floats = npt.NDArray[np.float64]
 
@@ -80,61 +78,15 @@ def compute_scores(
         DataError: If the arrays do not fit together, hold a value that is not finite, or are too
             few to score.
     """
-    draws = Draws(kid_subsets, kid_subset_size, is_splits, seed)
-    return score_features(
-        real_features, features, logits, real_embeddings, embeddings, draws
-    ).scores
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The subsets of KID and the splits of the Inception Score, as `compute_scores` takes them."""
-
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
-    is_splits: int = 10
-    seed: int = 2020
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Scores, and what is found by the way.
-
-    Args:
-        scores: As `compute_scores` returns them.
-        resampled_kid: (R,) the KID over all pictures of each resample; None without resamples.
-    """
-
-    scores: dict[str, float | int | None]
-    resampled_kid: Floats | None
-
-
-def score_features(
-    real_features: Any,
-    features: Any,
-    logits: Any | None,
-    real_embeddings: Any,
-    embeddings: Any,
-    draws: Draws,
-    resamples: Resamples | None = None,
-) -> Scored:
-    """Do the work of `compute_scores`; with resamples, in the same pass over all pairs of pictures.
-
-    Raises:
-        DataError: As `compute_scores`.
-    """
     real, fake = _matrix("real_features", real_features), _matrix("features", features)
-    fid = compute_fid(real, fake)
-    kid, resampled_kid = _kid(real.numpy(), fake.numpy(), draws, resamples)
-    scores = {
-        "fid": fid,
-        **kid,
-        **_inception_score(logits, len(fake), draws),
+    return {
+        "fid": compute_fid(real, fake),
+        **_kid(real.numpy(), fake.numpy(), kid_subsets, kid_subset_size, seed),
+        **_inception_score(logits, len(fake), is_splits, seed),
         "clip_i": _clip_i(
             _matrix("real_embeddings", real_embeddings), _matrix("embeddings", embeddings)
         ),
     }
-    return Scored(scores, resampled_kid)
 
 
 def compute_fid(real_features: Any, features: Any) -> float:
@@ -158,30 +110,23 @@ def compute_fid(real_features: Any, features: Any) -> float:
 
 
 def _kid(
-    real: Floats, fake: Floats, draws: Draws, resamples: Resamples | None
-) -> tuple[dict[str, float | int | None], Floats | None]:
-    """Mean KID over random subsets (Binkowski et al. 2018, section 4); the KID of each resample."""
-    size = min(draws.kid_subset_size, len(real), len(fake))
-    counts = draw_subsets(len(real), len(fake), draws.kid_subsets, size, draws.seed)
-    of_resamples = None
-    if resamples is not None:
-        parts = zip(counts, (resamples.real, resamples.fake), strict=True)
-        found = unbiased_mmd(real, fake, *(np.concatenate(pair) for pair in parts))
-        of_subsets, of_resamples = np.split(found, [draws.kid_subsets])
-    else:
-        of_subsets = mmd_of_subsets(real, fake, *counts)
+    real: Floats, fake: Floats, num_subsets: int, subset_size: int, seed: int
+) -> dict[str, float | int | None]:
+    """Mean KID over random subsets (Binkowski et al. 2018, section 4)."""
+    size = min(subset_size, len(real), len(fake))
+    counts = draw_subsets(len(real), len(fake), num_subsets, size, seed)
+    of_subsets = mmd_of_subsets(real, fake, *counts)
     # Subsets that hold every picture are all the same one: they have no spread.
     is_whole = size == len(real) == len(fake)
-    kid = {
+    return {
         "kid": _finite("kid", float(of_subsets.mean())),
         "kid_std": None if is_whole else _finite("kid_std", float(of_subsets.std())),
         "kid_subset_size": size,
     }
-    return kid, of_resamples
 
 
 def _inception_score(
-    logits: Any | None, num_pictures: int, draws: Draws
+    logits: Any | None, num_pictures: int, most_splits: int, seed: int
 ) -> dict[str, float | int | None]:
     """Inception Score (Salimans et al. 2016, section 4) over random splits."""
     if logits is None:
@@ -191,8 +136,8 @@ def _inception_score(
         raise DataError(
             f"logits: got {len(rows)} rows, expected {num_pictures}, one for each picture scored"
         )
-    num_splits = min(draws.is_splits, len(rows))
-    found = isc_features_to_metric(rows, splits=num_splits, shuffle=True, rng_seed=draws.seed)
+    num_splits = min(most_splits, len(rows))
+    found = isc_features_to_metric(rows, splits=num_splits, shuffle=True, rng_seed=seed)
     return {
         "is": _finite("is", found[KEY_METRIC_ISC_MEAN]),
         "is_std": _finite("is_std", found[KEY_METRIC_ISC_STD]),

@@ -11,7 +11,7 @@ from typing import Literal
 
 from d2i.config import TextConfig
 from d2i.context import context_text
-from d2i.dialog import Turn, key_order_hash
+from d2i.dialog import Turn, dialog_of_key, key_order_hash
 from d2i.errors import ConfigError
 from d2i.shards import ShardReader
 
@@ -85,7 +85,7 @@ def partners(keys: list[str]) -> list[int]:
     Raises:
         ConfigError: If all instances are of one dialog.
     """
-    dialogs = [key.rsplit("-", 2)[0] for key in keys]
+    dialogs = [dialog_of_key(key) for key in keys]
     if len(set(dialogs)) < 2:
         raise ConfigError(
             f"--context shuffled: the data set has {len(set(dialogs))} dialog; expected at least "

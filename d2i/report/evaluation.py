@@ -12,6 +12,7 @@ from typing import Any
 
 from d2i import storage
 from d2i.errors import DataError
+from d2i.metric_specs import METRICS
 
 MAX_NAMED = 4
 """More evaluations than that are a study: too many to name in a sentence, or to be columns."""
@@ -97,9 +98,18 @@ def read_evaluation(eval_dir: str | PathLike[str]) -> Evaluation:
         document["card"],
         judged,
         _picture_urls(url),
-        document.get("intervals", {}),
+        _possible(document.get("intervals", {})),
         document.get("warnings", ()),
     )
+
+
+def _possible(intervals: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """Leave out what evaluations made before hold and cannot be: of KID, or beyond a bound."""
+    return {
+        key: ends
+        for key, ends in intervals.items()
+        if key in METRICS and METRICS[key].can_be_interval(ends)
+    }
 
 
 def read_json(url: str) -> dict[str, Any] | None:

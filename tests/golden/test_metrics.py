@@ -107,7 +107,9 @@ def test_sets_by_formula(name: str) -> None:
         kid_subset_size=golden["kid_subset_size"],
     )
     assert scores["fid"] == pytest.approx(golden["fid"], **FID)
-    assert scores["fid"] == pytest.approx(golden["fid_float64_symmetric"], rel=1e-8)
+    # Where a covariance has no full rank, the root of its product depends on how the linear algebra
+    # library rounds eigenvalues of zero: that moves FID by more than 1e-8 between machines.
+    assert scores["fid"] == pytest.approx(golden["fid_float64_symmetric"], rel=1e-7)
     assert scores["kid"] == pytest.approx(golden["kid_mean"], **KID)
     assert scores["kid"] == pytest.approx(golden["kid_mean_float64"], rel=1e-9)
     assert scores["kid_std"] == pytest.approx(golden["kid_std_float64"], rel=1e-9)

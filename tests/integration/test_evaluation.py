@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import signal
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from d2i.metric_specs import METRICS
+from tests.integration.commands import preprocess
 from tests.integration.evaluations import assert_same, command, pictures
 from tests.integration.logged import LOG
 from tests.processes import run_d2i, run_process
@@ -87,6 +93,61 @@ def check_random_kills(out: Path, data: Path, whole: Path, drawn: Path, seed: in
     times = times_drawn(drawn)
     assert len(times) == len(pictures(out))
     assert sum(times.values()) - len(times) <= in_hand
+
+
+def test_scores_of_few_images_say_how_little_they_say(whole: Path) -> None:
+    """Intervals by metric, within what a score can be, and a warning for each that is few."""
+    found = json.loads((whole / "scores.json").read_text())
+    scores, said = found["scores"], "\n".join(found["warnings"])
+    assert scores["num_dialogs"] == found["card"]["found"]
+    assert set(found["intervals"]) == {key for key in METRICS if METRICS[key].interval}
+    for key, (low, high) in found["intervals"].items():
+        lowest, highest = METRICS[key].bounds
+        assert lowest <= low < high <= highest, key
+        assert low <= scores[key] <= high, key
+    # The usual estimate, whose number is comparable with others', is below it.
+    assert scores["kid"] != scores["kid_paired"]
+    num = found["card"]["found"]
+    assert f"FID on {num} images is noisy and biased" in said
+    assert f"recall is among {num - 1} negatives and not 999" in said
+    assert f"IS over 10 splits of {num // 10} images" in said
+
+
+@pytest.mark.usefixtures("drawn")
+def test_what_cannot_differ_is_not_scored(tmp_path: Path, whole: Path) -> None:
+    """Three images of two dialogs: IS of one image a split, and recall among the first five."""
+    write_dialogs(tmp_path, [2, 1])
+    preprocess("jsonl", tmp_path, tmp_path / "data", "--split", "test")
+    scores = tmp_path / "scores"
+    words = [word for word in command(tmp_path / "data", scores) if word != "--json"]
+    done = run_process(*words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((scores / "scores.json").read_text())
+    assert found["scores"]["num_dialogs"] == 2
+    for key in ("is", "is_std", "recall_5", "recall_10"):
+        assert found["scores"][key] is None
+        assert key not in found["intervals"]
+        assert f"  {key} " not in done.stdout
+    assert "beware: IS is not scored: each of 3 splits of 3 images has one image" in done.stdout
+    assert "beware: recall@5 and recall@10 not scored: among 2 negatives" in done.stdout
+    assert "beware: scores over 2 dialogs say little" in done.stdout
+    page = tmp_path / "report.html"
+    run_d2i("report", scores, whole, "--out", page)
+    rows = re.findall(r"<tr><th[^>]*>Inception Score.*?</tr>", page.read_text())
+    assert sum("not scored" in row for row in rows) == 1
+
+
+def write_dialogs(folder: Path, nums_images: list[int]) -> None:
+    """Write chats in JSONL, each with so many images, of noise."""
+    dice, lines = np.random.default_rng(0), []
+    for number, num_images in enumerate(nums_images):
+        turns = []
+        for image in range(num_images):
+            name = f"{number}-{image}.png"
+            Image.fromarray(dice.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / name)
+            turns += [{"text": f"a red ball {number}?"}, {"text": "here", "images": [name]}]
+        lines.append(json.dumps({"id": f"chat-{number}", "turns": turns}))
+    (folder / "test.jsonl").write_text("\n".join(lines))
 
 
 def times_drawn(log: Path) -> Counter[str]:

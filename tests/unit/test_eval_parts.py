@@ -1,4 +1,4 @@
-"""The parts of an evaluation: portions, prompts, ranks, and intervals by resampling."""
+"""The parts of an evaluation: portions, prompts, ranks, and how far scores move."""
 
 from __future__ import annotations
 
@@ -13,21 +13,14 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from d2i.dialog import key_order_hash
 from d2i.errors import ConfigError, DataError
-from d2i.eval.bootstrap import (
-    NUM_RESAMPLES,
-    deviation,
-    draw_resamples,
-    fid_deviation,
-    inception_deviation,
-    intervals,
-    mean_deviation,
-)
-from d2i.eval.influences import fid_influences
-from d2i.eval.kid import unbiased_mmd
+from d2i.eval.influences import fid_influences, inception_influences
+from d2i.eval.intervals import total_deviation
+from d2i.eval.kid import paired_mmd
+from d2i.eval.measured import Measured
 from d2i.eval.metrics import compute_fid, compute_scores
 from d2i.eval.prompts import partners
 from d2i.eval.recall import choose_negatives, true_ranks
-from d2i.eval.scores import Measured, score
+from d2i.eval.scores import score
 from d2i.eval.system import Drawing
 from d2i.eval.systems.pipeline import last_words
 from d2i.eval.tasks import EvalTask, finished_tasks, plan_tasks, read_tasks, write_task
@@ -67,34 +60,36 @@ def fid_of(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float
     return float(found["frechet_inception_distance"])
 
 
-def test_a_means_deviation_is_the_standard_error() -> None:
-    values = np.random.default_rng(0).normal(5, 2, 400)
-    resamples = draw_resamples(400, np.arange(400))
-    expected = values.std(ddof=1) / np.sqrt(400)
-    # 200 resamples know a deviation to 5 %: four times that is not by chance.
-    assert mean_deviation(values, resamples) == pytest.approx(expected, rel=0.2)
-
-
-def test_deviations_are_those_of_new_draws() -> None:
-    """FID, KID and IS move over fresh test sets about as much as the bootstrap says."""
+def test_the_deviations_of_sets_are_those_of_new_draws() -> None:
+    """FID, paired KID and IS move over fresh test sets about as much as is said."""
     dice = np.random.default_rng(0)
+    num = 300
 
-    def fresh(num: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def fresh() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         real, fake = dice.standard_normal((num, 4)), dice.standard_normal((num, 4)) + 0.8
         return real, fake, 2 * dice.standard_normal((num, 6))
 
-    found = [compute_scores(*fresh(), *[np.eye(300)] * 2, kid_subsets=1, kid_subset_size=300)
-             for _ in range(60)]  # fmt: skip
-    real, fake, logits = fresh()
-    resamples = draw_resamples(300, np.arange(300))
+    found: list[dict[str, Any]] = []
+    for _ in range(60):
+        real, fake, logits = fresh()
+        scores = compute_scores(real, fake, logits, *[np.eye(num)] * 2, kid_subsets=1)
+        paired = paired_mmd(real, fake, np.arange(num))
+        assert paired is not None
+        deviation = paired.deviation
+        found.append(scores | {"kid_paired": paired.value})
     said = {
-        "fid": fid_deviation(real, fake, resamples),
-        "kid": deviation(unbiased_mmd(real, fake, resamples.real, resamples.fake)),
-        "is": inception_deviation(logits, resamples, 10),
+        "fid": fid_deviation(real, fake),
+        "kid_paired": deviation,
+        "is": total_deviation(inception_influences(logits, 10, 2020) / num, np.arange(num)),
     }
     for name, foreseen in said.items():
         fresh_deviation = np.std([scores[name] for scores in found], ddof=1)
-        assert foreseen == pytest.approx(fresh_deviation, rel=0.6), name
+        assert foreseen == pytest.approx(fresh_deviation, rel=0.3), name
+
+
+def fid_deviation(real: np.ndarray, fake: np.ndarray) -> float:
+    of_real, of_fake = fid_influences(real, fake)
+    return total_deviation(of_real / len(real) + of_fake / len(fake), np.arange(len(real)))
 
 
 @pytest.mark.parametrize(("num", "width"), [(120, 60), (60, 120)])
@@ -108,20 +103,34 @@ def test_the_fid_of_new_draws_moves_as_said(num: int, width: int) -> None:
         return real, 1.2 * fake + 0.1
 
     expected = np.std([compute_fid(*fresh()) for _ in range(60)], ddof=1)
-    said = fid_deviation(*fresh(), draw_resamples(num, np.arange(num)))
-    assert said == pytest.approx(expected, rel=0.3)
+    assert fid_deviation(*fresh()) == pytest.approx(expected, rel=0.3)
 
 
-def test_a_resample_keeps_pictures_with_their_instances() -> None:
-    drawn = np.array([0, 2, 5])
-    resamples = draw_resamples(6, drawn)
-    assert resamples.real.shape[1] == 6
-    # About one resample in 64 has none of the three; it says nothing.
-    assert 0.9 * NUM_RESAMPLES < len(resamples.real) < NUM_RESAMPLES
-    assert resamples.fake.any(axis=1).all()
-    assert (resamples.real.sum(axis=1) == 6).all()
-    assert np.array_equal(resamples.fake, resamples.real[:, drawn])
-    assert np.array_equal(resamples.real, draw_resamples(6, drawn).real)
+@pytest.mark.parametrize("num_splits", [1, 7])
+def test_inception_influences_are_what_an_image_more_of_a_kind_changes(num_splits: int) -> None:
+    """An image that is there twice moves a score by its influence over the number of images."""
+    logits = np.random.default_rng(0).standard_normal((2100, 5))
+    found = inception_influences(logits, num_splits, 2020)
+    assert found.mean() == pytest.approx(0, abs=1e-12)
+    order = np.random.RandomState(2020).permutation(len(logits))
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+    def inception(weights: np.ndarray) -> float:
+        scores = []
+        for rows in np.array_split(order, num_splits):
+            of, share = weights[rows] / weights[rows].sum(), shares[rows]
+            scores.append(np.exp(of @ (share * np.log(share / (of @ share))).sum(axis=1)))
+        return float(np.mean(scores))
+
+    weights = np.ones(len(logits))
+    plain = compute_scores(logits, logits, logits, logits, logits, kid_subset_size=2,
+                           is_splits=num_splits)["is"]  # fmt: skip
+    assert inception(weights) == pytest.approx(plain, rel=1e-12)
+    for row in (int(found.argmax()), int(found.argmin())):
+        more = weights.copy()
+        more[row] += 1e-4
+        slope = (inception(more) - inception(weights)) / 1e-4
+        assert slope * len(logits) == pytest.approx(found[row], rel=1e-3)
 
 
 def test_a_part_of_very_many_instances_tells_the_intervals_of_all(
@@ -133,17 +142,28 @@ def test_a_part_of_very_many_instances_tells_the_intervals_of_all(
     monkeypatch.setattr("d2i.eval.scores._MAX_RESAMPLED", num // 2)
     of_part = score(measured, 256)
     found = {name: value for name, value in of_all["scores"].items() if value is not None}
+    # Paired KID is that of the part, and its interval wider.
+    assert found.pop("kid_paired") == pytest.approx(of_part["scores"]["kid_paired"], rel=0.5)
+    of_all["intervals"].pop("kid_paired")
+    assert of_part["intervals"].pop("kid_paired")
     assert {name: of_part["scores"][name] for name in found} == pytest.approx(found, rel=1e-9)
     assert f"{num // 2} of {num} instances" in " ".join(of_part["warnings"])
-    # 200 resamples know a deviation to 5 %, half of the features about as well.
+    # Half of the features know a deviation to some 10 %.
     for name, (low, high) in of_all["intervals"].items():
         width = np.diff(of_part["intervals"][name])[0]
         assert width == pytest.approx(high - low, rel=0.3), name
     assert set(of_part["intervals"]) == set(of_all["intervals"])
 
 
-def measured_of(num: int) -> Measured:
-    """Random features of instances, of which one in ten has no picture."""
+def test_a_part_holds_whole_dialogs(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = measured_of(600, size=3)
+    monkeypatch.setattr("d2i.eval.scores._MAX_RESAMPLED", 100)
+    # 33 dialogs of three; a hundredth instance would be of another one.
+    assert "come from 99 of 600 instances" in " ".join(score(measured, 256)["warnings"])
+
+
+def measured_of(num: int, size: int = 1) -> Measured:
+    """Random features of instances, `size` a dialog, of which one in ten has no picture."""
     dice = np.random.default_rng(0)
     reasons = np.where(dice.random(num) < 0.1, "refused", "")
     num_drawn = np.count_nonzero(reasons == "")
@@ -151,7 +171,7 @@ def measured_of(num: int) -> Measured:
     near = real_embeddings[reasons == ""]
     return Measured(
         {
-            "keys": np.array([f"test-{number}-0-0" for number in range(num)]),
+            "keys": np.array([f"test-{number // size}-{number % size}-0" for number in range(num)]),
             "reasons": reasons,
             "sources": np.array(["memory"] * num),
             "is_flat": np.zeros(num, bool),
@@ -162,12 +182,6 @@ def measured_of(num: int) -> Measured:
             "embeddings": (near + dice.standard_normal(near.shape)).astype(np.float32),
         }
     )
-
-
-def test_an_interval_needs_a_score_and_a_deviation() -> None:
-    scores = {"fid": 10.0, "is": None, "kid": 1.0}
-    found = intervals(scores, {"fid": 1.0, "is": 1.0, "kid": float("nan")})
-    assert found == {"fid": [pytest.approx(8.04, abs=1e-3), pytest.approx(11.96, abs=1e-3)]}
 
 
 def test_ranks_count_what_is_as_near_as_the_truth() -> None:

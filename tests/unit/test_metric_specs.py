@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2i.eval.scores import Measured, score
+from d2i.eval.measured import Measured
+from d2i.eval.scores import score
 from d2i.metric_specs import METRICS, PAPER_METRICS
 from d2i.report import paper, scores, study
 from d2i.report.evaluation import Evaluation
 
 # What scores.json holds beside metrics: how they were computed.
-_SIZES = {"kid_subset_size", "is_splits", "num_negatives"}
+_SIZES = {"kid_subset_size", "is_splits", "num_negatives", "num_dialogs"}
 
 
 def _measured(num: int = 12) -> Measured:

@@ -1,0 +1,136 @@
+"""What to beware of in the scores of an evaluation, one line each. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from d2i.eval.measured import Measured
+from d2i.eval.recall import NUM_NEGATIVES
+from d2i.metric_specs import RECALLS
+
+# Inception's features have 2048 dimensions: on fewer images the covariance is not of full rank.
+_FEW_IMAGES = 2048
+# Our thresholds: a score is bounded by the images of a split; percentiles over fewer dialogs reach
+# less than 93 % instead of 95 %; among fewer negatives chance alone gives a recall@10 over 10 %.
+_FEW_IN_SPLIT = 100
+_FEW_DIALOGS = 20
+_FEW_NEGATIVES = 99
+
+
+def score_warnings(
+    measured: Measured,
+    scores: Mapping[str, float | int | None],
+    resolution: int,
+    num_resampled: int,
+) -> Iterator[str]:
+    """Say what the numbers of images, dialogs and negatives take from the scores, and the images.
+
+    Args:
+        measured: All of an evaluation.
+        scores: What it scored, with `is_splits` and `num_negatives`; None is not scored.
+        resolution: The side at which the images were measured.
+        num_resampled: The instances that intervals come from.
+    """
+    num_drawn, keys = len(measured.drawn), measured.arrays["keys"]
+    yield from _fid_warnings(measured)
+    yield from _inception_warnings(scores, num_drawn)
+    yield from _recall_warnings(int(scores["num_negatives"] or 0))
+    yield from _dialog_warnings(measured.num_dialogs)
+    if measured.failures:
+        yield (
+            f"{num_drawn} of {len(keys)} instances have a picture ({counted(measured.failures)}); "
+            "the others are left out, not replaced"
+        )
+    if num_resampled < len(keys):
+        yield (
+            f"intervals come from {num_resampled} of {len(keys)} instances, whole dialogs, scaled "
+            "to all; paired KID is that of those alone"
+        )
+    if measured.listed and (number := measured.listed.mean_number) < NUM_NEGATIVES:
+        yield (
+            f"of the {NUM_NEGATIVES} negatives that {measured.listed.source} lists for a dialog, "
+            f"{number:.1f} are pictures of the data set; the rest were drawn by key hash"
+        )
+    flat = np.flatnonzero(measured.arrays["is_flat"])
+    if len(flat):
+        yield f"{len(flat)} pictures are of one colour, the first is that of {keys[flat[0]]}"
+    if num_drawn > 1 and (measured.arrays["embeddings"] == measured.arrays["embeddings"][0]).all():
+        yield "all pictures are alike to CLIP: the system draws one picture for every dialog"
+    yield from _source_warnings(measured.sources, resolution)
+
+
+def _fid_warnings(measured: Measured) -> Iterator[str]:
+    num, width = measured.arrays["features"].shape
+    if num < _FEW_IMAGES:
+        rank = f"; its covariance has rank {num - 1} of {width}" if num <= width else ""
+        yield (
+            f"FID on {num} images is noisy and biased (use {_FEW_IMAGES:,} or more){rank}; compare "
+            "only scores on the same number of images"
+        )
+
+
+def _inception_warnings(scores: Mapping[str, float | int | None], num_drawn: int) -> Iterator[str]:
+    splits = scores["is_splits"]
+    if splits is None:
+        return
+    fewest = num_drawn // int(splits)
+    if scores["is"] is None:
+        yield (
+            f"IS is not scored: each of {splits} splits of {num_drawn} images has one image, and "
+            "so IS 1, whatever it shows"
+        )
+    elif fewest < _FEW_IN_SPLIT:
+        yield (
+            f"IS over {splits} splits of {fewest} images is biased low and cannot exceed "
+            f"{-(-num_drawn // int(splits))}; compare only scores on the same number of images"
+        )
+
+
+def _recall_warnings(num_negatives: int) -> Iterator[str]:
+    if constant := [k for k in RECALLS if k > num_negatives]:
+        names = " and ".join(f"recall@{k}" for k in constant)
+        yield (
+            f"{names} not scored: among {num_negatives} negatives every rank is within the first "
+            f"{constant[0]}"
+        )
+    scored = [k for k in RECALLS if k <= num_negatives]
+    if scored and num_negatives < _FEW_NEGATIVES:
+        by_chance = 100 * scored[-1] / (num_negatives + 1)
+        yield (
+            f"recall is among {num_negatives} negatives and not {NUM_NEGATIVES}: by chance "
+            f"recall@{scored[-1]} is {by_chance:.0f} %"
+        )
+
+
+def _dialog_warnings(num_dialogs: int) -> Iterator[str]:
+    if num_dialogs == 1:
+        yield "all images are of one dialog: nothing tells how far another dialog would move scores"
+    elif num_dialogs < _FEW_DIALOGS:
+        yield (
+            f"scores over {num_dialogs} dialogs say little, and their intervals are too narrow "
+            f"(use {_FEW_DIALOGS} dialogs or more)"
+        )
+
+
+def _source_warnings(sources: list[str], resolution: int) -> Iterator[str]:
+    files = [source.split() for source in sources if " " in source]
+    codecs, sizes = {form for form, _ in files}, {size for _, size in files}
+    if "jpg" in codecs:
+        yield "some pictures were read from JPEG: its artefacts are scored too; prefer PNG"
+    if len(codecs) > 1:
+        yield f"the pictures are of different codecs ({', '.join(sorted(codecs))}); expected one"
+    if len(sizes) > 1:
+        shown = ", ".join(sorted(sizes)[:3])
+        yield f"the pictures have {len(sizes)} sizes ({shown}), each resized by itself"
+    if small := sorted(size for size in sizes if min(map(int, size.split("x"))) < resolution):
+        yield (
+            f"pictures of {small[0]} were enlarged to {resolution}x{resolution}: what they lack in "
+            "detail is scored too"
+        )
+
+
+def counted(failures: Mapping[str, int]) -> str:
+    """Write failures by reason as words."""
+    return ", ".join(f"{number} {reason}" for reason, number in failures.items()) or "no failure"
