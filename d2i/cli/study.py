@@ -73,6 +73,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
     out: Annotated[str, typer.Option(help="Folder of the scores; the same command resumes.")],
     weights: Annotated[str | None, typer.Option(help="A published file or model folder.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="A LoRA (safetensors) on a diffusers: system.")
+    ] = None,
     context: Annotated[
         Literal["full", "last", "none", "shuffled"],
         typer.Option(help="What the system is shown: the dialog, its last turn, nothing, another."),
@@ -109,9 +112,12 @@ def evaluate(
     intervals over dialogs. KID is also given without its bias for images of the same dialogs.
 
     A system is run:DIR (what d2i select chose of it, else its last weights); a backbone's name with
-    --weights; diffusers:PATH; dalle2:PATH (unCLIP); images:DIR (files named by instance key);
+    --weights; diffusers:PATH; unclip:PATH (Karlo); images:DIR (files named by instance key);
     retrieve:DIR (the nearest training picture); divter:DIR,SYSTEM (a description generator, and
     what draws); or package.module:function.
+
+    diffusers: and unclip: read as much of a dialog as the pipeline's own text encoders take, on the
+    side of text.keep, and draw in sample.precision; sample.pipeline has its call's own arguments.
 
     Examples:
 
@@ -120,6 +126,8 @@ def evaluate(
         d2i eval --system uvit-s --weights mscoco_uvit_small.pth --data data --out scores/before
 
         d2i eval --system run:runs/demo --data data --out scores/none --context none
+
+        d2i eval --system diffusers:sdxl --adapter lora --data data --out scores/sdxl
 
         d2i eval --system images:minigpt5 --label MiniGPT-5 --data data --out scores/minigpt5
     """
@@ -137,7 +145,7 @@ def evaluate(
     recipe = change_recipe(read_kept_recipe(data), [*_chosen_guidance(system), *(settings or [])])
     request = EvalRequest(
         recipe=recipe,
-        system=parse_system(system, weights, recipe),
+        system=parse_system(system, weights, recipe, adapter),
         data_url=test_url(data),
         out_url=out,
         context=context,

@@ -14,12 +14,15 @@ from d2i.shards import ShardReader
 
 if TYPE_CHECKING:
     from d2i.eval.job import EvalRequest
+    from d2i.eval.systems import SystemSpec
 
 
 def metric_card(request: EvalRequest, reader: ShardReader, measured: Measured) -> dict[str, Any]:
     """Return the card of a finished evaluation, as JSON values."""
     of_workers: dict[str, Any] = json.loads(storage.read_bytes(describe_url(request.out_url)))
     of_workers.pop("real")
+    if windows := of_workers["weights"].pop("text_tokens", None):
+        of_workers["text_tokens"] = windows
     return of_workers | _system(request) | _data(request, reader, measured)
 
 
@@ -36,7 +39,10 @@ def _system(request: EvalRequest) -> dict[str, Any]:
         "seed": sample.seed,
         "compute_batch_size": sample.compute_batch_size,
     }
-    if (spec.inner or spec).network is None:
+    drawn_by = spec.inner or spec
+    if drawn_by.kind in ("diffusers", "unclip"):
+        card |= {"precision": sample.precision, "adapter": _adapter(drawn_by)}
+    if drawn_by.network is None:
         return card | {"pipeline_arguments": dict(sample.pipeline)}
     return card | {
         "sampler": sample.sampler,
@@ -46,6 +52,11 @@ def _system(request: EvalRequest) -> dict[str, Any]:
         "data_type": sample.data_type,
         "precision": sample.precision,
     }
+
+
+def _adapter(spec: SystemSpec) -> dict[str, str] | None:
+    adapter = spec.adapter
+    return {"name": adapter.name, "sha256": adapter.sha256} if adapter else None
 
 
 def _data(request: EvalRequest, reader: ShardReader, measured: Measured) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def _places(spec: SystemSpec) -> Iterator[str]:
         yield from (storage.join(spec.target, *part, MANIFEST_NAME) for part in ((), ("train",)))
     elif spec.target:
         yield spec.target
+    if spec.adapter:
+        yield spec.adapter.path
 
 
 def _hash_files(place: str, *, pictures_only: bool) -> Iterator[tuple[str, str]]:

@@ -236,7 +236,8 @@ def _spec_values(spec: SystemSpec) -> dict[str, Any]:
     values = {name: getattr(spec, name) for name in ("name", "kind", "target", "run_dir")}
     network = spec.network.model_dump(mode="json") if spec.network else None
     inner = _spec_values(spec.inner) if spec.inner else None
-    return values | {"network": network, "inner": inner}
+    adapter = {"adapter": spec.adapter.path} if spec.adapter else {}
+    return values | {"network": network, "inner": inner} | adapter
 
 
 def _settle(request: EvalRequest, decided: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from d2i import storage
 from d2i.errors import DataError
 from d2i.metric_specs import METRICS
+from d2i.report.paper import label_of
 
 MAX_NAMED = 4
 """More evaluations than that are a study: too many to name in a sentence, or to be columns."""
@@ -62,7 +63,7 @@ class Evaluation:
     @property
     def label(self) -> str:
         """What to call the system in a heading."""
-        return str(self.card.get("label") or self.card.get("system") or self.url)
+        return label_of(self.card) or self.url
 
     def read_pictures(self, keys: Collection[str]) -> dict[str, bytes]:
         """Read the PNG bytes of the named keys, in one pass over each tar that holds any.

@@ -29,6 +29,18 @@ PaperScores = Mapping[str, tuple[float | None, float | None]]
 """Value and deviation of one row by key of the metric; None where the paper's was not readable."""
 
 
+def label_of(card: Mapping[str, Any]) -> str | None:
+    """Return what to call a system, or None where its card has no name.
+
+    An unCLIP pipeline has Karlo's name, and never that of the paper's DALL-E 2, which is another:
+    evaluations made before call it so, and `dalle2` its kind.
+    """
+    label = card.get("label") or card.get("system")
+    if card.get("kind") in ("unclip", "dalle2") and _letters(str(label)) == "dalle2":
+        return "unCLIP (Karlo)"
+    return str(label) if label else None
+
+
 def paper_row(card: Mapping[str, Any]) -> str:
     """Name a system as the paper's Table 2 does, or by its label where that has no row for it.
 
@@ -36,7 +48,7 @@ def paper_row(card: Mapping[str, Any]) -> str:
     """
     backbone = _BACKBONES.get(str(card.get("backbone")))
     if backbone is None:
-        label = str(card.get("label") or card.get("system"))
+        label = str(label_of(card))
         return _rows_by_letters().get(_letters(label), label)
     return backbone + (_OURS if card.get("run") else "")
 

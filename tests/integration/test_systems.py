@@ -26,7 +26,8 @@ from d2i.report.study import table2
 from d2i.runs import EMA_NAME
 from d2i.shards import ShardReader
 from d2i.shipped import resolve_weights
-from tests.integration.networks import save_random_describer, save_tiny_pipeline, save_tiny_unclip
+from tests.integration.networks import save_random_describer
+from tests.integration.pipelines import save_tiny_pipeline, save_tiny_unclip
 
 FEW_STEPS = ("sample.num_steps=2", "sample.compute_batch_size=8")
 
@@ -85,13 +86,15 @@ def test_a_diffusers_pipeline_from_its_folder(tmp_path: Path, chat_data: Path) -
     assert grouped == result
 
 
-def test_dalle2_as_unclip(tmp_path: Path, chat_data: Path) -> None:
+def test_unclip_by_its_own_name(tmp_path: Path, chat_data: Path) -> None:
     save_tiny_unclip(tmp_path / "unclip")
     steps = {f"{part}_num_inference_steps": 2 for part in ("prior", "decoder", "super_res")}
     arguments = f"sample.pipeline={json.dumps(steps)}"
-    result = scored(chat_data, tmp_path / "out", f"dalle2:{tmp_path / 'unclip'}", arguments)
+    result = scored(chat_data, tmp_path / "out", f"unclip:{tmp_path / 'unclip'}", arguments)
     assert_scored(result)
-    assert_row(tmp_path / "out", "DALL-E 2")
+    assert_row(tmp_path / "out", "unCLIP (Karlo)")
+    window = {"tokens": 77, "dialog_tokens": 75}
+    assert result["card"]["text_tokens"] == {"text_encoder": window}
 
 
 def test_retrieval_shows_training_pictures(tmp_path: Path, chat_data: Path) -> None:

@@ -121,7 +121,7 @@ def test_a_constraint_is_one_name_and_one_version() -> None:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), line
 
 
-@pytest.mark.parametrize("extra", [None, "cluster", "dev"])
+@pytest.mark.parametrize("extra", [None, "cluster", "dev", "lora"])
 def test_every_dependency_is_pinned_within_its_bounds(extra: str | None) -> None:
     for requirement in declared(extra):
         pin = pins().get(canonicalize_name(requirement.name))

@@ -171,6 +171,19 @@ def test_table_2_has_the_papers_numbers_beside_ours(study: Study) -> None:
     assert "dpm_solver 50 steps, guidance 2.0" in uvit["card"]
 
 
+@pytest.mark.parametrize(("kind", "label"), [("dalle2", "DALL-E 2"), ("unclip", "DALL·E 2")])
+def test_unclip_never_stands_as_the_papers_dalle_2(tmp_path: Path, kind: str, label: str) -> None:
+    """Also where an evaluation that was made before calls it so."""
+    made = Study(tmp_path)
+    made.add("photochat", None, kind=kind, label=label)
+    lines, table = made.lines(), "Systems on PhotoChat (Table 2)"
+    assert value(lines, table, "unCLIP (Karlo)", "FID") == "10.0"
+    assert value(lines, table, "unCLIP (Karlo)", "FID (paper)") is None
+    assert value(lines, table, "DALL-E 2", "FID") is None
+    assert value(lines, table, "DALL-E 2", "FID (paper)") == "124.1"
+    assert "unCLIP (Karlo)" in made.write("page.html")
+
+
 def test_every_system_of_the_paper_has_a_row(study: Study) -> None:
     lines = study.lines()
     mmdialog = {line["row"] for line in lines if line["table"] == "Systems on MMDialog (Table 2)"}

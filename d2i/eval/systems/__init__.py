@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from d2i import storage
 from d2i.config import BackboneConfig, BackboneName, Recipe
 from d2i.errors import ConfigError
 from d2i.eval.system import System, SystemContext
+from d2i.eval.systems.adapter import Adapter, find_adapter
 from d2i.published import weights_to_fetch
 from d2i.runs import EMA_NAME, best_choice, read_recipe
 
@@ -21,12 +23,12 @@ _BUILDERS = {
     "run": "d2i.eval.systems.backbone:build",
     **dict.fromkeys(_BACKBONES, "d2i.eval.systems.backbone:build"),
     "diffusers": "d2i.eval.systems.pipeline:build",
-    "dalle2": "d2i.eval.systems.pipeline:build_dalle2",
+    "unclip": "d2i.eval.systems.pipeline:build_unclip",
     "images": "d2i.eval.systems.images:build",
     "retrieve": "d2i.eval.systems.retrieve:build",
     "divter": "d2i.eval.systems.divter:build",
 }
-_LABELS = {"dalle2": "DALL-E 2", "retrieve": "nearest training picture", "divter": "Divter"}
+_LABELS = {"unclip": "unCLIP (Karlo)", "retrieve": "nearest training picture", "divter": "Divter"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class SystemSpec:
         network: The network and the weights it is drawn with, of a run or a backbone.
         run_dir: The run it comes from.
         inner: The system that draws what a Divter describes.
+        adapter: The LoRA on a pipeline of diffusers.
     """
 
     name: str
@@ -50,6 +53,7 @@ class SystemSpec:
     network: BackboneConfig | None = None
     run_dir: str | None = None
     inner: SystemSpec | None = None
+    adapter: Adapter | None = None
 
     @property
     def backbone(self) -> BackboneConfig:
@@ -63,13 +67,21 @@ class SystemSpec:
         return self.network
 
 
-def parse_system(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
-    """Read `--system` and `--weights`.
+def parse_system(
+    system: str, weights: str | None, recipe: Recipe, adapter: str | None = None
+) -> SystemSpec:
+    """Read `--system`, `--weights` and `--adapter`.
 
     Raises:
-        ConfigError: If there is no such system, or a backbone was given no weights.
+        ConfigError: If there is no such system or adapter, a backbone was given no weights, or the
+            system takes no adapter.
         CheckpointError: If `run:DIR` is no run.
     """
+    spec = _parse(system, weights, recipe)
+    return spec if adapter is None else _adapted(spec, adapter)
+
+
+def _parse(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     kind, _, target = system.partition(":")
     if kind in _BACKBONES and not target:
         return _backbone(system, weights, recipe)
@@ -78,7 +90,7 @@ def parse_system(system: str, weights: str | None, recipe: Recipe) -> SystemSpec
     if target and _is_function(kind, target):
         return SystemSpec(system, target, kind, target)
     raise ConfigError(
-        f"--system {system}: no such system; expected run:DIR, diffusers:PATH, dalle2:PATH, "
+        f"--system {system}: no such system; expected run:DIR, diffusers:PATH, unclip:PATH, "
         "images:DIR, retrieve:DIR, divter:DIR,SYSTEM, a function of yours as package.module:NAME, "
         f"or one of {', '.join(_BACKBONES)} with --weights"
     )
@@ -139,10 +151,24 @@ def _divter(system: str, target: str, weights: str | None, recipe: Recipe) -> Sy
             f"--system {system}: expected divter:DIR,SYSTEM: the description generator's folder, "
             "and the system that draws what it describes"
         )
-    inner = parse_system(drawn_by, weights, recipe)
+    inner = _parse(drawn_by, weights, recipe)
     folder = _absolute(describer)
     name = f"divter:{folder},{inner.name}"
     return SystemSpec(name, _LABELS["divter"], "divter", folder, inner=inner)
+
+
+def _adapted(spec: SystemSpec, adapter: str) -> SystemSpec:
+    """Put an adapter on a pipeline of diffusers, or on the one that draws for a Divter."""
+    if spec.inner:
+        return dataclasses.replace(spec, inner=_adapted(spec.inner, adapter))
+    if spec.kind != "diffusers":
+        raise ConfigError(
+            f"--adapter {adapter}: {spec.name} takes none; expected --system diffusers:PATH, with "
+            "the base that the LoRA was trained on"
+        )
+    found = find_adapter(adapter)
+    label = f"{spec.label} + {found.name} ({found.sha256[:8]})"
+    return dataclasses.replace(spec, label=label, adapter=found)
 
 
 def _absolute(place: str) -> str:

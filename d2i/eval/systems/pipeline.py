@@ -1,4 +1,4 @@
-"""Any text-to-image pipeline of diffusers; DALL-E 2 as its unCLIP pipeline."""
+"""Any text-to-image pipeline of diffusers, and its unCLIP pipeline, as Karlo is published."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from d2i.encoders.load import weights_hash
 from d2i.errors import CheckpointError
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import Drawing, SystemContext
-from d2i.tokenize import WINDOW_LENGTH, encode
+from d2i.eval.systems.adapter import load_adapter
+from d2i.eval.systems.reading import Reading
 
-_NUM_TEXT_TOKENS = WINDOW_LENGTH - 2
 _MAX_SEED = 2**62
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build(context: SystemContext) -> PipelineSystem:
     """Load `diffusers:PATH_OR_REPO` by the class that its `model_index.json` names."""
     from diffusers import DiffusionPipeline
 
-    return PipelineSystem(context, _load(DiffusionPipeline, context.spec.target))
+    return PipelineSystem(context, _load(DiffusionPipeline, context))
 
 
-def build_dalle2(context: SystemContext) -> PipelineSystem:
-    """Load `dalle2:PATH_OR_REPO`: a prior and decoders as diffusers' UnCLIPPipeline saves them.
+def build_unclip(context: SystemContext) -> PipelineSystem:
+    """Load `unclip:PATH_OR_REPO`: a prior and decoders as diffusers' UnCLIPPipeline saves them.
 
     Part by part: the index names a class by the module that it has since moved from.
     """
@@ -50,7 +51,7 @@ def build_dalle2(context: SystemContext) -> PipelineSystem:
         "super_res_scheduler": diffusers.UnCLIPScheduler,
     }
     name = context.spec.target
-    parts = {part: _load(kind, name, subfolder=part) for part, kind in networks.items()}
+    parts = {part: _load(kind, context, subfolder=part) for part, kind in networks.items()}
     parts |= {part: _load_plain(kind, name, subfolder=part) for part, kind in others.items()}
     return PipelineSystem(context, diffusers.UnCLIPPipeline(**parts))
 
@@ -58,21 +59,27 @@ def build_dalle2(context: SystemContext) -> PipelineSystem:
 class PipelineSystem:
     """Hands the line of a prompt to a pipeline, with a generator keyed by the prompt.
 
-    The pipeline works with its own defaults, but for what `sample.pipeline` says, and at the
-    recipe's one, padded batch. Its text encoder reads 77 tokens from the start: of a longer line
-    the oldest words are left out.
+    The pipeline works with its own defaults, but for what `sample.pipeline` says, in
+    `sample.precision`, and at the recipe's one, padded batch. Of a line that is longer than what
+    its text encoders take, the side that `text.keep` says is read.
     """
 
     def __init__(self, context: SystemContext, pipeline: Any) -> None:
+        self._sample = context.recipe.sample
         self._pipeline = pipeline.to(context.device)
         self._pipeline.set_progress_bar_config(disable=True)
-        self._sample = context.recipe.sample
+        weights = _hashes(pipeline)
+        if context.spec.adapter:
+            load_adapter(pipeline, context.spec.adapter)
+            pipeline.to(context.device)
+        self._reading = Reading(pipeline, self._sample.pipeline, context.recipe.text.keep)
+        windows = self._reading.windows.items()
         self.described = {
             "pipeline": type(pipeline).__name__,
-            **{
-                name: weights_hash(module)
-                for name, module in sorted(pipeline.components.items())
-                if isinstance(module, torch.nn.Module)
+            **weights,
+            "text_tokens": {
+                name: {"tokens": window.tokens, "dialog_tokens": window.dialog_tokens}
+                for name, window in windows
             },
         }
 
@@ -91,7 +98,7 @@ class PipelineSystem:
         keys = [prompt.key for prompt in prompts]
         seeds = integers(0, _MAX_SEED, self._sample.seed, "sample.pipeline", keys, 0)
         done = self._pipeline(
-            prompt=[last_words(prompt.text) for prompt in prompts],
+            prompt=[self._reading.read(prompt.text) for prompt in prompts],
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds.tolist()],
             output_type="np",
             **self._sample.pipeline,
@@ -102,17 +109,6 @@ class PipelineSystem:
         ]
 
 
-def last_words(text: str) -> str:
-    """Leave out the first words of a line until CLIP's window holds the rest."""
-    words = text.split()
-    first, end = 0, len(words)
-    while first < end:
-        middle = (first + end) // 2
-        fits = len(encode(" ".join(words[middle:]))) <= _NUM_TEXT_TOKENS
-        first, end = (first, middle) if fits else (middle + 1, end)
-    return " ".join(words[first:])
-
-
 def _drawing(image: Any, *, is_withheld: bool) -> Drawing:
     if is_withheld:
         return Drawing(None, "withheld")
@@ -121,13 +117,21 @@ def _drawing(image: Any, *, is_withheld: bool) -> Drawing:
     return Drawing((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
 
 
-def _load(model_class: Any, name: str, **options: Any) -> Any:
+def _hashes(pipeline: Any) -> dict[str, str]:
+    return {
+        name: weights_hash(module)
+        for name, module in sorted(pipeline.components.items())
+        if isinstance(module, torch.nn.Module)
+    }
+
+
+def _load(model_class: Any, context: SystemContext, **options: Any) -> Any:
     # safetensors alone: no weights of a stranger are unpickled.
     return _load_plain(
         model_class,
-        name,
+        context.spec.target,
         use_safetensors=True,
-        torch_dtype=torch.float32,
+        dtype=_DTYPES[context.recipe.sample.precision],
         low_cpu_mem_usage=False,
         **options,
     )

@@ -1,0 +1,125 @@
+"""A LoRA adapter for a published pipeline: found and named before anything is loaded.
+
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2i.errors import CheckpointError, ClusterError, ConfigError
+
+_PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
+_NAME_IN_PIPELINE = "d2i"
+# As peft calls a pair of low-rank matrices, diffusers before it, and kohya's trainers.
+_PLACED = ("lora_A.", "lora_B.")
+_HELD = (*_PLACED, "lora.down.", "lora.up.", "lora_down.", "lora_up.")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's file.
+
+    Args:
+        name: What a table calls it: its folder, or its file where that has a name of its own.
+        path: The safetensors file.
+        sha256: Of the file.
+    """
+
+    name: str
+    path: str
+    sha256: str
+
+
+def find_adapter(place: str) -> Adapter:
+    """Find the adapter that `--adapter` names: a safetensors file, or a folder that holds one.
+
+    Raises:
+        ConfigError: If there is none, or more than one.
+    """
+    path = Path(place).expanduser().resolve()
+    if path.is_dir():
+        named, files = path / _PUBLISHED_NAME, sorted(path.glob("*.safetensors"))
+        if not named.is_file() and len(files) != 1:
+            raise ConfigError(
+                f"--adapter {place}: got {len(files)} safetensors files, expected "
+                f"{_PUBLISHED_NAME}; name the file"
+            )
+        path = named if named.is_file() else files[0]
+    if not path.is_file():
+        raise ConfigError(
+            f"--adapter {place}: not there; expected a LoRA's safetensors file, or the folder "
+            "that holds it"
+        )
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    name = path.parent.name if path.name == _PUBLISHED_NAME else path.stem
+    return Adapter(name, str(path), digest)
+
+
+def load_adapter(pipeline: Any, adapter: Adapter) -> None:
+    """Put an adapter onto a pipeline, in any layout that its `load_lora_weights` reads.
+
+    Raises:
+        ClusterError: If peft is not installed.
+        ConfigError: If the pipeline takes no adapter.
+        CheckpointError: If the file is none, or some of it has no place in the pipeline.
+    """
+    from diffusers.utils.constants import USE_PEFT_BACKEND
+
+    kind = type(pipeline).__name__
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ConfigError(f"--adapter: {kind} takes no LoRA adapter; evaluate it without")
+    if not USE_PEFT_BACKEND:
+        raise ClusterError("--adapter: peft is not installed, expected it; pip install 'd2i[lora]'")
+    _expect_lora(adapter)
+    try:
+        converted = pipeline.lora_state_dict(adapter.path)
+        pipeline.load_lora_weights(adapter.path, adapter_name=_NAME_IN_PIPELINE)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as err:
+        reason = " ".join(str(err).split())[:200]
+        raise CheckpointError(
+            f"--adapter {adapter.path}: {kind} cannot read it: {reason}; expected a LoRA that was "
+            "trained on this pipeline's base"
+        ) from err
+    num_held = _num_named(converted[0] if isinstance(converted, tuple) else converted, _HELD)
+    num_placed = _num_named(_weights(pipeline), _PLACED)
+    if num_placed < num_held or not num_held:
+        raise CheckpointError(
+            f"--adapter {adapter.path}: {num_placed} of its {num_held} matrices have a place in "
+            f"{kind}, expected all; give a LoRA that was trained on this pipeline's base"
+        )
+
+
+def _expect_lora(adapter: Adapter) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(adapter.path, framework="pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError) as err:
+        raise CheckpointError(
+            f"--adapter {adapter.path}: not a whole safetensors file ({err}); expected a LoRA"
+        ) from err
+    if not _num_named(names, _HELD):
+        got = f"such as {names[0]}" if names else "none"
+        raise CheckpointError(
+            f"--adapter {adapter.path}: no LoRA: got {len(names)} tensors, {got}; expected pairs "
+            "of low-rank matrices, such as …lora_A.weight and …lora_B.weight"
+        )
+
+
+def _weights(pipeline: Any) -> Iterator[str]:
+    import torch
+
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            yield from (name for name, _ in module.named_parameters())
+
+
+def _num_named(names: Iterable[str], marks: tuple[str, ...]) -> int:
+    return sum(any(mark in name for mark in marks) for name in names)

@@ -1,0 +1,272 @@
+"""How much of a line each text encoder of a pipeline reads, and from which side.
+
+Published pipelines read a line from its start and cut the end: of a dialog, the newest turns. Here
+they are made to cut on the side that `text.keep` gives up, each encoder at its own length.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from d2i.errors import ConfigError
+
+Keep = Literal["end", "start"]
+Row = list[int]
+"""The ids of one text as an encoder is given them, padding left out where a mask says so."""
+
+# More words than any encoder takes.
+_LONG = "a " * 2048
+_SHORT = ("a", "b")
+_WRONG = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError)
+
+
+class _Encoded(Exception):
+    """Everything that reads text has read it."""
+
+
+@dataclass(frozen=True)
+class TextWindow:
+    """What one encoder reads.
+
+    Args:
+        tokens: The most ids it is given, with special tokens and the pipeline's own words.
+        dialog_tokens: The most ids of a dialog among them.
+        has_template: Whether the pipeline puts words of its own around a dialog.
+    """
+
+    tokens: int
+    dialog_tokens: int
+    has_template: bool
+
+
+class Reading:
+    """Has a pipeline's text encoders read as much of a line as they take, on the side kept.
+
+    A tokenizer that is given the line alone cuts it itself, at the token. Where a pipeline puts
+    words of its own around it, such as a chat's, the line is cut before it is handed over, so that
+    these stay whole. A special token written out in a message stays plain text.
+
+    Args:
+        pipeline: A diffusers pipeline, on its device; its tokenizers are set to the side.
+        arguments: What its call is given beside the prompt, such as `max_sequence_length`.
+        keep: The side that is read of a line that is too long.
+
+    Attributes:
+        windows: What each encoder reads, by the name of the pipeline's part.
+
+    Raises:
+        ConfigError: If it takes no prompt, does not draw from text alone, refuses an argument, or
+            reads with no encoder that is told apart.
+    """
+
+    def __init__(self, pipeline: Any, arguments: dict[str, Any], keep: Keep) -> None:
+        _expect_prompt(pipeline, arguments)
+        self._keep = keep
+        self._tokenizers = _tokenizers(pipeline)
+        for tokenizer in self._tokenizers.values():
+            tokenizer.truncation_side = "left" if keep == "end" else "right"
+        # What a pipeline says of the end that it cuts is not so any more, and long.
+        logging.getLogger(type(pipeline).__module__).setLevel(logging.ERROR)
+        self.windows = _find_windows(pipeline, arguments, self._tokenizers)
+        self._special = _special_tokens(self._tokenizers.values())
+
+    def read(self, line: str) -> str:
+        """Return what to hand to the pipeline for a line."""
+        line = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", line)
+        for name, window in self.windows.items():
+            if window.has_template:
+                line = cut_line(line, self._fits(name, window.dialog_tokens), self._keep)
+        return line
+
+    def _fits(self, name: str, room: int) -> Callable[[str], bool]:
+        def fits(text: str) -> bool:
+            ids = self._tokenizers[name](text, add_special_tokens=False, verbose=False).input_ids
+            return len(ids) <= room
+
+        return fits
+
+
+def cut_line(line: str, fits: Callable[[str], bool], keep: Keep) -> str:
+    """Leave out the fewest words on the side given up; of a word that alone is too long, letters.
+
+    Args:
+        line: Words between spaces.
+        fits: Whether a text is short enough; one that is shorter fits as well.
+        keep: The side that stays.
+    """
+    if fits(line):
+        return line
+    words = [found.span() for found in re.finditer(r"\S+", line)]
+    if keep == "end":
+        places = [start for start, _ in words] + [*range(words[-1][0] + 1, len(line) + 1)]
+        return line[places[_first(places, lambda place: fits(line[place:]))] :]
+    places = [end for _, end in reversed(words)] + [*range(words[0][1] - 1, -1, -1)]
+    return line[: places[_first(places, lambda place: fits(line[:place]))]]
+
+
+def _first(places: list[int], is_good: Callable[[int], bool]) -> int:
+    """Return the index of the first good place, or the last one."""
+    return min(bisect.bisect_left(places, True, key=is_good), len(places) - 1)
+
+
+def _expect_prompt(pipeline: Any, arguments: dict[str, Any]) -> None:
+    taken = inspect.signature(pipeline.__call__).parameters
+    kind = type(pipeline).__name__
+    if "prompt" not in taken:
+        raise ConfigError(
+            f"{kind} takes no text; expected a pipeline that draws from a prompt; name a "
+            "text-to-image one"
+        )
+    # Some pipelines take any name, and leave out without a word what they do not know.
+    if unknown := sorted(arguments.keys() - taken.keys()):
+        raise ConfigError(
+            f"sample.pipeline: {kind} takes no {', '.join(unknown)}; expected arguments of its "
+            "call, such as num_inference_steps; correct the name"
+        )
+
+
+def _tokenizers(pipeline: Any) -> dict[str, Any]:
+    """Return the tokenizer of each text encoder, by the encoder's name."""
+    parts = pipeline.components
+    found = {}
+    for name, module in parts.items():
+        tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
+        if "text_encoder" in name and isinstance(module, nn.Module) and tokenizer is not None:
+            # A processor of text and pictures has its tokenizer within.
+            found[name] = getattr(tokenizer, "tokenizer", tokenizer)
+    return found
+
+
+def _special_tokens(tokenizers: Any) -> re.Pattern[str]:
+    """Return what finds special tokens in text; some pipelines lower its case afterwards."""
+    found = {
+        str(token)
+        for tokenizer in tokenizers
+        for token in tokenizer.added_tokens_decoder.values()
+        # SD 2's padding is an exclamation mark.
+        if token.special and len(str(token)) > 1
+    }
+    longest_first = sorted(found, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)", re.IGNORECASE)
+
+
+def _find_windows(
+    pipeline: Any, arguments: dict[str, Any], tokenizers: dict[str, Any]
+) -> dict[str, TextWindow]:
+    """Let the pipeline read a long text and two short ones, and see what its encoders get."""
+    long, first, second = (
+        _read_rows(pipeline, arguments, text, tokenizers) for text in (_LONG, *_SHORT)
+    )
+    default = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+    kept = arguments.get("max_sequence_length", default.default if default else None)
+    found = {}
+    for name, rows in long.items():
+        special = frozenset(tokenizers[name].all_special_ids)
+        # Text that is read beside the prompt, such as a negative one, is short.
+        index = max(range(len(rows)), key=lambda row: _num_plain(rows[row], special))
+        found[name] = _window(rows[index], first[name][index], second[name][index], special, kept)
+    if not found:
+        raise ConfigError(
+            f"{type(pipeline).__name__} reads its text with no part named text_encoder and "
+            "tokenizer, so how much it reads is not known; draw with it elsewhere, and evaluate "
+            "with images:DIR"
+        )
+    return found
+
+
+def _window(
+    long: Row, first: Row, second: Row, special: frozenset[int], kept: int | None
+) -> TextWindow:
+    before = _num_common(first, second)
+    after = _num_common(first[before:][::-1], second[before:][::-1])
+    around = [*first[:before], *(first[-after:] if after else ())]
+    if not _num_plain(around, special):
+        return TextWindow(len(long), _num_plain(long, special), has_template=False)
+    room = len(long) - before - after
+    # Some read their own first words beyond `max_sequence_length`, and leave them out afterwards.
+    room = min(room, kept - after) if isinstance(kept, int) else room
+    return TextWindow(len(long), room, has_template=True)
+
+
+def _num_plain(row: Row, special: frozenset[int]) -> int:
+    return sum(token not in special for token in row)
+
+
+def _num_common(first: Row, second: Row) -> int:
+    """Return how many ids two rows begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+@torch.inference_mode()
+def _read_rows(
+    pipeline: Any, arguments: dict[str, Any], text: str, encoders: dict[str, Any]
+) -> dict[str, list[Row]]:
+    """Return the rows that each text encoder is given for a prompt; nothing is drawn."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    with _quiet("transformers.tokenization_utils_base"), _watched(pipeline, encoders) as rows:
+        try:
+            pipeline(prompt=[text], generator=[generator], output_type="np", **arguments)
+        except _Encoded:
+            pass
+        except _WRONG as err:
+            reason = (str(err).strip() or type(err).__name__).splitlines()[0][:200]
+            raise ConfigError(
+                f"{type(pipeline).__name__} cannot draw from a prompt: {reason}; expected a "
+                "text-to-image pipeline and arguments that it takes; see sample.pipeline"
+            ) from err
+    return rows
+
+
+@contextlib.contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """Leave out what a library says, once, of a text that is meant to be too long."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _watched(pipeline: Any, encoders: dict[str, Any]) -> Iterator[dict[str, list[Row]]]:
+    """Collect what text encoders are given; end the call where another network is run."""
+    rows: dict[str, list[Row]] = {}
+
+    def stop(*_: Any) -> None:
+        raise _Encoded
+
+    def collect(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _, args, options: rows.setdefault(name, []).extend(_rows(args, options))
+
+    with contextlib.ExitStack() as hooks:
+        for name, module in pipeline.components.items():
+            if not isinstance(module, nn.Module):
+                continue
+            hook = (
+                module.register_forward_pre_hook(collect(name), with_kwargs=True)
+                if name in encoders
+                else module.register_forward_pre_hook(stop)
+            )
+            hooks.callback(hook.remove)
+        yield rows
+
+
+def _rows(args: tuple[Any, ...], options: dict[str, Any]) -> list[Row]:
+    ids = options["input_ids"] if "input_ids" in options else args[0]
+    mask = options.get("attention_mask")
+    if mask is None or mask.shape != ids.shape:
+        return list(ids.tolist())
+    return [row[shown].tolist() for row, shown in zip(ids, mask.bool(), strict=True)]

@@ -1,0 +1,252 @@
+"""Tiny pipelines of random weights in diffusers' own form, made by the tests that need them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from tests.integration.networks import LETTERS, SIZES
+
+
+def save_tiny_pipeline(folder: Path) -> None:
+    """Write a latent diffusion pipeline of random weights, as diffusers saves one."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+
+    torch.manual_seed(0)
+    config, tokenizer = _text_and_tokenizer(folder)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(block_out_channels=(32, 32, 32, 32), norm_num_groups=8, **_VAE_BLOCKS)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+
+
+def save_tiny_unclip(folder: Path) -> None:
+    """Write Karlo's prior and decoders at random, as diffusers saves an unCLIP pipeline."""
+    from diffusers import (
+        PriorTransformer,
+        UnCLIPPipeline,
+        UnCLIPScheduler,
+        UNet2DConditionModel,
+        UNet2DModel,
+    )
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+    torch.manual_seed(0)
+    config, tokenizer = _text_and_tokenizer(folder)
+    prior = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=16, num_layers=1, embedding_dim=32
+    )
+    projection = UnCLIPTextProjModel(
+        clip_embeddings_dim=32, time_embed_dim=128, cross_attention_dim=32
+    )
+    decoder = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        resnet_time_scale_shift="scale_shift",
+        class_embed_type="identity",
+    )
+    finer = {
+        "sample_size": 32,
+        "layers_per_block": 1,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
+        "in_channels": 6,
+        "out_channels": 3,
+    }
+    fixed = {"clip_sample": True, "num_train_timesteps": 1000}
+    UnCLIPPipeline(
+        prior=prior,
+        decoder=decoder,
+        text_encoder=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer,
+        text_proj=projection,
+        super_res_first=UNet2DModel(**finer),
+        super_res_last=UNet2DModel(**finer),
+        prior_scheduler=UnCLIPScheduler(
+            variance_type="fixed_small_log",
+            prediction_type="sample",
+            clip_sample_range=5.0,
+            **fixed,
+        ),
+        decoder_scheduler=UnCLIPScheduler(
+            variance_type="learned_range", prediction_type="epsilon", **fixed
+        ),
+        super_res_scheduler=UnCLIPScheduler(
+            variance_type="fixed_small_log", prediction_type="epsilon", **fixed
+        ),
+    ).save_pretrained(folder)
+
+
+def save_tiny_flux(folder: Path) -> None:
+    """Write a FLUX pipeline: CLIP reads 77 tokens, T5 512, where a letter is a token."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        FluxPipeline,
+        FluxTransformer2DModel,
+    )
+
+    torch.manual_seed(0)
+    config, tokenizer = _text_and_tokenizer(folder)
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{c}" for c in LETTERS), *LETTERS]
+    vocabulary = [(piece, -float(number)) for number, piece in enumerate(pieces)]
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8), norm_num_groups=8, shift_factor=0.1, **_VAE_BLOCKS
+        ),
+        text_encoder=CLIPTextModel(config),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(pieces), **sizes)),
+        tokenizer_2=T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512),
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    ).save_pretrained(folder)
+
+
+_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_tiny_z_image(folder: Path) -> None:
+    """Write a Z-Image pipeline: Qwen3 reads a chat of 512 tokens, where a byte is a token."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        ZImagePipeline,
+        ZImageTransformer2DModel,
+    )
+
+    torch.manual_seed(0)
+    words = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = _CHAT
+    text = Qwen3Config(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        **SIZES,
+    )
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8), norm_num_groups=8, shift_factor=0.1, **_VAE_BLOCKS
+        ),
+        text_encoder=Qwen3Model(text),
+        tokenizer=tokenizer,
+        transformer=ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=32,
+            axes_dims=[4, 6, 6],
+            axes_lens=[1024, 32, 32],
+        ),
+    ).save_pretrained(folder)
+
+
+def save_tiny_unconditional(folder: Path) -> None:
+    """Write a DDPM pipeline, which reads no text."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+
+
+_VAE_BLOCKS: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 4,
+}
+
+
+def _text_and_tokenizer(folder: Path) -> tuple[Any, Any]:
+    """Make the sizes of a CLIP text tower, and a tokenizer of single letters."""
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{c}</w>" for c in LETTERS)]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.model_max_length = 77
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        num_hidden_layers=1,
+        projection_dim=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        **SIZES,
+    )
+    return config, tokenizer

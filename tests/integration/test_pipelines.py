@@ -1,0 +1,272 @@
+"""Published pipelines: how much of a dialog they read and from which side, precision, adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from d2i.dialog import Turn
+from d2i.encoders import load_encoders
+from d2i.errors import ClusterError, ConfigError, D2IError
+from d2i.eval.prompts import Prompt
+from d2i.eval.system import SystemContext
+from d2i.eval.systems import build_system, parse_system
+from d2i.eval.systems.pipeline import PipelineSystem
+from d2i.eval.systems.reading import cut_line
+from d2i.recipes import change_recipe, load_recipe
+from tests.integration.pipelines import (
+    save_tiny_flux,
+    save_tiny_pipeline,
+    save_tiny_unclip,
+    save_tiny_unconditional,
+    save_tiny_z_image,
+)
+from tests.processes import run_d2i, run_process
+
+SMALL = {"num_inference_steps": 2, "height": 64, "width": 64}
+UNCLIP = {f"{part}_num_inference_steps": 2 for part in ("prior", "decoder", "super_res")}
+CLIP_WINDOW = {"tokens": 77, "dialog_tokens": 75}
+READS = [
+    (save_tiny_pipeline, "diffusers", SMALL, {"text_encoder": CLIP_WINDOW}),
+    (save_tiny_unclip, "unclip", UNCLIP, {"text_encoder": CLIP_WINDOW}),
+    (
+        save_tiny_flux,
+        "diffusers",
+        SMALL,
+        {"text_encoder": CLIP_WINDOW, "text_encoder_2": {"tokens": 512, "dialog_tokens": 511}},
+    ),
+    (
+        save_tiny_flux,
+        "diffusers",
+        SMALL | {"max_sequence_length": 300},
+        {"text_encoder": CLIP_WINDOW, "text_encoder_2": {"tokens": 300, "dialog_tokens": 299}},
+    ),
+    # The chat around a message is 19 tokens of the 512.
+    (
+        save_tiny_z_image,
+        "diffusers",
+        SMALL | {"guidance_scale": 3},
+        {"text_encoder": {"tokens": 512, "dialog_tokens": 493}},
+    ),
+]
+
+
+def built(
+    folder: Path, kind: str, arguments: dict[str, Any], *settings: str, adapter: Path | None = None
+) -> PipelineSystem:
+    recipe = change_recipe(
+        load_recipe("demo"),
+        [
+            *(f"sample.pipeline={json.dumps(arguments)}", "sample.compute_batch_size=4"),
+            *settings,
+        ],
+    )
+    spec = parse_system(f"{kind}:{folder}", None, recipe, str(adapter) if adapter else None)
+    encoders = load_encoders(recipe.encoders, "cpu")
+    system = build_system(SystemContext(spec, recipe, encoders, (), "cpu"))
+    assert isinstance(system, PipelineSystem)
+    return system
+
+
+def draw(system: PipelineSystem, *lines: str) -> list[NDArray[np.uint8]]:
+    """Draw lines with the same noise."""
+    drawings = system.draw([Prompt("key", (Turn(None, line),), line) for line in lines])
+    found = [drawing.pixels for drawing in drawings]
+    assert all(pixels is not None for pixels in found)
+    return [pixels for pixels in found if pixels is not None]
+
+
+@pytest.mark.parametrize("keep", ["end", "start"])
+@pytest.mark.parametrize(
+    ("save", "kind", "arguments", "windows"),
+    READS,
+    ids=["stable-diffusion", "unclip", "flux", "flux-300", "z-image"],
+)
+def test_a_pipeline_reads_all_that_its_encoders_take(
+    tmp_path: Path,
+    save: Callable[[Path], None],
+    kind: str,
+    arguments: dict[str, Any],
+    windows: dict[str, Any],
+    keep: str,
+) -> None:
+    """What is within the longest window changes the picture, up to its edge; nothing beyond."""
+    save(tmp_path / "pipeline")
+    system = built(tmp_path / "pipeline", kind, arguments, f"text.keep={keep}")
+    assert system.described["text_tokens"] == windows
+    longest = max(window["dialog_tokens"] for window in windows.values())
+    # Letters of one token each, and between bytes a space of one more.
+    read = (longest + 1) // 2 if save is save_tiny_z_image else longest
+    words = ["a"] * (read + 30)
+
+    def changed(first: int, last: int) -> str:
+        """Say other words, counted from the side that is kept."""
+        places = range(first, last) if keep == "start" else range(-last, -first)
+        other = list(words)
+        for place in places:
+            other[place] = "z"
+        return " ".join(other)
+
+    plain, beyond, edge, near = draw(
+        system, " ".join(words), changed(read, read + 30), changed(read - 60, read), changed(0, 60)
+    )
+    assert (plain == beyond).all()
+    assert (plain != edge).any()
+    assert (plain != near).any()
+
+
+def test_a_special_token_in_a_message_stays_text(tmp_path: Path) -> None:
+    """A message cannot end the prompt, as it cannot in d2i's own tokenizer."""
+    save_tiny_z_image(tmp_path / "pipeline")
+    system = built(tmp_path / "pipeline", "diffusers", SMALL)
+    ended, longer = draw(system, "a <|im_end|> b", "a <|im_end|> c")
+    assert (ended != longer).any()
+    assert "<|im_end|>" not in system._reading.read("a <|IM_END|> and <|im_end|> b").lower()
+
+
+@pytest.mark.parametrize(
+    ("line", "room", "end", "start"),
+    [
+        ("one two", 9, "one two", "one two"),
+        ("one two three", 9, "two three", "one two"),
+        ("one two three", 5, "three", "one"),
+        ("onetwothree", 5, "three", "onetw"),
+        ("one", 0, "", ""),
+        ("", 0, "", ""),
+    ],
+)
+def test_a_line_is_cut_at_words_where_it_can_be(line: str, room: int, end: str, start: str) -> None:
+    assert cut_line(line, lambda text: len(text) <= room, "end").strip() == end
+    assert cut_line(line, lambda text: len(text) <= room, "start").strip() == start
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.half)])
+def test_a_pipeline_draws_in_the_precision_asked_for(
+    tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    save_tiny_flux(tmp_path / "pipeline")
+    whole = built(tmp_path / "pipeline", "diffusers", SMALL)
+    short = built(tmp_path / "pipeline", "diffusers", SMALL, f"sample.precision={precision}")
+    assert short._pipeline.transformer.dtype == short._pipeline.text_encoder_2.dtype == dtype
+    (exact,), (rounded,) = draw(whole, "a red ball"), draw(short, "a red ball")
+    difference = np.abs(exact.astype(float) - rounded.astype(float))
+    assert 0 < difference.mean() < 3
+
+
+def save_lora(pipeline: Path, out: Path, *, rank: int = 4, width: int | None = None) -> None:
+    """Write a LoRA on a tiny pipeline's attention, of random numbers, as diffusers names it."""
+    torch.manual_seed(1)
+    weights = load_file(next((pipeline / "unet").glob("*.safetensors")))
+    matrices = {}
+    for name, weight in weights.items():
+        if ".to_q.weight" in name or ".to_v.weight" in name:
+            stem, (rows, columns) = f"unet.{name.removesuffix('.weight')}", weight.shape
+            matrices[f"{stem}.lora_A.weight"] = torch.randn(rank, width or columns)
+            matrices[f"{stem}.lora_B.weight"] = torch.randn(rows, rank)
+    assert matrices
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(matrices, out)
+
+
+def eval_words(data: Path, out: Path, system: str, *extra: object) -> list[Any]:
+    return [
+        *("eval", "--system", system, "--data", data, "--out", out, "--save-images", "none"),
+        *("--set", f"sample.pipeline={json.dumps(SMALL)}"),
+        *("--set", "sample.compute_batch_size=23", *extra),
+    ]
+
+
+def test_an_adapter_changes_the_pictures_and_is_named(tmp_path: Path, chat_data: Path) -> None:
+    base, lora = tmp_path / "base", tmp_path / "chatty" / "pytorch_lora_weights.safetensors"
+    save_tiny_pipeline(base)
+    save_lora(base, lora)
+    system = f"diffusers:{base}"
+    plain = run_d2i(*eval_words(chat_data, tmp_path / "plain", system, "--json"))
+    words = ("--adapter", lora.parent, "--set", "sample.precision=bf16", "--json")
+    tuned = run_d2i(*eval_words(chat_data, tmp_path / "tuned", system, *words))
+    digest = sha256(lora.read_bytes()).hexdigest()
+    card = tuned["card"]
+    assert card["adapter"] == {"name": "chatty", "sha256": digest}
+    assert card["label"] == f"base + chatty ({digest[:8]})"
+    assert (card["precision"], card["text"]["keep"]) == ("bf16", "end")
+    assert card["text_tokens"] == {"text_encoder": CLIP_WINDOW}
+    assert (plain["card"]["adapter"], plain["card"]["precision"]) == (None, "fp32")
+    assert abs(tuned["scores"]["fid"] - plain["scores"]["fid"]) > 1e-3
+    # Another adapter is another system.
+    save_lora(base, lora, rank=2)
+    done = run_process(*eval_words(chat_data, tmp_path / "tuned", system, *words))
+    assert done.returncode == 2
+    assert "before its files changed; expected the same" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("missing", "not there; expected a LoRA's safetensors file"),
+        ("text", "not a whole safetensors file"),
+        ("network", "no LoRA: got 1 tensors, such as unet.weight"),
+        ("other layers", "matrices have a place in StableDiffusionPipeline"),
+        ("other widths", "StableDiffusionPipeline cannot read it: .*size mismatch"),
+    ],
+)
+def test_what_is_no_adapter_of_this_base_is_one_line(
+    tmp_path: Path, made: str, message: str
+) -> None:
+    base, lora = tmp_path / "base", tmp_path / "lora.safetensors"
+    save_tiny_pipeline(base)
+    if made == "text":
+        lora.write_text("no tensors")
+    elif made == "network":
+        save_file({"unet.weight": torch.zeros(2, 2)}, lora)
+    elif made == "other widths":
+        save_lora(base, lora, width=48)
+    elif made == "other layers":
+        save_lora(base, lora)
+        known = load_file(lora)
+        save_file({k.replace("to_q", "to_other"): v for k, v in known.items()}, lora)
+    with pytest.raises(D2IError, match=message) as caught:
+        built(base, "diffusers", SMALL, adapter=lora)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_without_peft_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_pipeline(tmp_path / "base")
+    save_lora(tmp_path / "base", tmp_path / "lora.safetensors")
+    monkeypatch.setattr("diffusers.utils.constants.USE_PEFT_BACKEND", False)
+    with pytest.raises(ClusterError, match=r"peft is not installed.*pip install 'd2i\[lora\]'"):
+        built(tmp_path / "base", "diffusers", SMALL, adapter=tmp_path / "lora.safetensors")
+
+
+def test_a_system_without_a_place_for_an_adapter_refuses_it() -> None:
+    recipe = load_recipe("demo")
+    for system, weights in (("images:made", None), ("unclip:karlo", None), ("uvit-s", "demo:x")):
+        with pytest.raises(ConfigError, match=r"--adapter lora: .* takes none; expected --system"):
+            parse_system(system, weights, recipe, "lora")
+
+
+@pytest.mark.parametrize(
+    ("save", "arguments", "message"),
+    [
+        (save_tiny_unconditional, {}, "DDPMPipeline takes no text; expected a pipeline that draws"),
+        (save_tiny_pipeline, {"steps": 2}, "StableDiffusionPipeline takes no steps; expected"),
+        (save_tiny_pipeline, {"height": 63, "width": 64}, "cannot draw .*: .* divisible by 8"),
+    ],
+)
+def test_what_cannot_draw_from_a_dialog_is_one_line(
+    tmp_path: Path, save: Callable[[Path], None], arguments: dict[str, Any], message: str
+) -> None:
+    save(tmp_path / "pipeline")
+    with pytest.raises(ConfigError, match=message) as caught:
+        built(tmp_path / "pipeline", "diffusers", arguments)
+    assert "\n" not in str(caught.value)
