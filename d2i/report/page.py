@@ -18,6 +18,7 @@ from d2i.report.hero import DEFAULT_TITLE, hero
 from d2i.report.markup import Section
 from d2i.report.plain import write_csv, write_markdown
 from d2i.report.preparation import preparation_section
+from d2i.report.readings import listening, table3
 from d2i.report.scores import scores_section
 from d2i.report.sections import (
     categories_section,
@@ -27,7 +28,7 @@ from d2i.report.sections import (
     systems_section,
 )
 from d2i.report.stages import stages_section
-from d2i.report.study import listening, table2, table3, table5
+from d2i.report.study import table2, table5
 from d2i.report.tabulated import Table
 from d2i.report.training import training_section
 
