@@ -185,19 +185,27 @@ def report(
     ] = "report.html",
     times: Annotated[Path | None, typer.Option(help="Stage times, as d2i demo writes.")] = None,
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Show this instance alone, by its key; may be repeated."),
+    ] = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page: conversations, pictures, scores, where they came from.
 
     The paper's tables, ours beside its own, are made of all evaluations that are given: systems
-    by corpus, linearizations, what a system is shown, people, food and animals, recipes.
+    by corpus, linearizations, what a system is shown, people, food and animals, recipes. Who stands
+    in the paper's own row: eval/README.md. With --case the page shows given conversations, as the
+    paper's Tables 4, 6 and 7; keys stand in instances.jsonl and on the page.
 
     Examples:
 
         d2i report scores/before scores/after --out report.html
 
         d2i report scores/before scores/after scores/none --out tables.csv
+
+        d2i report scores/before scores/after --case test-7-3-0 --out cases.html
     """
     from d2i.report import write_report
 
@@ -207,7 +215,7 @@ def report(
         raise ConfigError(
             f"--times {times}: {err}; expected the JSON that d2i demo writes"
         ) from err
-    write_report(evaluations, out, times=measured, title=title)
+    write_report(evaluations, out, times=measured, title=title, cases=case or ())
     print_result({"report": out}, [out], as_json=as_json)
 
 
