@@ -15,6 +15,11 @@ _PREFIX = "demo:"
 _FOLDER = Path(__file__).parent / "demo" / "weights"
 
 
+def is_shipped(name: str) -> bool:
+    """Say whether a name is that of weights that come with the package, such as `demo:vae`."""
+    return name.startswith(_PREFIX)
+
+
 def resolve_weights(name: str) -> str:
     """Return the path of a shipped model or of a URL's copy here, or `name` itself.
 
@@ -26,7 +31,7 @@ def resolve_weights(name: str) -> str:
         OSError: If a URL cannot be read.
         ConfigError: If no shipped model has that name.
     """
-    if not name.startswith(_PREFIX):
+    if not is_shipped(name):
         return str(storage.local_path(name) or storage.local_copies(name))
     folder = _FOLDER / name.removeprefix(_PREFIX)
     if not folder.is_dir():

@@ -2,7 +2,8 @@
 
 python eval/cases.py scores/uvit-s scores/uvit-s-ours scores/minigpt5 --out cases.html
 
-The conversations are the first by a hash of their keys among those whose pictures were all kept.
+The conversations are the first by a hash of their keys among those whose pictures were all kept, or
+those of --case KEY, as d2i report takes it.
 """
 
 from pathlib import Path
@@ -16,9 +17,11 @@ from d2i.report import write_report
 def main(
     evaluations: Annotated[list[Path], typer.Argument(help="Folders made by d2i eval.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("cases.html"),
+    case: Annotated[list[str] | None, typer.Option(help="An instance's key; repeat it.")] = None,
 ) -> None:
     """Write one page of conversations."""
-    write_report(evaluations, out, title="Cases", parts=("conversations", "cards"))
+    parts = ("conversations", "cards")
+    write_report(evaluations, out, title="Cases", parts=parts, cases=case or ())
     print(out)
 
 

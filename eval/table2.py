@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
+from d2i.eval.guidance import chosen_by
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate, test_url
-from d2i.eval.systems import parse_system
+from d2i.eval.systems import chosen_settings, parse_system
 from d2i.recipes import change_recipe, read_kept_recipe
 from d2i.report import write_report
 
@@ -35,10 +36,11 @@ def main(
     ray_address: Annotated[str | None, typer.Option(help="A running cluster.")] = None,
 ) -> None:
     """Evaluate each system, then write table2.html, table2.md and table2.csv."""
-    recipe = change_recipe(read_kept_recipe(data), setting or [])
     folders = []
     for given in system:
         name, _, weights = given.partition("=")
+        settings = [*chosen_settings(name), *(setting or [])]
+        recipe = change_recipe(read_kept_recipe(data), settings)
         spec = parse_system(name, weights or None, recipe)
         folders.append(out / re.sub(r"[^A-Za-z0-9-]+", "-", given).strip("-"))
         request = EvalRequest(
@@ -47,6 +49,7 @@ def main(
             data_url=test_url(data),
             out_url=str(folders[-1]),
             save_images="all",
+            guidance_chosen_by=chosen_by(name, setting or []),
             num_workers=workers,
             ray_address=ray_address,
         )

@@ -1,19 +1,32 @@
-"""Table 3: one system on the four linearizations; only the text is encoded anew.
+"""Table 3: four runs, each trained and evaluated on a linearization of its own.
 
-python eval/table3.py data/photochat studies/table3 --system run:runs/unidiffuser
+python eval/table3.py data/photochat studies/table3 --run runs/space --run runs/special \
+  --run runs/letters --run runs/hash
+
+`--help` says with which commands they are made. With --test-time-only each run that is given is
+shown all four linearizations, whichever it was trained on: another experiment than the paper's,
+and called so.
 """
 
+import re
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from d2i.config import Recipe
 from d2i.dialog import TEMPLATES
+from d2i.errors import ConfigError, D2IError
+from d2i.eval.guidance import chosen_by
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate, test_url
-from d2i.eval.systems import parse_system
+from d2i.eval.systems import chosen_settings, parse_system
 from d2i.recipes import change_recipe, read_kept_recipe
 from d2i.report import write_report
+from d2i.runs import read_recipe
+from d2i.settle import differences
 
 
 def show(progress: EvalProgress) -> None:
@@ -21,33 +34,125 @@ def show(progress: EvalProgress) -> None:
     print(progress.line(), file=sys.stderr)
 
 
+def commands(strategy: str, data: str, recipe: str, out: str, prepared: str = "hash") -> list[str]:
+    """Return the commands that make the run of a linearization, and evaluate it as this does.
+
+    The pictures are encoded once: data of another linearization than `prepared` reuse them.
+    """
+    is_there, setting = strategy == prepared, f"--set text.strategy={strategy}"
+    folder = data if is_there else f"{data}-{strategy}"
+    reuse = f"d2i preprocess --corpus CORPUS --source SOURCE --reuse {data} --out {folder}"
+    return [
+        *([] if is_there else [f"{reuse} --recipe {recipe} {setting}"]),
+        f"d2i train --recipe {recipe} --data {folder} --run runs/{strategy} {setting} "
+        "--set backbone.weights=WEIGHTS",
+        f"d2i eval --system run:runs/{strategy} --data {data} --out {out}/{strategy} {setting}",
+    ]
+
+
+def one_each(runs: Sequence[str], recipe: Recipe, data: str, out: Path) -> dict[str, str]:
+    """Find the one run that was trained on each linearization.
+
+    Raises:
+        ConfigError: If there are none, or two, of one.
+    """
+    trained: dict[str, str] = {}
+    for run in runs:
+        strategy = read_recipe(run).text.strategy
+        if strategy in trained:
+            raise ConfigError(
+                f"{trained[strategy]} and {run} were both trained on {strategy}; expected a run "
+                "for each linearization; to show one network the others, add --test-time-only"
+            )
+        trained[strategy] = run
+    missing = [strategy for strategy in TEMPLATES if strategy not in trained]
+    for strategy in missing:
+        made_by = commands(strategy, data, recipe.name, str(out), recipe.text.strategy)
+        print(f"the run of {strategy} is made by:", *made_by, sep="\n  ", file=sys.stderr)
+    if missing or len(trained) > len(TEMPLATES):
+        raise ConfigError(
+            f"got runs trained on {', '.join(trained)}; expected one on each of "
+            f"{', '.join(TEMPLATES)}; make what is missing, or add --test-time-only to show one "
+            "network texts that it was not trained on"
+        )
+    _compare({strategy: trained[strategy] for strategy in TEMPLATES})
+    return trained
+
+
+def _compare(trained: dict[str, str]) -> None:
+    """Say in what the runs differ beside their text: that, too, decides the scores."""
+    recipes = {run: read_recipe(run).model_dump(mode="json") for run in trained.values()}
+    for recipe in recipes.values():
+        del recipe["text"]["strategy"]
+    (first, expected), *others = recipes.items()
+    for run, found in others:
+        if named := differences(found, expected):
+            print(f"beware: {run} is not as {first}: {'; '.join(named[:3])}", file=sys.stderr)
+
+
+def ask(run: str, strategy: str, data: str, settings: Sequence[str]) -> EvalRequest:
+    """Ask for a run on a linearization, all else of the text as in its training."""
+    system, kept = f"run:{run}", read_kept_recipe(data)
+    text = read_recipe(run).text.model_copy(update={"strategy": strategy})
+    recipe = change_recipe(
+        kept.model_copy(update={"text": text}), [*chosen_settings(system), *settings]
+    )
+    return EvalRequest(
+        recipe=recipe,
+        system=parse_system(system, None, recipe),
+        data_url=test_url(data),
+        out_url="",
+        guidance_chosen_by=chosen_by(system, settings),
+    )
+
+
 def main(
     data: Annotated[str, typer.Argument(help="Folder made by d2i preprocess.")],
     out: Annotated[Path, typer.Argument(help="Folder of the study; the same command resumes.")],
-    system: Annotated[str, typer.Option(help="As d2i eval takes it.")],
-    weights: Annotated[str | None, typer.Option(help="Weights of a backbone.")] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE.")] = None,
+    run: Annotated[list[str], typer.Option(help="A finished run; one of each linearization.")],
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, for all runs alike.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="0: no Ray; else fits the machine.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="A running cluster.")] = None,
+    *,
+    test_time_only: Annotated[
+        bool, typer.Option("--test-time-only", help="Show each run all four; not the paper's.")
+    ] = False,
 ) -> None:
-    """Evaluate the system on each linearization, then write table3.html, .md and .csv."""
-    folders = []
-    for strategy in TEMPLATES:
-        changes = [*(setting or []), f"text.strategy={strategy}"]
-        recipe = change_recipe(read_kept_recipe(data), changes)
-        folders.append(out / strategy)
-        request = EvalRequest(
-            recipe=recipe,
-            system=parse_system(system, weights, recipe),
-            data_url=test_url(data),
-            out_url=str(folders[-1]),
+    """Evaluate each run on the text it was trained on, then write table3.html, .md and .csv."""
+    if test_time_only:
+        names = [re.sub(r"[^A-Za-z0-9-]+", "-", r).strip("-") for r in run]
+        pairs = [(r, s, f"{n}-{s}") for r, n in zip(run, names, strict=True) for s in TEMPLATES]
+    else:
+        trained = one_each(run, read_kept_recipe(data), data, out)
+        pairs = [(trained[strategy], strategy, strategy) for strategy in TEMPLATES]
+    for one, strategy, name in pairs:
+        request = replace(
+            ask(one, strategy, data, setting or []),
+            out_url=str(out / name),
             num_workers=workers,
             ray_address=ray_address,
         )
-        print(strategy, evaluate(request, show)["scores"])
+        print(one, strategy, evaluate(request, show)["scores"])
+    title = "Linearizations" + (", changed at test time only" if test_time_only else "")
     for suffix in ("html", "md", "csv"):
-        write_report(folders, out / f"table3.{suffix}", title="Linearizations")
+        write_report([out / name for *_, name in pairs], out / f"table3.{suffix}", title=title)
+
+
+def _help() -> str:
+    made_by = ("data/photochat", "unidiffuser-v1-photochat", "studies/table3")
+    parts = ["\n".join(commands(strategy, *made_by)) for strategy in TEMPLATES]
+    # \b keeps the lines of a paragraph as they are.
+    shown = "".join(f"\n\n\b\n{part}" for part in parts)
+    return f"{main.__doc__}\n\nThe four runs are made, and evaluated, by:{shown}"
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(rich_markup_mode=None, add_completion=False)
+    app.command(help=_help())(main)
+    try:
+        app()
+    except D2IError as err:
+        print(f"table3: {err}", file=sys.stderr)
+        sys.exit(2)

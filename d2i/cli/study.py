@@ -131,9 +131,10 @@ def evaluate(
 
         d2i eval --system images:minigpt5 --label MiniGPT-5 --data data --out scores/minigpt5
     """
+    from d2i.eval.guidance import chosen_by
     from d2i.eval.job import EvalRequest, test_url
     from d2i.eval.job import evaluate as run
-    from d2i.eval.systems import parse_system
+    from d2i.eval.systems import chosen_settings, parse_system
     from d2i.fault import parse_fault
     from d2i.recipes import change_recipe, read_kept_recipe
     from d2i.shards import ShardReader
@@ -142,7 +143,7 @@ def evaluate(
     if workers is not None and not parallel:
         raise ConfigError("--workers counts Ray workers; expected --parallel with it; add it")
     # First what d2i select chose, so that a setting given here outweighs it.
-    recipe = change_recipe(read_kept_recipe(data), [*_chosen_guidance(system), *(settings or [])])
+    recipe = change_recipe(read_kept_recipe(data), [*chosen_settings(system), *(settings or [])])
     request = EvalRequest(
         recipe=recipe,
         system=parse_system(system, weights, recipe, adapter),
@@ -152,6 +153,7 @@ def evaluate(
         save_images=save_images,
         label=label,
         negatives=negatives,
+        guidance_chosen_by=chosen_by(system, settings or []),
         task_size=task_size,
         num_workers=workers if parallel else 0,
         ray_address=ray_address,
@@ -192,19 +194,27 @@ def report(
     ] = "report.html",
     times: Annotated[Path | None, typer.Option(help="Stage times, as d2i demo writes.")] = None,
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="Show this instance alone, by its key; may be repeated."),
+    ] = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page: conversations, pictures, scores, where they came from.
 
     The paper's tables, ours beside its own, are made of all evaluations that are given: systems
-    by corpus, linearizations, what a system is shown, people, food and animals, recipes.
+    by corpus, linearizations, what a system is shown, people, food and animals, recipes. Who stands
+    in the paper's own row: eval/README.md. With --case the page shows given conversations, as the
+    paper's Tables 4, 6 and 7; keys stand in instances.jsonl and on the page.
 
     Examples:
 
         d2i report scores/before scores/after --out report.html
 
         d2i report scores/before scores/after scores/none --out tables.csv
+
+        d2i report scores/before scores/after --case test-7-3-0 --out cases.html
     """
     from d2i.report import write_report
 
@@ -214,7 +224,7 @@ def report(
         raise ConfigError(
             f"--times {times}: {err}; expected the JSON that d2i demo writes"
         ) from err
-    write_report(evaluations, out, times=measured, title=title)
+    write_report(evaluations, out, times=measured, title=title, cases=case or ())
     print_result({"report": out}, [out], as_json=as_json)
 
 
@@ -234,12 +244,3 @@ def _score_lines(result: dict[str, Any]) -> list[str]:
 
 def _interval(interval: list[float] | None) -> str:
     return "" if interval is None else f"  (95 %: {interval[0]:.4g} to {interval[1]:.4g})"
-
-
-def _chosen_guidance(system: str) -> list[str]:
-    """Return the guidance scale that d2i select chose for a run, as a setting."""
-    from d2i.runs import best_choice
-
-    kind, _, run_url = system.partition(":")
-    best = best_choice(run_url) if kind == "run" else None
-    return [f"sample.guidance_scale={best[1]}"] if best else []

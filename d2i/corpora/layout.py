@@ -3,6 +3,8 @@
 Must not import torch.
 """
 
+import json
+
 from d2i import storage
 from d2i.errors import DataError
 
@@ -12,6 +14,25 @@ SPLITS = {
     "test": ("test",),
 }
 """Canonical split names, and the names that releases use."""
+
+_NAME_FILE = "corpus.json"
+_MAX_NAME_FILE_BYTES = 4096
+
+
+def corpus_name(source: str) -> str | None:
+    """Return what a corpus calls itself: `name` of its `corpus.json`; None where it says nothing.
+
+    A corpus in another's layout is told by it: the demo's made world is no MMDialog.
+    """
+    url = storage.join(source, _NAME_FILE)
+    if not storage.exists(url) or storage.size_bytes(url) > _MAX_NAME_FILE_BYTES:
+        return None
+    try:
+        found = json.loads(storage.read_bytes(url))
+    except (ValueError, IsADirectoryError):
+        return None
+    name = found.get("name") if isinstance(found, dict) else None
+    return name if isinstance(name, str) and name.isprintable() and name.strip() else None
 
 
 def split_folder(source: str, split: str) -> str | None:

@@ -1,7 +1,8 @@
 """The demo's corpus: made dialogs with their pictures, in MMDialog's own layout.
 
 `{train,valid,test}/conversations.json` (one object a line) beside flat `<media_key>.jpg`, and
-`scenes.jsonl` with what each picture shows, which only the judge reads. A few pictures are broken
+`scenes.jsonl` with what each picture shows, which only the judge reads; `corpus.json` says that it
+is the made world, whatever its layout. A few pictures are broken
 on purpose, as every real corpus has some.
 """
 
@@ -21,6 +22,7 @@ from d2i.demo.picture import draw
 from d2i.demo.scene import Scene, split_scenes
 from d2i.demo.talk import MadeTurn, make_dialog
 
+NAME = "made world"
 _JPEG_QUALITY = 95
 _SPLIT_SHARES = {"train": 0.84, "valid": 0.04, "test": 0.12}
 _SECOND_SCENE_SHARE = 0.2
@@ -60,6 +62,7 @@ def write_corpus(out: Path, num_dialogs: int, seed: int) -> None:
         scenes = held_out if split == "test" else open_scenes
         truth += _write_split(scratch / split, split, round(share * num_dialogs), scenes, seed)
     _write_lines(scratch / "scenes.jsonl", truth)
+    (scratch / "corpus.json").write_text(json.dumps({"name": NAME}) + "\n")
     scratch.rename(out)
 
 

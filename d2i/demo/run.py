@@ -109,7 +109,7 @@ def _stages(request: DemoRequest) -> list[Stage]:
         _command(
             "report",
             *("report", before, after, "--out", out / "report.html"),
-            *("--times", out / "times.json", "--title", "d2i demo"),
+            *("--times", out / "times.json", "--title", "d2i demo: demo network, made world"),
         ),
     ]
 

@@ -7,8 +7,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from d2i import storage
+from d2i.config import BackboneConfig
 from d2i.eval.measured import Measured
+from d2i.eval.provenance import describe_data, describe_training
 from d2i.eval.worker import describe_url
+from d2i.models import changed_sizes
+from d2i.models.folder import resolve_sizes
+from d2i.models.initial import describe_initial_weights
 from d2i.pictures import RESIZE
 from d2i.shards import ShardReader
 
@@ -42,12 +47,19 @@ def _system(request: EvalRequest) -> dict[str, Any]:
     drawn_by = spec.inner or spec
     if drawn_by.kind in ("diffusers", "unclip"):
         card |= {"precision": sample.precision, "adapter": _adapter(drawn_by)}
+    if spec.network:
+        card["changed_sizes"] = _changed_sizes(spec.network)
+    if spec.run_dir:
+        card |= describe_training(spec.run_dir)
+    elif spec.network:
+        card["initial_weights"] = describe_initial_weights(spec.network)
     if drawn_by.network is None:
         return card | {"pipeline_arguments": dict(sample.pipeline)}
     return card | {
         "sampler": sample.sampler,
         "num_steps": sample.num_steps,
         "guidance_scale": sample.guidance_scale,
+        "guidance_chosen_by": dict(request.guidance_chosen_by),
         "unconditional": sample.unconditional,
         "data_type": sample.data_type,
         "precision": sample.precision,
@@ -66,7 +78,7 @@ def _data(request: EvalRequest, reader: ShardReader, measured: Measured) -> dict
     keys = "\n".join(sorted(measured.arrays["keys"].tolist()))
     return {
         "data": storage.resolve(request.data_url),
-        "corpus": _corpus(request.data_url),
+        **describe_data(request.data_url),
         "recipe": recipe.name,
         "manifest_sha256": manifest.sha256,
         "instances_sha256": hashlib.sha256(keys.encode()).hexdigest(),
@@ -84,11 +96,7 @@ def _data(request: EvalRequest, reader: ShardReader, measured: Measured) -> dict
     }
 
 
-def _corpus(data_url: str) -> str | None:
-    """Return the name of the corpus that the data were planned from, where that is known."""
-    try:
-        plan = json.loads(storage.read_bytes(storage.join(data_url, "plan", "plan.json")))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    found = plan.get("decided_by", {}).get("corpus") if isinstance(plan, dict) else None
-    return str(found) if found else None
+def _changed_sizes(network: BackboneConfig) -> dict[str, Any]:
+    """Return the sizes of a network that are not the published ones, each as [its, published]."""
+    changed = changed_sizes(network.name, resolve_sizes(network).overrides())
+    return {name: list(sizes) for name, sizes in changed.items()}

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ class EvalRequest:
         label: What tables call the system; `None` takes the one it has by itself.
         negatives: The folder of MMDialog whose negative candidates recall is measured among; `None`
             draws them by key hash. Changes no picture, and may be given once they are drawn.
+        guidance_chosen_by: Who chose the guidance scale, as `guidance.chosen_by` says it.
         task_size: Instances that a worker is given at a time; `None` takes one compute batch.
             Changes no number.
         num_workers: `0` works in this process, without Ray; `None` fits the machine or cluster.
@@ -67,6 +68,7 @@ class EvalRequest:
     save_images: SaveImages = "sample"
     label: str | None = None
     negatives: str | None = None
+    guidance_chosen_by: Mapping[str, Any] = field(default_factory=dict)
     task_size: int | None = None
     num_workers: int | None = 0
     ray_address: str | None = None

@@ -1,6 +1,6 @@
 """The networks: U-ViT and UniDiffuser, and their published weights in and out."""
 
-from d2i.models.presets import PRESETS, build_backbone
+from d2i.models.presets import PRESETS, build_backbone, changed_sizes, name_sizes
 from d2i.models.unidiffuser import UniDiffuser
 from d2i.models.uvit import UViT
 from d2i.models.weights import load_weights, read_state_dict, save_weights
@@ -10,7 +10,9 @@ __all__ = [
     "UViT",
     "UniDiffuser",
     "build_backbone",
+    "changed_sizes",
     "load_weights",
+    "name_sizes",
     "read_state_dict",
     "save_weights",
 ]

@@ -6,7 +6,7 @@ Owns the table of sizes; builds networks, loads none.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -72,6 +72,34 @@ def build_backbone(name: str, **overrides: Any) -> nn.Module:
     arguments = sizes | overrides
     _check_sizes(name, arguments)
     return network_class(**arguments, **fixed)
+
+
+def changed_sizes(name: str, sizes: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the sizes that make a network another than the published one.
+
+    Args:
+        name: The preset.
+        sizes: Overrides, as `build_backbone` takes them.
+
+    Returns:
+        The network's and the published size by name; empty where they are the same.
+    """
+    published = PRESETS[name][1]
+    found = {key: (value, published.get(key)) for key, value in sizes.items()}
+    return {key: (size, other) for key, (size, other) in found.items() if size != other}
+
+
+def name_sizes(name: str, sizes: Mapping[str, Any]) -> str:
+    """Name a network: by its preset where it has the published sizes, else by its own.
+
+    Such as `uvit-s`, `uvit-s-shaped, 3 blocks of width 32`, or `uvit-s with num_text_tokens 154`.
+    """
+    changed = changed_sizes(name, sizes)
+    if changed.keys() & {"depth", "dim"}:
+        whole = {**PRESETS[name][1], **sizes}
+        return f"{name}-shaped, {whole['depth']} blocks of width {whole['dim']}"
+    words = ", ".join(f"{key} {size}" for key, (size, _) in changed.items())
+    return f"{name} with {words}" if words else name
 
 
 def _unknown(what: str, got: str, known: Collection[str]) -> str:

@@ -25,6 +25,7 @@ from d2i import storage
 from d2i.ahead import work_ahead
 from d2i.config import Recipe
 from d2i.corpora import Problem, build_corpus, read_instances
+from d2i.corpora.layout import corpus_name
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
 from d2i.preprocess.choose import Choice
@@ -61,6 +62,7 @@ class Plan:
     """The plan of one split, as kept in `plan/plan.json`.
 
     `most_occurrences` are the instances of the picture that has most: all are in one shard.
+    `corpus_name` is what the corpus calls itself, where it is not the one whose layout it has.
     `num_unmatched` are the keys of this split in the list of `--exclude` that no instance read has.
     """
 
@@ -72,6 +74,7 @@ class Plan:
     problems: dict[str, int]
     most_occurrences: int = 0
     num_unmatched: int = 0
+    corpus_name: str | None = None
     format: int = _FORMAT
 
 
@@ -144,6 +147,7 @@ class _Planner:
             problems=dict(sorted(self.problems.items())),
             most_occurrences=grouped.most_occurrences,
             num_unmatched=self.request.exclusion.num_of(self.request.split) - self.num_excluded,
+            corpus_name=corpus_name(storage.resolve(self.request.source)),
         )
         if self.split_url is not None:
             self._finish(plan, self.split_url)

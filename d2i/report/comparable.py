@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+from d2i.metric_specs import METRICS
 from d2i.report.evaluation import Evaluation, lossy_codec
+from d2i.report.paper import why_not_earned
+
+_CORPORA = {"photochat": "PhotoChat", "mmdialog": "MMDialog", "made world": "the made world"}
+KeyT = TypeVar("KeyT", bound=Hashable)
 
 _METRIC_FIELDS = (
     "instances_sha256",
@@ -43,6 +48,42 @@ def metric_identity(card: Mapping[str, Any]) -> dict[str, Any]:
     return fields | {"codec": lossy_codec(card), "clip_image": clip_image}
 
 
+def corpus_title(corpus: object) -> str:
+    """Return what tables call a corpus."""
+    return _CORPORA.get(str(corpus), str(corpus))
+
+
+def place(name: str, order: Sequence[str]) -> int:
+    """Return the place of a name in an order; names that are not in it come last."""
+    return order.index(name) if name in order else len(order)
+
+
+def group_by(
+    evaluations: Sequence[Evaluation], key: Callable[[Evaluation], KeyT]
+) -> Iterator[tuple[KeyT, list[Evaluation]]]:
+    """Group evaluations, in order of appearance."""
+    groups: dict[KeyT, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        groups.setdefault(key(evaluation), []).append(evaluation)
+    yield from groups.items()
+
+
+def guidance_words(card: Mapping[str, Any]) -> str | None:
+    """Say the guidance scale and who chose it, as `3 (d2i select, FID on 1,000 dialogs)`."""
+    scale = card.get("guidance_scale")
+    if scale is None:
+        return None
+    chosen = card.get("guidance_chosen_by") or {}
+    how = chosen.get("how")
+    if how == "select":
+        metric = METRICS.get(str(chosen.get("metric")))
+        said = metric.title if metric else chosen.get("metric")
+        how = f"d2i select, {said} on {chosen.get('num_instances')} validation dialogs"
+    elif how == "recipe":
+        how = "the recipe's"
+    return f"{scale:g} ({how})" if how else f"{scale:g}"
+
+
 def group_by_metric(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
     """Put those together whose metric is the same; the largest group first."""
     groups: dict[str, list[Evaluation]] = {}
@@ -67,7 +108,7 @@ def card_summary(evaluation: Evaluation) -> str:
     """Write what matters most of a metric card, for whoever points at a number."""
     card = evaluation.card
     sampling = (
-        f"{card['sampler']} {card['num_steps']} steps, guidance {card['guidance_scale']}"
+        f"{card['sampler']} {card['num_steps']} steps, guidance {guidance_words(card)}"
         if card.get("sampler")
         else "its own sampling"
     )
@@ -75,8 +116,13 @@ def card_summary(evaluation: Evaluation) -> str:
         f"{evaluation.label}: {card.get('found')} of {card.get('expected')} instances; "
         f"extractor {card.get('extractor')}; measured at {card.get('resolution')} px, "
         f"{card.get('resize')}; {card.get('codec')}; {sampling}; seed {card.get('seed')}; "
-        f"context {card.get('context')}; {evaluation.url}"
+        f"context {card.get('context')}; {evaluation.url}{_unearned(evaluation)}"
     )
+
+
+def _unearned(evaluation: Evaluation) -> str:
+    reasons = why_not_earned(evaluation.card, strategy_of(evaluation))
+    return f"; not the paper's row: {'; '.join(reasons)}" if reasons else ""
 
 
 def _short(value: Any) -> str:

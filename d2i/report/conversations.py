@@ -14,12 +14,25 @@ NUM_CONVERSATIONS = 12
 _TITLE = "Conversations"
 
 
-def conversations_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
-    """Show the first conversations, in the seeded order of keys, that every system drew.
+def conversations_section(
+    evaluations: Sequence[Evaluation], cases: Sequence[str] = ()
+) -> Section | LeftOut:
+    """Show conversations with the pictures of all systems, as the paper's Tables 4, 6 and 7.
 
     Evaluations of other instances are shown by themselves.
+
+    Args:
+        evaluations: The systems.
+        cases: The keys to show, in this order; none shows the first, in the seeded order of keys,
+            that every system drew.
+
+    Raises:
+        DataError: If a case is of no data set, or no system kept its picture.
     """
-    parts = [_part(group) for group in group_by_instances(evaluations)]
+    groups = group_by_instances(evaluations)
+    if cases:
+        return Section("conversations", _TITLE, _cases(groups, cases))
+    parts = [_part(group) for group in groups]
     bodies = [part for part in parts if not isinstance(part, LeftOut)]
     if not bodies:
         return next(part for part in parts if isinstance(part, LeftOut))
@@ -27,13 +40,16 @@ def conversations_section(evaluations: Sequence[Evaluation]) -> Section | LeftOu
 
 
 def draw_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> str:
-    """Draw conversations, each with its true picture and those of all systems.
+    """Draw conversations, each with its true picture and those that systems kept.
 
     Raises:
         DataError: If a system's pictures cannot be read.
     """
     wanted = [conversation.key for conversation in shown]
-    drawn = [evaluation.read_pictures(wanted) for evaluation in evaluations]
+    drawn = [
+        evaluation.read_pictures([key for key in wanted if key in evaluation.picture_urls])
+        for evaluation in evaluations
+    ]
     return "".join(_row(conversation, evaluations, drawn) for conversation in shown)
 
 
@@ -47,11 +63,40 @@ def group_by_instances(evaluations: Sequence[Evaluation]) -> list[list[Evaluatio
     return list(groups.values())
 
 
+def _cases(groups: Sequence[Sequence[Evaluation]], cases: Sequence[str]) -> str:
+    wanted, bodies = list(dict.fromkeys(cases)), []
+    unknown = set(wanted)
+    for group in groups:
+        found = {c.key: c for c in read_conversations(_data_url(group), wanted, len(wanted))}
+        shown = [found[key] for key in wanted if key in found]
+        unknown -= found.keys()
+        for conversation in shown:
+            if not any(conversation.key in e.picture_urls for e in group):
+                raise DataError(
+                    f"--case {conversation.key}: its picture was kept by no evaluation; expected "
+                    "one at least; evaluate with --save-images all"
+                )
+        bodies.append(draw_rows(shown, group))
+    if unknown:
+        key = next(key for key in wanted if key in unknown)
+        example = read_conversations(_data_url(groups[0]), groups[0][0].picture_urls, 1)
+        such = f", such as {example[0].key}" if example else ""
+        raise DataError(
+            f"--case {key}: no instance of {_data_url(groups[0])} has this key; expected a key "
+            f"of instances.jsonl{such}"
+        )
+    return "".join(bodies)
+
+
+def _data_url(evaluations: Sequence[Evaluation]) -> str:
+    return str(evaluations[0].card.get("data", ""))
+
+
 def _part(evaluations: Sequence[Evaluation]) -> str | LeftOut:
     keys = set(evaluations[0].picture_urls).intersection(*(e.picture_urls for e in evaluations))
     if not keys:
         return LeftOut(_TITLE, "no picture was kept for any conversation that all systems drew")
-    data_url = str(evaluations[0].card.get("data", ""))
+    data_url = _data_url(evaluations)
     try:
         shown = read_conversations(data_url, keys, NUM_CONVERSATIONS)
         rows = draw_rows(shown, evaluations)
@@ -89,7 +134,9 @@ def _row(
     figures = [_figure("True picture", conversation.picture, alt, _wanted(wanted))]
     for name, pictures, example in zip(column_names(evaluations), drawn, examples, strict=True):
         alt = f"{name}: picture drawn for {key}"
-        figures.append(_figure(name, pictures.get(key), alt, _read(example)))
+        figures.append(
+            _figure(name, pictures[key], alt, _read(example)) if key in pictures else _absent(name)
+        )
     return (
         f'<article class="conversation" aria-label="{text(key)}">{_chat(conversation)}'
         f'<div class="pictures">{"".join(figures)}</div>'
@@ -109,6 +156,11 @@ def _chat(conversation: Conversation) -> str:
 def _figure(name: str, data: bytes | None, alt: str, attributes: str) -> str:
     caption = f"<figcaption>{text(name)}</figcaption>"
     return f"<figure>{caption}{picture(data, alt)}{attributes}</figure>"
+
+
+def _absent(name: str) -> str:
+    caption = f"<figcaption>{text(name)}</figcaption>"
+    return f'<figure>{caption}<div class="no-picture">no picture kept</div></figure>'
 
 
 def _example(evaluation: Evaluation, key: str) -> Mapping[str, Any] | None:

@@ -15,9 +15,10 @@ from d2i.report.conversations import conversations_section
 from d2i.report.document import draw_document
 from d2i.report.evaluation import Evaluation, read_evaluation
 from d2i.report.hero import DEFAULT_TITLE, hero
-from d2i.report.markup import Section
+from d2i.report.markup import LeftOut, Section
 from d2i.report.plain import write_csv, write_markdown
 from d2i.report.preparation import preparation_section
+from d2i.report.readings import listening, table3
 from d2i.report.scores import scores_section
 from d2i.report.sections import (
     categories_section,
@@ -27,9 +28,11 @@ from d2i.report.sections import (
     systems_section,
 )
 from d2i.report.stages import stages_section
-from d2i.report.study import listening, table2, table3, table5
+from d2i.report.study import table2, table5
 from d2i.report.tabulated import Table
 from d2i.report.training import training_section
+
+_CASES_TITLE = "Cases"
 
 
 def write_report(
@@ -39,6 +42,7 @@ def write_report(
     times: Mapping[str, Any] | None = None,
     title: str | None = None,
     parts: Collection[str] | None = None,
+    cases: Sequence[str] = (),
 ) -> None:
     """Write the report of one evaluation or of many: a page (.html), or its tables (.md, .csv).
 
@@ -51,10 +55,14 @@ def write_report(
         times: `{"stages": [{"name", "command", "seconds", "detail"}], "machine": str}`.
         title: What the page is called.
         parts: The sections of the page, by anchor (`table2`, `figure5`, ...); None is all of them.
+        cases: Keys of instances: a page of these conversations with the pictures of all systems, as
+            the paper's Tables 4, 6 and 7, and the metric cards.
 
     Raises:
-        ConfigError: If no folder is given, or the file's suffix is none of the three.
-        DataError: If a folder holds no finished evaluation, or a file is not what was promised.
+        ConfigError: If no folder is given, or the file's suffix is none of the three, or no page's
+            where cases are asked for.
+        DataError: If a folder holds no finished evaluation, a file is not what was promised, or a
+            case is not there.
     """
     if not eval_dirs:
         raise ConfigError("report: got no evaluation folder, expected at least one")
@@ -63,8 +71,17 @@ def write_report(
         raise ConfigError(
             f"report: got {fspath(out_path)}, expected a name that ends in .html, .md or .csv"
         )
+    if cases and suffix != "html":
+        raise ConfigError(
+            f"--case: got --out {fspath(out_path)}, expected a page, as cases are pictures; "
+            "choose a name that ends in .html"
+        )
     evaluations = [read_evaluation(eval_dir) for eval_dir in eval_dirs]
-    if suffix == "html":
+    if cases:
+        section = conversations_section(evaluations, cases)
+        sections = [section, cards_section(evaluations)]
+        written = _draw(evaluations, sections, title or _CASES_TITLE)
+    elif suffix == "html":
         written = _page(evaluations, times, title, parts)
     else:
         written = (write_csv if suffix == "csv" else write_markdown)(_tables(evaluations))
@@ -103,5 +120,11 @@ def _page(
     ]
     if parts is not None:
         sections = [s for s in sections if isinstance(s, Section) and s.anchor in parts]
+    return _draw(evaluations, sections, title or DEFAULT_TITLE)
+
+
+def _draw(
+    evaluations: Sequence[Evaluation], sections: Sequence[Section | LeftOut], title: str
+) -> str:
     footer = "Every figure is read from the files of the run; rounded figures carry the exact one."
-    return draw_document(title or DEFAULT_TITLE, hero(evaluations, title), sections, footer)
+    return draw_document(title, hero(evaluations, title), sections, footer)

@@ -27,7 +27,7 @@ def write_csv(tables: Sequence[Table]) -> str:
                 if cell.value is not None:
                     writer.writerow(
                         [table.title, row.heading, column, *_values(cell)]
-                        + (["paper", ""] if cell.by_paper else ["d2i", row.card])
+                        + (["paper", row.paper] if cell.by_paper else ["d2i", row.card])
                     )
     return file.getvalue()
 

@@ -11,7 +11,8 @@ from d2i.report.dataset import read_conversations
 from d2i.report.evaluation import Evaluation
 from d2i.report.markup import LeftOut, Section, table, text
 from d2i.report.paper import paper_table2
-from d2i.report.study import listening, table2, table3, table5
+from d2i.report.readings import listening, table3
+from d2i.report.study import table2, table5
 from d2i.report.tabulated import Cell, Row, Table, shown
 
 _NUM_SHOWN = 4
@@ -77,7 +78,7 @@ def _cell(cell: Cell, row: Row) -> str:
     said = text(shown(cell).replace("-", "\N{MINUS SIGN}"))
     if isinstance(cell.value, str):
         return text(cell.value)
-    source = "the paper" if cell.by_paper else row.card
+    source = row.paper if cell.by_paper else row.card
     kind = ' class="paper"' if cell.by_paper else ""
     hover = text(f"{cell.value!r}; {source}")
     figure = f'<data{kind} value="{cell.value!r}" title="{hover}">{said}</data>'

@@ -26,11 +26,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its heading, its cells, and the metric card of its numbers in short."""
+    """A row: its heading and its cells, and where they come from.
+
+    Args:
+        heading: What it is of.
+        cells: Its values.
+        card: The metric card of our numbers in short.
+        paper: Where the paper's are from, and what is odd about them.
+    """
 
     heading: str
     cells: tuple[Cell, ...]
     card: str = ""
+    paper: str = "the paper"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from d2i.demo.corpus import write_corpus
+from tests.integration.commands import preprocess
 from tests.processes import COMMAND, run_d2i, run_process
 
 SMALL = ("--num-dialogs", "60", "--num-steps", "20", "--json")
@@ -58,6 +60,30 @@ BREAKS = [
 ]
 
 
+def assert_bears_no_name_of_the_papers(page: str) -> None:
+    """The made world is no MMDialog, and a network of 7 blocks of width 128 no U-ViT-Small."""
+    assert "Systems on the made world" in page
+    for name in ("on MMDialog", "Table 2", "U-ViT-Small", "+ ours"):
+        assert name not in page, name
+
+
+def test_the_demos_page_has_earned_its_names(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", 60, 1)
+    few = ("--split", "test", "--limit", "6")
+    preprocess("mmdialog", tmp_path / "corpus", tmp_path / "data", *few)
+    run_d2i(
+        *("eval", "--system", "uvit-s", "--weights", "demo:backbone", "--data", tmp_path / "data"),
+        *("--out", tmp_path / "before", "--set", "sample.num_steps=1"),
+    )
+    run_d2i("report", tmp_path / "before", "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert_bears_no_name_of_the_papers(page)
+    assert '<th scope="row">demo network, not fine-tuned</th>' in page
+    card = json.loads((tmp_path / "before" / "scores.json").read_text())["card"]
+    assert (card["corpus"], card["split"]) == ("made world", "test")
+    assert card["changed_sizes"]["depth"] == [7, 12]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("breaks", [BREAKS[1:3], pytest.param(BREAKS, marks=pytest.mark.soak)])
@@ -73,7 +99,10 @@ def test_a_demo_broken_off_ends_in_the_same_scores(
         *("judge", "report"),
     }
     assert result["attribute_accuracy_true"] > 0.98
-    assert Path(result["report"]).read_text().startswith("<!")
+    page = Path(result["report"]).read_text()
+    assert page.startswith("<!")
+    assert_bears_no_name_of_the_papers(page)
+    assert "<title>d2i demo: demo network, made world</title>" in page
 
     run_d2i("demo", "--out", whole, *SMALL)
     assert scores(whole) == scores(killed)

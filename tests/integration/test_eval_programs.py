@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from d2i.dialog import TEMPLATES
+from tests.command_lines import parse_d2i
 from tests.integration.networks import save_random_describer
+from tests.integration.training import write_split
+from tests.processes import run_d2i, run_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(program: str, *arguments: object) -> str:
+def start(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "eval" / program), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def run(program: str, *arguments: object) -> str:
+    done = start(program, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -29,20 +42,97 @@ def test_the_tables_of_a_small_study(tmp_path: Path, chat_data: Path) -> None:
     systems = ("--system", "uvit-s=demo:backbone", "--system", f"retrieve:{chat_data}")
     run("table2.py", chat_data, tmp_path / "two", *systems, *few)
     assert rows(tmp_path / "two/table2.csv", "Systems on jsonl") == {
-        "U-ViT-Small",
+        "demo network, not fine-tuned",
         "nearest training picture",
     }
-    run(
-        *("table3.py", chat_data, tmp_path / "three", "--system", "uvit-s"),
-        *("--weights", "demo:backbone", *few),
-    )
-    strategies = {"hash", "space", "special", "letters"}
-    assert rows(tmp_path / "three/table3.csv", "Linearizations") == strategies
     folders = [tmp_path / "two" / "uvit-s-demo-backbone"]
     run("cases.py", *folders, "--out", tmp_path / "cases.html")
     assert (tmp_path / "cases.html").read_text().count('<article class="conversation"') == 12
+    key = re.findall(r'aria-label="(test-[^"]+)"', (tmp_path / "cases.html").read_text())[5]
+    run("cases.py", *folders, "--out", tmp_path / "case.html", "--case", key)
+    assert (tmp_path / "case.html").read_text().count('<article class="conversation"') == 1
     run("figure5.py", *folders, "--out", tmp_path / "figure5.html")
     assert '<section id="cards">' in (tmp_path / "figure5.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo's network, trained for a step; then the same run as each linearization leaves it.
+
+    Of the random numbers that it learns from, none depends on a text.
+    """
+    folder = tmp_path_factory.mktemp("linearized")
+    (folder / "data" / "train").mkdir(parents=True)
+    write_split(folder / "data" / "train", "train", 2, side=16, text_dim=64)
+    run_d2i(
+        *("train", "--recipe", "demo", "--data", folder / "data", "--run", folder / "hash"),
+        *("--num-accelerators", 1, "--set", "train.num_steps=1"),
+        *("--set", "train.global_batch_size=2"),
+    )
+    for strategy in ("space", "special", "letters"):
+        shutil.copytree(folder / "hash", folder / strategy)
+        config = json.loads((folder / strategy / "config.json").read_text())
+        config["recipe"]["text"]["strategy"] = strategy
+        config["recipe"]["train"]["seed"] = int(strategy == "letters")
+        (folder / strategy / "config.json").write_text(json.dumps(config))
+    return {strategy: folder / strategy for strategy in TEMPLATES}
+
+
+def test_table_3_is_of_a_run_for_each_linearization(
+    tmp_path: Path, chat_data: Path, runs: dict[str, Path]
+) -> None:
+    few = ("--set", "sample.num_steps=1", "--workers", "0")
+    given = [part for run in runs.values() for part in ("--run", run)]
+    done = start("table3.py", chat_data, tmp_path / "three", *given, *few)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"beware: {runs['letters']} is not as {runs['hash']}: train.seed: 1" in done.stderr
+    name = "demo network, fine-tuned on jsonl"
+    table = tmp_path / "three/table3.csv"
+    assert rows(table, f"Linearizations: {name}") == set(TEMPLATES)
+    assert rows(table, "Linearizations, changed") == set()
+    for strategy in TEMPLATES:
+        card = json.loads((tmp_path / "three" / strategy / "scores.json").read_text())["card"]
+        assert card["run"] == str(runs[strategy])
+        assert card["text"]["strategy"] == card["trained_text"]["strategy"] == strategy
+    # The command that the program prints goes on from the very same folder.
+    settings = ("--set", "text.strategy=hash", "--set", "sample.num_steps=1")
+    system = ("--system", f"run:{runs['hash']}")
+    again = ("--data", chat_data, "--out", tmp_path / "three" / "hash", *settings)
+    assert "23 of 23" in run_process("eval", *system, *again).stdout
+
+
+def test_one_run_is_no_table_3(tmp_path: Path, chat_data: Path, runs: dict[str, Path]) -> None:
+    out, few = tmp_path / "three", ("--set", "sample.num_steps=1", "--workers", "0")
+    done = start("table3.py", chat_data, out, "--run", runs["space"], *few)
+    assert done.returncode == 2
+    *said, line = done.stderr.strip().splitlines()
+    assert line.startswith("table3: got runs trained on space; expected one on each of hash, ")
+    printed = [part.strip() for part in said if part.strip().startswith("d2i ")]
+    # Hash is what the data have: all others are prepared first.
+    assert len(printed) == 2 + 3 + 3
+    for command in printed:
+        parse_d2i(command)
+    twice = start("table3.py", chat_data, out, "--run", runs["hash"], "--run", runs["hash"])
+    assert twice.returncode == 2
+    assert "were both trained on hash" in twice.stderr
+    assert not out.exists()
+
+    run("table3.py", chat_data, out, "--run", runs["space"], "--test-time-only", *few)
+    table = "Linearizations, changed at test time only: demo network, fine-tuned on jsonl"
+    assert rows(out / "table3.csv", table) == set(TEMPLATES)
+    assert rows(out / "table3.csv", "Linearizations: ") == set()
+    page = (out / "table3.html").read_text()
+    assert "<title>Linearizations, changed at test time only</title>" in page
+    assert "not the paper&#x27;s experiment" in page
+
+
+def test_table_3_says_how_its_runs_are_made() -> None:
+    lines = [line.strip() for line in run("table3.py", "--help").splitlines()]
+    for name in ("train", "eval"):
+        commands = [line for line in lines if line.startswith(f"d2i {name} ")]
+        assert len(commands) == len(TEMPLATES)
+        for command in commands:
+            parse_d2i(command)
 
 
 def test_divter_and_minigpt5(tmp_path: Path, chat_data: Path) -> None:

@@ -23,6 +23,7 @@ from d2i.report import read_evaluation, write_report
 from d2i.report.plot import ticks
 from d2i.report.training import read_run, smooth
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
+from tests.processes import run_process
 
 HOSTILE = "<script>alert('hi')</script> & \"more\" :sun:"
 ATTRIBUTES = {"shape": ("ball", "box"), "colour": ("red", "blue")}
@@ -376,3 +377,28 @@ def test_no_evaluation_is_refused(made: Made, tmp_path: Path) -> None:
     scores.write_text(json.dumps({"scores": []}))
     with pytest.raises(DataError, match="expected `scores` and `card`"):
         read_evaluation(made.eval_dirs[0])
+
+
+def test_cases_are_the_dialogs_asked_for(made: Made) -> None:
+    """In the order asked, also one whose picture was kept by one system alone."""
+    cases = (made.keys[-1], made.keys[3])
+    source = made.render(cases=cases)
+    assert re.findall(r'<article class="conversation" aria-label="([^"]+)"', source) == list(cases)
+    assert source.count("no picture kept") == 1
+    assert "<title>Cases</title>" in source
+    assert re.findall(r'<a href="#(\w+)"', source) == ["conversations", "cards"]
+
+
+def test_a_case_that_is_not_there_is_one_line(made: Made) -> None:
+    out = made.root / "cases.html"
+    done = run_process("report", *made.eval_dirs, "--out", out, "--case", "test-99-0-0")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "--case test-99-0-0: no instance of" in line
+    assert re.search(r"such as test-\d+-0-0$", line)
+    for folder in made.eval_dirs:
+        (folder / "images" / "000000.tar").unlink()
+    with pytest.raises(DataError, match=r"kept by no evaluation.*--save-images all"):
+        made.render(cases=made.keys[:1])
+    with pytest.raises(ConfigError, match=r"ends in \.html"):
+        write_report(made.eval_dirs, made.root / "cases.md", cases=made.keys[:1])

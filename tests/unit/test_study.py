@@ -15,15 +15,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from d2i.config import TextConfig
 from d2i.errors import ConfigError
 from d2i.report import write_report
 from d2i.report.categories import NUM_OF_CATEGORY, draw_categories
-from d2i.report.paper import PUBLISHED_EXTRACTOR, paper_row
+from d2i.report.paper import PUBLISHED_EXTRACTOR, earned_row, paper_row, why_not_earned
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 
 BACKBONES = ("uvit-s", "uvit-s-deep", "unidiffuser-v1")
 LABELS = {"people": "Woman", "food": "Pizza", "animals": "Dog", "none": "Belt"}
 NUM_TEST = 4 * 55
+# What the paper's test splits hold, and with it a card that earns the paper's row.
+EXPECTED = {"photochat": 1000, "mmdialog": 23772}
+PUBLISHED = {"file": "published.pth", "sha256": "ab" * 32, "layout": "published"}
+TEXT = TextConfig().model_dump(mode="json")
+
+
+def text(strategy: str) -> dict[str, Any]:
+    return TEXT | {"strategy": strategy}
 
 
 def png(number: int) -> bytes:
@@ -75,19 +84,26 @@ class Study:
             "backbone": backbone,
             "run": f"/runs/{backbone}" if run else None,
             "context": "full",
-            "text": {"strategy": "hash"},
+            "text": TEXT,
             "corpus": corpus,
+            "split": "test",
+            "corpus_options": {},
             "data": str(self.root / corpus),
             "instances_sha256": corpus,
             "extractor": PUBLISHED_EXTRACTOR,
             "weights": {"clip_image": "ab" * 32},
-            "expected": NUM_TEST,
-            "found": NUM_TEST,
+            "expected": EXPECTED[corpus],
+            "found": EXPECTED[corpus],
             "resolution": 256,
             "sampler": "dpm_solver",
             "num_steps": 50,
             "guidance_scale": 2.0,
+            "guidance_chosen_by": {"how": "given"},
         }
+        if backbone:
+            values |= {"changed_sizes": {}, "initial_weights": PUBLISHED}
+        if run:
+            values |= {"trained_text": card.get("text", TEXT), "trained_corpus": corpus}
         scores = {name: 10.0 + number + 0.1 * i for i, name in enumerate(SCORES)}
         intervals = {"fid": [scores["fid"] - 1, scores["fid"] + 1]}
         document = {"scores": scores, "intervals": intervals, "card": values | card}
@@ -132,10 +148,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
             made.add(corpus, backbone)
             made.add(corpus, backbone, run=True)
     for strategy in ("letters", "special", "space"):
-        made.add("photochat", "unidiffuser-v1", run=True, text={"strategy": strategy})
+        made.add("photochat", "unidiffuser-v1", run=True, text=text(strategy))
     for context in ("none", "shuffled", "last"):
         made.add("mmdialog", "uvit-s", run=True, context=context)
-    made.add("mmdialog", None, kind="divter", label="Divter", found=NUM_TEST - 3)
+    made.add("mmdialog", None, kind="divter", label="Divter", found=23769)
     made.add("mmdialog", None, kind="images", label="MiniGPT-5", codec="jpg files")
     return made
 
@@ -168,7 +184,8 @@ def test_table_2_has_the_papers_numbers_beside_ours(study: Study) -> None:
         if (line["table"], line["row"], line["column"]) == (table, "U-ViT-Small", "FID")
     ]
     assert (uvit["low"], uvit["high"]) == ("9.0", "11.0")
-    assert "dpm_solver 50 steps, guidance 2.0" in uvit["card"]
+    assert "dpm_solver 50 steps, guidance 2 (given)" in uvit["card"]
+    assert "not the paper's row" not in uvit["card"]
 
 
 @pytest.mark.parametrize(("kind", "label"), [("dalle2", "DALL-E 2"), ("unclip", "DALL·E 2")])
@@ -192,7 +209,7 @@ def test_every_system_of_the_paper_has_a_row(study: Study) -> None:
         *("DALL-E 2", "MiniGPT-5", "Divter, our captions")
     }
     table = "Systems on MMDialog (Table 2)"
-    assert value(lines, table, "Divter, our captions", "pictures") == "217 of 220"
+    assert value(lines, table, "Divter, our captions", "pictures") == "23769 of 23772"
     assert value(lines, table, "Divter, our captions", "IS (paper)") == "20.53"
 
 
@@ -230,7 +247,9 @@ def test_the_papers_numbers_stand_wherever_its_metric_does(tmp_path: Path) -> No
     made.add("mmdialog", "uvit-s", run=True)
     made.add("mmdialog", "unidiffuser-v1", run=True, device="cuda")
     lines, table = made.lines(), "Systems on MMDialog (Table 2)"
-    assert value(lines, table, "U-ViT-Small", "FID (paper)") is None
+    ours = "Systems on MMDialog"
+    assert value(lines, ours, "uvit-s, not fine-tuned", "FID") == "10.0"
+    assert value(lines, ours, "uvit-s, not fine-tuned", "FID (paper)") is None
     assert value(lines, f"{table}, apart", "U-ViT-Small + ours", "FID (paper)") == "23.9"
     assert value(lines, f"{table}, apart", "U-ViT-Small", "FID (paper)") == "52.95"
     by_cuda = [line["row"] for line in lines if line["table"] == f"{table}, apart (2)"]
@@ -243,13 +262,172 @@ def test_the_papers_numbers_stand_wherever_its_metric_does(tmp_path: Path) -> No
     [("minigpt5", "MiniGPT-5"), ("DALL·E 2", "DALL-E 2"), ("divter", "Divter"), ("note", "note")],
 )
 def test_a_label_finds_the_papers_row(label: str, row: str) -> None:
-    assert paper_row({"label": label}) == row
+    assert paper_row(CARD | {"backbone": None, "kind": "images", "label": label}) == row
+
+
+CARD: dict[str, Any] = {
+    "label": "uvit-s, fine-tuned",
+    "kind": "run",
+    "backbone": "uvit-s",
+    "run": "/runs/a",
+    "corpus": "photochat",
+    "split": "test",
+    "corpus_options": {},
+    "expected": 1000,
+    "found": 860,
+    "extractor": PUBLISHED_EXTRACTOR,
+    "changed_sizes": {},
+    "initial_weights": PUBLISHED,
+    "text": TEXT,
+    "trained_text": TEXT,
+    "trained_corpus": "photochat",
+}
+_SMALL = {"depth": [3, 12], "dim": [32, 512], "patch_size": [4, 2]}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"changed_sizes": _SMALL},
+            "3 blocks of width 32, published 12 of 512; patch_size 4, published 2",
+        ),
+        ({"changed_sizes": {"depth": [16, 12]}}, "depth 16, published 12"),
+        ({"initial_weights": None}, "its initial weights are random"),
+        ({"initial_weights": {"file": "scratch"}}, "its initial weights are random"),
+        (
+            {"initial_weights": PUBLISHED | {"initialisation": True}},
+            "its initial weights are an initialisation, not trained",
+        ),
+        (
+            {"initial_weights": {"file": "x.pth", "layout": None}},
+            "its initial weights, x.pth, are in no published layout",
+        ),
+        ({"text": TEXT | {"keep": "start"}}, "evaluated with text.keep=start, the paper's end"),
+        (
+            {"trained_text": TEXT | {"max_turns": 4, "num_windows": 2}},
+            "trained with text.max_turns=4, the paper's null; "
+            "trained with text.num_windows=2, the paper's 1",
+        ),
+        (
+            {"trained_text": TEXT | {"strategy": "space"}},
+            "trained with text.strategy=space, the paper's hash",
+        ),
+        ({"trained_corpus": "jsonl"}, "trained on jsonl"),
+        ({"corpus": "made world"}, "the corpus is made world"),
+        (
+            {"extractor": "clip_image 0123"},
+            "the paper's are on inception-v3-compat 6726825d, these on clip_image 0123",
+        ),
+        ({"split": "valid"}, "the split is valid"),
+        ({"expected": 20, "found": 20}, "the paper's are on 1,000 test instances, these on 20"),
+        ({"found": 700}, "700 of 1,000 were scored"),
+        (
+            {"corpus_options": {"direction": "first"}},
+            "instances were made with corpus.direction=first",
+        ),
+    ],
+)
+def test_the_papers_row_is_earned(change: dict[str, Any], reason: str) -> None:
+    assert earned_row(CARD) == paper_row(CARD) == "U-ViT-Small + ours"
+    assert why_not_earned(CARD) == []
+    card = CARD | change
+    assert earned_row(card) is None
+    assert paper_row(card) == "uvit-s, fine-tuned"
+    assert "; ".join(why_not_earned(card)) == reason
+
+
+def test_an_evaluation_of_before_is_read_and_earns_no_row(tmp_path: Path) -> None:
+    """Cards said neither sizes, weights nor the text of training."""
+    made = Study(tmp_path)
+    folder = made.add("photochat", "uvit-s", run=True)
+    document = json.loads((folder / "scores.json").read_text())
+    for field in (
+        *("changed_sizes", "initial_weights", "trained_text", "trained_corpus"),
+        *("corpus_options", "guidance_chosen_by"),
+    ):
+        del document["card"][field]
+    (folder / "scores.json").write_text(json.dumps(document))
+    lines = made.lines()
+    table = "Systems on PhotoChat (Table 2)"
+    assert value(lines, table, "uvit-s, fine-tuned", "FID") == "10.0"
+    assert value(lines, table, "U-ViT-Small + ours", "FID") is None
+    assert value(lines, table, "U-ViT-Small + ours", "FID (paper)") == "86.27"
+    reason = (
+        "uvit-s, fine-tuned: not the paper's row: its sizes are not recorded; its initial weights "
+        "are not recorded; the text that it was trained on is not recorded."
+    )
+    assert reason in made.write("tables.md")
+    (card,) = {line["card"] for line in lines if line["by"] == "d2i" and line["table"] == table}
+    assert reason.partition(": ")[2].rstrip(".") in card
+    # Not so the split: without it, nothing is known of the whole table.
+    del document["card"]["split"]
+    (folder / "scores.json").write_text(json.dumps(document))
+    assert "numbers are left out: the split is not recorded." in made.write("tables.md")
+
+
+def test_a_name_of_the_papers_is_not_given_away() -> None:
+    """Neither by --label, nor to other weights of DALL-E 2's kind."""
+    small = CARD | {"changed_sizes": _SMALL, "label": "U-ViT-Small + ours"}
+    assert paper_row(small) == "U-ViT-Small + ours, not the paper's"
+    pictures = small | {"backbone": None, "kind": "images", "run": None}
+    assert paper_row(pictures) == "U-ViT-Small + ours, not the paper's"
+    karlo = CARD | {"backbone": None, "kind": "dalle2", "run": None, "label": "DALL-E 2"}
+    assert paper_row(karlo) == "DALL-E 2, not the paper's"
+    assert "unCLIP (Karlo)" in why_not_earned(karlo)[0]
+
+
+def test_gains_stand_beside_the_papers(tmp_path: Path) -> None:
+    made = Study(tmp_path)
+    made.add("photochat", "unidiffuser-v1")
+    made.add("photochat", "unidiffuser-v1", run=True)
+    # Of another network, and of another text: neither is what was fine-tuned.
+    made.add("photochat", "unidiffuser-v1", changed_sizes=_SMALL)
+    made.add("photochat", "unidiffuser-v1", text=TEXT | {"keep": "start"})
+    made.add("photochat", "uvit-s", run=True)
+    lines, table = made.lines(), "Systems on PhotoChat (Table 2)"
+    row = "UniDiffuser-v1 + ours"
+    assert value(lines, table, row, "FID gain") == "1.0"
+    assert value(lines, table, row, "FID gain (paper)") == "-37.49"
+    assert value(lines, table, row, "CLIP-I gain (paper)") == "11.23"
+    assert value(lines, table, "U-ViT-Small + ours", "FID gain") is None
+    assert value(lines, table, "U-ViT-Small + ours", "IS gain (paper)") == "1.7"
+    assert value(lines, table, "UniDiffuser-v1", "FID gain (paper)") is None
+    assert "|+1.00|-37.49|" in made.write("tables.md")
+
+
+def test_what_is_odd_about_the_papers_numbers_is_said(study: Study) -> None:
+    for name in ("tables.md", "tables.html"):
+        written = study.write(name)
+        for words in ("gain of +10.63; the difference is 11.23", "42.18", "104.14", "Tables 2, 3"):
+            assert words in written, (name, words)
+    cards = {
+        (line["row"], line["column"]): line["card"]
+        for line in study.lines()
+        if line["by"] == "paper" and "MMDialog" not in line["table"]
+    }
+    assert "+10.63" in cards["UniDiffuser-v1 + ours", "CLIP-I (paper)"]
+    assert "42.18" in cards["Divter", "FID (paper)"]
+    assert cards["U-ViT-Small", "FID (paper)"] == "the paper, Table 2"
+    assert "104.14" in cards["special", "IS (paper)"]
+
+
+def test_who_chose_the_guidance_stands_in_the_row(tmp_path: Path) -> None:
+    made = Study(tmp_path)
+    chosen = {"how": "select", "metric": "fid", "num_instances": 1000}
+    made.add("photochat", "uvit-s", run=True, guidance_scale=3.0, guidance_chosen_by=chosen)
+    made.add("photochat", "uvit-s", guidance_chosen_by={"how": "recipe"})
+    lines, table = made.lines(), "Systems on PhotoChat (Table 2)"
+    words = "3 (d2i select, FID on 1000 validation dialogs)"
+    assert value(lines, table, "U-ViT-Small + ours", "guidance") == words
+    assert value(lines, table, "U-ViT-Small", "guidance") == "2 (the recipe's)"
+    assert any(f"guidance {words};" in line["card"] for line in lines)
 
 
 def test_rows_of_one_name_tell_their_folders(tmp_path: Path) -> None:
     made = Study(tmp_path)
     for strategy in ("hash", "letters", "letters"):
-        made.add("photochat", "uvit-s", run=True, text={"strategy": strategy})
+        made.add("photochat", "uvit-s", run=True, text=text(strategy))
     lines = [line for line in made.lines() if line["column"] == "FID"]
     of_table_3 = [line["row"] for line in lines if line["table"].startswith("Linearizations")]
     assert of_table_3 == ["letters (01)", "letters (02)", "hash"]
@@ -267,7 +445,7 @@ def test_a_study_has_a_row_a_system_and_says_each_warning_once(study: Study) -> 
 
 def test_table_3_and_contexts(study: Study) -> None:
     lines = study.lines()
-    name = "Linearizations: UniDiffuser-v1 + ours on PhotoChat"
+    name = "Linearizations: UniDiffuser-v1 + ours on PhotoChat (Table 3)"
     assert [line["row"] for line in lines if line["table"] == name and line["column"] == "FID"] == [
         "space",
         "special",
@@ -280,6 +458,21 @@ def test_table_3_and_contexts(study: Study) -> None:
     assert [
         line["row"] for line in lines if line["table"] == shown and line["column"] == "FID"
     ] == ["full", "last", "none", "shuffled"]
+
+
+def test_one_network_on_other_texts_is_not_table_3(tmp_path: Path) -> None:
+    made = Study(tmp_path)
+    for strategy in ("hash", "space"):
+        made.add(*("photochat", "unidiffuser-v1"), run=True, text=text(strategy), trained_text=TEXT)
+        made.add("photochat", "uvit-s", text=text(strategy))
+    tables = {line["table"] for line in made.lines() if line["table"].startswith("Linearizations")}
+    start = "Linearizations, changed at test time only"
+    assert tables == {
+        f"{start}: unidiffuser-v1, fine-tuned on PhotoChat",
+        f"{start}: uvit-s, not fine-tuned on PhotoChat",
+    }
+    assert not [x for x in made.lines() if x["table"].startswith(start) and x["by"] == "paper"]
+    assert "not the paper's experiment" in made.write("tables.md")
 
 
 def test_figure_5_draws_fifty_of_each_by_hash(study: Study) -> None:
@@ -311,9 +504,9 @@ def test_the_page_has_all_of_it_and_loads_nothing(study: Study) -> None:
     assert opened == []
     for anchor in ("table2", "table3", "listening", "figure5", "table5", "conversations", "cards"):
         assert f'<section id="{anchor}">' in source
-    assert 'title="97.76; the paper"' in source
+    assert 'title="97.76; the paper, Table 2"' in source
     # What scrolls has a name, also where the caption holds a figure; no heading is empty.
-    for name in ("Systems on PhotoChat (Table 2)", "FID on inception-v3-compat 6726825d, 220"):
+    for name in ("Systems on PhotoChat (Table 2)", "FID on inception-v3-compat 6726825d, 1,000"):
         assert f'role="region" aria-label="{name}' in source
     assert '<th scope="col"></th>' not in source
     assert "photochat" in source

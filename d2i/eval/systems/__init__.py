@@ -16,6 +16,7 @@ from d2i.eval.system import System, SystemContext
 from d2i.eval.systems.adapter import Adapter, find_adapter
 from d2i.published import weights_to_fetch
 from d2i.runs import EMA_NAME, best_choice, read_recipe
+from d2i.shipped import is_shipped
 
 _BACKBONES = get_args(BackboneName)
 # A module is imported only when its system is asked for.
@@ -96,6 +97,17 @@ def _parse(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     )
 
 
+def chosen_settings(system: str) -> list[str]:
+    """Return what d2i select chose of a run that a system names, as settings; else nothing.
+
+    Raises:
+        ConfigError: If what it wrote is damaged, or the weights are gone.
+    """
+    kind, _, run_url = system.partition(":")
+    best = best_choice(run_url) if kind == "run" else None
+    return [f"sample.guidance_scale={best[1]}"] if best else []
+
+
 def build_system(context: SystemContext) -> System:
     """Build a system where it draws.
 
@@ -121,11 +133,13 @@ def _run(system: str, target: str, weights: str | None, recipe: Recipe) -> Syste
         )
     network = trained.model_copy(update={"weights": path})
     how = "trained from scratch" if trained.is_random else "fine-tuned"
-    label = f"{trained.name}, {how}"
+    label = f"{_title(trained, trained)}, {how}"
     return SystemSpec(f"run:{run_url}", label, "run", run_url, network, run_url)
 
 
 def _backbone(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
+    from d2i.models.folder import resolve_sizes
+
     if weights is None:
         raise ConfigError(
             f"--system {system}: got no weights; expected {weights_to_fetch(system)}, a model "
@@ -134,7 +148,18 @@ def _backbone(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     sizes = recipe.backbone.overrides() if recipe.backbone.name == system else {}
     values = {"name": system, "weights": _absolute(weights)} | sizes
     network = BackboneConfig.model_validate(values)
-    return SystemSpec(system, f"{system}, not fine-tuned", system, network=network)
+    is_here = storage.local_path(network.weights or "") is not None
+    title = _title(network, resolve_sizes(network) if is_here else network)
+    return SystemSpec(system, f"{title}, not fine-tuned", system, network=network)
+
+
+def _title(start: BackboneConfig, sized: BackboneConfig) -> str:
+    """Name a network by the weights it started from, where they are the demo's, or by its sizes."""
+    from d2i.models import name_sizes
+
+    if start.weights and is_shipped(start.weights):
+        return "demo network"
+    return name_sizes(start.name, sized.overrides())
 
 
 def _by_place(system: str, target: str, weights: str | None, recipe: Recipe) -> SystemSpec:

@@ -1,0 +1,76 @@
+"""Where test data and a run come from, as far as their files say it, for the metric card.
+
+What decides whether a table may call a system by the paper's name. Files of before say less; what
+they do not say is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from d2i import storage
+from d2i.corpora import CORPORA
+from d2i.runs import CONFIG_NAME, read_recipe
+
+# Which instances there are, and what each of them reads.
+_OPTIONS = ("direction", "own_turn", "images_in_turn", "repeated", "earlier_images", "emoji")
+
+
+def describe_data(data_url: str) -> dict[str, Any]:
+    """Say what a data set was planned from.
+
+    Returns:
+        `corpus` (None where no plan says it), and with a plan `split` and `corpus_options`: those
+        that the reader's own defaults do not have.
+    """
+    plan = _read_object(storage.join(data_url, "plan", "plan.json"))
+    decided = plan.get("decided_by") or {}
+    layout = decided.get("corpus")
+    if not layout:
+        return {"corpus": None}
+    options = (decided.get("recipe") or {}).get("corpus") or {}
+    return {
+        "corpus": str(plan.get("corpus_name") or layout),
+        "split": decided.get("split"),
+        "corpus_options": _changed(str(layout), options),
+    }
+
+
+def describe_training(run_url: str) -> dict[str, Any]:
+    """Say what a run learned from, and from where.
+
+    Returns:
+        `trained_text`, the settings of the text that it was trained on; `trained_corpus`, None
+        where its data are gone or have no plan; and `initial_weights`, where the run says them.
+    """
+    config = _read_object(storage.join(run_url, CONFIG_NAME))
+    data = config.get("data")
+    places = (storage.join(data, "train"), data) if data else ()
+    corpora = (describe_data(url)["corpus"] for url in places)
+    known = {
+        "trained_text": read_recipe(run_url).text.model_dump(mode="json"),
+        "trained_corpus": next(filter(None, corpora), None),
+    }
+    if "initial_weights" in config:
+        known["initial_weights"] = config["initial_weights"]
+    return known
+
+
+def _changed(layout: str, options: dict[str, Any]) -> dict[str, Any]:
+    kind = CORPORA.get(layout)
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)} if kind else {}
+    return {
+        name: value
+        for name in _OPTIONS
+        if (value := options.get(name)) is not None and value != defaults.get(name)
+    }
+
+
+def _read_object(url: str) -> dict[str, Any]:
+    try:
+        found = json.loads(storage.read_bytes(url))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,58 @@
+"""What fine-tuning gained: a run's scores minus those of the network that it started from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from d2i.metric_specs import PAPER_METRICS
+from d2i.report.evaluation import Evaluation
+from d2i.report.markup import is_number
+from d2i.report.paper import PaperScores, paper_gain
+from d2i.report.score_rows import Gains
+
+
+def gains(
+    evaluation: Evaluation | None,
+    beside: Sequence[Evaluation],
+    rows: Mapping[str, PaperScores],
+    name: str,
+) -> Gains:
+    """Return what fine-tuning gained, by key of each of the paper's metrics.
+
+    Args:
+        evaluation: Of the fine-tuned system; None where the paper alone has it.
+        beside: The evaluations whose scores compare with it.
+        rows: Those of the paper that stand beside.
+        name: The row that the system earned.
+    """
+    before = find_start(evaluation, beside) if evaluation else None
+    found = {}
+    for metric in PAPER_METRICS:
+        ours = None
+        if evaluation and before:
+            values = [e.scores.get(metric.key) for e in (before, evaluation)]
+            if is_number(values[0]) and is_number(values[1]):
+                ours = float(values[1] - values[0])
+        found[metric.key] = (ours, paper_gain(rows, name, metric.key))
+    return found
+
+
+def find_start(evaluation: Evaluation, beside: Sequence[Evaluation]) -> Evaluation | None:
+    """Find the network that a run was fine-tuned from, not fine-tuned and shown the same text.
+
+    None where it was not evaluated, or cannot be told from another.
+    """
+    if not evaluation.card.get("run") or not evaluation.card.get("backbone"):
+        return None
+    found = [e for e in beside if _is_start(e, evaluation)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_start(before: Evaluation, after: Evaluation) -> bool:
+    if before.card.get("run"):
+        return False
+    same = ("backbone", "changed_sizes", "text", "context")
+    if any(before.card.get(name) != after.card.get(name) for name in same):
+        return False
+    files = [(e.card.get("initial_weights") or {}).get("sha256") for e in (before, after)]
+    return None in files or files[0] == files[1]

@@ -1,0 +1,116 @@
+"""What a metric card says of its data, of a run's training, and of who chose the guidance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2i.corpora.layout import corpus_name
+from d2i.eval.guidance import chosen_by
+from d2i.eval.provenance import describe_data, describe_training
+from d2i.eval.systems import parse_system
+from d2i.models import changed_sizes, name_sizes
+from d2i.recipes import load_recipe
+from d2i.runs import BEST_NAME, EMA_NAME
+
+
+def write(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+    return path
+
+
+def write_run(run: Path, data: Path, **more: Any) -> None:
+    recipe = load_recipe("uvit-s-photochat").model_dump(mode="json")
+    recipe["text"]["strategy"] = "space"
+    recipe["backbone"] |= {"depth": 3, "dim": 32}
+    write(run / "config.json", {"recipe": recipe, "data": str(data)} | more)
+    (run / EMA_NAME).write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [
+        ({}, "uvit-s"),
+        ({"depth": 12, "dim": 512, "num_heads": 8}, "uvit-s"),
+        ({"depth": 3, "dim": 32}, "uvit-s-shaped, 3 blocks of width 32"),
+        ({"dim": 32}, "uvit-s-shaped, 12 blocks of width 32"),
+        ({"num_text_tokens": 154}, "uvit-s with num_text_tokens 154"),
+    ],
+)
+def test_a_network_is_named_by_its_sizes(sizes: dict[str, Any], name: str) -> None:
+    assert name_sizes("uvit-s", sizes) == name
+    assert (changed_sizes("uvit-s", sizes) == {}) == (name == "uvit-s")
+
+
+def test_a_run_of_other_sizes_has_its_own_label(tmp_path: Path) -> None:
+    write_run(tmp_path, tmp_path / "data")
+    spec = parse_system(f"run:{tmp_path}", None, load_recipe("uvit-s-photochat"))
+    assert spec.label.startswith("uvit-s-shaped, 3 blocks of width 32, ")
+
+
+def test_a_corpus_says_its_own_name(tmp_path: Path) -> None:
+    assert corpus_name(str(tmp_path)) is None
+    for said in ({"name": "our chats"}, {"name": 3}, {"name": "a\nb"}, ["name"], {}):
+        write(tmp_path / "corpus.json", said)
+        expected = "our chats" if said == {"name": "our chats"} else None
+        assert corpus_name(str(tmp_path)) == expected
+    (tmp_path / "corpus.json").write_text("{")
+    assert corpus_name(str(tmp_path)) is None
+    write(tmp_path / "corpus.json", {"name": "x", "more": "y" * 5000})
+    assert corpus_name(str(tmp_path)) is None
+
+
+def test_what_data_were_planned_from(tmp_path: Path) -> None:
+    assert describe_data(str(tmp_path)) == {"corpus": None}
+    options = {"direction": "answer", "own_turn": "exclude", "image_root": "/pictures"}
+    decided = {"corpus": "mmdialog", "split": "test", "recipe": {"corpus": options}}
+    plan = write(tmp_path / "plan" / "plan.json", {"decided_by": decided})
+    found = describe_data(str(tmp_path))
+    # What the reader does by itself, and where pictures lie, make no other instances.
+    assert found == {
+        "corpus": "mmdialog",
+        "split": "test",
+        "corpus_options": {"own_turn": "exclude"},
+    }
+    write(plan, {"decided_by": decided, "corpus_name": "made world"})
+    assert describe_data(str(tmp_path))["corpus"] == "made world"
+
+
+def test_what_a_run_learned_from(tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    write(data / "train" / "plan" / "plan.json", {"decided_by": {"corpus": "photochat"}})
+    write_run(run, data)
+    found = describe_training(str(run))
+    assert found["trained_corpus"] == "photochat"
+    assert found["trained_text"]["strategy"] == "space"
+    # A run of before does not say it.
+    assert "initial_weights" not in found
+    write_run(run, tmp_path / "gone", initial_weights=None)
+    found = describe_training(str(run))
+    assert (found["trained_corpus"], found["initial_weights"]) == (None, None)
+
+
+def test_who_chose_the_guidance(tmp_path: Path) -> None:
+    write_run(tmp_path, tmp_path / "data")
+    system = f"run:{tmp_path}"
+    assert chosen_by(system, []) == chosen_by("uvit-s", []) == {"how": "recipe"}
+    best = {
+        "weights": EMA_NAME,
+        "guidance_scale": 3.0,
+        "metric": "fid",
+        "value": 20.5,
+        "num_instances": 100,
+        "seed": 0,
+        "step": 850,
+    }
+    write(tmp_path / BEST_NAME, best | {"candidates": []})
+    assert chosen_by(system, ["sample.num_steps=3"]) == {
+        "how": "select",
+        **{name: best[name] for name in ("metric", "value", "num_instances", "seed")},
+    }
+    # What the command says outweighs it.
+    assert chosen_by(system, ["sample.guidance_scale=4"]) == {"how": "given"}
