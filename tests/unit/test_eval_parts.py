@@ -22,9 +22,7 @@ from d2i.eval.prompts import partners
 from d2i.eval.recall import choose_negatives, true_ranks
 from d2i.eval.scores import score
 from d2i.eval.system import Drawing
-from d2i.eval.systems.pipeline import last_words
 from d2i.eval.tasks import EvalTask, finished_tasks, plan_tasks, read_tasks, write_task
-from d2i.tokenize import encode
 
 
 @pytest.mark.parametrize(("num", "width"), [(60, 5), (200, 40)])
@@ -283,13 +281,3 @@ def test_a_damaged_task_is_one_line(tmp_path: Path, cut: int) -> None:
 def test_a_drawing_is_a_picture_or_a_reason(drawn: tuple[Any, str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Drawing(*drawn)
-
-
-def test_a_long_line_keeps_its_last_words() -> None:
-    words = [f"word{number}" for number in range(90)]
-    kept = last_words(" ".join(words))
-    assert kept.endswith("word89")
-    assert len(encode(kept)) <= 75
-    one_more = " ".join(words[-len(kept.split()) - 1 :])
-    assert len(encode(one_more)) > 75
-    assert last_words("a red ball") == "a red ball"
