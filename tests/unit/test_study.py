@@ -373,7 +373,7 @@ def test_a_name_of_the_papers_is_not_given_away() -> None:
     pictures = small | {"backbone": None, "kind": "images", "run": None}
     assert paper_row(pictures) == "U-ViT-Small + ours, not the paper's"
     karlo = CARD | {"backbone": None, "kind": "dalle2", "run": None, "label": "DALL-E 2"}
-    assert paper_row(karlo) == "DALL-E 2, not the paper's"
+    assert paper_row(karlo) == "unCLIP (Karlo)"
     assert "unCLIP (Karlo)" in why_not_earned(karlo)[0]
 
 
