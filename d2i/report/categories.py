@@ -1,7 +1,9 @@
 """People, food and animals (the paper's Figure 5): 50 conversations each, by PhotoChat's labels.
 
-The labels are classes of Open Images; each list of `categories.json` holds the classes of one
-branch of its hierarchy (ours: the paper names none).
+The labels are classes of Open Images. Each list of `categories.json` (ours: the paper names none)
+holds the classes of a branch of its hierarchy, with the parts of a person for people and the drinks
+for food, under Open Images' newer names ("Human face", "Dairy Product") and under the words that
+PhotoChat writes ("Face", "Dairy"): the older names, without "Human" but for "Human body".
 """
 
 from __future__ import annotations
