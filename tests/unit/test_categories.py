@@ -147,7 +147,7 @@ def test_a_category_is_scored_over_draws_and_a_small_one_whole() -> None:
 
 
 def test_the_order_of_the_data_set_changes_nothing() -> None:
-    def values(scores: list[CategoryScores]) -> list[object]:
+    def values(scores: list[CategoryScores]) -> list[Any]:
         return [pytest.approx(s.fid) for s in scores] + [pytest.approx(s.is_std) for s in scores]
 
     order = np.random.default_rng(1).permutation(len(KEYS))
