@@ -1,8 +1,9 @@
-"""Figure 5: people, food and animals, 50 conversations each, out of finished evaluations.
+"""Figure 5: people, food and animals, out of finished evaluations of PhotoChat.
 
 python eval/figure5.py scores/before scores/after --out figure5.html
 
-The evaluations are of PhotoChat, whose labels say what a picture shows, and with --save-images all.
+FID and IS over 20 seeded draws of 50 pictures a category, KID and CLIP-I over all; and with
+--save-images all, conversations of each. PhotoChat's labels say what a picture shows.
 """
 
 from pathlib import Path
@@ -10,14 +11,22 @@ from typing import Annotated
 
 import typer
 
+from d2i.eval.categories import CATEGORIES_NAME, CORPUS, write_categories
 from d2i.report import write_report
+from d2i.report.evaluation import read_evaluation
+from d2i.shards import ShardReader
 
 
 def main(
     evaluations: Annotated[list[Path], typer.Argument(help="Folders made by d2i eval.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("figure5.html"),
 ) -> None:
-    """Write one page: CLIP-I by category, and conversations of each with all pictures."""
+    """Write one page: scores by category, and conversations of each with all pictures."""
+    for folder in evaluations:
+        card = read_evaluation(folder).card
+        # Evaluations made by earlier versions have none; their features are kept.
+        if card.get("corpus") == CORPUS and not (folder / CATEGORIES_NAME).exists():
+            write_categories(str(folder), ShardReader(str(card["data"])))
     write_report(evaluations, out, title="People, food, animals", parts=("figure5", "cards"))
     print(out)
 

@@ -18,6 +18,7 @@ from d2i.cluster.rates import Meter, keep_rate
 from d2i.config import Recipe
 from d2i.errors import ConfigError, DataError
 from d2i.eval.card import metric_card
+from d2i.eval.categories import CORPUS, write_categories
 from d2i.eval.contents import hash_contents
 from d2i.eval.measured import Arrays, Measured
 from d2i.eval.negatives import find_negatives
@@ -155,6 +156,8 @@ def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> 
     _keep_real(request, measured)
     card = metric_card(request, reader, measured) | {"files": decided["files"]}
     result = score(measured, card["resolution"]) | {"card": card}
+    if card["corpus"] == CORPUS:
+        write_categories(request.out_url, reader, measured.arrays)
     data = json.dumps(result, indent=1, sort_keys=True) + "\n"
     storage.write_bytes(storage.join(request.out_url, SCORES_NAME), data.encode())
     return result

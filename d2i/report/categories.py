@@ -1,67 +1,28 @@
-"""People, food and animals (the paper's Figure 5): 50 conversations each, by PhotoChat's labels.
-
-The labels are classes of Open Images; each list of `categories.json` holds the classes of one
-branch of its hierarchy (ours: the paper names none).
-"""
+"""People, food and animals (the paper's Figure 5), out of what `d2i eval` scored of each."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from d2i import storage
-from d2i.dialog import key_order_hash
+from d2i.metric_specs import METRICS
 from d2i.report.comparable import card_summary, group_by_metric, is_plain, why_apart
-from d2i.report.evaluation import Evaluation, tell_apart
+from d2i.report.evaluation import Evaluation, read_json, tell_apart
 from d2i.report.paper import paper_row
 from d2i.report.tabulated import Cell, Row, Table
-from d2i.shards import ShardReader
 
-NUM_OF_CATEGORY = 50
-_Z_95 = 1.959963984540054
-
-
-@dataclass(frozen=True)
-class Category:
-    """One category: its name, how many instances have its labels, and the keys drawn of them."""
-
-    name: str
-    num_instances: int
-    keys: tuple[str, ...]
-
-
-@cache
-def read_classes() -> dict[str, frozenset[str]]:
-    """Return the classes of each category."""
-    content = files("d2i.report").joinpath("categories.json").read_text(encoding="utf-8")
-    return {name: frozenset(classes) for name, classes in json.loads(content).items()}
-
-
-def draw_categories(data_url: str) -> list[Category]:
-    """Draw at most 50 instances a category, by the hash of their keys; those without are left out.
-
-    Raises:
-        ShardError: If the data set cannot be read.
-    """
-    reader = ShardReader(data_url)
-    labels = {
-        key: frozenset(reader.read_json(place).get("labels") or ())
-        for place, key in enumerate(reader.keys)
-    }
-    found = []
-    for name, classes in read_classes().items():
-        keys = sorted(
-            (key for key, given in labels.items() if given & classes),
-            key=lambda key: key_order_hash(key, 0),
-        )
-        if keys:
-            found.append(Category(name, len(keys), tuple(keys[:NUM_OF_CATEGORY])))
-    return found
+_SHOWN = tuple(METRICS[key] for key in ("fid", "is", "kid", "clip_i"))
+_SCORES = (
+    "FID and IS are the mean ± standard deviation over {num_draws} seeded draws of {draw_size} "
+    "pictures, of a category with no more of them once over all; the deviation is the luck of the "
+    "draw, no confidence interval. KID and CLIP-I are over all pictures of the category; the range "
+    "is 95 % of the mean CLIP-I of bootstrap resamples (percentiles)."
+)
+_RANK = (
+    "Not comparable between categories; FID of 50 pictures in 2,048 dimensions has rank 49, and "
+    "compares with no FID of another number of pictures."
+)
 
 
 def labelled(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
@@ -69,50 +30,92 @@ def labelled(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     return [e for e in evaluations if e.card.get("corpus") == "photochat" and is_plain(e)]
 
 
-def figure5(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """Mean CLIP-I of each system within each category; what cannot be compared stands apart.
+def read_categories(evaluation: Evaluation) -> dict[str, Any] | None:
+    """Read `categories.json` of an evaluation; None where it was not written.
 
     Raises:
-        ShardError: If the data set cannot be read.
+        DataError: If the file is not a JSON object.
     """
-    parts = group_by_metric(labelled(evaluations))
+    return read_json(storage.join(evaluation.url, "categories.json"))
+
+
+def figure5(evaluations: Sequence[Evaluation]) -> list[Table]:
+    """FID, IS, KID and CLIP-I of each system within each category, a table a category.
+
+    What cannot be compared stands apart; evaluations without `categories.json` are left out.
+
+    Raises:
+        DataError: If a `categories.json` is not a JSON object.
+    """
+    documents = {e.url: read_categories(e) for e in labelled(evaluations)}
+    found = {url: document for url, document in documents.items() if document}
+    parts = group_by_metric([e for e in labelled(evaluations) if e.url in found])
+    missing = [url for url, document in documents.items() if not document]
     return [
-        _table(part, categories, "" if part is parts[0] else why_apart(part, parts[0]))
+        table
         for part in parts
-        if (categories := draw_categories(str(part[0].card.get("data"))))
+        for table in _tables(
+            part, found, "" if part is parts[0] else why_apart(part, parts[0]), missing
+        )
     ]
 
 
-def _table(part: Sequence[Evaluation], categories: Sequence[Category], apart: str) -> Table:
-    headings = tell_apart([paper_row(evaluation.card) for evaluation in part], part)
-    rows = []
-    for heading, evaluation in zip(headings, part, strict=True):
-        by_key = read_instances(evaluation)
-        cells = tuple(_mean(by_key, category.keys) for category in categories)
-        rows.append(Row(heading, cells, card_summary(evaluation)))
-    columns = tuple(f"{c.name}: {len(c.keys)} of {c.num_instances}" for c in categories)
+def _tables(
+    part: Sequence[Evaluation],
+    documents: Mapping[str, Mapping[str, Any]],
+    apart: str,
+    missing: Sequence[str],
+) -> Iterator[Table]:
+    """Give a table a category; the first carries the notes on all of them."""
     notes = [f"Kept apart, as not comparable: {apart}."] if apart else []
-    notes.append("CLIP-I; the range is the mean's 95 % confidence, from its pictures' deviation.")
-    title = "CLIP-I by category (Figure 5)" + (", apart" if apart else "")
-    return Table(title, columns, tuple(rows), tuple(notes))
+    notes += _notes(documents[part[0].url])
+    if missing and not apart:
+        notes.append(f"Without categories.json, see eval/figure5.py: {', '.join(missing)}.")
+    headings = tell_apart([paper_row(evaluation.card) for evaluation in part], part)
+    for of_first in documents[part[0].url]["categories"]:
+        name = of_first["name"]
+        rows = [
+            Row(heading, _cells(_scores_of(documents[e.url], name)), card_summary(e))
+            for heading, e in zip(headings, part, strict=True)
+        ]
+        title = f"{name.capitalize()}: {of_first['num_instances']} instances (Figure 5)"
+        columns = ("pictures", *(metric.title for metric in _SHOWN))
+        yield Table(title + (", apart" if apart else ""), columns, tuple(rows), tuple(notes))
+        notes = []
 
 
-def read_instances(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """Read the row of each instance by key; empty where the evaluation kept none."""
-    try:
-        data = storage.read_bytes(storage.join(evaluation.url, "instances.jsonl"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    rows = map(json.loads, data.decode().splitlines())
-    return {row["key"]: row for row in rows}
+def _notes(document: Mapping[str, Any]) -> list[str]:
+    draws = {"num_draws": document["num_draws"], "draw_size": document["draw_size"]}
+    number = document["num_in_two"]
+    said = "1 instance is" if number == 1 else f"{number} instances are"
+    few = [
+        f"{scores['name']} ({scores['num_instances']})"
+        for scores in document["categories"]
+        if scores["num_instances"] < document["draw_size"]
+    ]
+    notes = [_SCORES.format(**draws), _RANK, f"{said} in two categories, and scored in both."]
+    if few:
+        notes.append(f"Fewer than {document['draw_size']}, all are used: {', '.join(few)}.")
+    return notes
 
 
-def _mean(by_key: Mapping[str, Mapping[str, Any]], keys: Collection[str]) -> Cell:
-    values = [by_key[key]["clip_i"] for key in keys if "clip_i" in by_key.get(key, {})]
-    if not values:
-        return Cell()
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return Cell(mean)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    return Cell(mean, interval=(mean - _Z_95 * deviation, mean + _Z_95 * deviation))
+def _scores_of(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return next((s for s in document["categories"] if s["name"] == name), {})
+
+
+def _cells(scores: Mapping[str, Any]) -> tuple[Cell, ...]:
+    if not scores:
+        return (Cell(),) * (1 + len(_SHOWN))
+    drawn, asked = scores["num_pictures"], scores["num_instances"]
+    shown = [Cell(drawn if drawn == asked else f"{drawn} of {asked}", spec="d")]
+    for metric in _SHOWN:
+        interval = scores.get(f"{metric.key}_interval")
+        shown.append(
+            Cell(
+                scores.get(metric.key),
+                metric.spec,
+                std=scores.get(f"{metric.key}_std"),
+                interval=(interval[0], interval[1]) if interval else None,
+            )
+        )
+    return tuple(shown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from d2i.errors import DataError
-from d2i.report.categories import Category, draw_categories, figure5, labelled
+from d2i.report.categories import figure5, labelled, read_categories
 from d2i.report.conversations import draw_rows, group_by_instances
 from d2i.report.dataset import read_conversations
 from d2i.report.evaluation import Evaluation
@@ -50,10 +50,13 @@ def categories_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
     if not chosen:
         return LeftOut(_CATEGORIES, "no evaluation is of PhotoChat, whose labels say what is shown")
     try:
+        scored = [evaluation for evaluation in chosen if read_categories(evaluation)]
         tables = figure5(chosen)
-        galleries = _galleries(chosen)
+        galleries = _galleries(scored) if tables else ""
     except DataError as error:
         return LeftOut(_CATEGORIES, str(error))
+    if not scored:
+        return LeftOut(_CATEGORIES, "no evaluation has categories.json; eval/figure5.py writes it")
     if not tables:
         return LeftOut(_CATEGORIES, "no label of the data set belongs to one of the categories")
     return Section("figure5", _CATEGORIES, "".join(map(draw_table, tables)) + galleries)
@@ -91,11 +94,11 @@ def _cell(cell: Cell, row: Row) -> str:
 def _galleries(evaluations: Sequence[Evaluation]) -> str:
     """Show conversations of each category, of the systems that drew for the same ones."""
     same = group_by_instances(evaluations)[0]
-    categories = draw_categories(str(same[0].card.get("data")))
-    return "".join(_gallery(same, category) for category in categories)
+    found = (read_categories(same[0]) or {}).get("categories", ())
+    return "".join(_gallery(same, scores["name"], scores["keys"]) for scores in found)
 
 
-def _gallery(evaluations: Sequence[Evaluation], category: Category) -> str:
-    drawn = set(category.keys).intersection(*(e.picture_urls for e in evaluations))
+def _gallery(evaluations: Sequence[Evaluation], name: str, keys: Sequence[str]) -> str:
+    drawn = {*keys}.intersection(*(e.picture_urls for e in evaluations))
     shown_rows = read_conversations(str(evaluations[0].card.get("data")), drawn, _NUM_SHOWN)
-    return f"<h3>{text(category.name)}</h3>" + draw_rows(shown_rows, evaluations)
+    return f"<h3>{text(name)}</h3>" + draw_rows(shown_rows, evaluations)

@@ -18,12 +18,11 @@ from PIL import Image
 from d2i.config import TextConfig
 from d2i.errors import ConfigError
 from d2i.report import write_report
-from d2i.report.categories import NUM_OF_CATEGORY, draw_categories
 from d2i.report.paper import PUBLISHED_EXTRACTOR, earned_row, paper_row, why_not_earned
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 
 BACKBONES = ("uvit-s", "uvit-s-deep", "unidiffuser-v1")
-LABELS = {"people": "Woman", "food": "Pizza", "animals": "Dog", "none": "Belt"}
+CATEGORIES = {"people": 55, "food": 40, "animals": 55}
 NUM_TEST = 4 * 55
 # What the paper's test splits hold, and with it a card that earns the paper's row.
 EXPECTED = {"photochat": 1000, "mmdialog": 23772}
@@ -43,7 +42,6 @@ def png(number: int) -> bytes:
 
 def make_data(folder: Path) -> list[str]:
     moments = npy_bytes(np.zeros((8, 2, 2), np.float16))
-    names = list(LABELS.values())
     samples = [
         Sample(
             f"test-{number}-0-0",
@@ -51,7 +49,6 @@ def make_data(folder: Path) -> list[str]:
                 "json": json_bytes(
                     {
                         "context": [{"speaker": 0, "text": f"look at {number}"}],
-                        "labels": [names[number % 4]],
                     }
                 ),
                 "moments.npy": moments,
@@ -108,8 +105,9 @@ class Study:
         intervals = {"fid": [scores["fid"] - 1, scores["fid"] + 1]}
         document = {"scores": scores, "intervals": intervals, "card": values | card}
         (folder / "scores.json").write_text(json.dumps(document))
-        rows = [{"key": key, "status": "ok", "clip_i": 50.0 + number} for key in self.keys[corpus]]
-        (folder / "instances.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        if corpus == "photochat":
+            document = categories_of(number, self.keys[corpus])
+            (folder / "categories.json").write_text(json.dumps(document))
         with tarfile.open(folder / "images" / "0.tar", "w") as tar:
             for key in self.keys[corpus]:
                 member = tarfile.TarInfo(f"{key}.png")
@@ -124,6 +122,32 @@ class Study:
 
     def lines(self) -> list[dict[str, str]]:
         return list(csv.DictReader(io.StringIO(self.write("tables.csv"))))
+
+
+def categories_of(number: int, keys: list[str]) -> dict[str, Any]:
+    """What `d2i eval` leaves of people, food and animals; of these there are fewer than 50."""
+    return {
+        "num_instances": NUM_TEST,
+        "num_in_two": 7,
+        "num_draws": 20,
+        "draw_size": 50,
+        "categories": [
+            {
+                "name": name,
+                "num_instances": size,
+                "num_pictures": size,
+                "keys": keys[place::4][:50],
+                "fid": 200.0 + number,
+                "fid_std": None if size < 50 else 3.0,
+                "is": 2.0,
+                "is_std": None if size < 50 else 0.25,
+                "kid": 0.0125,
+                "clip_i": 99.5,
+                "clip_i_interval": [98.5, 100.0],
+            }
+            for place, (name, size) in enumerate(CATEGORIES.items())
+        ],
+    }
 
 
 SCORES = (
@@ -475,19 +499,33 @@ def test_one_network_on_other_texts_is_not_table_3(tmp_path: Path) -> None:
     assert "not the paper's experiment" in made.write("tables.md")
 
 
-def test_figure_5_draws_fifty_of_each_by_hash(study: Study) -> None:
-    categories = draw_categories(str(study.root / "photochat"))
-    assert [(c.name, c.num_instances, len(c.keys)) for c in categories] == [
-        (name, 55, NUM_OF_CATEGORY) for name in ("people", "food", "animals")
-    ]
-    lines = [line for line in study.lines() if line["table"].startswith("CLIP-I by category")]
-    assert {line["column"] for line in lines} == {
-        f"{name}: 50 of 55" for name in ("people", "food", "animals")
-    }
-    assert lines[0]["value"] == "50.0"
+def test_figure_5_has_a_spread_over_draws_and_says_what_it_is(study: Study) -> None:
+    table = "People: 55 instances (Figure 5)"
+    lines = [line for line in study.lines() if line["table"] == table]
+    fid = [line for line in lines if line["column"] == "FID"]
+    assert (fid[0]["value"], fid[0]["deviation"], fid[0]["low"]) == ("200.0", "3.0", "")
+    clip_i = [line for line in lines if line["column"] == "CLIP-I"]
+    assert (clip_i[0]["low"], clip_i[0]["high"]) == ("98.5", "100.0")
     # One row a system, and none of it shown less, or in other words.
-    rows = [line["row"] for line in lines if line["column"].startswith("food")]
-    assert len(rows) == len(set(rows)) == 6
+    assert len({line["row"] for line in fid}) == len(fid) == 6
+    source = study.write("tables.md")
+    assert "200.00 ± 3.00" in source
+    assert "mean ± standard deviation over 20 seeded draws of 50 pictures" in source
+    assert "Not comparable between categories; FID of 50 pictures in 2,048 dimensions" in source
+    assert "7 instances are in two categories, and scored in both." in source
+    assert "Fewer than 50, all are used: food (40)." in source
+
+
+def test_figure_5_leaves_out_what_was_scored_before_it_had_categories(tmp_path: Path) -> None:
+    made = Study(tmp_path)
+    folders = [made.add("photochat", backbone) for backbone in BACKBONES]
+    (folders[0] / "categories.json").unlink()
+    source = made.write("one.html")
+    assert f"Without categories.json, see eval/figure5.py: {folders[0]}." in source
+    assert source.count("<h3>people</h3>") == 1
+    for folder in folders[1:]:
+        (folder / "categories.json").unlink()
+    assert "no evaluation has categories.json; eval/figure5.py writes it" in made.write("no.html")
 
 
 def test_table_5_is_the_recipes(study: Study) -> None:

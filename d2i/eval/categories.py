@@ -1,0 +1,250 @@
+"""Scores of people, food and animals apart (the paper's Figure 5), by PhotoChat's labels.
+
+The labels are classes of Open Images. Each list of `label_words.json` (ours: the paper names none)
+holds the classes of a branch of its hierarchy, with the parts of a person for people and the drinks
+for food, under Open Images' newer names ("Human face", "Dairy Product") and under the words that
+PhotoChat writes ("Face", "Dairy"): the older names, without "Human" but for "Human body".
+
+The paper scores 50 samples a category. Ours are scored over several seeded draws of 50, so that a
+difference can be told from the luck of a draw; KID and CLIP-I take all instances of a category.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2i import storage
+from d2i.dialog import key_order_hash
+from d2i.errors import DataError
+from d2i.eval.kid import unbiased_mmd
+from d2i.eval.measured import Arrays, Measured
+from d2i.eval.tasks import finished_tasks, read_tasks
+from d2i.shards import ShardReader
+
+Floats = NDArray[np.float64]
+
+CATEGORIES_NAME = "categories.json"
+CORPUS = "photochat"
+"""The corpus whose labels say what a picture shows."""
+DRAW_SIZE = 50
+NUM_DRAWS = 20
+_NUM_RESAMPLES = 1000
+_SEED = 2020
+_MIN_PICTURES = 2
+
+
+@dataclass(frozen=True)
+class CategoryScores:
+    """What one evaluation scores within one category.
+
+    Args:
+        name: `people`, `food` or `animals`.
+        num_instances: Instances of the data set that have one of its labels.
+        num_pictures: Those that the system drew a picture for: what is scored.
+        num_draws: Draws that FID and IS are the mean of; 1 where all pictures fit in one.
+        draw_size: Pictures in each of them.
+        keys: Up to `DRAW_SIZE` of the category's instances: the first draw of the data set.
+        fid: Mean FID of the draws; None of fewer than two pictures, as all scores.
+        fid_std: Its population standard deviation over the draws; None of a single draw.
+        is_: Mean Inception Score of the draws, each in one split; None without class logits.
+        is_std: Its population standard deviation over the draws.
+        kid: KID of all pictures.
+        clip_i: Mean CLIP-I of all pictures, 0 to 100.
+        clip_i_interval: 95 % confidence of that mean, [low, high].
+    """
+
+    name: str
+    num_instances: int
+    num_pictures: int
+    num_draws: int
+    draw_size: int
+    keys: list[str]
+    fid: float | None = None
+    fid_std: float | None = None
+    is_: float | None = None
+    is_std: float | None = None
+    kid: float | None = None
+    clip_i: float | None = None
+    clip_i_interval: list[float] | None = None
+
+
+@cache
+def read_label_words() -> dict[str, frozenset[str]]:
+    """Return the labels of each category."""
+    content = files("d2i.eval").joinpath("label_words.json").read_text(encoding="utf-8")
+    return {name: frozenset(words) for name, words in json.loads(content).items()}
+
+
+def write_categories(out_url: str, reader: ShardReader, arrays: Arrays | None = None) -> None:
+    """Score the categories of a finished evaluation into its `categories.json`.
+
+    Args:
+        out_url: The evaluation's folder.
+        reader: The data set that was evaluated.
+        arrays: What its tasks left; None reads them.
+
+    Raises:
+        DataError: If the tasks are gone or damaged, or are not of this data set.
+        ShardError: If the data set cannot be read.
+    """
+    if arrays is None:
+        arrays = read_tasks(out_url, finished_tasks(out_url))
+    if "keys" not in arrays or arrays["keys"].tolist() != list(reader.keys):
+        raise DataError(
+            f"{out_url}/tasks: expected what was measured of each of the {len(reader)} instances "
+            f"of {reader.url}, got {len(arrays.get('keys', ()))}; run `d2i eval` again"
+        )
+    members = find_members(reader)
+    document = {
+        "num_instances": len(reader),
+        "num_in_two": num_in_two(members),
+        "num_draws": NUM_DRAWS,
+        "draw_size": DRAW_SIZE,
+        "categories": [_as_json(found) for found in score_categories(Measured(arrays), members)],
+    }
+    data = json.dumps(document, indent=1, sort_keys=True) + "\n"
+    storage.write_bytes(storage.join(out_url, CATEGORIES_NAME), data.encode())
+
+
+def find_members(reader: ShardReader) -> dict[str, list[str]]:
+    """Return the keys of each category's instances, in the order of the data set.
+
+    An instance is in each category of which it has a label.
+
+    Raises:
+        ShardError: If the data set cannot be read.
+    """
+    members: dict[str, list[str]] = {name: [] for name in read_label_words()}
+    for place, key in enumerate(reader.keys):
+        labels = frozenset(reader.read_json(place).get("labels") or ())
+        for name, words in read_label_words().items():
+            if labels & words:
+                members[name].append(key)
+    return members
+
+
+def num_in_two(members: Mapping[str, Sequence[str]]) -> int:
+    """Count the instances that are in two categories or more."""
+    times = Counter(key for keys in members.values() for key in keys)
+    return sum(number > 1 for number in times.values())
+
+
+def score_categories(
+    measured: Measured, members: Mapping[str, Sequence[str]]
+) -> list[CategoryScores]:
+    """Score each category that has instances."""
+    places = {key: place for place, key in enumerate(measured.arrays["keys"].tolist())}
+    row_of = {place: row for row, place in enumerate(measured.drawn.tolist())}
+    found = []
+    for name, keys in members.items():
+        drawn = [key for key in keys if places[key] in row_of]
+        if keys:
+            rows = np.array([row_of[places[key]] for key in drawn], dtype=np.int64)
+            found.append(_score(name, keys, drawn, rows, measured))
+    return found
+
+
+def draw_keys(keys: Sequence[str], seed: int) -> list[str]:
+    """Draw `DRAW_SIZE` keys without replacement, or all: the first in the order of a seeded hash.
+
+    The same of two systems that drew for the same instances, whatever their order.
+    """
+    return sorted(keys, key=lambda key: key_order_hash(key, seed))[:DRAW_SIZE]
+
+
+def fid_of_few(real: Floats, fake: Floats) -> float:
+    """Return the FID of fewer pictures than features: exact, and quick.
+
+    The trace of the root of two covariances A'A and B'B is the nuclear norm of A B', which has a
+    row and a column a picture.
+
+    Args:
+        real: (N, D) features of the true pictures.
+        fake: (M, D) features of the generated pictures.
+    """
+    means = real.mean(axis=0), fake.mean(axis=0)
+    a = (real - means[0]) / np.sqrt(len(real) - 1)
+    b = (fake - means[1]) / np.sqrt(len(fake) - 1)
+    between = ((means[0] - means[1]) ** 2).sum()
+    of_root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return float(between + (a**2).sum() + (b**2).sum() - 2 * of_root)
+
+
+def inception_score(logits: Floats) -> float:
+    """Return the Inception Score (Salimans et al. 2016, section 4) of logits (M, C), in one split.
+
+    exp of the mean divergence of each picture's classes from those of all.
+    """
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shares = np.exp(logs)
+    # Logarithms throughout: no class is so rare that its share becomes 0.
+    highest = logs.max(axis=0)
+    of_all = highest + np.log(np.exp(logs - highest).mean(axis=0))
+    return float(np.exp((shares * (logs - of_all)).sum(axis=1).mean()))
+
+
+def mean_interval(values: Floats) -> list[float]:
+    """Return the 95 % confidence of the mean of values (N,), as [low, high].
+
+    Percentiles of the means of bootstrap resamples (Efron 1979), by a fixed seed: a mean of values
+    of at most 100 never leaves their range, as a normal interval does.
+    """
+    generator = np.random.default_rng(_SEED)
+    picks = generator.integers(0, len(values), size=(_NUM_RESAMPLES, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def _score(
+    name: str,
+    keys: Sequence[str],
+    drawn: Sequence[str],
+    rows: NDArray[np.int64],
+    measured: Measured,
+) -> CategoryScores:
+    """Score one category: `drawn` are its keys that have a picture, `rows` where those stand."""
+    num_draws = NUM_DRAWS if len(drawn) > DRAW_SIZE else 1
+    size = min(DRAW_SIZE, len(drawn))
+    counted = (name, len(keys), len(drawn), num_draws, size, draw_keys(keys, 0))
+    if len(drawn) < _MIN_PICTURES:
+        return CategoryScores(*counted)
+    arrays = measured.arrays
+    real = arrays["real_features"][measured.drawn[rows]].astype(np.float64)
+    fake = arrays["features"][rows].astype(np.float64)
+    logits = arrays["logits"][rows].astype(np.float64) if "logits" in arrays else None
+    place = {key: at for at, key in enumerate(drawn)}
+    draws = [[place[key] for key in draw_keys(drawn, seed)] for seed in range(num_draws)]
+    fids = [fid_of_few(real[draw], fake[draw]) for draw in draws]
+    scores = [] if logits is None else [inception_score(logits[draw]) for draw in draws]
+    # Rounding may carry the cosine of a picture with itself past 1.
+    clip_i = np.clip(measured.clip_i[rows], -100.0, 100.0)
+    once = np.ones((1, len(rows)), dtype=np.int64)
+    return CategoryScores(
+        *counted,
+        fid=float(np.mean(fids)),
+        fid_std=_spread(fids),
+        is_=float(np.mean(scores)) if scores else None,
+        is_std=_spread(scores),
+        kid=float(unbiased_mmd(real, fake, once, once)[0]),
+        clip_i=float(clip_i.mean()),
+        clip_i_interval=mean_interval(clip_i),
+    )
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return float(np.std(values)) if len(values) > 1 else None
+
+
+def _as_json(scores: CategoryScores) -> dict[str, Any]:
+    values = asdict(scores)
+    return {"is" if name == "is_" else name: value for name, value in values.items()}
