@@ -39,6 +39,7 @@ from d2i.train.batch import BatchReader
 from d2i.train.checkpoint import Progress
 from d2i.train.ema import Ema
 from d2i.train.engine import build_engine, join_ranks, master_weights
+from d2i.train.network import multiply_in
 from d2i.train.order import DataOrder
 from d2i.train.request import TrainRequest
 from d2i.train.stepper import Stepper
@@ -106,6 +107,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         (folder / "train").mkdir()
         reader = write_data(folder / "train", 64)
         network = build_backbone("uvit-s")
+        multiply_in(network, settings.train.precision)
         bare = time_bare_loop(reader, settings.train, args.steps + 1)
         engine = build_engine(network, settings.train, 1)
         state = TrainState(engine, Ema(master_weights(engine), settings.train.ema_rate))
@@ -142,7 +144,8 @@ def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> 
     batches.close()
     network = build_backbone("uvit-s")
     masters = list(network.parameters())
-    if config.precision == "bf16":
+    multiply_in(network, config.precision)
+    if config.precision == "bf16_weights":
         masters = [weight.detach().clone() for weight in masters]
         network.bfloat16()
     optimizer = torch.optim.AdamW(masters, lr=3e-5, fused=True)
@@ -251,7 +254,8 @@ def main() -> None:
     parser.add_argument("part", choices=("step", "input", "unidiffuser"))
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    precisions = ("fp32", "bf16", "bf16_weights")
+    parser.add_argument("--precision", choices=precisions, default="fp32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--num-samples", type=int, default=2000)

@@ -24,6 +24,7 @@ from d2i.errors import ConfigError
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Precision = Literal["fp32", "bf16", "fp16"]
+TrainPrecision = Literal["fp32", "bf16", "bf16_weights", "fp16_weights"]
 BackboneName = Literal["uvit-s", "uvit-s-deep", "unidiffuser-v0", "unidiffuser-v1"]
 
 
@@ -211,10 +212,15 @@ class TrainConfig(Config):
     """The most samples a rank takes through the network at once."""
     optim: OptimConfig = OptimConfig()
     unidiffuser: UniDiffuserLossConfig = UniDiffuserLossConfig()
-    precision: Precision = "bf16"
+    precision: TrainPrecision = "bf16"
+    """`bf16`: what the network multiplies in, by torch's autocast, as the published programs train:
+    weights, gradients and their sums over micro batches and ranks stay in float32. `bf16_weights`
+    and `fp16_weights` hold the whole network and its gradients in half precision, which takes half
+    their memory and rounds those sums (ours; docs/fidelity.md)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What the ranks share of the optimizer's state, gradients and weights; one rank has nobody to
-    share with, and takes stage 0 in fp32, and in bf16 on a CPU, unless `--zero` says otherwise."""
+    share with, and takes stage 0 with weights in float32, or on a CPU, unless `--zero` says
+    otherwise."""
     activation_checkpointing: bool = False
     """Whether blocks are computed again in the backward pass: a third more work, less memory."""
     compile: bool = False

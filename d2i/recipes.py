@@ -42,7 +42,8 @@ _PATHS = {
 # What the paper leaves open about training (its section 3.3), ours for all six runs:
 # - no gradient clipping, condition dropout 0.1, EMA 0.9999: U-ViT's published training;
 # - no warm-up: the networks are trained already, and 3e-5 is a seventh of their first rate;
-# - bf16 where the paper says "mixed precision": its range is that of float32, so no loss scale;
+# - bf16 under autocast where the paper says "mixed precision", as U-ViT's published training does
+#   in float16: its range is that of float32, so no loss scale;
 # - ZeRO-1: U-ViT needs no more, and UniDiffuser's float32 state then shares 80 GB devices.
 
 # Ours: both autoencoders are the LDM KL-f8 one; this public copy is the nearest to the published

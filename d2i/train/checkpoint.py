@@ -47,8 +47,8 @@ class Progress:
         step: Optimizer steps taken.
         elapsed_s: Seconds of training, those before an interruption included.
         losses: Loss of each step since the last line of `metrics.jsonl`, over all ranks.
-        num_updates: Updates that AdamW counts: fp16 leaves out those that overflow.
-        loss_scale: The numbers of fp16's dynamic loss scale.
+        num_updates: Updates that AdamW counts: float16 leaves out those that overflow.
+        loss_scale: The numbers of float16's dynamic loss scale.
     """
 
     step: int = 0

@@ -73,12 +73,18 @@ def build_engine(
 
     Weight decay acts on every parameter, as published (models.md, section 2.2).
 
+    To DeepSpeed, bf16 is fp32: what the network multiplies in is the network's own matter
+    (`network.multiply_in`). Its `torch_autocast` rounds the linear layers' gradients on their way
+    between ranks, from stage 2 on those of each micro batch, and lets each rank choose a loss scale
+    of its own; `data_types.grad_accum_dtype` adds up gradients that were rounded already, and is
+    refused in stage 0.
+
     Args:
         network: In float32; its weights become the engine's.
         config: Batches, optimizer, precision and ZeRO stage.
         world_size: Ranks that share the global batch.
         zero: DeepSpeed's `zero_optimization` settings, in place of the bare stage, which is 0 for
-            one rank in fp32, or in bf16 on a CPU.
+            one rank with weights in float32, or on a CPU.
 
     Raises:
         ConfigError: If the ranks cannot share the global batch, or a compiled network cannot be
@@ -86,10 +92,10 @@ def build_engine(
         ClusterError: If the device cannot compute in the precision.
     """
     deepspeed = _import_deepspeed()
-    if config.precision == "fp16" and not _has_fp16(deepspeed):
+    if config.precision == "fp16_weights" and not _has_fp16(deepspeed):
         raise ClusterError(
-            "train.precision is fp16, which this device does not compute in; expected a device "
-            "that does; --set train.precision=bf16"
+            "train.precision is fp16_weights, which this device does not compute in; expected a "
+            "device that does; --set train.precision=bf16"
         )
     micro_batch_size, num_micro_batches = config.accumulation(world_size)
     optim = config.optim
@@ -110,13 +116,13 @@ def build_engine(
         "zero_force_ds_cpu_optimizer": False,
         # DeepSpeed's own default would clip at 1.
         "gradient_clipping": optim.max_grad_norm or 0.0,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "fp16": {"enabled": config.precision == "fp16"},
+        "bf16": {"enabled": config.precision == "bf16_weights"},
+        "fp16": {"enabled": config.precision == "fp16_weights"},
         "steps_per_print": 2**31,
     }
     weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
-    if config.precision != "fp32":
+    if config.precision.endswith("_weights"):
         _fill_masters(engine, weights)
     if world_size == 1 and engine.zero_optimization_stage() == 0:
         # Nor anybody to average gradients with, which DeepSpeed would copy out and back for it.
@@ -140,11 +146,11 @@ def _zero_settings(
 def _gains_nothing_by_a_stage(config: TrainConfig) -> bool:
     """Say whether a rank that has nobody to share with would only copy, to the same numbers.
 
-    In half precision stage 0 asks after each gradient by itself whether it is finite, for which an
-    accelerator would wait; and in fp16 it scales the loss by other rules.
+    With weights in half precision stage 0 asks after each gradient by itself whether it is finite,
+    for which an accelerator would wait; and in float16 it scales the loss by other rules.
     """
-    is_bf16_on_cpu = config.precision == "bf16" and not torch.cuda.is_available()
-    return config.precision == "fp32" or is_bf16_on_cpu
+    is_bf16_on_cpu = config.precision == "bf16_weights" and not torch.cuda.is_available()
+    return not config.precision.endswith("_weights") or is_bf16_on_cpu
 
 
 def read_zero(path: Path) -> dict[str, Any]:
@@ -227,14 +233,14 @@ def _parts_of_stage_3(engine: Any) -> list[Part]:
 
 
 def loss_scaler_state(engine: Any) -> dict[str, float]:
-    """Return the numbers of fp16's dynamic loss scale; empty in other precisions."""
+    """Return the numbers of float16's dynamic loss scale; empty in other precisions."""
     scaler = _loss_scaler(engine)
     names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
     return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
 
 
 def restore_loss_scaler(engine: Any, state: Mapping[str, float]) -> None:
-    """Give fp16's dynamic loss scale the numbers it had."""
+    """Give float16's dynamic loss scale the numbers it had."""
     for name, value in state.items():
         setattr(_loss_scaler(engine), name, value)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2i.config import Recipe
+from torch import Tensor
+
+from d2i.config import Recipe, TrainPrecision
+from d2i.encoders.load import multiplied_in
 from d2i.models.folder import build_network
 
 
@@ -16,9 +19,31 @@ def build_trained_network(recipe: Recipe) -> Any:
     """
     network: Any = build_network(recipe.backbone)
     network.gradient_checkpointing = recipe.train.activation_checkpointing
+    multiply_in(network, recipe.train.precision)
     if recipe.train.compile:
         compile_blocks(network)
     return network
+
+
+def multiply_in(network: Any, precision: TrainPrecision) -> None:
+    """Have a network in float32 multiply in a precision, by torch's autocast; no key changes.
+
+    Autocast is entered within the network's own call, as accelerate does for the published program:
+    outside of it DeepSpeed would leave it again. The loss is taken outside, in float32.
+
+    Args:
+        network: A U-ViT or UniDiffuser in float32.
+        precision: `fp32` changes nothing, nor does one that DeepSpeed casts the weights to.
+    """
+    if precision != "bf16":
+        return
+    forward = network.forward
+
+    def multiplied(latent: Tensor, *inputs: Any) -> Any:
+        with multiplied_in("bf16", latent.device.type):
+            return forward(latent, *inputs)
+
+    network.forward = multiplied
 
 
 def compile_blocks(network: Any) -> None:

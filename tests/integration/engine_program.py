@@ -3,9 +3,10 @@
     deepspeed --num_accelerators 2 tests/integration/engine_program.py GOLDEN OUT
 
 Writes `OUT/WAY.safetensors` (losses, weights and averages after four golden steps), and
-`OUT/A-to-B.safetensors` (after two steps in way A, a checkpoint, and two in way B). In bfloat16
-`OUT/bf16-WAY-N.safetensors` after N steps of 0 and 4, and `OUT/bf16-WAY-again.safetensors` after
-two, a checkpoint, and two. One rank alone takes bfloat16 and the recipe's own stage only.
+`OUT/A-to-B.safetensors` (after two steps in way A, a checkpoint, and two in way B). In each lower
+precision `OUT/PRECISION-WAY-N.safetensors` after N steps of 0 and 4, a sample a micro batch, and
+`OUT/PRECISION-WAY-again.safetensors` after two, a checkpoint, and two. One rank alone takes these
+and the recipe's own stage only.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from d2i.train.engine import (
     master_weights,
     read_zero,
 )
-from d2i.train.network import compile_blocks
+from d2i.train.network import compile_blocks, multiply_in
 from d2i.train.ranks import Ranks
 from d2i.train.writer import CheckpointWriter, TrainState
 
@@ -48,19 +49,22 @@ CHANGES = (
     (COMPILED, COMPILED),
 )
 
-# The golden optimizer, six samples a step.
+# The golden optimizer, eight samples a step.
 CONFIG = TrainConfig(
     num_steps=4,
-    global_batch_size=6,
-    micro_batch_size=6,
+    global_batch_size=8,
+    micro_batch_size=8,
     optim=OptimConfig(lr=3e-3, num_warmup_steps=2),
     precision="fp32",
     ema_rate=0.9,
 )
-BF16 = CONFIG.model_copy(update={"precision": "bf16"})
+LOWER = {
+    name: CONFIG.model_copy(update={"precision": name, "micro_batch_size": 1})
+    for name in ("bf16", "bf16_weights")
+}
 # The recipe's own stage: 1, or 0 for one rank.
 RECIPE = "recipe"
-BF16_STAGES = ("zero-0", RECIPE, "zero-2", "zero-3")
+LOWER_STAGES = ("zero-0", RECIPE, "zero-2", "zero-3")
 
 
 def begin(
@@ -75,6 +79,7 @@ def begin(
     load_weights(network, golden / "uvit_tiny.safetensors")
     if checkpoint:
         network.load_state_dict(dict(checkpoint.read_whole("weight")))
+    multiply_in(network, config.precision)
     zero = None
     if way == COMPILED:
         compile_blocks(network)
@@ -89,21 +94,34 @@ def begin(
     return state
 
 
-def take_steps(state: TrainState, golden: Path, ranks: Ranks, steps: range) -> list[float]:
-    """Golden steps on this rank's half of the golden batch; the losses over all ranks."""
+def golden_batch(golden: Path, ranks: Ranks) -> list[Tensor]:
+    """This rank's half of the golden batch: latents, text, times and noise."""
     with np.load(golden / "losses.npz", allow_pickle=False) as stored:
         names = ("uvit_x0", "uvit_context", "uvit_n", "uvit_eps")
-        half = [torch.from_numpy(stored[n]).chunk(ranks.world_size)[ranks.rank] for n in names]
-    x0, text, n, eps = half
+        return [torch.from_numpy(stored[n]).chunk(ranks.world_size)[ranks.rank] for n in names]
+
+
+def learning_rate(step: int) -> float:
+    """The golden rate: two steps of warm-up."""
+    return 3e-3 * min(step / 2, 1)
+
+
+def take_steps(state: TrainState, golden: Path, ranks: Ranks, steps: range) -> list[float]:
+    """Golden steps on this rank's half of the golden batch; the losses over all ranks."""
+    half = golden_batch(golden, ranks)
+    num_micro_batches = state.engine.gradient_accumulation_steps()
     losses = []
     for step in steps:
         for group in base_optimizer(state.engine).param_groups:
-            group["lr"] = 3e-3 * min(step / 2, 1)
-        loss = uvit_loss(state.engine, x0, text, n, eps).mean()
-        state.engine.backward(loss)
-        state.engine.step()
+            group["lr"] = learning_rate(step)
+        mean = torch.tensor(0.0)
+        for x0, text, n, eps in zip(*(t.chunk(num_micro_batches) for t in half), strict=True):
+            loss = uvit_loss(state.engine, x0, text, n, eps).mean()
+            state.engine.backward(loss)
+            state.engine.step()
+            mean += loss.detach() / num_micro_batches
         state.ema.update()
-        losses.append(float(ranks.sum(loss.detach()) / ranks.world_size))
+        losses.append(float(ranks.sum(mean) / ranks.world_size))
     return losses
 
 
@@ -128,18 +146,18 @@ def keep(state: TrainState, ranks: Ranks, folder: Path, losses: list[float]) -> 
     return checkpoint
 
 
-def train_in_bf16(golden: Path, out: Path, ranks: Ranks) -> None:
-    """Four steps at one go, and four with a checkpoint between."""
-    for way in BF16_STAGES if ranks.world_size > 1 else (RECIPE,):
-        state = begin(golden, way, ranks, config=BF16)
-        keep(state, ranks, out / f"bf16-{way}-0", [])
+def train_lower(golden: Path, out: Path, ranks: Ranks, precision: str) -> None:
+    """Four steps at one go, and four with a checkpoint between, in a lower precision."""
+    for way in LOWER_STAGES if ranks.world_size > 1 else (RECIPE,):
+        state = begin(golden, way, ranks, config=LOWER[precision])
+        keep(state, ranks, out / f"{precision}-{way}-0", [])
         losses = take_steps(state, golden, ranks, range(2))
-        half = keep(state, ranks, out / f"bf16-{way}-half", losses)
+        half = keep(state, ranks, out / f"{precision}-{way}-half", losses)
         losses += take_steps(state, golden, ranks, range(2, 4))
-        keep(state, ranks, out / f"bf16-{way}-4", losses)
-        state = begin(golden, way, ranks, half, BF16)
+        keep(state, ranks, out / f"{precision}-{way}-4", losses)
+        state = begin(golden, way, ranks, half, LOWER[precision])
         losses[2:] = take_steps(state, golden, ranks, range(2, 4))
-        keep(state, ranks, out / f"bf16-{way}-again", losses)
+        keep(state, ranks, out / f"{precision}-{way}-again", losses)
 
 
 def main() -> None:
@@ -147,7 +165,8 @@ def main() -> None:
     golden, out = map(Path, sys.argv[-2:])
     os.environ.setdefault("LOCAL_RANK", "0")
     ranks = join_ranks()
-    train_in_bf16(golden, out, ranks)
+    for precision in LOWER:
+        train_lower(golden, out, ranks, precision)
     if ranks.world_size == 1:
         return
     for way in (*STAGES, COMPILED):

@@ -47,7 +47,7 @@ def test_the_papers_numbers(corpus: str, backbone: str) -> None:
     assert optim.lr == paper["optimizer"]["lr"]
     assert optim.weight_decay == paper["optimizer"]["weight_decay"]
     assert list(optim.betas) == paper["optimizer"]["betas"]
-    assert recipe.train.precision in ("bf16", "fp16")
+    assert recipe.train.precision == "bf16"
     assert recipe.sample.num_steps == paper["sampler"]["steps"]
     # The paper's own number of devices shares the batch.
     recipe.train.accumulation(int(devices.partition("x")[0]))

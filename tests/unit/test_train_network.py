@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from d2i.config import apply_settings
+from d2i.diffusion import uvit_loss
+from d2i.diffusion.schedule import default_schedule
 from d2i.recipes import load_recipe
 from d2i.train.network import build_trained_network
 
@@ -24,3 +26,43 @@ def test_blocks_are_compiled_and_recomputed_as_asked(is_asked: bool) -> None:
     ):
         assert name == key
         assert torch.equal(weight, expected)
+
+
+def test_bf16_multiplies_in_it_and_keeps_float32_weights_and_loss() -> None:
+    torch.manual_seed(0)
+    recipe = apply_settings(load_recipe("demo"), ["train.precision=bf16"])
+    plain, network = build_trained_network(load_recipe("demo")), build_trained_network(recipe)
+    assert network.state_dict().keys() == plain.state_dict().keys()
+    latent = torch.randn(2, 4, network.latent_size, network.latent_size)
+    noise, text = (
+        torch.randn_like(latent),
+        torch.randn(2, network.num_text_tokens, network.text_dim),
+    )
+    n = torch.tensor([100, 900])
+    outputs, expected = network(latent, n, text), plain(latent, n, text)
+    assert outputs.dtype == torch.bfloat16
+    off = float(((outputs - expected).norm() / expected.norm()).detach())
+    assert 1e-4 < off < 5e-2
+    loss = uvit_loss(network, latent, text, n, noise)
+    assert loss.dtype == torch.float32
+    noised = default_schedule().add_noise(latent, noise, n)
+    exact = (network(noised, n, text).double() - noise.double()).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
+    loss.mean().backward()
+    assert all(weight.grad.dtype == torch.float32 for weight in network.parameters())
+
+
+def test_recomputed_blocks_multiply_in_bf16_as_well() -> None:
+    torch.manual_seed(0)
+    latent = None
+    found = []
+    for is_recomputed in ("false", "true"):
+        settings = ["train.precision=bf16", f"train.activation_checkpointing={is_recomputed}"]
+        network = build_trained_network(apply_settings(load_recipe("demo"), settings))
+        if latent is None:
+            latent = torch.randn(2, 4, network.latent_size, network.latent_size)
+            text = torch.randn(2, network.num_text_tokens, network.text_dim)
+        network(latent, torch.tensor([100, 900]), text).float().square().mean().backward()
+        found.append({name: weight.grad for name, weight in network.named_parameters()})
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
