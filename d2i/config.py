@@ -256,6 +256,11 @@ class TrainConfig(Config):
     """The project of Weights & Biases to which the run's lines are sent, too, as who is logged in
     there (`wandb login`, or `WANDB_MODE=offline`); `None` sends nothing anywhere."""
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _runs_made_before_say_fp16(cls, value: object) -> object:
+        return "fp16_weights" if value == "fp16" else value
+
     @model_validator(mode="after")
     def _pictures_are_drawn_from_checkpoints(self) -> Self:
         if self.num_sample_steps and self.num_sample_steps % self.num_checkpoint_steps:

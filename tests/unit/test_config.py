@@ -83,3 +83,9 @@ def test_the_global_batch_is_kept_for_any_number_of_ranks(world_size: int) -> No
 def test_an_impossible_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot share"):
         load_recipe("demo").train.accumulation(7)
+
+
+def test_a_run_in_fp16_made_before_opens() -> None:
+    values = load_recipe("uvit-s-mmdialog").model_dump(mode="json")
+    values["train"]["precision"] = "fp16"
+    assert load_config(Recipe, values, source="config.json").train.precision == "fp16_weights"
