@@ -107,10 +107,10 @@ def evaluate(
 
     FID, KID, IS, CLIP-I, CLIP-T, FID on CLIP features, and recall of the true picture.
 
-    A system is run:DIR (what d2i select chose of it, else its last weights); a backbone's name with
-    --weights; diffusers:PATH; dalle2:PATH (unCLIP); images:DIR (files named by instance key);
-    retrieve:DIR (the nearest training picture); divter:DIR,SYSTEM (a description generator, and
-    what draws); or package.module:function.
+    A system is run:DIR (what d2i select chose of it, else its last EMA, or what --set
+    sample.weights=trained asks for); a backbone's name with --weights; diffusers:PATH; dalle2:PATH
+    (unCLIP); images:DIR (files named by instance key); retrieve:DIR (the nearest training picture);
+    divter:DIR,SYSTEM (a description generator, and what draws); or package.module:function.
 
     Examples:
 
@@ -124,7 +124,7 @@ def evaluate(
     """
     from d2i.eval.job import EvalRequest, test_url
     from d2i.eval.job import evaluate as run
-    from d2i.eval.systems import parse_system
+    from d2i.eval.systems import chosen_settings, parse_system
     from d2i.fault import parse_fault
     from d2i.recipes import change_recipe, read_kept_recipe
     from d2i.shards import ShardReader
@@ -133,7 +133,7 @@ def evaluate(
     if workers is not None and not parallel:
         raise ConfigError("--workers counts Ray workers; expected --parallel with it; add it")
     # First what d2i select chose, so that a setting given here outweighs it.
-    recipe = change_recipe(read_kept_recipe(data), [*_chosen_guidance(system), *(settings or [])])
+    recipe = change_recipe(read_kept_recipe(data), [*chosen_settings(system), *(settings or [])])
     request = EvalRequest(
         recipe=recipe,
         system=parse_system(system, weights, recipe),
@@ -225,12 +225,3 @@ def _score_lines(result: dict[str, Any]) -> list[str]:
 
 def _interval(interval: list[float] | None) -> str:
     return "" if interval is None else f"  (95 %: {interval[0]:.4g} to {interval[1]:.4g})"
-
-
-def _chosen_guidance(system: str) -> list[str]:
-    """Return the guidance scale that d2i select chose for a run, as a setting."""
-    from d2i.runs import best_choice
-
-    kind, _, run_url = system.partition(":")
-    best = best_choice(run_url) if kind == "run" else None
-    return [f"sample.guidance_scale={best[1]}"] if best else []

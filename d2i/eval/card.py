@@ -36,6 +36,8 @@ def _system(request: EvalRequest) -> dict[str, Any]:
         "seed": sample.seed,
         "compute_batch_size": sample.compute_batch_size,
     }
+    if (spec.inner or spec).kind == "run":
+        card["weights_kind"] = sample.weights
     if (spec.inner or spec).network is None:
         return card | {"pipeline_arguments": dict(sample.pipeline)}
     return card | {
