@@ -38,12 +38,12 @@ from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifes
 from d2i.train.batch import BatchReader
 from d2i.train.checkpoint import Progress
 from d2i.train.ema import Ema
-from d2i.train.engine import build_engine, join_ranks, master_weights
+from d2i.train.engine import build_engine, join_ranks
 from d2i.train.network import multiply_in
 from d2i.train.order import DataOrder
 from d2i.train.request import TrainRequest
 from d2i.train.stepper import Stepper
-from d2i.train.writer import CheckpointWriter, TrainState
+from d2i.train.writer import CheckpointWriter, TrainState, build_state
 
 SHAPES = {"moments": (8, 32, 32), "clip": (512,), "tokens": (77,), "text": (77, 768)}
 NUM_SHARD_SAMPLES = 500
@@ -110,8 +110,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         multiply_in(network, settings.train.precision)
         bare = time_bare_loop(reader, settings.train, args.steps + 1)
         engine = build_engine(network, settings.train, 1)
-        state = TrainState(engine, Ema(master_weights(engine), settings.train.ema_rate))
-        state.begin()
+        state = build_state(engine, settings.train)
         clock: Any = Clock()
         request = TrainRequest(settings, name, str(folder / "run"), fault=clock)
         (folder / "run").mkdir()
@@ -121,7 +120,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
             writer.finish()
             ours = clock.seconds()
             stall_s = time_checkpoint(writer, state)
-        ema_s = statistics.median(time_of(state.ema.update) for _ in range(5))
+        ema_s = statistics.median(time_of(state.update_averages) for _ in range(5))
     step_s, bare_s = statistics.median(ours), statistics.median(bare)
     return {
         "batch": args.batch,

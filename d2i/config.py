@@ -26,6 +26,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 TrainPrecision = Literal["fp32", "bf16", "bf16_weights", "fp16_weights"]
 BackboneName = Literal["uvit-s", "uvit-s-deep", "unidiffuser-v0", "unidiffuser-v1"]
+WeightsKind = Literal["ema", "ema-short", "trained"]
 
 
 # The named linearizations (d2i.dialog), or the template of one turn.
@@ -34,6 +35,12 @@ _SAMPLER = r"^(dpm_solver|ancestral|ancestral_posterior|diffusers:[A-Za-z0-9]+Sc
 _MAX_SHOWN = 80
 # The model times of the published networks, n = 1..1000.
 NUM_NOISE_LEVELS = 1000
+# What settings were before they were there, for runs and evaluations that were begun then.
+FORMERLY: dict[str, Any] = {
+    "train.ema_warmup": False,
+    "train.short_ema_length": None,
+    "sample.weights": "ema",
+}
 
 
 class Config(BaseModel):
@@ -230,6 +237,14 @@ class TrainConfig(Config):
     """Share of samples whose text is replaced by that of '' (classifier-free guidance). Unset, 0
     for UniDiffuser's joint loss: its half without condition is learned at t^y = T."""
     ema_rate: float = Field(default=0.9999, ge=0, lt=1)
+    """How much of the moving average of the weights (EMA) is kept at each step, at most."""
+    ema_warmup: bool = True
+    """Whether less is kept at first, as by diffusers' EMAModel: after step k nothing for k = 1,
+    else min(ema_rate, k / (9 + k)); what is averaged is then a tenth of the steps old. Without it,
+    a short training's average is still mostly the initial weights: 92 % after 850 steps."""
+    short_ema_length: float | None = Field(default=0.05, gt=0, lt=0.09)
+    """Length of a second, shorter average, as a share of the steps so far (EDM2's sigma_rel; the
+    warm-up's is 0.09). It takes 4 bytes a parameter, shared as the EMA's are; `None` keeps none."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     order: Literal["global", "blocked"] = "global"
     """`global`: all samples shuffled. `blocked`: shards shuffled, then samples within a window of
@@ -294,6 +309,9 @@ class TrainConfig(Config):
 class SampleConfig(Config):
     """How pictures are drawn from the network."""
 
+    weights: WeightsKind = "ema"
+    """Which of a run's weights: `ema`, the shorter average `ema-short`, or `trained`, those that
+    the optimizer steps. Of no meaning for other systems, which have one kind of weights alone."""
     sampler: Annotated[str, Field(pattern=_SAMPLER)] = "dpm_solver"
     """`dpm_solver` (as published), `ancestral` or `ancestral_posterior` (the paper's Algorithm 2
     with sigma_n^2 = beta_n or the posterior variance, 1000 steps), or one of diffusers' schedulers,

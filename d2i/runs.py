@@ -6,28 +6,38 @@ Owns what a run refuses to go on with. Must not import torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from d2i import __version__, storage
-from d2i.config import Recipe, load_config
+from d2i.config import FORMERLY, Recipe, WeightsKind, load_config
 from d2i.errors import CheckpointError, ConfigError
 from d2i.published import weights_to_fetch
-from d2i.settle import settle
+from d2i.settle import settle, with_former
 
 CONFIG_NAME = "config.json"
 EMA_NAME = "ema.safetensors"
+# The weights of a finished run, by their kind. The EMA is written last: its step is the run's.
+RESULT_NAMES: dict[WeightsKind, str] = {
+    "ema": EMA_NAME,
+    "ema-short": "ema-short.safetensors",
+    "trained": "trained.safetensors",
+}
 METRICS_NAME = "metrics.jsonl"
 VALIDATION_NAME = "validation.jsonl"
 # Written by a training that was asked to stop, and did.
 STOPPED_NAME = "stopped.json"
 BEST_NAME = "best.json"
 
-# What decides where and in which pieces a step is computed, and what is kept of it, but no number
-# beyond its rounding: as the number of ranks may, it may change from one command to the next.
+_FORMERLY = {f"recipe.{path}": value for path, value in FORMERLY.items()}
+# What decides how far a run goes, where and in which pieces a step is computed, and what is kept of
+# it, but no number beyond its rounding: as the number of ranks may, it may change from one command
+# to the next.
 _MAY_CHANGE = frozenset(
     f"recipe.train.{name}"
     for name in (
+        "num_steps",
         "micro_batch_size",
         "zero_stage",
         "activation_checkpointing",
@@ -66,7 +76,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class MetricsLine:
-    """One line of `metrics.jsonl`, about the steps since the line before.
+    """One line of `metrics.jsonl`, about the steps since the line before, of the trained weights.
 
     Args:
         step: Steps taken.
@@ -91,7 +101,7 @@ class MetricsLine:
 
 @dataclass(frozen=True)
 class ValidationLine:
-    """One line of `validation.jsonl`: the loss on fixed instances, noise and times.
+    """One line of `validation.jsonl`: the trained weights' loss on fixed instances, noise, times.
 
     Args:
         step: Steps taken.
@@ -120,16 +130,16 @@ def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
     url = storage.join(run_url, CONFIG_NAME)
     if not is_begun:
         storage.remove(url)
-    differences = [
+    named = [
         difference
-        for difference in settle(url, asdict(config))
+        for difference in settle(url, asdict(config), _FORMERLY)
         if difference.startswith(("recipe.", "manifest_sha256:"))
         and difference.partition(":")[0] not in _MAY_CHANGE
     ]
-    if differences:
+    if named:
         raise CheckpointError(
             f"{run_url} was started with another recipe or other data: got "
-            f"{'; '.join(differences[:3])}; repeat that or choose another --run"
+            f"{'; '.join(named[:3])}; repeat that{_former_settings(named)} or choose another --run"
         )
 
 
@@ -152,6 +162,16 @@ def check_initial_weights(recipe: Recipe, run_url: str) -> None:
     )
 
 
+def _former_settings(named: Sequence[str]) -> str:
+    """Return the settings with which a run goes on that was begun before there were these."""
+    words = " ".join(
+        f"--set {path}={json.dumps(value)}"
+        for path, value in FORMERLY.items()
+        if any(d.startswith(f"recipe.{path}:") and d.endswith(f"expected {value}") for d in named)
+    )
+    return f" ({words}, as in runs begun before there was that setting)" if words else ""
+
+
 def read_recipe(run_url: str) -> Recipe:
     """Return the recipe that a run was trained by.
 
@@ -160,7 +180,7 @@ def read_recipe(run_url: str) -> Recipe:
     """
     url = storage.join(run_url, CONFIG_NAME)
     try:
-        values = json.loads(storage.read_bytes(url))["recipe"]
+        values = with_former(json.loads(storage.read_bytes(url))["recipe"], FORMERLY)
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise CheckpointError(
             f"{run_url} is no run: {CONFIG_NAME} cannot be read; expected a folder made by "
@@ -179,13 +199,20 @@ def read_validation(run_url: str) -> list[ValidationLine]:
     return _read_lines(storage.join(run_url, VALIDATION_NAME), ValidationLine)
 
 
-def keep_lines_until(run_url: str, step: int) -> None:
-    """Drop the lines after a step, which the run is about to write anew."""
-    for name, lines in (
-        (METRICS_NAME, read_metrics(run_url)),
-        (VALIDATION_NAME, read_validation(run_url)),
+def keep_lines_until(run_url: str, step: int, validation_step: int | None = None) -> None:
+    """Drop the lines after a step, which the run is about to write anew.
+
+    Args:
+        run_url: The run directory.
+        step: The last one whose line is kept.
+        validation_step: The same of `validation.jsonl`; `None` is `step`.
+    """
+    last = step if validation_step is None else validation_step
+    for name, lines, kept_until in (
+        (METRICS_NAME, read_metrics(run_url), step),
+        (VALIDATION_NAME, read_validation(run_url), last),
     ):
-        kept = "".join(_as_line(line) for line in lines if line.step <= step)
+        kept = "".join(_as_line(line) for line in lines if line.step <= kept_until)
         storage.write_bytes(storage.join(run_url, name), kept.encode())
 
 
@@ -212,8 +239,68 @@ def _read_lines(url: str, kind: type[LineT]) -> list[LineT]:
     return lines
 
 
-def best_choice(run_url: str) -> tuple[str, float] | None:
-    """Return the weights and the guidance scale that `d2i select` chose for a run, if it did.
+def last_step(run_url: str) -> int | None:
+    """Return the step after which a run's results were written; None where there are none yet.
+
+    Raises:
+        CheckpointError: If the results cannot be read.
+    """
+    url = storage.join(run_url, EMA_NAME)
+    if not storage.exists(url):
+        return None
+    try:
+        length = int.from_bytes(storage.read_range(url, 0, 8), "little")
+        described = json.loads(storage.read_range(url, 8, length)).get("__metadata__", {})
+        if "step" in described:
+            return int(described["step"])
+    except (OSError, ValueError, AttributeError, MemoryError, OverflowError) as err:
+        raise CheckpointError(
+            f"{url} is damaged: {err}; expected weights that d2i train wrote; delete it and repeat "
+            "that command, which writes it anew from the last checkpoint"
+        ) from err
+    # Of a run that was finished before results said their step.
+    return read_recipe(run_url).train.num_steps
+
+
+def keep_num_steps(run_url: str, num_steps: int) -> None:
+    """Say in `config.json` how many steps the run has made, now that it is finished."""
+    url = storage.join(run_url, CONFIG_NAME)
+    config = json.loads(storage.read_bytes(url))
+    if config["recipe"]["train"]["num_steps"] != num_steps:
+        config["recipe"]["train"]["num_steps"] = num_steps
+        storage.write_bytes(url, (json.dumps(config, indent=1, sort_keys=True) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class BestChoice:
+    """What `d2i select` chose of a run.
+
+    Args:
+        weights: The file, a URL.
+        weights_kind: What they are.
+        guidance_scale: To be drawn with.
+        last_step: The run's last step when it was asked.
+    """
+
+    weights: str
+    weights_kind: WeightsKind
+    guidance_scale: float
+    last_step: int
+
+    def settings(self) -> list[str]:
+        """Return the choice as settings, which others may outweigh."""
+        return [
+            f"sample.guidance_scale={self.guidance_scale}",
+            f"sample.weights={self.weights_kind}",
+        ]
+
+
+def best_choice(run_url: str, warn: Callable[[str], None] | None = None) -> BestChoice | None:
+    """Return what `d2i select` chose of a run, if it did since the run was trained on.
+
+    Args:
+        run_url: The run directory.
+        warn: Told in a line of a choice that is older than the run's results, and not used.
 
     Raises:
         ConfigError: If what it wrote is damaged, or the weights are gone.
@@ -221,11 +308,30 @@ def best_choice(run_url: str) -> tuple[str, float] | None:
     url = storage.join(run_url, BEST_NAME)
     if not storage.exists(url):
         return None
+    best = _read_best(url, run_url)
+    trained_to = last_step(run_url)
+    if trained_to is not None and best.last_step < trained_to:
+        if warn:
+            warn(
+                f"{url} is not used: it was chosen when the run had {best.last_step} steps, and it "
+                f"has {trained_to} now; repeat d2i select"
+            )
+        return None
+    if not storage.exists(best.weights):
+        raise ConfigError(f"{url} names {best.weights}, which is gone; repeat d2i select")
+    return best
+
+
+def _read_best(url: str, run_url: str) -> BestChoice:
     try:
         best = json.loads(storage.read_bytes(url))
-        weights, scale = storage.join(run_url, best["weights"]), float(best["guidance_scale"])
+        # Before it said so, its candidates did: the last checkpoint was among them.
+        steps = [int(candidate["step"]) for candidate in best.get("candidates", ())]
+        return BestChoice(
+            weights=storage.join(run_url, best["weights"]),
+            weights_kind=best.get("weights_kind", "ema"),
+            guidance_scale=float(best["guidance_scale"]),
+            last_step=int(best.get("last_step", max([*steps, int(best.get("step", 0))]))),
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ConfigError(f"{url} is damaged: {err}; repeat d2i select, or delete it") from err
-    if not storage.exists(weights):
-        raise ConfigError(f"{url} names {weights}, which is gone; repeat d2i select")
-    return weights, scale

@@ -23,7 +23,7 @@ from d2i.metric_specs import METRICS, MetricSpec
 from d2i.models import save_weights
 from d2i.pictures import decode_picture
 from d2i.recipes import change_recipe
-from d2i.runs import BEST_NAME, CONFIG_NAME, read_recipe
+from d2i.runs import BEST_NAME, CONFIG_NAME, last_step, read_recipe
 from d2i.settle import settle
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 from d2i.train.checkpoint import Checkpoint, step_of, whole_checkpoints
@@ -60,8 +60,9 @@ def select(
     """Score every candidate, and write `best.json` into the run.
 
     Returns:
-        Its content: `weights` (relative to the run), `step`, `guidance_scale`, `metric`, `value`,
-        `num_instances`, `seed`, and `candidates` with all of their scores.
+        Its content: `weights` (relative to the run), `weights_kind`, `step`, `last_step` (of the
+        run), `guidance_scale`, `metric`, `value`, `num_instances`, `seed`, and `candidates` with
+        all of their scores.
 
     Raises:
         CheckpointError: If the run has no whole checkpoint.
@@ -90,7 +91,9 @@ def select(
     best = _best(candidates, METRICS[request.metric])
     result = {
         "weights": best["weights"],
+        "weights_kind": "ema",
         "step": best["step"],
+        "last_step": max(step_of(checkpoints[-1]), last_step(request.run_url) or 0),
         "guidance_scale": best["guidance_scale"],
         "metric": request.metric,
         "value": best["scores"][request.metric],
@@ -133,7 +136,9 @@ def _score(
     name = f"step-{step}, guidance {guidance_scale:g}"
     backbone = recipe.backbone.model_copy(update={"weights": weights})
     evaluation = EvalRequest(
-        recipe=change_recipe(recipe, [f"sample.guidance_scale={guidance_scale}"]),
+        recipe=change_recipe(
+            recipe, [f"sample.guidance_scale={guidance_scale}", "sample.weights=ema"]
+        ),
         system=SystemSpec(f"run:{run_url}", name, "run", run_url, backbone, run_url),
         data_url=storage.join(subset, "data"),
         out_url=storage.join(subset, f"step-{step}-guidance-{guidance_scale:g}"),

@@ -14,12 +14,15 @@ from d2i import storage
 from d2i.errors import ConfigError
 
 
-def settle(url: str, mine: Mapping[str, Any]) -> list[str]:
+def settle(
+    url: str, mine: Mapping[str, Any], formerly: Mapping[str, Any] | None = None
+) -> list[str]:
     """Keep `mine` at a URL, or name the fields in which it differs from what is kept there.
 
     Args:
         url: A JSON file, written now if it is not there yet.
         mine: Nested JSON values.
+        formerly: What fields such as `recipe.train.seed` were before they were there.
 
     Returns:
         As `differences`, `mine` being what was found; empty where both agree.
@@ -39,7 +42,25 @@ def settle(url: str, mine: Mapping[str, Any]) -> list[str]:
         ) from err
     if not isinstance(kept, dict):
         raise ConfigError(f"{url} is damaged: expected a JSON object; choose another folder")
-    return differences(json.loads(data), kept)
+    return differences(json.loads(data), with_former(kept, formerly or {}))
+
+
+def with_former(kept: Mapping[str, Any], formerly: Mapping[str, Any]) -> dict[str, Any]:
+    """Return kept values with those of the fields that were not there yet.
+
+    Args:
+        kept: Nested JSON values.
+        formerly: Values by path, such as `recipe.train.seed`; a group that is absent stays absent.
+    """
+    filled: dict[str, Any] = json.loads(json.dumps(kept))
+    for path, value in formerly.items():
+        *groups, name = path.split(".")
+        group: Any = filled
+        for part in groups:
+            group = group.get(part) if isinstance(group, dict) else None
+        if isinstance(group, dict):
+            group.setdefault(name, value)
+    return filled
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:

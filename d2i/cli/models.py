@@ -32,7 +32,9 @@ def add_commands(app: typer.Typer) -> None:
 def train(
     recipe: RecipeOption,
     data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
-    run: Annotated[str, typer.Option(help="Run directory; the same command resumes.")],
+    run: Annotated[
+        str, typer.Option(help="Run directory; the same command resumes, more steps train longer.")
+    ],
     settings: SetOption = None,
     num_accelerators: Annotated[
         int | None, typer.Option(min=1, help="Ranks; else every GPU, or one CPU rank.")
@@ -57,6 +59,8 @@ def train(
 
         d2i train --recipe uvit-s-photochat --data data --run runs/a
         --set backbone.weights=mscoco_uvit_small.pth
+
+        d2i train --recipe demo --data data --run runs/demo --set train.num_steps=600
 
         d2i train --recipe uvit-s-mmdialog --data data --run runs/b --preflight --json
 
@@ -95,7 +99,7 @@ def train(
         found = json.loads(storage.read_bytes(storage.join(run, "preflight.json")))
         print_result(found, [f"{name}: {v}" for name, v in found.items()], as_json=as_json)
         return
-    _print_run(run, as_json=as_json)
+    _print_run(run, resolved.train.num_steps, as_json=as_json)
 
 
 def sample(
@@ -120,17 +124,22 @@ def sample(
 
         d2i sample --run runs/demo --dialog chat.json --seed 7 --seed 8 --out answers.png
 
+        d2i sample --run runs/demo --dialog chat.txt --set sample.weights=trained
+
         d2i sample --run runs/demo --dialog chat.txt
         --set sample.sampler=diffusers:DPMSolverMultistepScheduler
     """
     from d2i.eval.single import Request, draw_dialog, read_dialog
+    from d2i.eval.systems import chosen_settings
     from d2i.recipes import change_recipe
     from d2i.runs import read_recipe
 
     if not out.lower().endswith(".png"):
         raise ConfigError(f"--out {out}: expected a name that ends in .png; change it")
     turns = read_dialog(_read_text(dialog))
-    recipe = change_recipe(read_recipe(run), settings or [])
+    # First what d2i select chose, so that a setting given here outweighs it.
+    chosen = chosen_settings(f"run:{run}")
+    recipe = change_recipe(read_recipe(run), [*chosen, *(settings or [])])
     seeds = seed or [recipe.sample.seed]
     text = draw_dialog(Request(run, recipe, turns, seeds, key), out)
     result = {"image": out, "text": text, "seeds": seeds}
@@ -148,16 +157,16 @@ def _check_data(data: str) -> None:
         )
 
 
-def _print_run(run: str, *, as_json: bool) -> None:
+def _print_run(run: str, num_steps: int, *, as_json: bool) -> None:
     """Say how a training ended whose launcher ended well.
 
     Raises:
         ClusterError: If it neither finished nor stopped: a launcher that is killed ends with 0.
     """
     from d2i import storage
-    from d2i.runs import EMA_NAME, STOPPED_NAME, read_metrics
+    from d2i.runs import STOPPED_NAME, last_step, read_metrics
 
-    result = {"run": run, "finished": storage.exists(storage.join(run, EMA_NAME))}
+    result = {"run": run, "finished": last_step(run) == num_steps}
     if storage.exists(storage.join(run, STOPPED_NAME)):
         line = f"stopped as asked: resume with the same command: {run}"
         print_result(result | {"finished": False}, [line], as_json=as_json)

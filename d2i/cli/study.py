@@ -111,10 +111,10 @@ def evaluate(
     FID, KID, IS, CLIP-I, CLIP-T, FID on CLIP features, and recall of the true picture, with 95 %
     intervals over dialogs. KID is also given without its bias for images of the same dialogs.
 
-    A system is run:DIR (what d2i select chose of it, else its last weights); a backbone's name with
-    --weights; diffusers:PATH; unclip:PATH (Karlo); images:DIR (files named by instance key);
-    retrieve:DIR (the nearest training picture); divter:DIR,SYSTEM (a description generator, and
-    what draws); or package.module:function.
+    A system is run:DIR (what d2i select chose of it, else its last EMA, or what --set
+    sample.weights=trained asks for); a backbone's name with --weights; diffusers:PATH; unclip:PATH
+    (Karlo); images:DIR (files named by instance key); retrieve:DIR (the nearest training picture);
+    divter:DIR,SYSTEM (a description generator, and what draws); or package.module:function.
 
     diffusers: and unclip: read as much of a dialog as the pipeline's own text encoders take, on the
     side of text.keep, and draw in sample.precision; sample.pipeline has its call's own arguments.

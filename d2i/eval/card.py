@@ -53,6 +53,8 @@ def _system(request: EvalRequest) -> dict[str, Any]:
         card |= describe_training(spec.run_dir)
     elif spec.network:
         card["initial_weights"] = describe_initial_weights(spec.network)
+    if drawn_by.kind == "run":
+        card["weights_kind"] = sample.weights
     if drawn_by.network is None:
         return card | {"pipeline_arguments": dict(sample.pipeline)}
     return card | {

@@ -15,7 +15,7 @@ from d2i.cluster import JobFault, Pool, job_fault, run_tasks, session
 from d2i.cluster.forecast import Work
 from d2i.cluster.offer import Unit, offer_of_session
 from d2i.cluster.rates import Meter, keep_rate
-from d2i.config import Recipe
+from d2i.config import FORMERLY, Recipe
 from d2i.errors import ConfigError, DataError
 from d2i.eval.card import metric_card
 from d2i.eval.categories import CORPUS, write_categories
@@ -254,7 +254,8 @@ def _settle(request: EvalRequest, decided: dict[str, Any]) -> None:
         # Nothing was drawn under them yet: they may be those of a command with a typing error.
         storage.remove(kept)
         storage.remove(described)
-    differences = settle(kept, decided)
+    formerly = {f"recipe.{path}": value for path, value in FORMERLY.items()}
+    differences = settle(kept, decided, formerly)
     if differences and all(difference.startswith("files.") for difference in differences):
         raise ConfigError(
             f"{request.out_url} holds what {request.system.name} gave before its files changed; "

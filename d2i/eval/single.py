@@ -87,7 +87,8 @@ def draw_dialog(request: Request, out: str) -> str:
     )
     num, key = len(request.seeds), text if request.key is None else request.key
     pixels = sampler.draw([key] * num, np.repeat(latents[0], num, axis=0), request.seeds)
-    settings = recipe.sample.model_dump(exclude={"seed"}) | {
+    settings = recipe.sample.model_dump(exclude={"seed", "weights"}) | {
+        "weights_kind": recipe.sample.weights,
         "recipe": recipe.name,
         "text": text,
         "key": key,

@@ -7,6 +7,7 @@ Imports no network class and no preset.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -136,22 +137,43 @@ def read_described(path: str | Path) -> dict[str, str]:
         return {}
 
 
-def save_weights(network_or_state: nn.Module | Mapping[str, Tensor], path: str | Path) -> None:
+def save_weights(
+    network_or_state: nn.Module | Mapping[str, Tensor],
+    path: str | Path,
+    described: Mapping[str, str] | None = None,
+) -> None:
     """Write weights as safetensors under their published keys; complete, or not at all.
 
     Args:
         network_or_state: a network, or tensors by key.
         path: the file to write, a path or a URL; its directory is made.
+        described: what the file is to say beside the tensors (`read_described`).
 
     Raises:
         CheckpointError: the file cannot be written.
     """
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt"} | dict(described or {})
     if isinstance(network_or_state, nn.Module):
         metadata |= _describe(network_or_state)
         network_or_state = network_or_state.state_dict()
     tensors = {key: value.detach().cpu().contiguous() for key, value in network_or_state.items()}
-    _write(path, lambda file: safetensors.torch.save_file(tensors, file, metadata))
+
+    def write(file: Path) -> None:
+        safetensors.torch.save_file(tensors, file, metadata)
+        _sort_described(file)
+
+    _write(path, write)
+
+
+def _sort_described(file: Path) -> None:
+    """Sort what a safetensors file says of itself: the library writes a hash map's order."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        opened.seek(8)
+        opened.write(data.ljust(length))
 
 
 def save_torch(state: Mapping[str, Tensor], path: str | Path) -> None:

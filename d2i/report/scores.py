@@ -18,6 +18,7 @@ _CARD_FIELDS = {
     "extractor": "Feature extractor",
     "expected": "Pictures expected",
     "found": "Pictures scored",
+    "weights_kind": "Weights of the run",
     "sampler": "Sampler",
     "num_steps": "Sampling steps",
     "guidance_scale": "Guidance scale",

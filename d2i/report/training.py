@@ -86,7 +86,8 @@ def _run_part(run: Run) -> str:
         f'<p class="intro">{_facts(run)}</p><figure class="chart">{_svg(points)}<figcaption>'
         f'<ul class="legend"><li><i class="swatch raw"></i>loss as logged</li>'
         f'<li><i class="swatch smoothed"></i>mean over neighbours</li></ul>'
-        f"Loss by step.{thinned}</figcaption></figure>"
+        f"Loss by step, of the weights that the optimizer steps and not of their average.{thinned}"
+        f"</figcaption></figure>"
     )
 
 

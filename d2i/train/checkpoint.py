@@ -3,7 +3,7 @@
 `checkpoints/step-N/` holds one file a rank, named by its sha256, and last of all `complete.json`,
 which holds its own.
 A file holds flat float32 runs of numbers, each named `KIND:PARAMETER:START`: a weight, its AdamW
-moments or its average. So no file knows which ranks or which ZeRO stage wrote it, any others can
+moments or its averages. So no file knows which ranks or which ZeRO stage wrote it, any others can
 go on from it, and nothing is unpickled. Must not import DeepSpeed or `torch.distributed`.
 """
 
@@ -26,14 +26,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2i import storage
+from d2i.config import WeightsKind
 from d2i.errors import CheckpointError
 
 if TYPE_CHECKING:
     import io
 
-Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema"]
-KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq", "ema")
+Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema", "ema_short"]
 MARKER = "complete.json"
+KIND_OF_WEIGHTS: dict[WeightsKind, Kind] = {
+    "ema": "ema",
+    "ema-short": "ema_short",
+    "trained": "weight",
+}
+"""The kind in a checkpoint of what `sample.weights` names."""
 _STEP = re.compile(r"step-(\d+)")
 _LENGTH_BYTES = 8
 _PART = re.compile(r"part-(\d+)-[0-9a-f]{16}\.safetensors")

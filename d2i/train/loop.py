@@ -10,36 +10,46 @@ from typing import Any
 import torch
 
 from d2i import storage
+from d2i.config import Recipe
+from d2i.errors import CheckpointError, ConfigError
 from d2i.models import save_weights
 from d2i.models.folder import resolve_sizes
 from d2i.models.initial import describe_initial_weights
 from d2i.recipes import check_prepared_with
-from d2i.runs import EMA_NAME, STOPPED_NAME, RunConfig, open_run
+from d2i.runs import (
+    RESULT_NAMES,
+    STOPPED_NAME,
+    RunConfig,
+    keep_num_steps,
+    last_step,
+    open_run,
+)
 from d2i.shards import ShardReader
 from d2i.train.checkpoint import (
+    KIND_OF_WEIGHTS,
     Checkpoint,
     Progress,
     newest_sound_checkpoint,
     step_folder,
 )
 from d2i.train.data import check_cache, check_sizes, train_url
-from d2i.train.ema import Ema
 from d2i.train.ending import ending_in_words
-from d2i.train.engine import build_engine, join_ranks, master_weights
+from d2i.train.engine import build_engine, join_ranks
 from d2i.train.network import build_trained_network
 from d2i.train.ranks import Ranks
 from d2i.train.records import say
 from d2i.train.request import TrainRequest
 from d2i.train.stepper import Stepper
 from d2i.train.trouble import how_to_go_on
-from d2i.train.writer import CheckpointWriter, TrainState
+from d2i.train.writer import CheckpointWriter, TrainState, build_state
 
 
 def train(request: TrainRequest) -> None:
     """Train to the recipe's last step, continuing where an earlier call was cut off.
 
     Raises:
-        CheckpointError: If the run belongs to another recipe or other data.
+        CheckpointError: If the run belongs to another recipe or other data, has made more steps
+            already, or is to go on and has no checkpoint.
         ConfigError: If the ranks cannot share the global batch, or the sizes do not fit the data.
         D2IError: What else the user can mend.
     """
@@ -64,6 +74,7 @@ def _hold_run(run_url: str, ranks: Ranks, stack: ExitStack) -> None:
 def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     recipe, config, run_url = request.recipe, request.recipe.train, request.run_url
     config.accumulation(ranks.world_size)
+    _check_kept_weights(recipe)
     reader = request.open_shards(train_url(request.data_url))
     check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
@@ -101,17 +112,55 @@ def _open_run(
 ) -> int:
     """Begin the run, or go on with it; return 1 where it is finished and nothing can be gone on."""
     run_url = request.run_url
-    is_finished = checkpoint is None and storage.exists(storage.join(run_url, EMA_NAME))
-    is_begun = checkpoint is not None or is_finished
+    finished_at = last_step(run_url)
+    made = max(finished_at or 0, checkpoint.progress.step if checkpoint else 0)
     storage.remove(storage.join(run_url, STOPPED_NAME))
     config = _run_config(request, reader, ranks.world_size)
-    if not is_begun:
+    if not made:
         # Read where they are used; a run that goes on keeps what it began with.
         config = replace(config, initial_weights=describe_initial_weights(request.recipe.backbone))
-    open_run(run_url, config, is_begun=is_begun)
-    if is_finished:
+    open_run(run_url, config, is_begun=made > 0)
+    _check_num_steps(request, made, can_go_on=checkpoint is not None or not made)
+    if checkpoint is None and made:
         say(f"{run_url} is finished, its checkpoints are gone: nothing to do")
-    return int(is_finished)
+        return 1
+    return 0
+
+
+def _check_num_steps(request: TrainRequest, made: int, *, can_go_on: bool) -> None:
+    """Make sure that a run of so many steps can end where it is to end now.
+
+    Nothing that a step does depends on how many are to come (the learning rate is constant after
+    its warm-up), so a run may be trained longer.
+
+    Raises:
+        CheckpointError: If it has made more already, or cannot go on.
+    """
+    run_url, num_steps = request.run_url, request.recipe.train.num_steps
+    if num_steps < made:
+        raise CheckpointError(
+            f"train.num_steps is {num_steps}, and {run_url} has made {made} steps; expected at "
+            f"least so many; give --set train.num_steps={made} or more, or another --run"
+        )
+    if num_steps > made and not can_go_on:
+        raise CheckpointError(
+            f"{run_url} was finished at step {made} and its checkpoints are gone, so it cannot go "
+            f"on to step {num_steps}; expected one; restore it, or begin another --run, from these "
+            "weights by --set backbone.weights=PATH"
+        )
+
+
+def _check_kept_weights(recipe: Recipe) -> None:
+    """Make sure that the run keeps the weights that pictures are to be drawn with.
+
+    Raises:
+        ConfigError: If it keeps no such average.
+    """
+    if recipe.sample.weights == "ema-short" and recipe.train.short_ema_length is None:
+        raise ConfigError(
+            "sample.weights is ema-short, and train.short_ema_length is null, so the run keeps no "
+            "shorter average; expected a length such as 0.05; --set train.short_ema_length=0.05"
+        )
 
 
 def _build_state(
@@ -122,11 +171,9 @@ def _build_state(
         # Before the engine is built: then every copy that ZeRO makes of them is right.
         network.load_state_dict(dict(checkpoint.read_whole("weight")))
     engine = build_engine(network, config, ranks.world_size, request.zero)
-    state = TrainState(engine, Ema(master_weights(engine), config.ema_rate))
+    state = build_state(engine, config)
     if checkpoint:
         state.restore(checkpoint)
-    else:
-        state.begin()
     return state
 
 
@@ -138,8 +185,13 @@ def _end(request: TrainRequest, progress: Progress) -> None:
         say(f"stopped at step {progress.step}/{config.num_steps}: {how_to_go_on(run_url)}")
         return
     checkpoint = Checkpoint(step_folder(run_url, progress.step))
-    with storage.new_file(storage.join(run_url, EMA_NAME)) as path:
-        save_weights(dict(checkpoint.read_whole("ema")), path)
+    described = {"step": str(progress.step)}
+    for kind, name in reversed(RESULT_NAMES.items()):
+        if kind != "ema-short" or config.short_ema_length is not None:
+            state = dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind]))
+            with storage.new_file(storage.join(run_url, name)) as path:
+                save_weights(state, path, described)
+    keep_num_steps(run_url, progress.step)
 
 
 def _run_config(request: TrainRequest, reader: ShardReader, world_size: int) -> RunConfig:

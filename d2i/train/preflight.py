@@ -35,6 +35,7 @@ from d2i.train.objective import build_objective
 from d2i.train.pace import count_flops, peak_flops
 from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
+from d2i.train.writer import build_state
 
 PREFLIGHT_NAME = "preflight.json"
 _TINY = {
@@ -160,6 +161,7 @@ class _Trial:
         one_each = {"global_batch_size": ranks.world_size, "micro_batch_size": 1}
         trial_config = self._config.model_copy(update=one_each)
         self._engine = build_engine(network, trial_config, ranks.world_size, request.zero)
+        self._state = build_state(self._engine, trial_config)
         self._objective = build_objective(
             self._backbone, self._engine.module.latent_scale, self._config.unidiffuser
         )
@@ -216,6 +218,7 @@ class _Trial:
     def _step(self, batch: Batch) -> None:
         self._engine.backward(self._objective(self._engine, batch).mean())
         self._engine.step()
+        self._state.update_averages()
 
     def _batch(self, size: int) -> Batch:
         indices = np.arange(size) % self._num_samples

@@ -10,7 +10,14 @@ from pathlib import Path
 
 from d2i import storage
 from d2i.config import Recipe
-from d2i.runs import MetricsLine, ValidationLine, append_line, keep_lines_until
+from d2i.runs import (
+    MetricsLine,
+    ValidationLine,
+    append_line,
+    keep_lines_until,
+    read_metrics,
+    read_validation,
+)
 from d2i.train.chart import draw_chart
 from d2i.train.wandb_lines import WandbLines
 
@@ -23,23 +30,34 @@ class Records:
     Args:
         run_url: The run directory.
         recipe: Of the run; it may ask for Weights & Biases.
-        step: The step that the run goes on from; later lines of a cut off attempt are dropped.
+        step: The last step whose line is kept; later ones, of a cut off attempt, are dropped.
+        validation_step: The same of validation losses; `None` is `step`.
 
     Raises:
         ConfigError: If Weights & Biases is asked for and cannot be used.
     """
 
-    def __init__(self, run_url: str, recipe: Recipe, step: int) -> None:
+    def __init__(
+        self, run_url: str, recipe: Recipe, step: int, validation_step: int | None = None
+    ) -> None:
         # Imported here: of all ranks only the first one needs it, and it takes a second.
         from torch.utils.tensorboard import SummaryWriter
 
         self._run_url = run_url
-        keep_lines_until(run_url, step)
+        keep_lines_until(run_url, step, validation_step)
         # TensorBoard writes to a folder: that of the run, or one that is copied there.
         self._folder = _local_events(run_url)
         self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
         project = recipe.train.wandb_project
         self._wandb = WandbLines(project, run_url, recipe) if project else None
+
+    def has_metrics(self, step: int) -> bool:
+        """Say whether the line of a step is there."""
+        return any(line.step == step for line in read_metrics(self._run_url))
+
+    def has_validation(self, step: int) -> bool:
+        """Say whether the validation loss of a step is there."""
+        return any(line.step == step for line in read_validation(self._run_url))
 
     def metrics(self, line: MetricsLine) -> None:
         """Keep the line of some steps."""
@@ -54,7 +72,7 @@ class Records:
         in_bands = {f"valid/n_{band}": loss for band, loss in line.bands.items()}
         self._show({"valid/loss": line.loss, **in_bands}, line.step)
         bands = "  ".join(f"n {band}: {loss:.4f}" for band, loss in line.bands.items())
-        say(f"step {line.step}  validation loss {line.loss:.4f}  ({bands})")
+        say(f"step {line.step}  validation loss {line.loss:.4f} as trained  ({bands})")
         self.draw()
 
     def _show(self, values: Mapping[str, float], step: int) -> None:

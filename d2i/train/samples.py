@@ -1,4 +1,4 @@
-"""`samples/step-N.png`: fixed validation dialogs, drawn with the averages of a checkpoint.
+"""`samples/step-N.png`: fixed validation dialogs, drawn with the weights of a checkpoint.
 
 Each dialog is a column: the true picture above, the drawn one below. Drawn with few steps, on one
 device, so that training waits little: for looking at, never for scores.
@@ -24,7 +24,7 @@ from d2i.models.folder import resolve_sizes
 from d2i.pictures import crop_to_square, decode_picture, png_bytes
 from d2i.shards import ShardReader
 from d2i.train.batch import TextEncoder
-from d2i.train.checkpoint import Checkpoint
+from d2i.train.checkpoint import KIND_OF_WEIGHTS, Checkpoint
 from d2i.train.validation import choose_instances
 
 _NUM_DIALOGS = 8
@@ -36,7 +36,7 @@ class SampleGrid:
     """Draws the same validation dialogs whenever it is asked.
 
     Args:
-        recipe: Encoders, guidance and seed.
+        recipe: Encoders, which weights, guidance and seed.
         reader: The validation shards.
         device: Where networks run.
         encode_text: Encodes token ids, for shards that hold no text latents.
@@ -65,7 +65,7 @@ class SampleGrid:
         self._empty_text = self._latents(empty[None], encode_text)[0]
 
     def draw(self, checkpoint: Checkpoint, url: str) -> None:
-        """Draw the grid with a checkpoint's averages and write it as PNG."""
+        """Draw the grid with a checkpoint's weights (`sample.weights`) and write it as PNG."""
         network = self._network(checkpoint)
         with torch.inference_mode():
             latents = self._solve(network)
@@ -74,14 +74,19 @@ class SampleGrid:
             np.concatenate([_picture(true, pixels.shape[1]), drawn])
             for true, drawn in zip(self._true, pixels, strict=True)
         ]
-        metadata = {"keys": " ".join(self._keys), "step": str(checkpoint.progress.step)}
+        metadata = {
+            "keys": " ".join(self._keys),
+            "step": str(checkpoint.progress.step),
+            "weights_kind": self._recipe.sample.weights,
+        }
         storage.write_bytes(url, png_bytes(np.concatenate(columns, axis=1), metadata))
 
     def _network(self, checkpoint: Checkpoint) -> Any:
         sizes = resolve_sizes(self._recipe.backbone)
         with torch.device("meta"):
             network: Any = build_backbone(sizes.name, **sizes.overrides())
-        network.load_state_dict(dict(checkpoint.read_whole("ema")), assign=True)
+        kind = KIND_OF_WEIGHTS[self._recipe.sample.weights]
+        network.load_state_dict(dict(checkpoint.read_whole(kind)), assign=True)
         return network.to(self._device).eval().requires_grad_(False)
 
     def _solve(self, network: Any) -> Tensor:

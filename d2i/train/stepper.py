@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,8 @@ class Stepper:
         self._pace = Pace(progress.step, progress.elapsed_s)
         self._losses.known = list(progress.losses)
         run_url, recipe = self._request.run_url, self._request.recipe
-        self._records = self._ranks.built_on_first(lambda: Records(run_url, recipe, progress.step))
+        kept = self._kept_lines(progress)
+        self._records = self._ranks.built_on_first(lambda: Records(run_url, recipe, *kept))
         stop = StopRequest(self._ranks)
         batches = self._batches.read_ahead(self._requests(progress.step))
         step = progress.step
@@ -76,27 +77,60 @@ class Stepper:
                 break
         stop.close()
         self._batches.close()
+        if step == config.num_steps:
+            self._write_last_lines(step)
         if self._records:
             self._records.close()
         return Progress(step=step, elapsed_s=self._pace.elapsed_s)
 
     def _after_step(self, step: int, *, is_last: bool) -> None:
         config = self._config
-        is_end = step == config.num_steps
-        if step % config.num_log_steps == 0 or is_end:
+        if step % config.num_log_steps == 0:
             self._log(step)
-        if self._validation and (step % config.num_validation_steps == 0 or is_end):
-            line = self._validation.loss(self._engine, step)
-            if self._records:
-                self._records.validation(line)
+        if step % config.num_validation_steps == 0:
+            self._validate(step)
         if step % config.num_checkpoint_steps == 0 or is_last:
             self._save(step)
         if config.num_sample_steps and step % config.num_sample_steps == 0:
             self._draw_samples(step)
         self._writer.raise_if_failed()
 
+    def _kept_lines(self, progress: Progress) -> tuple[int, int]:
+        """Return the last steps whose lines of metrics and of validation are kept.
+
+        A run that is to go on past its former end drops the lines that it wrote only because it
+        ended: one that was to be as long from the start has none.
+        """
+        step = progress.step
+        if step == self._config.num_steps:
+            return step, step
+        is_due = step % self._config.num_validation_steps == 0
+        return step - len(progress.losses), step if is_due else step - 1
+
+    def _write_last_lines(self, step: int) -> None:
+        """Write the lines of a run's end that are not there yet, where none was due."""
+        if self._losses.known and self._is_missing(Records.has_metrics, step):
+            self._log(step)
+        if self._validation and self._is_missing(Records.has_validation, step):
+            self._validate(step)
+
+    def _is_missing(self, has_line: Callable[[Records, int], bool], step: int) -> bool:
+        """Ask the first rank, which keeps the records."""
+        records = self._records
+        return bool(
+            self._ranks.on_first(lambda: records is not None and not has_line(records, step))
+        )
+
+    def _validate(self, step: int) -> None:
+        if self._validation is None:
+            return
+        line = self._validation.loss(self._engine, step)
+        if self._records:
+            self._records.validation(line)
+
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
-        self._set_learning_rate(step)
+        for group in base_optimizer(self._engine).param_groups:
+            group["lr"] = self._learning_rate(step)
         # What is read already makes room for what comes: steps earlier than once they are taken.
         unread = self._batches.first_unread(step)
         self._reader.prefetch(self._order.shards_ahead(unread, self._config.global_batch_size))
@@ -109,7 +143,7 @@ class Stepper:
             self._engine.backward(loss)
             self._engine.step()
             self._losses.add(loss)
-        self._state.ema.update()
+        self._state.update_averages()
 
     def _requests(self, first_step: int) -> Iterator[tuple[NDArray[np.int64], int]]:
         for step in range(first_step, self._config.num_steps):
@@ -120,12 +154,11 @@ class Stepper:
         size, world_size = self._config.global_batch_size, self._ranks.world_size
         return self._order.micro_batches(step, size, rank, world_size, self._num_micro_batches)
 
-    def _set_learning_rate(self, step: int) -> None:
+    def _learning_rate(self, step: int) -> float:
         """Linear warm-up from 0, then constant (models.md, section 2.5)."""
         optim = self._config.optim
         warmed = min(1.0, step / optim.num_warmup_steps) if optim.num_warmup_steps else 1.0
-        for group in base_optimizer(self._engine).param_groups:
-            group["lr"] = optim.lr * warmed
+        return optim.lr * warmed
 
     def _collect_losses(self, step: int) -> None:
         """Ask all ranks for the losses up to a step, and make sure that they are numbers."""
@@ -158,7 +191,7 @@ class Stepper:
         line = MetricsLine(
             step=step,
             loss=sum(losses) / len(losses),
-            lr=base_optimizer(self._engine).param_groups[0]["lr"],
+            lr=self._learning_rate(step - 1),
             num_images=step * self._config.global_batch_size,
             images_per_s=round(images_per_s, 2),
             elapsed_s=round(self._pace.elapsed_s, 2),

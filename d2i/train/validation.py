@@ -1,4 +1,7 @@
-"""The validation loss: the same instances, noise and times every time, by band of model time."""
+"""The validation loss: the same instances, noise and times every time, by band of model time.
+
+It is that of the trained weights, as the training loss is, and not of their averages.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from d2i.train.checkpoint import (
     write_part,
     written_ranks,
 )
-from d2i.train.ema import Ema
+from d2i.train.ema import Ema, power_decay, warmup_decay
 from d2i.train.engine import (
     Part,
     base_optimizer,
@@ -49,11 +49,24 @@ class TrainState:
 
     engine: Any
     ema: Ema
+    short_ema: Ema | None = None
+
+    @property
+    def averages(self) -> dict[Kind, Ema]:
+        """The averages by their kind in a checkpoint."""
+        found: dict[Kind, Ema] = {"ema": self.ema}
+        return found if self.short_ema is None else found | {"ema_short": self.short_ema}
+
+    def update_averages(self) -> None:
+        """Take the weights into every average, after one more step."""
+        for average in self.averages.values():
+            average.update()
 
     def tensors(self) -> dict[Kind, list[Tensor]]:
         """Return the float32 tensors of each kind, one for each master of this rank."""
         masters, state = master_weights(self.engine), base_optimizer(self.engine).state
-        found: dict[Kind, list[Tensor]] = {"weight": masters, "ema": self.ema.tensors}
+        found: dict[Kind, list[Tensor]] = {"weight": masters}
+        found |= {kind: average.tensors for kind, average in self.averages.items()}
         for kind in _MOMENTS:
             found[kind] = [state[master][kind] for master in masters]
         return found
@@ -91,7 +104,19 @@ class TrainState:
         for part in list_parts(self.engine):
             for kind, of_kind in tensors.items():
                 _fill(part, kind, of_kind, checkpoint)
+        for average in self.averages.values():
+            average.num_updates = progress.step
         restore_loss_scaler(self.engine, progress.loss_scale)
+
+
+def build_state(engine: Any, config: TrainConfig) -> TrainState:
+    """Return the state of a training that begins with the engine's weights as they are."""
+    masters, length = master_weights(engine), config.short_ema_length
+    rate = warmup_decay(config.ema_rate) if config.ema_warmup else config.ema_rate
+    short_ema = None if length is None else Ema(masters, power_decay(length))
+    state = TrainState(engine, Ema(masters, rate), short_ema)
+    state.begin()
+    return state
 
 
 def _copied(numbers: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d2i.config import Recipe, apply_settings
+from d2i.config import Recipe, apply_settings, load_config
 from d2i.errors import ConfigError
 from d2i.recipes import RECIPES, keep_recipe, load_recipe, read_kept_recipe
 

@@ -43,7 +43,6 @@ def test_what_changes_no_number_may_change(tmp_path: Path, setting: str) -> None
         "train.optim.lr=0.001",
         "train.precision=fp32",
         "train.order=blocked",
-        "train.num_steps=851",
         "train.ema_rate=0.9",
         "text.strategy=space",
     ],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from d2i.errors import CheckpointError, ConfigError
 from d2i.models import build_backbone, load_weights, read_state_dict, save_weights
 from d2i.models.diffusers_layout import UNUSED_PREFIX, to_diffusers
+from d2i.models.weights import read_described
 
 TINY = {
     "latent_size": 4,
@@ -318,3 +319,17 @@ def test_weights_have_the_permissions_of_any_file(tmp_path: Path) -> None:
     plain.touch()
     save_weights({"a": torch.zeros(2)}, saved)
     assert saved.stat().st_mode == plain.stat().st_mode
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    """In other processes, too, whose hash maps have another order."""
+    program = (
+        "import sys, torch\nfrom d2i.models import save_weights\n"
+        "save_weights({'ä': torch.ones(2)}, sys.argv[1], {n: n for n in 'abcdefgh'})\n"
+    )
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for file in files:
+        subprocess.run([sys.executable, "-c", program, str(file)], check=True)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert read_described(files[0])["h"] == "h"
+    assert torch.equal(read_state_dict(files[0])["ä"], torch.ones(2))

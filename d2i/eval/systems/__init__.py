@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from d2i import storage
-from d2i.config import BackboneConfig, BackboneName, Recipe
+from d2i.config import BackboneConfig, BackboneName, Recipe, WeightsKind
 from d2i.errors import ConfigError
 from d2i.eval.system import System, SystemContext
 from d2i.eval.systems.adapter import Adapter, find_adapter
 from d2i.published import weights_to_fetch
-from d2i.runs import EMA_NAME, best_choice, read_recipe
+from d2i.runs import RESULT_NAMES, best_choice, read_recipe
 from d2i.shipped import is_shipped
 
 _BACKBONES = get_args(BackboneName)
@@ -74,8 +75,9 @@ def parse_system(
     """Read `--system`, `--weights` and `--adapter`.
 
     Raises:
-        ConfigError: If there is no such system or adapter, a backbone was given no weights, or the
-            system takes no adapter.
+        ConfigError: If there is no such system or adapter, a backbone was given no weights, a run
+            has none of the kind that the recipe's `sample.weights` asks for, or the system takes
+            no adapter.
         CheckpointError: If `run:DIR` is no run.
     """
     spec = _parse(system, weights, recipe)
@@ -105,7 +107,7 @@ def chosen_settings(system: str) -> list[str]:
     """
     kind, _, run_url = system.partition(":")
     best = best_choice(run_url) if kind == "run" else None
-    return [f"sample.guidance_scale={best[1]}"] if best else []
+    return best.settings() if best else []
 
 
 def build_system(context: SystemContext) -> System:
@@ -121,20 +123,34 @@ def build_system(context: SystemContext) -> System:
 
 
 def _run(system: str, target: str, weights: str | None, recipe: Recipe) -> SystemSpec:
-    del weights, recipe
+    del weights
     run_url = storage.resolve(target)
     trained = read_recipe(run_url).backbone
-    best = best_choice(run_url)
-    path = best[0] if best else storage.join(run_url, EMA_NAME)
-    if not storage.exists(path):
-        raise ConfigError(
-            f"--system {system}: {path} is not there; expected a finished run; "
-            "repeat its d2i train command to finish it"
-        )
+    path = _weights_of_run(system, run_url, recipe.sample.weights)
     network = trained.model_copy(update={"weights": path})
     how = "trained from scratch" if trained.is_random else "fine-tuned"
     label = f"{_title(trained, trained)}, {how}"
     return SystemSpec(f"run:{run_url}", label, "run", run_url, network, run_url)
+
+
+def _weights_of_run(system: str, run_url: str, kind: WeightsKind) -> str:
+    """Return what d2i select chose, if it is of this kind; else the run's last weights of it."""
+    best = best_choice(run_url, logging.getLogger(__name__).warning)
+    if best and best.weights_kind == kind:
+        return best.weights
+    path = storage.join(run_url, RESULT_NAMES[kind])
+    if storage.exists(path):
+        return path
+    there = [name for name in RESULT_NAMES.values() if storage.exists(storage.join(run_url, name))]
+    if there:
+        raise ConfigError(
+            f"--system {system}: sample.weights is {kind}, and {path} is not there; the run holds "
+            f"{', '.join(there)}; choose one of those, such as --set sample.weights=ema"
+        )
+    raise ConfigError(
+        f"--system {system}: {path} is not there; expected a finished run; "
+        "repeat its d2i train command to finish it"
+    )
 
 
 def _backbone(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
