@@ -163,7 +163,9 @@ def write_photochat(folder: Path, host: str, number: int) -> Path:
 def test_figure_5_of_photochat(tmp_path: Path, chat_data: Path) -> None:
     number = 3 * len(DESCRIPTIONS["descriptions"])
     answers = {
-        f"/{place}.jpg": sends(picture(size=(64 + place, 64)), **{"Content-Type": "image/jpeg"})
+        f"/{place}.jpg": sends(
+            picture(size=(64 + place, 64)), 200, **{"Content-Type": "image/jpeg"}
+        )
         for place in range(number)
     }
     with running(WebServer("127.0.0.1", answers)) as web:
