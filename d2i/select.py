@@ -1,32 +1,33 @@
-"""Which checkpoint of a run, and which guidance, draw best on validation dialogs (`d2i select`).
+"""What draws best on validation dialogs (`d2i select`): which weights of a run, which guidance.
 
-Everything lies in `RUN/select`: a seeded part of the validation split as a data set of its own, the
-weights of each checkpoint, and an evaluation of each candidate, so that a repeated command draws
-only what is missing.
+Every side of a comparison has its guidance chosen alike: FID moves more by guidance than by
+fine-tuning. Everything lies in `RUN/select`, or in `--out` for a system that is no run: a seeded
+part of the validation split as a data set of its own, the weights of each candidate, and its
+evaluation, so that a repeated command draws only what is missing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from d2i import storage
-from d2i.config import ImageConfig, Recipe
+from d2i.config import ImageConfig, Recipe, WeightsKind
 from d2i.errors import CheckpointError, ConfigError, DataError
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate
-from d2i.eval.systems import SystemSpec
+from d2i.eval.systems import SystemSpec, parse_system
 from d2i.metric_specs import METRICS, MetricSpec
 from d2i.models import save_weights
 from d2i.pictures import decode_picture
-from d2i.recipes import change_recipe
+from d2i.recipes import change_recipe, read_kept_recipe
 from d2i.runs import BEST_NAME, CONFIG_NAME, last_step, read_recipe
 from d2i.settle import settle
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.train.checkpoint import Checkpoint, step_of, whole_checkpoints
+from d2i.train.checkpoint import KIND_OF_WEIGHTS, Checkpoint, step_of, whole_checkpoints
 from d2i.train.data import split_url
 from d2i.train.validation import choose_instances
 
@@ -36,8 +37,12 @@ class SelectRequest:
     """What is to be compared.
 
     Args:
-        run_url: A run with checkpoints.
-        guidance_scales: Tried with each checkpoint; none takes the recipe's own.
+        system: As `d2i eval --system` takes it: `run:DIR`, a backbone's name or `diffusers:PATH`.
+        weights: Of a published backbone.
+        adapter: A LoRA on a `diffusers:` system.
+        data_url: Folder made by d2i preprocess, with a validation split; a run has its own.
+        out_url: Where `best.json` and all else goes; of a run, into the run.
+        guidance_scales: Each is tried; none takes the recipe's own.
         metric: What decides, a key of `d2i.metric_specs.METRICS`.
         num_instances: Size of the validation subset, at most.
         seed: Chooses the subset.
@@ -45,7 +50,11 @@ class SelectRequest:
         num_workers: As in `d2i eval`.
     """
 
-    run_url: str
+    system: str
+    weights: str | None = None
+    adapter: str | None = None
+    data_url: str | None = None
+    out_url: str | None = None
     guidance_scales: Sequence[float] = ()
     metric: str = "fid"
     num_instances: int = 1000
@@ -54,47 +63,46 @@ class SelectRequest:
     num_workers: int | None = 0
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """One evaluation of many: what draws, by which settings, and what is said of it."""
+
+    name: str
+    spec: SystemSpec
+    settings: Sequence[str]
+    said: Mapping[str, Any]
+
+
 def select(
     request: SelectRequest, on_progress: Callable[[str, EvalProgress], None]
 ) -> dict[str, Any]:
-    """Score every candidate, and write `best.json` into the run.
+    """Score every candidate, and write `best.json` into the run, or into `out_url`.
 
     Returns:
-        Its content: `weights` (relative to the run), `weights_kind`, `step`, `last_step` (of the
-        run), `guidance_scale`, `metric`, `value`, `num_instances`, `seed`, and `candidates` with
-        all of their scores.
+        Its content: `guidance_scale`, `metric`, `value`, `num_instances`, `seed`, and `candidates`
+        with all of their scores; of a run `weights` (relative to it), `weights_kind`, `step` and
+        `last_step` (of the run); of any other `system` and the `settings` of the choice.
 
     Raises:
         CheckpointError: If the run has no whole checkpoint.
-        ConfigError: If the metric is none of `METRICS`, or was not scored.
+        ConfigError: If the metric is none of `METRICS`, or was not scored, or the system has no
+            guidance to choose.
         DataError: If its data has no validation split.
     """
     if request.metric not in METRICS:
         raise ConfigError(
             f"the metric: got {request.metric!r}; expected one of {', '.join(METRICS)}"
         )
-    folder = storage.join(request.run_url, "select")
-    recipe = change_recipe(read_recipe(request.run_url), request.settings)
-    checkpoints = whole_checkpoints(request.run_url)
-    if not checkpoints:
-        raise CheckpointError(
-            f"{request.run_url} has no whole checkpoint; expected one at least; repeat its "
-            "d2i train command"
-        )
-    subset = _write_subset(request, folder)
-    scales = request.guidance_scales or (recipe.sample.guidance_scale,)
+    kind, _, run_url = request.system.partition(":")
+    search = _of_run(request, run_url) if kind == "run" else _of_system(request)
+    subset = _write_subset(request, search.data_url, search.folder)
     candidates = [
-        _score(request, recipe, checkpoint, scale, subset, on_progress)
-        for checkpoint in checkpoints
-        for scale in scales
+        _score(request, search.recipe, candidate, subset, on_progress)
+        for candidate in search.candidates
     ]
     best = _best(candidates, METRICS[request.metric])
-    result = {
-        "weights": best["weights"],
-        "weights_kind": "ema",
-        "step": best["step"],
-        "last_step": max(step_of(checkpoints[-1]), last_step(request.run_url) or 0),
-        "guidance_scale": best["guidance_scale"],
+    result = {name: value for name, value in best.items() if name != "scores"} | {
+        **search.said,
         "metric": request.metric,
         "value": best["scores"][request.metric],
         "num_instances": len(ShardReader(storage.join(subset, "data"))),
@@ -102,8 +110,106 @@ def select(
         "candidates": candidates,
     }
     data = json.dumps(result, indent=1, sort_keys=True) + "\n"
-    storage.write_bytes(storage.join(request.run_url, BEST_NAME), data.encode())
+    storage.write_bytes(search.best_url, data.encode())
     return result
+
+
+@dataclass(frozen=True)
+class _Search:
+    """All that is tried, on which data, and where it is kept."""
+
+    recipe: Recipe
+    data_url: str
+    folder: str
+    best_url: str
+    candidates: Sequence[_Candidate]
+    said: Mapping[str, Any]
+
+
+def _of_run(request: SelectRequest, run_url: str) -> _Search:
+    """Try every kind of weights of each checkpoint with each guidance scale."""
+    run_url = storage.resolve(run_url)
+    recipe = change_recipe(read_recipe(run_url), request.settings)
+    checkpoints = whole_checkpoints(run_url)
+    if not checkpoints:
+        raise CheckpointError(
+            f"{run_url} has no whole checkpoint; expected one at least; repeat its d2i train "
+            "command"
+        )
+    kinds = [k for k in KIND_OF_WEIGHTS if k != "ema-short" or recipe.train.short_ema_length]
+    config = json.loads(storage.read_bytes(storage.join(run_url, CONFIG_NAME)))
+    return _Search(
+        recipe=recipe,
+        data_url=config["data"],
+        folder=storage.join(run_url, "select"),
+        best_url=storage.join(run_url, BEST_NAME),
+        candidates=[
+            _candidate_of_run(run_url, recipe, checkpoint, kind, scale)
+            for checkpoint in checkpoints
+            for kind in kinds
+            for scale in request.guidance_scales or (recipe.sample.guidance_scale,)
+        ],
+        said={"last_step": max(step_of(checkpoints[-1]), last_step(run_url) or 0)},
+    )
+
+
+def _candidate_of_run(
+    run_url: str, recipe: Recipe, folder: str, kind: WeightsKind, scale: float
+) -> _Candidate:
+    step, marked = step_of(folder), "" if kind == "ema" else f"-{kind}"
+    kept = f"select/step-{step}{marked}.safetensors"
+    weights = storage.join(run_url, kept)
+    if not storage.exists(weights):
+        checkpoint = Checkpoint(folder)
+        checkpoint.check()
+        with storage.new_file(weights) as path:
+            save_weights(dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind])), path)
+    backbone = recipe.backbone.model_copy(update={"weights": weights})
+    label = f"step-{step}, {kind}, guidance {scale:g}"
+    return _Candidate(
+        f"step-{step}{marked}-guidance-{scale:g}",
+        SystemSpec(f"run:{run_url}", label, "run", run_url, backbone, run_url),
+        [f"sample.guidance_scale={scale}", f"sample.weights={kind}"],
+        {"weights": kept, "weights_kind": kind, "step": step, "guidance_scale": scale},
+    )
+
+
+def _of_system(request: SelectRequest) -> _Search:
+    """Try each guidance scale of a published backbone or a `diffusers:` pipeline."""
+    if request.data_url is None or request.out_url is None:
+        raise ConfigError(
+            f"--system {request.system}: got no --data or no --out; expected both, as no run holds "
+            "them; give them"
+        )
+    recipe = change_recipe(read_kept_recipe(request.data_url), request.settings)
+    spec = parse_system(request.system, request.weights, recipe, request.adapter)
+    if spec.network is None and spec.kind != "diffusers":
+        raise ConfigError(
+            f"--system {request.system}: has no guidance scale to choose; expected run:DIR, a "
+            "backbone with --weights, or diffusers:PATH"
+        )
+    candidates = []
+    for scale in request.guidance_scales or (recipe.sample.guidance_scale,):
+        settings = _guided(recipe, scale, is_pipeline=spec.network is None)
+        said = {"system": spec.name, "guidance_scale": scale, "settings": settings}
+        candidates.append(_Candidate(f"guidance-{scale:g}", spec, settings, said))
+    out_url = storage.resolve(request.out_url)
+    return _Search(
+        recipe=recipe,
+        data_url=storage.resolve(request.data_url),
+        folder=out_url,
+        best_url=storage.join(out_url, BEST_NAME),
+        candidates=candidates,
+        said={},
+    )
+
+
+def _guided(recipe: Recipe, scale: float, *, is_pipeline: bool) -> list[str]:
+    """Return the settings that draw with a guidance scale."""
+    if not is_pipeline:
+        return [f"sample.guidance_scale={scale}"]
+    arguments = recipe.sample.pipeline | {"guidance_scale": scale}
+    return [f"sample.pipeline={json.dumps(arguments)}"]
 
 
 def _best(candidates: Sequence[dict[str, Any]], metric: MetricSpec) -> dict[str, Any]:
@@ -120,43 +226,24 @@ def _best(candidates: Sequence[dict[str, Any]], metric: MetricSpec) -> dict[str,
 def _score(
     request: SelectRequest,
     recipe: Recipe,
-    folder: str,
-    guidance_scale: float,
+    candidate: _Candidate,
     subset: str,
     on_progress: Callable[[str, EvalProgress], None],
 ) -> dict[str, Any]:
-    run_url, step = storage.resolve(request.run_url), step_of(folder)
-    kept = f"select/step-{step}.safetensors"
-    weights = storage.join(run_url, kept)
-    if not storage.exists(weights):
-        checkpoint = Checkpoint(folder)
-        checkpoint.check()
-        with storage.new_file(weights) as path:
-            save_weights(dict(checkpoint.read_whole("ema")), path)
-    name = f"step-{step}, guidance {guidance_scale:g}"
-    backbone = recipe.backbone.model_copy(update={"weights": weights})
     evaluation = EvalRequest(
-        recipe=change_recipe(
-            recipe, [f"sample.guidance_scale={guidance_scale}", "sample.weights=ema"]
-        ),
-        system=SystemSpec(f"run:{run_url}", name, "run", run_url, backbone, run_url),
+        recipe=change_recipe(recipe, candidate.settings),
+        system=candidate.spec,
         data_url=storage.join(subset, "data"),
-        out_url=storage.join(subset, f"step-{step}-guidance-{guidance_scale:g}"),
+        out_url=storage.join(subset, candidate.name),
         save_images="none",
         num_workers=request.num_workers,
     )
-    result = evaluate(evaluation, lambda progress: on_progress(name, progress))
-    return {
-        "weights": kept,
-        "step": step,
-        "guidance_scale": guidance_scale,
-        "scores": result["scores"],
-    }
+    result = evaluate(evaluation, lambda progress: on_progress(candidate.name, progress))
+    return {**candidate.said, "scores": result["scores"]}
 
 
-def _write_subset(request: SelectRequest, folder: str) -> str:
+def _write_subset(request: SelectRequest, source: str, folder: str) -> str:
     """Write the chosen validation instances as `data` of a folder, once for each choice."""
-    source = json.loads(storage.read_bytes(storage.join(request.run_url, CONFIG_NAME)))["data"]
     url = split_url(source, "valid")
     if url is None:
         raise DataError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from d2i.cli.console import JsonOption, ProgressLine, SetOption, print_result, register
+from d2i.errors import ConfigError
 from d2i.metric_specs import METRICS
 
 
@@ -16,7 +17,16 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def select(
-    run: Annotated[str, typer.Option(help="A run with checkpoints.")],
+    run: Annotated[str | None, typer.Option(help="A run with checkpoints.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="No run: a backbone's name, or diffusers:PATH.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Of a backbone, as in d2i eval.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A LoRA on a diffusers: system.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="With --system: a folder made by d2i preprocess.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="With --system: folder of best.json.")] = None,
     guidance: Annotated[
         list[float] | None, typer.Option(min=1, help="A guidance scale to try; may be repeated.")
     ] = None,
@@ -30,19 +40,32 @@ def select(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the checkpoint and the guidance that score best on validation dialogs: best.json.
+    """Find what scores best on validation dialogs: best.json.
+
+    Of a run that is a checkpoint, the weights (ema, ema-short or trained) and the guidance. Of
+    other systems it is the guidance, so that no side of a comparison has its own tuned alone;
+    d2i eval --selected OUT draws with it.
 
     Examples:
 
         d2i select --run runs/demo --guidance 1.5 --guidance 2 --guidance 3
 
         d2i select --run runs/a --metric clip_i --num-instances 200 --set sample.num_steps=20
+
+        d2i select --system uvit-s --weights mscoco_uvit_small.pth --data data/photochat
+        --out chosen/uvit-s --guidance 1.5 --guidance 2 --guidance 3
     """
     from d2i.select import SelectRequest
     from d2i.select import select as run_select
 
+    if (run is None) == (system is None):
+        raise ConfigError("got both or neither of --run and --system; expected one; give one")
     request = SelectRequest(
-        run_url=run,
+        system=system or f"run:{run}",
+        weights=weights,
+        adapter=adapter,
+        data_url=data,
+        out_url=out,
         guidance_scales=tuple(guidance or ()),
         metric=metric,
         num_instances=num_instances,
@@ -55,9 +78,12 @@ def select(
         result = run_select(request, lambda name, progress: line.show(f"{name}: {progress.line()}"))
     finally:
         line.close()
-    lines = [
-        f"step {c['step']}  guidance {c['guidance_scale']:g}  {metric} {c['scores'][metric]:.4g}"
-        for c in result["candidates"]
-    ]
-    best = f"best: step {result['step']}, guidance {result['guidance_scale']:g} (best.json)"
-    print_result(result, [*lines, best], as_json=as_json)
+    lines = [f"{_words(c)}  {metric} {c['scores'][metric]:.4g}" for c in result["candidates"]]
+    print_result(result, [*lines, f"best: {_words(result)} (best.json)"], as_json=as_json)
+
+
+def _words(candidate: dict[str, Any]) -> str:
+    of_run = (
+        f"step {candidate['step']}  {candidate['weights_kind']}  " if "step" in candidate else ""
+    )
+    return f"{of_run}guidance {candidate['guidance_scale']:g}"

@@ -80,6 +80,9 @@ def evaluate(
         Literal["full", "last", "none", "shuffled"],
         typer.Option(help="What the system is shown: the dialog, its last turn, nothing, another."),
     ] = "full",
+    selected: Annotated[
+        str | None, typer.Option(help="Folder of d2i select --system: draw with its choice.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="What tables call the system.")] = None,
     settings: SetOption = None,
     save_images: Annotated[
@@ -143,17 +146,19 @@ def evaluate(
     if workers is not None and not parallel:
         raise ConfigError("--workers counts Ray workers; expected --parallel with it; add it")
     # First what d2i select chose, so that a setting given here outweighs it.
-    recipe = change_recipe(read_kept_recipe(data), [*chosen_settings(system), *(settings or [])])
+    chosen = chosen_settings(system, selected)
+    recipe = change_recipe(read_kept_recipe(data), [*chosen, *(settings or [])])
+    spec = parse_system(system, weights, recipe, adapter)
     request = EvalRequest(
         recipe=recipe,
-        system=parse_system(system, weights, recipe, adapter),
+        system=spec,
         data_url=test_url(data),
         out_url=out,
         context=context,
         save_images=save_images,
         label=label,
         negatives=negatives,
-        guidance_chosen_by=chosen_by(system, settings or []),
+        guidance_chosen_by=chosen_by(system, settings or [], selected),
         task_size=task_size,
         num_workers=workers if parallel else 0,
         ray_address=ray_address,

@@ -56,7 +56,7 @@ def _system(request: EvalRequest) -> dict[str, Any]:
     if drawn_by.kind == "run":
         card["weights_kind"] = sample.weights
     if drawn_by.network is None:
-        return card | {"pipeline_arguments": dict(sample.pipeline)}
+        return card | _of_pipeline(request)
     return card | {
         "sampler": sample.sampler,
         "num_steps": sample.num_steps,
@@ -66,6 +66,18 @@ def _system(request: EvalRequest) -> dict[str, Any]:
         "data_type": sample.data_type,
         "precision": sample.precision,
     }
+
+
+def _of_pipeline(request: EvalRequest) -> dict[str, Any]:
+    """Say how a pipeline is called; without a guidance scale of ours its own default holds."""
+    arguments = dict(request.recipe.sample.pipeline)
+    card: dict[str, Any] = {"pipeline_arguments": arguments}
+    if "guidance_scale" in arguments:
+        card |= {
+            "guidance_scale": arguments["guidance_scale"],
+            "guidance_chosen_by": dict(request.guidance_chosen_by),
+        }
+    return card
 
 
 def _adapter(spec: SystemSpec) -> dict[str, str] | None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2i.eval.systems import parse_system
+from d2i.eval.systems import chosen_settings, parse_system
 from d2i.models.weights import read_state_dict
+from d2i.recipes import change_recipe
 from d2i.runs import read_recipe
 from tests.integration.commands import preprocess
-from tests.processes import run_d2i
+from tests.processes import run_d2i, run_process
 from tests.shared import SHARED, needs_shared
 
 pytestmark = needs_shared
@@ -57,8 +58,9 @@ def test_the_best_candidate_is_named_and_drawn_with(run: Path, settings: list[st
     words = ("select", "--run", run, "--num-instances", 4, "--metric", "clip_i", "--json")
     best = run_d2i(*words, "--guidance", 1, "--guidance", 3)
     assert best == json.loads((run / "best.json").read_text())
-    tried = [(c["step"], c["guidance_scale"]) for c in best["candidates"]]
-    assert tried == [(2, 1), (2, 3), (4, 1), (4, 3)]
+    tried = [(c["step"], c["weights_kind"], c["guidance_scale"]) for c in best["candidates"]]
+    kinds = ("ema", "ema-short", "trained")
+    assert tried == [(s, kind, g) for s in (2, 4) for kind in kinds for g in (1, 3)]
     assert best["value"] == max(c["scores"]["clip_i"] for c in best["candidates"])
     # Two pictures of the validation split can be read: the subset is all of them.
     assert best["num_instances"] == 2
@@ -73,8 +75,41 @@ def test_the_best_candidate_is_named_and_drawn_with(run: Path, settings: list[st
     words = ("eval", "--system", f"run:{run}", "--data", run.parent / "data", "--json")
     chosen = run_d2i(*words, "--out", run.parent / "chosen")["card"]
     assert chosen["guidance_scale"] == best["guidance_scale"]
-    assert parse_system(f"run:{run}", None, read_recipe(str(run))).backbone.weights == str(
-        run / best["weights"]
-    )
+    assert chosen["weights_kind"] == best["weights_kind"]
+    assert chosen["guidance_chosen_by"]["how"] == "select"
+    recipe = change_recipe(read_recipe(str(run)), chosen_settings(f"run:{run}"))
+    assert parse_system(f"run:{run}", None, recipe).backbone.weights == str(run / best["weights"])
     other = ("--set", "sample.guidance_scale=5", "--out", run.parent / "other")
     assert run_d2i(*words, *other)["card"]["guidance_scale"] == 5
+
+
+def test_guidance_is_chosen_for_a_published_backbone_too(
+    run: Path, settings: list[str], tmp_path: Path
+) -> None:
+    """And drawn with, which the card says; a choice for another system is refused."""
+    data, out = run.parent / "data", tmp_path / "chosen"
+    backbone = ("--system", "uvit-s", "--weights", run / "ema.safetensors", "--data", data)
+    words = (*backbone, "--set", "sample.num_steps=2", "--json")
+    scales = ("--guidance", 1, "--guidance", 4, "--metric", "clip_i")
+    best = run_d2i("select", *words, "--out", out, *scales)
+    assert [c["guidance_scale"] for c in best["candidates"]] == [1, 4]
+    assert best == json.loads((out / "best.json").read_text())
+
+    preprocess("mmdialog", SOURCE, data, "--split", "test", *settings)
+    card = run_d2i("eval", *words, "--selected", out, "--out", tmp_path / "scores")["card"]
+    assert card["guidance_scale"] == best["guidance_scale"]
+    assert card["guidance_chosen_by"] == {
+        "how": "select",
+        **{name: best[name] for name in ("metric", "value", "num_instances", "seed")},
+    }
+    (out / "best.json").write_text(json.dumps(best | {"system": "uvit-s-deep"}))
+    refused = run_process("eval", *words, "--selected", out, "--out", tmp_path / "no")
+    assert refused.returncode == 2
+    assert "was chosen for uvit-s-deep, got uvit-s" in refused.stderr
+
+
+def test_what_has_no_guidance_is_refused(run: Path, tmp_path: Path) -> None:
+    words = ("select", "--system", f"images:{tmp_path}", "--data", run.parent / "data")
+    refused = run_process(*words, "--out", tmp_path / "chosen")
+    assert refused.returncode == 2
+    assert "has no guidance scale to choose" in refused.stderr

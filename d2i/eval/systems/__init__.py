@@ -13,6 +13,7 @@ from typing import get_args
 from d2i import storage
 from d2i.config import BackboneConfig, BackboneName, Recipe, WeightsKind
 from d2i.errors import ConfigError
+from d2i.eval.guidance import read_selected
 from d2i.eval.system import System, SystemContext
 from d2i.eval.systems.adapter import Adapter, find_adapter
 from d2i.published import weights_to_fetch
@@ -99,13 +100,22 @@ def _parse(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     )
 
 
-def chosen_settings(system: str) -> list[str]:
-    """Return what d2i select chose of a run that a system names, as settings; else nothing.
+def chosen_settings(system: str, selected: str | None = None) -> list[str]:
+    """Return what d2i select chose for a system, as settings; of a run it is found in the run.
+
+    Args:
+        system: As `--system` takes it.
+        selected: Where d2i select wrote its choice for a system that is no run.
 
     Raises:
-        ConfigError: If what it wrote is damaged, or the weights are gone.
+        ConfigError: If what it wrote is damaged, or of another system, or the weights are gone.
     """
-    kind, _, run_url = system.partition(":")
+    kind, colon, run_url = system.partition(":")
+    if selected is not None:
+        settings: list[str] = read_selected(selected, f"{kind}{colon}{_absolute(run_url)}")[
+            "settings"
+        ]
+        return settings
     best = best_choice(run_url) if kind == "run" else None
     return best.settings() if best else []
 
