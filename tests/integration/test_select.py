@@ -38,6 +38,7 @@ def test_validation_dialogs_are_drawn_beside_the_true_pictures(run: Path) -> Non
     side = pixels.shape[0] // 2
     assert pixels.shape[1] % side == 0
     assert grid.info["step"] == "4"
+    assert grid.info["weights_kind"] == "ema"
     # The true pictures are photographs, what so short a training draws is something else.
     assert (pixels[:side] != pixels[side:]).mean() > 0.5
     assert pixels[:side].std() > 10
@@ -64,6 +65,7 @@ def test_the_best_candidate_is_named_and_drawn_with(run: Path, settings: list[st
     assert best["value"] == max(c["scores"]["clip_i"] for c in best["candidates"])
     # Two pictures of the validation split can be read: the subset is all of them.
     assert best["num_instances"] == 2
+    assert (best["weights_kind"], best["last_step"]) == ("ema", 4)
     weights = read_state_dict(run / best["weights"])
     assert weights.keys() == read_state_dict(run / "ema.safetensors").keys()
     tasks = {path: path.stat().st_mtime_ns for path in run.glob("select/*/*/tasks/*.npz")}
@@ -113,3 +115,33 @@ def test_what_has_no_guidance_is_refused(run: Path, tmp_path: Path) -> None:
     refused = run_process(*words, "--out", tmp_path / "chosen")
     assert refused.returncode == 2
     assert "has no guidance scale to choose" in refused.stderr
+
+
+def test_other_weights_of_a_run_are_drawn_with(
+    run: Path, settings: list[str], tmp_path: Path
+) -> None:
+    (run / "best.json").unlink(missing_ok=True)
+    preprocess("mmdialog", SOURCE, run.parent / "data", "--split", "test", *settings)
+    words = ("eval", "--system", f"run:{run}", "--data", run.parent / "data", "--json")
+    trained = ("--set", "sample.weights=trained", "--out", tmp_path / "trained")
+    card = run_d2i(*words, *trained)["card"]
+    assert card["weights_kind"] == "trained"
+    assert list(card["files"]) == [str(run / "trained.safetensors")]
+    usual = run_d2i(*words, "--out", tmp_path / "usual")["card"]
+    assert usual["weights_kind"] == "ema"
+    assert usual["weights"]["backbone"] != card["weights"]["backbone"]
+
+    # An evaluation begun before there was the setting goes on, and so it reads as before.
+    kept = tmp_path / "usual" / "evaluation.json"
+    decided = json.loads(kept.read_text())
+    del decided["recipe"]["sample"]["weights"]
+    kept.write_text(json.dumps(decided))
+    assert run_d2i(*words, "--out", tmp_path / "usual")["card"] == usual
+
+    picture = tmp_path / "picture.png"
+    (tmp_path / "chat.txt").write_text("look at this")
+    chat = ("--dialog", tmp_path / "chat.txt", "--out", picture, *trained[:2])
+    run_d2i("sample", "--run", run, *chat, "--json")
+    with Image.open(picture) as drawn:
+        assert drawn.info["weights_kind"] == "trained"
+        assert drawn.info["weights"] == card["weights"]["backbone"]
