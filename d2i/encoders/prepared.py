@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from d2i.errors import CheckpointError
-from d2i.shards import Manifest
+
+if TYPE_CHECKING:
+    from d2i.shards import Manifest
 
 EncoderName = Literal["vae", "clip_image", "clip_text"]
 

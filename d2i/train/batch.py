@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from d2i.config import TrainConfig
 from d2i.diffusion.draws import integers, normal, uniform
-from d2i.shards import ShardReader
+
+if TYPE_CHECKING:
+    # What the shards are read with is not needed to hold a batch.
+    from d2i.shards import ShardReader
 
 NUM_MODEL_TIMES = 1000
 
