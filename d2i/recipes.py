@@ -40,7 +40,8 @@ _PATHS = {
 }
 
 # What the paper leaves open about training (its section 3.3), ours for all six runs:
-# - no gradient clipping, condition dropout 0.1, EMA 0.9999: U-ViT's published training;
+# - no gradient clipping, condition dropout 0.1 (0 for UniDiffuser's joint loss), EMA 0.9999:
+#   U-ViT's published training;
 # - the EMA's warm-up: that training took a million steps; of so few, 0.9999 alone would leave an
 #   average of which 78 to 92 % are the initial weights;
 # - no warm-up: the networks are trained already, and 3e-5 is a seventh of their first rate;
