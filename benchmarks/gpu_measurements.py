@@ -509,6 +509,9 @@ def measure_training(
         if next_s > budget.left_s:
             emit(missed(label, "not reached", "its time was over"))
             return
+        if training.is_compiled:
+            # Else the shapes before would count towards the most that one block is compiled for.
+            torch._dynamo.reset()
         try:
             row = measure_batch(trainer, size, budget)
         except torch.OutOfMemoryError:
