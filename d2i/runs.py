@@ -6,6 +6,7 @@ Owns what a run refuses to go on with. Must not import torch.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -132,14 +133,14 @@ def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
         storage.remove(url)
     named = [
         difference
-        for difference in settle(url, asdict(config), _FORMERLY)
+        for difference in settle(url, asdict(config), _as_now)
         if difference.startswith(("recipe.", "manifest_sha256:"))
         and difference.partition(":")[0] not in _MAY_CHANGE
     ]
     if named:
         raise CheckpointError(
             f"{run_url} was started with another recipe or other data: got "
-            f"{'; '.join(named[:3])}; repeat that{_former_settings(named)} or choose another --run"
+            f"{'; '.join(named[:3])}; repeat that{_settings_of(named)} or choose another --run"
         )
 
 
@@ -162,14 +163,24 @@ def check_initial_weights(recipe: Recipe, run_url: str) -> None:
     )
 
 
-def _former_settings(named: Sequence[str]) -> str:
-    """Return the settings with which a run goes on that was begun before there were these."""
-    words = " ".join(
-        f"--set {path}={json.dumps(value)}"
-        for path, value in FORMERLY.items()
-        if any(d.startswith(f"recipe.{path}:") and d.endswith(f"expected {value}") for d in named)
-    )
-    return f" ({words}, as in runs begun before there was that setting)" if words else ""
+def _as_now(config: dict[str, Any]) -> dict[str, Any]:
+    """Say what a run was begun with in the settings of now.
+
+    Before averages had a warm-up, bf16 and fp16 were the whole network in half precision.
+    """
+    begun = with_former(config, _FORMERLY)
+    train = (config.get("recipe") or {}).get("train") or {}
+    if "ema_warmup" not in train and train.get("precision") in ("bf16", "fp16"):
+        begun["recipe"]["train"]["precision"] = f"{train['precision']}_weights"
+    return begun
+
+
+def _settings_of(named: Sequence[str]) -> str:
+    """Return the settings with which a run goes on as it was begun, of all that differ."""
+    found = [re.fullmatch(r"recipe\.([\w.]+): .*, expected ([\w.+-]+)", line) for line in named]
+    words = {"True": "true", "False": "false", "None": "null"}
+    said = [f"--set {m[1]}={words.get(m[2], m[2])}" for m in found if m]
+    return f" ({' '.join(said)})" if said else ""
 
 
 def read_recipe(run_url: str) -> Recipe:

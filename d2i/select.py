@@ -188,8 +188,12 @@ def _of_system(request: SelectRequest) -> _Search:
             f"--system {request.system}: has no guidance scale to choose; expected run:DIR, a "
             "backbone with --weights, or diffusers:PATH"
         )
+    if not request.guidance_scales:
+        raise ConfigError(
+            f"--system {request.system}: got no --guidance; expected the scales to try; give some"
+        )
     candidates = []
-    for scale in request.guidance_scales or (recipe.sample.guidance_scale,):
+    for scale in request.guidance_scales:
         settings = _guided(recipe, scale, is_pipeline=spec.network is None)
         said = {"system": spec.name, "guidance_scale": scale, "settings": settings}
         candidates.append(_Candidate(f"guidance-{scale:g}", spec, settings, said))

@@ -7,7 +7,7 @@ of d2i but `storage` and `errors`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from d2i import storage
@@ -15,14 +15,16 @@ from d2i.errors import ConfigError
 
 
 def settle(
-    url: str, mine: Mapping[str, Any], formerly: Mapping[str, Any] | None = None
+    url: str,
+    mine: Mapping[str, Any],
+    as_now: Callable[[dict[str, Any]], dict[str, Any]] = lambda kept: kept,
 ) -> list[str]:
     """Keep `mine` at a URL, or name the fields in which it differs from what is kept there.
 
     Args:
         url: A JSON file, written now if it is not there yet.
         mine: Nested JSON values.
-        formerly: What fields such as `recipe.train.seed` were before they were there.
+        as_now: Says what was kept before in the fields and words of now.
 
     Returns:
         As `differences`, `mine` being what was found; empty where both agree.
@@ -42,7 +44,7 @@ def settle(
         ) from err
     if not isinstance(kept, dict):
         raise ConfigError(f"{url} is damaged: expected a JSON object; choose another folder")
-    return differences(json.loads(data), with_former(kept, formerly or {}))
+    return differences(json.loads(data), as_now(kept))
 
 
 def with_former(kept: Mapping[str, Any], formerly: Mapping[str, Any]) -> dict[str, Any]:

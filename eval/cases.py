@@ -6,11 +6,13 @@ The conversations are the first by a hash of their keys among those whose pictur
 those of --case KEY, as d2i report takes it.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from d2i.errors import D2IError
 from d2i.report import write_report
 
 
@@ -26,4 +28,8 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except D2IError as err:
+        print(f"cases: {err}", file=sys.stderr)
+        sys.exit(2)

@@ -6,11 +6,13 @@ FID and IS over 20 seeded draws of 50 pictures a category, KID and CLIP-I over a
 --save-images all, conversations of each. PhotoChat's labels say what a picture shows.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from d2i.errors import D2IError
 from d2i.eval.categories import CATEGORIES_NAME, CORPUS, write_categories
 from d2i.report import write_report
 from d2i.report.evaluation import read_evaluation
@@ -32,4 +34,8 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except D2IError as err:
+        print(f"figure5: {err}", file=sys.stderr)
+        sys.exit(2)

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from d2i.errors import D2IError
 from d2i.eval.guidance import chosen_by
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate, test_url
 from d2i.eval.systems import chosen_settings, parse_system
@@ -29,6 +30,10 @@ def main(
     system: Annotated[
         list[str], typer.Option(help="As d2i eval takes it; a backbone as NAME=WEIGHTS.")
     ],
+    selected: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DIR: draw NAME with what d2i select --system --out DIR chose."),
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE, for all systems alike.")
     ] = None,
@@ -37,9 +42,10 @@ def main(
 ) -> None:
     """Evaluate each system, then write table2.html, table2.md and table2.csv."""
     folders = []
+    choices = dict(choice.split("=", 1) for choice in selected or [])
     for given in system:
         name, _, weights = given.partition("=")
-        settings = [*chosen_settings(name), *(setting or [])]
+        settings = [*chosen_settings(name, choices.get(name)), *(setting or [])]
         recipe = change_recipe(read_kept_recipe(data), settings)
         spec = parse_system(name, weights or None, recipe)
         folders.append(out / re.sub(r"[^A-Za-z0-9-]+", "-", given).strip("-"))
@@ -49,7 +55,7 @@ def main(
             data_url=test_url(data),
             out_url=str(folders[-1]),
             save_images="all",
-            guidance_chosen_by=chosen_by(name, setting or []),
+            guidance_chosen_by=chosen_by(name, setting or [], choices.get(name)),
             num_workers=workers,
             ray_address=ray_address,
         )
@@ -59,4 +65,8 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except D2IError as err:
+        print(f"table2: {err}", file=sys.stderr)
+        sys.exit(2)

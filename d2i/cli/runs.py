@@ -60,6 +60,11 @@ def select(
 
     if (run is None) == (system is None):
         raise ConfigError("got both or neither of --run and --system; expected one; give one")
+    if run is not None and any((weights, adapter, data, out)):
+        raise ConfigError(
+            "--run has weights, data and a place of its own; got --weights, --adapter, --data or "
+            "--out with it; leave them out"
+        )
     request = SelectRequest(
         system=system or f"run:{run}",
         weights=weights,

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from d2i import storage
 from d2i.dialog import key_order_hash
 from d2i.errors import DataError
-from d2i.eval.kid import unbiased_mmd
+from d2i.eval.kid import paired_mmd
 from d2i.eval.measured import Arrays, Measured
 from d2i.eval.tasks import finished_tasks, read_tasks
 from d2i.shards import ShardReader
@@ -57,7 +57,7 @@ class CategoryScores:
         fid_std: Its population standard deviation over the draws; None of a single draw.
         is_: Mean Inception Score of the draws, each in one split; None without class logits.
         is_std: Its population standard deviation over the draws.
-        kid: KID of all pictures.
+        kid_paired: KID of all pictures, without its bias for pictures of the same dialogs.
         clip_i: Mean CLIP-I of all pictures, 0 to 100.
         clip_i_interval: 95 % confidence of that mean, [low, high].
     """
@@ -72,7 +72,7 @@ class CategoryScores:
     fid_std: float | None = None
     is_: float | None = None
     is_std: float | None = None
-    kid: float | None = None
+    kid_paired: float | None = None
     clip_i: float | None = None
     clip_i_interval: list[float] | None = None
 
@@ -228,14 +228,15 @@ def _score(
     scores = [] if logits is None else [inception_score(logits[draw]) for draw in draws]
     # Rounding may carry the cosine of a picture with itself past 1.
     clip_i = np.clip(measured.clip_i[rows], -100.0, 100.0)
-    once = np.ones((1, len(rows)), dtype=np.int64)
+    # PhotoChat has one instance a dialog.
+    paired = paired_mmd(real, fake, np.arange(len(rows)))
     return CategoryScores(
         *counted,
         fid=float(np.mean(fids)),
         fid_std=_spread(fids),
         is_=float(np.mean(scores)) if scores else None,
         is_std=_spread(scores),
-        kid=float(unbiased_mmd(real, fake, once, once)[0]),
+        kid_paired=paired.value if paired else None,
         clip_i=float(clip_i.mean()),
         clip_i_interval=mean_interval(clip_i),
     )

@@ -13,9 +13,6 @@ from d2i import storage
 from d2i.errors import ConfigError
 from d2i.runs import BEST_NAME, best_choice
 
-# A pipeline is given its scale among the arguments of its call.
-_SETTINGS = ("sample.guidance_scale", "sample.pipeline")
-
 
 def read_selected(folder: str, system: str) -> dict[str, Any]:
     """Read what `d2i select --system` chose.
@@ -58,9 +55,10 @@ def chosen_by(system: str, settings: Sequence[str], selected: str | None = None)
     Raises:
         ConfigError: If what `d2i select` wrote is damaged.
     """
-    if any(setting.partition("=")[0] in _SETTINGS for setting in settings):
-        return {"how": "given"}
     kind, _, run_url = system.partition(":")
+    setting = "sample.pipeline" if kind == "diffusers" else "sample.guidance_scale"
+    if any(given.partition("=")[0] == setting for given in settings):
+        return {"how": "given"}
     folder = run_url if kind == "run" and best_choice(run_url) else selected
     if folder is None:
         return {"how": "recipe"}

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from d2i import storage
@@ -37,7 +38,7 @@ from d2i.eval.tasks import (
 from d2i.eval.worker import EvalWorkerBuilder, SaveImages, TaskResult, describe_url
 from d2i.fault import Fault
 from d2i.recipes import check_prepared_with
-from d2i.settle import settle
+from d2i.settle import settle, with_former
 from d2i.shards import ShardReader
 
 SCORES_NAME = "scores.json"
@@ -255,7 +256,7 @@ def _settle(request: EvalRequest, decided: dict[str, Any]) -> None:
         storage.remove(kept)
         storage.remove(described)
     formerly = {f"recipe.{path}": value for path, value in FORMERLY.items()}
-    differences = settle(kept, decided, formerly)
+    differences = settle(kept, decided, partial(with_former, formerly=formerly))
     if differences and all(difference.startswith("files.") for difference in differences):
         raise ConfigError(
             f"{request.out_url} holds what {request.system.name} gave before its files changed; "

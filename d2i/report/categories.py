@@ -12,7 +12,7 @@ from d2i.report.evaluation import Evaluation, read_json, tell_apart
 from d2i.report.paper import paper_row
 from d2i.report.tabulated import Cell, Row, Table
 
-_SHOWN = tuple(METRICS[key] for key in ("fid", "is", "kid", "clip_i"))
+_SHOWN = tuple(METRICS[key] for key in ("fid", "is", "kid_paired", "clip_i"))
 _SCORES = (
     "FID and IS are the mean ± standard deviation over {num_draws} seeded draws of {draw_size} "
     "pictures, of a category with no more of them once over all; the deviation is the luck of the "

@@ -195,7 +195,9 @@ def _is_before_and_after(evaluations: Sequence[Evaluation]) -> bool:
         return False
     before, after = evaluations
     same_backbone = before.label.partition(",")[0] == after.label.partition(",")[0]
-    return same_backbone and not before.card.get("run") and bool(after.card.get("run"))
+    is_scratch = (after.card.get("initial_weights") or {}).get("file") == "scratch"
+    is_of_run = bool(after.card.get("run")) and not before.card.get("run")
+    return same_backbone and is_of_run and not is_scratch
 
 
 def _picture_urls(url: str) -> dict[str, str]:

@@ -54,5 +54,8 @@ def _is_start(before: Evaluation, after: Evaluation) -> bool:
     same = ("backbone", "changed_sizes", "text", "context")
     if any(before.card.get(name) != after.card.get(name) for name in same):
         return False
-    files = [(e.card.get("initial_weights") or {}).get("sha256") for e in (before, after)]
-    return None in files or files[0] == files[1]
+    start, own = (e.card.get("initial_weights") or {} for e in (before, after))
+    if own.get("file") == "scratch":
+        return False
+    # A card of before says nothing of them.
+    return "sha256" not in start or "sha256" not in own or start["sha256"] == own["sha256"]

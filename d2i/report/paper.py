@@ -233,7 +233,9 @@ def _of_text(card: Mapping[str, Any], strategy: str) -> Iterator[str]:
     read = {"evaluated": card.get("text")}
     if card.get("run"):
         read["trained"] = card.get("trained_text")
-        if card.get("trained_corpus") not in (None, corpus):
+        if card.get("trained_corpus") is None:
+            yield "the corpus that it was trained on is not recorded"
+        elif card["trained_corpus"] != corpus:
             yield f"trained on {card['trained_corpus']}"
     for how, text in read.items():
         if text is None:

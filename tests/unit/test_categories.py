@@ -25,6 +25,7 @@ from d2i.eval.categories import (
     score_categories,
     write_categories,
 )
+from d2i.eval.kid import paired_mmd
 from d2i.eval.metrics import compute_fid, compute_scores
 from d2i.eval.scores import Measured
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
@@ -138,9 +139,9 @@ def test_a_category_is_scored_over_draws_and_a_small_one_whole() -> None:
     assert people.fid == pytest.approx(np.mean(fids), rel=1e-6)
     assert people.fid_std == pytest.approx(np.std(fids), rel=1e-3)
     assert people.is_std is not None
-    assert people.kid == pytest.approx(
-        compute_scores(real[:90], fake[:90], None, real[:90], fake[:90])["kid"]
-    )
+    paired = paired_mmd(real[:90].astype(float), fake[:90].astype(float), np.arange(90))
+    assert paired is not None
+    assert people.kid_paired == pytest.approx(paired.value)
     assert (food.draw_size, food.num_draws, food.fid_std, food.is_std) == (30, 1, None, None)
     assert food.fid == pytest.approx(compute_fid(real[80:110], fake[80:110]), rel=1e-6)
     assert num_in_two(MEMBERS) == 10
@@ -158,7 +159,7 @@ def test_the_order_of_the_data_set_changes_nothing() -> None:
 
 def test_a_category_of_which_one_picture_was_drawn_has_no_scores() -> None:
     (one,) = score_categories(measured(tuple(range(1, 90))), {"people": KEYS[:90]})
-    assert (one.num_instances, one.num_pictures, one.fid, one.kid) == (90, 1, None, None)
+    assert (one.num_instances, one.num_pictures, one.fid, one.kid_paired) == (90, 1, None, None)
 
 
 def test_clip_i_and_its_interval_never_exceed_100() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,20 @@ def test_a_run_begun_from_a_file_is_not_repeated_without_it(tmp_path: Path) -> N
     begun(tmp_path, "backbone.weights=nnet.pth")
     with pytest.raises(ConfigError, match=r"got no backbone\.weights"):
         check_initial_weights(resolve_recipe("uvit-s-photochat", []), str(tmp_path))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_in_half_precision_goes_on_as_it_was_begun(tmp_path: Path, precision: str) -> None:
+    """Both were the whole network in half precision, before averages had a warm-up."""
+    begun(tmp_path)
+    kept = json.loads((tmp_path / "config.json").read_text())
+    train = kept["recipe"]["train"]
+    train["precision"] = precision
+    for name in ("ema_warmup", "short_ema_length"):
+        del train[name]
+    (tmp_path / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(CheckpointError) as refused:
+        begun(tmp_path)
+    former = re.findall(r"--set (\S+?)[ )]", str(refused.value).replace(") or", " ) or"))
+    assert f"train.precision={precision}_weights" in former
+    begun(tmp_path, *former)

@@ -141,7 +141,7 @@ def categories_of(number: int, keys: list[str]) -> dict[str, Any]:
                 "fid_std": None if size < 50 else 3.0,
                 "is": 2.0,
                 "is_std": None if size < 50 else 0.25,
-                "kid": 0.0125,
+                "kid_paired": 0.0125,
                 "clip_i": 99.5,
                 "clip_i_interval": [98.5, 100.0],
             }
@@ -379,7 +379,8 @@ def test_an_evaluation_of_before_is_read_and_earns_no_row(tmp_path: Path) -> Non
     assert value(lines, table, "U-ViT-Small + ours", "FID (paper)") == "86.27"
     reason = (
         "uvit-s, fine-tuned: not the paper's row: its sizes are not recorded; its initial weights "
-        "are not recorded; the text that it was trained on is not recorded."
+        "are not recorded; the corpus that it was trained on is not recorded; the text that it was "
+        "trained on is not recorded."
     )
     assert reason in made.write("tables.md")
     (card,) = {line["card"] for line in lines if line["by"] == "d2i" and line["table"] == table}

@@ -112,9 +112,8 @@ def chosen_settings(system: str, selected: str | None = None) -> list[str]:
     """
     kind, colon, run_url = system.partition(":")
     if selected is not None:
-        settings: list[str] = read_selected(selected, f"{kind}{colon}{_absolute(run_url)}")[
-            "settings"
-        ]
+        named = f"{kind}:{_absolute(run_url)}" if colon else kind
+        settings: list[str] = read_selected(selected, named)["settings"]
         return settings
     best = best_choice(run_url) if kind == "run" else None
     return best.settings() if best else []
