@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from d2i.cli.app import app
 from d2i.config import apply_settings
 from d2i.corpora import read_instances
 from d2i.dialog import linearize
-from d2i.recipes import load_recipe
+from d2i.recipes import load_recipe, resolve_recipe
+from d2i.runs import check_initial_weights
 from tests.command_lines import every_command, parse_d2i
 from tests.processes import COMMAND
 
@@ -59,6 +61,21 @@ def test_a_documents_command_parses(line: str) -> None:
 def test_a_help_example_parses(line: str) -> None:
     assert "d2i " in line
     parse_d2i(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        line
+        for line in shell_lines() + examples()
+        if line.startswith("d2i train ") and "--preflight" not in line
+    ],
+)
+def test_a_training_that_is_told_of_says_what_it_fine_tunes(line: str, tmp_path: Path) -> None:
+    words = shlex.split(line)
+    settings = [word for flag, word in pairwise(words) if flag == "--set"]
+    recipe = resolve_recipe(words[words.index("--recipe") + 1], settings)
+    check_initial_weights(recipe, str(tmp_path))
 
 
 def test_every_command_has_examples() -> None:

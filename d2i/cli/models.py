@@ -53,6 +53,9 @@ def train(
 ) -> None:
     """Fine-tune a backbone: print the deepspeed line of train/launch.py, and run it.
 
+    The paper's recipes start from published weights: --set backbone.weights=PATH, of a file that
+    d2i weights list names, or =scratch for random ones.
+
     Examples:
 
         d2i train --recipe demo --data data --run runs/demo --num-accelerators 2

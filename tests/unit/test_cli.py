@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from d2i.cli.models import train
-from d2i.recipes import resolve_recipe
-from d2i.runs import check_initial_weights
 from tests.processes import run_process
 from tests.samples import metadata
 
@@ -111,14 +107,3 @@ def test_verify_tells_a_broken_folder_by_exit_code_1(tmp_path: Path) -> None:
     done = run_process("verify", tmp_path)
     assert done.returncode == 1
     assert tar.name in done.stdout
-
-
-def test_the_examples_of_train_say_what_they_fine_tune(tmp_path: Path) -> None:
-    examples = (train.__doc__ or "").partition("Examples:")[2].split("d2i train ")[1:]
-    assert len(examples) >= 3
-    for example in map(str.split, examples):
-        if "--preflight" in example:
-            continue
-        given = [value for flag, value in itertools.pairwise(example) if flag == "--set"]
-        recipe = resolve_recipe(example[example.index("--recipe") + 1], given)
-        check_initial_weights(recipe, str(tmp_path))
