@@ -250,7 +250,11 @@ def test_an_adapter_without_peft_says_what_to_install(
 
 def test_a_system_without_a_place_for_an_adapter_refuses_it() -> None:
     recipe = load_recipe("demo")
-    for system, weights in (("images:made", None), ("unclip:karlo", None), ("uvit-s", "demo:x")):
+    for system, weights in (
+        ("images:made", None),
+        ("unclip:karlo", None),
+        ("uvit-s", "demo:backbone"),
+    ):
         with pytest.raises(ConfigError, match=r"--adapter lora: .* takes none; expected --system"):
             parse_system(system, weights, recipe, "lora")
 

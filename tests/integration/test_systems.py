@@ -257,7 +257,7 @@ def test_numbers_that_are_none_are_failures(tmp_path: Path, chat_data: Path) -> 
         ("stable", "no such system; expected run:DIR, diffusers:PATH"),
         ("json:dumps.nothing", "no such system"),
         ("divter:somewhere", "expected divter:DIR,SYSTEM"),
-        ("uvit-s", "a backbone needs weights"),
+        ("uvit-s", "got no weights; expected mscoco_uvit_small.pth"),
         ("run:nowhere", "nowhere is no run"),
         ("diffusers:nowhere/at/all", "cannot load DiffusionPipeline"),
         ("images:nowhere", "got an empty folder"),

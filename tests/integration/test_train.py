@@ -59,7 +59,7 @@ def test_a_run_records_what_it_started_from(undisturbed: Path) -> None:
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["initial_weights"] == {"file": "scratch"}
     assert parse_system(f"run:{undisturbed}", None, load_recipe("demo")).label == (
-        "uvit-s, trained from scratch"
+        "uvit-s-shaped, 3 blocks of width 16, trained from scratch"
     )
 
 

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from d2i.corpora.layout import corpus_name
 from d2i.eval.guidance import chosen_by
@@ -96,6 +98,7 @@ def test_what_a_run_learned_from(tmp_path: Path) -> None:
 
 def test_who_chose_the_guidance(tmp_path: Path) -> None:
     write_run(tmp_path, tmp_path / "data")
+    save_file({"weight": np.zeros(1, np.float32)}, tmp_path / EMA_NAME)
     system = f"run:{tmp_path}"
     assert chosen_by(system, []) == chosen_by("uvit-s", []) == {"how": "recipe"}
     best = {
