@@ -199,7 +199,7 @@ class Run:
 
 
 def say(line: str) -> None:
-    """Tell whoever waits how far it is."""
+    """Print how far it is."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,7 @@
 """What draws best on validation dialogs (`d2i select`): which weights of a run, which guidance.
 
 Every side of a comparison has its guidance chosen alike: FID moves more by guidance than by
-fine-tuning. Everything lies in `RUN/select`, or in `--out` for a system that is no run: a seeded
+fine-tuning. Everything lies in `RUN/select`, or in `--out` for any other system: a seeded
 part of the validation split as a data set of its own, the weights of each candidate, and its
 evaluation, so that a repeated command draws only what is missing.
 """

@@ -48,6 +48,11 @@ def resolve(url: str) -> str:
     return url.rstrip("/") if path is None else str(path.absolute())
 
 
+def absolute(place: str) -> str:
+    """Return a place that is here as an absolute path, a URL or a hub's name as it is."""
+    return resolve(place) if Path(place).expanduser().exists() else place
+
+
 def local_path(url: str) -> Path | None:
     """Return the path of a local URL, or None where the URL names another file system."""
     name = _local_name(url)

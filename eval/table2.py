@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from d2i.errors import D2IError
-from d2i.eval.guidance import chosen_by
+from d2i.eval.guidance import choose_settings
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate, test_url
-from d2i.eval.systems import chosen_settings, parse_system
+from d2i.eval.systems import parse_system
 from d2i.recipes import change_recipe, read_kept_recipe
 from d2i.report import write_report
 
@@ -45,8 +45,8 @@ def main(
     choices = dict(choice.split("=", 1) for choice in selected or [])
     for given in system:
         name, _, weights = given.partition("=")
-        settings = [*chosen_settings(name, choices.get(name)), *(setting or [])]
-        recipe = change_recipe(read_kept_recipe(data), settings)
+        choice = choose_settings(name, setting or [], choices.get(name))
+        recipe = change_recipe(read_kept_recipe(data), choice.settings)
         spec = parse_system(name, weights or None, recipe)
         folders.append(out / re.sub(r"[^A-Za-z0-9-]+", "-", given).strip("-"))
         request = EvalRequest(
@@ -55,7 +55,7 @@ def main(
             data_url=test_url(data),
             out_url=str(folders[-1]),
             save_images="all",
-            guidance_chosen_by=chosen_by(name, setting or [], choices.get(name)),
+            guidance_chosen_by=choice.guidance_by,
             num_workers=workers,
             ray_address=ray_address,
         )

@@ -20,9 +20,9 @@ import typer
 from d2i.config import Recipe
 from d2i.dialog import TEMPLATES
 from d2i.errors import ConfigError, D2IError
-from d2i.eval.guidance import chosen_by
+from d2i.eval.guidance import choose_settings
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate, test_url
-from d2i.eval.systems import chosen_settings, parse_system
+from d2i.eval.systems import parse_system
 from d2i.recipes import change_recipe, read_kept_recipe
 from d2i.report import write_report
 from d2i.runs import read_recipe
@@ -94,15 +94,14 @@ def ask(run: str, strategy: str, data: str, settings: Sequence[str]) -> EvalRequ
     """Ask for a run on a linearization, all else of the text as in its training."""
     system, kept = f"run:{run}", read_kept_recipe(data)
     text = read_recipe(run).text.model_copy(update={"strategy": strategy})
-    recipe = change_recipe(
-        kept.model_copy(update={"text": text}), [*chosen_settings(system), *settings]
-    )
+    choice = choose_settings(system, settings)
+    recipe = change_recipe(kept.model_copy(update={"text": text}), choice.settings)
     return EvalRequest(
         recipe=recipe,
         system=parse_system(system, None, recipe),
         data_url=test_url(data),
         out_url="",
-        guidance_chosen_by=chosen_by(system, settings),
+        guidance_chosen_by=choice.guidance_by,
     )
 
 

@@ -132,17 +132,16 @@ def sample(
         d2i sample --run runs/demo --dialog chat.txt
         --set sample.sampler=diffusers:DPMSolverMultistepScheduler
     """
+    from d2i.eval.guidance import choose_settings
     from d2i.eval.single import Request, draw_dialog, read_dialog
-    from d2i.eval.systems import chosen_settings
     from d2i.recipes import change_recipe
     from d2i.runs import read_recipe
 
     if not out.lower().endswith(".png"):
         raise ConfigError(f"--out {out}: expected a name that ends in .png; change it")
     turns = read_dialog(_read_text(dialog))
-    # First what d2i select chose, so that a setting given here outweighs it.
-    chosen = chosen_settings(f"run:{run}")
-    recipe = change_recipe(read_recipe(run), [*chosen, *(settings or [])])
+    choice = choose_settings(f"run:{run}", settings or [])
+    recipe = change_recipe(read_recipe(run), choice.settings)
     seeds = seed or [recipe.sample.seed]
     text = draw_dialog(Request(run, recipe, turns, seeds, key), out)
     result = {"image": out, "text": text, "seeds": seeds}

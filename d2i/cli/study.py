@@ -134,10 +134,10 @@ def evaluate(
 
         d2i eval --system images:minigpt5 --label MiniGPT-5 --data data --out scores/minigpt5
     """
-    from d2i.eval.guidance import chosen_by
+    from d2i.eval.guidance import choose_settings
     from d2i.eval.job import EvalRequest, test_url
     from d2i.eval.job import evaluate as run
-    from d2i.eval.systems import chosen_settings, parse_system
+    from d2i.eval.systems import parse_system
     from d2i.fault import parse_fault
     from d2i.recipes import change_recipe, read_kept_recipe
     from d2i.shards import ShardReader
@@ -145,9 +145,8 @@ def evaluate(
     assumed = assumed_of(rate, price_per_node_hour, dry_run=dry_run)
     if workers is not None and not parallel:
         raise ConfigError("--workers counts Ray workers; expected --parallel with it; add it")
-    # First what d2i select chose, so that a setting given here outweighs it.
-    chosen = chosen_settings(system, selected)
-    recipe = change_recipe(read_kept_recipe(data), [*chosen, *(settings or [])])
+    choice = choose_settings(system, settings or [], selected)
+    recipe = change_recipe(read_kept_recipe(data), choice.settings)
     spec = parse_system(system, weights, recipe, adapter)
     request = EvalRequest(
         recipe=recipe,
@@ -158,7 +157,7 @@ def evaluate(
         save_images=save_images,
         label=label,
         negatives=negatives,
-        guidance_chosen_by=chosen_by(system, settings or [], selected),
+        guidance_chosen_by=choice.guidance_by,
         task_size=task_size,
         num_workers=workers if parallel else 0,
         ray_address=ray_address,

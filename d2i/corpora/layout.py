@@ -22,7 +22,7 @@ _MAX_NAME_FILE_BYTES = 4096
 def corpus_name(source: str) -> str | None:
     """Return what a corpus calls itself: `name` of its `corpus.json`; None where it says nothing.
 
-    A corpus in another's layout is told by it: the demo's made world is no MMDialog.
+    It tells corpora of one layout apart: the demo's made world has MMDialog's, and is not MMDialog.
     """
     url = storage.join(source, _NAME_FILE)
     if not storage.exists(url) or storage.size_bytes(url) > _MAX_NAME_FILE_BYTES:

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from d2i import storage
 from d2i.dialog import key_order_hash
 from d2i.errors import DataError
+from d2i.eval.influences import divergences
+from d2i.eval.intervals import bca
 from d2i.eval.kid import paired_mmd
 from d2i.eval.measured import Arrays, Measured
 from d2i.eval.tasks import finished_tasks, read_tasks
@@ -37,8 +39,6 @@ CORPUS = "photochat"
 """The corpus whose labels say what a picture shows."""
 DRAW_SIZE = 50
 NUM_DRAWS = 20
-_NUM_RESAMPLES = 1000
-_SEED = 2020
 _MIN_PICTURES = 2
 
 
@@ -59,7 +59,7 @@ class CategoryScores:
         is_std: Its population standard deviation over the draws.
         kid_paired: KID of all pictures, without its bias for pictures of the same dialogs.
         clip_i: Mean CLIP-I of all pictures, 0 to 100.
-        clip_i_interval: 95 % confidence of that mean, [low, high].
+        clip_i_interval: 95 % confidence of that mean, [low, high]; None where all are alike.
     """
 
     name: str
@@ -180,29 +180,8 @@ def fid_of_few(real: Floats, fake: Floats) -> float:
 
 
 def inception_score(logits: Floats) -> float:
-    """Return the Inception Score (Salimans et al. 2016, section 4) of logits (M, C), in one split.
-
-    exp of the mean divergence of each picture's classes from those of all.
-    """
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    shares = np.exp(logs)
-    # Logarithms throughout: no class is so rare that its share becomes 0.
-    highest = logs.max(axis=0)
-    of_all = highest + np.log(np.exp(logs - highest).mean(axis=0))
-    return float(np.exp((shares * (logs - of_all)).sum(axis=1).mean()))
-
-
-def mean_interval(values: Floats) -> list[float]:
-    """Return the 95 % confidence of the mean of values (N,), as [low, high].
-
-    Percentiles of the means of bootstrap resamples (Efron 1979), by a fixed seed: a mean of values
-    of at most 100 never leaves their range, as a normal interval does.
-    """
-    generator = np.random.default_rng(_SEED)
-    picks = generator.integers(0, len(values), size=(_NUM_RESAMPLES, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
-    return [float(low), float(high)]
+    """Return the Inception Score (Salimans et al. 2016, section 4) of logits (M, C): one split."""
+    return float(np.exp(divergences(logits).mean()))
 
 
 def _score(
@@ -229,7 +208,8 @@ def _score(
     # Rounding may carry the cosine of a picture with itself past 1.
     clip_i = np.clip(measured.clip_i[rows], -100.0, 100.0)
     # PhotoChat has one instance a dialog.
-    paired = paired_mmd(real, fake, np.arange(len(rows)))
+    dialogs = np.arange(len(rows))
+    paired, interval = paired_mmd(real, fake, dialogs), bca(clip_i, dialogs)
     return CategoryScores(
         *counted,
         fid=float(np.mean(fids)),
@@ -238,7 +218,7 @@ def _score(
         is_std=_spread(scores),
         kid_paired=paired.value if paired else None,
         clip_i=float(clip_i.mean()),
-        clip_i_interval=mean_interval(clip_i),
+        clip_i_interval=list(interval) if interval else None,
     )
 
 

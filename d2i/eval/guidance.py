@@ -1,67 +1,96 @@
-"""Who chose the guidance scale of an evaluation: one that was searched for scores better.
+"""What a system is drawn with: what `d2i select` chose, and the command's settings over it.
 
-Must not import torch.
+Who chose a guidance scale is kept: one that was searched for scores better. Must not import torch.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from d2i import storage
 from d2i.errors import ConfigError
 from d2i.runs import BEST_NAME, best_choice
 
+_SAID = ("metric", "value", "num_instances", "seed")
 
-def read_selected(folder: str, system: str) -> dict[str, Any]:
-    """Read what `d2i select --system` chose.
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings to draw with, and where the guidance scale among them comes from.
 
     Args:
-        folder: Its `--out`.
-        system: The system that is to draw with it, its path absolute.
-
-    Raises:
-        ConfigError: If there is no choice, or it is damaged or of another system.
+        settings: As `--set` takes them: those of `d2i select`, then those of the command.
+        guidance_by: `how`: `given` (a setting of the command), `select` (`d2i select`, with
+            `metric`, `value`, `num_instances` and `seed` of its choice) or `recipe`.
     """
-    url = storage.join(folder, BEST_NAME)
-    try:
-        best: dict[str, Any] = json.loads(storage.read_bytes(url))
-        of, _ = str(best["system"]), list(best["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise ConfigError(
-            f"--selected {folder}: {url} cannot be read; expected what d2i select --system wrote; "
-            "repeat that command"
-        ) from err
-    if of != system:
-        raise ConfigError(
-            f"--selected {folder}: was chosen for {of}, got {system}; repeat d2i select for it"
-        )
-    return best
+
+    settings: list[str]
+    guidance_by: dict[str, Any]
 
 
-def chosen_by(system: str, settings: Sequence[str], selected: str | None = None) -> dict[str, Any]:
-    """Say how a system's guidance scale comes about.
+def choose_settings(system: str, given: Sequence[str], selected: str | None = None) -> Choice:
+    """Put the command's settings over what `d2i select` chose for a system.
+
+    The choice for a run is found in the run, also where a Divter draws with it; it is of one kind
+    of weights, so that `sample.weights` of another sets it aside, its guidance with it.
 
     Args:
         system: As `--system` takes it.
-        settings: Those of the command, which outweigh what `d2i select` chose.
-        selected: Where `d2i select` wrote its choice for a system that is no run.
-
-    Returns:
-        `how`: `given` (a setting of the command), `select` (`d2i select`, with `metric`, `value`,
-        `num_instances` and `seed` of its choice) or `recipe`.
+        given: The settings of the command.
+        selected: Folder that `d2i select --system` wrote to, for a system other than a run.
 
     Raises:
-        ConfigError: If what `d2i select` wrote is damaged.
+        ConfigError: If the choice is damaged, or of another system, or its weights are gone.
     """
-    kind, _, run_url = system.partition(":")
+    kind, _, target = system.partition(":")
+    if kind == "divter":
+        return choose_settings(target.partition(",")[2], given, selected)
+    chosen: list[str] = []
+    said: dict[str, Any] = {"how": "recipe"}
+    if kind == "run" and (best := best_choice(target)):
+        if _value("sample.weights", given) in (None, best.weights_kind):
+            chosen, said = best.settings(), _said(_read(target))
+    elif selected is not None:
+        content = _read_selected(selected, system)
+        chosen, said = list(content["settings"]), _said(content)
     setting = "sample.pipeline" if kind == "diffusers" else "sample.guidance_scale"
-    if any(given.partition("=")[0] == setting for given in settings):
-        return {"how": "given"}
-    folder = run_url if kind == "run" and best_choice(run_url) else selected
-    if folder is None:
-        return {"how": "recipe"}
-    best = json.loads(storage.read_bytes(storage.join(folder, BEST_NAME)))
-    names = ("metric", "value", "num_instances", "seed")
-    return {"how": "select"} | {name: best.get(name) for name in names}
+    if _value(setting, given) is not None:
+        said = {"how": "given"}
+    return Choice([*chosen, *given], said)
+
+
+def _value(name: str, settings: Sequence[str]) -> str | None:
+    """Return the last value that settings give to a name."""
+    values = (setting.partition("=") for setting in settings)
+    return next((value for key, _, value in reversed(list(values)) if key == name), None)
+
+
+def _said(best: dict[str, Any]) -> dict[str, Any]:
+    return {"how": "select"} | {name: best.get(name) for name in _SAID}
+
+
+def _read(folder: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, BEST_NAME)))
+    return content
+
+
+def _read_selected(folder: str, system: str) -> dict[str, Any]:
+    """Read what `d2i select --system` chose, and make sure that it is for this system."""
+    try:
+        best = _read(folder)
+        of, settings = best["system"], best["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise ConfigError(
+            f"--selected {folder}: {BEST_NAME} there cannot be read; expected what d2i select "
+            "--system wrote; repeat that command"
+        ) from err
+    kind, colon, place = system.partition(":")
+    named = f"{kind}:{storage.absolute(place)}" if colon else kind
+    if of != named or not isinstance(settings, list):
+        raise ConfigError(
+            f"--selected {folder}: was chosen for {of}, got {named}; repeat d2i select for it"
+        )
+    return best

@@ -50,13 +50,13 @@ def inception_influences(logits: Floats, num_splits: int, seed: int) -> Floats:
     order = np.random.RandomState(seed).permutation(num)
     for split in range(num_splits):
         rows = order[split * num // num_splits : (split + 1) * num // num_splits]
-        divergences = _divergences(logits[rows])
-        mean = divergences.mean()
-        found[rows] = num / (num_splits * len(rows)) * np.exp(mean) * (divergences - mean)
+        of_images = divergences(logits[rows])
+        mean = of_images.mean()
+        found[rows] = num / (num_splits * len(rows)) * np.exp(mean) * (of_images - mean)
     return found
 
 
-def _divergences(logits: Floats) -> Floats:
+def divergences(logits: Floats) -> Floats:
     """KL of the class shares of each row to their mean: (n,)."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

@@ -54,7 +54,7 @@ class EvalRequest:
         label: What tables call the system; `None` takes the one it has by itself.
         negatives: The folder of MMDialog whose negative candidates recall is measured among; `None`
             draws them by key hash. Changes no picture, and may be given once they are drawn.
-        guidance_chosen_by: Who chose the guidance scale, as `guidance.chosen_by` says it.
+        guidance_chosen_by: Who chose the guidance scale, as `guidance.Choice` says it.
         task_size: Instances that a worker is given at a time; `None` takes one compute batch.
             Changes no number.
         num_workers: `0` works in this process, without Ray; `None` fits the machine or cluster.

@@ -1,4 +1,4 @@
-"""What to beware of in the scores of an evaluation, one line each. Must not import torch."""
+"""Warnings about the scores of an evaluation, one line each. Must not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All scores of an evaluation, their intervals, what to beware of, and a row for each instance."""
+"""All scores of an evaluation, their intervals and warnings, and a row for each instance."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _SCORES = (
     "FID and IS are the mean ± standard deviation over {num_draws} seeded draws of {draw_size} "
     "pictures, of a category with no more of them once over all; the deviation is the luck of the "
     "draw, no confidence interval. KID and CLIP-I are over all pictures of the category; the range "
-    "is 95 % of the mean CLIP-I of bootstrap resamples (percentiles)."
+    "is the 95 % interval of the mean CLIP-I (BCa)."
 )
 _RANK = (
     "Not comparable between categories; FID of 50 pictures in 2,048 dimensions has rank 49, and "

@@ -46,7 +46,7 @@ class Evaluation:
         url: The folder it was read from.
         scores: Score by name, None where a score does not exist for the extractor.
         intervals: 95 % confidence of scores, as [low, high].
-        warnings: What to beware of in them, one line each.
+        warnings: Warnings about them, one line each.
         card: The metric card: everything that decides the scores.
         judged: Attributes read from the pictures by a rule, where a judge ran; fractions are 0..1.
         picture_urls: The tar that holds the generated picture of each key kept.

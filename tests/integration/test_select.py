@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2i.eval.systems import chosen_settings, parse_system
+from d2i.eval.guidance import choose_settings
+from d2i.eval.systems import parse_system
 from d2i.models.weights import read_state_dict
 from d2i.recipes import change_recipe
 from d2i.runs import read_recipe
@@ -79,7 +80,7 @@ def test_the_best_candidate_is_named_and_drawn_with(run: Path, settings: list[st
     assert chosen["guidance_scale"] == best["guidance_scale"]
     assert chosen["weights_kind"] == best["weights_kind"]
     assert chosen["guidance_chosen_by"]["how"] == "select"
-    recipe = change_recipe(read_recipe(str(run)), chosen_settings(f"run:{run}"))
+    recipe = change_recipe(read_recipe(str(run)), choose_settings(f"run:{run}", []).settings)
     assert parse_system(f"run:{run}", None, recipe).backbone.weights == str(run / best["weights"])
     other = ("--set", "sample.guidance_scale=5", "--out", run.parent / "other")
     assert run_d2i(*words, *other)["card"]["guidance_scale"] == 5

@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from d2i.config import FORMERLY
 from d2i.errors import ConfigError
-from d2i.eval.systems import chosen_settings, parse_system
+from d2i.eval.guidance import choose_settings
+from d2i.eval.systems import parse_system
 from d2i.recipes import change_recipe
 from d2i.runs import RESULT_NAMES, last_step, read_recipe
 from tests.integration.training import command, train
@@ -132,12 +133,15 @@ def test_a_choice_of_the_shorter_run_is_named_and_not_used(
     (run / "best.json").write_text(json.dumps(chosen | candidates))
     system, recipe = f"run:{run}", read_recipe(str(run))
     assert parse_system(system, None, recipe).backbone.weights == str(run / chosen["weights"])
-    assert chosen_settings(system) == ["sample.guidance_scale=3.0", "sample.weights=ema"]
+    assert choose_settings(system, []).settings == [
+        "sample.guidance_scale=3.0",
+        "sample.weights=ema",
+    ]
     assert not caplog.records
 
     shutil.copy(whole / "ema.safetensors", run / "ema.safetensors")
     assert parse_system(system, None, recipe).backbone.weights == str(run / "ema.safetensors")
-    assert chosen_settings(system) == []
+    assert choose_settings(system, []).settings == []
     (said,) = caplog.messages
     assert "best.json is not used: it was chosen when the run had 5 steps, and it has 9" in said
 

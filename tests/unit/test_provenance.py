@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from d2i.corpora.layout import corpus_name
-from d2i.eval.guidance import chosen_by
+from d2i.eval.guidance import choose_settings
 from d2i.eval.provenance import describe_data, describe_training
 from d2i.eval.systems import parse_system
 from d2i.models import changed_sizes, name_sizes
@@ -100,7 +100,8 @@ def test_who_chose_the_guidance(tmp_path: Path) -> None:
     write_run(tmp_path, tmp_path / "data")
     save_file({"weight": np.zeros(1, np.float32)}, tmp_path / EMA_NAME)
     system = f"run:{tmp_path}"
-    assert chosen_by(system, []) == chosen_by("uvit-s", []) == {"how": "recipe"}
+    for name in (system, "uvit-s"):
+        assert choose_settings(name, []).guidance_by == {"how": "recipe"}
     best = {
         "weights": EMA_NAME,
         "guidance_scale": 3.0,
@@ -111,9 +112,16 @@ def test_who_chose_the_guidance(tmp_path: Path) -> None:
         "step": 850,
     }
     write(tmp_path / BEST_NAME, best | {"candidates": []})
-    assert chosen_by(system, ["sample.num_steps=3"]) == {
-        "how": "select",
-        **{name: best[name] for name in ("metric", "value", "num_instances", "seed")},
-    }
+    said = {name: best[name] for name in ("metric", "value", "num_instances", "seed")}
+    # Also where a Divter has the run draw what it describes.
+    for name in (system, f"divter:describer,{system}"):
+        choice = choose_settings(name, ["sample.num_steps=3"])
+        assert choice.guidance_by == {"how": "select", **said}
+        assert choice.settings[0] == "sample.guidance_scale=3.0"
+        assert choice.settings[-1] == "sample.num_steps=3"
     # What the command says outweighs it.
-    assert chosen_by(system, ["sample.guidance_scale=4"]) == {"how": "given"}
+    given = choose_settings(system, ["sample.guidance_scale=4"])
+    assert given.guidance_by == {"how": "given"}
+    # It was chosen for the EMA: other weights have nothing of it.
+    other = choose_settings(system, ["sample.weights=trained"])
+    assert (other.guidance_by, other.settings) == ({"how": "recipe"}, ["sample.weights=trained"])

@@ -13,7 +13,6 @@ from typing import get_args
 from d2i import storage
 from d2i.config import BackboneConfig, BackboneName, Recipe, WeightsKind
 from d2i.errors import ConfigError
-from d2i.eval.guidance import read_selected
 from d2i.eval.system import System, SystemContext
 from d2i.eval.systems.adapter import Adapter, find_adapter
 from d2i.published import weights_to_fetch
@@ -100,25 +99,6 @@ def _parse(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     )
 
 
-def chosen_settings(system: str, selected: str | None = None) -> list[str]:
-    """Return what d2i select chose for a system, as settings; of a run it is found in the run.
-
-    Args:
-        system: As `--system` takes it.
-        selected: Where d2i select wrote its choice for a system that is no run.
-
-    Raises:
-        ConfigError: If what it wrote is damaged, or of another system, or the weights are gone.
-    """
-    kind, colon, run_url = system.partition(":")
-    if selected is not None:
-        named = f"{kind}:{_absolute(run_url)}" if colon else kind
-        settings: list[str] = read_selected(selected, named)["settings"]
-        return settings
-    best = best_choice(run_url) if kind == "run" else None
-    return best.settings() if best else []
-
-
 def build_system(context: SystemContext) -> System:
     """Build a system where it draws.
 
@@ -171,7 +151,7 @@ def _backbone(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
             "folder, or demo:backbone; give --weights PATH"
         )
     sizes = recipe.backbone.overrides() if recipe.backbone.name == system else {}
-    values = {"name": system, "weights": _absolute(weights)} | sizes
+    values = {"name": system, "weights": storage.absolute(weights)} | sizes
     network = BackboneConfig.model_validate(values)
     is_here = storage.local_path(network.weights or "") is not None
     title = _title(network, resolve_sizes(network) if is_here else network)
@@ -189,7 +169,7 @@ def _title(start: BackboneConfig, sized: BackboneConfig) -> str:
 
 def _by_place(system: str, target: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     del weights, recipe
-    kind, place = system.partition(":")[0], _absolute(target)
+    kind, place = system.partition(":")[0], storage.absolute(target)
     label = _LABELS.get(kind, Path(place).name)
     return SystemSpec(f"{kind}:{place}", label, kind, place)
 
@@ -202,7 +182,7 @@ def _divter(system: str, target: str, weights: str | None, recipe: Recipe) -> Sy
             "and the system that draws what it describes"
         )
     inner = _parse(drawn_by, weights, recipe)
-    folder = _absolute(describer)
+    folder = storage.absolute(describer)
     name = f"divter:{folder},{inner.name}"
     return SystemSpec(name, _LABELS["divter"], "divter", folder, inner=inner)
 
@@ -219,11 +199,6 @@ def _adapted(spec: SystemSpec, adapter: str) -> SystemSpec:
     found = find_adapter(adapter)
     label = f"{spec.label} + {found.name} ({found.sha256[:8]})"
     return dataclasses.replace(spec, label=label, adapter=found)
-
-
-def _absolute(place: str) -> str:
-    """Return a place that is here as an absolute path, a URL or a hub's name as it is."""
-    return storage.resolve(place) if Path(place).expanduser().exists() else place
 
 
 def _is_function(module: str, name: str) -> bool:
