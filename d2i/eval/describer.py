@@ -6,8 +6,10 @@ dialog, a mark, the description. Any causal language model of transformers takes
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +182,8 @@ def _batch(
 def _save(module: Any, tokenizer: Any, out: Path) -> None:
     beside = out.with_name(f".{out.name}.d2i-tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    module.save_pretrained(beside)
+    # With accelerate beside it, transformers imports DeepSpeed here, which talks on stdout.
+    with contextlib.redirect_stdout(sys.stderr):
+        module.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     beside.replace(out)
