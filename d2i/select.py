@@ -18,6 +18,7 @@ import numpy as np
 from d2i import storage
 from d2i.config import ImageConfig, Recipe, WeightsKind
 from d2i.errors import CheckpointError, ConfigError, DataError
+from d2i.eval.guidance import drawn_with
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate
 from d2i.eval.systems import SystemSpec, parse_system
 from d2i.metric_specs import METRICS, MetricSpec
@@ -195,7 +196,12 @@ def _of_system(request: SelectRequest) -> _Search:
     candidates = []
     for scale in request.guidance_scales:
         settings = _guided(recipe, scale, is_pipeline=spec.network is None)
-        said = {"system": spec.name, "guidance_scale": scale, "settings": settings}
+        said = {
+            "system": spec.name,
+            **drawn_with(request.weights, request.adapter),
+            "guidance_scale": scale,
+            "settings": settings,
+        }
         candidates.append(_Candidate(f"guidance-{scale:g}", spec, settings, said))
     out_url = storage.resolve(request.out_url)
     return _Search(

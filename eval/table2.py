@@ -45,7 +45,7 @@ def main(
     choices = dict(choice.split("=", 1) for choice in selected or [])
     for given in system:
         name, _, weights = given.partition("=")
-        choice = choose_settings(name, setting or [], choices.get(name))
+        choice = choose_settings(name, setting or [], choices.get(name), weights=weights or None)
         recipe = change_recipe(read_kept_recipe(data), choice.settings)
         spec = parse_system(name, weights or None, recipe)
         folders.append(out / re.sub(r"[^A-Za-z0-9-]+", "-", given).strip("-"))

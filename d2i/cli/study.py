@@ -145,7 +145,7 @@ def evaluate(
     assumed = assumed_of(rate, price_per_node_hour, dry_run=dry_run)
     if workers is not None and not parallel:
         raise ConfigError("--workers counts Ray workers; expected --parallel with it; add it")
-    choice = choose_settings(system, settings or [], selected)
+    choice = choose_settings(system, settings or [], selected, weights=weights, adapter=adapter)
     recipe = change_recipe(read_kept_recipe(data), choice.settings)
     spec = parse_system(system, weights, recipe, adapter)
     request = EvalRequest(

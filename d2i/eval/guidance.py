@@ -31,7 +31,14 @@ class Choice:
     guidance_by: dict[str, Any]
 
 
-def choose_settings(system: str, given: Sequence[str], selected: str | None = None) -> Choice:
+def choose_settings(
+    system: str,
+    given: Sequence[str],
+    selected: str | None = None,
+    *,
+    weights: str | None = None,
+    adapter: str | None = None,
+) -> Choice:
     """Put the command's settings over what `d2i select` chose for a system.
 
     The choice for a run is found in the run, also where a Divter draws with it; it is of one kind
@@ -41,25 +48,37 @@ def choose_settings(system: str, given: Sequence[str], selected: str | None = No
         system: As `--system` takes it.
         given: The settings of the command.
         selected: Folder that `d2i select --system` wrote to, for a system other than a run.
+        weights: As `--weights` takes it.
+        adapter: As `--adapter` takes it.
 
     Raises:
-        ConfigError: If the choice is damaged, or of another system, or its weights are gone.
+        ConfigError: If the choice is damaged, or of another system, other weights or another
+            adapter, or its weights are gone.
     """
     kind, _, target = system.partition(":")
     if kind == "divter":
-        return choose_settings(target.partition(",")[2], given, selected)
+        inner = target.partition(",")[2]
+        return choose_settings(inner, given, selected, weights=weights, adapter=adapter)
     chosen: list[str] = []
     said: dict[str, Any] = {"how": "recipe"}
     if kind == "run" and (best := best_choice(target)):
         if _value("sample.weights", given) in (None, best.weights_kind):
             chosen, said = best.settings(), _said(_read(target))
     elif selected is not None:
-        content = _read_selected(selected, system)
+        content = _read_selected(selected, system, drawn_with(weights, adapter))
         chosen, said = list(content["settings"]), _said(content)
     setting = "sample.pipeline" if kind == "diffusers" else "sample.guidance_scale"
     if _value(setting, given) is not None:
         said = {"how": "given"}
     return Choice([*chosen, *given], said)
+
+
+def drawn_with(weights: str | None, adapter: str | None) -> dict[str, str | None]:
+    """Return which files a choice is for, beside the system's name."""
+    return {
+        "weights": storage.absolute(weights) if weights else None,
+        "adapter": storage.absolute(adapter) if adapter else None,
+    }
 
 
 def _value(name: str, settings: Sequence[str]) -> str | None:
@@ -77,8 +96,8 @@ def _read(folder: str) -> dict[str, Any]:
     return content
 
 
-def _read_selected(folder: str, system: str) -> dict[str, Any]:
-    """Read what `d2i select --system` chose, and make sure that it is for this system."""
+def _read_selected(folder: str, system: str, files: dict[str, str | None]) -> dict[str, Any]:
+    """Read what `d2i select --system` chose, and make sure that it is for this system and files."""
     try:
         best = _read(folder)
         of, settings = best["system"], best["settings"]
@@ -93,4 +112,10 @@ def _read_selected(folder: str, system: str) -> dict[str, Any]:
         raise ConfigError(
             f"--selected {folder}: was chosen for {of}, got {named}; repeat d2i select for it"
         )
+    for name, file in files.items():
+        if best.get(name, file) != file:
+            raise ConfigError(
+                f"--selected {folder}: was chosen with --{name} {best[name]}, got {file}; repeat "
+                "d2i select with it"
+            )
     return best

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from d2i.errors import ConfigError
 from d2i.eval.guidance import choose_settings
 from d2i.eval.systems import parse_system
 from d2i.models.weights import read_state_dict
@@ -105,10 +106,10 @@ def test_guidance_is_chosen_for_a_published_backbone_too(
         "how": "select",
         **{name: best[name] for name in ("metric", "value", "num_instances", "seed")},
     }
-    (out / "best.json").write_text(json.dumps(best | {"system": "uvit-s-deep"}))
-    refused = run_process("eval", *words, "--selected", out, "--out", tmp_path / "no")
-    assert refused.returncode == 2
-    assert "was chosen for uvit-s-deep, got uvit-s" in refused.stderr
+    with pytest.raises(ConfigError, match=r"chosen with --weights .*ema\.safetensors, got .*other"):
+        choose_settings("uvit-s", [], str(out), weights=str(tmp_path / "other.safetensors"))
+    with pytest.raises(ConfigError, match="was chosen for uvit-s, got uvit-s-deep"):
+        choose_settings("uvit-s-deep", [], str(out), weights=str(run / "ema.safetensors"))
 
 
 def test_what_has_no_guidance_is_refused(run: Path, tmp_path: Path) -> None:
