@@ -1,12 +1,17 @@
 """The errors d2i raises, named by who can mend them.
 
 Every message is one line: what happened, what was got, what was expected, what to do next.
-The command line prints a `D2IError` without its traceback and exits with 2.
+The command line prints a `D2IError` without its traceback and exits with its `exit_code`.
 """
+
+from typing import ClassVar
 
 
 class D2IError(Exception):
     """Base of every error that the user of d2i can mend."""
+
+    exit_code: ClassVar[int] = 2
+    """What the command ends with."""
 
 
 class ConfigError(D2IError, ValueError):
@@ -15,6 +20,12 @@ class ConfigError(D2IError, ValueError):
 
 class DataError(D2IError):
     """A corpus or a file of it cannot be used."""
+
+
+class NothingWrittenError(DataError):
+    """No instance of a split became a sample: the work failed."""
+
+    exit_code = 1
 
 
 class ShardError(DataError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,17 +15,20 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from d2i.config import ImageConfig
+from d2i.file_kind import file_kind
+from d2i.png_chunks import MAX_INFLATED_BYTES, without_metadata
 
 RESIZE = "centre crop, lanczos"
 """How a picture becomes its square, as fingerprints and metric cards say it."""
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
-_BEGINNING = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP", re.DOTALL)
-NO_PICTURE = "neither JPEG, PNG, WebP nor GIF"
-"""What `not_an_image` means."""
+_KINDS = frozenset({"JPEG", "PNG", "WebP", "GIF"})
+_NO_KIND = "neither JPEG, PNG, WebP nor GIF"
+_LFS_POINTER = "a Git LFS pointer"
+# A profile that is longer never comes here.
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_INFLATED_BYTES
 # What Pillow calls a JPEG that holds several pictures; the first is taken.
 _MANY_JPEGS = "MPO"
 _ORIENTATION = 0x0112
@@ -64,14 +66,26 @@ class RefusedPictureError(Exception):
 
 def begins_as_picture(data: bytes) -> bool:
     """Say whether bytes begin as JPEG, PNG, WebP or GIF do; of the rest that tells nothing."""
-    return _BEGINNING.match(data) is not None
+    return file_kind(data) in _KINDS
+
+
+def is_lfs_pointer(data: bytes) -> bool:
+    """Say whether a file only names its content, which Git LFS has yet to fetch."""
+    return file_kind(data) == _LFS_POINTER
+
+
+def no_picture(data: bytes) -> str:
+    """Say what a file is that is no picture which can be read."""
+    kind = file_kind(data)
+    return f"got {kind}, expected JPEG, PNG, WebP or GIF" if kind else _NO_KIND
 
 
 def decode_picture(data: bytes, limits: ImageConfig) -> Picture:
     """Decode JPEG, PNG, WebP or GIF bytes.
 
     EXIF orientation is applied, colour profiles and CMYK become sRGB, 16 bits are scaled to 8,
-    alpha is laid over white, and of an animation the first frame is taken.
+    alpha is laid over white, and of an animation the first frame is taken. Damaged, unknown or
+    endless metadata is passed over.
 
     Raises:
         RefusedPictureError: `not_an_image`, `too_large`, `too_small`, `odd_aspect` or
@@ -133,7 +147,7 @@ def crop_to_square(picture: Image.Image, resolution: int) -> Image.Image:
 
 def png_bytes(pixels: NDArray[np.uint8], metadata: Mapping[str, str] | None = None) -> bytes:
     """Encode uint8 (H, W, 3) as PNG, with text chunks; the same input gives the same bytes."""
-    chunks = PngInfo()
+    chunks = PngImagePlugin.PngInfo()
     for name, value in (metadata or {}).items():
         chunks.add_itxt(name, value)
     buffer = io.BytesIO()
@@ -148,8 +162,6 @@ def _decoding() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except UnidentifiedImageError as err:
-        raise RefusedPictureError("not_an_image", NO_PICTURE) from err
     except Image.DecompressionBombError as err:
         raise RefusedPictureError("too_large", str(err)) from err
     except (RefusedPictureError, MemoryError):
@@ -161,7 +173,17 @@ def _decoding() -> Iterator[None]:
 
 def _open(data: bytes, limits: ImageConfig) -> Image.Image:
     """Read a picture's header, which says what decoding would cost."""
-    image = Image.open(io.BytesIO(data), formats=tuple(_SUFFIXES))
+    try:
+        lean = without_metadata(data)
+    except ValueError as err:
+        raise RefusedPictureError("decode_error", str(err)) from err
+    try:
+        image = Image.open(io.BytesIO(lean), formats=tuple(_SUFFIXES))
+    except UnidentifiedImageError as err:
+        kind = file_kind(data)
+        if kind not in _KINDS:
+            raise RefusedPictureError("not_an_image", no_picture(data)) from err
+        raise RefusedPictureError("decode_error", f"{kind}: its header is damaged") from err
     _check_size(image, limits)
     return image
 
@@ -177,7 +199,7 @@ def _draft(image: Image.Image, resolution: int) -> float:
         return 1.0
     width, height = image.size
     scale = next(s for s in (8, 4, 2) if min(image.size) >= s * least)
-    if (width % scale or height % scale) and image.getexif().get(_ORIENTATION, 1) != 1:
+    if (width % scale or height % scale) and _orientation(image) != 1:
         # Its last pixels stand for fewer, and turned they would come first.
         return 1.0
     drafted = image.draft("RGB", (least, least))
@@ -216,7 +238,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Return the picture upright in RGB; the one given is used up."""
     image.load()
     profile = image.info.get("icc_profile")
-    ImageOps.exif_transpose(image, in_place=True)
+    turn_upright(image)
     upright = image
     if upright.mode.startswith("I"):
         upright = Image.fromarray((np.asarray(upright, dtype=np.uint32) >> 8).astype(np.uint8))
@@ -227,6 +249,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if profile and upright.mode in ("RGB", "CMYK"):
         upright = _to_srgb(upright, profile)
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def turn_upright(image: Image.Image) -> None:
+    """Turn a picture as its EXIF says; damaged EXIF says nothing about the pixels."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # Of TIFF's reader: SyntaxError, struct.error, KeyError, …
+        return
+
+
+def _orientation(image: Image.Image) -> object:
+    """Return what EXIF says of a picture's orientation, 1 where it cannot be read."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:
+        return 1
 
 
 def _over_white(layered: Image.Image, profile: bytes | None) -> Image.Image:

@@ -74,9 +74,9 @@ def exists(url: str) -> bool:
 def list_names(url: str, prefix: str = "") -> list[str]:
     """List the names of files and folders in a folder, sorted; empty where there is no folder.
 
-    Files still being written, and those a killed process left behind, are not listed. With a
-    `prefix`, names that begin with it alone: object stores need not list all the others, and
-    list files only.
+    Files still being written, and those a killed process left behind, are not listed, nor what
+    macOS leaves beside others' files (`._NAME`, `.DS_Store`). With a `prefix`, names that begin
+    with it alone: object stores need not list all the others, and list files only.
     """
     with _errors_of(url):
         fs, path = _split(url)
@@ -93,9 +93,21 @@ def list_names(url: str, prefix: str = "") -> list[str]:
     # Object stores list a folder's own placeholder, and fsspec lists a file as itself.
     inside = [entry.rstrip("/") for entry in entries if entry.rstrip("/") != own]
     names = {entry.rpartition("/")[2] for entry in inside}
-    return sorted(
-        name for name in names if name.startswith(prefix) and not name.endswith(TEMPORARY_SUFFIX)
-    )
+    return sorted(name for name in names if name.startswith(prefix) and not _is_passed_over(name))
+
+
+def _is_passed_over(name: str) -> bool:
+    return name.endswith(TEMPORARY_SUFFIX) or name.startswith("._") or name == ".DS_Store"
+
+
+def is_folder(url: str) -> bool:
+    """Say whether a folder is there, and not a file."""
+    with _errors_of(url):
+        fs, path = _split(url)
+        try:
+            return bool(fs.info(path)["type"] == "directory")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
 
 def size_bytes(url: str) -> int:
@@ -113,14 +125,19 @@ def read_head(url: str, num_bytes: int) -> bytes:
         OSError: If it cannot be read, or is no regular file.
     """
     local = _local_name(url)
-    if local is None:
-        with open_url(url) as file:
-            return cast("bytes", file.read(num_bytes))
+    if local is not None:
+        return read_local_head(local, num_bytes)
+    with open_url(url) as file:
+        return cast("bytes", file.read(num_bytes))
+
+
+def read_local_head(path: str, num_bytes: int) -> bytes:
+    """Read the first bytes of a file here as `read_head` does; no part of its name is an URL's."""
     # A pipe, opened like this, is not waited for.
-    with open(os.open(local, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", local)
+            raise OSError(errno.EINVAL, "not a regular file", path)
         return file.read(min(num_bytes, status.st_size))
 
 

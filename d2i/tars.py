@@ -7,11 +7,14 @@ memory together. Must not import torch.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import json
 import math
+import os
 import tarfile
+import unicodedata
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,13 +27,16 @@ from numpy.typing import NDArray
 
 from d2i import storage
 from d2i.errors import DataError
+from d2i.file_kind import HEAD_BYTES, file_kind
 
-_FORMAT = 1
+_FORMAT = 2
 _NAME = "members.arrow"
 _COLUMNS = {"hash": "Q", "offset": "Q", "size": "q", "tar": "I", "dropped": "B"}
 _NO_FILE = -1
-_NUM_DROPPED = 3
+_NUM_DROPPED = 15
 """Leading folders of a member's name that whoever asks for it may leave out."""
+_OTHER_FORM = 128
+"""What a name counts as further away where only its composed form is as asked for."""
 _MAX_HEADER_BYTES = 1 << 20
 """A long name or its attributes; a header that promises more is an attack (ours)."""
 
@@ -71,9 +77,13 @@ class TarIndex:
     def find(self, path: str) -> list[Member | None]:
         """Return the members called `path`, or else those that end so; None for a link or device.
 
-        A member `a/b/1.jpg` is found as `b/1.jpg` and `1.jpg` too. Names are told apart by 64
-        bits of their BLAKE2 hash.
+        A member `a/b/1.jpg` is found as `b/1.jpg` and `1.jpg` too, and where no name has these very
+        letters, one that has them in another Unicode form. Names are told apart by 64 bits of
+        their BLAKE2 hash.
         """
+        return self._find(path) or ([] if path.isascii() else self._find(_composed(path)))
+
+    def _find(self, path: str) -> list[Member | None]:
         wanted = _hash(path)
         first, last = (
             int(np.searchsorted(self._hashes, np.uint64(wanted), side))
@@ -93,12 +103,16 @@ def open_index(root: str) -> TarIndex:
     """Return the index of the tars that `root` names, made now if this machine has none yet.
 
     Raises:
-        DataError: If there is no such tar, or one is damaged, cut or compressed.
+        DataError: If there is no such tar, or one is damaged, cut or compressed, or the index
+            cannot be kept.
     """
     urls = _tars(root)
     versions = [(url, storage.version(url)) for url in urls]
     folder = storage.cache_folder(json.dumps([_FORMAT, versions]))
     path = folder / _NAME
+    if path.exists():
+        return TarIndex(urls, path)
+    _make_cache(folder, root)
     # Workers that start together wait for the first one.
     with storage.only_writer(str(folder), wait_s=math.inf):
         if not path.exists():
@@ -109,15 +123,35 @@ def open_index(root: str) -> TarIndex:
     return TarIndex(urls, path)
 
 
+def _make_cache(folder: Path, root: str) -> None:
+    """Make the folder that keeps the index, where it can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as err:
+        raise DataError(
+            f"{folder}: {err.strerror}; expected a place for the index of {root}; set "
+            "XDG_CACHE_HOME to a folder that can be written"
+        ) from err
+
+
 def _tars(root: str) -> list[str]:
     folder, _, name = root.rpartition("/")
     if "*" not in name:
         urls = [root] if storage.exists(root) else []
     else:
         names = storage.list_names(folder or ".")
-        urls = [storage.join(folder or ".", n) for n in fnmatch.filter(names, name)]
+        urls = [
+            storage.join(folder or ".", n)
+            for n in fnmatch.filter(names, name)
+            if not n.startswith(".")
+        ]
     if not urls:
-        raise DataError(f"{root}: no such tar; expected one, or some; check corpus.image_root")
+        raise DataError(
+            f"{root}: no such tar; expected one, or some; check corpus.image_root, and whether "
+            "its disk is mounted"
+        )
     return urls
 
 
@@ -143,14 +177,26 @@ def _read_members(urls: list[str]) -> _Rows:
                 continue
             size = member.size if member.isreg() and not member.issparse() else _NO_FILE
             for dropped in range(min(len(parts) - 1, _NUM_DROPPED) + 1):
-                rows.add(
-                    hash=_hash("/".join(parts[dropped:])),
-                    offset=member.offset_data,
-                    size=size,
-                    tar=number,
-                    dropped=dropped,
-                )
+                for name, distance in _forms("/".join(parts[dropped:]), dropped):
+                    rows.add(
+                        hash=_hash(name),
+                        offset=member.offset_data,
+                        size=size,
+                        tar=number,
+                        dropped=distance,
+                    )
     return rows
+
+
+def _forms(name: str, dropped: int) -> Iterator[tuple[str, int]]:
+    """Give the names that a member is found by, and how far each is from its own."""
+    yield name, dropped
+    if not name.isascii() and (composed := _composed(name)) != name:
+        yield composed, dropped + _OTHER_FORM
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _members(url: str) -> Iterator[tarfile.TarInfo]:
@@ -168,9 +214,11 @@ def _members(url: str) -> Iterator[tarfile.TarInfo]:
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"no member and no end at byte {end}")
     except (tarfile.TarError, UnicodeError) as err:
+        kind = file_kind(storage.read_head(url, HEAD_BYTES))
+        found = "" if kind in (None, "a tar") else f", but {kind}"
         raise DataError(
-            f"{url} is no whole tar: {err}; expected a plain one, not compressed; unpack it, or "
-            "copy it anew"
+            f"{url} is no whole tar{found}: {err}; expected a plain one, not compressed; unpack "
+            "it, or copy it anew"
         ) from err
 
 

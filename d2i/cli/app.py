@@ -14,7 +14,7 @@ from d2i import __version__
 from d2i.cli import cluster, corpus, data, environment, models, runs, shards, study, weights
 from d2i.errors import D2IError
 
-USER_CAN_FIX = 2
+USER_CAN_FIX = D2IError.exit_code
 _INTERRUPTED = 130
 
 app = typer.Typer(
@@ -56,7 +56,7 @@ def main() -> None:
     except D2IError as err:
         if debug:
             raise
-        _leave(str(err))
+        _leave(str(err), err.exit_code)
     except OSError as err:
         if debug or not _is_of_a_place(err):
             raise
@@ -82,9 +82,9 @@ def _file_problem(err: OSError) -> str:
     )
 
 
-def _leave(message: str) -> None:
+def _leave(message: str, code: int = USER_CAN_FIX) -> None:
     sys.stderr.write("error: " + " ".join(message.split()) + "\n")
-    sys.exit(USER_CAN_FIX)
+    sys.exit(code)
 
 
 def _leave_if_usage(err: Exception) -> None:

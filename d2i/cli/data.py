@@ -29,7 +29,8 @@ from d2i.cli.forecast import PriceOption, RateOption, assumed_of, forecast_lines
 if TYPE_CHECKING:
     from d2i.cluster.forecast import Assumed
     from d2i.config import Recipe
-    from d2i.preprocess.job import PreprocessRequest, SplitSummary
+    from d2i.preprocess.job import PreprocessRequest
+    from d2i.preprocess.outcome import SplitSummary
     from d2i.preprocess.plan import Plan
 
 
@@ -94,8 +95,8 @@ def preprocess(
         --set text.strategy=space --reuse data
     """
     from d2i.fault import parse_fault
-    from d2i.preprocess.job import PreprocessRequest
-    from d2i.preprocess.job import preprocess as run
+    from d2i.preprocess.job import PreprocessRequest, make_splits
+    from d2i.preprocess.outcome import refuse_empty
 
     assumed = assumed_of(rate, price_per_node_hour, dry_run=dry_run)
     request = PreprocessRequest(
@@ -118,12 +119,13 @@ def preprocess(
     if dry_run:
         _foresee(request, assumed, as_json=as_json)
         return
-    summaries = _with_progress(request, run)
+    summaries = _with_progress(request, make_splits)
     print_result(
         {"splits": [dataclasses.asdict(summary) for summary in summaries], "out": out},
         [line for summary in summaries for line in _summary_lines(summary)],
         as_json=as_json,
     )
+    refuse_empty(summaries)
 
 
 def _foresee(request: PreprocessRequest, assumed: Assumed, *, as_json: bool) -> None:

@@ -21,7 +21,7 @@ from d2i.corpora import Corpus, corpus_instances
 from d2i.corpora.layout import SPLITS
 from d2i.corpora.likeness import Look, LookIndex, look_of
 from d2i.dialog import Instance
-from d2i.picture_files import read_picture
+from d2i.picture_files import check_root, read_picture
 from d2i.pictures import RefusedPictureError, decode_picture
 
 _MAX_PICTURE_BYTES = 20 << 20
@@ -57,6 +57,9 @@ class LeakFinder:
         source: Where it lies.
         look: Whether picture files are read and compared by their looks.
         on_picture: Told of every picture that was looked at.
+
+    Raises:
+        ConfigError, DataError: If files are to be read and `image_root` cannot be their place.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class LeakFinder:
         self._look = look
         self._on_picture = on_picture
         self._image_root = storage.resolve(corpus.image_root or source)
+        if look and corpus.image_root:
+            check_root(self._image_root)
         self._protected: dict[str, tuple[str, str]] = {}
         self._looks = LookIndex()
 

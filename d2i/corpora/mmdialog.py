@@ -74,7 +74,11 @@ class MMDialog(InstanceOptions):
 
 
 def _files_in(names: list[str]) -> list[str]:
-    return [name for name in names if "conversations" in name and name.endswith(_SUFFIXES)]
+    return [
+        name
+        for name in names
+        if "conversations" in name and name.endswith(_SUFFIXES) and not name.startswith(".")
+    ]
 
 
 def _parse(image_dir: str, record: MMDialogRecord, flaw: Flaw) -> Dialog:

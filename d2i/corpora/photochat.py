@@ -72,7 +72,8 @@ class PhotoChat(InstanceOptions):
         if folder is None:
             return []
         names = storage.list_names(storage.join(source, folder))
-        return [f"{folder}/{name}" for name in names if name.endswith(".json")]
+        files = [name for name in names if name.endswith(".json") and not name.startswith(".")]
+        return [f"{folder}/{name}" for name in files]
 
     def image_id(self, ref: ImageRef) -> str:
         """Name the photo itself: its Flickr path, as releases and hosts differ in the rest.

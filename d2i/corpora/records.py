@@ -42,9 +42,11 @@ DialogId = int | Name
 Speaker = Annotated[int, Meta(ge=0, le=127)]
 
 _WEB_URL = re.compile(r"https?://[^\s\x00-\x1f]+", re.IGNORECASE)
-# No scheme, drive, chained file system, home folder, backslash, wildcard or control character,
-# and no leading '-', which a command would take for an option.
-_PATH = re.compile(r"[^-~:\\*?\[\]\x00-\x1f\x7f][^:\\*?\[\]\x00-\x1f\x7f]{0,1023}")
+# No home folder, backslash, wildcard or control character, and no leading '-', which a command
+# would take for an option. Brackets and colons are of names as cameras and screens give them.
+_PATH = re.compile(r"[^-~\\*?\x00-\x1f\x7f][^\\*?\x00-\x1f\x7f]{0,1023}")
+# A scheme, a drive, or a chain of file systems.
+_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|.*::", re.DOTALL)
 
 
 class Problem(Struct, frozen=True, gc=False, omit_defaults=True):
@@ -119,9 +121,11 @@ def image_ref_of(text: str) -> ImageRef:
     """
     if is_web_url(text):
         return ImageRef("urls", (text,))
-    parts = text.split("/")
-    if not _PATH.fullmatch(text) or any(part in ("", ".", "..") for part in parts):
+    # `./a.jpg` is `a.jpg`.
+    parts = [part for part in text.split("/") if part != "."]
+    path = "/".join(parts)
+    if not _PATH.fullmatch(path) or _ELSEWHERE.match(path) or not {"", ".."}.isdisjoint(parts):
         raise RecordError(
             "bad_image_ref", "expected an http(s) address, or a plain path below the source"
         )
-    return ImageRef("file", (text,))
+    return ImageRef("file", (path,))

@@ -19,7 +19,7 @@ from d2i.corpora import Corpus, corpus_instances
 from d2i.corpora.descriptions import Description, read_descriptions
 from d2i.encoders.captioner import Captioner
 from d2i.errors import ConfigError
-from d2i.picture_files import read_picture
+from d2i.picture_files import check_root, read_picture
 from d2i.pictures import RefusedPictureError, decode_picture
 
 BATCH_SIZE = 16
@@ -61,7 +61,10 @@ def describe(
     Raises:
         ConfigError: If another captioner began the file.
         CheckpointError: If the captioner cannot be loaded.
+        DataError: If `image_root` cannot be the place of pictures.
     """
+    if corpus.image_root:
+        check_root(storage.resolve(corpus.image_root))
     there = _begun(out, captioner_name)
     failures: Counter[str] = Counter()
     missing = _missing(corpus, source, splits, set(there))

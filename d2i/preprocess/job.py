@@ -1,10 +1,14 @@
-"""The preprocessing job: plan every split, make what is not committed, fold the manifests."""
+"""The preprocessing job: plan every split, make what is not committed, fold the manifests.
+
+A split of which nothing became a sample is not published: what was made of it goes, but for the
+ledger, and the next command begins it anew.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,13 +21,15 @@ from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault import Fault
+from d2i.picture_files import check_root
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder, fingerprint_url
 from d2i.preprocess.exclude import NOTHING, read_exclusion
 from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import ShardTask
-from d2i.preprocess.hosts_of_failure import HostFailures, hosts_of_failure
+from d2i.preprocess.ledger import commonest_failure, remove_ledger
+from d2i.preprocess.outcome import SplitSummary, refuse_empty, split_summary
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
 from d2i.preprocess.progress import JobProgress, Tally
 from d2i.preprocess.retry import (
@@ -31,6 +37,7 @@ from d2i.preprocess.retry import (
     merge_ledgers,
     plan_supplements,
     read_supplements,
+    remove_supplements,
 )
 from d2i.preprocess.reuse import Reuse
 from d2i.preprocess.same_pictures import WithdrawalWorker, placeholders_of, plan_withdrawals
@@ -39,6 +46,8 @@ from d2i.shards import (
     committed_names,
     read_commits,
     read_manifest,
+    remove_manifest,
+    remove_other_shards,
     remove_uncommitted,
     write_manifest,
 )
@@ -67,28 +76,13 @@ class PreprocessRequest:
     fault: Fault | None = None
 
 
-@dataclass(frozen=True)
-class SplitSummary:
-    """What became of one split: every planned instance is written or has a reason."""
-
-    split: str
-    num_instances: int
-    num_images: int
-    num_written: int
-    num_excluded: int
-    num_unmatched: int
-    failures: dict[str, int]
-    problems: dict[str, int]
-    num_shards: int
-    hosts: list[HostFailures]
-
-
 def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan]:
     """Plan every wanted split; nothing is fetched, and without `keep` nothing is written.
 
     Raises:
         ConfigError: If the output folder was begun with other settings.
-        DataError: If the corpus has none of the wanted splits.
+        DataError: If the corpus has none of the wanted splits, or `corpus.image_root` cannot be the
+            place of pictures.
     """
     found = found_splits(request.corpus, request.source)
     wanted = [canonical_split(request.split)] if request.split else found
@@ -97,6 +91,7 @@ def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan
             f"--split {request.split}: {request.source} has {', '.join(found)} of "
             f"{request.corpus}; expected one of them; check --corpus and --source"
         )
+    _check_image_root(request, wanted)
     exclusion = NOTHING if request.exclude is None else read_exclusion(request.exclude)
     return {
         split: make_plan(
@@ -114,6 +109,15 @@ def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan
         )
         for split in wanted
     }
+
+
+def _check_image_root(request: PreprocessRequest, splits: list[str]) -> None:
+    """Refuse a place of pictures that is none, unless no picture is to be read there any more."""
+    root = request.recipe.corpus.image_root
+    is_read = request.recipe.fetch.mirror is None and request.reuse is None
+    manifests = [storage.join(request.out, split, MANIFEST_NAME) for split in splits]
+    if root is not None and is_read and not all(map(storage.exists, manifests)):
+        check_root(root)
 
 
 def work_left(request: PreprocessRequest, plans: dict[str, Plan]) -> Work:
@@ -143,8 +147,18 @@ def preprocess(
     """Run the job; repeated, it makes only what is missing, and then nothing.
 
     Raises:
+        NothingWrittenError: After all splits, if no instance of one became a sample.
         D2IError: What the user can mend; finished shards are kept.
     """
+    summaries = make_splits(request, on_progress)
+    refuse_empty(summaries)
+    return summaries
+
+
+def make_splits(
+    request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
+) -> list[SplitSummary]:
+    """Run the job as `preprocess` does, and leave it to `refuse_empty` to judge what came of it."""
     with storage.only_writer(request.out):
         return _work(request, on_progress)
 
@@ -244,6 +258,7 @@ def _missing_tasks(
         commits = {commit.index: commit for commit in read_commits(split_url)}
         if not commits:
             _forget_fingerprint(split_url)
+            remove_ledger(split_url)
         supplements = read_supplements(split_url)
         _refuse_lost_shards(split_url, plan, set(commits), supplements)
         tasks += [ShardTask(split_url, i) for i in range(plan.num_shards) if i not in commits]
@@ -326,6 +341,9 @@ def _read_fingerprint(split_url: str) -> dict[str, Any]:
 def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
     split_url = storage.join(request.out, split)
     merge_ledgers(split_url, plan.num_shards, read_supplements(split_url))
+    commits = read_commits(split_url)
+    if not any(commit.num_samples for commit in commits):
+        return _take_back(split_url, split, plan)
     fault = request.fault.reach if request.fault else None
     manifest = write_manifest(split_url, _read_fingerprint(split_url), fault=fault)
     if manifest.num_samples + sum(manifest.failures.values()) != plan.num_instances:
@@ -333,15 +351,18 @@ def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
             f"{split_url} holds {manifest.num_samples} samples and {manifest.failures} failures, "
             f"planned were {plan.num_instances} instances; run 'd2i verify {split_url}'"
         )
-    return SplitSummary(
-        split=split,
-        num_instances=plan.num_instances,
-        num_images=plan.num_images,
-        num_written=manifest.num_samples,
-        num_excluded=plan.num_excluded,
-        num_unmatched=plan.num_unmatched,
-        failures=dict(manifest.failures),
-        problems=plan.problems,
-        num_shards=plan.num_shards,
-        hosts=hosts_of_failure(split_url),
-    )
+    return split_summary(split_url, split, plan, manifest.num_samples, manifest.failures)
+
+
+def _take_back(split_url: str, split: str, plan: Plan) -> SplitSummary:
+    """Remove what was made of a split without a sample; its ledger still tells why.
+
+    Killed at any point, it leaves what the same command makes anew, or takes back again.
+    """
+    failures, example = commonest_failure(split_url)
+    summary = split_summary(split_url, split, plan, 0, failures)
+    remove_manifest(split_url)
+    remove_supplements(split_url)
+    remove_other_shards(split_url, ())
+    _forget_fingerprint(split_url)
+    return replace(summary, num_shards=0, example=example)

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from d2i import storage
+from d2i.errors import ShardError
 from d2i.preprocess.records import parse_table, write_table
 
 Status = Literal["ok", "permanent", "passing"]
@@ -112,6 +114,38 @@ def read_shard_ledger(split_url: str, index: int) -> list[LedgerRow]:
 
 def _rows(table: pa.Table) -> list[LedgerRow]:
     return [LedgerRow(**row) for row in table.to_pylist()]
+
+
+def commonest_failure(split_url: str) -> tuple[dict[str, int], str]:
+    """Count the failures of a split by reason; say what the first of the commonest one's said.
+
+    Raises:
+        ShardError: If its ledger is not there.
+    """
+    counts: Counter[str] = Counter()
+    details: dict[str, str] = {}
+    for _, table in ledger_tables(split_url, ["status", "reason", "detail"]):
+        failed = table.filter(pc.not_equal(table["status"], "ok"))
+        for reason, detail in zip(
+            failed["reason"].to_pylist(), failed["detail"].to_pylist(), strict=True
+        ):
+            counts[reason] += 1
+            details.setdefault(reason, detail)
+    if not counts:
+        raise ShardError(
+            f"{split_url}: nothing of it became a sample, and its ledger is lost; expected it to "
+            "say why; choose another --out"
+        )
+    # Of equally common ones the first by name.
+    commonest = min(counts, key=lambda reason: (-counts[reason], reason))
+    return dict(sorted(counts.items())), details[commonest]
+
+
+def remove_ledger(split_url: str) -> None:
+    """Remove all rows of a split of which nothing is made yet."""
+    folder = storage.join(split_url, "ledger")
+    for name in storage.list_names(folder):
+        storage.remove(storage.join(folder, name))
 
 
 def count_failures(rows: Iterable[LedgerRow]) -> dict[str, int]:

@@ -83,6 +83,11 @@ def plan_supplements(split_url: str, num_shards: int, num_samples: int) -> list[
     return planned
 
 
+def remove_supplements(split_url: str) -> None:
+    """Forget what was planned to be asked for again."""
+    storage.remove(_url(split_url))
+
+
 def merge_ledgers(split_url: str, num_shards: int, supplements: Iterable[Supplement]) -> None:
     """Put the rows of committed supplements in the place of those they replace, in one pass.
 

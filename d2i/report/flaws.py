@@ -25,6 +25,7 @@ _PROBLEMS = {
 }
 _FAILURES = {
     "decode_error": "the file is damaged",
+    "lfs_pointer": "the file only names its content, which Git LFS has yet to fetch",
     "missing_file": "there is no such file",
     "not_an_image": "the file is no picture of a known format",
     "odd_aspect": "the picture is far wider than high, or higher than wide",

@@ -11,7 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from d2i.pictures import turn_upright
+from d2i.png_chunks import without_metadata
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _TAG = re.compile(r"<[^>]*>")
@@ -135,6 +138,7 @@ def picture_uri(data: bytes) -> str | None:
     Only still pictures in formats that browsers share are passed on as they are.
     """
     try:
+        data = without_metadata(data)
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > _MAX_MEGAPIXELS * 1_000_000:
                 return None
@@ -149,7 +153,8 @@ def picture_uri(data: bytes) -> str | None:
 
 
 def _reduced(image: Image.Image) -> bytes:
-    small = ImageOps.exif_transpose(image).convert("RGB")
+    turn_upright(image)
+    small = image.convert("RGB")
     small.thumbnail((_MAX_SIDE_PX, _MAX_SIDE_PX), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=88)

@@ -182,6 +182,12 @@ def listed_names(manifest: Manifest) -> set[str]:
     return names
 
 
+def remove_manifest(out_url: str) -> None:
+    """Unpublish a data set, whose shards stay as they are."""
+    for name in (MANIFEST_NAME, CHECKSUM_NAME):
+        storage.remove(storage.join(out_url, name))
+
+
 def remove_uncommitted(out_url: str) -> list[str]:
     """Remove what killed attempts left: unfinished files, and shard files without a commit.
 

@@ -244,7 +244,12 @@ def test_trouble_of_our_own_is_not_written_down_as_dead_addresses(
     assert "--set fetch.num_trouble_hosts=0" in done.stderr
     assert not list(out.rglob("ledger/*.parquet"))
     off = ("--set", "fetch.num_trouble_hosts=0")
-    preprocess("jsonl", source, out, *network, *settings, *off)
+    done = run_process(
+        *("preprocess", "--corpus", "jsonl", "--source", source, "--out", out),
+        *("--recipe", "demo", "--workers", "0", *settings, *network, *off),
+    )
+    assert done.returncode == 1
+    assert "none of 10 instances became a sample, most for connect" in done.stderr
     assert list(reasons(out).values()) == ["connect"] * 10
 
 

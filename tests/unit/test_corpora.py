@@ -981,11 +981,21 @@ def test_a_record_with_two_flaws_is_broken_once(tmp_path: Path) -> None:
     "image",
     [
         "../x.jpg",
+        "./../x.jpg",
         "/etc/passwd",
+        ".//etc/passwd",
         "a/../../b",
+        "a/./../b",
+        ".",
+        "./",
         "~/x",
         "file:///x",
         "data:image/png;base64,AA",
+        "./data:image/png;base64,AA",
+        "file:/etc/passwd",
+        "C:/x",
+        "12::00.jpg",
+        "photo?.jpg",
         "s3://b/k",
         "C:\\x",
         "a\\b",
@@ -1004,6 +1014,35 @@ def test_an_image_of_own_chats_is_a_plain_path_or_a_web_address(tmp_path: Path, 
     (found,), problems = instances("jsonl", tmp_path, "test")
     assert (found.image, found.image_ref.value) == (1, ("ok.jpg",))
     assert reasons(problems) == Counter({"bad_image_ref": 1})
+
+
+def test_a_path_may_begin_where_it_is_and_hold_what_cameras_and_screens_write(
+    tmp_path: Path,
+) -> None:
+    images = ["./p/1.jpg", "p/./2.jpg", "photo[1].jpg", "12:00:00.png", "p/a:b.jpg", "\u00fc.jpg"]
+    write_lines(tmp_path / "test.jsonl", {"id": 1, "turns": [{"text": "a", "images": images}]})
+    found, problems = instances("jsonl", tmp_path, "test")
+    assert [i.image_ref.value[0] for i in found] == ["p/1.jpg", "p/2.jpg", *images[2:]]
+    assert problems == []
+
+
+def test_what_macos_leaves_beside_files_is_no_file_of_a_corpus(tmp_path: Path) -> None:
+    """Companions of attributes, as network drives and zip files carry them about."""
+    companion = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(220)
+    dialogue = [
+        {"message": "hi", "share_photo": False, "user_id": 0},
+        {"message": "", "share_photo": True, "user_id": 1},
+    ]
+    photo = {"dialogue_id": 1, "dialogue": dialogue, "photo_url": "https://x.example/1.jpg"}
+    for corpus, name, records in (
+        ("photochat", "test_00.json", [[photo]]),
+        ("mmdialog", "conversations.json", [mmdialog([text("a"), media("1")])]),
+    ):
+        write_lines(tmp_path / corpus / "test" / name, *records)
+        for other in (f"._{name}", f".{name}", ".DS_Store"):
+            (tmp_path / corpus / "test" / other).write_bytes(companion)
+        found, problems = instances(corpus, tmp_path / corpus, "test")
+        assert (len(found), problems) == (1, [])
 
 
 @given(JSON, st.sampled_from(["mmdialog", "photochat", "jsonl"]))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2i.pictures import NO_PICTURE, begins_as_picture
+from d2i.pictures import begins_as_picture, no_picture
 from d2i.preprocess.fetch.books import HostBooks
 from d2i.preprocess.fetch.connect import Route
 from d2i.preprocess.fetch.fetched import Fetched
@@ -225,5 +225,5 @@ def _check_answer(answer: Response, placeholders: KnownPlaceholders) -> None:
         raise RefusedRequestError("placeholder", why, answer.status, final_url=answer.final_url)
     if not begins_as_picture(answer.body):
         raise RefusedRequestError(
-            "not_an_image", NO_PICTURE, answer.status, final_url=answer.final_url
+            "not_an_image", no_picture(answer.body), answer.status, final_url=answer.final_url
         )

@@ -11,6 +11,7 @@ _PASSING = frozenset(
         "decode_timeout",
         "dns_failed",
         "engine_error",
+        "lfs_pointer",
         "proxy_refused",
         "proxy_unreached",
         "read_error",

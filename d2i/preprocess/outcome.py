@@ -1,0 +1,68 @@
+"""What became of a split, and whether that is anything at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from d2i.errors import NothingWrittenError
+from d2i.preprocess.hosts_of_failure import HostFailures, hosts_of_failure
+from d2i.preprocess.plan import Plan
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What became of one split: every planned instance is written or has a reason.
+
+    Where none was written nothing is published, and `example` is what one of the commonest failures
+    says.
+    """
+
+    split: str
+    num_instances: int
+    num_images: int
+    num_written: int
+    num_excluded: int
+    num_unmatched: int
+    failures: dict[str, int]
+    problems: dict[str, int]
+    num_shards: int
+    hosts: list[HostFailures]
+    example: str | None = None
+
+
+def refuse_empty(summaries: Iterable[SplitSummary]) -> None:
+    """Say of which splits nothing was written, and why.
+
+    Raises:
+        NothingWrittenError: If there is such a split.
+    """
+    empty = [
+        f"{summary.split}: none of {summary.num_instances} instances became a sample, most for "
+        f"{max(summary.failures, key=summary.failures.__getitem__)} ({summary.example})"
+        for summary in summaries
+        if not summary.num_written
+    ]
+    if empty:
+        raise NothingWrittenError(
+            f"{'; '.join(empty)}; expected at least one; nothing of such a split was published: "
+            "mend the cause, and repeat the command, which begins it anew"
+        )
+
+
+def split_summary(
+    split_url: str, split: str, plan: Plan, num_written: int, failures: Mapping[str, int]
+) -> SplitSummary:
+    """Sum up a split that is finished, its ledger merged."""
+    return SplitSummary(
+        split=split,
+        num_instances=plan.num_instances,
+        num_images=plan.num_images,
+        num_written=num_written,
+        num_excluded=plan.num_excluded,
+        num_unmatched=plan.num_unmatched,
+        failures=dict(failures),
+        problems=plan.problems,
+        num_shards=plan.num_shards,
+        hosts=hosts_of_failure(split_url),
+    )
