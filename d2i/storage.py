@@ -59,6 +59,16 @@ def local_path(url: str) -> Path | None:
     return None if name is None else Path(name)
 
 
+def names_host(url: str) -> bool:
+    """Say whether reading a URL asks a host that the URL itself names, as `http://` does.
+
+    A path does not, nor does a bucket: which server has it is a setting of the user's own.
+    """
+    if local_path(url) is not None:
+        return False
+    return "::" in url or url.partition("://")[0] not in _OBJECT_STORES | {"memory"}
+
+
 def exists(url: str) -> bool:
     """Say whether a file or a folder is there."""
     with _errors_of(url):
