@@ -13,6 +13,7 @@ from typer.main import get_command
 from d2i import __version__
 from d2i.cli import cluster, corpus, data, environment, models, runs, shards, study, weights
 from d2i.errors import D2IError
+from d2i.terminal import plain, print_plainly
 
 USER_CAN_FIX = 2
 _INTERRUPTED = 130
@@ -48,6 +49,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    print_plainly()
     command = get_command(app)
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -83,7 +85,7 @@ def _file_problem(err: OSError) -> str:
 
 
 def _leave(message: str) -> None:
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.stderr.write("error: " + plain(" ".join(message.split())) + "\n")
     sys.exit(USER_CAN_FIX)
 
 
@@ -100,5 +102,5 @@ def _leave_if_usage(err: Exception) -> None:
     if type(err).__name__ == "NoArgsIsHelpError":
         sys.stderr.write(format_message() + "\n")
     else:
-        sys.stderr.write(f"error: {message} See '{path} --help'.\n")
+        sys.stderr.write(f"error: {plain(message)} See '{path} --help'.\n")
     sys.exit(USER_CAN_FIX)
