@@ -2,7 +2,7 @@
 
 A URL is a plain path, `file://…`, or anything fsspec knows (`s3://`, `gs://`, `memory://`).
 Whatever is written here appears under its final name complete, or not at all. Must not import
-any part of d2i but `ahead` and `errors`.
+any part of d2i but `ahead`, `errors` and `lease`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import IO, Any, Literal, cast
 
 from d2i.ahead import work_ahead
 from d2i.errors import ConfigError, D2IError
+from d2i.lease import FOLDER_NAME, hold
 
 TEMPORARY_SUFFIX = ".d2i-tmp"
-_LOCK_NAME = ".d2i-lock"
 _LOCK_WAIT_S = 15.0
 _BUFFER_BYTES = 1 << 18
 _NUM_READERS = 32
@@ -383,7 +383,7 @@ def remove_leftovers(url: str) -> int:
 
 @contextlib.contextmanager
 def only_writer(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
-    """Hold a folder for one command, where its file system can; object stores cannot.
+    """Hold a folder for one command, where its file system can; an object store by a lease.
 
     Args:
         url: The folder.
@@ -397,13 +397,23 @@ def only_writer(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
     if folder is None:
         with _errors_of(url):
             fs, path = _split(url)
-            if _has_buckets(fs):
+            has_buckets = _has_buckets(fs)
+            if has_buckets:
                 _check_bucket(fs, path, url)
-        yield
+        with _leased(fs, path, url, wait_s) if has_buckets else contextlib.nullcontext():
+            yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK_NAME).open("w") as lock:
+    with (folder / FOLDER_NAME).open("w") as lock:
         _take(lock, url, wait_s)
+        yield
+
+
+@contextlib.contextmanager
+def _leased(fs: Any, path: str, url: str, wait_s: float) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        with _errors_of(url):
+            stack.enter_context(hold(fs, path, url, wait_s))
         yield
 
 
