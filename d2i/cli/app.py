@@ -12,11 +12,11 @@ from typer.main import get_command
 
 from d2i import __version__
 from d2i.cli import cluster, corpus, data, environment, models, runs, shards, study, weights
+from d2i.cli.console import INTERRUPTED
 from d2i.errors import D2IError
 from d2i.terminal import plain, print_plainly
 
 USER_CAN_FIX = 2
-_INTERRUPTED = 130
 
 app = typer.Typer(
     name="d2i",
@@ -66,7 +66,7 @@ def main() -> None:
     except Exception as err:
         _leave_if_usage(err)
         raise
-    if code == _INTERRUPTED:
+    if code == INTERRUPTED:
         sys.stderr.write("\ninterrupted; the same command goes on from here\n")
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -93,7 +93,7 @@ def _leave_if_usage(err: Exception) -> None:
     """Print one line for a wrong option or argument, as the parser words it."""
     format_message = getattr(err, "format_message", None)
     if type(err).__name__ == "Abort":
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     if format_message is None:
         return
     context = getattr(err, "ctx", None)

@@ -15,6 +15,8 @@ import typer
 from d2i.errors import ConfigError
 from d2i.terminal import plain
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
 _SECONDS_BETWEEN_LINES = 5.0
 
 CorpusOption = Annotated[str, typer.Option("--corpus", help="mmdialog, photochat or jsonl.")]
