@@ -33,6 +33,11 @@ _BUFFER_BYTES = 1 << 18
 _NUM_READERS = 32
 # What file systems without locks say: Lustre without `-o flock`, several mounts in user space.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+# And those that cannot flush a file, or open and flush a folder: CIFS, several in user space.
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_NO_FOLDER_SYNC = (*_NO_SYNC, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)
+# What says that no more can be written, without saying where.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"}
 """fsspec's names of file systems whose paths begin with a bucket."""
 
@@ -50,7 +55,7 @@ def resolve(url: str) -> str:
 
 def absolute(place: str) -> str:
     """Return a place that is here as an absolute path, a URL or a hub's name as it is."""
-    return resolve(place) if Path(place).expanduser().exists() else place
+    return resolve(place) if Path(os.path.expanduser(place)).exists() else place  # noqa: PTH111
 
 
 def local_path(url: str) -> Path | None:
@@ -215,7 +220,7 @@ def read_each(urls: Iterable[str]) -> Iterator[bytes]:
 
 def fetch_file(url: str, path: Path) -> None:
     """Copy a file to a local path, which appears complete or not at all."""
-    with scratch_file(str(path.parent)) as scratch:
+    with naming(path), scratch_file(str(path.parent)) as scratch:
         download(url, scratch)
         publish_file(scratch, str(path))
 
@@ -237,9 +242,26 @@ def write_bytes(url: str, data: bytes) -> None:
 def new_file(url: str, *, sync_name: bool = True) -> Iterator[Path]:
     """Give a local file to fill, which then is published as `publish_file` does."""
     target = local_path(url)
-    with scratch_file(url if target is None else str(target.parent)) as scratch:
+    with (
+        naming(target or Path(tempfile.gettempdir())),
+        scratch_file(url if target is None else str(target.parent)) as scratch,
+    ):
         yield scratch
         publish_file(scratch, url, sync_name=sync_name)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of a full disk, or of a file too long for it, the name of what is written.
+
+    The system does not say it, as it speaks of an open file.
+    """
+    try:
+        yield
+    except OSError as err:
+        if err.errno in _FULL and err.filename is None:
+            err.filename = str(path)
+        raise
 
 
 def _read_umask() -> int:
@@ -270,7 +292,8 @@ def publish_file(path: Path, url: str, *, sync_name: bool = True) -> None:
     if path.stat().st_dev != target.parent.stat().st_dev:
         path = _copy_beside(path, target)
     # Libraries put files of their own in the place, which only their owner may read.
-    with contextlib.suppress(PermissionError):
+    # Where the file system knows no such thing, all files are alike.
+    with contextlib.suppress(OSError):
         path.chmod(0o666 & ~_UMASK)
     sync(path)
     path.replace(target)
@@ -297,8 +320,26 @@ def scratch_file(folder_url: str) -> Iterator[Path]:
 
 def cache_folder(url: str) -> Path:
     """Name the folder of the user's cache that keeps local copies of a URL's files."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return root / "d2i" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")  # noqa: PTH111
+    # A container may run under a number that has no home.
+    folder = homeless_folder() if root.startswith("~") else Path(root)
+    return folder / "d2i" / hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+def homeless_folder() -> Path:
+    """Return a folder of this user's own for temporary files, made now if it is not there yet.
+
+    Raises:
+        ConfigError: If its name is taken by somebody else.
+    """
+    folder = Path(tempfile.gettempdir()) / f"d2i-user-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ConfigError(
+            f"{folder} is somebody else's; expected a folder for what d2i keeps, as this user has "
+            "no home; set XDG_CACHE_HOME to one"
+        )
+    return folder
 
 
 def append_bytes(url: str, data: bytes) -> None:
@@ -308,7 +349,7 @@ def append_bytes(url: str, data: bytes) -> None:
         write_bytes(url, (read_bytes(url) if exists(url) else b"") + data)
         return
     local.parent.mkdir(parents=True, exist_ok=True)
-    with local.open("ab") as file:
+    with naming(local), local.open("ab") as file:
         file.write(data)
 
 
@@ -422,7 +463,8 @@ def _take(lock: IO[str], url: str, wait_s: float) -> None:
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
+        except (BlockingIOError, PermissionError) as err:
+            # The latter is CIFS's word for it.
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"{url}: another command works there; expected to be alone; wait until it has "
@@ -440,9 +482,17 @@ def _take(lock: IO[str], url: str, wait_s: float) -> None:
 def _local_name(url: str) -> str | None:
     """Return `local_path` as text, which is a third of the cost: each picture is read by one."""
     scheme, separator, rest = url.partition("://")
-    if "::" in url or (separator and scheme not in {"file", "local"}):
+    if (separator and scheme not in {"file", "local"}) or ("::" in url and _is_chain(url)):
         return None
     return os.path.expanduser(rest if separator else url)  # noqa: PTH111
+
+
+def _is_chain(url: str) -> bool:
+    """Say whether `::` joins two file systems, as in `simplecache::s3://…`, or is in a name."""
+    import fsspec
+
+    first = url.partition("::")[0]
+    return "://" in first or first in fsspec.available_protocols()
 
 
 def _split(url: str) -> tuple[Any, str]:
@@ -452,6 +502,10 @@ def _split(url: str) -> tuple[Any, str]:
     """
     import fsspec
 
+    local = _local_name(url)
+    if local is not None:
+        # To fsspec, `data:2024` or `a::b` would be no path.
+        return fsspec.filesystem("file"), os.path.abspath(local)  # noqa: PTH100
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as err:
@@ -577,9 +631,14 @@ def _temporary_in(folder: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file, or a folder's list of names, to the disk, where its file system can."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as err:
+        if err.errno not in (_NO_FOLDER_SYNC if path.is_dir() else _NO_SYNC):
+            err.filename = err.filename or str(path)
+            raise

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import sys
+import tempfile
 from typing import Annotated
 
 import typer
@@ -17,6 +19,7 @@ from d2i.errors import D2IError
 from d2i.terminal import plain, print_plainly
 
 USER_CAN_FIX = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="d2i",
@@ -50,6 +53,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     print_plainly()
+    _check_interpreter()
+    _name_account()
     command = get_command(app)
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -71,15 +76,41 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _check_interpreter() -> None:
+    """Refuse a Python that takes docstrings away: libraries that d2i uses are made from theirs."""
+    if sys.flags.optimize > 1:
+        _leave(
+            f"Python runs at optimization level {sys.flags.optimize}, without docstrings, which "
+            "libraries that d2i uses need; expected level 0 or 1; unset PYTHONOPTIMIZE, or leave "
+            "-OO out"
+        )
+
+
+def _name_account() -> None:
+    """Give a user without an entry in passwd a name and a home, which libraries ask for.
+
+    Containers run under any number: Kubernetes' runAsUser, docker's --user.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        from d2i import storage
+
+        os.environ.setdefault("LOGNAME", f"user-{os.getuid()}")
+        if not os.environ.get("HOME"):
+            os.environ["HOME"] = str(storage.homeless_folder())
+
+
 def _is_of_a_place(err: OSError) -> bool:
     """Whether the user's paths or disk are at fault, and not a network or a pipe."""
-    return err.filename is not None or err.errno in (errno.ENOSPC, errno.EDQUOT)
+    return err.filename is not None or err.errno in _FULL
 
 
 def _file_problem(err: OSError) -> str:
-    where = f"{err.filename}: " if err.filename else ""
+    # What has no name is a temporary file, as all others are given theirs.
+    where = err.filename or f"the folder of temporary files, {tempfile.gettempdir()} (TMPDIR)"
     return (
-        f"{where}{err.strerror or err}; expected a place that can be read and written; check the "
+        f"{where}: {err.strerror or err}; expected a place that can be read and written; check the "
         "path, its permissions and the room on the disk"
     )
 
