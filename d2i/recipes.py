@@ -232,7 +232,7 @@ def load_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(RECIPES)}"
-        raise ConfigError(f"--recipe {name}: no such recipe; {hint}")
+        raise ConfigError(f"recipe {name}: no such recipe; {hint}")
     return RECIPES[name]()
 
 
@@ -312,10 +312,10 @@ def _load_function(name: str) -> Recipe:
         recipe = getattr(importlib.import_module(module_name), function_name)()
     except (ImportError, AttributeError, TypeError, ValueError) as err:
         raise ConfigError(
-            f"--recipe {name}: {err}; expected an importable module:function without arguments"
+            f"recipe {name}: {err}; expected an importable module:function without arguments"
         ) from err
     if not isinstance(recipe, Recipe):
         raise ConfigError(
-            f"--recipe {name} returned {type(recipe).__name__}; expected a d2i.config.Recipe"
+            f"recipe {name} returned {type(recipe).__name__}; expected a d2i.config.Recipe"
         )
     return recipe

@@ -34,15 +34,22 @@ for part in (study, corpus, data, shards, models, runs, weights, cluster, enviro
     part.add_commands(app)
 
 
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _frame(
     *,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show an error's full traceback.")] = False,
 ) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
+    del version  # answered by its callback, before a command is asked for
     del debug  # read by `main`, which sees errors
 
 

@@ -70,7 +70,7 @@ def demo(
 
 
 def evaluate(
-    system: Annotated[str, typer.Option(help="What draws; see below.")],
+    system: Annotated[str, typer.Option(help="What draws, as told above.")],
     data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
     out: Annotated[str, typer.Option(help="Folder of the scores; the same command resumes.")],
     weights: Annotated[str | None, typer.Option(help="A published file or model folder.")] = None,
