@@ -499,10 +499,10 @@ def apply_settings(config: ConfigT, settings: Sequence[str]) -> ConfigT:
         path, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(
-                f"--set {setting}: expected NAME=VALUE, e.g. --set train.num_steps=100"
+                f"--set {_cut(setting)}: expected NAME=VALUE, e.g. --set train.num_steps=100"
             )
         _assign(values, type(config), path, _parse(text))
-    source = " ".join(f"--set {setting}" for setting in settings).replace("\n", "\\n")
+    source = " ".join(f"--set {_cut(setting)}" for setting in settings).replace("\n", "\\n")
     return load_config(type(config), values, source=source)
 
 
@@ -524,14 +524,18 @@ def load_config(kind: type[ConfigT], values: dict[str, Any], *, source: str) -> 
 
 
 def _shortened(value: Any) -> str:
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
+        # What is nested without end is no value of a setting; as a text it is refused as one.
         return text
 
 
@@ -549,7 +553,7 @@ def _section(kind: type[Config], name: str, path: str) -> type[Config]:
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Config):
             return candidate
-    raise ConfigError(f"--set {path}: {name} holds a value, not a group; set {name} itself")
+    raise ConfigError(f"--set {_cut(path)}: {name} holds a value, not a group; set {name} itself")
 
 
 def _check_name(kind: type[Config], name: str, path: str) -> None:
@@ -557,4 +561,4 @@ def _check_name(kind: type[Config], name: str, path: str) -> None:
         return
     near = difflib.get_close_matches(name, kind.model_fields, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(kind.model_fields)}"
-    raise ConfigError(f"--set {path}: {kind.__name__} has no field '{name}'; {hint}")
+    raise ConfigError(f"--set {_cut(path)}: {kind.__name__} has no field '{_cut(name)}'; {hint}")

@@ -167,22 +167,43 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def resolve_recipe(name: str, settings: Sequence[str]) -> Recipe:
-    """Return a recipe with `--set` settings applied, as `change_recipe` does.
+    """Return a recipe with `--set` settings applied and local paths made absolute.
 
     Raises:
         ConfigError: If there is no such recipe, or a setting is unknown or wrong.
     """
-    return change_recipe(load_recipe(name), settings)
+    return _changed(load_recipe(name), settings)
 
 
 def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """Apply `--set` settings and make local paths absolute.
+    """Apply `--set` settings to a recipe that was read from a folder, and make paths absolute.
+
+    The folder may be of somebody else. Addresses count only where a setting repeats them, so that
+    no file makes a command ask a host that its user did not name.
+
+    Raises:
+        ConfigError: If a setting is unknown or wrong, or the recipe names such an address.
+    """
+    given = {setting.partition("=")[0] for setting in settings}
+    for section, names in _PATHS.items():
+        for name in names:
+            value = getattr(getattr(recipe, section), name)
+            # A run's network is drawn with the run's own weights, never with those it began from.
+            is_asked = f"{section}.{name}" not in given | {"backbone.weights"}
+            if is_asked and value and storage.names_host(value):
+                raise ConfigError(
+                    f"{section}.{name} is {value!r}, an address in a file of this folder; expected "
+                    "it in the command, as it would be asked; if you trust that host, give "
+                    f"--set {section}.{name}=ADDRESS, or a local path"
+                )
+    return _changed(recipe, settings)
+
+
+def _changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Apply settings, and make local paths absolute.
 
     What a path names then depends on no working folder: workers of a cluster have another, and the
     repeated command may.
-
-    Raises:
-        ConfigError: If a setting is unknown or wrong.
     """
     changed = apply_settings(recipe, settings)
     parts = {}
@@ -211,7 +232,7 @@ def load_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(RECIPES)}"
-        raise ConfigError(f"--recipe {name}: no such recipe; {hint}")
+        raise ConfigError(f"recipe {name}: no such recipe; {hint}")
     return RECIPES[name]()
 
 
@@ -291,10 +312,10 @@ def _load_function(name: str) -> Recipe:
         recipe = getattr(importlib.import_module(module_name), function_name)()
     except (ImportError, AttributeError, TypeError, ValueError) as err:
         raise ConfigError(
-            f"--recipe {name}: {err}; expected an importable module:function without arguments"
+            f"recipe {name}: {err}; expected an importable module:function without arguments"
         ) from err
     if not isinstance(recipe, Recipe):
         raise ConfigError(
-            f"--recipe {name} returned {type(recipe).__name__}; expected a d2i.config.Recipe"
+            f"recipe {name} returned {type(recipe).__name__}; expected a d2i.config.Recipe"
         )
     return recipe

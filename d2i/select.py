@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from d2i import storage
-from d2i.config import ImageConfig, Recipe, WeightsKind
+from d2i.config import ImageConfig, Recipe, WeightsKind, apply_settings
 from d2i.errors import CheckpointError, ConfigError, DataError
 from d2i.eval.guidance import drawn_with
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate
@@ -41,7 +41,8 @@ class SelectRequest:
         system: As `d2i eval --system` takes it: `run:DIR`, a backbone's name or `diffusers:PATH`.
         weights: Of a published backbone.
         adapter: A LoRA on a `diffusers:` system.
-        data_url: Folder made by d2i preprocess, with a validation split; a run has its own.
+        data_url: Folder made by d2i preprocess, with a validation split; a run has its own, unless
+            this is given.
         out_url: Where `best.json` and all else goes; of a run, into the run.
         guidance_scales: Each is tried; none takes the recipe's own.
         metric: What decides, a key of `d2i.metric_specs.METRICS`.
@@ -138,10 +139,9 @@ def _of_run(request: SelectRequest, run_url: str) -> _Search:
             "command"
         )
     kinds = [k for k in KIND_OF_WEIGHTS if k != "ema-short" or recipe.train.short_ema_length]
-    config = json.loads(storage.read_bytes(storage.join(run_url, CONFIG_NAME)))
     return _Search(
         recipe=recipe,
-        data_url=config["data"],
+        data_url=request.data_url or _trained_on(run_url),
         folder=storage.join(run_url, "select"),
         best_url=storage.join(run_url, BEST_NAME),
         candidates=[
@@ -152,6 +152,21 @@ def _of_run(request: SelectRequest, run_url: str) -> _Search:
         ],
         said={"last_step": max(step_of(checkpoints[-1]), last_step(run_url) or 0)},
     )
+
+
+def _trained_on(run_url: str) -> str:
+    """Return the folder of a run's own data.
+
+    Raises:
+        ConfigError: If that is an address, which counts only in the command.
+    """
+    data_url = str(json.loads(storage.read_bytes(storage.join(run_url, CONFIG_NAME)))["data"])
+    if storage.names_host(data_url):
+        raise ConfigError(
+            f"{run_url} was trained on {data_url!r}, an address in a file of the run; expected it "
+            "in the command, as it would be asked; if you trust that host, give --data ADDRESS"
+        )
+    return data_url
 
 
 def _candidate_of_run(
@@ -241,7 +256,7 @@ def _score(
     on_progress: Callable[[str, EvalProgress], None],
 ) -> dict[str, Any]:
     evaluation = EvalRequest(
-        recipe=change_recipe(recipe, candidate.settings),
+        recipe=apply_settings(recipe, candidate.settings),
         system=candidate.spec,
         data_url=storage.join(subset, "data"),
         out_url=storage.join(subset, candidate.name),

@@ -2,7 +2,7 @@
 
 A URL is a plain path, `file://…`, or anything fsspec knows (`s3://`, `gs://`, `memory://`).
 Whatever is written here appears under its final name complete, or not at all. Must not import
-any part of d2i but `ahead` and `errors`.
+any part of d2i but `ahead`, `errors` and `lease`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ from typing import IO, Any, Literal, cast
 
 from d2i.ahead import work_ahead
 from d2i.errors import ConfigError, D2IError
+from d2i.lease import FOLDER_NAME, hold
 
 TEMPORARY_SUFFIX = ".d2i-tmp"
-_LOCK_NAME = ".d2i-lock"
 _LOCK_WAIT_S = 15.0
 _BUFFER_BYTES = 1 << 18
 _NUM_READERS = 32
 # What file systems without locks say: Lustre without `-o flock`, several mounts in user space.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+# And those that cannot flush a file, or open and flush a folder: CIFS, several in user space.
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_NO_FOLDER_SYNC = (*_NO_SYNC, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)
+# What says that no more can be written, without saying where.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"}
 """fsspec's names of file systems whose paths begin with a bucket."""
 
@@ -50,13 +55,23 @@ def resolve(url: str) -> str:
 
 def absolute(place: str) -> str:
     """Return a place that is here as an absolute path, a URL or a hub's name as it is."""
-    return resolve(place) if Path(place).expanduser().exists() else place
+    return resolve(place) if Path(os.path.expanduser(place)).exists() else place  # noqa: PTH111
 
 
 def local_path(url: str) -> Path | None:
     """Return the path of a local URL, or None where the URL names another file system."""
     name = _local_name(url)
     return None if name is None else Path(name)
+
+
+def names_host(url: str) -> bool:
+    """Say whether reading a URL asks a host that the URL itself names, as `http://` does.
+
+    A path does not, nor does a bucket: which server has it is a setting of the user's own.
+    """
+    if local_path(url) is not None:
+        return False
+    return "::" in url or url.partition("://")[0] not in _OBJECT_STORES | {"memory"}
 
 
 def exists(url: str) -> bool:
@@ -222,7 +237,7 @@ def read_each(urls: Iterable[str]) -> Iterator[bytes]:
 
 def fetch_file(url: str, path: Path) -> None:
     """Copy a file to a local path, which appears complete or not at all."""
-    with scratch_file(str(path.parent)) as scratch:
+    with naming(path), scratch_file(str(path.parent)) as scratch:
         download(url, scratch)
         publish_file(scratch, str(path))
 
@@ -244,9 +259,26 @@ def write_bytes(url: str, data: bytes) -> None:
 def new_file(url: str, *, sync_name: bool = True) -> Iterator[Path]:
     """Give a local file to fill, which then is published as `publish_file` does."""
     target = local_path(url)
-    with scratch_file(url if target is None else str(target.parent)) as scratch:
+    with (
+        naming(target or Path(tempfile.gettempdir())),
+        scratch_file(url if target is None else str(target.parent)) as scratch,
+    ):
         yield scratch
         publish_file(scratch, url, sync_name=sync_name)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of a full disk, or of a file too long for it, the name of what is written.
+
+    The system does not say it, as it speaks of an open file.
+    """
+    try:
+        yield
+    except OSError as err:
+        if err.errno in _FULL and err.filename is None:
+            err.filename = str(path)
+        raise
 
 
 def _read_umask() -> int:
@@ -277,7 +309,8 @@ def publish_file(path: Path, url: str, *, sync_name: bool = True) -> None:
     if path.stat().st_dev != target.parent.stat().st_dev:
         path = _copy_beside(path, target)
     # Libraries put files of their own in the place, which only their owner may read.
-    with contextlib.suppress(PermissionError):
+    # Where the file system knows no such thing, all files are alike.
+    with contextlib.suppress(OSError):
         path.chmod(0o666 & ~_UMASK)
     sync(path)
     path.replace(target)
@@ -304,8 +337,26 @@ def scratch_file(folder_url: str) -> Iterator[Path]:
 
 def cache_folder(url: str) -> Path:
     """Name the folder of the user's cache that keeps local copies of a URL's files."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return root / "d2i" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")  # noqa: PTH111
+    # A container may run under a number that has no home.
+    folder = homeless_folder() if root.startswith("~") else Path(root)
+    return folder / "d2i" / hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+def homeless_folder() -> Path:
+    """Return a folder of this user's own for temporary files, made now if it is not there yet.
+
+    Raises:
+        ConfigError: If its name is taken by somebody else.
+    """
+    folder = Path(tempfile.gettempdir()) / f"d2i-user-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise ConfigError(
+            f"{folder} is somebody else's; expected a folder for what d2i keeps, as this user has "
+            "no home; set XDG_CACHE_HOME to one"
+        )
+    return folder
 
 
 def append_bytes(url: str, data: bytes) -> None:
@@ -315,7 +366,7 @@ def append_bytes(url: str, data: bytes) -> None:
         write_bytes(url, (read_bytes(url) if exists(url) else b"") + data)
         return
     local.parent.mkdir(parents=True, exist_ok=True)
-    with local.open("ab") as file:
+    with naming(local), local.open("ab") as file:
         file.write(data)
 
 
@@ -390,7 +441,7 @@ def remove_leftovers(url: str) -> int:
 
 @contextlib.contextmanager
 def only_writer(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
-    """Hold a folder for one command, where its file system can; object stores cannot.
+    """Hold a folder for one command, where its file system can; an object store by a lease.
 
     Args:
         url: The folder.
@@ -404,13 +455,23 @@ def only_writer(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
     if folder is None:
         with _errors_of(url):
             fs, path = _split(url)
-            if _has_buckets(fs):
+            has_buckets = _has_buckets(fs)
+            if has_buckets:
                 _check_bucket(fs, path, url)
-        yield
+        with _leased(fs, path, url, wait_s) if has_buckets else contextlib.nullcontext():
+            yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK_NAME).open("w") as lock:
+    with (folder / FOLDER_NAME).open("w") as lock:
         _take(lock, url, wait_s)
+        yield
+
+
+@contextlib.contextmanager
+def _leased(fs: Any, path: str, url: str, wait_s: float) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        with _errors_of(url):
+            stack.enter_context(hold(fs, path, url, wait_s))
         yield
 
 
@@ -419,7 +480,8 @@ def _take(lock: IO[str], url: str, wait_s: float) -> None:
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
+        except (BlockingIOError, PermissionError) as err:
+            # The latter is CIFS's word for it.
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"{url}: another command works there; expected to be alone; wait until it has "
@@ -437,9 +499,17 @@ def _take(lock: IO[str], url: str, wait_s: float) -> None:
 def _local_name(url: str) -> str | None:
     """Return `local_path` as text, which is a third of the cost: each picture is read by one."""
     scheme, separator, rest = url.partition("://")
-    if "::" in url or (separator and scheme not in {"file", "local"}):
+    if (separator and scheme not in {"file", "local"}) or ("::" in url and _is_chain(url)):
         return None
     return os.path.expanduser(rest if separator else url)  # noqa: PTH111
+
+
+def _is_chain(url: str) -> bool:
+    """Say whether `::` joins two file systems, as in `simplecache::s3://…`, or is in a name."""
+    import fsspec
+
+    first = url.partition("::")[0]
+    return "://" in first or first in fsspec.available_protocols()
 
 
 def _split(url: str) -> tuple[Any, str]:
@@ -449,6 +519,10 @@ def _split(url: str) -> tuple[Any, str]:
     """
     import fsspec
 
+    local = _local_name(url)
+    if local is not None:
+        # To fsspec, `data:2024` or `a::b` would be no path.
+        return fsspec.filesystem("file"), os.path.abspath(local)  # noqa: PTH100
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as err:
@@ -574,9 +648,14 @@ def _temporary_in(folder: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file, or a folder's list of names, to the disk, where its file system can."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as err:
+        if err.errno not in (_NO_FOLDER_SYNC if path.is_dir() else _NO_SYNC):
+            err.filename = err.filename or str(path)
+            raise

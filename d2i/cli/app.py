@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import sys
+import tempfile
 from typing import Annotated
 
 import typer
@@ -12,10 +14,12 @@ from typer.main import get_command
 
 from d2i import __version__
 from d2i.cli import cluster, corpus, data, environment, models, runs, shards, study, weights
+from d2i.cli.console import INTERRUPTED
 from d2i.errors import D2IError
+from d2i.terminal import plain, print_plainly
 
 USER_CAN_FIX = D2IError.exit_code
-_INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="d2i",
@@ -30,15 +34,22 @@ for part in (study, corpus, data, shards, models, runs, weights, cluster, enviro
     part.add_commands(app)
 
 
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _frame(
     *,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show an error's full traceback.")] = False,
 ) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
+    del version  # answered by its callback, before a command is asked for
     del debug  # read by `main`, which sees errors
 
 
@@ -48,6 +59,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    print_plainly()
+    _check_interpreter()
+    _name_account()
     command = get_command(app)
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -64,26 +78,52 @@ def main() -> None:
     except Exception as err:
         _leave_if_usage(err)
         raise
-    if code == _INTERRUPTED:
+    if code == INTERRUPTED:
         sys.stderr.write("\ninterrupted; the same command goes on from here\n")
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _check_interpreter() -> None:
+    """Refuse a Python that takes docstrings away: libraries that d2i uses are made from theirs."""
+    if sys.flags.optimize > 1:
+        _leave(
+            f"Python runs at optimization level {sys.flags.optimize}, without docstrings, which "
+            "libraries that d2i uses need; expected level 0 or 1; unset PYTHONOPTIMIZE, or leave "
+            "-OO out"
+        )
+
+
+def _name_account() -> None:
+    """Give a user without an entry in passwd a name and a home, which libraries ask for.
+
+    Containers run under any number: Kubernetes' runAsUser, docker's --user.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        from d2i import storage
+
+        os.environ.setdefault("LOGNAME", f"user-{os.getuid()}")
+        if not os.environ.get("HOME"):
+            os.environ["HOME"] = str(storage.homeless_folder())
+
+
 def _is_of_a_place(err: OSError) -> bool:
     """Whether the user's paths or disk are at fault, and not a network or a pipe."""
-    return err.filename is not None or err.errno in (errno.ENOSPC, errno.EDQUOT)
+    return err.filename is not None or err.errno in _FULL
 
 
 def _file_problem(err: OSError) -> str:
-    where = f"{err.filename}: " if err.filename else ""
+    # What has no name is a temporary file, as all others are given theirs.
+    where = err.filename or f"the folder of temporary files, {tempfile.gettempdir()} (TMPDIR)"
     return (
-        f"{where}{err.strerror or err}; expected a place that can be read and written; check the "
+        f"{where}: {err.strerror or err}; expected a place that can be read and written; check the "
         "path, its permissions and the room on the disk"
     )
 
 
 def _leave(message: str, code: int = USER_CAN_FIX) -> None:
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.stderr.write("error: " + plain(" ".join(message.split())) + "\n")
     sys.exit(code)
 
 
@@ -91,7 +131,7 @@ def _leave_if_usage(err: Exception) -> None:
     """Print one line for a wrong option or argument, as the parser words it."""
     format_message = getattr(err, "format_message", None)
     if type(err).__name__ == "Abort":
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     if format_message is None:
         return
     context = getattr(err, "ctx", None)
@@ -100,5 +140,5 @@ def _leave_if_usage(err: Exception) -> None:
     if type(err).__name__ == "NoArgsIsHelpError":
         sys.stderr.write(format_message() + "\n")
     else:
-        sys.stderr.write(f"error: {message} See '{path} --help'.\n")
+        sys.stderr.write(f"error: {plain(message)} See '{path} --help'.\n")
     sys.exit(USER_CAN_FIX)

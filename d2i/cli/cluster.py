@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2i.cli.console import JsonOption, SetOption, print_result, register, row_line
+from d2i.terminal import plain
 
 if TYPE_CHECKING:
     from d2i.config import Recipe
@@ -61,7 +62,7 @@ def check(
     for report in check_cluster(request):
         found.append(asdict(report))
         if not as_json:
-            typer.echo(report.name)
+            typer.echo(plain(report.name))
             for row in report.checks:
                 typer.echo(f"  {row_line(row.status, row.name, row.detail, row.fix)}")
     if as_json:

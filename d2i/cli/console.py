@@ -13,7 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from d2i.errors import ConfigError
+from d2i.terminal import plain
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
 _SECONDS_BETWEEN_LINES = 5.0
 
 CorpusOption = Annotated[str, typer.Option("--corpus", help="mmdialog, photochat or jsonl.")]
@@ -75,6 +78,7 @@ class ProgressLine:
 
     def show(self, line: str) -> None:
         """Show how far the work is."""
+        line = plain(line)
         now = time.monotonic()
         if sys.stderr.isatty():
             sys.stderr.write(f"\r\033[K{line}")
@@ -96,12 +100,12 @@ def print_result(result: dict[str, Any], lines: Iterable[str], *, as_json: bool)
         typer.echo(json.dumps(result, sort_keys=True))
         return
     for line in lines:
-        typer.echo(line)
+        typer.echo(plain(line))
 
 
 def row_line(status: str, name: str, detail: str, fix: str) -> str:
     """Return one row of a report on what can run, with the fix where one is needed."""
-    return f"{status:5} {name}: {detail}" + (f"  -> {fix}" if fix else "")
+    return plain(f"{status:5} {name}: {detail}" + (f"  -> {fix}" if fix else ""))
 
 
 def existing_source(source: str) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from d2i.cli.console import (
+    INTERRUPTED,
     CacheDirOption,
     CacheGbOption,
     FaultOption,
@@ -94,7 +95,7 @@ def train(
     command = deepspeed_command(arguments, num_accelerators)
     typer.echo(" ".join(command), err=True)
     storage.remove(storage.join(run, STOPPED_NAME))
-    code = run_command(command)
+    code, is_interrupted = run_command(command)
     # A launcher that is told to end, as its ranks are, says that it failed.
     if code and not storage.exists(storage.join(run, STOPPED_NAME)):
         raise typer.Exit(2 if code == 2 else 1)
@@ -103,6 +104,9 @@ def train(
         print_result(found, [f"{name}: {v}" for name, v in found.items()], as_json=as_json)
         return
     _print_run(run, resolved.train.num_steps, as_json=as_json)
+    if is_interrupted and storage.exists(storage.join(run, STOPPED_NAME)):
+        # So that a shell does not go on with what was to come after.
+        raise typer.Exit(INTERRUPTED)
 
 
 def sample(

@@ -24,7 +24,7 @@ def select(
     weights: Annotated[str | None, typer.Option(help="Of a backbone, as in d2i eval.")] = None,
     adapter: Annotated[str | None, typer.Option(help="A LoRA on a diffusers: system.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="With --system: a folder made by d2i preprocess.")
+        str | None, typer.Option(help="A folder made by d2i preprocess; a run has its own.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="With --system: folder of best.json.")] = None,
     guidance: Annotated[
@@ -60,10 +60,10 @@ def select(
 
     if (run is None) == (system is None):
         raise ConfigError("got both or neither of --run and --system; expected one; give one")
-    if run is not None and any((weights, adapter, data, out)):
+    if run is not None and any((weights, adapter, out)):
         raise ConfigError(
-            "--run has weights, data and a place of its own; got --weights, --adapter, --data or "
-            "--out with it; leave them out"
+            "--run has weights and a place of its own; got --weights, --adapter or --out with it; "
+            "leave them out"
         )
     request = SelectRequest(
         system=system or f"run:{run}",

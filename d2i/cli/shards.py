@@ -14,6 +14,7 @@ from d2i.cli.console import (
     JsonOption,
     ProgressLine,
     RayOption,
+    SetOption,
     WorkersOption,
     print_result,
     register,
@@ -74,6 +75,7 @@ def repair(
     workers: WorkersOption = None,
     fetch_workers: FetchWorkersOption = None,
     ray_address: RayOption = None,
+    settings: SetOption = None,
     *,
     as_json: JsonOption = False,
     fault: FaultOption = None,
@@ -100,6 +102,7 @@ def repair(
         num_fetchers=fetch_workers,
         ray_address=ray_address,
         fault=parse_fault(fault),
+        settings=tuple(settings or ()),
     )
     try:
         summaries = run(request, lambda done, total: progress.show(f"{done}/{total} shards made"))
@@ -126,6 +129,7 @@ def inspect(
     html: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a page with their pictures.")
     ] = None,
+    settings: SetOption = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
@@ -151,12 +155,12 @@ def inspect(
         lines += ["", f"{sample['key']}  <-  {sample['source']['ref'][0]}"]
         lines += [f"  {turn['speaker']}: {turn['text']}" for turn in sample["context"]]
     if html is not None:
-        _write_page(html, reader, len(samples))
+        _write_page(html, reader, len(samples), settings or [])
         lines += ["", f"page: {html}"]
     print_result({"num_samples": len(reader), "samples": samples}, lines, as_json=as_json)
 
 
-def _write_page(html: str, reader: ShardReader, num: int) -> None:
+def _write_page(html: str, reader: ShardReader, num: int, settings: list[str]) -> None:
     """Decode the latents of the first samples, by the autoencoder that made them."""
     import torch
 
@@ -164,10 +168,10 @@ def _write_page(html: str, reader: ShardReader, num: int) -> None:
     from d2i.dialog import Turn
     from d2i.encoders import Vae, check_made_by
     from d2i.pictures import png_bytes
-    from d2i.recipes import read_kept_recipe
+    from d2i.recipes import change_recipe, read_kept_recipe
     from d2i.report import ShownSample, write_samples_page
 
-    recipe = read_kept_recipe(reader.url)
+    recipe = change_recipe(read_kept_recipe(reader.url), settings)
     vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind)
     check_made_by({"vae": vae.hash}, reader.manifest, reader.url)
     batch = reader.read(range(num), ["moments", "tokens"])

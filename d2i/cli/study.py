@@ -55,9 +55,10 @@ def demo(
 
         d2i demo --out /tmp/demo --seed 2 --json
     """
+    from d2i import storage
     from d2i.demo.run import DemoRequest, run_demo
 
-    result = run_demo(DemoRequest(out.expanduser(), seed, num_dialogs, num_steps))
+    result = run_demo(DemoRequest(Path(storage.resolve(str(out))), seed, num_dialogs, num_steps))
     lines = [
         f"attributes right: {result['attribute_accuracy_before']:.1%} before, "
         f"{result['attribute_accuracy_after']:.1%} after fine-tuning "
@@ -69,7 +70,7 @@ def demo(
 
 
 def evaluate(
-    system: Annotated[str, typer.Option(help="What draws; see below.")],
+    system: Annotated[str, typer.Option(help="What draws, as told above.")],
     data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
     out: Annotated[str, typer.Option(help="Folder of the scores; the same command resumes.")],
     weights: Annotated[str | None, typer.Option(help="A published file or model folder.")] = None,

@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import socket
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,10 @@ ResultOut = TypeVar("ResultOut", covariant=True)
 
 _CONNECT_TIMEOUT_S = 10.0
 _TICK_S = 5.0
+# What Linux takes as a socket's name, and what Ray puts after its folder: the session's name with
+# time and process, and /sockets/plasma_store.
+_MAX_SOCKET_BYTES, _SOCKET_BYTES = 107, 67
+_RAY_FOLDER = "/tmp/ray"
 
 
 class Worker(Protocol[TaskIn, ResultOut]):
@@ -232,6 +237,31 @@ def _first_ready(references: list[Any]) -> Any:
     return ready[0]
 
 
+def _short_folder() -> str | None:
+    """Return where Ray is to keep its sockets; None where it finds a place of its own.
+
+    Jobs of a cluster often have a long TMPDIR, and the name of a socket has 107 bytes at most.
+    """
+    given = os.environ.get("RAY_TMPDIR")
+    folder = os.path.join(given or tempfile.gettempdir(), "ray")  # noqa: PTH118
+    is_short = len(os.fsencode(folder)) + _SOCKET_BYTES <= _MAX_SOCKET_BYTES
+    return None if given or is_short else _RAY_FOLDER
+
+
+def _not_started(address: str | None, error: Exception) -> str:
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if address:
+        return (
+            f"the cluster at {address} did not start: {reason}; expected a running Ray, and its "
+            "token in RAY_AUTH_TOKEN or ~/.ray/auth_token; see 'd2i doctor'"
+        )
+    return (
+        f"Ray on this machine did not start: {reason}; expected room for its processes and for "
+        "sockets in its temporary folder; set RAY_TMPDIR to a short path on a local disk with "
+        "room, or do without Ray by --workers 0; see 'd2i doctor'"
+    )
+
+
 @contextmanager
 def _ray_session(address: str | None, num_workers: int | None) -> Iterator[None]:
     # Ray reads these at import; nothing is reported to anyone unless the user asks for it.
@@ -253,17 +283,15 @@ def _ray_session(address: str | None, num_workers: int | None) -> Iterator[None]
     try:
         ray.init(
             address=address or "local",
+            _temp_dir=None if address else _short_folder(),
             num_cpus=num_workers if is_crowded else None,
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, OSError, RuntimeError, ValueError) as err:
-        where = f"the cluster at {address}" if address else "Ray on this machine"
-        raise ClusterError(
-            f"{where} did not start: {str(err).splitlines()[0]}; expected a running Ray, and its "
-            "token in RAY_AUTH_TOKEN or ~/.ray/auth_token; see 'd2i doctor'"
-        ) from err
+    except Exception as err:
+        # Ray has a dozen classes for it, and raises a bare Exception as well.
+        raise ClusterError(_not_started(address, err)) from err
     try:
         yield
     finally:

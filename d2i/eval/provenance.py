@@ -47,7 +47,9 @@ def describe_training(run_url: str) -> dict[str, Any]:
     """
     config = _read_object(storage.join(run_url, CONFIG_NAME))
     data = config.get("data")
-    places = (storage.join(data, "train"), data) if data else ()
+    # The run may be of somebody else: what is for the card alone makes no host be asked.
+    is_here = isinstance(data, str) and not storage.names_host(data)
+    places = (storage.join(data, "train"), data) if data and is_here else ()
     corpora = (describe_data(url)["corpus"] for url in places)
     known = {
         "trained_text": read_recipe(run_url).text.model_dump(mode="json"),

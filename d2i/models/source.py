@@ -26,8 +26,10 @@ from d2i.models.recognize import PREFIX_KEYS, Recognized, recognize
 from d2i.models.weights import (
     DIRECTORY_FILES,
     check_fits,
+    check_numbers,
     fill_network,
     is_dense_floats,
+    num_not_finite,
     read_described,
     read_state_dict,
     weights_file,
@@ -50,7 +52,7 @@ def open_source(path: Path) -> Source:
     """Read weights in any published form, and say what they are.
 
     Raises:
-        CheckpointError: If they cannot be read, or are nothing that d2i knows.
+        CheckpointError: If they cannot be read, are nothing that d2i knows, or no numbers.
     """
     file = weights_file(path)
     state = read_state_dict(path)
@@ -61,6 +63,7 @@ def open_source(path: Path) -> Source:
             f"{next(iter(state))}); expected a U-ViT, a UniDiffuser, a KL autoencoder or a caption "
             "decoder; 'd2i weights list' has the published files"
         )
+    check_numbers(state, file)
     return Source(path, file, file_sha256(file), state, found)
 
 
@@ -83,6 +86,7 @@ def look_at(path: Path) -> dict[str, Any]:
         "backbone": found.backbone if found else None,
         "published": [published.name for published in found.published] if found else [],
         "num_tensors": len(state),
+        "not_finite": {key: n for key, t in state.items() if (n := num_not_finite(t))},
         "num_parameters": sum(tensor.numel() for tensor in state.values()),
         "dtypes": Counter(str(tensor.dtype).removeprefix("torch.") for tensor in state.values()),
         "shapes": shapes,

@@ -33,7 +33,8 @@ DIRECTORY_FILES = (
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.bin",
 )
-PARALLEL_PREFIX = "module."
+PARALLEL_PREFIX, COMPILED = "module.", "_orig_mod."
+"""What wrappers of torch put before a network's keys: DistributedDataParallel, and compile."""
 NUM_LISTED = 3
 
 
@@ -47,7 +48,7 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
         network: the network to fill, as `build_backbone` returns it.
         path: a `.safetensors` file, a flat `.pth` state dict, a model folder, or a
             `{step}.ckpt/` directory, of which `nnet_ema.pth` is preferred. Keys may carry the
-            prefix `module.`, or be those of diffusers' UniDiffuser.
+            prefix `module.`, and `_orig_mod.`, or be those of diffusers' UniDiffuser.
 
     Returns:
         The same network.
@@ -65,6 +66,7 @@ def fill_network(network: nn.Module, state: Mapping[str, Tensor], path: str | Pa
         CheckpointError: their keys or shapes are not the network's.
     """
     check_fits(network, state, path)
+    check_numbers(state, path)
     on_meta = any(tensor.is_meta for tensor in network.state_dict().values())
     network.load_state_dict(state, assign=on_meta)
     return network
@@ -86,6 +88,31 @@ def check_fits(network: nn.Module, state: Mapping[str, Tensor], path: str | Path
         )
 
 
+def check_numbers(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Make sure that all weights are numbers: one that is none makes every picture black.
+
+    Raises:
+        CheckpointError: some are NaN or infinite; it names the first tensor.
+    """
+    counts = {key: num_not_finite(tensor) for key, tensor in state.items()}
+    if any(counts.values()):
+        first = next(key for key, count in counts.items() if count)
+        raise CheckpointError(
+            f"{path} holds {sum(counts.values())} weights that are NaN or infinite, the first in "
+            f"{first}; expected numbers, as with these every picture is black; fetch the file "
+            "again, or use weights of before the training diverged"
+        )
+
+
+def num_not_finite(tensor: Tensor) -> int:
+    """Count what is NaN or infinite in a tensor; nothing is, where it holds no floats."""
+    if not is_dense_floats(tensor):
+        return 0
+    # torch tests no floats of 8 bits.
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    return int((~torch.isfinite(values)).sum())
+
+
 def read_published(path: str | Path) -> dict[str, Tensor]:
     """Read as `read_state_dict`, keys of diffusers' UniDiffuser renamed to the published ones."""
     state = read_state_dict(path)
@@ -99,7 +126,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         path: as for `load_weights`.
 
     Returns:
-        Tensors by key, without the prefix `module.`; memory-mapped where the form allows it.
+        Tensors by key, without `module.` and `_orig_mod.`; memory-mapped where the form allows it.
 
     Raises:
         CheckpointError: missing, truncated, a Git LFS pointer or a web page, not a state dict, or a
@@ -256,14 +283,25 @@ def _flat_tensors(file: Path, content: object) -> dict[str, Tensor]:
                 f"{file} holds {_kind(value)} at {key!r:.100}, expected a flat state dict of "
                 "tensors by name; save the inner state dict alone and use that file"
             )
-    tensors = {key.removeprefix(PARALLEL_PREFIX): value for key, value in content.items()}
-    if len(tensors) < len(content):
-        twice = next(key for key in tensors if key in content and PARALLEL_PREFIX + key in content)
-        raise CheckpointError(
-            f"{file} holds both {twice} and {PARALLEL_PREFIX}{twice}, expected one network; save "
-            "the one that is meant and use that file"
-        )
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for name, value in content.items():
+        key = _unwrapped(name)
+        if key in tensors:
+            raise CheckpointError(
+                f"{file} holds both {names[key]} and {name}, expected one network; save the one "
+                "that is meant and use that file"
+            )
+        tensors[key], names[key] = value, name
     return tensors
+
+
+def _unwrapped(key: str) -> str:
+    """Return a key as the network itself has it, whatever wrapped it or its parts in turn."""
+    key = key.replace(COMPILED, "")
+    while key.startswith(PARALLEL_PREFIX):
+        key = key.removeprefix(PARALLEL_PREFIX)
+    return key
 
 
 def _has_numbers(value: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -100,11 +99,8 @@ def _with_captioner(
 
 
 def _append(out: Path, lines: list[bytes]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("ab") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
+    storage.append_bytes(str(out), b"".join(lines))
+    storage.sync(out)
 
 
 def _begun(out: Path, captioner_name: str) -> dict[str, Description]:

@@ -59,6 +59,21 @@ class KeptJob:
             values[section] |= fields
         return load_config(Recipe, values, source=f"the plan of {self.split_url}")
 
+    def source(self) -> str:
+        """Return the folder of the corpus, where its pictures lie.
+
+        Raises:
+            ConfigError: If that is an address, which counts only in the command.
+        """
+        source = str(self.plan.decided_by["source"])
+        if storage.names_host(source):
+            raise ConfigError(
+                f"{self.split_url} was planned from {source!r}, an address in a file of this "
+                "folder; expected it in the command, as it would be asked; if you trust that host, "
+                "give --set corpus.image_root=ADDRESS"
+            )
+        return source
+
     def fingerprint(self) -> dict[str, Any] | None:
         """Return what the shards were made under, or None where that is lost."""
         try:

@@ -7,7 +7,7 @@ under a shard's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from d2i.preprocess.kept import KeptJob, lost_files
 from d2i.preprocess.progress import Tally
 from d2i.preprocess.repair_plan import broken_tasks, lost_records, unknown_shards, unknown_task
 from d2i.preprocess.repair_worker import RepairResult, RepairTask, RepairWorkerBuilder
+from d2i.recipes import change_recipe
 from d2i.shards import (
     Commit,
     Evidence,
@@ -49,7 +50,11 @@ from d2i.shards.write import file_info
 
 @dataclass(frozen=True)
 class RepairRequest:
-    """One repair: of a folder that d2i preprocess made, or of one of its splits."""
+    """One repair: of a folder that d2i preprocess made, or of one of its splits.
+
+    Args:
+        settings: Of the recipe, for what lies elsewhere by now.
+    """
 
     folder: str
     access: Access = NO_ACCESS
@@ -57,6 +62,7 @@ class RepairRequest:
     num_fetchers: int | None = None
     ray_address: str | None = None
     fault: Fault | None = None
+    settings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,8 @@ class _RepairedSet:
         """Make shards, and the features of '' where they are not those of the manifest."""
         if not tasks and self._has_features(commits):
             return
-        request, recipe = self.request, job.recipe()
+        request = self.request
+        recipe = change_recipe(job.recipe(), request.settings)
         builder = EncodeWorkerBuilder(recipe, (self.url,))
         with session(request.num_workers, request.ray_address):
             if not tasks:
@@ -213,7 +220,7 @@ class _RepairedSet:
         request = self.request
         fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
         pictures = PictureSource(
-            recipe.corpus.image_root or job.plan.decided_by["source"],
+            recipe.corpus.image_root or job.source(),
             recipe.fetch,
             request.access,
             share_books(host_book(recipe.fetch, request.access), num_workers=request.num_workers),

@@ -32,6 +32,7 @@ def read_conversations(data_url: str, keys: Collection[str], count: int) -> list
     Raises:
         ShardError: If the data set cannot be read.
     """
+    _check_place(data_url)
     reader = ShardReader(data_url)
     places = {key: place for place, key in enumerate(reader.keys) if key in keys}
     chosen = sorted(places, key=lambda key: key_order_hash(key, 0))[:count]
@@ -66,6 +67,7 @@ def read_splits(data_url: str) -> dict[str, Manifest]:
     Raises:
         ShardError: If none is there, or one is damaged.
     """
+    _check_place(data_url)
     parent, _, own = data_url.rstrip("/").rpartition("/")
     names = list(SPLITS) if own in SPLITS else [own]
     urls = {name: f"{parent}/{name}" if parent else name for name in names}
@@ -77,3 +79,9 @@ def read_splits(data_url: str) -> dict[str, Manifest]:
     if not found:
         raise ShardError(f"no {MANIFEST_NAME} in {data_url}")
     return found
+
+
+def _check_place(data_url: str) -> None:
+    """Refuse what would be asked because a metric card says so, and not who reads the report."""
+    if storage.names_host(data_url):
+        raise ShardError(f"the metric card's data set {data_url} is an address, which is not asked")

@@ -25,10 +25,9 @@ def write_csv(tables: Sequence[Table]) -> str:
         for row in table.rows:
             for column, cell in zip(table.columns, row.cells, strict=True):
                 if cell.value is not None:
-                    writer.writerow(
-                        [table.title, row.heading, column, *_values(cell)]
-                        + (["paper", row.paper] if cell.by_paper else ["d2i", row.card])
-                    )
+                    values = [table.title, row.heading, column, *_values(cell)]
+                    values += ["paper", row.paper] if cell.by_paper else ["d2i", row.card]
+                    writer.writerow(map(_no_formula, values))
     return file.getvalue()
 
 
@@ -53,6 +52,13 @@ def _spoken(cell: Cell) -> str:
 def _values(cell: Cell) -> list[object]:
     low, high = cell.interval or ("", "")
     return [cell.value, "" if cell.std is None else cell.std, low, high]
+
+
+def _no_formula(cell: object) -> object:
+    """Return a cell that no spreadsheet takes for a formula: labels are other people's text."""
+    if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{cell}"
+    return cell
 
 
 def _escaped(said: str) -> str:

@@ -35,6 +35,9 @@ def training_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
         return LeftOut(_TITLE, "none of these systems is a run")
     parts = []
     for url in urls:
+        if storage.names_host(url):
+            parts.append(_left_out(f"the card's run {text(url)} is an address, which is not asked"))
+            continue
         run = read_run(url)
         parts.append(_run_part(run) if len(run.lines) > 1 else _no_lines(url))
     return Section("training", _TITLE, "".join(parts))
@@ -73,7 +76,10 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _no_lines(url: str) -> str:
-    reason = f"fewer than two steps in {METRICS_NAME} of {text(url)}"
+    return _left_out(f"fewer than two steps in {METRICS_NAME} of {text(url)}")
+
+
+def _left_out(reason: str) -> str:
     return f'<p class="left-out"><strong>Loss curve</strong> left out: {reason}.</p>'
 
 

@@ -39,6 +39,7 @@ class Claims:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = str(path)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         _OPEN[self] = weakref.finalize(self, os.close, self._file)
 
@@ -84,4 +85,11 @@ class Claims:
     def _lock(self, command: int, kind: int, name: str) -> bytes:
         byte = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
         lock = struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0)
-        return fcntl.fcntl(self._file, command, lock)
+        try:
+            return fcntl.fcntl(self._file, command, lock)
+        except BlockingIOError:
+            raise
+        except OSError as err:
+            # A file system without such locks: the user is to give a cache on another.
+            err.filename = err.filename or self._path
+            raise

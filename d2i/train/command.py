@@ -45,10 +45,13 @@ def deepspeed_command(arguments: Sequence[str], num_accelerators: int | None) ->
     return [str(launcher), "--master_port", str(_free_port()), *ranks, *entry, *arguments]
 
 
-def run_command(command: Sequence[str]) -> int:
-    """Run the launcher as a process group of its own, ended with this process; return its code.
+def run_command(command: Sequence[str]) -> tuple[int, bool]:
+    """Run the launcher as a process group of its own, ended with this process.
 
     What the launcher prints goes to stderr: stdout is the command's own result.
+
+    Returns:
+        Its exit code, and whether a Ctrl-C asked the ranks to stop.
     """
     environment = (
         os.environ
@@ -74,7 +77,7 @@ def run_command(command: Sequence[str]) -> int:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     code = launcher.wait(timeout=_ASK_EVERY_S)
                     stop.wait_for_group()
-                    return code
+                    return code, stop.is_interrupted
                 stop.repeat()
         except BaseException:
             os.killpg(launcher.pid, signal.SIGTERM)
@@ -91,6 +94,7 @@ class _Stop:
     def __init__(self, group: int) -> None:
         self._group = group
         self._is_asked = False
+        self.is_interrupted = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._ask)
 
@@ -111,6 +115,7 @@ class _Stop:
         if self._is_asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._is_asked = True
+        self.is_interrupted |= number == signal.SIGINT
 
 
 def _before_launcher() -> None:

@@ -16,6 +16,7 @@ from d2i.fault import parse_fault
 from d2i.processes import end_with_starter
 from d2i.recipes import resolve_recipe
 from d2i.runs import check_initial_weights
+from d2i.terminal import plain
 from d2i.train.slurm import torch_names
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -83,7 +84,7 @@ def main() -> None:
         from d2i.train.ending import say_last_word
 
         if line := say_last_word(err):
-            sys.stderr.write(f"error: {line}\n")
+            sys.stderr.write(f"error: {plain(line)}\n")
         _end_at_once(2)
 
 

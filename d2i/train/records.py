@@ -18,6 +18,7 @@ from d2i.runs import (
     read_metrics,
     read_validation,
 )
+from d2i.terminal import plain
 from d2i.train.chart import draw_chart
 from d2i.train.wandb_lines import WandbLines
 
@@ -115,5 +116,5 @@ def record_keys(run_url: str, rank: int, step: int, keys: Sequence[str]) -> None
 
 def say(line: str) -> None:
     """Print a line of the first rank to stderr, where progress goes."""
-    sys.stderr.write(f"{line}\n")
+    sys.stderr.write(f"{plain(line)}\n")
     sys.stderr.flush()

@@ -198,3 +198,16 @@ def test_a_mistyped_bucket_is_refused_at_once_and_not_made() -> None:
     with pytest.raises(ConfigError, match="there is no chast"):
         storage.write_bytes("s3://chast/data/recipe.json", b"{}")
     assert fsspec.filesystem("s3").ls("") == ["chats"]
+
+
+@pytest.mark.usefixtures("front")
+def test_two_commands_do_not_write_to_one_folder() -> None:
+    """Also where requests are refused, or their answers lost, while the folder is held."""
+    run = "s3://chats/held"
+    with (
+        storage.only_writer(run),
+        pytest.raises(ConfigError, match=r"held: another command works there"),
+        storage.only_writer(run, wait_s=0),
+    ):
+        raise AssertionError
+    assert storage.list_names(run) == []

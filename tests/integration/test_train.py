@@ -74,9 +74,12 @@ def test_the_ranks_end_with_the_command(data: Path, undisturbed: Path, tmp_path:
     assert losses(run) == losses(undisturbed)
 
 
-@pytest.mark.parametrize(("number", "to_all"), [(signal.SIGTERM, True), (signal.SIGUSR1, False)])
+@pytest.mark.parametrize(
+    ("number", "to_all", "code"),
+    [(signal.SIGTERM, True, 0), (signal.SIGUSR1, False, 0), (signal.SIGINT, False, 130)],
+)
 def test_asked_to_stop_it_writes_a_checkpoint_and_goes_on(
-    data: Path, tmp_path: Path, number: signal.Signals, *, to_all: bool
+    data: Path, tmp_path: Path, number: signal.Signals, code: int, *, to_all: bool
 ) -> None:
     """To the command alone, or to its launcher and ranks as well, as who ends a whole job does."""
     run = tmp_path / "stopped"
@@ -87,7 +90,7 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_goes_on(
             if str(run) in words and (to_all or other == process.pid):
                 os.kill(other, number)
         _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    assert process.returncode == code, said
     assert "resume with the same command, from step-" in said
     assert len(list((run / "checkpoints").glob("step-*/complete.json"))) == 1
     assert not (run / "ema.safetensors").exists()

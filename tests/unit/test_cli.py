@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from d2i import __version__
+from d2i.errors import ConfigError
+from d2i.recipes import resolve_recipe
 from tests.processes import run_process
 from tests.samples import metadata
 
@@ -107,3 +110,37 @@ def test_verify_tells_a_broken_folder_by_exit_code_1(tmp_path: Path) -> None:
     done = run_process("verify", tmp_path)
     assert done.returncode == 1
     assert tar.name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ("train.num_steps=" + "[" * 100_000, "train.num_steps is '[[["),
+        ("a." * 100_000 + "b=1", "Recipe has no field 'a'"),
+        ("a" * 100_000, "expected NAME=VALUE"),
+    ],
+    ids=["nested", "dotted", "long"],
+)
+def test_a_setting_without_end_is_refused_in_a_line(setting: str, hint: str) -> None:
+    # In this process, as a command line cannot be so long.
+    with pytest.raises(ConfigError) as caught:
+        resolve_recipe("demo", [setting])
+    assert hint in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_python_without_docstrings_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-OO", "-c", "from d2i.cli import main; main()", "recipes"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "unset PYTHONOPTIMIZE" in line
+
+
+def test_the_version_is_said() -> None:
+    done = run_process("--version")
+    assert (done.returncode, done.stdout) == (0, f"{__version__}\n"), done.stderr

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +20,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from d2i import storage
+from d2i.errors import ConfigError
 from d2i.shipped import resolve_weights
 
 
@@ -277,3 +282,115 @@ def test_weights_at_a_url_are_copied_once_for_each_version(
     assert (Path(resolve_weights(folder)) / "model.safetensors").read_bytes() == b"newer"
     with pytest.raises(FileNotFoundError):
         resolve_weights(f"{folder}/other.safetensors")
+
+
+NO_CHMOD = """
+#include <errno.h>
+#include <sys/types.h>
+int chmod(const char *p, mode_t m) { errno = EOPNOTSUPP; return -1; }
+int fchmodat(int d, const char *p, mode_t m, int f) { errno = EOPNOTSUPP; return -1; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
+def test_a_file_system_that_knows_no_modes_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "no.c").write_text(NO_CHMOD)
+    library = tmp_path / "no.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "no.c"], check=True)
+    program = "import sys; from d2i import storage; storage.write_bytes(sys.argv[1], b'whole')"
+    command = [sys.executable, "-c", program, str(tmp_path / "out" / "a")]
+    subprocess.run(command, check=True, env={**os.environ, "LD_PRELOAD": str(library)})
+    assert (tmp_path / "out" / "a").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize(
+    ("code", "on", "is_passed_over"),
+    [
+        *((code, "folder", True) for code in (errno.EINVAL, errno.EACCES, errno.ENOTSUP)),
+        *((code, "file", True) for code in (errno.EINVAL, errno.ENOSYS)),
+        *((code, on, False) for code in (errno.EIO, errno.ENOSPC) for on in ("file", "folder")),
+        (errno.EACCES, "file", False),
+    ],
+)
+def test_what_cannot_be_flushed_there_is_passed_over_and_no_trouble_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, on: str, *, is_passed_over: bool
+) -> None:
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == (on == "folder"):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    url = str(tmp_path / "a")
+    if is_passed_over:
+        storage.write_bytes(url, b"whole")
+        assert storage.read_bytes(url) == b"whole"
+        return
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        storage.write_bytes(url, b"whole")
+    assert str(caught.value.filename).startswith(str(tmp_path))
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """A file may have 8 bytes here; the system's own error names no file."""
+    program = f"""
+import resource, sys
+from d2i import cli, storage
+resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))
+for write in (storage.write_bytes, storage.append_bytes):
+    try:
+        write({str(tmp_path / "a")!r}, b"0123456789" * 1000)
+    except OSError as err:
+        print(err.strerror, err.filename)
+from d2i.cli.app import _file_problem, _is_of_a_place
+err = OSError(27, "File too large")
+print(_is_of_a_place(err), _file_problem(err))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    *named, temporary = done.stdout.splitlines()
+    assert named == [f"File too large {tmp_path}/a"] * 2
+    assert "True the folder of temporary files, " in temporary
+
+
+@pytest.mark.parametrize("name", ["a::b", "data:2024", "x/a::b", "::", "file:x", "http:x"])
+def test_a_name_with_colons_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (name, f"{tmp_path}/y/{name}"):
+        url = storage.join(place, "file")
+        assert storage.local_path(place) is not None
+        storage.write_bytes(url, b"1")
+        assert storage.exists(url)
+        assert storage.list_names(place) == ["file"]
+        assert storage.read_range(url, 0, 1) == storage.read_bytes(url) == b"1"
+        storage.remove(url)
+        assert not storage.exists(url)
+    assert {path.name for path in tmp_path.iterdir()} == {name.split("/")[0], "y"}
+
+
+@pytest.mark.parametrize("url", ["simplecache::file:///a", "simplecache::s3://b/a", "s3://b::c"])
+def test_a_chain_of_file_systems_is_none(url: str) -> None:
+    assert storage.local_path(url) is None
+
+
+def test_a_user_without_a_home_has_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def nobody(_number: int) -> Any:
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    folder = tmp_path / f"d2i-user-{os.getuid()}"
+    assert storage.cache_folder("x").is_relative_to(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="set XDG_CACHE_HOME to one"):
+        storage.cache_folder("x")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -40,3 +42,27 @@ def test_without_a_wish_nothing_stops(alone: Ranks) -> None:
     stop = StopRequest(alone)
     assert [stop.is_agreed() for _ in range(3)] == [False] * 3
     stop.close()
+
+
+RANKS = "import signal; print('begun', flush=True); signal.sigwait({signal.SIGUSR1})"
+COMMAND = f"""
+import sys
+from d2i.train.command import run_command
+print(*run_command([sys.executable, "-c", "import signal; "
+    "signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGUSR1}}); {RANKS}"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "was_interrupted"), [(signal.SIGINT, True), (signal.SIGTERM, False)]
+)
+def test_ctrl_c_alone_is_told_apart(number: signal.Signals, *, was_interrupted: bool) -> None:
+    """Both ask the ranks to stop; after Ctrl-C a shell is not to go on."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMAND], stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        assert process.stderr and process.stderr.readline() == "begun\n"
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=100)
+    assert said == f"0 {was_interrupted}\n"

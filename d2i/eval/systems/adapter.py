@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2i import storage
 from d2i.errors import CheckpointError, ClusterError, ConfigError
 
 _PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
@@ -41,7 +42,7 @@ def find_adapter(place: str) -> Adapter:
     Raises:
         ConfigError: If there is none, or more than one.
     """
-    path = Path(place).expanduser().resolve()
+    path = Path(storage.absolute(place)).resolve()
     if path.is_dir():
         named, files = path / _PUBLISHED_NAME, sorted(path.glob("*.safetensors"))
         if not named.is_file() and len(files) != 1:

@@ -140,14 +140,19 @@ def check_addresses(target: Target, addresses: Iterable[str], allow_hosts: froze
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is on the public internet, seen through IPv4-in-IPv6 forms."""
+    """Return whether an IP address is on the public internet, seen through IPv4-in-IPv6 forms.
+
+    6to4 and Teredo addresses are not: both were given up, and lead through a tunnel to another.
+    """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if any(ip in network for network in _OF_PLATFORMS):
         return False
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is not None:
-            return is_public(str(inner))
+        if ip.ipv4_mapped is not None:
+            return is_public(str(ip.ipv4_mapped))
+        if ip.sixtofour or ip.teredo:
+            # Where such a packet ends, the relay on the way decides.
+            return False
         if ip in ipaddress.ip_network("64:ff9b::/96"):
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
         if ip not in _GLOBAL_UNICAST or ip in _DOCUMENTATION:

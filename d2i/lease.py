@@ -1,0 +1,240 @@
+"""One writer to a folder of an object store, which has no locks: a lease.
+
+A lease is an object under `FOLDER/.d2i-lock/`, numbered, made by a conditional write: of two that
+make the same number, one fails. Its holder writes it again every few seconds. One that is not
+written for a minute, or whose process on this machine is gone, is superseded by the next number.
+Must not import any part of d2i but `errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from d2i.errors import ConfigError
+
+FOLDER_NAME = ".d2i-lock"
+RENEW_S = 10.0
+STALE_S = 60.0
+_POLL_S = 1.0
+
+
+@contextmanager
+def hold(fs: Any, folder: str, url: str, wait_s: float) -> Iterator[None]:
+    """Hold a folder until the context is left.
+
+    Args:
+        fs: fsspec's file system.
+        folder: The folder's path on it.
+        url: What the user calls it.
+        wait_s: How long to wait for a holder that is alive.
+
+    Raises:
+        ConfigError: If another process holds it and goes on.
+        OSError: If the store cannot be asked.
+    """
+    lease = _Lease(fs, f"{folder.rstrip('/')}/{FOLDER_NAME}", url)
+    lease.take(wait_s)
+    is_over = threading.Event()
+    keeper = threading.Thread(target=lease.keep, args=(is_over,), daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        keeper.join()
+        lease.release()
+
+
+class _Lease:
+    def __init__(self, fs: Any, folder: str, url: str) -> None:
+        self._fs = fs
+        self._folder = folder
+        self._url = url
+        self._number = 0
+        self._said = _who_this_is() | {"token": secrets.token_hex(16), "since": _now()}
+        self._beat = 0
+
+    def take(self, wait_s: float) -> None:
+        """Take the folder; wait for a holder that may be gone until that is known."""
+        seen: tuple[int, bytes] | None = None
+        seen_at = began = time.monotonic()
+        is_alive = False
+        while True:
+            numbers = self._numbers()
+            if not numbers:
+                if self._try(1, superseded=None):
+                    return
+                continue
+            newest = numbers[-1]
+            content = self._read(newest)
+            if content is None:
+                continue
+            now = time.monotonic()
+            if (newest, content) != seen:
+                is_alive = seen is not None and seen[0] == newest
+                seen, seen_at = (newest, content), now
+            is_stale = now - seen_at > STALE_S or _is_gone(content)
+            if is_stale and self._try(newest + 1, superseded=(newest, content)):
+                return
+            if is_alive and now - began > wait_s:
+                raise ConfigError(
+                    f"{self._url}: another command works there ({_described(content)}); expected "
+                    "to be alone; wait until it has ended, or choose another folder"
+                )
+            time.sleep(_POLL_S)
+
+    def keep(self, is_over: threading.Event) -> None:
+        """Write the lease again and again; end this process if another has superseded it."""
+        while not is_over.wait(RENEW_S):
+            # A store that fails for a moment is asked again; others wait a minute.
+            with suppress(Exception):
+                if self._numbers()[-1:] != [self._number]:
+                    self._end_process(is_over)
+                self._beat += 1
+                self._write(self._number)
+
+    def release(self) -> None:
+        """Let others have the folder at once."""
+        with suppress(Exception):
+            self._fs.rm_file(self._path(self._number))
+
+    def _end_process(self, is_over: threading.Event) -> None:
+        if is_over.is_set():
+            return
+        sys.stderr.write(
+            f"error: {self._url}: another command took this folder over, as this one had not been "
+            "heard of for a minute; expected to be alone; the same command goes on once that one "
+            "has ended\n"
+        )
+        sys.stderr.flush()
+        # What it wrote from now on would be mixed with what the other writes.
+        os._exit(2)
+
+    def _try(self, number: int, superseded: tuple[int, bytes] | None) -> bool:
+        """Make a lease of this number; say whether the folder is held by it."""
+        if not self._create(number):
+            return False
+        # Who looked a moment ago may have made an older or a newer number meanwhile.
+        is_mine = self._numbers()[-1:] == [number]
+        if superseded is not None:
+            is_mine = is_mine and self._read(superseded[0]) == superseded[1]
+        if not is_mine:
+            self._fs.rm_file(self._path(number))
+            return False
+        self._number = number
+        if superseded is not None:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(self._path(superseded[0]))
+        if self._create(number, is_probe=True):
+            logging.getLogger(__name__).warning(
+                "%s: this store makes an object anew that was to be made only where there is none "
+                "(If-None-Match); of two commands that begin there at one moment, neither would "
+                "notice the other: start one at a time",
+                self._url,
+            )
+        return True
+
+    def _create(self, number: int, *, is_probe: bool = False) -> bool:
+        """Make an object only where there is none; say whether this call, or a lost one, did."""
+        try:
+            self._fs.pipe_file(self._path(number), self._content(), mode="create")
+        except Exception:
+            # Each store has its own words for a condition that is not met.
+            content = self._read(number)
+            if content is None:
+                raise
+            # An answer that was lost on the way: the request was repeated, and found its own.
+            return not is_probe and _token(content) == self._said["token"]
+        return True
+
+    def _write(self, number: int) -> None:
+        self._fs.pipe_file(self._path(number), self._content())
+
+    def _content(self) -> bytes:
+        return json.dumps(self._said | {"beat": self._beat}, sort_keys=True).encode()
+
+    def _path(self, number: int) -> str:
+        return f"{self._folder}/{number:09d}.json"
+
+    def _numbers(self) -> list[int]:
+        self._fs.invalidate_cache()
+        try:
+            names = [str(name).rpartition("/")[2] for name in self._fs.ls(self._folder, False)]
+        except FileNotFoundError:
+            return []
+        return sorted(int(n.removesuffix(".json")) for n in names if n[:9].isdecimal())
+
+    def _read(self, number: int) -> bytes | None:
+        try:
+            return bytes(self._fs.cat_file(self._path(number)))
+        except FileNotFoundError:
+            return None
+
+
+def _who_this_is() -> dict[str, Any]:
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": pid,
+        "started": _started(pid),
+    }
+
+
+def _machine() -> str:
+    """Name the set of processes that can be seen from here: this boot, and this container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115
+    except OSError:
+        return secrets.token_hex(16)
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process began, in ticks since the boot; None where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *others = fields.rpartition(")")[2].split()
+    return None if state in "ZX" else others[18]
+
+
+def _is_gone(content: bytes) -> bool:
+    """Say whether a holder was a process of this machine that has ended."""
+    said = _parse(content)
+    if said.get("machine") != _machine() or not isinstance(said.get("pid"), int):
+        return False
+    return _started(said["pid"]) != said.get("started")
+
+
+def _token(content: bytes) -> object:
+    return _parse(content).get("token")
+
+
+def _described(content: bytes) -> str:
+    said = _parse(content)
+    return f"process {said.get('pid')} on {said.get('host')}, since {said.get('since')}"
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    try:
+        said = json.loads(content)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

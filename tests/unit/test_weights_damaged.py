@@ -1,0 +1,64 @@
+"""Weights that a wrapper of torch saved are read; those that are no numbers are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from d2i.cli.weights import import_weights, inspect_weights
+from d2i.errors import CheckpointError
+from d2i.models import load_weights
+from d2i.models.folder import build_network
+from d2i.models.weights import read_state_dict
+from d2i.recipes import load_recipe
+from d2i.shipped import resolve_weights
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    return read_state_dict(resolve_weights("demo:backbone"))
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+)
+def test_the_names_of_wrappers_are_taken_off(
+    tmp_path: Path, state: dict[str, Tensor], prefix: str
+) -> None:
+    path = tmp_path / "wrapped.pth"
+    torch.save({prefix + key: value for key, value in state.items()}, path)
+    found = read_state_dict(path)
+    assert list(found) == list(state)
+    # Block by block, as d2i train compiles.
+    torch.save({k.replace(".attn.", "._orig_mod.attn."): v for k, v in state.items()}, path)
+    assert list(read_state_dict(path)) == list(state)
+    key = next(iter(state))
+    torch.save({key: state[key], prefix + key: state[key]}, path)
+    with pytest.raises(CheckpointError, match=r"holds both .* expected one network"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_numbers_that_are_none_are_counted_and_refused(
+    tmp_path: Path, state: dict[str, Tensor], value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "nan.pth", tmp_path / "model"
+    key = next(key for key, tensor in state.items() if tensor.ndim == 2)
+    torch.save(state | {key: state[key].index_fill(1, torch.tensor(0), value)}, path)
+    count = state[key].shape[0]
+    inspect_weights(str(path))
+    assert f"beware: {count} are NaN or infinite, the first in {key}" in capsys.readouterr().out
+    inspect_weights(str(path), as_json=True)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["not_finite"] == {key: count}
+    told = f"holds {count} weights that are NaN or infinite, the first in {key}"
+    with pytest.raises(CheckpointError, match=told):
+        import_weights(str(path), str(out), settings=["num_heads=4"])
+    assert not out.exists()
+    with pytest.raises(CheckpointError, match=told):
+        load_weights(build_network(load_recipe("demo").backbone), path)
