@@ -106,6 +106,7 @@ def test_guidance_is_chosen_for_a_published_backbone_too(
         **{name: best[name] for name in ("metric", "value", "num_instances", "seed")},
     }
     (out / "best.json").write_text(json.dumps(best | {"system": "uvit-s-deep"}))
+    (out / "best.json.sha256").unlink()
     refused = run_process("eval", *words, "--selected", out, "--out", tmp_path / "no")
     assert refused.returncode == 2
     assert "was chosen for uvit-s-deep, got uvit-s" in refused.stderr
