@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.config import (
     SCRATCH,
     BackboneConfig,
@@ -29,7 +28,7 @@ from d2i.config import (
     load_config,
 )
 from d2i.errors import ConfigError
-from d2i.settle import differences
+from d2i.settle import differences, read_settings
 
 _KEPT_NAME = "recipe.json"
 _PATHS = {
@@ -239,7 +238,7 @@ def load_recipe(name: str) -> Recipe:
 def keep_recipe(recipe: Recipe, data_url: str) -> None:
     """Keep the recipe beside the data it prepared, for the stages after."""
     data = (recipe.model_dump_json(indent=1) + "\n").encode()
-    storage.write_bytes(storage.join(data_url, _KEPT_NAME), data)
+    checksums.write_bytes(storage.join(data_url, _KEPT_NAME), data)
 
 
 def read_kept_recipe(data_url: str) -> Recipe:
@@ -302,7 +301,7 @@ def _find_kept_recipe(data_url: str) -> Recipe | None:
     for folder in (data_url, parent):
         url = storage.join(folder, _KEPT_NAME)
         if storage.exists(url):
-            return load_config(Recipe, json.loads(storage.read_bytes(url)), source=url)
+            return load_config(Recipe, read_settings(url), source=url)
     return None
 
 

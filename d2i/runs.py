@@ -5,17 +5,20 @@ Owns what a run refuses to go on with. Must not import torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from d2i import __version__, storage
+from d2i import __version__, checksums, storage
+from d2i.checksums import CRC_FIELD, has_crc32, json_line, say_not_verified
 from d2i.config import FORMERLY, Recipe, WeightsKind, load_config
 from d2i.errors import CheckpointError, ConfigError
+from d2i.parse import damaged, parse_json, read_json
 from d2i.published import weights_to_fetch
-from d2i.settle import settle, with_former
+from d2i.settle import read_settings, settle, with_former
 
 CONFIG_NAME = "config.json"
 EMA_NAME = "ema.safetensors"
@@ -30,6 +33,15 @@ VALIDATION_NAME = "validation.jsonl"
 # Written by a training that was asked to stop, and did.
 STOPPED_NAME = "stopped.json"
 BEST_NAME = "best.json"
+
+_SELECT_AGAIN = "repeat d2i select, or delete it"
+_TRAIN_AGAIN = (
+    "delete it and repeat that d2i train command, which writes it anew from the last checkpoint"
+)
+_EDIT_LOG = "delete that line, or restore the file"
+_END_OF_LINE = re.compile(rb'"crc32": \d+\}')
+# What is left of the field in any line of which one byte was changed.
+_TRACE_OF_CRC = re.compile(rb'"cr|c32"')
 
 _FORMERLY = {f"recipe.{path}": value for path, value in FORMERLY.items()}
 # What decides how far a run goes, where and in which pieces a step is computed, and what is kept of
@@ -130,7 +142,7 @@ def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
     """
     url = storage.join(run_url, CONFIG_NAME)
     if not is_begun:
-        storage.remove(url)
+        checksums.remove(url)
     named = [
         difference
         for difference in settle(url, asdict(config), _as_now)
@@ -190,14 +202,28 @@ def read_recipe(run_url: str) -> Recipe:
         CheckpointError: If the folder is no run.
     """
     url = storage.join(run_url, CONFIG_NAME)
+    recipe = read_run_config(run_url).get("recipe")
+    if not isinstance(recipe, dict):
+        raise _no_run(run_url)
+    return load_config(Recipe, with_former(recipe, FORMERLY), source=url)
+
+
+def read_run_config(run_url: str) -> dict[str, Any]:
+    """Return what `config.json` says a run is, as `RunConfig` has it; older runs say less.
+
+    Raises:
+        CheckpointError: If the folder is no run, or the file is damaged.
+    """
     try:
-        values = with_former(json.loads(storage.read_bytes(url))["recipe"], FORMERLY)
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise CheckpointError(
-            f"{run_url} is no run: {CONFIG_NAME} cannot be read; expected a folder made by "
-            "d2i train"
-        ) from err
-    return load_config(Recipe, values, source=url)
+        return read_settings(storage.join(run_url, CONFIG_NAME), CheckpointError)
+    except OSError as err:
+        raise _no_run(run_url) from err
+
+
+def _no_run(run_url: str) -> CheckpointError:
+    return CheckpointError(
+        f"{run_url} is no run: {CONFIG_NAME} cannot be read; expected a folder made by d2i train"
+    )
 
 
 def read_metrics(run_url: str) -> list[MetricsLine]:
@@ -223,18 +249,14 @@ def keep_lines_until(run_url: str, step: int, validation_step: int | None = None
         (METRICS_NAME, read_metrics(run_url), step),
         (VALIDATION_NAME, read_validation(run_url), last),
     ):
-        kept = "".join(_as_line(line) for line in lines if line.step <= kept_until)
-        storage.write_bytes(storage.join(run_url, name), kept.encode())
+        kept = [json_line(asdict(line)) for line in lines if line.step <= kept_until]
+        storage.write_bytes(storage.join(run_url, name), b"".join(kept))
 
 
 def append_line(run_url: str, line: MetricsLine | ValidationLine) -> None:
     """Append one line to `metrics.jsonl` or `validation.jsonl`."""
     name = METRICS_NAME if isinstance(line, MetricsLine) else VALIDATION_NAME
-    storage.append_bytes(storage.join(run_url, name), _as_line(line).encode())
-
-
-def _as_line(line: MetricsLine | ValidationLine) -> str:
-    return json.dumps(asdict(line)) + "\n"
+    storage.append_bytes(storage.join(run_url, name), json_line(asdict(line)))
 
 
 LineT = TypeVar("LineT", MetricsLine, ValidationLine)
@@ -242,12 +264,40 @@ LineT = TypeVar("LineT", MetricsLine, ValidationLine)
 
 def _read_lines(url: str, kind: type[LineT]) -> list[LineT]:
     lines = []
-    for text in storage.read_bytes(url).splitlines() if storage.exists(url) else []:
-        try:
-            lines.append(kind(**json.loads(text)))
-        except (ValueError, TypeError):
-            continue
+    for values in read_log(url):
+        with contextlib.suppress(TypeError):
+            lines.append(kind(**values))
     return lines
+
+
+def read_log(url: str) -> list[dict[str, Any]]:
+    """Read a file of lines that training wrote; empty where there is none.
+
+    A last line without its end was being written when the run was killed, and is left out; of a run
+    made before lines had a crc32, so is whatever else cannot be read.
+
+    Raises:
+        DataError: If another line is damaged.
+    """
+    data = storage.read_bytes(url) if storage.exists(url) else b""
+    *lines, last = data.split(b"\n")
+    is_summed = _TRACE_OF_CRC.search(data) is not None
+    if lines and not is_summed:
+        say_not_verified(url, "its lines")
+    if _END_OF_LINE.search(last) or (last and not is_summed):
+        lines.append(last)
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            is_good = isinstance(values, dict) and (has_crc32(values) or not is_summed)
+        except (ValueError, RecursionError):
+            is_good = False
+        if is_good:
+            found.append({name: v for name, v in values.items() if name != CRC_FIELD})
+        elif is_summed:
+            raise damaged(url, f"line {number} is not as it was written", next_step=_EDIT_LOG)
+    return found
 
 
 def last_step(run_url: str) -> int | None:
@@ -259,16 +309,18 @@ def last_step(run_url: str) -> int | None:
     url = storage.join(run_url, EMA_NAME)
     if not storage.exists(url):
         return None
+    refused: dict[str, Any] = {"next_step": _TRAIN_AGAIN, "error": CheckpointError}
+    if storage.local_path(url) is not None:
+        # Elsewhere only its head is read, and all of it once it is fetched.
+        checksums.check_file(url, **refused)
     try:
         length = int.from_bytes(storage.read_range(url, 0, 8), "little")
-        described = json.loads(storage.read_range(url, 8, length)).get("__metadata__", {})
+        header = storage.read_range(url, 8, min(length, storage.size_bytes(url)))
+        described = parse_json(header, url, **refused).get("__metadata__", {})
         if "step" in described:
             return int(described["step"])
-    except (OSError, ValueError, AttributeError, MemoryError, OverflowError) as err:
-        raise CheckpointError(
-            f"{url} is damaged: {err}; expected weights that d2i train wrote; delete it and repeat "
-            "that command, which writes it anew from the last checkpoint"
-        ) from err
+    except (OSError, ValueError, TypeError) as err:
+        raise damaged(url, err, "weights that d2i train wrote", **refused) from err
     # Of a run that was finished before results said their step.
     return read_recipe(run_url).train.num_steps
 
@@ -276,10 +328,10 @@ def last_step(run_url: str) -> int | None:
 def keep_num_steps(run_url: str, num_steps: int) -> None:
     """Say in `config.json` how many steps the run has made, now that it is finished."""
     url = storage.join(run_url, CONFIG_NAME)
-    config = json.loads(storage.read_bytes(url))
+    config = read_run_config(run_url)
     if config["recipe"]["train"]["num_steps"] != num_steps:
         config["recipe"]["train"]["num_steps"] = num_steps
-        storage.write_bytes(url, (json.dumps(config, indent=1, sort_keys=True) + "\n").encode())
+        checksums.write_bytes(url, (json.dumps(config, indent=1, sort_keys=True) + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -334,8 +386,8 @@ def best_choice(run_url: str, warn: Callable[[str], None] | None = None) -> Best
 
 
 def _read_best(url: str, run_url: str) -> BestChoice:
+    best = read_choice(run_url)
     try:
-        best = json.loads(storage.read_bytes(url))
         # Before it said so, its candidates did: the last checkpoint was among them.
         steps = [int(candidate["step"]) for candidate in best.get("candidates", ())]
         return BestChoice(
@@ -344,5 +396,16 @@ def _read_best(url: str, run_url: str) -> BestChoice:
             guidance_scale=float(best["guidance_scale"]),
             last_step=int(best.get("last_step", max([*steps, int(best.get("step", 0))]))),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise ConfigError(f"{url} is damaged: {err}; repeat d2i select, or delete it") from err
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as err:
+        raise damaged(url, repr(err), next_step=_SELECT_AGAIN, error=ConfigError) from err
+
+
+def read_choice(folder: str) -> dict[str, Any]:
+    """Return the `best.json` that `d2i select` wrote into a folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ConfigError: If it is damaged.
+    """
+    url = storage.join(folder, BEST_NAME)
+    return read_json(url, next_step=_SELECT_AGAIN, error=ConfigError)

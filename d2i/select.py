@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.config import ImageConfig, Recipe, WeightsKind, apply_settings
 from d2i.errors import CheckpointError, ConfigError, DataError
 from d2i.eval.guidance import drawn_with
@@ -25,7 +25,7 @@ from d2i.metric_specs import METRICS, MetricSpec
 from d2i.models import save_weights
 from d2i.pictures import decode_picture
 from d2i.recipes import change_recipe, read_kept_recipe
-from d2i.runs import BEST_NAME, CONFIG_NAME, last_step, read_recipe
+from d2i.runs import BEST_NAME, last_step, read_recipe, read_run_config
 from d2i.settle import settle
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 from d2i.train.checkpoint import KIND_OF_WEIGHTS, Checkpoint, step_of, whole_checkpoints
@@ -112,7 +112,7 @@ def select(
         "candidates": candidates,
     }
     data = json.dumps(result, indent=1, sort_keys=True) + "\n"
-    storage.write_bytes(search.best_url, data.encode())
+    checksums.write_bytes(search.best_url, data.encode())
     return result
 
 
@@ -160,7 +160,7 @@ def _trained_on(run_url: str) -> str:
     Raises:
         ConfigError: If that is an address, which counts only in the command.
     """
-    data_url = str(json.loads(storage.read_bytes(storage.join(run_url, CONFIG_NAME)))["data"])
+    data_url = str(read_run_config(run_url)["data"])
     if storage.names_host(data_url):
         raise ConfigError(
             f"{run_url} was trained on {data_url!r}, an address in a file of the run; expected it "
@@ -178,8 +178,7 @@ def _candidate_of_run(
     if not storage.exists(weights):
         checkpoint = Checkpoint(folder)
         checkpoint.check()
-        with storage.new_file(weights) as path:
-            save_weights(dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind])), path)
+        save_weights(dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind])), weights)
     backbone = recipe.backbone.model_copy(update={"weights": weights})
     label = f"step-{step}, {kind}, guidance {scale:g}"
     return _Candidate(

@@ -1,7 +1,7 @@
 """What decided a folder's content: kept beside it once, compared ever after.
 
 A command that is repeated goes on only where it would have made the same. Must not import any part
-of d2i but `storage` and `errors`.
+of d2i but `checksums`, `parse`, `storage` and `errors`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from d2i import storage
-from d2i.errors import ConfigError
+from d2i import checksums, storage
+from d2i.checksums import checksum_url
+from d2i.errors import ConfigError, D2IError
+from d2i.parse import damaged, read_json
 
 
 def settle(
@@ -34,17 +36,28 @@ def settle(
     """
     data = (json.dumps(mine, indent=1, sort_keys=True) + "\n").encode()
     if not storage.exists(url):
-        storage.write_bytes(url, data)
+        checksums.write_bytes(url, data)
         return []
+    kept = read_settings(url)
     try:
-        kept = json.loads(storage.read_bytes(url))
-    except ValueError as err:
-        raise ConfigError(
-            f"{url} is damaged: {err}; expected JSON; choose another folder, or delete this one"
-        ) from err
-    if not isinstance(kept, dict):
-        raise ConfigError(f"{url} is damaged: expected a JSON object; choose another folder")
-    return differences(json.loads(data), as_now(kept))
+        return differences(json.loads(data), as_now(kept))
+    except (AttributeError, KeyError, TypeError) as err:
+        raise damaged(url, repr(err), next_step=_next_step(url), error=ConfigError) from err
+
+
+def read_settings(url: str, error: type[D2IError] = ConfigError) -> dict[str, Any]:
+    """Read settings that d2i keeps as JSON beside what they decided.
+
+    Raises:
+        FileNotFoundError: If there are none.
+        D2IError: An `error`, if they are damaged, or were edited and still have their checksum.
+    """
+    return read_json(url, next_step=_next_step(url), error=error)
+
+
+def _next_step(url: str) -> str:
+    beside = checksum_url(url)
+    return f"edited? delete {beside} to accept it; else restore it, or choose another folder"
 
 
 def with_former(kept: Mapping[str, Any], formerly: Mapping[str, Any]) -> dict[str, Any]:

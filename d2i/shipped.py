@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.errors import ConfigError
 
 _PREFIX = "demo:"
@@ -32,9 +32,26 @@ def resolve_weights(name: str) -> str:
         ConfigError: If no shipped model has that name.
     """
     if not is_shipped(name):
-        return str(storage.local_path(name) or storage.local_copies(name))
+        return str(storage.local_path(name) or _copy_of(name))
     folder = _FOLDER / name.removeprefix(_PREFIX)
     if not folder.is_dir():
         known = ", ".join(sorted(_PREFIX + p.name for p in _FOLDER.glob("*/")))
         raise ConfigError(f"{name}: no such shipped model; expected one of {known}")
     return str(folder)
+
+
+def _copy_of(url: str) -> Path:
+    """Return the copy of a file or folder, made anew where it has not the sha256 beside the file.
+
+    Of a file that has not that sha256 itself the copy is refused by whoever reads it.
+    """
+    path = storage.local_copies(url)
+    is_folder = path.is_dir()
+    if not is_folder and storage.exists(checksums.checksum_url(url)):
+        line = storage.read_bytes(checksums.checksum_url(url))
+        storage.write_bytes(checksums.checksum_url(str(path)), line)
+    for file in sorted(path.iterdir()) if is_folder else [path]:
+        said = checksums.read_checksum(str(file))
+        if said is not None and said != checksums.file_sha256(str(file)):
+            storage.fetch_file(storage.join(url, file.name) if is_folder else url, file)
+    return path

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.errors import DataError
 from d2i.file_kind import HEAD_BYTES, file_kind
 
@@ -115,7 +115,7 @@ def open_index(root: str) -> TarIndex:
     _make_cache(folder, root)
     # Workers that start together wait for the first one.
     with storage.only_writer(str(folder), wait_s=math.inf):
-        if not path.exists():
+        if not _is_sound(path):
             table = _sorted(_read_members(urls))
             if not table.num_rows:
                 raise DataError(f"{root}: got tars without files; expected pictures in them")
@@ -242,10 +242,18 @@ def _sorted(rows: _Rows) -> pa.Table:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    with storage.scratch_file(str(path.parent)) as scratch:
-        with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        storage.publish_file(scratch, str(path))
+    with (
+        checksums.new_file(str(path)) as scratch,
+        pa.OSFile(str(scratch), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
+
+
+def _is_sound(path: Path) -> bool:
+    """Say whether an index is there, as it was written; one without a checksum is made anew."""
+    said = checksums.read_checksum(str(path))
+    return said is not None and path.exists() and checksums.file_sha256(str(path)) == said
 
 
 def _hash(name: str) -> int:

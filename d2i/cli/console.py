@@ -46,6 +46,13 @@ CacheGbOption = Annotated[
     float | None,
     typer.Option("--cache-gb", min=0, help="The most it may hold, in 1e9 bytes; else all."),
 ]
+CheckDataOption = Annotated[
+    bool,
+    typer.Option(
+        "--check-data/--no-check-data",
+        help="Compare data with its checksums when first read; not needed after d2i verify.",
+    ),
+]
 FaultOption = Annotated[
     str | None, typer.Option("--fault", help="POINT:error|sleep|kill:N, for proofs.")
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from d2i.cli.console import (
     INTERRUPTED,
     CacheDirOption,
     CacheGbOption,
+    CheckDataOption,
     FaultOption,
     JsonOption,
     RecipeOption,
@@ -46,6 +46,7 @@ def train(
     cache_dir: CacheDirOption = None,
     cache_gb: CacheGbOption = None,
     *,
+    check_data: CheckDataOption = True,
     preflight: Annotated[
         bool, typer.Option("--preflight", help="Measure this machine for it; train nothing.")
     ] = False,
@@ -74,6 +75,7 @@ def train(
     """
     from d2i import storage
     from d2i.fault import parse_fault
+    from d2i.parse import read_json
     from d2i.recipes import resolve_recipe
     from d2i.runs import STOPPED_NAME, check_initial_weights
     from d2i.train.command import deepspeed_command, run_command
@@ -90,6 +92,7 @@ def train(
     arguments += ["--zero", str(zero)] if zero else []
     arguments += ["--cache-dir", str(cache_dir)] if cache_dir else []
     arguments += ["--cache-gb", str(cache_gb)] if cache_gb is not None else []
+    arguments += [] if check_data else ["--no-check-data"]
     arguments += ["--fault", fault] if fault else []
     arguments += ["--preflight"] if preflight else []
     command = deepspeed_command(arguments, num_accelerators)
@@ -100,7 +103,7 @@ def train(
     if code and not storage.exists(storage.join(run, STOPPED_NAME)):
         raise typer.Exit(2 if code == 2 else 1)
     if preflight:
-        found = json.loads(storage.read_bytes(storage.join(run, "preflight.json")))
+        found = read_json(storage.join(run, "preflight.json"))
         print_result(found, [f"{name}: {v}" for name, v in found.items()], as_json=as_json)
         return
     _print_run(run, resolved.train.num_steps, as_json=as_json)

@@ -35,7 +35,7 @@ def verify(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every byte of prepared shards against their manifest; exit code 1 if any is wrong.
+    """Check every byte of prepared shards, plan and ledger; exit code 1 if any is wrong.
 
     Examples:
 
@@ -43,6 +43,7 @@ def verify(
 
         d2i verify data/test
     """
+    from d2i.preprocess.kept import check_job_files
     from d2i.shards import find_data_sets
     from d2i.shards import verify as verify_shards
 
@@ -53,7 +54,8 @@ def verify(
         report = verify_shards(
             url, on_progress=lambda done, total: progress.show(f"{done}/{total}")
         )
-        problems += [dataclasses.asdict(p) | {"folder": url} for p in report.problems]
+        found = [*report.problems, *check_job_files(url)]
+        problems += [dataclasses.asdict(p) | {"folder": url} for p in found]
         num_samples, num_shards = num_samples + report.num_samples, num_shards + report.num_shards
     progress.close()
     lines = [_problem_line(problem) for problem in problems]

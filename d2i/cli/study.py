@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +12,7 @@ import typer
 from d2i.cli.console import (
     CacheDirOption,
     CacheGbOption,
+    CheckDataOption,
     FaultOption,
     JsonOption,
     ProgressLine,
@@ -103,6 +103,7 @@ def evaluate(
     cache_dir: CacheDirOption = None,
     cache_gb: CacheGbOption = None,
     *,
+    check_data: CheckDataOption = True,
     parallel: Annotated[bool, typer.Option("--parallel", help="Work on Ray.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take.")] = False,
     rate: RateOption = None,
@@ -163,7 +164,9 @@ def evaluate(
         num_workers=workers if parallel else 0,
         ray_address=ray_address,
         fault=parse_fault(fault),
-        open_shards=partial(ShardReader, cache_dir=cache_dir, cache_gb=cache_gb),
+        open_shards=partial(
+            ShardReader, cache_dir=cache_dir, cache_gb=cache_gb, check_data=check_data
+        ),
     )
     if dry_run:
         _foresee(request, assumed, as_json=as_json)
@@ -221,11 +224,12 @@ def report(
 
         d2i report scores/before scores/after --case test-7-3-0 --out cases.html
     """
+    from d2i.parse import read_json
     from d2i.report import write_report
 
     try:
-        measured = json.loads(times.read_text()) if times else None
-    except (OSError, ValueError) as err:
+        measured = read_json(str(times), error=ConfigError) if times else None
+    except OSError as err:
         raise ConfigError(
             f"--times {times}: {err}; expected the JSON that d2i demo writes"
         ) from err

@@ -18,12 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from d2i import __version__, storage
+from d2i import __version__, checksums, storage
 from d2i.errors import ClusterError, ConfigError, D2IError
+from d2i.parse import read_json
 from d2i.processes import end_with_parent
 from d2i.settle import settle
 
 NUM_RANKS = 2
+_CHOOSE_ANOTHER = "choose another --out"
 NUM_WORKERS = 2
 
 
@@ -141,7 +143,7 @@ class _Times:
         self._path = path
         self._kept: dict[str, Any] = {"machine": _machine(), "begun": [], "stages": []}
         if path.exists():
-            self._kept = json.loads(path.read_text())
+            self._kept = read_json(str(path), next_step=f"delete it, or {_CHOOSE_ANOTHER}")
         self._is_resumed = False
 
     @property
@@ -175,7 +177,8 @@ class _Times:
         self._write()
 
     def _write(self) -> None:
-        storage.write_bytes(str(self._path), (json.dumps(self._kept, indent=1) + "\n").encode())
+        data = (json.dumps(self._kept, indent=1) + "\n").encode()
+        checksums.write_bytes(str(self._path), data)
 
 
 def _settle(request: DemoRequest) -> None:
@@ -232,12 +235,11 @@ def _result(request: DemoRequest, times: _Times) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as err:
+        return read_json(str(path), next_step=_CHOOSE_ANOTHER)
+    except OSError as err:
         raise D2IError(
-            f"{path}: {err}; expected what an earlier stage wrote; choose another --out"
+            f"{path}: {err}; expected what an earlier stage wrote; {_CHOOSE_ANOTHER}"
         ) from err
-    return content
 
 
 def _machine() -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from d2i import storage
+from d2i import checksums
 from d2i.demo.judge import Answer, read_all, share_right
 from d2i.demo.scene import ATTRIBUTES, GROUPS, Scene
 from d2i.recipes import read_kept_recipe
+from d2i.report.evaluation import read_evaluation
 from d2i.shards import ShardReader
 
 _JUDGE = (
@@ -51,7 +51,7 @@ def judge_evaluations(folders: Sequence[Path], data: Path, corpus: Path) -> str:
         answers = _answers(_generated(folder))
         verdict = _verdict(scenes, answers, baselines)
         content = (json.dumps(verdict, indent=1) + "\n").encode()
-        storage.write_bytes(str(folder / "judged.json"), content)
+        checksums.write_bytes(str(folder / "judged.json"), content)
         line.append(f"{folder.name} {verdict['accuracy']['generated']:.1%}")
     return ", ".join(line)
 
@@ -110,14 +110,9 @@ def _answers(pictures: dict[str, Image.Image]) -> Answers:
 
 
 def _generated(folder: Path) -> dict[str, Image.Image]:
-    pictures: dict[str, Image.Image] = {}
-    for path in sorted((folder / "images").glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                if file is not None:
-                    pictures[member.name.removesuffix(".png")] = Image.open(io.BytesIO(file.read()))
-    return pictures
+    evaluation = read_evaluation(folder)
+    pictures = evaluation.read_pictures(evaluation.picture_urls)
+    return {key: Image.open(io.BytesIO(data)) for key, data in pictures.items()}
 
 
 def _true_pictures(reader: ShardReader) -> dict[str, Image.Image]:

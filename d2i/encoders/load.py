@@ -13,9 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from d2i import checksums
 from d2i.config import Precision
 from d2i.errors import CheckpointError
 from d2i.shipped import resolve_weights
+
+_IMPORT_AGAIN = "copy it again from where it came, or repeat d2i weights import"
 
 
 def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
@@ -31,6 +34,7 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
     """
     where = resolve_weights(name)
     subfolder = ""
+    check_beside(Path(where))
     if not Path(where).exists() and where.count("/") == 2:
         where, _, subfolder = where.rpartition("/")
     try:
@@ -44,6 +48,18 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
             "save_pretrained or a hub repository; give a local folder with --set encoders.…=PATH"
         ) from err
     return freeze(module)
+
+
+def check_beside(place: Path) -> None:
+    """Compare a file, or all files of a folder, with the sha256 beside them, where there is one.
+
+    Raises:
+        CheckpointError: If one differs.
+    """
+    files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
+    for file in map(str, files):
+        if checksums.read_checksum(file) is not None:
+            checksums.check_file(file, next_step=_IMPORT_AGAIN, error=CheckpointError)
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2i.config import Precision
-from d2i.encoders.load import freeze, load_pretrained, padded_batches, run_padded, weights_hash
+from d2i.encoders.load import (
+    check_beside,
+    freeze,
+    load_pretrained,
+    padded_batches,
+    run_padded,
+    weights_hash,
+)
 from d2i.errors import CheckpointError
 from d2i.shipped import resolve_weights
 
@@ -80,6 +87,7 @@ def _load(name: str, kind: Literal["kl", "tiny"]) -> Any:
             return _load_kl_file(path)
         return load_pretrained(AutoencoderKL, name, **_PLAIN_LOADING)
     if path.suffix == ".safetensors":
+        check_beside(path)
         return _load_tiny_file(path, AutoencoderTiny())
     return load_pretrained(AutoencoderTiny, name, **_PLAIN_LOADING)
 

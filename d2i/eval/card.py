@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
 from d2i import storage
@@ -15,6 +14,7 @@ from d2i.models import changed_sizes
 from d2i.models.folder import resolve_sizes
 from d2i.models.initial import describe_initial_weights
 from d2i.pictures import RESIZE
+from d2i.settle import read_settings
 from d2i.shards import ShardReader
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def metric_card(request: EvalRequest, reader: ShardReader, measured: Measured) -> dict[str, Any]:
     """Return the card of a finished evaluation, as JSON values."""
-    of_workers: dict[str, Any] = json.loads(storage.read_bytes(describe_url(request.out_url)))
+    of_workers = read_settings(describe_url(request.out_url))
     of_workers.pop("real")
     if windows := of_workers["weights"].pop("text_tokens", None):
         of_workers["text_tokens"] = windows

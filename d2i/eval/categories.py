@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.dialog import key_order_hash
 from d2i.errors import DataError
 from d2i.eval.influences import divergences
@@ -112,7 +112,7 @@ def write_categories(out_url: str, reader: ShardReader, arrays: Arrays | None = 
         "categories": [_as_json(found) for found in score_categories(Measured(arrays), members)],
     }
     data = json.dumps(document, indent=1, sort_keys=True) + "\n"
-    storage.write_bytes(storage.join(out_url, CATEGORIES_NAME), data.encode())
+    checksums.write_bytes(storage.join(out_url, CATEGORIES_NAME), data.encode())
 
 
 def find_members(reader: ShardReader) -> dict[str, list[str]]:

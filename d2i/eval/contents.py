@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.eval.systems import SystemSpec
 from d2i.eval.systems.images import is_picture
 from d2i.shards.manifest import MANIFEST_NAME
@@ -48,12 +48,14 @@ def _hash_files(place: str, *, pictures_only: bool) -> Iterator[tuple[str, str]]
     """Give name and hash of the file at a place, or of all files below it."""
     local = storage.local_path(place)
     if local is None:
-        yield from storage.list_versions(place).items()
+        versions = storage.list_versions(place).items()
+        yield from (found for found in versions if not found[0].endswith(checksums.SUFFIX))
         return
     path = Path(resolve_weights(str(local)))
     names = [""] if path.is_file() else [str(found.relative_to(path)) for found in path.rglob("*")]
     for name in names:
         file = path / name
-        if file.is_file() and (is_picture(name) or not pictures_only):
-            with file.open("rb") as opened:
-                yield name, hashlib.file_digest(opened, "sha256").hexdigest()
+        # A checksum says nothing of its own, and may be deleted.
+        is_content = file.is_file() and not name.endswith(checksums.SUFFIX)
+        if is_content and (is_picture(name) or not pictures_only):
+            yield name, checksums.file_sha256(str(file))

@@ -5,14 +5,13 @@ Who chose a guidance scale is kept: one that was searched for scores better. Mus
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from d2i import storage
 from d2i.errors import ConfigError
-from d2i.runs import BEST_NAME, best_choice
+from d2i.runs import BEST_NAME, best_choice, read_choice
 
 _SAID = ("metric", "value", "num_instances", "seed")
 
@@ -63,7 +62,7 @@ def choose_settings(
     said: dict[str, Any] = {"how": "recipe"}
     if kind == "run" and (best := best_choice(target)):
         if _value("sample.weights", given) in (None, best.weights_kind):
-            chosen, said = best.settings(), _said(_read(target))
+            chosen, said = best.settings(), _said(read_choice(target))
     elif selected is not None:
         content = _read_selected(selected, system, drawn_with(weights, adapter))
         chosen, said = list(content["settings"]), _said(content)
@@ -91,17 +90,12 @@ def _said(best: dict[str, Any]) -> dict[str, Any]:
     return {"how": "select"} | {name: best.get(name) for name in _SAID}
 
 
-def _read(folder: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, BEST_NAME)))
-    return content
-
-
 def _read_selected(folder: str, system: str, files: dict[str, str | None]) -> dict[str, Any]:
     """Read what `d2i select --system` chose, and make sure that it is for this system and files."""
     try:
-        best = _read(folder)
+        best = read_choice(folder)
         of, settings = best["system"], best["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as err:
+    except (OSError, KeyError) as err:
         raise ConfigError(
             f"--selected {folder}: {BEST_NAME} there cannot be read; expected what d2i select "
             "--system wrote; repeat that command"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.cluster import JobFault, Pool, job_fault, run_tasks, session
 from d2i.cluster.forecast import Work
 from d2i.cluster.offer import Unit, offer_of_session
@@ -30,15 +30,14 @@ from d2i.eval.systems import SystemSpec
 from d2i.eval.tasks import (
     EvalTask,
     finished_tasks,
-    images_url,
     plan_tasks,
     read_tasks,
-    saved_tasks,
+    remove_unfinished,
 )
 from d2i.eval.worker import EvalWorkerBuilder, SaveImages, TaskResult, describe_url
 from d2i.fault import Fault
 from d2i.recipes import check_prepared_with
-from d2i.settle import settle, with_former
+from d2i.settle import read_settings, settle, with_former
 from d2i.shards import ShardReader
 
 SCORES_NAME = "scores.json"
@@ -141,7 +140,7 @@ def rate_decided_by(request: EvalRequest, unit: Unit) -> dict[str, Any]:
 def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> dict[str, Any]:
     reader = request.open_shards(request.data_url)
     check_prepared_with(request.recipe, request.data_url, parts=("image", "encoders"))
-    _remove_unfinished(request.out_url)
+    remove_unfinished(request.out_url)
     if not len(reader):
         raise DataError(
             f"{request.data_url} holds no sample; expected at least one; its ledger and "
@@ -160,16 +159,8 @@ def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> 
     if card["corpus"] == CORPUS:
         write_categories(request.out_url, reader, measured.arrays)
     data = json.dumps(result, indent=1, sort_keys=True) + "\n"
-    storage.write_bytes(storage.join(request.out_url, SCORES_NAME), data.encode())
+    checksums.write_bytes(storage.join(request.out_url, SCORES_NAME), data.encode())
     return result
-
-
-def _remove_unfinished(out_url: str) -> None:
-    """Remove what killed processes left: files half written, and pictures of no finished task."""
-    for folder in ("tasks", "images"):
-        storage.remove_leftovers(storage.join(out_url, folder))
-    for task in {*saved_tasks(out_url)} - {*finished_tasks(out_url)}:
-        storage.remove(images_url(out_url, task))
 
 
 def _read_arrays(out_url: str, num_instances: int) -> Arrays:
@@ -253,8 +244,8 @@ def _settle(request: EvalRequest, decided: dict[str, Any]) -> None:
     )
     if not finished_tasks(request.out_url):
         # Nothing was drawn under them yet: they may be those of a command with a typing error.
-        storage.remove(kept)
-        storage.remove(described)
+        checksums.remove(kept)
+        checksums.remove(described)
     formerly = {f"recipe.{path}": value for path, value in FORMERLY.items()}
     differences = settle(kept, decided, partial(with_former, formerly=formerly))
     if differences and all(difference.startswith("files.") for difference in differences):
@@ -276,7 +267,7 @@ def _write_rows(request: EvalRequest, measured: Measured) -> None:
 
 def _keep_real(request: EvalRequest, measured: Measured) -> None:
     """Keep what was measured of the true pictures, for the next evaluation on this machine."""
-    described = json.loads(storage.read_bytes(describe_url(request.out_url)))["real"]
+    described = read_settings(describe_url(request.out_url))["real"]
     try:
         RealFeatures(described).keep(measured.arrays)
     except OSError as err:

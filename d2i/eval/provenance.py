@@ -7,12 +7,13 @@ they do not say is left out.
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 from d2i import storage
 from d2i.corpora import CORPORA
+from d2i.errors import DataError
 from d2i.runs import CONFIG_NAME, read_recipe
+from d2i.settle import read_settings
 
 # Which instances there are, and what each of them reads.
 _OPTIONS = ("direction", "own_turn", "images_in_turn", "repeated", "earlier_images", "emoji")
@@ -72,7 +73,6 @@ def _changed(layout: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _read_object(url: str) -> dict[str, Any]:
     try:
-        found = json.loads(storage.read_bytes(url))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return read_settings(url, DataError)
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return found if isinstance(found, dict) else {}

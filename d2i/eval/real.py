@@ -15,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2i import storage
+from d2i.checksums import file_sha256
+from d2i.errors import DataError
+from d2i.parse import parse_json
 
 NAMES = ("real_features", "real_embeddings")
 _DESCRIBED = "described.json"
 
 
 class RealFeatures:
-    """The cached features of one data set under one fingerprint.
+    """The cached features of one data set under one fingerprint, compared with their sha256.
 
     Args:
         described: What decides them, as JSON values.
@@ -41,20 +44,36 @@ class RealFeatures:
         """Keep the features of all instances, in the order of the data set."""
         if self._kept is not None:
             return
+        sums = {}
         for name in NAMES:
             url = str(self._folder / f"{name}.npy")
-            with storage.new_file(url) as path, path.open("wb") as file:
-                np.save(file, arrays[name], allow_pickle=False)
+            with storage.new_file(url) as path:
+                with path.open("wb") as file:
+                    np.save(file, arrays[name], allow_pickle=False)
+                sums[name] = file_sha256(str(path))
         # Written last: without it nothing is kept.
-        storage.write_bytes(str(self._folder / _DESCRIBED), self._described.encode())
+        said = json.dumps({"described": self._described, "sha256": sums})
+        storage.write_bytes(str(self._folder / _DESCRIBED), said.encode())
 
     @cached_property
     def _kept(self) -> dict[str, NDArray[Any]] | None:
-        path = self._folder / _DESCRIBED
-        if not path.is_file() or path.read_text() != self._described:
+        """The features as they were kept; None where any of them is not as it was written."""
+        try:
+            said = parse_json(storage.read_bytes(str(self._folder / _DESCRIBED)), _DESCRIBED)
+            if said.get("described") != self._described:
+                return None
+            return {name: self._read_kept(name, said["sha256"][name]) for name in NAMES}
+        except (OSError, DataError, ValueError, LookupError, TypeError):
             return None
-        # Mapped, so that all workers of a machine share one copy in memory.
-        return {
-            name: np.load(self._folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in NAMES
-        }
+
+    def _read_kept(self, name: str, sha256: str) -> NDArray[Any]:
+        """Map an array, so that all workers of a machine share one copy in memory.
+
+        Raises:
+            ValueError: If its file has another sha256.
+        """
+        path = self._folder / f"{name}.npy"
+        if file_sha256(str(path)) != sha256:
+            raise ValueError(f"{path} does not have the sha256 that it was kept with")
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array

@@ -6,21 +6,25 @@ dealt out: an evaluation may go on with tasks of another size. Must not import t
 
 from __future__ import annotations
 
-import io
 import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2i import storage
-from d2i.errors import DataError
+from d2i.checksums import compare, file_sha256, sha256_of
+from d2i.markers import read_markers, write_marker
+from d2i.parse import damaged, parse_npz
 
-_NAME = re.compile(r"(\d{8})-(\d{8})\.(?:npz|tar)")
+_OF_ALL = ("keys", "reasons", "sources", "is_flat", "real_features", "real_embeddings")
+_OF_DRAWN = ("features", "embeddings")
+"""Names of arrays with a row an instance, and with a row a drawn picture."""
+_DRAW_AGAIN = "remove it and repeat the command: its pictures are drawn anew"
+MARKER_GONE = "remove it: its task is then read, and not verified; or remove the task's npz as well"
+_NAME = re.compile(r"(\d{8})-(\d{8})\.(npz|tar|json)")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def finished_tasks(out_url: str) -> list[EvalTask]:
     Of tasks that overlap, which a worker leaves that outlived its driver, one alone counts.
     """
     tasks: list[EvalTask] = []
-    for task in _listed(storage.join(out_url, "tasks")):
+    for task in _listed(storage.join(out_url, "tasks"), "npz"):
         if not tasks or task.start >= tasks[-1].stop:
             tasks.append(task)
     return tasks
@@ -75,31 +79,61 @@ def finished_tasks(out_url: str) -> list[EvalTask]:
 
 def saved_tasks(out_url: str) -> list[EvalTask]:
     """List the tasks of which pictures were kept, finished or not."""
-    return _listed(storage.join(out_url, "images"))
+    return _listed(storage.join(out_url, "images"), "tar")
+
+
+def remove_unfinished(out_url: str) -> None:
+    """Remove what killed processes left: files half written, and what is of no finished task."""
+    for folder in ("tasks", "images"):
+        storage.remove_leftovers(storage.join(out_url, folder))
+    finished = set(finished_tasks(out_url))
+    for task in {*_listed(storage.join(out_url, "tasks"), "json")} - finished:
+        storage.remove(storage.join(out_url, _marker_path(task)))
+    for task in {*saved_tasks(out_url)} - finished:
+        storage.remove(images_url(out_url, task))
 
 
 def images_url(out_url: str, task: EvalTask) -> str:
     """Return where the pictures of a task are kept, where any are."""
-    return storage.join(out_url, "images", f"{task.name}.tar")
+    return storage.join(out_url, images_path(task))
 
 
-def write_task(out_url: str, task: EvalTask, arrays: dict[str, NDArray[Any]]) -> None:
-    """Keep what was measured of a task; with this file it is finished.
+def images_path(task: EvalTask) -> str:
+    """Return the same within the evaluation."""
+    return f"images/{task.name}.tar"
 
-    Its name is not waited for: a power failure may cost the last tasks, which are then done anew.
+
+def write_task(
+    out_url: str,
+    task: EvalTask,
+    arrays: dict[str, NDArray[Any]],
+    pictures: Mapping[str, str] | None = None,
+) -> None:
+    """Keep what was measured of a task, and in its marker the sha256 of that and of its pictures.
+
+    Names are not waited for: a power failure may cost the last tasks, which are then done anew.
+
+    Args:
+        out_url: The evaluation's folder.
+        task: Which task.
+        arrays: What was measured.
+        pictures: sha256 of the file of its pictures, by path in the evaluation.
     """
-    with (
-        storage.new_file(_task_url(out_url, task), sync_name=False) as path,
-        path.open("wb") as file,
-    ):
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    marker_url = storage.join(out_url, _marker_path(task))
+    storage.remove(marker_url)
+    with storage.new_file(storage.join(out_url, _task_path(task)), sync_name=False) as scratch:
+        with scratch.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        digest = file_sha256(str(scratch))
+    files = {_task_path(task): digest, **(pictures or {})}
+    write_marker(marker_url, files, sync_name=False)
 
 
 def read_tasks(out_url: str, tasks: Sequence[EvalTask]) -> dict[str, NDArray[Any]]:
     """Put the arrays of tasks together, in the order given.
 
     Raises:
-        DataError: If a task's file is damaged.
+        DataError: If a task's file is damaged, or has not the sha256 in the task's marker.
     """
     parts: dict[str, list[NDArray[Any]]] = {}
     for arrays in _each(out_url, tasks):
@@ -109,24 +143,48 @@ def read_tasks(out_url: str, tasks: Sequence[EvalTask]) -> dict[str, NDArray[Any
     return {name: np.concatenate(parts.pop(name)) for name in list(parts)}
 
 
-def _listed(folder_url: str) -> list[EvalTask]:
-    matches = map(_NAME.fullmatch, storage.list_names(folder_url))
-    tasks = [EvalTask(int(match[1]), int(match[2])) for match in matches if match]
+def _listed(folder_url: str, suffix: str) -> list[EvalTask]:
+    found = map(_NAME.fullmatch, storage.list_names(folder_url))
+    tasks = [EvalTask(int(m[1]), int(m[2])) for m in found if m and m[3] == suffix]
     return sorted(tasks, key=lambda task: (task.start, task.stop))
 
 
 def _each(out_url: str, tasks: Sequence[EvalTask]) -> Iterator[dict[str, NDArray[Any]]]:
-    urls = [_task_url(out_url, task) for task in tasks]
-    for url, data in zip(urls, storage.read_each(urls), strict=True):
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                yield dict(arrays)
-        except (ValueError, EOFError, BadZipFile, zlib.error) as err:
-            raise DataError(
-                f"{url} is damaged: {err}; expected what a finished task leaves; remove it and "
-                "repeat the command: its pictures are drawn anew"
-            ) from err
+    sums = read_markers(storage.join(out_url, "tasks"), next_step=MARKER_GONE)
+    paths = [_task_path(task) for task in tasks]
+    urls = [storage.join(out_url, path) for path in paths]
+    for task, path, url, data in zip(tasks, paths, urls, storage.read_each(urls), strict=True):
+        where = _marker_path(task)
+        compare(url, sha256_of(data), sums.get(path), where=where, next_step=_DRAW_AGAIN)
+        arrays = parse_npz(data, url, next_step=_DRAW_AGAIN)
+        _check_rows(url, task, arrays)
+        yield arrays
 
 
-def _task_url(out_url: str, task: EvalTask) -> str:
-    return storage.join(out_url, "tasks", f"{task.name}.npz")
+def _check_rows(url: str, task: EvalTask, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Make sure that the arrays of a task belong together; those of before have no marker.
+
+    Raises:
+        DataError: If one is lost, or has another number of rows.
+    """
+    num = len(task.indices)
+    rows = {name: array.shape[0] if array.ndim else -1 for name, array in arrays.items()}
+    if "reasons" in arrays:
+        num_drawn = int((arrays["reasons"] == "").sum())
+        of_drawn = dict.fromkeys(_OF_DRAWN, num_drawn) if num_drawn else {}
+        of_drawn |= {"logits": num_drawn} if "logits" in rows else {}
+        of_all = dict.fromkeys((*_OF_ALL, *{"text_embeddings"} & rows.keys()), num)
+        expected = of_all | of_drawn
+    else:
+        expected = dict.fromkeys(rows, num)
+    if rows != expected:
+        reason = f"it holds rows {rows}; expected {expected}"
+        raise damaged(url, reason, next_step=_DRAW_AGAIN)
+
+
+def _task_path(task: EvalTask) -> str:
+    return f"tasks/{task.name}.npz"
+
+
+def _marker_path(task: EvalTask) -> str:
+    return f"tasks/{task.name}.json"

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2i import storage
+from d2i.checksums import sha256_of
 from d2i.cluster import JobFault, device_of_worker
 from d2i.config import Recipe
 from d2i.dialog import key_order_hash
@@ -23,7 +24,7 @@ from d2i.eval.measure import Measurer, drawing_rows
 from d2i.eval.prompts import ContextMode, PromptReader
 from d2i.eval.system import Drawing, SystemContext
 from d2i.eval.systems import SystemSpec, build_system
-from d2i.eval.tasks import EvalTask, images_url, write_task
+from d2i.eval.tasks import EvalTask, images_path, images_url, write_task
 from d2i.pictures import png_bytes
 from d2i.settle import settle
 from d2i.shards import ShardReader
@@ -101,9 +102,10 @@ class EvalWorker:
             for key, drawing in zip(keys, drawings, strict=True)
             if drawing.pixels is not None
         }
-        self._save_pictures(task, pictures)
+        saved = self._save_pictures(task, pictures)
         self._reach("eval.pictures_written")
-        write_task(self._builder.out_url, task, self._measure(task, keys, drawings, pictures))
+        arrays = self._measure(task, keys, drawings, pictures)
+        write_task(self._builder.out_url, task, arrays, saved)
         self._reach("eval.task_written")
         reasons = Counter(drawing.reason for drawing in drawings if drawing.pixels is None)
         return TaskResult(len(pictures), reasons)
@@ -148,14 +150,20 @@ class EvalWorker:
             **drawn,
         }
 
-    def _save_pictures(self, task: EvalTask, pictures: dict[str, NDArray[np.uint8]]) -> None:
+    def _save_pictures(
+        self, task: EvalTask, pictures: dict[str, NDArray[np.uint8]]
+    ) -> dict[str, str]:
+        """Keep the pictures that are asked for; return the sha256 of their file, by its path."""
         chosen = [
             (key, png_bytes(pixels, {"key": key, "system": self._builder.system.name}))
             for key, pixels in pictures.items()
             if _is_saved(key, self._builder.save_images)
         ]
-        if chosen:
-            storage.write_bytes(images_url(self._builder.out_url, task), _tar_bytes(chosen))
+        if not chosen:
+            return {}
+        data = _tar_bytes(chosen)
+        storage.write_bytes(images_url(self._builder.out_url, task), data)
+        return {images_path(task): sha256_of(data)}
 
 
 def describe_url(out_url: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.errors import CheckpointError, ConfigError
 from d2i.models.autoencoder_layout import autoencoder_config, diffusers_to_ldm
 from d2i.models.card import CARD_NAME, model_card
@@ -139,7 +139,7 @@ def _write_autoencoder(state: Mapping[str, Tensor], out: str) -> None:
 
 def _write_diffusers(state: Mapping[str, Tensor], config: Mapping[str, Any], out: str) -> None:
     data = (json.dumps(config, indent=1) + "\n").encode()
-    storage.write_bytes(storage.join(out, CONFIG_NAME), data)
+    checksums.write_bytes(storage.join(out, CONFIG_NAME), data)
     save_weights(state, storage.join(out, DIFFUSERS_NAME))
 
 

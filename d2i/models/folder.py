@@ -11,15 +11,17 @@ from typing import Any
 
 from torch import nn
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.config import BackboneConfig, load_config
 from d2i.errors import CheckpointError
 from d2i.models.positions import fit_positions
 from d2i.models.presets import build_backbone
 from d2i.models.weights import fill_network, read_published
+from d2i.parse import parse_json_value
 from d2i.shipped import resolve_weights
 
 CONFIG_NAME = "config.json"
+_EDITED = f"edited? delete {CONFIG_NAME}.sha256 to accept it; else restore it"
 
 
 def build_network(config: BackboneConfig) -> nn.Module:
@@ -57,7 +59,7 @@ def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
 def write_config(folder: str | Path, config: BackboneConfig) -> None:
     """Write the name and sizes of a backbone into its model folder."""
     data = (json.dumps(_described(config), indent=1) + "\n").encode()
-    storage.write_bytes(storage.join(str(folder), CONFIG_NAME), data)
+    checksums.write_bytes(storage.join(str(folder), CONFIG_NAME), data)
 
 
 def _described(config: BackboneConfig) -> dict[str, Any]:
@@ -77,12 +79,19 @@ def read_config(path: Path) -> BackboneConfig | None:
     file = path / CONFIG_NAME
     if not file.is_file():
         return None
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as err:
-        raise CheckpointError(f"{file} is not JSON: {err}; expected a backbone's sizes") from err
+    values = _read_values(file)
     if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
         values = values["recipe"].get("backbone", {}) | {"weights": None}
     if not isinstance(values, dict) or "name" not in values:
         return None
     return load_config(BackboneConfig, values, source=str(file))
+
+
+def _read_values(file: Path) -> Any:
+    """Read any JSON; only what d2i wrote has a checksum, so that its absence says nothing."""
+    refused: dict[str, Any] = {"error": CheckpointError, "next_step": _EDITED}
+    data = storage.read_bytes(str(file))
+    said = checksums.read_checksum(str(file))
+    if said is not None:
+        checksums.compare(str(file), checksums.sha256_of(data), said, **refused)
+    return parse_json_value(data, str(file), **refused)

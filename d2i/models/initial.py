@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from d2i.checksums import file_sha256
 from d2i.config import SCRATCH, BackboneConfig
 from d2i.models.recognize import recognize
 from d2i.models.weights import read_state_dict, weights_file
@@ -35,7 +35,7 @@ def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:
     found = recognize(state)
     return {
         "file": config.weights if config.weights.startswith("demo:") else file.name,
-        "sha256": _sha256(file),
+        "sha256": file_sha256(str(file)),
         "keys": len(state),
         "layout": [published.name for published in found.published] if found else [],
         "initialisation": is_initialisation(state),
@@ -61,8 +61,3 @@ def is_initialisation(state: Mapping[str, Tensor]) -> bool:
 
 def _is_norm_weight(key: str) -> bool:
     return key.endswith(".weight") and "norm" in key.split(".")[-2]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2i.checksums import file_sha256
 from d2i.config import BackboneConfig, apply_settings, load_config
 from d2i.errors import CheckpointError, ConfigError
 from d2i.models.autoencoder_layout import (
@@ -64,7 +64,7 @@ def open_source(path: Path) -> Source:
             "decoder; 'd2i weights list' has the published files"
         )
     check_numbers(state, file)
-    return Source(path, file, file_sha256(file), state, found)
+    return Source(path, file, file_sha256(str(file)), state, found)
 
 
 def look_at(path: Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def look_at(path: Path) -> dict[str, Any]:
     return {
         "file": str(file),
         "size_bytes": file.stat().st_size,
-        "sha256": file_sha256(file),
+        "sha256": file_sha256(str(file)),
         "what": found.words if found else None,
         "kind": found.kind if found else None,
         "layout": found.layout if found else None,
@@ -92,12 +92,6 @@ def look_at(path: Path) -> dict[str, Any]:
         "shapes": shapes,
         "shapes_sha256": shapes_hash(shapes),
     }
-
-
-def file_sha256(file: Path) -> str:
-    """Return the sha256 of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:

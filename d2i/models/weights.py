@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from d2i import storage
+from d2i import checksums
 from d2i.errors import CheckpointError
 from d2i.models.diffusers_layout import from_diffusers, is_diffusers
 from d2i.models.pickles import ZIP_MAGIC, check_torch_file
@@ -36,6 +36,7 @@ DIRECTORY_FILES = (
 PARALLEL_PREFIX, COMPILED = "module.", "_orig_mod."
 """What wrappers of torch put before a network's keys: DistributedDataParallel, and compile."""
 NUM_LISTED = 3
+_FETCH_AGAIN = "copy it again from where it came, or delete it and repeat what wrote it"
 
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
@@ -129,8 +130,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         Tensors by key, without `module.` and `_orig_mod.`; memory-mapped where the form allows it.
 
     Raises:
-        CheckpointError: missing, truncated, a Git LFS pointer or a web page, not a state dict, or a
-            pickle that holds more than tensors.
+        CheckpointError: missing, truncated, not of the sha256 beside it, a Git LFS pointer or a web
+            page, not a state dict, or a pickle that holds more than tensors.
     """
     file = weights_file(path)
     head = _head(file)
@@ -143,6 +144,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{file} is a web page, not the weights: the host asked something instead of sending "
             "them; open its address in a browser, and fetch the file itself"
         )
+    checksums.check_file(str(file), next_step=_FETCH_AGAIN, error=CheckpointError)
     is_torch = head.startswith(TORCH_MAGICS) and head[8:9] != b"{"
     try:
         content = _read_torch(file) if is_torch else safetensors.torch.load_file(file)
@@ -170,6 +172,8 @@ def save_weights(
     described: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights as safetensors under their published keys; complete, or not at all.
+
+    Their sha256 lies beside them, and is compared when they are read.
 
     Args:
         network_or_state: a network, or tensors by key.
@@ -204,7 +208,7 @@ def _sort_described(file: Path) -> None:
 
 
 def save_torch(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a flat state dict as the published programs read it; complete, or not at all.
+    """Write a flat state dict as the published programs read it; as `save_weights`.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -214,7 +218,7 @@ def save_torch(state: Mapping[str, Tensor], path: str | Path) -> None:
 
 def _write(path: str | Path, write: Callable[[Path], None]) -> None:
     try:
-        with storage.new_file(str(path)) as scratch:
+        with checksums.new_file(str(path)) as scratch:
             write(scratch)
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         # torch and safetensors wrap what the system says.

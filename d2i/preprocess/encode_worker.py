@@ -26,6 +26,7 @@ from d2i.preprocess.encode import (
 )
 from d2i.preprocess.handover import FetchedPicture, ShardResult, ShardTask
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
+from d2i.preprocess.plan import fingerprint_url
 from d2i.preprocess.retry import net_failures
 from d2i.preprocess.reuse import NOTHING_REUSED, Reuse, Reused, ReusedSplits
 from d2i.preprocess.same_pictures import refuse_placeholders
@@ -175,11 +176,6 @@ class EncodeWorker:
         """Tell the job's fault, if there is one, that a point is reached."""
         if self._fault:
             self._fault.reach(point)
-
-
-def fingerprint_url(split_url: str) -> str:
-    """Return where the fingerprint lies while the manifest is not yet written."""
-    return storage.join(split_url, "plan", "fingerprint.json")
 
 
 def fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, dict[str, object]]:

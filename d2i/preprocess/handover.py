@@ -24,6 +24,7 @@ class ShardTask:
         failed_before: Of a supplement: why its instances failed before, counted by reason.
         placeholders: Of a supplement: sha256 of pictures that were found to stand for many.
         keys: Of a repair: the instances that are made; None: all that were planned.
+        records_sha256: Of the file of its records, where the plan says it.
     """
 
     split_url: str
@@ -31,10 +32,11 @@ class ShardTask:
     failed_before: dict[str, int] = field(default_factory=dict)
     placeholders: frozenset[str] = frozenset()
     keys: frozenset[str] | None = None
+    records_sha256: str | None = None
 
     def instances(self) -> list[Instance]:
         """Read the instances that are to be made, in the plan's order."""
-        planned = read_records(records_url(self.split_url, self.index))
+        planned = read_records(records_url(self.split_url, self.index), self.records_sha256)
         return [i for i in planned if self.keys is None or i.key in self.keys]
 
 

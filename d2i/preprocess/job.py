@@ -6,13 +6,12 @@ ledger, and the next command begins it anew.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.cluster import Pool, Stages, job_fault, run_stages, run_tasks, session, share
 from d2i.cluster.forecast import Work
 from d2i.cluster.offer import Unit, offer_of_session
@@ -21,16 +20,17 @@ from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault import Fault
+from d2i.parse import read_json
 from d2i.picture_files import check_root
-from d2i.preprocess.encode_worker import EncodeWorkerBuilder, fingerprint_url
+from d2i.preprocess.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.exclude import NOTHING, read_exclusion
 from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import ShardTask
-from d2i.preprocess.ledger import commonest_failure, remove_ledger
+from d2i.preprocess.ledger import commonest_failure, remove_ledgers
 from d2i.preprocess.outcome import SplitSummary, refuse_empty, split_summary
-from d2i.preprocess.plan import Plan, PlanRequest, make_plan
+from d2i.preprocess.plan import Plan, PlanRequest, fingerprint_url, make_plan
 from d2i.preprocess.progress import JobProgress, Tally
 from d2i.preprocess.retry import (
     Supplement,
@@ -258,10 +258,14 @@ def _missing_tasks(
         commits = {commit.index: commit for commit in read_commits(split_url)}
         if not commits:
             _forget_fingerprint(split_url)
-            remove_ledger(split_url)
+            remove_ledgers(split_url)
         supplements = read_supplements(split_url)
         _refuse_lost_shards(split_url, plan, set(commits), supplements)
-        tasks += [ShardTask(split_url, i) for i in range(plan.num_shards) if i not in commits]
+        tasks += [
+            ShardTask(split_url, i, records_sha256=plan.sha256(i))
+            for i in range(plan.num_shards)
+            if i not in commits
+        ]
         tasks += _supplement_tasks(split_url, supplements, set(commits), num_same)
         # A supplement takes back as many failures as it holds instances: its sum is zero.
         done = sum(c.num_samples + sum(c.failures.values()) for c in commits.values())
@@ -275,7 +279,10 @@ def _supplement_tasks(
 ) -> list[ShardTask]:
     missing = [supplement for supplement in supplements if supplement.index not in committed]
     placeholders = placeholders_of(split_url, num_same) if missing else frozenset[str]()
-    return [ShardTask(split_url, s.index, s.failures, placeholders) for s in missing]
+    return [
+        ShardTask(split_url, s.index, s.failures, placeholders, records_sha256=s.sha256)
+        for s in missing
+    ]
 
 
 def _refuse_lost_shards(
@@ -308,7 +315,7 @@ def _forget_fingerprint(split_url: str) -> None:
     """Nothing was made under it yet: it may be that of a command with a typing error."""
     for name in EMPTY_NAMES:
         storage.remove(storage.join(split_url, name))
-    storage.remove(fingerprint_url(split_url))
+    checksums.remove(fingerprint_url(split_url))
 
 
 def _pictures(request: PreprocessRequest) -> PictureSource:
@@ -333,9 +340,8 @@ def _read_fingerprint(split_url: str) -> dict[str, Any]:
     """
     url = fingerprint_url(split_url)
     if not storage.exists(url):
-        storage.write_bytes(url, canonical_json(read_manifest(split_url).fingerprint))
-    fingerprint: dict[str, Any] = json.loads(storage.read_bytes(url))
-    return fingerprint
+        checksums.write_bytes(url, canonical_json(read_manifest(split_url).fingerprint))
+    return read_json(url, next_step="d2i repair restores it from the manifest", error=ShardError)
 
 
 def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
-
-import pyarrow as pa
 
 from d2i import storage
 from d2i.config import Recipe, load_config
-from d2i.errors import ConfigError, ShardError
-from d2i.preprocess.encode_worker import fingerprint_url
+from d2i.errors import ConfigError, D2IError, DataError, ShardError
+from d2i.parse import damaged, read_json
 from d2i.preprocess.ledger import LedgerRow, ledger_url, read_shard_ledger
-from d2i.preprocess.plan import Plan, records_url
+from d2i.preprocess.plan import Plan, fingerprint_url, plan_url, read_plan, records_url
 from d2i.preprocess.records import read_records
-from d2i.preprocess.retry import Supplement, net_failures, read_supplements
+from d2i.preprocess.retry import net_failures, read_supplements
 from d2i.recipes import read_kept_recipe
+from d2i.shards import ShardProblem, read_manifest
 
+_REPAIR = "d2i repair restores it from the manifest"
 _WRITTEN_AGAIN = (
     "lost; the shards need it only to be made again, and the d2i preprocess command that made them "
     "writes it anew"
@@ -40,8 +40,14 @@ class KeptJob:
 
     def __init__(self, split_url: str) -> None:
         self.split_url = split_url
-        self.plan = Plan(**_read_json(storage.join(split_url, "plan", "plan.json")))
-        self.supplements = {s.index: s for s in _supplements(split_url)}
+        try:
+            self.plan: Plan = read_plan(split_url)
+        except FileNotFoundError as err:
+            raise ConfigError(
+                f"{plan_url(split_url)} is not there; expected a folder made by d2i preprocess; "
+                "check the path"
+            ) from err
+        self.supplements = {s.index: s for s in read_supplements(split_url)}
 
     def recipe(self) -> Recipe:
         """Return the recipe, with what decided the plan as the plan itself has it.
@@ -77,8 +83,8 @@ class KeptJob:
     def fingerprint(self) -> dict[str, Any] | None:
         """Return what the shards were made under, or None where that is lost."""
         try:
-            return _read_json(fingerprint_url(self.split_url))
-        except ConfigError:
+            return read_json(fingerprint_url(self.split_url))
+        except (OSError, DataError):
             return None
 
     def indexes(self) -> list[int]:
@@ -104,6 +110,15 @@ class KeptJob:
         supplement = self.supplements.get(index)
         return net_failures(rows, supplement.failures if supplement else {})
 
+    def check_records(self, index: int) -> None:
+        """Read the records of a shard.
+
+        Raises:
+            FileNotFoundError: If they are not there.
+            ShardError: If they are not those that were planned.
+        """
+        read_records(records_url(self.split_url, index), self.records_sha256(index))
+
     def _rows(self, index: int) -> list[LedgerRow] | None:
         try:
             if storage.exists(ledger_url(self.split_url, index)):
@@ -113,8 +128,13 @@ class KeptJob:
             shards = range(self.plan.num_shards)
             rows = (row for shard in shards for row in read_shard_ledger(self.split_url, shard))
             return [row for row in rows if row.key in keys]
-        except (OSError, pa.ArrowException):
+        except (OSError, ShardError):
             return None
+
+    def records_sha256(self, index: int) -> str | None:
+        """Return the sha256 of the records of a shard, where plan or supplements say it."""
+        supplement = self.supplements.get(index)
+        return supplement.sha256 if supplement else self.plan.sha256(index)
 
     def _later_keys(self, index: int) -> set[str]:
         """Return the keys that were asked for again after a shard was made."""
@@ -122,7 +142,8 @@ class KeptJob:
         return {key for number in later for key in self._planned_keys(number)}
 
     def _planned_keys(self, index: int) -> set[str]:
-        return {i.key for i in read_records(records_url(self.split_url, index))}
+        url = records_url(self.split_url, index)
+        return {i.key for i in read_records(url, self.records_sha256(index))}
 
 
 def lost_files(split_url: str, indexes: Iterable[int]) -> Iterator[str]:
@@ -136,8 +157,7 @@ def lost_files(split_url: str, indexes: Iterable[int]) -> Iterator[str]:
     """
     if not any(storage.exists(storage.join(split_url, name)) for name in ("plan", "ledger")):
         return
-    parent = storage.resolve(split_url).rpartition("/")[0]
-    if not any(storage.exists(storage.join(url, "recipe.json")) for url in (split_url, parent)):
+    if not _has_recipe(split_url):
         yield f"recipe.json: {_WRITTEN_AGAIN}"
     names = [f"{index:06d}.parquet" for index in indexes]
     for folder, expected, meaning in (
@@ -150,20 +170,45 @@ def lost_files(split_url: str, indexes: Iterable[int]) -> Iterator[str]:
             yield f"{folder}/{lost[0]}{more}: {meaning}"
 
 
-def _supplements(split_url: str) -> list[Supplement]:
-    try:
-        return read_supplements(split_url)
-    except (TypeError, ValueError) as err:
-        raise ShardError(f"the supplements.json of {split_url} is damaged: {err}") from err
+def _has_recipe(split_url: str) -> bool:
+    parent = storage.resolve(split_url).rpartition("/")[0]
+    return any(storage.exists(storage.join(url, "recipe.json")) for url in (split_url, parent))
 
 
-def _read_json(url: str) -> dict[str, Any]:
+def check_job_files(split_url: str) -> Iterator[ShardProblem]:
+    """Compare plan and ledger of a data set with their checksums, and read all of them.
+
+    Where there is no plan, another program made the data, and nothing is checked. What is lost is
+    `lost_files`' to tell.
+    """
+    if not storage.exists(plan_url(split_url)):
+        return
     try:
-        value: dict[str, Any] = json.loads(storage.read_bytes(url))
-    except FileNotFoundError as err:
-        raise ConfigError(
-            f"{url} is not there; expected a folder made by d2i preprocess; check the path"
-        ) from err
-    except ValueError as err:
-        raise ConfigError(f"{url} is damaged: {err}; expected JSON as d2i writes it") from err
-    return value
+        job = KeptJob(split_url)
+    except (D2IError, OSError) as err:
+        yield ShardProblem("plan/plan.json", "plan", str(err))
+        return
+    if _has_recipe(split_url):
+        yield from _problem("recipe.json", "plan", job.recipe)
+    yield from _problem("plan/fingerprint.json", "plan", lambda: _check_fingerprint(job))
+    for index in job.indexes():
+        name = f"{index:06d}.parquet"
+        yield from _problem(f"plan/{name}", "plan", partial(job.check_records, index))
+        ledger = partial(read_shard_ledger, split_url, index)
+        yield from _problem(f"ledger/{name}", "ledger", ledger)
+
+
+def _check_fingerprint(job: KeptJob) -> None:
+    url = fingerprint_url(job.split_url)
+    manifest = read_manifest(job.split_url)
+    if read_json(url, next_step=_REPAIR, error=ShardError) != manifest.fingerprint:
+        raise damaged(url, "it is not the manifest's", next_step=_REPAIR, error=ShardError)
+
+
+def _problem(file: str, reason: str, check: Callable[[], object]) -> Iterator[ShardProblem]:
+    try:
+        check()
+    except FileNotFoundError:
+        return
+    except (D2IError, OSError) as err:
+        yield ShardProblem(file, reason, str(err))

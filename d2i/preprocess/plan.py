@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,17 +21,18 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.ahead import work_ahead
 from d2i.config import Recipe
 from d2i.corpora import Problem, build_corpus, read_instances
 from d2i.corpora.layout import corpus_name
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
+from d2i.parse import damaged, read_json
 from d2i.preprocess.choose import Choice
 from d2i.preprocess.exclude import NOTHING, Exclusion
 from d2i.preprocess.grouped import GroupedInstances
-from d2i.preprocess.records import write_table
+from d2i.preprocess.records import PLAN_AGAIN, write_records
 from d2i.settle import differences
 from d2i.shards import committed_names
 
@@ -64,6 +65,7 @@ class Plan:
     `most_occurrences` are the instances of the picture that has most: all are in one shard.
     `corpus_name` is what the corpus calls itself, where it is not the one whose layout it has.
     `num_unmatched` are the keys of this split in the list of `--exclude` that no instance read has.
+    `files` are the sha256 of the records, by file name; plans made before have none.
     """
 
     decided_by: dict[str, Any]
@@ -76,6 +78,11 @@ class Plan:
     num_unmatched: int = 0
     corpus_name: str | None = None
     format: int = _FORMAT
+    files: dict[str, str] = field(default_factory=dict)
+
+    def sha256(self, index: int) -> str | None:
+        """Return the sha256 of the records of a shard; None where the plan says none."""
+        return self.files.get(_records_name(index))
 
 
 def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Plan:
@@ -97,7 +104,7 @@ def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Pla
         raise ConfigError(
             f"limit: got {request.limit}, expected 1 or more; leave it out to plan every instance"
         )
-    there = _read_plan(split_url)
+    there = read_plan(split_url) if storage.exists(plan_url(split_url)) else None
     if there is not None:
         named = differences(_decided_by(request), there.decided_by)
         if not named:
@@ -120,6 +127,7 @@ class _Planner:
         self.scratch = scratch
         self.problems: Counter[str] = Counter()
         self.num_excluded = 0
+        self.files: dict[str, str] = {}
 
     def plan(self) -> Plan:
         """Read, choose, group and, where the plan is kept, write."""
@@ -132,7 +140,7 @@ class _Planner:
         shards = grouped.shards(max_rank, self.request.recipe.preprocess.num_samples_per_shard)
         if self.split_url is not None:
             _clear_plan(self.split_url)
-            shards = _written(shards, self.split_url)
+            shards = self._written(shards, self.split_url)
         for shard in shards:
             counts["shards"] += 1
             counts["instances"] += shard.num_rows
@@ -148,6 +156,7 @@ class _Planner:
             most_occurrences=grouped.most_occurrences,
             num_unmatched=self.request.exclusion.num_of(self.request.split) - self.num_excluded,
             corpus_name=corpus_name(storage.resolve(self.request.source)),
+            files=self.files,
         )
         if self.split_url is not None:
             self._finish(plan, self.split_url)
@@ -159,7 +168,24 @@ class _Planner:
         # Flushes the names of the records as well.
         storage.publish_file(self.scratch / "problems.jsonl", problems_url)
         data = json.dumps(asdict(plan), indent=1, sort_keys=True).encode()
-        storage.write_bytes(_plan_url(split_url), data)
+        checksums.write_bytes(plan_url(split_url), data)
+
+    def _written(self, shards: Iterable[pa.Table], split_url: str) -> Iterator[pa.Table]:
+        """Write the records of each shard, several at a time, and pass it on when they are there.
+
+        Their names are flushed at the end, as none counts before the plan's own file is there.
+        """
+
+        def write(numbered: tuple[int, pa.Table]) -> tuple[int, pa.Table, str]:
+            index, shard = numbered
+            sha256 = write_records(records_url(split_url, index), shard, sync_name=False)
+            return index, shard, sha256
+
+        is_here = storage.local_path(split_url) is not None
+        num_writers = _NUM_WRITERS if is_here else _NUM_DISTANT_WRITERS
+        for index, shard, sha256 in work_ahead(write, enumerate(shards), num_writers):
+            self.files[_records_name(index)] = sha256
+            yield shard
 
     def _read(self, problems: IO[bytes]) -> Iterator[Instance]:
         """Read the instances that are not excluded, and write down every problem."""
@@ -219,41 +245,46 @@ def _batches(instances: Iterator[Instance]) -> Iterator[list[Instance]]:
         yield batch
 
 
-def _read_plan(split_url: str) -> Plan | None:
-    url = _plan_url(split_url)
-    return Plan(**json.loads(storage.read_bytes(url))) if storage.exists(url) else None
+def read_plan(split_url: str) -> Plan:
+    """Read the plan of a split.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ConfigError: If it is damaged.
+    """
+    refused: dict[str, Any] = {"next_step": PLAN_AGAIN, "error": ConfigError}
+    values = read_json(plan_url(split_url), **refused)
+    try:
+        return msgspec.convert(values, Plan)
+    except msgspec.ValidationError as err:
+        raise damaged(plan_url(split_url), err, "a plan", **refused) from err
 
 
 def _clear_plan(split_url: str) -> None:
     """Remove a plan that is made anew, what decides that it is there first."""
-    storage.remove(_plan_url(split_url))
+    checksums.remove(plan_url(split_url))
     folder = storage.join(split_url, "plan")
     for name in storage.list_names(folder):
         storage.remove(storage.join(folder, name))
 
 
-def _written(shards: Iterable[pa.Table], split_url: str) -> Iterator[pa.Table]:
-    """Write the records of each shard, several at a time, and pass it on when they are there.
-
-    Their names are flushed at the end, as none counts before the plan's own file is there.
-    """
-
-    def write(numbered: tuple[int, pa.Table]) -> pa.Table:
-        index, shard = numbered
-        write_table(records_url(split_url, index), shard, sync_name=False)
-        return shard
-
-    is_here = storage.local_path(split_url) is not None
-    return work_ahead(write, enumerate(shards), _NUM_WRITERS if is_here else _NUM_DISTANT_WRITERS)
-
-
-def _plan_url(split_url: str) -> str:
+def plan_url(split_url: str) -> str:
+    """Return where a plan says what it is."""
     return storage.join(split_url, "plan", "plan.json")
+
+
+def fingerprint_url(split_url: str) -> str:
+    """Return where the fingerprint lies while the manifest is not yet written."""
+    return storage.join(split_url, "plan", "fingerprint.json")
 
 
 def records_url(split_url: str, index: int) -> str:
     """Return where the records of one planned shard lie."""
-    return storage.join(split_url, "plan", f"{index:06d}.parquet")
+    return storage.join(split_url, "plan", _records_name(index))
+
+
+def _records_name(index: int) -> str:
+    return f"{index:06d}.parquet"
 
 
 def _decided_by(request: PlanRequest) -> dict[str, Any]:

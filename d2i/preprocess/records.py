@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from d2i import storage
+from d2i.checksums import compare, sha256_of
 from d2i.dialog import ImageRef, Instance, Turn
+from d2i.errors import ShardError
+from d2i.parse import damaged, parse_parquet
 
+PLAN_AGAIN = (
+    "restore it; or remove plan/plan.json beside it and repeat the d2i preprocess command, which "
+    "plans the same anew"
+)
 _TURN = pa.struct([("speaker", pa.int8()), ("text", pa.string())])
 _REF = pa.struct([("kind", pa.string()), ("value", pa.list_(pa.string()))])
 SCHEMA = pa.schema(
@@ -60,27 +69,44 @@ def records_table(instances: Sequence[Instance]) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
-def read_records(url: str) -> list[Instance]:
-    """Read the instances of one planned shard, in their order."""
-    return [_instance(row) for row in parse_table(storage.read_bytes(url), SCHEMA).to_pylist()]
+def read_records(url: str, sha256: str | None) -> list[Instance]:
+    """Read the instances of one planned shard, in their order.
+
+    Args:
+        url: The file.
+        sha256: Of its bytes, as the plan says it; None: older plans say none.
+
+    Raises:
+        ShardError: If it is not the file that was planned.
+    """
+    data = storage.read_bytes(url)
+    refused: dict[str, Any] = {"next_step": PLAN_AGAIN, "error": ShardError}
+    compare(url, sha256_of(data), sha256, where="the plan", **refused)
+    table = parse_parquet(data, url, SCHEMA, **refused)
+    try:
+        return [_instance(row) for row in table.to_pylist()]
+    except (TypeError, KeyError, ValueError) as err:
+        raise damaged(url, repr(err), "the records of a plan", **refused) from err
 
 
-def parse_table(data: bytes, schema: pa.Schema) -> pa.Table:
-    """Decode the columns of a schema out of a Parquet file's bytes."""
-    file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-    # In this thread alone: one of Arrow's that let go of the bytes at the interpreter's end was
-    # seen to abort a process whose work was done.
-    return file.read(schema.names, use_threads=False).cast(schema)
-
-
-def write_table(url: str, table: pa.Table, *, sync_name: bool = True) -> None:
-    """Write an Arrow table as Parquet, complete or not at all; `sync_name` is that of `storage`."""
+def table_bytes(table: pa.Table) -> memoryview:
+    """Encode an Arrow table as Parquet."""
     # Arrow's own buffer: several threads that write to a Python file would wait for each other.
     buffer = pa.BufferOutputStream()
     # Rows are read whole and hardly repeat: dictionaries and statistics would save nothing.
     pq.write_table(table, buffer, compression="lz4", use_dictionary=False, write_statistics=False)
+    return memoryview(buffer.getvalue())
+
+
+def write_records(url: str, table: pa.Table, *, sync_name: bool = True) -> str:
+    """Write the records of a planned shard, complete or not at all; return their sha256.
+
+    `sync_name` is that of `storage.publish_file`.
+    """
+    data = table_bytes(table)
     with storage.new_file(url, sync_name=sync_name) as path:
-        path.write_bytes(buffer.getvalue())  # At once: Arrow's many small pieces take much longer.
+        path.write_bytes(data)  # At once: Arrow's many small pieces take much longer.
+    return hashlib.sha256(data).hexdigest()
 
 
 def instance_values(instance: Instance) -> dict[str, object]:

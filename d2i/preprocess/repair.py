@@ -11,17 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.cluster import Pool, Stages, job_fault, run_stages, run_tasks, session, share
 from d2i.config import Recipe
 from d2i.errors import D2IError, ShardError
 from d2i.fault import Fault
-from d2i.preprocess.encode_worker import EncodeWorkerBuilder, fingerprint_url
+from d2i.preprocess.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import FetchedPicture
 from d2i.preprocess.kept import KeptJob, lost_files
+from d2i.preprocess.plan import fingerprint_url
 from d2i.preprocess.progress import Tally
 from d2i.preprocess.repair_plan import broken_tasks, lost_records, unknown_shards, unknown_task
 from d2i.preprocess.repair_worker import RepairResult, RepairTask, RepairWorkerBuilder
@@ -164,7 +165,7 @@ class _RepairedSet:
             return self.job.fingerprint() if self.job else None
         url, data = fingerprint_url(self.url), canonical_json(manifest.fingerprint)
         if self.job and self.job.fingerprint() != manifest.fingerprint:
-            storage.write_bytes(url, data)
+            checksums.write_bytes(url, data)
         return dict(manifest.fingerprint)
 
     def _mend_records(self) -> dict[int, Commit]:

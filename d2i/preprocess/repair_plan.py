@@ -47,7 +47,12 @@ def broken_tasks(job: KeptJob, broken: Iterable[Commit]) -> Iterator[RepairTask]
         if keys is None:
             keys = job.written_keys(commit.index)
         yield RepairTask(
-            job.split_url, commit.index, keys=keys, failures=commit.failures, commit=commit
+            job.split_url,
+            commit.index,
+            keys=keys,
+            failures=commit.failures,
+            commit=commit,
+            records_sha256=job.records_sha256(commit.index),
         )
 
 
@@ -56,7 +61,8 @@ def unknown_task(job: KeptJob, index: int) -> RepairTask | None:
     keys, failures = job.written_keys(index), job.failures(index)
     if keys is None or failures is None:
         return None
-    return RepairTask(job.split_url, index, keys=keys, failures=failures)
+    sha256 = job.records_sha256(index)
+    return RepairTask(job.split_url, index, keys=keys, failures=failures, records_sha256=sha256)
 
 
 def _rebuilt(

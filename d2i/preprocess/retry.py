@@ -10,26 +10,31 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.dialog import Instance
 from d2i.errors import ShardError
+from d2i.parse import damaged, parse_json_value
 from d2i.preprocess.ledger import (
     LedgerRow,
     count_failures,
     ledger_tables,
     ledger_url,
     read_shard_ledger,
+    remove_ledger,
     write_ledger,
 )
-from d2i.preprocess.plan import records_url
-from d2i.preprocess.records import read_records, records_table, write_table
+from d2i.preprocess.plan import read_plan, records_url
+from d2i.preprocess.records import read_records, records_table, write_records
 from d2i.shards import committed_names
 
 _NAME = "supplements.json"
+_PUT_BACK = "put the list back as it was, or choose another --out"
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,30 @@ class Supplement:
         index: Its number, after those of the planned shards.
         num_instances: How many instances it holds.
         failures: Why they failed before, counted by reason.
+        sha256: Of its records; None: of a supplement planned before it was written down.
     """
 
     index: int
     num_instances: int
     failures: dict[str, int]
+    sha256: str | None = None
 
 
 def read_supplements(split_url: str) -> list[Supplement]:
-    """Return the supplements planned so far, in order."""
+    """Return the supplements planned so far, in order.
+
+    Raises:
+        ShardError: If their list is damaged.
+    """
     url = _url(split_url)
     if not storage.exists(url):
         return []
-    return [Supplement(**values) for values in json.loads(storage.read_bytes(url))]
+    refused: dict[str, Any] = {"next_step": _PUT_BACK, "error": ShardError}
+    listed = parse_json_value(checksums.read_bytes(url, **refused), url, **refused)
+    try:
+        return msgspec.convert(listed, list[Supplement])
+    except msgspec.ValidationError as err:
+        raise damaged(url, err, "a list of supplements", **refused) from err
 
 
 def plan_supplements(split_url: str, num_shards: int, num_samples: int) -> list[Supplement]:
@@ -74,12 +90,12 @@ def plan_supplements(split_url: str, num_shards: int, num_samples: int) -> list[
     again = _passing(split_url, num_shards)
     for index, part in enumerate(_parts(again, num_samples), start=num_shards + len(planned)):
         instances = sorted((instance for instance, _ in part), key=lambda i: i.key)
-        write_table(records_url(split_url, index), records_table(instances))
-        failures = Counter(reason for _, reason in part)
-        planned.append(Supplement(index, len(part), dict(sorted(failures.items()))))
+        sha256 = write_records(records_url(split_url, index), records_table(instances))
+        failures = dict(sorted(Counter(reason for _, reason in part).items()))
+        planned.append(Supplement(index, len(part), failures, sha256))
     # Written last: records without their line here belong to no shard, and are written over.
     data = json.dumps([asdict(supplement) for supplement in planned], indent=1).encode()
-    storage.write_bytes(_url(split_url), data)
+    checksums.write_bytes(_url(split_url), data)
     return planned
 
 
@@ -103,7 +119,7 @@ def merge_ledgers(split_url: str, num_shards: int, supplements: Iterable[Supplem
                 rows = read_shard_ledger(split_url, index)
                 write_ledger(split_url, index, [newer.get(row.key, row) for row in rows])
     for supplement in there:
-        storage.remove(ledger_url(split_url, supplement.index))
+        remove_ledger(split_url, supplement.index)
 
 
 def net_failures(rows: Iterable[LedgerRow], before: dict[str, int]) -> dict[str, int]:
@@ -115,12 +131,12 @@ def net_failures(rows: Iterable[LedgerRow], before: dict[str, int]) -> dict[str,
 
 def _passing(split_url: str, num_shards: int) -> Iterator[tuple[Instance, str]]:
     """Give the instances that failed in passing, by shard and picture, with the reason."""
-    columns = ["key", "status", "reason"]
+    columns, plan = ["key", "status", "reason"], read_plan(split_url)
     for index, table in ledger_tables(split_url, columns, shards=range(num_shards)):
         passing = table.filter(pc.equal(table["status"], "passing"))
         reasons = dict(zip(passing["key"].to_pylist(), passing["reason"].to_pylist(), strict=True))
         if reasons:
-            instances = read_records(records_url(split_url, index))
+            instances = read_records(records_url(split_url, index), plan.sha256(index))
             failed = (instance for instance in instances if instance.key in reasons)
             for instance in sorted(failed, key=lambda i: (i.image_ref.value, i.key)):
                 yield instance, reasons[instance.key]

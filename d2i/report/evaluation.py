@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
 
-from d2i import storage
+from d2i import checksums, markers, parse, storage
 from d2i.errors import DataError
 from d2i.metric_specs import METRICS
 from d2i.report.paper import label_of
 
+_WRITE_AGAIN = "repeat the command that wrote it"
+_DRAW_AGAIN = "remove the tasks/*.npz of its instances and repeat d2i eval: they are drawn anew"
 MAX_NAMED = 4
 """More evaluations than that are a study: too many to name in a sentence, or to be columns."""
 _MAX_PICTURE_BYTES = 1 << 26
@@ -117,19 +119,12 @@ def read_json(url: str) -> dict[str, Any] | None:
     """Read a JSON object, or None where there is no such file.
 
     Raises:
-        DataError: If the file holds something else.
+        DataError: If the file holds something else, or has not the sha256 beside it.
     """
     try:
-        data = storage.read_bytes(url)
+        return parse.read_json(url, next_step=_WRITE_AGAIN)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{url}: not JSON ({error}); write it again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{url}: got a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def column_names(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -201,9 +196,20 @@ def _is_before_and_after(evaluations: Sequence[Evaluation]) -> bool:
 
 
 def _picture_urls(url: str) -> dict[str, str]:
-    folder = storage.join(url, "images")
-    tars = [storage.join(folder, n) for n in storage.list_names(folder) if n.endswith(".tar")]
-    return {key: tar for tar in tars for key in _keys_in(tar)}
+    paths = [f"images/{n}" for n in storage.list_names(storage.join(url, "images"))]
+    tars = [path for path in paths if path.endswith(".tar")]
+    sums = markers.read_markers(storage.join(url, "tasks"), next_step=_DRAW_AGAIN)
+    if lost := sorted(p for p in sums.keys() - set(tars) if p.startswith("images/")):
+        raise DataError(
+            f"{url}/{lost[0]} is not there; expected the pictures that its task kept; restore it, "
+            "or remove its tasks/*.npz and repeat d2i eval"
+        )
+    found: dict[str, str] = {}
+    for path in tars:
+        tar, where = storage.join(url, path), f"tasks/{path[7:-4]}.json"
+        checksums.check_against(tar, sums.get(path), where=where, next_step=_DRAW_AGAIN)
+        found |= dict.fromkeys(_keys_in(tar), tar)
+    return found
 
 
 def _keys_in(url: str) -> list[str]:
@@ -232,5 +238,5 @@ def _opened(url: str) -> Iterator[tarfile.TarFile]:
     try:
         with storage.open_url(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             yield tar
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise DataError(f"{url}: not a whole tar ({error}); run `d2i eval` again") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from d2i import storage
 from d2i.report.evaluation import Evaluation, read_json
 from d2i.report.markup import LeftOut, Section, duration, figure, is_number, text
 from d2i.report.plot import Box, axes, axis_names, ticks
-from d2i.runs import CONFIG_NAME, METRICS_NAME
+from d2i.runs import CONFIG_NAME, METRICS_NAME, read_log
 
 _TITLE = "Training"
 _MAX_POINTS = 1000
@@ -47,25 +46,17 @@ def read_run(url: str) -> Run:
     """Read a run; a line cut short when the run was killed, or without a finite loss, is skipped.
 
     Raises:
-        DataError: If `config.json` is there and is no JSON object.
+        DataError: If `config.json` or a line is damaged.
     """
-    try:
-        written = storage.read_bytes(storage.join(url, METRICS_NAME)).decode("utf-8", "replace")
-    except (FileNotFoundError, NotADirectoryError):
-        written = ""
+    usable = filter(_is_usable, read_log(storage.join(url, METRICS_NAME)))
     # A resumed run writes steps again: the later line stands.
-    lines = {line["step"]: line for line in map(_parse, written.splitlines()) if line is not None}
+    lines = {line["step"]: line for line in usable}
     ordered = [lines[step] for step in sorted(lines)]
     return Run(url, read_json(storage.join(url, CONFIG_NAME)) or {}, ordered)
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    usable = isinstance(value, dict) and all(is_number(value.get(f)) for f in ("step", "loss"))
-    return value if usable else None
+def _is_usable(line: dict[str, Any]) -> bool:
+    return all(is_number(line.get(name)) for name in ("step", "loss"))
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -49,16 +49,23 @@ class CachedShards:
         commits: Its shards.
         folder: Where the copies lie, on a disk of this machine; made where it is not there.
         max_gb: The most that tars in the folder may take together, in 1e9 bytes; `None` keeps all.
+        check_data: Whether each array is compared with its checksum when it is first read.
 
     Raises:
         ConfigError: If the largest shard alone would take more, or nothing can be kept there.
     """
 
     def __init__(
-        self, url: str, commits: Sequence[Commit], folder: Path, max_gb: float | None
+        self,
+        url: str,
+        commits: Sequence[Commit],
+        folder: Path,
+        max_gb: float | None,
+        *,
+        check_data: bool = True,
     ) -> None:
         _check_bound(url, commits, max_gb)
-        self._url, self._commits = url, commits
+        self._url, self._commits, self._check_data = url, commits, check_data
         self._max_bytes = None if max_gb is None else int(max_gb * 1e9)
         self._copies = Copies(url, folder)
         self._names = [copy_name(commit.tar_name, commit.tar) for commit in commits]
@@ -156,7 +163,8 @@ class CachedShards:
         try:
             index = self.index(number)
             with in_words(self._url, commit):
-                shard = open_shard(commit, self._copies.map(commit.tar_name, commit.tar), index)
+                tar = self._copies.map(commit.tar_name, commit.tar)
+                shard = open_shard(commit, tar, index, check_data=self._check_data)
             held = _Held(shard, num_users)
         finally:
             with self._changed:

@@ -1,11 +1,13 @@
 """One shard, mapped: checked against its commit record, before any offset is used.
 
-The headers of a sample are compared when it is first read. Must not import torch or ray.
+The headers of a sample, and its checksums, are compared when it is first read. Must not import
+torch or ray.
 """
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,11 +32,19 @@ _USUAL_MAX_MAPS = 65_530
 class MappedArray:
     """One array member of a mapped shard: where each sample's numbers begin.
 
-    A sample's headers are compared when it is first read, and only then: all at once would read
-    the whole tar.
+    A sample's headers and its checksum are compared when it is first read, and only then: all at
+    once would read the whole tar.
     """
 
-    def __init__(self, name: str, array: ArrayInfo, index: Index, tar: NDArray[np.uint8]) -> None:
+    def __init__(
+        self,
+        name: str,
+        array: ArrayInfo,
+        index: Index,
+        tar: NDArray[np.uint8],
+        *,
+        check_data: bool = True,
+    ) -> None:
         """Check every size; no byte of the tar is looked at yet.
 
         Raises:
@@ -53,29 +63,36 @@ class MappedArray:
         self._unchecked: NDArray[np.bool_] | None = np.ones(len(index), np.bool_)
         self._tar_header = tar_header_form(size_bytes)
         self._npy_header = npy_header(array.dtype, array.shape)
+        self._stop = size_bytes - NPY_HEADER_SIZE_BYTES
+        self._crcs = index.column(self._suffix, "crc32") if check_data else None
 
     def starts(self, rows: NDArray[np.int64]) -> list[int]:
         """Give where the numbers of some samples begin.
 
         Raises:
-            ShardError: If the headers before them are not the ones that d2i writes.
+            ShardError: If the headers before them are not the ones that d2i writes, or they have
+                not the checksum in the index.
         """
         starts: list[int] = (self._offsets[rows] + np.uint64(NPY_HEADER_SIZE_BYTES)).tolist()
         unchecked = self._unchecked
         if unchecked is not None and unchecked[rows].any():
             for row, start in zip(rows.tolist(), starts, strict=True):
-                self._check(f"{self._index.keys[row]}.{self._suffix}", start)
+                self._check(f"{self._index.keys[row]}.{self._suffix}", row, start)
             unchecked[rows] = False
             if not unchecked.any():
                 self._unchecked = None
         return starts
 
-    def _check(self, name: str, start: int) -> None:
+    def _check(self, name: str, row: int, start: int) -> None:
         npy_start = start - NPY_HEADER_SIZE_BYTES
         check_tar_header(self._tar, npy_start, name, self._tar_header)
         if self._tar[npy_start:start].tobytes() != self._npy_header:
             expected = f"{self._array.dtype} {self._array.shape}"
             raise ShardError(f"{name} is not npy {expected} as in the manifest")
+        if self._crcs is None:
+            return
+        if zlib.crc32(self._tar[npy_start : start + self._stop].data) != self._crcs[row]:
+            raise ShardError(f"{name} does not match its checksum")
 
 
 @dataclass(frozen=True)
@@ -118,16 +135,17 @@ class LocalShards:
     maps it, and one map stays.
     """
 
-    def __init__(self, folder: Path, commits: Sequence[Commit]) -> None:
-        self._folder = folder
-        self._commits = commits
+    def __init__(self, folder: Path, commits: Sequence[Commit], *, check_data: bool = True) -> None:
+        self._folder, self._commits, self._check_data = folder, commits, check_data
         most = max_mapped_shards()
         # Of functions, not of methods: those would keep this object, and its maps, alive.
         self._index = lru_cache(most)(partial(_map_index, folder, commits))
-        self._shard = lru_cache(most)(partial(_map_shard, folder, commits, self._index))
+        map_shard = partial(_map_shard, folder, commits, self._index, check_data)
+        self._shard = lru_cache(most)(map_shard)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LocalShards, (self._folder, self._commits)
+        again = partial(LocalShards, check_data=self._check_data)
+        return again, (self._folder, self._commits)
 
     def index(self, number: int) -> Index:
         """Give the index of a shard."""
@@ -158,11 +176,16 @@ def _map_index(folder: Path, commits: Sequence[Commit], number: int) -> Index:
 
 
 def _map_shard(
-    folder: Path, commits: Sequence[Commit], index: Callable[[int], Index], number: int
+    folder: Path,
+    commits: Sequence[Commit],
+    index: Callable[[int], Index],
+    check_data: bool,
+    number: int,
 ) -> MappedShard:
     commit = commits[number]
     with in_words(str(folder), commit):
-        return open_shard(commit, map_file(folder / commit.tar_name), index(number))
+        tar = map_file(folder / commit.tar_name)
+        return open_shard(commit, tar, index(number), check_data=check_data)
 
 
 @contextmanager
@@ -205,8 +228,10 @@ def open_index(commit: Commit, index_file: Any) -> Index:
     )
 
 
-def open_shard(commit: Commit, tar: Any, index: Index) -> MappedShard:
+def open_shard(commit: Commit, tar: Any, index: Index, *, check_data: bool = True) -> MappedShard:
     """Check a mapped tar against its commit record and its index.
+
+    With `check_data` each array is compared with its checksum when it is first read.
 
     Raises:
         ShardError: If its size or an array's size differs.
@@ -215,7 +240,8 @@ def open_shard(commit: Commit, tar: Any, index: Index) -> MappedShard:
         raise ShardError(f"the tar has {tar.size} bytes; expected {commit.tar.size_bytes}")
     tar_bytes = np.frombuffer(tar, np.uint8)
     arrays: dict[str, MappedArray] = {
-        name: MappedArray(name, array, index, tar_bytes) for name, array in commit.arrays.items()
+        name: MappedArray(name, array, index, tar_bytes, check_data=check_data)
+        for name, array in commit.arrays.items()
     }
     return MappedShard(tar_bytes, index, arrays)
 

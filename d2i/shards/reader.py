@@ -1,7 +1,8 @@
 """Read samples of a data set in any order, straight out of mapped tars.
 
-A shard is mapped and checked when it is first touched, and so are a sample's headers; after that a
-batch is one copy a member. Parses no header and unpickles nothing. Must not import torch or ray.
+A shard is mapped and checked when it is first touched, and so are a sample's headers and checksums;
+after that a batch is one copy a member. Parses no header and unpickles nothing. Must not import
+torch or ray.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class ShardReader:
         *,
         cache_dir: str | Path | None = None,
         cache_gb: float | None = None,
+        check_data: bool = True,
     ) -> None:
         """Read the manifest; shards are opened when they are needed.
 
@@ -64,6 +66,8 @@ class ShardReader:
                 default one in the user's cache. Processes and data sets may share it.
             cache_gb: The most that it may hold, in 1e9 bytes; whole shards go, those used longest
                 ago first. By default all that is fetched is kept.
+            check_data: Compare each array with its checksum when this process first reads it; of
+                use to leave out where `verify` has just read all.
 
         Raises:
             ConfigError: If the largest shard does not fit into the cache.
@@ -77,7 +81,7 @@ class ShardReader:
         self._starts = [0, *accumulate(counts)][:-1]
         # For batches, which would make one of the list each; a single sample is found in the list.
         self._start_array = np.array(self._starts, np.int64)
-        self._shards = self._find_shards(cache_dir, cache_gb)
+        self._shards = self._find_shards(cache_dir, cache_gb, check_data=check_data)
         self.keys: Sequence[str] = _Keys(self._shards, self._starts, len(self))
 
     def __len__(self) -> int:
@@ -174,12 +178,15 @@ class ShardReader:
         """
         return self._read_empty("empty_text.npy")
 
-    def _find_shards(self, cache_dir: str | Path | None, cache_gb: float | None) -> Shards:
-        folder = storage.local_path(self.url)
+    def _find_shards(
+        self, cache_dir: str | Path | None, cache_gb: float | None, *, check_data: bool
+    ) -> Shards:
+        folder, commits = storage.local_path(self.url), self.manifest.shards
         if folder is not None:
-            return LocalShards(folder, self.manifest.shards)
+            return LocalShards(folder, commits, check_data=check_data)
         cache = Path(cache_dir) if cache_dir else storage.cache_folder("shards")
-        return ForkedShards(partial(CachedShards, self.url, self.manifest.shards, cache, cache_gb))
+        opened = partial(CachedShards, self.url, commits, cache, cache_gb, check_data=check_data)
+        return ForkedShards(opened)
 
     def _positions(self, indices: ArrayLike) -> NDArray[np.int64]:
         positions = np.asarray(indices)

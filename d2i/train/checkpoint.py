@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,11 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2i import storage
+from d2i.checksums import file_sha256
 from d2i.config import WeightsKind
 from d2i.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import io
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "ema", "ema_short"]
 MARKER = "complete.json"
@@ -86,7 +84,7 @@ def write_part(folder: str, rank: int, runs: Mapping[str, Tensor]) -> None:
     """Write one rank's numbers, which appear under their final name complete."""
     with storage.scratch_file(folder) as scratch:
         _save(dict(runs), scratch)
-        name = f"part-{rank}-{_sha256(str(scratch))[:16]}.safetensors"
+        name = f"part-{rank}-{file_sha256(str(scratch))[:16]}.safetensors"
         storage.publish_file(scratch, storage.join(folder, name))
 
 
@@ -251,7 +249,7 @@ class Checkpoint:
             url = storage.join(self.folder, name)
             if (found := storage.size_bytes(url)) != size_bytes:
                 raise self._damaged(f"{name} has {found} bytes, not {size_bytes}")
-            if _sha256(url)[:16] not in name:
+            if file_sha256(url)[:16] not in name:
                 raise self._damaged(f"{name} does not have the sha256 of its name")
 
     def read(self, kind: Kind, parameter: str, start: int, length: int) -> Tensor:
@@ -314,8 +312,3 @@ def newest_sound_checkpoint(run_url: str, warn: Any) -> Checkpoint | None:
             "restore them, or begin anew with another --run"
         )
     return None
-
-
-def _sha256(url: str) -> str:
-    with storage.open_url(url) as file:
-        return hashlib.file_digest(cast("io.BufferedReader", file), "sha256").hexdigest()

@@ -42,6 +42,9 @@ def launch(
     cache_gb: Annotated[
         float | None, typer.Option(min=0, help="The most it may hold, in 1e9 bytes; else all.")
     ] = None,
+    check_data: Annotated[
+        bool, typer.Option("--check-data/--no-check-data", help="Compare data with checksums.")
+    ] = True,
     fault: Annotated[str | None, typer.Option(help="POINT:error|sleep|kill:N, for proofs.")] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
@@ -60,7 +63,7 @@ def launch(
         check_initial_weights(resolved, run)
     zero_settings = None if zero is None else read_zero(zero)
     request = TrainRequest(
-        resolved, data, run, zero_settings, parse_fault(fault), cache_dir, cache_gb
+        resolved, data, run, zero_settings, parse_fault(fault), cache_dir, cache_gb, check_data
     )
     (preflight if only_measure else train)(request)
 

@@ -189,8 +189,7 @@ def _end(request: TrainRequest, progress: Progress) -> None:
     for kind, name in reversed(RESULT_NAMES.items()):
         if kind != "ema-short" or config.short_ema_length is not None:
             state = dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind]))
-            with storage.new_file(storage.join(run_url, name)) as path:
-                save_weights(state, path, described)
+            save_weights(state, storage.join(run_url, name), described)
     keep_num_steps(run_url, progress.step)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2i import storage
+from d2i import checksums, storage
 from d2i.config import TrainConfig
 from d2i.diffusion.draws import normal
 from d2i.models import build_backbone
@@ -69,7 +69,7 @@ def preflight(request: TrainRequest) -> None:
         found = _measure(request, ranks)
         if ranks.is_first:
             data = json.dumps(found, indent=1, sort_keys=True) + "\n"
-            storage.write_bytes(storage.join(request.run_url, PREFLIGHT_NAME), data.encode())
+            checksums.write_bytes(storage.join(request.run_url, PREFLIGHT_NAME), data.encode())
         ranks.wait_for_all()
     torch.distributed.destroy_process_group()
 

@@ -25,6 +25,7 @@ class TrainRequest:
         fault: For proofs.
         cache_dir: Folder of this machine for shards that lie elsewhere; one of the user's cache.
         cache_gb: The most that it may hold, in 1e9 bytes; without it, all.
+        check_data: Compare each array with its checksum when it is first read.
     """
 
     recipe: Recipe
@@ -34,6 +35,7 @@ class TrainRequest:
     fault: Fault | None = None
     cache_dir: Path | None = None
     cache_gb: float | None = None
+    check_data: bool = True
 
     def open_shards(self, url: str) -> ShardReader:
         """Open a data set behind this job's cache.
@@ -42,7 +44,9 @@ class TrainRequest:
             ShardError: If it cannot be read.
             ConfigError: If one of its shards does not fit into the cache.
         """
-        return ShardReader(url, cache_dir=self.cache_dir, cache_gb=self.cache_gb)
+        return ShardReader(
+            url, cache_dir=self.cache_dir, cache_gb=self.cache_gb, check_data=self.check_data
+        )
 
     def open_validation(self) -> ShardReader | None:
         """Open the validation split as `open_shards` does; `None` where it holds no sample."""

@@ -80,6 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         config["recipe"]["text"]["strategy"] = strategy
         config["recipe"]["train"]["seed"] = int(strategy == "letters")
         (folder / strategy / "config.json").write_text(json.dumps(config))
+        (folder / strategy / "config.json.sha256").unlink()
     return {strategy: folder / strategy for strategy in TEMPLATES}
 
 

@@ -58,5 +58,6 @@ def test_a_page_shows_the_picture_beside_its_decoded_latents(
     kept_recipe = json.loads((out / "recipe.json").read_text())
     kept_recipe["encoders"] |= {"vae": "demo:vae", "vae_kind": "kl"}
     (out / "recipe.json").write_text(json.dumps(kept_recipe))
+    (out / "recipe.json.sha256").unlink()
     with pytest.raises(CheckpointError, match=r"encoders\.vae: its weights are .* was made"):
         inspect(str(out / "test"), html=str(page))

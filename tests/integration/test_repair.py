@@ -331,7 +331,7 @@ def test_what_a_job_lost_of_its_own_is_said_and_comes_back(
     good = contents(copy)
     shutil.rmtree(copy / "train" / "plan")
     (copy / "recipe.json").unlink()
-    lost = sorted((copy / "train" / "ledger").iterdir())[1]
+    lost = sorted((copy / "train" / "ledger").glob("*.parquet"))[1]
     lost.unlink()
     found = run_process("repair", copy, "--workers", "0")
     assert found.returncode == 0, found.stderr
@@ -358,6 +358,7 @@ def test_other_settings_repair_nothing(copy: Path) -> None:
     plan = json.loads((copy / "train" / "plan" / "plan.json").read_text())
     plan["decided_by"]["recipe"]["encoders"]["compute_batch_size"] = 4
     (copy / "train" / "plan" / "plan.json").write_text(json.dumps(plan))
+    (copy / "train" / "plan" / "plan.json.sha256").unlink()
     assert recipe["encoders"]["compute_batch_size"] == 8
     only(copy, "*.tar").unlink()
     with pytest.raises(ShardError, match=r"got image\.compute_batch_size: 4, expected 8"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -226,9 +227,20 @@ def test_true_pictures_are_measured_once(
     first = scored(chat_data, tmp_path / "first", f"retrieve:{chat_data}")
     (kept,) = (tmp_path / "cache/d2i").glob("*/real_features.npy")
     assert scored(chat_data, tmp_path / "second", f"retrieve:{chat_data}") == first
-    # They are really read: a mark left in the cache shows in the scores.
+    # They are believed only as they were kept: other numbers, or a cut file, are measured anew.
+    good = kept.read_bytes()
     np.save(kept, np.load(kept) + 1)
-    marked = scored(chat_data, tmp_path / "third", f"retrieve:{chat_data}")
+    assert scored(chat_data, tmp_path / "third", f"retrieve:{chat_data}") == first
+    assert kept.read_bytes() == good
+    kept.write_bytes(good[:100])
+    assert scored(chat_data, tmp_path / "fourth", f"retrieve:{chat_data}") == first
+    # They are really read: a mark that has its checksum shows in the scores.
+    np.save(kept, np.load(kept) + 1)
+    described = kept.with_name("described.json")
+    said = json.loads(described.read_text())
+    said["sha256"]["real_features"] = hashlib.sha256(kept.read_bytes()).hexdigest()
+    described.write_text(json.dumps(said))
+    marked = scored(chat_data, tmp_path / "fifth", f"retrieve:{chat_data}")
     assert marked["scores"]["fid"] != first["scores"]["fid"]
     other = scored(chat_data, tmp_path / "other", f"retrieve:{chat_data}", "metrics.resolution=32")
     assert other["card"]["resolution"] == 32
@@ -240,7 +252,7 @@ def test_numbers_that_are_none_are_failures(tmp_path: Path, chat_data: Path) -> 
     backbone = Path(resolve_weights("demo:backbone"))
     broken = tmp_path / "broken"
     broken.mkdir()
-    for path in backbone.iterdir():
+    for path in (path for path in backbone.iterdir() if path.suffix != ".sha256"):
         (broken / path.name).write_bytes(path.read_bytes())
     (file,) = broken.glob("*.safetensors")
     state = load_file(file)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from d2i import checksums
 from d2i.config import FORMERLY
 from d2i.errors import ConfigError
 from d2i.eval.guidance import choose_settings
@@ -130,7 +131,7 @@ def test_a_choice_of_the_shorter_run_is_named_and_not_used(
     candidates = {"candidates": [{"step": 4}, {"step": 5}]}
     (run / "select").mkdir()
     shutil.copy(run / "ema.safetensors", run / "select" / "step-4.safetensors")
-    (run / "best.json").write_text(json.dumps(chosen | candidates))
+    checksums.write_bytes(str(run / "best.json"), json.dumps(chosen | candidates).encode())
     system, recipe = f"run:{run}", read_recipe(str(run))
     assert parse_system(system, None, recipe).backbone.weights == str(run / chosen["weights"])
     assert choose_settings(system, []).settings == [
@@ -139,7 +140,8 @@ def test_a_choice_of_the_shorter_run_is_named_and_not_used(
     ]
     assert not caplog.records
 
-    shutil.copy(whole / "ema.safetensors", run / "ema.safetensors")
+    for name in ("ema.safetensors", "ema.safetensors.sha256"):
+        shutil.copy(whole / name, run / name)
     assert parse_system(system, None, recipe).backbone.weights == str(run / "ema.safetensors")
     assert choose_settings(system, []).settings == []
     (said,) = caplog.messages
@@ -159,6 +161,8 @@ def test_a_run_of_before_goes_on_as_it_was_begun(
         section, name = path.split(".")
         del config["recipe"][section][name]
     (run / "config.json").write_text(json.dumps(config))
+    for path in run.glob("*.sha256"):
+        path.unlink()
     (run / "trained.safetensors").unlink()
     ema = (run / "ema.safetensors").read_bytes()
     (run / "ema.safetensors").write_bytes(ema.replace(b'"step":"5"', b'"stop":"5"'))

@@ -22,7 +22,7 @@ from d2i.preprocess import dealt
 from d2i.preprocess.choose import Choice
 from d2i.preprocess.exclude import read_exclusion
 from d2i.preprocess.plan import PlanRequest, _batches, make_plan, records_url
-from d2i.preprocess.records import read_records, records_table, write_table
+from d2i.preprocess.records import read_records, records_table, write_records
 from d2i.recipes import load_recipe
 
 NUM_DIALOGS, NUM_PICTURES = 120, 90
@@ -60,7 +60,10 @@ def planned(source: str, out: Path, *settings: str, **request: object) -> list[l
         PlanRequest("mmdialog", source, "train", recipe(*settings), **request),  # type: ignore[arg-type]
         str(out),
     )
-    shards = [read_records(records_url(str(out), index)) for index in range(plan.num_shards)]
+    shards = [
+        read_records(records_url(str(out), index), plan.sha256(index))
+        for index in range(plan.num_shards)
+    ]
     assert plan.num_instances == sum(map(len, shards))
     assert plan.num_images == len({i.image_ref for shard in shards for i in shard})
     return shards
@@ -247,8 +250,8 @@ INSTANCE = st.builds(
 
 @given(st.lists(INSTANCE, max_size=5))
 def test_records_read_back_the_same(instances: list[Instance]) -> None:
-    write_table("memory://records/0.parquet", records_table(instances))
-    assert read_records("memory://records/0.parquet") == instances
+    sha256 = write_records("memory://records/0.parquet", records_table(instances))
+    assert read_records("memory://records/0.parquet", sha256) == instances
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=12), st.integers(1, 40), st.integers(0, 3))

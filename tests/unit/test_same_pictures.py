@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2i.preprocess import dealt
-from d2i.preprocess.ledger import SCHEMA, LedgerRow, ledger_url, write_ledger
-from d2i.preprocess.records import write_table
+from d2i.preprocess.ledger import LedgerRow, write_ledger
 from d2i.preprocess.same_pictures import placeholders_of, plan_withdrawals
 from tests.arrow import own_pool
 
@@ -70,7 +69,7 @@ def test_rows_of_no_committed_shard_count_for_none(tmp_path: Path) -> None:
     # A supplement whose rows went into others' has a record, and no ledger.
     commit(tmp_path, 1)
     assert placeholders_of(str(tmp_path), NUM_SAME) == frozenset()
-    write_table(ledger_url(str(tmp_path), 1), SCHEMA.empty_table())
+    write_ledger(str(tmp_path), 1, [])
     assert placeholders_of(str(tmp_path), NUM_SAME) == frozenset()
     commit(tmp_path, 0)
     assert placeholders_of(str(tmp_path), NUM_SAME) == {sha256("gone")}

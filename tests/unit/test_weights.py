@@ -68,7 +68,9 @@ def test_safetensors_round_trip(tmp_path: Path, state: dict[str, Tensor]) -> Non
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata()["arch"] == "uvit"
         assert float(file.metadata()["latent_scale"]) == 0.2301
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    kept = ["a.safetensors", "b.safetensors"]
+    beside = [f"{name}.sha256" for name in kept]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept + beside)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -284,7 +286,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, state: dict[str, Ten
     ).stdout
     assert "cannot write" in printed
     assert read_state_dict(path).keys() == state.keys()
-    assert [entry.name for entry in tmp_path.iterdir()] == ["w.safetensors"]
+    left = {entry.name for entry in tmp_path.iterdir()}
+    assert left == {"w.safetensors", "w.safetensors.sha256"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,221 @@
+"""Checksums of files that d2i writes and reads back: sha256 beside a file, crc32 in each line.
+
+A file that stands alone has `NAME.sha256` beside it, the line that `sha256sum --check` reads.
+Where it is missing (older data, a user's own file) the file is read and one line says so; where it
+differs the file is refused by name. A file of lines has a crc32 as the last field of each line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from d2i import storage
+from d2i.errors import D2IError, DataError
+
+SUFFIX = ".sha256"
+CRC_FIELD = "crc32"
+_DIGEST = re.compile(rb"[0-9a-fA-F]{64}(?=\s|$)")
+_NUM_SHOWN = 16
+_RESTORE = "restore the file, or make it again"
+
+
+def sha256_of(data: bytes) -> str:
+    """Return the sha256 of some bytes, in hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(url: str) -> str:
+    """Return the sha256 of a file, read a part at a time.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with storage.open_url(url) as file:
+        return hashlib.file_digest(cast("io.BufferedReader", file), "sha256").hexdigest()
+
+
+def checksum_line(digest: str, name: str) -> bytes:
+    """Return the line that `sha256sum --check` reads for a file called `name`."""
+    return f"{digest}  {name}\n".encode()
+
+
+def checksum_url(url: str) -> str:
+    """Return where the sha256 of a file lies: beside it."""
+    return url + SUFFIX
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a whole file, complete or not at all, with its sha256 beside it; or leave it as it is.
+
+    Nothing is written where both are there already.
+    """
+    digest = sha256_of(data)
+    is_there = read_checksum(url) == digest and storage.exists(url)
+    if not is_there or storage.read_bytes(url) != data:
+        _publish(url, digest, lambda: storage.write_bytes(url, data))
+
+
+@contextlib.contextmanager
+def new_file(url: str) -> Iterator[Path]:
+    """Give a local file to fill, which is then published with its sha256 beside it."""
+    local = storage.local_path(url)
+    with storage.scratch_file(url if local is None else str(local.parent)) as scratch:
+        yield scratch
+        _publish(url, file_sha256(str(scratch)), lambda: storage.publish_file(scratch, url))
+
+
+def _publish(url: str, digest: str, publish: Callable[[], None]) -> None:
+    """Write the checksum, then the file.
+
+    A file that is replaced has no checksum meanwhile: killed in between, that leaves one that is
+    not verified, instead of one that is refused.
+    """
+    beside, line = checksum_url(url), checksum_line(digest, url.rpartition("/")[2])
+    is_replaced = storage.exists(url)
+    if is_replaced:
+        storage.remove(beside)
+    else:
+        storage.write_bytes(beside, line)
+    publish()
+    if is_replaced:
+        storage.write_bytes(beside, line)
+
+
+def remove(url: str) -> None:
+    """Remove a file and its checksum; nothing happens where there is none."""
+    # In this order whoever is killed in between finds the file, and removes it the next time.
+    storage.remove(checksum_url(url))
+    storage.remove(url)
+
+
+def read_bytes(url: str, *, next_step: str = _RESTORE, error: type[D2IError] = DataError) -> bytes:
+    """Read a whole file and compare it with the sha256 beside it.
+
+    Args:
+        url: The file.
+        next_step: What the user is told to do about a file that differs.
+        error: Class of the error that refuses it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        D2IError: An `error`, if the file is not the one that was written.
+    """
+    data = storage.read_bytes(url)
+    compare(url, sha256_of(data), read_checksum(url), next_step=next_step, error=error)
+    return data
+
+
+def check_file(url: str, *, next_step: str = _RESTORE, error: type[D2IError] = DataError) -> None:
+    """Compare a file with the sha256 beside it; a local one that stays as it is, once a process.
+
+    Raises:
+        D2IError: An `error`, if the file is not the one that was written.
+        OSError: If it cannot be read.
+    """
+    check_against(url, read_checksum(url), next_step=next_step, error=error)
+
+
+def check_against(url: str, said: str | None, **refused: Any) -> None:
+    """Compare a file, as `check_file`, with the sha256 that was written down, as `compare`.
+
+    Raises:
+        D2IError: If the file is not the one that was written.
+        OSError: If it cannot be read.
+    """
+    found = None if said is None else _digest_once(url, _stamp(url))
+    compare(url, found, said, **refused)
+
+
+def read_checksum(url: str) -> str | None:
+    """Return the sha256 that lies beside a file; None where there is none, '' for a damaged one."""
+    try:
+        line = storage.read_bytes(checksum_url(url))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    digest = _DIGEST.match(line)
+    return digest[0].decode().lower() if digest else ""
+
+
+def compare(
+    url: str,
+    found: str | None,
+    said: str | None,
+    *,
+    next_step: str = _RESTORE,
+    error: type[D2IError] = DataError,
+    where: str | None = None,
+) -> None:
+    """Refuse a file whose sha256 is not the one that was written down.
+
+    Args:
+        url: The file.
+        found: Its sha256; None where `said` is None.
+        said: What was written down; None where nothing was: one line says so.
+        next_step: What the user is told to do.
+        error: Class of the error.
+        where: What holds `said`; by default the file beside it.
+
+    Raises:
+        D2IError: An `error`, if they differ.
+    """
+    name = where or url.rpartition("/")[2] + SUFFIX
+    if said is None:
+        say_not_verified(url, name)
+    elif found != said:
+        raise error(
+            f"{url} is damaged, or was edited: got sha256 {str(found)[:_NUM_SHOWN]}…, expected "
+            f"{said[:_NUM_SHOWN] or 'none that can be read'}… as {name} says; {next_step}"
+        )
+
+
+def json_line(values: Mapping[str, Any]) -> bytes:
+    """Encode a JSON object as a line whose last field is the crc32 of all others."""
+    return (json.dumps({**values, CRC_FIELD: _crc32(values)}) + "\n").encode()
+
+
+def has_crc32(values: Mapping[str, Any]) -> bool:
+    """Say whether the crc32 of a line's object is that of its other fields, in any order."""
+    others = {name: value for name, value in values.items() if name != CRC_FIELD}
+    return values.get(CRC_FIELD) == _crc32(others)
+
+
+def _crc32(values: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+_NOT_VERIFIED: set[tuple[str, str]] = set()
+"""Folder and suffix of what was said already: of many files of a kind one stands for all."""
+
+
+def say_not_verified(url: str, where: str) -> None:
+    """Say in one line that a file has no checksum at `where` to be compared with."""
+    kind = url.rpartition("/")[0], url.rpartition(".")[2]
+    if kind not in _NOT_VERIFIED:
+        _NOT_VERIFIED.add(kind)
+        log = logging.getLogger(__name__)
+        log.warning("%s: not verified, there is no checksum of it in %s", url, where)
+
+
+@cache
+def _digest_once(url: str, stamp: object) -> str:
+    del stamp
+    return file_sha256(url)
+
+
+def _stamp(url: str) -> object:
+    """Return what changes when a file does, as far as its file system tells."""
+    local = storage.local_path(url)
+    if local is None:
+        return storage.version(url)
+    status = local.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -1,0 +1,501 @@
+"""No file that d2i reads back is believed when it is damaged: refused by name, or nothing changes.
+
+Seeded flips, cuts and holes over every kind of file; none gives other numbers, none a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import random
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from d2i import checksums, runs, storage
+from d2i.cli.app import app
+from d2i.config import BackboneConfig
+from d2i.demo.corpus import write_corpus
+from d2i.errors import D2IError
+from d2i.eval.real import RealFeatures
+from d2i.eval.tasks import EvalTask, finished_tasks, images_path, read_tasks, write_task
+from d2i.models import read_state_dict, save_weights
+from d2i.models.folder import read_config, write_config
+from d2i.preprocess.kept import KeptJob, check_job_files
+from d2i.preprocess.ledger import LedgerRow, read_ledger, write_ledger
+from d2i.preprocess.plan import Plan, PlanRequest, make_plan, records_url
+from d2i.preprocess.records import read_records
+from d2i.preprocess.retry import plan_supplements
+from d2i.recipes import keep_recipe, load_recipe, read_kept_recipe
+from d2i.report import read_evaluation
+from d2i.runs import MetricsLine, RunConfig, append_line, best_choice, open_run
+from d2i.shards import (
+    Sample,
+    ShardReader,
+    json_bytes,
+    npy_bytes,
+    write_manifest,
+    write_shard,
+)
+from d2i.tars import open_index
+from d2i.train.checkpoint import Checkpoint, Progress, run_name, write_marker, write_part
+from tests.samples import metadata
+
+NUM_DAMAGES, NUM_SOAK = 500, 10_000
+WEIGHTS = {"a.weight": torch.arange(24.0).reshape(4, 6), "a.bias": torch.ones(4)}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Files that are read together.
+
+    Args:
+        name: What they are.
+        folder: Where they lie.
+        read: Reads all of them; what it returns can be compared.
+        is_cache: Whether damage is answered by doing the work again: None.
+        by_folder: Whether the folder's name is what an error says.
+    """
+
+    name: str
+    folder: Path
+    read: Callable[[Path], Any]
+    is_cache: bool = False
+    by_folder: bool = False
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+def read_data(folder: Path) -> Any:
+    reader = ShardReader(str(folder))
+    arrays = reader.read(range(len(reader)))
+    others = [reader.read_json(index) for index in range(len(reader))], list(reader.keys)
+    empty = reader.empty_tokens.tobytes(), reader.empty_text.tobytes()
+    return {name: array.tobytes() for name, array in arrays.items()}, others, empty
+
+
+def read_job(folder: Path) -> Any:
+    job = KeptJob(str(folder))
+    indexes = job.indexes()
+    planned = [
+        read_records(records_url(str(folder), index), job.records_sha256(index))
+        for index in indexes
+    ]
+    return job.plan, job.supplements, planned
+
+
+def read_run(folder: Path) -> Any:
+    lines = runs.read_metrics(str(folder))
+    best = best_choice(str(folder))
+    assert best is not None
+    chosen = replace(best, weights=best.weights.removeprefix(str(folder)))
+    found = runs.read_recipe(str(folder)), runs.last_step(str(folder)), chosen
+    state = read_state_dict(folder / "ema.safetensors")
+    return lines, found, {name: tensor.tolist() for name, tensor in state.items()}
+
+
+def read_checkpoint(folder: Path) -> Any:
+    checkpoint = Checkpoint(str(folder / "checkpoints" / "step-4"))
+    checkpoint.check()
+    whole = {name: tensor.tolist() for name, tensor in checkpoint.read_whole("ema")}
+    return whole, checkpoint.progress
+
+
+def read_model(folder: Path) -> Any:
+    state = read_state_dict(folder)
+    return {name: tensor.tolist() for name, tensor in state.items()}, read_config(folder)
+
+
+def read_scored(folder: Path) -> Any:
+    url = str(folder)
+    evaluation = read_evaluation(url)
+    arrays = read_tasks(url, finished_tasks(url))
+    pictures = evaluation.read_pictures(evaluation.picture_urls)
+    scores = dict(evaluation.scores), dict(evaluation.card), evaluation.judged
+    return {name: array.tolist() for name, array in arrays.items()}, pictures, scores
+
+
+def read_cache(folder: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        kept = RealFeatures({"of": "these"}).read([0, 2])
+    return kept and {name: array.tolist() for name, array in kept.items()}
+
+
+def read_tar_index(folder: Path) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        return open_index(str(folder.parent / "pictures.tar")).find("a.png")
+
+
+def write_data(folder: Path) -> None:
+    numbers = np.random.default_rng(0)
+    text = numbers.standard_normal((6, 77, 8)).astype(np.float16)
+    for index in range(2):
+        samples = [
+            Sample(
+                f"k{number}",
+                {
+                    "json": json_bytes(metadata(f"k{number}")),
+                    "tokens.npy": npy_bytes(np.full(77, number, np.uint16)),
+                    "text.npy": npy_bytes(text[number]),
+                },
+            )
+            for number in range(3 * index, 3 * index + 3)
+        ]
+        write_shard(samples, str(folder), index, failures={})
+    (folder / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
+    (folder / "empty_text.npy").write_bytes(npy_bytes(text[0]))
+    write_manifest(str(folder), {})
+
+
+def write_plan(corpus: Path, folder: Path) -> None:
+    """A plan of which three instances failed in passing, and are planned again; its ledger."""
+    recipe = load_recipe("demo")
+    small = recipe.preprocess.model_copy(update={"num_samples_per_shard": 4})
+    request = PlanRequest("mmdialog", str(corpus), "test", replace_preprocess(recipe, small))
+    plan = make_plan(request, str(folder))
+    for index in range(plan.num_shards):
+        instances = read_records(records_url(str(folder), index), plan.sha256(index))
+        rows = [ledger_row(i.key, "passing" if index == 0 else "ok") for i in instances]
+        write_ledger(str(folder), index, rows)
+    plan_supplements(str(folder), plan.num_shards, 100)
+
+
+def replace_preprocess(recipe: Any, preprocess: Any) -> Any:
+    return recipe.model_copy(update={"preprocess": preprocess})
+
+
+def ledger_row(key: str, status: Any) -> LedgerRow:
+    facts: dict[str, Any] = {"size_bytes": 900, "width": 64, "height": 48, "sha256": "ab" * 32}
+    return LedgerRow(key, f"{key}.jpg", status, status, "", 1, 200, None, time_s=1.5, **facts)
+
+
+def write_run(folder: Path) -> None:
+    recipe = load_recipe("demo").model_dump(mode="json")
+    open_run(str(folder), RunConfig(recipe, "data", "a" * 64, 2), is_begun=False)
+    for step in range(1, 6):
+        append_line(str(folder), MetricsLine(step, 1 / step, 1e-3, 8 * step, 10.5, 0.1 * step))
+    for name in ("ema.safetensors", "select/step-4.safetensors"):
+        save_weights(WEIGHTS, folder / name, {"step": "300"})
+    best = {"weights": "select/step-4.safetensors", "guidance_scale": 1.5, "last_step": 300}
+    checksums.write_bytes(str(folder / "best.json"), json.dumps(best).encode())
+
+
+def write_checkpoint(folder: Path) -> None:
+    step = str(folder / "checkpoints" / "step-4")
+    for rank, (name, tensor) in enumerate(WEIGHTS.items()):
+        write_part(step, rank, {run_name("ema", name, 0): tensor.flatten()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
+    write_marker(step, Progress(4, 1.5, (0.25, 0.5), 4), shapes, 2)
+
+
+def write_scored(folder: Path) -> None:
+    random_numbers = np.random.default_rng(0)
+    for start in (0, 3):
+        task = EvalTask(start, start + 3)
+        rows = {
+            name: random_numbers.standard_normal((3, 4)).astype(np.float32)
+            for name in ("real_features", "real_embeddings", "features", "embeddings")
+        }
+        said = {
+            "keys": np.array([f"test-{n}-0-0" for n in task.indices]),
+            "reasons": np.array([""] * 3),
+            "sources": np.array(["memory"] * 3),
+            "is_flat": np.zeros(3, bool),
+        }
+        data = tar_of({f"test-{start}-0-0.png": b"a picture"})
+        storage.write_bytes(str(folder / images_path(task)), data)
+        sums = {images_path(task): checksums.sha256_of(data)}
+        write_task(str(folder), task, said | rows, sums)
+    scores = {"scores": {"fid": 12.5, "kid": 0.25}, "card": {"seed": 0}, "intervals": {}}
+    for name, content in (("scores.json", scores), ("judged.json", {"accuracy": {"true": 1.0}})):
+        checksums.write_bytes(str(folder / name), json.dumps(content, indent=1).encode())
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def write_cache(folder: Path) -> None:
+    arrays = {"real_features": np.eye(3), "real_embeddings": np.ones((3, 2), np.float32)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        RealFeatures({"of": "these"}).keep(arrays)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
+    root = tmp_path_factory.mktemp("kept")
+    write_corpus(root / "corpus", 60, seed=0)
+    for name in ("data", "recipe", "run", "checkpoint", "model", "scored", "cache", "tars"):
+        (root / name).mkdir()
+    write_data(root / "data")
+    write_plan(root / "corpus", root / "plan")
+    keep_recipe(load_recipe("demo"), str(root / "recipe"))
+    write_run(root / "run")
+    write_checkpoint(root / "checkpoint")
+    save_weights(WEIGHTS, root / "model" / "model.safetensors")
+    write_config(root / "model", BackboneConfig(name="uvit-s", depth=3))
+    write_scored(root / "scored")
+    write_cache(root / "cache")
+    (root / "pictures.tar").write_bytes(tar_of({"a.png": b"a picture", "b.png": b"another"}))
+    # The ledger lies beside the plan, and is read by itself.
+    (root / "ledgers").mkdir()
+    (root / "plan" / "ledger").rename(root / "ledgers" / "ledger")
+    found = [
+        Kind("data", root / "data", read_data),
+        Kind("plan", root / "plan", read_job),
+        Kind("ledger", root / "ledgers", lambda folder: read_ledger(str(folder))),
+        Kind("recipe", root / "recipe", lambda folder: read_kept_recipe(str(folder))),
+        Kind("run", root / "run", read_run),
+        Kind("checkpoint", root / "checkpoint", read_checkpoint, by_folder=True),
+        Kind("model", root / "model", read_model),
+        Kind("scored", root / "scored", read_scored),
+        Kind("cache", root / "cache", read_cache, is_cache=True),
+        Kind("tars", root / "tars", read_tar_index),
+    ]
+    for kind in found:
+        assert kind.read(kind.folder), kind.name
+    return {kind.name: kind for kind in found}
+
+
+def damaged(data: bytes, dice: random.Random) -> bytes:
+    """A flipped bit, another byte, a cut or a hole of zeros."""
+    if not data:
+        return b"\0"
+    at = dice.randrange(len(data))
+    how = dice.choice(("bit", "bit", "byte", "cut", "hole", "empty"))
+    if how == "cut":
+        return data[:at]
+    if how == "empty":
+        return b""
+    if how == "hole":
+        size = min(dice.choice((1, 8, 64, 512)), len(data) - at)
+        return data[:at] + bytes(size) + data[at + size :]
+    byte = data[at] ^ (1 << dice.randrange(8)) if how == "bit" else dice.randrange(256)
+    return data[:at] + bytes([byte]) + data[at + 1 :]
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write anew, as the file of before may still be mapped."""
+    path.unlink()
+    path.write_bytes(data)
+
+
+def trouble_of(kind: Kind, file: Path, good: Any) -> str | None:
+    """Say what is wrong with how a damaged file was read; None where all is as it should be."""
+    try:
+        found = kind.read(kind.folder)
+    except (D2IError, OSError) as err:
+        said = str(err)
+        names = {file.name, file.name.removesuffix(".sha256"), file.name.partition(".")[0]}
+        names |= {file.parent.name} if kind.by_folder else set()
+        is_named = any(name in said for name in names) and "\n" not in said
+        return None if is_named else f"names no file: {said}"
+    except Exception as err:
+        return f"a traceback: {err!r}"
+    if found == good or (kind.is_cache and found is None):
+        return None
+    if file.name == "metrics.jsonl" and found[1:] == good[1:]:
+        # A run that was killed has fewer lines; none is another.
+        return None if found[0] == good[0][: len(found[0])] else "other lines"
+    return "other content"
+
+
+def damage_everything(kinds: dict[str, Kind], num: int, seed: int) -> list[str]:
+    dice = random.Random(seed)
+    good = {name: kind.read(kind.folder) for name, kind in kinds.items()}
+    wrong = []
+    for number in range(num):
+        kind = kinds[dice.choice(sorted(kinds))]
+        file = dice.choice(kind.files)
+        data = file.read_bytes()
+        broken = damaged(data, dice)
+        if broken == data:
+            continue
+        put(file, broken)
+        trouble = trouble_of(kind, file, good[kind.name])
+        # What is made anew leaves files of its own; they are those of before.
+        put(file, data)
+        if trouble:
+            wrong.append(f"{number}: {kind.name} {file.name}: {trouble}")
+    return wrong
+
+
+def test_no_damage_is_silent_and_none_a_traceback(kinds: dict[str, Kind]) -> None:
+    assert damage_everything(kinds, NUM_DAMAGES, seed=0) == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_ten_thousand_damages(kinds: dict[str, Kind]) -> None:
+    assert damage_everything(kinds, NUM_SOAK, seed=1) == []
+
+
+def reordered(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: reordered(value[name]) for name in reversed(list(value))}
+    return [reordered(item) for item in value] if isinstance(value, list) else value
+
+
+def sum_anew(path: Path) -> None:
+    line = f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+    path.with_name(f"{path.name}.sha256").write_text(line)
+
+
+def test_another_order_of_keys_is_read(kinds: dict[str, Kind]) -> None:
+    """As `sha256sum NAME > NAME.sha256` has it, after a program of one's own wrote the file."""
+    num = 0
+    for kind in kinds.values():
+        good = kind.read(kind.folder)
+        for file in kind.files:
+            is_summed = file.with_name(f"{file.name}.sha256").exists()
+            is_sure_of_itself = kind.name == "checkpoint" or file.parent.name == "tasks"
+            is_lines = file.suffix == ".jsonl"
+            if file.suffix not in {".json", ".jsonl"} or kind.name in {"data", "cache"}:
+                continue
+            if not (is_summed or is_sure_of_itself or is_lines):
+                continue
+            data = file.read_bytes()
+            texts = data.splitlines() if is_lines else [data]
+            others = (json.dumps(reordered(json.loads(text))) + "\n" for text in texts)
+            put(file, "".join(others).encode())
+            if is_summed:
+                sum_anew(file)
+            assert kind.read(kind.folder) == good, file
+            put(file, data)
+            if is_summed:
+                sum_anew(file)
+            num += 1
+    assert num >= 10
+
+
+def test_parquet_of_another_version_is_read(kinds: dict[str, Kind]) -> None:
+    kind = kinds["ledger"]
+    good = kind.read(kind.folder)
+    file = kind.folder / "ledger" / "000000.parquet"
+    data, table = file.read_bytes(), pq.read_table(file)
+    assert isinstance(table, pa.Table)
+    pq.write_table(table, file, version="1.0", compression="snappy", use_dictionary=True)
+    sum_anew(file)
+    assert kind.read(kind.folder) == good
+    put(file, data)
+    sum_anew(file)
+
+
+def test_what_was_made_before_is_read_with_a_line(
+    kinds: dict[str, Kind], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Data, runs and evaluations had no checksums; a plan named no files, a task had no marker."""
+    for name in ("plan", "ledger", "recipe", "run", "model", "scored"):
+        kind = replace(kinds[name], folder=tmp_path / name)
+        good = kind.read(kinds[name].folder)
+        shutil.copytree(kinds[name].folder, kind.folder)
+        for file in [*kind.folder.rglob("*.sha256"), *kind.folder.glob("tasks/*.json")]:
+            file.unlink()
+        if name == "plan":
+            file = kind.folder / "plan" / "plan.json"
+            values = json.loads(file.read_text())
+            del values["files"]
+            file.write_text(json.dumps(values))
+            good = (replace(good[0], files={}), *good[1:])
+        caplog.clear()
+        assert kind.read(kind.folder) == good, name
+        said = [record.getMessage() for record in caplog.records]
+        assert said, name
+        assert all("not verified" in line and str(kind.folder) in line for line in said)
+        assert len(said) == len(set(said))
+
+
+def test_verify_names_a_damaged_ledger_and_plan(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    folder = tmp_path / "test"
+    for name in ("data", "plan"):
+        shutil.copytree(kinds[name].folder, folder, dirs_exist_ok=True)
+    shutil.copytree(kinds["ledger"].folder / "ledger", folder / "ledger")
+    plan = json.dumps({}, indent=1).encode()
+    checksums.write_bytes(str(folder / "plan" / "fingerprint.json"), plan)
+    verify = partial(CliRunner().invoke, app, ["verify", str(tmp_path)])
+    sound = verify()
+    assert sound.exit_code == 0, sound.output
+    for part in ("ledger", "plan"):
+        file = folder / part / "000001.parquet"
+        data = file.read_bytes()
+        put(file, data[:50] + bytes([data[50] ^ 1]) + data[51:])
+        refused = verify()
+        assert refused.exit_code == 1
+        assert f"{part}/000001.parquet: {part}: " in refused.stdout
+        put(file, data)
+    assert list(check_job_files(str(folder))) == []
+
+
+def test_a_damaged_run_is_refused_by_a_command(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(kinds["run"].folder, run)
+    config = run / "config.json"
+    put(config, config.read_bytes().replace(b'"seed": 0', b'"seed": 1'))
+    chat = tmp_path / "chat.txt"
+    chat.write_text("a red ball\n")
+    sample = partial(CliRunner().invoke, app, ["sample", "--run", str(run), "--dialog", str(chat)])
+    refused = sample()
+    assert isinstance(refused.exception, D2IError)
+    assert f"delete {config}.sha256 to accept it" in str(refused.exception)
+    (run / "config.json.sha256").unlink()
+    assert "config.json" not in str(sample().exception)
+
+
+def test_sums_are_those_of_sha256sum(kinds: dict[str, Kind]) -> None:
+    for name in ("run", "recipe", "model"):
+        sums = sorted(path.name for path in kinds[name].folder.glob("*.sha256"))
+        assert sums
+        command = ["sha256sum", "--check", "--strict", *sums]
+        subprocess.run(command, cwd=kinds[name].folder, check=True, capture_output=True)
+
+
+def test_a_file_that_is_replaced_is_never_refused(tmp_path: Path) -> None:
+    """Killed anywhere between, it is read: as verified, or not verified."""
+    url = str(tmp_path / "a.json")
+    checksums.write_bytes(url, b"{}")
+    for fails_at in range(4):
+        calls = iter(range(10))
+
+        def stop(*_: Any, calls: Any = calls, at: int = fails_at) -> None:
+            if next(calls) == at:
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("remove", "write_bytes"):
+                real = getattr(storage, name)
+                patch.setattr(
+                    storage, name, lambda *args, real=real, stop=stop: (stop(), real(*args))
+                )
+            with contextlib.suppress(KeyboardInterrupt):
+                checksums.write_bytes(url, f'{{"a": {fails_at}}}'.encode())
+        assert checksums.read_bytes(url)
+
+
+def test_a_plan_keeps_the_sums_of_its_records(kinds: dict[str, Kind]) -> None:
+    plan: Plan = kinds["plan"].read(kinds["plan"].folder)[0]
+    assert len(plan.files) == plan.num_shards > 1
