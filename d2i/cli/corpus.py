@@ -213,6 +213,8 @@ def _lines(survey: dict[str, Any]) -> Iterator[str]:
             f"{found['num_dialogs_with_images']} of {found['num_dialogs']} dialogs, "
             f"{found['num_turns']} turns; problems: {counted(found['problems'])}"
         )
+        for reason, first in found["first_problems"].items():
+            yield f"  first {reason}: {first['where']}: {first['detail']}"
         if found["most_occurrences"] > _MANY_OCCURRENCES:
             yield (
                 f"  one picture is shared {found['most_occurrences']} times: all of them come into "

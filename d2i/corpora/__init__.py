@@ -13,13 +13,16 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_t
 
 from d2i import storage
 from d2i.corpora.descriptions import read_descriptions, with_descriptions
-from d2i.corpora.json_stream import MAX_RECORD_BYTES, read_objects
+from d2i.corpora.file_kind import HEAD_BYTES, foreign_kind
+from d2i.corpora.inline import InlineImages
+from d2i.corpora.json_stream import read_objects
 from d2i.corpora.jsonl import Jsonl
 from d2i.corpora.layout import SPLITS
 from d2i.corpora.mmdialog import MMDialog
 from d2i.corpora.photochat import PhotoChat
 from d2i.corpora.records import MAX_TURNS, Dialog, Flaw, Problem, Reason, RecordError, Report
 from d2i.corpora.seen import SeenHashes
+from d2i.corpora.tally import ProblemTally
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ConfigError, DataError
 
@@ -52,13 +55,11 @@ MAX_PICTURES = 1024
 
 _TURN_CHARS = 16
 """What a turn takes beside its text, in characters."""
-_FEW_PICTURES = MAX_CONTEXT_CHARS // (MAX_RECORD_BYTES + MAX_TURNS * _TURN_CHARS)
-"""So many cannot make the contexts of any record too long."""
-
+_NAMES_ONLY = InlineImages()
 _log = logging.getLogger(__name__)
 # Reasons that say nothing against the form of a record.
 _SOUND: frozenset[Reason] = frozenset(
-    {"bad_image_ref", "empty_context", "empty_file", "no_image", "unknown_field"}
+    {"bad_image_ref", "empty_context", "empty_file", "no_image", "repaired", "unknown_field"}
 )
 
 
@@ -66,6 +67,7 @@ class Corpus(Protocol):
     """One corpus with its options set."""
 
     record_type: ClassVar[type]
+    max_record_bytes: ClassVar[int]
 
     @property
     def image_root(self) -> str | None:
@@ -81,7 +83,9 @@ class Corpus(Protocol):
         """List the split's files, relative to the source."""
         ...
 
-    def parser(self, source: str, split: str) -> Callable[[Any, Flaw], Dialog]:
+    def parser(
+        self, source: str, split: str, inline: InlineImages
+    ) -> Callable[[Any, Flaw], Dialog]:
         """Return what parses one record of a split; it raises `RecordError`."""
         ...
 
@@ -113,6 +117,7 @@ def read_instances(
     *,
     on_problem: Report | None = None,
     max_broken: float | None = None,
+    inline: InlineImages = _NAMES_ONLY,
     **options: object,
 ) -> Iterator[Instance]:
     """Read the instances of one split, in the order of its files, as a stream.
@@ -127,6 +132,7 @@ def read_instances(
         on_problem: Gets every problem; without it they are logged as warnings.
         max_broken: Share of the records, 0 to 1, that may be broken; by default `MAX_BROKEN`,
             or `FEW_BROKEN` records, and at most half of those of a file.
+        inline: What becomes of pictures that stand in the records; by default each is named.
         **options: The fields of the corpus's class in `CORPORA`.
 
     Raises:
@@ -140,6 +146,7 @@ def read_instances(
         canonical_split(split),
         on_problem=on_problem,
         max_broken=max_broken,
+        inline=inline,
     )
 
 
@@ -150,10 +157,11 @@ def corpus_instances(
     *,
     on_problem: Report | None = None,
     max_broken: float | None = None,
+    inline: InlineImages = _NAMES_ONLY,
 ) -> Iterator[Instance]:
     """Read instances as `read_instances` does, of a corpus from `build_corpus`."""
     dialogs, flaw = read_dialogs(
-        corpus, source, split, on_problem=on_problem, max_broken=max_broken
+        corpus, source, split, on_problem=on_problem, max_broken=max_broken, inline=inline
     )
     instances = _instances(corpus, split, dialogs, flaw)
     if corpus.descriptions is None:
@@ -169,6 +177,7 @@ def read_dialogs(
     *,
     on_problem: Report | None = None,
     max_broken: float | None = None,
+    inline: InlineImages = _NAMES_ONLY,
 ) -> tuple[Iterator[Dialog], Flaw]:
     """Read the dialogs of one split as a stream.
 
@@ -178,6 +187,7 @@ def read_dialogs(
         split: `train`, `valid` or `test`.
         on_problem: Gets every problem; without it they are logged as warnings.
         max_broken: As for `read_instances`.
+        inline: As for `read_instances`.
 
     Returns:
         The dialogs, and what reports a flaw found in the one that was given last.
@@ -194,7 +204,8 @@ def read_dialogs(
             f"{found or 'none that is there'}; check --corpus and --source"
         )
     reading = _Reading(on_problem or _log_problem)
-    return _dialogs(corpus, root, split, files, reading, max_broken), reading.flaw
+    parse = corpus.parser(root, split, inline)
+    return _dialogs(corpus, parse, root, split, files, reading, max_broken), reading.flaw
 
 
 def splits(corpus: str, source: str | os.PathLike[str]) -> list[str]:
@@ -265,17 +276,17 @@ class _Reading:
         self.in_file = _Count()
         self.broken_where = ""
         self.broken_file = ""
-        self.gave_up = ""
-        self.example = ""
+        self.gave_up = False
+        self.broken = ProblemTally()
 
     def problem(self, problem: Problem) -> None:
         """Pass a problem on, and count it if it is the first that stands for a broken record."""
         if problem.reason not in _SOUND and problem.where != self.broken_where:
             self.broken_where = problem.where
             self.in_file.broken += problem.num_records
-            self.example = self.example or f"{problem.where}: {problem.reason}"
-        if problem.reason == "too_many_broken":
-            self.gave_up = f"{problem.where}: {problem.detail}"
+        if problem.reason not in _SOUND:
+            self.broken.add(problem)
+        self.gave_up |= problem.reason == "too_many_broken"
         self.report(problem)
 
     def flaw(self, reason: Reason, detail: str) -> None:
@@ -297,12 +308,18 @@ class _Reading:
 
     def refuse_if_broken(self, split: str, max_broken: float | None) -> None:
         """End with an error if more records were broken than may be."""
-        count = self.in_split
+        count, why = self.in_split, self.broken.describe()
+        if why and not count.sound and max_broken != 1:
+            # Nothing is gained by allowing more of them.
+            raise DataError(
+                f"{split}: got no record that could be read: {why}; expected the records of a "
+                "corpus; check --corpus and --source"
+            )
         if self.gave_up and max_broken != 1:
             raise DataError(
-                f"{split}: got {count.sound} records, and a rest that could not be read "
-                f"({self.gave_up}), expected to read the whole; mend the file, or go on without "
-                "the rest with --set corpus.max_broken=1"
+                f"{split}: got {count.sound} records, and a rest that could not be read: {why}; "
+                "expected to read the whole; mend the file, or go on without the rest with "
+                "--set corpus.max_broken=1"
             )
         share = MAX_BROKEN if max_broken is None else max_broken
         few = FEW_BROKEN if max_broken is None else 0
@@ -313,23 +330,26 @@ class _Reading:
             found, allowed = self.broken_file, "a half of a file's"
         if found:
             raise DataError(
-                f"{split}: got {found} ({self.example}), expected a share of at most {allowed}; "
+                f"{split}: got {found}: {why}; expected a share of at most {allowed}; "
                 "check --corpus and --source, or allow more with --set corpus.max_broken=1"
             )
 
 
 def _dialogs(
     corpus: Corpus,
+    parse: Callable[[Any, Flaw], Dialog],
     source: str,
     split: str,
     files: list[str],
     reading: _Reading,
     max_broken: float | None,
 ) -> Iterator[Dialog]:
-    parse, flaw = corpus.parser(source, split), reading.flaw
+    flaw = reading.flaw
+    # So many cannot make the contexts of any record too long.
+    few_pictures = MAX_CONTEXT_CHARS // (corpus.max_record_bytes + MAX_TURNS * _TURN_CHARS)
     seen = SeenHashes()  # As ids may be long.
     for path in files:
-        for where, record in _read_file(source, path, reading.problem, corpus.record_type):
+        for where, record in _read_file(source, path, reading.problem, corpus):
             reading.where = where
             if isinstance(record, RecordError):
                 flaw(record.reason, record.detail)
@@ -342,7 +362,7 @@ def _dialogs(
             number = hash(dialog.id)
             if number in seen:
                 flaw("duplicate_dialog_id", "its id was seen before, the first dialog is kept")
-            elif _is_too_large(dialog):
+            elif len(dialog.pictures) > few_pictures and _is_too_large(dialog):
                 flaw("too_large", f"{len(dialog.pictures)} pictures repeat too long a context")
             else:
                 seen.add(number)
@@ -355,19 +375,22 @@ def _dialogs(
 def _is_too_large(dialog: Dialog) -> bool:
     """Say whether the contexts of a dialog would take much more room than the dialog itself."""
     num_pictures = len(dialog.pictures)
-    if num_pictures <= _FEW_PICTURES:
-        return False
     num_chars = sum(len(turn.text) + _TURN_CHARS for turn in dialog.turns)
     return num_pictures > MAX_PICTURES or num_chars * num_pictures > MAX_CONTEXT_CHARS
 
 
-def _read_file(source: str, path: str, report: Report, kind: type) -> Iterator[tuple[str, Any]]:
+def _read_file(source: str, path: str, report: Report, corpus: Corpus) -> Iterator[tuple[str, Any]]:
+    url = storage.join(source, path)
     try:
-        stream = storage.open_url(storage.join(source, path))
+        if kind := foreign_kind(storage.read_head(url, HEAD_BYTES)):
+            raise DataError(f"{url} is {kind}")
+        stream = storage.open_url(url)
     except OSError as error:
         raise DataError(f"{path}: cannot be opened ({error}); check the source") from error
     with stream:
-        yield from read_objects(stream, path, report, kind)
+        yield from read_objects(
+            stream, path, report, corpus.record_type, max_record_bytes=corpus.max_record_bytes
+        )
 
 
 def _log_problem(problem: Problem) -> None:
