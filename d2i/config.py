@@ -428,6 +428,11 @@ class FetchConfig(Config):
             raise ValueError("expected one line of ASCII, as it is sent in a header")
         return contact
 
+    @property
+    def max_image_bytes(self) -> int:
+        """`max_image_mib` in bytes."""
+        return int(self.max_image_mib * 2**20)
+
 
 class Recipe(Config):
     """One reproducible setting of every stage, from corpus to scores."""
