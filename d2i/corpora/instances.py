@@ -53,6 +53,10 @@ class InstanceOptions:
     unique_splits: ClassVar[frozenset[str]] = frozenset()
     """Where `repeated` keeps a picture's first occurrence by default."""
 
+    def split_by(self) -> tuple[dict[str, float], int] | None:
+        """Return the shares and the seed that divide one unsplit file; None for a split corpus."""
+        return None
+
     def is_unique(self, split: str) -> bool:
         """Say whether a picture is kept once a split."""
         return self.repeated == "unique" or (

@@ -30,11 +30,17 @@ from d2i import storage
 from d2i.corpora.chat_forms import parse_chat
 from d2i.corpora.inline import InlineImages, is_data_url
 from d2i.corpora.instances import InstanceOptions
-from d2i.corpora.layout import SPLITS, only_one
+from d2i.corpora.layout import (
+    DIALOG_SUFFIXES,
+    SPLITS,
+    is_source_file,
+    only_one,
+    unsplit_file,
+)
 from d2i.corpora.records import Dialog, Flaw, Picture, RecordError, image_ref_of
+from d2i.corpora.split_shares import parse_shares
 from d2i.dialog import Turn
 
-_SUFFIXES = (".jsonl", ".json")
 _ID_DIGITS = 20
 """Of a hash: 80 bits, of which no two are alike among any number of conversations (ours)."""
 
@@ -43,13 +49,33 @@ _ID_DIGITS = 20
 class Jsonl(InstanceOptions):
     """How a team's own chats become instances: one for each picture."""
 
+    split_shares: str | None = None
+    """Shares of train, valid and test, such as `0.8,0.1,0.1`, that divide one unsplit file by
+    dialog; dialogs that show the same picture stay together."""
+    split_seed: int = 0
+    """Decides which dialogs go where."""
+
     record_type: ClassVar[type[dict[str, Any]]] = dict
     max_record_bytes: ClassVar[int] = 64 << 20
     """As a conversation may hold its pictures: two of the largest, in base64, and its text."""
 
+    def __post_init__(self) -> None:
+        """Refuse shares that are none."""
+        self.split_by()
+
+    def split_by(self) -> tuple[dict[str, float], int] | None:
+        """Return the shares and the seed that divide one unsplit file; None for a split corpus."""
+        if self.split_shares is None:
+            return None
+        return parse_shares(self.split_shares), self.split_seed
+
     def files(self, source: str, split: str) -> list[str]:
-        """List the split's file, relative to the source."""
-        names = (f"{name}{suffix}" for name in SPLITS[split] for suffix in _SUFFIXES)
+        """List the split's file, relative to the source's folder."""
+        if (split_by := self.split_by()) is not None:
+            return [unsplit_file(source)] if split_by[0][split] > 0 else []
+        names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in DIALOG_SUFFIXES]
+        if is_source_file(source):
+            return [name for name in names if name == unsplit_file(source)]
         present = [name for name in names if storage.exists(storage.join(source, name))]
         return [only_one(present, source)] if present else []
 

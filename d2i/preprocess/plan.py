@@ -25,7 +25,7 @@ from d2i import storage
 from d2i.ahead import work_ahead
 from d2i.config import Recipe
 from d2i.corpora import Problem, build_corpus, read_instances
-from d2i.corpora.layout import corpus_name
+from d2i.corpora.layout import corpus_name, source_folder
 from d2i.corpora.tally import ProblemTally
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
@@ -150,7 +150,7 @@ class _Planner:
             problems=self.problems.counts,
             most_occurrences=grouped.most_occurrences,
             num_unmatched=self.request.exclusion.num_of(self.request.split) - self.num_excluded,
-            corpus_name=corpus_name(storage.resolve(self.request.source)),
+            corpus_name=corpus_name(source_folder(storage.resolve(self.request.source))),
         )
         if self.split_url is not None:
             self._finish(plan, self.split_url)
@@ -283,15 +283,20 @@ def records_url(split_url: str, index: int) -> str:
 def _decided_by(request: PlanRequest) -> dict[str, Any]:
     recipe = request.recipe.model_dump(mode="json")
     settings = {name: recipe[name] for name in ("corpus", "image", "text", "encoders")}
-    # How much may be broken changes no instance.
-    settings["corpus"] = {k: v for k, v in recipe["corpus"].items() if k != "max_broken"}
+    # How much may be broken changes no instance; plans made before name no split_*.
+    settings["corpus"] = {
+        name: value
+        for name, value in recipe["corpus"].items()
+        if name != "max_broken" and (value is not None or not name.startswith("split_"))
+    }
     settings["preprocess"] = {
         name: recipe["preprocess"][name]
         for name in ("choose", "num_samples_per_shard", "keep_images")
     }
     root = storage.resolve(request.source)
     corpus = build_corpus(request.corpus, request.recipe.corpus.options())
-    files = [storage.join(root, path) for path in corpus.files(root, request.split)]
+    folder = source_folder(root)
+    files = [storage.join(folder, path) for path in corpus.files(root, request.split)]
     if corpus.descriptions and storage.exists(corpus.descriptions):
         files.append(corpus.descriptions)
     return {
