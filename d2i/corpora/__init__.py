@@ -12,7 +12,10 @@ from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
+import msgspec
+
 from d2i import storage
+from d2i.corpora.chat_forms import FORMS
 from d2i.corpora.descriptions import read_descriptions, with_descriptions
 from d2i.corpora.file_kind import HEAD_BYTES, foreign_kind
 from d2i.corpora.inline import InlineImages
@@ -30,6 +33,7 @@ from d2i.errors import ConfigError, DataError
 
 __all__ = [
     "CORPORA",
+    "RECORD_FIELDS",
     "SPLITS",
     "Corpus",
     "Dialog",
@@ -39,6 +43,7 @@ __all__ = [
     "canonical_split",
     "corpus_instances",
     "found_splits",
+    "parse_record",
     "read_dialogs",
     "read_instances",
     "splits",
@@ -114,6 +119,14 @@ CORPORA: dict[str, type[MMDialog] | type[PhotoChat] | type[Jsonl]] = {
     "jsonl": Jsonl,
 }
 """The corpora by name. The fields of each class are its options."""
+
+_CORPUS_OF_FIELD = {
+    "conversation": "mmdialog",
+    "dialogue": "photochat",
+    **dict.fromkeys(FORMS, "jsonl"),
+}
+RECORD_FIELDS = frozenset(_CORPUS_OF_FIELD)
+"""Of these fields a record has one, which says of which corpus it is."""
 
 
 def read_instances(
@@ -492,6 +505,26 @@ def _read_file(source: str, path: str, report: Report, corpus: Corpus) -> Iterat
         yield from read_objects(
             stream, path, report, corpus.record_type, max_record_bytes=corpus.max_record_bytes
         )
+
+
+def parse_record(fields: dict[str, Any], flaw: Flaw) -> Dialog:
+    """Parse one record of any corpus, told by its fields.
+
+    Args:
+        fields: The record, which has one of `RECORD_FIELDS`.
+        flaw: Told of what is left out.
+
+    Raises:
+        RecordError: If it cannot be used.
+    """
+    name = next(_CORPUS_OF_FIELD[field] for field in fields if field in RECORD_FIELDS)
+    kind = CORPORA[name]
+    try:
+        record = msgspec.convert(fields, kind.record_type)
+    except msgspec.ValidationError as error:
+        raise RecordError.of(error) from error
+    parse: Callable[[Any, Flaw], Dialog] = kind().parser(".", "train", _NAMES_ONLY)
+    return parse(record, flaw)
 
 
 def _log_problem(problem: Problem) -> None:
