@@ -60,6 +60,7 @@ def test_a_variant_counts_what_reading_with_it_gives(split: str, settings: tuple
     config = apply_settings(DialogConfig(), settings)
     found = survey(MMDIALOG, split, *settings)
     unmeasured = {"corpus.image_root", "corpus.descriptions", "corpus.max_broken", "text.latents"}
+    unmeasured |= {"corpus.split_shares", "corpus.split_seed"}
     every = {f"corpus.{name}" for name in type(config.corpus).model_fields}
     every |= {f"text.{name}" for name in type(config.text).model_fields}
     shown = {v.option if "." in v.option else f"corpus.{v.option}" for v in found.variants}
