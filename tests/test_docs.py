@@ -117,7 +117,7 @@ SMALL = {
         *("--num-accelerators", "1", "--set", "train.num_steps=2"),
         *("--set", "train.global_batch_size=2", "--set", "train.micro_batch_size=2"),
     ),
-    "eval": ("--workers", "0", "--set", "sample.num_steps=2", "--save-images", "all"),
+    "eval": ("--set", "sample.num_steps=2", "--save-images", "all"),
     "sample": ("--set", "sample.num_steps=2"),
 }
 
