@@ -37,6 +37,8 @@ _MAX_SHOWN = 80
 NUM_NOISE_LEVELS = 1000
 # What settings were before they were there, for runs and evaluations that were begun then.
 FORMERLY: dict[str, Any] = {
+    "corpus.split_shares": None,
+    "corpus.split_seed": None,
     "train.ema_warmup": False,
     "train.short_ema_length": None,
     "sample.weights": "ema",
@@ -84,6 +86,11 @@ class CorpusConfig(Config):
     """What `:raising_hands:` becomes."""
     max_broken: float | None = Field(default=None, ge=0, le=1)
     """Share of a split's records that may be broken before the job refuses to go on."""
+    split_shares: str | None = None
+    """Own chats in one file: the shares of train, valid and test, such as `0.8,0.1,0.1`; dialogs
+    that show the same picture stay together. `d2i preprocess --split` sets it."""
+    split_seed: int | None = None
+    """Decides which dialogs go where."""
     descriptions: str | None = None
     """File of descriptions that `d2i corpus --describe` made, for pictures without one."""
     image_root: str | None = None
@@ -96,6 +103,10 @@ class CorpusConfig(Config):
         """Return the options of the corpus that were set, by their names in `d2i.corpora`."""
         values = self.model_dump(exclude={"max_broken"})
         return {name: value for name, value in values.items() if value is not None}
+
+    def divided(self, shares: str, seed: int) -> Self:
+        """Return the same for one unsplit file that is divided by shares."""
+        return self.model_copy(update={"split_shares": shares, "split_seed": seed})
 
 
 class TextConfig(Config):
@@ -427,6 +438,11 @@ class FetchConfig(Config):
         if contact is not None and not (contact.isascii() and contact.isprintable()):
             raise ValueError("expected one line of ASCII, as it is sent in a header")
         return contact
+
+    @property
+    def max_image_bytes(self) -> int:
+        """`max_image_mib` in bytes."""
+        return int(self.max_image_mib * 2**20)
 
 
 class Recipe(Config):

@@ -54,10 +54,11 @@ class ImageRef(Struct, frozen=True, gc=False):
     """Where the picture of an instance is to be had.
 
     `file`: one path, relative to the corpus source or its image root. `urls`: addresses of the
-    same picture, to be tried in order.
+    same picture, to be tried in order. `inline`: a picture that stood in the record itself, as
+    `inline:` and the sha256 of its content.
     """
 
-    kind: Literal["file", "urls"]
+    kind: Literal["file", "urls", "inline"]
     value: tuple[str, ...]
 
 

@@ -76,6 +76,8 @@ def file_kind(head: bytes) -> str | None:
         return "SVG"
     if _PAGE.match(text):
         return "a web page"
+    if text.startswith(b"<?xml"):
+        return "XML"
     if not head.strip(b"\0"):
         return "zeros alone"
     return "JSON text" if text[:1] in (b"{", b"[") else None

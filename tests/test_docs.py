@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import tarfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -92,35 +93,72 @@ def test_a_make_target_is_there(line: str) -> None:
     assert asked <= targets
 
 
+def own_chats() -> list[str]:
+    """The example of each chat form on its page."""
+    page = (ROOT / "docs" / "own-chats.md").read_text()
+    return [block.strip() for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+
+
 def test_the_page_on_own_chats_is_true(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "own-chats.md").read_text()
-    lines = [block.strip() for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "train.jsonl").write_text("\n".join(own_chats()) + "\n")
     found = list(read_instances("jsonl", tmp_path, "train"))
-    assert [linearize(instance.context) for instance in found] == [
-        "# what did you see? # this one",
-        "# what did you see? # this one",
-    ]
-    assert [instance.image_ref.kind for instance in found] == ["file", "urls"]
+    contexts = {linearize(instance.context, "letters") for instance in found}
+    assert contexts == {"A: what did you see? B: this one"}
+    kinds = [instance.image_ref.kind for instance in found]
+    assert kinds == ["file", "urls", *["file"] * 4, "inline"]
+    table = (ROOT / "docs" / "own-chats.md").read_text().partition("\n\n|")[2].partition("\n\n")[0]
+    assert len(table.splitlines()) == len(found) + 2
 
 
-def test_the_page_on_own_chats_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "own-chats.md").read_text()
-    blocks = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+# The demo's small networks stand for the published ones, which are not here.
+SMALL = {
+    "preprocess": ("--workers", "0", "--set", "fetch.timeout_s=2"),
+    "train": (
+        *("--num-accelerators", "1", "--set", "train.num_steps=2"),
+        *("--set", "train.global_batch_size=2", "--set", "train.micro_batch_size=2"),
+    ),
+    "eval": ("--set", "sample.num_steps=2", "--save-images", "all"),
+    "sample": ("--set", "sample.num_steps=2"),
+}
+
+
+def small(line: str) -> list[str]:
+    """Return the words of a command of the page, as it is run here."""
+    words = shlex.split(line)[1:]
+    if "--recipe" in words:
+        words[words.index("--recipe") + 1] = "demo"
+    if "--set" in words:
+        at = words.index("--set")
+        words[at : at + 2] = []
+    return [*words, *SMALL.get(words[0], ())]
+
+
+@pytest.mark.slow
+def test_the_page_on_own_chats_runs_from_file_to_drawn_picture(tmp_path: Path) -> None:
+    """Every form of the page is prepared, learned from, drawn and scored."""
+    page = (ROOT / "docs" / "own-chats.md").read_text().partition("## One unsplit file")[0]
     chats = tmp_path / "chats"
     (chats / "photos").mkdir(parents=True)
-    # The second chat's picture is an address of example.org: it becomes a row with a reason.
-    (chats / "test.jsonl").write_text("".join(blocks))
-    Image.effect_noise((64, 64), 90).convert("RGB").save(chats / "photos/1.jpg")
+    for name in ("train", "test"):
+        (chats / f"{name}.jsonl").write_text("\n".join(own_chats()))
+    (tmp_path / "chat.json").write_text(own_chats()[4])
+    for number in range(1, 7):
+        picture = Image.effect_noise((64, 64), 9 * number).convert("RGB")
+        picture.save(chats / f"photos/{number}.jpg")
     for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
         for line in block.splitlines():
-            words = shlex.split(line)[1:]
-            if words[0] == "preprocess":
-                # The demo's small encoders stand for the published ones, which are not here.
-                words[words.index("--recipe") + 1] = "demo"
-                words += ["--workers", "0", "--set", "fetch.timeout_s=2"]
-            subprocess.run([*COMMAND, *words], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "data/chats/test/manifest.json").exists()
+            done = subprocess.run(
+                [*COMMAND, *small(line)], cwd=tmp_path, check=False, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{line}: {done.stderr}"
+    drawn = set()
+    for path in (tmp_path / "scores/chats/images").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            drawn |= {name.partition("-")[2] for name in tar.getnames()}
+    # The picture of the second chat is an address of example.org: a row with a reason.
+    assert drawn == {f"a{number}-1-0.png" for number in (1, 3, 4, 5, 6, 7)}
+    assert Image.open(tmp_path / "answer.png").text["text"] == "# what did you see? # this one"
+    assert (tmp_path / "report.html").exists()
 
 
 def test_the_page_on_corpora_names_settings_that_are_there() -> None:
@@ -128,9 +166,8 @@ def test_the_page_on_corpora_names_settings_that_are_there() -> None:
     rows = re.findall(r"^\| [^|]+ \| `(\w+)\.(\w+)` \| ([^|]+) \|$", page, re.MULTILINE)
     recipe = load_recipe("uvit-s-mmdialog")
     named = {section: {name for part, name, _ in rows if part == section} for section, _, _ in rows}
-    assert named["corpus"] | {"descriptions", "image_root", "open_images_url"} == set(
-        type(recipe.corpus).model_fields
-    )
+    others = {"descriptions", "image_root", "open_images_url", "split_shares", "split_seed"}
+    assert named["corpus"] | others == set(type(recipe.corpus).model_fields)
     assert named["text"] | {"latents"} == set(type(recipe.text).model_fields)
     for section, name, values in rows:
         default = getattr(getattr(recipe, section), name)

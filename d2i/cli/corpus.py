@@ -45,6 +45,9 @@ def corpus(
     sample: Annotated[
         int, typer.Option(min=0, help="Instances of a split that are tokenized for their length.")
     ] = 2000,
+    split: Annotated[
+        str | None, typer.Option(metavar="SHARES", help="Divide one unsplit file: 0.8,0.1,0.1.")
+    ] = None,
     describe: Annotated[
         str | None, typer.Option(metavar="CAPTIONER", help="Describe the pictures by this model.")
     ] = None,
@@ -67,12 +70,17 @@ def corpus(
         d2i corpus --corpus mmdialog --source MMDialog --leaks leaks.jsonl --no-pictures
         --set corpus.own_turn=exclude
 
+        d2i corpus --corpus jsonl --source chats/all.jsonl --split 0.8,0.1,0.1
+
         d2i corpus --corpus mmdialog --source MMDialog --descriptions descriptions.jsonl
         --describe Salesforce/blip-image-captioning-base
     """
     from d2i.config import DialogConfig, apply_settings
 
     config = apply_settings(DialogConfig(), settings or [])
+    if split is not None:
+        divided = config.corpus.divided(split, config.corpus.split_seed or 0)
+        config = config.model_copy(update={"corpus": divided})
     existing_source(source)
     if (describe is None) != (descriptions is None):
         raise ConfigError("--describe and --descriptions go together: a model, and its file")
@@ -102,7 +110,7 @@ def _survey(
     from d2i.corpora.leaks import LeakFinder, count_leaks
     from d2i.corpora.survey import survey_split
 
-    splits = found_splits(name, source)
+    splits = found_splits(name, source, config.corpus.options())
     progress = ProgressLine()
     surveyed = {
         split: msgspec.to_builtins(
@@ -193,7 +201,7 @@ def _describe(
     summary = describe(
         build_corpus(name, config.corpus.options()),
         source,
-        found_splits(name, source),
+        found_splits(name, source, config.corpus.options()),
         captioner,
         out,
         on_batch,
@@ -213,6 +221,8 @@ def _lines(survey: dict[str, Any]) -> Iterator[str]:
             f"{found['num_dialogs_with_images']} of {found['num_dialogs']} dialogs, "
             f"{found['num_turns']} turns; problems: {counted(found['problems'])}"
         )
+        for reason, first in found["first_problems"].items():
+            yield f"  first {reason}: {first['where']}: {first['detail']}"
         if found["most_occurrences"] > _MANY_OCCURRENCES:
             yield (
                 f"  one picture is shared {found['most_occurrences']} times: all of them come into "

@@ -44,9 +44,14 @@ def preprocess(
     source: SourceOption,
     out: Annotated[str, typer.Option(help="Folder of the shards; the same command resumes.")],
     recipe: RecipeOption,
-    split: Annotated[str | None, typer.Option(help="train, valid or test; else all.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="train, valid or test; else all. 0.8,0.1,0.1 divides one unsplit file."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Keep N instances a split.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides which N are kept.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Decides which N are kept, and what --split 0.8,0.1,0.1 gives.")
+    ] = 0,
     exclude: Annotated[
         str | None, typer.Option(metavar="FILE", help="Instance keys to leave out, one a line.")
     ] = None,
@@ -85,6 +90,9 @@ def preprocess(
         d2i preprocess --corpus mmdialog --source MMDialog --out data --recipe uvit-s-mmdialog
         --exclude leaks.jsonl
 
+        d2i preprocess --corpus jsonl --source chats/all.jsonl --out data --recipe uvit-s-mmdialog
+        --split 0.8,0.1,0.1
+
         d2i preprocess --corpus mmdialog --source MMDialog --out data --recipe uvit-s-mmdialog
         --ray-address auto --dry-run --price-per-node-hour 4
 
@@ -98,12 +106,16 @@ def preprocess(
     from d2i.preprocess.job import PreprocessRequest, make_splits
     from d2i.preprocess.outcome import refuse_empty
 
+    chosen = _recipe(recipe, settings)
+    if split is not None and "," in split:
+        divided = chosen.corpus.divided(split, seed)
+        chosen, split = chosen.model_copy(update={"corpus": divided}), None
     assumed = assumed_of(rate, price_per_node_hour, dry_run=dry_run)
     request = PreprocessRequest(
         corpus=corpus,
         source=existing_source(source),
         out=out,
-        recipe=_recipe(recipe, settings),
+        recipe=chosen,
         split=split,
         limit=limit,
         seed=seed,

@@ -114,7 +114,9 @@ def train(
 
 def sample(
     run: Annotated[str, typer.Option(help="A finished run.")],
-    dialog: Annotated[str, typer.Option(help="A file with one turn a line, or JSON; - for stdin.")],
+    dialog: Annotated[
+        str, typer.Option(help="A file of lines or JSON, any chat form; - for stdin.")
+    ],
     out: Annotated[str, typer.Option(help="The PNG to write, a path or a URL.")] = "picture.png",
     seed: Annotated[
         list[int] | None, typer.Option(min=0, help="One picture a seed; several make a grid.")

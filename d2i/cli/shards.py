@@ -155,7 +155,8 @@ def inspect(
     lines = [f"{len(reader)} samples; each holds {arrays}"]
     for sample in samples:
         lines += ["", f"{sample['key']}  <-  {sample['source']['ref'][0]}"]
-        lines += [f"  {turn['speaker']}: {turn['text']}" for turn in sample["context"]]
+        said = [turn for turn in sample["context"] if turn["text"].strip()]
+        lines += [f"  {turn['speaker']}: {turn['text']}" for turn in said]
     if html is not None:
         _write_page(html, reader, len(samples), settings or [])
         lines += ["", f"page: {html}"]

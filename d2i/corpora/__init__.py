@@ -9,22 +9,32 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
+import msgspec
+
 from d2i import storage
+from d2i.corpora.chat_forms import FORMS
 from d2i.corpora.descriptions import read_descriptions, with_descriptions
-from d2i.corpora.json_stream import MAX_RECORD_BYTES, read_objects
+from d2i.corpora.foreign import foreign_kind
+from d2i.corpora.inline import InlineImages
+from d2i.corpora.json_stream import read_objects
 from d2i.corpora.jsonl import Jsonl
-from d2i.corpora.layout import SPLITS
+from d2i.corpora.layout import SPLITS, source_folder
 from d2i.corpora.mmdialog import MMDialog
 from d2i.corpora.photochat import PhotoChat
 from d2i.corpora.records import MAX_TURNS, Dialog, Flaw, Problem, Reason, RecordError, Report
 from d2i.corpora.seen import SeenHashes
+from d2i.corpora.split_shares import DialogSplits
+from d2i.corpora.tally import ProblemTally
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ConfigError, DataError
+from d2i.file_kind import HEAD_BYTES
 
 __all__ = [
     "CORPORA",
+    "RECORD_FIELDS",
     "SPLITS",
     "Corpus",
     "Dialog",
@@ -34,6 +44,7 @@ __all__ = [
     "canonical_split",
     "corpus_instances",
     "found_splits",
+    "parse_record",
     "read_dialogs",
     "read_instances",
     "splits",
@@ -52,13 +63,11 @@ MAX_PICTURES = 1024
 
 _TURN_CHARS = 16
 """What a turn takes beside its text, in characters."""
-_FEW_PICTURES = MAX_CONTEXT_CHARS // (MAX_RECORD_BYTES + MAX_TURNS * _TURN_CHARS)
-"""So many cannot make the contexts of any record too long."""
-
+_NAMES_ONLY = InlineImages()
 _log = logging.getLogger(__name__)
 # Reasons that say nothing against the form of a record.
 _SOUND: frozenset[Reason] = frozenset(
-    {"bad_image_ref", "empty_context", "empty_file", "no_image", "unknown_field"}
+    {"bad_image_ref", "empty_context", "empty_file", "no_image", "repaired", "unknown_field"}
 )
 
 
@@ -66,6 +75,11 @@ class Corpus(Protocol):
     """One corpus with its options set."""
 
     record_type: ClassVar[type]
+    max_record_bytes: ClassVar[int]
+
+    def __hash__(self) -> int:
+        """Equal options are one key."""
+        ...
 
     @property
     def image_root(self) -> str | None:
@@ -81,12 +95,18 @@ class Corpus(Protocol):
         """List the split's files, relative to the source."""
         ...
 
-    def parser(self, source: str, split: str) -> Callable[[Any, Flaw], Dialog]:
+    def parser(
+        self, source: str, split: str, inline: InlineImages
+    ) -> Callable[[Any, Flaw], Dialog]:
         """Return what parses one record of a split; it raises `RecordError`."""
         ...
 
     def instances(self, dialog: Dialog, split: str, flaw: Flaw) -> Iterator[Instance]:
         """Make the instances of one dialog."""
+        ...
+
+    def split_by(self) -> tuple[dict[str, float], int] | None:
+        """Return the shares and the seed that divide one unsplit file; None for a split corpus."""
         ...
 
     def image_id(self, ref: ImageRef) -> str:
@@ -105,6 +125,14 @@ CORPORA: dict[str, type[MMDialog] | type[PhotoChat] | type[Jsonl]] = {
 }
 """The corpora by name. The fields of each class are its options."""
 
+_CORPUS_OF_FIELD = {
+    "conversation": "mmdialog",
+    "dialogue": "photochat",
+    **dict.fromkeys(FORMS, "jsonl"),
+}
+RECORD_FIELDS = frozenset(_CORPUS_OF_FIELD)
+"""Of these fields a record has one, which says of which corpus it is."""
+
 
 def read_instances(
     corpus: str,
@@ -113,6 +141,7 @@ def read_instances(
     *,
     on_problem: Report | None = None,
     max_broken: float | None = None,
+    inline: InlineImages = _NAMES_ONLY,
     **options: object,
 ) -> Iterator[Instance]:
     """Read the instances of one split, in the order of its files, as a stream.
@@ -127,6 +156,7 @@ def read_instances(
         on_problem: Gets every problem; without it they are logged as warnings.
         max_broken: Share of the records, 0 to 1, that may be broken; by default `MAX_BROKEN`,
             or `FEW_BROKEN` records, and at most half of those of a file.
+        inline: What becomes of pictures that stand in the records; by default each is named.
         **options: The fields of the corpus's class in `CORPORA`.
 
     Raises:
@@ -140,6 +170,7 @@ def read_instances(
         canonical_split(split),
         on_problem=on_problem,
         max_broken=max_broken,
+        inline=inline,
     )
 
 
@@ -150,10 +181,11 @@ def corpus_instances(
     *,
     on_problem: Report | None = None,
     max_broken: float | None = None,
+    inline: InlineImages = _NAMES_ONLY,
 ) -> Iterator[Instance]:
     """Read instances as `read_instances` does, of a corpus from `build_corpus`."""
     dialogs, flaw = read_dialogs(
-        corpus, source, split, on_problem=on_problem, max_broken=max_broken
+        corpus, source, split, on_problem=on_problem, max_broken=max_broken, inline=inline
     )
     instances = _instances(corpus, split, dialogs, flaw)
     if corpus.descriptions is None:
@@ -169,6 +201,7 @@ def read_dialogs(
     *,
     on_problem: Report | None = None,
     max_broken: float | None = None,
+    inline: InlineImages = _NAMES_ONLY,
 ) -> tuple[Iterator[Dialog], Flaw]:
     """Read the dialogs of one split as a stream.
 
@@ -178,6 +211,7 @@ def read_dialogs(
         split: `train`, `valid` or `test`.
         on_problem: Gets every problem; without it they are logged as warnings.
         max_broken: As for `read_instances`.
+        inline: As for `read_instances`.
 
     Returns:
         The dialogs, and what reports a flaw found in the one that was given last.
@@ -193,33 +227,68 @@ def read_dialogs(
             f"{os.fspath(source)}: got no {split} split, expected one of "
             f"{found or 'none that is there'}; check --corpus and --source"
         )
-    reading = _Reading(on_problem or _log_problem)
-    return _dialogs(corpus, root, split, files, reading, max_broken), reading.flaw
+    splits = (
+        None if corpus.split_by() is None else _dialog_splits(corpus, root, _version(root, files))
+    )
+    reading = _Reading(on_problem or _log_problem, split, splits)
+    parse = corpus.parser(root, split, inline)
+    return _dialogs(corpus, parse, root, files, reading, max_broken), reading.flaw
 
 
-def splits(corpus: str, source: str | os.PathLike[str]) -> list[str]:
+def _version(root: str, files: list[str]) -> str:
+    """Return what changes when the files do."""
+    urls = [storage.join(source_folder(root), path) for path in files]
+    return " ".join(storage.version(url) for url in urls)
+
+
+@lru_cache(maxsize=1)
+def _dialog_splits(corpus: Corpus, root: str, version: str) -> DialogSplits:
+    """Read an unsplit file once, to divide its dialogs; their problems are told when it is read."""
+    del version
+    split_by = corpus.split_by()
+    assert split_by is not None
+    shares, seed = split_by
+    split = next(name for name in SPLITS if shares[name] > 0)
+    files = corpus.files(root, split)
+    reading = _Reading(lambda _: None, split, None)
+    parse = corpus.parser(root, split, _NAMES_ONLY)
+    dialogs = _dialogs(corpus, parse, root, files, reading, max_broken=1.0)
+    return DialogSplits(dialogs, corpus.image_id, shares, seed)
+
+
+def splits(
+    corpus: str, source: str | os.PathLike[str], options: dict[str, object] | None = None
+) -> list[str]:
     """List the splits that a source holds, by canonical name: train, valid, test.
 
+    Args:
+        corpus: As for `read_instances`.
+        source: As for `read_instances`.
+        options: The fields of the corpus's class that are set.
+
     Raises:
-        ConfigError: If the corpus is unknown.
+        ConfigError: If the corpus or an option is unknown.
     """
-    reader = build_corpus(corpus, {})
+    reader = build_corpus(corpus, options or {})
     root = storage.resolve(os.fspath(source))
     return [split for split in SPLITS if reader.files(root, split)]
 
 
-def found_splits(corpus: str, source: str | os.PathLike[str]) -> list[str]:
+def found_splits(
+    corpus: str, source: str | os.PathLike[str], options: dict[str, object] | None = None
+) -> list[str]:
     """List the splits that a source holds, as `splits` does; there is at least one.
 
     Raises:
         ConfigError: If the corpus is unknown.
         DataError: If the source holds no split of it.
     """
-    found = splits(corpus, source)
+    found = splits(corpus, source, options)
     if not found:
+        hint = "; divide one file by --split 0.8,0.1,0.1" if corpus == "jsonl" else ""
         raise DataError(
             f"--source {os.fspath(source)} holds no split of {corpus}; expected the folder that "
-            "the corpus was unpacked to; check --corpus and --source"
+            f"the corpus was unpacked to; check --corpus and --source{hint}"
         )
     return found
 
@@ -256,31 +325,71 @@ class _Count:
 
 
 class _Reading:
-    """One reading of a split: where it is, what was broken so far, whom to tell."""
+    """One reading of a split: where it is, what was broken so far, whom to tell.
 
-    def __init__(self, report: Report) -> None:
+    Of a file that is divided by shares each record is told of in its own split alone, and what is
+    no record in the first one. All is counted in each.
+    """
+
+    def __init__(self, report: Report, split: str, splits: DialogSplits | None) -> None:
         self.report = report
+        self.split = split
+        self.splits = splits
         self.where = ""
+        self.held: list[Problem] | None = None
         self.in_split = _Count()
         self.in_file = _Count()
         self.broken_where = ""
         self.broken_file = ""
-        self.gave_up = ""
-        self.example = ""
+        self.gave_up = False
+        self.broken = ProblemTally()
+
+    def begin(self, where: str) -> None:
+        """Begin a record."""
+        self.where = where
+        self.held = []
+
+    def is_own(self, dialog: Dialog | None) -> bool:
+        """Say whether a record is of this split: its dialog, or None where it has none."""
+        if self.splits is None:
+            return True
+        return self.split == (
+            next(iter(SPLITS)) if dialog is None else self.splits.split_of(dialog)
+        )
+
+    def end(self, *, is_own: bool) -> None:
+        """Pass on what was held back until it was known whose record it is."""
+        held, self.held = self.held or [], None
+        for problem in held if is_own else ():
+            self.report(problem)
 
     def problem(self, problem: Problem) -> None:
-        """Pass a problem on, and count it if it is the first that stands for a broken record."""
-        if problem.reason not in _SOUND and problem.where != self.broken_where:
-            self.broken_where = problem.where
-            self.in_file.broken += problem.num_records
-            self.example = self.example or f"{problem.where}: {problem.reason}"
-        if problem.reason == "too_many_broken":
-            self.gave_up = f"{problem.where}: {problem.detail}"
-        self.report(problem)
+        """Count a problem of the file or of the record being read, and pass it on."""
+        self._count_broken(problem)
+        if self.held is not None:
+            self.held.append(problem)
+        elif self.is_own(None):
+            self.report(problem)
 
     def flaw(self, reason: Reason, detail: str) -> None:
-        """Report something in the record that is being read."""
-        self.problem(Problem(reason, self.where, detail))
+        """Report something in the record that is being read, or was read last."""
+        problem = Problem(reason, self.where, detail)
+        if self.held is None:
+            # Of an instance, which only those of this split have.
+            self._count_broken(problem)
+            self.report(problem)
+        else:
+            self.problem(problem)
+
+    def _count_broken(self, problem: Problem) -> None:
+        """Count a problem if it is the first that stands for a broken record."""
+        self.gave_up |= problem.reason == "too_many_broken"
+        if problem.reason in _SOUND:
+            return
+        self.broken.add(problem)
+        if problem.where != self.broken_where:
+            self.broken_where = problem.where
+            self.in_file.broken += problem.num_records
 
     def count_read(self) -> None:
         """Count the record that is being read, if nothing said that it is broken."""
@@ -295,14 +404,20 @@ class _Reading:
         self.in_split.broken += count.broken
         self.in_file = _Count()
 
-    def refuse_if_broken(self, split: str, max_broken: float | None) -> None:
+    def refuse_if_broken(self, max_broken: float | None) -> None:
         """End with an error if more records were broken than may be."""
-        count = self.in_split
+        split, count, why = self.split, self.in_split, self.broken.describe()
+        if why and not count.sound and max_broken != 1:
+            # Nothing is gained by allowing more of them.
+            raise DataError(
+                f"{split}: got no record that could be read: {why}; expected the records of a "
+                "corpus; check --corpus and --source"
+            )
         if self.gave_up and max_broken != 1:
             raise DataError(
-                f"{split}: got {count.sound} records, and a rest that could not be read "
-                f"({self.gave_up}), expected to read the whole; mend the file, or go on without "
-                "the rest with --set corpus.max_broken=1"
+                f"{split}: got {count.sound} records, and a rest that could not be read: {why}; "
+                "expected to read the whole; mend the file, or go on without the rest with "
+                "--set corpus.max_broken=1"
             )
         share = MAX_BROKEN if max_broken is None else max_broken
         few = FEW_BROKEN if max_broken is None else 0
@@ -313,61 +428,108 @@ class _Reading:
             found, allowed = self.broken_file, "a half of a file's"
         if found:
             raise DataError(
-                f"{split}: got {found} ({self.example}), expected a share of at most {allowed}; "
+                f"{split}: got {found}: {why}; expected a share of at most {allowed}; "
                 "check --corpus and --source, or allow more with --set corpus.max_broken=1"
             )
 
 
 def _dialogs(
     corpus: Corpus,
+    parse: Callable[[Any, Flaw], Dialog],
     source: str,
-    split: str,
     files: list[str],
     reading: _Reading,
     max_broken: float | None,
 ) -> Iterator[Dialog]:
-    parse, flaw = corpus.parser(source, split), reading.flaw
+    # So many cannot make the contexts of any record too long.
+    few_pictures = MAX_CONTEXT_CHARS // (corpus.max_record_bytes + MAX_TURNS * _TURN_CHARS)
     seen = SeenHashes()  # As ids may be long.
+    is_empty = True
     for path in files:
-        for where, record in _read_file(source, path, reading.problem, corpus.record_type):
-            reading.where = where
-            if isinstance(record, RecordError):
-                flaw(record.reason, record.detail)
-                continue
-            try:
-                dialog = parse(record, flaw)
-            except RecordError as error:
-                flaw(error.reason, error.detail)
-                continue
-            number = hash(dialog.id)
-            if number in seen:
-                flaw("duplicate_dialog_id", "its id was seen before, the first dialog is kept")
-            elif _is_too_large(dialog):
-                flaw("too_large", f"{len(dialog.pictures)} pictures repeat too long a context")
-            else:
-                seen.add(number)
+        for where, record in _read_file(source, path, reading.problem, corpus):
+            reading.begin(where)
+            dialog = _parsed(record, parse, reading.flaw)
+            is_own = reading.is_own(dialog)
+            is_kept = dialog is not None and _is_kept(dialog, seen, few_pictures, reading.flaw)
+            reading.end(is_own=is_own)
+            if dialog is not None and is_kept:
                 reading.count_read()
-                yield dialog
+                if is_own:
+                    is_empty = False
+                    yield dialog
         reading.end_file(path)
-    reading.refuse_if_broken(split, max_broken)
+    reading.refuse_if_broken(max_broken)
+    if is_empty and reading.splits is not None:
+        raise DataError(
+            f"{reading.split}: none of {reading.in_split.sound} dialogs falls into it; expected "
+            "at least one; give it a larger share, or 0"
+        )
+
+
+def _parsed(record: Any, parse: Callable[[Any, Flaw], Dialog], flaw: Flaw) -> Dialog | None:
+    """Return the dialog of a record; None, after telling why, where it has none."""
+    if isinstance(record, RecordError):
+        flaw(record.reason, record.detail)
+        return None
+    try:
+        return parse(record, flaw)
+    except RecordError as error:
+        flaw(error.reason, error.detail)
+        return None
+
+
+def _is_kept(dialog: Dialog, seen: SeenHashes, few_pictures: int, flaw: Flaw) -> bool:
+    """Say whether a dialog is read: the first of its id, and not too large."""
+    number = hash(dialog.id)
+    if number in seen:
+        flaw("duplicate_dialog_id", "its id was seen before, the first dialog is kept")
+        return False
+    if len(dialog.pictures) > few_pictures and _is_too_large(dialog):
+        flaw("too_large", f"{len(dialog.pictures)} pictures repeat too long a context")
+        return False
+    seen.add(number)
+    return True
 
 
 def _is_too_large(dialog: Dialog) -> bool:
     """Say whether the contexts of a dialog would take much more room than the dialog itself."""
     num_pictures = len(dialog.pictures)
-    if num_pictures <= _FEW_PICTURES:
-        return False
     num_chars = sum(len(turn.text) + _TURN_CHARS for turn in dialog.turns)
     return num_pictures > MAX_PICTURES or num_chars * num_pictures > MAX_CONTEXT_CHARS
 
 
-def _read_file(source: str, path: str, report: Report, kind: type) -> Iterator[tuple[str, Any]]:
+def _read_file(source: str, path: str, report: Report, corpus: Corpus) -> Iterator[tuple[str, Any]]:
+    url = storage.join(source_folder(source), path)
     try:
-        stream = storage.open_url(storage.join(source, path))
+        if kind := foreign_kind(storage.read_head(url, HEAD_BYTES)):
+            raise DataError(f"{url} is {kind}")
+        stream = storage.open_url(url)
     except OSError as error:
         raise DataError(f"{path}: cannot be opened ({error}); check the source") from error
     with stream:
-        yield from read_objects(stream, path, report, kind)
+        yield from read_objects(
+            stream, path, report, corpus.record_type, max_record_bytes=corpus.max_record_bytes
+        )
+
+
+def parse_record(fields: dict[str, Any], flaw: Flaw) -> Dialog:
+    """Parse one record of any corpus, told by its fields.
+
+    Args:
+        fields: The record, which has one of `RECORD_FIELDS`.
+        flaw: Told of what is left out.
+
+    Raises:
+        RecordError: If it cannot be used.
+    """
+    name = next(_CORPUS_OF_FIELD[field] for field in fields if field in RECORD_FIELDS)
+    kind = CORPORA[name]
+    try:
+        record = msgspec.convert(fields, kind.record_type)
+    except msgspec.ValidationError as error:
+        raise RecordError.of(error) from error
+    parse: Callable[[Any, Flaw], Dialog] = kind().parser(".", "train", _NAMES_ONLY)
+    return parse(record, flaw)
 
 
 def _log_problem(problem: Problem) -> None:

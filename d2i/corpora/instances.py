@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
+from d2i.corpora.json_stream import MAX_RECORD_BYTES
 from d2i.corpora.records import Dialog, Flaw, Picture
 from d2i.dialog import Direction, ImageRef, Instance, Turn, key_prefix
 
@@ -45,10 +46,16 @@ class InstanceOptions:
     image_root: str | None = None
     """URL of the folder that holds the pictures, where it is another than the source."""
 
+    max_record_bytes: ClassVar[int] = MAX_RECORD_BYTES
+    """A longer record is passed over."""
     has_own_text: ClassVar[bool] = True
     """Whether anything is said in the turn of a picture that answers."""
     unique_splits: ClassVar[frozenset[str]] = frozenset()
     """Where `repeated` keeps a picture's first occurrence by default."""
+
+    def split_by(self) -> tuple[dict[str, float], int] | None:
+        """Return the shares and the seed that divide one unsplit file; None for a split corpus."""
+        return None
 
     def is_unique(self, split: str) -> bool:
         """Say whether a picture is kept once a split."""

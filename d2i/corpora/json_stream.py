@@ -27,6 +27,7 @@ _UNKNOWN_LENGTH = 2048
 
 _BOM = b"\xef\xbb\xbf"
 _BROKEN = object()
+_NOT_JSON = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]")
 
 _Parse = Callable[[bytes], Any]
 _OVERLAP_BYTES, _LOOK_BACK_BYTES = 1024, 64
@@ -52,6 +53,9 @@ def read_objects(
     max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[tuple[str, Any]]:
     """Read the JSON objects of a file, in order, one at a time.
+
+    What the JSON writers of Python and JavaScript write beside JSON is read as well, and told as
+    `repaired`: NaN and infinities become null, half of a surrogate pair U+FFFD.
 
     Args:
         stream: The file, opened for reading bytes, at its start.
@@ -91,7 +95,8 @@ class _View:
 
     def fill(self) -> bool:
         """Read on, dropping what lies behind `pos`; False at the end of the stream."""
-        chunk = self.stream.read(self.chunk_bytes)
+        # As much again as is held: a long record is moved a few times, not once a chunk.
+        chunk = self.stream.read(max(self.chunk_bytes, self.num_ahead()))
         if not chunk:
             return False
         self.data = self.data[self.pos :] + chunk
@@ -201,7 +206,7 @@ def _lines(view: _View, path: str, report: Report, parse: _Parse) -> Iterator[tu
                 continue
             value = parse(line)
             if value is not _BROKEN:
-                yield where, value
+                yield where, _unwrapped(value, where, report)
             elif line.strip():
                 # Without its line end the last line is cut off, be it within a string.
                 is_cut = number == last and not view.has_ended_line()
@@ -224,7 +229,7 @@ def _objects_of_line(
             reason: Reason = "truncated" if depth > 0 else _diagnose(line[at:])
             report(Problem(reason, where, "the object cannot be read"))
         else:
-            yield where, value
+            yield where, _unwrapped(value, where, report)
         at = _after_separators(line, end)
     if depth == 0 and line.lstrip().startswith(b"[") and not line.rstrip().endswith(b"]"):
         report(Problem("truncated", where, "the array is not closed"))
@@ -280,7 +285,7 @@ class _Objects:
                 self.last_length = measured
                 self.num_given += 1
                 self.given_bytes += measured
-                yield where, value
+                yield where, _unwrapped(value, where, self.report)
             elif not self._pass_over(measured, where):
                 return
             is_closed = self._skip_separators()
@@ -394,7 +399,8 @@ class _Objects:
     def _is_lost(self) -> bool:
         """Say whether going on costs too much: what was read in vain is read again each time."""
         view = self.view
-        allowed_bytes = view.offset + view.pos + _NUM_RESCANNED * view.max_record_bytes
+        largest_bytes = min(view.max_record_bytes, MAX_RECORD_BYTES)
+        allowed_bytes = view.offset + view.pos + _NUM_RESCANNED * largest_bytes
         return self.resyncs_left < 0 or self.rescanned_bytes > allowed_bytes
 
     def _count_resync(self) -> None:
@@ -458,19 +464,81 @@ def _scan(data: bytes, at: int, depth: int) -> tuple[int, int]:
 
 
 def _parser(kind: Any) -> _Parse:
-    """Return what gives a JSON text's value, or why it is none of this kind, or `_BROKEN`."""
+    """Return what gives a JSON text's value, or why it is none of this kind, or `_BROKEN`.
+
+    The value of a text that had to be repaired is within a `_Repaired`.
+    """
     decode = msgspec.json.Decoder(kind).decode
 
     def parse(text: bytes) -> Any:
-        try:
-            return decode(text)
-        except msgspec.ValidationError as error:
-            # It is raised before the rest of the text was looked at.
-            return RecordError.of(error) if _is_json(text) else _BROKEN
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return _BROKEN
+        value = _decoded(decode, text)
+        if value is _BROKEN and _NOT_JSON.search(text):
+            repaired, detail = _repair(text)
+            value = _decoded(decode, repaired) if detail else _BROKEN
+            return value if value is _BROKEN else _Repaired(value, detail)
+        return value
 
     return parse
+
+
+def _decoded(decode: Callable[[bytes], Any], text: bytes) -> Any:
+    try:
+        return decode(text)
+    except msgspec.ValidationError as error:
+        # It is raised before the rest of the text was looked at.
+        return RecordError.of(error) if _is_json(text) else _BROKEN
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _BROKEN
+
+
+class _Repaired(msgspec.Struct, frozen=True, gc=False):
+    """A value, and what of its text was changed."""
+
+    value: Any
+    detail: str
+
+
+def _unwrapped(value: Any, where: str, report: Report) -> Any:
+    """Return a value, after reporting what of its text was changed."""
+    if isinstance(value, _Repaired):
+        report(Problem("repaired", where, value.detail))
+        return value.value
+    return value
+
+
+_STRING_OR_CONSTANT = re.compile(rb'%b"|-?Infinity|NaN' % _OPEN_STRING)
+_SURROGATES = re.compile(
+    rb"(\\[^u]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+)
+
+
+def _repair(text: bytes) -> tuple[bytes, str]:
+    """Write a text as JSON, as far as it is what other writers take for it.
+
+    Returns:
+        The text, and what was changed; empty if nothing was.
+    """
+    num_halves, constants = 0, set[str]()
+
+    def mend_half(found: re.Match[bytes]) -> bytes:
+        nonlocal num_halves
+        if found[1] is not None:
+            return found[1]
+        num_halves += 1
+        return rb"\ufffd"
+
+    def mend(found: re.Match[bytes]) -> bytes:
+        if not found[0].startswith(b'"'):
+            constants.add(found[0].decode())
+            return b"null"
+        return _SURROGATES.sub(mend_half, found[0]) if b"\\u" in found[0] else found[0]
+
+    repaired = _STRING_OR_CONSTANT.sub(mend, text)
+    changes = [f"{name} is read as null" for name in sorted(constants)]
+    if num_halves:
+        changes.append(f"{num_halves} halves of surrogate pairs are read as U+FFFD")
+    return repaired, ", ".join(changes)
 
 
 def _keys(kind: Any) -> Collection[bytes] | None:

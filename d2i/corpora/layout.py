@@ -15,6 +15,7 @@ SPLITS = {
 }
 """Canonical split names, and the names that releases use."""
 
+DIALOG_SUFFIXES = (".jsonl", ".json")
 _NAME_FILE = "corpus.json"
 _MAX_NAME_FILE_BYTES = 4096
 
@@ -33,6 +34,34 @@ def corpus_name(source: str) -> str | None:
         return None
     name = found.get("name") if isinstance(found, dict) else None
     return name if isinstance(name, str) and name.isprintable() and name.strip() else None
+
+
+def is_source_file(source: str) -> bool:
+    """Say whether a source is one file of dialogs, rather than a folder of them."""
+    return source.endswith(DIALOG_SUFFIXES)
+
+
+def source_folder(source: str) -> str:
+    """Return the folder of a source: what paths of pictures are relative to."""
+    return (source.rpartition("/")[0] or ".") if is_source_file(source) else source
+
+
+def unsplit_file(source: str) -> str:
+    """Return the name of the one file of dialogs that a source is, or holds.
+
+    Raises:
+        DataError: If it holds none, or several.
+    """
+    if is_source_file(source):
+        return source.rpartition("/")[2]
+    names = [name for name in storage.list_names(source) if name.endswith(DIALOG_SUFFIXES)]
+    found = [name for name in names if name != _NAME_FILE]
+    if len(found) != 1:
+        raise DataError(
+            f"{source}: got {', '.join(found[:5]) or 'no .jsonl or .json file'}, expected one file "
+            "to divide by shares; give its path as --source"
+        )
+    return found[0]
 
 
 def split_folder(source: str, split: str) -> str | None:

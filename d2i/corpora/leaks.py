@@ -18,7 +18,7 @@ from msgspec import Struct
 from d2i import storage
 from d2i.config import ImageConfig
 from d2i.corpora import Corpus, corpus_instances
-from d2i.corpora.layout import SPLITS
+from d2i.corpora.layout import SPLITS, source_folder
 from d2i.corpora.likeness import Look, LookIndex, look_of
 from d2i.dialog import Instance
 from d2i.picture_files import check_root, read_picture
@@ -70,7 +70,7 @@ class LeakFinder:
         self._source = source
         self._look = look
         self._on_picture = on_picture
-        self._image_root = storage.resolve(corpus.image_root or source)
+        self._image_root = storage.resolve(corpus.image_root or source_folder(source))
         if look and corpus.image_root:
             check_root(self._image_root)
         self._protected: dict[str, tuple[str, str]] = {}

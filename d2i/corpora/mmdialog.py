@@ -13,6 +13,7 @@ from typing import ClassVar
 from msgspec import UNSET, Struct, UnsetType, field
 
 from d2i import storage
+from d2i.corpora.inline import InlineImages
 from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.layout import split_folder
 from d2i.corpora.records import Dialog, DialogId, Flaw, Picture, RecordError, Text, Turns
@@ -66,8 +67,11 @@ class MMDialog(InstanceOptions):
         """Name the picture itself: its media key, as each split has a folder of its own."""
         return ref.value[0].rpartition("/")[2]
 
-    def parser(self, source: str, split: str) -> Callable[[MMDialogRecord, Flaw], Dialog]:
-        """Return what parses one record of a split."""
+    def parser(
+        self, source: str, split: str, inline: InlineImages
+    ) -> Callable[[MMDialogRecord, Flaw], Dialog]:
+        """Return what parses one record of a split, which holds no picture itself."""
+        del inline
         folder = split_folder(self.image_root or source, split)
         image_dir = f"{folder}/" if folder else ""
         return partial(_parse, image_dir)

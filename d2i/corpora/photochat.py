@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from d2i import storage
+from d2i.corpora.inline import InlineImages
 from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.layout import split_folder
 from d2i.corpora.records import (
@@ -85,9 +86,11 @@ class PhotoChat(InstanceOptions):
         is_made = address.startswith(self.open_images_url.partition("{photo_id}")[0])
         return f"{parts.path}?{parts.query}" if is_made and parts.query else parts.path
 
-    def parser(self, source: str, split: str) -> Callable[[PhotoChatRecord, Flaw], Dialog]:
-        """Return what parses one record; source and split do not matter here."""
-        del source, split
+    def parser(
+        self, source: str, split: str, inline: InlineImages
+    ) -> Callable[[PhotoChatRecord, Flaw], Dialog]:
+        """Return what parses one record; nothing else matters here."""
+        del source, split, inline
         return self._parse
 
     def _parse(self, record: PhotoChatRecord, flaw: Flaw) -> Dialog:

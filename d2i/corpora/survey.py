@@ -15,9 +15,10 @@ from msgspec import Struct
 
 from d2i.config import DialogConfig, TextConfig
 from d2i.context import context_text
-from d2i.corpora import Corpus, Dialog, Problem, build_corpus, read_dialogs
+from d2i.corpora import Corpus, Dialog, build_corpus, read_dialogs
 from d2i.corpora.records import Flaw, Reason
 from d2i.corpora.seen import SeenHashes
+from d2i.corpora.tally import ProblemTally
 from d2i.dialog import Instance, key_order_hash, key_prefix
 from d2i.tokenize import WINDOW_LENGTH, encode
 
@@ -79,6 +80,7 @@ class VariantSurvey(Struct):
 class SplitSurvey(Struct):
     """What one split holds. Occurrences count a picture each time it is shared.
 
+    `first_problems` has of each reason where the first case is, and what was got and expected.
     `most_occurrences` are those of the picture that is shared most: all lie in one shard.
     """
 
@@ -90,6 +92,7 @@ class SplitSurvey(Struct):
     most_occurrences: int
     num_instances: int
     problems: dict[str, int]
+    first_problems: dict[str, dict[str, str]]
     lengths: Lengths
     variants: list[VariantSurvey]
 
@@ -120,12 +123,10 @@ def survey_split(
     as_set, *others = _variants(name, config)
     # Settings of the text change no count, so that one counter serves all of them.
     counters = {variant.corpus: _Counter(variant.corpus, split) for variant in (as_set, *others)}
-    problems: Counter[str] = Counter()
-
-    def note(problem: Problem) -> None:
-        problems[problem.reason] += 1
-
-    dialogs, flaw = read_dialogs(as_set.corpus, source, split, on_problem=note, max_broken=1.0)
+    problems = ProblemTally()
+    dialogs, flaw = read_dialogs(
+        as_set.corpus, source, split, on_problem=problems.add, max_broken=1.0
+    )
     counts, images, sample = Counter[str](), Counter[int](), _Sample(num_sampled)
     for dialog in dialogs:
         on_dialog()
@@ -145,7 +146,8 @@ def survey_split(
         num_images=len(images),
         most_occurrences=max(images.values(), default=0),
         num_instances=counters[as_set.corpus].num_instances,
-        problems=dict(sorted(problems.items())),
+        problems=problems.counts,
+        first_problems=problems.first,
         lengths=_lengths(as_set, sample.token_counts(as_set, split)),
         variants=[
             _variant_survey(variant, counters[variant.corpus], sample.token_counts(variant, split))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from d2i import __version__, storage
 from d2i.cluster import device_of_worker
 from d2i.config import Recipe
 from d2i.context import context_text, text_tokens
+from d2i.corpora import RECORD_FIELDS, parse_record
+from d2i.corpora.json_stream import read_objects
+from d2i.corpora.records import RecordError
 from d2i.dialog import Turn
 from d2i.encoders import ClipText, Vae
 from d2i.errors import DataError
@@ -26,13 +30,16 @@ from d2i.pictures import png_bytes
 def read_dialog(text: str) -> list[Turn]:
     """Read a conversation: plain lines (one turn each, speakers taking turns), or JSON.
 
-    JSON is a list of turns, or one turn: a string, or `{"speaker": 0, "text": "…"}`.
+    JSON is a list of turns, or one turn: a string, or `{"speaker": 0, "text": "…"}`; or one record
+    of any form that a corpus is read from, or the list of its messages. Of a record the pictures
+    are left out, and all turns are read.
 
     Raises:
         DataError: If there is no text in it, or the JSON is of another form.
     """
     if text.lstrip().startswith(("[", "{")):
-        turns = _read_json(text)
+        record = _read_record(text)
+        turns = _read_json(text) if record is None else _turns_of(record)
     else:
         turns = [Turn(None, line.strip()) for line in text.splitlines() if line.strip()]
     if not any(turn.text.strip() for turn in turns):
@@ -117,6 +124,44 @@ def grid(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     cells[:num] = pixels
     laid_out = cells.reshape(num_rows, columns, height, width, 3).swapaxes(1, 2)
     return laid_out.reshape(num_rows * height, columns * width, 3)
+
+
+def _read_record(text: str) -> dict[str, Any] | None:
+    """Return the one record that a JSON text is, or whose messages it lists; None for neither."""
+    if (listed := _listed_messages(text)) is not None:
+        return {"messages": listed}
+    records = [
+        record
+        for _, record in read_objects(io.BytesIO(text.encode()), "the dialog", lambda _: None)
+        if isinstance(record, dict) and RECORD_FIELDS & set(record)
+    ]
+    if len(records) > 1:
+        raise DataError(
+            f"the dialog is of {len(records)} conversations; expected one; write it alone"
+        )
+    return records[0] if records else None
+
+
+def _listed_messages(text: str) -> list[Any] | None:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_list = isinstance(values, list) and values and all(isinstance(v, dict) for v in values)
+    return values if is_list and all({"role", "from"} & set(value) for value in values) else None
+
+
+def _turns_of(record: dict[str, Any]) -> list[Turn]:
+    """Read the turns of a record; words of it that are left out are an error, pictures are not."""
+
+    def refuse(reason: str, detail: str) -> None:
+        if reason not in ("bad_image_ref", "no_image"):
+            raise DataError(f"the dialog: {detail} ({reason}); mend it")
+
+    try:
+        return list(parse_record(record, refuse).turns)
+    except RecordError as err:
+        raise DataError(f"the dialog: {err.detail} ({err.reason}); mend it") from err
 
 
 def _read_json(text: str) -> list[Turn]:

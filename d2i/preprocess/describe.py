@@ -16,6 +16,7 @@ from d2i.cluster import device_of_worker
 from d2i.config import ImageConfig
 from d2i.corpora import Corpus, corpus_instances
 from d2i.corpora.descriptions import Description, read_descriptions
+from d2i.corpora.layout import source_folder
 from d2i.encoders.captioner import Captioner
 from d2i.errors import ConfigError
 from d2i.picture_files import check_root, read_picture
@@ -142,7 +143,7 @@ def _opened(
     pictures: Iterator[tuple[str, str | None]],
     failures: Counter[str],
 ) -> Iterator[_Opened]:
-    root = storage.resolve(corpus.image_root or source)
+    root = storage.resolve(corpus.image_root or source_folder(source))
     for image_id, path in pictures:
         if path is None:
             failures["no_file"] += 1

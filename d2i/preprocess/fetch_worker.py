@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from d2i.cluster import JobFault, Shared
 from d2i.config import Recipe
@@ -16,6 +17,7 @@ from d2i.preprocess.decoder import Decoder
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.sources import PictureSource
 from d2i.preprocess.handover import FetchedPicture, ShardTask, SourcePicture, keeps_source
+from d2i.preprocess.inline_images import read_inline
 from d2i.preprocess.progress import Tally
 from d2i.preprocess.reuse import Reuse, ReusedSplits
 
@@ -65,6 +67,7 @@ class FetchWorker:
         for found in self._source.fetch(
             {instance.image_ref for instance in instances} - known,
             lambda ref, fetched: open_picture(ref, fetched, self._decoder, is_kept=ref in kept),
+            partial(read_inline, task.split_url),
         ):
             self._reach("fetch.picture")
             block.append(found)

@@ -18,6 +18,7 @@ from d2i.cluster.offer import Unit, offer_of_session
 from d2i.cluster.rates import Meter, keep_rate
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
+from d2i.corpora.layout import source_folder
 from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault import Fault
 from d2i.parse import read_json
@@ -84,7 +85,7 @@ def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan
         DataError: If the corpus has none of the wanted splits, or `corpus.image_root` cannot be the
             place of pictures.
     """
-    found = found_splits(request.corpus, request.source)
+    found = found_splits(request.corpus, request.source, request.recipe.corpus.options())
     wanted = [canonical_split(request.split)] if request.split else found
     if not set(wanted) <= set(found):
         raise DataError(
@@ -321,7 +322,7 @@ def _forget_fingerprint(split_url: str) -> None:
 def _pictures(request: PreprocessRequest) -> PictureSource:
     fetch = request.recipe.fetch
     return PictureSource(
-        request.recipe.corpus.image_root or storage.resolve(request.source),
+        request.recipe.corpus.image_root or source_folder(storage.resolve(request.source)),
         fetch,
         request.access,
         share_books(host_book(fetch, request.access), num_workers=request.num_workers),

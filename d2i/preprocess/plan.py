@@ -12,7 +12,7 @@ import itertools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -25,13 +25,15 @@ from d2i import checksums, storage
 from d2i.ahead import work_ahead
 from d2i.config import Recipe
 from d2i.corpora import Problem, build_corpus, read_instances
-from d2i.corpora.layout import corpus_name
+from d2i.corpora.layout import corpus_name, source_folder
+from d2i.corpora.tally import ProblemTally
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
 from d2i.parse import damaged, read_json
 from d2i.preprocess.choose import Choice
 from d2i.preprocess.exclude import NOTHING, Exclusion
 from d2i.preprocess.grouped import GroupedInstances
+from d2i.preprocess.inline_images import INLINE_FOLDER, InlineWriter
 from d2i.preprocess.records import PLAN_AGAIN, write_records
 from d2i.settle import differences
 from d2i.shards import committed_names
@@ -125,9 +127,10 @@ class _Planner:
         self.request = request
         self.split_url = split_url
         self.scratch = scratch
-        self.problems: Counter[str] = Counter()
+        self.problems = ProblemTally()
         self.num_excluded = 0
         self.files: dict[str, str] = {}
+        self.inline = InlineWriter(scratch / "inline", split_url)
 
     def plan(self) -> Plan:
         """Read, choose, group and, where the plan is kept, write."""
@@ -145,25 +148,40 @@ class _Planner:
             counts["shards"] += 1
             counts["instances"] += shard.num_rows
         if not counts["instances"]:
-            raise DataError("the corpus holds no instance of this split; see 'd2i corpus'")
+            raise DataError(self._why_none())
         plan = Plan(
             decided_by=_decided_by(self.request),
             num_instances=counts["instances"],
             num_images=grouped.num_images,
             num_shards=counts["shards"],
             num_excluded=self.num_excluded,
-            problems=dict(sorted(self.problems.items())),
+            problems=self.problems.counts,
             most_occurrences=grouped.most_occurrences,
             num_unmatched=self.request.exclusion.num_of(self.request.split) - self.num_excluded,
-            corpus_name=corpus_name(storage.resolve(self.request.source)),
+            corpus_name=corpus_name(source_folder(storage.resolve(self.request.source))),
             files=self.files,
         )
         if self.split_url is not None:
             self._finish(plan, self.split_url)
         return plan
 
+    def _why_none(self) -> str:
+        """Say why there is no instance: what was read, and the first case of each problem."""
+        split, num_excluded = self.request.split, self.num_excluded
+        if num_excluded:
+            return (
+                f"{split}: --exclude leaves out all {num_excluded} instances; expected some to be "
+                "left; give another list"
+            )
+        why = self.problems.describe() or "no dialog shows a picture"
+        return (
+            f"{split}: got no instance: {why}; expected dialogs with a picture and a text; mend "
+            "the records, or check --corpus and --source; 'd2i corpus' says what is there"
+        )
+
     def _finish(self, plan: Plan, split_url: str) -> None:
         """Write the plan's own file, once all others are safely there."""
+        self.inline.finish()
         problems_url = storage.join(split_url, "plan", "problems.jsonl")
         # Flushes the names of the records as well.
         storage.publish_file(self.scratch / "problems.jsonl", problems_url)
@@ -191,7 +209,7 @@ class _Planner:
         """Read the instances that are not excluded, and write down every problem."""
 
         def note(problem: Problem) -> None:
-            self.problems[problem.reason] += 1
+            self.problems.add(problem)
             problems.write(msgspec.json.encode(problem) + b"\n")
 
         request = self.request
@@ -202,6 +220,7 @@ class _Planner:
             request.split,
             on_problem=note,
             max_broken=config.max_broken,
+            inline=self.inline.images(request.recipe.fetch.max_image_bytes),
             **config.options(),
         )
         if not request.exclusion.keys:
@@ -222,23 +241,26 @@ class _Planner:
         choice = Choice(request.limit, rule, request.seed)
         if rule == "first":
             instances = itertools.islice(instances, request.limit)
-        for batch in _batches(instances):
+        for batch in _batches(instances, self.inline.is_full):
             ranks = choice.rank(batch)
             wanted = np.flatnonzero(ranks <= np.uint64(choice.max_rank))
             if len(wanted) < len(batch):
                 batch, ranks = [batch[i] for i in wanted], ranks[wanted]
+            self.inline.publish(batch)
             grouped.add(batch, ranks)
         return choice.last_rank()
 
 
-def _batches(instances: Iterator[Instance]) -> Iterator[list[Instance]]:
-    """Give `_BATCH` instances at a time, or fewer that reach `_BATCH_CHARS`."""
+def _batches(
+    instances: Iterator[Instance], is_full: Callable[[], bool] = lambda: False
+) -> Iterator[list[Instance]]:
+    """Give `_BATCH` instances at a time, or fewer that reach `_BATCH_CHARS` or are said to do."""
     batch: list[Instance] = []
     num_chars = 0
     for instance in instances:
         batch.append(instance)
         num_chars += sum([len(turn.text) for turn in instance.context])
-        if len(batch) >= _BATCH or num_chars >= _BATCH_CHARS:
+        if len(batch) >= _BATCH or num_chars >= _BATCH_CHARS or is_full():
             yield batch
             batch, num_chars = [], 0
     if batch:
@@ -265,7 +287,9 @@ def _clear_plan(split_url: str) -> None:
     checksums.remove(plan_url(split_url))
     folder = storage.join(split_url, "plan")
     for name in storage.list_names(folder):
-        storage.remove(storage.join(folder, name))
+        if name != INLINE_FOLDER:
+            # The images of the new plan are among those that lie there.
+            storage.remove(storage.join(folder, name))
 
 
 def plan_url(split_url: str) -> str:
@@ -290,15 +314,20 @@ def _records_name(index: int) -> str:
 def _decided_by(request: PlanRequest) -> dict[str, Any]:
     recipe = request.recipe.model_dump(mode="json")
     settings = {name: recipe[name] for name in ("corpus", "image", "text", "encoders")}
-    # How much may be broken changes no instance.
-    settings["corpus"] = {k: v for k, v in recipe["corpus"].items() if k != "max_broken"}
+    # How much may be broken changes no instance; plans made before name no split_*.
+    settings["corpus"] = {
+        name: value
+        for name, value in recipe["corpus"].items()
+        if name != "max_broken" and (value is not None or not name.startswith("split_"))
+    }
     settings["preprocess"] = {
         name: recipe["preprocess"][name]
         for name in ("choose", "num_samples_per_shard", "keep_images")
     }
     root = storage.resolve(request.source)
     corpus = build_corpus(request.corpus, request.recipe.corpus.options())
-    files = [storage.join(root, path) for path in corpus.files(root, request.split)]
+    folder = source_folder(root)
+    files = [storage.join(folder, path) for path in corpus.files(root, request.split)]
     if corpus.descriptions and storage.exists(corpus.descriptions):
         files.append(corpus.descriptions)
     return {

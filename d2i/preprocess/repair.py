@@ -14,6 +14,7 @@ from typing import Any
 from d2i import checksums, storage
 from d2i.cluster import Pool, Stages, job_fault, run_stages, run_tasks, session, share
 from d2i.config import Recipe
+from d2i.corpora.layout import source_folder
 from d2i.errors import D2IError, ShardError
 from d2i.fault import Fault
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
@@ -221,7 +222,7 @@ class _RepairedSet:
         request = self.request
         fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
         pictures = PictureSource(
-            recipe.corpus.image_root or job.source(),
+            recipe.corpus.image_root or source_folder(job.source()),
             recipe.fetch,
             request.access,
             share_books(host_book(recipe.fetch, request.access), num_workers=request.num_workers),

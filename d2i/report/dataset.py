@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2i import storage
-from d2i.dialog import key_order_hash
+from d2i.dialog import NOBODY, key_order_hash
 from d2i.errors import ShardError
 from d2i.shards import ShardReader
 from d2i.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -47,7 +47,7 @@ def read_conversations(data_url: str, keys: Collection[str], count: int) -> list
 
 
 def speaking_turns(context: Sequence[dict[str, Any]]) -> tuple[tuple[int, str], ...]:
-    """Number the speakers from 0 and leave silent turns out.
+    """Number the speakers from 0; leave out turns that say nothing, and those of nobody.
 
     A turn without a speaker answers the turn before it, as in `d2i.dialog.linearize`.
     """
@@ -55,6 +55,8 @@ def speaking_turns(context: Sequence[dict[str, Any]]) -> tuple[tuple[int, str], 
     turns, speaker = [], None
     for turn in context:
         given = turn.get("speaker")
+        if given == NOBODY:
+            continue
         speaker = (1 if speaker == 0 else 0) if given is None else given
         if text := str(turn.get("text", "")).strip():
             turns.append((numbers.setdefault(speaker, len(numbers)), text))

@@ -15,8 +15,10 @@ _PROBLEMS = {
     "empty_file": "a file with nothing in it",
     "invalid_json": "a record that is not written as JSON",
     "invalid_utf8": "a record whose characters are not UTF-8",
+    "mismatched_images": "a record that lists more or fewer pictures than it has marks for them",
     "missing_field": "a record that lacks a part that is needed",
     "no_image": "a record that is to share a picture, and shares none",
+    "repaired": "a record that is read although it is not quite JSON, such as one with NaN",
     "too_large": "a record that is larger than any dialog should be",
     "too_many_broken": "the rest of a file, given up because so much of it was broken",
     "truncated": "a file that ends in the middle of a record",
@@ -42,14 +44,23 @@ def problems_section(splits: Splits) -> Section:
     """Count by reason what of the records gives no instance."""
     title = "Problems in the records"
     counts = {split: found["problems"] for split, found in splits.items()}
-    rows = reason_rows(counts.values(), lambda reason: _heading(reason, _PROBLEMS))
+    first: dict[str, Mapping[str, str]] = {}
+    for found in splits.values():
+        for reason, case in found["first_problems"].items():
+            first.setdefault(reason, case)
+    rows = reason_rows(counts.values(), lambda reason: _problem(reason, first.get(reason)))
     if not rows:
         return Section("problems", title, "<p>No record has a problem.</p>")
     intro = (
         '<p class="intro">What is broken is passed over and counted by its reason, and never '
-        "repaired in silence.</p>"
+        "repaired in silence. Of each reason the first case is named.</p>"
     )
     return Section("problems", title, intro + table(_head(counts), rows))
+
+
+def _problem(reason: str, first: Mapping[str, str] | None) -> str:
+    case = f"<small>first: {text(first['where'])}: {text(first['detail'])}</small>" if first else ""
+    return f"{_heading(reason, _PROBLEMS)}{case}"
 
 
 def pictures_section(splits: Splits) -> Section | LeftOut:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2i import storage
+from d2i.report.dataset import speaking_turns
 from d2i.report.document import draw_document, draw_header
 from d2i.report.markup import Section, card, counted, picture, table, text
 
@@ -69,9 +70,8 @@ def _section(number: int, sample: ShownSample) -> Section:
 
 def _chat(turns: Sequence[dict[str, Any]]) -> str:
     items = "".join(
-        f'<li dir="auto" class="{"ours" if (turn["speaker"] or 0) % 2 else "theirs"}">'
-        f"{text(turn['text'])}</li>"
-        for turn in turns
+        f'<li dir="auto" class="{"ours" if speaker % 2 else "theirs"}">{text(said)}</li>'
+        for speaker, said in speaking_turns(turns)
     )
     return f'<ol class="chat" tabindex="0" aria-label="Conversation">{items}</ol>'
 

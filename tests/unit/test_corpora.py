@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from d2i.config import ImageConfig, TextConfig
 from d2i.context import context_text
 from d2i.corpora import Problem, build_corpus, json_stream, read_instances, splits
+from d2i.corpora.inline import InlineImages
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import RecordError
 from d2i.dialog import ImageRef, Instance, Turn, linearize
@@ -99,8 +100,7 @@ BROKEN = {
     "lost quotation mark": ('{"id": 3, "body": "x}', "invalid_json"),
     "lost bracket": ('{"id": 3, "body": {"x": 1}', "too_large|truncated|invalid_json"),
     "line end in a string": ('{"id": 3, "body": "x\ny"}', "invalid_json"),
-    "not a number": ('{"id": 3, "body": NaN}', "invalid_json"),
-    "half a surrogate pair": ('{"id": 3, "body": "\\ud83d"}', "invalid_json"),
+    "not a value": ('{"id": 3, "body": nope}', "invalid_json"),
     "no object": ("hello", "invalid_json"),
 }
 
@@ -125,6 +125,25 @@ def test_bytes_that_are_no_utf8_cost_their_record_only() -> None:
     values, problems = read(data)
     assert values == [{"id": 0}, {"id": 2}]
     assert [(p.reason, p.where) for p in problems] == [("invalid_utf8", "f line 2")]
+
+
+REPAIRED = {
+    "[NaN, -Infinity, Infinity]": ([None] * 3, "-Infinity is read as null, Infinity"),
+    r'"a\ud83d"': ("a\ufffd", "1 halves of surrogate pairs"),
+    r'"\udc00\ud83d\ude00 \\ud83d NaN"': ("\ufffd\U0001f600 \\ud83d NaN", "1 halves"),
+}
+
+
+@pytest.mark.parametrize("text", REPAIRED)
+@pytest.mark.parametrize("form", ["lines", "array", "indented array", "run together"])
+def test_what_other_json_writers_write_is_read_and_told(form: str, text: str) -> None:
+    """As `json.dumps` of Python and `JSON.stringify` do of what they are given."""
+    value, detail = REPAIRED[text]
+    records = [{"id": 0}, {"id": 1, "body": "here"}, {"id": 2}]
+    values, problems = read(FORMS[form](records).replace('"here"', text).encode())
+    assert values == [{"id": 0}, {"id": 1, "body": value}, {"id": 2}]
+    assert [problem.reason for problem in problems] == ["repaired"]
+    assert detail in problems[0].detail
 
 
 @pytest.mark.parametrize("form", ["lines", "array", "indented array", "run together"])
@@ -193,12 +212,12 @@ def test_a_long_line_that_is_broken_costs_itself_alone() -> None:
 def test_what_lies_within_a_broken_line_is_no_record(tmp_path: Path) -> None:
     """Neither an earlier version of the conversation, nor the calls of a tool."""
     old = {"id": 0, "turns": [{"text": "old", "images": ["old.jpg"]}]}
-    broken = json.dumps({"id": 1, "bad": "NaN", "parent": old} | {"turns": PLAIN["turns"]})
-    calls = json.dumps({"id": 2, "calls": [{"id": n} for n in range(5)], "bad": "NaN"})
+    broken = json.dumps({"id": 1, "bad": "nope", "parent": old} | {"turns": PLAIN["turns"]})
+    calls = json.dumps({"id": 2, "calls": [{"id": n} for n in range(5)], "bad": "nope"})
     lines = [broken, calls, calls[:-1], calls.replace('"calls"', '"calls')]
     lines = [json.dumps(CHAT), *lines, *(json.dumps(PLAIN | {"id": n}) for n in range(9, 14))]
     path = tmp_path / "train.jsonl"
-    path.write_text("\n".join(lines).replace('"NaN"', "NaN"))
+    path.write_text("\n".join(lines).replace('"nope"', "nope"))
     found, problems = instances("jsonl", tmp_path, "train")
     assert {i.dialog_id for i in found} == {"2", *map(str, range(9, 14))}
     assert [(p.where, p.num_records) for p in problems] == [
@@ -207,7 +226,7 @@ def test_what_lies_within_a_broken_line_is_no_record(tmp_path: Path) -> None:
 
 
 def test_objects_run_together_in_a_line_are_given_up_to_one_that_does_not_close() -> None:
-    whole = '{"id": 1}, {"id": NaN} {"id": 2}'
+    whole = '{"id": 1}, {"id": nope} {"id": 2}'
     lines = ['{"id": 0}', whole, '[{"id": 3}, {"id": 4', '[{"id": 5}', '{"id": 6}']
     values, problems = read("\n".join(lines).encode())
     assert [value["id"] for value in values] == [0, 1, 2, 3, 5, 6]
@@ -223,8 +242,8 @@ def test_objects_run_together_in_a_line_are_given_up_to_one_that_does_not_close(
 @pytest.mark.parametrize("inner", [{"id": 7}, [{"id": 7}]], ids=["value", "list"])
 def test_what_lies_within_a_broken_object_is_no_record(form: str, number: int, inner: Any) -> None:
     records: list[Any] = [{"id": n, "bad": 0, "inner": inner} for n in range(5)]
-    records[number]["bad"] = "NaN"
-    data = FORMS[form](records).replace('"NaN"', "NaN").encode()
+    records[number]["bad"] = "nope"
+    data = FORMS[form](records).replace('"nope"', "nope").encode()
     values, problems = read(data)
     assert [value["id"] for value in values] == [n for n in range(5) if n != number]
     assert [problem.reason for problem in problems] == ["invalid_json"]
@@ -234,7 +253,7 @@ FIRST_BROKEN = {
     "key": lambda text: text.replace('"conversation_id"', '"conversation_\\x"', 1),
     "quotation mark": lambda text: text.replace('"conversation_id"', '"conversation_id', 1),
     "bracket": lambda text: text[:-1],
-    "value": lambda text: text.replace(": 0,", ": NaN,", 1),
+    "value": lambda text: text.replace(": 0,", ": nope,", 1),
 }
 
 
@@ -941,7 +960,7 @@ def test_too_many_broken_records_end_the_reading_after_the_last(tmp_path: Path) 
     lines = [json.dumps(PLAIN | {"id": n}) if n % 4 else "{}" for n in range(1000)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     found = []
-    with pytest.raises(DataError, match=r"250 broken of 1000 records \(train.jsonl line 1"):
+    with pytest.raises(DataError, match=r"250 broken of 1000 records: .*train.jsonl line 1: "):
         found.extend(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
     assert len(found) == 750 * 3
     assert len(instances("jsonl", tmp_path, "train", max_broken=0.25)[0]) == 750 * 3
@@ -958,7 +977,8 @@ def test_a_file_with_more_broken_records_than_sound_ones_is_an_error(
     broken = [{"id": n} for n in range(num_broken)]
     sound = [PLAIN | {"id": n} for n in range(num_sound)]
     write_lines(tmp_path / "train.jsonl", *broken, *sound)
-    with pytest.raises(DataError, match=f"got {num_broken} broken of .* of train.jsonl"):
+    expected = f"got {num_broken} broken of .* of train.jsonl" if num_sound else "got no record"
+    with pytest.raises(DataError, match=expected):
         list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
     write_lines(tmp_path / "train.jsonl", *broken, *sound, *(PLAIN | {"id": n} for n in "ab"))
     if num_sound:
@@ -1048,11 +1068,13 @@ def test_what_macos_leaves_beside_files_is_no_file_of_a_corpus(tmp_path: Path) -
 @given(JSON, st.sampled_from(["mmdialog", "photochat", "jsonl"]))
 def test_no_record_raises(body: Any, corpus: str) -> None:
     reader = build_corpus(corpus, {})
-    parse = reader.parser(str(SHARED), "train")
+    parse = reader.parser(str(SHARED), "train", InlineImages())
     for record in (
         {"id": 1, "turns": body},
         {"id": 1, "messages": [body]},
         {"id": 1, "turns": [body, {"images": body}]},
+        {"id": 1, "conversations": [{"from": "gpt", "value": "<image>"}], "images": body},
+        {"id": 1, "messages": [{"role": "user", "content": body, "images": body}]},
         {"dialogue_id": 1, "dialogue": body},
         {"conversation_id": 1, "conversation": [{"turn": [body]}]},
     ):
@@ -1063,7 +1085,12 @@ def test_no_record_raises(body: Any, corpus: str) -> None:
         except RecordError as error:
             parsed = error
         if isinstance(parsed, RecordError):
-            assert parsed.reason in {"wrong_type", "missing_field", "no_image"}
+            assert parsed.reason in {
+                "wrong_type",
+                "missing_field",
+                "mismatched_images",
+                "no_image",
+            }
 
 
 def test_an_order_of_records_changes_no_key(tmp_path: Path) -> None:
@@ -1111,4 +1138,4 @@ def test_unheard_problems_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFi
     write_lines(tmp_path / "train.jsonl", {"id": 1})
     with caplog.at_level(logging.WARNING):
         assert list(read_instances("jsonl", tmp_path, "train", max_broken=1.0)) == []
-    assert "train.jsonl line 1: turns: missing, and so is messages" in caplog.text
+    assert "train.jsonl line 1: turns: missing, and so are messages" in caplog.text

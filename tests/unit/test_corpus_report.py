@@ -44,6 +44,9 @@ def make_split(numbers: Iterator[int]) -> dict[str, Any]:
     return {
         **{f"num_{field}": next(numbers) for field in fields},
         "problems": {"empty_context": next(numbers), "invalid_json": next(numbers)},
+        "first_problems": {
+            "invalid_json": {"where": "train.jsonl line 7", "detail": "cannot be read"}
+        },
         "lengths": {
             "num_sampled": next(numbers),
             "room": 75,
@@ -208,6 +211,7 @@ def test_problems_and_pictures_stand_by_reason(out: Path) -> None:
     broken = survey["splits"]["train"]["problems"]["invalid_json"]
     source = render(survey, out)
     assert rows_of(source, "problems")["Invalid json"] == [str(broken), "0", str(broken)]
+    assert "first: train.jsonl line 7: cannot be read" in source
     missing = [found["pictures"]["failures"]["missing_file"] for found in survey["splits"].values()]
     expected = [str(number) for number in [*missing, sum(missing)]]
     assert rows_of(source, "pictures")["Missing file"] == expected
@@ -341,6 +345,7 @@ def test_what_the_survey_names_stays_text(out: Path) -> None:
     survey["options"] = {HOSTILE: HOSTILE}
     survey["text"][HOSTILE] = [HOSTILE]
     found["problems"] = {HOSTILE: 1}
+    found["first_problems"] = {HOSTILE: {"where": HOSTILE, "detail": HOSTILE}}
     found["pictures"]["failures"] = {HOSTILE: 2}
     found["variants"][0].update(option=HOSTILE, value=HOSTILE)
     for place in ("split", "other_split", "reason"):

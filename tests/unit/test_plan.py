@@ -217,6 +217,17 @@ def test_a_corpus_without_instances_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out/plan/plan.json").exists()
 
 
+def test_a_plan_of_no_instance_says_what_is_wrong_with_the_first_record(tmp_path: Path) -> None:
+    """Such as paths that are none below the source, in every record."""
+    turns = [{"text": "a", "images": ["/photos/1.jpg"]}]
+    lines = (json.dumps({"id": number, "turns": turns}) for number in range(2))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    request = PlanRequest("jsonl", str(tmp_path), "train", load_recipe("demo"))
+    with pytest.raises(DataError) as caught:
+        make_plan(request, str(tmp_path / "out"))
+    assert "2 bad_image_ref (first: train.jsonl line 1: turn 0 image 0: exp" in str(caught.value)
+
+
 def test_every_problem_is_written_down(tmp_path: Path) -> None:
     source = write_dialogs(tmp_path / "corpus")
     with (tmp_path / "corpus/train/conversations.json").open("a") as file:

@@ -17,9 +17,10 @@ from PIL import Image
 
 from d2i import storage
 from d2i.cli.study import report
-from d2i.dialog import key_order_hash
+from d2i.dialog import NOBODY, key_order_hash
 from d2i.errors import ConfigError, DataError
-from d2i.report import read_evaluation, write_report
+from d2i.report import ShownSample, read_evaluation, write_report, write_samples_page
+from d2i.report.dataset import speaking_turns
 from d2i.report.plot import ticks
 from d2i.report.training import read_run, smooth
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
@@ -402,3 +403,15 @@ def test_a_case_that_is_not_there_is_one_line(made: Made) -> None:
         made.render(cases=made.keys[:1])
     with pytest.raises(ConfigError, match=r"ends in \.html"):
         write_report(made.eval_dirs, made.root / "cases.md", cases=made.keys[:1])
+
+
+def test_nobody_and_silent_turns_make_no_bubble(tmp_path: Path) -> None:
+    """Messages of a system keep their place in the count of turns, and say nothing."""
+    turns = [(NOBODY, ""), (None, "hi"), (None, ""), (NOBODY, ""), (None, "here")]
+    context = [{"speaker": speaker, "text": said} for speaker, said in turns]
+    source = {"ref": ["1.jpg"], "sha256": "0", "width": 1, "height": 1, "size_bytes": 1}
+    sample = ShownSample({"key": "k", "context": context, "source": source}, "", [], None, b"")
+    write_samples_page(str(tmp_path / "page.html"), "data", 1, [sample])
+    bubbles = re.findall(r"<li dir=[^>]*>(.*?)</li>", (tmp_path / "page.html").read_text())
+    assert bubbles == ["hi", "here"]
+    assert speaking_turns(context) == ((0, "hi"), (0, "here"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from d2i.config import BackboneConfig, SampleConfig, apply_settings
+from d2i.dialog import linearize
 from d2i.diffusion import ancestral
 from d2i.diffusion.draws import SampleDraws, normal
 from d2i.diffusion.samplers import run_sampler
@@ -172,6 +174,63 @@ def test_a_dialog_is_lines_or_json() -> None:
         with pytest.raises(DataError) as caught:
             read_dialog(wrong)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def _said(who: str, what: str) -> list[dict[str, Any]]:
+    """A question and its answer, which shows a picture."""
+    users, bots = ("human", "gpt") if who == "from" else ("user", "assistant")
+    return [{who: users, what: "show me"}, {who: bots, what: "<image>\nhere"}]
+
+
+MESSAGES = _said("role", "content")
+RECORDS: dict[str, Any] = {
+    "plain": {
+        "turns": [
+            {"text": "show me", "speaker": 0},
+            {"text": "here", "images": ["/odd.jpg"], "speaker": 1},
+        ]
+    },
+    "marks": {"messages": [{"role": "system", "content": "x"}, *MESSAGES], "images": ["1.jpg"]},
+    "sharegpt": {"id": 1, "conversations": _said("from", "value"), "image": "1.jpg"},
+    "listed messages": [MESSAGES[0], {"role": "assistant", "content": "here"}],
+    "array": [{"conversations": _said("role", "content"), "images": ["1.jpg"]}],
+    "mmdialog": {
+        "conversation_id": 1,
+        "conversation": [
+            {"turn": [{"__TEXT__": "show me"}]},
+            {"turn": [{"__TEXT__": "here"}, {"__MEDIA__": "1"}]},
+        ],
+    },
+    "photochat": {
+        "dialogue_id": 1,
+        "photo_url": "https://x.example/1.jpg",
+        "dialogue": [
+            {"message": "show me", "share_photo": False, "user_id": 0},
+            {"message": "here", "share_photo": True, "user_id": 1},
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("form", RECORDS)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_dialog_to_draw_may_be_a_record_of_any_corpus(form: str, indent: int | None) -> None:
+    turns = read_dialog(json.dumps(RECORDS[form], indent=indent) + "\n")
+    assert linearize(turns, "letters") == "A: show me B: here"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        '{"messages": [{"role": "critic", "content": "a"}]}',
+        '{"messages": [{"role": "user", "content": 5}]}',
+        '{"turns": [{"text": "a"}]}\n{"turns": [{"text": "b"}]}',
+        '{"turns": [{"txt": "a", "images": ["1.jpg"]}]}',
+    ],
+)
+def test_words_of_a_record_are_never_lost_unsaid(wrong: str) -> None:
+    with pytest.raises(DataError, match="the dialog"):
+        read_dialog(wrong)
 
 
 @pytest.mark.parametrize(

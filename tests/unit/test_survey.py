@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
+from d2i.cli.app import app
 from d2i.config import DialogConfig, apply_settings
 from d2i.context import context_text
 from d2i.corpora import build_corpus, read_instances
@@ -58,6 +60,7 @@ def test_a_variant_counts_what_reading_with_it_gives(split: str, settings: tuple
     config = apply_settings(DialogConfig(), settings)
     found = survey(MMDIALOG, split, *settings)
     unmeasured = {"corpus.image_root", "corpus.descriptions", "corpus.max_broken", "text.latents"}
+    unmeasured |= {"corpus.split_shares", "corpus.split_seed"}
     every = {f"corpus.{name}" for name in type(config.corpus).model_fields}
     every |= {f"text.{name}" for name in type(config.text).model_fields}
     shown = {v.option if "." in v.option else f"corpus.{v.option}" for v in found.variants}
@@ -289,3 +292,26 @@ def test_the_command_writes_a_list_that_preprocess_honours(tmp_path: Path) -> No
     assert planned["train"]["num_excluded"] == 1
     assert planned["train"]["num_instances"] == 3
     assert planned["test"]["num_instances"] == 1
+
+
+def test_the_first_case_of_each_reason_is_shown_wherever_problems_are(tmp_path: Path) -> None:
+    sound = {"id": 0, "turns": [{"text": "a", "images": ["1.jpg"]}]}
+    odd = [{"id": n, "turns": [{"text": "a", "images": ["/p/1.jpg"]}]} for n in (1, 2)]
+    lines = map(json.dumps, [sound, *odd, {"id": 3}])
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    page = tmp_path / "page.html"
+    arguments = ("corpus", "--corpus", "jsonl", "--source", str(tmp_path), "--report", str(page))
+    runner = CliRunner()
+    said = runner.invoke(app, [*arguments, "--sample", "0"])
+    asked = runner.invoke(app, [*arguments, "--sample", "0", "--json"])
+    found = json.loads(asked.stdout)["splits"]["test"]
+    assert found["problems"] == {"bad_image_ref": 2, "missing_field": 1}
+    for reason, where, field in (
+        ("bad_image_ref", "test.jsonl line 2", "turn 0 image 0: expected"),
+        ("missing_field", "test.jsonl line 4", "turns: missing"),
+    ):
+        first = found["first_problems"][reason]
+        assert first["where"] == where
+        assert first["detail"].startswith(field)
+        assert f"first {reason}: {where}: {first['detail']}" in said.stdout
+        assert f"first: {where}: " in page.read_text()

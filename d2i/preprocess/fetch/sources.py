@@ -75,21 +75,31 @@ class PictureSource:
     hosts: HostBooks
 
     def fetch(
-        self, refs: Collection[ImageRef], open_picture: Callable[[ImageRef, Fetched], OpenedT]
+        self,
+        refs: Collection[ImageRef],
+        open_picture: Callable[[ImageRef, Fetched], OpenedT],
+        read_inline: Callable[[ImageRef, int], Fetched] | None = None,
     ) -> Iterator[OpenedT]:
         """Fetch pictures, and yield each, opened, as it comes; a failure is a value, never raised.
 
         Args:
             refs: The pictures, each once.
             open_picture: Makes something of what was fetched; called by one thread at a time.
+            read_inline: Reads an `inline` picture of at most so many bytes, where any is asked for.
         """
         ordered = sorted(refs, key=lambda ref: ref.value)
         files: list[ImageRef] = []
         by_address: list[ImageRef] = []
         for ref in ordered:
             is_file = ref.kind == "file" and self.config.mirror is None
-            (files if is_file else by_address).append(ref)
-        yield from self._read_files(files, open_picture)
+            (files if is_file or ref.kind == "inline" else by_address).append(ref)
+
+        def read(ref: ImageRef) -> Fetched:
+            if ref.kind == "file" or read_inline is None:
+                return self._read_file(ref)
+            return read_inline(ref, self._max_bytes())
+
+        yield from self._read_files(files, open_picture, read)
         yield from self._ask(by_address, open_picture)
 
     def trouble(self, *, of_names: bool = False) -> str | None:
@@ -97,7 +107,10 @@ class PictureSource:
         return self.hosts.trouble(of_names=of_names)
 
     def _read_files(
-        self, refs: list[ImageRef], open_picture: Callable[[ImageRef, Fetched], OpenedT]
+        self,
+        refs: list[ImageRef],
+        open_picture: Callable[[ImageRef, Fetched], OpenedT],
+        read: Callable[[ImageRef], Fetched],
     ) -> Iterator[OpenedT]:
         runs = (refs[start : start + _RUN] for start in range(0, len(refs), _RUN))
         with ThreadPoolExecutor(self.config.num_threads) as threads:
@@ -105,7 +118,7 @@ class PictureSource:
 
             def begin(num_runs: int) -> None:
                 for run in itertools.islice(runs, num_runs):
-                    begun.append((run, threads.submit(self._read_run, run)))
+                    begun.append((run, threads.submit(_read_run, run, read)))
 
             begin(self.config.num_threads)
             while begun:
@@ -113,9 +126,6 @@ class PictureSource:
                 for ref, fetched in zip(run, found.result(), strict=True):
                     yield open_picture(ref, fetched)
                 begin(1)
-
-    def _read_run(self, refs: list[ImageRef]) -> list[Fetched]:
-        return [self._read_file(ref) for ref in refs]
 
     def _read_file(self, ref: ImageRef) -> Fetched:
         path = ref.value[0]
@@ -177,7 +187,11 @@ class PictureSource:
         return Straight(_resolver(self.access.dns_server))
 
     def _max_bytes(self) -> int:
-        return int(self.config.max_image_mib * 2**20)
+        return self.config.max_image_bytes
+
+
+def _read_run(refs: list[ImageRef], read: Callable[[ImageRef], Fetched]) -> list[Fetched]:
+    return [read(ref) for ref in refs]
 
 
 @cache

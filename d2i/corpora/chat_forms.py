@@ -1,0 +1,330 @@
+"""The forms that a team's own chats have: `turns`, `messages`, and ShareGPT's `conversations`.
+
+`turns` holds text, speaker and pictures of each turn. `messages` (OpenAI, TRL, LLaMA-Factory,
+ms-swift) and `conversations` (ShareGPT, LLaVA) hold `role` and `content`, or `from` and `value`.
+Their pictures stand in parts of the content, in the message's own `images`, or in the record's
+`images` or `image`; the last are given out in order, one to each mark `<image>` in a text and each
+part `{"type": "image"}`. Must not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from d2i.corpora.misspelt import misspelt
+from d2i.corpora.records import DialogId, Flaw, Name, RecordError, Speaker, Text, Turns
+from d2i.dialog import NOBODY, Turn
+
+FORMS = ("turns", "messages", "conversations")
+"""The fields of which a record has one."""
+IMAGE_MARK = "<image>"
+"""What stands in a text for the next picture of a record that lists them."""
+
+_SPEAKERS = {"user": 0, "human": 0, "assistant": 1, "bot": 1, "model": 1, "gpt": 1}
+_SILENT = frozenset({"system", "developer", "tool", "function", "function_call", "observation"})
+_MAX_SPEAKERS = 128
+_MAX_IMAGES = 1 << 14
+
+
+class _Turn(Struct, gc=False):
+    text: Text | None = None
+    speaker: Speaker | Name | None = None
+    images: list[str] | None = None
+
+
+class _Message(Struct, gc=False, rename={"sender": "from"}):
+    role: str | None = None
+    content: Any = None
+    """Typed where it is read, as that of a silent role may be anything."""
+    sender: str | None = None
+    value: Any = None
+    images: Any = None
+    image: Any = None
+
+
+class ChatRecord(Struct, gc=False):
+    """One conversation, in any of the forms."""
+
+    id: DialogId | None = None
+    turns: Turns[_Turn] | None = None
+    messages: Turns[_Message] | None = None
+    conversations: Turns[_Message] | None = None
+    images: Any = None
+    image: Any = None
+
+
+class _Address(Struct, gc=False):
+    url: str
+
+
+_Content = Text | list[dict[str, Any]] | None
+_Listed = Annotated[list[str | dict[str, Any]], Meta(max_length=_MAX_IMAGES)]
+_PART_FIELDS = ("text", "image_url", "image")
+_PARTS: dict[Any, tuple[tuple[str, ...], Any]] = {
+    "text": (("text",), Text),
+    "image_url": (("image_url",), _Address | str),
+    "image": (("image", "url", "path"), str),
+    "input_text": (("text",), Text),
+    "output_text": (("text",), Text),
+    "input_image": (("image_url",), _Address | str),
+}
+"""What each type of part holds, and the names under which it may; the last three are of OpenAI's
+Responses API."""
+
+
+def parse_chat(
+    fields: dict[str, Any], flaw: Flaw
+) -> tuple[str | None, list[tuple[Turn, list[str]]]]:
+    """Read one conversation of any form.
+
+    Args:
+        fields: The record.
+        flaw: Told of what is left out, the rest of the record being used.
+
+    Returns:
+        The record's own id, and every turn with its pictures as the record names them.
+
+    Raises:
+        RecordError: If the record is of no form, or cannot be used.
+    """
+    record = _typed(fields, ChatRecord)
+    if all(getattr(record, form) is None for form in FORMS):
+        detail = misspelt(fields, FORMS) or "expected one of them"
+        others = " and ".join(FORMS[1:])
+        raise RecordError("missing_field", f"{FORMS[0]}: missing, and so are {others}; {detail}")
+    if stray := next(_misspelt(fields), None):
+        flaw("unknown_field", stray)
+    number = None if record.id is None else str(record.id)
+    return number, _read(record, flaw)
+
+
+def _typed(value: Any, kind: Any, where: str = "") -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as err:
+        error = RecordError.of(err)
+        raise RecordError(error.reason, f"{where}{error.detail}") from err
+
+
+def _misspelt(fields: dict[str, Any]) -> Iterator[str]:
+    """Describe the fields of a sound record's turns and parts that are misspelt."""
+    for form in FORMS:
+        kind = _Turn if form == "turns" else _Message
+        for index, turn in enumerate(fields.get(form) or ()):
+            for part in _parts_of(turn) if kind is _Message else ():
+                if detail := misspelt(part, ("type", *_PART_FIELDS)):
+                    yield f"turn {index} part: {detail}"
+            if detail := misspelt(turn, kind.__struct_encode_fields__):
+                yield f"turn {index}: {detail}"
+
+
+def _parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """List the parts that are looked at: of a message of somebody, and objects."""
+    parts = message.get("content")
+    role = message.get("role") or message.get("from") or ""
+    if not isinstance(parts, list) or role.lower() in _SILENT:
+        return []
+    return [part for part in parts if isinstance(part, dict)]
+
+
+def _read(record: ChatRecord, flaw: Flaw) -> list[tuple[Turn, list[str]]]:
+    """Return every turn with its pictures as the record names them."""
+    given = [form for form in FORMS if getattr(record, form)]
+    if len(given) > 1:
+        raise RecordError("wrong_type", f"{' and '.join(given)}: got both, expected one of them")
+    messages = record.messages or record.conversations
+    if messages:
+        return _read_messages(messages, _listed(record, ""), flaw)
+    if _listed(record, ""):
+        flaw(
+            "unknown_field",
+            "images: got them beside 'turns', expected them in the turn that shows them; they are "
+            "left out",
+        )
+    return _read_turns(record.turns or [])
+
+
+def _read_turns(turns: list[_Turn]) -> list[tuple[Turn, list[str]]]:
+    numbers = _numbers([turn.speaker for turn in turns])
+    read = []
+    for index, (turn, speaker) in enumerate(zip(turns, numbers, strict=True)):
+        if turn.text is None and not turn.images:
+            raise RecordError("missing_field", f"turn {index}: neither text nor images")
+        read.append((Turn(speaker, turn.text or ""), turn.images or []))
+    return read
+
+
+def _numbers(speakers: list[int | str | None]) -> list[int | None]:
+    """Number speakers that have names, in the order in which they come."""
+    names = list(dict.fromkeys(name for name in speakers if isinstance(name, str)))
+    if names and any(isinstance(number, int) for number in speakers):
+        raise RecordError("wrong_type", "speaker: got names and numbers, expected one of them")
+    if len(names) > _MAX_SPEAKERS:
+        detail = f"speaker: got {len(names)} names, expected at most {_MAX_SPEAKERS}"
+        raise RecordError("too_large", detail)
+    number_of = {name: number for number, name in enumerate(names)}
+    return [number_of[name] if isinstance(name, str) else name for name in speakers]
+
+
+def _listed(holder: ChatRecord | _Message, where: str) -> list[str] | None:
+    """Return the pictures that a record or a message lists beside its text; None for no list."""
+    listed = holder.images if holder.images is not None else holder.image
+    if listed is None:
+        return None
+    if isinstance(listed, str | dict):
+        listed = [listed]
+    return [
+        _place(entry, f"{where}images[{index}]")
+        for index, entry in enumerate(_typed(listed, _Listed, f"{where}images: "))
+    ]
+
+
+def _place(entry: str | dict[str, Any], where: str) -> str:
+    """Return where a listed picture is to be had: itself, or its `url` or `path`."""
+    if isinstance(entry, str):
+        return entry
+    for name in ("url", "path"):
+        if isinstance(place := entry.get(name), str):
+            return place
+    raise RecordError(
+        "wrong_type", f"{where}: expected a path or an address, or its 'path' or 'url'"
+    )
+
+
+class _Marked:
+    """The pictures that are listed beside messages, given out one to each mark."""
+
+    def __init__(self, listed: list[str] | None) -> None:
+        self.listed = listed or []
+        self.has_list = listed is not None
+        self.num_marks = 0
+
+    def take(self, num_marks: int) -> list[str]:
+        """Return the next so many; fewer, where the list ends."""
+        taken = self.listed[self.num_marks : self.num_marks + num_marks]
+        self.num_marks += num_marks
+        return taken
+
+    def split(self, text: str) -> tuple[str, list[str]]:
+        """Take the marks out of a text, and return the pictures that they stand for."""
+        if not self.has_list or IMAGE_MARK not in text:
+            return text, []
+        pieces = text.split(IMAGE_MARK)
+        said = " ".join(filter(None, (piece.strip() for piece in pieces)))
+        return said, self.take(len(pieces) - 1)
+
+    def check(self, where: str) -> None:
+        """Refuse a list that its marks do not fit: which picture is where cannot be told.
+
+        Raises:
+            RecordError: `mismatched_images`.
+        """
+        if self.num_marks != len(self.listed):
+            raise RecordError(
+                "mismatched_images",
+                f"{where}images: got {len(self.listed)}, and {self.num_marks} marks {IMAGE_MARK}, "
+                "expected one mark for each, where it is shown",
+            )
+
+
+def _read_messages(
+    messages: list[_Message], listed: list[str] | None, flaw: Flaw
+) -> list[tuple[Turn, list[str]]]:
+    marked = _Marked(listed)
+    read = [_read_message(message, n, marked, flaw) for n, message in enumerate(messages)]
+    if listed and not marked.num_marks and any(images for _, images in read):
+        detail = f"images: got {len(listed)} and no mark {IMAGE_MARK} for them; they are left out"
+        flaw("unknown_field", detail)
+    else:
+        marked.check("")
+    return read
+
+
+def _read_message(
+    message: _Message, index: int, marked: _Marked, flaw: Flaw
+) -> tuple[Turn, list[str]]:
+    where = f"turn {index}: "
+    name = message.role if message.role is not None else message.sender
+    if name is None:
+        raise RecordError("missing_field", f"{where}role: missing, and so is from")
+    content = message.content if message.content is not None else message.value
+    role = name.lower()
+    own = _listed(message, where)
+    if (speaker := _SPEAKERS.get(role)) is not None:
+        if own:
+            marked = _Marked(own)
+        text, images = _read_content(content, index, marked, flaw)
+        if not own:
+            return Turn(speaker, text), images
+        if marked.num_marks:
+            marked.check(where)
+            return Turn(speaker, text), images
+        return Turn(speaker, text), images + own
+    if role not in _SILENT and (content or own):
+        detail = f"got role {name[:20]!r}, expected user or assistant; it is left out"
+        flaw("wrong_type", f"{where}{detail}")
+    marked_here = marked.take(_num_marks(content)) if marked.has_list else []
+    if role in _SILENT and (own or marked_here or _shows_picture(content)):
+        flaw("no_image", f"{where}a picture of role {name[:20]!r} is none")
+    return Turn(NOBODY, ""), []
+
+
+def _num_marks(content: Any) -> int:
+    """Count the marks of a message that is not looked at otherwise, so that the rest fit."""
+    if isinstance(content, str):
+        return content.count(IMAGE_MARK)
+    parts = (
+        [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    )
+    return sum(
+        _num_marks(part.get("text")) + (part.get("type") == "image" and not _shows_picture([part]))
+        for part in parts
+    )
+
+
+def _shows_picture(content: Any) -> bool:
+    parts = content if isinstance(content, list) else ()
+    return any(
+        isinstance(part, dict) and (part.get("image_url") or part.get("image")) for part in parts
+    )
+
+
+def _read_content(content: Any, index: int, marked: _Marked, flaw: Flaw) -> tuple[str, list[str]]:
+    content = _typed(content, _Content, f"turn {index}: ")
+    if isinstance(content, list):
+        return _read_parts(content, index, marked, flaw)
+    return marked.split(content or "")
+
+
+def _read_parts(
+    parts: list[dict[str, Any]], index: int, marked: _Marked, flaw: Flaw
+) -> tuple[str, list[str]]:
+    """Return the text and the pictures of parts; those of unknown types are left out and told."""
+    texts: list[str] = []
+    images: list[str] = []
+    where = f"turn {index} part: "
+    for part in parts:
+        kind = part.get("type")
+        if not isinstance(kind, str) or kind not in _PARTS:
+            detail = f"got type {str(kind)[:20]!r}, expected {', '.join(_PARTS)}; it is left out"
+            flaw("unknown_field", f"{where}{detail}")
+            continue
+        names, held_kind = _PARTS[kind]
+        held = next((part[name] for name in names if part.get(name) is not None), None)
+        if held is None and kind == "image" and marked.has_list:
+            images += marked.take(1)
+        elif held is None:
+            flaw("missing_field", f"{where}its {names[0]} is missing; it is left out")
+        elif held_kind is Text:
+            said, shown = marked.split(_typed(held, Text, where))
+            images += shown
+            if said or not shown:
+                texts.append(said)
+        else:
+            value = _typed(held, held_kind, where)
+            images.append(value.url if isinstance(value, _Address) else value)
+    return " ".join(texts), images

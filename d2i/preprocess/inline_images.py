@@ -1,0 +1,106 @@
+"""Images that stood in the records themselves: `plan/inline/SHA256`, each written once.
+
+The planner keeps those of planned instances; whoever fetches reads them by name, and believes none
+whose content is another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from d2i import storage
+from d2i.corpora.inline import InlineImages, inline_sha256
+from d2i.corpora.seen import SeenHashes
+from d2i.dialog import ImageRef, Instance
+from d2i.preprocess.fetch.fetched import Fetched
+
+INLINE_FOLDER = "inline"
+"""Within `plan/`."""
+_MAX_WAITING_BYTES = 256 << 20
+"""Of images that are read and not yet known to be planned (ours)."""
+
+
+class InlineWriter:
+    """Keeps the images of planned instances, and of no others.
+
+    Args:
+        scratch: A local folder for images that may not be planned.
+        split_url: The data set; None where nothing is kept.
+    """
+
+    def __init__(self, scratch: Path, split_url: str | None) -> None:
+        self._scratch = scratch
+        self._split_url = split_url
+        self._published = SeenHashes()
+        self._waiting_bytes = 0
+
+    def images(self, max_bytes: int) -> InlineImages:
+        """Return what the corpus's reader is given: images of at most so many bytes are kept."""
+        return InlineImages(max_bytes, self._keep if self._split_url is not None else None)
+
+    def _keep(self, sha256: str, data: bytes) -> None:
+        path = self._scratch / sha256
+        if hash(sha256) in self._published or path.exists():
+            return
+        self._scratch.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        self._waiting_bytes += len(data)
+
+    def is_full(self) -> bool:
+        """Say whether so many bytes wait that some should be published now."""
+        return self._waiting_bytes >= _MAX_WAITING_BYTES
+
+    def publish(self, instances: Iterable[Instance]) -> None:
+        """Publish the images of planned instances, and drop all others that wait."""
+        if self._split_url is None:
+            return
+        for instance in instances:
+            if instance.image_ref.kind == "inline":
+                self._publish(inline_sha256(instance.image_ref), self._split_url)
+        if self._waiting_bytes:
+            for path in self._scratch.iterdir():
+                path.unlink()
+            self._waiting_bytes = 0
+
+    def _publish(self, sha256: str, split_url: str) -> None:
+        path = self._scratch / sha256
+        if path.exists():
+            url = storage.join(_folder(split_url), sha256)
+            storage.publish_file(path, url, sync_name=False)
+            self._published.add(hash(sha256))
+
+    def finish(self) -> None:
+        """Remove the images of an earlier plan, and make the names of the others last."""
+        if self._split_url is None:
+            return
+        folder = _folder(self._split_url)
+        if not storage.exists(folder):
+            return
+        for name in storage.list_names(folder):
+            if hash(name) not in self._published:
+                storage.remove(storage.join(folder, name))
+        local = storage.local_path(folder)
+        if local is not None:
+            storage.sync(local)
+
+
+def read_inline(split_url: str, ref: ImageRef, max_bytes: int) -> Fetched:
+    """Read the image of an `inline` reference of a planned instance.
+
+    One that is lost or damaged is a passing failure (`read_error`): it is no fault of the picture.
+    """
+    name = inline_sha256(ref)
+    url = storage.join(_folder(split_url), name)
+    try:
+        data = storage.read_head(url, max_bytes + 1)
+    except OSError as err:
+        return Fetched(None, "read_error", f"{url}: {err}")
+    if hashlib.sha256(data).hexdigest() != name:
+        return Fetched(None, "read_error", f"{url}: its content is not that of its name")
+    return Fetched(data)
+
+
+def _folder(split_url: str) -> str:
+    return storage.join(split_url, "plan", INLINE_FOLDER)

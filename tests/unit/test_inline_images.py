@@ -1,0 +1,97 @@
+"""Images that stand in the records: written once beside the plan, and nowhere else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from d2i.config import FetchConfig
+from d2i.dialog import ImageRef
+from d2i.preprocess.fetch.books import share_books
+from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
+from d2i.preprocess.inline_images import read_inline
+from d2i.preprocess.plan import Plan, PlanRequest, make_plan
+from d2i.preprocess.records import read_records
+from d2i.recipes import load_recipe
+
+NUM_DIALOGS = 40
+
+
+def content(number: int) -> bytes:
+    return f"picture {number} ".encode() * 9
+
+
+def write_chats(folder: Path, numbers: range) -> None:
+    """A dialog a picture, and the last dialog with all of them once more."""
+    urls = ["data:;base64," + base64.b64encode(content(n)).decode() for n in numbers]
+    chats = [{"id": n, "turns": [{"text": "a", "images": [url]}]} for n, url in enumerate(urls)]
+    chats.append({"id": "all", "turns": [{"text": "b", "images": urls}]})
+    chats.append({"id": "none", "turns": [{"text": "", "images": urls[:1]}]})
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, chats)))
+
+
+def plan(folder: Path, out: Path, *, limit: int | None = None, keep: bool = True) -> Plan:
+    request = PlanRequest("jsonl", str(folder), "train", load_recipe("demo"), limit)
+    return make_plan(request, str(out), keep=keep)
+
+
+def kept(out: Path) -> set[str]:
+    return {path.name for path in (out / "plan/inline").glob("*")}
+
+
+def planned(out: Path) -> set[str]:
+    rows = [row for path in out.glob("plan/*.parquet") for row in read_records(str(path))]
+    assert all(row.image_ref.kind == "inline" for row in rows)
+    return {row.image_ref.value[0].removeprefix("inline:") for row in rows}
+
+
+def test_images_of_planned_instances_are_kept_once_and_no_others(tmp_path: Path) -> None:
+    chats, out = tmp_path / "chats", tmp_path / "out"
+    write_chats(chats, range(NUM_DIALOGS))
+    assert plan(chats, out).num_images == NUM_DIALOGS
+    names = {hashlib.sha256(content(n)).hexdigest() for n in range(NUM_DIALOGS)}
+    assert kept(out) == planned(out) == names
+    for name in names:
+        data = (out / "plan/inline" / name).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == name
+    for path in (out / "plan").glob("*.*"):
+        assert base64.b64encode(content(0))[:24] not in path.read_bytes()
+    # A plan of another corpus leaves nothing of the first behind.
+    write_chats(chats, range(NUM_DIALOGS, NUM_DIALOGS + 5))
+    assert plan(chats, out).num_images == 5
+    assert kept(out) == planned(out)
+    assert plan(chats, tmp_path / "few", limit=3).num_instances == 3
+    assert kept(tmp_path / "few") >= planned(tmp_path / "few")
+    assert plan(chats, tmp_path / "dry", keep=False).num_images == 5
+    assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize("damage", ["none", "lost", "changed", "longer"])
+def test_an_image_that_was_lost_or_damaged_is_no_fault_of_the_picture(
+    tmp_path: Path, damage: str
+) -> None:
+    write_chats(tmp_path / "chats", range(1))
+    plan(tmp_path / "chats", tmp_path / "out")
+    (name,) = kept(tmp_path / "out")
+    path = tmp_path / "out/plan/inline" / name
+    if damage == "lost":
+        path.unlink()
+    elif damage == "changed":
+        path.write_bytes(content(1))
+    elif damage == "longer":
+        path.write_bytes(content(0) + b"x")
+    config, access = FetchConfig(), Access()
+    books = share_books(host_book(config, access), num_workers=0)
+    source = PictureSource(str(tmp_path / "chats"), config, access, books)
+    (found,) = source.fetch(
+        [ImageRef("inline", (f"inline:{name}",))],
+        lambda _, fetched: fetched,
+        lambda ref, max_bytes: read_inline(str(tmp_path / "out"), ref, max_bytes),
+    )
+    assert found.data == (content(0) if damage == "none" else None)
+    assert found.reason == ("ok" if damage == "none" else "read_error")
