@@ -4,9 +4,10 @@
 
 Writes two data sets of random numbers at 256 px sizes, with token ids only and with 77x768 text
 latents, reads each through `ShardReader` (batches of 512, a new permutation each time) and through
-`webdataset` (`.decode()`, in file order, its quickest), in turns, from the page cache. Prints one
-JSON line: samples per second of the clock and of the processor (the steadier one on a busy
-machine), medians and all repeats, and the ratios of the medians.
+`webdataset` (`.decode()`, in file order, its quickest), in turns, from the page cache. Beside them
+stand the first reads of a new `ShardReader`, which compares every array with its crc32, and of one
+with `check_data=False`. Prints one JSON line: samples per second of the clock and of the processor
+(the steadier one on a busy machine), medians and all repeats, and the ratios of the medians.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "tokens": (77,),
     "text": (77, 768),
 }
+_HOW = ("checked", "unchecked")
 LAYOUTS = {"tokens": ("moments", "clip", "tokens"), "text": ("moments", "clip", "text")}
 
 
@@ -53,6 +56,14 @@ def read_ours(reader: ShardReader, members: tuple[str, ...], batch_size: int, se
     order = np.random.default_rng(seed).permutation(len(reader))
     batches = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
     return sum(len(reader.read(batch, members)[members[0]]) for batch in batches)
+
+
+def read_first(
+    folder: Path, members: tuple[str, ...], batch_size: int, seed: int, *, check_data: bool
+) -> int:
+    """Read every sample as a process that has just begun; give how many."""
+    reader = ShardReader(str(folder), check_data=check_data)
+    return read_ours(reader, members, batch_size, seed)
 
 
 def read_webdataset(path: Path) -> int:
@@ -91,15 +102,23 @@ def measure(folder: Path, layout: str, args: argparse.Namespace) -> dict[str, An
     members = LAYOUTS[layout]
     commit = write_shard(make_samples(members, args.num_samples), str(folder), 0, failures={})
     write_manifest(str(folder), {})
-    reader, ours, theirs = ShardReader(str(folder)), Timings(), Timings()
+    reader = ShardReader(str(folder))
+    timings = {
+        name: Timings() for name in ("d2i", "webdataset", "first_checked", "first_unchecked")
+    }
     for seed in range(args.repeats + 1):
-        ours.add(read_ours, reader, members, args.batch, seed)
-        theirs.add(read_webdataset, folder / commit.tar_name)
-    found = {"d2i": ours.figures(), "webdataset": theirs.figures()}
+        timings["d2i"].add(read_ours, reader, members, args.batch, seed)
+        timings["webdataset"].add(read_webdataset, folder / commit.tar_name)
+        for name, check_data in (("first_checked", True), ("first_unchecked", False)):
+            first = partial(read_first, check_data=check_data)
+            timings[name].add(first, folder, members, args.batch, seed)
+    found = {name: timing.figures() for name, timing in timings.items()}
     ratios = {
         f"ratio_of_{unit}": round(found["d2i"][unit] / found["webdataset"][unit], 1)
         for unit in ("samples_per_s", "samples_per_cpu_s")
     }
+    checked, unchecked = (found[f"first_{how}"]["samples_per_cpu_s"] for how in _HOW)
+    ratios["time_of_first_read_by_checksums"] = round(unchecked / checked, 2)
     size_bytes = sum(2 * int(np.prod(SHAPES[name])) for name in members)
     return {"sample_size_bytes": size_bytes, **ratios, **found}
 

@@ -240,7 +240,7 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 
 def write_cache(folder: Path) -> None:
-    arrays = {"real_features": np.eye(3), "real_embeddings": np.ones((3, 2), np.float32)}
+    arrays: dict[str, Any] = {"real_features": np.eye(3), "real_embeddings": np.ones((3, 2))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         RealFeatures({"of": "these"}).keep(arrays)
