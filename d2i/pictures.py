@@ -77,6 +77,8 @@ def is_lfs_pointer(data: bytes) -> bool:
 def no_picture(data: bytes) -> str:
     """Say what a file is that is no picture which can be read."""
     kind = file_kind(data)
+    if kind in _KINDS:
+        return f"begins as {kind}, but its header is damaged"
     return f"got {kind}, expected JPEG, PNG, WebP or GIF" if kind else _NO_KIND
 
 
@@ -180,10 +182,7 @@ def _open(data: bytes, limits: ImageConfig) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(lean), formats=tuple(_SUFFIXES))
     except UnidentifiedImageError as err:
-        kind = file_kind(data)
-        if kind not in _KINDS:
-            raise RefusedPictureError("not_an_image", no_picture(data)) from err
-        raise RefusedPictureError("decode_error", f"{kind}: its header is damaged") from err
+        raise RefusedPictureError("not_an_image", no_picture(data)) from err
     _check_size(image, limits)
     return image
 

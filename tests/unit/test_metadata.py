@@ -137,16 +137,16 @@ def test_metadata_that_was_changed_at_random_never_costs_the_picture(form: str) 
         assert decode_picture(bytes(mutated), LIMITS).image.size == (SIDE, SIDE)
 
 
-def test_a_necessary_chunk_that_is_damaged_is_named() -> None:
+def test_a_header_that_is_damaged_is_named() -> None:
     header = bytearray(PLAIN)
     header[len(SIGNATURE) + 8 + 13] ^= 1
-    for data, detail in (
-        (bytes(header), "PNG: the checksum of its chunk IHDR is wrong"),
-        (b"\xff\xd8\xff junk", "JPEG: its header is damaged"),
+    for data, reason, detail in (
+        (bytes(header), "decode_error", "PNG: the checksum of its chunk IHDR is wrong"),
+        (b"\xff\xd8\xff junk", "not_an_image", "begins as JPEG, but its header is damaged"),
     ):
         with pytest.raises(RefusedPictureError, match=detail) as caught:
             decode_picture(data, LIMITS)
-        assert caught.value.reason == "decode_error"
+        assert caught.value.reason == reason
 
 
 def test_a_picture_that_ends_within_its_metadata_is_whole_and_within_its_pixels_is_not() -> None:
