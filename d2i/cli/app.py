@@ -7,6 +7,7 @@ import os
 import pwd
 import sys
 import tempfile
+import warnings
 from typing import Annotated
 
 import typer
@@ -64,6 +65,10 @@ def main() -> None:
     _name_account()
     command = get_command(app)
     debug = "--debug" in sys.argv[1:]
+    if not debug and not sys.warnoptions:
+        # What a library will change some day is for its callers to read, here and in all workers.
+        warnings.simplefilter("ignore", FutureWarning)
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         code = command.main(args=arguments, prog_name="d2i", standalone_mode=False)

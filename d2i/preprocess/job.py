@@ -19,6 +19,7 @@ from d2i.cluster.rates import Meter, keep_rate
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.corpora.layout import source_folder
+from d2i.encoders.present import check_present
 from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault import Fault
 from d2i.parse import read_json
@@ -183,6 +184,7 @@ def _work(
         tasks, num_instances = _missing_tasks(request, plans)
     progress = JobProgress(num_instances)
     if tasks:
+        check_present(request.recipe.encoders, is_here=request.ray_address is None)
         with session(request.num_workers, request.ray_address):
             _make_shards(request, plans, tasks, progress, on_progress)
     for split_url in _split_urls(request, plans):

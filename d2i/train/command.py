@@ -42,7 +42,9 @@ def deepspeed_command(arguments: Sequence[str], num_accelerators: int | None) ->
     script = Path(d2i.__file__).parents[1] / "train" / "launch.py"
     entry = [str(script)] if script.exists() else ["--module", "d2i.train.launch"]
     ranks = [] if num_accelerators is None else ["--num_accelerators", str(num_accelerators)]
-    return [str(launcher), "--master_port", str(_free_port()), *ranks, *entry, *arguments]
+    # Pages of what it does would bury the one line that says why a training ends.
+    quiet = ["--log_level", "error"]
+    return [str(launcher), *quiet, "--master_port", str(_free_port()), *ranks, *entry, *arguments]
 
 
 def run_command(command: Sequence[str]) -> tuple[int, bool]:

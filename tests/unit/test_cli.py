@@ -141,6 +141,25 @@ def test_a_python_without_docstrings_is_refused() -> None:
     assert "unset PYTHONOPTIMIZE" in line
 
 
+@pytest.mark.parametrize("debug", [(), ("--debug",)])
+def test_what_libraries_will_change_is_no_news_to_the_user(debug: tuple[str, ...]) -> None:
+    """Neither here nor in the processes that a command starts."""
+    warn = "import warnings; warnings.warn('some day', FutureWarning)"
+    program = (
+        "import sys, subprocess, d2i.cli.app as a\n"
+        f"def work():\n    exec({warn!r})\n"
+        f"    subprocess.run([sys.executable, '-c', {warn!r}])\n"
+        "a.app.command('work')(work)\n"
+        f"sys.argv = ['d2i', *{debug!r}, 'work']\n"
+        "a.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("FutureWarning: some day") == (2 if debug else 0)
+
+
 def test_the_version_is_said() -> None:
     done = run_process("--version")
     assert (done.returncode, done.stdout) == (0, f"{__version__}\n"), done.stderr

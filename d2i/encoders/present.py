@@ -1,0 +1,63 @@
+"""Whether the encoders that a job needs are there, asked before hours of fetching for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from d2i.config import EncodersConfig
+from d2i.errors import CheckpointError
+from d2i.shipped import resolve_weights
+
+_CONFIG_NAME = "config.json"
+
+
+def check_present(encoders: EncodersConfig, *, is_here: bool = True) -> None:
+    """Make sure that each encoder is found: shipped, at a path or a URL, or in the hub.
+
+    Args:
+        encoders: What names them.
+        is_here: Whether they are loaded on this machine; a cluster's nodes may have other disks,
+            so that only what the hub has is looked for.
+
+    Raises:
+        CheckpointError: If one is not there; it names the setting.
+        OSError: If a URL cannot be read.
+    """
+    for name in ("vae", "clip_image", "clip_text"):
+        value = getattr(encoders, name)
+        _check(name, value, is_here=is_here)
+    prefix = encoders.text_prefix
+    if is_here and prefix and not Path(resolve_weights(prefix)).exists():
+        raise _missing("text_prefix", prefix, "no such file")
+
+
+def _check(name: str, value: str, *, is_here: bool) -> None:
+    where = Path(resolve_weights(value))
+    if where.exists():
+        return
+    if where.is_absolute() or value.startswith((".", "~")) or value.count("/") not in (1, 2):
+        if is_here:
+            raise _missing(name, value, "no such file or folder")
+        return
+    if reason := _not_in_hub(value):
+        raise _missing(name, value, reason)
+
+
+def _not_in_hub(value: str) -> str:
+    """Return why a repository's configuration is neither in the hub's cache nor fetched."""
+    from huggingface_hub import hf_hub_download
+
+    owner, repository, *subfolder = value.split("/")
+    try:
+        hf_hub_download(f"{owner}/{repository}", "/".join([*subfolder, _CONFIG_NAME]))
+    except Exception as err:
+        # The hub's client has a dozen classes for it, and those of its transport.
+        return next(iter(str(err).strip().splitlines()), type(err).__name__)[:200]
+    return ""
+
+
+def _missing(name: str, value: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"encoders.{name} is {value}: {reason}; expected a file, a folder made by save_pretrained "
+        f"or a hub repository, before pictures are fetched for it; give --set encoders.{name}=PATH"
+    )

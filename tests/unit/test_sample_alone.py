@@ -1,0 +1,50 @@
+"""`d2i sample` computes few pictures for one, the same alone or beside others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d2i.cli.models import sample
+from d2i.models.folder import resolve_sizes
+from d2i.recipes import load_recipe
+from d2i.shipped import resolve_weights
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    demo = load_recipe("demo")
+    sized = demo.model_copy(update={"backbone": resolve_sizes(demo.backbone)})
+    recipe = json.loads(sized.model_dump_json())
+    (folder / "config.json").write_text(json.dumps({"recipe": recipe}))
+    weights = Path(resolve_weights("demo:backbone")) / "model.safetensors"
+    shutil.copy(weights, folder / "ema.safetensors")
+    return folder
+
+
+def drawn(run: Path, *seeds: int, **options: str) -> Image.Image:
+    dialog = run / "dialog.txt"
+    dialog.write_text("a red ball on the beach")
+    steps, out = ["sample.num_steps=2"], run / "picture.png"
+    sample(str(run), str(dialog), out=str(out), seed=list(seeds), settings=steps, **options)
+    with Image.open(out) as picture:
+        return picture.copy()
+
+
+def test_one_picture_is_one_of_four_and_the_same_in_a_grid(run: Path) -> None:
+    alone, grid = drawn(run, 1), drawn(run, 5, 4, 3, 2, 1)
+    assert alone.info["compute_batch_size"] == "4"
+    assert (alone.size, grid.size) == ((64, 64), (192, 128))
+    np.testing.assert_array_equal(np.asarray(alone), np.asarray(grid)[64:, 64:128])
+
+
+def test_the_key_of_an_instance_asks_for_the_batch_of_an_evaluation(run: Path) -> None:
+    own = str(load_recipe("demo").sample.compute_batch_size)
+    assert drawn(run, 1, key="test-1").info["compute_batch_size"] == own
