@@ -126,7 +126,7 @@ def cached_table(decided_by: str, root: str, build: Callable[[], pa.Table]) -> P
     """
     folder = storage.cache_folder(decided_by)
     path = folder / _NAME
-    if path.exists():
+    if _is_sound(path):
         return path
     _make_cache(folder, root)
     # Workers that start together wait for the first one.
