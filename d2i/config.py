@@ -39,6 +39,7 @@ NUM_NOISE_LEVELS = 1000
 FORMERLY: dict[str, Any] = {
     "corpus.split_shares": None,
     "corpus.split_seed": None,
+    "fetch.downloads": None,
     "train.ema_warmup": False,
     "train.short_ema_length": None,
     "sample.weights": "ema",
@@ -394,6 +395,9 @@ class FetchConfig(Config):
     mirror: Annotated[str, Field(pattern=r"^https?://.*\{(path|name|key)\}")] | None = None
     """Address to ask for pictures that the corpus names as files: `{path}` is `train/1.jpg`,
     `{name}` is `1.jpg`, `{key}` is `1`."""
+    downloads: str | None = None
+    """What img2dataset has downloaded before: a directory of its output, or `DIR/*` for several.
+    URLs are looked up there first, and names of files that are not there as its keys."""
     contact: str | None = None
     """An address of yours, for the hosts that are asked: a mail address or a page."""
     timeout_s: float = Field(default=30.0, gt=0)

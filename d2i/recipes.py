@@ -35,6 +35,7 @@ _PATHS = {
     "corpus": ("descriptions", "image_root"),
     "encoders": ("vae", "clip_image", "clip_text", "text_prefix"),
     "backbone": ("weights",),
+    "fetch": ("downloads",),
     "metrics": ("extractor_weights", "clip_text"),
 }
 
@@ -214,10 +215,12 @@ def _changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
 
 def _absolute(name: str | None) -> str | None:
-    """Return a name that is a path here as an absolute one, any other as it is."""
-    if not name or name == SCRATCH or not Path(name).exists():
+    """Return a name that is a path here, or `DIR/*`, as an absolute one, any other as it is."""
+    if not name or name == SCRATCH:
         return name
-    return str(Path(name).absolute())
+    path = Path(name)
+    is_here = path.parent.exists() if name.endswith("/*") else path.exists()
+    return str(path.absolute()) if is_here else name
 
 
 def load_recipe(name: str) -> Recipe:

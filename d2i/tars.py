@@ -16,7 +16,7 @@ import os
 import tarfile
 import unicodedata
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -108,19 +108,39 @@ def open_index(root: str) -> TarIndex:
     """
     urls = _tars(root)
     versions = [(url, storage.version(url)) for url in urls]
-    folder = storage.cache_folder(json.dumps([_FORMAT, versions]))
+    return TarIndex(
+        urls, cached_table(json.dumps([_FORMAT, versions]), root, lambda: _build(urls, root))
+    )
+
+
+def cached_table(decided_by: str, root: str, build: Callable[[], pa.Table]) -> Path:
+    """Return the file of a table in the user's cache, made now if this machine has none yet.
+
+    Args:
+        decided_by: All that decides what it holds.
+        root: What it is the index of, for errors.
+        build: Makes it; of workers that start together the first one alone.
+
+    Raises:
+        DataError: If it cannot be kept.
+    """
+    folder = storage.cache_folder(decided_by)
     path = folder / _NAME
-    if path.exists():
-        return TarIndex(urls, path)
+    if _is_sound(path):
+        return path
     _make_cache(folder, root)
     # Workers that start together wait for the first one.
     with storage.only_writer(str(folder), wait_s=math.inf):
         if not _is_sound(path):
-            table = _sorted(_read_members(urls))
-            if not table.num_rows:
-                raise DataError(f"{root}: got tars without files; expected pictures in them")
-            _write(table, path)
-    return TarIndex(urls, path)
+            _write(build(), path)
+    return path
+
+
+def _build(urls: list[str], root: str) -> pa.Table:
+    table = _sorted(_read_members(urls))
+    if not table.num_rows:
+        raise DataError(f"{root}: got tars without files; expected pictures in them")
+    return table
 
 
 def _make_cache(folder: Path, root: str) -> None:

@@ -27,6 +27,7 @@ from d2i.picture_files import check_root
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.exclude import NOTHING, read_exclusion
 from d2i.preprocess.fetch.books import share_books
+from d2i.preprocess.fetch.downloads import check_downloads
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.handover import ShardTask
@@ -83,8 +84,8 @@ def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan
 
     Raises:
         ConfigError: If the output folder was begun with other settings.
-        DataError: If the corpus has none of the wanted splits, or `corpus.image_root` cannot be the
-            place of pictures.
+        DataError: If the corpus has none of the wanted splits, or `corpus.image_root` or
+            `fetch.downloads` cannot be the place of pictures.
     """
     found = found_splits(request.corpus, request.source, request.recipe.corpus.options())
     wanted = [canonical_split(request.split)] if request.split else found
@@ -93,7 +94,7 @@ def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan
             f"--split {request.split}: {request.source} has {', '.join(found)} of "
             f"{request.corpus}; expected one of them; check --corpus and --source"
         )
-    _check_image_root(request, wanted)
+    _check_images(request, wanted)
     exclusion = NOTHING if request.exclude is None else read_exclusion(request.exclude)
     return {
         split: make_plan(
@@ -113,13 +114,16 @@ def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan
     }
 
 
-def _check_image_root(request: PreprocessRequest, splits: list[str]) -> None:
+def _check_images(request: PreprocessRequest, splits: list[str]) -> None:
     """Refuse a place of pictures that is none, unless no picture is to be read there any more."""
-    root = request.recipe.corpus.image_root
-    is_read = request.recipe.fetch.mirror is None and request.reuse is None
+    recipe = request.recipe
     manifests = [storage.join(request.out, split, MANIFEST_NAME) for split in splits]
-    if root is not None and is_read and not all(map(storage.exists, manifests)):
-        check_root(root)
+    if request.reuse is not None or all(map(storage.exists, manifests)):
+        return
+    if recipe.corpus.image_root is not None and recipe.fetch.mirror is None:
+        check_root(recipe.corpus.image_root)
+    if recipe.fetch.downloads is not None:
+        check_downloads(recipe.fetch.downloads)
 
 
 def work_left(request: PreprocessRequest, plans: dict[str, Plan]) -> Work:

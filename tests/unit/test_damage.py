@@ -55,7 +55,7 @@ from d2i.tars import open_index
 from d2i.train.checkpoint import Checkpoint, Progress, run_name, write_marker, write_part
 from tests.samples import metadata
 
-NUM_DAMAGES, NUM_SOAK = 500, 10_000
+NUM_DAMAGES, NUM_SOAK = 2_000, 10_000
 WEIGHTS = {"a.weight": torch.arange(24.0).reshape(4, 6), "a.bias": torch.ones(4)}
 
 

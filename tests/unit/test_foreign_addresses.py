@@ -77,6 +77,7 @@ def test_no_command_asks_it(tmp_path: Path, server: WebServer, form: str) -> Non
     ("section", "name"),
     [
         ("corpus", "image_root"),
+        ("fetch", "downloads"),
         ("encoders", "clip_image"),
         ("encoders", "clip_text"),
         ("encoders", "text_prefix"),

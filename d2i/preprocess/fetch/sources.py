@@ -1,14 +1,15 @@
-"""The door to pictures: files of a folder or of tars, or addresses, behind one call."""
+"""The door to pictures: files of a folder or of tars, addresses, downloads, behind one call."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 from d2i import __version__
@@ -20,6 +21,7 @@ from d2i.preprocess.fetch.addresses import AddressFetcher, Courtesy
 from d2i.preprocess.fetch.body import BodyLimits
 from d2i.preprocess.fetch.books import HostBooks
 from d2i.preprocess.fetch.connect import Route, Straight, ThroughProxy
+from d2i.preprocess.fetch.downloads import Download, open_downloads, read_download
 from d2i.preprocess.fetch.engine import fetch_all
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.hosts import HostBook, HostLimits
@@ -90,11 +92,20 @@ class PictureSource:
         ordered = sorted(refs, key=lambda ref: ref.value)
         files: list[ImageRef] = []
         by_address: list[ImageRef] = []
+        downloaded: dict[ImageRef, tuple[Download, str]] = {}
         for ref in ordered:
             is_file = ref.kind == "file" and self.config.mirror is None
-            (files if is_file or ref.kind == "inline" else by_address).append(ref)
+            if is_file or ref.kind == "inline":
+                files.append(ref)
+            elif found := self._find_download(ref):
+                downloaded[ref] = found
+                files.append(ref)
+            else:
+                by_address.append(ref)
 
         def read(ref: ImageRef) -> Fetched:
+            if ref in downloaded:
+                return self._read_download(*downloaded[ref])
             if ref.kind == "file" or read_inline is None:
                 return self._read_file(ref)
             return read_inline(ref, self._max_bytes())
@@ -132,10 +143,37 @@ class PictureSource:
         try:
             data = read_picture(self.image_root, path, self._max_bytes())
         except RefusedPictureError as err:
+            if err.reason == "missing_file" and self.config.downloads is not None:
+                return self._read_key(path)
             return Fetched(None, err.reason, f"{path}: {err}")
         if why := self._placeholders().why(data):
             return Fetched(None, "placeholder", f"{path}: {why}")
         return Fetched(data)
+
+    def _find_download(self, ref: ImageRef) -> tuple[Download, str] | None:
+        """Return what was downloaded before from the first such URL of a picture, and the URL."""
+        if self.config.downloads is None:
+            return None
+        index = open_downloads(self.config.downloads)
+        try:
+            urls = self._addresses(ref)
+        except RefusedRequestError:
+            return None
+        found = ((index.find_url(url), url) for url in urls)
+        return next(((download, url) for download, url in found if download), None)
+
+    def _read_key(self, path: str) -> Fetched:
+        """Read the download whose key is a file's name, where that file is not there."""
+        found = open_downloads(str(self.config.downloads)).find_key(PurePosixPath(path).stem)
+        if not found:
+            return Fetched(None, "missing_file", f"{path}: no such file, and no download's key")
+        if len(found) > 1:
+            detail = f"{path}: {len(found)} downloads have this key; give one directory of them"
+            return Fetched(None, "ambiguous_file", detail)
+        return self._read_download(found[0])
+
+    def _read_download(self, found: Download, url: str | None = None) -> Fetched:
+        return read_download(found, self._max_bytes(), self._placeholders(), url)
 
     def _ask(
         self, refs: list[ImageRef], open_picture: Callable[[ImageRef, Fetched], OpenedT]
@@ -150,14 +188,18 @@ class PictureSource:
         )
 
     def _ask_for(self, ref: ImageRef, fetcher: AddressFetcher, deadline: float) -> Fetched:
-        """Ask where a picture may be had: of a file, its place in the mirror."""
-        if ref.kind == "urls":
-            return fetcher.fetch(ref.value, deadline)
+        """Ask where a picture may be had."""
         try:
-            address = mirror_address(str(self.config.mirror), ref.value[0])
+            addresses = self._addresses(ref)
         except RefusedRequestError as err:
             return Fetched(None, err.reason, str(err), attempts=0)
-        return fetcher.fetch([address], deadline)
+        return fetcher.fetch(addresses, deadline)
+
+    def _addresses(self, ref: ImageRef) -> Sequence[str]:
+        """Return where a picture may be had: of a file, its place in the mirror."""
+        if ref.kind == "urls":
+            return ref.value
+        return [mirror_address(str(self.config.mirror), ref.value[0])]
 
     def _address_fetcher(self) -> AddressFetcher:
         config = self.config

@@ -1,0 +1,302 @@
+"""Images that img2dataset has downloaded before, as its own downloader and writers leave them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from img2dataset.downloader import Downloader
+from img2dataset.resizer import Resizer
+from img2dataset.writer import FilesSampleWriter, ParquetSampleWriter, WebDatasetSampleWriter
+from PIL import Image
+
+from d2i.config import FetchConfig
+from d2i.dialog import ImageRef
+from d2i.errors import ConfigError, DataError
+from d2i.preprocess.fetch import downloads
+from d2i.preprocess.fetch.books import share_books
+from d2i.preprocess.fetch.downloads import check_downloads, open_downloads
+from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
+from d2i.preprocess.job import PreprocessRequest, plan_job, preprocess
+from d2i.preprocess.ledger import read_ledger
+from d2i.preprocess.repair import RepairRequest, repair
+from d2i.recipes import resolve_recipe
+
+WRITERS = {
+    "webdataset": WebDatasetSampleWriter,
+    "files": FilesSampleWriter,
+    "parquet": ParquetSampleWriter,
+}
+FORMS = pytest.mark.parametrize("form", WRITERS)
+ORIGINALS = {"resize_mode": "no", "disable_all_reencoding": True}
+NOWHERE = "http://127.0.0.1:1/gone.jpg"
+"""Refused by the guard: that is how a URL is seen to be asked for."""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    open_downloads.cache_clear()
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    """Files whose URLs img2dataset downloads: four images, and one that is none."""
+    folder = tmp_path / "host"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        pixels = rng.integers(0, 256, (48, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    (folder / "4.jpg").write_text("gone")
+    return folder
+
+
+def download(urls: Iterable[str], out: Path, form: str, *, shard: int = 0, **resizing: Any) -> Path:
+    """Let img2dataset download a shard of URLs."""
+    out.mkdir(exist_ok=True)
+    wanted = out.parent / "wanted.arrow"
+    table = pa.table({"url": list(urls)})
+    with pa.OSFile(str(wanted), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    Downloader(
+        WRITERS[form],
+        Resizer(
+            image_size=32, **{"resize_mode": "border", "resize_only_if_bigger": False, **resizing}
+        ),
+        thread_count=1,
+        save_caption=False,
+        extract_exif=False,
+        output_folder=str(out),
+        column_list=["url"],
+        timeout=5,
+        number_sample_per_shard=1000,
+        oom_shard_count=5,
+        compute_hash="sha256",
+        verify_hash_type=None,
+        encode_format="jpg",
+        retries=0,
+        user_agent_token=None,
+        disallowed_header_directives=None,
+    ).download_shard((shard, str(wanted)))
+    return out
+
+
+def url_of(host: Path, number: int) -> str:
+    return (host / f"{number}.jpg").as_uri()
+
+
+def fetch(root: Path, place: Path | str, *refs: ImageRef, **settings: Any) -> list[Fetched]:
+    config = FetchConfig(downloads=str(place), num_threads=2, **settings)
+    book = share_books(host_book(config), num_workers=0)
+    source = PictureSource(str(root), config, NO_ACCESS, book)
+    found = dict(source.fetch(refs, lambda ref, fetched: (ref, fetched)))
+    return [found[ref] for ref in refs]
+
+
+def by_url(*urls: str) -> ImageRef:
+    return ImageRef("urls", urls)
+
+
+def named(name: str) -> ImageRef:
+    return ImageRef("file", (name,))
+
+
+@FORMS
+def test_an_image_is_found_by_url_and_by_key(tmp_path: Path, host: Path, form: str) -> None:
+    urls = [url_of(host, number) for number in range(5)]
+    none = (host / "none.jpg").as_uri()
+    place = download([urls[4], *urls[:4], none], tmp_path / "d", form, **ORIGINALS)
+    sent = [(host / f"{number}.jpg").read_bytes() for number in range(4)]
+    (host / "0000003.jpg").write_bytes(b"its own")
+    found = fetch(
+        host,
+        place,
+        by_url(urls[2]),
+        by_url(NOWHERE, urls[3], urls[0]),
+        by_url(NOWHERE),
+        named("somewhere/00000002.jpg"),
+        named("0000003.jpg"),
+        named("00000077.jpg"),
+    )
+    assert [each.data for each in found] == [sent[2], sent[3], None, sent[1], b"its own", None]
+    reasons = [each.reason for each in found]
+    assert reasons == ["ok", "ok", "refused_address", "ok", "ok", "missing_file"]
+    assert [each.final_url for each in found[:4]] == [urls[2], urls[3], NOWHERE, None]
+    assert found[0].detail == f"downloaded by img2dataset: {place}/00000, key 00000003"
+    # What it could not download is asked for.
+    (gone,) = fetch(host, place, by_url(none))
+    assert gone.reason == "bad_url"
+    bounded = fetch(host, place, by_url(urls[0]), named("00000002.jpg"), max_image_mib=0.001)
+    assert {each.reason for each in bounded} == {"too_many_bytes"}
+
+
+@FORMS
+def test_what_was_resized_is_told(
+    tmp_path: Path, host: Path, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    urls = [url_of(host, number) for number in range(3)]
+    place = download(urls, tmp_path / "d", form)
+    check_downloads(str(place))
+    assert "3 of 3 images were resized" in caplog.text
+    (found,) = fetch(host, place, by_url(urls[1]))
+    assert found.data is not None
+    assert Image.open(io.BytesIO(found.data)).size == (32, 32)
+    assert "img2dataset, which encoded it anew: " in found.detail
+    # A placeholder is known by what its host sent, too.
+    sent = hashlib.sha256((host / "1.jpg").read_bytes()).hexdigest()
+    (found,) = fetch(host, place, by_url(urls[1]), placeholder_sha256=(sent,))
+    assert found.reason == "placeholder"
+    # Encoded anew at its own size it is not called resized, and of originals nothing is said.
+    caplog.clear()
+    for number, kept in enumerate(({"resize_mode": "no"}, ORIGINALS)):
+        check_downloads(str(download(urls, tmp_path / f"kept{number}", form, **kept)))
+    assert caplog.text == ""
+
+
+def test_several_downloads_are_one_place(
+    tmp_path: Path, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    urls = [url_of(host, number) for number in range(4)]
+    (tmp_path / "all").mkdir()
+    for number, form in enumerate(WRITERS):
+        download(urls[number : number + 2], tmp_path / "all" / form, form, **ORIGINALS)
+    download(urls[3:], tmp_path / "all" / "files", "files", shard=7, **ORIGINALS)
+    place = f"{tmp_path}/all/*"
+    found = fetch(host, place, *map(by_url, urls), named("00000001.jpg"), named("00007000.jpg"))
+    assert [each.data for each in found[:4]] == [Path(url[7:]).read_bytes() for url in urls]
+    assert found[4].reason == "ambiguous_file"
+    assert found[5].data == found[3].data
+    assert len(open_downloads(place)) == 7
+    # Workers, and who repairs later, may be in another directory.
+    monkeypatch.chdir(tmp_path)
+    assert resolve_recipe("demo", ["fetch.downloads=all/*"]).fetch.downloads == place
+
+
+def test_a_row_of_any_group_is_read(tmp_path: Path) -> None:
+    names = ("url", "key", "status")
+    schema = pa.schema([(name, pa.string()) for name in names])
+    writer = ParquetSampleWriter(0, str(tmp_path), False, 5, schema, "png")
+    for number in range(230):
+        data = None if number % 3 else b"%d" % number
+        meta = {
+            "url": f"http://h/{number}",
+            "status": "failed_to_resize" if number % 3 else "success",
+        }
+        writer.write(data, f"{number:09}", None, meta)
+    writer.close()
+    assert pq.ParquetFile(tmp_path / "00000.parquet").num_row_groups == 3
+    numbers = (0, 15, 99, 102, 198, 228)
+    read = fetch(tmp_path, tmp_path, *(by_url(f"http://h/{number}") for number in numbers))
+    assert [each.data for each in read] == [b"%d" % number for number in numbers]
+    # So is what a mirror has there.
+    (found,) = fetch(tmp_path, tmp_path, named("a/99.png"), mirror="http://h/{key}")
+    assert (found.data, found.final_url) == (b"99", "http://h/99")
+    assert open_downloads(str(tmp_path)).find_url("http://h/1") is None
+    assert open_downloads(str(tmp_path)).find_key(f"{1:09}") == []
+
+
+@FORMS
+def test_damage_and_loss_are_no_picture(tmp_path: Path, host: Path, form: str) -> None:
+    urls = [url_of(host, number) for number in range(3)]
+    place = download(urls, tmp_path / "d", form, **ORIGINALS)
+    open_downloads(str(place))
+    holders = {"webdataset": "*.tar", "files": "*/*1.jpg", "parquet": "*.parquet"}
+    (holder,) = place.glob(holders[form])
+    whole, sent = holder.read_bytes(), (host / "1.jpg").read_bytes()
+    middle = whole.index(sent[2000:2032])
+    holder.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    (found,) = fetch(host, place, by_url(urls[1]))
+    assert (found.data, found.reason) == (None, "read_error")
+    assert "00000" in found.detail
+    holder.unlink()
+    if form == "files":
+        (found,) = fetch(host, place, by_url(urls[1]))
+        assert (found.reason, "got no 00000001.jpg" in found.detail) == ("read_error", True)
+        return
+    with pytest.raises(DataError, match=r"fetch\.downloads|not there any more"):
+        fetch(host, place, by_url(urls[1]))
+
+
+def test_a_place_that_is_none_is_refused_before_planning(tmp_path: Path, host: Path) -> None:
+    def refused(place: object) -> str:
+        open_downloads.cache_clear()
+        (host / "train.jsonl").write_text(
+            '{"turns": [{"text": "a", "images": ["https://h/1.jpg"]}]}'
+        )
+        recipe = resolve_recipe("demo", [f"fetch.downloads={place}"])
+        request = PreprocessRequest("jsonl", str(host), str(tmp_path / "out"), recipe)
+        with pytest.raises(DataError) as caught:
+            plan_job(request)
+        assert not (tmp_path / "out").exists()
+        return str(caught.value)
+
+    assert "got no 00000.parquet" in refused(tmp_path / "nowhere")
+    assert "got no 00000.parquet" in refused(host)
+    with pytest.raises(ConfigError, match="got a web address"):
+        open_downloads("https://h/d")
+    gone = download([url_of(host, 4)], tmp_path / "gone", "webdataset")
+    assert "without one image" in refused(gone)
+    place = download([url_of(host, 1)], tmp_path / "d", "webdataset")
+    parquet = place / "00000.parquet"
+    whole = parquet.read_bytes()
+    (place / "00000.tar").unlink()
+    assert "1 images that are not there" in refused(place)
+    (place / "00000.tar").touch()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:-9] + b"\0" * 9):
+        parquet.write_bytes(damaged)
+        assert f"{parquet} is damaged" in refused(place)
+    pq.write_table(pa.table({"url": ["a"], "caption": ["b"]}), parquet)
+    assert "lacks key, status" in refused(place)
+
+
+def test_data_is_prepared_and_repaired_from_downloads(tmp_path: Path, host: Path) -> None:
+    urls = [f"https://example.org/{number}.jpg" for number in range(3)]
+    place = download([url_of(host, n) for n in range(3)], tmp_path / "d", "webdataset", **ORIGINALS)
+    parquet = place / "00000.parquet"
+    table = pq.read_table(parquet)
+    # As if they had come from a web host.
+    pq.write_table(table.set_column(table.column_names.index("url"), "url", [urls]), parquet)
+    chats = [{"id": url, "turns": [{"text": "a", "images": [url]}]} for url in [*urls, NOWHERE]]
+    (host / "test.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    out = tmp_path / "out"
+    recipe = resolve_recipe("demo", [f"fetch.downloads={place}"])
+    request = PreprocessRequest("jsonl", str(host), str(out), recipe, num_workers=0)
+    (summary,) = preprocess(request, lambda _: None)
+    assert (summary.num_written, summary.failures) == (3, {"refused_address": 1})
+    rows = {row.image: row for row in read_ledger(str(out / "test"))}
+    for number, url in enumerate(urls):
+        sent = (host / f"{number}.jpg").read_bytes()
+        assert rows[url].sha256 == hashlib.sha256(sent).hexdigest()
+        assert (rows[url].final_url, f"{place}/00000" in rows[url].detail) == (url, True)
+    (shard,) = (out / "test").glob("*.tar")
+    before = shard.read_bytes()
+    shard.unlink()
+    (repaired,) = repair(RepairRequest(str(out), num_workers=0))
+    assert (repaired.problems, shard.read_bytes()) == ((), before)
+
+
+def test_the_index_is_made_once_and_anew_for_another_download(
+    tmp_path: Path, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = download([url_of(host, 0)], tmp_path / "d", "webdataset", **ORIGINALS)
+    assert len(open_downloads(str(place))) == 1
+    built = []
+    build = downloads._build
+    monkeypatch.setattr(downloads, "_build", lambda *args: built.append(1) or build(*args))
+    open_downloads.cache_clear()
+    assert len(open_downloads(str(place))) == 1
+    assert built == []
+    download([url_of(host, 1)], place, "webdataset", shard=1, **ORIGINALS)
+    open_downloads.cache_clear()
+    assert len(open_downloads(str(place))) == 2
+    assert built == [1]
