@@ -147,15 +147,20 @@ class _Lease:
 
     def _create(self, number: int, *, is_probe: bool = False) -> bool:
         """Make an object only where there is none; say whether this call, or a lost one, did."""
-        try:
-            self._fs.pipe_file(self._path(number), self._content(), mode="create")
-        except Exception:
-            # Each store has its own words for a condition that is not met.
-            content = self._read(number)
-            if content is None:
-                raise
-            # An answer that was lost on the way: the request was repeated, and found its own.
-            return not is_probe and _token(content) == self._said["token"]
+        for is_last in (False, True):
+            try:
+                self._fs.pipe_file(self._path(number), self._content(), mode="create")
+            except Exception:
+                # Each store has its own words for a condition that is not met.
+                content = self._read(number)
+                if content is not None:
+                    # An answer that was lost: the request was repeated, and found its own.
+                    return not is_probe and _token(content) == self._said["token"]
+                # Its holder let go of it in between, or the store refuses to write at all.
+                if is_last:
+                    raise
+            else:
+                break
         return True
 
     def _write(self, number: int) -> None:

@@ -257,7 +257,8 @@ def test_numbers_that_are_none_are_failures(tmp_path: Path, chat_data: Path) -> 
     (file,) = broken.glob("*.safetensors")
     state = load_file(file)
     name = max(state, key=lambda key: state[key].numel())
-    save_file(state | {name: torch.full_like(state[name], torch.nan)}, file)
+    # Weights that are no numbers are refused; these are, and what is made of them is not.
+    save_file(state | {name: torch.full(state[name].shape, 1e38)}, file)
     with pytest.raises(DataError, match=r"got 0 pictures for 23 instances \(23 not_finite\)"):
         scored(chat_data, tmp_path / "out", "uvit-s", weights=str(broken))
     assert {row["status"] for row in rows(tmp_path / "out")} == {"not_finite"}

@@ -300,8 +300,9 @@ def readme_lines() -> list[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_a_file_opens_with_three_commands(path: Path) -> None:
-    assert len(header(path)) == 3
+def test_a_file_opens_with_few_commands(path: Path) -> None:
+    """To start, to read what comes of it, to stop."""
+    assert 3 <= len(header(path)) <= 4
 
 
 LINES = [*readme_lines(), *(line for path in FILES for line in header(path))]

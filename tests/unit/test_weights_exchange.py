@@ -40,12 +40,15 @@ def tiny(name: str, seed: int = 0) -> Any:
 
 
 def random_bits(network: nn.Module) -> dict[str, Tensor]:
-    """Random float16 bits for every tensor of a network, NaN and infinity among them."""
+    """Random float16 bits for every tensor of a network: any but NaN and infinity."""
     random = np.random.default_rng(0)
-    return {
-        key: torch.from_numpy(random.integers(0, 2**16, tensor.shape, np.uint16)).view(torch.half)
-        for key, tensor in network.state_dict().items()
-    }
+    state = {}
+    for key, tensor in network.state_dict().items():
+        bits = random.integers(0, 2**16, tensor.shape, np.uint16)
+        # An exponent of ones alone is no number.
+        bits[(bits & 0x7C00) == 0x7C00] ^= 0x0400
+        state[key] = torch.from_numpy(bits).view(torch.half)
+    return state
 
 
 def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
