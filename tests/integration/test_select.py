@@ -138,6 +138,7 @@ def test_other_weights_of_a_run_are_drawn_with(
     decided = json.loads(kept.read_text())
     del decided["recipe"]["sample"]["weights"]
     kept.write_text(json.dumps(decided))
+    (tmp_path / "usual" / "evaluation.json.sha256").unlink()
     assert run_d2i(*words, "--out", tmp_path / "usual")["card"] == usual
 
     picture = tmp_path / "picture.png"

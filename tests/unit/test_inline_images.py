@@ -45,7 +45,7 @@ def kept(out: Path) -> set[str]:
 
 
 def planned(out: Path) -> set[str]:
-    rows = [row for path in out.glob("plan/*.parquet") for row in read_records(str(path))]
+    rows = [row for path in out.glob("plan/*.parquet") for row in read_records(str(path), None)]
     assert all(row.image_ref.kind == "inline" for row in rows)
     return {row.image_ref.value[0].removeprefix("inline:") for row in rows}
 
