@@ -17,7 +17,7 @@ from PIL import Image
 
 from d2i.shards import ShardReader
 from tests.integration.commands import preprocess
-from tests.processes import run_d2i
+from tests.processes import run_d2i, run_process
 from tests.shared import SHARED, needs_shared
 
 pytestmark = needs_shared
@@ -138,9 +138,13 @@ def test_photochat_from_addresses_to_scores(
     extra = [*settings, "--set", mirror]
     data, run, scores = tmp_path / "data", tmp_path / "run", tmp_path / "scores"
 
-    refused = preprocess("photochat", source, tmp_path / "refused", "--split", "test", *extra)
-    assert refused["test"]["num_written"] == 0
-    assert refused["test"]["failures"] == {"refused_address": 3}
+    refused = run_process(
+        *("preprocess", "--corpus", "photochat", "--source", source, "--split", "test"),
+        *("--out", tmp_path / "refused", "--recipe", "demo", "--workers", "0", "--json", *extra),
+    )
+    assert refused.returncode == 1, refused.stderr
+    (split,) = json.loads(refused.stdout)["splits"]
+    assert (split["num_written"], split["failures"]) == (0, {"refused_address": 3})
 
     asked = preprocess("photochat", source, data, "--allow-host", photo_server, *extra)
     assert asked["train"]["num_written"] == 2
