@@ -29,7 +29,7 @@ _NUM_SHOWN = 16
 _RESTORE = "restore the file, or make it again"
 
 
-def sha256_of(data: bytes) -> str:
+def sha256_of(data: bytes | memoryview) -> str:
     """Return the sha256 of some bytes, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
@@ -42,6 +42,15 @@ def file_sha256(url: str) -> str:
     """
     with storage.open_url(url) as file:
         return hashlib.file_digest(cast("io.BufferedReader", file), "sha256").hexdigest()
+
+
+def known_sha256(url: str) -> str:
+    """Return the sha256 of a file; one that stays as it is is read once a process.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    return _digest_once(url, _stamp(url))
 
 
 def checksum_line(digest: str, name: str) -> bytes:
@@ -93,7 +102,7 @@ def _publish(url: str, digest: str, publish: Callable[[], None]) -> None:
 
 def remove(url: str) -> None:
     """Remove a file and its checksum; nothing happens where there is none."""
-    # In this order whoever is killed in between finds the file, and removes it the next time.
+    # In this order: after a kill in between the file is still there, and removed the next time.
     storage.remove(checksum_url(url))
     storage.remove(url)
 
@@ -132,8 +141,20 @@ def check_against(url: str, said: str | None, **refused: Any) -> None:
         D2IError: If the file is not the one that was written.
         OSError: If it cannot be read.
     """
-    found = None if said is None else _digest_once(url, _stamp(url))
-    compare(url, found, said, **refused)
+    compare(url, None if said is None else known_sha256(url), said, **refused)
+
+
+def check_if_summed(url: str, **refused: Any) -> None:
+    """Compare a file, as `check_file`, where a sha256 lies beside it; say nothing where none does.
+
+    Of what others wrote, such as a model's folder.
+
+    Raises:
+        D2IError: If the file is not the one that was written.
+        OSError: If it cannot be read.
+    """
+    if (said := read_checksum(url)) is not None:
+        check_against(url, said, **refused)
 
 
 def read_checksum(url: str) -> str | None:

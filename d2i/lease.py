@@ -72,13 +72,13 @@ class _Lease:
         is_alive = False
         while True:
             numbers = self._numbers()
-            if not numbers:
-                if self._try(1, superseded=None):
-                    return
-                continue
-            newest = numbers[-1]
+            if not numbers and self._try(1, superseded=None):
+                return
+            newest = numbers[-1] if numbers else 1
             content = self._read(newest)
             if content is None:
+                # Released a moment ago: not asked for again without a pause.
+                time.sleep(_POLL_S)
                 continue
             now = time.monotonic()
             if (newest, content) != seen:
@@ -138,9 +138,9 @@ class _Lease:
                 self._fs.rm_file(self._path(superseded[0]))
         if self._create(number, is_probe=True):
             logging.getLogger(__name__).warning(
-                "%s: this store makes an object anew that was to be made only where there is none "
-                "(If-None-Match); of two commands that begin there at one moment, neither would "
-                "notice the other: start one at a time",
+                "%s: this store overwrites an object that was to be created only if absent: it "
+                "ignores If-None-Match; two commands that start there at the same moment would not "
+                "notice each other: start one at a time",
                 self._url,
             )
         return True

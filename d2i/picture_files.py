@@ -164,7 +164,7 @@ def _in_other_form(folder: str, path: str) -> str:
 @lru_cache(maxsize=32)
 def _names_by_composed(folder: str, changed_ns: int) -> dict[str, list[str]]:
     """List the names of a folder that are not ASCII, by their composed form."""
-    del changed_ns  # A folder that has changed is listed anew.
+    del changed_ns  # A folder that has changed is listed again.
     found: dict[str, list[str]] = {}
     for name in os.listdir(folder):  # noqa: PTH208
         if not name.isascii():

@@ -190,13 +190,28 @@ def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             value = getattr(getattr(recipe, section), name)
             # A run's network is drawn with the run's own weights, never with those it began from.
             is_asked = f"{section}.{name}" not in given | {"backbone.weights"}
-            if is_asked and value and storage.names_host(value):
-                raise ConfigError(
-                    f"{section}.{name} is {value!r}, an address in a file of this folder; expected "
-                    "it in the command, as it would be asked; if you trust that host, give "
-                    f"--set {section}.{name}=ADDRESS, or a local path"
-                )
+            if is_asked and value:
+                option = f"--set {section}.{name}=ADDRESS, or a local path"
+                refuse_host(f"{section}.{name}", value, option)
     return _changed(recipe, settings)
+
+
+def refuse_host(name: str, url: str, option: str) -> None:
+    """Refuse to ask a host because a file of a folder says so, which may be of somebody else.
+
+    Args:
+        name: What the file says, for the error.
+        url: The URL there.
+        option: How the command would say it.
+
+    Raises:
+        ConfigError: If the URL names a host.
+    """
+    if storage.names_host(url):
+        raise ConfigError(
+            f"{name} is {url!r}, an address in a file of this folder; expected it in the command, "
+            f"as it would be asked; if you trust that host, give {option}"
+        )
 
 
 def _changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:

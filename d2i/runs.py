@@ -36,7 +36,7 @@ BEST_NAME = "best.json"
 
 _SELECT_AGAIN = "repeat d2i select, or delete it"
 _TRAIN_AGAIN = (
-    "delete it and repeat that d2i train command, which writes it anew from the last checkpoint"
+    "delete it and repeat that d2i train command, which writes it again from the last checkpoint"
 )
 _EDIT_LOG = "delete that line, or restore the file"
 _END_OF_LINE = re.compile(rb'"crc32": \d+\}')

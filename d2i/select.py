@@ -24,7 +24,7 @@ from d2i.eval.systems import SystemSpec, parse_system
 from d2i.metric_specs import METRICS, MetricSpec
 from d2i.models import save_weights
 from d2i.pictures import decode_picture
-from d2i.recipes import change_recipe, read_kept_recipe
+from d2i.recipes import change_recipe, read_kept_recipe, refuse_host
 from d2i.runs import BEST_NAME, last_step, read_recipe, read_run_config
 from d2i.settle import settle
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
@@ -161,11 +161,7 @@ def _trained_on(run_url: str) -> str:
         ConfigError: If that is an address, which counts only in the command.
     """
     data_url = str(read_run_config(run_url)["data"])
-    if storage.names_host(data_url):
-        raise ConfigError(
-            f"{run_url} was trained on {data_url!r}, an address in a file of the run; expected it "
-            "in the command, as it would be asked; if you trust that host, give --data ADDRESS"
-        )
+    refuse_host(f"the data of {run_url}", data_url, "--data ADDRESS")
     return data_url
 
 

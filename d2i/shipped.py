@@ -41,7 +41,7 @@ def resolve_weights(name: str) -> str:
 
 
 def _copy_of(url: str) -> Path:
-    """Return the copy of a file or folder, made anew where it has not the sha256 beside the file.
+    """Return the copy of a file or folder, made again where it has not the sha256 beside the file.
 
     Of a file that has not that sha256 itself the copy is refused by whoever reads it.
     """

@@ -36,8 +36,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 # And those that cannot flush a file, or open and flush a folder: CIFS, several in user space.
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _NO_FOLDER_SYNC = (*_NO_SYNC, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)
-# What says that no more can be written, without saying where.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"}
 """fsspec's names of file systems whose paths begin with a bucket."""
 
@@ -267,6 +266,11 @@ def new_file(url: str, *, sync_name: bool = True) -> Iterator[Path]:
         publish_file(scratch, url, sync_name=sync_name)
 
 
+def is_disk_full(error: OSError) -> bool:
+    """Say whether no more can be written: a full disk, a used quota, a file too long for it."""
+    return error.errno in _DISK_FULL
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Give an error of a full disk, or of a file too long for it, the name of what is written.
@@ -276,7 +280,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        if err.errno in _FULL and err.filename is None:
+        if is_disk_full(err) and err.filename is None:
             err.filename = str(path)
         raise
 

@@ -84,7 +84,7 @@ class TarIndex:
         return self._find(path) or ([] if path.isascii() else self._find(_composed(path)))
 
     def _find(self, path: str) -> list[Member | None]:
-        wanted = _hash(path)
+        wanted = name_hash(path)
         first, last = (
             int(np.searchsorted(self._hashes, np.uint64(wanted), side))
             for side in ("left", "right")
@@ -199,7 +199,7 @@ def _read_members(urls: list[str]) -> _Rows:
             for dropped in range(min(len(parts) - 1, _NUM_DROPPED) + 1):
                 for name, distance in _forms("/".join(parts[dropped:]), dropped):
                     rows.add(
-                        hash=_hash(name),
+                        hash=name_hash(name),
                         offset=member.offset_data,
                         size=size,
                         tar=number,
@@ -238,7 +238,7 @@ def _members(url: str) -> Iterator[tarfile.TarInfo]:
         found = "" if kind in (None, "a tar") else f", but {kind}"
         raise DataError(
             f"{url} is no whole tar{found}: {err}; expected a plain one, not compressed; unpack "
-            "it, or copy it anew"
+            "it, or copy it again"
         ) from err
 
 
@@ -271,11 +271,12 @@ def _write(table: pa.Table, path: Path) -> None:
 
 
 def _is_sound(path: Path) -> bool:
-    """Say whether an index is there, as it was written; one without a checksum is made anew."""
+    """Say whether an index is there, as it was written; one without a checksum is made again."""
     said = checksums.read_checksum(str(path))
     return said is not None and path.exists() and checksums.file_sha256(str(path)) == said
 
 
-def _hash(name: str) -> int:
+def name_hash(name: str) -> int:
+    """Return 64 bits of the BLAKE2 hash of a name, by which an index tells names apart."""
     data = name.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

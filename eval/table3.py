@@ -87,7 +87,7 @@ def _compare(trained: dict[str, str]) -> None:
     (first, expected), *others = recipes.items()
     for run, found in others:
         if named := differences(found, expected):
-            print(f"beware: {run} is not as {first}: {'; '.join(named[:3])}", file=sys.stderr)
+            print(f"warning: {run} is not as {first}: {'; '.join(named[:3])}", file=sys.stderr)
 
 
 def ask(run: str, strategy: str, data: str, settings: Sequence[str]) -> EvalRequest:

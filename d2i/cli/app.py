@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import pwd
 import sys
@@ -20,7 +19,6 @@ from d2i.errors import D2IError
 from d2i.terminal import plain, print_plainly
 
 USER_CAN_FIX = D2IError.exit_code
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="d2i",
@@ -115,7 +113,9 @@ def _name_account() -> None:
 
 def _is_of_a_place(err: OSError) -> bool:
     """Whether the user's paths or disk are at fault, and not a network or a pipe."""
-    return err.filename is not None or err.errno in _FULL
+    from d2i import storage
+
+    return err.filename is not None or storage.is_disk_full(err)
 
 
 def _file_problem(err: OSError) -> str:

@@ -246,7 +246,7 @@ def _score_lines(result: dict[str, Any]) -> list[str]:
             for name, value in result["scores"].items()
             if value is not None
         ),
-        *(f"beware: {warning}" for warning in result["warnings"]),
+        *(f"warning: {warning}" for warning in result["warnings"]),
         f"on {card['found']} of {card['expected']} instances",
     ]
 

@@ -157,6 +157,7 @@ def _inspected_lines(result: dict[str, Any], *, with_keys: bool) -> Iterator[str
     yield f"{result['num_tensors']} tensors ({kinds}), {result['num_parameters']:,} numbers"
     yield f"shapes {result['shapes_sha256']}"
     if found := result["not_finite"]:
-        yield f"beware: {sum(found.values())} are NaN or infinite, the first in {next(iter(found))}"
+        num, first = sum(found.values()), next(iter(found))
+        yield f"warning: {num} are NaN or infinite, the first in {first}"
     if with_keys:
         yield from (f"  {name} {shape}" for name, shape in sorted(result["shapes"].items()))

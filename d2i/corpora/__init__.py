@@ -416,7 +416,7 @@ class _Reading:
         if self.gave_up and max_broken != 1:
             raise DataError(
                 f"{split}: got {count.sound} records, and a rest that could not be read: {why}; "
-                "expected to read the whole; mend the file, or go on without the rest with "
+                "expected to read the whole; fix the file, or go on without the rest with "
                 "--set corpus.max_broken=1"
             )
         share = MAX_BROKEN if max_broken is None else max_broken

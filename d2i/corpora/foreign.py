@@ -16,7 +16,7 @@ _NEXT_STEPS = {
     "xz": "; unpack it with 'unxz'",
     "a zip archive": "; unpack it with 'unzip'",
     "Parquet": "; write it as JSON lines, for example with pandas' to_json(lines=True)",
-    "UTF-16 text": ", as PowerShell writes it; save it anew as UTF-8 (iconv -t UTF-8)",
+    "UTF-16 text": ", as PowerShell writes it; save it again as UTF-8 (iconv -t UTF-8)",
 }
 # UTF-16 and UTF-32 without a byte order mark, as they begin a JSON file.
 _WIDE = re.compile(rb"[\[{\s]\x00.\x00|\x00[\[{\s]\x00|\x00\x00\xfe\xff", re.DOTALL)

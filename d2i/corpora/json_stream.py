@@ -521,20 +521,20 @@ def _repair(text: bytes) -> tuple[bytes, str]:
     """
     num_halves, constants = 0, set[str]()
 
-    def mend_half(found: re.Match[bytes]) -> bytes:
+    def replace_half(found: re.Match[bytes]) -> bytes:
         nonlocal num_halves
         if found[1] is not None:
             return found[1]
         num_halves += 1
         return rb"\ufffd"
 
-    def mend(found: re.Match[bytes]) -> bytes:
+    def replace(found: re.Match[bytes]) -> bytes:
         if not found[0].startswith(b'"'):
             constants.add(found[0].decode())
             return b"null"
-        return _SURROGATES.sub(mend_half, found[0]) if b"\\u" in found[0] else found[0]
+        return _SURROGATES.sub(replace_half, found[0]) if b"\\u" in found[0] else found[0]
 
-    repaired = _STRING_OR_CONSTANT.sub(mend, text)
+    repaired = _STRING_OR_CONSTANT.sub(replace, text)
     changes = [f"{name} is read as null" for name in sorted(constants)]
     if num_halves:
         changes.append(f"{num_halves} halves of surrogate pairs are read as U+FFFD")

@@ -8,7 +8,6 @@ that hangs is ended. Must be imported by nothing but the command line.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import shutil
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+from d2i.checksums import file_sha256
 from d2i.doctor.check import REINSTALL, Check, first_line, run_checks
 from d2i.errors import D2IError
 
@@ -218,8 +218,7 @@ def check_inception(hub_dir: Path | None = None) -> Check:
     if not path.is_file():
         return Check(name, "warn", f"{_INCEPTION} is not in torch's cache", fix)
     expected = path.stem.rpartition("-")[2]
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(str(path))
     if not digest.startswith(expected):
         detail = f"{path} has sha256 {digest[:8]}, expected {expected}"
         return Check(name, "fail", detail, f"put {_INCEPTION_URL} in its place")

@@ -58,8 +58,7 @@ def check_beside(place: Path) -> None:
     """
     files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
     for file in map(str, files):
-        if checksums.read_checksum(file) is not None:
-            checksums.check_file(file, next_step=_IMPORT_AGAIN, error=CheckpointError)
+        checksums.check_if_summed(file, next_step=_IMPORT_AGAIN, error=CheckpointError)
 
 
 def freeze(module: nn.Module) -> nn.Module:

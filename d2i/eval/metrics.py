@@ -5,7 +5,6 @@ The only module that imports torch_fidelity: its FID and Inception Score, and it
 
 from __future__ import annotations
 
-import hashlib
 import math
 import pickle
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch_fidelity.metric_isc import (
     isc_features_to_metric,
 )
 
+from d2i.checksums import file_sha256
 from d2i.errors import DataError
 from d2i.eval.kid import draw_subsets, mmd_of_subsets
 
@@ -236,7 +236,7 @@ def _check_inception(path: Path, digits: str) -> None:
             "their address); put it there, name it with --set metrics.extractor_weights=PATH, or "
             "--set metrics.extractor=clip"
         )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_sha256(str(path))
     if not digest.startswith(digits):
         raise DataError(f"{path} has sha256 {digest[:8]}, expected {digits}; fetch it anew")
     try:

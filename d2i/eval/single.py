@@ -156,12 +156,12 @@ def _turns_of(record: dict[str, Any]) -> list[Turn]:
 
     def refuse(reason: str, detail: str) -> None:
         if reason not in ("bad_image_ref", "no_image"):
-            raise DataError(f"the dialog: {detail} ({reason}); mend it")
+            raise DataError(f"the dialog: {detail} ({reason}); fix it")
 
     try:
         return list(parse_record(record, refuse).turns)
     except RecordError as err:
-        raise DataError(f"the dialog: {err.detail} ({err.reason}); mend it") from err
+        raise DataError(f"the dialog: {err.detail} ({err.reason}); fix it") from err
 
 
 def _read_json(text: str) -> list[Turn]:

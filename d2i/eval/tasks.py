@@ -22,7 +22,7 @@ from d2i.parse import damaged, parse_npz
 _OF_ALL = ("keys", "reasons", "sources", "is_flat", "real_features", "real_embeddings")
 _OF_DRAWN = ("features", "embeddings")
 """Names of arrays with a row an instance, and with a row a drawn picture."""
-_DRAW_AGAIN = "remove it and repeat the command: its pictures are drawn anew"
+_DRAW_AGAIN = "remove it and repeat the command: its pictures are drawn again"
 MARKER_GONE = "remove it: its task is then read, and not verified; or remove the task's npz as well"
 _NAME = re.compile(r"(\d{8})-(\d{8})\.(npz|tar|json)")
 
@@ -111,7 +111,7 @@ def write_task(
 ) -> None:
     """Keep what was measured of a task, and in its marker the sha256 of that and of its pictures.
 
-    Names are not waited for: a power failure may cost the last tasks, which are then done anew.
+    Names are not waited for: a power failure may cost the last tasks, which are then done again.
 
     Args:
         out_url: The evaluation's folder.

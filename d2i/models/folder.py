@@ -90,8 +90,5 @@ def read_config(path: Path) -> BackboneConfig | None:
 def _read_values(file: Path) -> Any:
     """Read any JSON; only what d2i wrote has a checksum, so that its absence says nothing."""
     refused: dict[str, Any] = {"error": CheckpointError, "next_step": _EDITED}
-    data = storage.read_bytes(str(file))
-    said = checksums.read_checksum(str(file))
-    if said is not None:
-        checksums.compare(str(file), checksums.sha256_of(data), said, **refused)
-    return parse_json_value(data, str(file), **refused)
+    checksums.check_if_summed(str(file), **refused)
+    return parse_json_value(storage.read_bytes(str(file)), str(file), **refused)

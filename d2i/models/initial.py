@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from d2i.checksums import file_sha256
+from d2i.checksums import known_sha256
 from d2i.config import SCRATCH, BackboneConfig
 from d2i.models.recognize import recognize
 from d2i.models.weights import read_state_dict, weights_file
@@ -35,7 +35,7 @@ def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:
     found = recognize(state)
     return {
         "file": config.weights if config.weights.startswith("demo:") else file.name,
-        "sha256": file_sha256(str(file)),
+        "sha256": known_sha256(str(file)),
         "keys": len(state),
         "layout": [published.name for published in found.published] if found else [],
         "initialisation": is_initialisation(state),

@@ -1,7 +1,7 @@
 """Images that stood in the records themselves: `plan/inline/SHA256`, each written once.
 
-The planner keeps those of planned instances; whoever fetches reads them by name, and believes none
-whose content is another.
+The planner keeps those of planned instances. Workers read them by name and compare their content
+with it.
 """
 
 from __future__ import annotations

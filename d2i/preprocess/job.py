@@ -1,7 +1,7 @@
 """The preprocessing job: plan every split, make what is not committed, fold the manifests.
 
 A split of which nothing became a sample is not published: what was made of it goes, but for the
-ledger, and the next command begins it anew.
+ledger, and the next command starts it over.
 """
 
 from __future__ import annotations
@@ -370,7 +370,7 @@ def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
 def _take_back(split_url: str, split: str, plan: Plan) -> SplitSummary:
     """Remove what was made of a split without a sample; its ledger still tells why.
 
-    Killed at any point, it leaves what the same command makes anew, or takes back again.
+    Killed at any point, it leaves what the same command makes again, or takes back again.
     """
     failures, example = commonest_failure(split_url)
     summary = split_summary(split_url, split, plan, 0, failures)

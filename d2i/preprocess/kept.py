@@ -14,7 +14,7 @@ from d2i.preprocess.ledger import LedgerRow, ledger_url, read_shard_ledger
 from d2i.preprocess.plan import Plan, fingerprint_url, plan_url, read_plan, records_url
 from d2i.preprocess.records import read_records
 from d2i.preprocess.retry import net_failures, read_supplements
-from d2i.recipes import read_kept_recipe
+from d2i.recipes import read_kept_recipe, refuse_host
 from d2i.shards import ShardProblem, read_manifest
 
 _REPAIR = "d2i repair restores it from the manifest"
@@ -72,12 +72,7 @@ class KeptJob:
             ConfigError: If that is an address, which counts only in the command.
         """
         source = str(self.plan.decided_by["source"])
-        if storage.names_host(source):
-            raise ConfigError(
-                f"{self.split_url} was planned from {source!r}, an address in a file of this "
-                "folder; expected it in the command, as it would be asked; if you trust that host, "
-                "give --set corpus.image_root=ADDRESS"
-            )
+        refuse_host(f"the source of {self.split_url}", source, "--set corpus.image_root=ADDRESS")
         return source
 
     def fingerprint(self) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ def refuse_empty(summaries: Iterable[SplitSummary]) -> None:
     if empty:
         raise NothingWrittenError(
             f"{'; '.join(empty)}; expected at least one; nothing of such a split was published: "
-            "mend the cause, and repeat the command, which begins it anew"
+            "fix the cause, and repeat the command, which starts it over"
         )
 
 

@@ -175,7 +175,7 @@ class _Planner:
             )
         why = self.problems.describe() or "no dialog shows a picture"
         return (
-            f"{split}: got no instance: {why}; expected dialogs with a picture and a text; mend "
+            f"{split}: got no instance: {why}; expected dialogs with a picture and a text; fix "
             "the records, or check --corpus and --source; 'd2i corpus' says what is there"
         )
 
@@ -252,7 +252,7 @@ class _Planner:
 
 
 def _batches(
-    instances: Iterator[Instance], is_full: Callable[[], bool] = lambda: False
+    instances: Iterator[Instance], is_full: Callable[[], bool]
 ) -> Iterator[list[Instance]]:
     """Give `_BATCH` instances at a time, or fewer that reach `_BATCH_CHARS` or are said to do."""
     batch: list[Instance] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from d2i.parse import damaged, parse_parquet
 
 PLAN_AGAIN = (
     "restore it; or remove plan/plan.json beside it and repeat the d2i preprocess command, which "
-    "plans the same anew"
+    "plans the same again"
 )
 _TURN = pa.struct([("speaker", pa.int8()), ("text", pa.string())])
 _REF = pa.struct([("kind", pa.string()), ("value", pa.list_(pa.string()))])
@@ -106,7 +105,7 @@ def write_records(url: str, table: pa.Table, *, sync_name: bool = True) -> str:
     data = table_bytes(table)
     with storage.new_file(url, sync_name=sync_name) as path:
         path.write_bytes(data)  # At once: Arrow's many small pieces take much longer.
-    return hashlib.sha256(data).hexdigest()
+    return sha256_of(data)
 
 
 def instance_values(instance: Instance) -> dict[str, object]:

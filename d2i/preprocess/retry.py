@@ -101,7 +101,7 @@ def plan_supplements(split_url: str, num_shards: int, num_samples: int) -> list[
 
 def remove_supplements(split_url: str) -> None:
     """Forget what was planned to be asked for again."""
-    storage.remove(_url(split_url))
+    checksums.remove(_url(split_url))
 
 
 def merge_ledgers(split_url: str, num_shards: int, supplements: Iterable[Supplement]) -> None:

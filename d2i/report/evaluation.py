@@ -16,7 +16,7 @@ from d2i.metric_specs import METRICS
 from d2i.report.paper import label_of
 
 _WRITE_AGAIN = "repeat the command that wrote it"
-_DRAW_AGAIN = "remove the tasks/*.npz of its instances and repeat d2i eval: they are drawn anew"
+_DRAW_AGAIN = "remove the tasks/*.npz of its instances and repeat d2i eval: they are drawn again"
 MAX_NAMED = 4
 """More evaluations than that are a study: too many to name in a sentence, or to be columns."""
 _MAX_PICTURE_BYTES = 1 << 26

@@ -6,7 +6,6 @@ bytes. Must not import torch or ray.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any, Literal, cast
 from pydantic import JsonValue, model_validator
 
 from d2i import storage
+from d2i.checksums import checksum_line, sha256_of
 from d2i.errors import ShardError
 from d2i.fault import Point
 from d2i.shards.commit import (
@@ -78,7 +78,7 @@ class Manifest(JsonRecord):
     @property
     def sha256(self) -> str:
         """Hash of `manifest.json`: the identity of the data set."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        return sha256_of(self.to_bytes())
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
@@ -283,8 +283,7 @@ def _empty_files(out_url: str) -> Iterator[tuple[str, FileInfo]]:
 
 
 def _checksum_line(data: bytes) -> bytes:
-    """Give the line that `sha256sum --check` reads."""
-    return f"{hashlib.sha256(data).hexdigest()}  {MANIFEST_NAME}\n".encode()
+    return checksum_line(sha256_of(data), MANIFEST_NAME)
 
 
 def _write_if_changed(url: str, data: bytes) -> None:

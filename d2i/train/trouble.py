@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import platform
@@ -10,11 +9,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from d2i import storage
 from d2i.config import TrainConfig
 from d2i.errors import ClusterError, D2IError
 from d2i.train.checkpoint import whole_checkpoints
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NUM_SHOWN = 8
 
 
@@ -85,7 +84,7 @@ def in_plain_words(error: BaseException, run_url: str, config: TrainConfig) -> D
     where = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return RankError(f"{where} is out of memory; expected to fit; {_what_to_lower(config)}")
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and storage.is_disk_full(error):
         return RankError(
             f"{where} cannot write {error.filename or run_url}: {error.strerror}; expected room on "
             f"the disk; nothing half-written counts; free some and {how_to_go_on(run_url)}"

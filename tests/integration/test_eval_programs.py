@@ -91,7 +91,7 @@ def test_table_3_is_of_a_run_for_each_linearization(
     given = [part for run in runs.values() for part in ("--run", run)]
     done = start("table3.py", chat_data, tmp_path / "three", *given, *few)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"beware: {runs['letters']} is not as {runs['hash']}: train.seed: 1" in done.stderr
+    assert f"warning: {runs['letters']} is not as {runs['hash']}: train.seed: 1" in done.stderr
     name = "demo network, fine-tuned on jsonl"
     table = tmp_path / "three/table3.csv"
     assert rows(table, f"Linearizations: {name}") == set(TEMPLATES)

@@ -128,9 +128,9 @@ def test_what_cannot_differ_is_not_scored(tmp_path: Path, whole: Path) -> None:
         assert found["scores"][key] is None
         assert key not in found["intervals"]
         assert f"  {key} " not in done.stdout
-    assert "beware: IS is not scored: each of 3 splits of 3 images has one image" in done.stdout
-    assert "beware: recall@5 and recall@10 not scored: among 2 negatives" in done.stdout
-    assert "beware: scores over 2 dialogs say little" in done.stdout
+    assert "warning: IS is not scored: each of 3 splits of 3 images has one image" in done.stdout
+    assert "warning: recall@5 and recall@10 not scored: among 2 negatives" in done.stdout
+    assert "warning: scores over 2 dialogs say little" in done.stdout
     page = tmp_path / "report.html"
     run_d2i("report", scores, whole, "--out", page)
     rows = re.findall(r"<tr><th[^>]*>Inception Score.*?</tr>", page.read_text())

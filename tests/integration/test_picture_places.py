@@ -1,4 +1,4 @@
-"""A wrong place of pictures is one error, and once it is mended the same command begins anew."""
+"""A wrong place of pictures is one error, and once it is fixed the same command starts over."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def test_true_pictures_are_measured_once(
     first = scored(chat_data, tmp_path / "first", f"retrieve:{chat_data}")
     (kept,) = (tmp_path / "cache/d2i").glob("*/real_features.npy")
     assert scored(chat_data, tmp_path / "second", f"retrieve:{chat_data}") == first
-    # They are believed only as they were kept: other numbers, or a cut file, are measured anew.
+    # They are believed only as they were kept: other numbers, or a cut file, are measured again.
     good = kept.read_bytes()
     np.save(kept, np.load(kept) + 1)
     assert scored(chat_data, tmp_path / "third", f"retrieve:{chat_data}") == first

@@ -300,7 +300,7 @@ def damaged(data: bytes, dice: random.Random) -> bytes:
 
 
 def put(path: Path, data: bytes) -> None:
-    """Write anew, as the file of before may still be mapped."""
+    """Write again, as the file of before may still be mapped."""
     path.unlink()
     path.write_bytes(data)
 
@@ -338,7 +338,7 @@ def damage_everything(kinds: dict[str, Kind], num: int, seed: int) -> list[str]:
             continue
         put(file, broken)
         trouble = trouble_of(kind, file, good[kind.name])
-        # What is made anew leaves files of its own; they are those of before.
+        # What is made again leaves files of its own; they are those of before.
         put(file, data)
         if trouble:
             wrong.append(f"{number}: {kind.name} {file.name}: {trouble}")

@@ -151,12 +151,12 @@ def test_what_was_resized_is_told(
     (found,) = fetch(host, place, by_url(urls[1]))
     assert found.data is not None
     assert Image.open(io.BytesIO(found.data)).size == (32, 32)
-    assert "img2dataset, which encoded it anew: " in found.detail
+    assert "img2dataset, which re-encoded it: " in found.detail
     # A placeholder is known by what its host sent, too.
     sent = hashlib.sha256((host / "1.jpg").read_bytes()).hexdigest()
     (found,) = fetch(host, place, by_url(urls[1]), placeholder_sha256=(sent,))
     assert found.reason == "placeholder"
-    # Encoded anew at its own size it is not called resized, and of originals nothing is said.
+    # Re-encoded at its own size it is not called resized, and of originals nothing is said.
     caplog.clear()
     for number, kept in enumerate(({"resize_mode": "no"}, ORIGINALS)):
         check_downloads(str(download(urls, tmp_path / f"kept{number}", form, **kept)))

@@ -1,4 +1,4 @@
-"""One writer to a folder of a store without locks, whoever dies, stalls or begins at one moment."""
+"""A lease holds a folder of an object store through crashes, stalls and simultaneous starts."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_store_that_ignores_the_condition_is_told_of(
     with lease.hold(store, str(tmp_path), "u", 0):
         assert not caplog.records
     with lease.hold(Forgetful(auto_mkdir=True), str(tmp_path), "u", 0):
-        assert "this store makes an object anew" in caplog.text
+        assert "this store overwrites an object" in caplog.text
         with pytest.raises(ConfigError), lease.hold(store, str(tmp_path), "u", 0):
             raise AssertionError
 

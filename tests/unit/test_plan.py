@@ -159,7 +159,7 @@ def test_a_batch_ends_where_its_contexts_are_long(monkeypatch: pytest.MonkeyPatc
         Instance(f"k{n}", "train", "", 0, 0, (Turn(0, "a" * length), Turn(1, "b")), ref)
         for n, length in enumerate([1, 200, 49, 49, 1, 1, 1, 1, 1])
     ]
-    batches = list(_batches(iter(made)))
+    batches = list(_batches(iter(made), lambda: False))
     assert [len(batch) for batch in batches] == [2, 2, 4, 1]
     assert list(itertools.chain.from_iterable(batches)) == made
 

@@ -5,13 +5,13 @@ Importing this module imports no torch.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2i import storage
+from d2i.checksums import file_sha256
 from d2i.errors import CheckpointError, ClusterError, ConfigError
 
 _PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
@@ -56,10 +56,8 @@ def find_adapter(place: str) -> Adapter:
             f"--adapter {place}: not there; expected a LoRA's safetensors file, or the folder "
             "that holds it"
         )
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
     name = path.parent.name if path.name == _PUBLISHED_NAME else path.stem
-    return Adapter(name, str(path), digest)
+    return Adapter(name, str(path), file_sha256(str(path)))
 
 
 def load_adapter(pipeline: Any, adapter: Adapter) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import fnmatch
-import hashlib
 import itertools
 import json
 import logging
@@ -26,20 +25,21 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from d2i import storage
+from d2i.checksums import sha256_of
 from d2i.errors import ConfigError, DataError
 from d2i.parse import damaged
 from d2i.picture_files import read_picture
 from d2i.pictures import RefusedPictureError
 from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
-from d2i.tars import cached_table
+from d2i.tars import cached_table, name_hash
 
 _FORMAT = "downloads 1"
 _SHARD = re.compile(r"\d+\.parquet")
 _SUFFIXES = ("jpg", "png", "webp")
 """What img2dataset encodes to (`--encode_format`): suffixes of files and members, or a column."""
 _SIDES = ("width", "height", "original_width", "original_height")
-_AGAIN = "copy it anew, or let img2dataset finish it"
+_AGAIN = "copy it again, or let img2dataset finish it"
 _BATCH = 16
 """Rows of a Parquet file that are decoded at once on the way to one of them (ours)."""
 _PAGE_BYTES = 1 << 20
@@ -103,15 +103,15 @@ class Downloads:
 
         URLs are told apart by 64 bits of their BLAKE2 hash.
         """
-        place = int(np.searchsorted(self._by_url, np.uint64(_hash(url))))
-        if place == len(self) or self._by_url[place] != _hash(url):
+        place = int(np.searchsorted(self._by_url, np.uint64(name_hash(url))))
+        if place == len(self) or self._by_url[place] != name_hash(url):
             return None
         return self._download(place)
 
     def find_key(self, key: str) -> list[Download]:
         """Return what has a key; several downloads into several directories may."""
         first, last = (
-            int(np.searchsorted(self._by_key, np.uint64(_hash(key)), side))
+            int(np.searchsorted(self._by_key, np.uint64(name_hash(key)), side))
             for side in ("left", "right")
         )
         places = self._rows["key_row"].slice(first, last - first).to_pylist()
@@ -187,7 +187,7 @@ def read_download(
         data = _read(found, max_bytes)
     except RefusedPictureError as err:
         return Fetched(None, err.reason, f"{found.shard.url}: {err}", final_url=url)
-    is_same = found.sha256 is None or hashlib.sha256(data).hexdigest() == found.sha256
+    is_same = found.sha256 is None or sha256_of(data) == found.sha256
     if found.is_original and not is_same:
         detail = f"{found.shard.url}: {found.key} is not what its sha256 there says"
         return Fetched(None, "read_error", detail, final_url=url)
@@ -196,7 +196,7 @@ def read_download(
         why = "fetch.placeholder_sha256 names what its host sent"
     if why is not None:
         return Fetched(None, "placeholder", why, final_url=url)
-    changed = "" if is_same else ", which encoded it anew"
+    changed = "" if is_same else ", which re-encoded it"
     detail = f"downloaded by img2dataset{changed}: {found.shard.url}, key {found.key}"
     return Fetched(data, detail=detail, final_url=url)
 
@@ -317,12 +317,7 @@ def _is_resized(table: pa.Table) -> pa.Array | pa.ChunkedArray:
 
 def _hashes(names: pa.ChunkedArray) -> NDArray[np.uint64]:
     texts = names.cast(pa.large_string()).to_pylist()
-    return np.fromiter((_hash(text or "") for text in texts), np.uint64, len(texts))
-
-
-def _hash(name: str) -> int:
-    data = name.encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    return np.fromiter((name_hash(text or "") for text in texts), np.uint64, len(texts))
 
 
 def _read(found: Download, max_bytes: int) -> bytes:
