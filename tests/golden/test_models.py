@@ -282,7 +282,7 @@ def test_full_size_uvit(name: str) -> None:
     check_statistics(output, golden["outputs"]["out"])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_full_size_unidiffuser() -> None:
     golden, network = full_size("unidiffuser-v1")
     latent, clip_image = recipe_input(1, 0, (1, 4, 64, 64)), recipe_input(1, 1, (1, 1, 512))

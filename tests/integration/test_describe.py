@@ -34,7 +34,9 @@ def chats(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["blip", "vision-encoder-decoder"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("blip", marks=pytest.mark.soak), "vision-encoder-decoder"]
+)
 def test_pictures_are_described_once_and_marked(
     tmp_path: Path, chats: Path, kind: Literal["blip", "vision-encoder-decoder"]
 ) -> None:

@@ -107,6 +107,7 @@ def test_table_3_is_of_a_run_for_each_linearization(
     assert "23 of 23" in run_process("eval", *system, *again).stdout
 
 
+@pytest.mark.soak
 def test_one_run_is_no_table_3(tmp_path: Path, chat_data: Path, runs: dict[str, Path]) -> None:
     out, few = tmp_path / "three", ("--set", "sample.num_steps=1", "--workers", "0")
     done = start("table3.py", chat_data, out, "--run", runs["space"], *few)
@@ -161,6 +162,7 @@ def write_photochat(folder: Path, host: str, number: int) -> Path:
     return folder
 
 
+@pytest.mark.soak
 def test_figure_5_of_photochat(tmp_path: Path, chat_data: Path) -> None:
     number = 3 * len(DESCRIPTIONS["descriptions"])
     answers = {

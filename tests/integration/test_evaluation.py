@@ -33,7 +33,14 @@ def on_ray(workers: int, task_size: int) -> tuple[object, ...]:
     return "--parallel", "--workers", workers, "--task-size", task_size
 
 
-@pytest.mark.parametrize(("workers", "task_size"), [(1, 1), (2, 3), (4, 7)])
+@pytest.mark.parametrize(
+    ("workers", "task_size"),
+    [
+        pytest.param(1, 1, marks=pytest.mark.soak),
+        (2, 3),
+        pytest.param(4, 7, marks=pytest.mark.soak),
+    ],
+)
 def test_workers_and_task_sizes_change_nothing(
     tmp_path: Path, chat_data: Path, whole: Path, drawn: Path, workers: int, task_size: int
 ) -> None:

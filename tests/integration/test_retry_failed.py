@@ -6,6 +6,8 @@ import signal
 import socket
 from pathlib import Path
 
+import pytest
+
 from d2i.preprocess.ledger import read_ledger
 from d2i.shards import ShardReader, verify
 from tests.integration.chats import picture, reasons, sends, write_chats
@@ -59,6 +61,7 @@ def test_only_what_may_have_passed_is_asked_for_again(tmp_path: Path, settings: 
         assert read_ledger(str(out / "test")) == ledger
 
 
+@pytest.mark.soak
 def test_what_fails_again_is_no_trouble_of_our_own(tmp_path: Path, settings: list[str]) -> None:
     """Only hosts that were not reached are asked again, and none of them is reached now."""
     closed = []

@@ -68,7 +68,7 @@ def rows(url: str) -> list[LedgerRow]:
 
 
 @needs_shared
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_over_s3_is_the_run_over_a_folder(
     tmp_path: Path, settings: list[str], front: Front, bucket: str
 ) -> None:
@@ -113,7 +113,7 @@ def test_training_over_s3_is_killed_and_ends_in_the_same_bits(
     assert storage.list_names(f"{run}/tensorboard")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_evaluation_over_s3_is_the_one_over_a_folder(
     chat_data: Path,
     whole: Path,

@@ -39,7 +39,13 @@ def undisturbed(trained: Path) -> Path:
     return trained
 
 
-@pytest.mark.parametrize("fault", ["train.step_done:kill:3", "train.checkpoint_written:kill:2"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "train.step_done:kill:3",
+        pytest.param("train.checkpoint_written:kill:2", marks=pytest.mark.soak),
+    ],
+)
 def test_a_killed_run_resumes_to_the_bit(
     data: Path, undisturbed: Path, tmp_path: Path, fault: str
 ) -> None:
@@ -76,7 +82,11 @@ def test_the_ranks_end_with_the_command(data: Path, undisturbed: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("number", "to_all", "code"),
-    [(signal.SIGTERM, True, 0), (signal.SIGUSR1, False, 0), (signal.SIGINT, False, 130)],
+    [
+        (signal.SIGTERM, True, 0),
+        pytest.param(signal.SIGUSR1, False, 0, marks=pytest.mark.soak),
+        (signal.SIGINT, False, 130),
+    ],
 )
 def test_asked_to_stop_it_writes_a_checkpoint_and_goes_on(
     data: Path, tmp_path: Path, number: signal.Signals, code: int, *, to_all: bool

@@ -148,6 +148,7 @@ def test_a_choice_of_the_shorter_run_is_named_and_not_used(
     assert "best.json is not used: it was chosen when the run had 5 steps, and it has 9" in said
 
 
+@pytest.mark.soak
 def test_a_run_of_before_goes_on_as_it_was_begun(
     training_data: Path, tmp_path: Path, short: Path
 ) -> None:
