@@ -1,0 +1,193 @@
+"""What d2i has promised by name, as this checkout has it: on disk, in settings, draws, the API.
+
+`names.json`, `words.txt`, `numbers.json` and `on_disk.json` beside this file hold what was
+promised. A change that means to break or widen a promise writes them anew, by the command below,
+and says so in the CHANGELOG:
+
+    python -m tests.contracts
+
+Names of classes and functions are free to change, but for those of `API`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer.main
+from pydantic import BaseModel
+from safetensors import safe_open
+
+from d2i.cli.app import app
+from d2i.config import Recipe
+from d2i.fault import Point
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+API = (
+    "d2i.corpora:read_instances",
+    "d2i.dialog:Instance",
+    "d2i.dialog:Turn",
+    "d2i.dialog:linearize",
+    "d2i.diffusion:Schedule",
+    "d2i.diffusion:ancestral",
+    "d2i.diffusion:dpm_solver",
+    "d2i.eval.metrics:compute_scores",
+    "d2i.models:build_backbone",
+    "d2i.models:load_weights",
+    "d2i.shards:ShardReader",
+    "d2i.shards:verify",
+    "d2i.tokenize:encode",
+    "d2i.tokenize:window",
+)
+_WORD = re.compile(r"[\w.\-/:{}]*[a-z][\w.\-/:{}]*")
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
+
+
+def names() -> dict[str, Any]:
+    """What can be told without running anything."""
+    return {
+        "api": {name: signature(name) for name in API},
+        "settings": sorted(setting_names(Recipe)),
+        "options": command_options(),
+        "fault points": sorted(get_args(Point)),
+        "environment": environment_names(),
+    }
+
+
+def signature(name: str) -> list[str]:
+    """The parameters of a function or of a class's making, as they are called."""
+    module, _, attribute = name.partition(":")
+    parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters
+    return [f"{'*' * (p.kind is p.KEYWORD_ONLY)}{p.name}" for p in parameters.values()]
+
+
+def setting_names(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        parts = [
+            part
+            for part in (field.annotation, *get_args(field.annotation))
+            if isinstance(part, type) and issubclass(part, BaseModel)
+        ]
+        if not parts:
+            yield f"{prefix}{name}={json.dumps(field.default, default=str)}"
+        for part in parts:
+            yield from setting_names(part, f"{prefix}{name}.")
+
+
+def command_options() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+
+    def walk(command: Any, words: tuple[str, ...]) -> None:
+        found[" ".join(words)] = sorted(
+            o for p in command.params for o in p.opts + p.secondary_opts
+        )
+        for name, child in getattr(command, "commands", {}).items():
+            walk(child, (*words, name))
+
+    walk(typer.main.get_command(app), ("d2i",))
+    return found
+
+
+def syntax_trees() -> list[ast.Module]:
+    return [ast.parse(path.read_text()) for path in sorted((ROOT / "d2i").rglob("*.py"))]
+
+
+def environment_names() -> list[str]:
+    """Names of the form of an environment variable that stand in the code as a string."""
+    found = {text for tree in syntax_trees() for _, text in texts(tree)}
+    return sorted(text for text in found if _VARIABLE.fullmatch(text))
+
+
+def words() -> list[str]:
+    """All strings in the code that a machine reads: keys, file names, columns, reasons, kinds.
+
+    Not names that stand in `__all__` or name a type variable, nor annotations.
+    """
+    found = set()
+    for tree in syntax_trees():
+        skipped = {id(part) for node in ast.walk(tree) for part in names_of_code(node)}
+        found |= {text for node, text in texts(tree) if id(node) not in skipped}
+    return sorted(text for text in found if _WORD.fullmatch(text))
+
+
+def texts(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node, node.value
+
+
+def names_of_code(node: ast.AST) -> Iterator[ast.AST]:
+    """Strings below `node` that name a part of the code itself."""
+    if isinstance(node, ast.Assign) and any(
+        isinstance(target, ast.Name) and target.id in {"__all__", "__slots__"}
+        for target in node.targets
+    ):
+        yield from ast.walk(node.value)
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"TypeVar", "ParamSpec"}:
+        yield from ast.walk(node)
+    for field in ("annotation", "returns"):
+        part = getattr(node, field, None)
+        if part is not None and "Literal" not in ast.dump(part):
+            yield from ast.walk(part)
+
+
+def described(directory: Path) -> dict[str, Any]:
+    """Tell what lies in a directory that d2i has written: names of files, keys and columns.
+
+    Numbers and hashes in names of files are taken for one.
+    """
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = re.sub(r"[0-9a-f]{16}|\d+", "N", str(path.relative_to(directory)))
+        found.setdefault(name, fields_of(path))
+    return found
+
+
+def on_disk(directory: Path, printed: Mapping[str, Any]) -> dict[str, Any]:
+    """What the commands of `tests/made_before/make.py` leave there, and the keys they print."""
+    return {
+        "files": described(directory),
+        "printed": {name: sorted(set(key_paths(value))) for name, value in printed.items()},
+    }
+
+
+def fields_of(path: Path) -> Any:
+    if path.suffix == ".json":
+        return sorted(set(key_paths(json.loads(path.read_text()))))
+    if path.suffix == ".jsonl":
+        lines = path.read_text().splitlines()
+        return sorted({key for line in lines for key in key_paths(json.loads(line))})
+    if path.suffix == ".parquet":
+        return [f"{field.name}: {field.type}" for field in pq.read_schema(path)]
+    if path.suffix == ".arrow":
+        schema = pa.ipc.open_file(path).schema
+        return [f"{field.name}: {field.type}" for field in schema]
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return sorted(f"{name}: {arrays[name].dtype}" for name in arrays.files)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return sorted(file.metadata() or {})
+    return None
+
+
+def key_paths(value: Any, path: str = "") -> Iterator[str]:
+    """The keys of nested objects, joined by dots; numbers and hashes in them taken for one."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            plain = re.sub(r"[0-9a-f]{16,}|\d+|/.*/", "N", key)
+            yield f"{path}{plain}"
+            yield from key_paths(inner, f"{path}{plain}.")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from key_paths(inner, f"{path}[].")

@@ -1,0 +1,103 @@
+"""Data, runs and evaluations made before the code was renamed open, and come out the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.contracts import HERE, on_disk
+from tests.integration.evaluations import pictures
+from tests.made_before.make import commands, run_all
+from tests.processes import run_d2i, run_process
+
+BEFORE = Path(__file__).parents[1] / "made_before"
+
+
+@pytest.fixture
+def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of what was made before, as the working directory."""
+    directory = tmp_path / "before"
+    shutil.copytree(BEFORE, directory, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.chdir(directory)
+    yield directory
+
+
+@pytest.fixture(scope="module")
+def anew(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The same made by the code as it is, and what the commands print."""
+    directory = tmp_path_factory.mktemp("anew") / "made"
+    return directory, run_all(directory)
+
+
+def test_names_keys_and_columns_on_disk_are_as_promised(anew: tuple[Path, dict[str, Any]]) -> None:
+    directory, printed = anew
+    expected = json.loads((HERE / "on_disk.json").read_text())
+    found = on_disk(directory, printed)
+    assert found["files"].keys() == expected["files"].keys()
+    for name, fields in expected["files"].items():
+        assert found["files"][name] == fields, name
+    assert found["printed"] == expected["printed"]
+
+
+def test_the_same_inputs_give_the_same_bytes_and_numbers(
+    anew: tuple[Path, dict[str, Any]],
+) -> None:
+    directory, _ = anew
+    for path in sorted((BEFORE / "chats").iterdir()):
+        assert (directory / "chats" / path.name).read_bytes() == path.read_bytes()
+    for split in ("test", "train"):
+        index = f"data/{split}/000000-*.arrow"
+        assert [p.name for p in directory.glob(index)] == [p.name for p in BEFORE.glob(index)]
+    was, now = (load_file(d / "run" / "trained.safetensors") for d in (BEFORE, directory))
+    for name, weight in was.items():
+        assert now[name] == pytest.approx(weight, abs=1e-5), name
+    assert losses(directory) == pytest.approx(losses(BEFORE), rel=1e-4)
+    assert scores(directory) == pytest.approx(scores(BEFORE), rel=1e-3, nan_ok=True)
+
+
+@pytest.mark.usefixtures("before")
+def test_data_are_verified_shown_and_repaired() -> None:
+    for split in ("test", "train"):
+        assert run_d2i("verify", f"data/{split}", "--json")["problems"] == []
+    assert "test0" in run_process("inspect", "data/test").stdout
+    (index,) = Path("data/test").glob("*.arrow")
+    was = index.read_bytes()
+    index.unlink()
+    assert run_process("verify", "data/test").returncode == 1
+    run_d2i("repair", "data/test")
+    assert index.read_bytes() == was
+
+
+def test_the_run_is_evaluated_and_goes_on(before: Path) -> None:
+    out = before / "again"
+    words = commands()["eval"]
+    words[words.index("--out") + 1] = str(out)
+    run_d2i(*words)
+    assert scores(before, "again") == pytest.approx(scores(before), rel=1e-3, nan_ok=True)
+    assert pictures(out).keys() == pictures(before / "evaluation").keys()
+    result = run_d2i(*commands()["train"], "--set", "train.num_steps=3", "--json")
+    assert (result["step"], result["num_images"]) == (3, 6)
+    lines = (before / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_the_evaluation_is_reported(before: Path) -> None:
+    run_d2i("report", "evaluation", "--out", "report.html")
+    page = (before / "report.html").read_text()
+    assert f"{abs(scores(before)['clip_i']):.2f}" in page
+
+
+def losses(directory: Path) -> list[float]:
+    lines = (directory / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def scores(directory: Path, name: str = "evaluation") -> dict[str, float]:
+    found = json.loads((directory / name / "scores.json").read_text())["scores"]
+    return {name: value for name, value in found.items() if value is not None}
