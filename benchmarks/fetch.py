@@ -158,7 +158,7 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     from d2i.preprocess.fetch.books import share_books
     from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
     from d2i.preprocess.fetch_worker import open_picture
-    from d2i.preprocess.handover import SourcePicture
+    from d2i.preprocess.messages import SourcePicture
 
     config = FetchConfig(num_threads=NUM_THREADS, timeout_s=PATIENCE_S, max_host_requests_per_s=1e6)
     hosts = frozenset(url.split("/")[2] for url in urls)

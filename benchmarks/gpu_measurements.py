@@ -1022,7 +1022,7 @@ def main() -> None:
     def emit(row: Row) -> None:
         print(json.dumps(row), file=lines, flush=True)
 
-    from d2i.processes import end_with_parent
+    from d2i.child_process import end_with_parent
 
     end_with_parent()
     import torch

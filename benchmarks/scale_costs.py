@@ -216,8 +216,8 @@ def _marks(stage: str, out: Path) -> Iterator[float]:
 def measure_pictures(inputs: Inputs) -> dict[str, float]:
     """Return processor seconds a picture of each worker's work, in this process by one thread."""
     from d2i.preprocess.encode_worker import EncodeWorkerBuilder
-    from d2i.preprocess.handover import ShardTask
     from d2i.preprocess.job import PreprocessRequest, plan_job
+    from d2i.preprocess.messages import ShardTask
 
     size = UNIT_SIZES["preprocess"]
     settings = [*PREPROCESS_SETTINGS, f"encoders.vae={inputs.vae}", *_of_shards(size)]
@@ -240,9 +240,9 @@ def measure_pictures(inputs: Inputs) -> dict[str, float]:
 
 def _opened(task: Any, chats: Path, recipe: Recipe) -> list[Any]:
     """Read and open the pictures of a shard, as a feeding worker does."""
-    from d2i.picture_files import read_picture
+    from d2i.image_files import read_picture
     from d2i.preprocess.decoder import Decoder
-    from d2i.preprocess.fetch.fetched import Fetched
+    from d2i.preprocess.fetch.result import Fetched
     from d2i.preprocess.fetch_worker import open_picture
 
     fetch = recipe.fetch
@@ -413,7 +413,7 @@ def fold(folder: str) -> None:
 
 def look_through(folder: str) -> None:
     """Look for placeholders in the ledger of a split: one pass over it."""
-    from d2i.preprocess.same_pictures import plan_withdrawals
+    from d2i.preprocess.placeholders import plan_withdrawals
 
     plan_withdrawals(folder, 10)
 
@@ -427,7 +427,7 @@ def open_shards(folder: str) -> None:
 
 def take_order(num_samples: str) -> None:
     """Take the first global batch of two epochs, as every rank does."""
-    from d2i.train.order import DataOrder
+    from d2i.train.data_order import DataOrder
 
     sizes = (1000,) * (int(num_samples) // 1000)
     order = DataOrder(sizes, 0)

@@ -37,13 +37,13 @@ from d2i.recipes import load_recipe
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 from d2i.train.batch import BatchReader
 from d2i.train.checkpoint import Progress
+from d2i.train.checkpoint_writer import CheckpointWriter, TrainState, build_state
+from d2i.train.data_order import DataOrder
 from d2i.train.ema import Ema
 from d2i.train.engine import build_engine, join_ranks
 from d2i.train.network import multiply_in
-from d2i.train.order import DataOrder
 from d2i.train.request import TrainRequest
-from d2i.train.stepper import Stepper
-from d2i.train.writer import CheckpointWriter, TrainState, build_state
+from d2i.train.trainer import Stepper
 
 SHAPES = {"moments": (8, 32, 32), "clip": (512,), "tokens": (77,), "text": (77, 768)}
 NUM_SHARD_SAMPLES = 500

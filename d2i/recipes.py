@@ -27,8 +27,8 @@ from d2i.config import (
     apply_settings,
     load_config,
 )
+from d2i.config_lock import differences, read_settings
 from d2i.errors import ConfigError
-from d2i.settle import differences, read_settings
 
 _KEPT_NAME = "recipe.json"
 _PATHS = {

@@ -23,9 +23,9 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from d2i.ahead import work_ahead
 from d2i.errors import ConfigError, D2IError
 from d2i.lease import FOLDER_NAME, hold
+from d2i.prefetch import work_ahead
 
 TEMPORARY_SUFFIX = ".d2i-tmp"
 _LOCK_WAIT_S = 15.0

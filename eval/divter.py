@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from d2i.eval.describer import DescriberConfig, read_pairs, train_describer
+from d2i.eval.divter_captioner import DescriberConfig, read_pairs, train_describer
 from d2i.recipes import read_kept_recipe
 
 

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from d2i.eval.export import export_dialogs
 from d2i.eval.job import test_url
+from d2i.eval.minigpt5_export import export_dialogs
 
 
 def main(

@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from d2i.config import Recipe
+from d2i.config_lock import differences
 from d2i.dialog import TEMPLATES
 from d2i.errors import ConfigError, D2IError
 from d2i.eval.guidance import choose_settings
@@ -25,8 +26,7 @@ from d2i.eval.job import EvalProgress, EvalRequest, evaluate, test_url
 from d2i.eval.systems import parse_system
 from d2i.recipes import change_recipe, read_kept_recipe
 from d2i.report import write_report
-from d2i.runs import read_recipe
-from d2i.settle import differences
+from d2i.run_dir import read_recipe
 
 
 def show(progress: EvalProgress) -> None:

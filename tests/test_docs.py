@@ -18,7 +18,7 @@ from d2i.config import apply_settings
 from d2i.corpora import read_instances
 from d2i.dialog import linearize
 from d2i.recipes import load_recipe, resolve_recipe
-from d2i.runs import check_initial_weights
+from d2i.run_dir import check_initial_weights
 from tests.command_lines import every_command, parse_d2i
 from tests.processes import COMMAND
 

@@ -24,7 +24,7 @@ from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2i.config import DialogConfig
-    from d2i.corpora.leaks import Leak
+    from d2i.corpora.leakage import Leak
 
 _MANY_OCCURRENCES = 10_000
 """Ten times the samples of a usual shard."""
@@ -107,7 +107,7 @@ def _survey(
     import msgspec
 
     from d2i.corpora import build_corpus, found_splits
-    from d2i.corpora.leaks import LeakFinder, count_leaks
+    from d2i.corpora.leakage import LeakFinder, count_leaks
     from d2i.corpora.survey import survey_split
 
     splits = found_splits(name, source, config.corpus.options())
@@ -189,7 +189,7 @@ def _describe(
     from dataclasses import asdict
 
     from d2i.corpora import build_corpus, found_splits
-    from d2i.preprocess.describe import describe
+    from d2i.preprocess.captioning import describe
 
     progress = ProgressLine()
     one_more = _counting(progress, "pictures described")

@@ -27,7 +27,7 @@ from d2i.cli.console import (
 from d2i.cli.forecast import PriceOption, RateOption, assumed_of, forecast_lines
 
 if TYPE_CHECKING:
-    from d2i.cluster.forecast import Assumed
+    from d2i.cluster.estimate import Assumed
     from d2i.config import Recipe
     from d2i.preprocess.job import PreprocessRequest
     from d2i.preprocess.outcome import SplitSummary
@@ -102,7 +102,7 @@ def preprocess(
         d2i preprocess --corpus photochat --source photochat --out spaced --recipe uvit-s-photochat
         --set text.strategy=space --reuse data
     """
-    from d2i.fault import parse_fault
+    from d2i.fault_injection import parse_fault
     from d2i.preprocess.job import PreprocessRequest, make_splits
     from d2i.preprocess.outcome import refuse_empty
 
@@ -141,7 +141,7 @@ def preprocess(
 
 
 def _foresee(request: PreprocessRequest, assumed: Assumed, *, as_json: bool) -> None:
-    from d2i.cluster.forecast import forecast
+    from d2i.cluster.estimate import forecast
     from d2i.cluster.offer import look_at_offer
     from d2i.cluster.rates import find_rate
     from d2i.preprocess.job import plan_job, rate_decided_by, work_left

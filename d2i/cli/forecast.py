@@ -9,7 +9,7 @@ import typer
 from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
-    from d2i.cluster.forecast import Assumed, Forecast
+    from d2i.cluster.estimate import Assumed, Forecast
 
 RateOption = Annotated[
     float | None,
@@ -31,7 +31,7 @@ def assumed_of(rate: float | None, price: float | None, *, dry_run: bool) -> Ass
     Raises:
         ConfigError: If one is given without a dry run.
     """
-    from d2i.cluster.forecast import Assumed
+    from d2i.cluster.estimate import Assumed
 
     given = {"--rate": rate, "--price-per-node-hour": price}
     if not dry_run and (named := [name for name, value in given.items() if value is not None]):

@@ -77,11 +77,11 @@ def train(
         --cache-dir /nvme/d2i --cache-gb 200
     """
     from d2i import storage
-    from d2i.fault import parse_fault
+    from d2i.fault_injection import parse_fault
     from d2i.parse import read_json
     from d2i.recipes import resolve_recipe
-    from d2i.runs import STOPPED_NAME, check_initial_weights
-    from d2i.train.command import deepspeed_command, run_command
+    from d2i.run_dir import STOPPED_NAME, check_initial_weights
+    from d2i.train.launcher import deepspeed_command, run_command
 
     # Checked here, so that a typing error costs no start of the ranks.
     resolved = resolve_recipe(recipe, settings or [])
@@ -147,9 +147,9 @@ def sample(
         --set sample.sampler=diffusers:DPMSolverMultistepScheduler
     """
     from d2i.eval.guidance import choose_settings
-    from d2i.eval.single import Request, draw_dialog, read_dialog
+    from d2i.eval.single_dialog import Request, draw_dialog, read_dialog
     from d2i.recipes import change_recipe
-    from d2i.runs import read_recipe
+    from d2i.run_dir import read_recipe
 
     if not out.lower().endswith(".png"):
         raise ConfigError(f"--out {out}: expected a name that ends in .png; change it")
@@ -182,7 +182,7 @@ def _print_run(run: str, num_steps: int, *, as_json: bool) -> None:
         ClusterError: If it neither finished nor stopped: a launcher that is killed ends with 0.
     """
     from d2i import storage
-    from d2i.runs import STOPPED_NAME, last_step, read_metrics
+    from d2i.run_dir import STOPPED_NAME, last_step, read_metrics
 
     result = {"run": run, "finished": last_step(run) == num_steps}
     if storage.exists(storage.join(run, STOPPED_NAME)):

@@ -55,8 +55,8 @@ def select(
         d2i select --system uvit-s --weights mscoco_uvit_small.pth --data data/photochat
         --out chosen/uvit-s --guidance 1.5 --guidance 2 --guidance 3
     """
-    from d2i.select import SelectRequest
-    from d2i.select import select as run_select
+    from d2i.model_selection import SelectRequest
+    from d2i.model_selection import select as run_select
 
     if (run is None) == (system is None):
         raise ConfigError("got both or neither of --run and --system; expected one; give one")

@@ -43,7 +43,7 @@ def verify(
 
         d2i verify data/test
     """
-    from d2i.preprocess.kept import check_job_files
+    from d2i.preprocess.job_files import check_job_files
     from d2i.shards import find_data_sets
     from d2i.shards import verify as verify_shards
 
@@ -92,7 +92,7 @@ def repair(
 
         d2i repair data/test --workers 0
     """
-    from d2i.fault import parse_fault
+    from d2i.fault_injection import parse_fault
     from d2i.preprocess.repair import RepairRequest
     from d2i.preprocess.repair import repair as run
 
@@ -167,10 +167,10 @@ def _write_page(html: str, reader: ShardReader, num: int, settings: list[str]) -
     """Decode the latents of the first samples, by the autoencoder that made them."""
     import torch
 
-    from d2i.context import context_text
     from d2i.dialog import Turn
     from d2i.encoders import Vae, check_made_by
-    from d2i.pictures import png_bytes
+    from d2i.image_decode import png_bytes
+    from d2i.prompt_text import context_text
     from d2i.recipes import change_recipe, read_kept_recipe
     from d2i.report import ShownSample, write_samples_page
 

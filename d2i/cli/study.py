@@ -25,7 +25,7 @@ from d2i.cli.forecast import PriceOption, RateOption, assumed_of, forecast_lines
 from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
-    from d2i.cluster.forecast import Assumed
+    from d2i.cluster.estimate import Assumed
     from d2i.eval.job import EvalRequest
 
 
@@ -140,7 +140,7 @@ def evaluate(
     from d2i.eval.job import EvalRequest, test_url
     from d2i.eval.job import evaluate as run
     from d2i.eval.systems import parse_system
-    from d2i.fault import parse_fault
+    from d2i.fault_injection import parse_fault
     from d2i.recipes import change_recipe, read_kept_recipe
     from d2i.shards import ShardReader
 
@@ -180,7 +180,7 @@ def evaluate(
 
 
 def _foresee(request: EvalRequest, assumed: Assumed, *, as_json: bool) -> None:
-    from d2i.cluster.forecast import forecast
+    from d2i.cluster.estimate import forecast
     from d2i.cluster.offer import look_at_offer
     from d2i.cluster.rates import find_rate
     from d2i.eval.job import rate_decided_by, work_left

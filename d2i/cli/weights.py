@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2i.cli.console import JsonOption, SetOption, print_result, register
-from d2i.published import PUBLISHED, PublishedFile
-from d2i.shipped import resolve_weights
+from d2i.weights_catalog import PUBLISHED, PublishedFile
+from d2i.weights_resolve import resolve_weights
 
 if TYPE_CHECKING:
     from d2i.models.source import Source
@@ -93,7 +93,7 @@ def import_weights(
 
         d2i weights import autoencoder_kl.pth --out models/vae
     """
-    from d2i.models.exchange import import_weights as import_into
+    from d2i.models.convert import import_weights as import_into
 
     source = import_into(_path(file), out, settings or [])
     _print_source(source, out, as_json=as_json)
@@ -115,7 +115,7 @@ def export_weights(
 
         d2i weights export models/unidiffuser-v1 --to diffusers --out unet
     """
-    from d2i.models.exchange import export_weights as export_as
+    from d2i.models.convert import export_weights as export_as
 
     source = export_as(_path(file), out, to.value, settings or [])
     _print_source(source, out, as_json=as_json)

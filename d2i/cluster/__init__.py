@@ -2,6 +2,7 @@
 
 from d2i.cluster.actors import ResourceRequest, num_session_cores
 from d2i.cluster.faults import JobFault, job_fault
+from d2i.cluster.pipeline import Feeder, Finisher, Stages, run_stages
 from d2i.cluster.pool import (
     Pool,
     Shared,
@@ -11,7 +12,6 @@ from d2i.cluster.pool import (
     session,
     share,
 )
-from d2i.cluster.stages import Feeder, Finisher, Stages, run_stages
 
 __all__ = [
     "Feeder",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from d2i.cluster.pool import Shared, share
-from d2i.fault import Fault
+from d2i.fault_injection import Fault
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+from d2i.cluster.actor_pool import Crew
 from d2i.cluster.actors import (
     ResourceRequest,
     actor_size,
@@ -26,7 +27,6 @@ from d2i.cluster.actors import (
     num_workers_of,
     result_of,
 )
-from d2i.cluster.crew import Crew
 from d2i.errors import ClusterError
 
 TaskT = TypeVar("TaskT")

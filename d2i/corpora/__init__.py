@@ -15,18 +15,18 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_t
 import msgspec
 
 from d2i import storage
+from d2i.corpora.captions import read_descriptions, with_descriptions
 from d2i.corpora.chat_forms import FORMS
-from d2i.corpora.descriptions import read_descriptions, with_descriptions
+from d2i.corpora.compact_set import SeenHashes
 from d2i.corpora.foreign import foreign_kind
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.jsonl import Jsonl
-from d2i.corpora.layout import SPLITS, source_folder
 from d2i.corpora.mmdialog import MMDialog
 from d2i.corpora.photochat import PhotoChat
 from d2i.corpora.records import MAX_TURNS, Dialog, Flaw, Problem, Reason, RecordError, Report
-from d2i.corpora.seen import SeenHashes
 from d2i.corpora.split_shares import DialogSplits
+from d2i.corpora.splits import SPLITS, source_folder
 from d2i.corpora.tally import ProblemTally
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ConfigError, DataError

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from d2i.corpora.misspelt import misspelt
 from d2i.corpora.records import DialogId, Flaw, Name, RecordError, Speaker, Text, Turns
+from d2i.corpora.typo_hints import misspelt
 from d2i.dialog import NOBODY, Turn
 
 FORMS = ("turns", "messages", "conversations")

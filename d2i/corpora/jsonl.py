@@ -30,15 +30,15 @@ from d2i import storage
 from d2i.corpora.chat_forms import parse_chat
 from d2i.corpora.inline import InlineImages, is_data_url
 from d2i.corpora.instances import InstanceOptions
-from d2i.corpora.layout import (
+from d2i.corpora.records import Dialog, Flaw, Picture, RecordError, image_ref_of
+from d2i.corpora.split_shares import parse_shares
+from d2i.corpora.splits import (
     DIALOG_SUFFIXES,
     SPLITS,
     is_source_file,
     only_one,
     unsplit_file,
 )
-from d2i.corpora.records import Dialog, Flaw, Picture, RecordError, image_ref_of
-from d2i.corpora.split_shares import parse_shares
 from d2i.dialog import Turn
 
 _ID_DIGITS = 20

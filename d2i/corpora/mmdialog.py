@@ -15,8 +15,8 @@ from msgspec import UNSET, Struct, UnsetType, field
 from d2i import storage
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.instances import InstanceOptions
-from d2i.corpora.layout import split_folder
 from d2i.corpora.records import Dialog, DialogId, Flaw, Picture, RecordError, Text, Turns
+from d2i.corpora.splits import split_folder
 from d2i.dialog import ImageRef, Turn
 
 _SUFFIXES = (".json", ".jsonl", ".txt")

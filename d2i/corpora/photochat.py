@@ -14,7 +14,6 @@ from msgspec import Struct
 from d2i import storage
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.instances import InstanceOptions
-from d2i.corpora.layout import split_folder
 from d2i.corpora.records import (
     Dialog,
     DialogId,
@@ -26,6 +25,7 @@ from d2i.corpora.records import (
     Turns,
     is_web_url,
 )
+from d2i.corpora.splits import split_folder
 from d2i.dialog import ImageRef, Turn
 from d2i.errors import ConfigError
 

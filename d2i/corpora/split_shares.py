@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.corpora.layout import SPLITS
 from d2i.corpora.records import Dialog
+from d2i.corpora.splits import SPLITS
 from d2i.dialog import ImageRef, key_order_hash
 from d2i.errors import ConfigError
 

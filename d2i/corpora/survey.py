@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from d2i.config import DialogConfig, TextConfig
-from d2i.context import context_text
 from d2i.corpora import Corpus, Dialog, build_corpus, read_dialogs
+from d2i.corpora.compact_set import SeenHashes
 from d2i.corpora.records import Flaw, Reason
-from d2i.corpora.seen import SeenHashes
 from d2i.corpora.tally import ProblemTally
 from d2i.dialog import Instance, key_order_hash, key_prefix
+from d2i.prompt_text import context_text
 from d2i.tokenize import WINDOW_LENGTH, encode
 
 _BINS_PER_WINDOW = 5

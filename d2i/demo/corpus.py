@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2i.demo.dialogs import MadeTurn, make_dialog
 from d2i.demo.picture import draw
 from d2i.demo.scene import Scene, split_scenes
-from d2i.demo.talk import MadeTurn, make_dialog
 
 NAME = "made world"
 _JPEG_QUALITY = 95

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from d2i import __version__, checksums, storage
+from d2i.child_process import end_with_parent
+from d2i.config_lock import settle
 from d2i.errors import ClusterError, ConfigError, D2IError
 from d2i.parse import read_json
-from d2i.processes import end_with_parent
-from d2i.settle import settle
 
 NUM_RANKS = 2
 _CHOOSE_ANOTHER = "choose another --out"
@@ -78,8 +78,8 @@ def _run_stages(request: DemoRequest) -> dict[str, Any]:
 
 
 def _stages(request: DemoRequest) -> list[Stage]:
+    from d2i.demo.check import judge_evaluations
     from d2i.demo.corpus import write_corpus
-    from d2i.demo.verdict import judge_evaluations
 
     out = request.out
     corpus, data, run = out / "corpus", out / "data", out / "run"

@@ -173,7 +173,7 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
 def check_shipped_weights() -> Check:
     """Whether the demo's small model is whole: every part that its recipe names is there."""
     from d2i.recipes import load_recipe
-    from d2i.shipped import resolve_weights
+    from d2i.weights_resolve import resolve_weights
 
     name = "demo weights"
     recipe = load_recipe("demo")

@@ -130,7 +130,7 @@ def check_accelerators(num_gpus: float) -> Check:
 
 def check_weights(setting: str, value: str) -> Check:
     """Whether what a setting names is here: shipped, a path, or in the hub's cache."""
-    from d2i.shipped import resolve_weights
+    from d2i.weights_resolve import resolve_weights
 
     name = f"weights {setting}"
     try:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from d2i.encoders.load import load_pretrained
 from d2i.errors import CheckpointError
-from d2i.shipped import resolve_weights
+from d2i.weights_resolve import resolve_weights
 
 MAX_NEW_TOKENS = 40
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from d2i.config import Precision
 from d2i.encoders.load import freeze, load_pretrained, run_padded, weights_hash
-from d2i.shipped import resolve_weights
 from d2i.tokenize import WINDOW_LENGTH
+from d2i.weights_resolve import resolve_weights
 
 _NUM_CLIP_IDS = 49408
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2i import checksums
 from d2i.config import Precision
 from d2i.errors import CheckpointError
-from d2i.shipped import resolve_weights
+from d2i.weights_resolve import resolve_weights
 
 _IMPORT_AGAIN = "copy it again from where it came, or repeat d2i weights import"
 

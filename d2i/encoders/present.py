@@ -6,7 +6,7 @@ from pathlib import Path
 
 from d2i.config import EncodersConfig
 from d2i.errors import CheckpointError
-from d2i.shipped import resolve_weights
+from d2i.weights_resolve import resolve_weights
 
 _CONFIG_NAME = "config.json"
 

@@ -20,7 +20,7 @@ from d2i.encoders.load import (
     weights_hash,
 )
 from d2i.errors import CheckpointError
-from d2i.shipped import resolve_weights
+from d2i.weights_resolve import resolve_weights
 
 # Stands for "no noise": exp(0.5 * -30) is 3e-7 of a latent's standard deviation.
 NO_LOG_VARIANCE = -30.0

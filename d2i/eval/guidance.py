@@ -11,7 +11,7 @@ from typing import Any
 
 from d2i import storage
 from d2i.errors import ConfigError
-from d2i.runs import BEST_NAME, best_choice, read_choice
+from d2i.run_dir import BEST_NAME, best_choice, read_choice
 
 _SAID = ("metric", "value", "num_instances", "seed")
 

@@ -13,18 +13,19 @@ from typing import Any
 
 from d2i import checksums, storage
 from d2i.cluster import JobFault, Pool, job_fault, run_tasks, session
-from d2i.cluster.forecast import Work
+from d2i.cluster.estimate import Work
 from d2i.cluster.offer import Unit, offer_of_session
 from d2i.cluster.rates import Meter, keep_rate
 from d2i.config import FORMERLY, Recipe
+from d2i.config_lock import read_settings, settle, with_former
 from d2i.errors import ConfigError, DataError
-from d2i.eval.card import metric_card
 from d2i.eval.categories import CORPUS, write_categories
-from d2i.eval.contents import hash_contents
+from d2i.eval.fingerprint import hash_contents
 from d2i.eval.measured import Arrays, Measured
+from d2i.eval.metric_card import metric_card
 from d2i.eval.negatives import find_negatives
 from d2i.eval.prompts import ContextMode
-from d2i.eval.real import RealFeatures
+from d2i.eval.reference_features import RealFeatures
 from d2i.eval.scores import instance_rows, score
 from d2i.eval.systems import SystemSpec
 from d2i.eval.tasks import (
@@ -35,9 +36,8 @@ from d2i.eval.tasks import (
     remove_unfinished,
 )
 from d2i.eval.worker import EvalWorkerBuilder, SaveImages, TaskResult, describe_url
-from d2i.fault import Fault
+from d2i.fault_injection import Fault
 from d2i.recipes import check_prepared_with
-from d2i.settle import read_settings, settle, with_former
 from d2i.shards import ShardReader
 
 SCORES_NAME = "scores.json"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from d2i.eval.intervals import number_dialogs
 from d2i.eval.negatives import Listed
-from d2i.eval.recall import true_ranks
+from d2i.eval.retrieval_recall import true_ranks
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from d2i.corpora.negatives import read_negatives
 from d2i.errors import DataError
-from d2i.eval.recall import NUM_NEGATIVES
+from d2i.eval.retrieval_recall import NUM_NEGATIVES
 from d2i.shards import ShardReader
 
 

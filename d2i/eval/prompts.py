@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import Literal
 
 from d2i.config import TextConfig
-from d2i.context import context_text
 from d2i.dialog import Turn, dialog_of_key, key_order_hash
 from d2i.errors import ConfigError
+from d2i.prompt_text import context_text
 from d2i.shards import ShardReader
 
 ContextMode = Literal["full", "last", "none", "shuffled"]

@@ -10,10 +10,10 @@ import dataclasses
 from typing import Any
 
 from d2i import storage
+from d2i.config_lock import read_settings
 from d2i.corpora import CORPORA
 from d2i.errors import DataError
-from d2i.runs import CONFIG_NAME, read_recipe
-from d2i.settle import read_settings
+from d2i.run_dir import CONFIG_NAME, read_recipe
 
 # Which instances there are, and what each of them reads.
 _OPTIONS = ("direction", "own_turn", "images_in_turn", "repeated", "earlier_images", "emoji")

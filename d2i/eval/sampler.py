@@ -18,7 +18,7 @@ from d2i.encoders import Vae
 from d2i.encoders.load import multiplied_in, weights_hash
 from d2i.errors import ConfigError
 from d2i.models import UniDiffuser
-from d2i.models.folder import build_network
+from d2i.models.model_dir import build_network
 
 
 class Sampler:

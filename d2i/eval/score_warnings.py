@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from d2i.eval.measured import Measured
-from d2i.eval.recall import NUM_NEGATIVES
+from d2i.eval.retrieval_recall import NUM_NEGATIVES
 from d2i.metric_specs import RECALLS
 
 # Inception's features have 2048 dimensions: on fewer images the covariance is not of full rank.

@@ -17,7 +17,7 @@ from d2i.eval.intervals import Ends, bca, normal, total_deviation, wilson
 from d2i.eval.kid import PairedMmd, paired_mmd
 from d2i.eval.measured import Arrays, Measured, wide
 from d2i.eval.metrics import compute_fid, compute_scores
-from d2i.eval.recall import NUM_NEGATIVES
+from d2i.eval.retrieval_recall import NUM_NEGATIVES
 from d2i.eval.score_warnings import counted, score_warnings
 from d2i.metric_specs import METRICS, RECALLS, MetricSpec
 

@@ -16,17 +16,17 @@ from d2i import storage
 from d2i.checksums import sha256_of
 from d2i.cluster import JobFault, device_of_worker
 from d2i.config import Recipe
+from d2i.config_lock import settle
 from d2i.dialog import key_order_hash
 from d2i.encoders import Encoders, check_made_by, load_encoders
 from d2i.encoders.bundle import versions
 from d2i.errors import ConfigError, DataError
-from d2i.eval.measure import Measurer, drawing_rows
+from d2i.eval.feature_computer import Measurer, drawing_rows
 from d2i.eval.prompts import ContextMode, PromptReader
 from d2i.eval.system import Drawing, SystemContext
 from d2i.eval.systems import SystemSpec, build_system
 from d2i.eval.tasks import EvalTask, images_path, images_url, write_task
-from d2i.pictures import png_bytes
-from d2i.settle import settle
+from d2i.image_decode import png_bytes
 from d2i.shards import ShardReader
 
 SaveImages = Literal["all", "sample", "none"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from d2i.published import PublishedFile
+from d2i.weights_catalog import PublishedFile
 
 CARD_NAME = "README.md"
 _UNKNOWN = (

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from d2i.checksums import known_sha256
 from d2i.config import SCRATCH, BackboneConfig
-from d2i.models.recognize import recognize
+from d2i.models.detect import recognize
 from d2i.models.weights import read_state_dict, weights_file
-from d2i.shipped import resolve_weights
+from d2i.weights_resolve import resolve_weights
 
 
 def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:

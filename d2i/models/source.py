@@ -19,10 +19,10 @@ from d2i.models.autoencoder_layout import (
     ldm_to_diffusers,
     with_new_names,
 )
+from d2i.models.detect import PREFIX_KEYS, Recognized, recognize
 from d2i.models.diffusers_layout import from_diffusers
-from d2i.models.folder import read_config
+from d2i.models.model_dir import read_config
 from d2i.models.presets import PRESETS, build_backbone
-from d2i.models.recognize import PREFIX_KEYS, Recognized, recognize
 from d2i.models.weights import (
     DIRECTORY_FILES,
     check_fits,
@@ -34,7 +34,7 @@ from d2i.models.weights import (
     read_state_dict,
     weights_file,
 )
-from d2i.published import shapes_hash
+from d2i.weights_catalog import shapes_hash
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from d2i import checksums
 from d2i.errors import CheckpointError
+from d2i.models.detect import recognize
 from d2i.models.diffusers_layout import from_diffusers, is_diffusers
-from d2i.models.pickles import ZIP_MAGIC, check_torch_file
-from d2i.models.recognize import recognize
+from d2i.models.pickle_guard import ZIP_MAGIC, check_torch_file
 
 LFS_POINTER = b"version https://git-lfs"
 WEB_PAGE = (b"<!doctype", b"<html")

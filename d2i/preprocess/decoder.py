@@ -27,7 +27,7 @@ from PIL import Image
 
 from d2i.config import ImageConfig
 from d2i.errors import ClusterError
-from d2i.pictures import RefusedPictureError, Square, decode_square, open_header
+from d2i.image_decode import RefusedPictureError, Square, decode_square, open_header
 from d2i.preprocess.jpeg_header import is_small_header
 
 _LENGTH = struct.Struct("<Q")
@@ -58,7 +58,7 @@ class Decoder:
         """Return the square of a picture.
 
         Raises:
-            RefusedPictureError: As `d2i.pictures.decode_picture` does; `decode_timeout` or
+            RefusedPictureError: As `d2i.image_decode.decode_picture` does; `decode_timeout` or
                 `decode_memory` where a picture cost too much.
         """
         # Other headers are not safe to open here: that of a WebP takes its canvas.

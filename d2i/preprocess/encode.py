@@ -9,20 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2i.config import Recipe
-from d2i.context import context_tokens
 from d2i.dialog import ImageRef, Instance
 from d2i.encoders import Encoders
 from d2i.preprocess.fetch.reasons import is_passing
-from d2i.preprocess.handover import (
+from d2i.preprocess.ledger import NON_FINITE_TEXT, LedgerRow, Status
+from d2i.preprocess.messages import (
     FetchedPicture,
     ImageFeatures,
     SourceFile,
     SourcePicture,
     keeps_source,
 )
-from d2i.preprocess.ledger import NON_FINITE_TEXT, LedgerRow, Status
 from d2i.preprocess.records import instance_values
-from d2i.preprocess.source_bytes import SourceBytes
+from d2i.preprocess.spill_buffer import SourceBytes
+from d2i.prompt_text import context_tokens
 from d2i.shards import Sample, json_bytes, npy_bytes
 
 _MAX_DETAIL = 500

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from d2i import storage
 from d2i.cluster import JobFault, device_of_worker
 from d2i.config import Recipe
-from d2i.context import text_tokens
+from d2i.config_lock import settle
 from d2i.dialog import Instance
 from d2i.encoders import Encoders, load_encoders
 from d2i.encoders.bundle import versions
 from d2i.errors import CheckpointError, ShardError
-from d2i.pictures import RESIZE
+from d2i.image_decode import RESIZE
 from d2i.preprocess.encode import (
     build_samples,
     encode_contexts,
@@ -24,14 +24,14 @@ from d2i.preprocess.encode import (
     ledger_row,
     with_text,
 )
-from d2i.preprocess.handover import FetchedPicture, ShardResult, ShardTask
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
+from d2i.preprocess.messages import FetchedPicture, ShardResult, ShardTask
+from d2i.preprocess.placeholders import refuse_placeholders
 from d2i.preprocess.plan import fingerprint_url
-from d2i.preprocess.retry import net_failures
 from d2i.preprocess.reuse import NOTHING_REUSED, Reuse, Reused, ReusedSplits
-from d2i.preprocess.same_pictures import refuse_placeholders
-from d2i.preprocess.source_bytes import SourceBytes, source_bytes
-from d2i.settle import settle
+from d2i.preprocess.spill_buffer import SourceBytes, source_bytes
+from d2i.preprocess.supplements import net_failures
+from d2i.prompt_text import text_tokens
 from d2i.shards import Sample, npy_bytes, write_shard
 from d2i.tokenize import VOCABULARY_SHA256
 

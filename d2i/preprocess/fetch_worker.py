@@ -12,12 +12,12 @@ from d2i.cluster import JobFault, Shared
 from d2i.config import Recipe
 from d2i.dialog import ImageRef
 from d2i.errors import ClusterError
-from d2i.pictures import RefusedPictureError
+from d2i.image_decode import RefusedPictureError
 from d2i.preprocess.decoder import Decoder
-from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.fetch.result import Fetched
 from d2i.preprocess.fetch.sources import PictureSource
-from d2i.preprocess.handover import FetchedPicture, ShardTask, SourcePicture, keeps_source
 from d2i.preprocess.inline_images import read_inline
+from d2i.preprocess.messages import FetchedPicture, ShardTask, SourcePicture, keeps_source
 from d2i.preprocess.progress import Tally
 from d2i.preprocess.reuse import Reuse, ReusedSplits
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from d2i import storage
+from d2i.corpora.compact_set import SeenHashes
 from d2i.corpora.inline import InlineImages, inline_sha256
-from d2i.corpora.seen import SeenHashes
 from d2i.dialog import ImageRef, Instance
-from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.fetch.result import Fetched
 
 INLINE_FOLDER = "inline"
 """Within `plan/`."""

@@ -13,37 +13,37 @@ from typing import Any
 
 from d2i import checksums, storage
 from d2i.cluster import Pool, Stages, job_fault, run_stages, run_tasks, session, share
-from d2i.cluster.forecast import Work
+from d2i.cluster.estimate import Work
 from d2i.cluster.offer import Unit, offer_of_session
 from d2i.cluster.rates import Meter, keep_rate
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
-from d2i.corpora.layout import source_folder
+from d2i.corpora.splits import source_folder
 from d2i.encoders.present import check_present
 from d2i.errors import ConfigError, DataError, ShardError
-from d2i.fault import Fault
+from d2i.fault_injection import Fault
+from d2i.image_files import check_root
 from d2i.parse import read_json
-from d2i.picture_files import check_root
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.exclude import NOTHING, read_exclusion
 from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.downloads import check_downloads
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
-from d2i.preprocess.handover import ShardTask
 from d2i.preprocess.ledger import commonest_failure, remove_ledgers
+from d2i.preprocess.messages import ShardTask
 from d2i.preprocess.outcome import SplitSummary, refuse_empty, split_summary
+from d2i.preprocess.placeholders import WithdrawalWorker, placeholders_of, plan_withdrawals
 from d2i.preprocess.plan import Plan, PlanRequest, fingerprint_url, make_plan
 from d2i.preprocess.progress import JobProgress, Tally
-from d2i.preprocess.retry import (
+from d2i.preprocess.reuse import Reuse
+from d2i.preprocess.supplements import (
     Supplement,
     merge_ledgers,
     plan_supplements,
     read_supplements,
     remove_supplements,
 )
-from d2i.preprocess.reuse import Reuse
-from d2i.preprocess.same_pictures import WithdrawalWorker, placeholders_of, plan_withdrawals
 from d2i.recipes import check_prepared_with, keep_recipe
 from d2i.shards import (
     committed_names,

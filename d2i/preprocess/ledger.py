@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from d2i import checksums, storage
-from d2i.ahead import work_ahead
 from d2i.errors import ShardError
 from d2i.parse import parse_parquet
+from d2i.prefetch import work_ahead
 from d2i.preprocess.records import table_bytes
 
 Status = Literal["ok", "permanent", "passing"]

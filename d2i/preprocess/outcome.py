@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from d2i.errors import NothingWrittenError
-from d2i.preprocess.hosts_of_failure import HostFailures, hosts_of_failure
+from d2i.preprocess.failures_by_host import HostFailures, hosts_of_failure
 from d2i.preprocess.plan import Plan
 
 

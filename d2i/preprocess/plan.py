@@ -22,20 +22,20 @@ import numpy as np
 import pyarrow as pa
 
 from d2i import checksums, storage
-from d2i.ahead import work_ahead
 from d2i.config import Recipe
+from d2i.config_lock import differences
 from d2i.corpora import Problem, build_corpus, read_instances
-from d2i.corpora.layout import corpus_name, source_folder
+from d2i.corpora.splits import corpus_name, source_folder
 from d2i.corpora.tally import ProblemTally
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
 from d2i.parse import damaged, read_json
-from d2i.preprocess.choose import Choice
+from d2i.prefetch import work_ahead
 from d2i.preprocess.exclude import NOTHING, Exclusion
-from d2i.preprocess.grouped import GroupedInstances
 from d2i.preprocess.inline_images import INLINE_FOLDER, InlineWriter
 from d2i.preprocess.records import PLAN_AGAIN, write_records
-from d2i.settle import differences
+from d2i.preprocess.selection import Choice
+from d2i.preprocess.shard_assignment import GroupedInstances
 from d2i.shards import committed_names
 
 _FORMAT = 2

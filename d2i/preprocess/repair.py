@@ -1,8 +1,8 @@
 """Make again exactly what of prepared data is broken or missing, to the bytes that were there.
 
-First what is left of a data set mends the rest (`d2i.shards.mend`); only samples that are lost are
-fetched and encoded again, by the path that made them. Nothing but the bytes of before is published
-under a shard's name.
+First what is left of a data set restores the rest (`d2i.shards.restore`); only samples that are lost
+are fetched and encoded again, by the path that made them. Nothing but the bytes of before is
+published under a shard's name.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from d2i import checksums, storage
 from d2i.cluster import Pool, Stages, job_fault, run_stages, run_tasks, session, share
 from d2i.config import Recipe
-from d2i.corpora.layout import source_folder
+from d2i.corpora.splits import source_folder
 from d2i.errors import D2IError, ShardError
-from d2i.fault import Fault
+from d2i.fault_injection import Fault
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
-from d2i.preprocess.handover import FetchedPicture
-from d2i.preprocess.kept import KeptJob, lost_files
+from d2i.preprocess.job_files import KeptJob, lost_files
+from d2i.preprocess.messages import FetchedPicture
 from d2i.preprocess.plan import fingerprint_url
 from d2i.preprocess.progress import Tally
 from d2i.preprocess.repair_plan import broken_tasks, lost_records, unknown_shards, unknown_task

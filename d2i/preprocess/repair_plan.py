@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from d2i import storage
 from d2i.errors import ShardError
-from d2i.preprocess.kept import KeptJob
+from d2i.preprocess.job_files import KeptJob
 from d2i.preprocess.repair_worker import RepairTask
 from d2i.shards import Commit, Evidence, broken_keys, rebuild_commit
 from d2i.shards.commit import fingerprint_sha256

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from d2i.errors import ShardError
 from d2i.preprocess.encode_worker import Encoded, EncodeWorker, EncodeWorkerBuilder
-from d2i.preprocess.handover import FetchedPicture, ShardTask
 from d2i.preprocess.ledger import count_failures
-from d2i.preprocess.source_bytes import source_bytes
+from d2i.preprocess.messages import FetchedPicture, ShardTask
+from d2i.preprocess.spill_buffer import source_bytes
 from d2i.shards import Commit, Sample, intact_samples, write_shard
 
 

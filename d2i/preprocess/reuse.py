@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 
 from d2i import storage
 from d2i.config import Recipe
+from d2i.config_lock import differences
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ShardError
-from d2i.preprocess.handover import ImageFeatures, ShardTask, SourceFile, keeps_source
-from d2i.preprocess.key_places import KeyPlaces
+from d2i.preprocess.key_index import KeyPlaces
 from d2i.preprocess.ledger import NON_FINITE_TEXT, SCHEMA, LedgerRow, ledger_tables
-from d2i.preprocess.source_bytes import SourceBytes
-from d2i.settle import differences
+from d2i.preprocess.messages import ImageFeatures, ShardTask, SourceFile, keeps_source
+from d2i.preprocess.spill_buffer import SourceBytes
 from d2i.shards import IMAGE_SUFFIXES, ShardReader, check_json, npy_array
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2i.report.evaluation import Evaluation, column_names
-from d2i.report.markup import LeftOut, Section, capitalised, is_number, percent, table, text
+from d2i.report.html import LeftOut, Section, capitalised, is_number, percent, table, text
 
 _TITLE = "Attributes"
 _SHUFFLED = "each with another dialog"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from d2i.report.evaluation import Evaluation, column_names
-from d2i.report.markup import Section, table, text
+from d2i.report.html import Section, table, text
 
 
 def cards_section(evaluations: Sequence[Evaluation]) -> Section:

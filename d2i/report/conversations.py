@@ -8,7 +8,7 @@ from typing import Any
 from d2i.errors import DataError
 from d2i.report.dataset import Conversation, read_conversations
 from d2i.report.evaluation import Evaluation, column_names
-from d2i.report.markup import LeftOut, Section, picture, text
+from d2i.report.html import LeftOut, Section, picture, text
 
 NUM_CONVERSATIONS = 12
 _TITLE = "Conversations"

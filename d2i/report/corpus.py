@@ -9,10 +9,10 @@ from typing import Any
 from d2i import storage
 from d2i.report.counts import count_cells
 from d2i.report.document import draw_document, draw_header
-from d2i.report.flaws import pictures_section, problems_section
+from d2i.report.html import Section, card, counted, figure, percent, table, text
 from d2i.report.leaks import leaks_section, named_leaks
 from d2i.report.lengths import lengths_section
-from d2i.report.markup import Section, card, counted, figure, percent, table, text
+from d2i.report.record_issues import pictures_section, problems_section
 from d2i.report.variants import variants_section
 
 _ROWS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from d2i.report.markup import figure, is_number
+from d2i.report.html import figure, is_number
 
 
 def count_cells(values: Iterable[Any]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from d2i import __version__
-from d2i.report.markup import LeftOut, Section, text
+from d2i.report.html import LeftOut, Section, text
 
 # A page can load nothing, whatever it was made from.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

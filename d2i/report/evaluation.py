@@ -13,7 +13,7 @@ from typing import Any
 from d2i import checksums, markers, parse, storage
 from d2i.errors import DataError
 from d2i.metric_specs import METRICS
-from d2i.report.paper import label_of
+from d2i.report.paper_tables import label_of
 
 _WRITE_AGAIN = "repeat the command that wrote it"
 _DRAW_AGAIN = "remove the tasks/*.npz of its instances and repeat d2i eval: they are drawn again"

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2i.report.markup import LeftOut, Section, counted, figure, percent, text
+from d2i.report.html import LeftOut, Section, counted, figure, percent, text
 
 _TITLE = "Leaks between splits"
 _SPLIT_WORDS = {"train": "training", "valid": "validation"}

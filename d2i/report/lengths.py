@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2i.report.markup import LeftOut, Section, counted, figure, percent, table, text
-from d2i.report.plot import Box, axes, axis_names, ticks
+from d2i.report.html import LeftOut, Section, counted, figure, percent, table, text
+from d2i.report.svg import Box, axes, axis_names, ticks
 
 _TITLE = "How long contexts are"
 _NUM_TICKS = 4

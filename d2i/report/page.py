@@ -14,9 +14,9 @@ from d2i.report.categories import figure5
 from d2i.report.conversations import conversations_section
 from d2i.report.document import draw_document
 from d2i.report.evaluation import Evaluation, read_evaluation
-from d2i.report.hero import DEFAULT_TITLE, hero
-from d2i.report.markup import LeftOut, Section
-from d2i.report.plain import write_csv, write_markdown
+from d2i.report.header import DEFAULT_TITLE, hero
+from d2i.report.html import LeftOut, Section
+from d2i.report.markdown_export import write_csv, write_markdown
 from d2i.report.preparation import preparation_section
 from d2i.report.readings import listening, table3
 from d2i.report.scores import scores_section

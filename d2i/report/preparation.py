@@ -10,7 +10,7 @@ from d2i.errors import DataError
 from d2i.report.counts import count_cells, reason_rows
 from d2i.report.dataset import read_splits
 from d2i.report.evaluation import Evaluation, read_json
-from d2i.report.markup import LeftOut, Section, figure, table, text
+from d2i.report.html import LeftOut, Section, figure, table, text
 from d2i.shards import Manifest
 
 _TITLE = "Data"

@@ -9,7 +9,7 @@ from typing import Any
 from d2i import storage
 from d2i.report.dataset import speaking_turns
 from d2i.report.document import draw_document, draw_header
-from d2i.report.markup import Section, card, counted, picture, table, text
+from d2i.report.html import Section, card, counted, picture, table, text
 
 
 @dataclass(frozen=True)

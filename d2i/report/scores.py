@@ -12,7 +12,7 @@ from d2i.report.evaluation import (
     differing_fields,
     group_comparable,
 )
-from d2i.report.markup import Section, figure, is_number, percent, table, text
+from d2i.report.html import Section, figure, is_number, percent, table, text
 
 _CARD_FIELDS = {
     "extractor": "Feature extractor",

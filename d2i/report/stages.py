@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2i.report.markup import LeftOut, Section, duration, is_number, text
+from d2i.report.html import LeftOut, Section, duration, is_number, text
 
 _TITLE = "Times"
 

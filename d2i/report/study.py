@@ -16,7 +16,7 @@ from d2i.report.comparable import (
 )
 from d2i.report.evaluation import Evaluation, tell_apart
 from d2i.report.gains import find_start, gains
-from d2i.report.paper import (
+from d2i.report.paper_tables import (
     BACKBONES,
     earned_row,
     paper_notes,

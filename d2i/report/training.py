@@ -9,9 +9,9 @@ from typing import Any
 
 from d2i import storage
 from d2i.report.evaluation import Evaluation, read_json
-from d2i.report.markup import LeftOut, Section, duration, figure, is_number, text
-from d2i.report.plot import Box, axes, axis_names, ticks
-from d2i.runs import CONFIG_NAME, METRICS_NAME, read_log
+from d2i.report.html import LeftOut, Section, duration, figure, is_number, text
+from d2i.report.svg import Box, axes, axis_names, ticks
+from d2i.run_dir import CONFIG_NAME, METRICS_NAME, read_log
 
 _TITLE = "Training"
 _MAX_POINTS = 1000

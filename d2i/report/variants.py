@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from d2i.report.markup import LeftOut, Section, figure, is_number, percent, table, text
+from d2i.report.html import LeftOut, Section, figure, is_number, percent, table, text
 
 _TITLE = "What each option would change"
 _HEAD = ("", "Instances", "Change", "Empty contexts", "Mean tokens", "Too long")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from d2i.errors import ConfigError, D2IError
 from d2i.shards.commit import Commit
-from d2i.shards.copies import Copies, copy_name
 from d2i.shards.index import Index, read_index
-from d2i.shards.mapped import MappedShard, in_words, max_mapped_shards, open_shard
+from d2i.shards.local_copies import Copies, copy_name
+from d2i.shards.mmap_shards import MappedShard, in_words, max_mapped_shards, open_shard
 
 _NUM_FETCHERS = 4
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from d2i.shards.index import Index
-from d2i.shards.mapped import MappedShard, Shards
+from d2i.shards.mmap_shards import MappedShard, Shards
 
 
 class ForkedShards:

@@ -17,7 +17,7 @@ from pydantic import JsonValue, model_validator
 from d2i import storage
 from d2i.checksums import checksum_line, sha256_of
 from d2i.errors import ShardError
-from d2i.fault import Point
+from d2i.fault_injection import Point
 from d2i.shards.commit import (
     COMMIT_SUFFIX,
     ArrayInfo,

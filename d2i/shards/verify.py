@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from d2i import storage
-from d2i.ahead import work_ahead
 from d2i.errors import ShardError
+from d2i.prefetch import work_ahead
 from d2i.shards import tar
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo
 from d2i.shards.index import Index, IndexRow, read_index

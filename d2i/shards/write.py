@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from d2i import storage
+from d2i.config_lock import differences
 from d2i.errors import ShardError
-from d2i.fault import Point
-from d2i.settle import differences
+from d2i.fault_injection import Point
 from d2i.shards import tar
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo, fingerprint_sha256, shard_name
 from d2i.shards.index import Extent, IndexRow, index_bytes

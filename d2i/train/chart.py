@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from d2i import storage
-from d2i.pictures import png_bytes
-from d2i.runs import read_metrics, read_validation
+from d2i.image_decode import png_bytes
+from d2i.run_dir import read_metrics, read_validation
 
 _SIZE = (960, 480)
 _BOX = (80, 30, 940, 430)

@@ -13,7 +13,7 @@ from d2i.encoders import ClipText, check_made_by
 from d2i.errors import ConfigError, DataError
 from d2i.shards import ShardReader
 from d2i.train.batch import TextEncoder
-from d2i.train.order import DataOrder
+from d2i.train.data_order import DataOrder
 
 
 def train_url(data_url: str) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from d2i.errors import D2IError
+from d2i.train.failures import RankError, in_plain_words, lost_ranks
 from d2i.train.ranks import Ranks, ToldError
 from d2i.train.request import TrainRequest
-from d2i.train.trouble import RankError, in_plain_words, lost_ranks
 
 _SIGNS_OF_THE_OTHERS = ("connection", "peer", "gloo", "nccl", "socket")
 

@@ -11,11 +11,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from d2i.child_process import end_with_starter
 from d2i.errors import D2IError
-from d2i.fault import parse_fault
-from d2i.processes import end_with_starter
+from d2i.fault_injection import parse_fault
 from d2i.recipes import resolve_recipe
-from d2i.runs import check_initial_weights
+from d2i.run_dir import check_initial_weights
 from d2i.terminal import plain
 from d2i.train.slurm import torch_names
 
@@ -54,8 +54,8 @@ def launch(
     """
     _name_rank(local_rank)
     from d2i.train.engine import read_zero
-    from d2i.train.loop import train
     from d2i.train.preflight import preflight
+    from d2i.train.rank_main import train
     from d2i.train.request import TrainRequest
 
     resolved = resolve_recipe(recipe, settings or [])

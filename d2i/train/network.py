@@ -8,7 +8,7 @@ from torch import Tensor
 
 from d2i.config import Recipe, TrainPrecision
 from d2i.encoders.load import multiplied_in
-from d2i.models.folder import build_network
+from d2i.models.model_dir import build_network
 
 
 def build_trained_network(recipe: Recipe) -> Any:

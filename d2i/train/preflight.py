@@ -21,6 +21,7 @@ from d2i.models import build_backbone
 from d2i.recipes import check_prepared_with
 from d2i.shards import ShardReader
 from d2i.train.batch import Batch, BatchReader
+from d2i.train.checkpoint_writer import build_state
 from d2i.train.data import (
     build_order,
     build_text_encoder,
@@ -32,10 +33,9 @@ from d2i.train.ending import ending_in_words
 from d2i.train.engine import build_engine, join_ranks
 from d2i.train.network import build_trained_network
 from d2i.train.objective import build_objective
-from d2i.train.pace import count_flops, peak_flops
 from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
-from d2i.train.writer import build_state
+from d2i.train.throughput import count_flops, peak_flops
 
 PREFLIGHT_NAME = "preflight.json"
 _TINY = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from d2i.config import Recipe
-from d2i.fault import Fault
+from d2i.fault_injection import Fault
 from d2i.shards import ShardReader
 from d2i.train.data import split_url
 

@@ -19,9 +19,9 @@ from d2i.config import ImageConfig, Recipe
 from d2i.diffusion import dpm_solver, guided_unidiffuser, guided_uvit, join_state, split_state
 from d2i.diffusion.draws import normal
 from d2i.encoders import Vae, check_made_by
+from d2i.image_decode import crop_to_square, decode_picture, png_bytes
 from d2i.models import build_backbone
-from d2i.models.folder import resolve_sizes
-from d2i.pictures import crop_to_square, decode_picture, png_bytes
+from d2i.models.model_dir import resolve_sizes
 from d2i.shards import ShardReader
 from d2i.train.batch import TextEncoder
 from d2i.train.checkpoint import KIND_OF_WEIGHTS, Checkpoint

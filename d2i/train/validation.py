@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2i.config import TrainConfig
-from d2i.runs import ValidationLine
+from d2i.run_dir import ValidationLine
 from d2i.train.batch import NUM_MODEL_TIMES, BatchReader
 from d2i.train.objective import Objective
 from d2i.train.ranks import Ranks

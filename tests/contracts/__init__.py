@@ -29,7 +29,7 @@ from safetensors import safe_open
 
 from d2i.cli.app import app
 from d2i.config import Recipe
-from d2i.fault import Point
+from d2i.fault_injection import Point
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

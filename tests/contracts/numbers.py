@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from d2i import storage, tars
+from d2i import storage, tar_index
 from d2i.cluster import Shared
 from d2i.corpora import read_instances
 from d2i.demo.corpus import write_corpus
@@ -22,15 +22,15 @@ from d2i.dialog import ImageRef, Instance, key_order_hash, make_key
 from d2i.diffusion.draws import SampleDraws, integers, normal, uniform
 from d2i.eval.intervals import bca
 from d2i.eval.prompts import partners
-from d2i.eval.recall import choose_negatives
-from d2i.preprocess.choose import Choice
+from d2i.eval.retrieval_recall import choose_negatives
 from d2i.preprocess.fetch.books import HostBooks
-from d2i.preprocess.fetch.spread import spread_over_hosts
-from d2i.preprocess.grouped import GroupedInstances
-from d2i.published import shapes_hash
+from d2i.preprocess.fetch.interleave_hosts import spread_over_hosts
+from d2i.preprocess.selection import Choice
+from d2i.preprocess.shard_assignment import GroupedInstances
 from d2i.shards.commit import fingerprint_sha256
-from d2i.train.order import DataOrder
+from d2i.train.data_order import DataOrder
 from d2i.train.validation import choose_instances
+from d2i.weights_catalog import shapes_hash
 
 PURPOSES = (
     *("n", "latent", "noise", "drop", "n.text", "noise.clip", "noise.text"),
@@ -62,7 +62,10 @@ def numbers(scratch: Path) -> dict[str, Any]:
         "resampling": bca(np.arange(12.0) ** 2, np.arange(12)),
         "hosts": spread(),
         "rate limiter of a host": [limiter_of(f"{number}.org") for number in range(6)],
-        "names of files": [str(tars.name_hash("a.jpg")), storage.cache_folder("s3://b/c").name],
+        "names of files": [
+            str(tar_index.name_hash("a.jpg")),
+            storage.cache_folder("s3://b/c").name,
+        ],
         "dialogs without an id": dialogs_without_id(scratch / "chats"),
         "shapes": shapes_hash({"a": (1, 2)}),
         "fingerprint": fingerprint_sha256({"image": {"a": 1}}),

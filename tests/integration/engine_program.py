@@ -24,6 +24,7 @@ from d2i.config import OptimConfig, TrainConfig
 from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone, load_weights
 from d2i.train.checkpoint import Checkpoint, Progress, step_folder
+from d2i.train.checkpoint_writer import CheckpointWriter, TrainState
 from d2i.train.ema import Ema
 from d2i.train.engine import (
     base_optimizer,
@@ -34,7 +35,6 @@ from d2i.train.engine import (
 )
 from d2i.train.network import compile_blocks, multiply_in
 from d2i.train.ranks import Ranks
-from d2i.train.writer import CheckpointWriter, TrainState
 
 SIZES = {"latent_size": 8, "patch_size": 2, "dim": 64, "depth": 4, "num_heads": 4}
 ZERO_FILES = Path(__file__).parents[2] / "train"

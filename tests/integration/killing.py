@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2i.fault import Fault
+from d2i.fault_injection import Fault
 from d2i.preprocess.fetch.sources import Access
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job

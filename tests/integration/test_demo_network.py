@@ -12,7 +12,7 @@ from d2i.demo.pretrain.measure import draw
 from d2i.demo.pretrain.texts import caption_windows
 from d2i.demo.scene import split_scenes
 from d2i.encoders import Vae
-from d2i.shipped import resolve_weights
+from d2i.weights_resolve import resolve_weights
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from d2i.eval.systems import parse_system
 from d2i.models import load_weights
 from d2i.recipes import change_recipe
-from d2i.runs import RESULT_NAMES, read_recipe
+from d2i.run_dir import RESULT_NAMES, read_recipe
 from d2i.shards import ShardReader
 from d2i.train.batch import BatchReader
 from d2i.train.network import build_trained_network

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from d2i.cluster import session
-from d2i.fault import Fault, Point
+from d2i.fault_injection import Fault, Point
 from d2i.preprocess.fetch.sources import Access
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
@@ -124,7 +124,7 @@ from d2i.cluster import share
 from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
-from d2i.preprocess.handover import ShardTask
+from d2i.preprocess.messages import ShardTask
 from d2i.preprocess.plan import PlanRequest, make_plan
 from d2i.preprocess.progress import Tally
 from d2i.recipes import resolve_recipe

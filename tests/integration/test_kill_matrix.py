@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 import pytest
 
-from d2i.fault import Point
+from d2i.fault_injection import Point
 from d2i.preprocess.job import preprocess as run_job
 from d2i.preprocess.ledger import read_ledger
 from d2i.shards import ShardReader, verify

@@ -10,7 +10,7 @@ import pytest
 
 from d2i.config import BackboneConfig
 from d2i.models import build_backbone, save_weights
-from d2i.models.folder import write_config
+from d2i.models.model_dir import write_config
 from tests.integration.commands import preprocess
 from tests.processes import run_d2i, run_process
 from tests.shared import SHARED, needs_shared

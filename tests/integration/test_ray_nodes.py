@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from d2i.fault import WAITS
+from d2i.fault_injection import WAITS
 from tests.integration import evaluations
 from tests.integration.logged import GATE, LOG
 from tests.integration.ray_nodes import Node, RayNodes, ray_nodes, wait_until

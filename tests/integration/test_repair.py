@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from d2i.errors import ShardError
-from d2i.fault import Fault
+from d2i.fault_injection import Fault
 from d2i.preprocess.fetch.sources import Access
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job

@@ -14,7 +14,7 @@ from d2i.eval.guidance import choose_settings
 from d2i.eval.systems import parse_system
 from d2i.models.weights import read_state_dict
 from d2i.recipes import change_recipe
-from d2i.runs import read_recipe
+from d2i.run_dir import read_recipe
 from tests.integration.commands import preprocess
 from tests.processes import run_d2i, run_process
 from tests.shared import SHARED, needs_shared

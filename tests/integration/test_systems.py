@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from d2i.config import Recipe
 from d2i.errors import ConfigError, D2IError, DataError
 from d2i.eval import job
-from d2i.eval.describer import Describer, DescriberConfig, read_pairs, train_describer
-from d2i.eval.export import export_dialogs
+from d2i.eval.divter_captioner import Describer, DescriberConfig, read_pairs, train_describer
+from d2i.eval.minigpt5_export import export_dialogs
 from d2i.eval.systems import parse_system
 from d2i.metric_specs import METRICS
 from d2i.recipes import change_recipe, read_kept_recipe
 from d2i.report.evaluation import read_evaluation
 from d2i.report.study import table2
-from d2i.runs import EMA_NAME
+from d2i.run_dir import EMA_NAME
 from d2i.shards import ShardReader
-from d2i.shipped import resolve_weights
+from d2i.weights_resolve import resolve_weights
 from tests.integration.networks import save_random_describer
 from tests.integration.pipelines import save_tiny_pipeline, save_tiny_unclip
 

@@ -16,7 +16,7 @@ from d2i.errors import ConfigError
 from d2i.eval.guidance import choose_settings
 from d2i.eval.systems import parse_system
 from d2i.recipes import change_recipe
-from d2i.runs import RESULT_NAMES, last_step, read_recipe
+from d2i.run_dir import RESULT_NAMES, last_step, read_recipe
 from tests.integration.training import command, train
 from tests.processes import run_process
 

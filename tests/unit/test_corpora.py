@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2i.config import ImageConfig, TextConfig
-from d2i.context import context_text
 from d2i.corpora import Problem, build_corpus, json_stream, read_instances, splits
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import RecordError
 from d2i.dialog import ImageRef, Instance, Turn, linearize
 from d2i.errors import ConfigError, DataError
-from d2i.picture_files import read_picture
-from d2i.pictures import RefusedPictureError, decode_picture
+from d2i.image_decode import RefusedPictureError, decode_picture
+from d2i.image_files import read_picture
+from d2i.prompt_text import context_text
 from tests.shared import SHARED, needs_shared
 
 MMDIALOG = SHARED / "data" / "mmdialog"

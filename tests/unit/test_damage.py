@@ -26,23 +26,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from d2i import checksums, runs, storage
+from d2i import checksums, run_dir, storage
 from d2i.cli.app import app
 from d2i.config import BackboneConfig
 from d2i.demo.corpus import write_corpus
 from d2i.errors import D2IError
-from d2i.eval.real import RealFeatures
+from d2i.eval.reference_features import RealFeatures
 from d2i.eval.tasks import EvalTask, finished_tasks, images_path, read_tasks, write_task
 from d2i.models import read_state_dict, save_weights
-from d2i.models.folder import read_config, write_config
-from d2i.preprocess.kept import KeptJob, check_job_files
+from d2i.models.model_dir import read_config, write_config
+from d2i.preprocess.job_files import KeptJob, check_job_files
 from d2i.preprocess.ledger import LedgerRow, read_ledger, write_ledger
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan, records_url
 from d2i.preprocess.records import read_records
-from d2i.preprocess.retry import plan_supplements
+from d2i.preprocess.supplements import plan_supplements
 from d2i.recipes import keep_recipe, load_recipe, read_kept_recipe
 from d2i.report import read_evaluation
-from d2i.runs import MetricsLine, RunConfig, append_line, best_choice, open_run
+from d2i.run_dir import MetricsLine, RunConfig, append_line, best_choice, open_run
 from d2i.shards import (
     Sample,
     ShardReader,
@@ -51,7 +51,7 @@ from d2i.shards import (
     write_manifest,
     write_shard,
 )
-from d2i.tars import open_index
+from d2i.tar_index import open_index
 from d2i.train.checkpoint import Checkpoint, Progress, run_name, write_marker, write_part
 from tests.samples import metadata
 
@@ -101,11 +101,11 @@ def read_job(folder: Path) -> Any:
 
 
 def read_run(folder: Path) -> Any:
-    lines = runs.read_metrics(str(folder))
+    lines = run_dir.read_metrics(str(folder))
     best = best_choice(str(folder))
     assert best is not None
     chosen = replace(best, weights=best.weights.removeprefix(str(folder)))
-    found = runs.read_recipe(str(folder)), runs.last_step(str(folder)), chosen
+    found = run_dir.read_recipe(str(folder)), run_dir.last_step(str(folder)), chosen
     state = read_state_dict(folder / "ema.safetensors")
     return lines, found, {name: tensor.tolist() for name, tensor in state.items()}
 

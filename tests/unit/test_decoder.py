@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from d2i.config import ImageConfig
-from d2i.pictures import RefusedPictureError, crop_to_square, decode_picture
+from d2i.image_decode import RefusedPictureError, crop_to_square, decode_picture
 from d2i.preprocess.decoder import Decoder
 from tests.bombs import webp_bomb
 

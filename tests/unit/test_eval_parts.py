@@ -19,7 +19,7 @@ from d2i.eval.kid import paired_mmd
 from d2i.eval.measured import Measured
 from d2i.eval.metrics import compute_fid, compute_scores
 from d2i.eval.prompts import partners
-from d2i.eval.recall import choose_negatives, true_ranks
+from d2i.eval.retrieval_recall import choose_negatives, true_ranks
 from d2i.eval.scores import score
 from d2i.eval.system import Drawing
 from d2i.eval.tasks import EvalTask, finished_tasks, plan_tasks, read_tasks, write_task

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from d2i.preprocess.fetch import guard
+from d2i.preprocess.fetch import ssrf_guard
 from d2i.preprocess.fetch.body import BodyLimits
-from d2i.preprocess.fetch.connect import Straight
+from d2i.preprocess.fetch.http_client import Limits, get
 from d2i.preprocess.fetch.reasons import RefusedRequestError
-from d2i.preprocess.fetch.request import Limits, get
 from d2i.preprocess.fetch.resolver import Resolver
+from d2i.preprocess.fetch.transport import Straight
 from tests.servers import Names, WebServer, name_server, running
 
 
@@ -21,7 +21,7 @@ def test_no_way_leads_to_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         running(WebServer("127.0.0.3", {})) as web,
         running(name_server(names)) as server,
     ):
-        monkeypatch.setitem(guard.PORTS, "http", canary.port)
+        monkeypatch.setitem(ssrf_guard.PORTS, "http", canary.port)
         route = Straight(Resolver(f"127.0.0.1:{server.server_address[1]}"))
         limits = Limits(
             5.0, 5.0, BodyLimits(1000, 1.0), "d2i", frozenset([f"127.0.0.3:{web.port}"])

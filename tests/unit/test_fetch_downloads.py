@@ -24,7 +24,7 @@ from d2i.errors import ConfigError, DataError
 from d2i.preprocess.fetch import downloads
 from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.downloads import check_downloads, open_downloads
-from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.fetch.result import Fetched
 from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
 from d2i.preprocess.job import PreprocessRequest, plan_job, preprocess
 from d2i.preprocess.ledger import read_ledger

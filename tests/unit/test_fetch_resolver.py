@@ -11,10 +11,10 @@ import pytest
 
 from d2i.errors import ConfigError
 from d2i.preprocess.fetch.body import BodyLimits
-from d2i.preprocess.fetch.connect import Straight
+from d2i.preprocess.fetch.http_client import Limits, get
 from d2i.preprocess.fetch.reasons import RefusedRequestError
-from d2i.preprocess.fetch.request import Limits, get
 from d2i.preprocess.fetch.resolver import Resolver
+from d2i.preprocess.fetch.transport import Straight
 from tests.servers import Names, WebServer, name_server, running
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from d2i import picture_files
+from d2i import image_files
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
 from d2i.preprocess.fetch import sources
 from d2i.preprocess.fetch.books import share_books
-from d2i.preprocess.fetch.fetched import Fetched
+from d2i.preprocess.fetch.result import Fetched
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from tests.servers import Names, WebServer, name_server, running
 
@@ -95,7 +95,7 @@ def test_reading_keeps_near_to_what_was_taken(
     def counted(root: str, path: str, max_bytes: int) -> bytes:
         read.append(path)
         ahead.append(len(read) - len(taken))
-        return picture_files.read_picture(root, path, max_bytes)
+        return image_files.read_picture(root, path, max_bytes)
 
     monkeypatch.setattr(sources, "read_picture", counted)
     for ref in source_of(tmp_path, 3).fetch(refs_of(tmp_path), lambda ref, _: ref):

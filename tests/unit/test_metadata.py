@@ -18,10 +18,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from d2i.config import ImageConfig
 from d2i.file_kind import file_kind
-from d2i.pictures import RefusedPictureError, decode_picture
+from d2i.image_decode import RefusedPictureError, decode_picture
 from d2i.png_chunks import MAX_INFLATED_BYTES, SIGNATURE, without_metadata
 from d2i.preprocess.decoder import Decoder
-from d2i.report.markup import picture_uri
+from d2i.report.html import picture_uri
 
 LIMITS = ImageConfig(resolution=32)
 SIDE = 48

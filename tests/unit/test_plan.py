@@ -18,11 +18,11 @@ from d2i import storage
 from d2i.config import Recipe, apply_settings
 from d2i.dialog import ImageRef, Instance, Turn, key_order_hash
 from d2i.errors import ConfigError, DataError
-from d2i.preprocess import dealt
-from d2i.preprocess.choose import Choice
+from d2i.preprocess import hash_partition
 from d2i.preprocess.exclude import read_exclusion
 from d2i.preprocess.plan import PlanRequest, _batches, make_plan, records_url
 from d2i.preprocess.records import read_records, records_table, write_records
+from d2i.preprocess.selection import Choice
 from d2i.recipes import load_recipe
 
 NUM_DIALOGS, NUM_PICTURES = 120, 90
@@ -121,7 +121,7 @@ def test_rows_that_went_through_files_are_the_same(
 ) -> None:
     source = write_dialogs(tmp_path / "corpus")
     at_once = planned(source, tmp_path / "at once")
-    monkeypatch.setattr(dealt, "MAX_WAITING_BYTES", 1)
+    monkeypatch.setattr(hash_partition, "MAX_WAITING_BYTES", 1)
     monkeypatch.setattr("d2i.preprocess.plan._BATCH", 9)
     monkeypatch.setattr("d2i.preprocess.plan._BATCH_CHARS", 60)
     assert planned(source, tmp_path / "piecewise") == at_once

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from d2i.config import BackboneConfig, SampleConfig, TextConfig
-from d2i.context import text_tokens
 from d2i.diffusion import unidiffuser_loss, uvit_loss
 from d2i.encoders import ClipText, Vae
 from d2i.errors import CheckpointError
 from d2i.eval.sampler import Sampler
 from d2i.models import build_backbone, read_state_dict, save_weights
-from d2i.models.folder import build_network
+from d2i.models.model_dir import build_network
 from d2i.models.positions import fit_positions
+from d2i.prompt_text import text_tokens
 from d2i.tokenize import WINDOW_LENGTH
 
 SIZES: dict[str, Any] = {"latent_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "text_dim": 8}

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from d2i.corpora.layout import corpus_name
+from d2i.corpora.splits import corpus_name
 from d2i.eval.guidance import choose_settings
 from d2i.eval.provenance import describe_data, describe_training
 from d2i.eval.systems import parse_system
 from d2i.models import changed_sizes, name_sizes
 from d2i.recipes import load_recipe
-from d2i.runs import BEST_NAME, EMA_NAME
+from d2i.run_dir import BEST_NAME, EMA_NAME
 
 
 def write(path: Path, value: Any) -> Path:

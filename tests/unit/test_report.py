@@ -21,7 +21,7 @@ from d2i.dialog import NOBODY, key_order_hash
 from d2i.errors import ConfigError, DataError
 from d2i.report import ShownSample, read_evaluation, write_report, write_samples_page
 from d2i.report.dataset import speaking_turns
-from d2i.report.plot import ticks
+from d2i.report.svg import ticks
 from d2i.report.training import read_run, smooth
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 from tests.processes import run_process

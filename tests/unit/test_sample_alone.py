@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from d2i.cli.models import sample
-from d2i.models.folder import resolve_sizes
+from d2i.models.model_dir import resolve_sizes
 from d2i.recipes import load_recipe
-from d2i.shipped import resolve_weights
+from d2i.weights_resolve import resolve_weights
 
 
 @pytest.fixture

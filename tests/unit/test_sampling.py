@@ -22,7 +22,7 @@ from d2i.diffusion.samplers import run_sampler
 from d2i.encoders import Vae
 from d2i.errors import ConfigError, DataError
 from d2i.eval.sampler import Sampler
-from d2i.eval.single import grid, read_dialog
+from d2i.eval.single_dialog import grid, read_dialog
 from d2i.models import build_backbone, save_weights
 from tests.processes import COMMAND
 

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from d2i.errors import ConfigError, ShardError
 from d2i.recipes import load_recipe
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.shards.copies import Copies
+from d2i.shards.local_copies import Copies
 from d2i.shards.write import file_info
 from d2i.train.data import check_cache
-from d2i.train.order import DataOrder
+from d2i.train.data_order import DataOrder
 from tests.stores import NotedStore, fetched, read_all
 
 ROOT = Path(__file__).resolve().parents[2]

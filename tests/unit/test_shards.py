@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from d2i import storage
 from d2i.errors import ShardError
-from d2i.fault import Fault, FaultError, Point
+from d2i.fault_injection import Fault, FaultError, Point
 from d2i.shards import (
     Manifest,
     Sample,
@@ -405,7 +405,7 @@ def test_few_of_many_shards_are_mapped_at_once(
         pytest.skip("no list of maps here")
     make_data(tmp_path, *[1] * num_shards)
     expected = ShardReader(str(tmp_path)).read(range(num_shards))
-    monkeypatch.setattr("d2i.shards.mapped.max_mapped_shards", lambda: most)
+    monkeypatch.setattr("d2i.shards.mmap_shards.max_mapped_shards", lambda: most)
     reader = ShardReader(str(tmp_path))
 
     def read(seed: int) -> bool:

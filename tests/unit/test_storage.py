@@ -21,7 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from d2i import storage
 from d2i.errors import ConfigError
-from d2i.shipped import resolve_weights
+from d2i.weights_resolve import resolve_weights
 
 
 @pytest.fixture(params=["path", "file", "memory"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2i.report.plain import write_csv
+from d2i.report.markdown_export import write_csv
 from d2i.report.tabulated import Cell, Row, Table
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 from d2i.terminal import plain

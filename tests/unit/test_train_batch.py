@@ -24,7 +24,7 @@ from d2i.shards import (
 from d2i.tokenize import encode, window
 from d2i.train.batch import Batch, BatchReader
 from d2i.train.data import build_text_encoder
-from d2i.train.order import DataOrder
+from d2i.train.data_order import DataOrder
 
 LINES = [f"# i saw a {colour} ball # at night" for colour in ("red", "blue", "green", "pink")]
 ENCODERS: EncodersConfig = load_recipe("demo").encoders

@@ -13,10 +13,10 @@ from torch import Tensor
 from d2i.cli.weights import import_weights, inspect_weights
 from d2i.errors import CheckpointError
 from d2i.models import load_weights
-from d2i.models.folder import build_network
+from d2i.models.model_dir import build_network
 from d2i.models.weights import read_state_dict
 from d2i.recipes import load_recipe
-from d2i.shipped import resolve_weights
+from d2i.weights_resolve import resolve_weights
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from d2i.demo.scene import GROUPS, Scene, split_scenes
 from d2i.encoders import ClipText, Vae
 from d2i.eval.sampler import Sampler
 from d2i.recipes import load_recipe
-from d2i.shipped import resolve_weights
 from d2i.tokenize import encode, window
+from d2i.weights_resolve import resolve_weights
 
 _TEXT_SEED = 77
 _JITTER = 10_000

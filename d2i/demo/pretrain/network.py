@@ -22,7 +22,7 @@ from d2i.demo.pretrain.pictures import Pictures
 from d2i.demo.pretrain.texts import caption_windows
 from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone, save_weights
-from d2i.models.folder import write_config
+from d2i.models.model_dir import write_config
 from d2i.tokenize import WINDOW_LENGTH, encode, window
 
 # The longest caption has 22 tokens, its start and end included.

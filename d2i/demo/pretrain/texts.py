@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from d2i.demo.dialogs import caption, contexts, make_dialog
 from d2i.demo.scene import ATTRIBUTES, Scene
-from d2i.demo.talk import caption, contexts, make_dialog
 from d2i.dialog import Turn, linearize
 from d2i.tokenize import encode, window
 

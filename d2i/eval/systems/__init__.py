@@ -15,9 +15,9 @@ from d2i.config import BackboneConfig, BackboneName, Recipe, WeightsKind
 from d2i.errors import ConfigError
 from d2i.eval.system import System, SystemContext
 from d2i.eval.systems.adapter import Adapter, find_adapter
-from d2i.published import weights_to_fetch
-from d2i.runs import RESULT_NAMES, best_choice, read_recipe
-from d2i.shipped import is_shipped
+from d2i.run_dir import RESULT_NAMES, best_choice, read_recipe
+from d2i.weights_catalog import weights_to_fetch
+from d2i.weights_resolve import is_shipped
 
 _BACKBONES = get_args(BackboneName)
 # A module is imported only when its system is asked for.
@@ -143,7 +143,7 @@ def _weights_of_run(system: str, run_url: str, kind: WeightsKind) -> str:
 
 
 def _backbone(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
-    from d2i.models.folder import resolve_sizes
+    from d2i.models.model_dir import resolve_sizes
 
     if weights is None:
         raise ConfigError(

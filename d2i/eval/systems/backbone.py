@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.context import text_tokens
 from d2i.eval.prompts import Prompt
 from d2i.eval.sampler import Sampler
 from d2i.eval.system import Drawing, SystemContext
+from d2i.prompt_text import text_tokens
 
 
 def build(context: SystemContext) -> BackboneSystem:

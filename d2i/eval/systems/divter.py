@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from d2i.dialog import Turn
 from d2i.errors import ConfigError
-from d2i.eval.describer import Describer
+from d2i.eval.divter_captioner import Describer
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import Drawing, SystemContext
 from d2i.eval.systems import build_system

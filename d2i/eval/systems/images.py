@@ -10,8 +10,8 @@ from d2i import storage
 from d2i.errors import DataError
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import Drawing, SystemContext
-from d2i.picture_files import read_picture
-from d2i.pictures import RefusedPictureError, decode_picture
+from d2i.image_decode import RefusedPictureError, decode_picture
+from d2i.image_files import read_picture
 
 _SUFFIXES = ("png", "jpg", "jpeg", "webp")
 _MAX_BYTES = 1 << 28

@@ -13,7 +13,7 @@ from d2i.errors import ConfigError
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import IN_MEMORY, Drawing, SystemContext
 from d2i.eval.text import TextTower
-from d2i.pictures import decode_picture
+from d2i.image_decode import decode_picture
 
 _NUM_ROWS = 1 << 16
 

@@ -9,7 +9,7 @@ import zlib
 from dataclasses import dataclass
 
 from d2i.cluster import Shared, num_session_cores, share
-from d2i.preprocess.fetch.hosts import HostBook, trouble_in
+from d2i.preprocess.fetch.rate_limiter import HostBook, trouble_in
 
 _CORES_OF_A_BOOK = 16
 _MAX_BOOKS = 16

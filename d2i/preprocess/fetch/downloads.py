@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from d2i import storage
 from d2i.checksums import sha256_of
 from d2i.errors import ConfigError, DataError
+from d2i.image_decode import RefusedPictureError
+from d2i.image_files import read_picture
 from d2i.parse import damaged
-from d2i.picture_files import read_picture
-from d2i.pictures import RefusedPictureError
-from d2i.preprocess.fetch.fetched import Fetched
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
-from d2i.tars import cached_table, name_hash
+from d2i.preprocess.fetch.result import Fetched
+from d2i.tar_index import cached_table, name_hash
 
 _FORMAT = "downloads 1"
 _SHARD = re.compile(r"\d+\.parquet")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.guard import Target
 from d2i.preprocess.fetch.reasons import RefusedRequestError
+from d2i.preprocess.fetch.ssrf_guard import Target
 
 _DENIED_HEADERS = ("X-Smokescreen-Error", "X-Squid-Error")
 """What proxies add to an answer of their own, so that it is not taken for the host's."""

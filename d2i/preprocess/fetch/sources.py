@@ -15,23 +15,23 @@ from typing import TypeVar
 from d2i import __version__
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
-from d2i.picture_files import read_picture
-from d2i.pictures import RefusedPictureError
-from d2i.preprocess.fetch.addresses import AddressFetcher, Courtesy
+from d2i.image_decode import RefusedPictureError
+from d2i.image_files import read_picture
 from d2i.preprocess.fetch.body import BodyLimits
 from d2i.preprocess.fetch.books import HostBooks
-from d2i.preprocess.fetch.connect import Route, Straight, ThroughProxy
+from d2i.preprocess.fetch.downloader import AddressFetcher, Courtesy
 from d2i.preprocess.fetch.downloads import Download, open_downloads, read_download
-from d2i.preprocess.fetch.engine import fetch_all
-from d2i.preprocess.fetch.fetched import Fetched
-from d2i.preprocess.fetch.hosts import HostBook, HostLimits
+from d2i.preprocess.fetch.http_client import Limits
+from d2i.preprocess.fetch.img2dataset_pool import fetch_all
+from d2i.preprocess.fetch.interleave_hosts import spread_over_hosts
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.mirror import mirror_address, mirror_host
 from d2i.preprocess.fetch.proxy import Proxy
+from d2i.preprocess.fetch.rate_limiter import HostBook, HostLimits
 from d2i.preprocess.fetch.reasons import RefusedRequestError
-from d2i.preprocess.fetch.request import Limits
 from d2i.preprocess.fetch.resolver import Resolver
-from d2i.preprocess.fetch.spread import spread_over_hosts
+from d2i.preprocess.fetch.result import Fetched
+from d2i.preprocess.fetch.transport import Route, Straight, ThroughProxy
 
 OpenedT = TypeVar("OpenedT")
 _NUM_WAITING = 16
@@ -65,7 +65,7 @@ class PictureSource:
 
     Args:
         image_root: Folder (any fsspec URL) that `file` references are relative to, or tars
-            (`d2i.picture_files`).
+            (`d2i.image_files`).
         config: The limits.
         access: Hosts that may be asked although private, the DNS server, the proxy.
         hosts: The manners that all workers keep together.

@@ -1,0 +1,251 @@
+"""Two stages in a row: feeders stream blocks of a task, workers take them and finish the task.
+
+Each stage has workers of its own, so that each scales by what it needs. Blocks lie in Ray's
+object store on their way, never in the driver. A task whose feeder or blocks are lost is fed anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from d2i.cluster.actor_pool import Crew
+from d2i.cluster.actors import (
+    ActorSize,
+    ResourceRequest,
+    actor_size,
+    check_own_node,
+    num_session_cores,
+    num_workers_of,
+    result_of,
+)
+from d2i.cluster.pool import session
+
+TaskT = TypeVar("TaskT")
+BlockT = TypeVar("BlockT")
+ResultT = TypeVar("ResultT")
+TaskIn = TypeVar("TaskIn", contravariant=True)
+TakenBlock = TypeVar("TakenBlock", contravariant=True)
+GivenBlock = TypeVar("GivenBlock", covariant=True)
+ResultOut = TypeVar("ResultOut", covariant=True)
+
+_TICK_S = 1.0
+
+
+class Feeder(Protocol[TaskIn, GivenBlock]):
+    """The first stage: built once per process, called once per task."""
+
+    def stream(self, task: TaskIn) -> Iterator[GivenBlock]:
+        """Yield the blocks of one task as they come; it may be called again for the same task."""
+        ...
+
+
+class Finisher(Protocol[TaskIn, TakenBlock, ResultOut]):
+    """The second stage: built once per process, called once per task."""
+
+    def run(self, task: TaskIn, blocks: Iterable[TakenBlock]) -> ResultOut:
+        """Finish one task; it may be called again after a worker has died in it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stages(Generic[TaskT, BlockT, ResultT]):
+    """Both stages, and where they run.
+
+    Args:
+        build_feeder: Picklable; called in the feeder's own process.
+        build_finisher: Picklable; called in the finisher's own process, before anything is fed.
+        num_finishers: `0` runs everything in this process, without Ray. `None` takes one per
+            accelerator, or per core where there is none.
+        num_feeders: `None` takes one for each core that no finisher occupies; where there is no
+            accelerator, as many as there are finishers, with whom they share the cores.
+        ray_address: As `Pool`'s.
+    """
+
+    build_feeder: Callable[[], Feeder[TaskT, BlockT]]
+    build_finisher: Callable[[], Finisher[TaskT, BlockT, ResultT]]
+    num_finishers: int | None = None
+    num_feeders: int | None = None
+    ray_address: str | None = None
+
+
+def run_stages(
+    stages: Stages[TaskT, BlockT, ResultT],
+    tasks: Sequence[TaskT],
+    on_wait: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[TaskT, ResultT]]:
+    """Yield (task, result) as tasks finish, in any order, each task exactly once.
+
+    In flight are at most the tasks being fed, one waiting for each finisher, and those being
+    finished: that bounds the blocks in the object store.
+
+    Args:
+        stages: Who works.
+        tasks: What is to be done.
+        on_wait: Called about once a second, or between two blocks without Ray.
+
+    Raises:
+        ClusterError: If Ray cannot start or be reached, or workers keep dying.
+        D2IError: Whatever a task raised for the user to mend.
+    """
+    if not tasks:
+        return
+    if stages.num_finishers == 0:
+        yield from _run_here(stages, tasks, on_wait)
+        return
+    with session(stages.num_finishers, stages.ray_address):
+        yield from _run_on_ray(stages, tasks, on_wait)
+
+
+def _run_here(
+    stages: Stages[TaskT, BlockT, ResultT], tasks: Sequence[TaskT], on_wait: Callable[[], None]
+) -> Iterator[tuple[TaskT, ResultT]]:
+    finisher, feeder = stages.build_finisher(), stages.build_feeder()
+
+    def noticed(blocks: Iterator[BlockT]) -> Iterator[BlockT]:
+        for block in blocks:
+            on_wait()
+            yield block
+
+    for task in tasks:
+        yield task, finisher.run(task, noticed(feeder.stream(task)))
+
+
+def _run_on_ray(
+    stages: Stages[TaskT, BlockT, ResultT], tasks: Sequence[TaskT], on_wait: Callable[[], None]
+) -> Iterator[tuple[TaskT, ResultT]]:
+    flow = _Flow(stages, tasks)
+    next_tick = time.monotonic()
+    while flow.num_left:
+        flow.give_out()
+        ready = _ready(flow.awaited())
+        if not ready:
+            check_own_node()
+        if time.monotonic() >= next_tick:
+            on_wait()
+            next_tick = time.monotonic() + _TICK_S
+        for reference in ready:
+            yield from flow.take(reference)
+
+
+def _ready(references: list[Any]) -> list[Any]:
+    """Return all that is ready, waiting up to `_TICK_S` for the first.
+
+    One at a time would look through thousands of streams for each block of one of them.
+    """
+    import ray
+
+    ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
+    if not ready:
+        ready, _ = ray.wait(references, num_returns=1, timeout=_TICK_S, fetch_local=False)
+    return list(ready)
+
+
+@dataclass
+class _Stream:
+    """A task being fed, by its number: the blocks so far."""
+
+    number: int
+    actor: Any
+    blocks: list[Any] = field(default_factory=list)
+
+
+class _Flow:
+    """Which task is where, on Ray. Tasks are known here by their numbers."""
+
+    def __init__(self, stages: Stages[Any, Any, Any], tasks: Sequence[Any]) -> None:
+        size = actor_size(ResourceRequest())
+        self._num_finishers = min(num_workers_of(stages.num_finishers, size), len(tasks))
+        feeder_size, num_feeders = _feeders(stages, self._num_finishers, has_gpus=size.num_gpus > 0)
+        # Built at once: what is wrong with them is said before anything is fed for hours.
+        self._finishers = Crew(stages.build_finisher, size, self._num_finishers)
+        self._feeders = Crew(stages.build_feeder, feeder_size, min(num_feeders, len(tasks)))
+        self._tasks = tasks
+        self._waiting = deque(range(len(tasks)))
+        self._streams: dict[Any, _Stream] = {}
+        self._fed: deque[_Stream] = deque()
+        self._finishing: dict[Any, tuple[Any, _Stream]] = {}
+        self.num_left = len(tasks)
+
+    def awaited(self) -> list[Any]:
+        """Return all that may be ready next."""
+        crews = [*self._finishers.awaited(), *self._feeders.awaited()]
+        return [*crews, *self._finishing, *self._streams]
+
+    def give_out(self) -> None:
+        """Give work to whoever has none, as long as not too much waits to be finished."""
+        # Finishing first: it makes room for the next one to be fed.
+        while self._fed and self._finishers.idle:
+            actor, stream = self._finishers.idle.popleft(), self._fed.popleft()
+            task = self._tasks[stream.number]
+            self._finishing[actor.finish.remote(task, stream.blocks)] = (actor, stream)
+        while self._waiting and self._feeders.idle and len(self._fed) < self._num_finishers:
+            actor, number = self._feeders.idle.popleft(), self._waiting.popleft()
+            self._streams[actor.stream.remote(self._tasks[number])] = _Stream(number, actor)
+
+    def take(self, reference: Any) -> Iterator[tuple[Any, Any]]:
+        """Take what is ready; yield the task and its result if one is finished."""
+        for crew in (self._finishers, self._feeders):
+            if crew.is_building(reference):
+                crew.welcome(reference)
+                return
+        if reference in self._streams:
+            self._take_block(reference)
+        else:
+            yield from self._take_result(reference)
+
+    def _take_block(self, generator: Any) -> None:
+        import ray
+
+        stream = self._streams[generator]
+        try:
+            stream.blocks.append(next(generator))
+        except StopIteration:
+            del self._streams[generator]
+        else:
+            return
+        try:
+            result_of(generator.completed())
+        except ray.exceptions.RayActorError as err:
+            # Ray itself would go on with the block after the last, but the order may be another.
+            self._feeders.replace(stream.number, err)
+            self._waiting.append(stream.number)
+        else:
+            self._feeders.idle.append(stream.actor)
+            self._fed.append(stream)
+
+    def _take_result(self, reference: Any) -> Iterator[tuple[Any, Any]]:
+        import ray
+
+        actor, stream = self._finishing.pop(reference)
+        try:
+            result = result_of(reference)
+        except ray.exceptions.RayActorError as err:
+            # Its blocks are still there, for whoever is free first.
+            self._finishers.replace(stream.number, err)
+            self._fed.appendleft(stream)
+            return
+        except ray.exceptions.RayTaskError as err:
+            if not isinstance(err.cause, ray.exceptions.ObjectLostError):
+                raise
+            # The node that held its blocks is gone.
+            self._feeders.blame(stream.number, err)
+            self._waiting.append(stream.number)
+        else:
+            self.num_left -= 1
+            yield self._tasks[stream.number], result
+        self._finishers.idle.append(actor)
+
+
+def _feeders(
+    stages: Stages[Any, Any, Any], num_finishers: int, *, has_gpus: bool
+) -> tuple[ActorSize, int]:
+    """Return what a feeder occupies, and how many there are."""
+    # They occupy nothing: one that waited for a core could take that of a finisher which died.
+    size = ActorSize(0.0, 0.0)
+    num_cores = num_session_cores(num_workers=stages.num_finishers)
+    fitting = max(1, num_cores - num_finishers) if has_gpus else num_finishers
+    return size, stages.num_feeders or fitting

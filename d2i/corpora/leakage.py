@@ -1,0 +1,178 @@
+"""Pictures that are in more than one split, or look as if: what evaluation must not have seen.
+
+Test is protected from valid and train, valid from train: the instance listed is the one to leave
+out, so that the test set stays the one that others score.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Literal
+
+from msgspec import Struct
+
+from d2i import storage
+from d2i.config import ImageConfig
+from d2i.corpora import Corpus, corpus_instances
+from d2i.corpora.perceptual_hash import Look, LookIndex, look_of
+from d2i.corpora.splits import SPLITS, source_folder
+from d2i.dialog import Instance
+from d2i.image_decode import RefusedPictureError, decode_picture
+from d2i.image_files import check_root, read_picture
+
+_MAX_PICTURE_BYTES = 20 << 20
+_CHUNK = 256
+
+
+class Leak(Struct, frozen=True):
+    """An instance whose picture another split shows as well.
+
+    `distance` is 0 where it is the same picture by name, else the bits in which the two differ.
+    """
+
+    key: str
+    split: str
+    reason: Literal["shared_image", "near_duplicate"]
+    other_key: str
+    other_split: str
+    distance: int = 0
+
+
+class PictureCount(Struct):
+    """How many distinct pictures of a split were read, and why the others could not be."""
+
+    num_read: int
+    failures: dict[str, int]
+
+
+class LeakFinder:
+    """Reads the splits of a corpus, test first, and gives the instances that leak.
+
+    Args:
+        corpus: The corpus, with its options.
+        source: Where it lies.
+        look: Whether picture files are read and compared by their looks.
+        on_picture: Told of every picture that was looked at.
+
+    Raises:
+        ConfigError, DataError: If files are to be read and `image_root` cannot be their place.
+    """
+
+    def __init__(
+        self, corpus: Corpus, source: str, *, look: bool, on_picture: Callable[[str], None]
+    ) -> None:
+        self.pictures: dict[str, PictureCount] = {}
+        self._corpus = corpus
+        self._source = source
+        self._look = look
+        self._on_picture = on_picture
+        self._image_root = storage.resolve(corpus.image_root or source_folder(source))
+        if look and corpus.image_root:
+            check_root(self._image_root)
+        self._protected: dict[str, tuple[str, str]] = {}
+        self._looks = LookIndex()
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether any picture file was there to be compared."""
+        return any(count.num_read for count in self.pictures.values())
+
+    def find(self, splits: list[str]) -> Iterator[Leak]:
+        """Give the leaks of these splits, each split's in the order of its files."""
+        for split in reversed([name for name in SPLITS if name in splits]):
+            near = self._near(split) if self._look else {}
+            own: dict[str, tuple[str, str]] = {}
+            for instance in self._instances(split):
+                image_id = self._corpus.image_id(instance.image_ref)
+                leak = self._leak(instance, image_id, near)
+                if leak is not None:
+                    yield leak
+                if split != "train" and image_id not in self._protected:
+                    own.setdefault(image_id, (instance.key, split))
+            self._protected |= own
+
+    def _leak(
+        self, instance: Instance, image_id: str, near: dict[str, tuple[str, int]]
+    ) -> Leak | None:
+        if image_id in self._protected:
+            key, split = self._protected[image_id]
+            return Leak(instance.key, instance.split, "shared_image", key, split)
+        if image_id in near:
+            other_id, distance = near[image_id]
+            key, split = self._protected[other_id]
+            return Leak(instance.key, instance.split, "near_duplicate", key, split, distance)
+        return None
+
+    def _near(self, split: str) -> dict[str, tuple[str, int]]:
+        """Return, by picture of a split, the protected picture it looks like, and how nearly."""
+        near, looks, failures, num_read = {}, [], Counter[str](), 0
+        for image_id, look in self._read_looks(split):
+            self._on_picture(split)
+            if isinstance(look, str):
+                failures[look] += 1
+                continue
+            num_read += 1
+            if look is None or image_id in self._protected:
+                continue
+            found = self._looks.nearest(look)
+            if found is not None:
+                near[image_id] = found
+            if split != "train":
+                looks.append((image_id, look))
+        for image_id, look in looks:
+            self._looks.add(image_id, look)
+        self.pictures[split] = PictureCount(num_read, dict(sorted(failures.items())))
+        return near
+
+    def _read_looks(self, split: str) -> Iterator[tuple[str, Look | str | None]]:
+        """Give each distinct picture file of a split with its look, or why it has none."""
+        pictures = self._distinct_files(split)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            while chunk := list(islice(pictures, _CHUNK)):
+                looks = threads.map(self._read_look, [path for _, path in chunk])
+                yield from zip([image_id for image_id, _ in chunk], looks, strict=True)
+
+    def _distinct_files(self, split: str) -> Iterator[tuple[str, str]]:
+        seen: set[str] = set()
+        for instance in self._instances(split):
+            image_id = self._corpus.image_id(instance.image_ref)
+            if instance.image_ref.kind == "file" and image_id not in seen:
+                seen.add(image_id)
+                yield image_id, instance.image_ref.value[0]
+
+    def _read_look(self, path: str) -> Look | str | None:
+        try:
+            data = read_picture(self._image_root, path, _MAX_PICTURE_BYTES)
+            return look_of(decode_picture(data, ImageConfig()).image)
+        except RefusedPictureError as err:
+            return err.reason
+
+    def _instances(self, split: str) -> Iterator[Instance]:
+        """Read a split in silence: its problems were told before."""
+        return corpus_instances(
+            self._corpus, self._source, split, on_problem=lambda _: None, max_broken=1.0
+        )
+
+
+def count_leaks(leaks: Iterator[Leak]) -> list[dict[str, str | int]]:
+    """Count leaks by splits and reason: instances, and the protected pictures they show."""
+    instances: Counter[tuple[str, str, str]] = Counter()
+    pictures: dict[tuple[str, str, str], set[str]] = {}
+    for leak in leaks:
+        group = (leak.split, leak.other_split, leak.reason)
+        instances[group] += 1
+        pictures.setdefault(group, set()).add(leak.other_key)
+    return [
+        {
+            "split": split,
+            "other_split": other_split,
+            "reason": reason,
+            "num_instances": num_instances,
+            "num_images": len(pictures[split, other_split, reason]),
+        }
+        for (split, other_split, reason), num_instances in sorted(instances.items())
+    ]

@@ -1,0 +1,61 @@
+"""The files that a system is made of, hashed: scores of other files are never taken for theirs.
+
+What is finished is not drawn again, so a run that was trained on, or a folder whose pictures were
+made anew, would show its old scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from d2i import checksums, storage
+from d2i.eval.systems import SystemSpec
+from d2i.eval.systems.images import is_picture
+from d2i.shards.manifest import MANIFEST_NAME
+from d2i.weights_resolve import resolve_weights
+
+
+def hash_contents(spec: SystemSpec) -> dict[str, str]:
+    """Hash what a system is made of: a sha256 for each place that its name gives.
+
+    Of files that lie here the content counts, elsewhere what their store lists: length, time, ETag.
+    What is neither, such as a hub's repository or a function, has no hash.
+    """
+    found = {}
+    for place in _places(spec):
+        files = sorted(_hash_files(place, pictures_only=spec.kind == "images"))
+        if files:
+            lines = "\n".join(f"{digest} {name}" for name, digest in files)
+            found[place] = hashlib.sha256(lines.encode()).hexdigest()
+    return found | (hash_contents(spec.inner) if spec.inner else {})
+
+
+def _places(spec: SystemSpec) -> Iterator[str]:
+    if spec.network:
+        yield str(spec.network.weights)
+    elif spec.kind == "retrieve":
+        # A manifest has the hashes of all that is retrieved.
+        yield from (storage.join(spec.target, *part, MANIFEST_NAME) for part in ((), ("train",)))
+    elif spec.target:
+        yield spec.target
+    if spec.adapter:
+        yield spec.adapter.path
+
+
+def _hash_files(place: str, *, pictures_only: bool) -> Iterator[tuple[str, str]]:
+    """Give name and hash of the file at a place, or of all files below it."""
+    local = storage.local_path(place)
+    if local is None:
+        versions = storage.list_versions(place).items()
+        yield from (found for found in versions if not found[0].endswith(checksums.SUFFIX))
+        return
+    path = Path(resolve_weights(str(local)))
+    names = [""] if path.is_file() else [str(found.relative_to(path)) for found in path.rglob("*")]
+    for name in names:
+        file = path / name
+        # A checksum says nothing of its own, and may be deleted.
+        is_content = file.is_file() and not name.endswith(checksums.SUFFIX)
+        if is_content and (is_picture(name) or not pictures_only):
+            yield name, checksums.known_sha256(str(file))

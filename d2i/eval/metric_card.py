@@ -1,0 +1,116 @@
+"""The metric card: everything that decides the numbers, for whoever compares them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from d2i import storage
+from d2i.config import BackboneConfig
+from d2i.config_lock import read_settings
+from d2i.eval.measured import Measured
+from d2i.eval.provenance import describe_data, describe_training
+from d2i.eval.worker import describe_url
+from d2i.image_decode import RESIZE
+from d2i.models import changed_sizes
+from d2i.models.initial import describe_initial_weights
+from d2i.models.model_dir import resolve_sizes
+from d2i.shards import ShardReader
+
+if TYPE_CHECKING:
+    from d2i.eval.job import EvalRequest
+    from d2i.eval.systems import SystemSpec
+
+
+def metric_card(request: EvalRequest, reader: ShardReader, measured: Measured) -> dict[str, Any]:
+    """Return the card of a finished evaluation, as JSON values."""
+    of_workers = read_settings(describe_url(request.out_url))
+    of_workers.pop("real")
+    if windows := of_workers["weights"].pop("text_tokens", None):
+        of_workers["text_tokens"] = windows
+    return of_workers | _system(request) | _data(request, reader, measured)
+
+
+def _system(request: EvalRequest) -> dict[str, Any]:
+    spec, sample = request.system, request.recipe.sample
+    card = {
+        "system": spec.name,
+        "label": request.label or spec.label,
+        "kind": spec.kind,
+        "backbone": spec.network.name if spec.network else None,
+        "run": spec.run_dir,
+        "context": request.context,
+        "text": request.recipe.text.model_dump(mode="json"),
+        "seed": sample.seed,
+        "compute_batch_size": sample.compute_batch_size,
+    }
+    drawn_by = spec.inner or spec
+    if drawn_by.kind in ("diffusers", "unclip"):
+        card |= {"precision": sample.precision, "adapter": _adapter(drawn_by)}
+    if spec.network:
+        card["changed_sizes"] = _changed_sizes(spec.network)
+    if spec.run_dir:
+        card |= describe_training(spec.run_dir)
+    elif spec.network:
+        card["initial_weights"] = describe_initial_weights(spec.network)
+    if drawn_by.kind == "run":
+        card["weights_kind"] = sample.weights
+    if drawn_by.network is None:
+        return card | _of_pipeline(request)
+    return card | {
+        "sampler": sample.sampler,
+        "num_steps": sample.num_steps,
+        "guidance_scale": sample.guidance_scale,
+        "guidance_chosen_by": dict(request.guidance_chosen_by),
+        "unconditional": sample.unconditional,
+        "data_type": sample.data_type,
+        "precision": sample.precision,
+    }
+
+
+def _of_pipeline(request: EvalRequest) -> dict[str, Any]:
+    """Say how a pipeline is called; without a guidance scale of ours its own default holds."""
+    arguments = dict(request.recipe.sample.pipeline)
+    card: dict[str, Any] = {"pipeline_arguments": arguments}
+    if "guidance_scale" in arguments:
+        card |= {
+            "guidance_scale": arguments["guidance_scale"],
+            "guidance_chosen_by": dict(request.guidance_chosen_by),
+        }
+    return card
+
+
+def _adapter(spec: SystemSpec) -> dict[str, str] | None:
+    adapter = spec.adapter
+    return {"name": adapter.name, "sha256": adapter.sha256} if adapter else None
+
+
+def _data(request: EvalRequest, reader: ShardReader, measured: Measured) -> dict[str, Any]:
+    manifest, recipe = reader.manifest, request.recipe
+    files = [source for source in measured.sources if " " in source]
+    codecs = sorted({source.split()[0] for source in files})
+    keys = "\n".join(sorted(measured.arrays["keys"].tolist()))
+    return {
+        "data": storage.resolve(request.data_url),
+        **describe_data(request.data_url),
+        "recipe": recipe.name,
+        "manifest_sha256": manifest.sha256,
+        "instances_sha256": hashlib.sha256(keys.encode()).hexdigest(),
+        "expected": manifest.num_samples + sum(manifest.failures.values()),
+        "found": len(measured.drawn),
+        "failures": dict(manifest.failures) | measured.failures,
+        "negatives": "as the corpus lists them" if measured.listed else "by key hash",
+        "drawn_at": recipe.image.resolution,
+        "resolution": recipe.metrics.resolution or recipe.image.resolution,
+        "resize": RESIZE,
+        "codec": f"{', '.join(codecs)} files"
+        if codecs
+        else "none: pictures stay in memory from sampler to metric",
+        "picture_sizes": sorted({source.split()[1] for source in files})[:10],
+    }
+
+
+def _changed_sizes(network: BackboneConfig) -> dict[str, Any]:
+    """Return the sizes of a network that are not the published ones, each as [its, published]."""
+    changed = changed_sizes(network.name, resolve_sizes(network).overrides())
+    return {name: list(sizes) for name, sizes in changed.items()}

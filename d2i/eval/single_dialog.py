@@ -1,0 +1,188 @@
+"""One conversation to one PNG, of one picture or several (`d2i sample`)."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2i import __version__, storage
+from d2i.cluster import device_of_worker
+from d2i.config import Recipe
+from d2i.corpora import RECORD_FIELDS, parse_record
+from d2i.corpora.json_stream import read_objects
+from d2i.corpora.records import RecordError
+from d2i.dialog import Turn
+from d2i.encoders import ClipText, Vae
+from d2i.errors import DataError
+from d2i.eval.sampler import Sampler
+from d2i.eval.systems import parse_system
+from d2i.image_decode import png_bytes
+from d2i.prompt_text import context_text, text_tokens
+
+
+def read_dialog(text: str) -> list[Turn]:
+    """Read a conversation: plain lines (one turn each, speakers taking turns), or JSON.
+
+    JSON is a list of turns, or one turn: a string, or `{"speaker": 0, "text": "…"}`; or one record
+    of any form that a corpus is read from, or the list of its messages. Of a record the pictures
+    are left out, and all turns are read.
+
+    Raises:
+        DataError: If there is no text in it, or the JSON is of another form.
+    """
+    if text.lstrip().startswith(("[", "{")):
+        record = _read_record(text)
+        turns = _read_json(text) if record is None else _turns_of(record)
+    else:
+        turns = [Turn(None, line.strip()) for line in text.splitlines() if line.strip()]
+    if not any(turn.text.strip() for turn in turns):
+        raise DataError("the dialog is empty; expected a turn a line, or a JSON list of turns")
+    return turns
+
+
+@dataclass(frozen=True)
+class Request:
+    """One conversation, and the pictures wanted of it.
+
+    Args:
+        run_url: A finished run.
+        recipe: How to read the conversation, and how to draw.
+        turns: The conversation.
+        seeds: One picture each.
+        key: What the noise is keyed by beside the seed; None for the linearized text.
+    """
+
+    run_url: str
+    recipe: Recipe
+    turns: Sequence[Turn]
+    seeds: Sequence[int]
+    key: str | None = None
+
+
+def draw_dialog(request: Request, out: str) -> str:
+    """Draw the pictures that answer a conversation as one PNG, its settings in the metadata.
+
+    Several pictures are laid out in a grid, row by row. The same conversation, key and seed give
+    the same picture, alone or in a grid; with an instance's key, that of `d2i eval`.
+
+    Returns:
+        The linearized text.
+    """
+    device = device_of_worker()
+    recipe, encoders = request.recipe, request.recipe.encoders
+    text = context_text(request.turns, recipe.text)
+    clip_text = ClipText(encoders.clip_text, encoders.text_prefix, device)
+    tokens = [text_tokens(line, recipe.text) for line in (text, "")]
+    # Text latents as shards hold them, in float16.
+    latents = [
+        clip_text.encode(row[None], encoders.compute_batch_size).astype(np.float16)
+        for row in tokens
+    ]
+    sampler = Sampler(
+        parse_system(f"run:{request.run_url}", None, recipe).backbone,
+        Vae(encoders.vae, encoders.vae_kind, device),
+        recipe.sample,
+        latents[1][0],
+        device,
+    )
+    num, key = len(request.seeds), text if request.key is None else request.key
+    pixels = sampler.draw([key] * num, np.repeat(latents[0], num, axis=0), request.seeds)
+    settings = recipe.sample.model_dump(exclude={"seed", "weights"}) | {
+        "weights_kind": recipe.sample.weights,
+        "recipe": recipe.name,
+        "text": text,
+        "key": key,
+        "seed": " ".join(map(str, request.seeds)),
+        "weights": sampler.hash,
+        "d2i": __version__,
+    }
+    metadata = {name: str(value) for name, value in settings.items()}
+    storage.write_bytes(out, png_bytes(grid(pixels), metadata))
+    return text
+
+
+def grid(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lay pictures out in rows, nearly square; what is left of the last row is black.
+
+    Args:
+        pixels: uint8 (N, H, W, 3).
+
+    Returns:
+        uint8 (rows * H, columns * W, 3).
+    """
+    num, height, width, _ = pixels.shape
+    columns = math.ceil(math.sqrt(num))
+    num_rows = math.ceil(num / columns)
+    cells = np.zeros((num_rows * columns, height, width, 3), np.uint8)
+    cells[:num] = pixels
+    laid_out = cells.reshape(num_rows, columns, height, width, 3).swapaxes(1, 2)
+    return laid_out.reshape(num_rows * height, columns * width, 3)
+
+
+def _read_record(text: str) -> dict[str, Any] | None:
+    """Return the one record that a JSON text is, or whose messages it lists; None for neither."""
+    if (listed := _listed_messages(text)) is not None:
+        return {"messages": listed}
+    records = [
+        record
+        for _, record in read_objects(io.BytesIO(text.encode()), "the dialog", lambda _: None)
+        if isinstance(record, dict) and RECORD_FIELDS & set(record)
+    ]
+    if len(records) > 1:
+        raise DataError(
+            f"the dialog is of {len(records)} conversations; expected one; write it alone"
+        )
+    return records[0] if records else None
+
+
+def _listed_messages(text: str) -> list[Any] | None:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_list = isinstance(values, list) and values and all(isinstance(v, dict) for v in values)
+    return values if is_list and all({"role", "from"} & set(value) for value in values) else None
+
+
+def _turns_of(record: dict[str, Any]) -> list[Turn]:
+    """Read the turns of a record; words of it that are left out are an error, pictures are not."""
+
+    def refuse(reason: str, detail: str) -> None:
+        if reason not in ("bad_image_ref", "no_image"):
+            raise DataError(f"the dialog: {detail} ({reason}); fix it")
+
+    try:
+        return list(parse_record(record, refuse).turns)
+    except RecordError as err:
+        raise DataError(f"the dialog: {err.detail} ({err.reason}); fix it") from err
+
+
+def _read_json(text: str) -> list[Turn]:
+    try:
+        values = json.loads(text)
+        return [_turn(value) for value in (values if isinstance(values, list) else [values])]
+    except (ValueError, TypeError, RecursionError) as err:
+        raise DataError(
+            f"the dialog is no list of turns: {err}; expected a JSON list of strings or of "
+            '{"speaker": 0, "text": "…"}'
+        ) from err
+
+
+def _turn(value: Any) -> Turn:
+    if isinstance(value, str):
+        value = {"text": value}
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise TypeError(f"a turn is {value!r}")
+    # Half of a pair that JSON can write, and no text can hold: it raises.
+    value["text"].encode()
+    speaker = value.get("speaker")
+    if speaker is not None and not isinstance(speaker, int):
+        raise TypeError(f"a speaker is {speaker!r}")
+    return Turn(speaker, value["text"])

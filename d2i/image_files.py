@@ -1,0 +1,215 @@
+"""Pictures by their names: the files of a folder, or the members of tars, behind one call.
+
+Trouble of their place (a folder that is not there, a disk that went away) is an error, and never
+the fault of each picture. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from functools import cache, lru_cache
+from pathlib import Path
+
+from d2i import storage
+from d2i.errors import ConfigError, DataError
+from d2i.file_kind import HEAD_BYTES, file_kind
+from d2i.image_decode import RefusedPictureError, is_lfs_pointer
+from d2i.tar_index import Member, TarIndex, is_tars, open_index
+
+_NUM_ALIKE = 8
+_WEB_ADDRESS = re.compile(r"(^|::)https?:", re.IGNORECASE)
+"""Also as what another file system lies on: `simplecache::https://…`."""
+_EXPECTED = "expected a folder of pictures, x.tar or folder/*.tar"
+
+
+def check_root(root: str) -> None:
+    """Refuse a place of pictures that is not there, or cannot be one; of tars make the index.
+
+    Args:
+        root: As for `read_picture`.
+
+    Raises:
+        ConfigError: If it is a web address.
+        DataError: If it is not there, is an empty folder, a file, or no whole tar.
+    """
+    _refuse_web_address(root)
+    if is_tars(root):
+        _index(root)
+    else:
+        _check_folder(root)
+
+
+def read_picture(root: str, path: str, max_bytes: int) -> bytes:
+    """Read the bytes of a picture file.
+
+    Args:
+        root: A folder (any fsspec URL but a web address), `x.tar`, or `folder/*.tar`.
+        path: The picture's name below it; of a tar's member the first folders may be left out.
+            Letters may be composed or not (NFC, NFD), where no file has the very name.
+        max_bytes: Its greatest length.
+
+    Raises:
+        RefusedPictureError: `missing_file`, `read_error`, `too_many_bytes` or `lfs_pointer`; also
+            `ambiguous_file` where several files have that name and are not the same, and of a tar
+            `refused_member` (a link or a device).
+        ConfigError: If the root is a web address, of which nothing is asked.
+        DataError: If the root itself is not there (any more) or cannot be read.
+    """
+    _refuse_web_address(root)
+    data = _read_member(root, path, max_bytes) if is_tars(root) else _read(root, path, max_bytes)
+    if len(data) > max_bytes:
+        raise RefusedPictureError("too_many_bytes", f"over {max_bytes} bytes")
+    if is_lfs_pointer(data):
+        raise RefusedPictureError("lfs_pointer", "a Git LFS pointer; run 'git lfs pull' there")
+    return data
+
+
+def _refuse_web_address(root: str) -> None:
+    """Refuse what could redirect anywhere: web addresses are asked through the guard alone."""
+    if _WEB_ADDRESS.search(root):
+        raise ConfigError(
+            f"{root}: got a web address as the place of pictures; expected a folder, tars or an "
+            "object store; give --set 'fetch.mirror=ADDRESS/{path}' to 'd2i preprocess', or copy "
+            "the pictures first"
+        )
+
+
+def _check_folder(root: str) -> None:
+    try:
+        found = None if storage.is_folder(root) else _what_is_at(root)
+        if found is None and _is_empty(root):
+            found = "an empty folder"
+    except OSError as err:
+        raise DataError(
+            f"{root}: the place of pictures cannot be read ({err.strerror or err}); {_EXPECTED}; "
+            "check corpus.image_root, and whether its disk is mounted"
+        ) from err
+    if found:
+        raise DataError(
+            f"{root}: got {found} as the place of pictures; {_EXPECTED}; unpack it, or check "
+            "corpus.image_root and whether its disk is mounted"
+        )
+
+
+def _what_is_at(root: str) -> str:
+    if not storage.exists(root):
+        return "nothing"
+    return file_kind(storage.read_head(root, HEAD_BYTES)) or "a file"
+
+
+def _is_empty(root: str) -> bool:
+    """Say whether a folder here holds nothing, as one does on which no disk is mounted.
+
+    Object stores have no empty folders.
+    """
+    local = storage.local_path(root)
+    if local is None:
+        return False
+    with os.scandir(local) as entries:
+        return all(entry.name.startswith(".") for entry in entries)
+
+
+def _read(root: str, path: str, max_bytes: int) -> bytes:
+    """Read a file of a folder; it is missing, or broken, only where the folder itself is sound."""
+    if ".." in path.split("/"):
+        raise RefusedPictureError("read_error", "got a part '..', expected a path below the folder")
+    try:
+        return _read_head(root, path, max_bytes + 1)
+    except FileNotFoundError as err:
+        _check_folder(root)
+        raise RefusedPictureError("missing_file", "no such file") from err
+    except (OSError, ValueError) as err:
+        # A name with a zero byte is a ValueError.
+        _check_folder(root)
+        raise RefusedPictureError("read_error", str(err)) from err
+
+
+def _read_head(root: str, path: str, num_bytes: int) -> bytes:
+    local = storage.local_path(root)
+    if local is None:
+        if "::" in path:
+            raise ValueError("got a chain of file systems, expected a path below the folder")
+        return storage.read_head(storage.join(root, path), num_bytes)
+    try:
+        return storage.read_local_head(f"{local}/{path}", num_bytes)
+    except FileNotFoundError:
+        if path.isascii():
+            raise
+        return storage.read_local_head(_in_other_form(str(local), path), num_bytes)
+
+
+def _in_other_form(folder: str, path: str) -> str:
+    """Return the file whose name has the same letters, composed otherwise, found by listing.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        OSError: If a folder cannot be listed.
+        RefusedPictureError: `ambiguous_file` if there are several.
+    """
+    for part in path.split("/"):
+        alike = [part]
+        if not part.isascii():
+            names = _names_by_composed(folder, Path(folder).stat().st_mtime_ns)
+            alike = names.get(unicodedata.normalize("NFC", part), [])
+        if not alike:
+            raise FileNotFoundError
+        if len(alike) > 1 and part not in alike:
+            raise RefusedPictureError("ambiguous_file", f"{len(alike)} names have these letters")
+        folder = f"{folder}/{part if part in alike else alike[0]}"
+    return folder
+
+
+@lru_cache(maxsize=32)
+def _names_by_composed(folder: str, changed_ns: int) -> dict[str, list[str]]:
+    """List the names of a folder that are not ASCII, by their composed form."""
+    del changed_ns  # A folder that has changed is listed again.
+    found: dict[str, list[str]] = {}
+    for name in os.listdir(folder):  # noqa: PTH208
+        if not name.isascii():
+            found.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    return found
+
+
+@cache
+def _index(root: str) -> TarIndex:
+    """Return the one index of this process."""
+    try:
+        return open_index(root)
+    except OSError as err:
+        raise DataError(
+            f"{root}: cannot be read ({err}); expected tars of pictures; check corpus.image_root, "
+            "and whether its disk is mounted"
+        ) from err
+
+
+def _read_member(root: str, path: str, max_bytes: int) -> bytes:
+    found = _index(root).find(path)
+    if not found:
+        raise RefusedPictureError("missing_file", "no such file")
+    if len(found) > _NUM_ALIKE:
+        raise RefusedPictureError("ambiguous_file", f"{len(found)} members have this name")
+    contents = {_read_range(member, max_bytes) for member in found}
+    if len(contents) > 1:
+        raise RefusedPictureError("ambiguous_file", "different members have this name")
+    return contents.pop()
+
+
+def _read_range(member: Member | None, max_bytes: int) -> bytes:
+    if member is None:
+        raise RefusedPictureError("refused_member", "a link or a device, not a file")
+    if member.size_bytes > max_bytes:
+        raise RefusedPictureError("too_many_bytes", f"over {max_bytes} bytes")
+    try:
+        data = storage.read_range(member.url, member.offset, member.size_bytes)
+    except FileNotFoundError as err:
+        raise DataError(
+            f"{member.url}: the tar is not there any more; expected it to stay while its pictures "
+            "are read; check whether its disk is mounted"
+        ) from err
+    except OSError as err:
+        raise RefusedPictureError("read_error", str(err)) from err
+    if len(data) != member.size_bytes:
+        raise RefusedPictureError("read_error", f"{member.url} ends within it")
+    return data

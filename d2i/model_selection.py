@@ -1,0 +1,304 @@
+"""What draws best on validation dialogs (`d2i select`): which weights of a run, which guidance.
+
+Every side of a comparison has its guidance chosen alike: FID moves more by guidance than by
+fine-tuning. Everything lies in `RUN/select`, or in `--out` for any other system: a seeded
+part of the validation split as a data set of its own, the weights of each candidate, and its
+evaluation, so that a repeated command draws only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from d2i import checksums, storage
+from d2i.config import ImageConfig, Recipe, WeightsKind, apply_settings
+from d2i.config_lock import settle
+from d2i.errors import CheckpointError, ConfigError, DataError
+from d2i.eval.guidance import drawn_with
+from d2i.eval.job import EvalProgress, EvalRequest, evaluate
+from d2i.eval.systems import SystemSpec, parse_system
+from d2i.image_decode import decode_picture
+from d2i.metric_specs import METRICS, MetricSpec
+from d2i.models import save_weights
+from d2i.recipes import change_recipe, read_kept_recipe, refuse_host
+from d2i.run_dir import BEST_NAME, last_step, read_recipe, read_run_config
+from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
+from d2i.train.checkpoint import KIND_OF_WEIGHTS, Checkpoint, step_of, whole_checkpoints
+from d2i.train.data import split_url
+from d2i.train.validation import choose_instances
+
+
+@dataclass(frozen=True)
+class SelectRequest:
+    """What is to be compared.
+
+    Args:
+        system: As `d2i eval --system` takes it: `run:DIR`, a backbone's name or `diffusers:PATH`.
+        weights: Of a published backbone.
+        adapter: A LoRA on a `diffusers:` system.
+        data_url: Folder made by d2i preprocess, with a validation split; a run has its own, unless
+            this is given.
+        out_url: Where `best.json` and all else goes; of a run, into the run.
+        guidance_scales: Each is tried; none takes the recipe's own.
+        metric: What decides, a key of `d2i.metric_specs.METRICS`.
+        num_instances: Size of the validation subset, at most.
+        seed: Chooses the subset.
+        settings: `--set` of the recipe, such as `sample.num_steps=20`.
+        num_workers: As in `d2i eval`.
+    """
+
+    system: str
+    weights: str | None = None
+    adapter: str | None = None
+    data_url: str | None = None
+    out_url: str | None = None
+    guidance_scales: Sequence[float] = ()
+    metric: str = "fid"
+    num_instances: int = 1000
+    seed: int = 0
+    settings: Sequence[str] = ()
+    num_workers: int | None = 0
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One evaluation of many: what draws, by which settings, and what is said of it."""
+
+    name: str
+    spec: SystemSpec
+    settings: Sequence[str]
+    said: Mapping[str, Any]
+
+
+def select(
+    request: SelectRequest, on_progress: Callable[[str, EvalProgress], None]
+) -> dict[str, Any]:
+    """Score every candidate, and write `best.json` into the run, or into `out_url`.
+
+    Returns:
+        Its content: `guidance_scale`, `metric`, `value`, `num_instances`, `seed`, and `candidates`
+        with all of their scores; of a run `weights` (relative to it), `weights_kind`, `step` and
+        `last_step` (of the run); of any other `system` and the `settings` of the choice.
+
+    Raises:
+        CheckpointError: If the run has no whole checkpoint.
+        ConfigError: If the metric is none of `METRICS`, or was not scored, or the system has no
+            guidance to choose.
+        DataError: If its data has no validation split.
+    """
+    if request.metric not in METRICS:
+        raise ConfigError(
+            f"the metric: got {request.metric!r}; expected one of {', '.join(METRICS)}"
+        )
+    kind, _, run_url = request.system.partition(":")
+    search = _of_run(request, run_url) if kind == "run" else _of_system(request)
+    subset = _write_subset(request, search.data_url, search.folder)
+    candidates = [
+        _score(request, search.recipe, candidate, subset, on_progress)
+        for candidate in search.candidates
+    ]
+    best = _best(candidates, METRICS[request.metric])
+    result = {name: value for name, value in best.items() if name != "scores"} | {
+        **search.said,
+        "metric": request.metric,
+        "value": best["scores"][request.metric],
+        "num_instances": len(ShardReader(storage.join(subset, "data"))),
+        "seed": request.seed,
+        "candidates": candidates,
+    }
+    data = json.dumps(result, indent=1, sort_keys=True) + "\n"
+    checksums.write_bytes(search.best_url, data.encode())
+    return result
+
+
+@dataclass(frozen=True)
+class _Search:
+    """All that is tried, on which data, and where it is kept."""
+
+    recipe: Recipe
+    data_url: str
+    folder: str
+    best_url: str
+    candidates: Sequence[_Candidate]
+    said: Mapping[str, Any]
+
+
+def _of_run(request: SelectRequest, run_url: str) -> _Search:
+    """Try every kind of weights of each checkpoint with each guidance scale."""
+    run_url = storage.resolve(run_url)
+    recipe = change_recipe(read_recipe(run_url), request.settings)
+    checkpoints = whole_checkpoints(run_url)
+    if not checkpoints:
+        raise CheckpointError(
+            f"{run_url} has no whole checkpoint; expected one at least; repeat its d2i train "
+            "command"
+        )
+    kinds = [k for k in KIND_OF_WEIGHTS if k != "ema-short" or recipe.train.short_ema_length]
+    return _Search(
+        recipe=recipe,
+        data_url=request.data_url or _trained_on(run_url),
+        folder=storage.join(run_url, "select"),
+        best_url=storage.join(run_url, BEST_NAME),
+        candidates=[
+            _candidate_of_run(run_url, recipe, checkpoint, kind, scale)
+            for checkpoint in checkpoints
+            for kind in kinds
+            for scale in request.guidance_scales or (recipe.sample.guidance_scale,)
+        ],
+        said={"last_step": max(step_of(checkpoints[-1]), last_step(run_url) or 0)},
+    )
+
+
+def _trained_on(run_url: str) -> str:
+    """Return the folder of a run's own data.
+
+    Raises:
+        ConfigError: If that is an address, which counts only in the command.
+    """
+    data_url = str(read_run_config(run_url)["data"])
+    refuse_host(f"the data of {run_url}", data_url, "--data ADDRESS")
+    return data_url
+
+
+def _candidate_of_run(
+    run_url: str, recipe: Recipe, folder: str, kind: WeightsKind, scale: float
+) -> _Candidate:
+    step, marked = step_of(folder), "" if kind == "ema" else f"-{kind}"
+    kept = f"select/step-{step}{marked}.safetensors"
+    weights = storage.join(run_url, kept)
+    if not storage.exists(weights):
+        checkpoint = Checkpoint(folder)
+        checkpoint.check()
+        save_weights(dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind])), weights)
+    backbone = recipe.backbone.model_copy(update={"weights": weights})
+    label = f"step-{step}, {kind}, guidance {scale:g}"
+    return _Candidate(
+        f"step-{step}{marked}-guidance-{scale:g}",
+        SystemSpec(f"run:{run_url}", label, "run", run_url, backbone, run_url),
+        [f"sample.guidance_scale={scale}", f"sample.weights={kind}"],
+        {"weights": kept, "weights_kind": kind, "step": step, "guidance_scale": scale},
+    )
+
+
+def _of_system(request: SelectRequest) -> _Search:
+    """Try each guidance scale of a published backbone or a `diffusers:` pipeline."""
+    if request.data_url is None or request.out_url is None:
+        raise ConfigError(
+            f"--system {request.system}: got no --data or no --out; expected both, as no run holds "
+            "them; give them"
+        )
+    recipe = change_recipe(read_kept_recipe(request.data_url), request.settings)
+    spec = parse_system(request.system, request.weights, recipe, request.adapter)
+    if spec.network is None and spec.kind != "diffusers":
+        raise ConfigError(
+            f"--system {request.system}: has no guidance scale to choose; expected run:DIR, a "
+            "backbone with --weights, or diffusers:PATH"
+        )
+    if not request.guidance_scales:
+        raise ConfigError(
+            f"--system {request.system}: got no --guidance; expected the scales to try; give some"
+        )
+    candidates = []
+    for scale in request.guidance_scales:
+        settings = _guided(recipe, scale, is_pipeline=spec.network is None)
+        said = {
+            "system": spec.name,
+            **drawn_with(request.weights, request.adapter),
+            "guidance_scale": scale,
+            "settings": settings,
+        }
+        candidates.append(_Candidate(f"guidance-{scale:g}", spec, settings, said))
+    out_url = storage.resolve(request.out_url)
+    return _Search(
+        recipe=recipe,
+        data_url=storage.resolve(request.data_url),
+        folder=out_url,
+        best_url=storage.join(out_url, BEST_NAME),
+        candidates=candidates,
+        said={},
+    )
+
+
+def _guided(recipe: Recipe, scale: float, *, is_pipeline: bool) -> list[str]:
+    """Return the settings that draw with a guidance scale."""
+    if not is_pipeline:
+        return [f"sample.guidance_scale={scale}"]
+    arguments = recipe.sample.pipeline | {"guidance_scale": scale}
+    return [f"sample.pipeline={json.dumps(arguments)}"]
+
+
+def _best(candidates: Sequence[dict[str, Any]], metric: MetricSpec) -> dict[str, Any]:
+    values = [candidate["scores"].get(metric.key) for candidate in candidates]
+    if None in values:
+        raise ConfigError(
+            f"{metric.title} was not scored, it needs {metric.needs} and enough images; expected a "
+            "metric of the evaluation; choose another with --metric"
+        )
+    sign = -1 if metric.higher_is_better else 1
+    return min(candidates, key=lambda candidate: sign * candidate["scores"][metric.key])
+
+
+def _score(
+    request: SelectRequest,
+    recipe: Recipe,
+    candidate: _Candidate,
+    subset: str,
+    on_progress: Callable[[str, EvalProgress], None],
+) -> dict[str, Any]:
+    evaluation = EvalRequest(
+        recipe=apply_settings(recipe, candidate.settings),
+        system=candidate.spec,
+        data_url=storage.join(subset, "data"),
+        out_url=storage.join(subset, candidate.name),
+        save_images="none",
+        num_workers=request.num_workers,
+    )
+    result = evaluate(evaluation, lambda progress: on_progress(candidate.name, progress))
+    return {**candidate.said, "scores": result["scores"]}
+
+
+def _write_subset(request: SelectRequest, source: str, folder: str) -> str:
+    """Write the chosen validation instances as `data` of a folder, once for each choice."""
+    url = split_url(source, "valid")
+    if url is None:
+        raise DataError(
+            f"{source} has no valid/manifest.json; expected a validation split; prepare it with "
+            "d2i preprocess --split valid"
+        )
+    reader = ShardReader(url)
+    rows = choose_instances(len(reader), request.num_instances, request.seed)
+    subset = storage.join(folder, f"valid-{len(rows)}-of-seed-{request.seed}")
+    data_url = storage.join(subset, "data")
+    chosen = {"manifest_sha256": reader.manifest.sha256, "data": source}
+    if named := settle(storage.join(subset, "chosen.json"), chosen):
+        raise ConfigError(f"{subset} was chosen from other data: got {'; '.join(named)}; delete it")
+    if not storage.exists(storage.join(data_url, "manifest.json")):
+        fingerprint = reader.manifest.fingerprint
+        write_shard(_samples(reader, sorted(rows.tolist())), data_url, 0, failures={})
+        for name, values in _empty_features(reader):
+            storage.write_bytes(storage.join(data_url, name), npy_bytes(values))
+        write_manifest(data_url, fingerprint)
+    return subset
+
+
+def _samples(reader: ShardReader, rows: Sequence[int]) -> Iterator[Sample]:
+    for row in rows:
+        members = {"json": json_bytes(reader.read_json(row))}
+        arrays = reader.read(np.array([row]))
+        members |= {f"{name}.npy": npy_bytes(values[0]) for name, values in arrays.items()}
+        picture = reader.read_image(row)
+        if picture is not None:
+            members[decode_picture(picture, ImageConfig()).suffix] = picture
+        yield Sample(reader.keys[row], members)
+
+
+def _empty_features(reader: ShardReader) -> Iterator[tuple[str, Any]]:
+    if "empty_tokens.npy" in reader.manifest.files:
+        yield "empty_tokens.npy", reader.empty_tokens
+    if "empty_text.npy" in reader.manifest.files:
+        yield "empty_text.npy", reader.empty_text

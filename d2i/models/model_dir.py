@@ -1,0 +1,94 @@
+"""A model folder: `config.json` (name and sizes of the backbone) beside its weights.
+
+A run is read as one too: its `config.json` holds the backbone within its recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from d2i import checksums, storage
+from d2i.config import BackboneConfig, load_config
+from d2i.errors import CheckpointError
+from d2i.models.positions import fit_positions
+from d2i.models.presets import build_backbone
+from d2i.models.weights import fill_network, read_published
+from d2i.parse import parse_json_value
+from d2i.weights_resolve import resolve_weights
+
+CONFIG_NAME = "config.json"
+_EDITED = f"edited? delete {CONFIG_NAME}.sha256 to accept it; else restore it"
+
+
+def build_network(config: BackboneConfig) -> nn.Module:
+    """Build the backbone of a recipe, with its weights where it names some.
+
+    Where the weights lie in a model folder, its `config.json` gives the sizes that the recipe
+    leaves open. Where the recipe's network reads more text windows than that of the weights, or has
+    another latent size, their position embedding is fitted to it.
+
+    Returns:
+        The network in float32 on the CPU; its `latent_scale` is the factor from raw VAE latents.
+
+    Raises:
+        CheckpointError: If the weights cannot be read or do not fit.
+        ConfigError: If the sizes do not fit each other.
+    """
+    network = build_backbone(config.name, **resolve_sizes(config).overrides())
+    if config.weights is None or config.is_random:
+        return network
+    path = resolve_weights(config.weights)
+    return fill_network(network, fit_positions(read_published(path), network), path)
+
+
+def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
+    """Fill the sizes that a recipe leaves open from the `config.json` beside its weights."""
+    if config.weights is None or config.is_random:
+        return config
+    there = read_config(Path(resolve_weights(config.weights)))
+    if there is None:
+        return config
+    known = there.model_dump(exclude_none=True) | config.model_dump(exclude_none=True)
+    return load_config(BackboneConfig, known, source=str(config.weights))
+
+
+def write_config(folder: str | Path, config: BackboneConfig) -> None:
+    """Write the name and sizes of a backbone into its model folder."""
+    data = (json.dumps(_described(config), indent=1) + "\n").encode()
+    checksums.write_bytes(storage.join(str(folder), CONFIG_NAME), data)
+
+
+def _described(config: BackboneConfig) -> dict[str, Any]:
+    return {"name": config.name} | config.overrides()
+
+
+def read_config(path: Path) -> BackboneConfig | None:
+    """Return the backbone that the `config.json` of a model folder or a run names.
+
+    Returns:
+        None where there is no such file, or it is of another program.
+
+    Raises:
+        CheckpointError: If it is not JSON.
+        ConfigError: If it names no backbone, or sizes that there are not.
+    """
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        return None
+    values = _read_values(file)
+    if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
+        values = values["recipe"].get("backbone", {}) | {"weights": None}
+    if not isinstance(values, dict) or "name" not in values:
+        return None
+    return load_config(BackboneConfig, values, source=str(file))
+
+
+def _read_values(file: Path) -> Any:
+    """Read any JSON; only what d2i wrote has a checksum, so that its absence says nothing."""
+    refused: dict[str, Any] = {"error": CheckpointError, "next_step": _EDITED}
+    checksums.check_if_summed(str(file), **refused)
+    return parse_json_value(storage.read_bytes(str(file)), str(file), **refused)

@@ -1,0 +1,157 @@
+"""Describe the pictures of a corpus that has no descriptions (`d2i corpus --describe`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+from PIL import Image
+
+from d2i import storage
+from d2i.cluster import device_of_worker
+from d2i.config import ImageConfig
+from d2i.corpora import Corpus, corpus_instances
+from d2i.corpora.captions import Description, read_descriptions
+from d2i.corpora.splits import source_folder
+from d2i.encoders.captioner import Captioner
+from d2i.errors import ConfigError
+from d2i.image_decode import RefusedPictureError, decode_picture
+from d2i.image_files import check_root, read_picture
+
+BATCH_SIZE = 16
+_MAX_PICTURE_BYTES = 20 << 20
+
+_Opened = tuple[str, Image.Image]
+
+
+@dataclass(frozen=True)
+class DescribeSummary:
+    """How many pictures were described now and before, and why others could not be."""
+
+    num_described: int
+    num_there: int
+    failures: dict[str, int]
+
+
+def describe(
+    corpus: Corpus,
+    source: str,
+    splits: list[str],
+    captioner_name: str,
+    out: Path,
+    on_batch: Callable[[int], None],
+) -> DescribeSummary:
+    """Add a line to `out` for each distinct picture that has no description yet.
+
+    Lines are flushed to the disk batch by batch: the same command again goes on where a stopped
+    one was. Pictures that are addresses are not fetched here; they count as `no_file`.
+
+    Args:
+        corpus: The corpus, with its options.
+        source: Where it lies.
+        splits: Which splits are described.
+        captioner_name: A folder or hub repository of a transformers image-to-text model.
+        out: The file of descriptions, new or begun by the same captioner.
+        on_batch: Told how many pictures were described at once.
+
+    Raises:
+        ConfigError: If another captioner began the file.
+        CheckpointError: If the captioner cannot be loaded.
+        DataError: If `image_root` cannot be the place of pictures.
+    """
+    if corpus.image_root:
+        check_root(storage.resolve(corpus.image_root))
+    there = _begun(out, captioner_name)
+    failures: Counter[str] = Counter()
+    missing = _missing(corpus, source, splits, set(there))
+    batches = _batches(_opened(corpus, source, missing, failures))
+    num_described = 0
+    # A captioner takes long to load: not for a file that is finished.
+    for captioner, batch in _with_captioner(captioner_name, batches):
+        texts = captioner.describe([image for _, image in batch])
+        names = [image_id for image_id, _ in batch]
+        lines = [
+            msgspec.json.encode(Description(image_id, text, captioner_name)) + b"\n"
+            for image_id, text in zip(names, texts, strict=True)
+        ]
+        _append(out, lines)
+        num_described += len(batch)
+        on_batch(len(batch))
+    return DescribeSummary(num_described, len(there), dict(sorted(failures.items())))
+
+
+def _batches(pictures: Iterator[_Opened]) -> Iterator[list[_Opened]]:
+    while batch := list(islice(pictures, BATCH_SIZE)):
+        yield batch
+
+
+def _with_captioner(
+    name: str, batches: Iterator[list[_Opened]]
+) -> Iterator[tuple[Captioner, list[_Opened]]]:
+    """Load the captioner when the first batch is there."""
+    captioner = None
+    for batch in batches:
+        captioner = captioner or Captioner(name, device_of_worker())
+        yield captioner, batch
+
+
+def _append(out: Path, lines: list[bytes]) -> None:
+    storage.append_bytes(str(out), b"".join(lines))
+    storage.sync(out)
+
+
+def _begun(out: Path, captioner_name: str) -> dict[str, Description]:
+    """Read what is described already, after dropping a line that a kill cut off."""
+    if not out.exists():
+        return {}
+    data = out.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        storage.write_bytes(str(out), whole)
+    there = read_descriptions(str(out))
+    others = {found.made_by for found in there.values()} - {captioner_name}
+    if others:
+        raise ConfigError(
+            f"{out} was begun by {', '.join(sorted(others))}, got {captioner_name}; repeat that "
+            "one or choose another --descriptions"
+        )
+    return there
+
+
+def _missing(
+    corpus: Corpus, source: str, splits: list[str], there: set[str]
+) -> Iterator[tuple[str, str | None]]:
+    """Give each distinct picture without a description, with its path if it is a file."""
+    seen = there
+    for split in splits:
+        for instance in corpus_instances(
+            corpus, source, split, on_problem=lambda _: None, max_broken=1.0
+        ):
+            image_id, ref = corpus.image_id(instance.image_ref), instance.image_ref
+            if instance.description is None and image_id not in seen:
+                seen.add(image_id)
+                yield image_id, ref.value[0] if ref.kind == "file" else None
+
+
+def _opened(
+    corpus: Corpus,
+    source: str,
+    pictures: Iterator[tuple[str, str | None]],
+    failures: Counter[str],
+) -> Iterator[_Opened]:
+    root = storage.resolve(corpus.image_root or source_folder(source))
+    for image_id, path in pictures:
+        if path is None:
+            failures["no_file"] += 1
+            continue
+        try:
+            data = read_picture(root, path, _MAX_PICTURE_BYTES)
+            picture = decode_picture(data, ImageConfig())
+        except RefusedPictureError as err:
+            failures[err.reason] += 1
+        else:
+            yield image_id, picture.image

@@ -1,0 +1,229 @@
+"""The addresses of one picture, tried in order, with manners: turns, Retry-After, robots."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from d2i.image_decode import begins_as_picture, no_picture
+from d2i.preprocess.fetch.books import HostBooks
+from d2i.preprocess.fetch.http_client import Limits, Response, get
+from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
+from d2i.preprocess.fetch.rate_limiter import Outcome
+from d2i.preprocess.fetch.reasons import UNREACHED, RefusedRequestError, is_passing
+from d2i.preprocess.fetch.result import Fetched
+from d2i.preprocess.fetch.robots import is_kept_away
+from d2i.preprocess.fetch.ssrf_guard import Target
+from d2i.preprocess.fetch.transport import Route
+
+_BUSY = (429, 503)
+_UNSAID_PEACE_S = 1.0
+_UNNAMED = ("no_such_host", "refused_address")
+"""Failures of a name: of one host they tell nothing, of many that our DNS is at fault."""
+
+
+@dataclass(frozen=True)
+class Courtesy:
+    """How patient d2i is with a host that is busy.
+
+    Args:
+        num_attempts: How often one address is asked at most.
+        max_retry_after_s: A host that wants longer peace is left to a later run.
+    """
+
+    num_attempts: int
+    max_retry_after_s: float
+
+
+@dataclass(frozen=True)
+class AddressFetcher:
+    """Asks for pictures by their addresses. Safe to call from several threads.
+
+    Args:
+        limits: What one address may cost.
+        courtesy: How patient to be.
+        route: How hosts are reached.
+        hosts: Turns, and who is left alone.
+        placeholders: Pictures that stand for others.
+        slots: One for each request that may be under way; who waits for a turn holds none.
+    """
+
+    limits: Limits
+    courtesy: Courtesy
+    route: Route
+    hosts: HostBooks
+    placeholders: KnownPlaceholders
+    slots: threading.Semaphore
+
+    def fetch(self, addresses: Sequence[str], deadline: float) -> Fetched:
+        """Return the first picture that an address gives, or the failure of the last one.
+
+        Only its first bytes are looked at: whether the rest can be decoded shows too late for
+        another address to be asked.
+
+        Args:
+            addresses: Where it may be had, best first.
+            deadline: On the monotonic clock, when no request may begin any more.
+        """
+        failure = Fetched(None, "no_address", "the instance names no address", attempts=0)
+        attempts = 0
+        for address in addresses:
+            visit = _Visit(self, address, deadline)
+            found = visit.fetch(attempts)
+            if found.data is not None:
+                return found
+            attempts = found.attempts
+            # What may still come is worth more to a later run than what is gone for good.
+            if not (is_passing(failure.reason) and not is_passing(found.reason)):
+                failure = found
+            failure = failure.after(attempts)
+        return failure
+
+
+@dataclass
+class _Visit:
+    """All requests for one address."""
+
+    fetcher: AddressFetcher
+    address: str
+    deadline: float
+    asked: list[Target] = field(default_factory=list)
+    has_slot: bool = False
+
+    def fetch(self, attempts: int) -> Fetched:
+        """Ask, and ask again while the host is only busy; `attempts` were made before."""
+        for attempt in itertools.count(1):
+            try:
+                answer = self._ask()
+                _check_answer(answer, self.fetcher.placeholders)
+            except RefusedRequestError as err:
+                attempts += bool(self.asked)
+                if attempt < self.fetcher.courtesy.num_attempts and self._is_worth_waiting(err):
+                    continue
+                final_url = err.final_url or self.address
+                return Fetched(None, err.reason, str(err), attempts, err.status, final_url)
+            break
+        return Fetched(answer.body, "ok", "", attempts + 1, answer.status, answer.final_url)
+
+    def _is_worth_waiting(self, error: RefusedRequestError) -> bool:
+        wait_s = _retry_after_s(error)
+        return (
+            error.status in _BUSY
+            and wait_s <= self.fetcher.courtesy.max_retry_after_s
+            and time.monotonic() + wait_s < self.deadline
+        )
+
+    def _ask(self) -> Response:
+        self.asked = []
+        try:
+            answer = get(self.address, self.fetcher.limits, self.fetcher.route, self._wait_for_turn)
+        except RefusedRequestError as err:
+            self._report(err)
+            raise
+        finally:
+            self._give_slot_back()
+        self._report(None)
+        return answer
+
+    def _wait_for_turn(self, target: Target) -> None:
+        """Wait until the host may be asked, and there is room for one more request."""
+        self._give_slot_back()
+        if self.asked:
+            # It sent us on: it was reached.
+            self._call("report", self.asked[-1].netloc, "reached")
+        host = target.netloc
+        while True:
+            wait_s = self._take_turn(host)
+            if wait_s > 0.0:
+                time.sleep(wait_s)
+            has_waited = self._take_slot() or wait_s > 0.0
+            # Meanwhile it may have asked for peace, or have shown that it is dead.
+            if not (has_waited and self._call("wants_peace", host)):
+                break
+            self._give_slot_back()
+        self.asked.append(target)
+
+    def _take_slot(self) -> bool:
+        """Wait until there is room for one more request; return whether there was none at once."""
+        slots = self.fetcher.slots
+        self.has_slot = slots.acquire(blocking=False)
+        if self.has_slot:
+            return False
+        self.has_slot = slots.acquire(timeout=self._patience_s())
+        if not self.has_slot:
+            raise RefusedRequestError("shard_timeout", "the requests before it took too long")
+        return True
+
+    def _give_slot_back(self) -> None:
+        if self.has_slot:
+            self.has_slot = False
+            self.fetcher.slots.release()
+
+    def _patience_s(self) -> float:
+        return max(self.deadline - time.monotonic(), 0.0)
+
+    def _take_turn(self, host: str) -> float:
+        """Return for how long the host is to be left alone, in seconds."""
+        patience_s = self._patience_s()
+        wait_s: float | None = self._call("reserve", host, patience_s, is_named=not self.asked)
+        if wait_s is None:
+            raise RefusedRequestError(
+                "dead_host", f"{host} did not answer before, or was busy too often"
+            )
+        if wait_s > patience_s:
+            raise RefusedRequestError("shard_timeout", f"{host} has too long a queue")
+        return wait_s
+
+    def _report(self, error: RefusedRequestError | None) -> None:
+        """Say what the host that was asked last showed; of one that we were sent to, good alone.
+
+        Who sends us on chooses where to and how late, and could make any host look dead.
+        """
+        if not self.asked:
+            return
+        if error is not None and error.reason == "proxy_unreached":
+            self.fetcher.hosts.of(self.asked[-1].netloc).call("report_proxy_unreached")
+            return
+        outcome = _outcome(error)
+        if outcome is None or (outcome != "reached" and len(self.asked) > 1):
+            return
+        wait_s = 0.0 if error is None else _retry_after_s(error)
+        self._call("report", self.asked[-1].netloc, outcome, retry_after_s=wait_s)
+
+    def _call(self, method: str, host: str, *args: object, **kwargs: object) -> Any:
+        """Ask the book that has a host."""
+        return self.fetcher.hosts.of(host).call(method, host, *args, **kwargs)
+
+
+def _outcome(error: RefusedRequestError | None) -> Outcome | None:
+    """Return what the end of a request shows of the host that was asked, if anything."""
+    if error is None or error.was_reached:
+        return "reached"
+    if error.reason in _UNNAMED:
+        return "unnamed"
+    return "unreached" if error.reason in UNREACHED else None
+
+
+def _retry_after_s(error: RefusedRequestError) -> float:
+    """Return how long a host wants peace, in seconds; a busy one that does not say, a moment."""
+    if error.retry_after_s is not None:
+        return error.retry_after_s
+    return _UNSAID_PEACE_S if error.status in _BUSY else 0.0
+
+
+def _check_answer(answer: Response, placeholders: KnownPlaceholders) -> None:
+    """Refuse what its host keeps from us, stands for what is gone, or is a page, not a picture."""
+    if is_kept_away(answer.headers.get_all("X-Robots-Tag", [])):
+        raise RefusedRequestError(
+            "robots", "X-Robots-Tag forbids it", answer.status, final_url=answer.final_url
+        )
+    if why := placeholders.why(answer.body, answer.final_url):
+        raise RefusedRequestError("placeholder", why, answer.status, final_url=answer.final_url)
+    if not begins_as_picture(answer.body):
+        raise RefusedRequestError(
+            "not_an_image", no_picture(answer.body), answer.status, final_url=answer.final_url
+        )

@@ -1,0 +1,201 @@
+"""One guarded HTTP request: no private address, no endless body, no endless wait.
+
+The host is resolved once, every address of it is checked, and the connection goes to the very
+address that was checked (threats.md, section 3, row 1), or a proxy does so. Each redirect starts
+anew.
+"""
+
+from __future__ import annotations
+
+import email.message
+import email.utils
+import http.client
+import ssl
+import string
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from urllib.parse import quote, urljoin
+
+from d2i.preprocess.fetch.body import BodyLimits, read_body
+from d2i.preprocess.fetch.deadlines import WATCHDOG
+from d2i.preprocess.fetch.reasons import RefusedRequestError
+from d2i.preprocess.fetch.ssrf_guard import Target, check_url
+from d2i.preprocess.fetch.transport import Route, connect, time_left
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+_NUM_REDIRECTS = 5
+
+
+@dataclass(frozen=True)
+class Response:
+    """A complete body, as it is after decompression, and where it came from."""
+
+    body: bytes
+    status: int
+    final_url: str
+    headers: email.message.Message
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one address may cost, and who asks.
+
+    Args:
+        timeout_s: Total deadline, redirects and body included.
+        connect_timeout_s: How long a host may take to resolve, and to take a connection.
+        body: What its body may be.
+        user_agent: Names d2i and whom to write to.
+        allow_hosts: `HOST:PORT` that may be asked although private (`guard.allowed_hosts`).
+    """
+
+    timeout_s: float
+    connect_timeout_s: float
+    body: BodyLimits
+    user_agent: str
+    allow_hosts: frozenset[str] = frozenset()
+
+
+def get(
+    url: str,
+    limits: Limits,
+    route: Route,
+    on_target: Callable[[Target], None] = lambda _: None,
+) -> Response:
+    """Fetch one address, following at most five redirects.
+
+    Args:
+        url: The address.
+        limits: What it may cost.
+        route: How hosts are reached.
+        on_target: Called with each place before it is asked, redirects included; it may wait, and
+            it may raise `RefusedRequestError`.
+
+    Raises:
+        RefusedRequestError: With reason `refused_address`, `bad_url`, `no_such_host`,
+            `dns_failed`, `connect`, `proxy_unreached`, `proxy_refused`, `tls`, `timeout`,
+            `too_slow`, `http_<status>`, `too_many_bytes`, `encoded_body`, `cut_body` or
+            `too_many_redirects`.
+    """
+    deadline = time.monotonic() + limits.timeout_s
+    for hop in range(_NUM_REDIRECTS + 1):
+        with _refusing_before_it_asks(url, is_sent_on=hop > 0):
+            target = check_url(url, limits.allow_hosts)
+            before = time.monotonic()
+            on_target(target)
+        # Waiting for a turn is our courtesy, not the host's slowness.
+        deadline += time.monotonic() - before
+        progress = _Progress()
+        try:
+            answer = _get_once(url, target, limits, route, deadline, progress)
+        except (RefusedRequestError, OSError, http.client.HTTPException, ValueError) as err:
+            refused = _refused(err, deadline, limits, progress)
+            refused.final_url, refused.was_reached = url, progress.has_answer
+            raise refused from err
+        if isinstance(answer, Response):
+            return answer
+        url = answer
+    raise RefusedRequestError("too_many_redirects", f"over {_NUM_REDIRECTS}", final_url=url)
+
+
+@contextmanager
+def _refusing_before_it_asks(url: str, *, is_sent_on: bool) -> Iterator[None]:
+    """Say of a refusal which address it is of; whoever sent us on to it was reached."""
+    try:
+        yield
+    except RefusedRequestError as err:
+        err.final_url, err.was_reached = url, is_sent_on
+        raise
+
+
+@dataclass
+class _Progress:
+    """How far one request got."""
+
+    has_answer: bool = False
+
+
+def _refused(
+    err: Exception, deadline: float, limits: Limits, progress: _Progress
+) -> RefusedRequestError:
+    if isinstance(err, RefusedRequestError):
+        return err
+    if isinstance(err, TimeoutError):
+        return RefusedRequestError("timeout", f"over {limits.timeout_s} s")
+    return RefusedRequestError(_reason(err, deadline, progress), str(err))
+
+
+def _reason(err: Exception, deadline: float, progress: _Progress) -> str:
+    if time.monotonic() >= deadline:
+        # Ended at the deadline, a connection looks as if the other side had closed it.
+        return "timeout"
+    if progress.has_answer and isinstance(err, OSError | http.client.HTTPException):
+        return "cut_body"
+    if isinstance(err, ssl.SSLError):
+        return "tls"
+    if isinstance(err, http.client.InvalidURL):
+        return "bad_url"
+    return "connect" if isinstance(err, OSError | http.client.HTTPException) else "bad_url"
+
+
+def _get_once(
+    url: str,
+    target: Target,
+    limits: Limits,
+    route: Route,
+    deadline: float,
+    progress: _Progress,
+) -> Response | str:
+    """Return the response, or the address it redirects to."""
+    connect_deadline = min(deadline, time.monotonic() + limits.connect_timeout_s)
+    with (
+        closing(connect(route, target, limits.allow_hosts, connect_deadline)) as connection,
+        WATCHDOG.ending(connection.sock, deadline),
+    ):
+        connection.sock.settimeout(time_left(deadline))
+        if isinstance(connection.sock, ssl.SSLSocket):
+            connection.sock.do_handshake()
+        headers = _headers(limits) | route.headers(target)
+        connection.request("GET", route.address_line(target), headers=headers)
+        with closing(connection.getresponse()) as answer:
+            route.check_answer(target, answer)
+            progress.has_answer = True
+            location = answer.getheader("Location")
+            if answer.status in _REDIRECTS and location:
+                # Headers are read as latin-1; most hosts mean UTF-8, and urllib does the same.
+                return urljoin(url, quote(location, safe=string.punctuation, encoding="latin-1"))
+            if answer.status != http.client.OK:
+                raise RefusedRequestError(
+                    f"http_{answer.status}",
+                    answer.reason,
+                    answer.status,
+                    _retry_after_s(answer.getheader("Retry-After")),
+                )
+            # One receive at a time, none after the deadline: a drip cannot outlast it.
+            body = read_body(answer, limits.body, lambda: _check_time(deadline))
+            return Response(body, answer.status, url, answer.headers)
+
+
+def _check_time(deadline: float) -> None:
+    time_left(deadline)
+
+
+def _headers(limits: Limits) -> dict[str, str]:
+    return {
+        "User-Agent": limits.user_agent,
+        "Accept": "image/*",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+    }
+
+
+def _retry_after_s(value: str | None) -> float | None:
+    """Read seconds or a date."""
+    if value is None:
+        return None
+    with suppress(ValueError, OverflowError):
+        return max(float(int(value)), 0.0)
+    with suppress(ValueError, TypeError, OverflowError):
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    return None

@@ -1,0 +1,237 @@
+"""Many pictures by address: img2dataset's downloader, with its three seams filled by ours.
+
+It brings the threads and the bound on what is in flight. Each picture is handed to it as a token
+in place of an address: its opener is ours and answers nothing else, so no request can leave
+unguarded (threats.md, section 1). Our resizer passes the bytes on, our writer opens them.
+"""
+
+from __future__ import annotations
+
+import email.message
+import io
+import os
+import queue
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
+
+from d2i.dialog import ImageRef
+from d2i.preprocess.fetch.result import Fetched
+
+_TOKEN = "d2i:"  # A scheme that nothing else answers.
+OpenedT = TypeVar("OpenedT")
+_LOST = Fetched(None, "engine_error", "the download engine gave no result", attempts=0)
+
+
+def fetch_all(
+    refs: Sequence[ImageRef],
+    fetch: Callable[[ImageRef, float], Fetched],
+    open_picture: Callable[[ImageRef, Fetched], OpenedT],
+    *,
+    num_threads: int,
+    timeout_s: float,
+) -> Iterator[OpenedT]:
+    """Fetch pictures in threads, and yield each, opened, as it comes.
+
+    Args:
+        refs: What is fetched, each once.
+        fetch: Fetches one until a deadline on the monotonic clock, or says why not; called in
+            `num_threads` threads.
+        open_picture: Decodes what was fetched, or passes the failure on; called by one thread.
+        num_threads: How many are fetched at once; a few times as many wait to be opened or taken.
+        timeout_s: After so many seconds what is left fails with `shard_timeout`.
+
+    Raises:
+        Exception: What `open_picture` raised first; a failed picture does not.
+    """
+    if not refs:
+        return
+    opener = _Opener(refs, fetch, time.monotonic() + timeout_s)
+    writer = _Writer(refs, opener, open_picture, max_waiting=num_threads)
+    with tempfile.TemporaryDirectory(prefix="d2i-fetch-") as folder, _installed(opener):
+        download = _engine(Path(folder), len(refs), writer, num_threads)
+
+        def run() -> None:
+            try:
+                download()
+            finally:
+                writer.end()
+
+        # In a thread of its own: interrupted within it, the engine would wait for itself for ever.
+        threading.Thread(target=run, daemon=True).start()
+        yield from writer.opened()
+    for number in writer.missing():
+        # img2dataset prints what it did not expect, and goes on without that picture.
+        yield open_picture(refs[number], opener.found[number] or _LOST)
+
+
+def _engine(
+    folder: Path, num_refs: int, writer: _Writer[OpenedT], num_threads: int
+) -> Callable[[], object]:
+    """Return what downloads the tokens of so many pictures."""
+    # albumentations, which img2dataset imports, would ask the internet for its newest version.
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    from img2dataset.downloader import Downloader
+
+    tokens = pa.table({"url": [f"{_TOKEN}{n}" for n in range(num_refs)]})
+    with (
+        pa.OSFile(str(folder / "tokens.arrow"), "wb") as file,
+        pa.ipc.new_file(file, tokens.schema) as tokens_file,
+    ):
+        tokens_file.write_table(tokens)
+    download = Downloader(
+        sample_writer_class=lambda *_: writer,
+        resizer=_pass_on,
+        thread_count=num_threads,
+        save_caption=False,
+        extract_exif=False,
+        output_folder=str(folder),
+        column_list=["url"],
+        timeout=None,
+        number_sample_per_shard=max(num_refs, 2),
+        oom_shard_count=1,
+        compute_hash=None,
+        verify_hash_type=None,
+        encode_format="jpg",
+        retries=0,
+        user_agent_token=None,
+        disallowed_header_directives=None,
+    )
+    return lambda: download((0, str(folder / "tokens.arrow")))
+
+
+class _Opener:
+    """Stands where urllib's opener stands, and answers tokens alone."""
+
+    def __init__(
+        self, refs: Sequence[ImageRef], fetch: Callable[[ImageRef, float], Fetched], deadline: float
+    ) -> None:
+        self._refs = refs
+        self._fetch = fetch
+        self._deadline = deadline
+        self.found: list[Fetched | None] = [None] * len(refs)
+
+    def give_up(self) -> None:
+        """Fail all that was not begun yet."""
+        self._deadline = 0.0
+
+    def open(self, request: urllib.request.Request, *_: object) -> _Body:
+        """Fetch the picture that a token stands for.
+
+        Raises:
+            ValueError: If the request is none of ours.
+            OSError: If the picture cannot be had; `found` says why.
+        """
+        if not request.full_url.startswith(_TOKEN):
+            raise ValueError(f"no token: {request.full_url}")
+        number = int(request.full_url.removeprefix(_TOKEN))
+        if time.monotonic() >= self._deadline:
+            found = Fetched(None, "shard_timeout", "its shard took too long", attempts=0)
+        else:
+            found = self._fetch(self._refs[number], self._deadline)
+        # The bytes go through the engine, which bounds how many wait; they are not kept here.
+        self.found[number] = found.without_data()
+        if found.data is None:
+            raise OSError(found.reason)
+        return _Body(found.data)
+
+
+class _Body(io.BytesIO):
+    """What img2dataset reads as a response."""
+
+    headers = email.message.Message()
+
+
+class _Writer(Generic[OpenedT]):
+    """Stands where img2dataset's writer stands: opens what comes, and hands it on.
+
+    Args:
+        refs: The pictures, by number.
+        opener: Knows how asking ended.
+        open_picture: What opens one.
+        max_waiting: Opened pictures that wait to be taken at most.
+    """
+
+    def __init__(
+        self,
+        refs: Sequence[ImageRef],
+        opener: _Opener,
+        open_picture: Callable[[ImageRef, Fetched], OpenedT],
+        max_waiting: int,
+    ) -> None:
+        self._refs = refs
+        self._opener = opener
+        self._open_picture = open_picture
+        self._queue: queue.Queue[tuple[int, OpenedT] | None] = queue.Queue(max_waiting)
+        self._left = set(range(len(refs)))
+        self._failure: Exception | None = None
+        self._is_wanted = True
+
+    def write(self, data: bytes | None, _key: str, _caption: None, meta: dict[str, Any]) -> None:
+        """Take one picture, or the news that there is none."""
+        if not self._is_wanted:
+            return
+        number = int(meta["url"].removeprefix(_TOKEN))
+        found = self._opener.found[number] or _LOST
+        try:
+            opened = self._open_picture(self._refs[number], found.with_data(data))
+        except Exception as err:
+            # img2dataset would print it and go on.
+            self._failure, self._is_wanted = err, False
+            self._opener.give_up()
+        else:
+            self._queue.put((number, opened))
+
+    def close(self) -> None:
+        """Do nothing: what was written is where it belongs."""
+
+    def end(self) -> None:
+        """Say that nothing more comes."""
+        self._queue.put(None)
+
+    def opened(self) -> Iterator[OpenedT]:
+        """Yield what was opened until nothing more comes.
+
+        Raises:
+            Exception: What opening a picture raised first.
+        """
+        try:
+            while (item := self._queue.get()) is not None:
+                number, opened = item
+                self._left.remove(number)
+                yield opened
+        except BaseException:
+            # What is under way ends by its own deadline, and the engine's threads with it.
+            self._is_wanted = False
+            self._opener.give_up()
+            while self._queue.get() is not None:
+                pass
+            raise
+        if self._failure:
+            raise self._failure
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the pictures that never came."""
+        return sorted(self._left)
+
+
+def _pass_on(stream: io.BytesIO, _boxes: None) -> tuple[bytes, None, None, None, None, None]:
+    """Stand where img2dataset's resizer stands: ours opens pictures later, in `_Writer`."""
+    return stream.getvalue(), None, None, None, None, None
+
+
+@contextmanager
+def _installed(opener: _Opener) -> Iterator[None]:
+    before = urllib.request._opener  # type: ignore[attr-defined]
+    urllib.request.install_opener(opener)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        urllib.request.install_opener(before)

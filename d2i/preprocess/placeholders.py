@@ -1,0 +1,179 @@
+"""One picture under many addresses is none: hosts send a placeholder for what is gone.
+
+Within a shard it is refused before it is encoded. Over the shards of a split it is found in the
+ledger at the end, and withdrawn from what is committed: the same instances are dropped whichever
+shard was made first. A finished data set is left as it is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from d2i import storage
+from d2i.cluster import JobFault
+from d2i.preprocess.hash_partition import DealtRows
+from d2i.preprocess.ledger import (
+    LedgerRow,
+    count_failures,
+    ledger_tables,
+    read_shard_ledger,
+    write_ledger,
+)
+from d2i.preprocess.messages import FetchedPicture
+from d2i.shards import Commit, committed_names, copied_samples, read_commits, write_shard
+
+REASON = "placeholder"
+_HASH = "sha256_hash"
+
+
+def refuse_placeholders(
+    found: Iterable[FetchedPicture], known: Set[str], num_same: int
+) -> list[FetchedPicture]:
+    """Refuse the pictures that are one and the same under many addresses.
+
+    Args:
+        found: The distinct pictures of one shard.
+        known: sha256 of placeholders found before.
+        num_same: As many addresses with one picture make it a placeholder; 0: none do.
+    """
+    pictures = list(found)
+    counts = Counter(p.picture.sha256 for p in pictures if p.picture and _was_asked(p))
+    refused = known | {sha256 for sha256, num in counts.items() if 0 < num_same <= num}
+    return [
+        _refused(p) if p.picture and p.picture.sha256 in refused and _was_asked(p) else p
+        for p in pictures
+    ]
+
+
+def placeholders_of(split_url: str, num_same: int) -> frozenset[str]:
+    """Return the sha256 of the pictures that a split's ledger holds under many addresses.
+
+    They are counted a part of all sha256 at a time, as all pictures of a split may be too many for
+    memory.
+    """
+    if not num_same:
+        return frozenset()
+    found: set[str] = set()
+    with tempfile.TemporaryDirectory(prefix="d2i-same-") as scratch:
+        with DealtRows(Path(scratch) / "pictures.arrow", _HASH) as dealt:
+            columns = ["sha256", "image", "final_url"]
+            for _, table in ledger_tables(split_url, columns, shards=committed_names(split_url)):
+                dealt.add(_asked_pictures(table))
+        for part in dealt.buckets():
+            counts = part.group_by("sha256").aggregate([("image", "count_distinct")])
+            many = counts.filter(pc.greater_equal(counts["image_count_distinct"], num_same))
+            found.update(many["sha256"].to_pylist())
+    return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """A committed shard that holds placeholders."""
+
+    split_url: str
+    commit: Commit
+    placeholders: frozenset[str]
+
+
+def plan_withdrawals(split_url: str, num_same: int) -> list[Withdrawal]:
+    """Return the committed shards that hold pictures found to stand for many."""
+    placeholders = placeholders_of(split_url, num_same)
+    if not placeholders:
+        return []
+    commits = {commit.index: commit for commit in read_commits(split_url)}
+    columns = ["status", "final_url", "sha256"]
+    return [
+        Withdrawal(split_url, commits[number], placeholders)
+        for number, table in ledger_tables(split_url, columns, shards=commits)
+        if _has_withdrawn(table, placeholders)
+    ]
+
+
+@dataclass(frozen=True)
+class WithdrawalWorker:
+    """Makes a committed shard again without its placeholders; every other byte stays.
+
+    Args:
+        fingerprint: Of the data set.
+        fault: Told of `same_pictures.record_removed`.
+    """
+
+    fingerprint: Mapping[str, Any]
+    fault: JobFault | None = None
+
+    def run(self, task: Withdrawal) -> int:
+        """Return how many samples were withdrawn.
+
+        Done again after it was killed anywhere, it ends in the same: the new record is there before
+        the old one goes, and what was withdrawn is told by the ledger, which is written after both.
+        """
+        split_url, old = task.split_url, task.commit
+        rows = read_shard_ledger(split_url, old.index)
+        withdrawn = {row.key for row in rows if _is_withdrawn(row, task.placeholders)}
+        if withdrawn:
+            rows = [_withdrawn(row) if row.key in withdrawn else row for row in rows]
+            samples = copied_samples(split_url, old)
+            new = write_shard(
+                (sample for sample in samples if sample.key not in withdrawn),
+                split_url,
+                old.index,
+                failures=count_failures(rows),
+                fingerprint=self.fingerprint,
+            )
+            if new.name == old.name:
+                # An earlier attempt came as far as the ledger.
+                write_ledger(split_url, old.index, rows)
+                return len(withdrawn)
+            storage.remove(storage.join(split_url, old.commit_name))
+            if self.fault:
+                self.fault.reach("same_pictures.record_removed")
+            write_ledger(split_url, old.index, rows)
+        for name in (old.index_name, old.tar_name):
+            storage.remove(storage.join(split_url, name))
+        return len(withdrawn)
+
+
+def _asked_pictures(ledger: pa.Table) -> pa.Table:
+    """Return sha256 and address of the pictures that came from one, and what deals them out."""
+    came = pc.and_(pc.is_valid(ledger["sha256"]), pc.is_valid(ledger["final_url"]))
+    pictures = ledger.filter(came).select(["sha256", "image"])
+    digits = pc.utf8_slice_codeunits(pictures["sha256"], 0, 16).to_pylist()
+    hashes = np.frombuffer(bytes.fromhex("".join(digits)), ">u8").astype(np.uint64)
+    return pictures.append_column(_HASH, pa.array(hashes, pa.uint64()))
+
+
+def _was_asked(found: FetchedPicture) -> bool:
+    """Say whether a picture came from an address: equal files are somebody's own matter."""
+    return found.fetched.final_url is not None
+
+
+def _has_withdrawn(ledger: pa.Table, placeholders: Set[str]) -> bool:
+    """Say whether `_is_withdrawn` is true of a row."""
+    known = pa.array(sorted(placeholders), pa.string())
+    was_written = pc.and_(pc.equal(ledger["status"], "ok"), pc.is_valid(ledger["final_url"]))
+    is_known = pc.is_in(ledger["sha256"], value_set=known)
+    return bool(pc.any(pc.and_(was_written, is_known)).as_py())
+
+
+def _is_withdrawn(row: LedgerRow, placeholders: Set[str]) -> bool:
+    return row.status == "ok" and row.final_url is not None and row.sha256 in placeholders
+
+
+def _refused(found: FetchedPicture) -> FetchedPicture:
+    return replace(found, fetched=replace(found.fetched, reason=REASON, detail=_DETAIL))
+
+
+def _withdrawn(row: LedgerRow) -> LedgerRow:
+    return replace(row, status="permanent", reason=REASON, detail=_DETAIL)
+
+
+_DETAIL = "one and the same picture stands under many addresses"

@@ -1,0 +1,161 @@
+"""Small pieces of HTML: escaped text, exact figures, pictures as data, the shape of a section."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from PIL import Image
+
+from d2i.image_decode import turn_upright
+from d2i.png_chunks import without_metadata
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+_TAG = re.compile(r"<[^>]*>")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+_MAX_SIDE_PX = 480
+_MAX_BYTES = 120_000
+_MAX_MEGAPIXELS = 90
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that has something to show."""
+
+    anchor: str
+    title: str
+    body: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A part of the page whose files are not there, and why."""
+
+    title: str
+    reason: str
+
+
+def text(value: Any) -> str:
+    """Escape a value for use between tags and in quoted attributes."""
+    return html.escape(_CONTROLS.sub("\ufffd", str(value)), quote=True)
+
+
+def capitalised(value: str) -> str:
+    """Escape a label and raise its first letter."""
+    return text(value[:1].upper() + value[1:])
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Say whether a JSON value is a number that can be shown: finite, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def figure(value: float, spec: str, unit: str = "") -> str:
+    """Show a number rounded by a format spec; the element keeps it as it stands in the file."""
+    shown = format(value, spec).replace("-", "\N{MINUS SIGN}")
+    return f'<data value="{value!r}" title="{value!r}">{shown}{unit}</data>'
+
+
+def counted(number: int, noun: str) -> str:
+    """Show a count with what it counts, in the singular or with an s."""
+    return f"{figure(number, ',')} {noun if number == 1 else noun + 's'}"
+
+
+def percent(fraction: float) -> str:
+    """Show a fraction of 0..1 as a percentage."""
+    shown = f"{100 * fraction:.1f}\N{NARROW NO-BREAK SPACE}%"
+    return f'<data value="{fraction!r}" title="{fraction!r}">{shown}</data>'
+
+
+def duration(seconds: float) -> str:
+    """Show seconds as people say them; the element keeps the exact number."""
+    if seconds < 60:
+        shown = f"{seconds:.1f} s"
+    else:
+        minutes, rest = divmod(round(seconds), 60)
+        shown = f"{minutes} min {rest:02d} s"
+        if minutes >= 60:
+            shown = f"{minutes // 60} h {minutes % 60:02d} min"
+    spaced = shown.replace(" ", "\N{NO-BREAK SPACE}")
+    return f'<data value="{seconds!r}" title="{seconds!r} s">{spaced}</data>'
+
+
+def table(head: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]], caption: str = "") -> str:
+    """Make a table of ready-made cells; each row is its heading and its other cells.
+
+    The words of the caption also name the part of the page that scrolls sideways.
+    """
+    heads = "".join(f'<th scope="col">{cell}</th>' if cell else "<td></td>" for cell in head)
+    lines = (
+        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for name, cells in rows
+    )
+    title = f"<caption>{caption}</caption>" if caption else ""
+    name = _TAG.sub("", caption) or "Table"
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table>{title}'
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def card(
+    title: str, values: Sequence[tuple[str, str]], note: str, *, is_sequence: bool = False
+) -> str:
+    """Make a card of headline values, each its plain name and its ready-made value.
+
+    Where they are a sequence, as before and after, the last value stands out.
+    """
+    last = len(values) - 1 if is_sequence else None
+    items = "".join(
+        f'<div class="value{" last" if number == last else ""}">'
+        f"<dt>{text(name)}</dt><dd>{value}</dd></div>"
+        for number, (name, value) in enumerate(values)
+    )
+    kind = "pair" if is_sequence and len(values) == 2 else "list"
+    return (
+        f'<section class="card"><h2>{title}</h2><dl class="values {kind}">{items}</dl>'
+        f'<p class="note">{note}</p></section>'
+    )
+
+
+def picture(data: bytes | None, alt: str) -> str:
+    """Make an `<img>` that holds its picture, or say that there is none to show."""
+    address = None if data is None else picture_uri(data)
+    if address is None:
+        return f'<div class="no-picture" role="img" aria-label="{text(alt)}">not readable</div>'
+    return f'<img src="{address}" alt="{text(alt)}">'
+
+
+def picture_uri(data: bytes) -> str | None:
+    """Return a picture as a data URI, made smaller where it is large; None where it is broken.
+
+    Only still pictures in formats that browsers share are passed on as they are.
+    """
+    try:
+        data = without_metadata(data)
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > _MAX_MEGAPIXELS * 1_000_000:
+                return None
+            kind, animated = str(image.format), getattr(image, "n_frames", 1) > 1
+            fits = max(image.size) <= _MAX_SIDE_PX and len(data) <= _MAX_BYTES
+            image.load()
+            if animated or kind == "GIF" or not fits:
+                kind, data = "JPEG", _reduced(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _reduced(image: Image.Image) -> bytes:
+    turn_upright(image)
+    small = image.convert("RGB")
+    small.thumbnail((_MAX_SIDE_PX, _MAX_SIDE_PX), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()

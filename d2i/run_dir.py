@@ -1,0 +1,411 @@
+"""The run directory: its settings and metrics, written by training and read by evaluation.
+
+Owns what a run refuses to go on with. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from d2i import __version__, checksums, storage
+from d2i.checksums import CRC_FIELD, has_crc32, json_line, say_not_verified
+from d2i.config import FORMERLY, Recipe, WeightsKind, load_config
+from d2i.config_lock import read_settings, settle, with_former
+from d2i.errors import CheckpointError, ConfigError
+from d2i.parse import damaged, parse_json, read_json
+from d2i.weights_catalog import weights_to_fetch
+
+CONFIG_NAME = "config.json"
+EMA_NAME = "ema.safetensors"
+# The weights of a finished run, by their kind. The EMA is written last: its step is the run's.
+RESULT_NAMES: dict[WeightsKind, str] = {
+    "ema": EMA_NAME,
+    "ema-short": "ema-short.safetensors",
+    "trained": "trained.safetensors",
+}
+METRICS_NAME = "metrics.jsonl"
+VALIDATION_NAME = "validation.jsonl"
+# Written by a training that was asked to stop, and did.
+STOPPED_NAME = "stopped.json"
+BEST_NAME = "best.json"
+
+_SELECT_AGAIN = "repeat d2i select, or delete it"
+_TRAIN_AGAIN = (
+    "delete it and repeat that d2i train command, which writes it again from the last checkpoint"
+)
+_EDIT_LOG = "delete that line, or restore the file"
+_END_OF_LINE = re.compile(rb'"crc32": \d+\}')
+# What is left of the field in any line of which one byte was changed.
+_TRACE_OF_CRC = re.compile(rb'"cr|c32"')
+
+_FORMERLY = {f"recipe.{path}": value for path, value in FORMERLY.items()}
+# What decides how far a run goes, where and in which pieces a step is computed, and what is kept of
+# it, but no number beyond its rounding: as the number of ranks may, it may change from one command
+# to the next.
+_MAY_CHANGE = frozenset(
+    f"recipe.train.{name}"
+    for name in (
+        "num_steps",
+        "micro_batch_size",
+        "zero_stage",
+        "activation_checkpointing",
+        "compile",
+        "num_reader_threads",
+        "num_checkpoint_steps",
+        "num_checkpoints_kept",
+        "num_log_steps",
+        "num_validation_steps",
+        "num_sample_steps",
+        "record_keys",
+        "wandb_project",
+    )
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run is: kept as `config.json`, and compared when the command is repeated.
+
+    Args:
+        recipe: The resolved recipe, as JSON values.
+        data: Folder of the training shards.
+        manifest_sha256: Identity of that data set.
+        world_size: Ranks the run was started with.
+        initial_weights: The weights it started from, as `d2i.models.initial` describes them.
+    """
+
+    recipe: dict[str, Any]
+    data: str
+    manifest_sha256: str
+    world_size: int
+    initial_weights: dict[str, Any] | None = None
+    d2i_version: str = __version__
+
+
+@dataclass(frozen=True)
+class MetricsLine:
+    """One line of `metrics.jsonl`, about the steps since the line before, of the trained weights.
+
+    Args:
+        step: Steps taken.
+        loss: Mean over the steps.
+        lr: Learning rate of the last step.
+        num_images: Samples taken through the network since the start of the run.
+        images_per_s: Over all ranks.
+        elapsed_s: Seconds of training.
+        data_wait: Share of the time that the first rank waited for data, 0 to 1.
+        mfu: Share of the devices' peak FLOP/s, 0 to 1; None where the peak is not known.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    num_images: int
+    images_per_s: float
+    elapsed_s: float
+    data_wait: float | None = None
+    mfu: float | None = None
+
+
+@dataclass(frozen=True)
+class ValidationLine:
+    """One line of `validation.jsonl`: the trained weights' loss on fixed instances, noise, times.
+
+    Args:
+        step: Steps taken.
+        loss: Mean over all instances.
+        bands: Mean over those whose model time n lies in a band such as `1-250`.
+    """
+
+    step: int
+    loss: float
+    bands: dict[str, float]
+
+
+def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
+    """Begin a run, or make sure that this is the same one.
+
+    What changes no number may be another; `config.json` keeps what the run was begun with.
+
+    Args:
+        run_url: The run directory.
+        config: What the run is.
+        is_begun: Whether it has weights of its own; what has none may be begun with other settings.
+
+    Raises:
+        CheckpointError: If the run was started with another recipe or other data.
+    """
+    url = storage.join(run_url, CONFIG_NAME)
+    if not is_begun:
+        checksums.remove(url)
+    named = [
+        difference
+        for difference in settle(url, asdict(config), _as_now)
+        if difference.startswith(("recipe.", "manifest_sha256:"))
+        and difference.partition(":")[0] not in _MAY_CHANGE
+    ]
+    if named:
+        raise CheckpointError(
+            f"{run_url} was started with another recipe or other data: got "
+            f"{'; '.join(named[:3])}; repeat that{_settings_of(named)} or choose another --run"
+        )
+
+
+def check_initial_weights(recipe: Recipe, run_url: str) -> None:
+    """Make sure that a run is told what to start from; one made before this was asked goes on.
+
+    Raises:
+        ConfigError: If it is not: the published file, where it is published, and the setting.
+    """
+    if recipe.backbone.weights is not None:
+        return
+    if storage.exists(storage.join(run_url, CONFIG_NAME)):
+        began_so = read_recipe(run_url).backbone.weights is None
+        if began_so:
+            return
+    raise ConfigError(
+        f"recipe {recipe.name}: got no backbone.weights; expected what to fine-tune, "
+        f"{weights_to_fetch(recipe.backbone.name)}; give --set backbone.weights=PATH, or "
+        "backbone.weights=scratch to train from random weights"
+    )
+
+
+def _as_now(config: dict[str, Any]) -> dict[str, Any]:
+    """Say what a run was begun with in the settings of now.
+
+    Before averages had a warm-up, bf16 and fp16 were the whole network in half precision.
+    """
+    begun = with_former(config, _FORMERLY)
+    train = (config.get("recipe") or {}).get("train") or {}
+    if "ema_warmup" not in train and train.get("precision") in ("bf16", "fp16"):
+        begun["recipe"]["train"]["precision"] = f"{train['precision']}_weights"
+    return begun
+
+
+def _settings_of(named: Sequence[str]) -> str:
+    """Return the settings with which a run goes on as it was begun, of all that differ."""
+    found = [re.fullmatch(r"recipe\.([\w.]+): .*, expected ([\w.+-]+)", line) for line in named]
+    words = {"True": "true", "False": "false", "None": "null"}
+    said = [f"--set {m[1]}={words.get(m[2], m[2])}" for m in found if m]
+    return f" ({' '.join(said)})" if said else ""
+
+
+def read_recipe(run_url: str) -> Recipe:
+    """Return the recipe that a run was trained by.
+
+    Raises:
+        CheckpointError: If the folder is no run.
+    """
+    url = storage.join(run_url, CONFIG_NAME)
+    recipe = read_run_config(run_url).get("recipe")
+    if not isinstance(recipe, dict):
+        raise _no_run(run_url)
+    return load_config(Recipe, with_former(recipe, FORMERLY), source=url)
+
+
+def read_run_config(run_url: str) -> dict[str, Any]:
+    """Return what `config.json` says a run is, as `RunConfig` has it; older runs say less.
+
+    Raises:
+        CheckpointError: If the folder is no run, or the file is damaged.
+    """
+    try:
+        return read_settings(storage.join(run_url, CONFIG_NAME), CheckpointError)
+    except OSError as err:
+        raise _no_run(run_url) from err
+
+
+def _no_run(run_url: str) -> CheckpointError:
+    return CheckpointError(
+        f"{run_url} is no run: {CONFIG_NAME} cannot be read; expected a folder made by d2i train"
+    )
+
+
+def read_metrics(run_url: str) -> list[MetricsLine]:
+    """Read `metrics.jsonl`; a line that was being written when the run was killed is left out."""
+    return _read_lines(storage.join(run_url, METRICS_NAME), MetricsLine)
+
+
+def read_validation(run_url: str) -> list[ValidationLine]:
+    """Read `validation.jsonl`, as `read_metrics` does."""
+    return _read_lines(storage.join(run_url, VALIDATION_NAME), ValidationLine)
+
+
+def keep_lines_until(run_url: str, step: int, validation_step: int | None = None) -> None:
+    """Drop the lines after a step, which the run is about to write anew.
+
+    Args:
+        run_url: The run directory.
+        step: The last one whose line is kept.
+        validation_step: The same of `validation.jsonl`; `None` is `step`.
+    """
+    last = step if validation_step is None else validation_step
+    for name, lines, kept_until in (
+        (METRICS_NAME, read_metrics(run_url), step),
+        (VALIDATION_NAME, read_validation(run_url), last),
+    ):
+        kept = [json_line(asdict(line)) for line in lines if line.step <= kept_until]
+        storage.write_bytes(storage.join(run_url, name), b"".join(kept))
+
+
+def append_line(run_url: str, line: MetricsLine | ValidationLine) -> None:
+    """Append one line to `metrics.jsonl` or `validation.jsonl`."""
+    name = METRICS_NAME if isinstance(line, MetricsLine) else VALIDATION_NAME
+    storage.append_bytes(storage.join(run_url, name), json_line(asdict(line)))
+
+
+LineT = TypeVar("LineT", MetricsLine, ValidationLine)
+
+
+def _read_lines(url: str, kind: type[LineT]) -> list[LineT]:
+    lines = []
+    for values in read_log(url):
+        with contextlib.suppress(TypeError):
+            lines.append(kind(**values))
+    return lines
+
+
+def read_log(url: str) -> list[dict[str, Any]]:
+    """Read a file of lines that training wrote; empty where there is none.
+
+    A last line without its end was being written when the run was killed, and is left out; of a run
+    made before lines had a crc32, so is whatever else cannot be read.
+
+    Raises:
+        DataError: If another line is damaged.
+    """
+    data = storage.read_bytes(url) if storage.exists(url) else b""
+    *lines, last = data.split(b"\n")
+    is_summed = _TRACE_OF_CRC.search(data) is not None
+    if lines and not is_summed:
+        say_not_verified(url, "its lines")
+    if _END_OF_LINE.search(last) or (last and not is_summed):
+        lines.append(last)
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = json.loads(line)
+            is_good = isinstance(values, dict) and (has_crc32(values) or not is_summed)
+        except (ValueError, RecursionError):
+            is_good = False
+        if is_good:
+            found.append({name: v for name, v in values.items() if name != CRC_FIELD})
+        elif is_summed:
+            raise damaged(url, f"line {number} is not as it was written", next_step=_EDIT_LOG)
+    return found
+
+
+def last_step(run_url: str) -> int | None:
+    """Return the step after which a run's results were written; None where there are none yet.
+
+    Raises:
+        CheckpointError: If the results cannot be read.
+    """
+    url = storage.join(run_url, EMA_NAME)
+    if not storage.exists(url):
+        return None
+    refused: dict[str, Any] = {"next_step": _TRAIN_AGAIN, "error": CheckpointError}
+    if storage.local_path(url) is not None:
+        # Elsewhere only its head is read, and all of it once it is fetched.
+        checksums.check_file(url, **refused)
+    try:
+        length = int.from_bytes(storage.read_range(url, 0, 8), "little")
+        header = storage.read_range(url, 8, min(length, storage.size_bytes(url)))
+        described = parse_json(header, url, **refused).get("__metadata__", {})
+        if "step" in described:
+            return int(described["step"])
+    except (OSError, ValueError, TypeError) as err:
+        raise damaged(url, err, "weights that d2i train wrote", **refused) from err
+    # Of a run that was finished before results said their step.
+    return read_recipe(run_url).train.num_steps
+
+
+def keep_num_steps(run_url: str, num_steps: int) -> None:
+    """Say in `config.json` how many steps the run has made, now that it is finished."""
+    url = storage.join(run_url, CONFIG_NAME)
+    config = read_run_config(run_url)
+    if config["recipe"]["train"]["num_steps"] != num_steps:
+        config["recipe"]["train"]["num_steps"] = num_steps
+        checksums.write_bytes(url, (json.dumps(config, indent=1, sort_keys=True) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class BestChoice:
+    """What `d2i select` chose of a run.
+
+    Args:
+        weights: The file, a URL.
+        weights_kind: What they are.
+        guidance_scale: To be drawn with.
+        last_step: The run's last step when it was asked.
+    """
+
+    weights: str
+    weights_kind: WeightsKind
+    guidance_scale: float
+    last_step: int
+
+    def settings(self) -> list[str]:
+        """Return the choice as settings, which others may outweigh."""
+        return [
+            f"sample.guidance_scale={self.guidance_scale}",
+            f"sample.weights={self.weights_kind}",
+        ]
+
+
+def best_choice(run_url: str, warn: Callable[[str], None] | None = None) -> BestChoice | None:
+    """Return what `d2i select` chose of a run, if it did since the run was trained on.
+
+    Args:
+        run_url: The run directory.
+        warn: Told in a line of a choice that is older than the run's results, and not used.
+
+    Raises:
+        ConfigError: If what it wrote is damaged, or the weights are gone.
+    """
+    url = storage.join(run_url, BEST_NAME)
+    if not storage.exists(url):
+        return None
+    best = _read_best(url, run_url)
+    trained_to = last_step(run_url)
+    if trained_to is not None and best.last_step < trained_to:
+        if warn:
+            warn(
+                f"{url} is not used: it was chosen when the run had {best.last_step} steps, and it "
+                f"has {trained_to} now; repeat d2i select"
+            )
+        return None
+    if not storage.exists(best.weights):
+        raise ConfigError(f"{url} names {best.weights}, which is gone; repeat d2i select")
+    return best
+
+
+def _read_best(url: str, run_url: str) -> BestChoice:
+    best = read_choice(run_url)
+    try:
+        # Before it said so, its candidates did: the last checkpoint was among them.
+        steps = [int(candidate["step"]) for candidate in best.get("candidates", ())]
+        return BestChoice(
+            weights=storage.join(run_url, best["weights"]),
+            weights_kind=best.get("weights_kind", "ema"),
+            guidance_scale=float(best["guidance_scale"]),
+            last_step=int(best.get("last_step", max([*steps, int(best.get("step", 0))]))),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as err:
+        raise damaged(url, repr(err), next_step=_SELECT_AGAIN, error=ConfigError) from err
+
+
+def read_choice(folder: str) -> dict[str, Any]:
+    """Return the `best.json` that `d2i select` wrote into a folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ConfigError: If it is damaged.
+    """
+    url = storage.join(folder, BEST_NAME)
+    return read_json(url, next_step=_SELECT_AGAIN, error=ConfigError)

@@ -1,0 +1,201 @@
+"""Writing checkpoints beside the training: a copy of the numbers now, the disk in a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from d2i import storage
+from d2i.config import TrainConfig
+from d2i.fault_injection import Fault
+from d2i.train.checkpoint import (
+    Checkpoint,
+    Kind,
+    Progress,
+    clear_step,
+    prune,
+    run_name,
+    step_folder,
+    write_marker,
+    write_part,
+    written_ranks,
+)
+from d2i.train.ema import Ema, power_decay, warmup_decay
+from d2i.train.engine import (
+    Part,
+    base_optimizer,
+    list_parts,
+    master_weights,
+    restore_loss_scaler,
+)
+from d2i.train.failures import check_weights
+from d2i.train.ranks import Ranks
+
+_MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+_POLL_S = 0.02
+# Listing an object store costs money and time.
+_FOREIGN_POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that training changes: the masters, their moments and their averages."""
+
+    engine: Any
+    ema: Ema
+    short_ema: Ema | None = None
+
+    @property
+    def averages(self) -> dict[Kind, Ema]:
+        """The averages by their kind in a checkpoint."""
+        found: dict[Kind, Ema] = {"ema": self.ema}
+        return found if self.short_ema is None else found | {"ema_short": self.short_ema}
+
+    def update_averages(self) -> None:
+        """Take the weights into every average, after one more step."""
+        for average in self.averages.values():
+            average.update()
+
+    def tensors(self) -> dict[Kind, list[Tensor]]:
+        """Return the float32 tensors of each kind, one for each master of this rank."""
+        masters, state = master_weights(self.engine), base_optimizer(self.engine).state
+        found: dict[Kind, list[Tensor]] = {"weight": masters}
+        found |= {kind: average.tensors for kind, average in self.averages.items()}
+        for kind in _MOMENTS:
+            found[kind] = [state[master][kind] for master in masters]
+        return found
+
+    def num_updates(self) -> int:
+        """Return how many updates AdamW counts."""
+        first = base_optimizer(self.engine).state[master_weights(self.engine)[0]]
+        return int(first["step"].item())
+
+    def copy_own_runs(self, ranks: Ranks) -> dict[str, Tensor]:
+        """Copy to the CPU what this rank is to write; what all hold is dealt out over them."""
+        tensors, runs = self.tensors(), {}
+        for number, part in enumerate(list_parts(self.engine)):
+            if part.is_shared and number % ranks.world_size != ranks.rank:
+                continue
+            for kind, of_kind in tensors.items():
+                runs[run_name(kind, part.name, part.start)] = _copied(part.of(of_kind))
+        return runs
+
+    def begin(self, num_updates: int = 0) -> None:
+        """Give AdamW its moments, which are zero before the first update."""
+        for master in master_weights(self.engine):
+            base_optimizer(self.engine).state[master] = {
+                "exp_avg": torch.zeros_like(master, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+                "step": torch.tensor(float(num_updates), device=master.device),
+            }
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Fill this rank's part of the state; the network has its weights already."""
+        progress = checkpoint.progress
+        self.begin(progress.num_updates)
+        tensors = self.tensors()
+        for part in list_parts(self.engine):
+            for kind, of_kind in tensors.items():
+                _fill(part, kind, of_kind, checkpoint)
+        for average in self.averages.values():
+            average.num_updates = progress.step
+        restore_loss_scaler(self.engine, progress.loss_scale)
+
+
+def build_state(engine: Any, config: TrainConfig) -> TrainState:
+    """Return the state of a training that begins with the engine's weights as they are."""
+    masters, length = master_weights(engine), config.short_ema_length
+    rate = warmup_decay(config.ema_rate) if config.ema_warmup else config.ema_rate
+    short_ema = None if length is None else Ema(masters, power_decay(length))
+    state = TrainState(engine, Ema(masters, rate), short_ema)
+    state.begin()
+    return state
+
+
+def _copied(numbers: Tensor) -> Tensor:
+    return numbers.to("cpu", copy=True)
+
+
+def _fill(part: Part, kind: Kind, tensors: list[Tensor], checkpoint: Checkpoint) -> None:
+    part.of(tensors).copy_(checkpoint.read(kind, part.name, part.start, part.length))
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time, in a thread of each rank.
+
+    Args:
+        run_url: The run directory, the same files for all ranks.
+        config: How many checkpoints are kept.
+        ranks: This rank among those that write.
+        shapes: Shape of every parameter, by its published key.
+        fault: For proofs.
+    """
+
+    def __init__(
+        self,
+        run_url: str,
+        config: TrainConfig,
+        ranks: Ranks,
+        shapes: Mapping[str, tuple[int, ...]],
+        fault: Fault | None = None,
+    ) -> None:
+        self._run_url, self._config, self._ranks = run_url, config, ranks
+        self._shapes, self._fault = shapes, fault
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+        self._pending: Future[None] | None = None
+        self._abandoned = threading.Event()
+        self._poll_s = _POLL_S if storage.local_path(run_url) else _FOREIGN_POLL_S
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for no other rank any more: on an error they may be gone."""
+        self._abandoned.set()
+        self._thread.shutdown()
+
+    def start(self, state: TrainState, progress: Progress) -> None:
+        """Begin a checkpoint; every rank must call this. Waits for the one before.
+
+        Raises:
+            OSError: If the one before could not be written.
+            DivergedError: If it held what is no finite number.
+        """
+        self.finish()
+        if self._ranks.is_first:
+            clear_step(self._run_url, progress.step)
+        self._ranks.wait_for_all()
+        runs = state.copy_own_runs(self._ranks)
+        self._pending = self._thread.submit(self._write, runs, progress)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun is written, by this rank at least."""
+        self.raise_if_failed(wait=True)
+
+    def raise_if_failed(self, *, wait: bool = False) -> None:
+        """Raise what writing raised, as soon as it is known."""
+        if self._pending is not None and (wait or self._pending.done()):
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(self, runs: Mapping[str, Tensor], progress: Progress) -> None:
+        check_weights(runs, progress.step, self._config)
+        folder = step_folder(self._run_url, progress.step)
+        write_part(folder, self._ranks.rank, runs)
+        if not self._ranks.is_first:
+            return
+        while len(written_ranks(folder)) < self._ranks.world_size:
+            if self._abandoned.wait(self._poll_s):
+                return
+        if self._fault:
+            self._fault.reach("train.checkpoint_written")
+        write_marker(folder, progress, self._shapes, self._ranks.world_size)
+        prune(self._run_url, self._config.num_checkpoints_kept, progress.step)

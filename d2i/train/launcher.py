@@ -1,0 +1,132 @@
+"""The `deepspeed` line that `d2i train` prints and runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import d2i
+from d2i.child_process import end_with_parent, starter_environment
+from d2i.errors import ClusterError
+
+_ASK_EVERY_S = 1.0
+# DeepSpeed's launcher kills ranks that take more than 30 seconds to end.
+_GROUP_WAIT_S, _GROUP_POLL_S = 60.0, 0.05
+
+
+def deepspeed_command(arguments: Sequence[str], num_accelerators: int | None) -> list[str]:
+    """Return the command line: `deepspeed … train/launch.py ARGUMENTS`.
+
+    Without a checkout (an installed wheel) the same entry is `--module d2i.train.launch`.
+
+    Args:
+        arguments: What `train/launch.py` takes.
+        num_accelerators: Ranks on this machine; `None` takes every GPU, or one CPU rank.
+
+    Raises:
+        ClusterError: If the launcher is not installed beside this Python.
+    """
+    launcher = Path(sys.executable).with_name("deepspeed")
+    if not launcher.exists():
+        raise ClusterError(
+            f"no deepspeed launcher beside {sys.executable}; expected it in the same "
+            "environment; pip install deepspeed"
+        )
+    script = Path(d2i.__file__).parents[1] / "train" / "launch.py"
+    entry = [str(script)] if script.exists() else ["--module", "d2i.train.launch"]
+    ranks = [] if num_accelerators is None else ["--num_accelerators", str(num_accelerators)]
+    # Pages of what it does would bury the one line that says why a training ends.
+    quiet = ["--log_level", "error"]
+    return [str(launcher), *quiet, "--master_port", str(_free_port()), *ranks, *entry, *arguments]
+
+
+def run_command(command: Sequence[str]) -> tuple[int, bool]:
+    """Run the launcher as a process group of its own, ended with this process.
+
+    What the launcher prints goes to stderr: stdout is the command's own result.
+
+    Returns:
+        Its exit code, and whether a Ctrl-C asked the ranks to stop.
+    """
+    environment = (
+        os.environ
+        | starter_environment()
+        | {
+            # The launcher finds ninja and python beside it, also without an activated environment.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    )
+    with subprocess.Popen(
+        list(command),
+        env=environment,
+        # Nobody answers a question that a library of a rank asks.
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        start_new_session=True,
+        preexec_fn=_before_launcher,
+    ) as launcher:
+        stop = _Stop(launcher.pid)
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = launcher.wait(timeout=_ASK_EVERY_S)
+                    stop.wait_for_group()
+                    return code, stop.is_interrupted
+                stop.repeat()
+        except BaseException:
+            os.killpg(launcher.pid, signal.SIGTERM)
+            raise
+
+
+class _Stop:
+    """Hands a wish to stop on to the ranks, which write a checkpoint and end with code 0.
+
+    SIGTERM, SLURM's SIGUSR1 and a first Ctrl-C are such wishes; a second Ctrl-C ends all at once.
+    The ranks are asked again and again, as they do not listen before they have joined.
+    """
+
+    def __init__(self, group: int) -> None:
+        self._group = group
+        self._is_asked = False
+        self.is_interrupted = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def repeat(self) -> None:
+        """Ask again, if it was asked before."""
+        if self._is_asked:
+            os.killpg(self._group, signal.SIGUSR1)
+
+    def wait_for_group(self) -> None:
+        """Wait for the ranks if it was asked: a launcher that is asked as well ends before them."""
+        deadline = time.monotonic() + _GROUP_WAIT_S
+        with contextlib.suppress(ProcessLookupError):
+            while self._is_asked and time.monotonic() < deadline:
+                os.killpg(self._group, 0)
+                time.sleep(_GROUP_POLL_S)
+
+    def _ask(self, number: int, _frame: object) -> None:
+        if self._is_asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._is_asked = True
+        self.is_interrupted |= number == signal.SIGINT
+
+
+def _before_launcher() -> None:
+    end_with_parent()
+    # The launcher knows nothing of this signal and would die of it; the ranks listen to it.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,120 @@
+"""What the first rank keeps of a run while it goes on: lines, TensorBoard and others, a chart."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from d2i import storage
+from d2i.config import Recipe
+from d2i.run_dir import (
+    MetricsLine,
+    ValidationLine,
+    append_line,
+    keep_lines_until,
+    read_metrics,
+    read_validation,
+)
+from d2i.terminal import plain
+from d2i.train.chart import draw_chart
+from d2i.train.wandb_logger import WandbLines
+
+_EVENTS_NAME = "tensorboard"
+
+
+class Records:
+    """The records of one run, as files in its folder.
+
+    Args:
+        run_url: The run directory.
+        recipe: Of the run; it may ask for Weights & Biases.
+        step: The last step whose line is kept; later ones, of a cut off attempt, are dropped.
+        validation_step: The same of validation losses; `None` is `step`.
+
+    Raises:
+        ConfigError: If Weights & Biases is asked for and cannot be used.
+    """
+
+    def __init__(
+        self, run_url: str, recipe: Recipe, step: int, validation_step: int | None = None
+    ) -> None:
+        # Imported here: of all ranks only the first one needs it, and it takes a second.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run_url = run_url
+        keep_lines_until(run_url, step, validation_step)
+        # TensorBoard writes to a folder: that of the run, or one that is copied there.
+        self._folder = _local_events(run_url)
+        self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
+        project = recipe.train.wandb_project
+        self._wandb = WandbLines(project, run_url, recipe) if project else None
+
+    def has_metrics(self, step: int) -> bool:
+        """Say whether the line of a step is there."""
+        return any(line.step == step for line in read_metrics(self._run_url))
+
+    def has_validation(self, step: int) -> bool:
+        """Say whether the validation loss of a step is there."""
+        return any(line.step == step for line in read_validation(self._run_url))
+
+    def metrics(self, line: MetricsLine) -> None:
+        """Keep the line of some steps."""
+        append_line(self._run_url, line)
+        names = ("loss", "lr", "images_per_s", "data_wait", "mfu")
+        values = {f"train/{name}": getattr(line, name) for name in names}
+        self._show({name: v for name, v in values.items() if v is not None}, line.step)
+
+    def validation(self, line: ValidationLine) -> None:
+        """Keep a validation loss, and draw the chart anew."""
+        append_line(self._run_url, line)
+        in_bands = {f"valid/n_{band}": loss for band, loss in line.bands.items()}
+        self._show({"valid/loss": line.loss, **in_bands}, line.step)
+        bands = "  ".join(f"n {band}: {loss:.4f}" for band, loss in line.bands.items())
+        say(f"step {line.step}  validation loss {line.loss:.4f} as trained  ({bands})")
+        self.draw()
+
+    def _show(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.add(values, step)
+
+    def draw(self) -> None:
+        """Draw `loss.png` out of what is kept, and hand TensorBoard what it has not seen."""
+        draw_chart(self._run_url)
+        self._events.flush()
+        self._publish_events()
+
+    def close(self) -> None:
+        """Draw for the last time."""
+        self.draw()
+        self._events.close()
+        self._publish_events()
+        if self._wandb:
+            self._wandb.close()
+
+    def _publish_events(self) -> None:
+        if storage.local_path(self._run_url) is None:
+            for path in self._folder.iterdir():
+                url = storage.join(self._run_url, _EVENTS_NAME, path.name)
+                storage.write_bytes(url, path.read_bytes())
+
+
+def _local_events(run_url: str) -> Path:
+    local = storage.local_path(run_url)
+    return local / _EVENTS_NAME if local else Path(tempfile.mkdtemp(prefix=_EVENTS_NAME))
+
+
+def record_keys(run_url: str, rank: int, step: int, keys: Sequence[str]) -> None:
+    """Append the keys of a rank's micro batch to `keys/rank-N.jsonl`."""
+    line = json.dumps({"step": step, "keys": list(keys)}) + "\n"
+    storage.append_bytes(storage.join(run_url, "keys", f"rank-{rank}.jsonl"), line.encode())
+
+
+def say(line: str) -> None:
+    """Print a line of the first rank to stderr, where progress goes."""
+    sys.stderr.write(f"{plain(line)}\n")
+    sys.stderr.flush()

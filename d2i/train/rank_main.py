@@ -1,0 +1,204 @@
+"""The training loop: steps from the newest checkpoint to the last, every rank in the same pace."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from d2i import storage
+from d2i.config import Recipe
+from d2i.errors import CheckpointError, ConfigError
+from d2i.models import save_weights
+from d2i.models.initial import describe_initial_weights
+from d2i.models.model_dir import resolve_sizes
+from d2i.recipes import check_prepared_with
+from d2i.run_dir import (
+    RESULT_NAMES,
+    STOPPED_NAME,
+    RunConfig,
+    keep_num_steps,
+    last_step,
+    open_run,
+)
+from d2i.shards import ShardReader
+from d2i.train.checkpoint import (
+    KIND_OF_WEIGHTS,
+    Checkpoint,
+    Progress,
+    newest_sound_checkpoint,
+    step_folder,
+)
+from d2i.train.checkpoint_writer import CheckpointWriter, TrainState, build_state
+from d2i.train.data import check_cache, check_sizes, train_url
+from d2i.train.ending import ending_in_words
+from d2i.train.engine import build_engine, join_ranks
+from d2i.train.failures import how_to_go_on
+from d2i.train.metrics_logger import say
+from d2i.train.network import build_trained_network
+from d2i.train.ranks import Ranks
+from d2i.train.request import TrainRequest
+from d2i.train.trainer import Stepper
+
+
+def train(request: TrainRequest) -> None:
+    """Train to the recipe's last step, continuing where an earlier call was cut off.
+
+    Raises:
+        CheckpointError: If the run belongs to another recipe or other data, has made more steps
+            already, or is to go on and has no checkpoint.
+        ConfigError: If the ranks cannot share the global batch, or the sizes do not fit the data.
+        D2IError: What else the user can mend.
+    """
+    ranks = join_ranks()
+    with ending_in_words(request, ranks), ExitStack() as stack:
+        _hold_run(request.run_url, ranks, stack)
+        _train_rank(request, ranks)
+        ranks.wait_for_all()
+    torch.distributed.destroy_process_group()
+
+
+def _hold_run(run_url: str, ranks: Ranks, stack: ExitStack) -> None:
+    """Have the first rank hold the run's folder against other commands until the stack is left."""
+
+    def hold() -> int:
+        stack.enter_context(storage.only_writer(run_url))
+        return 0
+
+    ranks.on_first(hold)
+
+
+def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
+    recipe, config, run_url = request.recipe, request.recipe.train, request.run_url
+    config.accumulation(ranks.world_size)
+    _check_kept_weights(recipe)
+    reader = request.open_shards(train_url(request.data_url))
+    check_cache(reader, request.open_validation(), config, request.cache_gb)
+    check_prepared_with(recipe, reader.url)
+    # Only a network without weights to start from draws its first ones here.
+    torch.manual_seed(config.seed)
+    network = build_trained_network(recipe)
+    check_sizes(network, reader)
+    checkpoint = _find_checkpoint(run_url, ranks)
+    if ranks.on_first(lambda: _open_run(request, reader, ranks, checkpoint)):
+        return
+    state = _build_state(request, ranks, network, checkpoint)
+    progress = checkpoint.progress if checkpoint else Progress()
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    with CheckpointWriter(run_url, config, ranks, shapes, request.fault) as writer:
+        last = Stepper(request, ranks, state, reader, writer).run(progress)
+        writer.finish()
+        ranks.wait_for_all()
+    if ranks.is_first:
+        _end(request, last)
+
+
+def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:
+    """Find where to go on from: the first rank reads every byte, the others believe it."""
+
+    def newest_step() -> int:
+        found = newest_sound_checkpoint(run_url, lambda line: say(f"warning: {line}"))
+        return found.progress.step if found else 0
+
+    step = ranks.on_first(newest_step)
+    return Checkpoint(step_folder(run_url, step)) if step else None
+
+
+def _open_run(
+    request: TrainRequest, reader: ShardReader, ranks: Ranks, checkpoint: Checkpoint | None
+) -> int:
+    """Begin the run, or go on with it; return 1 where it is finished and nothing can be gone on."""
+    run_url = request.run_url
+    finished_at = last_step(run_url)
+    made = max(finished_at or 0, checkpoint.progress.step if checkpoint else 0)
+    storage.remove(storage.join(run_url, STOPPED_NAME))
+    config = _run_config(request, reader, ranks.world_size)
+    if not made:
+        # Read where they are used; a run that goes on keeps what it began with.
+        config = replace(config, initial_weights=describe_initial_weights(request.recipe.backbone))
+    open_run(run_url, config, is_begun=made > 0)
+    _check_num_steps(request, made, can_go_on=checkpoint is not None or not made)
+    if checkpoint is None and made:
+        say(f"{run_url} is finished, its checkpoints are gone: nothing to do")
+        return 1
+    return 0
+
+
+def _check_num_steps(request: TrainRequest, made: int, *, can_go_on: bool) -> None:
+    """Make sure that a run of so many steps can end where it is to end now.
+
+    Nothing that a step does depends on how many are to come (the learning rate is constant after
+    its warm-up), so a run may be trained longer.
+
+    Raises:
+        CheckpointError: If it has made more already, or cannot go on.
+    """
+    run_url, num_steps = request.run_url, request.recipe.train.num_steps
+    if num_steps < made:
+        raise CheckpointError(
+            f"train.num_steps is {num_steps}, and {run_url} has made {made} steps; expected at "
+            f"least so many; give --set train.num_steps={made} or more, or another --run"
+        )
+    if num_steps > made and not can_go_on:
+        raise CheckpointError(
+            f"{run_url} was finished at step {made} and its checkpoints are gone, so it cannot go "
+            f"on to step {num_steps}; expected one; restore it, or begin another --run, from these "
+            "weights by --set backbone.weights=PATH"
+        )
+
+
+def _check_kept_weights(recipe: Recipe) -> None:
+    """Make sure that the run keeps the weights that pictures are to be drawn with.
+
+    Raises:
+        ConfigError: If it keeps no such average.
+    """
+    if recipe.sample.weights == "ema-short" and recipe.train.short_ema_length is None:
+        raise ConfigError(
+            "sample.weights is ema-short, and train.short_ema_length is null, so the run keeps no "
+            "shorter average; expected a length such as 0.05; --set train.short_ema_length=0.05"
+        )
+
+
+def _build_state(
+    request: TrainRequest, ranks: Ranks, network: Any, checkpoint: Checkpoint | None
+) -> TrainState:
+    config = request.recipe.train
+    if checkpoint:
+        # Before the engine is built: then every copy that ZeRO makes of them is right.
+        network.load_state_dict(dict(checkpoint.read_whole("weight")))
+    engine = build_engine(network, config, ranks.world_size, request.zero)
+    state = build_state(engine, config)
+    if checkpoint:
+        state.restore(checkpoint)
+    return state
+
+
+def _end(request: TrainRequest, progress: Progress) -> None:
+    run_url, config = request.run_url, request.recipe.train
+    if progress.step < config.num_steps:
+        stopped = json.dumps({"step": progress.step}) + "\n"
+        storage.write_bytes(storage.join(run_url, STOPPED_NAME), stopped.encode())
+        say(f"stopped at step {progress.step}/{config.num_steps}: {how_to_go_on(run_url)}")
+        return
+    checkpoint = Checkpoint(step_folder(run_url, progress.step))
+    described = {"step": str(progress.step)}
+    for kind, name in reversed(RESULT_NAMES.items()):
+        if kind != "ema-short" or config.short_ema_length is not None:
+            state = dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind]))
+            save_weights(state, storage.join(run_url, name), described)
+    keep_num_steps(run_url, progress.step)
+
+
+def _run_config(request: TrainRequest, reader: ShardReader, world_size: int) -> RunConfig:
+    # The run says every size of its network, wherever its first weights lie.
+    backbone = resolve_sizes(request.recipe.backbone).model_dump(mode="json")
+    return RunConfig(
+        recipe=request.recipe.model_dump(mode="json") | {"backbone": backbone},
+        data=storage.resolve(request.data_url),
+        manifest_sha256=reader.manifest.sha256,
+        world_size=world_size,
+    )

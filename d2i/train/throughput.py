@@ -1,0 +1,113 @@
+"""How fast training goes: images a second, the share of waiting for data, MFU, the time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2i.config import BackboneConfig
+from d2i.models import build_backbone
+from d2i.models.model_dir import resolve_sizes
+from d2i.run_dir import MetricsLine
+
+# Dense bf16 and fp16 peaks of NVIDIA's data sheets, FLOP/s, by a part of the device's name.
+_PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "V100": 125e12,
+}
+
+
+class Pace:
+    """Counts time and waiting since the last line.
+
+    Args:
+        step: The step that the run goes on from.
+        elapsed_s: Seconds of training before.
+    """
+
+    def __init__(self, step: int, elapsed_s: float) -> None:
+        self._started = time.monotonic() - elapsed_s
+        self._line_started = time.monotonic()
+        self._line_step = step
+        self._waited_s = 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return time.monotonic() - self._started
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count what happens inside as waiting."""
+        started = time.monotonic()
+        yield
+        self._waited_s += time.monotonic() - started
+
+    def next_line(self, step: int) -> tuple[float, float]:
+        """Begin the next line.
+
+        Returns:
+            Steps a second, and the share of time that was spent waiting for data, 0 to 1.
+        """
+        now = time.monotonic()
+        seconds = max(now - self._line_started, 1e-9)
+        rate, waited = (step - self._line_step) / seconds, self._waited_s / seconds
+        self._line_started, self._line_step, self._waited_s = now, step, 0.0
+        return rate, waited
+
+
+def count_flops(config: BackboneConfig) -> int:
+    """Return the FLOP of one image, forward and backward: three times those of the forward pass.
+
+    Two for each multiply-add, recomputation not counted (performance.md, section 2).
+    """
+    sizes = resolve_sizes(config)
+    with torch.device("meta"):
+        network: Any = build_backbone(sizes.name, **sizes.overrides()).requires_grad_(False)
+        latent = torch.empty(1, 4, network.latent_size, network.latent_size)
+        text = torch.empty(1, network.num_text_tokens, network.text_dim)
+        n = torch.ones(1)
+        with FlopCounterMode(display=False) as counter:
+            if config.is_joint:
+                network(latent, torch.empty(1, 1, network.clip_dim), text, n, n)
+            else:
+                network(latent, n, text)
+    return 3 * int(counter.get_total_flops())
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return the FLOP/s that a device reaches at most; None where we do not know them."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
+def progress_line(line: MetricsLine, num_steps: int, global_batch_size: int) -> str:
+    """Return the line that the first rank prints."""
+    left_s = (num_steps - line.step) * global_batch_size / max(line.images_per_s, 1e-9)
+    mfu = "n/a" if line.mfu is None else f"{line.mfu:.0%}"
+    return (
+        f"step {line.step}/{num_steps}  loss {line.loss:.4f}  {line.images_per_s:.0f} images/s  "
+        f"data wait {line.data_wait or 0:.1%}  MFU {mfu}  {_duration(left_s)} left"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,42 @@
+"""What was seen is remembered exactly, and in few bytes."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2i.corpora import compact_set
+from d2i.corpora.compact_set import SeenHashes
+
+NUMBERS = st.one_of(st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1))
+
+
+@given(numbers=st.lists(NUMBERS), max_recent=st.integers(1, 5))
+def test_it_knows_what_a_set_knows(numbers: list[int], max_recent: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compact_set, "MAX_RECENT", max_recent)
+        known, expected = SeenHashes(), set[int]()
+        for number in numbers:
+            assert (number in known) == (number in expected)
+            known.add(number)
+            expected.add(number)
+        assert all(number in known for number in numbers)
+
+
+def test_very_many_take_eight_bytes_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compact_set, "MAX_RECENT", 1 << 14)
+    numbers = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 300_000).tolist()
+    tracemalloc.start()
+    try:
+        known = SeenHashes()
+        for number in numbers:
+            known.add(number)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 15 * len(numbers)
+    assert all(number in known for number in numbers[:1000])

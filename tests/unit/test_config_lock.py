@@ -1,0 +1,98 @@
+"""What decided a folder is kept once and compared ever after, and a folder has one writer."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from d2i import storage
+from d2i.config import TextConfig
+from d2i.config_lock import settle
+from d2i.demo.corpus import write_corpus
+from d2i.errors import ConfigError
+from d2i.preprocess.plan import PlanRequest, make_plan
+from d2i.recipes import change_recipe, check_prepared_with, keep_recipe, load_recipe
+from d2i.shards import Sample, json_bytes, npy_bytes, write_shard
+
+
+def test_the_first_settings_stay(tmp_path: Path) -> None:
+    url = str(tmp_path / "kept.json")
+    assert settle(url, {"image": {"resolution": 64}, "pair": (1, 2)}) == []
+    assert settle(url, {"image": {"resolution": 64}, "pair": (1, 2)}) == []
+    assert settle(url, {"image": {"resolution": 32}, "more": 1}) == [
+        "image.resolution: 32, expected 64",
+        "more: 1, expected absent",
+        "pair: absent, expected [1, 2]",
+    ]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_file_is_said_to_be(tmp_path: Path, content: str) -> None:
+    (tmp_path / "kept.json").write_text(content)
+    with pytest.raises(ConfigError, match="is damaged"):
+        settle(str(tmp_path / "kept.json"), {})
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    with ExitStack() as held:
+        held.enter_context(storage.only_writer(str(tmp_path)))
+        held.enter_context(storage.only_writer(str(tmp_path / "other")))
+        with pytest.raises(ConfigError, match="another command works there"):
+            held.enter_context(storage.only_writer(str(tmp_path), wait_s=0))
+    with storage.only_writer(str(tmp_path)):
+        pass
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> PlanRequest:
+    write_corpus(tmp_path / "corpus", 50, seed=0)
+    return PlanRequest("mmdialog", str(tmp_path / "corpus"), "test", load_recipe("demo"))
+
+
+def test_a_plan_looked_at_is_not_written(tmp_path: Path, request_: PlanRequest) -> None:
+    plan = make_plan(request_, str(tmp_path / "out"), keep=False)
+    assert plan.num_instances >= 6
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_a_plan_with_finished_shards_is_binding(tmp_path: Path, request_: PlanRequest) -> None:
+    out = str(tmp_path / "out")
+    make_plan(replace(request_, limit=2), out)
+    assert make_plan(replace(request_, limit=3), out).num_instances == 3
+    assert make_plan(replace(request_, limit=3), out).num_instances == 3
+    sample = Sample("k", {"json": json_bytes({"key": "k"}), "tokens.npy": _tokens()})
+    write_shard([sample], out, 0, failures={})
+    with pytest.raises(ConfigError, match=r"got limit: 2, expected 3"):
+        make_plan(replace(request_, limit=2), out)
+
+
+def test_data_prepared_otherwise_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe("demo")
+    keep_recipe(recipe, str(tmp_path))
+    check_prepared_with(recipe, str(tmp_path))
+    check_prepared_with(recipe, str(tmp_path / "train"))
+    other = recipe.model_copy(update={"text": TextConfig(strategy="space")})
+    with pytest.raises(ConfigError, match=r"text\.strategy: space, expected hash"):
+        check_prepared_with(other, str(tmp_path / "train"))
+    (tmp_path / "vae").mkdir()
+    moved = change_recipe(recipe, [f"encoders.vae={tmp_path / 'vae'}", "image.min_side=20"])
+    check_prepared_with(moved, str(tmp_path))
+
+
+def test_paths_become_absolute_and_names_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vae").mkdir()
+    recipe = change_recipe(load_recipe("demo"), ["encoders.vae=vae"])
+    assert recipe.encoders.vae == str(tmp_path / "vae")
+    assert recipe.encoders.clip_text == "demo:clip_text"
+    assert recipe.backbone.weights == "demo:backbone"
+
+
+def _tokens() -> bytes:
+    return npy_bytes(np.zeros(77, np.uint16))

@@ -1,0 +1,134 @@
+"""What a job would take: counted from rates that were measured or are named as assumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2i.cli.forecast import assumed_of
+from d2i.cluster.estimate import Assumed, Work, forecast
+from d2i.cluster.offer import Offer, look_at_offer
+from d2i.cluster.rates import Meter, Rate, find_rate, keep_rate
+from d2i.errors import ConfigError
+from d2i.preprocess.job import PreprocessRequest, plan_job, preprocess, rate_decided_by, work_left
+from d2i.recipes import resolve_recipe
+from tests.integration.conftest import write_chat
+from tests.processes import run_d2i
+
+OFFER = Offer(num_nodes=4, num_workers=8, unit="accelerator", object_store_bytes=1 << 30)
+WORK = Work(num_items=20_000, num_tasks=20, bytes_in_flight=100)
+MEASURED = Rate(items_per_s=5.0, num_items=1000, num_workers=2, host="here", date="2026-01-02")
+
+
+def test_time_is_that_of_the_worker_who_has_most_to_do() -> None:
+    found = forecast(WORK, OFFER, MEASURED, Assumed(price_per_node_hour=3.6))
+    # 20 tasks of 1000 instances on 8 workers: somebody has three, 200 s each.
+    assert found.num_rounds == 3
+    assert found.time_s == 600.0
+    assert found.cost == pytest.approx(4 * 3.6 * 600 / 3600)
+    assert found.bytes_in_flight == 800
+    assert "measured by here on 2026-01-02 over 1000 instances" in found.rate_from
+
+
+def test_an_assumed_rate_outweighs_the_measured_one_and_is_called_so() -> None:
+    found = forecast(WORK, OFFER, MEASURED, Assumed(items_per_s=10.0))
+    assert found.time_s == 300.0
+    assert found.rate_from == "assumed, as --rate says"
+    assert found.cost is None
+
+
+def test_without_a_rate_nothing_is_made_up() -> None:
+    found = forecast(WORK, OFFER, None, Assumed(price_per_node_hour=1.0))
+    assert (found.items_per_s, found.time_s, found.cost) == (None, None, None)
+    assert found.rate_from.startswith("unknown")
+
+
+def test_finished_work_takes_nothing() -> None:
+    found = forecast(Work(0, 0, 100), OFFER, MEASURED, Assumed(price_per_node_hour=1.0))
+    assert (found.num_workers, found.num_rounds, found.time_s, found.cost) == (0, 0, 0.0, 0.0)
+
+
+@given(
+    num_workers=st.integers(1, 6),
+    rounds=st.integers(2, 9),
+    items=st.integers(1, 50),
+    start_s=st.floats(0, 1000),
+    task_s=st.floats(0.5, 50),
+)
+def test_a_meter_gives_back_the_rate_of_equal_workers_whatever_their_start_took(
+    num_workers: int, rounds: int, items: int, start_s: float, task_s: float
+) -> None:
+    now = [0.0]
+    meter = Meter(num_workers, lambda: now[0])
+    assert meter.rate() is None
+    for number in range(rounds):
+        now[0] = start_s + (number + 1) * task_s
+        for _ in range(num_workers):
+            meter.take(items)
+    rate = meter.rate()
+    assert rate is not None
+    assert rate.items_per_s == pytest.approx(items / task_s, rel=1e-6)
+    assert rate.num_items == (rounds - 1) * num_workers * items
+
+
+def test_a_rate_is_found_again_for_the_same_work_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_rate({"stage": "eval", "steps": 50}, MEASURED)
+    assert find_rate({"steps": 50, "stage": "eval"}) == MEASURED
+    assert find_rate({"steps": 25, "stage": "eval"}) is None
+    (kept,) = tmp_path.rglob("*.json")
+    kept.write_text("half a fi")
+    assert find_rate({"steps": 50, "stage": "eval"}) is None
+
+
+def test_a_job_keeps_its_rate_and_the_next_one_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    request = PreprocessRequest(
+        corpus="jsonl",
+        source=str(chats_in(tmp_path)),
+        out=str(tmp_path / "out"),
+        recipe=resolve_recipe("demo", ["preprocess.num_samples_per_shard=2"]),
+        num_workers=0,
+    )
+    before = work_left(request, plan_job(request, keep=False))
+    assert (before.num_items, before.num_tasks) == (8, 4)
+    assert find_rate(rate_decided_by(request, "core")) is None
+    preprocess(request, lambda _: None)
+    after = work_left(request, plan_job(request, keep=False))
+    assert (after.num_items, after.num_tasks) == (0, 0)
+    rate = find_rate(rate_decided_by(request, look_at_offer(0, None).unit))
+    assert rate is not None
+    assert (rate.num_items, rate.num_workers) == (6, 1), "all but the first shard"
+    assert rate.items_per_s > 0
+
+
+def test_a_dry_run_shows_the_forecast(tmp_path: Path) -> None:
+    planned = run_d2i(
+        *("preprocess", "--corpus", "jsonl", "--source", chats_in(tmp_path), "--recipe", "demo"),
+        *("--out", tmp_path / "out", "--set", "preprocess.num_samples_per_shard=2", "--json"),
+        *("--workers", 3, "--dry-run", "--rate", 2, "--price-per-node-hour", 1800),
+    )
+    found = planned["forecast"]
+    # Two rounds of two instances, at two instances a second.
+    assert (found["num_rounds"], found["time_s"], found["cost"]) == (2, 2.0, 1.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_forecasts_options_want_a_dry_run() -> None:
+    with pytest.raises(ConfigError, match="--rate is for a forecast; expected --dry-run"):
+        assumed_of(3.0, None, dry_run=False)
+
+
+def chats_in(folder: Path) -> Path:
+    """Eight chats with a picture each."""
+    chats = folder / "chats"
+    chats.mkdir()
+    (chats / "test.jsonl").write_text("\n".join(write_chat(chats, f"c{n}") for n in range(8)))
+    return chats
