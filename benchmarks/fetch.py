@@ -155,7 +155,7 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     from d2i.config import FetchConfig, ImageConfig
     from d2i.dialog import ImageRef
     from d2i.preprocess.decoder import Decoder
-    from d2i.preprocess.fetch.books import share_books
+    from d2i.preprocess.fetch.rate_limiter import share_books
     from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
     from d2i.preprocess.fetch_worker import open_picture
     from d2i.preprocess.messages import SourcePicture

@@ -27,7 +27,7 @@ from PIL import Image
 from d2i.config import FetchConfig, ImageConfig
 from d2i.dialog import ImageRef
 from d2i.preprocess.decoder import Decoder
-from d2i.preprocess.fetch.books import share_books
+from d2i.preprocess.fetch.rate_limiter import share_books
 from d2i.preprocess.fetch.result import Fetched
 from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
 from d2i.preprocess.fetch_worker import open_picture

@@ -31,9 +31,9 @@ def access_of(allow_host: list[str] | None, dns_server: str | None, proxy: str |
     Raises:
         ConfigError: If one cannot be read, or two of them exclude each other.
     """
-    from d2i.preprocess.fetch.proxy import parse_proxy
     from d2i.preprocess.fetch.sources import Access
     from d2i.preprocess.fetch.ssrf_guard import allowed_hosts
+    from d2i.preprocess.fetch.transport import parse_proxy
 
     if proxy and dns_server:
         raise ConfigError(

@@ -141,9 +141,7 @@ def preprocess(
 
 
 def _foresee(request: PreprocessRequest, assumed: Assumed, *, as_json: bool) -> None:
-    from d2i.cluster.estimate import forecast
-    from d2i.cluster.offer import look_at_offer
-    from d2i.cluster.rates import find_rate
+    from d2i.cluster.estimate import find_rate, forecast, look_at_offer
     from d2i.preprocess.job import plan_job, rate_decided_by, work_left
 
     plans = plan_job(request, keep=False)

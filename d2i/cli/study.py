@@ -180,9 +180,7 @@ def evaluate(
 
 
 def _foresee(request: EvalRequest, assumed: Assumed, *, as_json: bool) -> None:
-    from d2i.cluster.estimate import forecast
-    from d2i.cluster.offer import look_at_offer
-    from d2i.cluster.rates import find_rate
+    from d2i.cluster.estimate import find_rate, forecast, look_at_offer
     from d2i.eval.job import rate_decided_by, work_left
     from d2i.shards import read_manifest
 

@@ -1,12 +1,152 @@
-"""What a job would take: rounds, memory in flight, time and cost, from a rate that is named."""
+"""Estimate a job before it starts: workers, rounds, memory in flight, time and cost.
+
+The rate is the one measured and saved when the same work was last done by this user, or assumed.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import math
-from dataclasses import dataclass
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
 
-from d2i.cluster.offer import Offer
-from d2i.cluster.rates import Rate
+import msgspec
+
+from d2i import storage
+from d2i.cluster.actors import ResourceRequest, actor_size, num_workers_of
+from d2i.cluster.nodes import list_nodes
+from d2i.cluster.pool import session
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast one worker was.
+
+    Args:
+        items_per_s: Instances a second of one worker, start-up left out.
+        num_items: Over how many it was measured.
+        num_workers: How many worked at once.
+        host: Whose driver measured it.
+        date: When, YYYY-MM-DD.
+    """
+
+    items_per_s: float
+    num_items: int
+    num_workers: int
+    host: str
+    date: str
+
+
+@dataclass
+class Meter:
+    """Measures a rate once as many tasks as there are workers have ended: before was start-up."""
+
+    num_workers: int
+    clock: Any = time.monotonic
+    _num_tasks: int = 0
+    _num_items: int = 0
+    _began_s: float = field(default=0.0)
+
+    def take(self, num_items: int) -> None:
+        """Count a finished task."""
+        self._num_tasks += 1
+        if self._num_tasks > self.num_workers:
+            self._num_items += num_items
+        else:
+            self._began_s = self.clock()
+
+    def rate(self) -> Rate | None:
+        """Return the rate so far; None before every worker has finished two tasks (ours)."""
+        passed_s = self.clock() - self._began_s
+        if self._num_tasks < 2 * self.num_workers or not self._num_items or passed_s <= 0:
+            return None
+        per_worker = self._num_items / passed_s / self.num_workers
+        today = datetime.now(UTC).date().isoformat()
+        return Rate(per_worker, self._num_items, self.num_workers, platform.node(), today)
+
+
+def keep_rate(decided_by: dict[str, Any], rate: Rate) -> None:
+    """Keep a rate in the user's cache, in place of the one before."""
+    try:
+        storage.write_bytes(str(_path(decided_by)), json.dumps(asdict(rate)).encode())
+    except OSError as err:
+        # Only a forecast is lost.
+        logging.getLogger(__name__).warning("the rate of this work is not kept: %s", err)
+
+
+def find_rate(decided_by: dict[str, Any]) -> Rate | None:
+    """Return the rate of the same work; None where none is kept, or it cannot be read."""
+    try:
+        return msgspec.json.decode(_path(decided_by).read_bytes(), type=Rate)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _path(decided_by: dict[str, Any]) -> Path:
+    words = json.dumps(decided_by, sort_keys=True).encode()
+    return storage.cache_folder("rates") / f"{hashlib.sha256(words).hexdigest()[:16]}.json"
+
+
+Unit = Literal["accelerator", "core"]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a job would get.
+
+    Args:
+        num_nodes: Nodes that are there, with or without workers.
+        num_workers: Workers, as asked or as many as fit.
+        unit: What each of them occupies.
+        object_store_bytes: Memory of all object stores; 0 where Ray is not started yet.
+    """
+
+    num_nodes: int
+    num_workers: int
+    unit: Unit
+    object_store_bytes: int
+
+
+def look_at_offer(num_workers: int | None, ray_address: str | None) -> Offer:
+    """Return what a job would get on a running cluster, or on this machine, where none is started.
+
+    Args:
+        num_workers: As the pool's.
+        ray_address: As the pool's.
+
+    Raises:
+        ClusterError: If the cluster cannot be reached.
+    """
+    if ray_address is None or num_workers == 0:
+        return _offer_here(num_workers)
+    with session(num_workers, ray_address):
+        return offer_of_session(num_workers)
+
+
+def offer_of_session(num_workers: int | None) -> Offer:
+    """Return what a job gets in the session that is open."""
+    if num_workers == 0:
+        return _offer_here(0)
+    nodes, size = list_nodes(), actor_size(ResourceRequest())
+    unit: Unit = "accelerator" if size.num_gpus else "core"
+    store_bytes = sum(node.object_store_bytes for node in nodes)
+    return Offer(len(nodes), num_workers_of(num_workers, size), unit, store_bytes)
+
+
+def _offer_here(num_workers: int | None) -> Offer:
+    import torch
+
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    fitting = num_gpus or len(os.sched_getaffinity(0))
+    unit: Unit = "accelerator" if num_gpus else "core"
+    return Offer(1, 1 if num_workers == 0 else num_workers or fitting, unit, 0)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,7 @@ from typing import Any
 
 from d2i import checksums, storage
 from d2i.cluster import JobFault, Pool, job_fault, run_tasks, session
-from d2i.cluster.estimate import Work
-from d2i.cluster.offer import Unit, offer_of_session
-from d2i.cluster.rates import Meter, keep_rate
+from d2i.cluster.estimate import Meter, Unit, Work, keep_rate, offer_of_session
 from d2i.config import FORMERLY, Recipe
 from d2i.config_lock import read_settings, settle, with_former
 from d2i.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
 from d2i.encoders import Encoders
-from d2i.preprocess.fetch.reasons import is_passing
+from d2i.preprocess.fetch.result import is_passing
 from d2i.preprocess.ledger import NON_FINITE_TEXT, LedgerRow, Status
 from d2i.preprocess.messages import (
     FetchedPicture,

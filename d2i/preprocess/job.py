@@ -13,9 +13,7 @@ from typing import Any
 
 from d2i import checksums, storage
 from d2i.cluster import Pool, Stages, job_fault, run_stages, run_tasks, session, share
-from d2i.cluster.estimate import Work
-from d2i.cluster.offer import Unit, offer_of_session
-from d2i.cluster.rates import Meter, keep_rate
+from d2i.cluster.estimate import Meter, Unit, Work, keep_rate, offer_of_session
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.corpora.splits import source_folder
@@ -26,8 +24,8 @@ from d2i.image_files import check_root
 from d2i.parse import read_json
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.exclude import NOTHING, read_exclusion
-from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.downloads import check_downloads
+from d2i.preprocess.fetch.rate_limiter import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.ledger import commonest_failure, remove_ledgers

@@ -1,8 +1,8 @@
 """Make again exactly what of prepared data is broken or missing, to the bytes that were there.
 
-First what is left of a data set restores the rest (`d2i.shards.restore`); only samples that are lost
-are fetched and encoded again, by the path that made them. Nothing but the bytes of before is
-published under a shard's name.
+What is left of a data set restores the rest first (`d2i.shards.restore`); only lost samples are
+fetched and encoded again, by the path that made them. Nothing but the bytes of before is published
+under a shard's name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from d2i.corpora.splits import source_folder
 from d2i.errors import D2IError, ShardError
 from d2i.fault_injection import Fault
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
-from d2i.preprocess.fetch.books import share_books
+from d2i.preprocess.fetch.rate_limiter import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.job_files import KeptJob, lost_files

@@ -1,13 +1,12 @@
 """Self-contained HTML pages: what was evaluated, what a corpus holds, what samples look like.
 
-`evaluation` and `dataset` read the files of a run, `page` puts the sections of an evaluation
-together, each drawn by a module of its own. `study`, `readings` and `categories` make the paper's
-tables out of plain values (`tabulated`), which `sections` draws and `plain` writes as Markdown and
-CSV; `paper` has the paper's numbers, and says who earned a row beside them. `corpus`
-makes the page of a survey of a corpus, `samples` that of prepared samples. `document`, `markup`,
-`counts` and `plot` are what pages are made of. Every figure on a page is read from a file of the
-run, from the survey or from the shards; what the paper says is marked as the paper's. Must not
-import torch or ray.
+`evaluation` and `dataset` read the files of a run; `page` puts the sections of an evaluation
+together, each rendered by a module of its own. `paper_tables`, `readings` and `categories` make the
+paper's tables out of plain values (`tabulated`), which `sections` renders and `markdown_export`
+writes as Markdown and CSV. `corpus` makes the page of a survey of a corpus, `samples` that of
+prepared samples. `document`, `html`, `counts` and `svg` are what pages are made of. Every figure on
+a page is read from a file of the run, from the survey or from the shards; what the paper says is
+marked as the paper's. Must not import torch or ray.
 """
 
 from d2i.report.corpus import write_corpus_report

@@ -17,6 +17,7 @@ from d2i.report.evaluation import Evaluation, read_evaluation
 from d2i.report.header import DEFAULT_TITLE, hero
 from d2i.report.html import LeftOut, Section
 from d2i.report.markdown_export import write_csv, write_markdown
+from d2i.report.paper_tables import table2, table5
 from d2i.report.preparation import preparation_section
 from d2i.report.readings import listening, table3
 from d2i.report.scores import scores_section
@@ -28,7 +29,6 @@ from d2i.report.sections import (
     systems_section,
 )
 from d2i.report.stages import stages_section
-from d2i.report.study import table2, table5
 from d2i.report.tabulated import Table
 from d2i.report.training import training_section
 

@@ -1,4 +1,4 @@
-"""The paper's own numbers (Tables 2, 3 and 5), and who may stand in one row with them.
+"""The paper's tables (2, 3 and 5): its own numbers, and d2i's beside them.
 
 `paper.json` holds what could be read in the published text; null is what could not.
 """
@@ -7,13 +7,136 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from d2i.metric_specs import PAPER_METRICS
 from d2i.recipes import RECIPES
+from d2i.report.comparable import (
+    corpus_title,
+    group_by,
+    group_by_metric,
+    is_plain,
+    place,
+    why_apart,
+)
+from d2i.report.evaluation import Evaluation, tell_apart
+from d2i.report.gains import find_start, gains
+from d2i.report.score_rows import NO_PAPER, score_row, score_table
+from d2i.report.tabulated import Cell, Row, Table
+
+_GAIN = "Gain: after fine-tuning minus before it, of the same network shown the same text."
+_SAME_DESCRIPTIONS = "Divter: MMDialog has no descriptions; it learned from our captions."
+
+
+def table2(evaluations: Sequence[Evaluation]) -> list[Table]:
+    """Systems by corpus, as the paper's Table 2; what cannot be compared is a table of its own."""
+    tables = []
+    plain = [e for e in evaluations if is_plain(e) and e.card.get("corpus")]
+    for corpus, group in group_by(plain, lambda e: str(e.card["corpus"])):
+        parts = group_by_metric(group)
+        # The paper's systems that nobody evaluated are named once.
+        with_absent = next(filter(_is_beside_paper, parts), None)
+        for number, part in enumerate(parts):
+            table = _systems(corpus, part, is_whole=part is with_absent)
+            tables.append(_set_apart(table, number, part, parts[0]) if number else table)
+    return tables
+
+
+def table5() -> Table:
+    """The recipes of the paper's six runs, ours beside its Table 5."""
+    presets = {title: name for name, title in BACKBONES.items()}
+    rows = [
+        Row(
+            f"{corpus_title(corpus)}, {name}",
+            (
+                *_pair(recipe.image.resolution, resolution),
+                *_pair(recipe.train.global_batch_size, batch),
+                Cell(devices, by_paper=True),
+                Cell(float(recipe.train.num_steps), ",.0f"),
+            ),
+        )
+        for corpus, systems in paper_table5().items()
+        for name, (resolution, batch, devices) in systems.items()
+        for recipe in [RECIPES[f"{presets[name]}-{corpus}"]()]
+    ]
+    columns = (
+        *("resolution", "resolution (paper)", "global batch", "global batch (paper)"),
+        *("devices (paper)", "steps (ours)"),
+    )
+    return Table("Recipes (Table 5)", columns, tuple(rows))
+
+
+def _set_apart(
+    table: Table, number: int, part: Sequence[Evaluation], first: Sequence[Evaluation]
+) -> Table:
+    """Title a table that is not comparable with the first, and say why."""
+    note = f"Kept apart, as not comparable: {why_apart(part, first)}."
+    title = f"{table.title}, apart" + (f" ({number})" if number > 1 else "")
+    return replace(table, title=title, notes=(note, *table.notes))
+
+
+def _systems(corpus: str, part: Sequence[Evaluation], *, is_whole: bool) -> Table:
+    """Make a row of each system, and with `is_whole` of those that the paper alone has."""
+    paper = paper_table2(corpus) if _is_beside_paper(part) else {}
+    earned = [earned_row(evaluation.card) or "" for evaluation in part]
+    names = tell_apart([_heading(corpus, evaluation) for evaluation in part], part)
+    named: list[tuple[str, str, Evaluation | None]] = list(zip(earned, names, part, strict=True))
+    absent = set(paper) - set(earned) if is_whole else ()
+    named += [(name, name, None) for name in absent]
+    order = list(paper)
+    rows = [
+        score_row(
+            heading,
+            evaluation,
+            paper.get(row, NO_PAPER),
+            paper_words("table2", row, corpus) if row in paper else "",
+            gains(evaluation, part, paper, row),
+        )
+        for row, heading, evaluation in sorted(named, key=lambda named: place(named[0], order))
+    ]
+    title = f"Systems on {corpus_title(corpus)}" + (" (Table 2)" if paper else "")
+    return score_table(title, rows, _notes(corpus, part, names))
+
+
+def _notes(corpus: str, part: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
+    """Say what the numbers are, why some are not there, and who has no row of the paper's."""
+    is_beside, notes = _is_beside_paper(part), []
+    if is_beside or any(find_start(evaluation, part) for evaluation in part):
+        notes.append(_GAIN)
+    if any(e.card.get("kind") == "divter" and corpus == "mmdialog" for e in part):
+        notes.append(_SAME_DESCRIPTIONS)
+    if is_beside:
+        return [*notes, *_unearned(part, names), *paper_notes("table2", corpus)]
+    if paper_table2(corpus):
+        reasons = "; ".join(why_not_beside(part[0].card))
+        notes.append(f"The paper's numbers are left out: {reasons}.")
+    return notes
+
+
+def _unearned(part: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
+    return [
+        f"{name}: not the paper's row: {'; '.join(reasons)}."
+        for name, evaluation in zip(names, part, strict=True)
+        if (reasons := why_not_earned(evaluation.card))
+    ]
+
+
+def _pair(ours: int, paper: int) -> tuple[Cell, Cell]:
+    return Cell(float(ours), ",.0f"), Cell(float(paper), ",.0f", by_paper=True)
+
+
+def _heading(corpus: str, evaluation: Evaluation) -> str:
+    is_by_our_captions = evaluation.card.get("kind") == "divter" and corpus == "mmdialog"
+    return paper_row(evaluation.card) + (", our captions" if is_by_our_captions else "")
+
+
+def _is_beside_paper(part: Sequence[Evaluation]) -> bool:
+    return any(not why_not_beside(evaluation.card) for evaluation in part)
+
 
 PUBLISHED_EXTRACTOR = "inception-v3-compat 6726825d"
 """What FID and IS of the paper are computed on; beside any other its numbers say nothing."""

@@ -10,9 +10,8 @@ from d2i.report.conversations import draw_rows, group_by_instances
 from d2i.report.dataset import read_conversations
 from d2i.report.evaluation import Evaluation
 from d2i.report.html import LeftOut, Section, table, text
-from d2i.report.paper_tables import paper_table2
+from d2i.report.paper_tables import paper_table2, table2, table5
 from d2i.report.readings import listening, table3
-from d2i.report.study import table2, table5
 from d2i.report.tabulated import Cell, Row, Table, shown
 
 _NUM_SHOWN = 4

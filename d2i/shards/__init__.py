@@ -5,7 +5,6 @@ record beside each, and a manifest with its own sha256. Imports neither torch no
 """
 
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo, committed_names, read_commits
-from d2i.shards.copy import copied_samples, intact_samples
 from d2i.shards.dataset import find_data_sets
 from d2i.shards.manifest import (
     Manifest,
@@ -22,8 +21,16 @@ from d2i.shards.manifest import (
 )
 from d2i.shards.metadata import check_metadata
 from d2i.shards.reader import ShardReader
-from d2i.shards.rebuild import rebuild_commit
-from d2i.shards.restore import Evidence, Mended, broken_keys, find_evidence, mend
+from d2i.shards.restore import (
+    Evidence,
+    Mended,
+    broken_keys,
+    copied_samples,
+    find_evidence,
+    intact_samples,
+    mend,
+    rebuild_commit,
+)
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
     MEMBERS,

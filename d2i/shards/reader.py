@@ -25,10 +25,9 @@ from d2i.config_lock import differences
 from d2i.errors import ShardError
 from d2i.shards.cache import CachedShards
 from d2i.shards.commit import ArrayInfo, canonical_json
-from d2i.shards.forks import ForkedShards
 from d2i.shards.index import IndexRow
 from d2i.shards.manifest import Manifest, read_manifest
-from d2i.shards.mmap_shards import LocalShards, MappedShard, Shards, in_words
+from d2i.shards.mmap_shards import ForkedShards, LocalShards, MappedShard, Shards, in_words
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
     NPY_DTYPES,

@@ -1,25 +1,187 @@
-"""Mend a data set from what of it is intact, without fetching or encoding anything.
+"""Restore a data set from its intact parts, without fetching or encoding anything.
 
-The manifest tells what every shard was, or else the commit records do. A tar that is whole gives
-its index and its record back; a damaged tar of which every sample is whole is framed anew. What is
-left must be made again. Must not import torch or ray.
+The manifest tells what every shard was, or else the commit records do. A whole tar gives back its
+index and its commit record; a damaged tar with whole samples is rewritten from them. The samples of
+a shard can be copied out byte for byte, into another. Whatever cannot be restored must be made
+again. Must not import torch or ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import IO, Any
 
 from d2i import storage
 from d2i.errors import ShardError
-from d2i.shards.commit import COMMIT_SUFFIX, Commit, FileInfo, parse_record
-from d2i.shards.copy import intact_samples, trusted_index
+from d2i.shards import tar
+from d2i.shards.commit import COMMIT_SUFFIX, ArrayInfo, Commit, FileInfo, parse_record, shard_name
+from d2i.shards.index import Extent, Index, IndexRow, index_bytes, read_index
 from d2i.shards.manifest import Manifest, read_manifest
-from d2i.shards.rebuild import rebuild_index
-from d2i.shards.write import streamed_info, write_shard
+from d2i.shards.sample import Sample, sample_arrays
+from d2i.shards.write import file_info, streamed_info, write_shard
+
+
+def copied_samples(url: str, commit: Commit) -> Iterator[Sample]:
+    """Yield the samples of one shard in their order, one in memory at a time.
+
+    Args:
+        url: The data set's folder.
+        commit: The shard's record, which may be there no more; its tar and index must be.
+
+    Raises:
+        ShardError: If a member does not match its checksum, or the index is not the shard's.
+    """
+    index = trusted_index(url, commit)
+    with storage.open_url(storage.join(url, commit.tar_name)) as tar:
+        for row in index.rows():
+            sample, broken = _sample(tar, row)
+            if broken:
+                raise ShardError(
+                    f"{row.key}.{broken[0]} in {url} does not match its checksum; run `d2i verify`"
+                )
+            yield sample
+
+
+def intact_samples(url: str, commit: Commit) -> Iterator[Sample]:
+    """Yield those samples of a damaged shard that are as they were; none where nothing says so."""
+    try:
+        index = trusted_index(url, commit)
+        with storage.open_url(storage.join(url, commit.tar_name)) as tar:
+            for row in index.rows():
+                sample, broken = _sample(tar, row)
+                if not broken:
+                    yield sample
+    except (OSError, ShardError):
+        return
+
+
+def trusted_index(url: str, commit: Commit) -> Index:
+    """Read the index of a shard.
+
+    Raises:
+        ShardError: If it is not the one that the commit record tells of.
+        OSError: If it cannot be read.
+    """
+    data = storage.read_bytes(storage.join(url, commit.index_name))
+    if file_info(data) != commit.index_file:
+        raise ShardError(f"{commit.index_name} in {url} is damaged; run `d2i verify`")
+    return read_index(data, num_samples=commit.num_samples, tar_size_bytes=commit.tar.size_bytes)
+
+
+def _sample(tar: IO[bytes], row: IndexRow) -> tuple[Sample, list[str]]:
+    """Read one sample, and name its members that do not match their checksum."""
+    members = {suffix: _member(tar, extent) for suffix, extent in row.extents.items()}
+    broken = [s for s, data in members.items() if zlib.crc32(data) != row.extents[s].crc32]
+    return Sample(row.key, members), broken
+
+
+def _member(tar: IO[bytes], extent: Extent) -> bytes:
+    tar.seek(extent.offset)
+    return tar.read(extent.size_bytes)
+
+
+def rebuild_index(url: str, commit: Commit) -> None:
+    """Write the index of a shard anew, out of its tar.
+
+    Raises:
+        ShardError: If the tar cannot be read to its end, or another index comes of it than the
+            commit record tells of: another version of Arrow may write other bytes.
+        FileNotFoundError: If there is no tar.
+    """
+    data = _read_tar(url, commit.tar_name).index
+    if file_info(data) != commit.index_file:
+        raise ShardError(
+            f"{commit.index_name} came out with other bytes than it had; expected the same; "
+            "repair with the version of pyarrow that wrote it"
+        )
+    storage.write_bytes(storage.join(url, commit.index_name), data)
+
+
+def rebuild_commit(
+    url: str,
+    tar_name: str,
+    *,
+    failures: Mapping[str, int],
+    fingerprint_sha256: str | None,
+) -> Commit:
+    """Write index and commit record of a shard anew, out of its tar.
+
+    Args:
+        url: The data set's folder.
+        tar_name: The tar, under its final name.
+        failures: Instances of the shard without a sample, by reason class.
+        fingerprint_sha256: Of the data set.
+
+    Raises:
+        ShardError: If the tar's content is not the one that its name tells of.
+        FileNotFoundError: If there is no tar.
+    """
+    index = int(tar_name[:6])
+    with storage.open_url(storage.join(url, tar_name)) as file:
+        info = streamed_info(file)
+    if f"{shard_name(index, info.sha256)}.tar" != tar_name:
+        raise ShardError(f"{tar_name} does not hold what its name tells of")
+    found = _read_tar(url, tar_name)
+    commit = Commit(
+        name=shard_name(index, info.sha256),
+        index=index,
+        num_samples=found.num_samples,
+        failures=dict(failures),
+        fingerprint_sha256=fingerprint_sha256,
+        tar=info,
+        index_file=file_info(found.index),
+        arrays=found.arrays,
+    )
+    storage.write_bytes(storage.join(url, commit.index_name), found.index)
+    storage.write_bytes(storage.join(url, commit.commit_name), commit.to_bytes())
+    return commit
+
+
+@dataclass(frozen=True)
+class _FoundInTar:
+    index: bytes
+    num_samples: int
+    arrays: dict[Any, ArrayInfo]
+
+
+def _read_tar(url: str, name: str) -> _FoundInTar:
+    rows, arrays = [], {}
+    with storage.open_url(storage.join(url, name)) as file:
+        for key, members in groupby(_members(file), key=lambda member: member.key):
+            found = list(members)
+            extents = {m.suffix: Extent(m.offset, len(m.data), zlib.crc32(m.data)) for m in found}
+            rows.append(IndexRow(key, extents))
+            arrays = sample_arrays(Sample(key, {m.suffix: m.data for m in found}))
+    infos = {name: ArrayInfo(dtype=dtype, shape=shape) for name, (dtype, shape) in arrays.items()}
+    return _FoundInTar(index_bytes(rows), len(rows), infos)
+
+
+@dataclass(frozen=True)
+class _Member:
+    key: str
+    suffix: str
+    offset: int
+    data: bytes
+
+
+def _members(file: IO[bytes]) -> Iterator[_Member]:
+    """Walk a tar from header to header.
+
+    Raises:
+        ShardError: At the first byte that `write_shard` would not have written.
+    """
+    position = 0
+    while (block := file.read(tar.BLOCK_SIZE_BYTES)) != tar.END[: tar.BLOCK_SIZE_BYTES]:
+        name, size_bytes = tar.read_header(block)
+        key, _, suffix = name.partition(".")
+        padded = file.read(tar.padded_size_bytes(size_bytes))
+        yield _Member(key, suffix, position + tar.BLOCK_SIZE_BYTES, padded[:size_bytes])
+        position += tar.BLOCK_SIZE_BYTES + len(padded)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def main() -> None:
     try:
         app()
     except D2IError as err:
-        from d2i.train.ending import say_last_word
+        from d2i.train.failures import say_last_word
 
         if line := say_last_word(err):
             sys.stderr.write(f"error: {plain(line)}\n")

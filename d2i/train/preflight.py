@@ -29,8 +29,8 @@ from d2i.train.data import (
     check_sizes,
     train_url,
 )
-from d2i.train.ending import ending_in_words
 from d2i.train.engine import build_engine, join_ranks
+from d2i.train.failures import ending_in_words
 from d2i.train.network import build_trained_network
 from d2i.train.objective import build_objective
 from d2i.train.ranks import Ranks

@@ -34,9 +34,8 @@ from d2i.train.checkpoint import (
 )
 from d2i.train.checkpoint_writer import CheckpointWriter, TrainState, build_state
 from d2i.train.data import check_cache, check_sizes, train_url
-from d2i.train.ending import ending_in_words
 from d2i.train.engine import build_engine, join_ranks
-from d2i.train.failures import how_to_go_on
+from d2i.train.failures import ending_in_words, how_to_go_on
 from d2i.train.metrics_logger import say
 from d2i.train.network import build_trained_network
 from d2i.train.ranks import Ranks

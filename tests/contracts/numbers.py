@@ -23,8 +23,8 @@ from d2i.diffusion.draws import SampleDraws, integers, normal, uniform
 from d2i.eval.intervals import bca
 from d2i.eval.prompts import partners
 from d2i.eval.retrieval_recall import choose_negatives
-from d2i.preprocess.fetch.books import HostBooks
 from d2i.preprocess.fetch.interleave_hosts import spread_over_hosts
+from d2i.preprocess.fetch.rate_limiter import HostBooks
 from d2i.preprocess.selection import Choice
 from d2i.preprocess.shard_assignment import GroupedInstances
 from d2i.shards.commit import fingerprint_sha256

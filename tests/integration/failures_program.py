@@ -19,7 +19,7 @@ import torch
 
 from d2i.errors import ConfigError, D2IError
 from d2i.recipes import demo
-from d2i.train.ending import ending_in_words, say_last_word
+from d2i.train.failures import ending_in_words, say_last_word
 from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
 from tests.processes import free_port

@@ -121,7 +121,7 @@ def test_equal_files_are_no_placeholders(tmp_path: Path, settings: list[str]) ->
 STREAM = """
 import json, resource, sys
 from d2i.cluster import share
-from d2i.preprocess.fetch.books import share_books
+from d2i.preprocess.fetch.rate_limiter import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.messages import ShardTask

@@ -23,7 +23,7 @@ from d2i.eval.systems import parse_system
 from d2i.metric_specs import METRICS
 from d2i.recipes import change_recipe, read_kept_recipe
 from d2i.report.evaluation import read_evaluation
-from d2i.report.study import table2
+from d2i.report.paper_tables import table2
 from d2i.run_dir import EMA_NAME
 from d2i.shards import ShardReader
 from d2i.weights_resolve import resolve_weights

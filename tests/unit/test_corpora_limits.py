@@ -18,7 +18,7 @@ from d2i.corpora.survey import survey_split
 from d2i.errors import ConfigError, DataError
 from d2i.image_decode import RefusedPictureError
 from d2i.image_files import read_picture
-from d2i.preprocess.fetch.books import share_books
+from d2i.preprocess.fetch.rate_limiter import share_books
 from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
 from d2i.preprocess.plan import PlanRequest, make_plan
 from d2i.recipes import load_recipe

@@ -9,9 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2i.cli.forecast import assumed_of
-from d2i.cluster.estimate import Assumed, Work, forecast
-from d2i.cluster.offer import Offer, look_at_offer
-from d2i.cluster.rates import Meter, Rate, find_rate, keep_rate
+from d2i.cluster.estimate import (
+    Assumed,
+    Meter,
+    Offer,
+    Rate,
+    Work,
+    find_rate,
+    forecast,
+    keep_rate,
+    look_at_offer,
+)
 from d2i.errors import ConfigError
 from d2i.preprocess.job import PreprocessRequest, plan_job, preprocess, rate_decided_by, work_left
 from d2i.recipes import resolve_recipe

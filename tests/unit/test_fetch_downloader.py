@@ -9,12 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from d2i.preprocess.fetch.body import BodyLimits
-from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.downloader import AddressFetcher, Courtesy
-from d2i.preprocess.fetch.http_client import Limits
+from d2i.preprocess.fetch.http_client import BodyLimits, Limits
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
-from d2i.preprocess.fetch.rate_limiter import HostBook, HostLimits
+from d2i.preprocess.fetch.rate_limiter import HostBook, HostLimits, share_books
 from d2i.preprocess.fetch.resolver import Resolver
 from d2i.preprocess.fetch.result import Fetched
 from d2i.preprocess.fetch.ssrf_guard import allowed_hosts

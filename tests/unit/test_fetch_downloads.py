@@ -22,8 +22,8 @@ from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError, DataError
 from d2i.preprocess.fetch import downloads
-from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.downloads import check_downloads, open_downloads
+from d2i.preprocess.fetch.rate_limiter import share_books
 from d2i.preprocess.fetch.result import Fetched
 from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
 from d2i.preprocess.job import PreprocessRequest, plan_job, preprocess

@@ -11,10 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.body import BodyLimits
-from d2i.preprocess.fetch.http_client import Limits, get
-from d2i.preprocess.fetch.reasons import RefusedRequestError
+from d2i.preprocess.fetch.http_client import BodyLimits, Limits, get
 from d2i.preprocess.fetch.resolver import Resolver
+from d2i.preprocess.fetch.result import RefusedRequestError
 from d2i.preprocess.fetch.ssrf_guard import allowed_hosts, check_url, is_public
 from d2i.preprocess.fetch.transport import Straight
 

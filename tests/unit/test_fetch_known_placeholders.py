@@ -10,8 +10,8 @@ import pytest
 from d2i.config import FetchConfig, apply_settings
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.books import share_books
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
+from d2i.preprocess.fetch.rate_limiter import share_books
 from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
 from d2i.preprocess.fetch.ssrf_guard import allowed_hosts
 from tests.servers import WebServer, running

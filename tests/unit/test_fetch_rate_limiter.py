@@ -10,9 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2i.cluster import share
-from d2i.preprocess.fetch.books import HostBooks, share_books
-from d2i.preprocess.fetch.rate_limiter import HostBook, HostLimits, Outcome, trouble_in
-from d2i.preprocess.fetch.reasons import is_passing
+from d2i.preprocess.fetch.rate_limiter import (
+    HostBook,
+    HostBooks,
+    HostLimits,
+    Outcome,
+    share_books,
+    trouble_in,
+)
+from d2i.preprocess.fetch.result import is_passing
 
 PATIENCE_S = 1000.0
 OUTCOMES: list[Outcome] = ["reached", "unreached", "unnamed"]
@@ -269,7 +275,7 @@ def test_several_books_know_what_one_does(
 def test_a_book_for_every_sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for num_cores, num_books in ((1, 1), (31, 1), (64, 4), (10_000, 16)):
         monkeypatch.setattr(
-            "d2i.preprocess.fetch.books.num_session_cores", lambda num=num_cores, **_: num
+            "d2i.preprocess.fetch.rate_limiter.num_session_cores", lambda num=num_cores, **_: num
         )
         assert len(share_books(book(), num_workers=0).books) == num_books
 

@@ -11,7 +11,7 @@ from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
 from d2i.preprocess.fetch import sources
-from d2i.preprocess.fetch.books import share_books
+from d2i.preprocess.fetch.rate_limiter import share_books
 from d2i.preprocess.fetch.result import Fetched
 from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
 from tests.servers import Names, WebServer, name_server, running

@@ -7,11 +7,9 @@ import time
 
 import pytest
 
-from d2i.preprocess.fetch.body import BodyLimits
-from d2i.preprocess.fetch.http_client import Limits, get
-from d2i.preprocess.fetch.proxy import Proxy, parse_proxy
-from d2i.preprocess.fetch.reasons import RefusedRequestError
-from d2i.preprocess.fetch.transport import ThroughProxy
+from d2i.preprocess.fetch.http_client import BodyLimits, Limits, get
+from d2i.preprocess.fetch.result import RefusedRequestError
+from d2i.preprocess.fetch.transport import Proxy, ThroughProxy, parse_proxy
 from tests.servers import ProxyServer, WebServer, running
 
 LIMITS = Limits(5.0, 1.0, BodyLimits(1000, 1.0), "d2i test")

@@ -11,7 +11,7 @@ import pytest
 
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
-from d2i.preprocess.fetch.books import share_books
+from d2i.preprocess.fetch.rate_limiter import share_books
 from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
 from d2i.preprocess.inline_images import read_inline
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan

@@ -11,7 +11,7 @@ import pytest
 from d2i.eval.measured import Measured
 from d2i.eval.scores import score
 from d2i.metric_specs import METRICS, PAPER_METRICS
-from d2i.report import paper_tables, scores, study
+from d2i.report import paper_tables, scores
 from d2i.report.evaluation import Evaluation
 
 # What scores.json holds beside metrics: how they were computed.
@@ -56,7 +56,7 @@ def test_a_row_puts_a_metric_on_the_page(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_paper_has_a_column_for_each_of_its_metrics() -> None:
-    columns = study.table2([_of_photochat()])[0].columns
+    columns = paper_tables.table2([_of_photochat()])[0].columns
     for metric in PAPER_METRICS:
         place = columns.index(metric.title)
         assert columns[place + 1] == f"{metric.title} (paper)"

@@ -15,7 +15,7 @@ from PIL import Image
 from d2i.cluster import share
 from d2i.dialog import ImageRef
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
-from d2i.preprocess.fetch.books import share_books
+from d2i.preprocess.fetch.rate_limiter import share_books
 from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.messages import ShardTask

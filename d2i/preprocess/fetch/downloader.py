@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2i.image_decode import begins_as_picture, no_picture
-from d2i.preprocess.fetch.books import HostBooks
 from d2i.preprocess.fetch.http_client import Limits, Response, get
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
-from d2i.preprocess.fetch.rate_limiter import Outcome
-from d2i.preprocess.fetch.reasons import UNREACHED, RefusedRequestError, is_passing
-from d2i.preprocess.fetch.result import Fetched
+from d2i.preprocess.fetch.rate_limiter import HostBooks, Outcome
+from d2i.preprocess.fetch.result import UNREACHED, Fetched, RefusedRequestError, is_passing
 from d2i.preprocess.fetch.robots import is_kept_away
 from d2i.preprocess.fetch.ssrf_guard import Target
 from d2i.preprocess.fetch.transport import Route

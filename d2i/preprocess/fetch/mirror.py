@@ -9,7 +9,7 @@ import re
 from urllib.parse import quote, urlsplit
 
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.reasons import RefusedRequestError
+from d2i.preprocess.fetch.result import RefusedRequestError
 from d2i.preprocess.fetch.ssrf_guard import check_url
 
 _PLACEHOLDER = re.compile(r"\{(path|name|key)\}")

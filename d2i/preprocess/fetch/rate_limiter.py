@@ -1,6 +1,7 @@
-"""Manners, kept by all workers together: how often a host is asked, and when it is left alone.
+"""The rate limit of each host: how often it is asked, its backoff, and when it counts as dead.
 
-A `HostBook` knows some of a job's hosts, or all (`books`). Must not ask anything itself.
+One limiter knows some of a job's hosts, or all; sharded over actors, all workers share them. Must
+not ask anything itself.
 """
 
 from __future__ import annotations
@@ -8,9 +9,52 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from d2i.cluster import Shared, num_session_cores, share
+
+_CORES_OF_A_BOOK = 16
+_MAX_BOOKS = 16
+"""All of them are beside the driver, and have its clock."""
+
+
+@dataclass(frozen=True)
+class HostBooks:
+    """The manners that all workers keep together.
+
+    Args:
+        books: One at least.
+        num_trouble_hosts: As their limits'.
+    """
+
+    books: tuple[Shared[HostBook], ...]
+    num_trouble_hosts: int
+
+    def of(self, host: str) -> Shared[HostBook]:
+        """Return the book of a host, the same one for all workers."""
+        return self.books[zlib.crc32(host.encode()) % len(self.books)]
+
+    def trouble(self, *, of_names: bool) -> str | None:
+        """Say what looks like trouble of this machine's own network; see `trouble_in`."""
+        signs = [book.call("signs", of_names=of_names) for book in self.books]
+        return trouble_in(signs, self.num_trouble_hosts, of_names=of_names)
+
+
+def share_books(book: HostBook, *, num_workers: int | None) -> HostBooks:
+    """Make books that begin as one does common to all workers of the session that is open.
+
+    Args:
+        book: What each begins as.
+        num_workers: As the pool's.
+    """
+    fitting = num_session_cores(num_workers=num_workers) // _CORES_OF_A_BOOK
+    num_books = min(max(fitting, 1), _MAX_BOOKS)
+    books = tuple(share(book, num_workers=num_workers) for _ in range(num_books))
+    return HostBooks(books, book.limits.num_trouble_hosts)
+
 
 Outcome = Literal["reached", "unreached", "unnamed"]
 """What a host showed of our own network; `unnamed`: its name led nowhere, or where none may."""

@@ -12,7 +12,7 @@ import dns.name
 import dns.resolver
 
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.reasons import RefusedRequestError
+from d2i.preprocess.fetch.result import RefusedRequestError
 
 _NUM_REMEMBERED = 100_000
 _REMEMBERED_FAILURE_S = 60.0

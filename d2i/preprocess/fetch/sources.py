@@ -17,21 +17,17 @@ from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.image_decode import RefusedPictureError
 from d2i.image_files import read_picture
-from d2i.preprocess.fetch.body import BodyLimits
-from d2i.preprocess.fetch.books import HostBooks
 from d2i.preprocess.fetch.downloader import AddressFetcher, Courtesy
 from d2i.preprocess.fetch.downloads import Download, open_downloads, read_download
-from d2i.preprocess.fetch.http_client import Limits
+from d2i.preprocess.fetch.http_client import BodyLimits, Limits
 from d2i.preprocess.fetch.img2dataset_pool import fetch_all
 from d2i.preprocess.fetch.interleave_hosts import spread_over_hosts
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.mirror import mirror_address, mirror_host
-from d2i.preprocess.fetch.proxy import Proxy
-from d2i.preprocess.fetch.rate_limiter import HostBook, HostLimits
-from d2i.preprocess.fetch.reasons import RefusedRequestError
+from d2i.preprocess.fetch.rate_limiter import HostBook, HostBooks, HostLimits
 from d2i.preprocess.fetch.resolver import Resolver
-from d2i.preprocess.fetch.result import Fetched
-from d2i.preprocess.fetch.transport import Route, Straight, ThroughProxy
+from d2i.preprocess.fetch.result import Fetched, RefusedRequestError
+from d2i.preprocess.fetch.transport import Proxy, Route, Straight, ThroughProxy
 
 OpenedT = TypeVar("OpenedT")
 _NUM_WAITING = 16

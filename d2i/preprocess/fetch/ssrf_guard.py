@@ -12,7 +12,7 @@ import dns.exception
 import dns.name
 
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.reasons import RefusedRequestError
+from d2i.preprocess.fetch.result import RefusedRequestError
 
 PORTS = {"http": 80, "https": 443}
 # What a path or a query may hold as it is; '%' too, as addresses come percent-encoded already.
