@@ -315,7 +315,7 @@ def measure_overhead(folder: Path) -> dict[str, Any]:
     system = build_system(SystemContext(spec, recipe, encoders, reader.keys, "cpu"))
     prompts = PromptReader(reader, recipe.text, "full")
     start = time.process_time()
-    system.draw([prompts.read(index) for index in range(len(reader))])
+    system.generate([prompts.read(index) for index in range(len(reader))])
     bare = time.process_time() - start
     start = time.process_time()
     evaluate(EvalRequest(recipe, spec, test_url(data), str(folder / "scores")), lambda _: None)

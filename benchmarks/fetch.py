@@ -4,7 +4,7 @@
 
 Serves a folder of photographs on loopback and fetches `--num` addresses in turns, each time in a
 process of its own with one decoding core and 16 threads: by img2dataset 1.47 as it comes
-(`Downloader`, `Resizer`, `WebDatasetSampleWriter`) and by d2i (`PictureSource`, decoding included,
+(`Downloader`, `Resizer`, `WebDatasetSampleWriter`) and by d2i (`ImageSource`, decoding included,
 then JPEG as well). Both centre-crop to 256 and write JPEG at quality 95 to a tar. d2i resizes with
 LANCZOS, as U-ViT does; img2dataset's choice is AREA, which costs half as much, so that of good
 addresses it is measured with its own LANCZOS as well. Two lists: good addresses alone, and a mixed
@@ -155,15 +155,15 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     from d2i.config import FetchConfig, ImageConfig
     from d2i.dialog import ImageRef
     from d2i.preprocess.decoder import Decoder
-    from d2i.preprocess.fetch.rate_limiter import share_books
-    from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
+    from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
+    from d2i.preprocess.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
     from d2i.preprocess.fetch_worker import open_picture
     from d2i.preprocess.messages import SourcePicture
 
     config = FetchConfig(num_threads=NUM_THREADS, timeout_s=PATIENCE_S, max_host_requests_per_s=1e6)
     hosts = frozenset(url.split("/")[2] for url in urls)
-    book = share_books(host_book(config), num_workers=0)
-    source = PictureSource(str(folder), config, Access(hosts, "127.0.0.1"), book)
+    book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+    source = ImageSource(str(folder), config, NetworkPolicy(hosts, "127.0.0.1"), book)
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
     with tarfile.open(folder / "out.tar", "w") as tar:
 

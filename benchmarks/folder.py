@@ -4,7 +4,7 @@
 
 Saves the photographs of a folder anew with short sides of 256 (as MMDialog's), 500 and 1600 pixels,
 and turns them in turns into squares of 256: in a loop of Pillow's `open`, `draft`, `convert`,
-`crop`, `resize` (LANCZOS) and numpy's `asarray`, and by d2i (`PictureSource` over the folder, its
+`crop`, `resize` (LANCZOS) and numpy's `asarray`, and by d2i (`ImageSource` over the folder, its
 decoder, the hash of the bytes), each in this process. Prints one JSON line: pictures a second of
 the processor's time and of the clock, medians, all repeats, and the ratios, which are what counts.
 """
@@ -27,9 +27,9 @@ from PIL import Image
 from d2i.config import FetchConfig, ImageConfig
 from d2i.dialog import ImageRef
 from d2i.preprocess.decoder import Decoder
-from d2i.preprocess.fetch.rate_limiter import share_books
-from d2i.preprocess.fetch.result import Fetched
-from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
+from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
+from d2i.preprocess.fetch.result import FetchResult
+from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, build_rate_limiter
 from d2i.preprocess.fetch_worker import open_picture
 
 SIDE = 256
@@ -62,11 +62,11 @@ def bare(folder: Path, names: list[str]) -> None:
 def by_d2i(folder: Path, names: list[str]) -> None:
     """Open each picture as d2i's workers do."""
     config = FetchConfig()
-    book = share_books(host_book(config), num_workers=0)
-    source = PictureSource(str(folder), config, NO_ACCESS, book)
+    book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+    source = ImageSource(str(folder), config, NO_NETWORK, book)
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
 
-    def opened(ref: ImageRef, fetched: Fetched) -> str:
+    def opened(ref: ImageRef, fetched: FetchResult) -> str:
         found = open_picture(ref, fetched, decoder, is_kept=False)
         assert found.picture is not None, found
         return found.picture.sha256

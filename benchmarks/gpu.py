@@ -103,10 +103,10 @@ class Worker:
                 *lines, rest = (rest + data).split(b"\n")
                 yield from map(json.loads, lines)
 
-    def stop(self, patience_s: float = 0) -> int:
+    def stop(self, timeout_s: float = 0) -> int:
         """End it and what it started, unless it ends by itself; return its exit status."""
         try:
-            return self._process.wait(patience_s)
+            return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
         return self._process.wait()

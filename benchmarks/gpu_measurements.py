@@ -634,7 +634,7 @@ def measure_sampling(backbone: Backbone, place: Place, budget: Budget, emit: Emi
         text = random.standard_normal((size, *shape), dtype=np.float32)
         keys = [f"test-{row}" for row in range(size)]
         share = 0.9 / (len(backbone.sample_precisions) - number)
-        timing = timed(partial(sampler.draw_latents, keys, text), place, budget, share)
+        timing = timed(partial(sampler.sample_latents, keys, text), place, budget, share)
         emit(
             measured(
                 f"{precision}, batch {size}, {num_steps} steps",
@@ -1022,9 +1022,9 @@ def main() -> None:
     def emit(row: Row) -> None:
         print(json.dumps(row), file=lines, flush=True)
 
-    from d2i.child_process import end_with_parent
+    from d2i.child_process import die_with_parent
 
-    end_with_parent()
+    die_with_parent()
     import torch
 
     place = Place(options.device, options.size)

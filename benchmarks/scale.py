@@ -210,16 +210,16 @@ class Site:
     Args:
         num_nodes: All alike.
         num_cores: Of a node.
-        num_feeders: On all nodes together; 0 where tasks need no feeding.
-        num_finishers: On all nodes together.
+        num_producers: On all nodes together; 0 where tasks need no feeding.
+        num_consumers: On all nodes together.
         lost_every_s: Seconds between two lost nodes, of all of them.
         replaced_s: Seconds until a node is there again.
     """
 
     num_nodes: int
     num_cores: float
-    num_feeders: int
-    num_finishers: int
+    num_producers: int
+    num_consumers: int
     lost_every_s: float = math.inf
     replaced_s: float = 0.0
 
@@ -241,15 +241,15 @@ class Flow:
 
 
 class Flowing:
-    """Tasks on their way through a site: the same rules as d2i's `run_stages`."""
+    """Tasks on their way through a site: the same rules as d2i's `run_pipeline`."""
 
     def __init__(self, task: Task, num_tasks: int, site: Site) -> None:
         self.task, self.site = task, site
         self.num_left = num_tasks
-        self.num_waiting, self.num_fed = (num_tasks, 0) if site.num_feeders else (0, num_tasks)
+        self.num_waiting, self.num_fed = (num_tasks, 0) if site.num_producers else (0, num_tasks)
         self.idle = {
-            "feed": deque(range(site.num_feeders)),
-            "finish": deque(range(site.num_finishers)),
+            "feed": deque(range(site.num_producers)),
+            "finish": deque(range(site.num_consumers)),
         }
         self.running: dict[tuple[str, int], float] = {}
         self.times_lost = [0] * site.num_nodes
@@ -288,7 +288,7 @@ class Flowing:
         while self.num_fed and finishing:
             self.num_fed -= 1
             self._begin(now_s, "finish", finishing.popleft(), self.task.finish_s)
-        while self.num_waiting and feeding and self.num_fed < self.site.num_finishers:
+        while self.num_waiting and feeding and self.num_fed < self.site.num_consumers:
             self.num_waiting -= 1
             feed_s = self.task.nth_feed_s(self.num_waiting)
             self._begin(now_s, "feed", feeding.popleft(), feed_s)
@@ -328,7 +328,7 @@ class Flowing:
         self._note(now_s + self.site.lost_every_s, "lost", self.num_lost % self.site.num_nodes)
 
     def _take_back(self, node: int) -> None:
-        numbers = {"feed": self.site.num_feeders, "finish": self.site.num_finishers}
+        numbers = {"feed": self.site.num_producers, "finish": self.site.num_consumers}
         for kind, lanes in self.idle.items():
             there = set(lanes) | {lane for of, lane in self.running if of == kind}
             mine = range(node, numbers[kind], self.site.num_nodes)
@@ -337,8 +337,8 @@ class Flowing:
     def _busy(self) -> dict[str, float]:
         num_nodes = self.site.num_nodes
         return {
-            "feeders": self.work_s["feed"] / max(self.site.num_feeders, 1),
-            "finishers": self.work_s["finish"] / self.site.num_finishers,
+            "feeders": self.work_s["feed"] / max(self.site.num_producers, 1),
+            "finishers": self.work_s["finish"] / self.site.num_consumers,
             "cores": sum(line.busy_s for line in self.cores) / num_nodes,
             "network": sum(line.busy_s for line in self.links) / num_nodes,
             **{name: line.busy_s for name, line in self.shared.items()},
@@ -350,7 +350,7 @@ def flow(task: Task, num_tasks: int, site: Site) -> Flow:
 
     Sixteen rounds at least, and tasks of a hundredth of the time between two losses of one node.
     """
-    num_lanes = max(site.num_finishers, site.num_feeders)
+    num_lanes = max(site.num_consumers, site.num_producers)
     longest_s = max(task.feed_s, task.finish_s)
     lost_every_s = site.lost_every_s * site.num_nodes
     num_rounds = max(16, math.ceil(100 * num_tasks * longest_s / num_lanes / lost_every_s))
@@ -395,8 +395,8 @@ def site_of(costs: Costs, num_nodes: int, start_s: float, *, is_fed: bool) -> Si
     return Site(
         num_nodes=num_nodes,
         num_cores=costs.cores,
-        num_feeders=num_cores - num_accelerators if is_fed else 0,
-        num_finishers=num_accelerators,
+        num_producers=num_cores - num_accelerators if is_fed else 0,
+        num_consumers=num_accelerators,
         lost_every_s=costs.lost_every_s / num_nodes,
         replaced_s=costs.replaced_s + start_s,
     )

@@ -242,7 +242,7 @@ def _opened(task: Any, chats: Path, recipe: Recipe) -> list[Any]:
     """Read and open the pictures of a shard, as a feeding worker does."""
     from d2i.image_files import read_picture
     from d2i.preprocess.decoder import Decoder
-    from d2i.preprocess.fetch.result import Fetched
+    from d2i.preprocess.fetch.result import FetchResult
     from d2i.preprocess.fetch_worker import open_picture
 
     fetch = recipe.fetch
@@ -250,7 +250,7 @@ def _opened(task: Any, chats: Path, recipe: Recipe) -> list[Any]:
     refs = [instance.image_ref for instance in task.instances()]
     files = (read_picture(str(chats), ref.value[0], 1 << 24) for ref in refs)
     pairs = zip(refs, files, strict=True)
-    block = [open_picture(ref, Fetched(data), decoder, is_kept=False) for ref, data in pairs]
+    block = [open_picture(ref, FetchResult(data), decoder, is_kept=False) for ref, data in pairs]
     decoder.close()
     return block
 
@@ -302,7 +302,7 @@ class Nothing:
 
 def measure_driver() -> dict[str, float]:
     """Return the driver's processor seconds a task and a block, and calls a second of an object."""
-    from d2i.cluster import session, share
+    from d2i.cluster import create_shared, session
 
     few, many = MANY_TASKS
     with session(NUM_WORKERS, None):
@@ -311,7 +311,7 @@ def measure_driver() -> dict[str, float]:
         task_s = (_staged_s(many, 1) - least_s) / (many - few)
         block_s = (_staged_s(few, 1 + many) - least_s) / (few * many)
         pool_task_s = (_pooled_s(many) - _pooled_s(few)) / (many - few)
-        calls_per_s = _calls_per_s(share(Nothing(), num_workers=NUM_WORKERS))
+        calls_per_s = _calls_per_s(create_shared(Nothing(), num_workers=NUM_WORKERS))
     return {
         "block_s": max(block_s, 0.0),
         "stages_task_s": max(task_s - block_s, 0.0),
@@ -321,11 +321,11 @@ def measure_driver() -> dict[str, float]:
 
 
 def _staged_s(num_tasks: int, num_blocks: int) -> float:
-    from d2i.cluster import Stages, run_stages
+    from d2i.cluster import Pipeline, run_pipeline
 
     build = partial(Nothing, num_blocks)
     began = time.process_time()
-    list(run_stages(Stages(build, build, num_finishers=NUM_WORKERS), range(num_tasks)))
+    list(run_pipeline(Pipeline(build, build, num_consumers=NUM_WORKERS), range(num_tasks)))
     return time.process_time() - began
 
 

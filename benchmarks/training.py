@@ -43,7 +43,7 @@ from d2i.train.ema import Ema
 from d2i.train.engine import build_engine, join_ranks
 from d2i.train.network import multiply_in
 from d2i.train.request import TrainRequest
-from d2i.train.trainer import Stepper
+from d2i.train.trainer import Trainer
 
 SHAPES = {"moments": (8, 32, 32), "clip": (512,), "tokens": (77,), "text": (77, 768)}
 NUM_SHARD_SAMPLES = 500
@@ -116,7 +116,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         (folder / "run").mkdir()
         shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
         with CheckpointWriter(str(folder / "run"), settings.train, ranks, shapes) as writer:
-            Stepper(request, ranks, state, reader, writer).run(Progress())
+            Trainer(request, ranks, state, reader, writer).run(Progress())
             writer.finish()
             ours = clock.seconds()
             stall_s = time_checkpoint(writer, state)

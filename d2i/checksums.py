@@ -80,7 +80,7 @@ def new_file(url: str) -> Iterator[Path]:
     local = storage.local_path(url)
     with storage.scratch_file(url if local is None else str(local.parent)) as scratch:
         yield scratch
-        _publish(url, file_sha256(str(scratch)), lambda: storage.publish_file(scratch, url))
+        _publish(url, file_sha256(str(scratch)), lambda: storage.publish_atomically(scratch, url))
 
 
 def _publish(url: str, digest: str, publish: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ _PR_SET_PDEATHSIG = 1
 _STARTER = "D2I_STARTER_PID"
 
 
-def end_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask the kernel to end this process when its parent dies, also by SIGKILL.
 
     For `preexec_fn`: a stage whose driver was killed must not go on writing beside the repeated
@@ -24,13 +24,13 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def starter_environment() -> dict[str, str]:
+def launcher_environment() -> dict[str, str]:
     """Return what names this process as their starter to all that it starts, at any depth."""
     return {_STARTER: f"{os.getpid()}@{platform.node()}"}
 
 
-def end_with_starter() -> None:
-    """End this process when the one that called `starter_environment` is gone, if one did.
+def die_with_launcher() -> None:
+    """End this process when the one that called `launcher_environment` is gone, if one did.
 
     For what a launcher of someone else's starts, which does not pass a signal on. Linux only;
     elsewhere it does nothing.

@@ -16,7 +16,7 @@ from d2i.errors import ConfigError, D2IError
 from d2i.parse import damaged, read_json
 
 
-def settle(
+def lock_or_diff(
     url: str,
     mine: Mapping[str, Any],
     as_now: Callable[[dict[str, Any]], dict[str, Any]] = lambda kept: kept,
@@ -29,7 +29,7 @@ def settle(
         as_now: Says what was kept before in the fields and words of now.
 
     Returns:
-        As `differences`, `mine` being what was found; empty where both agree.
+        As `diff`, `mine` being what was found; empty where both agree.
 
     Raises:
         ConfigError: If what is kept there cannot be read.
@@ -40,7 +40,7 @@ def settle(
         return []
     kept = read_settings(url)
     try:
-        return differences(json.loads(data), as_now(kept))
+        return diff(json.loads(data), as_now(kept))
     except (AttributeError, KeyError, TypeError) as err:
         raise damaged(url, repr(err), next_step=_next_step(url), error=ConfigError) from err
 
@@ -78,7 +78,7 @@ def with_former(kept: Mapping[str, Any], formerly: Mapping[str, Any]) -> dict[st
     return filled
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+def diff(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """Name the fields that differ, each as `image.resolution: 256, expected 512`."""
     return _differences(found, expected, "")
 

@@ -29,7 +29,7 @@ TEMPLATES = {
 }
 """The named linearizations, each as the template of one turn."""
 
-NOBODY = -1
+NO_SPEAKER = -1
 """The speaker of a turn that is no part of the talk, such as a system's message."""
 
 _PLACEHOLDER = re.compile(r"\{(text|speaker|letter)\}")
@@ -43,7 +43,7 @@ class Turn(Struct, frozen=True, gc=False):
     """One message of a conversation.
 
     `speaker` is a small number, or None where the corpus names no speaker and turns alternate, or
-    `NOBODY` where nobody says it.
+    `NO_SPEAKER` where nobody says it.
     """
 
     speaker: int | None
@@ -118,7 +118,7 @@ def linearize(
 
 def is_written(turn: Turn, empty_turns: str) -> bool:
     """Say whether `linearize` writes a turn, its mark at least."""
-    return turn.speaker != NOBODY and (empty_turns == "keep" or bool(turn.text.strip()))
+    return turn.speaker != NO_SPEAKER and (empty_turns == "keep" or bool(turn.text.strip()))
 
 
 def make_key(split: str, dialog_id: str, turn: int, image: int) -> str:
@@ -194,7 +194,7 @@ def _spoken(turns: Iterable[Turn], empty_turns: str) -> Iterator[tuple[int, str]
     """
     speaker: int | None = None
     for turn in turns:
-        if turn.speaker == NOBODY:
+        if turn.speaker == NO_SPEAKER:
             continue
         other = 1 if speaker == 0 else 0
         speaker = other if turn.speaker is None else turn.speaker

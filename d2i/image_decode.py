@@ -47,7 +47,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Square:
+class CroppedImage:
     """A picture's centre square, uint8 (R, R, 3), and the suffix and size of the whole."""
 
     pixels: NDArray[np.uint8]
@@ -56,7 +56,7 @@ class Square:
     height: int
 
 
-class RefusedPictureError(Exception):
+class ImageRejectedError(Exception):
     """The bytes are no usable picture; `reason` is its class in the ledger."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -90,7 +90,7 @@ def decode_picture(data: bytes, limits: ImageConfig) -> Picture:
     endless metadata is passed over.
 
     Raises:
-        RefusedPictureError: `not_an_image`, `too_large`, `too_small`, `odd_aspect` or
+        ImageRejectedError: `not_an_image`, `too_large`, `too_small`, `odd_aspect` or
             `decode_error`; a truncated picture is never half decoded.
     """
     with _decoding():
@@ -102,14 +102,14 @@ def open_header(data: bytes, limits: ImageConfig) -> Image.Image:
     """Read the header of a picture, and decode nothing.
 
     Raises:
-        RefusedPictureError: `not_an_image`, `too_large`, `too_small`, `odd_aspect` or
+        ImageRejectedError: `not_an_image`, `too_large`, `too_small`, `odd_aspect` or
             `decode_error`.
     """
     with _decoding():
         return _open(data, limits)
 
 
-def decode_square(image: Image.Image, limits: ImageConfig) -> Square:
+def decode_square(image: Image.Image, limits: ImageConfig) -> CroppedImage:
     """Decode as `decode_picture` does, and cut the square out as `crop_to_square` does.
 
     With `limits.draft` a JPEG whose short side is four times the resolution or more is decoded at
@@ -120,7 +120,7 @@ def decode_square(image: Image.Image, limits: ImageConfig) -> Square:
         limits: The decode policy and the resolution.
 
     Raises:
-        RefusedPictureError: As `decode_picture` does.
+        ImageRejectedError: As `decode_picture` does.
     """
     with _decoding():
         width, height = image.size
@@ -134,7 +134,7 @@ def decode_square(image: Image.Image, limits: ImageConfig) -> Square:
             if scale == 1.0
             else _crop_drafted(upright, (width, height), scale, limits.resolution)
         )
-        return Square(np.asarray(square), _suffix(image), width, height)
+        return CroppedImage(np.asarray(square), _suffix(image), width, height)
 
 
 def crop_to_square(picture: Image.Image, resolution: int) -> Image.Image:
@@ -165,12 +165,12 @@ def _decoding() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Image.DecompressionBombError as err:
-        raise RefusedPictureError("too_large", str(err)) from err
-    except (RefusedPictureError, MemoryError):
+        raise ImageRejectedError("too_large", str(err)) from err
+    except (ImageRejectedError, MemoryError):
         raise
     except Exception as err:
         # Decoders raise whatever a damaged byte leads them to: struct.error, TypeError, KeyError.
-        raise RefusedPictureError("decode_error", f"{type(err).__name__}: {err}") from err
+        raise ImageRejectedError("decode_error", f"{type(err).__name__}: {err}") from err
 
 
 def _open(data: bytes, limits: ImageConfig) -> Image.Image:
@@ -178,11 +178,11 @@ def _open(data: bytes, limits: ImageConfig) -> Image.Image:
     try:
         lean = without_metadata(data)
     except ValueError as err:
-        raise RefusedPictureError("decode_error", str(err)) from err
+        raise ImageRejectedError("decode_error", str(err)) from err
     try:
         image = Image.open(io.BytesIO(lean), formats=tuple(_SUFFIXES))
     except UnidentifiedImageError as err:
-        raise RefusedPictureError("not_an_image", no_picture(data)) from err
+        raise ImageRejectedError("not_an_image", no_picture(data)) from err
     _check_size(image, limits)
     return image
 
@@ -226,11 +226,11 @@ def _centre(size: tuple[int, int]) -> tuple[int, int, int]:
 def _check_size(image: Image.Image, limits: ImageConfig) -> None:
     short, long = sorted(image.size)
     if short * long > limits.max_megapixels * 1e6:
-        raise RefusedPictureError("too_large", f"{image.size[0]}x{image.size[1]} pixels")
+        raise ImageRejectedError("too_large", f"{image.size[0]}x{image.size[1]} pixels")
     if short < limits.min_side:
-        raise RefusedPictureError("too_small", f"{image.size[0]}x{image.size[1]} pixels")
+        raise ImageRejectedError("too_small", f"{image.size[0]}x{image.size[1]} pixels")
     if long > short * limits.max_aspect:
-        raise RefusedPictureError("odd_aspect", f"{image.size[0]}x{image.size[1]} pixels")
+        raise ImageRejectedError("odd_aspect", f"{image.size[0]}x{image.size[1]} pixels")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ from pathlib import Path
 from d2i import storage
 from d2i.errors import ConfigError, DataError
 from d2i.file_kind import HEAD_BYTES, file_kind
-from d2i.image_decode import RefusedPictureError, is_lfs_pointer
+from d2i.image_decode import ImageRejectedError, is_lfs_pointer
 from d2i.tar_index import Member, TarIndex, is_tars, open_index
 
 _NUM_ALIKE = 8
@@ -51,7 +51,7 @@ def read_picture(root: str, path: str, max_bytes: int) -> bytes:
         max_bytes: Its greatest length.
 
     Raises:
-        RefusedPictureError: `missing_file`, `read_error`, `too_many_bytes` or `lfs_pointer`; also
+        ImageRejectedError: `missing_file`, `read_error`, `too_many_bytes` or `lfs_pointer`; also
             `ambiguous_file` where several files have that name and are not the same, and of a tar
             `refused_member` (a link or a device).
         ConfigError: If the root is a web address, of which nothing is asked.
@@ -60,9 +60,9 @@ def read_picture(root: str, path: str, max_bytes: int) -> bytes:
     _refuse_web_address(root)
     data = _read_member(root, path, max_bytes) if is_tars(root) else _read(root, path, max_bytes)
     if len(data) > max_bytes:
-        raise RefusedPictureError("too_many_bytes", f"over {max_bytes} bytes")
+        raise ImageRejectedError("too_many_bytes", f"over {max_bytes} bytes")
     if is_lfs_pointer(data):
-        raise RefusedPictureError("lfs_pointer", "a Git LFS pointer; run 'git lfs pull' there")
+        raise ImageRejectedError("lfs_pointer", "a Git LFS pointer; run 'git lfs pull' there")
     return data
 
 
@@ -114,16 +114,16 @@ def _is_empty(root: str) -> bool:
 def _read(root: str, path: str, max_bytes: int) -> bytes:
     """Read a file of a folder; it is missing, or broken, only where the folder itself is sound."""
     if ".." in path.split("/"):
-        raise RefusedPictureError("read_error", "got a part '..', expected a path below the folder")
+        raise ImageRejectedError("read_error", "got a part '..', expected a path below the folder")
     try:
         return _read_head(root, path, max_bytes + 1)
     except FileNotFoundError as err:
         _check_folder(root)
-        raise RefusedPictureError("missing_file", "no such file") from err
+        raise ImageRejectedError("missing_file", "no such file") from err
     except (OSError, ValueError) as err:
         # A name with a zero byte is a ValueError.
         _check_folder(root)
-        raise RefusedPictureError("read_error", str(err)) from err
+        raise ImageRejectedError("read_error", str(err)) from err
 
 
 def _read_head(root: str, path: str, num_bytes: int) -> bytes:
@@ -146,7 +146,7 @@ def _in_other_form(folder: str, path: str) -> str:
     Raises:
         FileNotFoundError: If there is none.
         OSError: If a folder cannot be listed.
-        RefusedPictureError: `ambiguous_file` if there are several.
+        ImageRejectedError: `ambiguous_file` if there are several.
     """
     for part in path.split("/"):
         alike = [part]
@@ -156,7 +156,7 @@ def _in_other_form(folder: str, path: str) -> str:
         if not alike:
             raise FileNotFoundError
         if len(alike) > 1 and part not in alike:
-            raise RefusedPictureError("ambiguous_file", f"{len(alike)} names have these letters")
+            raise ImageRejectedError("ambiguous_file", f"{len(alike)} names have these letters")
         folder = f"{folder}/{part if part in alike else alike[0]}"
     return folder
 
@@ -187,20 +187,20 @@ def _index(root: str) -> TarIndex:
 def _read_member(root: str, path: str, max_bytes: int) -> bytes:
     found = _index(root).find(path)
     if not found:
-        raise RefusedPictureError("missing_file", "no such file")
+        raise ImageRejectedError("missing_file", "no such file")
     if len(found) > _NUM_ALIKE:
-        raise RefusedPictureError("ambiguous_file", f"{len(found)} members have this name")
+        raise ImageRejectedError("ambiguous_file", f"{len(found)} members have this name")
     contents = {_read_range(member, max_bytes) for member in found}
     if len(contents) > 1:
-        raise RefusedPictureError("ambiguous_file", "different members have this name")
+        raise ImageRejectedError("ambiguous_file", "different members have this name")
     return contents.pop()
 
 
 def _read_range(member: Member | None, max_bytes: int) -> bytes:
     if member is None:
-        raise RefusedPictureError("refused_member", "a link or a device, not a file")
+        raise ImageRejectedError("refused_member", "a link or a device, not a file")
     if member.size_bytes > max_bytes:
-        raise RefusedPictureError("too_many_bytes", f"over {max_bytes} bytes")
+        raise ImageRejectedError("too_many_bytes", f"over {max_bytes} bytes")
     try:
         data = storage.read_range(member.url, member.offset, member.size_bytes)
     except FileNotFoundError as err:
@@ -209,7 +209,7 @@ def _read_range(member: Member | None, max_bytes: int) -> bytes:
             "are read; check whether its disk is mounted"
         ) from err
     except OSError as err:
-        raise RefusedPictureError("read_error", str(err)) from err
+        raise ImageRejectedError("read_error", str(err)) from err
     if len(data) != member.size_bytes:
-        raise RefusedPictureError("read_error", f"{member.url} ends within it")
+        raise ImageRejectedError("read_error", f"{member.url} ends within it")
     return data

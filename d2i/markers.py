@@ -16,7 +16,7 @@ _RANGE = re.compile(r"\d+-\d+\.json")
 
 
 def write_marker(url: str, files: Mapping[str, str], *, sync_name: bool = True) -> None:
-    """Write a marker: sha256 by path; `sync_name` is that of `storage.publish_file`."""
+    """Write a marker: sha256 by path; `sync_name` is that of `storage.publish_atomically`."""
     with storage.new_file(url, sync_name=sync_name) as path:
         path.write_bytes(json_line({"files": dict(sorted(files.items()))}))
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from d2i import checksums, storage
 from d2i.config import ImageConfig, Recipe, WeightsKind, apply_settings
-from d2i.config_lock import settle
+from d2i.config_lock import lock_or_diff
 from d2i.errors import CheckpointError, ConfigError, DataError
-from d2i.eval.guidance import drawn_with
+from d2i.eval.guidance import generation_weights
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate
 from d2i.eval.systems import SystemSpec, parse_system
 from d2i.image_decode import decode_picture
@@ -208,7 +208,7 @@ def _of_system(request: SelectRequest) -> _Search:
         settings = _guided(recipe, scale, is_pipeline=spec.network is None)
         said = {
             "system": spec.name,
-            **drawn_with(request.weights, request.adapter),
+            **generation_weights(request.weights, request.adapter),
             "guidance_scale": scale,
             "settings": settings,
         }
@@ -275,7 +275,7 @@ def _write_subset(request: SelectRequest, source: str, folder: str) -> str:
     subset = storage.join(folder, f"valid-{len(rows)}-of-seed-{request.seed}")
     data_url = storage.join(subset, "data")
     chosen = {"manifest_sha256": reader.manifest.sha256, "data": source}
-    if named := settle(storage.join(subset, "chosen.json"), chosen):
+    if named := lock_or_diff(storage.join(subset, "chosen.json"), chosen):
         raise ConfigError(f"{subset} was chosen from other data: got {'; '.join(named)}; delete it")
     if not storage.exists(storage.join(data_url, "manifest.json")):
         fingerprint = reader.manifest.fingerprint

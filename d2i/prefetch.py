@@ -11,7 +11,7 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
-def work_ahead(
+def prefetch_map(
     work: Callable[[ItemT], ResultT], items: Iterable[ItemT], num_threads: int
 ) -> Iterator[ResultT]:
     """Give the result of each item, in order, with as many items worked on at once.

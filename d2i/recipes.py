@@ -27,7 +27,7 @@ from d2i.config import (
     apply_settings,
     load_config,
 )
-from d2i.config_lock import differences, read_settings
+from d2i.config_lock import diff, read_settings
 from d2i.errors import ConfigError
 
 _KEPT_NAME = "recipe.json"
@@ -298,7 +298,7 @@ def check_prepared_with(
     for name, value in there["encoders"].items():
         if any(v and Path(v).is_absolute() for v in (value, decided["encoders"][name])):
             decided["encoders"][name] = value
-    if named := differences(decided, there):
+    if named := diff(decided, there):
         raise ConfigError(
             f"{data_url} was prepared otherwise: got {'; '.join(named[:3])}; repeat the --set of "
             "d2i preprocess, or prepare the data anew"

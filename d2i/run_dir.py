@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from d2i import __version__, checksums, storage
 from d2i.checksums import CRC_FIELD, has_crc32, json_line, say_not_verified
 from d2i.config import FORMERLY, Recipe, WeightsKind, load_config
-from d2i.config_lock import read_settings, settle, with_former
+from d2i.config_lock import lock_or_diff, read_settings, with_former
 from d2i.errors import CheckpointError, ConfigError
 from d2i.parse import damaged, parse_json, read_json
 from d2i.weights_catalog import weights_to_fetch
@@ -47,7 +47,7 @@ _FORMERLY = {f"recipe.{path}": value for path, value in FORMERLY.items()}
 # What decides how far a run goes, where and in which pieces a step is computed, and what is kept of
 # it, but no number beyond its rounding: as the number of ranks may, it may change from one command
 # to the next.
-_MAY_CHANGE = frozenset(
+_RESUME_MUTABLE = frozenset(
     f"recipe.train.{name}"
     for name in (
         "num_steps",
@@ -145,9 +145,9 @@ def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
         checksums.remove(url)
     named = [
         difference
-        for difference in settle(url, asdict(config), _as_now)
+        for difference in lock_or_diff(url, asdict(config), _as_now)
         if difference.startswith(("recipe.", "manifest_sha256:"))
-        and difference.partition(":")[0] not in _MAY_CHANGE
+        and difference.partition(":")[0] not in _RESUME_MUTABLE
     ]
     if named:
         raise CheckpointError(
@@ -236,7 +236,7 @@ def read_validation(run_url: str) -> list[ValidationLine]:
     return _read_lines(storage.join(run_url, VALIDATION_NAME), ValidationLine)
 
 
-def keep_lines_until(run_url: str, step: int, validation_step: int | None = None) -> None:
+def truncate_logs_after(run_url: str, step: int, validation_step: int | None = None) -> None:
     """Drop the lines after a step, which the run is about to write anew.
 
     Args:
@@ -358,7 +358,7 @@ class BestChoice:
         ]
 
 
-def best_choice(run_url: str, warn: Callable[[str], None] | None = None) -> BestChoice | None:
+def load_selection(run_url: str, warn: Callable[[str], None] | None = None) -> BestChoice | None:
     """Return what `d2i select` chose of a run, if it did since the run was trained on.
 
     Args:

@@ -25,7 +25,7 @@ from typing import IO, Any, Literal, cast
 
 from d2i.errors import ConfigError, D2IError
 from d2i.lease import FOLDER_NAME, hold
-from d2i.prefetch import work_ahead
+from d2i.prefetch import prefetch_map
 
 TEMPORARY_SUFFIX = ".d2i-tmp"
 _LOCK_WAIT_S = 15.0
@@ -209,7 +209,7 @@ def open_url(url: str, mode: Literal["rb", "r"] = "rb") -> IO[Any]:
         fs, path = _split(url)
         file = fs.open(path, "rb")
     if local is None:
-        file = io.BufferedReader(_Foreign(file, url), _BUFFER_BYTES)
+        file = io.BufferedReader(_RemoteFile(file, url), _BUFFER_BYTES)
     return cast("IO[Any]", file if mode == "rb" else io.TextIOWrapper(file, encoding="utf-8"))
 
 
@@ -231,14 +231,14 @@ def read_each(urls: Iterable[str]) -> Iterator[bytes]:
     Raises:
         FileNotFoundError: If one is not there.
     """
-    return work_ahead(read_bytes, urls, _NUM_READERS)
+    return prefetch_map(read_bytes, urls, _NUM_READERS)
 
 
 def fetch_file(url: str, path: Path) -> None:
     """Copy a file to a local path, which appears complete or not at all."""
     with naming(path), scratch_file(str(path.parent)) as scratch:
         download(url, scratch)
-        publish_file(scratch, str(path))
+        publish_atomically(scratch, str(path))
 
 
 def download(url: str, path: Path) -> None:
@@ -256,14 +256,14 @@ def write_bytes(url: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(url: str, *, sync_name: bool = True) -> Iterator[Path]:
-    """Give a local file to fill, which then is published as `publish_file` does."""
+    """Give a local file to fill, which then is published as `publish_atomically` does."""
     target = local_path(url)
     with (
         naming(target or Path(tempfile.gettempdir())),
         scratch_file(url if target is None else str(target.parent)) as scratch,
     ):
         yield scratch
-        publish_file(scratch, url, sync_name=sync_name)
+        publish_atomically(scratch, url, sync_name=sync_name)
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -295,7 +295,7 @@ def _read_umask() -> int:
 _UMASK = _read_umask()
 
 
-def publish_file(path: Path, url: str, *, sync_name: bool = True) -> None:
+def publish_atomically(path: Path, url: str, *, sync_name: bool = True) -> None:
     """Move a finished local file to its URL, where it appears complete or not at all.
 
     A local target is reached by fsync and rename (through a copy beside it where the two lie on
@@ -307,7 +307,7 @@ def publish_file(path: Path, url: str, *, sync_name: bool = True) -> None:
     """
     target = local_path(url)
     if target is None:
-        _put(path, url)
+        _upload(path, url)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     if path.stat().st_dev != target.parent.stat().st_dev:
@@ -324,7 +324,7 @@ def publish_file(path: Path, url: str, *, sync_name: bool = True) -> None:
 
 @contextlib.contextmanager
 def scratch_file(folder_url: str) -> Iterator[Path]:
-    """Give a new, empty local file to fill and then `publish_file` into a folder.
+    """Give a new, empty local file to fill and then `publish_atomically` into a folder.
 
     It lies in the folder itself where that is local, so that publishing is a rename, and is
     removed on leaving if it is still there.
@@ -428,7 +428,7 @@ def remove(url: str) -> None:
         fs.rm_file(path)
 
 
-def remove_leftovers(url: str) -> int:
+def remove_temp_files(url: str) -> int:
     """Remove the unfinished files that killed processes left in a local folder.
 
     Call it only while nothing else writes there.
@@ -444,7 +444,7 @@ def remove_leftovers(url: str) -> int:
 
 
 @contextlib.contextmanager
-def only_writer(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
+def exclusive_lock(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
     """Hold a folder for one command, where its file system can; an object store by a lease.
 
     Args:
@@ -559,7 +559,7 @@ def _errors_of(url: str) -> Iterator[None]:
         raise OSError(errno.EIO, f"{type(err).__name__}: {err}", url) from err
 
 
-class _Foreign(io.RawIOBase):
+class _RemoteFile(io.RawIOBase):
     """A file of another file system, whose errors name it."""
 
     def __init__(self, file: IO[bytes], url: str) -> None:
@@ -590,7 +590,7 @@ class _Foreign(io.RawIOBase):
         super().close()
 
 
-def _put(path: Path, url: str) -> None:
+def _upload(path: Path, url: str) -> None:
     with _errors_of(url):
         fs, target = _split(url)
         if _has_buckets(fs):

@@ -130,7 +130,7 @@ def cached_table(decided_by: str, root: str, build: Callable[[], pa.Table]) -> P
         return path
     _make_cache(folder, root)
     # Workers that start together wait for the first one.
-    with storage.only_writer(str(folder), wait_s=math.inf):
+    with storage.exclusive_lock(str(folder), wait_s=math.inf):
         if not _is_sound(path):
             _write(build(), path)
     return path

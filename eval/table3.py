@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from d2i.config import Recipe
-from d2i.config_lock import differences
+from d2i.config_lock import diff
 from d2i.dialog import TEMPLATES
 from d2i.errors import ConfigError, D2IError
 from d2i.eval.guidance import choose_settings
@@ -86,7 +86,7 @@ def _compare(trained: dict[str, str]) -> None:
         del recipe["text"]["strategy"]
     (first, expected), *others = recipes.items()
     for run, found in others:
-        if named := differences(found, expected):
+        if named := diff(found, expected):
             print(f"warning: {run} is not as {first}: {'; '.join(named[:3])}", file=sys.stderr)
 
 

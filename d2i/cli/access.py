@@ -9,7 +9,7 @@ import typer
 from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
-    from d2i.preprocess.fetch.sources import Access
+    from d2i.preprocess.fetch.sources import NetworkPolicy
 
 AllowHostOption = Annotated[
     list[str] | None, typer.Option(metavar="HOST:PORT", help="A private host to be asked.")
@@ -25,13 +25,15 @@ ProxyOption = Annotated[
 ]
 
 
-def access_of(allow_host: list[str] | None, dns_server: str | None, proxy: str | None) -> Access:
+def access_of(
+    allow_host: list[str] | None, dns_server: str | None, proxy: str | None
+) -> NetworkPolicy:
     """Read the three options.
 
     Raises:
         ConfigError: If one cannot be read, or two of them exclude each other.
     """
-    from d2i.preprocess.fetch.sources import Access
+    from d2i.preprocess.fetch.sources import NetworkPolicy
     from d2i.preprocess.fetch.ssrf_guard import allowed_hosts
     from d2i.preprocess.fetch.transport import parse_proxy
 
@@ -41,4 +43,4 @@ def access_of(allow_host: list[str] | None, dns_server: str | None, proxy: str |
             "expected one of the two; leave one out"
         )
     hosts = allowed_hosts(allow_host or [])
-    return Access(hosts, dns_server, parse_proxy(proxy) if proxy else None)
+    return NetworkPolicy(hosts, dns_server, parse_proxy(proxy) if proxy else None)

@@ -160,7 +160,7 @@ def _kept(leaks: Iterator[Leak], url: str | None) -> Iterator[Leak]:
             for leak in leaks:
                 file.write(msgspec.json.encode(leak) + b"\n")
                 yield leak
-        storage.publish_file(scratch, url)
+        storage.publish_atomically(scratch, url)
 
 
 def _counting(progress: ProgressLine, what: str) -> Callable[[], None]:

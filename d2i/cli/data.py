@@ -27,7 +27,7 @@ from d2i.cli.console import (
 from d2i.cli.forecast import PriceOption, RateOption, assumed_of, forecast_lines
 
 if TYPE_CHECKING:
-    from d2i.cluster.estimate import Assumed
+    from d2i.cluster.estimate import RateOverrides
     from d2i.config import Recipe
     from d2i.preprocess.job import PreprocessRequest
     from d2i.preprocess.outcome import SplitSummary
@@ -140,12 +140,12 @@ def preprocess(
     refuse_empty(summaries)
 
 
-def _foresee(request: PreprocessRequest, assumed: Assumed, *, as_json: bool) -> None:
-    from d2i.cluster.estimate import find_rate, forecast, look_at_offer
+def _foresee(request: PreprocessRequest, assumed: RateOverrides, *, as_json: bool) -> None:
+    from d2i.cluster.estimate import find_rate, forecast, probe_capacity
     from d2i.preprocess.job import plan_job, rate_decided_by, work_left
 
     plans = plan_job(request, keep=False)
-    offer = look_at_offer(request.num_workers, request.ray_address)
+    offer = probe_capacity(request.num_workers, request.ray_address)
     measured = find_rate(rate_decided_by(request, offer.unit))
     found = forecast(work_left(request, plans), offer, measured, assumed)
     lines = [

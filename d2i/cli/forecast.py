@@ -9,7 +9,7 @@ import typer
 from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
-    from d2i.cluster.estimate import Assumed, Forecast
+    from d2i.cluster.estimate import Forecast, RateOverrides
 
 RateOption = Annotated[
     float | None,
@@ -25,18 +25,18 @@ PriceOption = Annotated[
 _GIB = 2**30
 
 
-def assumed_of(rate: float | None, price: float | None, *, dry_run: bool) -> Assumed:
+def assumed_of(rate: float | None, price: float | None, *, dry_run: bool) -> RateOverrides:
     """Read both options.
 
     Raises:
         ConfigError: If one is given without a dry run.
     """
-    from d2i.cluster.estimate import Assumed
+    from d2i.cluster.estimate import RateOverrides
 
     given = {"--rate": rate, "--price-per-node-hour": price}
     if not dry_run and (named := [name for name, value in given.items() if value is not None]):
         raise ConfigError(f"{named[0]} is for a forecast; expected --dry-run with it; add it")
-    return Assumed(rate, price)
+    return RateOverrides(rate, price)
 
 
 def forecast_lines(found: Forecast) -> list[str]:

@@ -147,7 +147,7 @@ def sample(
         --set sample.sampler=diffusers:DPMSolverMultistepScheduler
     """
     from d2i.eval.guidance import choose_settings
-    from d2i.eval.single_dialog import Request, draw_dialog, read_dialog
+    from d2i.eval.single_dialog import Request, generate_image, read_dialog
     from d2i.recipes import change_recipe
     from d2i.run_dir import read_recipe
 
@@ -159,7 +159,7 @@ def sample(
     batches = [] if key else _SMALL_BATCHES
     recipe = change_recipe(read_recipe(run), [*batches, *choice.settings])
     seeds = seed or [recipe.sample.seed]
-    text = draw_dialog(Request(run, recipe, turns, seeds, key), out)
+    text = generate_image(Request(run, recipe, turns, seeds, key), out)
     result = {"image": out, "text": text, "seeds": seeds}
     print_result(result, [out], as_json=as_json)
 

@@ -25,7 +25,7 @@ from d2i.cli.forecast import PriceOption, RateOption, assumed_of, forecast_lines
 from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
-    from d2i.cluster.estimate import Assumed
+    from d2i.cluster.estimate import RateOverrides
     from d2i.eval.job import EvalRequest
 
 
@@ -179,13 +179,13 @@ def evaluate(
     print_result(result, _score_lines(result), as_json=as_json)
 
 
-def _foresee(request: EvalRequest, assumed: Assumed, *, as_json: bool) -> None:
-    from d2i.cluster.estimate import find_rate, forecast, look_at_offer
+def _foresee(request: EvalRequest, assumed: RateOverrides, *, as_json: bool) -> None:
+    from d2i.cluster.estimate import find_rate, forecast, probe_capacity
     from d2i.eval.job import rate_decided_by, work_left
     from d2i.shards import read_manifest
 
     num_pictures = read_manifest(request.data_url).num_samples
-    offer = look_at_offer(request.num_workers, request.ray_address)
+    offer = probe_capacity(request.num_workers, request.ray_address)
     measured = find_rate(rate_decided_by(request, offer.unit))
     found = forecast(work_left(request, num_pictures), offer, measured, assumed)
     result = {"pictures": num_pictures, "forecast": dataclasses.asdict(found)}

@@ -67,9 +67,9 @@ def inspect_weights(
 
         d2i weights inspect runs/demo/ema.safetensors --keys
     """
-    from d2i.models.source import look_at
+    from d2i.models.source import inspect_file
 
-    result = look_at(_path(file))
+    result = inspect_file(_path(file))
     print_result(result, _inspected_lines(result, with_keys=keys), as_json=as_json)
 
 

@@ -1,33 +1,33 @@
 """Where work runs: in this process, or on Ray. The only package that imports ray."""
 
 from d2i.cluster.actors import ResourceRequest, num_session_cores
-from d2i.cluster.pipeline import Feeder, Finisher, Stages, run_stages
+from d2i.cluster.pipeline import Consumer, Pipeline, Producer, run_pipeline
 from d2i.cluster.pool import (
     JobFault,
     Pool,
-    Shared,
+    SharedActor,
     Worker,
+    create_shared,
     device_of_worker,
     job_fault,
     run_tasks,
     session,
-    share,
 )
 
 __all__ = [
-    "Feeder",
-    "Finisher",
+    "Consumer",
     "JobFault",
+    "Pipeline",
     "Pool",
+    "Producer",
     "ResourceRequest",
-    "Shared",
-    "Stages",
+    "SharedActor",
     "Worker",
+    "create_shared",
     "device_of_worker",
     "job_fault",
     "num_session_cores",
-    "run_stages",
+    "run_pipeline",
     "run_tasks",
     "session",
-    "share",
 ]

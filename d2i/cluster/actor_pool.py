@@ -17,7 +17,7 @@ from d2i.errors import ClusterError
 NUM_RETRIES = 3
 
 
-class Crew:
+class ActorPool:
     """Workers that are being built, and those that have nothing to do.
 
     Args:
@@ -33,17 +33,17 @@ class Crew:
         self._losses: Counter[Hashable] = Counter()
         self.idle: deque[Any] = deque()
         for _ in range(num_workers):
-            self._hire()
+            self._spawn()
 
-    def awaited(self) -> list[Any]:
+    def pending(self) -> list[Any]:
         """Return what is ready once another worker is there."""
         return list(self._building)
 
     def is_building(self, reference: Any) -> bool:
-        """Say whether a reference is one of `awaited`."""
+        """Say whether a reference is one of `pending`."""
         return reference in self._building
 
-    def welcome(self, reference: Any) -> None:
+    def on_ready(self, reference: Any) -> None:
         """Take in a worker that is there now, or replace it if it died on the way.
 
         Raises:
@@ -64,12 +64,12 @@ class Crew:
         """Hire a new worker for one that died in a task (None: while it was built).
 
         Raises:
-            ClusterError: As `blame`.
+            ClusterError: As `record_failure`.
         """
-        self.blame(task, err)
-        self._hire()
+        self.record_failure(task, err)
+        self._spawn()
 
-    def blame(self, task: Hashable, err: Exception) -> None:
+    def record_failure(self, task: Hashable, err: Exception) -> None:
         """Count what a task has cost.
 
         Raises:
@@ -83,6 +83,6 @@ class Crew:
                 "finished work is kept"
             ) from err
 
-    def _hire(self) -> None:
+    def _spawn(self) -> None:
         actor = start_actor(self._build_worker, self._size)
         self._building[actor.build.remote()] = actor

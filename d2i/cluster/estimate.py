@@ -45,7 +45,7 @@ class Rate:
 
 
 @dataclass
-class Meter:
+class Throughput:
     """Measures a rate once as many tasks as there are workers have ended: before was start-up."""
 
     num_workers: int
@@ -72,7 +72,7 @@ class Meter:
         return Rate(per_worker, self._num_items, self.num_workers, platform.node(), today)
 
 
-def keep_rate(decided_by: dict[str, Any], rate: Rate) -> None:
+def save_rate(decided_by: dict[str, Any], rate: Rate) -> None:
     """Keep a rate in the user's cache, in place of the one before."""
     try:
         storage.write_bytes(str(_path(decided_by)), json.dumps(asdict(rate)).encode())
@@ -98,7 +98,7 @@ Unit = Literal["accelerator", "core"]
 
 
 @dataclass(frozen=True)
-class Offer:
+class Capacity:
     """What a job would get.
 
     Args:
@@ -114,7 +114,7 @@ class Offer:
     object_store_bytes: int
 
 
-def look_at_offer(num_workers: int | None, ray_address: str | None) -> Offer:
+def probe_capacity(num_workers: int | None, ray_address: str | None) -> Capacity:
     """Return what a job would get on a running cluster, or on this machine, where none is started.
 
     Args:
@@ -125,28 +125,28 @@ def look_at_offer(num_workers: int | None, ray_address: str | None) -> Offer:
         ClusterError: If the cluster cannot be reached.
     """
     if ray_address is None or num_workers == 0:
-        return _offer_here(num_workers)
+        return _local_capacity(num_workers)
     with session(num_workers, ray_address):
-        return offer_of_session(num_workers)
+        return session_capacity(num_workers)
 
 
-def offer_of_session(num_workers: int | None) -> Offer:
+def session_capacity(num_workers: int | None) -> Capacity:
     """Return what a job gets in the session that is open."""
     if num_workers == 0:
-        return _offer_here(0)
+        return _local_capacity(0)
     nodes, size = list_nodes(), actor_size(ResourceRequest())
     unit: Unit = "accelerator" if size.num_gpus else "core"
     store_bytes = sum(node.object_store_bytes for node in nodes)
-    return Offer(len(nodes), num_workers_of(num_workers, size), unit, store_bytes)
+    return Capacity(len(nodes), num_workers_of(num_workers, size), unit, store_bytes)
 
 
-def _offer_here(num_workers: int | None) -> Offer:
+def _local_capacity(num_workers: int | None) -> Capacity:
     import torch
 
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     fitting = num_gpus or len(os.sched_getaffinity(0))
     unit: Unit = "accelerator" if num_gpus else "core"
-    return Offer(1, 1 if num_workers == 0 else num_workers or fitting, unit, 0)
+    return Capacity(1, 1 if num_workers == 0 else num_workers or fitting, unit, 0)
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Assumed:
+class RateOverrides:
     """What the user gives.
 
     Args:
@@ -191,7 +191,7 @@ class Forecast:
     """
 
     work: Work
-    offer: Offer
+    offer: Capacity
     num_workers: int
     num_rounds: int
     bytes_in_flight: int
@@ -201,7 +201,9 @@ class Forecast:
     cost: float | None
 
 
-def forecast(work: Work, offer: Offer, measured: Rate | None, assumed: Assumed) -> Forecast:
+def forecast(
+    work: Work, offer: Capacity, measured: Rate | None, assumed: RateOverrides
+) -> Forecast:
     """Return what the work would take of the offer."""
     num_workers = min(offer.num_workers, work.num_tasks)
     num_rounds = math.ceil(work.num_tasks / num_workers) if num_workers else 0
@@ -223,7 +225,7 @@ def forecast(work: Work, offer: Offer, measured: Rate | None, assumed: Assumed) 
     )
 
 
-def _rate_from(measured: Rate | None, assumed: Assumed) -> str:
+def _rate_from(measured: Rate | None, assumed: RateOverrides) -> str:
     if assumed.items_per_s:
         return "assumed, as --rate says"
     if measured is None:

@@ -70,7 +70,7 @@ def wait_for_nodes(num_nodes: int, wait_s: float) -> list[Node]:
     return nodes
 
 
-def ask_nodes(
+def run_on_each_node(
     nodes: Sequence[Node], question: Callable[[Node], AnswerT], timeout_s: float
 ) -> Iterator[NodeAnswer[AnswerT]]:
     """Ask all nodes at once; yield their answers in the order of the nodes.
@@ -104,7 +104,7 @@ def _start_on(node: Node) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there: Any = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=there)(_Asked).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=there)(_NodeActor).remote()
 
 
 def _take(node: Node, actor: Any, reply: Any, timeout_s: float) -> NodeAnswer[Any]:
@@ -136,7 +136,7 @@ def _read_clock(actor: Any) -> tuple[float, float]:
     return ahead_s, error_s
 
 
-class _Asked:
+class _NodeActor:
     """Answers for the node that it is on."""
 
     def answer(self, question: Callable[[Node], Any], node: Node) -> Any:

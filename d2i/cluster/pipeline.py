@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from d2i.cluster.actor_pool import Crew
+from d2i.cluster.actor_pool import ActorPool
 from d2i.cluster.actors import (
     ActorSize,
     ResourceRequest,
@@ -35,7 +35,7 @@ ResultOut = TypeVar("ResultOut", covariant=True)
 _TICK_S = 1.0
 
 
-class Feeder(Protocol[TaskIn, GivenBlock]):
+class Producer(Protocol[TaskIn, GivenBlock]):
     """The first stage: built once per process, called once per task."""
 
     def stream(self, task: TaskIn) -> Iterator[GivenBlock]:
@@ -43,7 +43,7 @@ class Feeder(Protocol[TaskIn, GivenBlock]):
         ...
 
 
-class Finisher(Protocol[TaskIn, TakenBlock, ResultOut]):
+class Consumer(Protocol[TaskIn, TakenBlock, ResultOut]):
     """The second stage: built once per process, called once per task."""
 
     def run(self, task: TaskIn, blocks: Iterable[TakenBlock]) -> ResultOut:
@@ -52,28 +52,28 @@ class Finisher(Protocol[TaskIn, TakenBlock, ResultOut]):
 
 
 @dataclass(frozen=True)
-class Stages(Generic[TaskT, BlockT, ResultT]):
+class Pipeline(Generic[TaskT, BlockT, ResultT]):
     """Both stages, and where they run.
 
     Args:
-        build_feeder: Picklable; called in the feeder's own process.
-        build_finisher: Picklable; called in the finisher's own process, before anything is fed.
-        num_finishers: `0` runs everything in this process, without Ray. `None` takes one per
+        build_producer: Picklable; called in the feeder's own process.
+        build_consumer: Picklable; called in the finisher's own process, before anything is fed.
+        num_consumers: `0` runs everything in this process, without Ray. `None` takes one per
             accelerator, or per core where there is none.
-        num_feeders: `None` takes one for each core that no finisher occupies; where there is no
+        num_producers: `None` takes one for each core that no finisher occupies; where there is no
             accelerator, as many as there are finishers, with whom they share the cores.
         ray_address: As `Pool`'s.
     """
 
-    build_feeder: Callable[[], Feeder[TaskT, BlockT]]
-    build_finisher: Callable[[], Finisher[TaskT, BlockT, ResultT]]
-    num_finishers: int | None = None
-    num_feeders: int | None = None
+    build_producer: Callable[[], Producer[TaskT, BlockT]]
+    build_consumer: Callable[[], Consumer[TaskT, BlockT, ResultT]]
+    num_consumers: int | None = None
+    num_producers: int | None = None
     ray_address: str | None = None
 
 
-def run_stages(
-    stages: Stages[TaskT, BlockT, ResultT],
+def run_pipeline(
+    stages: Pipeline[TaskT, BlockT, ResultT],
     tasks: Sequence[TaskT],
     on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[TaskT, ResultT]]:
@@ -93,17 +93,17 @@ def run_stages(
     """
     if not tasks:
         return
-    if stages.num_finishers == 0:
+    if stages.num_consumers == 0:
         yield from _run_here(stages, tasks, on_wait)
         return
-    with session(stages.num_finishers, stages.ray_address):
+    with session(stages.num_consumers, stages.ray_address):
         yield from _run_on_ray(stages, tasks, on_wait)
 
 
 def _run_here(
-    stages: Stages[TaskT, BlockT, ResultT], tasks: Sequence[TaskT], on_wait: Callable[[], None]
+    stages: Pipeline[TaskT, BlockT, ResultT], tasks: Sequence[TaskT], on_wait: Callable[[], None]
 ) -> Iterator[tuple[TaskT, ResultT]]:
-    finisher, feeder = stages.build_finisher(), stages.build_feeder()
+    finisher, feeder = stages.build_consumer(), stages.build_producer()
 
     def noticed(blocks: Iterator[BlockT]) -> Iterator[BlockT]:
         for block in blocks:
@@ -115,20 +115,20 @@ def _run_here(
 
 
 def _run_on_ray(
-    stages: Stages[TaskT, BlockT, ResultT], tasks: Sequence[TaskT], on_wait: Callable[[], None]
+    stages: Pipeline[TaskT, BlockT, ResultT], tasks: Sequence[TaskT], on_wait: Callable[[], None]
 ) -> Iterator[tuple[TaskT, ResultT]]:
     flow = _Flow(stages, tasks)
     next_tick = time.monotonic()
     while flow.num_left:
-        flow.give_out()
-        ready = _ready(flow.awaited())
+        flow.submit()
+        ready = _ready(flow.pending())
         if not ready:
             check_own_node()
         if time.monotonic() >= next_tick:
             on_wait()
             next_tick = time.monotonic() + _TICK_S
         for reference in ready:
-            yield from flow.take(reference)
+            yield from flow.collect(reference)
 
 
 def _ready(references: list[Any]) -> list[Any]:
@@ -156,13 +156,17 @@ class _Stream:
 class _Flow:
     """Which task is where, on Ray. Tasks are known here by their numbers."""
 
-    def __init__(self, stages: Stages[Any, Any, Any], tasks: Sequence[Any]) -> None:
+    def __init__(self, stages: Pipeline[Any, Any, Any], tasks: Sequence[Any]) -> None:
         size = actor_size(ResourceRequest())
-        self._num_finishers = min(num_workers_of(stages.num_finishers, size), len(tasks))
-        feeder_size, num_feeders = _feeders(stages, self._num_finishers, has_gpus=size.num_gpus > 0)
+        self._num_finishers = min(num_workers_of(stages.num_consumers, size), len(tasks))
+        feeder_size, num_producers = _producers(
+            stages, self._num_finishers, has_gpus=size.num_gpus > 0
+        )
         # Built at once: what is wrong with them is said before anything is fed for hours.
-        self._finishers = Crew(stages.build_finisher, size, self._num_finishers)
-        self._feeders = Crew(stages.build_feeder, feeder_size, min(num_feeders, len(tasks)))
+        self._consumers = ActorPool(stages.build_consumer, size, self._num_finishers)
+        self._producers = ActorPool(
+            stages.build_producer, feeder_size, min(num_producers, len(tasks))
+        )
         self._tasks = tasks
         self._waiting = deque(range(len(tasks)))
         self._streams: dict[Any, _Stream] = {}
@@ -170,27 +174,27 @@ class _Flow:
         self._finishing: dict[Any, tuple[Any, _Stream]] = {}
         self.num_left = len(tasks)
 
-    def awaited(self) -> list[Any]:
+    def pending(self) -> list[Any]:
         """Return all that may be ready next."""
-        crews = [*self._finishers.awaited(), *self._feeders.awaited()]
+        crews = [*self._consumers.pending(), *self._producers.pending()]
         return [*crews, *self._finishing, *self._streams]
 
-    def give_out(self) -> None:
+    def submit(self) -> None:
         """Give work to whoever has none, as long as not too much waits to be finished."""
         # Finishing first: it makes room for the next one to be fed.
-        while self._fed and self._finishers.idle:
-            actor, stream = self._finishers.idle.popleft(), self._fed.popleft()
+        while self._fed and self._consumers.idle:
+            actor, stream = self._consumers.idle.popleft(), self._fed.popleft()
             task = self._tasks[stream.number]
             self._finishing[actor.finish.remote(task, stream.blocks)] = (actor, stream)
-        while self._waiting and self._feeders.idle and len(self._fed) < self._num_finishers:
-            actor, number = self._feeders.idle.popleft(), self._waiting.popleft()
+        while self._waiting and self._producers.idle and len(self._fed) < self._num_finishers:
+            actor, number = self._producers.idle.popleft(), self._waiting.popleft()
             self._streams[actor.stream.remote(self._tasks[number])] = _Stream(number, actor)
 
-    def take(self, reference: Any) -> Iterator[tuple[Any, Any]]:
+    def collect(self, reference: Any) -> Iterator[tuple[Any, Any]]:
         """Take what is ready; yield the task and its result if one is finished."""
-        for crew in (self._finishers, self._feeders):
+        for crew in (self._consumers, self._producers):
             if crew.is_building(reference):
-                crew.welcome(reference)
+                crew.on_ready(reference)
                 return
         if reference in self._streams:
             self._take_block(reference)
@@ -211,10 +215,10 @@ class _Flow:
             result_of(generator.completed())
         except ray.exceptions.RayActorError as err:
             # Ray itself would go on with the block after the last, but the order may be another.
-            self._feeders.replace(stream.number, err)
+            self._producers.replace(stream.number, err)
             self._waiting.append(stream.number)
         else:
-            self._feeders.idle.append(stream.actor)
+            self._producers.idle.append(stream.actor)
             self._fed.append(stream)
 
     def _take_result(self, reference: Any) -> Iterator[tuple[Any, Any]]:
@@ -225,27 +229,27 @@ class _Flow:
             result = result_of(reference)
         except ray.exceptions.RayActorError as err:
             # Its blocks are still there, for whoever is free first.
-            self._finishers.replace(stream.number, err)
+            self._consumers.replace(stream.number, err)
             self._fed.appendleft(stream)
             return
         except ray.exceptions.RayTaskError as err:
             if not isinstance(err.cause, ray.exceptions.ObjectLostError):
                 raise
             # The node that held its blocks is gone.
-            self._feeders.blame(stream.number, err)
+            self._producers.record_failure(stream.number, err)
             self._waiting.append(stream.number)
         else:
             self.num_left -= 1
             yield self._tasks[stream.number], result
-        self._finishers.idle.append(actor)
+        self._consumers.idle.append(actor)
 
 
-def _feeders(
-    stages: Stages[Any, Any, Any], num_finishers: int, *, has_gpus: bool
+def _producers(
+    stages: Pipeline[Any, Any, Any], num_consumers: int, *, has_gpus: bool
 ) -> tuple[ActorSize, int]:
     """Return what a feeder occupies, and how many there are."""
     # They occupy nothing: one that waited for a core could take that of a finisher which died.
     size = ActorSize(0.0, 0.0)
-    num_cores = num_session_cores(num_workers=stages.num_finishers)
-    fitting = max(1, num_cores - num_finishers) if has_gpus else num_finishers
-    return size, stages.num_feeders or fitting
+    num_cores = num_session_cores(num_workers=stages.num_consumers)
+    fitting = max(1, num_cores - num_consumers) if has_gpus else num_consumers
+    return size, stages.num_producers or fitting

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from d2i.cluster.actor_pool import Crew
+from d2i.cluster.actor_pool import ActorPool
 from d2i.cluster.actors import (
     ResourceRequest,
     actor_size,
@@ -36,7 +36,7 @@ class JobFault:
     """One fault for all workers; picklable. Made by `job_fault`."""
 
     fault: Fault
-    passes: Shared[Fault]
+    passes: SharedActor[Fault]
 
     def reach(self, point: str) -> None:
         """Act, in this process, if this is the asked pass of the asked point."""
@@ -46,7 +46,7 @@ class JobFault:
 
 def job_fault(fault: Fault, *, num_workers: int | None) -> JobFault:
     """Return a fault that all workers of the session that is open count together."""
-    return JobFault(fault, share(fault, num_workers=num_workers))
+    return JobFault(fault, create_shared(fault, num_workers=num_workers))
 
 
 TaskT = TypeVar("TaskT")
@@ -90,10 +90,10 @@ class Pool(Generic[TaskT, ResultT]):
     resources: ResourceRequest = field(default_factory=ResourceRequest)
 
 
-class Shared(Generic[ObjectT]):
+class SharedActor(Generic[ObjectT]):
     """One object that the driver and every worker call, wherever they run.
 
-    It lives as long as the session in which `share` made it; picklable.
+    It lives as long as the session in which `create_shared` made it; picklable.
     """
 
     def __init__(self, target: Any, *, is_remote: bool) -> None:
@@ -110,10 +110,10 @@ class Shared(Generic[ObjectT]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the lock."""
-        return functools.partial(Shared, self._target, is_remote=self._is_remote), ()
+        return functools.partial(SharedActor, self._target, is_remote=self._is_remote), ()
 
 
-def share(value: ObjectT, *, num_workers: int | None) -> Shared[ObjectT]:
+def create_shared(value: ObjectT, *, num_workers: int | None) -> SharedActor[ObjectT]:
     """Make an object common to all workers of the session that is open.
 
     Args:
@@ -121,7 +121,7 @@ def share(value: ObjectT, *, num_workers: int | None) -> Shared[ObjectT]:
         num_workers: As the pool's: 0 where the tasks run in this process.
     """
     if num_workers == 0:
-        return Shared(value, is_remote=False)
+        return SharedActor(value, is_remote=False)
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -133,7 +133,7 @@ def share(value: ObjectT, *, num_workers: int | None) -> Shared[ObjectT]:
     holder = ray.remote(
         num_cpus=0, memory=1, max_restarts=-1, max_task_retries=-1, scheduling_strategy=beside
     )(_Holder)
-    return Shared(holder.remote(value), is_remote=True)
+    return SharedActor(holder.remote(value), is_remote=True)
 
 
 class _Holder:
@@ -207,7 +207,7 @@ def _run_on_ray(
     with session(pool.num_workers, pool.ray_address):
         size = actor_size(pool.resources)
         num_workers = min(num_workers_of(pool.num_workers, size), len(tasks))
-        crew = Crew(pool.build_worker, size, num_workers)
+        crew = ActorPool(pool.build_worker, size, num_workers)
         # Tasks are known here by their numbers.
         waiting = deque(range(len(tasks)))
         running: dict[Any, tuple[Any, int]] = {}
@@ -215,9 +215,9 @@ def _run_on_ray(
             while waiting and crew.idle:
                 actor, number = crew.idle.popleft(), waiting.popleft()
                 running[actor.run.remote(tasks[number])] = (actor, number)
-            ready = _first_ready([*crew.awaited(), *running])
+            ready = _first_ready([*crew.pending(), *running])
             if crew.is_building(ready):
-                crew.welcome(ready)
+                crew.on_ready(ready)
                 continue
             actor, number = running.pop(ready)
             try:
@@ -230,7 +230,7 @@ def _run_on_ray(
                 yield tasks[number], result
 
 
-def _refuse_silence(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Refuse an address that takes no connection: Ray itself would try for minutes.
 
     Raises:
@@ -297,7 +297,7 @@ def _ray_session(address: str | None, num_workers: int | None) -> Iterator[None]
         yield
         return
     if address:
-        _refuse_silence(address)
+        _check_reachable(address)
     # On this machine as many workers as are asked for, however few cores there are.
     is_crowded = address is None and (num_workers or 0) > len(os.sched_getaffinity(0))
     try:

@@ -17,14 +17,14 @@ import msgspec
 from d2i import storage
 from d2i.corpora.captions import read_descriptions, with_descriptions
 from d2i.corpora.chat_forms import FORMS
-from d2i.corpora.compact_set import SeenHashes
+from d2i.corpora.compact_set import CompactHashSet
 from d2i.corpora.foreign import foreign_kind
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.jsonl import Jsonl
 from d2i.corpora.mmdialog import MMDialog
 from d2i.corpora.photochat import PhotoChat
-from d2i.corpora.records import MAX_TURNS, Dialog, Flaw, Problem, Reason, RecordError, Report
+from d2i.corpora.records import MAX_TURNS, Dialog, Flaw, Reason, RecordError, RecordIssue, Report
 from d2i.corpora.split_shares import DialogSplits
 from d2i.corpora.splits import SPLITS, source_folder
 from d2i.corpora.tally import ProblemTally
@@ -38,8 +38,8 @@ __all__ = [
     "SPLITS",
     "Corpus",
     "Dialog",
-    "Problem",
     "Reason",
+    "RecordIssue",
     "build_corpus",
     "canonical_split",
     "corpus_instances",
@@ -147,7 +147,7 @@ def read_instances(
     """Read the instances of one split, in the order of its files, as a stream.
 
     Names, options and the split's presence are checked at once; records are read as the iterator
-    is. What is broken is a `Problem`, and ends nothing before the last record was read.
+    is. What is broken is a `RecordIssue`, and ends nothing before the last record was read.
 
     Args:
         corpus: `mmdialog`, `photochat` or `jsonl`.
@@ -303,7 +303,7 @@ def _instances(
 
 
 def _first_occurrences(corpus: Corpus, instances: Iterator[Instance]) -> Iterator[Instance]:
-    seen = SeenHashes()  # As names may be long.
+    seen = CompactHashSet()  # As names may be long.
     for instance in instances:
         image = hash(corpus.image_id(instance.image_ref))
         if image not in seen:
@@ -336,7 +336,7 @@ class _Reading:
         self.split = split
         self.splits = splits
         self.where = ""
-        self.held: list[Problem] | None = None
+        self.held: list[RecordIssue] | None = None
         self.in_split = _Count()
         self.in_file = _Count()
         self.broken_where = ""
@@ -363,7 +363,7 @@ class _Reading:
         for problem in held if is_own else ():
             self.report(problem)
 
-    def problem(self, problem: Problem) -> None:
+    def problem(self, problem: RecordIssue) -> None:
         """Count a problem of the file or of the record being read, and pass it on."""
         self._count_broken(problem)
         if self.held is not None:
@@ -373,7 +373,7 @@ class _Reading:
 
     def flaw(self, reason: Reason, detail: str) -> None:
         """Report something in the record that is being read, or was read last."""
-        problem = Problem(reason, self.where, detail)
+        problem = RecordIssue(reason, self.where, detail)
         if self.held is None:
             # Of an instance, which only those of this split have.
             self._count_broken(problem)
@@ -381,7 +381,7 @@ class _Reading:
         else:
             self.problem(problem)
 
-    def _count_broken(self, problem: Problem) -> None:
+    def _count_broken(self, problem: RecordIssue) -> None:
         """Count a problem if it is the first that stands for a broken record."""
         self.gave_up |= problem.reason == "too_many_broken"
         if problem.reason in _SOUND:
@@ -443,7 +443,7 @@ def _dialogs(
 ) -> Iterator[Dialog]:
     # So many cannot make the contexts of any record too long.
     few_pictures = MAX_CONTEXT_CHARS // (corpus.max_record_bytes + MAX_TURNS * _TURN_CHARS)
-    seen = SeenHashes()  # As ids may be long.
+    seen = CompactHashSet()  # As ids may be long.
     is_empty = True
     for path in files:
         for where, record in _read_file(source, path, reading.problem, corpus):
@@ -478,7 +478,7 @@ def _parsed(record: Any, parse: Callable[[Any, Flaw], Dialog], flaw: Flaw) -> Di
         return None
 
 
-def _is_kept(dialog: Dialog, seen: SeenHashes, few_pictures: int, flaw: Flaw) -> bool:
+def _is_kept(dialog: Dialog, seen: CompactHashSet, few_pictures: int, flaw: Flaw) -> bool:
     """Say whether a dialog is read: the first of its id, and not too large."""
     number = hash(dialog.id)
     if number in seen:
@@ -532,7 +532,7 @@ def parse_record(fields: dict[str, Any], flaw: Flaw) -> Dialog:
     return parse(record, flaw)
 
 
-def _log_problem(problem: Problem) -> None:
+def _log_problem(problem: RecordIssue) -> None:
     _log.warning("%s: %s (%s)", problem.where, problem.detail, problem.reason)
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from d2i import storage
 from d2i.corpora.json_stream import read_objects
-from d2i.corpora.records import Problem, RecordError
+from d2i.corpora.records import RecordError, RecordIssue
 from d2i.dialog import Instance
 from d2i.errors import ConfigError
 
@@ -33,7 +33,7 @@ def read_descriptions(url: str) -> dict[str, Description]:
         ConfigError: If there is no such file, or a line is no description.
     """
 
-    def refuse(problem: Problem) -> None:
+    def refuse(problem: RecordIssue) -> None:
         raise ConfigError(
             f"descriptions {problem.where}: {problem.detail} ({problem.reason}); repeat "
             "'d2i corpus --describe' to finish the file, or mend it"
@@ -49,7 +49,7 @@ def read_descriptions(url: str) -> dict[str, Description]:
     with stream:
         for where, value in read_objects(stream, url, refuse, Description):
             if isinstance(value, RecordError):
-                refuse(Problem(value.reason, where, value.detail))
+                refuse(RecordIssue(value.reason, where, value.detail))
             found[value.image] = value
     return found
 

@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 
 from d2i.corpora.records import DialogId, Flaw, Name, RecordError, Speaker, Text, Turns
 from d2i.corpora.typo_hints import misspelt
-from d2i.dialog import NOBODY, Turn
+from d2i.dialog import NO_SPEAKER, Turn
 
 FORMS = ("turns", "messages", "conversations")
 """The fields of which a record has one."""
@@ -270,7 +270,7 @@ def _read_message(
     marked_here = marked.take(_num_marks(content)) if marked.has_list else []
     if role in _SILENT and (own or marked_here or _shows_picture(content)):
         flaw("no_image", f"{where}a picture of role {name[:20]!r} is none")
-    return Turn(NOBODY, ""), []
+    return Turn(NO_SPEAKER, ""), []
 
 
 def _num_marks(content: Any) -> int:

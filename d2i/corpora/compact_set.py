@@ -9,7 +9,7 @@ MAX_RECENT = 1 << 22
 """More than MMDialog has dialogs, so that these are in a plain set alone; about 300 MB (ours)."""
 
 
-class SeenHashes:
+class CompactHashSet:
     """A set of 64-bit hashes, of which all but the last ones added take 8 bytes each."""
 
     def __init__(self) -> None:

@@ -121,7 +121,7 @@ class InstanceOptions:
     def _texts(self, dialog: Dialog) -> tuple[Turn, ...]:
         if self.emoji == "keep":
             return dialog.turns
-        rewrite = _drop_emoji if self.emoji == "drop" else _draw_emoji
+        rewrite = _drop_emoji if self.emoji == "drop" else _render_emoji
         return tuple(Turn(turn.speaker, rewrite(turn.text)) for turn in dialog.turns)
 
     def _mark_images(
@@ -154,14 +154,14 @@ def _drop_emoji(text: str) -> str:
     """Leave out what names an emoji; other words between colons, as in `std::vector::x`, stay."""
     if ":" not in text:
         return text
-    return " ".join(_EMOJI.sub(lambda m: m[0] if _drawn(m[0]) == m[0] else " ", text).split())
+    return " ".join(_EMOJI.sub(lambda m: m[0] if _rendered(m[0]) == m[0] else " ", text).split())
 
 
-def _draw_emoji(text: str) -> str:
-    return _drawn(text) if ":" in text else text
+def _render_emoji(text: str) -> str:
+    return _rendered(text) if ":" in text else text
 
 
-def _drawn(text: str) -> str:
+def _rendered(text: str) -> str:
     import emoji  # Only whoever asks for it waits for its tables.
 
     return emoji.emojize(text)

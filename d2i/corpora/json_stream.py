@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import msgspec
 
-from d2i.corpora.records import Problem, Reason, RecordError, Report
+from d2i.corpora.records import Reason, RecordError, RecordIssue, Report
 
 CHUNK_BYTES = 1 << 16
 MAX_RECORD_BYTES = 4 << 20
@@ -60,7 +60,7 @@ def read_objects(
     Args:
         stream: The file, opened for reading bytes, at its start.
         path: What `where` calls the file.
-        report: Gets a `Problem` for everything that is no JSON.
+        report: Gets a `RecordIssue` for everything that is no JSON.
         kind: The type that each object is decoded to. Fields that it does not name are passed
             over without being built: most of a record with a thousand negative candidates.
         chunk_bytes: Size of one read.
@@ -74,7 +74,7 @@ def read_objects(
     parse = _parser(kind)
     view = _View(stream, chunk_bytes, max_record_bytes)
     if not view.find_start():
-        report(Problem("empty_file", path, "nothing but white space"))
+        report(RecordIssue("empty_file", path, "nothing but white space"))
     elif _holds_lines(view, parse):
         yield from _lines(view, path, report, parse)
     else:
@@ -202,7 +202,7 @@ def _lines(view: _View, path: str, report: Report, parse: _Parse) -> Iterator[tu
             if len(line) > view.max_record_bytes:
                 detail = f"{num_passed} bytes, expected at most {view.max_record_bytes}"
                 num_records = num_passed // view.max_record_bytes
-                report(Problem("too_large", where, detail, num_records))
+                report(RecordIssue("too_large", where, detail, num_records))
                 continue
             value = parse(line)
             if value is not _BROKEN:
@@ -227,12 +227,12 @@ def _objects_of_line(
         value = parse(line[at:end]) if depth == 0 else _BROKEN
         if value is _BROKEN:
             reason: Reason = "truncated" if depth > 0 else _diagnose(line[at:])
-            report(Problem(reason, where, "the object cannot be read"))
+            report(RecordIssue(reason, where, "the object cannot be read"))
         else:
             yield where, _unwrapped(value, where, report)
         at = _after_separators(line, end)
     if depth == 0 and line.lstrip().startswith(b"[") and not line.rstrip().endswith(b"]"):
-        report(Problem("truncated", where, "the array is not closed"))
+        report(RecordIssue("truncated", where, "the array is not closed"))
 
 
 def _after_separators(line: bytes, at: int) -> int:
@@ -290,7 +290,7 @@ class _Objects:
                 return
             is_closed = self._skip_separators()
         if is_array and not is_closed:
-            self.report(Problem("truncated", self._where(), "the array is not closed"))
+            self.report(RecordIssue("truncated", self._where(), "the array is not closed"))
 
     def _where(self) -> str:
         return f"{self.path} byte {self.view.offset + self.view.pos}"
@@ -373,7 +373,7 @@ class _Objects:
         rest = "" if found else "; no other object after it"
         if num_records > 1:
             rest += f"; {num_passed} bytes are passed over, room for {num_records} records"
-        self.report(Problem(reason, where, f"the object cannot be read{rest}", num_records))
+        self.report(RecordIssue(reason, where, f"the object cannot be read{rest}", num_records))
         if found and self._is_lost():
             self._give_up(self._where(), "too many broken places before it: all bytes from here")
             return False
@@ -384,7 +384,7 @@ class _Objects:
         return found
 
     def _give_up(self, where: str, what: str) -> None:
-        self.report(Problem("too_many_broken", where, f"{what} are passed over"))
+        self.report(RecordIssue("too_many_broken", where, f"{what} are passed over"))
 
     def _num_records(self, num_passed: int) -> int:
         """Say how many records may be lost with so many bytes.
@@ -501,7 +501,7 @@ class _Repaired(msgspec.Struct, frozen=True, gc=False):
 def _unwrapped(value: Any, where: str, report: Report) -> Any:
     """Return a value, after reporting what of its text was changed."""
     if isinstance(value, _Repaired):
-        report(Problem("repaired", where, value.detail))
+        report(RecordIssue("repaired", where, value.detail))
         return value.value
     return value
 

@@ -18,10 +18,10 @@ from msgspec import Struct
 from d2i import storage
 from d2i.config import ImageConfig
 from d2i.corpora import Corpus, corpus_instances
-from d2i.corpora.perceptual_hash import Look, LookIndex, look_of
+from d2i.corpora.perceptual_hash import HashIndex, PerceptualHash, look_of
 from d2i.corpora.splits import SPLITS, source_folder
 from d2i.dialog import Instance
-from d2i.image_decode import RefusedPictureError, decode_picture
+from d2i.image_decode import ImageRejectedError, decode_picture
 from d2i.image_files import check_root, read_picture
 
 _MAX_PICTURE_BYTES = 20 << 20
@@ -74,7 +74,7 @@ class LeakFinder:
         if look and corpus.image_root:
             check_root(self._image_root)
         self._protected: dict[str, tuple[str, str]] = {}
-        self._looks = LookIndex()
+        self._looks = HashIndex()
 
     @property
     def has_looked(self) -> bool:
@@ -128,7 +128,7 @@ class LeakFinder:
         self.pictures[split] = PictureCount(num_read, dict(sorted(failures.items())))
         return near
 
-    def _read_looks(self, split: str) -> Iterator[tuple[str, Look | str | None]]:
+    def _read_looks(self, split: str) -> Iterator[tuple[str, PerceptualHash | str | None]]:
         """Give each distinct picture file of a split with its look, or why it has none."""
         pictures = self._distinct_files(split)
         with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -144,11 +144,11 @@ class LeakFinder:
                 seen.add(image_id)
                 yield image_id, instance.image_ref.value[0]
 
-    def _read_look(self, path: str) -> Look | str | None:
+    def _read_look(self, path: str) -> PerceptualHash | str | None:
         try:
             data = read_picture(self._image_root, path, _MAX_PICTURE_BYTES)
             return look_of(decode_picture(data, ImageConfig()).image)
-        except RefusedPictureError as err:
+        except ImageRejectedError as err:
             return err.reason
 
     def _instances(self, split: str) -> Iterator[Instance]:

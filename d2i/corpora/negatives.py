@@ -11,7 +11,7 @@ from msgspec import Struct
 from d2i import storage
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.mmdialog import MMDialog
-from d2i.corpora.records import DialogId, Problem, RecordError
+from d2i.corpora.records import DialogId, RecordError, RecordIssue
 from d2i.errors import DataError
 
 
@@ -53,12 +53,12 @@ def _read_file(root: str, path: str) -> Iterator[tuple[str, list[str]]]:
     with stream:
         for where, record in read_objects(stream, path, _log, _Record):
             if isinstance(record, RecordError):
-                _log(Problem(record.reason, where, record.detail))
+                _log(RecordIssue(record.reason, where, record.detail))
             else:
                 keys = record.negative_candidate_media_keys
                 yield str(record.conversation_id), [f"{key}.jpg" for key in keys]
 
 
-def _log(problem: Problem) -> None:
+def _log(problem: RecordIssue) -> None:
     message = "%s: %s (%s)"
     logging.getLogger(__name__).warning(message, problem.where, problem.detail, problem.reason)

@@ -27,14 +27,14 @@ _BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))
 
 
 @dataclass(frozen=True)
-class Look:
+class PerceptualHash:
     """What a picture looks like: 64 bits of structure, and uint8 (4, 4, 3) coarse colours."""
 
     structure: int
     colours: NDArray[np.uint8]
 
 
-def look_of(image: Image.Image) -> Look | None:
+def look_of(image: Image.Image) -> PerceptualHash | None:
     """Return the look of an RGB picture; None for one so plain that it looks like any other."""
     grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     brightness = np.asarray(grey, np.float64)
@@ -47,27 +47,27 @@ def look_of(image: Image.Image) -> Look | None:
     bits[0] = False
     structure = int.from_bytes(np.packbits(bits).tobytes(), "big")
     small = image.resize((_COLOUR_SIDE, _COLOUR_SIDE), Image.Resampling.BOX)
-    return Look(structure, np.asarray(small, np.uint8))
+    return PerceptualHash(structure, np.asarray(small, np.uint8))
 
 
-class LookIndex:
+class HashIndex:
     """Finds, among the looks it was given, the one nearest to another."""
 
     def __init__(self) -> None:
-        self._looks: list[tuple[str, Look]] = []
+        self._looks: list[tuple[str, PerceptualHash]] = []
         self._bands: list[defaultdict[int, list[int]]] = [defaultdict(list) for _ in _BANDS]
 
     def __len__(self) -> int:
         """Return how many looks there are."""
         return len(self._looks)
 
-    def add(self, name: str, look: Look) -> None:
+    def add(self, name: str, look: PerceptualHash) -> None:
         """Take a look, under the name of its picture."""
         for band, part in zip(self._bands, _parts(look.structure), strict=True):
             band[part].append(len(self._looks))
         self._looks.append((name, look))
 
-    def nearest(self, look: Look) -> tuple[str, int] | None:
+    def nearest(self, look: PerceptualHash) -> tuple[str, int] | None:
         """Return name and distance in bits of the nearest look, or None where none is near."""
         found: tuple[int, int] | None = None
         for place in self._candidates(look):
@@ -77,7 +77,7 @@ class LookIndex:
                 found = min(found or (distance, place), (distance, place))
         return None if found is None else (self._looks[found[1]][0], found[0])
 
-    def _candidates(self, look: Look) -> set[int]:
+    def _candidates(self, look: PerceptualHash) -> set[int]:
         parts = zip(self._bands, _parts(look.structure), strict=True)
         return {place for band, part in parts for place in band.get(part, ())}
 
@@ -86,7 +86,7 @@ def _parts(structure: int) -> list[int]:
     return [structure >> shift & ((1 << width) - 1) for shift, width in _BANDS]
 
 
-def _colours_agree(one: Look, other: Look) -> bool:
+def _colours_agree(one: PerceptualHash, other: PerceptualHash) -> bool:
     difference: Any = np.abs(one.colours.astype(np.int16) - other.colours.astype(np.int16))
     return bool(difference.max() <= MAX_COLOUR_DISTANCE)
 

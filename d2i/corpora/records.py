@@ -1,7 +1,7 @@
-"""What a record of a corpus turns into, and what is said of one that does not.
+"""Records of a corpus: the dialog that each is parsed to, or the issue that it has.
 
-Owns `Problem`, the types that the records of all corpora are declared with, and `Dialog`, the form
-that they are parsed to. Must not import torch.
+Owns `RecordIssue`, the types that the records of all corpora are declared with, and `Dialog`. Must
+not import torch.
 """
 
 import re
@@ -51,7 +51,7 @@ _PATH = re.compile(r"[^-~\\*?\x00-\x1f\x7f][^\\*?\x00-\x1f\x7f]{0,1023}")
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|.*::", re.DOTALL)
 
 
-class Problem(Struct, frozen=True, gc=False, omit_defaults=True):
+class RecordIssue(Struct, frozen=True, gc=False, omit_defaults=True):
     """Something in a corpus that gives no instance.
 
     `where` is the file, relative to the source, with line or byte offset; `detail` says what was
@@ -65,13 +65,13 @@ class Problem(Struct, frozen=True, gc=False, omit_defaults=True):
     num_records: int = 1
 
 
-Report = Callable[[Problem], None]
+Report = Callable[[RecordIssue], None]
 Flaw = Callable[[Reason, str], None]
 """Reports a part of a record that is left out, the rest of it being used."""
 
 
 class RecordError(Exception):
-    """A record that cannot be used at all. It becomes a `Problem` and never leaves this package."""
+    """A record that cannot be used at all: it becomes a `RecordIssue` within this package."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)

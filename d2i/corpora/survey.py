@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from d2i.config import DialogConfig, TextConfig
 from d2i.corpora import Corpus, Dialog, build_corpus, read_dialogs
-from d2i.corpora.compact_set import SeenHashes
+from d2i.corpora.compact_set import CompactHashSet
 from d2i.corpora.records import Flaw, Reason
 from d2i.corpora.tally import ProblemTally
 from d2i.dialog import Instance, key_order_hash, key_prefix
@@ -196,7 +196,7 @@ class _Counter:
         self.num_empty = 0
         self._corpus = corpus
         self._split = split
-        self._seen = SeenHashes() if corpus.is_unique(split) else None
+        self._seen = CompactHashSet() if corpus.is_unique(split) else None
 
     def take(self, dialog: Dialog, flaw: Flaw) -> None:
         """Count those of one dialog."""
@@ -211,7 +211,7 @@ class _Counter:
         self.num_instances += len(instances)
 
 
-def _first_seen(instances: list[Instance], corpus: Corpus, seen: SeenHashes) -> list[Instance]:
+def _first_seen(instances: list[Instance], corpus: Corpus, seen: CompactHashSet) -> list[Instance]:
     """Keep those whose picture was not seen before, and remember theirs."""
     kept = []
     for instance in instances:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from d2i.corpora.records import Problem
+from d2i.corpora.records import RecordIssue
 
 _NUM_DESCRIBED = 3
 
@@ -14,9 +14,9 @@ class ProblemTally:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._first: dict[str, Problem] = {}
+        self._first: dict[str, RecordIssue] = {}
 
-    def add(self, problem: Problem) -> None:
+    def add(self, problem: RecordIssue) -> None:
         """Count one problem."""
         self._counts[problem.reason] += 1
         self._first.setdefault(problem.reason, problem)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from d2i.demo.dialogs import MadeTurn, make_dialog
-from d2i.demo.picture import draw
+from d2i.demo.picture import render_scene
 from d2i.demo.scene import Scene, split_scenes
 
 NAME = "made world"
@@ -122,7 +122,7 @@ def _write_picture(path: Path, picture: _Shared) -> None:
         path.write_text("<html><body>404 Not Found</body></html>\n")
         return
     buffer = io.BytesIO()
-    image = draw(picture.scene, int(picture.media_key))
+    image = render_scene(picture.scene, int(picture.media_key))
     image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
     data = buffer.getvalue()
     path.write_bytes(data[: len(data) // 2] if picture.flaw == "truncated" else data)

@@ -62,7 +62,7 @@ def pose_of(scene: Scene) -> Pose:
     return Pose(_CENTRE_PX[scene.position], _BASE_PX, _EXTENT_PX[scene.size])
 
 
-def draw(scene: Scene, jitter_seed: int | None) -> Image.Image:
+def render_scene(scene: Scene, jitter_seed: int | None) -> Image.Image:
     """Draw a scene.
 
     Args:

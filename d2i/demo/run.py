@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from d2i import __version__, checksums, storage
-from d2i.child_process import end_with_parent
-from d2i.config_lock import settle
+from d2i.child_process import die_with_parent
+from d2i.config_lock import lock_or_diff
 from d2i.errors import ClusterError, ConfigError, D2IError
 from d2i.parse import read_json
 
@@ -58,7 +58,7 @@ def run_demo(request: DemoRequest) -> dict[str, Any]:
         ConfigError: If the folder holds a demo of other settings.
         ClusterError: If a stage fails; its output is above, and the same command repeats it.
     """
-    with storage.only_writer(str(request.out)):
+    with storage.exclusive_lock(str(request.out)):
         return _run_stages(request)
 
 
@@ -183,7 +183,7 @@ class _Times:
 
 def _settle(request: DemoRequest) -> None:
     wanted = {k: v for k, v in asdict(request).items() if k != "out"} | {"version": __version__}
-    if differences := settle(str(request.out / "demo.json"), wanted):
+    if differences := lock_or_diff(str(request.out / "demo.json"), wanted):
         raise ConfigError(
             f"{request.out} holds another demo: got {'; '.join(differences)}; choose another --out"
         )
@@ -193,7 +193,7 @@ def _run_command(stage: Stage) -> str:
     """Run a d2i command in a process of its own; return its last line, which says what it did."""
     command = [sys.executable, "-c", "from d2i.cli import main; main()", *stage.arguments]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent
     ) as process:
         lines = []
         try:

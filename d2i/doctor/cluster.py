@@ -10,7 +10,7 @@ from functools import partial
 
 from d2i import storage
 from d2i.cluster import session
-from d2i.cluster.nodes import Node, NodeAnswer, ask_nodes, wait_for_nodes
+from d2i.cluster.nodes import Node, NodeAnswer, run_on_each_node, wait_for_nodes
 from d2i.config import Recipe
 from d2i.doctor.check import Check, first_line
 from d2i.doctor.node import Probe, Question, installed_versions, look_at_node
@@ -62,7 +62,7 @@ def check_cluster(request: ClusterRequest) -> Iterator[Report]:
         nodes = wait_for_nodes(request.num_nodes or 1, request.wait_s)
         yield Report("cluster", [*_cluster_checks(request, nodes), *problems])
         question = Question(installed_versions(), _weights(request.recipe), probes)
-        for answer in ask_nodes(nodes, partial(_look, question), _ANSWER_TIMEOUT_S):
+        for answer in run_on_each_node(nodes, partial(_look, question), _ANSWER_TIMEOUT_S):
             yield Report(_describe(answer.node), _node_checks(answer, request.recipe))
 
 

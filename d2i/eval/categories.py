@@ -153,7 +153,7 @@ def score_categories(
     return found
 
 
-def draw_keys(keys: Sequence[str], seed: int) -> list[str]:
+def choose_keys(keys: Sequence[str], seed: int) -> list[str]:
     """Draw `DRAW_SIZE` keys without replacement, or all: the first in the order of a seeded hash.
 
     The same of two systems that drew for the same instances, whatever their order.
@@ -194,7 +194,7 @@ def _score(
     """Score one category: `drawn` are its keys that have a picture, `rows` where those stand."""
     num_draws = NUM_DRAWS if len(drawn) > DRAW_SIZE else 1
     size = min(DRAW_SIZE, len(drawn))
-    counted = (name, len(keys), len(drawn), num_draws, size, draw_keys(keys, 0))
+    counted = (name, len(keys), len(drawn), num_draws, size, choose_keys(keys, 0))
     if len(drawn) < _MIN_PICTURES:
         return CategoryScores(*counted)
     arrays = measured.arrays
@@ -202,7 +202,7 @@ def _score(
     fake = arrays["features"][rows].astype(np.float64)
     logits = arrays["logits"][rows].astype(np.float64) if "logits" in arrays else None
     place = {key: at for at, key in enumerate(drawn)}
-    draws = [[place[key] for key in draw_keys(drawn, seed)] for seed in range(num_draws)]
+    draws = [[place[key] for key in choose_keys(drawn, seed)] for seed in range(num_draws)]
     fids = [fid_of_few(real[draw], fake[draw]) for draw in draws]
     scores = [] if logits is None else [inception_score(logits[draw]) for draw in draws]
     # Rounding may carry the cosine of a picture with itself past 1.

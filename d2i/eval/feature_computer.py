@@ -14,8 +14,8 @@ from d2i.encoders import Encoders
 from d2i.encoders.bundle import versions
 from d2i.errors import DataError
 from d2i.eval.extractors import build_extractor
-from d2i.eval.reference_features import RealFeatures
-from d2i.eval.system import Drawing
+from d2i.eval.reference_features import ReferenceFeatures
+from d2i.eval.system import Generation
 from d2i.eval.text import TextTower
 from d2i.image_decode import crop_to_square, decode_picture
 from d2i.shards import ShardReader
@@ -23,7 +23,7 @@ from d2i.shards import ShardReader
 Arrays = dict[str, NDArray[Any]]
 
 
-class Measurer:
+class FeatureComputer:
     """The feature extractor, CLIP's two towers, and the pictures that were really sent.
 
     All of them run at one fixed, padded batch.
@@ -42,7 +42,7 @@ class Measurer:
         self._tower = TextTower.load(recipe, encoders, device)
         self._extractor = build_extractor(recipe, encoders, self._tower, device)
         self.resolution = recipe.metrics.resolution or recipe.image.resolution
-        self._real = RealFeatures(self.describe_real(device))
+        self._real = ReferenceFeatures(self.describe_real(device))
 
     def describe(self) -> dict[str, Any]:
         """Return what decides the numbers, for the metric card."""
@@ -105,11 +105,11 @@ class Measurer:
         return np.asarray(crop_to_square(picture.image, self.resolution))
 
 
-def drawing_rows(drawings: Sequence[Drawing]) -> Arrays:
+def generation_rows(generations: Sequence[Generation]) -> Arrays:
     """Say what became of each drawing: reason ('' for a picture), source, whether of one colour."""
-    flat = [d.pixels is not None and np.ptp(d.pixels, axis=(0, 1)).max() == 0 for d in drawings]
+    flat = [d.pixels is not None and np.ptp(d.pixels, axis=(0, 1)).max() == 0 for d in generations]
     return {
-        "reasons": np.array([drawing.reason for drawing in drawings]),
-        "sources": np.array([d.source if d.pixels is not None else "" for d in drawings]),
+        "reasons": np.array([generation.reason for generation in generations]),
+        "sources": np.array([d.source if d.pixels is not None else "" for d in generations]),
         "is_flat": np.array(flat),
     }

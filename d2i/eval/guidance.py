@@ -11,7 +11,7 @@ from typing import Any
 
 from d2i import storage
 from d2i.errors import ConfigError
-from d2i.run_dir import BEST_NAME, best_choice, read_choice
+from d2i.run_dir import BEST_NAME, load_selection, read_choice
 
 _SAID = ("metric", "value", "num_instances", "seed")
 
@@ -60,11 +60,11 @@ def choose_settings(
         return choose_settings(inner, given, selected, weights=weights, adapter=adapter)
     chosen: list[str] = []
     said: dict[str, Any] = {"how": "recipe"}
-    if kind == "run" and (best := best_choice(target)):
+    if kind == "run" and (best := load_selection(target)):
         if _value("sample.weights", given) in (None, best.weights_kind):
             chosen, said = best.settings(), _said(read_choice(target))
     elif selected is not None:
-        content = _read_selected(selected, system, drawn_with(weights, adapter))
+        content = _read_selected(selected, system, generation_weights(weights, adapter))
         chosen, said = list(content["settings"]), _said(content)
     setting = "sample.pipeline" if kind == "diffusers" else "sample.guidance_scale"
     if _value(setting, given) is not None:
@@ -72,7 +72,7 @@ def choose_settings(
     return Choice([*chosen, *given], said)
 
 
-def drawn_with(weights: str | None, adapter: str | None) -> dict[str, str | None]:
+def generation_weights(weights: str | None, adapter: str | None) -> dict[str, str | None]:
     """Return which files a choice is for, beside the system's name."""
     return {
         "weights": storage.absolute(weights) if weights else None,

@@ -13,9 +13,9 @@ from typing import Any
 
 from d2i import checksums, storage
 from d2i.cluster import JobFault, Pool, job_fault, run_tasks, session
-from d2i.cluster.estimate import Meter, Unit, Work, keep_rate, offer_of_session
+from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
 from d2i.config import FORMERLY, Recipe
-from d2i.config_lock import read_settings, settle, with_former
+from d2i.config_lock import lock_or_diff, read_settings, with_former
 from d2i.errors import ConfigError, DataError
 from d2i.eval.categories import CORPUS, write_categories
 from d2i.eval.fingerprint import hash_contents
@@ -23,7 +23,7 @@ from d2i.eval.measured import Arrays, Measured
 from d2i.eval.metric_card import metric_card
 from d2i.eval.negatives import find_negatives
 from d2i.eval.prompts import ContextMode
-from d2i.eval.reference_features import RealFeatures
+from d2i.eval.reference_features import ReferenceFeatures
 from d2i.eval.scores import instance_rows, score
 from d2i.eval.systems import SystemSpec
 from d2i.eval.tasks import (
@@ -117,7 +117,7 @@ def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) 
             f"--context {request.context}: {request.system.name} has drawn already, however it was "
             "asked; expected full; tell what it was shown with --label"
         )
-    with storage.only_writer(request.out_url):
+    with storage.exclusive_lock(request.out_url):
         return _work(request, on_progress)
 
 
@@ -148,7 +148,7 @@ def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> 
     _settle(request, decided)
     # Read before anything is drawn: what is wrong with them shows at once.
     listed = find_negatives(reader, request.negatives) if request.negatives else None
-    _draw(request, reader, on_progress)
+    _generate(request, reader, on_progress)
     measured = Measured(_read_arrays(request.out_url, len(reader)), listed)
     _write_rows(request, measured)
     _keep_real(request, measured)
@@ -172,7 +172,7 @@ def _read_arrays(out_url: str, num_instances: int) -> Arrays:
     return read_tasks(out_url, tasks)
 
 
-def _draw(
+def _generate(
     request: EvalRequest, reader: ShardReader, on_progress: Callable[[EvalProgress], None]
 ) -> None:
     """Do all tasks that are not finished."""
@@ -182,8 +182,8 @@ def _draw(
         return
     progress = EvalProgress(len(reader), sum(len(task.indices) for task in finished))
     with session(request.num_workers, request.ray_address):
-        offer = offer_of_session(request.num_workers)
-        meter = Meter(min(offer.num_workers, len(missing)))
+        offer = session_capacity(request.num_workers)
+        meter = Throughput(min(offer.num_workers, len(missing)))
         fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
         for task, result in run_tasks(_pool(request, fault), missing):
             progress.num_done += len(task.indices)
@@ -193,7 +193,7 @@ def _draw(
             if fault:
                 fault.reach("eval.task_done")
         if rate := meter.rate():
-            keep_rate(rate_decided_by(request, offer.unit), rate)
+            save_rate(rate_decided_by(request, offer.unit), rate)
 
 
 def _task_size(request: EvalRequest) -> int:
@@ -245,7 +245,7 @@ def _settle(request: EvalRequest, decided: dict[str, Any]) -> None:
         checksums.remove(kept)
         checksums.remove(described)
     formerly = {f"recipe.{path}": value for path, value in FORMERLY.items()}
-    differences = settle(kept, decided, partial(with_former, formerly=formerly))
+    differences = lock_or_diff(kept, decided, partial(with_former, formerly=formerly))
     if differences and all(difference.startswith("files.") for difference in differences):
         raise ConfigError(
             f"{request.out_url} holds what {request.system.name} gave before its files changed; "
@@ -267,7 +267,7 @@ def _keep_real(request: EvalRequest, measured: Measured) -> None:
     """Keep what was measured of the true pictures, for the next evaluation on this machine."""
     described = read_settings(describe_url(request.out_url))["real"]
     try:
-        RealFeatures(described).keep(measured.arrays)
+        ReferenceFeatures(described).keep(measured.arrays)
     except OSError as err:
         # Only time is lost: the next evaluation measures them again.
         logging.getLogger(__name__).warning("features of the true pictures are not kept: %s", err)

@@ -27,7 +27,7 @@ class PairedMmd:
     deviation: float
 
 
-def draw_subsets(
+def choose_subsets(
     num_real: int, num_fake: int, num_subsets: int, subset_size: int, seed: int
 ) -> tuple[Counts, Counts]:
     """Draw subsets without replacement, for each the true pictures first.

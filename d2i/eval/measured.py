@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from d2i.eval.intervals import number_dialogs
 from d2i.eval.negatives import Listed
-from d2i.eval.retrieval_recall import true_ranks
+from d2i.eval.retrieval_recall import retrieval_ranks
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -78,7 +78,7 @@ class Measured:
     @cached_property
     def ranks(self) -> NDArray[np.int64]:
         """The rank of each drawn picture's true one among negatives."""
-        return true_ranks(
+        return retrieval_ranks(
             self.arrays["keys"].tolist(),
             self.drawn,
             self.arrays["embeddings"],

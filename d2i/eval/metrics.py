@@ -27,7 +27,7 @@ from torch_fidelity.metric_isc import (
 
 from d2i.checksums import file_sha256
 from d2i.errors import DataError
-from d2i.eval.kid import draw_subsets, mmd_of_subsets
+from d2i.eval.kid import choose_subsets, mmd_of_subsets
 
 Floats = npt.NDArray[np.float64]
 
@@ -114,7 +114,7 @@ def _kid(
 ) -> dict[str, float | int | None]:
     """Mean KID over random subsets (Binkowski et al. 2018, section 4)."""
     size = min(subset_size, len(real), len(fake))
-    counts = draw_subsets(len(real), len(fake), num_subsets, size, seed)
+    counts = choose_subsets(len(real), len(fake), num_subsets, size, seed)
     of_subsets = mmd_of_subsets(real, fake, *counts)
     # Subsets that hold every picture are all the same one: they have no spread.
     is_whole = size == len(real) == len(fake)

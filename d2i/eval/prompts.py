@@ -63,7 +63,7 @@ class PromptReader:
         if self._mode == "none":
             return ()
         if self._mode == "shuffled":
-            return self._turns(self._partners[index])
+            return self._turns(self._derangement[index])
         turns = self._turns(index)
         if self._mode == "last":
             return tuple([turn for turn in turns if turn.text.strip()][-1:])
@@ -75,11 +75,11 @@ class PromptReader:
         )
 
     @cached_property
-    def _partners(self) -> list[int]:
-        return partners(list(self._reader.keys))
+    def _derangement(self) -> list[int]:
+        return derangement(list(self._reader.keys))
 
 
-def partners(keys: list[str]) -> list[int]:
+def derangement(keys: list[str]) -> list[int]:
     """Give each instance one of another dialog: the next in the seeded order of keys.
 
     Raises:

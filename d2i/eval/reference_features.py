@@ -23,7 +23,7 @@ NAMES = ("real_features", "real_embeddings")
 _DESCRIBED = "described.json"
 
 
-class RealFeatures:
+class ReferenceFeatures:
     """The cached features of one data set under one fingerprint, compared with their sha256.
 
     Args:

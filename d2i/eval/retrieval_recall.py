@@ -16,7 +16,7 @@ _NUM_ROWS = 256
 _NONE = np.empty(0, np.int64)
 
 
-def true_ranks(
+def retrieval_ranks(
     keys: Sequence[str],
     drawn: NDArray[np.int64],
     embeddings: NDArray[np.float32],

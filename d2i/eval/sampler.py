@@ -53,7 +53,7 @@ class Sampler:
         self._empty_text = torch.from_numpy(empty_text.astype(np.float32)).to(device)
         self.hash = weights_hash(self._network)
 
-    def draw(
+    def generate(
         self, keys: Sequence[str], text: NDArray[Any], seeds: Sequence[int] | None = None
     ) -> NDArray[np.uint8]:
         """Draw one picture a key.
@@ -66,18 +66,18 @@ class Sampler:
         Returns:
             uint8 (N, H, W, 3).
         """
-        return self.decode(self.draw_latents(keys, text, seeds))
+        return self.decode(self.sample_latents(keys, text, seeds))
 
-    def draw_latents(
+    def sample_latents(
         self, keys: Sequence[str], text: NDArray[Any], seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """Draw the unscaled latents of one picture a key: (N, 4, h, w), as `draw` does."""
+        """Draw the unscaled latents of one picture a key: (N, 4, h, w), as `generate` does."""
         size = self._config.compute_batch_size
         seeds = [self._config.seed] * len(keys) if seeds is None else seeds
         latents = []
         for start in range(0, len(keys), size):
             rows = slice(start, start + size)
-            latents.append(self._draw_batch(SampleDraws(seeds[rows], keys[rows]), text[rows]))
+            latents.append(self._sample_batch(SampleDraws(seeds[rows], keys[rows]), text[rows]))
         return torch.cat(latents)
 
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
@@ -85,24 +85,24 @@ class Sampler:
         return self._vae.decode(latents, self._config.compute_batch_size)
 
     @torch.inference_mode()
-    def _draw_batch(self, draws: SampleDraws, text: NDArray[Any]) -> Tensor:
+    def _sample_batch(self, draws: SampleDraws, text: NDArray[Any]) -> Tensor:
         num_rows, size = len(draws.keys), self._config.compute_batch_size
         # A batch is filled up with its first row.
         index = [row if row < num_rows else 0 for row in range(size)]
         padded = SampleDraws([draws.seeds[i] for i in index], [draws.keys[i] for i in index])
         rows = torch.from_numpy(text[index].astype(np.float32)).to(self._device)
         is_joint = isinstance(self._network, UniDiffuser)
-        draw_rows = self._draw_unidiffuser if is_joint else self._draw_uvit
+        render_rows = self._sample_unidiffuser if is_joint else self._sample_uvit
         with multiplied_in(self._config.precision, self._device):
-            latents = draw_rows(padded, rows)
+            latents = render_rows(padded, rows)
         unscaled: Tensor = latents[:num_rows] / self._network.latent_scale
         return unscaled
 
-    def _draw_uvit(self, draws: SampleDraws, text: Tensor) -> Tensor:
+    def _sample_uvit(self, draws: SampleDraws, text: Tensor) -> Tensor:
         eps = guided_uvit(self._network, text, self._empty_text, self._config.guidance_scale)
         return self._run(eps, self._noise(draws, "sample", self._shape), draws)
 
-    def _draw_unidiffuser(self, draws: SampleDraws, text: Tensor) -> Tensor:
+    def _sample_unidiffuser(self, draws: SampleDraws, text: Tensor) -> Tensor:
         state = join_state(
             self._noise(draws, "sample", self._shape),
             self._noise(draws, "sample.clip", (1, self._network.clip_dim)),

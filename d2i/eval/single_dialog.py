@@ -66,7 +66,7 @@ class Request:
     key: str | None = None
 
 
-def draw_dialog(request: Request, out: str) -> str:
+def generate_image(request: Request, out: str) -> str:
     """Draw the pictures that answer a conversation as one PNG, its settings in the metadata.
 
     Several pictures are laid out in a grid, row by row. The same conversation, key and seed give
@@ -93,7 +93,7 @@ def draw_dialog(request: Request, out: str) -> str:
         device,
     )
     num, key = len(request.seeds), text if request.key is None else request.key
-    pixels = sampler.draw([key] * num, np.repeat(latents[0], num, axis=0), request.seeds)
+    pixels = sampler.generate([key] * num, np.repeat(latents[0], num, axis=0), request.seeds)
     settings = recipe.sample.model_dump(exclude={"seed", "weights"}) | {
         "weights_kind": recipe.sample.weights,
         "recipe": recipe.name,

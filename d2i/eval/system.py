@@ -27,7 +27,7 @@ IN_MEMORY = "memory"
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Generation:
     """What became of one prompt: a picture, or the reason why there is none.
 
     Args:
@@ -67,12 +67,12 @@ class System(Protocol):
 
     described: Mapping[str, Any]
 
-    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
-        """Draw one picture a prompt, in their order.
+    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
+        """Generate one image a prompt, in their order.
 
-        A picture must be a function of its prompt and of the system alone: neighbours, their
-        number and what was drawn before change nothing. What cannot be drawn is a `Drawing` with a
-        reason; an exception ends the job.
+        An image must be a function of its prompt and of the system alone: neighbours, their number
+        and what was generated before change nothing. Where no image can be generated, the
+        `Generation` has a reason; an exception ends the job.
         """
         ...
 

@@ -85,7 +85,7 @@ def saved_tasks(out_url: str) -> list[EvalTask]:
 def remove_unfinished(out_url: str) -> None:
     """Remove what killed processes left: files half written, and what is of no finished task."""
     for folder in ("tasks", "images"):
-        storage.remove_leftovers(storage.join(out_url, folder))
+        storage.remove_temp_files(storage.join(out_url, folder))
     finished = set(finished_tasks(out_url))
     for task in {*_listed(storage.join(out_url, "tasks"), "json")} - finished:
         storage.remove(storage.join(out_url, _marker_path(task)))

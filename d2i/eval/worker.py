@@ -16,14 +16,14 @@ from d2i import storage
 from d2i.checksums import sha256_of
 from d2i.cluster import JobFault, device_of_worker
 from d2i.config import Recipe
-from d2i.config_lock import settle
+from d2i.config_lock import lock_or_diff
 from d2i.dialog import key_order_hash
 from d2i.encoders import Encoders, check_made_by, load_encoders
 from d2i.encoders.bundle import versions
 from d2i.errors import ConfigError, DataError
-from d2i.eval.feature_computer import Measurer, drawing_rows
+from d2i.eval.feature_computer import FeatureComputer, generation_rows
 from d2i.eval.prompts import ContextMode, PromptReader
-from d2i.eval.system import Drawing, SystemContext
+from d2i.eval.system import Generation, SystemContext
 from d2i.eval.systems import SystemSpec, build_system
 from d2i.eval.tasks import EvalTask, images_path, images_url, write_task
 from d2i.image_decode import png_bytes
@@ -75,7 +75,7 @@ class EvalWorker:
         self._reader = builder.open_shards(builder.data_url)
         check_made_by(encoders.hashes(), self._reader.manifest, self._reader.url)
         self._prompts = PromptReader(self._reader, builder.recipe.text, builder.context)
-        self._measurer = Measurer(builder.recipe, encoders, self._reader, device)
+        self._measurer = FeatureComputer(builder.recipe, encoders, self._reader, device)
         self._system = build_system(
             SystemContext(
                 builder.system,
@@ -90,24 +90,26 @@ class EvalWorker:
     def run(self, task: EvalTask) -> TaskResult:
         """Do one group, keep its features (and pictures as asked); return what became of it."""
         keys = [self._reader.keys[i] for i in task.indices]
-        drawings = self._system.draw([self._prompts.read(i) for i in task.indices])
-        if len(drawings) != len(keys):
+        generations = self._system.generate([self._prompts.read(i) for i in task.indices])
+        if len(generations) != len(keys):
             raise DataError(
-                f"{self._builder.system.name} drew {len(drawings)} pictures for {len(keys)} "
+                f"{self._builder.system.name} drew {len(generations)} pictures for {len(keys)} "
                 "prompts; expected one each, or the reason why there is none"
             )
         self._reach("eval.task_drawn")
         pictures = {
-            key: self._measurer.fit(drawing.pixels)
-            for key, drawing in zip(keys, drawings, strict=True)
-            if drawing.pixels is not None
+            key: self._measurer.fit(generation.pixels)
+            for key, generation in zip(keys, generations, strict=True)
+            if generation.pixels is not None
         }
         saved = self._save_pictures(task, pictures)
         self._reach("eval.pictures_written")
-        arrays = self._measure(task, keys, drawings, pictures)
+        arrays = self._measure(task, keys, generations, pictures)
         write_task(self._builder.out_url, task, arrays, saved)
         self._reach("eval.task_written")
-        reasons = Counter(drawing.reason for drawing in drawings if drawing.pixels is None)
+        reasons = Counter(
+            generation.reason for generation in generations if generation.pixels is None
+        )
         return TaskResult(len(pictures), reasons)
 
     def settle(self) -> None:
@@ -123,7 +125,7 @@ class EvalWorker:
             "device": self._device,
             "real": self._measurer.describe_real(self._device),
         }
-        if differences := settle(describe_url(self._builder.out_url), mine):
+        if differences := lock_or_diff(describe_url(self._builder.out_url), mine):
             raise ConfigError(
                 f"{self._builder.out_url} holds pictures drawn otherwise: got "
                 f"{'; '.join(differences[:3])}; choose another --out"
@@ -137,14 +139,14 @@ class EvalWorker:
         self,
         task: EvalTask,
         keys: Sequence[str],
-        drawings: Sequence[Drawing],
+        generations: Sequence[Generation],
         pictures: dict[str, NDArray[np.uint8]],
     ) -> dict[str, NDArray[Any]]:
         drawn = self._measurer.measure_drawn(np.stack([*pictures.values()])) if pictures else {}
         lines = [self._prompts.read_dialog(index) for index in task.indices]
         return {
             "keys": np.array(keys),
-            **drawing_rows(drawings),
+            **generation_rows(generations),
             **self._measurer.measure_real(task.indices),
             **self._measurer.measure_text(lines),
             **drawn,

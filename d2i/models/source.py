@@ -67,7 +67,7 @@ def open_source(path: Path) -> Source:
     return Source(path, file, file_sha256(str(file)), state, found)
 
 
-def look_at(path: Path) -> dict[str, Any]:
+def inspect_file(path: Path) -> dict[str, Any]:
     """Say what a file of weights is, as JSON values; unlike `open_source`, of any tensors.
 
     Raises:

@@ -19,7 +19,7 @@ from d2i.corpora.captions import Description, read_descriptions
 from d2i.corpora.splits import source_folder
 from d2i.encoders.captioner import Captioner
 from d2i.errors import ConfigError
-from d2i.image_decode import RefusedPictureError, decode_picture
+from d2i.image_decode import ImageRejectedError, decode_picture
 from d2i.image_files import check_root, read_picture
 
 BATCH_SIZE = 16
@@ -151,7 +151,7 @@ def _opened(
         try:
             data = read_picture(root, path, _MAX_PICTURE_BYTES)
             picture = decode_picture(data, ImageConfig())
-        except RefusedPictureError as err:
+        except ImageRejectedError as err:
             failures[err.reason] += 1
         else:
             yield image_id, picture.image

@@ -27,7 +27,7 @@ from PIL import Image
 
 from d2i.config import ImageConfig
 from d2i.errors import ClusterError
-from d2i.image_decode import RefusedPictureError, Square, decode_square, open_header
+from d2i.image_decode import CroppedImage, ImageRejectedError, decode_square, open_header
 from d2i.preprocess.jpeg_header import is_small_header
 
 _LENGTH = struct.Struct("<Q")
@@ -54,11 +54,11 @@ class Decoder:
         self._max_decode_mib = max_decode_mib
         self._child: subprocess.Popen[bytes] | None = None
 
-    def decode(self, data: bytes) -> Square:
+    def decode(self, data: bytes) -> CroppedImage:
         """Return the square of a picture.
 
         Raises:
-            RefusedPictureError: As `d2i.image_decode.decode_picture` does; `decode_timeout` or
+            ImageRejectedError: As `d2i.image_decode.decode_picture` does; `decode_timeout` or
                 `decode_memory` where a picture cost too much.
         """
         # Other headers are not safe to open here: that of a WebP takes its canvas.
@@ -68,13 +68,13 @@ class Decoder:
                 try:
                     return decode_square(image, self._image)
                 except MemoryError as err:
-                    raise RefusedPictureError("decode_memory", "takes too much") from err
+                    raise ImageRejectedError("decode_memory", "takes too much") from err
         header, pixels = self._ask_twice(data)
         if "reason" in header:
-            raise RefusedPictureError(header["reason"], header["detail"])
+            raise ImageRejectedError(header["reason"], header["detail"])
         side = self._image.resolution
         square = np.frombuffer(pixels, np.uint8).reshape(side, side, 3)
-        return Square(square, header["suffix"], header["width"], header["height"])
+        return CroppedImage(square, header["suffix"], header["width"], header["height"])
 
     def close(self) -> None:
         """End the child, which is started anew when it is needed."""
@@ -91,11 +91,11 @@ class Decoder:
                 return self._ask_child(data)
             except TimeoutError as err:
                 self.close()
-                raise RefusedPictureError("decode_timeout", f"over {self._timeout_s:g} s") from err
+                raise ImageRejectedError("decode_timeout", f"over {self._timeout_s:g} s") from err
             except (EOFError, BrokenPipeError) as err:
                 self.close()
                 if is_last:
-                    raise RefusedPictureError("decode_error", "the decoder died of it") from err
+                    raise ImageRejectedError("decode_error", "the decoder died of it") from err
             except BaseException:
                 # What is left in the pipe would be taken for the answer to the next picture.
                 self.close()
@@ -199,7 +199,7 @@ def _answer(data: bytes, image: ImageConfig) -> list[bytes]:
     """Return the child's answer to one picture, as frames."""
     try:
         found = decode_square(open_header(data, image), image)
-    except RefusedPictureError as err:
+    except ImageRejectedError as err:
         return [json.dumps({"reason": err.reason, "detail": str(err)}).encode()]
     except MemoryError:
         return [json.dumps({"reason": "decode_memory", "detail": "takes too much"}).encode()]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
 from d2i.encoders import Encoders
-from d2i.preprocess.fetch.result import is_passing
+from d2i.preprocess.fetch.result import is_transient
 from d2i.preprocess.ledger import NON_FINITE_TEXT, LedgerRow, Status
 from d2i.preprocess.messages import (
     FetchedPicture,
@@ -21,7 +21,7 @@ from d2i.preprocess.messages import (
     keeps_source,
 )
 from d2i.preprocess.records import instance_values
-from d2i.preprocess.spill_buffer import SourceBytes
+from d2i.preprocess.spill_buffer import SpillBuffer
 from d2i.prompt_text import context_tokens
 from d2i.shards import Sample, json_bytes, npy_bytes
 
@@ -86,7 +86,7 @@ def build_samples(
     features: Mapping[ImageRef, ImageFeatures],
     texts: Mapping[str, TextFeatures],
     recipe: Recipe,
-    sources: SourceBytes,
+    sources: SpillBuffer,
 ) -> Iterator[Sample]:
     """Yield the samples of one shard, in key order, of the instances that have both features."""
     chosen = (i for i in instances if i.image_ref in features and i.key in texts)
@@ -148,7 +148,7 @@ def _shortened(detail: str) -> str:
 def _status(reason: str) -> Status:
     if reason == "ok":
         return "ok"
-    return "passing" if is_passing(reason) else "permanent"
+    return "passing" if is_transient(reason) else "permanent"
 
 
 def _metadata(instance: Instance, picture: SourceFile) -> bytes:

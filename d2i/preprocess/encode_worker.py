@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from d2i import storage
 from d2i.cluster import JobFault, device_of_worker
 from d2i.config import Recipe
-from d2i.config_lock import settle
+from d2i.config_lock import lock_or_diff
 from d2i.dialog import Instance
 from d2i.encoders import Encoders, load_encoders
 from d2i.encoders.bundle import versions
@@ -29,7 +29,7 @@ from d2i.preprocess.messages import FetchedPicture, ShardResult, ShardTask
 from d2i.preprocess.placeholders import refuse_placeholders
 from d2i.preprocess.plan import fingerprint_url
 from d2i.preprocess.reuse import NOTHING_REUSED, Reuse, Reused, ReusedSplits
-from d2i.preprocess.spill_buffer import SourceBytes, source_bytes
+from d2i.preprocess.spill_buffer import SpillBuffer, source_bytes
 from d2i.preprocess.supplements import net_failures
 from d2i.prompt_text import text_tokens
 from d2i.shards import Sample, npy_bytes, write_shard
@@ -86,7 +86,7 @@ class EncodeWorker:
     def settle(self, split_url: str) -> None:
         """Write the fingerprint and the features of '' beside the shards, or check them."""
         self._reused.check(split_url, self.fingerprint["image"])
-        if differences := settle(fingerprint_url(split_url), self.fingerprint):
+        if differences := lock_or_diff(fingerprint_url(split_url), self.fingerprint):
             raise ShardError(
                 f"{split_url} holds shards made otherwise: got {'; '.join(differences[:3])}; "
                 "choose another --out, or the versions and weights of before"
@@ -112,7 +112,7 @@ class EncodeWorker:
         self,
         instances: list[Instance],
         found: list[FetchedPicture],
-        sources: SourceBytes,
+        sources: SpillBuffer,
         reused: Reused = NOTHING_REUSED,
     ) -> Encoded:
         """Encode the pictures that were fetched, and say what became of each instance.

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from d2i.cluster import JobFault, Shared
+from d2i.cluster import JobFault, SharedActor
 from d2i.config import Recipe
 from d2i.dialog import ImageRef
 from d2i.errors import ClusterError
-from d2i.image_decode import RefusedPictureError
+from d2i.image_decode import ImageRejectedError
 from d2i.preprocess.decoder import Decoder
-from d2i.preprocess.fetch.result import Fetched
-from d2i.preprocess.fetch.sources import PictureSource
+from d2i.preprocess.fetch.result import FetchResult
+from d2i.preprocess.fetch.sources import ImageSource
 from d2i.preprocess.inline_images import read_inline
 from d2i.preprocess.messages import FetchedPicture, ShardTask, SourcePicture, keeps_source
 from d2i.preprocess.progress import Tally
@@ -31,9 +31,9 @@ _BLOCK_BYTES = 8 << 20
 class FetchWorkerBuilder:
     """Builds the worker where it runs; picklable."""
 
-    pictures: PictureSource
+    pictures: ImageSource
     recipe: Recipe
-    tally: Shared[Tally]
+    tally: SharedActor[Tally]
     fault: JobFault | None = None
     reuse: Reuse | None = None
 
@@ -106,7 +106,7 @@ def _num_source_bytes(block: list[FetchedPicture]) -> int:
 
 
 def open_picture(
-    ref: ImageRef, fetched: Fetched, decoder: Decoder, *, is_kept: bool
+    ref: ImageRef, fetched: FetchResult, decoder: Decoder, *, is_kept: bool
 ) -> FetchedPicture:
     """Decode and crop fetched bytes, or pass the failure on with its reason.
 
@@ -120,7 +120,7 @@ def open_picture(
     if fetched.data is not None:
         try:
             picture = _source_picture(fetched.data, decoder)
-        except RefusedPictureError as err:
+        except ImageRejectedError as err:
             fetched = fetched.refused(err.reason, str(err))
     handed_on = fetched if is_kept else fetched.without_data()
     return FetchedPicture(ref, handed_on, picture, time.time())

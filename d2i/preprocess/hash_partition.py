@@ -25,7 +25,7 @@ MAX_BUCKET_BYTES = 64 << 20
 _HASH_BITS = 64
 
 
-class DealtRows:
+class HashPartitions:
     """Takes tables in any order, and then gives their rows back, a bucket of hashes at a time.
 
     Used with `with`, which ends the taking. Rows are dealt in a thread of their own, as that is
@@ -91,7 +91,7 @@ class DealtRows:
     def _dealt_again(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
         path = self._path.with_name(f"{self._path.name}-")
         num_bits = self._num_bits_before + BUCKET_BITS
-        with DealtRows(path, self._hash_column, num_bits) as again:
+        with HashPartitions(path, self._hash_column, num_bits) as again:
             for batch in batches:
                 again.add(pa.Table.from_batches([batch]))
         yield from again.buckets()

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from d2i import storage
-from d2i.corpora.compact_set import SeenHashes
+from d2i.corpora.compact_set import CompactHashSet
 from d2i.corpora.inline import InlineImages, inline_sha256
 from d2i.dialog import ImageRef, Instance
-from d2i.preprocess.fetch.result import Fetched
+from d2i.preprocess.fetch.result import FetchResult
 
 INLINE_FOLDER = "inline"
 """Within `plan/`."""
@@ -33,7 +33,7 @@ class InlineWriter:
     def __init__(self, scratch: Path, split_url: str | None) -> None:
         self._scratch = scratch
         self._split_url = split_url
-        self._published = SeenHashes()
+        self._published = CompactHashSet()
         self._waiting_bytes = 0
 
     def images(self, max_bytes: int) -> InlineImages:
@@ -68,7 +68,7 @@ class InlineWriter:
         path = self._scratch / sha256
         if path.exists():
             url = storage.join(_folder(split_url), sha256)
-            storage.publish_file(path, url, sync_name=False)
+            storage.publish_atomically(path, url, sync_name=False)
             self._published.add(hash(sha256))
 
     def finish(self) -> None:
@@ -86,7 +86,7 @@ class InlineWriter:
             storage.sync(local)
 
 
-def read_inline(split_url: str, ref: ImageRef, max_bytes: int) -> Fetched:
+def read_inline(split_url: str, ref: ImageRef, max_bytes: int) -> FetchResult:
     """Read the image of an `inline` reference of a planned instance.
 
     One that is lost or damaged is a passing failure (`read_error`): it is no fault of the picture.
@@ -96,10 +96,10 @@ def read_inline(split_url: str, ref: ImageRef, max_bytes: int) -> Fetched:
     try:
         data = storage.read_head(url, max_bytes + 1)
     except OSError as err:
-        return Fetched(None, "read_error", f"{url}: {err}")
+        return FetchResult(None, "read_error", f"{url}: {err}")
     if hashlib.sha256(data).hexdigest() != name:
-        return Fetched(None, "read_error", f"{url}: its content is not that of its name")
-    return Fetched(data)
+        return FetchResult(None, "read_error", f"{url}: its content is not that of its name")
+    return FetchResult(data)
 
 
 def _folder(split_url: str) -> str:

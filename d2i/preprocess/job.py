@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 from d2i import checksums, storage
-from d2i.cluster import Pool, Stages, job_fault, run_stages, run_tasks, session, share
-from d2i.cluster.estimate import Meter, Unit, Work, keep_rate, offer_of_session
+from d2i.cluster import Pipeline, Pool, create_shared, job_fault, run_pipeline, run_tasks, session
+from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.corpora.splits import source_folder
@@ -25,13 +25,13 @@ from d2i.parse import read_json
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.exclude import NOTHING, read_exclusion
 from d2i.preprocess.fetch.downloads import check_downloads
-from d2i.preprocess.fetch.rate_limiter import share_books
-from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
+from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
+from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, NetworkPolicy, build_rate_limiter
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.ledger import commonest_failure, remove_ledgers
 from d2i.preprocess.messages import ShardTask
 from d2i.preprocess.outcome import SplitSummary, refuse_empty, split_summary
-from d2i.preprocess.placeholders import WithdrawalWorker, placeholders_of, plan_withdrawals
+from d2i.preprocess.placeholders import RetractionWorker, placeholders_of, plan_withdrawals
 from d2i.preprocess.plan import Plan, PlanRequest, fingerprint_url, make_plan
 from d2i.preprocess.progress import JobProgress, Tally
 from d2i.preprocess.reuse import Reuse
@@ -70,7 +70,7 @@ class PreprocessRequest:
     exclude: str | None = None
     retry_failed: bool = False
     reuse: str | None = None
-    access: Access = NO_ACCESS
+    access: NetworkPolicy = NO_NETWORK
     num_workers: int | None = None
     num_fetchers: int | None = None
     ray_address: str | None = None
@@ -163,7 +163,7 @@ def make_splits(
     request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
 ) -> list[SplitSummary]:
     """Run the job as `preprocess` does, and leave it to `refuse_empty` to judge what came of it."""
-    with storage.only_writer(request.out):
+    with storage.exclusive_lock(request.out):
         return _work(request, on_progress)
 
 
@@ -206,31 +206,31 @@ def _make_shards(
 ) -> None:
     """Fetch, encode and publish."""
     fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
-    tally = share(Tally(), num_workers=request.num_workers)
+    tally = create_shared(Tally(), num_workers=request.num_workers)
     reuse = None if request.reuse is None else Reuse(storage.resolve(request.reuse))
-    stages = Stages(
+    stages = Pipeline(
         FetchWorkerBuilder(_pictures(request), request.recipe, tally, fault, reuse),
         EncodeWorkerBuilder(request.recipe, tuple(_split_urls(request, plans)), fault, reuse),
-        num_finishers=request.num_workers,
-        num_feeders=request.num_fetchers,
+        num_consumers=request.num_workers,
+        num_producers=request.num_fetchers,
         ray_address=request.ray_address,
     )
 
-    offer = offer_of_session(request.num_workers)
-    meter = Meter(min(offer.num_workers, len(tasks)))
+    offer = session_capacity(request.num_workers)
+    meter = Throughput(min(offer.num_workers, len(tasks)))
 
     def show() -> None:
         progress.look(tally)
         on_progress(progress)
 
-    for _, result in run_stages(stages, tasks, show):
+    for _, result in run_pipeline(stages, tasks, show):
         progress.take(result)
         meter.take(result.num_written + sum(result.failures.values()))
         show()
         if fault:
             fault.reach("job.shard_done")
     if rate := meter.rate():
-        keep_rate(rate_decided_by(request, offer.unit), rate)
+        save_rate(rate_decided_by(request, offer.unit), rate)
 
 
 def _withdraw_placeholders(request: PreprocessRequest, split_url: str) -> None:
@@ -243,7 +243,7 @@ def _withdraw_placeholders(request: PreprocessRequest, split_url: str) -> None:
         return
     with session(request.num_workers, request.ray_address):
         fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
-        worker = partial(WithdrawalWorker, _read_fingerprint(split_url), fault)
+        worker = partial(RetractionWorker, _read_fingerprint(split_url), fault)
         pool = Pool(worker, num_workers=request.num_workers, ray_address=request.ray_address)
         for _ in run_tasks(pool, withdrawals):
             pass
@@ -259,7 +259,7 @@ def _missing_tasks(
         split_url = storage.join(request.out, split)
         remove_uncommitted(split_url)
         for folder in ("plan", "ledger"):
-            storage.remove_leftovers(storage.join(split_url, folder))
+            storage.remove_temp_files(storage.join(split_url, folder))
         commits = {commit.index: commit for commit in read_commits(split_url)}
         if not commits:
             _forget_fingerprint(split_url)
@@ -323,13 +323,15 @@ def _forget_fingerprint(split_url: str) -> None:
     checksums.remove(fingerprint_url(split_url))
 
 
-def _pictures(request: PreprocessRequest) -> PictureSource:
+def _pictures(request: PreprocessRequest) -> ImageSource:
     fetch = request.recipe.fetch
-    return PictureSource(
+    return ImageSource(
         request.recipe.corpus.image_root or source_folder(storage.resolve(request.source)),
         fetch,
         request.access,
-        share_books(host_book(fetch, request.access), num_workers=request.num_workers),
+        create_shared_limiter(
+            build_rate_limiter(fetch, request.access), num_workers=request.num_workers
+        ),
     )
 
 

@@ -28,7 +28,7 @@ _FOR_GOOD = (
 )
 
 
-class KeptJob:
+class JobFiles:
     """The job that made one data set.
 
     Args:
@@ -179,7 +179,7 @@ def check_job_files(split_url: str) -> Iterator[ShardProblem]:
     if not storage.exists(plan_url(split_url)):
         return
     try:
-        job = KeptJob(split_url)
+        job = JobFiles(split_url)
     except (D2IError, OSError) as err:
         yield ShardProblem("plan/plan.json", "plan", str(err))
         return
@@ -193,7 +193,7 @@ def check_job_files(split_url: str) -> Iterator[ShardProblem]:
         yield from _problem(f"ledger/{name}", "ledger", ledger)
 
 
-def _check_fingerprint(job: KeptJob) -> None:
+def _check_fingerprint(job: JobFiles) -> None:
     url = fingerprint_url(job.split_url)
     manifest = read_manifest(job.split_url)
     if read_json(url, next_step=_REPAIR, error=ShardError) != manifest.fingerprint:

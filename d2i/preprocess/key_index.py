@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-class KeyPlaces:
+class KeyIndex:
     """The places of keys in a sequence that holds them: 16 bytes each, beside the sequence.
 
     Args:

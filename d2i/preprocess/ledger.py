@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from d2i import checksums, storage
 from d2i.errors import ShardError
 from d2i.parse import parse_parquet
-from d2i.prefetch import work_ahead
+from d2i.prefetch import prefetch_map
 from d2i.preprocess.records import table_bytes
 
 Status = Literal["ok", "permanent", "passing"]
@@ -113,7 +113,7 @@ def ledger_tables(
     found = [int(match[1]) for match in map(_NAME.fullmatch, storage.list_names(folder)) if match]
     wanted = [number for number in found if shards is None or number in shards]
     schema = pa.schema([SCHEMA.field(column) for column in columns])
-    for number, data in zip(wanted, work_ahead(_reader(split_url), wanted, 32), strict=True):
+    for number, data in zip(wanted, prefetch_map(_reader(split_url), wanted, 32), strict=True):
         yield number, _parse(data, ledger_url(split_url, number), schema)
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
-from d2i.preprocess.fetch.result import Fetched
+from d2i.preprocess.fetch.result import FetchResult
 from d2i.preprocess.plan import records_url
 from d2i.preprocess.records import read_records
 
@@ -91,7 +91,7 @@ class FetchedPicture:
     """
 
     ref: ImageRef
-    fetched: Fetched
+    fetched: FetchResult
     picture: SourcePicture | None
     time_s: float
 

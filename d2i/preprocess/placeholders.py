@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from d2i import storage
 from d2i.cluster import JobFault
-from d2i.preprocess.hash_partition import DealtRows
+from d2i.preprocess.hash_partition import HashPartitions
 from d2i.preprocess.ledger import (
     LedgerRow,
     count_failures,
@@ -64,7 +64,7 @@ def placeholders_of(split_url: str, num_same: int) -> frozenset[str]:
         return frozenset()
     found: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="d2i-same-") as scratch:
-        with DealtRows(Path(scratch) / "pictures.arrow", _HASH) as dealt:
+        with HashPartitions(Path(scratch) / "pictures.arrow", _HASH) as dealt:
             columns = ["sha256", "image", "final_url"]
             for _, table in ledger_tables(split_url, columns, shards=committed_names(split_url)):
                 dealt.add(_asked_pictures(table))
@@ -76,7 +76,7 @@ def placeholders_of(split_url: str, num_same: int) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Withdrawal:
+class Retraction:
     """A committed shard that holds placeholders."""
 
     split_url: str
@@ -84,7 +84,7 @@ class Withdrawal:
     placeholders: frozenset[str]
 
 
-def plan_withdrawals(split_url: str, num_same: int) -> list[Withdrawal]:
+def plan_withdrawals(split_url: str, num_same: int) -> list[Retraction]:
     """Return the committed shards that hold pictures found to stand for many."""
     placeholders = placeholders_of(split_url, num_same)
     if not placeholders:
@@ -92,14 +92,14 @@ def plan_withdrawals(split_url: str, num_same: int) -> list[Withdrawal]:
     commits = {commit.index: commit for commit in read_commits(split_url)}
     columns = ["status", "final_url", "sha256"]
     return [
-        Withdrawal(split_url, commits[number], placeholders)
+        Retraction(split_url, commits[number], placeholders)
         for number, table in ledger_tables(split_url, columns, shards=commits)
-        if _has_withdrawn(table, placeholders)
+        if _has_retracted(table, placeholders)
     ]
 
 
 @dataclass(frozen=True)
-class WithdrawalWorker:
+class RetractionWorker:
     """Makes a committed shard again without its placeholders; every other byte stays.
 
     Args:
@@ -110,7 +110,7 @@ class WithdrawalWorker:
     fingerprint: Mapping[str, Any]
     fault: JobFault | None = None
 
-    def run(self, task: Withdrawal) -> int:
+    def run(self, task: Retraction) -> int:
         """Return how many samples were withdrawn.
 
         Done again after it was killed anywhere, it ends in the same: the new record is there before
@@ -156,7 +156,7 @@ def _was_asked(found: FetchedPicture) -> bool:
     return found.fetched.final_url is not None
 
 
-def _has_withdrawn(ledger: pa.Table, placeholders: Set[str]) -> bool:
+def _has_retracted(ledger: pa.Table, placeholders: Set[str]) -> bool:
     """Say whether `_is_withdrawn` is true of a row."""
     known = pa.array(sorted(placeholders), pa.string())
     was_written = pc.and_(pc.equal(ledger["status"], "ok"), pc.is_valid(ledger["final_url"]))

@@ -23,19 +23,19 @@ import pyarrow as pa
 
 from d2i import checksums, storage
 from d2i.config import Recipe
-from d2i.config_lock import differences
-from d2i.corpora import Problem, build_corpus, read_instances
+from d2i.config_lock import diff
+from d2i.corpora import RecordIssue, build_corpus, read_instances
 from d2i.corpora.splits import corpus_name, source_folder
 from d2i.corpora.tally import ProblemTally
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
 from d2i.parse import damaged, read_json
-from d2i.prefetch import work_ahead
+from d2i.prefetch import prefetch_map
 from d2i.preprocess.exclude import NOTHING, Exclusion
 from d2i.preprocess.inline_images import INLINE_FOLDER, InlineWriter
 from d2i.preprocess.records import PLAN_AGAIN, write_records
-from d2i.preprocess.selection import Choice
-from d2i.preprocess.shard_assignment import GroupedInstances
+from d2i.preprocess.selection import SmallestRankSampler
+from d2i.preprocess.shard_assignment import ShardAssigner
 from d2i.shards import committed_names
 
 _FORMAT = 2
@@ -108,7 +108,7 @@ def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Pla
         )
     there = read_plan(split_url) if storage.exists(plan_url(split_url)) else None
     if there is not None:
-        named = differences(_decided_by(request), there.decided_by)
+        named = diff(_decided_by(request), there.decided_by)
         if not named:
             return there
         if committed_names(split_url):
@@ -135,7 +135,7 @@ class _Planner:
     def plan(self) -> Plan:
         """Read, choose, group and, where the plan is kept, write."""
         with (
-            GroupedInstances(self.scratch) as grouped,
+            ShardAssigner(self.scratch) as grouped,
             (self.scratch / "problems.jsonl").open("wb") as problems,
         ):
             max_rank = self._choose(self._read(problems), grouped)
@@ -184,7 +184,7 @@ class _Planner:
         self.inline.finish()
         problems_url = storage.join(split_url, "plan", "problems.jsonl")
         # Flushes the names of the records as well.
-        storage.publish_file(self.scratch / "problems.jsonl", problems_url)
+        storage.publish_atomically(self.scratch / "problems.jsonl", problems_url)
         data = json.dumps(asdict(plan), indent=1, sort_keys=True).encode()
         checksums.write_bytes(plan_url(split_url), data)
 
@@ -201,14 +201,14 @@ class _Planner:
 
         is_here = storage.local_path(split_url) is not None
         num_writers = _NUM_WRITERS if is_here else _NUM_DISTANT_WRITERS
-        for index, shard, sha256 in work_ahead(write, enumerate(shards), num_writers):
+        for index, shard, sha256 in prefetch_map(write, enumerate(shards), num_writers):
             self.files[_records_name(index)] = sha256
             yield shard
 
     def _read(self, problems: IO[bytes]) -> Iterator[Instance]:
         """Read the instances that are not excluded, and write down every problem."""
 
-        def note(problem: Problem) -> None:
+        def note(problem: RecordIssue) -> None:
             self.problems.add(problem)
             problems.write(msgspec.json.encode(problem) + b"\n")
 
@@ -234,11 +234,11 @@ class _Planner:
             else:
                 yield instance
 
-    def _choose(self, instances: Iterator[Instance], grouped: GroupedInstances) -> int:
+    def _choose(self, instances: Iterator[Instance], grouped: ShardAssigner) -> int:
         """Group what may be chosen; return the rank of the last one that is."""
         request = self.request
         rule = request.recipe.preprocess.choose
-        choice = Choice(request.limit, rule, request.seed)
+        choice = SmallestRankSampler(request.limit, rule, request.seed)
         if rule == "first":
             instances = itertools.islice(instances, request.limit)
         for batch in _batches(instances, self.inline.is_full):

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from d2i.cluster import Shared
+from d2i.cluster import SharedActor
 from d2i.preprocess.messages import ShardResult
 
 
@@ -43,7 +43,7 @@ class JobProgress:
         """Count one finished shard."""
         self.num_done += result.num_written + sum(result.failures.values())
 
-    def look(self, tally: Shared[Tally]) -> None:
+    def look(self, tally: SharedActor[Tally]) -> None:
         """See how far fetching is."""
         num_ok, self.failures = tally.call("state")
         self.num_pictures = num_ok + sum(self.failures.values())

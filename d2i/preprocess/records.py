@@ -100,7 +100,7 @@ def table_bytes(table: pa.Table) -> memoryview:
 def write_records(url: str, table: pa.Table, *, sync_name: bool = True) -> str:
     """Write the records of a planned shard, complete or not at all; return their sha256.
 
-    `sync_name` is that of `storage.publish_file`.
+    `sync_name` is that of `storage.publish_atomically`.
     """
     data = table_bytes(table)
     with storage.new_file(url, sync_name=sync_name) as path:

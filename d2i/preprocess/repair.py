@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2i import checksums, storage
-from d2i.cluster import Pool, Stages, job_fault, run_stages, run_tasks, session, share
+from d2i.cluster import Pipeline, Pool, create_shared, job_fault, run_pipeline, run_tasks, session
 from d2i.config import Recipe
 from d2i.corpora.splits import source_folder
 from d2i.errors import D2IError, ShardError
 from d2i.fault_injection import Fault
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
-from d2i.preprocess.fetch.rate_limiter import share_books
-from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
+from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
+from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, NetworkPolicy, build_rate_limiter
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
-from d2i.preprocess.job_files import KeptJob, lost_files
+from d2i.preprocess.job_files import JobFiles, lost_files
 from d2i.preprocess.messages import FetchedPicture
 from d2i.preprocess.plan import fingerprint_url
 from d2i.preprocess.progress import Tally
@@ -30,19 +30,19 @@ from d2i.preprocess.repair_worker import RepairResult, RepairTask, RepairWorkerB
 from d2i.recipes import change_recipe
 from d2i.shards import (
     Commit,
-    Evidence,
     Manifest,
-    Mended,
+    RecoveryInputs,
+    RestoreResult,
     ShardProblem,
     find_data_sets,
-    find_evidence,
+    find_recovery_inputs,
     fold_manifest,
     is_told_by_checksum,
     is_vouched,
-    mend,
     other_shard_files,
     publish_manifest,
     remove_other_shards,
+    restore,
     verify,
 )
 from d2i.shards.commit import COMMIT_SUFFIX, canonical_json
@@ -59,7 +59,7 @@ class RepairRequest:
     """
 
     folder: str
-    access: Access = NO_ACCESS
+    access: NetworkPolicy = NO_NETWORK
     num_workers: int | None = None
     num_fetchers: int | None = None
     ray_address: str | None = None
@@ -100,7 +100,7 @@ def repair(
         D2IError: What the user can mend; what was repaired so far is kept.
     """
     url = storage.resolve(request.folder)
-    with storage.only_writer(_root(url)):
+    with storage.exclusive_lock(_root(url)):
         return [_RepairedSet(request, url).repair(on_progress) for url in find_data_sets(url)]
 
 
@@ -119,14 +119,14 @@ class _RepairedSet:
 
     def repair(self, on_progress: Callable[[int, int], None]) -> RepairSummary:
         """Mend what is left, make the rest again, fold the manifest anew, and check it all."""
-        storage.remove_leftovers(self.url)
+        storage.remove_temp_files(self.url)
         commits = self._mend_records()
-        mended = mend(self.url, commits.values(), self.fingerprint)
+        mended = restore(self.url, commits.values(), self.fingerprint)
         self.mended += mended.files
         if self.job:
             self._make(self.job, self._tasks(self.job, commits, mended), commits, on_progress)
         if not self.problems and self._restore_manifest():
-            storage.remove_leftovers(self.url)
+            storage.remove_temp_files(self.url)
             # The manifest says by now which shards do not belong here.
             remove_other_shards(self.url, (c.name for c in self._evidence().commits.values()))
         report = verify(self.url)
@@ -136,28 +136,28 @@ class _RepairedSet:
             self.url, tuple(sorted(self.mended)), tuple(self.made), problems, notes
         )
 
-    def _kept_job(self) -> KeptJob | None:
+    def _kept_job(self) -> JobFiles | None:
         """Return how the set was made; without that, only what is left can mend it."""
         try:
-            return KeptJob(self.url)
+            return JobFiles(self.url)
         except D2IError as err:
             if storage.exists(storage.join(self.url, "plan")):
                 self._add("plan", str(err))
             return None
 
-    def _evidence(self) -> Evidence:
+    def _evidence(self) -> RecoveryInputs:
         """Return what is known of the shards, but of those that the manifest does not know.
 
         A plan alone excludes none: it may have lost its supplements.
         """
-        found = find_evidence(self.url)
+        found = find_recovery_inputs(self.url)
         if found.manifest is None:
             return found
         belonging = {shard.index for shard in found.manifest.shards}
         # A supplement may be under way.
         belonging |= {*self.job.indexes()} if self.job else set[int]()
         kept = {i: commit for i, commit in found.commits.items() if i in belonging}
-        return Evidence(found.manifest, kept)
+        return RecoveryInputs(found.manifest, kept)
 
     def _fingerprint(self) -> dict[str, Any] | None:
         """Return what the shards were made under, restored where the manifest tells it."""
@@ -176,7 +176,9 @@ class _RepairedSet:
         self.mended += [name for c in lost.values() for name in (c.commit_name, c.index_name)]
         return self.evidence.commits | lost
 
-    def _tasks(self, job: KeptJob, commits: dict[int, Commit], mended: Mended) -> list[RepairTask]:
+    def _tasks(
+        self, job: JobFiles, commits: dict[int, Commit], mended: RestoreResult
+    ) -> list[RepairTask]:
         tasks = list(broken_tasks(job, mended.broken))
         for index in unknown_shards(job, self.evidence, commits):
             task = unknown_task(job, index)
@@ -192,7 +194,7 @@ class _RepairedSet:
 
     def _make(
         self,
-        job: KeptJob,
+        job: JobFiles,
         tasks: list[RepairTask],
         commits: dict[int, Commit],
         on_progress: Callable[[int, int], None],
@@ -207,7 +209,7 @@ class _RepairedSet:
             if not tasks:
                 pool = Pool(_Settling, request.num_workers, request.ray_address)
                 list(run_tasks(pool, [builder]))
-            results = run_stages(self._stages(job, recipe), tasks)
+            results = run_pipeline(self._stages(job, recipe), tasks)
             for done, (task, result) in enumerate(results, start=1):
                 if result.problem is None:
                     self.made.append(result.name)
@@ -217,22 +219,24 @@ class _RepairedSet:
                 on_progress(done, len(tasks))
 
     def _stages(
-        self, job: KeptJob, recipe: Recipe
-    ) -> Stages[RepairTask, list[FetchedPicture], RepairResult]:
+        self, job: JobFiles, recipe: Recipe
+    ) -> Pipeline[RepairTask, list[FetchedPicture], RepairResult]:
         request = self.request
         fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
-        pictures = PictureSource(
+        pictures = ImageSource(
             recipe.corpus.image_root or source_folder(job.source()),
             recipe.fetch,
             request.access,
-            share_books(host_book(recipe.fetch, request.access), num_workers=request.num_workers),
+            create_shared_limiter(
+                build_rate_limiter(recipe.fetch, request.access), num_workers=request.num_workers
+            ),
         )
-        tally = share(Tally(), num_workers=request.num_workers)
-        return Stages(
+        tally = create_shared(Tally(), num_workers=request.num_workers)
+        return Pipeline(
             FetchWorkerBuilder(pictures, recipe, tally, fault),
             RepairWorkerBuilder(EncodeWorkerBuilder(recipe, (self.url,), fault)),
-            num_finishers=request.num_workers,
-            num_feeders=request.num_fetchers,
+            num_consumers=request.num_workers,
+            num_producers=request.num_fetchers,
             ray_address=request.ray_address,
         )
 

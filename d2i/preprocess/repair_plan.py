@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from d2i import storage
 from d2i.errors import ShardError
-from d2i.preprocess.job_files import KeptJob
+from d2i.preprocess.job_files import JobFiles
 from d2i.preprocess.repair_worker import RepairTask
-from d2i.shards import Commit, Evidence, broken_keys, rebuild_commit
+from d2i.shards import Commit, RecoveryInputs, broken_keys, rebuild_commit
 from d2i.shards.commit import fingerprint_sha256
 
 
 def lost_records(
-    job: KeptJob, evidence: Evidence, fingerprint: Mapping[str, object] | None
+    job: JobFiles, evidence: RecoveryInputs, fingerprint: Mapping[str, object] | None
 ) -> dict[int, Commit]:
     """Write the records that neither manifest nor file tells of, but tar and ledger do.
 
@@ -32,7 +32,7 @@ def lost_records(
 
 
 def unknown_shards(
-    job: KeptJob, evidence: Evidence, commits: Mapping[int, Commit]
+    job: JobFiles, evidence: RecoveryInputs, commits: Mapping[int, Commit]
 ) -> Iterable[int]:
     """Return the numbers of the shards that should be there, and of which no record is."""
     if evidence.manifest:
@@ -40,7 +40,7 @@ def unknown_shards(
     return [index for index in job.indexes() if index not in commits]
 
 
-def broken_tasks(job: KeptJob, broken: Iterable[Commit]) -> Iterator[RepairTask]:
+def broken_tasks(job: JobFiles, broken: Iterable[Commit]) -> Iterator[RepairTask]:
     """Give what must be made again of shards whose record is known: only the samples lost."""
     for commit in broken:
         keys = broken_keys(job.split_url, commit)
@@ -56,7 +56,7 @@ def broken_tasks(job: KeptJob, broken: Iterable[Commit]) -> Iterator[RepairTask]
         )
 
 
-def unknown_task(job: KeptJob, index: int) -> RepairTask | None:
+def unknown_task(job: JobFiles, index: int) -> RepairTask | None:
     """Give a shard of which neither record nor tar is left, as the ledger tells of it."""
     keys, failures = job.written_keys(index), job.failures(index)
     if keys is None or failures is None:

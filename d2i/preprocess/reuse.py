@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 
 from d2i import storage
 from d2i.config import Recipe
-from d2i.config_lock import differences
+from d2i.config_lock import diff
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ShardError
-from d2i.preprocess.key_index import KeyPlaces
+from d2i.preprocess.key_index import KeyIndex
 from d2i.preprocess.ledger import NON_FINITE_TEXT, SCHEMA, LedgerRow, ledger_tables
 from d2i.preprocess.messages import ImageFeatures, ShardTask, SourceFile, keeps_source
-from d2i.preprocess.spill_buffer import SourceBytes
+from d2i.preprocess.spill_buffer import SpillBuffer
 from d2i.shards import IMAGE_SUFFIXES, ShardReader, check_json, npy_array
 
 
@@ -75,7 +75,7 @@ class ReusedSplits:
         split = self._split(task.split_url)
         return split.known(task, recipe) if split else set()
 
-    def read(self, task: ShardTask, recipe: Recipe, sources: SourceBytes) -> Reused:
+    def read(self, task: ShardTask, recipe: Recipe, sources: SpillBuffer) -> Reused:
         """Read what is known of a shard's pictures; see `ReusedSplit.read`."""
         split = self._split(task.split_url)
         return split.read(task, recipe, sources) if split else NOTHING_REUSED
@@ -99,10 +99,10 @@ class ReusedSplit:
 
     def __init__(self, url: str) -> None:
         self._reader = ShardReader(url)
-        self._places_of_keys = KeyPlaces(self._reader.keys)
+        self._places_of_keys = KeyIndex(self._reader.keys)
         tables = [table.filter(_lacks_picture(table)) for _, table in ledger_tables(url)]
         self._failures = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
-        self._places_of_failures = KeyPlaces(self._failures["key"].to_pylist())
+        self._places_of_failures = KeyIndex(self._failures["key"].to_pylist())
 
     def check(self, image_part: Mapping[str, Any]) -> None:
         """Refuse pictures that were encoded otherwise.
@@ -114,7 +114,7 @@ class ReusedSplit:
             ShardError: Naming what differs.
         """
         theirs: Any = self._reader.manifest.fingerprint.get("image", {})
-        if named := differences(theirs, image_part):
+        if named := diff(theirs, image_part):
             raise ShardError(
                 f"--reuse {self._reader.url}: its pictures were made otherwise: "
                 f"{'; '.join(named[:3])}; expected the same image part of the fingerprint; "
@@ -126,7 +126,7 @@ class ReusedSplit:
         instances = task.instances()
         return {*self._places(instances, recipe), *self._failed(task, instances)}
 
-    def read(self, task: ShardTask, recipe: Recipe, sources: SourceBytes) -> Reused:
+    def read(self, task: ShardTask, recipe: Recipe, sources: SpillBuffer) -> Reused:
         """Read what is known of a shard's pictures, every byte against its checksum.
 
         Args:

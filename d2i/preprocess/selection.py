@@ -18,7 +18,7 @@ _SLACK = 1.05
 """How many more than wanted are kept before the largest ranks are looked for anew."""
 
 
-class Choice:
+class SmallestRankSampler:
     """Ranks instances as they are read, and knows the largest rank that is still wanted.
 
     Args:

@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from d2i.dialog import Instance
-from d2i.preprocess.hash_partition import DealtRows
+from d2i.preprocess.hash_partition import HashPartitions
 from d2i.preprocess.records import records_table
 
 _HASH, _RANK = "image_hash", "rank"
 
 
-class GroupedInstances:
+class ShardAssigner:
     """Takes instances in any order, and then gives them back as shards, by picture, then key.
 
     Used with `with`, which ends the taking.
@@ -33,7 +33,7 @@ class GroupedInstances:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._rows = DealtRows(folder / "rows.arrow", _HASH)
+        self._rows = HashPartitions(folder / "rows.arrow", _HASH)
         self.num_images = 0
         self.most_occurrences = 0
 

@@ -16,7 +16,7 @@ from d2i.dialog import ImageRef
 from d2i.preprocess.messages import FetchedPicture
 
 
-class SourceBytes:
+class SpillBuffer:
     """The bytes of pictures, by their references.
 
     Args:
@@ -55,7 +55,7 @@ class SourceBytes:
 
 
 @contextmanager
-def source_bytes(folder_url: str) -> Iterator[SourceBytes]:
+def source_bytes(folder_url: str) -> Iterator[SpillBuffer]:
     """Give a place for the source bytes of one shard, where the shard itself is written."""
     with storage.scratch_file(folder_url) as path, path.open("w+b") as file:
-        yield SourceBytes(file)
+        yield SpillBuffer(file)

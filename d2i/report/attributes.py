@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2i.report.evaluation import Evaluation, column_names
-from d2i.report.html import LeftOut, Section, capitalised, is_number, percent, table, text
+from d2i.report.html import OmittedSection, Section, capitalised, is_number, percent, table, text
 
 _TITLE = "Attributes"
 _SHUFFLED = "each with another dialog"
 _MARKS = {"chance": "chance", "true": "true pictures", "codec": "true pictures through the codec"}
 
 
-def attributes_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+def attributes_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show how often each attribute was read right, for each system that was judged."""
     judged = [
         (name, evaluation.judged)
@@ -21,7 +21,7 @@ def attributes_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
         if evaluation.judged and evaluation.judged.get("by_attribute")
     ]
     if not judged:
-        return LeftOut(_TITLE, "no judged.json: no rule read attributes from these pictures")
+        return OmittedSection(_TITLE, "no judged.json: no rule read attributes from these pictures")
     attributes = list(dict.fromkeys(a for _, answers in judged for a in answers["by_attribute"]))
     groups = "".join(_group(attribute, judged) for attribute in attributes)
     body = (

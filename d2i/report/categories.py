@@ -8,7 +8,7 @@ from typing import Any
 from d2i import storage
 from d2i.metric_specs import METRICS
 from d2i.report.comparable import card_summary, group_by_metric, is_plain, why_apart
-from d2i.report.evaluation import Evaluation, read_json, tell_apart
+from d2i.report.evaluation import Evaluation, disambiguate, read_json
 from d2i.report.paper_tables import paper_row
 from d2i.report.tabulated import Cell, Row, Table
 
@@ -71,7 +71,7 @@ def _tables(
     notes += _notes(documents[part[0].url])
     if missing and not apart:
         notes.append(f"Without categories.json, see eval/figure5.py: {', '.join(missing)}.")
-    headings = tell_apart([paper_row(evaluation.card) for evaluation in part], part)
+    headings = disambiguate([paper_row(evaluation.card) for evaluation in part], part)
     for of_first in documents[part[0].url]["categories"]:
         name = of_first["name"]
         rows = [

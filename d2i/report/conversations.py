@@ -8,7 +8,7 @@ from typing import Any
 from d2i.errors import DataError
 from d2i.report.dataset import Conversation, read_conversations
 from d2i.report.evaluation import Evaluation, column_names
-from d2i.report.html import LeftOut, Section, picture, text
+from d2i.report.html import OmittedSection, Section, picture, text
 
 NUM_CONVERSATIONS = 12
 _TITLE = "Conversations"
@@ -16,7 +16,7 @@ _TITLE = "Conversations"
 
 def conversations_section(
     evaluations: Sequence[Evaluation], cases: Sequence[str] = ()
-) -> Section | LeftOut:
+) -> Section | OmittedSection:
     """Show conversations with the pictures of all systems, as the paper's Tables 4, 6 and 7.
 
     Evaluations of other instances are shown by themselves.
@@ -33,13 +33,13 @@ def conversations_section(
     if cases:
         return Section("conversations", _TITLE, _cases(groups, cases))
     parts = [_part(group) for group in groups]
-    bodies = [part for part in parts if not isinstance(part, LeftOut)]
+    bodies = [part for part in parts if not isinstance(part, OmittedSection)]
     if not bodies:
-        return next(part for part in parts if isinstance(part, LeftOut))
+        return next(part for part in parts if isinstance(part, OmittedSection))
     return Section("conversations", _TITLE, "".join(bodies))
 
 
-def draw_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> str:
+def render_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> str:
     """Draw conversations, each with its true picture and those that systems kept.
 
     Raises:
@@ -76,7 +76,7 @@ def _cases(groups: Sequence[Sequence[Evaluation]], cases: Sequence[str]) -> str:
                     f"--case {conversation.key}: its picture was kept by no evaluation; expected "
                     "one at least; evaluate with --save-images all"
                 )
-        bodies.append(draw_rows(shown, group))
+        bodies.append(render_rows(shown, group))
     if unknown:
         key = next(key for key in wanted if key in unknown)
         example = read_conversations(_data_url(groups[0]), groups[0][0].picture_urls, 1)
@@ -92,18 +92,20 @@ def _data_url(evaluations: Sequence[Evaluation]) -> str:
     return str(evaluations[0].card.get("data", ""))
 
 
-def _part(evaluations: Sequence[Evaluation]) -> str | LeftOut:
+def _part(evaluations: Sequence[Evaluation]) -> str | OmittedSection:
     keys = set(evaluations[0].picture_urls).intersection(*(e.picture_urls for e in evaluations))
     if not keys:
-        return LeftOut(_TITLE, "no picture was kept for any conversation that all systems drew")
+        return OmittedSection(
+            _TITLE, "no picture was kept for any conversation that all systems drew"
+        )
     data_url = _data_url(evaluations)
     try:
         shown = read_conversations(data_url, keys, NUM_CONVERSATIONS)
-        rows = draw_rows(shown, evaluations)
+        rows = render_rows(shown, evaluations)
     except DataError as error:
-        return LeftOut(_TITLE, str(error))
+        return OmittedSection(_TITLE, str(error))
     if not shown:
-        return LeftOut(_TITLE, f"no picture that was kept belongs to {data_url}")
+        return OmittedSection(_TITLE, f"no picture that was kept belongs to {data_url}")
     return f"{_intro(shown, evaluations)}{rows}"
 
 

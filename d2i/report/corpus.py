@@ -8,7 +8,7 @@ from typing import Any
 
 from d2i import storage
 from d2i.report.counts import count_cells
-from d2i.report.document import draw_document, draw_header
+from d2i.report.document import render_document, render_header
 from d2i.report.html import Section, card, counted, figure, percent, table, text
 from d2i.report.leaks import leaks_section, named_leaks
 from d2i.report.lengths import lengths_section
@@ -57,7 +57,7 @@ def _page(survey: Mapping[str, Any]) -> str:
         "Every figure is that of the survey; rounded figures carry the exact one. "
         "No text and no picture of the corpus is on this page."
     )
-    return draw_document(title, _header(title, survey), sections, footer)
+    return render_document(title, _header(title, survey), sections, footer)
 
 
 def _header(title: str, survey: Mapping[str, Any]) -> str:
@@ -73,7 +73,7 @@ def _header(title: str, survey: Mapping[str, Any]) -> str:
         "This page holds numbers and settings alone, no text and no picture of the corpus."
     )
     cards = [_instances_card(survey), _lengths_card(survey), _leaks_card(survey)]
-    return draw_header(title, heading, lead, "".join(cards))
+    return render_header(title, heading, lead, "".join(cards))
 
 
 def _instances_card(survey: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from d2i import storage
-from d2i.dialog import NOBODY, key_order_hash
+from d2i.dialog import NO_SPEAKER, key_order_hash
 from d2i.errors import ShardError
 from d2i.shards import ShardReader
 from d2i.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -55,7 +55,7 @@ def speaking_turns(context: Sequence[dict[str, Any]]) -> tuple[tuple[int, str], 
     turns, speaker = [], None
     for turn in context:
         given = turn.get("speaker")
-        if given == NOBODY:
+        if given == NO_SPEAKER:
             continue
         speaker = (1 if speaker == 0 else 0) if given is None else given
         if text := str(turn.get("text", "")).strip():

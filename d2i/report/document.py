@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from d2i import __version__
-from d2i.report.html import LeftOut, Section, text
+from d2i.report.html import OmittedSection, Section, text
 
 # A page can load nothing, whatever it was made from.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def draw_document(
-    title: str, header: str, sections: Sequence[Section | LeftOut], footer: str
+def render_document(
+    title: str, header: str, sections: Sequence[Section | OmittedSection], footer: str
 ) -> str:
     """Put a page together; `title` is plain text, `header` and `footer` are markup."""
     css = files("d2i.report").joinpath("report.css").read_text(encoding="utf-8")
@@ -24,12 +24,12 @@ def draw_document(
         '<meta name="color-scheme" content="light dark">'
         f"<title>{text(title)}</title>\n<style>\n{css}</style></head>\n<body>"
         f"{header}\n{_contents(sections)}\n<main>\n"
-        f"{''.join(map(_drawn, sections))}</main>\n"
+        f"{''.join(map(_rendered, sections))}</main>\n"
         f"<footer>Made by d2i {text(__version__)}. {footer}</footer></body></html>\n"
     )
 
 
-def draw_header(eyebrow: str, heading: str, lead: str, cards: str) -> str:
+def render_header(eyebrow: str, heading: str, lead: str, cards: str) -> str:
     """Draw the top of a page; `eyebrow` is plain text, the rest is markup."""
     return (
         f'<header class="hero"><p class="eyebrow">{text(eyebrow)}</p>'
@@ -38,7 +38,7 @@ def draw_header(eyebrow: str, heading: str, lead: str, cards: str) -> str:
     )
 
 
-def _contents(sections: Sequence[Section | LeftOut]) -> str:
+def _contents(sections: Sequence[Section | OmittedSection]) -> str:
     links = "".join(
         f'<li><a href="#{section.anchor}">{text(section.title)}</a></li>'
         for section in sections
@@ -47,8 +47,8 @@ def _contents(sections: Sequence[Section | LeftOut]) -> str:
     return f'<nav aria-label="Sections"><ul>{links}</ul></nav>'
 
 
-def _drawn(section: Section | LeftOut) -> str:
-    if isinstance(section, LeftOut):
+def _rendered(section: Section | OmittedSection) -> str:
+    if isinstance(section, OmittedSection):
         reason = text(section.reason)
         return (
             f'<p class="left-out"><strong>{text(section.title)}</strong> left out: {reason}.</p>\n'

@@ -134,10 +134,10 @@ def column_names(evaluations: Sequence[Evaluation]) -> list[str]:
     """
     if _is_before_and_after(evaluations):
         return ["Before", "After"]
-    return tell_apart([evaluation.label for evaluation in evaluations], evaluations)
+    return disambiguate([evaluation.label for evaluation in evaluations], evaluations)
 
 
-def tell_apart(names: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
+def disambiguate(names: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
     """Add to names that would be equal the folder of each evaluation."""
     return [
         name

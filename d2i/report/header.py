@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from d2i.metric_specs import METRICS
-from d2i.report.document import draw_header
+from d2i.report.document import render_header
 from d2i.report.evaluation import MAX_NAMED, Evaluation, column_names, group_comparable
 from d2i.report.html import card, figure, is_number, percent, text
 
@@ -20,7 +20,7 @@ def hero(evaluations: Sequence[Evaluation], title: str | None) -> str:
         if len(evaluations) <= MAX_NAMED
         else []
     )
-    return draw_header(title or DEFAULT_TITLE, _SENTENCE, _sentence(evaluations), "".join(cards))
+    return render_header(title or DEFAULT_TITLE, _SENTENCE, _sentence(evaluations), "".join(cards))
 
 
 def _sentence(evaluations: Sequence[Evaluation]) -> str:

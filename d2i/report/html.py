@@ -34,7 +34,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class OmittedSection:
     """A part of the page whose files are not there, and why."""
 
     title: str

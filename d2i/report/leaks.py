@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from d2i.report.html import LeftOut, Section, counted, figure, percent, text
+from d2i.report.html import OmittedSection, Section, counted, figure, percent, text
 
 _TITLE = "Leaks between splits"
 _SPLIT_WORDS = {"train": "training", "valid": "validation"}
@@ -24,11 +24,11 @@ def named_leaks(counts: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     return list(pairs.items())
 
 
-def leaks_section(survey: Mapping[str, Any]) -> Section | LeftOut:
+def leaks_section(survey: Mapping[str, Any]) -> Section | OmittedSection:
     """Say what leaks, what was not looked for, and how to leave out what leaks."""
     splits, leaks = survey["splits"], survey["leaks"]
     if len(splits) < 2 and not leaks["counts"]:
-        return LeftOut(_TITLE, "the corpus has fewer than two splits")
+        return OmittedSection(_TITLE, "the corpus has fewer than two splits")
     intro = (
         '<p class="intro">A leak is an instance whose picture is shown by a split held back for '
         "testing as well: a model that learned from it has seen the answer. Test is kept free of "

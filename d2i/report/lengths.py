@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2i.report.html import LeftOut, Section, counted, figure, percent, table, text
+from d2i.report.html import OmittedSection, Section, counted, figure, percent, table, text
 from d2i.report.svg import Box, axes, axis_names, ticks
 
 _TITLE = "How long contexts are"
@@ -22,10 +22,10 @@ _CUT = {
 
 def lengths_section(
     splits: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
-) -> Section | LeftOut:
+) -> Section | OmittedSection:
     """Draw the lengths of each split whose contexts were measured; `options` are those of text."""
     if not any(found["lengths"]["num_sampled"] for found in splits.values()):
-        return LeftOut(_TITLE, "no context was measured")
+        return OmittedSection(_TITLE, "no context was measured")
     cut = _CUT.get(options.get("keep", ""), "a longer one is cut")
     intro = (
         '<p class="intro">A context is the text that belongs to a picture. A token is a word or a '

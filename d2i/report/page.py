@@ -12,14 +12,14 @@ from d2i.report.attributes import attributes_section
 from d2i.report.cards import cards_section
 from d2i.report.categories import figure5
 from d2i.report.conversations import conversations_section
-from d2i.report.document import draw_document
+from d2i.report.document import render_document
 from d2i.report.evaluation import Evaluation, read_evaluation
 from d2i.report.header import DEFAULT_TITLE, hero
-from d2i.report.html import LeftOut, Section
+from d2i.report.html import OmittedSection, Section
 from d2i.report.markdown_export import write_csv, write_markdown
 from d2i.report.paper_tables import table2, table5
 from d2i.report.preparation import preparation_section
-from d2i.report.readings import listening, table3
+from d2i.report.readings import context_ablation, table3
 from d2i.report.scores import scores_section
 from d2i.report.sections import (
     categories_section,
@@ -80,7 +80,7 @@ def write_report(
     if cases:
         section = conversations_section(evaluations, cases)
         sections = [section, cards_section(evaluations)]
-        written = _draw(evaluations, sections, title or _CASES_TITLE)
+        written = _render(evaluations, sections, title or _CASES_TITLE)
     elif suffix == "html":
         written = _page(evaluations, times, title, parts)
     else:
@@ -92,7 +92,7 @@ def _tables(evaluations: Sequence[Evaluation]) -> list[Table]:
     return [
         *table2(evaluations),
         *table3(evaluations),
-        *listening(evaluations),
+        *context_ablation(evaluations),
         table5(),
         *figure5(evaluations),
     ]
@@ -120,11 +120,11 @@ def _page(
     ]
     if parts is not None:
         sections = [s for s in sections if isinstance(s, Section) and s.anchor in parts]
-    return _draw(evaluations, sections, title or DEFAULT_TITLE)
+    return _render(evaluations, sections, title or DEFAULT_TITLE)
 
 
-def _draw(
-    evaluations: Sequence[Evaluation], sections: Sequence[Section | LeftOut], title: str
+def _render(
+    evaluations: Sequence[Evaluation], sections: Sequence[Section | OmittedSection], title: str
 ) -> str:
     footer = "Every figure is read from the files of the run; rounded figures carry the exact one."
-    return draw_document(title, hero(evaluations, title), sections, footer)
+    return render_document(title, hero(evaluations, title), sections, footer)

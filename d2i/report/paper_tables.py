@@ -23,7 +23,7 @@ from d2i.report.comparable import (
     place,
     why_apart,
 )
-from d2i.report.evaluation import Evaluation, tell_apart
+from d2i.report.evaluation import Evaluation, disambiguate
 from d2i.report.gains import find_start, gains
 from d2i.report.score_rows import NO_PAPER, score_row, score_table
 from d2i.report.tabulated import Cell, Row, Table
@@ -83,7 +83,7 @@ def _systems(corpus: str, part: Sequence[Evaluation], *, is_whole: bool) -> Tabl
     """Make a row of each system, and with `is_whole` of those that the paper alone has."""
     paper = paper_table2(corpus) if _is_beside_paper(part) else {}
     earned = [earned_row(evaluation.card) or "" for evaluation in part]
-    names = tell_apart([_heading(corpus, evaluation) for evaluation in part], part)
+    names = disambiguate([_heading(corpus, evaluation) for evaluation in part], part)
     named: list[tuple[str, str, Evaluation | None]] = list(zip(earned, names, part, strict=True))
     absent = set(paper) - set(earned) if is_whole else ()
     named += [(name, name, None) for name in absent]

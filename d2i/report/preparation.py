@@ -10,21 +10,21 @@ from d2i.errors import DataError
 from d2i.report.counts import count_cells, reason_rows
 from d2i.report.dataset import read_splits
 from d2i.report.evaluation import Evaluation, read_json
-from d2i.report.html import LeftOut, Section, figure, table, text
+from d2i.report.html import OmittedSection, Section, figure, table, text
 from d2i.shards import Manifest
 
 _TITLE = "Data"
 
 
-def preparation_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+def preparation_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Account for every planned instance of every data set folder that was evaluated on."""
     parents = {_parent(e): str(e.card["data"]) for e in evaluations if e.card.get("data")}
     if not parents:
-        return LeftOut(_TITLE, "no metric card names its data set")
+        return OmittedSection(_TITLE, "no metric card names its data set")
     try:
         parts = [_data_set(url) for url in parents.values()]
     except DataError as error:
-        return LeftOut(_TITLE, str(error))
+        return OmittedSection(_TITLE, str(error))
     return Section("data", _TITLE, "".join(parts))
 
 

@@ -17,7 +17,7 @@ from d2i.report.comparable import (
     strategy_of,
     why_apart,
 )
-from d2i.report.evaluation import Evaluation, tell_apart
+from d2i.report.evaluation import Evaluation, disambiguate
 from d2i.report.paper_tables import (
     SYSTEM_OF_TABLE_3,
     PaperScores,
@@ -58,7 +58,7 @@ def table3(evaluations: Sequence[Evaluation]) -> list[Table]:
     return tables
 
 
-def listening(evaluations: Sequence[Evaluation]) -> list[Table]:
+def context_ablation(evaluations: Sequence[Evaluation]) -> list[Table]:
     """One system shown the whole dialog, its last turn, nothing, and another dialog."""
     tables = []
     hashed = [e for e in evaluations if strategy_of(e) == "hash" and e.card.get("corpus")]
@@ -128,7 +128,7 @@ def _variants(
     tables = []
     for part in parts:
         chosen = sorted(part, key=lambda e: place(variant(e), order))
-        headings = tell_apart([variant(e) for e in chosen], chosen)
+        headings = disambiguate([variant(e) for e in chosen], chosen)
         is_papers = bool(paper) and all(_is_of_table_3(e) for e in chosen)
         rows = [
             score_row(

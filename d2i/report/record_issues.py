@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2i.report.counts import count_cells, reason_rows
-from d2i.report.html import LeftOut, Section, capitalised, table, text
+from d2i.report.html import OmittedSection, Section, capitalised, table, text
 
 _PROBLEMS = {
     "bad_image_ref": "where the picture is to be had cannot be used as it is written",
@@ -63,12 +63,12 @@ def _problem(reason: str, first: Mapping[str, str] | None) -> str:
     return f"{_heading(reason, _PROBLEMS)}{case}"
 
 
-def pictures_section(splits: Splits) -> Section | LeftOut:
+def pictures_section(splits: Splits) -> Section | OmittedSection:
     """Count the picture files that can be read, and by reason those that cannot."""
     title = "Pictures that can be read"
     looked = {split: found["pictures"] for split, found in splits.items() if found["pictures"]}
     if not looked:
-        return LeftOut(title, "the picture files were not looked at")
+        return OmittedSection(title, "the picture files were not looked at")
     failures = [found["failures"] for found in looked.values()]
     rows = [
         (

@@ -8,7 +8,7 @@ from typing import Any
 
 from d2i import storage
 from d2i.report.dataset import speaking_turns
-from d2i.report.document import draw_document, draw_header
+from d2i.report.document import render_document, render_header
 from d2i.report.html import Section, card, counted, picture, table, text
 
 
@@ -43,7 +43,7 @@ def write_samples_page(
         samples: Those that are shown.
     """
     shown = card("Shown", [("samples", counted(len(samples), "sample"))], "in shard order")
-    header = draw_header(
+    header = render_header(
         "prepared data",
         text(data_url),
         f"{counted(num_samples, 'sample')}; what was said stands beside the picture that was sent, "
@@ -51,7 +51,9 @@ def write_samples_page(
         shown,
     )
     sections = [_section(number, sample) for number, sample in enumerate(samples)]
-    page = draw_document(f"Samples of {data_url}", header, sections, "Nothing here was generated.")
+    page = render_document(
+        f"Samples of {data_url}", header, sections, "Nothing here was generated."
+    )
     storage.write_bytes(url, page.encode())
 
 

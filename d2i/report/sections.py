@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from d2i.errors import DataError
 from d2i.report.categories import figure5, labelled, read_categories
-from d2i.report.conversations import draw_rows, group_by_instances
+from d2i.report.conversations import group_by_instances, render_rows
 from d2i.report.dataset import read_conversations
 from d2i.report.evaluation import Evaluation
-from d2i.report.html import LeftOut, Section, table, text
+from d2i.report.html import OmittedSection, Section, table, text
 from d2i.report.paper_tables import paper_table2, table2, table5
-from d2i.report.readings import listening, table3
+from d2i.report.readings import context_ablation, table3
 from d2i.report.tabulated import Cell, Row, Table, shown
 
 _NUM_SHOWN = 4
@@ -19,59 +19,67 @@ _SYSTEMS, _LINEARIZATIONS = "Systems", "Linearizations"
 _LISTENING, _CATEGORIES = "Does it listen?", "People, food, animals"
 
 
-def systems_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+def systems_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show Table 2."""
     tables = table2(evaluations)
     return _section("table2", _SYSTEMS, tables, "no metric card names its corpus")
 
 
-def linearizations_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+def linearizations_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show Table 3."""
     reason = "no system was evaluated with two linearizations"
     return _section("table3", _LINEARIZATIONS, table3(evaluations), reason)
 
 
-def listening_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+def listening_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show what becomes of the scores when a system is shown less than the dialog."""
     reason = "no system was evaluated with two of --context"
-    return _section("listening", _LISTENING, listening(evaluations), reason)
+    return _section("listening", _LISTENING, context_ablation(evaluations), reason)
 
 
-def recipes_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+def recipes_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show Table 5 where an evaluation is of one of the paper's corpora."""
     tables = [table5()] if any(paper_table2(str(e.card.get("corpus"))) for e in evaluations) else []
     return _section("table5", "Recipes", tables, "no evaluation is of PhotoChat or MMDialog")
 
 
-def categories_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+def categories_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show Figure 5: the scores, and the first conversations that all systems drew."""
     chosen = labelled(evaluations)
     if not chosen:
-        return LeftOut(_CATEGORIES, "no evaluation is of PhotoChat, whose labels say what is shown")
+        return OmittedSection(
+            _CATEGORIES, "no evaluation is of PhotoChat, whose labels say what is shown"
+        )
     try:
         scored = [evaluation for evaluation in chosen if read_categories(evaluation)]
         tables = figure5(chosen)
         galleries = _galleries(scored) if tables else ""
     except DataError as error:
-        return LeftOut(_CATEGORIES, str(error))
+        return OmittedSection(_CATEGORIES, str(error))
     if not scored:
-        return LeftOut(_CATEGORIES, "no evaluation has categories.json; eval/figure5.py writes it")
+        return OmittedSection(
+            _CATEGORIES, "no evaluation has categories.json; eval/figure5.py writes it"
+        )
     if not tables:
-        return LeftOut(_CATEGORIES, "no label of the data set belongs to one of the categories")
-    return Section("figure5", _CATEGORIES, "".join(map(draw_table, tables)) + galleries)
+        return OmittedSection(
+            _CATEGORIES, "no label of the data set belongs to one of the categories"
+        )
+    return Section("figure5", _CATEGORIES, "".join(map(render_table, tables)) + galleries)
 
 
-def draw_table(made: Table) -> str:
+def render_table(made: Table) -> str:
     """Draw a table with its notes."""
     rows = [(text(row.heading), [_cell(cell, row) for cell in row.cells]) for row in made.rows]
     notes = "".join(f'<p class="intro">{text(note)}</p>' for note in made.notes)
     return table(["", *map(text, made.columns)], rows, text(made.title)) + notes
 
 
-def _section(anchor: str, title: str, tables: Sequence[Table], reason: str) -> Section | LeftOut:
+def _section(
+    anchor: str, title: str, tables: Sequence[Table], reason: str
+) -> Section | OmittedSection:
     if not tables:
-        return LeftOut(title, reason)
-    return Section(anchor, title, "".join(map(draw_table, tables)))
+        return OmittedSection(title, reason)
+    return Section(anchor, title, "".join(map(render_table, tables)))
 
 
 def _cell(cell: Cell, row: Row) -> str:
@@ -100,4 +108,4 @@ def _galleries(evaluations: Sequence[Evaluation]) -> str:
 def _gallery(evaluations: Sequence[Evaluation], name: str, keys: Sequence[str]) -> str:
     drawn = {*keys}.intersection(*(e.picture_urls for e in evaluations))
     shown_rows = read_conversations(str(evaluations[0].card.get("data")), drawn, _NUM_SHOWN)
-    return f"<h3>{text(name)}</h3>" + draw_rows(shown_rows, evaluations)
+    return f"<h3>{text(name)}</h3>" + render_rows(shown_rows, evaluations)

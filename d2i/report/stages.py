@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2i.report.html import LeftOut, Section, duration, is_number, text
+from d2i.report.html import OmittedSection, Section, duration, is_number, text
 
 _TITLE = "Times"
 
 
-def stages_section(times: Mapping[str, Any] | None) -> Section | LeftOut:
+def stages_section(times: Mapping[str, Any] | None) -> Section | OmittedSection:
     """Show the stages in order, each with its command, its time and its share of the whole."""
     stages = [s for s in (times or {}).get("stages", []) if is_number(s.get("seconds"))]
     if not times or not stages:
-        return LeftOut(_TITLE, "the stages were run one by one; `d2i demo` times them")
+        return OmittedSection(_TITLE, "the stages were run one by one; `d2i demo` times them")
     total_s = sum(stage["seconds"] for stage in stages)
     machine = f" on {text(times['machine'])}" if times.get("machine") else ""
     rows = "".join(_stage(stage, total_s) for stage in stages)

@@ -9,7 +9,7 @@ from typing import Any
 
 from d2i import storage
 from d2i.report.evaluation import Evaluation, read_json
-from d2i.report.html import LeftOut, Section, duration, figure, is_number, text
+from d2i.report.html import OmittedSection, Section, duration, figure, is_number, text
 from d2i.report.svg import Box, axes, axis_names, ticks
 from d2i.run_dir import CONFIG_NAME, METRICS_NAME, read_log
 
@@ -27,11 +27,11 @@ class Run:
     lines: list[dict[str, Any]]
 
 
-def training_section(evaluations: Sequence[Evaluation]) -> Section | LeftOut:
+def training_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Draw the loss of every run that was evaluated."""
     urls = list(dict.fromkeys(str(e.card["run"]) for e in evaluations if e.card.get("run")))
     if not urls:
-        return LeftOut(_TITLE, "none of these systems is a run")
+        return OmittedSection(_TITLE, "none of these systems is a run")
     parts = []
     for url in urls:
         if storage.names_host(url):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from d2i.report.html import LeftOut, Section, figure, is_number, percent, table, text
+from d2i.report.html import OmittedSection, Section, figure, is_number, percent, table, text
 
 _TITLE = "What each option would change"
 _HEAD = ("", "Instances", "Change", "Empty contexts", "Mean tokens", "Too long")
@@ -27,11 +27,11 @@ _MEANINGS = {
 }
 
 
-def variants_section(survey: Mapping[str, Any]) -> Section | LeftOut:
+def variants_section(survey: Mapping[str, Any]) -> Section | OmittedSection:
     """Draw one table a split: the options as set, then each change of one option."""
     splits = survey["splits"]
     if not splits:
-        return LeftOut(_TITLE, "the corpus has no split")
+        return OmittedSection(_TITLE, "the corpus has no split")
     intro = (
         '<p class="intro">Each line changes one option and leaves all others as set; after '
         "<code>--set</code> it can be given as it is written here. An empty context is a picture "

@@ -17,8 +17,8 @@ from pathlib import Path
 from d2i.errors import ConfigError, D2IError
 from d2i.shards.commit import Commit
 from d2i.shards.index import Index, read_index
-from d2i.shards.local_copies import Copies, copy_name
-from d2i.shards.mmap_shards import MappedShard, in_words, max_mapped_shards, open_shard
+from d2i.shards.local_copies import LocalCopies, copy_name
+from d2i.shards.mmap_shards import MappedShard, max_mapped_shards, open_shard, wrap_errors
 
 _NUM_FETCHERS = 4
 
@@ -67,7 +67,7 @@ class CachedShards:
         _check_bound(url, commits, max_gb)
         self._url, self._commits, self._check_data = url, commits, check_data
         self._max_bytes = None if max_gb is None else int(max_gb * 1e9)
-        self._copies = Copies(url, folder)
+        self._copies = LocalCopies(url, folder)
         self._names = [copy_name(commit.tar_name, commit.tar) for commit in commits]
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._max_mapped = max_mapped_shards()
@@ -102,7 +102,7 @@ class CachedShards:
         finally:
             with self._changed:
                 held.num_users -= 1
-                self._let_go_if_idle(number)
+                self._evict_if_idle(number)
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Fetch shards in the background, the first one first, in place of those wanted before.
@@ -116,7 +116,7 @@ class CachedShards:
             if wanted != self._wanted:
                 self._wanted = wanted
                 for number in list(self._held):
-                    self._let_go_if_idle(number)
+                    self._evict_if_idle(number)
             num_missing = len(wanted.keys() - self._held.keys() - self._pending)
             num_started = max(0, min(num_missing, _NUM_FETCHERS - self._num_fetchers))
             self._num_fetchers += num_started
@@ -162,7 +162,7 @@ class CachedShards:
         commit, held = self._commits[number], None
         try:
             index = self.index(number)
-            with in_words(self._url, commit):
+            with wrap_errors(self._url, commit):
                 tar = self._copies.map(commit.tar_name, commit.tar)
                 shard = open_shard(commit, tar, index, check_data=self._check_data)
             held = _Held(shard, num_users)
@@ -170,21 +170,21 @@ class CachedShards:
             with self._changed:
                 self._pending.discard(number)
                 if held is None:
-                    self._copies.let_go(self._names[number])
+                    self._copies.release(self._names[number])
                 else:
                     self._held[number] = held
-                    self._let_go_if_idle(number)
-                    self._let_go_surplus()
+                    self._evict_if_idle(number)
+                    self._evict_over_limit()
                 self._changed.notify_all()
         return held
 
-    def _let_go_if_idle(self, number: int) -> None:
+    def _evict_if_idle(self, number: int) -> None:
         """Let others remove a shard that is neither read nor wanted here, if there is a bound."""
         held = self._held[number]
         if self._max_bytes is not None and not held.num_users and number not in self._wanted:
-            self._let_go(number)
+            self._evict(number)
 
-    def _let_go_surplus(self) -> None:
+    def _evict_over_limit(self) -> None:
         """Unmap what was opened longest ago, and is idle, where too many are mapped."""
         surplus = max(0, len(self._held) - self._max_mapped)
         idle = (
@@ -193,20 +193,20 @@ class CachedShards:
             if not held.num_users and number not in self._wanted
         )
         for number in list(islice(idle, surplus)):
-            self._let_go(number)
+            self._evict(number)
 
-    def _let_go(self, number: int) -> None:
+    def _evict(self, number: int) -> None:
         # Unmapped first: what is mapped takes its bytes of the disk though it is removed.
         del self._held[number]
-        self._copies.let_go(self._names[number])
+        self._copies.release(self._names[number])
 
     def _open_index(self, commit: Commit) -> Index:
-        with in_words(self._url, commit):
+        with wrap_errors(self._url, commit):
             try:
                 mapped = self._copies.map(commit.index_name, commit.index_file)
             finally:
                 # Indexes are never removed.
-                self._copies.let_go(copy_name(commit.index_name, commit.index_file))
+                self._copies.release(copy_name(commit.index_name, commit.index_file))
             return read_index(
                 mapped, num_samples=commit.num_samples, tar_size_bytes=commit.tar.size_bytes
             )
@@ -248,7 +248,7 @@ class CachedShards:
         if number in self._pending or (held is not None and held.num_users):
             return False
         if held is not None:
-            self._let_go(number)
+            self._evict(number)
         return self._copies.remove(name)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 # struct flock of 64-bit Linux: type, whence, start, length, process (0 for these locks).
 _FLOCK = "hhqqi4x"
-_OPEN: weakref.WeakKeyDictionary[Claims, weakref.finalize[[int], Claims]] = (
+_OPEN: weakref.WeakKeyDictionary[FileLeases, weakref.finalize[[int], FileLeases]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -26,7 +26,7 @@ def _close_all() -> None:
 os.register_at_fork(after_in_child=_close_all)
 
 
-class Claims:
+class FileLeases:
     """Shared and sole claims on names, among all that open the same file.
 
     A byte of the file stands for a name (Linux's open file description locks), so that one open
@@ -43,17 +43,17 @@ class Claims:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         _OPEN[self] = weakref.finalize(self, os.close, self._file)
 
-    def share(self, name: str) -> None:
+    def create_shared(self, name: str) -> None:
         """Claim a name beside others; wait while another has it alone."""
         self._lock(fcntl.F_OFD_SETLKW, fcntl.F_RDLCK, name)
 
-    def is_taken(self, name: str) -> bool:
+    def is_held(self, name: str) -> bool:
         """Say whether another claims a name, shared or alone."""
         found = self._lock(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, name)
         return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
 
     @contextmanager
-    def owning(self, name: str) -> Iterator[None]:
+    def exclusive(self, name: str) -> Iterator[None]:
         """Claim a name alone; wait while others have it.
 
         Only for names that nobody shares: two that wait for each other would wait for ever.
@@ -65,7 +65,7 @@ class Claims:
             self.drop(name)
 
     @contextmanager
-    def trying_to_own(self, *names: str) -> Iterator[bool]:
+    def try_exclusive(self, *names: str) -> Iterator[bool]:
         """Claim names alone where no other has any of them, and say so; wait for nobody."""
         owned: list[str] = []
         try:

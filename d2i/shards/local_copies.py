@@ -15,7 +15,7 @@ from typing import Any
 from d2i import storage
 from d2i.errors import ConfigError, ShardError
 from d2i.shards.commit import FileInfo
-from d2i.shards.file_leases import Claims
+from d2i.shards.file_leases import FileLeases
 from d2i.shards.mmap_shards import map_file
 
 _CLAIMS_NAME = ".d2i-claims"
@@ -25,7 +25,7 @@ _INDEX_SUFFIX = ".d2i-index"
 _INDEX_FOLDER = "indexes"
 
 
-class Copies:
+class LocalCopies:
     """Copies of the files of one data set, among those of others.
 
     A copy is named by its content. Of the two claims on it, one is shared by all that have it
@@ -45,7 +45,7 @@ class Copies:
         self._url, self._folder = url, folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._claims = Claims(folder / _CLAIMS_NAME)
+            self._leases = FileLeases(folder / _CLAIMS_NAME)
         except OSError as err:
             raise ConfigError(
                 f"{folder} cannot keep copies of shards ({err.strerror}); expected a folder that "
@@ -64,25 +64,25 @@ class Copies:
             FileNotFoundError: If the data set lacks it.
         """
         copy = copy_name(name, info)
-        with self._claims.owning(_making(copy)):
-            mapped = self._map_sound(copy, info)
+        with self._leases.exclusive(_making(copy)):
+            mapped = self._map_verified(copy, info)
             if mapped is None:
                 self._fetch(name, copy, info)
                 mapped = map_file(self._path(copy))
-            self._claims.share(copy)
+            self._leases.create_shared(copy)
         self._seen.add(copy)
         return mapped
 
-    def let_go(self, copy: str) -> None:
+    def release(self, copy: str) -> None:
         """Give up the claim on a copy, which is no longer mapped here."""
         # Last used now, as all that share the folder see.
         with contextlib.suppress(FileNotFoundError):
             os.utime(self._path(copy))
-        self._claims.drop(copy)
+        self._leases.drop(copy)
 
     def remove(self, copy: str) -> bool:
         """Remove a copy, and what is left of fetching it, unless it is claimed; say whether."""
-        with self._claims.trying_to_own(_making(copy), copy) as is_free:
+        with self._leases.try_exclusive(_making(copy), copy) as is_free:
             if is_free:
                 for path in (self._path(copy), self._scratch(copy)):
                     path.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ class Copies:
         except FileNotFoundError:
             return 0
 
-    def _map_sound(self, copy: str, info: FileInfo) -> Any | None:
+    def _map_verified(self, copy: str, info: FileInfo) -> Any | None:
         path = self._path(copy)
         try:
             if path.stat().st_size != info.size_bytes:
@@ -115,7 +115,7 @@ class Copies:
         except FileNotFoundError:
             return None
         # What another has mapped was looked at by whoever mapped it first.
-        is_sound = copy in self._seen or self._claims.is_taken(copy)
+        is_sound = copy in self._seen or self._leases.is_held(copy)
         return mapped if is_sound or hashlib.sha256(mapped).hexdigest() == info.sha256 else None
 
     def _fetch(self, name: str, copy: str, info: FileInfo) -> None:

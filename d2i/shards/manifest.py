@@ -196,7 +196,7 @@ def remove_uncommitted(out_url: str) -> list[str]:
     Returns:
         The names removed.
     """
-    storage.remove_leftovers(out_url)
+    storage.remove_temp_files(out_url)
     return remove_other_shards(out_url, committed_names(out_url).values())
 
 

@@ -211,7 +211,7 @@ def max_mapped_shards() -> int:
 
 def _map_index(folder: Path, commits: Sequence[Commit], number: int) -> Index:
     commit = commits[number]
-    with in_words(str(folder), commit):
+    with wrap_errors(str(folder), commit):
         return open_index(commit, map_file(folder / commit.index_name))
 
 
@@ -223,13 +223,13 @@ def _map_shard(
     number: int,
 ) -> MappedShard:
     commit = commits[number]
-    with in_words(str(folder), commit):
+    with wrap_errors(str(folder), commit):
         tar = map_file(folder / commit.tar_name)
         return open_shard(commit, tar, index(number), check_data=check_data)
 
 
 @contextmanager
-def in_words(url: str, commit: Commit) -> Iterator[None]:
+def wrap_errors(url: str, commit: Commit) -> Iterator[None]:
     """Say of which shard and data set a problem is, and what to do.
 
     Raises:

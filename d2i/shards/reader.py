@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from d2i import storage
-from d2i.config_lock import differences
+from d2i.config_lock import diff
 from d2i.errors import ShardError
 from d2i.shards.cache import CachedShards
 from d2i.shards.commit import ArrayInfo, canonical_json
 from d2i.shards.index import IndexRow
 from d2i.shards.manifest import Manifest, read_manifest
-from d2i.shards.mmap_shards import ForkedShards, LocalShards, MappedShard, Shards, in_words
+from d2i.shards.mmap_shards import ForkedShards, LocalShards, MappedShard, Shards, wrap_errors
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
     NPY_DTYPES,
@@ -229,7 +229,7 @@ class ShardReader:
             return _checked(shard, found, suffix) if suffix else None
 
     def _in_words(self, number: int) -> AbstractContextManager[None]:
-        return in_words(self.url, self.manifest.shards[number])
+        return wrap_errors(self.url, self.manifest.shards[number])
 
     def _read_empty(self, name: Any) -> NDArray[Any]:
         info = self.manifest.files.get(name)
@@ -274,7 +274,7 @@ def _locate(starts: Sequence[int], position: int) -> tuple[int, int]:
 def _check_fingerprint(url: str, manifest: Manifest, expected: Mapping[str, Any]) -> None:
     if canonical_json(manifest.fingerprint) == canonical_json(expected):
         return
-    named = differences(manifest.fingerprint, expected)
+    named = diff(manifest.fingerprint, expected)
     raise ShardError(
         f"{url} was made under another fingerprint ({'; '.join(named)}); "
         "make the data again, or use the recipe it was made with"

@@ -185,7 +185,7 @@ def _members(file: IO[bytes]) -> Iterator[_Member]:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RecoveryInputs:
     """What is known of the shards that a data set should have.
 
     Attributes:
@@ -197,7 +197,7 @@ class Evidence:
     commits: dict[int, Commit]
 
 
-def find_evidence(url: str) -> Evidence:
+def find_recovery_inputs(url: str) -> RecoveryInputs:
     """Read what the manifest and the commit records still tell; what is damaged tells nothing."""
     commits: dict[int, Commit] = {}
     for name in storage.list_names(url):
@@ -208,12 +208,12 @@ def find_evidence(url: str) -> Evidence:
     try:
         manifest = read_manifest(url)
     except (OSError, ShardError):
-        return Evidence(None, commits)
-    return Evidence(manifest, commits | {shard.index: shard for shard in manifest.shards})
+        return RecoveryInputs(None, commits)
+    return RecoveryInputs(manifest, commits | {shard.index: shard for shard in manifest.shards})
 
 
 @dataclass(frozen=True)
-class Mended:
+class RestoreResult:
     """What was mended, and what could not be.
 
     Attributes:
@@ -225,13 +225,13 @@ class Mended:
     broken: tuple[Commit, ...]
 
 
-def mend(
+def restore(
     url: str,
     commits: Iterable[Commit],
     fingerprint: Mapping[str, Any] | None,
     *,
     num_workers: int = 4,
-) -> Mended:
+) -> RestoreResult:
     """Restore every record and index, and every tar whose samples are whole.
 
     Args:
@@ -246,13 +246,13 @@ def mend(
     known = list(commits)
     with ThreadPoolExecutor(num_workers) as pool:
         tars = _tars(url, pool)
-        restored = _put_back(url, known, tars)
+        restored = _republish(url, known, tars)
         whole = {c.name for c in known if tars.get(c.tar_name) == c.tar or c.tar_name in restored}
-        mender = _Mender(url, fingerprint)
+        mender = _Restorer(url, fingerprint)
         results = list(pool.map(lambda c: mender.mend_shard(c, is_whole=c.name in whole), known))
     files = [*restored, *(name for names, _ in results for name in names)]
     broken = [commit for commit, (_, is_whole) in zip(known, results, strict=True) if not is_whole]
-    return Mended(tuple(sorted(files)), tuple(broken))
+    return RestoreResult(tuple(sorted(files)), tuple(broken))
 
 
 def broken_keys(url: str, commit: Commit) -> frozenset[str] | None:
@@ -265,7 +265,7 @@ def broken_keys(url: str, commit: Commit) -> frozenset[str] | None:
 
 
 @dataclass(frozen=True)
-class _Mender:
+class _Restorer:
     url: str
     fingerprint: Mapping[str, Any] | None
 
@@ -276,7 +276,7 @@ class _Mender:
             storage.write_bytes(storage.join(self.url, commit.commit_name), commit.to_bytes())
             restored.append(commit.commit_name)
         if not is_whole:
-            if not self._frame_anew(commit):
+            if not self._rewrite_tar(commit):
                 return restored, False
             restored.append(commit.tar_name)
         if _info(self.url, commit.index_name) != commit.index_file:
@@ -284,7 +284,7 @@ class _Mender:
             restored.append(commit.index_name)
         return restored, True
 
-    def _frame_anew(self, commit: Commit) -> bool:
+    def _rewrite_tar(self, commit: Commit) -> bool:
         """Write the tar again where all of its samples are whole."""
         try:
             write_shard(
@@ -307,7 +307,7 @@ def _tars(url: str, pool: ThreadPoolExecutor) -> dict[str, FileInfo]:
     return {name: info for name, info in infos if info is not None}
 
 
-def _put_back(url: str, commits: list[Commit], tars: Mapping[str, FileInfo]) -> list[str]:
+def _republish(url: str, commits: list[Commit], tars: Mapping[str, FileInfo]) -> list[str]:
     """Give the tars that lie under another's name their own again."""
     places = {info: name for name, info in tars.items()}
     lost = [c for c in commits if tars.get(c.tar_name) != c.tar and c.tar in places]
@@ -317,7 +317,7 @@ def _put_back(url: str, commits: list[Commit], tars: Mapping[str, FileInfo]) -> 
         for path, commit in copies:
             storage.fetch_file(storage.join(url, places[commit.tar]), path)
         for path, commit in copies:
-            storage.publish_file(path, storage.join(url, commit.tar_name))
+            storage.publish_atomically(path, storage.join(url, commit.tar_name))
     return [commit.tar_name for commit in lost]
 
 

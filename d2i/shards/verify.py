@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from d2i import storage
 from d2i.errors import ShardError
-from d2i.prefetch import work_ahead
+from d2i.prefetch import prefetch_map
 from d2i.shards import tar
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo
 from d2i.shards.index import Index, IndexRow, read_index
@@ -86,7 +86,7 @@ def verify(
     problems = [*_unlisted(url, manifest), *_check_files(url, manifest)]
     checks = (_ShardCheck(url, shard) for shard in manifest.shards)
     key_hashes = array("q")
-    for done, check in enumerate(work_ahead(_ShardCheck.run, checks, num_workers), start=1):
+    for done, check in enumerate(prefetch_map(_ShardCheck.run, checks, num_workers), start=1):
         problems += check.problems
         if check.index is not None:
             key_hashes.extend(map(hash, check.index.keys.to_pylist()))

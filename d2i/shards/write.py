@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from d2i import storage
-from d2i.config_lock import differences
+from d2i.config_lock import diff
 from d2i.errors import ShardError
 from d2i.fault_injection import Point
 from d2i.shards import tar
@@ -70,7 +70,7 @@ def write_shard(
         if expected is not None and commit != expected:
             raise ShardError(_other_than(expected, commit))
         reach("shard.written")
-        storage.publish_file(scratch, storage.join(out_url, commit.tar_name))
+        storage.publish_atomically(scratch, storage.join(out_url, commit.tar_name))
     reach("shard.tar")
     storage.write_bytes(storage.join(out_url, commit.index_name), index_data)
     reach("shard.index")
@@ -99,7 +99,7 @@ def _other_than(expected: Commit, made: Commit) -> str:
         return f"{made.num_samples} samples came out; expected {expected.num_samples}"
     if made.tar != expected.tar:
         return f"other bytes came out: {made.name}; a picture or a version is not what it was"
-    named = differences(made.model_dump(mode="json"), expected.model_dump(mode="json"))
+    named = diff(made.model_dump(mode="json"), expected.model_dump(mode="json"))
     return f"another record came out: {'; '.join(named[:3])}"
 
 

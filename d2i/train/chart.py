@@ -20,7 +20,7 @@ Points = Sequence[tuple[float, float]]
 Range = tuple[float, float]
 
 
-def draw_chart(run_url: str) -> None:
+def plot_losses(run_url: str) -> None:
     """Draw `loss.png` out of the run's own records; nothing before there are two lines of them."""
     training = [(float(line.step), line.loss) for line in read_metrics(run_url)]
     validation = [(float(line.step), line.loss) for line in read_validation(run_url)]
@@ -30,10 +30,10 @@ def draw_chart(run_url: str) -> None:
     draw = ImageDraw.Draw(image)
     points = [*training, *validation]
     steps, losses = _range([step for step, _ in points]), _range([loss for _, loss in points])
-    _draw_frame(draw, steps, losses)
-    _draw_line(draw, training, steps, losses, _TRAINING)
-    _draw_line(draw, validation, steps, losses, _VALIDATION)
-    _draw_legend(draw, has_validation=bool(validation))
+    _plot_frame(draw, steps, losses)
+    _plot_line(draw, training, steps, losses, _TRAINING)
+    _plot_line(draw, validation, steps, losses, _VALIDATION)
+    _plot_legend(draw, has_validation=bool(validation))
     storage.write_bytes(storage.join(run_url, "loss.png"), png_bytes(np.asarray(image)))
 
 
@@ -50,7 +50,7 @@ def _place(point: tuple[float, float], steps: Range, losses: Range) -> tuple[flo
     return left + across * (right - left), bottom - up * (bottom - top)
 
 
-def _draw_frame(draw: ImageDraw.ImageDraw, steps: Range, losses: Range) -> None:
+def _plot_frame(draw: ImageDraw.ImageDraw, steps: Range, losses: Range) -> None:
     left, top, right, bottom = _BOX
     font = ImageFont.load_default(14)
     for number in range(_NUM_TICKS + 1):
@@ -66,7 +66,7 @@ def _draw_frame(draw: ImageDraw.ImageDraw, steps: Range, losses: Range) -> None:
     draw.text((left, top - 8), "loss", fill=_INK, font=font, anchor="ls")
 
 
-def _draw_line(
+def _plot_line(
     draw: ImageDraw.ImageDraw, points: Points, steps: Range, losses: Range, colour: str
 ) -> None:
     places = [_place(point, steps, losses) for point in points]
@@ -77,7 +77,7 @@ def _draw_line(
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, *, has_validation: bool) -> None:
+def _plot_legend(draw: ImageDraw.ImageDraw, *, has_validation: bool) -> None:
     names = [("training", _TRAINING)] + [("validation", _VALIDATION)] * has_validation
     font = ImageFont.load_default(14)
     for number, (name, colour) in enumerate(names):

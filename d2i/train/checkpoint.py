@@ -72,7 +72,7 @@ def step_folder(run_url: str, step: int) -> str:
     return storage.join(run_url, "checkpoints", f"step-{step}")
 
 
-def clear_step(run_url: str, step: int) -> str:
+def remove_step(run_url: str, step: int) -> str:
     """Make room for a step's checkpoint: what was there ends with its marker; return its folder."""
     folder = step_folder(run_url, step)
     _remove(folder)
@@ -85,7 +85,7 @@ def write_part(folder: str, rank: int, runs: Mapping[str, Tensor]) -> None:
     with storage.scratch_file(folder) as scratch:
         _save(dict(runs), scratch)
         name = f"part-{rank}-{file_sha256(str(scratch))[:16]}.safetensors"
-        storage.publish_file(scratch, storage.join(folder, name))
+        storage.publish_atomically(scratch, storage.join(folder, name))
 
 
 def _save(runs: dict[str, Tensor], path: Path) -> None:

@@ -18,8 +18,8 @@ from d2i.train.checkpoint import (
     Checkpoint,
     Kind,
     Progress,
-    clear_step,
     prune,
+    remove_step,
     run_name,
     step_folder,
     write_marker,
@@ -171,7 +171,7 @@ class CheckpointWriter:
         """
         self.finish()
         if self._ranks.is_first:
-            clear_step(self._run_url, progress.step)
+            remove_step(self._run_url, progress.step)
         self._ranks.wait_for_all()
         runs = state.copy_own_runs(self._ranks)
         self._pending = self._thread.submit(self._write, runs, progress)

@@ -14,30 +14,30 @@ from d2i import storage
 from d2i.config import TrainConfig
 from d2i.errors import ClusterError, D2IError
 from d2i.train.checkpoint import whole_checkpoints
-from d2i.train.ranks import Ranks, ToldError
+from d2i.train.ranks import AlreadyReportedError, Ranks
 from d2i.train.request import TrainRequest
 
 _SIGNS_OF_THE_OTHERS = ("connection", "peer", "gloo", "nccl", "socket")
 
 
 @contextmanager
-def ending_in_words(request: TrainRequest, ranks: Ranks) -> Iterator[None]:
+def reported_errors(request: TrainRequest, ranks: Ranks) -> Iterator[None]:
     """Turn what ends this rank into what the user is to read; every rank must call this.
 
     Raises:
-        D2IError: As `last_word` gives it.
+        D2IError: As `first_error` gives it.
     """
     hosts = ranks.hosts()
     try:
         yield
     except Exception as err:
-        meaning = last_word(err, request, ranks, hosts)
+        meaning = first_error(err, request, ranks, hosts)
         if meaning is None or meaning is err:
             raise
         raise meaning from err
 
 
-def last_word(
+def first_error(
     error: Exception, request: TrainRequest, ranks: Ranks, hosts: Sequence[str]
 ) -> D2IError | None:
     """Return what an error that ends this rank means to the user.
@@ -49,26 +49,27 @@ def last_word(
         hosts: The host of each rank.
 
     Returns:
-        A `ToldError` where another rank says why; None where it is a bug, to be raised as it is.
+        An `AlreadyReportedError` where another rank says why; None where it is a bug, to be
+        raised as it is.
     """
-    if isinstance(error, RankError | ToldError):
+    if isinstance(error, RankError | AlreadyReportedError):
         return error
     if isinstance(error, D2IError):
         return _of_all_or_one(error, ranks, hosts)
-    meaning = in_plain_words(error, request.run_url, request.recipe.train)
+    meaning = explain_error(error, request.run_url, request.recipe.train)
     if meaning is not None:
-        return meaning if ranks.speaks_first() is not False else ToldError()
+        return meaning if ranks.claim_report() is not False else AlreadyReportedError()
     if ranks.world_size > 1 and _is_of_the_others(error):
         return _of_the_others(request.run_url, ranks, hosts)
     return None
 
 
-def say_last_word(error: D2IError) -> str | None:
+def report_error(error: D2IError) -> str | None:
     """Return the line that this rank prints, if it is the one to print it.
 
     What was wrong before the ranks had joined is the same for all of them.
     """
-    if isinstance(error, ToldError):
+    if isinstance(error, AlreadyReportedError):
         return None
     is_mine = os.environ.get("RANK", "0") == "0" or isinstance(error, RankError)
     return str(error) if is_mine else None
@@ -77,10 +78,10 @@ def say_last_word(error: D2IError) -> str | None:
 def _of_all_or_one(error: D2IError, ranks: Ranks, hosts: Sequence[str]) -> D2IError:
     """What all ranks find wrong, the first one says; what this rank alone does, it says itself."""
     if ranks.is_first:
-        return error if ranks.speaks_first() is not False else ToldError()
-    if ranks.is_told() is False and ranks.speaks_first():
+        return error if ranks.claim_report() is not False else AlreadyReportedError()
+    if ranks.is_reported() is False and ranks.claim_report():
         return RankError(f"rank {ranks.rank} on {hosts[ranks.rank]}: {error}")
-    return ToldError()
+    return AlreadyReportedError()
 
 
 def _is_of_the_others(error: Exception) -> bool:
@@ -89,12 +90,12 @@ def _is_of_the_others(error: Exception) -> bool:
 
 
 def _of_the_others(run_url: str, ranks: Ranks, hosts: Sequence[str]) -> D2IError:
-    gone = ranks.who_is_gone()
-    speaks = ranks.speaks_first()
+    gone = ranks.missing_ranks()
+    speaks = ranks.claim_report()
     if speaks is None:
         # Nobody to ask, as the first rank is gone: the lowest one on each host speaks.
         speaks = ranks.rank == min(r for r in range(1, len(hosts)) if hosts[r] == hosts[ranks.rank])
-    return lost_ranks(gone, hosts, run_url) if speaks else ToldError()
+    return lost_ranks(gone, hosts, run_url) if speaks else AlreadyReportedError()
 
 
 _NUM_SHOWN = 8
@@ -128,7 +129,7 @@ def check_finite(
             shown = ", ".join(named[:_NUM_SHOWN]) + (", …" if len(named) > _NUM_SHOWN else "")
             raise DivergedError(
                 f"the loss of step {step} is {loss}, of the samples {shown}; expected a finite "
-                f"number; {_what_to_begin_with(config)}; if it is always the same samples, look at "
+                f"number; {_weights_hint(config)}; if it is always the same samples, look at "
                 "them with d2i inspect"
             )
 
@@ -150,11 +151,11 @@ def check_weights(runs: Mapping[str, Tensor], step: int, config: TrainConfig) ->
             raise DivergedError(
                 f"{name.partition(':')[2].rpartition(':')[0]} is no finite number after step "
                 f"{step}, though its loss was; no checkpoint is written; expected finite weights "
-                f"and moments; {_what_to_begin_with(config)}"
+                f"and moments; {_weights_hint(config)}"
             )
 
 
-def _what_to_begin_with(config: TrainConfig) -> str:
+def _weights_hint(config: TrainConfig) -> str:
     return (
         f"begin another --run with a train.optim.lr below {config.optim.lr:g} or more "
         f"train.optim.num_warmup_steps than {config.optim.num_warmup_steps}"
@@ -162,20 +163,20 @@ def _what_to_begin_with(config: TrainConfig) -> str:
     )
 
 
-def in_plain_words(error: BaseException, run_url: str, config: TrainConfig) -> D2IError | None:
+def explain_error(error: BaseException, run_url: str, config: TrainConfig) -> D2IError | None:
     """Return what an error of this rank means to the user; None where it is a bug."""
     where = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return RankError(f"{where} is out of memory; expected to fit; {_what_to_lower(config)}")
+        return RankError(f"{where} is out of memory; expected to fit; {_memory_advice(config)}")
     if isinstance(error, OSError) and storage.is_disk_full(error):
         return RankError(
             f"{where} cannot write {error.filename or run_url}: {error.strerror}; expected room on "
-            f"the disk; nothing half-written counts; free some and {how_to_go_on(run_url)}"
+            f"the disk; nothing half-written counts; free some and {resume_hint(run_url)}"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return RankError(
             f"{where} cannot use {error.filename}: {error.strerror or error}; expected a place "
-            f"that can be read and written; check its permissions and {how_to_go_on(run_url)}"
+            f"that can be read and written; check its permissions and {resume_hint(run_url)}"
         )
     if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):
         return RankError(
@@ -191,18 +192,18 @@ def lost_ranks(gone: Sequence[int], hosts: Sequence[str], run_url: str) -> D2IEr
     named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in gone) or "no rank by its end"
     return RankError(
         f"{named} ended, the others cannot go on; expected {len(hosts)} ranks; see its own line or "
-        f"that host's log (out of memory, or killed) and {how_to_go_on(run_url)}"
+        f"that host's log (out of memory, or killed) and {resume_hint(run_url)}"
     )
 
 
-def how_to_go_on(run_url: str) -> str:
+def resume_hint(run_url: str) -> str:
     """Say from where the same command goes on."""
     whole = whole_checkpoints(run_url)
     newest = whole[-1].rpartition("/")[2] if whole else "the start"
     return f"resume with the same command, from {newest}"
 
 
-def _what_to_lower(config: TrainConfig) -> str:
+def _memory_advice(config: TrainConfig) -> str:
     settings = []
     if config.micro_batch_size > 1:
         settings.append(f"train.micro_batch_size={config.micro_batch_size // 2}")

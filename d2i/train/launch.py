@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from d2i.child_process import end_with_starter
+from d2i.child_process import die_with_launcher
 from d2i.errors import D2IError
 from d2i.fault_injection import parse_fault
 from d2i.recipes import resolve_recipe
@@ -76,7 +76,7 @@ def _name_rank(local_rank: int) -> None:
 
 def main() -> None:
     """Run the entry point: exit code 2 and one line for what the user can mend."""
-    end_with_starter()
+    die_with_launcher()
     # What torch's C++ has to say of a rank that is gone is a page of addresses.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # The wish to stop may come while torch is imported; it is heard once a step can end with it.
@@ -84,9 +84,9 @@ def main() -> None:
     try:
         app()
     except D2IError as err:
-        from d2i.train.failures import say_last_word
+        from d2i.train.failures import report_error
 
-        if line := say_last_word(err):
+        if line := report_error(err):
             sys.stderr.write(f"error: {plain(line)}\n")
         _end_at_once(2)
 

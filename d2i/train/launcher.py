@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import d2i
-from d2i.child_process import end_with_parent, starter_environment
+from d2i.child_process import die_with_parent, launcher_environment
 from d2i.errors import ClusterError
 
 _ASK_EVERY_S = 1.0
@@ -57,7 +57,7 @@ def run_command(command: Sequence[str]) -> tuple[int, bool]:
     """
     environment = (
         os.environ
-        | starter_environment()
+        | launcher_environment()
         | {
             # The launcher finds ninja and python beside it, also without an activated environment.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -121,7 +121,7 @@ class _Stop:
 
 
 def _before_launcher() -> None:
-    end_with_parent()
+    die_with_parent()
     # The launcher knows nothing of this signal and would die of it; the ranks listen to it.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from d2i.train.ranks import Ranks
 
 
-class Losses:
+class LossTracker:
     """The losses since the last line: on the device until somebody asks for them.
 
     Args:

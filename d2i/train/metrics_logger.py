@@ -14,18 +14,18 @@ from d2i.run_dir import (
     MetricsLine,
     ValidationLine,
     append_line,
-    keep_lines_until,
     read_metrics,
     read_validation,
+    truncate_logs_after,
 )
 from d2i.terminal import plain
-from d2i.train.chart import draw_chart
+from d2i.train.chart import plot_losses
 from d2i.train.wandb_logger import WandbLines
 
 _EVENTS_NAME = "tensorboard"
 
 
-class Records:
+class MetricsLogger:
     """The records of one run, as files in its folder.
 
     Args:
@@ -45,7 +45,7 @@ class Records:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run_url = run_url
-        keep_lines_until(run_url, step, validation_step)
+        truncate_logs_after(run_url, step, validation_step)
         # TensorBoard writes to a folder: that of the run, or one that is copied there.
         self._folder = _local_events(run_url)
         self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
@@ -74,7 +74,7 @@ class Records:
         self._show({"valid/loss": line.loss, **in_bands}, line.step)
         bands = "  ".join(f"n {band}: {loss:.4f}" for band, loss in line.bands.items())
         say(f"step {line.step}  validation loss {line.loss:.4f} as trained  ({bands})")
-        self.draw()
+        self.plot_losses()
 
     def _show(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -82,15 +82,15 @@ class Records:
         if self._wandb:
             self._wandb.add(values, step)
 
-    def draw(self) -> None:
+    def plot_losses(self) -> None:
         """Draw `loss.png` out of what is kept, and hand TensorBoard what it has not seen."""
-        draw_chart(self._run_url)
+        plot_losses(self._run_url)
         self._events.flush()
         self._publish_events()
 
     def close(self) -> None:
         """Draw for the last time."""
-        self.draw()
+        self.plot_losses()
         self._events.close()
         self._publish_events()
         if self._wandb:

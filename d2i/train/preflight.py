@@ -30,7 +30,7 @@ from d2i.train.data import (
     train_url,
 )
 from d2i.train.engine import build_engine, join_ranks
-from d2i.train.failures import ending_in_words
+from d2i.train.failures import reported_errors
 from d2i.train.network import build_trained_network
 from d2i.train.objective import build_objective
 from d2i.train.ranks import Ranks
@@ -65,7 +65,7 @@ def preflight(request: TrainRequest) -> None:
         ConfigError: If the ranks cannot share the batch, or the sizes do not fit the data.
     """
     ranks = join_ranks()
-    with ending_in_words(request, ranks):
+    with reported_errors(request, ranks):
         found = _measure(request, ranks)
         if ranks.is_first:
             data = json.dumps(found, indent=1, sort_keys=True) + "\n"
@@ -107,7 +107,7 @@ def device_distance(device: torch.device) -> float:
     """Largest distance of a tiny U-ViT in float32 on a device from the same in float64 here."""
     torch.manual_seed(0)
     network: Any = build_backbone("uvit-s", **_TINY).requires_grad_(False)
-    latent, text = (_drawn(name, shape) for name, shape in (("x", (4, 8, 8)), ("t", (7, 16))))
+    latent, text = (_random(name, shape) for name, shape in (("x", (4, 8, 8)), ("t", (7, 16))))
     n = torch.tensor([250.0, 750.0])
     exact = network.double()(latent.double(), n.double(), text.double())
     inputs = [tensor.to(device) for tensor in (latent, n, text)]
@@ -115,7 +115,7 @@ def device_distance(device: torch.device) -> float:
     return float((there.cpu().double() - exact).abs().max())
 
 
-def _drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+def _random(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(normal(0, f"preflight.{name}", ("a", "b"), 0, shape))
 
 

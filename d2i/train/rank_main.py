@@ -35,12 +35,12 @@ from d2i.train.checkpoint import (
 from d2i.train.checkpoint_writer import CheckpointWriter, TrainState, build_state
 from d2i.train.data import check_cache, check_sizes, train_url
 from d2i.train.engine import build_engine, join_ranks
-from d2i.train.failures import ending_in_words, how_to_go_on
+from d2i.train.failures import reported_errors, resume_hint
 from d2i.train.metrics_logger import say
 from d2i.train.network import build_trained_network
 from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
-from d2i.train.trainer import Stepper
+from d2i.train.trainer import Trainer
 
 
 def train(request: TrainRequest) -> None:
@@ -53,7 +53,7 @@ def train(request: TrainRequest) -> None:
         D2IError: What else the user can mend.
     """
     ranks = join_ranks()
-    with ending_in_words(request, ranks), ExitStack() as stack:
+    with reported_errors(request, ranks), ExitStack() as stack:
         _hold_run(request.run_url, ranks, stack)
         _train_rank(request, ranks)
         ranks.wait_for_all()
@@ -64,7 +64,7 @@ def _hold_run(run_url: str, ranks: Ranks, stack: ExitStack) -> None:
     """Have the first rank hold the run's folder against other commands until the stack is left."""
 
     def hold() -> int:
-        stack.enter_context(storage.only_writer(run_url))
+        stack.enter_context(storage.exclusive_lock(run_url))
         return 0
 
     ranks.on_first(hold)
@@ -88,7 +88,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     progress = checkpoint.progress if checkpoint else Progress()
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     with CheckpointWriter(run_url, config, ranks, shapes, request.fault) as writer:
-        last = Stepper(request, ranks, state, reader, writer).run(progress)
+        last = Trainer(request, ranks, state, reader, writer).run(progress)
         writer.finish()
         ranks.wait_for_all()
     if ranks.is_first:
@@ -181,7 +181,7 @@ def _end(request: TrainRequest, progress: Progress) -> None:
     if progress.step < config.num_steps:
         stopped = json.dumps({"step": progress.step}) + "\n"
         storage.write_bytes(storage.join(run_url, STOPPED_NAME), stopped.encode())
-        say(f"stopped at step {progress.step}/{config.num_steps}: {how_to_go_on(run_url)}")
+        say(f"stopped at step {progress.step}/{config.num_steps}: {resume_hint(run_url)}")
         return
     checkpoint = Checkpoint(step_folder(run_url, progress.step))
     described = {"step": str(progress.step)}

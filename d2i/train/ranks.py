@@ -21,7 +21,7 @@ Answer = TypeVar("Answer")
 Built = TypeVar("Built")
 
 
-class ToldError(D2IError):
+class AlreadyReportedError(D2IError):
     """Another rank says why the training ends."""
 
 
@@ -75,7 +75,7 @@ class Ranks:
             work: Gives a number from 0.
 
         Raises:
-            ToldError: On the others, if the work failed; on the first rank, its own error.
+            AlreadyReportedError: On the others, if the work failed; the first raises its own error.
         """
         number, problem = _FAILED, None
         if self.is_first:
@@ -87,7 +87,7 @@ class Ranks:
         if problem:
             raise problem
         if number == _FAILED:
-            raise ToldError
+            raise AlreadyReportedError
         return number
 
     def built_on_first(self, build: Callable[[], Built]) -> Built | None:
@@ -101,23 +101,23 @@ class Ranks:
         self.on_first(work)
         return built[0] if built else None
 
-    def speaks_first(self) -> bool | None:
+    def claim_report(self) -> bool | None:
         """Say whether this rank is the first one that says why the training ends.
 
         None where nobody can be asked: the first rank, which holds the answer, is gone.
         """
-        return _asked(lambda store: store.add(_TOLD, 1) == 1)
+        return _query_store(lambda store: store.add(_TOLD, 1) == 1)
 
-    def is_told(self, wait_s: float = _WAIT_S) -> bool | None:
+    def is_reported(self, wait_s: float = _WAIT_S) -> bool | None:
         """Say whether another rank says why the training ends, or does so soon; None as above."""
         deadline = time.monotonic() + wait_s
-        while not (told := _asked(lambda store: store.check([_TOLD]))):
+        while not (told := _query_store(lambda store: store.check([_TOLD]))):
             if told is None or time.monotonic() > deadline:
                 return told
             time.sleep(_POLL_S)
         return True
 
-    def who_is_gone(self, wait_s: float = _WAIT_S) -> list[int]:
+    def missing_ranks(self, wait_s: float = _WAIT_S) -> list[int]:
         """After a call to the others has failed: which ranks do not answer any more.
 
         Those still there report to the store that brought them together, which the first rank
@@ -129,7 +129,7 @@ class Ranks:
             time.sleep(wait_s)
             return [r for r in range(self.world_size) if not store.check([str(r)])]
 
-        gone = _asked(missing)
+        gone = _query_store(missing)
         return [0] if gone is None else gone
 
     def hosts(self) -> list[str]:
@@ -140,7 +140,7 @@ class Ranks:
         return [bytes(row.tolist()).rstrip(b"\0").decode() for row in self.gather(padded)]
 
 
-def _asked(question: Callable[[Any], Answer]) -> Answer | None:
+def _query_store(question: Callable[[Any], Answer]) -> Answer | None:
     """Ask the store that brought the ranks together; None where it is gone."""
     c10d: Any = torch.distributed.distributed_c10d
     try:

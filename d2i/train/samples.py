@@ -64,7 +64,7 @@ class SampleGrid:
         self._text = self._latents(stored, encode_text)
         self._empty_text = self._latents(empty[None], encode_text)[0]
 
-    def draw(self, checkpoint: Checkpoint, url: str) -> None:
+    def generate(self, checkpoint: Checkpoint, url: str) -> None:
         """Draw the grid with a checkpoint's weights (`sample.weights`) and write it as PNG."""
         network = self._network(checkpoint)
         with torch.inference_mode():

@@ -12,7 +12,7 @@ from d2i.train.ranks import Ranks
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopRequest:
+class StopSignal:
     """What the ranks agree on at every step: whether one of them was asked to stop.
 
     The answer is that of the step before, so that no step waits for it.

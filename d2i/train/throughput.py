@@ -29,7 +29,7 @@ _PEAKS = {
 }
 
 
-class Pace:
+class Throughput:
     """Counts time and waiting since the last line.
 
     Args:

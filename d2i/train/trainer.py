@@ -16,18 +16,18 @@ from d2i.train.checkpoint_writer import CheckpointWriter, TrainState
 from d2i.train.data import build_order, build_text_encoder
 from d2i.train.engine import base_optimizer, loss_scaler_state
 from d2i.train.failures import check_finite
-from d2i.train.loss_tracker import Losses
-from d2i.train.metrics_logger import Records, record_keys, say
+from d2i.train.loss_tracker import LossTracker
+from d2i.train.metrics_logger import MetricsLogger, record_keys, say
 from d2i.train.objective import Objective, build_objective
 from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
 from d2i.train.samples import SampleGrid
-from d2i.train.stop_signal import StopRequest
-from d2i.train.throughput import Pace, count_flops, peak_flops, progress_line
+from d2i.train.stop_signal import StopSignal
+from d2i.train.throughput import Throughput, count_flops, peak_flops, progress_line
 from d2i.train.validation import Validation
 
 
-class Stepper:
+class Trainer:
     """Takes optimizer steps; owns the clock and the loss since the last line."""
 
     def __init__(
@@ -51,19 +51,19 @@ class Stepper:
             backbone, self._engine.module.latent_scale, self._config.unidiffuser
         )
         _, self._num_micro_batches = self._config.accumulation(ranks.world_size)
-        self._losses = Losses(ranks, self._num_micro_batches)
+        self._losses = LossTracker(ranks, self._num_micro_batches)
         self._flops_per_s = self._peak_images_per_s()
         self._validation, self._grid = self._watchers()
 
     def run(self, progress: Progress) -> Progress:
         """Step from `progress` to the end or to where it was asked to stop; return how far."""
         config = self._config
-        self._pace = Pace(progress.step, progress.elapsed_s)
+        self._pace = Throughput(progress.step, progress.elapsed_s)
         self._losses.known = list(progress.losses)
         run_url, recipe = self._request.run_url, self._request.recipe
         kept = self._kept_lines(progress)
-        self._records = self._ranks.built_on_first(lambda: Records(run_url, recipe, *kept))
-        stop = StopRequest(self._ranks)
+        self._records = self._ranks.built_on_first(lambda: MetricsLogger(run_url, recipe, *kept))
+        stop = StopSignal(self._ranks)
         batches = self._batches.read_ahead(self._requests(progress.step))
         step = progress.step
         while step < config.num_steps:
@@ -92,7 +92,7 @@ class Stepper:
         if step % config.num_checkpoint_steps == 0 or is_last:
             self._save(step)
         if config.num_sample_steps and step % config.num_sample_steps == 0:
-            self._draw_samples(step)
+            self._generate_samples(step)
         self._writer.raise_if_failed()
 
     def _kept_lines(self, progress: Progress) -> tuple[int, int]:
@@ -109,12 +109,12 @@ class Stepper:
 
     def _write_last_lines(self, step: int) -> None:
         """Write the lines of a run's end that are not there yet, where none was due."""
-        if self._losses.known and self._is_missing(Records.has_metrics, step):
+        if self._losses.known and self._is_missing(MetricsLogger.has_metrics, step):
             self._log(step)
-        if self._validation and self._is_missing(Records.has_validation, step):
+        if self._validation and self._is_missing(MetricsLogger.has_validation, step):
             self._validate(step)
 
-    def _is_missing(self, has_line: Callable[[Records, int], bool], step: int) -> bool:
+    def _is_missing(self, has_line: Callable[[MetricsLogger, int], bool], step: int) -> bool:
         """Ask the first rank, which keeps the records."""
         records = self._records
         return bool(
@@ -231,10 +231,10 @@ class Stepper:
             lambda: SampleGrid(recipe, reader, device, self._encode_text)
         )
 
-    def _draw_samples(self, step: int) -> None:
+    def _generate_samples(self, step: int) -> None:
         """Draw on the first rank; the others wait at their next step."""
         self._writer.finish()
         if self._grid:
             checkpoint = Checkpoint(step_folder(self._request.run_url, step))
             picture = storage.join(self._request.run_url, "samples", f"step-{step}.png")
-            self._grid.draw(checkpoint, picture)
+            self._grid.generate(checkpoint, picture)

@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 
 from d2i import storage, tar_index
-from d2i.cluster import Shared
+from d2i.cluster import SharedActor
 from d2i.corpora import read_instances
 from d2i.demo.corpus import write_corpus
-from d2i.demo.picture import draw
+from d2i.demo.picture import render_scene
 from d2i.demo.scene import all_scenes, is_held_out
 from d2i.dialog import ImageRef, Instance, key_order_hash, make_key
 from d2i.diffusion.draws import SampleDraws, integers, normal, uniform
 from d2i.eval.intervals import bca
-from d2i.eval.prompts import partners
+from d2i.eval.prompts import derangement
 from d2i.eval.retrieval_recall import choose_negatives
 from d2i.preprocess.fetch.interleave_hosts import spread_over_hosts
-from d2i.preprocess.fetch.rate_limiter import HostBooks
-from d2i.preprocess.selection import Choice
-from d2i.preprocess.shard_assignment import GroupedInstances
+from d2i.preprocess.fetch.rate_limiter import ShardedRateLimiter
+from d2i.preprocess.selection import SmallestRankSampler
+from d2i.preprocess.shard_assignment import ShardAssigner
 from d2i.shards.commit import fingerprint_sha256
 from d2i.train.data_order import DataOrder
 from d2i.train.validation import choose_instances
@@ -58,7 +58,7 @@ def numbers(scratch: Path) -> dict[str, Any]:
         "data order": [DataOrder((5, 7), 1).epoch(1).tolist(), blocked_order()],
         "validation": choose_instances(9, 4, 1).tolist(),
         "negatives": choose_negatives("a", 1, 9, 4).tolist(),
-        "other dialogs": partners(KEYS),
+        "other dialogs": derangement(KEYS),
         "resampling": bca(np.arange(12.0) ** 2, np.arange(12)),
         "hosts": spread(),
         "rate limiter of a host": [limiter_of(f"{number}.org") for number in range(6)],
@@ -78,7 +78,7 @@ def drawn(purpose: str) -> float:
 
 
 def ranks(rule: Any) -> list[str]:
-    return [str(rank) for rank in Choice(1, rule, seed=1).rank(instances())]
+    return [str(rank) for rank in SmallestRankSampler(1, rule, seed=1).rank(instances())]
 
 
 def instances() -> list[Instance]:
@@ -90,7 +90,7 @@ def instances() -> list[Instance]:
 
 def shard_of_each(folder: Path) -> list[list[str]]:
     folder.mkdir()
-    with GroupedInstances(folder) as grouped:
+    with ShardAssigner(folder) as grouped:
         grouped.add(instances(), np.zeros(len(KEYS), np.uint64))
     return [table.column("key").to_pylist() for table in grouped.shards(2**64 - 1, 4)]
 
@@ -106,8 +106,10 @@ def spread() -> list[str]:
 
 
 def limiter_of(host: str) -> int:
-    shared: tuple[Shared[Any], ...] = tuple(Shared(number, is_remote=False) for number in range(4))
-    return shared.index(HostBooks(shared, 0).of(host))
+    shared: tuple[SharedActor[Any], ...] = tuple(
+        SharedActor(number, is_remote=False) for number in range(4)
+    )
+    return shared.index(ShardedRateLimiter(shared, 0).of(host))
 
 
 def dialogs_without_id(folder: Path) -> list[str]:
@@ -125,7 +127,7 @@ def demo_hashes(folder: Path) -> dict[str, str]:
         "dialogs": sha256(b"".join(path.read_bytes() for path in files)),
         "names": sha256("".join(sorted(path.name for path in folder.rglob("*"))).encode()),
         "held out": str(sum(number for number, scene in enumerate(scenes) if is_held_out(scene))),
-        "image": sha256(draw(scenes[7], 3).tobytes()),
+        "image": sha256(render_scene(scenes[7], 3).tobytes()),
     }
 
 

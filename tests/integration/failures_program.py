@@ -19,7 +19,7 @@ import torch
 
 from d2i.errors import ConfigError, D2IError
 from d2i.recipes import demo
-from d2i.train.failures import ending_in_words, say_last_word
+from d2i.train.failures import report_error, reported_errors
 from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
 from tests.processes import free_port
@@ -85,11 +85,11 @@ def run_rank(way: Callable[[Ranks], None], rank: int, port: int, out: Path) -> N
     ranks = Ranks(rank, NUM_RANKS, torch.device("cpu"), control)
     request = TrainRequest(demo(), "data", str(out / "run"))
     try:
-        with ending_in_words(request, ranks):
+        with reported_errors(request, ranks):
             way(ranks)
             ranks.wait_for_all()
     except D2IError as err:
-        (out / f"{way.__name__}-{rank}.json").write_text(json.dumps(say_last_word(err)))
+        (out / f"{way.__name__}-{rank}.json").write_text(json.dumps(report_error(err)))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d2i.eval.prompts import Prompt
-from d2i.eval.system import Drawing, System, SystemContext
+from d2i.eval.system import Generation, System, SystemContext
 from d2i.eval.systems import build_system, parse_system
 
 LOG, GATE = "D2I_TEST_DRAWN", "D2I_TEST_GATE"
@@ -28,14 +28,14 @@ class Logged:
         self._has_drawn = False
         self.described: Mapping[str, Any] = system.described
 
-    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         gate = os.environ.get(GATE)
         while self._has_drawn and gate and not Path(gate).exists():
             time.sleep(0.1)
         self._has_drawn = True
         with self._log.open("a") as file:
             file.writelines(f"{prompt.key} {os.getpid()}\n" for prompt in prompts)
-        return self._system.draw(prompts)
+        return self._system.generate(prompts)
 
 
 def build(context: SystemContext) -> Logged:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from d2i.demo.judge import read_all, share_right
-from d2i.demo.pretrain.measure import draw
+from d2i.demo.pretrain.measure import generate
 from d2i.demo.pretrain.texts import caption_windows
 from d2i.demo.scene import split_scenes
 from d2i.encoders import Vae
@@ -19,7 +19,7 @@ from d2i.weights_resolve import resolve_weights
 def test_captions_of_held_out_scenes_are_drawn_right() -> None:
     models = Path(resolve_weights("demo:vae")).parent
     texts = caption_windows(split_scenes()[1][::4], seed=5)
-    drawn = draw(models, Vae(str(models / "vae"), "kl"), texts)
+    drawn = generate(models, Vae(str(models / "vae"), "kl"), texts)
     shares = share_right(read_all([Image.fromarray(p) for p in drawn]), texts.scenes)
     assert sum(shares.values()) / len(shares) >= 0.85
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from d2i.cluster import session
 from d2i.fault_injection import Fault, Point
-from d2i.preprocess.fetch.sources import Access
+from d2i.preprocess.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
 from d2i.preprocess.ledger import read_ledger
@@ -46,7 +46,7 @@ def test_workers_killed_on_ray_change_nothing(tmp_path: Path, settings: list[str
     with running(WebServer("127.0.0.1", answers | {"/gone": sends(b"", 404)})) as web:
         source = write_chats(tmp_path / "chats", chats_of(web))
         recipe = resolve_recipe("demo", [*settings, *NUM_PER_SHARD][1::2])
-        access = Access(frozenset({f"127.0.0.1:{web.port}"}))
+        access = NetworkPolicy(frozenset({f"127.0.0.1:{web.port}"}))
 
         def result(name: str, fault: Fault | None, num_workers: int) -> Any:
             out = tmp_path / name
@@ -121,8 +121,8 @@ def test_equal_files_are_no_placeholders(tmp_path: Path, settings: list[str]) ->
 STREAM = """
 import json, resource, sys
 from d2i.cluster import share
-from d2i.preprocess.fetch.rate_limiter import share_books
-from d2i.preprocess.fetch.sources import NO_ACCESS, PictureSource, host_book
+from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
+from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, build_rate_limiter
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.messages import ShardTask
 from d2i.preprocess.plan import PlanRequest, make_plan
@@ -132,8 +132,8 @@ from d2i.recipes import resolve_recipe
 source, out = sys.argv[1:3]
 recipe = resolve_recipe("demo", ["image.resolution=256", "preprocess.num_samples_per_shard=1000"])
 make_plan(PlanRequest("jsonl", source, "test", recipe), out)
-hosts = share_books(host_book(recipe.fetch), num_workers=0)
-pictures = PictureSource(source, recipe.fetch, NO_ACCESS, hosts)
+hosts = create_shared_limiter(build_rate_limiter(recipe.fetch), num_workers=0)
+pictures = ImageSource(source, recipe.fetch, NO_NETWORK, hosts)
 worker = FetchWorkerBuilder(pictures, recipe, share(Tally(), num_workers=0))()
 num = sum(len(block) for block in worker.stream(ShardTask(out, 0)))
 print(json.dumps([num, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))

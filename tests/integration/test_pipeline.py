@@ -16,14 +16,14 @@ import pytest
 
 from d2i.cluster import (
     JobFault,
+    Pipeline,
     Pool,
-    Shared,
-    Stages,
+    SharedActor,
+    create_shared,
     job_fault,
-    run_stages,
+    run_pipeline,
     run_tasks,
     session,
-    share,
 )
 from d2i.errors import ClusterError, ConfigError
 from d2i.fault_injection import Fault, Point
@@ -83,8 +83,8 @@ def ray_is_up() -> Iterator[None]:
 )
 def test_a_killed_worker_costs_its_task_alone(point: Point, nth: int) -> None:
     fault = job_fault(Fault(point, "kill", nth), num_workers=2)
-    stages = Stages(partial(Feeding, fault), partial(Finishing, fault), num_finishers=2)
-    results = list(run_stages(stages, range(NUM_TASKS)))
+    stages = Pipeline(partial(Feeding, fault), partial(Finishing, fault), num_consumers=2)
+    results = list(run_pipeline(stages, range(NUM_TASKS)))
     assert sorted(task for task, _ in results) == list(range(NUM_TASKS))
     assert all(found == list(range(task, task + NUM_BLOCKS)) for task, found in results)
     assert fault.passes.call("__getattribute__", "num_passed") >= nth, "it was reached"
@@ -92,29 +92,29 @@ def test_a_killed_worker_costs_its_task_alone(point: Point, nth: int) -> None:
 
 def test_without_ray_the_result_is_the_same() -> None:
     waited: list[None] = []
-    stages = Stages(Feeding, Finishing, num_finishers=0)
-    results = dict(run_stages(stages, range(NUM_TASKS), lambda: waited.append(None)))
+    stages = Pipeline(Feeding, Finishing, num_consumers=0)
+    results = dict(run_pipeline(stages, range(NUM_TASKS), lambda: waited.append(None)))
     assert results == {task: list(range(task, task + NUM_BLOCKS)) for task in range(NUM_TASKS)}
     assert len(waited) == NUM_TASKS * NUM_BLOCKS
 
 
 def test_a_mistake_in_the_second_stage_ends_the_job_as_what_it_is() -> None:
-    stages: Stages[int, int, list[int]] = Stages(
-        Feeding, partial(mistaken, "no such weights"), num_finishers=2
+    stages: Pipeline[int, int, list[int]] = Pipeline(
+        Feeding, partial(mistaken, "no such weights"), num_consumers=2
     )
     with pytest.raises(ConfigError, match="no such weights"):
-        list(run_stages(stages, range(NUM_TASKS)))
+        list(run_pipeline(stages, range(NUM_TASKS)))
 
 
 def test_a_task_that_kills_every_worker_ends_the_job() -> None:
-    stages = Stages(Dying, Finishing, num_finishers=1)
+    stages = Pipeline(Dying, Finishing, num_consumers=1)
     with pytest.raises(ClusterError, match="took 4 workers down"):
-        list(run_stages(stages, [1]))
+        list(run_pipeline(stages, [1]))
 
 
 def test_more_workers_than_cores_are_no_deadlock() -> None:
-    stages = Stages(Feeding, Finishing, num_finishers=2, num_feeders=5)
-    assert len(list(run_stages(stages, range(NUM_TASKS)))) == NUM_TASKS
+    stages = Pipeline(Feeding, Finishing, num_consumers=2, num_producers=5)
+    assert len(list(run_pipeline(stages, range(NUM_TASKS)))) == NUM_TASKS
 
 
 class Felling:
@@ -129,10 +129,10 @@ def fell_node(kind: str) -> None:
     """The job of the test below: its own node dies, and it must end with a clear error."""
     try:
         with session(1, None):
-            holder: Shared[list[int]] = share([], num_workers=1)
+            holder: SharedActor[list[int]] = create_shared([], num_workers=1)
             if kind == "stages":
-                stages = Stages(Feeding, Felling, num_finishers=1)
-                list(run_stages(stages, [0, 1], lambda: holder.call("append", 1)))
+                stages = Pipeline(Feeding, Felling, num_consumers=1)
+                list(run_pipeline(stages, [0, 1], lambda: holder.call("append", 1)))
             else:
                 list(run_tasks(Pool(Felling, num_workers=1), [0, 1]))
     except ClusterError as err:

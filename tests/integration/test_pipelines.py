@@ -79,8 +79,8 @@ def built(
 
 def draw(system: PipelineSystem, *lines: str) -> list[NDArray[np.uint8]]:
     """Draw lines with the same noise."""
-    drawings = system.draw([Prompt("key", (Turn(None, line),), line) for line in lines])
-    found = [drawing.pixels for drawing in drawings]
+    generations = system.generate([Prompt("key", (Turn(None, line),), line) for line in lines])
+    found = [generation.pixels for generation in generations]
     assert all(pixels is not None for pixels in found)
     return [pixels for pixels in found if pixels is not None]
 

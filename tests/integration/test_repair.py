@@ -15,7 +15,7 @@ import pytest
 
 from d2i.errors import ShardError
 from d2i.fault_injection import Fault
-from d2i.preprocess.fetch.sources import Access
+from d2i.preprocess.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
 from d2i.preprocess.ledger import read_ledger
@@ -197,7 +197,7 @@ def test_only_lost_pictures_are_asked_for_again(tmp_path: Path, settings: list[s
         urls = {f"c{n}": [f"http://{host}/{n}"] for n in range(9)}
         source, out = write_chats(tmp_path / "chats", urls), tmp_path / "data"
         recipe = resolve_recipe("demo", [*settings, *NUM_PER_SHARD][1::2])
-        access = Access(frozenset({host}))
+        access = NetworkPolicy(frozenset({host}))
         job = PreprocessRequest(
             "jsonl", str(source), str(out), recipe, access=access, num_workers=0
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2i.errors import ConfigError, ShardError
-from d2i.preprocess.fetch.sources import Access
+from d2i.preprocess.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
 from d2i.recipes import change_recipe, resolve_recipe
@@ -37,7 +37,7 @@ def test_new_text_for_old_pictures(tmp_path: Path, settings: list[str]) -> None:
             str(write_chats(tmp_path / "chats", urls)),
             str(tmp_path / "old"),
             recipe,
-            access=Access(frozenset({host})),
+            access=NetworkPolicy(frozenset({host})),
             num_workers=0,
         )
         spaced = change_recipe(recipe, ["text.strategy=space", "text.num_windows=2"])

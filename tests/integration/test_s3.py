@@ -205,9 +205,9 @@ def test_two_commands_do_not_write_to_one_folder() -> None:
     """Also where requests are refused, or their answers lost, while the folder is held."""
     run = "s3://chats/held"
     with (
-        storage.only_writer(run),
+        storage.exclusive_lock(run),
         pytest.raises(ConfigError, match=r"held: another command works there"),
-        storage.only_writer(run, wait_s=0),
+        storage.exclusive_lock(run, wait_s=0),
     ):
         raise AssertionError
     assert storage.list_names(run) == []

@@ -16,7 +16,7 @@ from d2i.eval.categories import (
     DRAW_SIZE,
     NUM_DRAWS,
     CategoryScores,
-    draw_keys,
+    choose_keys,
     fid_of_few,
     inception_score,
     num_in_two,
@@ -119,12 +119,12 @@ def test_fid_and_is_of_few_are_those_of_torch_fidelity() -> None:
 
 
 def test_draws_are_seeded_and_of_each_key_once() -> None:
-    draws = [draw_keys(KEYS, seed) for seed in range(NUM_DRAWS)]
-    assert draws == [draw_keys(KEYS[::-1], seed) for seed in range(NUM_DRAWS)]
+    draws = [choose_keys(KEYS, seed) for seed in range(NUM_DRAWS)]
+    assert draws == [choose_keys(KEYS[::-1], seed) for seed in range(NUM_DRAWS)]
     assert {len(frozenset(draw)) for draw in draws} == {DRAW_SIZE}
     assert len({frozenset(draw) for draw in draws}) == NUM_DRAWS
     assert frozenset(KEYS).issubset(key for draw in draws for key in draw)
-    assert sorted(draw_keys(KEYS[:7], 3)) == sorted(KEYS[:7])
+    assert sorted(choose_keys(KEYS[:7], 3)) == sorted(KEYS[:7])
 
 
 def test_a_category_is_scored_over_draws_and_a_small_one_whole() -> None:
@@ -132,7 +132,9 @@ def test_a_category_is_scored_over_draws_and_a_small_one_whole() -> None:
     people, food = score_categories(found, MEMBERS)
     assert (people.name, people.num_instances, people.num_draws) == ("people", 90, NUM_DRAWS)
     assert people.draw_size == DRAW_SIZE
-    places = [[KEYS.index(key) for key in draw_keys(KEYS[:90], seed)] for seed in range(NUM_DRAWS)]
+    places = [
+        [KEYS.index(key) for key in choose_keys(KEYS[:90], seed)] for seed in range(NUM_DRAWS)
+    ]
     real, fake = found.arrays["real_features"], found.arrays["features"]
     fids = [compute_fid(real[draw], fake[draw]) for draw in places]
     assert people.fid == pytest.approx(np.mean(fids), rel=1e-6)

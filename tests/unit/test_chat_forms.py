@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from d2i.corpora import Problem, read_instances
+from d2i.corpora import RecordIssue, read_instances
 from d2i.corpora.inline import InlineImages
 from d2i.dialog import Instance, linearize
 from d2i.errors import DataError
@@ -22,10 +22,10 @@ DATA_URL = "data:image/png;base64," + base64.b64encode(CONTENT).decode()
 
 def read(
     folder: Path, *records: Any, name: str = "train.jsonl", inline: InlineImages | None = None
-) -> tuple[list[Instance], list[Problem]]:
+) -> tuple[list[Instance], list[RecordIssue]]:
     text = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)
     (folder / name).write_text(text)
-    problems: list[Problem] = []
+    problems: list[RecordIssue] = []
     options: dict[str, Any] = {} if inline is None else {"inline": inline}
     found = read_instances(
         "jsonl", folder, "train", on_problem=problems.append, max_broken=1.0, **options

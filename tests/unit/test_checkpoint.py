@@ -20,9 +20,9 @@ from d2i.train.checkpoint import (
     MARKER,
     Checkpoint,
     Progress,
-    clear_step,
     newest_sound_checkpoint,
     prune,
+    remove_step,
     run_name,
     step_folder,
     step_of,
@@ -131,7 +131,7 @@ def test_a_later_one_that_was_passed_over_displaces_none(tmp_path: Path) -> None
 def test_a_foreign_place_holds_them_as_a_folder_does() -> None:
     run = "memory://checkpoints-run"
     for step in (2, 4, 6):
-        folder = clear_step(run, step)
+        folder = remove_step(run, step)
         for rank, part in enumerate(WEIGHT.flatten().split(5)):
             write_part(folder, rank, {run_name("ema", "a.weight", 5 * rank): part.clone()})
         assert written_ranks(folder) == {0, 1, 2}
@@ -141,7 +141,7 @@ def test_a_foreign_place_holds_them_as_a_folder_does() -> None:
     assert found is not None
     assert torch.equal(dict(found.read_whole("ema"))["a.weight"], WEIGHT)
     assert torch.equal(found.read("ema", "a.weight", 4, 7), WEIGHT.flatten()[4:11])
-    clear_step(run, 4)
+    remove_step(run, 4)
     prune(run, 1, 6)
     assert storage.list_names(f"{run}/checkpoints") == ["step-6"]
 

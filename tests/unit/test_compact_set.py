@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2i.corpora import compact_set
-from d2i.corpora.compact_set import SeenHashes
+from d2i.corpora.compact_set import CompactHashSet
 
 NUMBERS = st.one_of(st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1))
 
@@ -19,7 +19,7 @@ NUMBERS = st.one_of(st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1))
 def test_it_knows_what_a_set_knows(numbers: list[int], max_recent: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compact_set, "MAX_RECENT", max_recent)
-        known, expected = SeenHashes(), set[int]()
+        known, expected = CompactHashSet(), set[int]()
         for number in numbers:
             assert (number in known) == (number in expected)
             known.add(number)
@@ -32,7 +32,7 @@ def test_very_many_take_eight_bytes_each(monkeypatch: pytest.MonkeyPatch) -> Non
     numbers = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 300_000).tolist()
     tracemalloc.start()
     try:
-        known = SeenHashes()
+        known = CompactHashSet()
         for number in numbers:
             known.add(number)
         held, _ = tracemalloc.get_traced_memory()

@@ -11,7 +11,7 @@ import pytest
 
 from d2i import storage
 from d2i.config import TextConfig
-from d2i.config_lock import settle
+from d2i.config_lock import lock_or_diff
 from d2i.demo.corpus import write_corpus
 from d2i.errors import ConfigError
 from d2i.preprocess.plan import PlanRequest, make_plan
@@ -21,9 +21,9 @@ from d2i.shards import Sample, json_bytes, npy_bytes, write_shard
 
 def test_the_first_settings_stay(tmp_path: Path) -> None:
     url = str(tmp_path / "kept.json")
-    assert settle(url, {"image": {"resolution": 64}, "pair": (1, 2)}) == []
-    assert settle(url, {"image": {"resolution": 64}, "pair": (1, 2)}) == []
-    assert settle(url, {"image": {"resolution": 32}, "more": 1}) == [
+    assert lock_or_diff(url, {"image": {"resolution": 64}, "pair": (1, 2)}) == []
+    assert lock_or_diff(url, {"image": {"resolution": 64}, "pair": (1, 2)}) == []
+    assert lock_or_diff(url, {"image": {"resolution": 32}, "more": 1}) == [
         "image.resolution: 32, expected 64",
         "more: 1, expected absent",
         "pair: absent, expected [1, 2]",
@@ -34,16 +34,16 @@ def test_the_first_settings_stay(tmp_path: Path) -> None:
 def test_a_damaged_file_is_said_to_be(tmp_path: Path, content: str) -> None:
     (tmp_path / "kept.json").write_text(content)
     with pytest.raises(ConfigError, match="is damaged"):
-        settle(str(tmp_path / "kept.json"), {})
+        lock_or_diff(str(tmp_path / "kept.json"), {})
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     with ExitStack() as held:
-        held.enter_context(storage.only_writer(str(tmp_path)))
-        held.enter_context(storage.only_writer(str(tmp_path / "other")))
+        held.enter_context(storage.exclusive_lock(str(tmp_path)))
+        held.enter_context(storage.exclusive_lock(str(tmp_path / "other")))
         with pytest.raises(ConfigError, match="another command works there"):
-            held.enter_context(storage.only_writer(str(tmp_path), wait_s=0))
-    with storage.only_writer(str(tmp_path)):
+            held.enter_context(storage.exclusive_lock(str(tmp_path), wait_s=0))
+    with storage.exclusive_lock(str(tmp_path)):
         pass
 
 

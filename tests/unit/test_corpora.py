@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2i.config import ImageConfig, TextConfig
-from d2i.corpora import Problem, build_corpus, json_stream, read_instances, splits
+from d2i.corpora import RecordIssue, build_corpus, json_stream, read_instances, splits
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import RecordError
 from d2i.dialog import ImageRef, Instance, Turn, linearize
 from d2i.errors import ConfigError, DataError
-from d2i.image_decode import RefusedPictureError, decode_picture
+from d2i.image_decode import ImageRejectedError, decode_picture
 from d2i.image_files import read_picture
 from d2i.prompt_text import context_text
 from tests.shared import SHARED, needs_shared
@@ -55,8 +55,8 @@ def unheard(*said: object) -> None:
     """Takes a problem, or a flaw, and does nothing with it."""
 
 
-def read(data: bytes, **limits: int) -> tuple[list[Any], list[Problem]]:
-    problems: list[Problem] = []
+def read(data: bytes, **limits: int) -> tuple[list[Any], list[RecordIssue]]:
+    problems: list[RecordIssue] = []
     values = [v for _, v in read_objects(io.BytesIO(data), "f", problems.append, **limits)]
     return values, problems
 
@@ -340,15 +340,15 @@ def test_memory_does_not_grow_with_the_file() -> None:
 
 def instances(
     corpus: str, source: Path, split: str, *, max_broken: float = 1.0, **options: Any
-) -> tuple[list[Instance], list[Problem]]:
-    problems: list[Problem] = []
+) -> tuple[list[Instance], list[RecordIssue]]:
+    problems: list[RecordIssue] = []
     options["max_broken"] = max_broken
     found = list(read_instances(corpus, source, split, on_problem=problems.append, **options))
     assert len({instance.key for instance in found}) == len(found)
     return found, problems
 
 
-def reasons(problems: list[Problem]) -> Counter[str]:
+def reasons(problems: list[RecordIssue]) -> Counter[str]:
     return Counter(problem.reason for problem in problems)
 
 
@@ -423,7 +423,7 @@ def failure_of(path: Path) -> str | None:
     """Say why a picture cannot be used, or None."""
     try:
         decode_picture(read_picture(str(path.parent), path.name, 1 << 20), ImageConfig())
-    except RefusedPictureError as error:
+    except ImageRejectedError as error:
         return error.reason
     return None
 
@@ -731,7 +731,7 @@ def test_a_name_nearly_like_a_field_breaks_no_record_that_is_sound(
     turns = [{"text": "a"} | extra, {"text": "b", "images": ["1.jpg"]}]
     made += [{"id": n, "turns": turns} for n in range(150, 300)]
     write_lines(tmp_path / "train.jsonl", *made)
-    problems: list[Problem] = []
+    problems: list[RecordIssue] = []
     found = list(read_instances("jsonl", tmp_path, "train", on_problem=problems.append))
     assert len(found) == 300
     assert set(reasons(problems)) <= {"unknown_field"}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from d2i.corpora import Problem, build_corpus, read_instances
+from d2i.corpora import RecordIssue, build_corpus, read_instances
 from d2i.dialog import Instance, linearize
 
 NUM_SEEDS, NUM_SOAK_SEEDS = 150, 40_000
@@ -137,8 +137,8 @@ def mutated_corpus(folder: Path, corpus: str, seed: int) -> None:
         path.write_bytes(damage(text.encode(), dice))
 
 
-def read(folder: Path, corpus: str, **options: Any) -> tuple[list[Instance], list[Problem]]:
-    problems: list[Problem] = []
+def read(folder: Path, corpus: str, **options: Any) -> tuple[list[Instance], list[RecordIssue]]:
+    problems: list[RecordIssue] = []
     instances = read_instances(
         corpus, folder, "train", on_problem=problems.append, max_broken=1.0, **options
     )
@@ -195,7 +195,7 @@ def test_a_dialog_whose_contexts_would_fill_the_disk_is_passed_over(tmp_path: Pa
     turns = [{"text": "x" * 2_000_000}, {"images": [f"{n}.jpg" for n in range(2000)]}]
     lines = [{"id": 0, "turns": turns}, {"id": 1, "turns": [{"text": "a", "images": ["b.jpg"]}]}]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    problems: list[Problem] = []
+    problems: list[RecordIssue] = []
     found = list(read_instances("jsonl", tmp_path, "train", on_problem=problems.append))
     assert [instance.dialog_id for instance in found] == ["1"]
     assert [problem.reason for problem in problems] == ["too_large"]

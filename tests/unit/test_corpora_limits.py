@@ -16,10 +16,10 @@ from d2i.config import DialogConfig, FetchConfig
 from d2i.corpora import read_instances
 from d2i.corpora.survey import survey_split
 from d2i.errors import ConfigError, DataError
-from d2i.image_decode import RefusedPictureError
+from d2i.image_decode import ImageRejectedError
 from d2i.image_files import read_picture
-from d2i.preprocess.fetch.rate_limiter import share_books
-from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
+from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
+from d2i.preprocess.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
 from d2i.preprocess.plan import PlanRequest, make_plan
 from d2i.recipes import load_recipe
 from tests.servers import WebServer, running
@@ -171,9 +171,12 @@ def test_no_name_of_a_picture_leads_a_mirror_elsewhere(tmp_path: Path) -> None:
     ) as s:
         host = f"127.0.0.1:{s.port}"
         config = FetchConfig(mirror=f"http://{host}/pub/{{path}}")
-        access = Access(allow_hosts=frozenset({host}))
-        mirror = PictureSource(
-            "", config, access, share_books(host_book(config, access), num_workers=0)
+        access = NetworkPolicy(allow_hosts=frozenset({host}))
+        mirror = ImageSource(
+            "",
+            config,
+            access,
+            create_shared_limiter(build_rate_limiter(config, access), num_workers=0),
         )
         found = dict(mirror.fetch(refs, lambda ref, one: (ref.value[0], one.data)))
         assert found == dict.fromkeys(names[:3]) | {"50%.jpg": JPEG}
@@ -191,7 +194,7 @@ def test_a_web_address_is_no_folder_of_pictures(root: str) -> None:
 
 def test_a_pipe_among_the_pictures_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p.jpg")
-    with pytest.raises(RefusedPictureError) as caught:
+    with pytest.raises(ImageRejectedError) as caught:
         read_picture(str(tmp_path), "p.jpg", 1000)
     assert caught.value.reason == "read_error"
 

@@ -31,18 +31,18 @@ from d2i.cli.app import app
 from d2i.config import BackboneConfig
 from d2i.demo.corpus import write_corpus
 from d2i.errors import D2IError
-from d2i.eval.reference_features import RealFeatures
+from d2i.eval.reference_features import ReferenceFeatures
 from d2i.eval.tasks import EvalTask, finished_tasks, images_path, read_tasks, write_task
 from d2i.models import read_state_dict, save_weights
 from d2i.models.model_dir import read_config, write_config
-from d2i.preprocess.job_files import KeptJob, check_job_files
+from d2i.preprocess.job_files import JobFiles, check_job_files
 from d2i.preprocess.ledger import LedgerRow, read_ledger, write_ledger
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan, records_url
 from d2i.preprocess.records import read_records
 from d2i.preprocess.supplements import plan_supplements
 from d2i.recipes import keep_recipe, load_recipe, read_kept_recipe
 from d2i.report import read_evaluation
-from d2i.run_dir import MetricsLine, RunConfig, append_line, best_choice, open_run
+from d2i.run_dir import MetricsLine, RunConfig, append_line, load_selection, open_run
 from d2i.shards import (
     Sample,
     ShardReader,
@@ -91,7 +91,7 @@ def read_data(folder: Path) -> Any:
 
 
 def read_job(folder: Path) -> Any:
-    job = KeptJob(str(folder))
+    job = JobFiles(str(folder))
     indexes = job.indexes()
     planned = [
         read_records(records_url(str(folder), index), job.records_sha256(index))
@@ -102,7 +102,7 @@ def read_job(folder: Path) -> Any:
 
 def read_run(folder: Path) -> Any:
     lines = run_dir.read_metrics(str(folder))
-    best = best_choice(str(folder))
+    best = load_selection(str(folder))
     assert best is not None
     chosen = replace(best, weights=best.weights.removeprefix(str(folder)))
     found = run_dir.read_recipe(str(folder)), run_dir.last_step(str(folder)), chosen
@@ -134,7 +134,7 @@ def read_scored(folder: Path) -> Any:
 def read_cache(folder: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        kept = RealFeatures({"of": "these"}).read([0, 2])
+        kept = ReferenceFeatures({"of": "these"}).read([0, 2])
     return kept and {name: array.tolist() for name, array in kept.items()}
 
 
@@ -243,7 +243,7 @@ def write_cache(folder: Path) -> None:
     arrays: dict[str, Any] = {"real_features": np.eye(3), "real_embeddings": np.ones((3, 2))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        RealFeatures({"of": "these"}).keep(arrays)
+        ReferenceFeatures({"of": "these"}).keep(arrays)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from d2i.config import ImageConfig
-from d2i.image_decode import RefusedPictureError, crop_to_square, decode_picture
+from d2i.image_decode import ImageRejectedError, crop_to_square, decode_picture
 from d2i.preprocess.decoder import Decoder
 from tests.bombs import webp_bomb
 
@@ -55,7 +55,7 @@ def test_a_picture_that_takes_too_much_memory_is_refused_and_the_next_one_read()
     small = Decoder(ImageConfig(resolution=32, max_megapixels=200), 60.0, max_decode_mib=400)
     huge = io.BytesIO()
     Image.new("RGB", (12_000, 12_000)).save(huge, "PNG")
-    with pytest.raises(RefusedPictureError) as caught:
+    with pytest.raises(ImageRejectedError) as caught:
         small.decode(huge.getvalue())
     assert caught.value.reason in ("decode_memory", "decode_error")
     assert small.decode(saved("PNG")).width == 90
@@ -68,7 +68,7 @@ def test_a_picture_that_takes_too_long_is_refused_and_the_next_one_read() -> Non
     assert hasty._child is not None
     os.kill(hasty._child.pid, signal.SIGSTOP)
     hasty._timeout_s = 0.2
-    with pytest.raises(RefusedPictureError) as caught:
+    with pytest.raises(ImageRejectedError) as caught:
         hasty.decode(saved("GIF"))
     assert caught.value.reason == "decode_timeout"
     hasty._timeout_s = 30.0
@@ -85,7 +85,7 @@ def test_a_child_that_does_not_read_costs_the_deadline() -> None:
     hasty._timeout_s = 0.2
     data = saved("PNG", (600, 400))
     assert len(data) > 500_000
-    with pytest.raises(RefusedPictureError) as caught:
+    with pytest.raises(ImageRejectedError) as caught:
         hasty.decode(data)
     assert caught.value.reason == "decode_timeout"
     hasty._timeout_s = 30.0
@@ -94,7 +94,7 @@ def test_a_child_that_does_not_read_costs_the_deadline() -> None:
 
 
 def test_the_child_keeps_within_its_memory(decoder: Decoder) -> None:
-    with suppress(RefusedPictureError):
+    with suppress(ImageRejectedError):
         decoder.decode(webp_bomb(16_383))
     assert decoder.decode(saved("PNG", (3000, 3000))).width == 3000
     assert decoder._child is not None
@@ -106,7 +106,7 @@ def test_the_child_keeps_within_its_memory(decoder: Decoder) -> None:
 def test_a_header_that_takes_memory_is_not_opened_here(decoder: Decoder) -> None:
     """A WebP's header alone makes its decoder take the canvas twice, here two gigabytes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(RefusedPictureError):
+    with pytest.raises(ImageRejectedError):
         decoder.decode(webp_bomb(16_383))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
 
@@ -130,7 +130,7 @@ def test_a_picture_that_ends_every_decoder_is_refused(
         return child
 
     monkeypatch.setattr(decoder, "_start", start_and_kill)
-    with pytest.raises(RefusedPictureError) as caught:
+    with pytest.raises(ImageRejectedError) as caught:
         decoder.decode(saved("PNG"))
     assert caught.value.reason == "decode_error"
 
@@ -140,7 +140,7 @@ def test_a_jpeg_of_very_many_scans_is_decoded_apart(decoder: Decoder) -> None:
     start = plain.index(b"\xff\xda")
     decoder.decode(plain)
     assert decoder._child is None
-    with suppress(RefusedPictureError):
+    with suppress(ImageRejectedError):
         decoder.decode(plain[:start] + plain[start:-2] * 9 + plain[-2:])
     assert decoder._child is not None
 
@@ -192,6 +192,6 @@ def test_broken_bytes_keep_their_reason(decoder: Decoder) -> None:
         (saved("PNG")[:500], "decode_error"),
         (saved("PNG", (400, 8)), "too_small"),
     ):
-        with pytest.raises(RefusedPictureError) as caught:
+        with pytest.raises(ImageRejectedError) as caught:
             decoder.decode(data)
         assert caught.value.reason == reason

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from d2i.demo.judge import read_all, share_right
-from d2i.demo.picture import draw
+from d2i.demo.picture import render_scene
 from d2i.demo.scene import Scene, all_scenes
 from d2i.encoders import Vae
 
 
 def jpeg_pixels(scene: Scene, jitter_seed: int) -> npt.NDArray[np.uint8]:
     buffer = io.BytesIO()
-    draw(scene, jitter_seed).save(buffer, "JPEG", quality=95)
+    render_scene(scene, jitter_seed).save(buffer, "JPEG", quality=95)
     return np.asarray(Image.open(buffer))
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from d2i.demo.judge import read_all, read_attributes, share_right
-from d2i.demo.picture import background, draw
+from d2i.demo.picture import background, render_scene
 from d2i.demo.scene import ATTRIBUTES, Scene, all_scenes
 
 
@@ -24,13 +24,15 @@ def some_scenes(count: int) -> list[Scene]:
 
 def test_true_pictures_are_read_right() -> None:
     scenes = some_scenes(300)
-    shares = share_right(read_all([as_jpeg(draw(s, i)) for i, s in enumerate(scenes)]), scenes)
+    shares = share_right(
+        read_all([as_jpeg(render_scene(s, i)) for i, s in enumerate(scenes)]), scenes
+    )
     assert min(shares.values()) >= 0.98
 
 
 def test_pictures_of_other_scenes_score_by_chance() -> None:
     scenes = some_scenes(300)
-    answers = read_all([draw(s, i) for i, s in enumerate(scenes)])
+    answers = read_all([render_scene(s, i) for i, s in enumerate(scenes)])
     shares = share_right(answers, [*scenes[150:], *scenes[:150]])
     for name, values in ATTRIBUTES.items():
         assert shares[name] == pytest.approx(1 / len(values), abs=0.1)
@@ -38,7 +40,7 @@ def test_pictures_of_other_scenes_score_by_chance() -> None:
 
 def test_larger_and_softened_pictures_are_read_too() -> None:
     scenes = some_scenes(60)
-    soft = [draw(s, i).filter(ImageFilter.GaussianBlur(0.7)) for i, s in enumerate(scenes)]
+    soft = [render_scene(s, i).filter(ImageFilter.GaussianBlur(0.7)) for i, s in enumerate(scenes)]
     shares = share_right(read_all([p.resize((256, 256)) for p in soft]), scenes)
     assert sum(shares.values()) / len(shares) >= 0.95
 
@@ -59,4 +61,4 @@ def test_a_bare_background_has_no_object(place: str, time: str) -> None:
 
 def test_scenes_must_match_the_pictures() -> None:
     with pytest.raises(ValueError, match="one scene a picture"):
-        share_right(read_all([draw(all_scenes()[0], 0)]), [])
+        share_right(read_all([render_scene(all_scenes()[0], 0)]), [])

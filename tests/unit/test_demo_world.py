@@ -13,7 +13,7 @@ from PIL import Image
 from d2i.demo.corpus import write_corpus
 from d2i.demo.dialogs import MAX_TURNS, caption, contexts, make_dialog
 from d2i.demo.judge import read_all, share_right
-from d2i.demo.picture import draw
+from d2i.demo.picture import render_scene
 from d2i.demo.pretrain.__main__ import clip_captions, reading_dialogs
 from d2i.demo.pretrain.pictures import render
 from d2i.demo.scene import ATTRIBUTES, Scene, all_scenes, is_held_out, split_scenes
@@ -139,14 +139,14 @@ def test_every_picture_of_the_test_split_opens_and_a_few_others_do_not(corpus: P
 
 def test_a_picture_is_a_function_of_scene_and_jitter() -> None:
     scene = all_scenes()[1234]
-    assert draw(scene, 5).tobytes() == draw(scene, 5).tobytes()
-    assert draw(scene, 5).tobytes() != draw(scene, 6).tobytes()
+    assert render_scene(scene, 5).tobytes() == render_scene(scene, 5).tobytes()
+    assert render_scene(scene, 5).tobytes() != render_scene(scene, 6).tobytes()
 
 
 def test_jpeg_quality_of_the_corpus_is_95(corpus: Path) -> None:
     truth = next(t for t in truths(corpus) if t["split"] == "test")
     buffer = io.BytesIO()
-    draw(scene_of(truth), int(truth["media_key"])).save(buffer, "JPEG", quality=95)
+    render_scene(scene_of(truth), int(truth["media_key"])).save(buffer, "JPEG", quality=95)
     assert (corpus / "test" / f"{truth['media_key']}.jpg").read_bytes() == buffer.getvalue()
 
 

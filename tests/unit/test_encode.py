@@ -15,7 +15,7 @@ from d2i.dialog import ImageRef, Instance, Turn
 from d2i.encoders import Encoders, load_encoders
 from d2i.errors import CheckpointError, ShardError
 from d2i.preprocess.encode_worker import EncodeWorker, EncodeWorkerBuilder
-from d2i.preprocess.fetch.result import Fetched
+from d2i.preprocess.fetch.result import FetchResult
 from d2i.preprocess.messages import FetchedPicture, SourcePicture
 from d2i.preprocess.spill_buffer import source_bytes
 from d2i.prompt_text import context_tokens
@@ -144,4 +144,4 @@ def instance(number: int) -> Instance:
 def fetched(ref: ImageRef, square: NDArray[np.uint8]) -> FetchedPicture:
     file = {"suffix": "png", "width": SIDE, "height": SIDE, "size_bytes": 1, "sha256": "0" * 64}
     picture = SourcePicture(**file, pixels=square)
-    return FetchedPicture(ref, Fetched(None), picture, 0.0)
+    return FetchedPicture(ref, FetchResult(None), picture, 0.0)

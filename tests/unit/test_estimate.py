@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from d2i.cli.forecast import assumed_of
 from d2i.cluster.estimate import (
-    Assumed,
-    Meter,
-    Offer,
+    Capacity,
     Rate,
+    RateOverrides,
+    Throughput,
     Work,
     find_rate,
     forecast,
-    keep_rate,
-    look_at_offer,
+    probe_capacity,
+    save_rate,
 )
 from d2i.errors import ConfigError
 from d2i.preprocess.job import PreprocessRequest, plan_job, preprocess, rate_decided_by, work_left
@@ -26,13 +26,13 @@ from d2i.recipes import resolve_recipe
 from tests.integration.conftest import write_chat
 from tests.processes import run_d2i
 
-OFFER = Offer(num_nodes=4, num_workers=8, unit="accelerator", object_store_bytes=1 << 30)
+OFFER = Capacity(num_nodes=4, num_workers=8, unit="accelerator", object_store_bytes=1 << 30)
 WORK = Work(num_items=20_000, num_tasks=20, bytes_in_flight=100)
 MEASURED = Rate(items_per_s=5.0, num_items=1000, num_workers=2, host="here", date="2026-01-02")
 
 
 def test_time_is_that_of_the_worker_who_has_most_to_do() -> None:
-    found = forecast(WORK, OFFER, MEASURED, Assumed(price_per_node_hour=3.6))
+    found = forecast(WORK, OFFER, MEASURED, RateOverrides(price_per_node_hour=3.6))
     # 20 tasks of 1000 instances on 8 workers: somebody has three, 200 s each.
     assert found.num_rounds == 3
     assert found.time_s == 600.0
@@ -42,20 +42,20 @@ def test_time_is_that_of_the_worker_who_has_most_to_do() -> None:
 
 
 def test_an_assumed_rate_outweighs_the_measured_one_and_is_called_so() -> None:
-    found = forecast(WORK, OFFER, MEASURED, Assumed(items_per_s=10.0))
+    found = forecast(WORK, OFFER, MEASURED, RateOverrides(items_per_s=10.0))
     assert found.time_s == 300.0
     assert found.rate_from == "assumed, as --rate says"
     assert found.cost is None
 
 
 def test_without_a_rate_nothing_is_made_up() -> None:
-    found = forecast(WORK, OFFER, None, Assumed(price_per_node_hour=1.0))
+    found = forecast(WORK, OFFER, None, RateOverrides(price_per_node_hour=1.0))
     assert (found.items_per_s, found.time_s, found.cost) == (None, None, None)
     assert found.rate_from.startswith("unknown")
 
 
 def test_finished_work_takes_nothing() -> None:
-    found = forecast(Work(0, 0, 100), OFFER, MEASURED, Assumed(price_per_node_hour=1.0))
+    found = forecast(Work(0, 0, 100), OFFER, MEASURED, RateOverrides(price_per_node_hour=1.0))
     assert (found.num_workers, found.num_rounds, found.time_s, found.cost) == (0, 0, 0.0, 0.0)
 
 
@@ -70,7 +70,7 @@ def test_a_meter_gives_back_the_rate_of_equal_workers_whatever_their_start_took(
     num_workers: int, rounds: int, items: int, start_s: float, task_s: float
 ) -> None:
     now = [0.0]
-    meter = Meter(num_workers, lambda: now[0])
+    meter = Throughput(num_workers, lambda: now[0])
     assert meter.rate() is None
     for number in range(rounds):
         now[0] = start_s + (number + 1) * task_s
@@ -86,7 +86,7 @@ def test_a_rate_is_found_again_for_the_same_work_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    keep_rate({"stage": "eval", "steps": 50}, MEASURED)
+    save_rate({"stage": "eval", "steps": 50}, MEASURED)
     assert find_rate({"steps": 50, "stage": "eval"}) == MEASURED
     assert find_rate({"steps": 25, "stage": "eval"}) is None
     (kept,) = tmp_path.rglob("*.json")
@@ -111,7 +111,7 @@ def test_a_job_keeps_its_rate_and_the_next_one_finds_it(
     preprocess(request, lambda _: None)
     after = work_left(request, plan_job(request, keep=False))
     assert (after.num_items, after.num_tasks) == (0, 0)
-    rate = find_rate(rate_decided_by(request, look_at_offer(0, None).unit))
+    rate = find_rate(rate_decided_by(request, probe_capacity(0, None).unit))
     assert rate is not None
     assert (rate.num_items, rate.num_workers) == (6, 1), "all but the first shard"
     assert rate.items_per_s > 0

@@ -18,10 +18,10 @@ from d2i.eval.intervals import total_deviation
 from d2i.eval.kid import paired_mmd
 from d2i.eval.measured import Measured
 from d2i.eval.metrics import compute_fid, compute_scores
-from d2i.eval.prompts import partners
-from d2i.eval.retrieval_recall import choose_negatives, true_ranks
+from d2i.eval.prompts import derangement
+from d2i.eval.retrieval_recall import choose_negatives, retrieval_ranks
 from d2i.eval.scores import score
-from d2i.eval.system import Drawing
+from d2i.eval.system import Generation
 from d2i.eval.tasks import EvalTask, finished_tasks, plan_tasks, read_tasks, write_task
 
 
@@ -188,10 +188,10 @@ def test_ranks_count_what_is_as_near_as_the_truth() -> None:
     drawn = np.array([0, 1, 3])
     fake = np.array([[1, 0], [1, 0.1], [1, 1]], np.float32)
     # The third picture is a copy of the first: it is no negative of it.
-    assert true_ranks(keys, drawn, fake, real).tolist() == [1, 4, 1]
+    assert retrieval_ranks(keys, drawn, fake, real).tolist() == [1, 4, 1]
     same = np.ones((3, 2), np.float32)
     # One picture for all: it is nearest to the last, and to no other.
-    assert true_ranks(keys, drawn, same, real).tolist() == [3, 4, 1]
+    assert retrieval_ranks(keys, drawn, same, real).tolist() == [3, 4, 1]
 
 
 @given(st.integers(2, 50), st.integers(1, 60), st.text("abc", min_size=1))
@@ -220,8 +220,8 @@ def test_ranks_among_what_is_listed() -> None:
     fake = np.array([[0.9, 0.1]], np.float32)
     listed = [np.array([1]), *[np.empty(0, np.int64)] * 3]
     drawn = np.array([0])
-    assert true_ranks(keys, drawn, fake, real, listed, num_negatives=1).tolist() == [1]
-    assert true_ranks(keys, drawn, fake, real).tolist() == [3]
+    assert retrieval_ranks(keys, drawn, fake, real, listed, num_negatives=1).tolist() == [1]
+    assert retrieval_ranks(keys, drawn, fake, real).tolist() == [3]
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=20))
@@ -229,11 +229,11 @@ def test_a_partner_is_of_another_dialog(dialogs: list[int]) -> None:
     keys = [f"test-{dialog}-{turn}-0" for turn, dialog in enumerate(dialogs)]
     if len(set(dialogs)) == 1:
         with pytest.raises(ConfigError, match="at least two to exchange"):
-            partners(keys)
+            derangement(keys)
         return
-    found = partners(keys)
+    found = derangement(keys)
     assert all(dialogs[mine] != dialogs[theirs] for mine, theirs in enumerate(found))
-    assert found == partners(keys)
+    assert found == derangement(keys)
 
 
 @given(st.integers(0, 60), st.lists(st.integers(1, 9), max_size=8), st.integers(1, 9))
@@ -280,4 +280,4 @@ def test_a_damaged_task_is_one_line(tmp_path: Path, cut: int) -> None:
 )
 def test_a_drawing_is_a_picture_or_a_reason(drawn: tuple[Any, str], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Drawing(*drawn)
+        Generation(*drawn)

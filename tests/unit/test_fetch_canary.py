@@ -7,8 +7,8 @@ import pytest
 from d2i.preprocess.fetch import ssrf_guard
 from d2i.preprocess.fetch.http_client import BodyLimits, Limits, get
 from d2i.preprocess.fetch.resolver import Resolver
-from d2i.preprocess.fetch.result import RefusedRequestError
-from d2i.preprocess.fetch.transport import Straight
+from d2i.preprocess.fetch.result import FetchError
+from d2i.preprocess.fetch.transport import DirectTransport
 from tests.servers import Names, WebServer, name_server, running
 
 
@@ -21,7 +21,7 @@ def test_no_way_leads_to_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         running(name_server(names)) as server,
     ):
         monkeypatch.setitem(ssrf_guard.PORTS, "http", canary.port)
-        route = Straight(Resolver(f"127.0.0.1:{server.server_address[1]}"))
+        route = DirectTransport(Resolver(f"127.0.0.1:{server.server_address[1]}"))
         limits = Limits(
             5.0, 5.0, BodyLimits(1000, 1.0), "d2i", frozenset([f"127.0.0.3:{web.port}"])
         )
@@ -35,7 +35,7 @@ def test_no_way_leads_to_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
             "second of two": f"http://127.0.0.3:{web.port}/on",
             "rebound": f"http://moving.test:{canary.port}/x",
         }
-        with pytest.raises(RefusedRequestError) as caught:
+        with pytest.raises(FetchError) as caught:
             get(addresses[way], limits, route)
         assert caught.value.reason == "refused_address"
         assert not canary.asked

@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from d2i.preprocess.fetch.downloader import AddressFetcher, Courtesy
+from d2i.preprocess.fetch.downloader import Downloader, RetryPolicy
 from d2i.preprocess.fetch.http_client import BodyLimits, Limits
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
-from d2i.preprocess.fetch.rate_limiter import HostBook, HostLimits, share_books
+from d2i.preprocess.fetch.rate_limiter import HostLimits, RateLimiter, create_shared_limiter
 from d2i.preprocess.fetch.resolver import Resolver
-from d2i.preprocess.fetch.result import Fetched
+from d2i.preprocess.fetch.result import FetchResult
 from d2i.preprocess.fetch.ssrf_guard import allowed_hosts
-from d2i.preprocess.fetch.transport import Straight
+from d2i.preprocess.fetch.transport import DirectTransport
 from tests.servers import Answer, Handler, Names, WebServer, name_server, running
 
 GIF = b"GIF89a"
@@ -30,14 +30,14 @@ def fetcher(
     timeout_s: float = 5.0,
     num_attempts: int = 1,
     dns_server: str = "127.0.0.1",
-) -> AddressFetcher:
+) -> Downloader:
     limits = Limits(timeout_s, 5.0, BodyLimits(1000, 1.0), "d2i test", allowed_hosts(hosts))
-    book = HostBook(HostLimits(requests_per_s, 3, 60.0, 60.0, num_trouble_hosts=20))
-    route = Straight(Resolver(dns_server))
-    books = share_books(book, num_workers=0)
+    book = RateLimiter(HostLimits(requests_per_s, 3, 60.0, 60.0, num_trouble_hosts=20))
+    route = DirectTransport(Resolver(dns_server))
+    books = create_shared_limiter(book, num_workers=0)
     nothing = KnownPlaceholders(frozenset())
     slots = threading.Semaphore(num_slots)
-    return AddressFetcher(limits, Courtesy(num_attempts, 60.0), route, books, nothing, slots)
+    return Downloader(limits, RetryPolicy(num_attempts, 60.0), route, books, nothing, slots)
 
 
 def test_peace_is_kept_by_those_who_already_wait_for_their_turn() -> None:
@@ -164,10 +164,10 @@ def test_who_sends_us_on_cannot_have_another_host_left_alone() -> None:
         deadline = time.monotonic() + 60.0
         for _ in range(4):
             assert asked.fetch([f"http://{sender}/x"], deadline).reason == "timeout"
-        assert asked.hosts.of(victim).call("reserve", victim, 60.0) is not None
+        assert asked.hosts.of(victim).call("acquire", victim, 60.0) is not None
         for _ in range(3):
             assert asked.fetch([f"http://{victim}/x"], deadline).reason == "timeout"
-        assert asked.hosts.of(victim).call("reserve", victim, 60.0) is None
+        assert asked.hosts.of(victim).call("acquire", victim, 60.0) is None
 
 
 def test_only_so_many_requests_are_under_way_and_who_waits_for_a_turn_is_none() -> None:
@@ -196,7 +196,7 @@ def test_only_so_many_requests_are_under_way_and_who_waits_for_a_turn_is_none() 
         asked.hosts.of(busy).call("report", busy, "reached", retry_after_s=5.0)
         deadline = time.monotonic() + 60.0
 
-        def fetch(host: str) -> Fetched:
+        def fetch(host: str) -> FetchResult:
             return asked.fetch([f"http://{host}/x"], deadline)
 
         late = [threads.submit(fetch, busy) for _ in range(2)]

@@ -13,9 +13,9 @@ import pytest
 from d2i.errors import ConfigError
 from d2i.preprocess.fetch.http_client import BodyLimits, Limits, get
 from d2i.preprocess.fetch.resolver import Resolver
-from d2i.preprocess.fetch.result import RefusedRequestError
+from d2i.preprocess.fetch.result import FetchError
 from d2i.preprocess.fetch.ssrf_guard import allowed_hosts, check_url, is_public
-from d2i.preprocess.fetch.transport import Straight
+from d2i.preprocess.fetch.transport import DirectTransport
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
         thread.join()
 
 
-ROUTE = Straight(Resolver("127.0.0.1:9"))  # Nothing in this file needs a name.
+ROUTE = DirectTransport(Resolver("127.0.0.1:9"))  # Nothing in this file needs a name.
 
 
 def limits(timeout_s: float = 10.0, hosts: frozenset[str] = frozenset()) -> Limits:
@@ -195,13 +195,13 @@ def test_a_compressed_body_is_unpacked(server: ThreadingHTTPServer, path: str) -
 
 
 def test_a_redirect_to_a_raw_name_is_followed(server: ThreadingHTTPServer) -> None:
-    with pytest.raises(RefusedRequestError):
+    with pytest.raises(FetchError):
         ask(server, "/moved")
     assert asked_of(server) == ["/moved", "/%C3%A9.jpg"]
 
 
 def test_a_busy_host_says_for_how_long(server: ThreadingHTTPServer) -> None:
-    with pytest.raises(RefusedRequestError) as caught:
+    with pytest.raises(FetchError) as caught:
         ask(server, "/busy")
     assert caught.value.status == 429
     assert caught.value.retry_after_s == 7.0
@@ -209,19 +209,19 @@ def test_a_busy_host_says_for_how_long(server: ThreadingHTTPServer) -> None:
 
 def test_dripping_headers_end_at_the_deadline(server: ThreadingHTTPServer) -> None:
     host = f"127.0.0.1:{server.server_address[1]}"
-    with pytest.raises(RefusedRequestError) as caught:
+    with pytest.raises(FetchError) as caught:
         get(f"http://{host}/drip", limits(0.5, frozenset([host])), ROUTE)
     assert caught.value.reason == "timeout"
 
 
 def test_an_address_is_sent_percent_encoded(server: ThreadingHTTPServer) -> None:
-    with pytest.raises(RefusedRequestError, match="Not Found"):
+    with pytest.raises(FetchError, match="Not Found"):
         ask(server, "/\u00fc \r\n.jpg?a=%20\u00e9")
     assert asked_of(server) == ["/%C3%BC%20.jpg?a=%20%C3%A9"]
 
 
 def test_a_private_host_is_never_asked(server: ThreadingHTTPServer) -> None:
-    with pytest.raises(RefusedRequestError) as caught:
+    with pytest.raises(FetchError) as caught:
         ask(server, "/good", allowed=False)
     assert caught.value.reason == "refused_address"
     assert asked_of(server) == []
@@ -248,7 +248,7 @@ def test_a_private_host_is_never_asked(server: ThreadingHTTPServer) -> None:
     ],
 )
 def test_bad_answers_have_a_reason(server: ThreadingHTTPServer, path: str, reason: str) -> None:
-    with pytest.raises(RefusedRequestError) as caught:
+    with pytest.raises(FetchError) as caught:
         ask(server, path)
     assert caught.value.reason == reason
     assert "/secret" not in asked_of(server)
@@ -270,7 +270,7 @@ def test_bad_answers_have_a_reason(server: ThreadingHTTPServer, path: str, reaso
     ],
 )
 def test_a_private_address_is_refused_in_every_notation(host: str) -> None:
-    with pytest.raises(RefusedRequestError) as caught:
+    with pytest.raises(FetchError) as caught:
         get(f"http://{host}/", limits(), ROUTE)
     assert caught.value.reason == "refused_address"
 
@@ -283,6 +283,6 @@ def test_a_private_address_is_refused_in_every_notation(host: str) -> None:
     ],
 )
 def test_what_is_no_web_address_is_refused(url: str) -> None:
-    with pytest.raises(RefusedRequestError) as caught:
+    with pytest.raises(FetchError) as caught:
         get(url, limits(), ROUTE)
     assert caught.value.reason == "bad_url"

@@ -11,8 +11,8 @@ from d2i.config import FetchConfig, apply_settings
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
-from d2i.preprocess.fetch.rate_limiter import share_books
-from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
+from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
+from d2i.preprocess.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
 from d2i.preprocess.fetch.ssrf_guard import allowed_hosts
 from tests.servers import WebServer, running
 
@@ -41,9 +41,9 @@ def test_the_next_address_is_asked_after_a_placeholder(tmp_path: Path) -> None:
     answers = {"/grey": lambda h: h.send(200, GREY), "/good": lambda h: h.send(200, GOOD)}
     with running(WebServer("127.0.0.1", answers)) as web:
         host = f"127.0.0.1:{web.port}"
-        access = Access(allowed_hosts([host]), "127.0.0.1")
-        book = share_books(host_book(config), num_workers=0)
-        source = PictureSource(str(tmp_path), config, access, book)
+        access = NetworkPolicy(allowed_hosts([host]), "127.0.0.1")
+        book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+        source = ImageSource(str(tmp_path), config, access, book)
         both = ImageRef("urls", (f"http://{host}/grey", f"http://{host}/good"))
         only = ImageRef("urls", (f"http://{host}/grey",))
         file = ImageRef("file", ("grey.jpg",))

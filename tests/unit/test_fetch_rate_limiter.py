@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2i.cluster import share
+from d2i.cluster import create_shared
 from d2i.preprocess.fetch.rate_limiter import (
-    HostBook,
-    HostBooks,
     HostLimits,
     Outcome,
-    share_books,
-    trouble_in,
+    RateLimiter,
+    ShardedRateLimiter,
+    create_shared_limiter,
+    detect_outage,
 )
-from d2i.preprocess.fetch.result import is_passing
+from d2i.preprocess.fetch.result import is_transient
 
 PATIENCE_S = 1000.0
 OUTCOMES: list[Outcome] = ["reached", "unreached", "unnamed"]
@@ -26,7 +26,7 @@ OUTCOMES: list[Outcome] = ["reached", "unreached", "unnamed"]
 
 def book(
     requests_per_s: float = 10.0, dead_s: float = 60.0, num_trouble_hosts: int = 20
-) -> HostBook:
+) -> RateLimiter:
     limits = HostLimits(
         requests_per_s,
         num_failures=3,
@@ -34,18 +34,18 @@ def book(
         max_retry_after_s=60.0,
         num_trouble_hosts=num_trouble_hosts,
     )
-    return HostBook(limits)
+    return RateLimiter(limits)
 
 
-def reserved(hosts: HostBook, host: str) -> float:
-    wait_s = hosts.reserve(host, PATIENCE_S)
+def reserved(hosts: RateLimiter, host: str) -> float:
+    wait_s = hosts.acquire(host, PATIENCE_S)
     assert wait_s is not None
     return wait_s
 
 
-def trouble(hosts: HostBook, *, of_names: bool = False) -> str | None:
+def trouble(hosts: RateLimiter, *, of_names: bool = False) -> str | None:
     signs = hosts.signs(of_names=of_names)
-    return trouble_in([signs], hosts.limits.num_trouble_hosts, of_names=of_names)
+    return detect_outage([signs], hosts.limits.num_trouble_hosts, of_names=of_names)
 
 
 def test_turns_of_one_host_are_apart_and_hosts_do_not_wait_for_each_other() -> None:
@@ -62,14 +62,14 @@ def test_a_host_that_asks_for_peace_gets_it() -> None:
     assert 29.0 < reserved(hosts, "a") <= 30.0
     assert reserved(hosts, "b") == 0.0
     hosts.report("b", "reached", retry_after_s=3600.0)
-    assert hosts.reserve("b", PATIENCE_S) is None
+    assert hosts.acquire("b", PATIENCE_S) is None
 
 
 def test_a_turn_that_nobody_waits_for_is_not_taken() -> None:
     hosts = book(requests_per_s=1.0)
     assert reserved(hosts, "a") == 0.0
     for _ in range(5):
-        wait_s = hosts.reserve("a", 0.5)
+        wait_s = hosts.acquire("a", 0.5)
         assert wait_s is not None
         assert 0.5 < wait_s <= 1.0
     assert reserved(hosts, "a") <= 1.0
@@ -79,10 +79,10 @@ def test_who_waits_for_a_turn_learns_that_peace_was_asked_for() -> None:
     hosts = book()
     reserved(hosts, "a")
     assert reserved(hosts, "a") > 0.0
-    assert not hosts.wants_peace("a")
+    assert not hosts.in_backoff("a")
     hosts.report("a", "reached", retry_after_s=30.0)
-    assert hosts.wants_peace("a")
-    assert not hosts.wants_peace("b")
+    assert hosts.in_backoff("a")
+    assert not hosts.in_backoff("b")
     assert reserved(hosts, "a") > 29.0
 
 
@@ -90,10 +90,10 @@ def test_a_proxy_that_is_down_is_our_own_trouble_and_no_hosts() -> None:
     hosts = book()
     for _ in range(3):
         assert trouble(hosts) is None
-        assert hosts.reserve("a", PATIENCE_S) is not None
+        assert hosts.acquire("a", PATIENCE_S) is not None
         hosts.report_proxy_unreached()
     assert "the proxy could not be reached 3 times" in str(trouble(hosts))
-    assert hosts.reserve("a", PATIENCE_S) is None
+    assert hosts.acquire("a", PATIENCE_S) is None
     hosts.report("a", "reached")
     assert trouble(hosts) is None
 
@@ -102,17 +102,17 @@ def test_a_host_is_dead_after_failures_in_a_row_for_a_while() -> None:
     hosts = book(dead_s=0.0)
     for _ in range(3):
         hosts.report("a", "unreached")
-    assert hosts.reserve("a", PATIENCE_S) is not None
+    assert hosts.acquire("a", PATIENCE_S) is not None
     hosts = book()
     for reached in (False, False, True, False, False):
         hosts.report("a", "reached" if reached else "unreached")
-    assert hosts.reserve("a", PATIENCE_S) is not None
+    assert hosts.acquire("a", PATIENCE_S) is not None
     hosts.report("a", "unreached")
-    assert hosts.reserve("a", PATIENCE_S) is None
+    assert hosts.acquire("a", PATIENCE_S) is None
 
 
 def test_a_mirror_is_one_host_and_all_pictures() -> None:
-    hosts = HostBook(book().limits, mirror="m")
+    hosts = RateLimiter(book().limits, mirror="m")
     hosts.report("other", "unreached")
     assert trouble(hosts) is None
     hosts.report("m", "unnamed")
@@ -145,8 +145,8 @@ def test_a_window_of_mostly_dead_hosts_is_trouble(num_reached: int, is_trouble: 
     assert (trouble(hosts) is not None) is is_trouble
 
 
-def asked(hosts: HostBook, host: str, outcome: Outcome) -> None:
-    assert hosts.reserve(host, PATIENCE_S) is not None
+def asked(hosts: RateLimiter, host: str, outcome: Outcome) -> None:
+    assert hosts.acquire(host, PATIENCE_S) is not None
     hosts.report(host, outcome)
 
 
@@ -167,7 +167,7 @@ def test_dead_hosts_that_are_given_up_last_are_no_trouble() -> None:
     """They were asked between the others, which answered long before."""
     hosts = book()
     for number in range(80):
-        hosts.reserve(f"h{number}", PATIENCE_S)
+        hosts.acquire(f"h{number}", PATIENCE_S)
     for number in range(80):
         if number % 4:
             hosts.report(f"h{number}", "reached")
@@ -189,7 +189,7 @@ def test_a_live_host_that_is_asked_again_and_again_is_known_to_live() -> None:
     asked(hosts, "live", "reached")
     for number in range(8):
         asked(hosts, f"dead{number}", "unreached")
-    hosts.reserve("live", PATIENCE_S)
+    hosts.acquire("live", PATIENCE_S)
     assert trouble(hosts) is None
     hosts.report("live", "unreached")
     assert "9 of the last 9" in str(trouble(hosts))
@@ -201,8 +201,8 @@ def test_where_others_send_us_says_nothing_of_our_own_network() -> None:
         asked(hosts, f"h{number}", "unnamed" if number < 17 else "reached")
     assert trouble(hosts) is None
     for number in range(17):
-        hosts.reserve(f"h{number}", PATIENCE_S, is_named=False)
-        hosts.reserve(f"other{number}", PATIENCE_S, is_named=False)
+        hosts.acquire(f"h{number}", PATIENCE_S, is_named=False)
+        hosts.acquire(f"other{number}", PATIENCE_S, is_named=False)
     asked(hosts, "last", "reached")
     assert trouble(hosts) is None
 
@@ -210,7 +210,7 @@ def test_where_others_send_us_says_nothing_of_our_own_network() -> None:
 def test_names_that_all_lead_nowhere_are_trouble_of_our_own_also_when_asked_again() -> None:
     hosts = book()
     for number in range(8):
-        hosts.reserve(f"h{number}", PATIENCE_S)
+        hosts.acquire(f"h{number}", PATIENCE_S)
         hosts.report(f"h{number}", "unnamed")
     assert "8 of the last 8" in str(trouble(hosts))
     assert trouble(hosts, of_names=True) == trouble(hosts)
@@ -222,7 +222,7 @@ def test_a_longer_peace_is_not_cut_by_a_shorter_one_nor_waited_for() -> None:
     hosts = book()
     hosts.report("a", "reached", retry_after_s=3000.0)
     hosts.report("a", "reached", retry_after_s=61.0)
-    assert hosts.reserve("a", 1e6) is None
+    assert hosts.acquire("a", 1e6) is None
     hosts = book(dead_s=0.0)
     hosts.report("a", "reached", retry_after_s=50.0)
     assert 49.0 < reserved(hosts, "a") <= 50.0
@@ -234,11 +234,11 @@ def test_a_host_that_wants_peace_again_and_again_is_left_alone() -> None:
     for _ in range(9):
         hosts.report("a", "reached", retry_after_s=0.05)
     for _ in range(2):
-        assert hosts.reserve("a", PATIENCE_S) is not None
+        assert hosts.acquire("a", PATIENCE_S) is not None
         # Longer than the peace.
         time.sleep(0.06)
         hosts.report("a", "reached", retry_after_s=0.05)
-    assert hosts.reserve("a", PATIENCE_S) is None
+    assert hosts.acquire("a", PATIENCE_S) is None
 
 
 @pytest.mark.parametrize(("peace_s", "is_left_alone"), [(0.05, False), (1.05, True)])
@@ -246,7 +246,7 @@ def test_a_second_of_peace_is_paid_by_an_answer(peace_s: float, is_left_alone: b
     hosts = book(requests_per_s=1000.0)
     for number in range(3):
         hosts.report("a", "reached", retry_after_s=peace_s)
-        assert (hosts.reserve("a", PATIENCE_S) is None) is (is_left_alone and number == 2)
+        assert (hosts.acquire("a", PATIENCE_S) is None) is (is_left_alone and number == 2)
         # Longer than the peace.
         time.sleep(peace_s + 0.01)
         hosts.report("a", "reached")
@@ -260,13 +260,15 @@ def test_a_second_of_peace_is_paid_by_an_answer(peace_s: float, is_left_alone: b
 def test_several_books_know_what_one_does(
     asked_hosts: list[tuple[int, Outcome]], *, of_names: bool
 ) -> None:
-    several = HostBooks(tuple(share(book(1e6), num_workers=0) for _ in range(4)), 20)
-    one = share_books(book(1e6), num_workers=0)
+    several = ShardedRateLimiter(
+        tuple(create_shared(book(1e6), num_workers=0) for _ in range(4)), 20
+    )
+    one = create_shared_limiter(book(1e6), num_workers=0)
     assert len(one.books) == 1
     for number, outcome in asked_hosts:
         host = f"h{number}"
         for books in (one, several):
-            books.of(host).call("reserve", host, PATIENCE_S)
+            books.of(host).call("acquire", host, PATIENCE_S)
             books.of(host).call("report", host, outcome)
     assert several.trouble(of_names=of_names) == one.trouble(of_names=of_names)
     assert len({id(several.of(f"h{number}")) for number in range(16)}) > 1
@@ -277,14 +279,14 @@ def test_a_book_for_every_sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(
             "d2i.preprocess.fetch.rate_limiter.num_session_cores", lambda num=num_cores, **_: num
         )
-        assert len(share_books(book(), num_workers=0).books) == num_books
+        assert len(create_shared_limiter(book(), num_workers=0).books) == num_books
 
 
 def test_a_shared_book_is_one_in_this_process() -> None:
-    shared = share(book(), num_workers=0)
-    assert shared.call("reserve", "a", PATIENCE_S) == 0.0
-    assert shared.call("reserve", "a", PATIENCE_S) > 0.0
-    assert pickle.loads(pickle.dumps(shared)).call("reserve", "a", PATIENCE_S) > 0.0
+    shared = create_shared(book(), num_workers=0)
+    assert shared.call("acquire", "a", PATIENCE_S) == 0.0
+    assert shared.call("acquire", "a", PATIENCE_S) > 0.0
+    assert pickle.loads(pickle.dumps(shared)).call("acquire", "a", PATIENCE_S) > 0.0
 
 
 @pytest.mark.parametrize(
@@ -297,4 +299,4 @@ def test_a_shared_book_is_one_in_this_process() -> None:
     ],
 )
 def test_what_may_come_back_is_told_from_what_will_not(reason: str, passing: bool) -> None:
-    assert is_passing(reason) is passing
+    assert is_transient(reason) is passing

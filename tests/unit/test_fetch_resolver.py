@@ -12,8 +12,8 @@ import pytest
 from d2i.errors import ConfigError
 from d2i.preprocess.fetch.http_client import BodyLimits, Limits, get
 from d2i.preprocess.fetch.resolver import Resolver
-from d2i.preprocess.fetch.result import RefusedRequestError
-from d2i.preprocess.fetch.transport import Straight
+from d2i.preprocess.fetch.result import FetchError
+from d2i.preprocess.fetch.transport import DirectTransport
 from tests.servers import Names, WebServer, name_server, running
 
 
@@ -45,7 +45,7 @@ def test_a_name_has_its_address_and_a_literal_is_itself() -> None:
 def test_a_name_that_is_not_there_is_asked_for_once() -> None:
     with resolving() as (names, resolver):
         for _ in range(3):
-            with pytest.raises(RefusedRequestError) as caught:
+            with pytest.raises(FetchError) as caught:
                 resolver.addresses("gone.test", 5.0)
             assert caught.value.reason == "no_such_host"
         assert not names.asked
@@ -57,7 +57,7 @@ def test_a_server_that_is_silent_costs_the_deadline_once() -> None:
         resolver = Resolver(f"127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
         for _ in range(20):
-            with pytest.raises(RefusedRequestError) as caught:
+            with pytest.raises(FetchError) as caught:
                 resolver.addresses("a.test", 0.3)
             assert caught.value.reason == "dns_failed"
         assert time.monotonic() - start < 3.0
@@ -74,7 +74,10 @@ def test_the_connection_goes_to_the_address_that_was_checked() -> None:
     ):
         allowed = frozenset([f"moving.test:{one.port}"])
         limits = Limits(5.0, 5.0, BodyLimits(1000, 1.0), "d2i test", allowed)
-        assert get(f"http://moving.test:{one.port}/x", limits, Straight(resolver)).body == b"first"
+        assert (
+            get(f"http://moving.test:{one.port}/x", limits, DirectTransport(resolver)).body
+            == b"first"
+        )
         assert names.asked == {"moving.test": 1}
         assert not other.asked
 
@@ -91,7 +94,7 @@ def test_an_address_that_takes_no_connection_costs_its_share_alone() -> None:
             client = waiting.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(full.getsockname())
-        route = Straight(Fixed(["127.0.0.2", "127.0.0.3", "127.0.0.4"]))
+        route = DirectTransport(Fixed(["127.0.0.2", "127.0.0.3", "127.0.0.4"]))
         limits = Limits(
             9.0, 3.0, BodyLimits(1000, 1.0), "d2i test", frozenset([f"a.test:{web.port}"])
         )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2i.preprocess.fetch.robots import is_kept_away
+from d2i.preprocess.fetch.robots import is_disallowed
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from d2i.preprocess.fetch.robots import is_kept_away
     ],
 )
 def test_a_host_keeps_its_pictures(values: list[str]) -> None:
-    assert is_kept_away(values)
+    assert is_disallowed(values)
 
 
 @pytest.mark.parametrize(
@@ -39,4 +39,4 @@ def test_a_host_keeps_its_pictures(values: list[str]) -> None:
     ],
 )
 def test_what_is_said_of_others_or_of_links_keeps_nothing(values: list[str]) -> None:
-    assert not is_kept_away(values)
+    assert not is_disallowed(values)

@@ -11,18 +11,18 @@ from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
 from d2i.preprocess.fetch import sources
-from d2i.preprocess.fetch.rate_limiter import share_books
-from d2i.preprocess.fetch.result import Fetched
-from d2i.preprocess.fetch.sources import NO_ACCESS, Access, PictureSource, host_book
+from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
+from d2i.preprocess.fetch.result import FetchResult
+from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, NetworkPolicy, build_rate_limiter
 from tests.servers import Names, WebServer, name_server, running
 
 NUM_FILES = 203
 
 
-def source_of(folder: Path, num_threads: int) -> PictureSource:
+def source_of(folder: Path, num_threads: int) -> ImageSource:
     config = FetchConfig(num_threads=num_threads)
-    book = share_books(host_book(config), num_workers=0)
-    return PictureSource(str(folder), config, NO_ACCESS, book)
+    book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+    return ImageSource(str(folder), config, NO_NETWORK, book)
 
 
 def refs_of(folder: Path) -> list[ImageRef]:
@@ -32,11 +32,13 @@ def refs_of(folder: Path) -> list[ImageRef]:
     return [ImageRef("file", (f"{number:03}",)) for number in range(NUM_FILES)]
 
 
-def asked_of_mirror(template: str, access: Access, *paths: str) -> tuple[list[str], str | None]:
+def asked_of_mirror(
+    template: str, access: NetworkPolicy, *paths: str
+) -> tuple[list[str], str | None]:
     """Return the reason of each file that a mirror is asked for, and what trouble is seen."""
     config = FetchConfig(mirror=template, num_threads=2)
-    book = share_books(host_book(config, access), num_workers=0)
-    source = PictureSource("/nowhere", config, access, book)
+    book = create_shared_limiter(build_rate_limiter(config, access), num_workers=0)
+    source = ImageSource("/nowhere", config, access, book)
     refs = [ImageRef("file", (path,)) for path in paths]
     found = dict(source.fetch(refs, lambda ref, fetched: (ref, fetched.reason)))
     return [found[ref] for ref in refs], source.trouble()
@@ -46,7 +48,7 @@ def test_a_mirror_is_asked_by_name_and_never_above_its_place() -> None:
     answers = dict.fromkeys(("/p/train/1.jpg", "/p/a%2520b"), lambda h: h.send(200, b"GIF89a"))
     with running(WebServer("127.0.0.1", answers)) as web:
         host = f"127.0.0.1:{web.port}"
-        access = Access(frozenset([host]))
+        access = NetworkPolicy(frozenset([host]))
         paths = ("train/1.jpg", "a%20b", "gone.jpg", "../secret", "a/../../secret")
         found = asked_of_mirror(f"http://{host}/p/{{path}}", access, *paths)
         by_key = asked_of_mirror(f"http://{host}/p/{{key}}/x", access, "...jpg")
@@ -57,7 +59,7 @@ def test_a_mirror_is_asked_by_name_and_never_above_its_place() -> None:
 
 def test_a_mirror_that_is_not_there_is_trouble_and_not_many_dead_pictures() -> None:
     with running(name_server(Names({}))) as dns:
-        access = Access(dns_server=f"127.0.0.1:{dns.server_address[1]}")
+        access = NetworkPolicy(dns_server=f"127.0.0.1:{dns.server_address[1]}")
         _, trouble = asked_of_mirror("http://misspelt.test/{path}", access, "1.jpg", "2.jpg")
     assert "the mirror misspelt.test:80 could not be reached" in str(trouble)
 
@@ -65,17 +67,17 @@ def test_a_mirror_that_is_not_there_is_trouble_and_not_many_dead_pictures() -> N
 def test_a_mirror_that_may_not_be_asked_is_refused_at_once() -> None:
     config = FetchConfig(mirror="http://mirror.test:8080/{path}")
     with pytest.raises(ConfigError, match=r"port 8080 is not 80.*--allow-host"):
-        host_book(config)
-    allowed = Access(frozenset(["mirror.test:8080"]))
-    assert host_book(config, allowed).mirror == "mirror.test:8080"
-    assert host_book(FetchConfig(mirror="http://{key}.test/x")).mirror is None
+        build_rate_limiter(config)
+    allowed = NetworkPolicy(frozenset(["mirror.test:8080"]))
+    assert build_rate_limiter(config, allowed).mirror == "mirror.test:8080"
+    assert build_rate_limiter(FetchConfig(mirror="http://{key}.test/x")).mirror is None
 
 
 @pytest.mark.parametrize("num_threads", [1, 3, 16])
 def test_every_file_comes_once_and_in_order_also_those_that_are_not_there(
     tmp_path: Path, num_threads: int
 ) -> None:
-    def told(ref: ImageRef, fetched: Fetched) -> tuple[str, str]:
+    def told(ref: ImageRef, fetched: FetchResult) -> tuple[str, str]:
         return ref.value[0], fetched.data.decode() if fetched.data else fetched.reason
 
     found = list(source_of(tmp_path, num_threads).fetch(refs_of(tmp_path), told))

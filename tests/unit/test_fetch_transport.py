@@ -8,16 +8,16 @@ import time
 import pytest
 
 from d2i.preprocess.fetch.http_client import BodyLimits, Limits, get
-from d2i.preprocess.fetch.result import RefusedRequestError
-from d2i.preprocess.fetch.transport import Proxy, ThroughProxy, parse_proxy
+from d2i.preprocess.fetch.result import FetchError
+from d2i.preprocess.fetch.transport import Proxy, ProxyTransport, parse_proxy
 from tests.servers import ProxyServer, WebServer, running
 
 LIMITS = Limits(5.0, 1.0, BodyLimits(1000, 1.0), "d2i test")
 
 
 def reason(url: str, proxy: Proxy, limits: Limits = LIMITS) -> str:
-    with pytest.raises(RefusedRequestError) as caught:
-        get(url, limits, ThroughProxy(proxy))
+    with pytest.raises(FetchError) as caught:
+        get(url, limits, ProxyTransport(proxy))
     return caught.value.reason
 
 
@@ -40,7 +40,7 @@ def test_the_host_hears_nothing_of_the_proxys_login() -> None:
         places = {"web.test:80": ("127.0.0.1", web.port)}
         with running(ProxyServer("us:secret", places)) as server:
             proxy = parse_proxy(f"http://us:secret@127.0.0.1:{server.port}")
-            assert get("http://web.test/a b", LIMITS, ThroughProxy(proxy)).body == b"seen"
+            assert get("http://web.test/a b", LIMITS, ProxyTransport(proxy)).body == b"seen"
     assert "Host: web.test" in heard
     assert not any("uthorization" in line for line in heard)
 

@@ -16,7 +16,7 @@ from d2i.cli.shards import inspect
 from d2i.cli.study import evaluate
 from d2i.errors import ConfigError, DataError
 from d2i.eval.provenance import describe_training
-from d2i.preprocess.job_files import KeptJob
+from d2i.preprocess.job_files import JobFiles
 from d2i.recipes import change_recipe, load_recipe, read_kept_recipe
 from d2i.report.dataset import read_conversations, read_splits
 from d2i.report.evaluation import Evaluation
@@ -120,4 +120,4 @@ def test_nor_is_one_asked_where_data_pictures_or_a_run_are_said_to_lie(
     plan = counts | {"problems": {}, "decided_by": {"source": url, "recipe": {}}}
     (split / "plan" / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ConfigError, match=r"if you trust that host, give --set corpus\.image_root"):
-        KeptJob(str(split)).source()
+        JobFiles(str(split)).source()

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from d2i.preprocess import hash_partition
-from d2i.preprocess.hash_partition import DealtRows
+from d2i.preprocess.hash_partition import HashPartitions
 from tests.arrow import own_pool
 
 NUM_ROWS = 40_000
@@ -19,7 +19,7 @@ TEXT = "t" * 100
 
 
 def pieces(path: Path, hashes: NDArray[np.uint64]) -> list[NDArray[np.uint64]]:
-    with DealtRows(path, "hash") as rows:
+    with HashPartitions(path, "hash") as rows:
         for part in np.split(hashes, 40):
             rows.add(pa.table({"hash": part, "text": [TEXT] * len(part)}))
     return [piece["hash"].to_numpy() for piece in rows.buckets()]

@@ -11,8 +11,8 @@ from PIL import Image, ImageCms
 
 from d2i.config import ImageConfig
 from d2i.image_decode import (
-    RefusedPictureError,
-    Square,
+    CroppedImage,
+    ImageRejectedError,
     begins_as_picture,
     crop_to_square,
     decode_picture,
@@ -36,7 +36,7 @@ def noise(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
 
 
 def reason(data: bytes) -> str:
-    with pytest.raises(RefusedPictureError) as caught:
+    with pytest.raises(ImageRejectedError) as caught:
         decode_picture(data, LIMITS)
     return caught.value.reason
 
@@ -106,7 +106,7 @@ def test_random_bytes_never_end_a_job(form: str) -> None:
             mutated[rng.randrange(len(mutated))] = rng.randrange(256)
         try:
             assert decode_picture(bytes(mutated), LIMITS).image.mode == "RGB"
-        except RefusedPictureError as err:
+        except ImageRejectedError as err:
             assert err.reason
 
 
@@ -119,7 +119,7 @@ def test_the_crop_is_the_centre_square() -> None:
     assert crop_to_square(Image.new("RGB", (7, 91)), 64).size == (64, 64)
 
 
-def square(data: bytes, resolution: int, *, draft: bool) -> Square:
+def square(data: bytes, resolution: int, *, draft: bool) -> CroppedImage:
     limits = ImageConfig(resolution=resolution, draft=draft)
     return decode_square(open_header(data, limits), limits)
 

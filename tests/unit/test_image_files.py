@@ -15,7 +15,7 @@ import pytest
 
 from d2i import image_files, storage
 from d2i.errors import DataError
-from d2i.image_decode import RefusedPictureError
+from d2i.image_decode import ImageRejectedError
 from d2i.image_files import check_root, read_picture
 
 MAX_BYTES = 1000
@@ -47,7 +47,7 @@ def placed(folder: Path, names: dict[str, bytes], kind: str) -> str:
 
 
 def reason(root: str, path: str) -> str:
-    with pytest.raises(RefusedPictureError) as caught:
+    with pytest.raises(ImageRejectedError) as caught:
         read_picture(root, path, MAX_BYTES)
     return caught.value.reason
 
@@ -187,5 +187,5 @@ def test_an_index_that_cannot_be_kept_is_one_error_and_one_that_is_there_is_read
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     check_root(root)
     image_files._index.cache_clear()
-    monkeypatch.setattr(storage, "only_writer", None)
+    monkeypatch.setattr(storage, "exclusive_lock", None)
     assert read_picture(root, "1.jpg", MAX_BYTES) == b"one"

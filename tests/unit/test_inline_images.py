@@ -11,8 +11,8 @@ import pytest
 
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
-from d2i.preprocess.fetch.rate_limiter import share_books
-from d2i.preprocess.fetch.sources import Access, PictureSource, host_book
+from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
+from d2i.preprocess.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
 from d2i.preprocess.inline_images import read_inline
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan
 from d2i.preprocess.records import read_records
@@ -85,9 +85,9 @@ def test_an_image_that_was_lost_or_damaged_is_no_fault_of_the_picture(
         path.write_bytes(content(1))
     elif damage == "longer":
         path.write_bytes(content(0) + b"x")
-    config, access = FetchConfig(), Access()
-    books = share_books(host_book(config, access), num_workers=0)
-    source = PictureSource(str(tmp_path / "chats"), config, access, books)
+    config, access = FetchConfig(), NetworkPolicy()
+    books = create_shared_limiter(build_rate_limiter(config, access), num_workers=0)
+    source = ImageSource(str(tmp_path / "chats"), config, access, books)
     (found,) = source.fetch(
         [ImageRef("inline", (f"inline:{name}",))],
         lambda _, fetched: fetched,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2i.preprocess import key_index
-from d2i.preprocess.key_index import KeyPlaces
+from d2i.preprocess.key_index import KeyIndex
 
 LARGEST = 2 ** (sys.hash_info.width - 1) - 1
 
@@ -19,6 +19,6 @@ LARGEST = 2 ** (sys.hash_info.width - 1) - 1
 def test_keys_are_found_where_they_are(hashed: object, keys: list[str], asked: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(key_index, "hash", hashed, raising=False)
-        places = KeyPlaces(keys)
+        places = KeyIndex(keys)
         assert [places.find(key) for key in keys] == list(range(len(keys)))
         assert places.find(asked) == (keys.index(asked) if asked in keys else None)

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from d2i.config import ImageConfig
 from d2i.file_kind import file_kind
-from d2i.image_decode import RefusedPictureError, decode_picture
+from d2i.image_decode import ImageRejectedError, decode_picture
 from d2i.png_chunks import MAX_INFLATED_BYTES, SIGNATURE, without_metadata
 from d2i.preprocess.decoder import Decoder
 from d2i.report.html import picture_uri
@@ -144,7 +144,7 @@ def test_a_header_that_is_damaged_is_named() -> None:
         (bytes(header), "decode_error", "PNG: the checksum of its chunk IHDR is wrong"),
         (b"\xff\xd8\xff junk", "not_an_image", "begins as JPEG, but its header is damaged"),
     ):
-        with pytest.raises(RefusedPictureError, match=detail) as caught:
+        with pytest.raises(ImageRejectedError, match=detail) as caught:
             decode_picture(data, LIMITS)
         assert caught.value.reason == reason
 
@@ -152,7 +152,7 @@ def test_a_header_that_is_damaged_is_named() -> None:
 def test_a_picture_that_ends_within_its_metadata_is_whole_and_within_its_pixels_is_not() -> None:
     data = with_chunks(chunk(b"tEXt", b"a\0" + b"b" * 500), at_end=True)
     assert pixels(data[:-100]) == pixels(PLAIN)
-    with pytest.raises(RefusedPictureError):
+    with pytest.raises(ImageRejectedError):
         pixels(PLAIN[:-200])
 
 
@@ -191,7 +191,7 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_no_picture_is_named(name: str) -> None:
     assert file_kind(KINDS[name]) == name
-    with pytest.raises(RefusedPictureError) as caught:
+    with pytest.raises(ImageRejectedError) as caught:
         decode_picture(KINDS[name], LIMITS)
     assert (caught.value.reason, str(caught.value)) == (
         "not_an_image",

@@ -22,7 +22,7 @@ from d2i.preprocess import hash_partition
 from d2i.preprocess.exclude import read_exclusion
 from d2i.preprocess.plan import PlanRequest, _batches, make_plan, records_url
 from d2i.preprocess.records import read_records, records_table, write_records
-from d2i.preprocess.selection import Choice
+from d2i.preprocess.selection import SmallestRankSampler
 from d2i.recipes import load_recipe
 
 NUM_DIALOGS, NUM_PICTURES = 120, 90
@@ -271,7 +271,7 @@ def test_the_smallest_ranks_are_kept_whatever_the_batches(
 ) -> None:
     ref = ImageRef("file", ("x",))
     every = [Instance(f"k{n}", "train", "", 0, 0, (), ref) for n in range(sum(sizes))]
-    choice, at, ranks, candidates = Choice(limit, "hash", seed), 0, [], set[str]()
+    choice, at, ranks, candidates = SmallestRankSampler(limit, "hash", seed), 0, [], set[str]()
     for size in sizes:
         batch = every[at : at + size]
         ranks.append(choice.rank(batch))

@@ -144,6 +144,6 @@ def test_a_long_conversation_is_drawn_by_the_grown_demo_network() -> None:
     sampler = Sampler(backbone, Vae("demo:vae", "kl"), config, text[1])
     short = text[:1].copy()
     short[:, WINDOW_LENGTH:] = text[1, WINDOW_LENGTH:]
-    drawn = sampler.draw(["a", "a"], np.concatenate([text[:1], short]))
+    drawn = sampler.generate(["a", "a"], np.concatenate([text[:1], short]))
     assert drawn.shape == (2, 64, 64, 3)
     assert (drawn[0] != drawn[1]).any()

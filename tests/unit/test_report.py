@@ -17,7 +17,7 @@ from PIL import Image
 
 from d2i import storage
 from d2i.cli.study import report
-from d2i.dialog import NOBODY, key_order_hash
+from d2i.dialog import NO_SPEAKER, key_order_hash
 from d2i.errors import ConfigError, DataError
 from d2i.report import ShownSample, read_evaluation, write_report, write_samples_page
 from d2i.report.dataset import speaking_turns
@@ -408,7 +408,7 @@ def test_a_case_that_is_not_there_is_one_line(made: Made) -> None:
 
 def test_nobody_and_silent_turns_make_no_bubble(tmp_path: Path) -> None:
     """Messages of a system keep their place in the count of turns, and say nothing."""
-    turns = [(NOBODY, ""), (None, "hi"), (None, ""), (NOBODY, ""), (None, "here")]
+    turns = [(NO_SPEAKER, ""), (None, "hi"), (None, ""), (NO_SPEAKER, ""), (None, "here")]
     context = [{"speaker": speaker, "text": said} for speaker, said in turns]
     source = {"ref": ["1.jpg"], "sha256": "0", "width": 1, "height": 1, "size_bytes": 1}
     sample = ShownSample({"key": "k", "context": context, "source": source}, "", [], None, b"")

@@ -51,14 +51,14 @@ def demo_sampler(**changed: Any) -> Sampler:
 @cache
 def all_pictures(**changed: Any) -> NDArray[np.uint8]:
     """The pictures of all keys, with a seed each."""
-    return demo_sampler(**changed).draw(KEYS, text_of(KEYS), range(len(KEYS)))
+    return demo_sampler(**changed).generate(KEYS, text_of(KEYS), range(len(KEYS)))
 
 
 @settings(max_examples=6)
 @given(st.lists(st.sampled_from(range(len(KEYS))), min_size=1, max_size=4))
 def test_no_neighbour_changes_a_picture(rows: list[int]) -> None:
     keys = [KEYS[row] for row in rows]
-    found = demo_sampler().draw(keys, text_of(keys), rows)
+    found = demo_sampler().generate(keys, text_of(keys), rows)
     np.testing.assert_array_equal(found, all_pictures()[rows])
 
 
@@ -67,7 +67,7 @@ def test_no_neighbour_changes_a_picture(rows: list[int]) -> None:
 )
 def test_nor_with_a_scheduler_of_diffusers(sampler: str) -> None:
     together = all_pictures(sampler=sampler, num_steps=2)
-    alone = demo_sampler(sampler=sampler, num_steps=2).draw(["d"], text_of(["d"]), [3])
+    alone = demo_sampler(sampler=sampler, num_steps=2).generate(["d"], text_of(["d"]), [3])
     np.testing.assert_array_equal(alone[0], together[3])
     assert (together[3] != all_pictures()[3]).any()
 
@@ -77,7 +77,7 @@ def test_another_precision_is_near_and_as_much_a_function_of_its_key(
     precision: str, most: float
 ) -> None:
     rounded = all_pictures(precision=precision)
-    alone = demo_sampler(precision=precision).draw(["d"], text_of(["d"]), [3])
+    alone = demo_sampler(precision=precision).generate(["d"], text_of(["d"]), [3])
     np.testing.assert_array_equal(alone[0], rounded[3])
     distance = np.abs(rounded.astype(float) - all_pictures()).mean()
     assert 0 < distance < most
@@ -86,12 +86,12 @@ def test_another_precision_is_near_and_as_much_a_function_of_its_key(
 def test_key_seed_and_text_each_change_a_picture() -> None:
     first = all_pictures()[0]
     for key, text, seed in (("b", "a", 0), ("a", "b", 0), ("a", "a", 1)):
-        other = demo_sampler().draw([key], text_of([text]), [seed])[0]
+        other = demo_sampler().generate([key], text_of([text]), [seed])[0]
         assert (other != first).any()
 
 
 def test_the_settings_seed_is_the_default() -> None:
-    drawn = demo_sampler(seed=2).draw(["c"], text_of(["c"]))
+    drawn = demo_sampler(seed=2).generate(["c"], text_of(["c"]))
     np.testing.assert_array_equal(drawn[0], all_pictures()[2])
 
 
@@ -106,8 +106,8 @@ def test_unidiffuser_draws_in_both_unconditional_modes(tmp_path: Any) -> None:
     for name, value in (("unconditional", "empty_token"), ("data_type", 0), ("seed", 0)):
         config = SampleConfig.model_validate(QUICK | {"guidance_scale": 8.0, name: value})
         sampler = Sampler(backbone, Vae("demo:vae", "kl"), config, EMPTY)
-        drawn[name] = sampler.draw(KEYS, text_of(KEYS))
-        np.testing.assert_array_equal(sampler.draw(["e"], text_of(["e"]))[0], drawn[name][4])
+        drawn[name] = sampler.generate(KEYS, text_of(KEYS))
+        np.testing.assert_array_equal(sampler.generate(["e"], text_of(["e"]))[0], drawn[name][4])
     assert (drawn["unconditional"] != drawn["seed"]).any()
     assert (drawn["data_type"] != drawn["seed"]).any()
 

@@ -161,8 +161,8 @@ def test_every_task_is_finished_once_whatever_is_lost(
 ) -> None:
     task = scale.Task(feed_s, finish_s, shared_s=({"driver": 0.01}, {"driver": 0.02}))
     num_lanes = lanes * num_nodes
-    for num_feeders in (0, num_lanes):
-        site = scale.Site(num_nodes, 2, num_feeders, num_lanes, lost_every_s, replaced_s=3.0)
+    for num_producers in (0, num_lanes):
+        site = scale.Site(num_nodes, 2, num_producers, num_lanes, lost_every_s, replaced_s=3.0)
         found = scale.Flowing(task, num_tasks, site).run()
         assert len(found.marks_s) == num_tasks
         assert found.time_s >= num_tasks * finish_s / num_lanes - 1e-6
@@ -171,9 +171,9 @@ def test_every_task_is_finished_once_whatever_is_lost(
 
 
 def test_without_anything_to_wait_for_the_rounds_are_counted() -> None:
-    site = scale.Site(num_nodes=2, num_cores=2, num_feeders=0, num_finishers=4)
+    site = scale.Site(num_nodes=2, num_cores=2, num_producers=0, num_consumers=4)
     assert scale.Flowing(scale.Task(0.0, 3.0), 9, site).run().time_s == 9.0
-    fed = scale.Site(num_nodes=1, num_cores=8, num_feeders=1, num_finishers=1)
+    fed = scale.Site(num_nodes=1, num_cores=8, num_producers=1, num_consumers=1)
     # One is fed while the one before is finished: 2 + 10 x 3.
     assert scale.Flowing(scale.Task(2.0, 3.0), 10, fed).run().time_s == 32.0
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from d2i.errors import ConfigError, ShardError
 from d2i.recipes import load_recipe
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.shards.local_copies import Copies
+from d2i.shards.local_copies import LocalCopies
 from d2i.shards.write import file_info
 from d2i.train.data import check_cache
 from d2i.train.data_order import DataOrder
@@ -327,7 +327,7 @@ def test_files_of_one_name_and_other_content_share_a_cache(tmp_path: Path) -> No
     name = "000000-0123456789abcdef.arrow"
     for content in (b"one", b"two", b"one"):
         url = write_store(tmp_path / content.decode(), name, content)
-        mapped = Copies(url, tmp_path / "cache").map(name, file_info(content))
+        mapped = LocalCopies(url, tmp_path / "cache").map(name, file_info(content))
         assert bytes(mapped) == content
     assert len(list((tmp_path / "cache").rglob("*.d2i-index"))) == 2
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from d2i.cli.app import app
-from d2i.corpora import Problem, read_instances, splits
+from d2i.corpora import RecordIssue, read_instances, splits
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
 
@@ -37,8 +37,8 @@ def write_chats(folder: Path, name: str = "all.jsonl") -> Path:
 
 def read(
     source: Path, seed: int = 0, shares: str = SHARES
-) -> tuple[dict[str, list[Instance]], list[Problem]]:
-    problems: list[Problem] = []
+) -> tuple[dict[str, list[Instance]], list[RecordIssue]]:
+    problems: list[RecordIssue] = []
     options: dict[str, Any] = {"split_shares": shares, "split_seed": seed}
     found = {
         split: list(read_instances("jsonl", source, split, on_problem=problems.append, **options))

@@ -75,7 +75,7 @@ def test_names_may_be_listed_by_their_start(folder: str) -> None:
 def test_publish_moves_and_fetch_copies(folder: str, tmp_path: Path) -> None:
     source, url = tmp_path / "source", storage.join(folder, "name")
     source.write_bytes(b"data")
-    storage.publish_file(source, url)
+    storage.publish_atomically(source, url)
     assert not source.exists()
     storage.fetch_file(url, tmp_path / "cache" / "copy")
     assert (tmp_path / "cache" / "copy").read_bytes() == storage.read_bytes(url) == b"data"
@@ -102,7 +102,7 @@ def test_publish_from_another_file_system(tmp_path: Path) -> None:
         pytest.skip("no second file system to move from")
     source = other / f"d2i-{uuid.uuid4().hex}"
     source.write_bytes(b"data")
-    storage.publish_file(source, str(tmp_path / "name"))
+    storage.publish_atomically(source, str(tmp_path / "name"))
     assert not source.exists()
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("name", b"data")]
 
@@ -149,7 +149,7 @@ def test_a_killed_writer_leaves_no_listed_file(tmp_path: Path) -> None:
     )
     assert killed.returncode == -signal.SIGKILL
     assert storage.list_names(str(tmp_path)) == []
-    assert storage.remove_leftovers(str(tmp_path)) == 1
+    assert storage.remove_temp_files(str(tmp_path)) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from d2i.config import DialogConfig, apply_settings
 from d2i.corpora import build_corpus, read_instances
 from d2i.corpora import survey as survey_module
 from d2i.corpora.leakage import Leak, LeakFinder, count_leaks
-from d2i.corpora.perceptual_hash import MAX_DISTANCE, Look, LookIndex, look_of
+from d2i.corpora.perceptual_hash import MAX_DISTANCE, HashIndex, PerceptualHash, look_of
 from d2i.corpora.survey import SplitSurvey, survey_split
 from d2i.prompt_text import context_text
 from d2i.tokenize import encode
@@ -221,7 +221,7 @@ def test_plain_pictures_are_like_none() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_look_survives_rescaling_and_recompression(seed: int) -> None:
-    index = LookIndex()
+    index = HashIndex()
     looks = [look_of(scene(other)) for other in range(8)]
     for name, look in enumerate(looks):
         assert look is not None
@@ -247,12 +247,12 @@ def test_the_index_finds_what_a_search_of_all_finds(
     asked = one
     for bit in flipped:
         asked ^= 1 << bit
-    index = LookIndex()
+    index = HashIndex()
     for place, structure in enumerate(structures):
-        index.add(str(place), Look(structure, colours))
+        index.add(str(place), PerceptualHash(structure, colours))
     distances = [(structure ^ asked).bit_count() for structure in structures]
     nearest = min(distances)
-    found = index.nearest(Look(asked, colours))
+    found = index.nearest(PerceptualHash(asked, colours))
     if nearest > MAX_DISTANCE:
         assert found is None
     else:

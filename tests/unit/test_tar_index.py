@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from d2i import image_files
 from d2i.errors import DataError
-from d2i.image_decode import RefusedPictureError
+from d2i.image_decode import ImageRejectedError
 from d2i.image_files import read_picture
 from d2i.tar_index import open_index
 
@@ -44,7 +44,7 @@ def packed(
 
 
 def reason(root: str, path: str) -> str:
-    with pytest.raises(RefusedPictureError) as caught:
+    with pytest.raises(ImageRejectedError) as caught:
         read_picture(root, path, MAX_BYTES)
     return caught.value.reason
 

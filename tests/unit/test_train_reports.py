@@ -16,9 +16,15 @@ from PIL import Image
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from d2i.config import BackboneConfig, BackboneName, TrainConfig
-from d2i.run_dir import MetricsLine, ValidationLine, append_line, keep_lines_until, read_validation
-from d2i.train.chart import draw_chart
-from d2i.train.failures import DivergedError, check_finite, check_weights, in_plain_words
+from d2i.run_dir import (
+    MetricsLine,
+    ValidationLine,
+    append_line,
+    read_validation,
+    truncate_logs_after,
+)
+from d2i.train.chart import plot_losses
+from d2i.train.failures import DivergedError, check_finite, check_weights, explain_error
 from d2i.train.throughput import count_flops, peak_flops, progress_line
 
 CONFIG = TrainConfig(num_steps=10, global_batch_size=4, micro_batch_size=2)
@@ -48,12 +54,12 @@ def test_the_progress_line_says_all() -> None:
 
 def test_the_chart_shows_both_losses(tmp_path: Path) -> None:
     append_line(str(tmp_path), line(1, 1.0))
-    draw_chart(str(tmp_path))
+    plot_losses(str(tmp_path))
     assert not (tmp_path / "loss.png").exists()
     append_line(str(tmp_path), line(5, 0.5))
     for step in (2, 5):
         append_line(str(tmp_path), ValidationLine(step, 0.7, {"1-250": 0.9}))
-    draw_chart(str(tmp_path))
+    plot_losses(str(tmp_path))
     pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB"))
     for colour in ((0x3B, 0x6F, 0xB6), (0xC8, 0x55, 0x3D)):
         assert (pixels == colour).all(-1).sum() > 100
@@ -62,7 +68,7 @@ def test_the_chart_shows_both_losses(tmp_path: Path) -> None:
 def test_later_lines_of_a_cut_off_attempt_are_dropped(tmp_path: Path) -> None:
     for step in (2, 5):
         append_line(str(tmp_path), ValidationLine(step, 0.7, {}))
-    keep_lines_until(str(tmp_path), 4)
+    truncate_logs_after(str(tmp_path), 4)
     assert [kept.step for kept in read_validation(str(tmp_path))] == [2]
 
 
@@ -135,7 +141,7 @@ def test_no_checkpoint_is_made_of_what_is_no_number(kind: str) -> None:
 def test_what_went_wrong_is_said_with_a_way_out(
     error: Exception, words: str, tmp_path: Path
 ) -> None:
-    meaning = in_plain_words(error, str(tmp_path), CONFIG)
+    meaning = explain_error(error, str(tmp_path), CONFIG)
     assert meaning is not None
     assert words in str(meaning)
     assert "rank 0 on " in str(meaning)
@@ -143,4 +149,4 @@ def test_what_went_wrong_is_said_with_a_way_out(
 
 
 def test_a_bug_is_left_a_bug(tmp_path: Path) -> None:
-    assert in_plain_words(KeyError("x"), str(tmp_path), CONFIG) is None
+    assert explain_error(KeyError("x"), str(tmp_path), CONFIG) is None

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from d2i.train.ranks import Ranks
-from d2i.train.stop_signal import SIGNALS, StopRequest
+from d2i.train.stop_signal import SIGNALS, StopSignal
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def test_a_wish_that_came_during_start_up_ends_the_first_step(alone: Ranks) -> N
     # As the entry point does before torch is imported.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
-    stop = StopRequest(alone)
+    stop = StopSignal(alone)
     assert not stop.is_agreed(), "the answer is one step old"
     assert stop.is_agreed()
     stop.close()
 
 
 def test_without_a_wish_nothing_stops(alone: Ranks) -> None:
-    stop = StopRequest(alone)
+    stop = StopSignal(alone)
     assert [stop.is_agreed() for _ in range(3)] == [False] * 3
     stop.close()
 

@@ -20,7 +20,7 @@ from d2i.models import build_backbone, load_weights, read_state_dict, save_weigh
 from d2i.models.convert import export_weights, import_weights
 from d2i.models.diffusers_layout import from_diffusers, to_diffusers
 from d2i.models.model_dir import build_network
-from d2i.models.source import look_at
+from d2i.models.source import inspect_file
 from d2i.weights_catalog import PUBLISHED, find_published, shapes_hash
 from d2i.weights_resolve import resolve_weights
 from tests.processes import run_d2i, run_process
@@ -88,7 +88,7 @@ def test_every_published_form_becomes_a_model_folder(tmp_path: Path, name: str, 
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert_same_bits(back, state)
     card = (tmp_path / "model" / "README.md").read_text()
-    assert look_at(path)["sha256"] in card
+    assert inspect_file(path)["sha256"] in card
     assert "licence" in card
 
 
@@ -147,7 +147,7 @@ def test_the_text_prefix_is_all_that_is_taken_of_a_caption_decoder(tmp_path: Pat
     }
     content = {f"module.{key}": tensor for key, tensor in (prefix | others).items()}
     torch.save(content, tmp_path / "caption_decoder.pth")
-    assert look_at(tmp_path / "caption_decoder.pth")["published"] == ["caption_decoder.pth"]
+    assert inspect_file(tmp_path / "caption_decoder.pth")["published"] == ["caption_decoder.pth"]
     import_weights(tmp_path / "caption_decoder.pth", tmp_path / "prefix")
     assert_same_bits(read_state_dict(tmp_path / "prefix"), prefix)
     with pytest.raises(ConfigError, match="only a backbone has sizes"):
@@ -250,7 +250,7 @@ def test_an_autoencoder_has_the_published_keys_and_goes_both_ways(tmp_path: Path
     ).eval()
     theirs.save_pretrained(tmp_path / "vae")
     export_weights(tmp_path / "vae", tmp_path / "kl.pth", "published")
-    assert look_at(tmp_path / "kl.pth")["what"] == "KL autoencoder, LDM's layout"
+    assert inspect_file(tmp_path / "kl.pth")["what"] == "KL autoencoder, LDM's layout"
     import_weights(tmp_path / "kl.pth", tmp_path / "back")
     assert_same_bits(read_state_dict(tmp_path / "back"), theirs.state_dict())
     back = AutoencoderKL.from_pretrained(tmp_path / "back", low_cpu_mem_usage=False)
@@ -286,7 +286,7 @@ def test_a_full_size_checkpoint_goes_round_bit_by_bit(tmp_path: Path, name: str)
     if name == "unidiffuser-v1":
         export_weights(tmp_path / "model", tmp_path / "unet", "diffusers")
         (tmp_path / "published.pth").unlink()
-        assert look_at(tmp_path / "unet")["published"] == ["unet/diffusion_pytorch_model"]
+        assert inspect_file(tmp_path / "unet")["published"] == ["unet/diffusion_pytorch_model"]
         last = import_weights(tmp_path / "unet", tmp_path / "again")
     found = from_diffusers(dict(last.state)) if name == "unidiffuser-v1" else dict(last.state)
     assert_same_bits(found, state)
@@ -302,7 +302,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert (seen["kind"], seen["num_tensors"], seen["published"]) == ("backbone", 94, [])
     done = run_d2i("weights", "import", "demo:backbone", "--out", tmp_path / "model", "--json")
     assert done["sha256"] == seen["sha256"]
-    assert look_at(tmp_path / "model")["shapes"] == seen["shapes"]
+    assert inspect_file(tmp_path / "model")["shapes"] == seen["shapes"]
 
 
 def test_weights_and_their_folders_have_urls(
@@ -376,7 +376,7 @@ def test_encoders_that_are_used_as_they_are_have_their_names(tmp_path: Path) -> 
         ("demo:clip_text", "CLIP's text encoder"),
     ):
         path = Path(resolve_weights(name))
-        seen = look_at(path)
+        seen = inspect_file(path)
         assert (seen["kind"], seen["what"]) == ("encoder", words)
         with pytest.raises(CheckpointError, match="use it as it is"):
             import_weights(path, tmp_path / "out")

@@ -42,7 +42,7 @@ def main() -> None:
         return
     captions, dialogs = caption_windows(scenes, _TEXT_SEED), dialog_windows(scenes, _TEXT_SEED)
     for name, texts in (("captions", captions), ("dialogs", _first(dialogs, num_scenes))):
-        _report(name, draw(models, vae, texts), texts.scenes)
+        _report(name, generate(models, vae, texts), texts.scenes)
 
 
 def reconstruct(vae: Vae, scenes: list[Scene]) -> NDArray[np.uint8]:
@@ -53,7 +53,7 @@ def reconstruct(vae: Vae, scenes: list[Scene]) -> NDArray[np.uint8]:
     return vae.decode(torch.from_numpy(means), batch_size)
 
 
-def draw(models: Path, vae: Vae, texts: Texts) -> NDArray[np.uint8]:
+def generate(models: Path, vae: Vae, texts: Texts) -> NDArray[np.uint8]:
     """What the backbone draws for texts, by the demo recipe's settings: uint8 (N, 64, 64, 3)."""
     recipe = load_recipe("demo")
     clip_text = ClipText(str(models / "clip_text"))
@@ -61,7 +61,7 @@ def draw(models: Path, vae: Vae, texts: Texts) -> NDArray[np.uint8]:
     empty, text = (clip_text.encode(w, recipe.encoders.compute_batch_size) for w in windows)
     backbone = BackboneConfig(name=recipe.backbone.name, weights=str(models / "backbone"))
     keys = [f"{number:06d}" for number in range(len(texts.scenes))]
-    return Sampler(backbone, vae, recipe.sample, empty[0]).draw(keys, text)
+    return Sampler(backbone, vae, recipe.sample, empty[0]).generate(keys, text)
 
 
 def _report(name: str, pixels: NDArray[np.uint8], scenes: list[Scene]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from d2i.demo.picture import draw
+from d2i.demo.picture import render_scene
 from d2i.demo.scene import Scene, split_scenes
 
 
@@ -34,5 +34,5 @@ def render(num_jitters: int, first_jitter: int = 0) -> Pictures:
 
 def render_scenes(scenes: list[Scene], first_jitter: int = 0) -> Pictures:
     """Render each listed scene once, picture i with jitter `first_jitter + i`."""
-    pixels = np.stack([np.asarray(draw(s, first_jitter + i)) for i, s in enumerate(scenes)])
+    pixels = np.stack([np.asarray(render_scene(s, first_jitter + i)) for i, s in enumerate(scenes)])
     return Pictures(scenes, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())

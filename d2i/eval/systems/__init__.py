@@ -15,7 +15,7 @@ from d2i.config import BackboneConfig, BackboneName, Recipe, WeightsKind
 from d2i.errors import ConfigError
 from d2i.eval.system import System, SystemContext
 from d2i.eval.systems.adapter import Adapter, find_adapter
-from d2i.run_dir import RESULT_NAMES, best_choice, read_recipe
+from d2i.run_dir import RESULT_NAMES, load_selection, read_recipe
 from d2i.weights_catalog import weights_to_fetch
 from d2i.weights_resolve import is_shipped
 
@@ -124,7 +124,7 @@ def _run(system: str, target: str, weights: str | None, recipe: Recipe) -> Syste
 
 def _weights_of_run(system: str, run_url: str, kind: WeightsKind) -> str:
     """Return what d2i select chose, if it is of this kind; else the run's last weights of it."""
-    best = best_choice(run_url, logging.getLogger(__name__).warning)
+    best = load_selection(run_url, logging.getLogger(__name__).warning)
     if best and best.weights_kind == kind:
         return best.weights
     path = storage.join(run_url, RESULT_NAMES[kind])

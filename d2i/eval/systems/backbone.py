@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from d2i.eval.prompts import Prompt
 from d2i.eval.sampler import Sampler
-from d2i.eval.system import Drawing, SystemContext
+from d2i.eval.system import Generation, SystemContext
 from d2i.prompt_text import text_tokens
 
 
@@ -33,14 +33,14 @@ class BackboneSystem:
         )
         self.described = {"backbone": self._sampler.hash}
 
-    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Draw; latents that are not finite numbers are failures, not black pictures."""
         keys = [prompt.key for prompt in prompts]
-        latents = self._sampler.draw_latents(keys, self._encode([p.text for p in prompts]))
+        latents = self._sampler.sample_latents(keys, self._encode([p.text for p in prompts]))
         is_finite = latents.isfinite().flatten(1).all(dim=1)
         pixels = iter(self._sampler.decode(latents[is_finite]) if is_finite.any() else ())
         return [
-            Drawing(next(pixels)) if good else Drawing(None, "not_finite")
+            Generation(next(pixels)) if good else Generation(None, "not_finite")
             for good in is_finite.tolist()
         ]
 

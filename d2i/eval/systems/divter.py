@@ -9,7 +9,7 @@ from d2i.dialog import Turn
 from d2i.errors import ConfigError
 from d2i.eval.divter_captioner import Describer
 from d2i.eval.prompts import Prompt
-from d2i.eval.system import Drawing, SystemContext
+from d2i.eval.system import Generation, SystemContext
 from d2i.eval.systems import build_system
 
 
@@ -29,9 +29,9 @@ class DivterSystem:
         self._inner = build_system(dataclasses.replace(context, spec=inner))
         self.described = {"describer": self._describer.hash, **self._inner.described}
 
-    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Draw what the dialogs are described as."""
-        return self._inner.draw([self._described(prompt) for prompt in prompts])
+        return self._inner.generate([self._described(prompt) for prompt in prompts])
 
     def _described(self, prompt: Prompt) -> Prompt:
         text = self._describer.describe(prompt.text)

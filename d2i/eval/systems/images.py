@@ -9,8 +9,8 @@ import numpy as np
 from d2i import storage
 from d2i.errors import DataError
 from d2i.eval.prompts import Prompt
-from d2i.eval.system import Drawing, SystemContext
-from d2i.image_decode import RefusedPictureError, decode_picture
+from d2i.eval.system import Generation, SystemContext
+from d2i.image_decode import ImageRejectedError, decode_picture
 from d2i.image_files import read_picture
 
 _SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -37,21 +37,21 @@ class ImagesSystem:
         _expect_some(self._url, names, self._names, context.keys)
         self.described = {"pictures": self._url}
 
-    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Read the pictures of the prompts' keys."""
         return [self._read(prompt.key) for prompt in prompts]
 
-    def _read(self, key: str) -> Drawing:
+    def _read(self, key: str) -> Generation:
         name = self._names.get(key)
         if name is None:
-            return Drawing(None, "missing_picture")
+            return Generation(None, "missing_picture")
         try:
             data = read_picture(self._url, name, _MAX_BYTES)
             picture = decode_picture(data, self._limits)
-        except RefusedPictureError as err:
-            return Drawing(None, err.reason)
+        except ImageRejectedError as err:
+            return Generation(None, err.reason)
         width, height = picture.image.size
-        return Drawing(np.asarray(picture.image), source=f"{picture.suffix} {width}x{height}")
+        return Generation(np.asarray(picture.image), source=f"{picture.suffix} {width}x{height}")
 
 
 def _by_key(url: str, names: Iterable[str], keys: Collection[str]) -> dict[str, str]:

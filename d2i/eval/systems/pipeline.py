@@ -12,7 +12,7 @@ from d2i.diffusion.draws import integers
 from d2i.encoders.load import weights_hash
 from d2i.errors import CheckpointError
 from d2i.eval.prompts import Prompt
-from d2i.eval.system import Drawing, SystemContext
+from d2i.eval.system import Generation, SystemContext
 from d2i.eval.systems.adapter import load_adapter
 from d2i.eval.systems.reading import Reading
 
@@ -83,18 +83,18 @@ class PipelineSystem:
             },
         }
 
-    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Draw in padded batches; what a pipeline withholds or cannot compute is a failure."""
         size = self._sample.compute_batch_size
-        drawings: list[Drawing] = []
+        generations: list[Generation] = []
         for start in range(0, len(prompts), size):
             batch = list(prompts[start : start + size])
             padded = batch + batch[:1] * (size - len(batch))
-            drawings += self._draw_batch(padded)[: len(batch)]
-        return drawings
+            generations += self._generate_batch(padded)[: len(batch)]
+        return generations
 
     @torch.inference_mode()
-    def _draw_batch(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+    def _generate_batch(self, prompts: Sequence[Prompt]) -> list[Generation]:
         keys = [prompt.key for prompt in prompts]
         seeds = integers(0, _MAX_SEED, self._sample.seed, "sample.pipeline", keys, 0)
         done = self._pipeline(
@@ -105,16 +105,17 @@ class PipelineSystem:
         )
         withheld = getattr(done, "nsfw_content_detected", None) or [False] * len(prompts)
         return [
-            _drawing(image, is_withheld=w) for image, w in zip(done.images, withheld, strict=True)
+            _generation(image, is_withheld=w)
+            for image, w in zip(done.images, withheld, strict=True)
         ]
 
 
-def _drawing(image: Any, *, is_withheld: bool) -> Drawing:
+def _generation(image: Any, *, is_withheld: bool) -> Generation:
     if is_withheld:
-        return Drawing(None, "withheld")
+        return Generation(None, "withheld")
     if not np.isfinite(image).all():
-        return Drawing(None, "not_finite")
-    return Drawing((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
+        return Generation(None, "not_finite")
+    return Generation((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
 
 
 def _hashes(pipeline: Any) -> dict[str, str]:

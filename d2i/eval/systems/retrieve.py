@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from d2i import storage
 from d2i.errors import ConfigError
 from d2i.eval.prompts import Prompt
-from d2i.eval.system import IN_MEMORY, Drawing, SystemContext
+from d2i.eval.system import IN_MEMORY, Generation, SystemContext
 from d2i.eval.text import TextTower
 from d2i.image_decode import decode_picture
 
@@ -55,7 +55,7 @@ class RetrieveSystem:
             "clip_text": tower.hash,
         }
 
-    def draw(self, prompts: Sequence[Prompt]) -> list[Drawing]:
+    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Give each prompt the nearest picture; of equals, the first in the data set."""
         text = self._tower.embed([prompt.text for prompt in prompts])
         return [self._picture(int(np.argmax(self._cosines(row)))) for row in text]
@@ -64,16 +64,16 @@ class RetrieveSystem:
         parts = np.array_split(self._embeddings, -(-len(self._embeddings) // _NUM_ROWS))
         return np.concatenate([part.astype(np.float32) @ row for part in parts])
 
-    def _picture(self, index: int) -> Drawing:
+    def _picture(self, index: int) -> Generation:
         data = self._reader.read_image(index)
         if data is None:
             moments = self._reader.read([index], members=("moments",))["moments"]
             latents = torch.from_numpy(moments[:, :4].astype(np.float32))
             pixels = self._encoders.vae.decode(latents, self._encoders.compute_batch_size)
-            return Drawing(pixels[0], source=IN_MEMORY)
+            return Generation(pixels[0], source=IN_MEMORY)
         picture = decode_picture(data, self._limits)
         width, height = picture.image.size
-        return Drawing(np.asarray(picture.image), source=f"{picture.suffix} {width}x{height}")
+        return Generation(np.asarray(picture.image), source=f"{picture.suffix} {width}x{height}")
 
 
 def _unit(rows: NDArray[np.float16]) -> NDArray[np.float16]:

@@ -19,7 +19,7 @@ class _Watched:
     connection: socket.socket | None = field(compare=False)
 
 
-class Watchdog:
+class DeadlineTimer:
     """Shuts connections down at their deadlines. Safe to call from several threads."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def ending(self, connection: socket.socket, deadline: float) -> Iterator[None]:
+    def deadline(self, connection: socket.socket, deadline: float) -> Iterator[None]:
         """Shut a connection down at a deadline on the monotonic clock, unless left before."""
         watched = _Watched(deadline, next(self._numbers), connection)
         with self._changed:
@@ -52,10 +52,10 @@ class Watchdog:
     def _run(self) -> None:
         with self._changed:
             while True:
-                wait_s = self._end_what_is_due()
+                wait_s = self._close_expired()
                 self._changed.wait(wait_s)
 
-    def _end_what_is_due(self) -> float | None:
+    def _close_expired(self) -> float | None:
         """Return for how long nothing is due, in seconds; None where nothing is watched."""
         while self._queue:
             first = self._queue[0]
@@ -74,5 +74,5 @@ def _shut_down(connection: socket.socket) -> None:
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
-WATCHDOG = Watchdog()
+DEADLINES = DeadlineTimer()
 """The one of this process."""

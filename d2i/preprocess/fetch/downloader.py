@@ -12,11 +12,11 @@ from typing import Any
 from d2i.image_decode import begins_as_picture, no_picture
 from d2i.preprocess.fetch.http_client import Limits, Response, get
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
-from d2i.preprocess.fetch.rate_limiter import HostBooks, Outcome
-from d2i.preprocess.fetch.result import UNREACHED, Fetched, RefusedRequestError, is_passing
-from d2i.preprocess.fetch.robots import is_kept_away
+from d2i.preprocess.fetch.rate_limiter import Outcome, ShardedRateLimiter
+from d2i.preprocess.fetch.result import UNREACHED, FetchError, FetchResult, is_transient
+from d2i.preprocess.fetch.robots import is_disallowed
 from d2i.preprocess.fetch.ssrf_guard import Target
-from d2i.preprocess.fetch.transport import Route
+from d2i.preprocess.fetch.transport import Transport
 
 _BUSY = (429, 503)
 _UNSAID_PEACE_S = 1.0
@@ -25,7 +25,7 @@ _UNNAMED = ("no_such_host", "refused_address")
 
 
 @dataclass(frozen=True)
-class Courtesy:
+class RetryPolicy:
     """How patient d2i is with a host that is busy.
 
     Args:
@@ -38,7 +38,7 @@ class Courtesy:
 
 
 @dataclass(frozen=True)
-class AddressFetcher:
+class Downloader:
     """Asks for pictures by their addresses. Safe to call from several threads.
 
     Args:
@@ -51,13 +51,13 @@ class AddressFetcher:
     """
 
     limits: Limits
-    courtesy: Courtesy
-    route: Route
-    hosts: HostBooks
+    courtesy: RetryPolicy
+    route: Transport
+    hosts: ShardedRateLimiter
     placeholders: KnownPlaceholders
     slots: threading.Semaphore
 
-    def fetch(self, addresses: Sequence[str], deadline: float) -> Fetched:
+    def fetch(self, addresses: Sequence[str], deadline: float) -> FetchResult:
         """Return the first picture that an address gives, or the failure of the last one.
 
         Only its first bytes are looked at: whether the rest can be decoded shows too late for
@@ -67,47 +67,47 @@ class AddressFetcher:
             addresses: Where it may be had, best first.
             deadline: On the monotonic clock, when no request may begin any more.
         """
-        failure = Fetched(None, "no_address", "the instance names no address", attempts=0)
+        failure = FetchResult(None, "no_address", "the instance names no address", attempts=0)
         attempts = 0
         for address in addresses:
-            visit = _Visit(self, address, deadline)
+            visit = _Download(self, address, deadline)
             found = visit.fetch(attempts)
             if found.data is not None:
                 return found
             attempts = found.attempts
             # What may still come is worth more to a later run than what is gone for good.
-            if not (is_passing(failure.reason) and not is_passing(found.reason)):
+            if not (is_transient(failure.reason) and not is_transient(found.reason)):
                 failure = found
             failure = failure.after(attempts)
         return failure
 
 
 @dataclass
-class _Visit:
+class _Download:
     """All requests for one address."""
 
-    fetcher: AddressFetcher
+    fetcher: Downloader
     address: str
     deadline: float
     asked: list[Target] = field(default_factory=list)
     has_slot: bool = False
 
-    def fetch(self, attempts: int) -> Fetched:
+    def fetch(self, attempts: int) -> FetchResult:
         """Ask, and ask again while the host is only busy; `attempts` were made before."""
         for attempt in itertools.count(1):
             try:
                 answer = self._ask()
                 _check_answer(answer, self.fetcher.placeholders)
-            except RefusedRequestError as err:
+            except FetchError as err:
                 attempts += bool(self.asked)
                 if attempt < self.fetcher.courtesy.num_attempts and self._is_worth_waiting(err):
                     continue
                 final_url = err.final_url or self.address
-                return Fetched(None, err.reason, str(err), attempts, err.status, final_url)
+                return FetchResult(None, err.reason, str(err), attempts, err.status, final_url)
             break
-        return Fetched(answer.body, "ok", "", attempts + 1, answer.status, answer.final_url)
+        return FetchResult(answer.body, "ok", "", attempts + 1, answer.status, answer.final_url)
 
-    def _is_worth_waiting(self, error: RefusedRequestError) -> bool:
+    def _is_worth_waiting(self, error: FetchError) -> bool:
         wait_s = _retry_after_s(error)
         return (
             error.status in _BUSY
@@ -119,7 +119,7 @@ class _Visit:
         self.asked = []
         try:
             answer = get(self.address, self.fetcher.limits, self.fetcher.route, self._wait_for_turn)
-        except RefusedRequestError as err:
+        except FetchError as err:
             self._report(err)
             raise
         finally:
@@ -135,12 +135,12 @@ class _Visit:
             self._call("report", self.asked[-1].netloc, "reached")
         host = target.netloc
         while True:
-            wait_s = self._take_turn(host)
+            wait_s = self._wait_for_rate_limit(host)
             if wait_s > 0.0:
                 time.sleep(wait_s)
             has_waited = self._take_slot() or wait_s > 0.0
             # Meanwhile it may have asked for peace, or have shown that it is dead.
-            if not (has_waited and self._call("wants_peace", host)):
+            if not (has_waited and self._call("in_backoff", host)):
                 break
             self._give_slot_back()
         self.asked.append(target)
@@ -151,9 +151,9 @@ class _Visit:
         self.has_slot = slots.acquire(blocking=False)
         if self.has_slot:
             return False
-        self.has_slot = slots.acquire(timeout=self._patience_s())
+        self.has_slot = slots.acquire(timeout=self._timeout_s())
         if not self.has_slot:
-            raise RefusedRequestError("shard_timeout", "the requests before it took too long")
+            raise FetchError("shard_timeout", "the requests before it took too long")
         return True
 
     def _give_slot_back(self) -> None:
@@ -161,22 +161,20 @@ class _Visit:
             self.has_slot = False
             self.fetcher.slots.release()
 
-    def _patience_s(self) -> float:
+    def _timeout_s(self) -> float:
         return max(self.deadline - time.monotonic(), 0.0)
 
-    def _take_turn(self, host: str) -> float:
+    def _wait_for_rate_limit(self, host: str) -> float:
         """Return for how long the host is to be left alone, in seconds."""
-        patience_s = self._patience_s()
-        wait_s: float | None = self._call("reserve", host, patience_s, is_named=not self.asked)
+        timeout_s = self._timeout_s()
+        wait_s: float | None = self._call("acquire", host, timeout_s, is_named=not self.asked)
         if wait_s is None:
-            raise RefusedRequestError(
-                "dead_host", f"{host} did not answer before, or was busy too often"
-            )
-        if wait_s > patience_s:
-            raise RefusedRequestError("shard_timeout", f"{host} has too long a queue")
+            raise FetchError("dead_host", f"{host} did not answer before, or was busy too often")
+        if wait_s > timeout_s:
+            raise FetchError("shard_timeout", f"{host} has too long a queue")
         return wait_s
 
-    def _report(self, error: RefusedRequestError | None) -> None:
+    def _report(self, error: FetchError | None) -> None:
         """Say what the host that was asked last showed; of one that we were sent to, good alone.
 
         Who sends us on chooses where to and how late, and could make any host look dead.
@@ -197,7 +195,7 @@ class _Visit:
         return self.fetcher.hosts.of(host).call(method, host, *args, **kwargs)
 
 
-def _outcome(error: RefusedRequestError | None) -> Outcome | None:
+def _outcome(error: FetchError | None) -> Outcome | None:
     """Return what the end of a request shows of the host that was asked, if anything."""
     if error is None or error.was_reached:
         return "reached"
@@ -206,7 +204,7 @@ def _outcome(error: RefusedRequestError | None) -> Outcome | None:
     return "unreached" if error.reason in UNREACHED else None
 
 
-def _retry_after_s(error: RefusedRequestError) -> float:
+def _retry_after_s(error: FetchError) -> float:
     """Return how long a host wants peace, in seconds; a busy one that does not say, a moment."""
     if error.retry_after_s is not None:
         return error.retry_after_s
@@ -215,13 +213,13 @@ def _retry_after_s(error: RefusedRequestError) -> float:
 
 def _check_answer(answer: Response, placeholders: KnownPlaceholders) -> None:
     """Refuse what its host keeps from us, stands for what is gone, or is a page, not a picture."""
-    if is_kept_away(answer.headers.get_all("X-Robots-Tag", [])):
-        raise RefusedRequestError(
+    if is_disallowed(answer.headers.get_all("X-Robots-Tag", [])):
+        raise FetchError(
             "robots", "X-Robots-Tag forbids it", answer.status, final_url=answer.final_url
         )
     if why := placeholders.why(answer.body, answer.final_url):
-        raise RefusedRequestError("placeholder", why, answer.status, final_url=answer.final_url)
+        raise FetchError("placeholder", why, answer.status, final_url=answer.final_url)
     if not begins_as_picture(answer.body):
-        raise RefusedRequestError(
+        raise FetchError(
             "not_an_image", no_picture(answer.body), answer.status, final_url=answer.final_url
         )

@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from d2i import storage
 from d2i.checksums import sha256_of
 from d2i.errors import ConfigError, DataError
-from d2i.image_decode import RefusedPictureError
+from d2i.image_decode import ImageRejectedError
 from d2i.image_files import read_picture
 from d2i.parse import damaged
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
-from d2i.preprocess.fetch.result import Fetched
+from d2i.preprocess.fetch.result import FetchResult
 from d2i.tar_index import cached_table, name_hash
 
 _FORMAT = "downloads 1"
@@ -171,7 +171,7 @@ def check_downloads(place: str) -> None:
 
 def read_download(
     found: Download, max_bytes: int, placeholders: KnownPlaceholders, url: str | None = None
-) -> Fetched:
+) -> FetchResult:
     """Read an image that was downloaded, under the bounds of one that is fetched.
 
     Args:
@@ -185,20 +185,20 @@ def read_download(
     """
     try:
         data = _read(found, max_bytes)
-    except RefusedPictureError as err:
-        return Fetched(None, err.reason, f"{found.shard.url}: {err}", final_url=url)
+    except ImageRejectedError as err:
+        return FetchResult(None, err.reason, f"{found.shard.url}: {err}", final_url=url)
     is_same = found.sha256 is None or sha256_of(data) == found.sha256
     if found.is_original and not is_same:
         detail = f"{found.shard.url}: {found.key} is not what its sha256 there says"
-        return Fetched(None, "read_error", detail, final_url=url)
+        return FetchResult(None, "read_error", detail, final_url=url)
     why = placeholders.why(data, url)
     if why is None and found.sha256 in placeholders.sha256:
         why = "fetch.placeholder_sha256 names what its host sent"
     if why is not None:
-        return Fetched(None, "placeholder", why, final_url=url)
+        return FetchResult(None, "placeholder", why, final_url=url)
     changed = "" if is_same else ", which re-encoded it"
     detail = f"downloaded by img2dataset{changed}: {found.shard.url}, key {found.key}"
-    return Fetched(data, detail=detail, final_url=url)
+    return FetchResult(data, detail=detail, final_url=url)
 
 
 def _find_shards(place: str) -> list[_Shard]:
@@ -334,10 +334,10 @@ def _read_named(root: str, key: str, max_bytes: int) -> bytes:
     for suffix in _SUFFIXES:
         try:
             return read_picture(root, f"{key}.{suffix}", max_bytes)
-        except RefusedPictureError as err:
+        except ImageRejectedError as err:
             if err.reason != "missing_file":
                 raise
-    raise RefusedPictureError("read_error", f"got no {key}.jpg, though it was downloaded")
+    raise ImageRejectedError("read_error", f"got no {key}.jpg, though it was downloaded")
 
 
 def _read_cell(found: Download, max_bytes: int) -> bytes:
@@ -351,11 +351,11 @@ def _read_cell(found: Download, max_bytes: int) -> bytes:
             "fetch.downloads, and whether its disk is mounted"
         ) from err
     except (OSError, pa.ArrowException) as err:
-        raise RefusedPictureError("read_error", str(err)) from err
+        raise ImageRejectedError("read_error", str(err)) from err
     if not isinstance(data, bytes):
-        raise RefusedPictureError("read_error", f"row {found.row} has no image")
+        raise ImageRejectedError("read_error", f"row {found.row} has no image")
     if len(data) > max_bytes:
-        raise RefusedPictureError("too_many_bytes", f"over {max_bytes} bytes")
+        raise ImageRejectedError("too_many_bytes", f"over {max_bytes} bytes")
     return data
 
 

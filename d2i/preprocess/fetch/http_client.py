@@ -19,10 +19,10 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from urllib.parse import quote, urljoin
 
-from d2i.preprocess.fetch.deadlines import WATCHDOG
-from d2i.preprocess.fetch.result import RefusedRequestError
+from d2i.preprocess.fetch.deadlines import DEADLINES
+from d2i.preprocess.fetch.result import FetchError
 from d2i.preprocess.fetch.ssrf_guard import Target, check_url
-from d2i.preprocess.fetch.transport import Route, connect, time_left
+from d2i.preprocess.fetch.transport import Transport, connect, time_left
 
 _CHUNK_BYTES = 1 << 16
 _GRACE_S = 5.0
@@ -57,7 +57,7 @@ def read_body(
         before_each: Called before each receive; it may raise.
 
     Raises:
-        RefusedRequestError: `too_many_bytes`, `too_slow`, `encoded_body` or `cut_body`.
+        FetchError: `too_many_bytes`, `too_slow`, `encoded_body` or `cut_body`.
         OSError, http.client.HTTPException: What the connection raised.
     """
     body = _Body(limits.max_bytes, answer.getheader("Content-Encoding", "identity"))
@@ -69,15 +69,15 @@ def read_body(
             break
         num_received += len(chunk)
         if num_received > limits.max_bytes:
-            raise RefusedRequestError("too_many_bytes", f"over {limits.max_bytes} bytes")
+            raise FetchError("too_many_bytes", f"over {limits.max_bytes} bytes")
         elapsed_s = time.monotonic() - started
         if elapsed_s > _GRACE_S and num_received < limits.min_rate_bytes_s * elapsed_s:
-            raise RefusedRequestError("too_slow", f"{num_received} bytes in {elapsed_s:.0f} s")
+            raise FetchError("too_slow", f"{num_received} bytes in {elapsed_s:.0f} s")
         body.add(chunk)
     # A connection that was ended at its deadline looks as if the body had ended.
     before_each()
     if answer.length:
-        raise RefusedRequestError("cut_body", f"the body ended {answer.length} bytes early")
+        raise FetchError("cut_body", f"the body ended {answer.length} bytes early")
     return body.whole()
 
 
@@ -87,7 +87,7 @@ class _Body:
     def __init__(self, max_bytes: int, encoding: str) -> None:
         name = encoding.strip().lower()
         if name not in ("identity", "", "gzip", "x-gzip", "deflate"):
-            raise RefusedRequestError("encoded_body", f"got encoding {encoding!r}, asked for none")
+            raise FetchError("encoded_body", f"got encoding {encoding!r}, asked for none")
         self._max_bytes = max_bytes
         self._is_packed = name not in ("identity", "")
         self._inflate = zlib.decompressobj(_GZIP_OR_ZLIB)
@@ -105,7 +105,7 @@ class _Body:
     def whole(self) -> bytes:
         """Return the body, which must be complete."""
         if self._is_packed and not self._inflate.eof:
-            raise RefusedRequestError("cut_body", "the compressed body ended early")
+            raise FetchError("cut_body", "the compressed body ended early")
         return bytes(self._data)
 
     def _add_packed(self, chunk: bytes) -> None:
@@ -118,7 +118,7 @@ class _Body:
                 self._append(self._inflate.decompress(chunk, room))
                 chunk = self._inflate.unused_data
         except zlib.error as err:
-            raise RefusedRequestError("encoded_body", str(err)) from err
+            raise FetchError("encoded_body", str(err)) from err
 
     def _next_member(self, chunk: bytes) -> bytes:
         """Begin the gzip member that follows a finished one; what is none is passed over."""
@@ -129,7 +129,7 @@ class _Body:
             return b""
         self._num_members += 1
         if self._num_members > _NUM_MEMBERS:
-            raise RefusedRequestError("encoded_body", f"over {_NUM_MEMBERS} gzip members")
+            raise FetchError("encoded_body", f"over {_NUM_MEMBERS} gzip members")
         whole, self._after_member = self._after_member + chunk, b""
         self._inflate = zlib.decompressobj(_GZIP_OR_ZLIB)
         return whole
@@ -137,7 +137,7 @@ class _Body:
     def _append(self, data: bytes) -> None:
         self._data += data
         if len(self._data) > self._max_bytes:
-            raise RefusedRequestError("too_many_bytes", f"over {self._max_bytes} bytes")
+            raise FetchError("too_many_bytes", f"over {self._max_bytes} bytes")
 
 
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -176,7 +176,7 @@ class Limits:
 def get(
     url: str,
     limits: Limits,
-    route: Route,
+    route: Transport,
     on_target: Callable[[Target], None] = lambda _: None,
 ) -> Response:
     """Fetch one address, following at most five redirects.
@@ -186,10 +186,10 @@ def get(
         limits: What it may cost.
         route: How hosts are reached.
         on_target: Called with each place before it is asked, redirects included; it may wait, and
-            it may raise `RefusedRequestError`.
+            it may raise `FetchError`.
 
     Raises:
-        RefusedRequestError: With reason `refused_address`, `bad_url`, `no_such_host`,
+        FetchError: With reason `refused_address`, `bad_url`, `no_such_host`,
             `dns_failed`, `connect`, `proxy_unreached`, `proxy_refused`, `tls`, `timeout`,
             `too_slow`, `http_<status>`, `too_many_bytes`, `encoded_body`, `cut_body` or
             `too_many_redirects`.
@@ -205,14 +205,14 @@ def get(
         progress = _Progress()
         try:
             answer = _get_once(url, target, limits, route, deadline, progress)
-        except (RefusedRequestError, OSError, http.client.HTTPException, ValueError) as err:
+        except (FetchError, OSError, http.client.HTTPException, ValueError) as err:
             refused = _refused(err, deadline, limits, progress)
             refused.final_url, refused.was_reached = url, progress.has_answer
             raise refused from err
         if isinstance(answer, Response):
             return answer
         url = answer
-    raise RefusedRequestError("too_many_redirects", f"over {_NUM_REDIRECTS}", final_url=url)
+    raise FetchError("too_many_redirects", f"over {_NUM_REDIRECTS}", final_url=url)
 
 
 @contextmanager
@@ -220,7 +220,7 @@ def _refusing_before_it_asks(url: str, *, is_sent_on: bool) -> Iterator[None]:
     """Say of a refusal which address it is of; whoever sent us on to it was reached."""
     try:
         yield
-    except RefusedRequestError as err:
+    except FetchError as err:
         err.final_url, err.was_reached = url, is_sent_on
         raise
 
@@ -232,14 +232,12 @@ class _Progress:
     has_answer: bool = False
 
 
-def _refused(
-    err: Exception, deadline: float, limits: Limits, progress: _Progress
-) -> RefusedRequestError:
-    if isinstance(err, RefusedRequestError):
+def _refused(err: Exception, deadline: float, limits: Limits, progress: _Progress) -> FetchError:
+    if isinstance(err, FetchError):
         return err
     if isinstance(err, TimeoutError):
-        return RefusedRequestError("timeout", f"over {limits.timeout_s} s")
-    return RefusedRequestError(_reason(err, deadline, progress), str(err))
+        return FetchError("timeout", f"over {limits.timeout_s} s")
+    return FetchError(_reason(err, deadline, progress), str(err))
 
 
 def _reason(err: Exception, deadline: float, progress: _Progress) -> str:
@@ -259,7 +257,7 @@ def _get_once(
     url: str,
     target: Target,
     limits: Limits,
-    route: Route,
+    route: Transport,
     deadline: float,
     progress: _Progress,
 ) -> Response | str:
@@ -267,7 +265,7 @@ def _get_once(
     connect_deadline = min(deadline, time.monotonic() + limits.connect_timeout_s)
     with (
         closing(connect(route, target, limits.allow_hosts, connect_deadline)) as connection,
-        WATCHDOG.ending(connection.sock, deadline),
+        DEADLINES.deadline(connection.sock, deadline),
     ):
         connection.sock.settimeout(time_left(deadline))
         if isinstance(connection.sock, ssl.SSLSocket):
@@ -282,7 +280,7 @@ def _get_once(
                 # Headers are read as latin-1; most hosts mean UTF-8, and urllib does the same.
                 return urljoin(url, quote(location, safe=string.punctuation, encoding="latin-1"))
             if answer.status != http.client.OK:
-                raise RefusedRequestError(
+                raise FetchError(
                     f"http_{answer.status}",
                     answer.reason,
                     answer.status,

@@ -23,17 +23,17 @@ from typing import Any, Generic, TypeVar
 import pyarrow as pa
 
 from d2i.dialog import ImageRef
-from d2i.preprocess.fetch.result import Fetched
+from d2i.preprocess.fetch.result import FetchResult
 
 _TOKEN = "d2i:"  # A scheme that nothing else answers.
 OpenedT = TypeVar("OpenedT")
-_LOST = Fetched(None, "engine_error", "the download engine gave no result", attempts=0)
+_LOST = FetchResult(None, "engine_error", "the download engine gave no result", attempts=0)
 
 
 def fetch_all(
     refs: Sequence[ImageRef],
-    fetch: Callable[[ImageRef, float], Fetched],
-    open_picture: Callable[[ImageRef, Fetched], OpenedT],
+    fetch: Callable[[ImageRef, float], FetchResult],
+    open_picture: Callable[[ImageRef, FetchResult], OpenedT],
     *,
     num_threads: int,
     timeout_s: float,
@@ -111,12 +111,15 @@ class _Opener:
     """Stands where urllib's opener stands, and answers tokens alone."""
 
     def __init__(
-        self, refs: Sequence[ImageRef], fetch: Callable[[ImageRef, float], Fetched], deadline: float
+        self,
+        refs: Sequence[ImageRef],
+        fetch: Callable[[ImageRef, float], FetchResult],
+        deadline: float,
     ) -> None:
         self._refs = refs
         self._fetch = fetch
         self._deadline = deadline
-        self.found: list[Fetched | None] = [None] * len(refs)
+        self.found: list[FetchResult | None] = [None] * len(refs)
 
     def give_up(self) -> None:
         """Fail all that was not begun yet."""
@@ -133,7 +136,7 @@ class _Opener:
             raise ValueError(f"no token: {request.full_url}")
         number = int(request.full_url.removeprefix(_TOKEN))
         if time.monotonic() >= self._deadline:
-            found = Fetched(None, "shard_timeout", "its shard took too long", attempts=0)
+            found = FetchResult(None, "shard_timeout", "its shard took too long", attempts=0)
         else:
             found = self._fetch(self._refs[number], self._deadline)
         # The bytes go through the engine, which bounds how many wait; they are not kept here.
@@ -163,7 +166,7 @@ class _Writer(Generic[OpenedT]):
         self,
         refs: Sequence[ImageRef],
         opener: _Opener,
-        open_picture: Callable[[ImageRef, Fetched], OpenedT],
+        open_picture: Callable[[ImageRef, FetchResult], OpenedT],
         max_waiting: int,
     ) -> None:
         self._refs = refs

@@ -9,7 +9,7 @@ import re
 from urllib.parse import quote, urlsplit
 
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.result import RefusedRequestError
+from d2i.preprocess.fetch.result import FetchError
 from d2i.preprocess.fetch.ssrf_guard import check_url
 
 _PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
@@ -23,13 +23,13 @@ def mirror_address(template: str, path: str) -> str:
         path: The file's name in the corpus.
 
     Raises:
-        RefusedRequestError: `bad_url` for a name that climbs out of its place.
+        FetchError: `bad_url` for a name that climbs out of its place.
     """
     names = {"path": path, "name": path.rpartition("/")[2]}
     names["key"] = names["name"].rpartition(".")[0] or names["name"]
     # A file called `...jpg` has the key `..`.
     if ".." in [*path.split("/"), names["key"]]:
-        raise RefusedRequestError("bad_url", f"{path}: got a part '..', expected a path below it")
+        raise FetchError("bad_url", f"{path}: got a part '..', expected a path below it")
     return _PLACEHOLDER.sub(lambda found: quote(names[found[1]]), template)
 
 
@@ -41,7 +41,7 @@ def mirror_host(template: str, allow_hosts: frozenset[str]) -> str | None:
     """
     try:
         target = check_url(_PLACEHOLDER.sub("x", template), allow_hosts)
-    except RefusedRequestError as err:
+    except FetchError as err:
         raise ConfigError(
             f"fetch.mirror {template}: {err}; expected a web address on its usual port; "
             "mend it, or allow its host with --allow-host HOST:PORT"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from d2i.cluster import Shared, num_session_cores, share
+from d2i.cluster import SharedActor, create_shared, num_session_cores
 
 _CORES_OF_A_BOOK = 16
 _MAX_BOOKS = 16
@@ -22,7 +22,7 @@ _MAX_BOOKS = 16
 
 
 @dataclass(frozen=True)
-class HostBooks:
+class ShardedRateLimiter:
     """The manners that all workers keep together.
 
     Args:
@@ -30,20 +30,20 @@ class HostBooks:
         num_trouble_hosts: As their limits'.
     """
 
-    books: tuple[Shared[HostBook], ...]
+    books: tuple[SharedActor[RateLimiter], ...]
     num_trouble_hosts: int
 
-    def of(self, host: str) -> Shared[HostBook]:
+    def of(self, host: str) -> SharedActor[RateLimiter]:
         """Return the book of a host, the same one for all workers."""
         return self.books[zlib.crc32(host.encode()) % len(self.books)]
 
     def trouble(self, *, of_names: bool) -> str | None:
-        """Say what looks like trouble of this machine's own network; see `trouble_in`."""
+        """Say what looks like trouble of this machine's own network; see `detect_outage`."""
         signs = [book.call("signs", of_names=of_names) for book in self.books]
-        return trouble_in(signs, self.num_trouble_hosts, of_names=of_names)
+        return detect_outage(signs, self.num_trouble_hosts, of_names=of_names)
 
 
-def share_books(book: HostBook, *, num_workers: int | None) -> HostBooks:
+def create_shared_limiter(book: RateLimiter, *, num_workers: int | None) -> ShardedRateLimiter:
     """Make books that begin as one does common to all workers of the session that is open.
 
     Args:
@@ -52,8 +52,8 @@ def share_books(book: HostBook, *, num_workers: int | None) -> HostBooks:
     """
     fitting = num_session_cores(num_workers=num_workers) // _CORES_OF_A_BOOK
     num_books = min(max(fitting, 1), _MAX_BOOKS)
-    books = tuple(share(book, num_workers=num_workers) for _ in range(num_books))
-    return HostBooks(books, book.limits.num_trouble_hosts)
+    books = tuple(create_shared(book, num_workers=num_workers) for _ in range(num_books))
+    return ShardedRateLimiter(books, book.limits.num_trouble_hosts)
 
 
 Outcome = Literal["reached", "unreached", "unnamed"]
@@ -67,7 +67,7 @@ _FEW_HOSTS = 8
 
 
 @dataclass(frozen=True)
-class Signs:
+class NetworkHealth:
     """What a book has seen of our own network.
 
     Args:
@@ -79,7 +79,9 @@ class Signs:
     contacts: list[tuple[float, Outcome]]
 
 
-def trouble_in(signs: Sequence[Signs], window: int, *, of_names: bool = False) -> str | None:
+def detect_outage(
+    signs: Sequence[NetworkHealth], window: int, *, of_names: bool = False
+) -> str | None:
     """Say what looks like trouble of this machine's own network rather than dead addresses.
 
     The hosts count in the order in which they were asked: those that answer do so long before
@@ -132,40 +134,42 @@ class HostLimits:
 
 
 @dataclass
-class _Host:
-    next_free: float = 0.0
-    peace_until: float = 0.0
-    num_unreached: int = 0
-    num_peaces: int = 0
-    num_answers: int = 0
-    dead_until: float = 0.0
+class HostState:
+    """What is known of one host; times on the limiter's clock, in seconds."""
 
-    def note_unreached(self, limits: HostLimits, now: float) -> None:
+    next_free: float = 0.0
+    backoff_until: float = 0.0
+    num_unreached: int = 0
+    num_backoffs: int = 0
+    num_answers: int = 0
+    open_until: float = 0.0
+
+    def record_failure(self, limits: HostLimits, now: float) -> None:
         """Count a request that never got there; too many in a row, and it counts as dead."""
         self.num_unreached += 1
         if self.num_unreached >= limits.num_failures:
-            self.dead_until = max(self.dead_until, now + limits.dead_s)
+            self.open_until = max(self.open_until, now + limits.dead_s)
 
-    def note_peace(self, for_s: float, limits: HostLimits, now: float) -> None:
+    def begin_backoff(self, for_s: float, limits: HostLimits, now: float) -> None:
         """Grant peace; too many in a row, and the host counts as dead: who waits holds a thread.
 
         They are in a row where it gave fewer answers in between than it now wants seconds (ours).
         """
         # What was under way when the last one began says nothing new.
-        if now >= self.peace_until:
-            self.num_peaces = 1 if self.num_answers >= for_s else self.num_peaces + 1
+        if now >= self.backoff_until:
+            self.num_backoffs = 1 if self.num_answers >= for_s else self.num_backoffs + 1
             self.num_answers = 0
         if for_s > limits.max_retry_after_s:
             # Nobody waits for so long: the host is left alone, and asked in a later run.
-            self.dead_until = max(self.dead_until, now + for_s)
-        if self.num_peaces >= limits.num_failures:
-            self.dead_until = max(self.dead_until, now + limits.dead_s)
-        self.peace_until = max(self.peace_until, now + for_s)
-        self.next_free = max(self.next_free, self.peace_until)
+            self.open_until = max(self.open_until, now + for_s)
+        if self.num_backoffs >= limits.num_failures:
+            self.open_until = max(self.open_until, now + limits.dead_s)
+        self.backoff_until = max(self.backoff_until, now + for_s)
+        self.next_free = max(self.next_free, self.backoff_until)
 
 
 @dataclass
-class HostBook:
+class RateLimiter:
     """Hands out turns to ask a host. Its clock is its own, so workers need no common one.
 
     Args:
@@ -175,65 +179,65 @@ class HostBook:
 
     limits: HostLimits
     mirror: str | None = None
-    _hosts: dict[str, _Host] = field(default_factory=dict)
+    _hosts: dict[str, HostState] = field(default_factory=dict)
     _begun: dict[str, tuple[float, Outcome | None]] = field(default_factory=dict)
-    _proxy: _Host = field(default_factory=_Host)
+    _proxy: HostState = field(default_factory=HostState)
     _num_mirror_failures: int = 0
     _has_mirror_answered: bool = False
 
-    def reserve(self, host: str, patience_s: float, *, is_named: bool = True) -> float | None:
-        """Take the next turn of a host, unless it is further away than `patience_s`.
+    def acquire(self, host: str, timeout_s: float, *, is_named: bool = True) -> float | None:
+        """Take the next turn of a host, unless it is further away than `timeout_s`.
 
         Args:
             host: As `guard.Target.netloc` names it.
-            patience_s: How long the caller can wait, in seconds.
+            timeout_s: How long the caller can wait, in seconds.
             is_named: Whether an address names it, and not another host that sends us on: only
                 of such hosts is it counted how many cannot be reached.
 
         Returns:
             How long to wait before asking, in seconds, and no turn is taken if that is beyond
-            `patience_s`; None if the host is dead for now or wants longer peace than anybody
+            `timeout_s`; None if the host is dead for now or wants longer peace than anybody
             waits for, or the proxy is dead.
         """
         now = time.monotonic()
-        state = self._hosts.setdefault(host, _Host())
-        if now < max(state.dead_until, self._proxy.dead_until):
+        state = self._hosts.setdefault(host, HostState())
+        if now < max(state.open_until, self._proxy.open_until):
             return None
-        if state.peace_until - now > self.limits.max_retry_after_s:
+        if state.backoff_until - now > self.limits.max_retry_after_s:
             return None
         turn = max(now, state.next_free)
-        if turn - now <= patience_s:
+        if turn - now <= timeout_s:
             state.next_free = turn + 1.0 / self.limits.requests_per_s
             if is_named:
                 self._begin(host)
         return turn - now
 
-    def wants_peace(self, host: str) -> bool:
+    def in_backoff(self, host: str) -> bool:
         """Say whether a host asked for peace, or died, after a turn was taken that has come."""
-        state = self._hosts.setdefault(host, _Host())
-        return time.monotonic() < max(state.peace_until, state.dead_until)
+        state = self._hosts.setdefault(host, HostState())
+        return time.monotonic() < max(state.backoff_until, state.open_until)
 
     def report(self, host: str, outcome: Outcome, *, retry_after_s: float = 0.0) -> None:
         """Say what a request showed of a host, and for how long it wants peace, in seconds."""
         now = time.monotonic()
-        state = self._hosts.setdefault(host, _Host())
+        state = self._hosts.setdefault(host, HostState())
         self._begun[host] = (self._begun.get(host, (now, None))[0], outcome)
         if host == self.mirror:
-            self._note_mirror(outcome)
+            self._record_mirror(outcome)
         if outcome == "reached":
             state.num_unreached = self._proxy.num_unreached = 0
         elif outcome == "unreached":
-            state.note_unreached(self.limits, now)
+            state.record_failure(self.limits, now)
         if retry_after_s > 0.0:
-            state.note_peace(retry_after_s, self.limits, now)
+            state.begin_backoff(retry_after_s, self.limits, now)
         elif outcome == "reached":
             state.num_answers += 1
 
     def report_proxy_unreached(self) -> None:
         """Say that the proxy took no connection; of the host that tells nothing."""
-        self._proxy.note_unreached(self.limits, time.monotonic())
+        self._proxy.record_failure(self.limits, time.monotonic())
 
-    def signs(self, *, of_names: bool = False) -> Signs:
+    def signs(self, *, of_names: bool = False) -> NetworkHealth:
         """Say what was seen of this machine's own network.
 
         Args:
@@ -246,9 +250,9 @@ class HostBook:
             lost = f"the proxy could not be reached {self._proxy.num_unreached} times in a row"
         elif window and self._is_mirror_lost(of_names=of_names):
             lost = f"the mirror {self.mirror} could not be reached (is fetch.mirror spelt right?)"
-        return Signs(lost, heapq.nlargest(window, known, key=lambda contact: contact[0]))
+        return NetworkHealth(lost, heapq.nlargest(window, known, key=lambda contact: contact[0]))
 
-    def _note_mirror(self, outcome: Outcome) -> None:
+    def _record_mirror(self, outcome: Outcome) -> None:
         is_reached = outcome == "reached"
         self._has_mirror_answered |= is_reached
         self._num_mirror_failures = 0 if is_reached else self._num_mirror_failures + 1

@@ -12,7 +12,7 @@ import dns.name
 import dns.resolver
 
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.result import RefusedRequestError
+from d2i.preprocess.fetch.result import FetchError
 
 _NUM_REMEMBERED = 100_000
 _REMEMBERED_FAILURE_S = 60.0
@@ -35,7 +35,7 @@ class Resolver:
     def __init__(self, server: str | None = None) -> None:
         self._resolver = _build(server)
         self._resolver.cache = dns.resolver.LRUCache(_NUM_REMEMBERED)
-        self._failures: dict[str, tuple[float, RefusedRequestError]] = {}
+        self._failures: dict[str, tuple[float, FetchError]] = {}
         self._lock = threading.Lock()
 
     def addresses(self, host: str, timeout_s: float) -> list[str]:
@@ -46,14 +46,14 @@ class Resolver:
             timeout_s: How long the answer may take.
 
         Raises:
-            RefusedRequestError: `no_such_host`, or `dns_failed` where no answer came.
+            FetchError: `no_such_host`, or `dns_failed` where no answer came.
         """
         if (literal := literal_address(host)) is not None:
             return [literal]
         self._refuse_remembered(host)
         try:
             return self._ask(host, timeout_s)
-        except RefusedRequestError as err:
+        except FetchError as err:
             self._remember(host, err)
             raise
 
@@ -69,18 +69,18 @@ class Resolver:
                 if answer.rrset:
                     return [str(record) for record in answer.rrset]
         except dns.resolver.NXDOMAIN as err:
-            raise RefusedRequestError("no_such_host", f"{host}: {err}") from err
+            raise FetchError("no_such_host", f"{host}: {err}") from err
         except (dns.exception.DNSException, OSError, UnicodeError) as err:
-            raise RefusedRequestError("dns_failed", f"{host}: {err}") from err
-        raise RefusedRequestError("no_such_host", f"{host} has no address")
+            raise FetchError("dns_failed", f"{host}: {err}") from err
+        raise FetchError("no_such_host", f"{host} has no address")
 
     def _refuse_remembered(self, host: str) -> None:
         with self._lock:
             until, error = self._failures.get(host, (0.0, None))
         if error is not None and time.monotonic() < until:
-            raise RefusedRequestError(error.reason, str(error))
+            raise FetchError(error.reason, str(error))
 
-    def _remember(self, host: str, error: RefusedRequestError) -> None:
+    def _remember(self, host: str, error: FetchError) -> None:
         with self._lock:
             if len(self._failures) >= _NUM_REMEMBERED:
                 self._failures.clear()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-_PASSING_STATUS = {408, 425, 429}
-_PASSING = frozenset(
+_TRANSIENT_STATUS = {408, 425, 429}
+_TRANSIENT = frozenset(
     {
         "connect",
         "cut_body",
@@ -25,10 +25,10 @@ _PASSING = frozenset(
 )
 UNREACHED = frozenset({"connect", "dns_failed", "timeout", "tls"})
 """What a host that cannot be reached looks like, and a machine that reaches nothing; unless
-`RefusedRequestError.was_reached`."""
+`FetchError.was_reached`."""
 
 
-class RefusedRequestError(Exception):
+class FetchError(Exception):
     """A request failed.
 
     Args:
@@ -58,16 +58,16 @@ class RefusedRequestError(Exception):
         self.was_reached = False
 
 
-def is_passing(reason: str) -> bool:
+def is_transient(reason: str) -> bool:
     """Say whether asking again later may help: not for what is gone, refused or broken."""
     kind, _, status = reason.partition("http_")
     if not kind and status.isdigit():
-        return int(status) in _PASSING_STATUS or int(status) >= 500
-    return reason in _PASSING
+        return int(status) in _TRANSIENT_STATUS or int(status) >= 500
+    return reason in _TRANSIENT
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchResult:
     """Bytes of a picture, or why there are none.
 
     Args:
@@ -86,18 +86,18 @@ class Fetched:
     http_status: int | None = None
     final_url: str | None = None
 
-    def refused(self, reason: str, detail: str) -> Fetched:
+    def refused(self, reason: str, detail: str) -> FetchResult:
         """Return the failure that these bytes turned out to be."""
         return replace(self, data=None, reason=reason, detail=detail)
 
-    def without_data(self) -> Fetched:
+    def without_data(self) -> FetchResult:
         """Return the same without the bytes."""
         return replace(self, data=None)
 
-    def with_data(self, data: bytes | None) -> Fetched:
+    def with_data(self, data: bytes | None) -> FetchResult:
         """Return the same with the bytes."""
         return replace(self, data=data)
 
-    def after(self, attempts: int) -> Fetched:
+    def after(self, attempts: int) -> FetchResult:
         """Return the same after more attempts."""
         return replace(self, attempts=attempts)

@@ -13,7 +13,7 @@ _VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "m
 _NAME = re.compile(r"[a-z][a-z0-9_.-]*", re.IGNORECASE)
 
 
-def is_kept_away(values: Iterable[str]) -> bool:
+def is_disallowed(values: Iterable[str]) -> bool:
     """Say whether one of the header's values forbids it, to all or to d2i by name."""
     return any(_is_forbidding(value) for value in values)
 

@@ -15,19 +15,19 @@ from typing import TypeVar
 from d2i import __version__
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
-from d2i.image_decode import RefusedPictureError
+from d2i.image_decode import ImageRejectedError
 from d2i.image_files import read_picture
-from d2i.preprocess.fetch.downloader import AddressFetcher, Courtesy
+from d2i.preprocess.fetch.downloader import Downloader, RetryPolicy
 from d2i.preprocess.fetch.downloads import Download, open_downloads, read_download
 from d2i.preprocess.fetch.http_client import BodyLimits, Limits
 from d2i.preprocess.fetch.img2dataset_pool import fetch_all
 from d2i.preprocess.fetch.interleave_hosts import spread_over_hosts
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.mirror import mirror_address, mirror_host
-from d2i.preprocess.fetch.rate_limiter import HostBook, HostBooks, HostLimits
+from d2i.preprocess.fetch.rate_limiter import HostLimits, RateLimiter, ShardedRateLimiter
 from d2i.preprocess.fetch.resolver import Resolver
-from d2i.preprocess.fetch.result import Fetched, RefusedRequestError
-from d2i.preprocess.fetch.transport import Proxy, Route, Straight, ThroughProxy
+from d2i.preprocess.fetch.result import FetchError, FetchResult
+from d2i.preprocess.fetch.transport import DirectTransport, Proxy, ProxyTransport, Transport
 
 OpenedT = TypeVar("OpenedT")
 _NUM_WAITING = 16
@@ -37,7 +37,7 @@ _RUN = 4
 
 
 @dataclass(frozen=True)
-class Access:
+class NetworkPolicy:
     """What the command line adds to the recipe: whom this machine may ask, and through whom.
 
     Args:
@@ -51,12 +51,12 @@ class Access:
     proxy: Proxy | None = None
 
 
-NO_ACCESS = Access()
+NO_NETWORK = NetworkPolicy()
 """Public hosts alone, by the system's DNS."""
 
 
 @dataclass(frozen=True)
-class PictureSource:
+class ImageSource:
     """Where the pictures of a job come from, and what one may cost.
 
     Args:
@@ -69,14 +69,14 @@ class PictureSource:
 
     image_root: str
     config: FetchConfig
-    access: Access
-    hosts: HostBooks
+    access: NetworkPolicy
+    hosts: ShardedRateLimiter
 
     def fetch(
         self,
         refs: Collection[ImageRef],
-        open_picture: Callable[[ImageRef, Fetched], OpenedT],
-        read_inline: Callable[[ImageRef, int], Fetched] | None = None,
+        open_picture: Callable[[ImageRef, FetchResult], OpenedT],
+        read_inline: Callable[[ImageRef, int], FetchResult] | None = None,
     ) -> Iterator[OpenedT]:
         """Fetch pictures, and yield each, opened, as it comes; a failure is a value, never raised.
 
@@ -99,7 +99,7 @@ class PictureSource:
             else:
                 by_address.append(ref)
 
-        def read(ref: ImageRef) -> Fetched:
+        def read(ref: ImageRef) -> FetchResult:
             if ref in downloaded:
                 return self._read_download(*downloaded[ref])
             if ref.kind == "file" or read_inline is None:
@@ -116,12 +116,12 @@ class PictureSource:
     def _read_files(
         self,
         refs: list[ImageRef],
-        open_picture: Callable[[ImageRef, Fetched], OpenedT],
-        read: Callable[[ImageRef], Fetched],
+        open_picture: Callable[[ImageRef, FetchResult], OpenedT],
+        read: Callable[[ImageRef], FetchResult],
     ) -> Iterator[OpenedT]:
         runs = (refs[start : start + _RUN] for start in range(0, len(refs), _RUN))
         with ThreadPoolExecutor(self.config.num_threads) as threads:
-            begun: deque[tuple[list[ImageRef], Future[list[Fetched]]]] = deque()
+            begun: deque[tuple[list[ImageRef], Future[list[FetchResult]]]] = deque()
 
             def begin(num_runs: int) -> None:
                 for run in itertools.islice(runs, num_runs):
@@ -134,17 +134,17 @@ class PictureSource:
                     yield open_picture(ref, fetched)
                 begin(1)
 
-    def _read_file(self, ref: ImageRef) -> Fetched:
+    def _read_file(self, ref: ImageRef) -> FetchResult:
         path = ref.value[0]
         try:
             data = read_picture(self.image_root, path, self._max_bytes())
-        except RefusedPictureError as err:
+        except ImageRejectedError as err:
             if err.reason == "missing_file" and self.config.downloads is not None:
                 return self._read_key(path)
-            return Fetched(None, err.reason, f"{path}: {err}")
+            return FetchResult(None, err.reason, f"{path}: {err}")
         if why := self._placeholders().why(data):
-            return Fetched(None, "placeholder", f"{path}: {why}")
-        return Fetched(data)
+            return FetchResult(None, "placeholder", f"{path}: {why}")
+        return FetchResult(data)
 
     def _find_download(self, ref: ImageRef) -> tuple[Download, str] | None:
         """Return what was downloaded before from the first such URL of a picture, and the URL."""
@@ -153,28 +153,28 @@ class PictureSource:
         index = open_downloads(self.config.downloads)
         try:
             urls = self._addresses(ref)
-        except RefusedRequestError:
+        except FetchError:
             return None
         found = ((index.find_url(url), url) for url in urls)
         return next(((download, url) for download, url in found if download), None)
 
-    def _read_key(self, path: str) -> Fetched:
+    def _read_key(self, path: str) -> FetchResult:
         """Read the download whose key is a file's name, where that file is not there."""
         found = open_downloads(str(self.config.downloads)).find_key(PurePosixPath(path).stem)
         if not found:
-            return Fetched(None, "missing_file", f"{path}: no such file, and no download's key")
+            return FetchResult(None, "missing_file", f"{path}: no such file, and no download's key")
         if len(found) > 1:
             detail = f"{path}: {len(found)} downloads have this key; give one directory of them"
-            return Fetched(None, "ambiguous_file", detail)
+            return FetchResult(None, "ambiguous_file", detail)
         return self._read_download(found[0])
 
-    def _read_download(self, found: Download, url: str | None = None) -> Fetched:
+    def _read_download(self, found: Download, url: str | None = None) -> FetchResult:
         return read_download(found, self._max_bytes(), self._placeholders(), url)
 
     def _ask(
-        self, refs: list[ImageRef], open_picture: Callable[[ImageRef, Fetched], OpenedT]
+        self, refs: list[ImageRef], open_picture: Callable[[ImageRef, FetchResult], OpenedT]
     ) -> Iterator[OpenedT]:
-        fetcher = self._address_fetcher()
+        fetcher = self._downloader()
         return fetch_all(
             spread_over_hosts(refs),
             lambda ref, deadline: self._ask_for(ref, fetcher, deadline),
@@ -183,12 +183,12 @@ class PictureSource:
             timeout_s=self.config.shard_timeout_s,
         )
 
-    def _ask_for(self, ref: ImageRef, fetcher: AddressFetcher, deadline: float) -> Fetched:
+    def _ask_for(self, ref: ImageRef, fetcher: Downloader, deadline: float) -> FetchResult:
         """Ask where a picture may be had."""
         try:
             addresses = self._addresses(ref)
-        except RefusedRequestError as err:
-            return Fetched(None, err.reason, str(err), attempts=0)
+        except FetchError as err:
+            return FetchResult(None, err.reason, str(err), attempts=0)
         return fetcher.fetch(addresses, deadline)
 
     def _addresses(self, ref: ImageRef) -> Sequence[str]:
@@ -197,7 +197,7 @@ class PictureSource:
             return ref.value
         return [mirror_address(str(self.config.mirror), ref.value[0])]
 
-    def _address_fetcher(self) -> AddressFetcher:
+    def _downloader(self) -> Downloader:
         config = self.config
         limits = Limits(
             timeout_s=config.timeout_s,
@@ -206,8 +206,8 @@ class PictureSource:
             user_agent=user_agent(config.contact),
             allow_hosts=self.access.allow_hosts,
         )
-        courtesy = Courtesy(config.num_attempts, config.max_retry_after_s)
-        return AddressFetcher(
+        courtesy = RetryPolicy(config.num_attempts, config.max_retry_after_s)
+        return Downloader(
             limits,
             courtesy,
             self._route(),
@@ -219,16 +219,16 @@ class PictureSource:
     def _placeholders(self) -> KnownPlaceholders:
         return KnownPlaceholders(frozenset(self.config.placeholder_sha256))
 
-    def _route(self) -> Route:
+    def _route(self) -> Transport:
         if self.access.proxy is not None:
-            return ThroughProxy(self.access.proxy)
-        return Straight(_resolver(self.access.dns_server))
+            return ProxyTransport(self.access.proxy)
+        return DirectTransport(_resolver(self.access.dns_server))
 
     def _max_bytes(self) -> int:
         return self.config.max_image_bytes
 
 
-def _read_run(refs: list[ImageRef], read: Callable[[ImageRef], Fetched]) -> list[Fetched]:
+def _read_run(refs: list[ImageRef], read: Callable[[ImageRef], FetchResult]) -> list[FetchResult]:
     return [read(ref) for ref in refs]
 
 
@@ -238,7 +238,7 @@ def _resolver(server: str | None) -> Resolver:
     return Resolver(server)
 
 
-def host_book(config: FetchConfig, access: Access = NO_ACCESS) -> HostBook:
+def build_rate_limiter(config: FetchConfig, access: NetworkPolicy = NO_NETWORK) -> RateLimiter:
     """Return the manners of a new job.
 
     Raises:
@@ -251,7 +251,7 @@ def host_book(config: FetchConfig, access: Access = NO_ACCESS) -> HostBook:
         config.max_retry_after_s,
         config.num_trouble_hosts,
     )
-    return HostBook(limits, config.mirror and mirror_host(config.mirror, access.allow_hosts))
+    return RateLimiter(limits, config.mirror and mirror_host(config.mirror, access.allow_hosts))
 
 
 def user_agent(contact: str | None) -> str:

@@ -12,7 +12,7 @@ import dns.exception
 import dns.name
 
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.result import RefusedRequestError
+from d2i.preprocess.fetch.result import FetchError
 
 PORTS = {"http": 80, "https": 443}
 # What a path or a query may hold as it is; '%' too, as addresses come percent-encoded already.
@@ -52,21 +52,19 @@ def check_url(url: str, allow_hosts: frozenset[str]) -> Target:
     """Take an address apart.
 
     Raises:
-        RefusedRequestError: `bad_url` if it is not an http or https address with a host;
+        FetchError: `bad_url` if it is not an http or https address with a host;
             `refused_address` if its port is not that of its scheme and not allowed.
     """
     try:
         parts = urlsplit(url)
         port, host = parts.port, _host(parts)
     except ValueError as err:
-        raise RefusedRequestError("bad_url", str(err)) from err
+        raise FetchError("bad_url", str(err)) from err
     if parts.scheme not in PORTS or not host or not host.isprintable() or port == 0:
-        raise RefusedRequestError("bad_url", "expected an http or https address with a host")
+        raise FetchError("bad_url", "expected an http or https address with a host")
     target = Target(parts.scheme, host, port or PORTS[parts.scheme], _path(parts))
     if target.port != PORTS[parts.scheme] and target.netloc not in allow_hosts:
-        raise RefusedRequestError(
-            "refused_address", f"port {target.port} is not {PORTS[parts.scheme]}"
-        )
+        raise FetchError("refused_address", f"port {target.port} is not {PORTS[parts.scheme]}")
     return target
 
 
@@ -130,13 +128,13 @@ def check_addresses(target: Target, addresses: Iterable[str], allow_hosts: froze
     """Refuse a host of which any address is not on the public internet.
 
     Raises:
-        RefusedRequestError: `refused_address`.
+        FetchError: `refused_address`.
     """
     if target.netloc in allow_hosts:
         return
     for address in addresses:
         if not is_public(address):
-            raise RefusedRequestError("refused_address", f"{target.host} is at {address}")
+            raise FetchError("refused_address", f"{target.host} is at {address}")
 
 
 def is_public(address: str) -> bool:

@@ -18,16 +18,16 @@ from typing import Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.deadlines import WATCHDOG
+from d2i.preprocess.fetch.deadlines import DEADLINES
 from d2i.preprocess.fetch.resolver import Resolver, literal_address
-from d2i.preprocess.fetch.result import RefusedRequestError
+from d2i.preprocess.fetch.result import FetchError
 from d2i.preprocess.fetch.ssrf_guard import PORTS, Target, check_addresses
 
 _DENIED_HEADERS = ("X-Smokescreen-Error", "X-Squid-Error")
 """What proxies add to an answer of their own, so that it is not taken for the host's."""
 _NEEDS_PROXY_LOGIN = 407  # Smokescreen says so for what its rules forbid, too.
 _FORBIDDEN = 403
-_PASSING_STATUS = 500
+_TRANSIENT_STATUS = 500
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Proxy:
         """Make the proxy connect to a target and pass bytes on from here on.
 
         Raises:
-            RefusedRequestError: `proxy_refused`, or `connect` where it did not reach the target.
+            FetchError: `proxy_refused`, or `connect` where it did not reach the target.
             OSError, http.client.HTTPException: What the connection raised.
         """
         netloc = target.netloc.encode("idna").decode("ascii")
@@ -60,22 +60,20 @@ class Proxy:
         with closing(http.client.HTTPResponse(connection, method="CONNECT")) as answer:
             answer.begin()
             said = f"the proxy answered {answer.status} {answer.reason}"
-            if answer.status >= _PASSING_STATUS:
-                raise RefusedRequestError("connect", said)
+            if answer.status >= _TRANSIENT_STATUS:
+                raise FetchError("connect", said)
             if answer.status != http.client.OK:
-                raise RefusedRequestError("proxy_refused", said)
+                raise FetchError("proxy_refused", said)
 
     def check_answer(self, answer: http.client.HTTPResponse) -> None:
         """Tell the proxy's own refusal of a plain http target from what the target answered.
 
         Raises:
-            RefusedRequestError: `proxy_refused`.
+            FetchError: `proxy_refused`.
         """
         is_its_own = any(name in answer.headers for name in _DENIED_HEADERS)
         if answer.status == _NEEDS_PROXY_LOGIN or (answer.status == _FORBIDDEN and is_its_own):
-            raise RefusedRequestError(
-                "proxy_refused", f"the proxy answered {answer.status} {answer.reason}"
-            )
+            raise FetchError("proxy_refused", f"the proxy answered {answer.status} {answer.reason}")
 
 
 def parse_proxy(text: str) -> Proxy:
@@ -109,14 +107,14 @@ _NUM_ADDRESSES = 4
 """Addresses of one host that are tried, each with its share of the time to connect (ours)."""
 
 
-class Route(Protocol):
+class Transport(Protocol):
     """A way to a target."""
 
     def open(self, target: Target, allow_hosts: frozenset[str], deadline: float) -> socket.socket:
         """Return a connection that reaches the target; TLS is still to be spoken.
 
         Raises:
-            RefusedRequestError: Why it may or can not be reached.
+            FetchError: Why it may or can not be reached.
             OSError, http.client.HTTPException: What the connection raised.
         """
         ...
@@ -130,12 +128,12 @@ class Route(Protocol):
         ...
 
     def check_answer(self, target: Target, answer: http.client.HTTPResponse) -> None:
-        """Raise `RefusedRequestError` for an answer that is not the target's."""
+        """Raise `FetchError` for an answer that is not the target's."""
         ...
 
 
 @dataclass(frozen=True)
-class Straight:
+class DirectTransport:
     """To the host itself: resolved once, every address of it checked, then one of them asked."""
 
     resolver: Resolver
@@ -159,7 +157,7 @@ class Straight:
 
 
 @dataclass(frozen=True)
-class ThroughProxy:
+class ProxyTransport:
     """Through a proxy, which resolves names and checks where they lead; literals we check too."""
 
     proxy: Proxy
@@ -172,10 +170,10 @@ class ThroughProxy:
         try:
             connection = socket.create_connection(place, timeout=time_left(deadline))
         except OSError as err:
-            raise RefusedRequestError("proxy_unreached", f"the proxy: {err}") from err
+            raise FetchError("proxy_unreached", f"the proxy: {err}") from err
         if target.scheme == "https":
             try:
-                with WATCHDOG.ending(connection, deadline):
+                with DEADLINES.deadline(connection, deadline):
                     connection.settimeout(time_left(deadline))
                     self.proxy.tunnel(connection, target)
             except BaseException:
@@ -198,12 +196,12 @@ class ThroughProxy:
 
 
 def connect(
-    route: Route, target: Target, allow_hosts: frozenset[str], deadline: float
+    route: Transport, target: Target, allow_hosts: frozenset[str], deadline: float
 ) -> http.client.HTTPConnection:
     """Return a connection to ask a target over; the TLS handshake is still to be made.
 
     Raises:
-        RefusedRequestError: Why it may or can not be reached.
+        FetchError: Why it may or can not be reached.
         OSError, http.client.HTTPException: What the connection raised.
     """
     connection = http.client.HTTPConnection(target.host, target.port)
