@@ -157,8 +157,8 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     from d2i.preprocess.decoder import Decoder
     from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
     from d2i.preprocess.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
-    from d2i.preprocess.fetch_worker import open_picture
-    from d2i.preprocess.messages import SourcePicture
+    from d2i.preprocess.fetch_worker import open_image
+    from d2i.preprocess.messages import SourceImage
 
     config = FetchConfig(num_threads=NUM_THREADS, timeout_s=PATIENCE_S, max_host_requests_per_s=1e6)
     hosts = frozenset(url.split("/")[2] for url in urls)
@@ -167,7 +167,7 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
     with tarfile.open(folder / "out.tar", "w") as tar:
 
-        def write(opened: SourcePicture) -> None:
+        def write(opened: SourceImage) -> None:
             buffer = io.BytesIO()
             Image.fromarray(opened.pixels).save(buffer, "JPEG", quality=QUALITY)
             info = tarfile.TarInfo(f"{opened.sha256}.jpg")
@@ -178,11 +178,11 @@ def by_d2i(urls: list[str], folder: Path) -> int:
         counts: Counter[str] = Counter()
         for found in source.fetch(
             [ImageRef("urls", (url,)) for url in urls],
-            lambda ref, fetched: open_picture(ref, fetched, decoder, is_kept=False),
+            lambda ref, fetched: open_image(ref, fetched, decoder, is_kept=False),
         ):
             counts[found.fetched.reason] += 1
-            if found.picture is not None:
-                write(found.picture)
+            if found.image is not None:
+                write(found.image)
     decoder.close()
     print(json.dumps(counts), file=sys.stderr)
     return counts.total()

@@ -30,7 +30,7 @@ from d2i.preprocess.decoder import Decoder
 from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
 from d2i.preprocess.fetch.result import FetchResult
 from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, build_rate_limiter
-from d2i.preprocess.fetch_worker import open_picture
+from d2i.preprocess.fetch_worker import open_image
 
 SIDE = 256
 SHORT_SIDES = (256, 500, 1600)
@@ -67,9 +67,9 @@ def by_d2i(folder: Path, names: list[str]) -> None:
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
 
     def opened(ref: ImageRef, fetched: FetchResult) -> str:
-        found = open_picture(ref, fetched, decoder, is_kept=False)
-        assert found.picture is not None, found
-        return found.picture.sha256
+        found = open_image(ref, fetched, decoder, is_kept=False)
+        assert found.image is not None, found
+        return found.image.sha256
 
     # Distinct names of the same files, as one name is read but once.
     refs = [ImageRef("file", (f"{'./' * (n // 100)}{name}",)) for n, name in enumerate(names)]

@@ -240,17 +240,17 @@ def measure_pictures(inputs: Inputs) -> dict[str, float]:
 
 def _opened(task: Any, chats: Path, recipe: Recipe) -> list[Any]:
     """Read and open the pictures of a shard, as a feeding worker does."""
-    from d2i.image_files import read_picture
+    from d2i.image_files import read_image
     from d2i.preprocess.decoder import Decoder
     from d2i.preprocess.fetch.result import FetchResult
-    from d2i.preprocess.fetch_worker import open_picture
+    from d2i.preprocess.fetch_worker import open_image
 
     fetch = recipe.fetch
     decoder = Decoder(recipe.image, fetch.decode_timeout_s, fetch.max_decode_mib)
     refs = [instance.image_ref for instance in task.instances()]
-    files = (read_picture(str(chats), ref.value[0], 1 << 24) for ref in refs)
+    files = (read_image(str(chats), ref.value[0], 1 << 24) for ref in refs)
     pairs = zip(refs, files, strict=True)
-    block = [open_picture(ref, FetchResult(data), decoder, is_kept=False) for ref, data in pairs]
+    block = [open_image(ref, FetchResult(data), decoder, is_kept=False) for ref, data in pairs]
     decoder.close()
     return block
 

@@ -10,7 +10,7 @@ import re
 HEAD_BYTES = 1024
 """So many of a file's first bytes tell what it is."""
 
-_PICTURES = re.compile(
+_IMAGES = re.compile(
     rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<GIF>GIF8[79]a)|(?P<WebP>RIFF.{4}WEBP)",
     re.DOTALL,
 )
@@ -62,7 +62,7 @@ def file_kind(head: bytes) -> str | None:
     if not head:
         return "an empty file"
     head = head[:HEAD_BYTES]
-    if found := _PICTURES.match(head):
+    if found := _IMAGES.match(head):
         return found.lastgroup
     if head[4:8] == b"ftyp":
         return _BRANDS.get(head[8:12], "a video (ISO base media)")

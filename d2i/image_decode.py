@@ -39,7 +39,7 @@ _DRAFT_FACTOR = 2
 
 
 @dataclass(frozen=True)
-class Picture:
+class SharedImage:
     """One decoded picture: RGB, upright, first frame, over white."""
 
     image: Image.Image
@@ -64,7 +64,7 @@ class ImageRejectedError(Exception):
         self.reason = reason
 
 
-def begins_as_picture(data: bytes) -> bool:
+def begins_as_image(data: bytes) -> bool:
     """Say whether bytes begin as JPEG, PNG, WebP or GIF do; of the rest that tells nothing."""
     return file_kind(data) in _KINDS
 
@@ -74,7 +74,7 @@ def is_lfs_pointer(data: bytes) -> bool:
     return file_kind(data) == _LFS_POINTER
 
 
-def no_picture(data: bytes) -> str:
+def no_image(data: bytes) -> str:
     """Say what a file is that is no picture which can be read."""
     kind = file_kind(data)
     if kind in _KINDS:
@@ -82,7 +82,7 @@ def no_picture(data: bytes) -> str:
     return f"got {kind}, expected JPEG, PNG, WebP or GIF" if kind else _NO_KIND
 
 
-def decode_picture(data: bytes, limits: ImageConfig) -> Picture:
+def decode_image(data: bytes, limits: ImageConfig) -> SharedImage:
     """Decode JPEG, PNG, WebP or GIF bytes.
 
     EXIF orientation is applied, colour profiles and CMYK become sRGB, 16 bits are scaled to 8,
@@ -95,7 +95,7 @@ def decode_picture(data: bytes, limits: ImageConfig) -> Picture:
     """
     with _decoding():
         image = _open(data, limits)
-        return Picture(_to_rgb(image), _suffix(image))
+        return SharedImage(_to_rgb(image), _suffix(image))
 
 
 def open_header(data: bytes, limits: ImageConfig) -> Image.Image:
@@ -110,7 +110,7 @@ def open_header(data: bytes, limits: ImageConfig) -> Image.Image:
 
 
 def decode_square(image: Image.Image, limits: ImageConfig) -> CroppedImage:
-    """Decode as `decode_picture` does, and cut the square out as `crop_to_square` does.
+    """Decode as `decode_image` does, and cut the square out as `crop_to_square` does.
 
     With `limits.draft` a JPEG whose short side is four times the resolution or more is decoded at
     half its size, or less, by the decoder itself, and never below twice the resolution.
@@ -120,7 +120,7 @@ def decode_square(image: Image.Image, limits: ImageConfig) -> CroppedImage:
         limits: The decode policy and the resolution.
 
     Raises:
-        ImageRejectedError: As `decode_picture` does.
+        ImageRejectedError: As `decode_image` does.
     """
     with _decoding():
         width, height = image.size
@@ -182,7 +182,7 @@ def _open(data: bytes, limits: ImageConfig) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(lean), formats=tuple(_SUFFIXES))
     except UnidentifiedImageError as err:
-        raise ImageRejectedError("not_an_image", no_picture(data)) from err
+        raise ImageRejectedError("not_an_image", no_image(data)) from err
     _check_size(image, limits)
     return image
 

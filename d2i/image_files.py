@@ -28,7 +28,7 @@ def check_root(root: str) -> None:
     """Refuse a place of pictures that is not there, or cannot be one; of tars make the index.
 
     Args:
-        root: As for `read_picture`.
+        root: As for `read_image`.
 
     Raises:
         ConfigError: If it is a web address.
@@ -41,7 +41,7 @@ def check_root(root: str) -> None:
         _check_folder(root)
 
 
-def read_picture(root: str, path: str, max_bytes: int) -> bytes:
+def read_image(root: str, path: str, max_bytes: int) -> bytes:
     """Read the bytes of a picture file.
 
     Args:

@@ -22,7 +22,7 @@ from d2i.errors import CheckpointError, ConfigError, DataError
 from d2i.eval.guidance import generation_weights
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate
 from d2i.eval.systems import SystemSpec, parse_system
-from d2i.image_decode import decode_picture
+from d2i.image_decode import decode_image
 from d2i.metric_specs import METRICS, MetricSpec
 from d2i.models import save_weights
 from d2i.recipes import change_recipe, read_kept_recipe, refuse_host
@@ -291,9 +291,9 @@ def _samples(reader: ShardReader, rows: Sequence[int]) -> Iterator[Sample]:
         members = {"json": json_bytes(reader.read_json(row))}
         arrays = reader.read(np.array([row]))
         members |= {f"{name}.npy": npy_bytes(values[0]) for name, values in arrays.items()}
-        picture = reader.read_image(row)
-        if picture is not None:
-            members[decode_picture(picture, ImageConfig()).suffix] = picture
+        image = reader.read_image(row)
+        if image is not None:
+            members[decode_image(image, ImageConfig()).suffix] = image
         yield Sample(reader.keys[row], members)
 
 

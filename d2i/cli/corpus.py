@@ -56,8 +56,11 @@ def corpus(
     ] = None,
     settings: SetOption = None,
     *,
-    pictures: Annotated[
-        bool, typer.Option(help="Look into picture files, for near duplicates and broken ones.")
+    images: Annotated[
+        bool,
+        typer.Option(
+            "--pictures/--no-pictures", help="Open image files: near duplicates, broken ones."
+        ),
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -87,7 +90,7 @@ def corpus(
     if describe is not None and descriptions is not None:
         _describe(corpus, source, config, describe, descriptions, as_json=as_json)
         return
-    survey = _survey(corpus, source, config, sample, leaks, look=pictures)
+    survey = _survey(corpus, source, config, sample, leaks, look=images)
     if report is not None:
         from d2i.report import write_corpus_report
 
@@ -128,11 +131,11 @@ def _survey(
     options = config.corpus.options()
     looked = {split: _counting(progress, f"{split}: pictures looked at") for split in splits}
     finder = LeakFinder(
-        build_corpus(name, options), source, look=look, on_picture=lambda split: looked[split]()
+        build_corpus(name, options), source, look=look, on_image=lambda split: looked[split]()
     )
     counts = count_leaks(_kept(finder.find(splits), leaks_url))
     progress.close()
-    seen = msgspec.to_builtins(finder.pictures)
+    seen = msgspec.to_builtins(finder.images)
     return {
         "corpus": name,
         "source": source,

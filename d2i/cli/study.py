@@ -184,12 +184,12 @@ def _foresee(request: EvalRequest, assumed: RateOverrides, *, as_json: bool) -> 
     from d2i.eval.job import rate_decided_by, work_left
     from d2i.shards import read_manifest
 
-    num_pictures = read_manifest(request.data_url).num_samples
+    num_images = read_manifest(request.data_url).num_samples
     offer = probe_capacity(request.num_workers, request.ray_address)
     measured = find_rate(rate_decided_by(request, offer.unit))
-    found = forecast(work_left(request, num_pictures), offer, measured, assumed)
-    result = {"pictures": num_pictures, "forecast": dataclasses.asdict(found)}
-    lines = [f"pictures: {num_pictures}", *forecast_lines(found)]
+    found = forecast(work_left(request, num_images), offer, measured, assumed)
+    result = {"pictures": num_images, "forecast": dataclasses.asdict(found)}
+    lines = [f"pictures: {num_images}", *forecast_lines(found)]
     print_result(result, lines, as_json=as_json)
 
 

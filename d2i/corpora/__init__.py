@@ -58,7 +58,7 @@ reader takes them for."""
 MAX_CONTEXT_CHARS = 64 << 20
 """A dialog is passed over if the contexts of its pictures, laid end to end, could be longer."""
 
-MAX_PICTURES = 1024
+MAX_IMAGES = 1024
 """A dialog with more pictures is passed over."""
 
 _TURN_CHARS = 16
@@ -442,7 +442,7 @@ def _dialogs(
     max_broken: float | None,
 ) -> Iterator[Dialog]:
     # So many cannot make the contexts of any record too long.
-    few_pictures = MAX_CONTEXT_CHARS // (corpus.max_record_bytes + MAX_TURNS * _TURN_CHARS)
+    few_images = MAX_CONTEXT_CHARS // (corpus.max_record_bytes + MAX_TURNS * _TURN_CHARS)
     seen = CompactHashSet()  # As ids may be long.
     is_empty = True
     for path in files:
@@ -450,7 +450,7 @@ def _dialogs(
             reading.begin(where)
             dialog = _parsed(record, parse, reading.flaw)
             is_own = reading.is_own(dialog)
-            is_kept = dialog is not None and _is_kept(dialog, seen, few_pictures, reading.flaw)
+            is_kept = dialog is not None and _is_kept(dialog, seen, few_images, reading.flaw)
             reading.end(is_own=is_own)
             if dialog is not None and is_kept:
                 reading.count_read()
@@ -478,14 +478,14 @@ def _parsed(record: Any, parse: Callable[[Any, Flaw], Dialog], flaw: Flaw) -> Di
         return None
 
 
-def _is_kept(dialog: Dialog, seen: CompactHashSet, few_pictures: int, flaw: Flaw) -> bool:
+def _is_kept(dialog: Dialog, seen: CompactHashSet, few_images: int, flaw: Flaw) -> bool:
     """Say whether a dialog is read: the first of its id, and not too large."""
     number = hash(dialog.id)
     if number in seen:
         flaw("duplicate_dialog_id", "its id was seen before, the first dialog is kept")
         return False
-    if len(dialog.pictures) > few_pictures and _is_too_large(dialog):
-        flaw("too_large", f"{len(dialog.pictures)} pictures repeat too long a context")
+    if len(dialog.images) > few_images and _is_too_large(dialog):
+        flaw("too_large", f"{len(dialog.images)} pictures repeat too long a context")
         return False
     seen.add(number)
     return True
@@ -493,9 +493,9 @@ def _is_kept(dialog: Dialog, seen: CompactHashSet, few_pictures: int, flaw: Flaw
 
 def _is_too_large(dialog: Dialog) -> bool:
     """Say whether the contexts of a dialog would take much more room than the dialog itself."""
-    num_pictures = len(dialog.pictures)
+    num_images = len(dialog.images)
     num_chars = sum(len(turn.text) + _TURN_CHARS for turn in dialog.turns)
-    return num_pictures > MAX_PICTURES or num_chars * num_pictures > MAX_CONTEXT_CHARS
+    return num_images > MAX_IMAGES or num_chars * num_images > MAX_CONTEXT_CHARS
 
 
 def _read_file(source: str, path: str, report: Report, corpus: Corpus) -> Iterator[tuple[str, Any]]:

@@ -268,7 +268,7 @@ def _read_message(
         detail = f"got role {name[:20]!r}, expected user or assistant; it is left out"
         flaw("wrong_type", f"{where}{detail}")
     marked_here = marked.take(_num_marks(content)) if marked.has_list else []
-    if role in _SILENT and (own or marked_here or _shows_picture(content)):
+    if role in _SILENT and (own or marked_here or _shows_image(content)):
         flaw("no_image", f"{where}a picture of role {name[:20]!r} is none")
     return Turn(NO_SPEAKER, ""), []
 
@@ -281,12 +281,12 @@ def _num_marks(content: Any) -> int:
         [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
     )
     return sum(
-        _num_marks(part.get("text")) + (part.get("type") == "image" and not _shows_picture([part]))
+        _num_marks(part.get("text")) + (part.get("type") == "image" and not _shows_image([part]))
         for part in parts
     )
 
 
-def _shows_picture(content: Any) -> bool:
+def _shows_image(content: Any) -> bool:
     parts = content if isinstance(content, list) else ()
     return any(
         isinstance(part, dict) and (part.get("image_url") or part.get("image")) for part in parts

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 from d2i.corpora.json_stream import MAX_RECORD_BYTES
-from d2i.corpora.records import Dialog, Flaw, Picture
+from d2i.corpora.records import Dialog, Flaw, SharedImage
 from d2i.dialog import Direction, ImageRef, Instance, Turn, key_prefix
 
 # carpedm20/emoji's names: a letter first, or the medals' "1st_place_medal"; curly quotes occur.
@@ -76,7 +76,7 @@ class InstanceOptions:
         prefix = key_prefix(split, dialog.id)
         first, last = _spoken_span(turns)
         begin, end = self._context_bounds
-        for picture in self._chosen(dialog.pictures):
+        for picture in self._chosen(dialog.images):
             turn, image = picture.turn, picture.image
             # One of the two ends moves with the picture, the other is that of the dialog.
             start = 0 if begin is None else turn + begin
@@ -86,7 +86,7 @@ class InstanceOptions:
                 continue
             context = turns[start:stop]
             if self.earlier_images:
-                context = self._mark_images(context, start, picture, dialog.pictures)
+                context = self._mark_images(context, start, picture, dialog.images)
             yield Instance(
                 f"{prefix}{turn}-{image}",
                 split,
@@ -100,10 +100,10 @@ class InstanceOptions:
                 dialog.labels,
             )
 
-    def _chosen(self, pictures: tuple[Picture, ...]) -> Iterable[Picture]:
+    def _chosen(self, images: tuple[SharedImage, ...]) -> Iterable[SharedImage]:
         if self.images_in_turn == "all":
-            return pictures
-        turns = itertools.groupby(pictures, key=operator.attrgetter("turn"))
+            return images
+        turns = itertools.groupby(images, key=operator.attrgetter("turn"))
         return (next(of_turn) for _, of_turn in turns)
 
     @cached_property
@@ -125,11 +125,15 @@ class InstanceOptions:
         return tuple(Turn(turn.speaker, rewrite(turn.text)) for turn in dialog.turns)
 
     def _mark_images(
-        self, context: tuple[Turn, ...], start: int, own: Picture, pictures: tuple[Picture, ...]
+        self,
+        context: tuple[Turn, ...],
+        start: int,
+        own: SharedImage,
+        images: tuple[SharedImage, ...],
     ) -> tuple[Turn, ...]:
         """Put a mark behind each turn of the context for every picture that came before."""
         marks: dict[int, str] = {}
-        for other in pictures:
+        for other in images:
             if (other.turn, other.image) < (own.turn, own.image) or other.turn > own.turn:
                 marks[other.turn] = f"{marks.get(other.turn, '')} {self.earlier_images}"
         return tuple(

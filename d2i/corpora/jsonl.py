@@ -30,7 +30,7 @@ from d2i import storage
 from d2i.corpora.chat_forms import parse_chat
 from d2i.corpora.inline import InlineImages, is_data_url
 from d2i.corpora.instances import InstanceOptions
-from d2i.corpora.records import Dialog, Flaw, Picture, RecordError, image_ref_of
+from d2i.corpora.records import Dialog, Flaw, RecordError, SharedImage, image_ref_of
 from d2i.corpora.split_shares import parse_shares
 from d2i.corpora.splits import (
     DIALOG_SUFFIXES,
@@ -95,13 +95,13 @@ def _parse(inline: InlineImages, fields: dict[str, Any], flaw: Flaw) -> Dialog:
         for image, value in enumerate(images):
             try:
                 ref = inline.ref_of(value) if is_data_url(value) else image_ref_of(value)
-                pictures.append(Picture(index, image, ref))
+                pictures.append(SharedImage(index, image, ref))
             except RecordError as error:
                 flaw(error.reason, f"turn {index} image {image}: {error.detail}")
     number = _hash_of(turns, pictures) if own_id is None else own_id
     return Dialog(number, tuple(turns), tuple(pictures))
 
 
-def _hash_of(turns: list[Turn], pictures: list[Picture]) -> str:
+def _hash_of(turns: list[Turn], pictures: list[SharedImage]) -> str:
     """Name a conversation by what was read of it."""
     return hashlib.sha256(msgspec.json.encode([turns, pictures])).hexdigest()[:_ID_DIGITS]

@@ -21,10 +21,10 @@ from d2i.corpora import Corpus, corpus_instances
 from d2i.corpora.perceptual_hash import HashIndex, PerceptualHash, look_of
 from d2i.corpora.splits import SPLITS, source_folder
 from d2i.dialog import Instance
-from d2i.image_decode import ImageRejectedError, decode_picture
-from d2i.image_files import check_root, read_picture
+from d2i.image_decode import ImageRejectedError, decode_image
+from d2i.image_files import check_root, read_image
 
-_MAX_PICTURE_BYTES = 20 << 20
+_MAX_IMAGE_BYTES = 20 << 20
 _CHUNK = 256
 
 
@@ -42,7 +42,7 @@ class Leak(Struct, frozen=True):
     distance: int = 0
 
 
-class PictureCount(Struct):
+class ImageCount(Struct):
     """How many distinct pictures of a split were read, and why the others could not be."""
 
     num_read: int
@@ -56,20 +56,20 @@ class LeakFinder:
         corpus: The corpus, with its options.
         source: Where it lies.
         look: Whether picture files are read and compared by their looks.
-        on_picture: Told of every picture that was looked at.
+        on_image: Told of every picture that was looked at.
 
     Raises:
         ConfigError, DataError: If files are to be read and `image_root` cannot be their place.
     """
 
     def __init__(
-        self, corpus: Corpus, source: str, *, look: bool, on_picture: Callable[[str], None]
+        self, corpus: Corpus, source: str, *, look: bool, on_image: Callable[[str], None]
     ) -> None:
-        self.pictures: dict[str, PictureCount] = {}
+        self.images: dict[str, ImageCount] = {}
         self._corpus = corpus
         self._source = source
         self._look = look
-        self._on_picture = on_picture
+        self._on_image = on_image
         self._image_root = storage.resolve(corpus.image_root or source_folder(source))
         if look and corpus.image_root:
             check_root(self._image_root)
@@ -79,7 +79,7 @@ class LeakFinder:
     @property
     def has_looked(self) -> bool:
         """Whether any picture file was there to be compared."""
-        return any(count.num_read for count in self.pictures.values())
+        return any(count.num_read for count in self.images.values())
 
     def find(self, splits: list[str]) -> Iterator[Leak]:
         """Give the leaks of these splits, each split's in the order of its files."""
@@ -111,7 +111,7 @@ class LeakFinder:
         """Return, by picture of a split, the protected picture it looks like, and how nearly."""
         near, looks, failures, num_read = {}, [], Counter[str](), 0
         for image_id, look in self._read_looks(split):
-            self._on_picture(split)
+            self._on_image(split)
             if isinstance(look, str):
                 failures[look] += 1
                 continue
@@ -125,14 +125,14 @@ class LeakFinder:
                 looks.append((image_id, look))
         for image_id, look in looks:
             self._looks.add(image_id, look)
-        self.pictures[split] = PictureCount(num_read, dict(sorted(failures.items())))
+        self.images[split] = ImageCount(num_read, dict(sorted(failures.items())))
         return near
 
     def _read_looks(self, split: str) -> Iterator[tuple[str, PerceptualHash | str | None]]:
         """Give each distinct picture file of a split with its look, or why it has none."""
-        pictures = self._distinct_files(split)
+        images = self._distinct_files(split)
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            while chunk := list(islice(pictures, _CHUNK)):
+            while chunk := list(islice(images, _CHUNK)):
                 looks = threads.map(self._read_look, [path for _, path in chunk])
                 yield from zip([image_id for image_id, _ in chunk], looks, strict=True)
 
@@ -146,8 +146,8 @@ class LeakFinder:
 
     def _read_look(self, path: str) -> PerceptualHash | str | None:
         try:
-            data = read_picture(self._image_root, path, _MAX_PICTURE_BYTES)
-            return look_of(decode_picture(data, ImageConfig()).image)
+            data = read_image(self._image_root, path, _MAX_IMAGE_BYTES)
+            return look_of(decode_image(data, ImageConfig()).image)
         except ImageRejectedError as err:
             return err.reason
 
@@ -161,18 +161,18 @@ class LeakFinder:
 def count_leaks(leaks: Iterator[Leak]) -> list[dict[str, str | int]]:
     """Count leaks by splits and reason: instances, and the protected pictures they show."""
     instances: Counter[tuple[str, str, str]] = Counter()
-    pictures: dict[tuple[str, str, str], set[str]] = {}
+    images: dict[tuple[str, str, str], set[str]] = {}
     for leak in leaks:
         group = (leak.split, leak.other_split, leak.reason)
         instances[group] += 1
-        pictures.setdefault(group, set()).add(leak.other_key)
+        images.setdefault(group, set()).add(leak.other_key)
     return [
         {
             "split": split,
             "other_split": other_split,
             "reason": reason,
             "num_instances": num_instances,
-            "num_images": len(pictures[split, other_split, reason]),
+            "num_images": len(images[split, other_split, reason]),
         }
         for (split, other_split, reason), num_instances in sorted(instances.items())
     ]

@@ -15,7 +15,7 @@ from msgspec import UNSET, Struct, UnsetType, field
 from d2i import storage
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.instances import InstanceOptions
-from d2i.corpora.records import Dialog, DialogId, Flaw, Picture, RecordError, Text, Turns
+from d2i.corpora.records import Dialog, DialogId, Flaw, RecordError, SharedImage, Text, Turns
 from d2i.corpora.splits import split_folder
 from d2i.dialog import ImageRef, Turn
 
@@ -86,7 +86,7 @@ def _files_in(names: list[str]) -> list[str]:
 
 
 def _parse(image_dir: str, record: MMDialogRecord, flaw: Flaw) -> Dialog:
-    turns, pictures = [], []
+    turns, images = [], []
     for index, turn in enumerate(record.conversation):
         said, image = "", 0
         for part in turn.turn:
@@ -96,7 +96,7 @@ def _parse(image_dir: str, record: MMDialogRecord, flaw: Flaw) -> Dialog:
                 key = media if isinstance(media, str) else str(media)
                 if _MEDIA_KEY.fullmatch(key):
                     ref = ImageRef("file", (f"{image_dir}{key}.jpg",))
-                    pictures.append(Picture(index, image, ref))
+                    images.append(SharedImage(index, image, ref))
                 else:
                     flaw("bad_image_ref", f"turn {index} image {image}: no plain media key")
                 image += 1
@@ -105,4 +105,4 @@ def _parse(image_dir: str, record: MMDialogRecord, flaw: Flaw) -> Dialog:
                     "missing_field", f"turn {index}: a part has neither __TEXT__ nor __MEDIA__"
                 )
         turns.append(Turn(None, said))
-    return Dialog(str(record.conversation_id), tuple(turns), tuple(pictures))
+    return Dialog(str(record.conversation_id), tuple(turns), tuple(images))

@@ -18,8 +18,8 @@ from d2i.corpora.records import (
     Dialog,
     DialogId,
     Flaw,
-    Picture,
     RecordError,
+    SharedImage,
     Speaker,
     Text,
     Turns,
@@ -101,7 +101,7 @@ class PhotoChat(InstanceOptions):
         return Dialog(
             id=str(record.dialogue_id),
             turns=tuple(Turn(message.user_id, message.message) for message in record.dialogue),
-            pictures=(Picture(shares.index(True), 0, ref),),
+            images=(SharedImage(shares.index(True), 0, ref),),
             description=record.photo_description,
             labels=_labels(record.photo_description or ""),
         )

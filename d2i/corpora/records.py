@@ -87,7 +87,7 @@ class RecordError(Exception):
         return cls("too_large" if "of length" in detail else "wrong_type", detail)
 
 
-class Picture(Struct, frozen=True, gc=False):
+class SharedImage(Struct, frozen=True, gc=False):
     """One occurrence of a picture: its turn, its index among that turn's pictures, its place."""
 
     turn: int
@@ -100,7 +100,7 @@ class Dialog(Struct, frozen=True, gc=False):
 
     id: str
     turns: tuple[Turn, ...]
-    pictures: tuple[Picture, ...]
+    images: tuple[SharedImage, ...]
     description: str | None = None
     labels: tuple[str, ...] = ()
 

@@ -58,30 +58,30 @@ class DialogSplits:
         seed: int,
     ) -> None:
         self._seed = seed
-        ids, owners, pictures = array("Q"), array("Q"), array("q")
+        ids, owners, images = array("Q"), array("Q"), array("q")
         for dialog in dialogs:
-            if not dialog.pictures:
+            if not dialog.images:
                 continue
-            for picture in dialog.pictures:
+            for image in dialog.images:
                 owners.append(len(ids))
-                pictures.append(hash(image_id(picture.ref)))
+                images.append(hash(image_id(image.ref)))
             ids.append(key_order_hash(dialog.id, seed))
         hashes = np.array(ids, np.uint64)
-        groups = _groups(len(ids), np.array(owners, np.int64), np.array(pictures, np.int64))
+        groups = _groups(len(ids), np.array(owners, np.int64), np.array(images, np.int64))
         places = _place(hashes, groups, [shares[name] for name in _NAMES])
         order = np.argsort(hashes)
         self._hashes, self._places = hashes[order], places[order]
 
     def split_of(self, dialog: Dialog) -> str:
         """Return the split of a dialog; one without a picture, which gives none, is of train."""
-        if not dialog.pictures:
+        if not dialog.images:
             return _NAMES[0]
         place = np.searchsorted(self._hashes, np.uint64(key_order_hash(dialog.id, self._seed)))
         return _NAMES[int(self._places[place])]
 
 
 def _groups(
-    num_dialogs: int, owners: NDArray[np.int64], pictures: NDArray[np.int64]
+    num_dialogs: int, owners: NDArray[np.int64], images: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Number the groups of dialogs that share pictures: the first dialog of each, by dialog."""
     first = list(range(num_dialogs))
@@ -92,8 +92,8 @@ def _groups(
             dialog = first[dialog]
         return dialog
 
-    order = np.argsort(pictures, kind="stable")
-    is_shared = np.flatnonzero(pictures[order][1:] == pictures[order][:-1])
+    order = np.argsort(images, kind="stable")
+    is_shared = np.flatnonzero(images[order][1:] == images[order][:-1])
     for one, other in zip(owners[order][is_shared], owners[order][is_shared + 1], strict=True):
         ends = sorted((find(int(one)), find(int(other))))
         first[ends[1]] = ends[0]

@@ -132,9 +132,9 @@ def survey_split(
         on_dialog()
         counts["dialogs"] += 1
         counts["turns"] += len(dialog.turns)
-        counts["occurrences"] += len(dialog.pictures)
-        counts["with_images"] += bool(dialog.pictures)
-        images.update(hash(as_set.corpus.image_id(picture.ref)) for picture in dialog.pictures)
+        counts["occurrences"] += len(dialog.images)
+        counts["with_images"] += bool(dialog.images)
+        images.update(hash(as_set.corpus.image_id(picture.ref)) for picture in dialog.images)
         sample.offer(dialog, split)
         for corpus, counter in counters.items():
             counter.take(dialog, flaw if corpus == as_set.corpus else _unheard)
@@ -236,7 +236,7 @@ class _Sample:
     def offer(self, dialog: Dialog, split: str) -> None:
         """Take those of a dialog that come early enough."""
         prefix = key_prefix(split, dialog.id)
-        for picture in dialog.pictures:
+        for picture in dialog.images:
             key = f"{prefix}{picture.turn}-{picture.image}"
             entry = (-key_order_hash(key, 0), key, dialog)
             if len(self._heap) < self._size or (self._heap and entry > self._heap[0]):

@@ -43,7 +43,7 @@ def judge_evaluations(folders: Sequence[Path], data: Path, corpus: Path) -> str:
     reader = ShardReader(str(data))
     scenes = _scenes(reader, corpus)
     baselines = {
-        "true": _answers(_true_pictures(reader)),
+        "true": _answers(_true_images(reader)),
         "codec": _answers(_reconstructions(reader)),
     }
     line = []
@@ -105,17 +105,17 @@ def _scenes(reader: ShardReader, corpus: Path) -> dict[str, Scene]:
     return {s["key"]: truth[Path(s["source"]["ref"][0]).stem] for s in samples}
 
 
-def _answers(pictures: dict[str, Image.Image]) -> Answers:
-    return dict(zip(pictures, read_all(list(pictures.values())), strict=True))
+def _answers(images: dict[str, Image.Image]) -> Answers:
+    return dict(zip(images, read_all(list(images.values())), strict=True))
 
 
 def _generated(folder: Path) -> dict[str, Image.Image]:
     evaluation = read_evaluation(folder)
-    pictures = evaluation.read_pictures(evaluation.picture_urls)
-    return {key: Image.open(io.BytesIO(data)) for key, data in pictures.items()}
+    images = evaluation.read_images(evaluation.image_urls)
+    return {key: Image.open(io.BytesIO(data)) for key, data in images.items()}
 
 
-def _true_pictures(reader: ShardReader) -> dict[str, Image.Image]:
+def _true_images(reader: ShardReader) -> dict[str, Image.Image]:
     sources = ((key, reader.read_image(index)) for index, key in enumerate(reader.keys))
     return {key: Image.open(io.BytesIO(data)) for key, data in sources if data is not None}
 

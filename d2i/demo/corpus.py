@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from d2i.demo.dialogs import MadeTurn, make_dialog
-from d2i.demo.picture import render_scene
+from d2i.demo.render import render_scene
 from d2i.demo.scene import Scene, split_scenes
 
 NAME = "made world"
@@ -75,10 +75,10 @@ def _write_split(
     for number in range(num_dialogs):
         second = rng.choice(scenes) if rng.random() < _SECOND_SCENE_SHARE else None
         turns = make_dialog(rng.choice(scenes), rng, second)
-        pictures = [_share(split, number, i, turn, seed) for i, turn in enumerate(turns)]
-        conversations.append(_conversation(number, turns, pictures))
-        for picture in filter(None, pictures):
-            _write_picture(folder / f"{picture.media_key}.jpg", picture)
+        images = [_share(split, number, i, turn, seed) for i, turn in enumerate(turns)]
+        conversations.append(_conversation(number, turns, images))
+        for picture in filter(None, images):
+            _write_image(folder / f"{picture.media_key}.jpg", picture)
             truth.append(
                 {"media_key": picture.media_key, "split": split, **picture.scene.attributes()}
             )
@@ -98,13 +98,13 @@ def _share(split: str, number: int, turn: int, made: MadeTurn, seed: int) -> _Sh
 
 
 def _conversation(
-    number: int, turns: list[MadeTurn], pictures: list[_Shared | None]
+    number: int, turns: list[MadeTurn], images: list[_Shared | None]
 ) -> dict[str, Any]:
     return {
         "conversation_id": number,
         "conversation": [
             {"turn": list(_items(turn, picture))}
-            for turn, picture in zip(turns, pictures, strict=True)
+            for turn, picture in zip(turns, images, strict=True)
         ],
     }
 
@@ -115,7 +115,7 @@ def _items(turn: MadeTurn, picture: _Shared | None) -> Iterator[dict[str, str]]:
         yield {"__MEDIA__": picture.media_key}
 
 
-def _write_picture(path: Path, picture: _Shared) -> None:
+def _write_image(path: Path, picture: _Shared) -> None:
     if picture.flaw == "missing":
         return
     if picture.flaw == "not_an_image":

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from d2i.demo.picture import (
+from d2i.demo.render import (
     COLOURS,
     GROUND_ROWS,
     OUTLINE,

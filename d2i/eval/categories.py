@@ -39,7 +39,7 @@ CORPUS = "photochat"
 """The corpus whose labels say what a picture shows."""
 DRAW_SIZE = 50
 NUM_DRAWS = 20
-_MIN_PICTURES = 2
+_MIN_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CategoryScores:
     Args:
         name: `people`, `food` or `animals`.
         num_instances: Instances of the data set that have one of its labels.
-        num_pictures: Those that the system drew a picture for: what is scored.
+        num_images: Those that the system drew a picture for: what is scored.
         num_draws: Draws that FID and IS are the mean of; 1 where all pictures fit in one.
         draw_size: Pictures in each of them.
         keys: Up to `DRAW_SIZE` of the category's instances: the first draw of the data set.
@@ -64,7 +64,7 @@ class CategoryScores:
 
     name: str
     num_instances: int
-    num_pictures: int
+    num_images: int
     num_draws: int
     draw_size: int
     keys: list[str]
@@ -195,7 +195,7 @@ def _score(
     num_draws = NUM_DRAWS if len(drawn) > DRAW_SIZE else 1
     size = min(DRAW_SIZE, len(drawn))
     counted = (name, len(keys), len(drawn), num_draws, size, choose_keys(keys, 0))
-    if len(drawn) < _MIN_PICTURES:
+    if len(drawn) < _MIN_IMAGES:
         return CategoryScores(*counted)
     arrays = measured.arrays
     real = arrays["real_features"][measured.drawn[rows]].astype(np.float64)

@@ -17,7 +17,7 @@ from d2i.eval.extractors import build_extractor
 from d2i.eval.reference_features import ReferenceFeatures
 from d2i.eval.system import Generation
 from d2i.eval.text import TextTower
-from d2i.image_decode import crop_to_square, decode_picture
+from d2i.image_decode import crop_to_square, decode_image
 from d2i.shards import ShardReader
 
 Arrays = dict[str, NDArray[Any]]
@@ -81,7 +81,7 @@ class FeatureComputer:
         kept = self._real.read(indices)
         if kept is not None:
             return kept
-        pixels = np.stack([self._true_picture(index) for index in indices])
+        pixels = np.stack([self._true_image(index) for index in indices])
         return {
             "real_features": self._extractor.extract(pixels).features,
             "real_embeddings": self._embed(pixels),
@@ -94,14 +94,14 @@ class FeatureComputer:
     def _embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._encoders.clip_image.encode(pixels, self._encoders.compute_batch_size)
 
-    def _true_picture(self, index: int) -> NDArray[np.uint8]:
+    def _true_image(self, index: int) -> NDArray[np.uint8]:
         data = self._reader.read_image(index)
         if data is None:
             raise DataError(
                 f"{self._reader.keys[index]} has no picture in the shards; expected its source "
                 "bytes; prepare the data with --set preprocess.keep_images=always"
             )
-        picture = decode_picture(data, self._recipe.image)
+        picture = decode_image(data, self._recipe.image)
         return np.asarray(crop_to_square(picture.image, self.resolution))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from d2i import checksums, storage
 from d2i.eval.systems import SystemSpec
-from d2i.eval.systems.images import is_picture
+from d2i.eval.systems.images import is_image
 from d2i.shards.manifest import MANIFEST_NAME
 from d2i.weights_resolve import resolve_weights
 
@@ -25,7 +25,7 @@ def hash_contents(spec: SystemSpec) -> dict[str, str]:
     """
     found = {}
     for place in _places(spec):
-        files = sorted(_hash_files(place, pictures_only=spec.kind == "images"))
+        files = sorted(_hash_files(place, images_only=spec.kind == "images"))
         if files:
             lines = "\n".join(f"{digest} {name}" for name, digest in files)
             found[place] = hashlib.sha256(lines.encode()).hexdigest()
@@ -44,7 +44,7 @@ def _places(spec: SystemSpec) -> Iterator[str]:
         yield spec.adapter.path
 
 
-def _hash_files(place: str, *, pictures_only: bool) -> Iterator[tuple[str, str]]:
+def _hash_files(place: str, *, images_only: bool) -> Iterator[tuple[str, str]]:
     """Give name and hash of the file at a place, or of all files below it."""
     local = storage.local_path(place)
     if local is None:
@@ -57,5 +57,5 @@ def _hash_files(place: str, *, pictures_only: bool) -> Iterator[tuple[str, str]]
         file = path / name
         # A checksum says nothing of its own, and may be deleted.
         is_content = file.is_file() and not name.endswith(checksums.SUFFIX)
-        if is_content and (is_picture(name) or not pictures_only):
+        if is_content and (is_image(name) or not images_only):
             yield name, checksums.known_sha256(str(file))

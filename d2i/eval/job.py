@@ -79,7 +79,7 @@ class EvalRequest:
 class EvalProgress:
     """How far the evaluation is, for a progress line."""
 
-    num_pictures: int
+    num_images: int
     num_before: int
     num_done: int = 0
     failures: Counter[str] = field(default_factory=Counter)
@@ -88,9 +88,9 @@ class EvalProgress:
     def line(self) -> str:
         """Return count, rate, time left, and why pictures are missing."""
         rate = self.num_done / max(time.monotonic() - self.started, 1e-9)
-        left = self.num_pictures - self.num_before - self.num_done
+        left = self.num_images - self.num_before - self.num_done
         done = self.num_before + self.num_done
-        shown = f"{done}/{self.num_pictures} pictures  {rate:.1f}/s  {left / rate:.0f} s left"
+        shown = f"{done}/{self.num_images} pictures  {rate:.1f}/s  {left / rate:.0f} s left"
         failed = ", ".join(f"{n} {reason}" for reason, n in self.failures.most_common())
         return f"{shown}  ({failed})" if failed else shown
 

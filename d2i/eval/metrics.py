@@ -35,7 +35,7 @@ Floats = npt.NDArray[np.float64]
 _INCEPTION_SHA256_PREFIX = "6726825d"
 _INCEPTION = f"weights-inception-2015-12-05-{_INCEPTION_SHA256_PREFIX}.pth"
 # Covariances and unbiased estimates divide by n - 1.
-_MIN_PICTURES = 2
+_MIN_IMAGES = 2
 
 
 def compute_scores(
@@ -126,15 +126,15 @@ def _kid(
 
 
 def _inception_score(
-    logits: Any | None, num_pictures: int, most_splits: int, seed: int
+    logits: Any | None, num_images: int, most_splits: int, seed: int
 ) -> dict[str, float | int | None]:
     """Inception Score (Salimans et al. 2016, section 4) over random splits."""
     if logits is None:
         return {"is": None, "is_std": None, "is_splits": None}
     rows = _matrix("logits", logits)
-    if len(rows) != num_pictures:
+    if len(rows) != num_images:
         raise DataError(
-            f"logits: got {len(rows)} rows, expected {num_pictures}, one for each picture scored"
+            f"logits: got {len(rows)} rows, expected {num_images}, one for each picture scored"
         )
     num_splits = min(most_splits, len(rows))
     found = isc_features_to_metric(rows, splits=num_splits, shuffle=True, rng_seed=seed)
@@ -164,10 +164,10 @@ def _clip_i(real: torch.Tensor, fake: torch.Tensor) -> float:
 def _matrix(name: str, values: Any) -> torch.Tensor:
     """Return `values` as a finite float64 (n, d) tensor on the CPU."""
     tensor = values.detach().cpu() if torch.is_tensor(values) else torch.tensor(np.asarray(values))
-    if tensor.dim() != 2 or len(tensor) < _MIN_PICTURES:
+    if tensor.dim() != 2 or len(tensor) < _MIN_IMAGES:
         raise DataError(
             f"{name}: got shape {tuple(tensor.shape)}, expected (pictures, width) with at least "
-            f"{_MIN_PICTURES} pictures; score more of them"
+            f"{_MIN_IMAGES} pictures; score more of them"
         )
     tensor = tensor.double()
     bad_rows = (~tensor.isfinite().all(dim=1)).nonzero().flatten()

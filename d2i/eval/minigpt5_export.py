@@ -34,9 +34,9 @@ def export_dialogs(data_url: str, out_url: str) -> int:
     lines = []
     for index, key in enumerate(reader.keys):
         lines.append(json.dumps(_dialog(index, key, reader.read_json(index)["context"])))
-        picture = reader.read_image(index)
-        if picture is not None:
-            storage.write_bytes(storage.join(out_url, "test", f"{key}.jpg"), picture)
+        image = reader.read_image(index)
+        if image is not None:
+            storage.write_bytes(storage.join(out_url, "test", f"{key}.jpg"), image)
     data = "".join(f"{line}\n" for line in lines).encode()
     storage.write_bytes(storage.join(out_url, "test", DIALOGS_NAME), data)
     return len(lines)

@@ -43,20 +43,20 @@ def retrieval_ranks(
         int64 (M,), 1 for the nearest.
     """
     fake, real = _unit(embeddings), _unit(real_embeddings)
-    picture_of = _number_pictures(real_embeddings)
+    image_of = _number_images(real_embeddings)
     ranks = np.empty(len(drawn), np.int64)
     for row, index in enumerate(drawn.tolist()):
         if row % _NUM_ROWS == 0:
             similarities = fake[row : row + _NUM_ROWS] @ real.T
         given = _NONE if listed is None else listed[index]
         negatives = choose_negatives(keys[index], index, len(keys), num_negatives, given)
-        negatives = negatives[picture_of[negatives] != picture_of[index]]
+        negatives = negatives[image_of[negatives] != image_of[index]]
         similarity = similarities[row % _NUM_ROWS]
         ranks[row] = 1 + np.count_nonzero(similarity[negatives] >= similarity[index])
     return ranks
 
 
-def _number_pictures(embeddings: NDArray[np.float32]) -> NDArray[np.int64]:
+def _number_images(embeddings: NDArray[np.float32]) -> NDArray[np.int64]:
     """Give each embedding (N, E) the number of its picture: copies have one number."""
     rows = np.ascontiguousarray(embeddings)
     as_bytes = rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel()

@@ -23,7 +23,7 @@ from d2i.metric_specs import METRICS, RECALLS, MetricSpec
 
 Scores = dict[str, float | int | None]
 
-_MIN_PICTURES = 2
+_MIN_IMAGES = 2
 _SEED = 2020
 _MAX_RESAMPLED = 32_768
 """Instances that intervals come from at most (ours): KID's takes time by the square of it."""
@@ -43,10 +43,10 @@ def score(measured: Measured, resolution: int) -> dict[str, Any]:
     Raises:
         DataError: If fewer than two pictures were drawn, or a value is not finite.
     """
-    if len(measured.drawn) < _MIN_PICTURES:
+    if len(measured.drawn) < _MIN_IMAGES:
         raise DataError(
             f"got {len(measured.drawn)} pictures for {len(measured.arrays['keys'])} instances "
-            f"({counted(measured.failures)}); expected at least {_MIN_PICTURES}; see "
+            f"({counted(measured.failures)}); expected at least {_MIN_IMAGES}; see "
             "instances.jsonl"
         )
     with _one_thread():

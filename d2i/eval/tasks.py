@@ -107,7 +107,7 @@ def write_task(
     out_url: str,
     task: EvalTask,
     arrays: dict[str, NDArray[Any]],
-    pictures: Mapping[str, str] | None = None,
+    images: Mapping[str, str] | None = None,
 ) -> None:
     """Keep what was measured of a task, and in its marker the sha256 of that and of its pictures.
 
@@ -117,7 +117,7 @@ def write_task(
         out_url: The evaluation's folder.
         task: Which task.
         arrays: What was measured.
-        pictures: sha256 of the file of its pictures, by path in the evaluation.
+        images: sha256 of the file of its pictures, by path in the evaluation.
     """
     marker_url = storage.join(out_url, _marker_path(task))
     storage.remove(marker_url)
@@ -125,7 +125,7 @@ def write_task(
         with scratch.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
         digest = file_sha256(str(scratch))
-    files = {_task_path(task): digest, **(pictures or {})}
+    files = {_task_path(task): digest, **(images or {})}
     write_marker(marker_url, files, sync_name=False)
 
 

@@ -97,20 +97,20 @@ class EvalWorker:
                 "prompts; expected one each, or the reason why there is none"
             )
         self._reach("eval.task_drawn")
-        pictures = {
+        images = {
             key: self._measurer.fit(generation.pixels)
             for key, generation in zip(keys, generations, strict=True)
             if generation.pixels is not None
         }
-        saved = self._save_pictures(task, pictures)
+        saved = self._save_images(task, images)
         self._reach("eval.pictures_written")
-        arrays = self._measure(task, keys, generations, pictures)
+        arrays = self._measure(task, keys, generations, images)
         write_task(self._builder.out_url, task, arrays, saved)
         self._reach("eval.task_written")
         reasons = Counter(
             generation.reason for generation in generations if generation.pixels is None
         )
-        return TaskResult(len(pictures), reasons)
+        return TaskResult(len(images), reasons)
 
     def settle(self) -> None:
         """Write what only a worker knows of the metric card, or check that it is the same.
@@ -140,9 +140,9 @@ class EvalWorker:
         task: EvalTask,
         keys: Sequence[str],
         generations: Sequence[Generation],
-        pictures: dict[str, NDArray[np.uint8]],
+        images: dict[str, NDArray[np.uint8]],
     ) -> dict[str, NDArray[Any]]:
-        drawn = self._measurer.measure_drawn(np.stack([*pictures.values()])) if pictures else {}
+        drawn = self._measurer.measure_drawn(np.stack([*images.values()])) if images else {}
         lines = [self._prompts.read_dialog(index) for index in task.indices]
         return {
             "keys": np.array(keys),
@@ -152,13 +152,11 @@ class EvalWorker:
             **drawn,
         }
 
-    def _save_pictures(
-        self, task: EvalTask, pictures: dict[str, NDArray[np.uint8]]
-    ) -> dict[str, str]:
+    def _save_images(self, task: EvalTask, images: dict[str, NDArray[np.uint8]]) -> dict[str, str]:
         """Keep the pictures that are asked for; return the sha256 of their file, by its path."""
         chosen = [
             (key, png_bytes(pixels, {"key": key, "system": self._builder.system.name}))
-            for key, pixels in pictures.items()
+            for key, pixels in images.items()
             if _is_saved(key, self._builder.save_images)
         ]
         if not chosen:

@@ -19,11 +19,11 @@ from d2i.corpora.captions import Description, read_descriptions
 from d2i.corpora.splits import source_folder
 from d2i.encoders.captioner import Captioner
 from d2i.errors import ConfigError
-from d2i.image_decode import ImageRejectedError, decode_picture
-from d2i.image_files import check_root, read_picture
+from d2i.image_decode import ImageRejectedError, decode_image
+from d2i.image_files import check_root, read_image
 
 BATCH_SIZE = 16
-_MAX_PICTURE_BYTES = 20 << 20
+_MAX_IMAGE_BYTES = 20 << 20
 
 _Opened = tuple[str, Image.Image]
 
@@ -84,8 +84,8 @@ def describe(
     return DescribeSummary(num_described, len(there), dict(sorted(failures.items())))
 
 
-def _batches(pictures: Iterator[_Opened]) -> Iterator[list[_Opened]]:
-    while batch := list(islice(pictures, BATCH_SIZE)):
+def _batches(images: Iterator[_Opened]) -> Iterator[list[_Opened]]:
+    while batch := list(islice(images, BATCH_SIZE)):
         yield batch
 
 
@@ -140,17 +140,17 @@ def _missing(
 def _opened(
     corpus: Corpus,
     source: str,
-    pictures: Iterator[tuple[str, str | None]],
+    images: Iterator[tuple[str, str | None]],
     failures: Counter[str],
 ) -> Iterator[_Opened]:
     root = storage.resolve(corpus.image_root or source_folder(source))
-    for image_id, path in pictures:
+    for image_id, path in images:
         if path is None:
             failures["no_file"] += 1
             continue
         try:
-            data = read_picture(root, path, _MAX_PICTURE_BYTES)
-            picture = decode_picture(data, ImageConfig())
+            data = read_image(root, path, _MAX_IMAGE_BYTES)
+            picture = decode_image(data, ImageConfig())
         except ImageRejectedError as err:
             failures[err.reason] += 1
         else:

@@ -58,7 +58,7 @@ class Decoder:
         """Return the square of a picture.
 
         Raises:
-            ImageRejectedError: As `d2i.image_decode.decode_picture` does; `decode_timeout` or
+            ImageRejectedError: As `d2i.image_decode.decode_image` does; `decode_timeout` or
                 `decode_memory` where a picture cost too much.
         """
         # Other headers are not safe to open here: that of a WebP takes its canvas.

@@ -14,10 +14,10 @@ from d2i.encoders import Encoders
 from d2i.preprocess.fetch.result import is_transient
 from d2i.preprocess.ledger import NON_FINITE_TEXT, LedgerRow, Status
 from d2i.preprocess.messages import (
-    FetchedPicture,
+    FetchedImage,
     ImageFeatures,
     SourceFile,
-    SourcePicture,
+    SourceImage,
     keeps_source,
 )
 from d2i.preprocess.records import instance_values
@@ -29,20 +29,20 @@ _MAX_DETAIL = 500
 """Characters of a failure's detail that the ledger keeps (ours)."""
 
 
-def encode_pictures(
-    pictures: Mapping[ImageRef, SourcePicture], encoders: Encoders
+def encode_source_images(
+    images: Mapping[ImageRef, SourceImage], encoders: Encoders
 ) -> dict[ImageRef, ImageFeatures]:
     """Encode each distinct picture once; those with non-finite latents are left out.
 
     Args:
-        pictures: In the order of the plan, so that the batches' members come from it.
+        images: In the order of the plan, so that the batches' members come from it.
         encoders: What they are encoded by, a batch at a time.
     """
     features = {}
-    refs = list(pictures)
+    refs = list(images)
     for start in range(0, len(refs), encoders.compute_batch_size):
         batch = refs[start : start + encoders.compute_batch_size]
-        moments, clip = encoders.encode_images(np.stack([pictures[ref].pixels for ref in batch]))
+        moments, clip = encoders.encode_images(np.stack([images[ref].pixels for ref in batch]))
         for ref, m, c in zip(batch, moments, clip, strict=True):
             if np.isfinite(m).all() and np.isfinite(c).all():
                 features[ref] = ImageFeatures(m, c)
@@ -82,7 +82,7 @@ def encode_contexts(
 
 def build_samples(
     instances: Iterable[Instance],
-    pictures: Mapping[ImageRef, SourceFile],
+    images: Mapping[ImageRef, SourceFile],
     features: Mapping[ImageRef, ImageFeatures],
     texts: Mapping[str, TextFeatures],
     recipe: Recipe,
@@ -91,7 +91,7 @@ def build_samples(
     """Yield the samples of one shard, in key order, of the instances that have both features."""
     chosen = (i for i in instances if i.image_ref in features and i.key in texts)
     for instance in sorted(chosen, key=lambda i: i.key):
-        picture, image = pictures[instance.image_ref], features[instance.image_ref]
+        picture, image = images[instance.image_ref], features[instance.image_ref]
         text = texts[instance.key]
         members = {
             "json": _metadata(instance, picture),
@@ -108,10 +108,10 @@ def build_samples(
 
 
 def ledger_row(
-    instance: Instance, found: FetchedPicture, features: Mapping[ImageRef, ImageFeatures]
+    instance: Instance, found: FetchedImage, features: Mapping[ImageRef, ImageFeatures]
 ) -> LedgerRow:
     """Say what became of one instance."""
-    fetched, picture = found.fetched, found.picture
+    fetched, picture = found.fetched, found.image
     reason, detail = fetched.reason, fetched.detail
     if reason == "ok" and found.ref not in features:
         reason, detail = "non_finite_latent", "an encoder gave a value beyond float16"

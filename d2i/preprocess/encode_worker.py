@@ -20,12 +20,12 @@ from d2i.image_decode import RESIZE
 from d2i.preprocess.encode import (
     build_samples,
     encode_contexts,
-    encode_pictures,
+    encode_source_images,
     ledger_row,
     with_text,
 )
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
-from d2i.preprocess.messages import FetchedPicture, ShardResult, ShardTask
+from d2i.preprocess.messages import FetchedImage, ShardResult, ShardTask
 from d2i.preprocess.placeholders import refuse_placeholders
 from d2i.preprocess.plan import fingerprint_url
 from d2i.preprocess.reuse import NOTHING_REUSED, Reuse, Reused, ReusedSplits
@@ -96,7 +96,7 @@ class EncodeWorker:
             if not storage.exists(url) or storage.read_bytes(url) != data:
                 storage.write_bytes(url, data)
 
-    def run(self, task: ShardTask, blocks: Iterable[list[FetchedPicture]]) -> ShardResult:
+    def run(self, task: ShardTask, blocks: Iterable[list[FetchedImage]]) -> ShardResult:
         """Encode and publish one planned shard; its commit record comes last."""
         with source_bytes(task.split_url) as sources:
             found = refuse_placeholders(
@@ -111,7 +111,7 @@ class EncodeWorker:
     def encode(
         self,
         instances: list[Instance],
-        found: list[FetchedPicture],
+        found: list[FetchedImage],
         sources: SpillBuffer,
         reused: Reused = NOTHING_REUSED,
     ) -> Encoded:
@@ -124,22 +124,22 @@ class EncodeWorker:
             reused: What is known of pictures that were not fetched.
         """
         # In the plan's order, whichever came first.
-        pictures = {
-            one.ref: one.picture
+        images = {
+            one.ref: one.image
             for one in sorted(found, key=lambda one: one.ref.value)
-            if one.picture is not None and one.fetched.reason == "ok"
+            if one.image is not None and one.fetched.reason == "ok"
         }
-        features = encode_pictures(pictures, self._encoders)
+        features = encode_source_images(images, self._encoders)
         self.reach("encode.images")
         outcomes = {one.ref: one for one in found}
         asked = (instance for instance in instances if instance.image_ref in outcomes)
         rows = [ledger_row(i, outcomes[i.image_ref], features) for i in asked]
         features |= reused.features
         # Before the samples are taken, as their failures are told of first.
-        with_picture = [instance for instance in instances if instance.image_ref in features]
-        texts = encode_contexts(with_picture, self._encoders, self._recipe)
+        with_image = [instance for instance in instances if instance.image_ref in features]
+        texts = encode_contexts(with_image, self._encoders, self._recipe)
         samples = build_samples(
-            with_picture, {**pictures, **reused.pictures}, features, texts, self._recipe, sources
+            with_image, {**images, **reused.images}, features, texts, self._recipe, sources
         )
         return Encoded(samples, [with_text(r, texts) for r in (*rows, *reused.rows(instances))])
 

@@ -17,7 +17,7 @@ from d2i.preprocess.decoder import Decoder
 from d2i.preprocess.fetch.result import FetchResult
 from d2i.preprocess.fetch.sources import ImageSource
 from d2i.preprocess.inline_images import read_inline
-from d2i.preprocess.messages import FetchedPicture, ShardTask, SourcePicture, keeps_source
+from d2i.preprocess.messages import FetchedImage, ShardTask, SourceImage, keeps_source
 from d2i.preprocess.progress import Tally
 from d2i.preprocess.reuse import Reuse, ReusedSplits
 
@@ -31,7 +31,7 @@ _BLOCK_BYTES = 8 << 20
 class FetchWorkerBuilder:
     """Builds the worker where it runs; picklable."""
 
-    pictures: ImageSource
+    images: ImageSource
     recipe: Recipe
     tally: SharedActor[Tally]
     fault: JobFault | None = None
@@ -47,14 +47,14 @@ class FetchWorker:
 
     def __init__(self, builder: FetchWorkerBuilder) -> None:
         self._recipe = builder.recipe
-        self._source = builder.pictures
+        self._source = builder.images
         self._tally = builder.tally
         self._fault = builder.fault
         self._reused = ReusedSplits(builder.reuse)
         fetch = builder.recipe.fetch
         self._decoder = Decoder(builder.recipe.image, fetch.decode_timeout_s, fetch.max_decode_mib)
 
-    def stream(self, task: ShardTask) -> Iterator[list[FetchedPicture]]:
+    def stream(self, task: ShardTask) -> Iterator[list[FetchedImage]]:
         """Yield what came of each distinct picture of a shard, in the order in which it came.
 
         Raises:
@@ -63,10 +63,10 @@ class FetchWorker:
         instances = task.instances()
         known = self._reused.known(task, self._recipe)
         kept = {i.image_ref for i in instances if keeps_source(i, self._recipe)}
-        block: list[FetchedPicture] = []
+        block: list[FetchedImage] = []
         for found in self._source.fetch(
             {instance.image_ref for instance in instances} - known,
-            lambda ref, fetched: open_picture(ref, fetched, self._decoder, is_kept=ref in kept),
+            lambda ref, fetched: open_image(ref, fetched, self._decoder, is_kept=ref in kept),
             partial(read_inline, task.split_url),
         ):
             self._reach("fetch.picture")
@@ -78,7 +78,7 @@ class FetchWorker:
         self._reach("fetch.shard")
         yield self._counted(block)
 
-    def _counted(self, block: list[FetchedPicture]) -> list[FetchedPicture]:
+    def _counted(self, block: list[FetchedImage]) -> list[FetchedImage]:
         self._tally.call("add", [found.fetched.reason for found in block])
         return block
 
@@ -101,13 +101,13 @@ class FetchWorker:
             self._fault.reach(point)
 
 
-def _num_source_bytes(block: list[FetchedPicture]) -> int:
+def _num_source_bytes(block: list[FetchedImage]) -> int:
     return sum(len(found.fetched.data or b"") for found in block)
 
 
-def open_picture(
+def open_image(
     ref: ImageRef, fetched: FetchResult, decoder: Decoder, *, is_kept: bool
-) -> FetchedPicture:
+) -> FetchedImage:
     """Decode and crop fetched bytes, or pass the failure on with its reason.
 
     Args:
@@ -119,16 +119,16 @@ def open_picture(
     picture = None
     if fetched.data is not None:
         try:
-            picture = _source_picture(fetched.data, decoder)
+            picture = _source_image(fetched.data, decoder)
         except ImageRejectedError as err:
             fetched = fetched.refused(err.reason, str(err))
     handed_on = fetched if is_kept else fetched.without_data()
-    return FetchedPicture(ref, handed_on, picture, time.time())
+    return FetchedImage(ref, handed_on, picture, time.time())
 
 
-def _source_picture(data: bytes, decoder: Decoder) -> SourcePicture:
+def _source_image(data: bytes, decoder: Decoder) -> SourceImage:
     found = decoder.decode(data)
-    return SourcePicture(
+    return SourceImage(
         pixels=found.pixels,
         suffix=found.suffix,
         width=found.width,

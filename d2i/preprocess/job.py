@@ -209,7 +209,7 @@ def _make_shards(
     tally = create_shared(Tally(), num_workers=request.num_workers)
     reuse = None if request.reuse is None else Reuse(storage.resolve(request.reuse))
     stages = Pipeline(
-        FetchWorkerBuilder(_pictures(request), request.recipe, tally, fault, reuse),
+        FetchWorkerBuilder(_images(request), request.recipe, tally, fault, reuse),
         EncodeWorkerBuilder(request.recipe, tuple(_split_urls(request, plans)), fault, reuse),
         num_consumers=request.num_workers,
         num_producers=request.num_fetchers,
@@ -323,7 +323,7 @@ def _forget_fingerprint(split_url: str) -> None:
     checksums.remove(fingerprint_url(split_url))
 
 
-def _pictures(request: PreprocessRequest) -> ImageSource:
+def _images(request: PreprocessRequest) -> ImageSource:
     fetch = request.recipe.fetch
     return ImageSource(
         request.recipe.corpus.image_root or source_folder(storage.resolve(request.source)),

@@ -60,7 +60,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourcePicture(SourceFile):
+class SourceImage(SourceFile):
     """A picture that is to be encoded: its file, and its square crop, uint8 (R, R, 3)."""
 
     pixels: NDArray[np.uint8]
@@ -80,19 +80,19 @@ def keeps_source(instance: Instance, recipe: Recipe) -> bool:
 
 
 @dataclass(frozen=True)
-class FetchedPicture:
+class FetchedImage:
     """What came of one distinct picture.
 
     Args:
         ref: Which picture.
         fetched: How asking for it ended; with the source bytes where the shard keeps them.
-        picture: The picture, where it can be used.
+        image: The picture, where it can be used.
         time_s: Unix time at which it was opened.
     """
 
     ref: ImageRef
     fetched: FetchResult
-    picture: SourcePicture | None
+    image: SourceImage | None
     time_s: float
 
 

@@ -28,7 +28,7 @@ from d2i.preprocess.ledger import (
     read_shard_ledger,
     write_ledger,
 )
-from d2i.preprocess.messages import FetchedPicture
+from d2i.preprocess.messages import FetchedImage
 from d2i.shards import Commit, committed_names, copied_samples, read_commits, write_shard
 
 REASON = "placeholder"
@@ -36,8 +36,8 @@ _HASH = "sha256_hash"
 
 
 def refuse_placeholders(
-    found: Iterable[FetchedPicture], known: Set[str], num_same: int
-) -> list[FetchedPicture]:
+    found: Iterable[FetchedImage], known: Set[str], num_same: int
+) -> list[FetchedImage]:
     """Refuse the pictures that are one and the same under many addresses.
 
     Args:
@@ -45,12 +45,12 @@ def refuse_placeholders(
         known: sha256 of placeholders found before.
         num_same: As many addresses with one picture make it a placeholder; 0: none do.
     """
-    pictures = list(found)
-    counts = Counter(p.picture.sha256 for p in pictures if p.picture and _was_asked(p))
+    images = list(found)
+    counts = Counter(p.image.sha256 for p in images if p.image and _was_asked(p))
     refused = known | {sha256 for sha256, num in counts.items() if 0 < num_same <= num}
     return [
-        _refused(p) if p.picture and p.picture.sha256 in refused and _was_asked(p) else p
-        for p in pictures
+        _refused(p) if p.image and p.image.sha256 in refused and _was_asked(p) else p
+        for p in images
     ]
 
 
@@ -67,7 +67,7 @@ def placeholders_of(split_url: str, num_same: int) -> frozenset[str]:
         with HashPartitions(Path(scratch) / "pictures.arrow", _HASH) as dealt:
             columns = ["sha256", "image", "final_url"]
             for _, table in ledger_tables(split_url, columns, shards=committed_names(split_url)):
-                dealt.add(_asked_pictures(table))
+                dealt.add(_asked_images(table))
         for part in dealt.buckets():
             counts = part.group_by("sha256").aggregate([("image", "count_distinct")])
             many = counts.filter(pc.greater_equal(counts["image_count_distinct"], num_same))
@@ -142,16 +142,16 @@ class RetractionWorker:
         return len(withdrawn)
 
 
-def _asked_pictures(ledger: pa.Table) -> pa.Table:
+def _asked_images(ledger: pa.Table) -> pa.Table:
     """Return sha256 and address of the pictures that came from one, and what deals them out."""
     came = pc.and_(pc.is_valid(ledger["sha256"]), pc.is_valid(ledger["final_url"]))
-    pictures = ledger.filter(came).select(["sha256", "image"])
-    digits = pc.utf8_slice_codeunits(pictures["sha256"], 0, 16).to_pylist()
+    images = ledger.filter(came).select(["sha256", "image"])
+    digits = pc.utf8_slice_codeunits(images["sha256"], 0, 16).to_pylist()
     hashes = np.frombuffer(bytes.fromhex("".join(digits)), ">u8").astype(np.uint64)
-    return pictures.append_column(_HASH, pa.array(hashes, pa.uint64()))
+    return images.append_column(_HASH, pa.array(hashes, pa.uint64()))
 
 
-def _was_asked(found: FetchedPicture) -> bool:
+def _was_asked(found: FetchedImage) -> bool:
     """Say whether a picture came from an address: equal files are somebody's own matter."""
     return found.fetched.final_url is not None
 
@@ -168,7 +168,7 @@ def _is_withdrawn(row: LedgerRow, placeholders: Set[str]) -> bool:
     return row.status == "ok" and row.final_url is not None and row.sha256 in placeholders
 
 
-def _refused(found: FetchedPicture) -> FetchedPicture:
+def _refused(found: FetchedImage) -> FetchedImage:
     return replace(found, fetched=replace(found.fetched, reason=REASON, detail=_DETAIL))
 
 

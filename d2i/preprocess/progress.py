@@ -35,7 +35,7 @@ class JobProgress:
 
     num_instances: int
     num_done: int = 0
-    num_pictures: int = 0
+    num_images: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -46,7 +46,7 @@ class JobProgress:
     def look(self, tally: SharedActor[Tally]) -> None:
         """See how far fetching is."""
         num_ok, self.failures = tally.call("state")
-        self.num_pictures = num_ok + sum(self.failures.values())
+        self.num_images = num_ok + sum(self.failures.values())
 
     def line(self) -> str:
         """Return counts, rates, time left and the failed pictures by reason."""
@@ -56,6 +56,6 @@ class JobProgress:
         failed = ", ".join(f"{n} {reason}" for reason, n in sorted(self.failures.items()))
         return (
             f"{self.num_done}/{self.num_instances} instances  {rate:.0f}/s  {left}"
-            f"  fetched: {self.num_pictures} pictures, {self.num_pictures / passed_s:.0f}/s"
+            f"  fetched: {self.num_images} pictures, {self.num_images / passed_s:.0f}/s"
             f"  failed: {failed or 'none'}"
         )

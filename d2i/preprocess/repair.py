@@ -22,7 +22,7 @@ from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
 from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, NetworkPolicy, build_rate_limiter
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.job_files import JobFiles, lost_files
-from d2i.preprocess.messages import FetchedPicture
+from d2i.preprocess.messages import FetchedImage
 from d2i.preprocess.plan import fingerprint_url
 from d2i.preprocess.progress import Tally
 from d2i.preprocess.repair_plan import broken_tasks, lost_records, unknown_shards, unknown_task
@@ -220,10 +220,10 @@ class _RepairedSet:
 
     def _stages(
         self, job: JobFiles, recipe: Recipe
-    ) -> Pipeline[RepairTask, list[FetchedPicture], RepairResult]:
+    ) -> Pipeline[RepairTask, list[FetchedImage], RepairResult]:
         request = self.request
         fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
-        pictures = ImageSource(
+        images = ImageSource(
             recipe.corpus.image_root or source_folder(job.source()),
             recipe.fetch,
             request.access,
@@ -233,7 +233,7 @@ class _RepairedSet:
         )
         tally = create_shared(Tally(), num_workers=request.num_workers)
         return Pipeline(
-            FetchWorkerBuilder(pictures, recipe, tally, fault),
+            FetchWorkerBuilder(images, recipe, tally, fault),
             RepairWorkerBuilder(EncodeWorkerBuilder(recipe, (self.url,), fault)),
             num_consumers=request.num_workers,
             num_producers=request.num_fetchers,

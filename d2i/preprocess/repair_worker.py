@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from d2i.errors import ShardError
 from d2i.preprocess.encode_worker import Encoded, EncodeWorker, EncodeWorkerBuilder
 from d2i.preprocess.ledger import count_failures
-from d2i.preprocess.messages import FetchedPicture, ShardTask
+from d2i.preprocess.messages import FetchedImage, ShardTask
 from d2i.preprocess.spill_buffer import source_bytes
 from d2i.shards import Commit, Sample, intact_samples, write_shard
 
@@ -57,7 +57,7 @@ class RepairWorker:
     def __init__(self, encode: EncodeWorker) -> None:
         self._encode = encode
 
-    def run(self, task: RepairTask, blocks: Iterable[list[FetchedPicture]]) -> RepairResult:
+    def run(self, task: RepairTask, blocks: Iterable[list[FetchedImage]]) -> RepairResult:
         """Publish the very shard that was there, or say why that is not possible."""
         with source_bytes(task.split_url) as sources:
             found = list(sources.taken_from(blocks))

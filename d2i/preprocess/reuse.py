@@ -42,7 +42,7 @@ class Reuse:
 class Reused:
     """What is known of a shard's pictures already, each by its reference."""
 
-    pictures: dict[ImageRef, SourceFile] = field(default_factory=dict)
+    images: dict[ImageRef, SourceFile] = field(default_factory=dict)
     features: dict[ImageRef, ImageFeatures] = field(default_factory=dict)
     failures: dict[ImageRef, LedgerRow] = field(default_factory=dict)
 
@@ -51,8 +51,8 @@ class Reused:
         for instance in instances:
             if instance.image_ref in self.failures:
                 yield replace(self.failures[instance.image_ref], key=instance.key)
-            elif instance.image_ref in self.pictures:
-                yield _row(instance, self.pictures[instance.image_ref])
+            elif instance.image_ref in self.images:
+                yield _row(instance, self.images[instance.image_ref])
 
 
 NOTHING_REUSED = Reused()
@@ -100,7 +100,7 @@ class ReusedSplit:
     def __init__(self, url: str) -> None:
         self._reader = ShardReader(url)
         self._places_of_keys = KeyIndex(self._reader.keys)
-        tables = [table.filter(_lacks_picture(table)) for _, table in ledger_tables(url)]
+        tables = [table.filter(_lacks_image(table)) for _, table in ledger_tables(url)]
         self._failures = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
         self._places_of_failures = KeyIndex(self._failures["key"].to_pylist())
 
@@ -145,7 +145,7 @@ class ReusedSplit:
             suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), "")
             if suffix:
                 sources.put(ref, members[suffix])
-            reused.pictures[ref] = _source_file(members["json"], suffix)
+            reused.images[ref] = _source_file(members["json"], suffix)
             reused.features[ref] = ImageFeatures(
                 npy_array(members["moments.npy"]), npy_array(members["clip.npy"])
             )
@@ -175,7 +175,7 @@ class ReusedSplit:
         }
 
 
-def _lacks_picture(table: pa.Table) -> pa.ChunkedArray:
+def _lacks_image(table: pa.Table) -> pa.ChunkedArray:
     """Say which instances failed for their picture: the text of the others is made anew."""
     failed = pc.not_equal(table["status"], "ok")
     return pc.and_(failed, pc.not_equal(table["reason"], NON_FINITE_TEXT))

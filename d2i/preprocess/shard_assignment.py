@@ -91,13 +91,13 @@ def _sorted_rows(table: pa.Table, max_rank: int) -> pa.Array:
 
 def _shard_ends(hashes: NDArray[np.uint64], num_samples: int) -> Iterator[int]:
     """Give where shards end that begin with these rows, as far as their end is among them."""
-    picture_starts = np.flatnonzero(hashes[1:] != hashes[:-1]) + 1
+    image_starts = np.flatnonzero(hashes[1:] != hashes[:-1]) + 1
     begin = 0
     while True:
-        at = np.searchsorted(picture_starts, begin + num_samples)
-        if at == len(picture_starts):
+        at = np.searchsorted(image_starts, begin + num_samples)
+        if at == len(image_starts):
             return
-        begin = int(picture_starts[at])
+        begin = int(image_starts[at])
         yield begin
 
 

@@ -13,7 +13,7 @@ from typing import IO
 
 from d2i import storage
 from d2i.dialog import ImageRef
-from d2i.preprocess.messages import FetchedPicture
+from d2i.preprocess.messages import FetchedImage
 
 
 class SpillBuffer:
@@ -40,18 +40,18 @@ class SpillBuffer:
         self._file.seek(start)
         return self._file.read(size_bytes)
 
-    def taken_from(self, blocks: Iterable[list[FetchedPicture]]) -> Iterator[FetchedPicture]:
+    def taken_from(self, blocks: Iterable[list[FetchedImage]]) -> Iterator[FetchedImage]:
         """Yield pictures without their source bytes, and keep those."""
         return (self._taken(found) for block in blocks for found in block)
 
-    def _taken(self, found: FetchedPicture) -> FetchedPicture:
-        data, picture = found.fetched.data, found.picture
-        if data is None or picture is None:
+    def _taken(self, found: FetchedImage) -> FetchedImage:
+        data, image = found.fetched.data, found.image
+        if data is None or image is None:
             return found
         self.put(found.ref, data)
         # Pixels that came through Ray lie in one block with the bytes, and would hold it there.
-        picture = replace(picture, pixels=picture.pixels.copy())
-        return replace(found, fetched=found.fetched.without_data(), picture=picture)
+        image = replace(image, pixels=image.pixels.copy())
+        return replace(found, fetched=found.fetched.without_data(), image=image)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def plan_supplements(split_url: str, num_shards: int, num_samples: int) -> list[
     """
     planned = read_supplements(split_url)
     _refuse_unlisted(split_url, num_shards, planned)
-    again = _passing(split_url, num_shards)
+    again = _transient_failures(split_url, num_shards)
     for index, part in enumerate(_parts(again, num_samples), start=num_shards + len(planned)):
         instances = sorted((instance for instance, _ in part), key=lambda i: i.key)
         sha256 = write_records(records_url(split_url, index), records_table(instances))
@@ -129,7 +129,7 @@ def net_failures(rows: Iterable[LedgerRow], before: dict[str, int]) -> dict[str,
     return {reason: count for reason, count in sorted(change.items()) if count}
 
 
-def _passing(split_url: str, num_shards: int) -> Iterator[tuple[Instance, str]]:
+def _transient_failures(split_url: str, num_shards: int) -> Iterator[tuple[Instance, str]]:
     """Give the instances that failed in passing, by shard and picture, with the reason."""
     columns, plan = ["key", "status", "reason"], read_plan(split_url)
     for index, table in ledger_tables(split_url, columns, shards=range(num_shards)):

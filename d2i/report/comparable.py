@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from d2i.metric_specs import METRICS
 from d2i.report.evaluation import Evaluation, lossy_codec
-from d2i.report.paper_tables import why_not_earned
+from d2i.report.paper_rows import why_not_earned
 
 _CORPORA = {"photochat": "PhotoChat", "mmdialog": "MMDialog", "made world": "the made world"}
 KeyT = TypeVar("KeyT", bound=Hashable)

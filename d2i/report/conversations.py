@@ -8,7 +8,7 @@ from typing import Any
 from d2i.errors import DataError
 from d2i.report.dataset import Conversation, read_conversations
 from d2i.report.evaluation import Evaluation, column_names
-from d2i.report.html import OmittedSection, Section, picture, text
+from d2i.report.html import OmittedSection, Section, image_tag, text
 
 NUM_CONVERSATIONS = 12
 _TITLE = "Conversations"
@@ -47,7 +47,7 @@ def render_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]
     """
     wanted = [conversation.key for conversation in shown]
     drawn = [
-        evaluation.read_pictures([key for key in wanted if key in evaluation.picture_urls])
+        evaluation.read_images([key for key in wanted if key in evaluation.image_urls])
         for evaluation in evaluations
     ]
     return "".join(_row(conversation, evaluations, drawn) for conversation in shown)
@@ -71,7 +71,7 @@ def _cases(groups: Sequence[Sequence[Evaluation]], cases: Sequence[str]) -> str:
         shown = [found[key] for key in wanted if key in found]
         unknown -= found.keys()
         for conversation in shown:
-            if not any(conversation.key in e.picture_urls for e in group):
+            if not any(conversation.key in e.image_urls for e in group):
                 raise DataError(
                     f"--case {conversation.key}: its picture was kept by no evaluation; expected "
                     "one at least; evaluate with --save-images all"
@@ -79,7 +79,7 @@ def _cases(groups: Sequence[Sequence[Evaluation]], cases: Sequence[str]) -> str:
         bodies.append(render_rows(shown, group))
     if unknown:
         key = next(key for key in wanted if key in unknown)
-        example = read_conversations(_data_url(groups[0]), groups[0][0].picture_urls, 1)
+        example = read_conversations(_data_url(groups[0]), groups[0][0].image_urls, 1)
         such = f", such as {example[0].key}" if example else ""
         raise DataError(
             f"--case {key}: no instance of {_data_url(groups[0])} has this key; expected a key "
@@ -93,7 +93,7 @@ def _data_url(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _part(evaluations: Sequence[Evaluation]) -> str | OmittedSection:
-    keys = set(evaluations[0].picture_urls).intersection(*(e.picture_urls for e in evaluations))
+    keys = set(evaluations[0].image_urls).intersection(*(e.image_urls for e in evaluations))
     if not keys:
         return OmittedSection(
             _TITLE, "no picture was kept for any conversation that all systems drew"
@@ -133,11 +133,11 @@ def _row(
     wanted = next((example["wanted"] for example in examples if example), None)
     shows = f": {', '.join(map(str, wanted.values()))}" if wanted else f" of {key}"
     alt = f"True picture{shows}"
-    figures = [_figure("True picture", conversation.picture, alt, _wanted(wanted))]
-    for name, pictures, example in zip(column_names(evaluations), drawn, examples, strict=True):
+    figures = [_figure("True picture", conversation.image, alt, _wanted(wanted))]
+    for name, images, example in zip(column_names(evaluations), drawn, examples, strict=True):
         alt = f"{name}: picture drawn for {key}"
         figures.append(
-            _figure(name, pictures[key], alt, _read(example)) if key in pictures else _absent(name)
+            _figure(name, images[key], alt, _read(example)) if key in images else _absent(name)
         )
     return (
         f'<article class="conversation" aria-label="{text(key)}">{_chat(conversation)}'
@@ -157,7 +157,7 @@ def _chat(conversation: Conversation) -> str:
 
 def _figure(name: str, data: bytes | None, alt: str, attributes: str) -> str:
     caption = f"<figcaption>{text(name)}</figcaption>"
-    return f"<figure>{caption}{picture(data, alt)}{attributes}</figure>"
+    return f"<figure>{caption}{image_tag(data, alt)}{attributes}</figure>"
 
 
 def _absent(name: str) -> str:

@@ -12,7 +12,7 @@ from d2i.report.document import render_document, render_header
 from d2i.report.html import Section, card, counted, figure, percent, table, text
 from d2i.report.leaks import leaks_section, named_leaks
 from d2i.report.lengths import lengths_section
-from d2i.report.record_issues import pictures_section, problems_section
+from d2i.report.record_issues import images_section, problems_section
 from d2i.report.variants import variants_section
 
 _ROWS = (
@@ -50,7 +50,7 @@ def _page(survey: Mapping[str, Any]) -> str:
         variants_section(survey),
         leaks_section(survey),
         problems_section(splits),
-        pictures_section(splits),
+        images_section(splits),
     ]
     title = f"{survey['corpus']} corpus: {survey['source']}"
     footer = (

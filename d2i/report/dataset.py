@@ -21,7 +21,7 @@ class Conversation:
 
     key: str
     turns: tuple[tuple[int, str], ...]
-    picture: bytes | None
+    image: bytes | None
 
 
 def read_conversations(data_url: str, keys: Collection[str], count: int) -> list[Conversation]:

@@ -13,13 +13,13 @@ from typing import Any
 from d2i import checksums, markers, parse, storage
 from d2i.errors import DataError
 from d2i.metric_specs import METRICS
-from d2i.report.paper_tables import label_of
+from d2i.report.paper_rows import label_of
 
 _WRITE_AGAIN = "repeat the command that wrote it"
 _DRAW_AGAIN = "remove the tasks/*.npz of its instances and repeat d2i eval: they are drawn again"
 MAX_NAMED = 4
 """More evaluations than that are a study: too many to name in a sentence, or to be columns."""
-_MAX_PICTURE_BYTES = 1 << 26
+_MAX_IMAGE_BYTES = 1 << 26
 # What decides a score beside the system itself.
 _DECIDING_FIELDS = (
     "manifest_sha256",
@@ -51,14 +51,14 @@ class Evaluation:
         warnings: Warnings about them, one line each.
         card: The metric card: everything that decides the scores.
         judged: Attributes read from the pictures by a rule, where a judge ran; fractions are 0..1.
-        picture_urls: The tar that holds the generated picture of each key kept.
+        image_urls: The tar that holds the generated picture of each key kept.
     """
 
     url: str
     scores: Mapping[str, float | int | None]
     card: Mapping[str, Any]
     judged: Mapping[str, Any] | None
-    picture_urls: Mapping[str, str]
+    image_urls: Mapping[str, str]
     intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
@@ -67,15 +67,15 @@ class Evaluation:
         """What to call the system in a heading."""
         return label_of(self.card) or self.url
 
-    def read_pictures(self, keys: Collection[str]) -> dict[str, bytes]:
+    def read_images(self, keys: Collection[str]) -> dict[str, bytes]:
         """Read the PNG bytes of the named keys, in one pass over each tar that holds any.
 
         Raises:
             DataError: If a tar is damaged or a picture is larger than 64 MiB.
         """
         found: dict[str, bytes] = {}
-        for url in sorted({self.picture_urls[key] for key in keys}):
-            wanted = {f"{key}.png" for key in keys if self.picture_urls[key] == url}
+        for url in sorted({self.image_urls[key] for key in keys}):
+            wanted = {f"{key}.png" for key in keys if self.image_urls[key] == url}
             found |= _read_members(url, wanted)
         return found
 
@@ -100,7 +100,7 @@ def read_evaluation(eval_dir: str | PathLike[str]) -> Evaluation:
         document["scores"],
         document["card"],
         judged,
-        _picture_urls(url),
+        _image_urls(url),
         _possible(document.get("intervals", {})),
         document.get("warnings", ()),
     )
@@ -195,7 +195,7 @@ def _is_before_and_after(evaluations: Sequence[Evaluation]) -> bool:
     return same_backbone and is_of_run and not is_scratch
 
 
-def _picture_urls(url: str) -> dict[str, str]:
+def _image_urls(url: str) -> dict[str, str]:
     paths = [f"images/{n}" for n in storage.list_names(storage.join(url, "images"))]
     tars = [path for path in paths if path.endswith(".tar")]
     sums = markers.read_markers(storage.join(url, "tasks"), next_step=_DRAW_AGAIN)
@@ -224,7 +224,7 @@ def _read_members(url: str, names: Collection[str]) -> dict[str, bytes]:
         for member in tar:
             if member.name not in names:
                 continue
-            if member.size > _MAX_PICTURE_BYTES:
+            if member.size > _MAX_IMAGE_BYTES:
                 raise DataError(f"{url}: {member.name} has {member.size} bytes, expected a picture")
             file = tar.extractfile(member)
             if file is not None:

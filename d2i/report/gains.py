@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from d2i.metric_specs import PAPER_METRICS
 from d2i.report.evaluation import Evaluation
 from d2i.report.html import is_number
-from d2i.report.paper_tables import PaperScores, paper_gain
+from d2i.report.paper_rows import PaperScores, paper_gain
 from d2i.report.score_rows import Gains
 
 

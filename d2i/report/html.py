@@ -124,15 +124,15 @@ def card(
     )
 
 
-def picture(data: bytes | None, alt: str) -> str:
+def image_tag(data: bytes | None, alt: str) -> str:
     """Make an `<img>` that holds its picture, or say that there is none to show."""
-    address = None if data is None else picture_uri(data)
+    address = None if data is None else image_uri(data)
     if address is None:
         return f'<div class="no-picture" role="img" aria-label="{text(alt)}">not readable</div>'
     return f'<img src="{address}" alt="{text(alt)}">'
 
 
-def picture_uri(data: bytes) -> str | None:
+def image_uri(data: bytes) -> str | None:
     """Return a picture as a data URI, made smaller where it is large; None where it is broken.
 
     Only still pictures in formats that browsers share are passed on as they are.

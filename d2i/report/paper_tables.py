@@ -1,19 +1,10 @@
-"""The paper's tables (2, 3 and 5): its own numbers, and d2i's beside them.
-
-`paper.json` holds what could be read in the published text; null is what could not.
-"""
+"""The paper's systems and recipes, ours beside theirs (Tables 2 and 5)."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from importlib.resources import files
-from typing import Any
 
-from d2i.metric_specs import PAPER_METRICS
 from d2i.recipes import RECIPES
 from d2i.report.comparable import (
     corpus_title,
@@ -25,6 +16,17 @@ from d2i.report.comparable import (
 )
 from d2i.report.evaluation import Evaluation, disambiguate
 from d2i.report.gains import find_start, gains
+from d2i.report.paper_rows import (
+    BACKBONES,
+    earned_row,
+    paper_notes,
+    paper_row,
+    paper_table2,
+    paper_table5,
+    paper_words,
+    why_not_beside,
+    why_not_earned,
+)
 from d2i.report.score_rows import NO_PAPER, score_row, score_table
 from d2i.report.tabulated import Cell, Row, Table
 
@@ -136,281 +138,3 @@ def _heading(corpus: str, evaluation: Evaluation) -> str:
 
 def _is_beside_paper(part: Sequence[Evaluation]) -> bool:
     return any(not why_not_beside(evaluation.card) for evaluation in part)
-
-
-PUBLISHED_EXTRACTOR = "inception-v3-compat 6726825d"
-"""What FID and IS of the paper are computed on; beside any other its numbers say nothing."""
-BACKBONES = {
-    "uvit-s": "U-ViT-Small",
-    "uvit-s-deep": "U-ViT-Small(Deep)",
-    "unidiffuser-v1": "UniDiffuser-v1",
-}
-"""The paper's names of the backbones."""
-OURS = " + ours"
-"""What the paper adds to them after fine-tuning."""
-SYSTEM_OF_TABLE_3 = BACKBONES["unidiffuser-v1"] + OURS
-_UNCLIP = "it is unCLIP (Karlo), the paper's DALL-E 2 is LAION's dalle2-laion"
-_MAX_COUNT_DIFFERENCE = 0.05
-"""How far, as a share, a test split may be from the paper's: releases and readers differ by a few
-broken records; `--limit` and other corpora by far more."""
-_MIN_SCORED = 0.8
-"""The share of it that must be scored: addresses die, and scores of few pictures are others."""
-
-
-PaperScores = Mapping[str, tuple[float | None, float | None]]
-"""Value and deviation of one row by key of the metric; None where the paper's was not readable."""
-
-
-def label_of(card: Mapping[str, Any]) -> str | None:
-    """Return what to call a system, or None where its card has no name.
-
-    An unCLIP pipeline has Karlo's name, and never that of the paper's DALL-E 2, which is another:
-    evaluations made before call it so, and `dalle2` its kind.
-    """
-    label = card.get("label") or card.get("system")
-    if card.get("kind") in ("unclip", "dalle2") and _letters(str(label)) == "dalle2":
-        return "unCLIP (Karlo)"
-    return str(label) if label else None
-
-
-def paper_row(card: Mapping[str, Any], strategy: str = "hash") -> str:
-    """Name a system: by the paper's row where it earned it, else by its own label.
-
-    Args:
-        card: The metric card.
-        strategy: The linearization that the row is of.
-    """
-    return earned_row(card, strategy) or own_name(card)
-
-
-def own_name(card: Mapping[str, Any]) -> str:
-    """Return a system's own label, which is said not to be the paper's where it has its words."""
-    label = str(label_of(card))
-    # The names that the paper gives its own systems are taken, wherever its rows may stand.
-    taken = _rows_of_backbones() if why_not_beside(card) else _rows_by_letters().values()
-    is_taken = _letters(label) in map(_letters, taken)
-    return f"{label}, not the paper's" if is_taken else label
-
-
-def earned_row(card: Mapping[str, Any], strategy: str = "hash") -> str | None:
-    """Return the row of the paper's tables that a system earned, or None."""
-    if why_not_beside(card) or why_not_its_row(card, strategy):
-        return None
-    return _row_name(card)
-
-
-def why_not_earned(card: Mapping[str, Any], strategy: str = "hash") -> list[str]:
-    """Say what keeps a system from a row of the paper; empty also where it has none for it."""
-    if _row_name(card) is None:
-        return []
-    return [*why_not_beside(card), *why_not_its_row(card, strategy)]
-
-
-def why_not_beside(card: Mapping[str, Any]) -> list[str]:
-    """Say what keeps the paper's numbers away from scores, whatever the system.
-
-    Returns:
-        A phrase for each; none where they are of the paper's test split, by its feature extractor.
-    """
-    corpus = card.get("corpus")
-    if not paper_table2(str(corpus)):
-        return [f"the corpus is {corpus or 'not recorded'}"]
-    return [*_of_extractor(card), *_of_test_split(card, _num_test(str(corpus)))]
-
-
-def why_not_its_row(card: Mapping[str, Any], strategy: str = "hash") -> list[str]:
-    """Say what keeps a system from the row of the paper that has its name; empty for nothing."""
-    found = list(_of_count(card))
-    if card.get("backbone") in BACKBONES:
-        return [*_of_sizes(card), *_of_weights(card), *_of_text(card, strategy), *found]
-    if _row_name(card) in _rows_of_backbones():
-        found.append("its sizes and its initial weights are not recorded")
-    if card.get("kind") in ("unclip", "dalle2"):
-        found.append(_UNCLIP)
-    return found
-
-
-def paper_table2(corpus: str) -> dict[str, PaperScores]:
-    """Return the rows of Table 2 for a corpus, in the paper's order; empty for any other."""
-    rows = _paper()["table2"].get(corpus, {})
-    return {name: _scores(row) for name, row in rows.items() if isinstance(row, dict)}
-
-
-def paper_table3() -> dict[str, PaperScores]:
-    """Return the rows of Table 3 by linearization: UniDiffuser-v1, fine-tuned, on PhotoChat."""
-    rows = _paper()["table3"]
-    return {name: _scores(row) for name, row in rows.items() if isinstance(row, dict)}
-
-
-def paper_table5() -> dict[str, dict[str, list[Any]]]:
-    """Return [resolution, global batch, devices] by corpus and backbone."""
-    rows: dict[str, Any] = _paper()["table5"]
-    return {corpus: row for corpus, row in rows.items() if isinstance(row, dict)}
-
-
-def paper_gain(rows: Mapping[str, PaperScores], name: str, key: str) -> float | None:
-    """Return a score of a fine-tuned row minus that of its backbone, as the paper's table has them.
-
-    Args:
-        rows: Of `paper_table2`.
-        name: The row.
-        key: Of the metric.
-    """
-    before = rows.get(name.removesuffix(OURS), {}).get(key, (None, None))[0]
-    after = rows.get(name, {}).get(key, (None, None))[0]
-    if not name.endswith(OURS) or before is None or after is None:
-        return None
-    # As many digits as are printed: a difference of two floats has more.
-    return round(after - before, 4)
-
-
-def paper_notes(table: str, corpus: str | None = None) -> list[str]:
-    """Return the footnotes of the paper's numbers: their source, and what is odd about them.
-
-    Args:
-        table: `table2` or `table3`.
-        corpus: With `table2`.
-    """
-    paper = _paper()
-    rows = paper[table][corpus] if corpus else paper[table]
-    notes = [f"(paper): {paper['source']}; {paper['blank']}."]
-    if "note" in rows:
-        notes.append(f"(paper): {rows['note']}.")
-    noted = {name: row["note"] for name, row in rows.items() if _is_noted(row)}
-    return notes + [f"(paper), {name}: {note}." for name, note in noted.items()]
-
-
-def paper_words(table: str, name: str, corpus: str | None = None) -> str:
-    """Say where the paper's numbers of a row are from, and what is odd about them."""
-    paper = _paper()
-    rows = paper[table][corpus] if corpus else paper[table]
-    row = rows.get(name)
-    notes = [row["note"]] if _is_noted(row) else []
-    # What a whole table is told of holds for its rows with a value missing.
-    if "note" in rows and isinstance(row, dict) and None in row.values():
-        notes.append(rows["note"])
-    said = f"the paper, Table {table.removeprefix('table')}"
-    return "; ".join([said, *notes])
-
-
-def _is_noted(row: Any) -> bool:
-    return isinstance(row, dict) and "note" in row
-
-
-def _of_extractor(card: Mapping[str, Any]) -> Iterator[str]:
-    if card.get("extractor") != PUBLISHED_EXTRACTOR:
-        yield f"the paper's are on {PUBLISHED_EXTRACTOR}, these on {card.get('extractor')}"
-
-
-def _of_test_split(card: Mapping[str, Any], num_test: int) -> Iterator[str]:
-    split, expected = card.get("split"), card.get("expected") or 0
-    if split != "test":
-        yield f"the split is {split or 'not recorded'}"
-    elif abs(expected - num_test) > _MAX_COUNT_DIFFERENCE * num_test:
-        yield f"the paper's are on {num_test:,} test instances, these on {expected:,}"
-    if options := card.get("corpus_options"):
-        words = ", ".join(f"corpus.{name}={value}" for name, value in options.items())
-        yield f"instances were made with {words}"
-
-
-def _of_count(card: Mapping[str, Any]) -> Iterator[str]:
-    found, expected = card.get("found") or 0, card.get("expected") or 0
-    if found < _MIN_SCORED * expected:
-        yield f"{found:,} of {expected:,} were scored"
-
-
-def _of_sizes(card: Mapping[str, Any]) -> Iterator[str]:
-    changed = card.get("changed_sizes")
-    if changed is None:
-        yield "its sizes are not recorded"
-        return
-    named = dict(changed)
-    if {"depth", "dim"} <= named.keys():
-        (depth, depth_there), (dim, dim_there) = named.pop("depth"), named.pop("dim")
-        yield f"{depth} blocks of width {dim}, published {depth_there} of {dim_there}"
-    for name, (size, published) in named.items():
-        yield f"{name} {size}, published {published}"
-
-
-def _of_weights(card: Mapping[str, Any]) -> Iterator[str]:
-    if "initial_weights" not in card:
-        yield "its initial weights are not recorded"
-        return
-    initial = card["initial_weights"] or {}
-    if initial.get("file") in (None, "scratch"):
-        yield "its initial weights are random"
-    elif initial.get("initialisation"):
-        yield "its initial weights are an initialisation, not trained"
-    elif not initial.get("layout"):
-        yield f"its initial weights, {initial['file']}, are in no published layout"
-
-
-def _of_text(card: Mapping[str, Any], strategy: str) -> Iterator[str]:
-    """Compare the text that was read, and that of training, with the recipe's."""
-    corpus = card.get("corpus")
-    recipe = RECIPES.get(f"{card.get('backbone')}-{corpus}")
-    if recipe is None:
-        return
-    # Whether shards hold the features of a text changes none.
-    published = recipe().text.model_dump(mode="json", exclude={"latents"}) | {"strategy": strategy}
-    read = {"evaluated": card.get("text")}
-    if card.get("run"):
-        read["trained"] = card.get("trained_text")
-        if card.get("trained_corpus") is None:
-            yield "the corpus that it was trained on is not recorded"
-        elif card["trained_corpus"] != corpus:
-            yield f"trained on {card['trained_corpus']}"
-    for how, text in read.items():
-        if text is None:
-            yield f"the text that it was {how} on is not recorded"
-            continue
-        for name, value in published.items():
-            if text.get(name, value) != value:
-                yield f"{how} with text.{name}={_json(text[name])}, the paper's {_json(value)}"
-
-
-def _json(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _row_name(card: Mapping[str, Any]) -> str | None:
-    """Return the row that a system would have; a label finds its, whatever capitals and hyphens."""
-    backbone = BACKBONES.get(str(card.get("backbone")))
-    if backbone is not None:
-        return backbone + (OURS if card.get("run") else "")
-    if card.get("backbone"):
-        return None
-    return _rows_by_letters().get(_letters(str(card.get("label") or card.get("system"))))
-
-
-def _rows_of_backbones() -> list[str]:
-    return [name + suffix for name in BACKBONES.values() for suffix in ("", OURS)]
-
-
-@cache
-def _rows_by_letters() -> dict[str, str]:
-    corpora = (rows for rows in _paper()["table2"].values() if isinstance(rows, dict))
-    return {_letters(name): name for rows in corpora for name in rows if name != "note"}
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[\W_]+", "", name).lower()
-
-
-def _num_test(corpus: str) -> int:
-    return int(_paper()["instances"][corpus]["test"])
-
-
-def _scores(row: Mapping[str, Any]) -> PaperScores:
-    found: dict[str, tuple[float | None, float | None]] = {}
-    for metric in PAPER_METRICS:
-        value = row.get(metric.key)
-        found[metric.key] = (value[0], value[1]) if isinstance(value, list) else (value, None)
-    return found
-
-
-@cache
-def _paper() -> dict[str, Any]:
-    content = files("d2i.report").joinpath("paper.json").read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(content)
-    return found

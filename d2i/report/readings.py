@@ -18,7 +18,7 @@ from d2i.report.comparable import (
     why_apart,
 )
 from d2i.report.evaluation import Evaluation, disambiguate
-from d2i.report.paper_tables import (
+from d2i.report.paper_rows import (
     SYSTEM_OF_TABLE_3,
     PaperScores,
     earned_row,

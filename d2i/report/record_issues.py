@@ -63,7 +63,7 @@ def _problem(reason: str, first: Mapping[str, str] | None) -> str:
     return f"{_heading(reason, _PROBLEMS)}{case}"
 
 
-def pictures_section(splits: Splits) -> Section | OmittedSection:
+def images_section(splits: Splits) -> Section | OmittedSection:
     """Count the picture files that can be read, and by reason those that cannot."""
     title = "Pictures that can be read"
     looked = {split: found["pictures"] for split, found in splits.items() if found["pictures"]}

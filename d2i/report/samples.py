@@ -9,7 +9,7 @@ from typing import Any
 from d2i import storage
 from d2i.report.dataset import speaking_turns
 from d2i.report.document import render_document, render_header
-from d2i.report.html import Section, card, counted, picture, table, text
+from d2i.report.html import Section, card, counted, image_tag, table, text
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,12 @@ def write_samples_page(
 
 def _section(number: int, sample: ShownSample) -> Section:
     key = str(sample.metadata["key"])
-    kept = _figure("As it was sent", picture(sample.kept, f"source picture of {key}"))
+    kept = _figure("As it was sent", image_tag(sample.kept, f"source picture of {key}"))
     if sample.kept is None:
         kept = _figure("As it was sent", "<p>not kept in this shard</p>")
-    decoded = _figure("As its latents decode", picture(sample.decoded, f"decoded latents of {key}"))
+    decoded = _figure(
+        "As its latents decode", image_tag(sample.decoded, f"decoded latents of {key}")
+    )
     body = (
         f'<article class="conversation">{_chat(sample.metadata["context"])}'
         f'<div class="pictures">{kept}{decoded}</div></article>{_facts(sample)}'

@@ -9,7 +9,7 @@ from d2i.metric_specs import METRICS, PAPER_METRICS, MetricSpec
 from d2i.report.comparable import card_summary, guidance_words
 from d2i.report.evaluation import Evaluation
 from d2i.report.html import is_number
-from d2i.report.paper_tables import PaperScores
+from d2i.report.paper_rows import PaperScores
 from d2i.report.tabulated import Cell, Row, Table
 
 NO_PAPER: PaperScores = {}

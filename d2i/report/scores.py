@@ -68,7 +68,7 @@ def _listed(names: Sequence[str]) -> str:
 def _scores_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
     card = evaluations[0].card
     extractor, found = text(card.get("extractor", "not named")), card.get("found")
-    pictures = f", {figure(found, ',')} pictures" if is_number(found) else ""
+    images = f", {figure(found, ',')} pictures" if is_number(found) else ""
     rows = [
         (f"{metric.long_title} {_direction(metric)}", [_score(e, metric) for e in evaluations])
         for metric in METRICS.values()
@@ -77,7 +77,7 @@ def _scores_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> st
     if any(evaluation.judged for evaluation in evaluations):
         rows.append(("Attributes right <small>higher is better</small>", _accuracies(evaluations)))
     head = ["Score", *(text(name) for name in names)]
-    caption = f"FID on {extractor}{pictures}"
+    caption = f"FID on {extractor}{images}"
     is_wide = len(evaluations) > MAX_NAMED
     return (
         _turned(head, rows, caption) if is_wide else table(head, rows, caption)

@@ -10,7 +10,8 @@ from d2i.report.conversations import group_by_instances, render_rows
 from d2i.report.dataset import read_conversations
 from d2i.report.evaluation import Evaluation
 from d2i.report.html import OmittedSection, Section, table, text
-from d2i.report.paper_tables import paper_table2, table2, table5
+from d2i.report.paper_rows import paper_table2
+from d2i.report.paper_tables import table2, table5
 from d2i.report.readings import context_ablation, table3
 from d2i.report.tabulated import Cell, Row, Table, shown
 
@@ -106,6 +107,6 @@ def _galleries(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _gallery(evaluations: Sequence[Evaluation], name: str, keys: Sequence[str]) -> str:
-    drawn = {*keys}.intersection(*(e.picture_urls for e in evaluations))
+    drawn = {*keys}.intersection(*(e.image_urls for e in evaluations))
     shown_rows = read_conversations(str(evaluations[0].card.get("data")), drawn, _NUM_SHOWN)
     return f"<h3>{text(name)}</h3>" + render_rows(shown_rows, evaluations)

@@ -19,7 +19,7 @@ from d2i.config import ImageConfig, Recipe
 from d2i.diffusion import dpm_solver, guided_unidiffuser, guided_uvit, join_state, split_state
 from d2i.diffusion.draws import normal
 from d2i.encoders import Vae, check_made_by
-from d2i.image_decode import crop_to_square, decode_picture, png_bytes
+from d2i.image_decode import crop_to_square, decode_image, png_bytes
 from d2i.models import build_backbone
 from d2i.models.model_dir import resolve_sizes
 from d2i.shards import ShardReader
@@ -71,7 +71,7 @@ class SampleGrid:
             latents = self._solve(network)
         pixels = self._vae.decode(latents / network.latent_scale, len(self._keys))
         columns = [
-            np.concatenate([_picture(true, pixels.shape[1]), drawn])
+            np.concatenate([_image(true, pixels.shape[1]), drawn])
             for true, drawn in zip(self._true, pixels, strict=True)
         ]
         metadata = {
@@ -116,8 +116,8 @@ class SampleGrid:
         return torch.from_numpy(latents.astype(np.float32)).to(self._device)
 
 
-def _picture(data: bytes | None, side: int) -> NDArray[np.uint8]:
+def _image(data: bytes | None, side: int) -> NDArray[np.uint8]:
     """The true picture as the network's own size, grey where it was not kept."""
     if data is None:
         return np.full((side, side, 3), 128, np.uint8)
-    return np.asarray(crop_to_square(decode_picture(data, ImageConfig()).image, side), np.uint8)
+    return np.asarray(crop_to_square(decode_image(data, ImageConfig()).image, side), np.uint8)

@@ -236,5 +236,5 @@ class Trainer:
         self._writer.finish()
         if self._grid:
             checkpoint = Checkpoint(step_folder(self._request.run_url, step))
-            picture = storage.join(self._request.run_url, "samples", f"step-{step}.png")
-            self._grid.generate(checkpoint, picture)
+            image = storage.join(self._request.run_url, "samples", f"step-{step}.png")
+            self._grid.generate(checkpoint, image)

@@ -16,7 +16,7 @@ from d2i import storage, tar_index
 from d2i.cluster import SharedActor
 from d2i.corpora import read_instances
 from d2i.demo.corpus import write_corpus
-from d2i.demo.picture import render_scene
+from d2i.demo.render import render_scene
 from d2i.demo.scene import all_scenes, is_held_out
 from d2i.dialog import ImageRef, Instance, key_order_hash, make_key
 from d2i.diffusion.draws import SampleDraws, integers, normal, uniform

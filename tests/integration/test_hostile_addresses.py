@@ -204,7 +204,7 @@ def test_every_case_ends_as_its_row(
     assert rows["test-redirected-0-0"].final_url == f"http://{host}/good"
 
 
-def test_a_host_that_never_answers_costs_three_deadlines(
+def test_deadline_ends_a_host_that_never_answers(
     tmp_path: Path, settings: list[str], servers: ExitStack
 ) -> None:
     """A listener whose backlog takes connections and says nothing."""

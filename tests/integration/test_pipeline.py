@@ -81,7 +81,7 @@ def ray_is_up() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("point", "nth"), [("fetch.picture", 1), ("fetch.picture", 13), ("encode.images", 3)]
 )
-def test_a_killed_worker_costs_its_task_alone(point: Point, nth: int) -> None:
+def test_actor_pool_replaces_a_killed_worker(point: Point, nth: int) -> None:
     fault = job_fault(Fault(point, "kill", nth), num_workers=2)
     stages = Pipeline(partial(Feeding, fault), partial(Finishing, fault), num_consumers=2)
     results = list(run_pipeline(stages, range(NUM_TASKS)))
@@ -90,7 +90,7 @@ def test_a_killed_worker_costs_its_task_alone(point: Point, nth: int) -> None:
     assert fault.passes.call("__getattribute__", "num_passed") >= nth, "it was reached"
 
 
-def test_without_ray_the_result_is_the_same() -> None:
+def test_pipeline_without_ray_gives_the_same_result() -> None:
     waited: list[None] = []
     stages = Pipeline(Feeding, Finishing, num_consumers=0)
     results = dict(run_pipeline(stages, range(NUM_TASKS), lambda: waited.append(None)))

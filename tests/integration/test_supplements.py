@@ -21,7 +21,7 @@ NUM = 12
 LATE, GONE = (1, 4, 7, 10), (2,)
 
 
-def test_only_what_may_have_passed_is_asked_for_again(tmp_path: Path, settings: list[str]) -> None:
+def test_transient_failures_alone_are_retried(tmp_path: Path, settings: list[str]) -> None:
     answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(NUM) if n not in GONE}
     down = {f"/{n}": sends(b"", 500) for n in LATE}
     with running(WebServer("127.0.0.1", answers | down)) as web:

@@ -20,8 +20,8 @@ from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import RecordError
 from d2i.dialog import ImageRef, Instance, Turn, linearize
 from d2i.errors import ConfigError, DataError
-from d2i.image_decode import ImageRejectedError, decode_picture
-from d2i.image_files import read_picture
+from d2i.image_decode import ImageRejectedError, decode_image
+from d2i.image_files import read_image
 from d2i.prompt_text import context_text
 from tests.shared import SHARED, needs_shared
 
@@ -422,7 +422,7 @@ def test_mmdialog_counts_are_those_of_the_sample_in_every_layout(
 def failure_of(path: Path) -> str | None:
     """Say why a picture cannot be used, or None."""
     try:
-        decode_picture(read_picture(str(path.parent), path.name, 1 << 20), ImageConfig())
+        decode_image(read_image(str(path.parent), path.name, 1 << 20), ImageConfig())
     except ImageRejectedError as error:
         return error.reason
     return None

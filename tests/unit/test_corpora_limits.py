@@ -17,7 +17,7 @@ from d2i.corpora import read_instances
 from d2i.corpora.survey import survey_split
 from d2i.errors import ConfigError, DataError
 from d2i.image_decode import ImageRejectedError
-from d2i.image_files import read_picture
+from d2i.image_files import read_image
 from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
 from d2i.preprocess.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
 from d2i.preprocess.plan import PlanRequest, make_plan
@@ -164,7 +164,7 @@ def test_no_name_of_a_picture_leads_a_mirror_elsewhere(tmp_path: Path) -> None:
     refs = [i.image_ref for i in read_instances("jsonl", source, "train")]
     assert [ref.value[0] for ref in refs] == names
     (source / "50%.jpg").write_bytes(b"half")
-    assert read_picture(str(source), "50%.jpg", 100) == b"half"
+    assert read_image(str(source), "50%.jpg", 100) == b"half"
     asked = ("/secret/x.jpg", "/pub/photos/1.jpg", "/pub/50%25.jpg")
     with running(
         WebServer("127.0.0.1", {path: lambda h: h.send(200, JPEG) for path in asked})
@@ -188,14 +188,14 @@ def test_a_web_address_is_no_folder_of_pictures(root: str) -> None:
     """What it redirects to would be asked unguarded."""
     with running(WebServer("127.0.0.1", {})) as web:
         with pytest.raises(ConfigError, match=r"fetch\.mirror"):
-            read_picture(root.format(f"HTTP://127.0.0.1:{web.port}"), "1.jpg", 100)
+            read_image(root.format(f"HTTP://127.0.0.1:{web.port}"), "1.jpg", 100)
         assert not web.asked
 
 
 def test_a_pipe_among_the_pictures_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p.jpg")
     with pytest.raises(ImageRejectedError) as caught:
-        read_picture(str(tmp_path), "p.jpg", 1000)
+        read_image(str(tmp_path), "p.jpg", 1000)
     assert caught.value.reason == "read_error"
 
 

@@ -126,7 +126,7 @@ def read_scored(folder: Path) -> Any:
     url = str(folder)
     evaluation = read_evaluation(url)
     arrays = read_tasks(url, finished_tasks(url))
-    pictures = evaluation.read_pictures(evaluation.picture_urls)
+    pictures = evaluation.read_images(evaluation.image_urls)
     scores = dict(evaluation.scores), dict(evaluation.card), evaluation.judged
     return {name: array.tolist() for name, array in arrays.items()}, pictures, scores
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from d2i.config import ImageConfig
-from d2i.image_decode import ImageRejectedError, crop_to_square, decode_picture
+from d2i.image_decode import ImageRejectedError, crop_to_square, decode_image
 from d2i.preprocess.decoder import Decoder
 from tests.bombs import webp_bomb
 
@@ -45,7 +45,7 @@ def saved(form: str, size: tuple[int, int] = (90, 60), **options: Any) -> bytes:
     ids=["jpeg", "progressive", "png", "webp", "gif"],
 )
 def test_a_picture_is_the_same_wherever_it_is_decoded(decoder: Decoder, data: bytes) -> None:
-    whole = decode_picture(data, LIMITS)
+    whole = decode_image(data, LIMITS)
     found = decoder.decode(data)
     assert (found.pixels == np.asarray(crop_to_square(whole.image, 32))).all()
     assert (found.width, found.height, found.suffix) == (90, 60, whole.suffix)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from d2i.demo.judge import read_all, share_right
-from d2i.demo.picture import render_scene
+from d2i.demo.render import render_scene
 from d2i.demo.scene import Scene, all_scenes
 from d2i.encoders import Vae
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from d2i.demo.judge import read_all, read_attributes, share_right
-from d2i.demo.picture import background, render_scene
+from d2i.demo.render import background, render_scene
 from d2i.demo.scene import ATTRIBUTES, Scene, all_scenes
 
 

@@ -16,7 +16,7 @@ from d2i.encoders import Encoders, load_encoders
 from d2i.errors import CheckpointError, ShardError
 from d2i.preprocess.encode_worker import EncodeWorker, EncodeWorkerBuilder
 from d2i.preprocess.fetch.result import FetchResult
-from d2i.preprocess.messages import FetchedPicture, SourcePicture
+from d2i.preprocess.messages import FetchedImage, SourceImage
 from d2i.preprocess.spill_buffer import source_bytes
 from d2i.prompt_text import context_tokens
 from d2i.recipes import change_recipe, load_recipe
@@ -141,7 +141,7 @@ def instance(number: int) -> Instance:
     return Instance(f"train-{number}-0-0", "train", str(number), 0, 0, (Turn(0, "hi"),), ref)
 
 
-def fetched(ref: ImageRef, square: NDArray[np.uint8]) -> FetchedPicture:
+def fetched(ref: ImageRef, square: NDArray[np.uint8]) -> FetchedImage:
     file = {"suffix": "png", "width": SIDE, "height": SIDE, "size_bytes": 1, "sha256": "0" * 64}
-    picture = SourcePicture(**file, pixels=square)
-    return FetchedPicture(ref, FetchResult(None), picture, 0.0)
+    picture = SourceImage(**file, pixels=square)
+    return FetchedImage(ref, FetchResult(None), picture, 0.0)

@@ -40,7 +40,7 @@ def fetcher(
     return Downloader(limits, RetryPolicy(num_attempts, 60.0), route, books, nothing, slots)
 
 
-def test_peace_is_kept_by_those_who_already_wait_for_their_turn() -> None:
+def test_backoff_is_kept_by_requests_that_already_wait() -> None:
     times: list[float] = []
     lock = threading.Lock()
 

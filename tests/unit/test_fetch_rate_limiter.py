@@ -48,7 +48,7 @@ def trouble(hosts: RateLimiter, *, of_names: bool = False) -> str | None:
     return detect_outage([signs], hosts.limits.num_trouble_hosts, of_names=of_names)
 
 
-def test_turns_of_one_host_are_apart_and_hosts_do_not_wait_for_each_other() -> None:
+def test_rate_limit_spaces_requests_to_one_host_and_delays_no_other() -> None:
     hosts = book()
     waits = [reserved(hosts, "a") for _ in range(5)]
     assert waits[0] == 0.0
@@ -56,7 +56,7 @@ def test_turns_of_one_host_are_apart_and_hosts_do_not_wait_for_each_other() -> N
     assert reserved(hosts, "b") == 0.0
 
 
-def test_a_host_that_asks_for_peace_gets_it() -> None:
+def test_backoff_is_kept_as_long_as_the_host_asks() -> None:
     hosts = book()
     hosts.report("a", "reached", retry_after_s=30.0)
     assert 29.0 < reserved(hosts, "a") <= 30.0
@@ -65,7 +65,7 @@ def test_a_host_that_asks_for_peace_gets_it() -> None:
     assert hosts.acquire("b", PATIENCE_S) is None
 
 
-def test_a_turn_that_nobody_waits_for_is_not_taken() -> None:
+def test_a_request_that_cannot_wait_takes_no_turn() -> None:
     hosts = book(requests_per_s=1.0)
     assert reserved(hosts, "a") == 0.0
     for _ in range(5):
@@ -75,7 +75,7 @@ def test_a_turn_that_nobody_waits_for_is_not_taken() -> None:
     assert reserved(hosts, "a") <= 1.0
 
 
-def test_who_waits_for_a_turn_learns_that_peace_was_asked_for() -> None:
+def test_a_waiting_request_learns_of_a_backoff() -> None:
     hosts = book()
     reserved(hosts, "a")
     assert reserved(hosts, "a") > 0.0
@@ -98,7 +98,7 @@ def test_a_proxy_that_is_down_is_our_own_trouble_and_no_hosts() -> None:
     assert trouble(hosts) is None
 
 
-def test_a_host_is_dead_after_failures_in_a_row_for_a_while() -> None:
+def test_circuit_breaker_opens_after_failures_in_a_row_and_closes_again() -> None:
     hosts = book(dead_s=0.0)
     for _ in range(3):
         hosts.report("a", "unreached")
@@ -138,7 +138,9 @@ def test_a_few_hosts_of_which_none_answers_are_trouble() -> None:
 
 
 @pytest.mark.parametrize(("num_reached", "is_trouble"), [(2, True), (3, False)])
-def test_a_window_of_mostly_dead_hosts_is_trouble(num_reached: int, is_trouble: bool) -> None:
+def test_outage_is_detected_where_most_hosts_of_a_window_are_dead(
+    num_reached: int, is_trouble: bool
+) -> None:
     hosts = book()
     for number in range(20):
         hosts.report(f"h{number}", "reached" if number < num_reached else "unreached")
@@ -163,7 +165,7 @@ def test_a_cable_that_is_pulled_is_trouble_and_rotten_hosts_between_good_ones_ar
     assert trouble(hosts) is not None
 
 
-def test_dead_hosts_that_are_given_up_last_are_no_trouble() -> None:
+def test_no_outage_is_detected_for_dead_hosts_that_are_given_up_last() -> None:
     """They were asked between the others, which answered long before."""
     hosts = book()
     for number in range(80):
@@ -218,7 +220,7 @@ def test_names_that_all_lead_nowhere_are_trouble_of_our_own_also_when_asked_agai
     assert trouble(hosts, of_names=True) is None
 
 
-def test_a_longer_peace_is_not_cut_by_a_shorter_one_nor_waited_for() -> None:
+def test_a_longer_backoff_is_not_cut_by_a_shorter_one_nor_waited_for() -> None:
     hosts = book()
     hosts.report("a", "reached", retry_after_s=3000.0)
     hosts.report("a", "reached", retry_after_s=61.0)
@@ -228,7 +230,7 @@ def test_a_longer_peace_is_not_cut_by_a_shorter_one_nor_waited_for() -> None:
     assert 49.0 < reserved(hosts, "a") <= 50.0
 
 
-def test_a_host_that_wants_peace_again_and_again_is_left_alone() -> None:
+def test_circuit_breaker_opens_after_backoffs_in_a_row() -> None:
     hosts = book(requests_per_s=1000.0)
     # Of one moment: those under way at once.
     for _ in range(9):
@@ -242,7 +244,7 @@ def test_a_host_that_wants_peace_again_and_again_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("peace_s", "is_left_alone"), [(0.05, False), (1.05, True)])
-def test_a_second_of_peace_is_paid_by_an_answer(peace_s: float, is_left_alone: bool) -> None:
+def test_a_second_of_backoff_is_paid_by_an_answer(peace_s: float, is_left_alone: bool) -> None:
     hosts = book(requests_per_s=1000.0)
     for number in range(3):
         hosts.report("a", "reached", retry_after_s=peace_s)

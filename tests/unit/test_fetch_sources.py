@@ -97,9 +97,9 @@ def test_reading_keeps_near_to_what_was_taken(
     def counted(root: str, path: str, max_bytes: int) -> bytes:
         read.append(path)
         ahead.append(len(read) - len(taken))
-        return image_files.read_picture(root, path, max_bytes)
+        return image_files.read_image(root, path, max_bytes)
 
-    monkeypatch.setattr(sources, "read_picture", counted)
+    monkeypatch.setattr(sources, "read_image", counted)
     for ref in source_of(tmp_path, 3).fetch(refs_of(tmp_path), lambda ref, _: ref):
         taken.append(ref)  # noqa: PERF402  # How many are taken so far is what is asked.
     assert len(read) == NUM_FILES

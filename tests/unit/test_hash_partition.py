@@ -43,7 +43,9 @@ def test_all_rows_come_back_in_ranges_and_few_are_held(
     assert [path.name for path in tmp_path.iterdir()] == ["rows.arrow"]
 
 
-def test_rows_of_one_hash_stay_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_partition_keeps_rows_of_one_hash_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hash_partition, "MAX_BUCKET_BYTES", 1000)
     monkeypatch.setattr(hash_partition, "MAX_WAITING_BYTES", 1 << 16)
     found = pieces(tmp_path / "rows.arrow", np.full(4000, 2**64 - 1, np.uint64))

@@ -13,9 +13,9 @@ from d2i.config import ImageConfig
 from d2i.image_decode import (
     CroppedImage,
     ImageRejectedError,
-    begins_as_picture,
+    begins_as_image,
     crop_to_square,
-    decode_picture,
+    decode_image,
     decode_square,
     open_header,
     png_bytes,
@@ -37,41 +37,41 @@ def noise(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
 
 def reason(data: bytes) -> str:
     with pytest.raises(ImageRejectedError) as caught:
-        decode_picture(data, LIMITS)
+        decode_image(data, LIMITS)
     return caught.value.reason
 
 
 def test_sixteen_bits_are_scaled() -> None:
     grey = Image.fromarray(np.full((64, 64), 0x7FFF, np.uint16))
-    assert np.asarray(decode_picture(saved(grey, "PNG"), LIMITS).image).mean() == 127
+    assert np.asarray(decode_image(saved(grey, "PNG"), LIMITS).image).mean() == 127
 
 
 def test_alpha_lies_over_white_and_orientation_is_applied() -> None:
     clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
-    assert np.asarray(decode_picture(saved(clear, "PNG"), LIMITS).image).min() == 255
+    assert np.asarray(decode_image(saved(clear, "PNG"), LIMITS).image).min() == 255
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = decode_picture(saved(noise((40, 20)), "JPEG", exif=exif), LIMITS).image
+    turned = decode_image(saved(noise((40, 20)), "JPEG", exif=exif), LIMITS).image
     assert turned.size == (20, 40)
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "1", "P"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     form = "JPEG" if mode in ("CMYK", "L") else "PNG"
-    assert decode_picture(saved(noise((32, 32), mode), form), LIMITS).image.mode == "RGB"
+    assert decode_image(saved(noise((32, 32), mode), form), LIMITS).image.mode == "RGB"
 
 
 def test_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decode_picture(data, LIMITS).image.getpixel((5, 5)) == (255, 0, 0)
+    assert decode_image(data, LIMITS).image.getpixel((5, 5)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "MPO"])
 def test_what_can_be_decoded_begins_as_a_picture(form: str) -> None:
     data = saved(noise((32, 32)), form)
-    assert decode_picture(data, LIMITS).image.size == (32, 32)
-    assert begins_as_picture(data)
+    assert decode_image(data, LIMITS).image.size == (32, 32)
+    assert begins_as_image(data)
 
 
 def test_reasons() -> None:
@@ -105,7 +105,7 @@ def test_random_bytes_never_end_a_job(form: str) -> None:
         for _ in range(rng.randrange(1, 8)):
             mutated[rng.randrange(len(mutated))] = rng.randrange(256)
         try:
-            assert decode_picture(bytes(mutated), LIMITS).image.mode == "RGB"
+            assert decode_image(bytes(mutated), LIMITS).image.mode == "RGB"
         except ImageRejectedError as err:
             assert err.reason
 
@@ -132,7 +132,7 @@ def test_a_draft_is_the_same_square_but_for_little(size: tuple[int, int], orient
     smooth = noise((12, 9)).resize(size, Image.Resampling.BICUBIC)
     data = saved(smooth, "JPEG", quality=95, exif=exif)
     exact, drafted = (square(data, 64, draft=draft) for draft in (False, True))
-    whole = decode_picture(data, LIMITS).image
+    whole = decode_image(data, LIMITS).image
     assert (exact.pixels == np.asarray(crop_to_square(whole, 64))).all()
     assert (drafted.width, drafted.height) == (exact.width, exact.height) == whole.size
     difference = np.abs(drafted.pixels.astype(int) - exact.pixels)
@@ -177,7 +177,7 @@ def test_colours_are_converted_also_under_alpha_and_in_palettes(mode: str) -> No
     picture = Image.new("RGB", (64, 64), (200, 60, 30))
     other = picture.convert("RGBA") if mode == "RGBA" else picture.quantize(4)
     plain, converted = (
-        np.asarray(decode_picture(saved(image, "PNG", icc_profile=profile), LIMITS).image, int)
+        np.asarray(decode_image(saved(image, "PNG", icc_profile=profile), LIMITS).image, int)
         for image in (picture, other)
     )
     assert np.abs(plain - np.asarray(picture, int)).max() > 20

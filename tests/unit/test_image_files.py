@@ -16,7 +16,7 @@ import pytest
 from d2i import image_files, storage
 from d2i.errors import DataError
 from d2i.image_decode import ImageRejectedError
-from d2i.image_files import check_root, read_picture
+from d2i.image_files import check_root, read_image
 
 MAX_BYTES = 1000
 COMPOSED = "übung.jpg"
@@ -48,7 +48,7 @@ def placed(folder: Path, names: dict[str, bytes], kind: str) -> str:
 
 def reason(root: str, path: str) -> str:
     with pytest.raises(ImageRejectedError) as caught:
-        read_picture(root, path, MAX_BYTES)
+        read_image(root, path, MAX_BYTES)
     return caught.value.reason
 
 
@@ -57,7 +57,7 @@ def test_a_name_is_compared_as_text(tmp_path: Path, kind: str) -> None:
     names = ["photo[1].jpg", "12:00:00.png", "a:b.jpg", "50%.jpg", "p q#1.jpg", "sub/file::x.jpg"]
     root = placed(tmp_path, {name: name.encode() for name in names}, kind)
     for name in names:
-        assert read_picture(root, name, MAX_BYTES) == name.encode()
+        assert read_image(root, name, MAX_BYTES) == name.encode()
     for pattern in ("photo?1].jpg", "*.jpg", "photo1.jpg", "[a-z]*"):
         assert reason(root, pattern) == "missing_file"
 
@@ -83,7 +83,7 @@ def test_a_name_is_found_in_the_other_unicode_form(tmp_path: Path, kind: str) ->
         (unicodedata.normalize("NFD", f"{folder}/{COMPOSED}"), b"mixed"),
         *((f"b/{COMPOSED}", b"one"), (f"b/{DECOMPOSED}", b"other")),
     ):
-        assert read_picture(root, path, MAX_BYTES) == data
+        assert read_image(root, path, MAX_BYTES) == data
     assert reason(root, f"c/{COMPOSED * 2}") == "ambiguous_file"
     assert reason(root, f"a/{COMPOSED}x") == "missing_file"
     assert reason(root, f"nowhere/{COMPOSED}") == "missing_file"
@@ -137,7 +137,7 @@ def test_a_place_that_is_none_of_pictures_is_refused_and_no_picture_is_missing(
 ) -> None:
     for name, message in wrong_roots(tmp_path).values():
         root = str(tmp_path / name)
-        for look in (check_root, lambda root: read_picture(root, "1.jpg", MAX_BYTES)):
+        for look in (check_root, lambda root: read_image(root, "1.jpg", MAX_BYTES)):
             with pytest.raises(DataError, match=message) as caught:
                 look(root)
             assert name.rpartition("*")[0] in str(caught.value)
@@ -150,15 +150,15 @@ def test_a_place_that_is_none_of_pictures_is_refused_and_no_picture_is_missing(
 def test_a_place_that_goes_away_is_no_missing_picture(tmp_path: Path, kind: str) -> None:
     root = placed(tmp_path, {"1.jpg": b"one", "2.jpg": b"two"}, kind)
     check_root(root)
-    assert read_picture(root, "1.jpg", MAX_BYTES) == b"one"
+    assert read_image(root, "1.jpg", MAX_BYTES) == b"one"
     Path(root).rename(tmp_path / "away")
     with pytest.raises(DataError, match="not there any more" if kind == "tar" else "got nothing"):
-        read_picture(root, "2.jpg", MAX_BYTES)
+        read_image(root, "2.jpg", MAX_BYTES)
     if kind == "folder":
         # What is left of a disk that was taken away.
         Path(root).mkdir()
         with pytest.raises(DataError, match="an empty folder"):
-            read_picture(root, "2.jpg", MAX_BYTES)
+            read_image(root, "2.jpg", MAX_BYTES)
 
 
 def test_a_place_that_cannot_be_listed_is_told_with_its_cause(
@@ -171,7 +171,7 @@ def test_a_place_that_cannot_be_listed_is_told_with_its_cause(
 
     monkeypatch.setattr(storage, "is_folder", stale)
     with pytest.raises(DataError, match=r"cannot be read \(Stale file handle\)"):
-        read_picture(root, "2.jpg", MAX_BYTES)
+        read_image(root, "2.jpg", MAX_BYTES)
 
 
 def test_an_index_that_cannot_be_kept_is_one_error_and_one_that_is_there_is_read(
@@ -181,11 +181,11 @@ def test_an_index_that_cannot_be_kept_is_one_error_and_one_that_is_there_is_read
     # A folder below a file cannot be made, by whomever.
     (tmp_path / "home").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    for look in (check_root, lambda root: read_picture(root, "1.jpg", MAX_BYTES)):
+    for look in (check_root, lambda root: read_image(root, "1.jpg", MAX_BYTES)):
         with pytest.raises(DataError, match=r"p\.tar; set XDG_CACHE_HOME to a folder"):
             look(root)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     check_root(root)
     image_files._index.cache_clear()
     monkeypatch.setattr(storage, "exclusive_lock", None)
-    assert read_picture(root, "1.jpg", MAX_BYTES) == b"one"
+    assert read_image(root, "1.jpg", MAX_BYTES) == b"one"

@@ -88,7 +88,7 @@ def held(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in (tmp_path / ".d2i-lock").glob("*"))
 
 
-def test_a_second_command_is_told_who_works_there(tmp_path: Path, store: LocalFileSystem) -> None:
+def test_lease_names_its_holder_to_a_second_command(tmp_path: Path, store: LocalFileSystem) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )

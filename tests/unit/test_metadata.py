@@ -18,10 +18,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from d2i.config import ImageConfig
 from d2i.file_kind import file_kind
-from d2i.image_decode import ImageRejectedError, decode_picture
+from d2i.image_decode import ImageRejectedError, decode_image
 from d2i.png_chunks import MAX_INFLATED_BYTES, SIGNATURE, without_metadata
 from d2i.preprocess.decoder import Decoder
-from d2i.report.html import picture_uri
+from d2i.report.html import image_uri
 
 LIMITS = ImageConfig(resolution=32)
 SIDE = 48
@@ -48,7 +48,7 @@ def with_chunks(*chunks: bytes, at_end: bool = False) -> bytes:
 
 
 def pixels(data: bytes) -> bytes:
-    return decode_picture(data, LIMITS).image.tobytes()
+    return decode_image(data, LIMITS).image.tobytes()
 
 
 LONG = zlib.compress(b"node " * 300_000)
@@ -75,7 +75,7 @@ DAMAGED = {
 def test_no_chunk_beside_the_picture_decides_about_it(name: str, place: str) -> None:
     data = with_chunks(DAMAGED[name], at_end=place == "behind")
     assert pixels(data) == pixels(PLAIN)
-    assert picture_uri(data) is not None
+    assert image_uri(data) is not None
 
 
 def test_what_decides_pixels_is_kept() -> None:
@@ -134,7 +134,7 @@ def test_metadata_that_was_changed_at_random_never_costs_the_picture(form: str) 
         for _ in range(rng.randrange(1, 6)):
             start, stop = rng.choice(spans)
             mutated[rng.randrange(start, stop)] = rng.randrange(256)
-        assert decode_picture(bytes(mutated), LIMITS).image.size == (SIDE, SIDE)
+        assert decode_image(bytes(mutated), LIMITS).image.size == (SIDE, SIDE)
 
 
 def test_a_header_that_is_damaged_is_named() -> None:
@@ -145,7 +145,7 @@ def test_a_header_that_is_damaged_is_named() -> None:
         (b"\xff\xd8\xff junk", "not_an_image", "begins as JPEG, but its header is damaged"),
     ):
         with pytest.raises(ImageRejectedError, match=detail) as caught:
-            decode_picture(data, LIMITS)
+            decode_image(data, LIMITS)
         assert caught.value.reason == reason
 
 
@@ -192,7 +192,7 @@ KINDS = {
 def test_what_is_no_picture_is_named(name: str) -> None:
     assert file_kind(KINDS[name]) == name
     with pytest.raises(ImageRejectedError) as caught:
-        decode_picture(KINDS[name], LIMITS)
+        decode_image(KINDS[name], LIMITS)
     assert (caught.value.reason, str(caught.value)) == (
         "not_an_image",
         f"got {name}, expected JPEG, PNG, WebP or GIF",

@@ -11,7 +11,7 @@ import pytest
 from d2i.eval.measured import Measured
 from d2i.eval.scores import score
 from d2i.metric_specs import METRICS, PAPER_METRICS
-from d2i.report import paper_tables, scores
+from d2i.report import paper_rows, paper_tables, scores
 from d2i.report.evaluation import Evaluation
 
 # What scores.json holds beside metrics: how they were computed.
@@ -60,7 +60,7 @@ def test_the_paper_has_a_column_for_each_of_its_metrics() -> None:
     for metric in PAPER_METRICS:
         place = columns.index(metric.title)
         assert columns[place + 1] == f"{metric.title} (paper)"
-    assert paper_tables.paper_table2("photochat")["U-ViT-Small"] == {
+    assert paper_rows.paper_table2("photochat")["U-ViT-Small"] == {
         "fid": (97.76, None),
         "is": (10.8, 0.6),
         "clip_i": (56.61, None),
@@ -68,5 +68,5 @@ def test_the_paper_has_a_column_for_each_of_its_metrics() -> None:
 
 
 def _of_photochat() -> Evaluation:
-    card = {"corpus": "photochat", "extractor": paper_tables.PUBLISHED_EXTRACTOR, "context": "full"}
+    card = {"corpus": "photochat", "extractor": paper_rows.PUBLISHED_EXTRACTOR, "context": "full"}
     return Evaluation("a", {}, card, None, {})

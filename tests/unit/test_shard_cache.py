@@ -103,7 +103,7 @@ def test_threads_read_a_set_that_is_larger_than_the_cache(data: Path, tmp_path: 
     assert set(counts.values()) == {1} and len(counts) == NUM_SHARDS
 
 
-def test_the_shard_used_longest_ago_goes(data: Path, tmp_path: Path) -> None:
+def test_eviction_takes_the_least_recently_used_shard(data: Path, tmp_path: Path) -> None:
     reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "c", cache_gb=bound(data, 3))
     for shard in (0, 1, 2, 0, 3):
         reader.read([shard * NUM_SAMPLES])
@@ -119,7 +119,7 @@ def test_the_shard_used_longest_ago_goes(data: Path, tmp_path: Path) -> None:
     assert cached(tmp_path / "c") == {0, 2, 4}
 
 
-def test_what_comes_next_is_fetched_ahead_of_its_use(data: Path, tmp_path: Path) -> None:
+def test_prefetch_fetches_what_comes_next(data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     reader = ShardReader(f"noted://{data}", cache_dir=cache, cache_gb=bound(data, 3))
     reader.prefetch([5, 1, 3, 0])
@@ -161,7 +161,7 @@ def test_a_reader_that_idles_starves_no_other(data: Path, tmp_path: Path) -> Non
     assert_fetched_once(data)
 
 
-def test_what_failed_to_be_fetched_ahead_is_tried_again(data: Path, tmp_path: Path) -> None:
+def test_a_failed_prefetch_is_retried(data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     reader = ShardReader(f"noted://{data}", cache_dir=cache)
     (away := tmp_path / "away").mkdir()

@@ -133,7 +133,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
 
 
-def test_a_killed_writer_leaves_no_listed_file(tmp_path: Path) -> None:
+def test_atomic_publish_leaves_no_listed_file_when_killed(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
         "from d2i import storage\n"

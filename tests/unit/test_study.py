@@ -18,7 +18,7 @@ from PIL import Image
 from d2i.config import TextConfig
 from d2i.errors import ConfigError
 from d2i.report import write_report
-from d2i.report.paper_tables import PUBLISHED_EXTRACTOR, earned_row, paper_row, why_not_earned
+from d2i.report.paper_rows import PUBLISHED_EXTRACTOR, earned_row, paper_row, why_not_earned
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 
 BACKBONES = ("uvit-s", "uvit-s-deep", "unidiffuser-v1")

@@ -161,7 +161,7 @@ def test_a_corpus_that_is_all_broken_is_surveyed(tmp_path: Path) -> None:
 
 
 def find_leaks(source: Path, splits: list[str], *, look: bool, corpus: str = "jsonl") -> list[Leak]:
-    finder = LeakFinder(build_corpus(corpus, {}), str(source), look=look, on_picture=unheard)
+    finder = LeakFinder(build_corpus(corpus, {}), str(source), look=look, on_image=unheard)
     return list(finder.find(splits))
 
 
@@ -200,7 +200,7 @@ def test_near_duplicates_are_found_across_splits(tmp_path: Path) -> None:
     names = ["smaller.jpg", "other.png", "recoloured.png", "broken.jpg", "missing.jpg", "test.png"]
     write_chats(tmp_path / "train.jsonl", *((name, [f"p/{name}"]) for name in names))
     write_chats(tmp_path / "test.jsonl", ("look", ["p/test.png"]))
-    finder = LeakFinder(build_corpus("jsonl", {}), str(tmp_path), look=True, on_picture=unheard)
+    finder = LeakFinder(build_corpus("jsonl", {}), str(tmp_path), look=True, on_image=unheard)
     leaks = list(finder.find(["train", "test"]))
     assert [(leak.key, leak.reason) for leak in leaks] == [
         ("train-0-1-0", "near_duplicate"),
@@ -208,8 +208,8 @@ def test_near_duplicates_are_found_across_splits(tmp_path: Path) -> None:
     ]
     assert all(leak.other_key == "test-0-1-0" for leak in leaks)
     assert 0 <= leaks[0].distance <= MAX_DISTANCE
-    assert finder.pictures["train"].num_read == 4
-    assert finder.pictures["train"].failures == {"missing_file": 1, "not_an_image": 1}
+    assert finder.images["train"].num_read == 4
+    assert finder.images["train"].failures == {"missing_file": 1, "not_an_image": 1}
     assert [leak.key for leak in find_leaks(tmp_path, ["train", "test"], look=False)] == [
         "train-5-1-0"
     ]
@@ -220,7 +220,7 @@ def test_plain_pictures_are_like_none() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_look_survives_rescaling_and_recompression(seed: int) -> None:
+def test_perceptual_hash_survives_rescaling_and_recompression(seed: int) -> None:
     index = HashIndex()
     looks = [look_of(scene(other)) for other in range(8)]
     for name, look in enumerate(looks):

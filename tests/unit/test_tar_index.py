@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from d2i import image_files
 from d2i.errors import DataError
 from d2i.image_decode import ImageRejectedError
-from d2i.image_files import read_picture
+from d2i.image_files import read_image
 from d2i.tar_index import open_index
 
 MAX_BYTES = 10_000
@@ -45,7 +45,7 @@ def packed(
 
 def reason(root: str, path: str) -> str:
     with pytest.raises(ImageRejectedError) as caught:
-        read_picture(root, path, MAX_BYTES)
+        read_image(root, path, MAX_BYTES)
     return caught.value.reason
 
 
@@ -59,7 +59,7 @@ def test_a_member_is_found_by_its_name_and_by_the_end_of_it(tmp_path: Path, form
         *(("a/b/1.jpg", b"one"), ("b/1.jpg", b"one"), ("1.jpg", b"one")),
         *(("2.jpg", b""), (long, b"three"), ("3.jpg", b"three")),
     ):
-        assert read_picture(root, path, MAX_BYTES) == data
+        assert read_image(root, path, MAX_BYTES) == data
     assert reason(root, "c/1.jpg") == "missing_file"
     assert reason(root, "a/b") == "missing_file"
 
@@ -70,8 +70,8 @@ def test_several_tars_anywhere_are_one_root() -> None:
         data = packed([(f"{number}-{n}.jpg", b"%d %d" % (number, n)) for n in range(5)])
         fsspec.filesystem("memory").pipe_file(f"{folder[8:]}/{number}.tar", data)
     fsspec.filesystem("memory").pipe_file(f"{folder[8:]}/other.txt", b"no tar")
-    assert read_picture(f"{folder}/*.tar", "2-4.jpg", MAX_BYTES) == b"2 4"
-    assert read_picture(f"{folder}/1.tar", "1-0.jpg", MAX_BYTES) == b"1 0"
+    assert read_image(f"{folder}/*.tar", "2-4.jpg", MAX_BYTES) == b"2 4"
+    assert read_image(f"{folder}/1.tar", "1-0.jpg", MAX_BYTES) == b"1 0"
     with pytest.raises(DataError, match="no such tar"):
         open_index(f"{folder}/none-*.tar")
 
@@ -83,7 +83,7 @@ def test_the_index_is_made_once_and_anew_for_another_tar(tmp_path: Path, cache: 
         assert len(open_index(str(path))) == 1
     assert len(list(cache.rglob("*.arrow"))) == 1
     path.write_bytes(packed([("0.jpg", b"zero"), ("1.jpg", b"two")]))
-    assert read_picture(str(path), "1.jpg", MAX_BYTES) == b"two"
+    assert read_image(str(path), "1.jpg", MAX_BYTES) == b"two"
 
 
 def test_what_a_name_does_not_tell_apart_is_refused_unless_it_is_the_same(tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_what_a_name_does_not_tell_apart_is_refused_unless_it_is_the_same(tmp_pa
     members += [("train/3.jpg", b"three"), ("test/3.jpg", b"other")]
     (tmp_path / "x.tar").write_bytes(packed(members))
     root = str(tmp_path / "x.tar")
-    assert read_picture(root, "1.jpg", MAX_BYTES) == b"one"
-    assert read_picture(root, "2.jpg", MAX_BYTES) == b"plain"
-    assert read_picture(root, "test/2.jpg", MAX_BYTES) == b"other"
+    assert read_image(root, "1.jpg", MAX_BYTES) == b"one"
+    assert read_image(root, "2.jpg", MAX_BYTES) == b"plain"
+    assert read_image(root, "test/2.jpg", MAX_BYTES) == b"other"
     assert reason(root, "3.jpg") == "ambiguous_file"
 
 

@@ -17,8 +17,8 @@ from diffusers import AutoencoderKL
 
 from d2i.demo.pretrain.clip import build_clip, load_clip, save_image, save_text, train_clip
 from d2i.demo.pretrain.codec import build_codec, save_codec, train_codec
+from d2i.demo.pretrain.images import render
 from d2i.demo.pretrain.network import backbone_config, build_pool, save_network, train_network
-from d2i.demo.pretrain.pictures import render
 from d2i.demo.pretrain.reading import teach_dialogs
 from d2i.demo.pretrain.texts import Texts, caption_windows, dialog_windows, join, vocabulary
 from d2i.demo.scene import split_scenes

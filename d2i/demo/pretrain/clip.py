@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from d2i.demo.pretrain.codec import learning_rate, save_whole
-from d2i.demo.pretrain.pictures import Pictures
+from d2i.demo.pretrain.images import ImageBatch
 from d2i.demo.pretrain.texts import Texts, labels, to_rows
 from d2i.demo.scene import ATTRIBUTES
 from d2i.tokenize import END_ID, START_ID
@@ -101,7 +101,7 @@ def build_clip(clip_ids: list[int]) -> ClipPair:
 
 
 def train_clip(
-    pair: ClipPair, texts: Texts, pictures: Pictures, num_steps: int, seed: int
+    pair: ClipPair, texts: Texts, images: ImageBatch, num_steps: int, seed: int
 ) -> Readers:
     """Train both towers in place; returns the readers that were trained along on the text."""
     generator = torch.Generator().manual_seed(seed)
@@ -112,11 +112,11 @@ def train_clip(
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, num_steps))
     rows_NT, labels_NA = to_rows(texts.windows_NT, pair.clip_ids), labels(texts.scenes)
-    shown = _pictures_of(texts, pictures)
+    shown = _images_of(texts, images)
     for step in range(num_steps):
         chosen = torch.randint(len(texts.scenes), (_BATCH,), generator=generator)
         which = torch.randint(shown.shape[1], (_BATCH,), generator=generator)
-        pixels = normalise(pictures.batch(shown[chosen, which]))
+        pixels = normalise(images.batch(shown[chosen, which]))
         loss = _pair_loss(
             pair, rows_NT[chosen], pixels, labels_NA[chosen], readers, image_readers, log_scale
         )
@@ -168,10 +168,10 @@ def load_clip(text_folder: Path, image_folder: Path) -> ClipPair:
     return ClipPair(text.eval(), image.eval(), clip_ids)
 
 
-def _pictures_of(texts: Texts, pictures: Pictures) -> Tensor:
+def _images_of(texts: Texts, images: ImageBatch) -> Tensor:
     """For each text the indices of its scene's renderings: int64 (N, jitters)."""
     by_scene: dict[object, list[int]] = {}
-    for index, scene in enumerate(pictures.scenes):
+    for index, scene in enumerate(images.scenes):
         by_scene.setdefault(scene, []).append(index)
     return torch.tensor([by_scene[scene] for scene in texts.scenes])
 

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
-from d2i.demo.pretrain.pictures import Pictures
+from d2i.demo.pretrain.images import ImageBatch
 
 _BATCH = 16
 _KL_WEIGHT = 1e-6
@@ -44,15 +44,15 @@ def build_codec() -> Any:
     return codec
 
 
-def train_codec(codec: Any, pictures: Pictures, num_steps: int, seed: int) -> None:
+def train_codec(codec: Any, images: ImageBatch, num_steps: int, seed: int) -> None:
     """Train in place and set `scaling_factor` to one over the latents' standard deviation."""
     generator = torch.Generator().manual_seed(seed)
     codec.train()
     optimizer = torch.optim.AdamW(codec.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, num_steps))
     for step in range(num_steps):
-        indices = torch.randint(len(pictures.scenes), (_BATCH,), generator=generator)
-        loss = codec_loss(codec, pictures.batch(indices), noisy=step > num_steps // 4)
+        indices = torch.randint(len(images.scenes), (_BATCH,), generator=generator)
+        loss = codec_loss(codec, images.batch(indices), noisy=step > num_steps // 4)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
@@ -61,7 +61,7 @@ def train_codec(codec: Any, pictures: Pictures, num_steps: int, seed: int) -> No
         if step % 100 == 0:
             print(f"codec step {step} of {num_steps}: loss {loss.item():.5f}", flush=True)
     codec.eval()
-    codec.register_to_config(scaling_factor=measure_latent_scale(codec, pictures))
+    codec.register_to_config(scaling_factor=measure_latent_scale(codec, images))
 
 
 def learning_rate(step: int, num_steps: int, warm_up: int = 50) -> float:
@@ -93,15 +93,15 @@ def edges(pixels_BCHW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_means(codec: Any, pictures: Pictures, batch: int = 128) -> Tensor:
+def encode_means(codec: Any, images: ImageBatch, batch: int = 128) -> Tensor:
     """Unscaled latent means of all pictures: float32 (N, 4, 16, 16)."""
-    parts = torch.arange(len(pictures.scenes)).split(batch)
-    return torch.cat([codec.encode(pictures.batch(part)).latent_dist.mean for part in parts])
+    parts = torch.arange(len(images.scenes)).split(batch)
+    return torch.cat([codec.encode(images.batch(part)).latent_dist.mean for part in parts])
 
 
-def measure_latent_scale(codec: Any, pictures: Pictures) -> float:
+def measure_latent_scale(codec: Any, images: ImageBatch) -> float:
     """One over the standard deviation of the latents of 512 pictures."""
-    some = Pictures(pictures.scenes[:512], pictures.pixels_NCHW[:512])
+    some = ImageBatch(images.scenes[:512], images.pixels_NCHW[:512])
     return round(1 / float(encode_means(codec, some).std()), 5)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from d2i.config import BackboneConfig
 from d2i.demo.judge import read_all, share_right
-from d2i.demo.pretrain.pictures import render_scenes
+from d2i.demo.pretrain.images import render_scenes
 from d2i.demo.pretrain.texts import Texts, caption_windows, dialog_windows
 from d2i.demo.scene import GROUPS, Scene, split_scenes
 from d2i.encoders import ClipText, Vae

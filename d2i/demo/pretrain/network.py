@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from d2i.config import BackboneConfig
 from d2i.demo.pretrain.clip import ClipPair
 from d2i.demo.pretrain.codec import encode_means
-from d2i.demo.pretrain.pictures import Pictures
+from d2i.demo.pretrain.images import ImageBatch
 from d2i.demo.pretrain.texts import caption_windows
 from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone, save_weights
@@ -90,10 +90,10 @@ def backbone_config(latent_scale: float) -> BackboneConfig:
     )
 
 
-def build_pool(codec: Any, clip: ClipPair, pictures: Pictures, seed: int) -> Pool:
+def build_pool(codec: Any, clip: ClipPair, images: ImageBatch, seed: int) -> Pool:
     """Encode every picture, and write some captions of each."""
-    captions = [caption_windows(pictures.scenes, seed + i).windows_NT for i in range(_NUM_CAPTIONS)]
-    return Pool(encode_means(codec, pictures), torch.stack(captions), clip)
+    captions = [caption_windows(images.scenes, seed + i).windows_NT for i in range(_NUM_CAPTIONS)]
+    return Pool(encode_means(codec, images), torch.stack(captions), clip)
 
 
 def train_network(config: BackboneConfig, pool: Pool, seed: int, folder: Path) -> dict[str, Tensor]:

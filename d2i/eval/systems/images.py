@@ -10,8 +10,8 @@ from d2i import storage
 from d2i.errors import DataError
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import Generation, SystemContext
-from d2i.image_decode import ImageRejectedError, decode_picture
-from d2i.image_files import read_picture
+from d2i.image_decode import ImageRejectedError, decode_image
+from d2i.image_files import read_image
 
 _SUFFIXES = ("png", "jpg", "jpeg", "webp")
 _MAX_BYTES = 1 << 28
@@ -22,7 +22,7 @@ def build(context: SystemContext) -> ImagesSystem:
     return ImagesSystem(context)
 
 
-def is_picture(name: str) -> bool:
+def is_image(name: str) -> bool:
     """Say whether a file's name is that of a picture that is read."""
     return name.rpartition(".")[2].lower() in _SUFFIXES
 
@@ -33,7 +33,7 @@ class ImagesSystem:
     def __init__(self, context: SystemContext) -> None:
         self._url, self._limits = context.spec.target, context.recipe.image
         names = storage.list_names(self._url)
-        self._names = _by_key(self._url, filter(is_picture, names), context.keys)
+        self._names = _by_key(self._url, filter(is_image, names), context.keys)
         _expect_some(self._url, names, self._names, context.keys)
         self.described = {"pictures": self._url}
 
@@ -46,8 +46,8 @@ class ImagesSystem:
         if name is None:
             return Generation(None, "missing_picture")
         try:
-            data = read_picture(self._url, name, _MAX_BYTES)
-            picture = decode_picture(data, self._limits)
+            data = read_image(self._url, name, _MAX_BYTES)
+            picture = decode_image(data, self._limits)
         except ImageRejectedError as err:
             return Generation(None, err.reason)
         width, height = picture.image.size

@@ -13,7 +13,7 @@ from d2i.errors import ConfigError
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import IN_MEMORY, Generation, SystemContext
 from d2i.eval.text import TextTower
-from d2i.image_decode import decode_picture
+from d2i.image_decode import decode_image
 
 _NUM_ROWS = 1 << 16
 
@@ -58,20 +58,20 @@ class RetrieveSystem:
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Give each prompt the nearest picture; of equals, the first in the data set."""
         text = self._tower.embed([prompt.text for prompt in prompts])
-        return [self._picture(int(np.argmax(self._cosines(row)))) for row in text]
+        return [self._image(int(np.argmax(self._cosines(row)))) for row in text]
 
     def _cosines(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
         parts = np.array_split(self._embeddings, -(-len(self._embeddings) // _NUM_ROWS))
         return np.concatenate([part.astype(np.float32) @ row for part in parts])
 
-    def _picture(self, index: int) -> Generation:
+    def _image(self, index: int) -> Generation:
         data = self._reader.read_image(index)
         if data is None:
             moments = self._reader.read([index], members=("moments",))["moments"]
             latents = torch.from_numpy(moments[:, :4].astype(np.float32))
             pixels = self._encoders.vae.decode(latents, self._encoders.compute_batch_size)
             return Generation(pixels[0], source=IN_MEMORY)
-        picture = decode_picture(data, self._limits)
+        picture = decode_image(data, self._limits)
         width, height = picture.image.size
         return Generation(np.asarray(picture.image), source=f"{picture.suffix} {width}x{height}")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2i.image_decode import begins_as_picture, no_picture
+from d2i.image_decode import begins_as_image, no_image
 from d2i.preprocess.fetch.http_client import Limits, Response, get
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.rate_limiter import Outcome, ShardedRateLimiter
@@ -219,7 +219,7 @@ def _check_answer(answer: Response, placeholders: KnownPlaceholders) -> None:
         )
     if why := placeholders.why(answer.body, answer.final_url):
         raise FetchError("placeholder", why, answer.status, final_url=answer.final_url)
-    if not begins_as_picture(answer.body):
+    if not begins_as_image(answer.body):
         raise FetchError(
-            "not_an_image", no_picture(answer.body), answer.status, final_url=answer.final_url
+            "not_an_image", no_image(answer.body), answer.status, final_url=answer.final_url
         )

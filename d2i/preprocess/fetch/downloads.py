@@ -28,7 +28,7 @@ from d2i import storage
 from d2i.checksums import sha256_of
 from d2i.errors import ConfigError, DataError
 from d2i.image_decode import ImageRejectedError
-from d2i.image_files import read_picture
+from d2i.image_files import read_image
 from d2i.parse import damaged
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.result import FetchResult
@@ -333,7 +333,7 @@ def _read(found: Download, max_bytes: int) -> bytes:
 def _read_named(root: str, key: str, max_bytes: int) -> bytes:
     for suffix in _SUFFIXES:
         try:
-            return read_picture(root, f"{key}.{suffix}", max_bytes)
+            return read_image(root, f"{key}.{suffix}", max_bytes)
         except ImageRejectedError as err:
             if err.reason != "missing_file":
                 raise

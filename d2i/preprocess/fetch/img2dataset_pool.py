@@ -33,7 +33,7 @@ _LOST = FetchResult(None, "engine_error", "the download engine gave no result", 
 def fetch_all(
     refs: Sequence[ImageRef],
     fetch: Callable[[ImageRef, float], FetchResult],
-    open_picture: Callable[[ImageRef, FetchResult], OpenedT],
+    open_image: Callable[[ImageRef, FetchResult], OpenedT],
     *,
     num_threads: int,
     timeout_s: float,
@@ -44,17 +44,17 @@ def fetch_all(
         refs: What is fetched, each once.
         fetch: Fetches one until a deadline on the monotonic clock, or says why not; called in
             `num_threads` threads.
-        open_picture: Decodes what was fetched, or passes the failure on; called by one thread.
+        open_image: Decodes what was fetched, or passes the failure on; called by one thread.
         num_threads: How many are fetched at once; a few times as many wait to be opened or taken.
         timeout_s: After so many seconds what is left fails with `shard_timeout`.
 
     Raises:
-        Exception: What `open_picture` raised first; a failed picture does not.
+        Exception: What `open_image` raised first; a failed picture does not.
     """
     if not refs:
         return
     opener = _Opener(refs, fetch, time.monotonic() + timeout_s)
-    writer = _Writer(refs, opener, open_picture, max_waiting=num_threads)
+    writer = _Writer(refs, opener, open_image, max_waiting=num_threads)
     with tempfile.TemporaryDirectory(prefix="d2i-fetch-") as folder, _installed(opener):
         download = _engine(Path(folder), len(refs), writer, num_threads)
 
@@ -69,7 +69,7 @@ def fetch_all(
         yield from writer.opened()
     for number in writer.missing():
         # img2dataset prints what it did not expect, and goes on without that picture.
-        yield open_picture(refs[number], opener.found[number] or _LOST)
+        yield open_image(refs[number], opener.found[number] or _LOST)
 
 
 def _engine(
@@ -158,7 +158,7 @@ class _Writer(Generic[OpenedT]):
     Args:
         refs: The pictures, by number.
         opener: Knows how asking ended.
-        open_picture: What opens one.
+        open_image: What opens one.
         max_waiting: Opened pictures that wait to be taken at most.
     """
 
@@ -166,12 +166,12 @@ class _Writer(Generic[OpenedT]):
         self,
         refs: Sequence[ImageRef],
         opener: _Opener,
-        open_picture: Callable[[ImageRef, FetchResult], OpenedT],
+        open_image: Callable[[ImageRef, FetchResult], OpenedT],
         max_waiting: int,
     ) -> None:
         self._refs = refs
         self._opener = opener
-        self._open_picture = open_picture
+        self._open_image = open_image
         self._queue: queue.Queue[tuple[int, OpenedT] | None] = queue.Queue(max_waiting)
         self._left = set(range(len(refs)))
         self._failure: Exception | None = None
@@ -184,7 +184,7 @@ class _Writer(Generic[OpenedT]):
         number = int(meta["url"].removeprefix(_TOKEN))
         found = self._opener.found[number] or _LOST
         try:
-            opened = self._open_picture(self._refs[number], found.with_data(data))
+            opened = self._open_image(self._refs[number], found.with_data(data))
         except Exception as err:
             # img2dataset would print it and go on.
             self._failure, self._is_wanted = err, False

@@ -145,15 +145,20 @@ class HostState:
     open_until: float = 0.0
 
     def record_failure(self, limits: HostLimits, now: float) -> None:
-        """Count a request that never got there; too many in a row, and it counts as dead."""
+        """Count a request that never reached the host; too many in a row, and it counts as dead."""
         self.num_unreached += 1
         if self.num_unreached >= limits.num_failures:
-            self.open_until = max(self.open_until, now + limits.dead_s)
+            self.open_circuit_breaker(now + limits.dead_s)
+
+    def open_circuit_breaker(self, until: float) -> None:
+        """Count the host as dead, asked by nobody, until then."""
+        self.open_until = max(self.open_until, until)
 
     def begin_backoff(self, for_s: float, limits: HostLimits, now: float) -> None:
-        """Grant peace; too many in a row, and the host counts as dead: who waits holds a thread.
+        """Start a backoff. After too many in a row the host counts as dead: waiters hold a thread.
 
-        They are in a row where it gave fewer answers in between than it now wants seconds (ours).
+        They are in a row where it gave fewer answers in between than it now wants seconds (our
+        default: an answer pays for a second).
         """
         # What was under way when the last one began says nothing new.
         if now >= self.backoff_until:
@@ -161,9 +166,9 @@ class HostState:
             self.num_answers = 0
         if for_s > limits.max_retry_after_s:
             # Nobody waits for so long: the host is left alone, and asked in a later run.
-            self.open_until = max(self.open_until, now + for_s)
+            self.open_circuit_breaker(now + for_s)
         if self.num_backoffs >= limits.num_failures:
-            self.open_until = max(self.open_until, now + limits.dead_s)
+            self.open_circuit_breaker(now + limits.dead_s)
         self.backoff_until = max(self.backoff_until, now + for_s)
         self.next_free = max(self.next_free, self.backoff_until)
 

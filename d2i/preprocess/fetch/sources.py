@@ -16,7 +16,7 @@ from d2i import __version__
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.image_decode import ImageRejectedError
-from d2i.image_files import read_picture
+from d2i.image_files import read_image
 from d2i.preprocess.fetch.downloader import Downloader, RetryPolicy
 from d2i.preprocess.fetch.downloads import Download, open_downloads, read_download
 from d2i.preprocess.fetch.http_client import BodyLimits, Limits
@@ -75,14 +75,14 @@ class ImageSource:
     def fetch(
         self,
         refs: Collection[ImageRef],
-        open_picture: Callable[[ImageRef, FetchResult], OpenedT],
+        open_image: Callable[[ImageRef, FetchResult], OpenedT],
         read_inline: Callable[[ImageRef, int], FetchResult] | None = None,
     ) -> Iterator[OpenedT]:
         """Fetch pictures, and yield each, opened, as it comes; a failure is a value, never raised.
 
         Args:
             refs: The pictures, each once.
-            open_picture: Makes something of what was fetched; called by one thread at a time.
+            open_image: Makes something of what was fetched; called by one thread at a time.
             read_inline: Reads an `inline` picture of at most so many bytes, where any is asked for.
         """
         ordered = sorted(refs, key=lambda ref: ref.value)
@@ -106,8 +106,8 @@ class ImageSource:
                 return self._read_file(ref)
             return read_inline(ref, self._max_bytes())
 
-        yield from self._read_files(files, open_picture, read)
-        yield from self._ask(by_address, open_picture)
+        yield from self._read_files(files, open_image, read)
+        yield from self._ask(by_address, open_image)
 
     def trouble(self, *, of_names: bool = False) -> str | None:
         """Say what looks like trouble of this machine's own network, if anything does."""
@@ -116,7 +116,7 @@ class ImageSource:
     def _read_files(
         self,
         refs: list[ImageRef],
-        open_picture: Callable[[ImageRef, FetchResult], OpenedT],
+        open_image: Callable[[ImageRef, FetchResult], OpenedT],
         read: Callable[[ImageRef], FetchResult],
     ) -> Iterator[OpenedT]:
         runs = (refs[start : start + _RUN] for start in range(0, len(refs), _RUN))
@@ -131,13 +131,13 @@ class ImageSource:
             while begun:
                 run, found = begun.popleft()
                 for ref, fetched in zip(run, found.result(), strict=True):
-                    yield open_picture(ref, fetched)
+                    yield open_image(ref, fetched)
                 begin(1)
 
     def _read_file(self, ref: ImageRef) -> FetchResult:
         path = ref.value[0]
         try:
-            data = read_picture(self.image_root, path, self._max_bytes())
+            data = read_image(self.image_root, path, self._max_bytes())
         except ImageRejectedError as err:
             if err.reason == "missing_file" and self.config.downloads is not None:
                 return self._read_key(path)
@@ -172,13 +172,13 @@ class ImageSource:
         return read_download(found, self._max_bytes(), self._placeholders(), url)
 
     def _ask(
-        self, refs: list[ImageRef], open_picture: Callable[[ImageRef, FetchResult], OpenedT]
+        self, refs: list[ImageRef], open_image: Callable[[ImageRef, FetchResult], OpenedT]
     ) -> Iterator[OpenedT]:
         fetcher = self._downloader()
         return fetch_all(
             spread_over_hosts(refs),
             lambda ref, deadline: self._ask_for(ref, fetcher, deadline),
-            open_picture,
+            open_image,
             num_threads=self.config.num_threads + _NUM_WAITING,
             timeout_s=self.config.shard_timeout_s,
         )

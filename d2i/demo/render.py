@@ -81,11 +81,11 @@ def render_scene(scene: Scene, jitter_seed: int | None) -> Image.Image:
             pose.extent * rng.uniform(0.96, 1.04),
         )
         light = rng.uniform(-5, 5)
-    picture = background(scene.place, scene.time).copy()
+    image = background(scene.place, scene.time).copy()
     fill, outline = object_masks(scene.shape, pose)
-    picture.paste(OUTLINE, mask=outline)
-    picture.paste(COLOURS[scene.colour], mask=fill)
-    return picture.point(lambda value: value + light) if light else picture
+    image.paste(OUTLINE, mask=outline)
+    image.paste(COLOURS[scene.colour], mask=fill)
+    return image.point(lambda value: value + light) if light else image
 
 
 def object_masks(shape: str, pose: Pose) -> tuple[Image.Image, Image.Image]:
@@ -101,15 +101,15 @@ def object_masks(shape: str, pose: Pose) -> tuple[Image.Image, Image.Image]:
 def background(place: str, time: str) -> Image.Image:
     """The picture of a place at a time of day, without an object; shared, so do not write to it."""
     side = SIZE_PX * _OVERSAMPLE
-    picture = Image.new("RGB", (side, side))
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side))
+    canvas = ImageDraw.Draw(image)
     _paint_sky(canvas, time)
     _paint_place(canvas, place, _TINT[time])
-    return _shrink(picture)
+    return _shrink(image)
 
 
-def _shrink(picture: Image.Image) -> Image.Image:
-    return picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
+def _shrink(image: Image.Image) -> Image.Image:
+    return image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
 
 
 def _scaled(*values: float) -> list[float]:
