@@ -654,7 +654,7 @@ def text_shape(backbone: Backbone, place: Place) -> tuple[int, int]:
     return network.num_text_tokens, network.text_dim
 
 
-# The published sizes (models.md, sections 1 and 3), and small ones that have the same parts.
+# The published sizes (docs/models.md, Networks), and small ones that have the same parts.
 _CLIP_TEXT = {
     "full": {
         "hidden_size": 768,

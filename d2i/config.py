@@ -339,7 +339,7 @@ class SampleConfig(Config):
     precision: Precision = "fp32"
     """What the network multiplies in, by torch's autocast; weights and solver stay in float32. The
     published programs sample so, which is what GPUs are quick at; `bf16` changes a sample by some
-    1e-2, `fp16` by 1e-3 (models.md, section 6.3)."""
+    1e-2, `fp16` by 1e-3 (docs/models.md, Sampling)."""
     compute_batch_size: int = Field(default=50, gt=0)
     """The network runs at this one, padded batch, so that grouping changes no bit."""
     seed: int = Field(default=0, ge=0, lt=2**63)

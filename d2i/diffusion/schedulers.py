@@ -29,7 +29,7 @@ _SETTINGS: dict[str, Any] = {
     "timestep_spacing": "linspace",
     "clip_sample": False,
 }
-# What comes nearest to the published solver (models.md, section 6.3).
+# What comes nearest to the published solver (docs/models.md, Sampling).
 _NEAREST = {
     "DPMSolverSinglestepScheduler": {
         "solver_order": 3,

@@ -11,7 +11,7 @@ from torch import Tensor
 from d2i.config import Precision
 from d2i.encoders.load import load_pretrained, run_padded, weights_hash
 
-# OpenAI CLIP's preprocessing (models.md, section 3.4).
+# OpenAI CLIP's preprocessing (`_transform` in its `clip/clip.py`).
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 

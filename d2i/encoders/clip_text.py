@@ -23,7 +23,7 @@ class ClipText:
     """A frozen CLIP text tower, run on 77-token windows without an attention mask.
 
     No mask is ever passed: the published pipelines pass none, and one would change the padded
-    positions (models.md, section 1).
+    positions (docs/models.md, Text and CLIP).
 
     A folder may hold `clip_ids.json`, a list whose entry i is the true CLIP id of row i of a
     compact vocabulary; every other id then becomes row 0.

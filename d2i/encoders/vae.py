@@ -56,7 +56,7 @@ class Vae:
         """Encode uint8 (N, H, W, 3) to unscaled moments float32 (N, 8, h, w).
 
         The first 4 channels are the mean, the last 4 the log-variance (-30 where there is none).
-        Pixels enter as x / 127.5 - 1 (models.md, section 2.6).
+        Pixels enter as x / 127.5 - 1 (`datasets.py:453-458` of U-ViT).
         """
         return run_padded(self._moments, pixels, batch_size, self.device, self._precision)
 

@@ -1,7 +1,7 @@
 """Decode strangers' pictures: what could cost much, in a process that may be killed.
 
 Plain JPEGs, whose cost is bounded by the size in their header, are decoded here. All else goes to
-a child process with a bounded memory and a deadline (threats.md, section 3, row 4).
+a child process with a bounded memory and a deadline (docs/threats.md, Images).
 
     python -m d2i.preprocess.decoder '{"image": {...}, "max_decode_mib": 2048}'
 

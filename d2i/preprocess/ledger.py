@@ -1,4 +1,7 @@
-"""The ledger: one row for every instance key, whatever became of it (DESIGN, section 4)."""
+"""The ledger: one row for every instance key, whatever became of it.
+
+Its columns stand in ARCHITECTURE.md, Prepared data.
+"""
 
 from __future__ import annotations
 

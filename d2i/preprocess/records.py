@@ -1,4 +1,7 @@
-"""The record: one instance as a row of a planned shard's Parquet file (DESIGN, section 4)."""
+"""The record: one instance as a row of a planned shard's Parquet file.
+
+Its columns stand in ARCHITECTURE.md, Prepared data.
+"""
 
 from __future__ import annotations
 

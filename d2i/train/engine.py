@@ -71,7 +71,7 @@ def build_engine(
 ) -> Any:
     """Return a DeepSpeed engine around the network, with AdamW over all of its parameters.
 
-    Weight decay acts on every parameter, as published (models.md, section 2.2).
+    Weight decay acts on every parameter, as published (`utils.py` of U-ViT).
 
     To DeepSpeed, bf16 is fp32: what the network multiplies in is the network's own matter
     (`network.multiply_in`). Its `torch_autocast` rounds the linear layers' gradients on their way

@@ -19,7 +19,8 @@ def build_objective(
 ) -> Objective:
     """Return the function from (network, batch) to losses (B,), of which training takes the mean.
 
-    Latents are drawn anew from the stored moments at every step (models.md, section 2.5).
+    Latents are drawn anew from the stored moments at every step
+    (docs/models.md, Images and latents).
     """
 
     def latents(batch: Batch) -> Tensor:

@@ -71,7 +71,7 @@ class Throughput:
 def count_flops(config: BackboneConfig) -> int:
     """Return the FLOP of one image, forward and backward: three times those of the forward pass.
 
-    Two for each multiply-add, recomputation not counted (performance.md, section 2).
+    Two for each multiply-add, recomputation not counted (docs/models.md, Work).
     """
     sizes = resolve_sizes(config)
     with torch.device("meta"):

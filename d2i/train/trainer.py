@@ -155,7 +155,7 @@ class Trainer:
         return self._order.micro_batches(step, size, rank, world_size, self._num_micro_batches)
 
     def _learning_rate(self, step: int) -> float:
-        """Linear warm-up from 0, then constant (models.md, section 2.5)."""
+        """Linear warm-up from 0, then constant (`utils.py:54-61` of U-ViT)."""
         optim = self._config.optim
         warmed = min(1.0, step / optim.num_warmup_steps) if optim.num_warmup_steps else 1.0
         return optim.lr * warmed

@@ -34,7 +34,7 @@ def line(step: int, loss: float) -> MetricsLine:
     return MetricsLine(step, loss, 1e-4, 4 * step, 8.0, 1.0, 0.25, 0.4)
 
 
-# performance.md, section 2, in GFLOP; counted there by the same tool.
+# docs/models.md, Work, in GFLOP; counted there by the same tool.
 @pytest.mark.parametrize(
     ("name", "gigaflop"),
     [("uvit-s", 97.31), ("uvit-s-deep", 127.37), ("unidiffuser-v1", 6986.2)],

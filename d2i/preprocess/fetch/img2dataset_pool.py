@@ -2,7 +2,7 @@
 
 It brings the threads and the bound on what is in flight. Each picture is handed to it as a token
 in place of an address: its opener is ours and answers nothing else, so no request can leave
-unguarded (threats.md, section 1). Our resizer passes the bytes on, our writer opens them.
+unguarded (docs/threats.md, URLs). Our resizer passes the bytes on, our writer opens them.
 """
 
 from __future__ import annotations

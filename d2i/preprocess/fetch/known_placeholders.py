@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 _NAMES = ("photo_unavailable", "photo_not_available", "image_not_available")
-"""What hosts call them, Flickr first (corpora.md, section 9)."""
+"""What hosts call them, Flickr first (openimages/dataset #9)."""
 
 
 @dataclass(frozen=True)

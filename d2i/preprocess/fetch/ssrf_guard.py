@@ -1,4 +1,4 @@
-"""Which address may be asked (threats.md, section 3, row 1). Asks nothing itself."""
+"""Which address may be asked (docs/threats.md, URLs). Asks nothing itself."""
 
 from __future__ import annotations
 
