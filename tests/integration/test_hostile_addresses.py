@@ -147,7 +147,7 @@ def peak_bytes(source: Path, out: Path, *extra: str) -> int:
     return peak
 
 
-def test_every_case_ends_as_its_row(
+def test_ssrf_guard_and_limits_end_every_case_as_its_row(
     tmp_path: Path, settings: list[str], servers: ExitStack
 ) -> None:
     answers = {f"/{name}": answer for name, (answer, _) in CASES.items()}
@@ -223,7 +223,7 @@ def test_deadline_ends_a_host_that_never_answers(
     assert found.count("dead_host") == 9
 
 
-def test_trouble_of_our_own_is_not_written_down_as_dead_addresses(
+def test_outage_is_detected_and_not_recorded_as_dead_hosts(
     tmp_path: Path, settings: list[str]
 ) -> None:
     closed = []
@@ -253,7 +253,7 @@ def test_trouble_of_our_own_is_not_written_down_as_dead_addresses(
     assert list(reasons(out).values()) == ["connect"] * 10
 
 
-def test_workers_on_ray_keep_manners_together(
+def test_rate_limit_is_shared_by_workers_on_ray(
     tmp_path: Path, settings: list[str], servers: ExitStack
 ) -> None:
     """Two workers and one host: killed and repeated, each picture is there once."""

@@ -112,7 +112,7 @@ def test_a_task_that_kills_every_worker_ends_the_job() -> None:
         list(run_pipeline(stages, [1]))
 
 
-def test_more_workers_than_cores_are_no_deadlock() -> None:
+def test_pipeline_of_more_workers_than_cores_does_not_deadlock() -> None:
     stages = Pipeline(Feeding, Finishing, num_consumers=2, num_producers=5)
     assert len(list(run_pipeline(stages, range(NUM_TASKS)))) == NUM_TASKS
 

@@ -37,7 +37,7 @@ def test_a_damaged_file_is_said_to_be(tmp_path: Path, content: str) -> None:
         lock_or_diff(str(tmp_path / "kept.json"), {})
 
 
-def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+def test_exclusive_lock_lets_one_writer_work(tmp_path: Path) -> None:
     with ExitStack() as held:
         held.enter_context(storage.exclusive_lock(str(tmp_path)))
         held.enter_context(storage.exclusive_lock(str(tmp_path / "other")))

@@ -66,7 +66,7 @@ def test_backoff_is_kept_by_requests_that_already_wait() -> None:
     assert all(later - times[0] >= 2.0 for later in times[1:])
 
 
-def test_a_host_that_is_always_busy_holds_up_the_others_for_a_moment_only() -> None:
+def test_retry_policy_for_a_busy_host_delays_no_other() -> None:
     """Thirty pictures, each to be asked for three times, with a second of peace after each."""
     answers = {
         "/busy": lambda handler: handler.send(429, Retry_After="1"),

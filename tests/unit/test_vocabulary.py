@@ -1,0 +1,58 @@
+"""Things have the names that an engineer of this field would search for, and one name each."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import io
+import json
+import re
+import tokenize
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY: dict[str, Any] = json.loads((ROOT / "tests" / "vocabulary.json").read_text())
+STEMS = {"atomic": "atomically", "eviction": "evict"}
+
+
+@cache
+def names_of_code() -> set[str]:
+    found = set()
+    for path in (ROOT / "d2i").rglob("*.py"):
+        tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+        found |= {token.string for token in tokens if token.type == tokenize.NAME}
+    return found
+
+
+@pytest.mark.parametrize("term", VOCABULARY["terms"])
+def test_a_term_of_the_field_leads_to_the_code_and_to_its_test(term: str) -> None:
+    qualified, test = VOCABULARY["terms"][term]
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", qualified).lower()
+    for word in term.lower().split():
+        assert STEMS.get(word, word) in words, qualified
+    module, _, attributes = qualified.partition(":")
+    found: Any = importlib.import_module(module)
+    for attribute in attributes.split("."):
+        found = getattr(found, attribute)
+    file, _, name = test.partition("::")
+    assert name in {
+        node.name
+        for node in ast.walk(ast.parse((ROOT / file).read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def test_modules_have_their_new_names() -> None:
+    for old, new in VOCABULARY["modules"].items():
+        assert not (ROOT / f"{old.replace('.', '/')}.py").exists(), old
+        assert (ROOT / f"{new.replace('.', '/')}.py").exists(), new
+
+
+def test_classes_and_functions_have_their_new_names() -> None:
+    names = VOCABULARY["names"]
+    assert not names.keys() & names_of_code()
+    assert set(names.values()) <= names_of_code()
