@@ -371,13 +371,13 @@ def draw_batch(network: Any, is_joint: bool, size: int, device: str) -> Any:
     """Draw a batch as training takes it on the device: normal numbers, times in 1..1000."""
     import torch
 
-    from d2i.train.batch import Batch, Joint
+    from d2i.train.batch import Batch, JointInputs
 
     side, num_tokens = network.latent_size, network.num_text_tokens
     normal = partial(torch.randn, device=device)
     joint = None
     if is_joint:
-        joint = Joint(
+        joint = JointInputs(
             clip=normal(size, 1, network.clip_dim),
             clip_noise=normal(size, 1, network.clip_dim),
             text_noise=normal(size, num_tokens, network.text_dim),

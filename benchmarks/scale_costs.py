@@ -413,9 +413,9 @@ def fold(folder: str) -> None:
 
 def look_through(folder: str) -> None:
     """Look for placeholders in the ledger of a split: one pass over it."""
-    from d2i.preprocess.placeholders import plan_withdrawals
+    from d2i.preprocess.placeholders import plan_retractions
 
-    plan_withdrawals(folder, 10)
+    plan_retractions(folder, 10)
 
 
 def open_shards(folder: str) -> None:

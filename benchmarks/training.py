@@ -41,7 +41,7 @@ from d2i.train.checkpoint_writer import CheckpointWriter, TrainState, build_stat
 from d2i.train.data_order import DataOrder
 from d2i.train.ema import Ema
 from d2i.train.engine import build_engine, join_ranks
-from d2i.train.network import multiply_in
+from d2i.train.network import autocast_to
 from d2i.train.request import TrainRequest
 from d2i.train.trainer import Trainer
 
@@ -107,7 +107,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         (folder / "train").mkdir()
         reader = write_data(folder / "train", 64)
         network = build_backbone("uvit-s")
-        multiply_in(network, settings.train.precision)
+        autocast_to(network, settings.train.precision)
         bare = time_bare_loop(reader, settings.train, args.steps + 1)
         engine = build_engine(network, settings.train, 1)
         state = build_state(engine, settings.train)
@@ -143,7 +143,7 @@ def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> 
     batches.close()
     network = build_backbone("uvit-s")
     masters = list(network.parameters())
-    multiply_in(network, config.precision)
+    autocast_to(network, config.precision)
     if config.precision == "bf16_weights":
         masters = [weight.detach().clone() for weight in masters]
         network.bfloat16()

@@ -29,7 +29,7 @@ from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone
 from d2i.recipes import load_recipe
 from d2i.train.engine import build_engine, join_ranks, list_parts, master_weights
-from d2i.train.network import multiply_in
+from d2i.train.network import autocast_to
 
 SIZES = {"latent_size": 8, "patch_size": 2, "dim": 32, "depth": 2, "num_heads": 2}
 TEXT = {"text_dim": 16, "num_text_tokens": 4}
@@ -97,7 +97,7 @@ def pretrain(num_steps: int) -> dict[str, Tensor]:
 def fine_tune(start: dict[str, Tensor], config: TrainConfig, seed: int) -> dict[str, Tensor]:
     """The float32 weights after the recipe's steps."""
     network, world, draws = build(start), World(1), torch.Generator().manual_seed(seed)
-    multiply_in(network, config.precision)
+    autocast_to(network, config.precision)
     engine = build_engine(network, config, 1)
     _, num_micro_batches = config.accumulation(1)
     for _ in range(config.num_steps):

@@ -36,7 +36,7 @@ _MAX_SHOWN = 80
 # The model times of the published networks, n = 1..1000.
 NUM_NOISE_LEVELS = 1000
 # What settings were before they were there, for runs and evaluations that were begun then.
-FORMERLY: dict[str, Any] = {
+LEGACY_DEFAULTS: dict[str, Any] = {
     "corpus.split_shares": None,
     "corpus.split_seed": None,
     "fetch.downloads": None,

@@ -60,7 +60,7 @@ def _next_step(url: str) -> str:
     return f"edited? delete {beside} to accept it; else restore it, or choose another folder"
 
 
-def with_former(kept: Mapping[str, Any], formerly: Mapping[str, Any]) -> dict[str, Any]:
+def with_legacy_defaults(kept: Mapping[str, Any], formerly: Mapping[str, Any]) -> dict[str, Any]:
     """Return kept values with those of the fields that were not there yet.
 
     Args:

@@ -30,7 +30,7 @@ _POLL_S = 1.0
 
 
 @contextmanager
-def hold(fs: Any, folder: str, url: str, wait_s: float) -> Iterator[None]:
+def hold_lease(fs: Any, folder: str, url: str, wait_s: float) -> Iterator[None]:
     """Hold a folder until the context is left.
 
     Args:

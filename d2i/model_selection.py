@@ -28,7 +28,7 @@ from d2i.models import save_weights
 from d2i.recipes import change_recipe, read_kept_recipe, refuse_host
 from d2i.run_dir import BEST_NAME, last_step, read_recipe, read_run_config
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.train.checkpoint import KIND_OF_WEIGHTS, Checkpoint, step_of, whole_checkpoints
+from d2i.train.checkpoint import KIND_OF_WEIGHTS, Checkpoint, complete_checkpoints, step_of
 from d2i.train.data import split_url
 from d2i.train.validation import choose_instances
 
@@ -132,7 +132,7 @@ def _of_run(request: SelectRequest, run_url: str) -> _Search:
     """Try every kind of weights of each checkpoint with each guidance scale."""
     run_url = storage.resolve(run_url)
     recipe = change_recipe(read_recipe(run_url), request.settings)
-    checkpoints = whole_checkpoints(run_url)
+    checkpoints = complete_checkpoints(run_url)
     if not checkpoints:
         raise CheckpointError(
             f"{run_url} has no whole checkpoint; expected one at least; repeat its d2i train "

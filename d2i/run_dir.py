@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from d2i import __version__, checksums, storage
 from d2i.checksums import CRC_FIELD, has_crc32, json_line, say_not_verified
-from d2i.config import FORMERLY, Recipe, WeightsKind, load_config
-from d2i.config_lock import lock_or_diff, read_settings, with_former
+from d2i.config import LEGACY_DEFAULTS, Recipe, WeightsKind, load_config
+from d2i.config_lock import lock_or_diff, read_settings, with_legacy_defaults
 from d2i.errors import CheckpointError, ConfigError
 from d2i.parse import damaged, parse_json, read_json
 from d2i.weights_catalog import weights_to_fetch
@@ -43,7 +43,7 @@ _END_OF_LINE = re.compile(rb'"crc32": \d+\}')
 # What is left of the field in any line of which one byte was changed.
 _TRACE_OF_CRC = re.compile(rb'"cr|c32"')
 
-_FORMERLY = {f"recipe.{path}": value for path, value in FORMERLY.items()}
+_FORMERLY = {f"recipe.{path}": value for path, value in LEGACY_DEFAULTS.items()}
 # What decides how far a run goes, where and in which pieces a step is computed, and what is kept of
 # it, but no number beyond its rounding: as the number of ranks may, it may change from one command
 # to the next.
@@ -180,7 +180,7 @@ def _as_now(config: dict[str, Any]) -> dict[str, Any]:
 
     Before averages had a warm-up, bf16 and fp16 were the whole network in half precision.
     """
-    begun = with_former(config, _FORMERLY)
+    begun = with_legacy_defaults(config, _FORMERLY)
     train = (config.get("recipe") or {}).get("train") or {}
     if "ema_warmup" not in train and train.get("precision") in ("bf16", "fp16"):
         begun["recipe"]["train"]["precision"] = f"{train['precision']}_weights"
@@ -205,7 +205,7 @@ def read_recipe(run_url: str) -> Recipe:
     recipe = read_run_config(run_url).get("recipe")
     if not isinstance(recipe, dict):
         raise _no_run(run_url)
-    return load_config(Recipe, with_former(recipe, FORMERLY), source=url)
+    return load_config(Recipe, with_legacy_defaults(recipe, LEGACY_DEFAULTS), source=url)
 
 
 def read_run_config(run_url: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from d2i.errors import ConfigError, D2IError
-from d2i.lease import FOLDER_NAME, hold
+from d2i.lease import FOLDER_NAME, hold_lease
 from d2i.prefetch import prefetch_map
 
 TEMPORARY_SUFFIX = ".d2i-tmp"
@@ -475,7 +475,7 @@ def exclusive_lock(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
 def _leased(fs: Any, path: str, url: str, wait_s: float) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with _errors_of(url):
-            stack.enter_context(hold(fs, path, url, wait_s))
+            stack.enter_context(hold_lease(fs, path, url, wait_s))
         yield
 
 

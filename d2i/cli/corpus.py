@@ -144,7 +144,7 @@ def _survey(
         "splits": {
             split: found | {"pictures": seen.get(split)} for split, found in surveyed.items()
         },
-        "leaks": {"near": finder.has_looked, "counts": counts},
+        "leaks": {"near": finder.has_hashed, "counts": counts},
     }
 
 

@@ -36,7 +36,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class NodeAnswer(Generic[AnswerT]):
+class NodeResult(Generic[AnswerT]):
     """What a node answered, or why it did not.
 
     Args:
@@ -72,7 +72,7 @@ def wait_for_nodes(num_nodes: int, wait_s: float) -> list[Node]:
 
 def run_on_each_node(
     nodes: Sequence[Node], question: Callable[[Node], AnswerT], timeout_s: float
-) -> Iterator[NodeAnswer[AnswerT]]:
+) -> Iterator[NodeResult[AnswerT]]:
     """Ask all nodes at once; yield their answers in the order of the nodes.
 
     Args:
@@ -107,19 +107,19 @@ def _start_on(node: Node) -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=there)(_NodeActor).remote()
 
 
-def _take(node: Node, actor: Any, reply: Any, timeout_s: float) -> NodeAnswer[Any]:
+def _take(node: Node, actor: Any, reply: Any, timeout_s: float) -> NodeResult[Any]:
     import ray
 
     try:
         answer = ray.get(reply, timeout=timeout_s)
         ahead_s, error_s = _read_clock(actor)
     except ray.exceptions.GetTimeoutError:
-        return NodeAnswer(node, None, "no answer in time")
+        return NodeResult(node, None, "no answer in time")
     except ray.exceptions.RayError as err:
         # What the node itself raised stands last.
-        return NodeAnswer(node, None, str(err).strip().splitlines()[-1])
+        return NodeResult(node, None, str(err).strip().splitlines()[-1])
     ray.kill(actor)
-    return NodeAnswer(node, answer, "", ahead_s, error_s)
+    return NodeResult(node, answer, "", ahead_s, error_s)
 
 
 def _read_clock(actor: Any) -> tuple[float, float]:

@@ -117,7 +117,7 @@ def _run_here(
 def _run_on_ray(
     stages: Pipeline[TaskT, BlockT, ResultT], tasks: Sequence[TaskT], on_wait: Callable[[], None]
 ) -> Iterator[tuple[TaskT, ResultT]]:
-    flow = _Flow(stages, tasks)
+    flow = _PipelineScheduler(stages, tasks)
     next_tick = time.monotonic()
     while flow.num_left:
         flow.submit()
@@ -153,7 +153,7 @@ class _Stream:
     blocks: list[Any] = field(default_factory=list)
 
 
-class _Flow:
+class _PipelineScheduler:
     """Which task is where, on Ray. Tasks are known here by their numbers."""
 
     def __init__(self, stages: Pipeline[Any, Any, Any], tasks: Sequence[Any]) -> None:

@@ -132,11 +132,11 @@ def create_shared(value: ObjectT, *, num_workers: int | None) -> SharedActor[Obj
     beside: Any = NodeAffinitySchedulingStrategy(here, soft=True)
     holder = ray.remote(
         num_cpus=0, memory=1, max_restarts=-1, max_task_retries=-1, scheduling_strategy=beside
-    )(_Holder)
+    )(_SharedObject)
     return SharedActor(holder.remote(value), is_remote=True)
 
 
-class _Holder:
+class _SharedObject:
     """Holds a shared object in its Ray process."""
 
     def __init__(self, value: Any) -> None:

@@ -27,7 +27,7 @@ from d2i.corpora.photochat import PhotoChat
 from d2i.corpora.records import MAX_TURNS, Dialog, Flaw, Reason, RecordError, RecordIssue, Report
 from d2i.corpora.split_shares import DialogSplits
 from d2i.corpora.splits import SPLITS, source_folder
-from d2i.corpora.tally import ProblemTally
+from d2i.corpora.tally import IssueCounter
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ConfigError, DataError
 from d2i.file_kind import HEAD_BYTES
@@ -342,7 +342,7 @@ class _Reading:
         self.broken_where = ""
         self.broken_file = ""
         self.gave_up = False
-        self.broken = ProblemTally()
+        self.broken = IssueCounter()
 
     def begin(self, where: str) -> None:
         """Begin a record."""

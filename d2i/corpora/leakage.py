@@ -18,7 +18,7 @@ from msgspec import Struct
 from d2i import storage
 from d2i.config import ImageConfig
 from d2i.corpora import Corpus, corpus_instances
-from d2i.corpora.perceptual_hash import HashIndex, PerceptualHash, look_of
+from d2i.corpora.perceptual_hash import HashIndex, PerceptualHash, perceptual_hash_of
 from d2i.corpora.splits import SPLITS, source_folder
 from d2i.dialog import Instance
 from d2i.image_decode import ImageRejectedError, decode_image
@@ -74,10 +74,10 @@ class LeakFinder:
         if look and corpus.image_root:
             check_root(self._image_root)
         self._protected: dict[str, tuple[str, str]] = {}
-        self._looks = HashIndex()
+        self._hashes = HashIndex()
 
     @property
-    def has_looked(self) -> bool:
+    def has_hashed(self) -> bool:
         """Whether any picture file was there to be compared."""
         return any(count.num_read for count in self.images.values())
 
@@ -110,7 +110,7 @@ class LeakFinder:
     def _near(self, split: str) -> dict[str, tuple[str, int]]:
         """Return, by picture of a split, the protected picture it looks like, and how nearly."""
         near, looks, failures, num_read = {}, [], Counter[str](), 0
-        for image_id, look in self._read_looks(split):
+        for image_id, look in self._read_hashes(split):
             self._on_image(split)
             if isinstance(look, str):
                 failures[look] += 1
@@ -118,22 +118,22 @@ class LeakFinder:
             num_read += 1
             if look is None or image_id in self._protected:
                 continue
-            found = self._looks.nearest(look)
+            found = self._hashes.nearest(look)
             if found is not None:
                 near[image_id] = found
             if split != "train":
                 looks.append((image_id, look))
         for image_id, look in looks:
-            self._looks.add(image_id, look)
+            self._hashes.add(image_id, look)
         self.images[split] = ImageCount(num_read, dict(sorted(failures.items())))
         return near
 
-    def _read_looks(self, split: str) -> Iterator[tuple[str, PerceptualHash | str | None]]:
+    def _read_hashes(self, split: str) -> Iterator[tuple[str, PerceptualHash | str | None]]:
         """Give each distinct picture file of a split with its look, or why it has none."""
         images = self._distinct_files(split)
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             while chunk := list(islice(images, _CHUNK)):
-                looks = threads.map(self._read_look, [path for _, path in chunk])
+                looks = threads.map(self._read_hash, [path for _, path in chunk])
                 yield from zip([image_id for image_id, _ in chunk], looks, strict=True)
 
     def _distinct_files(self, split: str) -> Iterator[tuple[str, str]]:
@@ -144,10 +144,10 @@ class LeakFinder:
                 seen.add(image_id)
                 yield image_id, instance.image_ref.value[0]
 
-    def _read_look(self, path: str) -> PerceptualHash | str | None:
+    def _read_hash(self, path: str) -> PerceptualHash | str | None:
         try:
             data = read_image(self._image_root, path, _MAX_IMAGE_BYTES)
-            return look_of(decode_image(data, ImageConfig()).image)
+            return perceptual_hash_of(decode_image(data, ImageConfig()).image)
         except ImageRejectedError as err:
             return err.reason
 

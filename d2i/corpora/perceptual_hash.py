@@ -34,7 +34,7 @@ class PerceptualHash:
     colours: NDArray[np.uint8]
 
 
-def look_of(image: Image.Image) -> PerceptualHash | None:
+def perceptual_hash_of(image: Image.Image) -> PerceptualHash | None:
     """Return the look of an RGB picture; None for one so plain that it looks like any other."""
     grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     brightness = np.asarray(grey, np.float64)
@@ -54,28 +54,28 @@ class HashIndex:
     """Finds, among the looks it was given, the one nearest to another."""
 
     def __init__(self) -> None:
-        self._looks: list[tuple[str, PerceptualHash]] = []
+        self._hashes: list[tuple[str, PerceptualHash]] = []
         self._bands: list[defaultdict[int, list[int]]] = [defaultdict(list) for _ in _BANDS]
 
     def __len__(self) -> int:
         """Return how many looks there are."""
-        return len(self._looks)
+        return len(self._hashes)
 
     def add(self, name: str, look: PerceptualHash) -> None:
         """Take a look, under the name of its picture."""
         for band, part in zip(self._bands, _parts(look.structure), strict=True):
-            band[part].append(len(self._looks))
-        self._looks.append((name, look))
+            band[part].append(len(self._hashes))
+        self._hashes.append((name, look))
 
     def nearest(self, look: PerceptualHash) -> tuple[str, int] | None:
         """Return name and distance in bits of the nearest look, or None where none is near."""
         found: tuple[int, int] | None = None
         for place in self._candidates(look):
-            other = self._looks[place][1]
+            other = self._hashes[place][1]
             distance = (other.structure ^ look.structure).bit_count()
             if distance <= MAX_DISTANCE and _colours_agree(other, look):
                 found = min(found or (distance, place), (distance, place))
-        return None if found is None else (self._looks[found[1]][0], found[0])
+        return None if found is None else (self._hashes[found[1]][0], found[0])
 
     def _candidates(self, look: PerceptualHash) -> set[int]:
         parts = zip(self._bands, _parts(look.structure), strict=True)

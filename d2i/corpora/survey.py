@@ -17,7 +17,7 @@ from d2i.config import DialogConfig, TextConfig
 from d2i.corpora import Corpus, Dialog, build_corpus, read_dialogs
 from d2i.corpora.compact_set import CompactHashSet
 from d2i.corpora.records import Flaw, Reason
-from d2i.corpora.tally import ProblemTally
+from d2i.corpora.tally import IssueCounter
 from d2i.dialog import Instance, key_order_hash, key_prefix
 from d2i.prompt_text import context_text
 from d2i.tokenize import WINDOW_LENGTH, encode
@@ -123,7 +123,7 @@ def survey_split(
     as_set, *others = _variants(name, config)
     # Settings of the text change no count, so that one counter serves all of them.
     counters = {variant.corpus: _Counter(variant.corpus, split) for variant in (as_set, *others)}
-    problems = ProblemTally()
+    problems = IssueCounter()
     dialogs, flaw = read_dialogs(
         as_set.corpus, source, split, on_problem=problems.add, max_broken=1.0
     )

@@ -9,7 +9,7 @@ from d2i.corpora.records import RecordIssue
 _NUM_DESCRIBED = 3
 
 
-class ProblemTally:
+class IssueCounter:
     """Counts problems, and keeps the first one of each reason."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 
 from d2i import storage
 from d2i.cluster import session
-from d2i.cluster.nodes import Node, NodeAnswer, run_on_each_node, wait_for_nodes
+from d2i.cluster.nodes import Node, NodeResult, run_on_each_node, wait_for_nodes
 from d2i.config import Recipe
 from d2i.doctor.check import Check, first_line
 from d2i.doctor.node import Probe, Question, installed_versions, look_at_node
@@ -90,7 +90,7 @@ def _check_workers(num_gpus: float, num_cpus: float) -> Check:
     return Check("workers", "fail", detail, "add nodes, or start them without --num-cpus=0")
 
 
-def _node_checks(answer: NodeAnswer[list[Check]], recipe: Recipe | None) -> list[Check]:
+def _node_checks(answer: NodeResult[list[Check]], recipe: Recipe | None) -> list[Check]:
     if answer.answer is None:
         fix = "start the node from the same image or environment as the driver"
         return [Check("answer", "fail", answer.problem, fix)]
@@ -113,7 +113,7 @@ def _check_object_store(node: Node, recipe: Recipe | None) -> Check:
     return Check(name, "warn", detail, fix)
 
 
-def _check_clock(answer: NodeAnswer[list[Check]]) -> Check:
+def _check_clock(answer: NodeResult[list[Check]]) -> Check:
     """How far a node's clock is from the driver's."""
     ahead_s, error_s = answer.clock_ahead_s, answer.clock_error_s
     detail = f"{ahead_s:+.3f} s beside the driver's (within {error_s:.3f} s)"

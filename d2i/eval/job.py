@@ -14,8 +14,8 @@ from typing import Any
 from d2i import checksums, storage
 from d2i.cluster import JobFault, Pool, job_fault, run_tasks, session
 from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
-from d2i.config import FORMERLY, Recipe
-from d2i.config_lock import lock_or_diff, read_settings, with_former
+from d2i.config import LEGACY_DEFAULTS, Recipe
+from d2i.config_lock import lock_or_diff, read_settings, with_legacy_defaults
 from d2i.errors import ConfigError, DataError
 from d2i.eval.categories import CORPUS, write_categories
 from d2i.eval.fingerprint import hash_contents
@@ -244,8 +244,8 @@ def _settle(request: EvalRequest, decided: dict[str, Any]) -> None:
         # Nothing was drawn under them yet: they may be those of a command with a typing error.
         checksums.remove(kept)
         checksums.remove(described)
-    formerly = {f"recipe.{path}": value for path, value in FORMERLY.items()}
-    differences = lock_or_diff(kept, decided, partial(with_former, formerly=formerly))
+    formerly = {f"recipe.{path}": value for path, value in LEGACY_DEFAULTS.items()}
+    differences = lock_or_diff(kept, decided, partial(with_legacy_defaults, formerly=formerly))
     if differences and all(difference.startswith("files.") for difference in differences):
         raise ConfigError(
             f"{request.out_url} holds what {request.system.name} gave before its files changed; "

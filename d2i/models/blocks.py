@@ -24,7 +24,7 @@ MAX_PERIOD = 10_000
 MAX_WRITTEN_OUT = 512
 
 
-def time_token(n_B: Tensor, dim: int) -> Tensor:
+def timestep_embedding(n_B: Tensor, dim: int) -> Tensor:
     """The sinusoidal embedding of the model time, cosines first, always in float32.
 
     The float32 `exp` of CPUs and GPUs differs in the last bit, which an angle of 1000 makes

@@ -39,7 +39,7 @@ _NUM_UNIDIFFUSER_TOKENS = 3
 
 
 @dataclass(frozen=True)
-class Recognized:
+class DetectedWeights:
     """What was recognized.
 
     Args:
@@ -59,25 +59,27 @@ class Recognized:
     sizes: Mapping[str, int] | None = None
 
 
-def recognize(state: Mapping[str, Tensor]) -> Recognized | None:
+def detect_weights(state: Mapping[str, Tensor]) -> DetectedWeights | None:
     """Say what tensors are by their names and shapes; None where d2i has no use for them.
 
     A caption decoder counts as its text prefix, whatever else is in it.
     """
     published = tuple(find_published({key: tuple(value.shape) for key, value in state.items()}))
     if is_ldm(state):
-        return Recognized("autoencoder", "published", "KL autoencoder, LDM's layout", published)
+        return DetectedWeights(
+            "autoencoder", "published", "KL autoencoder, LDM's layout", published
+        )
     if is_diffusers_autoencoder(state):
         words = "KL autoencoder, diffusers' layout"
-        return Recognized("autoencoder", "diffusers", words, published)
+        return DetectedWeights("autoencoder", "diffusers", words, published)
     if all(key in state for key in PREFIX_KEYS):
         prefix = {key: tuple(state[key].shape) for key in PREFIX_KEYS}
         width = " to ".join(str(size) for size in reversed(prefix[PREFIX_KEYS[0]]))
         words = f"UniDiffuser's text prefix, {width} features"
-        return Recognized("text prefix", "published", words, tuple(find_published(prefix)))
+        return DetectedWeights("text prefix", "published", words, tuple(find_published(prefix)))
     for keys, words in _ENCODERS:
         if all(key in state for key in keys):
-            return Recognized("encoder", "diffusers", words, published)
+            return DetectedWeights("encoder", "diffusers", words, published)
     if is_diffusers(state):
         return _backbone(from_diffusers(state), "diffusers", published)
     return _backbone(state, "published", published)
@@ -85,7 +87,7 @@ def recognize(state: Mapping[str, Tensor]) -> Recognized | None:
 
 def _backbone(
     state: Mapping[str, Tensor], layout: Layout, published: tuple[PublishedFile, ...]
-) -> Recognized | None:
+) -> DetectedWeights | None:
     if "pos_embed" not in state or "patch_embed.proj.weight" not in state:
         return None
     if any(state[key].dim() != num for key, num in _NUM_AXES.items() if key in state):
@@ -101,7 +103,7 @@ def _backbone(
     sizes = _sizes(state)
     words = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in sizes.items())
     theirs = ", diffusers' layout" if layout == "diffusers" else ""
-    return Recognized("backbone", layout, f"{title}{theirs}: {words}", published, name, sizes)
+    return DetectedWeights("backbone", layout, f"{title}{theirs}: {words}", published, name, sizes)
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:

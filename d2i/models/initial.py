@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2i.checksums import known_sha256
 from d2i.config import SCRATCH, BackboneConfig
-from d2i.models.detect import recognize
+from d2i.models.detect import detect_weights
 from d2i.models.weights import read_state_dict, weights_file
 from d2i.weights_resolve import resolve_weights
 
@@ -32,7 +32,7 @@ def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:
     path = Path(resolve_weights(config.weights))
     file = weights_file(path)
     state = read_state_dict(path)
-    found = recognize(state)
+    found = detect_weights(state)
     return {
         "file": config.weights if config.weights.startswith("demo:") else file.name,
         "sha256": known_sha256(str(file)),

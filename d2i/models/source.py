@@ -19,7 +19,7 @@ from d2i.models.autoencoder_layout import (
     ldm_to_diffusers,
     with_new_names,
 )
-from d2i.models.detect import PREFIX_KEYS, Recognized, recognize
+from d2i.models.detect import PREFIX_KEYS, DetectedWeights, detect_weights
 from d2i.models.diffusers_layout import from_diffusers
 from d2i.models.model_dir import read_config
 from d2i.models.presets import PRESETS, build_backbone
@@ -45,7 +45,7 @@ class Source:
     file: Path
     sha256: str
     state: Mapping[str, Tensor]
-    found: Recognized
+    found: DetectedWeights
 
 
 def open_source(path: Path) -> Source:
@@ -56,7 +56,7 @@ def open_source(path: Path) -> Source:
     """
     file = weights_file(path)
     state = read_state_dict(path)
-    found = recognize(state)
+    found = detect_weights(state)
     if found is None:
         raise CheckpointError(
             f"{file} holds weights that d2i does not know ({len(state)} tensors, such as "
@@ -74,7 +74,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         CheckpointError: If it cannot be read.
     """
     file, state = weights_file(path), read_state_dict(path)
-    found = recognize(state)
+    found = detect_weights(state)
     shapes = {key: list(tensor.shape) for key, tensor in state.items()}
     return {
         "file": str(file),

@@ -20,7 +20,7 @@ from d2i.models.blocks import (
     patch_grid,
     positions_at,
     run_long_skips,
-    time_token,
+    timestep_embedding,
     unpatchify,
 )
 
@@ -172,7 +172,10 @@ class UniDiffuser(nn.Module):
     ) -> Tensor:
         """All tokens in their order, without positions."""
         dtype = self.pos_embed.dtype
-        tokens = [time_token(n_image, self.dim).to(dtype), time_token(n_text, self.dim).to(dtype)]
+        tokens = [
+            timestep_embedding(n_image, self.dim).to(dtype),
+            timestep_embedding(n_text, self.dim).to(dtype),
+        ]
         if self.has_data_type:
             tokens.append(self._data_type_token(data_type, latent))
         tokens += [

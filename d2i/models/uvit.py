@@ -19,7 +19,7 @@ from d2i.models.blocks import (
     patch_grid,
     positions_at,
     run_long_skips,
-    time_token,
+    timestep_embedding,
     unpatchify,
 )
 
@@ -121,7 +121,7 @@ class UViT(nn.Module):
         height, width = latent.shape[-2:]
         grid = patch_grid(latent, self.patch_size)
         num_prefix = NUM_TIME_TOKENS + self.num_text_tokens
-        time_B1D = time_token(n, self.dim).to(dtype)
+        time_B1D = timestep_embedding(n, self.dim).to(dtype)
         text_BTD = self.context_embed(text.to(dtype))
         patches_BLD = self.patch_embed(latent.to(dtype))
         x_BLD = torch.cat([time_B1D, text_BTD, patches_BLD], dim=1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d2i import checksums
 from d2i.errors import CheckpointError
-from d2i.models.detect import recognize
+from d2i.models.detect import detect_weights
 from d2i.models.diffusers_layout import from_diffusers, is_diffusers
 from d2i.models.pickle_guard import ZIP_MAGIC, check_torch_file
 
@@ -81,7 +81,7 @@ def check_fits(network: nn.Module, state: Mapping[str, Tensor], path: str | Path
     """
     problems = _mismatches(network.state_dict(), state)
     if problems:
-        found = recognize(state)
+        found = detect_weights(state)
         raise CheckpointError(
             f"{path} does not fit {type(network).__name__}: {'; '.join(problems)}; it is "
             f"{found.words if found else 'nothing that d2i knows'}; build the network of these "

@@ -74,7 +74,7 @@ class FetchWorker:
             if len(block) == _BLOCK or _num_source_bytes(block) >= _BLOCK_BYTES:
                 yield self._counted(block)
                 block = []
-        self._refuse_trouble(of_names=bool(task.failed_before))
+        self._refuse_outage(of_names=bool(task.failed_before))
         self._reach("fetch.shard")
         yield self._counted(block)
 
@@ -82,13 +82,13 @@ class FetchWorker:
         self._tally.call("add", [found.fetched.reason for found in block])
         return block
 
-    def _refuse_trouble(self, *, of_names: bool) -> None:
+    def _refuse_outage(self, *, of_names: bool) -> None:
         """Stop where this machine reaches nothing, before a row says that all is dead.
 
         A supplement holds only what failed before: that hosts are not reached again says nothing
         new, and their rows stay passing; that no name is found would make them permanent.
         """
-        if trouble := self._source.trouble(of_names=of_names):
+        if trouble := self._source.outage_reason(of_names=of_names):
             raise ClusterError(
                 f"{trouble}: that looks like this machine's network, not like dead addresses; "
                 "expected some to answer; the rows of this shard were not written; mend it "

@@ -78,17 +78,17 @@ class HashPartitions:
             reader = pa.ipc.open_file(file)
             for bucket in sorted(self._batches):
                 batches = map(reader.get_batch, self._batches[bucket])
-                if self._is_to_be_dealt_again(bucket):
-                    yield from self._dealt_again(batches)
+                if self._needs_repartition(bucket):
+                    yield from self._repartitioned(batches)
                 else:
                     yield pa.Table.from_batches(batches)
 
-    def _is_to_be_dealt_again(self, bucket: int) -> bool:
+    def _needs_repartition(self, bucket: int) -> bool:
         # Rows of one hash stay together, however many they are.
         has_bits_left = self._num_bits_before + 2 * BUCKET_BITS <= _HASH_BITS
         return has_bits_left and self._num_bytes[bucket] > MAX_BUCKET_BYTES
 
-    def _dealt_again(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    def _repartitioned(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
         path = self._path.with_name(f"{self._path.name}-")
         num_bits = self._num_bits_before + BUCKET_BITS
         with HashPartitions(path, self._hash_column, num_bits) as again:

@@ -31,7 +31,7 @@ from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.ledger import commonest_failure, remove_ledgers
 from d2i.preprocess.messages import ShardTask
 from d2i.preprocess.outcome import SplitSummary, refuse_empty, split_summary
-from d2i.preprocess.placeholders import RetractionWorker, placeholders_of, plan_withdrawals
+from d2i.preprocess.placeholders import RetractionWorker, placeholders_of, plan_retractions
 from d2i.preprocess.plan import Plan, PlanRequest, fingerprint_url, make_plan
 from d2i.preprocess.progress import JobProgress, Tally
 from d2i.preprocess.reuse import Reuse
@@ -191,7 +191,7 @@ def _work(
             _make_shards(request, plans, tasks, progress, on_progress)
     for split_url in _split_urls(request, plans):
         # Also where a killed command had made all shards.
-        _withdraw_placeholders(request, split_url)
+        _retract_placeholders(request, split_url)
         # Workers of a driver that was killed live on for a moment, beside this job.
         remove_uncommitted(split_url)
     return [_finish(request, split, plan) for split, plan in plans.items()]
@@ -233,19 +233,19 @@ def _make_shards(
         save_rate(rate_decided_by(request, offer.unit), rate)
 
 
-def _withdraw_placeholders(request: PreprocessRequest, split_url: str) -> None:
+def _retract_placeholders(request: PreprocessRequest, split_url: str) -> None:
     """Withdraw what only the whole split shows to be placeholders."""
     if storage.exists(storage.join(split_url, MANIFEST_NAME)):
         # A run may have begun with it.
         return
-    withdrawals = plan_withdrawals(split_url, request.recipe.fetch.num_same_pictures)
-    if not withdrawals:
+    retractions = plan_retractions(split_url, request.recipe.fetch.num_same_pictures)
+    if not retractions:
         return
     with session(request.num_workers, request.ray_address):
         fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
         worker = partial(RetractionWorker, _read_fingerprint(split_url), fault)
         pool = Pool(worker, num_workers=request.num_workers, ray_address=request.ray_address)
-        for _ in run_tasks(pool, withdrawals):
+        for _ in run_tasks(pool, retractions):
             pass
 
 

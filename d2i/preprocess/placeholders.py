@@ -84,7 +84,7 @@ class Retraction:
     placeholders: frozenset[str]
 
 
-def plan_withdrawals(split_url: str, num_same: int) -> list[Retraction]:
+def plan_retractions(split_url: str, num_same: int) -> list[Retraction]:
     """Return the committed shards that hold pictures found to stand for many."""
     placeholders = placeholders_of(split_url, num_same)
     if not placeholders:
@@ -118,12 +118,12 @@ class RetractionWorker:
         """
         split_url, old = task.split_url, task.commit
         rows = read_shard_ledger(split_url, old.index)
-        withdrawn = {row.key for row in rows if _is_withdrawn(row, task.placeholders)}
-        if withdrawn:
-            rows = [_withdrawn(row) if row.key in withdrawn else row for row in rows]
+        retracted = {row.key for row in rows if _is_retracted(row, task.placeholders)}
+        if retracted:
+            rows = [_retracted(row) if row.key in retracted else row for row in rows]
             samples = copied_samples(split_url, old)
             new = write_shard(
-                (sample for sample in samples if sample.key not in withdrawn),
+                (sample for sample in samples if sample.key not in retracted),
                 split_url,
                 old.index,
                 failures=count_failures(rows),
@@ -132,14 +132,14 @@ class RetractionWorker:
             if new.name == old.name:
                 # An earlier attempt came as far as the ledger.
                 write_ledger(split_url, old.index, rows)
-                return len(withdrawn)
+                return len(retracted)
             storage.remove(storage.join(split_url, old.commit_name))
             if self.fault:
                 self.fault.reach("same_pictures.record_removed")
             write_ledger(split_url, old.index, rows)
         for name in (old.index_name, old.tar_name):
             storage.remove(storage.join(split_url, name))
-        return len(withdrawn)
+        return len(retracted)
 
 
 def _asked_images(ledger: pa.Table) -> pa.Table:
@@ -157,14 +157,14 @@ def _was_asked(found: FetchedImage) -> bool:
 
 
 def _has_retracted(ledger: pa.Table, placeholders: Set[str]) -> bool:
-    """Say whether `_is_withdrawn` is true of a row."""
+    """Say whether `_is_retracted` is true of a row."""
     known = pa.array(sorted(placeholders), pa.string())
     was_written = pc.and_(pc.equal(ledger["status"], "ok"), pc.is_valid(ledger["final_url"]))
     is_known = pc.is_in(ledger["sha256"], value_set=known)
     return bool(pc.any(pc.and_(was_written, is_known)).as_py())
 
 
-def _is_withdrawn(row: LedgerRow, placeholders: Set[str]) -> bool:
+def _is_retracted(row: LedgerRow, placeholders: Set[str]) -> bool:
     return row.status == "ok" and row.final_url is not None and row.sha256 in placeholders
 
 
@@ -172,7 +172,7 @@ def _refused(found: FetchedImage) -> FetchedImage:
     return replace(found, fetched=replace(found.fetched, reason=REASON, detail=_DETAIL))
 
 
-def _withdrawn(row: LedgerRow) -> LedgerRow:
+def _retracted(row: LedgerRow) -> LedgerRow:
     return replace(row, status="permanent", reason=REASON, detail=_DETAIL)
 
 

@@ -26,7 +26,7 @@ from d2i.config import Recipe
 from d2i.config_lock import diff
 from d2i.corpora import RecordIssue, build_corpus, read_instances
 from d2i.corpora.splits import corpus_name, source_folder
-from d2i.corpora.tally import ProblemTally
+from d2i.corpora.tally import IssueCounter
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
 from d2i.parse import damaged, read_json
@@ -127,7 +127,7 @@ class _Planner:
         self.request = request
         self.split_url = split_url
         self.scratch = scratch
-        self.problems = ProblemTally()
+        self.problems = IssueCounter()
         self.num_excluded = 0
         self.files: dict[str, str] = {}
         self.inline = InlineWriter(scratch / "inline", split_url)

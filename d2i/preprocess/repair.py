@@ -36,9 +36,9 @@ from d2i.shards import (
     ShardProblem,
     find_data_sets,
     find_recovery_inputs,
-    fold_manifest,
-    is_told_by_checksum,
-    is_vouched,
+    has_valid_checksum,
+    matches_checksum_file,
+    merge_commits,
     other_shard_files,
     publish_manifest,
     remove_other_shards,
@@ -120,7 +120,7 @@ class _RepairedSet:
     def repair(self, on_progress: Callable[[int, int], None]) -> RepairSummary:
         """Mend what is left, make the rest again, fold the manifest anew, and check it all."""
         storage.remove_temp_files(self.url)
-        commits = self._mend_records()
+        commits = self._restore_records()
         mended = restore(self.url, commits.values(), self.fingerprint)
         self.mended += mended.files
         if self.job:
@@ -169,7 +169,7 @@ class _RepairedSet:
             checksums.write_bytes(url, data)
         return dict(manifest.fingerprint)
 
-    def _mend_records(self) -> dict[int, Commit]:
+    def _restore_records(self) -> dict[int, Commit]:
         if self.job is None:
             return self.evidence.commits
         lost = lost_records(self.job, self.evidence, self.fingerprint)
@@ -247,7 +247,7 @@ class _RepairedSet:
         if self.fingerprint is None or not commits:
             return False
         try:
-            return is_vouched(self.url, self._fold(self.fingerprint))
+            return has_valid_checksum(self.url, self._fold(self.fingerprint))
         except ShardError:
             return False
 
@@ -265,7 +265,7 @@ class _RepairedSet:
         except ShardError as err:
             self._add(MANIFEST_NAME, str(err))
             return False
-        if not self._is_whole(manifest):
+        if not self._is_complete(manifest):
             return False
         publish_manifest(self.url, manifest)
         self.mended += [MANIFEST_NAME, CHECKSUM_NAME]
@@ -273,11 +273,11 @@ class _RepairedSet:
 
     def _fold(self, fingerprint: dict[str, Any]) -> Manifest:
         commits = self._evidence().commits
-        return fold_manifest(self.url, fingerprint, [commits[index] for index in sorted(commits)])
+        return merge_commits(self.url, fingerprint, [commits[index] for index in sorted(commits)])
 
-    def _is_whole(self, manifest: Manifest) -> bool:
+    def _is_complete(self, manifest: Manifest) -> bool:
         """Say whether a manifest that was folded anew leaves out no shard that was there."""
-        is_told = is_told_by_checksum(self.url, manifest)
+        is_told = matches_checksum_file(self.url, manifest)
         if is_told is False:
             detail = (
                 f"what is left gives another manifest than {CHECKSUM_NAME} is of: a shard may be "

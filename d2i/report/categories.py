@@ -7,7 +7,7 @@ from typing import Any
 
 from d2i import storage
 from d2i.metric_specs import METRICS
-from d2i.report.comparable import card_summary, group_by_metric, is_plain, why_apart
+from d2i.report.comparable import card_summary, group_by_metric, incompatibility_reason, is_plain
 from d2i.report.evaluation import Evaluation, disambiguate, read_json
 from d2i.report.paper_rows import paper_row
 from d2i.report.tabulated import Cell, Row, Table
@@ -55,7 +55,7 @@ def figure5(evaluations: Sequence[Evaluation]) -> list[Table]:
         table
         for part in parts
         for table in _tables(
-            part, found, "" if part is parts[0] else why_apart(part, parts[0]), missing
+            part, found, "" if part is parts[0] else incompatibility_reason(part, parts[0]), missing
         )
     ]
 

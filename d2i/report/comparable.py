@@ -93,7 +93,7 @@ def group_by_metric(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]
     return sorted(groups.values(), key=len, reverse=True)
 
 
-def why_apart(group: Sequence[Evaluation], first: Sequence[Evaluation]) -> str:
+def incompatibility_reason(group: Sequence[Evaluation], first: Sequence[Evaluation]) -> str:
     """Say in what a group's metric differs from that of the first."""
     theirs, ours = metric_identity(group[0].card), metric_identity(first[0].card)
     named = [

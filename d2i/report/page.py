@@ -23,8 +23,8 @@ from d2i.report.readings import context_ablation, table3
 from d2i.report.scores import scores_section
 from d2i.report.sections import (
     categories_section,
+    context_ablation_section,
     linearizations_section,
-    listening_section,
     recipes_section,
     systems_section,
 )
@@ -109,7 +109,7 @@ def _page(
         scores_section(evaluations),
         systems_section(evaluations),
         linearizations_section(evaluations),
-        listening_section(evaluations),
+        context_ablation_section(evaluations),
         categories_section(evaluations),
         attributes_section(evaluations),
         training_section(evaluations),

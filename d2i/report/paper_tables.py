@@ -10,9 +10,9 @@ from d2i.report.comparable import (
     corpus_title,
     group_by,
     group_by_metric,
+    incompatibility_reason,
     is_plain,
     place,
-    why_apart,
 )
 from d2i.report.evaluation import Evaluation, disambiguate
 from d2i.report.gains import find_start, gains
@@ -76,7 +76,7 @@ def _set_apart(
     table: Table, number: int, part: Sequence[Evaluation], first: Sequence[Evaluation]
 ) -> Table:
     """Title a table that is not comparable with the first, and say why."""
-    note = f"Kept apart, as not comparable: {why_apart(part, first)}."
+    note = f"Kept apart, as not comparable: {incompatibility_reason(part, first)}."
     title = f"{table.title}, apart" + (f" ({number})" if number > 1 else "")
     return replace(table, title=title, notes=(note, *table.notes))
 

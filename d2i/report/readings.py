@@ -13,9 +13,9 @@ from d2i.report.comparable import (
     corpus_title,
     group_by,
     group_by_metric,
+    incompatibility_reason,
     place,
     strategy_of,
-    why_apart,
 )
 from d2i.report.evaluation import Evaluation, disambiguate
 from d2i.report.paper_rows import (
@@ -139,7 +139,9 @@ def _variants(
             )
             for heading, evaluation in zip(headings, chosen, strict=True)
         ]
-        said = [] if part is parts[0] else [f"Kept apart: {why_apart(part, parts[0])}."]
+        said = (
+            [] if part is parts[0] else [f"Kept apart: {incompatibility_reason(part, parts[0])}."]
+        )
         said += [*notes, *(paper_notes("table3") if is_papers else ())]
         tables.append(score_table(title + (" (Table 3)" if is_papers else ""), rows, said))
     return tables

@@ -32,7 +32,7 @@ def linearizations_section(evaluations: Sequence[Evaluation]) -> Section | Omitt
     return _section("table3", _LINEARIZATIONS, table3(evaluations), reason)
 
 
-def listening_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
+def context_ablation_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show what becomes of the scores when a system is shown less than the dialog."""
     reason = "no system was evaluated with two of --context"
     return _section("listening", _LISTENING, context_ablation(evaluations), reason)

@@ -111,7 +111,7 @@ def write_manifest(
     Raises:
         ShardError: If a record is damaged, or shards disagree in arrays or in fingerprint.
     """
-    manifest = fold_manifest(out_url, fingerprint, read_commits(out_url))
+    manifest = merge_commits(out_url, fingerprint, read_commits(out_url))
     publish_manifest(out_url, manifest, fault=fault)
     return manifest
 
@@ -151,14 +151,14 @@ def read_manifest(url: str) -> Manifest:
     return parse_record(Manifest, data, manifest_url)
 
 
-def is_vouched(url: str, manifest: Manifest) -> bool:
+def has_valid_checksum(url: str, manifest: Manifest) -> bool:
     """Say whether a manifest is the one whose file, or whose checksum, still lies there."""
     data = manifest.to_bytes()
     places = ((MANIFEST_NAME, data), (CHECKSUM_NAME, _checksum_line(data)))
     return any(_holds(storage.join(url, name), expected) for name, expected in places)
 
 
-def is_told_by_checksum(url: str, manifest: Manifest) -> bool | None:
+def matches_checksum_file(url: str, manifest: Manifest) -> bool | None:
     """Say whether the checksum that lies there is a manifest's; None where it tells nothing.
 
     One that lost a few of its digits still tells: of two hashes that have nothing to do with each
@@ -220,7 +220,7 @@ def other_shard_files(out_url: str, shard_names: Iterable[str]) -> list[str]:
     return [name for name in found if name not in kept]
 
 
-def fold_manifest(
+def merge_commits(
     out_url: str, fingerprint: Mapping[str, Any], commits: Iterable[Commit]
 ) -> Manifest:
     """Give the manifest of some commits, in index order, and write nothing.

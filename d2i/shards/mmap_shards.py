@@ -28,7 +28,7 @@ from d2i.shards.tar import BLOCK_SIZE_BYTES
 from d2i.shards.tar import header_form as tar_header_form
 
 
-class ForkedShards:
+class ForkSafeShards:
     """Shards that each process opens for itself, be it forked or handed a pickle.
 
     The locks, claims and fetching threads of a forked child would be its parent's: it would wait
@@ -43,7 +43,7 @@ class ForkedShards:
         self._opened = (os.getpid(), open_shards())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForkedShards, (self._open_shards,)
+        return ForkSafeShards, (self._open_shards,)
 
     def index(self, number: int) -> Index:
         """Give the index of a shard, without its tar."""

@@ -27,7 +27,7 @@ from d2i.shards.cache import CachedShards
 from d2i.shards.commit import ArrayInfo, canonical_json
 from d2i.shards.index import IndexRow
 from d2i.shards.manifest import Manifest, read_manifest
-from d2i.shards.mmap_shards import ForkedShards, LocalShards, MappedShard, Shards, wrap_errors
+from d2i.shards.mmap_shards import ForkSafeShards, LocalShards, MappedShard, Shards, wrap_errors
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
     NPY_DTYPES,
@@ -185,7 +185,7 @@ class ShardReader:
             return LocalShards(folder, commits, check_data=check_data)
         cache = Path(cache_dir) if cache_dir else storage.cache_folder("shards")
         opened = partial(CachedShards, self.url, commits, cache, cache_gb, check_data=check_data)
-        return ForkedShards(opened)
+        return ForkSafeShards(opened)
 
     def _positions(self, indices: ArrayLike) -> NDArray[np.int64]:
         positions = np.asarray(indices)

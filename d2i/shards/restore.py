@@ -248,8 +248,10 @@ def restore(
         tars = _tars(url, pool)
         restored = _republish(url, known, tars)
         whole = {c.name for c in known if tars.get(c.tar_name) == c.tar or c.tar_name in restored}
-        mender = _Restorer(url, fingerprint)
-        results = list(pool.map(lambda c: mender.mend_shard(c, is_whole=c.name in whole), known))
+        restorer = _Restorer(url, fingerprint)
+        results = list(
+            pool.map(lambda c: restorer.restore_shard(c, is_whole=c.name in whole), known)
+        )
     files = [*restored, *(name for names, _ in results for name in names)]
     broken = [commit for commit, (_, is_whole) in zip(known, results, strict=True) if not is_whole]
     return RestoreResult(tuple(sorted(files)), tuple(broken))
@@ -269,7 +271,7 @@ class _Restorer:
     url: str
     fingerprint: Mapping[str, Any] | None
 
-    def mend_shard(self, commit: Commit, *, is_whole: bool) -> tuple[list[str], bool]:
+    def restore_shard(self, commit: Commit, *, is_whole: bool) -> tuple[list[str], bool]:
         """Return the files that were restored, and whether the tar is whole now."""
         restored = []
         if not _holds(self.url, commit.commit_name, commit.to_bytes()):

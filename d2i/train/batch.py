@@ -47,7 +47,7 @@ class Batch:
     latent_noise: Tensor
     noise: Tensor
     n: Tensor
-    joint: Joint | None = None
+    joint: JointInputs | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on another device, all of its numbers in float32.
@@ -66,7 +66,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Joint:
+class JointInputs:
     """The parts of a joint batch that a text-to-image one lacks.
 
     Args:
@@ -86,12 +86,12 @@ def _widened(part: Tensor) -> Tensor:
     return part.float() if part.dtype == torch.float16 else part
 
 
-T = TypeVar("T", "Batch", "Joint")
+T = TypeVar("T", "Batch", "JointInputs")
 
 
 def _mapped(part: T, change: Callable[[Tensor], Tensor]) -> T:
     def changed(value: Any) -> Any:
-        if isinstance(value, Joint):
+        if isinstance(value, JointInputs):
             return _mapped(value, change)
         return change(value) if isinstance(value, Tensor) else value
 
@@ -188,11 +188,11 @@ class BatchReader:
         keys: Sequence[str],
         step: int,
         purpose: str,
-    ) -> Joint:
+    ) -> JointInputs:
         seed = self._config.seed
         clip_shape, text_shape = (1, clip.shape[1]), text.shape[1:]
         times = integers(1, NUM_MODEL_TIMES, seed, f"{purpose}n.text", keys, step)
-        return Joint(
+        return JointInputs(
             clip=_tensor(clip[:, None]),
             clip_noise=_tensor(normal(seed, f"{purpose}noise.clip", keys, step, clip_shape)),
             text_noise=_tensor(normal(seed, f"{purpose}noise.text", keys, step, text_shape)),

@@ -62,7 +62,7 @@ class Progress:
     loss_scale: Mapping[str, float] = field(default_factory=dict)
 
 
-def run_name(kind: Kind, parameter: str, start: int) -> str:
+def slice_key(kind: Kind, parameter: str, start: int) -> str:
     """Return the name of a run of numbers within a file."""
     return f"{kind}:{parameter}:{start}"
 
@@ -135,9 +135,9 @@ def _marker_sha256(marker: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
 
 
-def whole_checkpoints(run_url: str) -> list[str]:
+def complete_checkpoints(run_url: str) -> list[str]:
     """Return the folders of all whole checkpoints, the newest last."""
-    return [folder for folder in _step_folders(run_url) if _is_whole(folder)]
+    return [folder for folder in _step_folders(run_url) if _is_complete(folder)]
 
 
 def step_of(folder: str) -> int:
@@ -151,7 +151,7 @@ def prune(run_url: str, num_kept: int, newest: int) -> None:
     Those are older ones, what killed attempts left, and later ones: they were passed over as
     damaged, or the run would be further, and must not count in place of sound ones.
     """
-    whole = [folder for folder in whole_checkpoints(run_url) if step_of(folder) <= newest]
+    whole = [folder for folder in complete_checkpoints(run_url) if step_of(folder) <= newest]
     kept = whole[-num_kept:]
     for folder in _step_folders(run_url):
         if folder not in kept:
@@ -163,7 +163,7 @@ def _remove(folder: str) -> None:
     storage.remove_folder(folder)
 
 
-def _is_whole(folder: str) -> bool:
+def _is_complete(folder: str) -> bool:
     return storage.exists(storage.join(folder, MARKER))
 
 
@@ -206,7 +206,7 @@ class Checkpoint:
     """A whole checkpoint, to be read by any number of ranks.
 
     Args:
-        folder: As `whole_checkpoints` gives it.
+        folder: As `complete_checkpoints` gives it.
 
     Raises:
         CheckpointError: If its marker or a file cannot be read.
@@ -261,7 +261,7 @@ class Checkpoint:
         numbers = torch.empty(length)
         num_read = 0
         for first, part in self._runs[kind, parameter]:
-            name = run_name(kind, parameter, first)
+            name = slice_key(kind, parameter, first)
             low, high = max(start, first), min(start + length, first + part.lengths[name])
             if low < high:
                 found = part.read(name, low - first, high - first)
@@ -284,7 +284,7 @@ class Checkpoint:
         )
 
 
-def newest_sound_checkpoint(run_url: str, warn: Any) -> Checkpoint | None:
+def latest_valid_checkpoint(run_url: str, warn: Any) -> Checkpoint | None:
     """Return the newest checkpoint of which every byte is as it was written.
 
     Args:
@@ -297,7 +297,7 @@ def newest_sound_checkpoint(run_url: str, warn: Any) -> Checkpoint | None:
     Raises:
         CheckpointError: If there are some, and all are damaged.
     """
-    folders = whole_checkpoints(run_url)
+    folders = complete_checkpoints(run_url)
     for folder in reversed(folders):
         try:
             checkpoint = Checkpoint(folder)

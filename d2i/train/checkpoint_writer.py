@@ -20,7 +20,7 @@ from d2i.train.checkpoint import (
     Progress,
     prune,
     remove_step,
-    run_name,
+    slice_key,
     step_folder,
     write_marker,
     write_part,
@@ -76,14 +76,14 @@ class TrainState:
         first = base_optimizer(self.engine).state[master_weights(self.engine)[0]]
         return int(first["step"].item())
 
-    def copy_own_runs(self, ranks: Ranks) -> dict[str, Tensor]:
+    def copy_own_slices(self, ranks: Ranks) -> dict[str, Tensor]:
         """Copy to the CPU what this rank is to write; what all hold is dealt out over them."""
         tensors, runs = self.tensors(), {}
         for number, part in enumerate(list_parts(self.engine)):
             if part.is_shared and number % ranks.world_size != ranks.rank:
                 continue
             for kind, of_kind in tensors.items():
-                runs[run_name(kind, part.name, part.start)] = _copied(part.of(of_kind))
+                runs[slice_key(kind, part.name, part.start)] = _copied(part.of(of_kind))
         return runs
 
     def begin(self, num_updates: int = 0) -> None:
@@ -172,8 +172,8 @@ class CheckpointWriter:
         self.finish()
         if self._ranks.is_first:
             remove_step(self._run_url, progress.step)
-        self._ranks.wait_for_all()
-        runs = state.copy_own_runs(self._ranks)
+        self._ranks.barrier()
+        runs = state.copy_own_slices(self._ranks)
         self._pending = self._thread.submit(self._write, runs, progress)
 
     def finish(self) -> None:

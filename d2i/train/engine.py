@@ -74,7 +74,7 @@ def build_engine(
     Weight decay acts on every parameter, as published (`utils.py` of U-ViT).
 
     To DeepSpeed, bf16 is fp32: what the network multiplies in is the network's own matter
-    (`network.multiply_in`). Its `torch_autocast` rounds the linear layers' gradients on their way
+    (`network.autocast_to`). Its `torch_autocast` rounds the linear layers' gradients on their way
     between ranks, from stage 2 on those of each micro batch, and lets each rank choose a loss scale
     of its own; `data_types.grad_accum_dtype` adds up gradients that were rounded already, and is
     refused in stage 0.
@@ -133,7 +133,7 @@ def build_engine(
 def _zero_settings(
     config: TrainConfig, world_size: int, zero: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    stage = 0 if world_size == 1 and _gains_nothing_by_a_stage(config) else config.zero_stage
+    stage = 0 if world_size == 1 and _zero_is_no_op(config) else config.zero_stage
     settings = dict(zero or {"stage": stage})
     if config.compile and settings["stage"] == 3:
         raise ConfigError(
@@ -143,7 +143,7 @@ def _zero_settings(
     return settings
 
 
-def _gains_nothing_by_a_stage(config: TrainConfig) -> bool:
+def _zero_is_no_op(config: TrainConfig) -> bool:
     """Say whether a rank that has nobody to share with would only copy, to the same numbers.
 
     With weights in half precision stage 0 asks after each gradient by itself whether it is finite,

@@ -13,7 +13,7 @@ from torch import Tensor
 from d2i import storage
 from d2i.config import TrainConfig
 from d2i.errors import ClusterError, D2IError
-from d2i.train.checkpoint import whole_checkpoints
+from d2i.train.checkpoint import complete_checkpoints
 from d2i.train.ranks import AlreadyReportedError, Ranks
 from d2i.train.request import TrainRequest
 
@@ -55,12 +55,12 @@ def first_error(
     if isinstance(error, RankError | AlreadyReportedError):
         return error
     if isinstance(error, D2IError):
-        return _of_all_or_one(error, ranks, hosts)
+        return _own_or_common_error(error, ranks, hosts)
     meaning = explain_error(error, request.run_url, request.recipe.train)
     if meaning is not None:
         return meaning if ranks.claim_report() is not False else AlreadyReportedError()
-    if ranks.world_size > 1 and _is_of_the_others(error):
-        return _of_the_others(request.run_url, ranks, hosts)
+    if ranks.world_size > 1 and _is_peer_failure(error):
+        return _peer_failure(request.run_url, ranks, hosts)
     return None
 
 
@@ -75,7 +75,7 @@ def report_error(error: D2IError) -> str | None:
     return str(error) if is_mine else None
 
 
-def _of_all_or_one(error: D2IError, ranks: Ranks, hosts: Sequence[str]) -> D2IError:
+def _own_or_common_error(error: D2IError, ranks: Ranks, hosts: Sequence[str]) -> D2IError:
     """What all ranks find wrong, the first one says; what this rank alone does, it says itself."""
     if ranks.is_first:
         return error if ranks.claim_report() is not False else AlreadyReportedError()
@@ -84,12 +84,12 @@ def _of_all_or_one(error: D2IError, ranks: Ranks, hosts: Sequence[str]) -> D2IEr
     return AlreadyReportedError()
 
 
-def _is_of_the_others(error: Exception) -> bool:
+def _is_peer_failure(error: Exception) -> bool:
     said = str(error).lower()
     return isinstance(error, RuntimeError) and any(sign in said for sign in _SIGNS_OF_THE_OTHERS)
 
 
-def _of_the_others(run_url: str, ranks: Ranks, hosts: Sequence[str]) -> D2IError:
+def _peer_failure(run_url: str, ranks: Ranks, hosts: Sequence[str]) -> D2IError:
     gone = ranks.missing_ranks()
     speaks = ranks.claim_report()
     if speaks is None:
@@ -198,7 +198,7 @@ def lost_ranks(gone: Sequence[int], hosts: Sequence[str], run_url: str) -> D2IEr
 
 def resume_hint(run_url: str) -> str:
     """Say from where the same command goes on."""
-    whole = whole_checkpoints(run_url)
+    whole = complete_checkpoints(run_url)
     newest = whole[-1].rpartition("/")[2] if whole else "the start"
     return f"resume with the same command, from {newest}"
 

@@ -20,7 +20,7 @@ from d2i.run_dir import (
 )
 from d2i.terminal import plain
 from d2i.train.chart import plot_losses
-from d2i.train.wandb_logger import WandbLines
+from d2i.train.wandb_logger import WandbLogger
 
 _EVENTS_NAME = "tensorboard"
 
@@ -50,7 +50,7 @@ class MetricsLogger:
         self._folder = _local_events(run_url)
         self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
         project = recipe.train.wandb_project
-        self._wandb = WandbLines(project, run_url, recipe) if project else None
+        self._wandb = WandbLogger(project, run_url, recipe) if project else None
 
     def has_metrics(self, step: int) -> bool:
         """Say whether the line of a step is there."""

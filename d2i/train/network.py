@@ -19,13 +19,13 @@ def build_trained_network(recipe: Recipe) -> Any:
     """
     network: Any = build_network(recipe.backbone)
     network.gradient_checkpointing = recipe.train.activation_checkpointing
-    multiply_in(network, recipe.train.precision)
+    autocast_to(network, recipe.train.precision)
     if recipe.train.compile:
         compile_blocks(network)
     return network
 
 
-def multiply_in(network: Any, precision: TrainPrecision) -> None:
+def autocast_to(network: Any, precision: TrainPrecision) -> None:
     """Have a network in float32 multiply in a precision, by torch's autocast; no key changes.
 
     Autocast is entered within the network's own call, as accelerate does for the published program:

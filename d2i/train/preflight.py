@@ -70,7 +70,7 @@ def preflight(request: TrainRequest) -> None:
         if ranks.is_first:
             data = json.dumps(found, indent=1, sort_keys=True) + "\n"
             checksums.write_bytes(storage.join(request.run_url, PREFLIGHT_NAME), data.encode())
-        ranks.wait_for_all()
+        ranks.barrier()
     torch.distributed.destroy_process_group()
 
 

@@ -29,7 +29,7 @@ from d2i.train.checkpoint import (
     KIND_OF_WEIGHTS,
     Checkpoint,
     Progress,
-    newest_sound_checkpoint,
+    latest_valid_checkpoint,
     step_folder,
 )
 from d2i.train.checkpoint_writer import CheckpointWriter, TrainState, build_state
@@ -56,7 +56,7 @@ def train(request: TrainRequest) -> None:
     with reported_errors(request, ranks), ExitStack() as stack:
         _hold_run(request.run_url, ranks, stack)
         _train_rank(request, ranks)
-        ranks.wait_for_all()
+        ranks.barrier()
     torch.distributed.destroy_process_group()
 
 
@@ -90,7 +90,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     with CheckpointWriter(run_url, config, ranks, shapes, request.fault) as writer:
         last = Trainer(request, ranks, state, reader, writer).run(progress)
         writer.finish()
-        ranks.wait_for_all()
+        ranks.barrier()
     if ranks.is_first:
         _end(request, last)
 
@@ -99,7 +99,7 @@ def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:
     """Find where to go on from: the first rank reads every byte, the others believe it."""
 
     def newest_step() -> int:
-        found = newest_sound_checkpoint(run_url, lambda line: say(f"warning: {line}"))
+        found = latest_valid_checkpoint(run_url, lambda line: say(f"warning: {line}"))
         return found.progress.step if found else 0
 
     step = ranks.on_first(newest_step)

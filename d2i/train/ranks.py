@@ -46,11 +46,11 @@ class Ranks:
         """Whether this rank is the one that prints and keeps the run's records."""
         return self.rank == 0
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return once every rank has come here."""
         torch.distributed.barrier(group=self.control)
 
-    def from_first(self, number: int) -> int:
+    def broadcast_from_first(self, number: int) -> int:
         """Return the first rank's number on every rank."""
         told = torch.tensor(number, dtype=torch.int64)
         torch.distributed.broadcast(told, src=0, group=self.control)
@@ -83,14 +83,14 @@ class Ranks:
                 number = work()
             except Exception as err:
                 problem = err
-        number = self.from_first(number)
+        number = self.broadcast_from_first(number)
         if problem:
             raise problem
         if number == _FAILED:
             raise AlreadyReportedError
         return number
 
-    def built_on_first(self, build: Callable[[], Built]) -> Built | None:
+    def build_on_first(self, build: Callable[[], Built]) -> Built | None:
         """Return what the first rank alone builds, None on the others; as `on_first`."""
         built: list[Built] = []
 

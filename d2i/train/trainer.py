@@ -62,7 +62,7 @@ class Trainer:
         self._losses.known = list(progress.losses)
         run_url, recipe = self._request.run_url, self._request.recipe
         kept = self._kept_lines(progress)
-        self._records = self._ranks.built_on_first(lambda: MetricsLogger(run_url, recipe, *kept))
+        self._records = self._ranks.build_on_first(lambda: MetricsLogger(run_url, recipe, *kept))
         stop = StopSignal(self._ranks)
         batches = self._batches.read_ahead(self._requests(progress.step))
         step = progress.step
@@ -227,7 +227,7 @@ class Trainer:
         if not self._config.num_sample_steps:
             return None
         recipe, device = self._request.recipe, self._ranks.device
-        return self._ranks.built_on_first(
+        return self._ranks.build_on_first(
             lambda: SampleGrid(recipe, reader, device, self._encode_text)
         )
 

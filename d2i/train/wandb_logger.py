@@ -12,7 +12,7 @@ from d2i.config import Recipe
 from d2i.errors import ConfigError
 
 
-class WandbLines:
+class WandbLogger:
     """One run of Weights & Biases, the same whenever this run goes on.
 
     Nothing is sent but the recipe and the lines: no code, no console, no name of this machine.

@@ -23,7 +23,7 @@ from d2i.diffusion.draws import SampleDraws, integers, normal, uniform
 from d2i.eval.intervals import bca
 from d2i.eval.prompts import derangement
 from d2i.eval.retrieval_recall import choose_negatives
-from d2i.preprocess.fetch.interleave_hosts import spread_over_hosts
+from d2i.preprocess.fetch.interleave_hosts import interleave_by_host
 from d2i.preprocess.fetch.rate_limiter import ShardedRateLimiter
 from d2i.preprocess.selection import SmallestRankSampler
 from d2i.preprocess.shard_assignment import ShardAssigner
@@ -102,7 +102,7 @@ def blocked_order() -> list[int]:
 
 def spread() -> list[str]:
     urls = [f"https://{host}.org/{number}.jpg" for host in "abc" for number in range(2)]
-    return [ref.value[0] for ref in spread_over_hosts(ImageRef("urls", (url,)) for url in urls)]
+    return [ref.value[0] for ref in interleave_by_host(ImageRef("urls", (url,)) for url in urls)]
 
 
 def limiter_of(host: str) -> int:

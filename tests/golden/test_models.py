@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2i.errors import ConfigError
 from d2i.models import PRESETS, build_backbone, unidiffuser, uvit
-from d2i.models.blocks import time_token
+from d2i.models.blocks import timestep_embedding
 from tests.golden.arrays import (
     TINY_UVIT,
     facts,
@@ -71,7 +71,7 @@ def unidiffuser_outputs(
 
 def test_time_token_equals_the_published_one() -> None:
     golden = tensors("uvit_tiny")
-    token = time_token(golden["n"], 64)
+    token = timestep_embedding(golden["n"], 64)
     assert token.dtype == torch.float32
     assert max_distance(token[:, 0], golden["time_embedding_64"]) < 1e-5
 
@@ -91,12 +91,12 @@ def published_time_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = dict(zip(golden["n"].tolist(), golden["time_embedding_64"], strict=True))
 
     def published(n_B: Tensor, dim: int) -> Tensor:
-        tokens = time_token(n_B, dim)
+        tokens = timestep_embedding(n_B, dim)
         rows = [stored.get(n, token[0]) for n, token in zip(n_B.tolist(), tokens, strict=True)]
         return torch.stack(rows)[:, None]
 
     for module in (uvit, unidiffuser):
-        monkeypatch.setattr(module, "time_token", published)
+        monkeypatch.setattr(module, "timestep_embedding", published)
 
 
 @pytest.mark.usefixtures("published_time_tokens")

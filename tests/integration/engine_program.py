@@ -33,7 +33,7 @@ from d2i.train.engine import (
     master_weights,
     read_zero,
 )
-from d2i.train.network import compile_blocks, multiply_in
+from d2i.train.network import autocast_to, compile_blocks
 from d2i.train.ranks import Ranks
 
 SIZES = {"latent_size": 8, "patch_size": 2, "dim": 64, "depth": 4, "num_heads": 4}
@@ -79,7 +79,7 @@ def begin(
     load_weights(network, golden / "uvit_tiny.safetensors")
     if checkpoint:
         network.load_state_dict(dict(checkpoint.read_whole("weight")))
-    multiply_in(network, config.precision)
+    autocast_to(network, config.precision)
     zero = None
     if way == COMPILED:
         compile_blocks(network)
@@ -135,7 +135,7 @@ def keep(state: TrainState, ranks: Ranks, folder: Path, losses: list[float]) -> 
         progress = Progress(step=len(losses), num_updates=state.num_updates())
         writer.start(state, progress)
         writer.finish()
-    ranks.wait_for_all()
+    ranks.barrier()
     checkpoint = Checkpoint(step_folder(str(folder), len(losses)))
     checkpoint.check()
     whole: dict[str, Tensor] = {"losses": torch.tensor(losses, dtype=torch.float64)}
@@ -180,7 +180,7 @@ def main() -> None:
         state = begin(golden, then, ranks, checkpoint)
         losses += take_steps(state, golden, ranks, range(2, 4))
         keep(state, ranks, out / f"{first}-to-{then}", losses)
-    ranks.wait_for_all()
+    ranks.barrier()
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def run_rank(way: Callable[[Ranks], None], rank: int, port: int, out: Path) -> N
     try:
         with reported_errors(request, ranks):
             way(ranks)
-            ranks.wait_for_all()
+            ranks.barrier()
     except D2IError as err:
         (out / f"{way.__name__}-{rank}.json").write_text(json.dumps(report_error(err)))
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from d2i.eval.systems import parse_system
 from d2i.recipes import load_recipe
-from d2i.train.checkpoint import whole_checkpoints
+from d2i.train.checkpoint import complete_checkpoints
 from tests.integration.training import (
     command,
     ema_bytes,
@@ -139,7 +139,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     run = tmp_path / "damaged"
     words = command(data, run, train__num_checkpoint_steps=1)
     assert run_process(*words, "--fault", "train.step_done:kill:5").returncode != 0
-    newest = Path(whole_checkpoints(str(run))[-1])
+    newest = Path(complete_checkpoints(str(run))[-1])
     part = next(newest.glob("part-0-*"))
     content = bytearray(part.read_bytes())
     content[-1] ^= 1

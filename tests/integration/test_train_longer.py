@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from d2i import checksums
-from d2i.config import FORMERLY
+from d2i.config import LEGACY_DEFAULTS
 from d2i.errors import ConfigError
 from d2i.eval.guidance import choose_settings
 from d2i.eval.systems import parse_system
@@ -158,7 +158,7 @@ def test_a_run_of_before_goes_on_as_it_was_begun(
     train(training_data, run, 1, train__num_steps=SHORT, **CADENCE, **former)
     assert not (run / "ema-short.safetensors").exists()
     config = json.loads((run / "config.json").read_text())
-    for path in FORMERLY:
+    for path in LEGACY_DEFAULTS:
         section, name = path.split(".")
         del config["recipe"][section][name]
     (run / "config.json").write_text(json.dumps(config))

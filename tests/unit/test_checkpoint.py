@@ -20,13 +20,13 @@ from d2i.train.checkpoint import (
     MARKER,
     Checkpoint,
     Progress,
-    newest_sound_checkpoint,
+    complete_checkpoints,
+    latest_valid_checkpoint,
     prune,
     remove_step,
-    run_name,
+    slice_key,
     step_folder,
     step_of,
-    whole_checkpoints,
     write_marker,
     write_part,
     written_ranks,
@@ -42,7 +42,7 @@ def write(run_dir: Path, step: int, cuts: list[int]) -> Path:
     bounds = [0, *sorted(set(cuts)), 12]
     for rank, (start, end) in enumerate(pairwise(bounds)):
         numbers = WEIGHT.flatten()[start:end].clone()
-        write_part(str(folder), rank, {run_name("ema", "a.weight", start): numbers})
+        write_part(str(folder), rank, {slice_key("ema", "a.weight", start): numbers})
     write_marker(str(folder), PROGRESS, {"a.weight": (3, 4)}, len(bounds) - 1)
     return folder
 
@@ -80,7 +80,7 @@ def test_the_one_before_is_taken_with_a_warning(tmp_path: Path, harm: str) -> No
     if harm == "marker":
         (newest / MARKER).write_text('{"step"')
     warned: list[str] = []
-    found = newest_sound_checkpoint(str(tmp_path), warned.append)
+    found = latest_valid_checkpoint(str(tmp_path), warned.append)
     assert found is not None
     assert found.folder == str(tmp_path / "checkpoints" / "step-3")
     assert len(warned) == 1
@@ -98,7 +98,7 @@ def test_no_flipped_bit_is_taken_for_sound(tmp_path: Path, name: str) -> None:
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         warned: list[str] = []
-        found = newest_sound_checkpoint(str(tmp_path), warned.append)
+        found = latest_valid_checkpoint(str(tmp_path), warned.append)
         assert found is not None
         assert found.folder == str(before), bit
         assert len(warned) == 1
@@ -107,7 +107,7 @@ def test_no_flipped_bit_is_taken_for_sound(tmp_path: Path, name: str) -> None:
 def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path: Path) -> None:
     (write(tmp_path, 3, []) / MARKER).write_text("")
     with pytest.raises(CheckpointError, match="none of 1 checkpoints"):
-        newest_sound_checkpoint(str(tmp_path), lambda _: None)
+        latest_valid_checkpoint(str(tmp_path), lambda _: None)
 
 
 def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
     for name in ("step-12", "mine"):
         (tmp_path / "checkpoints" / name).mkdir()
     prune(str(tmp_path), 2, 10)
-    assert [step_of(folder) for folder in whole_checkpoints(str(tmp_path))] == [4, 10]
+    assert [step_of(folder) for folder in complete_checkpoints(str(tmp_path))] == [4, 10]
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["mine", "step-10", "step-4"]
 
@@ -125,7 +125,7 @@ def test_a_later_one_that_was_passed_over_displaces_none(tmp_path: Path) -> None
     for step in (2, 4, 6):
         write(tmp_path, step, [])
     prune(str(tmp_path), 1, 4)
-    assert [step_of(folder) for folder in whole_checkpoints(str(tmp_path))] == [4]
+    assert [step_of(folder) for folder in complete_checkpoints(str(tmp_path))] == [4]
 
 
 def test_a_foreign_place_holds_them_as_a_folder_does() -> None:
@@ -133,11 +133,11 @@ def test_a_foreign_place_holds_them_as_a_folder_does() -> None:
     for step in (2, 4, 6):
         folder = remove_step(run, step)
         for rank, part in enumerate(WEIGHT.flatten().split(5)):
-            write_part(folder, rank, {run_name("ema", "a.weight", 5 * rank): part.clone()})
+            write_part(folder, rank, {slice_key("ema", "a.weight", 5 * rank): part.clone()})
         assert written_ranks(folder) == {0, 1, 2}
-        assert whole_checkpoints(run) == [step_folder(run, n) for n in range(2, step, 2)]
+        assert complete_checkpoints(run) == [step_folder(run, n) for n in range(2, step, 2)]
         write_marker(folder, PROGRESS, {"a.weight": (3, 4)}, 3)
-    found = newest_sound_checkpoint(run, pytest.fail)
+    found = latest_valid_checkpoint(run, pytest.fail)
     assert found is not None
     assert torch.equal(dict(found.read_whole("ema"))["a.weight"], WEIGHT)
     assert torch.equal(found.read("ema", "a.weight", 4, 7), WEIGHT.flatten()[4:11])

@@ -52,7 +52,7 @@ from d2i.shards import (
     write_shard,
 )
 from d2i.tar_index import open_index
-from d2i.train.checkpoint import Checkpoint, Progress, run_name, write_marker, write_part
+from d2i.train.checkpoint import Checkpoint, Progress, slice_key, write_marker, write_part
 from tests.samples import metadata
 
 NUM_DAMAGES, NUM_SOAK = 2_000, 10_000
@@ -201,7 +201,7 @@ def write_run(folder: Path) -> None:
 def write_checkpoint(folder: Path) -> None:
     step = str(folder / "checkpoints" / "step-4")
     for rank, (name, tensor) in enumerate(WEIGHTS.items()):
-        write_part(step, rank, {run_name("ema", name, 0): tensor.flatten()})
+        write_part(step, rank, {slice_key("ema", name, 0): tensor.flatten()})
     shapes = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
     write_marker(step, Progress(4, 1.5, (0.25, 0.5), 4), shapes, 2)
 

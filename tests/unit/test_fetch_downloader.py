@@ -34,10 +34,10 @@ def fetcher(
     limits = Limits(timeout_s, 5.0, BodyLimits(1000, 1.0), "d2i test", allowed_hosts(hosts))
     book = RateLimiter(HostLimits(requests_per_s, 3, 60.0, 60.0, num_trouble_hosts=20))
     route = DirectTransport(Resolver(dns_server))
-    books = create_shared_limiter(book, num_workers=0)
+    limiters = create_shared_limiter(book, num_workers=0)
     nothing = KnownPlaceholders(frozenset())
     slots = threading.Semaphore(num_slots)
-    return Downloader(limits, RetryPolicy(num_attempts, 60.0), route, books, nothing, slots)
+    return Downloader(limits, RetryPolicy(num_attempts, 60.0), route, limiters, nothing, slots)
 
 
 def test_backoff_is_kept_by_requests_that_already_wait() -> None:
@@ -133,7 +133,7 @@ def test_a_host_that_sends_us_nowhere_is_no_trouble_of_our_own() -> None:
         found = [asked.fetch([f"http://{host}{path}"], deadline) for path in answers]
     assert {one.reason for one in found} == {"no_such_host"}
     assert found[3].final_url == "http://no3.test/x.jpg"
-    assert asked.hosts.trouble(of_names=False) is None
+    assert asked.hosts.outage_reason(of_names=False) is None
 
 
 def test_a_redirect_to_where_none_may_ask_is_not_the_fault_of_who_sends_us_there() -> None:
@@ -149,7 +149,7 @@ def test_a_redirect_to_where_none_may_ask_is_not_the_fault_of_who_sends_us_there
     assert {(one.reason, one.final_url, one.attempts) for one in found} == {
         ("refused_address", "https://a.test:8443/y", 1)
     }
-    assert asked.hosts.trouble(of_names=False) is None
+    assert asked.hosts.outage_reason(of_names=False) is None
 
 
 def test_who_sends_us_on_cannot_have_another_host_left_alone() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2i.dialog import ImageRef
-from d2i.preprocess.fetch.interleave_hosts import spread_over_hosts
+from d2i.preprocess.fetch.interleave_hosts import interleave_by_host
 
 
 def refs(host: str, num: int) -> list[ImageRef]:
@@ -17,7 +17,7 @@ def refs(host: str, num: int) -> list[ImageRef]:
 
 
 def test_a_small_host_is_asked_all_along() -> None:
-    ordered = spread_over_hosts([*refs("small", 10), *refs("great", 990)])
+    ordered = interleave_by_host([*refs("small", 10), *refs("great", 990)])
     places = [n for n, ref in enumerate(ordered) if "small" in ref.value[0]]
     assert all(80 < right - left < 120 for left, right in itertools.pairwise(places))
 
@@ -27,7 +27,7 @@ def test_every_picture_has_one_place_whatever_the_order_before(
     urls: list[str], draws: random.Random
 ) -> None:
     given_refs = [ImageRef("urls", (url,)) for url in urls]
-    ordered = spread_over_hosts(given_refs)
+    ordered = interleave_by_host(given_refs)
     assert sorted(ref.value for ref in ordered) == sorted((url,) for url in urls)
     draws.shuffle(given_refs)
-    assert spread_over_hosts(given_refs) == ordered
+    assert interleave_by_host(given_refs) == ordered

@@ -44,7 +44,7 @@ def reserved(hosts: RateLimiter, host: str) -> float:
 
 
 def trouble(hosts: RateLimiter, *, of_names: bool = False) -> str | None:
-    signs = hosts.signs(of_names=of_names)
+    signs = hosts.network_health(of_names=of_names)
     return detect_outage([signs], hosts.limits.num_trouble_hosts, of_names=of_names)
 
 
@@ -139,12 +139,12 @@ def test_a_few_hosts_of_which_none_answers_are_trouble() -> None:
 
 @pytest.mark.parametrize(("num_reached", "is_trouble"), [(2, True), (3, False)])
 def test_outage_is_detected_where_most_hosts_of_a_window_are_dead(
-    num_reached: int, is_trouble: bool
+    num_reached: int, is_outage: bool
 ) -> None:
     hosts = book()
     for number in range(20):
         hosts.report(f"h{number}", "reached" if number < num_reached else "unreached")
-    assert (trouble(hosts) is not None) is is_trouble
+    assert (trouble(hosts) is not None) is is_outage
 
 
 def asked(hosts: RateLimiter, host: str, outcome: Outcome) -> None:
@@ -259,29 +259,29 @@ def test_a_second_of_backoff_is_paid_by_an_answer(peace_s: float, is_left_alone:
     asked_hosts=st.lists(st.tuples(st.integers(0, 15), st.sampled_from(OUTCOMES)), max_size=60),
     of_names=st.booleans(),
 )
-def test_several_books_know_what_one_does(
+def test_sharded_limiters_know_what_one_does(
     asked_hosts: list[tuple[int, Outcome]], *, of_names: bool
 ) -> None:
     several = ShardedRateLimiter(
         tuple(create_shared(book(1e6), num_workers=0) for _ in range(4)), 20
     )
     one = create_shared_limiter(book(1e6), num_workers=0)
-    assert len(one.books) == 1
+    assert len(one.limiters) == 1
     for number, outcome in asked_hosts:
         host = f"h{number}"
-        for books in (one, several):
-            books.of(host).call("acquire", host, PATIENCE_S)
-            books.of(host).call("report", host, outcome)
-    assert several.trouble(of_names=of_names) == one.trouble(of_names=of_names)
+        for limiters in (one, several):
+            limiters.of(host).call("acquire", host, PATIENCE_S)
+            limiters.of(host).call("report", host, outcome)
+    assert several.outage_reason(of_names=of_names) == one.outage_reason(of_names=of_names)
     assert len({id(several.of(f"h{number}")) for number in range(16)}) > 1
 
 
 def test_a_book_for_every_sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for num_cores, num_books in ((1, 1), (31, 1), (64, 4), (10_000, 16)):
+    for num_cores, num_limiters in ((1, 1), (31, 1), (64, 4), (10_000, 16)):
         monkeypatch.setattr(
             "d2i.preprocess.fetch.rate_limiter.num_session_cores", lambda num=num_cores, **_: num
         )
-        assert len(create_shared_limiter(book(), num_workers=0).books) == num_books
+        assert len(create_shared_limiter(book(), num_workers=0).limiters) == num_limiters
 
 
 def test_a_shared_book_is_one_in_this_process() -> None:

@@ -41,7 +41,7 @@ def asked_of_mirror(
     source = ImageSource("/nowhere", config, access, book)
     refs = [ImageRef("file", (path,)) for path in paths]
     found = dict(source.fetch(refs, lambda ref, fetched: (ref, fetched.reason)))
-    return [found[ref] for ref in refs], source.trouble()
+    return [found[ref] for ref in refs], source.outage_reason()
 
 
 def test_a_mirror_is_asked_by_name_and_never_above_its_place() -> None:

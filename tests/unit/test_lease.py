@@ -97,12 +97,12 @@ def test_lease_names_its_holder_to_a_second_command(tmp_path: Path, store: Local
         told = rf"s3://bucket/run: another command works there \(process {process.pid} on .+, since"
         with (
             pytest.raises(ConfigError, match=told),
-            lease.hold(store, str(tmp_path), "s3://bucket/run", 0.3),
+            lease.hold_lease(store, str(tmp_path), "s3://bucket/run", 0.3),
         ):
             raise AssertionError
         process.kill()
     began = time.monotonic()
-    with lease.hold(store, str(tmp_path), "u", 0):
+    with lease.hold_lease(store, str(tmp_path), "u", 0):
         assert held(tmp_path) == ["000000002.json"]
     assert time.monotonic() - began < lease.STALE_S, "a process of this machine is known to be gone"
     assert held(tmp_path) == []
@@ -114,7 +114,7 @@ def test_one_that_is_not_heard_of_is_superseded(tmp_path: Path, store: LocalFile
     said = {"host": "far", "machine": "far", "pid": 1, "started": "1", "token": "t"}
     (folder / "000000007.json").write_text(json.dumps(said))
     began = time.monotonic()
-    with lease.hold(store, str(tmp_path), "u", 0):
+    with lease.hold_lease(store, str(tmp_path), "u", 0):
         assert held(tmp_path) == ["000000008.json"]
     assert time.monotonic() - began >= lease.STALE_S
 
@@ -145,7 +145,7 @@ def test_of_many_that_begin_at_one_moment_one_works(
     inside, most, done = [0], [0], []
 
     def work() -> None:
-        with lease.hold(store, str(tmp_path), "u", 60):
+        with lease.hold_lease(store, str(tmp_path), "u", 60):
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             time.sleep(0.02)
@@ -163,15 +163,15 @@ def test_of_many_that_begin_at_one_moment_one_works(
 def test_a_store_that_ignores_the_condition_is_told_of(
     tmp_path: Path, store: LocalFileSystem, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with lease.hold(store, str(tmp_path), "u", 0):
+    with lease.hold_lease(store, str(tmp_path), "u", 0):
         assert not caplog.records
-    with lease.hold(Forgetful(auto_mkdir=True), str(tmp_path), "u", 0):
+    with lease.hold_lease(Forgetful(auto_mkdir=True), str(tmp_path), "u", 0):
         assert "this store overwrites an object" in caplog.text
-        with pytest.raises(ConfigError), lease.hold(store, str(tmp_path), "u", 0):
+        with pytest.raises(ConfigError), lease.hold_lease(store, str(tmp_path), "u", 0):
             raise AssertionError
 
 
 def test_a_lost_answer_is_no_other_holder(tmp_path: Path) -> None:
-    with lease.hold(Unanswering(auto_mkdir=True), str(tmp_path), "u", 0):
+    with lease.hold_lease(Unanswering(auto_mkdir=True), str(tmp_path), "u", 0):
         assert held(tmp_path) == ["000000001.json"]
     assert held(tmp_path) == []

@@ -11,7 +11,7 @@ from d2i.config import BackboneConfig, TrainConfig, UniDiffuserLossConfig, load_
 from d2i.diffusion import sample_latent, unidiffuser_loss
 from d2i.errors import ConfigError
 from d2i.models import build_backbone
-from d2i.train.batch import Batch, Joint
+from d2i.train.batch import Batch, JointInputs
 from d2i.train.objective import build_objective
 
 SIZES: dict[str, Any] = {"latent_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "text_dim": 8}
@@ -21,7 +21,7 @@ SIZES |= {"num_text_tokens": 3, "clip_dim": 6}
 def random_batch() -> Batch:
     """A batch of two."""
     torch.manual_seed(0)
-    joint = Joint(
+    joint = JointInputs(
         clip=torch.randn(2, 1, 6),
         clip_noise=torch.randn(2, 1, 6),
         text_noise=torch.randn(2, 3, 8),

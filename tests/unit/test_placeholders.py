@@ -9,7 +9,7 @@ import pytest
 
 from d2i.preprocess import hash_partition
 from d2i.preprocess.ledger import LedgerRow, write_ledger
-from d2i.preprocess.placeholders import placeholders_of, plan_withdrawals
+from d2i.preprocess.placeholders import placeholders_of, plan_retractions
 from tests.arrow import own_pool
 
 NUM_SHARDS, NUM_ROWS, NUM_SAME = 30, 400, 10
@@ -65,7 +65,7 @@ def test_one_picture_of_many_shards_is_found_in_little_memory(
 def test_rows_of_no_committed_shard_count_for_none(tmp_path: Path) -> None:
     write_ledger(str(tmp_path), 0, [row(0, n, "gone") for n in range(NUM_SAME)])
     assert placeholders_of(str(tmp_path), NUM_SAME) == frozenset()
-    assert plan_withdrawals(str(tmp_path), NUM_SAME) == []
+    assert plan_retractions(str(tmp_path), NUM_SAME) == []
     # A supplement whose rows went into others' has a record, and no ledger.
     commit(tmp_path, 1)
     assert placeholders_of(str(tmp_path), NUM_SAME) == frozenset()

@@ -19,7 +19,7 @@ from d2i.config import DialogConfig, apply_settings
 from d2i.corpora import build_corpus, read_instances
 from d2i.corpora import survey as survey_module
 from d2i.corpora.leakage import Leak, LeakFinder, count_leaks
-from d2i.corpora.perceptual_hash import MAX_DISTANCE, HashIndex, PerceptualHash, look_of
+from d2i.corpora.perceptual_hash import MAX_DISTANCE, HashIndex, PerceptualHash, perceptual_hash_of
 from d2i.corpora.survey import SplitSurvey, survey_split
 from d2i.prompt_text import context_text
 from d2i.tokenize import encode
@@ -216,19 +216,19 @@ def test_near_duplicates_are_found_across_splits(tmp_path: Path) -> None:
 
 
 def test_plain_pictures_are_like_none() -> None:
-    assert look_of(Image.new("RGB", (64, 64), "red")) is None
+    assert perceptual_hash_of(Image.new("RGB", (64, 64), "red")) is None
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_perceptual_hash_survives_rescaling_and_recompression(seed: int) -> None:
     index = HashIndex()
-    looks = [look_of(scene(other)) for other in range(8)]
+    looks = [perceptual_hash_of(scene(other)) for other in range(8)]
     for name, look in enumerate(looks):
         assert look is not None
         index.add(str(name), look)
     buffer = io.BytesIO()
     scene(seed, 200).save(buffer, "JPEG", quality=50)
-    copied = look_of(Image.open(buffer).convert("RGB"))
+    copied = perceptual_hash_of(Image.open(buffer).convert("RGB"))
     assert copied is not None
     found = index.nearest(copied)
     assert found is not None

@@ -19,7 +19,7 @@ from d2i.preprocess.fetch.ssrf_guard import Target
 from d2i.preprocess.fetch.transport import Transport
 
 _BUSY = (429, 503)
-_UNSAID_PEACE_S = 1.0
+_DEFAULT_BACKOFF_S = 1.0
 _UNNAMED = ("no_such_host", "refused_address")
 """Failures of a name: of one host they tell nothing, of many that our DNS is at fault."""
 
@@ -123,13 +123,13 @@ class _Download:
             self._report(err)
             raise
         finally:
-            self._give_slot_back()
+            self._release_slot()
         self._report(None)
         return answer
 
     def _wait_for_turn(self, target: Target) -> None:
         """Wait until the host may be asked, and there is room for one more request."""
-        self._give_slot_back()
+        self._release_slot()
         if self.asked:
             # It sent us on: it was reached.
             self._call("report", self.asked[-1].netloc, "reached")
@@ -142,7 +142,7 @@ class _Download:
             # Meanwhile it may have asked for peace, or have shown that it is dead.
             if not (has_waited and self._call("in_backoff", host)):
                 break
-            self._give_slot_back()
+            self._release_slot()
         self.asked.append(target)
 
     def _take_slot(self) -> bool:
@@ -156,7 +156,7 @@ class _Download:
             raise FetchError("shard_timeout", "the requests before it took too long")
         return True
 
-    def _give_slot_back(self) -> None:
+    def _release_slot(self) -> None:
         if self.has_slot:
             self.has_slot = False
             self.fetcher.slots.release()
@@ -208,7 +208,7 @@ def _retry_after_s(error: FetchError) -> float:
     """Return how long a host wants peace, in seconds; a busy one that does not say, a moment."""
     if error.retry_after_s is not None:
         return error.retry_after_s
-    return _UNSAID_PEACE_S if error.status in _BUSY else 0.0
+    return _DEFAULT_BACKOFF_S if error.status in _BUSY else 0.0
 
 
 def _check_answer(answer: Response, placeholders: KnownPlaceholders) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from d2i.dialog import ImageRef
 
 
-def spread_over_hosts(refs: Iterable[ImageRef]) -> list[ImageRef]:
+def interleave_by_host(refs: Iterable[ImageRef]) -> list[ImageRef]:
     """Order pictures so that neighbours are of different hosts, where there are several.
 
     In the order of their addresses a dead host's would all be under way before the first one

@@ -16,8 +16,8 @@ from typing import Literal
 
 from d2i.cluster import SharedActor, create_shared, num_session_cores
 
-_CORES_OF_A_BOOK = 16
-_MAX_BOOKS = 16
+_CORES_PER_LIMITER = 16
+_MAX_LIMITERS = 16
 """All of them are beside the driver, and have its clock."""
 
 
@@ -26,34 +26,34 @@ class ShardedRateLimiter:
     """The manners that all workers keep together.
 
     Args:
-        books: One at least.
+        limiters: One at least.
         num_trouble_hosts: As their limits'.
     """
 
-    books: tuple[SharedActor[RateLimiter], ...]
+    limiters: tuple[SharedActor[RateLimiter], ...]
     num_trouble_hosts: int
 
     def of(self, host: str) -> SharedActor[RateLimiter]:
         """Return the book of a host, the same one for all workers."""
-        return self.books[zlib.crc32(host.encode()) % len(self.books)]
+        return self.limiters[zlib.crc32(host.encode()) % len(self.limiters)]
 
-    def trouble(self, *, of_names: bool) -> str | None:
+    def outage_reason(self, *, of_names: bool) -> str | None:
         """Say what looks like trouble of this machine's own network; see `detect_outage`."""
-        signs = [book.call("signs", of_names=of_names) for book in self.books]
+        signs = [limiter.call("network_health", of_names=of_names) for limiter in self.limiters]
         return detect_outage(signs, self.num_trouble_hosts, of_names=of_names)
 
 
-def create_shared_limiter(book: RateLimiter, *, num_workers: int | None) -> ShardedRateLimiter:
+def create_shared_limiter(limiter: RateLimiter, *, num_workers: int | None) -> ShardedRateLimiter:
     """Make books that begin as one does common to all workers of the session that is open.
 
     Args:
-        book: What each begins as.
+        limiter: What each begins as.
         num_workers: As the pool's.
     """
-    fitting = num_session_cores(num_workers=num_workers) // _CORES_OF_A_BOOK
-    num_books = min(max(fitting, 1), _MAX_BOOKS)
-    books = tuple(create_shared(book, num_workers=num_workers) for _ in range(num_books))
-    return ShardedRateLimiter(books, book.limits.num_trouble_hosts)
+    fitting = num_session_cores(num_workers=num_workers) // _CORES_PER_LIMITER
+    num_limiters = min(max(fitting, 1), _MAX_LIMITERS)
+    limiters = tuple(create_shared(limiter, num_workers=num_workers) for _ in range(num_limiters))
+    return ShardedRateLimiter(limiters, limiter.limits.num_trouble_hosts)
 
 
 Outcome = Literal["reached", "unreached", "unnamed"]
@@ -92,22 +92,22 @@ def detect_outage(
         window: So many different hosts, asked one after the other, show it; 0: none do.
         of_names: Whether only names that led nowhere are of interest.
     """
-    for of_book in signs:
-        if of_book.lost:
-            return of_book.lost
+    for of_limiter in signs:
+        if of_limiter.lost:
+            return of_limiter.lost
     latest = heapq.merge(
-        *(of_book.contacts for of_book in signs), key=lambda contact: contact[0], reverse=True
+        *(of_limiter.contacts for of_limiter in signs), key=lambda contact: contact[0], reverse=True
     )
     contacts = [outcome for _, outcome in itertools.islice(latest, window)]
     if not contacts or (of_names and "unreached" in contacts):
         return None
     num_failed = len(contacts) - contacts.count("reached")
-    is_trouble = (
+    is_outage = (
         num_failed >= min(_FEW_HOSTS, window)
         if num_failed == len(contacts)
         else len(contacts) == window and num_failed >= _SHARE_UNREACHED * window
     )
-    if not is_trouble:
+    if not is_outage:
         return None
     return f"{num_failed} of the last {len(contacts)} different hosts could not be reached"
 
@@ -242,7 +242,7 @@ class RateLimiter:
         """Say that the proxy took no connection; of the host that tells nothing."""
         self._proxy.record_failure(self.limits, time.monotonic())
 
-    def signs(self, *, of_names: bool = False) -> NetworkHealth:
+    def network_health(self, *, of_names: bool = False) -> NetworkHealth:
         """Say what was seen of this machine's own network.
 
         Args:

@@ -21,7 +21,7 @@ from d2i.preprocess.fetch.downloader import Downloader, RetryPolicy
 from d2i.preprocess.fetch.downloads import Download, open_downloads, read_download
 from d2i.preprocess.fetch.http_client import BodyLimits, Limits
 from d2i.preprocess.fetch.img2dataset_pool import fetch_all
-from d2i.preprocess.fetch.interleave_hosts import spread_over_hosts
+from d2i.preprocess.fetch.interleave_hosts import interleave_by_host
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
 from d2i.preprocess.fetch.mirror import mirror_address, mirror_host
 from d2i.preprocess.fetch.rate_limiter import HostLimits, RateLimiter, ShardedRateLimiter
@@ -109,9 +109,9 @@ class ImageSource:
         yield from self._read_files(files, open_image, read)
         yield from self._ask(by_address, open_image)
 
-    def trouble(self, *, of_names: bool = False) -> str | None:
+    def outage_reason(self, *, of_names: bool = False) -> str | None:
         """Say what looks like trouble of this machine's own network, if anything does."""
-        return self.hosts.trouble(of_names=of_names)
+        return self.hosts.outage_reason(of_names=of_names)
 
     def _read_files(
         self,
@@ -176,7 +176,7 @@ class ImageSource:
     ) -> Iterator[OpenedT]:
         fetcher = self._downloader()
         return fetch_all(
-            spread_over_hosts(refs),
+            interleave_by_host(refs),
             lambda ref, deadline: self._ask_for(ref, fetcher, deadline),
             open_image,
             num_threads=self.config.num_threads + _NUM_WAITING,
