@@ -49,7 +49,7 @@ class CategoryScores:
     Args:
         name: `people`, `food` or `animals`.
         num_instances: Instances of the data set that have one of its labels.
-        num_images: Those that the system drew a picture for: what is scored.
+        num_pictures: Those that the system drew a picture for: what is scored.
         num_draws: Draws that FID and IS are the mean of; 1 where all pictures fit in one.
         draw_size: Pictures in each of them.
         keys: Up to `DRAW_SIZE` of the category's instances: the first draw of the data set.
@@ -64,7 +64,7 @@ class CategoryScores:
 
     name: str
     num_instances: int
-    num_images: int
+    num_pictures: int
     num_draws: int
     draw_size: int
     keys: list[str]

@@ -12,6 +12,7 @@ Names of classes and functions are free to change, but for those of `API`.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import json
@@ -49,6 +50,21 @@ API = (
     "d2i.tokenize:encode",
     "d2i.tokenize:window",
 )
+WRITTEN = (
+    "d2i.cluster.estimate:Forecast",
+    "d2i.cluster.estimate:Rate",
+    "d2i.demo.run:DemoRequest",
+    "d2i.doctor.check:Check",
+    "d2i.eval.categories:CategoryScores",
+    "d2i.preprocess.captioning:DescribeSummary",
+    "d2i.preprocess.plan:Plan",
+    "d2i.preprocess.repair:RepairSummary",
+    "d2i.preprocess.supplements:Supplement",
+    "d2i.run_dir:BestChoice",
+    "d2i.weights_catalog:PublishedFile",
+)
+"""Classes whose fields are keys of a file or of a command's JSON."""
+
 _WORD = re.compile(r"[\w.\-/:{}]*[a-z][\w.\-/:{}]*")
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
 
@@ -57,11 +73,18 @@ def names() -> dict[str, Any]:
     """What can be told without running anything."""
     return {
         "api": {name: signature(name) for name in API},
+        "fields": {name: field_names(name) for name in WRITTEN},
         "settings": sorted(setting_names(Recipe)),
         "options": command_options(),
         "fault points": sorted(get_args(Point)),
         "environment": environment_names(),
     }
+
+
+def field_names(name: str) -> list[str]:
+    module, _, attribute = name.partition(":")
+    kind = getattr(importlib.import_module(module), attribute)
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def signature(name: str) -> list[str]:

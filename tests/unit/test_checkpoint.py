@@ -152,10 +152,10 @@ def test_a_full_disk_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
         "import sys; import torch\n"
         "from d2i.config import TrainConfig\n"
         "from d2i.train.checkpoint import write_part\n"
-        "from d2i.train.failures import in_plain_words\n"
+        "from d2i.train.failures import explain_error\n"
         "config = TrainConfig(num_steps=1, global_batch_size=1, micro_batch_size=1)\n"
         "try:\n    write_part(sys.argv[1], 0, {'ema:a:0': torch.zeros(1 << 20)})\n"
-        "except OSError as err:\n    print(in_plain_words(err, sys.argv[1], config))\n"
+        "except OSError as err:\n    print(explain_error(err, sys.argv[1], config))\n"
     )
 
     def limit() -> None:

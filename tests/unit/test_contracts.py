@@ -18,7 +18,9 @@ def promised(name: str) -> Any:
     return json.loads((HERE / name).read_text())
 
 
-@pytest.mark.parametrize("kind", ["api", "settings", "options", "fault points", "environment"])
+@pytest.mark.parametrize(
+    "kind", ["api", "fields", "settings", "options", "fault points", "environment"]
+)
 def test_names_of_settings_options_and_the_api_are_as_promised(kind: str) -> None:
     assert names()[kind] == promised("names.json")[kind], WRITE
 

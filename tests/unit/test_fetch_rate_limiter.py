@@ -137,7 +137,7 @@ def test_a_few_hosts_of_which_none_answers_are_trouble() -> None:
     assert "8 of the last 8" in str(trouble(hosts))
 
 
-@pytest.mark.parametrize(("num_reached", "is_trouble"), [(2, True), (3, False)])
+@pytest.mark.parametrize(("num_reached", "is_outage"), [(2, True), (3, False)])
 def test_outage_is_detected_where_most_hosts_of_a_window_are_dead(
     num_reached: int, is_outage: bool
 ) -> None:

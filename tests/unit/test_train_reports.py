@@ -78,10 +78,10 @@ def test_lines_go_to_weights_and_biases_on_request_alone(tmp_path: Path) -> None
         "import sys\n"
         "from d2i.recipes import resolve_recipe\n"
         "from d2i.run_dir import MetricsLine\n"
-        "from d2i.train.metrics_logger import Records\n"
+        "from d2i.train.metrics_logger import MetricsLogger\n"
         "for settings in ([], ['train.wandb_project=chats']):\n"
         "    assert 'wandb' not in sys.modules\n"
-        "    records = Records(sys.argv[1], resolve_recipe('demo', settings), 0)\n"
+        "    records = MetricsLogger(sys.argv[1], resolve_recipe('demo', settings), 0)\n"
         "    records.metrics(MetricsLine(3, 0.5, 1e-4, 12, 8.0, 1.0))\n"
         "    records.close()\n"
     )
