@@ -442,7 +442,7 @@ def _fetching(
         return {"reads of the store": num_requests / costs.gets}, 0.0
     num_asked = size * (1 + costs.passing_share)
     waited_s = num_asked * costs.answer_s + size * costs.dead_share * costs.dead_wait_s
-    num_limiters = min(costs.limiters, costs.cores * num_nodes / costs.book_cores)
+    num_limiters = min(costs.books, costs.cores * num_nodes / costs.book_cores)
     calls_per_s = num_limiters * costs.shared_calls_per_s
     shared_s = {
         "pace of hosts": num_asked * costs.busiest_host / costs.host_per_s,
@@ -688,7 +688,7 @@ def _preprocess_limits(costs: Costs) -> Iterator[Limit]:
     yield Limit("preprocess", f"one host's pace, in {days}", num, "files, or fetch.mirror")
     num = asked * costs.host_per_s / costs.busiest_host
     yield Limit("preprocess", f"the busiest host's pace, in {days}", num, "files")
-    num = asked * costs.limiters * costs.shared_calls_per_s / costs.book_calls
+    num = asked * costs.books * costs.shared_calls_per_s / costs.book_calls
     yield Limit("preprocess", f"the books of hosts, in {days}", num, "files")
 
 

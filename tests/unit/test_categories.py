@@ -155,12 +155,12 @@ def test_the_order_of_the_data_set_changes_nothing() -> None:
     order = np.random.default_rng(1).permutation(len(KEYS))
     one, other = (score_categories(measured((3, 4, 100), o), MEMBERS) for o in (None, order))
     assert values(one) == [s.fid for s in other] + [s.is_std for s in other]
-    assert [(s.num_instances, s.num_images) for s in one] == [(90, 88), (30, 29)]
+    assert [(s.num_instances, s.num_pictures) for s in one] == [(90, 88), (30, 29)]
 
 
 def test_a_category_of_which_one_picture_was_drawn_has_no_scores() -> None:
     (one,) = score_categories(measured(tuple(range(1, 90))), {"people": KEYS[:90]})
-    assert (one.num_instances, one.num_images, one.fid, one.kid_paired) == (90, 1, None, None)
+    assert (one.num_instances, one.num_pictures, one.fid, one.kid_paired) == (90, 1, None, None)
 
 
 def test_clip_i_and_its_interval_never_exceed_100() -> None:
