@@ -1,4 +1,4 @@
-"""One micro batch: what is read from the shards, and every random draw for it."""
+"""Micro batches: their data, prefetched from the shards, and every random draw for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from d2i.config import TrainConfig
 from d2i.diffusion.draws import integers, normal, uniform
 
 if TYPE_CHECKING:
-    # What the shards are read with is not needed to hold a batch.
+    # A batch can be held without the shard reader.
     from d2i.shards import ShardReader
 
 NUM_MODEL_TIMES = 1000
@@ -34,11 +34,11 @@ class Batch:
     Args:
         keys: The samples' keys.
         moments: (B, 8, h, w) unscaled VAE moments, float16 as stored.
-        text: (B, 77 W, text_dim) float16 text latents, those of '' where the condition is dropped.
+        text: (B, 77 W, text_dim) float16 text latents; those of '' where the condition is dropped.
         latent_noise: (B, 4, h, w) standard normal, to draw latents from the moments.
         noise: (B, 4, h, w) standard normal, to be predicted.
-        n: (B,) int64 model times in 1..1000, of the image.
-        joint: What UniDiffuser's joint loss needs beside it, else None.
+        n: (B,) int64 model times of the image, in 1..1000.
+        joint: The additional inputs of UniDiffuser's joint loss; None for other losses.
     """
 
     keys: tuple[str, ...]
@@ -50,30 +50,30 @@ class Batch:
     joint: JointInputs | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on another device, all of its numbers in float32.
+        """Return the batch on another device, with all float16 tensors as float32.
 
-        What the shards hold in float16 is read and moved so: half the bytes, and no work for the
-        reading threads.
+        Shard data stays float16 until it is on the device: half the bytes to move, and no
+        conversion in the reader threads.
         """
         return _mapped(self, lambda part: _widened(part.to(device, non_blocking=True)))
 
     def pinned(self) -> Batch:
-        """Return the batch in memory that an accelerator copies from without waiting.
+        """Return the batch in pinned memory, for asynchronous copies to an accelerator.
 
-        The one copy on the way from the shards' arrays, whose memory the tensors share.
+        This is the only copy after reading: until then the tensors share the reader's arrays.
         """
         return _mapped(self, lambda part: part.pin_memory())
 
 
 @dataclass(frozen=True)
 class JointInputs:
-    """The parts of a joint batch that a text-to-image one lacks.
+    """The tensors that a joint batch has in addition to a text-to-image batch.
 
     Args:
         clip: (B, 1, clip_dim) float16 CLIP image embeddings.
         clip_noise: Standard normal, shaped as `clip`.
         text_noise: Standard normal, shaped as the text latents.
-        n_text: (B,) int64 model times in 1..1000, of the text.
+        n_text: (B,) int64 model times of the text, in 1..1000.
     """
 
     clip: Tensor
@@ -99,12 +99,12 @@ def _mapped(part: T, change: Callable[[Tensor], Tensor]) -> T:
 
 
 class BatchReader:
-    """Reads micro batches ahead of their use, in threads of its own.
+    """Prefetches micro batches in its own reader threads.
 
     Args:
         reader: The shards.
-        config: The seed, the share of dropped conditions, and how many threads.
-        is_joint: Whether the loss is UniDiffuser's.
+        config: The seed, the condition dropout, and the number of threads.
+        is_joint: True for UniDiffuser's joint loss.
         encode_text: Encodes token ids, for shards that hold no text latents.
     """
 
@@ -124,7 +124,7 @@ class BatchReader:
         self._waiting: deque[tuple[int, Future[Batch]]] = deque()
 
     def read_ahead(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
-        """Read a micro batch for each (sample indices, step), in their order."""
+        """Prefetch a micro batch for each (sample indices, step); yield them in that order."""
         waiting = self._waiting
         for indices, step in requests:
             waiting.append((step, self._threads.submit(self._read_pinned, indices, step)))
@@ -134,11 +134,12 @@ class BatchReader:
             yield waiting.popleft()[1].result()
 
     def first_unread(self, step: int) -> int:
-        """Return the step of the first micro batch that still has to be read.
+        """Return the step of the first requested micro batch that is not read yet.
+
+        If all are read, this is the step of the last one requested.
 
         Args:
-            step: The one that is taken, which it is at least; the last one asked for, if all are
-                read.
+            step: The current step, returned at least.
         """
         for asked, batch in self._waiting:
             step = max(step, asked)
@@ -156,7 +157,7 @@ class BatchReader:
         Args:
             indices: Sample numbers, int64 (B,).
             step: The step that the draws belong to.
-            purpose: What they are for, where that is not training.
+            purpose: Purpose of the draws; empty for training, which alone drops conditions.
         """
         text_member = "tokens" if self._encode_text else "text"
         members = ["moments", text_member, *(["clip"] if self._is_joint else [])]
@@ -200,7 +201,7 @@ class BatchReader:
         )
 
     def close(self) -> None:
-        """Stop the reading threads."""
+        """Stop the reader threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _text(self, stored: NDArray[Any]) -> NDArray[np.float16]:

@@ -1,4 +1,4 @@
-"""`loss.png`: the training and the validation loss by step, drawn with Pillow."""
+"""`loss.png`: a plot of the training and validation loss by step, made with Pillow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Range = tuple[float, float]
 
 
 def plot_losses(run_url: str) -> None:
-    """Draw `loss.png` out of the run's own records; nothing before there are two lines of them."""
+    """Plot `loss.png` from the run's logs; do nothing before they hold two training losses."""
     training = [(float(line.step), line.loss) for line in read_metrics(run_url)]
     validation = [(float(line.step), line.loss) for line in read_validation(run_url)]
     if len(training) < 2:

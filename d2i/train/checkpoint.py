@@ -1,10 +1,11 @@
-"""Checkpoints on disk: whole or absent, of any number of ranks, safetensors and JSON only.
+"""Atomic, sharded checkpoints for any number of ranks, in safetensors and JSON only.
 
-`checkpoints/step-N/` holds one file a rank, named by its sha256, and last of all `complete.json`,
-which holds its own.
-A file holds flat float32 runs of numbers, each named `KIND:PARAMETER:START`: a weight, its AdamW
-moments or its averages. So no file knows which ranks or which ZeRO stage wrote it, any others can
-go on from it, and nothing is unpickled. Must not import DeepSpeed or `torch.distributed`.
+`checkpoints/step-N/` holds one file for each rank, named by its sha256. The marker `complete.json`,
+which holds its own sha256, is written last.
+A file holds flat float32 slices, each named `KIND:PARAMETER:START`: a weight, its AdamW moments or
+its averages. So a checkpoint does not depend on the world size or ZeRO stage that wrote it, any
+other can resume from it, and nothing is unpickled. Must not import DeepSpeed or
+`torch.distributed`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ KIND_OF_WEIGHTS: dict[WeightsKind, Kind] = {
     "ema-short": "ema_short",
     "trained": "weight",
 }
-"""The kind in a checkpoint of what `sample.weights` names."""
+"""The checkpoint kind of each value of `sample.weights`."""
 _STEP = re.compile(r"step-(\d+)")
 _LENGTH_BYTES = 8
 _PART = re.compile(r"part-(\d+)-[0-9a-f]{16}\.safetensors")
@@ -45,14 +46,14 @@ _PART = re.compile(r"part-(\d+)-[0-9a-f]{16}\.safetensors")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: counters, the same on all ranks.
+    """Progress of a run: counters, the same on all ranks.
 
     Args:
         step: Optimizer steps taken.
-        elapsed_s: Seconds of training, those before an interruption included.
-        losses: Loss of each step since the last line of `metrics.jsonl`, over all ranks.
-        num_updates: Updates that AdamW counts: float16 leaves out those that overflow.
-        loss_scale: The numbers of float16's dynamic loss scale.
+        elapsed_s: Seconds of training, including those before an interruption.
+        losses: Loss of each step since the last line of `metrics.jsonl`, mean over all ranks.
+        num_updates: AdamW's update count: in float16, steps that overflow are skipped.
+        loss_scale: State of float16's dynamic loss scale.
     """
 
     step: int = 0
@@ -63,17 +64,17 @@ class Progress:
 
 
 def slice_key(kind: Kind, parameter: str, start: int) -> str:
-    """Return the name of a run of numbers within a file."""
+    """Return the name of a slice within a file."""
     return f"{kind}:{parameter}:{start}"
 
 
 def step_folder(run_url: str, step: int) -> str:
-    """Return where the checkpoint of a step lies; without its marker it does not exist."""
+    """Return the directory of a step's checkpoint, which only counts once its marker exists."""
     return storage.join(run_url, "checkpoints", f"step-{step}")
 
 
 def remove_step(run_url: str, step: int) -> str:
-    """Make room for a step's checkpoint: what was there ends with its marker; return its folder."""
+    """Remove a step's checkpoint, its marker first, and return its directory, now empty."""
     folder = step_folder(run_url, step)
     _remove(folder)
     storage.make_folder(folder)
@@ -81,7 +82,7 @@ def remove_step(run_url: str, step: int) -> str:
 
 
 def write_part(folder: str, rank: int, runs: Mapping[str, Tensor]) -> None:
-    """Write one rank's numbers, which appear under their final name complete."""
+    """Write one rank's slices to a file, published atomically under its final name."""
     with storage.scratch_file(folder) as scratch:
         _save(dict(runs), scratch)
         name = f"part-{rank}-{file_sha256(str(scratch))[:16]}.safetensors"
@@ -89,7 +90,7 @@ def write_part(folder: str, rank: int, runs: Mapping[str, Tensor]) -> None:
 
 
 def _save(runs: dict[str, Tensor], path: Path) -> None:
-    """Write safetensors; what the system refuses is told as the system tells it."""
+    """Write safetensors; raise an error of the operating system as OSError with its errno."""
     try:
         save_file(runs, path)
     except SafetensorError as err:
@@ -100,7 +101,7 @@ def _save(runs: dict[str, Tensor], path: Path) -> None:
 
 
 def written_ranks(folder: str) -> set[int]:
-    """Return the ranks whose file is there."""
+    """Return the ranks whose file exists."""
     return {int(name[1]) for name in _parts(folder).values()}
 
 
@@ -112,7 +113,7 @@ def _parts(folder: str) -> dict[str, re.Match[str]]:
 def write_marker(
     folder: str, progress: Progress, shapes: Mapping[str, tuple[int, ...]], world_size: int
 ) -> None:
-    """Make a checkpoint whole: all of its files are there."""
+    """Write the marker that completes a checkpoint; all of its files must exist."""
     parts = sorted(_parts(folder))
     marker = asdict(progress) | {
         "shapes": {name: list(shape) for name, shape in shapes.items()},
@@ -131,25 +132,25 @@ def _read_marker(folder: str) -> dict[str, Any]:
 
 
 def _marker_sha256(marker: Mapping[str, Any]) -> str:
-    """Sum up a marker as it is read, less its own sum."""
+    """Return the sha256 of a marker without its own `sha256` entry."""
     return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
 
 
 def complete_checkpoints(run_url: str) -> list[str]:
-    """Return the folders of all whole checkpoints, the newest last."""
+    """Return the directories of all complete checkpoints, newest last."""
     return [folder for folder in _step_folders(run_url) if _is_complete(folder)]
 
 
 def step_of(folder: str) -> int:
-    """Return the step of a checkpoint's folder."""
+    """Return the step of a checkpoint's directory."""
     return int(folder.rpartition("step-")[2])
 
 
 def prune(run_url: str, num_kept: int, newest: int) -> None:
-    """Keep the newest whole checkpoints up to a step, which was just written; remove all others.
+    """Keep the newest complete checkpoints up to the step just written; remove all others.
 
-    Those are older ones, what killed attempts left, and later ones: they were passed over as
-    damaged, or the run would be further, and must not count in place of sound ones.
+    Removed are older ones, leftovers of killed attempts, and later ones. The run would be further
+    if a later one had not been skipped as damaged; it must not count in place of an intact one.
     """
     whole = [folder for folder in complete_checkpoints(run_url) if step_of(folder) <= newest]
     kept = whole[-num_kept:]
@@ -174,14 +175,14 @@ def _step_folders(run_url: str) -> list[str]:
 
 
 class _Part:
-    """A file of a checkpoint, of which is read what is asked for, wherever it lies.
+    """A local or remote file of a checkpoint, read by byte ranges.
 
     Args:
         url: The file.
-        size_bytes: How long it is.
+        size_bytes: Its size.
 
     Raises:
-        ValueError: If it is not what `write_part` wrote.
+        ValueError: If it is not a file as `write_part` writes it.
     """
 
     def __init__(self, url: str, size_bytes: int) -> None:
@@ -196,17 +197,17 @@ class _Part:
         self.lengths: dict[str, int] = {name: run["shape"][0] for name, run in header.items()}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Read numbers start to stop - 1 of a run, float32; fewer where the file ends before."""
+        """Read elements start to stop - 1 of a slice, float32; fewer if the file is cut short."""
         offset = self._begin + self._offsets[name] + 4 * start
         data = storage.read_range(self._url, offset, 4 * (stop - start))
         return torch.from_numpy(np.frombuffer(data, "<f4", len(data) // 4).copy())
 
 
 class Checkpoint:
-    """A whole checkpoint, to be read by any number of ranks.
+    """A complete checkpoint, readable by any number of ranks.
 
     Args:
-        folder: As `complete_checkpoints` gives it.
+        folder: Its directory, as `complete_checkpoints` returns it.
 
     Raises:
         CheckpointError: If its marker or a file cannot be read.
@@ -230,7 +231,7 @@ class Checkpoint:
             raise self._damaged(err) from err
 
     def _find_runs(self) -> dict[tuple[str, str], list[tuple[int, _Part]]]:
-        """Return where the runs of each parameter begin, and which file holds them."""
+        """Return the start and the file of each slice, by (kind, parameter)."""
         runs: dict[tuple[str, str], list[tuple[int, _Part]]] = defaultdict(list)
         for file, size in self._sizes.items():
             part = _Part(storage.join(self.folder, file), size)
@@ -240,10 +241,10 @@ class Checkpoint:
         return runs
 
     def check(self) -> None:
-        """Read every byte once.
+        """Read every byte once and compare it with the checksums.
 
         Raises:
-            CheckpointError: If a file is not the one that was written.
+            CheckpointError: If the size or sha256 of a file differs from what was written.
         """
         for name, size_bytes in self._sizes.items():
             url = storage.join(self.folder, name)
@@ -253,7 +254,7 @@ class Checkpoint:
                 raise self._damaged(f"{name} does not have the sha256 of its name")
 
     def read(self, kind: Kind, parameter: str, start: int, length: int) -> Tensor:
-        """Read numbers start to start + length of a flattened parameter, float32 (length,).
+        """Read elements start to start + length - 1 of a flattened parameter, float32 (length,).
 
         Raises:
             CheckpointError: If some of them are in no file.
@@ -272,7 +273,7 @@ class Checkpoint:
         return numbers
 
     def read_whole(self, kind: Kind) -> Iterator[tuple[str, Tensor]]:
-        """Read every parameter of a kind, in its shape, by its published key."""
+        """Read every parameter of a kind; yield (published key, tensor in its own shape)."""
         for name, shape in self.shapes.items():
             length = int(torch.Size(shape).numel())
             yield name, self.read(kind, name, 0, length).reshape(shape)
@@ -285,17 +286,17 @@ class Checkpoint:
 
 
 def latest_valid_checkpoint(run_url: str, warn: Any) -> Checkpoint | None:
-    """Return the newest checkpoint of which every byte is as it was written.
+    """Return the newest complete checkpoint whose checksums match.
 
     Args:
         run_url: The run directory.
-        warn: Told of each newer one that is not, in a line.
+        warn: Called with a one-line message for each newer checkpoint that is damaged.
 
     Returns:
-        None where no checkpoint was ever made whole.
+        None if there is no complete checkpoint.
 
     Raises:
-        CheckpointError: If there are some, and all are damaged.
+        CheckpointError: If there are complete checkpoints and all are damaged.
     """
     folders = complete_checkpoints(run_url)
     for folder in reversed(folders):

@@ -1,4 +1,4 @@
-"""Writing checkpoints beside the training: a copy of the numbers now, the disk in a thread."""
+"""Asynchronous checkpoint writing: the state is copied at once and written in a thread."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _FOREIGN_POLL_S = 1.0
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that training changes: the masters, their moments and their averages."""
+    """The state that training changes: the master weights, their AdamW moments and averages."""
 
     engine: Any
     ema: Ema
@@ -53,12 +53,12 @@ class TrainState:
 
     @property
     def averages(self) -> dict[Kind, Ema]:
-        """The averages by their kind in a checkpoint."""
+        """The averages (EMA), by their kind in a checkpoint."""
         found: dict[Kind, Ema] = {"ema": self.ema}
         return found if self.short_ema is None else found | {"ema_short": self.short_ema}
 
     def update_averages(self) -> None:
-        """Take the weights into every average, after one more step."""
+        """Update every average with the weights after a step."""
         for average in self.averages.values():
             average.update()
 
@@ -72,12 +72,12 @@ class TrainState:
         return found
 
     def num_updates(self) -> int:
-        """Return how many updates AdamW counts."""
+        """Return AdamW's update count."""
         first = base_optimizer(self.engine).state[master_weights(self.engine)[0]]
         return int(first["step"].item())
 
     def copy_own_slices(self, ranks: Ranks) -> dict[str, Tensor]:
-        """Copy to the CPU what this rank is to write; what all hold is dealt out over them."""
+        """Copy this rank's slices to the CPU; slices that all ranks hold are divided among them."""
         tensors, runs = self.tensors(), {}
         for number, part in enumerate(list_parts(self.engine)):
             if part.is_shared and number % ranks.world_size != ranks.rank:
@@ -87,7 +87,7 @@ class TrainState:
         return runs
 
     def begin(self, num_updates: int = 0) -> None:
-        """Give AdamW its moments, which are zero before the first update."""
+        """Initialize AdamW's moments to zero and set its update count."""
         for master in master_weights(self.engine):
             base_optimizer(self.engine).state[master] = {
                 "exp_avg": torch.zeros_like(master, requires_grad=False),
@@ -97,7 +97,7 @@ class TrainState:
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Fill this rank's part of the state; the network has its weights already."""
+        """Restore this rank's part of the state; the network must have its weights already."""
         progress = checkpoint.progress
         self.begin(progress.num_updates)
         tensors = self.tensors()
@@ -110,7 +110,7 @@ class TrainState:
 
 
 def build_state(engine: Any, config: TrainConfig) -> TrainState:
-    """Return the state of a training that begins with the engine's weights as they are."""
+    """Return the initial state of a training, with the engine's current weights."""
     masters, length = master_weights(engine), config.short_ema_length
     rate = warmup_decay(config.ema_rate) if config.ema_warmup else config.ema_rate
     short_ema = None if length is None else Ema(masters, power_decay(length))
@@ -128,14 +128,14 @@ def _fill(part: Part, kind: Kind, tensors: list[Tensor], checkpoint: Checkpoint)
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time, in a thread of each rank.
+    """Writes one checkpoint at a time, in one thread on each rank.
 
     Args:
-        run_url: The run directory, the same files for all ranks.
-        config: How many checkpoints are kept.
-        ranks: This rank among those that write.
+        run_url: The run directory, shared by all ranks.
+        config: The number of checkpoints to keep.
+        ranks: All ranks; each writes its own file.
         shapes: Shape of every parameter, by its published key.
-        fault: For proofs.
+        fault: Fault to inject in a test.
     """
 
     def __init__(
@@ -158,16 +158,16 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for no other rank any more: on an error they may be gone."""
+        """Stop waiting for the other ranks, which may be gone after an error."""
         self._abandoned.set()
         self._thread.shutdown()
 
     def start(self, state: TrainState, progress: Progress) -> None:
-        """Begin a checkpoint; every rank must call this. Waits for the one before.
+        """Begin a checkpoint, after waiting for the previous one; every rank must call this.
 
         Raises:
-            OSError: If the one before could not be written.
-            DivergedError: If it held what is no finite number.
+            OSError: If the previous one could not be written.
+            DivergedError: If the previous one held a non-finite number.
         """
         self.finish()
         if self._ranks.is_first:
@@ -177,11 +177,14 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, runs, progress)
 
     def finish(self) -> None:
-        """Wait until the checkpoint that was begun is written, by this rank at least."""
+        """Wait until this rank's part of the pending checkpoint is written.
+
+        On the first rank that is the complete checkpoint, with its marker.
+        """
         self.raise_if_failed(wait=True)
 
     def raise_if_failed(self, *, wait: bool = False) -> None:
-        """Raise what writing raised, as soon as it is known."""
+        """Raise the error of the writer thread, as soon as it is known."""
         if self._pending is not None and (wait or self._pending.done()):
             pending, self._pending = self._pending, None
             pending.result()

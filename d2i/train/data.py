@@ -1,4 +1,4 @@
-"""The shards of a run: which they are, whether they fit the network, who encodes their text."""
+"""The shards of a run: their URLs, checks against network and cache, order and text encoder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from d2i.train.data_order import DataOrder
 
 
 def train_url(data_url: str) -> str:
-    """Return the folder of the training shards: `DIR/train`, or `DIR` itself."""
+    """Return the directory of the training shards: `DIR/train` if it has any, else `DIR`."""
     return split_url(data_url, "train") or data_url
 
 
 def split_url(data_url: str, split: str) -> str | None:
-    """Return the folder of a split's shards, or None where there are none."""
+    """Return the directory of a split's shards, or None if there are none."""
     inner = storage.join(data_url, split)
     return inner if storage.exists(storage.join(inner, "manifest.json")) else None
 
 
 def check_sizes(network: Any, reader: ShardReader) -> None:
-    """Make sure that the network takes what the shards hold.
+    """Check that the network's input sizes match the shards.
 
     Raises:
         ConfigError: Naming the size that differs and the setting to change.
@@ -56,7 +56,7 @@ def check_sizes(network: Any, reader: ShardReader) -> None:
 
 
 def build_order(reader: ShardReader, config: TrainConfig) -> DataOrder:
-    """Return the order in which a run takes the samples of its shards."""
+    """Return the order in which a run reads the samples of its shards."""
     sizes = tuple(shard.num_samples for shard in reader.manifest.shards)
     return DataOrder(sizes, config.seed, config.order, config.num_window_shards)
 
@@ -64,12 +64,12 @@ def build_order(reader: ShardReader, config: TrainConfig) -> DataOrder:
 def check_cache(
     reader: ShardReader, valid: ShardReader | None, config: TrainConfig, cache_gb: float | None
 ) -> None:
-    """Make sure that the cache holds what a run reads at once; a local folder needs none.
+    """Check that the cache can hold all shards that a run reads at once; local data needs none.
 
-    That is what the order reads, and one shard of the validation split beside it.
+    These are the shards that the order reads at once, and one shard of the validation split.
 
     Raises:
-        ConfigError: If it does not: every batch would fetch shards that it fetched before.
+        ConfigError: If it is too small: every batch would fetch evicted shards again.
     """
     if cache_gb is None or storage.local_path(reader.url) is not None:
         return
@@ -89,12 +89,12 @@ def check_cache(
 def build_text_encoder(
     reader: ShardReader, config: EncodersConfig, device: str
 ) -> TextEncoder | None:
-    """Return the frozen text encoder for shards that hold token ids alone; None for others.
+    """Return the frozen text encoder for shards that hold only token ids; None for others.
 
-    Its latents are those that the shards would hold: float16, at the fixed compute batch.
+    It returns the latents that the shards would hold: float16, at the fixed compute batch size.
 
     Raises:
-        CheckpointError: If it cannot be loaded, or is not the one of the data's preparation.
+        CheckpointError: If it cannot be loaded, or the data was prepared with another one.
     """
     if "text" in reader.manifest.arrays:
         return None

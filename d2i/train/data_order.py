@@ -1,6 +1,6 @@
-"""The data order: which samples make up the global batch of a step.
+"""The data order: the samples of each step's global batch, shuffled by a seed.
 
-A function of (seed, step) over the manifest alone: it knows no rank, thread or restart.
+It depends on the seed, the step and the shard sizes alone, not on ranks, threads or restarts.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class DataOrder:
-    """Epochs of seeded orders, end to end: every sample exactly once an epoch.
+    """A seeded shuffle of every epoch, one after the other: each sample exactly once an epoch.
 
     Args:
-        shard_sizes: Samples of each shard, in the order of the reader.
-        seed: Another seed, another order.
-        kind: `global` is a permutation of all samples. `blocked` shuffles the shards, and then
-            the samples within every `num_window_shards` of them: what a cache must hold at once.
-        num_window_shards: Shards of a window.
+        shard_sizes: Number of samples of each shard, in the order of the reader.
+        seed: Seed of the shuffle.
+        kind: `global` permutes all samples. `blocked` shuffles the shards, and then the samples
+            within each window of `num_window_shards` shards, which a cache must hold at once.
+        num_window_shards: Number of shards in a window.
     """
 
     shard_sizes: tuple[int, ...]
@@ -33,7 +33,7 @@ class DataOrder:
 
     @cached_property
     def num_samples(self) -> int:
-        """Samples of an epoch."""
+        """Number of samples in an epoch."""
         return sum(self.shard_sizes)
 
     def global_batch(self, step: int, size: int) -> NDArray[np.int64]:
@@ -47,16 +47,16 @@ class DataOrder:
         return np.concatenate(parts).astype(np.int64)
 
     def epoch(self, epoch: int) -> NDArray[np.uint32]:
-        """Return all samples in the order of an epoch, uint32 (num_samples,), read-only."""
+        """Return all sample indices in the order of an epoch, uint32 (num_samples,), read-only."""
         if self.kind == "global":
             return _permutation(self.num_samples, self.seed, epoch)
         return _blocked(self.shard_sizes, self.num_window_shards, self.seed, epoch)
 
     def shards_ahead(self, step: int, size: int) -> tuple[int, ...]:
-        """Return the shards that a step and those after it read, in the order of need.
+        """Return the shards to prefetch for a step and the next ones, in the order of use.
 
-        With `blocked` they are the windows that the step's samples lie in, and the one after;
-        with `global` all shards, as any step may need any.
+        With `blocked` these are the windows of the step's samples and the next window; with
+        `global` all shards, since any step may need any of them.
         """
         if self.kind == "global":
             return tuple(range(len(self.shard_sizes)))
@@ -74,19 +74,19 @@ class DataOrder:
         return tuple(dict.fromkeys(wanted))
 
     def num_window_bytes(self, shard_bytes: Sequence[int]) -> int:
-        """Return the most bytes of shards that are read at once, of those given for each."""
+        """Return the largest total size of shards read at once, given the size of each shard."""
         num_shards = len(shard_bytes) if self.kind == "global" else self.num_window_shards
         return sum(sorted(shard_bytes)[-num_shards:])
 
     def micro_batches(
         self, step: int, size: int, rank: int, world_size: int, num_micro_batches: int
     ) -> list[NDArray[np.int64]]:
-        """Return one rank's part of a step's global batch, cut into equal micro batches."""
+        """Return one rank's part of a step's global batch, split into equal micro batches."""
         mine = np.split(self.global_batch(step, size), world_size)[rank]
         return np.split(mine, num_micro_batches)
 
 
-# One epoch is held, of 4 bytes a sample: a step that ends one begins the next.
+# Only one epoch is cached, at 4 bytes a sample: a step that ends an epoch begins the next one.
 @lru_cache(maxsize=1)
 def _permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.uint32]:
     order = np.arange(num_samples, dtype=np.uint32)
@@ -114,7 +114,7 @@ def _blocked(
 def _window_ends(
     shard_sizes: Sequence[int], num_window_shards: int, seed: int, epoch: int
 ) -> tuple[tuple[NDArray[np.int64], ...], NDArray[np.int64]]:
-    """Return the shards of each window of an epoch, and at which sample each window ends."""
+    """Return the shards of each window of an epoch, and the sample at which each window ends."""
     windows, _ = _windows(shard_sizes, num_window_shards, seed, epoch)
     sizes = np.array(shard_sizes)
     return windows, np.cumsum([sizes[window].sum() for window in windows])
@@ -123,7 +123,7 @@ def _window_ends(
 def _windows(
     shard_sizes: Sequence[int], num_window_shards: int, seed: int, epoch: int
 ) -> tuple[tuple[NDArray[np.int64], ...], np.random.Generator]:
-    """Return the shards of each window of an epoch, and what goes on to shuffle their samples."""
+    """Return the shards of each window of an epoch, and the generator to shuffle their samples."""
     random = np.random.default_rng([seed, epoch, sum(shard_sizes), len(shard_sizes)])
     shards = random.permutation(len(shard_sizes))
     firsts = range(0, len(shards), num_window_shards)

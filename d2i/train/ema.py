@@ -1,7 +1,7 @@
-"""Moving averages of the float32 weights, over whatever part of them this rank holds.
+"""Moving averages (EMA) of the float32 weights, for the part of them that this rank holds.
 
-How much of an average is kept at each step is its decay, a function of the optimizer step k = 1, 2,
-… alone: no average depends on how long a run is to be, so a run may be trained longer.
+The decay is the share of the average that a step keeps. It is a function of the optimizer step
+k = 1, 2, … alone, not of the planned length of a run, so a run may be trained longer.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ Decay = Callable[[int], float]
 
 
 def warmup_decay(rate: float) -> Decay:
-    """Return the decay that forgets the initial weights: 0, 2/11, 3/12, …, up to `rate`.
+    """Return a decay with warm-up, to forget the initial weights: 0, 2/11, 3/12, …, up to `rate`.
 
     After step k it is 0 for k = 1, else min(rate, k / (9 + k)), as diffusers' `EMAModel.get_decay`.
     Until `rate` is reached this is the power function of gamma 8 (`power_decay`, length 0.0905):
-    the mean age of what is averaged is a tenth of the steps. 0.9999 is reached at step 89,991.
+    the mean age of the averaged weights is a tenth of the steps. 0.9999 is reached at step 89,991.
 
     Args:
         rate: The largest decay.
@@ -31,12 +31,12 @@ def warmup_decay(rate: float) -> Decay:
 def power_decay(length: float) -> Decay:
     """Return the decay of a power function average: (1 - 1/k)^(gamma + 1).
 
-    The average's weights rise with the step to the power of gamma: however long the run, its width
-    is the same share of it (EDM2: Karras et al. 2024, "Analyzing and Improving the Training
-    Dynamics of Diffusion Models", section 3.1).
+    The average weights step k by k^gamma, so its width is the same share of a run of any length
+    (EDM2: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
+    section 3.1).
 
     Args:
-        length: Standard deviation of those weights over time, as a share of the steps so far
+        length: Standard deviation of this weighting over time, as a share of the steps so far
             (sigma_rel); 0.05 and 0.10 in EDM2's published runs.
     """
     exponent = _gamma(length) + 1
@@ -50,10 +50,12 @@ def _gamma(length: float) -> float:
 
 
 class Ema:
-    """ema = decay * ema + (1 - decay) * weight, after every step, from the initial weights.
+    """A moving average (EMA) of the weights, which starts from the initial weights.
+
+    After every step: ema = decay * ema + (1 - decay) * weight.
 
     Args:
-        weights: The float32 tensors that the optimizer steps, which stay the same objects.
+        weights: The float32 tensors that the optimizer updates in place.
         rate: One decay for every step (0.9999 in U-ViT's published training), or a function of k.
     """
 
@@ -65,7 +67,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now, after one more step."""
+        """Update the average with the current weights; call once after each step."""
         self.num_updates += 1
         current = [weight.detach().float() for weight in self._weights]
         torch._foreach_lerp_(self.tensors, current, 1.0 - self._decay(self.num_updates))
