@@ -3,9 +3,8 @@
 `checkpoints/step-N/` holds one file for each rank, named by its sha256. The marker `complete.json`,
 which holds its own sha256, is written last.
 A file holds flat float32 slices, each named `KIND:PARAMETER:START`: a weight, its AdamW moments or
-its averages. So a checkpoint does not depend on the world size or ZeRO stage that wrote it, any
-other can resume from it, and nothing is unpickled. Must not import DeepSpeed or
-`torch.distributed`.
+its averages. So a run can resume with another world size or ZeRO stage, and nothing is unpickled.
+Must not import DeepSpeed or `torch.distributed`.
 """
 
 from __future__ import annotations

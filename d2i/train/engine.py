@@ -1,4 +1,4 @@
-"""DeepSpeed: the only module that imports it. Builds the engine, reaches its float32 weights."""
+"""The DeepSpeed engine and its float32 weights; the only module that imports DeepSpeed."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _ZERO = "zero_optimization"
 
 @dataclass(frozen=True)
 class Part:
-    """A run of numbers of one parameter, and where this rank's optimizer holds them.
+    """A slice of one parameter, and its position in this rank's optimizer.
 
     Args:
         name: The parameter's published key.
-        start: First number within the flattened parameter.
-        length: How many.
-        master: Number of the tensor in `master_weights`.
-        offset: First number within that flattened tensor.
-        is_shared: Whether every rank holds the same.
+        start: Index of its first element in the flattened parameter.
+        length: Number of elements.
+        master: Index of the tensor in `master_weights`.
+        offset: Index of its first element in that flattened tensor.
+        is_shared: True if every rank holds the same slice.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Part:
     is_shared: bool
 
     def of(self, tensors: list[Tensor]) -> Tensor:
-        """Return the part's numbers out of tensors shaped as the masters, as a flat view."""
+        """Return the part as a flat view into tensors shaped like the masters."""
         return tensors[self.master].detach().view(-1)[self.offset : self.offset + self.length]
 
 
 def join_ranks() -> Ranks:
-    """Join the other ranks; every rank must call this."""
+    """Join the process group; every rank must call this."""
     deepspeed = _import_deepspeed()
     if not torch.cuda.is_available():
-        # One thread a rank: sums are taken in one order, whatever the machine has.
+        # One thread per rank: sums are taken in one order, whatever the number of cores.
         torch.set_num_threads(1)
         # The shared-memory kernel serves inference only, and would need a C++ compiler here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -73,22 +73,22 @@ def build_engine(
 
     Weight decay acts on every parameter, as published (`utils.py` of U-ViT).
 
-    To DeepSpeed, bf16 is fp32: what the network multiplies in is the network's own matter
-    (`network.autocast_to`). Its `torch_autocast` rounds the linear layers' gradients on their way
-    between ranks, from stage 2 on those of each micro batch, and lets each rank choose a loss scale
-    of its own; `data_types.grad_accum_dtype` adds up gradients that were rounded already, and is
-    refused in stage 0.
+    With precision `bf16` DeepSpeed runs in fp32; the network itself applies autocast
+    (`network.autocast_to`). DeepSpeed's `torch_autocast` would round the linear layers' gradients
+    when ranks exchange them, from stage 2 on those of each micro batch, and let each rank choose
+    its own loss scale. Its `data_types.grad_accum_dtype` accumulates gradients that are already
+    rounded, and stage 0 rejects it.
 
     Args:
         network: In float32; its weights become the engine's.
         config: Batches, optimizer, precision and ZeRO stage.
-        world_size: Ranks that share the global batch.
-        zero: DeepSpeed's `zero_optimization` settings, in place of the bare stage, which is 0 for
-            one rank with weights in float32, or on a CPU.
+        world_size: Number of ranks that share the global batch.
+        zero: DeepSpeed's `zero_optimization` settings. By default only the stage: 0 for one rank
+            with float32 weights, or with bf16 weights on a CPU, else the recipe's.
 
     Raises:
-        ConfigError: If the ranks cannot share the global batch, or a compiled network cannot be
-            trained by the ZeRO stage.
+        ConfigError: If the ranks cannot share the global batch, or the ZeRO stage cannot train a
+            compiled network.
         ClusterError: If the device cannot compute in the precision.
     """
     deepspeed = _import_deepspeed()
@@ -112,7 +112,7 @@ def build_engine(
         "gradient_accumulation_steps": num_micro_batches,
         _ZERO: _zero_settings(config, world_size, zero),
         "zero_allow_untested_optimizer": True,
-        # With a client's own optimizer DeepSpeed would ask for its C++ one, to be compiled.
+        # With a client's optimizer DeepSpeed would require its C++ one, which must be compiled.
         "zero_force_ds_cpu_optimizer": False,
         # DeepSpeed's own default would clip at 1.
         "gradient_clipping": optim.max_grad_norm or 0.0,
@@ -125,7 +125,7 @@ def build_engine(
     if config.precision.endswith("_weights"):
         _fill_masters(engine, weights)
     if world_size == 1 and engine.zero_optimization_stage() == 0:
-        # Nor anybody to average gradients with, which DeepSpeed would copy out and back for it.
+        # No rank to average gradients with; DeepSpeed would copy them out and back for nothing.
         engine.enable_backward_allreduce = False
     return engine
 
@@ -144,10 +144,10 @@ def _zero_settings(
 
 
 def _zero_is_no_op(config: TrainConfig) -> bool:
-    """Say whether a rank that has nobody to share with would only copy, to the same numbers.
+    """Return whether ZeRO on a single rank would only copy and give the same numbers as stage 0.
 
-    With weights in half precision stage 0 asks after each gradient by itself whether it is finite,
-    for which an accelerator would wait; and in float16 it scales the loss by other rules.
+    With weights in half precision, stage 0 checks every gradient separately for finite numbers,
+    which stalls an accelerator; in float16 it also scales the loss by other rules.
     """
     is_bf16_on_cpu = config.precision == "bf16_weights" and not torch.cuda.is_available()
     return not config.precision.endswith("_weights") or is_bf16_on_cpu
@@ -157,8 +157,8 @@ def read_zero(path: Path) -> dict[str, Any]:
     """Read DeepSpeed's `zero_optimization` settings from a JSON file such as `train/zero-2.json`.
 
     Raises:
-        ConfigError: If it cannot be read, has no stage, or holds other settings: those are the
-            recipe's.
+        ConfigError: If it cannot be read, has no stage, or holds other settings, which belong in
+            the recipe.
     """
     try:
         content = json.loads(path.read_text())
@@ -186,7 +186,7 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def master_weights(engine: Any) -> list[Tensor]:
-    """Return the float32 tensors this rank's optimizer steps: partitions under ZeRO."""
+    """Return the float32 tensors that this rank's optimizer updates: partitions under ZeRO."""
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in base_optimizer(engine).param_groups for p in group["params"]]
@@ -194,7 +194,7 @@ def master_weights(engine: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def _fill_masters(engine: Any, weights: Mapping[str, Tensor]) -> None:
-    """Give the masters the float32 weights: DeepSpeed copies them once they are rounded."""
+    """Fill the masters from the float32 weights; DeepSpeed fills them from the rounded ones."""
     masters = master_weights(engine)
     for part in list_parts(engine):
         whole = weights[part.name].reshape(-1)
@@ -202,7 +202,7 @@ def _fill_masters(engine: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def list_parts(engine: Any) -> list[Part]:
-    """Return every part of a parameter that this rank's masters hold."""
+    """Return all parts of parameters that this rank's masters hold."""
     if engine.zero_optimization_stage() == 3:
         return _parts_of_stage_3(engine)
     places = enumerate(master_weights(engine))
@@ -220,7 +220,7 @@ def list_parts(engine: Any) -> list[Part]:
 
 
 def _parts_of_stage_3(engine: Any) -> list[Part]:
-    """Each rank holds an equal run of every parameter, the last one padded."""
+    """Return this rank's parts in stage 3: an equal slice of every parameter, the last padded."""
     optimizer, parts = engine.optimizer, []
     for name, parameter in engine.module.named_parameters():
         position = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -233,20 +233,23 @@ def _parts_of_stage_3(engine: Any) -> list[Part]:
 
 
 def loss_scaler_state(engine: Any) -> dict[str, float]:
-    """Return the numbers of float16's dynamic loss scale; empty in other precisions."""
+    """Return the state of float16's dynamic loss scale; empty in other precisions."""
     scaler = _loss_scaler(engine)
     names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
     return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
 
 
 def restore_loss_scaler(engine: Any, state: Mapping[str, float]) -> None:
-    """Give float16's dynamic loss scale the numbers it had."""
+    """Restore the state of float16's dynamic loss scale."""
     for name, value in state.items():
         setattr(_loss_scaler(engine), name, value)
 
 
 def _loss_scaler(engine: Any) -> Any:
-    """The object that holds the scale: one of its own under ZeRO, else a part of the optimizer."""
+    """Return the object that holds the loss scale, or None in other precisions than float16.
+
+    It is the optimizer's loss scaler under ZeRO, else its loss scale config or the optimizer.
+    """
     optimizer = engine.optimizer
     if not engine.fp16_enabled():
         return None
@@ -261,7 +264,7 @@ def _has_fp16(deepspeed: Any) -> bool:
 
 
 def _import_deepspeed() -> Any:
-    # DeepSpeed and its op builders talk on import; a rank has its own progress line.
+    # DeepSpeed and its op builders log on import; a rank prints its own progress line.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed

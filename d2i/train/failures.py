@@ -1,4 +1,4 @@
-"""Failures of a training: one line with what, where and what to do, reported by one rank."""
+"""Errors that end a training: one line with what, where and what to do, reported by one rank."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SIGNS_OF_THE_OTHERS = ("connection", "peer", "gloo", "nccl", "socket")
 
 @contextmanager
 def reported_errors(request: TrainRequest, ranks: Ranks) -> Iterator[None]:
-    """Turn what ends this rank into what the user is to read; every rank must call this.
+    """Turn an exception that ends this rank into an error for the user; every rank must call this.
 
     Raises:
-        D2IError: As `first_error` gives it.
+        D2IError: As `first_error` returns it.
     """
     hosts = ranks.hosts()
     try:
@@ -40,17 +40,17 @@ def reported_errors(request: TrainRequest, ranks: Ranks) -> Iterator[None]:
 def first_error(
     error: Exception, request: TrainRequest, ranks: Ranks, hosts: Sequence[str]
 ) -> D2IError | None:
-    """Return what an error that ends this rank means to the user.
+    """Return the error for the user in place of an exception that ends this rank.
 
     Args:
-        error: What was raised.
-        request: What was to be done.
-        ranks: This rank among the others.
+        error: The exception.
+        request: The training job.
+        ranks: This rank and its process group.
         hosts: The host of each rank.
 
     Returns:
-        An `AlreadyReportedError` where another rank says why; None where it is a bug, to be
-        raised as it is.
+        An `AlreadyReportedError` if another rank reports the reason; None for a bug, which is to
+        be raised unchanged.
     """
     if isinstance(error, RankError | AlreadyReportedError):
         return error
@@ -65,9 +65,9 @@ def first_error(
 
 
 def report_error(error: D2IError) -> str | None:
-    """Return the line that this rank prints, if it is the one to print it.
+    """Return the error line for this rank to print, or None if another rank prints it.
 
-    What was wrong before the ranks had joined is the same for all of them.
+    An error from before the ranks joined is the same on all of them, so rank 0 prints it.
     """
     if isinstance(error, AlreadyReportedError):
         return None
@@ -76,7 +76,7 @@ def report_error(error: D2IError) -> str | None:
 
 
 def _own_or_common_error(error: D2IError, ranks: Ranks, hosts: Sequence[str]) -> D2IError:
-    """What all ranks find wrong, the first one says; what this rank alone does, it says itself."""
+    """Have the first rank report an error that all ranks have, and this rank one of its own."""
     if ranks.is_first:
         return error if ranks.claim_report() is not False else AlreadyReportedError()
     if ranks.is_reported() is False and ranks.claim_report():
@@ -93,7 +93,7 @@ def _peer_failure(run_url: str, ranks: Ranks, hosts: Sequence[str]) -> D2IError:
     gone = ranks.missing_ranks()
     speaks = ranks.claim_report()
     if speaks is None:
-        # Nobody to ask, as the first rank is gone: the lowest one on each host speaks.
+        # The first rank, which holds the store, is gone: the lowest rank on each host reports.
         speaks = ranks.rank == min(r for r in range(1, len(hosts)) if hosts[r] == hosts[ranks.rank])
     return lost_ranks(gone, hosts, run_url) if speaks else AlreadyReportedError()
 
@@ -102,23 +102,23 @@ _NUM_SHOWN = 8
 
 
 class RankError(ClusterError):
-    """An error that one rank alone has seen, so that it must be the one that says so."""
+    """An error that only this rank has, so that this rank must report it."""
 
 
 class DivergedError(D2IError):
-    """The loss is no number any more."""
+    """A loss, weight or moment that is not finite."""
 
 
 def check_finite(
     losses: Sequence[float], first_step: int, keys: dict[int, list[str]], config: TrainConfig
 ) -> None:
-    """Make sure that the loss of every step is a number.
+    """Check that the loss of every step is finite.
 
     Args:
-        losses: Of each step, from `first_step`.
-        first_step: As the user counts: the first step of a run is 1.
-        keys: For a step whose loss is none, the samples of the micro batches at fault.
-        config: What may be lowered.
+        losses: Loss of each step, from `first_step`.
+        first_step: Number of the first of these steps; a run's first step is 1.
+        keys: By step with a non-finite loss, the sample keys of the micro batches that had it.
+        config: The settings to advise on.
 
     Raises:
         DivergedError: Naming the first such step and its samples.
@@ -135,18 +135,18 @@ def check_finite(
 
 
 def check_weights(runs: Mapping[str, Tensor], step: int, config: TrainConfig) -> None:
-    """Make sure that all numbers of a checkpoint are finite: nothing could go on from others.
+    """Check that all numbers of a checkpoint are finite: a run could not resume from others.
 
     Args:
-        runs: What a rank is to write.
-        step: Steps taken.
-        config: What may be lowered.
+        runs: The slices that a rank is to write, by name.
+        step: Number of steps taken.
+        config: The settings to advise on.
 
     Raises:
-        DivergedError: Naming the step and what is no number.
+        DivergedError: Naming the step and the parameter.
     """
     for name, numbers in runs.items():
-        # One pass over memory; what is not a number is both the least and the most.
+        # One pass over memory; if any number is NaN, it is both the minimum and the maximum.
         if not all(extreme.isfinite() for extreme in numbers.aminmax()):
             raise DivergedError(
                 f"{name.partition(':')[2].rpartition(':')[0]} is no finite number after step "
@@ -164,7 +164,7 @@ def _weights_hint(config: TrainConfig) -> str:
 
 
 def explain_error(error: BaseException, run_url: str, config: TrainConfig) -> D2IError | None:
-    """Return what an error of this rank means to the user; None where it is a bug."""
+    """Return the error for the user in place of an exception on this rank; None for a bug."""
     where = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return RankError(f"{where} is out of memory; expected to fit; {_memory_advice(config)}")
@@ -188,7 +188,7 @@ def explain_error(error: BaseException, run_url: str, config: TrainConfig) -> D2
 
 
 def lost_ranks(gone: Sequence[int], hosts: Sequence[str], run_url: str) -> D2IError:
-    """Say which ranks do not answer any more."""
+    """Return an error that names the ranks that no longer respond."""
     named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in gone) or "no rank by its end"
     return RankError(
         f"{named} ended, the others cannot go on; expected {len(hosts)} ranks; see its own line or "
@@ -197,7 +197,7 @@ def lost_ranks(gone: Sequence[int], hosts: Sequence[str], run_url: str) -> D2IEr
 
 
 def resume_hint(run_url: str) -> str:
-    """Say from where the same command goes on."""
+    """Return the hint that the same command resumes, and from which checkpoint."""
     whole = complete_checkpoints(run_url)
     newest = whole[-1].rpartition("/")[2] if whole else "the start"
     return f"resume with the same command, from {newest}"

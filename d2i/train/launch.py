@@ -1,4 +1,4 @@
-"""What `deepspeed train/launch.py` runs on every rank."""
+"""Entry point of every rank, run by `deepspeed train/launch.py`."""
 
 from __future__ import annotations
 
@@ -69,17 +69,17 @@ def launch(
 
 
 def _name_rank(local_rank: int) -> None:
-    """Say which rank this is, where the launcher says it in other words: an option, or SLURM's."""
+    """Set torch's rank variables if the launcher passes an option or SLURM's variables instead."""
     os.environ.update(torch_names(os.environ))
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 
 def main() -> None:
-    """Run the entry point: exit code 2 and one line for what the user can mend."""
+    """Run the entry point; an error that the user can fix is one line and exit code 2."""
     die_with_launcher()
-    # What torch's C++ has to say of a rank that is gone is a page of addresses.
+    # When a rank is gone, torch's C++ logs a page of stack addresses.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # The wish to stop may come while torch is imported; it is heard once a step can end with it.
+    # A stop signal may arrive while torch is imported: block it until `StopSignal` handles it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         app()
@@ -92,10 +92,10 @@ def main() -> None:
 
 
 def _end_at_once(code: int) -> NoReturn:
-    """End without taking torch's threads down one by one.
+    """Exit without shutting down torch's threads one by one.
 
-    One of them that notices meanwhile that another rank is gone would abort this one, and the
-    launcher would tell of that instead.
+    A thread that meanwhile notices that another rank is gone would abort this process, and the
+    launcher would report that instead.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -27,8 +27,8 @@ def deepspeed_command(arguments: Sequence[str], num_accelerators: int | None) ->
     Without a checkout (an installed wheel) the same entry is `--module d2i.train.launch`.
 
     Args:
-        arguments: What `train/launch.py` takes.
-        num_accelerators: Ranks on this machine; `None` takes every GPU, or one CPU rank.
+        arguments: Arguments of `train/launch.py`.
+        num_accelerators: Ranks on this machine; `None` means every GPU, or one CPU rank.
 
     Raises:
         ClusterError: If the launcher is not installed beside this Python.
@@ -42,24 +42,24 @@ def deepspeed_command(arguments: Sequence[str], num_accelerators: int | None) ->
     script = Path(d2i.__file__).parents[1] / "train" / "launch.py"
     entry = [str(script)] if script.exists() else ["--module", "d2i.train.launch"]
     ranks = [] if num_accelerators is None else ["--num_accelerators", str(num_accelerators)]
-    # Pages of what it does would bury the one line that says why a training ends.
+    # Its log would bury the one line that explains why a training ends.
     quiet = ["--log_level", "error"]
     return [str(launcher), *quiet, "--master_port", str(_free_port()), *ranks, *entry, *arguments]
 
 
 def run_command(command: Sequence[str]) -> tuple[int, bool]:
-    """Run the launcher as a process group of its own, ended with this process.
+    """Run the launcher in its own process group, which ends when this process does.
 
-    What the launcher prints goes to stderr: stdout is the command's own result.
+    The launcher's output goes to stderr; stdout is for the command's own result.
 
     Returns:
-        Its exit code, and whether a Ctrl-C asked the ranks to stop.
+        Its exit code, and True if Ctrl-C was pressed to stop the ranks.
     """
     environment = (
         os.environ
         | launcher_environment()
         | {
-            # The launcher finds ninja and python beside it, also without an activated environment.
+            # Lets the launcher find ninja and python even if the environment is not activated.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             "TOKENIZERS_PARALLELISM": "false",
         }
@@ -67,7 +67,7 @@ def run_command(command: Sequence[str]) -> tuple[int, bool]:
     with subprocess.Popen(
         list(command),
         env=environment,
-        # Nobody answers a question that a library of a rank asks.
+        # A library on a rank must not wait at a prompt that nobody answers.
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr,
         start_new_session=True,
@@ -87,10 +87,10 @@ def run_command(command: Sequence[str]) -> tuple[int, bool]:
 
 
 class _Stop:
-    """Hands a wish to stop on to the ranks, which write a checkpoint and end with code 0.
+    """Forwards a stop request to the ranks, which write a checkpoint and exit with code 0.
 
-    SIGTERM, SLURM's SIGUSR1 and a first Ctrl-C are such wishes; a second Ctrl-C ends all at once.
-    The ranks are asked again and again, as they do not listen before they have joined.
+    SIGTERM, SLURM's SIGUSR1 and a first Ctrl-C are stop requests; a second Ctrl-C ends all at once.
+    The signal is repeated, because ranks do not handle it before they have joined.
     """
 
     def __init__(self, group: int) -> None:
@@ -101,12 +101,12 @@ class _Stop:
             signal.signal(number, self._ask)
 
     def repeat(self) -> None:
-        """Ask again, if it was asked before."""
+        """Send the signal to the ranks again, if a stop was requested."""
         if self._is_asked:
             os.killpg(self._group, signal.SIGUSR1)
 
     def wait_for_group(self) -> None:
-        """Wait for the ranks if it was asked: a launcher that is asked as well ends before them."""
+        """Wait for the ranks after a stop request: a launcher that was signalled too ends first."""
         deadline = time.monotonic() + _GROUP_WAIT_S
         with contextlib.suppress(ProcessLookupError):
             while self._is_asked and time.monotonic() < deadline:
@@ -122,7 +122,7 @@ class _Stop:
 
 def _before_launcher() -> None:
     die_with_parent()
-    # The launcher knows nothing of this signal and would die of it; the ranks listen to it.
+    # The launcher does not handle this signal, which would kill it; the ranks do.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 

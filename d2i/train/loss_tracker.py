@@ -1,4 +1,4 @@
-"""The losses of a run between two of its lines, kept from making the accelerator wait."""
+"""The losses between two metrics lines, collected without stalling the accelerator."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from d2i.train.ranks import Ranks
 
 
 class LossTracker:
-    """The losses since the last line: on the device until somebody asks for them.
+    """Collects the losses since the last metrics line; they stay on the device until `collect`.
 
     Args:
-        ranks: Each has losses of its own.
-        num_micro_batches: Of a step.
+        ranks: All ranks; each has its own losses.
+        num_micro_batches: Number of micro batches in a step.
     """
 
     def __init__(self, ranks: Ranks, num_micro_batches: int) -> None:
@@ -22,15 +22,15 @@ class LossTracker:
         self.known: list[float] = []
 
     def add(self, loss: Tensor) -> None:
-        """Take in the loss of a micro batch, without waiting for it."""
+        """Add the loss of a micro batch, without waiting for its value."""
         self._waiting.append(loss.detach())
 
     def collect(self) -> tuple[list[float], list[tuple[int, int, int]]]:
-        """Make the waiting losses known; every rank must call this.
+        """Gather the waiting losses from all ranks; every rank must call this.
 
         Returns:
-            The loss of each step that was not known yet, its mean over ranks and micro batches;
-            and (number of the step, rank, micro batch) of each loss that is no finite number.
+            The loss of each new step, its mean over ranks and micro batches; and (step as an index
+            into these losses, rank, micro batch) of each loss that is not finite.
         """
         if not self._waiting:
             return [], []
