@@ -1,4 +1,4 @@
-"""What the first rank keeps of a run while it goes on: lines, TensorBoard and others, a chart."""
+"""Logs of a run, written by the first rank: JSON lines, TensorBoard, W&B and the loss chart."""
 
 from __future__ import annotations
 
@@ -26,49 +26,49 @@ _EVENTS_NAME = "tensorboard"
 
 
 class MetricsLogger:
-    """The records of one run, as files in its folder.
+    """Writes the logs of one run, as files in its directory.
 
     Args:
         run_url: The run directory.
-        recipe: Of the run; it may ask for Weights & Biases.
-        step: The last step whose line is kept; later ones, of a cut off attempt, are dropped.
-        validation_step: The same of validation losses; `None` is `step`.
+        recipe: The run's recipe; it may enable Weights & Biases.
+        step: The last step whose line is kept; later ones, of an interrupted attempt, are dropped.
+        validation_step: The same for validation losses; `None` means `step`.
 
     Raises:
-        ConfigError: If Weights & Biases is asked for and cannot be used.
+        ConfigError: If Weights & Biases is enabled and cannot be used.
     """
 
     def __init__(
         self, run_url: str, recipe: Recipe, step: int, validation_step: int | None = None
     ) -> None:
-        # Imported here: of all ranks only the first one needs it, and it takes a second.
+        # Imported here: only the first rank needs it, and the import takes a second.
         from torch.utils.tensorboard import SummaryWriter
 
         self._run_url = run_url
         truncate_logs_after(run_url, step, validation_step)
-        # TensorBoard writes to a folder: that of the run, or one that is copied there.
+        # TensorBoard needs a local directory: the run's, or a temporary one copied to the run.
         self._folder = _local_events(run_url)
         self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
         project = recipe.train.wandb_project
         self._wandb = WandbLogger(project, run_url, recipe) if project else None
 
     def has_metrics(self, step: int) -> bool:
-        """Say whether the line of a step is there."""
+        """Return whether the metrics line of a step exists."""
         return any(line.step == step for line in read_metrics(self._run_url))
 
     def has_validation(self, step: int) -> bool:
-        """Say whether the validation loss of a step is there."""
+        """Return whether the validation line of a step exists."""
         return any(line.step == step for line in read_validation(self._run_url))
 
     def metrics(self, line: MetricsLine) -> None:
-        """Keep the line of some steps."""
+        """Log a metrics line."""
         append_line(self._run_url, line)
         names = ("loss", "lr", "images_per_s", "data_wait", "mfu")
         values = {f"train/{name}": getattr(line, name) for name in names}
         self._show({name: v for name, v in values.items() if v is not None}, line.step)
 
     def validation(self, line: ValidationLine) -> None:
-        """Keep a validation loss, and draw the chart anew."""
+        """Log and print a validation loss, and update the chart."""
         append_line(self._run_url, line)
         in_bands = {f"valid/n_{band}": loss for band, loss in line.bands.items()}
         self._show({"valid/loss": line.loss, **in_bands}, line.step)
@@ -83,13 +83,13 @@ class MetricsLogger:
             self._wandb.add(values, step)
 
     def plot_losses(self) -> None:
-        """Draw `loss.png` out of what is kept, and hand TensorBoard what it has not seen."""
+        """Plot `loss.png` from the logs, and flush TensorBoard's events."""
         plot_losses(self._run_url)
         self._events.flush()
         self._publish_events()
 
     def close(self) -> None:
-        """Draw for the last time."""
+        """Plot a last time, and close TensorBoard and Weights & Biases."""
         self.plot_losses()
         self._events.close()
         self._publish_events()

@@ -1,4 +1,4 @@
-"""The network as training takes it: the recipe's, its blocks computed again or compiled."""
+"""The network to train, with autocast, activation checkpointing and compiled blocks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from d2i.models.model_dir import build_network
 
 
 def build_trained_network(recipe: Recipe) -> Any:
-    """Return the recipe's network in float32, with its first weights.
+    """Return the recipe's network in float32, with its initial weights.
 
     Raises:
-        CheckpointError: If the weights to start from cannot be loaded.
+        CheckpointError: If the initial weights cannot be loaded.
     """
     network: Any = build_network(recipe.backbone)
     network.gradient_checkpointing = recipe.train.activation_checkpointing
@@ -26,14 +26,15 @@ def build_trained_network(recipe: Recipe) -> Any:
 
 
 def autocast_to(network: Any, precision: TrainPrecision) -> None:
-    """Have a network in float32 multiply in a precision, by torch's autocast; no key changes.
+    """Make a float32 network multiply in a precision, by torch's autocast; no key changes.
 
-    Autocast is entered within the network's own call, as accelerate does for the published program:
-    outside of it DeepSpeed would leave it again. The loss is taken outside, in float32.
+    Autocast is entered inside the network's forward call, as accelerate does for the published
+    program: DeepSpeed would undo it outside. The loss is computed outside, in float32.
 
     Args:
         network: A U-ViT or UniDiffuser in float32.
-        precision: `fp32` changes nothing, nor does one that DeepSpeed casts the weights to.
+        precision: `bf16` turns autocast on. The others change nothing here: they are `fp32`, and
+            those in which DeepSpeed casts the weights.
     """
     if precision != "bf16":
         return
@@ -47,12 +48,12 @@ def autocast_to(network: Any, precision: TrainPrecision) -> None:
 
 
 def compile_blocks(network: Any) -> None:
-    """Have each block compiled by `torch.compile` when it is first called; no key changes.
+    """Compile each block with `torch.compile` when it is first called; no key changes.
 
-    Block by block, as all blocks share the code of one: compiling takes a tenth of the time that
-    the network as a whole takes (ours), and nearly all that can be fused lies within a block.
-    Every shape is compiled for itself: one code for all shapes would depend on which came first,
-    and a resumed run would then not be the undisturbed one to the bit.
+    Blocks are compiled one by one because they all share the code of one: in our measurement it
+    takes a tenth of the time of compiling the whole network, and nearly all that can be fused lies
+    within a block. Each shape is compiled separately: code for all shapes would depend on which
+    came first, and a resumed run would not match an uninterrupted one bit for bit.
 
     Args:
         network: A U-ViT or UniDiffuser.

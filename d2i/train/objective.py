@@ -17,9 +17,9 @@ Objective = Callable[[Any, Batch], Tensor]
 def build_objective(
     config: BackboneConfig, latent_scale: float, options: UniDiffuserLossConfig
 ) -> Objective:
-    """Return the function from (network, batch) to losses (B,), of which training takes the mean.
+    """Return a function from (network, batch) to losses (B,); training takes their mean.
 
-    Latents are drawn anew from the stored moments at every step
+    The latents are drawn from the stored moments again at every step
     (docs/models.md, Images and latents).
     """
 

@@ -1,4 +1,4 @@
-"""Before a long training: is this device right, how much fits, how fast will it go."""
+"""Preflight before a long training: numerical correctness, largest micro batch, memory, speed."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ _TINY = {
     "text_dim": 16,
     "num_text_tokens": 7,
 }
-# Ten times what the published networks show, against float64 (golden numbers' README).
+# Ten times the published networks' distance from float64 (README of the golden numbers).
 _MAX_DISTANCE = 4e-5
 _NUM_REDUCED = 4_000_000
 _NUM_TIMED_STEPS = 3
 _NUM_INPUT_BATCHES = 8
-# Without an accelerator nothing says that memory is full, so no larger batch is looked for.
+# A CPU does not report that memory is full, so no larger batch is tried.
 _CPU_MICRO_BATCH_SIZE = 4
 
 
 def preflight(request: TrainRequest) -> None:
     """Measure on all ranks, and write `preflight.json` into the run directory.
 
-    Nothing of the run itself is begun: no weights are trained that are kept.
+    The run itself is not started, and no trained weights are kept.
 
     Raises:
         ConfigError: If the ranks cannot share the batch, or the sizes do not fit the data.
@@ -104,7 +104,7 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
 
 
 def device_distance(device: torch.device) -> float:
-    """Largest distance of a tiny U-ViT in float32 on a device from the same in float64 here."""
+    """Return a tiny U-ViT's largest error in float32 on a device, against float64 on the CPU."""
     torch.manual_seed(0)
     network: Any = build_backbone("uvit-s", **_TINY).requires_grad_(False)
     latent, text = (_random(name, shape) for name, shape in (("x", (4, 8, 8)), ("t", (7, 16))))
@@ -120,7 +120,7 @@ def _random(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _time_all_reduce(ranks: Ranks) -> float | None:
-    """Bytes that each rank sends, by the ring's formula, a second; None for one rank."""
+    """Measure the GB/s (1e9 bytes) that each rank sends, by the ring formula; None for one rank."""
     if ranks.world_size == 1:
         return None
     numbers = torch.ones(_NUM_REDUCED, device=ranks.device)
@@ -134,7 +134,7 @@ def _time_all_reduce(ranks: Ranks) -> float | None:
 def _time_input(
     batches: BatchReader, reader: ShardReader, config: TrainConfig, ranks: Ranks
 ) -> float:
-    """Samples a second that a rank reads and draws for, over all ranks."""
+    """Measure the samples/s read, including their random draws, summed over all ranks."""
     order = build_order(reader, config)
     size = config.accumulation(ranks.world_size)[0]
     requests = ((order.global_batch(step, size), step) for step in range(_NUM_INPUT_BATCHES))
@@ -144,7 +144,7 @@ def _time_input(
 
 
 class _Trial:
-    """Steps that count for nothing: how many samples fit, how much memory, how long."""
+    """Trial steps, later discarded, that measure the largest micro batch, memory and speed."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class _Trial:
         self._config, self._ranks = request.recipe.train, ranks
         self._backbone = request.recipe.backbone
         self._batches, self._num_samples = batches, num_samples
-        # Each micro batch is a step of its own here, so that the optimizer's memory is seen.
+        # Here every micro batch is a full step, so that the optimizer's memory is included.
         one_each = {"global_batch_size": ranks.world_size, "micro_batch_size": 1}
         trial_config = self._config.model_copy(update=one_each)
         self._engine = build_engine(network, trial_config, ranks.world_size, request.zero)
@@ -167,7 +167,7 @@ class _Trial:
         )
 
     def run(self) -> dict[str, Any]:
-        """Measure."""
+        """Run the trial steps and return their entries of `preflight.json`."""
         size, largest = self._largest_micro_batch()
         step_s = self._time_steps(size)
         images_per_s = size * self._ranks.world_size / step_s
@@ -187,7 +187,7 @@ class _Trial:
         }
 
     def _largest_micro_batch(self) -> tuple[int, int | None]:
-        """The micro batch to measure with, and the largest that fits where that can be known."""
+        """Return the micro batch size to measure with, and the largest that fits (None on CPUs)."""
         wanted, _ = self._config.accumulation(self._ranks.world_size)
         if self._ranks.device.type != "cuda":
             return min(wanted, _CPU_MICRO_BATCH_SIZE), None
@@ -227,7 +227,7 @@ class _Trial:
 
 @contextmanager
 def _timed(device: torch.device) -> Iterator[list[float]]:
-    """Give a list that holds the seconds once the block is left and the device is done."""
+    """Yield a list that receives the seconds of the block, once the device has finished."""
     seconds: list[float] = []
     _wait_for(device)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The training loop: steps from the newest checkpoint to the last, every rank in the same pace."""
+"""Training on one rank, in step with the others: resume, train to the last step, save weights."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ from d2i.train.trainer import Trainer
 
 
 def train(request: TrainRequest) -> None:
-    """Train to the recipe's last step, continuing where an earlier call was cut off.
+    """Train to the recipe's last step, resuming where an earlier call was interrupted.
 
     Raises:
-        CheckpointError: If the run belongs to another recipe or other data, has made more steps
-            already, or is to go on and has no checkpoint.
+        CheckpointError: If the run belongs to another recipe or other data, has already made more
+            steps, or cannot resume because its checkpoints are gone.
         ConfigError: If the ranks cannot share the global batch, or the sizes do not fit the data.
-        D2IError: What else the user can mend.
+        D2IError: For other errors that the user can fix.
     """
     ranks = join_ranks()
     with reported_errors(request, ranks), ExitStack() as stack:
@@ -61,7 +61,7 @@ def train(request: TrainRequest) -> None:
 
 
 def _hold_run(run_url: str, ranks: Ranks, stack: ExitStack) -> None:
-    """Have the first rank hold the run's folder against other commands until the stack is left."""
+    """Lock the run directory exclusively, on the first rank, until the stack is left."""
 
     def hold() -> int:
         stack.enter_context(storage.exclusive_lock(run_url))
@@ -77,7 +77,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     reader = request.open_shards(train_url(request.data_url))
     check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
-    # Only a network without weights to start from draws its first ones here.
+    # Seeds the random initial weights of a network that loads none.
     torch.manual_seed(config.seed)
     network = build_trained_network(recipe)
     check_sizes(network, reader)
@@ -96,7 +96,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
 
 
 def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:
-    """Find where to go on from: the first rank reads every byte, the others believe it."""
+    """Find the checkpoint to resume from; the first rank verifies every byte for all ranks."""
 
     def newest_step() -> int:
         found = latest_valid_checkpoint(run_url, lambda line: say(f"warning: {line}"))
@@ -109,14 +109,14 @@ def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:
 def _open_run(
     request: TrainRequest, reader: ShardReader, ranks: Ranks, checkpoint: Checkpoint | None
 ) -> int:
-    """Begin the run, or go on with it; return 1 where it is finished and nothing can be gone on."""
+    """Start or resume the run; return 1 if it is finished and its checkpoints are gone, else 0."""
     run_url = request.run_url
     finished_at = last_step(run_url)
     made = max(finished_at or 0, checkpoint.progress.step if checkpoint else 0)
     storage.remove(storage.join(run_url, STOPPED_NAME))
     config = _run_config(request, reader, ranks.world_size)
     if not made:
-        # Read where they are used; a run that goes on keeps what it began with.
+        # Only a new run reads its initial weights; a resumed one keeps the entry from its start.
         config = replace(config, initial_weights=describe_initial_weights(request.recipe.backbone))
     open_run(run_url, config, is_begun=made > 0)
     _check_num_steps(request, made, can_go_on=checkpoint is not None or not made)
@@ -127,13 +127,13 @@ def _open_run(
 
 
 def _check_num_steps(request: TrainRequest, made: int, *, can_go_on: bool) -> None:
-    """Make sure that a run of so many steps can end where it is to end now.
+    """Check that a run that has made some steps can end at `train.num_steps`.
 
-    Nothing that a step does depends on how many are to come (the learning rate is constant after
-    its warm-up), so a run may be trained longer.
+    No step depends on the number of steps to come (the learning rate is constant after its
+    warm-up), so a run may be trained longer.
 
     Raises:
-        CheckpointError: If it has made more already, or cannot go on.
+        CheckpointError: If it has already made more steps, or cannot resume.
     """
     run_url, num_steps = request.run_url, request.recipe.train.num_steps
     if num_steps < made:
@@ -150,10 +150,10 @@ def _check_num_steps(request: TrainRequest, made: int, *, can_go_on: bool) -> No
 
 
 def _check_kept_weights(recipe: Recipe) -> None:
-    """Make sure that the run keeps the weights that pictures are to be drawn with.
+    """Check that the run keeps the weights that images are to be generated with.
 
     Raises:
-        ConfigError: If it keeps no such average.
+        ConfigError: If it does not keep that average.
     """
     if recipe.sample.weights == "ema-short" and recipe.train.short_ema_length is None:
         raise ConfigError(
@@ -167,7 +167,7 @@ def _build_state(
 ) -> TrainState:
     config = request.recipe.train
     if checkpoint:
-        # Before the engine is built: then every copy that ZeRO makes of them is right.
+        # Before the engine is built, so that every copy that ZeRO makes of the weights is right.
         network.load_state_dict(dict(checkpoint.read_whole("weight")))
     engine = build_engine(network, config, ranks.world_size, request.zero)
     state = build_state(engine, config)
@@ -193,7 +193,7 @@ def _end(request: TrainRequest, progress: Progress) -> None:
 
 
 def _run_config(request: TrainRequest, reader: ShardReader, world_size: int) -> RunConfig:
-    # The run says every size of its network, wherever its first weights lie.
+    # Records every size of the network, including those from the files of its initial weights.
     backbone = resolve_sizes(request.recipe.backbone).model_dump(mode="json")
     return RunConfig(
         recipe=request.recipe.model_dump(mode="json") | {"backbone": backbone},

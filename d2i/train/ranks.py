@@ -1,4 +1,4 @@
-"""The ranks of a job: what they tell each other beside the gradients, in small numbers."""
+"""The ranks of a job, and their small control messages beside the gradients."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Built = TypeVar("Built")
 
 
 class AlreadyReportedError(D2IError):
-    """Another rank says why the training ends."""
+    """Another rank reports why the training ends."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank among the others.
+    """This rank, and its collectives with the others.
 
     Args:
         rank: This rank's number, from 0.
-        world_size: How many there are.
-        device: Where its network lies.
-        control: A gloo group of all ranks, for what must not wait for an accelerator.
+        world_size: Number of ranks.
+        device: The device of its network.
+        control: A gloo group of all ranks, for messages that must not wait for an accelerator.
     """
 
     rank: int
@@ -43,11 +43,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the one that prints and keeps the run's records."""
+        """True if this rank is the one that prints and writes the run's logs."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Return once every rank has come here."""
+        """Wait until every rank has called this."""
         torch.distributed.barrier(group=self.control)
 
     def broadcast_from_first(self, number: int) -> int:
@@ -57,25 +57,26 @@ class Ranks:
         return int(told)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add a CPU tensor up over all ranks."""
+        """Sum a CPU tensor over all ranks; every rank must call this."""
         total = values.clone()
         torch.distributed.all_reduce(total, group=self.control)
         return total
 
     def gather(self, values: Tensor) -> Tensor:
-        """Collect an equally shaped CPU tensor of every rank: (world_size, ...)."""
+        """Gather an equally shaped CPU tensor from every rank: (world_size, ...)."""
         parts = [torch.empty_like(values) for _ in range(self.world_size)]
         torch.distributed.all_gather(parts, values, group=self.control)
         return torch.stack(parts)
 
     def on_first(self, work: Callable[[], int]) -> int:
-        """Return what the first rank's work gives, on every rank; every rank must call this.
+        """Run work on the first rank and return its result on every rank; all must call this.
 
         Args:
-            work: Gives a number from 0.
+            work: Returns a number from 0.
 
         Raises:
-            AlreadyReportedError: On the others, if the work failed; the first raises its own error.
+            AlreadyReportedError: On the other ranks, if the work failed; the first rank raises the
+                work's own error.
         """
         number, problem = _FAILED, None
         if self.is_first:
@@ -91,7 +92,7 @@ class Ranks:
         return number
 
     def build_on_first(self, build: Callable[[], Built]) -> Built | None:
-        """Return what the first rank alone builds, None on the others; as `on_first`."""
+        """Build an object on the first rank alone; None on the others. Raises as `on_first`."""
         built: list[Built] = []
 
         def work() -> int:
@@ -102,14 +103,14 @@ class Ranks:
         return built[0] if built else None
 
     def claim_report(self) -> bool | None:
-        """Say whether this rank is the first one that says why the training ends.
+        """Claim the error report; return True if this rank is the first to claim it.
 
-        None where nobody can be asked: the first rank, which holds the answer, is gone.
+        None if the store is gone, together with the first rank, which holds it.
         """
         return _query_store(lambda store: store.add(_TOLD, 1) == 1)
 
     def is_reported(self, wait_s: float = _WAIT_S) -> bool | None:
-        """Say whether another rank says why the training ends, or does so soon; None as above."""
+        """Return whether a rank claims the report within `wait_s`; None if the store is gone."""
         deadline = time.monotonic() + wait_s
         while not (told := _query_store(lambda store: store.check([_TOLD]))):
             if told is None or time.monotonic() > deadline:
@@ -118,10 +119,10 @@ class Ranks:
         return True
 
     def missing_ranks(self, wait_s: float = _WAIT_S) -> list[int]:
-        """After a call to the others has failed: which ranks do not answer any more.
+        """Return the ranks that no longer respond, after a collective has failed.
 
-        Those still there report to the store that brought them together, which the first rank
-        holds; without it the first rank itself is gone.
+        Those still alive report to the rendezvous store, which the first rank holds; if the store
+        is gone, so is the first rank.
         """
 
         def missing(store: Any) -> list[int]:
@@ -141,7 +142,7 @@ class Ranks:
 
 
 def _query_store(question: Callable[[Any], Answer]) -> Answer | None:
-    """Ask the store that brought the ranks together; None where it is gone."""
+    """Query the rendezvous store of the ranks; None if it is gone."""
     c10d: Any = torch.distributed.distributed_c10d
     try:
         return question(c10d.PrefixStore("d2i.here", c10d._get_default_store()))

@@ -1,4 +1,4 @@
-"""What a training job is asked to do."""
+"""The request of a training job."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class TrainRequest:
     """One training job, the same on every rank.
 
     Args:
-        recipe: What decides the numbers.
-        data_url: Folder made by d2i preprocess.
+        recipe: The settings that determine all numbers.
+        data_url: Directory made by d2i preprocess.
         run_url: The run directory, a path or an fsspec URL that all ranks share.
-        zero: DeepSpeed's `zero_optimization` settings, in place of the bare stage.
-        fault: For proofs.
-        cache_dir: Folder of this machine for shards that lie elsewhere; one of the user's cache.
-        cache_gb: The most that it may hold, in 1e9 bytes; without it, all.
+        zero: DeepSpeed's `zero_optimization` settings, in place of the stage alone.
+        fault: Fault to inject in a test.
+        cache_dir: Local directory to cache remote shards in; by default in the user's cache.
+        cache_gb: Size limit of that cache, in 1e9 bytes; no limit by default.
         check_data: Compare each array with its checksum when it is first read.
     """
 
@@ -38,7 +38,7 @@ class TrainRequest:
     check_data: bool = True
 
     def open_shards(self, url: str) -> ShardReader:
-        """Open a data set behind this job's cache.
+        """Open a data set through this job's cache.
 
         Raises:
             ShardError: If it cannot be read.
@@ -49,7 +49,7 @@ class TrainRequest:
         )
 
     def open_validation(self) -> ShardReader | None:
-        """Open the validation split as `open_shards` does; `None` where it holds no sample."""
+        """Open the validation split as `open_shards` does; `None` if it is absent or empty."""
         url = split_url(self.data_url, "valid")
         if url is None or not len(reader := self.open_shards(url)):
             return None

@@ -1,7 +1,7 @@
-"""`samples/step-N.png`: fixed validation dialogs, drawn with the weights of a checkpoint.
+"""`samples/step-N.png`: images of fixed validation dialogs, generated from a checkpoint.
 
-Each dialog is a column: the true picture above, the drawn one below. Drawn with few steps, on one
-device, so that training waits little: for looking at, never for scores.
+Each dialog is a column: the reference image above, the generated one below. They are generated in
+few steps on one device, so that training waits little: for looking at, never for scores.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _PURPOSE = "train.sample"
 
 
 class SampleGrid:
-    """Draws the same validation dialogs whenever it is asked.
+    """Generates images of the same validation dialogs from any checkpoint.
 
     Args:
-        recipe: Encoders, which weights, guidance and seed.
+        recipe: Encoders, kind of weights, guidance and seed.
         reader: The validation shards.
-        device: Where networks run.
+        device: Device of the networks.
         encode_text: Encodes token ids, for shards that hold no text latents.
 
     Raises:
-        CheckpointError: If the autoencoder cannot be loaded, or did not make the shards.
+        CheckpointError: If the autoencoder cannot be loaded, or the shards were made with another.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SampleGrid:
         self._empty_text = self._latents(empty[None], encode_text)[0]
 
     def generate(self, checkpoint: Checkpoint, url: str) -> None:
-        """Draw the grid with a checkpoint's weights (`sample.weights`) and write it as PNG."""
+        """Generate the grid with a checkpoint's weights (`sample.weights`); write it as PNG."""
         network = self._network(checkpoint)
         with torch.inference_mode():
             latents = self._solve(network)
@@ -117,7 +117,7 @@ class SampleGrid:
 
 
 def _image(data: bytes | None, side: int) -> NDArray[np.uint8]:
-    """The true picture as the network's own size, grey where it was not kept."""
+    """Return the reference image at the network's own size; grey if it was not kept."""
     if data is None:
         return np.full((side, side, 3), 128, np.uint8)
     return np.asarray(crop_to_square(decode_image(data, ImageConfig()).image, side), np.uint8)

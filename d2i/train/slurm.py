@@ -1,7 +1,7 @@
-"""The ranks of a SLURM step, in the words of torch's launchers.
+"""Torch's rank variables for the tasks of a SLURM step.
 
-`srun` numbers its tasks and names its nodes; torch asks for rank, world and the first rank's
-address. What is set already is left alone, so that a batch script may choose.
+`srun` numbers its tasks and names its nodes; torch needs the rank, the world size and the first
+rank's host and port. Variables that are already set stay, so that a batch script may choose.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from d2i.errors import ClusterError
 _NUMBERS = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _LISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
 _FIRST = re.compile(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^\[,]*))?")
-# Jobs that share a node must not meet: a port of the job's own (ours).
+# Jobs that share a node must not use the same port: it depends on the job id (our default range).
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
 
 
 def torch_names(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that torch asks for and that this task of `srun` lacks.
+    """Return the variables that torch needs and that this task of `srun` lacks.
 
     Args:
-        environment: The process's own.
+        environment: The variables of this process.
 
     Returns:
-        Nothing where another launcher has numbered the ranks, or where this is no task of `srun`.
+        Empty if another launcher has numbered the ranks, or outside of `srun`.
 
     Raises:
-        ClusterError: If SLURM does not say where the first rank is.
+        ClusterError: If SLURM does not name the host of the first rank.
     """
     if "RANK" in environment or not {*_NUMBERS.values()} <= {*environment}:
         return {}

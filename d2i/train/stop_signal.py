@@ -1,4 +1,4 @@
-"""Being asked to stop: by SIGTERM, or by SIGUSR1, as SLURM does before it takes a node away."""
+"""Stop signals: SIGTERM, or SIGUSR1, which SLURM sends before it takes a node away."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
-    """What the ranks agree on at every step: whether one of them was asked to stop.
+    """Handles stop signals: at every step the ranks agree whether one of them received one.
 
     The answer is that of the step before, so that no step waits for it.
 
     Args:
-        ranks: Those that must agree.
+        ranks: The ranks that must agree.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -27,14 +27,14 @@ class StopSignal:
         self._asking: tuple[Any, torch.Tensor] | None = None
         for number in SIGNALS:
             signal.signal(number, self._ask)
-        # The entry point held it back until now.
+        # The entry point has blocked it until now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
     def _ask(self, _number: int, _frame: object) -> None:
         self._is_asked = True
 
     def is_agreed(self) -> bool:
-        """Say whether to stop; every rank must call this after every step."""
+        """Return whether to stop; every rank must call this after every step."""
         answer = self._answer()
         asked = torch.tensor(int(self._is_asked))
         work = torch.distributed.all_reduce(asked, group=self._ranks.control, async_op=True)
@@ -42,10 +42,10 @@ class StopSignal:
         return answer
 
     def close(self) -> None:
-        """Wait for the last answer, which nobody needs, and listen no more.
+        """Wait for the last answer, which is unused, and ignore SIGUSR1 from now on.
 
-        Whoever asks may ask again; the default for SIGUSR1 would end this process in its last
-        moment with another code than 0.
+        The signal may be repeated; the default action of SIGUSR1 would end this process in its
+        last moments with a non-zero exit code.
         """
         self._answer()
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""How fast training goes: images a second, the share of waiting for data, MFU, the time left."""
+"""Training speed: images/s, share of time waiting for data, MFU, time left."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _PEAKS = {
 
 
 class Throughput:
-    """Counts time and waiting since the last line.
+    """Measures speed and time waiting for data since the last metrics line.
 
     Args:
-        step: The step that the run goes on from.
-        elapsed_s: Seconds of training before.
+        step: The step that the run starts or resumes from.
+        elapsed_s: Seconds of training before it.
     """
 
     def __init__(self, step: int, elapsed_s: float) -> None:
@@ -45,21 +45,21 @@ class Throughput:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training, those before an interruption included."""
+        """Seconds of training, including those before an interruption."""
         return time.monotonic() - self._started
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count what happens inside as waiting."""
+        """Count the time of the block as waiting for data."""
         started = time.monotonic()
         yield
         self._waited_s += time.monotonic() - started
 
     def next_line(self, step: int) -> tuple[float, float]:
-        """Begin the next line.
+        """Return the speed since the last line, and begin the next line.
 
         Returns:
-            Steps a second, and the share of time that was spent waiting for data, 0 to 1.
+            Steps/s, and the share of time spent waiting for data, 0 to 1.
         """
         now = time.monotonic()
         seconds = max(now - self._line_started, 1e-9)
@@ -71,7 +71,7 @@ class Throughput:
 def count_flops(config: BackboneConfig) -> int:
     """Return the FLOP of one image, forward and backward: three times those of the forward pass.
 
-    Two for each multiply-add, recomputation not counted (docs/models.md, Work).
+    A multiply-add counts as two; recomputation is not counted (docs/models.md, Work).
     """
     sizes = resolve_sizes(config)
     with torch.device("meta"):
@@ -88,7 +88,7 @@ def count_flops(config: BackboneConfig) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Return the FLOP/s that a device reaches at most; None where we do not know them."""
+    """Return a device's peak FLOP/s in a precision; None if unknown."""
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
@@ -96,7 +96,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def progress_line(line: MetricsLine, num_steps: int, global_batch_size: int) -> str:
-    """Return the line that the first rank prints."""
+    """Return the progress line that the first rank prints."""
     left_s = (num_steps - line.step) * global_batch_size / max(line.images_per_s, 1e-9)
     mfu = "n/a" if line.mfu is None else f"{line.mfu:.0%}"
     return (

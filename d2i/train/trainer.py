@@ -1,4 +1,4 @@
-"""One optimizer step after the other, and what is due after each of them."""
+"""Optimizer steps, and the logging, validation, checkpoints and sample images due after them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from d2i.train.validation import Validation
 
 
 class Trainer:
-    """Takes optimizer steps; owns the clock and the loss since the last line."""
+    """Runs optimizer steps; owns the clock and the losses since the last metrics line."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Trainer:
         self._validation, self._grid = self._watchers()
 
     def run(self, progress: Progress) -> Progress:
-        """Step from `progress` to the end or to where it was asked to stop; return how far."""
+        """Train from `progress` to the last step or a stop request; return the progress made."""
         config = self._config
         self._pace = Throughput(progress.step, progress.elapsed_s)
         self._losses.known = list(progress.losses)
@@ -96,10 +96,10 @@ class Trainer:
         self._writer.raise_if_failed()
 
     def _kept_lines(self, progress: Progress) -> tuple[int, int]:
-        """Return the last steps whose lines of metrics and of validation are kept.
+        """Return the last steps whose metrics and validation lines are kept.
 
-        A run that is to go on past its former end drops the lines that it wrote only because it
-        ended: one that was to be as long from the start has none.
+        A run that resumes past its former end drops the lines that it wrote only because it ended:
+        a run planned that long from the start would not have them.
         """
         step = progress.step
         if step == self._config.num_steps:
@@ -108,14 +108,14 @@ class Trainer:
         return step - len(progress.losses), step if is_due else step - 1
 
     def _write_last_lines(self, step: int) -> None:
-        """Write the lines of a run's end that are not there yet, where none was due."""
+        """Write the last step's metrics and validation lines if they do not exist yet."""
         if self._losses.known and self._is_missing(MetricsLogger.has_metrics, step):
             self._log(step)
         if self._validation and self._is_missing(MetricsLogger.has_validation, step):
             self._validate(step)
 
     def _is_missing(self, has_line: Callable[[MetricsLogger, int], bool], step: int) -> bool:
-        """Ask the first rank, which keeps the records."""
+        """Return whether the first rank, which writes the logs, has no such line for a step."""
         records = self._records
         return bool(
             self._ranks.on_first(lambda: records is not None and not has_line(records, step))
@@ -131,7 +131,7 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         for group in base_optimizer(self._engine).param_groups:
             group["lr"] = self._learning_rate(step)
-        # What is read already makes room for what comes: steps earlier than once they are taken.
+        # Counts from the first unread batch: shards of batches read ahead may be evicted already.
         unread = self._batches.first_unread(step)
         self._reader.prefetch(self._order.shards_ahead(unread, self._config.global_batch_size))
         for _ in range(self._num_micro_batches):
@@ -161,7 +161,7 @@ class Trainer:
         return optim.lr * warmed
 
     def _collect_losses(self, step: int) -> None:
-        """Ask all ranks for the losses up to a step, and make sure that they are numbers."""
+        """Gather the losses up to a step from all ranks, and check that they are finite."""
         losses, bad = self._losses.collect()
         first = step - len(losses) + 1
         keys: dict[int, list[str]] = {}
@@ -202,7 +202,7 @@ class Trainer:
         say(progress_line(line, self._config.num_steps, self._config.global_batch_size))
 
     def _peak_images_per_s(self) -> float | None:
-        """Images a second of all devices at their peak; None where it is not known."""
+        """Return the images/s of all devices at their peak, on the first rank; None if unknown."""
         peak = peak_flops(self._ranks.device, self._config.precision)
         if peak is None or not self._ranks.is_first:
             return None
@@ -213,7 +213,7 @@ class Trainer:
         return BatchReader(reader, self._config, is_joint=joint, encode_text=self._encode_text)
 
     def _watchers(self) -> tuple[Validation | None, SampleGrid | None]:
-        """What looks at the validation split, where there is one."""
+        """Build the validation loss and the sample grid, if there is a validation split."""
         reader = self._request.open_validation()
         if reader is None:
             return None, None
@@ -223,7 +223,7 @@ class Trainer:
         return validation, self._build_grid(reader)
 
     def _build_grid(self, reader: ShardReader) -> SampleGrid | None:
-        """Build the grid on the first rank, where pictures are asked for."""
+        """Build the sample grid on the first rank, if sample images are enabled."""
         if not self._config.num_sample_steps:
             return None
         recipe, device = self._request.recipe, self._ranks.device
@@ -232,7 +232,7 @@ class Trainer:
         )
 
     def _generate_samples(self, step: int) -> None:
-        """Draw on the first rank; the others wait at their next step."""
+        """Generate sample images on the first rank; the others wait at their next step."""
         self._writer.finish()
         if self._grid:
             checkpoint = Checkpoint(step_folder(self._request.run_url, step))

@@ -1,6 +1,6 @@
-"""The validation loss: the same instances, noise and times every time, by band of model time.
+"""The validation loss on fixed samples, noise and times, by band of model time.
 
-It is that of the trained weights, as the training loss is, and not of their averages.
+It is computed with the trained weights, as the training loss is, not with their averages (EMA).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _BAND_LENGTH = NUM_MODEL_TIMES // _NUM_BANDS
 
 
 def choose_instances(num_samples: int, num_wanted: int, seed: int) -> NDArray[np.int64]:
-    """Choose validation instances, the same ones whenever the seed is: int64 (at most wanted,)."""
+    """Choose validation samples, always the same for a seed: int64 (at most num_wanted,)."""
     return np.random.default_rng([seed, num_samples]).permutation(num_samples)[:num_wanted]
 
 
 class Validation:
-    """Computes the loss of fixed instances, shared out over the ranks.
+    """Computes the loss of fixed samples, divided among the ranks.
 
     Args:
-        batches: Of the validation shards.
-        num_samples: How many there are.
-        config: How many are taken, and the seed.
+        batches: Reader of the validation shards.
+        num_samples: Number of samples in them.
+        config: The number of samples to use, and the seed.
         objective: The loss of each sample.
-        ranks: Those that share the work.
+        ranks: The ranks that share the work.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Validation:
         self._batches, self._objective, self._ranks = batches, objective, ranks
         micro_batch_size, _ = config.accumulation(ranks.world_size)
         chosen = choose_instances(num_samples, config.num_validation_samples, config.seed)
-        # Every rank runs the network equally often; what fills the last batches up counts for none.
+        # Every rank runs the network equally often; rows that pad the last batches do not count.
         num_rows = ranks.world_size * micro_batch_size
         padding = np.full(-len(chosen) % num_rows, -1)
         mine = np.concatenate([chosen, padding]).reshape(-1, ranks.world_size, micro_batch_size)
@@ -59,7 +59,7 @@ class Validation:
 
     @torch.no_grad()
     def loss(self, engine: Any, step: int) -> ValidationLine:
-        """Compute the loss with the weights as they are; every rank must call this."""
+        """Compute the loss with the current weights; every rank must call this."""
         engine.eval()
         totals = torch.zeros(_NUM_BANDS, 2, dtype=torch.float64)
         for rows in self._rows:
@@ -70,7 +70,7 @@ class Validation:
         return ValidationLine(step, loss / count, _by_band(summed))
 
     def _totals(self, engine: Any, rows: NDArray[np.int64]) -> Tensor:
-        """Sum and count of the losses in each band, float64 (bands, 2)."""
+        """Return the sum and count of the losses in each band, float64 (bands, 2)."""
         batch = self._batches.read(np.where(rows < 0, self._filler, rows), 0, _PURPOSE)
         losses = self._objective(engine, batch.to(self._ranks.device)).double().cpu()
         is_real = torch.from_numpy(rows >= 0)

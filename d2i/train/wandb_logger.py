@@ -1,4 +1,4 @@
-"""The run's lines on Weights & Biases, on request only: the one module that imports wandb."""
+"""Logging to Weights & Biases, only on request; the only module that imports wandb."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from d2i.errors import ConfigError
 
 
 class WandbLogger:
-    """One run of Weights & Biases, the same whenever this run goes on.
+    """Logs to one Weights & Biases run, the same one when this run resumes.
 
-    Nothing is sent but the recipe and the lines: no code, no console, no name of this machine.
+    Only the recipe, the metrics and the name of the run directory are sent: no code, no console
+    output, no name of this machine.
 
     Args:
-        project: The project there.
-        run_url: The run directory, whose hash names the run there.
-        recipe: What the run is.
+        project: The Weights & Biases project.
+        run_url: The run directory; a hash of its URL is the run id.
+        recipe: The run's recipe.
 
     Raises:
-        ConfigError: If wandb is not installed, or nobody is logged in.
+        ConfigError: If wandb is not installed or not logged in.
     """
 
     def __init__(self, project: str, run_url: str, recipe: Recipe) -> None:
@@ -62,9 +63,9 @@ class WandbLogger:
             ) from err
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """Send the values of a step; those of one that is there already change nothing."""
+        """Send the values of a step; a step that is already there is not changed."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining values and end the run."""
         self._run.finish()
