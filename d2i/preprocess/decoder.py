@@ -37,7 +37,7 @@ _SCAN = re.compile(rb"\xff\xda")
 _MAX_PLAIN_SCANS = 8
 """An image has at most three scans, and its thumbnails as many again; thousands are an attack."""
 _MAX_PLAIN_PIXELS = 25_000_000
-"""JPEGs with this many pixels take 75 MB and a quarter of a second to decode."""
+"""JPEGs of up to this many pixels take at most 75 MB and a quarter of a second to decode."""
 
 
 class Decoder:

@@ -1,4 +1,4 @@
-"""Job files beside prepared shards, which record how they were made: recipe, plan and ledger."""
+"""Files of the job beside prepared shards: the recipe, plan, records and ledger that made them."""
 
 from __future__ import annotations
 
