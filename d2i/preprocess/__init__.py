@@ -1,1 +1,1 @@
-"""From a corpus to shards: plan, fetch, encode, publish (`d2i preprocess`)."""
+"""Preprocessing of a corpus into shards: plan, fetch, encode, publish (`d2i preprocess`)."""

@@ -1,4 +1,4 @@
-"""Describe the pictures of a corpus that has no descriptions (`d2i corpus --describe`)."""
+"""Captioning of the images of a corpus that has no descriptions (`d2i corpus --describe`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _Opened = tuple[str, Image.Image]
 
 @dataclass(frozen=True)
 class DescribeSummary:
-    """How many pictures were described now and before, and why others could not be."""
+    """Numbers of images described now and before, and of failures by reason."""
 
     num_described: int
     num_there: int
@@ -45,23 +45,23 @@ def describe(
     out: Path,
     on_batch: Callable[[int], None],
 ) -> DescribeSummary:
-    """Add a line to `out` for each distinct picture that has no description yet.
+    """Add a line to `out` for each distinct image that has no description yet.
 
-    Lines are flushed to the disk batch by batch: the same command again goes on where a stopped
-    one was. Pictures that are addresses are not fetched here; they count as `no_file`.
+    Lines are flushed to disk batch by batch, so that a repeated command continues where the last
+    one stopped. Images given as URLs are not fetched here; they count as `no_file`.
 
     Args:
         corpus: The corpus, with its options.
-        source: Where it lies.
-        splits: Which splits are described.
-        captioner_name: A folder or hub repository of a transformers image-to-text model.
+        source: The source of the corpus.
+        splits: The splits whose images are described.
+        captioner_name: A directory or hub repository of a transformers image-to-text model.
         out: The file of descriptions, new or begun by the same captioner.
-        on_batch: Told how many pictures were described at once.
+        on_batch: Called with the number of images described in each batch.
 
     Raises:
         ConfigError: If another captioner began the file.
         CheckpointError: If the captioner cannot be loaded.
-        DataError: If `image_root` cannot be the place of pictures.
+        DataError: If `image_root` is not a valid source of images.
     """
     if corpus.image_root:
         check_root(storage.resolve(corpus.image_root))
@@ -70,7 +70,7 @@ def describe(
     missing = _missing(corpus, source, splits, set(there))
     batches = _batches(_opened(corpus, source, missing, failures))
     num_described = 0
-    # A captioner takes long to load: not for a file that is finished.
+    # A captioner is slow to load, and not needed if the file is complete.
     for captioner, batch in _with_captioner(captioner_name, batches):
         texts = captioner.describe([image for _, image in batch])
         names = [image_id for image_id, _ in batch]
@@ -92,7 +92,7 @@ def _batches(images: Iterator[_Opened]) -> Iterator[list[_Opened]]:
 def _with_captioner(
     name: str, batches: Iterator[list[_Opened]]
 ) -> Iterator[tuple[Captioner, list[_Opened]]]:
-    """Load the captioner when the first batch is there."""
+    """Yield each batch with the captioner, which is loaded when the first batch arrives."""
     captioner = None
     for batch in batches:
         captioner = captioner or Captioner(name, device_of_worker())
@@ -105,7 +105,7 @@ def _append(out: Path, lines: list[bytes]) -> None:
 
 
 def _begun(out: Path, captioner_name: str) -> dict[str, Description]:
-    """Read what is described already, after dropping a line that a kill cut off."""
+    """Read the existing descriptions, after dropping a line that a kill cut off."""
     if not out.exists():
         return {}
     data = out.read_bytes()
@@ -125,7 +125,7 @@ def _begun(out: Path, captioner_name: str) -> dict[str, Description]:
 def _missing(
     corpus: Corpus, source: str, splits: list[str], there: set[str]
 ) -> Iterator[tuple[str, str | None]]:
-    """Give each distinct picture without a description, with its path if it is a file."""
+    """Yield each distinct image without a description, with its path if it is a file."""
     seen = there
     for split in splits:
         for instance in corpus_instances(

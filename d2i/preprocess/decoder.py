@@ -1,11 +1,12 @@
-"""Decode strangers' pictures: what could cost much, in a process that may be killed.
+"""Decoder of untrusted images, with a child process for those that could be costly.
 
-Plain JPEGs, whose cost is bounded by the size in their header, are decoded here. All else goes to
-a child process with a bounded memory and a deadline (docs/threats.md, Images).
+Plain JPEGs, whose cost is bounded by the size in their header, are decoded here. All others go to
+a child process with a memory limit and a deadline (docs/threats.md, Images).
 
     python -m d2i.preprocess.decoder '{"image": {...}, "max_decode_mib": 2048}'
 
-is that child: it answers frames on standard input with frames on standard output, until it ends.
+starts that child: it answers frames on standard input with frames on standard output, until the
+input ends.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ _LENGTH = struct.Struct("<Q")
 _JPEG = b"\xff\xd8\xff"
 _SCAN = re.compile(rb"\xff\xda")
 _MAX_PLAIN_SCANS = 8
-"""A picture has three scans at most, its thumbnails as many again; thousands are an attack."""
+"""An image has at most three scans, and its thumbnails as many again; thousands are an attack."""
 _MAX_PLAIN_PIXELS = 25_000_000
-"""JPEGs of at most so many pixels take 75 MB and a quarter of a second (ours)."""
+"""JPEGs of up to this many pixels take at most 75 MB and a quarter of a second to decode."""
 
 
 class Decoder:
-    """Decodes and crops, with a child process for what is risky. Used by one thread at a time.
+    """Decodes and crops images, risky ones in a child process. For one thread at a time.
 
     Args:
         image: The decode policy and the resolution.
-        timeout_s: How long the child may take for one picture.
-        max_decode_mib: The most memory the child may take.
+        timeout_s: Time limit of the child for one image.
+        max_decode_mib: Memory limit of the child.
     """
 
     def __init__(self, image: ImageConfig, timeout_s: float, max_decode_mib: int) -> None:
@@ -55,13 +56,13 @@ class Decoder:
         self._child: subprocess.Popen[bytes] | None = None
 
     def decode(self, data: bytes) -> CroppedImage:
-        """Return the square of a picture.
+        """Return the square crop of an image.
 
         Raises:
             ImageRejectedError: As `d2i.image_decode.decode_image` does; `decode_timeout` or
-                `decode_memory` where a picture cost too much.
+                `decode_memory` if an image costs too much.
         """
-        # Other headers are not safe to open here: that of a WebP takes its canvas.
+        # Other headers are not safe to open here: a WebP's allocates the whole canvas.
         if data.startswith(_JPEG) and is_small_header(data):
             image = open_header(data, self._image)
             if _is_plain(image, data):
@@ -77,7 +78,7 @@ class Decoder:
         return CroppedImage(square, header["suffix"], header["width"], header["height"])
 
     def close(self) -> None:
-        """End the child, which is started anew when it is needed."""
+        """Kill the child; a new one is started when needed."""
         if self._child is None:
             return
         self._child.kill()
@@ -85,7 +86,7 @@ class Decoder:
         self._child = None
 
     def _ask_twice(self, data: bytes) -> tuple[dict[str, Any], bytes]:
-        """Ask the child, and a fresh one where it died: something else may have ended it."""
+        """Decode in the child; retry once in a new one if it died, maybe for another reason."""
         for is_last in (False, True):
             try:
                 return self._ask_child(data)
@@ -97,7 +98,7 @@ class Decoder:
                 if is_last:
                     raise ImageRejectedError("decode_error", "the decoder died of it") from err
             except BaseException:
-                # What is left in the pipe would be taken for the answer to the next picture.
+                # Bytes left in the pipe would be read as the answer for the next image.
                 self.close()
                 raise
         raise AssertionError("one of the two returned or raised")
@@ -116,10 +117,10 @@ class Decoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            # Threads of numpy's would take address space, which is bounded.
+            # Threads of numpy would use up the limited address space.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
-        # Its imports are not the first picture's fault.
+        # Its imports must not count against the first image's deadline.
         try:
             _Pipes(self._child, time.monotonic() + _START_S).receive()
         except (EOFError, TimeoutError) as err:
@@ -134,13 +135,13 @@ _START_S = 120.0
 
 
 class _Pipes:
-    """Frames to and from a child until a deadline, also where it neither reads nor answers."""
+    """Frames to and from a child until a deadline, even if it neither reads nor answers."""
 
     def __init__(self, child: subprocess.Popen[bytes], deadline: float) -> None:
         self._to_child = _pipe(child.stdin).fileno()
         self._from_child = _pipe(child.stdout).fileno()
         self._deadline = deadline
-        # A full pipe would be waited for without end.
+        # A blocking write to a full pipe would ignore the deadline.
         os.set_blocking(self._to_child, False)
 
     def send(self, data: bytes) -> None:
@@ -186,17 +187,17 @@ class _Pipes:
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
-    """Say whether a JPEG is a baseline one of bounded cost, by its header and markers alone."""
+    """Return whether a JPEG is baseline and of bounded cost, by its header and markers alone."""
     return (
         "progressive" not in image.info
         and image.width * image.height <= _MAX_PLAIN_PIXELS
-        # No list of them: of an attack's there may be millions.
+        # Counted lazily, as an attack may have millions of scans.
         and sum(1 for _ in islice(_SCAN.finditer(data), _MAX_PLAIN_SCANS + 1)) <= _MAX_PLAIN_SCANS
     )
 
 
 def _answer(data: bytes, image: ImageConfig) -> list[bytes]:
-    """Return the child's answer to one picture, as frames."""
+    """Return the child's answer for one image, as frames."""
     try:
         found = decode_square(open_header(data, image), image)
     except ImageRejectedError as err:
@@ -219,7 +220,7 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
 
 
 def main() -> None:
-    """Answer frames until standard input ends, as it does when the parent dies."""
+    """Answer frames until standard input ends, which it does when the parent dies."""
     settings = json.loads(sys.argv[1])
     image = ImageConfig.model_validate(settings["image"])
     max_bytes = settings["max_decode_mib"] << 20

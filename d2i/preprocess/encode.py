@@ -1,4 +1,4 @@
-"""From opened pictures to samples: encode, lay out, and say what became of each instance."""
+"""Encoding of images and contexts into samples, with a ledger row for each instance."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from d2i.prompt_text import context_tokens
 from d2i.shards import Sample, json_bytes, npy_bytes
 
 _MAX_DETAIL = 500
-"""Characters of a failure's detail that the ledger keeps (ours)."""
+"""Characters of a failure's detail that the ledger keeps, as a server may send any number."""
 
 
 def encode_source_images(
     images: Mapping[ImageRef, SourceImage], encoders: Encoders
 ) -> dict[ImageRef, ImageFeatures]:
-    """Encode each distinct picture once; those with non-finite latents are left out.
+    """Encode each distinct image once; leave out those with non-finite latents.
 
     Args:
-        images: In the order of the plan, so that the batches' members come from it.
-        encoders: What they are encoded by, a batch at a time.
+        images: In a fixed order, as it decides which images share a batch.
+        encoders: The encoders, which take one batch at a time.
     """
     features = {}
     refs = list(images)
@@ -51,7 +51,7 @@ def encode_source_images(
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What a context became: tokens u16 (77 W,) and, where stored, text f16 (77 W, text_dim)."""
+    """Encoded context: tokens u16 (77 W,) and, where stored, text f16 (77 W, text_dim)."""
 
     tokens: NDArray[np.uint16]
     text: NDArray[np.float16] | None
@@ -60,12 +60,12 @@ class TextFeatures:
 def encode_contexts(
     instances: Iterable[Instance], encoders: Encoders, recipe: Recipe
 ) -> dict[str, TextFeatures]:
-    """Encode the context of each instance, by key; those with non-finite latents are left out.
+    """Encode the context of each instance, by key; leave out those with non-finite latents.
 
     Args:
-        instances: Of one shard, in any order; all of their latents are held at once.
-        encoders: What they are encoded by, a batch at a time.
-        recipe: How a context becomes tokens, and whether latents are stored.
+        instances: Of one shard, in any order; all their latents are held in memory at once.
+        encoders: The encoders, which take one batch at a time.
+        recipe: Sets how contexts are tokenized, and whether latents are stored.
     """
     features = {}
     ordered = sorted(instances, key=lambda i: i.key)
@@ -88,7 +88,7 @@ def build_samples(
     recipe: Recipe,
     sources: SpillBuffer,
 ) -> Iterator[Sample]:
-    """Yield the samples of one shard, in key order, of the instances that have both features."""
+    """Yield the samples of one shard, in key order, for instances with image and text features."""
     chosen = (i for i in instances if i.image_ref in features and i.key in texts)
     for instance in sorted(chosen, key=lambda i: i.key):
         picture, image = images[instance.image_ref], features[instance.image_ref]
@@ -110,7 +110,7 @@ def build_samples(
 def ledger_row(
     instance: Instance, found: FetchedImage, features: Mapping[ImageRef, ImageFeatures]
 ) -> LedgerRow:
-    """Say what became of one instance."""
+    """Return the ledger row of one instance, judged by its image alone."""
     fetched, picture = found.fetched, found.image
     reason, detail = fetched.reason, fetched.detail
     if reason == "ok" and found.ref not in features:
@@ -133,7 +133,7 @@ def ledger_row(
 
 
 def with_text(row: LedgerRow, texts: Mapping[str, TextFeatures]) -> LedgerRow:
-    """Say what became of an instance once its context was encoded too."""
+    """Return the ledger row of an instance once its context is encoded too."""
     if row.status != "ok" or row.key in texts:
         return row
     detail = "the text encoder gave a value beyond float16"
@@ -141,7 +141,7 @@ def with_text(row: LedgerRow, texts: Mapping[str, TextFeatures]) -> LedgerRow:
 
 
 def _shortened(detail: str) -> str:
-    """Cut what a server may have written at any length."""
+    """Truncate a detail, as a server may send text of any length."""
     return detail if len(detail) <= _MAX_DETAIL else f"{detail[:_MAX_DETAIL]}…"
 
 

@@ -1,4 +1,4 @@
-"""The encoding worker: one planned shard at a time, from opened pictures to a committed shard."""
+"""The encode worker: one planned shard at a time, from decoded images to a committed shard."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from d2i.tokenize import VOCABULARY_SHA256
 
 @dataclass(frozen=True)
 class EncodeWorkerBuilder:
-    """Builds the worker where it runs; picklable."""
+    """Picklable builder of the encode worker, called where the worker runs."""
 
     recipe: Recipe
     split_urls: tuple[str, ...]
@@ -46,11 +46,11 @@ class EncodeWorkerBuilder:
     reuse: Reuse | None = None
 
     def __call__(self) -> EncodeWorker:
-        """Load the encoders, and settle the fingerprint with every other worker.
+        """Load the encoders, and lock the fingerprint that all workers must share.
 
         Raises:
-            ShardError: If the shards there were made by other weights, settings or versions.
-        CheckpointError: If the text encoder has no finite features of the empty text.
+            ShardError: If existing shards were made with other weights, settings or versions.
+            CheckpointError: If the text encoder has no finite features of the empty text.
         """
         precision = self.recipe.preprocess.encoder_precision
         encoders = load_encoders(self.recipe.encoders, device_of_worker(), precision)
@@ -65,8 +65,8 @@ class Encoded:
     """Instances after encoding.
 
     Args:
-        samples: Of those that have features, in key order; laid out as they are taken.
-        rows: What became of every instance.
+        samples: Of the instances that have features, in key order; built lazily.
+        rows: The ledger rows of all instances.
     """
 
     samples: Iterator[Sample]
@@ -84,7 +84,7 @@ class EncodeWorker:
         self.fingerprint = fingerprint(builder.recipe, encoders)
 
     def settle(self, split_url: str) -> None:
-        """Write the fingerprint and the features of '' beside the shards, or check them."""
+        """Lock or check the fingerprint of the shards, and write the features of '' beside them."""
         self._reused.check(split_url, self.fingerprint["image"])
         if differences := lock_or_diff(fingerprint_url(split_url), self.fingerprint):
             raise ShardError(
@@ -115,15 +115,15 @@ class EncodeWorker:
         sources: SpillBuffer,
         reused: Reused = NOTHING_REUSED,
     ) -> Encoded:
-        """Encode the pictures that were fetched, and say what became of each instance.
+        """Encode the fetched images and the contexts; return samples and ledger rows.
 
         Args:
             instances: In the plan's order.
-            found: What came of their pictures.
-            sources: The source bytes that the samples keep, until those are made.
-            reused: What is known of pictures that were not fetched.
+            found: The fetch results of their images.
+            sources: Source bytes that the samples keep, stored until the samples are built.
+            reused: Known results of images that were not fetched.
         """
-        # In the plan's order, whichever came first.
+        # Sorted by reference, so that batches do not depend on the order of arrival.
         images = {
             one.ref: one.image
             for one in sorted(found, key=lambda one: one.ref.value)
@@ -135,7 +135,7 @@ class EncodeWorker:
         asked = (instance for instance in instances if instance.image_ref in outcomes)
         rows = [ledger_row(i, outcomes[i.image_ref], features) for i in asked]
         features |= reused.features
-        # Before the samples are taken, as their failures are told of first.
+        # Encoded before the samples are read, as the ledger with the failures is written first.
         with_image = [instance for instance in instances if instance.image_ref in features]
         texts = encode_contexts(with_image, self._encoders, self._recipe)
         samples = build_samples(
@@ -173,13 +173,13 @@ class EncodeWorker:
         return ShardResult(commit.num_samples, count_failures(rows))
 
     def reach(self, point: str) -> None:
-        """Tell the job's fault, if there is one, that a point is reached."""
+        """Report a fault point to the job's fault injection, if there is one."""
         if self._fault:
             self._fault.reach(point)
 
 
 def fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, dict[str, object]]:
-    """Return all that decides a byte of a shard: an image part and a text part."""
+    """Return everything that determines the bytes of a shard: an image part and a text part."""
     hashes = encoders.hashes()
     return {
         "image": {

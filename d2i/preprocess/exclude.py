@@ -35,7 +35,7 @@ class _Line(msgspec.Struct):
 
 
 def read_exclusion(url: str) -> Exclusion:
-    """Read a list of instance keys: one a line, bare or as the `key` of a JSON object.
+    """Read a list of instance keys: one per line, bare or as the `key` of a JSON object.
 
     Raises:
         ConfigError: If there is no such file, or a line holds no key.

@@ -1,4 +1,4 @@
-"""Which hosts most pictures were lost to, read from the ledger when a split is finished."""
+"""Hosts with the most failed images, read from the ledger when a split is finished."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _NUM_HOSTS = 5
 
 @dataclass(frozen=True)
 class HostFailures:
-    """How many instances were lost to one host, by reason."""
+    """Failed instances of one host, counted by reason."""
 
     host: str
     failures: dict[str, int]
 
     @property
     def num(self) -> int:
-        """All of them."""
+        """Number of all failed instances."""
         return sum(self.failures.values())
 
 
 def hosts_of_failure(split_url: str) -> list[HostFailures]:
-    """Return the hosts to which most instances of a split were lost, the worst first."""
+    """Return the hosts with the most failed instances of a split, worst first."""
     by_host: dict[str, Counter[str]] = {}
     for _, table in ledger_tables(split_url, ["status", "final_url", "reason"]):
         failed = table.filter(pc.not_equal(table["status"], "ok"))

@@ -1,4 +1,4 @@
-"""The fetching worker: one planned shard at a time, from records to pictures as they come."""
+"""The fetch worker: one planned shard at a time, from records to decoded images as they arrive."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from d2i.preprocess.progress import Tally
 from d2i.preprocess.reuse import Reuse, ReusedSplits
 
 _BLOCK = 16
-"""Pictures handed on at once: 3 MB of them at 256 pixels (ours)."""
+"""Images per block, which take 3 MB at 256 pixels."""
 _BLOCK_BYTES = 8 << 20
-"""Source bytes after which a block ends, however few pictures it holds (ours)."""
+"""Source bytes after which a block ends, however few images it holds."""
 
 
 @dataclass(frozen=True)
 class FetchWorkerBuilder:
-    """Builds the worker where it runs; picklable."""
+    """Picklable builder of the fetch worker, called where the worker runs."""
 
     images: ImageSource
     recipe: Recipe
@@ -38,12 +38,12 @@ class FetchWorkerBuilder:
     reuse: Reuse | None = None
 
     def __call__(self) -> FetchWorker:
-        """Return the worker; nothing is asked for yet."""
+        """Return the worker; send no request yet."""
         return FetchWorker(self)
 
 
 class FetchWorker:
-    """`stream` fetches and opens the pictures of one shard. Holds no more than a block of them."""
+    """`stream` fetches and decodes the images of one shard. Holds at most one block of them."""
 
     def __init__(self, builder: FetchWorkerBuilder) -> None:
         self._recipe = builder.recipe
@@ -55,10 +55,10 @@ class FetchWorker:
         self._decoder = Decoder(builder.recipe.image, fetch.decode_timeout_s, fetch.max_decode_mib)
 
     def stream(self, task: ShardTask) -> Iterator[list[FetchedImage]]:
-        """Yield what came of each distinct picture of a shard, in the order in which it came.
+        """Yield the result of each distinct image of a shard, in blocks, in order of arrival.
 
         Raises:
-            ClusterError: If this machine seems to reach nothing.
+            ClusterError: If this machine's network seems to have an outage.
         """
         instances = task.instances()
         known = self._reused.known(task, self._recipe)
@@ -83,10 +83,10 @@ class FetchWorker:
         return block
 
     def _refuse_outage(self, *, of_names: bool) -> None:
-        """Stop where this machine reaches nothing, before a row says that all is dead.
+        """Raise on a network outage, before ledger rows count all images as dead.
 
-        A supplement holds only what failed before: that hosts are not reached again says nothing
-        new, and their rows stay passing; that no name is found would make them permanent.
+        A supplement holds only earlier failures: hosts that are still unreachable tell nothing
+        new, and their rows stay `passing`; names that do not resolve would make them permanent.
         """
         if trouble := self._source.outage_reason(of_names=of_names):
             raise ClusterError(
@@ -111,10 +111,10 @@ def open_image(
     """Decode and crop fetched bytes, or pass the failure on with its reason.
 
     Args:
-        ref: Which picture.
-        fetched: Its bytes, or why there are none.
-        decoder: What opens it.
-        is_kept: Whether the source bytes are handed on too.
+        ref: The image's reference.
+        fetched: Its bytes, or the reason why there are none.
+        decoder: The decoder to use.
+        is_kept: Whether to pass the source bytes on too.
     """
     picture = None
     if fetched.data is not None:

@@ -1,8 +1,8 @@
-"""Rows dealt out on disk by the first bits of a hash, so that each part can be sorted by itself.
+"""Rows partitioned on disk by the first bits of a hash, so that each bucket can be sorted alone.
 
-One file takes them all: what is dealt at once makes one batch of it a bucket. A bucket that is
-large by the end is dealt out again by the next bits. Memory is bounded by what waits, twice, and by
-one bucket when it is read.
+One file holds all rows: each write adds one batch per bucket. A bucket that is too large by the
+end is partitioned again by the next bits. Memory is bounded by twice the waiting rows, and by one
+bucket when it is read.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _HASH_BITS = 64
 
 
 class HashPartitions:
-    """Takes tables in any order, and then gives their rows back, a bucket of hashes at a time.
+    """Takes tables in any order, then returns their rows one bucket of hashes at a time.
 
-    Used with `with`, which ends the taking. Rows are dealt in a thread of their own, as that is
-    Arrow's work while the next ones are read.
+    Use it in a `with` block, whose end closes the input. A separate thread partitions and writes
+    rows, so that Arrow works while the next ones are read.
 
     Args:
-        path: A local file that is not there yet.
-        hash_column: The column, uint64, whose first bits choose the bucket.
+        path: A local file that does not exist yet.
+        hash_column: The uint64 column whose first bits select the bucket.
         num_bits_before: Leading bits that all rows have in common.
     """
 
@@ -52,17 +52,17 @@ class HashPartitions:
         self._thread = self._open.enter_context(ThreadPoolExecutor(1))
 
     def __enter__(self) -> Self:
-        """Begin to take rows."""
+        """Start accepting rows."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the file: what was taken can be given back."""
+        """Close the file, so that `buckets` can read it."""
         with self._open:
             self._deal_out()
             self._wait()
 
     def add(self, table: pa.Table) -> None:
-        """Take rows; all tables have one schema."""
+        """Add rows; all tables must have the same schema."""
         if not table.num_rows:
             return
         self._waiting.append(table)
@@ -71,7 +71,7 @@ class HashPartitions:
             self._deal_out()
 
     def buckets(self) -> Iterator[pa.Table]:
-        """Give the rows bucket by bucket, the smallest hashes first, unsorted within one."""
+        """Yield the rows bucket by bucket, smallest hashes first, unsorted within a bucket."""
         if not self._batches:
             return
         with pa.OSFile(str(self._path)) as file:
@@ -84,7 +84,7 @@ class HashPartitions:
                     yield pa.Table.from_batches(batches)
 
     def _needs_repartition(self, bucket: int) -> bool:
-        # Rows of one hash stay together, however many they are.
+        # Rows with the same hash stay together, however many there are.
         has_bits_left = self._num_bits_before + 2 * BUCKET_BITS <= _HASH_BITS
         return has_bits_left and self._num_bytes[bucket] > MAX_BUCKET_BYTES
 
@@ -102,7 +102,7 @@ class HashPartitions:
             self._dealing.result()
 
     def _deal_out(self) -> None:
-        """Have the waiting rows written, once those before them are."""
+        """Start to write the waiting rows, once the previous write is done."""
         self._wait()
         if self._waiting:
             self._dealing = self._thread.submit(self._write, self._waiting)
@@ -120,7 +120,7 @@ class HashPartitions:
             self._batches[bucket].append(self._num_batches)
             self._num_bytes[bucket] += part.nbytes
             self._num_batches += 1
-        # In one call, each part as a batch of its own.
+        # One call, in which each part becomes its own batch.
         self._file(table.schema).write_table(pa.concat_tables(parts))
 
     def _buckets_of(self, hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -1,7 +1,7 @@
-"""Images that stood in the records themselves: `plan/inline/SHA256`, each written once.
+"""Images embedded in the records themselves: `plan/inline/SHA256`, each written once.
 
-The planner keeps those of planned instances. Workers read them by name and compare their content
-with it.
+The planner keeps those of planned instances. Workers read them by name and check the content
+against it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from d2i.dialog import ImageRef, Instance
 from d2i.preprocess.fetch.result import FetchResult
 
 INLINE_FOLDER = "inline"
-"""Within `plan/`."""
+"""Name of the directory within `plan/`."""
 _MAX_WAITING_BYTES = 256 << 20
-"""Of images that are read and not yet known to be planned (ours)."""
+"""Limit for images that were read but are not yet known to be planned."""
 
 
 class InlineWriter:
     """Keeps the images of planned instances, and of no others.
 
     Args:
-        scratch: A local folder for images that may not be planned.
-        split_url: The data set; None where nothing is kept.
+        scratch: A local directory for images that may not be planned.
+        split_url: The data set; None to keep nothing.
     """
 
     def __init__(self, scratch: Path, split_url: str | None) -> None:
@@ -37,7 +37,7 @@ class InlineWriter:
         self._waiting_bytes = 0
 
     def images(self, max_bytes: int) -> InlineImages:
-        """Return what the corpus's reader is given: images of at most so many bytes are kept."""
+        """Return the corpus reader's handler, which keeps images of at most `max_bytes`."""
         return InlineImages(max_bytes, self._keep if self._split_url is not None else None)
 
     def _keep(self, sha256: str, data: bytes) -> None:
@@ -49,11 +49,11 @@ class InlineWriter:
         self._waiting_bytes += len(data)
 
     def is_full(self) -> bool:
-        """Say whether so many bytes wait that some should be published now."""
+        """Return whether so many bytes wait that some should be published now."""
         return self._waiting_bytes >= _MAX_WAITING_BYTES
 
     def publish(self, instances: Iterable[Instance]) -> None:
-        """Publish the images of planned instances, and drop all others that wait."""
+        """Publish the images of planned instances, and drop all other waiting images."""
         if self._split_url is None:
             return
         for instance in instances:
@@ -72,7 +72,7 @@ class InlineWriter:
             self._published.add(hash(sha256))
 
     def finish(self) -> None:
-        """Remove the images of an earlier plan, and make the names of the others last."""
+        """Remove the images of an earlier plan, and sync the directory entries of the others."""
         if self._split_url is None:
             return
         folder = _folder(self._split_url)
@@ -89,7 +89,7 @@ class InlineWriter:
 def read_inline(split_url: str, ref: ImageRef, max_bytes: int) -> FetchResult:
     """Read the image of an `inline` reference of a planned instance.
 
-    One that is lost or damaged is a passing failure (`read_error`): it is no fault of the picture.
+    A lost or damaged file is a transient failure (`read_error`): the image itself is not at fault.
     """
     name = inline_sha256(ref)
     url = storage.join(_folder(split_url), name)

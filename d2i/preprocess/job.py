@@ -1,7 +1,7 @@
-"""The preprocessing job: plan every split, make what is not committed, fold the manifests.
+"""The preprocessing job: plan every split, make the missing shards, merge commits into manifests.
 
-A split of which nothing became a sample is not published: what was made of it goes, but for the
-ledger, and the next command starts it over.
+A split without a single sample is not published: its shards are removed, its ledger stays, and
+the next command starts it over.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ class PreprocessRequest:
 
 
 def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan]:
-    """Plan every wanted split; nothing is fetched, and without `keep` nothing is written.
+    """Plan every requested split; fetch nothing, and write nothing without `keep`.
 
     Raises:
-        ConfigError: If the output folder was begun with other settings.
-        DataError: If the corpus has none of the wanted splits, or `corpus.image_root` or
-            `fetch.downloads` cannot be the place of pictures.
+        ConfigError: If the output directory was begun with other settings.
+        DataError: If the corpus has no requested split, or if `corpus.image_root` or
+            `fetch.downloads` is not a valid source of images.
     """
     found = found_splits(request.corpus, request.source, request.recipe.corpus.options())
     wanted = [canonical_split(request.split)] if request.split else found
@@ -113,7 +113,7 @@ def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan
 
 
 def _check_images(request: PreprocessRequest, splits: list[str]) -> None:
-    """Refuse a place of pictures that is none, unless no picture is to be read there any more."""
+    """Reject an invalid source of images, unless no image will be read from it any more."""
     recipe = request.recipe
     manifests = [storage.join(request.out, split, MANIFEST_NAME) for split in splits]
     if request.reuse is not None or all(map(storage.exists, manifests)):
@@ -125,7 +125,7 @@ def _check_images(request: PreprocessRequest, splits: list[str]) -> None:
 
 
 def work_left(request: PreprocessRequest, plans: dict[str, Plan]) -> Work:
-    """Return what of some plans is not committed yet; nothing is written."""
+    """Return the uncommitted work of some plans; write nothing."""
     num_shards = num_instances = 0
     for split, plan in plans.items():
         commits = read_commits(storage.join(request.out, split))
@@ -134,12 +134,12 @@ def work_left(request: PreprocessRequest, plans: dict[str, Plan]) -> Work:
         num_instances += plan.num_instances - done
     recipe = request.recipe
     pixels = recipe.preprocess.num_samples_per_shard * 3 * recipe.image.resolution**2
-    # One shard being fed, one that waits, one being finished; source bytes come on top.
+    # One shard is being fetched, one waits, one is being encoded; source bytes come on top.
     return Work(num_instances, num_shards, 3 * pixels)
 
 
 def rate_decided_by(request: PreprocessRequest, unit: Unit) -> dict[str, Any]:
-    """Return what decides how fast a worker is, as far as the request knows it."""
+    """Return what determines the speed of a worker, as far as the request knows it."""
     recipe = request.recipe.model_dump(mode="json")
     parts = {name: recipe[name] for name in ("image", "text", "encoders")}
     return {"stage": "preprocess", "corpus": request.corpus, "unit": unit, **parts}
@@ -148,11 +148,11 @@ def rate_decided_by(request: PreprocessRequest, unit: Unit) -> dict[str, Any]:
 def preprocess(
     request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
 ) -> list[SplitSummary]:
-    """Run the job; repeated, it makes only what is missing, and then nothing.
+    """Run the job; a repeated run makes only what is missing, if anything.
 
     Raises:
         NothingWrittenError: After all splits, if no instance of one became a sample.
-        D2IError: What the user can mend; finished shards are kept.
+        D2IError: If the user can fix the error; finished shards are kept.
     """
     summaries = make_splits(request, on_progress)
     refuse_empty(summaries)
@@ -162,7 +162,7 @@ def preprocess(
 def make_splits(
     request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
 ) -> list[SplitSummary]:
-    """Run the job as `preprocess` does, and leave it to `refuse_empty` to judge what came of it."""
+    """Run the job as `preprocess` does, but leave empty splits to `refuse_empty`."""
     with storage.exclusive_lock(request.out):
         return _work(request, on_progress)
 
@@ -176,7 +176,7 @@ def _work(
             "choose another --out"
         )
     plans = plan_job(request)
-    # The splits of one folder are prepared alike, also one by one.
+    # All splits of a directory share their settings, even if prepared one by one.
     if any(committed_names(storage.join(request.out, split)) for split in SPLITS):
         check_prepared_with(request.recipe, request.out)
     keep_recipe(request.recipe, request.out)
@@ -190,9 +190,9 @@ def _work(
         with session(request.num_workers, request.ray_address):
             _make_shards(request, plans, tasks, progress, on_progress)
     for split_url in _split_urls(request, plans):
-        # Also where a killed command had made all shards.
+        # Needed even if a killed command had already made all shards.
         _retract_placeholders(request, split_url)
-        # Workers of a driver that was killed live on for a moment, beside this job.
+        # Workers of a killed driver live on for a moment and may write beside this job.
         remove_uncommitted(split_url)
     return [_finish(request, split, plan) for split, plan in plans.items()]
 
@@ -204,7 +204,7 @@ def _make_shards(
     progress: JobProgress,
     on_progress: Callable[[JobProgress], None],
 ) -> None:
-    """Fetch, encode and publish."""
+    """Fetch, encode and publish the missing shards."""
     fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
     tally = create_shared(Tally(), num_workers=request.num_workers)
     reuse = None if request.reuse is None else Reuse(storage.resolve(request.reuse))
@@ -234,9 +234,9 @@ def _make_shards(
 
 
 def _retract_placeholders(request: PreprocessRequest, split_url: str) -> None:
-    """Withdraw what only the whole split shows to be placeholders."""
+    """Retract placeholders that show only across all shards of a split."""
     if storage.exists(storage.join(split_url, MANIFEST_NAME)):
-        # A run may have begun with it.
+        # A training run may already use the finished data set.
         return
     retractions = plan_retractions(split_url, request.recipe.fetch.num_same_pictures)
     if not retractions:
@@ -272,7 +272,7 @@ def _missing_tasks(
             if i not in commits
         ]
         tasks += _supplement_tasks(split_url, supplements, set(commits), num_same)
-        # A supplement takes back as many failures as it holds instances: its sum is zero.
+        # A supplement subtracts as many old failures as it holds instances: its sum is zero.
         done = sum(c.num_samples + sum(c.failures.values()) for c in commits.values())
         again = sum(s.num_instances for s in supplements if s.index not in commits)
         num_instances += plan.num_instances - done + again
@@ -293,10 +293,10 @@ def _supplement_tasks(
 def _refuse_lost_shards(
     split_url: str, plan: Plan, committed: set[int], supplements: list[Supplement]
 ) -> None:
-    """Refuse to make a shard again of which a supplement already mended a part.
+    """Refuse to remake a shard after its failures may have been retried.
 
     Raises:
-        ShardError: If one is missing that was there when its failures were asked for again.
+        ShardError: If a planned shard is missing although a supplement is committed.
     """
     is_mended = any(supplement.index in committed for supplement in supplements)
     lost = [index for index in range(plan.num_shards) if index not in committed]
@@ -308,7 +308,7 @@ def _refuse_lost_shards(
 
 
 def _plan_again(request: PreprocessRequest, plans: dict[str, Plan]) -> None:
-    """Plan what failed in passing once more, with nothing else left to do."""
+    """Plan a retry of all transient failures, once nothing else is left to do."""
     num_samples = request.recipe.preprocess.num_samples_per_shard
     for split, plan in plans.items():
         split_url = storage.join(request.out, split)
@@ -317,7 +317,7 @@ def _plan_again(request: PreprocessRequest, plans: dict[str, Plan]) -> None:
 
 
 def _forget_fingerprint(split_url: str) -> None:
-    """Nothing was made under it yet: it may be that of a command with a typing error."""
+    """Remove the fingerprint: no shard has it yet, and it may come from a mistyped command."""
     for name in EMPTY_NAMES:
         storage.remove(storage.join(split_url, name))
     checksums.remove(fingerprint_url(split_url))
@@ -340,10 +340,10 @@ def _split_urls(request: PreprocessRequest, plans: dict[str, Plan]) -> list[str]
 
 
 def _read_fingerprint(split_url: str) -> dict[str, Any]:
-    """Read what the shards were made under; where it is lost, the manifest still has it.
+    """Read the fingerprint of the shards; restore it from the manifest if it is lost.
 
     Raises:
-        ShardError: If that is lost as well.
+        ShardError: If the manifest is lost as well, or the fingerprint is damaged.
     """
     url = fingerprint_url(split_url)
     if not storage.exists(url):
@@ -368,9 +368,9 @@ def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
 
 
 def _take_back(split_url: str, split: str, plan: Plan) -> SplitSummary:
-    """Remove what was made of a split without a sample; its ledger still tells why.
+    """Remove the shards of a split without a sample; its ledger keeps the reasons.
 
-    Killed at any point, it leaves what the same command makes again, or takes back again.
+    After a kill at any point, the same command remakes or removes what is left.
     """
     failures, example = commonest_failure(split_url)
     summary = split_summary(split_url, split, plan, 0, failures)

@@ -1,4 +1,4 @@
-"""What lies beside prepared shards says how they were made: recipe, plan, records and ledger."""
+"""Files of the job beside prepared shards: the recipe, plan, records and ledger that made them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _FOR_GOOD = (
 
 
 class JobFiles:
-    """The job that made one data set.
+    """The files of the job that made one data set.
 
     Args:
-        split_url: The data set's folder.
+        split_url: The data set's directory.
 
     Raises:
-        ConfigError: If its plan is not there or damaged.
+        ConfigError: If its plan is missing or damaged.
     """
 
     def __init__(self, split_url: str) -> None:
@@ -50,10 +50,10 @@ class JobFiles:
         self.supplements = {s.index: s for s in read_supplements(split_url)}
 
     def recipe(self) -> Recipe:
-        """Return the recipe, with what decided the plan as the plan itself has it.
+        """Return the recipe; settings that determined the plan are taken from the plan.
 
         Raises:
-            ConfigError: If it is not there or damaged.
+            ConfigError: If it is missing or damaged.
         """
         try:
             values = read_kept_recipe(self.split_url).model_dump(mode="json")
@@ -66,28 +66,28 @@ class JobFiles:
         return load_config(Recipe, values, source=f"the plan of {self.split_url}")
 
     def source(self) -> str:
-        """Return the folder of the corpus, where its pictures lie.
+        """Return the source of the corpus, to whose directory image paths are relative.
 
         Raises:
-            ConfigError: If that is an address, which counts only in the command.
+            ConfigError: If it is a URL of a host, which only the command itself may name.
         """
         source = str(self.plan.decided_by["source"])
         refuse_host(f"the source of {self.split_url}", source, "--set corpus.image_root=ADDRESS")
         return source
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """Return what the shards were made under, or None where that is lost."""
+        """Return the fingerprint of the shards, or None if it is lost."""
         try:
             return read_json(fingerprint_url(self.split_url))
         except (OSError, DataError):
             return None
 
     def indexes(self) -> list[int]:
-        """Return the numbers of all shards that were planned, supplements last."""
+        """Return the numbers of all planned shards, supplements last."""
         return [*range(self.plan.num_shards), *sorted(self.supplements)]
 
     def written_keys(self, index: int) -> frozenset[str] | None:
-        """Return the keys of a shard's samples as the ledger has them; None where that is lost."""
+        """Return the keys of a shard's samples from the ledger; None if it is lost."""
         rows = self._rows(index)
         if rows is None:
             return None
@@ -95,9 +95,9 @@ class JobFiles:
         return frozenset(r.key for r in rows if r.status == "ok" and r.key not in later)
 
     def failures(self, index: int) -> dict[str, int] | None:
-        """Return the failures of a shard's record; None where the ledger tells them no more.
+        """Return the failures in a shard's commit record; None if the ledger has lost them.
 
-        A row that a later supplement replaced does not tell how asking ended the first time.
+        A row that a later supplement replaced no longer holds the outcome of the first request.
         """
         rows = self._rows(index)
         if rows is None or not self._later_keys(index).isdisjoint(row.key for row in rows):
@@ -109,7 +109,7 @@ class JobFiles:
         """Read the records of a shard.
 
         Raises:
-            FileNotFoundError: If they are not there.
+            FileNotFoundError: If they are missing.
             ShardError: If they are not those that were planned.
         """
         read_records(records_url(self.split_url, index), self.records_sha256(index))
@@ -118,7 +118,7 @@ class JobFiles:
         try:
             if storage.exists(ledger_url(self.split_url, index)):
                 return read_shard_ledger(self.split_url, index)
-            # A supplement's rows are in the place of those that they replaced.
+            # A merged supplement's rows are in the ledgers of the planned shards.
             keys = self._planned_keys(index)
             shards = range(self.plan.num_shards)
             rows = (row for shard in shards for row in read_shard_ledger(self.split_url, shard))
@@ -127,12 +127,12 @@ class JobFiles:
             return None
 
     def records_sha256(self, index: int) -> str | None:
-        """Return the sha256 of the records of a shard, where plan or supplements say it."""
+        """Return the sha256 of a shard's records; None if plan or supplements lack it."""
         supplement = self.supplements.get(index)
         return supplement.sha256 if supplement else self.plan.sha256(index)
 
     def _later_keys(self, index: int) -> set[str]:
-        """Return the keys that were asked for again after a shard was made."""
+        """Return the keys that were retried after a shard was made."""
         later = (number for number in self.supplements if number > index)
         return {key for number in later for key in self._planned_keys(number)}
 
@@ -142,12 +142,12 @@ class JobFiles:
 
 
 def lost_files(split_url: str, indexes: Iterable[int]) -> Iterator[str]:
-    """Say what of a job's own files is lost, beside the shards, and what that means.
+    """Yield a line for each kind of job file that is lost, and what the loss means.
 
-    Of shards that other programs made, without plan and ledger, nothing is lost.
+    Shards that other programs made, without plan and ledger, have no job files to lose.
 
     Args:
-        split_url: The data set's folder.
+        split_url: The data set's directory.
         indexes: The numbers of its shards.
     """
     if not any(storage.exists(storage.join(split_url, name)) for name in ("plan", "ledger")):
@@ -171,10 +171,10 @@ def _has_recipe(split_url: str) -> bool:
 
 
 def check_job_files(split_url: str) -> Iterator[ShardProblem]:
-    """Compare plan and ledger of a data set with their checksums, and read all of them.
+    """Read plan and ledger of a data set, and compare them with their checksums.
 
-    Where there is no plan, another program made the data, and nothing is checked. What is lost is
-    `lost_files`' to tell.
+    Without a plan, another program made the data, and nothing is checked. Missing files are
+    reported by `lost_files`.
     """
     if not storage.exists(plan_url(split_url)):
         return

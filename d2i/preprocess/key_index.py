@@ -1,4 +1,4 @@
-"""Where keys are among very many: found without a look at all of them each time."""
+"""Index of the positions of very many keys, searched without a scan of all of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 
 class KeyIndex:
-    """The places of keys in a sequence that holds them: 16 bytes each, beside the sequence.
+    """Positions of keys in a sequence; takes 16 bytes per key, beside the sequence itself.
 
     Args:
-        keys: Each at most once; read through at once, and one at a time later.
+        keys: Distinct keys; all are read at the start, and single ones later.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
@@ -21,7 +21,7 @@ class KeyIndex:
         self._hashes = hashes[self._order]
 
     def find(self, key: str) -> int | None:
-        """Return the place of a key, or None where it is not there."""
+        """Return the position of a key, or None if it is absent."""
         wanted = hash(key)
         first = np.searchsorted(self._hashes, wanted)
         stop = np.searchsorted(self._hashes, wanted, side="right")

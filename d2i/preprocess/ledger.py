@@ -1,6 +1,6 @@
-"""The ledger: one row for every instance key, whatever became of it.
+"""The ledger: one row for every instance key, with the outcome of that instance.
 
-Its columns stand in ARCHITECTURE.md, Prepared data.
+Its columns are listed in ARCHITECTURE.md, Prepared data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from d2i.preprocess.records import table_bytes
 Status = Literal["ok", "permanent", "passing"]
 
 NON_FINITE_TEXT = "non_finite_text"
-"""The reason of the one failure that is not the picture's."""
+"""The only failure reason that does not concern the image."""
 
 SCHEMA = pa.schema(
     [
@@ -53,10 +53,10 @@ _REFUSED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """What became of one instance.
+    """The outcome of one instance.
 
     Args:
-        status: `ok`; `permanent` where asking again is in vain; `passing` where it may help.
+        status: `ok`; `permanent` if a retry cannot help; `passing` (transient) if it may.
         reason: `ok`, or the class of the failure.
         time_s: Unix time of the last attempt.
     """
@@ -77,12 +77,12 @@ class LedgerRow:
 
 
 def ledger_url(split_url: str, index: int) -> str:
-    """Return where the ledger of one planned shard lies."""
+    """Return the URL of the ledger of one planned shard."""
     return storage.join(split_url, "ledger", f"{index:06d}.parquet")
 
 
 def write_ledger(split_url: str, index: int, rows: list[LedgerRow]) -> None:
-    """Write the rows of one planned shard, in key order, complete or not at all."""
+    """Write the rows of one planned shard atomically, in key order."""
     ordered = [asdict(row) for row in sorted(rows, key=lambda row: row.key)]
     data = bytes(table_bytes(pa.Table.from_pylist(ordered, SCHEMA)))
     checksums.write_bytes(ledger_url(split_url, index), data)
@@ -105,12 +105,12 @@ def ledger_tables(
     *,
     shards: Container[int] | None = None,
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Read the ledger of a split one shard at a time: number, and some columns of `SCHEMA`.
+    """Yield each shard's number and its ledger, reduced to some columns of `SCHEMA`.
 
     Args:
-        split_url: The data set's folder.
-        columns: Which columns.
-        shards: Numbers of the shards, as far as they have a ledger; None: all that have one.
+        split_url: The data set's directory.
+        columns: The columns to read.
+        shards: Numbers of the shards to read, if they have a ledger; None reads all that have one.
     """
     folder = storage.join(split_url, "ledger")
     found = [int(match[1]) for match in map(_NAME.fullmatch, storage.list_names(folder)) if match]
@@ -124,8 +124,8 @@ def read_shard_ledger(split_url: str, index: int) -> list[LedgerRow]:
     """Read the rows of one planned shard, in key order.
 
     Raises:
-        FileNotFoundError: If it has no ledger.
-        ShardError: If that is damaged.
+        FileNotFoundError: If the shard has no ledger.
+        ShardError: If the ledger is damaged.
     """
     data = _reader(split_url)(index)
     return _rows(_parse(data, ledger_url(split_url, index), SCHEMA))
@@ -137,7 +137,7 @@ def remove_ledger(split_url: str, index: int) -> None:
 
 
 def _reader(split_url: str) -> Callable[[int], bytes]:
-    """Return what reads the ledger of a shard, compared with the sha256 beside it."""
+    """Return a function that reads a shard's ledger and checks it against the sha256 beside it."""
     return lambda index: checksums.read_bytes(ledger_url(split_url, index), **_REFUSED)
 
 
@@ -150,10 +150,10 @@ def _rows(table: pa.Table) -> list[LedgerRow]:
 
 
 def commonest_failure(split_url: str) -> tuple[dict[str, int], str]:
-    """Count the failures of a split by reason; say what the first of the commonest one's said.
+    """Return the failures of a split by reason, and the first detail of the commonest reason.
 
     Raises:
-        ShardError: If its ledger is not there.
+        ShardError: If the ledger is missing.
     """
     counts: Counter[str] = Counter()
     details: dict[str, str] = {}
@@ -169,18 +169,18 @@ def commonest_failure(split_url: str) -> tuple[dict[str, int], str]:
             f"{split_url}: nothing of it became a sample, and its ledger is lost; expected it to "
             "say why; choose another --out"
         )
-    # Of equally common ones the first by name.
+    # Ties go to the first reason by name.
     commonest = min(counts, key=lambda reason: (-counts[reason], reason))
     return dict(sorted(counts.items())), details[commonest]
 
 
 def remove_ledgers(split_url: str) -> None:
-    """Remove all rows of a split of which nothing is made yet."""
+    """Remove all rows of a split that has no committed shard yet."""
     folder = storage.join(split_url, "ledger")
     for name in storage.list_names(folder):
         storage.remove(storage.join(folder, name))
 
 
 def count_failures(rows: Iterable[LedgerRow]) -> dict[str, int]:
-    """Return how many instances failed, by reason, in order of the reasons' names."""
+    """Return the number of failed instances by reason, sorted by reason."""
     return dict(sorted(Counter(row.reason for row in rows if row.status != "ok").items()))

@@ -1,4 +1,4 @@
-"""What the stages hand on: a planned shard, its opened pictures, and what was written of it."""
+"""Messages between the stages: a planned shard, its decoded images, and the written result."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ShardTask:
     Args:
         split_url: The data set.
         index: Number of the shard.
-        failed_before: Of a supplement: why its instances failed before, counted by reason.
-        placeholders: Of a supplement: sha256 of pictures that were found to stand for many.
-        keys: Of a repair: the instances that are made; None: all that were planned.
-        records_sha256: Of the file of its records, where the plan says it.
+        failed_before: For a supplement: earlier failures of its instances, counted by reason.
+        placeholders: For a supplement: sha256 of images that were found to be placeholders.
+        keys: For a repair: the instances to make; None makes all that were planned.
+        records_sha256: Sha256 of the file of its records, if the plan has it.
     """
 
     split_url: str
@@ -35,19 +35,19 @@ class ShardTask:
     records_sha256: str | None = None
 
     def instances(self) -> list[Instance]:
-        """Read the instances that are to be made, in the plan's order."""
+        """Read the instances to make, in the plan's order."""
         planned = read_records(records_url(self.split_url, self.index), self.records_sha256)
         return [i for i in planned if self.keys is None or i.key in self.keys]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """The file of a picture that can be used.
+    """The file of a usable image.
 
     Args:
         suffix: `jpg`, `png`, `webp` or `gif`.
-        width: Of the whole, in pixels, upright.
-        height: Of the whole, in pixels, upright.
+        width: Of the whole upright image, in pixels.
+        height: Of the whole upright image, in pixels.
         size_bytes: Length of the source bytes.
         sha256: Of the source bytes.
     """
@@ -61,33 +61,33 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceImage(SourceFile):
-    """A picture that is to be encoded: its file, and its square crop, uint8 (R, R, 3)."""
+    """An image to encode: its file, and its square crop, uint8 (R, R, 3)."""
 
     pixels: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the image encoders made of one picture: moments f16 (8, h, w), clip f16 (clip_dim,)."""
+    """Image features of one image: moments f16 (8, h, w), clip f16 (clip_dim,)."""
 
     moments: NDArray[np.float16]
     clip: NDArray[np.float16]
 
 
 def keeps_source(instance: Instance, recipe: Recipe) -> bool:
-    """Say whether the shard keeps the source bytes of an instance's picture."""
+    """Return whether the shard keeps the source bytes of an instance's image."""
     return instance.split != "train" or recipe.preprocess.keep_images == "always"
 
 
 @dataclass(frozen=True)
 class FetchedImage:
-    """What came of one distinct picture.
+    """The result of one distinct image.
 
     Args:
-        ref: Which picture.
-        fetched: How asking for it ended; with the source bytes where the shard keeps them.
-        image: The picture, where it can be used.
-        time_s: Unix time at which it was opened.
+        ref: The image's reference.
+        fetched: The fetch result, with the source bytes if the shard keeps them.
+        image: The decoded image, if usable.
+        time_s: Unix time at which it was decoded.
     """
 
     ref: ImageRef
@@ -98,7 +98,7 @@ class FetchedImage:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """How many instances of a planned shard were written, and why the others were not."""
+    """Number of written instances of a planned shard, and the failures of the others by reason."""
 
     num_written: int
     failures: dict[str, int]

@@ -1,4 +1,4 @@
-"""What became of a split, and whether that is anything at all."""
+"""Summaries of finished splits, and the error for splits without a sample."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from d2i.preprocess.plan import Plan
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """What became of one split: every planned instance is written or has a reason.
+    """The outcome of one split: every planned instance is written or has a reason.
 
-    Where none was written nothing is published, and `example` is what one of the commonest failures
-    says.
+    If none was written, nothing is published, and `example` is the detail of one of the commonest
+    failures.
     """
 
     split: str
@@ -32,7 +32,7 @@ class SplitSummary:
 
 
 def refuse_empty(summaries: Iterable[SplitSummary]) -> None:
-    """Say of which splits nothing was written, and why.
+    """Raise an error that names the splits without a sample, and the reasons.
 
     Raises:
         NothingWrittenError: If there is such a split.
@@ -53,7 +53,7 @@ def refuse_empty(summaries: Iterable[SplitSummary]) -> None:
 def split_summary(
     split_url: str, split: str, plan: Plan, num_written: int, failures: Mapping[str, int]
 ) -> SplitSummary:
-    """Sum up a split that is finished, its ledger merged."""
+    """Return the summary of a finished split, whose ledger is merged."""
     return SplitSummary(
         split=split,
         num_instances=plan.num_instances,

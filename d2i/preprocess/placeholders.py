@@ -1,8 +1,8 @@
-"""One picture under many addresses is none: hosts send a placeholder for what is gone.
+"""Placeholder images: hosts send one image under many URLs in place of images that are gone.
 
-Within a shard it is refused before it is encoded. Over the shards of a split it is found in the
-ledger at the end, and withdrawn from what is committed: the same instances are dropped whichever
-shard was made first. A finished data set is left as it is.
+Within a shard a placeholder is rejected before it is encoded. Across the shards of a split it is
+found in the ledger at the end, and retracted from the committed shards: the same instances are
+dropped whichever shard was made first. A finished data set is not changed.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _HASH = "sha256_hash"
 def refuse_placeholders(
     found: Iterable[FetchedImage], known: Set[str], num_same: int
 ) -> list[FetchedImage]:
-    """Refuse the pictures that are one and the same under many addresses.
+    """Reject images that are identical under many URLs.
 
     Args:
-        found: The distinct pictures of one shard.
+        found: The distinct images of one shard.
         known: sha256 of placeholders found before.
-        num_same: As many addresses with one picture make it a placeholder; 0: none do.
+        num_same: Number of URLs from which on an image is a placeholder; 0: it never is.
     """
     images = list(found)
     counts = Counter(p.image.sha256 for p in images if p.image and _was_asked(p))
@@ -55,10 +55,9 @@ def refuse_placeholders(
 
 
 def placeholders_of(split_url: str, num_same: int) -> frozenset[str]:
-    """Return the sha256 of the pictures that a split's ledger holds under many addresses.
+    """Return the sha256 of the images that a split's ledger holds under many URLs.
 
-    They are counted a part of all sha256 at a time, as all pictures of a split may be too many for
-    memory.
+    They are counted one hash partition at a time, as all images of a split may not fit in memory.
     """
     if not num_same:
         return frozenset()
@@ -85,7 +84,7 @@ class Retraction:
 
 
 def plan_retractions(split_url: str, num_same: int) -> list[Retraction]:
-    """Return the committed shards that hold pictures found to stand for many."""
+    """Return the committed shards that hold placeholders."""
     placeholders = placeholders_of(split_url, num_same)
     if not placeholders:
         return []
@@ -100,21 +99,21 @@ def plan_retractions(split_url: str, num_same: int) -> list[Retraction]:
 
 @dataclass(frozen=True)
 class RetractionWorker:
-    """Makes a committed shard again without its placeholders; every other byte stays.
+    """Rewrites a committed shard without its placeholders; every other byte stays.
 
     Args:
         fingerprint: Of the data set.
-        fault: Told of `same_pictures.record_removed`.
+        fault: Fault injection, which has the point `same_pictures.record_removed`.
     """
 
     fingerprint: Mapping[str, Any]
     fault: JobFault | None = None
 
     def run(self, task: Retraction) -> int:
-        """Return how many samples were withdrawn.
+        """Rewrite the shard, and return the number of retracted samples.
 
-        Done again after it was killed anywhere, it ends in the same: the new record is there before
-        the old one goes, and what was withdrawn is told by the ledger, which is written after both.
+        A repeat after a kill at any point ends in the same state: the new commit record is written
+        before the old one is removed, and the ledger, which has the retractions, after both.
         """
         split_url, old = task.split_url, task.commit
         rows = read_shard_ledger(split_url, old.index)
@@ -130,7 +129,7 @@ class RetractionWorker:
                 fingerprint=self.fingerprint,
             )
             if new.name == old.name:
-                # An earlier attempt came as far as the ledger.
+                # An earlier attempt got this far; only the ledger is left to write.
                 write_ledger(split_url, old.index, rows)
                 return len(retracted)
             storage.remove(storage.join(split_url, old.commit_name))
@@ -143,7 +142,7 @@ class RetractionWorker:
 
 
 def _asked_images(ledger: pa.Table) -> pa.Table:
-    """Return sha256 and address of the pictures that came from one, and what deals them out."""
+    """Return sha256 and URL of the images that came from one, with the hash to partition by."""
     came = pc.and_(pc.is_valid(ledger["sha256"]), pc.is_valid(ledger["final_url"]))
     images = ledger.filter(came).select(["sha256", "image"])
     digits = pc.utf8_slice_codeunits(images["sha256"], 0, 16).to_pylist()
@@ -152,12 +151,12 @@ def _asked_images(ledger: pa.Table) -> pa.Table:
 
 
 def _was_asked(found: FetchedImage) -> bool:
-    """Say whether a picture came from an address: equal files are somebody's own matter."""
+    """Return whether an image came from a URL: equal local files are the user's own choice."""
     return found.fetched.final_url is not None
 
 
 def _has_retracted(ledger: pa.Table, placeholders: Set[str]) -> bool:
-    """Say whether `_is_retracted` is true of a row."""
+    """Return whether `_is_retracted` is true of any row."""
     known = pa.array(sorted(placeholders), pa.string())
     was_written = pc.and_(pc.equal(ledger["status"], "ok"), pc.is_valid(ledger["final_url"]))
     is_known = pc.is_in(ledger["sha256"], value_set=known)

@@ -1,9 +1,9 @@
-"""The plan: which instances there are, and which shard each goes into.
+"""The plan of a split: its instances, and the shard of each one.
 
 The plan is a function of the corpus, the recipe, `--limit`, `--seed` and `--exclude` alone. It is
 written beside the shards before anything is fetched, so that a repeated command does the same
-work. Memory hardly grows with the corpus: rows go through files (`grouped`), and of each dialog
-eight bytes are remembered.
+work. Memory use hardly grows with the corpus: rows go through files on disk (`shard_assignment`),
+and only eight bytes per dialog stay in memory.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from d2i.shards import committed_names
 
 _FORMAT = 2
 _BATCH, _BATCH_CHARS = 500, 16 << 20
-"""Few enough to be still in the processor's cache when they are laid out in columns, and where
-their contexts are long, to take little memory."""
+"""Instances and characters per batch. It is small enough to stay in the CPU cache while it is laid
+out in columns, and to take little memory where contexts are long."""
 _NUM_WRITERS = 4
 _NUM_DISTANT_WRITERS = 32
-"""Where a file is mostly waited for."""
+"""For object stores, where a write mostly waits for the network."""
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What decides a plan."""
+    """The inputs that determine a plan."""
 
     corpus: str
     source: str
@@ -64,10 +64,11 @@ class PlanRequest:
 class Plan:
     """The plan of one split, as kept in `plan/plan.json`.
 
-    `most_occurrences` are the instances of the picture that has most: all are in one shard.
-    `corpus_name` is what the corpus calls itself, where it is not the one whose layout it has.
-    `num_unmatched` are the keys of this split in the list of `--exclude` that no instance read has.
-    `files` are the sha256 of the records, by file name; plans made before have none.
+    `most_occurrences` is the number of instances of the most frequent image; one shard holds all
+    of them. `corpus_name` is the corpus's own name, if it only shares the layout of the corpus
+    that was requested. `num_unmatched` counts the keys of this split in the `--exclude` list that
+    match no instance read. `files` maps the file names of the records to their sha256; older plans
+    have none.
     """
 
     decided_by: dict[str, Any]
@@ -83,23 +84,23 @@ class Plan:
     files: dict[str, str] = field(default_factory=dict)
 
     def sha256(self, index: int) -> str | None:
-        """Return the sha256 of the records of a shard; None where the plan says none."""
+        """Return the sha256 of a shard's records; None if the plan does not record it."""
         return self.files.get(_records_name(index))
 
 
 def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Plan:
-    """Return the plan at `split_url`, made now if it is not there yet.
+    """Return the plan at `split_url`, and make it if it does not exist yet.
 
-    A plan of other settings, of which no shard was finished, is made anew.
+    A plan with other settings is replaced as long as no shard of it is committed.
 
     Args:
-        request: What decides the plan.
-        split_url: The data set's folder.
-        keep: Whether a new plan is written there, with the records of its shards.
+        request: The inputs of the plan.
+        split_url: The data set's directory.
+        keep: Whether to write a new plan there, with the records of its shards.
 
     Raises:
-        ConfigError: If the limit is below 1, or finished shards are there that other settings
-            decided; the difference is named.
+        ConfigError: If the limit is below 1, or if shards with other settings are committed; the
+            error names the difference.
         DataError: If the corpus holds no instance of this split.
     """
     if request.limit is not None and request.limit < 1:
@@ -121,7 +122,7 @@ def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Pla
 
 
 class _Planner:
-    """One reading of the corpus, from its records to those of the shards."""
+    """One pass over the corpus, from its records to the records of the shards."""
 
     def __init__(self, request: PlanRequest, split_url: str | None, scratch: Path) -> None:
         self.request = request
@@ -133,7 +134,7 @@ class _Planner:
         self.inline = InlineWriter(scratch / "inline", split_url)
 
     def plan(self) -> Plan:
-        """Read, choose, group and, where the plan is kept, write."""
+        """Read, select and group the instances; write the plan if it is kept."""
         with (
             ShardAssigner(self.scratch) as grouped,
             (self.scratch / "problems.jsonl").open("wb") as problems,
@@ -166,7 +167,7 @@ class _Planner:
         return plan
 
     def _why_none(self) -> str:
-        """Say why there is no instance: what was read, and the first case of each problem."""
+        """Return the reason for an empty plan, with the first case of each record issue."""
         split, num_excluded = self.request.split, self.num_excluded
         if num_excluded:
             return (
@@ -180,18 +181,18 @@ class _Planner:
         )
 
     def _finish(self, plan: Plan, split_url: str) -> None:
-        """Write the plan's own file, once all others are safely there."""
+        """Write `plan.json`, once all other files of the plan are durable."""
         self.inline.finish()
         problems_url = storage.join(split_url, "plan", "problems.jsonl")
-        # Flushes the names of the records as well.
+        # Also syncs the directory entries of the records.
         storage.publish_atomically(self.scratch / "problems.jsonl", problems_url)
         data = json.dumps(asdict(plan), indent=1, sort_keys=True).encode()
         checksums.write_bytes(plan_url(split_url), data)
 
     def _written(self, shards: Iterable[pa.Table], split_url: str) -> Iterator[pa.Table]:
-        """Write the records of each shard, several at a time, and pass it on when they are there.
+        """Write the records of several shards at a time, and yield each shard once written.
 
-        Their names are flushed at the end, as none counts before the plan's own file is there.
+        Their directory entries are synced at the end, as none counts before `plan.json` exists.
         """
 
         def write(numbered: tuple[int, pa.Table]) -> tuple[int, pa.Table, str]:
@@ -206,7 +207,7 @@ class _Planner:
             yield shard
 
     def _read(self, problems: IO[bytes]) -> Iterator[Instance]:
-        """Read the instances that are not excluded, and write down every problem."""
+        """Read the instances that are not excluded, and write every record issue to a file."""
 
         def note(problem: RecordIssue) -> None:
             self.problems.add(problem)
@@ -235,7 +236,7 @@ class _Planner:
                 yield instance
 
     def _choose(self, instances: Iterator[Instance], grouped: ShardAssigner) -> int:
-        """Group what may be chosen; return the rank of the last one that is."""
+        """Group the candidate instances; return the largest rank that is selected."""
         request = self.request
         rule = request.recipe.preprocess.choose
         choice = SmallestRankSampler(request.limit, rule, request.seed)
@@ -254,7 +255,7 @@ class _Planner:
 def _batches(
     instances: Iterator[Instance], is_full: Callable[[], bool]
 ) -> Iterator[list[Instance]]:
-    """Give `_BATCH` instances at a time, or fewer that reach `_BATCH_CHARS` or are said to do."""
+    """Yield `_BATCH` instances at a time, or fewer at `_BATCH_CHARS` or when `is_full()`."""
     batch: list[Instance] = []
     num_chars = 0
     for instance in instances:
@@ -271,7 +272,7 @@ def read_plan(split_url: str) -> Plan:
     """Read the plan of a split.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is no plan.
         ConfigError: If it is damaged.
     """
     refused: dict[str, Any] = {"next_step": PLAN_AGAIN, "error": ConfigError}
@@ -283,27 +284,27 @@ def read_plan(split_url: str) -> Plan:
 
 
 def _clear_plan(split_url: str) -> None:
-    """Remove a plan that is made anew, what decides that it is there first."""
+    """Remove a plan that is being replaced: `plan.json` first, as the rest counts only with it."""
     checksums.remove(plan_url(split_url))
     folder = storage.join(split_url, "plan")
     for name in storage.list_names(folder):
         if name != INLINE_FOLDER:
-            # The images of the new plan are among those that lie there.
+            # It already holds the images of the new plan.
             storage.remove(storage.join(folder, name))
 
 
 def plan_url(split_url: str) -> str:
-    """Return where a plan says what it is."""
+    """Return the URL of `plan.json`."""
     return storage.join(split_url, "plan", "plan.json")
 
 
 def fingerprint_url(split_url: str) -> str:
-    """Return where the fingerprint lies while the manifest is not yet written."""
+    """Return the URL of the fingerprint, which is written before the manifest."""
     return storage.join(split_url, "plan", "fingerprint.json")
 
 
 def records_url(split_url: str, index: int) -> str:
-    """Return where the records of one planned shard lie."""
+    """Return the URL of the records of one planned shard."""
     return storage.join(split_url, "plan", _records_name(index))
 
 
@@ -314,7 +315,7 @@ def _records_name(index: int) -> str:
 def _decided_by(request: PlanRequest) -> dict[str, Any]:
     recipe = request.recipe.model_dump(mode="json")
     settings = {name: recipe[name] for name in ("corpus", "image", "text", "encoders")}
-    # How much may be broken changes no instance; plans made before name no split_*.
+    # max_broken changes no instance, and older plans have no split_* settings.
     settings["corpus"] = {
         name: value
         for name, value in recipe["corpus"].items()

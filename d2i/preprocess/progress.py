@@ -1,4 +1,4 @@
-"""How far the job is: told by all workers while they are at it, shown as one line."""
+"""Progress of a running job: counted by all workers, shown as one line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from d2i.preprocess.messages import ShardResult
 
 @dataclass
 class Tally:
-    """Pictures opened so far, and why others cannot be used; one for a whole job."""
+    """Number of usable images so far, and failures by reason; one tally for a whole job."""
 
     num_ok: int = 0
     failures: Counter[str] = field(default_factory=Counter)
 
     def add(self, reasons: Iterable[str]) -> None:
-        """Count what came of some pictures: `ok`, or the class of the failure."""
+        """Count the results of some images: `ok`, or the class of the failure."""
         counts = Counter(reasons)
         self.num_ok += counts.pop("ok", 0)
         self.failures.update(counts)
@@ -31,7 +31,7 @@ class Tally:
 
 @dataclass
 class JobProgress:
-    """How far the job is, for a progress line."""
+    """Progress of a job, for a progress line."""
 
     num_instances: int
     num_done: int = 0
@@ -44,12 +44,12 @@ class JobProgress:
         self.num_done += result.num_written + sum(result.failures.values())
 
     def look(self, tally: SharedActor[Tally]) -> None:
-        """See how far fetching is."""
+        """Update the fetch counts from the tally."""
         num_ok, self.failures = tally.call("state")
         self.num_images = num_ok + sum(self.failures.values())
 
     def line(self) -> str:
-        """Return counts, rates, time left and the failed pictures by reason."""
+        """Return counts, rates, time left and the failed images by reason."""
         passed_s = max(time.monotonic() - self.started, 1e-9)
         rate = self.num_done / passed_s
         left = f"{(self.num_instances - self.num_done) / rate:.0f} s left" if rate else "… left"

@@ -1,6 +1,6 @@
 """The record: one instance as a row of a planned shard's Parquet file.
 
-Its columns stand in ARCHITECTURE.md, Prepared data.
+Its columns are listed in ARCHITECTURE.md, Prepared data.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ SCHEMA = pa.schema(
 def records_table(instances: Sequence[Instance]) -> pa.Table:
     """Return instances as a table of `SCHEMA`, in their order.
 
-    Column by column: a corpus has millions of them, and a row as a dict costs ten times as much.
+    Built column by column: a corpus has millions of rows, and a dict per row costs ten times as
+    much.
     """
     contexts = [instance.context for instance in instances]
     turns = list(itertools.chain.from_iterable(contexts))
@@ -76,7 +77,7 @@ def read_records(url: str, sha256: str | None) -> list[Instance]:
 
     Args:
         url: The file.
-        sha256: Of its bytes, as the plan says it; None: older plans say none.
+        sha256: Of its bytes, from the plan; None for older plans, which have none.
 
     Raises:
         ShardError: If it is not the file that was planned.
@@ -93,7 +94,7 @@ def read_records(url: str, sha256: str | None) -> list[Instance]:
 
 def table_bytes(table: pa.Table) -> memoryview:
     """Encode an Arrow table as Parquet."""
-    # Arrow's own buffer: several threads that write to a Python file would wait for each other.
+    # Arrow's own buffer, as threads that write to a Python file would block each other.
     buffer = pa.BufferOutputStream()
     # Rows are read whole and hardly repeat: dictionaries and statistics would save nothing.
     pq.write_table(table, buffer, compression="lz4", use_dictionary=False, write_statistics=False)
@@ -101,18 +102,18 @@ def table_bytes(table: pa.Table) -> memoryview:
 
 
 def write_records(url: str, table: pa.Table, *, sync_name: bool = True) -> str:
-    """Write the records of a planned shard, complete or not at all; return their sha256.
+    """Write the records of a planned shard atomically; return their sha256.
 
     `sync_name` is that of `storage.publish_atomically`.
     """
     data = table_bytes(table)
     with storage.new_file(url, sync_name=sync_name) as path:
-        path.write_bytes(data)  # At once: Arrow's many small pieces take much longer.
+        path.write_bytes(data)  # In one write: Arrow's many small ones take much longer.
     return sha256_of(data)
 
 
 def instance_values(instance: Instance) -> dict[str, object]:
-    """Return an instance as plain values, all but where its picture is to be had."""
+    """Return an instance as plain values, without the reference of its image."""
     return {
         "key": instance.key,
         "split": instance.split,
@@ -128,14 +129,14 @@ def instance_values(instance: Instance) -> dict[str, object]:
 
 
 def _repeated(values: list[str | None]) -> pa.Array:
-    """Lay out texts that are mostly all the same, and then need not be read one by one."""
+    """Return a string array; fast if all values are equal, as they mostly are."""
     if values and values.count(values[0]) == len(values):
         return pa.repeat(pa.scalar(values[0], pa.string()), len(values))
     return pa.array(values, pa.string())
 
 
 def _speakers(values: list[int | None]) -> pa.Array:
-    """Lay out speakers, whom MMDialog never names."""
+    """Return the array of speakers; fast if all are None, as in MMDialog."""
     if values.count(None) == len(values):
         return pa.nulls(len(values), pa.int8())
     return pa.array(values, pa.int8())

@@ -1,8 +1,8 @@
-"""Make again exactly what of prepared data is broken or missing, to the bytes that were there.
+"""Repair of broken or missing parts of prepared data, byte for byte.
 
-What is left of a data set restores the rest first (`d2i.shards.restore`); only lost samples are
-fetched and encoded again, by the path that made them. Nothing but the bytes of before is published
-under a shard's name.
+The intact parts of a data set are used first (`d2i.shards.restore`); only lost samples are fetched
+and encoded again, by the code path that made them. Only the original bytes are ever published under
+a shard's name.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ from d2i.shards.write import file_info
 
 @dataclass(frozen=True)
 class RepairRequest:
-    """One repair: of a folder that d2i preprocess made, or of one of its splits.
+    """One repair: of a directory that d2i preprocess made, or of one of its splits.
 
     Args:
-        settings: Of the recipe, for what lies elsewhere by now.
+        settings: Recipe settings for inputs that have moved since.
     """
 
     folder: str
@@ -69,15 +69,16 @@ class RepairRequest:
 
 @dataclass(frozen=True)
 class RepairSummary:
-    """What became of one data set.
+    """The outcome of the repair of one data set.
 
     Attributes:
-        folder: Its folder.
-        mended: Files that were restored from what was left.
-        made: Shards that were made again.
-        problems: What `verify` finds afterwards; `repair` is the reason of what cannot be mended.
-        notes: Files of the job, beside the shards, that are lost, and what that means: no reader
-            of the data misses them.
+        folder: Its directory.
+        mended: Files that were restored from intact parts.
+        made: Shards that were remade.
+        problems: Problems left, as `verify` finds them; those beyond repair have the reason
+            `repair`.
+        notes: Lost job files beside the shards, and what the loss means; readers of the data do
+            not need them.
     """
 
     folder: str
@@ -90,14 +91,14 @@ class RepairSummary:
 def repair(
     request: RepairRequest, on_progress: Callable[[int, int], None] = lambda _done, _all: None
 ) -> list[RepairSummary]:
-    """Repair every data set of a folder; a sound one is left as it is.
+    """Repair every data set of a directory; leave intact ones unchanged.
 
     Args:
-        request: Which folder, and where the work runs.
-        on_progress: Told of the shards made again and their total, set by set.
+        request: The directory, and where the work runs.
+        on_progress: Called with the number of shards done and their total, per data set.
 
     Raises:
-        D2IError: What the user can mend; what was repaired so far is kept.
+        D2IError: If the user can fix the error; repairs so far are kept.
     """
     url = storage.resolve(request.folder)
     with storage.exclusive_lock(_root(url)):
@@ -118,7 +119,7 @@ class _RepairedSet:
         self.fingerprint = self._fingerprint()
 
     def repair(self, on_progress: Callable[[int, int], None]) -> RepairSummary:
-        """Mend what is left, make the rest again, fold the manifest anew, and check it all."""
+        """Restore from intact parts, remake the rest, rebuild the manifest, and verify it all."""
         storage.remove_temp_files(self.url)
         commits = self._restore_records()
         mended = restore(self.url, commits.values(), self.fingerprint)
@@ -127,7 +128,7 @@ class _RepairedSet:
             self._make(self.job, self._tasks(self.job, commits, mended), commits, on_progress)
         if not self.problems and self._restore_manifest():
             storage.remove_temp_files(self.url)
-            # The manifest says by now which shards do not belong here.
+            # The manifest now defines which shards do not belong here.
             remove_other_shards(self.url, (c.name for c in self._evidence().commits.values()))
         report = verify(self.url)
         problems = (*self.problems, *report.problems)
@@ -137,7 +138,7 @@ class _RepairedSet:
         )
 
     def _kept_job(self) -> JobFiles | None:
-        """Return how the set was made; without that, only what is left can mend it."""
+        """Return the job files; None if they are lost, and only intact parts can be used."""
         try:
             return JobFiles(self.url)
         except D2IError as err:
@@ -146,21 +147,21 @@ class _RepairedSet:
             return None
 
     def _evidence(self) -> RecoveryInputs:
-        """Return what is known of the shards, but of those that the manifest does not know.
+        """Return what is known of the shards, without those that do not belong to the manifest.
 
-        A plan alone excludes none: it may have lost its supplements.
+        Without a manifest none are excluded: the plan may have lost its supplements.
         """
         found = find_recovery_inputs(self.url)
         if found.manifest is None:
             return found
         belonging = {shard.index for shard in found.manifest.shards}
-        # A supplement may be under way.
+        # A supplement may be in progress.
         belonging |= {*self.job.indexes()} if self.job else set[int]()
         kept = {i: commit for i, commit in found.commits.items() if i in belonging}
         return RecoveryInputs(found.manifest, kept)
 
     def _fingerprint(self) -> dict[str, Any] | None:
-        """Return what the shards were made under, restored where the manifest tells it."""
+        """Return the fingerprint of the shards, restored from the manifest if there is one."""
         manifest = self.evidence.manifest
         if manifest is None:
             return self.job.fingerprint() if self.job else None
@@ -199,7 +200,7 @@ class _RepairedSet:
         commits: dict[int, Commit],
         on_progress: Callable[[int, int], None],
     ) -> None:
-        """Make shards, and the features of '' where they are not those of the manifest."""
+        """Remake shards, and the features of '' if they are not those of the manifest."""
         if not tasks and self._has_features(commits):
             return
         request = self.request
@@ -241,7 +242,7 @@ class _RepairedSet:
         )
 
     def _has_features(self, commits: dict[int, Commit]) -> bool:
-        """Say whether the features of '' are known to be whole, or what would be folded is."""
+        """Return whether the features of '' match the manifest, or a rebuilt one is valid."""
         if self.evidence.manifest:
             return all(_is(self.url, n, i) for n, i in self.evidence.manifest.files.items())
         if self.fingerprint is None or not commits:
@@ -252,7 +253,7 @@ class _RepairedSet:
             return False
 
     def _restore_manifest(self) -> bool:
-        """Write the manifest where that was damaged; say whether there is one now."""
+        """Rebuild the manifest if it was damaged; return whether there is one now."""
         if self.evidence.manifest:
             return True
         fingerprint = self.fingerprint or (self.job.fingerprint() if self.job else None)
@@ -276,7 +277,7 @@ class _RepairedSet:
         return merge_commits(self.url, fingerprint, [commits[index] for index in sorted(commits)])
 
     def _is_complete(self, manifest: Manifest) -> bool:
-        """Say whether a manifest that was folded anew leaves out no shard that was there."""
+        """Return whether a rebuilt manifest leaves out no shard that was there."""
         is_told = matches_checksum_file(self.url, manifest)
         if is_told is False:
             detail = (
@@ -298,7 +299,7 @@ class _RepairedSet:
 
 
 class _Settling:
-    """Writes the features of '' and the fingerprint, where they are not as they should be."""
+    """Writes the features of '' and the fingerprint where they are missing or wrong."""
 
     def run(self, builder: EncodeWorkerBuilder) -> None:
         builder()
@@ -310,6 +311,6 @@ def _is(url: str, name: str, expected: object) -> bool:
 
 
 def _root(folder: str) -> str:
-    """Return the folder that one command holds: the one whose splits were prepared together."""
+    """Return the directory that one command locks: the root of splits prepared together."""
     is_root = storage.exists(storage.join(folder, "recipe.json"))
     return folder if is_root else folder.rpartition("/")[0] or folder

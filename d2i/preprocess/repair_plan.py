@@ -1,4 +1,4 @@
-"""What a repair must fetch and encode, by what manifest, records, indexes and ledger still tell."""
+"""Plan of a repair: what to fetch and encode, by manifest, records, indexes and ledger."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from d2i.shards.commit import fingerprint_sha256
 def lost_records(
     job: JobFiles, evidence: RecoveryInputs, fingerprint: Mapping[str, object] | None
 ) -> dict[int, Commit]:
-    """Write the records that neither manifest nor file tells of, but tar and ledger do.
+    """Rebuild commit records from tar and ledger that neither the manifest nor a file has.
 
     Returns:
-        The records written, by number of the shard.
+        The records written, by shard number.
     """
     found: dict[int, Commit] = {}
     for index in unknown_shards(job, evidence, evidence.commits) if fingerprint else ():
@@ -34,14 +34,14 @@ def lost_records(
 def unknown_shards(
     job: JobFiles, evidence: RecoveryInputs, commits: Mapping[int, Commit]
 ) -> Iterable[int]:
-    """Return the numbers of the shards that should be there, and of which no record is."""
+    """Return the numbers of expected shards without a commit record; none with a manifest."""
     if evidence.manifest:
         return []
     return [index for index in job.indexes() if index not in commits]
 
 
 def broken_tasks(job: JobFiles, broken: Iterable[Commit]) -> Iterator[RepairTask]:
-    """Give what must be made again of shards whose record is known: only the samples lost."""
+    """Yield the repair of each broken shard whose record is known: only its lost samples."""
     for commit in broken:
         keys = broken_keys(job.split_url, commit)
         if keys is None:
@@ -57,7 +57,7 @@ def broken_tasks(job: JobFiles, broken: Iterable[Commit]) -> Iterator[RepairTask
 
 
 def unknown_task(job: JobFiles, index: int) -> RepairTask | None:
-    """Give a shard of which neither record nor tar is left, as the ledger tells of it."""
+    """Return the repair of a shard without record and tar from the ledger; None if that is lost."""
     keys, failures = job.written_keys(index), job.failures(index)
     if keys is None or failures is None:
         return None

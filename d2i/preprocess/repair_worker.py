@@ -1,4 +1,4 @@
-"""The repairing worker: a damaged shard again, of whole samples and of those made anew."""
+"""The repair worker: remakes a damaged shard from its intact samples and newly made ones."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from d2i.shards import Commit, Sample, intact_samples, write_shard
 
 @dataclass(frozen=True)
 class RepairTask(ShardTask):
-    """A shard that is made again.
+    """A shard to remake.
 
     Args:
-        failures: What its record says of the instances that have no sample.
-        commit: Its record, where that is known: then nothing else is published, and the samples
-            outside `keys` are kept.
+        failures: Instances without a sample, by reason, as in its commit record.
+        commit: Its commit record, if known: then only the exact shard is published, and the
+            samples outside `keys` are kept.
     """
 
     failures: dict[str, int] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class RepairTask(ShardTask):
 
 @dataclass(frozen=True)
 class RepairResult:
-    """What came of it; `problem` is why the shard is as it was, or None."""
+    """The outcome of a repair; `problem` is the reason why the shard is unchanged, or None."""
 
     name: str
     problem: str | None = None
@@ -38,27 +38,27 @@ class RepairResult:
 
 @dataclass(frozen=True)
 class RepairWorkerBuilder:
-    """Builds the worker where it runs; picklable."""
+    """Picklable builder of the repair worker, called where the worker runs."""
 
     encode: EncodeWorkerBuilder
 
     def __call__(self) -> RepairWorker:
-        """Load the encoders, which must be those that the shards were made by.
+        """Load the encoders, which must be those that made the shards.
 
         Raises:
-            ShardError: If the shards there were made by other weights, settings or versions.
+            ShardError: If existing shards were made with other weights, settings or versions.
         """
         return RepairWorker(self.encode())
 
 
 class RepairWorker:
-    """Holds the encoders; `run` makes one shard again, its ledger left as it is."""
+    """Holds the encoders; `run` remakes one shard and leaves its ledger unchanged."""
 
     def __init__(self, encode: EncodeWorker) -> None:
         self._encode = encode
 
     def run(self, task: RepairTask, blocks: Iterable[list[FetchedImage]]) -> RepairResult:
-        """Publish the very shard that was there, or say why that is not possible."""
+        """Publish the exact original shard, or return the reason why that is not possible."""
         with source_bytes(task.split_url) as sources:
             found = list(sources.taken_from(blocks))
             return self._publish(task, self._encode.encode(task.instances(), found, sources))
@@ -85,7 +85,7 @@ class RepairWorker:
 
 
 def _samples(task: RepairTask, made: Encoded) -> Iterator[Sample]:
-    """Merge whole samples with those made anew, in key order."""
+    """Merge intact samples with newly made ones, in key order."""
     whole = intact_samples(task.split_url, task.commit) if task.commit else iter(())
     kept = (sample for sample in whole if sample.key not in (task.keys or ()))
     return heapq.merge(kept, made.samples, key=lambda sample: sample.key)

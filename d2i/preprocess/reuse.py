@@ -1,8 +1,8 @@
-"""Image members of data that was prepared before: `--reuse DIR` makes new text for old pictures.
+"""Image members of earlier prepared data: `--reuse DIR` makes new text features for old images.
 
-An instance is found by its key, and only where it names the same picture. What failed before fails
-again for the same reason, unasked, so that both data sets hold the same instances. Must not import
-torch.
+An instance is found by its key, and only if it names the same image. Earlier failures are copied
+with their reason and without a request, so that both data sets hold the same instances. Must not
+import torch.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from d2i.shards import IMAGE_SUFFIXES, ShardReader, check_json, npy_array
 
 @dataclass(frozen=True)
 class Reuse:
-    """Data that was prepared before; picklable.
+    """Earlier prepared data; picklable.
 
     Args:
-        folder: Its folder, with the same splits.
+        folder: Its directory, with the same splits.
     """
 
     folder: str
@@ -40,14 +40,14 @@ class Reuse:
 
 @dataclass(frozen=True)
 class Reused:
-    """What is known of a shard's pictures already, each by its reference."""
+    """Known results of a shard's images, by image reference."""
 
     images: dict[ImageRef, SourceFile] = field(default_factory=dict)
     features: dict[ImageRef, ImageFeatures] = field(default_factory=dict)
     failures: dict[ImageRef, LedgerRow] = field(default_factory=dict)
 
     def rows(self, instances: Sequence[Instance]) -> Iterator[LedgerRow]:
-        """Say what became of those instances whose picture is known."""
+        """Yield the ledger rows of those instances whose image is known."""
         for instance in instances:
             if instance.image_ref in self.failures:
                 yield replace(self.failures[instance.image_ref], key=instance.key)
@@ -59,24 +59,24 @@ NOTHING_REUSED = Reused()
 
 
 class ReusedSplits:
-    """The splits of data that was prepared before, each opened when it is needed."""
+    """The splits of earlier prepared data, each opened when it is needed."""
 
     def __init__(self, reuse: Reuse | None) -> None:
         self._reuse = reuse
         self._open: dict[str, ReusedSplit] = {}
 
     def check(self, split_url: str, image_part: Mapping[str, Any]) -> None:
-        """Refuse pictures that were encoded otherwise; see `ReusedSplit.check`."""
+        """Reject images that were encoded differently; see `ReusedSplit.check`."""
         if split := self._split(split_url):
             split.check(image_part)
 
     def known(self, task: ShardTask, recipe: Recipe) -> set[ImageRef]:
-        """Return the pictures of a shard that need not be fetched."""
+        """Return the images of a shard that need not be fetched."""
         split = self._split(task.split_url)
         return split.known(task, recipe) if split else set()
 
     def read(self, task: ShardTask, recipe: Recipe, sources: SpillBuffer) -> Reused:
-        """Read what is known of a shard's pictures; see `ReusedSplit.read`."""
+        """Read the known results of a shard's images; see `ReusedSplit.read`."""
         split = self._split(task.split_url)
         return split.read(task, recipe, sources) if split else NOTHING_REUSED
 
@@ -84,7 +84,7 @@ class ReusedSplits:
         """Open the split that has the name of the new one.
 
         Raises:
-            ShardError: If it is not there, not finished or damaged.
+            ShardError: If it is missing, unfinished or damaged.
         """
         if self._reuse is None:
             return None
@@ -95,7 +95,7 @@ class ReusedSplits:
 
 
 class ReusedSplit:
-    """The pictures of one prepared split, by the keys of its samples."""
+    """The images of one prepared split, by the keys of its samples."""
 
     def __init__(self, url: str) -> None:
         self._reader = ShardReader(url)
@@ -105,13 +105,13 @@ class ReusedSplit:
         self._places_of_failures = KeyIndex(self._failures["key"].to_pylist())
 
     def check(self, image_part: Mapping[str, Any]) -> None:
-        """Refuse pictures that were encoded otherwise.
+        """Reject images that were encoded differently.
 
         Args:
             image_part: The image part of the fingerprint that the new data will have.
 
         Raises:
-            ShardError: Naming what differs.
+            ShardError: If it differs; the error names the fields.
         """
         theirs: Any = self._reader.manifest.fingerprint.get("image", {})
         if named := diff(theirs, image_part):
@@ -122,20 +122,20 @@ class ReusedSplit:
             )
 
     def known(self, task: ShardTask, recipe: Recipe) -> set[ImageRef]:
-        """Return the pictures of a shard that need not be fetched."""
+        """Return the images of a shard that need not be fetched."""
         instances = task.instances()
         return {*self._places(instances, recipe), *self._failed(task, instances)}
 
     def read(self, task: ShardTask, recipe: Recipe, sources: SpillBuffer) -> Reused:
-        """Read what is known of a shard's pictures, every byte against its checksum.
+        """Read the known results of a shard's images, every byte checked against its checksum.
 
         Args:
             task: The shard.
             recipe: Of the new data.
-            sources: Takes their source bytes, where those are there.
+            sources: Receives their source bytes, where there are any.
 
         Raises:
-            ShardError: If a byte is not what it was; `d2i repair` mends that.
+            ShardError: If a byte has changed; `d2i repair` restores it.
         """
         instances = task.instances()
         places = self._places(instances, recipe)
@@ -164,7 +164,7 @@ class ReusedSplit:
         return found
 
     def _failed(self, task: ShardTask, instances: Sequence[Instance]) -> dict[ImageRef, LedgerRow]:
-        """Return the failures of before; none for a supplement, which is there to ask again."""
+        """Return the earlier failures; none for a supplement, whose purpose is to retry them."""
         if task.failed_before:
             return {}
         places = [self._places_of_failures.find(instance.key) for instance in instances]
@@ -176,7 +176,7 @@ class ReusedSplit:
 
 
 def _lacks_image(table: pa.Table) -> pa.ChunkedArray:
-    """Say which instances failed for their picture: the text of the others is made anew."""
+    """Return a mask of instances whose image failed; the text of the others is encoded again."""
     failed = pc.not_equal(table["status"], "ok")
     return pc.and_(failed, pc.not_equal(table["reason"], NON_FINITE_TEXT))
 

@@ -1,4 +1,4 @@
-"""Which instances are kept where `--limit` wants fewer than there are: those of smallest rank."""
+"""Selection of instances for `--limit`: those with the smallest ranks are kept."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Rule = Literal["hash", "reservoir", "first"]
 Ranking = Callable[[Sequence[Instance]], NDArray[np.uint64]]
 LAST_RANK = 2**64 - 1
 _SLACK = 1.05
-"""How many more than wanted are kept before the largest ranks are looked for anew."""
+"""How far the number of kept ranks may exceed the limit before the largest are dropped."""
 
 
 class SmallestRankSampler:
-    """Ranks instances as they are read, and knows the largest rank that is still wanted.
+    """Ranks instances as they are read, and tracks the largest rank that is still wanted.
 
     Args:
-        limit: How many are kept; None keeps all.
-        rule: `hash` ranks by a seeded hash of the key: the same set whatever the order of
-            reading. `reservoir` draws ranks in the order of reading, `first` counts them.
-        seed: Of hash and reservoir.
+        limit: Number of instances to keep; None keeps all.
+        rule: `hash` ranks by a seeded hash of the key: the same set in any reading order.
+            `reservoir` draws random ranks in reading order, `first` counts in reading order.
+        seed: Seed of `hash` and `reservoir`.
     """
 
     def __init__(self, limit: int | None, rule: Rule, seed: int) -> None:
@@ -47,7 +47,7 @@ class SmallestRankSampler:
         return ranks
 
     def last_rank(self) -> int:
-        """Return the largest rank of the chosen, once all instances were ranked."""
+        """Return the largest selected rank, once all instances are ranked."""
         self._forget_large_ranks()
         return self.max_rank
 

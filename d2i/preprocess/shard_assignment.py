@@ -1,7 +1,7 @@
-"""Instances grouped by their picture and cut into shards, without holding them all.
+"""Assignment of instances to shards: grouped by image, without holding all in memory.
 
-Rows go to disk and come back in ranges of their picture's hash (`dealt`), each of which is sorted
-by itself.
+Rows go to disk and come back in ranges of their image's hash (`hash_partition`), and each range
+is sorted alone.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _HASH, _RANK = "image_hash", "rank"
 
 
 class ShardAssigner:
-    """Takes instances in any order, and then gives them back as shards, by picture, then key.
+    """Takes instances in any order, then returns them as shards, sorted by image, then key.
 
-    Used with `with`, which ends the taking.
+    Use it in a `with` block, whose end closes the input.
 
     Args:
-        folder: A local folder, empty, for the file between.
+        folder: An empty local directory for the intermediate file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,25 +38,25 @@ class ShardAssigner:
         self.most_occurrences = 0
 
     def __enter__(self) -> Self:
-        """Begin to take instances."""
+        """Start accepting instances."""
         self._rows.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the file: what was taken can be given back."""
+        """Close the file, so that `shards` can read it."""
         self._rows.__exit__(*error)
 
     def add(self, instances: Sequence[Instance], ranks: NDArray[np.uint64]) -> None:
-        """Take a few instances, with the rank of each (N,)."""
+        """Add a batch of instances, with the rank of each (N,)."""
         table = records_table(instances)
         table = table.append_column(_HASH, pa.array(_image_hashes(instances), pa.uint64()))
         self._rows.add(table.append_column(_RANK, pa.array(ranks, pa.uint64())))
 
     def shards(self, max_rank: int, num_samples: int) -> Iterator[pa.Table]:
-        """Give the rows up to a rank, cut into shards of at least so many samples.
+        """Yield the rows up to a rank, cut into shards of at least `num_samples`, but for the last.
 
-        All instances of a picture stay together. `num_images` counts the pictures given so far,
-        `most_occurrences` the instances of the one that has most.
+        All instances of an image stay together. `num_images` counts the images so far,
+        `most_occurrences` the instances of the most frequent one.
         """
         rest, rest_hashes = None, np.zeros(0, np.uint64)
         for next_table, next_hashes in self._sorted_tables(max_rank):
@@ -75,7 +75,7 @@ class ShardAssigner:
             yield rest
 
     def _sorted_tables(self, max_rank: int) -> Iterator[tuple[pa.Table, NDArray[np.uint64]]]:
-        """Give the rows up to a rank, a range of hashes at a time: records and picture hashes."""
+        """Yield records and image hashes of the rows up to a rank, one hash range at a time."""
         for table in self._rows.buckets():
             order = _sorted_rows(table, max_rank)
             hashes = table.column(_HASH).take(order).to_numpy()
@@ -83,14 +83,14 @@ class ShardAssigner:
 
 
 def _sorted_rows(table: pa.Table, max_rank: int) -> pa.Array:
-    """Return the places of the rows up to a rank, by picture, then key."""
+    """Return the indices of the rows up to a rank, sorted by image, then key."""
     order = pc.sort_indices(table, [(_HASH, "ascending"), ("key", "ascending")])
     ranks = table.column(_RANK).to_numpy()
     return order.filter(pa.array(ranks[order.to_numpy()] <= np.uint64(max_rank)))
 
 
 def _shard_ends(hashes: NDArray[np.uint64], num_samples: int) -> Iterator[int]:
-    """Give where shards end that begin with these rows, as far as their end is among them."""
+    """Yield the end row of each shard that is complete within these rows."""
     image_starts = np.flatnonzero(hashes[1:] != hashes[:-1]) + 1
     begin = 0
     while True:
@@ -102,11 +102,11 @@ def _shard_ends(hashes: NDArray[np.uint64], num_samples: int) -> Iterator[int]:
 
 
 def _image_hashes(instances: Sequence[Instance]) -> NDArray[np.uint64]:
-    """Hash where each picture is to be had: spreads them, and their hosts, over all shards."""
+    """Hash the reference of each image, which spreads images and hosts over all shards."""
     start = hashlib.blake2b(digest_size=8)
     digests = []
     for instance in instances:
-        digest = start.copy()  # Half the time of setting up each anew.
+        digest = start.copy()  # Takes half the time of a new hasher.
         digest.update("\n".join(instance.image_ref.value).encode())
         digests.append(digest.digest())
     return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64)

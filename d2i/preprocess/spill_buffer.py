@@ -1,4 +1,4 @@
-"""Source bytes that a shard keeps: on disk, from when a picture comes until its sample is written.
+"""Spill buffer on disk for source bytes, from an image's arrival until its sample is written.
 
 Must not import torch.
 """
@@ -17,10 +17,10 @@ from d2i.preprocess.messages import FetchedImage
 
 
 class SpillBuffer:
-    """The bytes of pictures, by their references.
+    """The bytes of images in a file, by image reference.
 
     Args:
-        file: An empty file, open to be written and read.
+        file: An empty file, open for writing and reading.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -28,12 +28,12 @@ class SpillBuffer:
         self._places: dict[ImageRef, tuple[int, int]] = {}
 
     def put(self, ref: ImageRef, data: bytes) -> None:
-        """Keep the bytes of one picture."""
+        """Store the bytes of one image."""
         self._places[ref] = (self._file.seek(0, os.SEEK_END), len(data))
         self._file.write(data)
 
     def get(self, ref: ImageRef) -> bytes | None:
-        """Return the bytes of one picture, or None where none were kept."""
+        """Return the bytes of one image, or None if none are stored."""
         if ref not in self._places:
             return None
         start, size_bytes = self._places[ref]
@@ -41,7 +41,7 @@ class SpillBuffer:
         return self._file.read(size_bytes)
 
     def taken_from(self, blocks: Iterable[list[FetchedImage]]) -> Iterator[FetchedImage]:
-        """Yield pictures without their source bytes, and keep those."""
+        """Yield images without their source bytes, and store the bytes."""
         return (self._taken(found) for block in blocks for found in block)
 
     def _taken(self, found: FetchedImage) -> FetchedImage:
@@ -49,13 +49,13 @@ class SpillBuffer:
         if data is None or image is None:
             return found
         self.put(found.ref, data)
-        # Pixels that came through Ray lie in one block with the bytes, and would hold it there.
+        # Pixels that came through Ray share a block with the bytes, and would keep it in memory.
         image = replace(image, pixels=image.pixels.copy())
         return replace(found, fetched=found.fetched.without_data(), image=image)
 
 
 @contextmanager
 def source_bytes(folder_url: str) -> Iterator[SpillBuffer]:
-    """Give a place for the source bytes of one shard, where the shard itself is written."""
+    """Yield a buffer for the source bytes of one shard, on the disk where the shard is written."""
     with storage.scratch_file(folder_url) as path, path.open("w+b") as file:
         yield SpillBuffer(file)

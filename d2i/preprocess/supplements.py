@@ -1,7 +1,7 @@
-"""Ask again for what failed in passing: supplement shards beside the committed ones.
+"""Retry of transient failures: supplement shards beside the committed ones.
 
-Committed shards are never rewritten. The instances whose failure may have passed are planned into
-new shards, numbered after the planned ones; what becomes of them replaces their rows in the ledger.
+Committed shards are never rewritten. The instances with a transient failure are planned into new
+shards, numbered after the planned ones; their outcomes replace their rows in the ledger.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _PUT_BACK = "put the list back as it was, or choose another --out"
 
 @dataclass(frozen=True)
 class Supplement:
-    """One shard of instances that are asked for again.
+    """One shard of instances that are retried.
 
     Args:
         index: Its number, after those of the planned shards.
-        num_instances: How many instances it holds.
-        failures: Why they failed before, counted by reason.
-        sha256: Of its records; None: of a supplement planned before it was written down.
+        num_instances: Number of instances it holds.
+        failures: Their earlier failures, counted by reason.
+        sha256: Of its records; None for older supplements, which have none.
     """
 
     index: int
@@ -58,7 +58,7 @@ def read_supplements(split_url: str) -> list[Supplement]:
     """Return the supplements planned so far, in order.
 
     Raises:
-        ShardError: If their list is damaged.
+        ShardError: If the list is damaged.
     """
     url = _url(split_url)
     if not storage.exists(url):
@@ -72,18 +72,18 @@ def read_supplements(split_url: str) -> list[Supplement]:
 
 
 def plan_supplements(split_url: str, num_shards: int, num_samples: int) -> list[Supplement]:
-    """Plan the instances that failed in passing into new shards.
+    """Plan the instances with transient failures into new shards.
 
     Args:
         split_url: A data set of which every planned shard is committed and merged.
-        num_shards: How many shards were planned first.
-        num_samples: Instances a new shard holds at least, but for the last one.
+        num_shards: Number of shards of the first plan.
+        num_samples: Minimum number of instances of a new shard, but for the last one.
 
     Returns:
-        All supplements, those of before included.
+        All supplements, earlier ones included.
 
     Raises:
-        ShardError: If one is there of which the list of supplements says nothing.
+        ShardError: If a committed supplement is missing from the list of supplements.
     """
     planned = read_supplements(split_url)
     _refuse_unlisted(split_url, num_shards, planned)
@@ -93,24 +93,24 @@ def plan_supplements(split_url: str, num_shards: int, num_samples: int) -> list[
         sha256 = write_records(records_url(split_url, index), records_table(instances))
         failures = dict(sorted(Counter(reason for _, reason in part).items()))
         planned.append(Supplement(index, len(part), failures, sha256))
-    # Written last: records without their line here belong to no shard, and are written over.
+    # Written last: records that are not listed here belong to no shard, and are overwritten.
     data = json.dumps([asdict(supplement) for supplement in planned], indent=1).encode()
     checksums.write_bytes(_url(split_url), data)
     return planned
 
 
 def remove_supplements(split_url: str) -> None:
-    """Forget what was planned to be asked for again."""
+    """Remove the list of planned retries."""
     checksums.remove(_url(split_url))
 
 
 def merge_ledgers(split_url: str, num_shards: int, supplements: Iterable[Supplement]) -> None:
-    """Put the rows of committed supplements in the place of those they replace, in one pass.
+    """Replace ledger rows with those of committed supplements, in one pass.
 
-    Repeated after a kill it does what was left; afterwards each key has one row again.
+    A repeat after a kill does the rest; afterwards each key has one row again.
     """
     there = [s for s in supplements if storage.exists(ledger_url(split_url, s.index))]
-    # The later ones replace the earlier ones' too.
+    # Later supplements override earlier ones.
     newer = {row.key: row for s in there for row in read_shard_ledger(split_url, s.index)}
     if there:
         keys = pa.array(newer, pa.string())
@@ -123,14 +123,14 @@ def merge_ledgers(split_url: str, num_shards: int, supplements: Iterable[Supplem
 
 
 def net_failures(rows: Iterable[LedgerRow], before: dict[str, int]) -> dict[str, int]:
-    """Return how many more instances failed than before, by reason; fewer where negative."""
+    """Return the change in failed instances since before, by reason; negative if fewer failed."""
     change = Counter(count_failures(rows))
     change.subtract(before)
     return {reason: count for reason, count in sorted(change.items()) if count}
 
 
 def _transient_failures(split_url: str, num_shards: int) -> Iterator[tuple[Instance, str]]:
-    """Give the instances that failed in passing, by shard and picture, with the reason."""
+    """Yield the instances with transient failures, by shard and image, with the reason."""
     columns, plan = ["key", "status", "reason"], read_plan(split_url)
     for index, table in ledger_tables(split_url, columns, shards=range(num_shards)):
         passing = table.filter(pc.equal(table["status"], "passing"))
@@ -154,7 +154,7 @@ def _refuse_unlisted(split_url: str, num_shards: int, planned: list[Supplement])
 def _parts(
     instances: Iterable[tuple[Instance, str]], num_samples: int
 ) -> Iterator[list[tuple[Instance, str]]]:
-    """Cut into parts of at least so many, the instances of one picture together."""
+    """Cut into parts of at least `num_samples`; instances of one image stay together."""
     part: list[tuple[Instance, str]] = []
     for instance, reason in instances:
         if len(part) >= num_samples and part[-1][0].image_ref != instance.image_ref:
