@@ -2,7 +2,7 @@
 
 Owns the checks; the command line prints them. Every check imports what it needs when it runs, and a
 check that crashes becomes a `fail` row. Ray is started in its own process, so that a start-up that
-hangs can be killed. Must be imported by nothing but the command line.
+hangs can be killed. Only the command line may import it.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ _NUM_BEGUN = 4096
 """Maximum number of hosts whose last request is remembered; the longest idle are evicted."""
 _SHARE_UNREACHED = 0.9
 _FEW_HOSTS = 8
-"""So many hosts without a single one reached are enough to stop (our default)."""
+"""That many hosts, none of them reached, are enough to stop (our default)."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def detect_outage(
     Args:
         signs: From all shards.
         window: Number of different hosts, requested last, that are judged; 0: none are.
-        of_names: Whether only failed host names are of interest.
+        of_names: Report an outage only if all failures are failed lookups of host names.
     """
     for of_limiter in signs:
         if of_limiter.lost:
@@ -162,7 +162,7 @@ class HostState:
         Backoffs are in a row if the host gave fewer answers in between than the seconds it now asks
         for (our default: one answer pays for one second).
         """
-        # Requests that were in flight when the last backoff began tell nothing new.
+        # Requests that were in flight when the last backoff began show nothing new.
         if now >= self.backoff_until:
             self.num_backoffs = 1 if self.num_answers >= for_s else self.num_backoffs + 1
             self.num_answers = 0
@@ -248,7 +248,7 @@ class RateLimiter:
         """Return the signs of this machine's own network.
 
         Args:
-            of_names: Whether only failed host names are of interest.
+            of_names: Whether to report only failed lookups of host names.
         """
         window = self.limits.num_trouble_hosts
         known = [(begun_s, outcome) for begun_s, outcome in self._begun.values() if outcome]

@@ -101,8 +101,8 @@ def _netloc(host: str, port: int) -> str:
 def _host(parts: SplitResult) -> str:
     """Return a host in normal form: ASCII, lower case, an IP address as usually written.
 
-    Done once, before every check: wide digits and the dots of other scripts also spell an IP
-    address.
+    Done once, before every check: full-width digits and the dots of other scripts also spell
+    an IP address.
 
     Raises:
         ValueError: If it is not a host name.
