@@ -1,4 +1,4 @@
-"""Where work runs: in this process, or on Ray. The only package that imports ray."""
+"""Execution of tasks in this process or on Ray. The only package that imports ray."""
 
 from d2i.cluster.actors import ResourceRequest, num_session_cores
 from d2i.cluster.pipeline import Consumer, Pipeline, Producer, run_pipeline

@@ -1,7 +1,7 @@
-"""A crew: Ray actors of one kind. Who dies is replaced, and never given a task before it is there.
+"""Actor pool: Ray actors of one kind. A dead one is replaced; a new one gets tasks only once built.
 
-Ray would restart a dead actor with its task still in hand; where its node is gone for good that one
-task would wait for ever, beside workers that have nothing to do.
+Ray would restart a dead actor and leave its task with it. If its node is gone for good, that task
+would wait forever while other workers are idle.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 from d2i.cluster.actors import ActorSize, result_of, start_actor
 from d2i.errors import ClusterError
 
-# A task that takes this many more workers down with it ends the job with a clear message.
+# A task that took a worker down is retried so often; then the job ends with a clear error.
 NUM_RETRIES = 3
 
 
 class ActorPool:
-    """Workers that are being built, and those that have nothing to do.
+    """Workers that are being built, and idle workers.
 
     Args:
         build_worker: Picklable; called in each worker's own process.
-        size: What one occupies.
-        num_workers: How many there are.
+        size: Resources of one worker.
+        num_workers: Number of workers.
     """
 
     def __init__(self, build_worker: Callable[[], Any], size: ActorSize, num_workers: int) -> None:
@@ -36,18 +36,18 @@ class ActorPool:
             self._spawn()
 
     def pending(self) -> list[Any]:
-        """Return what is ready once another worker is there."""
+        """Return one reference per worker being built; it is ready once the worker is."""
         return list(self._building)
 
     def is_building(self, reference: Any) -> bool:
-        """Say whether a reference is one of `pending`."""
+        """Return whether a reference is one of `pending`."""
         return reference in self._building
 
     def on_ready(self, reference: Any) -> None:
-        """Take in a worker that is there now, or replace it if it died on the way.
+        """Add a built worker to the idle ones, or replace it if it died while it was built.
 
         Raises:
-            D2IError: If it was told so while it was built.
+            D2IError: If building it raised one.
             ClusterError: If workers keep dying while they are built.
         """
         import ray
@@ -61,19 +61,19 @@ class ActorPool:
             self.idle.append(actor)
 
     def replace(self, task: Hashable, err: Exception) -> None:
-        """Hire a new worker for one that died in a task (None: while it was built).
+        """Start a new worker for one that died in a task (None: while it was built).
 
         Raises:
-            ClusterError: As `record_failure`.
+            ClusterError: As in `record_failure`.
         """
         self.record_failure(task, err)
         self._spawn()
 
     def record_failure(self, task: Hashable, err: Exception) -> None:
-        """Count what a task has cost.
+        """Count a failure of a task that cost a worker or its blocks.
 
         Raises:
-            ClusterError: If it cost too much.
+            ClusterError: If the task failed more than `NUM_RETRIES` times.
         """
         self._losses[task] += 1
         if self._losses[task] > NUM_RETRIES:

@@ -1,4 +1,4 @@
-"""One worker as a Ray actor: what it occupies, how it is started, what its task gave."""
+"""One worker as a Ray actor: its resources, its start and the results of its tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """What one worker occupies. An accelerator is taken where the cluster has any."""
+    """Resources of one worker. Accelerators are used if the cluster has any."""
 
     num_cpus: float = 1.0
     num_gpus: float = 1.0
@@ -21,14 +21,14 @@ class ResourceRequest:
 
 @dataclass(frozen=True)
 class ActorSize:
-    """What one actor occupies on the cluster at hand."""
+    """Resources of one actor on the current cluster."""
 
     num_cpus: float
     num_gpus: float
 
 
 def actor_size(resources: ResourceRequest) -> ActorSize:
-    """Return what a worker occupies, without an accelerator where the cluster has none."""
+    """Return the resources of a worker, without an accelerator if the cluster has none."""
     import ray
 
     has_gpus = bool(ray.cluster_resources().get("GPU", 0))
@@ -36,10 +36,10 @@ def actor_size(resources: ResourceRequest) -> ActorSize:
 
 
 def num_session_cores(*, num_workers: int | None) -> int:
-    """Return the cores of the session that is open: of all nodes, or 1 without Ray.
+    """Return the cores of the open session: of all nodes, or 1 without Ray.
 
     Args:
-        num_workers: As the pool's.
+        num_workers: As in `Pool`.
     """
     if num_workers == 0:
         return 1
@@ -49,7 +49,7 @@ def num_session_cores(*, num_workers: int | None) -> int:
 
 
 def num_workers_of(asked: int | None, size: ActorSize) -> int:
-    """Return how many workers there are: as asked, or as many as fit."""
+    """Return the number of workers: as requested, or as many as fit."""
     import ray
 
     if asked:
@@ -61,7 +61,7 @@ def num_workers_of(asked: int | None, size: ActorSize) -> int:
 
 
 def start_actor(build_worker: Callable[[], Any], size: ActorSize) -> Any:
-    """Start an actor, which is not started again by Ray when it dies."""
+    """Start an actor that Ray does not restart when it dies."""
     import ray
 
     options = ray.remote(
@@ -69,18 +69,18 @@ def start_actor(build_worker: Callable[[], Any], size: ActorSize) -> Any:
         num_gpus=size.num_gpus,
         max_restarts=0,
         max_task_retries=0,
-        # Ray would fill one node after the other with those that occupy nothing.
+        # Ray would fill one node after the other with actors that request no resources.
         scheduling_strategy="SPREAD",
     )
     return options(_WorkerActor).remote(build_worker)
 
 
 def result_of(reference: Any) -> Any:
-    """Return what an actor's task gave.
+    """Return the result of an actor's task.
 
     Raises:
-        D2IError: If it raised that.
-        ClusterError: As `check_own_node`.
+        D2IError: If the task raised it.
+        ClusterError: As in `check_own_node`.
         ray.exceptions.RayActorError: If its worker died.
     """
     import ray
@@ -97,7 +97,7 @@ def get(reference: Any) -> Any:
     """Return an object as `ray.get` does, but do not wait for one that cannot come.
 
     Raises:
-        ClusterError: As `check_own_node`.
+        ClusterError: As in `check_own_node`.
     """
     import ray
 
@@ -107,15 +107,15 @@ def get(reference: Any) -> Any:
         except ray.exceptions.GetTimeoutError:
             check_own_node()
         except ray.exceptions.RayActorError:
-            # With its node, who owns an actor counts as dead, and the actor as well.
+            # If this node is dead, Ray counts the owner of the actor as dead, and so the actor.
             check_own_node()
             raise
 
 
 def check_own_node() -> None:
-    """Make sure that the node is alive through which this process uses Ray.
+    """Check that the Ray node that this process uses is alive.
 
-    Without it nothing gets ready any more, and Ray itself would wait for ever.
+    Without it nothing becomes ready any more, and Ray itself would wait forever.
 
     Raises:
         ClusterError: If it is dead.
@@ -131,9 +131,10 @@ def check_own_node() -> None:
 
 
 class _WorkerActor:
-    """Holds the worker in its Ray process.
+    """Ray actor that holds a worker.
 
-    It is built by a task of its own: an error in building then reaches the driver as what it is.
+    The worker is built by a task of its own, so that an error in building reaches the driver as
+    such.
     """
 
     def __init__(self, build_worker: Callable[[], Any]) -> None:
@@ -152,5 +153,5 @@ class _WorkerActor:
     def finish(self, task: Any, blocks: list[Any]) -> Any:
         import ray
 
-        # One at a time: what is not held any more leaves this process's memory.
+        # One at a time, so that finished blocks leave this process's memory.
         return self._worker.run(task, (ray.get(block) for block in blocks))

@@ -1,6 +1,6 @@
-"""Estimate a job before it starts: workers, rounds, memory in flight, time and cost.
+"""Estimate of a job before it starts: workers, rounds, memory in flight, time and cost.
 
-The rate is the one measured and saved when the same work was last done by this user, or assumed.
+The rate is assumed, or the one saved when this user last ran the same work.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from d2i.cluster.pool import session
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast one worker was.
+    """Measured speed of one worker.
 
     Args:
-        items_per_s: Instances a second of one worker, start-up left out.
-        num_items: Over how many it was measured.
-        num_workers: How many worked at once.
-        host: Whose driver measured it.
-        date: When, YYYY-MM-DD.
+        items_per_s: Instances per second of one worker, without start-up.
+        num_items: Number of instances it was measured over.
+        num_workers: Number of workers at once.
+        host: Host of the driver that measured it.
+        date: Day of the measurement, YYYY-MM-DD.
     """
 
     items_per_s: float
@@ -46,7 +46,10 @@ class Rate:
 
 @dataclass
 class Throughput:
-    """Measures a rate once as many tasks as there are workers have ended: before was start-up."""
+    """Measures a rate without start-up.
+
+    Start-up ends once as many tasks have finished as there are workers.
+    """
 
     num_workers: int
     clock: Any = time.monotonic
@@ -63,7 +66,7 @@ class Throughput:
             self._began_s = self.clock()
 
     def rate(self) -> Rate | None:
-        """Return the rate so far; None before every worker has finished two tasks (ours)."""
+        """Return the rate so far; None before two tasks per worker have finished (our default)."""
         passed_s = self.clock() - self._began_s
         if self._num_tasks < 2 * self.num_workers or not self._num_items or passed_s <= 0:
             return None
@@ -73,16 +76,16 @@ class Throughput:
 
 
 def save_rate(decided_by: dict[str, Any], rate: Rate) -> None:
-    """Keep a rate in the user's cache, in place of the one before."""
+    """Save a rate in the user's cache, in place of the last one."""
     try:
         storage.write_bytes(str(_path(decided_by)), json.dumps(asdict(rate)).encode())
     except OSError as err:
-        # Only a forecast is lost.
+        # Only a later estimate is lost.
         logging.getLogger(__name__).warning("the rate of this work is not kept: %s", err)
 
 
 def find_rate(decided_by: dict[str, Any]) -> Rate | None:
-    """Return the rate of the same work; None where none is kept, or it cannot be read."""
+    """Return the saved rate of the same work; None if there is none, or it cannot be read."""
     try:
         return msgspec.json.decode(_path(decided_by).read_bytes(), type=Rate)
     except (OSError, msgspec.DecodeError):
@@ -99,13 +102,13 @@ Unit = Literal["accelerator", "core"]
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a job would get.
+    """Resources that a job would get.
 
     Args:
-        num_nodes: Nodes that are there, with or without workers.
-        num_workers: Workers, as asked or as many as fit.
-        unit: What each of them occupies.
-        object_store_bytes: Memory of all object stores; 0 where Ray is not started yet.
+        num_nodes: Live nodes, with or without workers.
+        num_workers: Workers, as requested or as many as fit.
+        unit: Resource that each worker occupies.
+        object_store_bytes: Memory of all object stores; 0 if Ray is not started yet.
     """
 
     num_nodes: int
@@ -115,11 +118,11 @@ class Capacity:
 
 
 def probe_capacity(num_workers: int | None, ray_address: str | None) -> Capacity:
-    """Return what a job would get on a running cluster, or on this machine, where none is started.
+    """Return a job's capacity on a running cluster, or on this machine, without starting Ray on it.
 
     Args:
-        num_workers: As the pool's.
-        ray_address: As the pool's.
+        num_workers: As in `Pool`.
+        ray_address: As in `Pool`.
 
     Raises:
         ClusterError: If the cluster cannot be reached.
@@ -131,7 +134,7 @@ def probe_capacity(num_workers: int | None, ray_address: str | None) -> Capacity
 
 
 def session_capacity(num_workers: int | None) -> Capacity:
-    """Return what a job gets in the session that is open."""
+    """Return a job's capacity in the open session."""
     if num_workers == 0:
         return _local_capacity(0)
     nodes, size = list_nodes(), actor_size(ResourceRequest())
@@ -151,12 +154,12 @@ def _local_capacity(num_workers: int | None) -> Capacity:
 
 @dataclass(frozen=True)
 class Work:
-    """What is left to do.
+    """Work that is left.
 
     Args:
-        num_items: Instances.
-        num_tasks: Tasks that they are dealt out in.
-        bytes_in_flight: The most that lies in the object stores for one worker.
+        num_items: Number of instances.
+        num_tasks: Number of tasks that they are split into.
+        bytes_in_flight: Most bytes in the object stores for one worker.
     """
 
     num_items: int
@@ -166,11 +169,11 @@ class Work:
 
 @dataclass(frozen=True)
 class RateOverrides:
-    """What the user gives.
+    """Values that the user gives.
 
     Args:
-        items_per_s: Instances a second of one worker; None takes what was measured.
-        price_per_node_hour: In any currency; None asks for no cost.
+        items_per_s: Instances per second of one worker; None takes the measured rate.
+        price_per_node_hour: In any currency; None estimates no cost.
     """
 
     items_per_s: float | None = None
@@ -179,13 +182,13 @@ class RateOverrides:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What it would take. Times and costs are None where no rate is known.
+    """Estimate of a job. Time and cost are None if no rate is known.
 
     Args:
-        num_rounds: Tasks that the busiest worker does.
-        bytes_in_flight: The most in all object stores at once.
-        items_per_s: Instances a second of one worker.
-        rate_from: Where that is from, in words.
+        num_rounds: Tasks of the busiest worker.
+        bytes_in_flight: Most bytes in all object stores at once.
+        items_per_s: Instances per second of one worker.
+        rate_from: Source of that rate, in words.
         time_s: From the first task to the last.
         cost: Of all nodes for that time.
     """
@@ -204,11 +207,11 @@ class Forecast:
 def forecast(
     work: Work, offer: Capacity, measured: Rate | None, assumed: RateOverrides
 ) -> Forecast:
-    """Return what the work would take of the offer."""
+    """Return the estimate of a job on the given capacity."""
     num_workers = min(offer.num_workers, work.num_tasks)
     num_rounds = math.ceil(work.num_tasks / num_workers) if num_workers else 0
     rate = assumed.items_per_s or (measured.items_per_s if measured else None)
-    # A round takes as long as one task, also where not all workers have one.
+    # A round takes as long as one task, even if not all workers have one.
     items_a_task = work.num_items / work.num_tasks if work.num_tasks else 0.0
     time_s = num_rounds * items_a_task / rate if rate else None
     price = assumed.price_per_node_hour

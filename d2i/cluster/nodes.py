@@ -1,4 +1,4 @@
-"""The nodes of a running cluster, one by one: which there are, and what each answers for itself."""
+"""Nodes of a running cluster: a list of them, and the results of a function on each."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Generic, TypeVar
 
 AnswerT = TypeVar("AnswerT")
 
-# The shortest of so many round trips tells a node's clock best.
+# The shortest of so many round trips gives the best reading of a node's clock.
 _NUM_CLOCK_READINGS = 5
 _TICK_S = 0.5
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node that is alive, as Ray counts it.
+    """Live node, as Ray reports it.
 
     Args:
-        node_id: Ray's own name of it, hexadecimal.
+        node_id: Ray's ID, hexadecimal.
         address: Host name and IP address.
         num_cpus: Cores that tasks may occupy.
         num_gpus: Accelerators that tasks may occupy.
@@ -37,14 +37,14 @@ class Node:
 
 @dataclass(frozen=True)
 class NodeResult(Generic[AnswerT]):
-    """What a node answered, or why it did not.
+    """Result of a node, or the reason why there is none.
 
     Args:
-        node: Who was asked.
-        answer: What it returned; None where there is a problem.
-        problem: Why there is no answer, in one line; empty where there is one.
-        clock_ahead_s: How far its clock is ahead of this one's, in seconds.
-        clock_error_s: How far that may be off, in seconds.
+        node: The node.
+        answer: Its return value; None if there is a problem.
+        problem: Reason why there is no answer, in one line; empty if there is one.
+        clock_ahead_s: Offset of its clock from this machine's, positive if ahead, in seconds.
+        clock_error_s: Uncertainty of that offset, in seconds.
     """
 
     node: Node
@@ -55,7 +55,7 @@ class NodeResult(Generic[AnswerT]):
 
 
 def list_nodes() -> list[Node]:
-    """List the nodes of the session that is open, by address."""
+    """List the live nodes of the open session, sorted by address."""
     import ray
 
     alive = [_node(row) for row in ray.nodes() if row["Alive"]]
@@ -63,7 +63,7 @@ def list_nodes() -> list[Node]:
 
 
 def wait_for_nodes(num_nodes: int, wait_s: float) -> list[Node]:
-    """List the nodes once there are so many, or after so long those that are there."""
+    """Wait up to `wait_s` seconds for `num_nodes` live nodes; list those that are there."""
     deadline = time.monotonic() + wait_s
     while len(nodes := list_nodes()) < num_nodes and time.monotonic() < deadline:
         time.sleep(_TICK_S)
@@ -73,12 +73,12 @@ def wait_for_nodes(num_nodes: int, wait_s: float) -> list[Node]:
 def run_on_each_node(
     nodes: Sequence[Node], question: Callable[[Node], AnswerT], timeout_s: float
 ) -> Iterator[NodeResult[AnswerT]]:
-    """Ask all nodes at once; yield their answers in the order of the nodes.
+    """Run a function on all nodes at once; yield the results in the order of the nodes.
 
     Args:
-        nodes: Who is asked.
-        question: Picklable; called with the node, in a process on that node that ends with it.
-        timeout_s: How long all of them together may take.
+        nodes: Nodes to run on.
+        question: Picklable; called with the node, in a process on that node that ends afterwards.
+        timeout_s: Time limit for all of them together.
     """
     asked = [(node, _start_on(node)) for node in nodes]
     replies = [(node, actor, actor.answer.remote(question, node)) for node, actor in asked]
@@ -116,14 +116,14 @@ def _take(node: Node, actor: Any, reply: Any, timeout_s: float) -> NodeResult[An
     except ray.exceptions.GetTimeoutError:
         return NodeResult(node, None, "no answer in time")
     except ray.exceptions.RayError as err:
-        # What the node itself raised stands last.
+        # The node's own error is the last line.
         return NodeResult(node, None, str(err).strip().splitlines()[-1])
     ray.kill(actor)
     return NodeResult(node, answer, "", ahead_s, error_s)
 
 
 def _read_clock(actor: Any) -> tuple[float, float]:
-    """Return how far a node's clock is ahead, and how far that may be off, in seconds."""
+    """Return the offset of a node's clock, positive if ahead, and its uncertainty, in seconds."""
     import ray
 
     readings = []
@@ -137,7 +137,7 @@ def _read_clock(actor: Any) -> tuple[float, float]:
 
 
 class _NodeActor:
-    """Answers for the node that it is on."""
+    """Ray actor that runs a function on its node."""
 
     def answer(self, question: Callable[[Node], Any], node: Node) -> Any:
         return question(node)

@@ -1,7 +1,7 @@
-"""Two stages in a row: feeders stream blocks of a task, workers take them and finish the task.
+"""Two-stage pipeline: producers stream the blocks of a task, consumers take them and finish it.
 
-Each stage has workers of its own, so that each scales by what it needs. Blocks lie in Ray's
-object store on their way, never in the driver. A task whose feeder or blocks are lost is fed anew.
+Each stage has its own workers, so that each scales on its own. Blocks pass through Ray's object
+store, never through the driver. A task whose producer or blocks are lost is produced again.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ _TICK_S = 1.0
 
 
 class Producer(Protocol[TaskIn, GivenBlock]):
-    """The first stage: built once per process, called once per task."""
+    """First stage: built once per process, called once per task."""
 
     def stream(self, task: TaskIn) -> Iterator[GivenBlock]:
-        """Yield the blocks of one task as they come; it may be called again for the same task."""
+        """Yield the blocks of one task as they come; may be called again for the same task."""
         ...
 
 
 class Consumer(Protocol[TaskIn, TakenBlock, ResultOut]):
-    """The second stage: built once per process, called once per task."""
+    """Second stage: built once per process, called once per task."""
 
     def run(self, task: TaskIn, blocks: Iterable[TakenBlock]) -> ResultOut:
-        """Finish one task; it may be called again after a worker has died in it."""
+        """Finish one task; may be called again after a worker has died in it."""
         ...
 
 
 @dataclass(frozen=True)
 class Pipeline(Generic[TaskT, BlockT, ResultT]):
-    """Both stages, and where they run.
+    """Both stages and their workers.
 
     Args:
-        build_producer: Picklable; called in the feeder's own process.
-        build_consumer: Picklable; called in the finisher's own process, before anything is fed.
+        build_producer: Picklable; called in the producer's own process.
+        build_consumer: Picklable; called in the consumer's own process, as soon as the job starts.
         num_consumers: `0` runs everything in this process, without Ray. `None` takes one per
-            accelerator, or per core where there is none.
-        num_producers: `None` takes one for each core that no finisher occupies; where there is no
-            accelerator, as many as there are finishers, with whom they share the cores.
-        ray_address: As `Pool`'s.
+            accelerator, or per core if there is none.
+        num_producers: `None` takes one for each core that no consumer occupies; without
+            accelerators, as many as there are consumers, with which they share the cores.
+        ray_address: As in `Pool`.
     """
 
     build_producer: Callable[[], Producer[TaskT, BlockT]]
@@ -79,17 +79,17 @@ def run_pipeline(
 ) -> Iterator[tuple[TaskT, ResultT]]:
     """Yield (task, result) as tasks finish, in any order, each task exactly once.
 
-    In flight are at most the tasks being fed, one waiting for each finisher, and those being
-    finished: that bounds the blocks in the object store.
+    In flight are at most the tasks being produced, one waiting for each consumer, and those being
+    consumed: that bounds the blocks in the object store.
 
     Args:
-        stages: Who works.
-        tasks: What is to be done.
+        stages: The two stages.
+        tasks: Tasks to run.
         on_wait: Called about once a second, or between two blocks without Ray.
 
     Raises:
         ClusterError: If Ray cannot start or be reached, or workers keep dying.
-        D2IError: Whatever a task raised for the user to mend.
+        D2IError: Any that a task raised for the user to fix.
     """
     if not tasks:
         return
@@ -132,9 +132,9 @@ def _run_on_ray(
 
 
 def _ready(references: list[Any]) -> list[Any]:
-    """Return all that is ready, waiting up to `_TICK_S` for the first.
+    """Return all references that are ready; wait up to `_TICK_S` for the first.
 
-    One at a time would look through thousands of streams for each block of one of them.
+    Taken one at a time, each block would cost a scan of thousands of streams.
     """
     import ray
 
@@ -146,7 +146,7 @@ def _ready(references: list[Any]) -> list[Any]:
 
 @dataclass
 class _Stream:
-    """A task being fed, by its number: the blocks so far."""
+    """Task being produced, by its number, with its blocks so far."""
 
     number: int
     actor: Any
@@ -154,7 +154,7 @@ class _Stream:
 
 
 class _PipelineScheduler:
-    """Which task is where, on Ray. Tasks are known here by their numbers."""
+    """State of each task on Ray. Tasks are known here by their numbers."""
 
     def __init__(self, stages: Pipeline[Any, Any, Any], tasks: Sequence[Any]) -> None:
         size = actor_size(ResourceRequest())
@@ -162,7 +162,7 @@ class _PipelineScheduler:
         feeder_size, num_producers = _producers(
             stages, self._num_finishers, has_gpus=size.num_gpus > 0
         )
-        # Built at once: what is wrong with them is said before anything is fed for hours.
+        # Built right away, so that their errors show before producers have run for hours.
         self._consumers = ActorPool(stages.build_consumer, size, self._num_finishers)
         self._producers = ActorPool(
             stages.build_producer, feeder_size, min(num_producers, len(tasks))
@@ -175,13 +175,13 @@ class _PipelineScheduler:
         self.num_left = len(tasks)
 
     def pending(self) -> list[Any]:
-        """Return all that may be ready next."""
+        """Return all references that may be ready next."""
         crews = [*self._consumers.pending(), *self._producers.pending()]
         return [*crews, *self._finishing, *self._streams]
 
     def submit(self) -> None:
-        """Give work to whoever has none, as long as not too much waits to be finished."""
-        # Finishing first: it makes room for the next one to be fed.
+        """Give work to idle workers, unless too many tasks wait for a consumer."""
+        # Consumers first: that makes room for the next task to be produced.
         while self._fed and self._consumers.idle:
             actor, stream = self._consumers.idle.popleft(), self._fed.popleft()
             task = self._tasks[stream.number]
@@ -191,7 +191,7 @@ class _PipelineScheduler:
             self._streams[actor.stream.remote(self._tasks[number])] = _Stream(number, actor)
 
     def collect(self, reference: Any) -> Iterator[tuple[Any, Any]]:
-        """Take what is ready; yield the task and its result if one is finished."""
+        """Process a ready reference; yield its task and result if one is finished."""
         for crew in (self._consumers, self._producers):
             if crew.is_building(reference):
                 crew.on_ready(reference)
@@ -214,7 +214,7 @@ class _PipelineScheduler:
         try:
             result_of(generator.completed())
         except ray.exceptions.RayActorError as err:
-            # Ray itself would go on with the block after the last, but the order may be another.
+            # Ray itself would go on with the block after the last, but the order may differ.
             self._producers.replace(stream.number, err)
             self._waiting.append(stream.number)
         else:
@@ -228,7 +228,7 @@ class _PipelineScheduler:
         try:
             result = result_of(reference)
         except ray.exceptions.RayActorError as err:
-            # Its blocks are still there, for whoever is free first.
+            # Its blocks are still there, for the next idle consumer.
             self._consumers.replace(stream.number, err)
             self._fed.appendleft(stream)
             return
@@ -247,8 +247,8 @@ class _PipelineScheduler:
 def _producers(
     stages: Pipeline[Any, Any, Any], num_consumers: int, *, has_gpus: bool
 ) -> tuple[ActorSize, int]:
-    """Return what a feeder occupies, and how many there are."""
-    # They occupy nothing: one that waited for a core could take that of a finisher which died.
+    """Return the resources of a producer, and the number of producers."""
+    # They reserve no core: a waiting producer could take that of a consumer which died.
     size = ActorSize(0.0, 0.0)
     num_cores = num_session_cores(num_workers=stages.num_consumers)
     fitting = max(1, num_cores - num_consumers) if has_gpus else num_consumers

@@ -1,7 +1,7 @@
-"""Run tasks on workers: one contract, in this process or on a Ray cluster.
+"""Worker pool: tasks run under one contract, in this process or on a Ray cluster.
 
 A worker is built once where it runs, takes one task at a time and keeps nothing of it. A dead
-worker is replaced, and its task goes to whoever is there first; a task that raises ends the job.
+worker is replaced, and its task goes to the next idle worker; a task that raises ends the job.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from d2i.fault_injection import Fault
 
 @dataclass(frozen=True)
 class JobFault:
-    """One fault for all workers; picklable. Made by `job_fault`."""
+    """One injected fault for all workers; picklable. Made by `job_fault`."""
 
     fault: Fault
     passes: SharedActor[Fault]
 
     def reach(self, point: str) -> None:
-        """Act, in this process, if this is the asked pass of the asked point."""
+        """Trigger the fault in this process, if this is its point and its pass."""
         if point == self.fault.point and self.passes.call("is_due", point):
             self.fault.act()
 
 
 def job_fault(fault: Fault, *, num_workers: int | None) -> JobFault:
-    """Return a fault that all workers of the session that is open count together."""
+    """Return a fault whose passes all workers of the open session count together."""
     return JobFault(fault, create_shared(fault, num_workers=num_workers))
 
 
@@ -57,31 +57,31 @@ ResultOut = TypeVar("ResultOut", covariant=True)
 
 _CONNECT_TIMEOUT_S = 10.0
 _TICK_S = 5.0
-# What Linux takes as a socket's name, and what Ray puts after its folder: the session's name with
-# time and process, and /sockets/plasma_store.
+# Longest socket path on Linux, and what Ray appends to its directory: the session's name with time
+# and process, and /sockets/plasma_store.
 _MAX_SOCKET_BYTES, _SOCKET_BYTES = 107, 67
 _RAY_FOLDER = "/tmp/ray"
 
 
 class Worker(Protocol[TaskIn, ResultOut]):
-    """What runs tasks: built once per process, called once per task."""
+    """Runner of tasks: built once per process, called once per task."""
 
     def run(self, task: TaskIn) -> ResultOut:
-        """Do one task; a task may be given out again after a worker has died in it."""
+        """Run one task; it may be run again after a worker has died in it."""
         ...
 
 
 @dataclass(frozen=True)
 class Pool(Generic[TaskT, ResultT]):
-    """How many workers there are, where, and what each occupies.
+    """Workers of a job: their number, their place and their resources.
 
     Args:
         build_worker: Picklable; called in the worker's own process.
-        num_workers: `0` runs every task in this process, without Ray. `None` takes one worker
-            per accelerator, or per core where there is none.
+        num_workers: `0` runs every task in this process, without Ray. `None` takes one worker per
+            accelerator, or per core if there is none.
         ray_address: A running cluster; `None` starts Ray on this machine for the job, whatever
-            runs here already and whatever `RAY_ADDRESS` says.
-        resources: What one worker occupies.
+            already runs here and whatever `RAY_ADDRESS` is.
+        resources: Resources of one worker.
     """
 
     build_worker: Callable[[], Worker[TaskT, ResultT]]
@@ -114,20 +114,20 @@ class SharedActor(Generic[ObjectT]):
 
 
 def create_shared(value: ObjectT, *, num_workers: int | None) -> SharedActor[ObjectT]:
-    """Make an object common to all workers of the session that is open.
+    """Create an object that all workers of the open session share.
 
     Args:
-        value: Picklable; the caller's own copy is not the common one, unless there is no Ray.
-        num_workers: As the pool's: 0 where the tasks run in this process.
+        value: Picklable; with Ray it is copied, and the caller's own object is not the shared one.
+        num_workers: As in `Pool`: 0 if the tasks run in this process.
     """
     if num_workers == 0:
         return SharedActor(value, is_remote=False)
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Beside the driver: what it knows is lost with no other node. What asks for nothing is handed
-    # to a random node first, which may not know the driver's yet: so it asks for a byte. Where its
-    # process alone dies, a new one starts from `value` and goes on.
+    # On the driver's node, so that its state is not lost with another node. An actor that requests
+    # nothing goes to a random node first, which may not know the driver's yet: so it requests a
+    # byte. If only its process dies, a new one starts from `value` and goes on.
     here = ray.get_runtime_context().get_node_id()
     beside: Any = NodeAffinitySchedulingStrategy(here, soft=True)
     holder = ray.remote(
@@ -137,7 +137,7 @@ def create_shared(value: ObjectT, *, num_workers: int | None) -> SharedActor[Obj
 
 
 class _SharedObject:
-    """Holds a shared object in its Ray process."""
+    """Ray actor that holds a shared object."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
@@ -148,7 +148,7 @@ class _SharedObject:
 
 @contextmanager
 def session(num_workers: int | None, ray_address: str | None) -> Iterator[None]:
-    """Keep Ray up for several calls of `run_tasks`; without Ray (0 workers) do nothing.
+    """Keep Ray up for several calls of `run_tasks`; do nothing without Ray (0 workers).
 
     Raises:
         ClusterError: If Ray cannot start or be reached.
@@ -167,7 +167,7 @@ def run_tasks(
 
     Raises:
         ClusterError: If Ray cannot start or be reached, or a worker keeps dying.
-        D2IError: Whatever a task raised for the user to mend.
+        D2IError: Any that a task raised for the user to fix.
     """
     if not tasks:
         return
@@ -178,10 +178,10 @@ def run_tasks(
 
 
 def device_of_worker() -> str:
-    """Return the torch device of the process this is called in, and fix its threads.
+    """Return the torch device of this process, and fix its number of threads.
 
-    On a CPU each worker computes with one thread, whatever the machine has: sums are then taken
-    in one order, and a shard's bytes depend on no core count.
+    On a CPU each worker computes with one thread, whatever the machine has: sums are then taken in
+    one order, and a shard's bytes do not depend on the core count.
     """
     import torch
 
@@ -231,7 +231,7 @@ def _run_on_ray(
 
 
 def _check_reachable(address: str) -> None:
-    """Refuse an address that takes no connection: Ray itself would try for minutes.
+    """Raise if an address takes no connection: Ray itself would try for minutes.
 
     Raises:
         ClusterError: If nothing listens there.
@@ -249,7 +249,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _first_ready(references: list[Any]) -> Any:
-    """Return one that is ready, once there is one."""
+    """Wait until a reference is ready, and return it."""
     import ray
 
     while not (ready := ray.wait(references, num_returns=1, timeout=_TICK_S)[0]):
@@ -258,9 +258,9 @@ def _first_ready(references: list[Any]) -> Any:
 
 
 def _short_folder() -> str | None:
-    """Return where Ray is to keep its sockets; None where it finds a place of its own.
+    """Return a short directory for Ray's sockets; None leaves the choice to Ray.
 
-    Jobs of a cluster often have a long TMPDIR, and the name of a socket has 107 bytes at most.
+    Cluster jobs often have a long TMPDIR, and the path of a socket has 107 bytes at most.
     """
     given = os.environ.get("RAY_TMPDIR")
     folder = os.path.join(given or tempfile.gettempdir(), "ray")  # noqa: PTH118
@@ -284,21 +284,21 @@ def _not_started(address: str | None, error: Exception) -> str:
 
 @contextmanager
 def _ray_session(address: str | None, num_workers: int | None) -> Iterator[None]:
-    # Ray reads these at import; nothing is reported to anyone unless the user asks for it.
+    # Ray reads these at import. Usage statistics are off unless the user turns them on.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address != "auto":
-        # Ray would prefer it over the address that was asked for.
+        # Ray would prefer it over the given address.
         os.environ.pop("RAY_ADDRESS", None)
     import ray
 
     if ray.is_initialized():
-        # A session around this one keeps it up.
+        # An outer session keeps Ray up.
         yield
         return
     if address:
         _check_reachable(address)
-    # On this machine as many workers as are asked for, however few cores there are.
+    # On this machine, run as many workers as requested, however few cores there are.
     is_crowded = address is None and (num_workers or 0) > len(os.sched_getaffinity(0))
     try:
         ray.init(
@@ -310,7 +310,7 @@ def _ray_session(address: str | None, num_workers: int | None) -> Iterator[None]
             logging_level=logging.ERROR,
         )
     except Exception as err:
-        # Ray has a dozen classes for it, and raises a bare Exception as well.
+        # Ray has a dozen exception classes for this, and raises a bare Exception as well.
         raise ClusterError(_not_started(address, err)) from err
     try:
         yield

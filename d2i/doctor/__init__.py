@@ -1,1 +1,1 @@
-"""What can run, and where: `machine` looks at this one, `cluster` at each node of a Ray cluster."""
+"""Checks of `d2i doctor`: `machine` for this machine, `cluster` for each node of a Ray cluster."""

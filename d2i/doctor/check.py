@@ -1,4 +1,4 @@
-"""One row of a report on what can run, and how rows are made: each kept from the others."""
+"""Rows of the doctor's report, and the runner of checks, each isolated from the others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Check:
     """One row of the doctor's report.
 
     Args:
-        name: What was looked at.
-        status: `ok`; `warn`: some work is out of reach or slow; `fail`: the demo cannot run.
-        detail: What was found, in one line.
-        fix: What to do, in one line; empty where nothing needs doing.
+        name: Part that was checked.
+        status: `ok`; `warn`: some work is impossible or slow; `fail`: the demo cannot run.
+        detail: Finding, in one line.
+        fix: Next step, in one line; empty if nothing needs doing.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Check:
 
 
 def run_checks(named: Iterable[tuple[str, Callable[[], Check]]]) -> Iterator[Check]:
-    """Run named checks, each kept from the others: an exception becomes its `fail` row."""
+    """Run named checks, each isolated from the others: an exception becomes its `fail` row."""
     for name, check in named:
         try:
             yield check()
@@ -38,5 +38,5 @@ def run_checks(named: Iterable[tuple[str, Callable[[], Check]]]) -> Iterator[Che
 
 
 def first_line(err: BaseException) -> str:
-    """Return the first line of what an error says."""
+    """Return the first line of an error's message."""
     return (str(err).strip().splitlines() or ["no message"])[0]

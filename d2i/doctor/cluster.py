@@ -1,4 +1,4 @@
-"""What a Ray cluster offers a job, node by node, before the job burns hours there."""
+"""Checks of a Ray cluster, node by node, before a job burns hours there."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from d2i.errors import D2IError
 
 _GIB = 2**30
 _ANSWER_TIMEOUT_S = 300.0
-# Object stores refuse signatures that are minutes off; rows of one ledger should be in order.
+# Object stores refuse signatures that are minutes off; rows of a ledger should be in order.
 _MAX_CLOCK_SKEW_S = 300.0
 _GOOD_CLOCK_SKEW_S = 2.0
-# Of a planned shard, at once: one being fed, one waiting, one being finished for each worker.
+# Planned shards in flight for each worker: one being produced, one waiting, one being consumed.
 _NUM_SHARDS_IN_FLIGHT = 3
 
 
 @dataclass(frozen=True)
 class ClusterRequest:
-    """What is expected of a cluster.
+    """Requirements on a cluster.
 
     Args:
-        ray_address: Where it is.
-        num_nodes: How many nodes there must be; None takes those that are there.
+        ray_address: Address of the cluster.
+        num_nodes: Number of nodes that there must be; None takes those that are there.
         wait_s: How long to wait for them, in seconds.
-        recipe: Whose weights every node must have; None asks for none.
-        storage_urls: Folders that every node must read and write.
+        recipe: Recipe whose weights every node must have; None checks none.
+        storage_urls: Directories that every node must read and write.
     """
 
     ray_address: str
@@ -46,14 +46,14 @@ class ClusterRequest:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one node, or of the cluster as a whole."""
+    """Rows of one node, or of the cluster as a whole."""
 
     name: str
     checks: list[Check]
 
 
 def check_cluster(request: ClusterRequest) -> Iterator[Report]:
-    """Look at the cluster as a whole, then at each node.
+    """Check the cluster as a whole, then each node.
 
     Raises:
         ClusterError: If it cannot be reached.
@@ -80,7 +80,7 @@ def _cluster_checks(request: ClusterRequest, nodes: Sequence[Node]) -> list[Chec
 
 
 def _check_workers(num_gpus: float, num_cpus: float) -> Check:
-    """Whether there is anything that a worker may occupy."""
+    """Check that there is an accelerator or a core for a worker."""
     if num_gpus:
         detail = f"{num_gpus:g} accelerators, one worker each; {num_cpus:g} cores to fetch"
         return Check("workers", "ok", detail)
@@ -98,7 +98,7 @@ def _node_checks(answer: NodeResult[list[Check]], recipe: Recipe | None) -> list
 
 
 def _check_object_store(node: Node, recipe: Recipe | None) -> Check:
-    """Whether the shards that may be in flight fit in a node's object store."""
+    """Check that the shards that may be in flight fit in a node's object store."""
     name, size = "object store", node.object_store_bytes
     detail = f"{size / _GIB:.1f} GiB"
     num_workers = int(node.num_gpus or node.num_cpus)
@@ -114,7 +114,7 @@ def _check_object_store(node: Node, recipe: Recipe | None) -> Check:
 
 
 def _check_clock(answer: NodeResult[list[Check]]) -> Check:
-    """How far a node's clock is from the driver's."""
+    """Check the offset of a node's clock from the driver's."""
     ahead_s, error_s = answer.clock_ahead_s, answer.clock_error_s
     detail = f"{ahead_s:+.3f} s beside the driver's (within {error_s:.3f} s)"
     skew_s = max(abs(ahead_s) - error_s, 0.0)
@@ -131,7 +131,7 @@ def _describe(node: Node) -> str:
 
 
 def _weights(recipe: Recipe | None) -> tuple[tuple[str, str], ...]:
-    """Return setting and value of all weights that a recipe names."""
+    """Return (setting, value) of all weights that a recipe names."""
     if recipe is None:
         return ()
     named = {
@@ -148,7 +148,7 @@ def _weights(recipe: Recipe | None) -> tuple[tuple[str, str], ...]:
 
 @contextlib.contextmanager
 def _probes(request: ClusterRequest) -> Iterator[tuple[tuple[Probe, ...], list[Check]]]:
-    """Leave a file in each place while the nodes look; also give a row where that fails."""
+    """Keep a probe file in each directory while the nodes check; also yield rows of failures."""
     content = secrets.token_bytes(64)
     file = f"d2i-probe-{content[:8].hex()}"
     probes, problems = [], []

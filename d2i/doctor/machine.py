@@ -1,8 +1,8 @@
-"""What this environment can and cannot run, one fact a row, each with its fix.
+"""Checks of what this environment can and cannot run: one row per fact, each with its fix.
 
-Owns the checks; the command line prints them. Every check imports what it needs when it runs, and
-a check that crashes is a row that says so. Ray is started in a process of its own, so a start-up
-that hangs is ended. Must be imported by nothing but the command line.
+Owns the checks; the command line prints them. Every check imports what it needs when it runs, and a
+check that crashes becomes a `fail` row. Ray is started in its own process, so that a start-up that
+hangs can be killed. Only the command line may import it.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ assert ray.get(ray.remote(lambda: 6 * 7).remote()) == 42
 ray.shutdown()
 """
 
-# The file that torch-fidelity publishes; its name ends in the start of its sha256.
+# File published by torch-fidelity; its name ends in the first digits of its sha256.
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}"
 
 
 def checks() -> Iterator[Check]:
-    """Look at the environment, one row at a time; a row is computed when it is asked for.
+    """Check the environment, one row at a time; a row is computed when it is consumed.
 
     Yields:
-        One `Check` a part of the environment, in a fixed order. Nothing is raised: a check that
-        breaks is a `fail` row with the reason.
+        One `Check` per part of the environment, in a fixed order. Nothing is raised: a check that
+            crashes is a `fail` row with the reason.
     """
     return run_checks(_CHECKS)
 
 
 def check_python() -> Check:
-    """Python 3.11 or 3.12: img2dataset needs a module that 3.13 dropped."""
+    """Check for Python 3.11 or 3.12: img2dataset needs a module that 3.13 removed."""
     found = platform.python_version()
     if (3, 11) <= sys.version_info[:2] < (3, 13):
         return Check("Python", "ok", found)
@@ -60,7 +60,7 @@ def check_python() -> Check:
 
 
 def check_torch() -> Check:
-    """Whether torch and torchvision are one build: an operator of the pair is called."""
+    """Check that torch and torchvision are one build, by calling an operator of the pair."""
     pair = f"torch {version('torch')}, torchvision {version('torchvision')}"
     fix = f"install the pair that constraints.txt names: {REINSTALL}"
     try:
@@ -77,7 +77,7 @@ def check_torch() -> Check:
 
 
 def check_gpu() -> Check:
-    """Which GPUs torch can compute on, or why none."""
+    """Check for GPUs that torch can compute on, or give the reason why there are none."""
     import torch
 
     if torch.cuda.is_available():
@@ -93,19 +93,19 @@ def check_gpu() -> Check:
 
 
 def check_deepspeed(search_path: str | None = None) -> Check:
-    """Whether DeepSpeed can compile operators of its own: compiler, headers, ninja.
+    """Check that DeepSpeed can compile operators of its own: compiler, headers, ninja.
 
-    d2i asks for none of them, so their absence stops nothing here.
+    d2i uses none of them, so their absence stops nothing here.
 
     Args:
-        search_path: Folders to look for programs in, as in PATH; by default this interpreter's
-            own folder, then PATH.
+        search_path: Directories to search for programs, as in PATH; by default this interpreter's
+            own directory, then PATH.
     """
     name = "DeepSpeed"
     path = search_path or os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     )
-    wanted = os.environ.get("CXX", "c++")  # what torch's extension builder calls
+    wanted = os.environ.get("CXX", "c++")  # the one that torch's extension builder calls
     compiler = shutil.which(wanted, path=path)
     if compiler is None:
         fix = "install a C++ compiler (Debian, Ubuntu: apt-get install g++)"
@@ -120,11 +120,11 @@ def check_deepspeed(search_path: str | None = None) -> Check:
 
 
 def check_ray(timeout_s: float = _RAY_TIMEOUT_S, program: str = _RAY_PROGRAM) -> Check:
-    """Whether Ray starts on this machine and runs a task, in a process that is ended after it.
+    """Check that Ray starts on this machine and runs a task, in a process that is killed after it.
 
     Args:
         timeout_s: After this long, the process and all it started are killed.
-        program: The Python program that is run.
+        program: Python program to run.
     """
     fix = "make the temporary folder and the shared memory writable, and open the loopback"
     process = subprocess.Popen(
@@ -148,7 +148,7 @@ def check_ray(timeout_s: float = _RAY_TIMEOUT_S, program: str = _RAY_PROGRAM) ->
 
 
 def check_disk(folder: Path | None = None) -> Check:
-    """How much room the current folder has; the demo needs less than 2 GiB."""
+    """Check the free space of the current directory; the demo needs less than 2 GiB."""
     free = shutil.disk_usage(folder or Path.cwd()).free
     detail = f"{free / _GIB:.1f} GiB free in the current folder"
     if free < 2 * _GIB:
@@ -159,7 +159,7 @@ def check_disk(folder: Path | None = None) -> Check:
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
-    """How large the memory is that Ray's object store and DeepSpeed's CPU operators share."""
+    """Check the size of the memory that Ray's object store and DeepSpeed's CPU operators share."""
     name = "shared memory"
     if not folder.is_dir():
         return Check(name, "ok", f"no {folder} on this system; Ray uses the disk")
@@ -171,7 +171,7 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
 
 
 def check_shipped_weights() -> Check:
-    """Whether the demo's small model is whole: every part that its recipe names is there."""
+    """Check that the demo's small model is complete: every part that its recipe names is there."""
     from d2i.recipes import load_recipe
     from d2i.weights_resolve import resolve_weights
 
@@ -193,7 +193,7 @@ def check_shipped_weights() -> Check:
 
 
 def check_vocabulary() -> Check:
-    """Whether CLIP's vocabulary is at hand: a known prompt gives its known ids."""
+    """Check that CLIP's vocabulary is available: a known prompt gives its known ids."""
     from d2i.tokenize import encode
 
     name = "CLIP vocabulary"
@@ -207,10 +207,10 @@ def check_vocabulary() -> Check:
 
 
 def check_inception(hub_dir: Path | None = None) -> Check:
-    """Whether torch-fidelity's Inception file, for FID and IS, is in torch's cache and whole.
+    """Check that torch-fidelity's Inception file, for FID and IS, is in torch's cache and intact.
 
     Args:
-        hub_dir: torch's cache; by default the one torch names.
+        hub_dir: torch's cache; by default the one that torch names.
     """
     name = "Inception weights"
     fix = f"put {_INCEPTION_URL} there, or give it by --set metrics.extractor_weights=FILE"
@@ -248,7 +248,7 @@ def _torch_cache(hub_dir: Path | None) -> Path:
 
 
 def _compile_problem(compiler: str, path: str) -> str:
-    """Compile the two headers that every PyTorch extension includes; return the first complaint."""
+    """Compile the two headers that every PyTorch extension includes; return the first error."""
     done = subprocess.run(
         [compiler, f"-I{sysconfig.get_path('include')}", "-fsyntax-only", "-x", "c++", "-"],
         input="#include <Python.h>\n#include <vector>\n",
@@ -264,7 +264,7 @@ def _compile_problem(compiler: str, path: str) -> str:
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """Kill what is left of a process and of what it started in its session."""
+    """Kill what is left of a process and of its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

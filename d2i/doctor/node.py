@@ -1,6 +1,6 @@
-"""What one node of a cluster says of itself, beside what the driver expects of it.
+"""Checks that one node of a cluster runs on itself, against what the driver expects.
 
-Runs on the node. Must not import ray.
+Must not import ray.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from d2i import storage
 from d2i.doctor.check import Check, first_line, run_checks
 from d2i.errors import D2IError
 
-# What decides the bytes of shards and pictures, or must be the same for processes to talk.
+# Packages that decide the bytes of shards and images, or must match for processes to communicate.
 _DECISIVE = ("d2i", "ray", "torch", "torchvision", "diffusers", "transformers", "numpy", "pillow")
 _OTHERS = ("deepspeed", "img2dataset", "open_clip_torch", "pyarrow", "tokenizers", "fsspec", "s3fs")
 
 _GIB = 2**30
-# Ray stops writing to a disk that is so full.
+# Ray stops writing to a disk that is this full.
 _FULL_DISK = 0.95
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A place that every node must read and write, and a file that the driver left there.
+    """Directory that every node must read and write, with a file that the driver left there.
 
     Args:
-        url: The folder.
-        name: The file's name; None where the driver itself could not write.
-        content: What it holds.
+        url: URL of the directory.
+        name: Name of the file; None if the driver itself could not write.
+        content: Content of the file.
     """
 
     url: str
@@ -49,12 +49,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Question:
-    """What a node is asked; picklable.
+    """Requirements on a node; picklable.
 
     Args:
-        versions: The driver's, as `installed_versions` gives them.
-        weights: Setting and value of everything that a recipe names as weights.
-        probes: The places.
+        versions: The driver's, from `installed_versions`.
+        weights: (setting, value) of everything that a recipe names as weights.
+        probes: The directories.
     """
 
     versions: dict[str, str]
@@ -63,15 +63,15 @@ class Question:
 
 
 def look_at_node(question: Question, num_gpus: float, node_id: str) -> list[Check]:
-    """Look at the node this is called on: versions, accelerators, weights, storage, disk.
+    """Check the node this runs on: versions, accelerators, weights, storage, disk.
 
     Args:
-        question: What the driver wants to know.
-        num_gpus: How many accelerators Ray counts here.
-        node_id: A name for its file in each place; no other node's.
+        question: Requirements of the driver.
+        num_gpus: Number of accelerators that Ray counts here.
+        node_id: Unique name of this node for its file in each directory.
 
     Returns:
-        One row a thing looked at; nothing is raised.
+        One row per check; nothing is raised.
     """
     checks: list[tuple[str, Callable[[], Check]]] = [
         ("versions", partial(check_versions, question.versions)),
@@ -84,7 +84,7 @@ def look_at_node(question: Question, num_gpus: float, node_id: str) -> list[Chec
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions of what is installed here, d2i's with a hash of its code."""
+    """Return the versions of the installed packages, d2i's with a hash of its code."""
     found = {"python": platform.python_version()}
     for name in (*_DECISIVE, *_OTHERS):
         try:
@@ -95,7 +95,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def check_versions(expected: dict[str, str]) -> Check:
-    """Compare what is installed here with the driver's: what decides bytes must be the same."""
+    """Compare the installed versions with the driver's: packages that decide bytes must match."""
     found = installed_versions()
     differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if not differing:
@@ -110,11 +110,11 @@ def check_versions(expected: dict[str, str]) -> Check:
 
 
 def check_accelerators(num_gpus: float) -> Check:
-    """Whether torch computes on as many accelerators as Ray counts here."""
+    """Check that torch computes on as many accelerators as Ray counts here."""
     name = "accelerators"
     if not num_gpus:
         return Check(name, "ok", "none; this node fetches, or computes on cores")
-    # Ray hides them from a process that occupies none.
+    # Ray hides them from a process that reserves none.
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     import torch
 
@@ -129,7 +129,7 @@ def check_accelerators(num_gpus: float) -> Check:
 
 
 def check_weights(setting: str, value: str) -> Check:
-    """Whether what a setting names is here: shipped, a path, or in the hub's cache."""
+    """Check that the weights of a setting are here: shipped, a path, or in the hub's cache."""
     from d2i.weights_resolve import resolve_weights
 
     name = f"weights {setting}"
@@ -151,7 +151,7 @@ def check_weights(setting: str, value: str) -> Check:
 
 
 def check_storage(probe: Probe, node_id: str) -> Check:
-    """Whether the driver's file can be read in a place, and one of the node's own written."""
+    """Check that the driver's file can be read in a directory, and the node's own written."""
     name = f"storage {probe.url}"
     own = storage.join(probe.url, f"d2i-probe-{node_id}")
     fix = "give every node the same place, and its own leave to read and write there"
@@ -174,7 +174,7 @@ def check_storage(probe: Probe, node_id: str) -> Check:
 
 
 def check_disk(folder: Path | None = None) -> Check:
-    """How much room there is where Ray spills objects and files are prepared."""
+    """Check the free space where Ray spills objects and files are prepared."""
     folder = folder or Path(tempfile.gettempdir())
     usage = shutil.disk_usage(folder)
     detail = f"{usage.free / _GIB:.1f} GiB free in {folder}"
@@ -186,7 +186,7 @@ def check_disk(folder: Path | None = None) -> Check:
 
 
 def _is_decisive(expected: str, found: str, name: str) -> bool:
-    """Whether a difference is more than that of a build (`2.14.1+cpu` beside `2.14.1`)."""
+    """Return whether a difference is more than one of builds (`2.14.1+cpu` beside `2.14.1`)."""
     if name == "python":
         return expected.split(".")[:2] != found.split(".")[:2]
     return name in _DECISIVE and expected.partition("+")[0] != found.partition("+")[0]
@@ -194,7 +194,7 @@ def _is_decisive(expected: str, found: str, name: str) -> bool:
 
 @cache
 def _code_hash() -> str:
-    """Return 8 digits of the sha256 of d2i's own code: a version alone does not tell a checkout."""
+    """Return 8 digits of the sha256 of d2i's code: a version alone does not identify a checkout."""
     digest = hashlib.sha256()
     root = Path(d2i.__file__).parent
     for path in sorted(root.rglob("*.py")):

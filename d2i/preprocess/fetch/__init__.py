@@ -1,8 +1,12 @@
-"""Bytes of pictures: from the corpus's folder, or from strangers' addresses.
+"""Fetching of image bytes: from the corpus's directory or tars, from earlier downloads, or by URL.
 
-`reasons` names the failures; `guard` decides which address may be asked, `resolver` finds it,
-`connect` reaches it, straight or through a `proxy`, `request` asks it once and reads its `body`,
-which `watchdog` ends at its deadline; `known_placeholders` tells what stands for another picture,
-`hosts` keeps the manners, `spread` the order, `addresses` tries several in turn, `engine` runs many
-of them through img2dataset, `sources` is the door. Every failure is a value with a reason.
+`sources` is the entry point; `result` names the failures. `ssrf_guard` decides which URLs and IP
+addresses may be requested, `resolver` looks up hosts, `transport` connects to them directly or
+through a proxy, `http_client` sends one request and reads its body, and `deadlines` ends both in
+time.
+`downloader` tries the URLs of an image in order, under the limits of `rate_limiter` and the
+opt-outs of `robots`; `known_placeholders` recognizes images that replace missing ones.
+`interleave_hosts` orders the requests, `img2dataset_pool` runs many in threads, `mirror` gives
+files a URL, and `downloads` indexes what img2dataset has downloaded before. Every failure is a
+value with a reason.
 """

@@ -1,4 +1,4 @@
-"""One thread of this process ends connections at their deadlines, however slowly they drip."""
+"""Connection deadlines: one thread per process closes connections, however slowly they drip."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Watched:
 
 
 class DeadlineTimer:
-    """Shuts connections down at their deadlines. Safe to call from several threads."""
+    """Timer that shuts connections down at their deadlines. Thread-safe."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -30,7 +30,7 @@ class DeadlineTimer:
 
     @contextmanager
     def deadline(self, connection: socket.socket, deadline: float) -> Iterator[None]:
-        """Shut a connection down at a deadline on the monotonic clock, unless left before."""
+        """Shut a connection down at a deadline (monotonic clock), unless the block ends before."""
         watched = _Watched(deadline, next(self._numbers), connection)
         with self._changed:
             heapq.heappush(self._queue, watched)
@@ -40,7 +40,7 @@ class DeadlineTimer:
             yield
         finally:
             with self._changed:
-                # It stays queued until its deadline: to look for it would cost more.
+                # The entry stays queued until its deadline: searching for it would cost more.
                 watched.connection = None
 
     def _wake(self) -> None:
@@ -56,7 +56,7 @@ class DeadlineTimer:
                 self._changed.wait(wait_s)
 
     def _close_expired(self) -> float | None:
-        """Return for how long nothing is due, in seconds; None where nothing is watched."""
+        """Shut expired connections down; return the seconds to the next deadline, None if idle."""
         while self._queue:
             first = self._queue[0]
             left_s = first.deadline - time.monotonic()
@@ -70,9 +70,9 @@ class DeadlineTimer:
 
 def _shut_down(connection: socket.socket) -> None:
     with suppress(OSError):
-        # The plain socket's own: that of a TLS socket takes its state away from the reader.
+        # Not SSLSocket.shutdown: it would drop the TLS state that the reader still uses.
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 DEADLINES = DeadlineTimer()
-"""The one of this process."""
+"""The timer of this process."""

@@ -1,4 +1,4 @@
-"""The addresses of one picture, tried in order, with manners: turns, Retry-After, robots."""
+"""Downloader: the URLs of one image, tried in order, with rate limit, Retry-After and robots."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from d2i.preprocess.fetch.transport import Transport
 _BUSY = (429, 503)
 _DEFAULT_BACKOFF_S = 1.0
 _UNNAMED = ("no_such_host", "refused_address")
-"""Failures of a name: of one host they tell nothing, of many that our DNS is at fault."""
+"""Failures of a host name: one such host proves nothing, many point to a fault of our own DNS."""
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How patient d2i is with a host that is busy.
+    """Retry policy for a busy host (429, 503).
 
     Args:
-        num_attempts: How often one address is asked at most.
-        max_retry_after_s: A host that wants longer peace is left to a later run.
+        num_attempts: Maximum number of attempts per URL.
+        max_retry_after_s: Longest backoff to wait for; a host that asks for more is left to a later
+            run.
     """
 
     num_attempts: int
@@ -39,15 +40,16 @@ class RetryPolicy:
 
 @dataclass(frozen=True)
 class Downloader:
-    """Asks for pictures by their addresses. Safe to call from several threads.
+    """Downloads images by URL. Thread-safe.
 
     Args:
-        limits: What one address may cost.
-        courtesy: How patient to be.
-        route: How hosts are reached.
-        hosts: Turns, and who is left alone.
-        placeholders: Pictures that stand for others.
-        slots: One for each request that may be under way; who waits for a turn holds none.
+        limits: Time and size limits of one URL.
+        courtesy: When to retry a busy host.
+        route: Transport to the hosts.
+        hosts: Rate limiter that all workers share.
+        placeholders: Known placeholder images.
+        slots: One connection slot per request in flight; a request that waits for its host holds
+            none.
     """
 
     limits: Limits
@@ -58,14 +60,14 @@ class Downloader:
     slots: threading.Semaphore
 
     def fetch(self, addresses: Sequence[str], deadline: float) -> FetchResult:
-        """Return the first picture that an address gives, or the failure of the last one.
+        """Return the image of the first URL that has one, or else a failure.
 
-        Only its first bytes are looked at: whether the rest can be decoded shows too late for
-        another address to be asked.
+        The failure is the last transient one, or the last one if all are permanent. Only the first
+        bytes are checked here: decoding comes too late to try another URL.
 
         Args:
-            addresses: Where it may be had, best first.
-            deadline: On the monotonic clock, when no request may begin any more.
+            addresses: URLs of the image, best first.
+            deadline: Time on the monotonic clock after which no request starts.
         """
         failure = FetchResult(None, "no_address", "the instance names no address", attempts=0)
         attempts = 0
@@ -75,7 +77,7 @@ class Downloader:
             if found.data is not None:
                 return found
             attempts = found.attempts
-            # What may still come is worth more to a later run than what is gone for good.
+            # A transient failure outweighs a permanent one: a later run may still get the image.
             if not (is_transient(failure.reason) and not is_transient(found.reason)):
                 failure = found
             failure = failure.after(attempts)
@@ -84,7 +86,7 @@ class Downloader:
 
 @dataclass
 class _Download:
-    """All requests for one address."""
+    """All requests for one URL."""
 
     fetcher: Downloader
     address: str
@@ -93,7 +95,7 @@ class _Download:
     has_slot: bool = False
 
     def fetch(self, attempts: int) -> FetchResult:
-        """Ask, and ask again while the host is only busy; `attempts` were made before."""
+        """Request the URL, with retries while its host is busy; `attempts` were made before."""
         for attempt in itertools.count(1):
             try:
                 answer = self._ask()
@@ -128,10 +130,10 @@ class _Download:
         return answer
 
     def _wait_for_turn(self, target: Target) -> None:
-        """Wait until the host may be asked, and there is room for one more request."""
+        """Wait for the host's rate limit, and for a connection slot."""
         self._release_slot()
         if self.asked:
-            # It sent us on: it was reached.
+            # It redirected the request, so it was reached.
             self._call("report", self.asked[-1].netloc, "reached")
         host = target.netloc
         while True:
@@ -139,14 +141,14 @@ class _Download:
             if wait_s > 0.0:
                 time.sleep(wait_s)
             has_waited = self._take_slot() or wait_s > 0.0
-            # Meanwhile it may have asked for peace, or have shown that it is dead.
+            # During the wait the host may have gone into backoff, or been marked dead.
             if not (has_waited and self._call("in_backoff", host)):
                 break
             self._release_slot()
         self.asked.append(target)
 
     def _take_slot(self) -> bool:
-        """Wait until there is room for one more request; return whether there was none at once."""
+        """Wait for a connection slot; return whether there was none at once."""
         slots = self.fetcher.slots
         self.has_slot = slots.acquire(blocking=False)
         if self.has_slot:
@@ -165,7 +167,7 @@ class _Download:
         return max(self.deadline - time.monotonic(), 0.0)
 
     def _wait_for_rate_limit(self, host: str) -> float:
-        """Return for how long the host is to be left alone, in seconds."""
+        """Return how long to wait before the request to a host, in seconds."""
         timeout_s = self._timeout_s()
         wait_s: float | None = self._call("acquire", host, timeout_s, is_named=not self.asked)
         if wait_s is None:
@@ -175,9 +177,9 @@ class _Download:
         return wait_s
 
     def _report(self, error: FetchError | None) -> None:
-        """Say what the host that was asked last showed; of one that we were sent to, good alone.
+        """Report the outcome for the last requested host; for a redirect target, only a success.
 
-        Who sends us on chooses where to and how late, and could make any host look dead.
+        The redirecting host chooses target and time, and could make any host look dead.
         """
         if not self.asked:
             return
@@ -191,12 +193,12 @@ class _Download:
         self._call("report", self.asked[-1].netloc, outcome, retry_after_s=wait_s)
 
     def _call(self, method: str, host: str, *args: object, **kwargs: object) -> Any:
-        """Ask the book that has a host."""
+        """Call the limiter shard that has a host."""
         return self.fetcher.hosts.of(host).call(method, host, *args, **kwargs)
 
 
 def _outcome(error: FetchError | None) -> Outcome | None:
-    """Return what the end of a request shows of the host that was asked, if anything."""
+    """Return what the end of a request shows about the requested host, if anything."""
     if error is None or error.was_reached:
         return "reached"
     if error.reason in _UNNAMED:
@@ -205,14 +207,14 @@ def _outcome(error: FetchError | None) -> Outcome | None:
 
 
 def _retry_after_s(error: FetchError) -> float:
-    """Return how long a host wants peace, in seconds; a busy one that does not say, a moment."""
+    """Return the backoff that a host asks for, in seconds; our default if a busy one gives none."""
     if error.retry_after_s is not None:
         return error.retry_after_s
     return _DEFAULT_BACKOFF_S if error.status in _BUSY else 0.0
 
 
 def _check_answer(answer: Response, placeholders: KnownPlaceholders) -> None:
-    """Refuse what its host keeps from us, stands for what is gone, or is a page, not a picture."""
+    """Refuse what robots rules forbid, a known placeholder, or a page instead of an image."""
     if is_disallowed(answer.headers.get_all("X-Robots-Tag", [])):
         raise FetchError(
             "robots", "X-Robots-Tag forbids it", answer.status, final_url=answer.final_url

@@ -1,9 +1,9 @@
-"""Images that img2dataset has downloaded before, found by their URLs, or by its keys.
+"""Images that img2dataset has downloaded before, found by URL or by img2dataset's key.
 
-Of each shard there is `00000.parquet`, which says what became of every URL, and the images are in
-`00000.tar`, in the directory `00000`, or in a column of the Parquet file itself: img2dataset's
-output formats webdataset, files and parquet. The index over all shards is made once a machine and
-kept in the user's cache. Must not import torch.
+Each shard has a `00000.parquet` with the status of every URL. Its images are in `00000.tar`, in the
+directory `00000`, or in a column of the Parquet file itself: img2dataset's output formats
+webdataset, files and parquet. The index over all shards is built once per machine and kept in the
+user's cache. Must not import torch.
 """
 
 from __future__ import annotations
@@ -37,17 +37,19 @@ from d2i.tar_index import cached_table, name_hash
 _FORMAT = "downloads 1"
 _SHARD = re.compile(r"\d+\.parquet")
 _SUFFIXES = ("jpg", "png", "webp")
-"""What img2dataset encodes to (`--encode_format`): suffixes of files and members, or a column."""
+"""Formats that img2dataset encodes to (`--encode_format`): suffixes of files and members, or a
+column."""
 _SIDES = ("width", "height", "original_width", "original_height")
 _AGAIN = "copy it again, or let img2dataset finish it"
 _BATCH = 16
-"""Rows of a Parquet file that are decoded at once on the way to one of them (ours)."""
+"""Rows of a Parquet file decoded at once on the way to one of them, to save memory (our
+default)."""
 _PAGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard of img2dataset's: its URL without a suffix, and where its images are."""
+    """Shard that img2dataset wrote: its URL without a suffix, and where its images are."""
 
     url: str
     kind: Literal["tar", "files", "parquet"]
@@ -59,14 +61,14 @@ class _Shard:
 
 @dataclass(frozen=True)
 class Download:
-    """An image that was downloaded.
+    """A downloaded image.
 
     Args:
-        shard: Where it is.
-        row: Of its shard's Parquet file.
+        shard: The shard that has it.
+        row: Its row in the shard's Parquet file.
         key: Its name in the shard.
-        sha256: Of what the host had sent, where img2dataset kept that.
-        is_original: Whether img2dataset says that it kept those very bytes.
+        sha256: Hash of the bytes that the host sent, if img2dataset kept it.
+        is_original: Whether img2dataset kept those very bytes, by its own account.
     """
 
     shard: _Shard
@@ -77,14 +79,14 @@ class Download:
 
 
 class Downloads:
-    """What img2dataset has downloaded.
+    """Index of the images that img2dataset has downloaded.
 
     Args:
-        shards: In the order in which the index counts them.
+        shards: In the order of their numbers in the index.
         table: The index; see `_build`.
 
     Attributes:
-        num_resized: How many images have another width or height than their host's.
+        num_resized: Number of images whose width or height differs from the host's.
     """
 
     def __init__(self, shards: list[_Shard], table: pa.Table) -> None:
@@ -95,13 +97,13 @@ class Downloads:
         self.num_resized = int(table.schema.metadata[b"num_resized"])
 
     def __len__(self) -> int:
-        """Images that were downloaded."""
+        """Return the number of downloaded images."""
         return len(self._by_url)
 
     def find_url(self, url: str) -> Download | None:
-        """Return what was downloaded from a URL, of several downloads the first.
+        """Return the first download of a URL, or None.
 
-        URLs are told apart by 64 bits of their BLAKE2 hash.
+        URLs are compared by 64 bits of their BLAKE2 hash.
         """
         place = int(np.searchsorted(self._by_url, np.uint64(name_hash(url))))
         if place == len(self) or self._by_url[place] != name_hash(url):
@@ -109,7 +111,7 @@ class Downloads:
         return self._download(place)
 
     def find_key(self, key: str) -> list[Download]:
-        """Return what has a key; several downloads into several directories may."""
+        """Return all downloads with a key; those in different directories may share one."""
         first, last = (
             int(np.searchsorted(self._by_key, np.uint64(name_hash(key)), side))
             for side in ("left", "right")
@@ -126,15 +128,15 @@ class Downloads:
 
 @cache
 def open_downloads(place: str) -> Downloads:
-    """Return the one index of this process, made now if this machine has none yet.
+    """Return the index, one per process; build it if this machine has none yet.
 
     Args:
         place: `FetchConfig.downloads`.
 
     Raises:
-        ConfigError: If it is a web address.
-        DataError: If img2dataset has downloaded nothing there, a shard lacks its images, or a file
-            is damaged, or the index cannot be kept.
+        ConfigError: If it is a URL of a web host.
+        DataError: If img2dataset has downloaded nothing there, a shard lacks its images, a file is
+            damaged, or the index cannot be cached.
     """
     if storage.names_host(place):
         raise ConfigError(
@@ -154,10 +156,10 @@ def open_downloads(place: str) -> Downloads:
 
 
 def check_downloads(place: str) -> None:
-    """Make the index, and say once where its images are not those that their hosts sent.
+    """Build the index, and warn once if its images are not those that their hosts sent.
 
     Raises:
-        ConfigError, DataError: As `open_downloads` does.
+        ConfigError, DataError: As in `open_downloads`.
     """
     found = open_downloads(place)
     if found.num_resized:
@@ -172,16 +174,16 @@ def check_downloads(place: str) -> None:
 def read_download(
     found: Download, max_bytes: int, placeholders: KnownPlaceholders, url: str | None = None
 ) -> FetchResult:
-    """Read an image that was downloaded, under the bounds of one that is fetched.
+    """Read a downloaded image, under the limits of a fetched one.
 
     Args:
-        found: Which one.
-        max_bytes: Its greatest length.
-        placeholders: Images that stand for others.
-        url: By which URL it was found, if by one.
+        found: The download.
+        max_bytes: Greatest length of the image.
+        placeholders: Known placeholder images.
+        url: URL that it was found by, if any.
 
     Raises:
-        DataError: If its shard is not there any more.
+        DataError: If its shard is gone.
     """
     try:
         data = _read(found, max_bytes)
@@ -228,9 +230,9 @@ def _kind(stem: str, names: frozenset[str]) -> Literal["tar", "files", "parquet"
 
 
 def _build(shards: list[_Shard], place: str) -> pa.Table:
-    """Return the index: a row for each image, in the order of `url_hash`.
+    """Return the index: one row per image, sorted by `url_hash`.
 
-    `key_hash` is in an order of its own, and beside each is the number of its row (`key_row`).
+    The column `key_hash` is sorted on its own; `key_row` beside it is the row of each key.
     """
     table = pa.concat_tables(_read_rows(number, shard) for number, shard in enumerate(shards))
     if not table.num_rows:
@@ -244,21 +246,21 @@ def _build(shards: list[_Shard], place: str) -> pa.Table:
     order = np.argsort(keys, kind="stable")
     table = table.append_column("key_hash", pa.array(keys[order]))
     table = table.append_column("key_row", pa.array(order.astype(np.uint64)))
-    # One chunk a column, so that each is one array of the mapped file.
+    # One chunk per column, so that each is one array of the memory-mapped file.
     return table.combine_chunks().replace_schema_metadata({"num_resized": str(num_resized)})
 
 
 def _read_rows(number: int, shard: _Shard) -> pa.Table:
-    """Return the rows of a shard whose image was downloaded.
+    """Return a shard's rows of images that were downloaded.
 
     Raises:
-        DataError: If the file is damaged or not img2dataset's, or the images are not there.
+        DataError: If the file is damaged or not img2dataset's, or the images are missing.
     """
     try:
         with storage.open_url(shard.parquet_url) as file:
             return _rows_of(number, shard, pq.ParquetFile(file, pre_buffer=False))
     except (OSError, pa.ArrowException, UnicodeError) as err:
-        # Arrow raises OSErrors of its own, without a number.
+        # Arrow raises OSErrors of its own, without an errno.
         if isinstance(err, OSError) and err.errno is not None:
             raise
         raise damaged(shard.parquet_url, err, "a Parquet file", next_step=_AGAIN) from err
@@ -288,7 +290,7 @@ def _rows_of(number: int, shard: _Shard, parquet: Any) -> pa.Table:
             "row": rows.cast(pa.uint32()),
             "key": table["key"].cast(pa.large_string()),
             "sha256": _column(table, "sha256", pa.large_string()),
-            # With --disable_all_reencoding img2dataset looks at no image, and knows no size.
+            # With --disable_all_reencoding img2dataset decodes no image, and records no size.
             "is_original": _is_unmeasured(table),
             "is_resized": _is_resized(table),
         }
@@ -360,7 +362,7 @@ def _read_cell(found: Download, max_bytes: int) -> bytes:
 
 
 def _cell(parquet: Any, row: int) -> object:
-    """Return the image of a row, its group decoded a few rows at a time up to that one."""
+    """Return the image of a row; its row group is decoded a few rows at a time, up to that row."""
     name = next((name for name in _SUFFIXES if name in parquet.schema_arrow.names), None)
     meta = parquet.metadata
     ends = [*itertools.accumulate(meta.row_group(n).num_rows for n in range(meta.num_row_groups))]

@@ -1,8 +1,8 @@
-"""A guarded HTTP request: no private IP address, no endless body, no endless wait.
+"""Guarded HTTP requests: no private IP address, no endless body, no endless wait.
 
-The host is resolved once, every IP address of it is checked, and the connection goes to the very
-one that was checked, or a proxy does so. Each redirect starts over. A body is never longer than its
-limit, and never slower than its minimum rate.
+The host is resolved once, all its IP addresses are checked (SSRF), and the connection goes to one
+that was checked; a proxy does the same itself. Each redirect starts over. A body is never longer
+than its limit, and never slower than its minimum rate.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from d2i.preprocess.fetch.transport import Transport, connect, time_left
 
 _CHUNK_BYTES = 1 << 16
 _GRACE_S = 5.0
-"""How long a connection may be slower than the minimum rate, in seconds (ours)."""
+"""Seconds before the minimum rate of a body is enforced (our default)."""
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _GZIP = b"\x1f\x8b"
 _NUM_MEMBERS = 100
-"""Gzip members that a body may be made of; thousands of empty ones are an attack (ours)."""
+"""Most gzip members in a body (our default); thousands of empty ones are an attack."""
 
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """What a body may be.
+    """Limits of a response body.
 
     Args:
-        max_bytes: Its length, also after decompression.
-        min_rate_bytes_s: Bodies that come more slowly, after a few seconds, are given up.
+        max_bytes: Greatest length, also after decompression.
+        min_rate_bytes_s: Slower bodies are given up after a few seconds.
     """
 
     max_bytes: int
@@ -49,16 +49,16 @@ class BodyLimits:
 def read_body(
     answer: http.client.HTTPResponse, limits: BodyLimits, before_each: Callable[[], None]
 ) -> bytes:
-    """Read a body to its end, and unpack it.
+    """Read a body to its end, and decompress it.
 
     Args:
-        answer: Its head was read.
-        limits: What it may be.
-        before_each: Called before each receive; it may raise.
+        answer: Response whose headers were read.
+        limits: Limits of the body.
+        before_each: Called before each receive; may raise.
 
     Raises:
         FetchError: `too_many_bytes`, `too_slow`, `encoded_body` or `cut_body`.
-        OSError, http.client.HTTPException: What the connection raised.
+        OSError, http.client.HTTPException: As raised by the connection.
     """
     body = _Body(limits.max_bytes, answer.getheader("Content-Encoding", "identity"))
     started, num_received = time.monotonic(), 0
@@ -74,7 +74,7 @@ def read_body(
         if elapsed_s > _GRACE_S and num_received < limits.min_rate_bytes_s * elapsed_s:
             raise FetchError("too_slow", f"{num_received} bytes in {elapsed_s:.0f} s")
         body.add(chunk)
-    # A connection that was ended at its deadline looks as if the body had ended.
+    # A connection closed at its deadline looks as if the body had ended.
     before_each()
     if answer.length:
         raise FetchError("cut_body", f"the body ended {answer.length} bytes early")
@@ -82,7 +82,7 @@ def read_body(
 
 
 class _Body:
-    """A body under way, decompressed as it comes, never longer than the limit."""
+    """Body so far: decompressed as it arrives, never longer than the limit."""
 
     def __init__(self, max_bytes: int, encoding: str) -> None:
         name = encoding.strip().lower()
@@ -96,7 +96,7 @@ class _Body:
         self._data = bytearray()
 
     def add(self, chunk: bytes) -> None:
-        """Append what was received."""
+        """Append a received chunk."""
         if self._is_packed:
             self._add_packed(chunk)
         else:
@@ -113,7 +113,7 @@ class _Body:
             while chunk:
                 if self._inflate.eof and not (chunk := self._next_member(chunk)):
                     return
-                # One byte more than there is room for shows that there is more.
+                # One byte over the room that is left shows that the body is too long.
                 room = self._max_bytes - len(self._data) + 1
                 self._append(self._inflate.decompress(chunk, room))
                 chunk = self._inflate.unused_data
@@ -121,10 +121,10 @@ class _Body:
             raise FetchError("encoded_body", str(err)) from err
 
     def _next_member(self, chunk: bytes) -> bytes:
-        """Begin the gzip member that follows a finished one; what is none is passed over."""
+        """Start the gzip member after a finished one; trailing bytes that are none are ignored."""
         begun = (self._after_member + chunk)[: len(_GZIP)]
         if begun != _GZIP:
-            # One byte does not show yet what follows.
+            # One byte is too few to recognize a gzip member.
             self._after_member = begun if len(begun) < len(_GZIP) else b"\0"
             return b""
         self._num_members += 1
@@ -146,7 +146,7 @@ _NUM_REDIRECTS = 5
 
 @dataclass(frozen=True)
 class Response:
-    """A complete body, as it is after decompression, and where it came from."""
+    """Complete decompressed body, with its status, headers and final URL."""
 
     body: bytes
     status: int
@@ -156,14 +156,15 @@ class Response:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one address may cost, and who asks.
+    """Limits of one URL, and the User-Agent.
 
     Args:
         timeout_s: Total deadline, redirects and body included.
-        connect_timeout_s: How long a host may take to resolve, and to take a connection.
-        body: What its body may be.
-        user_agent: Names d2i and whom to write to.
-        allow_hosts: `HOST:PORT` that may be asked although private (`guard.allowed_hosts`).
+        connect_timeout_s: Time limit to resolve a host and connect to it.
+        body: Limits of the body.
+        user_agent: Names d2i and a contact.
+        allow_hosts: `HOST:PORT` of private hosts that may be requested
+            (`ssrf_guard.allowed_hosts`).
     """
 
     timeout_s: float
@@ -179,20 +180,19 @@ def get(
     route: Transport,
     on_target: Callable[[Target], None] = lambda _: None,
 ) -> Response:
-    """Fetch one address, following at most five redirects.
+    """Fetch one URL, following at most five redirects.
 
     Args:
-        url: The address.
-        limits: What it may cost.
-        route: How hosts are reached.
-        on_target: Called with each place before it is asked, redirects included; it may wait, and
+        url: The URL.
+        limits: Time and size limits.
+        route: Transport to the hosts.
+        on_target: Called with each target before its request, redirects included; it may wait, and
             it may raise `FetchError`.
 
     Raises:
-        FetchError: With reason `refused_address`, `bad_url`, `no_such_host`,
-            `dns_failed`, `connect`, `proxy_unreached`, `proxy_refused`, `tls`, `timeout`,
-            `too_slow`, `http_<status>`, `too_many_bytes`, `encoded_body`, `cut_body` or
-            `too_many_redirects`.
+        FetchError: With reason `refused_address`, `bad_url`, `no_such_host`, `dns_failed`,
+            `connect`, `proxy_unreached`, `proxy_refused`, `tls`, `timeout`, `too_slow`,
+            `http_<status>`, `too_many_bytes`, `encoded_body`, `cut_body` or `too_many_redirects`.
     """
     deadline = time.monotonic() + limits.timeout_s
     for hop in range(_NUM_REDIRECTS + 1):
@@ -200,7 +200,7 @@ def get(
             target = check_url(url, limits.allow_hosts)
             before = time.monotonic()
             on_target(target)
-        # Waiting for a turn is our courtesy, not the host's slowness.
+        # Waiting for the rate limiter does not count against the host.
         deadline += time.monotonic() - before
         progress = _Progress()
         try:
@@ -217,7 +217,7 @@ def get(
 
 @contextmanager
 def _refusing_before_it_asks(url: str, *, is_sent_on: bool) -> Iterator[None]:
-    """Say of a refusal which address it is of; whoever sent us on to it was reached."""
+    """Add the refused URL to an error; a host that redirected to it was reached."""
     try:
         yield
     except FetchError as err:
@@ -227,7 +227,7 @@ def _refusing_before_it_asks(url: str, *, is_sent_on: bool) -> Iterator[None]:
 
 @dataclass
 class _Progress:
-    """How far one request got."""
+    """Progress of one request."""
 
     has_answer: bool = False
 
@@ -242,7 +242,7 @@ def _refused(err: Exception, deadline: float, limits: Limits, progress: _Progres
 
 def _reason(err: Exception, deadline: float, progress: _Progress) -> str:
     if time.monotonic() >= deadline:
-        # Ended at the deadline, a connection looks as if the other side had closed it.
+        # A connection closed at the deadline looks as if the other side had closed it.
         return "timeout"
     if progress.has_answer and isinstance(err, OSError | http.client.HTTPException):
         return "cut_body"
@@ -261,7 +261,7 @@ def _get_once(
     deadline: float,
     progress: _Progress,
 ) -> Response | str:
-    """Return the response, or the address it redirects to."""
+    """Return the response, or the URL it redirects to."""
     connect_deadline = min(deadline, time.monotonic() + limits.connect_timeout_s)
     with (
         closing(connect(route, target, limits.allow_hosts, connect_deadline)) as connection,
@@ -277,7 +277,8 @@ def _get_once(
             progress.has_answer = True
             location = answer.getheader("Location")
             if answer.status in _REDIRECTS and location:
-                # Headers are read as latin-1; most hosts mean UTF-8, and urllib does the same.
+                # http.client decodes headers as latin-1. Quoting keeps the raw bytes, mostly UTF-8,
+                # as urllib does.
                 return urljoin(url, quote(location, safe=string.punctuation, encoding="latin-1"))
             if answer.status != http.client.OK:
                 raise FetchError(
@@ -286,7 +287,7 @@ def _get_once(
                     answer.status,
                     _retry_after_s(answer.getheader("Retry-After")),
                 )
-            # One receive at a time, none after the deadline: a drip cannot outlast it.
+            # One receive at a time, none after the deadline, so a slow drip cannot outlast it.
             body = read_body(answer, limits.body, lambda: _check_time(deadline))
             return Response(body, answer.status, url, answer.headers)
 
@@ -305,7 +306,7 @@ def _headers(limits: Limits) -> dict[str, str]:
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Read seconds or a date."""
+    """Return the seconds of a Retry-After header, a number or a date; None if it is neither."""
     if value is None:
         return None
     with suppress(ValueError, OverflowError):

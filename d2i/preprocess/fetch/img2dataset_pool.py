@@ -1,8 +1,8 @@
-"""Many pictures by address: img2dataset's downloader, with its three seams filled by ours.
+"""Thread pool of downloads: img2dataset's downloader with our opener, resizer and writer.
 
-It brings the threads and the bound on what is in flight. Each picture is handed to it as a token
-in place of an address: its opener is ours and answers nothing else, so no request can leave
-unguarded (docs/threats.md, URLs). Our resizer passes the bytes on, our writer opens them.
+img2dataset runs the threads and bounds what is in flight. It gets a token in place of each URL: our
+opener handles nothing else, so no request can leave unguarded (docs/threats.md, URLs). Our resizer
+passes the bytes through, and our writer opens the images.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pyarrow as pa
 from d2i.dialog import ImageRef
 from d2i.preprocess.fetch.result import FetchResult
 
-_TOKEN = "d2i:"  # A scheme that nothing else answers.
+_TOKEN = "d2i:"  # A scheme that nothing else handles.
 OpenedT = TypeVar("OpenedT")
 _LOST = FetchResult(None, "engine_error", "the download engine gave no result", attempts=0)
 
@@ -38,18 +38,19 @@ def fetch_all(
     num_threads: int,
     timeout_s: float,
 ) -> Iterator[OpenedT]:
-    """Fetch pictures in threads, and yield each, opened, as it comes.
+    """Fetch images in threads, and yield each, opened, as it arrives.
 
     Args:
-        refs: What is fetched, each once.
-        fetch: Fetches one until a deadline on the monotonic clock, or says why not; called in
-            `num_threads` threads.
-        open_image: Decodes what was fetched, or passes the failure on; called by one thread.
-        num_threads: How many are fetched at once; a few times as many wait to be opened or taken.
-        timeout_s: After so many seconds what is left fails with `shard_timeout`.
+        refs: Images to fetch, without duplicates.
+        fetch: Fetches one until a deadline on the monotonic clock, or returns its failure; called
+            in `num_threads` threads.
+        open_image: Decodes a fetched image, or passes its failure on; called by one thread at a
+            time.
+        num_threads: Images fetched at once; a few times as many wait to be opened or consumed.
+        timeout_s: After so many seconds the remaining images fail with `shard_timeout`.
 
     Raises:
-        Exception: What `open_image` raised first; a failed picture does not.
+        Exception: The first error of `open_image`; a failed image raises none.
     """
     if not refs:
         return
@@ -64,19 +65,19 @@ def fetch_all(
             finally:
                 writer.end()
 
-        # In a thread of its own: interrupted within it, the engine would wait for itself for ever.
+        # In its own thread: if interrupted inside, img2dataset would wait for itself forever.
         threading.Thread(target=run, daemon=True).start()
         yield from writer.opened()
     for number in writer.missing():
-        # img2dataset prints what it did not expect, and goes on without that picture.
+        # img2dataset prints an unexpected error, and goes on without that image.
         yield open_image(refs[number], opener.found[number] or _LOST)
 
 
 def _engine(
     folder: Path, num_refs: int, writer: _Writer[OpenedT], num_threads: int
 ) -> Callable[[], object]:
-    """Return what downloads the tokens of so many pictures."""
-    # albumentations, which img2dataset imports, would ask the internet for its newest version.
+    """Return the function that downloads the tokens of `num_refs` images."""
+    # img2dataset imports albumentations, which would check online for a newer version.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     from img2dataset.downloader import Downloader
 
@@ -108,7 +109,7 @@ def _engine(
 
 
 class _Opener:
-    """Stands where urllib's opener stands, and answers tokens alone."""
+    """Replacement for urllib's opener that handles only tokens."""
 
     def __init__(
         self,
@@ -122,15 +123,15 @@ class _Opener:
         self.found: list[FetchResult | None] = [None] * len(refs)
 
     def give_up(self) -> None:
-        """Fail all that was not begun yet."""
+        """Fail all images that have not started."""
         self._deadline = 0.0
 
     def open(self, request: urllib.request.Request, *_: object) -> _Body:
-        """Fetch the picture that a token stands for.
+        """Fetch the image that a token stands for.
 
         Raises:
-            ValueError: If the request is none of ours.
-            OSError: If the picture cannot be had; `found` says why.
+            ValueError: If the request is not for a token.
+            OSError: If the image cannot be fetched; `found` has the reason.
         """
         if not request.full_url.startswith(_TOKEN):
             raise ValueError(f"no token: {request.full_url}")
@@ -139,7 +140,7 @@ class _Opener:
             found = FetchResult(None, "shard_timeout", "its shard took too long", attempts=0)
         else:
             found = self._fetch(self._refs[number], self._deadline)
-        # The bytes go through the engine, which bounds how many wait; they are not kept here.
+        # The bytes go through img2dataset, which bounds how many wait; they are not kept here.
         self.found[number] = found.without_data()
         if found.data is None:
             raise OSError(found.reason)
@@ -147,19 +148,19 @@ class _Opener:
 
 
 class _Body(io.BytesIO):
-    """What img2dataset reads as a response."""
+    """Response body as img2dataset reads it."""
 
     headers = email.message.Message()
 
 
 class _Writer(Generic[OpenedT]):
-    """Stands where img2dataset's writer stands: opens what comes, and hands it on.
+    """Replacement for img2dataset's writer: opens each image, and queues it for the consumer.
 
     Args:
-        refs: The pictures, by number.
-        opener: Knows how asking ended.
-        open_image: What opens one.
-        max_waiting: Opened pictures that wait to be taken at most.
+        refs: The images, by number.
+        opener: Has the result of each fetch.
+        open_image: Opens one image.
+        max_waiting: Most opened images that wait to be consumed.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class _Writer(Generic[OpenedT]):
         self._is_wanted = True
 
     def write(self, data: bytes | None, _key: str, _caption: None, meta: dict[str, Any]) -> None:
-        """Take one picture, or the news that there is none."""
+        """Open and queue one image, or its failure."""
         if not self._is_wanted:
             return
         number = int(meta["url"].removeprefix(_TOKEN))
@@ -186,24 +187,24 @@ class _Writer(Generic[OpenedT]):
         try:
             opened = self._open_image(self._refs[number], found.with_data(data))
         except Exception as err:
-            # img2dataset would print it and go on.
+            # img2dataset would print the error and go on.
             self._failure, self._is_wanted = err, False
             self._opener.give_up()
         else:
             self._queue.put((number, opened))
 
     def close(self) -> None:
-        """Do nothing: what was written is where it belongs."""
+        """Do nothing: each image was queued when it was written."""
 
     def end(self) -> None:
-        """Say that nothing more comes."""
+        """Queue the end marker."""
         self._queue.put(None)
 
     def opened(self) -> Iterator[OpenedT]:
-        """Yield what was opened until nothing more comes.
+        """Yield the opened images until the end marker.
 
         Raises:
-            Exception: What opening a picture raised first.
+            Exception: The first error of opening an image.
         """
         try:
             while (item := self._queue.get()) is not None:
@@ -211,7 +212,7 @@ class _Writer(Generic[OpenedT]):
                 self._left.remove(number)
                 yield opened
         except BaseException:
-            # What is under way ends by its own deadline, and the engine's threads with it.
+            # Requests in flight end at their own deadlines, and img2dataset's threads with them.
             self._is_wanted = False
             self._opener.give_up()
             while self._queue.get() is not None:
@@ -221,12 +222,12 @@ class _Writer(Generic[OpenedT]):
             raise self._failure
 
     def missing(self) -> list[int]:
-        """Return the numbers of the pictures that never came."""
+        """Return the numbers of the images that never arrived."""
         return sorted(self._left)
 
 
 def _pass_on(stream: io.BytesIO, _boxes: None) -> tuple[bytes, None, None, None, None, None]:
-    """Stand where img2dataset's resizer stands: ours opens pictures later, in `_Writer`."""
+    """Replace img2dataset's resizer: pass the bytes on, as `_Writer` opens the images later."""
     return stream.getvalue(), None, None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""In which order addresses are asked: those of one host spread evenly over all."""
+"""Request order: the URLs of each host are spread evenly over the whole."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from d2i.dialog import ImageRef
 
 
 def interleave_by_host(refs: Iterable[ImageRef]) -> list[ImageRef]:
-    """Order pictures so that neighbours are of different hosts, where there are several.
+    """Order images so that neighbours are of different hosts, if there are several.
 
-    In the order of their addresses a dead host's would all be under way before the first one
-    shows that it is dead, and the pace of one host would hold up the others. The order is a
-    function of the set of pictures.
+    Sorted by URL, all requests to a dead host would be in flight before the first one shows that it
+    is dead, and the rate limit of one host would hold up the others. The order is a function of the
+    set of images.
     """
     by_host: dict[str, list[ImageRef]] = defaultdict(list)
     for ref in sorted(refs, key=lambda ref: ref.value):
         by_host[_host(ref)].append(ref)
     placed: list[tuple[float, str, ImageRef]] = []
     for host, its in by_host.items():
-        # Hosts begin at different places, or their first ones would all come together.
+        # Each host starts at its own offset; otherwise all their first URLs would come together.
         begin = zlib.crc32(host.encode()) / 2**32
         placed += [((number + begin) / len(its), host, ref) for number, ref in enumerate(its)]
     return [ref for _, _, ref in sorted(placed, key=lambda place: place[:2])]
 
 
 def _host(ref: ImageRef) -> str:
-    """Return what stands between the slashes, right or wrong."""
+    """Return the host part of an image's first URL, valid or not."""
     parts = ref.value[0].split("/", 3) if ref.value else []
     return parts[2].lower() if len(parts) > 2 else ""

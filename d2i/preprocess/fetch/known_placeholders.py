@@ -1,4 +1,4 @@
-"""Pictures that hosts send in place of what is gone: told by their names, and by their bytes."""
+"""Known placeholders: images that hosts send for missing ones, recognized by name or by hash."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import hashlib
 from dataclasses import dataclass
 
 _NAMES = ("photo_unavailable", "photo_not_available", "image_not_available")
-"""What hosts call them, Flickr first (openimages/dataset #9)."""
+"""File names that hosts give them, Flickr's first (openimages/dataset #9)."""
 
 
 @dataclass(frozen=True)
 class KnownPlaceholders:
-    """Which pictures stand for others.
+    """Known placeholder images.
 
     Args:
-        sha256: The hashes of their bytes, in lower-case hexadecimal digits.
+        sha256: Hashes of their bytes, in lower-case hexadecimal digits.
     """
 
     sha256: frozenset[str]
 
     def why(self, data: bytes, url: str | None = None) -> str | None:
-        """Say what shows that these bytes are a placeholder, or return None.
+        """Return the reason why these bytes are a placeholder, or None.
 
         Args:
             data: The bytes.
-            url: Where they came from, if from an address.
+            url: Their URL, if they came from one.
         """
         name = (url or "").partition("?")[0].rpartition("/")[2].lower()
         if any(mark in name for mark in _NAMES):

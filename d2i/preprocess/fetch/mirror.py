@@ -1,6 +1,6 @@
-"""A mirror: one host that has, by name, the pictures that a corpus names as files.
+"""Mirror: one host that has, by name, the images that a corpus lists as files.
 
-Asks nothing itself.
+Sends no requests itself.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
 
 
 def mirror_address(template: str, path: str) -> str:
-    """Return where a mirror has a file.
+    """Return the URL of a file on the mirror.
 
     Args:
         template: `FetchConfig.mirror`.
         path: The file's name in the corpus.
 
     Raises:
-        FetchError: `bad_url` for a name that climbs out of its place.
+        FetchError: `bad_url` for a name that leaves its directory (path traversal).
     """
     names = {"path": path, "name": path.rpartition("/")[2]}
     names["key"] = names["name"].rpartition(".")[0] or names["name"]
@@ -34,10 +34,10 @@ def mirror_address(template: str, path: str) -> str:
 
 
 def mirror_host(template: str, allow_hosts: frozenset[str]) -> str | None:
-    """Return the one host of a mirror, as `Target.netloc`; None where names make several of it.
+    """Return the one host of a mirror, as `Target.netloc`; None if the host depends on the file.
 
     Raises:
-        ConfigError: If it is no address that may be asked.
+        ConfigError: If the template gives no URL that may be requested.
     """
     try:
         target = check_url(_PLACEHOLDER.sub("x", template), allow_hosts)

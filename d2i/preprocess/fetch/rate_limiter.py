@@ -1,7 +1,7 @@
-"""The rate limit of each host: how often it is asked, its backoff, and when it counts as dead.
+"""Rate limiter: the request rate of each host, its backoff, and a circuit breaker for dead hosts.
 
-One limiter knows some of a job's hosts, or all; sharded over actors, all workers share them. Must
-not ask anything itself.
+One limiter knows some or all hosts of a job; sharded over actors, it is shared by all workers. Must
+not send requests itself.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from d2i.cluster import SharedActor, create_shared, num_session_cores
 
 _CORES_PER_LIMITER = 16
 _MAX_LIMITERS = 16
-"""All of them are beside the driver, and have its clock."""
+"""Maximum number of shards; all run on the driver's node, and share its clock."""
 
 
 @dataclass(frozen=True)
 class ShardedRateLimiter:
-    """The manners that all workers keep together.
+    """Rate limiter that all workers share, sharded by host.
 
     Args:
-        limiters: One at least.
-        num_trouble_hosts: As their limits'.
+        limiters: The shards, at least one.
+        num_trouble_hosts: As in their limits.
     """
 
     limiters: tuple[SharedActor[RateLimiter], ...]
     num_trouble_hosts: int
 
     def of(self, host: str) -> SharedActor[RateLimiter]:
-        """Return the book of a host, the same one for all workers."""
+        """Return the shard that has a host, the same one for all workers."""
         return self.limiters[zlib.crc32(host.encode()) % len(self.limiters)]
 
     def outage_reason(self, *, of_names: bool) -> str | None:
-        """Say what looks like trouble of this machine's own network; see `detect_outage`."""
+        """Return why this machine's own network seems to be down, or None; see `detect_outage`."""
         signs = [limiter.call("network_health", of_names=of_names) for limiter in self.limiters]
         return detect_outage(signs, self.num_trouble_hosts, of_names=of_names)
 
 
 def create_shared_limiter(limiter: RateLimiter, *, num_workers: int | None) -> ShardedRateLimiter:
-    """Make books that begin as one does common to all workers of the session that is open.
+    """Create a sharded limiter that all workers of the open session share.
 
     Args:
-        limiter: What each begins as.
-        num_workers: As the pool's.
+        limiter: Initial state of each shard.
+        num_workers: As in `Pool`.
     """
     fitting = num_session_cores(num_workers=num_workers) // _CORES_PER_LIMITER
     num_limiters = min(max(fitting, 1), _MAX_LIMITERS)
@@ -57,22 +57,24 @@ def create_shared_limiter(limiter: RateLimiter, *, num_workers: int | None) -> S
 
 
 Outcome = Literal["reached", "unreached", "unnamed"]
-"""What a host showed of our own network; `unnamed`: its name led nowhere, or where none may."""
+"""Outcome of a request as a sign of our own network; `unnamed`: the host's name led nowhere, or to
+a refused IP address."""
 
 _NUM_BEGUN = 4096
-"""Hosts whose answers are still waited for, at most."""
+"""Maximum number of hosts whose last request is remembered; the longest idle are evicted."""
 _SHARE_UNREACHED = 0.9
 _FEW_HOSTS = 8
-"""That many hosts, and not one of them reached, are enough to stop (ours)."""
+"""That many hosts, none of them reached, are enough to stop (our default)."""
 
 
 @dataclass(frozen=True)
 class NetworkHealth:
-    """What a book has seen of our own network.
+    """Signs of our own network's health that one shard has seen.
 
     Args:
-        lost: What all requests go through and cannot be reached, if there is such a thing.
-        contacts: When hosts were asked, and what that showed: the last ones first.
+        lost: Reason if something that all requests need, such as a proxy, cannot be reached; else
+            None.
+        contacts: Time of each host's last request and its last known outcome, newest first.
     """
 
     lost: str | None
@@ -82,15 +84,15 @@ class NetworkHealth:
 def detect_outage(
     signs: Sequence[NetworkHealth], window: int, *, of_names: bool = False
 ) -> str | None:
-    """Say what looks like trouble of this machine's own network rather than dead addresses.
+    """Return why this machine's own network, rather than dead hosts, seems to be at fault, or None.
 
-    The hosts count in the order in which they were asked: those that answer do so long before
-    those that do not, and the last words of a shard are all of dead hosts.
+    Hosts count in the order of their requests, not of their answers: live hosts answer long before
+    dead ones fail, so a shard always ends with dead hosts.
 
     Args:
-        signs: Of all books.
-        window: So many different hosts, asked one after the other, show it; 0: none do.
-        of_names: Whether only names that led nowhere are of interest.
+        signs: From all shards.
+        window: Number of different hosts, requested last, that are judged; 0: none are.
+        of_names: Report an outage only if all failures are failed lookups of host names.
     """
     for of_limiter in signs:
         if of_limiter.lost:
@@ -114,16 +116,16 @@ def detect_outage(
 
 @dataclass(frozen=True)
 class HostLimits:
-    """What one host is spared.
+    """Request limits of one host.
 
     Args:
-        requests_per_s: The most requests a second, over the whole job.
-        num_failures: Requests in a row that never reached it, or wishes for peace in a row, until
-            it counts as dead.
-        dead_s: How long a dead host is not asked again, in seconds.
-        max_retry_after_s: A host that wants longer peace than this counts as dead for so long.
-        num_trouble_hosts: So many different hosts, asked one after the other, show whether the
-            trouble is ours; 0: none do.
+        requests_per_s: Most requests per second, over the whole job.
+        num_failures: Requests in a row that never reached the host, or backoffs in a row, until it
+            counts as dead.
+        dead_s: How long a dead host gets no requests, in seconds.
+        max_retry_after_s: A host that asks for a longer backoff counts as dead for that long.
+        num_trouble_hosts: Number of different hosts, requested last, that show an outage of our own
+            network; 0: none do.
     """
 
     requests_per_s: float
@@ -135,7 +137,7 @@ class HostLimits:
 
 @dataclass
 class HostState:
-    """What is known of one host; times on the limiter's clock, in seconds."""
+    """State of one host; times on the limiter's clock, in seconds."""
 
     next_free: float = 0.0
     backoff_until: float = 0.0
@@ -145,27 +147,27 @@ class HostState:
     open_until: float = 0.0
 
     def record_failure(self, limits: HostLimits, now: float) -> None:
-        """Count a request that never reached the host; too many in a row, and it counts as dead."""
+        """Count a request that never reached the host; too many in a row mark it dead."""
         self.num_unreached += 1
         if self.num_unreached >= limits.num_failures:
             self.open_circuit_breaker(now + limits.dead_s)
 
     def open_circuit_breaker(self, until: float) -> None:
-        """Count the host as dead, asked by nobody, until then."""
+        """Mark the host dead until a time: nobody sends it requests."""
         self.open_until = max(self.open_until, until)
 
     def begin_backoff(self, for_s: float, limits: HostLimits, now: float) -> None:
-        """Start a backoff. After too many in a row the host counts as dead: waiters hold a thread.
+        """Start a backoff. After too many in a row mark the host dead, as waiters hold a thread.
 
-        They are in a row where it gave fewer answers in between than it now wants seconds (our
-        default: an answer pays for a second).
+        Backoffs are in a row if the host gave fewer answers in between than the seconds it now asks
+        for (our default: one answer pays for one second).
         """
-        # What was under way when the last one began says nothing new.
+        # Requests that were in flight when the last backoff began show nothing new.
         if now >= self.backoff_until:
             self.num_backoffs = 1 if self.num_answers >= for_s else self.num_backoffs + 1
             self.num_answers = 0
         if for_s > limits.max_retry_after_s:
-            # Nobody waits for so long: the host is left alone, and asked in a later run.
+            # Nobody waits that long: the host is left to a later run.
             self.open_circuit_breaker(now + for_s)
         if self.num_backoffs >= limits.num_failures:
             self.open_circuit_breaker(now + limits.dead_s)
@@ -175,11 +177,11 @@ class HostState:
 
 @dataclass
 class RateLimiter:
-    """Hands out turns to ask a host. Its clock is its own, so workers need no common one.
+    """Grants turns to request from a host. It has its own clock, so workers need no common one.
 
     Args:
-        limits: What one host is spared.
-        mirror: The host of which the pictures come that a corpus names as files, if it is one.
+        limits: Limits of each host.
+        mirror: Host of the mirror that has a corpus's files, if it is a single one.
     """
 
     limits: HostLimits
@@ -194,15 +196,15 @@ class RateLimiter:
         """Take the next turn of a host, unless it is further away than `timeout_s`.
 
         Args:
-            host: As `guard.Target.netloc` names it.
+            host: As in `ssrf_guard.Target.netloc`.
             timeout_s: How long the caller can wait, in seconds.
-            is_named: Whether an address names it, and not another host that sends us on: only
-                of such hosts is it counted how many cannot be reached.
+            is_named: Whether a URL names it, and not a redirect by another host: only such hosts
+                count for an outage.
 
         Returns:
-            How long to wait before asking, in seconds, and no turn is taken if that is beyond
-            `timeout_s`; None if the host is dead for now or wants longer peace than anybody
-            waits for, or the proxy is dead.
+            How long to wait before the request, in seconds; beyond `timeout_s`, no turn is taken.
+                None if the host is dead for now or asks for a longer backoff than anybody waits
+                for, or the proxy is dead.
         """
         now = time.monotonic()
         state = self._hosts.setdefault(host, HostState())
@@ -218,12 +220,12 @@ class RateLimiter:
         return turn - now
 
     def in_backoff(self, host: str) -> bool:
-        """Say whether a host asked for peace, or died, after a turn was taken that has come."""
+        """Return whether a host is in backoff or dead; checked again after waiting for a turn."""
         state = self._hosts.setdefault(host, HostState())
         return time.monotonic() < max(state.backoff_until, state.open_until)
 
     def report(self, host: str, outcome: Outcome, *, retry_after_s: float = 0.0) -> None:
-        """Say what a request showed of a host, and for how long it wants peace, in seconds."""
+        """Record the outcome of a request, and the backoff that its host asks for, in seconds."""
         now = time.monotonic()
         state = self._hosts.setdefault(host, HostState())
         self._begun[host] = (self._begun.get(host, (now, None))[0], outcome)
@@ -239,14 +241,14 @@ class RateLimiter:
             state.num_answers += 1
 
     def report_proxy_unreached(self) -> None:
-        """Say that the proxy took no connection; of the host that tells nothing."""
+        """Record that the proxy took no connection, which shows nothing about the host."""
         self._proxy.record_failure(self.limits, time.monotonic())
 
     def network_health(self, *, of_names: bool = False) -> NetworkHealth:
-        """Say what was seen of this machine's own network.
+        """Return the signs of this machine's own network.
 
         Args:
-            of_names: Whether only names that led nowhere are of interest.
+            of_names: Whether to report only failed lookups of host names.
         """
         window = self.limits.num_trouble_hosts
         known = [(begun_s, outcome) for begun_s, outcome in self._begun.values() if outcome]
@@ -263,7 +265,7 @@ class RateLimiter:
         self._num_mirror_failures = 0 if is_reached else self._num_mirror_failures + 1
 
     def _is_mirror_lost(self, *, of_names: bool) -> bool:
-        """Say whether it never answered, or fails again and again: one host, but all pictures."""
+        """Return whether it never answered, or keeps failing: one host, but all images."""
         if self.mirror is None:
             return False
         if of_names and self._begun.get(self.mirror, (0.0, None))[1] != "unnamed":
@@ -272,7 +274,7 @@ class RateLimiter:
         return self._num_mirror_failures >= few
 
     def _begin(self, host: str) -> None:
-        # What it showed before holds until its answer: a host that is asked all the time has one.
+        # The last outcome holds until the next answer, or a busy host would never have one.
         self._begun[host] = (time.monotonic(), self._begun.pop(host, (0.0, None))[1])
         if len(self._begun) > _NUM_BEGUN:
             del self._begun[next(iter(self._begun))]

@@ -1,4 +1,4 @@
-"""Names to addresses, with a deadline and a memory; the system's resolver has neither."""
+"""DNS resolver with a deadline and a cache; the system's resolver has neither."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from d2i.preprocess.fetch.result import FetchError
 
 _NUM_REMEMBERED = 100_000
 _REMEMBERED_FAILURE_S = 60.0
-"""How long a name that could not be resolved is not asked for again, in seconds (ours)."""
+"""Time for which a failed lookup is cached, in seconds (our default)."""
 _DNS_PORT = 53
 
 
 class Resolver:
-    """Resolves host names by DNS; answers are kept as long as they say, failures for a minute.
+    """Resolves host names by DNS; answers are cached for their TTL, failures for a minute.
 
-    Safe to call from several threads.
+    Thread-safe.
 
     Args:
         server: `HOST:PORT` or `HOST` of a DNS server, an IP address; None takes the system's.
 
     Raises:
-        ConfigError: If the server is not an address, or the system names none.
+        ConfigError: If the server is not an IP address, or the system names none.
     """
 
     def __init__(self, server: str | None = None) -> None:
@@ -39,14 +39,14 @@ class Resolver:
         self._lock = threading.Lock()
 
     def addresses(self, host: str, timeout_s: float) -> list[str]:
-        """Return the IP addresses of a host, IPv4 where it has any.
+        """Return the IP addresses of a host: IPv4 if it has any, else IPv6.
 
         Args:
-            host: A name, or an IP address in any notation that a browser takes for one.
-            timeout_s: How long the answer may take.
+            host: A name, or an IP address in any notation that a browser accepts.
+            timeout_s: How long the lookup may take.
 
         Raises:
-            FetchError: `no_such_host`, or `dns_failed` where no answer came.
+            FetchError: `no_such_host`, or `dns_failed` if no answer came.
         """
         if (literal := literal_address(host)) is not None:
             return [literal]
@@ -108,7 +108,7 @@ def _build(server: str | None) -> dns.resolver.Resolver:
 
 
 def literal_address(host: str) -> str | None:
-    """Return the address that a host written as one stands for: 127.1, 0x7f000001, and so on."""
+    """Return the IP address of a host that is written as one (127.1, 0x7f000001, ...), or None."""
     try:
         return str(ipaddress.ip_address(host.partition("%")[0]))
     except ValueError:

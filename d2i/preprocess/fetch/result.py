@@ -1,4 +1,4 @@
-"""The result of fetching one image: its bytes, or the reason class, permanent or transient."""
+"""Result of fetching one image: its bytes, or the reason of its failure, permanent or transient."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TRANSIENT = frozenset(
     }
 )
 UNREACHED = frozenset({"connect", "dns_failed", "timeout", "tls"})
-"""What a host that cannot be reached looks like, and a machine that reaches nothing; unless
+"""Reasons when a host, or from this machine any host, cannot be reached; unless
 `FetchError.was_reached`."""
 
 
@@ -32,14 +32,14 @@ class FetchError(Exception):
     """A request failed.
 
     Args:
-        reason: Its class in the ledger.
-        detail: What happened, for a person.
-        status: The HTTP status, where there was one.
-        retry_after_s: How long the host asks to be left alone, in seconds.
-        final_url: The last address asked, or refused, after redirects.
+        reason: Reason in the ledger.
+        detail: Human-readable detail.
+        status: HTTP status, if there was one.
+        retry_after_s: Backoff that the host asks for, in seconds.
+        final_url: Last URL requested, or refused, after redirects.
 
     Attributes:
-        was_reached: Whether the host that was asked last had answered before it failed.
+        was_reached: Whether the last requested host had answered before the failure.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FetchError(Exception):
 
 
 def is_transient(reason: str) -> bool:
-    """Say whether asking again later may help: not for what is gone, refused or broken."""
+    """Return whether a later retry may help: not if the image is gone, refused or broken."""
     kind, _, status = reason.partition("http_")
     if not kind and status.isdigit():
         return int(status) in _TRANSIENT_STATUS or int(status) >= 500
@@ -68,15 +68,15 @@ def is_transient(reason: str) -> bool:
 
 @dataclass(frozen=True)
 class FetchResult:
-    """Bytes of a picture, or why there are none.
+    """Bytes of an image, or the reason why there are none.
 
     Args:
         data: The source bytes.
-        reason: `ok`, or the class of the failure.
-        detail: What happened, for a person.
+        reason: `ok`, or the reason of the failure.
+        detail: Human-readable detail.
         attempts: Requests that were sent; 1 for a file.
-        http_status: The last answer's status.
-        final_url: The last address asked, after redirects.
+        http_status: HTTP status of the last answer.
+        final_url: Last URL requested, after redirects.
     """
 
     data: bytes | None
@@ -87,17 +87,17 @@ class FetchResult:
     final_url: str | None = None
 
     def refused(self, reason: str, detail: str) -> FetchResult:
-        """Return the failure that these bytes turned out to be."""
+        """Return this result as a failure, without the bytes."""
         return replace(self, data=None, reason=reason, detail=detail)
 
     def without_data(self) -> FetchResult:
-        """Return the same without the bytes."""
+        """Return a copy without the bytes."""
         return replace(self, data=None)
 
     def with_data(self, data: bytes | None) -> FetchResult:
-        """Return the same with the bytes."""
+        """Return a copy with the given bytes."""
         return replace(self, data=data)
 
     def after(self, attempts: int) -> FetchResult:
-        """Return the same after more attempts."""
+        """Return a copy with the given number of attempts."""
         return replace(self, attempts=attempts)

@@ -1,4 +1,4 @@
-"""The door to pictures: files of a folder or of tars, addresses, downloads, behind one call."""
+"""Source of images: files of a directory or of tars, URLs and downloads, behind one call."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ from d2i.preprocess.fetch.transport import DirectTransport, Proxy, ProxyTranspor
 
 OpenedT = TypeVar("OpenedT")
 _NUM_WAITING = 16
-"""Threads beyond those that ask, so that a host's peace does not hold up the others (ours)."""
+"""Threads beyond the connection slots, so that a host in backoff does not block others (our
+default)."""
 _RUN = 4
-"""Files that a thread reads before it hands them over, which costs as much as a file (ours)."""
+"""Files that a thread reads per task: handing a result over costs as much as reading a file."""
 
 
 @dataclass(frozen=True)
 class NetworkPolicy:
-    """What the command line adds to the recipe: whom this machine may ask, and through whom.
+    """Network settings of the command line: private hosts that may be requested, DNS server, proxy.
 
     Args:
-        allow_hosts: Private hosts that may be asked, as `guard.allowed_hosts` returns them.
+        allow_hosts: Private hosts that may be requested, as `ssrf_guard.allowed_hosts` returns
+            them.
         dns_server: `HOST:PORT` of the DNS server; None takes the system's.
-        proxy: What requests go through; it finds the hosts.
+        proxy: Proxy for all requests; it resolves the hosts.
     """
 
     allow_hosts: frozenset[str] = frozenset()
@@ -52,19 +54,19 @@ class NetworkPolicy:
 
 
 NO_NETWORK = NetworkPolicy()
-"""Public hosts alone, by the system's DNS."""
+"""Public hosts only, the system's DNS, no proxy."""
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where the pictures of a job come from, and what one may cost.
+    """Source of a job's images, with its limits.
 
     Args:
-        image_root: Folder (any fsspec URL) that `file` references are relative to, or tars
+        image_root: Directory (any fsspec URL) that `file` references are relative to, or tars
             (`d2i.image_files`).
         config: The limits.
-        access: Hosts that may be asked although private, the DNS server, the proxy.
-        hosts: The manners that all workers keep together.
+        access: Private hosts that may be requested, the DNS server, the proxy.
+        hosts: Rate limiter that all workers share.
     """
 
     image_root: str
@@ -78,12 +80,14 @@ class ImageSource:
         open_image: Callable[[ImageRef, FetchResult], OpenedT],
         read_inline: Callable[[ImageRef, int], FetchResult] | None = None,
     ) -> Iterator[OpenedT]:
-        """Fetch pictures, and yield each, opened, as it comes; a failure is a value, never raised.
+        """Fetch images, and yield each, opened, as it arrives; a failure is a value, never raised.
 
         Args:
-            refs: The pictures, each once.
-            open_image: Makes something of what was fetched; called by one thread at a time.
-            read_inline: Reads an `inline` picture of at most so many bytes, where any is asked for.
+            refs: The images, without duplicates.
+            open_image: Converts a fetched result into what is yielded; called by one thread at a
+                time.
+            read_inline: Reads an `inline` image of at most so many bytes; needed only if there is
+                one.
         """
         ordered = sorted(refs, key=lambda ref: ref.value)
         files: list[ImageRef] = []
@@ -110,7 +114,7 @@ class ImageSource:
         yield from self._ask(by_address, open_image)
 
     def outage_reason(self, *, of_names: bool = False) -> str | None:
-        """Say what looks like trouble of this machine's own network, if anything does."""
+        """Return why this machine's own network seems to be down, or None."""
         return self.hosts.outage_reason(of_names=of_names)
 
     def _read_files(
@@ -147,7 +151,7 @@ class ImageSource:
         return FetchResult(data)
 
     def _find_download(self, ref: ImageRef) -> tuple[Download, str] | None:
-        """Return what was downloaded before from the first such URL of a picture, and the URL."""
+        """Return the first download by any URL of an image, with that URL, or None."""
         if self.config.downloads is None:
             return None
         index = open_downloads(self.config.downloads)
@@ -159,7 +163,7 @@ class ImageSource:
         return next(((download, url) for download, url in found if download), None)
 
     def _read_key(self, path: str) -> FetchResult:
-        """Read the download whose key is a file's name, where that file is not there."""
+        """Read the download whose key is a file's name, if the file itself is missing."""
         found = open_downloads(str(self.config.downloads)).find_key(PurePosixPath(path).stem)
         if not found:
             return FetchResult(None, "missing_file", f"{path}: no such file, and no download's key")
@@ -184,7 +188,7 @@ class ImageSource:
         )
 
     def _ask_for(self, ref: ImageRef, fetcher: Downloader, deadline: float) -> FetchResult:
-        """Ask where a picture may be had."""
+        """Fetch an image by its URLs."""
         try:
             addresses = self._addresses(ref)
         except FetchError as err:
@@ -192,7 +196,7 @@ class ImageSource:
         return fetcher.fetch(addresses, deadline)
 
     def _addresses(self, ref: ImageRef) -> Sequence[str]:
-        """Return where a picture may be had: of a file, its place in the mirror."""
+        """Return the URLs of an image: for a file, its URL on the mirror."""
         if ref.kind == "urls":
             return ref.value
         return [mirror_address(str(self.config.mirror), ref.value[0])]
@@ -234,15 +238,15 @@ def _read_run(refs: list[ImageRef], read: Callable[[ImageRef], FetchResult]) -> 
 
 @cache
 def _resolver(server: str | None) -> Resolver:
-    """Return the one resolver of this process: what it remembers serves all shards."""
+    """Return the one resolver of this process, so that its cache serves all shards."""
     return Resolver(server)
 
 
 def build_rate_limiter(config: FetchConfig, access: NetworkPolicy = NO_NETWORK) -> RateLimiter:
-    """Return the manners of a new job.
+    """Return the rate limiter of a new job.
 
     Raises:
-        ConfigError: If the mirror may not be asked.
+        ConfigError: If the mirror may not be requested.
     """
     limits = HostLimits(
         config.max_host_requests_per_s,
@@ -255,5 +259,5 @@ def build_rate_limiter(config: FetchConfig, access: NetworkPolicy = NO_NETWORK) 
 
 
 def user_agent(contact: str | None) -> str:
-    """Return by what name hosts know d2i, and to whom they may complain."""
+    """Return the User-Agent header: d2i's name, and a contact for site owners."""
     return f"d2i/{__version__} (dialog-to-image research; {contact or 'no contact given'})"

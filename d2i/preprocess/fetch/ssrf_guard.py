@@ -1,4 +1,7 @@
-"""Which address may be asked (docs/threats.md, URLs). Asks nothing itself."""
+"""SSRF guard: the URLs and IP addresses that may be requested (docs/threats.md, URLs).
+
+Sends no requests itself.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from d2i.errors import ConfigError
 from d2i.preprocess.fetch.result import FetchError
 
 PORTS = {"http": 80, "https": 443}
-# What a path or a query may hold as it is; '%' too, as addresses come percent-encoded already.
+# Characters of a path or query that stay unquoted; '%' too, as URLs are percent-encoded already.
 _PLAIN = "/%:@!$&'()*+,;=~-._?"
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _DOCUMENTATION = ipaddress.ip_network("3fff::/20")
@@ -23,13 +26,14 @@ _DOTS = str.maketrans(dict.fromkeys("\u3002\uff0e\uff61", "."))
 _OF_PLATFORMS = tuple(
     map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24"))
 )
-"""Public to Python, but each cloud machine's own: Azure's wire server, and Oracle's metadata among
-the protocols' addresses (RFC 6890); and the relays that 6to4 had (RFC 7526)."""
+"""Networks that Python counts as public, but that belong to each cloud machine: Azure's wire
+server, and Oracle's metadata service among the protocols' addresses (RFC 6890); also the former
+6to4 relays (RFC 7526)."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where one request goes: a checked scheme, host and port, and path with query, encoded."""
+    """Target of one request: checked scheme, host and port, and encoded path with query."""
 
     scheme: str
     host: str
@@ -38,22 +42,22 @@ class Target:
 
     @property
     def netloc(self) -> str:
-        """`HOST:PORT`, as `--allow-host` names it and manners are kept by."""
+        """`HOST:PORT`, as in `--allow-host` and as the key of the rate limiter."""
         return _netloc(self.host, self.port)
 
     @property
     def authority(self) -> str:
-        """The same without the port where it is that of the scheme, as an address has it."""
+        """`HOST:PORT`, or `HOST` alone if the port is the scheme's default, as in a URL."""
         is_usual = self.port == PORTS[self.scheme]
         return self.netloc.rpartition(":")[0] if is_usual else self.netloc
 
 
 def check_url(url: str, allow_hosts: frozenset[str]) -> Target:
-    """Take an address apart.
+    """Parse and check a URL.
 
     Raises:
-        FetchError: `bad_url` if it is not an http or https address with a host;
-            `refused_address` if its port is not that of its scheme and not allowed.
+        FetchError: `bad_url` if it is not an http or https URL with a host; `refused_address` if
+            its port is not the default of its scheme and not allowed.
     """
     try:
         parts = urlsplit(url)
@@ -69,10 +73,10 @@ def check_url(url: str, allow_hosts: frozenset[str]) -> Target:
 
 
 def allowed_hosts(named: Iterable[str]) -> frozenset[str]:
-    """Read `--allow-host` values, `HOST:PORT` or `HOST` for its usual ports, as `Target.netloc`.
+    """Parse `--allow-host` values, `HOST:PORT` or `HOST` for the default ports, as `Target.netloc`.
 
     Raises:
-        ConfigError: If one is neither.
+        ConfigError: If a value is neither.
     """
     return frozenset(netloc for text in named for netloc in _named_netlocs(text))
 
@@ -95,12 +99,13 @@ def _netloc(host: str, port: int) -> str:
 
 
 def _host(parts: SplitResult) -> str:
-    """Return a host as it is asked for: ASCII, lower case, an IP address as usually written.
+    """Return a host in normal form: ASCII, lower case, an IP address as usually written.
 
-    Once and before every check, as wide digits and other alphabets' dots make an address too.
+    Done once, before every check: full-width digits and the dots of other scripts also spell
+    an IP address.
 
     Raises:
-        ValueError: If it is no name.
+        ValueError: If it is not a host name.
     """
     host = unicodedata.normalize("NFKC", parts.hostname or "").translate(_DOTS).rstrip(".")
     if not host.isascii():
@@ -112,10 +117,10 @@ def _host(parts: SplitResult) -> str:
 
 
 def _name(host: str) -> str:
-    """Return a name that DNS can be asked for: no label empty or over 63 bytes, 255 in all.
+    """Return a host name that is valid in DNS: no label empty or over 63 bytes, 255 in all.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not.
     """
     try:
         dns.name.from_text(host)
@@ -125,7 +130,7 @@ def _name(host: str) -> str:
 
 
 def check_addresses(target: Target, addresses: Iterable[str], allow_hosts: frozenset[str]) -> None:
-    """Refuse a host of which any address is not on the public internet.
+    """Refuse a host if any of its IP addresses is not on the public internet.
 
     Raises:
         FetchError: `refused_address`.
@@ -138,9 +143,9 @@ def check_addresses(target: Target, addresses: Iterable[str], allow_hosts: froze
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is on the public internet, seen through IPv4-in-IPv6 forms.
+    """Return whether an IP address is on the public internet; IPv4-in-IPv6 forms are unwrapped.
 
-    6to4 and Teredo addresses are not: both were given up, and lead through a tunnel to another.
+    6to4 and Teredo addresses are not: both are abandoned, and lead through a tunnel to another.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if any(ip in network for network in _OF_PLATFORMS):
@@ -149,7 +154,7 @@ def is_public(address: str) -> bool:
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
         if ip.sixtofour or ip.teredo:
-            # Where such a packet ends, the relay on the way decides.
+            # The relay on the way decides where such a packet ends.
             return False
         if ip in ipaddress.ip_network("64:ff9b::/96"):
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))

@@ -1,4 +1,4 @@
-"""The transport of a request: straight to the IP address that was checked, or through a proxy.
+"""Transport of a request: straight to the IP address that was checked, or through a proxy.
 
 A proxy resolves hosts itself, and may refuse them (Smokescreen).
 """
@@ -24,34 +24,34 @@ from d2i.preprocess.fetch.result import FetchError
 from d2i.preprocess.fetch.ssrf_guard import PORTS, Target, check_addresses
 
 _DENIED_HEADERS = ("X-Smokescreen-Error", "X-Squid-Error")
-"""What proxies add to an answer of their own, so that it is not taken for the host's."""
-_NEEDS_PROXY_LOGIN = 407  # Smokescreen says so for what its rules forbid, too.
+"""Headers that a proxy adds to its own answers, so that they are not mistaken for the host's."""
+_NEEDS_PROXY_LOGIN = 407  # Smokescreen also sends it for hosts that its rules forbid.
 _FORBIDDEN = 403
 _TRANSIENT_STATUS = 500
 
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy's place, and what it is told to let us pass; that is never shown."""
+    """Host and port of a proxy, and its credentials, which are never shown."""
 
     host: str
     port: int
     authorization: str | None = field(default=None, repr=False)
 
     def headers(self) -> dict[str, str]:
-        """Return what only the proxy is told."""
+        """Return the headers that are for the proxy alone."""
         return {"Proxy-Authorization": self.authorization} if self.authorization else {}
 
     def address_line(self, target: Target) -> str:
-        """Return how a proxy is asked for a plain http target."""
+        """Return the request target of a plain http request through the proxy: the whole URL."""
         return f"{target.scheme}://{target.authority}{target.path}"
 
     def tunnel(self, connection: socket.socket, target: Target) -> None:
-        """Make the proxy connect to a target and pass bytes on from here on.
+        """Open a tunnel through the proxy to a target (CONNECT).
 
         Raises:
-            FetchError: `proxy_refused`, or `connect` where it did not reach the target.
-            OSError, http.client.HTTPException: What the connection raised.
+            FetchError: `proxy_refused`, or `connect` if the proxy did not reach the target.
+            OSError, http.client.HTTPException: As raised by the connection.
         """
         netloc = target.netloc.encode("idna").decode("ascii")
         lines = [f"CONNECT {netloc} HTTP/1.1", f"Host: {netloc}"]
@@ -66,7 +66,7 @@ class Proxy:
                 raise FetchError("proxy_refused", said)
 
     def check_answer(self, answer: http.client.HTTPResponse) -> None:
-        """Tell the proxy's own refusal of a plain http target from what the target answered.
+        """Raise if the answer to a plain http request is the proxy's own refusal, not the target's.
 
         Raises:
             FetchError: `proxy_refused`.
@@ -77,10 +77,10 @@ class Proxy:
 
 
 def parse_proxy(text: str) -> Proxy:
-    """Read `http://[USER:PASSWORD@]HOST:PORT`.
+    """Parse `http://[USER:PASSWORD@]HOST:PORT`.
 
     Raises:
-        ConfigError: If it is none; the message shows neither user nor password.
+        ConfigError: If it has another form; the message shows neither user nor password.
     """
     try:
         parts = urlsplit(text)
@@ -104,27 +104,28 @@ def _authorization(parts: SplitResult) -> str | None:
 
 
 _NUM_ADDRESSES = 4
-"""Addresses of one host that are tried, each with its share of the time to connect (ours)."""
+"""IP addresses of one host that are tried, each with its share of the time to connect (our
+default)."""
 
 
 class Transport(Protocol):
-    """A way to a target."""
+    """Way to reach a target."""
 
     def open(self, target: Target, allow_hosts: frozenset[str], deadline: float) -> socket.socket:
-        """Return a connection that reaches the target; TLS is still to be spoken.
+        """Return a connection to the target, before any TLS handshake.
 
         Raises:
-            FetchError: Why it may or can not be reached.
-            OSError, http.client.HTTPException: What the connection raised.
+            FetchError: If the target may not or cannot be reached.
+            OSError, http.client.HTTPException: As raised by the connection.
         """
         ...
 
     def address_line(self, target: Target) -> str:
-        """Return what is asked for over that connection."""
+        """Return the request target for that connection: a path or a whole URL."""
         ...
 
     def headers(self, target: Target) -> dict[str, str]:
-        """Return what this route alone needs said."""
+        """Return the headers that only this transport needs."""
         ...
 
     def check_answer(self, target: Target, answer: http.client.HTTPResponse) -> None:
@@ -134,12 +135,12 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class DirectTransport:
-    """To the host itself: resolved once, every address of it checked, then one of them asked."""
+    """Direct connection: the host is resolved once, all IP addresses are checked, one is used."""
 
     resolver: Resolver
 
     def open(self, target: Target, allow_hosts: frozenset[str], deadline: float) -> socket.socket:
-        """Connect to the first address that takes a connection."""
+        """Connect to the first IP address that takes a connection."""
         addresses = self.resolver.addresses(target.host, time_left(deadline))
         check_addresses(target, addresses, allow_hosts)
         return _open_first(addresses[:_NUM_ADDRESSES], target.port, deadline)
@@ -149,16 +150,16 @@ class DirectTransport:
         return target.path
 
     def headers(self, target: Target) -> dict[str, str]:  # noqa: ARG002
-        """Return nothing."""
+        """Return no headers."""
         return {}
 
     def check_answer(self, target: Target, answer: http.client.HTTPResponse) -> None:
-        """Do nothing: nobody else answers here."""
+        """Do nothing: every answer is the target's."""
 
 
 @dataclass(frozen=True)
 class ProxyTransport:
-    """Through a proxy, which resolves names and checks where they lead; literals we check too."""
+    """Connection through a proxy, which resolves and checks names; d2i checks IP literals too."""
 
     proxy: Proxy
 
@@ -182,15 +183,15 @@ class ProxyTransport:
         return connection
 
     def address_line(self, target: Target) -> str:
-        """Return the whole address for http, the path for https."""
+        """Return the whole URL for http, the path for https."""
         return self.proxy.address_line(target) if target.scheme == "http" else target.path
 
     def headers(self, target: Target) -> dict[str, str]:
-        """Return the proxy's, where it reads them."""
+        """Return the proxy's headers for http; for https they go into the tunnel's request."""
         return self.proxy.headers() if target.scheme == "http" else {}
 
     def check_answer(self, target: Target, answer: http.client.HTTPResponse) -> None:
-        """Tell the proxy's own answers from the target's, which over https are the target's."""
+        """Raise if the proxy itself answered; over https every answer is the target's."""
         if target.scheme == "http":
             self.proxy.check_answer(answer)
 
@@ -198,14 +199,14 @@ class ProxyTransport:
 def connect(
     route: Transport, target: Target, allow_hosts: frozenset[str], deadline: float
 ) -> http.client.HTTPConnection:
-    """Return a connection to ask a target over; the TLS handshake is still to be made.
+    """Return a connection to a target; the TLS handshake is still to be made.
 
     Raises:
-        FetchError: Why it may or can not be reached.
-        OSError, http.client.HTTPException: What the connection raised.
+        FetchError: If the target may not or cannot be reached.
+        OSError, http.client.HTTPException: As raised by the connection.
     """
     connection = http.client.HTTPConnection(target.host, target.port)
-    # So that the Host header names no port where it is that of the scheme.
+    # So that the Host header leaves out the default port of the scheme.
     connection.default_port = PORTS[target.scheme]
     connection.sock = route.open(target, allow_hosts, deadline)
     if target.scheme == "https":
@@ -223,7 +224,7 @@ def time_left(deadline: float) -> float:
     """Return the seconds to a deadline on the monotonic clock.
 
     Raises:
-        TimeoutError: If there are none.
+        TimeoutError: If it has passed.
     """
     left = deadline - time.monotonic()
     if left <= 0:
@@ -233,12 +234,12 @@ def time_left(deadline: float) -> float:
 
 @cache
 def _tls() -> ssl.SSLContext:
-    """Return the one context of this process: to read the authorities takes long."""
+    """Return the one TLS context of this process: loading the certificate authorities is slow."""
     return ssl.create_default_context()
 
 
 def _open_first(addresses: Sequence[str], port: int, deadline: float) -> socket.socket:
-    """Connect to the first address that takes a connection."""
+    """Connect to the first IP address that takes a connection."""
     failure: OSError = TimeoutError()
     for number, address in enumerate(addresses):
         share_s = time_left(deadline) / (len(addresses) - number)
