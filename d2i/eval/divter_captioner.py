@@ -36,7 +36,7 @@ _NAMES_SOMEBODY = re.compile(r"^The photo has your ")
 
 @dataclass(frozen=True)
 class DescriberConfig:
-    """Training settings of a describer; the defaults are ours, as Divter's are for other data."""
+    """Training settings of a describer: our defaults, because Divter's are for other data."""
 
     num_steps: int = 1000
     batch_size: int = 16
