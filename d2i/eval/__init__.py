@@ -1,1 +1,1 @@
-"""Sampling a test split, scoring it, and drawing single pictures (`d2i eval`, `d2i sample`)."""
+"""Generates and scores images of a test split, or of a single dialog (`d2i eval`, `d2i sample`)."""

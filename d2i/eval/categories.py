@@ -1,12 +1,13 @@
-"""Scores of people, food and animals apart (the paper's Figure 5), by PhotoChat's labels.
+"""Scores per category: people, food and animals (the paper's Figure 5), by PhotoChat's labels.
 
-The labels are classes of Open Images. Each list of `label_words.json` (ours: the paper names none)
-holds the classes of a branch of its hierarchy, with the parts of a person for people and the drinks
-for food, under Open Images' newer names ("Human face", "Dairy Product") and under the words that
-PhotoChat writes ("Face", "Dairy"): the older names, without "Human" but for "Human body".
+The labels are classes of Open Images. The paper publishes no lists, so `label_words.json` is our
+own: each list has the classes of one branch of the Open Images hierarchy, with the parts of a
+person for people and the drinks for food. It has Open Images' newer names ("Human face", "Dairy
+Product") and PhotoChat's words ("Face", "Dairy"): the older names, without "Human" except for
+"Human body".
 
-The paper scores 50 samples a category. Ours are scored over several seeded draws of 50, so that a
-difference can be told from the luck of a draw; KID and CLIP-I take all instances of a category.
+The paper scores 50 samples per category. Here FID and IS are means over several seeded draws of 50,
+so that a difference can be distinguished from chance; KID and CLIP-I use all images of a category.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Floats = NDArray[np.float64]
 
 CATEGORIES_NAME = "categories.json"
 CORPUS = "photochat"
-"""The corpus whose labels say what a picture shows."""
+"""The corpus whose labels name the content of an image."""
 DRAW_SIZE = 50
 NUM_DRAWS = 20
 _MIN_IMAGES = 2
@@ -44,22 +45,22 @@ _MIN_IMAGES = 2
 
 @dataclass(frozen=True)
 class CategoryScores:
-    """What one evaluation scores within one category.
+    """Scores of one evaluation within one category.
 
     Args:
         name: `people`, `food` or `animals`.
-        num_instances: Instances of the data set that have one of its labels.
-        num_pictures: Those that the system drew a picture for: what is scored.
-        num_draws: Draws that FID and IS are the mean of; 1 where all pictures fit in one.
-        draw_size: Pictures in each of them.
-        keys: Up to `DRAW_SIZE` of the category's instances: the first draw of the data set.
-        fid: Mean FID of the draws; None of fewer than two pictures, as all scores.
-        fid_std: Its population standard deviation over the draws; None of a single draw.
+        num_instances: Instances of the data set that have one of the category's labels.
+        num_pictures: Those with a generated image; only they are scored.
+        num_draws: Random draws that FID and IS are averaged over; 1 where all images fit in one.
+        draw_size: Images in each draw.
+        keys: Up to `DRAW_SIZE` keys: the first draw from all instances of the category.
+        fid: Mean FID of the draws; None, like all scores, for fewer than two images.
+        fid_std: Its population standard deviation over the draws; None for a single draw.
         is_: Mean Inception Score of the draws, each in one split; None without class logits.
         is_std: Its population standard deviation over the draws.
-        kid_paired: KID of all pictures, without its bias for pictures of the same dialogs.
-        clip_i: Mean CLIP-I of all pictures, 0 to 100.
-        clip_i_interval: 95 % confidence of that mean, [low, high]; None where all are alike.
+        kid_paired: KID of all images, without the bias of pairs from the same dialog.
+        clip_i: Mean CLIP-I of all images, 0 to 100.
+        clip_i_interval: 95 % confidence interval of it, [low, high]; None if all are equal.
     """
 
     name: str
@@ -85,15 +86,15 @@ def read_label_words() -> dict[str, frozenset[str]]:
 
 
 def write_categories(out_url: str, reader: ShardReader, arrays: Arrays | None = None) -> None:
-    """Score the categories of a finished evaluation into its `categories.json`.
+    """Score the categories of a finished evaluation and write its `categories.json`.
 
     Args:
-        out_url: The evaluation's folder.
+        out_url: The evaluation's directory.
         reader: The data set that was evaluated.
-        arrays: What its tasks left; None reads them.
+        arrays: The arrays of its tasks; None reads them.
 
     Raises:
-        DataError: If the tasks are gone or damaged, or are not of this data set.
+        DataError: If the tasks are missing or damaged, or belong to another data set.
         ShardError: If the data set cannot be read.
     """
     if arrays is None:
@@ -118,7 +119,7 @@ def write_categories(out_url: str, reader: ShardReader, arrays: Arrays | None = 
 def find_members(reader: ShardReader) -> dict[str, list[str]]:
     """Return the keys of each category's instances, in the order of the data set.
 
-    An instance is in each category of which it has a label.
+    An instance is in every category that it has a label of.
 
     Raises:
         ShardError: If the data set cannot be read.
@@ -156,20 +157,20 @@ def score_categories(
 def choose_keys(keys: Sequence[str], seed: int) -> list[str]:
     """Draw `DRAW_SIZE` keys without replacement, or all: the first in the order of a seeded hash.
 
-    The same of two systems that drew for the same instances, whatever their order.
+    Two systems with images for the same instances get the same keys, whatever their order.
     """
     return sorted(keys, key=lambda key: key_order_hash(key, seed))[:DRAW_SIZE]
 
 
 def fid_of_few(real: Floats, fake: Floats) -> float:
-    """Return the FID of fewer pictures than features: exact, and quick.
+    """Return the exact FID of fewer images than features, fast.
 
-    The trace of the root of two covariances A'A and B'B is the nuclear norm of A B', which has a
-    row and a column a picture.
+    For covariances A'A and B'B, the trace of the square root of their product is the nuclear norm
+    of A B', which has a row per reference image and a column per generated image.
 
     Args:
-        real: (N, D) features of the true pictures.
-        fake: (M, D) features of the generated pictures.
+        real: (N, D) features of the reference images.
+        fake: (M, D) features of the generated images.
     """
     means = real.mean(axis=0), fake.mean(axis=0)
     a = (real - means[0]) / np.sqrt(len(real) - 1)
@@ -191,7 +192,7 @@ def _score(
     rows: NDArray[np.int64],
     measured: Measured,
 ) -> CategoryScores:
-    """Score one category: `drawn` are its keys that have a picture, `rows` where those stand."""
+    """Score one category: `drawn` are its keys with a generated image, `rows` their rows."""
     num_draws = NUM_DRAWS if len(drawn) > DRAW_SIZE else 1
     size = min(DRAW_SIZE, len(drawn))
     counted = (name, len(keys), len(drawn), num_draws, size, choose_keys(keys, 0))
@@ -205,9 +206,9 @@ def _score(
     draws = [[place[key] for key in choose_keys(drawn, seed)] for seed in range(num_draws)]
     fids = [fid_of_few(real[draw], fake[draw]) for draw in draws]
     scores = [] if logits is None else [inception_score(logits[draw]) for draw in draws]
-    # Rounding may carry the cosine of a picture with itself past 1.
+    # Rounding may carry the cosine of an image with itself past 1.
     clip_i = np.clip(measured.clip_i[rows], -100.0, 100.0)
-    # PhotoChat has one instance a dialog.
+    # PhotoChat has one instance per dialog.
     dialogs = np.arange(len(rows))
     paired, interval = paired_mmd(real, fake, dialogs), bca(clip_i, dialogs)
     return CategoryScores(

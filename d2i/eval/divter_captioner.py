@@ -1,7 +1,7 @@
-"""Divter's first half: a causal language model that describes the picture a dialog calls for.
+"""Divter's first half: a causal language model that writes the caption of a dialog's image.
 
-After Divter (Sun et al. 2022, arXiv 2110.08515, section 4.1), whose generator is DialoGPT: the
-dialog, a mark, the description. Any causal language model of transformers takes its place.
+After Divter (Sun et al. 2022, arXiv 2110.08515, section 4.1), whose generator is DialoGPT. A text
+is the dialog, a marker, then the caption. Any causal language model of transformers can be used.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _MARK = "\nDescription:"
 _MAX_CONTEXT_TOKENS = 256
 _MAX_DESCRIPTION_TOKENS = 48
 _IGNORED = -100
-# PhotoChat names whom the picture shows, which no dialog tells: Divter leaves these out.
+# PhotoChat names the people in the image, which no dialog reveals: Divter leaves these out.
 _NAMES_SOMEBODY = re.compile(r"^The photo has your ")
 
 
 @dataclass(frozen=True)
 class DescriberConfig:
-    """How a describer is trained; all numbers are ours, as Divter's are for other data."""
+    """Training settings of a describer: our defaults, because Divter's are for other data."""
 
     num_steps: int = 1000
     batch_size: int = 16
@@ -45,11 +45,11 @@ class DescriberConfig:
 
 
 class Describer:
-    """Describes a picture from a dialog, one at a time, so that neighbours change nothing.
+    """Writes the caption of a dialog's image, one dialog at a time, so that others change nothing.
 
     Args:
-        name: A folder that `train_describer` or `save_pretrained` wrote, or a hub repository.
-        device: Where it runs.
+        name: A directory written by `train_describer` or `save_pretrained`, or a hub repository.
+        device: Torch device that it runs on.
 
     Raises:
         CheckpointError: If no causal language model or tokenizer can be loaded from there.
@@ -62,7 +62,7 @@ class Describer:
 
     @torch.inference_mode()
     def describe(self, text: str) -> str:
-        """Describe in one line; the likeliest word each time, no sampling. May be empty."""
+        """Return a caption of one line by greedy decoding, without sampling. May be empty."""
         ids = _context_ids(self._tokenizer, text)
         given = torch.tensor([ids], device=self._device)
         made = self._module.generate(
@@ -79,7 +79,9 @@ class Describer:
 
 
 def read_pairs(data_url: str, config: TextConfig) -> list[tuple[str, str]]:
-    """Read (dialog, description) of every sample that has a description, in the data set's order.
+    """Read (dialog, description) of every sample that has a description, in data set order.
+
+    Descriptions that name the people in the image are left out.
 
     Raises:
         DataError: If there is none.
@@ -106,9 +108,9 @@ def train_describer(
     config: DescriberConfig,
     on_step: Callable[[int, float], None],
 ) -> None:
-    """Fine-tune `base` on pairs and save it to `out`, which appears complete or not at all.
+    """Fine-tune `base` on pairs and publish it atomically to `out`.
 
-    The loss is taken over the description alone. Repeats exactly on one device and version.
+    The loss is over the caption only. Deterministic for one device and version.
 
     Raises:
         CheckpointError: If `base` cannot be loaded.
@@ -148,14 +150,14 @@ def _load(name: str, device: str) -> tuple[Any, Any]:
 
 
 def _context_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokenize the end of a dialog, and the mark after which the description comes."""
+    """Tokenize the end of a dialog, and the marker that the caption follows."""
     dialog: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     mark: list[int] = tokenizer(_MARK, add_special_tokens=False)["input_ids"]
     return dialog[-_MAX_CONTEXT_TOKENS:] + mark
 
 
 def _row(tokenizer: Any, text: str, description: str) -> tuple[list[int], list[int]]:
-    """Give the ids of one pair, and which of them the loss is taken over."""
+    """Return the token ids of one pair, and its labels: the loss ignores the dialog."""
     context = _context_ids(tokenizer, text)
     said = tokenizer(f" {description}", add_special_tokens=False)["input_ids"]
     said = [*said[: _MAX_DESCRIPTION_TOKENS - 1], tokenizer.eos_token_id]
@@ -165,7 +167,7 @@ def _row(tokenizer: Any, text: str, description: str) -> tuple[list[int], list[i
 def _batch(
     rows: Sequence[tuple[list[int], list[int]]], pad_id: int, device: str
 ) -> dict[str, Tensor]:
-    """Pad rows on the right, where a causal model does not look."""
+    """Pad rows on the right, which a causal model does not attend to."""
     longest = max(len(ids) for ids, _ in rows)
 
     def padded(parts: Sequence[list[int]], value: int) -> Tensor:
@@ -182,7 +184,7 @@ def _batch(
 def _save(module: Any, tokenizer: Any, out: Path) -> None:
     beside = out.with_name(f".{out.name}.d2i-tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    # With accelerate beside it, transformers imports DeepSpeed here, which talks on stdout.
+    # With accelerate installed, transformers imports DeepSpeed here, which prints to stdout.
     with contextlib.redirect_stdout(sys.stderr):
         module.save_pretrained(beside)
     tokenizer.save_pretrained(beside)

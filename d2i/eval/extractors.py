@@ -1,4 +1,4 @@
-"""Features of pictures for FID, KID and the Inception Score, by a named extractor."""
+"""Feature extractors by name, for FID, KID and the Inception Score."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _LOGIT_SCALE = 100.0
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor reads from N pictures: features (N, D), and logits (N, C) or None."""
+    """The output of an extractor for N images: features (N, D), and logits (N, C) or None."""
 
     features: NDArray[np.float32]
     logits: NDArray[np.float32] | None
 
 
 class FeatureExtractor(Protocol):
-    """Reads features from pictures; `name` says which, in the metric card."""
+    """Extracts features from images; `name` identifies it in the metric card."""
 
     name: str
 
     def extract(self, pixels: NDArray[np.uint8]) -> Features:
-        """Read uint8 (N, H, W, 3)."""
+        """Extract features from uint8 (N, H, W, 3)."""
         ...
 
 
 class ClipExtractor:
-    """The recipe's CLIP image tower; its classes are prompts, compared as zero-shot CLIP does.
+    """The recipe's CLIP image tower; its classes are prompts, as in zero-shot CLIP.
 
-    A small, named stand-in for Inception: its FID is comparable with no published one.
+    A small, named stand-in for Inception: its FID is not comparable with any published FID.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class ClipExtractor:
         self._classes = tower.embed(classes) if tower and classes else None
 
     def extract(self, pixels: NDArray[np.uint8]) -> Features:
-        """Read uint8 (N, H, W, 3): embeddings, and 100 times the cosine to every prompt."""
+        """Return embeddings of uint8 (N, H, W, 3), and 100 times their cosine to every prompt."""
         features = self._encoders.clip_image.encode(pixels, self._encoders.compute_batch_size)
         if self._classes is None:
             return Features(features, None)
-        # Row by row: how BLAS sums a product of matrices depends on the number of rows.
+        # Row by row: the order in which BLAS sums a matrix product depends on the number of rows.
         logits = np.stack([_LOGIT_SCALE * self._classes @ row for row in _unit(features)])
         return Features(features, logits.astype(np.float32))
 
@@ -79,7 +79,7 @@ class InceptionExtractor:
         self.name = self._inception.name
 
     def extract(self, pixels: NDArray[np.uint8]) -> Features:
-        """Read uint8 (N, H, W, 3)."""
+        """Extract features and logits from uint8 (N, H, W, 3)."""
         batches = [
             [part[:count] for part in self._inception.extract(batch)]
             for batch, count in padded_batches(pixels, self._batch_size)
@@ -91,7 +91,7 @@ class InceptionExtractor:
 def build_extractor(
     recipe: Recipe, encoders: Encoders, tower: TextTower | None, device: str
 ) -> FeatureExtractor:
-    """Return the extractor that the recipe's metrics name."""
+    """Build the extractor that `metrics.extractor` names."""
     if recipe.metrics.extractor == "clip":
         return ClipExtractor(encoders, tower, recipe.metrics.classes)
     return InceptionExtractor(recipe.metrics, encoders.compute_batch_size, device)

@@ -1,4 +1,4 @@
-"""From pictures to the numbers that scores are computed from."""
+"""Feature extraction: turns images and dialogs into the arrays that scores are computed from."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class FeatureComputer:
-    """The feature extractor, CLIP's two towers, and the pictures that were really sent.
+    """The feature extractor, CLIP's two towers, and the reference images.
 
-    All of them run at one fixed, padded batch.
+    All networks run at one fixed, padded batch size.
 
     Args:
-        recipe: Its image, encoders and metrics decide.
+        recipe: Its image, text, encoders and metrics settings are used.
         encoders: The recipe's encoders.
         reader: The data set.
-        device: Where the extractor runs.
+        device: Torch device of the extractor.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class FeatureComputer:
         self._real = ReferenceFeatures(self.describe_real(device))
 
     def describe(self) -> dict[str, Any]:
-        """Return what decides the numbers, for the metric card."""
+        """Return the names of the extractor and the text tower, for the metric card."""
         return {
             "extractor": self._extractor.name,
             "clip_text": self._tower.hash if self._tower else None,
         }
 
     def describe_real(self, device: str) -> dict[str, Any]:
-        """Return what decides the features of the true pictures."""
+        """Return all that the reference images' features depend on, as their cache key."""
         return {
             "manifest_sha256": self._reader.manifest.sha256,
             "extractor": self._extractor.name,
@@ -65,19 +65,19 @@ class FeatureComputer:
         }
 
     def fit(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return uint8 (H, W, 3) as the centre square that is measured: LANCZOS, then the crop."""
+        """Return uint8 (H, W, 3) as the square to measure: centre crop, then LANCZOS."""
         if pixels.shape[:2] == (self.resolution, self.resolution):
             return pixels
         return np.asarray(crop_to_square(Image.fromarray(pixels), self.resolution))
 
     def measure_drawn(self, pixels: NDArray[np.uint8]) -> Arrays:
-        """Measure drawn pictures, uint8 (N, H, H, 3): features, embeddings, logits if any."""
+        """Return features, embeddings, logits if any, of generated images, uint8 (N, H, H, 3)."""
         found = self._extractor.extract(pixels)
         arrays = {"features": found.features, "embeddings": self._embed(pixels)}
         return arrays if found.logits is None else arrays | {"logits": found.logits}
 
     def measure_real(self, indices: Sequence[int]) -> Arrays:
-        """Give features and embeddings of true pictures, measured once for all evaluations."""
+        """Return features and embeddings of reference images, from the cache where it has them."""
         kept = self._real.read(indices)
         if kept is not None:
             return kept
@@ -88,7 +88,7 @@ class FeatureComputer:
         }
 
     def measure_text(self, lines: Sequence[str]) -> Arrays:
-        """Embed dialogs beside the pictures; nothing without a text tower."""
+        """Embed dialogs in the space of the image embeddings; {} without a text tower."""
         return {"text_embeddings": self._tower.embed(lines)} if self._tower else {}
 
     def _embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -106,7 +106,7 @@ class FeatureComputer:
 
 
 def generation_rows(generations: Sequence[Generation]) -> Arrays:
-    """Say what became of each drawing: reason ('' for a picture), source, whether of one colour."""
+    """Return a row per generation: reason ('' for an image), source, and True if of one colour."""
     flat = [d.pixels is not None and np.ptp(d.pixels, axis=(0, 1)).max() == 0 for d in generations]
     return {
         "reasons": np.array([generation.reason for generation in generations]),

@@ -1,7 +1,7 @@
-"""The files that a system is made of, hashed: scores of other files are never taken for theirs.
+"""Fingerprints of a system's files, so that scores of earlier files are never reused.
 
-What is finished is not drawn again, so a run that was trained on, or a folder whose pictures were
-made anew, would show its old scores.
+Finished tasks are not generated again: without the hash, a run that was trained further, or a
+directory whose images were replaced, would show its old scores.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from d2i.weights_resolve import resolve_weights
 
 
 def hash_contents(spec: SystemSpec) -> dict[str, str]:
-    """Hash what a system is made of: a sha256 for each place that its name gives.
+    """Return the sha256 of each path or URL that a system is loaded from.
 
-    Of files that lie here the content counts, elsewhere what their store lists: length, time, ETag.
-    What is neither, such as a hub's repository or a function, has no hash.
+    Local files are hashed by content, remote ones by what their store lists: length, time, ETag.
+    Anything else, such as a hub repository or a function, has no hash.
     """
     found = {}
     for place in _places(spec):
@@ -36,7 +36,7 @@ def _places(spec: SystemSpec) -> Iterator[str]:
     if spec.network:
         yield str(spec.network.weights)
     elif spec.kind == "retrieve":
-        # A manifest has the hashes of all that is retrieved.
+        # The manifest contains the hashes of everything that is retrieved.
         yield from (storage.join(spec.target, *part, MANIFEST_NAME) for part in ((), ("train",)))
     elif spec.target:
         yield spec.target
@@ -45,7 +45,7 @@ def _places(spec: SystemSpec) -> Iterator[str]:
 
 
 def _hash_files(place: str, *, images_only: bool) -> Iterator[tuple[str, str]]:
-    """Give name and hash of the file at a place, or of all files below it."""
+    """Yield name and hash of the file at a path or URL, or of all files below it."""
     local = storage.local_path(place)
     if local is None:
         versions = storage.list_versions(place).items()
@@ -55,7 +55,7 @@ def _hash_files(place: str, *, images_only: bool) -> Iterator[tuple[str, str]]:
     names = [""] if path.is_file() else [str(found.relative_to(path)) for found in path.rglob("*")]
     for name in names:
         file = path / name
-        # A checksum says nothing of its own, and may be deleted.
+        # Checksum files are no content, and may be deleted.
         is_content = file.is_file() and not name.endswith(checksums.SUFFIX)
         if is_content and (is_image(name) or not images_only):
             yield name, checksums.known_sha256(str(file))

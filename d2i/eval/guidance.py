@@ -1,6 +1,6 @@
-"""What a system is drawn with: what `d2i select` chose, and the command's settings over it.
+"""Sampling settings of a system: the choice of `d2i select`, overridden by the command's settings.
 
-Who chose a guidance scale is kept: one that was searched for scores better. Must not import torch.
+Records who chose the guidance scale, because a tuned scale scores better. Must not import torch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _SAID = ("metric", "value", "num_instances", "seed")
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings to draw with, and where the guidance scale among them comes from.
+    """Settings to generate images with, and the source of their guidance scale.
 
     Args:
-        settings: As `--set` takes them: those of `d2i select`, then those of the command.
+        settings: In the form of `--set`: those of `d2i select`, then those of the command.
         guidance_by: `how`: `given` (a setting of the command), `select` (`d2i select`, with
             `metric`, `value`, `num_instances` and `seed` of its choice) or `recipe`.
     """
@@ -38,21 +38,22 @@ def choose_settings(
     weights: str | None = None,
     adapter: str | None = None,
 ) -> Choice:
-    """Put the command's settings over what `d2i select` chose for a system.
+    """Override the settings that `d2i select` chose for a system with those of the command.
 
-    The choice for a run is found in the run, also where a Divter draws with it; it is of one kind
-    of weights, so that `sample.weights` of another sets it aside, its guidance with it.
+    The choice for a run is read from the run directory, also where a Divter generates with that
+    run. It holds for one kind of weights: if the command's `sample.weights` names another kind,
+    the whole choice is ignored, including its guidance scale.
 
     Args:
-        system: As `--system` takes it.
+        system: As in `--system`.
         given: The settings of the command.
-        selected: Folder that `d2i select --system` wrote to, for a system other than a run.
-        weights: As `--weights` takes it.
-        adapter: As `--adapter` takes it.
+        selected: Directory that `d2i select --system` wrote to, for a system other than a run.
+        weights: As in `--weights`.
+        adapter: As in `--adapter`.
 
     Raises:
-        ConfigError: If the choice is damaged, or of another system, other weights or another
-            adapter, or its weights are gone.
+        ConfigError: If the choice is damaged, is for another system, other weights or another
+            adapter, or its weights are missing.
     """
     kind, _, target = system.partition(":")
     if kind == "divter":
@@ -73,7 +74,7 @@ def choose_settings(
 
 
 def generation_weights(weights: str | None, adapter: str | None) -> dict[str, str | None]:
-    """Return which files a choice is for, beside the system's name."""
+    """Return the weights and the adapter that a choice is for, beside the system's name."""
     return {
         "weights": storage.absolute(weights) if weights else None,
         "adapter": storage.absolute(adapter) if adapter else None,
@@ -81,7 +82,7 @@ def generation_weights(weights: str | None, adapter: str | None) -> dict[str, st
 
 
 def _value(name: str, settings: Sequence[str]) -> str | None:
-    """Return the last value that settings give to a name."""
+    """Return the last value of a setting, or None if it is not set."""
     values = (setting.partition("=") for setting in settings)
     return next((value for key, _, value in reversed(list(values)) if key == name), None)
 
@@ -91,7 +92,7 @@ def _said(best: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_selected(folder: str, system: str, files: dict[str, str | None]) -> dict[str, Any]:
-    """Read what `d2i select --system` chose, and make sure that it is for this system and files."""
+    """Read the choice of `d2i select --system`, and check that it is for this system and files."""
     try:
         best = read_choice(folder)
         of, settings = best["system"], best["settings"]

@@ -1,6 +1,6 @@
-"""How much each image moves the Fréchet distance (FID) and the Inception Score: first derivatives.
+"""Influence of each image on the Fréchet distance (FID) and Inception Score: first derivatives.
 
-That of FID by singular values, which stay exact where a covariance has no full rank. Must not
+FID's derivatives use singular values, which stay exact where a covariance lacks full rank. Must not
 import torch.
 """
 
@@ -15,14 +15,15 @@ Floats = NDArray[np.float64]
 
 
 def fid_influences(real: Floats, fake: Floats) -> tuple[Floats, Floats]:
-    """Say how much FID gains with the weight of each picture: (N,) and (M,), each of mean 0.
+    """Return the derivative of FID by the weight of each image: (N,) and (M,), each of mean 0.
 
-    The trace of the root of two covariances A'A and B'B is the nuclear norm of M = A B'. With the
-    weight of row i, that norm grows by half of the i-th diagonal element of (M M')^(1/2).
+    For covariances A'A and B'B, the trace of the square root of their product is the nuclear norm
+    of M = A B'. Its derivative by the weight of row i is half of the i-th diagonal element of
+    (M M')^(1/2).
 
     Args:
-        real: (N, D) features of the true pictures, N >= 2.
-        fake: (M, D) features of the generated pictures, M >= 2.
+        real: (N, D) features of the reference images, N >= 2.
+        fake: (M, D) features of the generated images, M >= 2.
     """
     of_real, of_fake = _Gaussian.of(real), _Gaussian.of(fake)
     left, values, right = np.linalg.svd(of_real.root @ of_fake.root.T, full_matrices=False)
@@ -34,19 +35,19 @@ def fid_influences(real: Floats, fake: Floats) -> tuple[Floats, Floats]:
 
 
 def inception_influences(logits: Floats, num_splits: int, seed: int) -> Floats:
-    """Say how much the Inception Score gains with the weight of each image: (M,), of mean 0.
+    """Return the derivative of the Inception Score by the weight of each image: (M,), of mean 0.
 
-    Within a split of mean class shares q the score is the exponential of the mean of KL(p_i, q);
-    more weight for image i moves that mean by its KL(p_i, q) less the mean.
+    Within a split with mean class shares q, the score is the exponential of the mean KL(p_i, q);
+    more weight for image i moves that mean by KL(p_i, q) minus the mean.
 
     Args:
         logits: (M, C) class logits before softmax.
         num_splits: Splits that the score is the mean over, at most M.
-        seed: Of the permutation before the split, as torch-fidelity draws it.
+        seed: Seed of the permutation before the split, as in torch-fidelity.
     """
     num = len(logits)
     found = np.zeros(num)
-    # Published scores are permuted by numpy's old generator: so that these are the same splits.
+    # numpy's legacy generator, so that these are the same splits as in published scores.
     order = np.random.RandomState(seed).permutation(num)
     for split in range(num_splits):
         rows = order[split * num // num_splits : (split + 1) * num // num_splits]
@@ -57,12 +58,12 @@ def inception_influences(logits: Floats, num_splits: int, seed: int) -> Floats:
 
 
 def divergences(logits: Floats) -> Floats:
-    """KL of the class shares of each row to their mean: (n,)."""
+    """Return the KL divergence of each row's class shares from their mean: (n,)."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     shares = np.exp(logs)
     means = shares.mean(axis=0)
-    # A class that no image has a share in adds nothing.
+    # A class whose share is 0 in all images adds nothing.
     of_means = np.log(np.where(means > 0, means, 1))
     found: Floats = (shares * (logs - of_means)).sum(axis=1)
     return found
@@ -81,7 +82,7 @@ class _Gaussian:
         mean: Floats = features.mean(axis=0)
         rows: Floats = features - mean
         root: Floats = rows / np.sqrt(len(rows) - 1)
-        # Fewer rows than columns are their own root.
+        # With no more rows than columns, QR would not make the root smaller.
         if len(root) > root.shape[1]:
             root = np.asarray(np.linalg.qr(root, mode="r"))
         return cls(mean, rows, root)
@@ -89,7 +90,7 @@ class _Gaussian:
 
 def _influences(of: _Gaussian, shift: Floats, directions: Floats, values: Floats) -> Floats:
     num = len(of.rows)
-    # Of M = U S V', the rows of A times B'V are those of U S: their squares over S are shared.
+    # With M = U S V', A B'V is U S: its squares over S sum to the diagonal of (M M')^(1/2).
     along = of.rows @ directions
     is_shared = values > np.finfo(np.float64).eps * values[0]
     shared = num / (num - 1) * (along[:, is_shared] ** 2 @ (1 / values[is_shared]))

@@ -1,8 +1,8 @@
-"""95 % confidence intervals: how far a score would move with another test set of as many dialogs.
+"""95 % confidence intervals: how far a score would move on another test set of as many dialogs.
 
-Dialogs are drawn, not instances: those of one dialog resemble each other, and as independent ones
-they would make an interval too narrow. All that is of a dialog, reference and generated images,
-stands or falls together. Must not import torch.
+Dialogs are resampled, not instances: instances of one dialog resemble each other, and treating them
+as independent would make an interval too narrow. All images of a dialog, reference and generated,
+are kept or left out together. Must not import torch.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ _NORMAL = NormalDist()
 _Z_95 = _NORMAL.inv_cdf(0.975)
 _MIN_DIALOGS = 2
 _NUM_DRAWN_TOGETHER = 1 << 21
-# Means that differ by less are one mean, summed in another order.
+# Means that differ by less are equal, but were summed in another order.
 _SAME = 1e-12
 
 
 def number_dialogs(keys: Sequence[str]) -> Counts:
-    """Give each of N instances the number of its dialog, from 0: (N,)."""
+    """Return the number of the dialog, from 0, of each of N instances: (N,)."""
     numbers: dict[str, int] = {}
     found = [numbers.setdefault(dialog_of_key(key), len(numbers)) for key in keys]
     return np.array(found, np.int64)
 
 
 def normal(value: float, deviation: float) -> Ends | None:
-    """Return a score plus and minus 1.96 deviations; None where nothing is known to vary."""
+    """Return a score plus and minus 1.96 deviations; None unless these are finite and above 0."""
     if not (np.isfinite(deviation) and deviation > 0):
         return None
     return value - _Z_95 * deviation, value + _Z_95 * deviation
 
 
 def total_deviation(contributions: Floats, dialogs: Counts) -> float:
-    """Deviation of a sum over instances, where whole dialogs are drawn anew.
+    """Return the standard deviation of a sum over instances when whole dialogs are resampled.
 
     With first derivatives as contributions it is the infinitesimal jackknife over dialogs (Efron
-    1982, section 6), the limit that a bootstrap over dialogs has for many of them.
+    1982, section 6): the limit of a bootstrap over many dialogs.
 
     Args:
-        contributions: (N,) what each instance adds.
+        contributions: (N,) the summand of each instance.
         dialogs: (N,) the number of each one's dialog.
 
     Returns:
-        NaN where there is but one dialog.
+        NaN where there is only one dialog.
     """
     totals = _sums(dialogs, contributions)
     if len(totals) < _MIN_DIALOGS:
@@ -65,26 +65,26 @@ def total_deviation(contributions: Floats, dialogs: Counts) -> float:
 
 
 def wilson(hits: NDArray[np.bool_], dialogs: Counts) -> Ends:
-    """Return Wilson's interval of a share (Wilson 1927), for the number of images that count.
+    """Return Wilson's interval of a share (Wilson 1927), for the effective number of images.
 
     That number is M over the design effect (Kish 1965): the variance of the share over dialogs
-    beside that over as many independent images, as Franco et al. (2019) advise for clustered
-    samples. It is held between M (no likeness within dialogs) and M^2 / sum of squared sizes
-    (images of a dialog all alike), and is the latter where all images hit, or none: then nothing
-    tells how alike they are.
+    divided by that over as many independent images, as Franco et al. (2019) advise for clustered
+    samples. It is clipped between M (no correlation within dialogs) and M^2 / sum of squared sizes
+    (full correlation within dialogs). It is the latter where all images hit, or none, because the
+    correlation cannot be estimated then.
 
     Args:
-        hits: (M,) whether each image counts, M >= 1.
+        hits: (M,) True where an image counts, M >= 1.
         dialogs: (M,) the number of each one's dialog.
 
     Returns:
-        Low and high, shares of 0 to 1; the share of hits lies between them.
+        Low and high, shares from 0 to 1; the share of hits lies between them.
     """
     share, num = float(hits.mean()), _effective_number(hits, dialogs)
     shrunk = 1 + _Z_95**2 / num
     middle = (share + _Z_95**2 / (2 * num)) / shrunk
     half = _Z_95 * np.sqrt(share * (1 - share) / num + (_Z_95 / (2 * num)) ** 2) / shrunk
-    # Rounding must not put an end beside the share that it stands for.
+    # Rounding must not move an end past the share itself.
     return float(max(0, min(share, middle - half))), float(min(1, max(share, middle + half)))
 
 
@@ -103,16 +103,16 @@ def _effective_number(hits: NDArray[np.bool_], dialogs: Counts) -> float:
 def bca(values: Floats, dialogs: Counts) -> Ends | None:
     """Return the bias-corrected and accelerated interval of a mean over images (Efron 1987).
 
-    The percentiles of `NUM_RESAMPLES` resamples of dialogs, moved by the share of them that lies
-    below the mean, and by the skewness that the jackknife over dialogs finds. As percentiles of
-    means, both ends are among what values can be.
+    Takes percentiles of `NUM_RESAMPLES` resamples of dialogs, shifted by the share of resamples
+    below the mean (bias) and by the skewness of the jackknife over dialogs (acceleration). Both
+    ends are percentiles of means, so they stay within the range of the values.
 
     Args:
-        values: (M,) one value an image.
+        values: (M,) one value per image.
         dialogs: (M,) the number of each one's dialog.
 
     Returns:
-        Low and high; None where there is but one dialog, or all have one mean.
+        Low and high; None where there is only one dialog, or all dialogs have the same mean.
     """
     totals, sizes = _sums(dialogs, values), _sums(dialogs, np.ones(len(values)))
     if len(totals) < _MIN_DIALOGS:
@@ -136,7 +136,7 @@ def bca(values: Floats, dialogs: Counts) -> Ends | None:
 
 
 def _resampled_means(totals: Floats, sizes: Floats) -> Floats:
-    """Mean over the images of as many dialogs, drawn with replacement: (NUM_RESAMPLES,)."""
+    """Return the mean over images of as many dialogs, resampled: (NUM_RESAMPLES,)."""
     generator = np.random.default_rng(_SEED)
     num, found = len(totals), []
     block = max(1, _NUM_DRAWN_TOGETHER // num)

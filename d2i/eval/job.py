@@ -1,4 +1,4 @@
-"""The evaluation job: draw and measure every test instance, then score (`d2i eval`)."""
+"""The evaluation job (`d2i eval`): generate and measure an image per test instance, then score."""
 
 from __future__ import annotations
 
@@ -44,19 +44,18 @@ INSTANCES_NAME = "instances.jsonl"
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """One evaluation.
+    """The settings of one evaluation.
 
     Args:
-        context: How much of a dialog the system is shown.
-        label: What tables call the system; `None` takes the one it has by itself.
-        negatives: The folder of MMDialog whose negative candidates recall is measured among; `None`
-            draws them by key hash. Changes no picture, and may be given once they are drawn.
-        guidance_chosen_by: Who chose the guidance scale, as `guidance.Choice` says it.
-        task_size: Instances that a worker is given at a time; `None` takes one compute batch.
-            Changes no number.
-        num_workers: `0` works in this process, without Ray; `None` fits the machine or cluster.
-        open_shards: Opens a data set wherever it is read; pickles. Another than `ShardReader` says
-            where copies of shards that lie elsewhere are kept.
+        context: The part of a dialog that the system may read.
+        label: The system's name in tables; `None` uses its own label.
+        negatives: Directory of MMDialog whose negative candidates are used for recall; `None` draws
+            them by key hash. Does not affect images, and may be added after they are generated.
+        guidance_chosen_by: The source of the guidance scale, as in `guidance.Choice`.
+        task_size: Instances per task; `None` uses one compute batch. Does not affect any number.
+        num_workers: `0` runs in this process, without Ray; `None` fits the machine or cluster.
+        open_shards: Opens a data set in any process; picklable. Pass another than `ShardReader` to
+            choose where local copies of remote shards are kept.
     """
 
     recipe: Recipe
@@ -77,7 +76,7 @@ class EvalRequest:
 
 @dataclass
 class EvalProgress:
-    """How far the evaluation is, for a progress line."""
+    """The progress of an evaluation, for a progress line."""
 
     num_images: int
     num_before: int
@@ -86,7 +85,7 @@ class EvalProgress:
     started: float = field(default_factory=time.monotonic)
 
     def line(self) -> str:
-        """Return count, rate, time left, and why pictures are missing."""
+        """Return count, rate, time left, and failures by reason."""
         rate = self.num_done / max(time.monotonic() - self.started, 1e-9)
         left = self.num_images - self.num_before - self.num_done
         done = self.num_before + self.num_done
@@ -96,21 +95,21 @@ class EvalProgress:
 
 
 def test_url(data_url: str) -> str:
-    """Return the folder of the test shards: `DIR/test`, or `DIR` itself where it is one."""
+    """Return the URL of the test shards: `DIR/test`, or `DIR` itself if there is no such split."""
     inner = storage.join(data_url, "test")
     return inner if storage.exists(storage.join(inner, "manifest.json")) else data_url
 
 
 def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> dict[str, Any]:
-    """Run the job; repeated, it draws only what is missing.
+    """Run the evaluation; repeated, it generates only missing images.
 
     Returns:
         The content of `scores.json`: `scores`, `intervals`, `warnings` and `card`.
 
     Raises:
-        ConfigError: If the output folder was begun with other settings or weights, or pictures of a
-            folder are to be drawn from another context.
-        D2IError: What the user can mend; finished groups are kept.
+        ConfigError: If the output directory was started with other settings or weights, or
+            `images:DIR` is combined with a context other than `full`.
+        D2IError: For errors that the user can fix; finished tasks are kept.
     """
     if request.system.kind == "images" and request.context != "full":
         raise ConfigError(
@@ -122,14 +121,14 @@ def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) 
 
 
 def work_left(request: EvalRequest, num_instances: int) -> Work:
-    """Return what of an evaluation of so many instances is not finished; nothing is written."""
+    """Return the unfinished work of an evaluation of `num_instances`; write nothing."""
     missing = plan_tasks(num_instances, _task_size(request), finished_tasks(request.out_url))
-    # Workers write what they measure themselves: nothing goes through the object stores.
+    # Workers write their measurements themselves: nothing passes through the object store.
     return Work(sum(len(task.indices) for task in missing), len(missing), 0)
 
 
 def rate_decided_by(request: EvalRequest, unit: Unit) -> dict[str, Any]:
-    """Return what decides how fast a worker is, as far as the request knows it."""
+    """Return everything in the request that a worker's speed depends on."""
     recipe = request.recipe.model_dump(mode="json")
     parts = {name: recipe[name] for name in ("image", "encoders", "sample", "metrics")}
     return {"stage": "eval", "system": _spec_values(request.system), "unit": unit, **parts}
@@ -146,7 +145,7 @@ def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> 
         )
     decided = _decided_by(request, reader)
     _settle(request, decided)
-    # Read before anything is drawn: what is wrong with them shows at once.
+    # Read before generating, so that errors in them show at once.
     listed = find_negatives(reader, request.negatives) if request.negatives else None
     _generate(request, reader, on_progress)
     measured = Measured(_read_arrays(request.out_url, len(reader)), listed)
@@ -175,7 +174,7 @@ def _read_arrays(out_url: str, num_instances: int) -> Arrays:
 def _generate(
     request: EvalRequest, reader: ShardReader, on_progress: Callable[[EvalProgress], None]
 ) -> None:
-    """Do all tasks that are not finished."""
+    """Run all unfinished tasks."""
     finished = finished_tasks(request.out_url)
     missing = plan_tasks(len(reader), _task_size(request), finished)
     if not missing:
@@ -241,7 +240,7 @@ def _settle(request: EvalRequest, decided: dict[str, Any]) -> None:
         describe_url(request.out_url),
     )
     if not finished_tasks(request.out_url):
-        # Nothing was drawn under them yet: they may be those of a command with a typing error.
+        # No task has finished with these settings: they may come from a mistyped command.
         checksums.remove(kept)
         checksums.remove(described)
     formerly = {f"recipe.{path}": value for path, value in LEGACY_DEFAULTS.items()}
@@ -264,10 +263,10 @@ def _write_rows(request: EvalRequest, measured: Measured) -> None:
 
 
 def _keep_real(request: EvalRequest, measured: Measured) -> None:
-    """Keep what was measured of the true pictures, for the next evaluation on this machine."""
+    """Cache the features of the reference images for the next evaluation on this machine."""
     described = read_settings(describe_url(request.out_url))["real"]
     try:
         ReferenceFeatures(described).keep(measured.arrays)
     except OSError as err:
-        # Only time is lost: the next evaluation measures them again.
+        # Only time is lost: the next evaluation computes them again.
         logging.getLogger(__name__).warning("features of the true pictures are not kept: %s", err)

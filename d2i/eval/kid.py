@@ -1,7 +1,7 @@
 """The kernel distance of two sets of features (KID): over random subsets, and over paired images.
 
-Over subsets the kernel of each pair of images is computed once and summed for all subsets at a
-time; they are those that torch-fidelity draws from the same seed. Must not import torch.
+Over subsets, the kernel of each pair of images is computed once and summed for all subsets at once.
+The subsets are those that torch-fidelity draws from the same seed. Must not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MIN_DIALOGS = 2
 
 @dataclass(frozen=True)
 class PairedMmd:
-    """A squared MMD of paired images, and its deviation; NaN where fewer than three dialogs are."""
+    """Squared MMD of paired images, and its deviation: NaN with fewer than three dialogs."""
 
     value: float
     deviation: float
@@ -30,12 +30,12 @@ class PairedMmd:
 def choose_subsets(
     num_real: int, num_fake: int, num_subsets: int, subset_size: int, seed: int
 ) -> tuple[Counts, Counts]:
-    """Draw subsets without replacement, for each the true pictures first.
+    """Draw subsets without replacement; in each, the reference images are drawn first.
 
     Returns:
-        (S, num_real) and (S, num_fake), 1 for each picture of a subset, else 0.
+        (S, num_real) and (S, num_fake), 1 for each image in a subset, else 0.
     """
-    # Published KIDs are drawn by numpy's old generator: so that these are the same subsets.
+    # numpy's legacy generator, so that these are the same subsets as in published KIDs.
     dice = np.random.RandomState(seed)
     real = np.zeros((num_subsets, num_real), np.int64)
     fake = np.zeros((num_subsets, num_fake), np.int64)
@@ -48,16 +48,16 @@ def choose_subsets(
 def unbiased_mmd(real: Floats, fake: Floats, real_counts: Counts, fake_counts: Counts) -> Floats:
     """Return the squared MMD of the kernel (x'y / D + 1)^3 (Binkowski et al. 2018, section 4).
 
-    Unbiased for independent sets: no picture is paired with itself.
+    Unbiased for independent sets: no image is paired with itself.
 
     Args:
-        real: (N, D) features of the true pictures.
-        fake: (M, D) features of the generated pictures.
-        real_counts: (R, N), how often each is in each of R sets.
-        fake_counts: (R, M), the same of the generated ones.
+        real: (N, D) features of the reference images.
+        fake: (M, D) features of the generated images.
+        real_counts: (R, N), the count of each reference image in each of R sets.
+        fake_counts: (R, M), the same for the generated images.
 
     Returns:
-        (R,), one value a set.
+        (R,), one value per set.
     """
     of_real = _mean_within(real, real_counts.astype(np.float64))
     of_fake = _mean_within(fake, fake_counts.astype(np.float64))
@@ -67,7 +67,7 @@ def unbiased_mmd(real: Floats, fake: Floats, real_counts: Counts, fake_counts: C
 
 
 def mmd_of_subsets(real: Floats, fake: Floats, real_counts: Counts, fake_counts: Counts) -> Floats:
-    """Do what `unbiased_mmd` does for sets of few pictures: each by itself, where that is less."""
+    """Return the same as `unbiased_mmd`, set by set where that needs fewer kernel values."""
     num_pairs = int((real_counts.sum(axis=1) * fake_counts.sum(axis=1)).sum())
     if len(real) * len(fake) <= num_pairs:
         return unbiased_mmd(real, fake, real_counts, fake_counts)
@@ -83,12 +83,13 @@ def paired_mmd(real: Floats, fake: Floats, dialogs: Counts) -> PairedMmd | None:
     """Return the squared MMD of paired samples (Gretton et al. 2012, Lemma 6, equation 4).
 
     The mean of h(i, j) = k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i) over all i and j of
-    different dialogs, with the kernel of `unbiased_mmd`. Gretton's leaves out i = j, as x_i and y_i
-    depend on each other; those of one dialog do as well, so all pairs within one are left out, of
-    all four terms. Where each instance is its own dialog the two are the same. Unbiased for
-    independent dialogs, and so below 0 about as often as above where both distributions are one.
+    different dialogs, with the kernel of `unbiased_mmd`. Gretton et al. leave out i = j, as x_i and
+    y_i depend on each other. So do all images of one dialog, so all pairs within a dialog are left
+    out, in all four terms. Where each instance is its own dialog, both estimators are the same.
+    Unbiased for independent dialogs, and so below 0 about as often as above where both
+    distributions are equal.
 
-    The deviation is the jackknife's over dialogs, which is none too small (Efron and Stein 1981).
+    The deviation is the jackknife's over dialogs, which is not biased low (Efron and Stein 1981).
 
     Args:
         real: (M, D) features of the reference images.
@@ -122,19 +123,19 @@ def _paired_sums(real: Floats, fake: Floats, dialogs: Counts) -> Floats:
         found -= _kernel(fake[rows], real[others])
         found[dialogs[rows, None] == dialogs[others]] = 0
         sums[rows] += found.sum(axis=1)
-        # h is symmetric: what lies right of the square stands for what lies below it.
+        # h is symmetric: values right of the diagonal block stand for those below it, too.
         sums[start + len(found) :] += found[:, len(found) :].sum(axis=0)
     return sums
 
 
 def _mean_within(rows: Floats, counts: Floats) -> Floats:
-    """Mean kernel over the pairs of two different rows, for each set: (R,)."""
+    """Return the mean kernel over the pairs of two different rows, for each set: (R,)."""
     totals = np.zeros(len(counts))
     for start in range(0, len(rows), _NUM_KERNEL_ROWS):
         stop = start + _NUM_KERNEL_ROWS
         kernel = _kernel(rows[start:stop], rows[start:])
         np.fill_diagonal(kernel, 0)
-        # The kernel is symmetric: what lies right of the square stands for what lies below it.
+        # The kernel is symmetric: values right of the diagonal block stand for those below it, too.
         kernel[:, len(kernel) :] *= 2
         totals += ((counts[:, start:stop] @ kernel) * counts[:, start:]).sum(axis=1)
     pairs = counts.sum(axis=1) ** 2 - (counts**2).sum(axis=1)
@@ -143,7 +144,7 @@ def _mean_within(rows: Floats, counts: Floats) -> Floats:
 
 
 def _mean_between(rows: Floats, others: Floats, counts: Floats, other_counts: Floats) -> Floats:
-    """Mean kernel over all pairs of a row and another, for each set: (R,)."""
+    """Return the mean kernel over all pairs from `rows` and `others`, for each set: (R,)."""
     totals = np.zeros(len(counts))
     for start in range(0, len(rows), _NUM_KERNEL_ROWS):
         block = slice(start, start + _NUM_KERNEL_ROWS)
@@ -158,7 +159,7 @@ def _kernel(rows: Floats, others: Floats) -> Floats:
     kernel: Floats = rows @ others.T
     kernel /= rows.shape[1]
     kernel += 1
-    # Two products: numpy's power is many times as slow.
+    # Two products: numpy's power is many times slower.
     square = kernel * kernel
     kernel *= square
     return kernel

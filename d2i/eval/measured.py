@@ -1,4 +1,4 @@
-"""What an evaluation has measured of all its images, before anything is scored.
+"""All measurements of an evaluation, before scoring.
 
 Must not import torch.
 """
@@ -22,12 +22,12 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What the tasks of an evaluation left, all together, in the order of the data set.
+    """The arrays of all tasks of an evaluation, in the order of the data set.
 
     `keys`, `reasons`, `sources`, `is_flat`, `real_features`, `real_embeddings` and, with a text
-    tower, `text_embeddings` have a row an instance; `features`, `embeddings` and, where the
-    extractor has classes, `logits` a row a drawn picture. `listed` are the negatives that a corpus
-    lists, where they were asked for.
+    tower, `text_embeddings` have one row per instance; `features`, `embeddings` and, where the
+    extractor has classes, `logits` have one row per generated image. `listed` are the negatives
+    that a corpus lists, if the evaluation uses them.
     """
 
     arrays: Arrays
@@ -35,7 +35,7 @@ class Measured:
 
     @cached_property
     def drawn(self) -> NDArray[np.int64]:
-        """The indices of the instances that have a picture."""
+        """The indices of the instances that have a generated image."""
         return np.flatnonzero(self.arrays["reasons"] == "")
 
     @cached_property
@@ -45,39 +45,39 @@ class Measured:
 
     @cached_property
     def dialogs_of_drawn(self) -> NDArray[np.int64]:
-        """The number of each drawn picture's dialog."""
+        """The number of each generated image's dialog."""
         return self.dialogs[self.drawn]
 
     @cached_property
     def num_dialogs(self) -> int:
-        """Dialogs of which any picture was drawn."""
+        """The number of dialogs with any generated image."""
         return len(np.unique(self.dialogs_of_drawn))
 
     @property
     def failures(self) -> dict[str, int]:
-        """Instances without a picture, by reason."""
+        """The number of instances without an image, by reason."""
         reasons = self.arrays["reasons"]
         return dict(sorted(Counter(reasons[reasons != ""].tolist()).items()))
 
     @property
     def sources(self) -> list[str]:
-        """The distinct sources of the pictures: memory, or form and size of their files."""
+        """The distinct sources of the images: `memory`, or format and size of their files."""
         return sorted(set(self.arrays["sources"][self.drawn].tolist()))
 
     @cached_property
     def clip_i(self) -> NDArray[np.float64]:
-        """100 times the cosine of each drawn picture to the true one."""
+        """100 times the cosine of each generated image to its reference image."""
         return _cosines(self.arrays["embeddings"], self.arrays["real_embeddings"][self.drawn])
 
     @cached_property
     def clip_t(self) -> NDArray[np.float64] | None:
-        """100 times the cosine of each drawn picture to its whole dialog."""
+        """100 times the cosine of each generated image to its whole dialog."""
         text = self.arrays.get("text_embeddings")
         return None if text is None else _cosines(self.arrays["embeddings"], text[self.drawn])
 
     @cached_property
     def ranks(self) -> NDArray[np.int64]:
-        """The rank of each drawn picture's true one among negatives."""
+        """The rank of each generated image's reference image among negatives."""
         return retrieval_ranks(
             self.arrays["keys"].tolist(),
             self.drawn,
@@ -88,7 +88,7 @@ class Measured:
 
 
 def wide(array: NDArray[Any]) -> NDArray[Any]:
-    """Return floats as float64, and what is none as it is."""
+    """Return floats as float64, and other arrays unchanged."""
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 

@@ -1,4 +1,4 @@
-"""The metric card: everything that decides the numbers, for whoever compares them."""
+"""The metric card: everything that the scores depend on, so that they can be compared."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _system(request: EvalRequest) -> dict[str, Any]:
 
 
 def _of_pipeline(request: EvalRequest) -> dict[str, Any]:
-    """Say how a pipeline is called; without a guidance scale of ours its own default holds."""
+    """Return a pipeline's arguments; if these set no guidance scale, its own default applies."""
     arguments = dict(request.recipe.sample.pipeline)
     card: dict[str, Any] = {"pipeline_arguments": arguments}
     if "guidance_scale" in arguments:
@@ -111,6 +111,6 @@ def _data(request: EvalRequest, reader: ShardReader, measured: Measured) -> dict
 
 
 def _changed_sizes(network: BackboneConfig) -> dict[str, Any]:
-    """Return the sizes of a network that are not the published ones, each as [its, published]."""
+    """Return the sizes of a network that differ from the published, each as [its, published]."""
     changed = changed_sizes(network.name, resolve_sizes(network).overrides())
     return {name: list(sizes) for name, sizes in changed.items()}

@@ -1,6 +1,6 @@
-"""The scores of generated pictures: FID, KID, Inception Score and CLIP-I, from features at hand.
+"""Scores of generated images from their features: FID, KID, Inception Score and CLIP-I.
 
-The only module that imports torch_fidelity: its FID and Inception Score, and its Inception network.
+The only module that imports torch_fidelity, for its FID, Inception Score and Inception network.
 """
 
 from __future__ import annotations
@@ -50,33 +50,33 @@ def compute_scores(
     is_splits: int = 10,
     seed: int = 2020,
 ) -> dict[str, float | int | None]:
-    """Score generated pictures as torch-fidelity does, in float64.
+    """Score generated images as torch-fidelity does, in float64.
 
-    Arrays and tensors of any floating dtype are taken. Float64 throughout makes the scores agree
+    Accepts arrays and tensors of any floating dtype. Float64 throughout makes the scores agree
     between devices; torch-fidelity's own float32 differs by about 1e-6 of the FID, 2e-7 of the KID.
 
     Args:
-        real_features: (N, D) features of the true pictures, for FID and KID.
-        features: (M, D) features of the generated pictures.
-        logits: (M, C) class logits of the generated pictures, before softmax, or None for an
+        real_features: (N, D) features of the reference images, for FID and KID.
+        features: (M, D) features of the generated images.
+        logits: (M, C) class logits of the generated images, before softmax, or None for an
             extractor that has no classes.
-        real_embeddings: (M, E) CLIP embeddings of the true pictures.
-        embeddings: (M, E) CLIP embeddings of the generated pictures; row i answers row i above.
+        real_embeddings: (M, E) CLIP embeddings of the reference images.
+        embeddings: (M, E) CLIP embeddings of the generated images; row i pairs with row i above.
         kid_subsets: number of random subsets that KID is the mean over.
-        kid_subset_size: pictures in a subset; fewer where there are fewer pictures.
-        is_splits: chunks that the Inception Score is the mean over; fewer where there are fewer
-            pictures.
+        kid_subset_size: images in a subset; fewer where there are fewer images.
+        is_splits: splits that the Inception Score is the mean over; fewer where there are fewer
+            images.
         seed: of KID's subsets and of the Inception Score's permutation.
 
     Returns:
-        `fid`, `kid`, `kid_std`, `is`, `is_std`, `clip_i`, and the sizes really used,
+        `fid`, `kid`, `kid_std`, `is`, `is_std`, `clip_i`, and the sizes actually used,
         `kid_subset_size` and `is_splits`. The deviations are population standard deviations over
         subsets and splits; `kid_std` is None where each subset is the whole set. `is`, `is_std` and
         `is_splits` are None without logits.
 
     Raises:
-        DataError: If the arrays do not fit together, hold a value that is not finite, or are too
-            few to score.
+        DataError: If the shapes do not match, a value is not finite, or there are too few rows to
+            score.
     """
     real, fake = _matrix("real_features", real_features), _matrix("features", features)
     return {
@@ -93,8 +93,8 @@ def compute_fid(real_features: Any, features: Any) -> float:
     """Return the Fréchet distance of two Gaussians (Heusel et al. 2017, section 3), in float64.
 
     Args:
-        real_features: (N, D) features of the true pictures.
-        features: (M, D) features of the generated pictures, by the same extractor.
+        real_features: (N, D) features of the reference images.
+        features: (M, D) features of the generated images, by the same extractor.
 
     Raises:
         DataError: As `compute_scores`.
@@ -112,11 +112,11 @@ def compute_fid(real_features: Any, features: Any) -> float:
 def _kid(
     real: Floats, fake: Floats, num_subsets: int, subset_size: int, seed: int
 ) -> dict[str, float | int | None]:
-    """Mean KID over random subsets (Binkowski et al. 2018, section 4)."""
+    """Return the mean KID over random subsets (Binkowski et al. 2018, section 4)."""
     size = min(subset_size, len(real), len(fake))
     counts = choose_subsets(len(real), len(fake), num_subsets, size, seed)
     of_subsets = mmd_of_subsets(real, fake, *counts)
-    # Subsets that hold every picture are all the same one: they have no spread.
+    # Subsets that contain every image are identical: they have no spread.
     is_whole = size == len(real) == len(fake)
     return {
         "kid": _finite("kid", float(of_subsets.mean())),
@@ -128,7 +128,7 @@ def _kid(
 def _inception_score(
     logits: Any | None, num_images: int, most_splits: int, seed: int
 ) -> dict[str, float | int | None]:
-    """Inception Score (Salimans et al. 2016, section 4) over random splits."""
+    """Return the Inception Score (Salimans et al. 2016, section 4) over random splits."""
     if logits is None:
         return {"is": None, "is_std": None, "is_splits": None}
     rows = _matrix("logits", logits)
@@ -146,7 +146,7 @@ def _inception_score(
 
 
 def _clip_i(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """100 times the mean cosine of paired embeddings, as Taited/clip-score defines CLIP-I."""
+    """Return CLIP-I as Taited/clip-score defines it: 100 times the mean cosine of the pairs."""
     _expect_same_width("embeddings", real, fake)
     if len(real) != len(fake):
         raise DataError(
@@ -194,17 +194,17 @@ def _finite(name: str, value: float) -> float:
 
 
 class InceptionFeatures:
-    """torch-fidelity's Inception v3: 2048 features and 1008 logits of uint8 pictures.
+    """torch-fidelity's Inception v3: 2048 features and 1008 logits of uint8 images.
 
     Args:
         weights: Path of `weights-inception-2015-12-05-6726825d.pth`, or None for the copy in
             torch hub's cache.
         sha256: First digits of the file's sha256; None expects the published file's.
-        device: Where it runs.
+        device: Torch device that it runs on.
 
     Raises:
-        DataError: If the file is not there, is another one, or holds more than arrays (it is
-            looked at first, as torch-fidelity unpickles it).
+        DataError: If the file is missing, has another sha256, or contains more than arrays
+            (checked first, because torch-fidelity unpickles it).
     """
 
     def __init__(self, weights: str | None, sha256: str | None, device: str) -> None:
@@ -222,7 +222,7 @@ class InceptionFeatures:
     def extract(
         self, pixels: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Read uint8 (N, H, W, 3): features (N, 2048) and logits (N, 1008)."""
+        """Return features (N, 2048) and logits (N, 1008) of uint8 images (N, H, W, 3)."""
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self._device)
         with torch.no_grad():
             features, logits = self._network(images)

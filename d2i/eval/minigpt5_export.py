@@ -1,10 +1,10 @@
-"""Test dialogs in MMDialog's own layout, for systems that run elsewhere.
+"""Export of test dialogs in MMDialog's own layout, for systems that run elsewhere.
 
-MiniGPT-5's data set class reads JSON lines of `conversation_id` and `conversation`, takes the first
-picture of a turn only, breaks a dialog off at an empty text, at one that ends in `.jpg` and at a
-picture whose file is missing, and passes over dialogs of fewer than two turns. One dialog is
-written for each instance, so that none of this loses one; the media key of the picture to draw is
-the instance's key. Must not import torch.
+MiniGPT-5's data set class reads JSON lines of `conversation_id` and `conversation`. It uses only
+the first image of a turn, ends a dialog at an empty text, at a text that ends in `.jpg` and at an
+image whose file is missing, and skips dialogs of fewer than two turns. The export writes one dialog
+per instance, so that none of these rules drops an instance; the media key of the image to generate
+is the instance's key. Must not import torch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ DIALOGS_NAME = "conversations.json"
 
 
 def export_dialogs(data_url: str, out_url: str) -> int:
-    """Write `OUT/test/conversations.json` and the true pictures beside it; return how many dialogs.
+    """Write `OUT/test/conversations.json` and the reference images; return the number of dialogs.
 
-    The pictures are JPEG as MMDialog's are, under the names that the keys give; a system is to
-    draw each anew. What it draws comes back as `images:DIR`, in files of the same names.
+    The images are JPEG like MMDialog's, named `{key}.jpg`. The system under evaluation generates
+    its own image for each; evaluate these as `images:DIR`, in files named by the same keys.
 
     Raises:
         DataError: If the data set has no instance.
@@ -44,7 +44,7 @@ def export_dialogs(data_url: str, out_url: str) -> int:
 
 def _dialog(number: int, key: str, context: list[dict[str, Any]]) -> dict[str, Any]:
     said = [_readable(turn["text"].strip()) for turn in context if turn["text"].strip()]
-    # One turn at least must come before the picture's own.
+    # At least one turn must come before the turn of the image.
     before, own = (said[:-1], said[-1]) if len(said) > 1 else (said or ["..."], "...")
     turns = [[{"__TEXT__": text}] for text in before]
     turns.append([{"__TEXT__": own}, {"__MEDIA__": key}])

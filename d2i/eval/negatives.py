@@ -1,4 +1,4 @@
-"""The true pictures among which a drawn one is to find its own, as MMDialog lists them.
+"""Negative candidates for retrieval recall, as MMDialog lists them.
 
 Must not import torch.
 """
@@ -23,8 +23,8 @@ class Listed:
 
     Args:
         source: The corpus they were read from.
-        of_instances: For each instance int64 (K,), the instances whose pictures are its negatives;
-            those that are in the data set, at most 999.
+        of_instances: For each instance int64 (K,), the instances whose reference images are its
+            negatives: those that are in the data set, at most 999.
     """
 
     source: str
@@ -32,15 +32,15 @@ class Listed:
 
     @property
     def mean_number(self) -> float:
-        """How many an instance has, on average."""
+        """Mean number of listed negatives per instance."""
         return float(np.mean([len(listed) for listed in self.of_instances]))
 
 
 def find_negatives(reader: ShardReader, source: str) -> Listed:
-    """Find in a data set the negatives that MMDialog lists for its dialogs.
+    """Find the negatives that MMDialog lists for the dialogs of a data set.
 
     Raises:
-        DataError: If the source holds no such split, or lists no picture of the data set.
+        DataError: If the source has no such split, or lists no image of the data set.
     """
     samples = [reader.read_json(index) for index in range(len(reader))]
     places: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What a system is asked: the context of an instance, whole or in part, as turns and as one line.
+"""Prompts for systems: the context of an instance, whole or in part, as turns and as one line.
 
 Must not import torch.
 """
@@ -16,17 +16,17 @@ from d2i.prompt_text import context_text
 from d2i.shards import ShardReader
 
 ContextMode = Literal["full", "last", "none", "shuffled"]
-"""The whole context, its last turn that says something, nothing, or another dialog's context."""
+"""The whole context, its last turn that has text, nothing, or another dialog's context."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One instance to draw.
+    """The prompt of one instance.
 
     Args:
-        key: Names the instance; noise is keyed by it, and by nothing else.
-        turns: What may be read, oldest turn first.
-        text: The same as one line, linearized as the recipe says, not cut to any window.
+        key: The instance's key; of the prompt, it alone keys the noise.
+        turns: The turns that the system may read, oldest first.
+        text: The same as one line, linearized by the recipe, not truncated to any window.
     """
 
     key: str
@@ -35,19 +35,19 @@ class Prompt:
 
 
 class PromptReader:
-    """Reads prompts out of a data set.
+    """Reads prompts from a data set.
 
     Args:
         reader: The data set.
-        config: How a context becomes a line.
-        mode: How much of it a system is shown.
+        config: Settings that linearize a context.
+        mode: The part of the context that a system may read.
     """
 
     def __init__(self, reader: ShardReader, config: TextConfig, mode: ContextMode) -> None:
         self._reader, self._config, self._mode = reader, config, mode
 
     def read(self, index: int) -> Prompt:
-        """Read what a system is shown of instance `index`.
+        """Read the prompt of instance `index`.
 
         Raises:
             ConfigError: With `shuffled`, if there is no other dialog.
@@ -56,7 +56,7 @@ class PromptReader:
         return Prompt(self._reader.keys[index], turns, context_text(turns, self._config))
 
     def read_dialog(self, index: int) -> str:
-        """Read the whole context of instance `index` as one line, whatever a system is shown."""
+        """Read the whole context of instance `index` as one line, whatever the mode."""
         return context_text(self._turns(index), self._config)
 
     def _shown(self, index: int) -> tuple[Turn, ...]:
@@ -80,7 +80,7 @@ class PromptReader:
 
 
 def derangement(keys: list[str]) -> list[int]:
-    """Give each instance one of another dialog: the next in the seeded order of keys.
+    """Assign to each instance one of another dialog: the next in the seeded order of keys.
 
     Raises:
         ConfigError: If all instances are of one dialog.
@@ -93,7 +93,7 @@ def derangement(keys: list[str]) -> list[int]:
         )
     order = sorted(range(len(keys)), key=lambda index: key_order_hash(keys[index], 0))
     found = [0] * len(keys)
-    # From the end to the start, twice round: what follows is known when a place is reached.
+    # Walk the order backwards, twice around, to know the next other dialog at each position.
     following: int | None = None
     for place in range(2 * len(order) - 1, -1, -1):
         index, after = order[place % len(order)], order[(place + 1) % len(order)]

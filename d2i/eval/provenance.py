@@ -1,7 +1,7 @@
-"""Where test data and a run come from, as far as their files say it, for the metric card.
+"""Provenance of test data and runs, as far as their files record it, for the metric card.
 
-What decides whether a table may call a system by the paper's name. Files of before say less; what
-they do not say is left out.
+It decides whether a table may call a system by the paper's name. Files of earlier versions record
+less; missing facts are left out.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from d2i.corpora import CORPORA
 from d2i.errors import DataError
 from d2i.run_dir import CONFIG_NAME, read_recipe
 
-# Which instances there are, and what each of them reads.
+# Options that decide the instances, and the context of each.
 _OPTIONS = ("direction", "own_turn", "images_in_turn", "repeated", "earlier_images", "emoji")
 
 
 def describe_data(data_url: str) -> dict[str, Any]:
-    """Say what a data set was planned from.
+    """Describe the corpus, split and options that a data set was planned from.
 
     Returns:
-        `corpus` (None where no plan says it), and with a plan `split` and `corpus_options`: those
-        that the reader's own defaults do not have.
+        `corpus` (None where no plan names it), and with a plan `split` and `corpus_options`: those
+        that differ from the corpus reader's defaults.
     """
     plan = _read_object(storage.join(data_url, "plan", "plan.json"))
     decided = plan.get("decided_by") or {}
@@ -40,15 +40,15 @@ def describe_data(data_url: str) -> dict[str, Any]:
 
 
 def describe_training(run_url: str) -> dict[str, Any]:
-    """Say what a run learned from, and from where.
+    """Describe the data and weights that a run was trained from.
 
     Returns:
-        `trained_text`, the settings of the text that it was trained on; `trained_corpus`, None
-        where its data are gone or have no plan; and `initial_weights`, where the run says them.
+        `trained_text`, the text settings that it was trained with; `trained_corpus`, None where
+        its data are missing or have no plan; and `initial_weights`, where the run records them.
     """
     config = _read_object(storage.join(run_url, CONFIG_NAME))
     data = config.get("data")
-    # The run may be of somebody else: what is for the card alone makes no host be asked.
+    # The run may come from a stranger: contact no host for something only the card needs.
     is_here = isinstance(data, str) and not storage.names_host(data)
     places = (storage.join(data, "train"), data) if data and is_here else ()
     corpora = (describe_data(url)["corpus"] for url in places)

@@ -1,7 +1,7 @@
-"""Features of true pictures, kept in the user's cache by the fingerprint of all that decides them.
+"""Cache of reference image features, keyed by a fingerprint of everything that they depend on.
 
-Each machine has its own copy; a machine without one measures anew and gets the same numbers. Must
-not import torch.
+Each machine has its own copy, in the user's cache directory. A machine without one computes the
+features again and gets the same numbers. Must not import torch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _DESCRIBED = "described.json"
 
 
 class ReferenceFeatures:
-    """The cached features of one data set under one fingerprint, compared with their sha256.
+    """The cached features of one data set under one fingerprint, verified by sha256.
 
     Args:
-        described: What decides them, as JSON values.
+        described: Everything that they depend on, as JSON values.
     """
 
     def __init__(self, described: Mapping[str, Any]) -> None:
@@ -35,13 +35,13 @@ class ReferenceFeatures:
         self._folder = storage.cache_folder(f"real features {self._described}")
 
     def read(self, indices: Sequence[int]) -> dict[str, NDArray[Any]] | None:
-        """Return `real_features` and `real_embeddings` of instances, or None if not kept."""
+        """Return `real_features` and `real_embeddings` of instances, or None if not cached."""
         if self._kept is None:
             return None
         return {name: array[np.asarray(indices)] for name, array in self._kept.items()}
 
     def keep(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep the features of all instances, in the order of the data set."""
+        """Cache the features of all instances, in the order of the data set."""
         if self._kept is not None:
             return
         sums = {}
@@ -51,13 +51,13 @@ class ReferenceFeatures:
                 with path.open("wb") as file:
                     np.save(file, arrays[name], allow_pickle=False)
                 sums[name] = file_sha256(str(path))
-        # Written last: without it nothing is kept.
+        # Written last: without it the features do not count as cached.
         said = json.dumps({"described": self._described, "sha256": sums})
         storage.write_bytes(str(self._folder / _DESCRIBED), said.encode())
 
     @cached_property
     def _kept(self) -> dict[str, NDArray[Any]] | None:
-        """The features as they were kept; None where any of them is not as it was written."""
+        """The cached features; None if any of them is missing or damaged."""
         try:
             said = parse_json(storage.read_bytes(str(self._folder / _DESCRIBED)), _DESCRIBED)
             if said.get("described") != self._described:
@@ -67,7 +67,7 @@ class ReferenceFeatures:
             return None
 
     def _read_kept(self, name: str, sha256: str) -> NDArray[Any]:
-        """Map an array, so that all workers of a machine share one copy in memory.
+        """Memory-map an array, so that all workers of a machine share one copy.
 
         Raises:
             ValueError: If its file has another sha256.

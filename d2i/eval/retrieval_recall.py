@@ -1,4 +1,4 @@
-"""Does a drawn picture point at the true one? Its rank among true pictures of other instances."""
+"""Retrieval recall: the rank of the reference image, by CLIP similarity to the generated one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from d2i.dialog import key_order_hash
 
 NUM_NEGATIVES = 999
-"""As many as MMDialog lists for each test dialog."""
+"""The number that MMDialog lists for each test dialog."""
 _SEED = 2020
 _NUM_ROWS = 256
 _NONE = np.empty(0, np.int64)
@@ -24,20 +24,20 @@ def retrieval_ranks(
     listed: Sequence[NDArray[np.int64]] | None = None,
     num_negatives: int = NUM_NEGATIVES,
 ) -> NDArray[np.int64]:
-    """Rank the true picture by CLIP similarity to the drawn one, among negatives.
+    """Rank the reference image by CLIP similarity to the generated one, among negatives.
 
-    The negatives of an instance are true pictures of others: those that are listed for it, and for
-    what lacks of their number such as are drawn by the hash of its key. Another copy of the true
-    picture is no negative; any other that is as near as the true one counts as nearer, so that
-    nothing is won by pictures that CLIP cannot tell apart.
+    The negatives of an instance are reference images of others: those listed for it, filled up to
+    `num_negatives` with instances drawn by the hash of its key. A copy of its own reference image
+    is no negative. Any other image as near as the reference image counts as nearer, so that images
+    that CLIP cannot distinguish do not raise the recall.
 
     Args:
         keys: N instance keys.
-        drawn: (M,) the indices of the instances that have a drawn picture.
-        embeddings: (M, E) CLIP embeddings of the drawn pictures.
-        real_embeddings: (N, E) CLIP embeddings of the true pictures.
-        listed: For each of N instances the indices of others; None where nothing lists any.
-        num_negatives: At most so many; fewer where there are fewer instances.
+        drawn: (M,) the indices of the instances that have a generated image.
+        embeddings: (M, E) CLIP embeddings of the generated images.
+        real_embeddings: (N, E) CLIP embeddings of the reference images.
+        listed: For each of N instances the indices of its listed negatives; None without lists.
+        num_negatives: Most negatives per instance; fewer where there are fewer instances.
 
     Returns:
         int64 (M,), 1 for the nearest.
@@ -57,7 +57,7 @@ def retrieval_ranks(
 
 
 def _number_images(embeddings: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Give each embedding (N, E) the number of its picture: copies have one number."""
+    """Return an image number for each embedding (N, E): copies share one number."""
     rows = np.ascontiguousarray(embeddings)
     as_bytes = rows.view(f"V{rows.itemsize * rows.shape[1]}").ravel()
     numbers: NDArray[np.int64] = np.unique(as_bytes, return_inverse=True)[1]
@@ -73,7 +73,7 @@ def choose_negatives(
 ) -> NDArray[np.int64]:
     """Choose at most `num` instances other than `index`, each once, in order.
 
-    First those that are listed; the others are drawn by the hash of the key.
+    Listed ones are chosen first; the others are drawn by the hash of the key.
     """
     generator = np.random.Generator(np.random.Philox(key_order_hash(key, _SEED)))
     chosen = generator.choice(num_instances - 1, min(num, num_instances - 1), replace=False)

@@ -1,4 +1,4 @@
-"""Draw pictures: text latents and keys in, uint8 pictures out, at one fixed, padded batch."""
+"""Image sampler: text latents and keys in, uint8 images out, at one fixed, padded batch size."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from d2i.models.model_dir import build_network
 
 
 class Sampler:
-    """A backbone, the VAE that decodes its latents, and how to draw.
+    """A backbone, the VAE that decodes its latents, and the sampling settings.
 
-    A picture is a function of (seed, key, text latents): the network always runs at
-    `config.compute_batch_size` rows, the last batch padded, so no neighbour changes it.
+    An image is a function of (seed, key, text latents): the network always runs at
+    `config.compute_batch_size` rows, with the last batch padded, so other rows do not change it.
 
     Args:
         backbone: The network and its weights.
         vae: Decodes unscaled latents.
         config: Steps, guidance, precision, seed and batch.
         empty_text: float (T, D), the text latents of ''.
-        device: Where the network runs.
+        device: Torch device that the network runs on.
 
     Raises:
-        ConfigError: If the network reads text latents of another shape.
+        ConfigError: If the network expects text latents of another shape.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Sampler:
     def generate(
         self, keys: Sequence[str], text: NDArray[Any], seeds: Sequence[int] | None = None
     ) -> NDArray[np.uint8]:
-        """Draw one picture a key.
+        """Generate one image per key.
 
         Args:
-            keys: N keys; the noise of a picture depends on its key and seed alone.
+            keys: N keys; the noise of an image depends only on its key and seed.
             text: (N, T, D) text latents.
-            seeds: N seeds; None for that of the settings.
+            seeds: N seeds; None uses the seed of the settings for all.
 
         Returns:
             uint8 (N, H, W, 3).
@@ -71,7 +71,7 @@ class Sampler:
     def sample_latents(
         self, keys: Sequence[str], text: NDArray[Any], seeds: Sequence[int] | None = None
     ) -> Tensor:
-        """Draw the unscaled latents of one picture a key: (N, 4, h, w), as `generate` does."""
+        """Generate the unscaled latents of one image per key: (N, 4, h, w); see `generate`."""
         size = self._config.compute_batch_size
         seeds = [self._config.seed] * len(keys) if seeds is None else seeds
         latents = []
@@ -87,7 +87,7 @@ class Sampler:
     @torch.inference_mode()
     def _sample_batch(self, draws: SampleDraws, text: NDArray[Any]) -> Tensor:
         num_rows, size = len(draws.keys), self._config.compute_batch_size
-        # A batch is filled up with its first row.
+        # Pad the batch with its first row.
         index = [row if row < num_rows else 0 for row in range(size)]
         padded = SampleDraws([draws.seeds[i] for i in index], [draws.keys[i] for i in index])
         rows = torch.from_numpy(text[index].astype(np.float32)).to(self._device)

@@ -10,10 +10,10 @@ from d2i.eval.measured import Measured
 from d2i.eval.retrieval_recall import NUM_NEGATIVES
 from d2i.metric_specs import RECALLS
 
-# Inception's features have 2048 dimensions: on fewer images the covariance is not of full rank.
+# Inception's features have 2048 dimensions: with fewer images the covariance lacks full rank.
 _FEW_IMAGES = 2048
-# Our thresholds: a score is bounded by the images of a split; percentiles over fewer dialogs reach
-# less than 93 % instead of 95 %; among fewer negatives chance alone gives a recall@10 over 10 %.
+# Our thresholds: the number of images in a split bounds IS; intervals over fewer dialogs cover less
+# than 93 % instead of 95 %; with fewer negatives chance alone gives a recall@10 over 10 %.
 _FEW_IN_SPLIT = 100
 _FEW_DIALOGS = 20
 _FEW_NEGATIVES = 99
@@ -25,13 +25,13 @@ def score_warnings(
     resolution: int,
     num_resampled: int,
 ) -> Iterator[str]:
-    """Say what the numbers of images, dialogs and negatives take from the scores, and the images.
+    """Yield warnings about too few images, dialogs or negatives, and about the images themselves.
 
     Args:
-        measured: All of an evaluation.
-        scores: What it scored, with `is_splits` and `num_negatives`; None is not scored.
-        resolution: The side at which the images were measured.
-        num_resampled: The instances that intervals come from.
+        measured: All measurements of an evaluation.
+        scores: Its scores, with `is_splits` and `num_negatives`; None means not scored.
+        resolution: The side in pixels at which the images were measured.
+        num_resampled: The number of instances that intervals are computed from.
     """
     num_drawn, keys = len(measured.drawn), measured.arrays["keys"]
     yield from _fid_warnings(measured)
@@ -132,5 +132,5 @@ def _source_warnings(sources: list[str], resolution: int) -> Iterator[str]:
 
 
 def counted(failures: Mapping[str, int]) -> str:
-    """Write failures by reason as words."""
+    """Format the number of failures by reason as text."""
     return ", ".join(f"{number} {reason}" for reason, number in failures.items()) or "no failure"

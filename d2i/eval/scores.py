@@ -26,22 +26,22 @@ Scores = dict[str, float | int | None]
 _MIN_IMAGES = 2
 _SEED = 2020
 _MAX_RESAMPLED = 32_768
-"""Instances that intervals come from at most (ours): KID's takes time by the square of it."""
+"""Most instances that intervals are computed from (our limit): KID's take quadratic time."""
 
 
 def score(measured: Measured, resolution: int) -> dict[str, Any]:
-    """Compute every score.
+    """Compute all scores of an evaluation.
 
     Args:
-        measured: All of an evaluation.
-        resolution: The side at which the pictures were measured.
+        measured: All measurements of the evaluation.
+        resolution: The side in pixels at which the images were measured.
 
     Returns:
-        `scores` by name, None where there is none or it is the same whatever was drawn;
+        `scores` by name, None where there is none or it would be the same for any images;
         `intervals`, 95 % confidence as [low, high]; `warnings`, one line each.
 
     Raises:
-        DataError: If fewer than two pictures were drawn, or a value is not finite.
+        DataError: If fewer than two images were generated, or a value is not finite.
     """
     if len(measured.drawn) < _MIN_IMAGES:
         raise DataError(
@@ -65,7 +65,7 @@ def score(measured: Measured, resolution: int) -> dict[str, Any]:
 
 
 def instance_rows(measured: Measured) -> Iterator[dict[str, Any]]:
-    """Give a row for each instance: its key, why it has no picture, or what its picture scores."""
+    """Yield a row per instance: its key, with its image's scores or the reason for having none."""
     places = {index: place for place, index in enumerate(measured.drawn.tolist())}
     for index, (key, reason) in enumerate(
         zip(measured.arrays["keys"].tolist(), measured.arrays["reasons"].tolist(), strict=True)
@@ -102,22 +102,22 @@ def _scores(arrays: Arrays, measured: Measured, paired: PairedMmd | None) -> Sco
 
 
 def _constant(scores: Scores, num_drawn: int) -> Iterator[str]:
-    """Name the scores that are the same whatever was drawn, and so say nothing."""
+    """Yield the names of scores that would be the same for any images, and so mean nothing."""
     if scores["is_splits"] == num_drawn:
-        # A split of one picture has the mean of its own class shares: IS 1.
+        # In a split of one image, the mean class shares are its own: IS is 1.
         yield from ("is", "is_std")
     yield from (f"recall_{k}" for k in RECALLS if k > int(scores["num_negatives"] or 0))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The instances that intervals come from: all, or of very many some whole dialogs.
+    """The instances that intervals are computed from: all, or some whole dialogs of very many.
 
     Args:
         instances: Their indices, in order.
-        places: Where those that have a drawn picture are among all that have one.
-        drawn: The same ones among `instances`.
-        scale: A deviation over all dialogs, as a share of that over these.
+        places: Positions of those with a generated image among all instances that have one.
+        drawn: Positions of the same instances in `instances`.
+        scale: Factor from a deviation over these dialogs to one over all dialogs.
     """
 
     instances: NDArray[np.int64]
@@ -127,7 +127,7 @@ class _Part:
 
 
 def _choose_part(measured: Measured) -> _Part:
-    """Choose all dialogs, or of very many instances so many dialogs at random."""
+    """Choose all dialogs, or random ones up to `_MAX_RESAMPLED` instances."""
     num, scale = len(measured.dialogs), 1.0
     instances = np.arange(num)
     if num > _MAX_RESAMPLED:
@@ -135,7 +135,7 @@ def _choose_part(measured: Measured) -> _Part:
         order = np.random.default_rng([_SEED, num]).permutation(len(sizes))
         chosen = order[np.cumsum(sizes[order]) <= _MAX_RESAMPLED]
         instances = np.flatnonzero(np.isin(measured.dialogs, chosen))
-        # A deviation falls with the root of the number of dialogs.
+        # A deviation falls with the square root of the number of dialogs.
         scale = float(np.sqrt(len(chosen) / len(sizes)))
     places = np.flatnonzero(np.isin(measured.drawn, instances))
     drawn = np.searchsorted(instances, measured.drawn[places])
@@ -150,9 +150,9 @@ def _paired_kid(arrays: Arrays, measured: Measured, part: _Part) -> PairedMmd | 
 def _deviations(
     arrays: Arrays, measured: Measured, part: _Part, scores: Scores
 ) -> dict[str, float]:
-    """Deviations of the scores of sets, to first order in the weights of dialogs.
+    """Return the deviations of scores of sets (FID, IS), to first order in the dialogs' weights.
 
-    A decomposition for each of many resamples would take longer than drawing the pictures may take.
+    A bootstrap needs a matrix decomposition per resample, and may take longer than generating.
     """
 
     def of_distance(real: str, fake: str) -> float:
@@ -174,15 +174,15 @@ def _deviations(
 
 @dataclass(frozen=True)
 class _Evidence:
-    """What intervals are made from, by metric.
+    """The inputs of intervals, by metric.
 
     Args:
         deviations: Of scores with a normal interval.
         means: (M,) the values that a score is the mean of.
-        hits: (M,) whether each picture counts for a share.
-        dialogs: (M,) the number of each picture's dialog.
+        hits: (M,) True where an image counts towards a share.
+        dialogs: (M,) the number of each image's dialog.
         num_classes: Classes of the extractor, None where it has none.
-        part: The instances that intervals of means come from.
+        part: The instances that intervals of means are computed from.
     """
 
     deviations: Mapping[str, float]
@@ -203,7 +203,7 @@ class _Evidence:
         return cls(deviations, means, hits, measured.dialogs_of_drawn, num_classes, part)
 
     def ends(self, spec: MetricSpec, value: float) -> Ends | None:
-        """Make the interval of a score as its row says, and cut it at what the score can be."""
+        """Return the interval of a score, of the kind that `spec` names, clipped to its bounds."""
         found: Ends | None = None
         if spec.interval == "normal":
             found = normal(value, self.deviations[spec.key])
@@ -218,7 +218,7 @@ class _Evidence:
         if spec.needs == "classes" and self.num_classes is not None:
             highest = min(highest, self.num_classes)
         low, high = max(found[0], lowest), min(found[1], highest)
-        # Rounding alone is left of the distance of a set to itself, on either side of 0.
+        # The distance of a set to itself is only rounding error, on either side of 0.
         return (low, high) if low < high else None
 
     def _of_mean(self, values: NDArray[np.float64], value: float) -> Ends | None:
@@ -231,7 +231,7 @@ class _Evidence:
 
 
 def _intervals(scores: Scores, evidence: _Evidence) -> dict[str, list[float]]:
-    """Make the interval of each score that has one."""
+    """Return the interval of each score that has one."""
     found = {}
     for key, spec in METRICS.items():
         value = scores.get(key)
@@ -243,7 +243,7 @@ def _intervals(scores: Scores, evidence: _Evidence) -> dict[str, list[float]]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sum in one order, whatever the driver was doing before."""
+    """Run torch on one thread, so that the order of sums does not depend on the driver."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""One conversation to one PNG, of one picture or several (`d2i sample`)."""
+"""Generates one PNG of one or more images from one dialog (`d2i sample`)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from d2i.prompt_text import context_text, text_tokens
 
 
 def read_dialog(text: str) -> list[Turn]:
-    """Read a conversation: plain lines (one turn each, speakers taking turns), or JSON.
+    """Read a dialog: plain lines (one turn each, by alternating speakers), or JSON.
 
-    JSON is a list of turns, or one turn: a string, or `{"speaker": 0, "text": "…"}`; or one record
-    of any form that a corpus is read from, or the list of its messages. Of a record the pictures
-    are left out, and all turns are read.
+    JSON is a list of turns, or a single turn: a string, or `{"speaker": 0, "text": "…"}`. It may
+    also be one record in any format of a supported corpus, or the list of its messages. All turns
+    of a record are read; its images are ignored.
 
     Raises:
-        DataError: If there is no text in it, or the JSON is of another form.
+        DataError: If it contains no text, or the JSON has another form.
     """
     if text.lstrip().startswith(("[", "{")):
         record = _read_record(text)
@@ -49,14 +49,14 @@ def read_dialog(text: str) -> list[Turn]:
 
 @dataclass(frozen=True)
 class Request:
-    """One conversation, and the pictures wanted of it.
+    """One dialog, and the images to generate from it.
 
     Args:
         run_url: A finished run.
-        recipe: How to read the conversation, and how to draw.
-        turns: The conversation.
-        seeds: One picture each.
-        key: What the noise is keyed by beside the seed; None for the linearized text.
+        recipe: Settings for linearizing the dialog and generating images.
+        turns: The dialog.
+        seeds: One image is generated for each.
+        key: Keys the noise together with the seed; None uses the linearized text.
     """
 
     run_url: str
@@ -67,10 +67,10 @@ class Request:
 
 
 def generate_image(request: Request, out: str) -> str:
-    """Draw the pictures that answer a conversation as one PNG, its settings in the metadata.
+    """Generate the images for a dialog as one PNG, with the settings in its metadata.
 
-    Several pictures are laid out in a grid, row by row. The same conversation, key and seed give
-    the same picture, alone or in a grid; with an instance's key, that of `d2i eval`.
+    Several images are laid out in a grid, row by row. The same dialog, key and seed give the same
+    image, alone or in a grid; with an instance's key, the image that `d2i eval` generates.
 
     Returns:
         The linearized text.
@@ -80,7 +80,7 @@ def generate_image(request: Request, out: str) -> str:
     text = context_text(request.turns, recipe.text)
     clip_text = ClipText(encoders.clip_text, encoders.text_prefix, device)
     tokens = [text_tokens(line, recipe.text) for line in (text, "")]
-    # Text latents as shards hold them, in float16.
+    # Shards store text latents as float16, so these are rounded likewise.
     latents = [
         clip_text.encode(row[None], encoders.compute_batch_size).astype(np.float16)
         for row in tokens
@@ -109,7 +109,7 @@ def generate_image(request: Request, out: str) -> str:
 
 
 def grid(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Lay pictures out in rows, nearly square; what is left of the last row is black.
+    """Arrange images in a nearly square grid; unused cells of the last row are black.
 
     Args:
         pixels: uint8 (N, H, W, 3).
@@ -127,7 +127,7 @@ def grid(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _read_record(text: str) -> dict[str, Any] | None:
-    """Return the one record that a JSON text is, or whose messages it lists; None for neither."""
+    """Return the one record of a JSON text, or a record of the messages it lists, or None."""
     if (listed := _listed_messages(text)) is not None:
         return {"messages": listed}
     records = [
@@ -152,7 +152,7 @@ def _listed_messages(text: str) -> list[Any] | None:
 
 
 def _turns_of(record: dict[str, Any]) -> list[Turn]:
-    """Read the turns of a record; words of it that are left out are an error, pictures are not."""
+    """Read the turns of a record; text that cannot be read is an error, an image is not."""
 
     def refuse(reason: str, detail: str) -> None:
         if reason not in ("bad_image_ref", "no_image"):
@@ -180,7 +180,7 @@ def _turn(value: Any) -> Turn:
         value = {"text": value}
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         raise TypeError(f"a turn is {value!r}")
-    # Half of a pair that JSON can write, and no text can hold: it raises.
+    # Raises UnicodeEncodeError for a lone surrogate, which JSON can express and UTF-8 cannot.
     value["text"].encode()
     speaker = value.get("speaker")
     if speaker is not None and not isinstance(speaker, int):

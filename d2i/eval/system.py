@@ -1,7 +1,7 @@
-"""What a system is to the evaluation: one function builds it, one method draws.
+"""The interface of a system under evaluation: one function builds it, one method generates images.
 
-A system of one's own is a function `build(context: SystemContext) -> System`, named on the command
-line as `--system package.module:build`. The systems of d2i are built by functions of the same form.
+To evaluate your own system, write a function `build(context: SystemContext) -> System` and name it
+on the command line as `--system package.module:build`. The systems of d2i have the same form.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from d2i.eval.systems import SystemSpec
 
 IN_MEMORY = "memory"
-"""The `source` of a picture that never was a file."""
+"""The `source` of an image that never was a file."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What became of one prompt: a picture, or the reason why there is none.
+    """The result of one prompt: an image, or the reason why there is none.
 
     Args:
         pixels: uint8 (H, W, 3) of any size, or None.
-        reason: Without a picture, one word for the count of failures, such as `not_finite`.
-        source: `memory`, or form and size of the file it was read from, such as `jpg 256x256`.
+        reason: Without an image, one word to count the failure by, such as `not_finite`.
+        source: `memory`, or format and size of the file it was read from, such as `jpg 256x256`.
 
     Raises:
-        DataError: If it has neither picture nor reason, or both, or pixels of another form.
+        DataError: If it has neither image nor reason, or both, or pixels of another form.
     """
 
     pixels: NDArray[np.uint8] | None
@@ -44,7 +44,7 @@ class Generation:
     source: str = IN_MEMORY
 
     def __post_init__(self) -> None:
-        """Refuse what could not be told apart later on."""
+        """Check that either an image or a reason is set, and the form of the pixels."""
         if (self.pixels is None) != bool(self.reason):
             got = "neither picture nor reason" if self.pixels is None else "both"
             raise DataError(
@@ -59,34 +59,34 @@ class Generation:
 
 
 class System(Protocol):
-    """Draws pictures.
+    """Generates images.
 
-    `described` goes into the metric card: hashes of weights, steps, whatever decides a picture.
-    An evaluation goes on only with a system that is described by the very same.
+    `described` goes into the metric card: hashes of weights, steps, everything that an image
+    depends on. An evaluation resumes only with a system whose `described` is identical.
     """
 
     described: Mapping[str, Any]
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
-        """Generate one image a prompt, in their order.
+        """Generate one image per prompt, in their order.
 
-        An image must be a function of its prompt and of the system alone: neighbours, their number
-        and what was generated before change nothing. Where no image can be generated, the
-        `Generation` has a reason; an exception ends the job.
+        An image must depend on its prompt and the system alone: not on the other prompts, their
+        number, or earlier images. Where no image can be generated, the `Generation` has a reason;
+        an exception ends the job.
         """
         ...
 
 
 @dataclass(frozen=True)
 class SystemContext:
-    """What a system is built from, in the process where it draws.
+    """Inputs that a system is built from, in the process where it generates images.
 
     Args:
-        spec: The system as it was named.
+        spec: The system as parsed from `--system`.
         recipe: All settings.
         encoders: The recipe's frozen encoders.
-        keys: The keys of all instances that are to be drawn.
-        device: The torch device to work on.
+        keys: The keys of all instances of the data set.
+        device: The torch device to run on.
         open_shards: Opens a data set that the system reads.
     """
 

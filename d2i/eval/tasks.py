@@ -1,7 +1,7 @@
-"""Groups of instances, and what one finished group leaves on disk.
+"""Evaluation tasks: groups of instances, and the files of a finished group.
 
-A task is a run of neighbours in the data set. How long it is decides nothing but how the work is
-dealt out: an evaluation may go on with tasks of another size. Must not import torch.
+A task is a range of consecutive instances of the data set. Its size only affects how the work is
+divided: an evaluation may resume with tasks of another size. Must not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from d2i.parse import damaged, parse_npz
 
 _OF_ALL = ("keys", "reasons", "sources", "is_flat", "real_features", "real_embeddings")
 _OF_DRAWN = ("features", "embeddings")
-"""Names of arrays with a row an instance, and with a row a drawn picture."""
+"""Names of arrays with one row per instance, and with one row per generated image."""
 _DRAW_AGAIN = "remove it and repeat the command: its pictures are drawn again"
 MARKER_GONE = "remove it: its task is then read, and not verified; or remove the task's npz as well"
 _NAME = re.compile(r"(\d{8})-(\d{8})\.(npz|tar|json)")
@@ -41,17 +41,17 @@ class EvalTask:
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """The stem of its files' names."""
         return f"{self.start:08d}-{self.stop:08d}"
 
 
 def plan_tasks(num_instances: int, size: int, finished: Sequence[EvalTask] = ()) -> list[EvalTask]:
-    """Cut what is not finished into tasks of at most `size` instances, in order.
+    """Divide the unfinished instances into tasks of at most `size` instances, in order.
 
     Args:
         num_instances: Instances in the data set.
-        size: The most instances a task has.
-        finished: What is done, in order, without overlaps.
+        size: Most instances per task.
+        finished: Finished tasks, in order, without overlaps.
     """
     gaps, start = [], 0
     for task in finished:
@@ -68,7 +68,7 @@ def plan_tasks(num_instances: int, size: int, finished: Sequence[EvalTask] = ())
 def finished_tasks(out_url: str) -> list[EvalTask]:
     """List the finished tasks of an evaluation, in the order of their instances.
 
-    Of tasks that overlap, which a worker leaves that outlived its driver, one alone counts.
+    Tasks may overlap where a worker outlived its driver; only one of them counts.
     """
     tasks: list[EvalTask] = []
     for task in _listed(storage.join(out_url, "tasks"), "npz"):
@@ -78,12 +78,12 @@ def finished_tasks(out_url: str) -> list[EvalTask]:
 
 
 def saved_tasks(out_url: str) -> list[EvalTask]:
-    """List the tasks of which pictures were kept, finished or not."""
+    """List the tasks with saved images, finished or not."""
     return _listed(storage.join(out_url, "images"), "tar")
 
 
 def remove_unfinished(out_url: str) -> None:
-    """Remove what killed processes left: files half written, and what is of no finished task."""
+    """Remove leftovers of killed processes: temporary files, and files of unfinished tasks."""
     for folder in ("tasks", "images"):
         storage.remove_temp_files(storage.join(out_url, folder))
     finished = set(finished_tasks(out_url))
@@ -94,12 +94,12 @@ def remove_unfinished(out_url: str) -> None:
 
 
 def images_url(out_url: str, task: EvalTask) -> str:
-    """Return where the pictures of a task are kept, where any are."""
+    """Return the URL of the saved images of a task, which may not exist."""
     return storage.join(out_url, images_path(task))
 
 
 def images_path(task: EvalTask) -> str:
-    """Return the same within the evaluation."""
+    """Return the path of the saved images of a task within the evaluation."""
     return f"images/{task.name}.tar"
 
 
@@ -109,15 +109,15 @@ def write_task(
     arrays: dict[str, NDArray[Any]],
     images: Mapping[str, str] | None = None,
 ) -> None:
-    """Keep what was measured of a task, and in its marker the sha256 of that and of its pictures.
+    """Write the measurements of a task, and a marker with their sha256 and that of its images.
 
-    Names are not waited for: a power failure may cost the last tasks, which are then done again.
+    Directories are not synced: a power failure may lose the last tasks, which are then run again.
 
     Args:
-        out_url: The evaluation's folder.
-        task: Which task.
-        arrays: What was measured.
-        images: sha256 of the file of its pictures, by path in the evaluation.
+        out_url: The evaluation's directory.
+        task: The task.
+        arrays: Its measurements.
+        images: sha256 of the file of its saved images, by path within the evaluation.
     """
     marker_url = storage.join(out_url, _marker_path(task))
     storage.remove(marker_url)
@@ -130,16 +130,16 @@ def write_task(
 
 
 def read_tasks(out_url: str, tasks: Sequence[EvalTask]) -> dict[str, NDArray[Any]]:
-    """Put the arrays of tasks together, in the order given.
+    """Concatenate the arrays of tasks, in the order given.
 
     Raises:
-        DataError: If a task's file is damaged, or has not the sha256 in the task's marker.
+        DataError: If a task's file is damaged, or differs from the sha256 in the task's marker.
     """
     parts: dict[str, list[NDArray[Any]]] = {}
     for arrays in _each(out_url, tasks):
         for name, array in arrays.items():
             parts.setdefault(name, []).append(array)
-    # One name at a time is there twice.
+    # Only one name at a time is in memory twice.
     return {name: np.concatenate(parts.pop(name)) for name in list(parts)}
 
 
@@ -162,10 +162,10 @@ def _each(out_url: str, tasks: Sequence[EvalTask]) -> Iterator[dict[str, NDArray
 
 
 def _check_rows(url: str, task: EvalTask, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Make sure that the arrays of a task belong together; those of before have no marker.
+    """Check that the arrays of a task belong together; tasks of earlier versions have no marker.
 
     Raises:
-        DataError: If one is lost, or has another number of rows.
+        DataError: If one is missing, or has another number of rows.
     """
     num = len(task.indices)
     rows = {name: array.shape[0] if array.ndim else -1 for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""The text tower that shares its space with the CLIP image encoder, for CLIP-T and retrieval."""
+"""The text tower in the embedding space of the CLIP image encoder, for CLIP-T and retrieval."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from d2i.tokenize import encode, window
 
 
 class TextTower:
-    """Embeds lines beside the CLIP image encoder's pictures.
+    """Embeds lines in the space of the CLIP image encoder.
 
-    A line is cut to one window on the side that the recipe keeps.
+    A line is truncated to one token window; `text.keep` decides which end stays.
     """
 
     def __init__(self, tower: ClipText, recipe: Recipe) -> None:
@@ -26,16 +26,16 @@ class TextTower:
 
     @classmethod
     def load(cls, recipe: Recipe, encoders: Encoders, device: str) -> TextTower | None:
-        """Load `metrics.clip_text`, or return None where there is none.
+        """Load `metrics.clip_text`, or return None if it is null.
 
         Raises:
-            ConfigError: If its embeddings are not as wide as the image encoder's.
+            ConfigError: If its embedding width differs from the image encoder's.
             CheckpointError: If it cannot be loaded.
         """
         name = recipe.metrics.clip_text
         if name is None:
             return None
-        # One copy serves both where the network reads by the same tower.
+        # Share one copy where the network is conditioned on the same tower.
         is_shared = name == recipe.encoders.clip_text and recipe.encoders.text_prefix is None
         tower = encoders.clip_text if is_shared else ClipText(name, None, device)
         widths = [t.module.config.projection_dim for t in (tower, encoders.clip_image)]

@@ -1,4 +1,4 @@
-"""The evaluation worker: draws and measures one group of test instances at a time."""
+"""The evaluation worker: generates and measures the images of one task at a time."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from d2i.image_decode import png_bytes
 from d2i.shards import ShardReader
 
 SaveImages = Literal["all", "sample", "none"]
-# Of `--save-images sample`, about one picture in this many, chosen by key hash.
+# `--save-images sample` saves about one image in this many, chosen by key hash.
 _SAMPLE_SHARE = 64
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """How many pictures a task gave, and why it gave no others."""
+    """Number of images that a task generated, and its failures by reason."""
 
     num_drawn: int
     failures: Counter[str]
@@ -44,7 +44,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class EvalWorkerBuilder:
-    """Builds the worker where it runs; picklable."""
+    """Builds the worker in the process where it runs; picklable."""
 
     recipe: Recipe
     system: SystemSpec
@@ -59,7 +59,7 @@ class EvalWorkerBuilder:
         """Load the system, the encoders and the feature extractor.
 
         Raises:
-            CheckpointError: If one cannot be loaded, or the data was made by other encoders.
+            CheckpointError: If one cannot be loaded, or the data set was made by other encoders.
         """
         device = device_of_worker()
         worker = EvalWorker(self, load_encoders(self.recipe.encoders, device), device)
@@ -68,7 +68,7 @@ class EvalWorkerBuilder:
 
 
 class EvalWorker:
-    """Draws pictures and measures them; pictures stay in memory from sampler to metric."""
+    """Generates images and measures them; images stay in memory from sampler to metric."""
 
     def __init__(self, builder: EvalWorkerBuilder, encoders: Encoders, device: str) -> None:
         self._builder, self._encoders, self._device = builder, encoders, device
@@ -88,7 +88,7 @@ class EvalWorker:
         )
 
     def run(self, task: EvalTask) -> TaskResult:
-        """Do one group, keep its features (and pictures as asked); return what became of it."""
+        """Run one task: store its features, save images as configured, return the counts."""
         keys = [self._reader.keys[i] for i in task.indices]
         generations = self._system.generate([self._prompts.read(i) for i in task.indices])
         if len(generations) != len(keys):
@@ -113,10 +113,10 @@ class EvalWorker:
         return TaskResult(len(images), reasons)
 
     def settle(self) -> None:
-        """Write what only a worker knows of the metric card, or check that it is the same.
+        """Write the worker's part of the metric card, or check that it matches an existing one.
 
         Raises:
-            ConfigError: If earlier pictures were drawn by other weights, versions or devices.
+            ConfigError: If earlier images were generated with other weights, versions or devices.
         """
         mine = {
             "weights": dict(self._system.described) | self._encoders.hashes(),
@@ -153,7 +153,7 @@ class EvalWorker:
         }
 
     def _save_images(self, task: EvalTask, images: dict[str, NDArray[np.uint8]]) -> dict[str, str]:
-        """Keep the pictures that are asked for; return the sha256 of their file, by its path."""
+        """Save the images that `save_images` selects; return the sha256 of their tar, by path."""
         chosen = [
             (key, png_bytes(pixels, {"key": key, "system": self._builder.system.name}))
             for key, pixels in images.items()
@@ -167,7 +167,7 @@ class EvalWorker:
 
 
 def describe_url(out_url: str) -> str:
-    """Return where the workers keep their part of the metric card."""
+    """Return the URL of the workers' part of the metric card."""
     return storage.join(out_url, "tasks", "card.json")
 
 

@@ -1,4 +1,4 @@
-"""The systems that can be evaluated: what `--system` names, and how it is built."""
+"""The registry of systems that can be evaluated: parses `--system` and builds the system."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from d2i.weights_catalog import weights_to_fetch
 from d2i.weights_resolve import is_shipped
 
 _BACKBONES = get_args(BackboneName)
-# A module is imported only when its system is asked for.
+# A module is imported only when its system is used.
 _BUILDERS = {
     "run": "d2i.eval.systems.backbone:build",
     **dict.fromkeys(_BACKBONES, "d2i.eval.systems.backbone:build"),
@@ -38,14 +38,14 @@ class SystemSpec:
     """A system by name, before anything is loaded.
 
     Args:
-        name: As given, paths made absolute.
-        label: What a table calls it.
-        kind: What comes before the colon, or a backbone's name.
-        target: What comes after the colon.
-        network: The network and the weights it is drawn with, of a run or a backbone.
+        name: As given, with absolute paths.
+        label: Its name in tables.
+        kind: The part before the colon, or a backbone's name.
+        target: The part after the colon.
+        network: The network and its weights, of a run or a backbone.
         run_dir: The run it comes from.
-        inner: The system that draws what a Divter describes.
-        adapter: The LoRA on a pipeline of diffusers.
+        inner: The system that generates images from a Divter's captions.
+        adapter: The LoRA adapter of a diffusers pipeline.
     """
 
     name: str
@@ -59,7 +59,7 @@ class SystemSpec:
 
     @property
     def backbone(self) -> BackboneConfig:
-        """The network and the weights it is drawn with.
+        """The network and its weights.
 
         Raises:
             ConfigError: If this is neither a run nor a backbone.
@@ -72,13 +72,13 @@ class SystemSpec:
 def parse_system(
     system: str, weights: str | None, recipe: Recipe, adapter: str | None = None
 ) -> SystemSpec:
-    """Read `--system`, `--weights` and `--adapter`.
+    """Parse `--system`, `--weights` and `--adapter`.
 
     Raises:
-        ConfigError: If there is no such system or adapter, a backbone was given no weights, a run
-            has none of the kind that the recipe's `sample.weights` asks for, or the system takes
-            no adapter.
-        CheckpointError: If `run:DIR` is no run.
+        ConfigError: If there is no such system or adapter, a backbone has no weights, a run has
+            none of the kind that the recipe's `sample.weights` names, or the system takes no
+            adapter.
+        CheckpointError: If `run:DIR` is not a run.
     """
     spec = _parse(system, weights, recipe)
     return spec if adapter is None else _adapted(spec, adapter)
@@ -100,10 +100,10 @@ def _parse(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
 
 
 def build_system(context: SystemContext) -> System:
-    """Build a system where it draws.
+    """Build a system, in the process where it generates images.
 
     Raises:
-        D2IError: If what it is made of is not there, or is not what it should be.
+        D2IError: If any of its parts is missing or invalid.
     """
     spec = context.spec
     module, _, name = _BUILDERS.get(spec.kind, f"{spec.kind}:{spec.target}").partition(":")
@@ -123,7 +123,7 @@ def _run(system: str, target: str, weights: str | None, recipe: Recipe) -> Syste
 
 
 def _weights_of_run(system: str, run_url: str, kind: WeightsKind) -> str:
-    """Return what d2i select chose, if it is of this kind; else the run's last weights of it."""
+    """Return the weights that d2i select chose, if of this kind, else the run's last of it."""
     best = load_selection(run_url, logging.getLogger(__name__).warning)
     if best and best.weights_kind == kind:
         return best.weights
@@ -159,7 +159,7 @@ def _backbone(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
 
 
 def _title(start: BackboneConfig, sized: BackboneConfig) -> str:
-    """Name a network by the weights it started from, where they are the demo's, or by its sizes."""
+    """Title a network by its initial weights if they are the demo's, else by its sizes."""
     from d2i.models import name_sizes
 
     if start.weights and is_shipped(start.weights):
@@ -188,7 +188,7 @@ def _divter(system: str, target: str, weights: str | None, recipe: Recipe) -> Sy
 
 
 def _adapted(spec: SystemSpec, adapter: str) -> SystemSpec:
-    """Put an adapter on a pipeline of diffusers, or on the one that draws for a Divter."""
+    """Add an adapter to a diffusers pipeline, or to the one inside a Divter."""
     if spec.inner:
         return dataclasses.replace(spec, inner=_adapted(spec.inner, adapter))
     if spec.kind != "diffusers":

@@ -1,4 +1,4 @@
-"""A LoRA adapter for a published pipeline: found and named before anything is loaded.
+"""LoRA adapters for published pipelines, found and named before anything is loaded.
 
 Importing this module imports no torch.
 """
@@ -16,17 +16,17 @@ from d2i.errors import CheckpointError, ClusterError, ConfigError
 
 _PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
 _NAME_IN_PIPELINE = "d2i"
-# As peft calls a pair of low-rank matrices, diffusers before it, and kohya's trainers.
+# Names of a pair of low-rank matrices in peft, in diffusers before peft, and in kohya's trainers.
 _PLACED = ("lora_A.", "lora_B.")
 _HELD = (*_PLACED, "lora.down.", "lora.up.", "lora_down.", "lora_up.")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's file.
+    """The file of a LoRA adapter.
 
     Args:
-        name: What a table calls it: its folder, or its file where that has a name of its own.
+        name: Its name in tables: that of its file, or of its directory for the published file name.
         path: The safetensors file.
         sha256: Of the file.
     """
@@ -37,7 +37,7 @@ class Adapter:
 
 
 def find_adapter(place: str) -> Adapter:
-    """Find the adapter that `--adapter` names: a safetensors file, or a folder that holds one.
+    """Find the adapter that `--adapter` names: a safetensors file, or a directory containing one.
 
     Raises:
         ConfigError: If there is none, or more than one.
@@ -61,12 +61,12 @@ def find_adapter(place: str) -> Adapter:
 
 
 def load_adapter(pipeline: Any, adapter: Adapter) -> None:
-    """Put an adapter onto a pipeline, in any layout that its `load_lora_weights` reads.
+    """Load an adapter into a pipeline, from any layout that its `load_lora_weights` reads.
 
     Raises:
         ClusterError: If peft is not installed.
         ConfigError: If the pipeline takes no adapter.
-        CheckpointError: If the file is none, or some of it has no place in the pipeline.
+        CheckpointError: If the file is not an adapter, or a part of it does not fit the pipeline.
     """
     from diffusers.utils.constants import USE_PEFT_BACKEND
 

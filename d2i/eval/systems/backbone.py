@@ -1,4 +1,4 @@
-"""A run, or a published backbone: text latents to pictures by d2i's own sampler."""
+"""A run, or a published backbone: text latents to images by d2i's own sampler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(context: SystemContext) -> BackboneSystem:
 
 
 class BackboneSystem:
-    """Encodes the line of a prompt and draws; the line is cut to the recipe's windows."""
+    """Encodes a prompt's line, truncated to the recipe's windows, and generates its image."""
 
     def __init__(self, context: SystemContext) -> None:
         self._encoders, self._config = context.encoders, context.recipe.text
@@ -34,7 +34,7 @@ class BackboneSystem:
         self.described = {"backbone": self._sampler.hash}
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
-        """Draw; latents that are not finite numbers are failures, not black pictures."""
+        """Generate images; latents that are not finite are failures, not black images."""
         keys = [prompt.key for prompt in prompts]
         latents = self._sampler.sample_latents(keys, self._encode([p.text for p in prompts]))
         is_finite = latents.isfinite().flatten(1).all(dim=1)

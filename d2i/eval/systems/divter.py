@@ -1,4 +1,4 @@
-"""Divter: one model describes the picture a dialog calls for, another draws the description."""
+"""Divter: one model writes the caption of a dialog's image, another generates the image from it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from d2i.eval.systems import build_system
 
 
 def build(context: SystemContext) -> DivterSystem:
-    """Load the description generator and the system that draws."""
+    """Load the caption generator and the system that generates images."""
     return DivterSystem(context)
 
 
 class DivterSystem:
-    """Describes each dialog, and hands the description on as the whole of the prompt."""
+    """Generates a caption for each dialog, and passes it on as the whole prompt."""
 
     def __init__(self, context: SystemContext) -> None:
         inner = context.spec.inner
@@ -30,7 +30,7 @@ class DivterSystem:
         self.described = {"describer": self._describer.hash, **self._inner.described}
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
-        """Draw what the dialogs are described as."""
+        """Generate images from the captions of the dialogs."""
         return self._inner.generate([self._described(prompt) for prompt in prompts])
 
     def _described(self, prompt: Prompt) -> Prompt:

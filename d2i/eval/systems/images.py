@@ -1,4 +1,4 @@
-"""Pictures that were made elsewhere, in files named by instance key."""
+"""Images that were generated elsewhere, in files named by instance key."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _MAX_BYTES = 1 << 28
 
 
 def build(context: SystemContext) -> ImagesSystem:
-    """List the pictures of `images:DIR`."""
+    """List the images of `images:DIR`."""
     return ImagesSystem(context)
 
 
 def is_image(name: str) -> bool:
-    """Say whether a file's name is that of a picture that is read."""
+    """Return whether a file name has the suffix of a supported image format."""
     return name.rpartition(".")[2].lower() in _SUFFIXES
 
 
 class ImagesSystem:
-    """Reads `DIR/{key}.png`, `.jpg` or `.webp`; what is not there is a failure, never replaced."""
+    """Reads `DIR/{key}.png`, `.jpg`, `.jpeg` or `.webp`; a missing file is a failure."""
 
     def __init__(self, context: SystemContext) -> None:
         self._url, self._limits = context.spec.target, context.recipe.image
@@ -38,7 +38,7 @@ class ImagesSystem:
         self.described = {"pictures": self._url}
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
-        """Read the pictures of the prompts' keys."""
+        """Read the images of the prompts' keys."""
         return [self._read(prompt.key) for prompt in prompts]
 
     def _read(self, key: str) -> Generation:
@@ -55,7 +55,7 @@ class ImagesSystem:
 
 
 def _by_key(url: str, names: Iterable[str], keys: Collection[str]) -> dict[str, str]:
-    """Return the file of each key that has one."""
+    """Return the file name of each key that has one."""
     wanted, found = frozenset(keys), dict[str, str]()
     for name in names:
         key = name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Any text-to-image pipeline of diffusers, and its unCLIP pipeline, as Karlo is published."""
+"""Any text-to-image pipeline of diffusers, and its unCLIP pipeline, for Karlo."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build(context: SystemContext) -> PipelineSystem:
 def build_unclip(context: SystemContext) -> PipelineSystem:
     """Load `unclip:PATH_OR_REPO`: a prior and decoders as diffusers' UnCLIPPipeline saves them.
 
-    Part by part: the index names a class by the module that it has since moved from.
+    Loads part by part, because `model_index.json` names a class by a module it has moved from.
     """
     import diffusers
     import transformers
@@ -57,11 +57,11 @@ def build_unclip(context: SystemContext) -> PipelineSystem:
 
 
 class PipelineSystem:
-    """Hands the line of a prompt to a pipeline, with a generator keyed by the prompt.
+    """Passes the line of a prompt to a pipeline, with a random generator keyed by the prompt.
 
-    The pipeline works with its own defaults, but for what `sample.pipeline` says, in
-    `sample.precision`, and at the recipe's one, padded batch. Of a line that is longer than what
-    its text encoders take, the side that `text.keep` says is read.
+    The pipeline runs with its own defaults except for `sample.pipeline`, in `sample.precision`, and
+    at the recipe's fixed, padded batch size. A line that is too long for a text encoder is
+    truncated; `text.keep` decides which end stays.
     """
 
     def __init__(self, context: SystemContext, pipeline: Any) -> None:
@@ -84,7 +84,7 @@ class PipelineSystem:
         }
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
-        """Draw in padded batches; what a pipeline withholds or cannot compute is a failure."""
+        """Generate in padded batches; an image that is withheld or not finite is a failure."""
         size = self._sample.compute_batch_size
         generations: list[Generation] = []
         for start in range(0, len(prompts), size):
@@ -127,7 +127,7 @@ def _hashes(pipeline: Any) -> dict[str, str]:
 
 
 def _load(model_class: Any, context: SystemContext, **options: Any) -> Any:
-    # safetensors alone: no weights of a stranger are unpickled.
+    # safetensors only: never unpickle weights of a stranger.
     return _load_plain(
         model_class,
         context.spec.target,

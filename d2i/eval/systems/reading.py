@@ -1,7 +1,7 @@
-"""How much of a line each text encoder of a pipeline reads, and from which side.
+"""Truncation of text for pipelines: the length and the side that each text encoder reads.
 
-Published pipelines read a line from its start and cut the end: of a dialog, the newest turns. Here
-they are made to cut on the side that `text.keep` gives up, each encoder at its own length.
+Published pipelines truncate a line at its end, which drops the newest turns of a dialog. Here they
+truncate on the side that `text.keep` gives up, each encoder at its own length.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from d2i.errors import ConfigError
 
 Keep = Literal["end", "start"]
 Row = list[int]
-"""The ids of one text as an encoder is given them, padding left out where a mask says so."""
+"""The token ids of one text as an encoder gets them, without the padding that a mask marks."""
 
 # More words than any encoder takes.
 _LONG = "a " * 2048
@@ -31,17 +31,17 @@ _WRONG = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexEr
 
 
 class _Encoded(Exception):
-    """Everything that reads text has read it."""
+    """Raised to end a call once all text encoders have run."""
 
 
 @dataclass(frozen=True)
 class TextWindow:
-    """What one encoder reads.
+    """The text window of one encoder.
 
     Args:
-        tokens: The most ids it is given, with special tokens and the pipeline's own words.
-        dialog_tokens: The most ids of a dialog among them.
-        has_template: Whether the pipeline puts words of its own around a dialog.
+        tokens: Most token ids it gets, with special tokens and the pipeline's own words.
+        dialog_tokens: Most ids of a dialog among them.
+        has_template: True if the pipeline puts words of its own around a dialog.
     """
 
     tokens: int
@@ -50,23 +50,24 @@ class TextWindow:
 
 
 class Reading:
-    """Has a pipeline's text encoders read as much of a line as they take, on the side kept.
+    """Makes a pipeline's text encoders read as much of a line as fits, on the side to keep.
 
-    A tokenizer that is given the line alone cuts it itself, at the token. Where a pipeline puts
-    words of its own around it, such as a chat's, the line is cut before it is handed over, so that
-    these stay whole. A special token written out in a message stays plain text.
+    Where a tokenizer gets the line alone, it truncates the line itself, between tokens. Where a
+    pipeline puts words of its own around the line, such as a chat template, the line is truncated
+    beforehand, so that these words stay whole. A special token written out in a message stays
+    plain text.
 
     Args:
-        pipeline: A diffusers pipeline, on its device; its tokenizers are set to the side.
-        arguments: What its call is given beside the prompt, such as `max_sequence_length`.
-        keep: The side that is read of a line that is too long.
+        pipeline: A diffusers pipeline, on its device; sets the truncation side of its tokenizers.
+        arguments: Arguments of its call beside the prompt, such as `max_sequence_length`.
+        keep: The side to keep of a line that is too long.
 
     Attributes:
-        windows: What each encoder reads, by the name of the pipeline's part.
+        windows: The text window of each encoder, by the name of the pipeline's part.
 
     Raises:
-        ConfigError: If it takes no prompt, does not draw from text alone, refuses an argument, or
-            reads with no encoder that is told apart.
+        ConfigError: If the pipeline takes no prompt, does not generate from text alone, refuses an
+            argument, or has no text encoder that can be identified.
     """
 
     def __init__(self, pipeline: Any, arguments: dict[str, Any], keep: Keep) -> None:
@@ -75,13 +76,13 @@ class Reading:
         self._tokenizers = _tokenizers(pipeline)
         for tokenizer in self._tokenizers.values():
             tokenizer.truncation_side = "left" if keep == "end" else "right"
-        # What a pipeline says of the end that it cuts is not so any more, and long.
+        # A pipeline's warning about the end that it truncates is wrong now, and long.
         logging.getLogger(type(pipeline).__module__).setLevel(logging.ERROR)
         self.windows = _find_windows(pipeline, arguments, self._tokenizers)
         self._special = _special_tokens(self._tokenizers.values())
 
     def read(self, line: str) -> str:
-        """Return what to hand to the pipeline for a line."""
+        """Return the text to pass to the pipeline for a line."""
         line = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", line)
         for name, window in self.windows.items():
             if window.has_template:
@@ -97,11 +98,11 @@ class Reading:
 
 
 def cut_line(line: str, fits: Callable[[str], bool], keep: Keep) -> str:
-    """Leave out the fewest words on the side given up; of a word that alone is too long, letters.
+    """Drop the fewest words on the side given up; of a word that alone is too long, letters.
 
     Args:
-        line: Words between spaces.
-        fits: Whether a text is short enough; one that is shorter fits as well.
+        line: Words separated by spaces.
+        fits: Returns True if a text is short enough; every shorter part of it fits as well.
         keep: The side that stays.
     """
     if fits(line):
@@ -115,7 +116,7 @@ def cut_line(line: str, fits: Callable[[str], bool], keep: Keep) -> str:
 
 
 def _first(places: list[int], is_good: Callable[[int], bool]) -> int:
-    """Return the index of the first good place, or the last one."""
+    """Return the index of the first good position, or of the last position."""
     return min(bisect.bisect_left(places, True, key=is_good), len(places) - 1)
 
 
@@ -127,7 +128,7 @@ def _expect_prompt(pipeline: Any, arguments: dict[str, Any]) -> None:
             f"{kind} takes no text; expected a pipeline that draws from a prompt; name a "
             "text-to-image one"
         )
-    # Some pipelines take any name, and leave out without a word what they do not know.
+    # Some pipelines take any name, and silently ignore those that they do not know.
     if unknown := sorted(arguments.keys() - taken.keys()):
         raise ConfigError(
             f"sample.pipeline: {kind} takes no {', '.join(unknown)}; expected arguments of its "
@@ -142,18 +143,18 @@ def _tokenizers(pipeline: Any) -> dict[str, Any]:
     for name, module in parts.items():
         tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
         if "text_encoder" in name and isinstance(module, nn.Module) and tokenizer is not None:
-            # A processor of text and pictures has its tokenizer within.
+            # A processor of text and images contains its tokenizer.
             found[name] = getattr(tokenizer, "tokenizer", tokenizer)
     return found
 
 
 def _special_tokens(tokenizers: Any) -> re.Pattern[str]:
-    """Return what finds special tokens in text; some pipelines lower its case afterwards."""
+    """Return a pattern of special tokens, in any case as some pipelines lowercase text later."""
     found = {
         str(token)
         for tokenizer in tokenizers
         for token in tokenizer.added_tokens_decoder.values()
-        # SD 2's padding is an exclamation mark.
+        # Longer than one character, because SD 2's padding is an exclamation mark.
         if token.special and len(str(token)) > 1
     }
     longest_first = sorted(found, key=lambda token: (-len(token), token))
@@ -163,7 +164,7 @@ def _special_tokens(tokenizers: Any) -> re.Pattern[str]:
 def _find_windows(
     pipeline: Any, arguments: dict[str, Any], tokenizers: dict[str, Any]
 ) -> dict[str, TextWindow]:
-    """Let the pipeline read a long text and two short ones, and see what its encoders get."""
+    """Find the text windows by running the pipeline on a long text and two short ones."""
     long, first, second = (
         _read_rows(pipeline, arguments, text, tokenizers) for text in (_LONG, *_SHORT)
     )
@@ -172,7 +173,7 @@ def _find_windows(
     found = {}
     for name, rows in long.items():
         special = frozenset(tokenizers[name].all_special_ids)
-        # Text that is read beside the prompt, such as a negative one, is short.
+        # The longest row is the prompt: others, such as a negative prompt, are short.
         index = max(range(len(rows)), key=lambda row: _num_plain(rows[row], special))
         found[name] = _window(rows[index], first[name][index], second[name][index], special, kept)
     if not found:
@@ -193,7 +194,7 @@ def _window(
     if not _num_plain(around, special):
         return TextWindow(len(long), _num_plain(long, special), has_template=False)
     room = len(long) - before - after
-    # Some read their own first words beyond `max_sequence_length`, and leave them out afterwards.
+    # Some encode their own first words beyond `max_sequence_length`, and drop them afterwards.
     room = min(room, kept - after) if isinstance(kept, int) else room
     return TextWindow(len(long), room, has_template=True)
 
@@ -203,7 +204,7 @@ def _num_plain(row: Row, special: frozenset[int]) -> int:
 
 
 def _num_common(first: Row, second: Row) -> int:
-    """Return how many ids two rows begin with in common."""
+    """Return the length of the common prefix of two rows."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((n for n, (one, other) in pairs if one != other), min(len(first), len(second)))
 
@@ -212,7 +213,7 @@ def _num_common(first: Row, second: Row) -> int:
 def _read_rows(
     pipeline: Any, arguments: dict[str, Any], text: str, encoders: dict[str, Any]
 ) -> dict[str, list[Row]]:
-    """Return the rows that each text encoder is given for a prompt; nothing is drawn."""
+    """Return the rows that each text encoder gets for a prompt, without generating an image."""
     generator = torch.Generator("cpu").manual_seed(0)
     with _quiet("transformers.tokenization_utils_base"), _watched(pipeline, encoders) as rows:
         try:
@@ -230,7 +231,7 @@ def _read_rows(
 
 @contextlib.contextmanager
 def _quiet(logger_name: str) -> Iterator[None]:
-    """Leave out what a library says, once, of a text that is meant to be too long."""
+    """Silence a library's one-time warning about a text that is too long on purpose."""
     logger = logging.getLogger(logger_name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -242,7 +243,7 @@ def _quiet(logger_name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched(pipeline: Any, encoders: dict[str, Any]) -> Iterator[dict[str, list[Row]]]:
-    """Collect what text encoders are given; end the call where another network is run."""
+    """Collect the inputs of text encoders; end the call when another network runs."""
     rows: dict[str, list[Row]] = {}
 
     def stop(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The floor every generator should beat: the training picture nearest to the dialog's text."""
+"""A baseline that every generator should beat: the training image nearest to a dialog's text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _NUM_ROWS = 1 << 16
 
 
 def build(context: SystemContext) -> RetrieveSystem:
-    """Read the embeddings of the training pictures of `retrieve:DIR`."""
+    """Read the embeddings of the training images of `retrieve:DIR`."""
     return RetrieveSystem(context)
 
 
 class RetrieveSystem:
-    """Compares CLIP text with the stored CLIP embeddings of all training pictures.
+    """Compares CLIP text embeddings with the stored CLIP embeddings of all training images.
 
-    Shows the source bytes where the shards keep them, else what the VAE decodes from its mean.
+    Returns the source image where the shards keep it, else the VAE's decoding of the latent mean.
     """
 
     def __init__(self, context: SystemContext) -> None:
@@ -41,7 +41,7 @@ class RetrieveSystem:
                 "image encoder; check --data, and --set metrics.clip_text"
             )
         self._tower, self._encoders, self._limits = tower, context.encoders, context.recipe.image
-        # Half precision, as stored: a million pictures take 1 GB.
+        # Half precision, as stored: a million images take 1 GB.
         self._embeddings = np.concatenate(
             [
                 _unit(self._reader.read(rows, members=("clip",))["clip"])
@@ -56,7 +56,7 @@ class RetrieveSystem:
         }
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
-        """Give each prompt the nearest picture; of equals, the first in the data set."""
+        """Return the nearest image to each prompt; of equals, the first in the data set."""
         text = self._tower.embed([prompt.text for prompt in prompts])
         return [self._image(int(np.argmax(self._cosines(row)))) for row in text]
 
