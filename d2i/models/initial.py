@@ -43,7 +43,7 @@ def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:
 
 
 def is_initialisation(state: Mapping[str, Tensor]) -> bool:
-    """Return whether weights are untrained: a norm weight is all 1, or a bias all 0.
+    """Return whether weights look untrained: a norm weight is all 1, or a bias all 0.
 
     Training moves every one of them, so trained weights have neither. A random network has the
     published keys and shapes too; this distinguishes it from the published file.
