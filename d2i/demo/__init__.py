@@ -1,1 +1,1 @@
-"""The demo (`d2i demo`): a made (synthetic) world, its judge, a small shipped network, stages."""
+"""The demo (`d2i demo`): its made (synthetic) world, judge, small shipped network and stages."""

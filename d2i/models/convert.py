@@ -70,7 +70,7 @@ def export_weights(
         settings: as for `import_weights`.
 
     Raises:
-        CheckpointError: If they cannot be read or do not fit, or have no diffusers layout.
+        CheckpointError: If they cannot be read or do not fit, or do not exist in that layout.
         ConfigError: If a size is missing or wrong.
     """
     source, out = open_source(path), str(out)

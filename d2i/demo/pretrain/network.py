@@ -135,7 +135,7 @@ def save_network(weights: dict[str, Tensor], config: BackboneConfig, folder: Pat
 
 
 def _build(config: BackboneConfig, num_text_tokens: int, seed: int) -> nn.Module:
-    """Build the network, with linear layers initialised by the number of their inputs.
+    """Build the network, with linear layers initialised at std 1 / sqrt(inputs).
 
     The published initialisation (0.02) is meant for widths of 512 and more and learns more slowly
     at 128.
