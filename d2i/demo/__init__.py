@@ -1,1 +1,1 @@
-"""The demo: a made world, its judge, a small shipped network, every stage (`d2i demo`)."""
+"""The demo (`d2i demo`): its made (synthetic) world, judge, small shipped network and stages."""

@@ -1,8 +1,8 @@
-"""The judge's verdict on evaluations: `judged.json` beside `scores.json`.
+"""Attribute accuracy of evaluations, by the judge: `judged.json` beside `scores.json`.
 
-Counts, by rule, how many attributes of the conversation's scene are in the generated picture;
-beside it the same for the true pictures, for what the codec makes of them, and two controls: the
-generated and the true pictures, each with another dialog's scene.
+The judge counts by rule how many attributes of the dialog's scene are in the generated image. The
+same is done for the reference images, for their VAE reconstructions, and for two controls: the
+generated and the reference images, each with another dialog's scene.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def judge_evaluations(folders: Sequence[Path], data: Path, corpus: Path) -> str:
     """Judge every evaluation of one data set and write its `judged.json`.
 
     Args:
-        folders: Evaluations with all their pictures kept.
-        data: Folder of the test shards.
-        corpus: The made corpus, for the truth.
+        folders: Directories of evaluations that saved all images.
+        data: Directory of the test shards.
+        corpus: The made corpus, for the ground truth.
 
     Returns:
-        One line: the accuracies.
+        One line with the accuracy of each evaluation.
     """
     reader = ShardReader(str(data))
     scenes = _scenes(reader, corpus)
@@ -64,7 +64,7 @@ def _verdict(
 ) -> dict[str, Any]:
     keys = sorted(scenes)
     wanted = [scenes[key] for key in keys]
-    # Every picture with another dialog's scene: what pictures of no dialog in particular get.
+    # Every image with another dialog's scene: the score of images unrelated to the dialog.
     others = [*wanted[len(wanted) // 2 :], *wanted[: len(wanted) // 2]]
     read = {name: [given[key] for key in keys] for name, given in baselines.items()}
     read["generated"] = [answers[key] for key in keys]
@@ -88,7 +88,7 @@ def _verdict(
 
 
 def _means(columns: dict[str, dict[str, float]], names: Sequence[str]) -> dict[str, float]:
-    """The mean over some attributes, by column."""
+    """Return the mean over some attributes, by column."""
     return {
         column: float(np.mean([shares[name] for name in names]))
         for column, shares in columns.items()
@@ -96,7 +96,7 @@ def _means(columns: dict[str, dict[str, float]], names: Sequence[str]) -> dict[s
 
 
 def _scenes(reader: ShardReader, corpus: Path) -> dict[str, Scene]:
-    """The scene that each test instance's true picture shows, by instance key."""
+    """Return the scene that each test instance's reference image shows, by instance key."""
     truth = {}
     for line in (corpus / "scenes.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -121,7 +121,7 @@ def _true_images(reader: ShardReader) -> dict[str, Image.Image]:
 
 
 def _reconstructions(reader: ShardReader) -> dict[str, Image.Image]:
-    """What the codec alone makes of the true pictures: the stored moments' means, decoded."""
+    """Return the reference images' VAE reconstructions: the stored moments' means, decoded."""
     import torch
 
     from d2i.encoders import Vae

@@ -1,9 +1,8 @@
-"""The demo's corpus: made dialogs with their pictures, in MMDialog's own layout.
+"""The demo's corpus: made (synthetic) dialogs with their images, in MMDialog's own layout.
 
-`{train,valid,test}/conversations.json` (one object a line) beside flat `<media_key>.jpg`, and
-`scenes.jsonl` with what each picture shows, which only the judge reads; `corpus.json` says that it
-is the made world, whatever its layout. A few pictures are broken
-on purpose, as every real corpus has some.
+`{train,valid,test}/conversations.json` (one object per line) beside flat `<media_key>.jpg`, and
+`scenes.jsonl` with the scene of each image, which only the judge reads. `corpus.json` marks it as
+the made world, despite its layout. A few images are broken on purpose, as in every real corpus.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ NAME = "made world"
 _JPEG_QUALITY = 95
 _SPLIT_SHARES = {"train": 0.84, "valid": 0.04, "test": 0.12}
 _SECOND_SCENE_SHARE = 0.2
-# One picture in this many is broken; none of the test split, which is what gets scored.
+# One image in this many is broken; none of the test split, as that is scored.
 _BROKEN_EVERY = 100
 _BREAKS = ("missing", "truncated", "not_an_image")
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """One picture of the corpus: its name, what it shows, and what is wrong with its file."""
+    """One image of the corpus: its key, the scene it shows, and the defect of its file, if any."""
 
     media_key: str
     scene: Scene
@@ -41,15 +40,15 @@ class _Shared:
 
 
 def write_corpus(out: Path, num_dialogs: int, seed: int) -> None:
-    """Write the corpus, whole or not at all.
+    """Publish the corpus atomically; nothing is written if `out` exists.
 
     The same arguments give the same bytes. Test dialogs are about held-out scenes only, all
     others about scenes that are open to training (`d2i.demo.scene.is_held_out`).
 
     Args:
-        out: Folder to make.
+        out: Directory to create.
         num_dialogs: Dialogs over all splits: 84 % train, 4 % valid, 12 % test.
-        seed: Decides words, scenes and jitter.
+        seed: Seed of words, scenes and jitter.
     """
     if out.exists():
         return

@@ -1,8 +1,8 @@
-"""The demo's made world in sentences: captions of a scene, and dialogs that lead up to its picture.
+"""Text of the demo's made world: captions of a scene, and dialogs that lead up to its image.
 
-A dialog gives the attributes away over several turns, talks about other things in between, and in
-about a third of the cases corrects itself ("no wait, the blue one"). Whatever was said last holds.
-Imports nothing of d2i but `scene`.
+A dialog names the attributes over several turns, with small talk in between, and in about a third
+of the cases corrects itself ("no wait, the blue one"). The last statement counts. Imports only
+`scene` from d2i.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from d2i.demo.scene import ATTRIBUTES, Scene
 
 MAX_TURNS = 13
-# The window is 75 tokens; a word or a mark is one token here, so is the '#' before a turn.
+# The window is 75 tokens. Here a word, a punctuation mark, or the '#' before a turn is one token.
 MAX_CONTEXT_TOKENS = 72
 CORRECTED_SHARE = 0.37
 
@@ -92,14 +92,14 @@ _MORE = (
 
 @dataclass(frozen=True)
 class MadeTurn:
-    """One turn: what is said, and the scene of the picture that is sent with it, if any."""
+    """One turn: its text, and the scene of the image that is sent with it, if any."""
 
     text: str
     scene: Scene | None = None
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One sentence that names all six attributes, in varied wording."""
+    """Return one sentence that names all six attributes, in varied wording."""
     phrases = {name: _say(scene, name, rng) for name in ("position", "place", "time")}
     return rng.choice(_CAPTIONS).format(object=_object(scene, set(ATTRIBUTES), rng), **phrases)
 
@@ -108,13 +108,13 @@ def make_dialog(scene: Scene, rng: random.Random, second: Scene | None = None) -
     """Make a dialog of 3 to 13 turns about a scene.
 
     Args:
-        scene: what the first picture shows.
-        rng: decides everything else.
-        second: a scene for a second picture, described anew after the first.
+        scene: the scene of the first image.
+        rng: source of all other choices.
+        second: the scene of a second image, described in full after the first.
 
     Returns:
-        The turns, two speakers alternating. All that holds of a picture is said in the
-        `MAX_CONTEXT_TOKENS` before it, its own turn included.
+        The turns, two speakers alternating. Everything about an image is stated in the
+        `MAX_CONTEXT_TOKENS` tokens before it, its own turn included.
     """
     while True:
         turns = _part(scene, rng, second is None)
@@ -126,7 +126,7 @@ def make_dialog(scene: Scene, rng: random.Random, second: Scene | None = None) -
 
 
 def contexts(turns: Sequence[MadeTurn]) -> list[tuple[list[str], Scene]]:
-    """For each picture: the non-empty texts up to it, its own turn's included, and its scene."""
+    """Return for each image the non-empty texts up to and including its turn, and its scene."""
     return [
         ([t.text for t in turns[: index + 1] if t.text], turn.scene)
         for index, turn in enumerate(turns)
@@ -135,14 +135,14 @@ def contexts(turns: Sequence[MadeTurn]) -> list[tuple[list[str], Scene]]:
 
 
 def count_tokens(texts: Sequence[str]) -> int:
-    """How many tokens the texts have at most when each is led by '#'."""
+    """Return the maximum number of tokens of the texts, with '#' before each."""
     return sum(1 + len(re.findall(r"[a-z]+|[^\sa-z]", text)) for text in texts)
 
 
 def _part(
     scene: Scene, rng: random.Random, chatty: bool, opening: str | None = None
 ) -> list[MadeTurn]:
-    """The turns that lead up to one picture, its own turn last."""
+    """Return the turns that lead up to one image, its own turn last."""
     while True:
         texts = [] if opening is None else [opening]
         if chatty and opening is None and rng.random() < 0.4:
@@ -154,7 +154,7 @@ def _part(
 
 
 def _tell(scene: Scene, rng: random.Random, has_replies: bool) -> list[str]:
-    """Statements that give all attributes, a correction at times, and the other's words between."""
+    """Return statements of all attributes, the other's replies between, and maybe a correction."""
     groups = _groups(rng)
     wrong = _mislead(scene, rng) if rng.random() < CORRECTED_SHARE else None
     texts: list[str] = []
@@ -171,7 +171,7 @@ def _tell(scene: Scene, rng: random.Random, has_replies: bool) -> list[str]:
 
 
 def _groups(rng: random.Random) -> list[list[str]]:
-    """The six attributes in 2 to 4 groups, the shape in the first or the second of them."""
+    """Split the six attributes into 2 to 4 groups, the shape in the first or the second."""
     names = [name for name in ATTRIBUTES if name != "shape"]
     rng.shuffle(names)
     names.insert(rng.randrange(2), "shape")
@@ -181,7 +181,7 @@ def _groups(rng: random.Random) -> list[list[str]]:
 
 
 def _mislead(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with one attribute changed."""
+    """Return the scene with one attribute changed."""
     values = scene.attributes()
     name = rng.choice(list(ATTRIBUTES))
     values[name] = rng.choice([v for v in ATTRIBUTES[name] if v != values[name]])
@@ -189,7 +189,7 @@ def _mislead(scene: Scene, rng: random.Random) -> Scene:
 
 
 def _state(scene: Scene, group: Sequence[str], rng: random.Random) -> str:
-    """One statement about the attributes of a group."""
+    """Return one statement about the attributes of a group."""
     places = [_say(scene, name, rng) for name in ("position", "place", "time") if name in group]
     if "shape" in group:
         return " ".join([rng.choice(_SEEN).format(_object(scene, set(group), rng)), *places])
@@ -201,7 +201,7 @@ def _state(scene: Scene, group: Sequence[str], rng: random.Random) -> str:
 
 
 def _fix(scene: Scene, name: str, rng: random.Random) -> str:
-    """The words that put one attribute right."""
+    """Return the words that correct one attribute."""
     said = _say(scene, name, rng)
     if name in ("position", "place", "time"):
         return rng.choice(("it was {}", "{}")).format(said)

@@ -1,8 +1,8 @@
-"""Reads a scene's attributes back from pixels by rule: no learned part, nothing to fool.
+"""The judge: reads a scene's attributes from pixels by rule, with no learned part to fool.
 
-The time is the sky's nearest palette, the place the nearest background of that time, and the object
-the template (shape, size, position, shift, colour) that explains most of what the background does
-not. Where nothing explains enough the answer is `None`, and `None` is wrong.
+The time is that of the nearest sky, the place that of the nearest ground at that time, and the
+object is the template (shape, size, position, shift, colour) that explains most of what the
+background does not. If nothing explains enough, the answer is `None`, which counts as wrong.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Answer = dict[str, str | None]
 
 # A background may differ from its palette by this much (root mean square, of 255).
 _BACKGROUND_TOLERANCE = 45.0
-# The part of a template's own contrast to its background that the picture must show.
+# The minimum share of a template's contrast to its background that an image must show.
 _MIN_EXPLAINED = 0.1
 _SHIFTS_PX = [(x, y) for x in (-2, -1, 0, 1, 2) for y in (-1, 0, 1)]
 _BATCH = 64
 
 
 def read_attributes(image: Image.Image) -> Answer:
-    """Read the six attributes of one picture, `None` for each that cannot be told.
+    """Read the six attributes of one image, `None` for each that cannot be read.
 
     Args:
         image: any size and mode; read as RGB at 64x64 px.
@@ -49,7 +49,7 @@ def read_attributes(image: Image.Image) -> Answer:
 
 
 def read_all(images: Sequence[Image.Image]) -> list[Answer]:
-    """`read_attributes` of many pictures, in their order."""
+    """Read the attributes of many images, in their order, as `read_attributes`."""
     answers: list[Answer] = []
     for start in range(0, len(images), _BATCH):
         answers += _read_batch(np.stack([_pixels(im) for im in images[start : start + _BATCH]]))
@@ -57,11 +57,11 @@ def read_all(images: Sequence[Image.Image]) -> list[Answer]:
 
 
 def share_right(answers: Sequence[Answer], scenes: Sequence[Scene]) -> dict[str, float]:
-    """The share of pictures of which an attribute was read as it should be, by attribute.
+    """Return the share of images whose attribute was read correctly, by attribute.
 
     Args:
-        answers: what was read, `None` counting as wrong.
-        scenes: what each picture should show, in the same order.
+        answers: the attributes read from each image; `None` counts as wrong.
+        scenes: the scene that each image should show, in the same order.
 
     Raises:
         ValueError: the lengths differ, or there is nothing to score.
@@ -97,7 +97,7 @@ def _read_batch(pixels_NHWC: Array) -> list[Answer]:
 
 
 def _read_backgrounds(pixels_NHWC: Array) -> list[tuple[str | None, str | None]]:
-    """The place and the time of each picture, from rows that no object reaches."""
+    """Return the place and the time of each image, from rows that no object reaches."""
     skies = np.stack([_background_pixels("sea", t)[:SKY_ROWS] for t in ATTRIBUTES["time"]])
     times = _nearest(pixels_NHWC[:, :SKY_ROWS], skies, ATTRIBUTES["time"])
     found: list[tuple[str | None, str | None]] = []
@@ -128,7 +128,7 @@ def _ground_rows(place: str, time: str) -> Array:
 
 @dataclass(frozen=True)
 class _Templates:
-    """Every object silhouette: its names, and its masks as rows over the picture's pixels."""
+    """Every object silhouette: (shape, size, position), and masks as rows of an image's pixels."""
 
     names: list[tuple[str, str, str]]
     fills: Array
@@ -161,7 +161,7 @@ def _coverage(shape: str, pose: Pose) -> tuple[Array, Array]:
 
 
 def _read_object(pixels_HWC: Array, background_HWC: Array) -> Answer:
-    """The template that removes most squared error, if it removes enough of it."""
+    """Return the object whose template removes most squared error, if it removes enough of it."""
     templates = _templates()
     colours = np.array([*COLOURS.values(), OUTLINE], dtype=np.float32)
     pixels, back = pixels_HWC.reshape(-1, 1, 3), background_HWC.reshape(-1, 1, 3)

@@ -1,6 +1,6 @@
-"""Draws scenes of the made world: 64x64 px, flat colours, anti-aliased, Pillow only.
+"""Renderer of the made world's scenes: 64x64 px, flat colours, anti-aliased, Pillow only.
 
-Owns the geometry and the palette, which the judge reads too; imports nothing of d2i but `scene`.
+Holds the geometry and the palette, which the judge uses too; imports only `scene` from d2i.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from d2i.demo.scene import Scene
 
 SIZE_PX = 64
 HORIZON_PX = 42
-# Objects stay between these rows, jitter included: the rows outside show the bare background.
+# Rows at the top and the bottom that no object reaches, even with jitter: background only.
 SKY_ROWS = 15
 GROUND_ROWS = 3
 
@@ -50,7 +50,7 @@ _GROUND = {
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the object stands: horizontal centre, lower edge and extent, in pixels."""
+    """Position and size of the object: horizontal centre, lower edge and extent, in pixels."""
 
     centre: float
     base: float
@@ -58,19 +58,19 @@ class Pose:
 
 
 def pose_of(scene: Scene) -> Pose:
-    """The pose of a scene without jitter."""
+    """Return the pose of a scene without jitter."""
     return Pose(_CENTRE_PX[scene.position], _BASE_PX, _EXTENT_PX[scene.size])
 
 
 def render_scene(scene: Scene, jitter_seed: int | None) -> Image.Image:
-    """Draw a scene.
+    """Render a scene.
 
     Args:
-        scene: what to draw.
-        jitter_seed: decides small shifts of the object and of the light; `None` draws without.
+        scene: the scene to render.
+        jitter_seed: seed of small changes of the object's pose and of the light; `None` for none.
 
     Returns:
-        An RGB picture of 64x64 px, the same bytes for the same arguments.
+        An RGB image of 64x64 px, the same bytes for the same arguments.
     """
     pose, light = pose_of(scene), 0.0
     if jitter_seed is not None:
@@ -89,7 +89,7 @@ def render_scene(scene: Scene, jitter_seed: int | None) -> Image.Image:
 
 
 def object_masks(shape: str, pose: Pose) -> tuple[Image.Image, Image.Image]:
-    """Coverage of the object as two "L" pictures of 64x64 px: its fill, and fill plus outline."""
+    """Return object coverage as two "L" images of 64x64 px: its fill, and fill plus outline."""
     side = SIZE_PX * _OVERSAMPLE
     fill, outline = Image.new("L", (side, side)), Image.new("L", (side, side))
     _paint(ImageDraw.Draw(outline), shape, pose, 0.0)
@@ -99,7 +99,7 @@ def object_masks(shape: str, pose: Pose) -> tuple[Image.Image, Image.Image]:
 
 @cache
 def background(place: str, time: str) -> Image.Image:
-    """The picture of a place at a time of day, without an object; shared, so do not write to it."""
+    """Return the image of a place at a time of day, without an object; cached, do not modify it."""
     side = SIZE_PX * _OVERSAMPLE
     image = Image.new("RGB", (side, side))
     canvas = ImageDraw.Draw(image)
@@ -133,12 +133,12 @@ def _paint_disk(canvas: ImageDraw.ImageDraw, x: float, y: float, radius: float, 
 
 
 def _corners(shape: str, inset: float) -> list[tuple[float, float]]:
-    """Corners in units of half the extent around the centre, drawn in by an even border."""
+    """Return the corners relative to the centre, in half extents, inset by an even border."""
     if shape == "box":
         edge = 0.92 - inset
         return [(-edge, -edge), (edge, -edge), (edge, edge), (-edge, edge)]
     if shape == "tent":
-        # Drawing in a triangle by b moves its corners by more than b, the sharper the further.
+        # An inset of b moves a triangle's corners by more than b, sharper corners further.
         return [(0, -1 + 2.2 * inset), (1 - 1.6 * inset, 1 - inset), (-1 + 1.6 * inset, 1 - inset)]
     turns = [math.pi * (step / 5 - 0.5) for step in range(10)]
     radii = [1.08 - 2.4 * inset if step % 2 == 0 else 0.52 - inset for step in range(10)]

@@ -1,7 +1,7 @@
-"""The demo: the very commands a cluster's user types, on a made corpus, one after the other.
+"""The demo's stages: the same commands that a cluster's user types, in order, on a made corpus.
 
-Every stage is a command of its own process and goes on where it was cut off; a stage that is done
-is remembered with its time in `times.json`, so that the same command ends a broken-off demo.
+Every command runs in its own process and resumes where it was interrupted. Finished stages and
+their times are recorded in `times.json`, so the same command resumes an interrupted demo.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NUM_WORKERS = 2
 
 @dataclass(frozen=True)
 class DemoRequest:
-    """One demo: all that decides its numbers, and where it goes."""
+    """One demo: everything that determines its numbers, and its output directory."""
 
     out: Path
     seed: int
@@ -49,14 +49,14 @@ class Stage:
 
 
 def run_demo(request: DemoRequest) -> dict[str, Any]:
-    """Run every stage that is not done yet.
+    """Run every stage that is not finished yet.
 
     Returns:
         The report's path, attribute accuracies (0..1), scores before and after, seconds by stage.
 
     Raises:
-        ConfigError: If the folder holds a demo of other settings.
-        ClusterError: If a stage fails; its output is above, and the same command repeats it.
+        ConfigError: If the directory holds a demo with other settings.
+        ClusterError: If a stage fails; its output was printed, and the same command retries it.
     """
     with storage.exclusive_lock(str(request.out)):
         return _run_stages(request)
@@ -134,9 +134,9 @@ def _command(name: str, *arguments: object) -> Stage:
 
 
 class _Times:
-    """Seconds and details of finished stages, as `times.json`.
+    """Seconds and details of finished stages, in `times.json`.
 
-    Of a stage that was interrupted the time is that of its last attempt alone, and it says so.
+    An interrupted stage has the time of its last attempt only, and is marked as resumed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -148,23 +148,23 @@ class _Times:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of each finished stage."""
+        """Seconds of each finished stage, by name."""
         return {stage["name"]: stage["seconds"] for stage in self._kept["stages"]}
 
     @property
     def resumed(self) -> list[str]:
-        """Finished stages that had been interrupted."""
+        """Names of finished stages that were interrupted before."""
         return [stage["name"] for stage in self._kept["stages"] if stage["resumed"]]
 
     def begin(self, stage: Stage) -> None:
-        """Remember that a stage was begun."""
+        """Record that a stage has begun."""
         self._is_resumed = stage.name in self._kept["begun"]
         if not self._is_resumed:
             self._kept["begun"].append(stage.name)
             self._write()
 
     def keep(self, stage: Stage, seconds: float, detail: str) -> None:
-        """Remember a finished stage."""
+        """Record a finished stage."""
         self._kept["stages"].append(
             {
                 "name": stage.name,
@@ -190,7 +190,7 @@ def _settle(request: DemoRequest) -> None:
 
 
 def _run_command(stage: Stage) -> str:
-    """Run a d2i command in a process of its own; return its last line, which says what it did."""
+    """Run a d2i command in its own process; return its last line of output, a summary."""
     command = [sys.executable, "-c", "from d2i.cli import main; main()", *stage.arguments]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent

@@ -1,6 +1,6 @@
-"""The demo's made world in words: six attributes, their combinations, and which are held out.
+"""Scenes of the demo's made world: six attributes, their combinations, and the held-out rule.
 
-Owns the attribute names and the held-out rule; imports nothing of d2i.
+Holds the attribute names; imports nothing from d2i.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ class Scene:
     time: str
 
     def attributes(self) -> dict[str, str]:
-        """The scene as a plain dict, in the order of `ATTRIBUTES`."""
+        """Return the scene as a plain dict, in the order of `ATTRIBUTES`."""
         return asdict(self)
 
 
 def all_scenes() -> list[Scene]:
-    """Every combination, 2,160 of them, in a fixed order."""
+    """Return all 2,160 combinations, in a fixed order."""
     return [Scene(*values) for values in itertools.product(*ATTRIBUTES.values())]
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether this combination is shown by the test split, and by nothing else, ever.
+    """Return whether only images of the test split show this combination.
 
-    Dialogs that correct themselves may name one on their way to another scene. A hash of the
-    attributes decides, about one in ten: new dialogs about scenes that were trained on would not
-    show that a network composes.
+    A dialog of any split may still name one before it corrects itself. A hash of the attributes
+    holds out about one scene in ten: new dialogs about trained scenes would not show that a network
+    can compose attributes.
     """
     digest = hashlib.sha256("|".join(astuple(scene)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % _HELD_OUT_EVERY == 0
 
 
 def split_scenes() -> tuple[list[Scene], list[Scene]]:
-    """All scenes as (open to training, held out)."""
+    """Return all scenes as (open to training, held out)."""
     scenes = all_scenes()
     open_scenes = [scene for scene in scenes if not is_held_out(scene)]
     return open_scenes, [scene for scene in scenes if is_held_out(scene)]

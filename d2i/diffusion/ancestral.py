@@ -1,6 +1,6 @@
 """Ancestral (DDPM) sampling: Algorithm 2 of Ho et al. (2020), all 1000 steps.
 
-The noise comes in as an argument: nothing here draws a random number. Knows no network.
+The noise is an argument: nothing here draws a random number. Knows no network.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def ancestral(
     variance: Variance = "beta",
     schedule: Schedule | None = None,
 ) -> Tensor:
-    """Sample by all steps of the reverse process, from n = 1000 to a clean sample.
+    """Sample with all steps of the reverse process, from n = 1000 to a clean sample.
 
     x <- (x - beta_n / sqrt(1 - abar_n) eps(x, n)) / sqrt(1 - beta_n) + sigma_n z
 
     Args:
         eps: noise prediction `eps(x, n)`, as for `dpm_solver`.
         x: (B, ...) standard normal noise, the state at n = 1000.
-        noise: z by step, each shaped as `x`; noise[i] belongs to n = 1000 - i. Anything that
-            is indexed by i will do. n = 1 adds no noise, so noise[999] is never read.
+        noise: z by step, each shaped as `x`; noise[i] belongs to n = 1000 - i. Any object
+            indexed by i works. n = 1 adds no noise, so noise[999] is never read.
         variance: sigma_n^2: `beta` for beta_n, `posterior` for the variance of the posterior,
             beta_n (1 - abar_{n-1}) / (1 - abar_n).
         schedule: noise schedule; default that of the published networks.

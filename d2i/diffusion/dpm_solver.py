@@ -1,7 +1,7 @@
 """DPM-Solver++ as the published samplers run it: singlestep, order 3, data prediction.
 
 Lu et al., "DPM-Solver++" (2022); steps uniform in time from n = 1000 to n = 1, one network
-evaluation a step. Every coefficient is computed in float64. Knows no network.
+evaluation per step. Every coefficient is computed in float64. Knows no network.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Point:
 
 
 def dpm_solver(eps: Eps, x: Tensor, num_steps: int, schedule: Schedule | None = None) -> Tensor:
-    """Sample by DPM-Solver++ from pure noise.
+    """Sample with DPM-Solver++ from pure noise.
 
     Args:
         eps: noise prediction `eps(x, n)`; n is a (B,) tensor of one real model time in
-            1..1000, float64 where x is, else float32.
+            1..1000, float64 if x is, else float32.
         x: (B, ...) standard normal noise, the state at n = 1000.
         num_steps: network evaluations, 1 or more; 50 as published.
         schedule: noise schedule; default that of the published networks.
@@ -57,7 +57,7 @@ def dpm_solver(eps: Eps, x: Tensor, num_steps: int, schedule: Schedule | None = 
 
 
 def _orders(num_steps: int) -> list[int]:
-    """The order of each update; they add up to `num_steps`."""
+    """Return the order of each update; the orders add up to `num_steps`."""
     num_whole, rest = divmod(num_steps, 3)
     return [3] * (num_whole - 1) + [2, 1] if rest == 0 else [3] * num_whole + [rest]
 
@@ -75,7 +75,7 @@ def _point(schedule: Schedule, n: float) -> Point:
 
 
 def time_batch(x: Tensor, n: float) -> Tensor:
-    """The (B,) model time of a state; float32 at least, as bfloat16 cannot tell 999 from 1000."""
+    """Return a state's model time, (B,); at least float32, as bfloat16 rounds 999 to 1000."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.full((x.shape[0],), n, dtype=dtype, device=x.device)
 
@@ -85,7 +85,7 @@ def _predict_clean(eps: Eps, x: Tensor, at: Point) -> Tensor:
 
 
 def _first_order(x: Tensor, clean: Tensor, start: Point, end: Point) -> Tensor:
-    """Exact where the predicted clean sample does not change between the two points."""
+    """Return the state at `end`; exact if `clean` does not change between the two points."""
     return (end.sigma / start.sigma) * x - end.alpha * math.expm1(start.lam - end.lam) * clean
 
 

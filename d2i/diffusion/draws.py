@@ -1,7 +1,7 @@
-"""Random numbers that belong to a sample: keyed by (seed, purpose, sample key, step).
+"""Random numbers of a sample, keyed by (seed, purpose, sample key, step).
 
-A draw depends on nothing else: not on the batch it is asked in, on ranks, or on restarts. Each
-sample has its own counter-based Philox generator. Imports no torch.
+A draw depends on nothing else: not on its batch, the ranks or restarts. Each sample has its own
+counter-based Philox generator. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Shape = tuple[int, ...]
 def normal(
     seed: int, purpose: str, keys: Sequence[str], step: int, shape: Shape = ()
 ) -> npt.NDArray[np.float32]:
-    """Standard normal numbers, one array of `shape` for each sample.
+    """Draw standard normal numbers, one array of `shape` for each sample.
 
     Args:
         seed: the seed of the run.
-        purpose: what the numbers are for, such as `noise`; purposes are independent.
+        purpose: the use of the numbers, such as `noise`; purposes are independent.
         keys: one sample key for each row.
-        step: training step, or call of a sampler; steps are independent.
+        step: training step, or number of a sampler's call; steps are independent.
         shape: shape of one sample's numbers.
 
     Returns:
@@ -44,7 +44,7 @@ def normal(
 def uniform(
     seed: int, purpose: str, keys: Sequence[str], step: int, shape: Shape = ()
 ) -> npt.NDArray[np.float32]:
-    """Uniform numbers in [0, 1), one array of `shape` for each sample; see `normal`.
+    """Draw uniform numbers in [0, 1), one array of `shape` for each sample; see `normal`.
 
     Returns:
         (B, *shape) float32.
@@ -65,7 +65,7 @@ def integers(
     step: int,
     shape: Shape = (),
 ) -> npt.NDArray[np.int64]:
-    """Uniform whole numbers in low..high, both ends included; see `normal`.
+    """Draw uniform integers in low..high, both ends included; see `normal`.
 
     Returns:
         (B, *shape) int64.
@@ -79,18 +79,18 @@ def integers(
 
 @dataclass(frozen=True)
 class SampleDraws:
-    """What is drawn for a batch of pictures: each has a key, and a seed of its own.
+    """Random draws for a batch of images, each with its own key and seed.
 
     Args:
-        seeds: Seed of each picture.
-        keys: Key of each picture.
+        seeds: Seed of each image.
+        keys: Key of each image.
     """
 
     seeds: Sequence[int]
     keys: Sequence[str]
 
     def normal(self, purpose: str, shape: Shape, step: int = 0) -> npt.NDArray[np.float32]:
-        """Standard normal numbers, (B, *shape) float32; see `normal`."""
+        """Draw standard normal numbers, (B, *shape) float32; see `normal`."""
         rows = [
             normal(seed, purpose, [key], step, shape)
             for seed, key in zip(self.seeds, self.keys, strict=True)
@@ -98,7 +98,7 @@ class SampleDraws:
         return np.concatenate(rows)
 
     def generator_seeds(self, purpose: str) -> list[int]:
-        """A seed for each picture, for generators that are not d2i's own."""
+        """Draw a seed for each image, for generators that are not d2i's own."""
         return [
             int(integers(0, 2**63 - 1, seed, purpose, [key], 0)[0])
             for seed, key in zip(self.seeds, self.keys, strict=True)
@@ -120,7 +120,7 @@ def _rows(
     rows = np.empty((len(keys), math.prod(shape)), dtype=dtype)
     philox_keys = _philox_keys(seed, purpose, keys, step)
     for row, philox_key in zip(rows, philox_keys, strict=True):
-        # Setting the state equals a new Philox(key=...), at a third of the time.
+        # Setting the state is equivalent to a new Philox(key=...), in a third of the time.
         start["state"]["key"][:] = philox_key
         philox.state = start
         fill(generator, row)
@@ -130,7 +130,7 @@ def _rows(
 def _philox_keys(
     seed: int, purpose: str, keys: Sequence[str], step: int
 ) -> Iterator[npt.NDArray[np.uint64]]:
-    """The 128-bit generator key of each sample; the NUL keeps sample keys apart from the rest."""
+    """Yield the 128-bit generator key of each sample; a NUL separates sample key and rest."""
     prefix = json.dumps([int(seed), purpose, int(step)]).encode() + b"\0"
     shared = hashlib.blake2b(prefix, digest_size=16)
     for key in keys:

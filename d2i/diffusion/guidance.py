@@ -1,4 +1,4 @@
-"""Classifier-free guidance: a network and its condition become the `eps` of a sampler.
+"""Classifier-free guidance: turns a network and its condition into the `eps` of a sampler.
 
 eps = uncond + guidance_scale (cond - uncond); papers that write cond + s (cond - uncond) mean
 guidance_scale = 1 + s. Both halves run as one batch of 2B. Knows no network class.
@@ -25,13 +25,13 @@ Unconditional = Literal["true_uncond", "empty_token"]
 def guided_uvit(
     network: Callable[..., Tensor], text: Tensor, empty_text: Tensor, guidance_scale: float
 ) -> Eps:
-    """Guide a U-ViT by its text.
+    """Return the noise prediction of a U-ViT, guided by text.
 
     Args:
         network: called as `network(latent, n, text)`.
         text: (B, T, D) features of the condition.
         empty_text: (T, D) features of ''.
-        guidance_scale: 1 runs the condition alone; 2 as published.
+        guidance_scale: 1 runs the conditional half alone; 2 as published.
 
     Returns:
         `eps(x, n)` on latents (B, 4, h, w), in the dtype of x.
@@ -58,18 +58,18 @@ def guided_unidiffuser(
     empty_text: Tensor | None = None,
     data_type: int = 1,
 ) -> Eps:
-    """Guide a UniDiffuser from text to image, on the joint state of latent and CLIP image.
+    """Return UniDiffuser's text-to-image prediction on the joint state of latent and CLIP image.
 
-    The returned function counts its calls to ask for fresh text noise: make one for each run
-    of a sampler.
+    The returned function counts its calls to get fresh text noise: create one for each run of a
+    sampler.
 
     Args:
         network: called as `network(latent, clip_image, text, n_image, n_text, data_type)`.
         text: (B, T, D) clean features of the condition.
-        guidance_scale: 1 runs the condition alone; 8 as published.
+        guidance_scale: 1 runs the conditional half alone; 8 as published.
         latent_shape: (4, h, w) of the latent part of the state.
-        unconditional: `true_uncond` (published) gives pure noise as text, at text time 1000;
-            `empty_token` gives the features of '', at text time 0.
+        unconditional: `true_uncond` (published) uses pure noise as text, at text time 1000;
+            `empty_token` uses the features of '', at text time 0.
         text_noise: for `true_uncond`: standard normal (B, T, D) for call k = 0, 1, ...
         empty_text: for `empty_token`: (T, D) features of ''.
         data_type: see `UniDiffuser.forward`.
@@ -78,7 +78,7 @@ def guided_unidiffuser(
         `eps(x, n)` on joint states (B, 4hw + C), see `join_state`, in the dtype of x.
 
     Raises:
-        ConfigError: `unconditional` is neither of the two, or what it needs is not given.
+        ConfigError: `unconditional` is neither of the two, or its argument is missing.
     """
     if guidance_scale == 1:
         return _conditional_unidiffuser(network, text, latent_shape, data_type)
@@ -97,7 +97,7 @@ def guided_unidiffuser(
 
 
 def join_state(latent: Tensor, clip_image: Tensor) -> Tensor:
-    """Join (B, 4, h, w) and (B, 1, C) into the state (B, 4hw + C) that is solved as one."""
+    """Join (B, 4, h, w) and (B, 1, C) into the state (B, 4hw + C) that is sampled as one."""
     return torch.cat([latent.flatten(1), clip_image.flatten(1)], dim=1)
 
 
@@ -128,7 +128,7 @@ def _unconditional_text(
     text_noise: Callable[[int], Tensor] | None,
     empty_text: Tensor | None,
 ) -> Callable[[int], Tensor]:
-    """The text of the unconditional half, by call."""
+    """Return a function from the call number to the text of the unconditional half."""
     if unconditional == "true_uncond" and text_noise is not None:
         return lambda call: text_noise(call).to(text)
     if unconditional == "empty_token" and empty_text is not None:

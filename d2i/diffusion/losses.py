@@ -1,7 +1,7 @@
-"""Training losses: mean squared error of the predicted noise, one number a sample.
+"""Training losses: mean squared error of the predicted noise, one number per sample.
 
-Noise and model times come in as arguments: nothing here draws a random number. Knows no
-network class, only what a network's call returns.
+Noise and model times are arguments: nothing here draws a random number. Knows no network class,
+only what a network's call returns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LOGVAR_MAX = 20.0
 
 
 def sample_latent(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
-    """Draw scaled latents from stored VAE moments.
+    """Compute scaled latents from stored VAE moments and noise.
 
     Args:
         moments: (B, 2C, h, w) unscaled: C channels of mean, C of log-variance.
@@ -28,7 +28,7 @@ def sample_latent(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
         scale: latent scale of the network, `network.latent_scale`.
 
     Returns:
-        scale * (mean + exp(logvar / 2) * noise), (B, C, h, w), log-variance kept in -30..20.
+        scale * (mean + exp(logvar / 2) * noise), (B, C, h, w), log-variance clamped to -30..20.
     """
     mean, logvar = moments.to(noise.dtype).chunk(2, dim=1)
     deviation = torch.exp(0.5 * logvar.clamp(LOGVAR_MIN, LOGVAR_MAX))
@@ -43,12 +43,12 @@ def uvit_loss(
     noise: Tensor,
     schedule: Schedule | None = None,
 ) -> Tensor:
-    """Noise-prediction loss of the U-ViT.
+    """Return the noise-prediction loss of the U-ViT.
 
     Args:
         network: called as `network(latent, n, text)`.
         latent: (B, 4, h, w) clean, scaled latents.
-        text: (B, T, D) text features, already replaced by those of '' where dropped.
+        text: (B, T, D) text features, already replaced by the features of '' where dropped.
         n: (B,) integers in 1..1000.
         noise: standard normal, shaped as `latent`.
         schedule: noise schedule; default that of the published networks.
@@ -72,7 +72,7 @@ def unidiffuser_loss(
     data_type: int | Tensor = 1,
     schedule: Schedule | None = None,
 ) -> Tensor:
-    """Noise-prediction loss of UniDiffuser (its paper's equation 1 and Algorithm 1).
+    """Return the noise-prediction loss of UniDiffuser (its paper's equation 1 and Algorithm 1).
 
     Args:
         network: called as `network(latent, clip_image, text, n_image, n_text, data_type)`.
@@ -80,15 +80,16 @@ def unidiffuser_loss(
         n_image: (B,) integers in 1..1000, shared by latent and CLIP image.
         n_text: (B,) integers in 1..1000; not used by `t2i`.
         noises: standard normal for each of `parts`; `t2i` uses the first two.
-        kind: `joint` noises and predicts all parts; `t2i` leaves the text clean (time 0) and
-            predicts latent and CLIP image only.
+        kind: `joint` adds noise to all parts and predicts it; `t2i` leaves the text clean
+            (time 0) and predicts the noise of latent and CLIP image only.
         weights: None for the mean over all predicted numbers together, else one weight per
-            predicted part (latent, clip, and text for `joint`) for a sum of the parts' means.
+            predicted part (latent, clip, and text for `joint`), for a weighted sum of the parts'
+            means.
         data_type: see `UniDiffuser.forward`.
         schedule: noise schedule; default that of the published networks.
 
     Returns:
-        (B,) loss a sample; the batch loss is its mean.
+        (B,) loss per sample; the batch loss is its mean.
 
     Raises:
         ConfigError: `kind` is neither of the two.

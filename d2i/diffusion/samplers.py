@@ -1,4 +1,4 @@
-"""The samplers by name, as a recipe names them, each with the noise that it adds on its way."""
+"""The samplers by their names in a recipe, each with the noise that it adds at every step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANCESTRAL: dict[str, Variance] = {"ancestral": "beta", "ancestral_posterior": "p
 
 
 def check_sampler(name: str) -> None:
-    """Make sure that there is a sampler of that name, before anything is loaded for it.
+    """Check that a sampler of this name exists, before anything is loaded for it.
 
     Raises:
         ConfigError: as `build_scheduler`.
@@ -35,8 +35,8 @@ def run_sampler(name: str, eps: Eps, x: Tensor, num_steps: int, draws: SampleDra
             paper with either variance, always all 1000 steps), or `diffusers:` and a scheduler.
         eps: noise prediction `eps(x, n)`, as for `dpm_solver`.
         x: (B, ...) standard normal noise, the state at n = 1000.
-        num_steps: for all but the ancestral two.
-        draws: what each sample's own noise is keyed by.
+        num_steps: the number of steps; ignored by the two ancestral samplers.
+        draws: the source of each sample's own noise.
 
     Returns:
         Samples shaped and typed as `x`.
@@ -53,7 +53,7 @@ def run_sampler(name: str, eps: Eps, x: Tensor, num_steps: int, draws: SampleDra
 
 
 class _StepNoise(Sequence[Tensor]):
-    """The noise of 1000 steps, drawn when a step asks for it."""
+    """The noise of all 1000 steps, drawn lazily, one step at a time."""
 
     def __init__(self, draws: SampleDraws, like: Tensor) -> None:
         self._draws, self._like = draws, like

@@ -1,6 +1,6 @@
 """The noise schedule of Stable Diffusion, in float64, at model times n = 1..1000.
 
-Owns the tables every loss and sampler reads. Knows no network.
+Holds the tables that every loss and sampler reads. Knows no network.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Schedule:
         self._roots_by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def log_alpha(self, n: float) -> float:
-        """Return ln sqrt(abar) at a real n, linear between whole n, held beyond 1..1000."""
+        """Return ln sqrt(abar) at a real n, interpolated linearly, constant outside 1..1000."""
         return float(np.interp(n, np.arange(1, self.num_levels + 1), self._log_alphas))
 
     def add_noise(self, x0: Tensor, eps: Tensor, n: Tensor) -> Tensor:
-        """Noise clean samples to their model times.
+        """Add noise to clean samples, up to their model times.
 
         Args:
             x0: (B, ...) clean samples.
@@ -68,7 +68,7 @@ class Schedule:
         return signal.view(shape) * x0 + noise.view(shape) * eps
 
     def _roots(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Square roots of the two tables, copied to a device once."""
+        """Return the square roots of `cum_alphas` and `cum_betas`, copied to a device once."""
         if device not in self._roots_by_device:
             self._roots_by_device[device] = (
                 torch.from_numpy(np.sqrt(self.cum_alphas)).to(device),
@@ -79,5 +79,5 @@ class Schedule:
 
 @cache
 def default_schedule() -> Schedule:
-    """The one schedule of the published networks."""
+    """Return the schedule of the published networks, one shared object."""
     return Schedule()

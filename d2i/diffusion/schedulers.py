@@ -1,7 +1,7 @@
 """diffusers' schedulers as samplers, on d2i's noise schedule and model time.
 
-diffusers counts t = 0..999 where the published networks count n = 1..1000; both have the same
-noise at n = t + 1, which is what the network is asked at. Knows no network.
+diffusers counts t = 0..999 where the published networks count n = 1..1000. Both have the same
+noise at n = t + 1, so that is the time passed to the network. Knows no network.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _SETTINGS: dict[str, Any] = {
     "beta_end": BETA_LAST,
     "beta_schedule": "scaled_linear",
     "prediction_type": "epsilon",
-    # The samples start at n = 1000, so the first step has to.
+    # Samples start at n = 1000, so the first step must too.
     "timestep_spacing": "linspace",
     "clip_sample": False,
 }
-# What comes nearest to the published solver (docs/models.md, Sampling).
+# The settings closest to the published solver (docs/models.md, Sampling).
 _NEAREST = {
     "DPMSolverSinglestepScheduler": {
         "solver_order": 3,
@@ -44,14 +44,14 @@ _NEAREST = {
 def build_scheduler(name: str) -> Any:
     """Build one of diffusers' schedulers for the noise schedule of the published networks.
 
-    What else it can be told keeps diffusers' own default, but for the two that would change what
-    a sample starts from or ends in: steps from the first to the last time, and no clipping.
+    Other options keep diffusers' defaults, except two that would change where a sample starts or
+    ends: steps run from the first to the last time, and nothing is clipped.
 
     Args:
         name: its class, such as `DPMSolverMultistepScheduler`.
 
     Raises:
-        ConfigError: There is no such class, or it is not for networks that predict noise.
+        ConfigError: No such class, or it does not support noise prediction or the schedule.
     """
     import diffusers
 
@@ -81,7 +81,7 @@ def run_scheduler(
     Args:
         eps: noise prediction `eps(x, n)`, as for `dpm_solver`.
         x: (B, ...) standard normal noise, the state at n = 1000.
-        num_steps: the scheduler's steps; some ask the network more than once in a step.
+        num_steps: the scheduler's steps; some schedulers call the network more than once per step.
         name: as for `build_scheduler`.
         seeds: one for each sample, for the noise that some schedulers add at every step; None for
             those that add none.
@@ -90,7 +90,7 @@ def run_scheduler(
         Samples shaped and typed as `x`.
 
     Raises:
-        ConfigError: as `build_scheduler`, or `num_steps` is not to the scheduler's liking.
+        ConfigError: as `build_scheduler`, or the scheduler rejects `num_steps`.
     """
     scheduler = build_scheduler(name)
     try:

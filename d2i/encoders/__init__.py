@@ -1,6 +1,6 @@
-"""The frozen encoders: pictures to VAE moments and CLIP embeddings, token ids to text latents.
+"""The frozen encoders: images to VAE moments and CLIP embeddings, token ids to text latents.
 
-Every encoder runs at one fixed, padded batch: a picture's numbers depend on no neighbour.
+Every encoder runs at a fixed, padded batch size: an image's numbers do not depend on its batch.
 """
 
 from d2i.encoders.bundle import Encoders, load_encoders

@@ -1,4 +1,4 @@
-"""All encoders of one recipe, loaded once a worker."""
+"""All encoders of one recipe, loaded once per worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from d2i.encoders.vae import Vae
 
 @dataclass(frozen=True)
 class Encoders:
-    """The three frozen encoders and the batch they all run at."""
+    """The three frozen encoders and their common batch size."""
 
     vae: Vae
     clip_image: ClipImage
@@ -30,7 +30,7 @@ class Encoders:
     ) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
         """Encode uint8 (N, H, H, 3) to moments f16 (N, 8, h, w) and embeddings f16 (N, clip_dim).
 
-        A value beyond float16 becomes infinite; the caller makes it a failed row.
+        A value beyond the range of float16 becomes infinite; the caller turns it into a failed row.
         """
         with np.errstate(over="ignore"):
             moments = self.vae.encode(pixels, self.compute_batch_size).astype(np.float16)
@@ -40,14 +40,14 @@ class Encoders:
     def encode_text(self, tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
         """Encode uint16 (N, 77 W) to text latents f16 (N, 77 W, text_dim).
 
-        A value beyond float16 becomes infinite, as with pictures.
+        A value beyond the range of float16 becomes infinite, as for images.
         """
         with np.errstate(over="ignore"):
             return self.clip_text.encode(tokens, self.compute_batch_size).astype(np.float16)
 
     @property
     def device_kind(self) -> str:
-        """What the device is called: bytes are the same on one kind of device only."""
+        """The name of the device model: encoded bytes are reproducible only on the same model."""
         device = torch.device(self.vae.device)
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -65,8 +65,8 @@ def load_encoders(
 ) -> Encoders:
     """Load the encoders of a recipe onto one device.
 
-    float32 is whole from then on in this process: of itself cuDNN rounds what a convolution
-    multiplies to 10 bits (TF32).
+    Disables TF32 in cuDNN for this process: by default cuDNN rounds what a convolution multiplies
+    to 10 bits.
 
     Raises:
         CheckpointError: If one of them cannot be loaded.

@@ -1,4 +1,4 @@
-"""A captioner: any transformers model that describes a picture without being asked a question."""
+"""A captioner: any transformers model that captions an image without a question as prompt."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MAX_NEW_TOKENS = 40
 
 
 class Captioner:
-    """BLIP, GIT, a vision-encoder-decoder such as ViT-GPT2, or another of their kind.
+    """An image captioning model: BLIP, GIT, a vision-encoder-decoder such as ViT-GPT2, or similar.
 
     Args:
-        name: A folder made by `save_pretrained`, or a hub repository.
-        device: Where it runs.
+        name: A directory made by `save_pretrained`, or a hub repository.
+        device: The device that it runs on.
 
     Raises:
         CheckpointError: If no such model, image processor or tokenizer can be loaded from there.
@@ -43,10 +43,10 @@ class Captioner:
 
     @torch.inference_mode()
     def describe(self, pictures: Sequence[Image.Image]) -> list[str]:
-        """Describe RGB pictures, each in one line; the likeliest word each time, no sampling.
+        """Caption RGB images, each in one line, with greedy decoding.
 
         Raises:
-            CheckpointError: If the model wants a question beside the picture.
+            CheckpointError: If the model requires a question beside the image.
         """
         pixels = self._processor(images=list(pictures), return_tensors="pt")["pixel_values"]
         try:

@@ -1,4 +1,4 @@
-"""The CLIP image encoder: pictures to projected, unnormalised embeddings."""
+"""The CLIP image encoder: images to projected, unnormalised embeddings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipImage:
-    """A frozen CLIP image tower with its projection (ViT-B/32: 512 numbers a picture)."""
+    """A frozen CLIP image tower with its projection (ViT-B/32: 512 numbers per image)."""
 
     def __init__(self, name: str, device: str = "cpu", precision: Precision = "fp32") -> None:
         from transformers import CLIPVisionModelWithProjection
@@ -31,9 +31,9 @@ class ClipImage:
 
     @torch.inference_mode()
     def encode(self, pixels: NDArray[np.uint8], batch_size: int) -> NDArray[np.float32]:
-        """Embed square uint8 pictures (N, H, H, 3) as float32 (N, clip_dim), not normalised.
+        """Embed square uint8 images (N, H, H, 3) as float32 (N, clip_dim), not normalised.
 
-        Pictures are resized to the tower's input with BICUBIC, as CLIP's own preprocessing does.
+        Images are resized to the tower's input with BICUBIC, as CLIP's own preprocessing does.
         """
         resized = np.stack([self._resize(image) for image in pixels])
         return run_padded(self._embed, resized, batch_size, self.device, self._precision)

@@ -1,4 +1,4 @@
-"""The CLIP text encoder: token ids to text latents, and to embeddings beside CLIP image's."""
+"""The CLIP text encoder: token ids to text latents, and to embeddings in CLIP image's space."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ClipText:
     No mask is ever passed: the published pipelines pass none, and one would change the padded
     positions (docs/models.md, Text and CLIP).
 
-    A folder may hold `clip_ids.json`, a list whose entry i is the true CLIP id of row i of a
+    A directory may hold `clip_ids.json`, a list whose entry i is the true CLIP id of row i of a
     compact vocabulary; every other id then becomes row 0.
     """
 

@@ -1,4 +1,4 @@
-"""What all encoders share: finding a pretrained module, hashing it, running it at a fixed batch."""
+"""Functions shared by all encoders: load a pretrained module, hash it, run it at a fixed batch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
 
     Args:
         model_class: A class with `from_pretrained`.
-        name: A shipped name, a folder, a hub repository, or `owner/repository/subfolder`.
-        **options: What else its `from_pretrained` takes.
+        name: A shipped name, a directory, a hub repository, or `owner/repository/subfolder`.
+        **options: Further arguments of its `from_pretrained`.
 
     Raises:
-        CheckpointError: If nothing loadable is there, or keys are missing.
+        CheckpointError: If there is nothing to load, or keys are missing.
     """
     where = resolve_weights(name)
     subfolder = ""
@@ -51,7 +51,7 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
 
 
 def check_beside(place: Path) -> None:
-    """Compare a file, or all files of a folder, with the sha256 beside them, where there is one.
+    """Compare a file, or each file of a directory, with the sha256 beside it, if there is one.
 
     Raises:
         CheckpointError: If one differs.
@@ -80,8 +80,8 @@ _LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def multiplied_in(precision: Precision, device: str) -> AbstractContextManager[Any]:
-    """Let networks multiply in a precision, by torch's autocast; `fp32` changes nothing."""
-    # Without the cache, as weights that are inference tensors cannot be kept in it.
+    """Return an autocast context that multiplies in a precision; `fp32` changes nothing."""
+    # No cache: autocast cannot cache weights that are inference tensors.
     return torch.autocast(
         torch.device(device).type,
         _LOWER.get(precision),
@@ -97,17 +97,17 @@ def run_padded(
     device: str,
     precision: Precision = "fp32",
 ) -> NDArray[np.float32]:
-    """Run a network over rows at one fixed batch, the last one padded by repeating its first row.
+    """Run a network over rows in fixed-size batches; the last is padded with its first row.
 
     Args:
         network: Takes (batch_size, ...) and returns (batch_size, ...).
         inputs: (N, ...), N >= 1.
-        batch_size: Rows of every call.
-        device: Where the network lives.
-        precision: What it multiplies in.
+        batch_size: Rows per call.
+        device: The device of the network.
+        precision: The precision of its multiplications.
 
     Returns:
-        float32 (N, ...), row for row.
+        float32 (N, ...), in the order of `inputs`.
     """
     with multiplied_in(precision, device):
         outputs = [
@@ -118,7 +118,7 @@ def run_padded(
 
 
 def padded_batches(inputs: NDArray[Any], batch_size: int) -> Iterator[tuple[NDArray[Any], int]]:
-    """Yield (batch of exactly `batch_size` rows, how many of them are real)."""
+    """Yield (batch of exactly `batch_size` rows, number of rows that are not padding)."""
     for start in range(0, len(inputs), batch_size):
         rows = inputs[start : start + batch_size]
         padding = np.repeat(rows[:1], batch_size - len(rows), axis=0)

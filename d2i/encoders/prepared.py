@@ -1,4 +1,4 @@
-"""Whether encoders are those that data was prepared by: by their weights, wherever those lie."""
+"""Check that encoders are those that prepared a data set, by the hashes of their weights."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 EncoderName = Literal["vae", "clip_image", "clip_text"]
 
 _PARTS = {"vae": "image", "clip_image": "image", "clip_text": "text"}
-"""The part of a data set's fingerprint that has the hash of each encoder's weights."""
+"""The part of a data set's fingerprint that holds the hash of each encoder's weights."""
 
 
 def check_made_by(hashes: Mapping[EncoderName, str], manifest: Manifest, data_url: str) -> None:
-    """Refuse encoders with other weights than those that made a data set.
+    """Refuse encoders whose weights differ from those that made a data set.
 
-    Shards that d2i preprocess did not make name no encoder, and are taken as they are.
+    Shards that d2i preprocess did not make name no encoder, and are accepted unchecked.
 
     Args:
         hashes: sha256 of weights, by encoder.
-        manifest: Of the data set.
-        data_url: Where it lies.
+        manifest: Manifest of the data set.
+        data_url: URL of the data set.
 
     Raises:
-        CheckpointError: Naming the encoder.
+        CheckpointError: If they differ; it names the encoder.
     """
     fingerprint: Mapping[str, Any] = manifest.fingerprint
     for name, found in hashes.items():

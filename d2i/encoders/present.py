@@ -1,4 +1,4 @@
-"""Whether the encoders that a job needs are there, asked before hours of fetching for them."""
+"""Check that the encoders that a job needs exist, before hours of fetching images for them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _CONFIG_NAME = "config.json"
 
 
 def check_present(encoders: EncodersConfig, *, is_here: bool = True) -> None:
-    """Make sure that each encoder is found: shipped, at a path or a URL, or in the hub.
+    """Check that each encoder exists: shipped, at a path or a URL, or in the hub.
 
     Args:
-        encoders: What names them.
-        is_here: Whether they are loaded on this machine; a cluster's nodes may have other disks,
-            so that only what the hub has is looked for.
+        encoders: The settings that name them.
+        is_here: True if they are loaded on this machine. A cluster's nodes may have other disks,
+            so False checks only those in the hub.
 
     Raises:
-        CheckpointError: If one is not there; it names the setting.
+        CheckpointError: If one is missing; it names the setting.
         OSError: If a URL cannot be read.
     """
     for name in ("vae", "clip_image", "clip_text"):
@@ -44,14 +44,14 @@ def _check(name: str, value: str, *, is_here: bool) -> None:
 
 
 def _not_in_hub(value: str) -> str:
-    """Return why a repository's configuration is neither in the hub's cache nor fetched."""
+    """Return the reason that a repository's configuration cannot be loaded, or '' if it can."""
     from huggingface_hub import hf_hub_download
 
     owner, repository, *subfolder = value.split("/")
     try:
         hf_hub_download(f"{owner}/{repository}", "/".join([*subfolder, _CONFIG_NAME]))
     except Exception as err:
-        # The hub's client has a dozen classes for it, and those of its transport.
+        # The hub's client raises a dozen classes, and those of its HTTP transport.
         return next(iter(str(err).strip().splitlines()), type(err).__name__)[:200]
     return ""
 

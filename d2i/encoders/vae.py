@@ -1,4 +1,4 @@
-"""The VAE: pictures to unscaled moments, unscaled latents to pictures."""
+"""The VAE: images to unscaled moments, unscaled latents to images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from d2i.weights_resolve import resolve_weights
 
 # Stands for "no noise": exp(0.5 * -30) is 3e-7 of a latent's standard deviation.
 NO_LOG_VARIANCE = -30.0
-# Sparing memory while loading would need one more package, for networks of 0.3 GB at most.
+# Low-memory loading would need one more package, for networks of at most 0.3 GB.
 _PLAIN_LOADING = {"low_cpu_mem_usage": False}
 
 
@@ -32,11 +32,11 @@ class Vae:
     """A frozen autoencoder over latents of 4 channels.
 
     Args:
-        name: A shipped name, a folder, a hub repository, or a file: LDM's published
+        name: A shipped name, a directory, a hub repository, or a file: LDM's published
             `autoencoder_kl.pth`, converted on load, or one with diffusers' key names.
         kind: `kl` for AutoencoderKL, `tiny` for AutoencoderTiny.
-        device: Where it runs.
-        precision: What it encodes in; it decodes in float32.
+        device: The device that it runs on.
+        precision: The precision of encoding; decoding runs in float32.
     """
 
     def __init__(

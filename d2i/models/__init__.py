@@ -1,4 +1,4 @@
-"""The networks: U-ViT and UniDiffuser, and their published weights in and out."""
+"""The networks, U-ViT and UniDiffuser, and reading and writing of their published weights."""
 
 from d2i.models.presets import PRESETS, build_backbone, changed_sizes, name_sizes
 from d2i.models.unidiffuser import UniDiffuser

@@ -1,6 +1,6 @@
-"""The KL autoencoder's weights: LDM's layout (`autoencoder_kl.pth`) and diffusers', both ways.
+"""KL autoencoder weights, converted between LDM's layout (`autoencoder_kl.pth`) and diffusers'.
 
-Names and 1x1 kernels only: imports no diffusers.
+Renames keys and reshapes 1x1 kernels only. Imports no diffusers.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 # Stable Diffusion's factor; d2i itself takes the scale from the backbone.
 _SCALING_FACTOR = 0.18215
 _NORM_GROUPS = 32
-# Of the kernels of a convolution.
+# Axes of a convolution kernel.
 _NUM_AXES = 4
 
-# Pairs of (LDM, diffusers), the variable part between them kept. Those of decoder.up count the
-# other way round and are renumbered apart.
+# Pairs of (LDM, diffusers) names; the number at `{}` is kept. The two layouts count the levels of
+# decoder.up in opposite directions, so `_renumbered` reverses those.
 _NAMES = (
     (r"down.{}.block.{}", r"down_blocks.{}.resnets.{}"),
     (r"down.{}.downsample", r"down_blocks.{}.downsamplers.0"),
@@ -33,7 +33,7 @@ _NAMES = (
     (r"mid.attn_1.proj_out", r"mid_block.attentions.0.to_out.0"),
     (r"norm_out", r"conv_norm_out"),
 )
-# diffusers' own names of attention before 2023, which files of that time still have.
+# diffusers' attention names before 2023, which older files still use.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_ATTENTION = re.compile(r"(.*mid_block\.attentions\.0\.)(query|key|value|proj_attn)(\..*)")
 _LDM_SHORTCUT, _SHORTCUT = "nin_shortcut", "conv_shortcut"
@@ -41,17 +41,17 @@ _ATTENTION = re.compile(r".*mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight"
 
 
 def is_ldm(names: Mapping[str, Any]) -> bool:
-    """Say whether these are the keys of an autoencoder in LDM's layout."""
+    """Return whether the keys are those of an autoencoder in LDM's layout."""
     return "encoder.down.0.block.0.conv1.weight" in names
 
 
 def is_diffusers_autoencoder(names: Mapping[str, Any]) -> bool:
-    """Say whether these are the keys of diffusers' `AutoencoderKL`."""
+    """Return whether the keys are those of diffusers' `AutoencoderKL`."""
     return "encoder.down_blocks.0.resnets.0.conv1.weight" in names
 
 
 def ldm_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename an autoencoder to diffusers' layout, its 1x1 attention kernels made matrices."""
+    """Convert an autoencoder to diffusers' layout; 1x1 attention kernels become matrices."""
     num_levels = _count(state, r"encoder\.down\.(\d+)\..*")
     renamed = {}
     for key, tensor in state.items():
@@ -63,7 +63,7 @@ def ldm_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def diffusers_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename an autoencoder to LDM's layout, its attention matrices made 1x1 kernels."""
+    """Convert an autoencoder to LDM's layout; attention matrices become 1x1 kernels."""
     num_levels = _count(state, r"encoder\.down_blocks\.(\d+)\..*")
     renamed = {}
     for key, tensor in state.items():
@@ -74,7 +74,7 @@ def diffusers_to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_new_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the attention of an autoencoder in diffusers' layout as diffusers does today."""
+    """Rename pre-2023 attention keys in diffusers' layout to the current names."""
     return {_OLD_ATTENTION.sub(_new_name, key): tensor for key, tensor in state.items()}
 
 
@@ -83,13 +83,13 @@ def _new_name(match: re.Match[str]) -> str:
 
 
 def autoencoder_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the `config.json` with which diffusers builds the autoencoder of these weights.
+    """Return the `config.json` from which diffusers builds the autoencoder of these weights.
 
     Args:
         state: in diffusers' layout.
 
     Raises:
-        KeyError: If a convolution that tells a size is missing, or is none.
+        KeyError: If a convolution that determines a size is missing, or is not 4-dimensional.
     """
     num_levels = _count(state, r"encoder\.down_blocks\.(\d+)\..*")
     widths = [
@@ -119,7 +119,7 @@ def _size(state: Mapping[str, Tensor], key: str, axis: int) -> int:
 
 
 def _count(state: Mapping[str, Any], pattern: str) -> int:
-    """One more than the highest number at the pattern's place."""
+    """Return one more than the highest number that the pattern captures; 0 if it captures none."""
     numbers = [int(match[1]) for key in state if (match := re.fullmatch(pattern, key))]
     return max(numbers, default=-1) + 1
 
@@ -135,6 +135,6 @@ def _renamed(key: str, names: Sequence[tuple[str, str]]) -> str:
 
 
 def _renumbered(key: str, num_levels: int) -> str:
-    """Count the levels of diffusers' decoder from the other end."""
+    """Reverse the level number in a decoder key: LDM and diffusers count in opposite directions."""
     match = re.fullmatch(r"decoder\.up_blocks\.(\d+)\.(.*)", key)
     return f"decoder.up_blocks.{num_levels - 1 - int(match[1])}.{match[2]}" if match else key

@@ -1,7 +1,7 @@
-"""The parts that U-ViT and UniDiffuser share: patches, time, positions, attention, MLP.
+"""Building blocks that U-ViT and UniDiffuser share: patches, time, positions, attention, MLP.
 
 Shape letters: B batch, C channels, H and W latent height and width, L tokens, D features of one
-token, N attention heads. Owns no network and knows no file; imports nothing of d2i but its errors.
+token, N attention heads. Contains no network, reads no file; imports only d2i's errors.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ LATENT_CHANNELS = 4
 MLP_RATIO = 4
 INIT_STD = 0.02
 MAX_PERIOD = 10_000
-# The most tokens for which `attend` keeps all scores: U-ViT-S has 334, UniDiffuser-v1 1105 or more.
+# Longest sequence for which `attend` holds all scores. U-ViT-S has 334 tokens, UniDiffuser-v1 1105
+# or more.
 MAX_WRITTEN_OUT = 512
 
 
 def timestep_embedding(n_B: Tensor, dim: int) -> Tensor:
-    """The sinusoidal embedding of the model time, cosines first, always in float32.
+    """Compute the sinusoidal embedding of the model time, cosines first, always in float32.
 
-    The float32 `exp` of CPUs and GPUs differs in the last bit, which an angle of 1000 makes
-    visible; so each frequency is rounded once, from float64, and is the same everywhere.
+    The float32 `exp` differs between CPUs and GPUs in the last bit, which becomes visible at an
+    angle of 1000. So `exp` runs in float64 and is rounded once, which gives the same frequencies
+    everywhere.
 
     Args:
-        n_B: model time, 1..1000, integer or real.
+        n_B: model time, 0..1000, integer or real.
         dim: features of one token; even.
 
     Returns:
@@ -45,10 +47,10 @@ def timestep_embedding(n_B: Tensor, dim: int) -> Tensor:
 
 
 def patch_grid(latent_BCHW: Tensor, patch_size: int) -> tuple[int, int]:
-    """Return the rows and columns of patches of a latent.
+    """Return the number of patch rows and columns of a latent.
 
     Raises:
-        ConfigError: If its height or width is no multiple of the patch size.
+        ConfigError: If its height or width is not a multiple of the patch size.
     """
     height, width = latent_BCHW.shape[-2:]
     if height % patch_size or width % patch_size:
@@ -60,7 +62,7 @@ def patch_grid(latent_BCHW: Tensor, patch_size: int) -> tuple[int, int]:
 
 
 def unpatchify(patches_BLP: Tensor, height: int, width: int, patch_size: int) -> Tensor:
-    """Put patches whose features are ordered (row, column, channel) back into a latent.
+    """Reassemble a latent from patches whose features are ordered (row, column, channel).
 
     Args:
         patches_BLP: (B, height/p * width/p, p * p * C).
@@ -85,11 +87,11 @@ def resize_positions(
 
     Args:
         positions_1LD: (1, rows * columns, D) of `old_grid`.
-        old_grid: (rows, columns) of patches the network was built for.
-        new_grid: (rows, columns) of patches at hand.
+        old_grid: (rows, columns) of patches that the embedding was built for.
+        new_grid: (rows, columns) of patches to resize to.
 
     Returns:
-        (1, rows * columns, D) of `new_grid`; the input itself where the grids are equal.
+        (1, rows * columns, D) of `new_grid`; the input itself if the grids are equal.
     """
     if old_grid == new_grid:
         return positions_1LD
@@ -102,13 +104,13 @@ def resize_positions(
 def positions_at(
     positions_1LD: Tensor, num_prefix: int, side: int, grid: tuple[int, int]
 ) -> Tensor:
-    """Position embedding of all tokens, that of the patches resized from side x side to `grid`.
+    """Return the position embedding of all tokens, its patch part resized to `grid`.
 
     Args:
         positions_1LD: (1, num_prefix + side * side, D).
         num_prefix: tokens before the patches.
-        side: rows and columns of patches the network was built for.
-        grid: (rows, columns) of patches at hand.
+        side: rows and columns of patches that the network was built for.
+        grid: (rows, columns) of patches of the current latent.
 
     Returns:
         (1, num_prefix + rows * columns, D).
@@ -127,14 +129,14 @@ def run_long_skips(
     *,
     recompute: bool,
 ) -> Tensor:
-    """Run the blocks; the skip of the last in block goes to the first out block.
+    """Run the blocks with long skips, from the last in block to the first out block and so on.
 
     Args:
-        in_blocks: blocks that leave a skip.
-        mid_block: the one block without.
+        in_blocks: blocks whose outputs become the skips.
+        mid_block: the one block without a skip.
         out_blocks: blocks called as `block(x, skip)`.
         x_BLD: tokens.
-        recompute: keep only the inputs of each block for the backward pass.
+        recompute: gradient checkpointing, keep only each block's inputs for the backward pass.
 
     Returns:
         (B, L, D).
@@ -161,7 +163,7 @@ def _run_block(
 
 
 def init_published(module: nn.Module) -> None:
-    """Initialise one module as published: truncated normal linears, untouched convolutions."""
+    """Initialise one module as published: linears truncated normal, all else as torch does."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=INIT_STD)
         if module.bias is not None:
@@ -169,10 +171,11 @@ def init_published(module: nn.Module) -> None:
 
 
 def attend(q_BNLd: Tensor, k_BNLd: Tensor, v_BNLd: Tensor) -> Tensor:
-    """Mix values by softmax(q k^T / sqrt(d)), with whichever kernel is the quicker one.
+    """Compute softmax(q k^T / sqrt(d)) v with the faster kernel.
 
-    That is torch's fused one, but for short rows in bfloat16 on a CPU: there it computes in float32
-    and takes three times as long as plain matrix products (ours; `benchmarks/README.md`).
+    That is torch's fused attention, except for short sequences in bfloat16 on a CPU: there the
+    fused kernel computes in float32 and takes three times as long as plain matrix products
+    (measured in `benchmarks/README.md`).
 
     Args:
         q_BNLd: queries, (B, N, L, d).
@@ -190,7 +193,7 @@ def attend(q_BNLd: Tensor, k_BNLd: Tensor, v_BNLd: Tensor) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Latent (B, 4, H, W) to tokens (B, H/p * W/p, D), row by row."""
+    """Patch embedding: latent (B, 4, H, W) to tokens (B, H/p * W/p, D), row by row."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         """Build the one strided convolution."""

@@ -1,4 +1,4 @@
-"""The model card (`README.md`) of a folder that d2i wrote: where from, what on, what is allowed."""
+"""The model card (`README.md`) of converted weights: their origin, training data and licence."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _UNKNOWN = (
 def model_card(
     words: str, source: str, sha256: str, published: Sequence[PublishedFile], use: str
 ) -> str:
-    """Write a card.
+    """Return the text of a model card.
 
     Args:
-        words: What the weights are.
-        source: The file they came from.
-        sha256: Its hash.
-        published: The published files of the same keys and shapes, which fine-tuned weights share.
-        use: The setting that takes the folder.
+        words: Description of the weights.
+        source: Name of the file that they came from.
+        sha256: Hash of that file.
+        published: Published files with the same keys and shapes (fine-tuned weights share them).
+        use: The setting that takes the directory.
     """
     return "\n".join(
         [

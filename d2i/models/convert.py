@@ -1,4 +1,4 @@
-"""Weights between their forms: published files, d2i's model folders, and diffusers' folders."""
+"""Conversion of weights between published files, d2i's model directories and diffusers'."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
 
 
 def import_weights(path: Path, out: str | Path, settings: Sequence[str] = ()) -> Source:
-    """Make a model folder out of weights in any published form.
+    """Convert weights in any published form to a model directory.
 
-    A backbone's folder is what `backbone.weights` takes, an autoencoder's `encoders.vae`, the text
-    prefix's `encoders.text_prefix`. The weights are written last: a folder without is unfinished.
+    `backbone.weights` takes the directory of a backbone, `encoders.vae` that of an autoencoder, and
+    `encoders.text_prefix` that of a text prefix. The weights are written last: a directory without
+    them is unfinished.
 
     Args:
         path: as for `load_weights`.
-        out: the folder to make, a path or a URL.
-        settings: `NAME=VALUE` for sizes of a backbone that its tensors do not tell.
+        out: the directory to create, a path or a URL.
+        settings: `NAME=VALUE` for backbone sizes that its tensors do not reveal.
 
     Raises:
-        CheckpointError: If they cannot be read, do not fit, or `out` holds weights already.
+        CheckpointError: If they cannot be read, do not fit, or `out` already holds weights.
         ConfigError: If a size is missing or wrong.
     """
     source, out = open_source(path), str(out)
@@ -59,17 +60,17 @@ def import_weights(path: Path, out: str | Path, settings: Sequence[str] = ()) ->
 def export_weights(
     path: Path, out: str | Path, layout: Layout, settings: Sequence[str] = ()
 ) -> Source:
-    """Write weights as other programs read them.
+    """Write weights in a layout that other programs read.
 
     Args:
-        path: a model folder, or any form that `load_weights` takes.
+        path: a model directory, or any form that `load_weights` takes.
         out: a path or a URL. `published`: the file to write, `.pth` or `.safetensors`. `diffusers`:
-            the folder.
-        layout: whose key names to write.
+            the directory.
+        layout: the key names to write.
         settings: as for `import_weights`.
 
     Raises:
-        CheckpointError: If they cannot be read or do not fit, or have no such layout.
+        CheckpointError: If they cannot be read or do not fit, or do not exist in that layout.
         ConfigError: If a size is missing or wrong.
     """
     source, out = open_source(path), str(out)

@@ -1,4 +1,4 @@
-"""What a set of tensors is: told by their names and shapes, never by a file's name."""
+"""Detection of the model that tensors belong to, by key names and shapes, never by file name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Kind = Literal["backbone", "autoencoder", "text prefix", "encoder"]
 Layout = Literal["published", "diffusers"]
 
 PREFIX_KEYS = ("encode_prefix.weight", "encode_prefix.bias")
-# Encoders that are used as they are: the keys that tell one, and what it is.
+# Encoders that need no conversion: the keys that identify one, and its description.
 _ENCODERS = (
     (("encoder.layers.0.weight", "decoder.layers.0.weight"), "tiny autoencoder (AutoencoderTiny)"),
     (("visual_projection.weight", "text_projection.weight"), "CLIP, images and text"),
     (("visual_projection.weight",), "CLIP's image encoder"),
     (("text_projection.weight",), "CLIP's text encoder"),
 )
-# Axes of the tensors whose shapes are read.
+# Number of axes of the tensors whose shapes are read.
 _NUM_AXES = {
     "pos_embed": 3,
     "patch_embed.proj.weight": 4,
@@ -40,15 +40,15 @@ _NUM_UNIDIFFUSER_TOKENS = 3
 
 @dataclass(frozen=True)
 class DetectedWeights:
-    """What was recognized.
+    """The result of `detect_weights`.
 
     Args:
-        kind: What it is for.
-        layout: Whose key names it has.
-        words: The same for people, with sizes.
+        kind: The kind of model.
+        layout: The layout of its key names.
+        words: A description for people, with sizes.
         published: The published files that have exactly these keys and shapes.
         backbone: The preset of its architecture, or None.
-        sizes: Of a backbone: those that its shapes tell, by the names of `build_backbone`.
+        sizes: The sizes of a backbone that its shapes reveal, by the names of `build_backbone`.
     """
 
     kind: Kind
@@ -60,9 +60,9 @@ class DetectedWeights:
 
 
 def detect_weights(state: Mapping[str, Tensor]) -> DetectedWeights | None:
-    """Say what tensors are by their names and shapes; None where d2i has no use for them.
+    """Identify tensors by their names and shapes; None if d2i has no use for them.
 
-    A caption decoder counts as its text prefix, whatever else is in it.
+    A caption decoder counts as its text prefix; its other tensors are ignored.
     """
     published = tuple(find_published({key: tuple(value.shape) for key, value in state.items()}))
     if is_ldm(state):
@@ -107,7 +107,7 @@ def _backbone(
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sizes that shapes tell; the number of heads is none of them."""
+    """Return the sizes that the shapes reveal; the number of heads is not among them."""
     is_uvit = "context_embed.weight" in state
     text_weight = state["context_embed.weight" if is_uvit else "text_embed.weight"]
     blocks = {match[1] for key in state if (match := re.match(r"in_blocks\.(\d+)\.", key))}

@@ -1,7 +1,7 @@
-"""UniDiffuser's weights in diffusers' layout, both ways, as tensors by name.
+"""UniDiffuser weights, converted to and from diffusers' layout, as tensors by name.
 
-diffusers' `UniDiffuserModel` keeps q, k and v apart, and a second patch projection that it never
-uses. Names only: imports no diffusers and no network.
+diffusers' `UniDiffuserModel` has separate q, k and v, and a second patch projection that it never
+uses. Imports no diffusers and no network.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _THEIR_BLOCK = re.compile(
 
 
 def is_diffusers(state: Mapping[str, Tensor]) -> bool:
-    """Say whether these are the keys of diffusers' `UniDiffuserModel`."""
+    """Return whether the keys are those of diffusers' `UniDiffuserModel`."""
     return "vae_img_in.proj.weight" in state
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename published UniDiffuser weights to diffusers' layout; a key it does not know stays.
+    """Convert published UniDiffuser weights to diffusers' layout; unknown keys stay.
 
     The unused patch projection becomes a copy of the used one, as diffusers' own converter does.
     """
@@ -65,10 +65,10 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename UniDiffuser weights in diffusers' layout to published keys; others stay.
+    """Convert UniDiffuser weights in diffusers' layout to published keys; unknown keys stay.
 
-    The unused patch projection is left out. Where one of q, k, v is missing, or has another shape,
-    all stay as they are.
+    The unused patch projection is dropped. If one of q, k, v is missing or has another shape, the
+    three are not fused.
     """
     left = {key: tensor for key, tensor in state.items() if not key.startswith(UNUSED_PREFIX)}
     renamed: dict[str, Tensor] = {}
@@ -84,7 +84,7 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def diffusers_config(network: Any) -> dict[str, Any]:
-    """Return the `config.json` with which diffusers builds its model of the same sizes.
+    """Return the `config.json` from which diffusers builds its model of the same sizes.
 
     Args:
         network: a `UniDiffuser`.
@@ -136,7 +136,7 @@ def _from_diffusers_key(key: str) -> str:
 
 
 def _replaced(name: str, beginnings: Mapping[str, str]) -> str:
-    """Return a name with its beginning replaced by the first entry that fits."""
+    """Replace the prefix of a name by the first entry that matches."""
     for old, new in beginnings.items():
         if name.startswith(old):
             return new + name.removeprefix(old)

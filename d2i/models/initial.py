@@ -1,4 +1,4 @@
-"""What a run records of the weights that it starts from."""
+"""The record of the weights that a run starts from."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:
     """Describe the weights that a backbone is built with.
 
     Returns:
-        `file`, its name; `sha256` of its bytes; `keys`, its tensors; `layout`, the published files
-        that have exactly these keys and shapes; `initialisation`, whether nobody trained them. For
-        random weights `file` is "scratch" and the others are absent.
+        `file`, its name; `sha256` of its bytes; `keys`, the number of its tensors; `layout`, the
+        published files that have exactly these keys and shapes; `initialisation`, True if the
+        weights are untrained. For random weights `file` is "scratch" and the others are absent.
 
     Raises:
         CheckpointError: If the file cannot be read.
@@ -43,13 +43,13 @@ def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:
 
 
 def is_initialisation(state: Mapping[str, Tensor]) -> bool:
-    """Say whether weights are as a network is made: a norm all 1, or a bias all 0.
+    """Return whether weights look untrained: a norm weight is all 1, or a bias all 0.
 
-    Training moves every one of them, so that trained weights have none. Any random network has the
-    published keys and shapes; this tells it from the published file.
+    Training moves every one of them, so trained weights have neither. A random network has the
+    published keys and shapes too; this distinguishes it from the published file.
 
     Args:
-        state: Tensors by key, of any layout.
+        state: Tensors by key, in any layout.
     """
     vectors = {key: tensor for key, tensor in state.items() if tensor.dim() == 1}
     norms = (tensor for key, tensor in vectors.items() if _is_norm_weight(key))

@@ -1,6 +1,6 @@
-"""A model folder: `config.json` (name and sizes of the backbone) beside its weights.
+"""A model directory: `config.json` (name and sizes of the backbone) beside its weights.
 
-A run is read as one too: its `config.json` holds the backbone within its recipe.
+A run directory is read as one too: its `config.json` holds the backbone within its recipe.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _EDITED = f"edited? delete {CONFIG_NAME}.sha256 to accept it; else restore it"
 
 
 def build_network(config: BackboneConfig) -> nn.Module:
-    """Build the backbone of a recipe, with its weights where it names some.
+    """Build the backbone of a recipe, and load its weights if it names any.
 
-    Where the weights lie in a model folder, its `config.json` gives the sizes that the recipe
-    leaves open. Where the recipe's network reads more text windows than that of the weights, or has
-    another latent size, their position embedding is fitted to it.
+    If the weights are in a model directory, its `config.json` gives the sizes that the recipe
+    leaves open. If the recipe's network reads more text windows than the weights were trained for,
+    or has another latent size, their position embedding is fitted to it.
 
     Returns:
         The network in float32 on the CPU; its `latent_scale` is the factor from raw VAE latents.
@@ -46,7 +46,7 @@ def build_network(config: BackboneConfig) -> nn.Module:
 
 
 def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
-    """Fill the sizes that a recipe leaves open from the `config.json` beside its weights."""
+    """Fill in the sizes that a recipe leaves open from the `config.json` beside its weights."""
     if config.weights is None or config.is_random:
         return config
     there = read_config(Path(resolve_weights(config.weights)))
@@ -57,7 +57,7 @@ def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
 
 
 def write_config(folder: str | Path, config: BackboneConfig) -> None:
-    """Write the name and sizes of a backbone into its model folder."""
+    """Write the name and sizes of a backbone into its model directory."""
     data = (json.dumps(_described(config), indent=1) + "\n").encode()
     checksums.write_bytes(storage.join(str(folder), CONFIG_NAME), data)
 
@@ -67,14 +67,14 @@ def _described(config: BackboneConfig) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> BackboneConfig | None:
-    """Return the backbone that the `config.json` of a model folder or a run names.
+    """Read the backbone that the `config.json` of a model directory or a run names.
 
     Returns:
-        None where there is no such file, or it is of another program.
+        None if there is no such file, or another program wrote it.
 
     Raises:
-        CheckpointError: If it is not JSON.
-        ConfigError: If it names no backbone, or sizes that there are not.
+        CheckpointError: If it is not JSON, or does not match its checksum.
+        ConfigError: If it names an unknown backbone or size.
     """
     file = path / CONFIG_NAME
     if not file.is_file():
@@ -88,7 +88,7 @@ def read_config(path: Path) -> BackboneConfig | None:
 
 
 def _read_values(file: Path) -> Any:
-    """Read any JSON; only what d2i wrote has a checksum, so that its absence says nothing."""
+    """Read any JSON; a missing checksum is no error, as only files that d2i wrote have one."""
     refused: dict[str, Any] = {"error": CheckpointError, "next_step": _EDITED}
     checksums.check_if_summed(str(file), **refused)
     return parse_json_value(storage.read_bytes(str(file)), str(file), **refused)

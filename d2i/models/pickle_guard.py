@@ -1,7 +1,7 @@
-"""A look into a torch file before torch reads it: no code in it, and nothing that grows.
+"""Guard against malicious torch files: no code and no memory bombs, checked before torch loads.
 
-torch's `weights_only` refuses code as well, but makes what else the file asks for: a few hundred
-bytes can ask for a bytearray of any size, and a compressed file unpacks to what it likes.
+torch's `weights_only` refuses code as well, but allocates whatever the file requests: a few hundred
+bytes can request a bytearray of any size, and a compressed file can unpack to any size.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import IO
 from d2i.errors import CheckpointError
 
 ZIP_MAGIC = b"PK\x03\x04"
-# A state dict names some hundred tensors, in 60 kB; each of these bytes can cost a hundred.
+# A state dict names a few hundred tensors in 60 kB. Each pickle byte can cost a hundred in memory.
 _MAX_PICKLE_BYTES = 4_000_000
-# Before 2020: magic number, version, machine, the state dict, and the names of its storages.
+# The format before 2020: magic number, version, machine, state dict, and its storages' names.
 _NUM_OLD_PICKLES = 5
 _TENSORS_ALONE = re.compile(
     r"collections OrderedDict"
@@ -28,11 +28,11 @@ _TENSORS_ALONE = re.compile(
 
 
 def check_torch_file(file: Path) -> None:
-    """Make sure that a file saved by torch holds tensors by name and no more.
+    """Check that a file saved by torch holds tensors by name and nothing else.
 
     Raises:
-        CheckpointError: If it would make something else, or is compressed.
-        Exception: Whatever the standard library raises for a file that is broken.
+        CheckpointError: If it would create anything else, or is compressed.
+        Exception: Whatever the standard library raises for a corrupt file.
     """
     with file.open("rb") as stream:
         is_zip = stream.read(len(ZIP_MAGIC)) == ZIP_MAGIC

@@ -1,8 +1,8 @@
 """Position embeddings of published weights, fitted to a network of other sizes.
 
-More text tokens go beyond the paper (ours): CLIP counts its own positions anew in every window of
-77 tokens, so a grown network begins by doing the same, and fine-tuning may tell the windows apart.
-Other latent sizes are interpolated, as the published network does while it runs.
+Longer text is our extension of the paper. CLIP restarts its own positions in every window of 77
+tokens, so an extended network starts by doing the same, and fine-tuning may learn to distinguish
+the windows. Other latent sizes are interpolated, as the published network does at run time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from d2i.models.blocks import resize_positions
 from d2i.tokenize import WINDOW_LENGTH
 
 _MAX_WINDOWS = 4
-# U-ViT at 256 px and UniDiffuser at 512 px: text tokens, and rows of patches.
+# U-ViT at 256 px and UniDiffuser at 512 px: (text tokens, rows of patches).
 _PUBLISHED = {77 + 16**2: (77, 16), 77 + 32**2: (77, 32)}
 
 
@@ -30,8 +30,8 @@ def fit_positions(state: Mapping[str, Tensor], network: Any) -> dict[str, Tensor
         network: a `UViT` or `UniDiffuser`, which is not changed.
 
     Returns:
-        The same tensors, but for `pos_embed` (1, tokens, D): its text part is repeated, its patches
-        are interpolated. What cannot be told apart with certainty is left as it is.
+        The same tensors, except `pos_embed` (1, tokens, D): its text part is repeated, its patch
+        part interpolated. It is unchanged if the split into the two is ambiguous.
     """
     positions = state.get("pos_embed")
     if positions is None or positions.shape[1] == network.pos_embed.shape[1]:
@@ -50,7 +50,7 @@ def fit_positions(state: Mapping[str, Tensor], network: Any) -> dict[str, Tensor
 
 
 def _sizes_before(num_positions: int, network: Any) -> tuple[int, int] | None:
-    """The text tokens and the rows of patches that weights with so many positions were made for."""
+    """Return (text tokens, rows of patches) that the weights were trained for; None if unclear."""
     side = network.latent_size // network.patch_size
     num_others = network.pos_embed.shape[1] - network.num_text_tokens - side**2
     num_both = num_positions - num_others
@@ -67,8 +67,8 @@ def read_positions(num_both: int) -> tuple[int, int] | None:
     """Split a number of positions into whole text windows and a square of patches.
 
     Returns:
-        Text tokens, and rows of patches; those of the published networks first. None where nothing
-        fits, or more than one reading does.
+        (text tokens, rows of patches), preferably those of a published network. None if no split
+        fits, or more than one does.
     """
     if num_both in _PUBLISHED:
         return _PUBLISHED[num_both]

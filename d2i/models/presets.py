@@ -1,6 +1,6 @@
-"""The published backbones by name, and how a recipe changes their sizes.
+"""Presets: the published backbones by name, and the overrides of their sizes.
 
-Owns the table of sizes; builds networks, loads none.
+Holds the table of sizes; builds networks, loads no weights.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ def build_backbone(name: str, **overrides: Any) -> nn.Module:
 
 
 def changed_sizes(name: str, sizes: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the sizes that make a network another than the published one.
+    """Return the sizes in which a network differs from the published one.
 
     Args:
         name: The preset.
         sizes: Overrides, as `build_backbone` takes them.
 
     Returns:
-        The network's and the published size by name; empty where they are the same.
+        (network's size, published size) by name; empty if all are the same.
     """
     published = PRESETS[name][1]
     found = {key: (value, published.get(key)) for key, value in sizes.items()}
@@ -90,9 +90,9 @@ def changed_sizes(name: str, sizes: Mapping[str, Any]) -> dict[str, tuple[Any, A
 
 
 def name_sizes(name: str, sizes: Mapping[str, Any]) -> str:
-    """Name a network: by its preset where it has the published sizes, else by its own.
+    """Name a network by its preset and the sizes in which it differs from it.
 
-    Such as `uvit-s`, `uvit-s-shaped, 3 blocks of width 32`, or `uvit-s with num_text_tokens 154`.
+    Examples: `uvit-s`, `uvit-s-shaped, 3 blocks of width 32`, or `uvit-s with num_text_tokens 154`.
     """
     changed = changed_sizes(name, sizes)
     if changed.keys() & {"depth", "dim"}:

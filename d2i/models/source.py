@@ -1,4 +1,4 @@
-"""Weights read to be looked at or passed on: from where, what they are, which network fits."""
+"""Weights read for inspection or conversion: their file, their kind, and the network they fit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from d2i.weights_catalog import shapes_hash
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that were read: from where, what they are, and the tensors by name."""
+    """Weights that were read: their file and its hash, the tensors by name, and their kind."""
 
     path: Path
     file: Path
@@ -49,10 +49,10 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """Read weights in any published form, and say what they are.
+    """Read weights in any published form, and detect what they are.
 
     Raises:
-        CheckpointError: If they cannot be read, are nothing that d2i knows, or no numbers.
+        CheckpointError: If they cannot be read, are of no known kind, or hold NaN or infinity.
     """
     file = weights_file(path)
     state = read_state_dict(path)
@@ -68,7 +68,7 @@ def open_source(path: Path) -> Source:
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """Say what a file of weights is, as JSON values; unlike `open_source`, of any tensors.
+    """Describe a file of weights as JSON values; unlike `open_source`, it accepts any tensors.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -95,13 +95,13 @@ def inspect_file(path: Path) -> dict[str, Any]:
 
 
 def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
-    """Name a backbone and the sizes in which it differs from its preset.
+    """Return the name of a backbone and the sizes in which it differs from its preset.
 
-    They are taken from the `config.json` beside the weights, else from the tensors and what the
-    file says beside them; `settings` have the last word.
+    They come from the `config.json` beside the weights, else from the tensors and the file's
+    metadata; `settings` override both.
 
     Raises:
-        ConfigError: If the tensors do not tell a size, which `settings` must then.
+        ConfigError: If a size that the tensors do not reveal is not in `settings`.
     """
     is_of_a_folder = source.file.name in DIRECTORY_FILES
     beside = read_config(source.file.parent) if is_of_a_folder else None
@@ -125,17 +125,17 @@ def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
 
 
 def _other_scale(file: Path, preset: float) -> dict[str, str]:
-    """The latent scale that a file of d2i's says, where that is not the published one."""
+    """Return the latent scale in the metadata of a d2i file, if it is not the published one."""
     said = read_described(file).get("latent_scale", repr(preset))
     return {} if said == repr(preset) else {"latent_scale": said}
 
 
 def network_of(source: Source, settings: Sequence[str]) -> nn.Module:
-    """Build the backbone of a source, filled with its tensors as they are.
+    """Build the backbone of a source and load its tensors unchanged.
 
     Raises:
         CheckpointError: If they do not fit.
-        ConfigError: As `backbone_config`.
+        ConfigError: As for `backbone_config`.
     """
     config = backbone_config(source, settings)
     with torch.device("meta"):
@@ -146,7 +146,7 @@ def network_of(source: Source, settings: Sequence[str]) -> nn.Module:
 
 
 def checked_autoencoder(source: Source) -> dict[str, Tensor]:
-    """The autoencoder in diffusers' layout, every key and shape compared with its network's."""
+    """Return the autoencoder in diffusers' layout, after a check of every key and shape."""
     from diffusers import AutoencoderKL
 
     is_ldm = source.found.layout == "published"
@@ -170,10 +170,10 @@ def checked_autoencoder(source: Source) -> dict[str, Tensor]:
 
 
 def checked_prefix(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """The two tensors of a caption decoder's text prefix, weight (out, in) and bias (out,).
+    """Return the two tensors of a caption decoder's text prefix, weight (out, in) and bias (out,).
 
     Raises:
-        CheckpointError: If one is missing, or they are not those of one linear layer.
+        CheckpointError: If one is missing, or they do not form one linear layer.
     """
     prefix = {key: state[key] for key in PREFIX_KEYS if key in state}
     shapes = [tuple(tensor.shape) for tensor in prefix.values() if is_dense_floats(tensor)]

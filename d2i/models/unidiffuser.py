@@ -1,8 +1,8 @@
-"""UniDiffuser v0 and v1, at their published key names.
+"""UniDiffuser v0 and v1, under their published key names.
 
 Bao et al., "One Transformer Fits All Distributions in Multi-Modal Diffusion at Scale" (2023).
 Tokens are [image time, text time, (v1: data type,) text, CLIP image, patches]; layer norms act
-on the residual stream itself (post-LN). Shape letters as in `blocks`. Knows no file, no preset.
+on the residual stream itself (post-LN). Shape letters as in `blocks`. Knows no files, no presets.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ NUM_DATA_TYPES = 2
 
 
 class UniDiffuserBlock(nn.Module):
-    """Post-LN transformer block; one with a skip first folds the skip into its input."""
+    """Post-LN transformer block; with a skip, it first merges the skip into its input."""
 
     def __init__(self, dim: int, num_heads: int, *, has_skip: bool) -> None:
-        """Build the block; only one with a skip has `norm1`."""
+        """Build the block; it has `norm1` only with a skip."""
         super().__init__()
         self.skip_linear = nn.Linear(2 * dim, dim) if has_skip else None
         self.norm1 = nn.LayerNorm(dim) if has_skip else None
@@ -72,7 +72,7 @@ class UniDiffuser(nn.Module):
         """Build the network with the published initialisation.
 
         Args:
-            latent_size: latent height and width the positions belong to, in latent pixels.
+            latent_size: latent height and width that the positions belong to, in latent pixels.
             patch_size: edge of a patch in latent pixels.
             dim: features of one token.
             depth: blocks, counted as published: depth // 2 in, one mid, depth // 2 out.
@@ -81,7 +81,7 @@ class UniDiffuser(nn.Module):
             num_text_tokens: text tokens.
             clip_dim: features of the CLIP image embedding.
             has_data_type: v1, with its data type token; False is v0.
-            latent_scale: factor from raw VAE latents to what the network sees; no weight.
+            latent_scale: factor from raw VAE latents to the network's inputs; not a weight.
             gradient_checkpointing: recompute each block in the backward pass.
         """
         super().__init__()
@@ -135,15 +135,15 @@ class UniDiffuser(nn.Module):
             clip_image: (B, 1, C) noised CLIP image embedding.
             text: (B, T, D) noised or clean text features; T is `num_text_tokens`.
             n_image: (B,) model time of latent and CLIP image, 0..1000, integer or real.
-            n_text: (B,) model time of the text; 0 says that it is clean.
-            data_type: 1 for curated data (default), 0 for web data; (B,) for one a sample.
-                v0 knows no data type and ignores it.
+            n_text: (B,) model time of the text; 0 means that it is clean.
+            data_type: 1 for curated data (default), 0 for web data; (B,) for one per sample.
+                v0 has no data type and ignores it.
 
         Returns:
             (eps_latent, eps_clip, eps_text), shaped as the three inputs.
 
         Raises:
-            ConfigError: If h or w is no multiple of the patch size.
+            ConfigError: If h or w is not a multiple of the patch size.
         """
         height, width = latent.shape[-2:]
         grid = patch_grid(latent, self.patch_size)
@@ -170,7 +170,7 @@ class UniDiffuser(nn.Module):
         n_text: Tensor,
         data_type: int | Tensor,
     ) -> Tensor:
-        """All tokens in their order, without positions."""
+        """Return all tokens in order, without positions."""
         dtype = self.pos_embed.dtype
         tokens = [
             timestep_embedding(n_image, self.dim).to(dtype),
@@ -192,7 +192,7 @@ class UniDiffuser(nn.Module):
         return token
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embedding of all tokens; that of the data type lies beside the others."""
+        """Return the position embedding of all tokens; the data type's is a separate parameter."""
         num_prefix = NUM_TIME_TOKENS + self.num_text_tokens + NUM_CLIP_TOKENS
         side = self.latent_size // self.patch_size
         positions_1LD = positions_at(self.pos_embed, num_prefix, side, grid)

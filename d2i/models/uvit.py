@@ -1,7 +1,7 @@
-"""U-ViT, the text-to-image transformer with long skips, at its published key names.
+"""U-ViT, the text-to-image transformer with long skips, under its published key names.
 
 Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models" (2023). Tokens are
-[time, text, patches]. Shape letters as in `blocks`. Knows no file and no preset.
+[time, text, patches]. Shape letters as in `blocks`. Knows no files and no presets.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_TIME_TOKENS = 1
 
 
 class UViTBlock(nn.Module):
-    """Pre-LN transformer block; one with a skip first folds the skip into its input."""
+    """Pre-LN transformer block; with a skip, it first merges the skip into its input."""
 
     def __init__(self, dim: int, num_heads: int, *, has_skip: bool) -> None:
         """Build the block."""
@@ -66,14 +66,14 @@ class UViT(nn.Module):
         """Build the network with the published initialisation.
 
         Args:
-            latent_size: latent height and width the positions belong to, in latent pixels.
+            latent_size: latent height and width that the positions belong to, in latent pixels.
             patch_size: edge of a patch in latent pixels.
             dim: features of one token.
             depth: blocks, counted as published: depth // 2 in, one mid, depth // 2 out.
             num_heads: attention heads.
             text_dim: features of one text token.
             num_text_tokens: text tokens.
-            latent_scale: factor from raw VAE latents to what the network sees; no weight.
+            latent_scale: factor from raw VAE latents to the network's inputs; not a weight.
             gradient_checkpointing: recompute each block in the backward pass.
         """
         super().__init__()
@@ -115,7 +115,7 @@ class UViT(nn.Module):
             (B, 4, h, w) predicted noise, in the dtype of the weights (or autocast's).
 
         Raises:
-            ConfigError: If h or w is no multiple of the patch size.
+            ConfigError: If h or w is not a multiple of the patch size.
         """
         dtype = self.pos_embed.dtype
         height, width = latent.shape[-2:]

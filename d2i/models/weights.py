@@ -1,7 +1,7 @@
-"""Network weights in and out: every published file form in, one safe file form out.
+"""Reading and writing of network weights: reads every published format, writes a safe one.
 
 Reads safetensors, flat `.pth` state dicts and `{step}.ckpt/` directories, also in diffusers'
-layout; writes safetensors, or a flat `.pth` for other programs. Nothing is ever unpickled as code.
+layout; writes safetensors, or a flat `.pth` for other programs. Pickled code is never run.
 Imports no network class and no preset.
 """
 
@@ -34,37 +34,37 @@ DIRECTORY_FILES = (
     "diffusion_pytorch_model.bin",
 )
 PARALLEL_PREFIX, COMPILED = "module.", "_orig_mod."
-"""What wrappers of torch put before a network's keys: DistributedDataParallel, and compile."""
+"""Prefixes that torch's wrappers add to a network's keys: DistributedDataParallel and compile."""
 NUM_LISTED = 3
 _FETCH_AGAIN = "copy it again from where it came, or delete it and repeat what wrote it"
 
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
-    """Load published weights into a network; all of them, or none.
+    """Load published weights into a network, all or none.
 
     A network built on the `meta` device gets its tensors from the file; any other keeps its
     device and dtype.
 
     Args:
-        network: the network to fill, as `build_backbone` returns it.
-        path: a `.safetensors` file, a flat `.pth` state dict, a model folder, or a
-            `{step}.ckpt/` directory, of which `nnet_ema.pth` is preferred. Keys may carry the
-            prefix `module.`, and `_orig_mod.`, or be those of diffusers' UniDiffuser.
+        network: the network to load into, as `build_backbone` returns it.
+        path: a `.safetensors` file, a flat `.pth` state dict, a model directory, or
+            a `{step}.ckpt/` directory, where `nnet_ema.pth` is preferred. Keys may have the
+            prefixes `module.` and `_orig_mod.`, or be those of diffusers' UniDiffuser.
 
     Returns:
         The same network.
 
     Raises:
-        CheckpointError: the file cannot be read, or its keys or shapes are not the network's.
+        CheckpointError: the file cannot be read, or its keys or shapes do not match the network's.
     """
     return fill_network(network, read_published(path), path)
 
 
 def fill_network(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
-    """Load tensors by name into a network, as `load_weights`; `path` says where they are from.
+    """Load tensors by name into a network, as `load_weights`; error messages name `path`.
 
     Raises:
-        CheckpointError: their keys or shapes are not the network's.
+        CheckpointError: their keys or shapes do not match the network's.
     """
     check_fits(network, state, path)
     check_numbers(state, path)
@@ -74,10 +74,10 @@ def fill_network(network: nn.Module, state: Mapping[str, Tensor], path: str | Pa
 
 
 def check_fits(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Compare every key and shape with a network's.
+    """Check that every key and shape matches a network's, and every tensor is dense floats.
 
     Raises:
-        CheckpointError: some differ; it lists them, and says what the tensors are.
+        CheckpointError: some do not; the message lists them, and what the tensors look like.
     """
     problems = _mismatches(network.state_dict(), state)
     if problems:
@@ -90,10 +90,10 @@ def check_fits(network: nn.Module, state: Mapping[str, Tensor], path: str | Path
 
 
 def check_numbers(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Make sure that all weights are numbers: one that is none makes every picture black.
+    """Check that all weights are finite: a single NaN makes every image black.
 
     Raises:
-        CheckpointError: some are NaN or infinite; it names the first tensor.
+        CheckpointError: some are NaN or infinite; the message names the first tensor.
     """
     counts = {key: num_not_finite(tensor) for key, tensor in state.items()}
     if any(counts.values()):
@@ -106,32 +106,32 @@ def check_numbers(state: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def num_not_finite(tensor: Tensor) -> int:
-    """Count what is NaN or infinite in a tensor; nothing is, where it holds no floats."""
+    """Count the NaN and infinite values of a tensor; 0 if it does not hold dense floats."""
     if not is_dense_floats(tensor):
         return 0
-    # torch tests no floats of 8 bits.
+    # torch's isfinite does not take 8-bit floats.
     values = tensor.float() if tensor.element_size() == 1 else tensor
     return int((~torch.isfinite(values)).sum())
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
-    """Read as `read_state_dict`, keys of diffusers' UniDiffuser renamed to the published ones."""
+    """Read as `read_state_dict`, with diffusers' UniDiffuser keys renamed to the published ones."""
     state = read_state_dict(path)
     return from_diffusers(state) if is_diffusers(state) else state
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a file of tensors by name, on the CPU, without running any code of it.
+    """Read a file of tensors by name, on the CPU, without running any code in it.
 
     Args:
         path: as for `load_weights`.
 
     Returns:
-        Tensors by key, without `module.` and `_orig_mod.`; memory-mapped where the form allows it.
+        Tensors by key, without `module.` and `_orig_mod.`; memory-mapped if the format allows it.
 
     Raises:
-        CheckpointError: missing, truncated, not of the sha256 beside it, a Git LFS pointer or a web
-            page, not a state dict, or a pickle that holds more than tensors.
+        CheckpointError: missing, truncated, different from the sha256 beside it, a Git LFS pointer
+            or a web page, not a state dict, or a pickle that holds more than tensors.
     """
     file = weights_file(path)
     head = _head(file)
@@ -151,13 +151,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except CheckpointError:
         raise
     except Exception as error:
-        # torch and safetensors raise a dozen classes for a broken file; the user needs one line.
+        # torch and safetensors raise a dozen classes for a corrupt file; the user needs one line.
         raise CheckpointError(_unreadable(file, error)) from error
     return _flat_tensors(file, content)
 
 
 def read_described(path: str | Path) -> dict[str, str]:
-    """Return what a safetensors file says beside its tensors; nothing for any other form."""
+    """Return the metadata of a safetensors file; empty for any other format."""
     file = weights_file(path)
     try:
         with safetensors.safe_open(file, "pt") as opened:
@@ -171,14 +171,14 @@ def save_weights(
     path: str | Path,
     described: Mapping[str, str] | None = None,
 ) -> None:
-    """Write weights as safetensors under their published keys; complete, or not at all.
+    """Publish weights atomically as safetensors, under their published keys.
 
-    Their sha256 lies beside them, and is compared when they are read.
+    Their sha256 is written beside them and checked when they are read.
 
     Args:
         network_or_state: a network, or tensors by key.
-        path: the file to write, a path or a URL; its directory is made.
-        described: what the file is to say beside the tensors (`read_described`).
+        path: the file to write, a path or a URL; its directory is created.
+        described: further metadata of the file (see `read_described`).
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -197,7 +197,7 @@ def save_weights(
 
 
 def _sort_described(file: Path) -> None:
-    """Sort what a safetensors file says of itself: the library writes a hash map's order."""
+    """Sort the metadata of a safetensors file: the library writes it in hash map order."""
     with file.open("r+b") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
@@ -208,7 +208,7 @@ def _sort_described(file: Path) -> None:
 
 
 def save_torch(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a flat state dict as the published programs read it; as `save_weights`.
+    """Publish a flat `.pth` state dict, as the published programs read it; see `save_weights`.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -221,23 +221,23 @@ def _write(path: str | Path, write: Callable[[Path], None]) -> None:
         with checksums.new_file(str(path)) as scratch:
             write(scratch)
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        # torch and safetensors wrap what the system says.
+        # torch and safetensors wrap the system's message.
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0][:160]
         raise CheckpointError(f"cannot write {path}: {reason}; check the path") from error
 
 
 def _describe(network: nn.Module) -> dict[str, str]:
-    """What a reader of the file must know beside the tensors."""
+    """Return the metadata that a reader of the file needs."""
     scale = getattr(network, "latent_scale", None)
     described = {"arch": type(network).__name__.lower(), "n_convention": "n in 1..1000"}
     return described if scale is None else described | {"latent_scale": repr(float(scale))}
 
 
 def weights_file(path: str | Path) -> Path:
-    """Return the file that is read: the path itself, or the preferred file of a folder.
+    """Return the file to read: the path itself, or the preferred file of a directory.
 
     Raises:
-        CheckpointError: If a folder holds none.
+        CheckpointError: If a directory holds none.
     """
     path = Path(path)
     if not path.is_dir():
@@ -301,7 +301,7 @@ def _flat_tensors(file: Path, content: object) -> dict[str, Tensor]:
 
 
 def _unwrapped(key: str) -> str:
-    """Return a key as the network itself has it, whatever wrapped it or its parts in turn."""
+    """Strip the prefixes of torch's wrappers from a key, however they are nested."""
     key = key.replace(COMPILED, "")
     while key.startswith(PARALLEL_PREFIX):
         key = key.removeprefix(PARALLEL_PREFIX)
@@ -309,7 +309,7 @@ def _unwrapped(key: str) -> str:
 
 
 def _has_numbers(value: object) -> bool:
-    """Whether it is a tensor with a number in the file for each of its own."""
+    """Return whether a value is a tensor whose storage is large enough for all its elements."""
     if not isinstance(value, Tensor) or value.is_meta:
         return False
     return value.nbytes <= value.untyped_storage().nbytes()
@@ -321,7 +321,7 @@ def _kind(value: object) -> str:
 
 
 def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """One phrase for each way in which the keys or shapes differ."""
+    """Return one phrase for each way in which keys, shapes or dtypes differ."""
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     misshaped = [
@@ -344,7 +344,7 @@ def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
 
 
 def is_dense_floats(tensor: Tensor) -> bool:
-    """Say whether a tensor is one of plain floats, as all weights are."""
+    """Return whether a tensor is dense and floating-point, as all weights are."""
     return tensor.is_floating_point() and tensor.layout == torch.strided
 
 

@@ -30,12 +30,12 @@ _POOL_SEED = 100
 _NUM_CODEC_STEPS = 2000
 _NUM_CLIP_STEPS = 900
 _NUM_READING_STEPS = 600
-# The text tower as it was when it knew captions alone, which the backbone learns from.
+# The text tower trained on captions only, which the backbone is trained with.
 _CAPTIONS_TOWER = "clip_captions"
 
 
 def main() -> None:
-    """Make whatever part is missing in `--out`."""
+    """Make every part that is missing in `--out`."""
     out, num_threads = _arguments()
     torch.set_num_threads(num_threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -58,14 +58,14 @@ def make_codec(out: Path) -> None:
 
 
 def clip_captions() -> Texts:
-    """What the text tower reads: 16 captions of every scene that is open to training."""
+    """Return the text tower's captions: 16 of every scene that is open to training."""
     return caption_windows(split_scenes()[0] * 16, _TEXT_SEED)
 
 
 def make_clip(out: Path) -> None:
     """Train the CLIP pair on captions and write `clip_captions/` and `clip_image/`.
 
-    Its vocabulary has the words of dialogs too, untrained so far.
+    Its vocabulary includes the words of dialogs, which are not trained yet.
     """
     torch.manual_seed(_SEED)
     texts = clip_captions()
@@ -77,8 +77,8 @@ def make_clip(out: Path) -> None:
 
 
 def make_backbone(out: Path) -> None:
-    """Train the backbone on captions, conditioned on the written CLIP, and write `backbone/`."""
-    # diffusers carries no types.
+    """Train the backbone on captions, conditioned on the saved CLIP, and write `backbone/`."""
+    # diffusers has no type annotations.
     autoencoder: Any = AutoencoderKL
     codec = autoencoder.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
     clip = load_clip(out / _CAPTIONS_TOWER, out / "clip_image")
@@ -91,7 +91,7 @@ def make_backbone(out: Path) -> None:
 
 
 def make_text(out: Path) -> None:
-    """Teach the text tower dialogs about scenes that are open to training; write `clip_text/`."""
+    """Train the text tower on dialogs about scenes open to training, and write `clip_text/`."""
     torch.manual_seed(_SEED)
     pair = load_clip(out / _CAPTIONS_TOWER, out / "clip_image")
     scenes, _ = split_scenes()
@@ -101,7 +101,7 @@ def make_text(out: Path) -> None:
 
 
 def reading_dialogs() -> Texts:
-    """What the text tower learns to read: 14 dialogs about every scene open to training."""
+    """Return the text tower's dialogs: 14 about every scene that is open to training."""
     return dialog_windows(split_scenes()[0] * 14, _READING_SEED)
 
 

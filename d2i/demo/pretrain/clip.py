@@ -1,8 +1,8 @@
-"""The demo's CLIP pair: two small towers, trained contrastively with attribute labels beside it.
+"""The demo's CLIP pair: two small towers, trained contrastively and on attribute labels.
 
 The text tower reads captions here, and dialogs later (`reading`). The labels (an auxiliary task,
-named in the model card) make a few minutes of training enough. Its last hidden state is what the
-backbone is conditioned on.
+named in the model card) make a few minutes of training enough. The text tower's last hidden state
+conditions the backbone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from d2i.tokenize import END_ID, START_ID
 
 _WIDTH = 64
 _BATCH = 128
-# OpenAI CLIP's pixel statistics, those of the toolkit's CLIP image encoder.
+# OpenAI CLIP's pixel statistics, as in d2i's CLIP image encoder.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -44,22 +44,22 @@ class ClipPair:
     clip_ids: list[int]
 
     def hidden(self, windows_NT: Tensor) -> Tensor:
-        """Last hidden state of windows of true CLIP ids, without a mask: (N, 77, 64)."""
+        """Return the last hidden state of windows of true CLIP ids, without a mask: (N, 77, 64)."""
         rows = to_rows(windows_NT, self.clip_ids)
         state: Tensor = self.text(rows).last_hidden_state
         return state
 
 
 class Readers(nn.Module):
-    """Linear readers of the six attributes from a feature: the auxiliary task."""
+    """Linear classifiers of the six attributes on a feature: the auxiliary task."""
 
     def __init__(self) -> None:
-        """Build one reader an attribute."""
+        """Build one classifier per attribute."""
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(_WIDTH, len(v)) for v in ATTRIBUTES.values())
 
     def loss(self, feature_BD: Tensor, labels_BA: Tensor) -> Tensor:
-        """Mean cross entropy over the attributes."""
+        """Return the mean cross entropy over the attributes."""
         losses = [
             functional.cross_entropy(head(feature_BD), labels_BA[:, index])
             for index, head in enumerate(self.heads)
@@ -67,7 +67,7 @@ class Readers(nn.Module):
         return torch.stack(losses).mean()
 
     def accuracy(self, feature_BD: Tensor, labels_BA: Tensor) -> list[float]:
-        """Share read right, by attribute."""
+        """Return the share read correctly, in the order of `ATTRIBUTES`."""
         return [
             float((head(feature_BD).argmax(1) == labels_BA[:, index]).float().mean())
             for index, head in enumerate(self.heads)
@@ -75,7 +75,7 @@ class Readers(nn.Module):
 
 
 def build_clip(clip_ids: list[int]) -> ClipPair:
-    """Two untrained towers for a vocabulary."""
+    """Build two untrained towers for a vocabulary."""
     sizes: dict[str, Any] = {
         "hidden_size": _WIDTH,
         "intermediate_size": 4 * _WIDTH,
@@ -103,7 +103,7 @@ def build_clip(clip_ids: list[int]) -> ClipPair:
 def train_clip(
     pair: ClipPair, texts: Texts, images: ImageBatch, num_steps: int, seed: int
 ) -> Readers:
-    """Train both towers in place; returns the readers that were trained along on the text."""
+    """Train both towers in place; return the readers trained with them on the text."""
     generator = torch.Generator().manual_seed(seed)
     readers, image_readers = Readers(), Readers()
     log_scale = nn.Parameter(torch.tensor(2.3))
@@ -132,13 +132,13 @@ def train_clip(
 
 
 def pooled_end(hidden_BTD: Tensor, rows_BT: Tensor, end_row: int) -> Tensor:
-    """The state at the first end token: (B, D)."""
+    """Return the state at the first end token: (B, D)."""
     first = (rows_BT == end_row).int().argmax(1)
     return hidden_BTD[torch.arange(len(first)), first]
 
 
 def normalise(pixels_BCHW: Tensor) -> Tensor:
-    """Pixels in -1..1 as the image tower wants them."""
+    """Normalise pixels in -1..1 for the image tower."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
     return ((pixels_BCHW + 1) / 2 - mean) / std
 
@@ -161,7 +161,7 @@ def save_image(pair: ClipPair, folder: Path) -> None:
 
 
 def load_clip(text_folder: Path, image_folder: Path) -> ClipPair:
-    """Read what `save_text` and `save_image` wrote, in float32."""
+    """Load in float32 the towers that `save_text` and `save_image` wrote."""
     text = CLIPTextModelWithProjection.from_pretrained(text_folder, dtype=torch.float32)
     image = CLIPVisionModelWithProjection.from_pretrained(image_folder, dtype=torch.float32)
     clip_ids = json.loads((text_folder / "clip_ids.json").read_text())
@@ -169,7 +169,7 @@ def load_clip(text_folder: Path, image_folder: Path) -> ClipPair:
 
 
 def _images_of(texts: Texts, images: ImageBatch) -> Tensor:
-    """For each text the indices of its scene's renderings: int64 (N, jitters)."""
+    """Return for each text the indices of its scene's renderings: int64 (N, jitters)."""
     by_scene: dict[object, list[int]] = {}
     for index, scene in enumerate(images.scenes):
         by_scene.setdefault(scene, []).append(index)
@@ -185,7 +185,7 @@ def _pair_loss(
     image_readers: Readers,
     log_scale: Tensor,
 ) -> Tensor:
-    """Symmetric contrastive loss (pairs of one scene are no negatives) plus both label tasks."""
+    """Return symmetric contrastive loss (same scene: no negative pair) plus both label losses."""
     said, shown = pair.text(rows_BT), pair.image(pixels_BCHW)
     text_BD = functional.normalize(said.text_embeds, dim=1)
     image_BD = functional.normalize(shown.image_embeds, dim=1)

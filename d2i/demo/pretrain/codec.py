@@ -1,7 +1,7 @@
-"""The demo's codec: a small `AutoencoderKL` that keeps what the judge reads.
+"""The demo's codec: a small `AutoencoderKL` that preserves what the judge reads.
 
-Factor 4, so a 64x64 px picture has latents of (4, 16, 16). Edges are weighted in the loss, as
-shapes are the first thing that a small codec loses.
+Downsampling factor 4, so a 64x64 px image has latents of (4, 16, 16). The loss weights edges more,
+as shapes are the first thing that a small codec loses.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from d2i.demo.pretrain.images import ImageBatch
 _BATCH = 16
 _KL_WEIGHT = 1e-6
 _EDGE_WEIGHT = 4.0
-# Noise on the latents, in units of their standard deviation: a network's latents are never exact.
+# Noise on the latents, in units of their standard deviation: generated latents are never exact.
 _LATENT_NOISE = 0.1
 
 
 def build_codec() -> Any:
-    """An untrained codec whose encoder starts out nearly noiseless."""
+    """Build an untrained codec whose encoder starts out nearly noiseless."""
     codec: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -65,14 +65,14 @@ def train_codec(codec: Any, images: ImageBatch, num_steps: int, seed: int) -> No
 
 
 def learning_rate(step: int, num_steps: int, warm_up: int = 50) -> float:
-    """Linear warm-up, then a half cosine to 0, as a factor of the peak."""
+    """Return the factor of the peak rate: linear warm-up, then a half cosine to 0."""
     if step < warm_up:
         return (step + 1) / warm_up
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm_up) / (num_steps - warm_up))))
 
 
 def codec_loss(codec: Any, pixels_BCHW: Tensor, *, noisy: bool) -> Tensor:
-    """Edge-weighted absolute and squared error, plus a trace of KL."""
+    """Return the edge-weighted absolute plus squared error, plus a small KL term."""
     posterior = codec.encode(pixels_BCHW).latent_dist
     latent_BCHW = posterior.sample()
     if noisy:
@@ -86,7 +86,7 @@ def codec_loss(codec: Any, pixels_BCHW: Tensor, *, noisy: bool) -> Tensor:
 
 
 def edges(pixels_BCHW: Tensor) -> Tensor:
-    """How much a pixel differs from its right and lower neighbour: (B, 1, H, W), 0 to about 2."""
+    """Return each pixel's difference from its right and lower neighbour: (B, 1, H, W), 0..~2."""
     right = functional.pad(pixels_BCHW.diff(dim=3), (0, 1, 0, 0)).abs()
     lower = functional.pad(pixels_BCHW.diff(dim=2), (0, 0, 0, 1)).abs()
     return functional.max_pool2d((right + lower).mean(1, keepdim=True), 3, 1, 1)
@@ -94,13 +94,13 @@ def edges(pixels_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_means(codec: Any, images: ImageBatch, batch: int = 128) -> Tensor:
-    """Unscaled latent means of all pictures: float32 (N, 4, 16, 16)."""
+    """Return the unscaled latent means of all images: float32 (N, 4, 16, 16)."""
     parts = torch.arange(len(images.scenes)).split(batch)
     return torch.cat([codec.encode(images.batch(part)).latent_dist.mean for part in parts])
 
 
 def measure_latent_scale(codec: Any, images: ImageBatch) -> float:
-    """One over the standard deviation of the latents of 512 pictures."""
+    """Return one over the standard deviation of the latents of 512 images."""
     some = ImageBatch(images.scenes[:512], images.pixels_NCHW[:512])
     return round(1 / float(encode_means(codec, some).std()), 5)
 
@@ -112,7 +112,7 @@ def save_codec(codec: Any, folder: Path) -> None:
 
 
 def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write a folder, which appears complete, or not at all."""
+    """Let `save` write a directory, which appears complete or not at all."""
     scratch = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

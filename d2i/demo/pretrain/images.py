@@ -1,6 +1,6 @@
-"""The pictures that every part trains on: scenes open to training, rendered and held in memory.
+"""Training images of all parts: scenes open to training, rendered and held in memory.
 
-Owns the render cache; knows no network.
+Knows no network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ImageBatch:
     pixels_NCHW: torch.Tensor
 
     def batch(self, indices: torch.Tensor) -> torch.Tensor:
-        """The pictures at `indices` as float32 in -1..1."""
+        """Return the images at `indices` as float32 in -1..1."""
         return self.pixels_NCHW[indices].float().div_(127.5).sub_(1)
 
 
@@ -33,6 +33,6 @@ def render(num_jitters: int, first_jitter: int = 0) -> ImageBatch:
 
 
 def render_scenes(scenes: list[Scene], first_jitter: int = 0) -> ImageBatch:
-    """Render each listed scene once, picture i with jitter `first_jitter + i`."""
+    """Render each listed scene once, image i with jitter `first_jitter + i`."""
     pixels = np.stack([np.asarray(render_scene(s, first_jitter + i)) for i, s in enumerate(scenes)])
     return ImageBatch(scenes, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())

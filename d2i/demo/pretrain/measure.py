@@ -1,8 +1,8 @@
-"""Measures the shipped models by the judge: `python -m d2i.demo.pretrain.measure`.
+"""Evaluation of the shipped models by the judge: `python -m d2i.demo.pretrain.measure`.
 
-Prints the figures of the model card as JSON lines: what the codec keeps, and what the backbone
-draws from captions and, not fine-tuned, from dialogs. Everything on held-out scenes, through the
-very classes that every stage of d2i uses.
+Prints the numbers of the model card as JSON lines: attribute accuracy of the codec, and of the
+backbone on captions and, without fine-tuning, on dialogs. All on held-out scenes, with the same
+classes that every stage of d2i uses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _JITTER = 10_000
 
 
 def main() -> None:
-    """Measure codec and backbone of a folder of models, by default the shipped one."""
+    """Measure codec and backbone of a directory of models, by default the shipped one."""
     models, num_scenes = _arguments()
     torch.set_num_threads(2)
     vae = Vae(str(models / "vae"), "kl")
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def reconstruct(vae: Vae, scenes: list[Scene]) -> NDArray[np.uint8]:
-    """What the codec makes of the scenes' pictures: uint8 (N, 64, 64, 3)."""
+    """Return the codec's reconstructions of the scenes' images: uint8 (N, 64, 64, 3)."""
     pixels = render_scenes(scenes, _JITTER).pixels_NCHW.permute(0, 2, 3, 1).numpy()
     batch_size = load_recipe("demo").encoders.compute_batch_size
     means = vae.encode(pixels, batch_size)[:, :4]
@@ -54,7 +54,7 @@ def reconstruct(vae: Vae, scenes: list[Scene]) -> NDArray[np.uint8]:
 
 
 def generate(models: Path, vae: Vae, texts: Texts) -> NDArray[np.uint8]:
-    """What the backbone draws for texts, by the demo recipe's settings: uint8 (N, 64, 64, 3)."""
+    """Generate images for texts with the demo recipe's settings: uint8 (N, 64, 64, 3)."""
     recipe = load_recipe("demo")
     clip_text = ClipText(str(models / "clip_text"))
     windows = [window(encode(""))[None], texts.windows_NT.numpy().astype(np.uint16)]

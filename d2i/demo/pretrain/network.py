@@ -1,8 +1,8 @@
-"""The demo's backbone: a small U-ViT that learns to draw from one-sentence captions.
+"""The demo's backbone: a small U-ViT trained to generate images from one-sentence captions.
 
-It never sees a dialog: understanding conversations is what fine-tuning is there to teach. Most of a
-77-token window is padding after a caption, so most steps run on the first tokens alone, 2.6 times
-as fast; the last steps run on whole windows, as everything after does.
+It never sees a dialog: understanding dialogs is left to fine-tuning. Most of a caption's 77-token
+window is padding, so most steps run on the first tokens only, 2.6 times as fast; the last steps run
+on whole windows, as everything after does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CHECKPOINT_S = 60.0
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the training: how much of a window it reads, and how its learning rate goes."""
+    """A training phase: the number of text tokens that it reads, and its learning rate schedule."""
 
     name: str
     num_text_tokens: int
@@ -46,7 +46,7 @@ class Phase:
     is_last: bool
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up to the peak; the last phase then falls in a line to 0."""
+        """Return the rate: linear warm-up to the peak; in the last phase, linear decay to 0."""
         if step < self.num_warmup_steps:
             return _PEAK_LR * (step + 1) / self.num_warmup_steps
         if not self.is_last:
@@ -62,12 +62,12 @@ PHASES = (
 
 @dataclass(frozen=True)
 class Pool:
-    """What the backbone trains on.
+    """The training data of the backbone.
 
     Args:
         latents: float32 (N, 4, 16, 16), unscaled.
-        windows: int64 (C, N, 77): C captions a picture, as true CLIP ids.
-        clip: reads the windows.
+        windows: int64 (C, N, 77): C captions per image, as true CLIP ids.
+        clip: encodes the windows.
     """
 
     latents: Tensor
@@ -76,7 +76,7 @@ class Pool:
 
 
 def backbone_config(latent_scale: float) -> BackboneConfig:
-    """The sizes of the demo's U-ViT."""
+    """Return the sizes of the demo's U-ViT."""
     return BackboneConfig(
         name="uvit-s",
         latent_scale=latent_scale,
@@ -91,13 +91,13 @@ def backbone_config(latent_scale: float) -> BackboneConfig:
 
 
 def build_pool(codec: Any, clip: ClipPair, images: ImageBatch, seed: int) -> Pool:
-    """Encode every picture, and write some captions of each."""
+    """Encode every image, and make 16 captions of each."""
     captions = [caption_windows(images.scenes, seed + i).windows_NT for i in range(_NUM_CAPTIONS)]
     return Pool(encode_means(codec, images), torch.stack(captions), clip)
 
 
 def train_network(config: BackboneConfig, pool: Pool, seed: int, folder: Path) -> dict[str, Tensor]:
-    """Train phase by phase, continuing from `folder` where an earlier call was cut off.
+    """Train phase by phase, resuming from `folder` where an earlier call was interrupted.
 
     Returns:
         The weights, by published key. The learning rate ends at 0, so they need no averaging.
@@ -113,7 +113,7 @@ def train_network(config: BackboneConfig, pool: Pool, seed: int, folder: Path) -
 
 
 def widen_text(weights: dict[str, Tensor], num_text_tokens: int) -> dict[str, Tensor]:
-    """The weights for longer windows: the last text position stands for all that are added.
+    """Return the weights for longer windows: the last text position is repeated for added ones.
 
     Args:
         weights: of a network of `NUM_CAPTION_TOKENS` text tokens; `pos_embed` is (1, L, D), its
@@ -128,14 +128,14 @@ def widen_text(weights: dict[str, Tensor], num_text_tokens: int) -> dict[str, Te
 
 
 def save_network(weights: dict[str, Tensor], config: BackboneConfig, folder: Path) -> None:
-    """Write the model folder: float16 safetensors under published keys, and the sizes."""
+    """Write the model directory: float16 safetensors under published keys, and the sizes."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights({k: v.half() for k, v in weights.items()}, folder / "model.safetensors")
     write_config(folder, config)
 
 
 def _build(config: BackboneConfig, num_text_tokens: int, seed: int) -> nn.Module:
-    """The network, its linear layers at the scale of their inputs.
+    """Build the network, with linear layers initialised at std 1 / sqrt(inputs).
 
     The published initialisation (0.02) is meant for widths of 512 and more and learns more slowly
     at 128.
@@ -191,11 +191,11 @@ def _loss(
     empty = torch.from_numpy(window(encode("")).astype("int64"))
     windows[torch.rand(_BATCH, generator=generator) < _DROPOUT] = empty
     with torch.no_grad():
-        # The text tower looks back only, so what follows does not change the first states.
+        # The text tower is causal, so later tokens do not change the first states.
         text = pool.clip.hidden(windows[:, :num_text_tokens])
     latent = scale * pool.latents[chosen]
     noise = torch.randn(latent.shape, generator=generator)
-    # What a picture shows is decided at high noise: times are drawn with density rising in n.
+    # High noise decides what an image shows, so times are drawn with a density that rises in n.
     n = (torch.rand(_BATCH, generator=generator).sqrt() * 1000).ceil().clamp(1, 1000).long()
     return uvit_loss(network, latent, text, n, noise).mean()
 

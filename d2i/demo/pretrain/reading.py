@@ -1,7 +1,7 @@
-"""Teaches the text tower to hold what conversations say, as the real CLIP has read the web's.
+"""Training of the text tower on dialogs, as the real CLIP has seen conversations on the web.
 
-What the tower makes of captions stays as it was, so the backbone that learned from them still draws
-them. What it makes of a dialog is new to the backbone, which fine-tuning has to teach.
+The tower's states of captions stay the same, so the backbone trained on them still generates images
+from captions. Its states of dialogs are new to the backbone, and left to fine-tuning.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from d2i.demo.pretrain.texts import Texts, labels, to_rows
 _NUM_CAPTIONS = 64
 _NUM_DIALOGS = 128
 _PEAK_LR = 2e-3
-# Of the squared change of a caption's states against the mean cross entropy of the labels.
+# Weight of the squared change of caption states, against the labels' mean cross entropy.
 _KEEP_WEIGHT = 30.0
 
 
 def teach_dialogs(pair: ClipPair, captions: Texts, dialogs: Texts, num_steps: int) -> None:
-    """Train the text tower in place: readers of its own tell each dialog's attributes.
+    """Train the text tower in place, with new readers that predict each dialog's attributes.
 
     Args:
-        pair: a trained pair; its image tower is not touched.
-        captions: whose last hidden states are to stay.
-        dialogs: what is to be read, at the first end token.
+        pair: a trained pair; its image tower is not changed.
+        captions: texts whose last hidden states should not change.
+        dialogs: texts whose attributes are read at the first end token.
         num_steps: optimizer steps; the learning rate ends at 0.
     """
     before, readers = copy.deepcopy(pair.text).eval(), Readers()

@@ -1,7 +1,7 @@
-"""The sentences that CLIP and the backbone train on, as token windows of a compact vocabulary.
+"""Training texts of CLIP and the backbone, as token windows, and their compact vocabulary.
 
-Owns the vocabulary: row i of the embedding stands for the true CLIP id `clip_ids[i]`, and row 0 for
-every id that the made world never says.
+Row i of the embedding stands for the true CLIP id `clip_ids[i]`, and row 0 for every id that the
+made world never uses.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Texts:
 
 
 def caption_windows(scenes: Sequence[Scene], seed: int) -> Texts:
-    """One caption for each listed scene."""
+    """Return one caption for each listed scene."""
     rng = random.Random(f"{seed} captions")
     return _texts([(caption(scene, rng), scene) for scene in scenes])
 
 
 def dialog_windows(scenes: Sequence[Scene], seed: int) -> Texts:
-    """One dialog about each listed scene; some go on to a second scene, and give two contexts."""
+    """Return one dialog about each listed scene; one with a second scene gives two contexts."""
     rng = random.Random(f"{seed} dialogs")
     found = []
     for scene in scenes:
@@ -48,7 +48,7 @@ def dialog_windows(scenes: Sequence[Scene], seed: int) -> Texts:
 
 
 def join(*parts: Texts) -> Texts:
-    """All texts of several collections, in order."""
+    """Return all texts of several collections, in order."""
     return Texts(
         torch.cat([part.windows_NT for part in parts]),
         [scene for part in parts for scene in part.scenes],
@@ -56,19 +56,19 @@ def join(*parts: Texts) -> Texts:
 
 
 def vocabulary(texts: Texts) -> list[int]:
-    """`clip_ids`: 0 for the row of any other id, then every id that occurs, ascending."""
+    """Return `clip_ids`: 0 for the row of any other id, then every id that occurs, ascending."""
     return [0, *(i for i in torch.unique(texts.windows_NT).tolist() if i)]
 
 
 def to_rows(windows_NT: torch.Tensor, clip_ids: Sequence[int]) -> torch.Tensor:
-    """True CLIP ids as rows of the compact vocabulary."""
+    """Convert true CLIP ids to rows of the compact vocabulary."""
     rows = torch.zeros(_NUM_CLIP_IDS, dtype=torch.int64)
     rows[torch.tensor(clip_ids[1:])] = torch.arange(1, len(clip_ids))
     return rows[windows_NT]
 
 
 def labels(scenes: Sequence[Scene]) -> torch.Tensor:
-    """Attribute values as indices, int64 (N, 6), in the order of `ATTRIBUTES`."""
+    """Return attribute values as indices, int64 (N, 6), in the order of `ATTRIBUTES`."""
     return torch.tensor(
         [[values.index(getattr(s, name)) for name, values in ATTRIBUTES.items()] for s in scenes]
     )
