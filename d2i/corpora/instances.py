@@ -36,8 +36,8 @@ class InstanceOptions:
     """Keep every occurrence of an image within the split, or only the first. By default every one,
     but only the first in MMDialog's valid and test, which matches the paper's counts."""
     earlier_images: str = ""
-    """Text that stands in the context for each image shared before this one (or, with `first`, in
-    a later turn), such as `[photo]`; empty as in the paper, which reads text only."""
+    """Text inserted into the context for each image shared before this one (or, with `first`, in a
+    later turn), such as `[photo]`; empty as in the paper, which reads text only."""
     emoji: Literal["keep", "unicode", "drop"] = "keep"
     """Keep `:raising_hands:`, replace it with the character, or drop it."""
 

@@ -17,12 +17,12 @@ CHUNK_BYTES = 1 << 16
 MAX_RECORD_BYTES = 4 << 20
 """A larger object is skipped. MMDialog's largest take about 125 kB."""
 MAX_RESYNCS = 1000
-"""Limit of resyncs, searches for the next object, in one file that is not JSON lines."""
+"""Limit on resyncs, searches for the next object, in one file that is not JSON lines."""
 _NUM_RESCANNED = 64
-"""Limit of rescanned bytes beyond the file's own, in records of the largest size: seconds of
-work."""
+"""Limit on bytes scanned in vain, beyond those read so far, in records of the largest size: seconds
+of work."""
 _MAX_DEPTH = 1024
-"""Limit of nesting; no record of a corpus is nested deeper."""
+"""Limit on nesting; no record of a corpus is nested deeper."""
 _UNKNOWN_LENGTH = 2048
 """Assumed length of a record in bytes, if none could be read."""
 

@@ -42,7 +42,7 @@ from d2i.corpora.splits import (
 from d2i.dialog import Turn
 
 _ID_DIGITS = 20
-"""Hexadecimal digits of a hash that serves as an id: 80 bits, too many for collisions in any
+"""Hexadecimal digits of a hash that serves as an id: 80 bits, enough to avoid collisions in any
 corpus."""
 
 
