@@ -1,6 +1,7 @@
-"""Dialog corpora as a stream of instances: MMDialog, PhotoChat, a team's own JSON lines.
+"""Dialog corpora as a stream of instances: MMDialog, PhotoChat, and custom JSON lines.
 
-Owns what is read and what is left out, and says so. Fetches no picture. Must not import torch.
+Decides which records are used and reports the others as record issues. Fetches no image. Must not
+import torch.
 """
 
 import dataclasses
@@ -51,21 +52,20 @@ __all__ = [
 ]
 
 MAX_BROKEN, FEW_BROKEN = 0.1, 100
-"""The share of a split's records that may be broken, and a number that may be where no file has
-more broken records than sound ones. More of them, and the files are of another form than the
-reader takes them for."""
+"""Share of a split's records that may be broken, and a number that may be broken anyway if no file
+has more broken records than sound ones. Beyond that, the files are probably in another format."""
 
 MAX_CONTEXT_CHARS = 64 << 20
-"""A dialog is passed over if the contexts of its pictures, laid end to end, could be longer."""
+"""A dialog is skipped if the contexts of its images could add up to more characters."""
 
 MAX_IMAGES = 1024
-"""A dialog with more pictures is passed over."""
+"""A dialog with more images is skipped."""
 
 _TURN_CHARS = 16
-"""What a turn takes beside its text, in characters."""
+"""Overhead of a turn beside its text, in characters."""
 _NAMES_ONLY = InlineImages()
 _log = logging.getLogger(__name__)
-# Reasons that say nothing against the form of a record.
+# Issues that do not make a record count as broken.
 _SOUND: frozenset[Reason] = frozenset(
     {"bad_image_ref", "empty_context", "empty_file", "no_image", "repaired", "unknown_field"}
 )
@@ -78,17 +78,17 @@ class Corpus(Protocol):
     max_record_bytes: ClassVar[int]
 
     def __hash__(self) -> int:
-        """Equal options are one key."""
+        """Hash the options, so that equal ones are the same key."""
         ...
 
     @property
     def image_root(self) -> str | None:
-        """The folder of the pictures, where it is another than the source."""
+        """Directory of the images, if it is not the source."""
         ...
 
     @property
     def descriptions(self) -> str | None:
-        """The file of descriptions for pictures that have none."""
+        """File of descriptions for images that have none."""
         ...
 
     def files(self, source: str, split: str) -> list[str]:
@@ -98,7 +98,7 @@ class Corpus(Protocol):
     def parser(
         self, source: str, split: str, inline: InlineImages
     ) -> Callable[[Any, Flaw], Dialog]:
-        """Return what parses one record of a split; it raises `RecordError`."""
+        """Return the parser of one record of a split; it raises `RecordError`."""
         ...
 
     def instances(self, dialog: Dialog, split: str, flaw: Flaw) -> Iterator[Instance]:
@@ -110,11 +110,11 @@ class Corpus(Protocol):
         ...
 
     def image_id(self, ref: ImageRef) -> str:
-        """Name the picture itself: equal wherever it occurs, in whichever split."""
+        """Return the identity of an image: equal wherever it occurs, in any split."""
         ...
 
     def is_unique(self, split: str) -> bool:
-        """Say whether a picture is kept once a split."""
+        """Return whether an image is kept only once per split."""
         ...
 
 
@@ -131,7 +131,7 @@ _CORPUS_OF_FIELD = {
     **dict.fromkeys(FORMS, "jsonl"),
 }
 RECORD_FIELDS = frozenset(_CORPUS_OF_FIELD)
-"""Of these fields a record has one, which says of which corpus it is."""
+"""A record has one of these fields, which identifies its corpus."""
 
 
 def read_instances(
@@ -146,23 +146,23 @@ def read_instances(
 ) -> Iterator[Instance]:
     """Read the instances of one split, in the order of its files, as a stream.
 
-    Names, options and the split's presence are checked at once; records are read as the iterator
-    is. What is broken is a `RecordIssue`, and ends nothing before the last record was read.
+    Names, options and the split's presence are checked at once; records are read lazily. Broken
+    data becomes a `RecordIssue` and stops nothing before the last record has been read.
 
     Args:
         corpus: `mmdialog`, `photochat` or `jsonl`.
-        source: Path or fsspec URL of the folder the corpus was unpacked to.
+        source: Path or fsspec URL of the directory the corpus was unpacked to.
         split: `train`, `valid` (also `val`, `dev`, `validation`) or `test`.
-        on_problem: Gets every problem; without it they are logged as warnings.
+        on_problem: Called with every record issue; without it they are logged as warnings.
         max_broken: Share of the records, 0 to 1, that may be broken; by default `MAX_BROKEN`,
-            or `FEW_BROKEN` records, and at most half of those of a file.
-        inline: What becomes of pictures that stand in the records; by default each is named.
+            or `FEW_BROKEN` records, and at most half of the records of any file.
+        inline: Handling of images embedded in the records; by default they are only named.
         **options: The fields of the corpus's class in `CORPORA`.
 
     Raises:
         ConfigError: If the corpus, the split or an option is unknown.
         DataError: If the source holds no such split, or a file of it cannot be opened; after the
-            last record, if more of them than `max_broken` were broken.
+            last record, if more than `max_broken` of the records were broken.
     """
     return corpus_instances(
         build_corpus(corpus, options),
@@ -207,14 +207,14 @@ def read_dialogs(
 
     Args:
         corpus: A corpus with its options set, from `build_corpus`.
-        source: Path or fsspec URL of the folder the corpus was unpacked to.
+        source: Path or fsspec URL of the directory the corpus was unpacked to.
         split: `train`, `valid` or `test`.
-        on_problem: Gets every problem; without it they are logged as warnings.
+        on_problem: Called with every record issue; without it they are logged as warnings.
         max_broken: As for `read_instances`.
         inline: As for `read_instances`.
 
     Returns:
-        The dialogs, and what reports a flaw found in the one that was given last.
+        The dialogs, and a callback that reports an issue in the dialog yielded last.
 
     Raises:
         DataError: As `read_instances` does.
@@ -236,14 +236,14 @@ def read_dialogs(
 
 
 def _version(root: str, files: list[str]) -> str:
-    """Return what changes when the files do."""
+    """Return a string that changes when the files do."""
     urls = [storage.join(source_folder(root), path) for path in files]
     return " ".join(storage.version(url) for url in urls)
 
 
 @lru_cache(maxsize=1)
 def _dialog_splits(corpus: Corpus, root: str, version: str) -> DialogSplits:
-    """Read an unsplit file once, to divide its dialogs; their problems are told when it is read."""
+    """Read an unsplit file once to divide its dialogs; issues are reported when a split is read."""
     del version
     split_by = corpus.split_by()
     assert split_by is not None
@@ -303,7 +303,7 @@ def _instances(
 
 
 def _first_occurrences(corpus: Corpus, instances: Iterator[Instance]) -> Iterator[Instance]:
-    seen = CompactHashSet()  # As names may be long.
+    seen = CompactHashSet()  # Names may be long.
     for instance in instances:
         image = hash(corpus.image_id(instance.image_ref))
         if image not in seen:
@@ -313,22 +313,22 @@ def _first_occurrences(corpus: Corpus, instances: Iterator[Instance]) -> Iterato
 
 @dataclasses.dataclass
 class _Count:
-    """How many records of a file or a split were sound, and how many broken."""
+    """Number of sound and of broken records in a file or a split."""
 
     sound: int = 0
     broken: int = 0
 
     @property
     def records(self) -> int:
-        """All of them."""
+        """Number of all records."""
         return self.sound + self.broken
 
 
 class _Reading:
-    """One reading of a split: where it is, what was broken so far, whom to tell.
+    """State of reading one split: the position, the broken records, and where to report issues.
 
-    Of a file that is divided by shares each record is told of in its own split alone, and what is
-    no record in the first one. All is counted in each.
+    In a file divided by shares, issues of a dialog are reported only in its own split, and those
+    of records without a dialog only in the first split. All are counted in every split.
     """
 
     def __init__(self, report: Report, split: str, splits: DialogSplits | None) -> None:
@@ -350,7 +350,7 @@ class _Reading:
         self.held = []
 
     def is_own(self, dialog: Dialog | None) -> bool:
-        """Say whether a record is of this split: its dialog, or None where it has none."""
+        """Return whether a record is of this split; `dialog` is None if it has none."""
         if self.splits is None:
             return True
         return self.split == (
@@ -358,13 +358,13 @@ class _Reading:
         )
 
     def end(self, *, is_own: bool) -> None:
-        """Pass on what was held back until it was known whose record it is."""
+        """Report the issues held back for a record if it is of this split, else drop them."""
         held, self.held = self.held or [], None
         for problem in held if is_own else ():
             self.report(problem)
 
     def problem(self, problem: RecordIssue) -> None:
-        """Count a problem of the file or of the record being read, and pass it on."""
+        """Count an issue of the file or of the record being read, and pass it on."""
         self._count_broken(problem)
         if self.held is not None:
             self.held.append(problem)
@@ -372,17 +372,17 @@ class _Reading:
             self.report(problem)
 
     def flaw(self, reason: Reason, detail: str) -> None:
-        """Report something in the record that is being read, or was read last."""
+        """Report an issue in the record being read, or read last."""
         problem = RecordIssue(reason, self.where, detail)
         if self.held is None:
-            # Of an instance, which only those of this split have.
+            # An issue of an instance: only records of this split have instances.
             self._count_broken(problem)
             self.report(problem)
         else:
             self.problem(problem)
 
     def _count_broken(self, problem: RecordIssue) -> None:
-        """Count a problem if it is the first that stands for a broken record."""
+        """Count a record as broken at its first issue that makes it so."""
         self.gave_up |= problem.reason == "too_many_broken"
         if problem.reason in _SOUND:
             return
@@ -392,11 +392,11 @@ class _Reading:
             self.in_file.broken += problem.num_records
 
     def count_read(self) -> None:
-        """Count the record that is being read, if nothing said that it is broken."""
+        """Count the record being read as sound, unless an issue made it broken."""
         self.in_file.sound += self.where != self.broken_where
 
     def end_file(self, path: str) -> None:
-        """Add a file's records to those of the split."""
+        """Add a file's counts to those of the split."""
         count = self.in_file
         if count.broken > count.sound and not self.broken_file:
             self.broken_file = f"{count.broken} broken of {count.records} records of {path}"
@@ -405,10 +405,10 @@ class _Reading:
         self.in_file = _Count()
 
     def refuse_if_broken(self, max_broken: float | None) -> None:
-        """End with an error if more records were broken than may be."""
+        """Raise DataError if more records were broken than allowed."""
         split, count, why = self.split, self.in_split, self.broken.describe()
         if why and not count.sound and max_broken != 1:
-            # Nothing is gained by allowing more of them.
+            # Allowing more broken records would not help.
             raise DataError(
                 f"{split}: got no record that could be read: {why}; expected the records of a "
                 "corpus; check --corpus and --source"
@@ -441,9 +441,9 @@ def _dialogs(
     reading: _Reading,
     max_broken: float | None,
 ) -> Iterator[Dialog]:
-    # So many cannot make the contexts of any record too long.
+    # No record can have contexts that are too long with at most this many images.
     few_images = MAX_CONTEXT_CHARS // (corpus.max_record_bytes + MAX_TURNS * _TURN_CHARS)
-    seen = CompactHashSet()  # As ids may be long.
+    seen = CompactHashSet()  # Ids may be long.
     is_empty = True
     for path in files:
         for where, record in _read_file(source, path, reading.problem, corpus):
@@ -467,7 +467,7 @@ def _dialogs(
 
 
 def _parsed(record: Any, parse: Callable[[Any, Flaw], Dialog], flaw: Flaw) -> Dialog | None:
-    """Return the dialog of a record; None, after telling why, where it has none."""
+    """Return the dialog of a record, or None after reporting why it has none."""
     if isinstance(record, RecordError):
         flaw(record.reason, record.detail)
         return None
@@ -479,7 +479,7 @@ def _parsed(record: Any, parse: Callable[[Any, Flaw], Dialog], flaw: Flaw) -> Di
 
 
 def _is_kept(dialog: Dialog, seen: CompactHashSet, few_images: int, flaw: Flaw) -> bool:
-    """Say whether a dialog is read: the first of its id, and not too large."""
+    """Return whether a dialog is used: it is the first with its id, and not too large."""
     number = hash(dialog.id)
     if number in seen:
         flaw("duplicate_dialog_id", "its id was seen before, the first dialog is kept")
@@ -492,7 +492,7 @@ def _is_kept(dialog: Dialog, seen: CompactHashSet, few_images: int, flaw: Flaw) 
 
 
 def _is_too_large(dialog: Dialog) -> bool:
-    """Say whether the contexts of a dialog would take much more room than the dialog itself."""
+    """Return whether the contexts of a dialog would take far more memory than the dialog."""
     num_images = len(dialog.images)
     num_chars = sum(len(turn.text) + _TURN_CHARS for turn in dialog.turns)
     return num_images > MAX_IMAGES or num_chars * num_images > MAX_CONTEXT_CHARS
@@ -513,11 +513,11 @@ def _read_file(source: str, path: str, report: Report, corpus: Corpus) -> Iterat
 
 
 def parse_record(fields: dict[str, Any], flaw: Flaw) -> Dialog:
-    """Parse one record of any corpus, told by its fields.
+    """Parse one record of any corpus, which its fields identify.
 
     Args:
         fields: The record, which has one of `RECORD_FIELDS`.
-        flaw: Told of what is left out.
+        flaw: Called for each part that is left out.
 
     Raises:
         RecordError: If it cannot be used.
@@ -554,7 +554,7 @@ def build_corpus(name: str, options: dict[str, object]) -> Corpus:
     """Build a corpus with these options.
 
     Raises:
-        ConfigError: If the corpus is unknown, or an option's name or value.
+        ConfigError: If the corpus is unknown, or an option has an unknown name or a bad value.
     """
     if name not in CORPORA:
         raise ConfigError(

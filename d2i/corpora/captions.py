@@ -1,8 +1,7 @@
-"""Descriptions of pictures that a captioner made, kept beside a corpus that has none of its own.
+"""Captions generated for the images of a corpus that has no descriptions of its own.
 
-A file of JSON lines, `{"image": ..., "description": ..., "made_by": ...}`; `d2i corpus --describe`
-writes it, the option `descriptions` of every corpus reads it. `image` is what the corpus's
-`image_id` gives.
+A file of JSON lines, `{"image": ..., "description": ..., "made_by": ...}`. `d2i corpus --describe`
+writes it; the option `descriptions` of every corpus reads it. `image` is the corpus's `image_id`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from d2i.errors import ConfigError
 
 
 class Description(msgspec.Struct, frozen=True, gc=False):
-    """What one picture shows, and the name of the model that says so."""
+    """The caption of one image, and the name of the model that generated it."""
 
     image: str
     description: str
@@ -27,10 +26,10 @@ class Description(msgspec.Struct, frozen=True, gc=False):
 
 
 def read_descriptions(url: str) -> dict[str, Description]:
-    """Read all descriptions of a file, by picture; the last one of a picture counts.
+    """Read all captions of a file, by image id; the last one of an image wins.
 
     Raises:
-        ConfigError: If there is no such file, or a line is no description.
+        ConfigError: If the file does not exist, or a line is not a caption.
     """
 
     def refuse(problem: RecordIssue) -> None:
@@ -57,7 +56,7 @@ def read_descriptions(url: str) -> dict[str, Description]:
 def with_descriptions(
     instances: Iterator[tuple[str, Instance]], described: dict[str, Description]
 ) -> Iterator[Instance]:
-    """Fill in the descriptions of (picture, instance) pairs that have none, marked as made."""
+    """Fill in missing descriptions of (image id, instance) pairs, with the model that made them."""
     for image, instance in instances:
         found = described.get(image)
         if found is None or instance.description is not None:

@@ -1,9 +1,9 @@
-"""The forms that a team's own chats have: `turns`, `messages`, and ShareGPT's `conversations`.
+"""Formats of custom chats: `turns`, `messages`, and ShareGPT's `conversations`.
 
-`turns` holds text, speaker and pictures of each turn. `messages` (OpenAI, TRL, LLaMA-Factory,
+`turns` holds the text, speaker and images of each turn. `messages` (OpenAI, TRL, LLaMA-Factory,
 ms-swift) and `conversations` (ShareGPT, LLaVA) hold `role` and `content`, or `from` and `value`.
-Their pictures stand in parts of the content, in the message's own `images`, or in the record's
-`images` or `image`; the last are given out in order, one to each mark `<image>` in a text and each
+Their images are in parts of the content, in the message's own `images`, or in the record's `images`
+or `image`. The record's images are assigned in order, one to each mark `<image>` in a text and each
 part `{"type": "image"}`. Must not import torch.
 """
 
@@ -20,9 +20,9 @@ from d2i.corpora.typo_hints import misspelt
 from d2i.dialog import NO_SPEAKER, Turn
 
 FORMS = ("turns", "messages", "conversations")
-"""The fields of which a record has one."""
+"""Formats, by name of the field that holds the turns; a record has one of these fields."""
 IMAGE_MARK = "<image>"
-"""What stands in a text for the next picture of a record that lists them."""
+"""Mark in a text for the next image of a record that lists its images."""
 
 _SPEAKERS = {"user": 0, "human": 0, "assistant": 1, "bot": 1, "model": 1, "gpt": 1}
 _SILENT = frozenset({"system", "developer", "tool", "function", "function_call", "observation"})
@@ -39,7 +39,7 @@ class _Turn(Struct, gc=False):
 class _Message(Struct, gc=False, rename={"sender": "from"}):
     role: str | None = None
     content: Any = None
-    """Typed where it is read, as that of a silent role may be anything."""
+    """Type-checked when it is read, because that of a silent role may be anything."""
     sender: str | None = None
     value: Any = None
     images: Any = None
@@ -47,7 +47,7 @@ class _Message(Struct, gc=False, rename={"sender": "from"}):
 
 
 class ChatRecord(Struct, gc=False):
-    """One conversation, in any of the forms."""
+    """One conversation, in any of the formats."""
 
     id: DialogId | None = None
     turns: Turns[_Turn] | None = None
@@ -72,24 +72,24 @@ _PARTS: dict[Any, tuple[tuple[str, ...], Any]] = {
     "output_text": (("text",), Text),
     "input_image": (("image_url",), _Address | str),
 }
-"""What each type of part holds, and the names under which it may; the last three are of OpenAI's
-Responses API."""
+"""Fields that may hold the content of each type of part, and the content's type. The last three
+types are from OpenAI's Responses API."""
 
 
 def parse_chat(
     fields: dict[str, Any], flaw: Flaw
 ) -> tuple[str | None, list[tuple[Turn, list[str]]]]:
-    """Read one conversation of any form.
+    """Read one conversation in any of the formats.
 
     Args:
         fields: The record.
-        flaw: Told of what is left out, the rest of the record being used.
+        flaw: Called for each part that is left out while the rest of the record is used.
 
     Returns:
-        The record's own id, and every turn with its pictures as the record names them.
+        The record's own id, and every turn with its images as the record names them.
 
     Raises:
-        RecordError: If the record is of no form, or cannot be used.
+        RecordError: If the record is in none of the formats, or cannot be used.
     """
     record = _typed(fields, ChatRecord)
     if all(getattr(record, form) is None for form in FORMS):
@@ -111,7 +111,7 @@ def _typed(value: Any, kind: Any, where: str = "") -> Any:
 
 
 def _misspelt(fields: dict[str, Any]) -> Iterator[str]:
-    """Describe the fields of a sound record's turns and parts that are misspelt."""
+    """Yield a description of each misspelt field in the turns and parts of a sound record."""
     for form in FORMS:
         kind = _Turn if form == "turns" else _Message
         for index, turn in enumerate(fields.get(form) or ()):
@@ -123,7 +123,7 @@ def _misspelt(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def _parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """List the parts that are looked at: of a message of somebody, and objects."""
+    """List the parts that are checked: objects, in messages of a role that is not silent."""
     parts = message.get("content")
     role = message.get("role") or message.get("from") or ""
     if not isinstance(parts, list) or role.lower() in _SILENT:
@@ -132,7 +132,7 @@ def _parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _read(record: ChatRecord, flaw: Flaw) -> list[tuple[Turn, list[str]]]:
-    """Return every turn with its pictures as the record names them."""
+    """Return every turn with its images as the record names them."""
     given = [form for form in FORMS if getattr(record, form)]
     if len(given) > 1:
         raise RecordError("wrong_type", f"{' and '.join(given)}: got both, expected one of them")
@@ -159,7 +159,7 @@ def _read_turns(turns: list[_Turn]) -> list[tuple[Turn, list[str]]]:
 
 
 def _numbers(speakers: list[int | str | None]) -> list[int | None]:
-    """Number speakers that have names, in the order in which they come."""
+    """Number speakers that have names, in order of appearance."""
     names = list(dict.fromkeys(name for name in speakers if isinstance(name, str)))
     if names and any(isinstance(number, int) for number in speakers):
         raise RecordError("wrong_type", "speaker: got names and numbers, expected one of them")
@@ -171,7 +171,7 @@ def _numbers(speakers: list[int | str | None]) -> list[int | None]:
 
 
 def _listed(holder: ChatRecord | _Message, where: str) -> list[str] | None:
-    """Return the pictures that a record or a message lists beside its text; None for no list."""
+    """Return the images that a record or a message lists beside its text; None for no list."""
     listed = holder.images if holder.images is not None else holder.image
     if listed is None:
         return None
@@ -184,7 +184,7 @@ def _listed(holder: ChatRecord | _Message, where: str) -> list[str] | None:
 
 
 def _place(entry: str | dict[str, Any], where: str) -> str:
-    """Return where a listed picture is to be had: itself, or its `url` or `path`."""
+    """Return the path or URL of a listed image: the entry itself, or its `url` or `path`."""
     if isinstance(entry, str):
         return entry
     for name in ("url", "path"):
@@ -196,7 +196,7 @@ def _place(entry: str | dict[str, Any], where: str) -> str:
 
 
 class _Marked:
-    """The pictures that are listed beside messages, given out one to each mark."""
+    """Images listed beside messages, assigned in order, one to each mark."""
 
     def __init__(self, listed: list[str] | None) -> None:
         self.listed = listed or []
@@ -204,13 +204,13 @@ class _Marked:
         self.num_marks = 0
 
     def take(self, num_marks: int) -> list[str]:
-        """Return the next so many; fewer, where the list ends."""
+        """Return the images of the next `num_marks` marks; fewer at the end of the list."""
         taken = self.listed[self.num_marks : self.num_marks + num_marks]
         self.num_marks += num_marks
         return taken
 
     def split(self, text: str) -> tuple[str, list[str]]:
-        """Take the marks out of a text, and return the pictures that they stand for."""
+        """Return a text without its marks, and the images that they stand for."""
         if not self.has_list or IMAGE_MARK not in text:
             return text, []
         pieces = text.split(IMAGE_MARK)
@@ -218,7 +218,7 @@ class _Marked:
         return said, self.take(len(pieces) - 1)
 
     def check(self, where: str) -> None:
-        """Refuse a list that its marks do not fit: which picture is where cannot be told.
+        """Check that there are as many marks as images, as otherwise their turns are unknown.
 
         Raises:
             RecordError: `mismatched_images`.
@@ -274,7 +274,7 @@ def _read_message(
 
 
 def _num_marks(content: Any) -> int:
-    """Count the marks of a message that is not looked at otherwise, so that the rest fit."""
+    """Count the marks of a message that is not used, so that later marks get their images."""
     if isinstance(content, str):
         return content.count(IMAGE_MARK)
     parts = (
@@ -303,7 +303,7 @@ def _read_content(content: Any, index: int, marked: _Marked, flaw: Flaw) -> tupl
 def _read_parts(
     parts: list[dict[str, Any]], index: int, marked: _Marked, flaw: Flaw
 ) -> tuple[str, list[str]]:
-    """Return the text and the pictures of parts; those of unknown types are left out and told."""
+    """Return the text and images of parts; parts of unknown types are reported and left out."""
     texts: list[str] = []
     images: list[str] = []
     where = f"turn {index} part: "

@@ -1,4 +1,4 @@
-"""Which hashes were seen before, of very many."""
+"""Memory-efficient set of very many hashes, to find duplicates."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_RECENT = 1 << 22
-"""More than MMDialog has dialogs, so that these are in a plain set alone; about 300 MB (ours)."""
+"""Size of the plain set of recent hashes, about 300 MB: MMDialog has fewer dialogs than that, so
+all of its hashes stay in the plain set."""
 
 
 class CompactHashSet:
-    """A set of 64-bit hashes, of which all but the last ones added take 8 bytes each."""
+    """A set of 64-bit hashes; all but the most recently added take 8 bytes each."""
 
     def __init__(self) -> None:
         self._recent: set[int] = set()
         self._sorted: NDArray[np.int64] = np.empty(0, np.int64)
 
     def __contains__(self, number: int) -> bool:
-        """Say whether a hash was added."""
+        """Return whether a hash was added."""
         if number in self._recent:
             return True
         if not len(self._sorted):
@@ -26,12 +27,12 @@ class CompactHashSet:
         return place < len(self._sorted) and bool(self._sorted[place] == number)
 
     def add(self, number: int) -> None:
-        """Add a hash, as Python's `hash` gives it."""
+        """Add a hash, as Python's `hash` returns it."""
         self._recent.add(number)
         if len(self._recent) >= MAX_RECENT:
             recent = np.fromiter(self._recent, np.int64, len(self._recent))
             self._recent.clear()
             recent.sort()
-            # Of two sorted runs this is a merge.
+            # A stable sort of two sorted runs is a merge.
             self._sorted = np.concatenate([self._sorted, recent])
             self._sorted.sort(kind="stable")

@@ -1,4 +1,4 @@
-"""Files that are no JSON in UTF-8, and what to do with them. Must not import torch."""
+"""Detection of files that are not JSON in UTF-8, with advice. Must not import torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _NEXT_STEPS = {
     "Parquet": "; write it as JSON lines, for example with pandas' to_json(lines=True)",
     "UTF-16 text": ", as PowerShell writes it; save it again as UTF-8 (iconv -t UTF-8)",
 }
-# UTF-16 and UTF-32 without a byte order mark, as they begin a JSON file.
+# Start of a JSON file in UTF-16 or UTF-32 without a byte order mark, or UTF-32's big-endian mark.
 _WIDE = re.compile(rb"[\[{\s]\x00.\x00|\x00[\[{\s]\x00|\x00\x00\xfe\xff", re.DOTALL)
 
 
 def foreign_kind(head: bytes) -> str | None:
-    """Say what a file is that cannot be JSON in UTF-8, and what to do; None where it may be.
+    """Return the kind of a file that cannot be JSON in UTF-8, with advice; None if it may be JSON.
 
     Args:
-        head: Its first `d2i.file_kind.HEAD_BYTES` bytes, or all that it has.
+        head: Its first `d2i.file_kind.HEAD_BYTES` bytes, or all of a shorter file.
     """
     kind = "UTF-16 text" if _WIDE.match(head) else file_kind(head)
     step = _NEXT_STEPS.get(kind or "")

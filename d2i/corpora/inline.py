@@ -1,4 +1,4 @@
-"""Images that stand in a record itself, as `data:` URLs: decoded once, named by their sha256.
+"""Images embedded in a record as `data:` URLs: decoded once, named by their sha256.
 
 Must not import torch.
 """
@@ -16,7 +16,7 @@ from d2i.corpora.records import RecordError
 from d2i.dialog import ImageRef
 
 MAX_INLINE_BYTES = 20 << 20
-"""Of one image, where no setting says otherwise: as many as are fetched of a URL by default."""
+"""Default size limit of one embedded image; the same as that of a fetched image."""
 
 _PREFIX = "inline:"
 _SHA256_DIGITS = 64
@@ -26,21 +26,21 @@ _MAX_HEAD = 512
 
 @dataclass(frozen=True)
 class InlineImages:
-    """What becomes of the images in records.
+    """Handling of images embedded in records.
 
     Args:
-        max_bytes: The greatest length of one.
-        keep: Gets sha256 and content of each occurrence; None: they are named and dropped.
+        max_bytes: Size limit of one image.
+        keep: Called with sha256 and content of each occurrence; None: images are only named.
     """
 
     max_bytes: int = MAX_INLINE_BYTES
     keep: Callable[[str, bytes], None] | None = None
 
     def ref_of(self, url: str) -> ImageRef:
-        """Decode a `data:` URL, keep its content and return what names it.
+        """Decode a `data:` URL, keep its content and return a reference to it.
 
         Raises:
-            RecordError: `bad_image_ref` if it is not base64, `too_large` past `max_bytes`.
+            RecordError: `bad_image_ref` if it is not base64, `too_large` beyond `max_bytes`.
         """
         head, comma, _ = url[:_MAX_HEAD].partition(",")
         if not comma or not _HEAD.fullmatch(head):
@@ -64,7 +64,7 @@ class InlineImages:
 
 
 def is_data_url(text: str) -> bool:
-    """Say whether a text is a `data:` URL."""
+    """Return whether a text is a `data:` URL."""
     return text[:5].lower() == "data:"
 
 
@@ -72,7 +72,7 @@ def inline_sha256(ref: ImageRef) -> str:
     """Return the sha256, in hexadecimal digits, of the image that an `inline` reference names.
 
     Raises:
-        ValueError: If the reference names none.
+        ValueError: If the reference holds no valid sha256.
     """
     prefix, name = ref.value[0][: len(_PREFIX)], ref.value[0][len(_PREFIX) :]
     if prefix != _PREFIX or not re.fullmatch(rf"[0-9a-f]{{{_SHA256_DIGITS}}}", name):

@@ -1,7 +1,7 @@
-"""From a dialog to its instances: which pictures count, and which turns each one answers.
+"""Instances of a dialog: one per image, with the turns that are its context.
 
-The paper leaves these points open; every one is an option here, with this project's reading as
-its default, and the same for every corpus. Must not import torch.
+The paper leaves open which images and turns count. Each such point is an option here, with this
+project's reading as its default, the same for every corpus. Must not import torch.
 """
 
 import itertools
@@ -16,61 +16,61 @@ from d2i.corpora.json_stream import MAX_RECORD_BYTES
 from d2i.corpora.records import Dialog, Flaw, SharedImage
 from d2i.dialog import Direction, ImageRef, Instance, Turn, key_prefix
 
-# carpedm20/emoji's names: a letter first, or the medals' "1st_place_medal"; curly quotes occur.
+# Names of carpedm20/emoji start with a letter, or as in "1st_place_medal"; some have curly quotes.
 _EMOJI = re.compile(r":(?:[^\W\d]|[123](?:st|nd|rd)_)[\w\u2019\u201c\u201d.&!()#*,-]*:")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceOptions:
-    """How dialogs become instances, whatever corpus they come from."""
+    """Options for making instances of dialogs, common to all corpora."""
 
     direction: Direction = "answer"
-    """`answer`: the context is what was said before the picture. `first`: the picture opens, and
-    the context is what is said after it."""
+    """`answer`: the context is the turns before the image. `first`: the image comes first, and the
+    context is the turns after it."""
     own_turn: Literal["default", "include", "exclude"] = "default"
-    """Whether the text of the picture's own turn belongs to its context. By default it does where
-    the picture answers, and not where it opens; in PhotoChat that turn has none."""
+    """Include the text of the image's own turn in its context, or exclude it. By default it is
+    included with `answer` and excluded with `first`; in PhotoChat that turn has no text."""
     images_in_turn: Literal["all", "first"] = "all"
-    """Whether each picture of a turn is an instance, or the first alone whose name can be used."""
+    """Make an instance of every image of a turn, or only of the first one with a usable name."""
     repeated: Literal["default", "all", "unique"] = "default"
-    """Keep every occurrence of a picture within the split, or its first one. By default every
-    one, but in MMDialog's valid and test the first, as the paper's counts do."""
+    """Keep every occurrence of an image within the split, or only the first. By default every one,
+    but only the first in MMDialog's valid and test, which matches the paper's counts."""
     earlier_images: str = ""
-    """Text that stands in the context for each picture shared before this one, such as
-    `[photo]`; empty as in the paper, which reads text only."""
+    """Text inserted into the context for each image shared before this one (or, with `first`, in a
+    later turn), such as `[photo]`; empty as in the paper, which reads text only."""
     emoji: Literal["keep", "unicode", "drop"] = "keep"
-    """Whether `:raising_hands:` stays as it is, becomes the character, or is left out."""
+    """Keep `:raising_hands:`, replace it with the character, or drop it."""
 
     descriptions: str | None = None
-    """File of descriptions that `d2i corpus --describe` made, for pictures without one."""
+    """File of descriptions written by `d2i corpus --describe`, for images without one."""
     image_root: str | None = None
-    """URL of the folder that holds the pictures, where it is another than the source."""
+    """URL of the directory of the images, if it is not the source."""
 
     max_record_bytes: ClassVar[int] = MAX_RECORD_BYTES
-    """A longer record is passed over."""
+    """A longer record is skipped."""
     has_own_text: ClassVar[bool] = True
-    """Whether anything is said in the turn of a picture that answers."""
+    """True if the turn of an image that answers can have text of its own."""
     unique_splits: ClassVar[frozenset[str]] = frozenset()
-    """Where `repeated` keeps a picture's first occurrence by default."""
+    """Splits in which `repeated` keeps only the first occurrence of an image by default."""
 
     def split_by(self) -> tuple[dict[str, float], int] | None:
         """Return the shares and the seed that divide one unsplit file; None for a split corpus."""
         return None
 
     def is_unique(self, split: str) -> bool:
-        """Say whether a picture is kept once a split."""
+        """Return whether an image is kept only once per split."""
         return self.repeated == "unique" or (
             self.repeated == "default" and split in self.unique_splits
         )
 
     def image_id(self, ref: ImageRef) -> str:
-        """Name the picture itself: equal wherever it occurs, in whichever split."""
+        """Return the identity of an image: equal wherever it occurs, in any split."""
         return ref.value[-1]
 
     def instances(self, dialog: Dialog, split: str, flaw: Flaw) -> Iterator[Instance]:
-        """Make the instances of one dialog, in the order of its pictures.
+        """Make the instances of one dialog, in the order of its images.
 
-        A picture with an empty context makes none, and is told to `flaw`.
+        An image with an empty context gives no instance and is reported to `flaw`.
         """
         turns = self._texts(dialog)
         prefix = key_prefix(split, dialog.id)
@@ -78,7 +78,7 @@ class InstanceOptions:
         begin, end = self._context_bounds
         for picture in self._chosen(dialog.images):
             turn, image = picture.turn, picture.image
-            # One of the two ends moves with the picture, the other is that of the dialog.
+            # One end of the context moves with the image, the other is that of the dialog.
             start = 0 if begin is None else turn + begin
             stop = len(turns) if end is None else turn + end
             if first >= stop or last < start:
@@ -108,9 +108,9 @@ class InstanceOptions:
 
     @cached_property
     def _context_bounds(self) -> tuple[int | None, int | None]:
-        """Return where a context begins and ends, counted from the picture's turn.
+        """Return the start and end of a context, relative to the image's turn.
 
-        None: where the dialog does.
+        None stands for the start or end of the dialog.
         """
         answers = self.direction == "answer"
         own = self.own_turn
@@ -131,7 +131,7 @@ class InstanceOptions:
         own: SharedImage,
         images: tuple[SharedImage, ...],
     ) -> tuple[Turn, ...]:
-        """Put a mark behind each turn of the context for every picture that came before."""
+        """Append a mark to a turn for each of its images that is earlier, or of a later turn."""
         marks: dict[int, str] = {}
         for other in images:
             if (other.turn, other.image) < (own.turn, own.image) or other.turn > own.turn:
@@ -143,7 +143,7 @@ class InstanceOptions:
 
 
 def _spoken_span(turns: tuple[Turn, ...]) -> tuple[int, int]:
-    """Return the indices of the first and the last turn that say something; (N, -1) for none."""
+    """Return the indices of the first and the last turn with text; (N, -1) if there is none."""
     first, last = 0, len(turns) - 1
     while first <= last and not turns[first].text.strip():
         first += 1
@@ -155,7 +155,7 @@ def _spoken_span(turns: tuple[Turn, ...]) -> tuple[int, int]:
 
 
 def _drop_emoji(text: str) -> str:
-    """Leave out what names an emoji; other words between colons, as in `std::vector::x`, stay."""
+    """Remove names of emoji; other words between colons, as in `std::vector::x`, stay."""
     if ":" not in text:
         return text
     return " ".join(_EMOJI.sub(lambda m: m[0] if _rendered(m[0]) == m[0] else " ", text).split())
@@ -166,6 +166,6 @@ def _render_emoji(text: str) -> str:
 
 
 def _rendered(text: str) -> str:
-    import emoji  # Only whoever asks for it waits for its tables.
+    import emoji  # Imported here because its tables load slowly.
 
     return emoji.emojize(text)

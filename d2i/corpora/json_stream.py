@@ -1,8 +1,8 @@
-"""JSON files read as a stream of objects, whatever form they were released in.
+"""Streaming JSON parser that recovers from broken records.
 
-Takes one object a line, one array, and objects one after another (indented or not). Memory is
-bounded by one object and one read, time by the file's size. What is broken is reported with its
-place and passed over; the objects around it are still given. Must not import torch.
+Reads one object per line (JSON lines), one array, and concatenated objects (indented or not).
+Memory is bounded by one object and one read, time by the file's size. Broken parts are reported
+with their position and skipped; the objects around them are still read. Must not import torch.
 """
 
 import re
@@ -15,15 +15,16 @@ from d2i.corpora.records import Reason, RecordError, RecordIssue, Report
 
 CHUNK_BYTES = 1 << 16
 MAX_RECORD_BYTES = 4 << 20
-"""An object larger than this is passed over. MMDialog's largest take about 125 kB."""
+"""A larger object is skipped. MMDialog's largest take about 125 kB."""
 MAX_RESYNCS = 1000
-"""How often the thread may be lost in one file that is not made of lines."""
+"""Limit on resyncs, searches for the next object, in one file that is not JSON lines."""
 _NUM_RESCANNED = 64
-"""How many of the largest records may be read in vain: seconds of work."""
+"""Limit on bytes scanned in vain, beyond those read so far, in records of the largest size: seconds
+of work."""
 _MAX_DEPTH = 1024
-"""No record of a corpus is nested deeper."""
+"""Limit on nesting; no record of a corpus is nested deeper."""
 _UNKNOWN_LENGTH = 2048
-"""What a record is taken to take where none could be read."""
+"""Assumed length of a record in bytes, if none could be read."""
 
 _BOM = b"\xef\xbb\xbf"
 _BROKEN = object()
@@ -35,7 +36,7 @@ _LINE_END = ord("\n")
 _BLANK = re.compile(rb"\s*+")
 _SEPARATORS = re.compile(rb"[\s,\[\]]*+")
 _OPEN_STRING = rb'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+'
-# Passes over whole strings up to the next bracket, or to a string that ends with its line.
+# Skips whole strings up to the next bracket, or up to a string that its line end cuts off.
 _TO_BRACKET = re.compile(
     rb'[^"{}\[\]]*+(?:%b"[^"{}\[\]]*+)*+(?:[{}\[\]]|%b\n)' % (_OPEN_STRING, _OPEN_STRING)
 )
@@ -54,22 +55,22 @@ def read_objects(
 ) -> Iterator[tuple[str, Any]]:
     """Read the JSON objects of a file, in order, one at a time.
 
-    What the JSON writers of Python and JavaScript write beside JSON is read as well, and told as
+    Non-standard output of Python's and JavaScript's JSON writers is accepted and reported as
     `repaired`: NaN and infinities become null, half of a surrogate pair U+FFFD.
 
     Args:
         stream: The file, opened for reading bytes, at its start.
-        path: What `where` calls the file.
-        report: Gets a `RecordIssue` for everything that is no JSON.
-        kind: The type that each object is decoded to. Fields that it does not name are passed
-            over without being built: most of a record with a thousand negative candidates.
+        path: Name of the file in `where`.
+        report: Called with a `RecordIssue` for everything that is not JSON.
+        kind: The type that each object is decoded to. Fields that it does not name are skipped
+            without being built: most of a record with a thousand negative candidates.
         chunk_bytes: Size of one read.
-        max_record_bytes: Size past which an object is passed over.
+        max_record_bytes: A larger object is skipped.
 
     Yields:
-        `where` (path with line from 1, or with byte offset from 0) and the object, or the
-        `RecordError` that says why it is none of this kind. In a file of lines the value of a
-        line may be something else than an object.
+        `where` (path with line from 1, or with byte offset from 0) and the object, or a
+        `RecordError` with the reason why it is not of this kind. In a file of lines the value of
+        a line may be something other than an object.
     """
     parse = _parser(kind)
     view = _View(stream, chunk_bytes, max_record_bytes)
@@ -82,7 +83,7 @@ def read_objects(
 
 
 class _View:
-    """A sliding piece of a byte stream; `pos` is how far it has been read."""
+    """A sliding window on a byte stream; `pos` is the read position in it."""
 
     def __init__(self, stream: IO[bytes], chunk_bytes: int, max_record_bytes: int) -> None:
         self.stream = stream
@@ -94,8 +95,8 @@ class _View:
         self.num_lines = 0
 
     def fill(self) -> bool:
-        """Read on, dropping what lies behind `pos`; False at the end of the stream."""
-        # As much again as is held: a long record is moved a few times, not once a chunk.
+        """Read more, dropping the bytes before `pos`; return False at the end of the stream."""
+        # Doubles what is held, so that a long record is moved a few times, not once per chunk.
         chunk = self.stream.read(max(self.chunk_bytes, self.num_ahead()))
         if not chunk:
             return False
@@ -111,14 +112,14 @@ class _View:
         return self.data[self.pos : self.pos + length]
 
     def skip(self, pattern: re.Pattern[bytes]) -> bytes:
-        """Pass over what a pattern takes, and return what was passed over last."""
+        """Skip the bytes that a pattern matches here, and return them."""
         match = pattern.match(self.data, self.pos)
         passed = match[0] if match else b""
         self.pos += len(passed)
         return passed
 
     def find_start(self) -> bool:
-        """Go to the first byte that is neither byte order mark nor white space."""
+        """Skip a byte order mark and white space; return False if nothing follows."""
         while self.num_ahead() < len(_BOM) and self.fill():
             pass
         if self.peek(len(_BOM)) == _BOM:
@@ -131,10 +132,10 @@ class _View:
                 return False
 
     def take_lines(self) -> bytes | None:
-        """Pass over the whole lines that are there, and at the end of the stream over the rest.
+        """Consume the complete lines in the window, or the rest at the end of the stream.
 
         Returns:
-            The lines without the last line end; None where the next one is over the largest
+            The lines without the last line end; None if the next line is longer than the largest
             record.
         """
         while (end := self.data.rfind(b"\n", self.pos)) < 0:
@@ -148,11 +149,11 @@ class _View:
         return block
 
     def has_ended_line(self) -> bool:
-        """Say whether what was passed over last is a line with its end."""
+        """Return whether the last consumed line had a line end."""
         return self.data[self.pos - 1 : self.pos] == b"\n"
 
     def skip_line(self) -> bytes:
-        """Pass over the line at `pos`, however long, and return its start."""
+        """Skip the line at `pos`, however long, and return its start."""
         start = self.data[self.pos :]
         while (end := self.data.find(b"\n", self.pos)) < 0:
             self.pos = len(self.data)
@@ -162,7 +163,7 @@ class _View:
         return start
 
     def line_length(self) -> int:
-        """Measure the line at `pos`, its line end included; give up past the largest record."""
+        """Measure the line at `pos` with its line end; give up beyond the largest record."""
         while (end := self.data.find(b"\n", self.pos)) < 0:
             if self.num_ahead() > self.max_record_bytes or not self.fill():
                 return self.num_ahead()
@@ -170,9 +171,10 @@ class _View:
 
 
 def _holds_lines(view: _View, parse: _Parse) -> bool:
-    """Tell lines from objects one after another: by the first line, or the start of the second.
+    """Return whether a file is JSON lines, by the first line or the start of the second.
 
-    A line over the largest record is one, unless it begins with an object that is not.
+    A first line longer than the largest record counts as a line, unless it begins with a complete
+    object that is not.
     """
     if view.peek() == b"[":
         return False
@@ -186,7 +188,7 @@ def _holds_lines(view: _View, parse: _Parse) -> bool:
 
 
 def _lines(view: _View, path: str, report: Report, parse: _Parse) -> Iterator[tuple[str, Any]]:
-    """Give one value a line; a line that is none is searched for objects."""
+    """Yield one value per line; a line that is not JSON is searched for objects."""
     number = view.num_lines
     while view.num_ahead() or view.fill():
         begin = view.offset + view.pos
@@ -208,7 +210,7 @@ def _lines(view: _View, path: str, report: Report, parse: _Parse) -> Iterator[tu
             if value is not _BROKEN:
                 yield where, _unwrapped(value, where, report)
             elif line.strip():
-                # Without its line end the last line is cut off, be it within a string.
+                # A last line without a line end is truncated, even if it ends within a string.
                 is_cut = number == last and not view.has_ended_line()
                 whole = line if is_cut else line + b"\n"
                 yield from _objects_of_line(whole, where, report, parse)
@@ -217,9 +219,9 @@ def _lines(view: _View, path: str, report: Report, parse: _Parse) -> Iterator[tu
 def _objects_of_line(
     line: bytes, where: str, report: Report, parse: _Parse
 ) -> Iterator[tuple[str, Any]]:
-    """Give the objects of a line that is none by itself, up to one that does not close.
+    """Yield the objects of a line that is not JSON as a whole, up to one that does not close.
 
-    What lies within an object is never taken for a record.
+    Nothing within an object is ever taken for a record.
     """
     at, depth = _after_separators(line, 0), 0
     while at < len(line) and depth == 0:
@@ -241,12 +243,12 @@ def _after_separators(line: bytes, at: int) -> int:
 
 
 class _Objects:
-    """The objects of an array, or of objects one after another.
+    """The objects of an array, or concatenated objects.
 
-    The end of an object is found by its brackets. Where that fails, the next object is looked for
-    by the key that the first one starts with, as the records of one file start alike. Where they
-    do not, objects may be passed over with a broken one: it then counts for as many as its bytes
-    would hold.
+    The end of an object is found by its brackets. If that fails, the next object is searched for
+    by the first key of the first object, as records of one file start alike. If they do not,
+    objects may be skipped along with a broken one, which then counts as the number of records that
+    would fit in the skipped bytes.
     """
 
     def __init__(
@@ -296,7 +298,7 @@ class _Objects:
         return f"{self.path} byte {self.view.offset + self.view.pos}"
 
     def _skip_separators(self) -> bool:
-        """Go to the next object, and say whether a bracket was closed on the way."""
+        """Go to the next object, and return whether an array was closed on the way."""
         is_closed = False
         while True:
             is_closed |= b"]" in self.view.skip(_SEPARATORS)
@@ -304,7 +306,7 @@ class _Objects:
                 return is_closed
 
     def _read_next(self) -> tuple[Any, int | Reason]:
-        """Return the object at the read position and its length, or `_BROKEN` and why."""
+        """Return the object at the read position and its length, or `_BROKEN` and the reason."""
         value, length = self._guess()
         if value is not _BROKEN:
             return value, length
@@ -314,10 +316,10 @@ class _Objects:
         return value, measured
 
     def _guess(self) -> tuple[Any, int]:
-        """Take the object to end where the next one seems to start: that is found much faster.
+        """Assume that the object ends where the next one seems to start, which is found faster.
 
-        Right whenever what lies between is an object. The search goes little farther than the
-        object before was long, for files whose objects do not start alike.
+        Correct whenever the bytes in between are an object. The search is limited to about four
+        times the length of the previous object, for files whose objects do not start alike.
         """
         view = self.view
         stop = view.pos + 4 * self.last_length + _OVERLAP_BYTES
@@ -329,7 +331,7 @@ class _Objects:
         return (_BROKEN if len(body) > view.max_record_bytes else self.parse(body)), len(body)
 
     def _measure(self) -> int | Reason:
-        """Return the length of the object at the read position, or why it has none."""
+        """Return the length of the object at the read position, or the reason why it has none."""
         view = self.view
         depth = length = self.scanned_bytes = 0
         if view.peek() != b"{":
@@ -348,9 +350,10 @@ class _Objects:
                 return "truncated"
 
     def _learn_start(self, *, is_whole: bool) -> None:
-        """Learn how the first object starts, and whether this one does so as well.
+        """Learn the first key of the first object, and check that this object starts alike.
 
-        Of a broken one it is learned if it is a key of a record, until there is a whole one.
+        A broken object teaches it only if the key is a field of the record type, and only until
+        there is a whole object.
         """
         view = self.view
         if self.start_pattern is not None and (self.start_is_sure or not is_whole):
@@ -362,7 +365,7 @@ class _Objects:
             self.start_is_sure = is_whole
 
     def _pass_over(self, measured: int | Reason, where: str) -> bool:
-        """Report the broken object at the read position and go on; False where nothing follows."""
+        """Report and skip the broken object at the read position; False if nothing follows."""
         begin = self.view.offset + self.view.pos
         if isinstance(measured, str):
             reason, found = measured, self._find_start()
@@ -377,7 +380,7 @@ class _Objects:
         if found and self._is_lost():
             self._give_up(self._where(), "too many broken places before it: all bytes from here")
             return False
-        # More than one object that the file's end cut off.
+        # Anything longer is more than one object cut off by the end of the file.
         most = max(4 * self.last_length, CHUNK_BYTES) if self.num_given else 0
         if not found and num_passed > most:
             self._give_up(where, f"with no start like the first one's the last {num_passed} bytes")
@@ -387,9 +390,9 @@ class _Objects:
         self.report(RecordIssue("too_many_broken", where, f"{what} are passed over"))
 
     def _num_records(self, num_passed: int) -> int:
-        """Say how many records may be lost with so many bytes.
+        """Return how many records may be lost in the skipped bytes.
 
-        One, where all start alike.
+        It is 1 if all objects start alike.
         """
         if self.start_alike and self.num_given > 1:
             return 1
@@ -397,7 +400,7 @@ class _Objects:
         return max(1, num_passed // max(length, 1))
 
     def _is_lost(self) -> bool:
-        """Say whether going on costs too much: what was read in vain is read again each time."""
+        """Return whether going on costs too much, as each resync scans some bytes again."""
         view = self.view
         largest_bytes = min(view.max_record_bytes, MAX_RECORD_BYTES)
         allowed_bytes = view.offset + view.pos + _NUM_RESCANNED * largest_bytes
@@ -408,7 +411,7 @@ class _Objects:
         self.rescanned_bytes += self.scanned_bytes
 
     def _find_start(self) -> bool:
-        """Look for another object anywhere after the read position."""
+        """Search for another object anywhere after the read position."""
         view = self.view
         self._count_resync()
         view.pos += 1
@@ -421,7 +424,7 @@ class _Objects:
                 return False
 
     def _find_start_within(self, length: int) -> bool:
-        """Look for another object within one: a lost quotation mark makes one of several."""
+        """Search for another object within one: a missing quotation mark can merge several."""
         view = self.view
         start = self._next_start(view.pos + 1, view.pos + length)
         if start is not None:
@@ -430,7 +433,7 @@ class _Objects:
         return True
 
     def _next_start(self, begin: int, end: int | None = None) -> int | None:
-        """Return where an object seems to start that is no value of a key and opens no list."""
+        """Return the likely start of an object that is no value of a key and no start of a list."""
         data = self.view.data
         stop = len(data) if end is None else end
         for match in (self.start_pattern or _LINE_START).finditer(data, begin, stop):
@@ -445,7 +448,7 @@ def _scan(data: bytes, at: int, depth: int) -> tuple[int, int]:
     """Go from bracket to bracket until the object closes or the data ends.
 
     Returns:
-        Where it got to, and the depth there: 0 for closed, -1 for broken.
+        The position reached, and the depth there: 0 for closed, -1 for broken.
     """
     while match := _TO_BRACKET.match(data, at):
         at = match.end()
@@ -464,9 +467,9 @@ def _scan(data: bytes, at: int, depth: int) -> tuple[int, int]:
 
 
 def _parser(kind: Any) -> _Parse:
-    """Return what gives a JSON text's value, or why it is none of this kind, or `_BROKEN`.
+    """Return a function that parses JSON: a value, or a `RecordError` or `_BROKEN` if it fails.
 
-    The value of a text that had to be repaired is within a `_Repaired`.
+    The error stands for JSON that is not of this kind. A repaired value is in a `_Repaired`.
     """
     decode = msgspec.json.Decoder(kind).decode
 
@@ -485,21 +488,21 @@ def _decoded(decode: Callable[[bytes], Any], text: bytes) -> Any:
     try:
         return decode(text)
     except msgspec.ValidationError as error:
-        # It is raised before the rest of the text was looked at.
+        # msgspec raises it before it has parsed the rest of the text.
         return RecordError.of(error) if _is_json(text) else _BROKEN
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _BROKEN
 
 
 class _Repaired(msgspec.Struct, frozen=True, gc=False):
-    """A value, and what of its text was changed."""
+    """A value, and the changes made to its text."""
 
     value: Any
     detail: str
 
 
 def _unwrapped(value: Any, where: str, report: Report) -> Any:
-    """Return a value, after reporting what of its text was changed."""
+    """Return a value, after reporting the changes made to its text."""
     if isinstance(value, _Repaired):
         report(RecordIssue("repaired", where, value.detail))
         return value.value
@@ -514,10 +517,10 @@ _SURROGATES = re.compile(
 
 
 def _repair(text: bytes) -> tuple[bytes, str]:
-    """Write a text as JSON, as far as it is what other writers take for it.
+    """Replace what some JSON writers write but JSON does not allow.
 
     Returns:
-        The text, and what was changed; empty if nothing was.
+        The text, and a description of the changes; empty if there were none.
     """
     num_halves, constants = 0, set[str]()
 
@@ -542,7 +545,7 @@ def _repair(text: bytes) -> tuple[bytes, str]:
 
 
 def _keys(kind: Any) -> Collection[bytes] | None:
-    """Return the keys of a declared kind as they are written, or None where all are taken."""
+    """Return the keys of a declared kind as they are written, or None if any key is accepted."""
     names = getattr(kind, "__struct_encode_fields__", None)
     return None if names is None else [f'"{name}"'.encode() for name in names]
 

@@ -1,21 +1,21 @@
-"""A team's own chats: `{train,valid,test}.jsonl` (or `.json`), one conversation an object.
+"""Custom chats: `{train,valid,test}.jsonl` (or `.json`), one conversation per object.
 
-Lines, or one array. Every form of `chat_forms`, which may be mixed, such as the plain one:
+A file is JSON lines, or one array. Every format of `chat_forms` is read; they may be mixed:
 
     {"id": "7", "turns": [{"speaker": 0, "text": "See?", "images": ["photos/1.jpg"]}, ...]}
 
-`id` is a text or a whole number, unique within its file; without one a conversation is named by a
-hash of what was read of it, so that equal ones are duplicates. `speaker` (0 to 127, or a name) may
-be left out: turns then alternate. Names are numbered in their order within the conversation.
-`text` may be left out beside pictures. A picture is an http or https address, a path below the
-source with `/` between its parts, or a `data:` URL. Other fields are passed over, but for one that
-is named nearly like a field that is not there.
+`id` is a string or an integer, unique within its file; without one a conversation is named by a
+hash of its parsed content, so that equal ones are duplicates. `speaker` (0 to 127, or a name) may
+be left out: turns then alternate. Names are numbered in order of appearance in the conversation.
+`text` may be left out if there are images. An image is an http or https URL, a path below the
+source with `/` between its parts, or a `data:` URL. Other fields are ignored, except that a likely
+typo of a missing field is reported.
 
-Of the chat forms, `user` or `human` is speaker 0; `assistant`, `bot`, `model` or `gpt` is speaker
-1, in any case. Messages of `system`, `developer`, `tool`, `function`, `function_call` and
-`observation` are counted as turns but are nobody's: they get no mark, and their pictures are no
-instances. So are those of other roles, and parts of other types are left out; both are problems.
-Must not import torch.
+In the formats with roles, `user` or `human` is speaker 0; `assistant`, `bot`, `model` or `gpt` is
+speaker 1, in any case. Messages of `system`, `developer`, `tool`, `function`, `function_call` and
+`observation` count as turns but have no speaker: they are not written into the context, and their
+images give no instances. The same holds for other roles, and parts of other types are left out;
+both are reported as record issues. Must not import torch.
 """
 
 import hashlib
@@ -42,25 +42,26 @@ from d2i.corpora.splits import (
 from d2i.dialog import Turn
 
 _ID_DIGITS = 20
-"""Of a hash: 80 bits, of which no two are alike among any number of conversations (ours)."""
+"""Hexadecimal digits of a hash that serves as an id: 80 bits, enough to avoid collisions in any
+corpus."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl(InstanceOptions):
-    """How a team's own chats become instances: one for each picture."""
+    """Options for custom chats: one instance for each image."""
 
     split_shares: str | None = None
     """Shares of train, valid and test, such as `0.8,0.1,0.1`, that divide one unsplit file by
-    dialog; dialogs that show the same picture stay together."""
+    dialog; dialogs that show the same image stay together."""
     split_seed: int = 0
-    """Decides which dialogs go where."""
+    """Seed that decides which dialog goes to which split."""
 
     record_type: ClassVar[type[dict[str, Any]]] = dict
     max_record_bytes: ClassVar[int] = 64 << 20
-    """As a conversation may hold its pictures: two of the largest, in base64, and its text."""
+    """Room for a conversation with embedded images: two of the largest in base64, and its text."""
 
     def __post_init__(self) -> None:
-        """Refuse shares that are none."""
+        """Raise ConfigError if the shares are invalid."""
         self.split_by()
 
     def split_by(self) -> tuple[dict[str, float], int] | None:
@@ -70,7 +71,7 @@ class Jsonl(InstanceOptions):
         return parse_shares(self.split_shares), self.split_seed
 
     def files(self, source: str, split: str) -> list[str]:
-        """List the split's file, relative to the source's folder."""
+        """List the split's file, relative to the source's directory."""
         if (split_by := self.split_by()) is not None:
             return [unsplit_file(source)] if split_by[0][split] > 0 else []
         names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in DIALOG_SUFFIXES]
@@ -82,7 +83,7 @@ class Jsonl(InstanceOptions):
     def parser(
         self, source: str, split: str, inline: InlineImages
     ) -> Callable[[dict[str, Any], Flaw], Dialog]:
-        """Return what parses one record; source and split do not matter here."""
+        """Return the parser of one record; source and split do not matter here."""
         del source, split
         return partial(_parse, inline)
 
@@ -103,5 +104,5 @@ def _parse(inline: InlineImages, fields: dict[str, Any], flaw: Flaw) -> Dialog:
 
 
 def _hash_of(turns: list[Turn], pictures: list[SharedImage]) -> str:
-    """Name a conversation by what was read of it."""
+    """Return a hash of the parsed content of a conversation."""
     return hashlib.sha256(msgspec.json.encode([turns, pictures])).hexdigest()[:_ID_DIGITS]

@@ -1,7 +1,7 @@
-"""Pictures that are in more than one split, or look as if: what evaluation must not have seen.
+"""Train-test leakage: images that occur, or seem to, in more than one split.
 
-Test is protected from valid and train, valid from train: the instance listed is the one to leave
-out, so that the test set stays the one that others score.
+Test is protected from valid and train, valid from train. The instance listed is the one to leave
+out, so that the test set stays the one that others evaluate on.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _CHUNK = 256
 
 
 class Leak(Struct, frozen=True):
-    """An instance whose picture another split shows as well.
+    """An instance whose image occurs in another split as well.
 
-    `distance` is 0 where it is the same picture by name, else the bits in which the two differ.
+    `distance` is 0 for the same image by name, else the number of bits in which the hashes differ.
     """
 
     key: str
@@ -43,23 +43,23 @@ class Leak(Struct, frozen=True):
 
 
 class ImageCount(Struct):
-    """How many distinct pictures of a split were read, and why the others could not be."""
+    """Number of distinct images of a split that were read, and of the others by reason."""
 
     num_read: int
     failures: dict[str, int]
 
 
 class LeakFinder:
-    """Reads the splits of a corpus, test first, and gives the instances that leak.
+    """Reads the splits of a corpus, test first, and yields the instances that leak.
 
     Args:
         corpus: The corpus, with its options.
-        source: Where it lies.
-        look: Whether picture files are read and compared by their looks.
-        on_image: Told of every picture that was looked at.
+        source: Path or fsspec URL of the corpus.
+        look: True to also find near-duplicates, by perceptual hashes of the image files.
+        on_image: Called with the split for every image file that was tried.
 
     Raises:
-        ConfigError, DataError: If files are to be read and `image_root` cannot be their place.
+        ConfigError, DataError: If files are to be read and `image_root` cannot hold them.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class LeakFinder:
 
     @property
     def has_hashed(self) -> bool:
-        """Whether any picture file was there to be compared."""
+        """True if any image file could be read."""
         return any(count.num_read for count in self.images.values())
 
     def find(self, splits: list[str]) -> Iterator[Leak]:
-        """Give the leaks of these splits, each split's in the order of its files."""
+        """Yield the leaks of these splits, each split's in the order of its files."""
         for split in reversed([name for name in SPLITS if name in splits]):
             near = self._near(split) if self._look else {}
             own: dict[str, tuple[str, str]] = {}
@@ -108,7 +108,7 @@ class LeakFinder:
         return None
 
     def _near(self, split: str) -> dict[str, tuple[str, int]]:
-        """Return, by picture of a split, the protected picture it looks like, and how nearly."""
+        """Map images of a split to the protected image each looks like, and the hash distance."""
         near, looks, failures, num_read = {}, [], Counter[str](), 0
         for image_id, look in self._read_hashes(split):
             self._on_image(split)
@@ -129,7 +129,7 @@ class LeakFinder:
         return near
 
     def _read_hashes(self, split: str) -> Iterator[tuple[str, PerceptualHash | str | None]]:
-        """Give each distinct picture file of a split with its look, or why it has none."""
+        """Yield each distinct image file of a split with its hash, or the reason it has none."""
         images = self._distinct_files(split)
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             while chunk := list(islice(images, _CHUNK)):
@@ -152,14 +152,14 @@ class LeakFinder:
             return err.reason
 
     def _instances(self, split: str) -> Iterator[Instance]:
-        """Read a split in silence: its problems were told before."""
+        """Read a split without reporting record issues, which were reported before."""
         return corpus_instances(
             self._corpus, self._source, split, on_problem=lambda _: None, max_broken=1.0
         )
 
 
 def count_leaks(leaks: Iterator[Leak]) -> list[dict[str, str | int]]:
-    """Count leaks by splits and reason: instances, and the protected pictures they show."""
+    """Count leaks by splits and reason: instances, and the protected images they show."""
     instances: Counter[tuple[str, str, str]] = Counter()
     images: dict[tuple[str, str, str], set[str]] = {}
     for leak in leaks:

@@ -1,7 +1,7 @@
 """MMDialog: `{train,valid,test}/conversations.json` beside flat `{split}/{media_key}.jpg`.
 
-The release names no speakers; turns are taken to alternate. Its negative candidates are read by
-`negatives` alone. Must not import torch.
+The release names no speakers, so turns are assumed to alternate. Only `negatives` reads its
+negative candidates. Must not import torch.
 """
 
 import re
@@ -20,7 +20,7 @@ from d2i.corpora.splits import split_folder
 from d2i.dialog import ImageRef, Turn
 
 _SUFFIXES = (".json", ".jsonl", ".txt")
-# A signed number in the release; plain names are taken as well, none that looks like an option.
+# A signed number in the release; plain names are accepted too, unless they look like an option.
 _MEDIA_KEY = re.compile(r"-?[0-9]{1,20}|[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
 
@@ -34,7 +34,7 @@ class _Turn(Struct, gc=False):
 
 
 class MMDialogRecord(Struct, gc=False):
-    """One line of `conversations.json`, the negative candidates left aside."""
+    """One line of `conversations.json`, without the negative candidates."""
 
     conversation_id: DialogId
     conversation: Turns[_Turn]
@@ -42,18 +42,18 @@ class MMDialogRecord(Struct, gc=False):
 
 @dataclass(frozen=True, kw_only=True)
 class MMDialog(InstanceOptions):
-    """How MMDialog becomes instances: one for each occurrence of a picture.
+    """Options for MMDialog: one instance for each occurrence of an image.
 
-    Its `image_root` may have a folder a split, or all pictures in one.
+    Its `image_root` may have one directory per split, or all images in one.
     """
 
     record_type: ClassVar[type[Struct]] = MMDialogRecord
     unique_splits: ClassVar[frozenset[str]] = frozenset({"valid", "test"})
 
     def files(self, source: str, split: str) -> list[str]:
-        """List the split's files, relative to the source: all that say `conversations`.
+        """List the split's files, relative to the source: all with `conversations` in the name.
 
-        By the start of their names first, as the folder also holds up to 1.5 million pictures.
+        Names that start with it are tried first, as the directory may hold 1.5 million images too.
         """
         folder = split_folder(source, split)
         if folder is None:
@@ -64,13 +64,13 @@ class MMDialog(InstanceOptions):
         return [f"{folder}/{name}" for name in names]
 
     def image_id(self, ref: ImageRef) -> str:
-        """Name the picture itself: its media key, as each split has a folder of its own."""
+        """Return the identity of an image: its media key, as each split has its own directory."""
         return ref.value[0].rpartition("/")[2]
 
     def parser(
         self, source: str, split: str, inline: InlineImages
     ) -> Callable[[MMDialogRecord, Flaw], Dialog]:
-        """Return what parses one record of a split, which holds no picture itself."""
+        """Return the parser of one record of a split; records embed no images."""
         del inline
         folder = split_folder(self.image_root or source, split)
         image_dir = f"{folder}/" if folder else ""

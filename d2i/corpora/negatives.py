@@ -1,6 +1,6 @@
-"""MMDialog's negative candidates: for each dialog, pictures that do not answer it.
+"""MMDialog's negative candidates: for each dialog, images that do not answer it.
 
-Only the scores of an evaluation want them. Must not import torch.
+Only the scores of an evaluation need them. Must not import torch.
 """
 
 import logging
@@ -16,19 +16,19 @@ from d2i.errors import DataError
 
 
 class _Record(Struct, gc=False):
-    """One line of `conversations.json`, all but the candidates left aside."""
+    """One line of `conversations.json`, with the negative candidates alone."""
 
     conversation_id: DialogId
     negative_candidate_media_keys: list[str | int]
 
 
 def read_negatives(source: str, split: str) -> Iterator[tuple[str, list[str]]]:
-    """Read the negative candidates of a split: (dialog id, names of the pictures' files).
+    """Read the negative candidates of a split: (dialog id, file names of the images).
 
-    What is broken is logged and passed over.
+    Broken records are logged and skipped.
 
     Args:
-        source: Path or fsspec URL of the folder that MMDialog was unpacked to.
+        source: Path or fsspec URL of the directory that MMDialog was unpacked to.
         split: `valid` or `test`; the training split lists none.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Whether two picture files show the same: a perceptual hash, and an index that finds near ones.
+"""Near-duplicate detection: a perceptual hash of images, and an index that finds near hashes.
 
-The hash is the sign pattern of the lowest frequencies of the brightness (the "pHash" of the
-literature), 64 bits; rescaling and recompression change a few of them. Coarse colours must agree
-as well, since brightness alone takes a red ball for a green one.
+The hash is the sign pattern of the lowest frequencies of the brightness ("pHash" in the
+literature), 64 bits; rescaling and recompression change only a few of them. Coarse colours must
+agree as well, since brightness alone confuses a red ball with a green one.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 MAX_DISTANCE = 4
-"""Bits in which the hashes of near duplicates differ at most (ours)."""
+"""Largest number of bits in which the hashes of near-duplicates differ (our default)."""
 MAX_COLOUR_DISTANCE = 24
-"""Levels of 255 by which their coarse colours differ at most (ours)."""
+"""Largest difference of their coarse colours, in levels of 255 (our default)."""
 
 _SIDE, _KEPT, _COLOUR_SIDE = 32, 8, 4
 _MIN_CONTRAST = 4.0
@@ -28,14 +28,14 @@ _BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))
 
 @dataclass(frozen=True)
 class PerceptualHash:
-    """What a picture looks like: 64 bits of structure, and uint8 (4, 4, 3) coarse colours."""
+    """Perceptual hash of an image: 64 bits of structure, and uint8 (4, 4, 3) coarse colours."""
 
     structure: int
     colours: NDArray[np.uint8]
 
 
 def perceptual_hash_of(image: Image.Image) -> PerceptualHash | None:
-    """Return the look of an RGB picture; None for one so plain that it looks like any other."""
+    """Return the hash of an RGB image; None if it is so plain that it looks like any other."""
     grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     brightness = np.asarray(grey, np.float64)
     if brightness.std() < _MIN_CONTRAST:
@@ -51,24 +51,24 @@ def perceptual_hash_of(image: Image.Image) -> PerceptualHash | None:
 
 
 class HashIndex:
-    """Finds, among the looks it was given, the one nearest to another."""
+    """Finds the nearest of the hashes that were added."""
 
     def __init__(self) -> None:
         self._hashes: list[tuple[str, PerceptualHash]] = []
         self._bands: list[defaultdict[int, list[int]]] = [defaultdict(list) for _ in _BANDS]
 
     def __len__(self) -> int:
-        """Return how many looks there are."""
+        """Return the number of hashes."""
         return len(self._hashes)
 
     def add(self, name: str, look: PerceptualHash) -> None:
-        """Take a look, under the name of its picture."""
+        """Add a hash, under the name of its image."""
         for band, part in zip(self._bands, _parts(look.structure), strict=True):
             band[part].append(len(self._hashes))
         self._hashes.append((name, look))
 
     def nearest(self, look: PerceptualHash) -> tuple[str, int] | None:
-        """Return name and distance in bits of the nearest look, or None where none is near."""
+        """Return the name of the nearest hash and its distance in bits, or None if none is near."""
         found: tuple[int, int] | None = None
         for place in self._candidates(look):
             other = self._hashes[place][1]
@@ -92,6 +92,6 @@ def _colours_agree(one: PerceptualHash, other: PerceptualHash) -> bool:
 
 
 def _cosines() -> NDArray[np.float64]:
-    """Return the type-II cosine transform as a matrix (32, 32), not normalised."""
+    """Return the type-II discrete cosine transform as a matrix (32, 32), not normalised."""
     places = np.arange(_SIDE)
     return np.cos(np.pi * places[:, None] * (2 * places + 1) / (2 * _SIDE))

@@ -1,6 +1,6 @@
-"""PhotoChat: `{train,dev,test}/*.json`, arrays of dialogs with the addresses of their photos.
+"""PhotoChat: `{train,dev,test}/*.json`, arrays of dialogs with the URLs of their photos.
 
-Takes both releases, with and without `photo_id`. Must not import torch.
+Reads both releases, with and without `photo_id`. Must not import torch.
 """
 
 import re
@@ -51,16 +51,16 @@ class PhotoChatRecord(Struct, gc=False):
 
 @dataclass(frozen=True, kw_only=True)
 class PhotoChat(InstanceOptions):
-    """How PhotoChat becomes instances: one a dialog, cut where the photo is first shared."""
+    """Options for PhotoChat: one instance per dialog, cut where the photo is first shared."""
 
     open_images_url: str = "https://open-images-dataset.s3.amazonaws.com/{photo_id}.jpg"
-    """Where a photo is asked for first; `photo_id` holds Open Images' split and id."""
+    """Template of the URL that is tried first; `photo_id` holds Open Images' split and id."""
 
     record_type: ClassVar[type[Struct]] = PhotoChatRecord
     has_own_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Refuse an address template that would be the same for every photo."""
+        """Raise ConfigError for a URL template that would be the same for every photo."""
         if "{photo_id}" not in self.open_images_url:
             raise ConfigError(
                 f"open_images_url: got {self.open_images_url!r}, expected a template; "
@@ -68,7 +68,7 @@ class PhotoChat(InstanceOptions):
             )
 
     def files(self, source: str, split: str) -> list[str]:
-        """List the split's files, relative to the source, in the order of their names."""
+        """List the split's files, relative to the source, sorted by name."""
         folder = split_folder(source, split)
         if folder is None:
             return []
@@ -77,9 +77,9 @@ class PhotoChat(InstanceOptions):
         return [f"{folder}/{name}" for name in files]
 
     def image_id(self, ref: ImageRef) -> str:
-        """Name the photo itself: its Flickr path, as releases and hosts differ in the rest.
+        """Return the identity of a photo: its Flickr path; releases and hosts differ in the rest.
 
-        Without one, path and query of the address it is asked for at: its id may be in either.
+        Without one, it is path and query of the Open Images URL: the id may be in either.
         """
         address = ref.value[-1]
         parts = urlsplit(address)
@@ -89,7 +89,7 @@ class PhotoChat(InstanceOptions):
     def parser(
         self, source: str, split: str, inline: InlineImages
     ) -> Callable[[PhotoChatRecord, Flaw], Dialog]:
-        """Return what parses one record; nothing else matters here."""
+        """Return the parser of one record; the arguments do not matter here."""
         del source, split, inline
         return self._parse
 

@@ -1,4 +1,4 @@
-"""Records of a corpus: the dialog that each is parsed to, or the issue that it has.
+"""Records of a corpus: the dialog that each is parsed to, or the record issue that it has.
 
 Owns `RecordIssue`, the types that the records of all corpora are declared with, and `Dialog`. Must
 not import torch.
@@ -33,30 +33,30 @@ Reason = Literal[
 ]
 
 MAX_TURNS = 2048
-"""A dialog with more turns is passed over: every picture repeats the turns before it."""
+"""A dialog with more turns is skipped, because every image repeats the turns before it."""
 
 _T = TypeVar("_T")
 Turns = Annotated[list[_T], Meta(max_length=MAX_TURNS)]
 Text = Annotated[str, Meta(max_length=1 << 16)]
-"""What is said in a turn. Longer texts are no talk, and combining marks cost their square."""
+"""Text of a turn. Longer texts are no conversation, and combining marks take quadratic time."""
 Name = Annotated[str, Meta(max_length=1024)]
 DialogId = int | Name
 Speaker = Annotated[int, Meta(ge=0, le=127)]
 
 _WEB_URL = re.compile(r"https?://[^\s\x00-\x1f]+", re.IGNORECASE)
-# No home folder, backslash, wildcard or control character, and no leading '-', which a command
-# would take for an option. Brackets and colons are of names as cameras and screens give them.
+# No home directory, backslash, wildcard or control character, and no leading '-', which a command
+# would take for an option. Brackets and colons occur in file names of cameras and screenshots.
 _PATH = re.compile(r"[^-~\\*?\x00-\x1f\x7f][^\\*?\x00-\x1f\x7f]{0,1023}")
 # A scheme, a drive, or a chain of file systems.
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|.*::", re.DOTALL)
 
 
 class RecordIssue(Struct, frozen=True, gc=False, omit_defaults=True):
-    """Something in a corpus that gives no instance.
+    """An issue with a record or a file of a corpus.
 
-    `where` is the file, relative to the source, with line or byte offset; `detail` says what was
-    got and expected, and quotes no message of the dialog. `num_records` is how many records may be
-    lost by it, where a piece of a file had to be passed over.
+    `where` is the file, relative to the source, with line or byte offset; `detail` tells what was
+    found and expected, and quotes no message of the dialog. `num_records` is how many records may
+    be lost, if a part of a file had to be skipped.
     """
 
     reason: Reason
@@ -67,11 +67,11 @@ class RecordIssue(Struct, frozen=True, gc=False, omit_defaults=True):
 
 Report = Callable[[RecordIssue], None]
 Flaw = Callable[[Reason, str], None]
-"""Reports a part of a record that is left out, the rest of it being used."""
+"""Callback that reports a part of a record that is left out while the rest is used."""
 
 
 class RecordError(Exception):
-    """A record that cannot be used at all: it becomes a `RecordIssue` within this package."""
+    """A record that cannot be used at all; it becomes a `RecordIssue` within this package."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
@@ -80,7 +80,7 @@ class RecordError(Exception):
 
     @classmethod
     def of(cls, error: msgspec.ValidationError) -> Self:
-        """Return what a record's declared type says against it: the field, never its value."""
+        """Convert a type error of a record; the detail names the field, never its value."""
         detail = str(error)
         if "missing required field" in detail:
             return cls("missing_field", detail)
@@ -88,7 +88,7 @@ class RecordError(Exception):
 
 
 class SharedImage(Struct, frozen=True, gc=False):
-    """One occurrence of a picture: its turn, its index among that turn's pictures, its place."""
+    """One occurrence of an image: its turn, its index among that turn's images, its reference."""
 
     turn: int
     image: int
@@ -96,7 +96,7 @@ class SharedImage(Struct, frozen=True, gc=False):
 
 
 class Dialog(Struct, frozen=True, gc=False):
-    """A parsed record: all turns, silent ones too, and the pictures that can be asked for."""
+    """A parsed record: all turns, including silent ones, and the images with a valid reference."""
 
     id: str
     turns: tuple[Turn, ...]
@@ -106,7 +106,7 @@ class Dialog(Struct, frozen=True, gc=False):
 
 
 def is_web_url(text: str) -> bool:
-    """Say whether a text is an http or https address, without judging where it leads."""
+    """Return whether a text is an http or https URL; any destination is accepted."""
     if _WEB_URL.fullmatch(text) is None:
         return False
     try:
@@ -116,10 +116,10 @@ def is_web_url(text: str) -> bool:
 
 
 def image_ref_of(text: str) -> ImageRef:
-    """Return what a corpus says of a picture: a web address, or a path below the source.
+    """Return the reference to an image that a corpus gives as a URL or a path below the source.
 
     Raises:
-        RecordError: If it is neither: another scheme, an absolute path, a path that climbs.
+        RecordError: If it is neither: another scheme, an absolute path, or a path with `..`.
     """
     if is_web_url(text):
         return ImageRef("urls", (text,))

@@ -1,7 +1,7 @@
-"""One unsplit file of dialogs, divided by shares: seeded, and no picture is in two splits.
+"""Seeded division of one unsplit file of dialogs into splits, with no image in two of them.
 
-Dialogs that show the same picture stay together, so that no training has seen a picture of the
-test. Must not import torch.
+Dialogs that show the same image stay together, so that training sees no image of the test split.
+Must not import torch.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def parse_shares(text: str) -> dict[str, float]:
 
 
 class DialogSplits:
-    """Which split each dialog of a file belongs to.
+    """Assignment of the dialogs of a file to splits.
 
     Args:
-        dialogs: All of them.
-        image_id: Names a picture: equal wherever it occurs.
-        shares: Of the dialogs that show a picture, by split; their sum is 1.
-        seed: Decides which dialogs go where.
+        dialogs: All dialogs of the file.
+        image_id: Returns the identity of an image: equal wherever it occurs.
+        shares: Share of the dialogs with an image, by split; their sum is 1.
+        seed: Decides which dialog goes to which split.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class DialogSplits:
         self._hashes, self._places = hashes[order], places[order]
 
     def split_of(self, dialog: Dialog) -> str:
-        """Return the split of a dialog; one without a picture, which gives none, is of train."""
+        """Return the split of a dialog; one without images gives no instance and is in train."""
         if not dialog.images:
             return _NAMES[0]
         place = np.searchsorted(self._hashes, np.uint64(key_order_hash(dialog.id, self._seed)))
@@ -83,7 +83,10 @@ class DialogSplits:
 def _groups(
     num_dialogs: int, owners: NDArray[np.int64], images: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Number the groups of dialogs that share pictures: the first dialog of each, by dialog."""
+    """Return the group of each dialog: the first dialog that it shares images with, or itself.
+
+    Sharing is transitive.
+    """
     first = list(range(num_dialogs))
 
     def find(dialog: int) -> int:
@@ -103,9 +106,9 @@ def _groups(
 def _place(
     hashes: NDArray[np.uint64], groups: NDArray[np.int64], shares: list[float]
 ) -> NDArray[np.uint8]:
-    """Fill the splits in their order, by large groups first, then in the order of hashes.
+    """Fill the splits in their order, with large groups first, then in the order of hashes.
 
-    So a file that has grown a little moves few dialogs.
+    A file that grows a little thus moves few dialogs.
     """
     _, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     least = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)

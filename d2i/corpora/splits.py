@@ -1,4 +1,4 @@
-"""Where the splits of a released corpus lie: their many names, one canonical one.
+"""Layout of released corpora: the names of each split's directory or file.
 
 Must not import torch.
 """
@@ -21,9 +21,9 @@ _MAX_NAME_FILE_BYTES = 4096
 
 
 def corpus_name(source: str) -> str | None:
-    """Return what a corpus calls itself: `name` of its `corpus.json`; None where it says nothing.
+    """Return the name that a corpus has in its `corpus.json`, or None if it has none.
 
-    It tells corpora of one layout apart: the demo's made world has MMDialog's, and is not MMDialog.
+    It distinguishes corpora of the same layout, such as the demo's made world and MMDialog.
     """
     url = storage.join(source, _NAME_FILE)
     if not storage.exists(url) or storage.size_bytes(url) > _MAX_NAME_FILE_BYTES:
@@ -37,12 +37,12 @@ def corpus_name(source: str) -> str | None:
 
 
 def is_source_file(source: str) -> bool:
-    """Say whether a source is one file of dialogs, rather than a folder of them."""
+    """Return whether a source is one file of dialogs, rather than a directory of them."""
     return source.endswith(DIALOG_SUFFIXES)
 
 
 def source_folder(source: str) -> str:
-    """Return the folder of a source: what paths of pictures are relative to."""
+    """Return the directory of a source, which paths of images are relative to."""
     return (source.rpartition("/")[0] or ".") if is_source_file(source) else source
 
 
@@ -65,17 +65,17 @@ def unsplit_file(source: str) -> str:
 
 
 def split_folder(source: str, split: str) -> str | None:
-    """Return what the folder of a split is called in a source, or None where there is none."""
+    """Return the name of a split's directory in a source, or None if there is none."""
     there = set(storage.list_names(source))
     present = [name for name in SPLITS[split] if name in there]
     return only_one(present, source) if present else None
 
 
 def only_one(names: list[str], source: str) -> str:
-    """Return the one name that a split has.
+    """Return the only name that a split has.
 
     Raises:
-        DataError: If it has several: which one is meant cannot be told, and none is dropped unsaid.
+        DataError: If it has several, as it is unclear which one is meant.
     """
     if len(names) > 1:
         raise DataError(

@@ -1,7 +1,7 @@
-"""What a corpus holds, how long its contexts are, and what each option would change.
+"""Survey of a corpus: its content, the lengths of its contexts, and the effect of each option.
 
-One pass over every split counts instances under every option exactly; token lengths are measured
-on a sample of each split, drawn by key, as tokenizing takes a hundred times as long as reading.
+One pass over every split counts instances under every option exactly. Token lengths are measured
+on a sample of each split, chosen by key, as tokenizing takes a hundred times as long as reading.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _BINS_PER_WINDOW = 5
 _NUM_BINS = 20
 
 _MAX_SAMPLE_CHARS = 32 << 20
-"""A sample is made smaller where its dialogs are longer than this, all together."""
+"""A sample is reduced if its dialogs are longer than this in total."""
 _TURN_CHARS = 64
-"""What a turn takes beside its text, in characters."""
+"""Overhead of a turn beside its text, in characters."""
 
 _CORPUS_OPTIONS: dict[str, tuple[str, ...]] = {
     "direction": ("answer", "first"),
@@ -52,9 +52,9 @@ _TEXT_OPTIONS: dict[str, tuple[str | int, ...]] = {
 class Lengths(Struct):
     """Token lengths of sampled contexts, before any is cut by token.
 
-    `counts[i]` are those of over `i * bin_width` and up to `(i + 1) * bin_width` tokens; the
-    first bin has 0 as well, the last one is open above. `room` tokens fit, and `share_over` of
-    the contexts have more.
+    `counts[i]` is the number of contexts with over `i * bin_width` and up to
+    `(i + 1) * bin_width` tokens; the first bin includes 0, the last one is open above. `room` is
+    the number of tokens that fit, `share_over` the share of contexts with more.
     """
 
     num_sampled: int
@@ -67,7 +67,7 @@ class Lengths(Struct):
 
 
 class VariantSurvey(Struct):
-    """What one option, all else as set, would change; `num_empty` pictures have no text."""
+    """Effect of changing one option, all else as set; `num_empty` images have no context."""
 
     option: str
     value: str | int
@@ -78,10 +78,10 @@ class VariantSurvey(Struct):
 
 
 class SplitSurvey(Struct):
-    """What one split holds. Occurrences count a picture each time it is shared.
+    """Content of one split. Occurrences count an image each time it is shared.
 
-    `first_problems` has of each reason where the first case is, and what was got and expected.
-    `most_occurrences` are those of the picture that is shared most: all lie in one shard.
+    `first_problems` has, for each reason, where the first case is, and what was found and expected.
+    `most_occurrences` is the count of the image that is shared most: all of them are in one shard.
     """
 
     num_dialogs: int
@@ -106,22 +106,22 @@ def survey_split(
     num_sampled: int,
     on_dialog: Callable[[], None],
 ) -> SplitSurvey:
-    """Survey one split; a broken record is counted, however many there are.
+    """Survey one split; broken records are counted, however many there are.
 
     Args:
         name: `mmdialog`, `photochat` or `jsonl`.
         source: Path or fsspec URL of the corpus.
         split: `train`, `valid` or `test`.
         config: The options that count as set.
-        num_sampled: On how many occurrences of pictures token lengths are measured.
-        on_dialog: Told of every dialog read.
+        num_sampled: Number of image occurrences whose token lengths are measured.
+        on_dialog: Called for every dialog read.
 
     Raises:
         ConfigError: If the corpus or an option is unknown.
         DataError: If the source holds no such split.
     """
     as_set, *others = _variants(name, config)
-    # Settings of the text change no count, so that one counter serves all of them.
+    # Text settings change no count, so one counter serves all of them.
     counters = {variant.corpus: _Counter(variant.corpus, split) for variant in (as_set, *others)}
     problems = IssueCounter()
     dialogs, flaw = read_dialogs(
@@ -158,7 +158,7 @@ def survey_split(
 
 @dataclass(frozen=True)
 class _Variant:
-    """The options as set, but for one."""
+    """The options as set, except for one."""
 
     option: str
     value: str | int
@@ -177,7 +177,7 @@ def _variants(name: str, config: DialogConfig) -> list[_Variant]:
     variants = [_Variant("", "", corpus, config.text)]
     for option, values in _CORPUS_OPTIONS.items():
         now = getattr(corpus, option)
-        # Where a corpus's own default is set, both others are shown: one of them changes nothing.
+        # If the option is `default`, both other values are shown, though one changes nothing.
         for value in (value for value in values if value != now):
             changed = build_corpus(name, options | {option: value})
             variants.append(_Variant(option, value, changed, config.text))
@@ -199,7 +199,7 @@ class _Counter:
         self._seen = CompactHashSet() if corpus.is_unique(split) else None
 
     def take(self, dialog: Dialog, flaw: Flaw) -> None:
-        """Count those of one dialog."""
+        """Count the instances of one dialog."""
 
         def note(reason: Reason, detail: str) -> None:
             self.num_empty += reason == "empty_context"
@@ -212,7 +212,7 @@ class _Counter:
 
 
 def _first_seen(instances: list[Instance], corpus: Corpus, seen: CompactHashSet) -> list[Instance]:
-    """Keep those whose picture was not seen before, and remember theirs."""
+    """Return the instances whose image was not seen before, and add their images to `seen`."""
     kept = []
     for instance in instances:
         image = hash(corpus.image_id(instance.image_ref))
@@ -223,9 +223,9 @@ def _first_seen(instances: list[Instance], corpus: Corpus, seen: CompactHashSet)
 
 
 class _Sample:
-    """The occurrences that come first in the seeded order of keys, each with its dialog.
+    """The image occurrences that come first in the seeded order of keys, each with its dialog.
 
-    Occurrences, not instances: which of them are instances is what the options decide.
+    Occurrences, not instances, because the options decide which of them are instances.
     """
 
     def __init__(self, size: int) -> None:
@@ -234,7 +234,7 @@ class _Sample:
         self._num_chars = 0
 
     def offer(self, dialog: Dialog, split: str) -> None:
-        """Take those of a dialog that come early enough."""
+        """Add the occurrences of a dialog that come early enough."""
         prefix = key_prefix(split, dialog.id)
         for picture in dialog.images:
             key = f"{prefix}{picture.turn}-{picture.image}"
@@ -255,9 +255,9 @@ class _Sample:
         self._num_chars -= _num_chars(heapq.heappop(self._heap)[2])
 
     def token_counts(self, variant: _Variant, split: str) -> list[int]:
-        """Return how many tokens the context of each has under a variant that has it at all."""
+        """Return the context length, in tokens, of each occurrence that is a variant's instance."""
         keys = {key for _, key, _ in self._heap}
-        # Several of one dialog may be sampled: its instances are made once.
+        # Several occurrences of one dialog may be sampled: its instances are made once.
         dialogs = {dialog.id: dialog for _, _, dialog in self._heap}
         return [
             len(encode(context_text(instance.context, variant.text)))
@@ -272,7 +272,7 @@ def _num_chars(dialog: Dialog) -> int:
 
 
 def _unheard(reason: Reason, detail: str) -> None:
-    """Drop what was told when the dialog was read."""
+    """Drop an issue: those of the options as set are reported once, when the dialog is read."""
 
 
 def _lengths(variant: _Variant, token_counts: list[int]) -> Lengths:

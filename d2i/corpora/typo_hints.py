@@ -1,6 +1,6 @@
-"""Fields of a record that are named nearly like one that it lacks: typing errors, most likely.
+"""Likely typos in field names: fields named almost like one that the record lacks.
 
-Fields that are like none are a team's own business. Must not import torch.
+Other unknown fields are custom data and are ignored. Must not import torch.
 """
 
 import difflib
@@ -9,11 +9,11 @@ from functools import lru_cache
 from typing import Any
 
 _LEAST_LIKENESS = 0.8
-"""`image` is like `images`, and `speaker_id` like `speaker` (ours)."""
+"""Similarity from which a name is a likely typo: `image` of `images`, `speaker_id` of `speaker`."""
 
 
 def misspelt(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    """Describe the first field of an object that is nearly one of the names that it lacks."""
+    """Describe the first field of an object that is a likely typo of a name that it lacks."""
     for name, value in fields.items():
         near = None if value is None or name in names else _nearest(name, names)
         if near is not None and fields.get(near) is None:

@@ -1,12 +1,12 @@
-"""Self-contained HTML pages: what was evaluated, what a corpus holds, what samples look like.
+"""Self-contained HTML reports of evaluations, of a corpus and of prepared samples.
 
-`evaluation` and `dataset` read the files of a run; `page` puts the sections of an evaluation
-together, each rendered by a module of its own. `paper_tables`, `readings` and `categories` make the
-paper's tables out of plain values (`tabulated`), which `sections` renders and `markdown_export`
-writes as Markdown and CSV. `corpus` makes the page of a survey of a corpus, `samples` that of
-prepared samples. `document`, `html`, `counts` and `svg` are what pages are made of. Every figure on
-a page is read from a file of the run, from the survey or from the shards; what the paper says is
-marked as the paper's. Must not import torch or ray.
+`evaluation` and `dataset` read the files of a run; `page` assembles the sections of an evaluation,
+each rendered by its own module. `paper_tables`, `readings` and `categories` build the paper's
+tables as plain values (`tabulated`), which `sections` renders as HTML and `markdown_export` writes
+as Markdown and CSV. `corpus` renders the survey of a corpus, `samples` prepared samples.
+`document`, `html`, `counts` and `svg` are the building blocks. Every figure on a page is read from
+a file of the run, from the survey or from the shards; the paper's figures are marked as such. Must
+not import torch or ray.
 """
 
 from d2i.report.corpus import write_corpus_report

@@ -1,4 +1,4 @@
-"""Attribute accuracy as bars, with chance and the true pictures marked on the same scale."""
+"""Attribute accuracy as bars, with chance and the reference images marked on the same scale."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MARKS = {"chance": "chance", "true": "true pictures", "codec": "true pictures t
 
 
 def attributes_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
-    """Show how often each attribute was read right, for each system that was judged."""
+    """Show how often each attribute was read correctly, for each system that was judged."""
     judged = [
         (name, evaluation.judged)
         for name, evaluation in zip(column_names(evaluations), evaluations, strict=True)
@@ -39,7 +39,7 @@ def _intro(judged: Mapping[str, Any]) -> str:
 
 
 def _control(judged: Mapping[str, Any]) -> str:
-    """The shuffled control: nothing but the dialog may explain what is right above chance."""
+    """Describe the shuffled control: accuracy above chance should come from the dialog alone."""
     accuracy = judged.get("accuracy") or {}
     if not is_number(accuracy.get("shuffled")) or not is_number(accuracy.get("chance")):
         return ""
@@ -93,7 +93,7 @@ def _clamped(share: float) -> str:
 
 
 def _series(number: int, judged: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Only the last system is in the accent colour."""
+    """Return the CSS class of a system's bars: only the last one has the accent colour."""
     return "last" if number == len(judged) - 1 else "earlier"
 
 
@@ -115,7 +115,7 @@ def _table(attributes: Sequence[str], judged: Sequence[tuple[str, Mapping[str, A
 
 
 def _cells(columns: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each system what it reached and its control, then what is the same for all."""
+    """Return each system's accuracy and its control, then the marks, which are the same for all."""
     cells = [_cell(values, field) for values in columns for field in ("generated", "shuffled")]
     return cells + [_cell(columns[-1], field) for field in _MARKS]
 

@@ -10,7 +10,7 @@ from d2i.report.html import Section, table, text
 
 
 def cards_section(evaluations: Sequence[Evaluation]) -> Section:
-    """Show every field of every card and every score, unrounded; what differs is marked."""
+    """Show every field of every card and every score, unrounded, and mark those that differ."""
     cards = [dict(_flat({"scores": e.scores, "card": e.card})) for e in evaluations]
     fields = dict.fromkeys(field for card in cards for field in card)
     rows = [
@@ -29,7 +29,7 @@ def cards_section(evaluations: Sequence[Evaluation]) -> Section:
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Give each leaf of nested JSON with its dotted name."""
+    """Yield each leaf of nested JSON with its dotted name."""
     for name, value in fields.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")

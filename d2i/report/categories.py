@@ -1,4 +1,4 @@
-"""People, food and animals (the paper's Figure 5), out of what `d2i eval` scored of each."""
+"""Scores by category: people, food and animals (the paper's Figure 5)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _RANK = (
 
 
 def labelled(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Return the evaluations of which the categories are shown, one a system."""
+    """Return the evaluations whose categories are shown: plain ones (`is_plain`) on PhotoChat."""
     return [e for e in evaluations if e.card.get("corpus") == "photochat" and is_plain(e)]
 
 
 def read_categories(evaluation: Evaluation) -> dict[str, Any] | None:
-    """Read `categories.json` of an evaluation; None where it was not written.
+    """Read `categories.json` of an evaluation; None if it does not exist.
 
     Raises:
         DataError: If the file is not a JSON object.
@@ -40,9 +40,10 @@ def read_categories(evaluation: Evaluation) -> dict[str, Any] | None:
 
 
 def figure5(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """FID, IS, KID and CLIP-I of each system within each category, a table a category.
+    """Return FID, IS, KID and CLIP-I of each system within each category, one table per category.
 
-    What cannot be compared stands apart; evaluations without `categories.json` are left out.
+    Scores that are not comparable get separate tables; evaluations without `categories.json` are
+    left out.
 
     Raises:
         DataError: If a `categories.json` is not a JSON object.
@@ -66,7 +67,7 @@ def _tables(
     apart: str,
     missing: Sequence[str],
 ) -> Iterator[Table]:
-    """Give a table a category; the first carries the notes on all of them."""
+    """Yield one table per category; the first carries the notes on all of them."""
     notes = [f"Kept apart, as not comparable: {apart}."] if apart else []
     notes += _notes(documents[part[0].url])
     if missing and not apart:

@@ -1,4 +1,4 @@
-"""Which scores may stand in one column: what decides a metric, whatever the system does."""
+"""Comparability of scores: the fields of a metric card that define the metric, not the system."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ _METRIC_FIELDS = (
 
 
 def is_plain(evaluation: Evaluation) -> bool:
-    """Say whether a system was shown the whole dialog, linearized as the paper's own systems."""
+    """Return whether a system got the whole dialog, linearized as for the paper's own systems."""
     return context_of(evaluation) == "full" and strategy_of(evaluation) == "hash"
 
 
 def context_of(evaluation: Evaluation) -> str:
-    """Return what of the dialog the system was shown."""
+    """Return the part of the dialog that the system got, a value of `--context`."""
     return str(evaluation.card.get("context", "full"))
 
 
 def strategy_of(evaluation: Evaluation) -> str:
-    """Return how the dialog was linearized."""
+    """Return the linearization of the dialog."""
     return str((evaluation.card.get("text") or {}).get("strategy", "hash"))
 
 
 def metric_identity(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides the metric. How a system samples is the system's own affair."""
+    """Return the fields that define the metric; how a system samples is not one of them."""
     clip_image = (card.get("weights") or {}).get("clip_image")
     fields = {name: card.get(name) for name in _METRIC_FIELDS}
     return fields | {"codec": lossy_codec(card), "clip_image": clip_image}
 
 
 def corpus_title(corpus: object) -> str:
-    """Return what tables call a corpus."""
+    """Return the name of a corpus in tables."""
     return _CORPORA.get(str(corpus), str(corpus))
 
 
 def place(name: str, order: Sequence[str]) -> int:
-    """Return the place of a name in an order; names that are not in it come last."""
+    """Return the position of a name in an order; names that are not in it come last."""
     return order.index(name) if name in order else len(order)
 
 
@@ -69,7 +69,7 @@ def group_by(
 
 
 def guidance_words(card: Mapping[str, Any]) -> str | None:
-    """Say the guidance scale and who chose it, as `3 (d2i select, FID on 1,000 dialogs)`."""
+    """Describe the guidance scale and its origin: `3 (d2i select, FID on 9 validation dialogs)`."""
     scale = card.get("guidance_scale")
     if scale is None:
         return None
@@ -85,7 +85,7 @@ def guidance_words(card: Mapping[str, Any]) -> str | None:
 
 
 def group_by_metric(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
-    """Put those together whose metric is the same; the largest group first."""
+    """Group evaluations whose metric is the same; the largest group comes first."""
     groups: dict[str, list[Evaluation]] = {}
     for evaluation in evaluations:
         identity = json.dumps(metric_identity(evaluation.card), sort_keys=True, default=str)
@@ -94,7 +94,7 @@ def group_by_metric(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]
 
 
 def incompatibility_reason(group: Sequence[Evaluation], first: Sequence[Evaluation]) -> str:
-    """Say in what a group's metric differs from that of the first."""
+    """Describe how a group's metric differs from that of the first group."""
     theirs, ours = metric_identity(group[0].card), metric_identity(first[0].card)
     named = [
         f"{name} {_short(theirs[name])} instead of {_short(ours[name])}"
@@ -105,7 +105,7 @@ def incompatibility_reason(group: Sequence[Evaluation], first: Sequence[Evaluati
 
 
 def card_summary(evaluation: Evaluation) -> str:
-    """Write what matters most of a metric card, for whoever points at a number."""
+    """Summarize a metric card in one line, for tooltips and CSV."""
     card = evaluation.card
     sampling = (
         f"{card['sampler']} {card['num_steps']} steps, guidance {guidance_words(card)}"

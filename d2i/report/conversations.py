@@ -1,4 +1,4 @@
-"""A dozen conversations as chat bubbles beside the true picture and the generated ones."""
+"""A dozen conversations as chat bubbles beside the reference image and the generated ones."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _TITLE = "Conversations"
 def conversations_section(
     evaluations: Sequence[Evaluation], cases: Sequence[str] = ()
 ) -> Section | OmittedSection:
-    """Show conversations with the pictures of all systems, as the paper's Tables 4, 6 and 7.
+    """Show conversations with the images of all systems, as in the paper's Tables 4, 6 and 7.
 
-    Evaluations of other instances are shown by themselves.
+    Evaluations on different instances are shown separately.
 
     Args:
         evaluations: The systems.
-        cases: The keys to show, in this order; none shows the first, in the seeded order of keys,
-            that every system drew.
+        cases: The keys to show, in this order. If empty, the first keys, in their seeded order,
+            that every system kept an image of.
 
     Raises:
-        DataError: If a case is of no data set, or no system kept its picture.
+        DataError: If a case is in no data set, or no system kept its image.
     """
     groups = group_by_instances(evaluations)
     if cases:
@@ -40,10 +40,10 @@ def conversations_section(
 
 
 def render_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> str:
-    """Draw conversations, each with its true picture and those that systems kept.
+    """Render conversations, each with its reference image and the images that systems kept.
 
     Raises:
-        DataError: If a system's pictures cannot be read.
+        DataError: If a system's images cannot be read.
     """
     wanted = [conversation.key for conversation in shown]
     drawn = [
@@ -54,7 +54,7 @@ def render_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]
 
 
 def group_by_instances(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
-    """Put those together that drew for the same conversations, in order of appearance."""
+    """Group evaluations on the same conversations, in order of appearance."""
     groups: dict[str, list[Evaluation]] = {}
     for evaluation in evaluations:
         card = evaluation.card
@@ -181,7 +181,7 @@ def _wanted(wanted: Mapping[str, str] | None) -> str:
 
 
 def _read(example: Mapping[str, Any] | None) -> str:
-    """List what the rule read, in the order of what was wanted, each with its mark."""
+    """List the attributes that the rule read, in the wanted order, each marked right or wrong."""
     if not example:
         return ""
     items = (

@@ -1,4 +1,4 @@
-"""The page of a corpus: what `d2i corpus` found in it, in numbers alone."""
+"""The page of a corpus: the survey of `d2i corpus`, in numbers alone."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _ROWS = (
 
 
 def write_corpus_report(survey: Mapping[str, Any], out_path: str | PathLike[str]) -> None:
-    """Write what a survey of a corpus found as one self-contained HTML file.
+    """Write the survey of a corpus as one self-contained HTML file.
 
-    The page holds the figures and the settings of the survey, and no text or picture of the
-    corpus. The same survey gives the same bytes.
+    The page holds the figures and the settings of the survey, and no text or image of the corpus.
+    The same survey gives the same bytes.
 
     Args:
-        survey: What `d2i corpus --json` prints.
-        out_path: Where the HTML file goes; it appears complete.
+        survey: The output of `d2i corpus --json`.
+        out_path: Path or URL of the HTML file, which is published atomically.
     """
     storage.write_bytes(fspath(out_path), _page(survey).encode())
 
@@ -119,6 +119,6 @@ def _counts_section(splits: Mapping[str, Mapping[str, Any]]) -> Section:
 def _cells(field: str, splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
     cells = count_cells(found[field] for found in splits.values())
     if field == "num_images" and len(splits) > 1:
-        # A sum would count a picture twice that two splits share.
+        # A sum would count an image that two splits share twice.
         cells[-1] = '<span class="absent">not counted</span>'
     return cells

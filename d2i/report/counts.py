@@ -1,4 +1,4 @@
-"""Rows of a table of counts: one column a split, and their sum."""
+"""Rows of a table of counts: one column per split, and their sum."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from d2i.report.html import figure, is_number
 
 
 def count_cells(values: Iterable[Any]) -> list[str]:
-    """Show a count for each split, and their sum where there are several."""
+    """Return a cell with the count of each split, and their sum if there are several."""
     counts = list(values)
     if len(counts) > 1:
         counts.append(sum(counts) if all(map(is_number, counts)) else None)
@@ -19,7 +19,7 @@ def count_cells(values: Iterable[Any]) -> list[str]:
 def reason_rows(
     counts: Collection[Mapping[str, Any]], heading: Callable[[str], str]
 ) -> list[tuple[str, list[str]]]:
-    """Make one row a reason, in their order, out of the counts by reason of each split."""
+    """Make one row per reason, sorted, from the counts by reason of each split."""
     reasons = sorted({reason for found in counts for reason in found})
     return [
         (heading(reason), count_cells(found.get(reason, 0) for found in counts))

@@ -1,4 +1,4 @@
-"""What the report shows of a data set: conversations, true pictures, what became of the rest."""
+"""Reading a data set for a report: conversations, reference images, and manifests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Conversation:
-    """One sample: its key, its turns as (speaker number, text), and the source picture's bytes."""
+    """One sample: its key, its turns as (speaker number, text), and the source image's bytes."""
 
     key: str
     turns: tuple[tuple[int, str], ...]
@@ -25,9 +25,9 @@ class Conversation:
 
 
 def read_conversations(data_url: str, keys: Collection[str], count: int) -> list[Conversation]:
-    """Read the `count` samples of `keys` that come first in the seeded order of keys.
+    """Read the first `count` samples of `keys` in the seeded order of keys.
 
-    The order is a hash of the key, so nobody chose them by their looks.
+    The order is by a hash of the key, so samples are not picked by how they look.
 
     Raises:
         ShardError: If the data set cannot be read.
@@ -47,9 +47,9 @@ def read_conversations(data_url: str, keys: Collection[str], count: int) -> list
 
 
 def speaking_turns(context: Sequence[dict[str, Any]]) -> tuple[tuple[int, str], ...]:
-    """Number the speakers from 0; leave out turns that say nothing, and those of nobody.
+    """Number the speakers from 0; leave out turns without text, and those of `NO_SPEAKER`.
 
-    A turn without a speaker answers the turn before it, as in `d2i.dialog.linearize`.
+    A turn with an unnamed speaker answers the turn before it, as in `d2i.dialog.linearize`.
     """
     numbers: dict[int, int] = {}
     turns, speaker = [], None
@@ -64,10 +64,10 @@ def speaking_turns(context: Sequence[dict[str, Any]]) -> tuple[tuple[int, str], 
 
 
 def read_splits(data_url: str) -> dict[str, Manifest]:
-    """Read the manifest of a data set folder and of its sibling splits, in the order of `SPLITS`.
+    """Read the manifests of a data set directory and its sibling splits, in the order of `SPLITS`.
 
     Raises:
-        ShardError: If none is there, or one is damaged.
+        ShardError: If there is none, or one is damaged.
     """
     _check_place(data_url)
     parent, _, own = data_url.rstrip("/").rpartition("/")
@@ -84,6 +84,6 @@ def read_splits(data_url: str) -> dict[str, Manifest]:
 
 
 def _check_place(data_url: str) -> None:
-    """Refuse what would be asked because a metric card says so, and not who reads the report."""
+    """Raise for a URL with a host: it comes from a metric card, not from the user."""
     if storage.names_host(data_url):
         raise ShardError(f"the metric card's data set {data_url} is an address, which is not asked")

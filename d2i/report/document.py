@@ -8,14 +8,14 @@ from importlib.resources import files
 from d2i import __version__
 from d2i.report.html import OmittedSection, Section, text
 
-# A page can load nothing, whatever it was made from.
+# A page cannot load anything, whatever its content.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def render_document(
     title: str, header: str, sections: Sequence[Section | OmittedSection], footer: str
 ) -> str:
-    """Put a page together; `title` is plain text, `header` and `footer` are markup."""
+    """Render a page; `title` is plain text, `header` and `footer` are markup."""
     css = files("d2i.report").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -30,7 +30,7 @@ def render_document(
 
 
 def render_header(eyebrow: str, heading: str, lead: str, cards: str) -> str:
-    """Draw the top of a page; `eyebrow` is plain text, the rest is markup."""
+    """Render the top of a page; `eyebrow` is plain text, the rest is markup."""
     return (
         f'<header class="hero"><p class="eyebrow">{text(eyebrow)}</p>'
         f'<h1>{heading}</h1><p class="lead">{lead}</p>'

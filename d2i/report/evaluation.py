@@ -1,4 +1,4 @@
-"""What one evaluation left on disk: scores, metric card, judge's answers and pictures."""
+"""Reading the files of one evaluation: scores, metric card, judge's answers and images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from d2i.report.paper_rows import label_of
 _WRITE_AGAIN = "repeat the command that wrote it"
 _DRAW_AGAIN = "remove the tasks/*.npz of its instances and repeat d2i eval: they are drawn again"
 MAX_NAMED = 4
-"""More evaluations than that are a study: too many to name in a sentence, or to be columns."""
+"""Largest number of evaluations to name in a sentence or to show as columns."""
 _MAX_IMAGE_BYTES = 1 << 26
-# What decides a score beside the system itself.
+# Fields that decide a score besides the system itself.
 _DECIDING_FIELDS = (
     "manifest_sha256",
     "expected",
@@ -45,13 +45,13 @@ class Evaluation:
     """One evaluated system.
 
     Attributes:
-        url: The folder it was read from.
-        scores: Score by name, None where a score does not exist for the extractor.
-        intervals: 95 % confidence of scores, as [low, high].
-        warnings: Warnings about them, one line each.
+        url: The directory it was read from.
+        scores: Score by name, None if a score does not exist for the extractor.
+        intervals: 95 % confidence intervals of scores, as [low, high].
+        warnings: Warnings about the scores, one line each.
         card: The metric card: everything that decides the scores.
-        judged: Attributes read from the pictures by a rule, where a judge ran; fractions are 0..1.
-        image_urls: The tar that holds the generated picture of each key kept.
+        judged: Attributes read from the images by a rule, if a judge ran; fractions are 0..1.
+        image_urls: URL of the tar that holds the generated image, by key of each image kept.
     """
 
     url: str
@@ -64,14 +64,14 @@ class Evaluation:
 
     @property
     def label(self) -> str:
-        """What to call the system in a heading."""
+        """Name of the system in headings."""
         return label_of(self.card) or self.url
 
     def read_images(self, keys: Collection[str]) -> dict[str, bytes]:
         """Read the PNG bytes of the named keys, in one pass over each tar that holds any.
 
         Raises:
-            DataError: If a tar is damaged or a picture is larger than 64 MiB.
+            DataError: If a tar is damaged or an image is larger than 64 MiB.
         """
         found: dict[str, bytes] = {}
         for url in sorted({self.image_urls[key] for key in keys}):
@@ -81,7 +81,7 @@ class Evaluation:
 
 
 def read_evaluation(eval_dir: str | PathLike[str]) -> Evaluation:
-    """Read `scores.json`, `judged.json` where there is one, and the names of the pictures.
+    """Read `scores.json`, `judged.json` if it exists, and the keys of the images.
 
     Raises:
         DataError: If `scores.json` is missing, or a file is not what an evaluation writes.
@@ -107,7 +107,7 @@ def read_evaluation(eval_dir: str | PathLike[str]) -> Evaluation:
 
 
 def _possible(intervals: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
-    """Leave out what evaluations made before hold and cannot be: of KID, or beyond a bound."""
+    """Drop impossible intervals that older evaluations hold: of KID, or beyond a bound."""
     return {
         key: ends
         for key, ends in intervals.items()
@@ -116,10 +116,10 @@ def _possible(intervals: Mapping[str, Sequence[float]]) -> dict[str, Sequence[fl
 
 
 def read_json(url: str) -> dict[str, Any] | None:
-    """Read a JSON object, or None where there is no such file.
+    """Read a JSON object; return None if the file does not exist.
 
     Raises:
-        DataError: If the file holds something else, or has not the sha256 beside it.
+        DataError: If the file holds something else, or does not match the sha256 beside it.
     """
     try:
         return parse.read_json(url, next_step=_WRITE_AGAIN)
@@ -128,9 +128,9 @@ def read_json(url: str) -> dict[str, Any] | None:
 
 
 def column_names(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Name the evaluations side by side: before and after fine-tuning where that is what they are.
+    """Return the column headings: Before and After for a fine-tuned pair, else the labels.
 
-    Names that would be equal carry the folder they come from.
+    Labels that would be equal get the name of their directory.
     """
     if _is_before_and_after(evaluations):
         return ["Before", "After"]
@@ -138,7 +138,7 @@ def column_names(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def disambiguate(names: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
-    """Add to names that would be equal the folder of each evaluation."""
+    """Append the name of each evaluation's directory to names that would be equal."""
     return [
         name
         if names.count(name) == 1
@@ -148,9 +148,9 @@ def disambiguate(names: Sequence[str], evaluations: Sequence[Evaluation]) -> lis
 
 
 def group_comparable(evaluations: Sequence[Evaluation]) -> list[list[int]]:
-    """Put the numbers of evaluations whose scores may stand side by side together, in order.
+    """Group the indices of evaluations whose scores are comparable, in order.
 
-    Two cards that differ in what decides a score, other than the system itself, stand apart.
+    Cards that differ in a field that decides a score, besides the system itself, are separated.
     """
     groups: dict[str, list[int]] = {}
     for number, evaluation in enumerate(evaluations):
@@ -160,7 +160,7 @@ def group_comparable(evaluations: Sequence[Evaluation]) -> list[list[int]]:
 
 
 def differing_fields(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Name the fields that decide a score and are not the same for all evaluations."""
+    """Return the fields that decide a score and are not the same for all evaluations."""
     return [
         field
         for field in _DECIDING_FIELDS
@@ -169,13 +169,16 @@ def differing_fields(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def lossy_codec(card: Mapping[str, Any]) -> str | None:
-    """Name the codecs that took something from the pictures that a system drew."""
+    """Return the lossy codecs of a system's generated images, or that there are none.
+
+    None: the card has no codec.
+    """
     codec = card.get("codec")
     if codec is None:
         return None
     forms = str(codec).removesuffix(" files").split(", ") if "files" in str(codec) else []
     lossy = [form for form in forms if form != "png"]
-    # Photographs that are shown as they are have the codec of the true ones.
+    # Retrieved photographs have the same codec as the reference images.
     if not lossy or card.get("kind") == "retrieve":
         return "without loss"
     return f"{', '.join(lossy)} files"
@@ -234,7 +237,7 @@ def _read_members(url: str, names: Collection[str]) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[tarfile.TarFile]:
-    """Open an uncompressed tar; what is wrong with it becomes one line."""
+    """Open an uncompressed tar; a damaged one raises DataError."""
     try:
         with storage.open_url(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             yield tar

@@ -1,4 +1,4 @@
-"""What fine-tuning gained: a run's scores minus those of the network that it started from."""
+"""Gain of fine-tuning: a run's scores minus those of the network that it started from."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def gains(
     rows: Mapping[str, PaperScores],
     name: str,
 ) -> Gains:
-    """Return what fine-tuning gained, by key of each of the paper's metrics.
+    """Return the gain of fine-tuning, ours and the paper's, by key of each of the paper's metrics.
 
     Args:
-        evaluation: Of the fine-tuned system; None where the paper alone has it.
-        beside: The evaluations whose scores compare with it.
-        rows: Those of the paper that stand beside.
+        evaluation: The fine-tuned system's; None if only the paper has the system.
+        beside: The evaluations whose scores are comparable with it.
+        rows: The comparable rows of the paper.
         name: The row that the system earned.
     """
     before = find_start(evaluation, beside) if evaluation else None
@@ -38,9 +38,9 @@ def gains(
 
 
 def find_start(evaluation: Evaluation, beside: Sequence[Evaluation]) -> Evaluation | None:
-    """Find the network that a run was fine-tuned from, not fine-tuned and shown the same text.
+    """Find the evaluation of the network that a run was fine-tuned from, on the same text.
 
-    None where it was not evaluated, or cannot be told from another.
+    Returns None if it was not evaluated, or several evaluations match.
     """
     if not evaluation.card.get("run") or not evaluation.card.get("backbone"):
         return None
@@ -57,5 +57,5 @@ def _is_start(before: Evaluation, after: Evaluation) -> bool:
     start, own = (e.card.get("initial_weights") or {} for e in (before, after))
     if own.get("file") == "scratch":
         return False
-    # A card of before says nothing of them.
+    # Older cards do not record the hash.
     return "sha256" not in start or "sha256" not in own or start["sha256"] == own["sha256"]

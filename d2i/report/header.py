@@ -14,7 +14,7 @@ _SENTENCE = "A conversation goes in, the picture that answers it comes out"
 
 
 def hero(evaluations: Sequence[Evaluation], title: str | None) -> str:
-    """Draw the heading, what was evaluated, and up to three headline numbers."""
+    """Render the heading, the evaluated systems, and up to three headline numbers."""
     cards = (
         [_accuracy(evaluations), _score(evaluations, "fid"), _score(evaluations, "clip_i")]
         if len(evaluations) <= MAX_NAMED

@@ -1,4 +1,4 @@
-"""Small pieces of HTML: escaped text, exact figures, pictures as data, the shape of a section."""
+"""Building blocks of HTML: escaped text, exact figures, images as data URIs, and sections."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Section:
 
 @dataclass(frozen=True)
 class OmittedSection:
-    """A part of the page whose files are not there, and why."""
+    """A part of the page that is left out, and the reason."""
 
     title: str
     reason: str
@@ -52,29 +52,29 @@ def capitalised(value: str) -> str:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Say whether a JSON value is a number that can be shown: finite, and no truth value."""
+    """Return whether a JSON value is a number that can be shown: finite, and not a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def figure(value: float, spec: str, unit: str = "") -> str:
-    """Show a number rounded by a format spec; the element keeps it as it stands in the file."""
+    """Render a number rounded by a format spec; the element keeps the exact value of the file."""
     shown = format(value, spec).replace("-", "\N{MINUS SIGN}")
     return f'<data value="{value!r}" title="{value!r}">{shown}{unit}</data>'
 
 
 def counted(number: int, noun: str) -> str:
-    """Show a count with what it counts, in the singular or with an s."""
+    """Render a count with its noun, in the singular or with an s."""
     return f"{figure(number, ',')} {noun if number == 1 else noun + 's'}"
 
 
 def percent(fraction: float) -> str:
-    """Show a fraction of 0..1 as a percentage."""
+    """Render a fraction of 0..1 as a percentage."""
     shown = f"{100 * fraction:.1f}\N{NARROW NO-BREAK SPACE}%"
     return f'<data value="{fraction!r}" title="{fraction!r}">{shown}</data>'
 
 
 def duration(seconds: float) -> str:
-    """Show seconds as people say them; the element keeps the exact number."""
+    """Render seconds in readable units; the element keeps the exact number."""
     if seconds < 60:
         shown = f"{seconds:.1f} s"
     else:
@@ -87,9 +87,9 @@ def duration(seconds: float) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]], caption: str = "") -> str:
-    """Make a table of ready-made cells; each row is its heading and its other cells.
+    """Render a table of ready-made cells; each row is its heading and its other cells.
 
-    The words of the caption also name the part of the page that scrolls sideways.
+    The text of the caption also labels the region that scrolls sideways.
     """
     heads = "".join(f'<th scope="col">{cell}</th>' if cell else "<td></td>" for cell in head)
     lines = (
@@ -107,9 +107,9 @@ def table(head: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]], captio
 def card(
     title: str, values: Sequence[tuple[str, str]], note: str, *, is_sequence: bool = False
 ) -> str:
-    """Make a card of headline values, each its plain name and its ready-made value.
+    """Render a card of headline values, each its plain name and its ready-made value.
 
-    Where they are a sequence, as before and after, the last value stands out.
+    If they are a sequence, such as before and after, the last value stands out.
     """
     last = len(values) - 1 if is_sequence else None
     items = "".join(
@@ -125,7 +125,7 @@ def card(
 
 
 def image_tag(data: bytes | None, alt: str) -> str:
-    """Make an `<img>` that holds its picture, or say that there is none to show."""
+    """Render an `<img>` with embedded data, or a note if there is no readable image."""
     address = None if data is None else image_uri(data)
     if address is None:
         return f'<div class="no-picture" role="img" aria-label="{text(alt)}">not readable</div>'
@@ -133,9 +133,9 @@ def image_tag(data: bytes | None, alt: str) -> str:
 
 
 def image_uri(data: bytes) -> str | None:
-    """Return a picture as a data URI, made smaller where it is large; None where it is broken.
+    """Return an image as a data URI, downscaled if it is large; None if it cannot be read.
 
-    Only still pictures in formats that browsers share are passed on as they are.
+    Only small still images in PNG, JPEG or WebP pass unchanged, except for their metadata.
     """
     try:
         data = without_metadata(data)

@@ -1,4 +1,4 @@
-"""Pictures that more than one split shows, in plain words, and how to leave them out."""
+"""Leaks between splits in plain words, and how to leave them out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 def named_leaks(counts: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    """Name each pair of splits that leaks, with its number of instances for whatever reason."""
+    """Name each pair of splits that leaks, with its number of instances over all reasons."""
     pairs: Counter[str] = Counter()
     for count in counts:
         pairs[f"{count['split']} {_ARROW} {count['other_split']}"] += count["num_instances"]
@@ -25,7 +25,7 @@ def named_leaks(counts: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
 
 
 def leaks_section(survey: Mapping[str, Any]) -> Section | OmittedSection:
-    """Say what leaks, what was not looked for, and how to leave out what leaks."""
+    """Render what leaks, what was not looked for, and how to leave out the leaks."""
     splits, leaks = survey["splits"], survey["leaks"]
     if len(splits) < 2 and not leaks["counts"]:
         return OmittedSection(_TITLE, "the corpus has fewer than two splits")

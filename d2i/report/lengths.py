@@ -1,4 +1,4 @@
-"""How long the contexts of a corpus are: a histogram of their tokens for each split."""
+"""Context lengths of a corpus: a histogram of tokens for each split."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from d2i.report.svg import Box, axes, axis_names, ticks
 
 _TITLE = "How long contexts are"
 _NUM_TICKS = 4
-# Two labels below the plot come no nearer than this share of its width.
+# Least distance between two labels below the plot, as a share of its width.
 _LABEL_SHARE = 0.12
-# Where the room ends beyond this percentage of the width, what is to say of the rest does not fit.
+# If the token limit is beyond this percentage of the width, there is no space for a label right of
+# it.
 _NARROW_BEYOND = 60
 _CUT = {
     "end": "a longer one loses its beginning, and what was said last is kept",
@@ -23,7 +24,7 @@ _CUT = {
 def lengths_section(
     splits: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
 ) -> Section | OmittedSection:
-    """Draw the lengths of each split whose contexts were measured; `options` are those of text."""
+    """Plot the lengths of each split whose contexts were measured; `options` are those of text."""
     if not any(found["lengths"]["num_sampled"] for found in splits.values()):
         return OmittedSection(_TITLE, "no context was measured")
     cut = _CUT.get(options.get("keep", ""), "a longer one is cut")
@@ -65,7 +66,7 @@ def _details(lengths: Mapping[str, Any]) -> str:
 
 
 def bin_name(place: int, lengths: Mapping[str, Any]) -> str:
-    """Name the lengths that a bin counts; the last bin is open above."""
+    """Return the label of a bin of lengths; the last bin is open above."""
     width, last = lengths["bin_width"], len(lengths["counts"]) - 1
     if place == last:
         return f"{place * width + 1:,} tokens or more"
@@ -101,7 +102,7 @@ def _bar(place: int, count: int, box: Box, lengths: Mapping[str, Any]) -> str:
 
 
 def _labels(lengths: Mapping[str, Any]) -> dict[float, str]:
-    """Label the multiples of the room that stand clear of the last bin, and that bin."""
+    """Label the multiples of the token limit that are clear of the last bin, and that bin."""
     width, num_bins = lengths["bin_width"], len(lengths["counts"])
     open_from, middle = width * (num_bins - 1), width * (num_bins - 0.5)
     clear = middle - _LABEL_SHARE * width * num_bins
@@ -110,7 +111,7 @@ def _labels(lengths: Mapping[str, Any]) -> dict[float, str]:
 
 
 def _edge(box: Box, lengths: Mapping[str, Any]) -> str:
-    """Mark where the room ends, and say how many contexts go beyond."""
+    """Mark the token limit, and label the share of contexts beyond it."""
     at = 100 * lengths["room"] / box[1]
     beyond = f"{100 * lengths['share_over']:.1f}\N{NARROW NO-BREAK SPACE}% too long"
     if at > _NARROW_BEYOND:

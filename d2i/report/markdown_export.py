@@ -1,4 +1,4 @@
-"""The tables as Markdown for a text, and as CSV for a program."""
+"""Export of the tables as Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write_markdown(tables: Sequence[Table]) -> str:
 
 
 def write_csv(tables: Sequence[Table]) -> str:
-    """Write every cell that is not blank as a line: unrounded, with where it comes from."""
+    """Write every cell that is not blank as a line: unrounded, with its source."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(_HEAD)
@@ -55,7 +55,7 @@ def _values(cell: Cell) -> list[object]:
 
 
 def _no_formula(cell: object) -> object:
-    """Return a cell that no spreadsheet takes for a formula: labels are other people's text."""
+    """Escape a cell that a spreadsheet would take for a formula: labels are untrusted text."""
     if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")):
         return f"'{cell}"
     return cell

@@ -1,4 +1,4 @@
-"""The page of an evaluation: its sections, in their order."""
+"""The page of an evaluation: its sections, in order."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def write_report(
     parts: Collection[str] | None = None,
     cases: Sequence[str] = (),
 ) -> None:
-    """Write the report of one evaluation or of many: a page (.html), or its tables (.md, .csv).
+    """Write the report of one or more evaluations: a page (.html), or its tables (.md, .csv).
 
-    Every figure is read from the files of the evaluations, their runs and their data set; a part
-    whose files are not there is left out and says why. The same files give the same bytes.
+    Every figure is read from the files of the evaluations, their runs and their data set. A section
+    whose files are missing is left out, with the reason. The same files give the same bytes.
 
     Args:
-        eval_dirs: Folders that `d2i eval` wrote, in the order to show them: before, then after.
-        out_path: Where the file goes; it appears complete.
+        eval_dirs: Directories that `d2i eval` wrote, in the order to show them: before, then after.
+        out_path: Path or URL of the file, which is published atomically.
         times: `{"stages": [{"name", "command", "seconds", "detail"}], "machine": str}`.
-        title: What the page is called.
-        parts: The sections of the page, by anchor (`table2`, `figure5`, ...); None is all of them.
-        cases: Keys of instances: a page of these conversations with the pictures of all systems, as
-            the paper's Tables 4, 6 and 7, and the metric cards.
+        title: Title of the page.
+        parts: The sections of the page, by anchor (`table2`, `figure5`, ...); None for all.
+        cases: Keys of instances: makes a page of these conversations with the images of all
+            systems, as in the paper's Tables 4, 6 and 7, and the metric cards.
 
     Raises:
-        ConfigError: If no folder is given, or the file's suffix is none of the three, or no page's
-            where cases are asked for.
-        DataError: If a folder holds no finished evaluation, a file is not what was promised, or a
-            case is not there.
+        ConfigError: If no directory is given, the file's suffix is none of the three, or cases are
+            given and it is not .html.
+        DataError: If a directory holds no finished evaluation, a file is not what an evaluation
+            writes, or a case does not exist.
     """
     if not eval_dirs:
         raise ConfigError("report: got no evaluation folder, expected at least one")

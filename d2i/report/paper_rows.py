@@ -1,6 +1,6 @@
-"""The paper's own numbers (Tables 2, 3 and 5), and who may stand in one row with them.
+"""The paper's own numbers (Tables 2, 3 and 5), and the rules for comparing a system with them.
 
-`paper.json` holds what could be read in the published text; null is what could not.
+`paper.json` holds the numbers that were readable in the published text; null marks the others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from d2i.metric_specs import PAPER_METRICS
 from d2i.recipes import RECIPES
 
 PUBLISHED_EXTRACTOR = "inception-v3-compat 6726825d"
-"""What FID and IS of the paper are computed on; beside any other its numbers say nothing."""
+"""Feature extractor of the paper's FID and IS; scores on any other are not comparable with them."""
 BACKBONES = {
     "uvit-s": "U-ViT-Small",
     "uvit-s-deep": "U-ViT-Small(Deep)",
@@ -24,25 +24,26 @@ BACKBONES = {
 }
 """The paper's names of the backbones."""
 OURS = " + ours"
-"""What the paper adds to them after fine-tuning."""
+"""Suffix that the paper adds to these names after fine-tuning."""
 SYSTEM_OF_TABLE_3 = BACKBONES["unidiffuser-v1"] + OURS
 _UNCLIP = "it is unCLIP (Karlo), the paper's DALL-E 2 is LAION's dalle2-laion"
 _MAX_COUNT_DIFFERENCE = 0.05
-"""How far, as a share, a test split may be from the paper's: releases and readers differ by a few
-broken records; `--limit` and other corpora by far more."""
+"""Largest relative difference of a test split's size from the paper's: releases and readers differ
+by a few broken records; `--limit` and other corpora by far more."""
 _MIN_SCORED = 0.8
-"""The share of it that must be scored: addresses die, and scores of few pictures are others."""
+"""Least share of the test split that must be scored: URLs die, and scores depend on the number of
+images."""
 
 
 PaperScores = Mapping[str, tuple[float | None, float | None]]
-"""Value and deviation of one row by key of the metric; None where the paper's was not readable."""
+"""Value and deviation of one row by key of the metric; None if not readable in the paper."""
 
 
 def label_of(card: Mapping[str, Any]) -> str | None:
-    """Return what to call a system, or None where its card has no name.
+    """Return the name of a system, or None if its card has none.
 
-    An unCLIP pipeline has Karlo's name, and never that of the paper's DALL-E 2, which is another:
-    evaluations made before call it so, and `dalle2` its kind.
+    An unCLIP pipeline is called unCLIP (Karlo), never DALL-E 2, which is another model in the
+    paper: older evaluations use that name, and `dalle2` as its kind.
     """
     label = card.get("label") or card.get("system")
     if card.get("kind") in ("unclip", "dalle2") and _letters(str(label)) == "dalle2":
@@ -51,19 +52,19 @@ def label_of(card: Mapping[str, Any]) -> str | None:
 
 
 def paper_row(card: Mapping[str, Any], strategy: str = "hash") -> str:
-    """Name a system: by the paper's row where it earned it, else by its own label.
+    """Return the name of a system: the paper's row if it earned one, else its own label.
 
     Args:
         card: The metric card.
-        strategy: The linearization that the row is of.
+        strategy: The linearization of the row.
     """
     return earned_row(card, strategy) or own_name(card)
 
 
 def own_name(card: Mapping[str, Any]) -> str:
-    """Return a system's own label, which is said not to be the paper's where it has its words."""
+    """Return a system's own label, marked as not the paper's if it equals a name in the paper."""
     label = str(label_of(card))
-    # The names that the paper gives its own systems are taken, wherever its rows may stand.
+    # The paper's names for its own systems are always reserved, even if its rows are not shown.
     taken = _rows_of_backbones() if why_not_beside(card) else _rows_by_letters().values()
     is_taken = _letters(label) in map(_letters, taken)
     return f"{label}, not the paper's" if is_taken else label
@@ -77,17 +78,17 @@ def earned_row(card: Mapping[str, Any], strategy: str = "hash") -> str | None:
 
 
 def why_not_earned(card: Mapping[str, Any], strategy: str = "hash") -> list[str]:
-    """Say what keeps a system from a row of the paper; empty also where it has none for it."""
+    """Return the reasons why a system has not earned its row; empty also if it has no row."""
     if _row_name(card) is None:
         return []
     return [*why_not_beside(card), *why_not_its_row(card, strategy)]
 
 
 def why_not_beside(card: Mapping[str, Any]) -> list[str]:
-    """Say what keeps the paper's numbers away from scores, whatever the system.
+    """Return the reasons why scores are not comparable with the paper's, for any system.
 
     Returns:
-        A phrase for each; none where they are of the paper's test split, by its feature extractor.
+        A phrase for each; none for scores on the paper's test split and feature extractor.
     """
     corpus = card.get("corpus")
     if not paper_table2(str(corpus)):
@@ -96,7 +97,7 @@ def why_not_beside(card: Mapping[str, Any]) -> list[str]:
 
 
 def why_not_its_row(card: Mapping[str, Any], strategy: str = "hash") -> list[str]:
-    """Say what keeps a system from the row of the paper that has its name; empty for nothing."""
+    """Return the reasons why a system differs from the paper's row of its name; empty for none."""
     found = list(_of_count(card))
     if card.get("backbone") in BACKBONES:
         return [*_of_sizes(card), *_of_weights(card), *_of_text(card, strategy), *found]
@@ -129,24 +130,24 @@ def paper_gain(rows: Mapping[str, PaperScores], name: str, key: str) -> float | 
     """Return a score of a fine-tuned row minus that of its backbone, as the paper's table has them.
 
     Args:
-        rows: Of `paper_table2`.
-        name: The row.
-        key: Of the metric.
+        rows: As returned by `paper_table2`.
+        name: Name of the row.
+        key: Key of the metric.
     """
     before = rows.get(name.removesuffix(OURS), {}).get(key, (None, None))[0]
     after = rows.get(name, {}).get(key, (None, None))[0]
     if not name.endswith(OURS) or before is None or after is None:
         return None
-    # As many digits as are printed: a difference of two floats has more.
+    # Rounded to the digits that are printed, as a difference of two floats has more.
     return round(after - before, 4)
 
 
 def paper_notes(table: str, corpus: str | None = None) -> list[str]:
-    """Return the footnotes of the paper's numbers: their source, and what is odd about them.
+    """Return the footnotes of the paper's numbers: their source, and any peculiarities.
 
     Args:
         table: `table2` or `table3`.
-        corpus: With `table2`.
+        corpus: The corpus, for `table2`.
     """
     paper = _paper()
     rows = paper[table][corpus] if corpus else paper[table]
@@ -158,12 +159,12 @@ def paper_notes(table: str, corpus: str | None = None) -> list[str]:
 
 
 def paper_words(table: str, name: str, corpus: str | None = None) -> str:
-    """Say where the paper's numbers of a row are from, and what is odd about them."""
+    """Describe the source of the paper's numbers in a row, and any peculiarities."""
     paper = _paper()
     rows = paper[table][corpus] if corpus else paper[table]
     row = rows.get(name)
     notes = [row["note"]] if _is_noted(row) else []
-    # What a whole table is told of holds for its rows with a value missing.
+    # The note of a whole table applies to its rows with a missing value.
     if "note" in rows and isinstance(row, dict) and None in row.values():
         notes.append(rows["note"])
     said = f"the paper, Table {table.removeprefix('table')}"
@@ -223,12 +224,12 @@ def _of_weights(card: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_text(card: Mapping[str, Any], strategy: str) -> Iterator[str]:
-    """Compare the text that was read, and that of training, with the recipe's."""
+    """Compare the text settings of evaluation and of training with the recipe's."""
     corpus = card.get("corpus")
     recipe = RECIPES.get(f"{card.get('backbone')}-{corpus}")
     if recipe is None:
         return
-    # Whether shards hold the features of a text changes none.
+    # Storing text latents in the shards does not change the text.
     published = recipe().text.model_dump(mode="json", exclude={"latents"}) | {"strategy": strategy}
     read = {"evaluated": card.get("text")}
     if card.get("run"):
@@ -251,7 +252,7 @@ def _json(value: Any) -> str:
 
 
 def _row_name(card: Mapping[str, Any]) -> str | None:
-    """Return the row that a system would have; a label finds its, whatever capitals and hyphens."""
+    """Return the row that a system would have; labels match regardless of case and hyphens."""
     backbone = BACKBONES.get(str(card.get("backbone")))
     if backbone is not None:
         return backbone + (OURS if card.get("run") else "")

@@ -1,4 +1,4 @@
-"""The paper's systems and recipes, ours beside theirs (Tables 2 and 5)."""
+"""The paper's systems and recipes, with ours beside them (Tables 2 and 5)."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _SAME_DESCRIPTIONS = "Divter: MMDialog has no descriptions; it learned from our 
 
 
 def table2(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """Systems by corpus, as the paper's Table 2; what cannot be compared is a table of its own."""
+    """Return the systems by corpus, as in the paper's Table 2; one table per comparable group."""
     tables = []
     plain = [e for e in evaluations if is_plain(e) and e.card.get("corpus")]
     for corpus, group in group_by(plain, lambda e: str(e.card["corpus"])):
         parts = group_by_metric(group)
-        # The paper's systems that nobody evaluated are named once.
+        # The paper's systems that were not evaluated are listed only once.
         with_absent = next(filter(_is_beside_paper, parts), None)
         for number, part in enumerate(parts):
             table = _systems(corpus, part, is_whole=part is with_absent)
@@ -49,7 +49,7 @@ def table2(evaluations: Sequence[Evaluation]) -> list[Table]:
 
 
 def table5() -> Table:
-    """The recipes of the paper's six runs, ours beside its Table 5."""
+    """Return the recipes of the paper's six runs, with ours beside those of its Table 5."""
     presets = {title: name for name, title in BACKBONES.items()}
     rows = [
         Row(
@@ -75,14 +75,14 @@ def table5() -> Table:
 def _set_apart(
     table: Table, number: int, part: Sequence[Evaluation], first: Sequence[Evaluation]
 ) -> Table:
-    """Title a table that is not comparable with the first, and say why."""
+    """Retitle a table that is not comparable with the first, and note the reason."""
     note = f"Kept apart, as not comparable: {incompatibility_reason(part, first)}."
     title = f"{table.title}, apart" + (f" ({number})" if number > 1 else "")
     return replace(table, title=title, notes=(note, *table.notes))
 
 
 def _systems(corpus: str, part: Sequence[Evaluation], *, is_whole: bool) -> Table:
-    """Make a row of each system, and with `is_whole` of those that the paper alone has."""
+    """Make a row for each system, and with `is_whole` for those that only the paper has."""
     paper = paper_table2(corpus) if _is_beside_paper(part) else {}
     earned = [earned_row(evaluation.card) or "" for evaluation in part]
     names = disambiguate([_heading(corpus, evaluation) for evaluation in part], part)
@@ -105,7 +105,7 @@ def _systems(corpus: str, part: Sequence[Evaluation], *, is_whole: bool) -> Tabl
 
 
 def _notes(corpus: str, part: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
-    """Say what the numbers are, why some are not there, and who has no row of the paper's."""
+    """Explain the numbers, why some are missing, and which systems have no row of the paper."""
     is_beside, notes = _is_beside_paper(part), []
     if is_beside or any(find_start(evaluation, part) for evaluation in part):
         notes.append(_GAIN)

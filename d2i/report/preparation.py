@@ -1,4 +1,4 @@
-"""What preprocessing read, wrote and dropped, by split and reason."""
+"""Results of preprocessing: counts of what was read, written and dropped, by split and reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TITLE = "Data"
 
 
 def preparation_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
-    """Account for every planned instance of every data set folder that was evaluated on."""
+    """Account for every planned instance of every data set that was evaluated on."""
     parents = {_parent(e): str(e.card["data"]) for e in evaluations if e.card.get("data")}
     if not parents:
         return OmittedSection(_TITLE, "no metric card names its data set")
@@ -68,7 +68,7 @@ def _table(manifests: Mapping[str, Manifest], plans: Mapping[str, Mapping[str, A
 
 
 def _reasons(heading: str, counts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Make one row a reason; where there is none at all, one row of zeros."""
+    """Make one row per reason; if there is none at all, one row of zeros."""
     rows = reason_rows(
         counts.values(),
         lambda reason: f'{heading}: <span class="reason">{text(reason.replace("_", " "))}</span>',

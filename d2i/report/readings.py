@@ -1,7 +1,7 @@
-"""One system, and the same dialogs told to it otherwise: linearizations (Table 3), and parts.
+"""One system on variants of the same dialogs: linearizations (Table 3) and context ablation.
 
-A network that is shown another linearization than it was trained on is another experiment than the
-paper's, which trains once for each, and is called so.
+Evaluating a network on a linearization that it was not trained on is another experiment than the
+paper's, which trains once for each, and is labelled so.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _NOT_RECORDED = (
 
 
 def table3(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """The linearizations of one system, as the paper's Table 3; other experiments by themselves."""
+    """Return the linearizations of one system, as in Table 3; other experiments are separate."""
     full = [e for e in evaluations if context_of(e) == "full" and e.card.get("corpus")]
     tables = []
     for name, group in _trained_on_each(full):
@@ -59,7 +59,7 @@ def table3(evaluations: Sequence[Evaluation]) -> list[Table]:
 
 
 def context_ablation(evaluations: Sequence[Evaluation]) -> list[Table]:
-    """One system shown the whole dialog, its last turn, nothing, and another dialog."""
+    """Return one system's scores on the whole dialog, its last turn, nothing, another dialog."""
     tables = []
     hashed = [e for e in evaluations if strategy_of(e) == "hash" and e.card.get("corpus")]
     for name, group in group_by(hashed, _name):
@@ -75,7 +75,7 @@ def _trained_on_each(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, l
 
 
 def _at_test_time(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, list[Evaluation]]]:
-    """Give each network with all of its evaluations, where one of them is on another text."""
+    """Yield each network with all its evaluations, if one is on text it was not trained on."""
     known = [e for e in evaluations if not e.card.get("run") or _trained_on(e)]
     for (name, _), group in group_by(known, lambda e: (_own_name(e), e.card.get("run"))):
         if _is_varied(group) and any(_trained_on(e) != strategy_of(e) for e in group):
@@ -94,7 +94,7 @@ def _linearizations(
 
 
 def _trained_on(evaluation: Evaluation) -> str | None:
-    """Return the linearization that a run was trained on; None for none, and where not recorded."""
+    """Return the linearization that a run was trained on; None if it is no run or not recorded."""
     strategy = (evaluation.card.get("trained_text") or {}).get("strategy")
     return str(strategy) if evaluation.card.get("run") and strategy else None
 
@@ -123,7 +123,7 @@ def _variants(
     paper: Mapping[str, PaperScores],
     notes: Sequence[str] = (),
 ) -> list[Table]:
-    """Make a row of each variant of one system, in tables by metric."""
+    """Make a row for each variant of one system, in one table per metric."""
     parts = group_by_metric(group)
     tables = []
     for part in parts:

@@ -1,4 +1,4 @@
-"""What of a corpus cannot be used: problems of its records, pictures that cannot be read."""
+"""Record issues of a corpus, and image files that cannot be read."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Splits = Mapping[str, Mapping[str, Any]]
 
 
 def problems_section(splits: Splits) -> Section:
-    """Count by reason what of the records gives no instance."""
+    """Count record issues by reason, with the first case of each."""
     title = "Problems in the records"
     counts = {split: found["problems"] for split, found in splits.items()}
     first: dict[str, Mapping[str, str]] = {}
@@ -64,7 +64,7 @@ def _problem(reason: str, first: Mapping[str, str] | None) -> str:
 
 
 def images_section(splits: Splits) -> Section | OmittedSection:
-    """Count the picture files that can be read, and by reason those that cannot."""
+    """Count the image files that can be read, and by reason those that cannot."""
     title = "Pictures that can be read"
     looked = {split: found["pictures"] for split, found in splits.items() if found["pictures"]}
     if not looked:

@@ -1,4 +1,4 @@
-"""The page of samples: what was said, the picture as it was kept and as its latents decode."""
+"""The page of samples: the context, the stored image, and the image that its latents decode to."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ShownSample:
         metadata: Its `json` member: key, context, source.
         line: The context as the text encoder reads it.
         tokens: Its token ids, in order.
-        kept: The source bytes of its picture, where they are kept.
-        decoded: PNG bytes of what the autoencoder makes of its latent mean.
+        kept: The source bytes of its image, if they are kept.
+        decoded: PNG bytes of its latent mean, decoded by the autoencoder.
     """
 
     metadata: dict[str, Any]
@@ -34,13 +34,13 @@ class ShownSample:
 def write_samples_page(
     url: str, data_url: str, num_samples: int, samples: Sequence[ShownSample]
 ) -> None:
-    """Write one HTML file that holds everything it shows.
+    """Write the page as one self-contained HTML file.
 
     Args:
-        url: Where it goes.
+        url: Path or URL of the file.
         data_url: The data set, as it is named on the page.
-        num_samples: How many it holds.
-        samples: Those that are shown.
+        num_samples: Number of samples in the data set.
+        samples: The samples to show.
     """
     shown = card("Shown", [("samples", counted(len(samples), "sample"))], "in shard order")
     header = render_header(

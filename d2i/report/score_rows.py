@@ -1,4 +1,4 @@
-"""A row of scores as every paper table has it: ours, the paper's beside it, what it gained."""
+"""Rows of scores, shared by the paper tables: ours, the paper's beside them, and the gains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from d2i.report.tabulated import Cell, Row, Table
 
 NO_PAPER: PaperScores = {}
 Gains = Mapping[str, tuple[float | None, float | None]]
-"""What fine-tuning changed, by key of the metric: in our scores, and in the paper's."""
+"""Gain of fine-tuning by key of the metric: in our scores, and in the paper's."""
 _OTHERS = tuple(metric for metric in METRICS.values() if metric not in PAPER_METRICS)
 _GAIN = "gain"
 
@@ -22,7 +22,7 @@ _GAIN = "gain"
 def score_table(title: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> Table:
     """Make a table of rows from `score_row`; columns without a value are left out.
 
-    Those of the paper's own metrics stay.
+    Scores of the paper's own metrics and the number of images always stay.
     """
     heads = _columns()
     kept = [
@@ -47,11 +47,11 @@ def score_row(
     """Make a row.
 
     Args:
-        heading: What the system is called.
-        evaluation: Its scores; None where the paper alone has it.
-        paper: The paper's, where they stand beside.
-        paper_words: Where those are from.
-        gains: Of fine-tuning.
+        heading: Name of the system.
+        evaluation: Its scores; None if only the paper has the system.
+        paper: The paper's scores, if they are shown beside.
+        paper_words: Source of the paper's scores.
+        gains: Gains of fine-tuning.
     """
     cells: list[Cell] = []
     for metric in PAPER_METRICS:
@@ -70,7 +70,7 @@ def score_row(
 
 
 def _columns() -> list[tuple[str, bool]]:
-    """Return the heads, each with whether it goes where its column is blank."""
+    """Return the column heads, each with whether it is left out if its column is blank."""
     columns: list[tuple[str, bool]] = []
     for metric in PAPER_METRICS:
         columns += [(metric.title, False), (f"{metric.title} (paper)", False)]

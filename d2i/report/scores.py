@@ -1,4 +1,4 @@
-"""The scores side by side, each with what decides it."""
+"""The scores side by side, each with the fields that decide it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CARD_FIELDS = {
 
 
 def scores_section(evaluations: Sequence[Evaluation]) -> Section:
-    """Put scores whose cards agree in one table; those that do not agree stand apart."""
+    """Show scores whose cards agree in one table, and others in separate tables."""
     groups = group_comparable(evaluations)
     names = column_names(evaluations)
     apart = ""
@@ -48,7 +48,7 @@ def scores_section(evaluations: Sequence[Evaluation]) -> Section:
 
 
 def _warned(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
-    """Say each warning once, and of whom it is."""
+    """Show each warning once, with the systems that it applies to."""
     of: dict[str, list[str]] = {}
     for name, evaluation in zip(names, evaluations, strict=True):
         for warning in evaluation.warnings:
@@ -85,7 +85,7 @@ def _scores_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> st
 
 
 def _turned(head: Sequence[str], rows: Sequence[tuple[str, list[str]]], caption: str) -> str:
-    """Draw a table with its columns as rows, for more systems than a page is wide."""
+    """Render a table with its columns as rows, for more systems than fit the page's width."""
     headings, cells = zip(*rows, strict=True)
     columns = zip(head[1:], zip(*cells, strict=True), strict=True)
     return f'<div class="turned">{table(["System", *headings], columns, caption)}</div>'

@@ -1,4 +1,4 @@
-"""Tables as sections of the page: each number carries its exact value and its metric card."""
+"""Tables as sections of the page; each number carries its exact value and its metric card."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def linearizations_section(evaluations: Sequence[Evaluation]) -> Section | Omitt
 
 
 def context_ablation_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
-    """Show what becomes of the scores when a system is shown less than the dialog."""
+    """Show how the scores change when a system gets less than the whole dialog."""
     reason = "no system was evaluated with two of --context"
     return _section("listening", _LISTENING, context_ablation(evaluations), reason)
 
 
 def recipes_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
-    """Show Table 5 where an evaluation is of one of the paper's corpora."""
+    """Show Table 5 if an evaluation is on one of the paper's corpora."""
     tables = [table5()] if any(paper_table2(str(e.card.get("corpus"))) for e in evaluations) else []
     return _section("table5", "Recipes", tables, "no evaluation is of PhotoChat or MMDialog")
 
 
 def categories_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
-    """Show Figure 5: the scores, and the first conversations that all systems drew."""
+    """Show Figure 5: the scores, and the first conversations that all systems kept images of."""
     chosen = labelled(evaluations)
     if not chosen:
         return OmittedSection(
@@ -69,7 +69,7 @@ def categories_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSe
 
 
 def render_table(made: Table) -> str:
-    """Draw a table with its notes."""
+    """Render a table with its notes."""
     rows = [(text(row.heading), [_cell(cell, row) for cell in row.cells]) for row in made.rows]
     notes = "".join(f'<p class="intro">{text(note)}</p>' for note in made.notes)
     return table(["", *map(text, made.columns)], rows, text(made.title)) + notes
@@ -100,7 +100,7 @@ def _cell(cell: Cell, row: Row) -> str:
 
 
 def _galleries(evaluations: Sequence[Evaluation]) -> str:
-    """Show conversations of each category, of the systems that drew for the same ones."""
+    """Show conversations of each category, for the systems evaluated on the same ones."""
     same = group_by_instances(evaluations)[0]
     found = (read_categories(same[0]) or {}).get("categories", ())
     return "".join(_gallery(same, scores["name"], scores["keys"]) for scores in found)

@@ -1,4 +1,4 @@
-"""What each stage took, at what rate, on what machine."""
+"""Time, rate and machine of each stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TITLE = "Times"
 
 
 def stages_section(times: Mapping[str, Any] | None) -> Section | OmittedSection:
-    """Show the stages in order, each with its command, its time and its share of the whole."""
+    """Show the stages in order, each with its command, its time and its share of the total."""
     stages = [s for s in (times or {}).get("stages", []) if is_number(s.get("seconds"))]
     if not times or not stages:
         return OmittedSection(_TITLE, "the stages were run one by one; `d2i demo` times them")

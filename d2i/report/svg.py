@@ -1,7 +1,7 @@
-"""What every plot shares: round ticks, the frame with its labels, places as shares of the box.
+"""Shared parts of plots: round ticks, and the frame with its labels.
 
-Places are percentages and labels have sizes in pixels, so that a plot fits any width and its
-labels can still be read on a phone.
+Positions are percentages and labels have sizes in pixels, so that a plot fits any width and its
+labels stay readable on a phone.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-# What a plot shows: left and right end, low and high end, in the units of its axes.
+# Range of a plot: left and right end, low and high end, in the units of its axes.
 Box = tuple[float, float, float, float]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers within [low, high], about `count` of them."""
+    """Return about `count` round numbers within [low, high]."""
     raw = (high - low) / count or 1.0
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
@@ -23,7 +23,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def axes(box: Box, across: Mapping[float, str], up: Mapping[float, str]) -> str:
-    """Draw the frame: a labelled tick at each value across, a labelled line at each value up."""
+    """Render the frame: a labelled tick at each value across, a labelled line at each value up."""
     left, right, low, high = box
     lines = "".join(
         f'<line class="grid" x1="0" x2="100%" y1="{y}%" y2="{y}%"/>'

@@ -11,10 +11,10 @@ class Cell:
 
     Args:
         value: A number, a text, or None for a blank.
-        spec: How a number is rounded.
+        spec: Format specification that rounds a number.
         std: A standard deviation that is printed with it.
         interval: Its 95 % confidence interval.
-        by_paper: Whether the paper says so, and not an evaluation of ours.
+        by_paper: True if the value is the paper's, not from an evaluation of ours.
     """
 
     value: float | str | None = None
@@ -26,13 +26,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its heading and its cells, and where they come from.
+    """A row: its heading, its cells, and their sources.
 
     Args:
-        heading: What it is of.
+        heading: Name of the row.
         cells: Its values.
-        card: The metric card of our numbers in short.
-        paper: Where the paper's are from, and what is odd about them.
+        card: Summary of the metric card of our numbers.
+        paper: Source of the paper's numbers, and any peculiarities.
     """
 
     heading: str
@@ -52,7 +52,7 @@ class Table:
 
 
 def shown(cell: Cell) -> str:
-    """Write a cell as people read it."""
+    """Format a cell for reading."""
     if cell.value is None:
         return ""
     if isinstance(cell.value, str):

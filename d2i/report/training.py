@@ -1,4 +1,4 @@
-"""The loss curve of each run, drawn as SVG from its metrics."""
+"""The loss curve of each run, plotted as SVG from its metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SMOOTHED_SHARE = 25
 
 @dataclass(frozen=True)
 class Run:
-    """What training wrote: its settings and the lines of its metrics whose loss is a number."""
+    """Output of training: its settings, and the lines of its metrics with a finite loss."""
 
     url: str
     config: dict[str, Any]
@@ -28,7 +28,7 @@ class Run:
 
 
 def training_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
-    """Draw the loss of every run that was evaluated."""
+    """Plot the loss of every run that was evaluated."""
     urls = list(dict.fromkeys(str(e.card["run"]) for e in evaluations if e.card.get("run")))
     if not urls:
         return OmittedSection(_TITLE, "none of these systems is a run")
@@ -43,13 +43,13 @@ def training_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSect
 
 
 def read_run(url: str) -> Run:
-    """Read a run; a line cut short when the run was killed, or without a finite loss, is skipped.
+    """Read a run; skip a line without a finite loss, or truncated when the run was killed.
 
     Raises:
         DataError: If `config.json` or a line is damaged.
     """
     usable = filter(_is_usable, read_log(storage.join(url, METRICS_NAME)))
-    # A resumed run writes steps again: the later line stands.
+    # A resumed run writes some steps again: the later line wins.
     lines = {line["step"]: line for line in usable}
     ordered = [lines[step] for step in sorted(lines)]
     return Run(url, read_json(storage.join(url, CONFIG_NAME)) or {}, ordered)
@@ -60,7 +60,7 @@ def _is_usable(line: dict[str, Any]) -> bool:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a window centred on each value, a twenty-fifth of the curve to either side."""
+    """Return the mean over a window centred on each value, 1/25 of the curve to either side."""
     half = max(1, len(values) // _SMOOTHED_SHARE)
     windows = (values[max(0, n - half) : n + half + 1] for n in range(len(values)))
     return [sum(window) / len(window) for window in windows]
@@ -107,7 +107,7 @@ def _facts(run: Run) -> str:
 
 
 def _svg(points: Sequence[tuple[float, float]]) -> str:
-    """Draw lines in a stretched picture, axes and labels beside it in real pixels."""
+    """Render the lines in a stretched inner SVG, and axes and labels around it in real pixels."""
     steps, losses = [step for step, _ in points], [loss for _, loss in points]
     low, high = min(losses), max(losses)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0

@@ -1,4 +1,4 @@
-"""What each option of the corpus and of its text would change."""
+"""Effect of changing each option of the corpus and of its text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MEANINGS = {
 
 
 def variants_section(survey: Mapping[str, Any]) -> Section | OmittedSection:
-    """Draw one table a split: the options as set, then each change of one option."""
+    """Render one table per split: the options as set, then each change of one option."""
     splits = survey["splits"]
     if not splits:
         return OmittedSection(_TITLE, "the corpus has no split")
@@ -88,14 +88,14 @@ def _token_cells(mean: float | None, share_over: float | None) -> list[str]:
 
 
 def _heading(variant: Mapping[str, Any], *, is_first: bool) -> str:
-    """Write a change as `--set` takes it; the first of an option says what the option is."""
+    """Render a change as `--set` accepts it; an option's first change also explains the option."""
     name = _full_name(variant["option"])
     small = f"<small>{_MEANINGS[name]}</small>" if is_first and name in _MEANINGS else ""
     return f"<code>{text(name)}={text(variant['value'])}</code>{small}"
 
 
 def _full_name(option: str) -> str:
-    """Give an option of the corpus the name of its part, which the survey leaves out."""
+    """Add the prefix `corpus.` to an option of the corpus, which the survey leaves out."""
     return option if "." in option else f"corpus.{option}"
 
 
