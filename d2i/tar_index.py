@@ -38,7 +38,7 @@ _NUM_DROPPED = 15
 _OTHER_FORM = 128
 """Distance added to a name that matches only in its composed form."""
 _MAX_HEADER_BYTES = 1 << 20
-"""Maximum size of a long name or its attributes; a header that claims more is an attack."""
+"""Maximum size of a long name or its attributes; a larger one is an attack (our limit)."""
 
 
 def is_tars(root: str) -> bool:
