@@ -162,7 +162,7 @@ class BackboneConfig(Config):
 
     name: BackboneName
     weights: str | None = None
-    """Initial weights: a file, a directory, a URL or `demo:backbone`; `scratch` draws random ones.
+    """Initial weights: a file, a directory, a URL or `demo:backbone`; `scratch` for random ones.
     Required for training; commands that load no network do not need it."""
     latent_scale: float | None = Field(default=None, gt=0)
     latent_size: int | None = Field(default=None, gt=0)

@@ -1,6 +1,6 @@
 """Lease on a directory of an object store, which has no locks: one writer at a time.
 
-A lease is a numbered object under `FOLDER/.d2i-lock/`, created by a conditional write: of two
+A lease is a numbered object under `DIR/.d2i-lock/`, created by a conditional write: of two
 processes that create the same number, one fails. Its holder renews it every few seconds. A lease
 that is not renewed for a minute, or whose process on this machine is gone, is superseded by the
 next number. Must not import any part of d2i but `errors`.

@@ -511,7 +511,7 @@ def _local_name(url: str) -> str | None:
 
 
 def _is_chain(url: str) -> bool:
-    """Return whether `::` joins two file systems, as in `simplecache::s3://…`, or is in a name."""
+    """Return whether `::` joins file systems, as in `simplecache::s3://…`, and is not in a name."""
     import fsspec
 
     first = url.partition("::")[0]
