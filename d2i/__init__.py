@@ -1,3 +1,3 @@
-"""Dialog to image: a conversation goes in, the picture that answers it comes out."""
+"""Dialog to image: generate the image that answers a conversation."""
 
 __version__ = "0.1.0"

@@ -1,8 +1,8 @@
-"""Checksums of files that d2i writes and reads back: sha256 beside a file, crc32 in each line.
+"""Checksums of files that d2i writes and reads back: a sha256 beside a file, a crc32 in each line.
 
-A file that stands alone has `NAME.sha256` beside it, the line that `sha256sum --check` reads.
-Where it is missing (older data, a user's own file) the file is read and one line says so; where it
-differs the file is refused by name. A file of lines has a crc32 as the last field of each line.
+A file on its own has `NAME.sha256` beside it, in the format of `sha256sum --check`. If that is
+missing (older data, a user's own file), the file is read with one warning; if it differs, the file
+is refused by name. A file of lines has a crc32 as the last field of each line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def sha256_of(data: bytes | memoryview) -> str:
 
 
 def file_sha256(url: str) -> str:
-    """Return the sha256 of a file, read a part at a time.
+    """Return the sha256 of a file, read in parts.
 
     Raises:
         OSError: If it cannot be read.
@@ -45,7 +45,7 @@ def file_sha256(url: str) -> str:
 
 
 def known_sha256(url: str) -> str:
-    """Return the sha256 of a file; one that stays as it is is read once a process.
+    """Return the sha256 of a file; an unchanged file is read once per process.
 
     Raises:
         OSError: If it cannot be read.
@@ -59,14 +59,14 @@ def checksum_line(digest: str, name: str) -> bytes:
 
 
 def checksum_url(url: str) -> str:
-    """Return where the sha256 of a file lies: beside it."""
+    """Return the URL of a file's sha256, which is beside it."""
     return url + SUFFIX
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a whole file, complete or not at all, with its sha256 beside it; or leave it as it is.
+    """Publish a whole file atomically, with its sha256 beside it.
 
-    Nothing is written where both are there already.
+    Writes nothing if both are already there.
     """
     digest = sha256_of(data)
     is_there = read_checksum(url) == digest and storage.exists(url)
@@ -76,7 +76,7 @@ def write_bytes(url: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(url: str) -> Iterator[Path]:
-    """Give a local file to fill, which is then published with its sha256 beside it."""
+    """Yield a local file to fill, which is then published with its sha256 beside it."""
     local = storage.local_path(url)
     with storage.scratch_file(url if local is None else str(local.parent)) as scratch:
         yield scratch
@@ -86,8 +86,8 @@ def new_file(url: str) -> Iterator[Path]:
 def _publish(url: str, digest: str, publish: Callable[[], None]) -> None:
     """Write the checksum, then the file.
 
-    A file that is replaced has no checksum meanwhile: killed in between, that leaves one that is
-    not verified, instead of one that is refused.
+    A file that is being replaced has no checksum meanwhile: a kill in between then leaves a file
+    that is not verified, instead of one that is refused.
     """
     beside, line = checksum_url(url), checksum_line(digest, url.rpartition("/")[2])
     is_replaced = storage.exists(url)
@@ -101,23 +101,23 @@ def _publish(url: str, digest: str, publish: Callable[[], None]) -> None:
 
 
 def remove(url: str) -> None:
-    """Remove a file and its checksum; nothing happens where there is none."""
-    # In this order: after a kill in between the file is still there, and removed the next time.
+    """Remove a file and its checksum; do nothing if there is none."""
+    # In this order: after a kill in between the file is still there, for the next call to remove.
     storage.remove(checksum_url(url))
     storage.remove(url)
 
 
 def read_bytes(url: str, *, next_step: str = _RESTORE, error: type[D2IError] = DataError) -> bytes:
-    """Read a whole file and compare it with the sha256 beside it.
+    """Read a whole file, and compare it with the sha256 beside it.
 
     Args:
         url: The file.
-        next_step: What the user is told to do about a file that differs.
+        next_step: Advice to the user about a file that differs.
         error: Class of the error that refuses it.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        D2IError: An `error`, if the file is not the one that was written.
+        D2IError: An `error`, if the file does not match its checksum.
     """
     data = storage.read_bytes(url)
     compare(url, sha256_of(data), read_checksum(url), next_step=next_step, error=error)
@@ -125,32 +125,32 @@ def read_bytes(url: str, *, next_step: str = _RESTORE, error: type[D2IError] = D
 
 
 def check_file(url: str, *, next_step: str = _RESTORE, error: type[D2IError] = DataError) -> None:
-    """Compare a file with the sha256 beside it; a local one that stays as it is, once a process.
+    """Compare a file with the sha256 beside it; an unchanged file is read once per process.
 
     Raises:
-        D2IError: An `error`, if the file is not the one that was written.
+        D2IError: An `error`, if the file does not match its checksum.
         OSError: If it cannot be read.
     """
     check_against(url, read_checksum(url), next_step=next_step, error=error)
 
 
 def check_against(url: str, said: str | None, **refused: Any) -> None:
-    """Compare a file, as `check_file`, with the sha256 that was written down, as `compare`.
+    """Compare a file, as `check_file`, with a recorded sha256, as `compare`.
 
     Raises:
-        D2IError: If the file is not the one that was written.
+        D2IError: If the file does not match its checksum.
         OSError: If it cannot be read.
     """
     compare(url, None if said is None else known_sha256(url), said, **refused)
 
 
 def check_if_summed(url: str, **refused: Any) -> None:
-    """Compare a file, as `check_file`, where a sha256 lies beside it; say nothing where none does.
+    """Compare a file, as `check_file`, if there is a sha256 beside it; no warning if there is none.
 
-    Of what others wrote, such as a model's folder.
+    For files that others wrote, such as a model's directory.
 
     Raises:
-        D2IError: If the file is not the one that was written.
+        D2IError: If the file does not match its checksum.
         OSError: If it cannot be read.
     """
     if (said := read_checksum(url)) is not None:
@@ -158,7 +158,7 @@ def check_if_summed(url: str, **refused: Any) -> None:
 
 
 def read_checksum(url: str) -> str | None:
-    """Return the sha256 that lies beside a file; None where there is none, '' for a damaged one."""
+    """Return the sha256 stored beside a file; None if there is none, '' if it is damaged."""
     try:
         line = storage.read_bytes(checksum_url(url))
     except (FileNotFoundError, NotADirectoryError):
@@ -176,15 +176,15 @@ def compare(
     error: type[D2IError] = DataError,
     where: str | None = None,
 ) -> None:
-    """Refuse a file whose sha256 is not the one that was written down.
+    """Refuse a file whose sha256 is not the recorded one.
 
     Args:
         url: The file.
-        found: Its sha256; None where `said` is None.
-        said: What was written down; None where nothing was: one line says so.
-        next_step: What the user is told to do.
+        found: Its sha256; None if `said` is None.
+        said: The recorded sha256; None if there is none, which is only warned about.
+        next_step: Advice to the user.
         error: Class of the error.
-        where: What holds `said`; by default the file beside it.
+        where: The file that holds `said`; by default the one beside it.
 
     Raises:
         D2IError: An `error`, if they differ.
@@ -205,7 +205,7 @@ def json_line(values: Mapping[str, Any]) -> bytes:
 
 
 def has_crc32(values: Mapping[str, Any]) -> bool:
-    """Say whether the crc32 of a line's object is that of its other fields, in any order."""
+    """Return whether the crc32 of a line's object is that of its other fields, in any order."""
     others = {name: value for name, value in values.items() if name != CRC_FIELD}
     return values.get(CRC_FIELD) == _crc32(others)
 
@@ -215,11 +215,11 @@ def _crc32(values: Mapping[str, Any]) -> int:
 
 
 _NOT_VERIFIED: set[tuple[str, str]] = set()
-"""Folder and suffix of what was said already: of many files of a kind one stands for all."""
+"""Directory and suffix of warnings already given: one file stands for all of its kind."""
 
 
 def say_not_verified(url: str, where: str) -> None:
-    """Say in one line that a file has no checksum at `where` to be compared with."""
+    """Warn, once per directory and suffix, that a file has no checksum in `where`."""
     kind = url.rpartition("/")[0], url.rpartition(".")[2]
     if kind not in _NOT_VERIFIED:
         _NOT_VERIFIED.add(kind)
@@ -234,7 +234,7 @@ def _digest_once(url: str, stamp: object) -> str:
 
 
 def _stamp(url: str) -> object:
-    """Return what changes when a file does, as far as its file system tells."""
+    """Return a value that changes when a file does, as far as its file system shows."""
     local = storage.local_path(url)
     if local is None:
         return storage.version(url)

@@ -1,7 +1,7 @@
-"""What decided a folder's content: kept beside it once, compared ever after.
+"""Lock the settings that determine a directory's content: stored once, compared ever after.
 
-A command that is repeated goes on only where it would have made the same. Must not import any part
-of d2i but `checksums`, `parse`, `storage` and `errors`.
+A repeated command continues only if it would have produced the same. Must not import any part of
+d2i but `checksums`, `parse`, `storage` and `errors`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ def lock_or_diff(
     mine: Mapping[str, Any],
     as_now: Callable[[dict[str, Any]], dict[str, Any]] = lambda kept: kept,
 ) -> list[str]:
-    """Keep `mine` at a URL, or name the fields in which it differs from what is kept there.
+    """Store `mine` at a URL, or return the fields in which it differs from what is stored there.
 
     Args:
-        url: A JSON file, written now if it is not there yet.
+        url: A JSON file, written now if absent.
         mine: Nested JSON values.
-        as_now: Says what was kept before in the fields and words of now.
+        as_now: Converts values stored by older versions to the current fields and words.
 
     Returns:
-        As `diff`, `mine` being what was found; empty where both agree.
+        As `diff`, with `mine` as what was found; empty if both agree.
 
     Raises:
-        ConfigError: If what is kept there cannot be read.
+        ConfigError: If the stored file cannot be read.
     """
     data = (json.dumps(mine, indent=1, sort_keys=True) + "\n").encode()
     if not storage.exists(url):
@@ -46,7 +46,7 @@ def lock_or_diff(
 
 
 def read_settings(url: str, error: type[D2IError] = ConfigError) -> dict[str, Any]:
-    """Read settings that d2i keeps as JSON beside what they decided.
+    """Read settings that d2i stores as JSON beside the content they determine.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -61,7 +61,7 @@ def _next_step(url: str) -> str:
 
 
 def with_legacy_defaults(kept: Mapping[str, Any], formerly: Mapping[str, Any]) -> dict[str, Any]:
-    """Return kept values with those of the fields that were not there yet.
+    """Return stored values, completed with those of fields that did not exist yet.
 
     Args:
         kept: Nested JSON values.
@@ -79,7 +79,7 @@ def with_legacy_defaults(kept: Mapping[str, Any], formerly: Mapping[str, Any]) -
 
 
 def diff(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Name the fields that differ, each as `image.resolution: 256, expected 512`."""
+    """Return the fields that differ, each as `image.resolution: 256, expected 512`."""
     return _differences(found, expected, "")
 
 

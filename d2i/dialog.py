@@ -1,9 +1,9 @@
-"""What a conversation is, how it becomes one line of text, and how an instance is named.
+"""Conversations: their turns, their linearization to one line of text, and the keys of instances.
 
-Owns `Turn`, `ImageRef`, `Instance`, linearization, instance keys and the order that keys are
-drawn in. Pure: reads no file and must not import torch, ray or any other part of d2i than errors.
-The three are msgspec structs, as a corpus makes millions of them: those cost a tenth of a frozen
-dataclass, and refuse changes as well.
+Owns `Turn`, `ImageRef`, `Instance`, linearization, instance keys and the seeded order of keys.
+Pure: reads no file and must not import torch, ray or any other part of d2i than errors. The three
+types are msgspec structs, as a corpus makes millions of them: they cost a tenth of a frozen
+dataclass, and are immutable as well.
 """
 
 import difflib
@@ -30,7 +30,7 @@ TEMPLATES = {
 """The named linearizations, each as the template of one turn."""
 
 NO_SPEAKER = -1
-"""The speaker of a turn that is no part of the talk, such as a system's message."""
+"""The speaker of a turn outside the conversation, such as a system message."""
 
 _PLACEHOLDER = re.compile(r"\{(text|speaker|letter)\}")
 _PLAIN_SPLIT = re.compile(r"[A-Za-z0-9]{1,32}")
@@ -42,8 +42,8 @@ _KEY = re.compile(r"([A-Za-z0-9_]+-[A-Za-z0-9_-]+)-[0-9]+-[0-9]+")
 class Turn(Struct, frozen=True, gc=False):
     """One message of a conversation.
 
-    `speaker` is a small number, or None where the corpus names no speaker and turns alternate, or
-    `NO_SPEAKER` where nobody says it.
+    `speaker` is a small number, None if the corpus names no speaker and turns alternate, or
+    `NO_SPEAKER` for a turn without one.
     """
 
     speaker: int | None
@@ -51,11 +51,11 @@ class Turn(Struct, frozen=True, gc=False):
 
 
 class ImageRef(Struct, frozen=True, gc=False):
-    """Where the picture of an instance is to be had.
+    """The source of an instance's image.
 
-    `file`: one path, relative to the corpus source or its image root. `urls`: addresses of the
-    same picture, to be tried in order. `inline`: a picture that stood in the record itself, as
-    `inline:` and the sha256 of its content.
+    `file`: one path, relative to the corpus source or its image root. `urls`: URLs of the same
+    image, to be tried in order. `inline`: an image inside the record itself, as `inline:` and the
+    sha256 of its content.
     """
 
     kind: Literal["file", "urls", "inline"]
@@ -63,11 +63,11 @@ class ImageRef(Struct, frozen=True, gc=False):
 
 
 class Instance(Struct, frozen=True, gc=False):
-    """One picture together with the turns it answers (or, for `first`, the turns it opens).
+    """One image together with the turns it answers (or, for `first`, the turns it opens).
 
-    `turn` is the index, from 0, of the picture's turn in its dialog; `image` its index among the
-    pictures of that turn. `description` and `labels` are metadata and never part of the context;
-    `description_by` names the model that made the description, None where the corpus has it.
+    `turn` is the index, from 0, of the image's turn in its dialog; `image` its index among the
+    images of that turn. `description` and `labels` are metadata and never part of the context;
+    `description_by` names the model that wrote the description, None if it is the corpus's own.
     """
 
     key: str
@@ -90,19 +90,20 @@ def linearize(
     empty_turns: Literal["drop", "keep"] = "drop",
     speaker_runs: Literal["keep", "merge"] = "keep",
 ) -> str:
-    """Write turns as one line, in their order, one space between them (paper, section 3.1).
+    """Join turns into one line, in their order, one space between them (paper, section 3.1).
 
-    The first speaker who says something is speaker 1, or A. A turn without a speaker is taken to
-    answer the turn before it.
+    The speaker of the first turn written is speaker 1, or A. A turn without a speaker is assumed
+    to answer the turn before it.
 
     Args:
         turns: The context, oldest turn first.
         strategy: `hash` ("# a # b"), `space` ("a b"), `special` ("[PER1] a [PER2] b"), `letters`
-            ("A: a B: b"), or the template of one turn: `{text}`, and, where wanted, `{speaker}`
+            ("A: a B: b"), or the template of one turn: `{text}`, and optionally `{speaker}`
             (1, 2, ...) and `{letter}` (A, B, ...).
-        empty_turns: `drop` leaves turns without text out, `keep` writes their mark alone. Nobody's
-            turns are left out in any case.
-        speaker_runs: Whether turns in a row by one speaker each get a mark, or one in all.
+        empty_turns: `drop` omits turns without text, `keep` writes their mark alone. Turns of
+            `NO_SPEAKER` are always omitted.
+        speaker_runs: `keep` writes a mark for each of several turns in a row by one speaker,
+            `merge` one mark for all.
 
     Raises:
         ConfigError: If the strategy is neither a known name nor a template with `{text}`.
@@ -117,16 +118,16 @@ def linearize(
 
 
 def is_written(turn: Turn, empty_turns: str) -> bool:
-    """Say whether `linearize` writes a turn, its mark at least."""
+    """Return whether `linearize` writes a turn, its mark at least."""
     return turn.speaker != NO_SPEAKER and (empty_turns == "keep" or bool(turn.text.strip()))
 
 
 def make_key(split: str, dialog_id: str, turn: int, image: int) -> str:
-    """Name an instance: `{split}-{dialog_id}-{turn}-{image}`, safe as a tar member's stem.
+    """Return an instance's key: `{split}-{dialog_id}-{turn}-{image}`, safe as a tar member's stem.
 
     The key holds only `A-Z a-z 0-9 _ -` and starts with a letter, a digit or `_`. A split or an
-    id that is not plain (other characters, over-long, or made to look like a changed one) gets
-    its characters replaced and a 128-bit hash appended, so different inputs keep different keys.
+    id that is not plain (other characters, too long, or in the form of a replaced one) gets its
+    characters replaced and a 128-bit hash appended, so different inputs keep different keys.
 
     Raises:
         DataError: If an index is negative.
@@ -140,22 +141,22 @@ def make_key(split: str, dialog_id: str, turn: int, image: int) -> str:
 
 
 def key_prefix(split: str, dialog_id: str) -> str:
-    """Return what the keys of all instances of one dialog begin with, for `make_key`."""
+    """Return the prefix of the keys of all instances of one dialog, for `make_key`."""
     return f"{_safe_split(split)}-{_safe(dialog_id, _PLAIN_ID)}-"
 
 
 def dialog_of_key(key: str) -> str:
-    """Return what names the dialog of an instance: its key without turn and image.
+    """Return the part of an instance's key that identifies its dialog: without turn and image.
 
-    A key of another form than `make_key` gives tells of no dialog: its instance stands alone, and
-    the whole key is returned.
+    A key in another form than that of `make_key` identifies no dialog: its instance stands alone,
+    and the whole key is returned.
     """
     found = _KEY.fullmatch(key)
     return found[1] if found else key
 
 
 def key_order_hash(key: str, seed: int) -> int:
-    """Place a key in the seeded order that `--limit` takes its smallest from.
+    """Return a key's rank in the seeded order of which `--limit` takes the smallest.
 
     Returns:
         An integer in [0, 2**64), the same on every machine and in every version.
@@ -164,7 +165,7 @@ def key_order_hash(key: str, seed: int) -> int:
 
 
 def key_order_digests(keys: Iterable[str], seed: int) -> bytes:
-    """Return the `key_order_hash` of each key as 8 bytes, big end first, laid end to end."""
+    """Return the `key_order_hash` of each key as 8 bytes, big-endian, concatenated."""
     start = hashlib.blake2b(f"{seed}:".encode(), digest_size=8, person=b"d2i-key-order")
     digests = []
     for key in keys:
@@ -188,9 +189,9 @@ def _template(strategy: str) -> str:
 
 
 def _spoken(turns: Iterable[Turn], empty_turns: str) -> Iterator[tuple[int, str]]:
-    """Give speaker and text of every turn that says something, or of every turn.
+    """Yield speaker and text of every turn with text, or of every turn.
 
-    A silent turn (a picture alone) still passes the word on to the other speaker.
+    A turn without text (an image alone) still hands over to the other speaker.
     """
     speaker: int | None = None
     for turn in turns:
@@ -203,7 +204,7 @@ def _spoken(turns: Iterable[Turn], empty_turns: str) -> Iterator[tuple[int, str]
 
 
 def _joined(spoken: Iterable[tuple[int, str]], speaker_runs: str) -> Iterable[tuple[int, str]]:
-    """Join what one speaker says in a row, where that is asked for."""
+    """Join the turns in a row by one speaker, if `speaker_runs` is `merge`."""
     if speaker_runs == "keep":
         return spoken
     runs = itertools.groupby(spoken, key=operator.itemgetter(0))
@@ -217,7 +218,7 @@ def _fill(template: str, text: str, number: int) -> str:
 
 
 def _letter(number: int) -> str:
-    """Count 1, 2, ... as A ... Z, AA, AB, ..."""
+    """Return A ... Z, AA, AB, ... for 1, 2, ..."""
     rest, last = divmod(number - 1, 26)
     return (_letter(rest) if rest else "") + chr(ord("A") + last)
 

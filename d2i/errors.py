@@ -1,6 +1,6 @@
-"""The errors d2i raises, named by who can mend them.
+"""The errors that d2i raises, named by what the user has to fix.
 
-Every message is one line: what happened, what was got, what was expected, what to do next.
+Every message is one line: what happened, what was found, what was expected, what to do next.
 The command line prints a `D2IError` without its traceback and exits with its `exit_code`.
 """
 
@@ -8,10 +8,10 @@ from typing import ClassVar
 
 
 class D2IError(Exception):
-    """Base of every error that the user of d2i can mend."""
+    """Base of every error that the user of d2i can fix."""
 
     exit_code: ClassVar[int] = 2
-    """What the command ends with."""
+    """Exit code of the command."""
 
 
 class ConfigError(D2IError, ValueError):
@@ -19,7 +19,7 @@ class ConfigError(D2IError, ValueError):
 
 
 class DataError(D2IError):
-    """A corpus or a file of it cannot be used."""
+    """A corpus or one of its files cannot be used."""
 
 
 class NothingWrittenError(DataError):
@@ -29,7 +29,7 @@ class NothingWrittenError(DataError):
 
 
 class ShardError(DataError):
-    """A shard, its index or its manifest is not what it says it is."""
+    """A shard, its index or its manifest is damaged, or does not match its record."""
 
 
 class CheckpointError(D2IError):
@@ -37,4 +37,4 @@ class CheckpointError(D2IError):
 
 
 class ClusterError(D2IError):
-    """Ray, DeepSpeed or the machine lacks what the job needs."""
+    """Ray, DeepSpeed or the machine lacks something that the job needs."""

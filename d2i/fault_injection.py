@@ -1,7 +1,7 @@
-"""Named fault points: where a proof may make the work fail, wait or die.
+"""Fault injection: named points at which a test can make the work fail, wait or die.
 
-Driven by `--fault POINT:error|sleep|kill:N` of the entry points, and passed down; nothing in the
-depths reads the environment.
+Set by `--fault POINT:error|sleep|kill:N` of the entry points and passed down as an argument; no
+inner code reads the environment.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ Point = Literal[
 Action = Literal["error", "sleep", "kill"]
 _SLEEP_S = 3600.0
 WAITS = "asked to wait at "
-"""What a process that sleeps says on stderr, before the point."""
+"""Text on stderr, before the point's name, of a process that sleeps."""
 
 
 class FaultError(RuntimeError):
-    """The error that a fault point was asked to raise."""
+    """The error that a fault point raises on request."""
 
 
 @dataclass
 class Fault:
-    """Acts at the N-th time a process passes a point, once.
+    """A fault that is triggered once, the N-th time a process passes a point.
 
     Args:
-        point: Where.
+        point: The fault point.
         action: `error` raises, `sleep` waits an hour, `kill` is SIGKILL to this process.
-        nth: The pass that acts, from 1.
+        nth: The pass that triggers it, from 1.
     """
 
     point: Point
@@ -61,23 +61,23 @@ class Fault:
     num_passed: int = field(default=0)
 
     def reach(self, point: str) -> None:
-        """Act if this is the asked pass of the asked point."""
+        """Trigger the fault if this is the N-th pass of its point."""
         if self.is_due(point):
             self.act()
 
     def is_due(self, point: str) -> bool:
-        """Count a pass, and say whether it is the asked one of the asked point."""
+        """Count a pass; return whether it is the N-th one of the fault's point."""
         if point != self.point:
             return False
         self.num_passed += 1
         return self.num_passed == self.nth
 
     def act(self) -> None:
-        """Kill this process, wait, or raise `FaultError`, as asked."""
+        """Kill this process, wait, or raise `FaultError`, depending on the action."""
         if self.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.action == "sleep":
-            # It gives no other sign.
+            # The only sign that it waits.
             sys.stderr.write(f"{WAITS}{self.point}\n")
             sys.stderr.flush()
             time.sleep(_SLEEP_S)
@@ -85,10 +85,10 @@ class Fault:
 
 
 def parse_fault(text: str | None) -> Fault | None:
-    """Read `POINT:ACTION:N`.
+    """Parse `POINT:ACTION:N`.
 
     Raises:
-        ConfigError: If the form, the point or the action is not known.
+        ConfigError: If the form, the point or the action is unknown.
     """
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes, for the person who expected another.
+"""File format detection by the first bytes, for error messages about unexpected files.
 
 Must not import any part of d2i.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 HEAD_BYTES = 1024
-"""So many of a file's first bytes tell what it is."""
+"""Number of leading bytes that identify a file."""
 
 _IMAGES = re.compile(
     rb"(?P<JPEG>\xff\xd8\xff)|(?P<PNG>\x89PNG\r\n\x1a\n)|(?P<GIF>GIF8[79]a)|(?P<WebP>RIFF.{4}WEBP)",
@@ -39,7 +39,7 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\xfe\xff", "UTF-16 text"),
     (b"PAR1", "Parquet"),
 )
-# In ISO base media files the brand comes after four bytes of length.
+# In ISO base media files the brand comes after four bytes of length and `ftyp`.
 _BRANDS = {
     b"avif": "AVIF",
     b"avis": "AVIF",
@@ -54,7 +54,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def file_kind(head: bytes) -> str | None:
-    """Name what a file is, such as `HEIC` or `a web page`; None where nothing tells.
+    """Return the kind of a file, such as `HEIC` or `a web page`; None if unknown.
 
     Args:
         head: Its first `HEAD_BYTES`, or all of it.

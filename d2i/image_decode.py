@@ -1,7 +1,7 @@
-"""Pictures: the decode policy, the square crop every stage works on, and PNG bytes.
+"""Image decoding: the decode policy, the square crop every stage works on, and PNG encoding.
 
-Formats are an allow-list; what the header promises is checked before a pixel is decoded. Must
-not import torch.
+Formats are an allow-list; the size in the header is checked before any pixel is decoded. Must not
+import torch.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from d2i.file_kind import file_kind
 from d2i.png_chunks import MAX_INFLATED_BYTES, without_metadata
 
 RESIZE = "centre crop, lanczos"
-"""How a picture becomes its square, as fingerprints and metric cards say it."""
+"""The crop and resize of an image, as fingerprints and metric cards name it."""
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 _KINDS = frozenset({"JPEG", "PNG", "WebP", "GIF"})
 _NO_KIND = "neither JPEG, PNG, WebP nor GIF"
 _LFS_POINTER = "a Git LFS pointer"
-# A profile that is longer never comes here.
+# Longer colour profiles were removed before (`without_metadata`).
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_INFLATED_BYTES
-# What Pillow calls a JPEG that holds several pictures; the first is taken.
+# Pillow's name for a JPEG that holds several images; the first is used.
 _MANY_JPEGS = "MPO"
 _ORIENTATION = 0x0112
 _MAX_KEPT_BYTES = 1 << 16
-"""Colour profiles of at most this length are kept ready; usual ones have a few kilobytes."""
+"""Transforms of colour profiles up to this length are cached; usual ones have a few kilobytes."""
 _DRAFT_FACTOR = 2
-"""A draft has at least so many pixels a side for one of the square's (ours)."""
+"""A draft's crop has at least this many times the pixels of the square per side (our default)."""
 
 
 @dataclass(frozen=True)
 class SharedImage:
-    """One decoded picture: RGB, upright, first frame, over white."""
+    """One decoded image: RGB, upright, first frame, over white."""
 
     image: Image.Image
     suffix: str
@@ -48,7 +48,7 @@ class SharedImage:
 
 @dataclass(frozen=True)
 class CroppedImage:
-    """A picture's centre square, uint8 (R, R, 3), and the suffix and size of the whole."""
+    """An image's centre square, uint8 (R, R, 3), and the suffix and size of the whole image."""
 
     pixels: NDArray[np.uint8]
     suffix: str
@@ -57,7 +57,7 @@ class CroppedImage:
 
 
 class ImageRejectedError(Exception):
-    """The bytes are no usable picture; `reason` is its class in the ledger."""
+    """The bytes are not a usable image; `reason` is the reason class in the ledger."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -65,17 +65,17 @@ class ImageRejectedError(Exception):
 
 
 def begins_as_image(data: bytes) -> bool:
-    """Say whether bytes begin as JPEG, PNG, WebP or GIF do; of the rest that tells nothing."""
+    """Return whether bytes begin like a JPEG, PNG, WebP or GIF; the rest is not checked."""
     return file_kind(data) in _KINDS
 
 
 def is_lfs_pointer(data: bytes) -> bool:
-    """Say whether a file only names its content, which Git LFS has yet to fetch."""
+    """Return whether a file is a Git LFS pointer, in place of content that was not fetched."""
     return file_kind(data) == _LFS_POINTER
 
 
 def no_image(data: bytes) -> str:
-    """Say what a file is that is no picture which can be read."""
+    """Return a description of a file that is not a readable image."""
     kind = file_kind(data)
     if kind in _KINDS:
         return f"begins as {kind}, but its header is damaged"
@@ -86,12 +86,12 @@ def decode_image(data: bytes, limits: ImageConfig) -> SharedImage:
     """Decode JPEG, PNG, WebP or GIF bytes.
 
     EXIF orientation is applied, colour profiles and CMYK become sRGB, 16 bits are scaled to 8,
-    alpha is laid over white, and of an animation the first frame is taken. Damaged, unknown or
-    endless metadata is passed over.
+    alpha is blended over white, and only the first frame of an animation is used. Damaged, unknown
+    or oversized metadata is ignored.
 
     Raises:
         ImageRejectedError: `not_an_image`, `too_large`, `too_small`, `odd_aspect` or
-            `decode_error`; a truncated picture is never half decoded.
+            `decode_error`; a truncated image is never half decoded.
     """
     with _decoding():
         image = _open(data, limits)
@@ -99,7 +99,7 @@ def decode_image(data: bytes, limits: ImageConfig) -> SharedImage:
 
 
 def open_header(data: bytes, limits: ImageConfig) -> Image.Image:
-    """Read the header of a picture, and decode nothing.
+    """Read the header of an image, and decode nothing.
 
     Raises:
         ImageRejectedError: `not_an_image`, `too_large`, `too_small`, `odd_aspect` or
@@ -110,13 +110,13 @@ def open_header(data: bytes, limits: ImageConfig) -> Image.Image:
 
 
 def decode_square(image: Image.Image, limits: ImageConfig) -> CroppedImage:
-    """Decode as `decode_image` does, and cut the square out as `crop_to_square` does.
+    """Decode as `decode_image` does, and crop as `crop_to_square` does.
 
     With `limits.draft` a JPEG whose short side is four times the resolution or more is decoded at
     half its size, or less, by the decoder itself, and never below twice the resolution.
 
     Args:
-        image: What `open_header` returned; it is used up.
+        image: The result of `open_header`; it is consumed.
         limits: The decode policy and the resolution.
 
     Raises:
@@ -138,7 +138,7 @@ def decode_square(image: Image.Image, limits: ImageConfig) -> CroppedImage:
 
 
 def crop_to_square(picture: Image.Image, resolution: int) -> Image.Image:
-    """Cut the centre square and resize it with LANCZOS (`datasets.py:419-430` of U-ViT)."""
+    """Crop the centre square and resize it with LANCZOS (`datasets.py:419-430` of U-ViT)."""
     left, top, side = _centre(picture.size)
     square = picture.crop((left, top, left + side, top + side))
     if side == resolution:
@@ -159,7 +159,7 @@ def png_bytes(pixels: NDArray[np.uint8], metadata: Mapping[str, str] | None = No
 
 @contextlib.contextmanager
 def _decoding() -> Iterator[None]:
-    """Turn what decoders raise into reasons."""
+    """Turn the exceptions of decoders into `ImageRejectedError` with a reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -169,12 +169,12 @@ def _decoding() -> Iterator[None]:
     except (ImageRejectedError, MemoryError):
         raise
     except Exception as err:
-        # Decoders raise whatever a damaged byte leads them to: struct.error, TypeError, KeyError.
+        # Damaged bytes make decoders raise anything: struct.error, TypeError, KeyError.
         raise ImageRejectedError("decode_error", f"{type(err).__name__}: {err}") from err
 
 
 def _open(data: bytes, limits: ImageConfig) -> Image.Image:
-    """Read a picture's header, which says what decoding would cost."""
+    """Read an image's header, and check the size, before the cost of decoding."""
     try:
         lean = without_metadata(data)
     except ValueError as err:
@@ -192,14 +192,14 @@ def _suffix(image: Image.Image) -> str:
 
 
 def _draft(image: Image.Image, resolution: int) -> float:
-    """Make a JPEG's decoder halve it while enough is left; return by what it will be smaller."""
+    """Let a JPEG's decoder halve it while enough pixels are left; return the reduction factor."""
     least = _DRAFT_FACTOR * resolution
     if min(image.size) < 2 * least:
         return 1.0
     width, height = image.size
     scale = next(s for s in (8, 4, 2) if min(image.size) >= s * least)
     if (width % scale or height % scale) and _orientation(image) != 1:
-        # Its last pixels stand for fewer, and turned they would come first.
+        # The last pixels of a draft cover fewer of the image's, and rotated they would come first.
         return 1.0
     drafted = image.draft("RGB", (least, least))
     return 1.0 if drafted is None else width / drafted[1][2]
@@ -208,7 +208,7 @@ def _draft(image: Image.Image, resolution: int) -> float:
 def _crop_drafted(
     drafted: Image.Image, whole: tuple[int, int], scale: float, resolution: int
 ) -> Image.Image:
-    """Cut the square of the whole out of its draft, of which it may begin within a pixel."""
+    """Crop the square of the whole image from its draft; it may begin within a draft's pixel."""
     left, top, side = _centre(whole)
     right, bottom = ((begin + side) / scale for begin in (left, top))
     width, height = drafted.size
@@ -234,7 +234,7 @@ def _check_size(image: Image.Image, limits: ImageConfig) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return the picture upright in RGB; the one given is used up."""
+    """Return the image upright in RGB; the one given is consumed."""
     image.load()
     profile = image.info.get("icc_profile")
     turn_upright(image)
@@ -251,17 +251,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def turn_upright(image: Image.Image) -> None:
-    """Turn a picture as its EXIF says; damaged EXIF says nothing about the pixels."""
+    """Rotate an image as its EXIF says; damaged EXIF is ignored."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
-    except Exception:  # Of TIFF's reader: SyntaxError, struct.error, KeyError, …
+    except Exception:  # The TIFF reader raises SyntaxError, struct.error, KeyError, …
         return
 
 
 def _orientation(image: Image.Image) -> object:
-    """Return what EXIF says of a picture's orientation, 1 where it cannot be read."""
+    """Return an image's EXIF orientation, 1 if it cannot be read."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except MemoryError:
@@ -271,7 +271,7 @@ def _orientation(image: Image.Image) -> object:
 
 
 def _over_white(layered: Image.Image, profile: bytes | None) -> Image.Image:
-    """Lay RGBA over white, its colours converted before they are mixed."""
+    """Blend RGBA over white, with colours converted before the blend."""
     if profile:
         colours = _to_srgb(layered.convert("RGB"), profile)
         colours.putalpha(layered.getchannel("A"))
@@ -281,7 +281,7 @@ def _over_white(layered: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Convert by a profile; a broken one says nothing about the pixels: they are taken as sRGB."""
+    """Convert from a colour profile to sRGB; under a broken profile, pixels are taken as sRGB."""
     build = _transform if len(profile) <= _MAX_KEPT_BYTES else _transform.__wrapped__
     try:
         transform = build(profile, image.mode)
@@ -292,6 +292,6 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
-    """Build what a profile does to pixels, which takes as long as to decode them."""
+    """Build a profile's colour transform, which takes as long as decoding the image."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")

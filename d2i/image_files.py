@@ -1,7 +1,7 @@
-"""Pictures by their names: the files of a folder, or the members of tars, behind one call.
+"""Image files by name: the files of a directory, or the members of tars, behind one call.
 
-Trouble of their place (a folder that is not there, a disk that went away) is an error, and never
-the fault of each picture. Must not import torch.
+A failure of the image root itself (a missing directory, a lost disk) is an error, and never a
+failure of each image. Must not import torch.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from d2i.tar_index import Member, TarIndex, is_tars, open_index
 
 _NUM_ALIKE = 8
 _WEB_ADDRESS = re.compile(r"(^|::)https?:", re.IGNORECASE)
-"""Also as what another file system lies on: `simplecache::https://…`."""
+"""Also below another file system: `simplecache::https://…`."""
 _EXPECTED = "expected a folder of pictures, x.tar or folder/*.tar"
 
 
 def check_root(root: str) -> None:
-    """Refuse a place of pictures that is not there, or cannot be one; of tars make the index.
+    """Refuse an image root that is missing or unusable; for tars, build the index.
 
     Args:
         root: As for `read_image`.
 
     Raises:
-        ConfigError: If it is a web address.
-        DataError: If it is not there, is an empty folder, a file, or no whole tar.
+        ConfigError: If it is a web URL.
+        DataError: If it is missing, an empty directory, a file, or not an intact tar.
     """
     _refuse_web_address(root)
     if is_tars(root):
@@ -42,20 +42,20 @@ def check_root(root: str) -> None:
 
 
 def read_image(root: str, path: str, max_bytes: int) -> bytes:
-    """Read the bytes of a picture file.
+    """Read the bytes of an image file.
 
     Args:
-        root: A folder (any fsspec URL but a web address), `x.tar`, or `folder/*.tar`.
-        path: The picture's name below it; of a tar's member the first folders may be left out.
-            Letters may be composed or not (NFC, NFD), where no file has the very name.
-        max_bytes: Its greatest length.
+        root: A directory (any fsspec URL but a web URL), `x.tar`, or `folder/*.tar`.
+        path: The image's name below it; the leading directories of a tar member may be left out.
+            If no file has the exact name, another Unicode form of it (NFC, NFD) is accepted.
+        max_bytes: Its maximum length.
 
     Raises:
         ImageRejectedError: `missing_file`, `read_error`, `too_many_bytes` or `lfs_pointer`; also
-            `ambiguous_file` where several files have that name and are not the same, and of a tar
+            `ambiguous_file` if several different files have that name, and in a tar
             `refused_member` (a link or a device).
-        ConfigError: If the root is a web address, of which nothing is asked.
-        DataError: If the root itself is not there (any more) or cannot be read.
+        ConfigError: If the root is a web URL, which is never requested.
+        DataError: If the root itself is missing (or has gone) or cannot be read.
     """
     _refuse_web_address(root)
     data = _read_member(root, path, max_bytes) if is_tars(root) else _read(root, path, max_bytes)
@@ -67,7 +67,7 @@ def read_image(root: str, path: str, max_bytes: int) -> bytes:
 
 
 def _refuse_web_address(root: str) -> None:
-    """Refuse what could redirect anywhere: web addresses are asked through the guard alone."""
+    """Refuse web URLs, which may redirect anywhere: only the SSRF guard requests them."""
     if _WEB_ADDRESS.search(root):
         raise ConfigError(
             f"{root}: got a web address as the place of pictures; expected a folder, tars or an "
@@ -100,9 +100,9 @@ def _what_is_at(root: str) -> str:
 
 
 def _is_empty(root: str) -> bool:
-    """Say whether a folder here holds nothing, as one does on which no disk is mounted.
+    """Return whether a local directory is empty, as a mount point without its disk is.
 
-    Object stores have no empty folders.
+    Object stores have no empty directories.
     """
     local = storage.local_path(root)
     if local is None:
@@ -112,7 +112,7 @@ def _is_empty(root: str) -> bool:
 
 
 def _read(root: str, path: str, max_bytes: int) -> bytes:
-    """Read a file of a folder; it is missing, or broken, only where the folder itself is sound."""
+    """Read a file of a directory; it counts as missing or damaged only if the directory is fine."""
     if ".." in path.split("/"):
         raise ImageRejectedError("read_error", "got a part '..', expected a path below the folder")
     try:
@@ -121,7 +121,7 @@ def _read(root: str, path: str, max_bytes: int) -> bytes:
         _check_folder(root)
         raise ImageRejectedError("missing_file", "no such file") from err
     except (OSError, ValueError) as err:
-        # A name with a zero byte is a ValueError.
+        # A name with a zero byte raises ValueError.
         _check_folder(root)
         raise ImageRejectedError("read_error", str(err)) from err
 
@@ -141,11 +141,11 @@ def _read_head(root: str, path: str, num_bytes: int) -> bytes:
 
 
 def _in_other_form(folder: str, path: str) -> str:
-    """Return the file whose name has the same letters, composed otherwise, found by listing.
+    """Return the file whose name is another Unicode form of the path, found by listing.
 
     Raises:
         FileNotFoundError: If there is none.
-        OSError: If a folder cannot be listed.
+        OSError: If a directory cannot be listed.
         ImageRejectedError: `ambiguous_file` if there are several.
     """
     for part in path.split("/"):
@@ -163,8 +163,8 @@ def _in_other_form(folder: str, path: str) -> str:
 
 @lru_cache(maxsize=32)
 def _names_by_composed(folder: str, changed_ns: int) -> dict[str, list[str]]:
-    """List the names of a folder that are not ASCII, by their composed form."""
-    del changed_ns  # A folder that has changed is listed again.
+    """Return the non-ASCII names in a directory, by their composed form."""
+    del changed_ns  # A directory that has changed is listed again.
     found: dict[str, list[str]] = {}
     for name in os.listdir(folder):  # noqa: PTH208
         if not name.isascii():
@@ -174,7 +174,7 @@ def _names_by_composed(folder: str, changed_ns: int) -> dict[str, list[str]]:
 
 @cache
 def _index(root: str) -> TarIndex:
-    """Return the one index of this process."""
+    """Return the index of the tars, opened once per process."""
     try:
         return open_index(root)
     except OSError as err:

@@ -1,9 +1,9 @@
-"""One writer to a folder of an object store, which has no locks: a lease.
+"""Lease on a directory of an object store, which has no locks: one writer at a time.
 
-A lease is an object under `FOLDER/.d2i-lock/`, numbered, made by a conditional write: of two that
-make the same number, one fails. Its holder writes it again every few seconds. One that is not
-written for a minute, or whose process on this machine is gone, is superseded by the next number.
-Must not import any part of d2i but `errors`.
+A lease is a numbered object under `DIR/.d2i-lock/`, created by a conditional write: of two
+processes that create the same number, one fails. Its holder renews it every few seconds. A lease
+that is not renewed for a minute, or whose process on this machine is gone, is superseded by the
+next number. Must not import any part of d2i but `errors`.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _POLL_S = 1.0
 
 @contextmanager
 def hold_lease(fs: Any, folder: str, url: str, wait_s: float) -> Iterator[None]:
-    """Hold a folder until the context is left.
+    """Hold the lease on a directory until the context is left.
 
     Args:
         fs: fsspec's file system.
-        folder: The folder's path on it.
-        url: What the user calls it.
+        folder: The directory's path on it.
+        url: The user's URL for it.
         wait_s: How long to wait for a holder that is alive.
 
     Raises:
         ConfigError: If another process holds it and goes on.
-        OSError: If the store cannot be asked.
+        OSError: If a request to the store fails.
     """
     lease = _Lease(fs, f"{folder.rstrip('/')}/{FOLDER_NAME}", url)
     lease.take(wait_s)
@@ -66,7 +66,7 @@ class _Lease:
         self._beat = 0
 
     def take(self, wait_s: float) -> None:
-        """Take the folder; wait for a holder that may be gone until that is known."""
+        """Take the lease; wait for a holder that may be gone until that is known."""
         seen: tuple[int, bytes] | None = None
         seen_at = began = time.monotonic()
         is_alive = False
@@ -77,7 +77,7 @@ class _Lease:
             newest = numbers[-1] if numbers else 1
             content = self._read(newest)
             if content is None:
-                # Released a moment ago: not asked for again without a pause.
+                # Released a moment ago: pause before the next request.
                 time.sleep(_POLL_S)
                 continue
             now = time.monotonic()
@@ -95,9 +95,9 @@ class _Lease:
             time.sleep(_POLL_S)
 
     def keep(self, is_over: threading.Event) -> None:
-        """Write the lease again and again; end this process if another has superseded it."""
+        """Renew the lease until it is over; end this process if another has superseded it."""
         while not is_over.wait(RENEW_S):
-            # A store that fails for a moment is asked again; others wait a minute.
+            # A transient failure of the store is retried; others wait a minute before they take it.
             with suppress(Exception):
                 if self._numbers()[-1:] != [self._number]:
                     self._end_process(is_over)
@@ -105,7 +105,7 @@ class _Lease:
                 self._write(self._number)
 
     def release(self) -> None:
-        """Let others have the folder at once."""
+        """Delete the lease, so that others can have the directory at once."""
         with suppress(Exception):
             self._fs.rm_file(self._path(self._number))
 
@@ -118,14 +118,14 @@ class _Lease:
             "has ended\n"
         )
         sys.stderr.flush()
-        # What it wrote from now on would be mixed with what the other writes.
+        # Anything written from now on would mix with the other's files.
         os._exit(2)
 
     def _try(self, number: int, superseded: tuple[int, bytes] | None) -> bool:
-        """Make a lease of this number; say whether the folder is held by it."""
+        """Create the lease of this number; return whether this process now holds the directory."""
         if not self._create(number):
             return False
-        # Who looked a moment ago may have made an older or a newer number meanwhile.
+        # Another process that listed a moment ago may have created an older or a newer number.
         is_mine = self._numbers()[-1:] == [number]
         if superseded is not None:
             is_mine = is_mine and self._read(superseded[0]) == superseded[1]
@@ -146,17 +146,17 @@ class _Lease:
         return True
 
     def _create(self, number: int, *, is_probe: bool = False) -> bool:
-        """Make an object only where there is none; say whether this call, or a lost one, did."""
+        """Create an object only if absent; return whether this process did, by any attempt."""
         for is_last in (False, True):
             try:
                 self._fs.pipe_file(self._path(number), self._content(), mode="create")
             except Exception:
-                # Each store has its own words for a condition that is not met.
+                # Each store has its own error for a condition that is not met.
                 content = self._read(number)
                 if content is not None:
-                    # An answer that was lost: the request was repeated, and found its own.
+                    # After a lost response, the client's retry finds its own object.
                     return not is_probe and _token(content) == self._said["token"]
-                # Its holder let go of it in between, or the store refuses to write at all.
+                # Its holder released it in between, or the store refuses to write at all.
                 if is_last:
                     raise
             else:
@@ -198,7 +198,7 @@ def _who_this_is() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Name the set of processes that can be seen from here: this boot, and this container."""
+    """Identify the set of processes visible from here: this boot, and this container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115
@@ -207,7 +207,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process began, in ticks since the boot; None where there is none."""
+    """Return when a process started, in ticks since the boot; None if it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -217,7 +217,7 @@ def _started(pid: int) -> str | None:
 
 
 def _is_gone(content: bytes) -> bool:
-    """Say whether a holder was a process of this machine that has ended."""
+    """Return whether a holder was a process of this machine that has ended."""
     said = _parse(content)
     if said.get("machine") != _machine() or not isinstance(said.get("pid"), int):
         return False

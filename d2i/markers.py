@@ -1,4 +1,4 @@
-"""Markers: JSON, written last, that says which files are finished, with the sha256 of each.
+"""Markers: JSON files, written last, that list the finished files with the sha256 of each.
 
 `{"files": {PATH: sha256, …}, "crc32": …}`, the paths relative to one root. Must not import torch.
 """
@@ -16,16 +16,16 @@ _RANGE = re.compile(r"\d+-\d+\.json")
 
 
 def write_marker(url: str, files: Mapping[str, str], *, sync_name: bool = True) -> None:
-    """Write a marker: sha256 by path; `sync_name` is that of `storage.publish_atomically`."""
+    """Write a marker: sha256 by path; `sync_name` as in `storage.publish_atomically`."""
     with storage.new_file(url, sync_name=sync_name) as path:
         path.write_bytes(json_line({"files": dict(sorted(files.items()))}))
 
 
 def parse_marker(data: bytes, url: str, *, next_step: str) -> dict[str, str]:
-    """Return the sha256 of each file that a marker names, by path.
+    """Return the sha256 of each file that a marker lists, by path.
 
     Raises:
-        DataError: If the marker is not as it was written.
+        DataError: If the marker is damaged.
     """
     values = parse_json(data, url, next_step=next_step)
     files = values.get("files")
@@ -35,7 +35,7 @@ def parse_marker(data: bytes, url: str, *, next_step: str) -> dict[str, str]:
 
 
 def read_markers(folder_url: str, *, next_step: str) -> dict[str, str]:
-    """Read the markers `FIRST-STOP.json` of a folder, as one.
+    """Read the markers `FIRST-STOP.json` of a directory, merged into one.
 
     Raises:
         DataError: If one is damaged.

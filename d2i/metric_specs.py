@@ -1,7 +1,8 @@
-"""Every metric of an evaluation in one table: its key on disk, its words, and which way is better.
+"""Table of the metrics of an evaluation: the key on disk, titles and direction of each.
 
-What prints, chooses or compares scores derives from `METRICS`; a new metric is a row here and its
-computation in `d2i.eval.scores`. Must not import torch: reports and the command line read it.
+Code that prints, selects by or compares scores derives from `METRICS`; a new metric is a row here
+and its computation in `d2i.eval.scores`. Must not import torch: reports and the command line read
+it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from math import inf
 from typing import Literal
 
 Needs = Literal["features", "classes", "image embeddings", "text embeddings"]
-"""What a metric is computed from: the extractor's features or its class logits, or CLIP's."""
+"""The input of a metric: the extractor's features or its class logits, or CLIP's embeddings."""
 Interval = Literal["normal", "bca", "wilson"]
 """The kind of a 95 % confidence interval, all of them over dialogs (`d2i.eval.intervals`): the
-score plus and minus 1.96 deviations, cut at the metric's bounds; for a mean over images the BCa
-bootstrap (Efron 1987); for a share of images Wilson's."""
+score plus and minus 1.96 deviations, clipped to the metric's bounds; for a mean over images the BCa
+bootstrap (Efron 1987); for a share of images Wilson's interval."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,17 @@ class MetricSpec:
 
     Args:
         key: Its key in `scores` and `intervals` of scores.json.
-        title: Its name in the head of a table.
+        title: Its name in the header of a table.
         long_title: Its name where there is room for a sentence.
         higher_is_better: Its direction.
-        spec: How it is rounded, as a format specification.
-        needs: What it is computed from.
-        interval: How its 95 % confidence interval is made; None for no interval.
-        bounds: Lowest and highest value there is; an interval never leaves them. The Inception
+        spec: The format specification that rounds it.
+        needs: Its input.
+        interval: The kind of its 95 % confidence interval; None if it has none.
+        bounds: Lowest and highest possible value; an interval never leaves them. The Inception
             Score is bounded by the number of classes as well.
-        std_key: Key of the deviation that is printed behind it, over subsets or splits.
-        note: What a reader may want to know of its scale.
-        on_page: Whether an evaluation's page prints it; a paper table always does.
+        std_key: Key of the deviation that is printed after it, over subsets or splits.
+        note: A hint on its scale for the reader.
+        on_page: True if an evaluation's page shows it; a paper table always does.
     """
 
     key: str
@@ -52,18 +53,18 @@ class MetricSpec:
 
     @property
     def direction(self) -> str:
-        """Say which way is better."""
+        """The direction in words: `higher is better` or `lower is better`."""
         return f"{'higher' if self.higher_is_better else 'lower'} is better"
 
     def can_be_interval(self, ends: Sequence[float]) -> bool:
-        """Whether low and high can be its interval; those of evaluations made before may not."""
+        """Return whether low and high can be its interval; those of older evaluations may not."""
         low, high = ends
         lowest, highest = self.bounds
         return self.interval is not None and lowest <= low < high <= highest
 
     @property
     def is_on_extractor(self) -> bool:
-        """Whether its value depends on the feature extractor."""
+        """True if its value depends on the feature extractor."""
         return self.needs in ("features", "classes")
 
 

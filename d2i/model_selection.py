@@ -1,9 +1,9 @@
-"""What draws best on validation dialogs (`d2i select`): which weights of a run, which guidance.
+"""Model selection on validation dialogs (`d2i select`): a run's best weights, the best guidance.
 
-Every side of a comparison has its guidance chosen alike: FID moves more by guidance than by
-fine-tuning. Everything lies in `RUN/select`, or in `--out` for any other system: a seeded
-part of the validation split as a data set of its own, the weights of each candidate, and its
-evaluation, so that a repeated command draws only what is missing.
+Every side of a comparison has its guidance selected in the same way, as guidance moves FID more
+than fine-tuning does. Everything is stored in `RUN/select`, or in `--out` for any other system: a
+seeded part of the validation split as its own data set, the weights of each candidate, and its
+evaluation, so that a repeated command generates only what is missing.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from d2i.train.validation import choose_instances
 
 @dataclass(frozen=True)
 class SelectRequest:
-    """What is to be compared.
+    """The candidates to compare, and the metric.
 
     Args:
         system: As `d2i eval --system` takes it: `run:DIR`, a backbone's name or `diffusers:PATH`.
         weights: Of a published backbone.
         adapter: A LoRA on a `diffusers:` system.
-        data_url: Folder made by d2i preprocess, with a validation split; a run has its own, unless
-            this is given.
-        out_url: Where `best.json` and all else goes; of a run, into the run.
-        guidance_scales: Each is tried; none takes the recipe's own.
-        metric: What decides, a key of `d2i.metric_specs.METRICS`.
-        num_instances: Size of the validation subset, at most.
-        seed: Chooses the subset.
+        data_url: Directory made by d2i preprocess, with a validation split; for a run, its own by
+            default.
+        out_url: Directory of `best.json` and everything else; a run uses its own.
+        guidance_scales: Scales to try; if empty, the recipe's own.
+        metric: The metric that decides, a key of `d2i.metric_specs.METRICS`.
+        num_instances: Maximum size of the validation subset.
+        seed: Seed that chooses the subset.
         settings: `--set` of the recipe, such as `sample.num_steps=20`.
         num_workers: As in `d2i eval`.
     """
@@ -67,7 +67,7 @@ class SelectRequest:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One evaluation of many: what draws, by which settings, and what is said of it."""
+    """One evaluation of many: the system, its settings, and its fields in `best.json`."""
 
     name: str
     spec: SystemSpec
@@ -82,13 +82,13 @@ def select(
 
     Returns:
         Its content: `guidance_scale`, `metric`, `value`, `num_instances`, `seed`, and `candidates`
-        with all of their scores; of a run `weights` (relative to it), `weights_kind`, `step` and
-        `last_step` (of the run); of any other `system` and the `settings` of the choice.
+        with all of their scores; for a run `weights` (relative to it), `weights_kind`, `step` and
+        `last_step` (of the run); for any other system `system` and the `settings` of the choice.
 
     Raises:
-        CheckpointError: If the run has no whole checkpoint.
-        ConfigError: If the metric is none of `METRICS`, or was not scored, or the system has no
-            guidance to choose.
+        CheckpointError: If the run has no complete checkpoint.
+        ConfigError: If the metric is not in `METRICS`, or was not scored, or the system has no
+            guidance to select.
         DataError: If its data has no validation split.
     """
     if request.metric not in METRICS:
@@ -118,7 +118,7 @@ def select(
 
 @dataclass(frozen=True)
 class _Search:
-    """All that is tried, on which data, and where it is kept."""
+    """The candidates, their data, and the directory of the results."""
 
     recipe: Recipe
     data_url: str
@@ -155,10 +155,10 @@ def _of_run(request: SelectRequest, run_url: str) -> _Search:
 
 
 def _trained_on(run_url: str) -> str:
-    """Return the folder of a run's own data.
+    """Return the directory of a run's own data.
 
     Raises:
-        ConfigError: If that is an address, which counts only in the command.
+        ConfigError: If that is a URL with a host, which is accepted only in the command.
     """
     data_url = str(read_run_config(run_url)["data"])
     refuse_host(f"the data of {run_url}", data_url, "--data ADDRESS")
@@ -225,7 +225,7 @@ def _of_system(request: SelectRequest) -> _Search:
 
 
 def _guided(recipe: Recipe, scale: float, *, is_pipeline: bool) -> list[str]:
-    """Return the settings that draw with a guidance scale."""
+    """Return the settings that generate with a guidance scale."""
     if not is_pipeline:
         return [f"sample.guidance_scale={scale}"]
     arguments = recipe.sample.pipeline | {"guidance_scale": scale}
@@ -263,7 +263,7 @@ def _score(
 
 
 def _write_subset(request: SelectRequest, source: str, folder: str) -> str:
-    """Write the chosen validation instances as `data` of a folder, once for each choice."""
+    """Write the chosen validation instances as `data` in a directory, once per choice."""
     url = split_url(source, "valid")
     if url is None:
         raise DataError(

@@ -1,7 +1,7 @@
-"""JSON, npz and Parquet that d2i wrote, read back: any damage is one error that names the file.
+"""Decoding of JSON, npz and Parquet that d2i wrote: any damage is one error that names the file.
 
-The libraries raise a dozen classes for broken bytes, and name no file. Parses bytes that the caller
-read, so that who has their checksum compares it first. Must not import torch or ray.
+The libraries raise a dozen classes for damaged bytes, and name no file. Parses bytes that the
+caller read, so that a caller with their checksum compares it first. Must not import torch or ray.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _RESTORE = "restore the file, or make it again"
 def read_json(
     url: str, *, next_step: str = _RESTORE, error: type[D2IError] = DataError
 ) -> dict[str, Any]:
-    """Read a JSON object that d2i wrote, compared with the sha256 beside it.
+    """Read a JSON object that d2i wrote, and compare it with the sha256 beside it.
 
     Args:
         url: The file.
-        next_step: What the user is told to do about a damaged file.
+        next_step: Advice to the user about a damaged file.
         error: Class of the error.
 
     Raises:
@@ -46,10 +46,10 @@ def parse_json(
     next_step: str = _RESTORE,
     error: type[D2IError] = DataError,
 ) -> dict[str, Any]:
-    """Decode a JSON object; `url` says where it is from.
+    """Decode a JSON object; errors name `url` as its source.
 
     Raises:
-        D2IError: An `error`, if it is no JSON object.
+        D2IError: An `error`, if it is not a JSON object.
     """
     value = parse_json_value(data, url, next_step=next_step, error=error)
     if not isinstance(value, dict):
@@ -69,7 +69,7 @@ def parse_json_value(
     """Decode any JSON value, as `parse_json`.
 
     Raises:
-        D2IError: An `error`, if it is no JSON.
+        D2IError: An `error`, if it is not JSON.
     """
     try:
         return json.loads(data)
@@ -106,18 +106,18 @@ def parse_parquet(
     next_step: str = _RESTORE,
     error: type[D2IError] = DataError,
 ) -> pa.Table:
-    """Decode the columns of a schema out of a Parquet file.
+    """Decode the columns of a schema from a Parquet file.
 
     Raises:
-        D2IError: An `error`, if one cannot be read, or is of another type.
+        D2IError: An `error`, if one cannot be read, or has another type.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-        # In this thread alone: one of Arrow's that let go of the bytes at the interpreter's end was
-        # seen to abort a process whose work was done.
+        # In this thread alone: an Arrow thread that released the bytes at interpreter exit was seen
+        # to abort a process whose work was done.
         table = file.read(schema.names, use_threads=False).cast(schema)
         table.validate(full=True)
     except Exception as err:
@@ -133,7 +133,7 @@ def damaged(
     next_step: str = _RESTORE,
     error: type[D2IError] = DataError,
 ) -> D2IError:
-    """Return the error that refuses a file: what, why, what was expected, and the next step."""
+    """Return the error for a damaged file: what, why, what was expected, and the next step."""
     lines = str(reason).strip().splitlines() or [type(reason).__name__]
     said = f"; expected {expected}" if expected else ""
     return error(f"{url} is damaged: {lines[0][:_MAX_REASON_CHARS]}{said}; {next_step}")

@@ -1,7 +1,7 @@
-"""PNG files without the chunks that decide no pixel, so that none of them costs the picture.
+"""PNG files without the chunks that affect no pixel, so that none of those costs the image.
 
-Viewers skip a text of megabytes, or a chunk of metadata whose checksum is wrong. Pillow refuses
-the whole file for it. Must not import any part of d2i.
+Viewers skip megabytes of text, or a metadata chunk with a wrong checksum. Pillow refuses the whole
+file. Must not import any part of d2i.
 """
 
 from __future__ import annotations
@@ -12,29 +12,31 @@ from collections.abc import Iterator
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_INFLATED_BYTES = 8 << 20
-"""Longer colour profiles and texts are left out, as by libpng (`PNG_USER_CHUNK_MALLOC_MAX`)."""
+"""Longer colour profiles and texts are dropped, as by libpng (`PNG_USER_CHUNK_MALLOC_MAX`)."""
 
 _HEAD = struct.Struct(">I4s")
 _CHECKSUM_BYTES = 4
 _ANCILLARY = 0x20
-"""The bit of a type's first letter that says: not necessary for the picture (PNG, 5.4)."""
+"""The bit of a chunk type's first letter that marks it as ancillary (PNG, 5.4)."""
 _LETTERS = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 _PLAIN = frozenset({b"tRNS", b"eXIf"})
 _TEXT = frozenset({b"tEXt", b"zTXt", b"iTXt"})
 _ORIENTATION_TEXTS = frozenset({b"XML:com.adobe.xmp", b"Raw profile type exif", b"exif"})
 _MAX_RATIO = 1032
-"""Deflate packs no more into a byte."""
+"""The highest compression ratio of deflate."""
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return a PNG with what decides pixels alone: image, palette, transparency, colours, turning.
+    """Return a PNG with only the chunks that affect pixels.
 
-    Of the ancillary chunks `tRNS`, `iCCP`, `eXIf` and texts that hold an orientation stay, the
-    first of each, where the checksum is right and they unpack to at most `MAX_INFLATED_BYTES`. All
-    else is as it was, what is broken in it included. Bytes that are no PNG are returned as is.
+    These are image, palette, transparency, colours and orientation. Of the ancillary chunks `tRNS`,
+    `iCCP`, `eXIf` and texts that hold an orientation stay, the first of each, if the checksum is
+    right and they inflate to at most `MAX_INFLATED_BYTES`. Everything else is unchanged, damage
+    included. Bytes that are not a PNG are returned unchanged.
 
     Raises:
-        ValueError: Naming a necessary chunk before the image data whose checksum is wrong.
+        ValueError: If the checksum of a critical chunk other than `IDAT` is wrong; it names the
+            chunk.
     """
     if not data.startswith(SIGNATURE):
         return data
@@ -57,7 +59,7 @@ def _kept(data: bytes) -> Iterator[memoryview]:
                 seen.add(name)
                 yield view[start:end]
         else:
-            # Decoders compare no checksum of IDAT: zlib has one of its own.
+            # Decoders do not compare the checksum of IDAT: zlib has its own.
             if kind != b"IDAT" and end <= len(data) and not _is_whole(view, kind, start, end):
                 raise ValueError(f"PNG: the checksum of its chunk {kind.decode()} is wrong")
             yield view[start:end]
@@ -66,7 +68,7 @@ def _kept(data: bytes) -> Iterator[memoryview]:
 
 
 def _is_whole(view: memoryview, kind: bytes, start: int, end: int) -> bool:
-    """Say whether a chunk is all there and its checksum right."""
+    """Return whether a chunk is complete and its checksum right."""
     if end > len(view):
         return False
     body = view[start + _HEAD.size : end - _CHECKSUM_BYTES]
@@ -75,14 +77,14 @@ def _is_whole(view: memoryview, kind: bytes, start: int, end: int) -> bool:
 
 
 def _name(kind: bytes, body: memoryview) -> bytes | None:
-    """Return by what an ancillary chunk is told from others like it; None where it is left out."""
+    """Return the identity of an ancillary chunk, of which one is kept; None if it is dropped."""
     if kind in _PLAIN:
         return kind
     keyword, separator, rest = bytes(body).partition(b"\0")
     if not separator:
         return None
     if kind == b"iCCP":
-        # One byte says how it is packed; there is but one way.
+        # One byte names the compression method; there is only one.
         return kind if rest[:1] == b"\0" and _is_small(rest[1:]) else None
     if kind in _TEXT and keyword in _ORIENTATION_TEXTS:
         return keyword if _is_small_text(kind, rest) else None
@@ -94,7 +96,7 @@ def _is_small_text(kind: bytes, rest: bytes) -> bool:
         return len(rest) <= MAX_INFLATED_BYTES
     if kind == b"zTXt":
         return rest[:1] == b"\0" and _is_small(rest[1:])
-    # Flag and method, then language and translated keyword, each with a zero behind it.
+    # Flag and method, then language and translated keyword, each followed by a zero byte.
     fields = rest[2:].split(b"\0", 2)
     if len(fields) < 3:
         return False

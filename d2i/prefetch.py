@@ -1,4 +1,4 @@
-"""Work done in threads ahead of the use of its results, and never far ahead."""
+"""Prefetch: work done in threads ahead of the use of its results, by a bounded distance."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ResultT = TypeVar("ResultT")
 def prefetch_map(
     work: Callable[[ItemT], ResultT], items: Iterable[ItemT], num_threads: int
 ) -> Iterator[ResultT]:
-    """Give the result of each item, in order, with as many items worked on at once.
+    """Yield the result of each item, in order, with `num_threads` items in progress at once.
 
-    `Executor.map` takes all items at once, and keeps what is not yet taken of their results.
+    `Executor.map` would take all items at once, and keep every result that is not consumed yet.
     """
     pending: deque[Future[ResultT]] = deque()
     with ThreadPoolExecutor(num_threads) as threads:

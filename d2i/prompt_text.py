@@ -1,7 +1,7 @@
-"""A context as the text encoder reads it: which turns, in which words, in which window.
+"""The text encoder's prompt of a context: its turns selected, linearized, tokenized and windowed.
 
-Puts `d2i.dialog` and `d2i.tokenize` together by the settings of a recipe, for every stage that
-reads a conversation. Must not import torch.
+Combines `d2i.dialog` and `d2i.tokenize` according to a recipe, for every stage that reads a
+conversation. Must not import torch.
 """
 
 import bisect
@@ -16,9 +16,9 @@ from d2i.tokenize import WINDOW_LENGTH, encode, window
 
 
 def context_text(turns: Sequence[Turn], config: TextConfig) -> str:
-    """Write a context as one line, oldest turn first.
+    """Linearize a context to one line, oldest turn first.
 
-    Whole turns are left out on the side that `config.keep` gives up: those over `max_turns`, and,
+    Drops whole turns on the side that `config.keep` does not keep: those over `max_turns`, and,
     with `cut="turn"`, those that do not fit the window. One turn always stays.
     """
     counted = [index for index, turn in enumerate(turns) if is_written(turn, config.empty_turns)]
@@ -53,5 +53,5 @@ def text_tokens(text: str, config: TextConfig) -> npt.NDArray[np.uint16]:
 
 
 def context_tokens(turns: Sequence[Turn], config: TextConfig) -> npt.NDArray[np.uint16]:
-    """Write and tokenize a context: uint16 (77 W,)."""
+    """Linearize and tokenize a context: uint16 (77 W,)."""
     return text_tokens(context_text(turns, config), config)

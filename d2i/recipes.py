@@ -1,7 +1,7 @@
 """The recipes: the paper's six runs, and the demo.
 
-A recipe names no cluster, bucket or rank. A number that the paper gives carries its section;
-every other says "ours" and why.
+A recipe names no cluster, bucket or rank. A number from the paper carries its section; every other
+is our default, with the reason.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ _PATHS = {
     "metrics": ("extractor_weights", "clip_text"),
 }
 
-# What the paper leaves open about training (its section 3.3), ours for all six runs:
+# Our defaults for what the paper (section 3.3) leaves open about training, in all six runs:
 # - no gradient clipping, condition dropout 0.1 (0 for UniDiffuser's joint loss), EMA 0.9999:
-#   U-ViT's published training;
-# - the EMA's warm-up: that training took a million steps; of so few, 0.9999 alone would leave an
-#   average of which 78 to 92 % are the initial weights;
-# - no warm-up: the networks are trained already, and 3e-5 is a seventh of their first rate;
+#   as in U-ViT's published training;
+# - EMA warm-up: that training took a million steps; after as few as here, 0.9999 alone would leave
+#   an average that is 78 to 92 % initial weights;
+# - no learning rate warm-up: the networks are already trained, and 3e-5 is a seventh of their
+#   first rate;
 # - bf16 under autocast where the paper says "mixed precision", as U-ViT's published training does
-#   in float16: its range is that of float32, so no loss scale;
-# - ZeRO-1: U-ViT needs no more, and UniDiffuser's float32 state then shares 80 GB devices.
+#   in float16: bf16 has the range of float32, so it needs no loss scale;
+# - ZeRO-1: U-ViT needs no more, and UniDiffuser's float32 state is then shared by 80 GB devices.
 
-# Ours: both autoencoders are the LDM KL-f8 one; this public copy is the nearest to the published
-# `autoencoder_kl.pth`, which is used instead wherever a team has the file.
+# Our default: both autoencoders are the LDM KL-f8 one; this public copy is the closest to the
+# published `autoencoder_kl.pth`, which a team that has the file uses instead.
 _VAE = "CompVis/stable-diffusion-v1-4/vae"
 
 
@@ -67,10 +68,10 @@ def _uvit(name: str, *, corpus: str, global_batch_size: int, num_steps: int) -> 
         train=TrainConfig(
             num_steps=num_steps,
             global_batch_size=global_batch_size,  # paper, Table 5
-            micro_batch_size=512,  # ours: what 80 GB hold
+            micro_batch_size=512,  # our default: fits in 80 GB
             optim=_PUBLISHED_OPTIM,
         ),
-        sample=SampleConfig(guidance_scale=2.0),  # ours: U-ViT's published evaluation, s = 1
+        sample=SampleConfig(guidance_scale=2.0),  # our default: U-ViT's published evaluation, s = 1
     )
 
 
@@ -83,17 +84,18 @@ def _unidiffuser(*, corpus: str, global_batch_size: int, num_steps: int) -> Reci
         train=TrainConfig(
             num_steps=num_steps,
             global_batch_size=global_batch_size,  # paper, Table 5
-            micro_batch_size=10,  # ours: what 80 GB hold; divides 260 and 800 on 2 devices
+            micro_batch_size=10,  # our default: fits in 80 GB; divides 260 and 800 on 2 devices
             optim=_PUBLISHED_OPTIM,
-            activation_checkpointing=True,  # ours: as UniDiffuser's published configuration
+            activation_checkpointing=True,  # our default: UniDiffuser's published configuration
         ),
-        sample=SampleConfig(guidance_scale=8.0, compute_batch_size=8),  # ours: published s = 7
-        metrics=MetricsConfig(resolution=256),  # ours: beside U-ViT's pictures, in one column
+        # Our default: the published s = 7.
+        sample=SampleConfig(guidance_scale=8.0, compute_batch_size=8),
+        metrics=MetricsConfig(resolution=256),  # our default: comparable with U-ViT's images
     )
 
 
-# Steps are ours throughout, as the paper gives none: about 60 epochs of PhotoChat's 10,286
-# dialogs, and about 10 epochs (U-ViT) or 2 (UniDiffuser) of MMDialog's million instances.
+# The numbers of steps are our defaults, as the paper gives none: about 60 epochs of PhotoChat's
+# 10,286 dialogs, and about 10 epochs (U-ViT) or 2 (UniDiffuser) of MMDialog's million instances.
 def uvit_s_photochat() -> Recipe:
     """U-ViT-S on PhotoChat: 256 px, batch 740 (paper, Table 5)."""
     return _uvit("uvit-s", corpus="photochat", global_batch_size=740, num_steps=850)
@@ -124,7 +126,7 @@ def unidiffuser_v1_mmdialog() -> Recipe:
     return _unidiffuser(corpus="mmdialog", global_batch_size=800, num_steps=2500)
 
 
-# The made world's objects, worded as its captions are.
+# The objects of the synthetic demo world, worded as in its captions.
 DEMO_CLASSES = tuple(
     f"a {colour} {shape}"
     for colour in ("red", "yellow", "green", "blue", "pink", "white")
@@ -133,7 +135,7 @@ DEMO_CLASSES = tuple(
 
 
 def demo() -> Recipe:
-    """The shipped small network on the made corpus: every stage in minutes on two cores (ours)."""
+    """The small shipped network on the synthetic corpus: every stage in minutes on two cores."""
     return Recipe(
         name="demo",
         image=ImageConfig(resolution=64),
@@ -176,19 +178,19 @@ def resolve_recipe(name: str, settings: Sequence[str]) -> Recipe:
 
 
 def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """Apply `--set` settings to a recipe that was read from a folder, and make paths absolute.
+    """Apply `--set` settings to a recipe that was read from a directory, and make paths absolute.
 
-    The folder may be of somebody else. Addresses count only where a setting repeats them, so that
-    no file makes a command ask a host that its user did not name.
+    The directory may come from somebody else. URLs with a host count only if a setting repeats
+    them, so that no file makes a command contact a host that its user did not name.
 
     Raises:
-        ConfigError: If a setting is unknown or wrong, or the recipe names such an address.
+        ConfigError: If a setting is unknown or wrong, or the recipe names such a URL.
     """
     given = {setting.partition("=")[0] for setting in settings}
     for section, names in _PATHS.items():
         for name in names:
             value = getattr(getattr(recipe, section), name)
-            # A run's network is drawn with the run's own weights, never with those it began from.
+            # A run's network generates with the run's own weights, never with its initial ones.
             is_asked = f"{section}.{name}" not in given | {"backbone.weights"}
             if is_asked and value:
                 option = f"--set {section}.{name}=ADDRESS, or a local path"
@@ -197,12 +199,12 @@ def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
 
 def refuse_host(name: str, url: str, option: str) -> None:
-    """Refuse to ask a host because a file of a folder says so, which may be of somebody else.
+    """Refuse to contact a host named in a directory's file, which may come from somebody else.
 
     Args:
-        name: What the file says, for the error.
+        name: The field that holds the URL, for the error.
         url: The URL there.
-        option: How the command would say it.
+        option: The command's option for it, for the error.
 
     Raises:
         ConfigError: If the URL names a host.
@@ -217,8 +219,8 @@ def refuse_host(name: str, url: str, option: str) -> None:
 def _changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """Apply settings, and make local paths absolute.
 
-    What a path names then depends on no working folder: workers of a cluster have another, and the
-    repeated command may.
+    Paths then do not depend on the working directory: workers of a cluster have another one, and
+    so may the repeated command.
     """
     changed = apply_settings(recipe, settings)
     parts = {}
@@ -230,7 +232,7 @@ def _changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 
 
 def _absolute(name: str | None) -> str | None:
-    """Return a name that is a path here, or `DIR/*`, as an absolute one, any other as it is."""
+    """Return an existing local path, or `DIR/*`, as an absolute one, any other name unchanged."""
     if not name or name == SCRATCH:
         return name
     path = Path(name)
@@ -242,7 +244,7 @@ def load_recipe(name: str) -> Recipe:
     """Return a named recipe, or the one a user's own `package.module:function` returns.
 
     Raises:
-        ConfigError: If there is no such recipe; the nearest name is given.
+        ConfigError: If there is no such recipe; it suggests the nearest name.
     """
     if ":" in name:
         return _load_function(name)
@@ -254,16 +256,16 @@ def load_recipe(name: str) -> Recipe:
 
 
 def keep_recipe(recipe: Recipe, data_url: str) -> None:
-    """Keep the recipe beside the data it prepared, for the stages after."""
+    """Store the recipe beside the data it prepared, for later stages."""
     data = (recipe.model_dump_json(indent=1) + "\n").encode()
     checksums.write_bytes(storage.join(data_url, _KEPT_NAME), data)
 
 
 def read_kept_recipe(data_url: str) -> Recipe:
-    """Return the recipe that a data folder, or the folder of one of its splits, was prepared with.
+    """Return the recipe that a data directory, or that of one of its splits, was prepared with.
 
     Raises:
-        ConfigError: If the folder was not made by d2i preprocess.
+        ConfigError: If the directory was not made by d2i preprocess.
     """
     kept = _find_kept_recipe(data_url)
     if kept is None:
@@ -277,16 +279,16 @@ def read_kept_recipe(data_url: str) -> Recipe:
 def check_prepared_with(
     recipe: Recipe, data_url: str, parts: Sequence[str] = ("image", "text", "encoders")
 ) -> None:
-    """Make sure that data was prepared as a recipe says: resolution, text and encoders.
+    """Check that data was prepared as a recipe says: resolution, text and encoders.
 
-    `parts` are what matters: who encodes the text anew need not ask how it was.
+    `parts` are those that matter: a caller that encodes the text again can leave that out.
 
-    An encoder that was a local path is not compared: the same file may lie elsewhere now, and who
-    loads it compares its weights (`d2i.encoders.check_made_by`). Shards
-    that d2i preprocess did not make have no recipe beside them, and are taken as they are.
+    An encoder that was a local path is not compared: the same file may be elsewhere now, and its
+    weights are compared when it is loaded (`d2i.encoders.check_made_by`). Shards that d2i
+    preprocess did not make have no recipe beside them, and are accepted unchecked.
 
     Raises:
-        ConfigError: Naming what differs: the features would not be those the recipe speaks of.
+        ConfigError: If it was not, as the features would differ; it names the differences.
     """
     kept = _find_kept_recipe(data_url)
     if kept is None:
@@ -306,7 +308,7 @@ def check_prepared_with(
 
 
 def _features_of(recipe: Recipe) -> dict[str, Any]:
-    """What decides the features themselves; batches and limits do not."""
+    """Return the settings that determine the features; batches and limits do not."""
     return {
         "image": recipe.image.model_dump(include={"resolution"}),
         "text": recipe.text.model_dump(),

@@ -1,6 +1,6 @@
 """The run directory: its settings and metrics, written by training and read by evaluation.
 
-Owns what a run refuses to go on with. Must not import torch.
+Decides which changed settings a run refuses to resume with. Must not import torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from d2i.weights_catalog import weights_to_fetch
 
 CONFIG_NAME = "config.json"
 EMA_NAME = "ema.safetensors"
-# The weights of a finished run, by their kind. The EMA is written last: its step is the run's.
+# The weights of a finished run, by kind. The EMA is written last: its step is the run's.
 RESULT_NAMES: dict[WeightsKind, str] = {
     "ema": EMA_NAME,
     "ema-short": "ema-short.safetensors",
@@ -30,7 +30,7 @@ RESULT_NAMES: dict[WeightsKind, str] = {
 }
 METRICS_NAME = "metrics.jsonl"
 VALIDATION_NAME = "validation.jsonl"
-# Written by a training that was asked to stop, and did.
+# Written by a training that stopped on request.
 STOPPED_NAME = "stopped.json"
 BEST_NAME = "best.json"
 
@@ -40,13 +40,13 @@ _TRAIN_AGAIN = (
 )
 _EDIT_LOG = "delete that line, or restore the file"
 _END_OF_LINE = re.compile(rb'"crc32": \d+\}')
-# What is left of the field in any line of which one byte was changed.
+# The part of the crc32 field that is left in any line with one changed byte.
 _TRACE_OF_CRC = re.compile(rb'"cr|c32"')
 
 _FORMERLY = {f"recipe.{path}": value for path, value in LEGACY_DEFAULTS.items()}
-# What decides how far a run goes, where and in which pieces a step is computed, and what is kept of
-# it, but no number beyond its rounding: as the number of ranks may, it may change from one command
-# to the next.
+# Settings that decide how far a run goes, where and in which pieces a step is computed, and what is
+# kept of it, but no number beyond its rounding: like the number of ranks, they may change from one
+# command to the next.
 _RESUME_MUTABLE = frozenset(
     f"recipe.train.{name}"
     for name in (
@@ -69,11 +69,11 @@ _RESUME_MUTABLE = frozenset(
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run is: kept as `config.json`, and compared when the command is repeated.
+    """The identity of a run: stored as `config.json`, and compared when the command is repeated.
 
     Args:
         recipe: The resolved recipe, as JSON values.
-        data: Folder of the training shards.
+        data: Directory of the training shards.
         manifest_sha256: Identity of that data set.
         world_size: Ranks the run was started with.
         initial_weights: The weights it started from, as `d2i.models.initial` describes them.
@@ -95,11 +95,11 @@ class MetricsLine:
         step: Steps taken.
         loss: Mean over the steps.
         lr: Learning rate of the last step.
-        num_images: Samples taken through the network since the start of the run.
+        num_images: Samples processed by the network since the start of the run.
         images_per_s: Over all ranks.
         elapsed_s: Seconds of training.
         data_wait: Share of the time that the first rank waited for data, 0 to 1.
-        mfu: Share of the devices' peak FLOP/s, 0 to 1; None where the peak is not known.
+        mfu: Share of the devices' peak FLOP/s, 0 to 1; None if the peak is unknown.
     """
 
     step: int
@@ -128,14 +128,14 @@ class ValidationLine:
 
 
 def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
-    """Begin a run, or make sure that this is the same one.
+    """Start a run, or check that this is the same one.
 
-    What changes no number may be another; `config.json` keeps what the run was begun with.
+    Settings that change no number may differ; `config.json` keeps those that the run started with.
 
     Args:
         run_url: The run directory.
-        config: What the run is.
-        is_begun: Whether it has weights of its own; what has none may be begun with other settings.
+        config: The identity of the run.
+        is_begun: True if it has weights of its own; without any, it may start with other settings.
 
     Raises:
         CheckpointError: If the run was started with another recipe or other data.
@@ -157,10 +157,10 @@ def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
 
 
 def check_initial_weights(recipe: Recipe, run_url: str) -> None:
-    """Make sure that a run is told what to start from; one made before this was asked goes on.
+    """Check that the initial weights of a run are set; a run from before this check may go on.
 
     Raises:
-        ConfigError: If it is not: the published file, where it is published, and the setting.
+        ConfigError: If they are not; it names the published file, its source, and the setting.
     """
     if recipe.backbone.weights is not None:
         return
@@ -176,9 +176,9 @@ def check_initial_weights(recipe: Recipe, run_url: str) -> None:
 
 
 def _as_now(config: dict[str, Any]) -> dict[str, Any]:
-    """Say what a run was begun with in the settings of now.
+    """Convert a run's stored config to the current settings.
 
-    Before averages had a warm-up, bf16 and fp16 were the whole network in half precision.
+    Before averages had a warm-up, bf16 and fp16 meant the whole network in half precision.
     """
     begun = with_legacy_defaults(config, _FORMERLY)
     train = (config.get("recipe") or {}).get("train") or {}
@@ -188,7 +188,7 @@ def _as_now(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings_of(named: Sequence[str]) -> str:
-    """Return the settings with which a run goes on as it was begun, of all that differ."""
+    """Return the `--set` options that restore a run's original value of each differing setting."""
     found = [re.fullmatch(r"recipe\.([\w.]+): .*, expected ([\w.+-]+)", line) for line in named]
     words = {"True": "true", "False": "false", "None": "null"}
     said = [f"--set {m[1]}={words.get(m[2], m[2])}" for m in found if m]
@@ -196,10 +196,10 @@ def _settings_of(named: Sequence[str]) -> str:
 
 
 def read_recipe(run_url: str) -> Recipe:
-    """Return the recipe that a run was trained by.
+    """Return the recipe that a run was trained with.
 
     Raises:
-        CheckpointError: If the folder is no run.
+        CheckpointError: If the directory is not a run.
     """
     url = storage.join(run_url, CONFIG_NAME)
     recipe = read_run_config(run_url).get("recipe")
@@ -209,10 +209,10 @@ def read_recipe(run_url: str) -> Recipe:
 
 
 def read_run_config(run_url: str) -> dict[str, Any]:
-    """Return what `config.json` says a run is, as `RunConfig` has it; older runs say less.
+    """Return a run's `config.json`, with the fields of `RunConfig`; older runs have fewer.
 
     Raises:
-        CheckpointError: If the folder is no run, or the file is damaged.
+        CheckpointError: If the directory is not a run, or the file is damaged.
     """
     try:
         return read_settings(storage.join(run_url, CONFIG_NAME), CheckpointError)
@@ -227,7 +227,7 @@ def _no_run(run_url: str) -> CheckpointError:
 
 
 def read_metrics(run_url: str) -> list[MetricsLine]:
-    """Read `metrics.jsonl`; a line that was being written when the run was killed is left out."""
+    """Read `metrics.jsonl`; a line that was being written when the run was killed is skipped."""
     return _read_lines(storage.join(run_url, METRICS_NAME), MetricsLine)
 
 
@@ -237,12 +237,12 @@ def read_validation(run_url: str) -> list[ValidationLine]:
 
 
 def truncate_logs_after(run_url: str, step: int, validation_step: int | None = None) -> None:
-    """Drop the lines after a step, which the run is about to write anew.
+    """Drop the lines after a step, which the run is about to write again.
 
     Args:
         run_url: The run directory.
-        step: The last one whose line is kept.
-        validation_step: The same of `validation.jsonl`; `None` is `step`.
+        step: The last step whose line is kept.
+        validation_step: The same for `validation.jsonl`; `None` is `step`.
     """
     last = step if validation_step is None else validation_step
     for name, lines, kept_until in (
@@ -271,10 +271,10 @@ def _read_lines(url: str, kind: type[LineT]) -> list[LineT]:
 
 
 def read_log(url: str) -> list[dict[str, Any]]:
-    """Read a file of lines that training wrote; empty where there is none.
+    """Read a log of JSON lines that training wrote; empty if there is none.
 
-    A last line without its end was being written when the run was killed, and is left out; of a run
-    made before lines had a crc32, so is whatever else cannot be read.
+    A last line without its end was being written when the run was killed, and is skipped; in a run
+    from before lines had a crc32, so is any other line that cannot be read.
 
     Raises:
         DataError: If another line is damaged.
@@ -301,7 +301,7 @@ def read_log(url: str) -> list[dict[str, Any]]:
 
 
 def last_step(run_url: str) -> int | None:
-    """Return the step after which a run's results were written; None where there are none yet.
+    """Return the step after which a run's results were written; None if there are none yet.
 
     Raises:
         CheckpointError: If the results cannot be read.
@@ -311,7 +311,7 @@ def last_step(run_url: str) -> int | None:
         return None
     refused: dict[str, Any] = {"next_step": _TRAIN_AGAIN, "error": CheckpointError}
     if storage.local_path(url) is not None:
-        # Elsewhere only its head is read, and all of it once it is fetched.
+        # Of a remote file only the header is read here; it is read whole once it is fetched.
         checksums.check_file(url, **refused)
     try:
         length = int.from_bytes(storage.read_range(url, 0, 8), "little")
@@ -321,12 +321,12 @@ def last_step(run_url: str) -> int | None:
             return int(described["step"])
     except (OSError, ValueError, TypeError) as err:
         raise damaged(url, err, "weights that d2i train wrote", **refused) from err
-    # Of a run that was finished before results said their step.
+    # The run finished before results recorded their step.
     return read_recipe(run_url).train.num_steps
 
 
 def keep_num_steps(run_url: str, num_steps: int) -> None:
-    """Say in `config.json` how many steps the run has made, now that it is finished."""
+    """Record in `config.json` the number of steps of a run that is finished now."""
     url = storage.join(run_url, CONFIG_NAME)
     config = read_run_config(run_url)
     if config["recipe"]["train"]["num_steps"] != num_steps:
@@ -336,13 +336,13 @@ def keep_num_steps(run_url: str, num_steps: int) -> None:
 
 @dataclass(frozen=True)
 class BestChoice:
-    """What `d2i select` chose of a run.
+    """The choice of `d2i select` for a run.
 
     Args:
-        weights: The file, a URL.
-        weights_kind: What they are.
-        guidance_scale: To be drawn with.
-        last_step: The run's last step when it was asked.
+        weights: URL of the file.
+        weights_kind: Their kind.
+        guidance_scale: The scale to generate with.
+        last_step: The run's last step at the time of the choice.
     """
 
     weights: str
@@ -351,7 +351,7 @@ class BestChoice:
     last_step: int
 
     def settings(self) -> list[str]:
-        """Return the choice as settings, which others may outweigh."""
+        """Return the choice as settings, which others may override."""
         return [
             f"sample.guidance_scale={self.guidance_scale}",
             f"sample.weights={self.weights_kind}",
@@ -359,14 +359,14 @@ class BestChoice:
 
 
 def load_selection(run_url: str, warn: Callable[[str], None] | None = None) -> BestChoice | None:
-    """Return what `d2i select` chose of a run, if it did since the run was trained on.
+    """Return the choice of `d2i select` for a run; None if there is none as new as the run.
 
     Args:
         run_url: The run directory.
-        warn: Told in a line of a choice that is older than the run's results, and not used.
+        warn: Called with a line about a choice that is older than the run's results, so not used.
 
     Raises:
-        ConfigError: If what it wrote is damaged, or the weights are gone.
+        ConfigError: If `best.json` is damaged, or the weights are gone.
     """
     url = storage.join(run_url, BEST_NAME)
     if not storage.exists(url):
@@ -388,7 +388,7 @@ def load_selection(run_url: str, warn: Callable[[str], None] | None = None) -> B
 def _read_best(url: str, run_url: str) -> BestChoice:
     best = read_choice(run_url)
     try:
-        # Before it said so, its candidates did: the last checkpoint was among them.
+        # Older files have no `last_step`: their candidates include the last checkpoint.
         steps = [int(candidate["step"]) for candidate in best.get("candidates", ())]
         return BestChoice(
             weights=storage.join(run_url, best["weights"]),
@@ -401,7 +401,7 @@ def _read_best(url: str, run_url: str) -> BestChoice:
 
 
 def read_choice(folder: str) -> dict[str, Any]:
-    """Return the `best.json` that `d2i select` wrote into a folder.
+    """Return the `best.json` that `d2i select` wrote into a directory.
 
     Raises:
         FileNotFoundError: If there is none.

@@ -1,8 +1,8 @@
-"""Files by URL: the only module that touches a file system through fsspec.
+"""Files by URL: the only module that accesses a file system through fsspec.
 
 A URL is a plain path, `file://…`, or anything fsspec knows (`s3://`, `gs://`, `memory://`).
-Whatever is written here appears under its final name complete, or not at all. Must not import
-any part of d2i but `ahead`, `errors` and `lease`.
+Files are published atomically: they appear under their final name complete, or not at all. Must
+not import any part of d2i but `errors`, `lease` and `prefetch`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ TEMPORARY_SUFFIX = ".d2i-tmp"
 _LOCK_WAIT_S = 15.0
 _BUFFER_BYTES = 1 << 18
 _NUM_READERS = 32
-# What file systems without locks say: Lustre without `-o flock`, several mounts in user space.
+# Errors of file systems without locks: Lustre without `-o flock`, several mounts in user space.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-# And those that cannot flush a file, or open and flush a folder: CIFS, several in user space.
+# Errors of those that cannot fsync a file, or open and fsync a directory: CIFS, several in user
+# space.
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _NO_FOLDER_SYNC = (*_NO_SYNC, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -53,20 +54,20 @@ def resolve(url: str) -> str:
 
 
 def absolute(place: str) -> str:
-    """Return a place that is here as an absolute path, a URL or a hub's name as it is."""
+    """Return an existing local path as an absolute one, a URL or a hub's name unchanged."""
     return resolve(place) if Path(os.path.expanduser(place)).exists() else place  # noqa: PTH111
 
 
 def local_path(url: str) -> Path | None:
-    """Return the path of a local URL, or None where the URL names another file system."""
+    """Return the path of a local URL, or None if the URL names another file system."""
     name = _local_name(url)
     return None if name is None else Path(name)
 
 
 def names_host(url: str) -> bool:
-    """Say whether reading a URL asks a host that the URL itself names, as `http://` does.
+    """Return whether reading a URL contacts a host that the URL itself names, as `http://` does.
 
-    A path does not, nor does a bucket: which server has it is a setting of the user's own.
+    A path does not, nor does a bucket: its server is a setting of the user's own.
     """
     if local_path(url) is not None:
         return False
@@ -74,10 +75,10 @@ def names_host(url: str) -> bool:
 
 
 def exists(url: str) -> bool:
-    """Say whether a file or a folder is there."""
+    """Return whether a file or a directory exists."""
     with _errors_of(url):
         fs, path = _split(url)
-        # Many file systems' own `exists` takes a server that is down for an absent file.
+        # The `exists` of many file systems takes a server that is down for an absent file.
         try:
             fs.info(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -86,25 +87,25 @@ def exists(url: str) -> bool:
 
 
 def list_names(url: str, prefix: str = "") -> list[str]:
-    """List the names of files and folders in a folder, sorted; empty where there is no folder.
+    """List the names of files and directories in a directory, sorted; empty if there is none.
 
     Files still being written, and those a killed process left behind, are not listed, nor what
-    macOS leaves beside others' files (`._NAME`, `.DS_Store`). With a `prefix`, names that begin
-    with it alone: object stores need not list all the others, and list files only.
+    macOS leaves beside other files (`._NAME`, `.DS_Store`). With a `prefix`, only names that begin
+    with it: object stores then need not list all the others, and list files only.
     """
     with _errors_of(url):
         fs, path = _split(url)
         own = path.rstrip("/")
         try:
             if prefix and local_path(url) is None:
-                # It finds what lies in folders as well.
+                # It also finds files in subdirectories.
                 depth = own.count("/") + 1
                 entries = [e for e in fs.find(path, prefix=prefix) if e.count("/") == depth]
             else:
                 entries = fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-    # Object stores list a folder's own placeholder, and fsspec lists a file as itself.
+    # Object stores list a directory's own placeholder, and fsspec lists a file as itself.
     inside = [entry.rstrip("/") for entry in entries if entry.rstrip("/") != own]
     names = {entry.rpartition("/")[2] for entry in inside}
     return sorted(name for name in names if name.startswith(prefix) and not _is_passed_over(name))
@@ -115,7 +116,7 @@ def _is_passed_over(name: str) -> bool:
 
 
 def is_folder(url: str) -> bool:
-    """Say whether a folder is there, and not a file."""
+    """Return whether there is a directory, and not a file."""
     with _errors_of(url):
         fs, path = _split(url)
         try:
@@ -132,11 +133,11 @@ def size_bytes(url: str) -> int:
 
 
 def read_head(url: str, num_bytes: int) -> bytes:
-    """Read the first bytes of a file, all of it where it has no more.
+    """Read the first bytes of a file, or all of it if it is shorter.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        OSError: If it cannot be read, or is no regular file.
+        OSError: If it cannot be read, or is not a regular file.
     """
     local = _local_name(url)
     if local is not None:
@@ -146,8 +147,8 @@ def read_head(url: str, num_bytes: int) -> bytes:
 
 
 def read_local_head(path: str, num_bytes: int) -> bytes:
-    """Read the first bytes of a file here as `read_head` does; no part of its name is an URL's."""
-    # A pipe, opened like this, is not waited for.
+    """Read the first bytes of a local file as `read_head` does; `path` is not parsed as a URL."""
+    # O_NONBLOCK: opening a pipe does not wait.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -156,16 +157,16 @@ def read_local_head(path: str, num_bytes: int) -> bytes:
 
 
 def version(url: str) -> str:
-    """Return what changes when a file does: a hash of its length, time, or ETag."""
+    """Return a value that changes when a file does: a hash of its length, time, or ETag."""
     with _errors_of(url):
         fs, path = _split(url)
         return str(fs.ukey(path))
 
 
 def list_versions(url: str) -> dict[str, str]:
-    """Return what changes when a file does, of a file or of all below a folder, by name.
+    """Return a value that changes when a file does, for a file or all below a directory, by name.
 
-    One listing tells it; empty where nothing is.
+    Takes one listing; empty if nothing is there.
     """
     with _errors_of(url):
         fs, path = _split(url)
@@ -181,7 +182,7 @@ def list_versions(url: str) -> dict[str, str]:
 
 
 def read_range(url: str, offset: int, size_bytes: int) -> bytes:
-    """Read a part of a file; it is shorter where the file ends before.
+    """Read a part of a file; it is shorter if the file ends before.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -199,8 +200,8 @@ def open_url(url: str, mode: Literal["rb", "r"] = "rb") -> IO[Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        OSError: If it cannot be read, also later while it is; if it is no regular file: a pipe
-            would be waited for.
+        OSError: If it cannot be read, also later while it is; if it is not a regular file: opening
+            a pipe would wait.
     """
     local = local_path(url)
     if local is not None and local.exists() and not local.is_file():
@@ -224,9 +225,9 @@ def read_bytes(url: str) -> bytes:
 
 
 def read_each(urls: Iterable[str]) -> Iterator[bytes]:
-    """Read many small files whole, and give them in order.
+    """Yield the content of many small files, in order.
 
-    Several at a time, as a file over a network is mostly waited for; few are held.
+    Reads several at a time, as remote reads are mostly waiting, and holds few in memory.
 
     Raises:
         FileNotFoundError: If one is not there.
@@ -235,28 +236,28 @@ def read_each(urls: Iterable[str]) -> Iterator[bytes]:
 
 
 def fetch_file(url: str, path: Path) -> None:
-    """Copy a file to a local path, which appears complete or not at all."""
+    """Copy a file to a local path, published atomically."""
     with naming(path), scratch_file(str(path.parent)) as scratch:
         download(url, scratch)
         publish_atomically(scratch, str(path))
 
 
 def download(url: str, path: Path) -> None:
-    """Copy a file to a local path, which is complete once this returns, and may be cut before."""
+    """Copy a file to a local path; not atomic: it may be partial until this returns."""
     with _errors_of(url):
         fs, source = _split(url)
         fs.get_file(source, str(path))
 
 
 def write_bytes(url: str, data: bytes) -> None:
-    """Write a whole file, which appears complete or not at all; its folders are made."""
+    """Write a whole file, published atomically; its directories are created."""
     with new_file(url) as path:
         path.write_bytes(data)
 
 
 @contextlib.contextmanager
 def new_file(url: str, *, sync_name: bool = True) -> Iterator[Path]:
-    """Give a local file to fill, which then is published as `publish_atomically` does."""
+    """Yield a local file to fill, which is then published by `publish_atomically`."""
     target = local_path(url)
     with (
         naming(target or Path(tempfile.gettempdir())),
@@ -267,15 +268,15 @@ def new_file(url: str, *, sync_name: bool = True) -> Iterator[Path]:
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Say whether no more can be written: a full disk, a used quota, a file too long for it."""
+    """Return whether an error is of a full disk, a used-up quota, or a file too large."""
     return error.errno in _DISK_FULL
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an error of a full disk, or of a file too long for it, the name of what is written.
+    """Add the name of the file being written to an error of a full disk.
 
-    The system does not say it, as it speaks of an open file.
+    The system does not give it, as the error is about an open file.
     """
     try:
         yield
@@ -291,19 +292,20 @@ def _read_umask() -> int:
     return umask
 
 
-# Read once, while there is but one thread: to ask for it is to change it.
+# Read once, while there is only one thread: the umask can only be read by changing it.
 _UMASK = _read_umask()
 
 
 def publish_atomically(path: Path, url: str, *, sync_name: bool = True) -> None:
     """Move a finished local file to its URL, where it appears complete or not at all.
 
-    A local target is reached by fsync and rename (through a copy beside it where the two lie on
+    A local target is reached by fsync and rename (through a copy beside it if the two are on
     different file systems), any other by a plain put, which object stores make visible at once.
-    The local file is gone afterwards. Who may read the target is as for any new file.
+    The local file is gone afterwards. The target has the permissions of any new file.
 
     Without `sync_name` a power failure may undo the move until the next file is published there
-    with it: for many files that count only once that one is there, as each would wait for the disk.
+    with it. Use this for many files that count only once that next one is there, as each fsync of
+    the directory would wait for the disk.
     """
     target = local_path(url)
     if target is None:
@@ -312,8 +314,8 @@ def publish_atomically(path: Path, url: str, *, sync_name: bool = True) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if path.stat().st_dev != target.parent.stat().st_dev:
         path = _copy_beside(path, target)
-    # Libraries put files of their own in the place, which only their owner may read.
-    # Where the file system knows no such thing, all files are alike.
+    # Libraries may have replaced the file by one that only its owner can read. A file system
+    # without permissions treats all files alike.
     with contextlib.suppress(OSError):
         path.chmod(0o666 & ~_UMASK)
     sync(path)
@@ -324,10 +326,10 @@ def publish_atomically(path: Path, url: str, *, sync_name: bool = True) -> None:
 
 @contextlib.contextmanager
 def scratch_file(folder_url: str) -> Iterator[Path]:
-    """Give a new, empty local file to fill and then `publish_atomically` into a folder.
+    """Yield a new, empty local file to fill and then `publish_atomically` into a directory.
 
-    It lies in the folder itself where that is local, so that publishing is a rename, and is
-    removed on leaving if it is still there.
+    It is in the directory itself if that is local, so that publishing is a rename, and is removed
+    on exit if it is still there.
     """
     folder = local_path(folder_url) or Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
@@ -340,18 +342,18 @@ def scratch_file(folder_url: str) -> Iterator[Path]:
 
 
 def cache_folder(url: str) -> Path:
-    """Name the folder of the user's cache that keeps local copies of a URL's files."""
+    """Return the directory of the user's cache for local copies of a URL's files."""
     root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")  # noqa: PTH111
-    # A container may run under a number that has no home.
+    # A container may run under a user id that has no home.
     folder = homeless_folder() if root.startswith("~") else Path(root)
     return folder / "d2i" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
 def homeless_folder() -> Path:
-    """Return a folder of this user's own for temporary files, made now if it is not there yet.
+    """Return a directory of this user's own for temporary files, created if absent.
 
     Raises:
-        ConfigError: If its name is taken by somebody else.
+        ConfigError: If its name is taken by another user.
     """
     folder = Path(tempfile.gettempdir()) / f"d2i-user-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -364,7 +366,7 @@ def homeless_folder() -> Path:
 
 
 def append_bytes(url: str, data: bytes) -> None:
-    """Append to a file; where its file system cannot, the whole file is written anew."""
+    """Append to a file; if its file system cannot, rewrite the whole file."""
     local = local_path(url)
     if local is None:
         write_bytes(url, (read_bytes(url) if exists(url) else b"") + data)
@@ -375,13 +377,13 @@ def append_bytes(url: str, data: bytes) -> None:
 
 
 def local_copy(url: str) -> Path:
-    """Return a file's path here: its own, or that of a copy in the user's cache.
+    """Return a local path of a file: its own, or that of a copy in the user's cache.
 
     A copy belongs to one version of the file, and is fetched once.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        OSError: If it cannot be read, or not be kept.
+        OSError: If it cannot be read, or not be stored.
     """
     local = local_path(url)
     if local is not None:
@@ -393,7 +395,7 @@ def local_copy(url: str) -> Path:
 
 
 def local_copies(url: str) -> Path:
-    """Return a path here of a file, or of a folder that holds files alone; as `local_copy`."""
+    """Return a local path of a file, or of a directory that holds only files; as `local_copy`."""
     local = local_path(url)
     names = list_names(url) if local is None else []
     if not names or names == [url.rpartition("/")[2]]:
@@ -407,7 +409,7 @@ def local_copies(url: str) -> Path:
 
 
 def make_folder(url: str) -> None:
-    """Make a local folder, whose name a power failure leaves; elsewhere there is none to make."""
+    """Create a local directory that survives a power failure; do nothing for a remote one."""
     local = local_path(url)
     if local is not None:
         local.mkdir(parents=True, exist_ok=True)
@@ -415,26 +417,26 @@ def make_folder(url: str) -> None:
 
 
 def remove_folder(url: str) -> None:
-    """Remove a folder and all in it; nothing happens where there is none."""
+    """Remove a directory and everything in it; do nothing if there is none."""
     with _errors_of(url), contextlib.suppress(FileNotFoundError):
         fs, path = _split(url)
         fs.rm(path, recursive=True)
 
 
 def remove(url: str) -> None:
-    """Remove a file; nothing happens where there is none."""
+    """Remove a file; do nothing if there is none."""
     with _errors_of(url), contextlib.suppress(FileNotFoundError):
         fs, path = _split(url)
         fs.rm_file(path)
 
 
 def remove_temp_files(url: str) -> int:
-    """Remove the unfinished files that killed processes left in a local folder.
+    """Remove the temporary files that killed processes left in a local directory.
 
     Call it only while nothing else writes there.
 
     Returns:
-        How many were removed.
+        The number of files removed.
     """
     folder = local_path(url)
     leftovers = [] if folder is None else list(folder.glob(f".*{TEMPORARY_SUFFIX}"))
@@ -445,15 +447,15 @@ def remove_temp_files(url: str) -> int:
 
 @contextlib.contextmanager
 def exclusive_lock(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
-    """Hold a folder for one command, where its file system can; an object store by a lease.
+    """Lock a directory for one command, if its file system can; an object store by a lease.
 
     Args:
-        url: The folder.
-        wait_s: How long to wait for another; a command that was killed may leave processes that
-            take a moment to end.
+        url: The directory.
+        wait_s: How long to wait for another holder; a killed command may leave processes that take
+            a moment to end.
 
     Raises:
-        ConfigError: If another command goes on working there, or there is no such bucket.
+        ConfigError: If another command keeps the lock, or there is no such bucket.
     """
     folder = local_path(url)
     if folder is None:
@@ -485,7 +487,7 @@ def _take(lock: IO[str], url: str, wait_s: float) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as err:
-            # The latter is CIFS's word for it.
+            # CIFS raises the latter.
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"{url}: another command works there; expected to be alone; wait until it has "
@@ -501,7 +503,7 @@ def _take(lock: IO[str], url: str, wait_s: float) -> None:
 
 
 def _local_name(url: str) -> str | None:
-    """Return `local_path` as text, which is a third of the cost: each picture is read by one."""
+    """Return `local_path` as text, at a third of the cost: reading an image takes one call."""
     scheme, separator, rest = url.partition("://")
     if (separator and scheme not in {"file", "local"}) or ("::" in url and _is_chain(url)):
         return None
@@ -509,7 +511,7 @@ def _local_name(url: str) -> str | None:
 
 
 def _is_chain(url: str) -> bool:
-    """Say whether `::` joins two file systems, as in `simplecache::s3://…`, or is in a name."""
+    """Return whether `::` joins file systems, as in `simplecache::s3://…`, and is not in a name."""
     import fsspec
 
     first = url.partition("::")[0]
@@ -519,13 +521,13 @@ def _is_chain(url: str) -> bool:
 def _split(url: str) -> tuple[Any, str]:
     """Split a URL into fsspec's file system and the path on it.
 
-    fsspec is imported here because it takes a sixth of a second, which `d2i --help` does not have.
+    fsspec is imported here because that takes a sixth of a second, too long for `d2i --help`.
     """
     import fsspec
 
     local = _local_name(url)
     if local is not None:
-        # To fsspec, `data:2024` or `a::b` would be no path.
+        # fsspec would not take `data:2024` or `a::b` for a path.
         return fsspec.filesystem("file"), os.path.abspath(local)  # noqa: PTH100
     try:
         fs, path = fsspec.core.url_to_fs(url)
@@ -535,17 +537,17 @@ def _split(url: str) -> tuple[Any, str]:
         raise ConfigError(
             f"{url}: {err}; expected a path, or a URL of a file system that fsspec knows"
         ) from err
-    # What it remembers of listings is stale as soon as another process writes.
+    # Its cached listings are stale as soon as another process writes.
     fs.invalidate_cache()
     return fs, path
 
 
 @contextlib.contextmanager
 def _errors_of(url: str) -> Iterator[None]:
-    """Turn whatever a file system's library raises into an `OSError` that names the URL.
+    """Turn any exception of a file system's library into an `OSError` that names the URL.
 
     Raises:
-        OSError: With `filename`, so that the command line takes it for a place's fault.
+        OSError: With `filename`, so that the command line reports it as a failure of storage.
     """
     try:
         yield
@@ -555,7 +557,7 @@ def _errors_of(url: str) -> Iterator[None]:
         err.filename = err.filename or url
         raise
     except Exception as err:
-        # botocore, aiohttp, google.auth and others have no common base.
+        # The errors of botocore, aiohttp, google.auth and others have no common base class.
         raise OSError(errno.EIO, f"{type(err).__name__}: {err}", url) from err
 
 
@@ -602,13 +604,13 @@ def _upload(path: Path, url: str) -> None:
 
 
 def _has_buckets(fs: Any) -> bool:
-    """Say whether a file system is an object store, which has buckets and no folders."""
+    """Return whether a file system is an object store, which has buckets and no directories."""
     names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
     return bool(names & _OBJECT_STORES)
 
 
 def _check_bucket(fs: Any, path: str, url: str) -> None:
-    """Refuse a bucket that is not there: to make folders would make it, mistyped or not."""
+    """Refuse a bucket that does not exist: making directories would create it, mistyped or not."""
     bucket = path.partition("/")[0]
     try:
         _look_for_bucket(fs, bucket)
@@ -620,18 +622,18 @@ def _check_bucket(fs: Any, path: str, url: str) -> None:
 
 @cache
 def _look_for_bucket(fs: Any, bucket: str) -> None:
-    """Look for a bucket, once a process: what is not there is not remembered.
+    """Look for a bucket, once per process; a missing one is not cached.
 
     Raises:
-        FileNotFoundError: If it is not there.
+        FileNotFoundError: If it does not exist.
     """
     try:
         fs.info(bucket)
     except FileNotFoundError:
         raise
     except OSError:
-        # Who may write into it need not be allowed to look at it, and a server that fails for a
-        # moment says nothing of it: writing itself, which is tried again, will tell.
+        # A user who may write to it need not be allowed to look it up, and a transient failure
+        # proves nothing: the write itself, which is retried, will show.
         return
 
 
@@ -652,7 +654,7 @@ def _temporary_in(folder: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk, where its file system can."""
+    """Flush a file, or a directory's list of names, to disk, if its file system can."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

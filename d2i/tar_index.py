@@ -1,8 +1,8 @@
-"""Where each member of plain tars lies, so that pictures in them are read at random.
+"""Index of the members of plain tars, for random access to the images in them.
 
-Strangers made them: links, devices and names that lead elsewhere are never followed. The index is
-made once a machine and kept in the user's cache: sorted hashes of names, which all workers map into
-memory together. Must not import torch.
+The tars are untrusted: links, devices and names that lead elsewhere are never followed. The index
+is built once per machine and kept in the user's cache: sorted hashes of names, which all workers
+map into shared memory. Must not import torch.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _NAME = "members.arrow"
 _COLUMNS = {"hash": "Q", "offset": "Q", "size": "q", "tar": "I", "dropped": "B"}
 _NO_FILE = -1
 _NUM_DROPPED = 15
-"""Leading folders of a member's name that whoever asks for it may leave out."""
+"""Maximum number of leading directories of a member's name that a lookup may leave out."""
 _OTHER_FORM = 128
-"""What a name counts as further away where only its composed form is as asked for."""
+"""Distance added to a name that matches only in its composed form."""
 _MAX_HEADER_BYTES = 1 << 20
-"""A long name or its attributes; a header that promises more is an attack (ours)."""
+"""Maximum size of a long name or its attributes; a larger one is an attack (our limit)."""
 
 
 def is_tars(root: str) -> bool:
-    """Say whether a picture root names tars: `x.tar`, or `folder/*.tar`."""
+    """Return whether an image root names tars: `x.tar`, or `folder/*.tar`."""
     return root.endswith(".tar")
 
 
@@ -56,7 +56,7 @@ class Member:
 
 
 class TarIndex:
-    """Where the members of some tars lie.
+    """Positions of the members of some tars.
 
     Args:
         urls: The tars.
@@ -71,15 +71,14 @@ class TarIndex:
         self._columns = columns
 
     def __len__(self) -> int:
-        """Names that may be asked for, shorter forms of one counted."""
+        """Return the number of names that can be looked up, shorter forms included."""
         return len(self._hashes)
 
     def find(self, path: str) -> list[Member | None]:
-        """Return the members called `path`, or else those that end so; None for a link or device.
+        """Return the members called `path`, or else ending in it; None for a link or device.
 
-        A member `a/b/1.jpg` is found as `b/1.jpg` and `1.jpg` too, and where no name has these very
-        letters, one that has them in another Unicode form. Names are told apart by 64 bits of
-        their BLAKE2 hash.
+        A member `a/b/1.jpg` is found as `b/1.jpg` and `1.jpg` too. If no name matches exactly, one
+        in another Unicode form does. Names are distinguished by 64 bits of their BLAKE2 hash.
         """
         return self._find(path) or ([] if path.isascii() else self._find(_composed(path)))
 
@@ -100,11 +99,11 @@ class TarIndex:
 
 
 def open_index(root: str) -> TarIndex:
-    """Return the index of the tars that `root` names, made now if this machine has none yet.
+    """Return the index of the tars that `root` names, built now if this machine has none yet.
 
     Raises:
-        DataError: If there is no such tar, or one is damaged, cut or compressed, or the index
-            cannot be kept.
+        DataError: If there is no such tar, or one is damaged, truncated or compressed, or the index
+            cannot be stored.
     """
     urls = _tars(root)
     versions = [(url, storage.version(url)) for url in urls]
@@ -114,15 +113,15 @@ def open_index(root: str) -> TarIndex:
 
 
 def cached_table(decided_by: str, root: str, build: Callable[[], pa.Table]) -> Path:
-    """Return the file of a table in the user's cache, made now if this machine has none yet.
+    """Return the file of a table in the user's cache, built now if this machine has none yet.
 
     Args:
-        decided_by: All that decides what it holds.
-        root: What it is the index of, for errors.
-        build: Makes it; of workers that start together the first one alone.
+        decided_by: Everything that determines its content.
+        root: The image root that it indexes, for errors.
+        build: Builds it; called by only the first of workers that start together.
 
     Raises:
-        DataError: If it cannot be kept.
+        DataError: If it cannot be stored.
     """
     folder = storage.cache_folder(decided_by)
     path = folder / _NAME
@@ -144,7 +143,7 @@ def _build(urls: list[str], root: str) -> pa.Table:
 
 
 def _make_cache(folder: Path, root: str) -> None:
-    """Make the folder that keeps the index, where it can be made."""
+    """Create the directory of the index, and check that it is writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -177,7 +176,7 @@ def _tars(root: str) -> list[str]:
 
 @dataclass
 class _Rows:
-    """Columns that grow; 29 bytes a row."""
+    """Columns that grow; 29 bytes per row."""
 
     columns: dict[str, array[int]] = field(
         default_factory=lambda: {name: array(code) for name, code in _COLUMNS.items()}
@@ -209,7 +208,7 @@ def _read_members(urls: list[str]) -> _Rows:
 
 
 def _forms(name: str, dropped: int) -> Iterator[tuple[str, int]]:
-    """Give the names that a member is found by, and how far each is from its own."""
+    """Yield the names that a member is found by, and the distance of each from its own."""
     yield name, dropped
     if not name.isascii() and (composed := _composed(name)) != name:
         yield composed, dropped + _OTHER_FORM
@@ -220,14 +219,14 @@ def _composed(name: str) -> str:
 
 
 def _members(url: str) -> Iterator[tarfile.TarInfo]:
-    """Read the headers of a tar, which must be whole."""
+    """Yield the headers of a tar, which must be intact."""
     try:
         with storage.open_url(url) as file:
             headers: Any = _Headers(file)
             with tarfile.open(fileobj=headers, mode="r:") as tar:
                 while member := tar.next():
                     yield member
-                    # It would keep them all.
+                    # tarfile would keep them all in memory.
                     tar.members = []  # type: ignore[attr-defined]
                 end = tar.offset
             file.seek(end)
@@ -243,7 +242,7 @@ def _members(url: str) -> Iterator[tarfile.TarInfo]:
 
 
 class _Headers:
-    """A tar's file as its headers are read: a part of bounded length at a time."""
+    """The file of a tar, for reading headers: it limits the length of each read."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -271,12 +270,12 @@ def _write(table: pa.Table, path: Path) -> None:
 
 
 def _is_sound(path: Path) -> bool:
-    """Say whether an index is there, as it was written; one without a checksum is made again."""
+    """Return whether there is an intact index; one without a checksum is rebuilt."""
     said = checksums.read_checksum(str(path))
     return said is not None and path.exists() and checksums.file_sha256(str(path)) == said
 
 
 def name_hash(name: str) -> int:
-    """Return 64 bits of the BLAKE2 hash of a name, by which an index tells names apart."""
+    """Return 64 bits of the BLAKE2 hash of a name, by which an index distinguishes names."""
     data = name.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

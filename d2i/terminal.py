@@ -1,4 +1,4 @@
-"""Other people's text, as a terminal may be given it.
+"""Escape untrusted text for the terminal.
 
 Must not import any part of d2i.
 """
@@ -10,19 +10,19 @@ import sys
 import traceback
 from types import TracebackType
 
-# They only join letters and pictures: names of families, Persian and Hindi need them.
+# They only join letters and emoji: emoji of families, Persian and Hindi need them.
 _JOINERS = "\u200c\u200d"
 
 
 def plain(text: str, *, keep: str = "") -> str:
-    r"""Return text that moves no cursor, sets no clipboard and turns no line around.
+    r"""Return text that cannot move the cursor, set the clipboard or reverse a line.
 
-    What cannot be seen is written as its escape, such as `\x1b`: control characters, marks that
-    change the direction of reading, halves of pairs. Letters, accents and emoji stay.
+    Invisible characters are written as escapes, such as `\x1b`: control characters, marks that
+    change the text direction, lone surrogates. Letters, accents and emoji stay.
 
     Args:
-        text: Of anybody.
-        keep: Characters that stay besides, such as the end of a line.
+        text: Untrusted text.
+        keep: Further characters that stay, such as a newline.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -30,7 +30,7 @@ def plain(text: str, *, keep: str = "") -> str:
 
 
 def _shown(character: str) -> str:
-    # Other spaces than the usual one are not printable to Python.
+    # To Python, spaces other than the usual one are not printable.
     return " " if character.isspace() and ord(character) > 0x9F else repr(character)[1:-1]
 
 
@@ -40,7 +40,7 @@ class _PlainFormatter(logging.Formatter):
 
 
 def print_plainly() -> None:
-    """Let warnings and tracebacks of this process hold no control characters either."""
+    """Escape control characters in the warnings and tracebacks of this process, too."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_PlainFormatter())
     sys.excepthook = _print_traceback

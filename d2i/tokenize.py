@@ -1,10 +1,10 @@
 """CLIP's byte-pair tokenizer: text to ids, ids to the 77-token window.
 
 Owns cleaning, vocabulary and window. Equal to the published pipeline (OpenAI's CLIP with ftfy),
-with two exceptions. A special token written out in a message stays plain text: a message must not
-be able to end the prompt. And of thousands of combining marks in a row most are left out: it must
-not be able to hold up who reads it either. The vocabulary is the file that ships with
-open_clip_torch; that package is located, never imported. Must not import torch.
+with two exceptions. A special token written out in a message stays plain text, so that a message
+cannot end the prompt. And of thousands of combining marks in a row most are dropped, so that a
+message cannot stall its reader. The vocabulary is the file that ships with open_clip_torch; that
+package is located, never imported. Must not import torch.
 """
 
 import gzip
@@ -39,19 +39,19 @@ _INSTALL = "pip install open_clip_torch"
 # CLIP's word pattern without its two special tokens.
 _WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 _SPACE = regex.compile(r"\s+")
-# Sorting a run of combining marks, as mending does, takes the square of its length.
+# ftfy sorts a run of combining marks, which takes time quadratic in its length.
 _MANY_MARKS = regex.compile(r"(\p{M}{256})\p{M}++")
 
 
 def encode(text: str) -> list[int]:
-    """Turn text into CLIP ids: uncut, without start and end.
+    """Turn text into CLIP ids: not truncated, without start and end.
 
     Returns:
         Ids in 0..49405, in reading order; empty for text that is blank after cleaning.
 
     Raises:
         ClusterError: If the vocabulary file is not installed.
-        DataError: If the installed vocabulary is another one.
+        DataError: If the installed vocabulary is a different one.
     """
     words = _WORD.findall(_clean(text))
     if not words:
@@ -63,15 +63,15 @@ def encode(text: str) -> list[int]:
 def window(
     ids: Sequence[int], keep: Literal["end", "start"] = "end", num_windows: int = 1
 ) -> npt.NDArray[np.uint16]:
-    """Cut ids to what CLIP reads: windows of start, up to 75 ids, end, padded with the end id.
+    """Cut ids to CLIP's input: windows of start, up to 75 ids, end, padded with the end id.
 
     Args:
         ids: Output of `encode`.
-        keep: Which side survives where the ids are too many. `end` keeps the recent turns.
-        num_windows: How many windows the ids are laid out over, in reading order.
+        keep: The side that is kept if there are too many ids. `end` keeps the recent turns.
+        num_windows: Number of windows that the ids are laid out over, in reading order.
 
     Returns:
-        uint16 of shape (77 * num_windows,); a window that nothing reaches is that of ''.
+        uint16 of shape (77 * num_windows,); a window without ids is that of ''.
 
     Raises:
         ConfigError: If `keep` or `num_windows` is out of range.
@@ -92,7 +92,7 @@ def window(
 
 
 def _clean(text: str) -> str:
-    """Mend encoding accidents, undo HTML escapes (twice), collapse spaces, lower the case."""
+    """Fix encoding errors, unescape HTML (twice), collapse spaces, convert to lower case."""
     bounded = text if text.isascii() else _MANY_MARKS.sub(r"\1", text)
     mended = html.unescape(html.unescape(ftfy.fix_text(bounded)))
     return _SPACE.sub(" ", mended).strip().lower()
@@ -110,9 +110,9 @@ def _tokenizer() -> Tokenizer:
 
 
 def _alphabet() -> list[str]:
-    """Give the characters that stand for the 256 bytes, in the vocabulary's order.
+    """Return the characters that stand for the 256 bytes, in the vocabulary's order.
 
-    Printable bytes come first and stand for themselves, the other 68 are moved up from 256.
+    Printable bytes come first and stand for themselves, the other 68 are mapped from 256 up.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(code) for code in [*printable, *range(256, 256 + 256 - len(printable))]]

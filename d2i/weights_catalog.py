@@ -1,4 +1,4 @@
-"""The published files of weights: where each comes from, its licence, and what it holds.
+"""Catalog of the published weights files: the source, licence and content of each.
 
 A file is recognized by its keys and shapes, not by its name. Must not import torch.
 """
@@ -22,15 +22,15 @@ class PublishedFile:
     """One published file.
 
     Args:
-        name: Its name, within its source.
-        holds: What it is, in words.
-        source: Where its authors publish it.
-        licence: What d2i knows of it; no legal advice.
-        data: What it was trained on, as far as d2i knows.
-        num_keys: Its tensors.
-        shapes_sha256: `shapes_hash` of them. Of the caption decoder, only the text prefix counts,
-            which is all that text-to-image needs.
-        backbone: The preset that is built to load it, or None.
+        name: Its name at its source.
+        holds: Its content, in words.
+        source: The place where its authors publish it.
+        licence: Its licence as far as d2i knows; not legal advice.
+        data: Its training data, as far as d2i knows.
+        num_keys: Its number of tensors.
+        shapes_sha256: `shapes_hash` of its tensors. Of the caption decoder, only the text prefix
+            counts, which is all that text-to-image needs.
+        backbone: The preset that loads it, or None.
     """
 
     name: str
@@ -56,7 +56,7 @@ def find_published(shapes: Mapping[str, Sequence[int]]) -> list[PublishedFile]:
 
 
 def weights_to_fetch(backbone: str) -> str:
-    """Name the published file of a backbone, and where its authors publish it."""
+    """Return the name of a backbone's published file, and its source."""
     file = next(file for file in PUBLISHED if file.backbone == backbone)
     return f"{file.name} ({file.source})"
 

@@ -1,7 +1,7 @@
-"""Weights by name: the small published model that comes with the package, and those at a URL.
+"""Weights by name: the small models shipped with the package, and weights at a URL.
 
-`demo:vae` and its like stand for folders inside the installed package, so that a recipe and the
-settings of a run hold no path of one machine.
+Names such as `demo:vae` stand for directories inside the installed package, so that a recipe and
+the settings of a run hold no path of one machine.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _FOLDER = Path(__file__).parent / "demo" / "weights"
 
 
 def is_shipped(name: str) -> bool:
-    """Say whether a name is that of weights that come with the package, such as `demo:vae`."""
+    """Return whether a name is that of weights shipped with the package, such as `demo:vae`."""
     return name.startswith(_PREFIX)
 
 
 def resolve_weights(name: str) -> str:
-    """Return the path of a shipped model or of a URL's copy here, or `name` itself.
+    """Return the path of a shipped model or of a URL's local copy, or `name` itself.
 
     Args:
-        name: Such as `demo:vae`; a URL of a file, or of a folder without folders in it, which is
-            fetched once; a path or a hub repository.
+        name: Such as `demo:vae`; a URL of a file, or of a directory without subdirectories, which
+            is fetched once; a path or a hub repository.
 
     Raises:
         OSError: If a URL cannot be read.
@@ -41,9 +41,9 @@ def resolve_weights(name: str) -> str:
 
 
 def _copy_of(url: str) -> Path:
-    """Return the copy of a file or folder, made again where it has not the sha256 beside the file.
+    """Return the local copy of a file or directory; refetch what does not match its sha256.
 
-    Of a file that has not that sha256 itself the copy is refused by whoever reads it.
+    If the original does not match its sha256 either, the reader of the copy refuses it.
     """
     path = storage.local_copies(url)
     is_folder = path.is_dir()

@@ -1,7 +1,7 @@
-"""Shards: the one form in which prepared data lies on disk. See `reader`, `write`, `manifest`.
+"""Shards: the on-disk format of prepared data. See `reader`, `write`, `manifest`.
 
-A data set is one folder, one split of a corpus: plain WebDataset tars, an Arrow index and a commit
-record beside each, and a manifest with its own sha256. Imports neither torch nor ray.
+A data set is one directory with one split of a corpus: plain WebDataset tars, an Arrow index and a
+commit record beside each, and a manifest with its own sha256. Imports neither torch nor ray.
 """
 
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo, committed_names, read_commits

@@ -1,7 +1,7 @@
-"""Read the one record batch of an Arrow IPC file that a stranger may have written.
+"""Read the single record batch of an untrusted Arrow IPC file.
 
-Arrow unpacks a compressed batch as it reads it, to whatever size the batch says, and has no option
-against it; so the batch's own description is looked at first. Must not import torch or ray.
+Arrow decompresses a compressed batch while reading it, to whatever size the batch claims, and has
+no option to prevent that; so the batch's metadata is checked first. Must not import torch or ray.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from d2i.errors import ShardError
 _MAGIC_SIZE_BYTES = 8
 _MESSAGE_HEADER = 2
 _BATCH_COMPRESSION = 3
-"""Places of fields in the tables `Message` and `RecordBatch` of Arrow's `Message.fbs`."""
+"""Field positions in the tables `Message` and `RecordBatch` of Arrow's `Message.fbs`."""
 
 
 def read_one_batch(buffer: Any, schema: pa.Schema) -> Any:
@@ -24,16 +24,16 @@ def read_one_batch(buffer: Any, schema: pa.Schema) -> Any:
 
     Args:
         buffer: An Arrow buffer with the whole file; the batch keeps it alive.
-        schema: What the file must have, metadata included.
+        schema: The schema that the file must have, metadata included.
 
     Raises:
         ShardError: If it has other columns, other metadata, more batches, or is compressed.
-        pa.ArrowException: If it is no Arrow file; OSError and ValueError likewise.
+        pa.ArrowException: If it is not an Arrow file; OSError and ValueError likewise.
     """
     with pa.ipc.open_file(buffer) as file:
         if not file.schema.equals(schema, check_metadata=True) or file.num_record_batches != 1:
             raise ShardError("the index has other columns; made by another version of d2i?")
-    # The same file as the stream of messages that it holds.
+    # The file wraps a stream of messages; read it as that stream.
     source = pa.BufferReader(buffer.slice(_MAGIC_SIZE_BYTES))
     found, batch = pa.ipc.read_message(source), pa.ipc.read_message(source)
     if found.type != "schema" or batch.type != "record batch":
@@ -54,7 +54,7 @@ def _is_compressed(message: bytes) -> bool:
 
 
 def _field(message: bytes, table: int, field: int) -> int:
-    """Give where in a flatbuffer's table a field lies; 0 where the table has none."""
+    """Return the offset of a field within a flatbuffer table; 0 if the table lacks it."""
     vtable = table - struct.unpack_from("<i", message, table)[0]
     at, (size_bytes,) = 4 + 2 * field, struct.unpack_from("<H", message, vtable)
     found: int = struct.unpack_from("<H", message, vtable + at)[0] if at < size_bytes else 0

@@ -1,4 +1,4 @@
-"""Shards that lie elsewhere, through local copies: bounded, fetched ahead, shared by processes.
+"""Cache of remote shards in local copies: bounded, prefetched, shared by processes.
 
 Must not import torch or ray.
 """
@@ -25,34 +25,34 @@ _NUM_FETCHERS = 4
 
 @dataclass
 class _Held:
-    """A mapped copy, and how many threads read it now."""
+    """A mapped copy, and the number of threads that read it now."""
 
     shard: MappedShard
     num_users: int
 
 
 class CachedShards:
-    """The shards of a data set that is not local, through a folder of copies.
+    """The shards of a remote data set, through a directory of local copies.
 
-    Room for a shard is made by removing the tars that were used longest ago; those that are wanted
-    soon (`prefetch`) go last, the latest first, and for a shard that is only wanted itself none
-    that is wanted before it. Nothing goes that a thread reads or another process holds: the bound
-    is passed, until the next shard is opened, rather than waited for; so it is where several
-    processes fetch at once, by what is on its way to the others. Indexes are always kept; they take
-    about a hundredth of their tars.
+    To make room for a shard, whole tars are evicted, least recently used first. Tars in the
+    prefetch window go last, the one needed latest first; a shard that is itself only prefetched
+    never evicts one that is needed before it. A tar that a thread reads or another process holds is
+    never evicted: rather than wait, the cache exceeds its bound until the next shard is opened. It
+    may also exceed it while several processes fetch at once, by what the others are fetching.
+    Indexes are always kept; they take about a hundredth of the space of their tars.
 
-    A shard is mapped, and held against all others, while it is read or wanted; where there is no
-    bound, from then on, as long as a process may have so many maps.
+    A shard is mapped, and leased against eviction, while it is read or in the prefetch window. In
+    an unbounded cache it stays so from then on, up to the limit on maps per process.
 
     Args:
-        url: The data set's folder.
-        commits: Its shards.
-        folder: Where the copies lie, on a disk of this machine; made where it is not there.
-        max_gb: The most that tars in the folder may take together, in 1e9 bytes; `None` keeps all.
-        check_data: Whether each array is compared with its checksum when it is first read.
+        url: The data set's directory.
+        commits: The commit records of its shards.
+        folder: The directory of the copies, on a local disk; created if absent.
+        max_gb: Upper bound on all tars in the directory, in 1e9 bytes; `None` keeps all.
+        check_data: Compare each array with its checksum when it is first read.
 
     Raises:
-        ConfigError: If the largest shard alone would take more, or nothing can be kept there.
+        ConfigError: If the largest shard alone exceeds the bound, or nothing can be stored there.
     """
 
     def __init__(
@@ -71,19 +71,19 @@ class CachedShards:
         self._names = [copy_name(commit.tar_name, commit.tar) for commit in commits]
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._max_mapped = max_mapped_shards()
-        # In the order of their opening.
+        # In the order in which they were opened.
         self._indexes: dict[int, Index] = {}
         self._index_lock = threading.Lock()
-        # Guards all below.
+        # Guards everything below.
         self._changed = threading.Condition()
         self._held: dict[int, _Held] = {}
         self._pending: set[int] = set()
-        # Place by number, the first one first.
+        # Position in the prefetch window by shard number, in the order of need.
         self._wanted: dict[int, int] = {}
         self._num_fetchers = 0
 
     def index(self, number: int) -> Index:
-        """Give the index of a shard, fetched without its tar."""
+        """Return the index of a shard, fetched without its tar."""
         index = self._indexes.get(number)
         if index is None:
             with self._index_lock:
@@ -95,7 +95,7 @@ class CachedShards:
 
     @contextmanager
     def using(self, number: int) -> Iterator[MappedShard]:
-        """Give a shard, fetched if need be, that is not removed until it is left."""
+        """Yield a shard, fetched if needed, that is not evicted inside the context."""
         held = self._take(number)
         try:
             yield held.shard
@@ -105,10 +105,10 @@ class CachedShards:
                 self._evict_if_idle(number)
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Fetch shards in the background, the first one first, in place of those wanted before.
+        """Fetch shards in the background, first one first; replaces the previous prefetch window.
 
-        What fails is left to whoever reads the shard, and gets the error; it is tried again when
-        this is called again. Of very many, only as many as may be mapped are wanted.
+        A failed fetch is left to the reader of that shard, which gets the error; the next call
+        retries it. The window holds at most as many shards as may be mapped.
         """
         first = islice(dict.fromkeys(numbers), self._max_mapped)
         wanted = {number: place for place, number in enumerate(first)}
@@ -121,7 +121,7 @@ class CachedShards:
             num_started = max(0, min(num_missing, _NUM_FETCHERS - self._num_fetchers))
             self._num_fetchers += num_started
         for _ in range(num_started):
-            # A daemon: a process that is done does not wait for shards that nobody will read.
+            # A daemon, so that a finished process does not wait for shards nobody will read.
             threading.Thread(target=self._fetch_wanted, name="shard-fetcher", daemon=True).start()
 
     def _fetch_wanted(self) -> None:
@@ -134,7 +134,7 @@ class CachedShards:
                 return
 
     def _next_wanted(self) -> int | None:
-        """Make the next shard pending that is wanted and has room; else count a fetcher less."""
+        """Mark the next wanted shard that fits as pending; else count one fetcher less."""
         with self._changed:
             for number in self._wanted:
                 if number not in self._held and number not in self._pending:
@@ -158,7 +158,7 @@ class CachedShards:
         return self._open(number, num_users=1)
 
     def _open(self, number: int, *, num_users: int) -> _Held:
-        """Map a shard that this thread made pending."""
+        """Map a shard that this thread has marked as pending."""
         commit, held = self._commits[number], None
         try:
             index = self.index(number)
@@ -179,13 +179,13 @@ class CachedShards:
         return held
 
     def _evict_if_idle(self, number: int) -> None:
-        """Let others remove a shard that is neither read nor wanted here, if there is a bound."""
+        """Let others evict a shard that is neither read nor wanted here, if there is a bound."""
         held = self._held[number]
         if self._max_bytes is not None and not held.num_users and number not in self._wanted:
             self._evict(number)
 
     def _evict_over_limit(self) -> None:
-        """Unmap what was opened longest ago, and is idle, where too many are mapped."""
+        """Unmap idle shards, those opened longest ago first, if too many are mapped."""
         surplus = max(0, len(self._held) - self._max_mapped)
         idle = (
             number
@@ -196,7 +196,7 @@ class CachedShards:
             self._evict(number)
 
     def _evict(self, number: int) -> None:
-        # Unmapped first: what is mapped takes its bytes of the disk though it is removed.
+        # Unmap first: a removed file keeps its disk space while it is mapped.
         del self._held[number]
         self._copies.release(self._names[number])
 
@@ -212,10 +212,10 @@ class CachedShards:
             )
 
     def _make_room(self, ahead: int | None = None) -> bool:
-        """Remove copies until all that is there or on its way fits; say whether it does.
+        """Evict copies until all that are here or being fetched fit; return whether they do.
 
         Args:
-            ahead: The pending shard that makes it necessary, if it is only wanted.
+            ahead: The pending shard that needs the room, if it is only prefetched.
         """
         if self._max_bytes is None:
             return True
@@ -231,7 +231,7 @@ class CachedShards:
         return excess <= 0
 
     def _victims(self, names: Counter[str], ahead: int | None) -> list[str]:
-        """What may be removed, in the order in which it should be."""
+        """Return the copies that may be evicted, in the order of eviction."""
         places = {self._names[number]: place for number, place in self._wanted.items()}
         first_free = -1 if ahead is None else places[self._names[ahead]]
         unwanted = [name for name in names if name not in places]
@@ -242,7 +242,7 @@ class CachedShards:
         ]
 
     def _remove(self, name: str) -> bool:
-        """Remove the copy of a tar, unless it is in use here or held elsewhere; say whether."""
+        """Evict the copy of a tar, unless in use here or elsewhere; return True if evicted."""
         number = self._numbers.get(name, -1)
         held = self._held.get(number)
         if number in self._pending or (held is not None and held.num_users):

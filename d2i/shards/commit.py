@@ -1,4 +1,4 @@
-"""The commit record: written last, it decides that a shard exists.
+"""The commit record of a shard: written last, so that a shard exists once its record does.
 
 Owns the names of a shard's files and the JSON form of records. Must not import torch or ray.
 """
@@ -26,7 +26,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class JsonRecord(BaseModel):
-    """A frozen record with one byte form: `to_bytes` of equal records are equal."""
+    """A frozen record with canonical bytes: equal records have equal `to_bytes`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -56,7 +56,7 @@ Arrays = dict[Literal["moments", "clip", "tokens", "text"], ArrayInfo]
 
 
 def _the_same(arrays: Arrays) -> Arrays:
-    """Give one object for equal arrays: all shards of a data set have the same."""
+    """Return one shared object for equal arrays: all shards of a data set have the same."""
     return _only_arrays(tuple(arrays.items()))
 
 
@@ -66,18 +66,18 @@ def _only_arrays(items: tuple[tuple[Any, ArrayInfo], ...]) -> Arrays:
 
 
 class Commit(JsonRecord):
-    """What one shard holds.
+    """The content of one shard.
 
     Attributes:
         format: Version of this record.
         name: `{index:06d}-{first 16 hex digits of the tar's sha256}`.
         index: Number of the shard in the plan.
-        num_samples: Samples in the tar; 0 where every instance failed.
-        failures: How many instances gave no sample, by reason class.
-        fingerprint_sha256: Hash of the fingerprint the shard was made under, where it was given.
+        num_samples: Samples in the tar; 0 if every instance failed.
+        failures: Number of instances without a sample, by reason class.
+        fingerprint_sha256: Hash of the fingerprint the shard was made under, if one was given.
         tar: Size and hash of `{name}.tar`.
         index_file: Size and hash of `{name}.arrow`.
-        arrays: Dtype and shape of each array member; empty where there is no sample.
+        arrays: Dtype and shape of each array member; empty if there is no sample.
     """
 
     format: Literal[1] = 1
@@ -116,12 +116,12 @@ class Commit(JsonRecord):
 
 
 def shard_name(index: int, tar_sha256: str) -> str:
-    """Name a shard by its place in the plan and its content."""
+    """Return the name of a shard, from its number in the plan and its content."""
     return f"{index:06d}-{tar_sha256[:16]}"
 
 
 def canonical_json(value: Any) -> bytes:
-    """Encode JSON in one way: sorted keys, ASCII, one value a line, newline at the end."""
+    """Encode canonical JSON: sorted keys, ASCII, one value per line, newline at the end."""
     return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
@@ -131,7 +131,7 @@ def fingerprint_sha256(fingerprint: Mapping[str, Any]) -> str:
 
 
 def parse_record(kind: type[Record], data: bytes, url: str) -> Record:
-    """Decode a record and refuse any byte form but its own.
+    """Decode a record, and refuse any bytes but its canonical form.
 
     Raises:
         ShardError: If the bytes are not the canonical form of such a record.
@@ -150,13 +150,13 @@ def parse_record(kind: type[Record], data: bytes, url: str) -> Record:
 
 
 def committed_names(out_url: str) -> dict[int, str]:
-    """Name the shards that exist by their index, in its order, without a look at their records.
+    """Return the names of committed shards by index, in its order, without reading the records.
 
-    Where two attempts at one shard both committed with different bytes, the one whose name
-    sorts first counts, so that every reader chooses the same.
+    If two attempts at one shard both committed, with different bytes, the name that sorts first
+    counts, so that every reader chooses the same one.
 
     Raises:
-        ShardError: If a record's name is that of no shard.
+        ShardError: If the name of a record is not that of a shard.
     """
     names: dict[int, str] = {}
     for file_name in storage.list_names(out_url):

@@ -1,4 +1,4 @@
-"""Which data sets a folder holds: itself, or one a split. Must not import torch or ray."""
+"""Find the data sets of a directory: itself, or one per split. Must not import torch or ray."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SPLITS = ("train", "valid", "test")
 
 
 def find_data_sets(folder: str) -> list[str]:
-    """Return the folder itself if it is a data set, else the splits below it.
+    """Return the directory itself if it is a data set, else the splits below it.
 
-    One that has lost its manifest, or never had one, is a data set too: it is not passed over.
+    A data set that lost its manifest, or never had one, counts too, so that it is not skipped.
 
     Raises:
         ConfigError: If there is none.

@@ -1,4 +1,4 @@
-"""Claims on names: seen by other processes, and never outliving the process that has them."""
+"""Leases on names: visible to other processes, and released when their process ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# struct flock of 64-bit Linux: type, whence, start, length, process (0 for these locks).
+# struct flock of 64-bit Linux: type, whence, start, length, pid (0 for these locks).
 _FLOCK = "hhqqi4x"
 _OPEN: weakref.WeakKeyDictionary[FileLeases, weakref.finalize[[int], FileLeases]] = (
     weakref.WeakKeyDictionary()
@@ -27,15 +27,15 @@ os.register_at_fork(after_in_child=_close_all)
 
 
 class FileLeases:
-    """Shared and sole claims on names, among all that open the same file.
+    """Shared and exclusive leases on names, among all that open the same file.
 
-    A byte of the file stands for a name (Linux's open file description locks), so that one open
-    file serves any number of claims, and the kernel lifts them when the process ends in whatever
-    way. Threads that share this object share its claims. A forked child has none: what it inherits
-    is closed, or its parent's claims would outlive the parent.
+    Each name is locked as one byte of the file (Linux's open file description locks). So one open
+    file serves any number of leases, and the kernel releases them however the process ends. Threads
+    that share this object share its leases. A forked child has none: the file it inherits is
+    closed, or its parent's leases would outlive the parent.
 
     Args:
-        path: The file, on a disk of this machine; made where it is not there.
+        path: The lock file, on a local disk; created if absent.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,19 +44,19 @@ class FileLeases:
         _OPEN[self] = weakref.finalize(self, os.close, self._file)
 
     def create_shared(self, name: str) -> None:
-        """Claim a name beside others; wait while another has it alone."""
+        """Take a shared lease on a name; wait while another holder has it exclusively."""
         self._lock(fcntl.F_OFD_SETLKW, fcntl.F_RDLCK, name)
 
     def is_held(self, name: str) -> bool:
-        """Say whether another claims a name, shared or alone."""
+        """Return whether another holder has a lease on a name, shared or exclusive."""
         found = self._lock(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, name)
         return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
-        """Claim a name alone; wait while others have it.
+        """Hold an exclusive lease on a name; wait while others hold it.
 
-        Only for names that nobody shares: two that wait for each other would wait for ever.
+        Only for names that nobody shares: two holders that wait for each other would deadlock.
         """
         self._lock(fcntl.F_OFD_SETLKW, fcntl.F_WRLCK, name)
         try:
@@ -66,7 +66,7 @@ class FileLeases:
 
     @contextmanager
     def try_exclusive(self, *names: str) -> Iterator[bool]:
-        """Claim names alone where no other has any of them, and say so; wait for nobody."""
+        """Yield True with exclusive leases on all names, False if another holds any; never wait."""
         owned: list[str] = []
         try:
             with suppress(BlockingIOError):
@@ -79,7 +79,7 @@ class FileLeases:
                 self.drop(name)
 
     def drop(self, name: str) -> None:
-        """Give up a claim, if there is one."""
+        """Release a lease, if there is one."""
         self._lock(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, name)
 
     def _lock(self, command: int, kind: int, name: str) -> bytes:
@@ -90,6 +90,6 @@ class FileLeases:
         except BlockingIOError:
             raise
         except OSError as err:
-            # A file system without such locks: the user is to give a cache on another.
+            # On a file system without such locks, the user has to move the cache to another.
             err.filename = err.filename or self._path
             raise

@@ -1,8 +1,8 @@
-"""The index beside each tar: one Arrow IPC file, one row a sample.
+"""The index beside each tar: one Arrow IPC file, one row per sample.
 
 Columns: `key`, then for each suffix `S` in `SUFFIXES`: `S.offset` (uint64, of the member's content
 in the tar; 0 = the sample has no such member), `S.size` (uint64, bytes), `S.crc32` (uint32).
-Uncompressed, so that a reader maps the file and copies nothing.
+Uncompressed, so that a reader can map the file and copies nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Extent:
-    """Where a member's content lies in the tar, and its zlib CRC-32."""
+    """Position of a member's content in the tar, and its zlib CRC-32."""
 
     offset: int
     size_bytes: int
@@ -56,7 +56,7 @@ class Index:
         self._batch = batch
 
     def __len__(self) -> int:
-        """Give the number of samples."""
+        """Return the number of samples."""
         return cast("int", self._batch.num_rows)
 
     @property
@@ -65,12 +65,12 @@ class Index:
         return self._batch.column("key")
 
     def column(self, suffix: str, field: str) -> NDArray[Any]:
-        """Give `offset`, `size` or `crc32` of a member for every sample, without a copy."""
+        """Return `offset`, `size` or `crc32` of a member for every sample, without a copy."""
         column = self._batch.column(f"{suffix}.{field}")
         return cast("NDArray[Any]", column.to_numpy(zero_copy_only=True))
 
     def row(self, row: int) -> IndexRow:
-        """Give one sample."""
+        """Return the row of one sample."""
         extents = {}
         for suffix in SUFFIXES:
             values = [self._batch.column(f"{suffix}.{field}")[row].as_py() for field in _FIELDS]
@@ -79,7 +79,7 @@ class Index:
         return IndexRow(self.keys[row].as_py(), extents)
 
     def rows(self) -> Iterator[IndexRow]:
-        """Give every sample in order, quicker than one `row` at a time."""
+        """Yield every row in order, faster than one `row` at a time."""
         extents = {
             suffix: list(map(Extent, *(self.column(suffix, field).tolist() for field in _FIELDS)))
             for suffix in SUFFIXES
@@ -109,11 +109,11 @@ def read_index(buffer: Any, *, num_samples: int, tar_size_bytes: int) -> Index:
 
     Args:
         buffer: An Arrow buffer (or bytes) with the whole file; the index keeps it alive.
-        num_samples: How many rows the manifest says it has.
+        num_samples: Number of rows according to the manifest.
         tar_size_bytes: The tar's size; no extent may reach past it.
 
     Raises:
-        ShardError: If it is not such an index.
+        ShardError: If it is not a valid index.
     """
     try:
         batch = read_one_batch(pa.py_buffer(buffer), SCHEMA)

@@ -1,6 +1,6 @@
-"""Copies of a data set's files, in a folder that processes, data sets and jobs share.
+"""Local copies of a data set's files, in a directory shared by processes, data sets and jobs.
 
-A copy is sound or absent to whoever maps one. Must not import torch or ray.
+A process that maps a copy finds it verified or absent. Must not import torch or ray.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from d2i.shards.file_leases import FileLeases
 from d2i.shards.mmap_shards import map_file
 
 _CLAIMS_NAME = ".d2i-claims"
-# What else lies in the folder is not ours: a data set's own files end otherwise.
+# Other files in the directory are not ours: a data set's own files have other suffixes.
 _TAR_SUFFIX = ".d2i-tar"
 _INDEX_SUFFIX = ".d2i-index"
 _INDEX_FOLDER = "indexes"
 
 
 class LocalCopies:
-    """Copies of the files of one data set, among those of others.
+    """Copies of the files of one data set, beside those of others.
 
-    A copy is named by its content. Of the two claims on it, one is shared by all that have it
-    mapped, and keeps it from being removed; the other is owned while one looks whether it is sound,
-    fetches it or removes it. Who owns that one waits for nobody, so that none waits for ever: where
-    a copy is gone, or another, the next one puts a new file in its place, beside what is mapped.
+    A copy is named by its content. Two leases protect it. One is shared by all that have the copy
+    mapped, and prevents its eviction. The other is held exclusively to verify the copy, fetch it or
+    remove it; its holder never waits, so that there is no deadlock. If a copy is gone or invalid,
+    its holder puts a new file in its place, and what is already mapped stays.
 
     Args:
-        url: The data set's folder.
-        folder: Where the copies lie, on a disk of this machine; made where it is not there.
+        url: The data set's directory.
+        folder: The directory of the copies, on a local disk; created if absent.
 
     Raises:
         ConfigError: If this user cannot keep copies there.
@@ -51,16 +51,16 @@ class LocalCopies:
                 f"{folder} cannot keep copies of shards ({err.strerror}); expected a folder that "
                 "this user may write to, or none yet; give another --cache-dir"
             ) from err
-        # Of those that this object has seen to be sound once: later ones were checked when fetched.
+        # Copies that this object verified once: any later file of that name was when fetched.
         self._seen: set[str] = set()
 
     def map(self, name: str, info: FileInfo) -> Any:
-        """Map a file's copy, fetched where none is sound, and claim it until it is let go.
+        """Map a file's copy, fetched if there is no valid one, and lease it until `release`.
 
-        Of those that claim it at once, the first one reads it through, once.
+        Of all that map it at the same time, only the first reads it whole to verify it.
 
         Raises:
-            ShardError: If what is fetched is not the file that the manifest tells of.
+            ShardError: If the fetched file is not the one in the manifest.
             FileNotFoundError: If the data set lacks it.
         """
         copy = copy_name(name, info)
@@ -74,14 +74,14 @@ class LocalCopies:
         return mapped
 
     def release(self, copy: str) -> None:
-        """Give up the claim on a copy, which is no longer mapped here."""
-        # Last used now, as all that share the folder see.
+        """Release the lease on a copy that is no longer mapped here."""
+        # The time of last use, visible to all that share the directory.
         with contextlib.suppress(FileNotFoundError):
             os.utime(self._path(copy))
         self._leases.drop(copy)
 
     def remove(self, copy: str) -> bool:
-        """Remove a copy, and what is left of fetching it, unless it is claimed; say whether."""
+        """Remove a copy and any partial download of it, unless leased; return True if free."""
         with self._leases.try_exclusive(_making(copy), copy) as is_free:
             if is_free:
                 for path in (self._path(copy), self._scratch(copy)):
@@ -89,7 +89,7 @@ class LocalCopies:
         return is_free
 
     def tar_sizes(self) -> Counter[str]:
-        """Bytes of the copy of each tar, whole or cut, of whatever data set."""
+        """Return the size in bytes of each tar's copy, whole or partial, of all data sets."""
         sizes: Counter[str] = Counter()
         for entry in os.scandir(self._folder):
             name = entry.name.removesuffix(storage.TEMPORARY_SUFFIX).removeprefix(".")
@@ -99,7 +99,7 @@ class LocalCopies:
         return sizes
 
     def last_use_ns(self, copy: str) -> int:
-        """Give the time when a copy was last mapped or let go; 0 for what is left of a fetch."""
+        """Return the time when a copy was last mapped or released; 0 for a partial download."""
         try:
             return self._path(copy).stat().st_mtime_ns
         except FileNotFoundError:
@@ -114,12 +114,12 @@ class LocalCopies:
             mapped = map_file(path)
         except FileNotFoundError:
             return None
-        # What another has mapped was looked at by whoever mapped it first.
+        # A copy that others have mapped was verified by the first of them.
         is_sound = copy in self._seen or self._leases.is_held(copy)
         return mapped if is_sound or hashlib.sha256(mapped).hexdigest() == info.sha256 else None
 
     def _fetch(self, name: str, copy: str, info: FileInfo) -> None:
-        # One name for all attempts: what a killed one left is written over, or makes room.
+        # One name for all attempts: what a killed one left is overwritten, or evicted.
         scratch = self._scratch(copy)
         scratch.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -127,13 +127,13 @@ class LocalCopies:
             with scratch.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
                     raise ShardError(f"{name} was fetched with another sha256 than the manifest's")
-            # Not flushed: what a power failure leaves of it is noticed by whoever maps it next.
+            # No fsync: damage by a power failure is found when the copy is mapped next.
             scratch.replace(self._path(copy))
         finally:
             scratch.unlink(missing_ok=True)
 
     def _path(self, copy: str) -> Path:
-        # All indexes stay: beside the tars they would be looked through whenever those make room.
+        # Indexes are never evicted: beside the tars, each eviction would list them as well.
         folder = self._folder / _INDEX_FOLDER if copy.endswith(_INDEX_SUFFIX) else self._folder
         return folder / copy
 
@@ -142,11 +142,11 @@ class LocalCopies:
 
 
 def copy_name(name: str, info: FileInfo) -> str:
-    """Name the copy of a shard's tar or index by its content."""
+    """Return the name of the copy of a shard's tar or index, from its content."""
     suffix = _TAR_SUFFIX if name.endswith(".tar") else _INDEX_SUFFIX
     return f"{name.partition('.')[0]}.{info.sha256[:16]}{suffix}"
 
 
 def _making(copy: str) -> str:
-    """Name the claim of who looks at a copy, fetches it or removes it."""
+    """Return the name of the lease for verifying a copy, fetching it or removing it."""
     return f"{copy} being made"

@@ -1,7 +1,7 @@
-"""The manifest: the sorted fold of a data set's commit records, with its own sha256 beside it.
+"""The manifest: a data set's commit records merged in index order, with a sha256 beside it.
 
-Holds no time, no attempt and no path, so two finished jobs over the same inputs write the same
-bytes. Must not import torch or ray.
+Holds no time, attempt or path, so two finished jobs over the same inputs write the same bytes. Must
+not import torch or ray.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from d2i.shards.write import file_info
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_NAME = "manifest.json.sha256"
 EMPTY_NAMES = {"empty_tokens.npy": "tokens", "empty_text.npy": "text"}
-"""The files with the features of '', and the array member that each stands in for."""
+"""The files with the features of the empty text, and the array member that each stands in for."""
 SHARD_SUFFIXES = (".tar", ".arrow", COMMIT_SUFFIX)
 _SHARD_FILE = re.compile(r"\d{6}-[0-9a-f]{16}(\.tar|\.arrow|\.commit\.json)")
 
 
 class Manifest(JsonRecord):
-    """What a data set holds.
+    """The content of a data set.
 
     Attributes:
         format: Version of this record.
-        fingerprint: Everything that decides a byte, in nested fields.
+        fingerprint: Everything that determines the bytes, in nested fields.
         num_samples: Samples over all shards.
         size_bytes: Bytes of all tars.
         failures: Instances without a sample, by reason class.
-        arrays: Dtype and shape of each array member; empty where there is no sample.
+        arrays: Dtype and shape of each array member; empty if there is no sample.
         files: Size and sha256 of the features of the empty text, by file name.
         shards: The commit records, in index order.
     """
@@ -66,11 +66,11 @@ class Manifest(JsonRecord):
     shards: tuple[Commit, ...]
 
     def to_bytes(self) -> bytes:
-        """Encode as canonical JSON, one shard after the other: all at once take ten times that."""
+        """Encode as canonical JSON, shard by shard: all at once takes ten times the memory."""
         rest = canonical_json(self.model_dump(mode="json", exclude={"shards"}) | {"shards": []})
         if not self.shards:
             return rest
-        # Only the size comes after it, whatever the fingerprint holds.
+        # The last `[]` is that of the shards, whatever the fingerprint holds: only a size follows.
         before, _, after = rest.rpartition(b"[]")
         records = (shard.to_bytes().rstrip().replace(b"\n", b"\n  ") for shard in self.shards)
         return b"".join((before, b"[\n  ", b",\n  ".join(records), b"\n ]", after))
@@ -95,15 +95,15 @@ def write_manifest(
     *,
     fault: Callable[[Point], None] | None = None,
 ) -> Manifest:
-    """Fold the commits of a finished data set into its manifest.
+    """Merge the commits of a finished data set into its manifest, and publish it.
 
-    It takes in the features of the empty text (`EMPTY_NAMES`) that lie beside the shards.
-    Called again on the same files it writes nothing.
+    Includes the features of the empty text (`EMPTY_NAMES`) that lie beside the shards. Called again
+    on the same files, it writes nothing.
 
     Args:
-        out_url: The data set's folder.
-        fingerprint: What decides the bytes, as nested JSON values.
-        fault: Told of the fault points `manifest.checksum` and `manifest.written`.
+        out_url: The data set's directory.
+        fingerprint: Everything that determines the bytes, as nested JSON values.
+        fault: Called at the fault points `manifest.checksum` and `manifest.written`.
 
     Returns:
         The manifest, as written.
@@ -119,10 +119,10 @@ def write_manifest(
 def publish_manifest(
     out_url: str, manifest: Manifest, *, fault: Callable[[Point], None] | None = None
 ) -> None:
-    """Write a manifest and its checksum, where they do not lie there already."""
+    """Write a manifest and its checksum, unless they are already there."""
     reach = fault or (lambda _point: None)
     data = manifest.to_bytes()
-    # The checksum first: a manifest that is there has its checksum, except while it is replaced.
+    # The checksum first: a manifest always has its checksum, except while it is replaced.
     _write_if_changed(storage.join(out_url, CHECKSUM_NAME), _checksum_line(data))
     reach("manifest.checksum")
     _write_if_changed(storage.join(out_url, MANIFEST_NAME), data)
@@ -130,10 +130,10 @@ def publish_manifest(
 
 
 def read_manifest(url: str) -> Manifest:
-    """Read a data set's manifest and check it against the sha256 beside it.
+    """Read a data set's manifest, and check it against the sha256 beside it.
 
     Raises:
-        ShardError: If there is none, or it is damaged.
+        ShardError: If it is missing or damaged.
     """
     manifest_url = storage.join(url, MANIFEST_NAME)
     try:
@@ -152,17 +152,17 @@ def read_manifest(url: str) -> Manifest:
 
 
 def has_valid_checksum(url: str, manifest: Manifest) -> bool:
-    """Say whether a manifest is the one whose file, or whose checksum, still lies there."""
+    """Return whether a manifest matches the stored manifest or the stored checksum."""
     data = manifest.to_bytes()
     places = ((MANIFEST_NAME, data), (CHECKSUM_NAME, _checksum_line(data)))
     return any(_holds(storage.join(url, name), expected) for name, expected in places)
 
 
 def matches_checksum_file(url: str, manifest: Manifest) -> bool | None:
-    """Say whether the checksum that lies there is a manifest's; None where it tells nothing.
+    """Return whether a manifest matches the stored checksum; None if that cannot be read.
 
-    One that lost a few of its digits still tells: of two hashes that have nothing to do with each
-    other one digit in sixteen agrees, and half of them never do.
+    A checksum with a few wrong digits still counts: two unrelated hashes agree in one digit of
+    sixteen, and never in half of them.
     """
     try:
         found = storage.read_bytes(storage.join(url, CHECKSUM_NAME))
@@ -175,7 +175,7 @@ def matches_checksum_file(url: str, manifest: Manifest) -> bool | None:
 
 
 def listed_names(manifest: Manifest) -> set[str]:
-    """Give the name of every file a data set's folder holds, `plan/` and `ledger/` aside."""
+    """Return the name of every file in a data set's directory, except `plan/` and `ledger/`."""
     names = {MANIFEST_NAME, CHECKSUM_NAME, *manifest.files}
     for shard in manifest.shards:
         names |= {shard.tar_name, shard.index_name, shard.commit_name}
@@ -183,13 +183,13 @@ def listed_names(manifest: Manifest) -> set[str]:
 
 
 def remove_manifest(out_url: str) -> None:
-    """Unpublish a data set, whose shards stay as they are."""
+    """Unpublish a data set; its shards stay."""
     for name in (MANIFEST_NAME, CHECKSUM_NAME):
         storage.remove(storage.join(out_url, name))
 
 
 def remove_uncommitted(out_url: str) -> list[str]:
-    """Remove what killed attempts left: unfinished files, and shard files without a commit.
+    """Remove what killed attempts left: temporary files, and shard files without a commit.
 
     Call it only while nothing else writes to the data set, before `write_manifest`.
 
@@ -201,7 +201,7 @@ def remove_uncommitted(out_url: str) -> list[str]:
 
 
 def remove_other_shards(out_url: str, shard_names: Iterable[str]) -> list[str]:
-    """Remove the files of every shard but these, and none that is named otherwise.
+    """Remove the files of all shards but these; files with other names stay.
 
     Returns:
         The names removed.
@@ -214,7 +214,7 @@ def remove_other_shards(out_url: str, shard_names: Iterable[str]) -> list[str]:
 
 
 def other_shard_files(out_url: str, shard_names: Iterable[str]) -> list[str]:
-    """Give the names of the files of every shard but these."""
+    """Return the names of the files of all shards but these."""
     kept = {name + suffix for name in shard_names for suffix in SHARD_SUFFIXES}
     found = [name for name in storage.list_names(out_url) if _SHARD_FILE.fullmatch(name)]
     return [name for name in found if name not in kept]
@@ -223,7 +223,7 @@ def other_shard_files(out_url: str, shard_names: Iterable[str]) -> list[str]:
 def merge_commits(
     out_url: str, fingerprint: Mapping[str, Any], commits: Iterable[Commit]
 ) -> Manifest:
-    """Give the manifest of some commits, in index order, and write nothing.
+    """Return the manifest of some commits, given in index order; write nothing.
 
     Raises:
         ShardError: If shards disagree in arrays or in fingerprint.

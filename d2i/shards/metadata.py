@@ -1,4 +1,4 @@
-"""The `json` member of a sample: its fields, and what they say of the sample's other members.
+"""The `json` member of a sample: its fields, and what they require of the other members.
 
 Must not import torch or ray.
 """
@@ -46,10 +46,10 @@ class _Metadata(Struct, forbid_unknown_fields=True):
 
 
 def check_metadata(key: str, value: Mapping[str, Any]) -> None:
-    """Refuse a decoded `json` member that lacks a field, has another, or is of another sample.
+    """Refuse a decoded `json` member with a missing or unknown field, or of another sample.
 
     Raises:
-        ShardError: Naming the field.
+        ShardError: If so; it names the field.
     """
     try:
         metadata = msgspec.convert(value, _Metadata)
@@ -60,10 +60,10 @@ def check_metadata(key: str, value: Mapping[str, Any]) -> None:
 
 
 def check_sample(sample: Sample) -> None:
-    """Refuse a sample whose `json` member, or absent picture, is not as the format says.
+    """Refuse a sample whose `json` member is invalid, or that lacks a required image.
 
     Raises:
-        ShardError: Naming what is wrong.
+        ShardError: If so; it names the reason.
     """
     value = check_json(sample.members["json"])
     check_metadata(sample.key, value)

@@ -29,13 +29,13 @@ from d2i.shards.tar import header_form as tar_header_form
 
 
 class ForkSafeShards:
-    """Shards that each process opens for itself, be it forked or handed a pickle.
+    """Shards that each process opens for itself, whether it was forked or got a pickle.
 
-    The locks, claims and fetching threads of a forked child would be its parent's: it would wait
-    for threads that it does not have, and read what nothing keeps from being removed.
+    A forked child would inherit its parent's locks, leases and fetcher threads: it would wait for
+    threads that it does not have, and read files that nothing protects from eviction.
 
     Args:
-        open_shards: Opens them; pickles.
+        open_shards: Opens the shards; it must be picklable.
     """
 
     def __init__(self, open_shards: Callable[[], Shards]) -> None:
@@ -46,21 +46,21 @@ class ForkSafeShards:
         return ForkSafeShards, (self._open_shards,)
 
     def index(self, number: int) -> Index:
-        """Give the index of a shard, without its tar."""
+        """Return the index of a shard, without its tar."""
         return self._own().index(number)
 
     def using(self, number: int) -> AbstractContextManager[MappedShard]:
-        """Give a shard that stays mapped until it is left."""
+        """Return a context with a shard that stays mapped inside it."""
         return self._own().using(number)
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Hear which shards are used next, the first one first."""
+        """Announce the shards that are used next, first one first."""
         self._own().prefetch(numbers)
 
     def _own(self) -> Shards:
         process, shards = self._opened
         if process != os.getpid():
-            # Of threads that come here at once each opens them: any of these does for all.
+            # Threads that get here together each open them; any one result serves all.
             shards = self._open_shards()
             self._opened = (os.getpid(), shards)
         return shards
@@ -70,10 +70,10 @@ _USUAL_MAX_MAPS = 65_530
 
 
 class MappedArray:
-    """One array member of a mapped shard: where each sample's numbers begin.
+    """One array member of a mapped shard: the offset of each sample's values.
 
-    A sample's headers and its checksum are compared when it is first read, and only then: all at
-    once would read the whole tar.
+    A sample's headers and checksum are compared when it is first read, and only then: checking all
+    at once would read the whole tar.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class MappedArray:
         *,
         check_data: bool = True,
     ) -> None:
-        """Check every size; no byte of the tar is looked at yet.
+        """Check every size; no byte of the tar is read yet.
 
         Raises:
-            ShardError: If a sample has no such member, or one of another size.
+            ShardError: If a sample lacks this member, or has one of another size.
         """
         self._suffix = MEMBERS[name].suffix
         self._array, self._index, self._tar = array, index, tar
@@ -98,7 +98,7 @@ class MappedArray:
             raise ShardError(
                 f"the index has {self._suffix} members absent or not of shape {array.shape}"
             )
-        # Of the mapped file itself: a copy would take eight bytes a sample of all shards.
+        # A view of the mapped file: a copy would take eight bytes per sample of all shards.
         self._offsets: NDArray[np.uint64] = offsets
         self._unchecked: NDArray[np.bool_] | None = np.ones(len(index), np.bool_)
         self._tar_header = tar_header_form(size_bytes)
@@ -107,11 +107,11 @@ class MappedArray:
         self._crcs = index.column(self._suffix, "crc32") if check_data else None
 
     def starts(self, rows: NDArray[np.int64]) -> list[int]:
-        """Give where the numbers of some samples begin.
+        """Return the offsets in the tar of the values of some samples.
 
         Raises:
-            ShardError: If the headers before them are not the ones that d2i writes, or they have
-                not the checksum in the index.
+            ShardError: If the headers before them are not the ones that d2i writes, or they do not
+                match the checksum in the index.
         """
         starts: list[int] = (self._offsets[rows] + np.uint64(NPY_HEADER_SIZE_BYTES)).tolist()
         unchecked = self._unchecked
@@ -147,7 +147,7 @@ class MappedShard:
         """Copy a member's content.
 
         Raises:
-            ShardError: If it does not lie there as a plain file of that name.
+            ShardError: If there is no regular file of that name at its offset.
         """
         extent = row.extents[suffix]
         form = tar_header_form(extent.size_bytes)
@@ -156,29 +156,29 @@ class MappedShard:
 
 
 class Shards(Protocol):
-    """The shards of a data set by their number in the manifest, wherever they lie."""
+    """The shards of a data set by their number in the manifest, local or remote."""
 
     def index(self, number: int) -> Index:
-        """Give the index of a shard, without its tar."""
+        """Return the index of a shard, without its tar."""
 
     def using(self, number: int) -> AbstractContextManager[MappedShard]:
-        """Give a shard that stays mapped until it is left."""
+        """Return a context with a shard that stays mapped inside it."""
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Hear which shards are used next, the first one first."""
+        """Announce the shards that are used next, first one first."""
 
 
 class LocalShards:
-    """The shards of a folder, each mapped when it is touched; those used last stay mapped.
+    """The shards of a local directory, each mapped on first use; the most recent stay mapped.
 
-    Holds no lock, so that forks and pickles are of use: of threads that touch a shard at once each
-    maps it, and one map stays.
+    Holds no lock, so that it can be forked and pickled: threads that use a new shard at the same
+    time each map it, and one map stays.
     """
 
     def __init__(self, folder: Path, commits: Sequence[Commit], *, check_data: bool = True) -> None:
         self._folder, self._commits, self._check_data = folder, commits, check_data
         most = max_mapped_shards()
-        # Of functions, not of methods: those would keep this object, and its maps, alive.
+        # Caches of functions, not of methods: those would keep this object, and its maps, alive.
         self._index = lru_cache(most)(partial(_map_index, folder, commits))
         map_shard = partial(_map_shard, folder, commits, self._index, check_data)
         self._shard = lru_cache(most)(map_shard)
@@ -188,22 +188,22 @@ class LocalShards:
         return again, (self._folder, self._commits)
 
     def index(self, number: int) -> Index:
-        """Give the index of a shard."""
+        """Return the index of a shard."""
         return self._index(number)
 
     def using(self, number: int) -> AbstractContextManager[MappedShard]:
-        """Give a shard, which stays mapped at least until it is left."""
+        """Return a context with a shard that stays mapped at least inside it."""
         return nullcontext(self._shard(number))
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Nothing is fetched: all is here."""
+        """Do nothing: all shards are local."""
 
 
 def max_mapped_shards() -> int:
-    """Say how many shards of a data set may be mapped at once.
+    """Return how many shards of a data set may be mapped at once.
 
-    Linux bounds the maps of a process, and each shard has two. Two data sets may be read, and a
-    fifth is left for libraries.
+    Linux limits the maps of a process, and each shard has two. Two data sets may be read, and a
+    fifth of the limit is left for libraries.
     """
     bound = Path("/proc/sys/vm/max_map_count")
     return int(bound.read_text() if bound.exists() else _USUAL_MAX_MAPS) // 5
@@ -230,10 +230,10 @@ def _map_shard(
 
 @contextmanager
 def wrap_errors(url: str, commit: Commit) -> Iterator[None]:
-    """Say of which shard and data set a problem is, and what to do.
+    """Add the shard, the data set and the next step to an error.
 
     Raises:
-        ShardError: In place of a file that is not there, or of a shard unlike its record.
+        ShardError: In place of the error of a missing file, or of a shard unlike its record.
     """
     try:
         yield
@@ -249,7 +249,7 @@ def wrap_errors(url: str, commit: Commit) -> Iterator[None]:
 def map_file(path: Path) -> Any:
     """Map a file without keeping it open: the map lives as long as the buffer.
 
-    Python's own mmap holds a descriptor each, which runs out at a thousand shards.
+    Python's own mmap keeps a descriptor per file, and these run out at a thousand shards.
     """
     with pa.memory_map(str(path)) as file:
         return file.read_buffer()
@@ -259,7 +259,7 @@ def open_index(commit: Commit, index_file: Any) -> Index:
     """Check a mapped index against its commit record.
 
     Raises:
-        ShardError: If its sha256 or an extent differs.
+        ShardError: If its sha256 differs, or it is not a valid index.
     """
     if hashlib.sha256(index_file).hexdigest() != commit.index_file.sha256:
         raise ShardError("the index does not have the sha256 of the manifest")
@@ -289,10 +289,10 @@ def open_shard(commit: Commit, tar: Any, index: Index, *, check_data: bool = Tru
 def check_tar_header(
     tar: NDArray[np.uint8], offset: int, name: str, form: Callable[[str], bytes]
 ) -> None:
-    """Refuse a tar whose content at an offset is not that of a plain file of some name.
+    """Refuse a tar without the header of a regular file of this name before an offset.
 
     Raises:
-        ShardError: If the header before it is another: the tar may be hostile, or another shard's.
+        ShardError: If the header differs: the tar may be hostile, or that of another shard.
     """
     if tar[max(0, offset - BLOCK_SIZE_BYTES) : offset].tobytes() != form(name):
         raise ShardError(f"the tar does not hold {name} where its index says")

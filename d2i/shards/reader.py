@@ -1,8 +1,8 @@
-"""Read samples of a data set in any order, straight out of mapped tars.
+"""Random access to the samples of a data set, straight from mapped tars.
 
-A shard is mapped and checked when it is first touched, and so are a sample's headers and checksums;
-after that a batch is one copy a member. Parses no header and unpickles nothing. Must not import
-torch or ray.
+A shard is mapped and checked on first use, a sample's headers and checksums when it is first read;
+after that a batch costs one copy per member. Parses no header and unpickles nothing. Must not
+import torch or ray.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class ShardReader:
     """Random access to the samples of one data set.
 
     Sample `i` is the i-th in shard order, the same on every machine. Safe to share between
-    threads, to inherit by a fork and to pickle, for workers of any kind; a pickle holds the
-    manifest, so that it reads what it was made of. Holds no open file, or one where the shards lie
-    elsewhere.
+    threads, to inherit across a fork and to pickle, for workers of any kind. A pickle holds the
+    manifest, so that it reads the data set it was made from. Keeps no file open, or one if the
+    shards are remote.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class ShardReader:
         """Read the manifest; shards are opened when they are needed.
 
         Args:
-            url: The data set's folder.
-            expect_fingerprint: Refuse a data set made under any other.
-            cache_dir: Local folder that keeps shards fetched from a URL that is not local; by
-                default one in the user's cache. Processes and data sets may share it.
-            cache_gb: The most that it may hold, in 1e9 bytes; whole shards go, those used longest
-                ago first. By default all that is fetched is kept.
-            check_data: Compare each array with its checksum when this process first reads it; of
-                use to leave out where `verify` has just read all.
+            url: The data set's directory.
+            expect_fingerprint: Refuse a data set made under any other fingerprint.
+            cache_dir: Local directory for the shards of a remote data set; by default one in the
+                user's cache. Processes and data sets may share it.
+            cache_gb: Upper bound on the cache, in 1e9 bytes; whole shards are evicted, least
+                recently used first. By default everything fetched is kept.
+            check_data: Compare each array with its checksum when this process first reads it; can
+                be turned off where `verify` has just read everything.
 
         Raises:
             ConfigError: If the largest shard does not fit into the cache.
-            ShardError: If the manifest is absent or damaged, or the fingerprint is another.
+            ShardError: If the manifest is missing or damaged, or the fingerprint differs.
         """
         self.url = storage.resolve(url)
         self.manifest: Manifest = read_manifest(self.url)
@@ -78,13 +78,13 @@ class ShardReader:
             _check_fingerprint(self.url, self.manifest, expect_fingerprint)
         counts = [shard.num_samples for shard in self.manifest.shards]
         self._starts = [0, *accumulate(counts)][:-1]
-        # For batches, which would make one of the list each; a single sample is found in the list.
+        # For batches, which would convert the list each time; single samples use the list.
         self._start_array = np.array(self._starts, np.int64)
         self._shards = self._find_shards(cache_dir, cache_gb, check_data=check_data)
         self.keys: Sequence[str] = _Keys(self._shards, self._starts, len(self))
 
     def __len__(self) -> int:
-        """Give the number of samples."""
+        """Return the number of samples."""
         return self.manifest.num_samples
 
     def read(
@@ -97,14 +97,14 @@ class ShardReader:
             members: Out of "moments", "clip", "tokens", "text"; by default all that are stored.
 
         Returns:
-            New C-contiguous arrays (N, *shape) by member, which a tensor takes over without a copy
-            and pins with one, with the manifest's dtype and shape:
+            New C-contiguous arrays (N, *shape) by member, with the manifest's dtype and shape. A
+            tensor wraps them without a copy, and pins them with one:
             moments float16 (N, 8, h, w), clip float16 (N, clip_dim), tokens uint16 (N, 77 W),
             text float16 (N, 77 W, text_dim).
 
         Raises:
             IndexError: If an index is out of range.
-            ShardError: If a member is not stored, or a shard is not what the manifest says.
+            ShardError: If a member is not stored, or a shard does not match the manifest.
         """
         positions = self._positions(indices)
         arrays = self._select(members)
@@ -122,15 +122,15 @@ class ShardReader:
         return batch
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Fetch shards that lie elsewhere ahead of their use, in the background.
+        """Fetch remote shards ahead of their use, in the background.
 
-        Takes the place of what was asked for before: give all that will be read next, the first
-        one first, by number in the manifest. A bounded cache keeps those longest that come soonest.
+        Replaces the previous call: give all shards that will be read next, first one first, by
+        number in the manifest. A bounded cache keeps those longest that are needed soonest.
         """
         self._shards.prefetch(list(shards))
 
     def read_json(self, index: int) -> dict[str, Any]:
-        """Read one sample's `json` member: its context and where its picture came from.
+        """Read one sample's `json` member: its context and the source of its image.
 
         Raises:
             IndexError: If the index is out of range.
@@ -139,7 +139,7 @@ class ShardReader:
         return check_json(self._read_member(index, ("json",)) or b"")
 
     def read_image(self, index: int) -> bytes | None:
-        """Read one sample's picture as its source bytes, or None where it was not kept.
+        """Read one sample's image as its source bytes, or None if they were not kept.
 
         Raises:
             IndexError: If the index is out of range.
@@ -148,11 +148,11 @@ class ShardReader:
         return self._read_member(index, IMAGE_SUFFIXES)
 
     def read_members(self, index: int) -> dict[str, bytes]:
-        """Read one sample's members as they lie in the tar, by suffix.
+        """Read one sample's members as stored in the tar, by suffix.
 
         Raises:
             IndexError: If the index is out of range.
-            ShardError: If the bytes of one do not match their checksum.
+            ShardError: If a member does not match its checksum.
         """
         number, row = _locate(self._starts, int(self._positions([index])[0]))
         with self._shards.using(number) as shard, self._in_words(number):
@@ -213,7 +213,7 @@ class ShardReader:
         return {name: stored[name] for name in names}
 
     def _by_shard(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Give each shard with the places in the batch that it fills, in storage order."""
+        """Yield each shard with the positions in the batch that it fills, in storage order."""
         if not len(positions):
             return
         places = np.argsort(positions, kind="stable")
@@ -266,7 +266,7 @@ class _Keys(Sequence[str]):
 
 
 def _locate(starts: Sequence[int], position: int) -> tuple[int, int]:
-    """Give a sample's shard, and its row there."""
+    """Return the number of a sample's shard, and its row there."""
     number = bisect_right(starts, position) - 1
     return number, position - starts[number]
 
@@ -294,7 +294,7 @@ def _copy_rows(
     places: NDArray[np.int64],
     batch: Mapping[str, NDArray[np.uint8]],
 ) -> None:
-    """Copy rows of a shard to their places, sample by sample: members lie side by side."""
+    """Copy rows of a shard to their positions, sample by sample: members are adjacent."""
     arrays = list(batch.values())
     starts = [shard.arrays[name].starts(rows) for name in batch]
     for place, *begins in zip(places.tolist(), *starts, strict=True):

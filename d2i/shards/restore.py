@@ -1,8 +1,8 @@
 """Restore a data set from its intact parts, without fetching or encoding anything.
 
-The manifest tells what every shard was, or else the commit records do. A whole tar gives back its
-index and its commit record; a damaged tar with whole samples is rewritten from them. The samples of
-a shard can be copied out byte for byte, into another. Whatever cannot be restored must be made
+The manifest, or else the commit records, describe every shard. An intact tar is enough to rebuild
+its index and its commit record; a damaged tar whose samples are all intact is rewritten from them.
+Samples can be copied byte for byte into another shard. Whatever cannot be restored must be prepared
 again. Must not import torch or ray.
 """
 
@@ -27,11 +27,11 @@ from d2i.shards.write import file_info, streamed_info, write_shard
 
 
 def copied_samples(url: str, commit: Commit) -> Iterator[Sample]:
-    """Yield the samples of one shard in their order, one in memory at a time.
+    """Yield the samples of one shard in order, one in memory at a time.
 
     Args:
-        url: The data set's folder.
-        commit: The shard's record, which may be there no more; its tar and index must be.
+        url: The data set's directory.
+        commit: The shard's record, whose file may be gone; the tar and the index must be there.
 
     Raises:
         ShardError: If a member does not match its checksum, or the index is not the shard's.
@@ -48,7 +48,7 @@ def copied_samples(url: str, commit: Commit) -> Iterator[Sample]:
 
 
 def intact_samples(url: str, commit: Commit) -> Iterator[Sample]:
-    """Yield those samples of a damaged shard that are as they were; none where nothing says so."""
+    """Yield the intact samples of a damaged shard; none if its index cannot be trusted."""
     try:
         index = trusted_index(url, commit)
         with storage.open_url(storage.join(url, commit.tar_name)) as tar:
@@ -61,10 +61,10 @@ def intact_samples(url: str, commit: Commit) -> Iterator[Sample]:
 
 
 def trusted_index(url: str, commit: Commit) -> Index:
-    """Read the index of a shard.
+    """Read the index of a shard, and check it against the commit record.
 
     Raises:
-        ShardError: If it is not the one that the commit record tells of.
+        ShardError: If it is not the one in the commit record.
         OSError: If it cannot be read.
     """
     data = storage.read_bytes(storage.join(url, commit.index_name))
@@ -74,7 +74,7 @@ def trusted_index(url: str, commit: Commit) -> Index:
 
 
 def _sample(tar: IO[bytes], row: IndexRow) -> tuple[Sample, list[str]]:
-    """Read one sample, and name its members that do not match their checksum."""
+    """Return one sample, and the suffixes of its members that do not match their checksum."""
     members = {suffix: _member(tar, extent) for suffix, extent in row.extents.items()}
     broken = [s for s, data in members.items() if zlib.crc32(data) != row.extents[s].crc32]
     return Sample(row.key, members), broken
@@ -86,11 +86,11 @@ def _member(tar: IO[bytes], extent: Extent) -> bytes:
 
 
 def rebuild_index(url: str, commit: Commit) -> None:
-    """Write the index of a shard anew, out of its tar.
+    """Rebuild the index of a shard from its tar.
 
     Raises:
-        ShardError: If the tar cannot be read to its end, or another index comes of it than the
-            commit record tells of: another version of Arrow may write other bytes.
+        ShardError: If the tar cannot be read to its end, or the rebuilt index differs from the
+            commit record: another version of Arrow may write other bytes.
         FileNotFoundError: If there is no tar.
     """
     data = _read_tar(url, commit.tar_name).index
@@ -109,16 +109,16 @@ def rebuild_commit(
     failures: Mapping[str, int],
     fingerprint_sha256: str | None,
 ) -> Commit:
-    """Write index and commit record of a shard anew, out of its tar.
+    """Rebuild the index and the commit record of a shard from its tar.
 
     Args:
-        url: The data set's folder.
+        url: The data set's directory.
         tar_name: The tar, under its final name.
         failures: Instances of the shard without a sample, by reason class.
         fingerprint_sha256: Of the data set.
 
     Raises:
-        ShardError: If the tar's content is not the one that its name tells of.
+        ShardError: If the tar's content does not match its name.
         FileNotFoundError: If there is no tar.
     """
     index = int(tar_name[:6])
@@ -170,7 +170,7 @@ class _Member:
 
 
 def _members(file: IO[bytes]) -> Iterator[_Member]:
-    """Walk a tar from header to header.
+    """Yield the members of a tar, header by header.
 
     Raises:
         ShardError: At the first byte that `write_shard` would not have written.
@@ -186,11 +186,11 @@ def _members(file: IO[bytes]) -> Iterator[_Member]:
 
 @dataclass(frozen=True)
 class RecoveryInputs:
-    """What is known of the shards that a data set should have.
+    """The surviving records of the shards that a data set should have.
 
     Attributes:
-        manifest: Where it and its checksum are whole.
-        commits: What each shard was, by its number: from the manifest, else from its record.
+        manifest: The manifest; None unless it and its checksum are intact.
+        commits: The commit record of each shard by its number: from the manifest, else its own.
     """
 
     manifest: Manifest | None
@@ -198,7 +198,7 @@ class RecoveryInputs:
 
 
 def find_recovery_inputs(url: str) -> RecoveryInputs:
-    """Read what the manifest and the commit records still tell; what is damaged tells nothing."""
+    """Read the manifest and the commit records, as far as they are intact."""
     commits: dict[int, Commit] = {}
     for name in storage.list_names(url):
         if name.endswith(COMMIT_SUFFIX):
@@ -214,11 +214,11 @@ def find_recovery_inputs(url: str) -> RecoveryInputs:
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """What was mended, and what could not be.
+    """The restored files, and the shards that could not be restored.
 
     Attributes:
         files: Names of the files that were written again.
-        broken: The shards whose tar must be made again.
+        broken: The shards whose tar must be prepared again.
     """
 
     files: tuple[str, ...]
@@ -232,16 +232,16 @@ def restore(
     *,
     num_workers: int = 4,
 ) -> RestoreResult:
-    """Restore every record and index, and every tar whose samples are whole.
+    """Restore every record and index, and every tar whose samples are intact.
 
     Args:
-        url: The data set's folder; nothing else may write there.
-        commits: What its shards were.
-        fingerprint: What the shards were made under, where it is known.
-        num_workers: Shards looked at once.
+        url: The data set's directory; nothing else may write there.
+        commits: The commit records of its shards.
+        fingerprint: The fingerprint that the shards were made under, if known.
+        num_workers: Shards restored at once.
 
     Raises:
-        ShardError: If an index cannot be restored to the bytes it had.
+        ShardError: If an index cannot be restored to its original bytes.
     """
     known = list(commits)
     with ThreadPoolExecutor(num_workers) as pool:
@@ -258,7 +258,7 @@ def restore(
 
 
 def broken_keys(url: str, commit: Commit) -> frozenset[str] | None:
-    """Return the keys of the samples that a damaged shard lost; None where nothing tells them."""
+    """Return the keys of the samples that a damaged shard lost; None if its index is lost too."""
     try:
         keys = trusted_index(url, commit).keys.to_pylist()
     except (OSError, ShardError):
@@ -272,7 +272,7 @@ class _Restorer:
     fingerprint: Mapping[str, Any] | None
 
     def restore_shard(self, commit: Commit, *, is_whole: bool) -> tuple[list[str], bool]:
-        """Return the files that were restored, and whether the tar is whole now."""
+        """Restore a shard's files; return their names, and whether the tar is intact now."""
         restored = []
         if not _holds(self.url, commit.commit_name, commit.to_bytes()):
             storage.write_bytes(storage.join(self.url, commit.commit_name), commit.to_bytes())
@@ -287,7 +287,7 @@ class _Restorer:
         return restored, True
 
     def _rewrite_tar(self, commit: Commit) -> bool:
-        """Write the tar again where all of its samples are whole."""
+        """Rewrite the tar if all of its samples are intact; return whether they are."""
         try:
             write_shard(
                 intact_samples(self.url, commit),
@@ -303,18 +303,18 @@ class _Restorer:
 
 
 def _tars(url: str, pool: ThreadPoolExecutor) -> dict[str, FileInfo]:
-    """Give size and sha256 of every tar that can be read, by name."""
+    """Return size and sha256 of every readable tar, by name."""
     names = [name for name in storage.list_names(url) if name.endswith(".tar")]
     infos = zip(names, pool.map(lambda name: _info(url, name), names), strict=True)
     return {name: info for name, info in infos if info is not None}
 
 
 def _republish(url: str, commits: list[Commit], tars: Mapping[str, FileInfo]) -> list[str]:
-    """Give the tars that lie under another's name their own again."""
+    """Restore the names of tars that lie under another's; return those names."""
     places = {info: name for name, info in tars.items()}
     lost = [c for c in commits if tars.get(c.tar_name) != c.tar and c.tar in places]
     with ExitStack() as stack:
-        # All are copied before any is put back: two may have each other's name.
+        # All are copied before any is published: two may have each other's name.
         copies = [(stack.enter_context(storage.scratch_file(url)), c) for c in lost]
         for path, commit in copies:
             storage.fetch_file(storage.join(url, places[commit.tar]), path)

@@ -1,7 +1,7 @@
-"""The sample: its key, its members, and the one byte form each member may take.
+"""The sample: its key, its members, and the canonical bytes of each member.
 
 Everything on disk is canonical: one legal npy header per dtype and shape, one legal tar header
-per name and size. So reading and verifying *compare* bytes and never parse what a stranger wrote.
+per name and size. So reading and verifying *compare* bytes and never parse untrusted input.
 Owns no file; must not import torch or ray.
 """
 
@@ -30,7 +30,7 @@ SUFFIXES = (
     "webp",
     "gif",
 )
-"""Every suffix a member may have, in the order of the members of one sample."""
+"""Every suffix a member may have, in the order of the members of a sample."""
 
 IMAGE_SUFFIXES = ("jpg", "png", "webp", "gif")
 
@@ -42,14 +42,14 @@ KEY_PATTERN = rf"[A-Za-z0-9_][A-Za-z0-9_-]{{0,{MAX_KEY_LENGTH - 1}}}"
 """No dot (WebDataset ends a key at the first one), no slash, no leading dash."""
 
 NUM_TOKEN_IDS = 49408
-"""CLIP's BPE ids, its marks of start and end included."""
+"""Number of CLIP's BPE ids, its start and end tokens included."""
 
 NPY_HEADER_SIZE_BYTES = 128
 NPY_DTYPES = {"float16": "<f2", "uint16": "<u2"}
 """The byte order on disk of each dtype a member may have."""
 
 _INFINITY = 0x7C00
-"""The bits of float16's infinity; those of what is no number are above."""
+"""The bits of float16's infinity; those of NaN are above."""
 
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00\x76\x00"
@@ -59,7 +59,7 @@ _NPY_HEADER = re.compile(
 
 @dataclass(frozen=True)
 class MemberSpec:
-    """What an array member must be: its suffix, its numpy dtype name and its number of axes."""
+    """The required form of an array member: suffix, numpy dtype name and number of axes."""
 
     suffix: str
     dtype: str
@@ -95,7 +95,7 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Give the one npy header (format 1.0, 128 bytes, little-endian, C order) of an array.
+    """Return the canonical npy header (format 1.0, 128 bytes, little-endian, C order) of an array.
 
     Raises:
         ShardError: If the dtype is neither float16 nor uint16, or the shape is too long to fit.
@@ -116,7 +116,7 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
         array: float16 or uint16, any shape, any memory layout.
 
     Raises:
-        ShardError: If the dtype is another.
+        ShardError: If it has another dtype.
     """
     header = npy_header(array.dtype.name, array.shape)
     little_endian = np.dtype(NPY_DTYPES[array.dtype.name])
@@ -154,7 +154,7 @@ def npy_array(data: bytes) -> NDArray[Any]:
 
 
 def npy_size_bytes(shape: tuple[int, ...]) -> int:
-    """Size of an npy member of 2-byte numbers, header included."""
+    """Return the size of an npy member of 2-byte numbers, header included."""
     return NPY_HEADER_SIZE_BYTES + 2 * prod(shape)
 
 
@@ -172,7 +172,7 @@ def check_key(key: str) -> None:
 
 
 def check_shape(name: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """Refuse an array member that is not what `MEMBERS` says.
+    """Refuse an array member that does not match `MEMBERS`.
 
     Raises:
         ShardError: If the dtype, the number of axes or an axis of fixed size differs.
@@ -187,11 +187,11 @@ def check_shape(name: str, dtype: str, shape: tuple[int, ...]) -> None:
 
 
 def check_array(name: str, data: bytes) -> tuple[str, tuple[int, ...]]:
-    """Check a whole array member, its values included, and give its dtype name and shape.
+    """Check a whole array member, its values included, and return its dtype name and shape.
 
     Raises:
-        ShardError: As `npy_info` and `check_shape`, or if a latent is not finite or a token is none
-            of CLIP's.
+        ShardError: As `npy_info` and `check_shape`, or if a latent is not finite or a token is not
+            one of CLIP's.
     """
     dtype, shape = npy_info(data)
     check_shape(name, dtype, shape)
@@ -211,7 +211,7 @@ def _leading_axis_fits(name: str, size: int) -> bool:
 
 
 def sample_arrays(sample: Sample) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Check a whole sample and give dtype and shape of each of its arrays.
+    """Check a whole sample, and return dtype and shape of each of its arrays.
 
     Raises:
         ShardError: If the key, a suffix, a size, the json's form or an array is not legal.

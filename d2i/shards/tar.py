@@ -1,4 +1,4 @@
-"""The one USTAR form a shard may have: regular files, fixed owner, mode and time.
+"""The canonical USTAR form of a shard: regular files, fixed owner, mode and time.
 
 Written here byte by byte, because the standard library's headers differ between Python versions.
 """
@@ -15,7 +15,7 @@ END = bytes(2 * BLOCK_SIZE_BYTES)
 
 
 def header(name: str, size_bytes: int) -> bytes:
-    """Give the 512-byte header of a regular file, mode 0644, owner 0, time 0.
+    """Return the 512-byte header of a regular file, mode 0644, owner 0, time 0.
 
     Args:
         name: ASCII, at most 100 characters.
@@ -25,7 +25,7 @@ def header(name: str, size_bytes: int) -> bytes:
 
 
 def header_form(size_bytes: int) -> Callable[[str], bytes]:
-    """Give what makes the header of each file of one size out of its name."""
+    """Return a function from a file's name to its header, for files of one size."""
     before = b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size_bytes + b"%011o\0" % 0
     after = b"0".ljust(101, b"\0") + b"ustar\x0000".ljust(255, b"\0")
     # The checksum counts itself as eight spaces.
@@ -43,10 +43,10 @@ def header_form(size_bytes: int) -> Callable[[str], bytes]:
 
 
 def read_header(block: bytes) -> tuple[str, int]:
-    """Give name and size of the member that a header announces.
+    """Return name and size of the member that a header announces.
 
     Raises:
-        ShardError: If it is not byte for byte the one that `header` makes.
+        ShardError: If it is not byte for byte what `header` returns.
     """
     try:
         name = block[:100].rstrip(b"\0").decode("ascii")
@@ -60,10 +60,10 @@ def read_header(block: bytes) -> tuple[str, int]:
 
 
 def padding(size_bytes: int) -> bytes:
-    """Give the zeros that fill the last block of a member."""
+    """Return the zeros that fill the last block of a member."""
     return bytes(-size_bytes % BLOCK_SIZE_BYTES)
 
 
 def padded_size_bytes(size_bytes: int) -> int:
-    """Size of a member's content and its padding."""
+    """Return the size of a member's content with its padding."""
     return size_bytes + -size_bytes % BLOCK_SIZE_BYTES

@@ -1,8 +1,8 @@
 """Check every byte of a data set against its manifest.
 
-The index and the canonical tar form together say what every byte of a tar's frame must be, so
-the frame is compared, not parsed: a link, a device, `..`, a pickle or a trailing byte is simply
-a frame that differs. Must not import torch or ray.
+The index and the canonical tar form together determine every byte of a tar's frame, so the frame is
+compared, not parsed: a link, a device, `..`, a pickle or a trailing byte is simply a frame that
+differs. Must not import torch or ray.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _CHUNK_SIZE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ShardProblem:
-    """One thing wrong with a data set.
+    """One defect of a data set.
 
     Attributes:
-        file: Name of the file in the data set's folder.
+        file: Name of the file in the data set's directory.
         reason: manifest, missing, unreadable, size, sha256, commit, index, structure, member,
             duplicate or unlisted.
-        detail: One line for a person.
+        detail: One line for the user.
     """
 
     file: str
@@ -51,7 +51,7 @@ class ShardProblem:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` looked at and what it found."""
+    """The result of `verify`: the shards and samples checked, and the defects found."""
 
     num_shards: int
     num_samples: int
@@ -59,7 +59,7 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if there is no defect."""
         return not self.problems
 
 
@@ -69,15 +69,15 @@ def verify(
     num_workers: int = 4,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Read every byte of a data set and report all that is not as its manifest says.
+    """Read every byte of a data set, and report whatever differs from its manifest.
 
     Args:
-        url: The data set's folder.
+        url: The data set's directory.
         num_workers: Shards checked at once.
-        on_progress: Called in this thread with the shards done and their total.
+        on_progress: Called in this thread with the number of shards done, and their total.
 
     Returns:
-        Shards and samples as the manifest counts them, and the problems by file name.
+        Shards and samples as the manifest counts them, and the defects, sorted by file name.
     """
     try:
         manifest = read_manifest(url)
@@ -98,7 +98,7 @@ def verify(
 
 
 class _ShardCheck:
-    """The check of one shard: the problems so far, and its index once that is known good."""
+    """The check of one shard: the defects so far, and its index once that is known to be valid."""
 
     def __init__(self, url: str, shard: Commit) -> None:
         self.url = url
@@ -122,7 +122,7 @@ class _ShardCheck:
         return self
 
     def read_index(self) -> Index | None:
-        """Read the index alone; None where there is none that can be read."""
+        """Read the index alone; None if it cannot be read."""
         with suppress(OSError):
             self._check_index(self.shard.index_name)
         return self.index
@@ -168,7 +168,7 @@ class _TarWalk:
         self._position = 0
 
     def run(self, index: Index) -> Iterator[str]:
-        """Compare the tar with its index, giving one line for each sample that is wrong inside.
+        """Compare the tar with its index, and yield one line for each defective sample.
 
         Raises:
             ShardError: If the frame around the members differs; nothing after that is compared.
@@ -197,12 +197,12 @@ class _TarWalk:
             raise ShardError(f"bytes follow the end of the tar at {self._position - 1}")
 
     def drain(self) -> None:
-        """Hash what is left."""
+        """Hash the rest."""
         while self._read(_CHUNK_SIZE_BYTES):
             pass
 
     def info(self) -> FileInfo:
-        """Give size and sha256 of what was read."""
+        """Return size and sha256 of the bytes read."""
         return FileInfo(size_bytes=self._position, sha256=self._sha256.hexdigest())
 
     def _member(self, row: IndexRow, suffix: str) -> bytes:
@@ -265,8 +265,8 @@ def _check_files(url: str, manifest: Manifest) -> Iterator[ShardProblem]:
 def _duplicates(url: str, manifest: Manifest, key_hashes: array[int]) -> Iterator[ShardProblem]:
     """Find keys that several samples share, within a shard or across shards.
 
-    The keys themselves are read again, and only those of which another may be the same: of all
-    samples together they may be too many for memory.
+    Reads the keys a second time, and keeps only those whose hash repeats: the keys of all samples
+    may not fit in memory.
     """
     hashes = np.frombuffer(key_hashes, np.int64)
     hashes.sort()

@@ -30,21 +30,22 @@ def write_shard(
     expected: Commit | None = None,
     fault: Callable[[Point], None] | None = None,
 ) -> Commit:
-    """Write samples, in the order given, to one shard of a data set and commit it.
+    """Write samples, in the order given, to one shard of a data set, and commit it.
 
-    The same samples always give the same bytes under the same name, and no file appears before
-    it is complete. The samples are taken one at a time and none is kept.
+    The same samples always give the same bytes under the same name, and each file is published
+    atomically. The samples are taken one at a time, and none is kept.
 
     Args:
-        samples: The samples; none where every instance failed.
-        out_url: The data set's folder.
+        samples: The samples; none if every instance failed.
+        out_url: The data set's directory.
         index: Number of the shard in the plan, 0 to 999999.
         failures: Instances without a sample, by reason class. A supplement shard, which retries
-            instances counted before, takes back what it mended with negative counts.
-        fingerprint: What decides the bytes; `write_manifest` refuses shards of another one.
-        expected: Of a shard that is made again: what it was; nothing else is published.
-        fault: Told of each fault point as it is reached: `shard.written` (complete, but under no
-            name yet), then `shard.tar`, `shard.index`, `shard.commit` (published).
+            instances counted before, subtracts those that succeed with negative counts.
+        fingerprint: Everything that determines the bytes; `write_manifest` refuses shards of
+            another one.
+        expected: The record of a shard that is written again; any other shard is refused.
+        fault: Called at each fault point: `shard.written` (complete, but under no name yet), then
+            `shard.tar`, `shard.index`, `shard.commit` (published).
 
     Returns:
         The commit record, as written.
@@ -80,12 +81,12 @@ def write_shard(
 
 
 def file_info(data: bytes) -> FileInfo:
-    """Give size and sha256 of a file's content."""
+    """Return size and sha256 of a file's content."""
     return FileInfo(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def streamed_info(file: IO[bytes]) -> FileInfo:
-    """Give size and sha256 of an open file, from where it stands."""
+    """Return size and sha256 of an open file, from its current position."""
     digest, size_bytes = hashlib.sha256(), 0
     while chunk := file.read(_CHUNK_SIZE_BYTES):
         digest.update(chunk)
@@ -94,7 +95,7 @@ def streamed_info(file: IO[bytes]) -> FileInfo:
 
 
 def _other_than(expected: Commit, made: Commit) -> str:
-    """Say in which way a shard did not come out as it was."""
+    """Return the difference between a rewritten shard and its original, in one line."""
     if made.num_samples != expected.num_samples:
         return f"{made.num_samples} samples came out; expected {expected.num_samples}"
     if made.tar != expected.tar:
@@ -113,7 +114,7 @@ def _write_tar(samples: Iterable[Sample], path: Path) -> _TarWriter:
 
 
 class _TarWriter:
-    """A tar under way: where it stands, its hash so far, and the index rows of its samples."""
+    """A tar being written: its position, its hash so far, and the index rows of its samples."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -127,7 +128,7 @@ class _TarWriter:
         """Append one sample's members.
 
         Raises:
-            ShardError: If the sample is not legal, or does not fit those before it.
+            ShardError: If the sample is not legal, or does not match those before it.
         """
         arrays = {
             name: ArrayInfo(dtype=dtype, shape=shape)
