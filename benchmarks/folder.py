@@ -29,7 +29,7 @@ from d2i.dialog import ImageRef
 from d2i.preprocess.decoder import Decoder
 from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
 from d2i.preprocess.fetch.result import FetchResult
-from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, build_rate_limiter
+from d2i.preprocess.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
 from d2i.preprocess.fetch_worker import open_image
 
 SIDE = 256
@@ -63,7 +63,7 @@ def by_d2i(folder: Path, names: list[str]) -> None:
     """Open each picture as d2i's workers do."""
     config = FetchConfig()
     book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
-    source = ImageSource(str(folder), config, NO_NETWORK, book)
+    source = ImageSource(str(folder), config, PUBLIC_NETWORK, book)
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
 
     def opened(ref: ImageRef, fetched: FetchResult) -> str:

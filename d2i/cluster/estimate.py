@@ -57,7 +57,7 @@ class Throughput:
     _num_items: int = 0
     _began_s: float = field(default=0.0)
 
-    def take(self, num_items: int) -> None:
+    def add(self, num_items: int) -> None:
         """Count a finished task."""
         self._num_tasks += 1
         if self._num_tasks > self.num_workers:

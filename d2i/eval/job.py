@@ -187,7 +187,7 @@ def _generate(
         for task, result in run_tasks(_pool(request, fault), missing):
             progress.num_done += len(task.indices)
             progress.failures += result.failures
-            meter.take(len(task.indices))
+            meter.add(len(task.indices))
             on_progress(progress)
             if fault:
                 fault.reach("eval.task_done")

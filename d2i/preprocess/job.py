@@ -26,7 +26,12 @@ from d2i.preprocess.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.exclude import NOTHING, read_exclusion
 from d2i.preprocess.fetch.downloads import check_downloads
 from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, NetworkPolicy, build_rate_limiter
+from d2i.preprocess.fetch.sources import (
+    PUBLIC_NETWORK,
+    ImageSource,
+    NetworkPolicy,
+    build_rate_limiter,
+)
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.ledger import commonest_failure, remove_ledgers
 from d2i.preprocess.messages import ShardTask
@@ -70,7 +75,7 @@ class PreprocessRequest:
     exclude: str | None = None
     retry_failed: bool = False
     reuse: str | None = None
-    access: NetworkPolicy = NO_NETWORK
+    access: NetworkPolicy = PUBLIC_NETWORK
     num_workers: int | None = None
     num_fetchers: int | None = None
     ray_address: str | None = None
@@ -225,7 +230,7 @@ def _make_shards(
 
     for _, result in run_pipeline(stages, tasks, show):
         progress.take(result)
-        meter.take(result.num_written + sum(result.failures.values()))
+        meter.add(result.num_written + sum(result.failures.values()))
         show()
         if fault:
             fault.reach("job.shard_done")

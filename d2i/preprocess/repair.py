@@ -19,7 +19,12 @@ from d2i.errors import D2IError, ShardError
 from d2i.fault_injection import Fault
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, NetworkPolicy, build_rate_limiter
+from d2i.preprocess.fetch.sources import (
+    PUBLIC_NETWORK,
+    ImageSource,
+    NetworkPolicy,
+    build_rate_limiter,
+)
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.job_files import JobFiles, lost_files
 from d2i.preprocess.messages import FetchedImage
@@ -59,7 +64,7 @@ class RepairRequest:
     """
 
     folder: str
-    access: NetworkPolicy = NO_NETWORK
+    access: NetworkPolicy = PUBLIC_NETWORK
     num_workers: int | None = None
     num_fetchers: int | None = None
     ray_address: str | None = None

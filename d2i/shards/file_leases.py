@@ -43,7 +43,7 @@ class FileLeases:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         _OPEN[self] = weakref.finalize(self, os.close, self._file)
 
-    def create_shared(self, name: str) -> None:
+    def shared(self, name: str) -> None:
         """Take a shared lease on a name; wait while another holder has it exclusively."""
         self._lock(fcntl.F_OFD_SETLKW, fcntl.F_RDLCK, name)
 

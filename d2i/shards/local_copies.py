@@ -69,7 +69,7 @@ class LocalCopies:
             if mapped is None:
                 self._fetch(name, copy, info)
                 mapped = map_file(self._path(copy))
-            self._leases.create_shared(copy)
+            self._leases.shared(copy)
         self._seen.add(copy)
         return mapped
 

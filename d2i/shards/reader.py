@@ -117,7 +117,7 @@ class ShardReader:
             for name, values in batch.items()
         }
         for number, places in self._by_shard(positions):
-            with self._shards.using(number) as shard, self._in_words(number):
+            with self._shards.using(number) as shard, self._wrap_errors(number):
                 _copy_rows(shard, positions[places] - self._starts[number], places, rows)
         return batch
 
@@ -155,7 +155,7 @@ class ShardReader:
             ShardError: If a member does not match its checksum.
         """
         number, row = _locate(self._starts, int(self._positions([index])[0]))
-        with self._shards.using(number) as shard, self._in_words(number):
+        with self._shards.using(number) as shard, self._wrap_errors(number):
             found = shard.index.row(row)
             return {suffix: _checked(shard, found, suffix) for suffix in found.extents}
 
@@ -223,12 +223,12 @@ class ShardReader:
 
     def _read_member(self, index: int, suffixes: Sequence[str]) -> bytes | None:
         number, row = _locate(self._starts, int(self._positions([index])[0]))
-        with self._shards.using(number) as shard, self._in_words(number):
+        with self._shards.using(number) as shard, self._wrap_errors(number):
             found = shard.index.row(row)
             suffix = next((suffix for suffix in suffixes if suffix in found.extents), None)
             return _checked(shard, found, suffix) if suffix else None
 
-    def _in_words(self, number: int) -> AbstractContextManager[None]:
+    def _wrap_errors(self, number: int) -> AbstractContextManager[None]:
         return wrap_errors(self.url, self.manifest.shards[number])
 
     def _read_empty(self, name: Any) -> NDArray[Any]:

@@ -122,7 +122,7 @@ STREAM = """
 import json, resource, sys
 from d2i.cluster import share
 from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, build_rate_limiter
+from d2i.preprocess.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.messages import ShardTask
 from d2i.preprocess.plan import PlanRequest, make_plan
@@ -133,7 +133,7 @@ source, out = sys.argv[1:3]
 recipe = resolve_recipe("demo", ["image.resolution=256", "preprocess.num_samples_per_shard=1000"])
 make_plan(PlanRequest("jsonl", source, "test", recipe), out)
 hosts = create_shared_limiter(build_rate_limiter(recipe.fetch), num_workers=0)
-pictures = ImageSource(source, recipe.fetch, NO_NETWORK, hosts)
+pictures = ImageSource(source, recipe.fetch, PUBLIC_NETWORK, hosts)
 worker = FetchWorkerBuilder(pictures, recipe, share(Tally(), num_workers=0))()
 num = sum(len(block) for block in worker.stream(ShardTask(out, 0)))
 print(json.dumps([num, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))

@@ -75,7 +75,7 @@ def test_a_meter_gives_back_the_rate_of_equal_workers_whatever_their_start_took(
     for number in range(rounds):
         now[0] = start_s + (number + 1) * task_s
         for _ in range(num_workers):
-            meter.take(items)
+            meter.add(items)
     rate = meter.rate()
     assert rate is not None
     assert rate.items_per_s == pytest.approx(items / task_s, rel=1e-6)

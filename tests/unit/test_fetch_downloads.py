@@ -25,7 +25,7 @@ from d2i.preprocess.fetch import downloads
 from d2i.preprocess.fetch.downloads import check_downloads, open_downloads
 from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
 from d2i.preprocess.fetch.result import FetchResult
-from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, build_rate_limiter
+from d2i.preprocess.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
 from d2i.preprocess.job import PreprocessRequest, plan_job, preprocess
 from d2i.preprocess.ledger import read_ledger
 from d2i.preprocess.repair import RepairRequest, repair
@@ -98,7 +98,7 @@ def url_of(host: Path, number: int) -> str:
 def fetch(root: Path, place: Path | str, *refs: ImageRef, **settings: Any) -> list[FetchResult]:
     config = FetchConfig(downloads=str(place), num_threads=2, **settings)
     book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
-    source = ImageSource(str(root), config, NO_NETWORK, book)
+    source = ImageSource(str(root), config, PUBLIC_NETWORK, book)
     found = dict(source.fetch(refs, lambda ref, fetched: (ref, fetched)))
     return [found[ref] for ref in refs]
 

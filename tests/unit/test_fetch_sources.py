@@ -13,7 +13,12 @@ from d2i.errors import ConfigError
 from d2i.preprocess.fetch import sources
 from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
 from d2i.preprocess.fetch.result import FetchResult
-from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, NetworkPolicy, build_rate_limiter
+from d2i.preprocess.fetch.sources import (
+    PUBLIC_NETWORK,
+    ImageSource,
+    NetworkPolicy,
+    build_rate_limiter,
+)
 from tests.servers import Names, WebServer, name_server, running
 
 NUM_FILES = 203
@@ -22,7 +27,7 @@ NUM_FILES = 203
 def source_of(folder: Path, num_threads: int) -> ImageSource:
     config = FetchConfig(num_threads=num_threads)
     book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
-    return ImageSource(str(folder), config, NO_NETWORK, book)
+    return ImageSource(str(folder), config, PUBLIC_NETWORK, book)
 
 
 def refs_of(folder: Path) -> list[ImageRef]:

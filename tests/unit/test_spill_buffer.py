@@ -16,7 +16,7 @@ from d2i.cluster import create_shared
 from d2i.dialog import ImageRef
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.sources import NO_NETWORK, ImageSource, build_rate_limiter
+from d2i.preprocess.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.messages import ShardTask
 from d2i.preprocess.plan import PlanRequest, make_plan
@@ -62,7 +62,7 @@ def test_the_source_bytes_of_a_shard_are_never_in_memory_together(tmp_path: Path
     write_chats(source)
     make_plan(PlanRequest("jsonl", str(source), "test", recipe), split_url)
     book = create_shared_limiter(build_rate_limiter(recipe.fetch), num_workers=0)
-    pictures = ImageSource(str(source), recipe.fetch, NO_NETWORK, book)
+    pictures = ImageSource(str(source), recipe.fetch, PUBLIC_NETWORK, book)
     feeder = FetchWorkerBuilder(pictures, recipe, create_shared(Tally(), num_workers=0))()
     finisher = EncodeWorkerBuilder(recipe, (split_url,))()
     task = ShardTask(split_url, 0)

@@ -53,7 +53,7 @@ class NetworkPolicy:
     proxy: Proxy | None = None
 
 
-NO_NETWORK = NetworkPolicy()
+PUBLIC_NETWORK = NetworkPolicy()
 """Public hosts only, the system's DNS, no proxy."""
 
 
@@ -242,7 +242,7 @@ def _resolver(server: str | None) -> Resolver:
     return Resolver(server)
 
 
-def build_rate_limiter(config: FetchConfig, access: NetworkPolicy = NO_NETWORK) -> RateLimiter:
+def build_rate_limiter(config: FetchConfig, access: NetworkPolicy = PUBLIC_NETWORK) -> RateLimiter:
     """Return the rate limiter of a new job.
 
     Raises:
