@@ -134,7 +134,7 @@ def environment_names() -> list[str]:
 def words() -> list[str]:
     """All strings in the code that a machine reads: keys, file names, columns, reasons, kinds.
 
-    Not names that stand in `__all__` or name a type variable, nor annotations.
+    Not docstrings, annotations, type variables' names, nor those in `__all__`.
     """
     found = set()
     for tree in syntax_trees():
@@ -156,6 +156,8 @@ def names_of_code(node: ast.AST) -> Iterator[ast.AST]:
         for target in node.targets
     ):
         yield from ast.walk(node.value)
+    if isinstance(node, ast.Expr):
+        yield node.value  # a docstring
     if isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"TypeVar", "ParamSpec"}:
         yield from ast.walk(node)
     for field in ("annotation", "returns"):
