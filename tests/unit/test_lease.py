@@ -23,7 +23,7 @@ import sys, time
 from fsspec.implementations.local import LocalFileSystem
 from d2i import lease
 lease.RENEW_S = 0.1
-with lease.hold(LocalFileSystem(auto_mkdir=True), sys.argv[1], "s3://bucket/run", 0):
+with lease.hold_lease(LocalFileSystem(auto_mkdir=True), sys.argv[1], "s3://bucket/run", 0):
     print("held", flush=True)
     time.sleep(60)
 """
