@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2i.cli.access import AllowHostOption, DnsServerOption, ProxyOption, access_of
 from d2i.cli.console import (
     CorpusOption,
     FaultOption,
@@ -25,6 +24,7 @@ from d2i.cli.console import (
     register,
 )
 from d2i.cli.forecast import PriceOption, RateOption, assumed_of, forecast_lines
+from d2i.cli.network_policy import AllowHostOption, DnsServerOption, ProxyOption, network_policy_of
 
 if TYPE_CHECKING:
     from d2i.cluster.estimate import RateOverrides
@@ -122,7 +122,7 @@ def preprocess(
         exclude=exclude,
         retry_failed=retry_failed,
         reuse=reuse,
-        access=access_of(allow_host, dns_server, proxy),
+        network_policy=network_policy_of(allow_host, dns_server, proxy),
         num_workers=workers,
         num_fetchers=fetch_workers,
         ray_address=ray_address,

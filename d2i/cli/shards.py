@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2i.cli.access import AllowHostOption, DnsServerOption, ProxyOption, access_of
 from d2i.cli.console import (
     FaultOption,
     FetchWorkersOption,
@@ -19,6 +18,7 @@ from d2i.cli.console import (
     print_result,
     register,
 )
+from d2i.cli.network_policy import AllowHostOption, DnsServerOption, ProxyOption, network_policy_of
 
 if TYPE_CHECKING:
     from d2i.shards import ShardReader
@@ -99,7 +99,7 @@ def repair(
     progress = ProgressLine()
     request = RepairRequest(
         folder=folder,
-        access=access_of(allow_host, dns_server, proxy),
+        network_policy=network_policy_of(allow_host, dns_server, proxy),
         num_workers=workers,
         num_fetchers=fetch_workers,
         ray_address=ray_address,

@@ -103,7 +103,7 @@ def run_pipeline(
 def _run_here(
     stages: Pipeline[TaskT, BlockT, ResultT], tasks: Sequence[TaskT], on_wait: Callable[[], None]
 ) -> Iterator[tuple[TaskT, ResultT]]:
-    finisher, feeder = stages.build_consumer(), stages.build_producer()
+    consumer, producer = stages.build_consumer(), stages.build_producer()
 
     def noticed(blocks: Iterator[BlockT]) -> Iterator[BlockT]:
         for block in blocks:
@@ -111,7 +111,7 @@ def _run_here(
             yield block
 
     for task in tasks:
-        yield task, finisher.run(task, noticed(feeder.stream(task)))
+        yield task, consumer.run(task, noticed(producer.stream(task)))
 
 
 def _run_on_ray(
@@ -158,43 +158,43 @@ class _PipelineScheduler:
 
     def __init__(self, stages: Pipeline[Any, Any, Any], tasks: Sequence[Any]) -> None:
         size = actor_size(ResourceRequest())
-        self._num_finishers = min(num_workers_of(stages.num_consumers, size), len(tasks))
-        feeder_size, num_producers = _producers(
-            stages, self._num_finishers, has_gpus=size.num_gpus > 0
+        self._num_consumers = min(num_workers_of(stages.num_consumers, size), len(tasks))
+        producer_size, num_producers = _producers(
+            stages, self._num_consumers, has_gpus=size.num_gpus > 0
         )
         # Built right away, so that their errors show before producers have run for hours.
-        self._consumers = ActorPool(stages.build_consumer, size, self._num_finishers)
+        self._consumers = ActorPool(stages.build_consumer, size, self._num_consumers)
         self._producers = ActorPool(
-            stages.build_producer, feeder_size, min(num_producers, len(tasks))
+            stages.build_producer, producer_size, min(num_producers, len(tasks))
         )
         self._tasks = tasks
         self._waiting = deque(range(len(tasks)))
         self._streams: dict[Any, _Stream] = {}
-        self._fed: deque[_Stream] = deque()
-        self._finishing: dict[Any, tuple[Any, _Stream]] = {}
+        self._produced: deque[_Stream] = deque()
+        self._consuming: dict[Any, tuple[Any, _Stream]] = {}
         self.num_left = len(tasks)
 
     def pending(self) -> list[Any]:
         """Return all references that may be ready next."""
-        crews = [*self._consumers.pending(), *self._producers.pending()]
-        return [*crews, *self._finishing, *self._streams]
+        building = [*self._consumers.pending(), *self._producers.pending()]
+        return [*building, *self._consuming, *self._streams]
 
     def submit(self) -> None:
         """Give work to idle workers, unless too many tasks wait for a consumer."""
         # Consumers first: that makes room for the next task to be produced.
-        while self._fed and self._consumers.idle:
-            actor, stream = self._consumers.idle.popleft(), self._fed.popleft()
+        while self._produced and self._consumers.idle:
+            actor, stream = self._consumers.idle.popleft(), self._produced.popleft()
             task = self._tasks[stream.number]
-            self._finishing[actor.finish.remote(task, stream.blocks)] = (actor, stream)
-        while self._waiting and self._producers.idle and len(self._fed) < self._num_finishers:
+            self._consuming[actor.finish.remote(task, stream.blocks)] = (actor, stream)
+        while self._waiting and self._producers.idle and len(self._produced) < self._num_consumers:
             actor, number = self._producers.idle.popleft(), self._waiting.popleft()
             self._streams[actor.stream.remote(self._tasks[number])] = _Stream(number, actor)
 
     def collect(self, reference: Any) -> Iterator[tuple[Any, Any]]:
         """Process a ready reference; yield its task and result if one is finished."""
-        for crew in (self._consumers, self._producers):
-            if crew.is_building(reference):
-                crew.on_ready(reference)
+        for pool in (self._consumers, self._producers):
+            if pool.is_building(reference):
+                pool.on_ready(reference)
                 return
         if reference in self._streams:
             self._take_block(reference)
@@ -219,18 +219,18 @@ class _PipelineScheduler:
             self._waiting.append(stream.number)
         else:
             self._producers.idle.append(stream.actor)
-            self._fed.append(stream)
+            self._produced.append(stream)
 
     def _take_result(self, reference: Any) -> Iterator[tuple[Any, Any]]:
         import ray
 
-        actor, stream = self._finishing.pop(reference)
+        actor, stream = self._consuming.pop(reference)
         try:
             result = result_of(reference)
         except ray.exceptions.RayActorError as err:
             # Its blocks are still there, for the next idle consumer.
             self._consumers.replace(stream.number, err)
-            self._fed.appendleft(stream)
+            self._produced.appendleft(stream)
             return
         except ray.exceptions.RayTaskError as err:
             if not isinstance(err.cause, ray.exceptions.ObjectLostError):

@@ -207,26 +207,26 @@ def _run_on_ray(
     with session(pool.num_workers, pool.ray_address):
         size = actor_size(pool.resources)
         num_workers = min(num_workers_of(pool.num_workers, size), len(tasks))
-        crew = ActorPool(pool.build_worker, size, num_workers)
+        actors = ActorPool(pool.build_worker, size, num_workers)
         # Tasks are known here by their numbers.
         waiting = deque(range(len(tasks)))
         running: dict[Any, tuple[Any, int]] = {}
         while waiting or running:
-            while waiting and crew.idle:
-                actor, number = crew.idle.popleft(), waiting.popleft()
+            while waiting and actors.idle:
+                actor, number = actors.idle.popleft(), waiting.popleft()
                 running[actor.run.remote(tasks[number])] = (actor, number)
-            ready = _first_ready([*crew.pending(), *running])
-            if crew.is_building(ready):
-                crew.on_ready(ready)
+            ready = _first_ready([*actors.pending(), *running])
+            if actors.is_building(ready):
+                actors.on_ready(ready)
                 continue
             actor, number = running.pop(ready)
             try:
                 result = result_of(ready)
             except ray.exceptions.RayActorError as err:
-                crew.replace(number, err)
+                actors.replace(number, err)
                 waiting.appendleft(number)
             else:
-                crew.idle.append(actor)
+                actors.idle.append(actor)
                 yield tasks[number], result
 
 

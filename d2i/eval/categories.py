@@ -144,13 +144,13 @@ def score_categories(
 ) -> list[CategoryScores]:
     """Score each category that has instances."""
     places = {key: place for place, key in enumerate(measured.arrays["keys"].tolist())}
-    row_of = {place: row for row, place in enumerate(measured.drawn.tolist())}
+    row_of = {place: row for row, place in enumerate(measured.generated.tolist())}
     found = []
     for name, keys in members.items():
-        drawn = [key for key in keys if places[key] in row_of]
+        generated = [key for key in keys if places[key] in row_of]
         if keys:
-            rows = np.array([row_of[places[key]] for key in drawn], dtype=np.int64)
-            found.append(_score(name, keys, drawn, rows, measured))
+            rows = np.array([row_of[places[key]] for key in generated], dtype=np.int64)
+            found.append(_score(name, keys, generated, rows, measured))
     return found
 
 
@@ -188,22 +188,22 @@ def inception_score(logits: Floats) -> float:
 def _score(
     name: str,
     keys: Sequence[str],
-    drawn: Sequence[str],
+    generated: Sequence[str],
     rows: NDArray[np.int64],
     measured: Measured,
 ) -> CategoryScores:
-    """Score one category: `drawn` are its keys with a generated image, `rows` their rows."""
-    num_draws = NUM_DRAWS if len(drawn) > DRAW_SIZE else 1
-    size = min(DRAW_SIZE, len(drawn))
-    counted = (name, len(keys), len(drawn), num_draws, size, choose_keys(keys, 0))
-    if len(drawn) < _MIN_IMAGES:
+    """Score one category: `generated` are its keys with a generated image, `rows` their rows."""
+    num_draws = NUM_DRAWS if len(generated) > DRAW_SIZE else 1
+    size = min(DRAW_SIZE, len(generated))
+    counted = (name, len(keys), len(generated), num_draws, size, choose_keys(keys, 0))
+    if len(generated) < _MIN_IMAGES:
         return CategoryScores(*counted)
     arrays = measured.arrays
-    real = arrays["real_features"][measured.drawn[rows]].astype(np.float64)
+    real = arrays["real_features"][measured.generated[rows]].astype(np.float64)
     fake = arrays["features"][rows].astype(np.float64)
     logits = arrays["logits"][rows].astype(np.float64) if "logits" in arrays else None
-    place = {key: at for at, key in enumerate(drawn)}
-    draws = [[place[key] for key in choose_keys(drawn, seed)] for seed in range(num_draws)]
+    place = {key: at for at, key in enumerate(generated)}
+    draws = [[place[key] for key in choose_keys(generated, seed)] for seed in range(num_draws)]
     fids = [fid_of_few(real[draw], fake[draw]) for draw in draws]
     scores = [] if logits is None else [inception_score(logits[draw]) for draw in draws]
     # Rounding may carry the cosine of an image with itself past 1.

@@ -70,7 +70,7 @@ class FeatureComputer:
             return pixels
         return np.asarray(crop_to_square(Image.fromarray(pixels), self.resolution))
 
-    def measure_drawn(self, pixels: NDArray[np.uint8]) -> Arrays:
+    def measure_generated(self, pixels: NDArray[np.uint8]) -> Arrays:
         """Return features, embeddings, logits if any, of generated images, uint8 (N, H, H, 3)."""
         found = self._extractor.extract(pixels)
         arrays = {"features": found.features, "embeddings": self._embed(pixels)}

@@ -34,7 +34,7 @@ class Measured:
     listed: Listed | None = None
 
     @cached_property
-    def drawn(self) -> NDArray[np.int64]:
+    def generated(self) -> NDArray[np.int64]:
         """The indices of the instances that have a generated image."""
         return np.flatnonzero(self.arrays["reasons"] == "")
 
@@ -44,14 +44,14 @@ class Measured:
         return number_dialogs(self.arrays["keys"].tolist())
 
     @cached_property
-    def dialogs_of_drawn(self) -> NDArray[np.int64]:
+    def dialogs_of_generated(self) -> NDArray[np.int64]:
         """The number of each generated image's dialog."""
-        return self.dialogs[self.drawn]
+        return self.dialogs[self.generated]
 
     @cached_property
     def num_dialogs(self) -> int:
         """The number of dialogs with any generated image."""
-        return len(np.unique(self.dialogs_of_drawn))
+        return len(np.unique(self.dialogs_of_generated))
 
     @property
     def failures(self) -> dict[str, int]:
@@ -62,25 +62,25 @@ class Measured:
     @property
     def sources(self) -> list[str]:
         """The distinct sources of the images: `memory`, or format and size of their files."""
-        return sorted(set(self.arrays["sources"][self.drawn].tolist()))
+        return sorted(set(self.arrays["sources"][self.generated].tolist()))
 
     @cached_property
     def clip_i(self) -> NDArray[np.float64]:
         """100 times the cosine of each generated image to its reference image."""
-        return _cosines(self.arrays["embeddings"], self.arrays["real_embeddings"][self.drawn])
+        return _cosines(self.arrays["embeddings"], self.arrays["real_embeddings"][self.generated])
 
     @cached_property
     def clip_t(self) -> NDArray[np.float64] | None:
         """100 times the cosine of each generated image to its whole dialog."""
         text = self.arrays.get("text_embeddings")
-        return None if text is None else _cosines(self.arrays["embeddings"], text[self.drawn])
+        return None if text is None else _cosines(self.arrays["embeddings"], text[self.generated])
 
     @cached_property
     def ranks(self) -> NDArray[np.int64]:
         """The rank of each generated image's reference image among negatives."""
         return retrieval_ranks(
             self.arrays["keys"].tolist(),
-            self.drawn,
+            self.generated,
             self.arrays["embeddings"],
             self.arrays["real_embeddings"],
             self.listed.of_instances if self.listed else None,

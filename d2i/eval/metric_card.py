@@ -44,18 +44,18 @@ def _system(request: EvalRequest) -> dict[str, Any]:
         "seed": sample.seed,
         "compute_batch_size": sample.compute_batch_size,
     }
-    drawn_by = spec.inner or spec
-    if drawn_by.kind in ("diffusers", "unclip"):
-        card |= {"precision": sample.precision, "adapter": _adapter(drawn_by)}
+    generator = spec.inner or spec
+    if generator.kind in ("diffusers", "unclip"):
+        card |= {"precision": sample.precision, "adapter": _adapter(generator)}
     if spec.network:
         card["changed_sizes"] = _changed_sizes(spec.network)
     if spec.run_dir:
         card |= describe_training(spec.run_dir)
     elif spec.network:
         card["initial_weights"] = describe_initial_weights(spec.network)
-    if drawn_by.kind == "run":
+    if generator.kind == "run":
         card["weights_kind"] = sample.weights
-    if drawn_by.network is None:
+    if generator.network is None:
         return card | _of_pipeline(request)
     return card | {
         "sampler": sample.sampler,
@@ -97,7 +97,7 @@ def _data(request: EvalRequest, reader: ShardReader, measured: Measured) -> dict
         "manifest_sha256": manifest.sha256,
         "instances_sha256": hashlib.sha256(keys.encode()).hexdigest(),
         "expected": manifest.num_samples + sum(manifest.failures.values()),
-        "found": len(measured.drawn),
+        "found": len(measured.generated),
         "failures": dict(manifest.failures) | measured.failures,
         "negatives": "as the corpus lists them" if measured.listed else "by key hash",
         "drawn_at": recipe.image.resolution,

@@ -18,7 +18,7 @@ _NONE = np.empty(0, np.int64)
 
 def retrieval_ranks(
     keys: Sequence[str],
-    drawn: NDArray[np.int64],
+    generated: NDArray[np.int64],
     embeddings: NDArray[np.float32],
     real_embeddings: NDArray[np.float32],
     listed: Sequence[NDArray[np.int64]] | None = None,
@@ -33,7 +33,7 @@ def retrieval_ranks(
 
     Args:
         keys: N instance keys.
-        drawn: (M,) the indices of the instances that have a generated image.
+        generated: (M,) the indices of the instances that have a generated image.
         embeddings: (M, E) CLIP embeddings of the generated images.
         real_embeddings: (N, E) CLIP embeddings of the reference images.
         listed: For each of N instances the indices of its listed negatives; None without lists.
@@ -44,8 +44,8 @@ def retrieval_ranks(
     """
     fake, real = _unit(embeddings), _unit(real_embeddings)
     image_of = _number_images(real_embeddings)
-    ranks = np.empty(len(drawn), np.int64)
-    for row, index in enumerate(drawn.tolist()):
+    ranks = np.empty(len(generated), np.int64)
+    for row, index in enumerate(generated.tolist()):
         if row % _NUM_ROWS == 0:
             similarities = fake[row : row + _NUM_ROWS] @ real.T
         given = _NONE if listed is None else listed[index]

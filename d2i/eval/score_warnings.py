@@ -33,7 +33,7 @@ def score_warnings(
         resolution: The side in pixels at which the images were measured.
         num_resampled: The number of instances that intervals are computed from.
     """
-    num_drawn, keys = len(measured.drawn), measured.arrays["keys"]
+    num_drawn, keys = len(measured.generated), measured.arrays["keys"]
     yield from _fid_warnings(measured)
     yield from _inception_warnings(scores, num_drawn)
     yield from _recall_warnings(int(scores["num_negatives"] or 0))

@@ -43,9 +43,9 @@ def score(measured: Measured, resolution: int) -> dict[str, Any]:
     Raises:
         DataError: If fewer than two images were generated, or a value is not finite.
     """
-    if len(measured.drawn) < _MIN_IMAGES:
+    if len(measured.generated) < _MIN_IMAGES:
         raise DataError(
-            f"got {len(measured.drawn)} pictures for {len(measured.arrays['keys'])} instances "
+            f"got {len(measured.generated)} pictures for {len(measured.arrays['keys'])} instances "
             f"({counted(measured.failures)}); expected at least {_MIN_IMAGES}; see "
             "instances.jsonl"
         )
@@ -66,7 +66,7 @@ def score(measured: Measured, resolution: int) -> dict[str, Any]:
 
 def instance_rows(measured: Measured) -> Iterator[dict[str, Any]]:
     """Yield a row per instance: its key, with its image's scores or the reason for having none."""
-    places = {index: place for place, index in enumerate(measured.drawn.tolist())}
+    places = {index: place for place, index in enumerate(measured.generated.tolist())}
     for index, (key, reason) in enumerate(
         zip(measured.arrays["keys"].tolist(), measured.arrays["reasons"].tolist(), strict=True)
     ):
@@ -85,7 +85,7 @@ def _scores(arrays: Arrays, measured: Measured, paired: PairedMmd | None) -> Sco
         arrays["real_features"],
         arrays["features"],
         arrays.get("logits"),
-        arrays["real_embeddings"][measured.drawn],
+        arrays["real_embeddings"][measured.generated],
         arrays["embeddings"],
         seed=_SEED,
     )
@@ -98,7 +98,7 @@ def _scores(arrays: Arrays, measured: Measured, paired: PairedMmd | None) -> Sco
         "num_negatives": min(NUM_NEGATIVES, len(measured.dialogs) - 1),
         "num_dialogs": measured.num_dialogs,
     }
-    return found | dict.fromkeys(_constant(found, len(measured.drawn)))
+    return found | dict.fromkeys(_constant(found, len(measured.generated)))
 
 
 def _constant(scores: Scores, num_drawn: int) -> Iterator[str]:
@@ -116,13 +116,13 @@ class _Part:
     Args:
         instances: Their indices, in order.
         places: Positions of those with a generated image among all instances that have one.
-        drawn: Positions of the same instances in `instances`.
+        generated: Positions of the same instances in `instances`.
         scale: Factor from a deviation over these dialogs to one over all dialogs.
     """
 
     instances: NDArray[np.int64]
     places: NDArray[np.int64]
-    drawn: NDArray[np.int64]
+    generated: NDArray[np.int64]
     scale: float
 
 
@@ -137,14 +137,16 @@ def _choose_part(measured: Measured) -> _Part:
         instances = np.flatnonzero(np.isin(measured.dialogs, chosen))
         # A deviation falls with the square root of the number of dialogs.
         scale = float(np.sqrt(len(chosen) / len(sizes)))
-    places = np.flatnonzero(np.isin(measured.drawn, instances))
-    drawn = np.searchsorted(instances, measured.drawn[places])
-    return _Part(instances, places, drawn, scale)
+    places = np.flatnonzero(np.isin(measured.generated, instances))
+    generated = np.searchsorted(instances, measured.generated[places])
+    return _Part(instances, places, generated, scale)
 
 
 def _paired_kid(arrays: Arrays, measured: Measured, part: _Part) -> PairedMmd | None:
-    real = arrays["real_features"][measured.drawn[part.places]]
-    return paired_mmd(real, arrays["features"][part.places], measured.dialogs_of_drawn[part.places])
+    real = arrays["real_features"][measured.generated[part.places]]
+    return paired_mmd(
+        real, arrays["features"][part.places], measured.dialogs_of_generated[part.places]
+    )
 
 
 def _deviations(
@@ -158,7 +160,7 @@ def _deviations(
     def of_distance(real: str, fake: str) -> float:
         of_real, of_fake = fid_influences(arrays[real][part.instances], arrays[fake][part.places])
         contributions = of_real / len(of_real)
-        contributions[part.drawn] += of_fake / len(of_fake)
+        contributions[part.generated] += of_fake / len(of_fake)
         return part.scale * total_deviation(contributions, measured.dialogs[part.instances])
 
     found = {
@@ -168,7 +170,7 @@ def _deviations(
     if scores["is"] is not None:
         splits = int(scores["is_splits"] or 1)
         moved = inception_influences(arrays["logits"], splits, _SEED)
-        found["is"] = total_deviation(moved / len(moved), measured.dialogs_of_drawn)
+        found["is"] = total_deviation(moved / len(moved), measured.dialogs_of_generated)
     return found
 
 
@@ -200,7 +202,7 @@ class _Evidence:
         hits = {f"recall_{k}": measured.ranks <= k for k in RECALLS}
         logits = measured.arrays.get("logits")
         num_classes = None if logits is None else logits.shape[1]
-        return cls(deviations, means, hits, measured.dialogs_of_drawn, num_classes, part)
+        return cls(deviations, means, hits, measured.dialogs_of_generated, num_classes, part)
 
     def ends(self, spec: MetricSpec, value: float) -> Ends | None:
         """Return the interval of a score, of the kind that `spec` names, clipped to its bounds."""

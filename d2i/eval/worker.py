@@ -142,7 +142,7 @@ class EvalWorker:
         generations: Sequence[Generation],
         images: dict[str, NDArray[np.uint8]],
     ) -> dict[str, NDArray[Any]]:
-        drawn = self._measurer.measure_drawn(np.stack([*images.values()])) if images else {}
+        drawn = self._measurer.measure_generated(np.stack([*images.values()])) if images else {}
         lines = [self._prompts.read_dialog(index) for index in task.indices]
         return {
             "keys": np.array(keys),

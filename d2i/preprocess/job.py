@@ -75,7 +75,7 @@ class PreprocessRequest:
     exclude: str | None = None
     retry_failed: bool = False
     reuse: str | None = None
-    access: NetworkPolicy = PUBLIC_NETWORK
+    network_policy: NetworkPolicy = PUBLIC_NETWORK
     num_workers: int | None = None
     num_fetchers: int | None = None
     ray_address: str | None = None
@@ -333,9 +333,9 @@ def _images(request: PreprocessRequest) -> ImageSource:
     return ImageSource(
         request.recipe.corpus.image_root or source_folder(storage.resolve(request.source)),
         fetch,
-        request.access,
+        request.network_policy,
         create_shared_limiter(
-            build_rate_limiter(fetch, request.access), num_workers=request.num_workers
+            build_rate_limiter(fetch, request.network_policy), num_workers=request.num_workers
         ),
     )
 

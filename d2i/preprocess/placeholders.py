@@ -63,11 +63,11 @@ def placeholders_of(split_url: str, num_same: int) -> frozenset[str]:
         return frozenset()
     found: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="d2i-same-") as scratch:
-        with HashPartitions(Path(scratch) / "pictures.arrow", _HASH) as dealt:
+        with HashPartitions(Path(scratch) / "pictures.arrow", _HASH) as partitions:
             columns = ["sha256", "image", "final_url"]
             for _, table in ledger_tables(split_url, columns, shards=committed_names(split_url)):
-                dealt.add(_asked_images(table))
-        for part in dealt.buckets():
+                partitions.add(_asked_images(table))
+        for part in partitions.buckets():
             counts = part.group_by("sha256").aggregate([("image", "count_distinct")])
             many = counts.filter(pc.greater_equal(counts["image_count_distinct"], num_same))
             found.update(many["sha256"].to_pylist())

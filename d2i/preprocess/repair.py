@@ -64,7 +64,7 @@ class RepairRequest:
     """
 
     folder: str
-    access: NetworkPolicy = PUBLIC_NETWORK
+    network_policy: NetworkPolicy = PUBLIC_NETWORK
     num_workers: int | None = None
     num_fetchers: int | None = None
     ray_address: str | None = None
@@ -232,9 +232,10 @@ class _RepairedSet:
         images = ImageSource(
             recipe.corpus.image_root or source_folder(job.source()),
             recipe.fetch,
-            request.access,
+            request.network_policy,
             create_shared_limiter(
-                build_rate_limiter(recipe.fetch, request.access), num_workers=request.num_workers
+                build_rate_limiter(recipe.fetch, request.network_policy),
+                num_workers=request.num_workers,
             ),
         )
         tally = create_shared(Tally(), num_workers=request.num_workers)

@@ -90,12 +90,12 @@ def _is_peer_failure(error: Exception) -> bool:
 
 
 def _peer_failure(run_url: str, ranks: Ranks, hosts: Sequence[str]) -> D2IError:
-    gone = ranks.missing_ranks()
+    ended = ranks.missing_ranks()
     speaks = ranks.claim_report()
     if speaks is None:
         # The first rank, which holds the store, is gone: the lowest rank on each host reports.
         speaks = ranks.rank == min(r for r in range(1, len(hosts)) if hosts[r] == hosts[ranks.rank])
-    return lost_ranks(gone, hosts, run_url) if speaks else AlreadyReportedError()
+    return lost_ranks(ended, hosts, run_url) if speaks else AlreadyReportedError()
 
 
 _NUM_SHOWN = 8
@@ -187,9 +187,9 @@ def explain_error(error: BaseException, run_url: str, config: TrainConfig) -> D2
     return None
 
 
-def lost_ranks(gone: Sequence[int], hosts: Sequence[str], run_url: str) -> D2IError:
+def lost_ranks(ended: Sequence[int], hosts: Sequence[str], run_url: str) -> D2IError:
     """Return an error that names the ranks that no longer respond."""
-    named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in gone) or "no rank by its end"
+    named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ended) or "no rank by its end"
     return RankError(
         f"{named} ended, the others cannot go on; expected {len(hosts)} ranks; see its own line or "
         f"that host's log (out of memory, or killed) and {resume_hint(run_url)}"

@@ -52,9 +52,9 @@ class Ranks:
 
     def broadcast_from_first(self, number: int) -> int:
         """Return the first rank's number on every rank."""
-        told = torch.tensor(number, dtype=torch.int64)
-        torch.distributed.broadcast(told, src=0, group=self.control)
-        return int(told)
+        reported = torch.tensor(number, dtype=torch.int64)
+        torch.distributed.broadcast(reported, src=0, group=self.control)
+        return int(reported)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum a CPU tensor over all ranks; every rank must call this."""
@@ -112,9 +112,9 @@ class Ranks:
     def is_reported(self, wait_s: float = _WAIT_S) -> bool | None:
         """Return whether a rank claims the report within `wait_s`; None if the store is gone."""
         deadline = time.monotonic() + wait_s
-        while not (told := _query_store(lambda store: store.check([_TOLD]))):
-            if told is None or time.monotonic() > deadline:
-                return told
+        while not (reported := _query_store(lambda store: store.check([_TOLD]))):
+            if reported is None or time.monotonic() > deadline:
+                return reported
             time.sleep(_POLL_S)
         return True
 
@@ -130,8 +130,8 @@ class Ranks:
             time.sleep(wait_s)
             return [r for r in range(self.world_size) if not store.check([str(r)])]
 
-        gone = _query_store(missing)
-        return [0] if gone is None else gone
+        ended = _query_store(missing)
+        return [0] if ended is None else ended
 
     def hosts(self) -> list[str]:
         """Return the host of every rank, by rank; every rank must call this."""

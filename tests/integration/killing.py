@@ -56,7 +56,7 @@ def request_of(values: dict[str, Any], **changes: Any) -> PreprocessRequest:
         values["source"],
         values["out"],
         resolve_recipe("demo", values["settings"]),
-        access=NetworkPolicy(frozenset({values["host"]})),
+        network_policy=NetworkPolicy(frozenset({values["host"]})),
         **options,
     )
 

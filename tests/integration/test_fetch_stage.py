@@ -46,7 +46,7 @@ def test_workers_killed_on_ray_change_nothing(tmp_path: Path, settings: list[str
     with running(WebServer("127.0.0.1", answers | {"/gone": sends(b"", 404)})) as web:
         source = write_chats(tmp_path / "chats", chats_of(web))
         recipe = resolve_recipe("demo", [*settings, *NUM_PER_SHARD][1::2])
-        access = NetworkPolicy(frozenset({f"127.0.0.1:{web.port}"}))
+        network_policy = NetworkPolicy(frozenset({f"127.0.0.1:{web.port}"}))
 
         def result(name: str, fault: Fault | None, num_workers: int) -> Any:
             out = tmp_path / name
@@ -56,7 +56,7 @@ def test_workers_killed_on_ray_change_nothing(tmp_path: Path, settings: list[str
                     str(source),
                     str(out),
                     recipe,
-                    access=access,
+                    network_policy=network_policy,
                     num_workers=num_workers,
                     fault=fault,
                 ),

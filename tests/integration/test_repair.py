@@ -197,15 +197,15 @@ def test_only_lost_pictures_are_asked_for_again(tmp_path: Path, settings: list[s
         urls = {f"c{n}": [f"http://{host}/{n}"] for n in range(9)}
         source, out = write_chats(tmp_path / "chats", urls), tmp_path / "data"
         recipe = resolve_recipe("demo", [*settings, *NUM_PER_SHARD][1::2])
-        access = NetworkPolicy(frozenset({host}))
+        network_policy = NetworkPolicy(frozenset({host}))
         job = PreprocessRequest(
-            "jsonl", str(source), str(out), recipe, access=access, num_workers=0
+            "jsonl", str(source), str(out), recipe, network_policy=network_policy, num_workers=0
         )
         run_job(job, lambda _: None)
         web.answers.update(answers)
         run_job(replace(job, retry_failed=True), lambda _: None)
         good, ledger = contents(out), read_ledger(str(out / "test"))
-        request = RepairRequest(str(out / "test"), access=access, num_workers=0)
+        request = RepairRequest(str(out / "test"), network_policy=network_policy, num_workers=0)
 
         web.asked.clear()
         break_sample(out, 3)

@@ -37,7 +37,7 @@ def test_new_text_for_old_pictures(tmp_path: Path, settings: list[str]) -> None:
             str(write_chats(tmp_path / "chats", urls)),
             str(tmp_path / "old"),
             recipe,
-            access=NetworkPolicy(frozenset({host})),
+            network_policy=NetworkPolicy(frozenset({host})),
             num_workers=0,
         )
         spaced = change_recipe(recipe, ["text.strategy=space", "text.num_windows=2"])

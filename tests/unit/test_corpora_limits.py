@@ -171,12 +171,12 @@ def test_no_name_of_a_picture_leads_a_mirror_elsewhere(tmp_path: Path) -> None:
     ) as s:
         host = f"127.0.0.1:{s.port}"
         config = FetchConfig(mirror=f"http://{host}/pub/{{path}}")
-        access = NetworkPolicy(allow_hosts=frozenset({host}))
+        network_policy = NetworkPolicy(allow_hosts=frozenset({host}))
         mirror = ImageSource(
             "",
             config,
-            access,
-            create_shared_limiter(build_rate_limiter(config, access), num_workers=0),
+            network_policy,
+            create_shared_limiter(build_rate_limiter(config, network_policy), num_workers=0),
         )
         found = dict(mirror.fetch(refs, lambda ref, one: (ref.value[0], one.data)))
         assert found == dict.fromkeys(names[:3]) | {"50%.jpg": JPEG}

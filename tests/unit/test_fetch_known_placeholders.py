@@ -41,9 +41,9 @@ def test_the_next_address_is_asked_after_a_placeholder(tmp_path: Path) -> None:
     answers = {"/grey": lambda h: h.send(200, GREY), "/good": lambda h: h.send(200, GOOD)}
     with running(WebServer("127.0.0.1", answers)) as web:
         host = f"127.0.0.1:{web.port}"
-        access = NetworkPolicy(allowed_hosts([host]), "127.0.0.1")
+        network_policy = NetworkPolicy(allowed_hosts([host]), "127.0.0.1")
         book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
-        source = ImageSource(str(tmp_path), config, access, book)
+        source = ImageSource(str(tmp_path), config, network_policy, book)
         both = ImageRef("urls", (f"http://{host}/grey", f"http://{host}/good"))
         only = ImageRef("urls", (f"http://{host}/grey",))
         file = ImageRef("file", ("grey.jpg",))

@@ -38,12 +38,12 @@ def refs_of(folder: Path) -> list[ImageRef]:
 
 
 def asked_of_mirror(
-    template: str, access: NetworkPolicy, *paths: str
+    template: str, network_policy: NetworkPolicy, *paths: str
 ) -> tuple[list[str], str | None]:
     """Return the reason of each file that a mirror is asked for, and what trouble is seen."""
     config = FetchConfig(mirror=template, num_threads=2)
-    book = create_shared_limiter(build_rate_limiter(config, access), num_workers=0)
-    source = ImageSource("/nowhere", config, access, book)
+    book = create_shared_limiter(build_rate_limiter(config, network_policy), num_workers=0)
+    source = ImageSource("/nowhere", config, network_policy, book)
     refs = [ImageRef("file", (path,)) for path in paths]
     found = dict(source.fetch(refs, lambda ref, fetched: (ref, fetched.reason)))
     return [found[ref] for ref in refs], source.outage_reason()
@@ -53,10 +53,10 @@ def test_a_mirror_is_asked_by_name_and_never_above_its_place() -> None:
     answers = dict.fromkeys(("/p/train/1.jpg", "/p/a%2520b"), lambda h: h.send(200, b"GIF89a"))
     with running(WebServer("127.0.0.1", answers)) as web:
         host = f"127.0.0.1:{web.port}"
-        access = NetworkPolicy(frozenset([host]))
+        network_policy = NetworkPolicy(frozenset([host]))
         paths = ("train/1.jpg", "a%20b", "gone.jpg", "../secret", "a/../../secret")
-        found = asked_of_mirror(f"http://{host}/p/{{path}}", access, *paths)
-        by_key = asked_of_mirror(f"http://{host}/p/{{key}}/x", access, "...jpg")
+        found = asked_of_mirror(f"http://{host}/p/{{path}}", network_policy, *paths)
+        by_key = asked_of_mirror(f"http://{host}/p/{{key}}/x", network_policy, "...jpg")
     assert found == (["ok", "ok", "http_404", "bad_url", "bad_url"], None)
     assert by_key == (["bad_url"], None)
     assert set(web.asked) == {*answers, "/p/gone.jpg"}
@@ -64,8 +64,10 @@ def test_a_mirror_is_asked_by_name_and_never_above_its_place() -> None:
 
 def test_a_mirror_that_is_not_there_is_trouble_and_not_many_dead_pictures() -> None:
     with running(name_server(Names({}))) as dns:
-        access = NetworkPolicy(dns_server=f"127.0.0.1:{dns.server_address[1]}")
-        _, trouble = asked_of_mirror("http://misspelt.test/{path}", access, "1.jpg", "2.jpg")
+        network_policy = NetworkPolicy(dns_server=f"127.0.0.1:{dns.server_address[1]}")
+        _, trouble = asked_of_mirror(
+            "http://misspelt.test/{path}", network_policy, "1.jpg", "2.jpg"
+        )
     assert "the mirror misspelt.test:80 could not be reached" in str(trouble)
 
 

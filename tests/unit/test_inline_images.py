@@ -85,9 +85,9 @@ def test_an_image_that_was_lost_or_damaged_is_no_fault_of_the_picture(
         path.write_bytes(content(1))
     elif damage == "longer":
         path.write_bytes(content(0) + b"x")
-    config, access = FetchConfig(), NetworkPolicy()
-    books = create_shared_limiter(build_rate_limiter(config, access), num_workers=0)
-    source = ImageSource(str(tmp_path / "chats"), config, access, books)
+    config, network_policy = FetchConfig(), NetworkPolicy()
+    books = create_shared_limiter(build_rate_limiter(config, network_policy), num_workers=0)
+    source = ImageSource(str(tmp_path / "chats"), config, network_policy, books)
     (found,) = source.fetch(
         [ImageRef("inline", (f"inline:{name}",))],
         lambda _, fetched: fetched,

@@ -175,13 +175,13 @@ def _by_place(system: str, target: str, weights: str | None, recipe: Recipe) -> 
 
 
 def _divter(system: str, target: str, weights: str | None, recipe: Recipe) -> SystemSpec:
-    describer, comma, drawn_by = target.partition(",")
+    describer, comma, generator = target.partition(",")
     if not comma:
         raise ConfigError(
             f"--system {system}: expected divter:DIR,SYSTEM: the description generator's folder, "
             "and the system that draws what it describes"
         )
-    inner = _parse(drawn_by, weights, recipe)
+    inner = _parse(generator, weights, recipe)
     folder = storage.absolute(describer)
     name = f"divter:{folder},{inner.name}"
     return SystemSpec(name, _LABELS["divter"], "divter", folder, inner=inner)

@@ -44,7 +44,7 @@ class Downloader:
 
     Args:
         limits: Time and size limits of one URL.
-        courtesy: When to retry a busy host.
+        retry_policy: When to retry a busy host.
         route: Transport to the hosts.
         hosts: Rate limiter that all workers share.
         placeholders: Known placeholder images.
@@ -53,7 +53,7 @@ class Downloader:
     """
 
     limits: Limits
-    courtesy: RetryPolicy
+    retry_policy: RetryPolicy
     route: Transport
     hosts: ShardedRateLimiter
     placeholders: KnownPlaceholders
@@ -72,8 +72,8 @@ class Downloader:
         failure = FetchResult(None, "no_address", "the instance names no address", attempts=0)
         attempts = 0
         for address in addresses:
-            visit = _Download(self, address, deadline)
-            found = visit.fetch(attempts)
+            download = _Download(self, address, deadline)
+            found = download.fetch(attempts)
             if found.data is not None:
                 return found
             attempts = found.attempts
@@ -102,7 +102,7 @@ class _Download:
                 _check_answer(answer, self.fetcher.placeholders)
             except FetchError as err:
                 attempts += bool(self.asked)
-                if attempt < self.fetcher.courtesy.num_attempts and self._is_worth_waiting(err):
+                if attempt < self.fetcher.retry_policy.num_attempts and self._is_worth_waiting(err):
                     continue
                 final_url = err.final_url or self.address
                 return FetchResult(None, err.reason, str(err), attempts, err.status, final_url)
@@ -113,7 +113,7 @@ class _Download:
         wait_s = _retry_after_s(error)
         return (
             error.status in _BUSY
-            and wait_s <= self.fetcher.courtesy.max_retry_after_s
+            and wait_s <= self.fetcher.retry_policy.max_retry_after_s
             and time.monotonic() + wait_s < self.deadline
         )
 

@@ -39,8 +39,8 @@ class ShardedRateLimiter:
 
     def outage_reason(self, *, of_names: bool) -> str | None:
         """Return why this machine's own network seems to be down, or None; see `detect_outage`."""
-        signs = [limiter.call("network_health", of_names=of_names) for limiter in self.limiters]
-        return detect_outage(signs, self.num_trouble_hosts, of_names=of_names)
+        reports = [limiter.call("network_health", of_names=of_names) for limiter in self.limiters]
+        return detect_outage(reports, self.num_trouble_hosts, of_names=of_names)
 
 
 def create_shared_limiter(limiter: RateLimiter, *, num_workers: int | None) -> ShardedRateLimiter:
@@ -82,7 +82,7 @@ class NetworkHealth:
 
 
 def detect_outage(
-    signs: Sequence[NetworkHealth], window: int, *, of_names: bool = False
+    reports: Sequence[NetworkHealth], window: int, *, of_names: bool = False
 ) -> str | None:
     """Return why this machine's own network, rather than dead hosts, seems to be at fault, or None.
 
@@ -90,15 +90,17 @@ def detect_outage(
     dead ones fail, so a shard always ends with dead hosts.
 
     Args:
-        signs: From all shards.
+        reports: From all shards.
         window: Number of different hosts, requested last, that are judged; 0: none are.
         of_names: Report an outage only if all failures are failed lookups of host names.
     """
-    for of_limiter in signs:
+    for of_limiter in reports:
         if of_limiter.lost:
             return of_limiter.lost
     latest = heapq.merge(
-        *(of_limiter.contacts for of_limiter in signs), key=lambda contact: contact[0], reverse=True
+        *(of_limiter.contacts for of_limiter in reports),
+        key=lambda contact: contact[0],
+        reverse=True,
     )
     contacts = [outcome for _, outcome in itertools.islice(latest, window)]
     if not contacts or (of_names and "unreached" in contacts):

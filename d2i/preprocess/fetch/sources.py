@@ -65,13 +65,13 @@ class ImageSource:
         image_root: Directory (any fsspec URL) that `file` references are relative to, or tars
             (`d2i.image_files`).
         config: The limits.
-        access: Private hosts that may be requested, the DNS server, the proxy.
+        network_policy: Private hosts that may be requested, the DNS server, the proxy.
         hosts: Rate limiter that all workers share.
     """
 
     image_root: str
     config: FetchConfig
-    access: NetworkPolicy
+    network_policy: NetworkPolicy
     hosts: ShardedRateLimiter
 
     def fetch(
@@ -208,12 +208,12 @@ class ImageSource:
             connect_timeout_s=config.connect_timeout_s,
             body=BodyLimits(self._max_bytes(), config.min_rate_kib_s * 2**10),
             user_agent=user_agent(config.contact),
-            allow_hosts=self.access.allow_hosts,
+            allow_hosts=self.network_policy.allow_hosts,
         )
-        courtesy = RetryPolicy(config.num_attempts, config.max_retry_after_s)
+        retry_policy = RetryPolicy(config.num_attempts, config.max_retry_after_s)
         return Downloader(
             limits,
-            courtesy,
+            retry_policy,
             self._route(),
             self.hosts,
             self._placeholders(),
@@ -224,9 +224,9 @@ class ImageSource:
         return KnownPlaceholders(frozenset(self.config.placeholder_sha256))
 
     def _route(self) -> Transport:
-        if self.access.proxy is not None:
-            return ProxyTransport(self.access.proxy)
-        return DirectTransport(_resolver(self.access.dns_server))
+        if self.network_policy.proxy is not None:
+            return ProxyTransport(self.network_policy.proxy)
+        return DirectTransport(_resolver(self.network_policy.dns_server))
 
     def _max_bytes(self) -> int:
         return self.config.max_image_bytes
@@ -242,7 +242,9 @@ def _resolver(server: str | None) -> Resolver:
     return Resolver(server)
 
 
-def build_rate_limiter(config: FetchConfig, access: NetworkPolicy = PUBLIC_NETWORK) -> RateLimiter:
+def build_rate_limiter(
+    config: FetchConfig, network_policy: NetworkPolicy = PUBLIC_NETWORK
+) -> RateLimiter:
     """Return the rate limiter of a new job.
 
     Raises:
@@ -255,7 +257,9 @@ def build_rate_limiter(config: FetchConfig, access: NetworkPolicy = PUBLIC_NETWO
         config.max_retry_after_s,
         config.num_trouble_hosts,
     )
-    return RateLimiter(limits, config.mirror and mirror_host(config.mirror, access.allow_hosts))
+    return RateLimiter(
+        limits, config.mirror and mirror_host(config.mirror, network_policy.allow_hosts)
+    )
 
 
 def user_agent(contact: str | None) -> str:

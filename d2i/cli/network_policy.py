@@ -25,7 +25,7 @@ ProxyOption = Annotated[
 ]
 
 
-def access_of(
+def network_policy_of(
     allow_host: list[str] | None, dns_server: str | None, proxy: str | None
 ) -> NetworkPolicy:
     """Read the three options.
