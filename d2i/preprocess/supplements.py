@@ -1,7 +1,8 @@
 """Retry of transient failures: supplement shards beside the committed ones.
 
-Committed shards are never rewritten. The instances with a transient failure are planned into new
-shards, numbered after the planned ones; their outcomes replace their rows in the ledger.
+The shards of a finished data set are not rewritten. The instances with a transient failure are
+planned into new shards, numbered after the planned ones; their outcomes replace their rows in the
+ledger.
 """
 
 from __future__ import annotations

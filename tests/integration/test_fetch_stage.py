@@ -120,7 +120,7 @@ def test_equal_files_are_no_placeholders(tmp_path: Path, settings: list[str]) ->
 
 STREAM = """
 import json, resource, sys
-from d2i.cluster import share
+from d2i.cluster import create_shared
 from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
 from d2i.preprocess.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
@@ -134,7 +134,7 @@ recipe = resolve_recipe("demo", ["image.resolution=256", "preprocess.num_samples
 make_plan(PlanRequest("jsonl", source, "test", recipe), out)
 hosts = create_shared_limiter(build_rate_limiter(recipe.fetch), num_workers=0)
 pictures = ImageSource(source, recipe.fetch, PUBLIC_NETWORK, hosts)
-worker = FetchWorkerBuilder(pictures, recipe, share(Tally(), num_workers=0))()
+worker = FetchWorkerBuilder(pictures, recipe, create_shared(Tally(), num_workers=0))()
 num = sum(len(block) for block in worker.stream(ShardTask(out, 0)))
 print(json.dumps([num, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 """
