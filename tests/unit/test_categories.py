@@ -150,7 +150,7 @@ def test_score_categories_uses_draws_or_whole_small_category() -> None:
     assert num_in_two(MEMBERS) == 10
 
 
-def test_score_categories_ignores_data_order() -> None:
+def test_score_categories_ignores_row_order() -> None:
     def values(scores: list[CategoryScores]) -> list[Any]:
         return [pytest.approx(s.fid) for s in scores] + [pytest.approx(s.is_std) for s in scores]
 

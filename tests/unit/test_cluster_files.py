@@ -59,7 +59,7 @@ def pins() -> dict[str, str]:
 
 
 def forbid_unknown_fields(schema: Any) -> Any:
-    """Return the schema without unknown fields, which Kubernetes would drop silently."""
+    """Return the schema closed to unknown fields, which Kubernetes would drop silently."""
     if isinstance(schema, list):
         return [forbid_unknown_fields(part) for part in schema]
     if not isinstance(schema, dict):
@@ -141,7 +141,7 @@ def test_pods_are_valid_and_run_unprivileged(cluster: dict[str, Any]) -> None:
         kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
         assert template["spec"]["securityContext"]["runAsNonRoot"] is True
         assert template["spec"]["serviceAccountName"] == "d2i"
-        assert template["metadata"]["labels"] == {"app": "d2i"}, "who the network policy fences"
+        assert template["metadata"]["labels"] == {"app": "d2i"}, "selected by the network policy"
         for container in template["spec"]["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             variables = {variable["name"] for variable in container.get("env", [])}
