@@ -26,7 +26,7 @@ DIRECTORIES = ("preprocess", "train", "eval", "cluster", "benchmarks")
 
 # May lack an import: DeepSpeed's builder calls ninja, open_clip brings CLIP's vocabulary, and
 # torch writes its events through tensorboard.
-NOT_IMPORTED = {"img2dataset", "ninja", "open-clip-torch", "tensorboard", "webdataset"}
+NOT_IMPORTED = {"ninja", "open-clip-torch", "tensorboard", "webdataset"}
 
 
 def programs() -> list[Path]:
