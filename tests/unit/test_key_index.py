@@ -14,13 +14,13 @@ from d2i.preprocess.key_index import KeyIndex
 LARGEST = 2 ** (sys.hash_info.width - 1) - 1
 
 
-@pytest.mark.parametrize("hashed", [hash, len, lambda key: LARGEST - len(key) % 2])
-@given(keys=st.lists(st.text("abc", max_size=3), unique=True), asked=st.text("abc", max_size=3))
+@pytest.mark.parametrize("hash_function", [hash, len, lambda key: LARGEST - len(key) % 2])
+@given(keys=st.lists(st.text("abc", max_size=3), unique=True), query=st.text("abc", max_size=3))
 def test_key_index_finds_keys_despite_hash_collisions(
-    hashed: object, keys: list[str], asked: str
+    hash_function: object, keys: list[str], query: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(key_index, "hash", hashed, raising=False)
+        patch.setattr(key_index, "hash", hash_function, raising=False)
         index = KeyIndex(keys)
         assert [index.find(key) for key in keys] == list(range(len(keys)))
-        assert index.find(asked) == (keys.index(asked) if asked in keys else None)
+        assert index.find(query) == (keys.index(query) if query in keys else None)

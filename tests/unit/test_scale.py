@@ -127,7 +127,7 @@ def test_failures_only_add_time(failure_share: str) -> None:
         assert time_of(name, worse, NUM, 4) >= 0.999 * time_of(name, COSTS, NUM, 4)
 
 
-# 128 ranks cannot share UniDiffuser's batch size.
+# 128 ranks cannot divide UniDiffuser's batch evenly.
 NAMES_AND_NODES = [(n, k) for n in CASES for k in (1, 4, 16) if (n, k) != ("train-unidiffuser", 16)]
 
 

@@ -511,7 +511,7 @@ def test_figure_5_shows_deviation_over_draws(study: Study) -> None:
     assert (fid[0]["value"], fid[0]["deviation"], fid[0]["low"]) == ("200.0", "3.0", "")
     clip_i = [line for line in lines if line["column"] == "CLIP-I"]
     assert (clip_i[0]["low"], clip_i[0]["high"]) == ("98.5", "100.0")
-    # One row for each system.
+    # One row for each system, with its full label.
     assert len({line["row"] for line in fid}) == len(fid) == 6
     source = study.write("tables.md")
     assert "200.00 ± 3.00" in source

@@ -86,7 +86,7 @@ def test_tar_index_is_cached_and_rebuilt_for_changed_tar(tmp_path: Path, cache: 
     assert read_image(str(path), "1.jpg", MAX_BYTES) == b"two"
 
 
-def test_ambiguous_member_name_is_rejected_unless_one_is_exact(tmp_path: Path) -> None:
+def test_ambiguous_member_name_with_other_content_is_rejected(tmp_path: Path) -> None:
     members = [("train/1.jpg", b"one"), ("test/1.jpg", b"one")]
     members += [("train/2.jpg", b"two"), ("test/2.jpg", b"other"), ("2.jpg", b"plain")]
     members += [("train/3.jpg", b"three"), ("test/3.jpg", b"other")]

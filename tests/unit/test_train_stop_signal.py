@@ -38,7 +38,7 @@ def test_stop_signal_during_startup_stops_after_first_step(single_rank: Ranks) -
     stop.close()
 
 
-def test_training_loop_does_not_stop_without_signal(single_rank: Ranks) -> None:
+def test_stop_is_not_agreed_without_signal(single_rank: Ranks) -> None:
     stop = StopSignal(single_rank)
     assert [stop.is_agreed() for _ in range(3)] == [False] * 3
     stop.close()
