@@ -98,7 +98,7 @@ class Backbone:
 
     @property
     def is_joint(self) -> bool:
-        """Whether it predicts image and text jointly."""
+        """True if it predicts image and text jointly."""
         return self.name.startswith("unidiffuser")
 
 
@@ -161,12 +161,12 @@ class Place:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether the device is a CUDA device, which computes asynchronously."""
+        """True for a CUDA device, which computes asynchronously."""
         return self.device == "cuda"
 
     @property
     def is_toy(self) -> bool:
-        """Whether the sizes are small, to check that everything runs."""
+        """True for small sizes, to check that everything runs."""
         return self.size == "toy"
 
     def sizes(self, backbone: Backbone) -> dict[str, int]:
