@@ -1,8 +1,8 @@
-"""What is noticed of damaged shards: by webdataset as it is read, by d2i verify, by d2i's reader.
+"""Detection of damaged shards by webdataset, by `d2i verify` and by d2i's reader.
 
-Makes one data set, damages a copy of it in each way, and prints one JSON line: for each damage how
-many of the samples webdataset gave with its default handler and with the one that warns, whether it
-raised, and what `d2i verify` and `ShardReader` say.
+Writes one data set, damages a copy of it in each way, and prints one JSON line: for each damage the
+number of samples that webdataset returns with its default and with its warning handler, whether it
+raises, and what `d2i verify` and `ShardReader` report.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def make_data(folder: Path, num_samples: int) -> None:
 
 
 def metadata(key: str) -> dict[str, Any]:
-    """Give all that a sample's json member must hold."""
+    """Return all fields that a sample's JSON member must hold."""
     source = {"ref": ["a.jpg"], "sha256": "0" * 64, "size_bytes": 1, "width": 1, "height": 1}
     names = {"key": key, "split": "train", "dialog_id": "0", "turn": 1, "image": 0}
     texts = {"description": None, "description_by": None, "labels": [], "direction": "answer"}
@@ -65,12 +65,12 @@ def metadata(key: str) -> dict[str, Any]:
 
 
 def tars(folder: Path) -> list[Path]:
-    """Give the tars in order."""
+    """Return the tars in order."""
     return sorted(folder.glob("*.tar"))
 
 
 def members(path: Path, suffix: str) -> list[tarfile.TarInfo]:
-    """Give the members of a kind, in order."""
+    """Return the members of a kind, in order."""
     with tarfile.open(path) as file:
         return [member for member in file.getmembers() if member.name.endswith(suffix)]
 
@@ -101,7 +101,7 @@ def flip_a_bit(folder: Path) -> None:
 
 
 def swap_shards(folder: Path) -> None:
-    """Give two tars each other's name."""
+    """Swap the names of two tars."""
     one, two = tars(folder)
     content = one.read_bytes()
     one.write_bytes(two.read_bytes())
@@ -124,7 +124,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 
 def read_webdataset(folder: Path, *, warn: bool) -> dict[str, Any]:
-    """Read what lies there as webdataset does; give samples and error."""
+    """Read the directory with webdataset; return the number of samples and the error."""
     import webdataset
 
     handler = webdataset.warn_and_continue if warn else webdataset.reraise_exception
@@ -142,8 +142,8 @@ def read_webdataset(folder: Path, *, warn: bool) -> dict[str, Any]:
     return {"samples": num_read, "error": None}
 
 
-def read_ours(folder: Path) -> str | None:
-    """Read every sample as training does; give the error, if there is one."""
+def read_d2i(folder: Path) -> str | None:
+    """Read every sample as training does; return the error, if any."""
     try:
         reader = ShardReader(str(folder))
         reader.read(range(len(reader)))
@@ -153,7 +153,7 @@ def read_ours(folder: Path) -> str | None:
 
 
 def main() -> None:
-    """Damage, read, and print the line."""
+    """Damage copies, read them, and print the line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--num-samples", type=int, default=600)
     args = parser.parse_args()
@@ -169,7 +169,7 @@ def main() -> None:
                 "webdataset": read_webdataset(folder, warn=False),
                 "webdataset_warning": read_webdataset(folder, warn=True),
                 "d2i_verify": sorted({p.reason for p in verify(str(folder)).problems}),
-                "d2i_reader": read_ours(folder),
+                "d2i_reader": read_d2i(folder),
             }
         expected = read_manifest(str(good)).num_samples
     machine = f"{platform.machine()}, Python {platform.python_version()}"

@@ -1,12 +1,12 @@
-"""How fast a folder of pictures is opened, beside a bare Pillow loop that does as much.
+"""Speed of opening a directory of images, compared with an equivalent bare Pillow loop.
 
     python benchmarks/folder.py --photos photos --num 1000 --repeats 5
 
-Saves the photographs of a folder anew with short sides of 256 (as MMDialog's), 500 and 1600 pixels,
-and turns them in turns into squares of 256: in a loop of Pillow's `open`, `draft`, `convert`,
-`crop`, `resize` (LANCZOS) and numpy's `asarray`, and by d2i (`ImageSource` over the folder, its
-decoder, the hash of the bytes), each in this process. Prints one JSON line: pictures a second of
-the processor's time and of the clock, medians, all repeats, and the ratios, which are what counts.
+Saves the photographs of a directory with short sides of 256 (as in MMDialog), 500 and 1600 pixels,
+and crops them alternately to squares of 256: in a loop of Pillow's `open`, `draft`, `convert`,
+`crop`, `resize` (LANCZOS) and numpy's `asarray`, and by d2i (`ImageSource` over the directory, its
+decoder, the hash of the bytes), each in this process. Prints one JSON line: images per CPU second
+and per wall-clock second, medians, all repeats, and the ratios, which are the result.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHORT_SIDES = (256, 500, 1600)
 
 
 def make_folder(photos: Path, folder: Path, num: int, short_side: int) -> list[str]:
-    """Save photographs with that short side; return their names, some of them the same picture."""
+    """Save photographs with a short side; return their names, several for the same image."""
     files = sorted(photos.rglob("*.jpg"))[: min(num, 100)]
     for number, path in enumerate(files):
         image = Image.open(path).convert("RGB")
@@ -48,7 +48,7 @@ def make_folder(photos: Path, folder: Path, num: int, short_side: int) -> list[s
 
 
 def bare(folder: Path, names: list[str]) -> None:
-    """Open each picture as a plain program would."""
+    """Open each image as a plain program would."""
     for name in names:
         image = Image.open(folder / name)
         image.draft("RGB", (2 * SIDE, 2 * SIDE))
@@ -60,7 +60,7 @@ def bare(folder: Path, names: list[str]) -> None:
 
 
 def by_d2i(folder: Path, names: list[str]) -> None:
-    """Open each picture as d2i's workers do."""
+    """Open each image as d2i's workers do."""
     config = FetchConfig()
     book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
     source = ImageSource(str(folder), config, PUBLIC_NETWORK, book)
@@ -71,7 +71,7 @@ def by_d2i(folder: Path, names: list[str]) -> None:
         assert found.image is not None, found
         return found.image.sha256
 
-    # Distinct names of the same files, as one name is read but once.
+    # Distinct names for the same files, because each name is read only once.
     refs = [ImageRef("file", (f"{'./' * (n // 100)}{name}",)) for n, name in enumerate(names)]
     num_opened = sum(1 for _ in source.fetch(refs, opened))
     decoder.close()
@@ -79,7 +79,7 @@ def by_d2i(folder: Path, names: list[str]) -> None:
 
 
 def measured(work: Callable[[], None], num: int) -> dict[str, float]:
-    """Return pictures a second of the processor and of the clock."""
+    """Return images per CPU second and per wall-clock second."""
     clock, processor = time.perf_counter(), time.process_time()
     work()
     clock, processor = time.perf_counter() - clock, time.process_time() - processor
@@ -87,7 +87,7 @@ def measured(work: Callable[[], None], num: int) -> dict[str, float]:
 
 
 def compare(folder: Path, names: list[str], repeats: int) -> dict[str, Any]:
-    """Measure both in turns."""
+    """Measure both alternately."""
     bare(folder, names[:50])
     by_d2i(folder, names[:50])
     runs = [
@@ -111,16 +111,16 @@ def compare(folder: Path, names: list[str], repeats: int) -> dict[str, Any]:
 
 
 def machine() -> dict[str, object]:
-    """Say what this ran on."""
+    """Describe the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"processor": names[0] if names else platform.machine(), "cores": len(names)}
 
 
 def main() -> None:
-    """Measure each size of picture, and print one JSON line."""
+    """Measure each image size, and print one JSON line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--photos", type=Path, required=True, help="Folder of JPEG files.")
+    parser.add_argument("--photos", type=Path, required=True, help="Directory of JPEG files.")
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--short-sides", type=int, nargs="+", default=list(SHORT_SIDES))

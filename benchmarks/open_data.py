@@ -1,7 +1,7 @@
-"""How long a large data set takes to open, and how much memory.
+"""Time and memory to open a large data set.
 
-Makes a data set of small samples, or takes one that is there, and opens it in a process of its own:
-manifest, length, and one batch from all over it. Prints one JSON line.
+Writes a data set of small samples, or takes an existing one, and opens it in a separate process:
+manifest, length, and one batch of random indices. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifes
 
 
 def make_data(folder: Path, num_samples: int, num_per_shard: int) -> None:
-    """Write samples that hold token ids alone."""
+    """Write samples that hold only token ids."""
     tokens = npy_bytes(np.arange(77, dtype=np.uint16))
     for index, start in enumerate(range(0, num_samples, num_per_shard)):
         samples = (
@@ -37,12 +37,12 @@ def make_data(folder: Path, num_samples: int, num_per_shard: int) -> None:
 
 
 def peak_mb() -> float:
-    """Give the most memory this process has held, in MB."""
+    """Return the peak memory of this process, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def measure(folder: str) -> dict[str, float]:
-    """Open a data set; give seconds and MB, and what the first batch adds to them."""
+    """Open a data set; return seconds and MB, and what the first batch adds to them."""
     before = peak_mb()
     start = time.perf_counter()
     reader = ShardReader(folder)
@@ -61,11 +61,11 @@ def measure(folder: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Make, measure, and print the line."""
+    """Write the data set, measure, and print the line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--num-samples", type=int, default=1_000_000)
     parser.add_argument("--num-per-shard", type=int, default=1000)
-    parser.add_argument("--data", help="a data set that is there; nothing is made")
+    parser.add_argument("--data", help="an existing data set; none is written")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -1,13 +1,13 @@
-"""How fast `d2i preprocess` makes shards, beside a bare loop that decodes and encodes as much.
+"""Speed of `d2i preprocess`, compared with a bare loop that decodes and encodes as much.
 
     python benchmarks/pipeline.py --photos photos --vae taesd.safetensors --num 320 --repeats 3
 
-The photographs of a folder, each under several names, become squares of 256 pixels and latents of
-a tiny autoencoder and of the demo's CLIP: in as many plain processes as there are workers
+The photographs of a directory, each under several names, become squares of 256 pixels and latents
+of a tiny autoencoder and of the demo's CLIP: in as many plain processes as there are workers
 (Pillow's `open`, `convert`, `crop`, `resize`, then the encoders, 32 at a time, one thread each),
-and by d2i on Ray with as many workers (plan, fetching workers, encoding workers, shards, ledger).
-Loading, and what comes before the first shard, is left out of both. Prints one JSON line: pictures
-a second, all repeats, the ratio, and what d2i takes in all, from its call to the manifest.
+and by d2i on Ray with as many workers (plan, fetch workers, encode workers, shards, ledger).
+Loading, and the time before the first shard, are excluded from both. Prints one JSON line: images
+per second, all repeats, the ratio, and d2i's total time, from its call to the manifest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIDE, BATCH = 256, 32
 
 
 def make_chats(photos: Path, folder: Path, num: int) -> list[str]:
-    """Write one chat a picture; return the names of the pictures."""
+    """Write one chat for each image; return the names of the images."""
     files = sorted(photos.rglob("*.jpg"))
     names = [f"{number:06d}.jpg" for number in range(num)]
     lines = []
@@ -47,7 +47,7 @@ def make_chats(photos: Path, folder: Path, num: int) -> list[str]:
 
 
 def recipe_of(vae: Path, num_per_shard: int) -> Recipe:
-    """Return the demo's recipe with a real autoencoder, and tokens in place of text latents."""
+    """Return the demo's recipe with a real autoencoder, and tokens instead of text latents."""
     return resolve_recipe(
         "demo",
         [
@@ -87,7 +87,7 @@ def _square(path: Path) -> np.ndarray[Any, Any]:
 
 
 def measure_bare(folder: Path, names: list[str], recipe: Recipe, num_workers: int) -> float:
-    """Return pictures a second of all processes together."""
+    """Return images per second of all processes together."""
     context = multiprocessing.get_context("spawn")
     queue, start = context.Queue(), context.Barrier(num_workers)
     parts = [names[number::num_workers] for number in range(num_workers)]
@@ -104,7 +104,7 @@ def measure_bare(folder: Path, names: list[str], recipe: Recipe, num_workers: in
 
 
 def measure_d2i(folder: Path, recipe: Recipe, num_workers: int) -> dict[str, float]:
-    """Return pictures a second after the first shard, and the seconds of the whole call."""
+    """Return images per second after the first shard, and the seconds of the whole call."""
     from d2i.preprocess.job import PreprocessRequest, preprocess
 
     seen: list[tuple[float, int]] = []
@@ -123,17 +123,19 @@ def measure_d2i(folder: Path, recipe: Recipe, num_workers: int) -> dict[str, flo
 
 
 def machine() -> dict[str, object]:
-    """Say what this ran on."""
+    """Describe the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"processor": names[0] if names else platform.machine(), "cores": len(names)}
 
 
 def main() -> None:
-    """Measure both in turns, and print one JSON line."""
+    """Measure both alternately, and print one JSON line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--photos", type=Path, required=True, help="Folder of JPEG files.")
-    parser.add_argument("--vae", type=Path, required=True, help="A file of AutoencoderTiny.")
+    parser.add_argument("--photos", type=Path, required=True, help="Directory of JPEG files.")
+    parser.add_argument(
+        "--vae", type=Path, required=True, help="The weights file of an AutoencoderTiny."
+    )
     parser.add_argument("--num", type=int, default=320)
     parser.add_argument("--num-per-shard", type=int, default=32)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))

@@ -1,6 +1,6 @@
-"""One number of every purpose and salt that keys a draw, a hash or the name of a cache.
+"""A golden number for each purpose and salt that keys a random draw, a hash or a cache name.
 
-Who renames what is called here changes the call; the numbers stay.
+A rename of a function changes only its call here; the numbers must stay the same.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ KEYS = [f"test-{number}-0-0" for number in range(12)]
 
 
 def numbers(scratch: Path) -> dict[str, Any]:
-    """The numbers by name; `scratch` is an empty directory.
+    """Return the numbers by name; `scratch` is an empty directory.
 
-    Weights, draws and hashes alone: nothing here depends on the machine.
+    Only weights, random draws and hashes, so that nothing depends on the machine.
     """
     return {
         "draws": {purpose: drawn(purpose) for purpose in PURPOSES},

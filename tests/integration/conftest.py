@@ -1,4 +1,4 @@
-"""What the tests of whole stages share."""
+"""Fixtures of the integration tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.shared import SHARED
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The demo's recipe with a real autoencoder and a tiny U-ViT on its 8x8 latents."""
+    """Settings of the demo recipe with a real autoencoder and a tiny U-ViT on its 8x8 latents."""
     folder = tmp_path_factory.mktemp("clip")
     save_random_clip(folder)
     values = {
@@ -49,7 +49,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A team's own chats, prepared for the demo's network: 23 to test on, 12 to learn from."""
+    """Chats prepared for the demo's network: 23 test and 12 training dialogs."""
     folder = tmp_path_factory.mktemp("chats")
     descriptions = []
     for split, count in (("test", 23), ("train", 12)):
@@ -68,7 +68,7 @@ def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The chats' evaluation done at one go, in one process."""
+    """An uninterrupted evaluation of the chats in one process."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(LOG, str(folder / "drawn.txt"))
@@ -78,13 +78,13 @@ def whole(chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random numbers as shards, for a tiny network."""
+    """Shards of random numbers for a tiny network."""
     return training.write_data(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="session")
 def trained(training_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed training on two ranks."""
+    """An uninterrupted training on two ranks."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert training.train(training_data, run, train__record_keys="true")["finished"]
     return run
@@ -94,12 +94,12 @@ WORDS = ("red", "yellow", "green", "blue", "pink", "white", "ball", "box", "tent
 
 
 def write_chat(folder: Path, name: str) -> str:
-    """Write a picture of noise in a colour of its own; return the chat that shares it."""
-    dice = random.Random(name)
-    colour = np.array([dice.randrange(256) for _ in range(3)])
-    noise = np.random.default_rng(dice.randrange(1000)).normal(0, 25, (64, 80, 3))
+    """Write a noise image of a distinct colour; return the chat that shares it."""
+    rng = random.Random(name)
+    colour = np.array([rng.randrange(256) for _ in range(3)])
+    noise = np.random.default_rng(rng.randrange(1000)).normal(0, 25, (64, 80, 3))
     pixels = (colour + noise).clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(folder / f"{name}.png")
-    said = " ".join(dice.choices(WORDS, k=6))
-    turns = [{"text": said}, {"text": "here", "images": [f"{name}.png"]}]
+    text = " ".join(rng.choices(WORDS, k=6))
+    turns = [{"text": text}, {"text": "here", "images": [f"{name}.png"]}]
     return json.dumps({"id": name, "turns": turns})

@@ -1,4 +1,4 @@
-"""Small random networks in the real formats, made by the tests that need them."""
+"""Small random networks in the real file formats."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 
 
 def save_random_clip(folder: Path) -> None:
-    """Write `clip_text` (the true vocabulary) and `clip_image`, by `save_pretrained`."""
+    """Write `clip_text` (with the real vocabulary) and `clip_image`, by `save_pretrained`."""
     torch.manual_seed(0)
     text = CLIPTextConfig(num_hidden_layers=1, projection_dim=32, **SIZES)
     image = CLIPVisionConfig(
@@ -50,7 +50,7 @@ _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for
 
 
 def save_random_captioner(folder: Path, kind: Literal["blip", "vision-encoder-decoder"]) -> None:
-    """Write a captioner that spells nonsense, with its image processor and its tokenizer."""
+    """Write a random captioner with its image processor and its tokenizer."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join(_WORDS))

@@ -1,4 +1,4 @@
-"""Tiny pipelines of random weights in diffusers' own form, made by the tests that need them."""
+"""Tiny pipelines of random weights in diffusers' own format."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ _VAE_BLOCKS: dict[str, Any] = {
 
 
 def _text_and_tokenizer(folder: Path) -> tuple[Any, Any]:
-    """Make the sizes of a CLIP text tower, and a tokenizer of single letters."""
+    """Return the sizes of a CLIP text tower, and a tokenizer of single letters."""
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{c}</w>" for c in LETTERS)]
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))

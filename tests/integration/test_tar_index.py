@@ -1,4 +1,4 @@
-"""Pictures handed around as tars: the same shards as from the folder they were packed from."""
+"""Images in tar files give the same samples as the directory they were packed from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SOURCE = SHARED / "data" / "mmdialog"
 
 
 def pack(folder: Path) -> str:
-    """One tar a split, as an archive of the release would be, and a link in place of a picture."""
+    """Write one tar per split, as in the released archives; return the pattern of their paths."""
     folder.mkdir()
     for split in ("train", "valid", "test"):
         with tarfile.open(folder / f"{split}.tar", "w") as tar:
@@ -27,7 +27,7 @@ def pack(folder: Path) -> str:
     return str(folder / "*.tar")
 
 
-def test_tars_give_what_their_folder_gives(
+def test_tar_index_gives_same_samples_as_directory(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
