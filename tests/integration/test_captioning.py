@@ -66,7 +66,7 @@ def test_pictures_are_described_once_and_marked(
 
     again = run_process(*command[:-4], "--describe", "another/one", "--descriptions", out)
     assert again.returncode == 2
-    assert "was begun by" in again.stderr
+    assert "has captions by" in again.stderr
 
 
 def test_a_description_of_the_corpus_stays(tmp_path: Path) -> None:

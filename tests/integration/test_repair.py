@@ -229,7 +229,7 @@ def test_only_lost_pictures_are_asked_for_again(tmp_path: Path, settings: list[s
         (told, *_) = repair(request)[0].problems
         assert (told.reason, told.detail) == (
             "repair",
-            "not every picture could be had again: 1 http_404",
+            "some images could not be fetched or encoded again: 1 http_404",
         )
         web.answers["/3"] = sends(picture("PNG"))
         assert "other bytes came out" in repair(request)[0].problems[0].detail
@@ -251,9 +251,7 @@ def assert_lost_supplements_lose_no_sample(out: Path, request: RepairRequest) ->
         (out / "test" / name).unlink()
     flip(out / "test" / "manifest.json", 400)
     broken = contents(out)
-    assert (
-        "another manifest than manifest.json.sha256 is of" in repair(request)[0].problems[0].detail
-    )
+    assert "does not match manifest.json.sha256" in repair(request)[0].problems[0].detail
     assert contents(out) == broken, "nothing is written that leaves a shard out"
     supplements.write_bytes(planned)
     for name, content in good.items():
@@ -303,7 +301,7 @@ def test_nothing_goes_while_nothing_says_what_belongs(copy: Path) -> None:
     flip(copy / "train" / "manifest.json", 400)
     flip(only(copy, "*.commit.json"), 400)
     broken = contents(copy)
-    assert "made under is lost" in repaired(copy / "train")[0].problems[0].detail
+    assert "fingerprint of its shards is missing" in repaired(copy / "train")[0].problems[0].detail
     assert contents(copy) == broken
 
 
@@ -337,9 +335,9 @@ def test_what_a_job_lost_of_its_own_is_said_and_comes_back(
     assert found.returncode == 0, found.stderr
     train = copy / "train"
     for line in (
-        f"{train}/recipe.json: lost; the shards need it only to be made again",
-        f"{train}/plan/plan.json and 4 more: lost; the shards need it only",
-        f"{train}/ledger/000001.parquet: lost for good; the manifest still counts",
+        f"{train}/recipe.json: missing; it is needed only to remake shards",
+        f"{train}/plan/plan.json and 4 more: missing; it is needed only",
+        f"{train}/ledger/000001.parquet: missing, and cannot be restored; the manifest still",
     ):
         assert line in found.stdout
     preprocess("jsonl", data.parent / "chats", copy, *settings, *NUM_PER_SHARD)

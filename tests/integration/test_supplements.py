@@ -86,4 +86,4 @@ def test_what_fails_again_is_no_trouble_of_our_own(tmp_path: Path, settings: lis
             *("--recipe", "demo", "--workers", "0", "--retry-failed", *extra),
         )
     assert lost.returncode == 2
-    assert "does not list shard 1, which --retry-failed made before" in lost.stderr
+    assert "does not list shard 1, which an earlier --retry-failed made" in lost.stderr
