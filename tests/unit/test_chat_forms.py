@@ -133,21 +133,21 @@ def test_pictures_that_the_marks_do_not_fit_are_never_guessed(
     record["messages"] = [USER, {"role": "assistant", "content": "<image><image> here"}]
     found, (problem,) = read(tmp_path, {"id": 1, **record})
     assert (found, problem.reason) == ([], "mismatched_images")
-    assert problem.detail.startswith(f"images: got {num_images}, and 2 marks <image>")
+    assert problem.detail.startswith(f"images: got {num_images}, but 2 marks <image>")
 
 
 LEFT_OUT: dict[str, tuple[dict[str, Any], str]] = {
-    "no mark": (FORMS["marks"] | {"messages": [USER]}, "images: got 1, and 0 marks <image>"),
+    "no mark": (FORMS["marks"] | {"messages": [USER]}, "images: got 1, but 0 marks <image>"),
     "beside turns": (
         {"turns": [{"text": "a"}], "images": ["1.jpg"]},
         "images: got them beside 'turns'",
     ),
     "beside others": (
         FORMS["part with a url"] | {"images": ["2.jpg"]},
-        "images: got 1 and no mark <image>",
+        "images: got 1 but no mark <image>",
     ),
     "no place": (FORMS["marks"] | {"images": [{"bytes": "x"}]}, "images[0]: expected a path"),
-    "no role": ({"messages": [{"content": "a"}]}, "turn 0: role: missing, and so is from"),
+    "no role": ({"messages": [{"content": "a"}]}, "turn 0: both role and from are missing"),
 }
 
 
@@ -232,7 +232,7 @@ def test_a_file_of_another_kind_is_named_as_what_it_is(tmp_path: Path, name: str
 
 def test_where_nothing_was_read_nobody_is_told_to_allow_it(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("hello\nworld\n")
-    with pytest.raises(DataError, match=r"got no record .*train\.jsonl") as caught:
+    with pytest.raises(DataError, match=r"no record could be read: .*train\.jsonl") as caught:
         list(read_instances("jsonl", tmp_path, "train", on_problem=lambda _: None))
     assert "max_broken" not in str(caught.value)
 

@@ -221,7 +221,7 @@ def test_damage_and_loss_are_no_picture(tmp_path: Path, host: Path, form: str) -
     holder.unlink()
     if form == "files":
         (found,) = fetch(host, place, by_url(urls[1]))
-        assert (found.reason, "got no 00000001.jpg" in found.detail) == ("read_error", True)
+        assert (found.reason, "no 00000001.jpg" in found.detail) == ("read_error", True)
         return
     with pytest.raises(DataError, match=r"fetch\.downloads|not there any more"):
         fetch(host, place, by_url(urls[1]))
@@ -242,15 +242,15 @@ def test_a_place_that_is_none_is_refused_before_planning(tmp_path: Path, host: P
 
     assert "got no 00000.parquet" in refused(tmp_path / "nowhere")
     assert "got no 00000.parquet" in refused(host)
-    with pytest.raises(ConfigError, match="got a web address"):
+    with pytest.raises(ConfigError, match="got a web URL"):
         open_downloads("https://h/d")
     gone = download([url_of(host, 4)], tmp_path / "gone", "webdataset")
-    assert "without one image" in refused(gone)
+    assert "without any downloaded image" in refused(gone)
     place = download([url_of(host, 1)], tmp_path / "d", "webdataset")
     parquet = place / "00000.parquet"
     whole = parquet.read_bytes()
     (place / "00000.tar").unlink()
-    assert "1 images that are not there" in refused(place)
+    assert "1 images, but they are missing" in refused(place)
     (place / "00000.tar").touch()
     for damaged in (whole[: len(whole) // 2], b"", whole[:-9] + b"\0" * 9):
         parquet.write_bytes(damaged)

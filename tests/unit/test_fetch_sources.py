@@ -73,7 +73,7 @@ def test_a_mirror_that_is_not_there_is_trouble_and_not_many_dead_pictures() -> N
 
 def test_a_mirror_that_may_not_be_asked_is_refused_at_once() -> None:
     config = FetchConfig(mirror="http://mirror.test:8080/{path}")
-    with pytest.raises(ConfigError, match=r"port 8080 is not 80.*--allow-host"):
+    with pytest.raises(ConfigError, match=r"port 8080 is not the default 80.*--allow-host"):
         build_rate_limiter(config)
     allowed = NetworkPolicy(frozenset(["mirror.test:8080"]))
     assert build_rate_limiter(config, allowed).mirror == "mirror.test:8080"

@@ -104,7 +104,7 @@ def test_a_share_of_nothing_makes_no_split_and_too_small_a_one_is_refused(tmp_pa
     assert set(read(source, shares="0.9,0,0.1")[0]) == {"train", "test"}
     lines = source.read_text().splitlines()[:2]
     source.write_text("\n".join(lines))
-    with pytest.raises(DataError, match="valid: none of 2 dialogs falls into it"):
+    with pytest.raises(DataError, match="valid: 0 of 2 dialogs fall into this split"):
         read(source)
 
 
@@ -141,7 +141,7 @@ def test_the_command_line_divides_one_file(tmp_path: Path) -> None:
         "0",
     )
     plain = runner.invoke(app, ["preprocess", *asked, *out])
-    assert "divide one file by --split" in str(plain.exception)
+    assert "divide one file with --split" in str(plain.exception)
     planned = runner.invoke(app, ["preprocess", *asked, *out, "--split", SHARES])
     assert planned.exit_code == 0, planned.output
     plans = json.loads(planned.stdout)
