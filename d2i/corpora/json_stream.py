@@ -383,7 +383,8 @@ class _Objects:
         # Anything longer is more than one object cut off by the end of the file.
         most = max(4 * self.last_length, CHUNK_BYTES) if self.num_given else 0
         if not found and num_passed > most:
-            self._give_up(where, f"no further object starts like the first: the last {num_passed} bytes")
+            what = f"no further object starts like the first: the last {num_passed} bytes"
+            self._give_up(where, what)
         return found
 
     def _give_up(self, where: str, what: str) -> None:

@@ -270,8 +270,8 @@ def _rows_of(number: int, shard: _Shard, parquet: Any) -> pa.Table:
     names = set(parquet.schema_arrow.names)
     if lacking := {"url", "key", "status"} - names:
         raise DataError(
-            f"{shard.parquet_url} lacks the columns {', '.join(sorted(lacking))}; expected a file "
-            "that img2dataset has written; remove the file, or check fetch.downloads"
+            f"{shard.parquet_url} lacks {', '.join(sorted(lacking))}; expected the columns of "
+            "img2dataset; remove the file, or check fetch.downloads"
         )
     wanted = [name for name in ("url", "key", "status", "sha256", *_SIDES) if name in names]
     table = parquet.read(wanted, use_threads=False)
