@@ -224,8 +224,8 @@ def read_dialogs(
     if not files:
         found = ", ".join(name for name in SPLITS if corpus.files(root, name))
         raise DataError(
-            f"{os.fspath(source)}: got no {split} split, expected one of "
-            f"{found or 'none that is there'}; check --corpus and --source"
+            f"{os.fspath(source)}: got no {split} split, found {found or 'no split'}; check "
+            "--corpus and --source"
         )
     splits = (
         None if corpus.split_by() is None else _dialog_splits(corpus, root, _version(root, files))
@@ -285,9 +285,9 @@ def found_splits(
     """
     found = splits(corpus, source, options)
     if not found:
-        hint = "; divide one file by --split 0.8,0.1,0.1" if corpus == "jsonl" else ""
+        hint = "; or divide one file with --split 0.8,0.1,0.1" if corpus == "jsonl" else ""
         raise DataError(
-            f"--source {os.fspath(source)} holds no split of {corpus}; expected the folder that "
+            f"--source {os.fspath(source)} holds no split of {corpus}; expected the directory that "
             f"the corpus was unpacked to; check --corpus and --source{hint}"
         )
     return found
@@ -410,25 +410,24 @@ class _Reading:
         if why and not count.sound and max_broken != 1:
             # Allowing more broken records would not help.
             raise DataError(
-                f"{split}: got no record that could be read: {why}; expected the records of a "
+                f"{split}: no record could be read: {why}; expected the records of a "
                 "corpus; check --corpus and --source"
             )
         if self.gave_up and max_broken != 1:
             raise DataError(
-                f"{split}: got {count.sound} records, and a rest that could not be read: {why}; "
-                "expected to read the whole; fix the file, or go on without the rest with "
-                "--set corpus.max_broken=1"
+                f"{split}: read {count.sound} records, then the rest of a file could not be read: "
+                f"{why}; fix the file, or skip the rest with --set corpus.max_broken=1"
             )
         share = MAX_BROKEN if max_broken is None else max_broken
         few = FEW_BROKEN if max_broken is None else 0
-        found, allowed = "", f"{share:g}"
+        found, allowed = "", f"a share of at most {share:g}"
         if count.broken > max(share * count.records, few):
             found = f"{count.broken} broken of {count.records} records"
         elif self.broken_file and max_broken is None:
-            found, allowed = self.broken_file, "a half of a file's"
+            found, allowed = self.broken_file, "at most half of a file's records"
         if found:
             raise DataError(
-                f"{split}: got {found}: {why}; expected a share of at most {allowed}; "
+                f"{split}: got {found}: {why}; expected {allowed}; "
                 "check --corpus and --source, or allow more with --set corpus.max_broken=1"
             )
 
@@ -461,8 +460,8 @@ def _dialogs(
     reading.refuse_if_broken(max_broken)
     if is_empty and reading.splits is not None:
         raise DataError(
-            f"{reading.split}: none of {reading.in_split.sound} dialogs falls into it; expected "
-            "at least one; give it a larger share, or 0"
+            f"{reading.split}: 0 of {reading.in_split.sound} dialogs fall into this split; "
+            "expected at least one; give it a larger share, or 0"
         )
 
 
@@ -482,10 +481,10 @@ def _is_kept(dialog: Dialog, seen: CompactHashSet, few_images: int, flaw: Flaw) 
     """Return whether a dialog is used: it is the first with its id, and not too large."""
     number = hash(dialog.id)
     if number in seen:
-        flaw("duplicate_dialog_id", "its id was seen before, the first dialog is kept")
+        flaw("duplicate_dialog_id", "its id occurred before; the first dialog is kept")
         return False
     if len(dialog.images) > few_images and _is_too_large(dialog):
-        flaw("too_large", f"{len(dialog.images)} pictures repeat too long a context")
+        flaw("too_large", f"{len(dialog.images)} images: too many, or their contexts are too long")
         return False
     seen.add(number)
     return True
@@ -583,7 +582,7 @@ def _check_value(label: str, value: object, hint: Any) -> None:
                 f"{_nearest(str(value), choices)}"
             )
     elif not isinstance(value, hint):
-        raise ConfigError(f"{label}: got {value!r}, expected {hint}; give a text")
+        raise ConfigError(f"{label}: got {value!r}, expected {hint}; give a value of this type")
 
 
 def _nearest(name: str, names: Collection[str]) -> str:

@@ -191,7 +191,7 @@ def _place(entry: str | dict[str, Any], where: str) -> str:
         if isinstance(place := entry.get(name), str):
             return place
     raise RecordError(
-        "wrong_type", f"{where}: expected a path or an address, or its 'path' or 'url'"
+        "wrong_type", f"{where}: expected a path or a URL, or an object with 'path' or 'url'"
     )
 
 
@@ -226,8 +226,8 @@ class _Marked:
         if self.num_marks != len(self.listed):
             raise RecordError(
                 "mismatched_images",
-                f"{where}images: got {len(self.listed)}, and {self.num_marks} marks {IMAGE_MARK}, "
-                "expected one mark for each, where it is shown",
+                f"{where}images: got {len(self.listed)}, but {self.num_marks} marks {IMAGE_MARK}; "
+                "expected one mark for each image, where it is shown",
             )
 
 
@@ -237,7 +237,7 @@ def _read_messages(
     marked = _Marked(listed)
     read = [_read_message(message, n, marked, flaw) for n, message in enumerate(messages)]
     if listed and not marked.num_marks and any(images for _, images in read):
-        detail = f"images: got {len(listed)} and no mark {IMAGE_MARK} for them; they are left out"
+        detail = f"images: got {len(listed)} but no mark {IMAGE_MARK}; they are left out"
         flaw("unknown_field", detail)
     else:
         marked.check("")
@@ -250,7 +250,7 @@ def _read_message(
     where = f"turn {index}: "
     name = message.role if message.role is not None else message.sender
     if name is None:
-        raise RecordError("missing_field", f"{where}role: missing, and so is from")
+        raise RecordError("missing_field", f"{where}both role and from are missing")
     content = message.content if message.content is not None else message.value
     role = name.lower()
     own = _listed(message, where)
@@ -269,7 +269,7 @@ def _read_message(
         flaw("wrong_type", f"{where}{detail}")
     marked_here = marked.take(_num_marks(content)) if marked.has_list else []
     if role in _SILENT and (own or marked_here or _shows_image(content)):
-        flaw("no_image", f"{where}a picture of role {name[:20]!r} is none")
+        flaw("no_image", f"{where}images of role {name[:20]!r} are not used")
     return Turn(NO_SPEAKER, ""), []
 
 

@@ -82,7 +82,7 @@ class InstanceOptions:
             start = 0 if begin is None else turn + begin
             stop = len(turns) if end is None else turn + end
             if first >= stop or last < start:
-                flaw("empty_context", f"turn {turn} image {image}: no text with it")
+                flaw("empty_context", f"turn {turn} image {image}: its context has no text")
                 continue
             context = turns[start:stop]
             if self.earlier_images:

@@ -98,7 +98,7 @@ def _parse(image_dir: str, record: MMDialogRecord, flaw: Flaw) -> Dialog:
                     ref = ImageRef("file", (f"{image_dir}{key}.jpg",))
                     images.append(SharedImage(index, image, ref))
                 else:
-                    flaw("bad_image_ref", f"turn {index} image {image}: no plain media key")
+                    flaw("bad_image_ref", f"turn {index} image {image}: not a valid media key")
                 image += 1
             elif text is UNSET:
                 raise RecordError(

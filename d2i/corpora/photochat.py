@@ -115,9 +115,9 @@ class PhotoChat(InstanceOptions):
         if record.photo_url and is_web_url(record.photo_url):
             urls.append(record.photo_url)
         elif record.photo_url:
-            flaw("bad_image_ref", "photo_url: expected an http or https address")
+            flaw("bad_image_ref", "photo_url: expected an http or https URL")
         if not urls:
-            raise RecordError("missing_field", "photo_url: neither it nor photo_id can be used")
+            raise RecordError("missing_field", "neither photo_url nor photo_id can be used")
         return tuple(urls)
 
 

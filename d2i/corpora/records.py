@@ -128,6 +128,6 @@ def image_ref_of(text: str) -> ImageRef:
     path = "/".join(parts)
     if not _PATH.fullmatch(path) or _ELSEWHERE.match(path) or not {"", ".."}.isdisjoint(parts):
         raise RecordError(
-            "bad_image_ref", "expected an http(s) address, or a plain path below the source"
+            "bad_image_ref", "expected an http(s) URL, or a plain path below the source"
         )
     return ImageRef("file", (path,))

@@ -116,8 +116,8 @@ def _begun(out: Path, captioner_name: str) -> dict[str, Description]:
     others = {found.made_by for found in there.values()} - {captioner_name}
     if others:
         raise ConfigError(
-            f"{out} was begun by {', '.join(sorted(others))}, got {captioner_name}; repeat that "
-            "one or choose another --descriptions"
+            f"{out} has captions by {', '.join(sorted(others))}, got {captioner_name}; use the "
+            "same captioner with --describe, or choose another --descriptions"
         )
     return there
 

@@ -69,7 +69,7 @@ class Decoder:
                 try:
                     return decode_square(image, self._image)
                 except MemoryError as err:
-                    raise ImageRejectedError("decode_memory", "takes too much") from err
+                    raise ImageRejectedError("decode_memory", "takes too much memory") from err
         header, pixels = self._ask_twice(data)
         if "reason" in header:
             raise ImageRejectedError(header["reason"], header["detail"])
@@ -96,7 +96,7 @@ class Decoder:
             except (EOFError, BrokenPipeError) as err:
                 self.close()
                 if is_last:
-                    raise ImageRejectedError("decode_error", "the decoder died of it") from err
+                    raise ImageRejectedError("decode_error", "the decoder process crashed") from err
             except BaseException:
                 # Bytes left in the pipe would be read as the answer for the next image.
                 self.close()
@@ -125,8 +125,8 @@ class Decoder:
             _Pipes(self._child, time.monotonic() + _START_S).receive()
         except (EOFError, TimeoutError) as err:
             raise ClusterError(
-                "the decoder's process did not start; expected it to; raise "
-                "--set fetch.max_decode_mib, or see what it wrote above"
+                "the decoder process did not start; see its output above, or raise its memory "
+                "limit with --set fetch.max_decode_mib=MIB"
             ) from err
         return self._child
 
@@ -203,7 +203,7 @@ def _answer(data: bytes, image: ImageConfig) -> list[bytes]:
     except ImageRejectedError as err:
         return [json.dumps({"reason": err.reason, "detail": str(err)}).encode()]
     except MemoryError:
-        return [json.dumps({"reason": "decode_memory", "detail": "takes too much"}).encode()]
+        return [json.dumps({"reason": "decode_memory", "detail": "takes too much memory"}).encode()]
     header = {"suffix": found.suffix, "width": found.width, "height": found.height}
     return [json.dumps(header).encode(), found.pixels.tobytes()]
 

@@ -114,7 +114,7 @@ def ledger_row(
     fetched, picture = found.fetched, found.image
     reason, detail = fetched.reason, fetched.detail
     if reason == "ok" and found.ref not in features:
-        reason, detail = "non_finite_latent", "an encoder gave a value beyond float16"
+        reason, detail = "non_finite_latent", "an encoder output does not fit in float16"
     return LedgerRow(
         key=instance.key,
         image=instance.image_ref.value[0] if instance.image_ref.value else "",
@@ -136,7 +136,7 @@ def with_text(row: LedgerRow, texts: Mapping[str, TextFeatures]) -> LedgerRow:
     """Return the ledger row of an instance once its context is encoded too."""
     if row.status != "ok" or row.key in texts:
         return row
-    detail = "the text encoder gave a value beyond float16"
+    detail = "the text encoder output does not fit in float16"
     return replace(row, status=_status(NON_FINITE_TEXT), reason=NON_FINITE_TEXT, detail=detail)
 
 

@@ -90,10 +90,10 @@ class FetchWorker:
         """
         if trouble := self._source.outage_reason(of_names=of_names):
             raise ClusterError(
-                f"{trouble}: that looks like this machine's network, not like dead addresses; "
-                "expected some to answer; the rows of this shard were not written; mend it "
-                "(DNS, firewall), then repeat the command, for addresses that are really dead "
-                "with --set fetch.num_trouble_hosts=0"
+                f"{trouble}: this looks like an outage of this machine's network, not like dead "
+                "URLs; expected some hosts to answer; no ledger rows were written for this shard; "
+                "fix the network (DNS, firewall) and repeat the command; if the URLs really are "
+                "dead, add --set fetch.num_trouble_hosts=0"
             )
 
     def _reach(self, point: str) -> None:

@@ -98,7 +98,9 @@ def read_inline(split_url: str, ref: ImageRef, max_bytes: int) -> FetchResult:
     except OSError as err:
         return FetchResult(None, "read_error", f"{url}: {err}")
     if hashlib.sha256(data).hexdigest() != name:
-        return FetchResult(None, "read_error", f"{url}: its content is not that of its name")
+        return FetchResult(
+            None, "read_error", f"{url}: its content does not match the sha256 in its name"
+        )
     return FetchResult(data)
 
 

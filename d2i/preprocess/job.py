@@ -94,8 +94,8 @@ def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan
     wanted = [canonical_split(request.split)] if request.split else found
     if not set(wanted) <= set(found):
         raise DataError(
-            f"--split {request.split}: {request.source} has {', '.join(found)} of "
-            f"{request.corpus}; expected one of them; check --corpus and --source"
+            f"--split {request.split}: {request.source} has no such split of {request.corpus}; "
+            f"expected {', '.join(found)}; check --corpus and --source"
         )
     _check_images(request, wanted)
     exclusion = NOTHING if request.exclude is None else read_exclusion(request.exclude)
@@ -177,8 +177,8 @@ def _work(
 ) -> list[SplitSummary]:
     if request.reuse and storage.resolve(request.reuse) == storage.resolve(request.out):
         raise ConfigError(
-            f"--reuse {request.reuse} is --out itself; expected data that was prepared before; "
-            "choose another --out"
+            f"--reuse {request.reuse} is the same directory as --out; expected data prepared "
+            "earlier; choose another --out"
         )
     plans = plan_job(request)
     # All splits of a directory share their settings, even if prepared one by one.
@@ -307,8 +307,9 @@ def _refuse_lost_shards(
     lost = [index for index in range(plan.num_shards) if index not in committed]
     if is_mended and lost:
         raise ShardError(
-            f"{split_url} lacks shard {lost[0]}, of which --retry-failed mended a part; expected "
-            "it to be there; put it back, or choose another --out"
+            f"{split_url}: shard {lost[0]} is missing, and cannot be remade, because "
+            "--retry-failed may have retried part of it since; restore it from a copy, or choose "
+            "another --out"
         )
 
 
@@ -366,8 +367,8 @@ def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
     manifest = write_manifest(split_url, _read_fingerprint(split_url), fault=fault)
     if manifest.num_samples + sum(manifest.failures.values()) != plan.num_instances:
         raise ConfigError(
-            f"{split_url} holds {manifest.num_samples} samples and {manifest.failures} failures, "
-            f"planned were {plan.num_instances} instances; run 'd2i verify {split_url}'"
+            f"{split_url} holds {manifest.num_samples} samples and {manifest.failures} failures; "
+            f"expected {plan.num_instances} in all, as planned; run 'd2i verify {split_url}'"
         )
     return split_summary(split_url, split, plan, manifest.num_samples, manifest.failures)
 

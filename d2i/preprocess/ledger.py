@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
 
 _NAME = re.compile(r"(\d+)\.parquet")
 _REFUSED: dict[str, Any] = {
-    "next_step": "restore it from a copy: nothing else says what became of each instance",
+    "next_step": "restore it from a copy: the outcome of each instance is recorded nowhere else",
     "error": ShardError,
 }
 
@@ -166,8 +166,8 @@ def commonest_failure(split_url: str) -> tuple[dict[str, int], str]:
             details.setdefault(reason, detail)
     if not counts:
         raise ShardError(
-            f"{split_url}: nothing of it became a sample, and its ledger is lost; expected it to "
-            "say why; choose another --out"
+            f"{split_url}: no instance became a sample, and the ledger, which has the reasons, is "
+            "missing; choose another --out"
         )
     # Ties go to the first reason by name.
     commonest = min(counts, key=lambda reason: (-counts[reason], reason))

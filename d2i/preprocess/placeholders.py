@@ -175,4 +175,4 @@ def _retracted(row: LedgerRow) -> LedgerRow:
     return replace(row, status="permanent", reason=REASON, detail=_DETAIL)
 
 
-_DETAIL = "one and the same picture stands under many addresses"
+_DETAIL = "the same image is served under many URLs"

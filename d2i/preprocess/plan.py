@@ -115,7 +115,7 @@ def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Pla
         if committed_names(split_url):
             raise ConfigError(
                 f"{split_url} was begun with other settings: got {'; '.join(named[:3])}; "
-                "repeat those or choose another --out"
+                "use the same settings, or choose another --out"
             )
     with tempfile.TemporaryDirectory(prefix="d2i-plan-") as scratch:
         return _Planner(request, split_url if keep else None, Path(scratch)).plan()
@@ -171,13 +171,13 @@ class _Planner:
         split, num_excluded = self.request.split, self.num_excluded
         if num_excluded:
             return (
-                f"{split}: --exclude leaves out all {num_excluded} instances; expected some to be "
-                "left; give another list"
+                f"{split}: --exclude leaves out all {num_excluded} instances; expected some to "
+                "remain; use another list"
             )
-        why = self.problems.describe() or "no dialog shows a picture"
+        why = self.problems.describe() or "no dialog shows an image"
         return (
-            f"{split}: got no instance: {why}; expected dialogs with a picture and a text; fix "
-            "the records, or check --corpus and --source; 'd2i corpus' says what is there"
+            f"{split}: got no instance: {why}; expected dialogs with an image and text; fix the "
+            "records, or check --corpus and --source; 'd2i corpus' shows what the source holds"
         )
 
     def _finish(self, plan: Plan, split_url: str) -> None:

@@ -190,8 +190,9 @@ class _RepairedSet:
             task = unknown_task(job, index)
             if task is None:
                 detail = (
-                    "its record, its tar and its ledger are lost, or a part of it was asked for "
-                    "again since; expected one of them; prepare the data anew in another folder"
+                    "its commit record is missing, and cannot be rebuilt: its ledger is missing or "
+                    "damaged, or part of it was retried since; prepare the data again in another "
+                    "directory"
                 )
                 self._add(f"{index:06d}{COMMIT_SUFFIX}", detail)
             else:
@@ -264,7 +265,7 @@ class _RepairedSet:
             return True
         fingerprint = self.fingerprint or (self.job.fingerprint() if self.job else None)
         if fingerprint is None:
-            detail = "what its shards were made under is lost; expected plan/fingerprint.json"
+            detail = "the fingerprint of its shards is missing; expected plan/fingerprint.json"
             self._add(MANIFEST_NAME, detail)
             return False
         try:
@@ -287,14 +288,15 @@ class _RepairedSet:
         is_told = matches_checksum_file(self.url, manifest)
         if is_told is False:
             detail = (
-                f"what is left gives another manifest than {CHECKSUM_NAME} is of: a shard may be "
-                "lost with all that tells of it; put it back, or prepare the data anew"
+                f"the manifest rebuilt from the remaining files does not match {CHECKSUM_NAME}: a "
+                "shard may be missing with all its records; restore it from a copy, or prepare the "
+                "data again"
             )
             self._add(MANIFEST_NAME, detail)
         elif is_told is None:
             detail = (
-                "no record and no manifest tells whether it belongs here; put its record or the "
-                "manifest back, or take the file away"
+                "without its commit record or a manifest, it is unknown whether it belongs here; "
+                "restore either from a copy, or remove the file"
             )
             for name in other_shard_files(self.url, (s.name for s in manifest.shards)):
                 self._add(name, detail)

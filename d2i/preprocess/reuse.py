@@ -116,9 +116,9 @@ class ReusedSplit:
         theirs: Any = self._reader.manifest.fingerprint.get("image", {})
         if named := diff(theirs, image_part):
             raise ShardError(
-                f"--reuse {self._reader.url}: its pictures were made otherwise: "
+                f"--reuse {self._reader.url}: its images were encoded differently: "
                 f"{'; '.join(named[:3])}; expected the same image part of the fingerprint; "
-                "leave --reuse out, or take the weights, settings and versions of before"
+                "omit --reuse, or use the earlier weights, settings and versions"
             )
 
     def known(self, task: ShardTask, recipe: Recipe) -> set[ImageRef]:
@@ -198,7 +198,7 @@ def _row(instance: Instance, picture: SourceFile) -> LedgerRow:
         image=instance.image_ref.value[0],
         status="ok",
         reason="ok",
-        detail="its image members were there before",
+        detail="image features reused from earlier data",
         attempts=0,
         http_status=None,
         final_url=None,

@@ -15,7 +15,7 @@ Rule = Literal["hash", "reservoir", "first"]
 Ranking = Callable[[Sequence[Instance]], NDArray[np.uint64]]
 LAST_RANK = 2**64 - 1
 _SLACK = 1.05
-"""How far the number of kept ranks may exceed the limit before the largest are dropped."""
+"""Factor by which the kept ranks may exceed the limit before the largest are dropped."""
 
 
 class SmallestRankSampler:

@@ -66,7 +66,7 @@ def test_captioning_resumes_and_records_captioner(
 
     again = run_process(*command[:-4], "--describe", "another/one", "--descriptions", out)
     assert again.returncode == 2
-    assert "was begun by" in again.stderr
+    assert "has captions by" in again.stderr
 
 
 def test_corpus_description_overrides_generated_one(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_split_without_samples_is_not_published_and_restarts(
         assert (found["train"]["num_written"], found["test"]["num_written"]) == (NUM, 0)
         assert found["test"]["failures"] == {"lfs_pointer": NUM}
         error = captured.err.splitlines()[-1]
-        assert "test: none of 4 instances became a sample, most for lfs_pointer" in error
+        assert "test: 0 of 4 instances became a sample; most common reason: lfs_pointer" in error
         assert "run 'git lfs pull' there" in error
         assert read_manifest(str(out / "train")).num_samples == NUM
         assert not read_commits(str(out / "test"))
@@ -131,7 +131,7 @@ def test_split_without_samples_is_not_published_and_restarts(
     write_images(tmp_path / "wrong", "valid")
     recipe = resolve_recipe("demo", _settings(tmp_path / "wrong"))
     request = PreprocessRequest("mmdialog", source, str(few), recipe, split="test", num_workers=0)
-    with pytest.raises(NothingWrittenError, match=r"4 instances .* most for missing_file"):
+    with pytest.raises(NothingWrittenError, match=r"4 instances .* reason: missing_file"):
         run_job(request, lambda _: None)
     assert {row.status for row in read_ledger(f"{few}/test")} == {"permanent"}
     root = f"corpus.image_root={write_images(other, 'test')}"

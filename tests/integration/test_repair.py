@@ -229,7 +229,7 @@ def test_repair_refetches_only_lost_images(tmp_path: Path, settings: list[str]) 
         (issue, *_) = repair(request)[0].problems
         assert (issue.reason, issue.detail) == (
             "repair",
-            "not every picture could be had again: 1 http_404",
+            "some images could not be fetched or encoded again: 1 http_404",
         )
         web.answers["/3"] = sends(noise_image("PNG"))
         assert "other bytes came out" in repair(request)[0].problems[0].detail
@@ -251,9 +251,7 @@ def assert_lost_supplements_lose_no_sample(out: Path, request: RepairRequest) ->
         (out / "test" / name).unlink()
     flip(out / "test" / "manifest.json", 400)
     broken = contents(out)
-    assert (
-        "another manifest than manifest.json.sha256 is of" in repair(request)[0].problems[0].detail
-    )
+    assert "does not match manifest.json.sha256" in repair(request)[0].problems[0].detail
     assert contents(out) == broken, "nothing is written that leaves a shard out"
     supplements.write_bytes(planned)
     for name, content in good.items():
@@ -303,7 +301,7 @@ def test_repair_without_plan_and_manifest_deletes_nothing(copy: Path) -> None:
     flip(copy / "train" / "manifest.json", 400)
     flip(only(copy, "*.commit.json"), 400)
     broken = contents(copy)
-    assert "made under is lost" in repaired(copy / "train")[0].problems[0].detail
+    assert "fingerprint of its shards is missing" in repaired(copy / "train")[0].problems[0].detail
     assert contents(copy) == broken
 
 
@@ -337,9 +335,9 @@ def test_lost_job_files_are_reported_and_plan_is_restored(
     assert found.returncode == 0, found.stderr
     train = copy / "train"
     for line in (
-        f"{train}/recipe.json: lost; the shards need it only to be made again",
-        f"{train}/plan/plan.json and 4 more: lost; the shards need it only",
-        f"{train}/ledger/000001.parquet: lost for good; the manifest still counts",
+        f"{train}/recipe.json: missing; it is needed only to remake shards",
+        f"{train}/plan/plan.json and 4 more: missing; it is needed only",
+        f"{train}/ledger/000001.parquet: missing, and cannot be restored; the manifest still",
     ):
         assert line in found.stdout
     preprocess("jsonl", data.parent / "chats", copy, *settings, *NUM_PER_SHARD)

@@ -76,7 +76,7 @@ def test_reuse_prepares_new_text_without_refetching_images(
         )
         with pytest.raises(ShardError, match=r"image\.compute_batch_size|compute_batch_size: 8"):
             run_job(other, lambda _: None)
-        with pytest.raises(ConfigError, match="is --out itself"):
+        with pytest.raises(ConfigError, match="is the same directory as --out"):
             run_job(replace(old, reuse=old.out), lambda _: None)
 
         for path in Path(old.out, "test").glob("*.tar"):

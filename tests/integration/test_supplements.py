@@ -88,4 +88,4 @@ def test_retry_failed_on_dead_hosts_is_not_detected_as_outage(
             *("--recipe", "demo", "--workers", "0", "--retry-failed", *extra),
         )
     assert lost.returncode == 2
-    assert "does not list shard 1, which --retry-failed made before" in lost.stderr
+    assert "does not list shard 1, which an earlier --retry-failed made" in lost.stderr

@@ -131,21 +131,21 @@ def test_mark_and_image_count_mismatch_is_record_issue(tmp_path: Path, num_image
     record["messages"] = [USER, {"role": "assistant", "content": "<image><image> here"}]
     found, (issue,) = read(tmp_path, {"id": 1, **record})
     assert (found, issue.reason) == ([], "mismatched_images")
-    assert issue.detail.startswith(f"images: got {num_images}, and 2 marks <image>")
+    assert issue.detail.startswith(f"images: got {num_images}, but 2 marks <image>")
 
 
 UNREAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no mark": (FORMS["marks"] | {"messages": [USER]}, "images: got 1, and 0 marks <image>"),
+    "no mark": (FORMS["marks"] | {"messages": [USER]}, "images: got 1, but 0 marks <image>"),
     "beside turns": (
         {"turns": [{"text": "a"}], "images": ["1.jpg"]},
         "images: got them beside 'turns'",
     ),
     "beside others": (
         FORMS["part with a url"] | {"images": ["2.jpg"]},
-        "images: got 1 and no mark <image>",
+        "images: got 1 but no mark <image>",
     ),
     "no place": (FORMS["marks"] | {"images": [{"bytes": "x"}]}, "images[0]: expected a path"),
-    "no role": ({"messages": [{"content": "a"}]}, "turn 0: role: missing, and so is from"),
+    "no role": ({"messages": [{"content": "a"}]}, "turn 0: both role and from are missing"),
 }
 
 
@@ -230,7 +230,7 @@ def test_foreign_file_type_is_named_in_error(tmp_path: Path, name: str) -> None:
 
 def test_file_without_records_is_error_without_max_broken_hint(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("hello\nworld\n")
-    with pytest.raises(DataError, match=r"got no record .*train\.jsonl") as caught:
+    with pytest.raises(DataError, match=r"no record could be read: .*train\.jsonl") as caught:
         list(read_instances("jsonl", tmp_path, "train", on_problem=lambda _: None))
     assert "max_broken" not in str(caught.value)
 

@@ -223,7 +223,7 @@ def test_damaged_or_lost_download_is_read_error(tmp_path: Path, host: Path, form
     holder.unlink()
     if form == "files":
         (found,) = fetch(host, directory, by_url(urls[1]))
-        assert (found.reason, "got no 00000001.jpg" in found.detail) == ("read_error", True)
+        assert (found.reason, "no 00000001.jpg" in found.detail) == ("read_error", True)
         return
     with pytest.raises(DataError, match=r"fetch\.downloads|not there any more"):
         fetch(host, directory, by_url(urls[1]))
@@ -244,15 +244,15 @@ def test_invalid_downloads_directory_raises_before_planning(tmp_path: Path, host
 
     assert "got no 00000.parquet" in error_of(tmp_path / "nowhere")
     assert "got no 00000.parquet" in error_of(host)
-    with pytest.raises(ConfigError, match="got a web address"):
+    with pytest.raises(ConfigError, match="got a web URL"):
         open_downloads("https://h/d")
     gone = download([url_of(host, 4)], tmp_path / "gone", "webdataset")
-    assert "without one image" in error_of(gone)
+    assert "without any downloaded image" in error_of(gone)
     directory = download([url_of(host, 1)], tmp_path / "d", "webdataset")
     parquet = directory / "00000.parquet"
     whole = parquet.read_bytes()
     (directory / "00000.tar").unlink()
-    assert "1 images that are not there" in error_of(directory)
+    assert "1 images, but they are missing" in error_of(directory)
     (directory / "00000.tar").touch()
     for damaged in (whole[: len(whole) // 2], b"", whole[:-9] + b"\0" * 9):
         parquet.write_bytes(damaged)

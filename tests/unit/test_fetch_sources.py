@@ -73,7 +73,7 @@ def test_missing_mirror_is_outage_not_many_failures() -> None:
 
 def test_mirror_on_disallowed_port_raises_at_once() -> None:
     config = FetchConfig(mirror="http://mirror.test:8080/{path}")
-    with pytest.raises(ConfigError, match=r"port 8080 is not 80.*--allow-host"):
+    with pytest.raises(ConfigError, match=r"port 8080 is not the default 80.*--allow-host"):
         build_rate_limiter(config)
     allowed = NetworkPolicy(frozenset(["mirror.test:8080"]))
     assert build_rate_limiter(config, allowed).mirror == "mirror.test:8080"

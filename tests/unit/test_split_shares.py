@@ -104,7 +104,7 @@ def test_zero_share_makes_no_split_and_empty_split_is_rejected(tmp_path: Path) -
     assert set(read(source, shares="0.9,0,0.1")[0]) == {"train", "test"}
     lines = source.read_text().splitlines()[:2]
     source.write_text("\n".join(lines))
-    with pytest.raises(DataError, match="valid: none of 2 dialogs falls into it"):
+    with pytest.raises(DataError, match="valid: 0 of 2 dialogs fall into this split"):
         read(source)
 
 
@@ -143,7 +143,7 @@ def test_split_shares_on_command_line_divide_one_file(tmp_path: Path) -> None:
         "0",
     )
     without_split = runner.invoke(app, ["preprocess", *arguments, *out])
-    assert "divide one file by --split" in str(without_split.exception)
+    assert "divide one file with --split" in str(without_split.exception)
     planned = runner.invoke(app, ["preprocess", *arguments, *out, "--split", SHARES])
     assert planned.exit_code == 0, planned.output
     plans = json.loads(planned.stdout)

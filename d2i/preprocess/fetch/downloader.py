@@ -69,7 +69,7 @@ class Downloader:
             addresses: URLs of the image, best first.
             deadline: Time on the monotonic clock after which no request starts.
         """
-        failure = FetchResult(None, "no_address", "the instance names no address", attempts=0)
+        failure = FetchResult(None, "no_address", "the instance has no URL", attempts=0)
         attempts = 0
         for address in addresses:
             download = _Download(self, address, deadline)
@@ -155,7 +155,7 @@ class _Download:
             return False
         self.has_slot = slots.acquire(timeout=self._timeout_s())
         if not self.has_slot:
-            raise FetchError("shard_timeout", "the requests before it took too long")
+            raise FetchError("shard_timeout", "no connection slot became free in time")
         return True
 
     def _release_slot(self) -> None:
@@ -171,9 +171,9 @@ class _Download:
         timeout_s = self._timeout_s()
         wait_s: float | None = self._call("acquire", host, timeout_s, is_named=not self.asked)
         if wait_s is None:
-            raise FetchError("dead_host", f"{host} did not answer before, or was busy too often")
+            raise FetchError("dead_host", f"{host} did not answer earlier, or was busy too often")
         if wait_s > timeout_s:
-            raise FetchError("shard_timeout", f"{host} has too long a queue")
+            raise FetchError("shard_timeout", f"the request queue of {host} is too long")
         return wait_s
 
     def _report(self, error: FetchError | None) -> None:

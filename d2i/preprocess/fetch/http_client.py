@@ -87,7 +87,7 @@ class _Body:
     def __init__(self, max_bytes: int, encoding: str) -> None:
         name = encoding.strip().lower()
         if name not in ("identity", "", "gzip", "x-gzip", "deflate"):
-            raise FetchError("encoded_body", f"got encoding {encoding!r}, asked for none")
+            raise FetchError("encoded_body", f"got Content-Encoding {encoding!r}, requested none")
         self._max_bytes = max_bytes
         self._is_packed = name not in ("identity", "")
         self._inflate = zlib.decompressobj(_GZIP_OR_ZLIB)
@@ -212,7 +212,7 @@ def get(
         if isinstance(answer, Response):
             return answer
         url = answer
-    raise FetchError("too_many_redirects", f"over {_NUM_REDIRECTS}", final_url=url)
+    raise FetchError("too_many_redirects", f"over {_NUM_REDIRECTS} redirects", final_url=url)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from d2i.preprocess.fetch.result import FetchResult
 
 _TOKEN = "d2i:"  # A scheme that nothing else handles.
 OpenedT = TypeVar("OpenedT")
-_LOST = FetchResult(None, "engine_error", "the download engine gave no result", attempts=0)
+_LOST = FetchResult(None, "engine_error", "img2dataset returned no result", attempts=0)
 
 
 def fetch_all(
@@ -134,10 +134,15 @@ class _Opener:
             OSError: If the image cannot be fetched; `found` has the reason.
         """
         if not request.full_url.startswith(_TOKEN):
-            raise ValueError(f"no token: {request.full_url}")
+            raise ValueError(f"not a d2i token: {request.full_url}")
         number = int(request.full_url.removeprefix(_TOKEN))
         if time.monotonic() >= self._deadline:
-            found = FetchResult(None, "shard_timeout", "its shard took too long", attempts=0)
+            found = FetchResult(
+                None,
+                "shard_timeout",
+                "its shard took longer than fetch.shard_timeout_s",
+                attempts=0,
+            )
         else:
             found = self._fetch(self._refs[number], self._deadline)
         # The bytes go through img2dataset, which bounds how many wait; they are not kept here.

@@ -166,7 +166,9 @@ class ImageSource:
         """Read the download whose key is a file's name, if the file itself is missing."""
         found = open_downloads(str(self.config.downloads)).find_key(PurePosixPath(path).stem)
         if not found:
-            return FetchResult(None, "missing_file", f"{path}: no such file, and no download's key")
+            return FetchResult(
+                None, "missing_file", f"{path}: no such file, and no download with that key"
+            )
         if len(found) > 1:
             detail = f"{path}: {len(found)} downloads have this key; give one directory of them"
             return FetchResult(None, "ambiguous_file", detail)

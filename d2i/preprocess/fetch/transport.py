@@ -91,7 +91,7 @@ def parse_proxy(text: str) -> Proxy:
         shown = text.rpartition("@")[2]
         raise ConfigError(
             f"--proxy {shown}: expected http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT; "
-            "a proxy that is itself reached by https cannot be used"
+            "https:// proxies are not supported"
         )
     return Proxy(host, port, _authorization(parts))
 
@@ -171,7 +171,7 @@ class ProxyTransport:
         try:
             connection = socket.create_connection(place, timeout=time_left(deadline))
         except OSError as err:
-            raise FetchError("proxy_unreached", f"the proxy: {err}") from err
+            raise FetchError("proxy_unreached", f"cannot connect to the proxy: {err}") from err
         if target.scheme == "https":
             try:
                 with DEADLINES.deadline(connection, deadline):
