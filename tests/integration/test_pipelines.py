@@ -211,10 +211,10 @@ def test_an_adapter_changes_the_pictures_and_is_named(tmp_path: Path, chat_data:
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ("missing", "not there; expected a LoRA's safetensors file"),
-        ("text", "not a whole safetensors file"),
-        ("network", "no LoRA: got 1 tensors, such as unet.weight"),
-        ("other layers", "matrices have a place in StableDiffusionPipeline"),
+        ("missing", "does not exist; expected the safetensors file of a LoRA"),
+        ("text", "not a complete safetensors file"),
+        ("network", "not a LoRA: got 1 tensors, such as unet.weight"),
+        ("other layers", "matrices fit StableDiffusionPipeline"),
         ("other widths", "StableDiffusionPipeline cannot read it: .*size mismatch"),
     ],
 )
@@ -255,16 +255,18 @@ def test_a_system_without_a_place_for_an_adapter_refuses_it() -> None:
         ("unclip:karlo", None),
         ("uvit-s", "demo:backbone"),
     ):
-        with pytest.raises(ConfigError, match=r"--adapter lora: .* takes none; expected --system"):
+        with pytest.raises(
+            ConfigError, match=r"--adapter lora: .* takes no adapter; expected --system"
+        ):
             parse_system(system, weights, recipe, "lora")
 
 
 @pytest.mark.parametrize(
     ("save", "arguments", "message"),
     [
-        (save_tiny_unconditional, {}, "DDPMPipeline takes no text; expected a pipeline that draws"),
+        (save_tiny_unconditional, {}, "DDPMPipeline takes no prompt; expected a text-to-image"),
         (save_tiny_pipeline, {"steps": 2}, "StableDiffusionPipeline takes no steps; expected"),
-        (save_tiny_pipeline, {"height": 63, "width": 64}, "cannot draw .*: .* divisible by 8"),
+        (save_tiny_pipeline, {"height": 63, "width": 64}, "cannot generate .*: .* divisible by 8"),
     ],
 )
 def test_what_cannot_draw_from_a_dialog_is_one_line(

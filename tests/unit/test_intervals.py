@@ -240,11 +240,11 @@ def test_what_is_the_same_whatever_is_drawn_is_not_scored() -> None:
     assert found["scores"]["recall_1"] is not None
     said = "\n".join(found["warnings"])
     assert "IS is not scored: each of 3 splits of 3 images has one image" in said
-    assert "recall@5 and recall@10 not scored: among 2 negatives" in said
-    assert "by chance recall@1 is 33 %" in said
+    assert "recall@5 and recall@10 not scored: with 2 negatives" in said
+    assert "recall@1 by chance is 33 %" in said
     assert "FID on 3 images is noisy and biased" in said
     assert "its covariance has rank 2 of 8" in said
-    assert "scores over 3 dialogs say little" in said
+    assert "scores over 3 dialogs are unreliable" in said
     # One more image than splits, one more candidate than places: something can differ.
     scores = score(measured(11), resolution=8)["scores"]
     assert scores["is"] is not None

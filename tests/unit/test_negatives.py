@@ -71,7 +71,7 @@ def test_what_is_listed_and_in_the_data(tmp_path: Path) -> None:
 def test_another_corpus_is_refused(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     other = write_corpus(tmp_path / "other", [record(0, ["12"])])
-    with pytest.raises(DataError, match="none of what it lists is a picture of"):
+    with pytest.raises(DataError, match="no image that it lists is in"):
         find_negatives(data, other)
     with pytest.raises(DataError, match="holds no test split of MMDialog"):
         find_negatives(data, str(tmp_path / "nothing"))
