@@ -196,7 +196,7 @@ BAD = np.where(np.arange(24).reshape(6, 4) == 13, np.nan, GOOD)
         ),
         ((GOOD, GOOD[:1], None, GOOD, GOOD), r"\(1, 4\), expected \(images, width\)"),
         ((GOOD, GOOD, GOOD[:5], GOOD, GOOD), r"logits: got 5 rows, expected 6"),
-        ((GOOD, GOOD, GOOD, GOOD, GOOD[:5]), r"got 5 rows for 6 true pictures"),
+        ((GOOD, GOOD, GOOD, GOOD, GOOD[:5]), r"got 5 rows for 6 reference images"),
     ],
 )
 def test_wrong_input_is_one_clear_line(arguments: tuple[Any, ...], message: str) -> None:

@@ -200,7 +200,7 @@ def test_figure_5_of_photochat(tmp_path: Path, chat_data: Path) -> None:
     run("figure5.py", out, "--out", tmp_path / "figure5.csv")
     with (tmp_path / "figure5.csv").open() as file:
         found = {row["column"]: row for row in csv.DictReader(file) if row["table"][:4] == "Food"}
-    assert set(found) == {"pictures", "FID", "IS", "paired KID", "CLIP-I"}
+    assert set(found) == {"images", "FID", "IS", "paired KID", "CLIP-I"}
     assert float(found["FID"]["deviation"]) == food["fid_std"]
     assert found["FID"]["low"] == ""
 

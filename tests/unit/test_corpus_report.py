@@ -202,7 +202,7 @@ def test_counts_stand_in_the_column_of_their_split_and_add_up(out: Path) -> None
         counts = [found[field] for found in splits]
         assert rows[name] == [str(number) for number in [*counts, sum(counts)]]
     # Two splits may share a picture: there is no sum.
-    assert rows["Distinct pictures"] == [str(found["num_images"]) for found in splits]
+    assert rows["Distinct images"] == [str(found["num_images"]) for found in splits]
 
 
 def test_problems_and_pictures_stand_by_reason(out: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_plot_says_what_it_shows_to_who_cannot_see_it(out: Path) -> None:
     source = render(survey, out)
     titles = re.findall(r'<svg role="img"[^>]*><title>([^<]+)</title>', source)
     assert [title.partition(":")[0] for title in titles] == list(SPLITS)
-    assert "41.0 % have more than the 75 that fit" in titles[1]
+    assert "41.0 % exceed the limit of 75" in titles[1]
     assert "<title>46 to 60 tokens: 401</title>" in source
     assert "<title>106 tokens or more: 47</title>" in source
     assert '<th scope="row">106 tokens or more</th>' in source
@@ -313,8 +313,8 @@ def test_leaks_are_told_in_plain_words_and_how_to_leave_them_out(out: Path) -> N
     near["num_instances"], shared["num_instances"] = 1, 20_110
     source = render(survey, out)
     said = re.sub("<[^>]+>", "", source)
-    assert "20,110 training instances show a picture that is also in test" in said
-    assert "1 training instance shows a picture that looks like one in test" in said
+    assert "20,110 training instances have an image that is also in test" in said
+    assert "1 training instance has a near-duplicate of an image in test" in said
     assert "train \N{RIGHTWARDS ARROW} test20,111" in said
     corpus = "--corpus mmdialog --source data/MMDialog"
     assert f"d2i corpus {corpus} --leaks leaks.jsonl\n" in said
@@ -331,11 +331,11 @@ def test_the_page_says_whether_near_duplicates_were_looked_for(
     if not leaks:
         survey["leaks"]["counts"] = []
     source = render(survey, out)
-    assert ("Near-duplicates were not looked for" in source) == (not near)
-    assert ("near-duplicates were not looked for" in source) == (not near)
-    assert ("were looked for" in source) == near
+    assert ("Near-duplicates were not searched for" in source) == (not near)
+    assert ("near-duplicates were not searched for" in source) == (not near)
+    assert ("were searched for" in source) == near
     assert ("--exclude leaks.jsonl" in source) == leaks
-    assert ("No split shows a picture of another one" in source) == (not leaks)
+    assert ("No split has an image of another split" in source) == (not leaks)
 
 
 def test_what_the_survey_names_stays_text(out: Path) -> None:
@@ -373,7 +373,7 @@ def test_page_loads_nothing(out: Path) -> None:
 
 
 def test_page_says_that_nothing_of_the_corpus_is_on_it(out: Path) -> None:
-    assert "no text and no picture of the corpus" in render(make_survey("train"), out)
+    assert "no text and no image of the corpus" in render(make_survey("train"), out)
 
 
 def test_same_survey_gives_same_bytes_and_is_left_as_it_was(out: Path) -> None:
@@ -391,7 +391,7 @@ def test_any_splits(splits: tuple[str, ...], out: Path) -> None:
     assert source.count("<svg ") == len(splits)
     left_out = re.findall(r'<p class="left-out"><strong>([^<]+)</strong>', source)
     assert ("Leaks between splits" in left_out) == (len(splits) < 2)
-    assert ("Instances that leak" in source) == (len(splits) == 2)
+    assert ("Leaked instances" in source) == (len(splits) == 2)
 
 
 def test_splits_without_instances(out: Path) -> None:
@@ -404,10 +404,10 @@ def test_splits_without_instances(out: Path) -> None:
             variant.update(num_instances=0, num_empty=0, mean_tokens=None, share_over=None)
     source = render(survey, out)
     assert "<svg" not in source
-    assert "Contexts too long" not in source
-    assert "No record has a problem" in source
-    left_out = re.findall(r'<p class="left-out"><strong>([^<]+)</strong> left out: ', source)
-    assert left_out == ["How long contexts are", "Pictures that can be read"]
+    assert "Contexts over the limit" not in source
+    assert "No record has an issue" in source
+    left_out = re.findall(r'<p class="left-out"><strong>([^<]+)</strong> omitted: ', source)
+    assert left_out == ["Context lengths", "Image files"]
     # Each split has three variants and what is set, each without two figures of tokens.
     assert source.count('<span class="absent">not measured</span>') == 3 * 4 * 2
 
@@ -417,7 +417,7 @@ def test_a_split_that_was_not_looked_at_has_no_column(out: Path) -> None:
     survey["splits"]["valid"]["pictures"] = None
     survey["splits"]["valid"]["lengths"] = unmeasured()
     source = render(survey, out)
-    assert "Those of valid were not looked at" in source
+    assert "Those of valid were not opened" in source
     assert len(rows_of(source, "pictures")["Missing file"]) == 3
     assert source.count("<svg ") == 2
     assert source.count("No context was measured") == 1

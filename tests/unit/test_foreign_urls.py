@@ -109,10 +109,14 @@ def test_nor_is_one_asked_where_data_pictures_or_a_run_are_said_to_lie(
     assert describe_training(str(tmp_path))["trained_corpus"] is None
 
     for read in (read_splits, lambda place: read_conversations(place, {"k"}, 1)):
-        with pytest.raises(DataError, match="is an address, which is not asked"):
+        with pytest.raises(
+            DataError, match="is a URL with a host, which a report does not contact"
+        ):
             read(url)
     evaluation = Evaluation(url="e", card={"run": url}, scores={}, judged=None, image_urls={})
-    assert "is an address, which is not asked" in str(training_section([evaluation]))
+    assert "is a URL with a host, which a report does not contact" in str(
+        training_section([evaluation])
+    )
 
     split = write_data(tmp_path / "data", recipe) / "test"
     (split / "plan").mkdir()
