@@ -98,19 +98,20 @@ def _read_selected(folder: str, system: str, files: dict[str, str | None]) -> di
         of, settings = best["system"], best["settings"]
     except (OSError, KeyError) as err:
         raise ConfigError(
-            f"--selected {folder}: {BEST_NAME} there cannot be read; expected what d2i select "
-            "--system wrote; repeat that command"
+            f"--selected {folder}: cannot read its {BEST_NAME}; expected a directory written by "
+            "d2i select --system; repeat that command"
         ) from err
     kind, colon, place = system.partition(":")
     named = f"{kind}:{storage.absolute(place)}" if colon else kind
     if of != named or not isinstance(settings, list):
         raise ConfigError(
-            f"--selected {folder}: was chosen for {of}, got {named}; repeat d2i select for it"
+            f"--selected {folder}: its settings were selected for {of}, got {named}; repeat d2i "
+            "select for it"
         )
     for name, file in files.items():
         if best.get(name, file) != file:
             raise ConfigError(
-                f"--selected {folder}: was chosen with --{name} {best[name]}, got {file}; repeat "
-                "d2i select with it"
+                f"--selected {folder}: its settings were selected with --{name} {best[name]}, got "
+                f"{file}; repeat d2i select with it"
             )
     return best

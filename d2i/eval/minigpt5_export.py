@@ -30,7 +30,7 @@ def export_dialogs(data_url: str, out_url: str) -> int:
     """
     reader = ShardReader(data_url)
     if not len(reader):
-        raise DataError(f"{data_url} holds no sample; expected a test split; check --data")
+        raise DataError(f"{data_url} has no samples; expected a test split; check --data")
     lines = []
     for index, key in enumerate(reader.keys):
         lines.append(json.dumps(_dialog(index, key, reader.read_json(index)["context"])))

@@ -74,6 +74,6 @@ class ReferenceFeatures:
         """
         path = self._folder / f"{name}.npy"
         if file_sha256(str(path)) != sha256:
-            raise ValueError(f"{path} does not have the sha256 that it was kept with")
+            raise ValueError(f"{path} does not match the sha256 it was cached with")
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         return array

@@ -45,9 +45,9 @@ def score(measured: Measured, resolution: int) -> dict[str, Any]:
     """
     if len(measured.generated) < _MIN_IMAGES:
         raise DataError(
-            f"got {len(measured.generated)} pictures for {len(measured.arrays['keys'])} instances "
-            f"({counted(measured.failures)}); expected at least {_MIN_IMAGES}; see "
-            "instances.jsonl"
+            f"got {len(measured.generated)} generated images for {len(measured.arrays['keys'])} "
+            f"instances ({counted(measured.failures)}); expected at least {_MIN_IMAGES}; see "
+            "instances.jsonl for the reasons"
         )
     with _one_thread():
         part = _choose_part(measured)

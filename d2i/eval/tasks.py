@@ -22,8 +22,8 @@ from d2i.parse import damaged, parse_npz
 _OF_ALL = ("keys", "reasons", "sources", "is_flat", "real_features", "real_embeddings")
 _OF_DRAWN = ("features", "embeddings")
 """Names of arrays with one row per instance, and with one row per generated image."""
-_DRAW_AGAIN = "remove it and repeat the command: its pictures are drawn again"
-MARKER_GONE = "remove it: its task is then read, and not verified; or remove the task's npz as well"
+_DRAW_AGAIN = "delete it and repeat the command to generate its images again"
+MARKER_GONE = "delete it to read its task unverified, or delete the task's npz too to run it again"
 _NAME = re.compile(r"(\d{8})-(\d{8})\.(npz|tar|json)")
 
 
@@ -178,7 +178,7 @@ def _check_rows(url: str, task: EvalTask, arrays: Mapping[str, NDArray[Any]]) ->
     else:
         expected = dict.fromkeys(rows, num)
     if rows != expected:
-        reason = f"it holds rows {rows}; expected {expected}"
+        reason = f"got rows {rows}; expected {expected}"
         raise damaged(url, reason, next_step=_DRAW_AGAIN)
 
 

@@ -93,8 +93,9 @@ class EvalWorker:
         generations = self._system.generate([self._prompts.read(i) for i in task.indices])
         if len(generations) != len(keys):
             raise DataError(
-                f"{self._builder.system.name} drew {len(generations)} pictures for {len(keys)} "
-                "prompts; expected one each, or the reason why there is none"
+                f"{self._builder.system.name} returned {len(generations)} generations for "
+                f"{len(keys)} prompts; expected one per prompt: an image, or the reason why there "
+                "is none"
             )
         self._reach("eval.task_drawn")
         images = {
@@ -127,8 +128,8 @@ class EvalWorker:
         }
         if differences := lock_or_diff(describe_url(self._builder.out_url), mine):
             raise ConfigError(
-                f"{self._builder.out_url} holds pictures drawn otherwise: got "
-                f"{'; '.join(differences[:3])}; choose another --out"
+                f"{self._builder.out_url} has images generated with other weights, versions or "
+                f"devices: got {'; '.join(differences[:3])}; choose another --out"
             )
 
     def _reach(self, point: str) -> None:

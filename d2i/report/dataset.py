@@ -79,11 +79,14 @@ def read_splits(data_url: str) -> dict[str, Manifest]:
         if storage.exists(storage.join(url, MANIFEST_NAME))
     }
     if not found:
-        raise ShardError(f"no {MANIFEST_NAME} in {data_url}")
+        raise ShardError(f"{data_url} has no {MANIFEST_NAME}")
     return found
 
 
 def _check_place(data_url: str) -> None:
     """Raise for a URL with a host: it comes from a metric card, not from the user."""
     if storage.names_host(data_url):
-        raise ShardError(f"the metric card's data set {data_url} is an address, which is not asked")
+        raise ShardError(
+            f"the metric card's data set {data_url} is a URL with a host, which a report does not "
+            "contact"
+        )

@@ -112,7 +112,7 @@ def test_other_weights_are_refused(weights: Path) -> None:
 
 
 def test_missing_weights_say_where_they_come_from(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is not there; .*'d2i doctor' has their address"):
+    with pytest.raises(DataError, match=r"does not exist; .*'d2i doctor' prints their URL"):
         InceptionFeatures(str(tmp_path / "none.pth"), None, "cpu")
 
 
@@ -123,6 +123,6 @@ def test_weights_that_run_code_are_refused(tmp_path: Path) -> None:
 
     path = tmp_path / "hostile.pth"
     path.write_bytes(pickle.dumps(Runs()))
-    with pytest.raises(DataError, match="holds more than arrays"):
+    with pytest.raises(DataError, match="has more than arrays"):
         InceptionFeatures(str(path), sha256(path), "cpu")
     assert not (tmp_path / "ran").exists()

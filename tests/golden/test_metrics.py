@@ -190,10 +190,13 @@ BAD = np.where(np.arange(24).reshape(6, 4) == 13, np.nan, GOOD)
         ((GOOD, GOOD, BAD, GOOD, GOOD), r"^logits: 1 of 6 rows"),
         ((GOOD, GOOD, GOOD, GOOD, np.inf * GOOD), r"^embeddings: 6 of 6 rows"),
         ((GOOD, GOOD, GOOD, GOOD, 0 * GOOD), r"row 0 is all zero"),
-        ((GOOD, GOOD[:, :3], None, GOOD, GOOD), r"width 3 beside the true pictures' 4"),
-        ((GOOD, GOOD[:1], None, GOOD, GOOD), r"\(1, 4\), expected \(pictures, width\)"),
+        (
+            (GOOD, GOOD[:, :3], None, GOOD, GOOD),
+            "got width 3, expected 4 as for the reference images",
+        ),
+        ((GOOD, GOOD[:1], None, GOOD, GOOD), r"\(1, 4\), expected \(images, width\)"),
         ((GOOD, GOOD, GOOD[:5], GOOD, GOOD), r"logits: got 5 rows, expected 6"),
-        ((GOOD, GOOD, GOOD, GOOD, GOOD[:5]), r"got 5 rows for 6 true pictures"),
+        ((GOOD, GOOD, GOOD, GOOD, GOOD[:5]), r"got 5 rows for 6 reference images"),
     ],
 )
 def test_wrong_input_is_one_clear_line(arguments: tuple[Any, ...], message: str) -> None:

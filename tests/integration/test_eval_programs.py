@@ -202,7 +202,7 @@ def test_figure5_scores_photochat_categories(tmp_path: Path, chat_data: Path) ->
     run("figure5.py", out, "--out", tmp_path / "figure5.csv")
     with (tmp_path / "figure5.csv").open() as file:
         found = {row["column"]: row for row in csv.DictReader(file) if row["table"][:4] == "Food"}
-    assert set(found) == {"pictures", "FID", "IS", "paired KID", "CLIP-I"}
+    assert set(found) == {"images", "FID", "IS", "paired KID", "CLIP-I"}
     assert float(found["FID"]["deviation"]) == food["fid_std"]
     assert found["FID"]["low"] == ""
 

@@ -118,7 +118,7 @@ def test_fid_and_recall_of_few_images_have_warnings(whole: Path) -> None:
     assert scores["kid"] != scores["kid_paired"]
     num = found["card"]["found"]
     assert f"FID on {num} images is noisy and biased" in said
-    assert f"recall is among {num - 1} negatives and not 999" in said
+    assert f"recall is among {num - 1} negatives instead of 999" in said
     assert f"IS over 10 splits of {num // 10} images" in said
 
 
@@ -138,8 +138,8 @@ def test_is_and_recall_of_too_few_images_are_not_scored(tmp_path: Path, whole: P
         assert key not in found["intervals"]
         assert f"  {key} " not in done.stdout
     assert "warning: IS is not scored: each of 3 splits of 3 images has one image" in done.stdout
-    assert "warning: recall@5 and recall@10 not scored: among 2 negatives" in done.stdout
-    assert "warning: scores over 2 dialogs say little" in done.stdout
+    assert "warning: recall@5 and recall@10 not scored: with 2 negatives" in done.stdout
+    assert "warning: scores over 2 dialogs are unreliable" in done.stdout
     page = tmp_path / "report.html"
     run_d2i("report", scores, whole, "--out", page)
     rows = re.findall(r"<tr><th[^>]*>Inception Score.*?</tr>", page.read_text())

@@ -52,7 +52,7 @@ def test_inspect_html_shows_image_and_decoded_latents(
     assert np.abs(kept - decoded).mean() < 16, "the tiny autoencoder is a rough one"
 
     inspect(str(out / "train"), html=str(page))
-    assert "not kept in this shard" in page.read_text()
+    assert "not stored in this shard" in page.read_text()
     assert str(page) in capsys.readouterr().out
 
     kept_recipe = json.loads((out / "recipe.json").read_text())

@@ -216,10 +216,10 @@ def test_lora_adapter_changes_scores_and_is_on_metric_card(tmp_path: Path, chat_
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ("missing", "not there; expected a LoRA's safetensors file"),
-        ("text", "not a whole safetensors file"),
-        ("network", "no LoRA: got 1 tensors, such as unet.weight"),
-        ("other layers", "matrices have a place in StableDiffusionPipeline"),
+        ("missing", "does not exist; expected the safetensors file of a LoRA"),
+        ("text", "not a complete safetensors file"),
+        ("network", "not a LoRA: got 1 tensors, such as unet.weight"),
+        ("other layers", "matrices fit StableDiffusionPipeline"),
         ("other widths", "StableDiffusionPipeline cannot read it: .*size mismatch"),
     ],
 )
@@ -258,16 +258,18 @@ def test_adapter_for_unsupported_system_raises() -> None:
         ("unclip:karlo", None),
         ("uvit-s", "demo:backbone"),
     ):
-        with pytest.raises(ConfigError, match=r"--adapter lora: .* takes none; expected --system"):
+        with pytest.raises(
+            ConfigError, match=r"--adapter lora: .* takes no adapter; expected --system"
+        ):
             parse_system(system, weights, recipe, "lora")
 
 
 @pytest.mark.parametrize(
     ("save", "arguments", "message"),
     [
-        (save_tiny_unconditional, {}, "DDPMPipeline takes no text; expected a pipeline that draws"),
+        (save_tiny_unconditional, {}, "DDPMPipeline takes no prompt; expected a text-to-image"),
         (save_tiny_pipeline, {"steps": 2}, "StableDiffusionPipeline takes no steps; expected"),
-        (save_tiny_pipeline, {"height": 63, "width": 64}, "cannot draw .*: .* divisible by 8"),
+        (save_tiny_pipeline, {"height": 63, "width": 64}, "cannot generate .*: .* divisible by 8"),
     ],
 )
 def test_unusable_pipeline_is_one_line_error(

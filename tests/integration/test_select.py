@@ -106,9 +106,11 @@ def test_select_chooses_guidance_of_published_backbone(
         "how": "select",
         **{name: best[name] for name in ("metric", "value", "num_instances", "seed")},
     }
-    with pytest.raises(ConfigError, match=r"chosen with --weights .*ema\.safetensors, got .*other"):
+    with pytest.raises(
+        ConfigError, match=r"selected with --weights .*ema\.safetensors, got .*other"
+    ):
         choose_settings("uvit-s", [], str(out), weights=str(tmp_path / "other.safetensors"))
-    with pytest.raises(ConfigError, match="was chosen for uvit-s, got uvit-s-deep"):
+    with pytest.raises(ConfigError, match="were selected for uvit-s, got uvit-s-deep"):
         choose_settings("uvit-s-deep", [], str(out), weights=str(run / "ema.safetensors"))
 
 

@@ -168,9 +168,9 @@ def test_external_images_are_matched_by_instance_key(tmp_path: Path, chat_data: 
     assert [row["clip_i"] for row in true] == pytest.approx([100.0] * 20)
     assert {row["rank"] for row in true} == {1}
     warnings = "\n".join(result["warnings"])
-    assert f"1 pictures are of one colour, the first is that of {keys[7]}" in warnings
+    assert f"images of a single colour: 1, the first is that of {keys[7]}" in warnings
     assert "FID on 21 images is noisy and biased" in warnings
-    assert "21 of 23 instances have a picture" in warnings
+    assert "21 of 23 instances have an image" in warnings
     assert "2 sizes (64x64, 80x64)" in warnings
 
 
@@ -193,7 +193,7 @@ def test_image_directory_without_keys_raises_and_mixed_codecs_warn(
 ) -> None:
     (tmp_path / "other").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "other/00001.png")
-    with pytest.raises(DataError, match=r"no picture is named by an instance key: got 1 files, .*"):
+    with pytest.raises(DataError, match=r"no image is named by an instance key: got 1 files, .*"):
         scored(chat_data, tmp_path / "out", f"images:{tmp_path / 'other'}")
     for number, key in enumerate(ShardReader(str(chat_data / "test")).keys):
         name = f"{key}.{'jpg' if number % 2 else 'png'}"
@@ -261,7 +261,9 @@ def test_nan_images_are_failures(tmp_path: Path, chat_data: Path) -> None:
     name = max(state, key=lambda key: state[key].numel())
     # NaN weights are rejected on loading; these are finite, but their outputs are not.
     save_file(state | {name: torch.full(state[name].shape, 1e38)}, file)
-    with pytest.raises(DataError, match=r"got 0 pictures for 23 instances \(23 not_finite\)"):
+    with pytest.raises(
+        DataError, match=r"got 0 generated images for 23 instances \(23 not_finite\)"
+    ):
         scored(chat_data, tmp_path / "out", "uvit-s", weights=str(broken))
     assert {row["status"] for row in rows(tmp_path / "out")} == {"not_finite"}
 
@@ -269,13 +271,13 @@ def test_nan_images_are_failures(tmp_path: Path, chat_data: Path) -> None:
 @pytest.mark.parametrize(
     ("system", "message"),
     [
-        ("stable", "no such system; expected run:DIR, diffusers:PATH"),
-        ("json:dumps.nothing", "no such system"),
+        ("stable", "unknown system; expected run:DIR, diffusers:PATH"),
+        ("json:dumps.nothing", "unknown system"),
         ("divter:somewhere", "expected divter:DIR,SYSTEM"),
         ("uvit-s", "got no weights; expected mscoco_uvit_small.pth"),
         ("run:nowhere", "nowhere is no run"),
         ("diffusers:nowhere/at/all", "cannot load DiffusionPipeline"),
-        ("images:nowhere", "got an empty folder"),
+        ("images:nowhere", "got an empty directory"),
         ("divter:nowhere,images:nowhere", "cannot load AutoModelForCausalLM"),
     ],
 )
@@ -300,7 +302,7 @@ def test_changed_weights_of_run_are_rejected(tmp_path: Path, chat_data: Path) ->
     assert result["card"]["backbone"] == "uvit-s"
     save_file({key: 2 * value for key, value in load_file(run / EMA_NAME).items()}, run / EMA_NAME)
     # All images exist already, but the changed weights would not give these scores.
-    with pytest.raises(ConfigError, match=r"gave before its files changed; .* another --out"):
+    with pytest.raises(ConfigError, match=r"from before its files changed; .* another --out"):
         scored(chat_data, tmp_path / "out", f"run:{run}")
 
 
@@ -321,9 +323,9 @@ def test_image_directory_with_small_or_duplicate_images(tmp_path: Path, chat_dat
     with pytest.raises(ConfigError, match=r"--context none: images:.* expected full"):
         scored(chat_data, tmp_path / "out", system, context="none")
     warnings = scored(chat_data, tmp_path / "out", system)["warnings"]
-    assert any("pictures of 32x32 were enlarged to 64x64" in warning for warning in warnings)
+    assert any("images of 32x32 were upscaled to 64x64" in warning for warning in warnings)
     (made / f"{key}.jpg").write_bytes((made / f"{key}.png").read_bytes())
-    with pytest.raises(DataError, match=rf"two pictures for one key, {key}.jpg and {key}.png"):
+    with pytest.raises(DataError, match=rf"two images for one key, {key}.jpg and {key}.png"):
         scored(chat_data, tmp_path / "other", system)
 
 

@@ -202,7 +202,7 @@ def test_counts_table_has_split_columns_and_sums(out: Path) -> None:
         counts = [found[field] for found in splits]
         assert rows[name] == [str(number) for number in [*counts, sum(counts)]]
     # Two splits may share an image, so there is no sum.
-    assert rows["Distinct pictures"] == [str(found["num_images"]) for found in splits]
+    assert rows["Distinct images"] == [str(found["num_images"]) for found in splits]
 
 
 def test_record_issues_and_images_are_listed_by_reason(out: Path) -> None:
@@ -283,7 +283,7 @@ def test_plot_has_accessible_titles(out: Path) -> None:
     source = render(survey, out)
     titles = re.findall(r'<svg role="img"[^>]*><title>([^<]+)</title>', source)
     assert [title.partition(":")[0] for title in titles] == list(SPLITS)
-    assert "41.0 % have more than the 75 that fit" in titles[1]
+    assert "41.0 % exceed the limit of 75" in titles[1]
     assert "<title>46 to 60 tokens: 401</title>" in source
     assert "<title>106 tokens or more: 47</title>" in source
     assert '<th scope="row">106 tokens or more</th>' in source
@@ -313,8 +313,8 @@ def test_leaks_are_explained_with_exclude_commands(out: Path) -> None:
     near["num_instances"], shared["num_instances"] = 1, 20_110
     source = render(survey, out)
     page_text = re.sub("<[^>]+>", "", source)
-    assert "20,110 training instances show a picture that is also in test" in page_text
-    assert "1 training instance shows a picture that looks like one in test" in page_text
+    assert "20,110 training instances have an image that is also in test" in page_text
+    assert "1 training instance has a near-duplicate of an image in test" in page_text
     assert "train \N{RIGHTWARDS ARROW} test20,111" in page_text
     corpus = "--corpus mmdialog --source data/MMDialog"
     assert f"d2i corpus {corpus} --leaks leaks.jsonl\n" in page_text
@@ -329,11 +329,11 @@ def test_page_states_if_near_duplicates_were_searched(near: bool, leaks: bool, o
     if not leaks:
         survey["leaks"]["counts"] = []
     source = render(survey, out)
-    assert ("Near-duplicates were not looked for" in source) == (not near)
-    assert ("near-duplicates were not looked for" in source) == (not near)
-    assert ("were looked for" in source) == near
+    assert ("Near-duplicates were not searched for" in source) == (not near)
+    assert ("near-duplicates were not searched for" in source) == (not near)
+    assert ("were searched for" in source) == near
     assert ("--exclude leaks.jsonl" in source) == leaks
-    assert ("No split shows a picture of another one" in source) == (not leaks)
+    assert ("No split has an image of another split" in source) == (not leaks)
 
 
 def test_survey_strings_are_html_escaped(out: Path) -> None:
@@ -371,7 +371,7 @@ def test_page_loads_no_external_resource(out: Path) -> None:
 
 
 def test_page_states_it_contains_no_corpus_data(out: Path) -> None:
-    assert "no text and no picture of the corpus" in render(make_survey("train"), out)
+    assert "no text and no image of the corpus" in render(make_survey("train"), out)
 
 
 def test_report_is_deterministic_and_keeps_survey_unchanged(out: Path) -> None:
@@ -389,7 +389,7 @@ def test_report_of_any_splits(splits: tuple[str, ...], out: Path) -> None:
     assert source.count("<svg ") == len(splits)
     omitted = re.findall(r'<p class="left-out"><strong>([^<]+)</strong>', source)
     assert ("Leaks between splits" in omitted) == (len(splits) < 2)
-    assert ("Instances that leak" in source) == (len(splits) == 2)
+    assert ("Leaked instances" in source) == (len(splits) == 2)
 
 
 def test_report_of_splits_without_instances(out: Path) -> None:
@@ -402,10 +402,10 @@ def test_report_of_splits_without_instances(out: Path) -> None:
             variant.update(num_instances=0, num_empty=0, mean_tokens=None, share_over=None)
     source = render(survey, out)
     assert "<svg" not in source
-    assert "Contexts too long" not in source
-    assert "No record has a problem" in source
-    omitted = re.findall(r'<p class="left-out"><strong>([^<]+)</strong> left out: ', source)
-    assert omitted == ["How long contexts are", "Pictures that can be read"]
+    assert "Contexts over the limit" not in source
+    assert "No record has an issue" in source
+    omitted = re.findall(r'<p class="left-out"><strong>([^<]+)</strong> omitted: ', source)
+    assert omitted == ["Context lengths", "Image files"]
     # Each split has three variants and the current settings, each without two token figures.
     assert source.count('<span class="absent">not measured</span>') == 3 * 4 * 2
 
@@ -415,7 +415,7 @@ def test_unread_split_has_no_column(out: Path) -> None:
     survey["splits"]["valid"]["pictures"] = None
     survey["splits"]["valid"]["lengths"] = unmeasured()
     source = render(survey, out)
-    assert "Those of valid were not looked at" in source
+    assert "Those of valid were not opened" in source
     assert len(rows_of(source, "pictures")["Missing file"]) == 3
     assert source.count("<svg ") == 2
     assert source.count("No context was measured") == 1

@@ -157,7 +157,7 @@ def test_resampled_subset_keeps_whole_dialogs(monkeypatch: pytest.MonkeyPatch) -
     measured = measured_of(600, size=3)
     monkeypatch.setattr("d2i.eval.scores._MAX_RESAMPLED", 100)
     # 33 dialogs of three; the hundredth instance would belong to another dialog.
-    assert "come from 99 of 600 instances" in " ".join(score(measured, 256)["warnings"])
+    assert "computed from 99 of 600 instances" in " ".join(score(measured, 256)["warnings"])
 
 
 def measured_of(num: int, size: int = 1) -> Measured:
@@ -228,7 +228,7 @@ def test_retrieval_ranks_among_listed_negatives() -> None:
 def test_derangement_pairs_different_dialogs(dialogs: list[int]) -> None:
     keys = [f"test-{dialog}-{turn}-0" for turn, dialog in enumerate(dialogs)]
     if len(set(dialogs)) == 1:
-        with pytest.raises(ConfigError, match="at least two to exchange"):
+        with pytest.raises(ConfigError, match="at least two, to swap contexts"):
             derangement(keys)
         return
     found = derangement(keys)
@@ -264,18 +264,18 @@ def test_damaged_task_is_one_line_error(tmp_path: Path, cut: int) -> None:
     write_task(str(tmp_path), EvalTask(0, 4), {"keys": np.arange(4)})
     (path,) = (tmp_path / "tasks").glob("*.npz")
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(DataError, match=r"00000004.npz is damaged.*; remove it and repeat"):
+    with pytest.raises(DataError, match=r"00000004.npz is damaged.*; delete it and repeat"):
         read_tasks(str(tmp_path), finished_tasks(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
     ("generated", "message"),
     [
-        ((None, ""), "neither picture nor reason; expected a picture, or one word"),
-        ((np.zeros((2, 2, 3), np.uint8), "withheld"), "a system drew both"),
-        ((np.zeros((2, 2, 3)), ""), r"drew float64 \(2, 2, 3\); expected uint8 \(H, W, 3\)"),
-        ((np.zeros((3, 2, 2), np.uint8), ""), r"drew uint8 \(3, 2, 2\)"),
-        ((np.zeros((2, 3), np.uint8), ""), r"drew uint8 \(2, 3\)"),
+        ((None, ""), "neither an image nor a reason; expected an image, or a one-word"),
+        ((np.zeros((2, 2, 3), np.uint8), "withheld"), "a system returned both"),
+        ((np.zeros((2, 2, 3)), ""), r"returned float64 \(2, 2, 3\); expected uint8 \(H, W, 3\)"),
+        ((np.zeros((3, 2, 2), np.uint8), ""), r"returned uint8 \(3, 2, 2\)"),
+        ((np.zeros((2, 3), np.uint8), ""), r"returned uint8 \(2, 3\)"),
     ],
 )
 def test_generation_is_image_or_reason(generated: tuple[Any, str], message: str) -> None:

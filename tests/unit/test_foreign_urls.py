@@ -111,10 +111,14 @@ def test_foreign_urls_of_data_images_and_run_are_never_contacted(
     assert describe_training(str(tmp_path))["trained_corpus"] is None
 
     for read in (read_splits, lambda location: read_conversations(location, {"k"}, 1)):
-        with pytest.raises(DataError, match="is an address, which is not asked"):
+        with pytest.raises(
+            DataError, match="is a URL with a host, which a report does not contact"
+        ):
             read(url)
     evaluation = Evaluation(url="e", card={"run": url}, scores={}, judged=None, image_urls={})
-    assert "is an address, which is not asked" in str(training_section([evaluation]))
+    assert "is a URL with a host, which a report does not contact" in str(
+        training_section([evaluation])
+    )
 
     split = write_data(tmp_path / "data", recipe) / "test"
     (split / "plan").mkdir()

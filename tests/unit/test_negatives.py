@@ -71,7 +71,7 @@ def test_find_negatives_keeps_listed_images_of_data_set(tmp_path: Path) -> None:
 def test_find_negatives_rejects_other_corpus(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     other = write_corpus(tmp_path / "other", [record(0, ["12"])])
-    with pytest.raises(DataError, match="none of what it lists is a picture of"):
+    with pytest.raises(DataError, match="no image that it lists is in"):
         find_negatives(data, other)
     with pytest.raises(DataError, match="holds no test split of MMDialog"):
         find_negatives(data, str(tmp_path / "nothing"))

@@ -260,8 +260,8 @@ def test_report_accounts_for_every_planned_instance(inputs: ReportInputs) -> Non
     assert rows["Dropped: decode error"] == ["5", "0", "5"]
     assert rows["Dropped: not an image"] == ["1", "0", "1"]
     assert rows["Dropped: too small"] == ["0", "2", "2"]
-    assert rows["Found in the corpus: empty context"] == ["3", "0", "3"]
-    assert rows["Left out by --exclude"] == ["5", "0", "5"]
+    assert rows["Record issues: empty context"] == ["3", "0", "3"]
+    assert rows["Excluded by --exclude"] == ["5", "0", "5"]
 
 
 def test_dialog_text_is_escaped(inputs: ReportInputs) -> None:
@@ -337,9 +337,9 @@ def test_missing_sections_are_omitted_with_reason(inputs: ReportInputs) -> None:
     source = (inputs.root / "report.html").read_text()
     for title in ("Conversations", "Attributes", "Training", "Data", "Times"):
         assert re.search(
-            rf'<p class="left-out"><strong>{title}</strong> left out: [^<]+\.</p>', source
+            rf'<p class="left-out"><strong>{title}</strong> omitted: [^<]+\.</p>', source
         )
-    assert "Attributes right" not in source
+    assert "Attribute accuracy" not in source
     assert re.findall(r'<a href="#(\w+)"', source) == ["scores", "cards"]
 
 
@@ -385,7 +385,7 @@ def test_cases_show_requested_dialogs(inputs: ReportInputs) -> None:
     cases = (inputs.keys[-1], inputs.keys[3])
     source = inputs.render(cases=cases)
     assert re.findall(r'<article class="conversation" aria-label="([^"]+)"', source) == list(cases)
-    assert source.count("no picture kept") == 1
+    assert source.count("no image saved") == 1
     assert "<title>Cases</title>" in source
     assert re.findall(r'<a href="#(\w+)"', source) == ["conversations", "cards"]
 
@@ -400,9 +400,9 @@ def test_unknown_case_is_one_line_error(inputs: ReportInputs) -> None:
     assert re.search(r"such as test-\d+-0-0$", line)
     for directory in inputs.eval_dirs:
         (directory / "images" / "000000.tar").unlink()
-    with pytest.raises(DataError, match=r"kept by no evaluation.*--save-images all"):
+    with pytest.raises(DataError, match=r"no evaluation saved its image.*--save-images all"):
         inputs.render(cases=inputs.keys[:1])
-    with pytest.raises(ConfigError, match=r"ends in \.html"):
+    with pytest.raises(ConfigError, match=r"ending in \.html"):
         write_report(inputs.eval_dirs, inputs.root / "cases.md", cases=inputs.keys[:1])
 
 

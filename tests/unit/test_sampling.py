@@ -238,7 +238,7 @@ def test_read_dialog_rejects_malformed_records(wrong: str) -> None:
 )
 def test_text_latents_of_wrong_shape_are_rejected(empty: NDArray[np.float16]) -> None:
     backbone = BackboneConfig(name="uvit-s", weights="demo:backbone")
-    with pytest.raises(ConfigError, match=r"the text latents are .*, expected \(77, 64\)"):
+    with pytest.raises(ConfigError, match=r"text latents: got shape .*, expected \(77, 64\)"):
         Sampler(backbone, Vae("demo:vae", "kl"), SampleConfig.model_validate(QUICK), empty)
 
 

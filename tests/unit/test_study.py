@@ -233,17 +233,17 @@ def test_table_2_has_row_for_every_paper_system(study: Study) -> None:
         *("DALL-E 2", "MiniGPT-5", "Divter, our captions")
     }
     table = "Systems on MMDialog (Table 2)"
-    assert value(lines, table, "Divter, our captions", "pictures") == "23769 of 23772"
+    assert value(lines, table, "Divter, our captions", "images") == "23769 of 23772"
     assert value(lines, table, "Divter, our captions", "IS (paper)") == "20.53"
 
 
 def test_incomparable_rows_are_in_separate_table_with_reason(study: Study) -> None:
     text = study.write("tables.md")
-    assert "Systems on MMDialog (Table 2), apart" in text
-    assert "Kept apart, as not comparable: codec jpg files instead of not named." in text
-    separate_tables = text[text.index("(Table 2), apart") :]
+    assert "Systems on MMDialog (Table 2), not comparable" in text
+    assert "Not comparable with the first table: codec jpg files instead of not recorded." in text
+    separate_tables = text[text.index("(Table 2), not comparable") :]
     assert "|MiniGPT-5|" in separate_tables[: separate_tables.index("##")]
-    assert "it learned from our captions" in text
+    assert "trained on our captions" in text
 
 
 def test_lossless_codecs_stay_in_main_table(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_lossless_codecs_stay_in_main_table(tmp_path: Path) -> None:
         if line["table"] == table and line["column"] == "CLIP-I"
     }
     assert scored == {"U-ViT-Small", "MiniGPT-5", "nearest"}
-    assert "codec jpg files instead of without loss" in study.write("tables.md")
+    assert "codec jpg files instead of lossless" in study.write("tables.md")
 
 
 def test_paper_numbers_are_shown_in_every_table_of_its_metric(tmp_path: Path) -> None:
@@ -274,11 +274,11 @@ def test_paper_numbers_are_shown_in_every_table_of_its_metric(tmp_path: Path) ->
     ours = "Systems on MMDialog"
     assert value(lines, ours, "uvit-s, not fine-tuned", "FID") == "10.0"
     assert value(lines, ours, "uvit-s, not fine-tuned", "FID (paper)") is None
-    assert value(lines, f"{table}, apart", "U-ViT-Small + ours", "FID (paper)") == "23.9"
-    assert value(lines, f"{table}, apart", "U-ViT-Small", "FID (paper)") == "52.95"
-    by_cuda = [line["row"] for line in lines if line["table"] == f"{table}, apart (2)"]
+    assert value(lines, f"{table}, not comparable", "U-ViT-Small + ours", "FID (paper)") == "23.9"
+    assert value(lines, f"{table}, not comparable", "U-ViT-Small", "FID (paper)") == "52.95"
+    by_cuda = [line["row"] for line in lines if line["table"] == f"{table}, not comparable (2)"]
     assert set(by_cuda) == {"UniDiffuser-v1 + ours"}
-    assert value(lines, f"{table}, apart (2)", by_cuda[0], "FID (paper)") == "22.72"
+    assert value(lines, f"{table}, not comparable (2)", by_cuda[0], "FID (paper)") == "22.72"
 
 
 @pytest.mark.parametrize(
@@ -321,11 +321,11 @@ _SMALL = {"depth": [3, 12], "dim": [32, 512], "patch_size": [4, 2]}
         ({"initial_weights": {"file": "scratch"}}, "its initial weights are random"),
         (
             {"initial_weights": PUBLISHED | {"initialisation": True}},
-            "its initial weights are an initialisation, not trained",
+            "its initial weights are untrained, an initialisation",
         ),
         (
             {"initial_weights": {"file": "x.pth", "layout": None}},
-            "its initial weights, x.pth, are in no published layout",
+            "its initial weights, x.pth, are not in a published layout",
         ),
         ({"text": TEXT | {"keep": "start"}}, "evaluated with text.keep=start, the paper's end"),
         (
@@ -341,14 +341,14 @@ _SMALL = {"depth": [3, 12], "dim": [32, 512], "patch_size": [4, 2]}
         ({"corpus": "made world"}, "the corpus is made world"),
         (
             {"extractor": "clip_image 0123"},
-            "the paper's are on inception-v3-compat 6726825d, these on clip_image 0123",
+            "extractor clip_image 0123, the paper's inception-v3-compat 6726825d",
         ),
         ({"split": "valid"}, "the split is valid"),
-        ({"expected": 20, "found": 20}, "the paper's are on 1,000 test instances, these on 20"),
-        ({"found": 700}, "700 of 1,000 were scored"),
+        ({"expected": 20, "found": 20}, "20 test instances, the paper's 1,000"),
+        ({"found": 700}, "only 700 of 1,000 instances were scored"),
         (
             {"corpus_options": {"direction": "first"}},
-            "instances were made with corpus.direction=first",
+            "instances were prepared with corpus.direction=first",
         ),
     ],
 )
@@ -388,7 +388,7 @@ def test_backward_compatibility_old_card_earns_no_paper_row(tmp_path: Path) -> N
     # Without the split, the paper's numbers are omitted from the whole table.
     del document["card"]["split"]
     (directory / "scores.json").write_text(json.dumps(document))
-    assert "numbers are left out: the split is not recorded." in study.write("tables.md")
+    assert "numbers are omitted: the split is not recorded." in study.write("tables.md")
 
 
 def test_label_alone_earns_no_paper_row() -> None:
@@ -445,7 +445,7 @@ def test_row_states_source_of_guidance(tmp_path: Path) -> None:
     lines, table = study.lines(), "Systems on PhotoChat (Table 2)"
     words = "3 (d2i select, FID on 1000 validation dialogs)"
     assert value(lines, table, "U-ViT-Small + ours", "guidance") == words
-    assert value(lines, table, "U-ViT-Small", "guidance") == "2 (the recipe's)"
+    assert value(lines, table, "U-ViT-Small", "guidance") == "2 (recipe)"
     assert any(f"guidance {words};" in line["card"] for line in lines)
 
 
@@ -481,7 +481,7 @@ def test_table_3_and_context_ablation_have_expected_rows(study: Study) -> None:
     ]
     assert value(lines, name, "space", "FID (paper)") == "69.92"
     assert value(lines, name, "letters", "FID (paper)") is None
-    shown = "What the system is shown: U-ViT-Small + ours on MMDialog"
+    shown = "Context ablation: U-ViT-Small + ours on MMDialog"
     assert [
         line["row"] for line in lines if line["table"] == shown and line["column"] == "FID"
     ] == ["full", "last", "none", "shuffled"]
@@ -515,10 +515,10 @@ def test_figure_5_shows_deviation_over_draws(study: Study) -> None:
     assert len({line["row"] for line in fid}) == len(fid) == 6
     source = study.write("tables.md")
     assert "200.00 ± 3.00" in source
-    assert "mean ± standard deviation over 20 seeded draws of 50 pictures" in source
-    assert "Not comparable between categories; FID of 50 pictures in 2,048 dimensions" in source
-    assert "7 instances are in two categories, and scored in both." in source
-    assert "Fewer than 50, all are used: food (40)." in source
+    assert "mean ± standard deviation over 20 seeded draws of 50 images" in source
+    assert "FID on 50 images in 2,048 dimensions has rank 49" in source
+    assert "7 instances are in two or more categories and scored in each of them." in source
+    assert "fewer than 50 instances, all of them used: food (40)." in source
 
 
 def test_figure_5_skips_evaluations_without_categories(tmp_path: Path) -> None:
@@ -526,7 +526,7 @@ def test_figure_5_skips_evaluations_without_categories(tmp_path: Path) -> None:
     directories = [study.add("photochat", backbone) for backbone in BACKBONES]
     (directories[0] / "categories.json").unlink()
     source = study.write("one.html")
-    assert f"Without categories.json, see eval/figure5.py: {directories[0]}." in source
+    assert f"No categories.json (eval/figure5.py writes it) in: {directories[0]}." in source
     assert source.count("<h3>people</h3>") == 1
     for directory in directories[1:]:
         (directory / "categories.json").unlink()
@@ -586,9 +586,9 @@ def test_paper_numbers_are_omitted_for_other_extractor(tmp_path: Path) -> None:
     systems = [line for line in study.lines() if line["table"].startswith("Systems")]
     assert systems
     assert {line["by"] for line in systems} == {"d2i"}
-    assert "The paper's numbers are left out" in study.write("tables.md")
+    assert "The paper's numbers are omitted" in study.write("tables.md")
 
 
 def test_unknown_report_suffix_is_rejected(study: Study) -> None:
-    with pytest.raises(ConfigError, match=r"ends in \.html, \.md or \.csv"):
+    with pytest.raises(ConfigError, match=r"ending in \.html, \.md or \.csv"):
         study.write("tables.pdf")

@@ -36,9 +36,10 @@ class RetrieveSystem:
         tower = TextTower.load(context.recipe, context.encoders, context.device)
         if tower is None or not len(self._reader):
             raise ConfigError(
-                f"{context.spec.name}: got {len(self._reader)} training pictures and text tower "
-                f"{context.recipe.metrics.clip_text}; expected pictures, and the tower of the CLIP "
-                "image encoder; check --data, and --set metrics.clip_text"
+                f"{context.spec.name}: got {len(self._reader)} training images and text tower "
+                f"{context.recipe.metrics.clip_text}; expected at least one image, and the text "
+                "tower of the CLIP image encoder; check --system retrieve:DIR and "
+                "--set metrics.clip_text=PATH"
             )
         self._tower, self._encoders, self._limits = tower, context.encoders, context.recipe.image
         # Half precision, as stored: a million images take 1 GB.
