@@ -107,7 +107,7 @@ def test_folders_of_photographs(tmp_path: Path, weights: Path) -> None:
 
 
 def test_other_weights_are_refused(weights: Path) -> None:
-    with pytest.raises(DataError, match=r"has sha256 [0-9a-f]{8}, expected 6726825d; fetch it"):
+    with pytest.raises(DataError, match=r"has sha256 [0-9a-f]{8}, expected 6726825d; download it"):
         InceptionFeatures(str(weights), None, "cpu")
 
 
