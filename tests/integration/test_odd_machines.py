@@ -66,7 +66,7 @@ def test_a_ray_that_does_not_start_is_one_line_with_the_next_step(tmp_path: Path
     done = run_under({"RAY_TMPDIR": str(tmp_path / "file")}, *line)
     assert done.returncode == 2
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert error.startswith("error: Ray on this machine did not start: ")
+    assert error.startswith("error: Ray did not start on this machine: ")
     assert "set RAY_TMPDIR to a short path on a local disk" in error
     assert "Traceback" not in done.stderr
 

@@ -108,7 +108,7 @@ def test_a_mistake_in_the_second_stage_ends_the_job_as_what_it_is() -> None:
 
 def test_a_task_that_kills_every_worker_ends_the_job() -> None:
     stages = Pipeline(Dying, Finishing, num_consumers=1)
-    with pytest.raises(ClusterError, match="took 4 workers down"):
+    with pytest.raises(ClusterError, match="crashed 4 workers"):
         list(run_pipeline(stages, [1]))
 
 

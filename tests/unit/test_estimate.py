@@ -44,7 +44,7 @@ def test_time_is_that_of_the_worker_who_has_most_to_do() -> None:
 def test_an_assumed_rate_outweighs_the_measured_one_and_is_called_so() -> None:
     found = forecast(WORK, OFFER, MEASURED, RateOverrides(items_per_s=10.0))
     assert found.time_s == 300.0
-    assert found.rate_from == "assumed, as --rate says"
+    assert found.rate_from == "assumed (--rate)"
     assert found.cost is None
 
 

@@ -824,7 +824,7 @@ def test_an_index_says_nothing_beside_its_columns() -> None:
         read_index(index_of(hidden, hidden.schema), num_samples=1, tar_size_bytes=2048)
     for absent in (Extent(0, 1, 0), Extent(0, 0, 1)):
         rows = [IndexRow("k", {"json": Extent(512, 10, 1), "png": absent})]
-        with pytest.raises(ShardError, match="no place in the tar"):
+        with pytest.raises(ShardError, match="without an offset in the tar"):
             read_index(index_bytes(rows), num_samples=1, tar_size_bytes=2048)
 
 

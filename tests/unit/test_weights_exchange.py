@@ -176,7 +176,7 @@ def test_another_program_s_config_is_passed_over(tmp_path: Path) -> None:
 
 def test_sizes_that_no_tensor_tells_are_asked_for(tmp_path: Path) -> None:
     save_weights(tiny("uvit-s"), tmp_path / "w.safetensors")
-    with pytest.raises(ConfigError, match="do not tell latent_size, num_heads, num_text_tokens"):
+    with pytest.raises(ConfigError, match="do not reveal latent_size, num_heads, num_text_tokens"):
         import_weights(tmp_path / "w.safetensors", tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"mis-shaped \(pos_embed"):
         wrong = [*TINY_SETTINGS[:-1], "num_text_tokens=4"]
@@ -207,7 +207,7 @@ def test_a_scale_that_is_not_the_published_one_stays(tmp_path: Path) -> None:
 def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
     save_weights(tiny("uvit-s"), tmp_path / "w.safetensors")
     import_weights(tmp_path / "w.safetensors", tmp_path / "model", TINY_SETTINGS)
-    with pytest.raises(CheckpointError, match="holds weights already"):
+    with pytest.raises(CheckpointError, match="already holds weights"):
         import_weights(tmp_path / "w.safetensors", tmp_path / "model", TINY_SETTINGS)
 
 
@@ -314,7 +314,7 @@ def test_weights_and_their_folders_have_urls(
     save_weights(network, source)
     copy = resolve_weights(source)
     import_weights(Path(copy), f"memory:/{tmp_path}/model", TINY_SETTINGS)
-    with pytest.raises(CheckpointError, match="holds weights already"):
+    with pytest.raises(CheckpointError, match="already holds weights"):
         import_weights(Path(copy), f"memory:/{tmp_path}/model", TINY_SETTINGS)
     again = build_network(BackboneConfig(name="uvit-s", weights=f"memory:/{tmp_path}/model"))
     assert_same_bits(again.state_dict(), network.state_dict())
@@ -378,9 +378,9 @@ def test_encoders_that_are_used_as_they_are_have_their_names(tmp_path: Path) -> 
         path = Path(resolve_weights(name))
         seen = inspect_file(path)
         assert (seen["kind"], seen["what"]) == ("encoder", words)
-        with pytest.raises(CheckpointError, match="use it as it is"):
+        with pytest.raises(CheckpointError, match="use it directly"):
             import_weights(path, tmp_path / "out")
-        with pytest.raises(CheckpointError, match="use it as it is"):
+        with pytest.raises(CheckpointError, match="use it directly"):
             export_weights(path, tmp_path / "out.pth", "published")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"tiny.safetensors", "tiny.safetensors.sha256"}
