@@ -91,7 +91,7 @@ def test_table_3_is_of_a_run_for_each_linearization(
     given = [part for run in runs.values() for part in ("--run", run)]
     done = start("table3.py", chat_data, tmp_path / "three", *given, *few)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"warning: {runs['letters']} is not as {runs['hash']}: train.seed: 1" in done.stderr
+    assert f"warning: {runs['letters']} differs from {runs['hash']}: train.seed: 1" in done.stderr
     name = "demo network, fine-tuned on jsonl"
     table = tmp_path / "three/table3.csv"
     assert rows(table, f"Linearizations: {name}") == set(TEMPLATES)
@@ -211,6 +211,6 @@ def test_divter_and_minigpt5(tmp_path: Path, chat_data: Path) -> None:
         *("divter.py", chat_data, tmp_path / "describer", "--base", tmp_path / "base"),
         *("--num-steps", 2),
     )
-    assert said.startswith("12 descriptions learned from")
+    assert said.startswith("trained on 12 descriptions")
     assert (tmp_path / "describer/model.safetensors").is_file()
     assert run("minigpt5.py", chat_data, tmp_path / "in").startswith("23 dialogs")

@@ -98,7 +98,7 @@ def test_inspect_shows_no_sample_that_lacks_a_field(tmp_path: Path) -> None:
     write_one_sample(tmp_path, {"key": "a"})
     done = run_process("inspect", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "sample a: the json member is not as d2i writes it" in done.stderr
+    assert "sample a: the json member is not valid" in done.stderr
     assert "Traceback" not in done.stderr
 
 

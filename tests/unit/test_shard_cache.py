@@ -290,7 +290,9 @@ def test_a_folder_that_can_keep_nothing_is_refused(data: Path, tmp_path: Path) -
     (tmp_path / "file").touch()
     (tmp_path / "taken" / ".d2i-claims").mkdir(parents=True)
     for place in ("file", "file/below", "taken"):
-        with pytest.raises(ConfigError, match=f"{place} cannot keep .* give another --cache-dir"):
+        with pytest.raises(
+            ConfigError, match=f"{place}cannot cache shards in .* choose another --cache-dir"
+        ):
             ShardReader(f"noted://{data}", cache_dir=tmp_path / place)
 
 

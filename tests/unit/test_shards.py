@@ -560,7 +560,7 @@ def test_missing_and_unlisted_files_are_found(copy: Path) -> None:
 BAD_METADATA: dict[str, tuple[dict[str, Any], str]] = {
     "another key": ({"key": "train-1-0-0"}, "is that of 'train-1-0-0'"),
     "another split": ({"split": "dev"}, "split"),
-    "no picture": ({"split": "test"}, "has no picture; expected one in test"),
+    "no picture": ({"split": "test"}, "has no image; expected one in test"),
     "unknown field": ({"more": 1}, "more"),
     "turn": ({"turn": -1}, "turn"),
     "context": ({"context": [{"text": "no speaker"}]}, "speaker"),

@@ -193,7 +193,7 @@ def test_a_small_file_cannot_ask_for_much_memory(tmp_path: Path, form: str) -> N
     torch.save({"a": Blown()}, path, _use_new_zipfile_serialization=form == "zip")
     assert "holds more than tensors" in refusal(tiny(), path)
     torch.save({"a": "b" * 5_000_000}, path, _use_new_zipfile_serialization=form == "zip")
-    assert "over 4000000 bytes beside its tensors" in refusal(tiny(), path)
+    assert "over 4000000 bytes besides its tensors" in refusal(tiny(), path)
 
 
 def test_a_compressed_file_is_not_unpacked(tmp_path: Path, state: dict[str, Tensor]) -> None:
