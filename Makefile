@@ -1,5 +1,5 @@
-# What a person types here. Everything happens in one environment, $(VENV), made on first use
-# and made again when pyproject.toml or constraints.txt changes.
+# Commands for development. They run in one environment, $(VENV), created on first use and again when
+# pyproject.toml or constraints.txt changes.
 #
 #   make demo                    the whole pipeline, small, on this machine (ARGS="--out DIR")
 #   make test                    the tests, two files at a time             (ARGS="-k shards")
@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 UNDER_WAY := $(VENV).installing
 SHELL     := /bin/sh
 
-# True where an interpreter is one that d2i runs on.
+# Arguments that succeed if d2i runs on this interpreter.
 SUITS := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))'
 
 # DeepSpeed looks for `ninja`, and Ray's workers for `d2i`, on PATH.
@@ -58,21 +58,21 @@ check: setup
 
 setup: interpreter $(INSTALLED)
 
-# An interpreter asked for by name must be the one that the environment has.
+# If PYTHON names an interpreter, it must be the one of the environment.
 interpreter:
 	@[ -z "$(PYTHON)" ] || "$(PYTHON)" $(SUITS) 2>/dev/null || { \
 	  echo "make: PYTHON=$(PYTHON) is not Python 3.11 or 3.12; give the path of one" >&2; exit 2; }
 	@[ -z "$(PYTHON)" ] || [ ! -x $(BIN)/python ] || \
 	  [ "$$("$(PYTHON)" -c 'import sys; print(sys.version_info[:2])')" = \
 	    "$$($(BIN)/python -c 'import sys; print(sys.version_info[:2])')" ] || { \
-	  echo "make: $(VENV) was made with another Python than PYTHON=$(PYTHON);" \
+	  echo "make: $(VENV) was created with another Python than PYTHON=$(PYTHON);" \
 	    "run 'make clean' first, or give another VENV=DIR" >&2; exit 2; }
 
-# $(UNDER_WAY) stays behind when an installation is cut off: pip can take a half-copied package
-# for a whole one, so the environment is then made afresh.
+# $(UNDER_WAY) remains if an installation is interrupted: pip may take a half-copied package for a
+# complete one, so the environment is then created again.
 $(INSTALLED): pyproject.toml constraints.txt
 	@if [ -e $(UNDER_WAY) ]; then \
-	  echo "make setup: the last installation was interrupted; starting afresh"; \
+	  echo "make setup: the last installation was interrupted; starting over"; \
 	  rm -rf $(VENV); \
 	fi
 	@touch $(UNDER_WAY)
@@ -84,7 +84,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  [ -n "$$python" ] || { \
 	    echo "make setup: no Python 3.11 or 3.12 on PATH; install one, or run" \
 	      "'make PYTHON=/path/to/python3.12 ...'" >&2; exit 2; }; \
-	  echo "make setup: making $(VENV) with $$("$$python" --version)"; \
+	  echo "make setup: creating $(VENV) with $$("$$python" --version)"; \
 	  "$$python" -m venv --clear $(VENV) || { rm -rf $(VENV); \
 	    echo "make setup: '$$python -m venv' failed; on Debian and Ubuntu, install python3-venv" >&2; \
 	    exit 2; }; \
@@ -99,7 +99,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "make setup: done"
 
 clean:
-	@echo "make clean: removing $(VENV), caches and build folders"
+	@echo "make clean: removing $(VENV), caches and build directories"
 	@rm -rf $(VENV) $(UNDER_WAY) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache \
 	  .import_linter_cache .hypothesis
 	@find . -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +

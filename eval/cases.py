@@ -1,8 +1,8 @@
-"""Tables 4, 6 and 7: conversations with the pictures of all systems beside the true one.
+"""Tables 4, 6 and 7: conversations with the images of all systems beside the reference image.
 
 python eval/cases.py scores/uvit-s scores/uvit-s-ours scores/minigpt5 --out cases.html
 
-The conversations are the first by a hash of their keys among those whose pictures were all kept, or
+The conversations are the first by a hash of their keys among those whose images were all kept, or
 those of --case KEY, as d2i report takes it.
 """
 
@@ -17,9 +17,9 @@ from d2i.report import write_report
 
 
 def main(
-    evaluations: Annotated[list[Path], typer.Argument(help="Folders made by d2i eval.")],
+    evaluations: Annotated[list[Path], typer.Argument(help="Directories made by d2i eval.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("cases.html"),
-    case: Annotated[list[str] | None, typer.Option(help="An instance's key; repeat it.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Key of an instance; repeatable.")] = None,
 ) -> None:
     """Write one page of conversations."""
     parts = ("conversations", "cards")

@@ -1,9 +1,9 @@
-"""Divter's description generator: fine-tune a causal language model to describe the picture.
+"""Divter's caption generator: fine-tune a causal language model to describe the image.
 
 python eval/divter.py data/photochat describer --base microsoft/DialoGPT-medium
 
-d2i eval --system divter:describer,diffusers:PATH then draws what it describes. MMDialog has no
-descriptions: prepare it with those of d2i corpus --describe.
+d2i eval --system divter:describer,diffusers:PATH then generates images from its captions. MMDialog
+has no descriptions: prepare it with those of d2i corpus --describe.
 """
 
 import sys
@@ -17,19 +17,19 @@ from d2i.recipes import read_kept_recipe
 
 
 def main(
-    data: Annotated[str, typer.Argument(help="Folder made by d2i preprocess.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the model.")],
-    base: Annotated[str, typer.Option(help="A causal language model: a folder or a hub name.")],
-    num_steps: Annotated[int, typer.Option(min=1, help="Steps.")] = 1000,
+    data: Annotated[str, typer.Argument(help="Directory made by d2i preprocess.")],
+    out: Annotated[Path, typer.Argument(help="Directory for the model.")],
+    base: Annotated[str, typer.Option(help="A causal language model: a directory or a hub name.")],
+    num_steps: Annotated[int, typer.Option(min=1, help="Number of optimizer steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Dialogs a step.")] = 16,
     lr: Annotated[float, typer.Option(min=0, help="Learning rate of AdamW.")] = 5e-5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order and of dropout.")] = 0,
 ) -> None:
-    """Learn from the training split, and save the model with its tokenizer."""
+    """Train on the training split, and save the model with its tokenizer."""
     pairs = read_pairs(f"{data}/train", read_kept_recipe(data).text)
     config = DescriberConfig(num_steps, batch_size, lr, seed)
     train_describer(pairs, base, out, config, lambda step, loss: print(step, loss, file=sys.stderr))
-    print(f"{len(pairs)} descriptions learned from: {out}")
+    print(f"trained on {len(pairs)} descriptions: {out}")
 
 
 if __name__ == "__main__":

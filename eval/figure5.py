@@ -1,9 +1,9 @@
-"""Figure 5: people, food and animals, out of finished evaluations of PhotoChat.
+"""Figure 5: people, food and animals, from finished evaluations of PhotoChat.
 
 python eval/figure5.py scores/before scores/after --out figure5.html
 
-FID and IS over 20 seeded draws of 50 pictures a category, KID and CLIP-I over all; and with
---save-images all, conversations of each. PhotoChat's labels say what a picture shows.
+FID and IS over 20 seeded draws of 50 images per category, KID and CLIP-I over all; with
+--save-images all, also conversations of each. PhotoChat's labels give an image's category.
 """
 
 import sys
@@ -20,10 +20,10 @@ from d2i.shards import ShardReader
 
 
 def main(
-    evaluations: Annotated[list[Path], typer.Argument(help="Folders made by d2i eval.")],
+    evaluations: Annotated[list[Path], typer.Argument(help="Directories made by d2i eval.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("figure5.html"),
 ) -> None:
-    """Write one page: scores by category, and conversations of each with all pictures."""
+    """Write one page: scores by category, and conversations of each with all images."""
     for folder in evaluations:
         card = read_evaluation(folder).card
         # Evaluations made by earlier versions have none; their features are kept.

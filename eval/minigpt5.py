@@ -1,9 +1,9 @@
-"""MiniGPT-5's test dialogs: in the layout of MMDialog, which its own code reads.
+"""MiniGPT-5's test dialogs, in MMDialog's layout, which its own code reads.
 
 python eval/minigpt5.py data/mmdialog minigpt5-in
 
-Run MiniGPT-5 on it, keep each picture as KEY.png (KEY is the picture's __MEDIA__), and score them:
-d2i eval --system images:FOLDER --label MiniGPT-5 --data data/mmdialog --out scores/minigpt5
+Run MiniGPT-5 on it, save each image as KEY.png (KEY is the image's __MEDIA__), and score them:
+d2i eval --system images:DIR --label MiniGPT-5 --data data/mmdialog --out scores/minigpt5
 """
 
 from typing import Annotated
@@ -15,10 +15,10 @@ from d2i.eval.minigpt5_export import export_dialogs
 
 
 def main(
-    data: Annotated[str, typer.Argument(help="Folder made by d2i preprocess.")],
-    out: Annotated[str, typer.Argument(help="Folder to write test/ into.")],
+    data: Annotated[str, typer.Argument(help="Directory made by d2i preprocess.")],
+    out: Annotated[str, typer.Argument(help="Directory to write test/ into.")],
 ) -> None:
-    """Write one dialog for each test instance, and the true pictures under their names."""
+    """Write one dialog for each test instance, and the reference images under their names."""
     print(f"{export_dialogs(test_url(data), out)} dialogs: {out}/test")
 
 

@@ -1,4 +1,4 @@
-"""Table 2: systems of every kind on one corpus, scored alike, the paper's numbers beside ours.
+"""Table 2: systems of every kind on one corpus, scored the same way, beside the paper's numbers.
 
 python eval/table2.py data/mmdialog studies/table2 --system uvit-s=mscoco_uvit_small.pth \
   --system run:runs/uvit-s --system retrieve:data/mmdialog --system images:minigpt5
@@ -20,25 +20,27 @@ from d2i.report import write_report
 
 
 def show(progress: EvalProgress) -> None:
-    """Print how far an evaluation is."""
+    """Print the progress of an evaluation."""
     print(progress.line(), file=sys.stderr)
 
 
 def main(
-    data: Annotated[str, typer.Argument(help="Folder made by d2i preprocess.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the study; the same command resumes.")],
-    system: Annotated[
-        list[str], typer.Option(help="As d2i eval takes it; a backbone as NAME=WEIGHTS.")
+    data: Annotated[str, typer.Argument(help="Directory made by d2i preprocess.")],
+    out: Annotated[
+        Path, typer.Argument(help="Directory of the study; the same command resumes it.")
     ],
+    system: Annotated[list[str], typer.Option(help="As in d2i eval; a backbone as NAME=WEIGHTS.")],
     selected: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=DIR: draw NAME with what d2i select --system --out DIR chose."),
+        typer.Option(help="NAME=DIR: use what d2i select --system --out DIR chose for NAME."),
     ] = None,
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE, for all systems alike.")
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, for all systems.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="0: no Ray; else fits the machine.")] = None,
-    ray_address: Annotated[str | None, typer.Option(help="A running cluster.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="0: no Ray; default: fits the machine.")
+    ] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
 ) -> None:
     """Evaluate each system, then write table2.html, table2.md and table2.csv."""
     folders = []

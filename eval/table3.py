@@ -3,9 +3,9 @@
 python eval/table3.py data/photochat studies/table3 --run runs/space --run runs/special \
   --run runs/letters --run runs/hash
 
-`--help` says with which commands they are made. With --test-time-only each run that is given is
-shown all four linearizations, whichever it was trained on: another experiment than the paper's,
-and called so.
+`--help` shows the commands that make them. With --test-time-only each given run is evaluated on
+all four linearizations, regardless of its training: another experiment than the paper's, and
+labelled so.
 """
 
 import re
@@ -30,14 +30,14 @@ from d2i.run_dir import read_recipe
 
 
 def show(progress: EvalProgress) -> None:
-    """Print how far an evaluation is."""
+    """Print the progress of an evaluation."""
     print(progress.line(), file=sys.stderr)
 
 
 def commands(strategy: str, data: str, recipe: str, out: str, prepared: str = "hash") -> list[str]:
     """Return the commands that make the run of a linearization, and evaluate it as this does.
 
-    The pictures are encoded once: data of another linearization than `prepared` reuse them.
+    The images are encoded once: data of other linearizations than `prepared` reuse them.
     """
     is_there, setting = strategy == prepared, f"--set text.strategy={strategy}"
     folder = data if is_there else f"{data}-{strategy}"
@@ -54,44 +54,44 @@ def one_each(runs: Sequence[str], recipe: Recipe, data: str, out: Path) -> dict[
     """Find the one run that was trained on each linearization.
 
     Raises:
-        ConfigError: If there are none, or two, of one.
+        ConfigError: If a linearization has no run, or two.
     """
     trained: dict[str, str] = {}
     for run in runs:
         strategy = read_recipe(run).text.strategy
         if strategy in trained:
             raise ConfigError(
-                f"{trained[strategy]} and {run} were both trained on {strategy}; expected a run "
-                "for each linearization; to show one network the others, add --test-time-only"
+                f"{trained[strategy]} and {run} were both trained on {strategy}; expected one run "
+                "per linearization; add --test-time-only to evaluate one run on all of them"
             )
         trained[strategy] = run
     missing = [strategy for strategy in TEMPLATES if strategy not in trained]
     for strategy in missing:
         made_by = commands(strategy, data, recipe.name, str(out), recipe.text.strategy)
-        print(f"the run of {strategy} is made by:", *made_by, sep="\n  ", file=sys.stderr)
+        print(f"to make the run of {strategy}:", *made_by, sep="\n  ", file=sys.stderr)
     if missing or len(trained) > len(TEMPLATES):
         raise ConfigError(
             f"got runs trained on {', '.join(trained)}; expected one on each of "
-            f"{', '.join(TEMPLATES)}; make what is missing, or add --test-time-only to show one "
-            "network texts that it was not trained on"
+            f"{', '.join(TEMPLATES)}; make the missing runs, or add --test-time-only to "
+            "evaluate a run on texts that it was not trained on"
         )
     _compare({strategy: trained[strategy] for strategy in TEMPLATES})
     return trained
 
 
 def _compare(trained: dict[str, str]) -> None:
-    """Say in what the runs differ beside their text: that, too, decides the scores."""
+    """Warn if the runs differ in more than their text, since that changes the scores too."""
     recipes = {run: read_recipe(run).model_dump(mode="json") for run in trained.values()}
     for recipe in recipes.values():
         del recipe["text"]["strategy"]
     (first, expected), *others = recipes.items()
     for run, found in others:
         if named := diff(found, expected):
-            print(f"warning: {run} is not as {first}: {'; '.join(named[:3])}", file=sys.stderr)
+            print(f"warning: {run} differs from {first}: {'; '.join(named[:3])}", file=sys.stderr)
 
 
 def ask(run: str, strategy: str, data: str, settings: Sequence[str]) -> EvalRequest:
-    """Ask for a run on a linearization, all else of the text as in its training."""
+    """Return the request of a run on a linearization, with its other text settings as trained."""
     system, kept = f"run:{run}", read_kept_recipe(data)
     text = read_recipe(run).text.model_copy(update={"strategy": strategy})
     choice = choose_settings(system, settings)
@@ -106,17 +106,24 @@ def ask(run: str, strategy: str, data: str, settings: Sequence[str]) -> EvalRequ
 
 
 def main(
-    data: Annotated[str, typer.Argument(help="Folder made by d2i preprocess.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the study; the same command resumes.")],
-    run: Annotated[list[str], typer.Option(help="A finished run; one of each linearization.")],
+    data: Annotated[str, typer.Argument(help="Directory made by d2i preprocess.")],
+    out: Annotated[
+        Path, typer.Argument(help="Directory of the study; the same command resumes it.")
+    ],
+    run: Annotated[list[str], typer.Option(help="A finished run, one per linearization.")],
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE, for all runs alike.")
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, for all runs.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="0: no Ray; else fits the machine.")] = None,
-    ray_address: Annotated[str | None, typer.Option(help="A running cluster.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="0: no Ray; default: fits the machine.")
+    ] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
     *,
     test_time_only: Annotated[
-        bool, typer.Option("--test-time-only", help="Show each run all four; not the paper's.")
+        bool,
+        typer.Option(
+            "--test-time-only", help="Evaluate each run on all four; not as in the paper."
+        ),
     ] = False,
 ) -> None:
     """Evaluate each run on the text it was trained on, then write table3.html, .md and .csv."""
@@ -142,9 +149,9 @@ def main(
 def _help() -> str:
     made_by = ("data/photochat", "unidiffuser-v1-photochat", "studies/table3")
     parts = ["\n".join(commands(strategy, *made_by)) for strategy in TEMPLATES]
-    # \b keeps the lines of a paragraph as they are.
+    # \b keeps the line breaks of a paragraph.
     shown = "".join(f"\n\n\b\n{part}" for part in parts)
-    return f"{main.__doc__}\n\nThe four runs are made, and evaluated, by:{shown}"
+    return f"{main.__doc__}\n\nTo make and evaluate the four runs:{shown}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prepare MMDialog on Ray, whole or the paper's million instances. Read it, copy it, change it.
+"""Prepare MMDialog on Ray, whole or the paper's million instances. An example to copy and change.
 
 python preprocess/mmdialog.py MMDialog data/mmdialog --recipe uvit-s-mmdialog
 """
@@ -13,19 +13,19 @@ from d2i.recipes import resolve_recipe
 
 
 def show(progress: JobProgress) -> None:
-    """Print how far the job is."""
+    """Print the progress of the job."""
     print(progress.line(), file=sys.stderr)
 
 
 def main(
-    source: Annotated[str, typer.Argument(help="Folder with train/, valid/ and test/.")],
-    out: Annotated[str, typer.Argument(help="Folder of the shards.")],
-    recipe: Annotated[str, typer.Option(help="Decides resolution and encoders.")] = (
+    source: Annotated[str, typer.Argument(help="Directory with train/, valid/ and test/.")],
+    out: Annotated[str, typer.Argument(help="Directory for the shards.")],
+    recipe: Annotated[str, typer.Option(help="Recipe: resolution and encoders.")] = (
         "uvit-s-mmdialog"
     ),
-    ray_address: Annotated[str | None, typer.Option(help="A running cluster.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
 ) -> None:
-    """Prepare the training split's seeded million, and validation and test whole."""
+    """Prepare a seeded million of the training split, and all of validation and test."""
     for split, limit in (("train", 1_000_000), ("valid", None), ("test", None)):
         request = PreprocessRequest(
             corpus="mmdialog",

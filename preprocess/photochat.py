@@ -1,4 +1,4 @@
-"""Prepare PhotoChat on Ray: photographs by address. Read it, copy it, change it.
+"""Prepare PhotoChat on Ray: photographs by URL. An example to copy and change.
 
 python preprocess/photochat.py photochat data/photochat --recipe uvit-s-photochat
 """
@@ -13,19 +13,19 @@ from d2i.recipes import resolve_recipe
 
 
 def show(progress: JobProgress) -> None:
-    """Print how far the job is."""
+    """Print the progress of the job."""
     print(progress.line(), file=sys.stderr)
 
 
 def main(
-    source: Annotated[str, typer.Argument(help="Folder with train/, dev/ and test/.")],
-    out: Annotated[str, typer.Argument(help="Folder of the shards.")],
-    recipe: Annotated[str, typer.Option(help="Decides resolution and encoders.")] = (
+    source: Annotated[str, typer.Argument(help="Directory with train/, dev/ and test/.")],
+    out: Annotated[str, typer.Argument(help="Directory for the shards.")],
+    recipe: Annotated[str, typer.Option(help="Recipe: resolution and encoders.")] = (
         "uvit-s-photochat"
     ),
-    ray_address: Annotated[str | None, typer.Option(help="A running cluster.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
 ) -> None:
-    """Prepare all three splits; what cannot be fetched is in the ledger, with its reason."""
+    """Prepare all three splits; images that cannot be fetched are in the ledger, with a reason."""
     request = PreprocessRequest(
         corpus="photochat",
         source=source,

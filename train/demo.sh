@@ -1,6 +1,6 @@
 #!/bin/sh
-# The shipped small network on the made corpus, two CPU ranks: what the others look like in small.
-# NUM_ACCELERATORS=N takes others; more options go behind the two paths.
+# The included small network on the generated corpus, on two CPU ranks: a small version of the others.
+# NUM_ACCELERATORS=N sets another number; more options follow the two paths.
 set -eu
 [ $# -ge 2 ] || { echo "usage: $0 DATA RUN [OPTIONS]" >&2; exit 2; }
 data=$1 run=$2

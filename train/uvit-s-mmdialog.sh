@@ -1,6 +1,7 @@
 #!/bin/sh
-# U-ViT-S on MMDialog: the paper's eight A100-80GB (Table 5). NUM_ACCELERATORS=N takes others: the batch
-# stays the same. More options go behind the three paths, such as --set train.order=blocked.
+# U-ViT-S on MMDialog: the paper's eight A100-80GB (Table 5). NUM_ACCELERATORS=N sets
+# another number; the global batch stays the same. More options follow the three paths, such as
+# --set train.order=blocked.
 set -eu
 [ $# -ge 3 ] || { echo "usage: $0 DATA RUN WEIGHTS [OPTIONS]" >&2; exit 2; }
 data=$1 run=$2 weights=$3

@@ -13,7 +13,7 @@ from typing import Any
 from d2i.cluster.actors import ActorSize, result_of, start_actor
 from d2i.errors import ClusterError
 
-# A task that took a worker down is retried so often; then the job ends with a clear error.
+# How often a task that crashed its worker is retried; then the job ends with an error.
 NUM_RETRIES = 3
 
 
@@ -78,9 +78,8 @@ class ActorPool:
         self._losses[task] += 1
         if self._losses[task] > NUM_RETRIES:
             raise ClusterError(
-                f"a task took {NUM_RETRIES + 1} workers down with it: {str(err).splitlines()[0]}; "
-                "expected it to finish; look for memory pressure, then repeat the command: "
-                "finished work is kept"
+                f"a task crashed {NUM_RETRIES + 1} workers: {str(err).splitlines()[0]}; check for "
+                "memory pressure, then run the same command again: finished work is kept"
             ) from err
 
     def _spawn(self) -> None:

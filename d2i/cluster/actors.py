@@ -125,8 +125,8 @@ def check_own_node() -> None:
     own = ray.get_runtime_context().get_node_id()
     if any(node["NodeID"] == own and not node["Alive"] for node in ray.nodes()):
         raise ClusterError(
-            "Ray's node on this machine died under the job; expected it to outlive that; look for "
-            "memory pressure, then run the same command again: finished work is kept"
+            "Ray's node on this machine died during the job; check for memory pressure, "
+            "then run the same command again: finished work is kept"
         )
 
 

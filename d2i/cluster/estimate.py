@@ -81,7 +81,7 @@ def save_rate(decided_by: dict[str, Any], rate: Rate) -> None:
         storage.write_bytes(str(_path(decided_by)), json.dumps(asdict(rate)).encode())
     except OSError as err:
         # Only a later estimate is lost.
-        logging.getLogger(__name__).warning("the rate of this work is not kept: %s", err)
+        logging.getLogger(__name__).warning("cannot save the rate of this work: %s", err)
 
 
 def find_rate(decided_by: dict[str, Any]) -> Rate | None:
@@ -230,9 +230,11 @@ def forecast(
 
 def _rate_from(measured: Rate | None, assumed: RateOverrides) -> str:
     if assumed.items_per_s:
-        return "assumed, as --rate says"
+        return "assumed (--rate)"
     if measured is None:
-        return "unknown: no such work was measured here; run a part with --limit, or give --rate N"
+        return (
+            "unknown: this work was never measured here; run a part with --limit, or set --rate N"
+        )
     return (
         f"measured by {measured.host} on {measured.date} over {measured.num_items} instances, "
         f"{measured.num_workers} workers at once; other nodes may differ"

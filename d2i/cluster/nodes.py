@@ -114,7 +114,7 @@ def _take(node: Node, actor: Any, reply: Any, timeout_s: float) -> NodeResult[An
         answer = ray.get(reply, timeout=timeout_s)
         ahead_s, error_s = _read_clock(actor)
     except ray.exceptions.GetTimeoutError:
-        return NodeResult(node, None, "no answer in time")
+        return NodeResult(node, None, "no response in time")
     except ray.exceptions.RayError as err:
         # The node's own error is the last line.
         return NodeResult(node, None, str(err).strip().splitlines()[-1])

@@ -73,7 +73,7 @@ class Worker(Protocol[TaskIn, ResultOut]):
 
 @dataclass(frozen=True)
 class Pool(Generic[TaskT, ResultT]):
-    """Workers of a job: their number, their place and their resources.
+    """Workers of a job: their number, location and resources.
 
     Args:
         build_worker: Picklable; called in the worker's own process.
@@ -231,7 +231,7 @@ def _run_on_ray(
 
 
 def _check_reachable(address: str) -> None:
-    """Raise if an address takes no connection: Ray itself would try for minutes.
+    """Check that an address takes connections: Ray itself would retry for minutes.
 
     Raises:
         ClusterError: If nothing listens there.
@@ -243,8 +243,8 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
     except OSError as err:
         raise ClusterError(
-            f"nothing answers at {address}: {err}; expected a running Ray; start it, or check the "
-            "address and its firewall"
+            f"no connection to {address}: {err}; expected a running Ray cluster; start it, or "
+            "check the address and its firewall"
         ) from err
 
 
@@ -272,13 +272,13 @@ def _not_started(address: str | None, error: Exception) -> str:
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     if address:
         return (
-            f"the cluster at {address} did not start: {reason}; expected a running Ray, and its "
+            f"cannot join the Ray cluster at {address}: {reason}; expected it to run, and its "
             "token in RAY_AUTH_TOKEN or ~/.ray/auth_token; see 'd2i doctor'"
         )
     return (
-        f"Ray on this machine did not start: {reason}; expected room for its processes and for "
-        "sockets in its temporary folder; set RAY_TMPDIR to a short path on a local disk with "
-        "room, or do without Ray by --workers 0; see 'd2i doctor'"
+        f"Ray did not start on this machine: {reason}; expected room for its processes and for "
+        "sockets in its temporary directory; set RAY_TMPDIR to a short path on a local disk with "
+        "free space, or run without Ray (--workers 0); see 'd2i doctor'"
     )
 
 

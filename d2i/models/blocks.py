@@ -56,7 +56,7 @@ def patch_grid(latent_BCHW: Tensor, patch_size: int) -> tuple[int, int]:
     if height % patch_size or width % patch_size:
         raise ConfigError(
             f"the latent is {height} x {width}, expected multiples of the patch size {patch_size}; "
-            "change the picture's size"
+            "change the image size"
         )
     return height // patch_size, width // patch_size
 

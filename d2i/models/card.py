@@ -8,8 +8,8 @@ from d2i.weights_catalog import PublishedFile
 
 CARD_NAME = "README.md"
 _UNKNOWN = (
-    "Unknown to d2i: the tensors are those of no published file. Say here what they were trained "
-    "on, and what the licence of that data and of the weights that training started from allows."
+    "Unknown to d2i: the tensors match no published file. State here what they were trained on, "
+    "and what the licences of that data and of the initial weights allow."
 )
 
 
@@ -29,7 +29,7 @@ def model_card(
         [
             f"# {words}",
             "",
-            f"From `{source}`, sha256 `{sha256}`. Use it with `--set {use}=FOLDER`.",
+            f"From `{source}`, sha256 `{sha256}`. Use it with `--set {use}=DIR`.",
             "",
             "## Data and licence",
             *_origin(published),
@@ -42,8 +42,8 @@ def _origin(published: Sequence[PublishedFile]) -> list[str]:
     if not published:
         return [_UNKNOWN]
     lines = [
-        "The keys and shapes are those of the files below, and of what was fine-tuned from them:",
-        "then add what it was fine-tuned on, and what of that may be passed on (MMDialog may not).",
+        "The keys and shapes are those of the files below. Fine-tuned weights match too: then add",
+        "the fine-tuning data, and whether it may be redistributed (MMDialog may not).",
         "",
     ]
     for file in published:

@@ -153,14 +153,15 @@ def _write_card(source: Source, out: str, use: str) -> None:
 def _refuse_encoder(source: Source) -> None:
     if source.found.kind == "encoder":
         raise CheckpointError(
-            f"{source.file} is {source.found.words}, which has one form; expected a backbone, a KL "
-            "autoencoder or a caption decoder; use it as it is, with --set encoders.…"
+            f"{source.file} is {source.found.words}, which needs no conversion; expected a "
+            "backbone, a KL autoencoder or a caption decoder; use it directly, with "
+            "--set encoders.…"
         )
 
 
 def _refuse_to_overwrite(out: str) -> None:
     if any(storage.exists(storage.join(out, name)) for name in (MODEL_NAME, DIFFUSERS_NAME)):
-        raise CheckpointError(f"--out {out} holds weights already; choose another folder")
+        raise CheckpointError(f"--out {out} already holds weights; choose another directory")
 
 
 def _refuse_settings(settings: Sequence[str]) -> None:

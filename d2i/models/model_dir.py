@@ -21,7 +21,7 @@ from d2i.parse import parse_json_value
 from d2i.weights_resolve import resolve_weights
 
 CONFIG_NAME = "config.json"
-_EDITED = f"edited? delete {CONFIG_NAME}.sha256 to accept it; else restore it"
+_EDITED = f"if you edited it, delete {CONFIG_NAME}.sha256 to accept it; else restore it"
 
 
 def build_network(config: BackboneConfig) -> nn.Module:

@@ -49,8 +49,8 @@ def _check_zip(file: Path, stream: IO[bytes]) -> None:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(
-                    f"{file} is compressed, expected a file as torch.save writes it; unpack it and "
-                    "use what is in it"
+                    f"{file} is compressed; expected a file as torch.save writes it; unpack it and "
+                    "use the file inside"
                 )
             if member.filename.endswith(".pkl"):
                 with archive.open(member) as pickled:
@@ -63,11 +63,11 @@ def _check_pickle(file: Path, pickled: IO[bytes]) -> None:
         is_code = code.name == "GLOBAL" and not _TENSORS_ALONE.fullmatch(str(argument))
         if is_code or code.name == "STACK_GLOBAL":
             raise CheckpointError(
-                f"{file} is a pickle that holds more than tensors, which d2i never runs; save its "
-                "state dict alone and use that file"
+                f"{file} is a pickle that holds more than tensors, which d2i never runs; save only "
+                "its state dict and use that file"
             )
         if pickled.tell() - start > _MAX_PICKLE_BYTES:
             raise CheckpointError(
-                f"{file} holds over {_MAX_PICKLE_BYTES} bytes beside its tensors, expected a flat "
-                "state dict; save that alone and use that file"
+                f"{file} holds over {_MAX_PICKLE_BYTES} bytes besides its tensors; expected a flat "
+                "state dict; save only that and use that file"
             )

@@ -59,9 +59,9 @@ def open_source(path: Path) -> Source:
     found = detect_weights(state)
     if found is None:
         raise CheckpointError(
-            f"{file} holds weights that d2i does not know ({len(state)} tensors, such as "
+            f"{file} holds weights of an unknown kind ({len(state)} tensors, such as "
             f"{next(iter(state))}); expected a U-ViT, a UniDiffuser, a KL autoencoder or a caption "
-            "decoder; 'd2i weights list' has the published files"
+            "decoder; see 'd2i weights list' for the published files"
         )
     check_numbers(state, file)
     return Source(path, file, file_sha256(str(file)), state, found)
@@ -118,8 +118,8 @@ def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
         hidden.add("num_heads")
     if missing := [key for key in sorted(hidden) if getattr(config, key) is None]:
         raise ConfigError(
-            f"{source.file} is {source.found.words}; its tensors do not tell {', '.join(missing)}; "
-            f"expected {' '.join(f'--set {key}=N' for key in missing)}"
+            f"{source.file} is {source.found.words}; its tensors do not reveal "
+            f"{', '.join(missing)}; add {' '.join(f'--set {key}=N' for key in missing)}"
         )
     return config
 
@@ -157,13 +157,13 @@ def checked_autoencoder(source: Source) -> dict[str, Tensor]:
             network: Any = AutoencoderKL(**{k: v for k, v in config.items() if k != "_class_name"})
     except KeyError as err:
         raise CheckpointError(
-            f"{source.file} is {source.found.words} without {err}; expected a whole one; fetch it "
-            "again"
+            f"{source.file} is {source.found.words} without {err}; the file is incomplete; "
+            "download it again"
         ) from err
     except ValueError as err:
         raise CheckpointError(
             f"{source.file} is {source.found.words} that diffusers cannot build: {err}; expected "
-            "widths of its blocks that are multiples of 32"
+            "block widths that are multiples of 32"
         ) from err
     check_fits(network, state, source.file)
     return state

@@ -36,7 +36,7 @@ DIRECTORY_FILES = (
 PARALLEL_PREFIX, COMPILED = "module.", "_orig_mod."
 """Prefixes that torch's wrappers add to a network's keys: DistributedDataParallel and compile."""
 NUM_LISTED = 3
-_FETCH_AGAIN = "copy it again from where it came, or delete it and repeat what wrote it"
+_FETCH_AGAIN = "copy it again from its source, or delete it and repeat the command that wrote it"
 
 
 def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
@@ -83,9 +83,9 @@ def check_fits(network: nn.Module, state: Mapping[str, Tensor], path: str | Path
     if problems:
         found = detect_weights(state)
         raise CheckpointError(
-            f"{path} does not fit {type(network).__name__}: {'; '.join(problems)}; it is "
-            f"{found.words if found else 'nothing that d2i knows'}; build the network of these "
-            "weights, with the same sizes"
+            f"{path} does not fit {type(network).__name__}: {'; '.join(problems)}; it "
+            f"holds {found.words if found else 'weights of an unknown kind'}; build the network of "
+            "these weights, with the same sizes"
         )
 
 
@@ -100,8 +100,8 @@ def check_numbers(state: Mapping[str, Tensor], path: str | Path) -> None:
         first = next(key for key, count in counts.items() if count)
         raise CheckpointError(
             f"{path} holds {sum(counts.values())} weights that are NaN or infinite, the first in "
-            f"{first}; expected numbers, as with these every picture is black; fetch the file "
-            "again, or use weights of before the training diverged"
+            f"{first}; expected finite numbers: a single NaN makes every image black; download the "
+            "file again, or use weights from before the training diverged"
         )
 
 
@@ -137,12 +137,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     head = _head(file)
     if head.startswith(LFS_POINTER):
         raise CheckpointError(
-            f"{file} is a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)"
+            f"{file} is a Git LFS pointer, not the weights; download the file itself (git lfs pull)"
         )
     if head.lstrip().lower().startswith(WEB_PAGE):
         raise CheckpointError(
-            f"{file} is a web page, not the weights: the host asked something instead of sending "
-            "them; open its address in a browser, and fetch the file itself"
+            f"{file} is a web page, not the weights: the host asked for something (such as "
+            "a login) instead of sending them; open its URL in a browser, and download "
+            "the file itself"
         )
     checksums.check_file(str(file), next_step=_FETCH_AGAIN, error=CheckpointError)
     is_torch = head.startswith(TORCH_MAGICS) and head[8:9] != b"{"
@@ -270,8 +271,8 @@ def _unreadable(file: Path, error: Exception) -> str:
     size_bytes = file.stat().st_size
     reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
     return (
-        f"cannot read weights {file} ({size_bytes} bytes): {reason}; the file is truncated or of "
-        "another form, expected safetensors or a torch state dict; fetch it again"
+        f"cannot read weights {file} ({size_bytes} bytes): {reason}; the file is truncated or in "
+        "another format; expected safetensors or a torch state dict; download it again"
     )
 
 
@@ -284,8 +285,8 @@ def _flat_tensors(file: Path, content: object) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(key, str) or not key.isprintable() or not _has_numbers(value):
             raise CheckpointError(
-                f"{file} holds {_kind(value)} at {key!r:.100}, expected a flat state dict of "
-                "tensors by name; save the inner state dict alone and use that file"
+                f"{file} holds {_kind(value)} at {key!r:.100}; expected a flat state dict of "
+                "tensors by name; save only the inner state dict and use that file"
             )
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
@@ -293,8 +294,8 @@ def _flat_tensors(file: Path, content: object) -> dict[str, Tensor]:
         key = _unwrapped(name)
         if key in tensors:
             raise CheckpointError(
-                f"{file} holds both {names[key]} and {name}, expected one network; save the one "
-                "that is meant and use that file"
+                f"{file} holds both {names[key]} and {name}; expected one network; save the one "
+                "that you want and use that file"
             )
         tensors[key], names[key] = value, name
     return tensors

@@ -32,7 +32,9 @@ def read_one_batch(buffer: Any, schema: pa.Schema) -> Any:
     """
     with pa.ipc.open_file(buffer) as file:
         if not file.schema.equals(schema, check_metadata=True) or file.num_record_batches != 1:
-            raise ShardError("the index has other columns; made by another version of d2i?")
+            raise ShardError(
+                "the index has unexpected columns; was it made by another version of d2i?"
+            )
     # The file wraps a stream of messages; read it as that stream.
     source = pa.BufferReader(buffer.slice(_MAGIC_SIZE_BYTES))
     found, batch = pa.ipc.read_message(source), pa.ipc.read_message(source)

@@ -257,9 +257,11 @@ def _check_bound(url: str, commits: Sequence[Commit], max_gb: float | None) -> N
         return
     largest = max((commit.tar.size_bytes for commit in commits), default=0)
     if not math.isfinite(max_gb):
-        raise ConfigError(f"a cache of {max_gb} GB; expected a number; leave it out to keep all")
+        raise ConfigError(
+            f"a cache of {max_gb} GB; expected a finite size; leave it out for no limit"
+        )
     if int(max_gb * 1e9) < largest:
         raise ConfigError(
             f"a cache of {max_gb:g} GB is too small for {url}, whose largest shard has "
-            f"{largest / 1e9:g} GB; expected several shards to fit; give it more"
+            f"{largest / 1e9:g} GB; expected several shards to fit; raise --cache-gb"
         )

@@ -131,7 +131,7 @@ def fingerprint_sha256(fingerprint: Mapping[str, Any]) -> str:
 
 
 def parse_record(kind: type[Record], data: bytes, url: str) -> Record:
-    """Decode a record, and refuse any bytes but its canonical form.
+    """Decode a record, and reject any bytes but its canonical form.
 
     Raises:
         ShardError: If the bytes are not the canonical form of such a record.
@@ -140,12 +140,14 @@ def parse_record(kind: type[Record], data: bytes, url: str) -> Record:
         record = kind.model_validate_json(data)
     except ValidationError as err:
         problem = err.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"]) or "the whole"
+        place = ".".join(str(part) for part in problem["loc"]) or "the whole record"
         raise ShardError(f"{url} is not a {kind.__name__}: {place}: {problem['msg']}") from err
     except ShardError as err:
         raise ShardError(f"{url} is not a {kind.__name__}: {err}") from err
     if record.to_bytes() != data:
-        raise ShardError(f"{url} was changed: its JSON is not written as d2i writes it")
+        raise ShardError(
+            f"{url} was changed: its JSON is not in the canonical form that d2i writes"
+        )
     return record
 
 
@@ -164,7 +166,7 @@ def committed_names(out_url: str) -> dict[int, str]:
             name = file_name.removesuffix(COMMIT_SUFFIX)
             if _SHARD_NAME.fullmatch(name) is None:
                 url = storage.join(out_url, file_name)
-                raise ShardError(f"{url} is the record of no shard; remove the file")
+                raise ShardError(f"{url} is not the commit record of a shard; remove the file")
             names.setdefault(int(name[:6]), name)
     return names
 
@@ -181,6 +183,6 @@ def read_commits(out_url: str) -> list[Commit]:
     for name, url, data in zip(names, urls, storage.read_each(urls), strict=True):
         commit = parse_record(Commit, data, url)
         if commit.name != name:
-            raise ShardError(f"{url} is the record of {commit.name}; remove the file")
+            raise ShardError(f"{url} holds the commit record of {commit.name}; remove the file")
         commits.append(commit)
     return commits

@@ -22,8 +22,8 @@ def find_data_sets(folder: str) -> list[str]:
     found = [url for url in places if _is_data_set(url)]
     if not found:
         raise ConfigError(
-            f"{folder} holds no manifest.json; expected a folder made by d2i preprocess; "
-            "repeat its command to finish it, or check the path"
+            f"{folder} has no manifest.json; expected a directory made by d2i preprocess; "
+            "run the same command again to finish it, or check the path"
         )
     return found
 

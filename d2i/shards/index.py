@@ -145,4 +145,4 @@ def _check_extents(index: Index, tar_size_bytes: int) -> None:
             raise ShardError(f"the index places a {suffix} member outside the tar")
         absent = offset == 0
         if np.any(size[absent]) or np.any(index.column(suffix, "crc32")[absent]):
-            raise ShardError(f"the index tells of a {suffix} member that has no place in the tar")
+            raise ShardError(f"the index lists a {suffix} member without an offset in the tar")

@@ -48,8 +48,8 @@ class LocalCopies:
             self._leases = FileLeases(folder / _CLAIMS_NAME)
         except OSError as err:
             raise ConfigError(
-                f"{folder} cannot keep copies of shards ({err.strerror}); expected a folder that "
-                "this user may write to, or none yet; give another --cache-dir"
+                f"cannot cache shards in {folder} ({err.strerror}); expected a directory that you "
+                "can write to, or none yet; choose another --cache-dir"
             ) from err
         # Copies that this object verified once: any later file of that name was when fetched.
         self._seen: set[str] = set()
@@ -126,7 +126,9 @@ class LocalCopies:
             storage.download(storage.join(self._url, name), scratch)
             with scratch.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
-                    raise ShardError(f"{name} was fetched with another sha256 than the manifest's")
+                    raise ShardError(
+                        f"{name}, as fetched, does not match the sha256 in the manifest"
+                    )
             # No fsync: damage by a power failure is found when the copy is mapped next.
             scratch.replace(self._path(copy))
         finally:

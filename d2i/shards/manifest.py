@@ -83,7 +83,7 @@ class Manifest(JsonRecord):
     @model_validator(mode="after")
     def _check(self) -> Manifest:
         if _totals(self.shards) != (self.num_samples, self.size_bytes, self.failures, self.arrays):
-            raise ShardError("the totals are not those of the shards")
+            raise ShardError("the totals do not match the shards")
         if any(a.index >= b.index for a, b in zip(self.shards, self.shards[1:], strict=False)):
             raise ShardError("the shards are not in index order")
         return self
@@ -146,7 +146,8 @@ def read_manifest(url: str) -> Manifest:
         ) from err
     if checksum != _checksum_line(data):
         raise ShardError(
-            f"{manifest_url} does not have the sha256 beside it; repeat `d2i preprocess`"
+            f"{manifest_url} does not match the sha256 beside it; run the same `d2i preprocess` "
+            "command again"
         )
     return parse_record(Manifest, data, manifest_url)
 

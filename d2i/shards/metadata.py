@@ -46,7 +46,7 @@ class _Metadata(Struct, forbid_unknown_fields=True):
 
 
 def check_metadata(key: str, value: Mapping[str, Any]) -> None:
-    """Refuse a decoded `json` member with a missing or unknown field, or of another sample.
+    """Reject a decoded `json` member with a missing or unknown field, or of another sample.
 
     Raises:
         ShardError: If so; it names the field.
@@ -54,13 +54,13 @@ def check_metadata(key: str, value: Mapping[str, Any]) -> None:
     try:
         metadata = msgspec.convert(value, _Metadata)
     except msgspec.ValidationError as err:
-        raise ShardError(f"sample {key}: the json member is not as d2i writes it: {err}") from err
+        raise ShardError(f"sample {key}: the json member is not valid: {err}") from err
     if metadata.key != key:
-        raise ShardError(f"sample {key}: the json member is that of {metadata.key[:100]!r}")
+        raise ShardError(f"sample {key}: the json member belongs to {metadata.key[:100]!r}")
 
 
 def check_sample(sample: Sample) -> None:
-    """Refuse a sample whose `json` member is invalid, or that lacks a required image.
+    """Reject a sample whose `json` member is invalid, or that lacks a required image.
 
     Raises:
         ShardError: If so; it names the reason.
@@ -68,4 +68,4 @@ def check_sample(sample: Sample) -> None:
     value = check_json(sample.members["json"])
     check_metadata(sample.key, value)
     if value["split"] != "train" and not any(s in sample.members for s in IMAGE_SUFFIXES):
-        raise ShardError(f"sample {sample.key}: has no picture; expected one in {value['split']}")
+        raise ShardError(f"sample {sample.key}: has no image; expected one in {value['split']}")

@@ -96,7 +96,8 @@ class MappedArray:
         offsets, sizes = index.column(self._suffix, "offset"), index.column(self._suffix, "size")
         if not np.all(offsets) or not np.all(sizes == size_bytes):
             raise ShardError(
-                f"the index has {self._suffix} members absent or not of shape {array.shape}"
+                f"some {self._suffix} members are absent from the index, or not of shape "
+                f"{array.shape}"
             )
         # A view of the mapped file: a copy would take eight bytes per sample of all shards.
         self._offsets: NDArray[np.uint64] = offsets
@@ -128,7 +129,7 @@ class MappedArray:
         check_tar_header(self._tar, npy_start, name, self._tar_header)
         if self._tar[npy_start:start].tobytes() != self._npy_header:
             expected = f"{self._array.dtype} {self._array.shape}"
-            raise ShardError(f"{name} is not npy {expected} as in the manifest")
+            raise ShardError(f"{name} is not npy {expected}, as the manifest says")
         if self._crcs is None:
             return
         if zlib.crc32(self._tar[npy_start : start + self._stop].data) != self._crcs[row]:
@@ -239,7 +240,7 @@ def wrap_errors(url: str, commit: Commit) -> Iterator[None]:
         yield
     except FileNotFoundError as err:
         raise ShardError(
-            f"{url} lacks a file of shard {commit.name}; expected its tar and its index; "
+            f"{url} is missing a file of shard {commit.name}; expected its tar and its index; "
             "run `d2i repair`"
         ) from err
     except ShardError as err:
@@ -262,7 +263,7 @@ def open_index(commit: Commit, index_file: Any) -> Index:
         ShardError: If its sha256 differs, or it is not a valid index.
     """
     if hashlib.sha256(index_file).hexdigest() != commit.index_file.sha256:
-        raise ShardError("the index does not have the sha256 of the manifest")
+        raise ShardError("the index does not match the sha256 in the manifest")
     return read_index(
         index_file, num_samples=commit.num_samples, tar_size_bytes=commit.tar.size_bytes
     )
@@ -289,7 +290,7 @@ def open_shard(commit: Commit, tar: Any, index: Index, *, check_data: bool = Tru
 def check_tar_header(
     tar: NDArray[np.uint8], offset: int, name: str, form: Callable[[str], bytes]
 ) -> None:
-    """Refuse a tar without the header of a regular file of this name before an offset.
+    """Reject a tar without the header of a regular file of this name before an offset.
 
     Raises:
         ShardError: If the header differs: the tar may be hostile, or that of another shard.

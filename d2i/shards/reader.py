@@ -208,7 +208,7 @@ class ShardReader:
         if absent:
             raise ShardError(
                 f"{self.url} stores no {absent[0]!r}, only {', '.join(stored) or 'no array'}; "
-                "make the data again with it"
+                "prepare the data again with it"
             )
         return {name: stored[name] for name in names}
 
@@ -234,7 +234,9 @@ class ShardReader:
     def _read_empty(self, name: Any) -> NDArray[Any]:
         info = self.manifest.files.get(name)
         if info is None:
-            raise ShardError(f"{self.url} holds no {name}; make the data again with text latents")
+            raise ShardError(
+                f"{self.url} holds no {name}; prepare the data again with text latents"
+            )
         data = storage.read_bytes(storage.join(self.url, name))
         if hashlib.sha256(data).hexdigest() != info.sha256:
             raise ShardError(f"{name} in {self.url} does not match the manifest; run `d2i repair`")
@@ -277,7 +279,7 @@ def _check_fingerprint(url: str, manifest: Manifest, expected: Mapping[str, Any]
     named = diff(manifest.fingerprint, expected)
     raise ShardError(
         f"{url} was made under another fingerprint ({'; '.join(named)}); "
-        "make the data again, or use the recipe it was made with"
+        "prepare the data again, or use the recipe that it was prepared with"
     )
 
 

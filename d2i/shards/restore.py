@@ -96,8 +96,8 @@ def rebuild_index(url: str, commit: Commit) -> None:
     data = _read_tar(url, commit.tar_name).index
     if file_info(data) != commit.index_file:
         raise ShardError(
-            f"{commit.index_name} came out with other bytes than it had; expected the same; "
-            "repair with the version of pyarrow that wrote it"
+            f"the rebuilt {commit.index_name} differs from the original; expected the same bytes; "
+            "run `d2i repair` with the version of pyarrow that wrote it"
         )
     storage.write_bytes(storage.join(url, commit.index_name), data)
 
@@ -125,7 +125,7 @@ def rebuild_commit(
     with storage.open_url(storage.join(url, tar_name)) as file:
         info = streamed_info(file)
     if f"{shard_name(index, info.sha256)}.tar" != tar_name:
-        raise ShardError(f"{tar_name} does not hold what its name tells of")
+        raise ShardError(f"the content of {tar_name} does not match the hash in its name")
     found = _read_tar(url, tar_name)
     commit = Commit(
         name=shard_name(index, info.sha256),
@@ -310,7 +310,7 @@ def _tars(url: str, pool: ThreadPoolExecutor) -> dict[str, FileInfo]:
 
 
 def _republish(url: str, commits: list[Commit], tars: Mapping[str, FileInfo]) -> list[str]:
-    """Restore the names of tars that lie under another's; return those names."""
+    """Restore tars that lie under another tar's name; return the restored names."""
     places = {info: name for name, info in tars.items()}
     lost = [c for c in commits if tars.get(c.tar_name) != c.tar and c.tar in places]
     with ExitStack() as stack:

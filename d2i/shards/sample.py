@@ -101,7 +101,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
         ShardError: If the dtype is neither float16 nor uint16, or the shape is too long to fit.
     """
     if dtype not in NPY_DTYPES:
-        raise ShardError(f"no member has dtype {dtype}; expected one of {', '.join(NPY_DTYPES)}")
+        raise ShardError(f"dtype {dtype} is not supported; expected one of {', '.join(NPY_DTYPES)}")
     text = f"{{'descr': '{NPY_DTYPES[dtype]}', 'fortran_order': False, 'shape': {shape!r}, }}"
     header = b"\x93NUMPY\x01\x00\x76\x00" + text.encode().ljust(117) + b"\n"
     if len(header) != NPY_HEADER_SIZE_BYTES:
@@ -135,7 +135,7 @@ def npy_info(data: bytes) -> tuple[str, tuple[int, ...]]:
     dtype = "float16" if found[1] == b"<f2" else "uint16"
     shape = tuple(int(size) for size in found[2].split(b",") if size.strip())
     if npy_header(dtype, shape) != data[:NPY_HEADER_SIZE_BYTES]:
-        raise ShardError(f"npy header of {dtype} {shape} is not written in the canonical way")
+        raise ShardError(f"npy header of {dtype} {shape} is not in canonical form")
     if len(data) != npy_size_bytes(shape):
         raise ShardError(
             f"npy of {dtype} {shape} has {len(data)} bytes, not {npy_size_bytes(shape)}"
@@ -159,20 +159,20 @@ def npy_size_bytes(shape: tuple[int, ...]) -> int:
 
 
 def check_key(key: str) -> None:
-    """Refuse a key that is not safe as a tar member name.
+    """Reject a key that is not safe as a tar member name.
 
     Raises:
         ShardError: If it does not match `KEY_PATTERN`.
     """
     if re.fullmatch(KEY_PATTERN, key) is None:
         raise ShardError(
-            f"key {key[:100]!r} cannot name a tar member; expected 1 to {MAX_KEY_LENGTH} of "
-            "A-Z a-z 0-9 _ - that begin with no -"
+            f"key {key[:100]!r} cannot name a tar member; expected 1 to {MAX_KEY_LENGTH} "
+            "characters of A-Z a-z 0-9 _ -, not beginning with -"
         )
 
 
 def check_shape(name: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """Refuse an array member that does not match `MEMBERS`.
+    """Reject an array member that does not match `MEMBERS`.
 
     Raises:
         ShardError: If the dtype, the number of axes or an axis of fixed size differs.
@@ -243,7 +243,7 @@ def check_json(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as err:
         raise ShardError("the json member is not JSON") from err
     if not is_canonical:
-        raise ShardError("the json member is not an object in the one form it may have")
+        raise ShardError("the json member is not an object in canonical form")
     return cast("dict[str, Any]", value)
 
 

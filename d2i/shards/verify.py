@@ -217,7 +217,7 @@ class _TarWalk:
     def _expect(self, expected: bytes, what: str) -> None:
         start = self._position
         if self._read(len(expected)) != expected:
-            raise ShardError(f"at byte {start} there is not {what}, as the index says")
+            raise ShardError(f"expected {what} at byte {start}, as the index says")
 
     def _read(self, size_bytes: int) -> bytes:
         data: bytes = self._file.read(size_bytes)
@@ -243,7 +243,7 @@ def _compare_info(name: str, found: FileInfo, expected: FileInfo) -> list[ShardP
 
 def _unlisted(url: str, manifest: Manifest) -> list[ShardProblem]:
     names = set(storage.list_names(url)) - listed_names(manifest) - OTHER_FOLDERS
-    detail = "the manifest does not list this file"
+    detail = "not listed in the manifest"
     return [ShardProblem(name, "unlisted", detail) for name in names]
 
 
@@ -255,7 +255,7 @@ def _check_files(url: str, manifest: Manifest) -> Iterator[ShardProblem]:
             yield from _compare(name, data, expected)
             check_array(EMPTY_NAMES[name], data)
         except FileNotFoundError:
-            yield ShardProblem(name, "missing", "the manifest lists this file")
+            yield ShardProblem(name, "missing", "listed in the manifest, but not there")
         except OSError as err:
             yield ShardProblem(name, "unreadable", str(err))
         except ShardError as err:
@@ -287,4 +287,6 @@ def _duplicates(url: str, manifest: Manifest, key_hashes: array[int]) -> Iterato
     for file, of_shard in keys.items():
         found = of_shard.filter(pc.is_in(of_shard, repeated)).unique()
         if len(found):
-            yield ShardProblem(file, "duplicate", f"{len(found)} keys twice, first {found[0]}")
+            yield ShardProblem(
+                file, "duplicate", f"{len(found)} keys occur more than once, first {found[0]}"
+            )

@@ -41,9 +41,9 @@ def write_shard(
         index: Number of the shard in the plan, 0 to 999999.
         failures: Instances without a sample, by reason class. A supplement shard, which retries
             instances counted before, subtracts those that succeed with negative counts.
-        fingerprint: Everything that determines the bytes; `write_manifest` refuses shards of
+        fingerprint: Everything that determines the bytes; `write_manifest` rejects shards of
             another one.
-        expected: The record of a shard that is written again; any other shard is refused.
+        expected: The record of a shard that is written again; any other shard is rejected.
         fault: Called at each fault point: `shard.written` (complete, but under no name yet), then
             `shard.tar`, `shard.index`, `shard.commit` (published).
 
@@ -97,11 +97,13 @@ def streamed_info(file: IO[bytes]) -> FileInfo:
 def _other_than(expected: Commit, made: Commit) -> str:
     """Return the difference between a rewritten shard and its original, in one line."""
     if made.num_samples != expected.num_samples:
-        return f"{made.num_samples} samples came out; expected {expected.num_samples}"
+        return (
+            f"the rewritten shard has {made.num_samples} samples; expected {expected.num_samples}"
+        )
     if made.tar != expected.tar:
-        return f"other bytes came out: {made.name}; a picture or a version is not what it was"
+        return f"the rewritten shard, {made.name}, has other bytes; an image or a version changed"
     named = diff(made.model_dump(mode="json"), expected.model_dump(mode="json"))
-    return f"another record came out: {'; '.join(named[:3])}"
+    return f"the rewritten shard has another record: {'; '.join(named[:3])}"
 
 
 def _write_tar(samples: Iterable[Sample], path: Path) -> _TarWriter:

@@ -152,7 +152,7 @@ class BatchReader:
         return batch.pinned() if torch.cuda.is_available() else batch
 
     def read(self, indices: NDArray[np.int64], step: int, purpose: str = "") -> Batch:
-        """Read a micro batch and make its draws.
+        """Read a micro batch and draw its random numbers.
 
         Args:
             indices: Sample numbers, int64 (B,).

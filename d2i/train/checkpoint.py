@@ -126,7 +126,7 @@ def write_marker(
 def _read_marker(folder: str) -> dict[str, Any]:
     marker: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
     if marker.pop("sha256") != _marker_sha256(marker):
-        raise ValueError(f"{MARKER} does not have the sha256 that it holds")
+        raise ValueError(f"{MARKER} does not match the sha256 stored in it")
     return marker
 
 
@@ -148,8 +148,8 @@ def step_of(folder: str) -> int:
 def prune(run_url: str, num_kept: int, newest: int) -> None:
     """Keep the newest complete checkpoints up to the step just written; remove all others.
 
-    Removed are older ones, leftovers of killed attempts, and later ones. The run would be further
-    if a later one had not been skipped as damaged; it must not count in place of an intact one.
+    Removed are older ones, leftovers of killed attempts, and later ones. A later one was skipped
+    as damaged when the run resumed; it must not count in place of an intact one.
     """
     whole = [folder for folder in complete_checkpoints(run_url) if step_of(folder) <= newest]
     kept = whole[-num_kept:]
@@ -189,7 +189,7 @@ class _Part:
         length = int.from_bytes(storage.read_range(url, 0, _LENGTH_BYTES), "little")
         self._begin = _LENGTH_BYTES + length
         if self._begin > size_bytes:
-            raise ValueError(f"{url.rpartition('/')[2]} is no safetensors file")
+            raise ValueError(f"{url.rpartition('/')[2]} is not a safetensors file")
         header = json.loads(storage.read_range(url, _LENGTH_BYTES, length))
         header.pop("__metadata__", None)
         self._offsets = {name: run["data_offsets"][0] for name, run in header.items()}
@@ -250,7 +250,7 @@ class Checkpoint:
             if (found := storage.size_bytes(url)) != size_bytes:
                 raise self._damaged(f"{name} has {found} bytes, not {size_bytes}")
             if file_sha256(url)[:16] not in name:
-                raise self._damaged(f"{name} does not have the sha256 of its name")
+                raise self._damaged(f"{name} does not match the sha256 in its name")
 
     def read(self, kind: Kind, parameter: str, start: int, length: int) -> Tensor:
         """Read elements start to start + length - 1 of a flattened parameter, float32 (length,).
@@ -279,8 +279,8 @@ class Checkpoint:
 
     def _damaged(self, reason: object) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder} is damaged: {reason}; expected a whole checkpoint; delete this folder "
-            "and repeat the command: it goes on from the one before"
+            f"{self.folder} is damaged: {reason}; delete this directory and run the same "
+            "command again: it resumes from the previous checkpoint"
         )
 
 
@@ -308,7 +308,7 @@ def latest_valid_checkpoint(run_url: str, warn: Any) -> Checkpoint | None:
         return checkpoint
     if folders:
         raise CheckpointError(
-            f"{run_url}: none of {len(folders)} checkpoints is sound; expected one at least; "
-            "restore them, or begin anew with another --run"
+            f"{run_url}: no intact checkpoint among {len(folders)}; expected at least one; "
+            "restore one, or start over with another --run"
         )
     return None

@@ -37,8 +37,8 @@ def check_sizes(network: Any, reader: ShardReader) -> None:
     arrays = reader.manifest.arrays
     if not len(reader):
         raise DataError(
-            f"{reader.url} holds no sample; expected at least one; its ledger and manifest.json "
-            "say why there is none"
+            f"{reader.url} has no samples; expected at least one; see its ledger and "
+            "manifest.json for the reasons"
         )
     wanted = {"backbone.latent_size": (network.latent_size, arrays["moments"].shape[-1])}
     if "text" in arrays:
@@ -50,8 +50,8 @@ def check_sizes(network: Any, reader: ShardReader) -> None:
     for setting, (network_size, data_size) in wanted.items():
         if network_size != data_size:
             raise ConfigError(
-                f"{setting} of the network is {network_size}, the shards hold {data_size}; "
-                f"expected the same; --set {setting}={data_size} or prepare the data anew"
+                f"the network has {setting}={network_size}, the shards {data_size}; expected "
+                f"the same; use --set {setting}={data_size}, or prepare the data again"
             )
 
 
@@ -80,9 +80,10 @@ def check_cache(
         named = f"train.num_window_shards={config.num_window_shards}, " * (config.order != "global")
         beside = " with a validation shard" if valid else ""
         raise ConfigError(
-            f"--cache-gb {cache_gb:g}: train.order={config.order} ({named}{reader.url}) reads "
-            f"{needed / 1e9:.3g} GB at once{beside}; expected at least that, or twice to read "
-            "ahead; give more, or --set train.order=blocked with fewer train.num_window_shards"
+            f"--cache-gb {cache_gb:g} is too small: train.order={config.order} ({named}"
+            f"{reader.url}) reads {needed / 1e9:.3g} GB at once{beside}; expected at least "
+            "that, or twice that to prefetch; raise --cache-gb, or use --set "
+            "train.order=blocked with fewer train.num_window_shards"
         )
 
 

@@ -94,8 +94,8 @@ def build_engine(
     deepspeed = _import_deepspeed()
     if config.precision == "fp16_weights" and not _has_fp16(deepspeed):
         raise ClusterError(
-            "train.precision is fp16_weights, which this device does not compute in; expected a "
-            "device that does; --set train.precision=bf16"
+            "train.precision is fp16_weights, which this device does not support; use --set "
+            "train.precision=bf16"
         )
     micro_batch_size, num_micro_batches = config.accumulation(world_size)
     optim = config.optim
@@ -137,8 +137,9 @@ def _zero_settings(
     settings = dict(zero or {"stage": stage})
     if config.compile and settings["stage"] == 3:
         raise ConfigError(
-            "train.compile is true with ZeRO stage 3, which gathers weights while a block is "
-            "computed; expected stage 0, 1 or 2; --set train.zero_stage=2 or train.compile=false"
+            "train.compile=true does not work with ZeRO stage 3, which gathers weights while a "
+            "block is computed; expected stage 0, 1 or 2; use --set train.zero_stage=2 or --set "
+            "train.compile=false"
         )
     return settings
 
@@ -166,13 +167,13 @@ def read_zero(path: Path) -> dict[str, Any]:
         stage = zero["stage"]
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise ConfigError(
-            f'--zero {path}: {err!r}; expected JSON as {{"{_ZERO}": {{"stage": 2}}}}; '
+            f'--zero {path}: {err!r}; expected JSON such as {{"{_ZERO}": {{"stage": 2}}}}; '
             "see train/zero-2.json"
         ) from err
     if set(content) != {_ZERO} or stage not in (0, 1, 2, 3):
         raise ConfigError(
-            f"--zero {path}: holds {', '.join(content)} with stage {stage}; expected {_ZERO} alone "
-            "with a stage of 0 to 3; batches, optimizer and precision are the recipe's (--set)"
+            f"--zero {path}: has {', '.join(content)} with stage {stage}; expected only {_ZERO}, "
+            "with a stage from 0 to 3; set batches, optimizer and precision in the recipe (--set)"
         )
     return zero
 

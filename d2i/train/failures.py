@@ -128,7 +128,7 @@ def check_finite(
             named = keys.get(step, [])
             shown = ", ".join(named[:_NUM_SHOWN]) + (", …" if len(named) > _NUM_SHOWN else "")
             raise DivergedError(
-                f"the loss of step {step} is {loss}, of the samples {shown}; expected a finite "
+                f"the loss of step {step} is {loss} (samples {shown}); expected a finite "
                 f"number; {_weights_hint(config)}; if it is always the same samples, look at "
                 "them with d2i inspect"
             )
@@ -149,16 +149,16 @@ def check_weights(runs: Mapping[str, Tensor], step: int, config: TrainConfig) ->
         # One pass over memory; if any number is NaN, it is both the minimum and the maximum.
         if not all(extreme.isfinite() for extreme in numbers.aminmax()):
             raise DivergedError(
-                f"{name.partition(':')[2].rpartition(':')[0]} is no finite number after step "
-                f"{step}, though its loss was; no checkpoint is written; expected finite weights "
-                f"and moments; {_weights_hint(config)}"
+                f"{name.partition(':')[2].rpartition(':')[0]} is not finite after step "
+                f"{step}, though the loss was, so no checkpoint is written; expected finite "
+                f"weights and moments; {_weights_hint(config)}"
             )
 
 
 def _weights_hint(config: TrainConfig) -> str:
     return (
-        f"begin another --run with a train.optim.lr below {config.optim.lr:g} or more "
-        f"train.optim.num_warmup_steps than {config.optim.num_warmup_steps}"
+        f"start another --run with train.optim.lr below {config.optim.lr:g}, or with "
+        f"train.optim.num_warmup_steps above {config.optim.num_warmup_steps}"
         + ("" if config.precision == "fp32" else ", or with train.precision=fp32")
     )
 
@@ -167,32 +167,32 @@ def explain_error(error: BaseException, run_url: str, config: TrainConfig) -> D2
     """Return the error for the user in place of an exception on this rank; None for a bug."""
     where = f"rank {os.environ.get('RANK', '0')} on {platform.node()}"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return RankError(f"{where} is out of memory; expected to fit; {_memory_advice(config)}")
+        return RankError(f"{where} is out of memory; {_memory_advice(config)}")
     if isinstance(error, OSError) and storage.is_disk_full(error):
         return RankError(
-            f"{where} cannot write {error.filename or run_url}: {error.strerror}; expected room on "
-            f"the disk; nothing half-written counts; free some and {resume_hint(run_url)}"
+            f"{where} cannot write {error.filename or run_url}: {error.strerror}; partly "
+            f"written files are ignored; free some disk space, then {resume_hint(run_url)}"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return RankError(
-            f"{where} cannot use {error.filename}: {error.strerror or error}; expected a place "
-            f"that can be read and written; check its permissions and {resume_hint(run_url)}"
+            f"{where} cannot read or write {error.filename}: {error.strerror or error}; check its "
+            f"permissions, then {resume_hint(run_url)}"
         )
     if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):
         return RankError(
             f"{where} cannot compile the network: {str(error).splitlines()[0]}; expected a C++ "
-            "compiler and, on a GPU, Triton, as train.compile is true; install what is missing, or "
-            "go on with --set train.compile=false"
+            "compiler and, on a GPU, Triton, because train.compile is true; install what is "
+            "missing, or continue with --set train.compile=false"
         )
     return None
 
 
 def lost_ranks(ended: Sequence[int], hosts: Sequence[str], run_url: str) -> D2IError:
     """Return an error that names the ranks that no longer respond."""
-    named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ended) or "no rank by its end"
+    named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ended) or "an unknown rank"
     return RankError(
-        f"{named} ended, the others cannot go on; expected {len(hosts)} ranks; see its own line or "
-        f"that host's log (out of memory, or killed) and {resume_hint(run_url)}"
+        f"{named} ended, so the others cannot continue; expected {len(hosts)} ranks; see its own "
+        f"error line or that host's log (out of memory, or killed), then {resume_hint(run_url)}"
     )
 
 
@@ -211,4 +211,4 @@ def _memory_advice(config: TrainConfig) -> str:
         settings.append("train.activation_checkpointing=true")
     if config.zero_stage < 3:
         settings.append(f"train.zero_stage={config.zero_stage + 1}")
-    return f"--set {' or --set '.join(settings)}" if settings else "use more or larger devices"
+    return f"use --set {' or --set '.join(settings)}" if settings else "use more or larger devices"

@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def launch(
     recipe: Annotated[str, typer.Option(help="A recipe's name, or module:function.")],
-    data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
+    data: Annotated[str, typer.Option(help="Directory made by d2i preprocess.")],
     run: Annotated[str, typer.Option(help="Run directory; the same command resumes it.")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting: train.num_steps=100.")
@@ -34,18 +34,20 @@ def launch(
         Path | None, typer.Option(help="DeepSpeed's zero_optimization settings: train/zero-2.json.")
     ] = None,
     only_measure: Annotated[
-        bool, typer.Option("--preflight", help="Measure and write preflight.json; train nothing.")
+        bool, typer.Option("--preflight", help="Measure and write preflight.json without training.")
     ] = False,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Local folder for shards that lie elsewhere.")
+        Path | None, typer.Option(help="Local directory to cache remote shards in.")
     ] = None,
     cache_gb: Annotated[
-        float | None, typer.Option(min=0, help="The most it may hold, in 1e9 bytes; else all.")
+        float | None,
+        typer.Option(min=0, help="Size limit of the cache, in 1e9 bytes; none by default."),
     ] = None,
     check_data: Annotated[
-        bool, typer.Option("--check-data/--no-check-data", help="Compare data with checksums.")
+        bool,
+        typer.Option("--check-data/--no-check-data", help="Compare each array with its checksum."),
     ] = True,
-    fault: Annotated[str | None, typer.Option(help="POINT:error|sleep|kill:N, for proofs.")] = None,
+    fault: Annotated[str | None, typer.Option(help="For tests: POINT:error|sleep|kill:N.")] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Train one rank. Started by a launcher, once for every rank.

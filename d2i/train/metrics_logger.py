@@ -73,7 +73,7 @@ class MetricsLogger:
         in_bands = {f"valid/n_{band}": loss for band, loss in line.bands.items()}
         self._show({"valid/loss": line.loss, **in_bands}, line.step)
         bands = "  ".join(f"n {band}: {loss:.4f}" for band, loss in line.bands.items())
-        say(f"step {line.step}  validation loss {line.loss:.4f} as trained  ({bands})")
+        say(f"step {line.step}  validation loss {line.loss:.4f}  (trained weights; {bands})")
         self.plot_losses()
 
     def _show(self, values: Mapping[str, float], step: int) -> None:

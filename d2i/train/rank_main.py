@@ -121,7 +121,7 @@ def _open_run(
     open_run(run_url, config, is_begun=made > 0)
     _check_num_steps(request, made, can_go_on=checkpoint is not None or not made)
     if checkpoint is None and made:
-        say(f"{run_url} is finished, its checkpoints are gone: nothing to do")
+        say(f"{run_url} is finished and its checkpoints are gone: nothing to do")
         return 1
     return 0
 
@@ -138,14 +138,14 @@ def _check_num_steps(request: TrainRequest, made: int, *, can_go_on: bool) -> No
     run_url, num_steps = request.run_url, request.recipe.train.num_steps
     if num_steps < made:
         raise CheckpointError(
-            f"train.num_steps is {num_steps}, and {run_url} has made {made} steps; expected at "
-            f"least so many; give --set train.num_steps={made} or more, or another --run"
+            f"train.num_steps is {num_steps}, but {run_url} has already made {made} steps; "
+            f"expected at least {made}; use --set train.num_steps={made} or more, or another --run"
         )
     if num_steps > made and not can_go_on:
         raise CheckpointError(
-            f"{run_url} was finished at step {made} and its checkpoints are gone, so it cannot go "
-            f"on to step {num_steps}; expected one; restore it, or begin another --run, from these "
-            "weights by --set backbone.weights=PATH"
+            f"{run_url} was finished at step {made} and its checkpoints are gone, so it cannot "
+            f"continue to step {num_steps}; restore a checkpoint, or start another --run from "
+            "these weights with --set backbone.weights=PATH"
         )
 
 
@@ -153,12 +153,12 @@ def _check_kept_weights(recipe: Recipe) -> None:
     """Check that the run keeps the weights that images are to be generated with.
 
     Raises:
-        ConfigError: If it does not keep that average.
+        ConfigError: If it does not keep that EMA.
     """
     if recipe.sample.weights == "ema-short" and recipe.train.short_ema_length is None:
         raise ConfigError(
-            "sample.weights is ema-short, and train.short_ema_length is null, so the run keeps no "
-            "shorter average; expected a length such as 0.05; --set train.short_ema_length=0.05"
+            "sample.weights is ema-short, but train.short_ema_length is null, so the run keeps no "
+            "short EMA; expected a length such as 0.05; use --set train.short_ema_length=0.05"
         )
 
 

@@ -1,7 +1,7 @@
 """`samples/step-N.png`: images of fixed validation dialogs, generated from a checkpoint.
 
 Each dialog is a column: the reference image above, the generated one below. They are generated in
-few steps on one device, so that training waits little: for looking at, never for scores.
+few steps on one device, so that training waits little: for visual checks, not for scores.
 """
 
 from __future__ import annotations

@@ -52,5 +52,5 @@ def first_node(environment: Mapping[str, str]) -> str:
             return "".join(part for part in found.groups() if part)
     raise ClusterError(
         f"SLURM names no node: {_LISTS[0]} is not set; expected it in every task of srun; "
-        "export MASTER_ADDR, the first node's name"
+        "export MASTER_ADDR=HOST, the first node's name"
     )

@@ -33,8 +33,8 @@ class WandbLogger:
             import wandb
         except ImportError as err:
             raise ConfigError(
-                f"train.wandb_project is {project}: {err}; expected wandb beside d2i; pip install "
-                "wandb, or leave the setting out"
+                f"train.wandb_project is {project}: {err}; run pip install wandb, or leave the "
+                "setting out"
             ) from err
         try:
             self._run: Any = wandb.init(
@@ -58,8 +58,8 @@ class WandbLogger:
             )
         except wandb.errors.Error as err:
             raise ConfigError(
-                f"train.wandb_project is {project}: {' '.join(str(err).split())} Expected a "
-                "project that lines can be sent to; wandb login, or WANDB_MODE=offline"
+                f"train.wandb_project is {project}: {' '.join(str(err).split())} Expected "
+                "write access to the project; run wandb login, or set WANDB_MODE=offline"
             ) from err
 
     def add(self, values: Mapping[str, float], step: int) -> None:

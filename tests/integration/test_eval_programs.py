@@ -91,7 +91,7 @@ def test_table3_evaluates_one_run_per_linearization(
     given = [part for run in runs.values() for part in ("--run", run)]
     done = start("table3.py", chat_data, tmp_path / "three", *given, *few)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"warning: {runs['letters']} is not as {runs['hash']}: train.seed: 1" in done.stderr
+    assert f"warning: {runs['letters']} differs from {runs['hash']}: train.seed: 1" in done.stderr
     name = "demo network, fine-tuned on jsonl"
     table = tmp_path / "three/table3.csv"
     assert rows(table, f"Linearizations: {name}") == set(TEMPLATES)
@@ -213,6 +213,6 @@ def test_divter_and_minigpt5_programs(tmp_path: Path, chat_data: Path) -> None:
         *("divter.py", chat_data, tmp_path / "describer", "--base", tmp_path / "base"),
         *("--num-steps", 2),
     )
-    assert output.startswith("12 descriptions learned from")
+    assert output.startswith("trained on 12 descriptions")
     assert (tmp_path / "describer/model.safetensors").is_file()
     assert run("minigpt5.py", chat_data, tmp_path / "in").startswith("23 dialogs")

@@ -33,8 +33,8 @@ HOST = platform.node()
         ("on_all", {0}, "it is wrong"),
         ("on_one", {1}, f"rank 1 on {HOST}: it is wrong"),
         ("full_disks", {1, 2}, "cannot write /disk-"),
-        ("killed_one", {0, 1}, f"rank 2 on {HOST} ended, the others cannot go on"),
-        ("killed_first", {1}, f"rank 0 on {HOST} ended, the others cannot go on"),
+        ("killed_one", {0, 1}, f"rank 2 on {HOST} ended, so the others cannot continue"),
+        ("killed_first", {1}, f"rank 0 on {HOST} ended, so the others cannot continue"),
     ],
 )
 def test_failed_training_reports_first_error_in_one_line(

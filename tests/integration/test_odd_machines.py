@@ -66,7 +66,7 @@ def test_ray_start_failure_is_one_line_error_with_advice(tmp_path: Path) -> None
     done = run_under({"RAY_TMPDIR": str(tmp_path / "file")}, *line)
     assert done.returncode == 2
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert error.startswith("error: Ray on this machine did not start: ")
+    assert error.startswith("error: Ray did not start on this machine: ")
     assert "set RAY_TMPDIR to a short path on a local disk" in error
     assert "Traceback" not in done.stderr
 

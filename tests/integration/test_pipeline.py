@@ -110,7 +110,7 @@ def test_pipeline_raises_error_of_consumer_constructor() -> None:
 
 def test_actor_pool_stops_job_when_task_kills_every_worker() -> None:
     stages = Pipeline(SelfKillingProducer, SortingConsumer, num_consumers=1)
-    with pytest.raises(ClusterError, match="took 4 workers down"):
+    with pytest.raises(ClusterError, match="crashed 4 workers"):
         list(run_pipeline(stages, [1]))
 
 

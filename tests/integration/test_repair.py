@@ -232,7 +232,10 @@ def test_repair_refetches_only_lost_images(tmp_path: Path, settings: list[str]) 
             "some images could not be fetched or encoded again: 1 http_404",
         )
         web.answers["/3"] = sends(noise_image("PNG"))
-        assert "other bytes came out" in repair(request)[0].problems[0].detail
+        assert (
+            "has other bytes; an image or a version changed"
+            in repair(request)[0].problems[0].detail
+        )
         assert contents(out) == broken, "nothing else stands under the shard's name"
         assert read_ledger(str(out / "test")) == ledger
 

@@ -190,7 +190,7 @@ def test_finished_run_without_checkpoints_is_left_unchanged(
     shutil.copytree(undisturbed, run, ignore=shutil.ignore_patterns("checkpoints"))
     again = run_process(*command(data, run, 1, train__record_keys="true"))
     assert again.returncode == 0, again.stderr
-    assert "is finished, its checkpoints are gone: nothing to do" in again.stderr
+    assert "is finished and its checkpoints are gone: nothing to do" in again.stderr
     assert losses(run) == losses(undisturbed)
     assert ema_bytes(run) == ema_bytes(undisturbed)
 

@@ -167,5 +167,5 @@ def test_full_disk_leaves_no_checkpoint_part_under_final_name(tmp_path: Path) ->
     command = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=True)
     assert "cannot write" in done.stdout
-    assert "nothing half-written counts" in done.stdout
+    assert "partly written files are ignored" in done.stdout
     assert not list(tmp_path.glob("part-*"))

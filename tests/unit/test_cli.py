@@ -62,8 +62,8 @@ def test_cli_app_imports_no_heavy_module() -> None:
             ),
             "no such folder",
         ),
-        (("verify", "/nowhere"), "holds no manifest.json"),
-        (("cluster", "check", "--ray-address", "127.0.0.1:9"), "nothing answers at 127.0.0.1:9"),
+        (("verify", "/nowhere"), "has no manifest.json"),
+        (("cluster", "check", "--ray-address", "127.0.0.1:9"), "no connection to 127.0.0.1:9"),
         (("cluster", "check", "--ray-address", "auto", "--set", "image.resolution=8"), "--recipe"),
         (("eval", "--system", "run:x", "--data", "/nowhere", "--out", "o"), "recipe.json"),
         (("report", "/nowhere"), "/nowhere"),
@@ -100,7 +100,7 @@ def test_inspect_rejects_sample_with_missing_field(tmp_path: Path) -> None:
     write_one_sample(tmp_path, {"key": "a"})
     done = run_process("inspect", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "sample a: the json member is not as d2i writes it" in done.stderr
+    assert "sample a: the json member is not valid" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -44,7 +44,7 @@ def test_forecast_time_is_that_of_busiest_worker() -> None:
 def test_rate_override_wins_and_is_labelled_assumed() -> None:
     found = forecast(WORK, CAPACITY, MEASURED, RateOverrides(items_per_s=10.0))
     assert found.time_s == 300.0
-    assert found.rate_from == "assumed, as --rate says"
+    assert found.rate_from == "assumed (--rate)"
     assert found.cost is None
 
 

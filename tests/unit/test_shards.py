@@ -562,7 +562,7 @@ def test_verify_finds_missing_and_unlisted_files(copy: Path) -> None:
 BAD_METADATA: dict[str, tuple[dict[str, Any], str]] = {
     "another key": ({"key": "train-1-0-0"}, "is that of 'train-1-0-0'"),
     "another split": ({"split": "dev"}, "split"),
-    "no picture": ({"split": "test"}, "has no picture; expected one in test"),
+    "no picture": ({"split": "test"}, "has no image; expected one in test"),
     "unknown field": ({"more": 1}, "more"),
     "turn": ({"turn": -1}, "turn"),
     "context": ({"context": [{"text": "no speaker"}]}, "speaker"),
@@ -824,7 +824,7 @@ def test_index_rejects_schema_metadata_and_empty_extents() -> None:
         read_index(index_of(hidden, hidden.schema), num_samples=1, tar_size_bytes=2048)
     for absent in (Extent(0, 1, 0), Extent(0, 0, 1)):
         rows = [IndexRow("k", {"json": Extent(512, 10, 1), "png": absent})]
-        with pytest.raises(ShardError, match="no place in the tar"):
+        with pytest.raises(ShardError, match="without an offset in the tar"):
             read_index(index_bytes(rows), num_samples=1, tar_size_bytes=2048)
 
 

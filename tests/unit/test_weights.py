@@ -195,7 +195,7 @@ def test_pickle_guard_limits_memory(tmp_path: Path, form: str) -> None:
     torch.save({"a": MemoryBomb()}, path, _use_new_zipfile_serialization=form == "zip")
     assert "holds more than tensors" in rejection_message(tiny(), path)
     torch.save({"a": "b" * 5_000_000}, path, _use_new_zipfile_serialization=form == "zip")
-    assert "over 4000000 bytes beside its tensors" in rejection_message(tiny(), path)
+    assert "over 4000000 bytes besides its tensors" in rejection_message(tiny(), path)
 
 
 def test_compressed_pth_is_rejected(tmp_path: Path, state: dict[str, Tensor]) -> None:

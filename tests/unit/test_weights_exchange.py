@@ -176,7 +176,7 @@ def test_config_json_of_other_program_is_ignored(tmp_path: Path) -> None:
 
 def test_import_weights_requires_sizes_not_in_tensors(tmp_path: Path) -> None:
     save_weights(tiny("uvit-s"), tmp_path / "w.safetensors")
-    with pytest.raises(ConfigError, match="do not tell latent_size, num_heads, num_text_tokens"):
+    with pytest.raises(ConfigError, match="do not reveal latent_size, num_heads, num_text_tokens"):
         import_weights(tmp_path / "w.safetensors", tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"mis-shaped \(pos_embed"):
         wrong = [*TINY_SETTINGS[:-1], "num_text_tokens=4"]
@@ -207,7 +207,7 @@ def test_import_weights_keeps_unpublished_latent_scale(tmp_path: Path) -> None:
 def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
     save_weights(tiny("uvit-s"), tmp_path / "w.safetensors")
     import_weights(tmp_path / "w.safetensors", tmp_path / "model", TINY_SETTINGS)
-    with pytest.raises(CheckpointError, match="holds weights already"):
+    with pytest.raises(CheckpointError, match="already holds weights"):
         import_weights(tmp_path / "w.safetensors", tmp_path / "model", TINY_SETTINGS)
 
 
@@ -318,7 +318,7 @@ def test_import_and_export_weights_accept_urls(
     save_weights(network, source)
     copy = resolve_weights(source)
     import_weights(Path(copy), f"memory:/{tmp_path}/model", TINY_SETTINGS)
-    with pytest.raises(CheckpointError, match="holds weights already"):
+    with pytest.raises(CheckpointError, match="already holds weights"):
         import_weights(Path(copy), f"memory:/{tmp_path}/model", TINY_SETTINGS)
     again = build_network(BackboneConfig(name="uvit-s", weights=f"memory:/{tmp_path}/model"))
     assert_same_bits(again.state_dict(), network.state_dict())
@@ -380,9 +380,9 @@ def test_inspect_file_names_encoders_that_need_no_import(tmp_path: Path) -> None
         path = Path(resolve_weights(name))
         inspected = inspect_file(path)
         assert (inspected["kind"], inspected["what"]) == ("encoder", words)
-        with pytest.raises(CheckpointError, match="use it as it is"):
+        with pytest.raises(CheckpointError, match="use it directly"):
             import_weights(path, tmp_path / "out")
-        with pytest.raises(CheckpointError, match="use it as it is"):
+        with pytest.raises(CheckpointError, match="use it directly"):
             export_weights(path, tmp_path / "out.pth", "published")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"tiny.safetensors", "tiny.safetensors.sha256"}
