@@ -115,4 +115,4 @@ def test_both_options_or_none(chats: Path) -> None:
     assert captioning.BATCH_SIZE < NUM_PICTURES
     done = run_process("corpus", "--corpus", "jsonl", "--source", chats, "--describe", "some/model")
     assert done.returncode == 2
-    assert "go together" in done.stderr
+    assert "only one of --describe and --descriptions" in done.stderr

@@ -161,14 +161,14 @@ def test_another_version_and_a_missing_weight_are_found_on_their_node_alone(
 
 def test_a_weight_that_is_on_no_node_fails_on_each(checked: Checked) -> None:
     for node in checked.rows[1:]:
-        assert node["weights encoders.vae"]["detail"] == "vae.safetensors is not here"
+        assert node["weights encoders.vae"]["detail"] == "vae.safetensors is not on this node"
 
 
 def test_a_place_that_is_another_on_each_node_is_no_storage(checked: Checked) -> None:
     # Each process has a memory of its own: all can write there, and none sees the driver's file.
     for node in checked.rows[1:]:
         assert node["storage memory://apart"]["status"] == "fail"
-        assert "it is another place" in node["storage memory://apart"]["detail"]
+        assert "this is other storage" in node["storage memory://apart"]["detail"]
 
 
 def test_a_place_that_nobody_can_write_fails_everywhere(checked: Checked) -> None:

@@ -116,7 +116,7 @@ def test_what_has_no_guidance_is_refused(run: Path, tmp_path: Path) -> None:
     words = ("select", "--system", f"images:{tmp_path}", "--data", run.parent / "data")
     refused = run_process(*words, "--out", tmp_path / "chosen")
     assert refused.returncode == 2
-    assert "has no guidance scale to choose" in refused.stderr
+    assert "has no guidance scale to select" in refused.stderr
 
 
 def test_other_weights_of_a_run_are_drawn_with(

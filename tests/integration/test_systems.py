@@ -271,9 +271,9 @@ def test_numbers_that_are_none_are_failures(tmp_path: Path, chat_data: Path) -> 
         ("json:dumps.nothing", "no such system"),
         ("divter:somewhere", "expected divter:DIR,SYSTEM"),
         ("uvit-s", "got no weights; expected mscoco_uvit_small.pth"),
-        ("run:nowhere", "nowhere is no run"),
+        ("run:nowhere", "nowhere is not a run"),
         ("diffusers:nowhere/at/all", "cannot load DiffusionPipeline"),
-        ("images:nowhere", "got an empty folder"),
+        ("images:nowhere", "got an empty directory"),
         ("divter:nowhere,images:nowhere", "cannot load AutoModelForCausalLM"),
     ],
 )

@@ -53,14 +53,14 @@ def test_help_imports_nothing_heavy() -> None:
         ),
         (
             ("train", "--recipe", "demo", "--data", "x", "--run", "y", "--num-accelerators", "7"),
-            "cannot share",
+            "cannot split evenly",
         ),
         (
             (
                 *("preprocess", "--corpus", "mmdialog", "--source", "/nowhere"),
                 *("--out", "o", "--recipe", "demo"),
             ),
-            "no such folder",
+            "no such file or directory",
         ),
         (("verify", "/nowhere"), "holds no manifest.json"),
         (("cluster", "check", "--ray-address", "127.0.0.1:9"), "nothing answers at 127.0.0.1:9"),

@@ -26,7 +26,7 @@ def test_a_setting_replaces_a_value_and_is_checked() -> None:
         ("train.num_steps", "expected NAME=VALUE"),
         ("train.num_steps.x=1", "not a group"),
         ("image.resolution=7", "multiple of 8"),
-        ("nothing_like_it=1", "it has"),
+        ("nothing_like_it=1", "its fields are"),
         ("fetch.contact=\u0141ukasz <l@example.org>", "one line of ASCII"),
         ("fetch.contact=l@example.org\nX-Forwarded-For: 1", "one line of ASCII"),
         ("fetch.contact=l@example.org\x7f", "one line of ASCII"),
@@ -81,7 +81,7 @@ def test_the_global_batch_is_kept_for_any_number_of_ranks(world_size: int) -> No
 
 
 def test_an_impossible_split_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot share"):
+    with pytest.raises(ConfigError, match="cannot split evenly"):
         load_recipe("demo").train.accumulation(7)
 
 

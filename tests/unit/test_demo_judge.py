@@ -60,5 +60,5 @@ def test_a_bare_background_has_no_object(place: str, time: str) -> None:
 
 
 def test_scenes_must_match_the_pictures() -> None:
-    with pytest.raises(ValueError, match="one scene a picture"):
+    with pytest.raises(ValueError, match="one scene per image"):
         share_right(read_all([render_scene(all_scenes()[0], 0)]), [])

@@ -242,7 +242,7 @@ def test_a_place_that_is_none_is_refused_before_planning(tmp_path: Path, host: P
 
     assert "got no 00000.parquet" in refused(tmp_path / "nowhere")
     assert "got no 00000.parquet" in refused(host)
-    with pytest.raises(ConfigError, match="got a web address"):
+    with pytest.raises(ConfigError, match="got a web URL"):
         open_downloads("https://h/d")
     gone = download([url_of(host, 4)], tmp_path / "gone", "webdataset")
     assert "without one image" in refused(gone)

@@ -94,7 +94,9 @@ def test_lease_names_its_holder_to_a_second_command(tmp_path: Path, store: Local
     )
     with process:
         assert process.stdout and process.stdout.readline() == "held\n"
-        told = rf"s3://bucket/run: another command works there \(process {process.pid} on .+, since"
+        told = (
+            rf"s3://bucket/run: locked by another d2i process \(process {process.pid} on .+, since"
+        )
         with (
             pytest.raises(ConfigError, match=told),
             lease.hold_lease(store, str(tmp_path), "s3://bucket/run", 0.3),
@@ -131,7 +133,7 @@ def test_the_one_that_was_superseded_ends(tmp_path: Path) -> None:
         (tmp_path / ".d2i-lock" / "000000002.json").write_text("{}")
         _, said = process.communicate(timeout=30)
     assert process.returncode == 2
-    assert "s3://bucket/run: another command took this folder over" in said
+    assert "s3://bucket/run: another d2i process took over the lease" in said
     assert held(tmp_path)[-1] == "000000002.json"
 
 
@@ -166,7 +168,7 @@ def test_a_store_that_ignores_the_condition_is_told_of(
     with lease.hold_lease(store, str(tmp_path), "u", 0):
         assert not caplog.records
     with lease.hold_lease(Forgetful(auto_mkdir=True), str(tmp_path), "u", 0):
-        assert "this store overwrites an object" in caplog.text
+        assert "this store ignores If-None-Match" in caplog.text
         with pytest.raises(ConfigError), lease.hold_lease(store, str(tmp_path), "u", 0):
             raise AssertionError
 

@@ -73,5 +73,5 @@ def test_the_trained_loss_is_the_one_of_the_recipe(options: dict[str, Any]) -> N
 @pytest.mark.parametrize("options", [{"weights": [1, 1]}, {"loss": "t2i", "weights": [1, 1, 1]}])
 def test_a_weight_too_many_or_too_few_is_one_line(options: dict[str, Any]) -> None:
     values = {"num_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
-    with pytest.raises(ConfigError, match="parts, so"):
+    with pytest.raises(ConfigError, match="parts, expected"):
         load_config(TrainConfig, values | {"unidiffuser": options}, source="here")

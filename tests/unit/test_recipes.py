@@ -104,7 +104,7 @@ def test_what_was_set_stays_whatever_the_loss() -> None:
 
 def test_an_empty_text_that_the_joint_loss_never_saw_is_refused() -> None:
     settings = ["sample.unconditional=empty_token"]
-    with pytest.raises(ConfigError, match=r"never sees without train\.condition_dropout"):
+    with pytest.raises(ConfigError, match=r"never trains on without train\.condition_dropout"):
         resolve_recipe("unidiffuser-v1-photochat", settings)
     recipe = resolve_recipe("unidiffuser-v1-photochat", [*settings, "train.condition_dropout=0.1"])
     assert recipe.sample.unconditional == "empty_token"

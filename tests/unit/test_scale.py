@@ -190,7 +190,7 @@ def test_ranks_that_cannot_share_the_batch_are_refused_as_d2i_does() -> None:
     found = scale.CASES["train-unidiffuser"].simulate(COSTS, NUM, 16)
     config = load_recipe("unidiffuser-v1-mmdialog").train
     assert found.refused == "128 ranks cannot share a batch of 800"
-    with pytest.raises(ConfigError, match="800, which 128 ranks cannot share"):
+    with pytest.raises(ConfigError, match="800, which 128 ranks cannot split evenly"):
         config.accumulation(128)
 
 

@@ -150,7 +150,7 @@ def test_a_picture_that_is_shared_very_often_is_named(tmp_path: Path) -> None:
     write_chats(tmp_path / "train.jsonl", *((f"say {n}", ["same.jpg"]) for n in range(10_001)))
     corpus = ["corpus", "--corpus", "jsonl", "--source", tmp_path, "--no-pictures"]
     assert run_d2i(*corpus, "--json")["splits"]["train"]["most_occurrences"] == 10_001
-    assert "one picture is shared 10001 times" in run_process(*corpus, "--sample", "0").stdout
+    assert "one image is shared 10001 times" in run_process(*corpus, "--sample", "0").stdout
 
 
 def test_a_corpus_that_is_all_broken_is_surveyed(tmp_path: Path) -> None:
