@@ -26,7 +26,7 @@ SUFFIX = ".sha256"
 CRC_FIELD = "crc32"
 _DIGEST = re.compile(rb"[0-9a-fA-F]{64}(?=\s|$)")
 _NUM_SHOWN = 16
-_RESTORE = "restore the file, or make it again"
+_RESTORE = "restore the file from a copy, or recreate it"
 
 
 def sha256_of(data: bytes | memoryview) -> str:
@@ -193,9 +193,10 @@ def compare(
     if said is None:
         say_not_verified(url, name)
     elif found != said:
+        expected = f"{said[:_NUM_SHOWN]}… (from {name})" if said else f"a readable one in {name}"
         raise error(
             f"{url} is damaged, or was edited: got sha256 {str(found)[:_NUM_SHOWN]}…, expected "
-            f"{said[:_NUM_SHOWN] or 'none that can be read'}… as {name} says; {next_step}"
+            f"{expected}; {next_step}"
         )
 
 
@@ -224,7 +225,7 @@ def say_not_verified(url: str, where: str) -> None:
     if kind not in _NOT_VERIFIED:
         _NOT_VERIFIED.add(kind)
         log = logging.getLogger(__name__)
-        log.warning("%s: not verified, there is no checksum of it in %s", url, where)
+        log.warning("%s: not verified: no checksum found in %s", url, where)
 
 
 @cache

@@ -21,7 +21,7 @@ from d2i.tar_index import Member, TarIndex, is_tars, open_index
 _NUM_ALIKE = 8
 _WEB_ADDRESS = re.compile(r"(^|::)https?:", re.IGNORECASE)
 """Also below another file system: `simplecache::https://…`."""
-_EXPECTED = "expected a folder of pictures, x.tar or folder/*.tar"
+_EXPECTED = "expected a directory of images, x.tar or DIR/*.tar"
 
 
 def check_root(root: str) -> None:
@@ -70,9 +70,9 @@ def _refuse_web_address(root: str) -> None:
     """Refuse web URLs, which may redirect anywhere: only the SSRF guard requests them."""
     if _WEB_ADDRESS.search(root):
         raise ConfigError(
-            f"{root}: got a web address as the place of pictures; expected a folder, tars or an "
-            "object store; give --set 'fetch.mirror=ADDRESS/{path}' to 'd2i preprocess', or copy "
-            "the pictures first"
+            f"{root}: got a web URL as the image root; expected a directory, tars or an object "
+            "store; give --set 'fetch.mirror=URL/{path}' to 'd2i preprocess', or copy the images "
+            "first"
         )
 
 
@@ -80,15 +80,15 @@ def _check_folder(root: str) -> None:
     try:
         found = None if storage.is_folder(root) else _what_is_at(root)
         if found is None and _is_empty(root):
-            found = "an empty folder"
+            found = "an empty directory"
     except OSError as err:
         raise DataError(
-            f"{root}: the place of pictures cannot be read ({err.strerror or err}); {_EXPECTED}; "
+            f"{root}: the image root cannot be read ({err.strerror or err}); {_EXPECTED}; "
             "check corpus.image_root, and whether its disk is mounted"
         ) from err
     if found:
         raise DataError(
-            f"{root}: got {found} as the place of pictures; {_EXPECTED}; unpack it, or check "
+            f"{root}: got {found} as the image root; {_EXPECTED}; unpack it, or check "
             "corpus.image_root and whether its disk is mounted"
         )
 
@@ -114,7 +114,9 @@ def _is_empty(root: str) -> bool:
 def _read(root: str, path: str, max_bytes: int) -> bytes:
     """Read a file of a directory; it counts as missing or damaged only if the directory is fine."""
     if ".." in path.split("/"):
-        raise ImageRejectedError("read_error", "got a part '..', expected a path below the folder")
+        raise ImageRejectedError(
+            "read_error", "got a part '..', expected a path below the directory"
+        )
     try:
         return _read_head(root, path, max_bytes + 1)
     except FileNotFoundError as err:
@@ -130,7 +132,7 @@ def _read_head(root: str, path: str, num_bytes: int) -> bytes:
     local = storage.local_path(root)
     if local is None:
         if "::" in path:
-            raise ValueError("got a chain of file systems, expected a path below the folder")
+            raise ValueError("got a chain of file systems, expected a path below the directory")
         return storage.read_head(storage.join(root, path), num_bytes)
     try:
         return storage.read_local_head(f"{local}/{path}", num_bytes)
@@ -156,7 +158,9 @@ def _in_other_form(folder: str, path: str) -> str:
         if not alike:
             raise FileNotFoundError
         if len(alike) > 1 and part not in alike:
-            raise ImageRejectedError("ambiguous_file", f"{len(alike)} names have these letters")
+            raise ImageRejectedError(
+                "ambiguous_file", f"{len(alike)} names differ only in their Unicode form"
+            )
         folder = f"{folder}/{part if part in alike else alike[0]}"
     return folder
 
@@ -179,7 +183,7 @@ def _index(root: str) -> TarIndex:
         return open_index(root)
     except OSError as err:
         raise DataError(
-            f"{root}: cannot be read ({err}); expected tars of pictures; check corpus.image_root, "
+            f"{root}: cannot be read ({err}); expected tars of images; check corpus.image_root, "
             "and whether its disk is mounted"
         ) from err
 
@@ -205,11 +209,11 @@ def _read_range(member: Member | None, max_bytes: int) -> bytes:
         data = storage.read_range(member.url, member.offset, member.size_bytes)
     except FileNotFoundError as err:
         raise DataError(
-            f"{member.url}: the tar is not there any more; expected it to stay while its pictures "
-            "are read; check whether its disk is mounted"
+            f"{member.url}: the tar is gone; expected it to stay while its images are read; "
+            "check whether its disk is mounted"
         ) from err
     except OSError as err:
         raise ImageRejectedError("read_error", str(err)) from err
     if len(data) != member.size_bytes:
-        raise ImageRejectedError("read_error", f"{member.url} ends within it")
+        raise ImageRejectedError("read_error", f"{member.url} ends before the member does")
     return data

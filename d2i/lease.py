@@ -89,8 +89,8 @@ class _Lease:
                 return
             if is_alive and now - began > wait_s:
                 raise ConfigError(
-                    f"{self._url}: another command works there ({_described(content)}); expected "
-                    "to be alone; wait until it has ended, or choose another folder"
+                    f"{self._url}: locked by another d2i process ({_described(content)}); wait for "
+                    "it to finish, or use another directory"
                 )
             time.sleep(_POLL_S)
 
@@ -113,9 +113,9 @@ class _Lease:
         if is_over.is_set():
             return
         sys.stderr.write(
-            f"error: {self._url}: another command took this folder over, as this one had not been "
-            "heard of for a minute; expected to be alone; the same command goes on once that one "
-            "has ended\n"
+            f"error: {self._url}: another d2i process took over the lease of this directory, as "
+            "this process had not renewed it for a minute; wait for that one to finish, then run "
+            "the same command again to resume\n"
         )
         sys.stderr.flush()
         # Anything written from now on would mix with the other's files.
@@ -138,9 +138,9 @@ class _Lease:
                 self._fs.rm_file(self._path(superseded[0]))
         if self._create(number, is_probe=True):
             logging.getLogger(__name__).warning(
-                "%s: this store overwrites an object that was to be created only if absent: it "
-                "ignores If-None-Match; two commands that start there at the same moment would not "
-                "notice each other: start one at a time",
+                "%s: this store ignores If-None-Match: it overwrites an object that must only be "
+                "created if absent, so two commands started there at the same moment would not "
+                "see each other's lock; start one at a time",
                 self._url,
             )
         return True

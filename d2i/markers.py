@@ -30,7 +30,7 @@ def parse_marker(data: bytes, url: str, *, next_step: str) -> dict[str, str]:
     values = parse_json(data, url, next_step=next_step)
     files = values.get("files")
     if not has_crc32(values) or not isinstance(files, dict):
-        raise damaged(url, "it does not have the crc32 that it holds", next_step=next_step)
+        raise damaged(url, "its content does not match its crc32", next_step=next_step)
     return {str(path): str(sha256) for path, sha256 in files.items()}
 
 

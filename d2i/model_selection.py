@@ -92,9 +92,7 @@ def select(
         DataError: If its data has no validation split.
     """
     if request.metric not in METRICS:
-        raise ConfigError(
-            f"the metric: got {request.metric!r}; expected one of {', '.join(METRICS)}"
-        )
+        raise ConfigError(f"--metric: got {request.metric!r}; expected one of {', '.join(METRICS)}")
     kind, _, run_url = request.system.partition(":")
     search = _of_run(request, run_url) if kind == "run" else _of_system(request)
     subset = _write_subset(request, search.data_url, search.folder)
@@ -135,7 +133,7 @@ def _of_run(request: SelectRequest, run_url: str) -> _Search:
     checkpoints = complete_checkpoints(run_url)
     if not checkpoints:
         raise CheckpointError(
-            f"{run_url} has no whole checkpoint; expected one at least; repeat its d2i train "
+            f"{run_url} has no complete checkpoint; expected at least one; repeat its d2i train "
             "command"
         )
     kinds = [k for k in KIND_OF_WEIGHTS if k != "ema-short" or recipe.train.short_ema_length]
@@ -161,7 +159,7 @@ def _trained_on(run_url: str) -> str:
         ConfigError: If that is a URL with a host, which is accepted only in the command.
     """
     data_url = str(read_run_config(run_url)["data"])
-    refuse_host(f"the data of {run_url}", data_url, "--data ADDRESS")
+    refuse_host(f"the data of {run_url}", data_url, "--data URL")
     return data_url
 
 
@@ -189,19 +187,20 @@ def _of_system(request: SelectRequest) -> _Search:
     """Try each guidance scale of a published backbone or a `diffusers:` pipeline."""
     if request.data_url is None or request.out_url is None:
         raise ConfigError(
-            f"--system {request.system}: got no --data or no --out; expected both, as no run holds "
-            "them; give them"
+            f"--system {request.system}: got no --data or no --out; expected both, as only a run "
+            "has its own; give both"
         )
     recipe = change_recipe(read_kept_recipe(request.data_url), request.settings)
     spec = parse_system(request.system, request.weights, recipe, request.adapter)
     if spec.network is None and spec.kind != "diffusers":
         raise ConfigError(
-            f"--system {request.system}: has no guidance scale to choose; expected run:DIR, a "
+            f"--system {request.system}: has no guidance scale to select; expected run:DIR, a "
             "backbone with --weights, or diffusers:PATH"
         )
     if not request.guidance_scales:
         raise ConfigError(
-            f"--system {request.system}: got no --guidance; expected the scales to try; give some"
+            f"--system {request.system}: got no --guidance; expected the scales to try; give "
+            "--guidance SCALE, once for each"
         )
     candidates = []
     for scale in request.guidance_scales:
@@ -236,8 +235,8 @@ def _best(candidates: Sequence[dict[str, Any]], metric: MetricSpec) -> dict[str,
     values = [candidate["scores"].get(metric.key) for candidate in candidates]
     if None in values:
         raise ConfigError(
-            f"{metric.title} was not scored, it needs {metric.needs} and enough images; expected a "
-            "metric of the evaluation; choose another with --metric"
+            f"{metric.title} was not computed: it needs {metric.needs} and enough images; expected "
+            "a metric that the evaluation computed; choose another with --metric"
         )
     sign = -1 if metric.higher_is_better else 1
     return min(candidates, key=lambda candidate: sign * candidate["scores"][metric.key])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MAX_REASON_CHARS = 160
-_RESTORE = "restore the file, or make it again"
+_RESTORE = "restore the file from a copy, or recreate it"
 
 
 def read_json(

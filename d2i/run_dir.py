@@ -36,7 +36,7 @@ BEST_NAME = "best.json"
 
 _SELECT_AGAIN = "repeat d2i select, or delete it"
 _TRAIN_AGAIN = (
-    "delete it and repeat that d2i train command, which writes it again from the last checkpoint"
+    "delete it and repeat that d2i train command, which rewrites it from the last checkpoint"
 )
 _EDIT_LOG = "delete that line, or restore the file"
 _END_OF_LINE = re.compile(rb'"crc32": \d+\}')
@@ -152,7 +152,8 @@ def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
     if named:
         raise CheckpointError(
             f"{run_url} was started with another recipe or other data: got "
-            f"{'; '.join(named[:3])}; repeat that{_settings_of(named)} or choose another --run"
+            f"{'; '.join(named[:3])}; use the original ones{_settings_of(named)} or choose another "
+            "--run"
         )
 
 
@@ -169,7 +170,7 @@ def check_initial_weights(recipe: Recipe, run_url: str) -> None:
         if began_so:
             return
     raise ConfigError(
-        f"recipe {recipe.name}: got no backbone.weights; expected what to fine-tune, "
+        f"recipe {recipe.name}: got no backbone.weights; expected the weights to fine-tune, "
         f"{weights_to_fetch(recipe.backbone.name)}; give --set backbone.weights=PATH, or "
         "backbone.weights=scratch to train from random weights"
     )
@@ -222,7 +223,8 @@ def read_run_config(run_url: str) -> dict[str, Any]:
 
 def _no_run(run_url: str) -> CheckpointError:
     return CheckpointError(
-        f"{run_url} is no run: {CONFIG_NAME} cannot be read; expected a folder made by d2i train"
+        f"{run_url} is not a run: {CONFIG_NAME} cannot be read; expected a directory made by d2i "
+        "train"
     )
 
 
@@ -296,7 +298,7 @@ def read_log(url: str) -> list[dict[str, Any]]:
         if is_good:
             found.append({name: v for name, v in values.items() if name != CRC_FIELD})
         elif is_summed:
-            raise damaged(url, f"line {number} is not as it was written", next_step=_EDIT_LOG)
+            raise damaged(url, f"line {number} is damaged", next_step=_EDIT_LOG)
     return found
 
 

@@ -359,8 +359,8 @@ def homeless_folder() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise ConfigError(
-            f"{folder} is somebody else's; expected a folder for what d2i keeps, as this user has "
-            "no home; set XDG_CACHE_HOME to one"
+            f"{folder} belongs to another user; expected a directory for d2i's cache, as this user "
+            "has no home; set XDG_CACHE_HOME to one"
         )
     return folder
 
@@ -490,8 +490,8 @@ def _take(lock: IO[str], url: str, wait_s: float) -> None:
             # CIFS raises the latter.
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"{url}: another command works there; expected to be alone; wait until it has "
-                    "ended, or choose another folder"
+                    f"{url}: locked by another d2i process; wait for it to finish, or use another "
+                    "directory"
                 ) from err
             time.sleep(0.1)
         except OSError as err:
@@ -532,7 +532,7 @@ def _split(url: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as err:
-        raise ConfigError(f"{url}: {err}; pip install it beside d2i") from err
+        raise ConfigError(f"{url}: {err}; install it with pip, in the environment of d2i") from err
     except ValueError as err:
         raise ConfigError(
             f"{url}: {err}; expected a path, or a URL of a file system that fsspec knows"
@@ -616,7 +616,7 @@ def _check_bucket(fs: Any, path: str, url: str) -> None:
         _look_for_bucket(fs, bucket)
     except FileNotFoundError as err:
         raise ConfigError(
-            f"{url}: there is no {bucket}; expected a bucket that exists; make it, or mend the URL"
+            f"{url}: no bucket {bucket}; expected one that exists; create it, or correct the URL"
         ) from err
 
 

@@ -138,7 +138,9 @@ def cached_table(decided_by: str, root: str, build: Callable[[], pa.Table]) -> P
 def _build(urls: list[str], root: str) -> pa.Table:
     table = _sorted(_read_members(urls))
     if not table.num_rows:
-        raise DataError(f"{root}: got tars without files; expected pictures in them")
+        raise DataError(
+            f"{root}: got tars without files; expected images in them; check corpus.image_root"
+        )
     return table
 
 
@@ -150,8 +152,8 @@ def _make_cache(folder: Path, root: str) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as err:
         raise DataError(
-            f"{folder}: {err.strerror}; expected a place for the index of {root}; set "
-            "XDG_CACHE_HOME to a folder that can be written"
+            f"{folder}: {err.strerror}; expected a directory for the index of {root}; set "
+            "XDG_CACHE_HOME to a writable directory"
         ) from err
 
 
@@ -168,7 +170,7 @@ def _tars(root: str) -> list[str]:
         ]
     if not urls:
         raise DataError(
-            f"{root}: no such tar; expected one, or some; check corpus.image_root, and whether "
+            f"{root}: no such tar; expected at least one; check corpus.image_root, and whether "
             "its disk is mounted"
         )
     return urls
@@ -236,8 +238,8 @@ def _members(url: str) -> Iterator[tarfile.TarInfo]:
         kind = file_kind(storage.read_head(url, HEAD_BYTES))
         found = "" if kind in (None, "a tar") else f", but {kind}"
         raise DataError(
-            f"{url} is no whole tar{found}: {err}; expected a plain one, not compressed; unpack "
-            "it, or copy it again"
+            f"{url} is not an intact tar{found}: {err}; expected a plain one, not compressed; "
+            "decompress it, or copy it again"
         ) from err
 
 

@@ -1,4 +1,4 @@
-"""Commands about prepared data that is there: verify, repair, inspect."""
+"""Commands on prepared data: verify, repair, inspect."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Give the commands of this module to the app."""
+    """Add the commands of this module to the app."""
     for command in (verify, repair, inspect):
         register(app, command)
 
 
 def verify(
-    folder: Annotated[str, typer.Argument(help="A folder made by d2i preprocess.")],
+    folder: Annotated[str, typer.Argument(help="A directory made by d2i preprocess.")],
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every byte of prepared shards, plan and ledger; exit code 1 if any is wrong.
+    """Verify every byte of shards, plan and ledger. Exits with 1 if anything is damaged.
 
     Examples:
 
@@ -70,7 +70,7 @@ def verify(
 
 
 def repair(
-    folder: Annotated[str, typer.Argument(help="A folder made by d2i preprocess.")],
+    folder: Annotated[str, typer.Argument(help="A directory made by d2i preprocess.")],
     allow_host: AllowHostOption = None,
     dns_server: DnsServerOption = None,
     proxy: ProxyOption = None,
@@ -82,9 +82,9 @@ def repair(
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
-    """Make again what d2i verify finds broken or missing, to the very bytes; 1 if any is left.
+    """Repair broken or missing shards byte for byte. Exits with 1 if any remain.
 
-    What is whole mends the rest; only samples that are lost are fetched and encoded again.
+    Intact files restore damaged ones; only lost samples are fetched and encoded again.
 
     Examples:
 
@@ -107,7 +107,9 @@ def repair(
         settings=tuple(settings or ()),
     )
     try:
-        summaries = run(request, lambda done, total: progress.show(f"{done}/{total} shards made"))
+        summaries = run(
+            request, lambda done, total: progress.show(f"{done}/{total} shards rebuilt")
+        )
     finally:
         progress.close()
     lines = []
@@ -117,7 +119,7 @@ def repair(
         lines += [f"{summary.folder}/{note}" for note in summary.notes]
         lines.append(
             f"{summary.folder}: {len(summary.mended)} files restored, {len(summary.made)} shards "
-            f"made again, {len(problems)} problems left"
+            f"rebuilt, {len(problems)} problems left"
         )
     result = {"data_sets": [dataclasses.asdict(summary) for summary in summaries]}
     print_result(result, lines, as_json=as_json)
@@ -126,16 +128,16 @@ def repair(
 
 
 def inspect(
-    folder: Annotated[str, typer.Argument(help="A data set: one split's folder.")],
-    num: Annotated[int, typer.Option(min=1, help="How many samples.")] = 3,
+    folder: Annotated[str, typer.Argument(help="A data set: the directory of one split.")],
+    num: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 3,
     html: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write a page with their pictures.")
+        str | None, typer.Option(metavar="FILE", help="Write an HTML page with their images.")
     ] = None,
     settings: SetOption = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at samples: the conversation, where the picture came from, what is stored.
+    """Show samples: the conversation, the source of the image, the stored arrays.
 
     Examples:
 
@@ -164,7 +166,7 @@ def inspect(
 
 
 def _write_page(html: str, reader: ShardReader, num: int, settings: list[str]) -> None:
-    """Decode the latents of the first samples, by the autoencoder that made them."""
+    """Decode the latents of the first samples with the autoencoder that encoded them."""
     import torch
 
     from d2i.dialog import Turn

@@ -68,8 +68,8 @@ def share_right(answers: Sequence[Answer], scenes: Sequence[Scene]) -> dict[str,
     """
     if len(answers) != len(scenes) or not answers:
         raise ValueError(
-            f"a share needs one scene a picture: got {len(answers)} and {len(scenes)}, expected "
-            "equal counts above 0; pass the scenes in the order of the pictures"
+            f"accuracy needs one scene per image: got {len(answers)} and {len(scenes)}, expected "
+            "equal counts above 0; pass the scenes in the order of the images"
         )
     return {
         name: sum(a[name] == getattr(s, name) for a, s in zip(answers, scenes, strict=True))

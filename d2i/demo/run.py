@@ -67,7 +67,7 @@ def _run_stages(request: DemoRequest) -> dict[str, Any]:
     times = _Times(request.out / "times.json")
     for stage in _stages(request):
         if stage.name in times.seconds:
-            _say(f"{stage.name}: done before, in {times.seconds[stage.name]:.0f} s")
+            _say(f"{stage.name}: already done, in {times.seconds[stage.name]:.0f} s")
             continue
         _say(f"{stage.name}: {_command_line(stage)}")
         times.begin(stage)
@@ -205,8 +205,8 @@ def _run_command(stage: Stage) -> str:
             raise
     if process.returncode:
         raise ClusterError(
-            f"the demo's stage '{stage.name}' ended with code {process.returncode}, see above; "
-            "expected 0; repeat the command once that is mended: finished stages are kept"
+            f"the demo's stage '{stage.name}' failed with exit code {process.returncode}; see the "
+            "output above; once that is fixed, repeat the command: finished stages are kept"
         )
     return lines[-1] if lines else ""
 

@@ -38,7 +38,7 @@ class Captioner:
         except (OSError, ValueError, KeyError) as err:
             raise CheckpointError(
                 f"{name}: cannot load its image processor or tokenizer: "
-                f"{str(err).strip().splitlines()[0][:200]}; expected them beside the model"
+                f"{str(err).strip().splitlines()[0][:200]}; expected both beside the model"
             ) from err
 
     @torch.inference_mode()
@@ -59,7 +59,7 @@ class Captioner:
         except (ValueError, TypeError) as err:
             raise CheckpointError(
                 f"{self.name}: {str(err).strip().splitlines()[0][:200]}; expected a model that "
-                "describes a picture unasked, such as BLIP, GIT or ViT-GPT2"
+                "captions an image without a question, such as BLIP, GIT or ViT-GPT2"
             ) from err
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]

@@ -115,4 +115,4 @@ def test_describe_without_descriptions_is_error(chats: Path) -> None:
     assert captioning.BATCH_SIZE < NUM_IMAGES
     done = run_process("corpus", "--corpus", "jsonl", "--source", chats, "--describe", "some/model")
     assert done.returncode == 2
-    assert "go together" in done.stderr
+    assert "only one of --describe and --descriptions" in done.stderr

@@ -161,14 +161,14 @@ def test_other_version_and_missing_weights_fail_on_one_node_only(
 
 def test_weights_missing_everywhere_fail_on_each_node(checked: CheckResult) -> None:
     for node in checked.rows[1:]:
-        assert node["weights encoders.vae"]["detail"] == "vae.safetensors is not here"
+        assert node["weights encoders.vae"]["detail"] == "vae.safetensors is not on this node"
 
 
 def test_storage_not_shared_between_nodes_fails(checked: CheckResult) -> None:
     # memory:// is private to a process: every node can write there but none sees the driver's file.
     for node in checked.rows[1:]:
         assert node["storage memory://apart"]["status"] == "fail"
-        assert "it is another place" in node["storage memory://apart"]["detail"]
+        assert "this is other storage" in node["storage memory://apart"]["detail"]
 
 
 def test_unwritable_storage_fails_on_every_node(checked: CheckResult) -> None:

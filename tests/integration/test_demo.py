@@ -44,7 +44,7 @@ def interrupt_at_stage(out: Path, stage: str, number: signal.Signals) -> None:
         if number == signal.SIGINT:
             # Ctrl-C in a terminal reaches every process of the group.
             os.killpg(process.pid, number)
-            assert any("the same command goes on from here" in line for line in lines)
+            assert any("run the same command again to resume" in line for line in lines)
         else:
             process.send_signal(number)
     assert process.returncode != 0

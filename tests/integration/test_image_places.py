@@ -74,9 +74,9 @@ def test_invalid_image_root_is_one_line_error_before_planning(
     (tmp_path / "p.tar").write_bytes(b"")
     command = ("--corpus", "mmdialog", "--source", source, "--out", out)
     for name, said in (
-        ("nowhere", "got nothing as the place of pictures"),
+        ("nowhere", "got nothing as the image root"),
         ("p.zip", "got a zip archive"),
-        ("p.tar", "no whole tar, but an empty file"),
+        ("p.tar", "not an intact tar, but an empty file"),
     ):
         for extra in ((), ("--dry-run",)):
             root = f"corpus.image_root={tmp_path / name}"
@@ -93,7 +93,7 @@ def test_invalid_image_root_is_one_line_error_before_planning(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     root = f"corpus.image_root={tmp_path / 'p.tar'}"
     assert run(monkeypatch, *command, "--set", root) == 2
-    assert "set XDG_CACHE_HOME to a folder that can be written" in capsys.readouterr().err
+    assert "set XDG_CACHE_HOME to a writable directory" in capsys.readouterr().err
     assert not list(out.rglob("*.parquet"))
 
 
@@ -145,7 +145,7 @@ def _settings(root: Path) -> list[str]:
     return [f"corpus.image_root={root}", "preprocess.num_samples_per_shard=1"]
 
 
-@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+@pytest.mark.parametrize("left", ["nothing", "an empty directory"])
 def test_vanished_image_root_stops_job_without_missing_file_rows(tmp_path: Path, left: str) -> None:
     source, out = write_corpus(tmp_path / "src", "test"), tmp_path / "out"
     images = write_images(tmp_path / "p", "test")
@@ -158,10 +158,10 @@ def test_vanished_image_root_stops_job_without_missing_file_rows(tmp_path: Path,
     def remove_image_root(_: object) -> None:
         if read_commits(str(out / "test")) and not away.exists():
             images.rename(away)
-            if left == "an empty folder":
+            if left == "an empty directory":
                 images.mkdir()
 
-    with pytest.raises(DataError, match=f"got {left} as the place of pictures"):
+    with pytest.raises(DataError, match=f"got {left} as the image root"):
         run_job(request, remove_image_root)
     assert len(read_ledger(str(out / "test"))) < NUM
     shutil.rmtree(images, ignore_errors=True)

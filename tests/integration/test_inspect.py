@@ -59,5 +59,5 @@ def test_inspect_html_shows_image_and_decoded_latents(
     kept_recipe["encoders"] |= {"vae": "demo:vae", "vae_kind": "kl"}
     (out / "recipe.json").write_text(json.dumps(kept_recipe))
     (out / "recipe.json.sha256").unlink()
-    with pytest.raises(CheckpointError, match=r"encoders\.vae: its weights are .* was made"):
+    with pytest.raises(CheckpointError, match=r"encoders\.vae: got weights with .* which prepared"):
         inspect(str(out / "test"), html=str(page))

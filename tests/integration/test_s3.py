@@ -192,10 +192,10 @@ def test_missing_bucket_is_one_line_error_and_not_created() -> None:
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: s3://chast/data: there is no chast; expected a bucket that exists; make it, or "
-        "mend the URL\n"
+        "error: s3://chast/data: no bucket chast; expected one that exists; create it, or correct "
+        "the URL\n"
     )
-    with pytest.raises(ConfigError, match="there is no chast"):
+    with pytest.raises(ConfigError, match="no bucket chast"):
         storage.write_bytes("s3://chast/data/recipe.json", b"{}")
     assert fsspec.filesystem("s3").ls("") == ["chats"]
 
@@ -206,7 +206,7 @@ def test_exclusive_lock_on_s3_rejects_second_writer() -> None:
     run = "s3://chats/held"
     with (
         storage.exclusive_lock(run),
-        pytest.raises(ConfigError, match=r"held: another command works there"),
+        pytest.raises(ConfigError, match=r"held: locked by another d2i process"),
         storage.exclusive_lock(run, wait_s=0),
     ):
         raise AssertionError

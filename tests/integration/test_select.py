@@ -118,7 +118,7 @@ def test_select_of_system_without_guidance_is_error(run: Path, tmp_path: Path) -
     words = ("select", "--system", f"images:{tmp_path}", "--data", run.parent / "data")
     refused = run_process(*words, "--out", tmp_path / "chosen")
     assert refused.returncode == 2
-    assert "has no guidance scale to choose" in refused.stderr
+    assert "has no guidance scale to select" in refused.stderr
 
 
 def test_sample_weights_setting_generates_with_trained_weights(

@@ -275,7 +275,7 @@ def test_nan_images_are_failures(tmp_path: Path, chat_data: Path) -> None:
         ("json:dumps.nothing", "unknown system"),
         ("divter:somewhere", "expected divter:DIR,SYSTEM"),
         ("uvit-s", "got no weights; expected mscoco_uvit_small.pth"),
-        ("run:nowhere", "nowhere is no run"),
+        ("run:nowhere", "nowhere is not a run"),
         ("diffusers:nowhere/at/all", "cannot load DiffusionPipeline"),
         ("images:nowhere", "got an empty directory"),
         ("divter:nowhere,images:nowhere", "cannot load AutoModelForCausalLM"),

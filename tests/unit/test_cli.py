@@ -53,14 +53,14 @@ def test_cli_app_imports_no_heavy_module() -> None:
         ),
         (
             ("train", "--recipe", "demo", "--data", "x", "--run", "y", "--num-accelerators", "7"),
-            "cannot share",
+            "cannot split evenly",
         ),
         (
             (
                 *("preprocess", "--corpus", "mmdialog", "--source", "/nowhere"),
                 *("--out", "o", "--recipe", "demo"),
             ),
-            "no such folder",
+            "no such file or directory",
         ),
         (("verify", "/nowhere"), "has no manifest.json"),
         (("cluster", "check", "--ray-address", "127.0.0.1:9"), "no connection to 127.0.0.1:9"),

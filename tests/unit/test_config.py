@@ -26,7 +26,7 @@ def test_apply_settings_replaces_and_converts_values() -> None:
         ("train.num_steps", "expected NAME=VALUE"),
         ("train.num_steps.x=1", "not a group"),
         ("image.resolution=7", "multiple of 8"),
-        ("nothing_like_it=1", "it has"),
+        ("nothing_like_it=1", "its fields are"),
         ("fetch.contact=\u0141ukasz <l@example.org>", "one line of ASCII"),
         ("fetch.contact=l@example.org\nX-Forwarded-For: 1", "one line of ASCII"),
         ("fetch.contact=l@example.org\x7f", "one line of ASCII"),
@@ -81,7 +81,7 @@ def test_accumulation_keeps_global_batch_for_any_world_size(world_size: int) -> 
 
 
 def test_accumulation_rejects_indivisible_world_size() -> None:
-    with pytest.raises(ConfigError, match="cannot share"):
+    with pytest.raises(ConfigError, match="cannot split evenly"):
         load_recipe("demo").train.accumulation(7)
 
 

@@ -41,7 +41,7 @@ def test_exclusive_lock_lets_one_writer_work(tmp_path: Path) -> None:
     with ExitStack() as held:
         held.enter_context(storage.exclusive_lock(str(tmp_path)))
         held.enter_context(storage.exclusive_lock(str(tmp_path / "other")))
-        with pytest.raises(ConfigError, match="another command works there"):
+        with pytest.raises(ConfigError, match="locked by another d2i process"):
             held.enter_context(storage.exclusive_lock(str(tmp_path), wait_s=0))
     with storage.exclusive_lock(str(tmp_path)):
         pass

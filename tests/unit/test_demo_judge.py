@@ -62,5 +62,5 @@ def test_judge_finds_no_object_on_bare_background(place: str, time: str) -> None
 
 
 def test_share_right_rejects_length_mismatch() -> None:
-    with pytest.raises(ValueError, match="one scene a picture"):
+    with pytest.raises(ValueError, match="one scene per image"):
         share_right(read_all([render_scene(all_scenes()[0], 0)]), [])

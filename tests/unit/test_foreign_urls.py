@@ -63,7 +63,7 @@ def test_commands_never_contact_url_in_foreign_file(
     (run / "config.json").write_text(json.dumps({"recipe": recipe, "data": url}))
     dialog = tmp_path / "dialog.txt"
     dialog.write_text("a red ball")
-    message = r"encoders\.vae is .*, an address in a file .*; if you trust that host, give --set"
+    message = r"encoders\.vae is .*, a URL in a file .*; if you trust that host, give --set"
     with pytest.raises(ConfigError, match=message):
         inspect(str(data / "test"), html=str(tmp_path / "page.html"))
     for system in (f"run:{run}", "uvit-s"):
@@ -90,7 +90,7 @@ def test_commands_never_contact_url_in_foreign_file(
 def test_url_in_command_line_setting_is_accepted(tmp_path: Path, section: str, name: str) -> None:
     data = write_data(tmp_path / "data", foreign_recipe("ftp://h/x", section, name))
     kept, own = read_kept_recipe(str(data)), f"{section}.{name}=https://mine/x"
-    with pytest.raises(ConfigError, match=rf"--set {section}\.{name}=ADDRESS"):
+    with pytest.raises(ConfigError, match=rf"--set {section}\.{name}=URL"):
         change_recipe(kept, ["sample.seed=1"])
     assert getattr(getattr(change_recipe(kept, [own]), section), name) == "https://mine/x"
 

@@ -119,16 +119,16 @@ def wrong_roots(directory: Path) -> dict[str, tuple[str, str]]:
     (directory / "macos").mkdir()
     (directory / "macos" / "._p.tar").write_bytes(b"\0\5\x16\7")
     return {
-        "nowhere": ("nowhere", "got nothing as the place of pictures"),
-        "unmounted": ("empty", "got an empty folder as the place of pictures"),
-        "zip": ("p.zip", "got a zip archive as the place of pictures"),
-        "compressed": ("p.tar.gz", "got gzip as the place of pictures"),
-        "a picture": ("one.jpg", "got JPEG as the place of pictures"),
-        "below a file": ("one.jpg/x", "got nothing as the place of pictures"),
+        "nowhere": ("nowhere", "got nothing as the image root"),
+        "unmounted": ("empty", "got an empty directory as the image root"),
+        "zip": ("p.zip", "got a zip archive as the image root"),
+        "compressed": ("p.tar.gz", "got gzip as the image root"),
+        "a picture": ("one.jpg", "got JPEG as the image root"),
+        "below a file": ("one.jpg/x", "got nothing as the image root"),
         "no tar": ("none.tar", "no such tar"),
         "no tars": ("macos/*.tar", "no such tar"),
-        "compressed tar": ("gz.tar", "no whole tar, but gzip"),
-        "pointer": ("lfs.tar", "no whole tar, but a Git LFS pointer"),
+        "compressed tar": ("gz.tar", "not an intact tar, but gzip"),
+        "pointer": ("lfs.tar", "not an intact tar, but a Git LFS pointer"),
     }
 
 
@@ -141,7 +141,7 @@ def test_invalid_image_root_raises_instead_of_missing_file(
             with pytest.raises(DataError, match=message) as caught:
                 check(root)
             assert name.rpartition("*")[0] in str(caught.value)
-            assert "corpus.image_root" in str(caught.value) or "unpack it" in str(caught.value)
+            assert "corpus.image_root" in str(caught.value) or "decompress it" in str(caught.value)
     with pytest.raises(DataError, match="got nothing"):
         check_root("memory://picture_files_nowhere")
 
@@ -152,12 +152,12 @@ def test_vanished_image_root_raises_instead_of_missing_file(tmp_path: Path, kind
     check_root(root)
     assert read_image(root, "1.jpg", MAX_BYTES) == b"one"
     Path(root).rename(tmp_path / "away")
-    with pytest.raises(DataError, match="not there any more" if kind == "tar" else "got nothing"):
+    with pytest.raises(DataError, match="the tar is gone" if kind == "tar" else "got nothing"):
         read_image(root, "2.jpg", MAX_BYTES)
     if kind == "folder":
         # The empty mount point of an unmounted disk.
         Path(root).mkdir()
-        with pytest.raises(DataError, match="an empty folder"):
+        with pytest.raises(DataError, match="an empty directory"):
             read_image(root, "2.jpg", MAX_BYTES)
 
 
@@ -182,7 +182,7 @@ def test_unwritable_tar_index_raises_and_cached_one_is_read(
     (tmp_path / "home").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     for check in (check_root, lambda root: read_image(root, "1.jpg", MAX_BYTES)):
-        with pytest.raises(DataError, match=r"p\.tar; set XDG_CACHE_HOME to a folder"):
+        with pytest.raises(DataError, match=r"p\.tar; set XDG_CACHE_HOME to a writable"):
             check(root)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     check_root(root)

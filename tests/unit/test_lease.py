@@ -95,7 +95,7 @@ def test_lease_names_its_holder_to_a_second_command(tmp_path: Path, store: Local
     with process:
         assert process.stdout and process.stdout.readline() == "held\n"
         message = (
-            rf"s3://bucket/run: another command works there \(process {process.pid} on .+, since"
+            rf"s3://bucket/run: locked by another d2i process \(process {process.pid} on .+, since"
         )
         with (
             pytest.raises(ConfigError, match=message),
@@ -133,7 +133,7 @@ def test_superseded_lease_holder_exits(tmp_path: Path) -> None:
         (tmp_path / ".d2i-lock" / "000000002.json").write_text("{}")
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2
-    assert "s3://bucket/run: another command took this folder over" in stderr
+    assert "s3://bucket/run: another d2i process took over the lease" in stderr
     assert lock_files(tmp_path)[-1] == "000000002.json"
 
 
@@ -168,7 +168,7 @@ def test_lease_warns_of_store_without_conditional_writes(
     with lease.hold_lease(store, str(tmp_path), "u", 0):
         assert not caplog.records
     with lease.hold_lease(UnconditionalStore(auto_mkdir=True), str(tmp_path), "u", 0):
-        assert "this store overwrites an object" in caplog.text
+        assert "this store ignores If-None-Match" in caplog.text
         with pytest.raises(ConfigError), lease.hold_lease(store, str(tmp_path), "u", 0):
             raise AssertionError
 

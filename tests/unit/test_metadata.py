@@ -141,7 +141,7 @@ def test_damaged_header_is_named_in_rejection() -> None:
     header = bytearray(PLAIN)
     header[len(SIGNATURE) + 8 + 13] ^= 1
     for data, reason, detail in (
-        (bytes(header), "decode_error", "PNG: the checksum of its chunk IHDR is wrong"),
+        (bytes(header), "decode_error", "PNG: wrong checksum of its chunk IHDR"),
         (b"\xff\xd8\xff junk", "not_an_image", "begins as JPEG, but its header is damaged"),
     ):
         with pytest.raises(ImageRejectedError, match=detail) as caught:

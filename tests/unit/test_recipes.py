@@ -104,7 +104,7 @@ def test_explicit_condition_dropout_overrides_loss_default() -> None:
 
 def test_joint_loss_rejects_empty_token_without_dropout() -> None:
     settings = ["sample.unconditional=empty_token"]
-    with pytest.raises(ConfigError, match=r"never sees without train\.condition_dropout"):
+    with pytest.raises(ConfigError, match=r"never trains on without train\.condition_dropout"):
         resolve_recipe("unidiffuser-v1-photochat", settings)
     recipe = resolve_recipe("unidiffuser-v1-photochat", [*settings, "train.condition_dropout=0.1"])
     assert recipe.sample.unconditional == "empty_token"

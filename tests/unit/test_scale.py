@@ -192,7 +192,7 @@ def test_ranks_that_cannot_share_batch_are_rejected_as_in_d2i() -> None:
     found = scale.CASES["train-unidiffuser"].simulate(COSTS, NUM, 16)
     config = load_recipe("unidiffuser-v1-mmdialog").train
     assert found.refused == "128 ranks cannot share a batch of 800"
-    with pytest.raises(ConfigError, match="800, which 128 ranks cannot share"):
+    with pytest.raises(ConfigError, match="800, which 128 ranks cannot split evenly"):
         config.accumulation(128)
 
 

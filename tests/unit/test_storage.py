@@ -353,7 +353,7 @@ print(_is_of_a_place(err), _file_problem(err))
     )
     *named, temporary = done.stdout.splitlines()
     assert named == [f"File too large {tmp_path}/a"] * 2
-    assert "True the folder of temporary files, " in temporary
+    assert "True the temporary directory /" in temporary
 
 
 @pytest.mark.parametrize("name", ["a::b", "data:2024", "x/a::b", "::", "file:x", "http:x"])

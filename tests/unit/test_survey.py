@@ -152,7 +152,7 @@ def test_image_shared_very_often_is_reported(tmp_path: Path) -> None:
     write_chats(tmp_path / "train.jsonl", *((f"say {n}", ["same.jpg"]) for n in range(10_001)))
     corpus = ["corpus", "--corpus", "jsonl", "--source", tmp_path, "--no-pictures"]
     assert run_d2i(*corpus, "--json")["splits"]["train"]["most_occurrences"] == 10_001
-    assert "one picture is shared 10001 times" in run_process(*corpus, "--sample", "0").stdout
+    assert "one image is shared 10001 times" in run_process(*corpus, "--sample", "0").stdout
 
 
 def test_survey_accepts_corpus_of_record_issues_only(tmp_path: Path) -> None:

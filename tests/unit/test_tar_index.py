@@ -133,7 +133,7 @@ def test_truncated_tar_raises(length: int) -> None:
     length = min(length, (len(end) + 511) // 512 * 512)
     name = f"memory://{uuid.uuid4().hex}.tar"
     fsspec.filesystem("memory").pipe_file(name, whole[:length])
-    with pytest.raises(DataError, match="no whole tar"):
+    with pytest.raises(DataError, match="not an intact tar"):
         open_index(name)
 
 

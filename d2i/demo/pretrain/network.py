@@ -172,7 +172,7 @@ def _train_phase(
             rate = (step + 1 - first) * _BATCH / (time.monotonic() - started)
             print(
                 f"{phase.name} step {step} of {phase.num_steps}: loss {loss.item():.4f}, "
-                f"{rate:.0f} pictures/s",
+                f"{rate:.0f} images/s",
                 flush=True,
             )
         if time.monotonic() - saved > _CHECKPOINT_S:
