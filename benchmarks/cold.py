@@ -67,7 +67,7 @@ class SlowStore(LocalFileSystem):
         time.sleep(max(0.0, left_s))
 
 
-def write_data(folder: Path, num_samples: int) -> None:
+def write_data(directory: Path, num_samples: int) -> None:
     """Write samples of random numbers at U-ViT-S's sizes."""
     random = np.random.default_rng(0)
     for shard, numbers in enumerate(np.array_split(np.arange(num_samples), NUM_SHARDS)):
@@ -77,9 +77,9 @@ def write_data(folder: Path, num_samples: int) -> None:
             for name, shape in SHAPES.items():
                 encoded[f"{name}.npy"] = npy_bytes(random.standard_normal(shape).astype(np.float16))
             samples.append(Sample(f"train-{number}-0-0", encoded))
-        write_shard(samples, str(folder), shard, failures={})
-    (folder / "empty_text.npy").write_bytes(npy_bytes(np.zeros(SHAPES["text"], np.float16)))
-    write_manifest(str(folder), {})
+        write_shard(samples, str(directory), shard, failures={})
+    (directory / "empty_text.npy").write_bytes(npy_bytes(np.zeros(SHAPES["text"], np.float16)))
+    write_manifest(str(directory), {})
 
 
 def measure(data: Path, cache: Path, args: argparse.Namespace, *, is_ahead: bool) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Maker:
         }
 
 
-def make_corpus(folder: Path, num_train: int, num_valid: int) -> None:
+def make_corpus(directory: Path, num_train: int, num_valid: int) -> None:
     """Write both splits."""
     maker = Maker(num_train)
     parts = {
@@ -77,7 +77,7 @@ def make_corpus(folder: Path, num_train: int, num_valid: int) -> None:
         "valid": map(maker.with_negatives, range(num_valid)),
     }
     for split, records in parts.items():
-        path = folder / split / "conversations.json"
+        path = directory / split / "conversations.json"
         path.parent.mkdir(parents=True)
         with path.open("wb") as file:
             file.writelines(orjson.dumps(record) + b"\n" for record in records)
@@ -178,9 +178,9 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options.source)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        make_corpus(Path(folder), options.num_train, options.num_valid)
-        runs = list(repeats(Path(folder), options.repeats))
+    with tempfile.TemporaryDirectory() as directory:
+        make_corpus(Path(directory), options.num_train, options.num_valid)
+        runs = list(repeats(Path(directory), options.repeats))
     print(json.dumps({"machine": machine(), "python": platform.python_version(), **summary(runs)}))
 
 

@@ -45,7 +45,7 @@ NUM_DIALOGS = 600
 """Of the corpus that overhead is measured on."""
 
 
-def make_images(photos: Path, folder: Path, num: int) -> None:
+def make_images(photos: Path, directory: Path, num: int) -> None:
     """Crop random squares of photographs, `num` reference and `num` generated images."""
     dice = np.random.default_rng(0)
     images = []
@@ -53,13 +53,13 @@ def make_images(photos: Path, folder: Path, num: int) -> None:
         with Image.open(path) as photograph:
             images.append(photograph.convert("RGB"))
     for name in ("true", "drawn"):
-        (folder / name).mkdir(parents=True)
+        (directory / name).mkdir(parents=True)
         for number in range(num):
             image = images[int(dice.integers(len(images)))]
             side = int(dice.integers(SIDE_PX, min(image.size)))
             left, top = (int(dice.integers(0, size - side + 1)) for size in image.size)
             square = image.crop((left, top, left + side, top + side))
-            square.resize((SIDE_PX, SIDE_PX)).save(folder / name / f"{number:06d}.png")
+            square.resize((SIDE_PX, SIDE_PX)).save(directory / name / f"{number:06d}.png")
 
 
 def published_inception() -> Path | None:
@@ -108,7 +108,7 @@ def load_extractor(inception: str | None) -> Any:
     return build_extractor(recipe, encoders, TextTower.load(recipe, encoders, "cpu"), "cpu")
 
 
-def measure_torch_fidelity(folder: Path, inception: str | None) -> dict[str, Any]:
+def measure_torch_fidelity(directory: Path, inception: str | None) -> dict[str, Any]:
     """Time torch-fidelity's evaluation of the two directories."""
     import torch
     import torch_fidelity
@@ -146,13 +146,13 @@ def measure_torch_fidelity(folder: Path, inception: str | None) -> dict[str, Any
         if inception
         else {"feature_extractor": "demo-clip"}
     )
-    num = len(list((folder / "true").iterdir()))
+    num = len(list((directory / "true").iterdir()))
     loading = _time_loading(inception) if inception else 0.0
     start = time.process_time()
     # The Inception Score is that of the first directory: the generated images.
     found = torch_fidelity.calculate_metrics(
-        input1=str(folder / "drawn"),
-        input2=str(folder / "true"),
+        input1=str(directory / "drawn"),
+        input2=str(directory / "true"),
         **chosen,
         isc=True,
         fid=True,
@@ -189,7 +189,7 @@ def _time_loading(inception: str) -> float:
 class FeatureWorkerBuilder:
     """Builds a `FeatureWorker` in its process; picklable."""
 
-    folder: Path
+    directory: Path
     inception: str | None
 
     def __call__(self) -> FeatureWorker:
@@ -197,28 +197,28 @@ class FeatureWorkerBuilder:
         import torch
 
         torch.set_num_threads(1)
-        return FeatureWorker(self.folder, load_extractor(self.inception))
+        return FeatureWorker(self.directory, load_extractor(self.inception))
 
 
 class FeatureWorker:
     """Reads the images of one task and computes their features."""
 
-    def __init__(self, folder: Path, extractor: Any) -> None:
-        self._folder, self._extractor = folder, extractor
+    def __init__(self, directory: Path, extractor: Any) -> None:
+        self._directory, self._extractor = directory, extractor
 
     def run(self, task: tuple[str, int, int]) -> tuple[int, float, Any]:
         """Return the process id, the CPU seconds, and the features."""
         begun = time.process_time()
         name, start, stop = task
         pixels = [
-            np.asarray(Image.open(self._folder / name / f"{number:06d}.png"))
+            np.asarray(Image.open(self._directory / name / f"{number:06d}.png"))
             for number in range(start, stop)
         ]
         found = self._extractor.extract(np.stack(pixels))
         return os.getpid(), time.process_time() - begun, found
 
 
-def measure_d2i(folder: Path, inception: str | None, num_workers: int) -> dict[str, Any]:
+def measure_d2i(directory: Path, inception: str | None, num_workers: int) -> dict[str, Any]:
     """Time d2i's extraction on Ray workers, and its scores."""
     import torch
 
@@ -226,14 +226,14 @@ def measure_d2i(folder: Path, inception: str | None, num_workers: int) -> dict[s
     from d2i.eval.metrics import compute_scores
 
     torch.set_num_threads(1)
-    num = len(list((folder / "true").iterdir()))
+    num = len(list((directory / "true").iterdir()))
     size = 2 * BATCH_SIZE
     tasks = [
         (name, start, min(start + size, num))
         for name in ("true", "drawn")
         for start in range(0, num, size)
     ]
-    pool = Pool(FeatureWorkerBuilder(folder, inception), num_workers=num_workers)
+    pool = Pool(FeatureWorkerBuilder(directory, inception), num_workers=num_workers)
     found = dict(run_tasks(pool, tasks))
     by_worker: Counter[int] = Counter()
     for process, seconds, _ in found.values():
@@ -275,21 +275,21 @@ class NullWorker:
         return len(task.indices)
 
 
-def measure_scheduling(folder: Path) -> dict[str, Any]:
+def measure_scheduling(directory: Path) -> dict[str, Any]:
     """Time all tasks of a null sampler over 2 Ray workers, Ray's start included."""
     from d2i.cluster import Pool, run_tasks
     from d2i.eval.tasks import finished_tasks, plan_tasks
 
     start = time.perf_counter()
     tasks = plan_tasks(NUM_SCHEDULED, TASK_SIZE)
-    pool = Pool(NullWorker(str(folder / "null")), num_workers=2)
+    pool = Pool(NullWorker(str(directory / "null")), num_workers=2)
     done = sum(count for _, count in run_tasks(pool, tasks))
-    if done != NUM_SCHEDULED or len(finished_tasks(str(folder / "null"))) != len(tasks):
+    if done != NUM_SCHEDULED or len(finished_tasks(str(directory / "null"))) != len(tasks):
         raise RuntimeError(f"{done} of {NUM_SCHEDULED} instances were done")
     return {"instances": done, "tasks": len(tasks), "seconds": time.perf_counter() - start}
 
 
-def measure_overhead(folder: Path) -> dict[str, Any]:
+def measure_overhead(directory: Path) -> dict[str, Any]:
     """Time a whole evaluation in this process, and the sampling alone, in CPU seconds."""
     import torch
 
@@ -304,9 +304,9 @@ def measure_overhead(folder: Path) -> dict[str, Any]:
     from d2i.shards import ShardReader
 
     torch.set_num_threads(1)
-    write_corpus(folder / "corpus", NUM_DIALOGS, 1)
+    write_corpus(directory / "corpus", NUM_DIALOGS, 1)
     recipe = load_recipe("demo")
-    source, data = str(folder / "corpus"), str(folder / "data")
+    source, data = str(directory / "corpus"), str(directory / "data")
     request = PreprocessRequest("mmdialog", source, data, recipe, num_workers=0)
     preprocess(request, lambda _: None)
     spec = parse_system("uvit-s", "demo:backbone", recipe)
@@ -318,17 +318,17 @@ def measure_overhead(folder: Path) -> dict[str, Any]:
     system.generate([prompts.read(index) for index in range(len(reader))])
     bare = time.process_time() - start
     start = time.process_time()
-    evaluate(EvalRequest(recipe, spec, test_url(data), str(folder / "scores")), lambda _: None)
+    evaluate(EvalRequest(recipe, spec, test_url(data), str(directory / "scores")), lambda _: None)
     whole = time.process_time() - start
     return {"pictures": len(reader), "bare_cpu_s": bare, "whole_cpu_s": whole}
 
 
-def run_in_process(name: str, folder: Path, inception: Path | None) -> dict[str, Any]:
+def run_in_process(name: str, directory: Path, inception: Path | None) -> dict[str, Any]:
     """Measure one figure in a separate process."""
-    command = [sys.executable, __file__, "--measure", name, "--folder", str(folder)]
+    command = [sys.executable, __file__, "--measure", name, "--folder", str(directory)]
     command += ["--weights", str(inception)] if inception else []
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    here = {"PYTHONPATH": str(Path(__file__).parent), "XDG_CACHE_HOME": str(folder / "cache")}
+    here = {"PYTHONPATH": str(Path(__file__).parent), "XDG_CACHE_HOME": str(directory / "cache")}
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, env=os.environ | one_thread | here
     )
@@ -337,10 +337,10 @@ def run_in_process(name: str, folder: Path, inception: Path | None) -> dict[str,
     return found
 
 
-def compare(folder: Path, inception: Path | None) -> dict[str, Any]:
+def compare(directory: Path, inception: Path | None) -> dict[str, Any]:
     """Measure torch-fidelity and d2i alternately, and compare the scores."""
     names = ("peer", "ours on 1", "ours on 2")
-    found = {name: run_in_process(name, folder, inception) for name in names}
+    found = {name: run_in_process(name, directory, inception) for name in names}
     peer = found["peer"]["scores"]
     differences: Mapping[str, Callable[[float, float], float]] = {
         "fid": lambda ours, theirs: abs(ours - theirs) / abs(theirs),
@@ -365,14 +365,14 @@ def machine() -> dict[str, object]:
     return {"processor": names[0] if names else platform.machine(), "cores": len(names)}
 
 
-def measure(name: str, folder: Path, inception: str | None) -> dict[str, Any]:
+def measure(name: str, directory: Path, inception: str | None) -> dict[str, Any]:
     """Measure one figure in this process."""
     work: dict[str, Callable[[], dict[str, Any]]] = {
-        "peer": lambda: measure_torch_fidelity(folder, inception),
-        "ours on 1": lambda: measure_d2i(folder, inception, 1),
-        "ours on 2": lambda: measure_d2i(folder, inception, 2),
-        "scheduling": lambda: measure_scheduling(folder),
-        "overhead": lambda: measure_overhead(folder),
+        "peer": lambda: measure_torch_fidelity(directory, inception),
+        "ours on 1": lambda: measure_d2i(directory, inception, 1),
+        "ours on 2": lambda: measure_d2i(directory, inception, 2),
+        "scheduling": lambda: measure_scheduling(directory),
+        "overhead": lambda: measure_overhead(directory),
     }
     return work[name]()
 
@@ -394,21 +394,21 @@ def main() -> None:
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure, options.folder, options.weights)))
+        print(json.dumps(measure(options.measure, options.directory, options.weights)))
         return
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        make_images(options.photos, folder / "clip", options.num)
-        found = {"metrics, demo's CLIP": compare(folder / "clip", None)}
+        directory = Path(made)
+        make_images(options.photos, directory / "clip", options.num)
+        found = {"metrics, demo's CLIP": compare(directory / "clip", None)}
         if options.inception:
-            weights = published_inception() or folder / "inception.pth"
+            weights = published_inception() or directory / "inception.pth"
             if not weights.exists():
                 save_inception(weights)
-            make_images(options.photos, folder / "inception", options.inception)
-            found["metrics, Inception"] = compare(folder / "inception", weights)
+            make_images(options.photos, directory / "inception", options.inception)
+            found["metrics, Inception"] = compare(directory / "inception", weights)
         for name in ("scheduling", "overhead"):
-            (folder / name).mkdir()
-            found[name] = run_in_process(name, folder / name, None)
+            (directory / name).mkdir()
+            found[name] = run_in_process(name, directory / name, None)
     print(json.dumps({"machine": machine(), "python": platform.python_version(), **found}))
 
 

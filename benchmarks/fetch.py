@@ -119,7 +119,7 @@ def make_urls(ports: Ports, num: int, list_name: str) -> list[str]:
     return urls
 
 
-def by_img2dataset(urls: list[str], folder: Path, downscale: str) -> int:
+def by_img2dataset(urls: list[str], directory: Path, downscale: str) -> int:
     """Fetch with img2dataset's own classes; return the number of rows it wrote."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -129,7 +129,7 @@ def by_img2dataset(urls: list[str], folder: Path, downscale: str) -> int:
 
     table = pa.table({"url": urls})
     with (
-        pa.OSFile(str(folder / "in.arrow"), "wb") as file,
+        pa.OSFile(str(directory / "in.arrow"), "wb") as file,
         pa.ipc.new_file(file, table.schema) as writer,
     ):
         writer.write_table(table)
@@ -141,14 +141,14 @@ def by_img2dataset(urls: list[str], folder: Path, downscale: str) -> int:
             downscale_interpolation=downscale,
             encode_quality=QUALITY,
         ),
-        *(NUM_THREADS, False, False, str(folder), ["url"], PATIENCE_S, len(urls), 5),
+        *(NUM_THREADS, False, False, str(directory), ["url"], PATIENCE_S, len(urls), 5),
         *(None, None, "jpg", 0, "d2i", None),
     )
-    download((0, str(folder / "in.arrow")))
-    return int(pq.read_metadata(folder / "00000.parquet").num_rows)
+    download((0, str(directory / "in.arrow")))
+    return int(pq.read_metadata(directory / "00000.parquet").num_rows)
 
 
-def by_d2i(urls: list[str], folder: Path) -> int:
+def by_d2i(urls: list[str], directory: Path) -> int:
     """Fetch with d2i's classes; return the number of rows."""
     from PIL import Image
 
@@ -163,9 +163,9 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     config = FetchConfig(num_threads=NUM_THREADS, timeout_s=PATIENCE_S, max_host_requests_per_s=1e6)
     hosts = frozenset(url.split("/")[2] for url in urls)
     book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
-    source = ImageSource(str(folder), config, NetworkPolicy(hosts, "127.0.0.1"), book)
+    source = ImageSource(str(directory), config, NetworkPolicy(hosts, "127.0.0.1"), book)
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
-    with tarfile.open(folder / "out.tar", "w") as tar:
+    with tarfile.open(directory / "out.tar", "w") as tar:
 
         def write(opened: SourceImage) -> None:
             buffer = io.BytesIO()
@@ -197,12 +197,12 @@ def measure(who: str, urls: list[str]) -> dict[str, float]:
 
     if who == "d2i":
         import d2i.preprocess.fetch_worker  # noqa: F401
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         start, cpu_start = time.perf_counter(), time.process_time()
         if who == "d2i":
-            num_rows = by_d2i(urls, Path(folder))
+            num_rows = by_d2i(urls, Path(directory))
         else:
-            num_rows = by_img2dataset(urls, Path(folder), FILTERS[who])
+            num_rows = by_img2dataset(urls, Path(directory), FILTERS[who])
         seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     return {
         "num_rows": num_rows,

@@ -36,34 +36,34 @@ SIDE = 256
 SHORT_SIDES = (256, 500, 1600)
 
 
-def make_folder(photos: Path, folder: Path, num: int, short_side: int) -> list[str]:
+def make_directory(photos: Path, directory: Path, num: int, short_side: int) -> list[str]:
     """Save photographs with a short side; return their names, several for the same image."""
     files = sorted(photos.rglob("*.jpg"))[: min(num, 100)]
     for number, path in enumerate(files):
         image = Image.open(path).convert("RGB")
         scale = short_side / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))
-        image.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
+        image.resize(size, Image.Resampling.BICUBIC).save(directory / f"{number}.jpg", quality=90)
     return [f"{number % len(files)}.jpg" for number in range(num)]
 
 
-def bare(folder: Path, names: list[str]) -> None:
+def bare(directory: Path, names: list[str]) -> None:
     """Open each image as a plain program would."""
     for name in names:
-        image = Image.open(folder / name)
+        image = Image.open(directory / name)
         image.draft("RGB", (2 * SIDE, 2 * SIDE))
-        picture = image.convert("RGB")
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        square = picture.crop((left, top, left + side, top + side))
+        rgb = image.convert("RGB")
+        side = min(rgb.size)
+        left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+        square = rgb.crop((left, top, left + side, top + side))
         np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
-def by_d2i(folder: Path, names: list[str]) -> None:
+def by_d2i(directory: Path, names: list[str]) -> None:
     """Open each image as d2i's workers do."""
     config = FetchConfig()
     book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
-    source = ImageSource(str(folder), config, PUBLIC_NETWORK, book)
+    source = ImageSource(str(directory), config, PUBLIC_NETWORK, book)
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
 
     def opened(ref: ImageRef, fetched: FetchResult) -> str:
@@ -86,14 +86,14 @@ def measured(work: Callable[[], None], num: int) -> dict[str, float]:
     return {"per_cpu_s": num / processor, "per_s": num / clock}
 
 
-def compare(folder: Path, names: list[str], repeats: int) -> dict[str, Any]:
+def compare(directory: Path, names: list[str], repeats: int) -> dict[str, Any]:
     """Measure both alternately."""
-    bare(folder, names[:50])
-    by_d2i(folder, names[:50])
+    bare(directory, names[:50])
+    by_d2i(directory, names[:50])
     runs = [
         {
-            "bare": measured(lambda: bare(folder, names), len(names)),
-            "d2i": measured(lambda: by_d2i(folder, names), len(names)),
+            "bare": measured(lambda: bare(directory, names), len(names)),
+            "d2i": measured(lambda: by_d2i(directory, names), len(names)),
         }
         for _ in range(repeats)
     ]
@@ -127,9 +127,9 @@ def main() -> None:
     options = parser.parse_args()
     found = {}
     for short_side in options.short_sides:
-        with tempfile.TemporaryDirectory() as folder:
-            names = make_folder(options.photos, Path(folder), options.num, short_side)
-            found[str(short_side)] = compare(Path(folder), names, options.repeats)
+        with tempfile.TemporaryDirectory() as directory:
+            names = make_directory(options.photos, Path(directory), options.num, short_side)
+            found[str(short_side)] = compare(Path(directory), names, options.repeats)
     print(json.dumps({"machine": machine(), "python": platform.python_version(), **found}))
 
 

@@ -58,14 +58,14 @@ def begin(options: argparse.Namespace, names: list[str]) -> Result:
     }
 
 
-def write(folder: Path, result: Result) -> None:
+def write(directory: Path, result: Result) -> None:
     """Write both files, each atomically."""
     data = {"gpu.json": json.dumps(result, indent=1) + "\n", "gpu.md": table(result)}
     for name, text in data.items():
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:
             file.write(text)
         Path(file.name).chmod(0o644)
-        Path(file.name).replace(folder / name)
+        Path(file.name).replace(directory / name)
 
 
 # --- The worker -----------------------------------------------------------------------------------

@@ -476,7 +476,7 @@ def compile_network(network: Any, place: Place) -> None:
 
 
 @cache
-def flop_of_picture(backbone: Backbone, place: Place, *, is_training: bool) -> int:
+def flop_of_image(backbone: Backbone, place: Place, *, is_training: bool) -> int:
     """Count the FLOPs of one image on torch's meta device: forward, or forward and backward."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -536,7 +536,7 @@ def measure_batch(trainer: Trainer, size: int, budget: Budget) -> Row:
         timing,
         count=size,
         unit="pictures",
-        flop=size * flop_of_picture(backbone, place, is_training=True),
+        flop=size * flop_of_image(backbone, place, is_training=True),
         ceiling="fp32" if trainer.training.precision == "fp32" else "bf16",
         peak_gib=place.peak_gib(),
     )
@@ -583,7 +583,7 @@ def measure_engine(backbone: Backbone, place: Place, budget: Budget, emit: Emit)
 
     timing = timed(step, place, budget)
     check_finite(step())
-    flop = size * flop_of_picture(backbone, place, is_training=True)
+    flop = size * flop_of_image(backbone, place, is_training=True)
     figures = {"count": size, "unit": "pictures", "flop": flop, "ceiling": "bf16"}
     emit(measured(f"batch {size}", timing, **figures, peak_gib=place.peak_gib()))
 
@@ -615,7 +615,7 @@ def measure_sampling(backbone: Backbone, place: Place, budget: Budget, emit: Emi
     from d2i.eval.sampler import Sampler
 
     size, num_steps = (2, 4) if place.is_toy else (backbone.sample_batch, 50)
-    flop = 2 * num_steps * size * flop_of_picture(backbone, place, is_training=False)
+    flop = 2 * num_steps * size * flop_of_image(backbone, place, is_training=False)
     random = np.random.default_rng(0)
     for number, precision in enumerate(backbone.sample_precisions):
         place.clear()
@@ -686,7 +686,7 @@ _CLIP_IMAGE = {
 _VAE_CHANNELS = {"full": (128, 256, 512, 512), "toy": (32, 32)}
 
 
-def save_encoders(folder: Path, size: str) -> dict[str, str]:
+def save_encoders(directory: Path, size: str) -> dict[str, str]:
     """Write CLIP's two towers and the KL autoencoder with random weights, in d2i's formats."""
     from diffusers import AutoencoderKL
     from transformers import (
@@ -708,8 +708,8 @@ def save_encoders(folder: Path, size: str) -> dict[str, str]:
         ),
     }
     for name, encoder in encoders.items():
-        encoder.save_pretrained(folder / name)
-    return {name: str(folder / name) for name in encoders}
+        encoder.save_pretrained(directory / name)
+    return {name: str(directory / name) for name in encoders}
 
 
 def encoder_calls(encoders: Any, place: Place) -> list[tuple[str, str, Callable[[int, int], Any]]]:
@@ -736,11 +736,11 @@ def encoder_calls(encoders: Any, place: Place) -> list[tuple[str, str, Callable[
     ]
     factor = 2 ** (len(_VAE_CHANNELS[place.size]) - 1)
     for edge in resolutions:
-        pictures = pixels(edge)
+        images = pixels(edge)
         latents = torch.randn(64, 4, edge // factor, edge // factor)
 
-        def encode(num: int, size: int, pictures: Any = pictures) -> Any:
-            return encoders.vae.encode(pictures[:num], size)
+        def encode(num: int, size: int, images: Any = images) -> Any:
+            return encoders.vae.encode(images[:num], size)
 
         def decode(num: int, size: int, latents: Any = latents) -> Any:
             return encoders.vae.decode(latents[:num], size)
@@ -762,8 +762,8 @@ def measure_encoders(place: Place, budget: Budget, emit: Emit) -> None:
 
     size = 2 if place.is_toy else 32
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    with tempfile.TemporaryDirectory() as folder:
-        config = EncodersConfig(**save_encoders(Path(folder), place.size))
+    with tempfile.TemporaryDirectory() as directory:
+        config = EncodersConfig(**save_encoders(Path(directory), place.size))
         for number, precision in enumerate(precisions):
             place.clear()
             calls = encoder_calls(load_encoders(config, place.device, precision), place)
@@ -786,7 +786,7 @@ def measure_encoders(place: Place, budget: Budget, emit: Emit) -> None:
                 emit(measured(row, timing, count=size, unit=unit, flop=flop, ceiling=precision))
 
 
-def write_samples(folder: Path, backbone: Backbone, place: Place, num: int) -> Any:
+def write_samples(directory: Path, backbone: Backbone, place: Place, num: int) -> Any:
     """Write shards of random numbers in the network's shapes; return a reader."""
     import numpy as np
 
@@ -812,18 +812,18 @@ def write_samples(folder: Path, backbone: Backbone, place: Place, num: int) -> A
 
     for shard in range(2):
         numbers = range(shard * num // 2, (shard + 1) * num // 2)
-        write_shard(map(sample, numbers), str(folder), shard, failures={})
-    (folder / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(text[:1], np.uint16)))
-    (folder / "empty_text.npy").write_bytes(npy_bytes(np.zeros(text, np.float16)))
-    write_manifest(str(folder), {})
-    return ShardReader(str(folder))
+        write_shard(map(sample, numbers), str(directory), shard, failures={})
+    (directory / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(text[:1], np.uint16)))
+    (directory / "empty_text.npy").write_bytes(npy_bytes(np.zeros(text, np.float16)))
+    write_manifest(str(directory), {})
+    return ShardReader(str(directory))
 
 
 def measure_reading(backbone: Backbone, place: Place, budget: Budget, emit: Emit) -> None:
     """Read batches as training does, with random draws: shards, pinned memory, device."""
     num, size = (16, 4) if place.is_toy else (2000, backbone.reader_batch)
-    with tempfile.TemporaryDirectory() as folder:
-        reader = write_samples(Path(folder), backbone, place, num)
+    with tempfile.TemporaryDirectory() as directory:
+        reader = write_samples(Path(directory), backbone, place, num)
         threads = (2,) if place.is_toy else (2, 8)
         for number, num_threads in enumerate(threads):
             share = 0.8 / (len(threads) - number)

@@ -21,7 +21,7 @@ import numpy as np
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 
 
-def make_data(folder: Path, num_samples: int, num_per_shard: int) -> None:
+def make_data(directory: Path, num_samples: int, num_per_shard: int) -> None:
     """Write samples that hold only token ids."""
     tokens = npy_bytes(np.arange(77, dtype=np.uint16))
     for index, start in enumerate(range(0, num_samples, num_per_shard)):
@@ -32,8 +32,8 @@ def make_data(folder: Path, num_samples: int, num_per_shard: int) -> None:
             )
             for number in range(start, min(start + num_per_shard, num_samples))
         )
-        write_shard(samples, str(folder), index, failures={})
-    write_manifest(str(folder), {})
+        write_shard(samples, str(directory), index, failures={})
+    write_manifest(str(directory), {})
 
 
 def peak_mb() -> float:
@@ -41,11 +41,11 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
-def measure(folder: str) -> dict[str, float]:
+def measure(directory: str) -> dict[str, float]:
     """Open a data set; return seconds and MB, and what the first batch adds to them."""
     before = peak_mb()
     start = time.perf_counter()
-    reader = ShardReader(folder)
+    reader = ShardReader(directory)
     num = len(reader)
     opened, opened_mb = time.perf_counter() - start, peak_mb()
     reader.read(np.random.default_rng(0).integers(0, num, 512))
@@ -72,10 +72,10 @@ def main() -> None:
         print(json.dumps(measure(args.data)))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.data or scratch
+        directory = args.data or scratch
         if not args.data:
-            make_data(Path(folder), args.num_samples, args.num_per_shard)
-        command = [sys.executable, __file__, "--measure", "--data", folder]
+            make_data(Path(directory), args.num_samples, args.num_per_shard)
+        command = [sys.executable, __file__, "--measure", "--data", directory]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     machine = f"{platform.machine()}, Python {platform.python_version()}"
     print(json.dumps({"benchmark": "open_data", **json.loads(done.stdout), "machine": machine}))

@@ -33,16 +33,16 @@ from d2i.recipes import resolve_recipe
 SIDE, BATCH = 256, 32
 
 
-def make_chats(photos: Path, folder: Path, num: int) -> list[str]:
+def make_chats(photos: Path, directory: Path, num: int) -> list[str]:
     """Write one chat for each image; return the names of the images."""
     files = sorted(photos.rglob("*.jpg"))
     names = [f"{number:06d}.jpg" for number in range(num)]
     lines = []
     for number, name in enumerate(names):
-        shutil.copyfile(files[number % len(files)], folder / name)
+        shutil.copyfile(files[number % len(files)], directory / name)
         turns = [{"text": "what did you see", "images": []}, {"text": "", "images": [name]}]
         lines.append(json.dumps({"id": str(number), "turns": turns}))
-    (folder / "train.jsonl").write_text("\n".join(lines))
+    (directory / "train.jsonl").write_text("\n".join(lines))
     return names
 
 
@@ -61,7 +61,7 @@ def recipe_of(vae: Path, num_per_shard: int) -> Recipe:
     )
 
 
-def bare(folder: str, names: list[str], recipe: Recipe, queue: Any, start: Any) -> None:
+def bare(directory: str, names: list[str], recipe: Recipe, queue: Any, start: Any) -> None:
     """Decode and encode in this process, as a plain program would."""
     import torch
 
@@ -73,26 +73,26 @@ def bare(folder: str, names: list[str], recipe: Recipe, queue: Any, start: Any) 
     start.wait()
     began = time.perf_counter()
     for first in range(0, len(names), BATCH):
-        squares = [_square(Path(folder) / name) for name in names[first : first + BATCH]]
+        squares = [_square(Path(directory) / name) for name in names[first : first + BATCH]]
         encoders.encode_images(np.stack(squares))
     queue.put(time.perf_counter() - began)
 
 
 def _square(path: Path) -> np.ndarray[Any, Any]:
-    picture = Image.open(path).convert("RGB")
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
+    image = Image.open(path).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
     return np.asarray(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
-def measure_bare(folder: Path, names: list[str], recipe: Recipe, num_workers: int) -> float:
+def measure_bare(directory: Path, names: list[str], recipe: Recipe, num_workers: int) -> float:
     """Return images per second of all processes together."""
     context = multiprocessing.get_context("spawn")
     queue, start = context.Queue(), context.Barrier(num_workers)
     parts = [names[number::num_workers] for number in range(num_workers)]
     processes = [
-        context.Process(target=bare, args=(str(folder), part, recipe, queue, start))
+        context.Process(target=bare, args=(str(directory), part, recipe, queue, start))
         for part in parts
     ]
     for process in processes:
@@ -103,7 +103,7 @@ def measure_bare(folder: Path, names: list[str], recipe: Recipe, num_workers: in
     return len(names) / seconds
 
 
-def measure_d2i(folder: Path, recipe: Recipe, num_workers: int) -> dict[str, float]:
+def measure_d2i(directory: Path, recipe: Recipe, num_workers: int) -> dict[str, float]:
     """Return images per second after the first shard, and the seconds of the whole call."""
     from d2i.preprocess.job import PreprocessRequest, preprocess
 
@@ -115,7 +115,7 @@ def measure_d2i(folder: Path, recipe: Recipe, num_workers: int) -> dict[str, flo
 
     with tempfile.TemporaryDirectory() as out:
         began = time.perf_counter()
-        request = PreprocessRequest("jsonl", str(folder), out, recipe, num_workers=num_workers)
+        request = PreprocessRequest("jsonl", str(directory), out, recipe, num_workers=num_workers)
         preprocess(request, look)
         whole_s = time.perf_counter() - began
     (first_at, first), (last_at, last) = seen[0], seen[-1]
@@ -143,11 +143,11 @@ def main() -> None:
     options = parser.parse_args()
     recipe = recipe_of(options.vae.resolve(), options.num_per_shard)
     runs: list[tuple[float, dict[str, float]]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        names = make_chats(options.photos, Path(folder), options.num)
+    with tempfile.TemporaryDirectory() as directory:
+        names = make_chats(options.photos, Path(directory), options.num)
         for _ in range(options.repeats):
-            plain = measure_bare(Path(folder), names, recipe, options.workers)
-            runs.append((plain, measure_d2i(Path(folder), recipe, options.workers)))
+            plain = measure_bare(Path(directory), names, recipe, options.workers)
+            runs.append((plain, measure_d2i(Path(directory), recipe, options.workers)))
     ratios = [ours["per_s"] / plain for plain, ours in runs]
     result = {
         "machine": machine(),

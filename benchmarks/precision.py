@@ -33,10 +33,10 @@ LINES = [
 ]
 
 
-def read_pixels(folder: Path, num: int, resolution: int) -> NDArray[np.uint8]:
+def read_pixels(directory: Path, num: int, resolution: int) -> NDArray[np.uint8]:
     """Read photographs, cropped and resized as for encoding."""
     config = ImageConfig(resolution=resolution)
-    paths = sorted(folder.rglob("*.jpg"))[:num]
+    paths = sorted(directory.rglob("*.jpg"))[:num]
     squares = [decode_square(open_header(path.read_bytes(), config), config) for path in paths]
     return np.stack([square.pixels for square in squares])
 

@@ -115,7 +115,7 @@ def timed(run: Callable[[], Tensor], device: str) -> dict[str, float]:
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
 
-def gflop_per_picture(options: argparse.Namespace) -> float:
+def gflop_per_image(options: argparse.Namespace) -> float:
     """Count the FLOPs of all calls for one image, conditional and unconditional."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network, n = (
@@ -187,7 +187,7 @@ def main() -> None:
             times[name].append(timed(runs[name], options.device))
         print(f"repeat {repeat + 1}: {[t[-1] for t in times.values()]}", file=sys.stderr)
     pairs = list(zip(times["d2i"], times["diffusers"], strict=True))
-    gflop = gflop_per_picture(options)
+    gflop = gflop_per_image(options)
     wall = statistics.median(ours["wall_s"] for ours, _ in pairs)
     figures = {
         "ratio_wall": spread([theirs["wall_s"] / ours["wall_s"] for ours, theirs in pairs]),

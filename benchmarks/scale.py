@@ -411,14 +411,14 @@ def preprocess(
     write_s = size * costs.sample_s + costs.shard_s
     open_s = size * costs.feed_s * costs.preprocess_slow
     feeding, wait_s = _fetching(costs, size, num_nodes, by_address=by_address)
-    feeding["driver"] = size / costs.block_pictures * costs.block_s
+    feeding["driver"] = size / costs.block_images * costs.block_s
     puts = costs.shard_puts * (1 + costs.store_error_share)
     task = Task(
         feed_s=max(open_s, wait_s),
         finish_s=size * encode_s + write_s,
         cores_s=(open_s, write_s),
         link_s=(
-            size * (costs.picture_bytes + costs.handed_bytes) / costs.link,
+            size * (costs.image_bytes + costs.handed_bytes) / costs.link,
             size * costs.uvit_sample_bytes / costs.link,
         ),
         shared_s=(feeding, {"writes to the store": puts / costs.puts, "driver": costs.task_s}),
@@ -571,7 +571,7 @@ class Walk:
 def evaluate(costs: Costs, num: int, num_nodes: int, *, network: Network) -> Outcome:
     """Simulate `d2i eval --parallel` for a number of test instances."""
     flop = costs.numbers[f"{network.name}_draw_flop"].value
-    num_bytes = costs.numbers[f"{network.name}_sample_bytes"].value + costs.picture_bytes
+    num_bytes = costs.numbers[f"{network.name}_sample_bytes"].value + costs.image_bytes
     draw_s = flop / (costs.bf16_flop * costs.network_share)
     measure_s = network.task * costs.feed_s * costs.preprocess_slow
     # Each node keeps its own copies of shards.

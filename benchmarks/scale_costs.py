@@ -56,7 +56,7 @@ MANY_SHARDS = (500, 2000)
 MANY_LEDGERS = (30, 120)
 NUM_SHARD_SAMPLES = 1000
 MANY_SAMPLES = (1_000_000, 4_000_000)
-MANY_PICTURES = (1100, 2200)
+MANY_IMAGES = (1100, 2200)
 """Above the 1,000 that a subset of KID has."""
 MANY_TASKS = (20, 420)
 
@@ -81,40 +81,40 @@ class Inputs:
 
     photos: Path
     vae: Path
-    folder: Path
+    directory: Path
 
     def chats(self, num: int, split: str) -> Path:
         """Return a directory of chats with one photograph each, written if it does not exist."""
-        folder = self.folder / f"chats-{split}-{num}"
-        if not folder.exists():
-            folder.mkdir()
-            make_chats(self.photos, folder, num, split)
-        return folder
+        directory = self.directory / f"chats-{split}-{num}"
+        if not directory.exists():
+            directory.mkdir()
+            make_chats(self.photos, directory, num, split)
+        return directory
 
     def prepared(self, times: int) -> Path:
         """Return a data set of test dialogs for an evaluation of that length."""
-        whole = self.folder / "prepared"
+        whole = self.directory / "prepared"
         num = NUM_UNITS["eval"] * UNIT_SIZES["eval"]
         if not whole.exists():
             settings = (f"preprocess.num_samples_per_shard={num}",)
             chats = self.chats(num * max(HELD_OUT), "test")
             run(preprocess_command(chats, whole, 0, settings), whole)
-        part = self.folder / f"prepared-{times}"
+        part = self.directory / f"prepared-{times}"
         if not part.exists():
             take_shards(whole, part, times)
         return part
 
 
-def make_chats(photos: Path, folder: Path, num: int, split: str) -> None:
+def make_chats(photos: Path, directory: Path, num: int, split: str) -> None:
     """Write one chat for each image; the images repeat, under distinct names."""
     files = sorted(photos.rglob("*.jpg"))
     lines = []
     for number in range(num):
         name = f"{number:06d}.jpg"
-        shutil.copyfile(files[number % len(files)], folder / name)
+        shutil.copyfile(files[number % len(files)], directory / name)
         turns = [{"text": f"what is {number}", "images": []}, {"text": "", "images": [name]}]
         lines.append(json.dumps({"id": str(number), "turns": turns}))
-    (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    (directory / f"{split}.jsonl").write_text("\n".join(lines))
 
 
 def take_shards(whole: Path, part: Path, num: int) -> None:
@@ -186,7 +186,7 @@ def run(command: list[str], out: Path) -> float:
 
 def measure_job(job: Job, inputs: Inputs) -> dict[str, Any]:
     """Run a job; return its duration and the time at which each unit was done."""
-    out = Path(tempfile.mkdtemp(dir=inputs.folder))
+    out = Path(tempfile.mkdtemp(dir=inputs.directory))
     command = command_of(job, inputs, out)
     wall_s = run(command, out)
     marks = sorted(_marks(job.stage, out))
@@ -213,7 +213,7 @@ def _marks(stage: str, out: Path) -> Iterator[float]:
         yield path.stat().st_mtime
 
 
-def measure_pictures(inputs: Inputs) -> dict[str, float]:
+def measure_images(inputs: Inputs) -> dict[str, float]:
     """Return CPU seconds per image of each worker's work, in this process with one thread."""
     from d2i.preprocess.encode_worker import EncodeWorkerBuilder
     from d2i.preprocess.job import PreprocessRequest, plan_job
@@ -222,7 +222,7 @@ def measure_pictures(inputs: Inputs) -> dict[str, float]:
     size = UNIT_SIZES["preprocess"]
     settings = [*PREPROCESS_SETTINGS, f"encoders.vae={inputs.vae}", *_of_shards(size)]
     recipe = resolve_recipe("demo", settings)
-    with tempfile.TemporaryDirectory(dir=inputs.folder) as out:
+    with tempfile.TemporaryDirectory(dir=inputs.directory) as out:
         chats = inputs.chats(size * NUM_UNITS["preprocess"], "train")
         plan_job(PreprocessRequest("jsonl", str(chats), out, recipe, num_workers=0))
         finisher = EncodeWorkerBuilder(recipe, (f"{out}/train",))()
@@ -272,7 +272,7 @@ def measure_writing(inputs: Inputs) -> dict[str, float]:
     members = {f"{n}.npy": npy_bytes(np.zeros(s, np.float16)) for n, s in arrays.items()}
     members["tokens.npy"] = npy_bytes(np.zeros(77, np.uint16))
     found = {}
-    with tempfile.TemporaryDirectory(dir=inputs.folder) as out:
+    with tempfile.TemporaryDirectory(dir=inputs.directory) as out:
         for num in (1, 201):
             samples = [
                 Sample(f"train-{n}-1-0", {"json": json_bytes({"n": n}), **members})
@@ -348,7 +348,7 @@ def _calls_per_s(shared: Any, num: int = 4000) -> float:
     return num / (time.perf_counter() - began)
 
 
-def make_commits(folder: Path, num: int) -> None:
+def make_commits(directory: Path, num: int) -> None:
     """Write commit records of shards of 1,000 samples, and their manifest."""
     from d2i.shards import write_manifest
     from d2i.shards.commit import Commit, shard_name
@@ -373,15 +373,15 @@ def make_commits(folder: Path, num: int) -> None:
                 "arrays": arrays,
             }
         )
-        (folder / commit.commit_name).write_bytes(commit.to_bytes())
-    write_manifest(str(folder), {})
+        (directory / commit.commit_name).write_bytes(commit.to_bytes())
+    write_manifest(str(directory), {})
 
 
-def make_ledgers(folder: Path, num: int) -> None:
+def make_ledgers(directory: Path, num: int) -> None:
     """Write commit records, each with a ledger of 1,000 fetched images."""
     from d2i.preprocess.ledger import LedgerRow, write_ledger
 
-    make_commits(folder, num)
+    make_commits(directory, num)
     for index in range(num):
         rows = [
             LedgerRow(
@@ -401,28 +401,28 @@ def make_ledgers(folder: Path, num: int) -> None:
             )
             for row in range(NUM_SHARD_SAMPLES)
         ]
-        write_ledger(str(folder), index, rows)
+        write_ledger(str(directory), index, rows)
 
 
-def fold(folder: str) -> None:
+def fold(directory: str) -> None:
     """Merge the commit records of a finished split into a manifest."""
     from d2i.shards import write_manifest
 
-    write_manifest(folder, {})
+    write_manifest(directory, {})
 
 
-def look_through(folder: str) -> None:
+def look_through(directory: str) -> None:
     """Search the ledger of a split for placeholders, in one pass."""
     from d2i.preprocess.placeholders import plan_retractions
 
-    plan_retractions(folder, 10)
+    plan_retractions(directory, 10)
 
 
-def open_shards(folder: str) -> None:
+def open_shards(directory: str) -> None:
     """Open a data set, as every rank and worker does."""
     from d2i.shards import ShardReader
 
-    len(ShardReader(folder))
+    len(ShardReader(directory))
 
 
 def take_order(num_samples: str) -> None:
@@ -435,7 +435,7 @@ def take_order(num_samples: str) -> None:
     order.global_batch(int(num_samples) // 4096, 4096)
 
 
-def score_pictures(num: str) -> None:
+def score_images(num: str) -> None:
     """Score random features of CLIP's size, with Inception's classes."""
     import torch
 
@@ -462,7 +462,7 @@ ALONE: dict[str, Callable[[str], None]] = {
     "look_through": look_through,
     "open": open_shards,
     "order": take_order,
-    "score": score_pictures,
+    "score": score_images,
 }
 
 
@@ -495,19 +495,19 @@ def measure_growth(inputs: Inputs) -> dict[str, list[dict[str, float]]]:
         found[name].append({"num": num, **_alone(name, argument)})
 
     for num in MANY_SHARDS:
-        with tempfile.TemporaryDirectory(dir=inputs.folder) as folder:
-            make_commits(Path(folder), num)
-            size = sum(path.stat().st_size for path in Path(folder).glob("manifest*"))
-            note("fold", num, folder)
-            note("open", num, folder)
+        with tempfile.TemporaryDirectory(dir=inputs.directory) as directory:
+            make_commits(Path(directory), num)
+            size = sum(path.stat().st_size for path in Path(directory).glob("manifest*"))
+            note("fold", num, directory)
+            note("open", num, directory)
             found.setdefault("manifest", []).append({"num": num, "seconds": 0.0, "bytes": size})
     for num in MANY_LEDGERS:
-        with tempfile.TemporaryDirectory(dir=inputs.folder) as folder:
-            make_ledgers(Path(folder), num)
-            note("look_through", num * NUM_SHARD_SAMPLES, folder)
+        with tempfile.TemporaryDirectory(dir=inputs.directory) as directory:
+            make_ledgers(Path(directory), num)
+            note("look_through", num * NUM_SHARD_SAMPLES, directory)
     for num in MANY_SAMPLES:
         note("order", num, str(num))
-    for num in MANY_PICTURES:
+    for num in MANY_IMAGES:
         note("score", num, str(num))
     return found
 
@@ -517,7 +517,7 @@ def measure_opening(inputs: Inputs) -> float:
     from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 
     tokens = npy_bytes(np.zeros(77, np.uint16))
-    with tempfile.TemporaryDirectory(dir=inputs.folder) as out:
+    with tempfile.TemporaryDirectory(dir=inputs.directory) as out:
         samples = (
             Sample(f"train-{n}-1-0", {"json": json_bytes({"n": n}), "tokens.npy": tokens})
             for n in range(NUM_SHARD_SAMPLES)
@@ -536,7 +536,7 @@ def measure_opening(inputs: Inputs) -> float:
 def measure_parts(inputs: Inputs) -> dict[str, Any]:
     """Measure the costs of the parts of the jobs."""
     return {
-        **measure_pictures(inputs),
+        **measure_images(inputs),
         **measure_writing(inputs),
         **measure_driver(),
         "map_s": measure_opening(inputs),
@@ -621,8 +621,8 @@ def main() -> None:
     options = build_parser().parse_args()
     known = json.loads(options.into.read_text()) if options.into.exists() else {}
     known |= {"repeats": options.repeats, "beside": options.beside}
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = Inputs(options.photos.resolve(), options.vae.resolve(), Path(folder))
+    with tempfile.TemporaryDirectory() as directory:
+        inputs = Inputs(options.photos.resolve(), options.vae.resolve(), Path(directory))
         for found in measure(options.part, options.repeats, inputs):
             # After each part, so that a failure does not lose an hour of results.
             options.into.write_text(dumped({**known, **found}))

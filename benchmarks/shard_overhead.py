@@ -33,16 +33,16 @@ from d2i.shards import Sample, json_bytes, npy_bytes, write_shard
 NUM_PUBLISHED = 50
 
 
-def make_chats(folder: Path, num: int, side: int) -> None:
+def make_chats(directory: Path, num: int, side: int) -> None:
     """Write one chat for each image of random numbers."""
     random = np.random.default_rng(0)
     lines = []
     for number in range(num):
         pixels = random.integers(0, 256, (side, side, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:06d}.png")
+        Image.fromarray(pixels).save(directory / f"{number:06d}.png")
         turns = [{"text": "look", "images": []}, {"text": "", "images": [f"{number:06d}.png"]}]
         lines.append(json.dumps({"id": str(number), "turns": turns}))
-    (folder / "train.jsonl").write_text("\n".join(lines))
+    (directory / "train.jsonl").write_text("\n".join(lines))
 
 
 def seconds_per_image(source: Path, recipe: Recipe, num_workers: int) -> tuple[float, float]:
@@ -84,11 +84,11 @@ def publish(num_samples: int, side: int) -> tuple[float, float]:
     members |= {"json": json_bytes({}), "tokens.npy": npy_bytes(np.zeros(77, np.uint16))}
     samples = [Sample(f"train-{number:06d}-0-0", members) for number in range(num_samples)]
     row = LedgerRow("k", "i", "ok", "ok", "", 1, None, None, 1, 1, 1, "0" * 64, 0.0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         wall, cpu = time.perf_counter(), time.process_time()
         for index in range(NUM_PUBLISHED):
-            write_ledger(folder, index, [row] * num_samples)
-            write_shard(samples, folder, index, failures={})
+            write_ledger(directory, index, [row] * num_samples)
+            write_shard(samples, directory, index, failures={})
         wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
     return wall_s / NUM_PUBLISHED, cpu_s / NUM_PUBLISHED
 
@@ -121,11 +121,11 @@ def main() -> None:
         for num in (args.num // args.few, small)
     }
     parts: dict[str, list[tuple[float, float]]] = {"here": [], "ray": [], "publishing": []}
-    with tempfile.TemporaryDirectory() as folder:
-        make_chats(Path(folder), args.num, 64)
+    with tempfile.TemporaryDirectory() as directory:
+        make_chats(Path(directory), args.num, 64)
         for _ in range(args.repeats):
-            parts["here"].append(seconds_per_shard(Path(folder), recipes, 0))
-            parts["ray"].append(seconds_per_shard(Path(folder), recipes, 1))
+            parts["here"].append(seconds_per_shard(Path(directory), recipes, 0))
+            parts["ray"].append(seconds_per_shard(Path(directory), recipes, 1))
             parts["publishing"].append(publish(small, 64))
     result: dict[str, Any] = {"benchmark": "shard_overhead", **vars(args)}
     result |= {name: figures(repeats) for name, repeats in parts.items()}

@@ -59,10 +59,10 @@ def read_d2i(reader: ShardReader, members: tuple[str, ...], batch_size: int, see
 
 
 def read_first(
-    folder: Path, members: tuple[str, ...], batch_size: int, seed: int, *, check_data: bool
+    directory: Path, members: tuple[str, ...], batch_size: int, seed: int, *, check_data: bool
 ) -> int:
     """Read every sample as a new process does; return their number."""
-    reader = ShardReader(str(folder), check_data=check_data)
+    reader = ShardReader(str(directory), check_data=check_data)
     return read_d2i(reader, members, batch_size, seed)
 
 
@@ -97,21 +97,21 @@ class Timings:
         }
 
 
-def measure(folder: Path, layout: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(directory: Path, layout: str, args: argparse.Namespace) -> dict[str, Any]:
     """Write one data set and time both readers on it alternately."""
     members = LAYOUTS[layout]
-    commit = write_shard(make_samples(members, args.num_samples), str(folder), 0, failures={})
-    write_manifest(str(folder), {})
-    reader = ShardReader(str(folder))
+    commit = write_shard(make_samples(members, args.num_samples), str(directory), 0, failures={})
+    write_manifest(str(directory), {})
+    reader = ShardReader(str(directory))
     timings = {
         name: Timings() for name in ("d2i", "webdataset", "first_checked", "first_unchecked")
     }
     for seed in range(args.repeats + 1):
         timings["d2i"].add(read_d2i, reader, members, args.batch, seed)
-        timings["webdataset"].add(read_webdataset, folder / commit.tar_name)
+        timings["webdataset"].add(read_webdataset, directory / commit.tar_name)
         for name, check_data in (("first_checked", True), ("first_unchecked", False)):
             first = partial(read_first, check_data=check_data)
-            timings[name].add(first, folder, members, args.batch, seed)
+            timings[name].add(first, directory, members, args.batch, seed)
     found = {name: timing.figures() for name, timing in timings.items()}
     ratios = {
         f"ratio_of_{unit}": round(found["d2i"][unit] / found["webdataset"][unit], 1)
@@ -132,8 +132,8 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "shard_reader", **vars(args)}
     for layout in LAYOUTS:
-        with tempfile.TemporaryDirectory() as folder:
-            result[layout] = measure(Path(folder), layout, args)
+        with tempfile.TemporaryDirectory() as directory:
+            result[layout] = measure(Path(directory), layout, args)
     result["machine"] = f"{platform.machine()}, Python {platform.python_version()}"
     print(json.dumps(result))
 

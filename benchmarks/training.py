@@ -64,7 +64,7 @@ class Clock:
         return [end - start for start, end in zip(self.marks, self.marks[1:], strict=False)][1:]
 
 
-def write_data(folder: Path, num_samples: int) -> ShardReader:
+def write_data(directory: Path, num_samples: int) -> ShardReader:
     """Write samples of random numbers at U-ViT-S's sizes."""
     random = np.random.default_rng(0)
     for shard, start in enumerate(range(0, num_samples, NUM_SHARD_SAMPLES)):
@@ -76,11 +76,11 @@ def write_data(folder: Path, num_samples: int) -> ShardReader:
                 numbers = np.zeros(shape, np.uint16) if name == "tokens" else values
                 encoded[f"{name}.npy"] = npy_bytes(numbers)
             samples.append(Sample(f"train-{number}-0-0", encoded))
-        write_shard(samples, str(folder), shard, failures={})
-    (folder / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
-    (folder / "empty_text.npy").write_bytes(npy_bytes(np.zeros((77, 768), np.float16)))
-    write_manifest(str(folder), {})
-    return ShardReader(str(folder))
+        write_shard(samples, str(directory), shard, failures={})
+    (directory / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
+    (directory / "empty_text.npy").write_bytes(npy_bytes(np.zeros((77, 768), np.float16)))
+    write_manifest(str(directory), {})
+    return ShardReader(str(directory))
 
 
 def recipe(batch: int, num_steps: int, precision: str) -> Recipe:
@@ -103,19 +103,19 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
     ranks = join_ranks()
     settings = recipe(args.batch, args.steps + 1, args.precision)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "train").mkdir()
-        reader = write_data(folder / "train", 64)
+        directory = Path(name)
+        (directory / "train").mkdir()
+        reader = write_data(directory / "train", 64)
         network = build_backbone("uvit-s")
         autocast_to(network, settings.train.precision)
         bare = time_bare_loop(reader, settings.train, args.steps + 1)
         engine = build_engine(network, settings.train, 1)
         state = build_state(engine, settings.train)
         clock: Any = Clock()
-        request = TrainRequest(settings, name, str(folder / "run"), fault=clock)
-        (folder / "run").mkdir()
+        request = TrainRequest(settings, name, str(directory / "run"), fault=clock)
+        (directory / "run").mkdir()
         shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-        with CheckpointWriter(str(folder / "run"), settings.train, ranks, shapes) as writer:
+        with CheckpointWriter(str(directory / "run"), settings.train, ranks, shapes) as writer:
             Trainer(request, ranks, state, reader, writer).run(Progress())
             writer.finish()
             ours = clock.seconds()

@@ -292,7 +292,7 @@ class TrainConfig(Config):
         return "fp16_weights" if value == "fp16" else value
 
     @model_validator(mode="after")
-    def _images_are_drawn_from_checkpoints(self) -> Self:
+    def _sample_images_need_checkpoints(self) -> Self:
         if self.num_sample_steps and self.num_sample_steps % self.num_checkpoint_steps:
             raise ValueError(
                 f"num_sample_steps must be a multiple of num_checkpoint_steps "

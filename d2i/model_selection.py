@@ -72,7 +72,7 @@ class _Candidate:
     name: str
     spec: SystemSpec
     settings: Sequence[str]
-    said: Mapping[str, Any]
+    details: Mapping[str, Any]
 
 
 def select(
@@ -95,14 +95,14 @@ def select(
         raise ConfigError(f"--metric: got {request.metric!r}; expected one of {', '.join(METRICS)}")
     kind, _, run_url = request.system.partition(":")
     search = _of_run(request, run_url) if kind == "run" else _of_system(request)
-    subset = _write_subset(request, search.data_url, search.folder)
+    subset = _write_subset(request, search.data_url, search.directory)
     candidates = [
         _score(request, search.recipe, candidate, subset, on_progress)
         for candidate in search.candidates
     ]
     best = _best(candidates, METRICS[request.metric])
     result = {name: value for name, value in best.items() if name != "scores"} | {
-        **search.said,
+        **search.details,
         "metric": request.metric,
         "value": best["scores"][request.metric],
         "num_instances": len(ShardReader(storage.join(subset, "data"))),
@@ -120,10 +120,10 @@ class _Search:
 
     recipe: Recipe
     data_url: str
-    folder: str
+    directory: str
     best_url: str
     candidates: Sequence[_Candidate]
-    said: Mapping[str, Any]
+    details: Mapping[str, Any]
 
 
 def _of_run(request: SelectRequest, run_url: str) -> _Search:
@@ -140,7 +140,7 @@ def _of_run(request: SelectRequest, run_url: str) -> _Search:
     return _Search(
         recipe=recipe,
         data_url=request.data_url or _trained_on(run_url),
-        folder=storage.join(run_url, "select"),
+        directory=storage.join(run_url, "select"),
         best_url=storage.join(run_url, BEST_NAME),
         candidates=[
             _candidate_of_run(run_url, recipe, checkpoint, kind, scale)
@@ -148,7 +148,7 @@ def _of_run(request: SelectRequest, run_url: str) -> _Search:
             for kind in kinds
             for scale in request.guidance_scales or (recipe.sample.guidance_scale,)
         ],
-        said={"last_step": max(step_of(checkpoints[-1]), last_step(run_url) or 0)},
+        details={"last_step": max(step_of(checkpoints[-1]), last_step(run_url) or 0)},
     )
 
 
@@ -164,13 +164,13 @@ def _trained_on(run_url: str) -> str:
 
 
 def _candidate_of_run(
-    run_url: str, recipe: Recipe, folder: str, kind: WeightsKind, scale: float
+    run_url: str, recipe: Recipe, directory: str, kind: WeightsKind, scale: float
 ) -> _Candidate:
-    step, marked = step_of(folder), "" if kind == "ema" else f"-{kind}"
+    step, marked = step_of(directory), "" if kind == "ema" else f"-{kind}"
     kept = f"select/step-{step}{marked}.safetensors"
     weights = storage.join(run_url, kept)
     if not storage.exists(weights):
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(directory)
         checkpoint.check()
         save_weights(dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind])), weights)
     backbone = recipe.backbone.model_copy(update={"weights": weights})
@@ -205,21 +205,21 @@ def _of_system(request: SelectRequest) -> _Search:
     candidates = []
     for scale in request.guidance_scales:
         settings = _guided(recipe, scale, is_pipeline=spec.network is None)
-        said = {
+        details = {
             "system": spec.name,
             **generation_weights(request.weights, request.adapter),
             "guidance_scale": scale,
             "settings": settings,
         }
-        candidates.append(_Candidate(f"guidance-{scale:g}", spec, settings, said))
+        candidates.append(_Candidate(f"guidance-{scale:g}", spec, settings, details))
     out_url = storage.resolve(request.out_url)
     return _Search(
         recipe=recipe,
         data_url=storage.resolve(request.data_url),
-        folder=out_url,
+        directory=out_url,
         best_url=storage.join(out_url, BEST_NAME),
         candidates=candidates,
-        said={},
+        details={},
     )
 
 
@@ -258,10 +258,10 @@ def _score(
         num_workers=request.num_workers,
     )
     result = evaluate(evaluation, lambda progress: on_progress(candidate.name, progress))
-    return {**candidate.said, "scores": result["scores"]}
+    return {**candidate.details, "scores": result["scores"]}
 
 
-def _write_subset(request: SelectRequest, source: str, folder: str) -> str:
+def _write_subset(request: SelectRequest, source: str, directory: str) -> str:
     """Write the chosen validation instances as `data` in a directory, once per choice."""
     url = split_url(source, "valid")
     if url is None:
@@ -271,7 +271,7 @@ def _write_subset(request: SelectRequest, source: str, folder: str) -> str:
         )
     reader = ShardReader(url)
     rows = choose_instances(len(reader), request.num_instances, request.seed)
-    subset = storage.join(folder, f"valid-{len(rows)}-of-seed-{request.seed}")
+    subset = storage.join(directory, f"valid-{len(rows)}-of-seed-{request.seed}")
     data_url = storage.join(subset, "data")
     chosen = {"manifest_sha256": reader.manifest.sha256, "data": source}
     if named := lock_or_diff(storage.join(subset, "chosen.json"), chosen):

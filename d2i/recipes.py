@@ -191,8 +191,8 @@ def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         for name in names:
             value = getattr(getattr(recipe, section), name)
             # A run's network generates with the run's own weights, never with its initial ones.
-            is_asked = f"{section}.{name}" not in given | {"backbone.weights"}
-            if is_asked and value:
+            is_given = f"{section}.{name}" not in given | {"backbone.weights"}
+            if is_given and value:
                 option = f"--set {section}.{name}=URL, or a local path"
                 refuse_host(f"{section}.{name}", value, option)
     return _changed(recipe, settings)
@@ -318,8 +318,8 @@ def _features_of(recipe: Recipe) -> dict[str, Any]:
 
 def _find_kept_recipe(data_url: str) -> Recipe | None:
     parent = storage.resolve(data_url).rpartition("/")[0]
-    for folder in (data_url, parent):
-        url = storage.join(folder, _KEPT_NAME)
+    for directory in (data_url, parent):
+        url = storage.join(directory, _KEPT_NAME)
         if storage.exists(url):
             return load_config(Recipe, read_settings(url), source=url)
     return None

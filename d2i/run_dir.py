@@ -192,8 +192,8 @@ def _settings_of(named: Sequence[str]) -> str:
     """Return the `--set` options that restore a run's original value of each differing setting."""
     found = [re.fullmatch(r"recipe\.([\w.]+): .*, expected ([\w.+-]+)", line) for line in named]
     words = {"True": "true", "False": "false", "None": "null"}
-    said = [f"--set {m[1]}={words.get(m[2], m[2])}" for m in found if m]
-    return f" ({' '.join(said)})" if said else ""
+    options = [f"--set {m[1]}={words.get(m[2], m[2])}" for m in found if m]
+    return f" ({' '.join(options)})" if options else ""
 
 
 def read_recipe(run_url: str) -> Recipe:
@@ -402,12 +402,12 @@ def _read_best(url: str, run_url: str) -> BestChoice:
         raise damaged(url, repr(err), next_step=_SELECT_AGAIN, error=ConfigError) from err
 
 
-def read_choice(folder: str) -> dict[str, Any]:
+def read_choice(directory: str) -> dict[str, Any]:
     """Return the `best.json` that `d2i select` wrote into a directory.
 
     Raises:
         FileNotFoundError: If there is none.
         ConfigError: If it is damaged.
     """
-    url = storage.join(folder, BEST_NAME)
+    url = storage.join(directory, BEST_NAME)
     return read_json(url, next_step=_SELECT_AGAIN, error=ConfigError)

@@ -123,13 +123,13 @@ def cached_table(decided_by: str, root: str, build: Callable[[], pa.Table]) -> P
     Raises:
         DataError: If it cannot be stored.
     """
-    folder = storage.cache_folder(decided_by)
-    path = folder / _NAME
+    directory = storage.cache_directory(decided_by)
+    path = directory / _NAME
     if _is_sound(path):
         return path
-    _make_cache(folder, root)
+    _make_cache(directory, root)
     # Workers that start together wait for the first one.
-    with storage.exclusive_lock(str(folder), wait_s=math.inf):
+    with storage.exclusive_lock(str(directory), wait_s=math.inf):
         if not _is_sound(path):
             _write(build(), path)
     return path
@@ -144,27 +144,27 @@ def _build(urls: list[str], root: str) -> pa.Table:
     return table
 
 
-def _make_cache(folder: Path, root: str) -> None:
+def _make_cache(directory: Path, root: str) -> None:
     """Create the directory of the index, and check that it is writable."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as err:
         raise DataError(
-            f"{folder}: {err.strerror}; expected a directory for the index of {root}; set "
+            f"{directory}: {err.strerror}; expected a directory for the index of {root}; set "
             "XDG_CACHE_HOME to a writable directory"
         ) from err
 
 
 def _tars(root: str) -> list[str]:
-    folder, _, name = root.rpartition("/")
+    directory, _, name = root.rpartition("/")
     if "*" not in name:
         urls = [root] if storage.exists(root) else []
     else:
-        names = storage.list_names(folder or ".")
+        names = storage.list_names(directory or ".")
         urls = [
-            storage.join(folder or ".", n)
+            storage.join(directory or ".", n)
             for n in fnmatch.filter(names, name)
             if not n.startswith(".")
         ]
@@ -273,8 +273,8 @@ def _write(table: pa.Table, path: Path) -> None:
 
 def _is_sound(path: Path) -> bool:
     """Return whether there is an intact index; one without a checksum is rebuilt."""
-    said = checksums.read_checksum(str(path))
-    return said is not None and path.exists() and checksums.file_sha256(str(path)) == said
+    recorded = checksums.read_checksum(str(path))
+    return recorded is not None and path.exists() and checksums.file_sha256(str(path)) == recorded
 
 
 def name_hash(name: str) -> int:

@@ -135,7 +135,7 @@ def name_server(names: Names) -> socketserver.UDPServer:
     return socketserver.ThreadingUDPServer(("127.0.0.1", 0), Question)
 
 
-def self_made_certificate(folder: Path, name: str) -> Path:
+def self_made_certificate(directory: Path, name: str) -> Path:
     """Write a self-signed certificate of a host, and its key, into one file."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -152,7 +152,7 @@ def self_made_certificate(folder: Path, name: str) -> Path:
     private = key.private_bytes(
         pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    path = folder / f"{name}.pem"
+    path = directory / f"{name}.pem"
     path.write_bytes(certificate.public_bytes(pem) + private)
     return path
 

@@ -26,14 +26,14 @@ class Slurm:
     """A directory of emulated SLURM programs, and their requeue requests.
 
     Args:
-        folder: The directory of the programs.
+        directory: The directory of the programs.
         num_nodes: The number of nodes that the job sees; all are this machine.
         num_tasks: Tasks of a step that does not specify a number.
     """
 
-    def __init__(self, folder: Path, num_nodes: int, num_tasks: int) -> None:
-        self._requeued = folder / "requeued"
-        programs = folder / "bin"
+    def __init__(self, directory: Path, num_nodes: int, num_tasks: int) -> None:
+        self._requeued = directory / "requeued"
+        programs = directory / "bin"
         programs.mkdir(parents=True)
         for name in ("srun", "scontrol"):
             (programs / name).write_text(_PROGRAM.replace("NAME", name))

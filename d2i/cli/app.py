@@ -33,8 +33,8 @@ for part in (study, corpus, data, shards, models, runs, weights, cluster, enviro
     part.add_commands(app)
 
 
-def _say_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(__version__)
         raise typer.Exit
 
@@ -44,7 +44,9 @@ def _frame(
     *,
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version),
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show an error's full traceback.")] = False,
 ) -> None:
@@ -75,7 +77,7 @@ def main() -> None:
             raise
         _leave(str(err), err.exit_code)
     except OSError as err:
-        if debug or not _is_of_a_place(err):
+        if debug or not _is_storage_error(err):
             raise
         _leave(_file_problem(err))
     except Exception as err:
@@ -107,10 +109,10 @@ def _name_account() -> None:
 
         os.environ.setdefault("LOGNAME", f"user-{os.getuid()}")
         if not os.environ.get("HOME"):
-            os.environ["HOME"] = str(storage.homeless_folder())
+            os.environ["HOME"] = str(storage.homeless_directory())
 
 
-def _is_of_a_place(err: OSError) -> bool:
+def _is_storage_error(err: OSError) -> bool:
     """Return whether an error is about the user's paths or disk, not a network or a pipe."""
     from d2i import storage
 

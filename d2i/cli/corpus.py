@@ -93,7 +93,7 @@ def corpus(
     if describe is not None and descriptions is not None:
         _describe(corpus, source, config, describe, descriptions, as_json=as_json)
         return
-    survey = _survey(corpus, source, config, sample, leaks, look=images)
+    survey = _survey(corpus, source, config, sample, leaks, near_duplicates=images)
     if report is not None:
         from d2i.report import write_corpus_report
 
@@ -108,7 +108,7 @@ def _survey(
     num_sampled: int,
     leaks_url: str | None,
     *,
-    look: bool,
+    near_duplicates: bool,
 ) -> dict[str, Any]:
     import msgspec
 
@@ -132,9 +132,12 @@ def _survey(
         for split in splits
     }
     options = config.corpus.options()
-    looked = {split: _counting(progress, f"{split}: images opened") for split in splits}
+    opened = {split: _counting(progress, f"{split}: images opened") for split in splits}
     finder = LeakFinder(
-        build_corpus(name, options), source, look=look, on_image=lambda split: looked[split]()
+        build_corpus(name, options),
+        source,
+        near_duplicates=near_duplicates,
+        on_image=lambda split: opened[split](),
     )
     counts = count_leaks(_kept(finder.find(splits), leaks_url))
     progress.close()
@@ -160,8 +163,8 @@ def _kept(leaks: Iterator[Leak], url: str | None) -> Iterator[Leak]:
     if url is None:
         yield from leaks
         return
-    folder = url.rpartition("/")[0] or "."
-    with storage.scratch_file(folder) as scratch:
+    directory = url.rpartition("/")[0] or "."
+    with storage.scratch_file(directory) as scratch:
         with scratch.open("wb") as file:
             for leak in leaks:
                 file.write(msgspec.json.encode(leak) + b"\n")

@@ -25,9 +25,17 @@ from d2i.corpora.json_stream import read_objects
 from d2i.corpora.jsonl import Jsonl
 from d2i.corpora.mmdialog import MMDialog
 from d2i.corpora.photochat import PhotoChat
-from d2i.corpora.records import MAX_TURNS, Dialog, Flaw, Reason, RecordError, RecordIssue, Report
+from d2i.corpora.records import (
+    MAX_TURNS,
+    Dialog,
+    Reason,
+    RecordError,
+    RecordIssue,
+    Report,
+    ReportIssue,
+)
 from d2i.corpora.split_shares import DialogSplits
-from d2i.corpora.splits import SPLITS, source_folder
+from d2i.corpora.splits import SPLITS, source_directory
 from d2i.corpora.tally import IssueCounter
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ConfigError, DataError
@@ -97,11 +105,13 @@ class Corpus(Protocol):
 
     def parser(
         self, source: str, split: str, inline: InlineImages
-    ) -> Callable[[Any, Flaw], Dialog]:
+    ) -> Callable[[Any, ReportIssue], Dialog]:
         """Return the parser of one record of a split; it raises `RecordError`."""
         ...
 
-    def instances(self, dialog: Dialog, split: str, flaw: Flaw) -> Iterator[Instance]:
+    def instances(
+        self, dialog: Dialog, split: str, report_issue: ReportIssue
+    ) -> Iterator[Instance]:
         """Make the instances of one dialog."""
         ...
 
@@ -184,10 +194,10 @@ def corpus_instances(
     inline: InlineImages = _NAMES_ONLY,
 ) -> Iterator[Instance]:
     """Read instances as `read_instances` does, of a corpus from `build_corpus`."""
-    dialogs, flaw = read_dialogs(
+    dialogs, report_issue = read_dialogs(
         corpus, source, split, on_problem=on_problem, max_broken=max_broken, inline=inline
     )
-    instances = _instances(corpus, split, dialogs, flaw)
+    instances = _instances(corpus, split, dialogs, report_issue)
     if corpus.descriptions is None:
         return instances
     described = read_descriptions(corpus.descriptions)
@@ -202,7 +212,7 @@ def read_dialogs(
     on_problem: Report | None = None,
     max_broken: float | None = None,
     inline: InlineImages = _NAMES_ONLY,
-) -> tuple[Iterator[Dialog], Flaw]:
+) -> tuple[Iterator[Dialog], ReportIssue]:
     """Read the dialogs of one split as a stream.
 
     Args:
@@ -232,12 +242,12 @@ def read_dialogs(
     )
     reading = _Reading(on_problem or _log_problem, split, splits)
     parse = corpus.parser(root, split, inline)
-    return _dialogs(corpus, parse, root, files, reading, max_broken), reading.flaw
+    return _dialogs(corpus, parse, root, files, reading, max_broken), reading.report_issue
 
 
 def _version(root: str, files: list[str]) -> str:
     """Return a string that changes when the files do."""
-    urls = [storage.join(source_folder(root), path) for path in files]
+    urls = [storage.join(source_directory(root), path) for path in files]
     return " ".join(storage.version(url) for url in urls)
 
 
@@ -294,10 +304,10 @@ def found_splits(
 
 
 def _instances(
-    corpus: Corpus, split: str, dialogs: Iterator[Dialog], flaw: Flaw
+    corpus: Corpus, split: str, dialogs: Iterator[Dialog], report_issue: ReportIssue
 ) -> Iterator[Instance]:
     instances = itertools.chain.from_iterable(
-        corpus.instances(dialog, split, flaw) for dialog in dialogs
+        corpus.instances(dialog, split, report_issue) for dialog in dialogs
     )
     return _first_occurrences(corpus, instances) if corpus.is_unique(split) else instances
 
@@ -371,7 +381,7 @@ class _Reading:
         elif self.is_own(None):
             self.report(problem)
 
-    def flaw(self, reason: Reason, detail: str) -> None:
+    def report_issue(self, reason: Reason, detail: str) -> None:
         """Report an issue in the record being read, or read last."""
         problem = RecordIssue(reason, self.where, detail)
         if self.held is None:
@@ -434,7 +444,7 @@ class _Reading:
 
 def _dialogs(
     corpus: Corpus,
-    parse: Callable[[Any, Flaw], Dialog],
+    parse: Callable[[Any, ReportIssue], Dialog],
     source: str,
     files: list[str],
     reading: _Reading,
@@ -447,9 +457,11 @@ def _dialogs(
     for path in files:
         for where, record in _read_file(source, path, reading.problem, corpus):
             reading.begin(where)
-            dialog = _parsed(record, parse, reading.flaw)
+            dialog = _parsed(record, parse, reading.report_issue)
             is_own = reading.is_own(dialog)
-            is_kept = dialog is not None and _is_kept(dialog, seen, few_images, reading.flaw)
+            is_kept = dialog is not None and _is_kept(
+                dialog, seen, few_images, reading.report_issue
+            )
             reading.end(is_own=is_own)
             if dialog is not None and is_kept:
                 reading.count_read()
@@ -465,26 +477,32 @@ def _dialogs(
         )
 
 
-def _parsed(record: Any, parse: Callable[[Any, Flaw], Dialog], flaw: Flaw) -> Dialog | None:
+def _parsed(
+    record: Any, parse: Callable[[Any, ReportIssue], Dialog], report_issue: ReportIssue
+) -> Dialog | None:
     """Return the dialog of a record, or None after reporting why it has none."""
     if isinstance(record, RecordError):
-        flaw(record.reason, record.detail)
+        report_issue(record.reason, record.detail)
         return None
     try:
-        return parse(record, flaw)
+        return parse(record, report_issue)
     except RecordError as error:
-        flaw(error.reason, error.detail)
+        report_issue(error.reason, error.detail)
         return None
 
 
-def _is_kept(dialog: Dialog, seen: CompactHashSet, few_images: int, flaw: Flaw) -> bool:
+def _is_kept(
+    dialog: Dialog, seen: CompactHashSet, few_images: int, report_issue: ReportIssue
+) -> bool:
     """Return whether a dialog is used: it is the first with its id, and not too large."""
     number = hash(dialog.id)
     if number in seen:
-        flaw("duplicate_dialog_id", "its id occurred before; the first dialog is kept")
+        report_issue("duplicate_dialog_id", "its id occurred before; the first dialog is kept")
         return False
     if len(dialog.images) > few_images and _is_too_large(dialog):
-        flaw("too_large", f"{len(dialog.images)} images: too many, or their contexts are too long")
+        report_issue(
+            "too_large", f"{len(dialog.images)} images: too many, or their contexts are too long"
+        )
         return False
     seen.add(number)
     return True
@@ -498,7 +516,7 @@ def _is_too_large(dialog: Dialog) -> bool:
 
 
 def _read_file(source: str, path: str, report: Report, corpus: Corpus) -> Iterator[tuple[str, Any]]:
-    url = storage.join(source_folder(source), path)
+    url = storage.join(source_directory(source), path)
     try:
         if kind := foreign_kind(storage.read_head(url, HEAD_BYTES)):
             raise DataError(f"{url} is {kind}")
@@ -511,12 +529,12 @@ def _read_file(source: str, path: str, report: Report, corpus: Corpus) -> Iterat
         )
 
 
-def parse_record(fields: dict[str, Any], flaw: Flaw) -> Dialog:
+def parse_record(fields: dict[str, Any], report_issue: ReportIssue) -> Dialog:
     """Parse one record of any corpus, which its fields identify.
 
     Args:
         fields: The record, which has one of `RECORD_FIELDS`.
-        flaw: Called for each part that is left out.
+        report_issue: Called for each part that is left out.
 
     Raises:
         RecordError: If it cannot be used.
@@ -527,8 +545,8 @@ def parse_record(fields: dict[str, Any], flaw: Flaw) -> Dialog:
         record = msgspec.convert(fields, kind.record_type)
     except msgspec.ValidationError as error:
         raise RecordError.of(error) from error
-    parse: Callable[[Any, Flaw], Dialog] = kind().parser(".", "train", _NAMES_ONLY)
-    return parse(record, flaw)
+    parse: Callable[[Any, ReportIssue], Dialog] = kind().parser(".", "train", _NAMES_ONLY)
+    return parse(record, report_issue)
 
 
 def _log_problem(problem: RecordIssue) -> None:

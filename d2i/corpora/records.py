@@ -66,7 +66,7 @@ class RecordIssue(Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 Report = Callable[[RecordIssue], None]
-Flaw = Callable[[Reason, str], None]
+ReportIssue = Callable[[Reason, str], None]
 """Callback that reports a part of a record that is left out while the rest is used."""
 
 

@@ -79,10 +79,10 @@ def share_right(answers: Sequence[Answer], scenes: Sequence[Scene]) -> dict[str,
 
 
 def _pixels(image: Image.Image) -> Array:
-    picture = image.convert("RGB")
-    if picture.size != (SIZE_PX, SIZE_PX):
-        picture = picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
-    return np.asarray(picture, dtype=np.float32)
+    rgb = image.convert("RGB")
+    if rgb.size != (SIZE_PX, SIZE_PX):
+        rgb = rgb.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
+    return np.asarray(rgb, dtype=np.float32)
 
 
 def _read_batch(pixels_NHWC: Array) -> list[Answer]:

@@ -104,7 +104,7 @@ def run_scheduler(
         options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     state = x * float(scheduler.init_noise_sigma)
     for t in scheduler.timesteps:
-        asked = scheduler.scale_model_input(state, t).to(x.dtype)
-        predicted = eps(asked, time_batch(x, float(t) + 1.0))
+        scaled = scheduler.scale_model_input(state, t).to(x.dtype)
+        predicted = eps(scaled, time_batch(x, float(t) + 1.0))
         state = scheduler.step(predicted, t, state, **options)[0]
     return state.to(x.dtype)

@@ -13,7 +13,7 @@ from d2i.cluster import session
 from d2i.cluster.nodes import Node, NodeResult, run_on_each_node, wait_for_nodes
 from d2i.config import Recipe
 from d2i.doctor.check import Check, first_line
-from d2i.doctor.node import Probe, Question, installed_versions, look_at_node
+from d2i.doctor.node import Probe, Question, inspect_node, installed_versions
 from d2i.errors import D2IError
 
 _GIB = 2**30
@@ -62,12 +62,12 @@ def check_cluster(request: ClusterRequest) -> Iterator[Report]:
         nodes = wait_for_nodes(request.num_nodes or 1, request.wait_s)
         yield Report("cluster", [*_cluster_checks(request, nodes), *problems])
         question = Question(installed_versions(), _weights(request.recipe), probes)
-        for answer in run_on_each_node(nodes, partial(_look, question), _ANSWER_TIMEOUT_S):
+        for answer in run_on_each_node(nodes, partial(_inspect, question), _ANSWER_TIMEOUT_S):
             yield Report(_describe(answer.node), _node_checks(answer, request.recipe))
 
 
-def _look(question: Question, node: Node) -> list[Check]:
-    return look_at_node(question, node.num_gpus, node.node_id)
+def _inspect(question: Question, node: Node) -> list[Check]:
+    return inspect_node(question, node.num_gpus, node.node_id)
 
 
 def _cluster_checks(request: ClusterRequest, nodes: Sequence[Node]) -> list[Check]:

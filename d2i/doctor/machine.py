@@ -147,9 +147,9 @@ def check_ray(timeout_s: float = _RAY_TIMEOUT_S, program: str = _RAY_PROGRAM) ->
     return Check("Ray", "ok", f"{version('ray')} started and ran a task")
 
 
-def check_disk(folder: Path | None = None) -> Check:
+def check_disk(directory: Path | None = None) -> Check:
     """Check the free space of the current directory; the demo needs less than 2 GiB."""
-    free = shutil.disk_usage(folder or Path.cwd()).free
+    free = shutil.disk_usage(directory or Path.cwd()).free
     detail = f"{free / _GIB:.1f} GiB free in the current directory"
     if free < 2 * _GIB:
         return Check("disk", "fail", detail, "free 2 GiB for the demo, or give it another --out")
@@ -158,13 +158,13 @@ def check_disk(folder: Path | None = None) -> Check:
     return Check("disk", "ok", detail)
 
 
-def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
+def check_shared_memory(directory: Path = Path("/dev/shm")) -> Check:
     """Check the size of the memory that Ray's object store and DeepSpeed's CPU operators share."""
     name = "shared memory"
-    if not folder.is_dir():
-        return Check(name, "ok", f"no {folder} on this system; Ray uses the disk")
-    size = shutil.disk_usage(folder).total
-    detail = f"{folder} has {size / _GIB:.1f} GiB"
+    if not directory.is_dir():
+        return Check(name, "ok", f"no {directory} on this system; Ray uses the disk")
+    size = shutil.disk_usage(directory).total
+    detail = f"{directory} has {size / _GIB:.1f} GiB"
     if size < 2 * _GIB:
         return Check(name, "warn", detail, "in a container, start it with --shm-size=4g")
     return Check(name, "ok", detail)
@@ -182,10 +182,10 @@ def check_shipped_weights() -> Check:
     size = 0
     for part in filter(None, parts):
         try:
-            folder = Path(resolve_weights(part))
+            directory = Path(resolve_weights(part))
         except D2IError as err:
             return Check(name, "fail", first_line(err), REINSTALL)
-        sizes = [file.stat().st_size for file in folder.rglob("*.safetensors")]
+        sizes = [file.stat().st_size for file in directory.rglob("*.safetensors")]
         if not sizes:
             return Check(name, "fail", f"{part} holds no .safetensors file", REINSTALL)
         size += sum(sizes)

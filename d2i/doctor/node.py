@@ -62,7 +62,7 @@ class Question:
     probes: tuple[Probe, ...]
 
 
-def look_at_node(question: Question, num_gpus: float, node_id: str) -> list[Check]:
+def inspect_node(question: Question, num_gpus: float, node_id: str) -> list[Check]:
     """Check the node this runs on: versions, accelerators, weights, storage, disk.
 
     Args:
@@ -175,11 +175,11 @@ def check_storage(probe: Probe, node_id: str) -> Check:
     return Check(name, "ok", "read, written and removed a file")
 
 
-def check_disk(folder: Path | None = None) -> Check:
+def check_disk(directory: Path | None = None) -> Check:
     """Check the free space where Ray spills objects and files are prepared."""
-    folder = folder or Path(tempfile.gettempdir())
-    usage = shutil.disk_usage(folder)
-    detail = f"{usage.free / _GIB:.1f} GiB free in {folder}"
+    directory = directory or Path(tempfile.gettempdir())
+    usage = shutil.disk_usage(directory)
+    detail = f"{usage.free / _GIB:.1f} GiB free in {directory}"
     if usage.used > _FULL_DISK * usage.total:
         return Check(
             "disk", "fail", f"{detail}, over 95 % full: Ray stops spilling", "free disk space"

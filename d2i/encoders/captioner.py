@@ -42,13 +42,13 @@ class Captioner:
             ) from err
 
     @torch.inference_mode()
-    def describe(self, pictures: Sequence[Image.Image]) -> list[str]:
+    def describe(self, images: Sequence[Image.Image]) -> list[str]:
         """Caption RGB images, each in one line, with greedy decoding.
 
         Raises:
             CheckpointError: If the model requires a question beside the image.
         """
-        pixels = self._processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
         try:
             ids = self._module.generate(
                 pixel_values=pixels.to(self._device),

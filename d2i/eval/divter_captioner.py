@@ -164,9 +164,9 @@ def _context_ids(tokenizer: Any, text: str) -> list[int]:
 def _row(tokenizer: Any, text: str, description: str) -> tuple[list[int], list[int]]:
     """Return the token ids of one pair, and its labels: the loss ignores the dialog."""
     context = _context_ids(tokenizer, text)
-    said = tokenizer(f" {description}", add_special_tokens=False)["input_ids"]
-    said = [*said[: _MAX_DESCRIPTION_TOKENS - 1], tokenizer.eos_token_id]
-    return context + said, [_IGNORED] * len(context) + said
+    caption = tokenizer(f" {description}", add_special_tokens=False)["input_ids"]
+    caption = [*caption[: _MAX_DESCRIPTION_TOKENS - 1], tokenizer.eos_token_id]
+    return context + caption, [_IGNORED] * len(context) + caption
 
 
 def _batch(

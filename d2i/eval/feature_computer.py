@@ -101,8 +101,8 @@ class FeatureComputer:
                 f"{self._reader.keys[index]}: the shards have no source image of it; prepare the "
                 "data with --set preprocess.keep_images=always"
             )
-        picture = decode_image(data, self._recipe.image)
-        return np.asarray(crop_to_square(picture.image, self.resolution))
+        decoded = decode_image(data, self._recipe.image)
+        return np.asarray(crop_to_square(decoded.image, self.resolution))
 
 
 def generation_rows(generations: Sequence[Generation]) -> Arrays:

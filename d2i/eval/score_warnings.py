@@ -33,15 +33,15 @@ def score_warnings(
         resolution: The side in pixels at which the images were measured.
         num_resampled: The number of instances that intervals are computed from.
     """
-    num_drawn, keys = len(measured.generated), measured.arrays["keys"]
+    num_generated, keys = len(measured.generated), measured.arrays["keys"]
     yield from _fid_warnings(measured)
-    yield from _inception_warnings(scores, num_drawn)
+    yield from _inception_warnings(scores, num_generated)
     yield from _recall_warnings(int(scores["num_negatives"] or 0))
     yield from _dialog_warnings(measured.num_dialogs)
     if measured.failures:
         yield (
-            f"{num_drawn} of {len(keys)} instances have an image ({counted(measured.failures)}); "
-            "the others are left out, not replaced"
+            f"{num_generated} of {len(keys)} instances have an image "
+            f"({counted(measured.failures)}); the others are left out, not replaced"
         )
     if num_resampled < len(keys):
         yield (
@@ -56,7 +56,10 @@ def score_warnings(
     flat = np.flatnonzero(measured.arrays["is_flat"])
     if len(flat):
         yield f"images of a single colour: {len(flat)}, the first is that of {keys[flat[0]]}"
-    if num_drawn > 1 and (measured.arrays["embeddings"] == measured.arrays["embeddings"][0]).all():
+    if (
+        num_generated > 1
+        and (measured.arrays["embeddings"] == measured.arrays["embeddings"][0]).all()
+    ):
         yield "all images have the same CLIP embedding: the system generates one image for all"
     yield from _source_warnings(measured.sources, resolution)
 
@@ -71,20 +74,22 @@ def _fid_warnings(measured: Measured) -> Iterator[str]:
         )
 
 
-def _inception_warnings(scores: Mapping[str, float | int | None], num_drawn: int) -> Iterator[str]:
+def _inception_warnings(
+    scores: Mapping[str, float | int | None], num_generated: int
+) -> Iterator[str]:
     splits = scores["is_splits"]
     if splits is None:
         return
-    fewest = num_drawn // int(splits)
+    fewest = num_generated // int(splits)
     if scores["is"] is None:
         yield (
-            f"IS is not scored: each of {splits} splits of {num_drawn} images has one image, for "
-            "which IS is always 1"
+            f"IS is not scored: each of {splits} splits of {num_generated} images has one image, "
+            "for which IS is always 1"
         )
     elif fewest < _FEW_IN_SPLIT:
         yield (
             f"IS over {splits} splits of {fewest} images is biased low and cannot exceed "
-            f"{-(-num_drawn // int(splits))}; compare only scores on the same number of images"
+            f"{-(-num_generated // int(splits))}; compare only scores on the same number of images"
         )
 
 

@@ -38,7 +38,7 @@ _SAMPLE_SHARE = 64
 class TaskResult:
     """Number of images that a task generated, and its failures by reason."""
 
-    num_drawn: int
+    num_generated: int
     failures: Counter[str]
 
 
@@ -143,14 +143,14 @@ class EvalWorker:
         generations: Sequence[Generation],
         images: dict[str, NDArray[np.uint8]],
     ) -> dict[str, NDArray[Any]]:
-        drawn = self._measurer.measure_generated(np.stack([*images.values()])) if images else {}
+        features = self._measurer.measure_generated(np.stack([*images.values()])) if images else {}
         lines = [self._prompts.read_dialog(index) for index in task.indices]
         return {
             "keys": np.array(keys),
             **generation_rows(generations),
             **self._measurer.measure_real(task.indices),
             **self._measurer.measure_text(lines),
-            **drawn,
+            **features,
         }
 
     def _save_images(self, task: EvalTask, images: dict[str, NDArray[np.uint8]]) -> dict[str, str]:

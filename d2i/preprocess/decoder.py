@@ -70,7 +70,7 @@ class Decoder:
                     return decode_square(image, self._image)
                 except MemoryError as err:
                     raise ImageRejectedError("decode_memory", "takes too much memory") from err
-        header, pixels = self._ask_twice(data)
+        header, pixels = self._decode_with_retry(data)
         if "reason" in header:
             raise ImageRejectedError(header["reason"], header["detail"])
         side = self._image.resolution
@@ -85,11 +85,11 @@ class Decoder:
         self._child.communicate()
         self._child = None
 
-    def _ask_twice(self, data: bytes) -> tuple[dict[str, Any], bytes]:
+    def _decode_with_retry(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         """Decode in the child; retry once in a new one if it died, maybe for another reason."""
         for is_last in (False, True):
             try:
-                return self._ask_child(data)
+                return self._decode_in_child(data)
             except TimeoutError as err:
                 self.close()
                 raise ImageRejectedError("decode_timeout", f"over {self._timeout_s:g} s") from err
@@ -103,7 +103,7 @@ class Decoder:
                 raise
         raise AssertionError("one of the two returned or raised")
 
-    def _ask_child(self, data: bytes) -> tuple[dict[str, Any], bytes]:
+    def _decode_in_child(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         child = self._child or self._start()
         pipes = _Pipes(child, time.monotonic() + self._timeout_s)
         pipes.send(data)

@@ -132,8 +132,8 @@ class EncodeWorker:
         features = encode_source_images(images, self._encoders)
         self.reach("encode.images")
         outcomes = {one.ref: one for one in found}
-        asked = (instance for instance in instances if instance.image_ref in outcomes)
-        rows = [ledger_row(i, outcomes[i.image_ref], features) for i in asked]
+        with_outcome = (instance for instance in instances if instance.image_ref in outcomes)
+        rows = [ledger_row(i, outcomes[i.image_ref], features) for i in with_outcome]
         features |= reused.features
         # Encoded before the samples are read, as the ledger with the failures is written first.
         with_image = [instance for instance in instances if instance.image_ref in features]

@@ -116,14 +116,14 @@ def open_image(
         decoder: The decoder to use.
         is_kept: Whether to pass the source bytes on too.
     """
-    picture = None
+    source_image = None
     if fetched.data is not None:
         try:
-            picture = _source_image(fetched.data, decoder)
+            source_image = _source_image(fetched.data, decoder)
         except ImageRejectedError as err:
             fetched = fetched.refused(err.reason, str(err))
     handed_on = fetched if is_kept else fetched.without_data()
-    return FetchedImage(ref, handed_on, picture, time.time())
+    return FetchedImage(ref, handed_on, source_image, time.time())
 
 
 def _source_image(data: bytes, decoder: Decoder) -> SourceImage:

@@ -16,7 +16,7 @@ from d2i.cluster import Pipeline, Pool, create_shared, job_fault, run_pipeline, 
 from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
-from d2i.corpora.splits import source_folder
+from d2i.corpora.splits import source_directory
 from d2i.encoders.present import check_present
 from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault_injection import Fault
@@ -225,7 +225,7 @@ def _make_shards(
     meter = Throughput(min(offer.num_workers, len(tasks)))
 
     def show() -> None:
-        progress.look(tally)
+        progress.refresh(tally)
         on_progress(progress)
 
     for _, result in run_pipeline(stages, tasks, show):
@@ -263,8 +263,8 @@ def _missing_tasks(
     for split, plan in plans.items():
         split_url = storage.join(request.out, split)
         remove_uncommitted(split_url)
-        for folder in ("plan", "ledger"):
-            storage.remove_temp_files(storage.join(split_url, folder))
+        for directory in ("plan", "ledger"):
+            storage.remove_temp_files(storage.join(split_url, directory))
         commits = {commit.index: commit for commit in read_commits(split_url)}
         if not commits:
             _forget_fingerprint(split_url)
@@ -303,9 +303,9 @@ def _refuse_lost_shards(
     Raises:
         ShardError: If a planned shard is missing although a supplement is committed.
     """
-    is_mended = any(supplement.index in committed for supplement in supplements)
+    is_supplemented = any(supplement.index in committed for supplement in supplements)
     lost = [index for index in range(plan.num_shards) if index not in committed]
-    if is_mended and lost:
+    if is_supplemented and lost:
         raise ShardError(
             f"{split_url}: shard {lost[0]} is missing, and cannot be remade, because "
             "--retry-failed may have retried part of it since; restore it from a copy, or choose "
@@ -332,7 +332,7 @@ def _forget_fingerprint(split_url: str) -> None:
 def _images(request: PreprocessRequest) -> ImageSource:
     fetch = request.recipe.fetch
     return ImageSource(
-        request.recipe.corpus.image_root or source_folder(storage.resolve(request.source)),
+        request.recipe.corpus.image_root or source_directory(storage.resolve(request.source)),
         fetch,
         request.network_policy,
         create_shared_limiter(

@@ -155,14 +155,14 @@ def lost_files(split_url: str, indexes: Iterable[int]) -> Iterator[str]:
     if not _has_recipe(split_url):
         yield f"recipe.json: {_WRITTEN_AGAIN}"
     names = [f"{index:06d}.parquet" for index in indexes]
-    for folder, expected, meaning in (
+    for directory, expected, meaning in (
         ("plan", ["plan.json", *names], _WRITTEN_AGAIN),
         ("ledger", names, _FOR_GOOD),
     ):
-        there = set(storage.list_names(storage.join(split_url, folder)))
+        there = set(storage.list_names(storage.join(split_url, directory)))
         if lost := [name for name in expected if name not in there]:
             more = f" and {len(lost) - 1} more" if lost[1:] else ""
-            yield f"{folder}/{lost[0]}{more}: {meaning}"
+            yield f"{directory}/{lost[0]}{more}: {meaning}"
 
 
 def _has_recipe(split_url: str) -> bool:

@@ -112,8 +112,10 @@ def ledger_tables(
         columns: The columns to read.
         shards: Numbers of the shards to read, if they have a ledger; None reads all that have one.
     """
-    folder = storage.join(split_url, "ledger")
-    found = [int(match[1]) for match in map(_NAME.fullmatch, storage.list_names(folder)) if match]
+    directory = storage.join(split_url, "ledger")
+    found = [
+        int(match[1]) for match in map(_NAME.fullmatch, storage.list_names(directory)) if match
+    ]
     wanted = [number for number in found if shards is None or number in shards]
     schema = pa.schema([SCHEMA.field(column) for column in columns])
     for number, data in zip(wanted, prefetch_map(_reader(split_url), wanted, 32), strict=True):
@@ -176,9 +178,9 @@ def commonest_failure(split_url: str) -> tuple[dict[str, int], str]:
 
 def remove_ledgers(split_url: str) -> None:
     """Remove all rows of a split that has no committed shard yet."""
-    folder = storage.join(split_url, "ledger")
-    for name in storage.list_names(folder):
-        storage.remove(storage.join(folder, name))
+    directory = storage.join(split_url, "ledger")
+    for name in storage.list_names(directory):
+        storage.remove(storage.join(directory, name))
 
 
 def count_failures(rows: Iterable[LedgerRow]) -> dict[str, int]:

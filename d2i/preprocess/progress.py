@@ -43,7 +43,7 @@ class JobProgress:
         """Count one finished shard."""
         self.num_done += result.num_written + sum(result.failures.values())
 
-    def look(self, tally: SharedActor[Tally]) -> None:
+    def refresh(self, tally: SharedActor[Tally]) -> None:
         """Update the fetch counts from the tally."""
         num_ok, self.failures = tally.call("state")
         self.num_images = num_ok + sum(self.failures.values())

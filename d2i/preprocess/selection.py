@@ -72,10 +72,10 @@ def _by_draw(seed: int) -> Ranking:
     return lambda instances: dice.integers(0, LAST_RANK, len(instances), np.uint64)
 
 
-def _by_place(seed: int) -> Ranking:
+def _by_position(seed: int) -> Ranking:
     del seed
     places = itertools.count()
     return lambda instances: np.fromiter(places, np.uint64, len(instances))
 
 
-_RANKINGS = {"hash": _by_hash, "reservoir": _by_draw, "first": _by_place}
+_RANKINGS = {"hash": _by_hash, "reservoir": _by_draw, "first": _by_position}

@@ -90,7 +90,7 @@ def _tables(
 def _notes(document: Mapping[str, Any]) -> list[str]:
     draws = {"num_draws": document["num_draws"], "draw_size": document["draw_size"]}
     number = document["num_in_two"]
-    said = "1 instance is" if number == 1 else f"{number} instances are"
+    counted_instances = "1 instance is" if number == 1 else f"{number} instances are"
     few = [
         f"{scores['name']} ({scores['num_instances']})"
         for scores in document["categories"]
@@ -99,7 +99,7 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
     notes = [
         _SCORES.format(**draws),
         _RANK,
-        f"{said} in two or more categories and scored in each of them.",
+        f"{counted_instances} in two or more categories and scored in each of them.",
     ]
     if few:
         notes.append(
@@ -116,8 +116,15 @@ def _scores_of(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _cells(scores: Mapping[str, Any]) -> tuple[Cell, ...]:
     if not scores:
         return (Cell(),) * (1 + len(_SHOWN))
-    drawn, asked = scores["num_pictures"], scores["num_instances"]
-    shown = [Cell(drawn if drawn == asked else f"{drawn} of {asked}", spec="d")]
+    num_generated, num_instances = scores["num_pictures"], scores["num_instances"]
+    shown = [
+        Cell(
+            num_generated
+            if num_generated == num_instances
+            else f"{num_generated} of {num_instances}",
+            spec="d",
+        )
+    ]
     for metric in _SHOWN:
         interval = scores.get(f"{metric.key}_interval")
         shown.append(

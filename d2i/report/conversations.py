@@ -46,11 +46,11 @@ def render_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]
         DataError: If a system's images cannot be read.
     """
     wanted = [conversation.key for conversation in shown]
-    drawn = [
+    generated = [
         evaluation.read_images([key for key in wanted if key in evaluation.image_urls])
         for evaluation in evaluations
     ]
-    return "".join(_row(conversation, evaluations, drawn) for conversation in shown)
+    return "".join(_row(conversation, evaluations, generated) for conversation in shown)
 
 
 def group_by_instances(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
@@ -124,7 +124,7 @@ def _intro(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> 
 def _row(
     conversation: Conversation,
     evaluations: Sequence[Evaluation],
-    drawn: Sequence[Mapping[str, bytes]],
+    generated: Sequence[Mapping[str, bytes]],
 ) -> str:
     key = conversation.key
     examples = [_example(evaluation, key) for evaluation in evaluations]
@@ -132,7 +132,7 @@ def _row(
     shows = f": {', '.join(map(str, wanted.values()))}" if wanted else f" of {key}"
     alt = f"Reference image{shows}"
     figures = [_figure("Reference image", conversation.image, alt, _wanted(wanted))]
-    for name, images, example in zip(column_names(evaluations), drawn, examples, strict=True):
+    for name, images, example in zip(column_names(evaluations), generated, examples, strict=True):
         alt = f"{name}: image generated for {key}"
         figures.append(
             _figure(name, images[key], alt, _read(example)) if key in images else _absent(name)
@@ -147,8 +147,8 @@ def _row(
 def _chat(conversation: Conversation) -> str:
     turns = "".join(
         f'<li dir="auto" class="{"ours" if speaker % 2 else "theirs"}">'
-        f'<span class="hidden">Speaker {speaker + 1}: </span>{text(said)}</li>'
-        for speaker, said in conversation.turns
+        f'<span class="hidden">Speaker {speaker + 1}: </span>{text(words)}</li>'
+        for speaker, words in conversation.turns
     )
     return f'<ol class="chat" tabindex="0" aria-label="Conversation">{turns}</ol>'
 

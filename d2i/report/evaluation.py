@@ -16,7 +16,9 @@ from d2i.metric_specs import METRICS
 from d2i.report.paper_rows import label_of
 
 _WRITE_AGAIN = "repeat the command that wrote it"
-_DRAW_AGAIN = "delete the tasks/*.npz of its instances and repeat d2i eval to generate them again"
+_GENERATE_AGAIN = (
+    "delete the tasks/*.npz of its instances and repeat d2i eval to generate them again"
+)
 MAX_NAMED = 4
 """Largest number of evaluations to name in a sentence or to show as columns."""
 _MAX_IMAGE_BYTES = 1 << 26
@@ -202,7 +204,7 @@ def _is_before_and_after(evaluations: Sequence[Evaluation]) -> bool:
 def _image_urls(url: str) -> dict[str, str]:
     paths = [f"images/{n}" for n in storage.list_names(storage.join(url, "images"))]
     tars = [path for path in paths if path.endswith(".tar")]
-    sums = markers.read_markers(storage.join(url, "tasks"), next_step=_DRAW_AGAIN)
+    sums = markers.read_markers(storage.join(url, "tasks"), next_step=_GENERATE_AGAIN)
     if lost := sorted(p for p in sums.keys() - set(tars) if p.startswith("images/")):
         raise DataError(
             f"{url}/{lost[0]} is missing; expected the images saved by its task; restore it, or "
@@ -211,7 +213,7 @@ def _image_urls(url: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in tars:
         tar, where = storage.join(url, path), f"tasks/{path[7:-4]}.json"
-        checksums.check_against(tar, sums.get(path), where=where, next_step=_DRAW_AGAIN)
+        checksums.check_against(tar, sums.get(path), where=where, next_step=_GENERATE_AGAIN)
         found |= dict.fromkeys(_keys_in(tar), tar)
     return found
 

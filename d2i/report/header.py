@@ -13,7 +13,7 @@ DEFAULT_TITLE = "d2i report"
 _SENTENCE = "From a conversation to the image that answers it"
 
 
-def hero(evaluations: Sequence[Evaluation], title: str | None) -> str:
+def page_header(evaluations: Sequence[Evaluation], title: str | None) -> str:
     """Render the heading, the evaluated systems, and up to three headline numbers."""
     cards = (
         [_accuracy(evaluations), _score(evaluations, "fid"), _score(evaluations, "clip_i")]

@@ -48,7 +48,7 @@ def _sentence(count: Mapping[str, Any], splits: Mapping[str, Mapping[str, Any]])
     split, other = count["split"], text(count["other_split"])
     num_instances, word = count["num_instances"], text(_SPLIT_WORDS.get(split, split))
     verb = "has" if num_instances == 1 else "have"
-    likeness = {
+    similarity = {
         "shared_image": f"an image that is also in {other}",
         "near_duplicate": f"a near-duplicate of an image in {other}",
     }.get(count["reason"], f"an image of {other} ({text(count['reason'])})")
@@ -57,14 +57,14 @@ def _sentence(count: Mapping[str, Any], splits: Mapping[str, Mapping[str, Any]])
     beside = f"{percent(share)} of {text(split)}; " if share >= _LEAST_SHARE else ""
     return (
         f"<strong>{figure(num_instances, ',')}</strong> {word} "
-        f"{'instance' if num_instances == 1 else 'instances'} {verb} {likeness} "
+        f"{'instance' if num_instances == 1 else 'instances'} {verb} {similarity} "
         f"<small>{beside}{counted(count['num_images'], 'image')} of {other}</small>"
     )
 
 
 def _nothing(near: bool) -> str:
-    looks = ", nor a near-duplicate of one" if near else ""
-    return f"<p>No split has an image of another split{looks}.</p>"
+    near_note = ", nor a near-duplicate of one" if near else ""
+    return f"<p>No split has an image of another split{near_note}.</p>"
 
 
 def _looked(near: bool) -> str:

@@ -14,7 +14,7 @@ from d2i.report.categories import figure5
 from d2i.report.conversations import conversations_section
 from d2i.report.document import render_document
 from d2i.report.evaluation import Evaluation, read_evaluation
-from d2i.report.header import DEFAULT_TITLE, hero
+from d2i.report.header import DEFAULT_TITLE, page_header
 from d2i.report.html import OmittedSection, Section
 from d2i.report.markdown_export import write_csv, write_markdown
 from d2i.report.paper_tables import table2, table5
@@ -133,4 +133,4 @@ def _render(
         "All figures are read from the files of the run; hover over a rounded figure for its exact "
         "value."
     )
-    return render_document(title, hero(evaluations, title), sections, footer)
+    return render_document(title, page_header(evaluations, title), sections, footer)

@@ -167,8 +167,8 @@ def paper_words(table: str, name: str, corpus: str | None = None) -> str:
     # The note of a whole table applies to its rows with a missing value.
     if "note" in rows and isinstance(row, dict) and None in row.values():
         notes.append(rows["note"])
-    said = f"the paper, Table {table.removeprefix('table')}"
-    return "; ".join([said, *notes])
+    origin = f"the paper, Table {table.removeprefix('table')}"
+    return "; ".join([origin, *notes])
 
 
 def _is_noted(row: Any) -> bool:

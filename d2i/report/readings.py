@@ -139,13 +139,13 @@ def _variants(
             )
             for heading, evaluation in zip(headings, chosen, strict=True)
         ]
-        said = (
+        notes_shown = (
             []
             if part is parts[0]
             else [f"Not comparable with the first table: {incompatibility_reason(part, parts[0])}."]
         )
-        said += [*notes, *(paper_notes("table3") if is_papers else ())]
-        tables.append(score_table(title + (" (Table 3)" if is_papers else ""), rows, said))
+        notes_shown += [*notes, *(paper_notes("table3") if is_papers else ())]
+        tables.append(score_table(title + (" (Table 3)" if is_papers else ""), rows, notes_shown))
     return tables
 
 

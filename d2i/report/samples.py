@@ -72,8 +72,8 @@ def _section(number: int, sample: ShownSample) -> Section:
 
 def _chat(turns: Sequence[dict[str, Any]]) -> str:
     items = "".join(
-        f'<li dir="auto" class="{"ours" if speaker % 2 else "theirs"}">{text(said)}</li>'
-        for speaker, said in speaking_turns(turns)
+        f'<li dir="auto" class="{"ours" if speaker % 2 else "theirs"}">{text(words)}</li>'
+        for speaker, words in speaking_turns(turns)
     )
     return f'<ol class="chat" tabindex="0" aria-label="Conversation">{items}</ol>'
 

@@ -86,13 +86,13 @@ def _section(
 def _cell(cell: Cell, row: Row) -> str:
     if cell.value is None:
         return ""
-    said = text(shown(cell).replace("-", "\N{MINUS SIGN}"))
+    label = text(shown(cell).replace("-", "\N{MINUS SIGN}"))
     if isinstance(cell.value, str):
         return text(cell.value)
     source = row.paper if cell.by_paper else row.card
     kind = ' class="paper"' if cell.by_paper else ""
     hover = text(f"{cell.value!r}; {source}")
-    figure = f'<data{kind} value="{cell.value!r}" title="{hover}">{said}</data>'
+    figure = f'<data{kind} value="{cell.value!r}" title="{hover}">{label}</data>'
     if cell.interval is None:
         return figure
     low, high = (format(end, cell.spec).replace("-", "\N{MINUS SIGN}") for end in cell.interval)
@@ -107,6 +107,6 @@ def _galleries(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _gallery(evaluations: Sequence[Evaluation], name: str, keys: Sequence[str]) -> str:
-    drawn = {*keys}.intersection(*(e.image_urls for e in evaluations))
-    shown_rows = read_conversations(str(evaluations[0].card.get("data")), drawn, _NUM_SHOWN)
+    generated = {*keys}.intersection(*(e.image_urls for e in evaluations))
+    shown_rows = read_conversations(str(evaluations[0].card.get("data")), generated, _NUM_SHOWN)
     return f"<h3>{text(name)}</h3>" + render_rows(shown_rows, evaluations)

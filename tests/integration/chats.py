@@ -29,15 +29,15 @@ def sends(body: bytes, status: int = 200, **headers: str) -> Answer:
     return lambda handler: handler.send(status, body, **headers)
 
 
-def write_chats(folder: Path, urls: dict[str, list[str]]) -> Path:
+def write_chats(directory: Path, urls: dict[str, list[str]]) -> Path:
     """Write one dialog with one image per entry of `urls`, named after it."""
-    folder.mkdir()
+    directory.mkdir()
     lines = [
         json.dumps({"id": name, "turns": [{"text": f"show me {name}", "images": [url]}]})
         for name, (url, *_) in urls.items()
     ]
-    (folder / "test.jsonl").write_text("\n".join(lines))
-    return folder
+    (directory / "test.jsonl").write_text("\n".join(lines))
+    return directory
 
 
 def reasons(out: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from d2i.config import OptimConfig, TrainConfig
 from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone, load_weights
-from d2i.train.checkpoint import Checkpoint, Progress, step_folder
+from d2i.train.checkpoint import Checkpoint, Progress, step_directory
 from d2i.train.checkpoint_writer import CheckpointWriter, TrainState
 from d2i.train.ema import Ema
 from d2i.train.engine import (
@@ -125,24 +125,24 @@ def take_steps(state: TrainState, golden: Path, ranks: Ranks, steps: range) -> l
     return losses
 
 
-def keep(state: TrainState, ranks: Ranks, folder: Path, losses: list[float]) -> Checkpoint:
+def keep(state: TrainState, ranks: Ranks, directory: Path, losses: list[float]) -> Checkpoint:
     """Write a checkpoint as training does; also write its whole content as one file."""
     shapes = {
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in state.engine.module.named_parameters()
     }
-    with CheckpointWriter(str(folder), CONFIG, ranks, shapes) as writer:
+    with CheckpointWriter(str(directory), CONFIG, ranks, shapes) as writer:
         progress = Progress(step=len(losses), num_updates=state.num_updates())
         writer.start(state, progress)
         writer.finish()
     ranks.barrier()
-    checkpoint = Checkpoint(step_folder(str(folder), len(losses)))
+    checkpoint = Checkpoint(step_directory(str(directory), len(losses)))
     checkpoint.check()
     whole: dict[str, Tensor] = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for kind in ("weight", "ema"):
         whole |= {f"{kind}:{name}": t.clone() for name, t in checkpoint.read_whole(kind)}
     if ranks.is_first:
-        save_file(whole, folder.with_suffix(".safetensors"))
+        save_file(whole, directory.with_suffix(".safetensors"))
     return checkpoint
 
 

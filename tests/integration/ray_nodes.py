@@ -86,11 +86,11 @@ class Node:
     address: str
     prefix: list[str]
     process: subprocess.Popen[bytes]
-    folder: Path
+    directory: Path
 
     def said(self, words: str) -> bool:
         """Return whether a worker of the node has written this to stderr."""
-        logs = self.folder.glob("ray/session_*/logs/worker-*.err")
+        logs = self.directory.glob("ray/session_*/logs/worker-*.err")
         return any(words in log.read_text() for log in logs)
 
     def kill(self) -> None:
@@ -105,9 +105,9 @@ class RayNodes:
     """A cluster with token authentication: a head node without cores for tasks, and added nodes."""
 
     def __init__(
-        self, folder: Path, network: Namespaces | Loopback, names: Mapping[str, str]
+        self, directory: Path, network: Namespaces | Loopback, names: Mapping[str, str]
     ) -> None:
-        self._folder, self._network = folder, network
+        self._directory, self._network = directory, network
         self._port, self._dashboard_port = _free_ports(2)
         self.environment = {
             **os.environ,
@@ -140,17 +140,17 @@ class RayNodes:
         address, prefix = self._network.add()
         if role[0] == "--head":
             role = (*role, "--dashboard-host", address)
-        folder = self._folder / str(len(self.nodes))
-        folder.mkdir()
+        directory = self._directory / str(len(self.nodes))
+        directory.mkdir()
         line = [RAY, "start", "--block", "--node-ip-address", address, *role]
-        line += ["--temp-dir", str(folder / "ray"), "--num-cpus", str(num_cpus)]
+        line += ["--temp-dir", str(directory / "ray"), "--num-cpus", str(num_cpus)]
         line += ["--object-store-memory", str(80 << 20)]
         line += ["--dashboard-agent-listen-port", str(*_free_ports(1))]
-        with (folder / "log").open("w") as log:
+        with (directory / "log").open("w") as log:
             process = subprocess.Popen(
-                [*prefix, *line], cwd=folder, env=self.environment, stdout=log, stderr=log
+                [*prefix, *line], cwd=directory, env=self.environment, stdout=log, stderr=log
             )
-        self.nodes.append(Node(address, prefix, process, folder))
+        self.nodes.append(Node(address, prefix, process, directory))
         return self.nodes[-1]
 
     def _answers(self) -> bool:
@@ -170,17 +170,17 @@ def ray_nodes(names: Mapping[str, str]) -> Iterator[RayNodes]:
     """
     network = Namespaces() if Namespaces.are_allowed() else Loopback()
     # It holds Ray's sockets, whose paths are limited in length.
-    folder = Path(tempfile.mkdtemp(prefix="nodes", dir="/tmp"))
+    directory = Path(tempfile.mkdtemp(prefix="nodes", dir="/tmp"))
     nodes: list[Node] = []
     try:
-        cluster = RayNodes(folder, network, names)
+        cluster = RayNodes(directory, network, names)
         nodes = cluster.nodes
         yield cluster
     finally:
         for node in nodes:
             node.kill()
         network.remove()
-        shutil.rmtree(folder)
+        shutil.rmtree(directory)
 
 
 def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str] | Node) -> None:

@@ -20,18 +20,18 @@ NUM_IMAGES = 20
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
     """Twenty images, one shared twice; one missing file, and one image given by URL."""
-    folder = tmp_path / "chats"
-    (folder / "p").mkdir(parents=True)
+    directory = tmp_path / "chats"
+    (directory / "p").mkdir(parents=True)
     images = [f"p/{number}.png" for number in range(NUM_IMAGES)]
     for number, name in enumerate(images):
-        Image.new("RGB", (40, 30), (12 * number, 90, 200)).save(folder / name)
+        Image.new("RGB", (40, 30), (12 * number, 90, 200)).save(directory / name)
     names = [*images, images[0], "p/missing.png", "https://pictures.example/1.jpg"]
     lines = [
         json.dumps({"id": n, "turns": [{"text": "see", "images": [name]}]})
         for n, name in enumerate(names)
     ]
-    (folder / "train.jsonl").write_text("\n".join(lines))
-    return folder
+    (directory / "train.jsonl").write_text("\n".join(lines))
+    return directory
 
 
 @pytest.mark.parametrize(

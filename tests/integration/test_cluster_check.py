@@ -68,21 +68,21 @@ def fill_hub_cache(home: Path) -> None:
     (home / "a-file").write_text("where a folder would have to be")
 
 
-def chats_in(folder: Path) -> Path:
+def chats_in(directory: Path) -> Path:
     """Write ten chats with one image each."""
-    chats = folder / "chats"
+    chats = directory / "chats"
     chats.mkdir()
     (chats / "test.jsonl").write_text("\n".join(write_chat(chats, f"c{n}") for n in range(10)))
     return chats
 
 
-def incomplete_environment(folder: Path, environment: dict[str, str]) -> dict[str, str]:
+def incomplete_environment(directory: Path, environment: dict[str, str]) -> dict[str, str]:
     """Return an environment with another diffusers version, and a home without the hub cache."""
-    installed = folder / "site" / "diffusers-0.0.1.dist-info"
+    installed = directory / "site" / "diffusers-0.0.1.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: diffusers\nVersion: 0.0.1\n")
-    (folder / "poor").mkdir()
-    return environment | {"PYTHONPATH": str(folder / "site"), "HOME": str(folder / "poor")}
+    (directory / "poor").mkdir()
+    return environment | {"PYTHONPATH": str(directory / "site"), "HOME": str(directory / "poor")}
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,28 @@ class CheckResult:
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory: pytest.TempPathFactory) -> CheckResult:
-    folder = tmp_path_factory.mktemp("cluster")
+    directory = tmp_path_factory.mktemp("cluster")
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    complete = os.environ | token | {"HOME": str(folder / "rich"), "HF_HUB_OFFLINE": "1"}
-    fill_hub_cache(folder / "rich")
-    address, shared = f"{ADDRESSES[0]}:{port}", folder / "shared"
+    complete = os.environ | token | {"HOME": str(directory / "rich"), "HF_HUB_OFFLINE": "1"}
+    fill_hub_cache(directory / "rich")
+    address, shared = f"{ADDRESSES[0]}:{port}", directory / "shared"
     # Unix socket paths are limited in length.
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as ray_folder, ExitStack() as nodes:
-        head = ("--head", f"--port={port}", f"--temp-dir={ray_folder}", "--include-dashboard=false")
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as ray_directory,
+        ExitStack() as nodes,
+    ):
+        head = (
+            "--head",
+            f"--port={port}",
+            f"--temp-dir={ray_directory}",
+            "--include-dashboard=false",
+        )
         nodes.enter_context(ray_node(complete, *head, f"--node-ip-address={ADDRESSES[0]}"))
         wait_for_port(port)
         other = (f"--address={address}", f"--node-ip-address={ADDRESSES[1]}")
-        nodes.enter_context(ray_node(incomplete_environment(folder, complete), *other))
+        nodes.enter_context(ray_node(incomplete_environment(directory, complete), *other))
         run = partial(subprocess.run, env=complete, capture_output=True, text=True, check=False)
         asked = ("--ray-address", address, "--json", "--recipe", "demo")
         done = run(
@@ -119,11 +127,11 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> CheckResult:
                 *("--set", f"encoders.clip_text={HUB_NAME}"),
                 *("--set", "encoders.vae=vae.safetensors"),
                 *("--storage", str(shared), "--storage", "memory://apart"),
-                *("--storage", str(folder / "rich" / "a-file" / "below")),
+                *("--storage", str(directory / "rich" / "a-file" / "below")),
             ]
         )
-        source = ("--corpus", "jsonl", "--source", str(chats_in(folder)))
-        dry = ("--out", str(folder / "out"), "--dry-run", "--rate", "1", *SMALL_SHARDS)
+        source = ("--corpus", "jsonl", "--source", str(chats_in(directory)))
+        dry = ("--out", str(directory / "out"), "--dry-run", "--rate", "1", *SMALL_SHARDS)
         planned = run([*COMMAND, "preprocess", *source, *asked, *dry])
     assert planned.stdout, planned.stderr
     assert done.stdout, done.stderr

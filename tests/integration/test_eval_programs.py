@@ -50,13 +50,13 @@ def test_table2_cases_and_figure5_of_small_study(tmp_path: Path, chat_data: Path
         "demo network, not fine-tuned",
         "nearest training picture",
     }
-    folders = [tmp_path / "two" / "uvit-s-demo-backbone"]
-    run("cases.py", *folders, "--out", tmp_path / "cases.html")
+    directories = [tmp_path / "two" / "uvit-s-demo-backbone"]
+    run("cases.py", *directories, "--out", tmp_path / "cases.html")
     assert (tmp_path / "cases.html").read_text().count('<article class="conversation"') == 12
     key = re.findall(r'aria-label="(test-[^"]+)"', (tmp_path / "cases.html").read_text())[5]
-    run("cases.py", *folders, "--out", tmp_path / "case.html", "--case", key)
+    run("cases.py", *directories, "--out", tmp_path / "case.html", "--case", key)
     assert (tmp_path / "case.html").read_text().count('<article class="conversation"') == 1
-    run("figure5.py", *folders, "--out", tmp_path / "figure5.html")
+    run("figure5.py", *directories, "--out", tmp_path / "figure5.html")
     assert '<section id="cards">' in (tmp_path / "figure5.html").read_text()
 
 
@@ -66,22 +66,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     The training data are random numbers that do not depend on the text.
     """
-    folder = tmp_path_factory.mktemp("linearized")
-    (folder / "data" / "train").mkdir(parents=True)
-    write_split(folder / "data" / "train", "train", 2, side=16, text_dim=64)
+    directory = tmp_path_factory.mktemp("linearized")
+    (directory / "data" / "train").mkdir(parents=True)
+    write_split(directory / "data" / "train", "train", 2, side=16, text_dim=64)
     run_d2i(
-        *("train", "--recipe", "demo", "--data", folder / "data", "--run", folder / "hash"),
+        *("train", "--recipe", "demo", "--data", directory / "data", "--run", directory / "hash"),
         *("--num-accelerators", 1, "--set", "train.num_steps=1"),
         *("--set", "train.global_batch_size=2"),
     )
     for strategy in ("space", "special", "letters"):
-        shutil.copytree(folder / "hash", folder / strategy)
-        config = json.loads((folder / strategy / "config.json").read_text())
+        shutil.copytree(directory / "hash", directory / strategy)
+        config = json.loads((directory / strategy / "config.json").read_text())
         config["recipe"]["text"]["strategy"] = strategy
         config["recipe"]["train"]["seed"] = int(strategy == "letters")
-        (folder / strategy / "config.json").write_text(json.dumps(config))
-        (folder / strategy / "config.json.sha256").unlink()
-    return {strategy: folder / strategy for strategy in TEMPLATES}
+        (directory / strategy / "config.json").write_text(json.dumps(config))
+        (directory / strategy / "config.json.sha256").unlink()
+    return {strategy: directory / strategy for strategy in TEMPLATES}
 
 
 def test_table3_evaluates_one_run_per_linearization(
@@ -144,7 +144,7 @@ def test_table3_help_lists_commands_of_its_runs() -> None:
             parse_d2i(command)
 
 
-def write_photochat(folder: Path, host: str, number: int) -> Path:
+def write_photochat(directory: Path, host: str, number: int) -> Path:
     """Write a test split with photos at a host; PhotoChat's real descriptions repeat."""
     descriptions = [*DESCRIPTIONS["descriptions"].values()]
     records = [
@@ -159,9 +159,9 @@ def write_photochat(folder: Path, host: str, number: int) -> Path:
         }
         for index in range(number)
     ]
-    (folder / "test").mkdir(parents=True)
-    (folder / "test" / "test_00.json").write_text(json.dumps(records))
-    return folder
+    (directory / "test").mkdir(parents=True)
+    (directory / "test" / "test_00.json").write_text(json.dumps(records))
+    return directory
 
 
 @pytest.mark.soak

@@ -146,17 +146,17 @@ def test_is_and_recall_of_too_few_images_are_not_scored(tmp_path: Path, whole: P
     assert sum("not scored" in row for row in rows) == 1
 
 
-def write_dialogs(folder: Path, nums_images: list[int]) -> None:
+def write_dialogs(directory: Path, nums_images: list[int]) -> None:
     """Write chats as JSONL, each with the given number of noise images."""
     rng, lines = np.random.default_rng(0), []
     for number, num_images in enumerate(nums_images):
         turns = []
         for image in range(num_images):
             name = f"{number}-{image}.png"
-            Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / name)
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(directory / name)
             turns += [{"text": f"a red ball {number}?"}, {"text": "here", "images": [name]}]
         lines.append(json.dumps({"id": f"chat-{number}", "turns": turns}))
-    (folder / "test.jsonl").write_text("\n".join(lines))
+    (directory / "test.jsonl").write_text("\n".join(lines))
 
 
 def times_generated(log: Path) -> Counter[str]:

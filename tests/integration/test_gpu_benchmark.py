@@ -56,10 +56,10 @@ def read(out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu")
-    done = run(folder, "--minutes", "4")
+    directory = tmp_path_factory.mktemp("gpu")
+    done = run(directory, "--minutes", "4")
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return directory
 
 
 def test_gpu_benchmark_measures_every_listed_case(out: Path) -> None:

@@ -25,9 +25,9 @@ NUM = 4
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:{:064}\nsize 123\n"
 
 
-def write_corpus(folder: Path, *splits: str) -> str:
+def write_corpus(directory: Path, *splits: str) -> str:
     for split in splits:
-        (folder / split).mkdir(parents=True)
+        (directory / split).mkdir(parents=True)
         lines = [
             {
                 "conversation_id": number,
@@ -37,22 +37,22 @@ def write_corpus(folder: Path, *splits: str) -> str:
             }
             for number in range(NUM)
         ]
-        path = folder / split / "conversations.json"
+        path = directory / split / "conversations.json"
         path.write_text("\n".join(map(json.dumps, lines)))
-    return str(folder)
+    return str(directory)
 
 
-def write_images(folder: Path, *splits: str, pointers: bool = False) -> Path:
-    folder.mkdir(exist_ok=True)
+def write_images(directory: Path, *splits: str, pointers: bool = False) -> Path:
+    directory.mkdir(exist_ok=True)
     for split in splits:
         for number in range(NUM):
-            path = folder / f"{split}-{number}.jpg"
+            path = directory / f"{split}-{number}.jpg"
             if pointers:
                 path.write_text(LFS.format(number))
             else:
                 pixels = np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)
                 Image.fromarray(pixels).save(path)
-    return folder
+    return directory
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -64,15 +64,15 @@ def test_every_fault_point_is_killed_at_by_some_test() -> None:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Iterator[dict[str, Any]]:
     """A corpus of URLs, four of which serve the same image; and its undisturbed output."""
-    folder = tmp_path_factory.mktemp("killed")
+    directory = tmp_path_factory.mktemp("killed")
     answers = {f"/{n}": sends(noise_image(size=(64 + n, 64))) for n in range(NUM_GOOD)}
     answers |= {f"/same{n}": sends(noise_image("PNG", (70, 70))) for n in range(NUM_SAME)}
     with running(WebServer("127.0.0.1", answers | {"/gone": sends(b"", 404)})) as web:
         host = f"127.0.0.1:{web.port}"
         urls = {f"c{path[1:]}": [f"http://{host}{path}"] for path in web.answers}
         values = {
-            "source": str(write_chats(folder / "chats", urls)),
-            "out": str(folder / "whole"),
+            "source": str(write_chats(directory / "chats", urls)),
+            "out": str(directory / "whole"),
             "host": host,
             "settings": [
                 *settings[1::2],

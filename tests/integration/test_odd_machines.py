@@ -32,8 +32,8 @@ def run_under(
     return subprocess.run(line, capture_output=True, text=True, check=False, env=env)
 
 
-def preprocess_line(folder: Path, out: object, *extra: object) -> list[object]:
-    source, root = folder / "corpus", folder / "images"
+def preprocess_line(directory: Path, out: object, *extra: object) -> list[object]:
+    source, root = directory / "corpus", directory / "images"
     if not source.exists():
         write_corpus(source, "test")
         write_images(root, "test")
@@ -52,10 +52,10 @@ def test_preprocess_works_on_file_system_without_chmod(tmp_path: Path) -> None:
 
 
 def test_ray_starts_with_long_tmpdir(tmp_path: Path) -> None:
-    folder = tmp_path / ("scratch" * 12)
-    folder.mkdir()
+    directory = tmp_path / ("scratch" * 12)
+    directory.mkdir()
     line = preprocess_line(tmp_path, tmp_path / "out", "--workers", 1)
-    done = run_under({"TMPDIR": str(folder)}, *line, without=["RAY_TMPDIR"])
+    done = run_under({"TMPDIR": str(directory)}, *line, without=["RAY_TMPDIR"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert verify(str(tmp_path / "out" / "test")).ok
 

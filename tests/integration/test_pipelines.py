@@ -61,7 +61,11 @@ READS = [
 
 
 def build_pipeline(
-    folder: Path, kind: str, arguments: dict[str, Any], *settings: str, adapter: Path | None = None
+    directory: Path,
+    kind: str,
+    arguments: dict[str, Any],
+    *settings: str,
+    adapter: Path | None = None,
 ) -> PipelineSystem:
     recipe = change_recipe(
         load_recipe("demo"),
@@ -70,7 +74,7 @@ def build_pipeline(
             *settings,
         ],
     )
-    spec = parse_system(f"{kind}:{folder}", None, recipe, str(adapter) if adapter else None)
+    spec = parse_system(f"{kind}:{directory}", None, recipe, str(adapter) if adapter else None)
     encoders = load_encoders(recipe.encoders, "cpu")
     system = build_system(SystemContext(spec, recipe, encoders, (), "cpu"))
     assert isinstance(system, PipelineSystem)

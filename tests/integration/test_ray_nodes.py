@@ -22,9 +22,9 @@ ON_CLUSTER = ("--ray-address", "auto")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
-    folder = tmp_path_factory.mktemp("gate")
+    directory = tmp_path_factory.mktemp("gate")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    names = {LOG: str(folder / "drawn.txt"), GATE: str(folder / "gate"), "PYTHONPATH": path}
+    names = {LOG: str(directory / "drawn.txt"), GATE: str(directory / "gate"), "PYTHONPATH": path}
     with ray_nodes(names) as nodes:
         yield nodes
 

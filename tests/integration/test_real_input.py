@@ -63,12 +63,12 @@ def test_mmdialog_end_to_end_from_conversations_to_scores(
 
 
 def check_sample_command_matches_evaluation(
-    data: Path, run: Path, scores: Path, folder: Path
+    data: Path, run: Path, scores: Path, directory: Path
 ) -> None:
     """`d2i sample` with an instance's key and dialog gives the evaluated image, also in a grid."""
     reader = ShardReader(str(data / "test"))
     sample = reader.read_json(0)
-    chat, grid = folder / "chat.json", folder / "grid.png"
+    chat, grid = directory / "chat.json", directory / "grid.png"
     chat.write_text(json.dumps(sample["context"]))
     run_d2i(
         *("sample", "--run", run, "--dialog", chat, "--key", reader.keys[0], "--out", grid),

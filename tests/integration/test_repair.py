@@ -33,28 +33,28 @@ NUM = 10
 NUM_PER_SHARD = ("--set", "preprocess.num_samples_per_shard=3")
 
 
-def write_corpus(folder: Path) -> Path:
+def write_corpus(directory: Path) -> Path:
     """Write two splits of image files, one file of each truncated."""
-    folder.mkdir()
+    directory.mkdir()
     for split, first in (("train", 0), ("test", NUM)):
         numbers = range(first, first + NUM)
         for n in numbers:
             data = noise_image(size=(64 + n, 64))
-            (folder / f"{n}.jpg").write_bytes(data[:200] if n % NUM == 4 else data)
+            (directory / f"{n}.jpg").write_bytes(data[:200] if n % NUM == 4 else data)
         lines = [
             {"id": f"c{n}", "turns": [{"text": f"look at {n}", "images": [f"{n}.jpg"]}]}
             for n in numbers
         ]
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder
+        (directory / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return directory
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
-    folder = tmp_path_factory.mktemp("repair")
-    source = write_corpus(folder / "chats")
-    preprocess("jsonl", source, folder / "data", *settings, *NUM_PER_SHARD)
-    return folder / "data"
+    directory = tmp_path_factory.mktemp("repair")
+    source = write_corpus(directory / "chats")
+    preprocess("jsonl", source, directory / "data", *settings, *NUM_PER_SHARD)
+    return directory / "data"
 
 
 @pytest.fixture
@@ -348,7 +348,7 @@ def test_lost_job_files_are_reported_and_plan_is_restored(
         name: content for name, content in good.items() if name != str(lost.relative_to(copy))
     }
     only(copy, "*.tar").unlink()
-    (summary, _) = sorted(repaired(copy), key=lambda one: one.folder, reverse=True)
+    (summary, _) = sorted(repaired(copy), key=lambda one: one.directory, reverse=True)
     assert summary.problems == () and [note[:24] for note in summary.notes] == [
         "ledger/000001.parquet: l"
     ]

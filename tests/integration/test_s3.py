@@ -27,14 +27,14 @@ SOURCE = SHARED / "data" / "mmdialog"
 @pytest.fixture(scope="module")
 def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     """A server with a bucket, configured by environment variables as a user's would be."""
-    folder = tmp_path_factory.mktemp("store")
-    with object_store(folder / "server.log") as front, pytest.MonkeyPatch.context() as patch:
+    directory = tmp_path_factory.mktemp("store")
+    with object_store(directory / "server.log") as front, pytest.MonkeyPatch.context() as patch:
         for name, value in environment(front.port).items():
             patch.setenv(name, value)
         # fsspec read the environment when it was imported.
         patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://127.0.0.1:{front.port}"})
         # The cache of fetched files belongs to this server alone.
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
         fsspec.filesystem("s3").mkdir("chats")
         yield front
         fsspec.filesystem("s3").clear_instance_cache()
@@ -74,15 +74,15 @@ def test_preprocess_on_s3_equals_local_run(
 ) -> None:
     source = f"{bucket}/mmdialog"
     fsspec.filesystem("s3").put(str(SOURCE), source, recursive=True)
-    folder, data = tmp_path / "data", f"{bucket}/data"
-    preprocess(SOURCE, folder, settings)
+    directory, data = tmp_path / "data", f"{bucket}/data"
+    preprocess(SOURCE, directory, settings)
     vae = f"{bucket}/vae.safetensors"
     fsspec.filesystem("s3").put(str(SHARED / "weights" / "taesd_fp8.safetensors"), vae)
     settings = [*settings, "--set", f"encoders.vae={vae}"]
     front.restart_after(NUM_BEFORE)
     preprocess(source, data, settings)
     for split in ("train", "valid", "test"):
-        here, there = str(folder / split), storage.join(data, split)
+        here, there = str(directory / split), storage.join(data, split)
         assert len(shards(here)) > 4
         assert shards(there) == shards(here)
         assert rows(there) == rows(here)

@@ -24,19 +24,19 @@ NUM = 72
 @pytest.fixture(scope="module")
 def request_(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> PreprocessRequest:
     """Two dialogs for each of several distinct images."""
-    folder = tmp_path_factory.mktemp("same")
+    directory = tmp_path_factory.mktemp("same")
     rng = np.random.default_rng(0)
     for n in range(NUM):
         pixels = rng.integers(0, 255, (70 + n % 9, 66 + n % 7, 3), np.uint8)
-        (folder / f"{n}.png").write_bytes(encode_image(Image.fromarray(pixels), "PNG"))
+        (directory / f"{n}.png").write_bytes(encode_image(Image.fromarray(pixels), "PNG"))
     lines = [
         {"id": f"{who}{n}", "turns": [{"text": f"{who} sees {n}", "images": [f"{n}.png"]}]}
         for n in range(NUM)
         for who in "ab"
     ]
-    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (directory / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     recipe = resolve_recipe("demo", settings[1::2])
-    return PreprocessRequest("jsonl", str(folder), "", recipe, num_workers=0)
+    return PreprocessRequest("jsonl", str(directory), "", recipe, num_workers=0)
 
 
 def prepare(request: PreprocessRequest, out: Path, num_samples: int, num_workers: int) -> Path:
@@ -47,8 +47,8 @@ def prepare(request: PreprocessRequest, out: Path, num_samples: int, num_workers
     return out / "test"
 
 
-def samples(folder: Path) -> dict[str, dict[str, bytes]]:
-    reader = ShardReader(str(folder))
+def samples(directory: Path) -> dict[str, dict[str, bytes]]:
+    reader = ShardReader(str(directory))
     return {key: reader.read_members(index) for index, key in enumerate(reader.keys)}
 
 
@@ -65,9 +65,9 @@ def test_shards_do_not_depend_on_number_of_workers(
     request_: PreprocessRequest, tmp_path: Path
 ) -> None:
     with session(4, None):
-        folders = [prepare(request_, tmp_path / str(n), 16, n) for n in (1, 4)]
+        directories = [prepare(request_, tmp_path / str(n), 16, n) for n in (1, 4)]
     one, four = (
-        {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-        for folder in folders
+        {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+        for directory in directories
     )
     assert one == four

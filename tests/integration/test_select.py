@@ -25,8 +25,8 @@ SOURCE = SHARED / "data" / "mmdialog"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
-    folder = tmp_path_factory.mktemp("select")
-    data, run = folder / "data", folder / "run"
+    directory = tmp_path_factory.mktemp("select")
+    data, run = directory / "data", directory / "run"
     for split in ("train", "valid"):
         preprocess("mmdialog", SOURCE, data, "--split", split, *settings)
     drawn = ("--set", "train.num_steps=4", "--set", "train.num_sample_steps=4")
@@ -143,10 +143,10 @@ def test_sample_weights_setting_generates_with_trained_weights(
     (tmp_path / "usual" / "evaluation.json.sha256").unlink()
     assert run_d2i(*words, "--out", tmp_path / "usual")["card"] == usual
 
-    picture = tmp_path / "picture.png"
+    image = tmp_path / "picture.png"
     (tmp_path / "chat.txt").write_text("look at this")
-    chat = ("--dialog", tmp_path / "chat.txt", "--out", picture, *trained[:2])
+    chat = ("--dialog", tmp_path / "chat.txt", "--out", image, *trained[:2])
     run_d2i("sample", "--run", run, *chat, "--json")
-    with Image.open(picture) as drawn:
+    with Image.open(image) as drawn:
         assert drawn.info["weights_kind"] == "trained"
         assert drawn.info["weights"] == card["weights"]["backbone"]

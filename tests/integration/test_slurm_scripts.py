@@ -26,8 +26,8 @@ def wait_until(is_so: Callable[[], bool], log: Path) -> None:
         time.sleep(0.05)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.glob("*/*") if path.is_file() and path.name[0] != "."]
+def contents(directory: Path) -> dict[str, bytes]:
+    paths = [path for path in directory.glob("*/*") if path.is_file() and path.name[0] != "."]
     return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in paths}
 
 

@@ -329,11 +329,11 @@ def test_image_directory_with_small_or_duplicate_images(tmp_path: Path, chat_dat
         scored(chat_data, tmp_path / "other", system)
 
 
-def write_noise_images(folder: Path, data: Path, side_px: int = 64) -> str:
+def write_noise_images(directory: Path, data: Path, side_px: int = 64) -> str:
     """Write a noise image for each test key; return one of the keys."""
-    folder.mkdir()
+    directory.mkdir()
     keys = ShardReader(str(data / "test")).keys
     for number, key in enumerate(keys):
         noise = Image.effect_noise((side_px, side_px), 10 + 10 * number)
-        noise.convert("RGB").save(folder / f"{key}.png")
+        noise.convert("RGB").save(directory / f"{key}.png")
     return keys[0]

@@ -126,7 +126,7 @@ def test_resume_with_other_world_size_keeps_data_order(
             words += ["--fault", "train.step_done:kill:3"]
         assert (run_process(*words).returncode == 0) == (number == 2)
     np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
-    ours, theirs = (load_file(folder / "ema.safetensors") for folder in (run, undisturbed))
+    ours, theirs = (load_file(directory / "ema.safetensors") for directory in (run, undisturbed))
     for name, average in ours.items():
         np.testing.assert_allclose(average, theirs[name], rtol=0, atol=1e-6)
     order = keys_by_step(undisturbed)

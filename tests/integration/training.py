@@ -30,7 +30,7 @@ SETTINGS = {
 }
 
 
-def write_split(folder: Path, split: str, num_samples: int, **sizes: int) -> None:
+def write_split(directory: Path, split: str, num_samples: int, **sizes: int) -> None:
     """Write a split of two shards of random numbers."""
     random = np.random.default_rng(len(split))
     side, text_dim = sizes.get("side", 4), sizes.get("text_dim", 8)
@@ -50,18 +50,18 @@ def write_split(folder: Path, split: str, num_samples: int, **sizes: int) -> Non
     ]
     half = num_samples // 2
     for number, part in enumerate((samples[:half], samples[half:])):
-        write_shard(part, str(folder), number, failures={})
-    (folder / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
-    (folder / "empty_text.npy").write_bytes(npy_bytes(np.zeros((77, text_dim), np.float16)))
-    write_manifest(str(folder), {})
+        write_shard(part, str(directory), number, failures={})
+    (directory / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
+    (directory / "empty_text.npy").write_bytes(npy_bytes(np.zeros((77, text_dim), np.float16)))
+    write_manifest(str(directory), {})
 
 
-def write_data(folder: Path) -> Path:
+def write_data(directory: Path) -> Path:
     """Write ten training and five validation samples."""
     for split, num_samples in (("train", 10), ("valid", 5)):
-        (folder / split).mkdir(parents=True)
-        write_split(folder / split, split, num_samples)
-    return folder
+        (directory / split).mkdir(parents=True)
+        write_split(directory / split, split, num_samples)
+    return directory
 
 
 def command(data: Path | str, run: Path | str, num_ranks: int = 2, **changed: Any) -> list[object]:

@@ -25,7 +25,7 @@ from d2i.train.checkpoint import (
     prune,
     remove_step,
     slice_key,
-    step_folder,
+    step_directory,
     step_of,
     write_marker,
     write_part,
@@ -84,7 +84,7 @@ def test_damaged_checkpoint_falls_back_to_previous_with_warning(
     warnings: list[str] = []
     found = latest_valid_checkpoint(str(tmp_path), warnings.append)
     assert found is not None
-    assert found.folder == str(tmp_path / "checkpoints" / "step-3")
+    assert found.directory == str(tmp_path / "checkpoints" / "step-3")
     assert len(warnings) == 1
     assert str(newest) in warnings[0]
 
@@ -102,7 +102,7 @@ def test_checkpoint_with_flipped_bit_is_never_valid(tmp_path: Path, name: str) -
         warnings: list[str] = []
         found = latest_valid_checkpoint(str(tmp_path), warnings.append)
         assert found is not None
-        assert found.folder == str(before), bit
+        assert found.directory == str(before), bit
         assert len(warnings) == 1
 
 
@@ -137,7 +137,7 @@ def test_checkpoints_on_remote_url_work_as_on_disk() -> None:
         for rank, part in enumerate(WEIGHT.flatten().split(5)):
             write_part(directory, rank, {slice_key("ema", "a.weight", 5 * rank): part.clone()})
         assert written_ranks(directory) == {0, 1, 2}
-        assert complete_checkpoints(run) == [step_folder(run, n) for n in range(2, step, 2)]
+        assert complete_checkpoints(run) == [step_directory(run, n) for n in range(2, step, 2)]
         write_marker(directory, PROGRESS, {"a.weight": (3, 4)}, 3)
     found = latest_valid_checkpoint(run, pytest.fail)
     assert found is not None

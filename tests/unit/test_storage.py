@@ -239,12 +239,12 @@ def test_append_bytes_appends_to_existing_file(store: str, tmp_path: Path) -> No
     assert storage.read_bytes(url) == b"one\ntwo\n"
 
 
-def test_remove_folder_removes_only_its_contents(tmp_path: Path) -> None:
+def test_remove_directory_removes_only_its_contents(tmp_path: Path) -> None:
     for directory in (str(tmp_path / "gone"), f"memory://gone{tmp_path}"):
         storage.write_bytes(f"{directory}/in/a", b"1")
         storage.write_bytes(f"{directory}-not", b"1")
-        storage.remove_folder(directory)
-        storage.remove_folder(directory)
+        storage.remove_directory(directory)
+        storage.remove_directory(directory)
         assert not storage.exists(directory)
         assert storage.exists(f"{directory}-not")
 
@@ -344,9 +344,9 @@ for write in (storage.write_bytes, storage.append_bytes):
         write({str(tmp_path / "a")!r}, b"0123456789" * 1000)
     except OSError as err:
         print(err.strerror, err.filename)
-from d2i.cli.app import _file_problem, _is_of_a_place
+from d2i.cli.app import _file_problem, _is_storage_error
 err = OSError(27, "File too large")
-print(_is_of_a_place(err), _file_problem(err))
+print(_is_storage_error(err), _file_problem(err))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -390,10 +390,10 @@ def test_cache_directory_without_home_is_private(
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
     directory = tmp_path / f"d2i-user-{os.getuid()}"
-    assert storage.cache_folder("x").is_relative_to(directory)
+    assert storage.cache_directory("x").is_relative_to(directory)
     assert directory.stat().st_mode & 0o777 == 0o700
     directory.rmdir()
     (tmp_path / "elsewhere").mkdir()
     directory.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="set XDG_CACHE_HOME to one"):
-        storage.cache_folder("x")
+        storage.cache_directory("x")

@@ -162,14 +162,23 @@ def test_survey_accepts_corpus_of_record_issues_only(tmp_path: Path) -> None:
     assert (found.num_dialogs, found.num_instances, found.lengths.mean) == (0, 0, None)
 
 
-def find_leaks(source: Path, splits: list[str], *, look: bool, corpus: str = "jsonl") -> list[Leak]:
-    finder = LeakFinder(build_corpus(corpus, {}), str(source), look=look, on_image=ignore_progress)
+def find_leaks(
+    source: Path, splits: list[str], *, near_duplicates: bool, corpus: str = "jsonl"
+) -> list[Leak]:
+    finder = LeakFinder(
+        build_corpus(corpus, {}),
+        str(source),
+        near_duplicates=near_duplicates,
+        on_image=ignore_progress,
+    )
     return list(finder.find(splits))
 
 
 @needs_shared
 def test_images_shared_between_splits_match_expected_leaks() -> None:
-    leaks = find_leaks(MMDIALOG, ["train", "valid", "test"], look=False, corpus="mmdialog")
+    leaks = find_leaks(
+        MMDIALOG, ["train", "valid", "test"], near_duplicates=False, corpus="mmdialog"
+    )
     assert {(leak.key, leak.other_split) for leak in leaks} == {
         ("train-0-0-0", "test"),
         ("train-4-0-0", "test"),
@@ -203,7 +212,7 @@ def test_near_duplicates_are_found_across_splits(tmp_path: Path) -> None:
     write_chats(tmp_path / "train.jsonl", *((name, [f"p/{name}"]) for name in names))
     write_chats(tmp_path / "test.jsonl", ("look", ["p/test.png"]))
     finder = LeakFinder(
-        build_corpus("jsonl", {}), str(tmp_path), look=True, on_image=ignore_progress
+        build_corpus("jsonl", {}), str(tmp_path), near_duplicates=True, on_image=ignore_progress
     )
     leaks = list(finder.find(["train", "test"]))
     assert [(leak.key, leak.reason) for leak in leaks] == [
@@ -214,9 +223,9 @@ def test_near_duplicates_are_found_across_splits(tmp_path: Path) -> None:
     assert 0 <= leaks[0].distance <= MAX_DISTANCE
     assert finder.images["train"].num_read == 4
     assert finder.images["train"].failures == {"missing_file": 1, "not_an_image": 1}
-    assert [leak.key for leak in find_leaks(tmp_path, ["train", "test"], look=False)] == [
-        "train-5-1-0"
-    ]
+    assert [
+        leak.key for leak in find_leaks(tmp_path, ["train", "test"], near_duplicates=False)
+    ] == ["train-5-1-0"]
 
 
 def test_plain_image_has_no_perceptual_hash() -> None:

@@ -89,7 +89,7 @@ def _parse(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     if kind in _BACKBONES and not target:
         return _backbone(system, weights, recipe)
     if kind in _BUILDERS and target:
-        return _PARSERS.get(kind, _by_place)(system, target, weights, recipe)
+        return _PARSERS.get(kind, _by_path)(system, target, weights, recipe)
     if target and _is_function(kind, target):
         return SystemSpec(system, target, kind, target)
     raise ConfigError(
@@ -167,7 +167,7 @@ def _title(start: BackboneConfig, sized: BackboneConfig) -> str:
     return name_sizes(start.name, sized.overrides())
 
 
-def _by_place(system: str, target: str, weights: str | None, recipe: Recipe) -> SystemSpec:
+def _by_path(system: str, target: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     del weights, recipe
     kind, place = system.partition(":")[0], storage.absolute(target)
     label = _LABELS.get(kind, Path(place).name)
@@ -182,9 +182,9 @@ def _divter(system: str, target: str, weights: str | None, recipe: Recipe) -> Sy
             "directory, and the system that generates images from its captions"
         )
     inner = _parse(generator, weights, recipe)
-    folder = storage.absolute(describer)
-    name = f"divter:{folder},{inner.name}"
-    return SystemSpec(name, _LABELS["divter"], "divter", folder, inner=inner)
+    directory = storage.absolute(describer)
+    name = f"divter:{directory},{inner.name}"
+    return SystemSpec(name, _LABELS["divter"], "divter", directory, inner=inner)
 
 
 def _adapted(spec: SystemSpec, adapter: str) -> SystemSpec:

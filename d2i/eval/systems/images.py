@@ -47,11 +47,11 @@ class ImagesSystem:
             return Generation(None, "missing_picture")
         try:
             data = read_image(self._url, name, _MAX_BYTES)
-            picture = decode_image(data, self._limits)
+            decoded = decode_image(data, self._limits)
         except ImageRejectedError as err:
             return Generation(None, err.reason)
-        width, height = picture.image.size
-        return Generation(np.asarray(picture.image), source=f"{picture.suffix} {width}x{height}")
+        width, height = decoded.image.size
+        return Generation(np.asarray(decoded.image), source=f"{decoded.suffix} {width}x{height}")
 
 
 def _by_key(url: str, names: Iterable[str], keys: Collection[str]) -> dict[str, str]:

@@ -72,9 +72,9 @@ class RetrieveSystem:
             latents = torch.from_numpy(moments[:, :4].astype(np.float32))
             pixels = self._encoders.vae.decode(latents, self._encoders.compute_batch_size)
             return Generation(pixels[0], source=IN_MEMORY)
-        picture = decode_image(data, self._limits)
-        width, height = picture.image.size
-        return Generation(np.asarray(picture.image), source=f"{picture.suffix} {width}x{height}")
+        decoded = decode_image(data, self._limits)
+        width, height = decoded.image.size
+        return Generation(np.asarray(decoded.image), source=f"{decoded.suffix} {width}x{height}")
 
 
 def _unit(rows: NDArray[np.float16]) -> NDArray[np.float16]:

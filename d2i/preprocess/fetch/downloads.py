@@ -205,16 +205,16 @@ def read_download(
 
 def _find_shards(place: str) -> list[_Shard]:
     parent, _, name = place.rpartition("/")
-    folders = [place]
+    directories = [place]
     if "*" in name:
         names = fnmatch.filter(storage.list_names(parent or "."), name)
-        folders = [storage.join(parent or ".", each) for each in names]
+        directories = [storage.join(parent or ".", each) for each in names]
     shards = []
-    for folder in folders:
-        names = storage.list_names(folder)
+    for directory in directories:
+        names = storage.list_names(directory)
         there = frozenset(names)
         stems = [each.removesuffix(".parquet") for each in names if _SHARD.fullmatch(each)]
-        shards += [_Shard(storage.join(folder, stem), _kind(stem, there)) for stem in stems]
+        shards += [_Shard(storage.join(directory, stem), _kind(stem, there)) for stem in stems]
     if not shards:
         raise DataError(
             f"fetch.downloads {place}: got no 00000.parquet; expected a directory that img2dataset "

@@ -196,7 +196,7 @@ def get(
     """
     deadline = time.monotonic() + limits.timeout_s
     for hop in range(_NUM_REDIRECTS + 1):
-        with _refusing_before_it_asks(url, is_sent_on=hop > 0):
+        with _refusing_before_request(url, is_sent_on=hop > 0):
             target = check_url(url, limits.allow_hosts)
             before = time.monotonic()
             on_target(target)
@@ -216,7 +216,7 @@ def get(
 
 
 @contextmanager
-def _refusing_before_it_asks(url: str, *, is_sent_on: bool) -> Iterator[None]:
+def _refusing_before_request(url: str, *, is_sent_on: bool) -> Iterator[None]:
     """Add the refused URL to an error; a host that redirected to it was reached."""
     try:
         yield

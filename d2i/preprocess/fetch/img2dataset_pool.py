@@ -56,8 +56,8 @@ def fetch_all(
         return
     opener = _Opener(refs, fetch, time.monotonic() + timeout_s)
     writer = _Writer(refs, opener, open_image, max_waiting=num_threads)
-    with tempfile.TemporaryDirectory(prefix="d2i-fetch-") as folder, _installed(opener):
-        download = _engine(Path(folder), len(refs), writer, num_threads)
+    with tempfile.TemporaryDirectory(prefix="d2i-fetch-") as directory, _installed(opener):
+        download = _engine(Path(directory), len(refs), writer, num_threads)
 
         def run() -> None:
             try:
@@ -74,7 +74,7 @@ def fetch_all(
 
 
 def _engine(
-    folder: Path, num_refs: int, writer: _Writer[OpenedT], num_threads: int
+    directory: Path, num_refs: int, writer: _Writer[OpenedT], num_threads: int
 ) -> Callable[[], object]:
     """Return the function that downloads the tokens of `num_refs` images."""
     # img2dataset imports albumentations, which would check online for a newer version.
@@ -83,7 +83,7 @@ def _engine(
 
     tokens = pa.table({"url": [f"{_TOKEN}{n}" for n in range(num_refs)]})
     with (
-        pa.OSFile(str(folder / "tokens.arrow"), "wb") as file,
+        pa.OSFile(str(directory / "tokens.arrow"), "wb") as file,
         pa.ipc.new_file(file, tokens.schema) as tokens_file,
     ):
         tokens_file.write_table(tokens)
@@ -93,7 +93,7 @@ def _engine(
         thread_count=num_threads,
         save_caption=False,
         extract_exif=False,
-        output_folder=str(folder),
+        output_directory=str(directory),
         column_list=["url"],
         timeout=None,
         number_sample_per_shard=max(num_refs, 2),
@@ -105,7 +105,7 @@ def _engine(
         user_agent_token=None,
         disallowed_header_directives=None,
     )
-    return lambda: download((0, str(folder / "tokens.arrow")))
+    return lambda: download((0, str(directory / "tokens.arrow")))
 
 
 class _Opener:

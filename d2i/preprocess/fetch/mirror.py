@@ -15,7 +15,7 @@ from d2i.preprocess.fetch.ssrf_guard import check_url
 _PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
 
 
-def mirror_address(template: str, path: str) -> str:
+def mirror_url(template: str, path: str) -> str:
     """Return the URL of a file on the mirror.
 
     Args:

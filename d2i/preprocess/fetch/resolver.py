@@ -52,12 +52,12 @@ class Resolver:
             return [literal]
         self._refuse_remembered(host)
         try:
-            return self._ask(host, timeout_s)
+            return self._query(host, timeout_s)
         except FetchError as err:
             self._remember(host, err)
             raise
 
-    def _ask(self, host: str, timeout_s: float) -> list[str]:
+    def _query(self, host: str, timeout_s: float) -> list[str]:
         deadline = time.monotonic() + timeout_s
         try:
             name = dns.name.from_text(host)

@@ -59,11 +59,11 @@ class Proxy:
         connection.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
         with closing(http.client.HTTPResponse(connection, method="CONNECT")) as answer:
             answer.begin()
-            said = f"the proxy answered {answer.status} {answer.reason}"
+            answer_line = f"the proxy answered {answer.status} {answer.reason}"
             if answer.status >= _TRANSIENT_STATUS:
-                raise FetchError("connect", said)
+                raise FetchError("connect", answer_line)
             if answer.status != http.client.OK:
-                raise FetchError("proxy_refused", said)
+                raise FetchError("proxy_refused", answer_line)
 
     def check_answer(self, answer: http.client.HTTPResponse) -> None:
         """Raise if the answer to a plain http request is the proxy's own refusal, not the target's.
