@@ -87,16 +87,16 @@ GIVEN = {
     "largest_put": assumed(5e9, "bytes of an object written by one request", "AWS's S3 guide"),
     "store_answer_s": assumed(0.03, "seconds until the store has answered", "no figure found"),
     "store_error_share": assumed(0.01, "of requests fail and are repeated", "no figure found"),
-    "picture_bytes": assumed(30_000, "bytes of a picture's file", "img2dataset: 29.9 GB a million"),
-    "answer_s": assumed(0.5, "seconds until an address has answered", "no figure found"),
-    "busiest_host": assumed(0.01, "of all addresses are of the busiest host", "no figure found"),
-    "passing_share": assumed(0.05, "of addresses are asked twice", "no figure found"),
-    "dead_share": assumed(0.05, "of addresses are of dead hosts", "no figure found"),
-    "dead_wait_s": assumed(3.0, "seconds an address of a dead host", "ten a host, three time out"),
+    "image_bytes": assumed(30_000, "bytes of an image file", "img2dataset: 29.9 GB a million"),
+    "answer_s": assumed(0.5, "seconds until a URL answers", "no figure found"),
+    "busiest_host": assumed(0.01, "of all URLs are on the busiest host", "no figure found"),
+    "passing_share": assumed(0.05, "of URLs are requested twice", "no figure found"),
+    "dead_share": assumed(0.05, "of URLs are on dead hosts", "no figure found"),
+    "dead_wait_s": assumed(3.0, "seconds for a URL of a dead host", "ten a host, three time out"),
     "spread": assumed(0.5, "of its time a shard's feeding is longer or shorter", "no figure found"),
     "lost_every_s": assumed(30 * DAY_S, "seconds until a node is lost", "no figure found"),
     "replaced_s": assumed(300.0, "seconds until another is in its place", "no figure found"),
-    "too_long_s": assumed(30 * DAY_S, "seconds that a job may take", "ours"),
+    "too_long_s": assumed(30 * DAY_S, "seconds that a job may take", "our default"),
     "shard_samples": counted(1000, "samples a shard", "preprocess.num_samples_per_shard"),
     "shard_numbers": counted(1e6, "shards at most", "their names have six digits"),
     "shard_puts": counted(4, "objects that a worker writes for a shard", "d2i/shards/write.py"),
@@ -105,24 +105,24 @@ GIVEN = {
     "file_requests": counted(2, "requests to read a file; one in a tar", "s3fs: HEAD and GET"),
     "requests_at_once": counted(32, "small files read at once", "d2i/storage.py"),
     "mapped_shards": counted(13_106, "shards mapped at once", "vm.max_map_count / 5"),
-    "block_pictures": counted(16, "pictures of a block", "preprocess/fetch_worker.py"),
-    "handed_bytes": counted(196_608, "bytes of an opened picture", "256 x 256 x 3"),
+    "block_images": counted(16, "images in a block", "preprocess/fetch_worker.py"),
+    "handed_bytes": counted(196_608, "bytes of a decoded image", "256 x 256 x 3"),
     "uvit_sample_bytes": counted(135_834, "bytes of a sample", "256 pixels, 77 x 768 text"),
     "uni_sample_bytes": counted(76_570, "bytes of a sample", "512 pixels, 77 x 64 text"),
     "host_per_s": counted(20, "requests a second to one host", "fetch.max_host_requests_per_s"),
-    "asked_at_once": counted(16, "addresses asked at once by a worker", "fetch.num_threads"),
-    "book_calls": counted(2, "calls of a book of hosts an address", "fetch/downloader.py"),
-    "book_cores": counted(16, "cores for each book of hosts", "fetch/rate_limiter.py"),
-    "books": counted(16, "books of hosts at most", "fetch/rate_limiter.py"),
+    "concurrent_requests": counted(16, "concurrent requests of a worker", "fetch.num_threads"),
+    "limiter_calls": counted(2, "rate limiter calls per URL", "fetch/downloader.py"),
+    "limiter_cores": counted(16, "cores per rate limiter", "fetch/rate_limiter.py"),
+    "limiters": counted(16, "rate limiters at most", "fetch/rate_limiter.py"),
     "inception_bytes": counted(1.86, "times the bytes to score CLIP's features", "2,048 for 512"),
     "readers": counted(2, "reading threads a rank", "train.num_reader_threads"),
     "checkpoint_steps": counted(1000, "steps between checkpoints", "train.num_checkpoint_steps"),
     "encode_flop": counted(294.8e9, "FLOP to encode a sample at 256 pixels", _FLOPS),
     "uvit_step_flop": counted(97.31e9, "FLOP of a step of U-ViT-S, an image", _FLOPS),
-    "uvit_draw_flop": counted(3.87e12, "FLOP to draw a picture by it", _FLOPS),
+    "uvit_sample_flop": counted(3.87e12, "FLOP to generate an image with it", _FLOPS),
     "uvit_parameters": counted(44_692_644, "parameters of U-ViT-S", "its published weights"),
     "uni_step_flop": counted(9315e9, "FLOP of a step of UniDiffuser-v1, an image", _FLOPS),
-    "uni_draw_flop": counted(235.4e12, "FLOP to draw a picture by it", _FLOPS),
+    "uni_sample_flop": counted(235.4e12, "FLOP to generate an image with it", _FLOPS),
     "uni_parameters": counted(952_509_520, "parameters of UniDiffuser-v1", "its published weights"),
 }
 
@@ -402,7 +402,7 @@ def site_of(costs: Costs, num_nodes: int, start_s: float, *, is_fed: bool) -> Si
 
 
 def preprocess(
-    costs: Costs, num: int, num_nodes: int, *, flop_per_s: float, by_address: bool
+    costs: Costs, num: int, num_nodes: int, *, flop_per_s: float, by_url: bool
 ) -> Outcome:
     """Simulate `d2i preprocess` at 256 pixels, with text latents."""
     size = costs.shard_samples
@@ -410,7 +410,7 @@ def preprocess(
     encode_s = costs.encode_flop / (flop_per_s * costs.encoder_share)
     write_s = size * costs.sample_s + costs.shard_s
     open_s = size * costs.feed_s * costs.preprocess_slow
-    feeding, wait_s = _fetching(costs, size, num_nodes, by_address=by_address)
+    feeding, wait_s = _fetching(costs, size, num_nodes, by_url=by_url)
     feeding["driver"] = size / costs.block_images * costs.block_s
     puts = costs.shard_puts * (1 + costs.store_error_share)
     task = Task(
@@ -433,21 +433,21 @@ def preprocess(
 
 
 def _fetching(
-    costs: Costs, size: float, num_nodes: int, *, by_address: bool
+    costs: Costs, size: float, num_nodes: int, *, by_url: bool
 ) -> tuple[dict[str, float], float]:
     """Return the shared resources that fetching a shard takes, and the seconds its worker waits."""
-    if not by_address:
+    if not by_url:
         num_requests = size * costs.file_requests * (1 + costs.store_error_share)
         return {"reads of the store": num_requests / costs.gets}, 0.0
-    num_asked = size * (1 + costs.passing_share)
-    waited_s = num_asked * costs.answer_s + size * costs.dead_share * costs.dead_wait_s
-    num_limiters = min(costs.books, costs.cores * num_nodes / costs.book_cores)
+    num_requests = size * (1 + costs.passing_share)
+    waited_s = num_requests * costs.answer_s + size * costs.dead_share * costs.dead_wait_s
+    num_limiters = min(costs.limiters, costs.cores * num_nodes / costs.limiter_cores)
     calls_per_s = num_limiters * costs.shared_calls_per_s
     shared_s = {
-        "pace of hosts": num_asked * costs.busiest_host / costs.host_per_s,
-        "books of hosts": num_asked * costs.book_calls / calls_per_s,
+        "rate limit of hosts": num_requests * costs.busiest_host / costs.host_per_s,
+        "rate limiters": num_requests * costs.limiter_calls / calls_per_s,
     }
-    return shared_s, waited_s / costs.asked_at_once
+    return shared_s, waited_s / costs.concurrent_requests
 
 
 @dataclass(frozen=True)
@@ -570,7 +570,7 @@ class Walk:
 
 def evaluate(costs: Costs, num: int, num_nodes: int, *, network: Network) -> Outcome:
     """Simulate `d2i eval --parallel` for a number of test instances."""
-    flop = costs.numbers[f"{network.name}_draw_flop"].value
+    flop = costs.numbers[f"{network.name}_sample_flop"].value
     num_bytes = costs.numbers[f"{network.name}_sample_bytes"].value + costs.image_bytes
     draw_s = flop / (costs.bf16_flop * costs.network_share)
     measure_s = network.task * costs.feed_s * costs.preprocess_slow
@@ -602,27 +602,27 @@ class Case:
     sizes: tuple[int, ...] = SIZES
 
 
-def _preprocess_case(title: str, *, flop: str, by_address: bool) -> Case:
+def _preprocess_case(title: str, *, flop: str, by_url: bool) -> Case:
     def simulate(costs: Costs, num: int, num_nodes: int) -> Outcome:
         flop_per_s = costs.numbers[flop].value
-        return preprocess(costs, num, num_nodes, flop_per_s=flop_per_s, by_address=by_address)
+        return preprocess(costs, num, num_nodes, flop_per_s=flop_per_s, by_url=by_url)
 
     return Case(title, simulate)
 
 
 CASES = {
     "preprocess-files": _preprocess_case(
-        "Preprocessing pictures of an object store, encoders in bf16",
+        "Preprocessing images from an object store, encoders in bf16",
         flop="bf16_flop",
-        by_address=False,
+        by_url=False,
     ),
     "preprocess-files-fp32": _preprocess_case(
-        "Preprocessing pictures of an object store, encoders in float32 (the default)",
+        "Preprocessing images from an object store, encoders in float32 (the default)",
         flop="fp32_flop",
-        by_address=False,
+        by_url=False,
     ),
-    "preprocess-addresses": _preprocess_case(
-        "Preprocessing pictures by address, encoders in bf16", flop="bf16_flop", by_address=True
+    "preprocess-urls": _preprocess_case(
+        "Preprocessing images by URL, encoders in bf16", flop="bf16_flop", by_url=True
     ),
     "train-uvit": Case(
         "Training U-ViT-S, one epoch at batch 4096",
@@ -687,8 +687,8 @@ def _preprocess_limits(costs: Costs) -> Iterator[Limit]:
     yield Limit("preprocess", f"one host's pace, in {days}", num, "files, or fetch.mirror")
     num = asked * costs.host_per_s / costs.busiest_host
     yield Limit("preprocess", f"the busiest host's pace, in {days}", num, "files")
-    num = asked * costs.books * costs.shared_calls_per_s / costs.book_calls
-    yield Limit("preprocess", f"the books of hosts, in {days}", num, "files")
+    num = asked * costs.limiters * costs.shared_calls_per_s / costs.limiter_calls
+    yield Limit("preprocess", f"the rate limiters, in {days}", num, "files")
 
 
 def _train_limits(costs: Costs) -> Iterator[Limit]:
@@ -794,7 +794,7 @@ def _measured(record: dict[str, Any]) -> dict[str, Number]:
         growth[f"{name}_s"] = told(_growth(parts, name, "seconds")[0], f"seconds {what}")
         growth[f"{name}_bytes"] = told(_growth(parts, name, "bytes")[0], f"bytes {what}")
     return {
-        "feed_s": told(parts["feed_s"], "core seconds to read and open a picture"),
+        "feed_s": told(parts["feed_s"], "core seconds to read and decode an image"),
         "preprocess_slow": told(
             fitted["preprocess", 2][0], "times that, where all cores are at work"
         ),
@@ -803,7 +803,9 @@ def _measured(record: dict[str, Any]) -> dict[str, Number]:
         "block_s": told(parts["block_s"], "seconds of the driver a block"),
         "task_s": told(parts["stages_task_s"], "seconds of the driver a shard"),
         "pool_task_s": told(parts["pool_task_s"], "seconds of the driver a task of an evaluation"),
-        "shared_calls_per_s": told(parts["shared_calls_per_s"], "calls a second of a book"),
+        "shared_calls_per_s": told(
+            parts["shared_calls_per_s"], "calls per second of a rate limiter"
+        ),
         "map_s": told(parts["map_s"], "core seconds to map a shard of 1,000"),
         "preprocess_start_s": told(
             fitted["preprocess", 1][1], "seconds of preprocess beside shards"

@@ -45,9 +45,9 @@ FASTER = {
     "reads of the store": ("gets",),
     "writes to the store": ("puts",),
     "network": ("link",),
-    "books of hosts": ("shared_calls_per_s",),
-    "pace of hosts": ("host_per_s",),
-    "answers": ("asked_at_once",),
+    "rate limiters": ("shared_calls_per_s",),
+    "rate limit of hosts": ("host_per_s",),
+    "answers": ("concurrent_requests",),
 }
 CHEAPER = {
     "driver": ("plan_s", "look_through_s", "fold_s", "block_s", "task_s", "pool_task_s", "score_s"),
