@@ -106,7 +106,7 @@ def test_no_flipped_bit_is_taken_for_sound(tmp_path: Path, name: str) -> None:
 
 def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path: Path) -> None:
     (write(tmp_path, 3, []) / MARKER).write_text("")
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints"):
+    with pytest.raises(CheckpointError, match="no intact checkpoint among 1"):
         latest_valid_checkpoint(str(tmp_path), lambda _: None)
 
 
