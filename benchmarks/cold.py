@@ -1,12 +1,12 @@
-"""How long training waits for data from a slow store, with a cache of a quarter of the set.
+"""Time that training waits for data of a slow store, with a cache of a quarter of the data set.
 
     python benchmarks/cold.py --num-samples 6000 --rate 1283 --store-mb-per-s 300
 
-Writes 256 px samples with text latents in 24 shards, behind a store with a bound on its rate over
-all requests and a delay before each. Takes batches in `blocked` order through `BatchReader`
-(reading, draws, tensors), as many samples a second as `--rate` says (1,283: U-ViT-S on one of eight
-A100 at 40 % of their peak), and counts the time that it waits for them: with shards fetched ahead,
-and without. The first window, which nothing can hide, is told apart. Prints one JSON line.
+Writes 256 px samples with text latents in 24 shards, behind a store with a rate limit over all
+requests and a delay before each. Reads batches in `blocked` order through `BatchReader` (reading,
+random draws, tensors) at `--rate` samples per second (1,283: U-ViT-S on one of eight A100 at 40 %
+of their peak), and measures the time that it waits for them: with prefetch of shards and without.
+The first window, whose wait cannot be hidden, is reported separately. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class SlowStore(LocalFileSystem):
-    """Files of this disk, at a bounded rate over all that read at once."""
+    """Local files, with a rate limit over all concurrent reads."""
 
     protocol = "slow"
     bytes_per_s = 0.0
@@ -51,7 +51,7 @@ class SlowStore(LocalFileSystem):
         return stripped
 
     def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
-        """Copy a file, waiting for its turn chunk by chunk."""
+        """Copy a file chunk by chunk at the limited rate."""
         time.sleep(self.delay_s)
         with Path(self._strip_protocol(rpath)).open("rb") as source, Path(lpath).open("wb") as file:
             while chunk := source.read(CHUNK_BYTES):
@@ -67,7 +67,7 @@ class SlowStore(LocalFileSystem):
         time.sleep(max(0.0, left_s))
 
 
-def write_data(folder: Path, num_samples: int) -> None:
+def write_data(directory: Path, num_samples: int) -> None:
     """Write samples of random numbers at U-ViT-S's sizes."""
     random = np.random.default_rng(0)
     for shard, numbers in enumerate(np.array_split(np.arange(num_samples), NUM_SHARDS)):
@@ -77,13 +77,13 @@ def write_data(folder: Path, num_samples: int) -> None:
             for name, shape in SHAPES.items():
                 encoded[f"{name}.npy"] = npy_bytes(random.standard_normal(shape).astype(np.float16))
             samples.append(Sample(f"train-{number}-0-0", encoded))
-        write_shard(samples, str(folder), shard, failures={})
-    (folder / "empty_text.npy").write_bytes(npy_bytes(np.zeros(SHAPES["text"], np.float16)))
-    write_manifest(str(folder), {})
+        write_shard(samples, str(directory), shard, failures={})
+    (directory / "empty_text.npy").write_bytes(npy_bytes(np.zeros(SHAPES["text"], np.float16)))
+    write_manifest(str(directory), {})
 
 
 def measure(data: Path, cache: Path, args: argparse.Namespace, *, is_ahead: bool) -> dict[str, Any]:
-    """Take batches at the rate asked for; give the share of the time that was waiting."""
+    """Read batches at the given rate; return the share of time spent waiting."""
     size_bytes = sum(tar.stat().st_size for tar in data.glob("*.tar"))
     reader = ShardReader(f"slow://{data}", cache_dir=cache, cache_gb=size_bytes / 4 / 1e9)
     config = TrainConfig(
@@ -118,7 +118,7 @@ def paced(
     *,
     is_ahead: bool,
 ) -> Iterator[float]:
-    """Give the seconds that each step waits for its batch; a step itself takes as long as asked."""
+    """Yield the seconds that each step waits for its batch; steps are paced by `--rate`."""
     batches = BatchReader(reader, config, is_joint=False)
     requests = ((order.global_batch(step, args.batch), step) for step in range(num_steps))
     read_ahead = batches.read_ahead(requests)
@@ -133,14 +133,14 @@ def paced(
 
 
 def main() -> None:
-    """Measure with and without fetching ahead, and print the line."""
+    """Measure with and without prefetch, and print the line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--num-samples", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=1283, help="samples a second")
+    parser.add_argument("--rate", type=float, default=1283, help="samples per second")
     parser.add_argument("--store-mb-per-s", type=float, default=300)
     parser.add_argument("--store-delay-s", type=float, default=0.05)
     args = parser.parse_args()

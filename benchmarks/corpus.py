@@ -1,14 +1,14 @@
-"""How long reading and planning MMDialog take, beside a bare `orjson.loads` of the same lines.
+"""Time to read and plan MMDialog, compared with a bare `orjson.loads` of the same lines.
 
     python benchmarks/corpus.py --repeats 3
 
-Makes a corpus in MMDialog's layout and at its full size, in a folder that is removed afterwards:
-1,059,117 training dialogs that name 2.7 million pictures, and 10,000 validation dialogs with
-999 + 999 negative candidates each (1.25 GB). No picture is stored. Every figure is taken by a
-process of its own, in turns: the bare loop, `read_instances`, the plan of 1,000,000 instances and
+Writes a corpus in MMDialog's layout and full size to a directory that is removed afterwards:
+1,059,117 training dialogs with 2.7 million image names, and 10,000 validation dialogs with
+999 + 999 negative candidates each (1.25 GB). No images are stored. Every figure is measured in a
+separate process, alternately: the bare loop, `read_instances`, the plan of 1,000,000 instances and
 that of all as Parquet, and `read_instances` over the validation file. Prints one JSON line:
-seconds of the clock, medians and all repeats, their ratios to the bare loop of the same repeat,
-and peak memory.
+wall-clock seconds, medians and all repeats, their ratios to the bare loop of the same repeat, and
+peak memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NUM_NEGATIVES = 999
 
 
 class Maker:
-    """Draws dialogs of about 4.6 turns of 100 characters, with 2.6 pictures, as MMDialog's are."""
+    """Draws random dialogs of about 4.6 turns of 100 characters and 2.6 images, as in MMDialog."""
 
     def __init__(self, num_train: int) -> None:
         self.dice = random.Random(0)
@@ -52,7 +52,7 @@ class Maker:
         self.keys = [str(self.dice.getrandbits(64) - 2**63) for _ in range(num_keys)]
 
     def dialog(self, number: int) -> dict[str, Any]:
-        """Draw one record."""
+        """Return one random record."""
         choose = self.dice.choice
         turns: list[list[dict[str, str]]] = [
             [{"__TEXT__": choose(self.texts)}] for _ in range(choose((3, 4, 4, 5, 5, 5, 6)))
@@ -62,14 +62,14 @@ class Maker:
         return {"conversation_id": number, "conversation": [{"turn": turn} for turn in turns]}
 
     def with_negatives(self, number: int) -> dict[str, Any]:
-        """Draw one record of a validation or test file."""
+        """Return one random record of a validation or test file."""
         return self.dialog(number) | {
             "negative_candidate_media_keys": self.dice.sample(self.keys, NUM_NEGATIVES),
             "negative_candidate_texts": self.dice.sample(self.texts, NUM_NEGATIVES),
         }
 
 
-def make_corpus(folder: Path, num_train: int, num_valid: int) -> None:
+def make_corpus(directory: Path, num_train: int, num_valid: int) -> None:
     """Write both splits."""
     maker = Maker(num_train)
     parts = {
@@ -77,14 +77,14 @@ def make_corpus(folder: Path, num_train: int, num_valid: int) -> None:
         "valid": map(maker.with_negatives, range(num_valid)),
     }
     for split, records in parts.items():
-        path = folder / split / "conversations.json"
+        path = directory / split / "conversations.json"
         path.parent.mkdir(parents=True)
         with path.open("wb") as file:
             file.writelines(orjson.dumps(record) + b"\n" for record in records)
 
 
 def bare_loop(source: Path, split: str) -> int:
-    """Load every line and keep nothing."""
+    """Parse every line and keep nothing."""
     count = 0
     with (source / split / "conversations.json").open("rb") as file:
         for line in file:
@@ -121,8 +121,8 @@ WORK: dict[str, Callable[[Path], int]] = {
 
 
 def measure(name: str, source: Path) -> dict[str, float]:
-    """Do one piece of work in this process."""
-    import d2i.preprocess.plan  # noqa: F401  # Imports are not what is timed.
+    """Run one task in this process."""
+    import d2i.preprocess.plan  # noqa: F401  # Imports are not timed.
 
     start = time.perf_counter()
     count = WORK[name](source)
@@ -132,7 +132,7 @@ def measure(name: str, source: Path) -> dict[str, float]:
 
 
 def repeats(source: Path, num_repeats: int) -> Iterator[dict[str, dict[str, float]]]:
-    """Measure all pieces of work in turns, each in a process of its own."""
+    """Measure all tasks alternately, each in a separate process."""
     for number in range(num_repeats):
         found = {}
         for name in WORK:
@@ -144,7 +144,7 @@ def repeats(source: Path, num_repeats: int) -> Iterator[dict[str, dict[str, floa
 
 
 def summary(runs: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Put the repeats of each piece of work together."""
+    """Summarize the repeats of each task."""
     summed = {}
     for name in WORK:
         bare = f"bare loop, {name.rpartition(' ')[2]}"
@@ -160,14 +160,14 @@ def summary(runs: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, object]:
-    """Say what this ran on."""
+    """Describe the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"processor": names[0] if names else platform.machine(), "cores": len(names)}
 
 
 def main() -> None:
-    """Make the corpus, measure, and print one JSON line."""
+    """Write the corpus, measure, and print one JSON line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num-train", type=int, default=NUM_TRAIN)
@@ -178,9 +178,9 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options.source)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        make_corpus(Path(folder), options.num_train, options.num_valid)
-        runs = list(repeats(Path(folder), options.repeats))
+    with tempfile.TemporaryDirectory() as directory:
+        make_corpus(Path(directory), options.num_train, options.num_valid)
+        runs = list(repeats(Path(directory), options.repeats))
     print(json.dumps({"machine": machine(), "python": platform.python_version(), **summary(runs)}))
 
 

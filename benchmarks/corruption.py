@@ -1,8 +1,8 @@
-"""What is noticed of damaged shards: by webdataset as it is read, by d2i verify, by d2i's reader.
+"""Detection of damaged shards by webdataset, by `d2i verify` and by d2i's reader.
 
-Makes one data set, damages a copy of it in each way, and prints one JSON line: for each damage how
-many of the samples webdataset gave with its default handler and with the one that warns, whether it
-raised, and what `d2i verify` and `ShardReader` say.
+Writes one data set, damages a copy of it in each way, and prints one JSON line: for each damage the
+number of samples that webdataset returns with its default and with its warning handler, whether it
+raises, and what `d2i verify` and `ShardReader` report.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from d2i.shards import (
 NUM_SHARDS = 2
 
 
-def make_data(folder: Path, num_samples: int) -> None:
+def make_data(directory: Path, num_samples: int) -> None:
     """Write a data set of two shards with random features."""
     random = np.random.default_rng(0)
     for index in range(NUM_SHARDS):
@@ -52,25 +52,25 @@ def make_data(folder: Path, num_samples: int) -> None:
             )
             for number in range(num_samples // NUM_SHARDS)
         ]
-        write_shard(samples, str(folder), index, failures={})
-    write_manifest(str(folder), {})
+        write_shard(samples, str(directory), index, failures={})
+    write_manifest(str(directory), {})
 
 
 def metadata(key: str) -> dict[str, Any]:
-    """Give all that a sample's json member must hold."""
+    """Return all fields that a sample's JSON member must hold."""
     source = {"ref": ["a.jpg"], "sha256": "0" * 64, "size_bytes": 1, "width": 1, "height": 1}
     names = {"key": key, "split": "train", "dialog_id": "0", "turn": 1, "image": 0}
     texts = {"description": None, "description_by": None, "labels": [], "direction": "answer"}
     return {**names, **texts, "context": [{"speaker": 0, "text": "look"}], "source": source}
 
 
-def tars(folder: Path) -> list[Path]:
-    """Give the tars in order."""
-    return sorted(folder.glob("*.tar"))
+def tars(directory: Path) -> list[Path]:
+    """Return the tars in order."""
+    return sorted(directory.glob("*.tar"))
 
 
 def members(path: Path, suffix: str) -> list[tarfile.TarInfo]:
-    """Give the members of a kind, in order."""
+    """Return the members of a kind, in order."""
     with tarfile.open(path) as file:
         return [member for member in file.getmembers() if member.name.endswith(suffix)]
 
@@ -80,37 +80,37 @@ def cut(path: Path, length: int) -> None:
     os.truncate(path, length)
 
 
-def cut_at_a_sample(folder: Path) -> None:
+def cut_at_a_sample(directory: Path) -> None:
     """Cut where the second half of a shard's samples begins."""
-    found = members(tars(folder)[0], ".json")
-    cut(tars(folder)[0], found[len(found) // 2].offset)
+    found = members(tars(directory)[0], ".json")
+    cut(tars(directory)[0], found[len(found) // 2].offset)
 
 
-def cut_in_a_member(folder: Path) -> None:
+def cut_in_a_member(directory: Path) -> None:
     """Cut in the middle of an array."""
-    found = members(tars(folder)[0], "moments.npy")
-    cut(tars(folder)[0], found[len(found) // 2].offset_data + 200)
+    found = members(tars(directory)[0], "moments.npy")
+    cut(tars(directory)[0], found[len(found) // 2].offset_data + 200)
 
 
-def flip_a_bit(folder: Path) -> None:
+def flip_a_bit(directory: Path) -> None:
     """Flip one bit of one number."""
-    path = tars(folder)[0]
+    path = tars(directory)[0]
     content = bytearray(path.read_bytes())
     content[members(path, "moments.npy")[3].offset_data + 200] ^= 1
     path.write_bytes(content)
 
 
-def swap_shards(folder: Path) -> None:
-    """Give two tars each other's name."""
-    one, two = tars(folder)
+def swap_shards(directory: Path) -> None:
+    """Swap the names of two tars."""
+    one, two = tars(directory)
     content = one.read_bytes()
     one.write_bytes(two.read_bytes())
     two.write_bytes(content)
 
 
-def lose_a_shard(folder: Path) -> None:
+def lose_a_shard(directory: Path) -> None:
     """Remove a tar."""
-    tars(folder)[1].unlink()
+    tars(directory)[1].unlink()
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
@@ -123,8 +123,8 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 }
 
 
-def read_webdataset(folder: Path, *, warn: bool) -> dict[str, Any]:
-    """Read what lies there as webdataset does; give samples and error."""
+def read_webdataset(directory: Path, *, warn: bool) -> dict[str, Any]:
+    """Read the directory with webdataset; return the number of samples and the error."""
     import webdataset
 
     handler = webdataset.warn_and_continue if warn else webdataset.reraise_exception
@@ -133,7 +133,7 @@ def read_webdataset(folder: Path, *, warn: bool) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data = webdataset.WebDataset(
-                [str(path) for path in tars(folder)], shardshuffle=False, handler=handler
+                [str(path) for path in tars(directory)], shardshuffle=False, handler=handler
             ).decode(handler=handler)
             for _ in data:
                 num_read += 1
@@ -142,18 +142,18 @@ def read_webdataset(folder: Path, *, warn: bool) -> dict[str, Any]:
     return {"samples": num_read, "error": None}
 
 
-def read_ours(folder: Path) -> str | None:
-    """Read every sample as training does; give the error, if there is one."""
+def read_d2i(directory: Path) -> str | None:
+    """Read every sample as training does; return the error, if any."""
     try:
-        reader = ShardReader(str(folder))
+        reader = ShardReader(str(directory))
         reader.read(range(len(reader)))
     except ShardError as err:
-        return str(err).replace(str(folder), "DATA")
+        return str(err).replace(str(directory), "DATA")
     return None
 
 
 def main() -> None:
-    """Damage, read, and print the line."""
+    """Damage copies, read them, and print the line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--num-samples", type=int, default=600)
     args = parser.parse_args()
@@ -163,13 +163,13 @@ def main() -> None:
         good = Path(scratch, "good")
         make_data(good, args.num_samples)
         for name, damage in DAMAGE.items():
-            folder = Path(shutil.copytree(good, Path(scratch, name)))
-            damage(folder)
+            directory = Path(shutil.copytree(good, Path(scratch, name)))
+            damage(directory)
             found[name] = {
-                "webdataset": read_webdataset(folder, warn=False),
-                "webdataset_warning": read_webdataset(folder, warn=True),
-                "d2i_verify": sorted({p.reason for p in verify(str(folder)).problems}),
-                "d2i_reader": read_ours(folder),
+                "webdataset": read_webdataset(directory, warn=False),
+                "webdataset_warning": read_webdataset(directory, warn=True),
+                "d2i_verify": sorted({p.reason for p in verify(str(directory)).problems}),
+                "d2i_reader": read_d2i(directory),
             }
         expected = read_manifest(str(good)).num_samples
     machine = f"{platform.machine()}, Python {platform.python_version()}"

@@ -1,18 +1,18 @@
-"""What the evaluation costs, beside torch-fidelity's own and beside bare sampling.
+"""Cost of the evaluation, compared with torch-fidelity and with bare sampling.
 
     python benchmarks/evaluation.py --photos photos --num 2000 --inception 256
 
-Every figure is taken by a process of its own, one thread a process:
+Every figure is measured in a separate process with one thread:
 
-- metrics: the same squares of photographs, as PNG files, through `torch_fidelity.calculate_metrics`
-  and through d2i on 1 and on 2 Ray workers, by the same extractor: the demo's CLIP, and with
-  `--inception NUM` as many by Inception as well, with torch-fidelity's weights where its cache has
-  them and random ones elsewhere, which take the same time. Scores, and processor seconds from the
-  first picture to the scores, of the busiest worker; starting and loading are left out.
-- scheduling: 23,772 instances that cost nothing, over 2 Ray workers, each task written to disk;
-  seconds of the clock, Ray's start included.
-- overhead: a whole evaluation of the demo's network beside bare sampling of the same pictures;
-  processor seconds, of which the whole also loads the weights.
+- metrics: the same crops of photographs, as PNG files, through `torch_fidelity.calculate_metrics`
+  and through d2i on 1 and on 2 Ray workers, with the same extractor: the demo's CLIP, and with
+  `--inception NUM` that many images through Inception as well, with torch-fidelity's weights if
+  they are cached, else random ones, which take the same time. Scores, and CPU seconds of the
+  busiest worker from the first image to the scores; startup and loading are excluded.
+- scheduling: 23,772 instances without work, over 2 Ray workers, each task written to disk;
+  wall-clock seconds, including Ray's start.
+- overhead: a whole evaluation of the demo's network, compared with bare sampling of the same
+  images; CPU seconds, where the evaluation also loads the weights.
 
 Prints one JSON line.
 """
@@ -45,25 +45,25 @@ NUM_DIALOGS = 600
 """Of the corpus that overhead is measured on."""
 
 
-def make_pictures(photos: Path, folder: Path, num: int) -> None:
-    """Cut squares at random out of photographs, `num` as true pictures and `num` as drawn ones."""
+def make_images(photos: Path, directory: Path, num: int) -> None:
+    """Crop random squares of photographs, `num` reference and `num` generated images."""
     dice = np.random.default_rng(0)
     images = []
     for path in sorted(photos.rglob("*.jpg")):
         with Image.open(path) as photograph:
             images.append(photograph.convert("RGB"))
     for name in ("true", "drawn"):
-        (folder / name).mkdir(parents=True)
+        (directory / name).mkdir(parents=True)
         for number in range(num):
             image = images[int(dice.integers(len(images)))]
             side = int(dice.integers(SIDE_PX, min(image.size)))
             left, top = (int(dice.integers(0, size - side + 1)) for size in image.size)
             square = image.crop((left, top, left + side, top + side))
-            square.resize((SIDE_PX, SIDE_PX)).save(folder / name / f"{number:06d}.png")
+            square.resize((SIDE_PX, SIDE_PX)).save(directory / name / f"{number:06d}.png")
 
 
 def published_inception() -> Path | None:
-    """Return torch-fidelity's own weights, where its cache has them."""
+    """Return the path of torch-fidelity's own weights, if they are cached."""
     import torch
 
     name = "weights-inception-2015-12-05-6726825d.pth"
@@ -72,13 +72,13 @@ def published_inception() -> Path | None:
 
 
 def save_inception(path: Path) -> None:
-    """Save torch-fidelity's Inception with seeded random weights, in its own file form."""
+    """Save torch-fidelity's Inception with seeded random weights, in its own file format."""
     import torch
     from torch_fidelity import feature_extractor_inceptionv3 as inception
 
     class Unfilled(inception.FeatureExtractorInceptionV3):  # type: ignore[misc]
         def load_state_dict(self, *_: object) -> None:
-            """Keep what it was built with."""
+            """Keep the weights it was built with."""
 
     torch.manual_seed(0)
     inception.load_state_dict_from_url = lambda *_, **__: {}
@@ -108,8 +108,8 @@ def load_extractor(inception: str | None) -> Any:
     return build_extractor(recipe, encoders, TextTower.load(recipe, encoders, "cpu"), "cpu")
 
 
-def measure_peer(folder: Path, inception: str | None) -> dict[str, Any]:
-    """Time torch-fidelity's own evaluation of the two folders."""
+def measure_torch_fidelity(directory: Path, inception: str | None) -> dict[str, Any]:
+    """Time torch-fidelity's evaluation of the two directories."""
     import torch
     import torch_fidelity
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -118,7 +118,7 @@ def measure_peer(folder: Path, inception: str | None) -> dict[str, Any]:
     extractor = None if inception else load_extractor(None)
 
     class DemoClip(FeatureExtractorBase):  # type: ignore[misc]
-        """The demo's CLIP as torch-fidelity takes an extractor."""
+        """The demo's CLIP with the interface of a torch-fidelity extractor."""
 
         def __init__(self, name: str, features_list: list[str], **_: object) -> None:
             super().__init__(name, features_list)
@@ -146,13 +146,13 @@ def measure_peer(folder: Path, inception: str | None) -> dict[str, Any]:
         if inception
         else {"feature_extractor": "demo-clip"}
     )
-    num = len(list((folder / "true").iterdir()))
+    num = len(list((directory / "true").iterdir()))
     loading = _time_loading(inception) if inception else 0.0
     start = time.process_time()
-    # The first folder's Inception Score is taken, so it is the drawn one.
+    # The Inception Score is that of the first directory: the generated images.
     found = torch_fidelity.calculate_metrics(
-        input1=str(folder / "drawn"),
-        input2=str(folder / "true"),
+        input1=str(directory / "drawn"),
+        input2=str(directory / "true"),
         **chosen,
         isc=True,
         fid=True,
@@ -173,12 +173,12 @@ def measure_peer(folder: Path, inception: str | None) -> dict[str, Any]:
 
 
 def _time_loading(inception: str) -> float:
-    """Return the seconds that torch-fidelity takes to load Inception, which it counts in."""
+    """Return the seconds that torch-fidelity takes to load Inception, which its time includes."""
     from torch_fidelity.utils import create_feature_extractor
 
     names = ["2048", "logits_unbiased"]
     chosen = {"feature_extractor_weights_path": inception, "cuda": False, "verbose": False}
-    # Once for what is loaded but once in a process, such as modules.
+    # A first call for what a process loads only once, such as modules.
     create_feature_extractor("inception-v3-compat", names, **chosen)
     start = time.process_time()
     create_feature_extractor("inception-v3-compat", names, **chosen)
@@ -186,39 +186,39 @@ def _time_loading(inception: str) -> float:
 
 
 @dataclass(frozen=True)
-class PictureWorkerBuilder:
-    """Builds what measures pictures, in the process where it does; picklable."""
+class FeatureWorkerBuilder:
+    """Builds a `FeatureWorker` in its process; picklable."""
 
-    folder: Path
+    directory: Path
     inception: str | None
 
-    def __call__(self) -> PictureWorker:
+    def __call__(self) -> FeatureWorker:
         """Load the extractor."""
         import torch
 
         torch.set_num_threads(1)
-        return PictureWorker(self.folder, load_extractor(self.inception))
+        return FeatureWorker(self.directory, load_extractor(self.inception))
 
 
-class PictureWorker:
-    """Reads and measures the pictures of one task."""
+class FeatureWorker:
+    """Reads the images of one task and computes their features."""
 
-    def __init__(self, folder: Path, extractor: Any) -> None:
-        self._folder, self._extractor = folder, extractor
+    def __init__(self, directory: Path, extractor: Any) -> None:
+        self._directory, self._extractor = directory, extractor
 
     def run(self, task: tuple[str, int, int]) -> tuple[int, float, Any]:
-        """Return which process this is, the processor seconds it took, and the features."""
+        """Return the process id, the CPU seconds, and the features."""
         begun = time.process_time()
         name, start, stop = task
         pixels = [
-            np.asarray(Image.open(self._folder / name / f"{number:06d}.png"))
+            np.asarray(Image.open(self._directory / name / f"{number:06d}.png"))
             for number in range(start, stop)
         ]
         found = self._extractor.extract(np.stack(pixels))
         return os.getpid(), time.process_time() - begun, found
 
 
-def measure_ours(folder: Path, inception: str | None, num_workers: int) -> dict[str, Any]:
+def measure_d2i(directory: Path, inception: str | None, num_workers: int) -> dict[str, Any]:
     """Time d2i's extraction on Ray workers, and its scores."""
     import torch
 
@@ -226,14 +226,14 @@ def measure_ours(folder: Path, inception: str | None, num_workers: int) -> dict[
     from d2i.eval.metrics import compute_scores
 
     torch.set_num_threads(1)
-    num = len(list((folder / "true").iterdir()))
+    num = len(list((directory / "true").iterdir()))
     size = 2 * BATCH_SIZE
     tasks = [
         (name, start, min(start + size, num))
         for name in ("true", "drawn")
         for start in range(0, num, size)
     ]
-    pool = Pool(PictureWorkerBuilder(folder, inception), num_workers=num_workers)
+    pool = Pool(FeatureWorkerBuilder(directory, inception), num_workers=num_workers)
     found = dict(run_tasks(pool, tasks))
     by_worker: Counter[int] = Counter()
     for process, seconds, _ in found.values():
@@ -241,7 +241,7 @@ def measure_ours(folder: Path, inception: str | None, num_workers: int) -> dict[
     start = time.process_time()
     true, drawn = (_joined(found[t][2] for t in tasks if t[0] == n) for n in ("true", "drawn"))
     pairs = np.ones((num, 2), np.float32)
-    # The drawn pictures first, as the peer has them: KID draws its subsets of the first set first.
+    # Generated images first, as in torch-fidelity: KID draws the subsets of the first set first.
     scores = compute_scores(drawn[0], true[0], drawn[1], pairs, pairs)
     scoring = time.process_time() - start
     seconds = max(by_worker.values()) + scoring
@@ -259,7 +259,7 @@ def _joined(parts: Iterable[Any]) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class NullWorker:
-    """Draws nothing and writes its task as an evaluation does; it is its own builder."""
+    """Generates nothing and writes its task as an evaluation does; it is its own builder."""
 
     out_url: str
 
@@ -268,29 +268,29 @@ class NullWorker:
         return self
 
     def run(self, task: Any) -> int:
-        """Write a task of no features."""
+        """Write a task without features."""
         from d2i.eval.tasks import write_task
 
         write_task(self.out_url, task, {"keys": np.arange(task.start, task.stop)})
         return len(task.indices)
 
 
-def measure_scheduling(folder: Path) -> dict[str, Any]:
+def measure_scheduling(directory: Path) -> dict[str, Any]:
     """Time all tasks of a null sampler over 2 Ray workers, Ray's start included."""
     from d2i.cluster import Pool, run_tasks
     from d2i.eval.tasks import finished_tasks, plan_tasks
 
     start = time.perf_counter()
     tasks = plan_tasks(NUM_SCHEDULED, TASK_SIZE)
-    pool = Pool(NullWorker(str(folder / "null")), num_workers=2)
+    pool = Pool(NullWorker(str(directory / "null")), num_workers=2)
     done = sum(count for _, count in run_tasks(pool, tasks))
-    if done != NUM_SCHEDULED or len(finished_tasks(str(folder / "null"))) != len(tasks):
+    if done != NUM_SCHEDULED or len(finished_tasks(str(directory / "null"))) != len(tasks):
         raise RuntimeError(f"{done} of {NUM_SCHEDULED} instances were done")
     return {"instances": done, "tasks": len(tasks), "seconds": time.perf_counter() - start}
 
 
-def measure_overhead(folder: Path) -> dict[str, Any]:
-    """Time a whole evaluation in this process, and the drawing alone, in processor seconds."""
+def measure_overhead(directory: Path) -> dict[str, Any]:
+    """Time a whole evaluation in this process, and the sampling alone, in CPU seconds."""
     import torch
 
     from d2i.demo.corpus import write_corpus
@@ -304,9 +304,9 @@ def measure_overhead(folder: Path) -> dict[str, Any]:
     from d2i.shards import ShardReader
 
     torch.set_num_threads(1)
-    write_corpus(folder / "corpus", NUM_DIALOGS, 1)
+    write_corpus(directory / "corpus", NUM_DIALOGS, 1)
     recipe = load_recipe("demo")
-    source, data = str(folder / "corpus"), str(folder / "data")
+    source, data = str(directory / "corpus"), str(directory / "data")
     request = PreprocessRequest("mmdialog", source, data, recipe, num_workers=0)
     preprocess(request, lambda _: None)
     spec = parse_system("uvit-s", "demo:backbone", recipe)
@@ -318,17 +318,17 @@ def measure_overhead(folder: Path) -> dict[str, Any]:
     system.generate([prompts.read(index) for index in range(len(reader))])
     bare = time.process_time() - start
     start = time.process_time()
-    evaluate(EvalRequest(recipe, spec, test_url(data), str(folder / "scores")), lambda _: None)
+    evaluate(EvalRequest(recipe, spec, test_url(data), str(directory / "scores")), lambda _: None)
     whole = time.process_time() - start
     return {"pictures": len(reader), "bare_cpu_s": bare, "whole_cpu_s": whole}
 
 
-def in_a_process(name: str, folder: Path, inception: Path | None) -> dict[str, Any]:
-    """Take one figure in a process of its own."""
-    command = [sys.executable, __file__, "--measure", name, "--folder", str(folder)]
+def run_in_process(name: str, directory: Path, inception: Path | None) -> dict[str, Any]:
+    """Measure one figure in a separate process."""
+    command = [sys.executable, __file__, "--measure", name, "--folder", str(directory)]
     command += ["--weights", str(inception)] if inception else []
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    here = {"PYTHONPATH": str(Path(__file__).parent), "XDG_CACHE_HOME": str(folder / "cache")}
+    here = {"PYTHONPATH": str(Path(__file__).parent), "XDG_CACHE_HOME": str(directory / "cache")}
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, env=os.environ | one_thread | here
     )
@@ -337,10 +337,10 @@ def in_a_process(name: str, folder: Path, inception: Path | None) -> dict[str, A
     return found
 
 
-def compare(folder: Path, inception: Path | None) -> dict[str, Any]:
-    """Take the peer's figures and ours in turns, and compare the scores."""
+def compare(directory: Path, inception: Path | None) -> dict[str, Any]:
+    """Measure torch-fidelity and d2i alternately, and compare the scores."""
     names = ("peer", "ours on 1", "ours on 2")
-    found = {name: in_a_process(name, folder, inception) for name in names}
+    found = {name: run_in_process(name, directory, inception) for name in names}
     peer = found["peer"]["scores"]
     differences: Mapping[str, Callable[[float, float], float]] = {
         "fid": lambda ours, theirs: abs(ours - theirs) / abs(theirs),
@@ -359,20 +359,20 @@ def compare(folder: Path, inception: Path | None) -> dict[str, Any]:
 
 
 def machine() -> dict[str, object]:
-    """Say what this ran on."""
+    """Describe the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"processor": names[0] if names else platform.machine(), "cores": len(names)}
 
 
-def measure(name: str, folder: Path, inception: str | None) -> dict[str, Any]:
-    """Take one figure in this process."""
+def measure(name: str, directory: Path, inception: str | None) -> dict[str, Any]:
+    """Measure one figure in this process."""
     work: dict[str, Callable[[], dict[str, Any]]] = {
-        "peer": lambda: measure_peer(folder, inception),
-        "ours on 1": lambda: measure_ours(folder, inception, 1),
-        "ours on 2": lambda: measure_ours(folder, inception, 2),
-        "scheduling": lambda: measure_scheduling(folder),
-        "overhead": lambda: measure_overhead(folder),
+        "peer": lambda: measure_torch_fidelity(directory, inception),
+        "ours on 1": lambda: measure_d2i(directory, inception, 1),
+        "ours on 2": lambda: measure_d2i(directory, inception, 2),
+        "scheduling": lambda: measure_scheduling(directory),
+        "overhead": lambda: measure_overhead(directory),
     }
     return work[name]()
 
@@ -387,28 +387,28 @@ def main() -> None:
         type=int,
         default=0,
         metavar="NUM",
-        help=f"pictures a folder; a multiple of {BATCH_SIZE} fills d2i's batches (256: 4 minutes)",
+        help=f"images per set; a multiple of {BATCH_SIZE} fills d2i's batches (256: 4 minutes)",
     )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure, options.folder, options.weights)))
+        print(json.dumps(measure(options.measure, options.directory, options.weights)))
         return
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        make_pictures(options.photos, folder / "clip", options.num)
-        found = {"metrics, demo's CLIP": compare(folder / "clip", None)}
+        directory = Path(made)
+        make_images(options.photos, directory / "clip", options.num)
+        found = {"metrics, demo's CLIP": compare(directory / "clip", None)}
         if options.inception:
-            weights = published_inception() or folder / "inception.pth"
+            weights = published_inception() or directory / "inception.pth"
             if not weights.exists():
                 save_inception(weights)
-            make_pictures(options.photos, folder / "inception", options.inception)
-            found["metrics, Inception"] = compare(folder / "inception", weights)
+            make_images(options.photos, directory / "inception", options.inception)
+            found["metrics, Inception"] = compare(directory / "inception", weights)
         for name in ("scheduling", "overhead"):
-            (folder / name).mkdir()
-            found[name] = in_a_process(name, folder / name, None)
+            (directory / name).mkdir()
+            found[name] = run_in_process(name, directory / name, None)
     print(json.dumps({"machine": machine(), "python": platform.python_version(), **found}))
 
 

@@ -1,19 +1,19 @@
-"""How fast addresses are fetched, beside img2dataset's own downloader on the same server.
+"""Speed of fetching URLs, compared with img2dataset's own downloader on the same server.
 
     python benchmarks/fetch.py --photos photos --num 2000 --repeats 5
 
-Serves a folder of photographs on loopback and fetches `--num` addresses in turns, each time in a
-process of its own with one decoding core and 16 threads: by img2dataset 1.47 as it comes
-(`Downloader`, `Resizer`, `WebDatasetSampleWriter`) and by d2i (`ImageSource`, decoding included,
-then JPEG as well). Both centre-crop to 256 and write JPEG at quality 95 to a tar. d2i resizes with
-LANCZOS, as U-ViT does; img2dataset's choice is AREA, which costs half as much, so that of good
-addresses it is measured with its own LANCZOS as well. Two lists: good addresses alone, and a mixed
-one with 10 % on dead hosts (20 loopback listeners that never answer), 5 % slow (2 s), 5 % 404, 2 %
-429 once, 3 % broken, and the same 5 s of patience for both. `--hosts` says how many hosts the one
-server is (ports, each a host to d2i's manners): a host that says 429 is left alone by d2i for the
-second it asks for, and by img2dataset not at all, so that with one host the 429s alone cost d2i
-40 s. Prints one JSON line: rows a second, milliseconds of the processor a row, and d2i's rate over
-that of each, medians and all repeats.
+Serves a directory of photographs on loopback and fetches `--num` URLs alternately, each time in a
+separate process with one decoding core and 16 threads: by img2dataset 1.47 with its defaults
+(`Downloader`, `Resizer`, `WebDatasetSampleWriter`) and by d2i (`ImageSource`, with decoding, then
+JPEG as well). Both centre-crop to 256 and write JPEG at quality 95 to a tar. d2i resizes with
+LANCZOS, as U-ViT does; img2dataset's default is AREA, which costs half as much, so for good URLs it
+is also measured with LANCZOS. Two lists: only good URLs, and a mixed one with 10 % on dead hosts
+(20 loopback listeners that never answer), 5 % slow (2 s), 5 % 404, 2 % 429 once, 3 % broken, with
+the same timeout of 5 s for both. `--hosts` sets the number of hosts that the server represents
+(ports, each a host to d2i's rate limiter): after a 429 d2i keeps the host in backoff for the second
+that it asks for, and img2dataset not at all, so that with one host the 429s alone cost d2i 40 s.
+Prints one JSON line: rows per second, CPU milliseconds per row, and the ratio of d2i's rate to each
+other, medians and all repeats.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHARES = {"dead": 0.10, "slow": 0.05, "gone": 0.05, "busy": 0.02, "broken": 0.03
 
 
 def make_servers(photos: Path, num: int) -> list[ThreadingHTTPServer]:
-    """Return a server of photographs, `/KIND/N`, on so many ports."""
+    """Return a server of photographs, `/KIND/N`, on a number of ports."""
     files = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))]
     seen: set[str] = set()
 
@@ -86,7 +86,7 @@ def make_servers(photos: Path, num: int) -> list[ThreadingHTTPServer]:
 
 
 def serve(photos: Path, num_hosts: int) -> None:
-    """Serve until killed; print the ports, and those of the dead hosts, first."""
+    """Print the ports and those of the dead hosts, then serve until killed."""
     with contextlib.ExitStack() as stack:
         dead = [
             stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
@@ -103,15 +103,15 @@ def serve(photos: Path, num_hosts: int) -> None:
         servers[0].serve_forever()
 
 
-def addresses(ports: Ports, num: int, list_name: str) -> list[str]:
-    """Return the list, its kinds evenly spread."""
+def make_urls(ports: Ports, num: int, list_name: str) -> list[str]:
+    """Return the list of URLs, with the kinds evenly spread."""
     live, dead = ports["live"], ports["dead"]
     urls = [f"http://127.0.0.1:{live[n % len(live)]}/good/{n}" for n in range(num)]
     if list_name == "mixed":
         place = 0
         for kind, share in SHARES.items():
             for _ in range(round(num * share)):
-                # A step that shares no factor with the length reaches every place once.
+                # A step that is coprime to the length visits every index once.
                 place = (place + 7919) % num
                 hosts = dead if kind == "dead" else live
                 port = hosts[place % len(hosts)]
@@ -119,8 +119,8 @@ def addresses(ports: Ports, num: int, list_name: str) -> list[str]:
     return urls
 
 
-def by_img2dataset(urls: list[str], folder: Path, downscale: str) -> int:
-    """Fetch with img2dataset's own parts; return how many rows it wrote."""
+def by_img2dataset(urls: list[str], directory: Path, downscale: str) -> int:
+    """Fetch with img2dataset's own classes; return the number of rows it wrote."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from img2dataset.downloader import Downloader
@@ -129,7 +129,7 @@ def by_img2dataset(urls: list[str], folder: Path, downscale: str) -> int:
 
     table = pa.table({"url": urls})
     with (
-        pa.OSFile(str(folder / "in.arrow"), "wb") as file,
+        pa.OSFile(str(directory / "in.arrow"), "wb") as file,
         pa.ipc.new_file(file, table.schema) as writer,
     ):
         writer.write_table(table)
@@ -141,15 +141,15 @@ def by_img2dataset(urls: list[str], folder: Path, downscale: str) -> int:
             downscale_interpolation=downscale,
             encode_quality=QUALITY,
         ),
-        *(NUM_THREADS, False, False, str(folder), ["url"], PATIENCE_S, len(urls), 5),
+        *(NUM_THREADS, False, False, str(directory), ["url"], PATIENCE_S, len(urls), 5),
         *(None, None, "jpg", 0, "d2i", None),
     )
-    download((0, str(folder / "in.arrow")))
-    return int(pq.read_metadata(folder / "00000.parquet").num_rows)
+    download((0, str(directory / "in.arrow")))
+    return int(pq.read_metadata(directory / "00000.parquet").num_rows)
 
 
-def by_d2i(urls: list[str], folder: Path) -> int:
-    """Fetch with d2i's parts; return how many rows came of it."""
+def by_d2i(urls: list[str], directory: Path) -> int:
+    """Fetch with d2i's classes; return the number of rows."""
     from PIL import Image
 
     from d2i.config import FetchConfig, ImageConfig
@@ -163,9 +163,9 @@ def by_d2i(urls: list[str], folder: Path) -> int:
     config = FetchConfig(num_threads=NUM_THREADS, timeout_s=PATIENCE_S, max_host_requests_per_s=1e6)
     hosts = frozenset(url.split("/")[2] for url in urls)
     book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
-    source = ImageSource(str(folder), config, NetworkPolicy(hosts, "127.0.0.1"), book)
+    source = ImageSource(str(directory), config, NetworkPolicy(hosts, "127.0.0.1"), book)
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
-    with tarfile.open(folder / "out.tar", "w") as tar:
+    with tarfile.open(directory / "out.tar", "w") as tar:
 
         def write(opened: SourceImage) -> None:
             buffer = io.BytesIO()
@@ -191,18 +191,18 @@ def by_d2i(urls: list[str], folder: Path) -> int:
 def measure(who: str, urls: list[str]) -> dict[str, float]:
     """Fetch the list once in this process."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    # Imports are not what is timed.
+    # Imports are not timed.
     import img2dataset.downloader
     import img2dataset.resizer  # noqa: F401
 
     if who == "d2i":
         import d2i.preprocess.fetch_worker  # noqa: F401
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         start, cpu_start = time.perf_counter(), time.process_time()
         if who == "d2i":
-            num_rows = by_d2i(urls, Path(folder))
+            num_rows = by_d2i(urls, Path(directory))
         else:
-            num_rows = by_img2dataset(urls, Path(folder), FILTERS[who])
+            num_rows = by_img2dataset(urls, Path(directory), FILTERS[who])
         seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
     return {
         "num_rows": num_rows,
@@ -214,7 +214,7 @@ def measure(who: str, urls: list[str]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def serving(photos: Path, num_hosts: int) -> Iterator[Ports]:
-    """Run the server in a process of its own."""
+    """Run the server in a separate process."""
     command = [sys.executable, __file__, "--photos", str(photos), "--hosts", str(num_hosts)]
     command.append("--serve")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -226,14 +226,14 @@ def serving(photos: Path, num_hosts: int) -> Iterator[Ports]:
 
 
 def repeat(photos: Path, num: int, num_hosts: int, list_name: str) -> dict[str, dict[str, float]]:
-    """Measure all once, one after the other, each on a server of its own."""
+    """Measure all once, one after the other, each with its own server."""
     found = {}
     for who in CONTESTANTS[list_name]:
         with (
             serving(photos, num_hosts) as ports,
             tempfile.NamedTemporaryFile("w", suffix=".json") as file,
         ):
-            json.dump(addresses(ports, num, list_name), file)
+            json.dump(make_urls(ports, num, list_name), file)
             file.flush()
             command = [sys.executable, __file__, "--measure", who, "--urls", file.name]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -243,7 +243,7 @@ def repeat(photos: Path, num: int, num_hosts: int, list_name: str) -> dict[str, 
 
 
 def summary(runs: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Put the repeats together."""
+    """Summarize the repeats."""
     return {
         "num_rows": {who: runs[0][who]["num_rows"] for who in runs[0]},
         "per_s": {who: medians(run[who]["per_s"] for run in runs) for who in runs[0]},
@@ -263,7 +263,7 @@ def medians(values: Iterable[float]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, object]:
-    """Say what this ran on."""
+    """Describe the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"processor": names[0] if names else platform.machine(), "cores": len(names)}
@@ -272,7 +272,7 @@ def machine() -> dict[str, object]:
 def main() -> None:
     """Measure both lists, and print one JSON line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--photos", type=Path, help="Folder of JPEG files.")
+    parser.add_argument("--photos", type=Path, help="Directory of JPEG files.")
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--lists", choices=("good", "mixed"), nargs="+", default=["good", "mixed"])

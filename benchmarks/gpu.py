@@ -1,14 +1,14 @@
-"""What a GPU does of what it can: one command of at most eight minutes.
+"""Share of a GPU's peak rates that d2i reaches: one command of at most eight minutes.
 
     python benchmarks/gpu.py --out gpu-benchmark
     python benchmarks/gpu.py --device cpu --size toy --minutes 2 --out toy
 
-First the rate of matrix products, the memory's bandwidth and that of the link to the device; then,
-as shares of those, training steps, sampling, AdamW, encoders and reading (gpu_measurements.py). It
-wants PyTorch and this checkout; what else a measurement needs, and is not installed, leaves that
-one unmeasured (README.md lists what to carry). Writes gpu.json and gpu.md into `--out` after every
-row, so that a kill leaves what was found. The time is shared out; what comes too late is not
-reached.
+First the rate of matrix products, the memory bandwidth and the bandwidth of the link to the device;
+then, as shares of those, training steps, sampling, AdamW, encoders and reading
+(gpu_measurements.py). It requires PyTorch and this checkout; a measurement that needs any other
+package is skipped if that is missing (README.md lists the packages to copy). Writes gpu.json and
+gpu.md into `--out` after every row, so that a kill keeps the results. The time is divided among the
+measurements; those that do not fit are "not reached".
 
 `--table gpu.json` prints the Markdown of such a file again and measures nothing.
 """
@@ -31,9 +31,9 @@ from typing import Any
 from gpu_measurements import list_measurements
 
 WORKER = Path(__file__).resolve().with_name("gpu_measurements.py")
-# Kept back for ending: stopping the worker, the last writing.
+# Reserved for stopping the worker and for the last write.
 RESERVE_S = 3.0
-# A measurement that is further over its time than this hangs, in a compiler say.
+# A measurement that exceeds its time by more than this hangs, for example in a compiler.
 GRACE_S = 10.0
 USAGE = 2
 HEAD = ("measurement", "", "ms: median (least to most; repeats)", "a second", "rate", "share")
@@ -41,7 +41,7 @@ Result = dict[str, Any]
 
 
 def begin(options: argparse.Namespace, names: list[str]) -> Result:
-    """Return a result in which nothing is measured yet."""
+    """Return a result without measurements."""
     return {
         "benchmark": "gpu",
         "device": options.device,
@@ -58,34 +58,34 @@ def begin(options: argparse.Namespace, names: list[str]) -> Result:
     }
 
 
-def write(folder: Path, result: Result) -> None:
-    """Write both files, each whole or not at all."""
+def write(directory: Path, result: Result) -> None:
+    """Write both files, each atomically."""
     data = {"gpu.json": json.dumps(result, indent=1) + "\n", "gpu.md": table(result)}
     for name, text in data.items():
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:
             file.write(text)
         Path(file.name).chmod(0o644)
-        Path(file.name).replace(folder / name)
+        Path(file.name).replace(directory / name)
 
 
 # --- The worker -----------------------------------------------------------------------------------
 
 
 class Worker:
-    """A process that measures, and what it says, line by line."""
+    """A measuring process and its JSON messages."""
 
     def __init__(self, options: argparse.Namespace, names: list[str], seconds: float) -> None:
         command = (sys.executable, str(WORKER), "--device", options.device, "--size", options.size)
         self._process = subprocess.Popen(
             [*command, "--seconds", str(seconds), "--", *names],
             stdout=subprocess.PIPE,
-            # Whatever it starts, compilers too, can then be stopped with it.
+            # A new session, so that its children, such as compilers, are killed with it.
             start_new_session=True,
         )
         self.limit = time.monotonic() + seconds
 
     def messages(self) -> Iterator[Result]:
-        """Give its messages until it ends.
+        """Yield its messages until it ends.
 
         Raises:
             TimeoutError: Once `limit` is reached.
@@ -104,7 +104,7 @@ class Worker:
                 yield from map(json.loads, lines)
 
     def stop(self, timeout_s: float = 0) -> int:
-        """End it and what it started, unless it ends by itself; return its exit status."""
+        """Kill it and its children, unless it ends by itself; return its exit status."""
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -113,11 +113,11 @@ class Worker:
 
 
 class Run:
-    """One run of the benchmark: who measures, what is found, where it is written.
+    """One run of the benchmark: its worker, its result and its output.
 
     Args:
-        options: Of the command line.
-        names: Measurements, in their order.
+        options: The command line options.
+        names: The measurements, in order.
     """
 
     def __init__(self, options: argparse.Namespace, names: list[str]) -> None:
@@ -127,7 +127,7 @@ class Run:
         self.result = begin(options, names)
 
     def measure(self) -> int:
-        """Measure all that the time allows; return the exit status."""
+        """Run all measurements that the time allows; return the exit status."""
         self._write()
         while self._waiting and self._left_s > 0:
             worker = Worker(self._options, self._waiting, self._left_s)
@@ -135,7 +135,7 @@ class Run:
             try:
                 for message in worker.messages():
                     current = self._take(message, current, worker)
-                # What it says ends seconds before it does.
+                # Its output ends seconds before the process does.
                 status = worker.stop(max(1.0, self._left_s))
                 problem = f"its process ended with status {status}"
             except TimeoutError:
@@ -145,7 +145,7 @@ class Run:
             if current:
                 self._fail(current, problem)
             elif len(self._waiting) == num_waiting and self._left_s > 0:
-                # It measured nothing and says itself why; another one would do no better.
+                # It measured nothing and has printed the reason; a new worker would fail as well.
                 print(f"gpu.py: {problem}; see above", file=sys.stderr)
                 return USAGE if status == USAGE else 1
         self.result["is_finished"] = True
@@ -153,7 +153,7 @@ class Run:
         return 0
 
     def _take(self, message: Result, current: str, worker: Worker) -> str:
-        """Take a message in; return the measurement that is under way after it."""
+        """Record a message; return the measurement in progress after it."""
         if "machine" in message:
             self.result["machine"] = message["machine"]
         elif "begin" in message:
@@ -199,7 +199,7 @@ class Run:
 
 
 def say(line: str) -> None:
-    """Print how far it is."""
+    """Print the progress."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -207,7 +207,7 @@ def say(line: str) -> None:
 
 
 def table(result: Result) -> str:
-    """Return the result as Markdown: the machine, and a row for all that was measured or not."""
+    """Return the result as Markdown: the machine, and a row for each measurement."""
     lines = [about(result), "", row_line((*HEAD, "peak memory", "first call"))]
     lines.append(row_line(("---",) * (len(HEAD) + 2)))
     for name, measurement in result["measurements"].items():
@@ -219,7 +219,7 @@ def table(result: Result) -> str:
 
 
 def about(result: Result) -> str:
-    """Say in a line what it ran on, and how."""
+    """Describe the machine and the options in one line."""
     machine = result["machine"]
     if not machine:
         return "Nothing was measured."
@@ -238,7 +238,7 @@ def about(result: Result) -> str:
 
 
 def cells(row: Result) -> tuple[str, ...]:
-    """Return a row's cells but for the measurement's name."""
+    """Return a row's cells except the measurement's name."""
     if row["state"] != "measured":
         return (f"{row['row']}: {row['state']}{because(row)}", *[""] * 6)
     ms = row["ms"]
@@ -255,7 +255,7 @@ def cells(row: Result) -> tuple[str, ...]:
 
 
 def because(found: Result) -> str:
-    """Return the reason of what was not measured, to stand behind its state."""
+    """Return the reason why a measurement is missing, to follow its state."""
     return f": {found['reason']}" if found["reason"] else ""
 
 
@@ -265,16 +265,18 @@ def row_line(texts: tuple[str, ...]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("gpu-benchmark"), metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=8, help="of the clock, for all")
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="wall-clock minutes for all measurements"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=("full", "toy"), default="full")
     parser.add_argument(
-        "--only", action="append", metavar="TEXT", help="measurements that have it in their name"
+        "--only", action="append", metavar="TEXT", help="only measurements whose name contains TEXT"
     )
     parser.add_argument("--list", action="store_true", help="print the measurements' names")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a gpu.json")
@@ -282,7 +284,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Measure and write both files, or print what was asked for."""
+    """Measure and write both files, or print the list or the table."""
     parser = build_parser()
     options = parser.parse_args()
     if options.table:
@@ -290,7 +292,7 @@ def main() -> None:
         return
     wanted = options.only or [""]
     names = [measurement.name for measurement in list_measurements()]
-    # What the others are shares of is measured in any case.
+    # The peak rates, to which the others are relative, are always measured.
     names = [n for n in names if n.startswith("device:") or any(text in n for text in wanted)]
     if options.list:
         print(*names, sep="\n")

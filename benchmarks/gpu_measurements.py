@@ -2,14 +2,14 @@
 
     python benchmarks/gpu_measurements.py --device cpu --size toy --seconds 30 "uvit-s: sampling"
 
-Without names, all of them. Each gets its share of the seconds. Prints a JSON line when a
-measurement begins, for each row it finds, and when it ends; messages of libraries go to stderr.
-Ends with status 3 after a failure that may have left the device unusable: what comes next wants a
-new process. On a CPU it computes by one thread, as each rank of training does.
+Runs all measurements if no names are given. Each gets a share of the seconds. Prints a JSON line
+when a measurement begins, for each row, and when it ends; messages of libraries go to stderr. Exits
+with status 3 after a failure that may have left the device unusable: the next measurement needs a
+new process. On a CPU it computes with one thread, as each rank of training does.
 
-Another network of the project is one more entry of `BACKBONES`. All networks have random weights,
-which change no speed, at their published sizes (`--size full`). FLOPs are counted by torch's
-`FlopCounterMode`, 2 a multiply-add, what is computed again in a backward pass left out.
+To add a network, add an entry to `BACKBONES`. All networks have random weights, which do not affect
+speed, at their published sizes (`--size full`). FLOPs are counted by torch's `FlopCounterMode`, 2
+per multiply-add, without recomputation in the backward pass.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ Emit = Callable[[Row], None]
 
 @dataclass(frozen=True)
 class Training:
-    """A way to train.
+    """A training configuration.
 
     Args:
-        precision: `autocast` multiplies in bf16 beside float32 weights; `bf16` is the whole network
-            in it, with float32 masters for AdamW; `fp32` is all of it in float32, without TF32.
-        first_batch: Pictures of the first row; each further row has twice as many.
-        is_compiled: Block by block, as `train.compile` does.
-        is_recomputed: As `train.activation_checkpointing` does.
+        precision: `autocast` computes in bf16 with float32 weights; `bf16` has the whole network in
+            bf16, with float32 master weights for AdamW; `fp32` is float32 without TF32.
+        first_batch: Images per batch of the first row; each further row doubles it.
+        is_compiled: Compile block by block, as `train.compile` does.
+        is_recomputed: Recompute activations, as `train.activation_checkpointing` does.
         weight: Its share of the time.
     """
 
@@ -74,17 +74,17 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A network of the project, and what is measured of it.
+    """A network of the project and its measurements.
 
     Args:
-        name: As a recipe names it, which gives its published size.
+        name: The backbone name of recipes, which determines the published size.
         toy: Sizes for a check on a CPU.
-        trainings: Ways to train it.
-        engine_batch: Pictures of a step by DeepSpeed.
-        guidance_scale: Of its published sampling.
-        sample_batch: Pictures that are drawn at once, `sample.compute_batch_size`.
-        sample_precisions: What sampling multiplies in.
-        reader_batch: Samples of a batch that is read.
+        trainings: The training configurations to measure.
+        engine_batch: Images per step with DeepSpeed.
+        guidance_scale: The guidance scale of its published sampling.
+        sample_batch: Images generated per batch, `sample.compute_batch_size`.
+        sample_precisions: The precisions of sampling.
+        reader_batch: Samples per batch that is read.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Backbone:
 
     @property
     def is_joint(self) -> bool:
-        """Whether it predicts picture and text together."""
+        """True if it predicts image and text jointly."""
         return self.name.startswith("unidiffuser")
 
 
@@ -137,51 +137,51 @@ BACKBONES = (
 
 
 class OutOfTimeError(Exception):
-    """What is left of a measurement's seconds is too little for what comes next."""
+    """The remaining seconds of a measurement are too few for the next row."""
 
 
 class Budget:
-    """Seconds by the clock that a measurement may take."""
+    """The wall-clock time limit of a measurement."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.perf_counter() + seconds
 
     @property
     def left_s(self) -> float:
-        """Seconds left; negative once they are over."""
+        """Remaining seconds; negative after the deadline."""
         return self._end - time.perf_counter()
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where it is measured, and at which size."""
+    """The device and the size of the measurements."""
 
     device: str
     size: str
 
     @property
     def is_cuda(self) -> bool:
-        """Whether the device computes beside this process."""
+        """True for a CUDA device, which computes asynchronously."""
         return self.device == "cuda"
 
     @property
     def is_toy(self) -> bool:
-        """Whether all is small, to check that everything runs."""
+        """True for small sizes, to check that everything runs."""
         return self.size == "toy"
 
     def sizes(self, backbone: Backbone) -> dict[str, int]:
-        """Return how the network differs from the published one."""
+        """Return the sizes that differ from the published network."""
         return backbone.toy if self.is_toy else {}
 
     def wait(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished all submitted work."""
         import torch
 
         if self.is_cuda:
             torch.cuda.synchronize()
 
     def clear(self) -> None:
-        """Give memory back, and begin to count its peak anew."""
+        """Free cached memory, and reset its peak."""
         import torch
 
         if self.is_cuda:
@@ -190,7 +190,7 @@ class Place:
             torch.cuda.reset_peak_memory_stats()
 
     def peak_gib(self) -> float | None:
-        """Return the most memory of the device that tensors took since `clear`."""
+        """Return the peak device memory of tensors since `clear`."""
         import torch
 
         return torch.cuda.max_memory_allocated() / GIB if self.is_cuda else None
@@ -198,7 +198,7 @@ class Place:
 
 @dataclass
 class Timing:
-    """Seconds of each repeat, and of the very first call, which is none of them."""
+    """Seconds of each repeat, and of the first call, which is not among them."""
 
     first_s: float
     seconds: list[float] = field(default_factory=list)
@@ -216,14 +216,14 @@ def timed(
     share: float = 1,
     most: int | None = None,
 ) -> Timing:
-    """Time a call: by events of the device, so that the next one is prepared meanwhile.
+    """Time a call by device events, so that the host prepares the next call meanwhile.
 
     Args:
-        call: What is timed; called twice before, to warm up.
-        place: Where it computes.
-        budget: What the calls are taken from.
-        share: Of what is left of it.
-        most: The most repeats; None for as many as the size is worth.
+        call: The call to time, after two warm-up calls.
+        place: The device and size.
+        budget: The time limit of the measurement.
+        share: The share of the remaining time to use.
+        most: The maximum number of repeats; None for the default of the size.
 
     Raises:
         OutOfTimeError: If the fewest repeats do not fit.
@@ -266,13 +266,13 @@ def _event_seconds(call: Callable[[], object], num: int) -> list[float]:
 
 
 def measured(label: str, timing: Timing, **figures: Any) -> Row:
-    """Return a row: how long it took, and what was given of `count`, `flop` and `num_bytes`.
+    """Return a row: the duration, and rates for `count`, `flop` and `num_bytes` if given.
 
     Args:
         label: The row's name within its measurement.
-        timing: Of what was repeated.
-        **figures: `count` and `unit` of what one repeat makes; `flop` and `num_bytes` of one;
-            `ceiling`, the rate that these are a share of; others go into the row as they are.
+        timing: The timing of the repeats.
+        **figures: `count` and `unit` of the output of a repeat; its `flop` and `num_bytes`;
+            `ceiling`, the peak rate to compare with; others are copied into the row.
     """
     seconds = timing.seconds
     row: Row = {"row": label, "state": "measured", "first_s": _short(timing.first_s)}
@@ -298,7 +298,7 @@ def _short(value: float) -> float:
 
 
 def missed(label: str, state: str, reason: str) -> Row:
-    """Return a row that has no figure, and why."""
+    """Return a row without figures, with the reason."""
     return {"row": label, "state": state, "reason": reason}
 
 
@@ -306,7 +306,7 @@ def missed(label: str, state: str, reason: str) -> Row:
 
 
 def measure_matrix_rate(place: Place, budget: Budget, emit: Emit) -> None:
-    """Multiply square matrices of normal numbers; the quickest of several sizes is the rate."""
+    """Multiply random square matrices; the fastest of several sizes gives the rate."""
     import torch
 
     sizes = (64, 128, 256) if place.is_toy else (4096, 8192, 16384)
@@ -357,7 +357,7 @@ def measure_link(place: Place, budget: Budget, emit: Emit) -> None:
 
 
 def build(backbone: Backbone, place: Place) -> Any:
-    """Build a network with random weights, on the device at once."""
+    """Build a network with random weights directly on the device."""
     import torch
 
     from d2i.models import build_backbone
@@ -368,7 +368,7 @@ def build(backbone: Backbone, place: Place) -> Any:
 
 
 def draw_batch(network: Any, is_joint: bool, size: int, device: str) -> Any:
-    """Draw a batch as training takes it on the device: normal numbers, times in 1..1000."""
+    """Draw a training batch on the device: normal numbers, times in 1..1000."""
     import torch
 
     from d2i.train.batch import Batch, JointInputs
@@ -395,7 +395,7 @@ def draw_batch(network: Any, is_joint: bool, size: int, device: str) -> Any:
 
 
 def objective_of(backbone: Backbone, network: Any) -> Callable[[Any, Any], Any]:
-    """Return the loss that training takes of the network."""
+    """Return the training loss function of the network."""
     from d2i.config import BackboneConfig, UniDiffuserLossConfig
     from d2i.train.objective import build_objective
 
@@ -466,7 +466,7 @@ class Trainer:
 
 
 def compile_network(network: Any, place: Place) -> None:
-    """Compile block by block as training does; at toy size trace one of them, which is quick."""
+    """Compile block by block as training does; at toy size trace only one block, which is fast."""
     from d2i.train.network import compile_blocks
 
     if place.is_toy:
@@ -476,8 +476,8 @@ def compile_network(network: Any, place: Place) -> None:
 
 
 @cache
-def flop_of_picture(backbone: Backbone, place: Place, *, is_training: bool) -> int:
-    """Count the FLOPs of one picture on torch's meta device: forward, or forward and backward."""
+def flop_of_image(backbone: Backbone, place: Place, *, is_training: bool) -> int:
+    """Count the FLOPs of one image on torch's meta device: forward, or forward and backward."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -498,7 +498,7 @@ def flop_of_picture(backbone: Backbone, place: Place, *, is_training: bool) -> i
 def measure_training(
     backbone: Backbone, training: Training, place: Place, budget: Budget, emit: Emit
 ) -> None:
-    """Take steps at a growing batch, until memory or time is out."""
+    """Take steps at growing batch sizes, until memory or time runs out."""
     import torch
 
     place.clear()
@@ -510,7 +510,7 @@ def measure_training(
             emit(missed(label, "not reached", "its time was over"))
             return
         if training.is_compiled:
-            # Else the shapes before would count towards the most that one block is compiled for.
+            # Else the earlier shapes would count towards the recompile limit of a block.
             torch._dynamo.reset()
         try:
             row = measure_batch(trainer, size, budget)
@@ -518,14 +518,14 @@ def measure_training(
             emit(missed(label, "failed", "out of memory"))
             return
         emit(row)
-        # Twice the pictures; every shape is compiled for itself.
+        # Twice the images; every shape is compiled separately.
         next_s = (LEAST_REPEATS + 2) * 2 * row["ms"]["median"] / 1000
         next_s += row["first_s"] if training.is_compiled else 0
         place.clear()
 
 
 def measure_batch(trainer: Trainer, size: int, budget: Budget) -> Row:
-    """Take steps on one batch, of a seventh of what is left: greater ones come after."""
+    """Take steps on one batch for a seventh of the remaining time: larger batches follow."""
     backbone, place = trainer.backbone, trainer.place
     batch = draw_batch(trainer.network, backbone.is_joint, size, place.device)
     timing = timed(partial(trainer.step, batch), place, budget, share=1 / 7)
@@ -536,14 +536,14 @@ def measure_batch(trainer: Trainer, size: int, budget: Budget) -> Row:
         timing,
         count=size,
         unit="pictures",
-        flop=size * flop_of_picture(backbone, place, is_training=True),
+        flop=size * flop_of_image(backbone, place, is_training=True),
         ceiling="fp32" if trainer.training.precision == "fp32" else "bf16",
         peak_gib=place.peak_gib(),
     )
 
 
 def batch_sizes(training: Training, place: Place) -> Iterator[int]:
-    """Give batch sizes, each twice the one before."""
+    """Yield batch sizes, each twice the one before."""
     if place.is_toy:
         yield from (1,) if training.is_compiled else (1, 2)
         return
@@ -552,7 +552,7 @@ def batch_sizes(training: Training, place: Place) -> Iterator[int]:
 
 
 def check_finite(loss: Any) -> None:
-    """Make sure that what was timed is training."""
+    """Raise if the timed training has diverged."""
     if not math.isfinite(float(loss)):
         raise ArithmeticError(f"the loss is {float(loss)}, expected a finite number")
 
@@ -583,7 +583,7 @@ def measure_engine(backbone: Backbone, place: Place, budget: Budget, emit: Emit)
 
     timing = timed(step, place, budget)
     check_finite(step())
-    flop = size * flop_of_picture(backbone, place, is_training=True)
+    flop = size * flop_of_image(backbone, place, is_training=True)
     figures = {"count": size, "unit": "pictures", "flop": flop, "ceiling": "bf16"}
     emit(measured(f"batch {size}", timing, **figures, peak_gib=place.peak_gib()))
 
@@ -607,7 +607,7 @@ def measure_optimizer(backbone: Backbone, place: Place, budget: Budget, emit: Em
 
 
 def measure_sampling(backbone: Backbone, place: Place, budget: Budget, emit: Emit) -> None:
-    """Draw latents as `d2i eval` does, keyed noise included; decoding is a row of the encoders."""
+    """Generate latents as `d2i eval` does, with keyed noise; decoding is a row of the encoders."""
     import numpy as np
     import torch
 
@@ -615,7 +615,7 @@ def measure_sampling(backbone: Backbone, place: Place, budget: Budget, emit: Emi
     from d2i.eval.sampler import Sampler
 
     size, num_steps = (2, 4) if place.is_toy else (backbone.sample_batch, 50)
-    flop = 2 * num_steps * size * flop_of_picture(backbone, place, is_training=False)
+    flop = 2 * num_steps * size * flop_of_image(backbone, place, is_training=False)
     random = np.random.default_rng(0)
     for number, precision in enumerate(backbone.sample_precisions):
         place.clear()
@@ -627,7 +627,7 @@ def measure_sampling(backbone: Backbone, place: Place, budget: Budget, emit: Emi
         )
         network = BackboneConfig(name=backbone.name, **place.sizes(backbone))
         shape = text_shape(backbone, place)
-        # Nothing is decoded, so no autoencoder is asked for.
+        # Nothing is decoded, so no autoencoder is needed.
         vae: Any = None
         with torch.device(place.device):
             sampler = Sampler(network, vae, config, np.zeros(shape, np.float32), place.device)
@@ -649,7 +649,7 @@ def measure_sampling(backbone: Backbone, place: Place, budget: Budget, emit: Emi
 
 
 def text_shape(backbone: Backbone, place: Place) -> tuple[int, int]:
-    """Return tokens and features of a text, as the network reads it."""
+    """Return the numbers of tokens and features of a text that the network reads."""
     network = build(backbone, Place("meta", place.size))
     return network.num_text_tokens, network.text_dim
 
@@ -686,8 +686,8 @@ _CLIP_IMAGE = {
 _VAE_CHANNELS = {"full": (128, 256, 512, 512), "toy": (32, 32)}
 
 
-def save_encoders(folder: Path, size: str) -> dict[str, str]:
-    """Write CLIP's two towers and the KL autoencoder with random weights, as d2i loads them."""
+def save_encoders(directory: Path, size: str) -> dict[str, str]:
+    """Write CLIP's two towers and the KL autoencoder with random weights, in d2i's formats."""
     from diffusers import AutoencoderKL
     from transformers import (
         CLIPTextConfig,
@@ -708,12 +708,12 @@ def save_encoders(folder: Path, size: str) -> dict[str, str]:
         ),
     }
     for name, encoder in encoders.items():
-        encoder.save_pretrained(folder / name)
-    return {name: str(folder / name) for name in encoders}
+        encoder.save_pretrained(directory / name)
+    return {name: str(directory / name) for name in encoders}
 
 
 def encoder_calls(encoders: Any, place: Place) -> list[tuple[str, str, Callable[[int, int], Any]]]:
-    """Give each encoder's row: label, unit, and the call from (rows, batch)."""
+    """Return each encoder's row: label, unit, and the call from (rows, batch)."""
     import numpy as np
     import torch
 
@@ -736,11 +736,11 @@ def encoder_calls(encoders: Any, place: Place) -> list[tuple[str, str, Callable[
     ]
     factor = 2 ** (len(_VAE_CHANNELS[place.size]) - 1)
     for edge in resolutions:
-        pictures = pixels(edge)
+        images = pixels(edge)
         latents = torch.randn(64, 4, edge // factor, edge // factor)
 
-        def encode(num: int, size: int, pictures: Any = pictures) -> Any:
-            return encoders.vae.encode(pictures[:num], size)
+        def encode(num: int, size: int, images: Any = images) -> Any:
+            return encoders.vae.encode(images[:num], size)
 
         def decode(num: int, size: int, latents: Any = latents) -> Any:
             return encoders.vae.decode(latents[:num], size)
@@ -753,7 +753,7 @@ def encoder_calls(encoders: Any, place: Place) -> list[tuple[str, str, Callable[
 
 
 def measure_encoders(place: Place, budget: Budget, emit: Emit) -> None:
-    """Encode and decode through d2i's own encoders, from and to arrays of this process."""
+    """Encode and decode with d2i's own encoders, from and to arrays in memory."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -762,8 +762,8 @@ def measure_encoders(place: Place, budget: Budget, emit: Emit) -> None:
 
     size = 2 if place.is_toy else 32
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    with tempfile.TemporaryDirectory() as folder:
-        config = EncodersConfig(**save_encoders(Path(folder), place.size))
+    with tempfile.TemporaryDirectory() as directory:
+        config = EncodersConfig(**save_encoders(Path(directory), place.size))
         for number, precision in enumerate(precisions):
             place.clear()
             calls = encoder_calls(load_encoders(config, place.device, precision), place)
@@ -786,8 +786,8 @@ def measure_encoders(place: Place, budget: Budget, emit: Emit) -> None:
                 emit(measured(row, timing, count=size, unit=unit, flop=flop, ceiling=precision))
 
 
-def write_samples(folder: Path, backbone: Backbone, place: Place, num: int) -> Any:
-    """Write shards of random numbers at the shapes that the network trains on; return a reader."""
+def write_samples(directory: Path, backbone: Backbone, place: Place, num: int) -> Any:
+    """Write shards of random numbers in the network's shapes; return a reader."""
     import numpy as np
 
     from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
@@ -812,18 +812,18 @@ def write_samples(folder: Path, backbone: Backbone, place: Place, num: int) -> A
 
     for shard in range(2):
         numbers = range(shard * num // 2, (shard + 1) * num // 2)
-        write_shard(map(sample, numbers), str(folder), shard, failures={})
-    (folder / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(text[:1], np.uint16)))
-    (folder / "empty_text.npy").write_bytes(npy_bytes(np.zeros(text, np.float16)))
-    write_manifest(str(folder), {})
-    return ShardReader(str(folder))
+        write_shard(map(sample, numbers), str(directory), shard, failures={})
+    (directory / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(text[:1], np.uint16)))
+    (directory / "empty_text.npy").write_bytes(npy_bytes(np.zeros(text, np.float16)))
+    write_manifest(str(directory), {})
+    return ShardReader(str(directory))
 
 
 def measure_reading(backbone: Backbone, place: Place, budget: Budget, emit: Emit) -> None:
-    """Read batches as training does, draws included: shards, pinned memory, device."""
+    """Read batches as training does, with random draws: shards, pinned memory, device."""
     num, size = (16, 4) if place.is_toy else (2000, backbone.reader_batch)
-    with tempfile.TemporaryDirectory() as folder:
-        reader = write_samples(Path(folder), backbone, place, num)
+    with tempfile.TemporaryDirectory() as directory:
+        reader = write_samples(Path(directory), backbone, place, num)
         threads = (2,) if place.is_toy else (2, 8)
         for number, num_threads in enumerate(threads):
             share = 0.8 / (len(threads) - number)
@@ -861,7 +861,7 @@ def _measure_threads(
     device = torch.device(place.device)
 
     def move_all() -> None:
-        # More than are read ahead, so that what waits already is a small part.
+        # More than are prefetched, so that batches already in the queue are a small part.
         for _ in range(4 * num_threads):
             next(ahead).to(device)
 
@@ -892,7 +892,7 @@ def size_bytes(batch: Any) -> int:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A named measurement, its weight in the sharing of time, and what makes its rows."""
+    """A named measurement, its share of the time, and the function that yields its rows."""
 
     name: str
     weight: float
@@ -900,7 +900,7 @@ class Measurement:
 
 
 def list_measurements() -> list[Measurement]:
-    """Return all measurements: what the others are shares of first, then what matters most."""
+    """Return all measurements: the peak rates first, then by importance."""
     found = [
         Measurement("device: matrix rate", 2, measure_matrix_rate),
         Measurement("device: memory bandwidth", 0.5, measure_bandwidth),
@@ -923,7 +923,7 @@ def list_measurements() -> list[Measurement]:
             for backbone in BACKBONES
         ]
     found.append(Measurement("encoders", 5, measure_encoders))
-    # Last, as it sets up what the whole process shares.
+    # Last, because it sets up process-wide state.
     for backbone in BACKBONES:
         name = f"{backbone.name}: training, bf16 by DeepSpeed"
         found.append(Measurement(name, 2, partial(measure_engine, backbone)))
@@ -931,7 +931,7 @@ def list_measurements() -> list[Measurement]:
 
 
 def describe_machine(place: Place) -> dict[str, Any]:
-    """Say what this runs on."""
+    """Describe the machine."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -962,7 +962,7 @@ def describe_machine(place: Place) -> dict[str, Any]:
 
 
 def driver_version() -> str | None:
-    """Ask the driver for its version; None where nobody answers."""
+    """Return the version of the driver; None if it cannot be queried."""
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
@@ -972,7 +972,7 @@ def driver_version() -> str | None:
 
 
 def run_measurement(measurement: Measurement, place: Place, seconds: float, emit: Emit) -> bool:
-    """Run one, and say how it ended; return whether the process can go on."""
+    """Run one measurement and print its result; return whether the process can continue."""
     import torch
 
     state, reason, is_usable = "measured", None, True
@@ -996,19 +996,21 @@ def _one_line(err: Exception) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="measurements; default: all")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=("full", "toy"), default="full")
-    parser.add_argument("--seconds", type=float, default=480, help="for all of them")
+    parser.add_argument(
+        "--seconds", type=float, default=480, help="time limit for all measurements"
+    )
     return parser
 
 
 def main() -> None:
-    """Measure, and print a line of JSON for whatever happens."""
+    """Run the measurements, and print a line of JSON for each event."""
     parser = build_parser()
     options = parser.parse_args()
     known = {measurement.name: measurement for measurement in list_measurements()}
@@ -1016,7 +1018,7 @@ def main() -> None:
         parser.error(f"no measurement {strange[0]!r}; expected one of {', '.join(known)}")
     budget = Budget(options.seconds)
     lines = os.fdopen(os.dup(1), "w")
-    # What libraries print is no result.
+    # Output of libraries goes to stderr, not among the results.
     os.dup2(2, 1)
 
     def emit(row: Row) -> None:

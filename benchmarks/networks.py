@@ -1,16 +1,15 @@
-"""How fast one optimizer step is, beside a plain implementation and beside diffusers' network.
+"""Speed of an optimizer step, compared with a plain implementation and diffusers' network.
 
     python benchmarks/networks.py --repeats 5
 
-`uvit`: U-ViT-S at full size against the same network with attention written out (softmax of q k^T)
-and torch's default AdamW and averaging loop. `unidiffuser`: UniDiffuser at a middle size against
-diffusers' `UniDiffuserModel` that holds the same weights, both with fused AdamW. `--compile d2i`
-compiles d2i's blocks as `train.compile` does, `--compile both` those of the other network as well.
-Steps are taken in turns, on a CPU by one thread as each rank of training does, or by as many as
-`--threads` says; a ratio is that of one pair of neighbours, above 1 where d2i is quicker, once by
-the processor's time (of all threads together) and once by the clock. FLOPs are counted by torch's
-`FlopCounterMode` on the meta device, 2 a multiply-add, forward and backward. Prints one JSON line
-with all repeats.
+`uvit`: U-ViT-S at full size against the same network with explicit attention (softmax of q k^T),
+torch's default AdamW and a plain EMA loop. `unidiffuser`: UniDiffuser at a medium size against
+diffusers' `UniDiffuserModel` with the same weights, both with fused AdamW. `--compile d2i` compiles
+d2i's blocks as `train.compile` does, `--compile both` those of the other network as well. Steps
+alternate, on a CPU with one thread as in each rank of training, or with `--threads`; a ratio is
+that of one adjacent pair, above 1 if d2i is faster, by CPU time (of all threads together) and by
+wall-clock time. FLOPs are counted by torch's `FlopCounterMode` on the meta device, 2 per
+multiply-add, forward and backward. Prints one JSON line with all repeats.
 """
 
 from __future__ import annotations
@@ -46,14 +45,14 @@ Step = Callable[[], float]
 
 
 class PlainAttention(nn.Module):
-    """The same attention, written out."""
+    """The same attention, computed explicitly."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         self.num_heads, self.qkv, self.proj = attention.num_heads, attention.qkv, attention.proj
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend with the whole matrix of weights in memory."""
+        """Attend with the whole attention matrix in memory."""
         batch, length, dim = x.shape
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = heads.unbind(0)
@@ -62,14 +61,14 @@ class PlainAttention(nn.Module):
 
 
 class PlainAverage:
-    """The moving average, parameter by parameter."""
+    """The EMA, updated parameter by parameter."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self._pairs = [(parameter.detach().clone(), parameter) for parameter in parameters]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now."""
+        """Update the EMA with the current weights."""
         for average, parameter in self._pairs:
             average.mul_(EMA_RATE).add_(parameter, alpha=1 - EMA_RATE)
 
@@ -81,7 +80,7 @@ def build_step(
     average: Ema | PlainAverage,
     options: argparse.Namespace,
 ) -> Step:
-    """Return one whole step: forward, backward, AdamW, moving average; it returns the loss."""
+    """Return a function that takes a step (forward, backward, AdamW, EMA) and returns its loss."""
 
     def rounded() -> AbstractContextManager[Any]:
         dtype = DTYPES[options.dtype]
@@ -101,11 +100,11 @@ def build_step(
 
 
 def uvit_steps(options: argparse.Namespace) -> dict[str, Step]:
-    """One step of U-ViT-S by d2i, and one by a plain implementation."""
+    """Return the steps of U-ViT-S by d2i and by a plain implementation."""
     ours, plain = seeded("uvit-s", options), seeded("uvit-s", options)
     for block in [*plain.in_blocks, plain.mid_block, *plain.out_blocks]:
         block.attn = PlainAttention(block.attn)
-    latent, text = drawn(options, 4, 32, 32), drawn(options, 77, 768)
+    latent, text = random_input(options, 4, 32, 32), random_input(options, 77, 768)
     n = torch.randint(1, 1001, (options.batch,), device=options.device)
     noise = torch.randn_like(latent)
 
@@ -122,14 +121,18 @@ def uvit_steps(options: argparse.Namespace) -> dict[str, Step]:
 
 
 def unidiffuser_steps(options: argparse.Namespace) -> dict[str, Step]:
-    """One step of UniDiffuser by d2i, and one by diffusers' network with the same weights."""
+    """Return the steps of UniDiffuser by d2i and by diffusers' network with the same weights."""
     from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UniDiffuserModel
 
     ours = seeded("unidiffuser-v1", options)
     config = {key: v for key, v in diffusers_config(ours).items() if key != "_class_name"}
     theirs = UniDiffuserModel(**config).to(options.device)
     theirs.load_state_dict(to_diffusers(ours.state_dict()))
-    parts = [drawn(options, 4, 32, 32), drawn(options, 1, 512), drawn(options, 77, 64)]
+    parts = [
+        random_input(options, 4, 32, 32),
+        random_input(options, 1, 512),
+        random_input(options, 77, 64),
+    ]
     noises = [torch.randn_like(part) for part in parts]
     n_image, n_text = torch.randint(1, 1001, (2, options.batch), device=options.device)
 
@@ -138,7 +141,7 @@ def unidiffuser_steps(options: argparse.Namespace) -> dict[str, Step]:
 
     steps = {}
     for name, network in (("d2i", ours), ("diffusers", theirs)):
-        # diffusers' network has a patch projection that gets no gradient; AdamW passes over it.
+        # diffusers' network has a patch projection without a gradient; AdamW skips it.
         optimizer = torch.optim.AdamW(network.parameters(), **OPTIMIZER, fused=True)
         average = Ema(list(network.parameters()), EMA_RATE)
         network = compiled(network, name, options)
@@ -156,13 +159,13 @@ def seeded(name: str, options: argparse.Namespace) -> Any:
     return build_backbone(name, **sizes).to(options.device)
 
 
-def drawn(options: argparse.Namespace, *shape: int) -> Tensor:
-    """Draw inputs."""
+def random_input(options: argparse.Namespace, *shape: int) -> Tensor:
+    """Draw a random input."""
     return torch.randn(options.batch, *shape, device=options.device)
 
 
 def compiled(network: Any, name: str, options: argparse.Namespace) -> Any:
-    """Compile a network where that is asked for: its blocks, or all of one that is not d2i's."""
+    """Compile a network if requested: the blocks of d2i's, or the whole of another."""
     if options.compile == "both" or options.compile == name:
         if hasattr(network, "in_blocks"):
             compile_blocks(network)
@@ -172,7 +175,7 @@ def compiled(network: Any, name: str, options: argparse.Namespace) -> Any:
 
 
 def timed(step: Step, device: str) -> dict[str, float]:
-    """Take one step: its seconds by the clock and by the processor, and its loss."""
+    """Take one step; return its wall-clock seconds, its CPU seconds and its loss."""
     wall, cpu = time.perf_counter(), time.process_time()
     loss = step()
     if device == "cuda":
@@ -182,7 +185,7 @@ def timed(step: Step, device: str) -> dict[str, float]:
 
 
 class LinearLayers(TorchDispatchMode):
-    """Counts the seconds of the processor that the matrix products of linear layers take."""
+    """Counts the CPU seconds of the matrix products of linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +194,7 @@ class LinearLayers(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, _types: Any, arguments: Any = (), named: Any = None
     ) -> Any:
-        """Run an operation, and count it where it is such a product."""
+        """Run an operation, and count its time if it is such a product."""
         started = time.process_time()
         result = operation(*arguments, **(named or {}))
         if operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
@@ -200,7 +203,7 @@ class LinearLayers(TorchDispatchMode):
 
 
 def seconds_of_linear_layers(step: Step, options: argparse.Namespace) -> float | None:
-    """Measure what no way to write a step can save; on a CPU alone, where calls wait."""
+    """Measure linear layers, a lower bound for a step; only on a CPU, where calls block."""
     if options.device != "cpu" or options.compile == "both":
         return None
     with LinearLayers() as layers:
@@ -222,7 +225,7 @@ def gflop_per_image(name: str) -> float:
 
 
 def matrix_gflops(options: argparse.Namespace) -> float:
-    """Measure the rate of a large matrix product in the same type, the best of five."""
+    """Measure the rate of a large matrix product in the same dtype, best of five."""
     size = 8192 if options.device == "cuda" else 2048
     left, right = torch.randn(2, size, size, device=options.device, dtype=DTYPES[options.dtype])
     rates = []
@@ -233,7 +236,7 @@ def matrix_gflops(options: argparse.Namespace) -> float:
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Take the steps of both in turns, after one that warms up."""
+    """Take the steps of both alternately, after a warm-up step."""
     steps = STEPS[name](options)
     other = next(key for key in steps if key != "d2i")
     first = {key: timed(step, options.device)["loss"] for key, step in steps.items()}
@@ -263,12 +266,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Give the median and every repeat."""
+    """Return the median and every repeat."""
     return {"median": round(statistics.median(values), 3), "all": [round(v, 3) for v in values]}
 
 
 def machine(options: argparse.Namespace) -> dict[str, object]:
-    """Say what this ran on."""
+    """Describe the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     found: dict[str, object] = {
@@ -294,7 +297,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     options = parser.parse_args()
     if options.device == "cpu":
-        # Threads that wait for each other burn processor time of no step's.
+        # Threads that wait for each other would add CPU time.
         torch.set_num_threads(options.threads)
     found = {name: measure(name, options) for name in options.networks}
     measured = {"machine": machine(options), "matrix_gflops": round(matrix_gflops(options), 1)}

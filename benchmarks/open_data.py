@@ -1,7 +1,7 @@
-"""How long a large data set takes to open, and how much memory.
+"""Time and memory to open a large data set.
 
-Makes a data set of small samples, or takes one that is there, and opens it in a process of its own:
-manifest, length, and one batch from all over it. Prints one JSON line.
+Writes a data set of small samples, or takes an existing one, and opens it in a separate process:
+manifest, length, and one batch of random indices. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 
 
-def make_data(folder: Path, num_samples: int, num_per_shard: int) -> None:
-    """Write samples that hold token ids alone."""
+def make_data(directory: Path, num_samples: int, num_per_shard: int) -> None:
+    """Write samples that hold only token ids."""
     tokens = npy_bytes(np.arange(77, dtype=np.uint16))
     for index, start in enumerate(range(0, num_samples, num_per_shard)):
         samples = (
@@ -32,20 +32,20 @@ def make_data(folder: Path, num_samples: int, num_per_shard: int) -> None:
             )
             for number in range(start, min(start + num_per_shard, num_samples))
         )
-        write_shard(samples, str(folder), index, failures={})
-    write_manifest(str(folder), {})
+        write_shard(samples, str(directory), index, failures={})
+    write_manifest(str(directory), {})
 
 
 def peak_mb() -> float:
-    """Give the most memory this process has held, in MB."""
+    """Return the peak memory of this process, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
-def measure(folder: str) -> dict[str, float]:
-    """Open a data set; give seconds and MB, and what the first batch adds to them."""
+def measure(directory: str) -> dict[str, float]:
+    """Open a data set; return seconds and MB, and what the first batch adds to them."""
     before = peak_mb()
     start = time.perf_counter()
-    reader = ShardReader(folder)
+    reader = ShardReader(directory)
     num = len(reader)
     opened, opened_mb = time.perf_counter() - start, peak_mb()
     reader.read(np.random.default_rng(0).integers(0, num, 512))
@@ -61,21 +61,21 @@ def measure(folder: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Make, measure, and print the line."""
+    """Write the data set, measure, and print the line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--num-samples", type=int, default=1_000_000)
     parser.add_argument("--num-per-shard", type=int, default=1000)
-    parser.add_argument("--data", help="a data set that is there; nothing is made")
+    parser.add_argument("--data", help="an existing data set; none is written")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.data)))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.data or scratch
+        directory = args.data or scratch
         if not args.data:
-            make_data(Path(folder), args.num_samples, args.num_per_shard)
-        command = [sys.executable, __file__, "--measure", "--data", folder]
+            make_data(Path(directory), args.num_samples, args.num_per_shard)
+        command = [sys.executable, __file__, "--measure", "--data", directory]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     machine = f"{platform.machine()}, Python {platform.python_version()}"
     print(json.dumps({"benchmark": "open_data", **json.loads(done.stdout), "machine": machine}))

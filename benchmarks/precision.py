@@ -1,12 +1,12 @@
-"""What encoding in bf16 or fp16 changes of the features that shards hold.
+"""Error of the features in shards when they are encoded in bf16 or fp16.
 
     python benchmarks/precision.py --photos photos --vae taesd.safetensors --num 64
 
 Encodes photographs and lines of text in float32 and in lower precision (torch's autocast, as
 `preprocess.encoder_precision` does), and compares moments, CLIP embeddings and CLIP text latents:
-the largest difference, and the root mean square of the differences over that of the features. The
-rounding to float16, in which shards hold them, is told beside it. Prints one JSON line; speed is a
-matter of the device.
+the largest difference, and the root mean square of the differences relative to that of the
+features. The error of rounding to float16, the dtype of shards, is reported as well. Prints one
+JSON line; speed depends on the device.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ LINES = [
 ]
 
 
-def read_pixels(folder: Path, num: int, resolution: int) -> NDArray[np.uint8]:
-    """Read photographs, cut and resized as for encoding."""
+def read_pixels(directory: Path, num: int, resolution: int) -> NDArray[np.uint8]:
+    """Read photographs, cropped and resized as for encoding."""
     config = ImageConfig(resolution=resolution)
-    paths = sorted(folder.rglob("*.jpg"))[:num]
+    paths = sorted(directory.rglob("*.jpg"))[:num]
     squares = [decode_square(open_header(path.read_bytes(), config), config) for path in paths]
     return np.stack([square.pixels for square in squares])
 
@@ -44,13 +44,13 @@ def read_pixels(folder: Path, num: int, resolution: int) -> NDArray[np.uint8]:
 def features(
     config: EncodersConfig, precision: Precision, pixels: NDArray[np.uint8], device: str
 ) -> tuple[dict[str, NDArray[np.float32]], float]:
-    """Encode everything; give the features, and the seconds that it took."""
+    """Encode everything; return the features and the seconds."""
     encoders = load_encoders(config, device, precision)
     tokens = np.stack([window(encode(line)) for line in LINES])
     batch_size = config.compute_batch_size
     started = time.perf_counter()
     found = {
-        # Of a log-variance that is none there is nothing to compare.
+        # An infinite log-variance cannot be compared.
         "moments": encoders.vae.encode(pixels, batch_size)[
             :, : 4 if config.vae_kind == "tiny" else 8
         ],
@@ -61,7 +61,7 @@ def features(
 
 
 def error(exact: NDArray[np.float32], other: NDArray[Any]) -> dict[str, float]:
-    """Compare features: the largest difference, and the relative root mean square."""
+    """Return the largest difference of features, and the relative root mean square error."""
     difference = other.astype(np.float64) - exact
     relative = np.sqrt(np.mean(difference**2) / np.mean(exact.astype(np.float64) ** 2))
     return {
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--photos", type=Path, required=True, help="folder of JPEG files")
+    parser.add_argument("--photos", type=Path, required=True, help="directory of JPEG files")
     parser.add_argument("--vae", required=True)
     parser.add_argument("--vae-kind", choices=("kl", "tiny"), default="tiny")
     parser.add_argument("--clip-image", default="demo:clip_image")

@@ -1,12 +1,12 @@
-"""How fast guided sampling is, beside diffusers' own loop with as many network calls.
+"""Speed of guided sampling, compared with diffusers' own loop with as many network calls.
 
     python benchmarks/sampling.py --repeats 3
 
-UniDiffuser at a middle size, 50 steps, guidance 8, text noise anew at every call, condition and no
-condition in one batch: d2i's published solver over its own network, and diffusers' pipeline loop
-(`DPMSolverMultistepScheduler` over `UniDiffuserModel` with the same weights). Runs are taken in
-turns; a ratio is that of one pair of neighbours, above 1 where d2i is quicker. FLOPs are counted by
-torch's `FlopCounterMode` on the meta device, 2 a multiply-add. Prints one JSON line.
+UniDiffuser at a medium size, 50 steps, guidance 8, new text noise at every call, conditional and
+unconditional in one batch: d2i's published solver with its own network, and diffusers' pipeline
+loop (`DPMSolverMultistepScheduler` with `UniDiffuserModel` of the same weights). Runs alternate; a
+ratio is that of one adjacent pair, above 1 if d2i is faster. FLOPs are counted by torch's
+`FlopCounterMode` on the meta device, 2 per multiply-add. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def latent_shape(options: argparse.Namespace) -> tuple[int, int, int]:
 
 
 def d2i_run(network: Any, options: argparse.Namespace) -> Callable[[], Tensor]:
-    """Return a whole run of d2i's sampler."""
+    """Return a function that runs d2i's whole sampler."""
     shape, keys = latent_shape(options), [f"test-{number}" for number in range(options.batch)]
     text = torch.from_numpy(normal(0, "text", keys, 0, (77, 64)))
     x = join_state(
@@ -80,7 +80,7 @@ def d2i_run(network: Any, options: argparse.Namespace) -> Callable[[], Tensor]:
 
 
 def diffusers_run(network: Any, options: argparse.Namespace) -> Callable[[], Tensor]:
-    """Return a whole run of the loop that diffusers' pipeline makes, its two calls as one batch."""
+    """Return a function that runs the loop of diffusers' pipeline, both calls in one batch."""
     place = {"device": options.device, "dtype": DTYPES[options.dtype]}
     text = torch.randn(options.batch, 77, 64, **place)
     shape = latent_shape(options)
@@ -104,7 +104,7 @@ def diffusers_run(network: Any, options: argparse.Namespace) -> Callable[[], Ten
 
 
 def timed(run: Callable[[], Tensor], device: str) -> dict[str, float]:
-    """Run once: seconds by the clock and by the processor."""
+    """Run once; return wall-clock seconds and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     with torch.inference_mode():
         finite = bool(run().isfinite().all())
@@ -115,8 +115,8 @@ def timed(run: Callable[[], Tensor], device: str) -> dict[str, float]:
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
 
-def gflop_per_picture(options: argparse.Namespace) -> float:
-    """Count the FLOPs of all calls for one picture, both halves."""
+def gflop_per_image(options: argparse.Namespace) -> float:
+    """Count the FLOPs of all calls for one image, conditional and unconditional."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network, n = (
             build_backbone("unidiffuser-v1", **MIDDLE, latent_size=options.latent_size),
@@ -132,7 +132,7 @@ def gflop_per_picture(options: argparse.Namespace) -> float:
 
 
 def check_same(ours: Any, theirs: Any, options: argparse.Namespace) -> None:
-    """Make sure that both networks compute the same."""
+    """Assert that both networks compute the same."""
     place = {"device": options.device, "dtype": DTYPES[options.dtype]}
     shapes = (latent_shape(options), (1, 512), (77, 64))
     inputs = [torch.randn(1, *shape, **place) for shape in shapes]
@@ -144,12 +144,12 @@ def check_same(ours: Any, theirs: Any, options: argparse.Namespace) -> None:
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Give the median and every repeat."""
+    """Return the median and every repeat."""
     return {"median": round(statistics.median(values), 3), "all": [round(v, 3) for v in values]}
 
 
 def machine(options: argparse.Namespace) -> dict[str, object]:
-    """Say what this ran on."""
+    """Describe the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     found: dict[str, object] = {
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks")
     options = parser.parse_args()
     if options.device == "cpu":
-        # Two threads that wait for each other would burn processor time of no picture's.
+        # Threads that wait for each other would add CPU time.
         torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     ours, theirs = build_both(options)
@@ -187,7 +187,7 @@ def main() -> None:
             times[name].append(timed(runs[name], options.device))
         print(f"repeat {repeat + 1}: {[t[-1] for t in times.values()]}", file=sys.stderr)
     pairs = list(zip(times["d2i"], times["diffusers"], strict=True))
-    gflop = gflop_per_picture(options)
+    gflop = gflop_per_image(options)
     wall = statistics.median(ours["wall_s"] for ours, _ in pairs)
     figures = {
         "ratio_wall": spread([theirs["wall_s"] / ours["wall_s"] for ours, theirs in pairs]),

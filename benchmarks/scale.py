@@ -1,17 +1,17 @@
-"""How long a job takes on a cluster, what it waits for, and what breaks first as it grows.
+"""Simulated time of a job on a cluster, its bottleneck, and the first limit as it grows.
 
     python benchmarks/scale.py predict --job preprocess-files --num-instances 1e7 --nodes 16
     python benchmarks/scale.py check
     python benchmarks/scale.py table --into docs/scale.md
 
-A simulation by events: tasks go from feeding to finishing workers as in d2i, and wait for
-accelerators, cores, network, the object store, hosts, the books that keep their pace, and the
-driver. Nodes are lost at even distances, and what was in their hands is done again. It reckons
-from what `scale_costs.py` measured (benchmarks/results/scale.json), from counts, and from assumed
-rates of hardware, which are named with their source.
+A discrete-event simulation: tasks go from producers to consumers as in d2i's pipeline, and wait for
+accelerators, cores, the network, the object store, hosts, the shared rate limiter and the driver.
+Nodes fail at regular intervals, and their tasks in progress are repeated. The numbers are measured
+by `scale_costs.py` (benchmarks/results/scale.json), counted, or assumed hardware rates, which are
+given with their source.
 
-`predict` prints one JSON line for a job; `check` one of what was predicted and measured for
-commands that nothing was fitted to; `table` the tables of docs/scale.md, or puts them there.
+`predict` prints one JSON line for a job; `check` one with predicted and measured times of commands
+that were held out of the fit; `table` prints the tables of docs/scale.md, or writes them there.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ Kind = Literal["measured", "counted", "assumed"]
 
 @dataclass(frozen=True)
 class Number:
-    """A number that the simulation reckons with.
+    """An input number of the simulation.
 
     Args:
-        value: In `unit`.
-        unit: And of what.
-        kind: How it is known.
-        source: Who measured, counted or said it.
+        value: The value, in `unit`.
+        unit: The unit, and what it is per.
+        kind: Measured, counted or assumed.
+        source: The benchmark, code or publication that it is from.
     """
 
     value: float
@@ -58,7 +58,7 @@ class Number:
 
 
 def assumed(value: float, unit: str, source: str) -> Number:
-    """Return a number that nobody measured for this."""
+    """Return an assumed number."""
     return Number(value, unit, "assumed", source)
 
 
@@ -128,7 +128,7 @@ GIVEN = {
 
 
 class Costs:
-    """All numbers by name: those given, and those measured in small jobs."""
+    """All numbers by name: assumed, counted, and measured in small jobs."""
 
     def __init__(self, numbers: dict[str, Number], record: dict[str, Any]) -> None:
         self.numbers = numbers
@@ -142,20 +142,20 @@ class Costs:
         return numbers[name].value
 
     def but(self, **values: float) -> Costs:
-        """Return the same with other values: what would be if."""
+        """Return a copy with other values."""
         changed = {name: replace(self.numbers[name], value=v) for name, v in values.items()}
         return Costs({**self.numbers, **changed}, self.record)
 
 
 @dataclass
 class Line:
-    """One thing that all who want it have to wait for: it serves one after the other."""
+    """A FIFO queue of one server, for a shared resource."""
 
     free_s: float = 0.0
     busy_s: float = 0.0
 
     def serve(self, begun_s: float, ready_s: float, work_s: float) -> float:
-        """Serve a task that began and would be ready by itself; return when it is served."""
+        """Serve a task, with its start and its end without contention; return when it is served."""
         self.free_s = max(self.free_s, begun_s) + work_s
         self.busy_s += work_s
         return max(ready_s, self.free_s)
@@ -163,16 +163,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Task:
-    """What one task takes, in seconds of each thing if it had that thing for itself.
+    """Seconds of each resource that one task takes without contention.
 
     Args:
-        feed_s: Of a feeding worker.
-        finish_s: Of a finishing worker.
-        cores_s: Of one core, in feeding and in finishing.
-        link_s: Of a node's network, in feeding and in finishing.
-        shared_s: Of what all nodes share, by name, in feeding and in finishing.
-        spread: By how much of its time feeding takes more or less than that, at most: tasks that
-            were all alike would come in bursts for ever.
+        feed_s: Of a producer.
+        finish_s: Of a consumer.
+        cores_s: Of one core, in producing and in consuming.
+        link_s: Of a node's network, in producing and in consuming.
+        shared_s: Of the resources shared by all nodes, by name, in producing and in consuming.
+        spread: The largest relative deviation of the producing time: identical tasks would arrive
+            in bursts forever.
     """
 
     feed_s: float
@@ -183,7 +183,7 @@ class Task:
     spread: float = 0.0
 
     def times(self, num: float) -> Task:
-        """Return so many tasks as one."""
+        """Return several tasks merged into one."""
 
         def more(pair: tuple[float, float]) -> tuple[float, float]:
             return pair[0] * num, pair[1] * num
@@ -199,21 +199,21 @@ class Task:
         )
 
     def nth_feed_s(self, number: int) -> float:
-        """Return how long the feeding of one task takes: evenly spread, by the golden ratio."""
+        """Return the producing time of one task: evenly spread by the golden ratio."""
         return self.feed_s * (1 + self.spread * (2 * (number * _GOLDEN % 1) - 1))
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where tasks run.
+    """The cluster on which tasks run.
 
     Args:
-        num_nodes: All alike.
-        num_cores: Of a node.
-        num_producers: On all nodes together; 0 where tasks need no feeding.
+        num_nodes: The number of identical nodes.
+        num_cores: Cores per node.
+        num_producers: On all nodes together; 0 if tasks need no producer.
         num_consumers: On all nodes together.
-        lost_every_s: Seconds between two lost nodes, of all of them.
-        replaced_s: Seconds until a node is there again.
+        lost_every_s: Seconds between two node failures in the whole cluster.
+        replaced_s: Seconds until a node is replaced.
     """
 
     num_nodes: int
@@ -226,13 +226,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Flow:
-    """How tasks went.
+    """The result of simulated tasks.
 
     Args:
-        time_s: Until the last one was finished.
-        marks_s: When each was finished.
-        busy_s: Seconds of work a unit of each thing: of that long it was never idle. What workers
-            did in vain is not counted.
+        time_s: Seconds until the last task finished.
+        marks_s: The time at which each task finished.
+        busy_s: Busy seconds per unit of each resource, without work lost to node failures.
     """
 
     time_s: float
@@ -241,7 +240,7 @@ class Flow:
 
 
 class Flowing:
-    """Tasks on their way through a site: the same rules as d2i's `run_pipeline`."""
+    """The simulation of tasks on a site, by the rules of d2i's `run_pipeline`."""
 
     def __init__(self, task: Task, num_tasks: int, site: Site) -> None:
         self.task, self.site = task, site
@@ -262,7 +261,7 @@ class Flowing:
         self.marks_s: list[float] = []
 
     def run(self) -> Flow:
-        """Take one event after the other."""
+        """Process all events in order."""
         now_s = 0.0
         if self.site.lost_every_s < math.inf:
             self._note(self.site.lost_every_s, "lost", 0)
@@ -283,7 +282,7 @@ class Flowing:
         heapq.heappush(self.events, (time_s, self.num_events, kind, lane, times_lost))
 
     def _give_out(self, now_s: float) -> None:
-        """Give work to whoever has none, as long as not too much waits to be finished."""
+        """Assign tasks to idle workers, unless too many already wait for a consumer."""
         feeding, finishing = self.idle["feed"], self.idle["finish"]
         while self.num_fed and finishing:
             self.num_fed -= 1
@@ -313,7 +312,7 @@ class Flowing:
             self.marks_s.append(now_s)
 
     def _lose_node(self, now_s: float, node: int) -> None:
-        """Forget what was in its hands: shards are fed anew, what was fed is finished by others."""
+        """Drop the node's tasks: shards are produced again, produced ones go to other consumers."""
         self.times_lost[node] += 1
         self.num_lost += 1
         for kind, lane in [one for one in self.running if one[1] % self.site.num_nodes == node]:
@@ -346,9 +345,9 @@ class Flowing:
 
 
 def flow(task: Task, num_tasks: int, site: Site) -> Flow:
-    """Send tasks through a site, many rounds of them as fewer, longer ones (ours).
+    """Simulate tasks on a site; merge many rounds into fewer, longer ones (our approximation).
 
-    Sixteen rounds at least, and tasks of a hundredth of the time between two losses of one node.
+    At least sixteen rounds remain, and tasks take at most a hundredth of a node's time to failure.
     """
     num_lanes = max(site.num_consumers, site.num_producers)
     longest_s = max(task.feed_s, task.finish_s)
@@ -360,12 +359,12 @@ def flow(task: Task, num_tasks: int, site: Site) -> Flow:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job takes.
+    """The predicted time and bottleneck of a job.
 
     Args:
-        time_s: Of the whole command; infinite where it never ends.
-        shares: Of that time in which each thing was never idle, on average over its units.
-        refused: Why d2i would refuse it.
+        time_s: Seconds of the whole command; infinite if it never ends.
+        shares: The utilization of each resource, on average over its units.
+        refused: The reason why d2i would reject the job.
     """
 
     time_s: float
@@ -374,12 +373,12 @@ class Outcome:
 
     @property
     def bottleneck(self) -> str:
-        """The thing that was idle least."""
+        """The resource with the highest utilization."""
         return max(self.shares, key=lambda name: self.shares[name]) if self.shares else ""
 
 
 def outcome(start_s: float, driver_s: float, going: Flow, names: dict[str, str]) -> Outcome:
-    """Put the parts of a job together: starting, what the driver does alone, the flow of tasks."""
+    """Combine the parts of a job: startup, the driver's serial work, the simulated tasks."""
     time_s = start_s + driver_s + going.time_s
     busy_s = {names.get(name, name): seconds for name, seconds in going.busy_s.items()}
     busy_s["driver"] = busy_s.get("driver", 0.0) + driver_s
@@ -389,7 +388,7 @@ def outcome(start_s: float, driver_s: float, going: Flow, names: dict[str, str])
 
 
 def site_of(costs: Costs, num_nodes: int, start_s: float, *, is_fed: bool) -> Site:
-    """Return a cluster of the assumed nodes: a core that has no accelerator to serve feeds."""
+    """Return a cluster of the assumed nodes; cores that serve no accelerator run producers."""
     num_accelerators = int(costs.accelerators) * num_nodes
     num_cores = int(costs.cores) * num_nodes
     return Site(
@@ -412,14 +411,14 @@ def preprocess(
     write_s = size * costs.sample_s + costs.shard_s
     open_s = size * costs.feed_s * costs.preprocess_slow
     feeding, wait_s = _fetching(costs, size, num_nodes, by_address=by_address)
-    feeding["driver"] = size / costs.block_pictures * costs.block_s
+    feeding["driver"] = size / costs.block_images * costs.block_s
     puts = costs.shard_puts * (1 + costs.store_error_share)
     task = Task(
         feed_s=max(open_s, wait_s),
         finish_s=size * encode_s + write_s,
         cores_s=(open_s, write_s),
         link_s=(
-            size * (costs.picture_bytes + costs.handed_bytes) / costs.link,
+            size * (costs.image_bytes + costs.handed_bytes) / costs.link,
             size * costs.uvit_sample_bytes / costs.link,
         ),
         shared_s=(feeding, {"writes to the store": puts / costs.puts, "driver": costs.task_s}),
@@ -436,7 +435,7 @@ def preprocess(
 def _fetching(
     costs: Costs, size: float, num_nodes: int, *, by_address: bool
 ) -> tuple[dict[str, float], float]:
-    """Return what fetching a shard takes of what all share, and how long its worker waits."""
+    """Return the shared resources that fetching a shard takes, and the seconds its worker waits."""
     if not by_address:
         num_requests = size * costs.file_requests * (1 + costs.store_error_share)
         return {"reads of the store": num_requests / costs.gets}, 0.0
@@ -456,8 +455,8 @@ class Network:
     """A network in training and in sampling, by the names of its numbers.
 
     Args:
-        batch: The global batch of its recipe (paper, Table 5).
-        task: Pictures of a task: its recipe's compute batch.
+        batch: The global batch size of its recipe (paper, Table 5).
+        task: Images per task: its recipe's compute batch size.
     """
 
     name: str
@@ -470,7 +469,7 @@ UVIT, UNIDIFFUSER = Network("uvit", 4096, 50), Network("uni", 800, 8)
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one optimizer step, by what it waits for."""
+    """Seconds of one optimizer step, by resource."""
 
     accelerators: float
     exchange: float
@@ -479,18 +478,18 @@ class Step:
 
     @property
     def time_s(self) -> float:
-        """Reading and fetching go on beside the step; the exchange comes after it (ours)."""
+        """Reading and fetching overlap the step; the all-reduce follows it (our assumption)."""
         return max(self.accelerators + self.exchange, self.cores, self.network)
 
 
 def step_of(costs: Costs, network: Network, num: int, num_nodes: int) -> Step:
-    """Return what one step takes of each thing, with `train.order=global`."""
+    """Return the seconds of each resource per step, with `train.order=global`."""
     num_ranks = int(costs.accelerators) * num_nodes
     num_bytes = 2 * costs.numbers[f"{network.name}_parameters"].value
     flop = costs.numbers[f"{network.name}_step_flop"].value
     sample_bytes = costs.numbers[f"{network.name}_sample_bytes"].value
     within_s = 2 * num_bytes / costs.device_link
-    # A ring sends twice all that is summed, but for a node's own part.
+    # A ring all-reduce sends twice the gradients, except a node's own part.
     between_s = 2 * num_bytes * (num_nodes - 1) / num_nodes / costs.link
     per_rank = network.batch / num_ranks
     unmapped = max(1 - costs.mapped_shards * costs.shard_samples / num, 0.0)
@@ -498,7 +497,7 @@ def step_of(costs: Costs, network: Network, num: int, num_nodes: int) -> Step:
         accelerators=per_rank * flop / (costs.bf16_flop * costs.network_share),
         exchange=within_s + between_s + costs.hop_s * math.log2(num_nodes),
         cores=per_rank * (costs.read_s + unmapped * costs.map_s) / costs.readers,
-        # Each node reads all shards: its ranks take samples of all of a window.
+        # Each node reads all shards, because its ranks read samples of the whole window.
         network=network.batch * sample_bytes / costs.link,
     )
 
@@ -537,14 +536,14 @@ def train(costs: Costs, num: int, num_nodes: int, *, network: Network) -> Outcom
 
 @dataclass(frozen=True)
 class Walk:
-    """Steps and checkpoints, and going back to the last one when a node is lost.
+    """Training steps with checkpoints, resumed from the last one after a node failure.
 
     Args:
         step_s: Seconds of a step.
-        hold_s: Seconds that a checkpoint holds training up.
+        hold_s: Seconds for which a checkpoint blocks training.
         num_checkpoint_steps: Steps between two checkpoints.
-        lost_every_s: Seconds between two lost nodes, of all of them.
-        back_s: Seconds until training goes on after one.
+        lost_every_s: Seconds between two node failures in the whole cluster.
+        back_s: Seconds until training resumes after a failure.
     """
 
     step_s: float
@@ -554,7 +553,7 @@ class Walk:
     back_s: float
 
     def time_s(self, num_steps: int) -> float:
-        """Return how long it takes; infinite where no checkpoint is reached between two losses."""
+        """Return the seconds; infinite if no checkpoint is reached between two failures."""
         now_s, next_lost_s, done = 0.0, self.lost_every_s, 0
         while done < num_steps:
             part = min(self.num_checkpoint_steps, num_steps - done)
@@ -570,12 +569,12 @@ class Walk:
 
 
 def evaluate(costs: Costs, num: int, num_nodes: int, *, network: Network) -> Outcome:
-    """Simulate `d2i eval --parallel` of so many test instances."""
+    """Simulate `d2i eval --parallel` for a number of test instances."""
     flop = costs.numbers[f"{network.name}_draw_flop"].value
-    num_bytes = costs.numbers[f"{network.name}_sample_bytes"].value + costs.picture_bytes
+    num_bytes = costs.numbers[f"{network.name}_sample_bytes"].value + costs.image_bytes
     draw_s = flop / (costs.bf16_flop * costs.network_share)
     measure_s = network.task * costs.feed_s * costs.preprocess_slow
-    # Copies of shards are kept by each node.
+    # Each node keeps its own copies of shards.
     reads = costs.file_requests * network.task / costs.shard_samples / costs.gets
     task = Task(
         feed_s=0.0,
@@ -596,7 +595,7 @@ Simulation = Callable[[Costs, int, int], Outcome]
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of job that is simulated."""
+    """A kind of simulated job."""
 
     title: str
     simulate: Simulation
@@ -648,13 +647,13 @@ CASES = {
 
 @dataclass(frozen=True)
 class Limit:
-    """Something that a job breaks by.
+    """A limit at which a job fails.
 
     Args:
-        stage: Whose.
-        what: In words.
-        num_instances: From so many on.
-        way_out: What the user can do.
+        stage: The stage that fails.
+        what: The resource, in words.
+        num_instances: The number of instances from which on it fails.
+        way_out: The remedy for the user.
     """
 
     stage: str
@@ -664,14 +663,14 @@ class Limit:
 
 
 def limits(costs: Costs) -> list[Limit]:
-    """Return what breaks, the first one of each stage first."""
+    """Return all limits, by stage, the lowest first."""
     found = [*_preprocess_limits(costs), *_train_limits(costs), *_eval_limits(costs)]
     order = ["preprocess", "train", "eval"]
     return sorted(found, key=lambda limit: (order.index(limit.stage), limit.num_instances))
 
 
 def _room(room: float, each: float) -> float:
-    """Return how many fit; infinitely many where one takes nothing."""
+    """Return how many fit; infinity if one takes nothing."""
     return room / each if each else math.inf
 
 
@@ -709,19 +708,19 @@ def _eval_limits(costs: Costs) -> Iterator[Limit]:
 
 
 def steady_s(marks_s: list[float], num_first: int = 4) -> float:
-    """Return the seconds a unit after the first ones: until then, workers are still starting."""
+    """Return the seconds per unit after the first ones, during which workers still start."""
     return (marks_s[-1] - marks_s[num_first - 1]) / (len(marks_s) - num_first)
 
 
 def _here(run: dict[str, Any], record: dict[str, Any]) -> tuple[Task, Site]:
-    """Return a unit of a small job, and the machine; where no part was measured, a second."""
+    """Return a unit of a small job and the machine; a unit without measured parts takes 1 s."""
     stage, num_workers = run["stage"], run["num_workers"]
     num_cores, size = record["machine"]["cores"], record["unit_sizes"][stage]
     if stage == "preprocess":
         feed_s, finish_s = size * record["parts"]["feed_s"], size * record["parts"]["finish_s"]
         task = Task(feed_s, finish_s, cores_s=(feed_s, finish_s))
         return task, Site(1, num_cores, num_workers, num_workers)
-    # All ranks of a training take a step together.
+    # All ranks of a training run take a step together.
     return Task(0.0, 1.0), Site(1, num_cores, 0, num_workers if stage == "eval" else 1)
 
 
@@ -731,11 +730,11 @@ def _unslowed(run: dict[str, Any], record: dict[str, Any]) -> Flow:
 
 
 def fit(record: dict[str, Any]) -> dict[tuple[str, int], tuple[float, float]]:
-    """Fit each stage and number of workers by itself.
+    """Fit each stage and number of workers separately.
 
     Returns:
-        How many times slower a unit was than its parts alone, and the seconds of the command
-        beside its units: medians of the repeats.
+        The slowdown of a unit relative to its parts alone, and the seconds of the command outside
+        its units: medians of the repeats.
     """
     by_kind: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for run in record["fitted"]:
@@ -750,7 +749,7 @@ def fit(record: dict[str, Any]) -> dict[tuple[str, int], tuple[float, float]]:
 
 
 def held_out(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what was predicted and what was measured of the jobs that nothing was fitted to."""
+    """Return predicted and measured times of the held-out jobs."""
     fitted = fit(record)
     runs: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for run in record.get("held_out", []):
@@ -775,14 +774,14 @@ def held_out(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _growth(parts: dict[str, Any], name: str, unit: str) -> tuple[float, float]:
-    """Return what one more costs, between the two sizes measured, and what none costs."""
+    """Return slope and intercept of a cost, from the two sizes measured."""
     few, many = parts["growth"][name]
     slope = (many[unit] - few[unit]) / (many["num"] - few["num"])
     return max(slope, 0.0), max(few[unit] - slope * few["num"], 0.0)
 
 
 def _measured(record: dict[str, Any]) -> dict[str, Number]:
-    """Return all that small jobs told."""
+    """Return the numbers measured by small jobs."""
     parts, fitted = record["parts"], fit(record)
     cores = record["machine"]["cores"]
     source = f"scale_costs.py fit, {cores} {record['machine']['processor']} cores"
@@ -830,7 +829,7 @@ GROWING = {
 
 
 def _measured_before() -> dict[str, Number]:
-    """Return what other benchmarks measured."""
+    """Return the numbers measured by other benchmarks."""
     corpus = json.loads(OTHER_COSTS["corpus"].read_text())["plan of all, train"]
     training = json.loads(OTHER_COSTS["training"].read_text())
     step = next(r for r in training if r["benchmark"] == "training step" and r["batch"] == 4)
@@ -848,13 +847,13 @@ def _measured_before() -> dict[str, Number]:
 
 
 def load_costs(path: Path = COSTS) -> Costs:
-    """Read what was measured, beside all that is given."""
+    """Return all costs: measured numbers read from a file, and the given ones."""
     record = json.loads(path.read_text())
     return Costs({**_measured(record), **GIVEN}, record)
 
 
 def duration(seconds: float) -> str:
-    """Say how long, in the unit that fits."""
+    """Format a duration in a suitable unit."""
     for unit, size, until in (("s", 1.0, 120), ("min", 60.0, 120), ("h", 3600.0, 72)):
         if seconds < until * size:
             shown = seconds / size
@@ -863,7 +862,7 @@ def duration(seconds: float) -> str:
 
 
 def count(num: float) -> str:
-    """Say how many, in millions."""
+    """Format a number in millions."""
     if num == math.inf:
         return "none found"
     return f"{num / 1e6:,.3g} M" if num < 1e9 else f"{num / 1e6:,.0f} M"
@@ -878,7 +877,7 @@ def _cell(found: Outcome) -> str:
 
 
 def case_table(costs: Costs, case: Case) -> str:
-    """Return one table: a line a size, a column a number of nodes."""
+    """Return one table: a row per size, a column per number of nodes."""
     heads = [f"{nodes} node{'s' * (nodes > 1)}" for nodes in NODES]
     lines = [f"| instances | {' | '.join(heads)} |", "|---" * (len(NODES) + 1) + "|"]
     for num in case.sizes:
@@ -888,7 +887,7 @@ def case_table(costs: Costs, case: Case) -> str:
 
 
 def limit_table(costs: Costs) -> str:
-    """Return what breaks, and at which size."""
+    """Return the table of limits and the sizes at which they are reached."""
     lines = ["| stage | what breaks | from so many instances on | way out |", "|---|---|---|---|"]
     lines += [
         f"| {one.stage} | {one.what} | {count(one.num_instances)} | {one.way_out} |"
@@ -898,7 +897,7 @@ def limit_table(costs: Costs) -> str:
 
 
 def check_table(record: dict[str, Any]) -> str:
-    """Return the jobs that nothing was fitted to."""
+    """Return the table of held-out jobs."""
     where, num = record["machine"], record["repeats"]
     repeats = "one run each" if num == 1 else f"medians of {num}"
     told = (
@@ -914,7 +913,7 @@ def check_table(record: dict[str, Any]) -> str:
 
 
 def number_table(costs: Costs) -> str:
-    """Return every number, and how it is known."""
+    """Return the table of all numbers with kind and source."""
     lines = ["| number | what | known | source |", "|---|---|---|---|"]
     lines += [
         f"| {one.value:.3g} | {one.unit} | {one.kind} | {one.source} |"
@@ -930,13 +929,13 @@ def all_tables(costs: Costs) -> str:
 
 
 def put_into(page: Path, tables: str) -> None:
-    """Put tables into a page, in the place of those that are there."""
+    """Replace the tables in a page."""
     before, _, rest = page.read_text().partition(BEGIN)
     page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.partition(END)[2]}")
 
 
 def predict(costs: Costs, job: str, num: int, num_nodes: int) -> dict[str, Any]:
-    """Return one job's time, bottleneck, and what breaks it."""
+    """Return the time, the bottleneck and the limits of one job."""
     found = CASES[job].simulate(costs, num, num_nodes)
     stage = job.partition("-")[0]
     broken = [one for one in limits(costs) if one.stage == stage]
@@ -954,7 +953,7 @@ def predict(costs: Costs, job: str, num: int, num_nodes: int) -> dict[str, Any]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -963,16 +962,18 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--job", choices=CASES, required=True)
     one.add_argument("--num-instances", type=float, required=True)
     one.add_argument("--nodes", type=int, required=True)
-    check = asked.add_parser("check", help="predicted beside measured, as a JSON line")
+    check = asked.add_parser("check", help="predicted and measured times, as a JSON line")
     table = asked.add_parser("table", help="all tables, as Markdown")
-    table.add_argument("--into", type=Path, help="The page that holds them.")
+    table.add_argument("--into", type=Path, help="The page to write them into.")
     for command in (one, check, table):
-        command.add_argument("--costs", type=Path, default=COSTS, help="What was measured.")
+        command.add_argument(
+            "--costs", type=Path, default=COSTS, help="The JSON file of measured costs."
+        )
     return parser
 
 
 def main() -> None:
-    """Do what is asked."""
+    """Run the requested subcommand."""
     options = build_parser().parse_args()
     costs = load_costs(options.costs)
     if options.asked == "predict":

@@ -1,14 +1,14 @@
-"""What scale.py reckons with: small real jobs by the clock, and what their parts cost.
+"""Measured inputs of scale.py: wall-clock times of small real jobs, and costs of their parts.
 
     python benchmarks/scale_costs.py fit check --photos photos --vae taesd.safetensors --into FILE
 
-`fit`: the smallest jobs, with 1 and 2 workers or ranks, and the parts: opening a picture, encoding,
+`fit`: the smallest jobs, with 1 and 2 workers or ranks, and the parts: opening an image, encoding,
 writing, the driver's own work on Ray, the end of a job over many shards, scores. `check`: the same
-jobs, 2, 4 and 8 times as long, with 2 workers; nothing is fitted to them. Both given, they take
-turns. Every job is a whole command by itself: `d2i preprocess` of photographs at 256 pixels with a
-tiny autoencoder, `d2i train` and `d2i eval` of the demo's network at 64. A job's record is how long
-the command took, and when each shard, step or task was done. Writes them to FILE (JSON), where the
-parts that were not asked for stay as they were, and prints one JSON line: medians.
+jobs, 2, 4 and 8 times as long, with 2 workers, held out of the fit. If both are given, they
+alternate. Every job is a whole command: `d2i preprocess` of photographs at 256 pixels with a tiny
+autoencoder, `d2i train` and `d2i eval` of the demo's network at 64. The record of a job is the
+duration of the command, and the time at which each shard, step or task was done. Writes them to
+FILE (JSON), whose other parts are kept, and prints one JSON line: medians.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ MANY_SHARDS = (500, 2000)
 MANY_LEDGERS = (30, 120)
 NUM_SHARD_SAMPLES = 1000
 MANY_SAMPLES = (1_000_000, 4_000_000)
-MANY_PICTURES = (1100, 2200)
+MANY_IMAGES = (1100, 2200)
 """Above the 1,000 that a subset of KID has."""
 MANY_TASKS = (20, 420)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One whole command: which stage, with how many workers, how many times the shortest."""
+    """One whole command: its stage, its workers, and its length relative to the shortest."""
 
     stage: str
     num_workers: int
@@ -71,54 +71,54 @@ class Job:
 
     @property
     def num_units(self) -> int:
-        """Shards, steps or tasks."""
+        """The number of shards, steps or tasks."""
         return NUM_UNITS[self.stage] * self.times
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the jobs work on: photographs, an autoencoder, prepared data sets by length."""
+    """Inputs of the jobs: photographs, an autoencoder, prepared data sets by length."""
 
     photos: Path
     vae: Path
-    folder: Path
+    directory: Path
 
     def chats(self, num: int, split: str) -> Path:
-        """Return a folder of so many chats, one photograph each, made now if it is not there."""
-        folder = self.folder / f"chats-{split}-{num}"
-        if not folder.exists():
-            folder.mkdir()
-            make_chats(self.photos, folder, num, split)
-        return folder
+        """Return a directory of chats with one photograph each, written if it does not exist."""
+        directory = self.directory / f"chats-{split}-{num}"
+        if not directory.exists():
+            directory.mkdir()
+            make_chats(self.photos, directory, num, split)
+        return directory
 
     def prepared(self, times: int) -> Path:
         """Return a data set of test dialogs for an evaluation of that length."""
-        whole = self.folder / "prepared"
+        whole = self.directory / "prepared"
         num = NUM_UNITS["eval"] * UNIT_SIZES["eval"]
         if not whole.exists():
             settings = (f"preprocess.num_samples_per_shard={num}",)
             chats = self.chats(num * max(HELD_OUT), "test")
             run(preprocess_command(chats, whole, 0, settings), whole)
-        part = self.folder / f"prepared-{times}"
+        part = self.directory / f"prepared-{times}"
         if not part.exists():
             take_shards(whole, part, times)
         return part
 
 
-def make_chats(photos: Path, folder: Path, num: int, split: str) -> None:
-    """Write one chat a picture; the pictures repeat, under names of their own."""
+def make_chats(photos: Path, directory: Path, num: int, split: str) -> None:
+    """Write one chat for each image; the images repeat, under distinct names."""
     files = sorted(photos.rglob("*.jpg"))
     lines = []
     for number in range(num):
         name = f"{number:06d}.jpg"
-        shutil.copyfile(files[number % len(files)], folder / name)
+        shutil.copyfile(files[number % len(files)], directory / name)
         turns = [{"text": f"what is {number}", "images": []}, {"text": "", "images": [name]}]
         lines.append(json.dumps({"id": str(number), "turns": turns}))
-    (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    (directory / f"{split}.jsonl").write_text("\n".join(lines))
 
 
 def take_shards(whole: Path, part: Path, num: int) -> None:
-    """Make a data set of the first shards of another."""
+    """Write a data set of the first shards of another."""
     from d2i.shards import read_manifest, write_manifest
 
     manifest = read_manifest(str(whole / "test"))
@@ -140,7 +140,7 @@ def preprocess_command(
 
 
 def command_of(job: Job, inputs: Inputs, out: Path) -> list[str]:
-    """Return the command of a job; what it reads is there already."""
+    """Return the command of a job whose inputs exist."""
     if job.stage == "preprocess":
         size = UNIT_SIZES["preprocess"]
         chats = inputs.chats(job.num_units * size, "train")
@@ -169,7 +169,7 @@ def _set(settings: Iterable[str]) -> list[str]:
 
 
 def run(command: list[str], out: Path) -> float:
-    """Run a command with a cache of its own; return its seconds."""
+    """Run a command with its own cache directory; return its seconds."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
@@ -185,8 +185,8 @@ def run(command: list[str], out: Path) -> float:
 
 
 def measure_job(job: Job, inputs: Inputs) -> dict[str, Any]:
-    """Run a job, and return how long it took, and when each unit was done."""
-    out = Path(tempfile.mkdtemp(dir=inputs.folder))
+    """Run a job; return its duration and the time at which each unit was done."""
+    out = Path(tempfile.mkdtemp(dir=inputs.directory))
     command = command_of(job, inputs, out)
     wall_s = run(command, out)
     marks = sorted(_marks(job.stage, out))
@@ -213,8 +213,8 @@ def _marks(stage: str, out: Path) -> Iterator[float]:
         yield path.stat().st_mtime
 
 
-def measure_pictures(inputs: Inputs) -> dict[str, float]:
-    """Return processor seconds a picture of each worker's work, in this process by one thread."""
+def measure_images(inputs: Inputs) -> dict[str, float]:
+    """Return CPU seconds per image of each worker's work, in this process with one thread."""
     from d2i.preprocess.encode_worker import EncodeWorkerBuilder
     from d2i.preprocess.job import PreprocessRequest, plan_job
     from d2i.preprocess.messages import ShardTask
@@ -222,7 +222,7 @@ def measure_pictures(inputs: Inputs) -> dict[str, float]:
     size = UNIT_SIZES["preprocess"]
     settings = [*PREPROCESS_SETTINGS, f"encoders.vae={inputs.vae}", *_of_shards(size)]
     recipe = resolve_recipe("demo", settings)
-    with tempfile.TemporaryDirectory(dir=inputs.folder) as out:
+    with tempfile.TemporaryDirectory(dir=inputs.directory) as out:
         chats = inputs.chats(size * NUM_UNITS["preprocess"], "train")
         plan_job(PreprocessRequest("jsonl", str(chats), out, recipe, num_workers=0))
         finisher = EncodeWorkerBuilder(recipe, (f"{out}/train",))()
@@ -239,7 +239,7 @@ def measure_pictures(inputs: Inputs) -> dict[str, float]:
 
 
 def _opened(task: Any, chats: Path, recipe: Recipe) -> list[Any]:
-    """Read and open the pictures of a shard, as a feeding worker does."""
+    """Read and decode the images of a shard, as a fetch worker does."""
     from d2i.image_files import read_image
     from d2i.preprocess.decoder import Decoder
     from d2i.preprocess.fetch.result import FetchResult
@@ -265,14 +265,14 @@ def _seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def measure_writing(inputs: Inputs) -> dict[str, float]:
-    """Return seconds of a shard's own publishing, and of each sample in it."""
+    """Return the seconds of publishing a shard, and of each sample in it."""
     from d2i.shards import Sample, json_bytes, npy_bytes, write_shard
 
     arrays = {"moments": (8, 32, 32), "clip": (512,), "text": (77, 768)}
     members = {f"{n}.npy": npy_bytes(np.zeros(s, np.float16)) for n, s in arrays.items()}
     members["tokens.npy"] = npy_bytes(np.zeros(77, np.uint16))
     found = {}
-    with tempfile.TemporaryDirectory(dir=inputs.folder) as out:
+    with tempfile.TemporaryDirectory(dir=inputs.directory) as out:
         for num in (1, 201):
             samples = [
                 Sample(f"train-{n}-1-0", {"json": json_bytes({"n": n}), **members})
@@ -285,7 +285,7 @@ def measure_writing(inputs: Inputs) -> dict[str, float]:
 
 
 class Nothing:
-    """A worker of both kinds that does nothing; `num_blocks` empty ones a task."""
+    """A producer and consumer that does nothing, with `num_blocks` empty blocks per task."""
 
     def __init__(self, num_blocks: int = 0) -> None:
         self._num_blocks = num_blocks
@@ -296,17 +296,17 @@ class Nothing:
             yield task + number
 
     def run(self, task: int, blocks: Iterable[int] = ()) -> int:
-        """Take them."""
+        """Consume the blocks."""
         return task + sum(1 for _ in blocks)
 
 
 def measure_driver() -> dict[str, float]:
-    """Return the driver's processor seconds a task and a block, and calls a second of an object."""
+    """Return the driver's CPU seconds per task and block, and a shared actor's calls per second."""
     from d2i.cluster import create_shared, session
 
     few, many = MANY_TASKS
     with session(NUM_WORKERS, None):
-        # Each with workers that are started anew, which costs the same.
+        # Each starts its workers again, which costs the same.
         least_s = _staged_s(few, 1)
         task_s = (_staged_s(many, 1) - least_s) / (many - few)
         block_s = (_staged_s(few, 1 + many) - least_s) / (few * many)
@@ -338,7 +338,7 @@ def _pooled_s(num_tasks: int) -> float:
 
 
 def _calls_per_s(shared: Any, num: int = 4000) -> float:
-    """Return how often a second 16 threads together call what is shared."""
+    """Return the calls per second of a shared actor by 16 threads together."""
     from concurrent.futures import ThreadPoolExecutor
 
     shared.call("run", 0)
@@ -348,8 +348,8 @@ def _calls_per_s(shared: Any, num: int = 4000) -> float:
     return num / (time.perf_counter() - began)
 
 
-def make_commits(folder: Path, num: int) -> None:
-    """Write commit records, as those of shards of 1,000 samples, and their manifest."""
+def make_commits(directory: Path, num: int) -> None:
+    """Write commit records of shards of 1,000 samples, and their manifest."""
     from d2i.shards import write_manifest
     from d2i.shards.commit import Commit, shard_name
 
@@ -373,15 +373,15 @@ def make_commits(folder: Path, num: int) -> None:
                 "arrays": arrays,
             }
         )
-        (folder / commit.commit_name).write_bytes(commit.to_bytes())
-    write_manifest(str(folder), {})
+        (directory / commit.commit_name).write_bytes(commit.to_bytes())
+    write_manifest(str(directory), {})
 
 
-def make_ledgers(folder: Path, num: int) -> None:
-    """Write commit records, and a ledger of 1,000 fetched pictures for each."""
+def make_ledgers(directory: Path, num: int) -> None:
+    """Write commit records, each with a ledger of 1,000 fetched images."""
     from d2i.preprocess.ledger import LedgerRow, write_ledger
 
-    make_commits(folder, num)
+    make_commits(directory, num)
     for index in range(num):
         rows = [
             LedgerRow(
@@ -401,32 +401,32 @@ def make_ledgers(folder: Path, num: int) -> None:
             )
             for row in range(NUM_SHARD_SAMPLES)
         ]
-        write_ledger(str(folder), index, rows)
+        write_ledger(str(directory), index, rows)
 
 
-def fold(folder: str) -> None:
-    """Fold the records of a finished split."""
+def fold(directory: str) -> None:
+    """Merge the commit records of a finished split into a manifest."""
     from d2i.shards import write_manifest
 
-    write_manifest(folder, {})
+    write_manifest(directory, {})
 
 
-def look_through(folder: str) -> None:
-    """Look for placeholders in the ledger of a split: one pass over it."""
+def look_through(directory: str) -> None:
+    """Search the ledger of a split for placeholders, in one pass."""
     from d2i.preprocess.placeholders import plan_retractions
 
-    plan_retractions(folder, 10)
+    plan_retractions(directory, 10)
 
 
-def open_shards(folder: str) -> None:
+def open_shards(directory: str) -> None:
     """Open a data set, as every rank and worker does."""
     from d2i.shards import ShardReader
 
-    len(ShardReader(folder))
+    len(ShardReader(directory))
 
 
 def take_order(num_samples: str) -> None:
-    """Take the first global batch of two epochs, as every rank does."""
+    """Compute the first global batch of two epochs, as every rank does."""
     from d2i.train.data_order import DataOrder
 
     sizes = (1000,) * (int(num_samples) // 1000)
@@ -435,7 +435,7 @@ def take_order(num_samples: str) -> None:
     order.global_batch(int(num_samples) // 4096, 4096)
 
 
-def score_pictures(num: str) -> None:
+def score_images(num: str) -> None:
     """Score random features of CLIP's size, with Inception's classes."""
     import torch
 
@@ -462,12 +462,12 @@ ALONE: dict[str, Callable[[str], None]] = {
     "look_through": look_through,
     "open": open_shards,
     "order": take_order,
-    "score": score_pictures,
+    "score": score_images,
 }
 
 
 def measure_alone(name: str, argument: str) -> None:
-    """Measure one thing in a process that did nothing before, and print it as JSON."""
+    """Measure one part in a fresh process, and print it as JSON."""
     began = time.process_time()
     ALONE[name](argument)
     seconds = time.process_time() - began
@@ -475,7 +475,7 @@ def measure_alone(name: str, argument: str) -> None:
 
 
 def peak_bytes() -> int:
-    """Return the most memory this process has held; `getrusage` counts the parent's, too."""
+    """Return the peak memory of this process; `getrusage` would include the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
@@ -488,36 +488,36 @@ def _alone(name: str, argument: str) -> dict[str, float]:
 
 
 def measure_growth(inputs: Inputs) -> dict[str, list[dict[str, float]]]:
-    """Return processor seconds and bytes of what grows with a job, each at two sizes."""
+    """Return CPU seconds and bytes of the parts that grow with a job, each at two sizes."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ALONE}
 
     def note(name: str, num: int, argument: str) -> None:
         found[name].append({"num": num, **_alone(name, argument)})
 
     for num in MANY_SHARDS:
-        with tempfile.TemporaryDirectory(dir=inputs.folder) as folder:
-            make_commits(Path(folder), num)
-            size = sum(path.stat().st_size for path in Path(folder).glob("manifest*"))
-            note("fold", num, folder)
-            note("open", num, folder)
+        with tempfile.TemporaryDirectory(dir=inputs.directory) as directory:
+            make_commits(Path(directory), num)
+            size = sum(path.stat().st_size for path in Path(directory).glob("manifest*"))
+            note("fold", num, directory)
+            note("open", num, directory)
             found.setdefault("manifest", []).append({"num": num, "seconds": 0.0, "bytes": size})
     for num in MANY_LEDGERS:
-        with tempfile.TemporaryDirectory(dir=inputs.folder) as folder:
-            make_ledgers(Path(folder), num)
-            note("look_through", num * NUM_SHARD_SAMPLES, folder)
+        with tempfile.TemporaryDirectory(dir=inputs.directory) as directory:
+            make_ledgers(Path(directory), num)
+            note("look_through", num * NUM_SHARD_SAMPLES, directory)
     for num in MANY_SAMPLES:
         note("order", num, str(num))
-    for num in MANY_PICTURES:
+    for num in MANY_IMAGES:
         note("score", num, str(num))
     return found
 
 
 def measure_opening(inputs: Inputs) -> float:
-    """Return processor seconds of the first sample out of a shard of 1,000."""
+    """Return CPU seconds of the first sample of a shard of 1,000."""
     from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 
     tokens = npy_bytes(np.zeros(77, np.uint16))
-    with tempfile.TemporaryDirectory(dir=inputs.folder) as out:
+    with tempfile.TemporaryDirectory(dir=inputs.directory) as out:
         samples = (
             Sample(f"train-{n}-1-0", {"json": json_bytes({"n": n}), "tokens.npy": tokens})
             for n in range(NUM_SHARD_SAMPLES)
@@ -534,9 +534,9 @@ def measure_opening(inputs: Inputs) -> float:
 
 
 def measure_parts(inputs: Inputs) -> dict[str, Any]:
-    """Measure what the parts of the jobs cost."""
+    """Measure the costs of the parts of the jobs."""
     return {
-        **measure_pictures(inputs),
+        **measure_images(inputs),
         **measure_writing(inputs),
         **measure_driver(),
         "map_s": measure_opening(inputs),
@@ -545,7 +545,7 @@ def measure_parts(inputs: Inputs) -> dict[str, Any]:
 
 
 def machine() -> dict[str, object]:
-    """Say what this ran on."""
+    """Describe the machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
@@ -563,8 +563,8 @@ def jobs_of(asked: list[str]) -> list[Job]:
 
 
 def measure(asked: list[str], repeats: int, inputs: Inputs) -> Iterator[dict[str, Any]]:
-    """Measure what is asked for, in turns; yield what is known so far, part by part."""
-    # Made before any clock runs.
+    """Run the requested measurements alternately; yield the results so far after each part."""
+    # Written before any measurement starts.
     inputs.prepared(max(HELD_OUT))
     found: dict[str, Any] = {"machine": machine(), "unit_sizes": UNIT_SIZES}
     if "fit" in asked:
@@ -590,22 +590,26 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def dumped(record: dict[str, Any]) -> str:
-    """Return a record as JSON, each list of numbers in one line."""
+    """Return a record as JSON with each list of numbers on one line."""
     text = json.dumps(record, indent=1)
     return re.sub(r"\[[-\d.,\s]+\]", lambda m: " ".join(m[0].split()), text) + "\n"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return what reads the command line."""
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", nargs="+", choices=("fit", "check"))
-    parser.add_argument("--photos", type=Path, required=True, help="Folder of JPEG files.")
-    parser.add_argument("--vae", type=Path, required=True, help="A file of AutoencoderTiny.")
+    parser.add_argument("--photos", type=Path, required=True, help="Directory of JPEG files.")
+    parser.add_argument(
+        "--vae", type=Path, required=True, help="The weights file of an AutoencoderTiny."
+    )
     parser.add_argument("--into", type=Path, required=True, help="The JSON file to write.")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--beside", default="nothing else", help="What else runs meanwhile.")
+    parser.add_argument(
+        "--beside", default="nothing else", help="Other load on the machine during the measurement."
+    )
     return parser
 
 
@@ -617,10 +621,10 @@ def main() -> None:
     options = build_parser().parse_args()
     known = json.loads(options.into.read_text()) if options.into.exists() else {}
     known |= {"repeats": options.repeats, "beside": options.beside}
-    with tempfile.TemporaryDirectory() as folder:
-        inputs = Inputs(options.photos.resolve(), options.vae.resolve(), Path(folder))
+    with tempfile.TemporaryDirectory() as directory:
+        inputs = Inputs(options.photos.resolve(), options.vae.resolve(), Path(directory))
         for found in measure(options.part, options.repeats, inputs):
-            # Each time: an hour's figures are not lost with the last job.
+            # After each part, so that a failure does not lose an hour of results.
             options.into.write_text(dumped({**known, **found}))
     print(json.dumps(medians([*found.get("fitted", []), *found.get("held_out", [])])))
 

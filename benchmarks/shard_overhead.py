@@ -1,12 +1,12 @@
-"""What a shard costs beside its samples: Ray's part, and that of publishing.
+"""Overhead of a shard beyond its samples: Ray's part, and publishing.
 
     python benchmarks/shard_overhead.py --num 800 --few 5 --many 200 --repeats 3
 
-Prepares the same made pictures as few big shards and as many small ones, by the same calls of the
-encoders (a batch divides both), in this process and on one Ray worker, and tells from the two what
-a shard takes beside its pictures, once the first one is there. Publishing alone (ledger, tar,
-index and commit record, each flushed to the disk) is timed apart. Prints one JSON line: seconds a
-shard, by the clock, and of this process where the work is done here; all repeats.
+Prepares the same random images as a few big shards and as many small ones, with the same encoder
+calls (the batch size divides both), in this process and on one Ray worker, and derives from the two
+what a shard takes beyond its images, after the first one. Publishing alone (ledger, tar, index and
+commit record, each flushed to disk) is timed separately. Prints one JSON line: wall-clock seconds
+per shard, and CPU seconds if the work is done in this process; all repeats.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from d2i.shards import Sample, json_bytes, npy_bytes, write_shard
 NUM_PUBLISHED = 50
 
 
-def make_chats(folder: Path, num: int, side: int) -> None:
-    """Write one chat a picture of random numbers."""
+def make_chats(directory: Path, num: int, side: int) -> None:
+    """Write one chat for each image of random numbers."""
     random = np.random.default_rng(0)
     lines = []
     for number in range(num):
         pixels = random.integers(0, 256, (side, side, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:06d}.png")
+        Image.fromarray(pixels).save(directory / f"{number:06d}.png")
         turns = [{"text": "look", "images": []}, {"text": "", "images": [f"{number:06d}.png"]}]
         lines.append(json.dumps({"id": str(number), "turns": turns}))
-    (folder / "train.jsonl").write_text("\n".join(lines))
+    (directory / "train.jsonl").write_text("\n".join(lines))
 
 
-def of_a_picture(source: Path, recipe: Recipe, num_workers: int) -> tuple[float, float]:
-    """Return what a picture takes after the first shard, by the clock and of this process."""
+def seconds_per_image(source: Path, recipe: Recipe, num_workers: int) -> tuple[float, float]:
+    """Return wall-clock and CPU seconds per image after the first shard."""
     marks: list[tuple[int, float, float]] = []
 
     def look(progress: Any) -> None:
@@ -64,35 +64,37 @@ def of_a_picture(source: Path, recipe: Recipe, num_workers: int) -> tuple[float,
     return wall_s, cpu_s
 
 
-def of_a_shard(source: Path, recipes: dict[int, Recipe], num_workers: int) -> tuple[float, float]:
-    """Return what a shard takes beside its pictures, by the clock and of this process.
+def seconds_per_shard(
+    source: Path, recipes: dict[int, Recipe], num_workers: int
+) -> tuple[float, float]:
+    """Return wall-clock and CPU seconds per shard beyond its images.
 
-    A picture takes p + s / n, where a shard of n pictures takes s beside them: two n tell both.
+    An image takes p + s / n, where s is the overhead of a shard of n images: two n give both.
     """
-    (few, many) = (of_a_picture(source, recipe, num_workers) for recipe in recipes.values())
+    (few, many) = (seconds_per_image(source, recipe, num_workers) for recipe in recipes.values())
     large, small = recipes
     wall_s, cpu_s = ((b - a) / (1 / small - 1 / large) for a, b in zip(few, many, strict=True))
     return wall_s, cpu_s
 
 
 def publish(num_samples: int, side: int) -> tuple[float, float]:
-    """Return what publishing a shard takes, by the clock and of this process."""
+    """Return wall-clock and CPU seconds of publishing a shard."""
     arrays = {"moments": (8, side // 8, side // 8), "clip": (512,), "text": (77, 64)}
     members = {f"{n}.npy": npy_bytes(np.zeros(shape, np.float16)) for n, shape in arrays.items()}
     members |= {"json": json_bytes({}), "tokens.npy": npy_bytes(np.zeros(77, np.uint16))}
     samples = [Sample(f"train-{number:06d}-0-0", members) for number in range(num_samples)]
     row = LedgerRow("k", "i", "ok", "ok", "", 1, None, None, 1, 1, 1, "0" * 64, 0.0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         wall, cpu = time.perf_counter(), time.process_time()
         for index in range(NUM_PUBLISHED):
-            write_ledger(folder, index, [row] * num_samples)
-            write_shard(samples, folder, index, failures={})
+            write_ledger(directory, index, [row] * num_samples)
+            write_shard(samples, directory, index, failures={})
         wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
     return wall_s / NUM_PUBLISHED, cpu_s / NUM_PUBLISHED
 
 
 def figures(repeats: list[tuple[float, float]]) -> dict[str, Any]:
-    """Give medians and all repeats."""
+    """Return medians and all repeats."""
     walls, cpus = ([round(seconds, 4) for seconds in part] for part in zip(*repeats, strict=True))
     return {
         "wall_s": round(statistics.median(walls), 4),
@@ -103,11 +105,11 @@ def figures(repeats: list[tuple[float, float]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all in turns, and print the line."""
+    """Measure all alternately, and print the line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--num", type=int, default=800, help="pictures")
+    parser.add_argument("--num", type=int, default=800, help="images")
     parser.add_argument("--few", type=int, default=5, help="shards")
     parser.add_argument("--many", type=int, default=200, help="shards")
     parser.add_argument("--repeats", type=int, default=3)
@@ -119,11 +121,11 @@ def main() -> None:
         for num in (args.num // args.few, small)
     }
     parts: dict[str, list[tuple[float, float]]] = {"here": [], "ray": [], "publishing": []}
-    with tempfile.TemporaryDirectory() as folder:
-        make_chats(Path(folder), args.num, 64)
+    with tempfile.TemporaryDirectory() as directory:
+        make_chats(Path(directory), args.num, 64)
         for _ in range(args.repeats):
-            parts["here"].append(of_a_shard(Path(folder), recipes, 0))
-            parts["ray"].append(of_a_shard(Path(folder), recipes, 1))
+            parts["here"].append(seconds_per_shard(Path(directory), recipes, 0))
+            parts["ray"].append(seconds_per_shard(Path(directory), recipes, 1))
             parts["publishing"].append(publish(small, 64))
     result: dict[str, Any] = {"benchmark": "shard_overhead", **vars(args)}
     result |= {name: figures(repeats) for name, repeats in parts.items()}

@@ -1,13 +1,13 @@
-"""How fast one process reads samples in random order, beside webdataset on the same tar.
+"""Speed of one process reading samples in random order, compared with webdataset.
 
     python benchmarks/shard_reader.py --num-samples 2000 --repeats 5
 
 Writes two data sets of random numbers at 256 px sizes, with token ids only and with 77x768 text
 latents, reads each through `ShardReader` (batches of 512, a new permutation each time) and through
-`webdataset` (`.decode()`, in file order, its quickest), in turns, from the page cache. Beside them
-stand the first reads of a new `ShardReader`, which compares every array with its crc32, and of one
-with `check_data=False`. Prints one JSON line: samples per second of the clock and of the processor
-(the steadier one on a busy machine), medians and all repeats, and the ratios of the medians.
+`webdataset` (`.decode()`, in file order, its fastest), alternately, from the page cache. Also
+measured are the first reads of a new `ShardReader`, which verifies the crc32 of every array, and of
+one with `check_data=False`. Prints one JSON line: samples per wall-clock second and per CPU second
+(less noisy on a busy machine), medians and all repeats, and the ratios of the medians.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAYOUTS = {"tokens": ("moments", "clip", "tokens"), "text": ("moments", "clip", 
 
 
 def make_samples(members: tuple[str, ...], num_samples: int) -> Iterator[Sample]:
-    """Make samples of random numbers."""
+    """Yield samples of random numbers."""
     random = np.random.default_rng(0)
     for number in range(num_samples):
         encoded = {"json": json_bytes({"number": number})}
@@ -51,30 +51,30 @@ def make_samples(members: tuple[str, ...], num_samples: int) -> Iterator[Sample]
         yield Sample(f"train-{number}-0-0", encoded)
 
 
-def read_ours(reader: ShardReader, members: tuple[str, ...], batch_size: int, seed: int) -> int:
-    """Read every sample once in random order; give how many."""
+def read_d2i(reader: ShardReader, members: tuple[str, ...], batch_size: int, seed: int) -> int:
+    """Read every sample once in random order; return their number."""
     order = np.random.default_rng(seed).permutation(len(reader))
     batches = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
     return sum(len(reader.read(batch, members)[members[0]]) for batch in batches)
 
 
 def read_first(
-    folder: Path, members: tuple[str, ...], batch_size: int, seed: int, *, check_data: bool
+    directory: Path, members: tuple[str, ...], batch_size: int, seed: int, *, check_data: bool
 ) -> int:
-    """Read every sample as a process that has just begun; give how many."""
-    reader = ShardReader(str(folder), check_data=check_data)
-    return read_ours(reader, members, batch_size, seed)
+    """Read every sample as a new process does; return their number."""
+    reader = ShardReader(str(directory), check_data=check_data)
+    return read_d2i(reader, members, batch_size, seed)
 
 
 def read_webdataset(path: Path) -> int:
-    """Read every sample once in file order; give how many."""
+    """Read every sample once in file order; return their number."""
     import webdataset
 
     return sum(1 for _ in webdataset.WebDataset([str(path)], shardshuffle=False).decode())
 
 
 class Timings:
-    """Samples a second of repeated passes, by the clock and by the processor's time."""
+    """Samples per wall-clock second and per CPU second of repeated passes."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
@@ -88,7 +88,7 @@ class Timings:
         self.cpu.append(num_read / (time.process_time() - cpu))
 
     def figures(self) -> dict[str, Any]:
-        """Give medians and repeats, without the first pass, which warms the page cache."""
+        """Return medians and repeats, without the first pass, which warms the page cache."""
         return {
             "samples_per_s": round(statistics.median(self.wall[1:])),
             "samples_per_cpu_s": round(statistics.median(self.cpu[1:])),
@@ -97,21 +97,21 @@ class Timings:
         }
 
 
-def measure(folder: Path, layout: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Write one data set and time both readers on it, in turns."""
+def measure(directory: Path, layout: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Write one data set and time both readers on it alternately."""
     members = LAYOUTS[layout]
-    commit = write_shard(make_samples(members, args.num_samples), str(folder), 0, failures={})
-    write_manifest(str(folder), {})
-    reader = ShardReader(str(folder))
+    commit = write_shard(make_samples(members, args.num_samples), str(directory), 0, failures={})
+    write_manifest(str(directory), {})
+    reader = ShardReader(str(directory))
     timings = {
         name: Timings() for name in ("d2i", "webdataset", "first_checked", "first_unchecked")
     }
     for seed in range(args.repeats + 1):
-        timings["d2i"].add(read_ours, reader, members, args.batch, seed)
-        timings["webdataset"].add(read_webdataset, folder / commit.tar_name)
+        timings["d2i"].add(read_d2i, reader, members, args.batch, seed)
+        timings["webdataset"].add(read_webdataset, directory / commit.tar_name)
         for name, check_data in (("first_checked", True), ("first_unchecked", False)):
             first = partial(read_first, check_data=check_data)
-            timings[name].add(first, folder, members, args.batch, seed)
+            timings[name].add(first, directory, members, args.batch, seed)
     found = {name: timing.figures() for name, timing in timings.items()}
     ratios = {
         f"ratio_of_{unit}": round(found["d2i"][unit] / found["webdataset"][unit], 1)
@@ -132,8 +132,8 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "shard_reader", **vars(args)}
     for layout in LAYOUTS:
-        with tempfile.TemporaryDirectory() as folder:
-            result[layout] = measure(Path(folder), layout, args)
+        with tempfile.TemporaryDirectory() as directory:
+            result[layout] = measure(Path(directory), layout, args)
     result["machine"] = f"{platform.machine()}, Python {platform.python_version()}"
     print(json.dumps(result))
 

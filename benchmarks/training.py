@@ -1,15 +1,15 @@
-"""What a training step costs beside the network itself, and how fast a rank can be fed.
+"""Overhead of a training step beyond the network itself, and input speed of a rank.
 
     python benchmarks/training.py step --batch 2 --steps 6
     python benchmarks/training.py input --num-samples 2000
     python benchmarks/training.py unidiffuser --depth 6
 
-`step`: U-ViT-S on one rank, by a bare PyTorch loop and then through the whole of d2i's loop
-(reading, draws, DeepSpeed, EMA, records) in one process; the time of an EMA update; and how long a
-checkpoint holds training up. Seconds of the processor, as neighbours disturb them less; the
-checkpoint by the clock. `input`: micro batches of 256 px samples for a network that takes no
-time. `unidiffuser`: a forward and backward pass of UniDiffuser-v1 (30 blocks, or `--depth`), with
-`--optimizer` the whole step, its AdamW and its EMA; the peak memory of the process.
+`step`: U-ViT-S on one rank, in a bare PyTorch loop and then in d2i's training loop (reading, random
+draws, DeepSpeed, EMA, metrics) in one process; the time of an EMA update; and how long a checkpoint
+blocks training. CPU seconds, which other load disturbs less; wall-clock seconds for the checkpoint.
+`input`: micro batches of 256 px samples for a network that takes no time. `unidiffuser`: a forward
+and backward pass of UniDiffuser-v1 (30 blocks, or `--depth`), with `--optimizer` the whole step
+with AdamW and EMA; the peak memory of the process.
 
 Prints one JSON line.
 """
@@ -50,21 +50,21 @@ NUM_SHARD_SAMPLES = 500
 
 
 class Clock:
-    """Stands where a fault would: marks the processor's time whenever a step is done."""
+    """Takes the place of a fault: records the CPU time after each step."""
 
     def __init__(self) -> None:
         self.marks = [time.process_time()]
 
     def reach(self, _point: str) -> None:
-        """Mark the end of a step."""
+        """Record the end of a step."""
         self.marks.append(time.process_time())
 
     def seconds(self) -> list[float]:
-        """Seconds of each step but the first, which warms everything up."""
+        """Return the seconds of each step except the first, which is a warm-up."""
         return [end - start for start, end in zip(self.marks, self.marks[1:], strict=False)][1:]
 
 
-def write_data(folder: Path, num_samples: int) -> ShardReader:
+def write_data(directory: Path, num_samples: int) -> ShardReader:
     """Write samples of random numbers at U-ViT-S's sizes."""
     random = np.random.default_rng(0)
     for shard, start in enumerate(range(0, num_samples, NUM_SHARD_SAMPLES)):
@@ -76,15 +76,15 @@ def write_data(folder: Path, num_samples: int) -> ShardReader:
                 numbers = np.zeros(shape, np.uint16) if name == "tokens" else values
                 encoded[f"{name}.npy"] = npy_bytes(numbers)
             samples.append(Sample(f"train-{number}-0-0", encoded))
-        write_shard(samples, str(folder), shard, failures={})
-    (folder / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
-    (folder / "empty_text.npy").write_bytes(npy_bytes(np.zeros((77, 768), np.float16)))
-    write_manifest(str(folder), {})
-    return ShardReader(str(folder))
+        write_shard(samples, str(directory), shard, failures={})
+    (directory / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
+    (directory / "empty_text.npy").write_bytes(npy_bytes(np.zeros((77, 768), np.float16)))
+    write_manifest(str(directory), {})
+    return ShardReader(str(directory))
 
 
 def recipe(batch: int, num_steps: int, precision: str) -> Recipe:
-    """U-ViT-S at a batch that a processor can take."""
+    """Return the recipe of U-ViT-S at a batch size for a CPU."""
     settings = {
         "global_batch_size": batch,
         "micro_batch_size": batch,
@@ -103,19 +103,19 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
     ranks = join_ranks()
     settings = recipe(args.batch, args.steps + 1, args.precision)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "train").mkdir()
-        reader = write_data(folder / "train", 64)
+        directory = Path(name)
+        (directory / "train").mkdir()
+        reader = write_data(directory / "train", 64)
         network = build_backbone("uvit-s")
         autocast_to(network, settings.train.precision)
         bare = time_bare_loop(reader, settings.train, args.steps + 1)
         engine = build_engine(network, settings.train, 1)
         state = build_state(engine, settings.train)
         clock: Any = Clock()
-        request = TrainRequest(settings, name, str(folder / "run"), fault=clock)
-        (folder / "run").mkdir()
+        request = TrainRequest(settings, name, str(directory / "run"), fault=clock)
+        (directory / "run").mkdir()
         shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-        with CheckpointWriter(str(folder / "run"), settings.train, ranks, shapes) as writer:
+        with CheckpointWriter(str(directory / "run"), settings.train, ranks, shapes) as writer:
             Trainer(request, ranks, state, reader, writer).run(Progress())
             writer.finish()
             ours = clock.seconds()
@@ -137,7 +137,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> list[float]:
-    """Time forward, backward and AdamW on one batch that is there already."""
+    """Time forward, backward and AdamW on one batch in memory."""
     batches = BatchReader(reader, config, is_joint=False)
     batch = batches.read(np.arange(config.global_batch_size), 0).to(torch.device("cpu"))
     batches.close()
@@ -159,7 +159,7 @@ def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> 
 
 @torch.no_grad()
 def step_masters(network: Any, masters: list[Any], optimizer: torch.optim.Optimizer) -> None:
-    """Step the float32 weights, which the network's own may be copies of."""
+    """Step the float32 master weights, of which the network's own may be copies."""
     pairs = list(zip(network.parameters(), masters, strict=True))
     for weight, master in pairs:
         master.grad = weight.grad.float()
@@ -171,7 +171,7 @@ def step_masters(network: Any, masters: list[Any], optimizer: torch.optim.Optimi
 
 
 def time_checkpoint(writer: CheckpointWriter, state: TrainState) -> float:
-    """Seconds by the clock until training may go on."""
+    """Return the wall-clock seconds for which a checkpoint blocks training."""
     started = time.perf_counter()
     writer.start(state, Progress(step=10**6))
     stall_s = time.perf_counter() - started
@@ -180,14 +180,14 @@ def time_checkpoint(writer: CheckpointWriter, state: TrainState) -> float:
 
 
 def time_of(function: Any) -> float:
-    """Seconds of the processor that a call takes."""
+    """Return the CPU seconds of a call."""
     started = time.process_time()
     function()
     return time.process_time() - started
 
 
 def measure_input(args: argparse.Namespace) -> dict[str, Any]:
-    """Time reading, drawing and tensors, for a network that takes no time."""
+    """Time reading, random draws and tensors, for a network that takes no time."""
     config = TrainConfig(
         num_steps=1,
         global_batch_size=args.batch,
@@ -218,7 +218,7 @@ def measure_input(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_unidiffuser(args: argparse.Namespace) -> dict[str, Any]:
-    """Take one picture at 512 px forward and backward, and on request the whole step."""
+    """Measure forward and backward of one 512 px image, or with `--optimizer` the whole step."""
     network: Any = build_backbone("unidiffuser-v1", depth=args.depth, gradient_checkpointing=True)
     noise = torch.Generator().manual_seed(0)
     parts = [torch.randn(1, *shape, generator=noise) for shape in ((4, 64, 64), (1, 512), (77, 64))]
@@ -246,7 +246,7 @@ def measure_unidiffuser(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure what is asked for and print the line."""
+    """Run the requested measurement and print the line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,14 @@
-"""What training in lower precision changes of the trained weights.
+"""Effect of lower training precision on the trained weights.
 
     python benchmarks/training_precision.py --markdown precision.md
 
-Fine-tunes a tiny U-ViT for 850 steps with the paper's optimizer, 13 micro batches a step as
-UniDiffuser's recipe on PhotoChat has them on two devices, by DeepSpeed as `d2i train` does: in
-float32, in `bf16` (autocast over float32 weights) and in `bf16_weights` (the whole network). Every
-way takes the same samples, noise and times from the same trained weights. Told are how far the
-weights end from float32's, of the way that these have come, and the loss on fixed draws, computed
-in float32. Two yardsticks stand beside: float32 with one micro batch (other sums), and float32 with
-other noise and order. Prints one JSON line.
+Fine-tunes a tiny U-ViT for 850 steps with the paper's optimizer and 13 micro batches per step (like
+UniDiffuser's recipe on PhotoChat on two devices), by DeepSpeed as `d2i train` does: in float32, in
+`bf16` (autocast over float32 weights) and in `bf16_weights` (the whole network). All start from the
+same trained weights and use the same samples, noise and times. Reported are the distance of the
+final weights from those of float32, relative to how far these moved, and the loss on fixed draws,
+computed in float32. Two baselines: float32 with one micro batch (another order of sums), and
+float32 with other noise and data order. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ Draw = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class World:
-    """Made samples: latents (N, 4, 8, 8) that a text (N, 4, 16) tells but for a tenth of noise."""
+    """Synthetic samples: texts (N, 4, 16) and their linear latents (N, 4, 8, 8) plus 10 % noise."""
 
     def __init__(self, seed: int) -> None:
         made = torch.Generator().manual_seed(seed)
         self.text = torch.randn(NUM_SAMPLES, 4, 16, generator=made)
         mapping = torch.randn(4 * 16, 4 * 8 * 8, generator=made) / 8
-        told = (self.text.flatten(1) @ mapping).view(-1, 4, 8, 8)
-        self.latents = told + 0.1 * torch.randn(told.shape, generator=made)
+        signal = (self.text.flatten(1) @ mapping).view(-1, 4, 8, 8)
+        self.latents = signal + 0.1 * torch.randn(signal.shape, generator=made)
 
     def draw(self, size: int, draws: torch.Generator) -> Draw:
         """Draw samples, noise and times: latents, text, n, noise."""
@@ -69,7 +69,7 @@ class World:
 
 
 def build(weights: dict[str, Tensor] | None = None) -> Any:
-    """The tiny network, with weights."""
+    """Return the tiny network with the given weights."""
     torch.manual_seed(0)
     network = build_backbone("uvit-s", **SIZES, **TEXT)
     if weights:
@@ -78,13 +78,13 @@ def build(weights: dict[str, Tensor] | None = None) -> Any:
 
 
 def loss_of(network: Any, draw: Draw) -> Tensor:
-    """Mean loss of a draw."""
+    """Return the mean loss of a draw."""
     latents, text, n, noise = draw
     return uvit_loss(network, latents, text, n, noise).mean()
 
 
 def pretrain(num_steps: int) -> dict[str, Tensor]:
-    """Weights that were trained on another world, in float32."""
+    """Return weights trained on another world, in float32."""
     network, world, draws = build(), World(0), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(network.parameters(), lr=PRETRAINING_RATE, fused=True)
     for _ in range(num_steps):
@@ -95,7 +95,7 @@ def pretrain(num_steps: int) -> dict[str, Tensor]:
 
 
 def fine_tune(start: dict[str, Tensor], config: TrainConfig, seed: int) -> dict[str, Tensor]:
-    """The float32 weights after the recipe's steps."""
+    """Return the float32 weights after the recipe's steps."""
     network, world, draws = build(start), World(1), torch.Generator().manual_seed(seed)
     autocast_to(network, config.precision)
     engine = build_engine(network, config, 1)
@@ -112,19 +112,19 @@ def fine_tune(start: dict[str, Tensor], config: TrainConfig, seed: int) -> dict[
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Euclidean distance of all weights together."""
+    """Return the Euclidean distance of all weights together."""
     return sum(float((found[k] - expected[k]).square().sum()) for k in expected) ** 0.5
 
 
 def fixed_loss(weights: dict[str, Tensor]) -> float:
-    """Loss on draws that are the same for all weights, in float32."""
+    """Return the loss on draws that are the same for all weights, in float32."""
     with torch.no_grad():
         draw = World(1).draw(NUM_FIXED_DRAWS, torch.Generator().manual_seed(99))
         return float(loss_of(build(weights), draw))
 
 
 def measure(num_steps: int, num_pretraining_steps: int) -> dict[str, Any]:
-    """Fine-tune in every form and compare."""
+    """Fine-tune in every precision and compare."""
     start = pretrain(num_pretraining_steps)
     published = load_recipe("uvit-s-photochat").train
     rows, exact = {}, None
@@ -149,7 +149,7 @@ def measure(num_steps: int, num_pretraining_steps: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
+    """Return the result as Markdown."""
     lines = [
         "| | distance from float32's weights, of their way | loss on fixed draws |",
         "|---|---|---|",
@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=850)
     parser.add_argument("--pretraining-steps", type=int, default=1000)
-    parser.add_argument("--markdown", type=Path, help="where to write the table")
+    parser.add_argument("--markdown", type=Path, help="file to write the table to")
     args = parser.parse_args()
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29873")

@@ -26,7 +26,7 @@ SUFFIX = ".sha256"
 CRC_FIELD = "crc32"
 _DIGEST = re.compile(rb"[0-9a-fA-F]{64}(?=\s|$)")
 _NUM_SHOWN = 16
-_RESTORE = "restore the file, or make it again"
+_RESTORE = "restore the file from a copy, or recreate it"
 
 
 def sha256_of(data: bytes | memoryview) -> str:
@@ -134,14 +134,14 @@ def check_file(url: str, *, next_step: str = _RESTORE, error: type[D2IError] = D
     check_against(url, read_checksum(url), next_step=next_step, error=error)
 
 
-def check_against(url: str, said: str | None, **refused: Any) -> None:
+def check_against(url: str, recorded: str | None, **refused: Any) -> None:
     """Compare a file, as `check_file`, with a recorded sha256, as `compare`.
 
     Raises:
         D2IError: If the file does not match its checksum.
         OSError: If it cannot be read.
     """
-    compare(url, None if said is None else known_sha256(url), said, **refused)
+    compare(url, None if recorded is None else known_sha256(url), recorded, **refused)
 
 
 def check_if_summed(url: str, **refused: Any) -> None:
@@ -153,8 +153,8 @@ def check_if_summed(url: str, **refused: Any) -> None:
         D2IError: If the file does not match its checksum.
         OSError: If it cannot be read.
     """
-    if (said := read_checksum(url)) is not None:
-        check_against(url, said, **refused)
+    if (recorded := read_checksum(url)) is not None:
+        check_against(url, recorded, **refused)
 
 
 def read_checksum(url: str) -> str | None:
@@ -170,7 +170,7 @@ def read_checksum(url: str) -> str | None:
 def compare(
     url: str,
     found: str | None,
-    said: str | None,
+    recorded: str | None,
     *,
     next_step: str = _RESTORE,
     error: type[D2IError] = DataError,
@@ -180,22 +180,25 @@ def compare(
 
     Args:
         url: The file.
-        found: Its sha256; None if `said` is None.
-        said: The recorded sha256; None if there is none, which is only warned about.
+        found: Its sha256; None if `recorded` is None.
+        recorded: The recorded sha256; None if there is none, which is only warned about.
         next_step: Advice to the user.
         error: Class of the error.
-        where: The file that holds `said`; by default the one beside it.
+        where: The file that holds `recorded`; by default the one beside it.
 
     Raises:
         D2IError: An `error`, if they differ.
     """
     name = where or url.rpartition("/")[2] + SUFFIX
-    if said is None:
+    if recorded is None:
         say_not_verified(url, name)
-    elif found != said:
+    elif found != recorded:
+        expected = (
+            f"{recorded[:_NUM_SHOWN]}… (from {name})" if recorded else f"a readable one in {name}"
+        )
         raise error(
             f"{url} is damaged, or was edited: got sha256 {str(found)[:_NUM_SHOWN]}…, expected "
-            f"{said[:_NUM_SHOWN] or 'none that can be read'}… as {name} says; {next_step}"
+            f"{expected}; {next_step}"
         )
 
 
@@ -224,7 +227,7 @@ def say_not_verified(url: str, where: str) -> None:
     if kind not in _NOT_VERIFIED:
         _NOT_VERIFIED.add(kind)
         log = logging.getLogger(__name__)
-        log.warning("%s: not verified, there is no checksum of it in %s", url, where)
+        log.warning("%s: not verified: no checksum found in %s", url, where)
 
 
 @cache

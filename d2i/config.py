@@ -218,7 +218,9 @@ class UniDiffuserLossConfig(Config):
     def _each_part_has_a_weight(self) -> Self:
         num_parts = 3 if self.loss == "joint" else 2
         if self.weights is not None and len(self.weights) != num_parts:
-            raise ValueError(f"the {self.loss} loss has {num_parts} parts, so {num_parts} weights")
+            raise ValueError(
+                f"the {self.loss} loss has {num_parts} parts, expected {num_parts} weights"
+            )
         return self
 
 
@@ -290,11 +292,11 @@ class TrainConfig(Config):
         return "fp16_weights" if value == "fp16" else value
 
     @model_validator(mode="after")
-    def _images_are_drawn_from_checkpoints(self) -> Self:
+    def _sample_images_need_checkpoints(self) -> Self:
         if self.num_sample_steps and self.num_sample_steps % self.num_checkpoint_steps:
             raise ValueError(
                 f"num_sample_steps must be a multiple of num_checkpoint_steps "
-                f"({self.num_checkpoint_steps}), as pictures are drawn from checkpoints"
+                f"({self.num_checkpoint_steps}), as images are generated from checkpoints"
             )
         return self
 
@@ -311,7 +313,7 @@ class TrainConfig(Config):
         if self.global_batch_size % world_size:
             raise ConfigError(
                 f"train.global_batch_size is {self.global_batch_size}, which {world_size} ranks "
-                "cannot share; expected a multiple of the number of ranks; change "
+                "cannot split evenly; expected a multiple of the number of ranks; change "
                 "--num-accelerators or --set train.global_batch_size"
             )
         per_rank = self.global_batch_size // world_size
@@ -481,9 +483,9 @@ class Recipe(Config):
         wants_it = self.backbone.is_joint and self.sample.unconditional == "empty_token"
         if wants_it and not is_learned:
             raise ValueError(
-                "sample.unconditional=empty_token asks for the text of '', which the joint loss "
-                "never sees without train.condition_dropout; set that to 0.1, or leave "
-                "sample.unconditional at true_uncond"
+                "sample.unconditional=empty_token uses the text of '', which the joint loss "
+                "never trains on without train.condition_dropout; set that to 0.1, or keep "
+                "sample.unconditional=true_uncond"
             )
         return self
 
@@ -574,12 +576,16 @@ def _section(kind: type[Config], name: str, path: str) -> type[Config]:
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, Config):
             return candidate
-    raise ConfigError(f"--set {_cut(path)}: {name} holds a value, not a group; set {name} itself")
+    raise ConfigError(
+        f"--set {_cut(path)}: {name} is a single value, not a group; set {name} itself"
+    )
 
 
 def _check_name(kind: type[Config], name: str, path: str) -> None:
     if name in kind.model_fields:
         return
     near = difflib.get_close_matches(name, kind.model_fields, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(kind.model_fields)}"
+    hint = (
+        f"did you mean '{near[0]}'?" if near else f"its fields are {', '.join(kind.model_fields)}"
+    )
     raise ConfigError(f"--set {_cut(path)}: {kind.__name__} has no field '{_cut(name)}'; {hint}")

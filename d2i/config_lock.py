@@ -57,7 +57,10 @@ def read_settings(url: str, error: type[D2IError] = ConfigError) -> dict[str, An
 
 def _next_step(url: str) -> str:
     beside = checksum_url(url)
-    return f"edited? delete {beside} to accept it; else restore it, or choose another folder"
+    return (
+        f"if you edited it, delete {beside} to accept the edit; otherwise restore it, or choose "
+        "another directory"
+    )
 
 
 def with_legacy_defaults(kept: Mapping[str, Any], formerly: Mapping[str, Any]) -> dict[str, Any]:

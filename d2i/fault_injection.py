@@ -37,7 +37,7 @@ Point = Literal[
 ]
 Action = Literal["error", "sleep", "kill"]
 _SLEEP_S = 3600.0
-WAITS = "asked to wait at "
+WAITS = "waiting at fault point "
 """Text on stderr, before the point's name, of a process that sleeps."""
 
 
@@ -81,7 +81,7 @@ class Fault:
             sys.stderr.write(f"{WAITS}{self.point}\n")
             sys.stderr.flush()
             time.sleep(_SLEEP_S)
-        raise FaultError(f"asked for at {self.point}")
+        raise FaultError(f"injected at {self.point}")
 
 
 def parse_fault(text: str | None) -> Fault | None:

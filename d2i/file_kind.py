@@ -79,5 +79,5 @@ def file_kind(head: bytes) -> str | None:
     if text.startswith(b"<?xml"):
         return "XML"
     if not head.strip(b"\0"):
-        return "zeros alone"
+        return "only zeros"
     return "JSON text" if text[:1] in (b"{", b"[") else None

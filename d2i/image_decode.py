@@ -137,10 +137,10 @@ def decode_square(image: Image.Image, limits: ImageConfig) -> CroppedImage:
         return CroppedImage(np.asarray(square), _suffix(image), width, height)
 
 
-def crop_to_square(picture: Image.Image, resolution: int) -> Image.Image:
+def crop_to_square(image: Image.Image, resolution: int) -> Image.Image:
     """Crop the centre square and resize it with LANCZOS (`datasets.py:419-430` of U-ViT)."""
-    left, top, side = _centre(picture.size)
-    square = picture.crop((left, top, left + side, top + side))
+    left, top, side = _centre(image.size)
+    square = image.crop((left, top, left + side, top + side))
     if side == resolution:
         # Resizing would only copy it.
         return square

@@ -19,9 +19,9 @@ from d2i.image_decode import ImageRejectedError, is_lfs_pointer
 from d2i.tar_index import Member, TarIndex, is_tars, open_index
 
 _NUM_ALIKE = 8
-_WEB_ADDRESS = re.compile(r"(^|::)https?:", re.IGNORECASE)
+_WEB_URL = re.compile(r"(^|::)https?:", re.IGNORECASE)
 """Also below another file system: `simplecache::https://…`."""
-_EXPECTED = "expected a folder of pictures, x.tar or folder/*.tar"
+_EXPECTED = "expected a directory of images, x.tar or DIR/*.tar"
 
 
 def check_root(root: str) -> None:
@@ -34,11 +34,11 @@ def check_root(root: str) -> None:
         ConfigError: If it is a web URL.
         DataError: If it is missing, an empty directory, a file, or not an intact tar.
     """
-    _refuse_web_address(root)
+    _refuse_web_url(root)
     if is_tars(root):
         _index(root)
     else:
-        _check_folder(root)
+        _check_directory(root)
 
 
 def read_image(root: str, path: str, max_bytes: int) -> bytes:
@@ -57,7 +57,7 @@ def read_image(root: str, path: str, max_bytes: int) -> bytes:
         ConfigError: If the root is a web URL, which is never requested.
         DataError: If the root itself is missing (or has gone) or cannot be read.
     """
-    _refuse_web_address(root)
+    _refuse_web_url(root)
     data = _read_member(root, path, max_bytes) if is_tars(root) else _read(root, path, max_bytes)
     if len(data) > max_bytes:
         raise ImageRejectedError("too_many_bytes", f"over {max_bytes} bytes")
@@ -66,29 +66,29 @@ def read_image(root: str, path: str, max_bytes: int) -> bytes:
     return data
 
 
-def _refuse_web_address(root: str) -> None:
+def _refuse_web_url(root: str) -> None:
     """Refuse web URLs, which may redirect anywhere: only the SSRF guard requests them."""
-    if _WEB_ADDRESS.search(root):
+    if _WEB_URL.search(root):
         raise ConfigError(
-            f"{root}: got a web address as the place of pictures; expected a folder, tars or an "
-            "object store; give --set 'fetch.mirror=ADDRESS/{path}' to 'd2i preprocess', or copy "
-            "the pictures first"
+            f"{root}: got a web URL as the image root; expected a directory, tars or an object "
+            "store; give --set 'fetch.mirror=URL/{path}' to 'd2i preprocess', or copy the images "
+            "first"
         )
 
 
-def _check_folder(root: str) -> None:
+def _check_directory(root: str) -> None:
     try:
-        found = None if storage.is_folder(root) else _what_is_at(root)
+        found = None if storage.is_directory(root) else _what_is_at(root)
         if found is None and _is_empty(root):
-            found = "an empty folder"
+            found = "an empty directory"
     except OSError as err:
         raise DataError(
-            f"{root}: the place of pictures cannot be read ({err.strerror or err}); {_EXPECTED}; "
+            f"{root}: the image root cannot be read ({err.strerror or err}); {_EXPECTED}; "
             "check corpus.image_root, and whether its disk is mounted"
         ) from err
     if found:
         raise DataError(
-            f"{root}: got {found} as the place of pictures; {_EXPECTED}; unpack it, or check "
+            f"{root}: got {found} as the image root; {_EXPECTED}; unpack it, or check "
             "corpus.image_root and whether its disk is mounted"
         )
 
@@ -114,15 +114,17 @@ def _is_empty(root: str) -> bool:
 def _read(root: str, path: str, max_bytes: int) -> bytes:
     """Read a file of a directory; it counts as missing or damaged only if the directory is fine."""
     if ".." in path.split("/"):
-        raise ImageRejectedError("read_error", "got a part '..', expected a path below the folder")
+        raise ImageRejectedError(
+            "read_error", "got a part '..', expected a path below the directory"
+        )
     try:
         return _read_head(root, path, max_bytes + 1)
     except FileNotFoundError as err:
-        _check_folder(root)
+        _check_directory(root)
         raise ImageRejectedError("missing_file", "no such file") from err
     except (OSError, ValueError) as err:
         # A name with a zero byte raises ValueError.
-        _check_folder(root)
+        _check_directory(root)
         raise ImageRejectedError("read_error", str(err)) from err
 
 
@@ -130,7 +132,7 @@ def _read_head(root: str, path: str, num_bytes: int) -> bytes:
     local = storage.local_path(root)
     if local is None:
         if "::" in path:
-            raise ValueError("got a chain of file systems, expected a path below the folder")
+            raise ValueError("got a chain of file systems, expected a path below the directory")
         return storage.read_head(storage.join(root, path), num_bytes)
     try:
         return storage.read_local_head(f"{local}/{path}", num_bytes)
@@ -140,7 +142,7 @@ def _read_head(root: str, path: str, num_bytes: int) -> bytes:
         return storage.read_local_head(_in_other_form(str(local), path), num_bytes)
 
 
-def _in_other_form(folder: str, path: str) -> str:
+def _in_other_form(directory: str, path: str) -> str:
     """Return the file whose name is another Unicode form of the path, found by listing.
 
     Raises:
@@ -151,22 +153,24 @@ def _in_other_form(folder: str, path: str) -> str:
     for part in path.split("/"):
         alike = [part]
         if not part.isascii():
-            names = _names_by_composed(folder, Path(folder).stat().st_mtime_ns)
+            names = _names_by_composed(directory, Path(directory).stat().st_mtime_ns)
             alike = names.get(unicodedata.normalize("NFC", part), [])
         if not alike:
             raise FileNotFoundError
         if len(alike) > 1 and part not in alike:
-            raise ImageRejectedError("ambiguous_file", f"{len(alike)} names have these letters")
-        folder = f"{folder}/{part if part in alike else alike[0]}"
-    return folder
+            raise ImageRejectedError(
+                "ambiguous_file", f"{len(alike)} names differ only in their Unicode form"
+            )
+        directory = f"{directory}/{part if part in alike else alike[0]}"
+    return directory
 
 
 @lru_cache(maxsize=32)
-def _names_by_composed(folder: str, changed_ns: int) -> dict[str, list[str]]:
+def _names_by_composed(directory: str, changed_ns: int) -> dict[str, list[str]]:
     """Return the non-ASCII names in a directory, by their composed form."""
     del changed_ns  # A directory that has changed is listed again.
     found: dict[str, list[str]] = {}
-    for name in os.listdir(folder):  # noqa: PTH208
+    for name in os.listdir(directory):  # noqa: PTH208
         if not name.isascii():
             found.setdefault(unicodedata.normalize("NFC", name), []).append(name)
     return found
@@ -179,7 +183,7 @@ def _index(root: str) -> TarIndex:
         return open_index(root)
     except OSError as err:
         raise DataError(
-            f"{root}: cannot be read ({err}); expected tars of pictures; check corpus.image_root, "
+            f"{root}: cannot be read ({err}); expected tars of images; check corpus.image_root, "
             "and whether its disk is mounted"
         ) from err
 
@@ -205,11 +209,11 @@ def _read_range(member: Member | None, max_bytes: int) -> bytes:
         data = storage.read_range(member.url, member.offset, member.size_bytes)
     except FileNotFoundError as err:
         raise DataError(
-            f"{member.url}: the tar is not there any more; expected it to stay while its pictures "
-            "are read; check whether its disk is mounted"
+            f"{member.url}: the tar is gone; expected it to stay while its images are read; "
+            "check whether its disk is mounted"
         ) from err
     except OSError as err:
         raise ImageRejectedError("read_error", str(err)) from err
     if len(data) != member.size_bytes:
-        raise ImageRejectedError("read_error", f"{member.url} ends within it")
+        raise ImageRejectedError("read_error", f"{member.url} ends before the member does")
     return data

@@ -23,19 +23,19 @@ from typing import Any
 
 from d2i.errors import ConfigError
 
-FOLDER_NAME = ".d2i-lock"
+DIRECTORY_NAME = ".d2i-lock"
 RENEW_S = 10.0
 STALE_S = 60.0
 _POLL_S = 1.0
 
 
 @contextmanager
-def hold_lease(fs: Any, folder: str, url: str, wait_s: float) -> Iterator[None]:
+def hold_lease(fs: Any, directory: str, url: str, wait_s: float) -> Iterator[None]:
     """Hold the lease on a directory until the context is left.
 
     Args:
         fs: fsspec's file system.
-        folder: The directory's path on it.
+        directory: The directory's path on it.
         url: The user's URL for it.
         wait_s: How long to wait for a holder that is alive.
 
@@ -43,7 +43,7 @@ def hold_lease(fs: Any, folder: str, url: str, wait_s: float) -> Iterator[None]:
         ConfigError: If another process holds it and goes on.
         OSError: If a request to the store fails.
     """
-    lease = _Lease(fs, f"{folder.rstrip('/')}/{FOLDER_NAME}", url)
+    lease = _Lease(fs, f"{directory.rstrip('/')}/{DIRECTORY_NAME}", url)
     lease.take(wait_s)
     is_over = threading.Event()
     keeper = threading.Thread(target=lease.keep, args=(is_over,), daemon=True)
@@ -57,12 +57,12 @@ def hold_lease(fs: Any, folder: str, url: str, wait_s: float) -> Iterator[None]:
 
 
 class _Lease:
-    def __init__(self, fs: Any, folder: str, url: str) -> None:
+    def __init__(self, fs: Any, directory: str, url: str) -> None:
         self._fs = fs
-        self._folder = folder
+        self._directory = directory
         self._url = url
         self._number = 0
-        self._said = _who_this_is() | {"token": secrets.token_hex(16), "since": _now()}
+        self._holder = _who_this_is() | {"token": secrets.token_hex(16), "since": _now()}
         self._beat = 0
 
     def take(self, wait_s: float) -> None:
@@ -89,8 +89,8 @@ class _Lease:
                 return
             if is_alive and now - began > wait_s:
                 raise ConfigError(
-                    f"{self._url}: another command works there ({_described(content)}); expected "
-                    "to be alone; wait until it has ended, or choose another folder"
+                    f"{self._url}: locked by another d2i process ({_described(content)}); wait for "
+                    "it to finish, or use another directory"
                 )
             time.sleep(_POLL_S)
 
@@ -113,9 +113,9 @@ class _Lease:
         if is_over.is_set():
             return
         sys.stderr.write(
-            f"error: {self._url}: another command took this folder over, as this one had not been "
-            "heard of for a minute; expected to be alone; the same command goes on once that one "
-            "has ended\n"
+            f"error: {self._url}: another d2i process took over the lease of this directory, as "
+            "this process had not renewed it for a minute; wait for that one to finish, then run "
+            "the same command again to resume\n"
         )
         sys.stderr.flush()
         # Anything written from now on would mix with the other's files.
@@ -138,9 +138,9 @@ class _Lease:
                 self._fs.rm_file(self._path(superseded[0]))
         if self._create(number, is_probe=True):
             logging.getLogger(__name__).warning(
-                "%s: this store overwrites an object that was to be created only if absent: it "
-                "ignores If-None-Match; two commands that start there at the same moment would not "
-                "notice each other: start one at a time",
+                "%s: this store ignores If-None-Match: it overwrites an object that must only be "
+                "created if absent, so two commands started there at the same moment would not "
+                "see each other's lock; start one at a time",
                 self._url,
             )
         return True
@@ -155,7 +155,7 @@ class _Lease:
                 content = self._read(number)
                 if content is not None:
                     # After a lost response, the client's retry finds its own object.
-                    return not is_probe and _token(content) == self._said["token"]
+                    return not is_probe and _token(content) == self._holder["token"]
                 # Its holder released it in between, or the store refuses to write at all.
                 if is_last:
                     raise
@@ -167,15 +167,15 @@ class _Lease:
         self._fs.pipe_file(self._path(number), self._content())
 
     def _content(self) -> bytes:
-        return json.dumps(self._said | {"beat": self._beat}, sort_keys=True).encode()
+        return json.dumps(self._holder | {"beat": self._beat}, sort_keys=True).encode()
 
     def _path(self, number: int) -> str:
-        return f"{self._folder}/{number:09d}.json"
+        return f"{self._directory}/{number:09d}.json"
 
     def _numbers(self) -> list[int]:
         self._fs.invalidate_cache()
         try:
-            names = [str(name).rpartition("/")[2] for name in self._fs.ls(self._folder, False)]
+            names = [str(name).rpartition("/")[2] for name in self._fs.ls(self._directory, False)]
         except FileNotFoundError:
             return []
         return sorted(int(n.removesuffix(".json")) for n in names if n[:9].isdecimal())
@@ -218,10 +218,10 @@ def _started(pid: int) -> str | None:
 
 def _is_gone(content: bytes) -> bool:
     """Return whether a holder was a process of this machine that has ended."""
-    said = _parse(content)
-    if said.get("machine") != _machine() or not isinstance(said.get("pid"), int):
+    holder = _parse(content)
+    if holder.get("machine") != _machine() or not isinstance(holder.get("pid"), int):
         return False
-    return _started(said["pid"]) != said.get("started")
+    return _started(holder["pid"]) != holder.get("started")
 
 
 def _token(content: bytes) -> object:
@@ -229,16 +229,16 @@ def _token(content: bytes) -> object:
 
 
 def _described(content: bytes) -> str:
-    said = _parse(content)
-    return f"process {said.get('pid')} on {said.get('host')}, since {said.get('since')}"
+    holder = _parse(content)
+    return f"process {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
 
 
 def _parse(content: bytes) -> dict[str, Any]:
     try:
-        said = json.loads(content)
+        holder = json.loads(content)
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _now() -> str:

@@ -30,18 +30,18 @@ def parse_marker(data: bytes, url: str, *, next_step: str) -> dict[str, str]:
     values = parse_json(data, url, next_step=next_step)
     files = values.get("files")
     if not has_crc32(values) or not isinstance(files, dict):
-        raise damaged(url, "it does not have the crc32 that it holds", next_step=next_step)
+        raise damaged(url, "its content does not match its crc32", next_step=next_step)
     return {str(path): str(sha256) for path, sha256 in files.items()}
 
 
-def read_markers(folder_url: str, *, next_step: str) -> dict[str, str]:
+def read_markers(directory_url: str, *, next_step: str) -> dict[str, str]:
     """Read the markers `FIRST-STOP.json` of a directory, merged into one.
 
     Raises:
         DataError: If one is damaged.
     """
-    names = filter(_RANGE.fullmatch, storage.list_names(folder_url))
-    urls = [storage.join(folder_url, name) for name in names]
+    names = filter(_RANGE.fullmatch, storage.list_names(directory_url))
+    urls = [storage.join(directory_url, name) for name in names]
     files: dict[str, str] = {}
     for url, data in zip(urls, storage.read_each(urls), strict=True):
         files |= parse_marker(data, url, next_step=next_step)

@@ -143,7 +143,7 @@ _ROWS = (
         needs="image embeddings",
         interval="bca",
         bounds=_COSINE,
-        note="100 is the true picture itself",
+        note="100 is the reference image itself",
     ),
     MetricSpec(
         "clip_t",
@@ -165,9 +165,9 @@ _ROWS = (
         interval="normal",
         bounds=_DISTANCE,
     ),
-    _recall(1, "Recall of the true picture, first", on_page=True),
-    _recall(5, "Recall, among the first five", on_page=False),
-    _recall(10, "Recall, among the first ten", on_page=True),
+    _recall(1, "Recall@1 of the reference image", on_page=True),
+    _recall(5, "Recall@5 of the reference image", on_page=False),
+    _recall(10, "Recall@10 of the reference image", on_page=True),
 )
 METRICS: dict[str, MetricSpec] = {spec.key: spec for spec in _ROWS}
 """All metrics by key, in the order of tables."""

@@ -72,7 +72,7 @@ class _Candidate:
     name: str
     spec: SystemSpec
     settings: Sequence[str]
-    said: Mapping[str, Any]
+    details: Mapping[str, Any]
 
 
 def select(
@@ -92,19 +92,17 @@ def select(
         DataError: If its data has no validation split.
     """
     if request.metric not in METRICS:
-        raise ConfigError(
-            f"the metric: got {request.metric!r}; expected one of {', '.join(METRICS)}"
-        )
+        raise ConfigError(f"--metric: got {request.metric!r}; expected one of {', '.join(METRICS)}")
     kind, _, run_url = request.system.partition(":")
     search = _of_run(request, run_url) if kind == "run" else _of_system(request)
-    subset = _write_subset(request, search.data_url, search.folder)
+    subset = _write_subset(request, search.data_url, search.directory)
     candidates = [
         _score(request, search.recipe, candidate, subset, on_progress)
         for candidate in search.candidates
     ]
     best = _best(candidates, METRICS[request.metric])
     result = {name: value for name, value in best.items() if name != "scores"} | {
-        **search.said,
+        **search.details,
         "metric": request.metric,
         "value": best["scores"][request.metric],
         "num_instances": len(ShardReader(storage.join(subset, "data"))),
@@ -122,10 +120,10 @@ class _Search:
 
     recipe: Recipe
     data_url: str
-    folder: str
+    directory: str
     best_url: str
     candidates: Sequence[_Candidate]
-    said: Mapping[str, Any]
+    details: Mapping[str, Any]
 
 
 def _of_run(request: SelectRequest, run_url: str) -> _Search:
@@ -135,14 +133,14 @@ def _of_run(request: SelectRequest, run_url: str) -> _Search:
     checkpoints = complete_checkpoints(run_url)
     if not checkpoints:
         raise CheckpointError(
-            f"{run_url} has no whole checkpoint; expected one at least; repeat its d2i train "
+            f"{run_url} has no complete checkpoint; expected at least one; repeat its d2i train "
             "command"
         )
     kinds = [k for k in KIND_OF_WEIGHTS if k != "ema-short" or recipe.train.short_ema_length]
     return _Search(
         recipe=recipe,
         data_url=request.data_url or _trained_on(run_url),
-        folder=storage.join(run_url, "select"),
+        directory=storage.join(run_url, "select"),
         best_url=storage.join(run_url, BEST_NAME),
         candidates=[
             _candidate_of_run(run_url, recipe, checkpoint, kind, scale)
@@ -150,7 +148,7 @@ def _of_run(request: SelectRequest, run_url: str) -> _Search:
             for kind in kinds
             for scale in request.guidance_scales or (recipe.sample.guidance_scale,)
         ],
-        said={"last_step": max(step_of(checkpoints[-1]), last_step(run_url) or 0)},
+        details={"last_step": max(step_of(checkpoints[-1]), last_step(run_url) or 0)},
     )
 
 
@@ -161,18 +159,18 @@ def _trained_on(run_url: str) -> str:
         ConfigError: If that is a URL with a host, which is accepted only in the command.
     """
     data_url = str(read_run_config(run_url)["data"])
-    refuse_host(f"the data of {run_url}", data_url, "--data ADDRESS")
+    refuse_host(f"the data of {run_url}", data_url, "--data URL")
     return data_url
 
 
 def _candidate_of_run(
-    run_url: str, recipe: Recipe, folder: str, kind: WeightsKind, scale: float
+    run_url: str, recipe: Recipe, directory: str, kind: WeightsKind, scale: float
 ) -> _Candidate:
-    step, marked = step_of(folder), "" if kind == "ema" else f"-{kind}"
+    step, marked = step_of(directory), "" if kind == "ema" else f"-{kind}"
     kept = f"select/step-{step}{marked}.safetensors"
     weights = storage.join(run_url, kept)
     if not storage.exists(weights):
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(directory)
         checkpoint.check()
         save_weights(dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind])), weights)
     backbone = recipe.backbone.model_copy(update={"weights": weights})
@@ -189,38 +187,39 @@ def _of_system(request: SelectRequest) -> _Search:
     """Try each guidance scale of a published backbone or a `diffusers:` pipeline."""
     if request.data_url is None or request.out_url is None:
         raise ConfigError(
-            f"--system {request.system}: got no --data or no --out; expected both, as no run holds "
-            "them; give them"
+            f"--system {request.system}: got no --data or no --out; expected both, as only a run "
+            "has its own; give both"
         )
     recipe = change_recipe(read_kept_recipe(request.data_url), request.settings)
     spec = parse_system(request.system, request.weights, recipe, request.adapter)
     if spec.network is None and spec.kind != "diffusers":
         raise ConfigError(
-            f"--system {request.system}: has no guidance scale to choose; expected run:DIR, a "
+            f"--system {request.system}: has no guidance scale to select; expected run:DIR, a "
             "backbone with --weights, or diffusers:PATH"
         )
     if not request.guidance_scales:
         raise ConfigError(
-            f"--system {request.system}: got no --guidance; expected the scales to try; give some"
+            f"--system {request.system}: got no --guidance; expected the scales to try; give "
+            "--guidance SCALE, once for each"
         )
     candidates = []
     for scale in request.guidance_scales:
         settings = _guided(recipe, scale, is_pipeline=spec.network is None)
-        said = {
+        details = {
             "system": spec.name,
             **generation_weights(request.weights, request.adapter),
             "guidance_scale": scale,
             "settings": settings,
         }
-        candidates.append(_Candidate(f"guidance-{scale:g}", spec, settings, said))
+        candidates.append(_Candidate(f"guidance-{scale:g}", spec, settings, details))
     out_url = storage.resolve(request.out_url)
     return _Search(
         recipe=recipe,
         data_url=storage.resolve(request.data_url),
-        folder=out_url,
+        directory=out_url,
         best_url=storage.join(out_url, BEST_NAME),
         candidates=candidates,
-        said={},
+        details={},
     )
 
 
@@ -236,8 +235,8 @@ def _best(candidates: Sequence[dict[str, Any]], metric: MetricSpec) -> dict[str,
     values = [candidate["scores"].get(metric.key) for candidate in candidates]
     if None in values:
         raise ConfigError(
-            f"{metric.title} was not scored, it needs {metric.needs} and enough images; expected a "
-            "metric of the evaluation; choose another with --metric"
+            f"{metric.title} was not computed: it needs {metric.needs} and enough images; expected "
+            "a metric that the evaluation computed; choose another with --metric"
         )
     sign = -1 if metric.higher_is_better else 1
     return min(candidates, key=lambda candidate: sign * candidate["scores"][metric.key])
@@ -259,10 +258,10 @@ def _score(
         num_workers=request.num_workers,
     )
     result = evaluate(evaluation, lambda progress: on_progress(candidate.name, progress))
-    return {**candidate.said, "scores": result["scores"]}
+    return {**candidate.details, "scores": result["scores"]}
 
 
-def _write_subset(request: SelectRequest, source: str, folder: str) -> str:
+def _write_subset(request: SelectRequest, source: str, directory: str) -> str:
     """Write the chosen validation instances as `data` in a directory, once per choice."""
     url = split_url(source, "valid")
     if url is None:
@@ -272,7 +271,7 @@ def _write_subset(request: SelectRequest, source: str, folder: str) -> str:
         )
     reader = ShardReader(url)
     rows = choose_instances(len(reader), request.num_instances, request.seed)
-    subset = storage.join(folder, f"valid-{len(rows)}-of-seed-{request.seed}")
+    subset = storage.join(directory, f"valid-{len(rows)}-of-seed-{request.seed}")
     data_url = storage.join(subset, "data")
     chosen = {"manifest_sha256": reader.manifest.sha256, "data": source}
     if named := lock_or_diff(storage.join(subset, "chosen.json"), chosen):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MAX_REASON_CHARS = 160
-_RESTORE = "restore the file, or make it again"
+_RESTORE = "restore the file from a copy, or recreate it"
 
 
 def read_json(
@@ -135,5 +135,5 @@ def damaged(
 ) -> D2IError:
     """Return the error for a damaged file: what, why, what was expected, and the next step."""
     lines = str(reason).strip().splitlines() or [type(reason).__name__]
-    said = f"; expected {expected}" if expected else ""
-    return error(f"{url} is damaged: {lines[0][:_MAX_REASON_CHARS]}{said}; {next_step}")
+    note = f"; expected {expected}" if expected else ""
+    return error(f"{url} is damaged: {lines[0][:_MAX_REASON_CHARS]}{note}; {next_step}")

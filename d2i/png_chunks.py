@@ -61,7 +61,7 @@ def _kept(data: bytes) -> Iterator[memoryview]:
         else:
             # Decoders do not compare the checksum of IDAT: zlib has its own.
             if kind != b"IDAT" and end <= len(data) and not _is_whole(view, kind, start, end):
-                raise ValueError(f"PNG: the checksum of its chunk {kind.decode()} is wrong")
+                raise ValueError(f"PNG: wrong checksum of its chunk {kind.decode()}")
             yield view[start:end]
         start = end
     yield view[start:]

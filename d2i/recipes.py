@@ -191,9 +191,9 @@ def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         for name in names:
             value = getattr(getattr(recipe, section), name)
             # A run's network generates with the run's own weights, never with its initial ones.
-            is_asked = f"{section}.{name}" not in given | {"backbone.weights"}
-            if is_asked and value:
-                option = f"--set {section}.{name}=ADDRESS, or a local path"
+            is_given = f"{section}.{name}" not in given | {"backbone.weights"}
+            if is_given and value:
+                option = f"--set {section}.{name}=URL, or a local path"
                 refuse_host(f"{section}.{name}", value, option)
     return _changed(recipe, settings)
 
@@ -211,8 +211,8 @@ def refuse_host(name: str, url: str, option: str) -> None:
     """
     if storage.names_host(url):
         raise ConfigError(
-            f"{name} is {url!r}, an address in a file of this folder; expected it in the command, "
-            f"as it would be asked; if you trust that host, give {option}"
+            f"{name} is {url!r}, a URL in a file of this directory; expected it in the command, as "
+            f"d2i would contact its host; if you trust that host, give {option}"
         )
 
 
@@ -270,7 +270,7 @@ def read_kept_recipe(data_url: str) -> Recipe:
     kept = _find_kept_recipe(data_url)
     if kept is None:
         raise ConfigError(
-            f"{data_url} has no {_KEPT_NAME}; expected a folder made by d2i preprocess; "
+            f"{data_url} has no {_KEPT_NAME}; expected a directory made by d2i preprocess; "
             "check --data"
         )
     return kept
@@ -302,8 +302,8 @@ def check_prepared_with(
             decided["encoders"][name] = value
     if named := diff(decided, there):
         raise ConfigError(
-            f"{data_url} was prepared otherwise: got {'; '.join(named[:3])}; repeat the --set of "
-            "d2i preprocess, or prepare the data anew"
+            f"{data_url} was prepared with other settings: got {'; '.join(named[:3])}; repeat the "
+            "--set of d2i preprocess, or prepare the data again"
         )
 
 
@@ -318,8 +318,8 @@ def _features_of(recipe: Recipe) -> dict[str, Any]:
 
 def _find_kept_recipe(data_url: str) -> Recipe | None:
     parent = storage.resolve(data_url).rpartition("/")[0]
-    for folder in (data_url, parent):
-        url = storage.join(folder, _KEPT_NAME)
+    for directory in (data_url, parent):
+        url = storage.join(directory, _KEPT_NAME)
         if storage.exists(url):
             return load_config(Recipe, read_settings(url), source=url)
     return None

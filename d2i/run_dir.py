@@ -36,7 +36,7 @@ BEST_NAME = "best.json"
 
 _SELECT_AGAIN = "repeat d2i select, or delete it"
 _TRAIN_AGAIN = (
-    "delete it and repeat that d2i train command, which writes it again from the last checkpoint"
+    "delete it and repeat that d2i train command, which rewrites it from the last checkpoint"
 )
 _EDIT_LOG = "delete that line, or restore the file"
 _END_OF_LINE = re.compile(rb'"crc32": \d+\}')
@@ -152,7 +152,8 @@ def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
     if named:
         raise CheckpointError(
             f"{run_url} was started with another recipe or other data: got "
-            f"{'; '.join(named[:3])}; repeat that{_settings_of(named)} or choose another --run"
+            f"{'; '.join(named[:3])}; use the original ones{_settings_of(named)} or choose another "
+            "--run"
         )
 
 
@@ -169,7 +170,7 @@ def check_initial_weights(recipe: Recipe, run_url: str) -> None:
         if began_so:
             return
     raise ConfigError(
-        f"recipe {recipe.name}: got no backbone.weights; expected what to fine-tune, "
+        f"recipe {recipe.name}: got no backbone.weights; expected the weights to fine-tune, "
         f"{weights_to_fetch(recipe.backbone.name)}; give --set backbone.weights=PATH, or "
         "backbone.weights=scratch to train from random weights"
     )
@@ -191,8 +192,8 @@ def _settings_of(named: Sequence[str]) -> str:
     """Return the `--set` options that restore a run's original value of each differing setting."""
     found = [re.fullmatch(r"recipe\.([\w.]+): .*, expected ([\w.+-]+)", line) for line in named]
     words = {"True": "true", "False": "false", "None": "null"}
-    said = [f"--set {m[1]}={words.get(m[2], m[2])}" for m in found if m]
-    return f" ({' '.join(said)})" if said else ""
+    options = [f"--set {m[1]}={words.get(m[2], m[2])}" for m in found if m]
+    return f" ({' '.join(options)})" if options else ""
 
 
 def read_recipe(run_url: str) -> Recipe:
@@ -222,7 +223,8 @@ def read_run_config(run_url: str) -> dict[str, Any]:
 
 def _no_run(run_url: str) -> CheckpointError:
     return CheckpointError(
-        f"{run_url} is no run: {CONFIG_NAME} cannot be read; expected a folder made by d2i train"
+        f"{run_url} is not a run: {CONFIG_NAME} cannot be read; expected a directory made by d2i "
+        "train"
     )
 
 
@@ -296,7 +298,7 @@ def read_log(url: str) -> list[dict[str, Any]]:
         if is_good:
             found.append({name: v for name, v in values.items() if name != CRC_FIELD})
         elif is_summed:
-            raise damaged(url, f"line {number} is not as it was written", next_step=_EDIT_LOG)
+            raise damaged(url, f"line {number} is damaged", next_step=_EDIT_LOG)
     return found
 
 
@@ -400,12 +402,12 @@ def _read_best(url: str, run_url: str) -> BestChoice:
         raise damaged(url, repr(err), next_step=_SELECT_AGAIN, error=ConfigError) from err
 
 
-def read_choice(folder: str) -> dict[str, Any]:
+def read_choice(directory: str) -> dict[str, Any]:
     """Return the `best.json` that `d2i select` wrote into a directory.
 
     Raises:
         FileNotFoundError: If there is none.
         ConfigError: If it is damaged.
     """
-    url = storage.join(folder, BEST_NAME)
+    url = storage.join(directory, BEST_NAME)
     return read_json(url, next_step=_SELECT_AGAIN, error=ConfigError)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 from d2i.errors import ConfigError, D2IError
-from d2i.lease import FOLDER_NAME, hold_lease
+from d2i.lease import DIRECTORY_NAME, hold_lease
 from d2i.prefetch import prefetch_map
 
 TEMPORARY_SUFFIX = ".d2i-tmp"
@@ -36,7 +36,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 # Errors of those that cannot fsync a file, or open and fsync a directory: CIFS, several in user
 # space.
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
-_NO_FOLDER_SYNC = (*_NO_SYNC, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)
+_NO_DIRECTORY_SYNC = (*_NO_SYNC, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci"}
 """fsspec's names of file systems whose paths begin with a bucket."""
@@ -115,7 +115,7 @@ def _is_passed_over(name: str) -> bool:
     return name.endswith(TEMPORARY_SUFFIX) or name.startswith("._") or name == ".DS_Store"
 
 
-def is_folder(url: str) -> bool:
+def is_directory(url: str) -> bool:
     """Return whether there is a directory, and not a file."""
     with _errors_of(url):
         fs, path = _split(url)
@@ -325,15 +325,15 @@ def publish_atomically(path: Path, url: str, *, sync_name: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def scratch_file(folder_url: str) -> Iterator[Path]:
+def scratch_file(directory_url: str) -> Iterator[Path]:
     """Yield a new, empty local file to fill and then `publish_atomically` into a directory.
 
     It is in the directory itself if that is local, so that publishing is a rename, and is removed
     on exit if it is still there.
     """
-    folder = local_path(folder_url) or Path(tempfile.gettempdir())
-    folder.mkdir(parents=True, exist_ok=True)
-    path = _temporary_in(folder)
+    directory = local_path(directory_url) or Path(tempfile.gettempdir())
+    directory.mkdir(parents=True, exist_ok=True)
+    path = _temporary_in(directory)
     path.touch(exist_ok=False)
     try:
         yield path
@@ -341,28 +341,28 @@ def scratch_file(folder_url: str) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def cache_folder(url: str) -> Path:
+def cache_directory(url: str) -> Path:
     """Return the directory of the user's cache for local copies of a URL's files."""
     root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")  # noqa: PTH111
     # A container may run under a user id that has no home.
-    folder = homeless_folder() if root.startswith("~") else Path(root)
-    return folder / "d2i" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    directory = homeless_directory() if root.startswith("~") else Path(root)
+    return directory / "d2i" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
-def homeless_folder() -> Path:
+def homeless_directory() -> Path:
     """Return a directory of this user's own for temporary files, created if absent.
 
     Raises:
         ConfigError: If its name is taken by another user.
     """
-    folder = Path(tempfile.gettempdir()) / f"d2i-user-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+    directory = Path(tempfile.gettempdir()) / f"d2i-user-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if directory.is_symlink() or directory.stat().st_uid != os.getuid():
         raise ConfigError(
-            f"{folder} is somebody else's; expected a folder for what d2i keeps, as this user has "
-            "no home; set XDG_CACHE_HOME to one"
+            f"{directory} belongs to another user; expected a directory for d2i's cache, as this "
+            "user has no home; set XDG_CACHE_HOME to one"
         )
-    return folder
+    return directory
 
 
 def append_bytes(url: str, data: bytes) -> None:
@@ -388,7 +388,7 @@ def local_copy(url: str) -> Path:
     local = local_path(url)
     if local is not None:
         return local
-    path = cache_folder(f"{url} {version(url)}") / url.rpartition("/")[2]
+    path = cache_directory(f"{url} {version(url)}") / url.rpartition("/")[2]
     if not path.is_file():
         fetch_file(url, path)
     return path
@@ -401,14 +401,14 @@ def local_copies(url: str) -> Path:
     if not names or names == [url.rpartition("/")[2]]:
         return local_copy(url)
     copied = {name: f"{join(url, name)} {version(join(url, name))}" for name in names}
-    folder = cache_folder(" ".join(copied.values()))
+    directory = cache_directory(" ".join(copied.values()))
     for name in names:
-        if not (folder / name).is_file():
-            fetch_file(join(url, name), folder / name)
-    return folder
+        if not (directory / name).is_file():
+            fetch_file(join(url, name), directory / name)
+    return directory
 
 
-def make_folder(url: str) -> None:
+def make_directory(url: str) -> None:
     """Create a local directory that survives a power failure; do nothing for a remote one."""
     local = local_path(url)
     if local is not None:
@@ -416,7 +416,7 @@ def make_folder(url: str) -> None:
         sync(local.parent)
 
 
-def remove_folder(url: str) -> None:
+def remove_directory(url: str) -> None:
     """Remove a directory and everything in it; do nothing if there is none."""
     with _errors_of(url), contextlib.suppress(FileNotFoundError):
         fs, path = _split(url)
@@ -438,8 +438,8 @@ def remove_temp_files(url: str) -> int:
     Returns:
         The number of files removed.
     """
-    folder = local_path(url)
-    leftovers = [] if folder is None else list(folder.glob(f".*{TEMPORARY_SUFFIX}"))
+    directory = local_path(url)
+    leftovers = [] if directory is None else list(directory.glob(f".*{TEMPORARY_SUFFIX}"))
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
@@ -457,8 +457,8 @@ def exclusive_lock(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
     Raises:
         ConfigError: If another command keeps the lock, or there is no such bucket.
     """
-    folder = local_path(url)
-    if folder is None:
+    directory = local_path(url)
+    if directory is None:
         with _errors_of(url):
             fs, path = _split(url)
             has_buckets = _has_buckets(fs)
@@ -467,8 +467,8 @@ def exclusive_lock(url: str, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[None]:
         with _leased(fs, path, url, wait_s) if has_buckets else contextlib.nullcontext():
             yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / FOLDER_NAME).open("w") as lock:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / DIRECTORY_NAME).open("w") as lock:
         _take(lock, url, wait_s)
         yield
 
@@ -490,8 +490,8 @@ def _take(lock: IO[str], url: str, wait_s: float) -> None:
             # CIFS raises the latter.
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"{url}: another command works there; expected to be alone; wait until it has "
-                    "ended, or choose another folder"
+                    f"{url}: locked by another d2i process; wait for it to finish, or use another "
+                    "directory"
                 ) from err
             time.sleep(0.1)
         except OSError as err:
@@ -532,7 +532,7 @@ def _split(url: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as err:
-        raise ConfigError(f"{url}: {err}; pip install it beside d2i") from err
+        raise ConfigError(f"{url}: {err}; install it with pip, in the environment of d2i") from err
     except ValueError as err:
         raise ConfigError(
             f"{url}: {err}; expected a path, or a URL of a file system that fsspec knows"
@@ -616,7 +616,7 @@ def _check_bucket(fs: Any, path: str, url: str) -> None:
         _look_for_bucket(fs, bucket)
     except FileNotFoundError as err:
         raise ConfigError(
-            f"{url}: there is no {bucket}; expected a bucket that exists; make it, or mend the URL"
+            f"{url}: no bucket {bucket}; expected one that exists; create it, or correct the URL"
         ) from err
 
 
@@ -649,8 +649,8 @@ def _copy_beside(path: Path, target: Path) -> Path:
     return beside
 
 
-def _temporary_in(folder: Path) -> Path:
-    return folder / f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+def _temporary_in(directory: Path) -> Path:
+    return directory / f".{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
 
 
 def sync(path: Path) -> None:
@@ -662,6 +662,6 @@ def sync(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as err:
-        if err.errno not in (_NO_FOLDER_SYNC if path.is_dir() else _NO_SYNC):
+        if err.errno not in (_NO_DIRECTORY_SYNC if path.is_dir() else _NO_SYNC):
             err.filename = err.filename or str(path)
             raise

@@ -123,13 +123,13 @@ def cached_table(decided_by: str, root: str, build: Callable[[], pa.Table]) -> P
     Raises:
         DataError: If it cannot be stored.
     """
-    folder = storage.cache_folder(decided_by)
-    path = folder / _NAME
+    directory = storage.cache_directory(decided_by)
+    path = directory / _NAME
     if _is_sound(path):
         return path
-    _make_cache(folder, root)
+    _make_cache(directory, root)
     # Workers that start together wait for the first one.
-    with storage.exclusive_lock(str(folder), wait_s=math.inf):
+    with storage.exclusive_lock(str(directory), wait_s=math.inf):
         if not _is_sound(path):
             _write(build(), path)
     return path
@@ -138,37 +138,39 @@ def cached_table(decided_by: str, root: str, build: Callable[[], pa.Table]) -> P
 def _build(urls: list[str], root: str) -> pa.Table:
     table = _sorted(_read_members(urls))
     if not table.num_rows:
-        raise DataError(f"{root}: got tars without files; expected pictures in them")
+        raise DataError(
+            f"{root}: got tars without files; expected images in them; check corpus.image_root"
+        )
     return table
 
 
-def _make_cache(folder: Path, root: str) -> None:
+def _make_cache(directory: Path, root: str) -> None:
     """Create the directory of the index, and check that it is writable."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as err:
         raise DataError(
-            f"{folder}: {err.strerror}; expected a place for the index of {root}; set "
-            "XDG_CACHE_HOME to a folder that can be written"
+            f"{directory}: {err.strerror}; expected a directory for the index of {root}; set "
+            "XDG_CACHE_HOME to a writable directory"
         ) from err
 
 
 def _tars(root: str) -> list[str]:
-    folder, _, name = root.rpartition("/")
+    directory, _, name = root.rpartition("/")
     if "*" not in name:
         urls = [root] if storage.exists(root) else []
     else:
-        names = storage.list_names(folder or ".")
+        names = storage.list_names(directory or ".")
         urls = [
-            storage.join(folder or ".", n)
+            storage.join(directory or ".", n)
             for n in fnmatch.filter(names, name)
             if not n.startswith(".")
         ]
     if not urls:
         raise DataError(
-            f"{root}: no such tar; expected one, or some; check corpus.image_root, and whether "
+            f"{root}: no such tar; expected at least one; check corpus.image_root, and whether "
             "its disk is mounted"
         )
     return urls
@@ -236,8 +238,8 @@ def _members(url: str) -> Iterator[tarfile.TarInfo]:
         kind = file_kind(storage.read_head(url, HEAD_BYTES))
         found = "" if kind in (None, "a tar") else f", but {kind}"
         raise DataError(
-            f"{url} is no whole tar{found}: {err}; expected a plain one, not compressed; unpack "
-            "it, or copy it again"
+            f"{url} is not an intact tar{found}: {err}; expected a plain one, not compressed; "
+            "decompress it, or copy it again"
         ) from err
 
 
@@ -271,8 +273,8 @@ def _write(table: pa.Table, path: Path) -> None:
 
 def _is_sound(path: Path) -> bool:
     """Return whether there is an intact index; one without a checksum is rebuilt."""
-    said = checksums.read_checksum(str(path))
-    return said is not None and path.exists() and checksums.file_sha256(str(path)) == said
+    recorded = checksums.read_checksum(str(path))
+    return recorded is not None and path.exists() and checksums.file_sha256(str(path)) == recorded
 
 
 def name_hash(name: str) -> int:

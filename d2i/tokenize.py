@@ -94,8 +94,8 @@ def window(
 def _clean(text: str) -> str:
     """Fix encoding errors, unescape HTML (twice), collapse spaces, convert to lower case."""
     bounded = text if text.isascii() else _MANY_MARKS.sub(r"\1", text)
-    mended = html.unescape(html.unescape(ftfy.fix_text(bounded)))
-    return _SPACE.sub(" ", mended).strip().lower()
+    fixed = html.unescape(html.unescape(ftfy.fix_text(bounded)))
+    return _SPACE.sub(" ", fixed).strip().lower()
 
 
 @cache
@@ -133,8 +133,8 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 def _vocabulary_path() -> Path:
     spec = importlib.util.find_spec("open_clip")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / _VOCABULARY
+    for directory in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(directory) / _VOCABULARY
         if path.is_file():
             return path
     raise ClusterError(

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _UVIT_SOURCE = "github.com/baofff/U-ViT, README, 'Pretrained Models'"
-_UVIT_LICENCE = "MIT is its repository's, not checked for the weights"
-_UVIT_DATA = "MS-COCO 2014, 82,783 training pictures with their captions, at 256 px"
-_UNIDIFFUSER_LICENCE = "AGPL-3.0 is its repository's, not checked for the weights"
-_WEB_DATA = "pictures and texts of the web (LAION-5B, filtered, by its paper), at 512 px"
-_STABLE_DIFFUSION = "CreativeML Open RAIL-M if, as we guess, it is Stable Diffusion v1's"
+_UVIT_LICENCE = "MIT (that of its repository; not checked for the weights)"
+_UVIT_DATA = "MS-COCO 2014, 82,783 training images with their captions, at 256 px"
+_UNIDIFFUSER_LICENCE = "AGPL-3.0 (that of its repository; not checked for the weights)"
+_WEB_DATA = "images and texts of the web (filtered LAION-5B, according to its paper), at 512 px"
+_STABLE_DIFFUSION = "CreativeML Open RAIL-M if it is Stable Diffusion v1's, as we assume"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def weights_to_fetch(backbone: str) -> str:
 def _unidiffuser(
     version: int, num_keys: int, shapes_sha256: str, *, diffusers: bool = False
 ) -> PublishedFile:
-    more = "" if version == 0 else ", then pictures and texts of its authors"
+    more = "" if version == 0 else ", then images and texts of its authors"
     return PublishedFile(
         name="unet/diffusion_pytorch_model" if diffusers else f"uvit_v{version}.pth",
         holds=f"UniDiffuser v{version}" + (", in diffusers' layout" if diffusers else ""),
@@ -83,7 +83,7 @@ def _autoencoder(name: str, holds: str) -> PublishedFile:
         holds=holds,
         source=f"{_UVIT_SOURCE.split(',')[0]}, README, 'Autoencoder'",
         licence=_STABLE_DIFFUSION,
-        data="LAION if, as we guess, it is Stable Diffusion v1's",
+        data="LAION if it is Stable Diffusion v1's, as we assume",
         num_keys=248,
         shapes_sha256="2635cb9e3247f5ebcfeb369aba9c686646ee65ab2f88588d27567204e54e2918",
     )
@@ -121,10 +121,10 @@ PUBLISHED = (
     _autoencoder(
         "autoencoder_kl.pth", "the LDM autoencoder of U-ViT on MS-COCO, and of UniDiffuser"
     ),
-    _autoencoder("autoencoder_kl_ema.pth", "the same, averaged; U-ViT-H on ImageNet alone uses it"),
+    _autoencoder("autoencoder_kl_ema.pth", "the same, averaged; used only by U-ViT-H on ImageNet"),
     PublishedFile(
         name="caption_decoder.pth",
-        holds="UniDiffuser's caption decoder; d2i reads its text prefix alone, Linear(768, 64)",
+        holds="UniDiffuser's caption decoder; d2i reads only its text prefix, Linear(768, 64)",
         source="model hub, thu-ml/unidiffuser-v1",
         licence=_UNIDIFFUSER_LICENCE,
         data=_WEB_DATA,

@@ -12,7 +12,7 @@ from d2i import checksums, storage
 from d2i.errors import ConfigError
 
 _PREFIX = "demo:"
-_FOLDER = Path(__file__).parent / "demo" / "weights"
+_DIRECTORY = Path(__file__).parent / "demo" / "weights"
 
 
 def is_shipped(name: str) -> bool:
@@ -33,11 +33,11 @@ def resolve_weights(name: str) -> str:
     """
     if not is_shipped(name):
         return str(storage.local_path(name) or _copy_of(name))
-    folder = _FOLDER / name.removeprefix(_PREFIX)
-    if not folder.is_dir():
-        known = ", ".join(sorted(_PREFIX + p.name for p in _FOLDER.glob("*/")))
+    directory = _DIRECTORY / name.removeprefix(_PREFIX)
+    if not directory.is_dir():
+        known = ", ".join(sorted(_PREFIX + p.name for p in _DIRECTORY.glob("*/")))
         raise ConfigError(f"{name}: no such shipped model; expected one of {known}")
-    return str(folder)
+    return str(directory)
 
 
 def _copy_of(url: str) -> Path:
@@ -46,12 +46,12 @@ def _copy_of(url: str) -> Path:
     If the original does not match its sha256 either, the reader of the copy refuses it.
     """
     path = storage.local_copies(url)
-    is_folder = path.is_dir()
-    if not is_folder and storage.exists(checksums.checksum_url(url)):
+    is_directory = path.is_dir()
+    if not is_directory and storage.exists(checksums.checksum_url(url)):
         line = storage.read_bytes(checksums.checksum_url(url))
         storage.write_bytes(checksums.checksum_url(str(path)), line)
-    for file in sorted(path.iterdir()) if is_folder else [path]:
-        said = checksums.read_checksum(str(file))
-        if said is not None and said != checksums.file_sha256(str(file)):
-            storage.fetch_file(storage.join(url, file.name) if is_folder else url, file)
+    for file in sorted(path.iterdir()) if is_directory else [path]:
+        recorded = checksums.read_checksum(str(file))
+        if recorded is not None and recorded != checksums.file_sha256(str(file)):
+            storage.fetch_file(storage.join(url, file.name) if is_directory else url, file)
     return path

@@ -24,11 +24,11 @@ def main(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("figure5.html"),
 ) -> None:
     """Write one page: scores by category, and conversations of each with all images."""
-    for folder in evaluations:
-        card = read_evaluation(folder).card
+    for directory in evaluations:
+        card = read_evaluation(directory).card
         # Evaluations made by earlier versions have none; their features are kept.
-        if card.get("corpus") == CORPUS and not (folder / CATEGORIES_NAME).exists():
-            write_categories(str(folder), ShardReader(str(card["data"])))
+        if card.get("corpus") == CORPUS and not (directory / CATEGORIES_NAME).exists():
+            write_categories(str(directory), ShardReader(str(card["data"])))
     write_report(evaluations, out, title="People, food, animals", parts=("figure5", "cards"))
     print(out)
 

@@ -43,19 +43,19 @@ def main(
     ray_address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
 ) -> None:
     """Evaluate each system, then write table2.html, table2.md and table2.csv."""
-    folders = []
+    directories = []
     choices = dict(choice.split("=", 1) for choice in selected or [])
     for given in system:
         name, _, weights = given.partition("=")
         choice = choose_settings(name, setting or [], choices.get(name), weights=weights or None)
         recipe = change_recipe(read_kept_recipe(data), choice.settings)
         spec = parse_system(name, weights or None, recipe)
-        folders.append(out / re.sub(r"[^A-Za-z0-9-]+", "-", given).strip("-"))
+        directories.append(out / re.sub(r"[^A-Za-z0-9-]+", "-", given).strip("-"))
         request = EvalRequest(
             recipe=recipe,
             system=spec,
             data_url=test_url(data),
-            out_url=str(folders[-1]),
+            out_url=str(directories[-1]),
             save_images="all",
             guidance_chosen_by=choice.guidance_by,
             num_workers=workers,
@@ -63,7 +63,7 @@ def main(
         )
         print(spec.label, evaluate(request, show)["scores"])
     for suffix in ("html", "md", "csv"):
-        write_report(folders, out / f"table2.{suffix}", title="Systems")
+        write_report(directories, out / f"table2.{suffix}", title="Systems")
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ def commands(strategy: str, data: str, recipe: str, out: str, prepared: str = "h
     The images are encoded once: data of other linearizations than `prepared` reuse them.
     """
     is_there, setting = strategy == prepared, f"--set text.strategy={strategy}"
-    folder = data if is_there else f"{data}-{strategy}"
-    reuse = f"d2i preprocess --corpus CORPUS --source SOURCE --reuse {data} --out {folder}"
+    directory = data if is_there else f"{data}-{strategy}"
+    reuse = f"d2i preprocess --corpus CORPUS --source SOURCE --reuse {data} --out {directory}"
     return [
         *([] if is_there else [f"{reuse} --recipe {recipe} {setting}"]),
-        f"d2i train --recipe {recipe} --data {folder} --run runs/{strategy} {setting} "
+        f"d2i train --recipe {recipe} --data {directory} --run runs/{strategy} {setting} "
         "--set backbone.weights=WEIGHTS",
         f"d2i eval --system run:runs/{strategy} --data {data} --out {out}/{strategy} {setting}",
     ]

@@ -1,4 +1,4 @@
-"""How much memory Arrow takes."""
+"""Measure the memory that Arrow allocates."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
-# What was taken from a pool is given back to it, whenever that is.
+# Buffers are freed in the pool that allocated them, so used pools are kept alive.
 _POOLS: list[pa.MemoryPool] = []
 
 
 @contextmanager
 def own_pool() -> Iterator[pa.MemoryPool]:
-    """Give the pool that Arrow takes from meanwhile; its `max_memory` is the peak."""
+    """Use a separate Arrow memory pool within the block; its `max_memory` is the peak."""
     before = pa.default_memory_pool()
     _POOLS.append(pa.proxy_memory_pool(before))
     pa.set_memory_pool(_POOLS[-1])

@@ -1,4 +1,4 @@
-"""Small pictures that cost much to decode."""
+"""Decompression bombs: small image files that are expensive to decode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def png_bomb(side: int) -> bytes:
 
 
 def webp_bomb(side: int) -> bytes:
-    """Return a few bytes that promise an animation of `side` squared pixels."""
+    """Return a WebP header of a few bytes that declares an animation of `side` squared pixels."""
     size = (side - 1).to_bytes(3, "little")
     chunks = b"VP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + size * 2
     chunks += b"ANIM" + struct.pack("<I", 6) + bytes(6)

@@ -1,4 +1,4 @@
-"""Command lines as documents and cluster files tell them, parsed as the command itself would."""
+"""Parse the command lines of documents and cluster files as the command itself would."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from d2i.cli.app import app
 
 
 def every_command(command: Any) -> list[Any]:
-    """The command and all that are below it."""
+    """Yield the command and all of its subcommands."""
     inner = getattr(command, "commands", {}).values()
     return [command, *(leaf for child in inner for leaf in every_command(child))]
 
 
 def parse_d2i(line: str) -> None:
-    """Parse one d2i command line as the command itself would, and run nothing."""
+    """Parse one d2i command line as the command itself would, without running it."""
     words = shlex.split(line.split("d2i ", 1)[1])
     command: Any = get_command(app)
     while hasattr(command, "commands") and words and words[0] in command.commands:

@@ -1,4 +1,4 @@
-"""What every test runs under: no network, no telemetry, this environment's programs on PATH."""
+"""Environment of every test: no network, no telemetry, this environment's programs on PATH."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import settings
 
 # Subprocesses (the deepspeed launcher, Ray's workers) inherit these. albumentations, which
-# img2dataset imports, asks the network for updates unless told not to.
+# img2dataset imports, checks for updates over the network unless this is disabled.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     NO_ALBUMENTATIONS_UPDATE="1",
@@ -20,7 +20,7 @@ os.environ.update(
 )
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
-# The same examples on every run: a red test is red for the next person too. A shared machine's
-# pauses are no failure, so examples have no deadline (the test as a whole has).
+# Every run uses the same examples, so a failure is reproducible. Examples have no deadline, because
+# a shared machine may pause; the test as a whole has a timeout.
 settings.register_profile("d2i", deadline=None, derandomize=True)
 settings.load_profile("d2i")

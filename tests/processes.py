@@ -1,4 +1,4 @@
-"""The `d2i` command in a process of its own, as its user runs it."""
+"""Run the `d2i` command in its own process, as a user does."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def run_measured(*arguments: object) -> tuple[subprocess.CompletedProcess[str], int]:
-    """Run `d2i ARGUMENTS` to its end; return the most memory it had resident too, in bytes.
+    """Run `d2i ARGUMENTS` to its end; return also its peak resident memory in bytes.
 
-    Of the children it waited for, the greatest counts as well.
+    The largest of the children that it waited for counts, too.
     """
     command = [*COMMAND, *(str(argument) for argument in arguments)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
@@ -43,20 +43,20 @@ def run_measured(*arguments: object) -> tuple[subprocess.CompletedProcess[str], 
 
 
 def run_d2i(*arguments: object) -> Any:
-    """Run `d2i ARGUMENTS`, which must succeed; return its JSON line where it was asked for one."""
+    """Run `d2i ARGUMENTS`, which must succeed; return its JSON line if `--json` was given."""
     done = run_process(*arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) if "--json" in arguments else None
 
 
 def free_port() -> int:
-    """Return a port that nothing listens at."""
+    """Return a port on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
 
 def command_lines() -> Iterator[tuple[int, str]]:
-    """Give the number and the command line of every process."""
+    """Yield the pid and the command line of every process."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             yield int(path.parent.name), path.read_bytes().decode(errors="replace")

@@ -1,4 +1,4 @@
-"""The json member of a sample, for data sets that tests make themselves."""
+"""The JSON member of a sample, for data sets that tests write."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def metadata(key: str, /, **fields: Any) -> dict[str, Any]:
-    """All fields of a training sample with one turn of context, and those that are given."""
+    """Return all fields of a training sample with one context turn, overridden by those given."""
     source = {"ref": ["a.jpg"], "sha256": "0" * 64, "size_bytes": 1, "width": 1, "height": 1}
     return {
         "key": key,

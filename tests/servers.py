@@ -1,4 +1,4 @@
-"""Servers on this machine, for what fetches over the network: pictures, canaries, names."""
+"""Local servers for tests of fetching: HTTP, TLS, DNS and a proxy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Answer = Callable[["Handler"], None]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers by the path; a path that nobody gave an answer is 404."""
+    """Looks up the answer by path; a path without an answer is 404."""
 
     server: WebServer
 
@@ -49,7 +49,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 answer(self)
         except OSError:
-            # The client had enough.
+            # The client closed the connection.
             return
 
     def send(self, status: int, body: bytes = b"", **headers: str) -> None:
@@ -64,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class WebServer(ThreadingHTTPServer):
-    """Counts what it is asked; `stopped` ends answers that would go on for ever."""
+    """Counts requests by path; `stopped` ends answers that would go on forever."""
 
     daemon_threads = True
 
@@ -98,7 +98,7 @@ def running(server: Any) -> Iterator[Any]:
 
 @dataclass
 class Names:
-    """What a name server says: for each name the address of each answer, the last one repeated."""
+    """Answers of a DNS server: for each name the IP of each answer, the last one repeated."""
 
     addresses: Mapping[str, list[str]]
     asked: Counter[str] = field(default_factory=Counter)
@@ -135,8 +135,8 @@ def name_server(names: Names) -> socketserver.UDPServer:
     return socketserver.ThreadingUDPServer(("127.0.0.1", 0), Question)
 
 
-def self_made_certificate(folder: Path, name: str) -> Path:
-    """Write a certificate for a host that vouches for itself, and its key, into one file."""
+def self_made_certificate(directory: Path, name: str) -> Path:
+    """Write a self-signed certificate of a host, and its key, into one file."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)
@@ -152,16 +152,16 @@ def self_made_certificate(folder: Path, name: str) -> Path:
     private = key.private_bytes(
         pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    path = folder / f"{name}.pem"
+    path = directory / f"{name}.pem"
     path.write_bytes(certificate.public_bytes(pem) + private)
     return path
 
 
 def secured(server: WebServer, certificate: Path) -> WebServer:
-    """Make a server speak TLS."""
+    """Wrap the socket of a server in TLS."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    # The handshake belongs to the thread of the request: here it would hold up all others.
+    # The handshake runs in the thread of the request: here it would block all others.
     server.socket = context.wrap_socket(
         server.socket, server_side=True, do_handshake_on_connect=False
     )
@@ -169,7 +169,7 @@ def secured(server: WebServer, certificate: Path) -> WebServer:
 
 
 class ProxyHandler(BaseHTTPRequestHandler):
-    """A proxy as Smokescreen is one: it alone knows where names lead, and what is forbidden."""
+    """A proxy like Smokescreen: it resolves the names and decides which are forbidden."""
 
     server: ProxyServer
 
@@ -202,7 +202,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         target.close()
 
     def _place(self, netloc: str) -> tuple[str, int] | None:
-        """Return where a name leads, or answer that it leads nowhere or is forbidden."""
+        """Return the target of a name, or answer that it is unknown or forbidden."""
         self.server.asked[netloc] += 1
         if self.headers.get("Proxy-Authorization") != self.server.login:
             self._refuse(407, "no or wrong login")
@@ -225,7 +225,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
 
 class ProxyServer(ThreadingHTTPServer):
-    """Leads `HOST:PORT` to places on this machine, for whoever gives the login."""
+    """Forwards `HOST:PORT` to local servers, for clients that send the login."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""Where the project's reference data lies: beside the checkout, or at `D2I_SHARED`."""
+"""Path of the project's reference data: beside the checkout, or `D2I_SHARED`."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,7 @@
 """An emulated SLURM: `srun` and `scontrol` on PATH, which run everything on this machine.
 
-`srun` starts its tasks here with the variables that SLURM gives them, passes on the signals that it
-gets, and ends with the worst exit code. `scontrol requeue` leaves a mark.
+`srun` starts its tasks with the variables that SLURM sets, forwards the signals that it receives,
+and exits with the highest exit code. `scontrol requeue` only records the request.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ sys.exit(NAME())
 
 
 class Slurm:
-    """A folder of programs, and what became of them.
+    """A directory of emulated SLURM programs, and their requeue requests.
 
     Args:
-        folder: Where they lie.
-        num_nodes: How many nodes the job thinks it has; all are this machine.
-        num_tasks: Tasks of a step that does not say how many.
+        directory: The directory of the programs.
+        num_nodes: The number of nodes that the job sees; all are this machine.
+        num_tasks: Tasks of a step that does not specify a number.
     """
 
-    def __init__(self, folder: Path, num_nodes: int, num_tasks: int) -> None:
-        self._requeued = folder / "requeued"
-        programs = folder / "bin"
+    def __init__(self, directory: Path, num_nodes: int, num_tasks: int) -> None:
+        self._requeued = directory / "requeued"
+        programs = directory / "bin"
         programs.mkdir(parents=True)
         for name in ("srun", "scontrol"):
             (programs / name).write_text(_PROGRAM.replace("NAME", name))
@@ -54,7 +54,7 @@ class Slurm:
 
     @property
     def num_requeued(self) -> int:
-        """How often a job asked to be queued again."""
+        """Return how often a job requested a requeue."""
         return len(self._requeued.read_text().splitlines()) if self._requeued.exists() else 0
 
     def start(self, script: Path, *arguments: object, log: Path) -> subprocess.Popen[bytes]:
@@ -70,7 +70,7 @@ class Slurm:
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a job, as SLURM does."""
+    """Kill the remaining processes of a job, as SLURM does."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -104,7 +104,7 @@ def _start(command: list[str], number: int, num_tasks: int) -> subprocess.Popen[
 
 
 def scontrol() -> int:
-    """Leave a mark that the job asked to be queued again."""
+    """Record that the job requested a requeue."""
     assert sys.argv[1:] == ["requeue", os.environ["SLURM_JOB_ID"]]
     with Path(os.environ["EMULATED_REQUEUED"]).open("a") as file:
         file.write("requeued\n")

@@ -1,9 +1,9 @@
-"""A store that is not local in d2i's eyes: it notes what is fetched, and may kill who fetches.
+"""A store that d2i treats as remote: it logs fetches, and may kill the fetching process.
 
     python -m tests.stores URL CACHE [--kill-at NAME] [--fork]
 
 reads all samples of a data set through a cache, prints `read`, and waits for the end of its input;
-with `--fork` a child is forked after that, which prints its number and waits to be killed.
+with `--fork` a child is forked after that, which prints its pid and waits to be killed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOG_NAME = "fetched.log"
 
 
 class NotedStore(LocalFileSystem):
-    """Files of this disk under `noted://`; each fetch is a line of `fetched.log` beside them."""
+    """Local files under `noted://`; each fetch is a line of `fetched.log` next to them."""
 
     protocol = "noted"
     kill_at: str | None = None
@@ -56,14 +56,14 @@ fsspec.register_implementation("noted", NotedStore, clobber=True)
 
 
 def fetched(data: Path) -> list[str]:
-    """The names that were fetched of a data set, in order."""
+    """Return the names of the fetched files of a data set, in order."""
     log = data.parent / LOG_NAME
     return log.read_text().split() if log.exists() else []
 
 
 def read_all(reader: ShardReader, answers: Queue[Any]) -> None:
-    """Read all of a reader that another process made, and answer with the numbers it holds."""
-    # Of its own, where the parent that forked it has fetches wait.
+    """Read everything with a reader of another process; put its values and keys into a queue."""
+    # A new event, because in the parent that forked this process fetches may be blocked.
     NotedStore.may_fetch = threading.Event()
     NotedStore.may_fetch.set()
     indices = range(len(reader))
@@ -73,7 +73,7 @@ def read_all(reader: ShardReader, answers: Queue[Any]) -> None:
 
 
 def main() -> None:
-    """Read, say so, and wait."""
+    """Read all samples, print `read`, and wait."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
     parser.add_argument("cache")

@@ -1,4 +1,4 @@
-"""What the documents tell a reader to type is there to be typed."""
+"""The commands, settings, make targets and links in the documents exist."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shell_lines() -> list[str]:
 
 
 def examples() -> list[str]:
-    """The commands in the commands' own --help, each line as an 80 column terminal gets it."""
+    """Return the example commands in every --help, formatted for a terminal of 80 columns."""
     found = []
     for command in every_command(get_command(app)):
         context = command.context_class(command, info_name="d2i", terminal_width=80)
@@ -50,16 +50,16 @@ def examples() -> list[str]:
 
 @pytest.mark.parametrize(
     "line",
-    # d2i is a namespace's name too.
+    # d2i is also the name of a Kubernetes namespace.
     [line for line in shell_lines() if "d2i " in line and line.split()[0] not in OTHERS],
 )
-def test_a_documents_command_parses(line: str) -> None:
+def test_command_in_documents_parses(line: str) -> None:
     if " -m d2i." not in line and "import d2i" not in line:
         parse_d2i(line)
 
 
 @pytest.mark.parametrize("line", examples())
-def test_a_help_example_parses(line: str) -> None:
+def test_example_in_help_parses(line: str) -> None:
     assert "d2i " in line
     parse_d2i(line)
 
@@ -72,7 +72,7 @@ def test_a_help_example_parses(line: str) -> None:
         if line.startswith("d2i train ") and "--preflight" not in line
     ],
 )
-def test_a_training_that_is_told_of_says_what_it_fine_tunes(line: str, tmp_path: Path) -> None:
+def test_documented_training_has_initial_weights(line: str, tmp_path: Path) -> None:
     words = shlex.split(line)
     settings = [word for flag, word in pairwise(words) if flag == "--set"]
     recipe = resolve_recipe(words[words.index("--recipe") + 1], settings)
@@ -87,19 +87,19 @@ def test_every_command_has_examples() -> None:
 
 
 @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("make ")])
-def test_a_make_target_is_there(line: str) -> None:
+def test_documented_make_target_exists(line: str) -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     asked = {word for word in shlex.split(line)[1:] if "=" not in word}
     assert asked <= targets
 
 
 def own_chats() -> list[str]:
-    """The example of each chat form on its page."""
+    """Return the example of each chat format in docs/own-chats.md."""
     page = (ROOT / "docs" / "own-chats.md").read_text()
     return [block.strip() for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
 
 
-def test_the_page_on_own_chats_is_true(tmp_path: Path) -> None:
+def test_own_chats_page_examples_are_read(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n".join(own_chats()) + "\n")
     found = list(read_instances("jsonl", tmp_path, "train"))
     contexts = {linearize(instance.context, "letters") for instance in found}
@@ -110,7 +110,7 @@ def test_the_page_on_own_chats_is_true(tmp_path: Path) -> None:
     assert len(table.splitlines()) == len(found) + 2
 
 
-# The demo's small networks stand for the published ones, which are not here.
+# The demo's small networks replace the published ones, which tests do not have.
 SMALL = {
     "preprocess": ("--workers", "0", "--set", "fetch.timeout_s=2"),
     "train": (
@@ -122,8 +122,8 @@ SMALL = {
 }
 
 
-def small(line: str) -> list[str]:
-    """Return the words of a command of the page, as it is run here."""
+def small_command(line: str) -> list[str]:
+    """Return the arguments of a documented command at the small size that the test runs."""
     words = shlex.split(line)[1:]
     if "--recipe" in words:
         words[words.index("--recipe") + 1] = "demo"
@@ -134,8 +134,8 @@ def small(line: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_page_on_own_chats_runs_from_file_to_drawn_picture(tmp_path: Path) -> None:
-    """Every form of the page is prepared, learned from, drawn and scored."""
+def test_own_chats_page_runs_end_to_end(tmp_path: Path) -> None:
+    """Every format on the page is prepared, trained on, generated and scored."""
     page = (ROOT / "docs" / "own-chats.md").read_text().partition("## One unsplit file")[0]
     chats = tmp_path / "chats"
     (chats / "photos").mkdir(parents=True)
@@ -143,25 +143,29 @@ def test_the_page_on_own_chats_runs_from_file_to_drawn_picture(tmp_path: Path) -
         (chats / f"{name}.jsonl").write_text("\n".join(own_chats()))
     (tmp_path / "chat.json").write_text(own_chats()[4])
     for number in range(1, 7):
-        picture = Image.effect_noise((64, 64), 9 * number).convert("RGB")
-        picture.save(chats / f"photos/{number}.jpg")
+        image = Image.effect_noise((64, 64), 9 * number).convert("RGB")
+        image.save(chats / f"photos/{number}.jpg")
     for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
         for line in block.splitlines():
             done = subprocess.run(
-                [*COMMAND, *small(line)], cwd=tmp_path, check=False, capture_output=True, text=True
+                [*COMMAND, *small_command(line)],
+                cwd=tmp_path,
+                check=False,
+                capture_output=True,
+                text=True,
             )
             assert done.returncode == 0, f"{line}: {done.stderr}"
-    drawn = set()
+    generated = set()
     for path in (tmp_path / "scores/chats/images").glob("*.tar"):
         with tarfile.open(path) as tar:
-            drawn |= {name.partition("-")[2] for name in tar.getnames()}
-    # The picture of the second chat is an address of example.org: a row with a reason.
-    assert drawn == {f"a{number}-1-0.png" for number in (1, 3, 4, 5, 6, 7)}
+            generated |= {name.partition("-")[2] for name in tar.getnames()}
+    # The image of the second chat is a URL of example.org: a ledger row with a reason.
+    assert generated == {f"a{number}-1-0.png" for number in (1, 3, 4, 5, 6, 7)}
     assert Image.open(tmp_path / "answer.png").text["text"] == "# what did you see? # this one"
     assert (tmp_path / "report.html").exists()
 
 
-def test_the_page_on_corpora_names_settings_that_are_there() -> None:
+def test_corpora_page_lists_settings_with_defaults() -> None:
     page = (ROOT / "docs" / "corpora.md").read_text()
     rows = re.findall(r"^\| [^|]+ \| `(\w+)\.(\w+)` \| ([^|]+) \|$", page, re.MULTILINE)
     recipe = load_recipe("uvit-s-mmdialog")
@@ -181,11 +185,11 @@ def test_the_page_on_corpora_names_settings_that_are_there() -> None:
             apply_settings(recipe, [f"{section}.{name}={value}"])
 
 
-def test_the_readme_stays_short() -> None:
+def test_readme_has_at_most_150_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_links_between_documents_lead_somewhere() -> None:
+def test_links_between_documents_resolve() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"

@@ -1,4 +1,4 @@
-"""The command's frame: its parts, its error line and its exit codes."""
+"""The `d2i` command: its subcommands, error line and exit codes."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ USER_CAN_FIX = D2IError.exit_code
 
 app = typer.Typer(
     name="d2i",
-    help="Dialog to image: prepare conversations, fine-tune a network on them, score its pictures.",
+    help="Dialog-to-image generation: prepare conversations, fine-tune a network, score images.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Begin with: d2i demo. An error's full traceback: d2i --debug COMMAND.",
+    epilog="Start with: d2i demo. For the full traceback of an error: d2i --debug COMMAND.",
 )
 for part in (study, corpus, data, shards, models, runs, weights, cluster, environment):
     part.add_commands(app)
 
 
-def _say_version(is_asked: bool) -> None:
-    if is_asked:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(__version__)
         raise typer.Exit
 
@@ -44,17 +44,19 @@ def _frame(
     *,
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", is_eager=True, callback=_say_version),
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show an error's full traceback.")] = False,
 ) -> None:
-    del version  # answered by its callback, before a command is asked for
+    del version  # handled by its callback, before any command
     del debug  # read by `main`, which sees errors
 
 
 def main() -> None:
-    """Run the command: exit code 0 done, 1 the work failed, 2 the user can mend it."""
-    # A library's fork warnings and progress bars are no news to the user of a command.
+    """Run the command: exit code 0 success, 1 the work failed, 2 the user can fix it."""
+    # Fork warnings and progress bars of libraries do not help the user of a command.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -64,7 +66,7 @@ def main() -> None:
     command = get_command(app)
     debug = "--debug" in sys.argv[1:]
     if not debug and not sys.warnoptions:
-        # What a library will change some day is for its callers to read, here and in all workers.
+        # Future changes of a library concern d2i's developers, not its users; workers inherit this.
         warnings.simplefilter("ignore", FutureWarning)
         os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -75,31 +77,30 @@ def main() -> None:
             raise
         _leave(str(err), err.exit_code)
     except OSError as err:
-        if debug or not _is_of_a_place(err):
+        if debug or not _is_storage_error(err):
             raise
         _leave(_file_problem(err))
     except Exception as err:
         _leave_if_usage(err)
         raise
     if code == INTERRUPTED:
-        sys.stderr.write("\ninterrupted; the same command goes on from here\n")
+        sys.stderr.write("\ninterrupted; run the same command again to resume\n")
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _check_interpreter() -> None:
-    """Refuse a Python that takes docstrings away: libraries that d2i uses are made from theirs."""
+    """Refuse a Python that strips docstrings, which libraries that d2i uses need."""
     if sys.flags.optimize > 1:
         _leave(
-            f"Python runs at optimization level {sys.flags.optimize}, without docstrings, which "
-            "libraries that d2i uses need; expected level 0 or 1; unset PYTHONOPTIMIZE, or leave "
-            "-OO out"
+            f"Python runs at optimization level {sys.flags.optimize}, which strips the docstrings "
+            "that libraries of d2i need; expected level 0 or 1; unset PYTHONOPTIMIZE, or omit -OO"
         )
 
 
 def _name_account() -> None:
-    """Give a user without an entry in passwd a name and a home, which libraries ask for.
+    """Set a name and a home for a user without a passwd entry, as libraries look them up.
 
-    Containers run under any number: Kubernetes' runAsUser, docker's --user.
+    Containers run under any user id: Kubernetes' runAsUser, docker's --user.
     """
     try:
         pwd.getpwuid(os.getuid())
@@ -108,22 +109,22 @@ def _name_account() -> None:
 
         os.environ.setdefault("LOGNAME", f"user-{os.getuid()}")
         if not os.environ.get("HOME"):
-            os.environ["HOME"] = str(storage.homeless_folder())
+            os.environ["HOME"] = str(storage.homeless_directory())
 
 
-def _is_of_a_place(err: OSError) -> bool:
-    """Whether the user's paths or disk are at fault, and not a network or a pipe."""
+def _is_storage_error(err: OSError) -> bool:
+    """Return whether an error is about the user's paths or disk, not a network or a pipe."""
     from d2i import storage
 
     return err.filename is not None or storage.is_disk_full(err)
 
 
 def _file_problem(err: OSError) -> str:
-    # What has no name is a temporary file, as all others are given theirs.
-    where = err.filename or f"the folder of temporary files, {tempfile.gettempdir()} (TMPDIR)"
+    # Only temporary files have no name here: all others had theirs added.
+    where = err.filename or f"the temporary directory {tempfile.gettempdir()} (TMPDIR)"
     return (
-        f"{where}: {err.strerror or err}; expected a place that can be read and written; check the "
-        "path, its permissions and the room on the disk"
+        f"{where}: {err.strerror or err}; expected a readable and writable path; check the "
+        "path, its permissions and the free disk space"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command over a cluster: check."""
+"""The command about a Ray cluster: check."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Give the command of this module to the app."""
-    cluster = typer.Typer(help="What a Ray cluster offers.", no_args_is_help=True)
+    """Add the command of this module to the app."""
+    cluster = typer.Typer(help="Checks of a Ray cluster.", no_args_is_help=True)
     register(cluster, check)
 
-    # A group of its own, also with one command in it.
+    # Makes it a group, even with a single command.
     @cluster.callback()
     def _group() -> None: ...
 
@@ -29,22 +29,22 @@ def add_commands(app: typer.Typer) -> None:
 def check(
     ray_address: Annotated[str, typer.Option(help="A running Ray cluster, HOST:PORT or auto.")],
     recipe: Annotated[
-        str | None, typer.Option(help="Look for the weights that this recipe names.")
+        str | None, typer.Option(help="Check that every node has this recipe's weights.")
     ] = None,
     settings: SetOption = None,
     storage: Annotated[
         list[str] | None,
-        typer.Option(metavar="URL", help="A folder that every node must read and write."),
+        typer.Option(metavar="URL", help="A directory that every node must read and write."),
     ] = None,
-    num_nodes: Annotated[int | None, typer.Option(min=1, help="Wait for so many nodes.")] = None,
-    wait_s: Annotated[float, typer.Option(min=0, help="How long, in seconds.")] = 300.0,
+    num_nodes: Annotated[int | None, typer.Option(min=1, help="Wait for this many nodes.")] = None,
+    wait_s: Annotated[float, typer.Option(min=0, help="Maximum wait, in seconds.")] = 300.0,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what each node of a cluster lacks, before a job burns hours there.
+    """Check every node of a Ray cluster before a long job.
 
-    Versions beside the driver's, accelerators, weights, storage, disk, object store, clock. Exit
-    code 1 where something would fail.
+    Compares versions with the driver's, and checks accelerators, weights, storage, disk, object
+    store and clock. Exits with 1 if a check fails.
 
     Examples:
 
@@ -77,6 +77,6 @@ def _recipe(name: str | None, settings: list[str] | None) -> Recipe | None:
 
     if name is None and settings:
         raise ConfigError(
-            f"--set {settings[0]} changes a recipe; expected --recipe with it; add it"
+            f"--set {settings[0]}: got no recipe to change; expected --recipe with it; add --recipe"
         )
     return None if name is None else resolve_recipe(name, settings or [])

@@ -1,4 +1,4 @@
-"""What every command shares: results, progress lines, and the options that many take."""
+"""Shared parts of the commands: results, progress lines and common options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ INTERRUPTED = 130
 _SECONDS_BETWEEN_LINES = 5.0
 
 CorpusOption = Annotated[str, typer.Option("--corpus", help="mmdialog, photochat or jsonl.")]
-SourceOption = Annotated[str, typer.Option("--source", help="The corpus's folder, a path or URL.")]
+SourceOption = Annotated[
+    str, typer.Option("--source", help="Directory or file of the corpus, a path or URL.")
+]
 RecipeOption = Annotated[
     str,
     typer.Option("--recipe", help="A recipe's name ('d2i recipes'), or package.module:function."),
@@ -29,42 +31,43 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Change a setting, e.g. image.resolution=64."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")]
 RayOption = Annotated[
-    str | None, typer.Option("--ray-address", help="A running Ray cluster; else Ray starts here.")
+    str | None,
+    typer.Option("--ray-address", help="A running Ray cluster; by default Ray starts here."),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=0, help="Ray workers; 0: this process, without Ray.")
+    int | None, typer.Option(min=0, help="Number of Ray workers; 0: this process, without Ray.")
 ]
 FetchWorkersOption = Annotated[
-    int | None, typer.Option(min=1, help="Ray workers that fetch and decode.")
+    int | None, typer.Option(min=1, help="Number of Ray workers that fetch and decode.")
 ]
 CacheDirOption = Annotated[
-    Path | None, typer.Option("--cache-dir", help="Local folder for shards that lie elsewhere.")
+    Path | None, typer.Option("--cache-dir", help="Local directory that caches remote shards.")
 ]
 CacheGbOption = Annotated[
     float | None,
-    typer.Option("--cache-gb", min=0, help="The most it may hold, in 1e9 bytes; else all."),
+    typer.Option("--cache-gb", min=0, help="Maximum size of the cache, in 1e9 bytes; else all."),
 ]
 CheckDataOption = Annotated[
     bool,
     typer.Option(
         "--check-data/--no-check-data",
-        help="Compare data with its checksums when first read; not needed after d2i verify.",
+        help="Verify checksums when data is first read; not needed after d2i verify.",
     ),
 ]
 FaultOption = Annotated[
-    str | None, typer.Option("--fault", help="POINT:error|sleep|kill:N, for proofs.")
+    str | None, typer.Option("--fault", help="Inject a fault, for tests: POINT:error|sleep|kill:N.")
 ]
 
 
 def register(app: typer.Typer, function: Callable[..., None], name: str | None = None) -> None:
-    """Give a command to an app, its examples in --help one to a line, as they can be typed."""
+    """Add a command to an app; each example in its --help is one line, ready to paste."""
     app.command(name, help=help_text(function))(function)
 
 
 def help_text(function: Callable[..., None]) -> str:
-    """Return a command's docstring with its examples kept from being wrapped."""
+    """Return a command's docstring, its examples protected from wrapping."""
     paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
     return "\n\n".join(_unwrapped(paragraph) for paragraph in paragraphs)
 
@@ -72,7 +75,7 @@ def help_text(function: Callable[..., None]) -> str:
 def _unwrapped(paragraph: str) -> str:
     if not paragraph.startswith("    "):
         return paragraph
-    # The parser's sign for a paragraph that is to stay as it is.
+    # Click's mark for a paragraph that must not be rewrapped.
     return f"\b\n  {' '.join(paragraph.split())}"
 
 
@@ -84,7 +87,7 @@ class ProgressLine:
         self._last = ""
 
     def show(self, line: str) -> None:
-        """Show how far the work is."""
+        """Show the progress of the work."""
         line = plain(line)
         now = time.monotonic()
         if sys.stderr.isatty():
@@ -96,7 +99,7 @@ class ProgressLine:
         sys.stderr.flush()
 
     def close(self) -> None:
-        """Leave the last line standing."""
+        """Keep the last line on the screen."""
         if self._last:
             sys.stderr.write("\n" if sys.stderr.isatty() else f"{self._last}\n")
 
@@ -111,20 +114,22 @@ def print_result(result: dict[str, Any], lines: Iterable[str], *, as_json: bool)
 
 
 def row_line(status: str, name: str, detail: str, fix: str) -> str:
-    """Return one row of a report on what can run, with the fix where one is needed."""
+    """Return one row of a check's report, with the fix if one is needed."""
     return plain(f"{status:5} {name}: {detail}" + (f"  -> {fix}" if fix else ""))
 
 
 def existing_source(source: str) -> str:
-    """Return the folder of a corpus.
+    """Return the URL of a corpus.
 
     Raises:
-        ConfigError: If it is not there.
+        ConfigError: If nothing is there.
     """
     from d2i import storage
 
     if not storage.exists(source):
-        raise ConfigError(f"--source {source}: no such folder; expected a corpus; check the path")
+        raise ConfigError(
+            f"--source {source}: no such file or directory; expected a corpus; check the path"
+        )
     return source
 
 

@@ -1,4 +1,4 @@
-"""The command over a corpus: what it holds, what leaks, and descriptions for its pictures."""
+"""The corpus command: a survey, leaks between splits, and captions for the images."""
 
 from __future__ import annotations
 
@@ -31,40 +31,40 @@ _MANY_OCCURRENCES = 10_000
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Give the command of this module to the app."""
+    """Add the command of this module to the app."""
     register(app, corpus)
 
 
 def corpus(
     corpus: CorpusOption,
     source: SourceOption,
-    report: Annotated[str | None, typer.Option(help="Write an HTML page of it all.")] = None,
+    report: Annotated[str | None, typer.Option(help="Write the survey as an HTML page.")] = None,
     leaks: Annotated[
-        str | None, typer.Option(help="List the instances that leak, for preprocess --exclude.")
+        str | None, typer.Option(help="Write the leaking instances, for preprocess --exclude.")
     ] = None,
     sample: Annotated[
-        int, typer.Option(min=0, help="Instances of a split that are tokenized for their length.")
+        int, typer.Option(min=0, help="Instances per split to tokenize, for context lengths.")
     ] = 2000,
     split: Annotated[
-        str | None, typer.Option(metavar="SHARES", help="Divide one unsplit file: 0.8,0.1,0.1.")
+        str | None, typer.Option(metavar="SHARES", help="Split one unsplit file: 0.8,0.1,0.1.")
     ] = None,
     describe: Annotated[
-        str | None, typer.Option(metavar="CAPTIONER", help="Describe the pictures by this model.")
+        str | None, typer.Option(metavar="CAPTIONER", help="Caption the images with this model.")
     ] = None,
     descriptions: Annotated[
-        Path | None, typer.Option(help="Where --describe writes; the same command resumes.")
+        Path | None, typer.Option(help="Output file of --describe; the same command resumes.")
     ] = None,
     settings: SetOption = None,
     *,
     images: Annotated[
         bool,
         typer.Option(
-            "--pictures/--no-pictures", help="Open image files: near duplicates, broken ones."
+            "--pictures/--no-pictures", help="Open image files to find near duplicates and damage."
         ),
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a corpus holds: counts, lengths, problems, what options change, what leaks.
+    """Survey a corpus: counts, lengths, record issues, effects of options, leaks between splits.
 
     Examples:
 
@@ -86,11 +86,14 @@ def corpus(
         config = config.model_copy(update={"corpus": divided})
     existing_source(source)
     if (describe is None) != (descriptions is None):
-        raise ConfigError("--describe and --descriptions go together: a model, and its file")
+        raise ConfigError(
+            "got only one of --describe and --descriptions; expected both: a model, and the file "
+            "for its captions; give both"
+        )
     if describe is not None and descriptions is not None:
         _describe(corpus, source, config, describe, descriptions, as_json=as_json)
         return
-    survey = _survey(corpus, source, config, sample, leaks, look=images)
+    survey = _survey(corpus, source, config, sample, leaks, near_duplicates=images)
     if report is not None:
         from d2i.report import write_corpus_report
 
@@ -105,7 +108,7 @@ def _survey(
     num_sampled: int,
     leaks_url: str | None,
     *,
-    look: bool,
+    near_duplicates: bool,
 ) -> dict[str, Any]:
     import msgspec
 
@@ -129,9 +132,12 @@ def _survey(
         for split in splits
     }
     options = config.corpus.options()
-    looked = {split: _counting(progress, f"{split}: pictures looked at") for split in splits}
+    opened = {split: _counting(progress, f"{split}: images opened") for split in splits}
     finder = LeakFinder(
-        build_corpus(name, options), source, look=look, on_image=lambda split: looked[split]()
+        build_corpus(name, options),
+        source,
+        near_duplicates=near_duplicates,
+        on_image=lambda split: opened[split](),
     )
     counts = count_leaks(_kept(finder.find(splits), leaks_url))
     progress.close()
@@ -149,7 +155,7 @@ def _survey(
 
 
 def _kept(leaks: Iterator[Leak], url: str | None) -> Iterator[Leak]:
-    """Pass leaks on, and write them to a file that appears complete."""
+    """Yield the leaks unchanged, and publish them to a file atomically."""
     import msgspec
 
     from d2i import storage
@@ -157,8 +163,8 @@ def _kept(leaks: Iterator[Leak], url: str | None) -> Iterator[Leak]:
     if url is None:
         yield from leaks
         return
-    folder = url.rpartition("/")[0] or "."
-    with storage.scratch_file(folder) as scratch:
+    directory = url.rpartition("/")[0] or "."
+    with storage.scratch_file(directory) as scratch:
         with scratch.open("wb") as file:
             for leak in leaks:
                 file.write(msgspec.json.encode(leak) + b"\n")
@@ -167,7 +173,7 @@ def _kept(leaks: Iterator[Leak], url: str | None) -> Iterator[Leak]:
 
 
 def _counting(progress: ProgressLine, what: str) -> Callable[[], None]:
-    """Return what counts one more thing, and shows how many there are and how fast they come."""
+    """Return a function that counts one more item, and shows the count and the rate."""
     count, started = 0, time.monotonic()
 
     def one_more() -> None:
@@ -195,7 +201,7 @@ def _describe(
     from d2i.preprocess.captioning import describe
 
     progress = ProgressLine()
-    one_more = _counting(progress, "pictures described")
+    one_more = _counting(progress, "images captioned")
 
     def on_batch(num: int) -> None:
         for _ in range(num):
@@ -211,7 +217,7 @@ def _describe(
     )
     progress.close()
     line = (
-        f"{out}: {summary.num_described} pictures described now, {summary.num_there} before; "
+        f"{out}: {summary.num_described} images captioned now, {summary.num_there} before; "
         f"failed: {counted(summary.failures)}; use them with --set corpus.descriptions={out}"
     )
     print_result(asdict(summary) | {"descriptions": str(out)}, [line], as_json=as_json)
@@ -220,36 +226,36 @@ def _describe(
 def _lines(survey: dict[str, Any]) -> Iterator[str]:
     for split, found in survey["splits"].items():
         yield (
-            f"{split}: {found['num_instances']} instances of {found['num_images']} pictures in "
+            f"{split}: {found['num_instances']} instances of {found['num_images']} images in "
             f"{found['num_dialogs_with_images']} of {found['num_dialogs']} dialogs, "
-            f"{found['num_turns']} turns; problems: {counted(found['problems'])}"
+            f"{found['num_turns']} turns; record issues: {counted(found['problems'])}"
         )
         for reason, first in found["first_problems"].items():
             yield f"  first {reason}: {first['where']}: {first['detail']}"
         if found["most_occurrences"] > _MANY_OCCURRENCES:
             yield (
-                f"  one picture is shared {found['most_occurrences']} times: all of them come into "
-                "one shard; corpus.repeated=unique keeps one"
+                f"  one image is shared {found['most_occurrences']} times: all its instances go "
+                "into one shard; --set corpus.repeated=unique keeps one"
             )
         yield from _length_lines(found["lengths"])
         yield from _variant_lines(found)
         if found["pictures"] and (found["pictures"]["num_read"] or found["pictures"]["failures"]):
             seen = found["pictures"]
-            yield f"  pictures read: {seen['num_read']}; failed: {counted(seen['failures'])}"
+            yield f"  images read: {seen['num_read']}; failed: {counted(seen['failures'])}"
     yield from _leak_lines(survey["leaks"])
 
 
 def _length_lines(lengths: dict[str, Any]) -> Iterator[str]:
     if lengths["num_sampled"]:
         yield (
-            f"  tokens of a context: {lengths['mean']:.0f} on average, {lengths['longest']} at "
-            f"most; {lengths['share_over']:.1%} have more than the {lengths['room']} that fit "
+            f"  context length: {lengths['mean']:.0f} tokens on average, {lengths['longest']} at "
+            f"most; {lengths['share_over']:.1%} exceed the {lengths['room']} that fit "
             f"(sample of {lengths['num_sampled']})"
         )
 
 
 def _variant_lines(found: dict[str, Any]) -> Iterator[str]:
-    """Say what each option would change; those that change nothing here are on the page alone."""
+    """Describe the effect of each option; options without one are only on the page."""
     as_set = (found["num_instances"], found["lengths"]["mean"], found["lengths"]["share_over"])
     for variant in found["variants"]:
         if as_set == (variant["num_instances"], variant["mean_tokens"], variant["share_over"]):
@@ -272,7 +278,7 @@ def _leak_lines(leaks: dict[str, Any]) -> Iterator[str]:
     for count in leaks["counts"]:
         yield (
             f"leaks between splits: {count['num_instances']} instances of {count['split']} show "
-            f"{count['num_images']} pictures of {count['other_split']} ({count['reason']})"
+            f"{count['num_images']} images of {count['other_split']} ({count['reason']})"
         )
     if not leaks["near"]:
-        yield "near duplicates were not looked for: no picture file was read"
+        yield "near duplicates were not searched for: no image file was read"

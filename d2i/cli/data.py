@@ -1,4 +1,4 @@
-"""The command that makes prepared data: preprocess."""
+"""The preprocess command."""
 
 from __future__ import annotations
 
@@ -35,29 +35,31 @@ if TYPE_CHECKING:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Give the command of this module to the app."""
+    """Add the command of this module to the app."""
     register(app, preprocess)
 
 
 def preprocess(
     corpus: CorpusOption,
     source: SourceOption,
-    out: Annotated[str, typer.Option(help="Folder of the shards; the same command resumes.")],
+    out: Annotated[str, typer.Option(help="Directory of the shards; the same command resumes.")],
     recipe: RecipeOption,
     split: Annotated[
         str | None,
-        typer.Option(help="train, valid or test; else all. 0.8,0.1,0.1 divides one unsplit file."),
+        typer.Option(help="train, valid or test; else all. 0.8,0.1,0.1 splits one unsplit file."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Keep N instances a split.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Keep at most N instances per split.")
+    ] = None,
     seed: Annotated[
-        int, typer.Option(help="Decides which N are kept, and what --split 0.8,0.1,0.1 gives.")
+        int, typer.Option(help="Seed of the choice of --limit, and of --split 0.8,0.1,0.1.")
     ] = 0,
     exclude: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Instance keys to leave out, one a line.")
+        str | None, typer.Option(metavar="FILE", help="Instance keys to leave out, one per line.")
     ] = None,
     reuse: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Prepared data whose image members are copied."),
+        typer.Option(metavar="DIR", help="Prepared data to copy encoded images from."),
     ] = None,
     settings: SetOption = None,
     allow_host: AllowHostOption = None,
@@ -68,17 +70,19 @@ def preprocess(
     ray_address: RayOption = None,
     *,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Ask again for what failed in passing.")
+        bool,
+        typer.Option("--retry-failed", help="Retry images that failed with a transient error."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan, say what it would take, and fetch nothing.")
+        bool,
+        typer.Option("--dry-run", help="Plan and estimate time, cost and memory; fetch nothing."),
     ] = False,
     rate: RateOption = None,
     price_per_node_hour: PriceOption = None,
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
-    """Prepare a corpus: conversations and pictures in, shards of latents out.
+    """Preprocess a corpus: conversations and images in, shards of latents out.
 
     Examples:
 
@@ -149,9 +153,9 @@ def _foresee(request: PreprocessRequest, assumed: RateOverrides, *, as_json: boo
     measured = find_rate(rate_decided_by(request, offer.unit))
     found = forecast(work_left(request, plans), offer, measured, assumed)
     lines = [
-        f"{name}: {plan.num_instances} instances of {plan.num_images} pictures, "
+        f"{name}: {plan.num_instances} instances of {plan.num_images} images, "
         f"{plan.num_shards} shards, {_excluded(plan)}, "
-        f"corpus problems: {counted(plan.problems)}"
+        f"record issues: {counted(plan.problems)}"
         for name, plan in plans.items()
     ]
     result = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
@@ -173,15 +177,15 @@ def _summary_lines(summary: SplitSummary) -> list[str]:
         f"{summary.split}: read {summary.num_instances}, written {summary.num_written} in "
         f"{summary.num_shards} shards, {_excluded(summary)}, "
         f"failed: {counted(summary.failures)}, "
-        f"corpus problems: {counted(summary.problems)}"
+        f"record issues: {counted(summary.problems)}"
     )
-    return [line, *(f"  lost to {h.host}: {counted(h.failures)}" for h in summary.hosts)]
+    return [line, *(f"  failed at {h.host}: {counted(h.failures)}" for h in summary.hosts)]
 
 
 def _excluded(counts: Plan | SplitSummary) -> str:
-    """Say how many instances `--exclude` left out, and how many of its keys none has."""
+    """Describe how many instances `--exclude` left out, and how many of its keys match none."""
     unmatched = counts.num_unmatched
-    rest = f" ({unmatched} listed keys match none that was read)" if unmatched else ""
+    rest = f" ({unmatched} listed keys match no instance that was read)" if unmatched else ""
     return f"excluded: {counts.num_excluded}{rest}"
 
 

@@ -1,4 +1,4 @@
-"""Commands over what there is: recipes, doctor."""
+"""Commands about the presets and this machine: recipes, doctor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from d2i.cli.console import JsonOption, SetOption, help_text, print_result, regi
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Give the commands of this module to the app."""
+    """Add the commands of this module to the app."""
     recipes = typer.Typer(help="The presets.", invoke_without_command=True)
     recipes.callback(help=help_text(list_recipes))(list_recipes)
     register(recipes, show_recipe, "show")
@@ -20,7 +20,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def list_recipes(context: typer.Context, *, as_json: JsonOption = False) -> None:
-    """List the recipes; 'd2i recipes show NAME' prints one whole.
+    """List the recipes; 'd2i recipes show NAME' prints every setting of one.
 
     Examples:
 
@@ -55,7 +55,7 @@ def show_recipe(
 
 
 def doctor(*, as_json: JsonOption = False) -> None:
-    """Say what this machine can and cannot run, with the fix where one is needed.
+    """Check what this machine can and cannot run, and print the fixes.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""The options and the lines of a dry run's forecast."""
+"""Options and printed lines of a dry run's forecast."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 RateOption = Annotated[
     float | None,
     typer.Option(
-        "--rate", min=1e-9, help="With --dry-run: instances a second of one worker; else measured."
+        "--rate", min=1e-9, help="With --dry-run: instances/s of one worker; else measured."
     ),
 ]
 PriceOption = Annotated[
     float | None,
-    typer.Option("--price-per-node-hour", min=0, help="With --dry-run: what a node costs."),
+    typer.Option("--price-per-node-hour", min=0, help="With --dry-run: price of a node per hour."),
 ]
 
 _GIB = 2**30
@@ -35,16 +35,18 @@ def assumed_of(rate: float | None, price: float | None, *, dry_run: bool) -> Rat
 
     given = {"--rate": rate, "--price-per-node-hour": price}
     if not dry_run and (named := [name for name, value in given.items() if value is not None]):
-        raise ConfigError(f"{named[0]} is for a forecast; expected --dry-run with it; add it")
+        raise ConfigError(
+            f"{named[0]} applies only to a dry run; expected --dry-run with it; add --dry-run"
+        )
     return RateOverrides(rate, price)
 
 
 def forecast_lines(found: Forecast) -> list[str]:
-    """Return a forecast in words."""
+    """Return the printed lines of a forecast."""
     work, offer = found.work, found.offer
-    rate = "" if found.items_per_s is None else f"{found.items_per_s:.3g} instances/s a worker, "
+    rate = "" if found.items_per_s is None else f"{found.items_per_s:.3g} instances/s per worker, "
     lines = [
-        f"left: {work.num_items} instances in {work.num_tasks} tasks",
+        f"remaining: {work.num_items} instances in {work.num_tasks} tasks",
         f"workers: {found.num_workers} (one {offer.unit} each), nodes: {offer.num_nodes}, "
         f"rounds: {found.num_rounds}",
         f"rate: {rate}{found.rate_from}",
@@ -53,13 +55,13 @@ def forecast_lines(found: Forecast) -> list[str]:
         lines.append(_memory_line(found.bytes_in_flight, offer.object_store_bytes))
     if found.time_s is not None:
         cost = "" if found.cost is None else f", cost: {found.cost:.2f}"
-        lines.append(f"time: {_duration(found.time_s)} beside start-up{cost}")
+        lines.append(f"time: {_duration(found.time_s)} plus start-up{cost}")
     return lines
 
 
 def _memory_line(in_flight: int, held: int) -> str:
     there = f"; the object stores hold {held / _GIB:.1f} GiB" if held else ""
-    return f"memory: at most {in_flight / _GIB:.2f} GiB of pictures in flight{there}"
+    return f"memory: at most {in_flight / _GIB:.2f} GiB of images in flight{there}"
 
 
 def _duration(time_s: float) -> str:

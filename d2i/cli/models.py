@@ -1,4 +1,4 @@
-"""Commands over networks: train, sample."""
+"""Commands that train a network and generate with it: train, sample."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from d2i.cli.console import (
 )
 from d2i.errors import ClusterError, ConfigError
 
-# The same however many pictures are asked for, so that one is the same alone or in a grid.
+# One batch size for any number of images, so that an image is the same alone or in a grid.
 _SMALL_BATCHES = ["sample.compute_batch_size=4", "encoders.compute_batch_size=4"]
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Give the commands of this module to the app."""
+    """Add the commands of this module to the app."""
     for command in (train, sample):
         register(app, command)
 
 
 def train(
     recipe: RecipeOption,
-    data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
+    data: Annotated[str, typer.Option(help="Directory made by d2i preprocess.")],
     run: Annotated[
         str, typer.Option(help="Run directory; the same command resumes, more steps train longer.")
     ],
     settings: SetOption = None,
     num_accelerators: Annotated[
-        int | None, typer.Option(min=1, help="Ranks; else every GPU, or one CPU rank.")
+        int | None, typer.Option(min=1, help="Number of ranks; else every GPU, or one CPU rank.")
     ] = None,
     zero: Annotated[
         Path | None, typer.Option(help="DeepSpeed's zero_optimization settings: train/zero-2.json.")
@@ -51,15 +51,15 @@ def train(
     *,
     check_data: CheckDataOption = True,
     preflight: Annotated[
-        bool, typer.Option("--preflight", help="Measure this machine for it; train nothing.")
+        bool, typer.Option("--preflight", help="Measure memory and speed here; train nothing.")
     ] = False,
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
-    """Fine-tune a backbone: print the deepspeed line of train/launch.py, and run it.
+    """Fine-tune a backbone: print the deepspeed command of train/launch.py, and run it.
 
-    The paper's recipes start from published weights: --set backbone.weights=PATH, of a file that
-    d2i weights list names, or =scratch for random ones.
+    The paper's recipes start from published weights: give --set backbone.weights=PATH of a file
+    that d2i weights list names, or backbone.weights=scratch for random weights.
 
     Examples:
 
@@ -83,7 +83,7 @@ def train(
     from d2i.run_dir import STOPPED_NAME, check_initial_weights
     from d2i.train.launcher import deepspeed_command, run_command
 
-    # Checked here, so that a typing error costs no start of the ranks.
+    # Checked here, so that a typo fails before the ranks start.
     resolved = resolve_recipe(recipe, settings or [])
     resolved.train.accumulation(num_accelerators or 1)
     if not preflight:
@@ -102,7 +102,7 @@ def train(
     typer.echo(" ".join(command), err=True)
     storage.remove(storage.join(run, STOPPED_NAME))
     code, is_interrupted = run_command(command)
-    # A launcher that is told to end, as its ranks are, says that it failed.
+    # A launcher that is stopped together with its ranks exits with an error code.
     if code and not storage.exists(storage.join(run, STOPPED_NAME)):
         raise typer.Exit(2 if code == 2 else 1)
     if preflight:
@@ -111,29 +111,29 @@ def train(
         return
     _print_run(run, resolved.train.num_steps, as_json=as_json)
     if is_interrupted and storage.exists(storage.join(run, STOPPED_NAME)):
-        # So that a shell does not go on with what was to come after.
+        # So that a shell does not run the commands that follow.
         raise typer.Exit(INTERRUPTED)
 
 
 def sample(
     run: Annotated[str, typer.Option(help="A finished run.")],
     dialog: Annotated[
-        str, typer.Option(help="A file of lines or JSON, any chat form; - for stdin.")
+        str, typer.Option(help="A file with a turn per line, or a JSON chat; - for stdin.")
     ],
     out: Annotated[str, typer.Option(help="The PNG to write, a path or a URL.")] = "picture.png",
     seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="One picture a seed; several make a grid.")
+        list[int] | None, typer.Option(min=0, help="One image per seed; several make a grid.")
     ] = None,
     key: Annotated[
-        str | None, typer.Option(help="Draw what d2i eval draws for the instance of this key.")
+        str | None, typer.Option(help="Generate the image of d2i eval for this instance key.")
     ] = None,
     settings: SetOption = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw the picture that answers one conversation; the PNG says how it was drawn.
+    """Generate the image that answers one conversation; the PNG records how it was generated.
 
-    The network runs at 4 pictures at a time; with --key at d2i eval's batch, for its very bits.
+    The network runs at a batch size of 4; with --key at that of d2i eval, to match it bit for bit.
 
     Examples:
 
@@ -155,7 +155,7 @@ def sample(
         raise ConfigError(f"--out {out}: expected a name that ends in .png; change it")
     turns = read_dialog(_read_text(dialog))
     choice = choose_settings(f"run:{run}", settings or [])
-    # An instance's key asks for what d2i eval draws, at its batch, to the bit.
+    # With a key, the image matches d2i eval's bit for bit, which takes its batch size.
     batches = [] if key else _SMALL_BATCHES
     recipe = change_recipe(read_recipe(run), [*batches, *choice.settings])
     seeds = seed or [recipe.sample.seed]
@@ -170,29 +170,29 @@ def _check_data(data: str) -> None:
     candidates = (data, storage.join(data, "train"))
     if not any(storage.exists(storage.join(url, "manifest.json")) for url in candidates):
         raise ConfigError(
-            f"--data {data}: no manifest.json there nor in train/; expected a folder made by "
-            "d2i preprocess; repeat its command to finish it, or check the path"
+            f"--data {data}: no manifest.json there or in train/; expected a directory made by "
+            "d2i preprocess; run that command again to finish it, or check the path"
         )
 
 
 def _print_run(run: str, num_steps: int, *, as_json: bool) -> None:
-    """Say how a training ended whose launcher ended well.
+    """Print how a training ended whose launcher exited with 0.
 
     Raises:
-        ClusterError: If it neither finished nor stopped: a launcher that is killed ends with 0.
+        ClusterError: If it neither finished nor stopped: a killed launcher exits with 0, too.
     """
     from d2i import storage
     from d2i.run_dir import STOPPED_NAME, last_step, read_metrics
 
     result = {"run": run, "finished": last_step(run) == num_steps}
     if storage.exists(storage.join(run, STOPPED_NAME)):
-        line = f"stopped as asked: resume with the same command: {run}"
+        line = f"stopped on request; resume with the same command: {run}"
         print_result(result | {"finished": False}, [line], as_json=as_json)
         return
     if not result["finished"]:
         raise ClusterError(
             f"{run}: the launcher ended before the training did; expected it to wait for its "
-            "ranks; see above who ended it, and resume with the same command"
+            "ranks; see the output above for what ended it, and resume with the same command"
         )
     last = read_metrics(run)[-1]
     line = f"{last.step} steps, loss {last.loss:.4f}, {last.images_per_s:.0f} images/s: {run}"
@@ -202,7 +202,7 @@ def _print_run(run: str, num_steps: int, *, as_json: bool) -> None:
 def _read_text(dialog: str) -> str:
     try:
         data = _read_stdin() if dialog == "-" else Path(dialog).expanduser().read_bytes()
-        # Some editors begin a file with a mark that is none of its text.
+        # Some editors begin a file with a byte order mark.
         return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(

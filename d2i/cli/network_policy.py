@@ -1,4 +1,4 @@
-"""The options that say whom this machine may ask for pictures, and through whom."""
+"""Options of the network policy: allowed private hosts, the DNS server and the proxy."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ if TYPE_CHECKING:
     from d2i.preprocess.fetch.sources import NetworkPolicy
 
 AllowHostOption = Annotated[
-    list[str] | None, typer.Option(metavar="HOST:PORT", help="A private host to be asked.")
+    list[str] | None,
+    typer.Option(metavar="HOST:PORT", help="Allow requests to this private host (SSRF guard)."),
 ]
 DnsServerOption = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", help="Find hosts through this DNS server.")
+    str | None, typer.Option(metavar="HOST:PORT", help="Resolve hosts through this DNS server.")
 ]
 ProxyOption = Annotated[
     str | None,
     typer.Option(
-        metavar="URL", envvar="D2I_PROXY", help="Ask through http://[USER:PASSWORD@]HOST:PORT."
+        metavar="URL",
+        envvar="D2I_PROXY",
+        help="Fetch through this proxy: http://[USER:PASSWORD@]HOST:PORT.",
     ),
 ]
 
@@ -39,7 +42,7 @@ def network_policy_of(
 
     if proxy and dns_server:
         raise ConfigError(
-            f"--dns-server {dns_server}: got --proxy as well, which finds the hosts itself; "
+            f"--dns-server {dns_server}: got --proxy as well, which resolves hosts itself; "
             "expected one of the two; leave one out"
         )
     hosts = allowed_hosts(allow_host or [])

@@ -1,4 +1,4 @@
-"""Commands over a run that is under way or finished: select."""
+"""The select command: model selection on validation dialogs."""
 
 from __future__ import annotations
 
@@ -12,39 +12,43 @@ from d2i.metric_specs import METRICS
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Give the commands of this module to the app."""
+    """Add the commands of this module to the app."""
     register(app, select)
 
 
 def select(
     run: Annotated[str | None, typer.Option(help="A run with checkpoints.")] = None,
     system: Annotated[
-        str | None, typer.Option(help="No run: a backbone's name, or diffusers:PATH.")
+        str | None, typer.Option(help="Instead of --run: a backbone's name, or diffusers:PATH.")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Of a backbone, as in d2i eval.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="A LoRA on a diffusers: system.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights of a backbone, as in d2i eval.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="A LoRA for a diffusers: system.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="A folder made by d2i preprocess; a run has its own.")
+        str | None, typer.Option(help="Directory made by d2i preprocess; a run has its own.")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="With --system: folder of best.json.")] = None,
+    out: Annotated[str | None, typer.Option(help="With --system: directory of best.json.")] = None,
     guidance: Annotated[
         list[float] | None, typer.Option(min=1, help="A guidance scale to try; may be repeated.")
     ] = None,
     metric: Annotated[
         str, typer.Option(help="The score that decides.", metavar="|".join(METRICS))
     ] = "fid",
-    num_instances: Annotated[int, typer.Option(min=2, help="Validation dialogs to draw.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the dialogs.")] = 0,
+    num_instances: Annotated[int, typer.Option(min=2, help="Number of validation dialogs.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of dialogs.")] = 0,
     settings: SetOption = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Ray workers; else none.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of Ray workers; else without Ray.")
+    ] = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Find what scores best on validation dialogs: best.json.
+    """Select what scores best on validation dialogs, and write it to best.json.
 
-    Of a run that is a checkpoint, the weights (ema, ema-short or trained) and the guidance. Of
-    other systems it is the guidance, so that no side of a comparison has its own tuned alone;
-    d2i eval --selected OUT draws with it.
+    For a run, select the checkpoint, the kind of weights (ema, ema-short or trained) and the
+    guidance scale. For any other system, select the guidance scale, so that no side of a
+    comparison is tuned alone; d2i eval --selected OUT generates with it.
 
     Examples:
 
@@ -62,8 +66,8 @@ def select(
         raise ConfigError("got both or neither of --run and --system; expected one; give one")
     if run is not None and any((weights, adapter, out)):
         raise ConfigError(
-            "--run has weights and a place of its own; got --weights, --adapter or --out with it; "
-            "leave them out"
+            "--run: got --weights, --adapter or --out as well; expected none of them, as a run has "
+            "its own weights and directory; leave them out"
         )
     request = SelectRequest(
         system=system or f"run:{run}",

@@ -1,4 +1,4 @@
-"""Commands about prepared data that is there: verify, repair, inspect."""
+"""Commands on prepared data: verify, repair, inspect."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from d2i.cli.console import (
 from d2i.cli.network_policy import AllowHostOption, DnsServerOption, ProxyOption, network_policy_of
 
 if TYPE_CHECKING:
+    from d2i.preprocess.repair import RepairSummary
     from d2i.shards import ShardReader
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Give the commands of this module to the app."""
+    """Add the commands of this module to the app."""
     for command in (verify, repair, inspect):
         register(app, command)
 
 
 def verify(
-    folder: Annotated[str, typer.Argument(help="A folder made by d2i preprocess.")],
+    directory: Annotated[str, typer.Argument(help="A directory made by d2i preprocess.")],
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every byte of prepared shards, plan and ledger; exit code 1 if any is wrong.
+    """Verify every byte of shards, plan and ledger. Exits with 1 if anything is damaged.
 
     Examples:
 
@@ -50,7 +51,7 @@ def verify(
     progress = ProgressLine()
     problems: list[dict[str, str]] = []
     num_samples = num_shards = 0
-    for url in find_data_sets(folder):
+    for url in find_data_sets(directory):
         report = verify_shards(
             url, on_progress=lambda done, total: progress.show(f"{done}/{total}")
         )
@@ -70,7 +71,7 @@ def verify(
 
 
 def repair(
-    folder: Annotated[str, typer.Argument(help="A folder made by d2i preprocess.")],
+    directory: Annotated[str, typer.Argument(help="A directory made by d2i preprocess.")],
     allow_host: AllowHostOption = None,
     dns_server: DnsServerOption = None,
     proxy: ProxyOption = None,
@@ -82,9 +83,9 @@ def repair(
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
-    """Make again what d2i verify finds broken or missing, to the very bytes; 1 if any is left.
+    """Repair broken or missing shards byte for byte. Exits with 1 if any remain.
 
-    What is whole mends the rest; only samples that are lost are fetched and encoded again.
+    Intact files restore damaged ones; only lost samples are fetched and encoded again.
 
     Examples:
 
@@ -98,7 +99,7 @@ def repair(
 
     progress = ProgressLine()
     request = RepairRequest(
-        folder=folder,
+        directory=directory,
         network_policy=network_policy_of(allow_host, dns_server, proxy),
         num_workers=workers,
         num_fetchers=fetch_workers,
@@ -107,35 +108,43 @@ def repair(
         settings=tuple(settings or ()),
     )
     try:
-        summaries = run(request, lambda done, total: progress.show(f"{done}/{total} shards made"))
+        summaries = run(
+            request, lambda done, total: progress.show(f"{done}/{total} shards rebuilt")
+        )
     finally:
         progress.close()
     lines = []
     for summary in summaries:
-        problems = [dataclasses.asdict(p) | {"folder": summary.folder} for p in summary.problems]
+        url = summary.directory
+        problems = [dataclasses.asdict(p) | {"folder": url} for p in summary.problems]
         lines += [_problem_line(problem) for problem in problems]
-        lines += [f"{summary.folder}/{note}" for note in summary.notes]
+        lines += [f"{url}/{note}" for note in summary.notes]
         lines.append(
-            f"{summary.folder}: {len(summary.mended)} files restored, {len(summary.made)} shards "
-            f"made again, {len(problems)} problems left"
+            f"{url}: {len(summary.restored)} files restored, {len(summary.made)} shards "
+            f"rebuilt, {len(problems)} problems left"
         )
-    result = {"data_sets": [dataclasses.asdict(summary) for summary in summaries]}
-    print_result(result, lines, as_json=as_json)
+    print_result({"data_sets": [*map(_repair_result, summaries)]}, lines, as_json=as_json)
     if any(summary.problems for summary in summaries):
         raise typer.Exit(1)
 
 
+def _repair_result(summary: RepairSummary) -> dict[str, Any]:
+    # `folder` and `mended` are keys that scripts read.
+    values = dataclasses.asdict(summary)
+    return {"folder": values.pop("directory"), "mended": values.pop("restored"), **values}
+
+
 def inspect(
-    folder: Annotated[str, typer.Argument(help="A data set: one split's folder.")],
-    num: Annotated[int, typer.Option(min=1, help="How many samples.")] = 3,
+    directory: Annotated[str, typer.Argument(help="A data set: the directory of one split.")],
+    num: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 3,
     html: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write a page with their pictures.")
+        str | None, typer.Option(metavar="FILE", help="Write an HTML page with their images.")
     ] = None,
     settings: SetOption = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at samples: the conversation, where the picture came from, what is stored.
+    """Show samples: the conversation, the source of the image, the stored arrays.
 
     Examples:
 
@@ -147,7 +156,7 @@ def inspect(
     """
     from d2i.shards import ShardReader, check_metadata, find_data_sets
 
-    reader = ShardReader(find_data_sets(folder)[0])
+    reader = ShardReader(find_data_sets(directory)[0])
     samples = [reader.read_json(index) for index in range(min(num, len(reader)))]
     for key, sample in zip(reader.keys, samples, strict=False):
         check_metadata(key, sample)
@@ -155,8 +164,8 @@ def inspect(
     lines = [f"{len(reader)} samples; each holds {arrays}"]
     for sample in samples:
         lines += ["", f"{sample['key']}  <-  {sample['source']['ref'][0]}"]
-        said = [turn for turn in sample["context"] if turn["text"].strip()]
-        lines += [f"  {turn['speaker']}: {turn['text']}" for turn in said]
+        turns = [turn for turn in sample["context"] if turn["text"].strip()]
+        lines += [f"  {turn['speaker']}: {turn['text']}" for turn in turns]
     if html is not None:
         _write_page(html, reader, len(samples), settings or [])
         lines += ["", f"page: {html}"]
@@ -164,7 +173,7 @@ def inspect(
 
 
 def _write_page(html: str, reader: ShardReader, num: int, settings: list[str]) -> None:
-    """Decode the latents of the first samples, by the autoencoder that made them."""
+    """Decode the latents of the first samples with the autoencoder that encoded them."""
     import torch
 
     from d2i.dialog import Turn

@@ -1,4 +1,4 @@
-"""Commands over whole studies: demo, eval, report."""
+"""Commands for whole experiments: demo, eval, report."""
 
 from __future__ import annotations
 
@@ -30,24 +30,26 @@ if TYPE_CHECKING:
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Give the commands of this module to the app."""
+    """Add the commands of this module to the app."""
     for command in (demo, evaluate, report):
         register(app, command, "eval" if command is evaluate else None)
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where everything goes; the same command resumes.")] = (
+    out: Annotated[Path, typer.Option(help="Output directory; the same command resumes.")] = (
         Path("d2i-demo")
     ),
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the corpus, training and sampling.")
     ] = 1,
-    num_dialogs: Annotated[int, typer.Option(min=50, help="Dialogs in the made corpus.")] = 2000,
+    num_dialogs: Annotated[
+        int, typer.Option(min=50, help="Dialogs in the synthetic corpus.")
+    ] = 2000,
     num_steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the paper's experiment in small, every stage for real, and write a report.
+    """Run the paper's experiment at small scale, every stage for real, and write a report.
 
     Examples:
 
@@ -60,9 +62,9 @@ def demo(
 
     result = run_demo(DemoRequest(Path(storage.resolve(str(out))), seed, num_dialogs, num_steps))
     lines = [
-        f"attributes right: {result['attribute_accuracy_before']:.1%} before, "
+        f"attribute accuracy: {result['attribute_accuracy_before']:.1%} before, "
         f"{result['attribute_accuracy_after']:.1%} after fine-tuning "
-        f"(true pictures {result['attribute_accuracy_true']:.1%}, "
+        f"(reference images {result['attribute_accuracy_true']:.1%}, "
         f"chance {result['attribute_accuracy_chance']:.1%})",
         f"report: {result['report']}",
     ]
@@ -70,59 +72,67 @@ def demo(
 
 
 def evaluate(
-    system: Annotated[str, typer.Option(help="What draws, as told above.")],
-    data: Annotated[str, typer.Option(help="Folder made by d2i preprocess.")],
-    out: Annotated[str, typer.Option(help="Folder of the scores; the same command resumes.")],
-    weights: Annotated[str | None, typer.Option(help="A published file or model folder.")] = None,
+    system: Annotated[str, typer.Option(help="The system to evaluate: see above.")],
+    data: Annotated[str, typer.Option(help="Directory made by d2i preprocess.")],
+    out: Annotated[str, typer.Option(help="Directory of the scores; the same command resumes.")],
+    weights: Annotated[
+        str | None, typer.Option(help="A published file or model directory.")
+    ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="A LoRA (safetensors) on a diffusers: system.")
+        str | None, typer.Option(help="A LoRA (safetensors) for a diffusers: system.")
     ] = None,
     context: Annotated[
         Literal["full", "last", "none", "shuffled"],
-        typer.Option(help="What the system is shown: the dialog, its last turn, nothing, another."),
+        typer.Option(
+            help="Context that the system sees: the dialog, its last turn, nothing, another."
+        ),
     ] = "full",
     selected: Annotated[
-        str | None, typer.Option(help="Folder of d2i select --system: draw with its choice.")
+        str | None, typer.Option(help="Directory of d2i select --system: use its choice.")
     ] = None,
-    label: Annotated[str | None, typer.Option(help="What tables call the system.")] = None,
+    label: Annotated[str | None, typer.Option(help="Name of the system in tables.")] = None,
     settings: SetOption = None,
     save_images: Annotated[
-        Literal["all", "sample", "none"], typer.Option(help="Which pictures to keep, as PNG.")
+        Literal["all", "sample", "none"], typer.Option(help="Images to keep, as PNG.")
     ] = "sample",
     negatives: Annotated[
         str | None,
-        typer.Option(help="MMDialog's folder: recall is among its own 999 negatives."),
+        typer.Option(help="MMDialog's directory: use its own 999 negatives for recall."),
     ] = None,
     task_size: Annotated[
-        int | None, typer.Option(min=1, help="Instances a worker is given at a time.")
+        int | None, typer.Option(min=1, help="Instances per task of a worker.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray workers, with --parallel.")
+        int | None, typer.Option(min=1, help="Number of Ray workers, with --parallel.")
     ] = None,
     ray_address: RayOption = None,
     cache_dir: CacheDirOption = None,
     cache_gb: CacheGbOption = None,
     *,
     check_data: CheckDataOption = True,
-    parallel: Annotated[bool, typer.Option("--parallel", help="Work on Ray.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take.")] = False,
+    parallel: Annotated[bool, typer.Option("--parallel", help="Run on Ray.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate time and cost only.")
+    ] = False,
     rate: RateOption = None,
     price_per_node_hour: PriceOption = None,
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
-    """Draw a picture for every test conversation, and score them.
+    """Generate an image for every test conversation, and score the images.
 
-    FID, KID, IS, CLIP-I, CLIP-T, FID on CLIP features, and recall of the true picture, with 95 %
+    FID, KID, IS, CLIP-I, CLIP-T, FID on CLIP features, and recall of the reference image, with 95 %
     intervals over dialogs. KID is also given without its bias for images of the same dialogs.
 
-    A system is run:DIR (what d2i select chose of it, else its last EMA, or what --set
-    sample.weights=trained asks for); a backbone's name with --weights; diffusers:PATH; unclip:PATH
-    (Karlo); images:DIR (files named by instance key); retrieve:DIR (the nearest training picture);
-    divter:DIR,SYSTEM (a description generator, and what draws); or package.module:function.
+    A system is run:DIR (with the choice of d2i select, else its last EMA, or the weights given by
+    --set sample.weights=trained); a backbone's name with --weights; diffusers:PATH; unclip:PATH
+    (Karlo); images:DIR (files named by instance key); retrieve:DIR (the nearest training image);
+    divter:DIR,SYSTEM (a caption generator, and the system that generates images from its captions);
+    or package.module:function.
 
-    diffusers: and unclip: read as much of a dialog as the pipeline's own text encoders take, on the
-    side of text.keep, and draw in sample.precision; sample.pipeline has its call's own arguments.
+    diffusers: and unclip: truncate a dialog to what the pipeline's own text encoders accept, keep
+    the side that text.keep names, and generate in sample.precision; sample.pipeline sets other
+    arguments of the pipeline's call.
 
     Examples:
 
@@ -146,7 +156,7 @@ def evaluate(
 
     assumed = assumed_of(rate, price_per_node_hour, dry_run=dry_run)
     if workers is not None and not parallel:
-        raise ConfigError("--workers counts Ray workers; expected --parallel with it; add it")
+        raise ConfigError("--workers applies only to Ray; expected --parallel with it; add it")
     choice = choose_settings(system, settings or [], selected, weights=weights, adapter=adapter)
     recipe = change_recipe(read_kept_recipe(data), choice.settings)
     spec = parse_system(system, weights, recipe, adapter)
@@ -189,30 +199,34 @@ def _foresee(request: EvalRequest, assumed: RateOverrides, *, as_json: bool) -> 
     measured = find_rate(rate_decided_by(request, offer.unit))
     found = forecast(work_left(request, num_images), offer, measured, assumed)
     result = {"pictures": num_images, "forecast": dataclasses.asdict(found)}
-    lines = [f"pictures: {num_images}", *forecast_lines(found)]
+    lines = [f"images: {num_images}", *forecast_lines(found)]
     print_result(result, lines, as_json=as_json)
 
 
 def report(
-    evaluations: Annotated[list[str], typer.Argument(help="Folders made by d2i eval, in order.")],
+    evaluations: Annotated[
+        list[str], typer.Argument(help="Directories made by d2i eval, in order.")
+    ],
     out: Annotated[
-        str, typer.Option(help="A page (.html), or its tables alone (.md, .csv); also a URL.")
+        str, typer.Option(help="A page (.html), or its tables alone (.md, .csv); path or URL.")
     ] = "report.html",
-    times: Annotated[Path | None, typer.Option(help="Stage times, as d2i demo writes.")] = None,
+    times: Annotated[
+        Path | None, typer.Option(help="File of stage times that d2i demo writes.")
+    ] = None,
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
     case: Annotated[
         list[str] | None,
-        typer.Option(help="Show this instance alone, by its key; may be repeated."),
+        typer.Option(help="Show only the instance of this key; may be repeated."),
     ] = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one self-contained HTML page: conversations, pictures, scores, where they came from.
+    """Write one self-contained HTML page: conversations, images, scores and their provenance.
 
-    The paper's tables, ours beside its own, are made of all evaluations that are given: systems
-    by corpus, linearizations, what a system is shown, people, food and animals, recipes. Who stands
-    in the paper's own row: eval/README.md. With --case the page shows given conversations, as the
-    paper's Tables 4, 6 and 7; keys stand in instances.jsonl and on the page.
+    The paper's tables, with our numbers beside its own, are built from all given evaluations:
+    systems by corpus, linearizations, contexts, people, food and animals, recipes. eval/README.md
+    defines which systems fill the paper's own rows. With --case the page shows the given
+    conversations, as the paper's Tables 4, 6 and 7; keys are in instances.jsonl and on the page.
 
     Examples:
 
@@ -245,7 +259,7 @@ def _score_lines(result: dict[str, Any]) -> list[str]:
             if value is not None
         ),
         *(f"warning: {warning}" for warning in result["warnings"]),
-        f"on {card['found']} of {card['expected']} instances",
+        f"scored on {card['found']} of {card['expected']} instances",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Commands over files of weights: which there are, what one is, and other forms of it."""
+"""Commands on weights files: list the published ones, inspect, import and export."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from d2i.models.source import Source
 
 FileArgument = Annotated[
-    str, typer.Argument(help="A published file, a model folder, or a run: a path or a URL.")
+    str, typer.Argument(help="A published file, a model directory, or a run: a path or URL.")
 ]
 
 
 class Layout(StrEnum):
-    """Whose key names a file is written with."""
+    """Key names that a file is written with."""
 
     published = "published"
     diffusers = "diffusers"
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Give the commands of this module to the app."""
-    weights = typer.Typer(help="Weights: what there is, what a file is.", no_args_is_help=True)
+    """Add the commands of this module to the app."""
+    weights = typer.Typer(help="Weights files: list, inspect, convert.", no_args_is_help=True)
     register(weights, list_weights, "list")
     register(weights, inspect_weights, "inspect")
     register(weights, import_weights, "import")
@@ -40,7 +40,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def list_weights(*, as_json: JsonOption = False) -> None:
-    """List the published files: where they come from, their licence, what they hold.
+    """List the published files with their source, licence and content.
 
     Examples:
 
@@ -56,10 +56,10 @@ def list_weights(*, as_json: JsonOption = False) -> None:
 def inspect_weights(
     file: FileArgument,
     *,
-    keys: Annotated[bool, typer.Option("--keys", help="Name every tensor and its shape.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List every tensor and its shape.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a file of weights is, told by its keys and shapes; nothing in it is run.
+    """Identify a weights file by its keys and shapes; no code in it is executed.
 
     Examples:
 
@@ -75,15 +75,15 @@ def inspect_weights(
 
 def import_weights(
     file: FileArgument,
-    out: Annotated[str, typer.Option(help="The model folder to make, a path or a URL.")],
+    out: Annotated[str, typer.Option(help="The model directory to write, a path or a URL.")],
     settings: SetOption = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a model folder (config.json, safetensors, model card) out of published weights.
+    """Convert published weights to a model directory (config.json, safetensors, model card).
 
-    Every key and shape is checked first: nothing is imported half. The folder is what
-    backbone.weights, encoders.vae or encoders.text_prefix takes.
+    Every key and shape is checked first, so nothing is imported in part. Use the directory as
+    backbone.weights, encoders.vae or encoders.text_prefix.
 
     Examples:
 
@@ -101,13 +101,15 @@ def import_weights(
 
 def export_weights(
     file: FileArgument,
-    out: Annotated[str, typer.Option(help="The file (published) or folder (diffusers) to write.")],
-    to: Annotated[Layout, typer.Option(help="Whose key names to write.")],
+    out: Annotated[
+        str, typer.Option(help="The file (published) or directory (diffusers) to write.")
+    ],
+    to: Annotated[Layout, typer.Option(help="Key names to write.")],
     settings: SetOption = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Write weights as other programs read them: a flat file, or a folder for diffusers.
+    """Export weights for other programs: a flat file, or a directory for diffusers.
 
     Examples:
 
@@ -150,14 +152,14 @@ def _published_lines(file: PublishedFile) -> Iterator[str]:
 def _inspected_lines(result: dict[str, Any], *, with_keys: bool) -> Iterator[str]:
     yield f"{result['file']}: {result['size_bytes']:,} bytes"
     yield f"sha256 {result['sha256']}"
-    yield result["what"] or "nothing that d2i knows"
+    yield result["what"] or "not a kind of weights that d2i knows"
     names = " or ".join(result["published"])
-    yield f"keys and shapes of {names}" if names else "keys and shapes of no published file"
+    yield f"keys and shapes match {names}" if names else "keys and shapes match no published file"
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(result["dtypes"].items()))
-    yield f"{result['num_tensors']} tensors ({kinds}), {result['num_parameters']:,} numbers"
+    yield f"{result['num_tensors']} tensors ({kinds}), {result['num_parameters']:,} parameters"
     yield f"shapes {result['shapes_sha256']}"
     if found := result["not_finite"]:
         num, first = sum(found.values()), next(iter(found))
-        yield f"warning: {num} are NaN or infinite, the first in {first}"
+        yield f"warning: {num} values are NaN or infinite, the first in {first}"
     if with_keys:
         yield from (f"  {name} {shape}" for name, shape in sorted(result["shapes"].items()))

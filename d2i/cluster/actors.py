@@ -8,7 +8,7 @@ from typing import Any
 
 from d2i.errors import ClusterError, D2IError
 
-_PATIENCE_S = 5.0
+_ANSWER_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def num_session_cores(*, num_workers: int | None) -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
-def num_workers_of(asked: int | None, size: ActorSize) -> int:
+def num_workers_of(requested: int | None, size: ActorSize) -> int:
     """Return the number of workers: as requested, or as many as fit."""
     import ray
 
-    if asked:
-        return asked
+    if requested:
+        return requested
     total = ray.cluster_resources()
     if size.num_gpus:
         return max(1, int(total["GPU"] // size.num_gpus))
@@ -103,7 +103,7 @@ def get(reference: Any) -> Any:
 
     while True:
         try:
-            return ray.get(reference, timeout=_PATIENCE_S)
+            return ray.get(reference, timeout=_ANSWER_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError:
             check_own_node()
         except ray.exceptions.RayActorError:

@@ -94,7 +94,7 @@ def find_rate(decided_by: dict[str, Any]) -> Rate | None:
 
 def _path(decided_by: dict[str, Any]) -> Path:
     words = json.dumps(decided_by, sort_keys=True).encode()
-    return storage.cache_folder("rates") / f"{hashlib.sha256(words).hexdigest()[:16]}.json"
+    return storage.cache_directory("rates") / f"{hashlib.sha256(words).hexdigest()[:16]}.json"
 
 
 Unit = Literal["accelerator", "core"]

@@ -80,8 +80,8 @@ def run_on_each_node(
         question: Picklable; called with the node, in a process on that node that ends afterwards.
         timeout_s: Time limit for all of them together.
     """
-    asked = [(node, _start_on(node)) for node in nodes]
-    replies = [(node, actor, actor.answer.remote(question, node)) for node, actor in asked]
+    actors = [(node, _start_on(node)) for node in nodes]
+    replies = [(node, actor, actor.answer.remote(question, node)) for node, actor in actors]
     deadline = time.monotonic() + timeout_s
     for node, actor, reply in replies:
         yield _take(node, actor, reply, max(deadline - time.monotonic(), 0.0))

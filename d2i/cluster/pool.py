@@ -60,7 +60,7 @@ _TICK_S = 5.0
 # Longest socket path on Linux, and what Ray appends to its directory: the session's name with time
 # and process, and /sockets/plasma_store.
 _MAX_SOCKET_BYTES, _SOCKET_BYTES = 107, 67
-_RAY_FOLDER = "/tmp/ray"
+_RAY_DIRECTORY = "/tmp/ray"
 
 
 class Worker(Protocol[TaskIn, ResultOut]):
@@ -257,15 +257,15 @@ def _first_ready(references: list[Any]) -> Any:
     return ready[0]
 
 
-def _short_folder() -> str | None:
+def _short_directory() -> str | None:
     """Return a short directory for Ray's sockets; None leaves the choice to Ray.
 
     Cluster jobs often have a long TMPDIR, and the path of a socket has 107 bytes at most.
     """
     given = os.environ.get("RAY_TMPDIR")
-    folder = os.path.join(given or tempfile.gettempdir(), "ray")  # noqa: PTH118
-    is_short = len(os.fsencode(folder)) + _SOCKET_BYTES <= _MAX_SOCKET_BYTES
-    return None if given or is_short else _RAY_FOLDER
+    directory = os.path.join(given or tempfile.gettempdir(), "ray")  # noqa: PTH118
+    is_short = len(os.fsencode(directory)) + _SOCKET_BYTES <= _MAX_SOCKET_BYTES
+    return None if given or is_short else _RAY_DIRECTORY
 
 
 def _not_started(address: str | None, error: Exception) -> str:
@@ -303,7 +303,7 @@ def _ray_session(address: str | None, num_workers: int | None) -> Iterator[None]
     try:
         ray.init(
             address=address or "local",
-            _temp_dir=None if address else _short_folder(),
+            _temp_dir=None if address else _short_directory(),
             num_cpus=num_workers if is_crowded else None,
             include_dashboard=None if address else False,
             log_to_driver=False,

@@ -25,9 +25,17 @@ from d2i.corpora.json_stream import read_objects
 from d2i.corpora.jsonl import Jsonl
 from d2i.corpora.mmdialog import MMDialog
 from d2i.corpora.photochat import PhotoChat
-from d2i.corpora.records import MAX_TURNS, Dialog, Flaw, Reason, RecordError, RecordIssue, Report
+from d2i.corpora.records import (
+    MAX_TURNS,
+    Dialog,
+    Reason,
+    RecordError,
+    RecordIssue,
+    Report,
+    ReportIssue,
+)
 from d2i.corpora.split_shares import DialogSplits
-from d2i.corpora.splits import SPLITS, source_folder
+from d2i.corpora.splits import SPLITS, source_directory
 from d2i.corpora.tally import IssueCounter
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ConfigError, DataError
@@ -97,11 +105,13 @@ class Corpus(Protocol):
 
     def parser(
         self, source: str, split: str, inline: InlineImages
-    ) -> Callable[[Any, Flaw], Dialog]:
+    ) -> Callable[[Any, ReportIssue], Dialog]:
         """Return the parser of one record of a split; it raises `RecordError`."""
         ...
 
-    def instances(self, dialog: Dialog, split: str, flaw: Flaw) -> Iterator[Instance]:
+    def instances(
+        self, dialog: Dialog, split: str, report_issue: ReportIssue
+    ) -> Iterator[Instance]:
         """Make the instances of one dialog."""
         ...
 
@@ -184,10 +194,10 @@ def corpus_instances(
     inline: InlineImages = _NAMES_ONLY,
 ) -> Iterator[Instance]:
     """Read instances as `read_instances` does, of a corpus from `build_corpus`."""
-    dialogs, flaw = read_dialogs(
+    dialogs, report_issue = read_dialogs(
         corpus, source, split, on_problem=on_problem, max_broken=max_broken, inline=inline
     )
-    instances = _instances(corpus, split, dialogs, flaw)
+    instances = _instances(corpus, split, dialogs, report_issue)
     if corpus.descriptions is None:
         return instances
     described = read_descriptions(corpus.descriptions)
@@ -202,7 +212,7 @@ def read_dialogs(
     on_problem: Report | None = None,
     max_broken: float | None = None,
     inline: InlineImages = _NAMES_ONLY,
-) -> tuple[Iterator[Dialog], Flaw]:
+) -> tuple[Iterator[Dialog], ReportIssue]:
     """Read the dialogs of one split as a stream.
 
     Args:
@@ -224,20 +234,20 @@ def read_dialogs(
     if not files:
         found = ", ".join(name for name in SPLITS if corpus.files(root, name))
         raise DataError(
-            f"{os.fspath(source)}: got no {split} split, expected one of "
-            f"{found or 'none that is there'}; check --corpus and --source"
+            f"{os.fspath(source)}: got no {split} split, found {found or 'no split'}; check "
+            "--corpus and --source"
         )
     splits = (
         None if corpus.split_by() is None else _dialog_splits(corpus, root, _version(root, files))
     )
     reading = _Reading(on_problem or _log_problem, split, splits)
     parse = corpus.parser(root, split, inline)
-    return _dialogs(corpus, parse, root, files, reading, max_broken), reading.flaw
+    return _dialogs(corpus, parse, root, files, reading, max_broken), reading.report_issue
 
 
 def _version(root: str, files: list[str]) -> str:
     """Return a string that changes when the files do."""
-    urls = [storage.join(source_folder(root), path) for path in files]
+    urls = [storage.join(source_directory(root), path) for path in files]
     return " ".join(storage.version(url) for url in urls)
 
 
@@ -285,19 +295,19 @@ def found_splits(
     """
     found = splits(corpus, source, options)
     if not found:
-        hint = "; divide one file by --split 0.8,0.1,0.1" if corpus == "jsonl" else ""
+        hint = "; or divide one file with --split 0.8,0.1,0.1" if corpus == "jsonl" else ""
         raise DataError(
-            f"--source {os.fspath(source)} holds no split of {corpus}; expected the folder that "
+            f"--source {os.fspath(source)} holds no split of {corpus}; expected the directory that "
             f"the corpus was unpacked to; check --corpus and --source{hint}"
         )
     return found
 
 
 def _instances(
-    corpus: Corpus, split: str, dialogs: Iterator[Dialog], flaw: Flaw
+    corpus: Corpus, split: str, dialogs: Iterator[Dialog], report_issue: ReportIssue
 ) -> Iterator[Instance]:
     instances = itertools.chain.from_iterable(
-        corpus.instances(dialog, split, flaw) for dialog in dialogs
+        corpus.instances(dialog, split, report_issue) for dialog in dialogs
     )
     return _first_occurrences(corpus, instances) if corpus.is_unique(split) else instances
 
@@ -371,7 +381,7 @@ class _Reading:
         elif self.is_own(None):
             self.report(problem)
 
-    def flaw(self, reason: Reason, detail: str) -> None:
+    def report_issue(self, reason: Reason, detail: str) -> None:
         """Report an issue in the record being read, or read last."""
         problem = RecordIssue(reason, self.where, detail)
         if self.held is None:
@@ -410,32 +420,31 @@ class _Reading:
         if why and not count.sound and max_broken != 1:
             # Allowing more broken records would not help.
             raise DataError(
-                f"{split}: got no record that could be read: {why}; expected the records of a "
+                f"{split}: no record could be read: {why}; expected the records of a "
                 "corpus; check --corpus and --source"
             )
         if self.gave_up and max_broken != 1:
             raise DataError(
-                f"{split}: got {count.sound} records, and a rest that could not be read: {why}; "
-                "expected to read the whole; fix the file, or go on without the rest with "
-                "--set corpus.max_broken=1"
+                f"{split}: read {count.sound} records, then the rest of a file could not be read: "
+                f"{why}; fix the file, or skip the rest with --set corpus.max_broken=1"
             )
         share = MAX_BROKEN if max_broken is None else max_broken
         few = FEW_BROKEN if max_broken is None else 0
-        found, allowed = "", f"{share:g}"
+        found, allowed = "", f"a share of at most {share:g}"
         if count.broken > max(share * count.records, few):
             found = f"{count.broken} broken of {count.records} records"
         elif self.broken_file and max_broken is None:
-            found, allowed = self.broken_file, "a half of a file's"
+            found, allowed = self.broken_file, "at most half of a file's records"
         if found:
             raise DataError(
-                f"{split}: got {found}: {why}; expected a share of at most {allowed}; "
+                f"{split}: got {found}: {why}; expected {allowed}; "
                 "check --corpus and --source, or allow more with --set corpus.max_broken=1"
             )
 
 
 def _dialogs(
     corpus: Corpus,
-    parse: Callable[[Any, Flaw], Dialog],
+    parse: Callable[[Any, ReportIssue], Dialog],
     source: str,
     files: list[str],
     reading: _Reading,
@@ -448,9 +457,11 @@ def _dialogs(
     for path in files:
         for where, record in _read_file(source, path, reading.problem, corpus):
             reading.begin(where)
-            dialog = _parsed(record, parse, reading.flaw)
+            dialog = _parsed(record, parse, reading.report_issue)
             is_own = reading.is_own(dialog)
-            is_kept = dialog is not None and _is_kept(dialog, seen, few_images, reading.flaw)
+            is_kept = dialog is not None and _is_kept(
+                dialog, seen, few_images, reading.report_issue
+            )
             reading.end(is_own=is_own)
             if dialog is not None and is_kept:
                 reading.count_read()
@@ -461,31 +472,37 @@ def _dialogs(
     reading.refuse_if_broken(max_broken)
     if is_empty and reading.splits is not None:
         raise DataError(
-            f"{reading.split}: none of {reading.in_split.sound} dialogs falls into it; expected "
-            "at least one; give it a larger share, or 0"
+            f"{reading.split}: 0 of {reading.in_split.sound} dialogs fall into this split; "
+            "expected at least one; give it a larger share, or 0"
         )
 
 
-def _parsed(record: Any, parse: Callable[[Any, Flaw], Dialog], flaw: Flaw) -> Dialog | None:
+def _parsed(
+    record: Any, parse: Callable[[Any, ReportIssue], Dialog], report_issue: ReportIssue
+) -> Dialog | None:
     """Return the dialog of a record, or None after reporting why it has none."""
     if isinstance(record, RecordError):
-        flaw(record.reason, record.detail)
+        report_issue(record.reason, record.detail)
         return None
     try:
-        return parse(record, flaw)
+        return parse(record, report_issue)
     except RecordError as error:
-        flaw(error.reason, error.detail)
+        report_issue(error.reason, error.detail)
         return None
 
 
-def _is_kept(dialog: Dialog, seen: CompactHashSet, few_images: int, flaw: Flaw) -> bool:
+def _is_kept(
+    dialog: Dialog, seen: CompactHashSet, few_images: int, report_issue: ReportIssue
+) -> bool:
     """Return whether a dialog is used: it is the first with its id, and not too large."""
     number = hash(dialog.id)
     if number in seen:
-        flaw("duplicate_dialog_id", "its id was seen before, the first dialog is kept")
+        report_issue("duplicate_dialog_id", "its id occurred before; the first dialog is kept")
         return False
     if len(dialog.images) > few_images and _is_too_large(dialog):
-        flaw("too_large", f"{len(dialog.images)} pictures repeat too long a context")
+        report_issue(
+            "too_large", f"{len(dialog.images)} images: too many, or their contexts are too long"
+        )
         return False
     seen.add(number)
     return True
@@ -499,7 +516,7 @@ def _is_too_large(dialog: Dialog) -> bool:
 
 
 def _read_file(source: str, path: str, report: Report, corpus: Corpus) -> Iterator[tuple[str, Any]]:
-    url = storage.join(source_folder(source), path)
+    url = storage.join(source_directory(source), path)
     try:
         if kind := foreign_kind(storage.read_head(url, HEAD_BYTES)):
             raise DataError(f"{url} is {kind}")
@@ -512,12 +529,12 @@ def _read_file(source: str, path: str, report: Report, corpus: Corpus) -> Iterat
         )
 
 
-def parse_record(fields: dict[str, Any], flaw: Flaw) -> Dialog:
+def parse_record(fields: dict[str, Any], report_issue: ReportIssue) -> Dialog:
     """Parse one record of any corpus, which its fields identify.
 
     Args:
         fields: The record, which has one of `RECORD_FIELDS`.
-        flaw: Called for each part that is left out.
+        report_issue: Called for each part that is left out.
 
     Raises:
         RecordError: If it cannot be used.
@@ -528,8 +545,8 @@ def parse_record(fields: dict[str, Any], flaw: Flaw) -> Dialog:
         record = msgspec.convert(fields, kind.record_type)
     except msgspec.ValidationError as error:
         raise RecordError.of(error) from error
-    parse: Callable[[Any, Flaw], Dialog] = kind().parser(".", "train", _NAMES_ONLY)
-    return parse(record, flaw)
+    parse: Callable[[Any, ReportIssue], Dialog] = kind().parser(".", "train", _NAMES_ONLY)
+    return parse(record, report_issue)
 
 
 def _log_problem(problem: RecordIssue) -> None:
@@ -583,7 +600,7 @@ def _check_value(label: str, value: object, hint: Any) -> None:
                 f"{_nearest(str(value), choices)}"
             )
     elif not isinstance(value, hint):
-        raise ConfigError(f"{label}: got {value!r}, expected {hint}; give a text")
+        raise ConfigError(f"{label}: got {value!r}, expected {hint}; give a value of this type")
 
 
 def _nearest(name: str, names: Collection[str]) -> str:

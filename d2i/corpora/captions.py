@@ -35,7 +35,7 @@ def read_descriptions(url: str) -> dict[str, Description]:
     def refuse(problem: RecordIssue) -> None:
         raise ConfigError(
             f"descriptions {problem.where}: {problem.detail} ({problem.reason}); repeat "
-            "'d2i corpus --describe' to finish the file, or mend it"
+            "'d2i corpus --describe' to finish the file, or fix that line"
         )
 
     found: dict[str, Description] = {}

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from d2i.corpora.records import DialogId, Flaw, Name, RecordError, Speaker, Text, Turns
+from d2i.corpora.records import DialogId, Name, RecordError, ReportIssue, Speaker, Text, Turns
 from d2i.corpora.typo_hints import misspelt
 from d2i.dialog import NO_SPEAKER, Turn
 
@@ -77,13 +77,13 @@ types are from OpenAI's Responses API."""
 
 
 def parse_chat(
-    fields: dict[str, Any], flaw: Flaw
+    fields: dict[str, Any], report_issue: ReportIssue
 ) -> tuple[str | None, list[tuple[Turn, list[str]]]]:
     """Read one conversation in any of the formats.
 
     Args:
         fields: The record.
-        flaw: Called for each part that is left out while the rest of the record is used.
+        report_issue: Called for each part that is left out while the rest of the record is used.
 
     Returns:
         The record's own id, and every turn with its images as the record names them.
@@ -97,9 +97,9 @@ def parse_chat(
         others = " and ".join(FORMS[1:])
         raise RecordError("missing_field", f"{FORMS[0]}: missing, and so are {others}; {detail}")
     if stray := next(_misspelt(fields), None):
-        flaw("unknown_field", stray)
+        report_issue("unknown_field", stray)
     number = None if record.id is None else str(record.id)
-    return number, _read(record, flaw)
+    return number, _read(record, report_issue)
 
 
 def _typed(value: Any, kind: Any, where: str = "") -> Any:
@@ -131,16 +131,16 @@ def _parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [part for part in parts if isinstance(part, dict)]
 
 
-def _read(record: ChatRecord, flaw: Flaw) -> list[tuple[Turn, list[str]]]:
+def _read(record: ChatRecord, report_issue: ReportIssue) -> list[tuple[Turn, list[str]]]:
     """Return every turn with its images as the record names them."""
     given = [form for form in FORMS if getattr(record, form)]
     if len(given) > 1:
         raise RecordError("wrong_type", f"{' and '.join(given)}: got both, expected one of them")
     messages = record.messages or record.conversations
     if messages:
-        return _read_messages(messages, _listed(record, ""), flaw)
+        return _read_messages(messages, _listed(record, ""), report_issue)
     if _listed(record, ""):
-        flaw(
+        report_issue(
             "unknown_field",
             "images: got them beside 'turns', expected them in the turn that shows them; they are "
             "left out",
@@ -178,12 +178,12 @@ def _listed(holder: ChatRecord | _Message, where: str) -> list[str] | None:
     if isinstance(listed, str | dict):
         listed = [listed]
     return [
-        _place(entry, f"{where}images[{index}]")
+        _path_of(entry, f"{where}images[{index}]")
         for index, entry in enumerate(_typed(listed, _Listed, f"{where}images: "))
     ]
 
 
-def _place(entry: str | dict[str, Any], where: str) -> str:
+def _path_of(entry: str | dict[str, Any], where: str) -> str:
     """Return the path or URL of a listed image: the entry itself, or its `url` or `path`."""
     if isinstance(entry, str):
         return entry
@@ -191,7 +191,7 @@ def _place(entry: str | dict[str, Any], where: str) -> str:
         if isinstance(place := entry.get(name), str):
             return place
     raise RecordError(
-        "wrong_type", f"{where}: expected a path or an address, or its 'path' or 'url'"
+        "wrong_type", f"{where}: expected a path or a URL, or an object with 'path' or 'url'"
     )
 
 
@@ -214,8 +214,8 @@ class _Marked:
         if not self.has_list or IMAGE_MARK not in text:
             return text, []
         pieces = text.split(IMAGE_MARK)
-        said = " ".join(filter(None, (piece.strip() for piece in pieces)))
-        return said, self.take(len(pieces) - 1)
+        spoken = " ".join(filter(None, (piece.strip() for piece in pieces)))
+        return spoken, self.take(len(pieces) - 1)
 
     def check(self, where: str) -> None:
         """Check that there are as many marks as images, as otherwise their turns are unknown.
@@ -226,38 +226,38 @@ class _Marked:
         if self.num_marks != len(self.listed):
             raise RecordError(
                 "mismatched_images",
-                f"{where}images: got {len(self.listed)}, and {self.num_marks} marks {IMAGE_MARK}, "
-                "expected one mark for each, where it is shown",
+                f"{where}images: got {len(self.listed)}, but {self.num_marks} marks {IMAGE_MARK}; "
+                "expected one mark for each image, where it is shown",
             )
 
 
 def _read_messages(
-    messages: list[_Message], listed: list[str] | None, flaw: Flaw
+    messages: list[_Message], listed: list[str] | None, report_issue: ReportIssue
 ) -> list[tuple[Turn, list[str]]]:
     marked = _Marked(listed)
-    read = [_read_message(message, n, marked, flaw) for n, message in enumerate(messages)]
+    read = [_read_message(message, n, marked, report_issue) for n, message in enumerate(messages)]
     if listed and not marked.num_marks and any(images for _, images in read):
-        detail = f"images: got {len(listed)} and no mark {IMAGE_MARK} for them; they are left out"
-        flaw("unknown_field", detail)
+        detail = f"images: got {len(listed)} but no mark {IMAGE_MARK}; they are left out"
+        report_issue("unknown_field", detail)
     else:
         marked.check("")
     return read
 
 
 def _read_message(
-    message: _Message, index: int, marked: _Marked, flaw: Flaw
+    message: _Message, index: int, marked: _Marked, report_issue: ReportIssue
 ) -> tuple[Turn, list[str]]:
     where = f"turn {index}: "
     name = message.role if message.role is not None else message.sender
     if name is None:
-        raise RecordError("missing_field", f"{where}role: missing, and so is from")
+        raise RecordError("missing_field", f"{where}both role and from are missing")
     content = message.content if message.content is not None else message.value
     role = name.lower()
     own = _listed(message, where)
     if (speaker := _SPEAKERS.get(role)) is not None:
         if own:
             marked = _Marked(own)
-        text, images = _read_content(content, index, marked, flaw)
+        text, images = _read_content(content, index, marked, report_issue)
         if not own:
             return Turn(speaker, text), images
         if marked.num_marks:
@@ -266,10 +266,10 @@ def _read_message(
         return Turn(speaker, text), images + own
     if role not in _SILENT and (content or own):
         detail = f"got role {name[:20]!r}, expected user or assistant; it is left out"
-        flaw("wrong_type", f"{where}{detail}")
+        report_issue("wrong_type", f"{where}{detail}")
     marked_here = marked.take(_num_marks(content)) if marked.has_list else []
     if role in _SILENT and (own or marked_here or _shows_image(content)):
-        flaw("no_image", f"{where}a picture of role {name[:20]!r} is none")
+        report_issue("no_image", f"{where}images of role {name[:20]!r} are not used")
     return Turn(NO_SPEAKER, ""), []
 
 
@@ -293,15 +293,17 @@ def _shows_image(content: Any) -> bool:
     )
 
 
-def _read_content(content: Any, index: int, marked: _Marked, flaw: Flaw) -> tuple[str, list[str]]:
+def _read_content(
+    content: Any, index: int, marked: _Marked, report_issue: ReportIssue
+) -> tuple[str, list[str]]:
     content = _typed(content, _Content, f"turn {index}: ")
     if isinstance(content, list):
-        return _read_parts(content, index, marked, flaw)
+        return _read_parts(content, index, marked, report_issue)
     return marked.split(content or "")
 
 
 def _read_parts(
-    parts: list[dict[str, Any]], index: int, marked: _Marked, flaw: Flaw
+    parts: list[dict[str, Any]], index: int, marked: _Marked, report_issue: ReportIssue
 ) -> tuple[str, list[str]]:
     """Return the text and images of parts; parts of unknown types are reported and left out."""
     texts: list[str] = []
@@ -311,19 +313,19 @@ def _read_parts(
         kind = part.get("type")
         if not isinstance(kind, str) or kind not in _PARTS:
             detail = f"got type {str(kind)[:20]!r}, expected {', '.join(_PARTS)}; it is left out"
-            flaw("unknown_field", f"{where}{detail}")
+            report_issue("unknown_field", f"{where}{detail}")
             continue
         names, held_kind = _PARTS[kind]
         held = next((part[name] for name in names if part.get(name) is not None), None)
         if held is None and kind == "image" and marked.has_list:
             images += marked.take(1)
         elif held is None:
-            flaw("missing_field", f"{where}its {names[0]} is missing; it is left out")
+            report_issue("missing_field", f"{where}its {names[0]} is missing; it is left out")
         elif held_kind is Text:
-            said, shown = marked.split(_typed(held, Text, where))
+            spoken, shown = marked.split(_typed(held, Text, where))
             images += shown
-            if said or not shown:
-                texts.append(said)
+            if spoken or not shown:
+                texts.append(spoken)
         else:
             value = _typed(held, held_kind, where)
             images.append(value.url if isinstance(value, _Address) else value)

@@ -54,7 +54,7 @@ class InlineImages:
         try:
             data = base64.b64decode(url[len(head) + 1 :].encode("ascii"), validate=True)
         except (binascii.Error, UnicodeEncodeError) as err:
-            raise RecordError("bad_image_ref", "expected a data: URL in whole base64") from err
+            raise RecordError("bad_image_ref", "expected a data: URL in valid base64") from err
         if not data:
             raise RecordError("bad_image_ref", "expected a data: URL that holds an image")
         sha256 = hashlib.sha256(data).hexdigest()

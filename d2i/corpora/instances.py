@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 from d2i.corpora.json_stream import MAX_RECORD_BYTES
-from d2i.corpora.records import Dialog, Flaw, SharedImage
+from d2i.corpora.records import Dialog, ReportIssue, SharedImage
 from d2i.dialog import Direction, ImageRef, Instance, Turn, key_prefix
 
 # Names of carpedm20/emoji start with a letter, or as in "1st_place_medal"; some have curly quotes.
@@ -67,26 +67,28 @@ class InstanceOptions:
         """Return the identity of an image: equal wherever it occurs, in any split."""
         return ref.value[-1]
 
-    def instances(self, dialog: Dialog, split: str, flaw: Flaw) -> Iterator[Instance]:
+    def instances(
+        self, dialog: Dialog, split: str, report_issue: ReportIssue
+    ) -> Iterator[Instance]:
         """Make the instances of one dialog, in the order of its images.
 
-        An image with an empty context gives no instance and is reported to `flaw`.
+        An image with an empty context gives no instance and is reported to `report_issue`.
         """
         turns = self._texts(dialog)
         prefix = key_prefix(split, dialog.id)
         first, last = _spoken_span(turns)
         begin, end = self._context_bounds
-        for picture in self._chosen(dialog.images):
-            turn, image = picture.turn, picture.image
+        for shared in self._chosen(dialog.images):
+            turn, image = shared.turn, shared.image
             # One end of the context moves with the image, the other is that of the dialog.
             start = 0 if begin is None else turn + begin
             stop = len(turns) if end is None else turn + end
             if first >= stop or last < start:
-                flaw("empty_context", f"turn {turn} image {image}: no text with it")
+                report_issue("empty_context", f"turn {turn} image {image}: its context has no text")
                 continue
             context = turns[start:stop]
             if self.earlier_images:
-                context = self._mark_images(context, start, picture, dialog.images)
+                context = self._mark_images(context, start, shared, dialog.images)
             yield Instance(
                 f"{prefix}{turn}-{image}",
                 split,
@@ -94,7 +96,7 @@ class InstanceOptions:
                 turn,
                 image,
                 context,
-                picture.ref,
+                shared.ref,
                 self.direction,
                 dialog.description,
                 dialog.labels,

@@ -375,19 +375,20 @@ class _Objects:
         num_records = self._num_records(num_passed)
         rest = "" if found else "; no other object after it"
         if num_records > 1:
-            rest += f"; {num_passed} bytes are passed over, room for {num_records} records"
+            rest += f"; {num_passed} bytes are skipped, enough for {num_records} records"
         self.report(RecordIssue(reason, where, f"the object cannot be read{rest}", num_records))
         if found and self._is_lost():
-            self._give_up(self._where(), "too many broken places before it: all bytes from here")
+            self._give_up(self._where(), "too many broken records before it: all bytes from here")
             return False
         # Anything longer is more than one object cut off by the end of the file.
         most = max(4 * self.last_length, CHUNK_BYTES) if self.num_given else 0
         if not found and num_passed > most:
-            self._give_up(where, f"with no start like the first one's the last {num_passed} bytes")
+            what = f"no further object starts like the first: the last {num_passed} bytes"
+            self._give_up(where, what)
         return found
 
     def _give_up(self, where: str, what: str) -> None:
-        self.report(RecordIssue("too_many_broken", where, f"{what} are passed over"))
+        self.report(RecordIssue("too_many_broken", where, f"{what} are skipped"))
 
     def _num_records(self, num_passed: int) -> int:
         """Return how many records may be lost in the skipped bytes.

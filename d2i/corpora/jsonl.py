@@ -30,7 +30,7 @@ from d2i import storage
 from d2i.corpora.chat_forms import parse_chat
 from d2i.corpora.inline import InlineImages, is_data_url
 from d2i.corpora.instances import InstanceOptions
-from d2i.corpora.records import Dialog, Flaw, RecordError, SharedImage, image_ref_of
+from d2i.corpora.records import Dialog, RecordError, ReportIssue, SharedImage, image_ref_of
 from d2i.corpora.split_shares import parse_shares
 from d2i.corpora.splits import (
     DIALOG_SUFFIXES,
@@ -82,27 +82,27 @@ class Jsonl(InstanceOptions):
 
     def parser(
         self, source: str, split: str, inline: InlineImages
-    ) -> Callable[[dict[str, Any], Flaw], Dialog]:
+    ) -> Callable[[dict[str, Any], ReportIssue], Dialog]:
         """Return the parser of one record; source and split do not matter here."""
         del source, split
         return partial(_parse, inline)
 
 
-def _parse(inline: InlineImages, fields: dict[str, Any], flaw: Flaw) -> Dialog:
-    own_id, read = parse_chat(fields, flaw)
-    turns, pictures = [], []
+def _parse(inline: InlineImages, fields: dict[str, Any], report_issue: ReportIssue) -> Dialog:
+    own_id, read = parse_chat(fields, report_issue)
+    turns, shared = [], []
     for index, (turn, images) in enumerate(read):
         turns.append(turn)
         for image, value in enumerate(images):
             try:
                 ref = inline.ref_of(value) if is_data_url(value) else image_ref_of(value)
-                pictures.append(SharedImage(index, image, ref))
+                shared.append(SharedImage(index, image, ref))
             except RecordError as error:
-                flaw(error.reason, f"turn {index} image {image}: {error.detail}")
-    number = _hash_of(turns, pictures) if own_id is None else own_id
-    return Dialog(number, tuple(turns), tuple(pictures))
+                report_issue(error.reason, f"turn {index} image {image}: {error.detail}")
+    number = _hash_of(turns, shared) if own_id is None else own_id
+    return Dialog(number, tuple(turns), tuple(shared))
 
 
-def _hash_of(turns: list[Turn], pictures: list[SharedImage]) -> str:
+def _hash_of(turns: list[Turn], shared: list[SharedImage]) -> str:
     """Return a hash of the parsed content of a conversation."""
-    return hashlib.sha256(msgspec.json.encode([turns, pictures])).hexdigest()[:_ID_DIGITS]
+    return hashlib.sha256(msgspec.json.encode([turns, shared])).hexdigest()[:_ID_DIGITS]

@@ -19,7 +19,7 @@ from d2i import storage
 from d2i.config import ImageConfig
 from d2i.corpora import Corpus, corpus_instances
 from d2i.corpora.perceptual_hash import HashIndex, PerceptualHash, perceptual_hash_of
-from d2i.corpora.splits import SPLITS, source_folder
+from d2i.corpora.splits import SPLITS, source_directory
 from d2i.dialog import Instance
 from d2i.image_decode import ImageRejectedError, decode_image
 from d2i.image_files import check_root, read_image
@@ -55,7 +55,7 @@ class LeakFinder:
     Args:
         corpus: The corpus, with its options.
         source: Path or fsspec URL of the corpus.
-        look: True to also find near-duplicates, by perceptual hashes of the image files.
+        near_duplicates: True to also find near-duplicates, by perceptual hashes of the image files.
         on_image: Called with the split for every image file that was tried.
 
     Raises:
@@ -63,15 +63,15 @@ class LeakFinder:
     """
 
     def __init__(
-        self, corpus: Corpus, source: str, *, look: bool, on_image: Callable[[str], None]
+        self, corpus: Corpus, source: str, *, near_duplicates: bool, on_image: Callable[[str], None]
     ) -> None:
         self.images: dict[str, ImageCount] = {}
         self._corpus = corpus
         self._source = source
-        self._look = look
+        self._with_near_duplicates = near_duplicates
         self._on_image = on_image
-        self._image_root = storage.resolve(corpus.image_root or source_folder(source))
-        if look and corpus.image_root:
+        self._image_root = storage.resolve(corpus.image_root or source_directory(source))
+        if near_duplicates and corpus.image_root:
             check_root(self._image_root)
         self._protected: dict[str, tuple[str, str]] = {}
         self._hashes = HashIndex()
@@ -84,7 +84,7 @@ class LeakFinder:
     def find(self, splits: list[str]) -> Iterator[Leak]:
         """Yield the leaks of these splits, each split's in the order of its files."""
         for split in reversed([name for name in SPLITS if name in splits]):
-            near = self._near(split) if self._look else {}
+            near = self._near(split) if self._with_near_duplicates else {}
             own: dict[str, tuple[str, str]] = {}
             for instance in self._instances(split):
                 image_id = self._corpus.image_id(instance.image_ref)
@@ -109,22 +109,22 @@ class LeakFinder:
 
     def _near(self, split: str) -> dict[str, tuple[str, int]]:
         """Map images of a split to the protected image each looks like, and the hash distance."""
-        near, looks, failures, num_read = {}, [], Counter[str](), 0
-        for image_id, look in self._read_hashes(split):
+        near, hashes, failures, num_read = {}, [], Counter[str](), 0
+        for image_id, image_hash in self._read_hashes(split):
             self._on_image(split)
-            if isinstance(look, str):
-                failures[look] += 1
+            if isinstance(image_hash, str):
+                failures[image_hash] += 1
                 continue
             num_read += 1
-            if look is None or image_id in self._protected:
+            if image_hash is None or image_id in self._protected:
                 continue
-            found = self._hashes.nearest(look)
+            found = self._hashes.nearest(image_hash)
             if found is not None:
                 near[image_id] = found
             if split != "train":
-                looks.append((image_id, look))
-        for image_id, look in looks:
-            self._hashes.add(image_id, look)
+                hashes.append((image_id, image_hash))
+        for image_id, image_hash in hashes:
+            self._hashes.add(image_id, image_hash)
         self.images[split] = ImageCount(num_read, dict(sorted(failures.items())))
         return near
 
@@ -133,8 +133,8 @@ class LeakFinder:
         images = self._distinct_files(split)
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             while chunk := list(islice(images, _CHUNK)):
-                looks = threads.map(self._read_hash, [path for _, path in chunk])
-                yield from zip([image_id for image_id, _ in chunk], looks, strict=True)
+                hashes = threads.map(self._read_hash, [path for _, path in chunk])
+                yield from zip([image_id for image_id, _ in chunk], hashes, strict=True)
 
     def _distinct_files(self, split: str) -> Iterator[tuple[str, str]]:
         seen: set[str] = set()

@@ -15,8 +15,8 @@ from msgspec import UNSET, Struct, UnsetType, field
 from d2i import storage
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.instances import InstanceOptions
-from d2i.corpora.records import Dialog, DialogId, Flaw, RecordError, SharedImage, Text, Turns
-from d2i.corpora.splits import split_folder
+from d2i.corpora.records import Dialog, DialogId, RecordError, ReportIssue, SharedImage, Text, Turns
+from d2i.corpora.splits import split_directory
 from d2i.dialog import ImageRef, Turn
 
 _SUFFIXES = (".json", ".jsonl", ".txt")
@@ -55,13 +55,13 @@ class MMDialog(InstanceOptions):
 
         Names that start with it are tried first, as the directory may hold 1.5 million images too.
         """
-        folder = split_folder(source, split)
-        if folder is None:
+        directory = split_directory(source, split)
+        if directory is None:
             return []
-        url = storage.join(source, folder)
+        url = storage.join(source, directory)
         names = _files_in(storage.list_names(url, "conversations"))
         names = names or _files_in(storage.list_names(url))
-        return [f"{folder}/{name}" for name in names]
+        return [f"{directory}/{name}" for name in names]
 
     def image_id(self, ref: ImageRef) -> str:
         """Return the identity of an image: its media key, as each split has its own directory."""
@@ -69,11 +69,11 @@ class MMDialog(InstanceOptions):
 
     def parser(
         self, source: str, split: str, inline: InlineImages
-    ) -> Callable[[MMDialogRecord, Flaw], Dialog]:
+    ) -> Callable[[MMDialogRecord, ReportIssue], Dialog]:
         """Return the parser of one record of a split; records embed no images."""
         del inline
-        folder = split_folder(self.image_root or source, split)
-        image_dir = f"{folder}/" if folder else ""
+        directory = split_directory(self.image_root or source, split)
+        image_dir = f"{directory}/" if directory else ""
         return partial(_parse, image_dir)
 
 
@@ -85,24 +85,26 @@ def _files_in(names: list[str]) -> list[str]:
     ]
 
 
-def _parse(image_dir: str, record: MMDialogRecord, flaw: Flaw) -> Dialog:
+def _parse(image_dir: str, record: MMDialogRecord, report_issue: ReportIssue) -> Dialog:
     turns, images = [], []
     for index, turn in enumerate(record.conversation):
-        said, image = "", 0
+        spoken, image = "", 0
         for part in turn.turn:
             if (text := part.text) is not UNSET:
-                said = f"{said} {text}" if said else text
+                spoken = f"{spoken} {text}" if spoken else text
             if (media := part.media) is not UNSET:
                 key = media if isinstance(media, str) else str(media)
                 if _MEDIA_KEY.fullmatch(key):
                     ref = ImageRef("file", (f"{image_dir}{key}.jpg",))
                     images.append(SharedImage(index, image, ref))
                 else:
-                    flaw("bad_image_ref", f"turn {index} image {image}: no plain media key")
+                    report_issue(
+                        "bad_image_ref", f"turn {index} image {image}: not a valid media key"
+                    )
                 image += 1
             elif text is UNSET:
                 raise RecordError(
                     "missing_field", f"turn {index}: a part has neither __TEXT__ nor __MEDIA__"
                 )
-        turns.append(Turn(None, said))
+        turns.append(Turn(None, spoken))
     return Dialog(str(record.conversation_id), tuple(turns), tuple(images))

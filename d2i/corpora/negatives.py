@@ -38,8 +38,8 @@ def read_negatives(source: str, split: str) -> Iterator[tuple[str, list[str]]]:
     files = MMDialog().files(root, split)
     if not files:
         raise DataError(
-            f"{source} holds no {split} split of MMDialog; expected the folder that the corpus was "
-            "unpacked to"
+            f"{source} holds no {split} split of MMDialog; expected the directory that the corpus "
+            "was unpacked to"
         )
     for path in files:
         yield from _read_file(root, path)

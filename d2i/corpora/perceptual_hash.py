@@ -61,25 +61,25 @@ class HashIndex:
         """Return the number of hashes."""
         return len(self._hashes)
 
-    def add(self, name: str, look: PerceptualHash) -> None:
+    def add(self, name: str, image_hash: PerceptualHash) -> None:
         """Add a hash, under the name of its image."""
-        for band, part in zip(self._bands, _parts(look.structure), strict=True):
+        for band, part in zip(self._bands, _parts(image_hash.structure), strict=True):
             band[part].append(len(self._hashes))
-        self._hashes.append((name, look))
+        self._hashes.append((name, image_hash))
 
-    def nearest(self, look: PerceptualHash) -> tuple[str, int] | None:
+    def nearest(self, image_hash: PerceptualHash) -> tuple[str, int] | None:
         """Return the name of the nearest hash and its distance in bits, or None if none is near."""
         found: tuple[int, int] | None = None
-        for place in self._candidates(look):
-            other = self._hashes[place][1]
-            distance = (other.structure ^ look.structure).bit_count()
-            if distance <= MAX_DISTANCE and _colours_agree(other, look):
-                found = min(found or (distance, place), (distance, place))
+        for position in self._candidates(image_hash):
+            other = self._hashes[position][1]
+            distance = (other.structure ^ image_hash.structure).bit_count()
+            if distance <= MAX_DISTANCE and _colours_agree(other, image_hash):
+                found = min(found or (distance, position), (distance, position))
         return None if found is None else (self._hashes[found[1]][0], found[0])
 
-    def _candidates(self, look: PerceptualHash) -> set[int]:
-        parts = zip(self._bands, _parts(look.structure), strict=True)
-        return {place for band, part in parts for place in band.get(part, ())}
+    def _candidates(self, image_hash: PerceptualHash) -> set[int]:
+        parts = zip(self._bands, _parts(image_hash.structure), strict=True)
+        return {position for band, part in parts for position in band.get(part, ())}
 
 
 def _parts(structure: int) -> list[int]:
@@ -93,5 +93,5 @@ def _colours_agree(one: PerceptualHash, other: PerceptualHash) -> bool:
 
 def _cosines() -> NDArray[np.float64]:
     """Return the type-II discrete cosine transform as a matrix (32, 32), not normalised."""
-    places = np.arange(_SIDE)
-    return np.cos(np.pi * places[:, None] * (2 * places + 1) / (2 * _SIDE))
+    positions = np.arange(_SIDE)
+    return np.cos(np.pi * positions[:, None] * (2 * positions + 1) / (2 * _SIDE))

@@ -17,15 +17,15 @@ from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.records import (
     Dialog,
     DialogId,
-    Flaw,
     RecordError,
+    ReportIssue,
     SharedImage,
     Speaker,
     Text,
     Turns,
     is_web_url,
 )
-from d2i.corpora.splits import split_folder
+from d2i.corpora.splits import split_directory
 from d2i.dialog import ImageRef, Turn
 from d2i.errors import ConfigError
 
@@ -69,12 +69,12 @@ class PhotoChat(InstanceOptions):
 
     def files(self, source: str, split: str) -> list[str]:
         """List the split's files, relative to the source, sorted by name."""
-        folder = split_folder(source, split)
-        if folder is None:
+        directory = split_directory(source, split)
+        if directory is None:
             return []
-        names = storage.list_names(storage.join(source, folder))
+        names = storage.list_names(storage.join(source, directory))
         files = [name for name in names if name.endswith(".json") and not name.startswith(".")]
-        return [f"{folder}/{name}" for name in files]
+        return [f"{directory}/{name}" for name in files]
 
     def image_id(self, ref: ImageRef) -> str:
         """Return the identity of a photo: its Flickr path; releases and hosts differ in the rest.
@@ -88,16 +88,16 @@ class PhotoChat(InstanceOptions):
 
     def parser(
         self, source: str, split: str, inline: InlineImages
-    ) -> Callable[[PhotoChatRecord, Flaw], Dialog]:
+    ) -> Callable[[PhotoChatRecord, ReportIssue], Dialog]:
         """Return the parser of one record; the arguments do not matter here."""
         del source, split, inline
         return self._parse
 
-    def _parse(self, record: PhotoChatRecord, flaw: Flaw) -> Dialog:
+    def _parse(self, record: PhotoChatRecord, report_issue: ReportIssue) -> Dialog:
         shares = [message.share_photo for message in record.dialogue]
         if not any(shares):
             raise RecordError("no_image", "dialogue: no turn shares the photo")
-        ref = ImageRef("urls", self._urls(record, flaw))
+        ref = ImageRef("urls", self._urls(record, report_issue))
         return Dialog(
             id=str(record.dialogue_id),
             turns=tuple(Turn(message.user_id, message.message) for message in record.dialogue),
@@ -106,18 +106,20 @@ class PhotoChat(InstanceOptions):
             labels=_labels(record.photo_description or ""),
         )
 
-    def _urls(self, record: PhotoChatRecord, flaw: Flaw) -> tuple[str, ...]:
+    def _urls(self, record: PhotoChatRecord, report_issue: ReportIssue) -> tuple[str, ...]:
         urls = []
         if record.photo_id and _PHOTO_ID.fullmatch(record.photo_id):
             urls.append(self.open_images_url.replace("{photo_id}", record.photo_id))
         elif record.photo_id:
-            flaw("bad_image_ref", "photo_id: expected 'split/hex digits'; photo_url alone is used")
+            report_issue(
+                "bad_image_ref", "photo_id: expected 'split/hex digits'; photo_url alone is used"
+            )
         if record.photo_url and is_web_url(record.photo_url):
             urls.append(record.photo_url)
         elif record.photo_url:
-            flaw("bad_image_ref", "photo_url: expected an http or https address")
+            report_issue("bad_image_ref", "photo_url: expected an http or https URL")
         if not urls:
-            raise RecordError("missing_field", "photo_url: neither it nor photo_id can be used")
+            raise RecordError("missing_field", "neither photo_url nor photo_id can be used")
         return tuple(urls)
 
 

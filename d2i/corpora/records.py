@@ -66,7 +66,7 @@ class RecordIssue(Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 Report = Callable[[RecordIssue], None]
-Flaw = Callable[[Reason, str], None]
+ReportIssue = Callable[[Reason, str], None]
 """Callback that reports a part of a record that is left out while the rest is used."""
 
 
@@ -128,6 +128,6 @@ def image_ref_of(text: str) -> ImageRef:
     path = "/".join(parts)
     if not _PATH.fullmatch(path) or _ELSEWHERE.match(path) or not {"", ".."}.isdisjoint(parts):
         raise RecordError(
-            "bad_image_ref", "expected an http(s) address, or a plain path below the source"
+            "bad_image_ref", "expected an http(s) URL, or a plain path below the source"
         )
     return ImageRef("file", (path,))

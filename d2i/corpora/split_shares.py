@@ -68,16 +68,16 @@ class DialogSplits:
             ids.append(key_order_hash(dialog.id, seed))
         hashes = np.array(ids, np.uint64)
         groups = _groups(len(ids), np.array(owners, np.int64), np.array(images, np.int64))
-        places = _place(hashes, groups, [shares[name] for name in _NAMES])
+        assigned = _assign(hashes, groups, [shares[name] for name in _NAMES])
         order = np.argsort(hashes)
-        self._hashes, self._places = hashes[order], places[order]
+        self._hashes, self._assigned = hashes[order], assigned[order]
 
     def split_of(self, dialog: Dialog) -> str:
         """Return the split of a dialog; one without images gives no instance and is in train."""
         if not dialog.images:
             return _NAMES[0]
-        place = np.searchsorted(self._hashes, np.uint64(key_order_hash(dialog.id, self._seed)))
-        return _NAMES[int(self._places[place])]
+        position = np.searchsorted(self._hashes, np.uint64(key_order_hash(dialog.id, self._seed)))
+        return _NAMES[int(self._assigned[position])]
 
 
 def _groups(
@@ -103,7 +103,7 @@ def _groups(
     return np.array([find(dialog) for dialog in range(num_dialogs)], np.int64)
 
 
-def _place(
+def _assign(
     hashes: NDArray[np.uint64], groups: NDArray[np.int64], shares: list[float]
 ) -> NDArray[np.uint8]:
     """Fill the splits in their order, with large groups first, then in the order of hashes.
@@ -114,11 +114,11 @@ def _place(
     least = np.full(len(sizes), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(least, members, hashes)
     lacking = [share * len(hashes) for share in shares]
-    places = np.zeros(len(sizes), np.uint8)
+    assigned = np.zeros(len(sizes), np.uint8)
     for group in np.lexsort((least, -sizes)):
         size = int(sizes[group])
-        room = (place for place, left in enumerate(lacking) if left >= size / 2)
-        place = next(room, lacking.index(max(lacking)))
-        lacking[place] -= size
-        places[group] = place
-    return places[members]
+        room = (position for position, left in enumerate(lacking) if left >= size / 2)
+        position = next(room, lacking.index(max(lacking)))
+        lacking[position] -= size
+        assigned[group] = position
+    return assigned[members]

@@ -41,7 +41,7 @@ def is_source_file(source: str) -> bool:
     return source.endswith(DIALOG_SUFFIXES)
 
 
-def source_folder(source: str) -> str:
+def source_directory(source: str) -> str:
     """Return the directory of a source, which paths of images are relative to."""
     return (source.rpartition("/")[0] or ".") if is_source_file(source) else source
 
@@ -64,7 +64,7 @@ def unsplit_file(source: str) -> str:
     return found[0]
 
 
-def split_folder(source: str, split: str) -> str | None:
+def split_directory(source: str, split: str) -> str | None:
     """Return the name of a split's directory in a source, or None if there is none."""
     there = set(storage.list_names(source))
     present = [name for name in SPLITS[split] if name in there]

@@ -16,7 +16,7 @@ from msgspec import Struct
 from d2i.config import DialogConfig, TextConfig
 from d2i.corpora import Corpus, Dialog, build_corpus, read_dialogs
 from d2i.corpora.compact_set import CompactHashSet
-from d2i.corpora.records import Flaw, Reason
+from d2i.corpora.records import Reason, ReportIssue
 from d2i.corpora.tally import IssueCounter
 from d2i.dialog import Instance, key_order_hash, key_prefix
 from d2i.prompt_text import context_text
@@ -124,7 +124,7 @@ def survey_split(
     # Text settings change no count, so one counter serves all of them.
     counters = {variant.corpus: _Counter(variant.corpus, split) for variant in (as_set, *others)}
     problems = IssueCounter()
-    dialogs, flaw = read_dialogs(
+    dialogs, report_issue = read_dialogs(
         as_set.corpus, source, split, on_problem=problems.add, max_broken=1.0
     )
     counts, images, sample = Counter[str](), Counter[int](), _Sample(num_sampled)
@@ -134,10 +134,10 @@ def survey_split(
         counts["turns"] += len(dialog.turns)
         counts["occurrences"] += len(dialog.images)
         counts["with_images"] += bool(dialog.images)
-        images.update(hash(as_set.corpus.image_id(picture.ref)) for picture in dialog.images)
+        images.update(hash(as_set.corpus.image_id(shared.ref)) for shared in dialog.images)
         sample.offer(dialog, split)
         for corpus, counter in counters.items():
-            counter.take(dialog, flaw if corpus == as_set.corpus else _unheard)
+            counter.take(dialog, report_issue if corpus == as_set.corpus else _unheard)
     return SplitSurvey(
         num_dialogs=counts["dialogs"],
         num_dialogs_with_images=counts["with_images"],
@@ -198,12 +198,12 @@ class _Counter:
         self._split = split
         self._seen = CompactHashSet() if corpus.is_unique(split) else None
 
-    def take(self, dialog: Dialog, flaw: Flaw) -> None:
+    def take(self, dialog: Dialog, report_issue: ReportIssue) -> None:
         """Count the instances of one dialog."""
 
         def note(reason: Reason, detail: str) -> None:
             self.num_empty += reason == "empty_context"
-            flaw(reason, detail)
+            report_issue(reason, detail)
 
         instances = list(self._corpus.instances(dialog, self._split, note))
         if self._seen is not None:
@@ -236,8 +236,8 @@ class _Sample:
     def offer(self, dialog: Dialog, split: str) -> None:
         """Add the occurrences of a dialog that come early enough."""
         prefix = key_prefix(split, dialog.id)
-        for picture in dialog.images:
-            key = f"{prefix}{picture.turn}-{picture.image}"
+        for shared in dialog.images:
+            key = f"{prefix}{shared.turn}-{shared.image}"
             entry = (-key_order_hash(key, 0), key, dialog)
             if len(self._heap) < self._size or (self._heap and entry > self._heap[0]):
                 self._take(entry)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-_LEAST_LIKENESS = 0.8
+_MIN_SIMILARITY = 0.8
 """Similarity from which a name is a likely typo: `image` of `images`, `speaker_id` of `speaker`."""
 
 
@@ -23,5 +23,5 @@ def misspelt(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _nearest(name: str, names: tuple[str, ...]) -> str | None:
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=_LEAST_LIKENESS)
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=_MIN_SIMILARITY)
     return near[0] if near else None

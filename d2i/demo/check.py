@@ -29,11 +29,11 @@ _JUDGE = (
 )
 
 
-def judge_evaluations(folders: Sequence[Path], data: Path, corpus: Path) -> str:
+def judge_evaluations(directories: Sequence[Path], data: Path, corpus: Path) -> str:
     """Judge every evaluation of one data set and write its `judged.json`.
 
     Args:
-        folders: Directories of evaluations that saved all images.
+        directories: Directories of evaluations that saved all images.
         data: Directory of the test shards.
         corpus: The made corpus, for the ground truth.
 
@@ -47,12 +47,12 @@ def judge_evaluations(folders: Sequence[Path], data: Path, corpus: Path) -> str:
         "codec": _answers(_reconstructions(reader)),
     }
     line = []
-    for folder in folders:
-        answers = _answers(_generated(folder))
+    for directory in directories:
+        answers = _answers(_generated(directory))
         verdict = _verdict(scenes, answers, baselines)
         content = (json.dumps(verdict, indent=1) + "\n").encode()
-        checksums.write_bytes(str(folder / "judged.json"), content)
-        line.append(f"{folder.name} {verdict['accuracy']['generated']:.1%}")
+        checksums.write_bytes(str(directory / "judged.json"), content)
+        line.append(f"{directory.name} {verdict['accuracy']['generated']:.1%}")
     return ", ".join(line)
 
 
@@ -109,8 +109,8 @@ def _answers(images: dict[str, Image.Image]) -> Answers:
     return dict(zip(images, read_all(list(images.values())), strict=True))
 
 
-def _generated(folder: Path) -> dict[str, Image.Image]:
-    evaluation = read_evaluation(folder)
+def _generated(directory: Path) -> dict[str, Image.Image]:
+    evaluation = read_evaluation(directory)
     images = evaluation.read_images(evaluation.image_urls)
     return {key: Image.open(io.BytesIO(data)) for key, data in images.items()}
 

@@ -36,7 +36,7 @@ class _Shared:
 
     media_key: str
     scene: Scene
-    flaw: str | None
+    damage: str | None
 
 
 def write_corpus(out: Path, num_dialogs: int, seed: int) -> None:
@@ -66,9 +66,9 @@ def write_corpus(out: Path, num_dialogs: int, seed: int) -> None:
 
 
 def _write_split(
-    folder: Path, split: str, num_dialogs: int, scenes: list[Scene], seed: int
+    directory: Path, split: str, num_dialogs: int, scenes: list[Scene], seed: int
 ) -> list[dict[str, Any]]:
-    folder.mkdir()
+    directory.mkdir()
     rng = random.Random(f"{seed} {split}")
     conversations, truth = [], []
     for number in range(num_dialogs):
@@ -76,12 +76,12 @@ def _write_split(
         turns = make_dialog(rng.choice(scenes), rng, second)
         images = [_share(split, number, i, turn, seed) for i, turn in enumerate(turns)]
         conversations.append(_conversation(number, turns, images))
-        for picture in filter(None, images):
-            _write_image(folder / f"{picture.media_key}.jpg", picture)
+        for shared in filter(None, images):
+            _write_image(directory / f"{shared.media_key}.jpg", shared)
             truth.append(
-                {"media_key": picture.media_key, "split": split, **picture.scene.attributes()}
+                {"media_key": shared.media_key, "split": split, **shared.scene.attributes()}
             )
-    _write_lines(folder / "conversations.json", conversations)
+    _write_lines(directory / "conversations.json", conversations)
     return truth
 
 
@@ -92,8 +92,8 @@ def _share(split: str, number: int, turn: int, made: MadeTurn, seed: int) -> _Sh
     # MMDialog's keys are signed 64-bit numbers, about half of them negative.
     media_key = int.from_bytes(digest, "big", signed=True)
     is_broken = split != "test" and media_key % _BROKEN_EVERY == 0
-    flaw = _BREAKS[media_key // _BROKEN_EVERY % len(_BREAKS)] if is_broken else None
-    return _Shared(str(media_key), made.scene, flaw)
+    damage = _BREAKS[media_key // _BROKEN_EVERY % len(_BREAKS)] if is_broken else None
+    return _Shared(str(media_key), made.scene, damage)
 
 
 def _conversation(
@@ -102,29 +102,28 @@ def _conversation(
     return {
         "conversation_id": number,
         "conversation": [
-            {"turn": list(_items(turn, picture))}
-            for turn, picture in zip(turns, images, strict=True)
+            {"turn": list(_items(turn, shared))} for turn, shared in zip(turns, images, strict=True)
         ],
     }
 
 
-def _items(turn: MadeTurn, picture: _Shared | None) -> Iterator[dict[str, str]]:
+def _items(turn: MadeTurn, shared: _Shared | None) -> Iterator[dict[str, str]]:
     yield {"__TEXT__": turn.text}
-    if picture is not None:
-        yield {"__MEDIA__": picture.media_key}
+    if shared is not None:
+        yield {"__MEDIA__": shared.media_key}
 
 
-def _write_image(path: Path, picture: _Shared) -> None:
-    if picture.flaw == "missing":
+def _write_image(path: Path, shared: _Shared) -> None:
+    if shared.damage == "missing":
         return
-    if picture.flaw == "not_an_image":
+    if shared.damage == "not_an_image":
         path.write_text("<html><body>404 Not Found</body></html>\n")
         return
     buffer = io.BytesIO()
-    image = render_scene(picture.scene, int(picture.media_key))
+    image = render_scene(shared.scene, int(shared.media_key))
     image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
     data = buffer.getvalue()
-    path.write_bytes(data[: len(data) // 2] if picture.flaw == "truncated" else data)
+    path.write_bytes(data[: len(data) // 2] if shared.damage == "truncated" else data)
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

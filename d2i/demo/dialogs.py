@@ -100,7 +100,7 @@ class MadeTurn:
 
 def caption(scene: Scene, rng: random.Random) -> str:
     """Return one sentence that names all six attributes, in varied wording."""
-    phrases = {name: _say(scene, name, rng) for name in ("position", "place", "time")}
+    phrases = {name: _phrase(scene, name, rng) for name in ("position", "place", "time")}
     return rng.choice(_CAPTIONS).format(object=_object(scene, set(ATTRIBUTES), rng), **phrases)
 
 
@@ -147,21 +147,21 @@ def _part(
         texts = [] if opening is None else [opening]
         if chatty and opening is None and rng.random() < 0.4:
             texts += [rng.choice(line) for line in _CHAT]
-        texts += _tell(scene, rng, has_replies=opening is None or rng.random() < 0.5)
+        texts += _describe(scene, rng, has_replies=opening is None or rng.random() < 0.5)
         texts.append(rng.choice(_SHOW) if rng.random() < 0.85 else "")
         if count_tokens(texts) <= MAX_CONTEXT_TOKENS:
             return [*(MadeTurn(text) for text in texts[:-1]), MadeTurn(texts[-1], scene)]
 
 
-def _tell(scene: Scene, rng: random.Random, has_replies: bool) -> list[str]:
+def _describe(scene: Scene, rng: random.Random, has_replies: bool) -> list[str]:
     """Return statements of all attributes, the other's replies between, and maybe a correction."""
     groups = _groups(rng)
     wrong = _mislead(scene, rng) if rng.random() < CORRECTED_SHARE else None
     texts: list[str] = []
     for index, group in enumerate(groups):
         if index and has_replies:
-            asked = rng.choice(_QUESTIONS[group[0]])
-            texts.append(asked if rng.random() < 0.6 else rng.choice(_REPLIES))
+            question = rng.choice(_QUESTIONS[group[0]])
+            texts.append(question if rng.random() < 0.6 else rng.choice(_REPLIES))
         texts.append(_state(wrong or scene, group, rng))
     if wrong is not None:
         changed = next(n for n in ATTRIBUTES if getattr(wrong, n) != getattr(scene, n))
@@ -190,31 +190,31 @@ def _mislead(scene: Scene, rng: random.Random) -> Scene:
 
 def _state(scene: Scene, group: Sequence[str], rng: random.Random) -> str:
     """Return one statement about the attributes of a group."""
-    places = [_say(scene, name, rng) for name in ("position", "place", "time") if name in group]
+    places = [_phrase(scene, name, rng) for name in ("position", "place", "time") if name in group]
     if "shape" in group:
         return " ".join([rng.choice(_SEEN).format(_object(scene, set(group), rng)), *places])
-    looks = [_say(scene, name, rng) for name in ("size", "colour") if name in group]
-    if looks:
-        return " ".join([rng.choice(_LOOKED).format(" and ".join(looks)), *places])
+    features = [_phrase(scene, name, rng) for name in ("size", "colour") if name in group]
+    if features:
+        return " ".join([rng.choice(_LOOKED).format(" and ".join(features)), *places])
     frame = _STOOD if "position" in group else _HAPPENED
     return rng.choice(frame).format(" ".join(places))
 
 
 def _fix(scene: Scene, name: str, rng: random.Random) -> str:
     """Return the words that correct one attribute."""
-    said = _say(scene, name, rng)
+    phrase = _phrase(scene, name, rng)
     if name in ("position", "place", "time"):
-        return rng.choice(("it was {}", "{}")).format(said)
+        return rng.choice(("it was {}", "{}")).format(phrase)
     if name == "shape":
-        return rng.choice(("it was a {}", "a {}")).format(said)
-    return rng.choice(("the {} one", "it was {}", "a {} one")).format(said)
+        return rng.choice(("it was a {}", "a {}")).format(phrase)
+    return rng.choice(("the {} one", "it was {}", "a {} one")).format(phrase)
 
 
 def _object(scene: Scene, named: set[str], rng: random.Random) -> str:
-    words = [_say(scene, name, rng) for name in ("size", "colour", "shape") if name in named]
+    words = [_phrase(scene, name, rng) for name in ("size", "colour", "shape") if name in named]
     return " ".join(["a", *words])
 
 
-def _say(scene: Scene, name: str, rng: random.Random) -> str:
+def _phrase(scene: Scene, name: str, rng: random.Random) -> str:
     value: str = getattr(scene, name)
     return rng.choice(_WORDS[name][value]) if name in _WORDS else value

@@ -68,8 +68,8 @@ def share_right(answers: Sequence[Answer], scenes: Sequence[Scene]) -> dict[str,
     """
     if len(answers) != len(scenes) or not answers:
         raise ValueError(
-            f"a share needs one scene a picture: got {len(answers)} and {len(scenes)}, expected "
-            "equal counts above 0; pass the scenes in the order of the pictures"
+            f"accuracy needs one scene per image: got {len(answers)} and {len(scenes)}, expected "
+            "equal counts above 0; pass the scenes in the order of the images"
         )
     return {
         name: sum(a[name] == getattr(s, name) for a, s in zip(answers, scenes, strict=True))
@@ -79,10 +79,10 @@ def share_right(answers: Sequence[Answer], scenes: Sequence[Scene]) -> dict[str,
 
 
 def _pixels(image: Image.Image) -> Array:
-    picture = image.convert("RGB")
-    if picture.size != (SIZE_PX, SIZE_PX):
-        picture = picture.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
-    return np.asarray(picture, dtype=np.float32)
+    rgb = image.convert("RGB")
+    if rgb.size != (SIZE_PX, SIZE_PX):
+        rgb = rgb.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX)
+    return np.asarray(rgb, dtype=np.float32)
 
 
 def _read_batch(pixels_NHWC: Array) -> list[Answer]:

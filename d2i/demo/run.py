@@ -67,9 +67,9 @@ def _run_stages(request: DemoRequest) -> dict[str, Any]:
     times = _Times(request.out / "times.json")
     for stage in _stages(request):
         if stage.name in times.seconds:
-            _say(f"{stage.name}: done before, in {times.seconds[stage.name]:.0f} s")
+            _print_line(f"{stage.name}: already done, in {times.seconds[stage.name]:.0f} s")
             continue
-        _say(f"{stage.name}: {_command_line(stage)}")
+        _print_line(f"{stage.name}: {_command_line(stage)}")
         times.begin(stage)
         started = time.monotonic()
         detail = stage.function() if stage.function else _run_command(stage)
@@ -205,8 +205,8 @@ def _run_command(stage: Stage) -> str:
             raise
     if process.returncode:
         raise ClusterError(
-            f"the demo's stage '{stage.name}' ended with code {process.returncode}, see above; "
-            "expected 0; repeat the command once that is mended: finished stages are kept"
+            f"the demo's stage '{stage.name}' failed with exit code {process.returncode}; see the "
+            "output above; once that is fixed, repeat the command: finished stages are kept"
         )
     return lines[-1] if lines else ""
 
@@ -219,9 +219,9 @@ def _result(request: DemoRequest, times: _Times) -> dict[str, Any]:
     result: dict[str, Any] = {"report": str(request.out / "report.html")}
     groups: dict[str, dict[str, float]] = {}
     for name in ("before", "after"):
-        folder = request.out / "eval" / name
-        scores = _read(folder / "scores.json")["scores"]
-        judged = _read(folder / "judged.json")
+        directory = request.out / "eval" / name
+        scores = _read(directory / "scores.json")["scores"]
+        judged = _read(directory / "judged.json")
         accuracy = judged["accuracy"]
         result[f"attribute_accuracy_{name}"] = accuracy["generated"]
         result[f"fid_{name}"], result[f"clip_i_{name}"] = scores["fid"], scores["clip_i"]
@@ -246,6 +246,6 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     sys.stderr.write(f"d2i demo: {line}\n")
     sys.stderr.flush()

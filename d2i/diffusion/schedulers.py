@@ -97,14 +97,14 @@ def run_scheduler(
         scheduler.set_timesteps(num_steps, device=x.device)
     except ValueError as error:
         raise ConfigError(
-            f"num_steps is {num_steps}: {error}; expected what {name} can take"
+            f"num_steps is {num_steps}: {error}; expected a number that {name} accepts"
         ) from error
     options: dict[str, Any] = {"return_dict": False}
     if seeds is not None and "generator" in inspect.signature(scheduler.step).parameters:
         options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     state = x * float(scheduler.init_noise_sigma)
     for t in scheduler.timesteps:
-        asked = scheduler.scale_model_input(state, t).to(x.dtype)
-        predicted = eps(asked, time_batch(x, float(t) + 1.0))
+        scaled = scheduler.scale_model_input(state, t).to(x.dtype)
+        predicted = eps(scaled, time_batch(x, float(t) + 1.0))
         state = scheduler.step(predicted, t, state, **options)[0]
     return state.to(x.dtype)

@@ -13,7 +13,7 @@ from d2i.cluster import session
 from d2i.cluster.nodes import Node, NodeResult, run_on_each_node, wait_for_nodes
 from d2i.config import Recipe
 from d2i.doctor.check import Check, first_line
-from d2i.doctor.node import Probe, Question, installed_versions, look_at_node
+from d2i.doctor.node import Probe, Question, inspect_node, installed_versions
 from d2i.errors import D2IError
 
 _GIB = 2**30
@@ -62,19 +62,19 @@ def check_cluster(request: ClusterRequest) -> Iterator[Report]:
         nodes = wait_for_nodes(request.num_nodes or 1, request.wait_s)
         yield Report("cluster", [*_cluster_checks(request, nodes), *problems])
         question = Question(installed_versions(), _weights(request.recipe), probes)
-        for answer in run_on_each_node(nodes, partial(_look, question), _ANSWER_TIMEOUT_S):
+        for answer in run_on_each_node(nodes, partial(_inspect, question), _ANSWER_TIMEOUT_S):
             yield Report(_describe(answer.node), _node_checks(answer, request.recipe))
 
 
-def _look(question: Question, node: Node) -> list[Check]:
-    return look_at_node(question, node.num_gpus, node.node_id)
+def _inspect(question: Question, node: Node) -> list[Check]:
+    return inspect_node(question, node.num_gpus, node.node_id)
 
 
 def _cluster_checks(request: ClusterRequest, nodes: Sequence[Node]) -> list[Check]:
     wanted = request.num_nodes or len(nodes)
     detail = f"{len(nodes)} of {wanted} expected" if request.num_nodes else f"{len(nodes)}"
     is_short = len(nodes) < wanted
-    fix = f"they did not come within {request.wait_s:.0f} s: see the logs of those missing"
+    fix = f"some did not join within {request.wait_s:.0f} s: see the logs of the missing nodes"
     came = Check("nodes", "fail", detail, fix) if is_short else Check("nodes", "ok", detail)
     return [came, _check_workers(sum(n.num_gpus for n in nodes), sum(n.num_cpus for n in nodes))]
 
@@ -82,7 +82,7 @@ def _cluster_checks(request: ClusterRequest, nodes: Sequence[Node]) -> list[Chec
 def _check_workers(num_gpus: float, num_cpus: float) -> Check:
     """Check that there is an accelerator or a core for a worker."""
     if num_gpus:
-        detail = f"{num_gpus:g} accelerators, one worker each; {num_cpus:g} cores to fetch"
+        detail = f"{num_gpus:g} accelerators, one worker each; {num_cpus:g} cores for fetching"
         return Check("workers", "ok", detail)
     detail = f"no accelerator; {num_cpus:g} cores, one worker each"
     if num_cpus:
@@ -107,20 +107,20 @@ def _check_object_store(node: Node, recipe: Recipe | None) -> Check:
     shard_bytes = recipe.preprocess.num_samples_per_shard * 3 * recipe.image.resolution**2
     needed = _NUM_SHARDS_IN_FLIGHT * num_workers * shard_bytes
     if size >= needed:
-        return Check(name, "ok", f"{detail}; shards in flight may take {needed / _GIB:.1f}")
+        return Check(name, "ok", f"{detail}; shards in flight may take {needed / _GIB:.1f} GiB")
     fix = "ray start --object-store-memory, or --set preprocess.num_samples_per_shard=N"
-    detail += f"; shards in flight may take {needed / _GIB:.1f}, the rest goes to the disk"
+    detail += f"; shards in flight may take {needed / _GIB:.1f} GiB, the rest spills to disk"
     return Check(name, "warn", detail, fix)
 
 
 def _check_clock(answer: NodeResult[list[Check]]) -> Check:
     """Check the offset of a node's clock from the driver's."""
     ahead_s, error_s = answer.clock_ahead_s, answer.clock_error_s
-    detail = f"{ahead_s:+.3f} s beside the driver's (within {error_s:.3f} s)"
+    detail = f"{ahead_s:+.3f} s from the driver's (within {error_s:.3f} s)"
     skew_s = max(abs(ahead_s) - error_s, 0.0)
     if skew_s < _GOOD_CLOCK_SKEW_S:
         return Check("clock", "ok", detail)
-    fix = "let chrony or ntpd set the clocks of all nodes"
+    fix = "synchronize the clocks of all nodes with chrony or ntpd"
     return Check("clock", "warn" if skew_s < _MAX_CLOCK_SKEW_S else "fail", detail, fix)
 
 
@@ -157,7 +157,7 @@ def _probes(request: ClusterRequest) -> Iterator[tuple[tuple[Probe, ...], list[C
             storage.write_bytes(storage.join(url, file), content)
             probes.append(Probe(url, file, content))
         except (OSError, D2IError) as err:
-            fix = "check the URL, and this machine's leave to write there"
+            fix = "check the URL, and this machine's write permission there"
             detail = f"the driver cannot write: {first_line(err)}"
             problems.append(Check(f"storage {url}", "fail", detail, fix))
             probes.append(Probe(url, None, content))

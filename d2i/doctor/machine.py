@@ -70,7 +70,7 @@ def check_torch() -> Check:
         box = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
         kept = nms(box, torch.ones(1), 0.5).tolist()
     except (ImportError, RuntimeError, OSError) as err:
-        return Check("torch", "fail", f"{pair} do not fit: {first_line(err)}", fix)
+        return Check("torch", "fail", f"{pair} do not match: {first_line(err)}", fix)
     if kept != [0]:
         return Check("torch", "fail", f"{pair}: nms of one box gave {kept}, expected [0]", fix)
     return Check("torch", "ok", f"{pair}, one build")
@@ -86,9 +86,9 @@ def check_gpu() -> Check:
         size = torch.cuda.get_device_properties(0).total_memory
         return Check("GPU", "ok", f"{len(names)} x {names[0]}, {size / _GIB:.0f} GiB")
     if Path("/dev/nvidiactl").exists():
-        detail = f"an NVIDIA driver is here, but torch (CUDA {torch.version.cuda}) sees no GPU"
+        detail = f"an NVIDIA driver is installed, but torch (CUDA {torch.version.cuda}) sees no GPU"
         return Check("GPU", "warn", detail, "update the driver, or install torch for its CUDA")
-    fix = "none needed for the demo; the paper's recipes want NVIDIA GPUs"
+    fix = "none needed for the demo; the paper's recipes need NVIDIA GPUs"
     return Check("GPU", "warn", "none: everything runs on the CPU", fix)
 
 
@@ -115,7 +115,7 @@ def check_deepspeed(search_path: str | None = None) -> Check:
     problem = _compile_problem(compiler, path)
     if problem:
         fix = "install the headers (Debian, Ubuntu: apt-get install g++ python3-dev)"
-        return Check(name, "warn", f"{wanted} compiles no Python extension: {problem}", fix)
+        return Check(name, "warn", f"{wanted} cannot compile a Python extension: {problem}", fix)
     return Check(name, "ok", f"{version('deepspeed')}; {wanted} and ninja can build its operators")
 
 
@@ -126,7 +126,7 @@ def check_ray(timeout_s: float = _RAY_TIMEOUT_S, program: str = _RAY_PROGRAM) ->
         timeout_s: After this long, the process and all it started are killed.
         program: Python program to run.
     """
-    fix = "make the temporary folder and the shared memory writable, and open the loopback"
+    fix = "make the temporary directory and shared memory writable, and allow loopback connections"
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.DEVNULL,
@@ -147,24 +147,24 @@ def check_ray(timeout_s: float = _RAY_TIMEOUT_S, program: str = _RAY_PROGRAM) ->
     return Check("Ray", "ok", f"{version('ray')} started and ran a task")
 
 
-def check_disk(folder: Path | None = None) -> Check:
+def check_disk(directory: Path | None = None) -> Check:
     """Check the free space of the current directory; the demo needs less than 2 GiB."""
-    free = shutil.disk_usage(folder or Path.cwd()).free
-    detail = f"{free / _GIB:.1f} GiB free in the current folder"
+    free = shutil.disk_usage(directory or Path.cwd()).free
+    detail = f"{free / _GIB:.1f} GiB free in the current directory"
     if free < 2 * _GIB:
         return Check("disk", "fail", detail, "free 2 GiB for the demo, or give it another --out")
     if free < 20 * _GIB:
-        return Check("disk", "warn", detail, "enough for the demo; MMDialog's shards want 100 GiB")
+        return Check("disk", "warn", detail, "enough for the demo; MMDialog's shards need 100 GiB")
     return Check("disk", "ok", detail)
 
 
-def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
+def check_shared_memory(directory: Path = Path("/dev/shm")) -> Check:
     """Check the size of the memory that Ray's object store and DeepSpeed's CPU operators share."""
     name = "shared memory"
-    if not folder.is_dir():
-        return Check(name, "ok", f"no {folder} on this system; Ray uses the disk")
-    size = shutil.disk_usage(folder).total
-    detail = f"{folder} has {size / _GIB:.1f} GiB"
+    if not directory.is_dir():
+        return Check(name, "ok", f"no {directory} on this system; Ray uses the disk")
+    size = shutil.disk_usage(directory).total
+    detail = f"{directory} has {size / _GIB:.1f} GiB"
     if size < 2 * _GIB:
         return Check(name, "warn", detail, "in a container, start it with --shm-size=4g")
     return Check(name, "ok", detail)
@@ -182,10 +182,10 @@ def check_shipped_weights() -> Check:
     size = 0
     for part in filter(None, parts):
         try:
-            folder = Path(resolve_weights(part))
+            directory = Path(resolve_weights(part))
         except D2IError as err:
             return Check(name, "fail", first_line(err), REINSTALL)
-        sizes = [file.stat().st_size for file in folder.rglob("*.safetensors")]
+        sizes = [file.stat().st_size for file in directory.rglob("*.safetensors")]
         if not sizes:
             return Check(name, "fail", f"{part} holds no .safetensors file", REINSTALL)
         size += sum(sizes)
@@ -213,7 +213,7 @@ def check_inception(hub_dir: Path | None = None) -> Check:
         hub_dir: torch's cache; by default the one that torch names.
     """
     name = "Inception weights"
-    fix = f"put {_INCEPTION_URL} there, or give it by --set metrics.extractor_weights=FILE"
+    fix = f"download {_INCEPTION_URL} to it, or give --set metrics.extractor_weights=FILE"
     path = _torch_cache(hub_dir) / "checkpoints" / _INCEPTION
     if not path.is_file():
         return Check(name, "warn", f"{_INCEPTION} is not in torch's cache", fix)
@@ -221,7 +221,7 @@ def check_inception(hub_dir: Path | None = None) -> Check:
     digest = file_sha256(str(path))
     if not digest.startswith(expected):
         detail = f"{path} has sha256 {digest[:8]}, expected {expected}"
-        return Check(name, "fail", detail, f"put {_INCEPTION_URL} in its place")
+        return Check(name, "fail", detail, f"replace it with {_INCEPTION_URL}")
     return Check(name, "ok", f"{_INCEPTION} in torch's cache")
 
 

@@ -62,7 +62,7 @@ class Question:
     probes: tuple[Probe, ...]
 
 
-def look_at_node(question: Question, num_gpus: float, node_id: str) -> list[Check]:
+def inspect_node(question: Question, num_gpus: float, node_id: str) -> list[Check]:
     """Check the node this runs on: versions, accelerators, weights, storage, disk.
 
     Args:
@@ -99,13 +99,13 @@ def check_versions(expected: dict[str, str]) -> Check:
     found = installed_versions()
     differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     if not differing:
-        return Check("versions", "ok", f"as the driver's: {len(found)} packages")
+        return Check("versions", "ok", f"same as the driver's: {len(found)} packages")
     detail = ", ".join(
         f"{name} {found.get(name, 'absent')}, the driver has {expected.get(name, 'none')}"
         for name in differing
     )
     is_decisive = any(_is_decisive(expected.get(n, ""), found.get(n, ""), n) for n in differing)
-    fix = "use one image, or one environment made from constraints.txt, on all nodes"
+    fix = "use one container image, or one environment from constraints.txt, on all nodes"
     return Check("versions", "fail" if is_decisive else "warn", detail, fix)
 
 
@@ -113,7 +113,7 @@ def check_accelerators(num_gpus: float) -> Check:
     """Check that torch computes on as many accelerators as Ray counts here."""
     name = "accelerators"
     if not num_gpus:
-        return Check(name, "ok", "none; this node fetches, or computes on cores")
+        return Check(name, "ok", "none; this node fetches, or computes on CPU cores")
     # Ray hides them from a process that reserves none.
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     import torch
@@ -140,13 +140,15 @@ def check_weights(setting: str, value: str) -> Check:
     if path.exists():
         return Check(name, "ok", f"{value}, {_size_bytes(path) / 2**20:.1f} MiB")
     if path.is_absolute() or not _HUB_NAME.fullmatch(value):
-        fix = "copy it to every node, or put it on a file system that all share"
-        return Check(name, "fail", f"{value} is not here", fix)
+        fix = "copy it to every node, or put it on a shared file system"
+        return Check(name, "fail", f"{value} is not on this node", fix)
     if _is_in_hub_cache(value):
         return Check(name, "ok", f"{value}, in the hub's cache")
-    fix = f"'hf download {value}' on every node, or set HF_HOME to a folder that all share"
+    fix = f"'hf download {value}' on every node, or set HF_HOME to a shared directory"
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return Check(name, "fail", f"{value} is not in the hub's cache, and HF_HUB_OFFLINE", fix)
+        return Check(
+            name, "fail", f"{value} is not in the hub's cache, and HF_HUB_OFFLINE is set", fix
+        )
     return Check(name, "warn", f"{value} is not in the hub's cache: it will be downloaded", fix)
 
 
@@ -154,12 +156,12 @@ def check_storage(probe: Probe, node_id: str) -> Check:
     """Check that the driver's file can be read in a directory, and the node's own written."""
     name = f"storage {probe.url}"
     own = storage.join(probe.url, f"d2i-probe-{node_id}")
-    fix = "give every node the same place, and its own leave to read and write there"
+    fix = "mount the same storage on every node, with permission to read and write there"
     try:
         if probe.name and storage.read_bytes(storage.join(probe.url, probe.name)) != probe.content:
-            return Check(name, "fail", "another file than the driver's lies there", fix)
+            return Check(name, "fail", "the file there is not the driver's", fix)
     except FileNotFoundError:
-        return Check(name, "fail", "the driver's file is not there: it is another place", fix)
+        return Check(name, "fail", "the driver's file is not there: this is other storage", fix)
     except (OSError, D2IError) as err:
         return Check(name, "fail", f"cannot be read: {first_line(err)}", fix)
     try:
@@ -169,19 +171,21 @@ def check_storage(probe: Probe, node_id: str) -> Check:
     except (OSError, D2IError) as err:
         return Check(name, "fail", f"cannot be written: {first_line(err)}", fix)
     if not is_whole:
-        return Check(name, "fail", "what was written came back otherwise", fix)
+        return Check(name, "fail", "read other bytes than were written", fix)
     return Check(name, "ok", "read, written and removed a file")
 
 
-def check_disk(folder: Path | None = None) -> Check:
+def check_disk(directory: Path | None = None) -> Check:
     """Check the free space where Ray spills objects and files are prepared."""
-    folder = folder or Path(tempfile.gettempdir())
-    usage = shutil.disk_usage(folder)
-    detail = f"{usage.free / _GIB:.1f} GiB free in {folder}"
+    directory = directory or Path(tempfile.gettempdir())
+    usage = shutil.disk_usage(directory)
+    detail = f"{usage.free / _GIB:.1f} GiB free in {directory}"
     if usage.used > _FULL_DISK * usage.total:
-        return Check("disk", "fail", f"{detail}, over 95 % full: Ray spills no more", "make room")
+        return Check(
+            "disk", "fail", f"{detail}, over 95 % full: Ray stops spilling", "free disk space"
+        )
     if usage.free < 20 * _GIB:
-        return Check("disk", "warn", detail, "little for spilled objects: make room")
+        return Check("disk", "warn", detail, "little for spilled objects: free disk space")
     return Check("disk", "ok", detail)
 
 

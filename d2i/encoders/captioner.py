@@ -38,17 +38,17 @@ class Captioner:
         except (OSError, ValueError, KeyError) as err:
             raise CheckpointError(
                 f"{name}: cannot load its image processor or tokenizer: "
-                f"{str(err).strip().splitlines()[0][:200]}; expected them beside the model"
+                f"{str(err).strip().splitlines()[0][:200]}; expected both beside the model"
             ) from err
 
     @torch.inference_mode()
-    def describe(self, pictures: Sequence[Image.Image]) -> list[str]:
+    def describe(self, images: Sequence[Image.Image]) -> list[str]:
         """Caption RGB images, each in one line, with greedy decoding.
 
         Raises:
             CheckpointError: If the model requires a question beside the image.
         """
-        pixels = self._processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
         try:
             ids = self._module.generate(
                 pixel_values=pixels.to(self._device),
@@ -59,7 +59,7 @@ class Captioner:
         except (ValueError, TypeError) as err:
             raise CheckpointError(
                 f"{self.name}: {str(err).strip().splitlines()[0][:200]}; expected a model that "
-                "describes a picture unasked, such as BLIP, GIT or ViT-GPT2"
+                "captions an image without a question, such as BLIP, GIT or ViT-GPT2"
             ) from err
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]

@@ -18,7 +18,7 @@ from d2i.config import Precision
 from d2i.errors import CheckpointError
 from d2i.weights_resolve import resolve_weights
 
-_IMPORT_AGAIN = "copy it again from where it came, or repeat d2i weights import"
+_IMPORT_AGAIN = "copy it again from its source, or repeat d2i weights import"
 
 
 def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
@@ -44,8 +44,8 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as err:
         reason = str(err).strip().splitlines()[0][:200]
         raise CheckpointError(
-            f"{name}: cannot load {model_class.__name__}: {reason}; expected a folder made by "
-            "save_pretrained or a hub repository; give a local folder with --set encoders.…=PATH"
+            f"{name}: cannot load {model_class.__name__}: {reason}; expected a directory made by "
+            "save_pretrained or a hub repository; give a local one with --set encoders.…=PATH"
         ) from err
     return freeze(module)
 

@@ -35,6 +35,7 @@ def check_made_by(hashes: Mapping[EncoderName, str], manifest: Manifest, data_ur
         expected = part.get(name, found) if isinstance(part, dict) else found
         if found != expected:
             raise CheckpointError(
-                f"encoders.{name}: its weights are {found[:16]}…; expected {str(expected)[:16]}…, "
-                f"by which {data_url} was made; put those back, or prepare the data anew"
+                f"encoders.{name}: got weights with sha256 {found[:16]}…; expected "
+                f"{str(expected)[:16]}…, which prepared {data_url}; restore those weights, or "
+                "prepare the data again"
             )

@@ -37,7 +37,7 @@ def _check(name: str, value: str, *, is_here: bool) -> None:
         return
     if where.is_absolute() or value.startswith((".", "~")) or value.count("/") not in (1, 2):
         if is_here:
-            raise _missing(name, value, "no such file or folder")
+            raise _missing(name, value, "no such file or directory")
         return
     if reason := _not_in_hub(value):
         raise _missing(name, value, reason)
@@ -58,6 +58,7 @@ def _not_in_hub(value: str) -> str:
 
 def _missing(name: str, value: str, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"encoders.{name} is {value}: {reason}; expected a file, a folder made by save_pretrained "
-        f"or a hub repository, before pictures are fetched for it; give --set encoders.{name}=PATH"
+        f"encoders.{name} is {value}: {reason}; expected a file, a directory made by "
+        f"save_pretrained or a hub repository, before images are fetched; give --set "
+        f"encoders.{name}=PATH"
     )

@@ -101,8 +101,9 @@ def write_categories(out_url: str, reader: ShardReader, arrays: Arrays | None = 
         arrays = read_tasks(out_url, finished_tasks(out_url))
     if "keys" not in arrays or arrays["keys"].tolist() != list(reader.keys):
         raise DataError(
-            f"{out_url}/tasks: expected what was measured of each of the {len(reader)} instances "
-            f"of {reader.url}, got {len(arrays.get('keys', ()))}; run `d2i eval` again"
+            f"{out_url}/tasks: got measurements of {len(arrays.get('keys', ()))} instances; "
+            f"expected those of the {len(reader)} instances of {reader.url}, in order; run "
+            "`d2i eval` again"
         )
     members = find_members(reader)
     document = {

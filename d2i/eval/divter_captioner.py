@@ -95,8 +95,9 @@ def read_pairs(data_url: str, config: TextConfig) -> list[tuple[str, str]]:
             pairs.append((context_text(turns, config), description))
     if not pairs:
         raise DataError(
-            f"{data_url} has no descriptions to learn from; expected PhotoChat's, or those of "
-            "'d2i corpus --describe' as --set corpus.descriptions=FILE of d2i preprocess"
+            f"{data_url} has no captions to train on; expected PhotoChat's descriptions, or "
+            "captions from 'd2i corpus --describe'; pass those to d2i preprocess with "
+            "--set corpus.descriptions=FILE"
         )
     return pairs
 
@@ -142,10 +143,14 @@ def _load(name: str, device: str) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as err:
         reason = str(err).strip().splitlines()[0][:200]
         raise CheckpointError(
-            f"{name}: cannot load its tokenizer: {reason}; expected it beside the model"
+            f"{name}: cannot load its tokenizer: {reason}; expected the tokenizer's files in the "
+            "model's directory; save it there with save_pretrained"
         ) from err
     if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"{name}: its tokenizer has no end token; expected a causal model's")
+        raise CheckpointError(
+            f"{name}: its tokenizer has no end-of-sequence token; expected the tokenizer of a "
+            "causal language model"
+        )
     return module, tokenizer
 
 
@@ -159,9 +164,9 @@ def _context_ids(tokenizer: Any, text: str) -> list[int]:
 def _row(tokenizer: Any, text: str, description: str) -> tuple[list[int], list[int]]:
     """Return the token ids of one pair, and its labels: the loss ignores the dialog."""
     context = _context_ids(tokenizer, text)
-    said = tokenizer(f" {description}", add_special_tokens=False)["input_ids"]
-    said = [*said[: _MAX_DESCRIPTION_TOKENS - 1], tokenizer.eos_token_id]
-    return context + said, [_IGNORED] * len(context) + said
+    caption = tokenizer(f" {description}", add_special_tokens=False)["input_ids"]
+    caption = [*caption[: _MAX_DESCRIPTION_TOKENS - 1], tokenizer.eos_token_id]
+    return context + caption, [_IGNORED] * len(context) + caption
 
 
 def _batch(

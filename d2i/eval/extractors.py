@@ -48,8 +48,9 @@ class ClipExtractor:
     ) -> None:
         if classes and tower is None:
             raise ConfigError(
-                "metrics.classes are prompts, and metrics.clip_text is null; expected the text "
-                "tower of the CLIP image encoder; name it, or --set metrics.classes=[]"
+                "metrics.classes needs a CLIP text tower to embed its prompts; got "
+                "metrics.clip_text=null; set it to the text tower of the CLIP image encoder, or "
+                "--set metrics.classes=[]"
             )
         self.name = (
             f"clip_image {encoders.clip_image.hash[:12]}, "

@@ -98,11 +98,11 @@ class FeatureComputer:
         data = self._reader.read_image(index)
         if data is None:
             raise DataError(
-                f"{self._reader.keys[index]} has no picture in the shards; expected its source "
-                "bytes; prepare the data with --set preprocess.keep_images=always"
+                f"{self._reader.keys[index]}: the shards have no source image of it; prepare the "
+                "data with --set preprocess.keep_images=always"
             )
-        picture = decode_image(data, self._recipe.image)
-        return np.asarray(crop_to_square(picture.image, self.resolution))
+        decoded = decode_image(data, self._recipe.image)
+        return np.asarray(crop_to_square(decoded.image, self.resolution))
 
 
 def generation_rows(generations: Sequence[Generation]) -> Arrays:

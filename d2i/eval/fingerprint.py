@@ -24,15 +24,15 @@ def hash_contents(spec: SystemSpec) -> dict[str, str]:
     Anything else, such as a hub repository or a function, has no hash.
     """
     found = {}
-    for place in _places(spec):
-        files = sorted(_hash_files(place, images_only=spec.kind == "images"))
+    for location in _locations(spec):
+        files = sorted(_hash_files(location, images_only=spec.kind == "images"))
         if files:
             lines = "\n".join(f"{digest} {name}" for name, digest in files)
-            found[place] = hashlib.sha256(lines.encode()).hexdigest()
+            found[location] = hashlib.sha256(lines.encode()).hexdigest()
     return found | (hash_contents(spec.inner) if spec.inner else {})
 
 
-def _places(spec: SystemSpec) -> Iterator[str]:
+def _locations(spec: SystemSpec) -> Iterator[str]:
     if spec.network:
         yield str(spec.network.weights)
     elif spec.kind == "retrieve":
@@ -44,11 +44,11 @@ def _places(spec: SystemSpec) -> Iterator[str]:
         yield spec.adapter.path
 
 
-def _hash_files(place: str, *, images_only: bool) -> Iterator[tuple[str, str]]:
+def _hash_files(location: str, *, images_only: bool) -> Iterator[tuple[str, str]]:
     """Yield name and hash of the file at a path or URL, or of all files below it."""
-    local = storage.local_path(place)
+    local = storage.local_path(location)
     if local is None:
-        versions = storage.list_versions(place).items()
+        versions = storage.list_versions(location).items()
         yield from (found for found in versions if not found[0].endswith(checksums.SUFFIX))
         return
     path = Path(resolve_weights(str(local)))

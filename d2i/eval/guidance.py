@@ -13,7 +13,7 @@ from d2i import storage
 from d2i.errors import ConfigError
 from d2i.run_dir import BEST_NAME, load_selection, read_choice
 
-_SAID = ("metric", "value", "num_instances", "seed")
+_ORIGIN_KEYS = ("metric", "value", "num_instances", "seed")
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,17 @@ def choose_settings(
         inner = target.partition(",")[2]
         return choose_settings(inner, given, selected, weights=weights, adapter=adapter)
     chosen: list[str] = []
-    said: dict[str, Any] = {"how": "recipe"}
+    origin: dict[str, Any] = {"how": "recipe"}
     if kind == "run" and (best := load_selection(target)):
         if _value("sample.weights", given) in (None, best.weights_kind):
-            chosen, said = best.settings(), _said(read_choice(target))
+            chosen, origin = best.settings(), _origin(read_choice(target))
     elif selected is not None:
         content = _read_selected(selected, system, generation_weights(weights, adapter))
-        chosen, said = list(content["settings"]), _said(content)
+        chosen, origin = list(content["settings"]), _origin(content)
     setting = "sample.pipeline" if kind == "diffusers" else "sample.guidance_scale"
     if _value(setting, given) is not None:
-        said = {"how": "given"}
-    return Choice([*chosen, *given], said)
+        origin = {"how": "given"}
+    return Choice([*chosen, *given], origin)
 
 
 def generation_weights(weights: str | None, adapter: str | None) -> dict[str, str | None]:
@@ -87,30 +87,31 @@ def _value(name: str, settings: Sequence[str]) -> str | None:
     return next((value for key, _, value in reversed(list(values)) if key == name), None)
 
 
-def _said(best: dict[str, Any]) -> dict[str, Any]:
-    return {"how": "select"} | {name: best.get(name) for name in _SAID}
+def _origin(best: dict[str, Any]) -> dict[str, Any]:
+    return {"how": "select"} | {name: best.get(name) for name in _ORIGIN_KEYS}
 
 
-def _read_selected(folder: str, system: str, files: dict[str, str | None]) -> dict[str, Any]:
+def _read_selected(directory: str, system: str, files: dict[str, str | None]) -> dict[str, Any]:
     """Read the choice of `d2i select --system`, and check that it is for this system and files."""
     try:
-        best = read_choice(folder)
+        best = read_choice(directory)
         of, settings = best["system"], best["settings"]
     except (OSError, KeyError) as err:
         raise ConfigError(
-            f"--selected {folder}: {BEST_NAME} there cannot be read; expected what d2i select "
-            "--system wrote; repeat that command"
+            f"--selected {directory}: cannot read its {BEST_NAME}; expected a directory written by "
+            "d2i select --system; repeat that command"
         ) from err
     kind, colon, place = system.partition(":")
     named = f"{kind}:{storage.absolute(place)}" if colon else kind
     if of != named or not isinstance(settings, list):
         raise ConfigError(
-            f"--selected {folder}: was chosen for {of}, got {named}; repeat d2i select for it"
+            f"--selected {directory}: its settings were selected for {of}, got {named}; repeat d2i "
+            "select for it"
         )
     for name, file in files.items():
         if best.get(name, file) != file:
             raise ConfigError(
-                f"--selected {folder}: was chosen with --{name} {best[name]}, got {file}; repeat "
-                "d2i select with it"
+                f"--selected {directory}: its settings were selected with --{name} {best[name]}, "
+                f"got {file}; repeat d2i select with it"
             )
     return best

@@ -89,7 +89,7 @@ class EvalProgress:
         rate = self.num_done / max(time.monotonic() - self.started, 1e-9)
         left = self.num_images - self.num_before - self.num_done
         done = self.num_before + self.num_done
-        shown = f"{done}/{self.num_images} pictures  {rate:.1f}/s  {left / rate:.0f} s left"
+        shown = f"{done}/{self.num_images} images  {rate:.1f}/s  {left / rate:.0f} s left"
         failed = ", ".join(f"{n} {reason}" for reason, n in self.failures.most_common())
         return f"{shown}  ({failed})" if failed else shown
 
@@ -113,8 +113,8 @@ def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) 
     """
     if request.system.kind == "images" and request.context != "full":
         raise ConfigError(
-            f"--context {request.context}: {request.system.name} has drawn already, however it was "
-            "asked; expected full; tell what it was shown with --label"
+            f"--context {request.context}: the images of {request.system.name} are generated "
+            "already; expected full; name the context that they were generated from with --label"
         )
     with storage.exclusive_lock(request.out_url):
         return _work(request, on_progress)
@@ -140,8 +140,8 @@ def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> 
     remove_unfinished(request.out_url)
     if not len(reader):
         raise DataError(
-            f"{request.data_url} holds no sample; expected at least one; its ledger and "
-            "manifest.json say why there is none"
+            f"{request.data_url} has no samples; expected at least one; see its ledger and "
+            "manifest.json for the reasons"
         )
     decided = _decided_by(request, reader)
     _settle(request, decided)
@@ -166,7 +166,7 @@ def _read_arrays(out_url: str, num_instances: int) -> Arrays:
     if num_finished != num_instances:
         raise DataError(
             f"{out_url}/tasks has {num_finished} of {num_instances} instances at the end: another "
-            "process writes there; expected one; repeat the command"
+            "process is writing to it; wait for that process to finish, then repeat the command"
         )
     return read_tasks(out_url, tasks)
 
@@ -247,13 +247,13 @@ def _settle(request: EvalRequest, decided: dict[str, Any]) -> None:
     differences = lock_or_diff(kept, decided, partial(with_legacy_defaults, formerly=formerly))
     if differences and all(difference.startswith("files.") for difference in differences):
         raise ConfigError(
-            f"{request.out_url} holds what {request.system.name} gave before its files changed; "
-            "expected the same files; choose another --out"
+            f"{request.out_url} has results of {request.system.name} from before its files "
+            "changed; expected the same files; restore them, or choose another --out"
         )
     if differences:
         raise ConfigError(
-            f"{request.out_url} was begun with other settings: got {'; '.join(differences[:3])}; "
-            "repeat those or choose another --out"
+            f"{request.out_url} was started with other settings: got {'; '.join(differences[:3])}; "
+            "use the same settings, or choose another --out"
         )
 
 
@@ -269,4 +269,8 @@ def _keep_real(request: EvalRequest, measured: Measured) -> None:
         ReferenceFeatures(described).keep(measured.arrays)
     except OSError as err:
         # Only time is lost: the next evaluation computes them again.
-        logging.getLogger(__name__).warning("features of the true pictures are not kept: %s", err)
+        logging.getLogger(__name__).warning(
+            "cannot cache the features of the reference images; the next evaluation computes them "
+            "again: %s",
+            err,
+        )

@@ -105,7 +105,9 @@ def compute_fid(real_features: Any, features: Any) -> float:
     try:
         found = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
     except np.linalg.LinAlgError as error:
-        raise DataError(f"fid: {error}; the features' covariance overflows, check them") from error
+        raise DataError(
+            f"fid: {error}; the covariance of the features overflows; check their range"
+        ) from error
     return _finite("fid", found)
 
 
@@ -134,7 +136,7 @@ def _inception_score(
     rows = _matrix("logits", logits)
     if len(rows) != num_images:
         raise DataError(
-            f"logits: got {len(rows)} rows, expected {num_images}, one for each picture scored"
+            f"logits: got {len(rows)} rows, expected {num_images}, one per generated image"
         )
     num_splits = min(most_splits, len(rows))
     found = isc_features_to_metric(rows, splits=num_splits, shuffle=True, rng_seed=seed)
@@ -150,7 +152,7 @@ def _clip_i(real: torch.Tensor, fake: torch.Tensor) -> float:
     _expect_same_width("embeddings", real, fake)
     if len(real) != len(fake):
         raise DataError(
-            f"embeddings: got {len(fake)} rows for {len(real)} true pictures, expected pairs"
+            f"embeddings: got {len(fake)} rows for {len(real)} reference images, expected pairs"
         )
     norms = real.norm(dim=1) * fake.norm(dim=1)
     if bool((norms == 0).any()):
@@ -166,15 +168,15 @@ def _matrix(name: str, values: Any) -> torch.Tensor:
     tensor = values.detach().cpu() if torch.is_tensor(values) else torch.tensor(np.asarray(values))
     if tensor.dim() != 2 or len(tensor) < _MIN_IMAGES:
         raise DataError(
-            f"{name}: got shape {tuple(tensor.shape)}, expected (pictures, width) with at least "
-            f"{_MIN_IMAGES} pictures; score more of them"
+            f"{name}: got shape {tuple(tensor.shape)}, expected (images, width) with at least "
+            f"{_MIN_IMAGES} images; score more images"
         )
     tensor = tensor.double()
     bad_rows = (~tensor.isfinite().all(dim=1)).nonzero().flatten()
     if len(bad_rows):
         raise DataError(
-            f"{name}: {len(bad_rows)} of {len(tensor)} rows hold values that are not finite, the "
-            f"first is row {int(bad_rows[0])}; look at that picture and at the network's weights"
+            f"{name}: {len(bad_rows)} of {len(tensor)} rows have values that are not finite, "
+            f"first row {int(bad_rows[0])}; check that image and the network's weights"
         )
     return tensor
 
@@ -182,8 +184,8 @@ def _matrix(name: str, values: Any) -> torch.Tensor:
 def _expect_same_width(name: str, real: torch.Tensor, fake: torch.Tensor) -> None:
     if real.shape[1] != fake.shape[1]:
         raise DataError(
-            f"{name}: width {fake.shape[1]} beside the true pictures' {real.shape[1]}; "
-            "both must come from one extractor"
+            f"{name}: got width {fake.shape[1]}, expected {real.shape[1]} as for the reference "
+            "images; compute both with the same extractor"
         )
 
 
@@ -232,16 +234,16 @@ class InceptionFeatures:
 def _check_inception(path: Path, digits: str) -> None:
     if not path.is_file():
         raise DataError(
-            f"{path} is not there; expected torch-fidelity's Inception weights ('d2i doctor' has "
-            "their address); put it there, name it with --set metrics.extractor_weights=PATH, or "
+            f"{path} does not exist; expected torch-fidelity's Inception weights ('d2i doctor' "
+            "prints their URL); put the file there, pass --set metrics.extractor_weights=PATH, or "
             "--set metrics.extractor=clip"
         )
     digest = file_sha256(str(path))
     if not digest.startswith(digits):
-        raise DataError(f"{path} has sha256 {digest[:8]}, expected {digits}; fetch it anew")
+        raise DataError(f"{path} has sha256 {digest[:8]}, expected {digits}; download it again")
     try:
         torch.load(path, weights_only=True)
     except pickle.UnpicklingError as err:
         raise DataError(
-            f"{path} holds more than arrays; expected a state dict; fetch the published file"
+            f"{path} has more than arrays; expected a state dict; download the published file"
         ) from err

@@ -30,7 +30,7 @@ def export_dialogs(data_url: str, out_url: str) -> int:
     """
     reader = ShardReader(data_url)
     if not len(reader):
-        raise DataError(f"{data_url} holds no sample; expected a test split; check --data")
+        raise DataError(f"{data_url} has no samples; expected a test split; check --data")
     lines = []
     for index, key in enumerate(reader.keys):
         lines.append(json.dumps(_dialog(index, key, reader.read_json(index)["context"])))
@@ -43,9 +43,9 @@ def export_dialogs(data_url: str, out_url: str) -> int:
 
 
 def _dialog(number: int, key: str, context: list[dict[str, Any]]) -> dict[str, Any]:
-    said = [_readable(turn["text"].strip()) for turn in context if turn["text"].strip()]
+    texts = [_readable(turn["text"].strip()) for turn in context if turn["text"].strip()]
     # At least one turn must come before the turn of the image.
-    before, own = (said[:-1], said[-1]) if len(said) > 1 else (said or ["..."], "...")
+    before, own = (texts[:-1], texts[-1]) if len(texts) > 1 else (texts or ["..."], "...")
     turns = [[{"__TEXT__": text}] for text in before]
     turns.append([{"__TEXT__": own}, {"__MEDIA__": key}])
     return {"conversation_id": number, "conversation": [{"turn": parts} for parts in turns]}

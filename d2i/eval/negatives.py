@@ -56,8 +56,8 @@ def find_negatives(reader: ShardReader, source: str) -> Listed:
     listed = [of_dialogs.get(str(sample["dialog_id"]), none) for sample in samples]
     if not any(map(len, listed)):
         raise DataError(
-            f"--negatives {source}: none of what it lists is a picture of {reader.url}; expected "
-            "the corpus that the data were prepared from, with its negative candidates"
+            f"--negatives {source}: no image that it lists is in {reader.url}; expected the corpus "
+            "that the data set was prepared from, with its negative candidates"
         )
     return Listed(
         source, [found[found != index][:NUM_NEGATIVES] for index, found in enumerate(listed)]

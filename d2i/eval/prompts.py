@@ -89,7 +89,7 @@ def derangement(keys: list[str]) -> list[int]:
     if len(set(dialogs)) < 2:
         raise ConfigError(
             f"--context shuffled: the data set has {len(set(dialogs))} dialog; expected at least "
-            "two to exchange; prepare more of the corpus"
+            "two, to swap contexts between them; prepare more of the corpus"
         )
     order = sorted(range(len(keys)), key=lambda index: key_order_hash(keys[index], 0))
     found = [0] * len(keys)

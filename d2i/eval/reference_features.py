@@ -32,7 +32,7 @@ class ReferenceFeatures:
 
     def __init__(self, described: Mapping[str, Any]) -> None:
         self._described = json.dumps(described, sort_keys=True)
-        self._folder = storage.cache_folder(f"real features {self._described}")
+        self._directory = storage.cache_directory(f"real features {self._described}")
 
     def read(self, indices: Sequence[int]) -> dict[str, NDArray[Any]] | None:
         """Return `real_features` and `real_embeddings` of instances, or None if not cached."""
@@ -46,23 +46,23 @@ class ReferenceFeatures:
             return
         sums = {}
         for name in NAMES:
-            url = str(self._folder / f"{name}.npy")
+            url = str(self._directory / f"{name}.npy")
             with storage.new_file(url) as path:
                 with path.open("wb") as file:
                     np.save(file, arrays[name], allow_pickle=False)
                 sums[name] = file_sha256(str(path))
         # Written last: without it the features do not count as cached.
-        said = json.dumps({"described": self._described, "sha256": sums})
-        storage.write_bytes(str(self._folder / _DESCRIBED), said.encode())
+        stored = json.dumps({"described": self._described, "sha256": sums})
+        storage.write_bytes(str(self._directory / _DESCRIBED), stored.encode())
 
     @cached_property
     def _kept(self) -> dict[str, NDArray[Any]] | None:
         """The cached features; None if any of them is missing or damaged."""
         try:
-            said = parse_json(storage.read_bytes(str(self._folder / _DESCRIBED)), _DESCRIBED)
-            if said.get("described") != self._described:
+            stored = parse_json(storage.read_bytes(str(self._directory / _DESCRIBED)), _DESCRIBED)
+            if stored.get("described") != self._described:
                 return None
-            return {name: self._read_kept(name, said["sha256"][name]) for name in NAMES}
+            return {name: self._read_kept(name, stored["sha256"][name]) for name in NAMES}
         except (OSError, DataError, ValueError, LookupError, TypeError):
             return None
 
@@ -72,8 +72,8 @@ class ReferenceFeatures:
         Raises:
             ValueError: If its file has another sha256.
         """
-        path = self._folder / f"{name}.npy"
+        path = self._directory / f"{name}.npy"
         if file_sha256(str(path)) != sha256:
-            raise ValueError(f"{path} does not have the sha256 that it was kept with")
+            raise ValueError(f"{path} does not match the sha256 it was cached with")
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         return array

@@ -136,6 +136,7 @@ def _check_text(found: tuple[int, ...], network: Any) -> None:
     expected = (network.num_text_tokens, network.text_dim)
     if found != expected:
         raise ConfigError(
-            f"the text latents are {found} (tokens, features), expected {expected}, as the network "
-            "reads them; check text.num_windows, backbone.num_text_tokens and encoders.text_prefix"
+            f"text latents: got shape {found} (tokens, features), expected {expected}, the input "
+            "of the network; check text.num_windows, backbone.num_text_tokens and "
+            "encoders.text_prefix"
         )

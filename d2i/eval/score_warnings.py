@@ -33,31 +33,34 @@ def score_warnings(
         resolution: The side in pixels at which the images were measured.
         num_resampled: The number of instances that intervals are computed from.
     """
-    num_drawn, keys = len(measured.generated), measured.arrays["keys"]
+    num_generated, keys = len(measured.generated), measured.arrays["keys"]
     yield from _fid_warnings(measured)
-    yield from _inception_warnings(scores, num_drawn)
+    yield from _inception_warnings(scores, num_generated)
     yield from _recall_warnings(int(scores["num_negatives"] or 0))
     yield from _dialog_warnings(measured.num_dialogs)
     if measured.failures:
         yield (
-            f"{num_drawn} of {len(keys)} instances have a picture ({counted(measured.failures)}); "
-            "the others are left out, not replaced"
+            f"{num_generated} of {len(keys)} instances have an image "
+            f"({counted(measured.failures)}); the others are left out, not replaced"
         )
     if num_resampled < len(keys):
         yield (
-            f"intervals come from {num_resampled} of {len(keys)} instances, whole dialogs, scaled "
-            "to all; paired KID is that of those alone"
+            f"intervals are computed from {num_resampled} of {len(keys)} instances (whole "
+            "dialogs) and scaled to all; paired KID is of those instances only"
         )
     if measured.listed and (number := measured.listed.mean_number) < NUM_NEGATIVES:
         yield (
-            f"of the {NUM_NEGATIVES} negatives that {measured.listed.source} lists for a dialog, "
-            f"{number:.1f} are pictures of the data set; the rest were drawn by key hash"
+            f"of the {NUM_NEGATIVES} negatives that {measured.listed.source} lists per dialog, "
+            f"{number:.1f} on average are in the data set; the others are drawn by key hash"
         )
     flat = np.flatnonzero(measured.arrays["is_flat"])
     if len(flat):
-        yield f"{len(flat)} pictures are of one colour, the first is that of {keys[flat[0]]}"
-    if num_drawn > 1 and (measured.arrays["embeddings"] == measured.arrays["embeddings"][0]).all():
-        yield "all pictures are alike to CLIP: the system draws one picture for every dialog"
+        yield f"images of a single colour: {len(flat)}, the first is that of {keys[flat[0]]}"
+    if (
+        num_generated > 1
+        and (measured.arrays["embeddings"] == measured.arrays["embeddings"][0]).all()
+    ):
+        yield "all images have the same CLIP embedding: the system generates one image for all"
     yield from _source_warnings(measured.sources, resolution)
 
 
@@ -71,20 +74,22 @@ def _fid_warnings(measured: Measured) -> Iterator[str]:
         )
 
 
-def _inception_warnings(scores: Mapping[str, float | int | None], num_drawn: int) -> Iterator[str]:
+def _inception_warnings(
+    scores: Mapping[str, float | int | None], num_generated: int
+) -> Iterator[str]:
     splits = scores["is_splits"]
     if splits is None:
         return
-    fewest = num_drawn // int(splits)
+    fewest = num_generated // int(splits)
     if scores["is"] is None:
         yield (
-            f"IS is not scored: each of {splits} splits of {num_drawn} images has one image, and "
-            "so IS 1, whatever it shows"
+            f"IS is not scored: each of {splits} splits of {num_generated} images has one image, "
+            "for which IS is always 1"
         )
     elif fewest < _FEW_IN_SPLIT:
         yield (
             f"IS over {splits} splits of {fewest} images is biased low and cannot exceed "
-            f"{-(-num_drawn // int(splits))}; compare only scores on the same number of images"
+            f"{-(-num_generated // int(splits))}; compare only scores on the same number of images"
         )
 
 
@@ -92,24 +97,24 @@ def _recall_warnings(num_negatives: int) -> Iterator[str]:
     if constant := [k for k in RECALLS if k > num_negatives]:
         names = " and ".join(f"recall@{k}" for k in constant)
         yield (
-            f"{names} not scored: among {num_negatives} negatives every rank is within the first "
+            f"{names} not scored: with {num_negatives} negatives every rank is within the first "
             f"{constant[0]}"
         )
     scored = [k for k in RECALLS if k <= num_negatives]
     if scored and num_negatives < _FEW_NEGATIVES:
         by_chance = 100 * scored[-1] / (num_negatives + 1)
         yield (
-            f"recall is among {num_negatives} negatives and not {NUM_NEGATIVES}: by chance "
-            f"recall@{scored[-1]} is {by_chance:.0f} %"
+            f"recall is among {num_negatives} negatives instead of {NUM_NEGATIVES}: recall@"
+            f"{scored[-1]} by chance is {by_chance:.0f} %"
         )
 
 
 def _dialog_warnings(num_dialogs: int) -> Iterator[str]:
     if num_dialogs == 1:
-        yield "all images are of one dialog: nothing tells how far another dialog would move scores"
+        yield "all images are of one dialog: the variation of scores between dialogs is unknown"
     elif num_dialogs < _FEW_DIALOGS:
         yield (
-            f"scores over {num_dialogs} dialogs say little, and their intervals are too narrow "
+            f"scores over {num_dialogs} dialogs are unreliable, and their intervals too narrow "
             f"(use {_FEW_DIALOGS} dialogs or more)"
         )
 
@@ -118,19 +123,19 @@ def _source_warnings(sources: list[str], resolution: int) -> Iterator[str]:
     files = [source.split() for source in sources if " " in source]
     codecs, sizes = {form for form, _ in files}, {size for _, size in files}
     if "jpg" in codecs:
-        yield "some pictures were read from JPEG: its artefacts are scored too; prefer PNG"
+        yield "some images were read from JPEG, whose artefacts affect the scores; prefer PNG"
     if len(codecs) > 1:
-        yield f"the pictures are of different codecs ({', '.join(sorted(codecs))}); expected one"
+        yield f"the images have different codecs ({', '.join(sorted(codecs))}); expected one"
     if len(sizes) > 1:
         shown = ", ".join(sorted(sizes)[:3])
-        yield f"the pictures have {len(sizes)} sizes ({shown}), each resized by itself"
+        yield f"the images have {len(sizes)} sizes ({shown}); each was resized separately"
     if small := sorted(size for size in sizes if min(map(int, size.split("x"))) < resolution):
         yield (
-            f"pictures of {small[0]} were enlarged to {resolution}x{resolution}: what they lack in "
-            "detail is scored too"
+            f"images of {small[0]} were upscaled to {resolution}x{resolution}: their lack of "
+            "detail affects the scores"
         )
 
 
 def counted(failures: Mapping[str, int]) -> str:
     """Format the number of failures by reason as text."""
-    return ", ".join(f"{number} {reason}" for reason, number in failures.items()) or "no failure"
+    return ", ".join(f"{number} {reason}" for reason, number in failures.items()) or "no failures"

@@ -45,9 +45,9 @@ def score(measured: Measured, resolution: int) -> dict[str, Any]:
     """
     if len(measured.generated) < _MIN_IMAGES:
         raise DataError(
-            f"got {len(measured.generated)} pictures for {len(measured.arrays['keys'])} instances "
-            f"({counted(measured.failures)}); expected at least {_MIN_IMAGES}; see "
-            "instances.jsonl"
+            f"got {len(measured.generated)} generated images for {len(measured.arrays['keys'])} "
+            f"instances ({counted(measured.failures)}); expected at least {_MIN_IMAGES}; see "
+            "instances.jsonl for the reasons"
         )
     with _one_thread():
         part = _choose_part(measured)
@@ -101,9 +101,9 @@ def _scores(arrays: Arrays, measured: Measured, paired: PairedMmd | None) -> Sco
     return found | dict.fromkeys(_constant(found, len(measured.generated)))
 
 
-def _constant(scores: Scores, num_drawn: int) -> Iterator[str]:
+def _constant(scores: Scores, num_generated: int) -> Iterator[str]:
     """Yield the names of scores that would be the same for any images, and so mean nothing."""
-    if scores["is_splits"] == num_drawn:
+    if scores["is_splits"] == num_generated:
         # In a split of one image, the mean class shares are its own: IS is 1.
         yield from ("is", "is_std")
     yield from (f"recall_{k}" for k in RECALLS if k > int(scores["num_negatives"] or 0))

@@ -43,7 +43,7 @@ def read_dialog(text: str) -> list[Turn]:
     else:
         turns = [Turn(None, line.strip()) for line in text.splitlines() if line.strip()]
     if not any(turn.text.strip() for turn in turns):
-        raise DataError("the dialog is empty; expected a turn a line, or a JSON list of turns")
+        raise DataError("the dialog is empty; expected one turn per line, or a JSON list of turns")
     return turns
 
 
@@ -137,7 +137,8 @@ def _read_record(text: str) -> dict[str, Any] | None:
     ]
     if len(records) > 1:
         raise DataError(
-            f"the dialog is of {len(records)} conversations; expected one; write it alone"
+            f"the dialog: got {len(records)} records of a corpus; expected one; keep only the "
+            "record to generate images for"
         )
     return records[0] if records else None
 
@@ -170,7 +171,7 @@ def _read_json(text: str) -> list[Turn]:
         return [_turn(value) for value in (values if isinstance(values, list) else [values])]
     except (ValueError, TypeError, RecursionError) as err:
         raise DataError(
-            f"the dialog is no list of turns: {err}; expected a JSON list of strings or of "
+            f"the dialog is not a list of turns: {err}; expected a JSON list of strings or of "
             '{"speaker": 0, "text": "…"}'
         ) from err
 
@@ -179,10 +180,10 @@ def _turn(value: Any) -> Turn:
     if isinstance(value, str):
         value = {"text": value}
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise TypeError(f"a turn is {value!r}")
+        raise TypeError(f"got the turn {value!r}")
     # Raises UnicodeEncodeError for a lone surrogate, which JSON can express and UTF-8 cannot.
     value["text"].encode()
     speaker = value.get("speaker")
     if speaker is not None and not isinstance(speaker, int):
-        raise TypeError(f"a speaker is {speaker!r}")
+        raise TypeError(f"got the speaker {speaker!r}")
     return Turn(speaker, value["text"])

@@ -46,15 +46,17 @@ class Generation:
     def __post_init__(self) -> None:
         """Check that either an image or a reason is set, and the form of the pixels."""
         if (self.pixels is None) != bool(self.reason):
-            got = "neither picture nor reason" if self.pixels is None else "both"
+            got = "neither an image nor a reason" if self.pixels is None else "both"
             raise DataError(
-                f"a system drew {got}; expected a picture, or one word why there is none"
+                f"a system returned {got}; expected an image, or a one-word reason why there is "
+                "none"
             )
         if self.pixels is None:
             return
         if self.pixels.dtype != np.uint8 or self.pixels.ndim != 3 or self.pixels.shape[2] != 3:
             raise DataError(
-                f"a system drew {self.pixels.dtype} {self.pixels.shape}; expected uint8 (H, W, 3)"
+                f"a system returned {self.pixels.dtype} {self.pixels.shape}; expected uint8 "
+                "(H, W, 3)"
             )
 
 

@@ -20,10 +20,10 @@ from d2i.markers import read_markers, write_marker
 from d2i.parse import damaged, parse_npz
 
 _OF_ALL = ("keys", "reasons", "sources", "is_flat", "real_features", "real_embeddings")
-_OF_DRAWN = ("features", "embeddings")
+_OF_GENERATED = ("features", "embeddings")
 """Names of arrays with one row per instance, and with one row per generated image."""
-_DRAW_AGAIN = "remove it and repeat the command: its pictures are drawn again"
-MARKER_GONE = "remove it: its task is then read, and not verified; or remove the task's npz as well"
+_GENERATE_AGAIN = "delete it and repeat the command to generate its images again"
+MARKER_GONE = "delete it to read its task unverified, or delete the task's npz too to run it again"
 _NAME = re.compile(r"(\d{8})-(\d{8})\.(npz|tar|json)")
 
 
@@ -84,8 +84,8 @@ def saved_tasks(out_url: str) -> list[EvalTask]:
 
 def remove_unfinished(out_url: str) -> None:
     """Remove leftovers of killed processes: temporary files, and files of unfinished tasks."""
-    for folder in ("tasks", "images"):
-        storage.remove_temp_files(storage.join(out_url, folder))
+    for directory in ("tasks", "images"):
+        storage.remove_temp_files(storage.join(out_url, directory))
     finished = set(finished_tasks(out_url))
     for task in {*_listed(storage.join(out_url, "tasks"), "json")} - finished:
         storage.remove(storage.join(out_url, _marker_path(task)))
@@ -143,8 +143,8 @@ def read_tasks(out_url: str, tasks: Sequence[EvalTask]) -> dict[str, NDArray[Any
     return {name: np.concatenate(parts.pop(name)) for name in list(parts)}
 
 
-def _listed(folder_url: str, suffix: str) -> list[EvalTask]:
-    found = map(_NAME.fullmatch, storage.list_names(folder_url))
+def _listed(directory_url: str, suffix: str) -> list[EvalTask]:
+    found = map(_NAME.fullmatch, storage.list_names(directory_url))
     tasks = [EvalTask(int(m[1]), int(m[2])) for m in found if m and m[3] == suffix]
     return sorted(tasks, key=lambda task: (task.start, task.stop))
 
@@ -155,8 +155,8 @@ def _each(out_url: str, tasks: Sequence[EvalTask]) -> Iterator[dict[str, NDArray
     urls = [storage.join(out_url, path) for path in paths]
     for task, path, url, data in zip(tasks, paths, urls, storage.read_each(urls), strict=True):
         where = _marker_path(task)
-        compare(url, sha256_of(data), sums.get(path), where=where, next_step=_DRAW_AGAIN)
-        arrays = parse_npz(data, url, next_step=_DRAW_AGAIN)
+        compare(url, sha256_of(data), sums.get(path), where=where, next_step=_GENERATE_AGAIN)
+        arrays = parse_npz(data, url, next_step=_GENERATE_AGAIN)
         _check_rows(url, task, arrays)
         yield arrays
 
@@ -170,16 +170,16 @@ def _check_rows(url: str, task: EvalTask, arrays: Mapping[str, NDArray[Any]]) ->
     num = len(task.indices)
     rows = {name: array.shape[0] if array.ndim else -1 for name, array in arrays.items()}
     if "reasons" in arrays:
-        num_drawn = int((arrays["reasons"] == "").sum())
-        of_drawn = dict.fromkeys(_OF_DRAWN, num_drawn) if num_drawn else {}
-        of_drawn |= {"logits": num_drawn} if "logits" in rows else {}
+        num_generated = int((arrays["reasons"] == "").sum())
+        of_generated = dict.fromkeys(_OF_GENERATED, num_generated) if num_generated else {}
+        of_generated |= {"logits": num_generated} if "logits" in rows else {}
         of_all = dict.fromkeys((*_OF_ALL, *{"text_embeddings"} & rows.keys()), num)
-        expected = of_all | of_drawn
+        expected = of_all | of_generated
     else:
         expected = dict.fromkeys(rows, num)
     if rows != expected:
-        reason = f"it holds rows {rows}; expected {expected}"
-        raise damaged(url, reason, next_step=_DRAW_AGAIN)
+        reason = f"got rows {rows}; expected {expected}"
+        raise damaged(url, reason, next_step=_GENERATE_AGAIN)
 
 
 def _task_path(task: EvalTask) -> str:

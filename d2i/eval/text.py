@@ -41,9 +41,9 @@ class TextTower:
         widths = [t.module.config.projection_dim for t in (tower, encoders.clip_image)]
         if widths[0] != widths[1]:
             raise ConfigError(
-                f"metrics.clip_text {name} embeds in {widths[0]} numbers, the CLIP image encoder "
-                f"in {widths[1]}; expected the two towers of one CLIP; name its own text tower "
-                "with --set metrics.clip_text=PATH, or go without with =null"
+                f"metrics.clip_text {name}: got embeddings of width {widths[0]}, expected "
+                f"{widths[1]} as of the CLIP image encoder; --set metrics.clip_text=PATH to the "
+                "text tower of the same CLIP, or metrics.clip_text=null for none"
             )
         return cls(tower, recipe)
 

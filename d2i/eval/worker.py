@@ -38,7 +38,7 @@ _SAMPLE_SHARE = 64
 class TaskResult:
     """Number of images that a task generated, and its failures by reason."""
 
-    num_drawn: int
+    num_generated: int
     failures: Counter[str]
 
 
@@ -93,8 +93,9 @@ class EvalWorker:
         generations = self._system.generate([self._prompts.read(i) for i in task.indices])
         if len(generations) != len(keys):
             raise DataError(
-                f"{self._builder.system.name} drew {len(generations)} pictures for {len(keys)} "
-                "prompts; expected one each, or the reason why there is none"
+                f"{self._builder.system.name} returned {len(generations)} generations for "
+                f"{len(keys)} prompts; expected one per prompt: an image, or the reason why there "
+                "is none"
             )
         self._reach("eval.task_drawn")
         images = {
@@ -127,8 +128,8 @@ class EvalWorker:
         }
         if differences := lock_or_diff(describe_url(self._builder.out_url), mine):
             raise ConfigError(
-                f"{self._builder.out_url} holds pictures drawn otherwise: got "
-                f"{'; '.join(differences[:3])}; choose another --out"
+                f"{self._builder.out_url} has images generated with other weights, versions or "
+                f"devices: got {'; '.join(differences[:3])}; choose another --out"
             )
 
     def _reach(self, point: str) -> None:
@@ -142,14 +143,14 @@ class EvalWorker:
         generations: Sequence[Generation],
         images: dict[str, NDArray[np.uint8]],
     ) -> dict[str, NDArray[Any]]:
-        drawn = self._measurer.measure_generated(np.stack([*images.values()])) if images else {}
+        features = self._measurer.measure_generated(np.stack([*images.values()])) if images else {}
         lines = [self._prompts.read_dialog(index) for index in task.indices]
         return {
             "keys": np.array(keys),
             **generation_rows(generations),
             **self._measurer.measure_real(task.indices),
             **self._measurer.measure_text(lines),
-            **drawn,
+            **features,
         }
 
     def _save_images(self, task: EvalTask, images: dict[str, NDArray[np.uint8]]) -> dict[str, str]:

@@ -56,10 +56,10 @@ def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
     return load_config(BackboneConfig, known, source=str(config.weights))
 
 
-def write_config(folder: str | Path, config: BackboneConfig) -> None:
+def write_config(directory: str | Path, config: BackboneConfig) -> None:
     """Write the name and sizes of a backbone into its model directory."""
     data = (json.dumps(_described(config), indent=1) + "\n").encode()
-    checksums.write_bytes(storage.join(str(folder), CONFIG_NAME), data)
+    checksums.write_bytes(storage.join(str(directory), CONFIG_NAME), data)
 
 
 def _described(config: BackboneConfig) -> dict[str, Any]:

@@ -103,17 +103,19 @@ def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
     Raises:
         ConfigError: If a size that the tensors do not reveal is not in `settings`.
     """
-    is_of_a_folder = source.file.name in DIRECTORY_FILES
-    beside = read_config(source.file.parent) if is_of_a_folder else None
+    is_of_a_directory = source.file.name in DIRECTORY_FILES
+    beside = read_config(source.file.parent) if is_of_a_directory else None
     if beside is not None:
         return apply_settings(beside, settings)
-    name, told = str(source.found.backbone), source.found.sizes or {}
+    name, detected_sizes = str(source.found.backbone), source.found.sizes or {}
     preset = PRESETS[name][1]
-    values: dict[str, Any] = {key: size for key, size in told.items() if size != preset[key]}
+    values: dict[str, Any] = {
+        key: size for key, size in detected_sizes.items() if size != preset[key]
+    }
     values |= _other_scale(source.file, preset["latent_scale"])
     config = load_config(BackboneConfig, {"name": name} | values, source=str(source.file))
     config = apply_settings(config, settings)
-    hidden = {"latent_size", "num_text_tokens"} - set(told)
+    hidden = {"latent_size", "num_text_tokens"} - set(detected_sizes)
     if "dim" in values:
         hidden.add("num_heads")
     if missing := [key for key in sorted(hidden) if getattr(config, key) is None]:
@@ -126,8 +128,8 @@ def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
 
 def _other_scale(file: Path, preset: float) -> dict[str, str]:
     """Return the latent scale in the metadata of a d2i file, if it is not the published one."""
-    said = read_described(file).get("latent_scale", repr(preset))
-    return {} if said == repr(preset) else {"latent_scale": said}
+    recorded = read_described(file).get("latent_scale", repr(preset))
+    return {} if recorded == repr(preset) else {"latent_scale": recorded}
 
 
 def network_of(source: Source, settings: Sequence[str]) -> nn.Module:

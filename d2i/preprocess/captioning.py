@@ -16,7 +16,7 @@ from d2i.cluster import device_of_worker
 from d2i.config import ImageConfig
 from d2i.corpora import Corpus, corpus_instances
 from d2i.corpora.captions import Description, read_descriptions
-from d2i.corpora.splits import source_folder
+from d2i.corpora.splits import source_directory
 from d2i.encoders.captioner import Captioner
 from d2i.errors import ConfigError
 from d2i.image_decode import ImageRejectedError, decode_image
@@ -116,8 +116,8 @@ def _begun(out: Path, captioner_name: str) -> dict[str, Description]:
     others = {found.made_by for found in there.values()} - {captioner_name}
     if others:
         raise ConfigError(
-            f"{out} was begun by {', '.join(sorted(others))}, got {captioner_name}; repeat that "
-            "one or choose another --descriptions"
+            f"{out} has captions by {', '.join(sorted(others))}, got {captioner_name}; use the "
+            "same captioner with --describe, or choose another --descriptions"
         )
     return there
 
@@ -143,15 +143,15 @@ def _opened(
     images: Iterator[tuple[str, str | None]],
     failures: Counter[str],
 ) -> Iterator[_Opened]:
-    root = storage.resolve(corpus.image_root or source_folder(source))
+    root = storage.resolve(corpus.image_root or source_directory(source))
     for image_id, path in images:
         if path is None:
             failures["no_file"] += 1
             continue
         try:
             data = read_image(root, path, _MAX_IMAGE_BYTES)
-            picture = decode_image(data, ImageConfig())
+            decoded = decode_image(data, ImageConfig())
         except ImageRejectedError as err:
             failures[err.reason] += 1
         else:
-            yield image_id, picture.image
+            yield image_id, decoded.image

@@ -69,8 +69,8 @@ class Decoder:
                 try:
                     return decode_square(image, self._image)
                 except MemoryError as err:
-                    raise ImageRejectedError("decode_memory", "takes too much") from err
-        header, pixels = self._ask_twice(data)
+                    raise ImageRejectedError("decode_memory", "takes too much memory") from err
+        header, pixels = self._decode_with_retry(data)
         if "reason" in header:
             raise ImageRejectedError(header["reason"], header["detail"])
         side = self._image.resolution
@@ -85,25 +85,25 @@ class Decoder:
         self._child.communicate()
         self._child = None
 
-    def _ask_twice(self, data: bytes) -> tuple[dict[str, Any], bytes]:
+    def _decode_with_retry(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         """Decode in the child; retry once in a new one if it died, maybe for another reason."""
         for is_last in (False, True):
             try:
-                return self._ask_child(data)
+                return self._decode_in_child(data)
             except TimeoutError as err:
                 self.close()
                 raise ImageRejectedError("decode_timeout", f"over {self._timeout_s:g} s") from err
             except (EOFError, BrokenPipeError) as err:
                 self.close()
                 if is_last:
-                    raise ImageRejectedError("decode_error", "the decoder died of it") from err
+                    raise ImageRejectedError("decode_error", "the decoder process crashed") from err
             except BaseException:
                 # Bytes left in the pipe would be read as the answer for the next image.
                 self.close()
                 raise
         raise AssertionError("one of the two returned or raised")
 
-    def _ask_child(self, data: bytes) -> tuple[dict[str, Any], bytes]:
+    def _decode_in_child(self, data: bytes) -> tuple[dict[str, Any], bytes]:
         child = self._child or self._start()
         pipes = _Pipes(child, time.monotonic() + self._timeout_s)
         pipes.send(data)
@@ -125,8 +125,8 @@ class Decoder:
             _Pipes(self._child, time.monotonic() + _START_S).receive()
         except (EOFError, TimeoutError) as err:
             raise ClusterError(
-                "the decoder's process did not start; expected it to; raise "
-                "--set fetch.max_decode_mib, or see what it wrote above"
+                "the decoder process did not start; see its output above, or raise its memory "
+                "limit with --set fetch.max_decode_mib=MIB"
             ) from err
         return self._child
 
@@ -203,7 +203,7 @@ def _answer(data: bytes, image: ImageConfig) -> list[bytes]:
     except ImageRejectedError as err:
         return [json.dumps({"reason": err.reason, "detail": str(err)}).encode()]
     except MemoryError:
-        return [json.dumps({"reason": "decode_memory", "detail": "takes too much"}).encode()]
+        return [json.dumps({"reason": "decode_memory", "detail": "takes too much memory"}).encode()]
     header = {"suffix": found.suffix, "width": found.width, "height": found.height}
     return [json.dumps(header).encode(), found.pixels.tobytes()]
 

@@ -91,10 +91,10 @@ def build_samples(
     """Yield the samples of one shard, in key order, for instances with image and text features."""
     chosen = (i for i in instances if i.image_ref in features and i.key in texts)
     for instance in sorted(chosen, key=lambda i: i.key):
-        picture, image = images[instance.image_ref], features[instance.image_ref]
+        source_file, image = images[instance.image_ref], features[instance.image_ref]
         text = texts[instance.key]
         members = {
-            "json": _metadata(instance, picture),
+            "json": _metadata(instance, source_file),
             "moments.npy": npy_bytes(image.moments),
             "clip.npy": npy_bytes(image.clip),
             "tokens.npy": npy_bytes(text.tokens),
@@ -103,7 +103,7 @@ def build_samples(
             members["text.npy"] = npy_bytes(text.text)
         source = sources.get(instance.image_ref) if keeps_source(instance, recipe) else None
         if source is not None:
-            members[picture.suffix] = source
+            members[source_file.suffix] = source
         yield Sample(instance.key, members)
 
 
@@ -111,10 +111,10 @@ def ledger_row(
     instance: Instance, found: FetchedImage, features: Mapping[ImageRef, ImageFeatures]
 ) -> LedgerRow:
     """Return the ledger row of one instance, judged by its image alone."""
-    fetched, picture = found.fetched, found.image
+    fetched, source_file = found.fetched, found.image
     reason, detail = fetched.reason, fetched.detail
     if reason == "ok" and found.ref not in features:
-        reason, detail = "non_finite_latent", "an encoder gave a value beyond float16"
+        reason, detail = "non_finite_latent", "an encoder output does not fit in float16"
     return LedgerRow(
         key=instance.key,
         image=instance.image_ref.value[0] if instance.image_ref.value else "",
@@ -124,10 +124,10 @@ def ledger_row(
         attempts=fetched.attempts,
         http_status=fetched.http_status,
         final_url=fetched.final_url,
-        size_bytes=picture.size_bytes if picture else None,
-        width=picture.width if picture else None,
-        height=picture.height if picture else None,
-        sha256=picture.sha256 if picture else None,
+        size_bytes=source_file.size_bytes if source_file else None,
+        width=source_file.width if source_file else None,
+        height=source_file.height if source_file else None,
+        sha256=source_file.sha256 if source_file else None,
         time_s=found.time_s,
     )
 
@@ -136,7 +136,7 @@ def with_text(row: LedgerRow, texts: Mapping[str, TextFeatures]) -> LedgerRow:
     """Return the ledger row of an instance once its context is encoded too."""
     if row.status != "ok" or row.key in texts:
         return row
-    detail = "the text encoder gave a value beyond float16"
+    detail = "the text encoder output does not fit in float16"
     return replace(row, status=_status(NON_FINITE_TEXT), reason=NON_FINITE_TEXT, detail=detail)
 
 
@@ -151,12 +151,12 @@ def _status(reason: str) -> Status:
     return "passing" if is_transient(reason) else "permanent"
 
 
-def _metadata(instance: Instance, picture: SourceFile) -> bytes:
+def _metadata(instance: Instance, source_file: SourceFile) -> bytes:
     source = {
         "ref": list(instance.image_ref.value),
-        "sha256": picture.sha256,
-        "size_bytes": picture.size_bytes,
-        "width": picture.width,
-        "height": picture.height,
+        "sha256": source_file.sha256,
+        "size_bytes": source_file.size_bytes,
+        "width": source_file.width,
+        "height": source_file.height,
     }
     return json_bytes(instance_values(instance) | {"source": source})

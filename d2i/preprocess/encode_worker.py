@@ -88,8 +88,8 @@ class EncodeWorker:
         self._reused.check(split_url, self.fingerprint["image"])
         if differences := lock_or_diff(fingerprint_url(split_url), self.fingerprint):
             raise ShardError(
-                f"{split_url} holds shards made otherwise: got {'; '.join(differences[:3])}; "
-                "choose another --out, or the versions and weights of before"
+                f"{split_url} holds shards made with other settings, weights or versions: "
+                f"got {'; '.join(differences[:3])}; choose another --out, or use the earlier ones"
             )
         for name, array in self._empty_features().items():
             url, data = storage.join(split_url, name), npy_bytes(array)
@@ -132,8 +132,8 @@ class EncodeWorker:
         features = encode_source_images(images, self._encoders)
         self.reach("encode.images")
         outcomes = {one.ref: one for one in found}
-        asked = (instance for instance in instances if instance.image_ref in outcomes)
-        rows = [ledger_row(i, outcomes[i.image_ref], features) for i in asked]
+        with_outcome = (instance for instance in instances if instance.image_ref in outcomes)
+        rows = [ledger_row(i, outcomes[i.image_ref], features) for i in with_outcome]
         features |= reused.features
         # Encoded before the samples are read, as the ledger with the failures is written first.
         with_image = [instance for instance in instances if instance.image_ref in features]
@@ -150,9 +150,9 @@ class EncodeWorker:
             text = self._encoders.encode_text(tokens[None])[0]
             if not np.isfinite(text).all():
                 raise CheckpointError(
-                    f"{self._recipe.encoders.clip_text}: gives values beyond float16 for the empty "
-                    "text; expected finite latents; take other weights, or another --set "
-                    "preprocess.encoder_precision"
+                    f"{self._recipe.encoders.clip_text}: its output for the empty text does not "
+                    "fit in float16; expected finite latents; use other weights, or another "
+                    "precision with --set preprocess.encoder_precision=PRECISION"
                 )
             features["empty_text.npy"] = text
         return features

@@ -43,7 +43,7 @@ def read_exclusion(url: str) -> Exclusion:
     try:
         lines = storage.read_bytes(url).removeprefix(b"\xef\xbb\xbf").splitlines()
     except FileNotFoundError:
-        raise ConfigError(f"--exclude {url}: no such file; give a list of instance keys") from None
+        raise ConfigError(f"--exclude {url}: no such file; check the path") from None
     keys = frozenset(
         _key(line.strip(), f"--exclude {url} line {number}")
         for number, line in enumerate(lines, start=1)

@@ -90,10 +90,10 @@ class FetchWorker:
         """
         if trouble := self._source.outage_reason(of_names=of_names):
             raise ClusterError(
-                f"{trouble}: that looks like this machine's network, not like dead addresses; "
-                "expected some to answer; the rows of this shard were not written; mend it "
-                "(DNS, firewall), then repeat the command, for addresses that are really dead "
-                "with --set fetch.num_trouble_hosts=0"
+                f"{trouble}: this looks like an outage of this machine's network, not like dead "
+                "URLs; expected some hosts to answer; no ledger rows were written for this shard; "
+                "fix the network (DNS, firewall) and repeat the command; if the URLs really are "
+                "dead, add --set fetch.num_trouble_hosts=0"
             )
 
     def _reach(self, point: str) -> None:
@@ -116,14 +116,14 @@ def open_image(
         decoder: The decoder to use.
         is_kept: Whether to pass the source bytes on too.
     """
-    picture = None
+    source_image = None
     if fetched.data is not None:
         try:
-            picture = _source_image(fetched.data, decoder)
+            source_image = _source_image(fetched.data, decoder)
         except ImageRejectedError as err:
             fetched = fetched.refused(err.reason, str(err))
     handed_on = fetched if is_kept else fetched.without_data()
-    return FetchedImage(ref, handed_on, picture, time.time())
+    return FetchedImage(ref, handed_on, source_image, time.time())
 
 
 def _source_image(data: bytes, decoder: Decoder) -> SourceImage:

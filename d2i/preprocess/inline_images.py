@@ -16,7 +16,7 @@ from d2i.corpora.inline import InlineImages, inline_sha256
 from d2i.dialog import ImageRef, Instance
 from d2i.preprocess.fetch.result import FetchResult
 
-INLINE_FOLDER = "inline"
+INLINE_DIRECTORY = "inline"
 """Name of the directory within `plan/`."""
 _MAX_WAITING_BYTES = 256 << 20
 """Limit for images that were read but are not yet known to be planned."""
@@ -67,7 +67,7 @@ class InlineWriter:
     def _publish(self, sha256: str, split_url: str) -> None:
         path = self._scratch / sha256
         if path.exists():
-            url = storage.join(_folder(split_url), sha256)
+            url = storage.join(_directory(split_url), sha256)
             storage.publish_atomically(path, url, sync_name=False)
             self._published.add(hash(sha256))
 
@@ -75,13 +75,13 @@ class InlineWriter:
         """Remove the images of an earlier plan, and sync the directory entries of the others."""
         if self._split_url is None:
             return
-        folder = _folder(self._split_url)
-        if not storage.exists(folder):
+        directory = _directory(self._split_url)
+        if not storage.exists(directory):
             return
-        for name in storage.list_names(folder):
+        for name in storage.list_names(directory):
             if hash(name) not in self._published:
-                storage.remove(storage.join(folder, name))
-        local = storage.local_path(folder)
+                storage.remove(storage.join(directory, name))
+        local = storage.local_path(directory)
         if local is not None:
             storage.sync(local)
 
@@ -92,15 +92,17 @@ def read_inline(split_url: str, ref: ImageRef, max_bytes: int) -> FetchResult:
     A lost or damaged file is a transient failure (`read_error`): the image itself is not at fault.
     """
     name = inline_sha256(ref)
-    url = storage.join(_folder(split_url), name)
+    url = storage.join(_directory(split_url), name)
     try:
         data = storage.read_head(url, max_bytes + 1)
     except OSError as err:
         return FetchResult(None, "read_error", f"{url}: {err}")
     if hashlib.sha256(data).hexdigest() != name:
-        return FetchResult(None, "read_error", f"{url}: its content is not that of its name")
+        return FetchResult(
+            None, "read_error", f"{url}: its content does not match the sha256 in its name"
+        )
     return FetchResult(data)
 
 
-def _folder(split_url: str) -> str:
-    return storage.join(split_url, "plan", INLINE_FOLDER)
+def _directory(split_url: str) -> str:
+    return storage.join(split_url, "plan", INLINE_DIRECTORY)

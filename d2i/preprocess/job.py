@@ -16,7 +16,7 @@ from d2i.cluster import Pipeline, Pool, create_shared, job_fault, run_pipeline, 
 from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
-from d2i.corpora.splits import source_folder
+from d2i.corpora.splits import source_directory
 from d2i.encoders.present import check_present
 from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault_injection import Fault
@@ -94,8 +94,8 @@ def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan
     wanted = [canonical_split(request.split)] if request.split else found
     if not set(wanted) <= set(found):
         raise DataError(
-            f"--split {request.split}: {request.source} has {', '.join(found)} of "
-            f"{request.corpus}; expected one of them; check --corpus and --source"
+            f"--split {request.split}: {request.source} has no such split of {request.corpus}; "
+            f"expected {', '.join(found)}; check --corpus and --source"
         )
     _check_images(request, wanted)
     exclusion = NOTHING if request.exclude is None else read_exclusion(request.exclude)
@@ -177,8 +177,8 @@ def _work(
 ) -> list[SplitSummary]:
     if request.reuse and storage.resolve(request.reuse) == storage.resolve(request.out):
         raise ConfigError(
-            f"--reuse {request.reuse} is --out itself; expected data that was prepared before; "
-            "choose another --out"
+            f"--reuse {request.reuse} is the same directory as --out; expected data prepared "
+            "earlier; choose another --out"
         )
     plans = plan_job(request)
     # All splits of a directory share their settings, even if prepared one by one.
@@ -225,7 +225,7 @@ def _make_shards(
     meter = Throughput(min(offer.num_workers, len(tasks)))
 
     def show() -> None:
-        progress.look(tally)
+        progress.refresh(tally)
         on_progress(progress)
 
     for _, result in run_pipeline(stages, tasks, show):
@@ -263,8 +263,8 @@ def _missing_tasks(
     for split, plan in plans.items():
         split_url = storage.join(request.out, split)
         remove_uncommitted(split_url)
-        for folder in ("plan", "ledger"):
-            storage.remove_temp_files(storage.join(split_url, folder))
+        for directory in ("plan", "ledger"):
+            storage.remove_temp_files(storage.join(split_url, directory))
         commits = {commit.index: commit for commit in read_commits(split_url)}
         if not commits:
             _forget_fingerprint(split_url)
@@ -303,12 +303,13 @@ def _refuse_lost_shards(
     Raises:
         ShardError: If a planned shard is missing although a supplement is committed.
     """
-    is_mended = any(supplement.index in committed for supplement in supplements)
+    is_supplemented = any(supplement.index in committed for supplement in supplements)
     lost = [index for index in range(plan.num_shards) if index not in committed]
-    if is_mended and lost:
+    if is_supplemented and lost:
         raise ShardError(
-            f"{split_url} lacks shard {lost[0]}, of which --retry-failed mended a part; expected "
-            "it to be there; put it back, or choose another --out"
+            f"{split_url}: shard {lost[0]} is missing, and cannot be remade, because "
+            "--retry-failed may have retried part of it since; restore it from a copy, or choose "
+            "another --out"
         )
 
 
@@ -331,7 +332,7 @@ def _forget_fingerprint(split_url: str) -> None:
 def _images(request: PreprocessRequest) -> ImageSource:
     fetch = request.recipe.fetch
     return ImageSource(
-        request.recipe.corpus.image_root or source_folder(storage.resolve(request.source)),
+        request.recipe.corpus.image_root or source_directory(storage.resolve(request.source)),
         fetch,
         request.network_policy,
         create_shared_limiter(
@@ -366,8 +367,8 @@ def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
     manifest = write_manifest(split_url, _read_fingerprint(split_url), fault=fault)
     if manifest.num_samples + sum(manifest.failures.values()) != plan.num_instances:
         raise ConfigError(
-            f"{split_url} holds {manifest.num_samples} samples and {manifest.failures} failures, "
-            f"planned were {plan.num_instances} instances; run 'd2i verify {split_url}'"
+            f"{split_url} holds {manifest.num_samples} samples and {manifest.failures} failures; "
+            f"expected {plan.num_instances} in all, as planned; run 'd2i verify {split_url}'"
         )
     return split_summary(split_url, split, plan, manifest.num_samples, manifest.failures)
 

@@ -19,12 +19,12 @@ from d2i.shards import ShardProblem, read_manifest
 
 _REPAIR = "d2i repair restores it from the manifest"
 _WRITTEN_AGAIN = (
-    "lost; the shards need it only to be made again, and the d2i preprocess command that made them "
-    "writes it anew"
+    "missing; it is needed only to remake shards; repeat the d2i preprocess command that made them "
+    "to write it again"
 )
 _FOR_GOOD = (
-    "lost for good; the manifest still counts the failures, but nothing says which instances they "
-    "were: --retry-failed cannot ask for them"
+    "missing, and cannot be restored; the manifest still counts the failures, but does not name "
+    "the failed instances, so --retry-failed cannot retry them"
 )
 
 
@@ -44,8 +44,8 @@ class JobFiles:
             self.plan: Plan = read_plan(split_url)
         except FileNotFoundError as err:
             raise ConfigError(
-                f"{plan_url(split_url)} is not there; expected a folder made by d2i preprocess; "
-                "check the path"
+                f"{plan_url(split_url)} does not exist; expected a directory written by d2i "
+                "preprocess; check the path"
             ) from err
         self.supplements = {s.index: s for s in read_supplements(split_url)}
 
@@ -72,7 +72,7 @@ class JobFiles:
             ConfigError: If it is a URL of a host, which only the command itself may name.
         """
         source = str(self.plan.decided_by["source"])
-        refuse_host(f"the source of {self.split_url}", source, "--set corpus.image_root=ADDRESS")
+        refuse_host(f"the source of {self.split_url}", source, "--set corpus.image_root=URL")
         return source
 
     def fingerprint(self) -> dict[str, Any] | None:
@@ -155,14 +155,14 @@ def lost_files(split_url: str, indexes: Iterable[int]) -> Iterator[str]:
     if not _has_recipe(split_url):
         yield f"recipe.json: {_WRITTEN_AGAIN}"
     names = [f"{index:06d}.parquet" for index in indexes]
-    for folder, expected, meaning in (
+    for directory, expected, meaning in (
         ("plan", ["plan.json", *names], _WRITTEN_AGAIN),
         ("ledger", names, _FOR_GOOD),
     ):
-        there = set(storage.list_names(storage.join(split_url, folder)))
+        there = set(storage.list_names(storage.join(split_url, directory)))
         if lost := [name for name in expected if name not in there]:
             more = f" and {len(lost) - 1} more" if lost[1:] else ""
-            yield f"{folder}/{lost[0]}{more}: {meaning}"
+            yield f"{directory}/{lost[0]}{more}: {meaning}"
 
 
 def _has_recipe(split_url: str) -> bool:
@@ -197,7 +197,9 @@ def _check_fingerprint(job: JobFiles) -> None:
     url = fingerprint_url(job.split_url)
     manifest = read_manifest(job.split_url)
     if read_json(url, next_step=_REPAIR, error=ShardError) != manifest.fingerprint:
-        raise damaged(url, "it is not the manifest's", next_step=_REPAIR, error=ShardError)
+        raise damaged(
+            url, "it differs from the one in the manifest", next_step=_REPAIR, error=ShardError
+        )
 
 
 def _problem(file: str, reason: str, check: Callable[[], object]) -> Iterator[ShardProblem]:

@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
 
 _NAME = re.compile(r"(\d+)\.parquet")
 _REFUSED: dict[str, Any] = {
-    "next_step": "restore it from a copy: nothing else says what became of each instance",
+    "next_step": "restore it from a copy: the outcome of each instance is recorded nowhere else",
     "error": ShardError,
 }
 
@@ -112,8 +112,10 @@ def ledger_tables(
         columns: The columns to read.
         shards: Numbers of the shards to read, if they have a ledger; None reads all that have one.
     """
-    folder = storage.join(split_url, "ledger")
-    found = [int(match[1]) for match in map(_NAME.fullmatch, storage.list_names(folder)) if match]
+    directory = storage.join(split_url, "ledger")
+    found = [
+        int(match[1]) for match in map(_NAME.fullmatch, storage.list_names(directory)) if match
+    ]
     wanted = [number for number in found if shards is None or number in shards]
     schema = pa.schema([SCHEMA.field(column) for column in columns])
     for number, data in zip(wanted, prefetch_map(_reader(split_url), wanted, 32), strict=True):
@@ -166,8 +168,8 @@ def commonest_failure(split_url: str) -> tuple[dict[str, int], str]:
             details.setdefault(reason, detail)
     if not counts:
         raise ShardError(
-            f"{split_url}: nothing of it became a sample, and its ledger is lost; expected it to "
-            "say why; choose another --out"
+            f"{split_url}: no instance became a sample, and the ledger, which has the reasons, is "
+            "missing; choose another --out"
         )
     # Ties go to the first reason by name.
     commonest = min(counts, key=lambda reason: (-counts[reason], reason))
@@ -176,9 +178,9 @@ def commonest_failure(split_url: str) -> tuple[dict[str, int], str]:
 
 def remove_ledgers(split_url: str) -> None:
     """Remove all rows of a split that has no committed shard yet."""
-    folder = storage.join(split_url, "ledger")
-    for name in storage.list_names(folder):
-        storage.remove(storage.join(folder, name))
+    directory = storage.join(split_url, "ledger")
+    for name in storage.list_names(directory):
+        storage.remove(storage.join(directory, name))
 
 
 def count_failures(rows: Iterable[LedgerRow]) -> dict[str, int]:

@@ -38,15 +38,15 @@ def refuse_empty(summaries: Iterable[SplitSummary]) -> None:
         NothingWrittenError: If there is such a split.
     """
     empty = [
-        f"{summary.split}: none of {summary.num_instances} instances became a sample, most for "
-        f"{max(summary.failures, key=summary.failures.__getitem__)} ({summary.example})"
+        f"{summary.split}: 0 of {summary.num_instances} instances became a sample; most common "
+        f"reason: {max(summary.failures, key=summary.failures.__getitem__)} ({summary.example})"
         for summary in summaries
         if not summary.num_written
     ]
     if empty:
         raise NothingWrittenError(
-            f"{'; '.join(empty)}; expected at least one; nothing of such a split was published: "
-            "fix the cause, and repeat the command, which starts it over"
+            f"{'; '.join(empty)}; expected at least one; a split without samples is not published: "
+            "fix the reason and repeat the command, which starts that split over"
         )
 
 

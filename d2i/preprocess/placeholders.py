@@ -46,10 +46,10 @@ def refuse_placeholders(
         num_same: Number of URLs from which on an image is a placeholder; 0: it never is.
     """
     images = list(found)
-    counts = Counter(p.image.sha256 for p in images if p.image and _was_asked(p))
+    counts = Counter(p.image.sha256 for p in images if p.image and _was_requested(p))
     refused = known | {sha256 for sha256, num in counts.items() if 0 < num_same <= num}
     return [
-        _refused(p) if p.image and p.image.sha256 in refused and _was_asked(p) else p
+        _refused(p) if p.image and p.image.sha256 in refused and _was_requested(p) else p
         for p in images
     ]
 
@@ -66,7 +66,7 @@ def placeholders_of(split_url: str, num_same: int) -> frozenset[str]:
         with HashPartitions(Path(scratch) / "pictures.arrow", _HASH) as partitions:
             columns = ["sha256", "image", "final_url"]
             for _, table in ledger_tables(split_url, columns, shards=committed_names(split_url)):
-                partitions.add(_asked_images(table))
+                partitions.add(_requested_images(table))
         for part in partitions.buckets():
             counts = part.group_by("sha256").aggregate([("image", "count_distinct")])
             many = counts.filter(pc.greater_equal(counts["image_count_distinct"], num_same))
@@ -141,7 +141,7 @@ class RetractionWorker:
         return len(retracted)
 
 
-def _asked_images(ledger: pa.Table) -> pa.Table:
+def _requested_images(ledger: pa.Table) -> pa.Table:
     """Return sha256 and URL of the images that came from one, with the hash to partition by."""
     came = pc.and_(pc.is_valid(ledger["sha256"]), pc.is_valid(ledger["final_url"]))
     images = ledger.filter(came).select(["sha256", "image"])
@@ -150,7 +150,7 @@ def _asked_images(ledger: pa.Table) -> pa.Table:
     return images.append_column(_HASH, pa.array(hashes, pa.uint64()))
 
 
-def _was_asked(found: FetchedImage) -> bool:
+def _was_requested(found: FetchedImage) -> bool:
     """Return whether an image came from a URL: equal local files are the user's own choice."""
     return found.fetched.final_url is not None
 
@@ -175,4 +175,4 @@ def _retracted(row: LedgerRow) -> LedgerRow:
     return replace(row, status="permanent", reason=REASON, detail=_DETAIL)
 
 
-_DETAIL = "one and the same picture stands under many addresses"
+_DETAIL = "the same image is served under many URLs"

@@ -25,14 +25,14 @@ from d2i import checksums, storage
 from d2i.config import Recipe
 from d2i.config_lock import diff
 from d2i.corpora import RecordIssue, build_corpus, read_instances
-from d2i.corpora.splits import corpus_name, source_folder
+from d2i.corpora.splits import corpus_name, source_directory
 from d2i.corpora.tally import IssueCounter
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
 from d2i.parse import damaged, read_json
 from d2i.prefetch import prefetch_map
 from d2i.preprocess.exclude import NOTHING, Exclusion
-from d2i.preprocess.inline_images import INLINE_FOLDER, InlineWriter
+from d2i.preprocess.inline_images import INLINE_DIRECTORY, InlineWriter
 from d2i.preprocess.records import PLAN_AGAIN, write_records
 from d2i.preprocess.selection import SmallestRankSampler
 from d2i.preprocess.shard_assignment import ShardAssigner
@@ -115,7 +115,7 @@ def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Pla
         if committed_names(split_url):
             raise ConfigError(
                 f"{split_url} was begun with other settings: got {'; '.join(named[:3])}; "
-                "repeat those or choose another --out"
+                "use the same settings, or choose another --out"
             )
     with tempfile.TemporaryDirectory(prefix="d2i-plan-") as scratch:
         return _Planner(request, split_url if keep else None, Path(scratch)).plan()
@@ -159,7 +159,7 @@ class _Planner:
             problems=self.problems.counts,
             most_occurrences=grouped.most_occurrences,
             num_unmatched=self.request.exclusion.num_of(self.request.split) - self.num_excluded,
-            corpus_name=corpus_name(source_folder(storage.resolve(self.request.source))),
+            corpus_name=corpus_name(source_directory(storage.resolve(self.request.source))),
             files=self.files,
         )
         if self.split_url is not None:
@@ -171,13 +171,13 @@ class _Planner:
         split, num_excluded = self.request.split, self.num_excluded
         if num_excluded:
             return (
-                f"{split}: --exclude leaves out all {num_excluded} instances; expected some to be "
-                "left; give another list"
+                f"{split}: --exclude leaves out all {num_excluded} instances; expected some to "
+                "remain; use another list"
             )
-        why = self.problems.describe() or "no dialog shows a picture"
+        why = self.problems.describe() or "no dialog shows an image"
         return (
-            f"{split}: got no instance: {why}; expected dialogs with a picture and a text; fix "
-            "the records, or check --corpus and --source; 'd2i corpus' says what is there"
+            f"{split}: got no instance: {why}; expected dialogs with an image and text; fix the "
+            "records, or check --corpus and --source; 'd2i corpus' shows what the source holds"
         )
 
     def _finish(self, plan: Plan, split_url: str) -> None:
@@ -286,11 +286,11 @@ def read_plan(split_url: str) -> Plan:
 def _clear_plan(split_url: str) -> None:
     """Remove a plan that is being replaced: `plan.json` first, as the rest counts only with it."""
     checksums.remove(plan_url(split_url))
-    folder = storage.join(split_url, "plan")
-    for name in storage.list_names(folder):
-        if name != INLINE_FOLDER:
+    directory = storage.join(split_url, "plan")
+    for name in storage.list_names(directory):
+        if name != INLINE_DIRECTORY:
             # It already holds the images of the new plan.
-            storage.remove(storage.join(folder, name))
+            storage.remove(storage.join(directory, name))
 
 
 def plan_url(split_url: str) -> str:
@@ -327,8 +327,8 @@ def _decided_by(request: PlanRequest) -> dict[str, Any]:
     }
     root = storage.resolve(request.source)
     corpus = build_corpus(request.corpus, request.recipe.corpus.options())
-    folder = source_folder(root)
-    files = [storage.join(folder, path) for path in corpus.files(root, request.split)]
+    directory = source_directory(root)
+    files = [storage.join(directory, path) for path in corpus.files(root, request.split)]
     if corpus.descriptions and storage.exists(corpus.descriptions):
         files.append(corpus.descriptions)
     return {

@@ -43,7 +43,7 @@ class JobProgress:
         """Count one finished shard."""
         self.num_done += result.num_written + sum(result.failures.values())
 
-    def look(self, tally: SharedActor[Tally]) -> None:
+    def refresh(self, tally: SharedActor[Tally]) -> None:
         """Update the fetch counts from the tally."""
         num_ok, self.failures = tally.call("state")
         self.num_images = num_ok + sum(self.failures.values())
@@ -56,6 +56,6 @@ class JobProgress:
         failed = ", ".join(f"{n} {reason}" for reason, n in sorted(self.failures.items()))
         return (
             f"{self.num_done}/{self.num_instances} instances  {rate:.0f}/s  {left}"
-            f"  fetched: {self.num_images} pictures, {self.num_images / passed_s:.0f}/s"
+            f"  fetched: {self.num_images} images, {self.num_images / passed_s:.0f}/s"
             f"  failed: {failed or 'none'}"
         )

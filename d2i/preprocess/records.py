@@ -20,8 +20,8 @@ from d2i.errors import ShardError
 from d2i.parse import damaged, parse_parquet
 
 PLAN_AGAIN = (
-    "restore it; or remove plan/plan.json beside it and repeat the d2i preprocess command, which "
-    "plans the same again"
+    "restore it, or remove plan/plan.json beside it and repeat the d2i preprocess command, which "
+    "makes the same plan again"
 )
 _TURN = pa.struct([("speaker", pa.int8()), ("text", pa.string())])
 _REF = pa.struct([("kind", pa.string()), ("value", pa.list_(pa.string()))])

@@ -14,7 +14,7 @@ from typing import Any
 from d2i import checksums, storage
 from d2i.cluster import Pipeline, Pool, create_shared, job_fault, run_pipeline, run_tasks, session
 from d2i.config import Recipe
-from d2i.corpora.splits import source_folder
+from d2i.corpora.splits import source_directory
 from d2i.errors import D2IError, ShardError
 from d2i.fault_injection import Fault
 from d2i.preprocess.encode_worker import EncodeWorkerBuilder
@@ -63,7 +63,7 @@ class RepairRequest:
         settings: Recipe settings for inputs that have moved since.
     """
 
-    folder: str
+    directory: str
     network_policy: NetworkPolicy = PUBLIC_NETWORK
     num_workers: int | None = None
     num_fetchers: int | None = None
@@ -77,8 +77,8 @@ class RepairSummary:
     """The outcome of the repair of one data set.
 
     Attributes:
-        folder: Its directory.
-        mended: Files that were restored from intact parts.
+        directory: Its directory.
+        restored: Files that were restored from intact parts.
         made: Shards that were remade.
         problems: Problems left, as `verify` finds them; those beyond repair have the reason
             `repair`.
@@ -86,8 +86,8 @@ class RepairSummary:
             not need them.
     """
 
-    folder: str
-    mended: tuple[str, ...]
+    directory: str
+    restored: tuple[str, ...]
     made: tuple[str, ...]
     problems: tuple[ShardProblem, ...]
     notes: tuple[str, ...]
@@ -105,7 +105,7 @@ def repair(
     Raises:
         D2IError: If the user can fix the error; repairs so far are kept.
     """
-    url = storage.resolve(request.folder)
+    url = storage.resolve(request.directory)
     with storage.exclusive_lock(_root(url)):
         return [_RepairedSet(request, url).repair(on_progress) for url in find_data_sets(url)]
 
@@ -116,7 +116,7 @@ class _RepairedSet:
     def __init__(self, request: RepairRequest, url: str) -> None:
         self.request = request
         self.url = url
-        self.mended: list[str] = []
+        self.restored: list[str] = []
         self.made: list[str] = []
         self.problems: list[ShardProblem] = []
         self.job = self._kept_job()
@@ -127,10 +127,10 @@ class _RepairedSet:
         """Restore from intact parts, remake the rest, rebuild the manifest, and verify it all."""
         storage.remove_temp_files(self.url)
         commits = self._restore_records()
-        mended = restore(self.url, commits.values(), self.fingerprint)
-        self.mended += mended.files
+        restored = restore(self.url, commits.values(), self.fingerprint)
+        self.restored += restored.files
         if self.job:
-            self._make(self.job, self._tasks(self.job, commits, mended), commits, on_progress)
+            self._make(self.job, self._tasks(self.job, commits, restored), commits, on_progress)
         if not self.problems and self._restore_manifest():
             storage.remove_temp_files(self.url)
             # The manifest now defines which shards do not belong here.
@@ -139,7 +139,7 @@ class _RepairedSet:
         problems = (*self.problems, *report.problems)
         notes = tuple(lost_files(self.url, sorted(commits)))
         return RepairSummary(
-            self.url, tuple(sorted(self.mended)), tuple(self.made), problems, notes
+            self.url, tuple(sorted(self.restored)), tuple(self.made), problems, notes
         )
 
     def _kept_job(self) -> JobFiles | None:
@@ -179,19 +179,20 @@ class _RepairedSet:
         if self.job is None:
             return self.evidence.commits
         lost = lost_records(self.job, self.evidence, self.fingerprint)
-        self.mended += [name for c in lost.values() for name in (c.commit_name, c.index_name)]
+        self.restored += [name for c in lost.values() for name in (c.commit_name, c.index_name)]
         return self.evidence.commits | lost
 
     def _tasks(
-        self, job: JobFiles, commits: dict[int, Commit], mended: RestoreResult
+        self, job: JobFiles, commits: dict[int, Commit], restored: RestoreResult
     ) -> list[RepairTask]:
-        tasks = list(broken_tasks(job, mended.broken))
+        tasks = list(broken_tasks(job, restored.broken))
         for index in unknown_shards(job, self.evidence, commits):
             task = unknown_task(job, index)
             if task is None:
                 detail = (
-                    "its record, its tar and its ledger are lost, or a part of it was asked for "
-                    "again since; expected one of them; prepare the data anew in another folder"
+                    "its commit record is missing, and cannot be rebuilt: its ledger is missing or "
+                    "damaged, or part of it was retried since; prepare the data again in another "
+                    "directory"
                 )
                 self._add(f"{index:06d}{COMMIT_SUFFIX}", detail)
             else:
@@ -230,7 +231,7 @@ class _RepairedSet:
         request = self.request
         fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
         images = ImageSource(
-            recipe.corpus.image_root or source_folder(job.source()),
+            recipe.corpus.image_root or source_directory(job.source()),
             recipe.fetch,
             request.network_policy,
             create_shared_limiter(
@@ -264,7 +265,7 @@ class _RepairedSet:
             return True
         fingerprint = self.fingerprint or (self.job.fingerprint() if self.job else None)
         if fingerprint is None:
-            detail = "what its shards were made under is lost; expected plan/fingerprint.json"
+            detail = "the fingerprint of its shards is missing; expected plan/fingerprint.json"
             self._add(MANIFEST_NAME, detail)
             return False
         try:
@@ -275,7 +276,7 @@ class _RepairedSet:
         if not self._is_complete(manifest):
             return False
         publish_manifest(self.url, manifest)
-        self.mended += [MANIFEST_NAME, CHECKSUM_NAME]
+        self.restored += [MANIFEST_NAME, CHECKSUM_NAME]
         return True
 
     def _fold(self, fingerprint: dict[str, Any]) -> Manifest:
@@ -284,17 +285,18 @@ class _RepairedSet:
 
     def _is_complete(self, manifest: Manifest) -> bool:
         """Return whether a rebuilt manifest leaves out no shard that was there."""
-        is_told = matches_checksum_file(self.url, manifest)
-        if is_told is False:
+        is_recorded = matches_checksum_file(self.url, manifest)
+        if is_recorded is False:
             detail = (
-                f"what is left gives another manifest than {CHECKSUM_NAME} is of: a shard may be "
-                "lost with all that tells of it; put it back, or prepare the data anew"
+                f"the manifest rebuilt from the remaining files does not match {CHECKSUM_NAME}: a "
+                "shard may be missing with all its records; restore it from a copy, or prepare the "
+                "data again"
             )
             self._add(MANIFEST_NAME, detail)
-        elif is_told is None:
+        elif is_recorded is None:
             detail = (
-                "no record and no manifest tells whether it belongs here; put its record or the "
-                "manifest back, or take the file away"
+                "without its commit record or a manifest, it is unknown whether it belongs here; "
+                "restore either from a copy, or remove the file"
             )
             for name in other_shard_files(self.url, (s.name for s in manifest.shards)):
                 self._add(name, detail)
@@ -316,7 +318,7 @@ def _is(url: str, name: str, expected: object) -> bool:
     return storage.exists(place) and file_info(storage.read_bytes(place)) == expected
 
 
-def _root(folder: str) -> str:
+def _root(directory: str) -> str:
     """Return the directory that one command locks: the root of splits prepared together."""
-    is_root = storage.exists(storage.join(folder, "recipe.json"))
-    return folder if is_root else folder.rpartition("/")[0] or folder
+    is_root = storage.exists(storage.join(directory, "recipe.json"))
+    return directory if is_root else directory.rpartition("/")[0] or directory

@@ -68,7 +68,9 @@ class RepairWorker:
         lost = count_failures(made.rows)
         if lost and task.keys is not None:
             counts = ", ".join(f"{number} {reason}" for reason, number in lost.items())
-            return RepairResult(name, f"not every picture could be had again: {counts}")
+            return RepairResult(
+                name, f"some images could not be fetched or encoded again: {counts}"
+            )
         try:
             commit = write_shard(
                 _samples(task, made),

@@ -32,10 +32,10 @@ class Reuse:
     """Earlier prepared data; picklable.
 
     Args:
-        folder: Its directory, with the same splits.
+        directory: Its directory, with the same splits.
     """
 
-    folder: str
+    directory: str
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ReusedSplits:
         """
         if self._reuse is None:
             return None
-        url = storage.join(self._reuse.folder, split_url.rpartition("/")[2])
+        url = storage.join(self._reuse.directory, split_url.rpartition("/")[2])
         if url not in self._open:
             self._open[url] = ReusedSplit(url)
         return self._open[url]
@@ -99,10 +99,10 @@ class ReusedSplit:
 
     def __init__(self, url: str) -> None:
         self._reader = ShardReader(url)
-        self._places_of_keys = KeyIndex(self._reader.keys)
+        self._positions_of_keys = KeyIndex(self._reader.keys)
         tables = [table.filter(_lacks_image(table)) for _, table in ledger_tables(url)]
         self._failures = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
-        self._places_of_failures = KeyIndex(self._failures["key"].to_pylist())
+        self._positions_of_failures = KeyIndex(self._failures["key"].to_pylist())
 
     def check(self, image_part: Mapping[str, Any]) -> None:
         """Reject images that were encoded differently.
@@ -116,15 +116,15 @@ class ReusedSplit:
         theirs: Any = self._reader.manifest.fingerprint.get("image", {})
         if named := diff(theirs, image_part):
             raise ShardError(
-                f"--reuse {self._reader.url}: its pictures were made otherwise: "
+                f"--reuse {self._reader.url}: its images were encoded differently: "
                 f"{'; '.join(named[:3])}; expected the same image part of the fingerprint; "
-                "leave --reuse out, or take the weights, settings and versions of before"
+                "omit --reuse, or use the earlier weights, settings and versions"
             )
 
     def known(self, task: ShardTask, recipe: Recipe) -> set[ImageRef]:
         """Return the images of a shard that need not be fetched."""
         instances = task.instances()
-        return {*self._places(instances, recipe), *self._failed(task, instances)}
+        return {*self._positions(instances, recipe), *self._failed(task, instances)}
 
     def read(self, task: ShardTask, recipe: Recipe, sources: SpillBuffer) -> Reused:
         """Read the known results of a shard's images, every byte checked against its checksum.
@@ -138,10 +138,10 @@ class ReusedSplit:
             ShardError: If a byte has changed; `d2i repair` restores it.
         """
         instances = task.instances()
-        places = self._places(instances, recipe)
+        positions = self._positions(instances, recipe)
         reused = Reused(failures=self._failed(task, instances))
-        for ref, place in places.items():
-            members = self._reader.read_members(place)
+        for ref, position in positions.items():
+            members = self._reader.read_members(position)
             suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), "")
             if suffix:
                 sources.put(ref, members[suffix])
@@ -151,27 +151,27 @@ class ReusedSplit:
             )
         return reused
 
-    def _places(self, instances: Sequence[Instance], recipe: Recipe) -> dict[ImageRef, int]:
+    def _positions(self, instances: Sequence[Instance], recipe: Recipe) -> dict[ImageRef, int]:
         found: dict[ImageRef, int] = {}
         for instance in instances:
-            place = self._places_of_keys.find(instance.key)
-            if place is not None and instance.image_ref not in found:
-                sample = self._reader.read_json(place)
+            position = self._positions_of_keys.find(instance.key)
+            if position is not None and instance.image_ref not in found:
+                sample = self._reader.read_json(position)
                 is_same = sample["source"]["ref"] == list(instance.image_ref.value)
                 wants_bytes = keeps_source(instance, recipe)
-                if is_same and (not wants_bytes or self._reader.read_image(place) is not None):
-                    found[instance.image_ref] = place
+                if is_same and (not wants_bytes or self._reader.read_image(position) is not None):
+                    found[instance.image_ref] = position
         return found
 
     def _failed(self, task: ShardTask, instances: Sequence[Instance]) -> dict[ImageRef, LedgerRow]:
         """Return the earlier failures; none for a supplement, whose purpose is to retry them."""
         if task.failed_before:
             return {}
-        places = [self._places_of_failures.find(instance.key) for instance in instances]
+        positions = [self._positions_of_failures.find(instance.key) for instance in instances]
         return {
-            instance.image_ref: LedgerRow(**self._failures.slice(place, 1).to_pylist()[0])
-            for instance, place in zip(instances, places, strict=True)
-            if place is not None
+            instance.image_ref: LedgerRow(**self._failures.slice(position, 1).to_pylist()[0])
+            for instance, position in zip(instances, positions, strict=True)
+            if position is not None
         }
 
 
@@ -192,19 +192,19 @@ def _source_file(json: bytes, suffix: str) -> SourceFile:
     )
 
 
-def _row(instance: Instance, picture: SourceFile) -> LedgerRow:
+def _row(instance: Instance, source_file: SourceFile) -> LedgerRow:
     return LedgerRow(
         key=instance.key,
         image=instance.image_ref.value[0],
         status="ok",
         reason="ok",
-        detail="its image members were there before",
+        detail="image features reused from earlier data",
         attempts=0,
         http_status=None,
         final_url=None,
-        size_bytes=picture.size_bytes,
-        width=picture.width,
-        height=picture.height,
-        sha256=picture.sha256,
+        size_bytes=source_file.size_bytes,
+        width=source_file.width,
+        height=source_file.height,
+        sha256=source_file.sha256,
         time_s=time.time(),
     )

@@ -15,7 +15,7 @@ Rule = Literal["hash", "reservoir", "first"]
 Ranking = Callable[[Sequence[Instance]], NDArray[np.uint64]]
 LAST_RANK = 2**64 - 1
 _SLACK = 1.05
-"""How far the number of kept ranks may exceed the limit before the largest are dropped."""
+"""Factor by which the kept ranks may exceed the limit before the largest are dropped."""
 
 
 class SmallestRankSampler:
@@ -72,10 +72,10 @@ def _by_draw(seed: int) -> Ranking:
     return lambda instances: dice.integers(0, LAST_RANK, len(instances), np.uint64)
 
 
-def _by_place(seed: int) -> Ranking:
+def _by_position(seed: int) -> Ranking:
     del seed
     places = itertools.count()
     return lambda instances: np.fromiter(places, np.uint64, len(instances))
 
 
-_RANKINGS = {"hash": _by_hash, "reservoir": _by_draw, "first": _by_place}
+_RANKINGS = {"hash": _by_hash, "reservoir": _by_draw, "first": _by_position}

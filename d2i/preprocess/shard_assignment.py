@@ -29,11 +29,11 @@ class ShardAssigner:
     Use it in a `with` block, whose end closes the input.
 
     Args:
-        folder: An empty local directory for the intermediate file.
+        directory: An empty local directory for the intermediate file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._rows = HashPartitions(folder / "rows.arrow", _HASH)
+    def __init__(self, directory: Path) -> None:
+        self._rows = HashPartitions(directory / "rows.arrow", _HASH)
         self.num_images = 0
         self.most_occurrences = 0
 

@@ -25,18 +25,18 @@ class SpillBuffer:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._places: dict[ImageRef, tuple[int, int]] = {}
+        self._spans: dict[ImageRef, tuple[int, int]] = {}
 
     def put(self, ref: ImageRef, data: bytes) -> None:
         """Store the bytes of one image."""
-        self._places[ref] = (self._file.seek(0, os.SEEK_END), len(data))
+        self._spans[ref] = (self._file.seek(0, os.SEEK_END), len(data))
         self._file.write(data)
 
     def get(self, ref: ImageRef) -> bytes | None:
         """Return the bytes of one image, or None if none are stored."""
-        if ref not in self._places:
+        if ref not in self._spans:
             return None
-        start, size_bytes = self._places[ref]
+        start, size_bytes = self._spans[ref]
         self._file.seek(start)
         return self._file.read(size_bytes)
 
@@ -55,7 +55,7 @@ class SpillBuffer:
 
 
 @contextmanager
-def source_bytes(folder_url: str) -> Iterator[SpillBuffer]:
+def source_bytes(directory_url: str) -> Iterator[SpillBuffer]:
     """Yield a buffer for the source bytes of one shard, on the disk where the shard is written."""
-    with storage.scratch_file(folder_url) as path, path.open("w+b") as file:
+    with storage.scratch_file(directory_url) as path, path.open("w+b") as file:
         yield SpillBuffer(file)

@@ -35,7 +35,7 @@ from d2i.preprocess.records import read_records, records_table, write_records
 from d2i.shards import committed_names
 
 _NAME = "supplements.json"
-_PUT_BACK = "put the list back as it was, or choose another --out"
+_PUT_BACK = "restore the original list from a copy, or choose another --out"
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def _refuse_unlisted(split_url: str, num_shards: int, planned: list[Supplement])
     numbers = {index for index in committed_names(split_url) if index >= num_shards}
     if unlisted := numbers - {supplement.index for supplement in planned}:
         raise ShardError(
-            f"{_url(split_url)} does not list shard {min(unlisted)}, which --retry-failed made "
-            "before; expected the list as it was; put it back, or choose another --out"
+            f"{_url(split_url)} does not list shard {min(unlisted)}, which an earlier "
+            f"--retry-failed made; {_PUT_BACK}"
         )
 
 

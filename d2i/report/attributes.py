@@ -9,8 +9,12 @@ from d2i.report.evaluation import Evaluation, column_names
 from d2i.report.html import OmittedSection, Section, capitalised, is_number, percent, table, text
 
 _TITLE = "Attributes"
-_SHUFFLED = "each with another dialog"
-_MARKS = {"chance": "chance", "true": "true pictures", "codec": "true pictures through the codec"}
+_SHUFFLED = "with shuffled dialogs"
+_MARKS = {
+    "chance": "chance",
+    "true": "reference images",
+    "codec": "VAE reconstructions of reference images",
+}
 
 
 def attributes_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
@@ -21,7 +25,7 @@ def attributes_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSe
         if evaluation.judged and evaluation.judged.get("by_attribute")
     ]
     if not judged:
-        return OmittedSection(_TITLE, "no judged.json: no rule read attributes from these pictures")
+        return OmittedSection(_TITLE, "no judged.json: no attributes were read from these images")
     attributes = list(dict.fromkeys(a for _, answers in judged for a in answers["by_attribute"]))
     groups = "".join(_group(attribute, judged) for attribute in attributes)
     body = (
@@ -34,7 +38,7 @@ def attributes_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSe
 
 def _intro(judged: Mapping[str, Any]) -> str:
     count = judged.get("num_images")
-    over = f" Over {count:,} pictures." if isinstance(count, int) else ""
+    over = f" Over {count:,} images." if isinstance(count, int) else ""
     return f"{text(judged.get('judge', ''))}{over}{_control(judged)}"
 
 
@@ -44,9 +48,8 @@ def _control(judged: Mapping[str, Any]) -> str:
     if not is_number(accuracy.get("shuffled")) or not is_number(accuracy.get("chance")):
         return ""
     return (
-        f" The control: the same pictures, {_SHUFFLED}, are right in "
-        f"{percent(accuracy['shuffled'])}; true pictures of another dialog in "
-        f"{percent(accuracy['chance'])}, which is chance."
+        f" Control: the same images {_SHUFFLED} reach {percent(accuracy['shuffled'])}; chance, "
+        f"the reference images of other dialogs, is {percent(accuracy['chance'])}."
     )
 
 
@@ -109,7 +112,7 @@ def _table(attributes: Sequence[str], judged: Sequence[tuple[str, Mapping[str, A
     ]
     for group in last.get("groups") or {}:
         means = [(answers.get("groups") or {}).get(group, {}) for _, answers in judged]
-        rows.append((f"All of the {text(group)}", _cells(means)))
+        rows.append((f"All {text(group)} attributes", _cells(means)))
     rows.append(("All", _cells([answers.get("accuracy", {}) for _, answers in judged])))
     return table(head, rows)
 

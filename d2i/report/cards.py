@@ -20,9 +20,10 @@ def cards_section(evaluations: Sequence[Evaluation]) -> Section:
         )
         for field in fields
     ]
-    differs = " A dot marks what differs." if len(cards) > 1 else ""
+    differs = " A dot marks the fields that differ." if len(cards) > 1 else ""
     intro = (
-        f'<p class="intro">Everything that decides the scores, as the files hold it.{differs}</p>'
+        '<p class="intro">Everything that the scores depend on, as stored in the files.'
+        f"{differs}</p>"
     )
     head = ["Field", *(text(name) for name in column_names(evaluations))]
     return Section("cards", "Metric cards", intro + table(head, rows))

@@ -15,13 +15,13 @@ from d2i.report.tabulated import Cell, Row, Table
 _SHOWN = tuple(METRICS[key] for key in ("fid", "is", "kid_paired", "clip_i"))
 _SCORES = (
     "FID and IS are the mean ± standard deviation over {num_draws} seeded draws of {draw_size} "
-    "pictures, of a category with no more of them once over all; the deviation is the luck of the "
-    "draw, no confidence interval. KID and CLIP-I are over all pictures of the category; the range "
-    "is the 95 % interval of the mean CLIP-I (BCa)."
+    "images; a category with at most that many is scored once, on all of them. The deviation is "
+    "the variation between draws, not a confidence interval. KID and CLIP-I are over all images of "
+    "the category; the range is the 95 % BCa interval of the mean CLIP-I."
 )
 _RANK = (
-    "Not comparable between categories; FID of 50 pictures in 2,048 dimensions has rank 49, and "
-    "compares with no FID of another number of pictures."
+    "Not comparable between categories. The covariance behind FID on 50 images in 2,048 dimensions "
+    "has rank 49: compare FID only on the same number of images."
 )
 
 
@@ -68,10 +68,10 @@ def _tables(
     missing: Sequence[str],
 ) -> Iterator[Table]:
     """Yield one table per category; the first carries the notes on all of them."""
-    notes = [f"Kept apart, as not comparable: {apart}."] if apart else []
+    notes = [f"Not comparable with the first table: {apart}."] if apart else []
     notes += _notes(documents[part[0].url])
     if missing and not apart:
-        notes.append(f"Without categories.json, see eval/figure5.py: {', '.join(missing)}.")
+        notes.append(f"No categories.json (eval/figure5.py writes it) in: {', '.join(missing)}.")
     headings = disambiguate([paper_row(evaluation.card) for evaluation in part], part)
     for of_first in documents[part[0].url]["categories"]:
         name = of_first["name"]
@@ -80,23 +80,32 @@ def _tables(
             for heading, e in zip(headings, part, strict=True)
         ]
         title = f"{name.capitalize()}: {of_first['num_instances']} instances (Figure 5)"
-        columns = ("pictures", *(metric.title for metric in _SHOWN))
-        yield Table(title + (", apart" if apart else ""), columns, tuple(rows), tuple(notes))
+        columns = ("images", *(metric.title for metric in _SHOWN))
+        yield Table(
+            title + (", not comparable" if apart else ""), columns, tuple(rows), tuple(notes)
+        )
         notes = []
 
 
 def _notes(document: Mapping[str, Any]) -> list[str]:
     draws = {"num_draws": document["num_draws"], "draw_size": document["draw_size"]}
     number = document["num_in_two"]
-    said = "1 instance is" if number == 1 else f"{number} instances are"
+    counted_instances = "1 instance is" if number == 1 else f"{number} instances are"
     few = [
         f"{scores['name']} ({scores['num_instances']})"
         for scores in document["categories"]
         if scores["num_instances"] < document["draw_size"]
     ]
-    notes = [_SCORES.format(**draws), _RANK, f"{said} in two categories, and scored in both."]
+    notes = [
+        _SCORES.format(**draws),
+        _RANK,
+        f"{counted_instances} in two or more categories and scored in each of them.",
+    ]
     if few:
-        notes.append(f"Fewer than {document['draw_size']}, all are used: {', '.join(few)}.")
+        notes.append(
+            f"Categories with fewer than {document['draw_size']} instances, all of them used: "
+            f"{', '.join(few)}."
+        )
     return notes
 
 
@@ -107,8 +116,15 @@ def _scores_of(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _cells(scores: Mapping[str, Any]) -> tuple[Cell, ...]:
     if not scores:
         return (Cell(),) * (1 + len(_SHOWN))
-    drawn, asked = scores["num_pictures"], scores["num_instances"]
-    shown = [Cell(drawn if drawn == asked else f"{drawn} of {asked}", spec="d")]
+    num_generated, num_instances = scores["num_pictures"], scores["num_instances"]
+    shown = [
+        Cell(
+            num_generated
+            if num_generated == num_instances
+            else f"{num_generated} of {num_instances}",
+            spec="d",
+        )
+    ]
     for metric in _SHOWN:
         interval = scores.get(f"{metric.key}_interval")
         shown.append(

@@ -80,7 +80,7 @@ def guidance_words(card: Mapping[str, Any]) -> str | None:
         said = metric.title if metric else chosen.get("metric")
         how = f"d2i select, {said} on {chosen.get('num_instances')} validation dialogs"
     elif how == "recipe":
-        how = "the recipe's"
+        how = "recipe"
     return f"{scale:g} ({how})" if how else f"{scale:g}"
 
 
@@ -127,6 +127,6 @@ def _unearned(evaluation: Evaluation) -> str:
 
 def _short(value: Any) -> str:
     if value is None:
-        return "not named"
+        return "not recorded"
     said = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return said if len(said) <= 60 else f"{said[:57]}…"

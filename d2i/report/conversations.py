@@ -46,11 +46,11 @@ def render_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]
         DataError: If a system's images cannot be read.
     """
     wanted = [conversation.key for conversation in shown]
-    drawn = [
+    generated = [
         evaluation.read_images([key for key in wanted if key in evaluation.image_urls])
         for evaluation in evaluations
     ]
-    return "".join(_row(conversation, evaluations, drawn) for conversation in shown)
+    return "".join(_row(conversation, evaluations, generated) for conversation in shown)
 
 
 def group_by_instances(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
@@ -73,8 +73,8 @@ def _cases(groups: Sequence[Sequence[Evaluation]], cases: Sequence[str]) -> str:
         for conversation in shown:
             if not any(conversation.key in e.image_urls for e in group):
                 raise DataError(
-                    f"--case {conversation.key}: its picture was kept by no evaluation; expected "
-                    "one at least; evaluate with --save-images all"
+                    f"--case {conversation.key}: no evaluation saved its image; expected at least "
+                    "one; evaluate into a new --out with --save-images all"
                 )
         bodies.append(render_rows(shown, group))
     if unknown:
@@ -83,7 +83,7 @@ def _cases(groups: Sequence[Sequence[Evaluation]], cases: Sequence[str]) -> str:
         such = f", such as {example[0].key}" if example else ""
         raise DataError(
             f"--case {key}: no instance of {_data_url(groups[0])} has this key; expected a key "
-            f"of instances.jsonl{such}"
+            f"from instances.jsonl{such}"
         )
     return "".join(bodies)
 
@@ -95,9 +95,7 @@ def _data_url(evaluations: Sequence[Evaluation]) -> str:
 def _part(evaluations: Sequence[Evaluation]) -> str | OmittedSection:
     keys = set(evaluations[0].image_urls).intersection(*(e.image_urls for e in evaluations))
     if not keys:
-        return OmittedSection(
-            _TITLE, "no picture was kept for any conversation that all systems drew"
-        )
+        return OmittedSection(_TITLE, "the evaluations saved no images of the same conversation")
     data_url = _data_url(evaluations)
     try:
         shown = read_conversations(data_url, keys, NUM_CONVERSATIONS)
@@ -105,20 +103,20 @@ def _part(evaluations: Sequence[Evaluation]) -> str | OmittedSection:
     except DataError as error:
         return OmittedSection(_TITLE, str(error))
     if not shown:
-        return OmittedSection(_TITLE, f"no picture that was kept belongs to {data_url}")
+        return OmittedSection(_TITLE, f"no saved image belongs to {data_url}")
     return f"{_intro(shown, evaluations)}{rows}"
 
 
 def _intro(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> str:
     judged = any(evaluation.judged for evaluation in evaluations)
     marks = (
-        " Under it stands what it shows; under the others, what a rule read from their pixels."
+        " Below it are its attributes; below the others, those that a rule read from their pixels."
         if judged
         else ""
     )
     return (
-        f'<p class="intro">{len(shown)} conversations, drawn by a hash of their keys and so chosen '
-        "by nobody. Each is what the network was given; the true picture is what was sent."
+        f'<p class="intro">{len(shown)} conversations, selected by a hash of their keys, not by '
+        "hand. Each shows the context of an image; the reference image is the one that was sent."
         f"{marks}</p>"
     )
 
@@ -126,16 +124,16 @@ def _intro(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> 
 def _row(
     conversation: Conversation,
     evaluations: Sequence[Evaluation],
-    drawn: Sequence[Mapping[str, bytes]],
+    generated: Sequence[Mapping[str, bytes]],
 ) -> str:
     key = conversation.key
     examples = [_example(evaluation, key) for evaluation in evaluations]
     wanted = next((example["wanted"] for example in examples if example), None)
     shows = f": {', '.join(map(str, wanted.values()))}" if wanted else f" of {key}"
-    alt = f"True picture{shows}"
-    figures = [_figure("True picture", conversation.image, alt, _wanted(wanted))]
-    for name, images, example in zip(column_names(evaluations), drawn, examples, strict=True):
-        alt = f"{name}: picture drawn for {key}"
+    alt = f"Reference image{shows}"
+    figures = [_figure("Reference image", conversation.image, alt, _wanted(wanted))]
+    for name, images, example in zip(column_names(evaluations), generated, examples, strict=True):
+        alt = f"{name}: image generated for {key}"
         figures.append(
             _figure(name, images[key], alt, _read(example)) if key in images else _absent(name)
         )
@@ -149,8 +147,8 @@ def _row(
 def _chat(conversation: Conversation) -> str:
     turns = "".join(
         f'<li dir="auto" class="{"ours" if speaker % 2 else "theirs"}">'
-        f'<span class="hidden">Speaker {speaker + 1}: </span>{text(said)}</li>'
-        for speaker, said in conversation.turns
+        f'<span class="hidden">Speaker {speaker + 1}: </span>{text(words)}</li>'
+        for speaker, words in conversation.turns
     )
     return f'<ol class="chat" tabindex="0" aria-label="Conversation">{turns}</ol>'
 
@@ -162,7 +160,7 @@ def _figure(name: str, data: bytes | None, alt: str, attributes: str) -> str:
 
 def _absent(name: str) -> str:
     caption = f"<figcaption>{text(name)}</figcaption>"
-    return f'<figure>{caption}<div class="no-picture">no picture kept</div></figure>'
+    return f'<figure>{caption}<div class="no-picture">no image saved</div></figure>'
 
 
 def _example(evaluation: Evaluation, key: str) -> Mapping[str, Any] | None:
@@ -195,7 +193,7 @@ def _mark(attribute: str, wanted: str, read: str | None) -> str:
     right = read == wanted
     sign, spoken = ("✓", "right") if right else ("✗", "wrong")
     return (
-        f'<li class="{spoken}" title="{text(attribute)}: asked for {text(wanted)}">'
+        f'<li class="{spoken}" title="{text(attribute)}: expected {text(wanted)}">'
         f'<span aria-hidden="true">{sign}</span>'
         f'<span class="hidden">{text(attribute)} {spoken}: </span> '
         f"{text(f'no {attribute}' if read is None else read)}</li>"

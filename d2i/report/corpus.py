@@ -17,14 +17,14 @@ from d2i.report.variants import variants_section
 
 _ROWS = (
     ("num_dialogs", "Dialogs", "conversations that could be read"),
-    ("num_dialogs_with_images", "Dialogs with a picture", "these alone give instances"),
-    ("num_turns", "Turns", "messages of all dialogs: text, pictures or both"),
-    ("num_occurrences", "Occurrences", "every time a picture is shared counts"),
-    ("num_images", "Distinct pictures", "each counts once in its split, and may be in several"),
+    ("num_dialogs_with_images", "Dialogs with an image", "only these give instances"),
+    ("num_turns", "Turns", "messages of all dialogs: text, images or both"),
+    ("num_occurrences", "Occurrences", "counts every time an image is shared"),
+    ("num_images", "Distinct images", "each counted once per split; may be in several splits"),
     (
         "num_instances",
         "Instances",
-        "one picture with the text around it: what is learned or tested",
+        "one image with the text around it: a training or test example",
     ),
 )
 
@@ -54,8 +54,8 @@ def _page(survey: Mapping[str, Any]) -> str:
     ]
     title = f"{survey['corpus']} corpus: {survey['source']}"
     footer = (
-        "Every figure is that of the survey; rounded figures carry the exact one. "
-        "No text and no picture of the corpus is on this page."
+        "All figures are from the survey; hover over a rounded figure for its exact value. "
+        "This page has no text and no image of the corpus."
     )
     return render_document(title, _header(title, survey), sections, footer)
 
@@ -65,12 +65,12 @@ def _header(title: str, survey: Mapping[str, Any]) -> str:
     totals = {name: sum(found[name] for found in splits) for name, _, _ in _ROWS}
     heading = (
         f"{counted(totals['num_dialogs'], 'dialog')}, "
-        f"pictures shared {counted(totals['num_occurrences'], 'time')}"
+        f"images shared {counted(totals['num_occurrences'], 'time')}"
     )
     lead = (
-        f"They give <strong>{counted(totals['num_instances'], 'instance')}</strong>: an instance "
-        "is one picture with the text around it, and is what a model learns from or is tested on. "
-        "This page holds numbers and settings alone, no text and no picture of the corpus."
+        f"They give <strong>{counted(totals['num_instances'], 'instance')}</strong>. An instance "
+        "is one image with the text around it: a training or test example. "
+        "This page shows only numbers and settings, no text and no image of the corpus."
     )
     cards = [_instances_card(survey), _lengths_card(survey), _leaks_card(survey)]
     return render_header(title, heading, lead, "".join(cards))
@@ -80,9 +80,7 @@ def _instances_card(survey: Mapping[str, Any]) -> str:
     values = [
         (split, figure(found["num_instances"], ",")) for split, found in survey["splits"].items()
     ]
-    return card(
-        "Instances", values, "a split is a part of the corpus: to learn from, or to test on"
-    )
+    return card("Instances", values, "per split of the corpus")
 
 
 def _lengths_card(survey: Mapping[str, Any]) -> str:
@@ -94,18 +92,18 @@ def _lengths_card(survey: Mapping[str, Any]) -> str:
     ]
     rooms = sorted({measured["room"] for measured in lengths.values()})
     room = " or ".join(figure(tokens, ",") for tokens in rooms)
-    note = f"have more than the {room} tokens that fit; measured on a sample of each split"
-    return card("Contexts too long", values, note) if values else ""
+    note = f"exceed the limit of {room} tokens; measured on a sample of each split"
+    return card("Contexts over the limit", values, note) if values else ""
 
 
 def _leaks_card(survey: Mapping[str, Any]) -> str:
     leaks = survey["leaks"]
     if len(survey["splits"]) < 2 and not leaks["counts"]:
         return ""
-    looked = "counted too" if leaks["near"] else "not looked for"
-    note = f"show a picture that a split held back shows as well; near-duplicates were {looked}"
+    looked = "counted too" if leaks["near"] else "not searched for"
+    note = f"have an image that is also in a held-out split; near-duplicates were {looked}"
     values = [(name, figure(number, ",")) for name, number in named_leaks(leaks["counts"])]
-    return card("Instances that leak", values or [("between splits", "none")], note)
+    return card("Leaked instances", values or [("between splits", "none")], note)
 
 
 def _counts_section(splits: Mapping[str, Mapping[str, Any]]) -> Section:
@@ -113,7 +111,7 @@ def _counts_section(splits: Mapping[str, Mapping[str, Any]]) -> Section:
         (f"{name}<small>{meaning}</small>", _cells(field, splits)) for field, name, meaning in _ROWS
     ]
     head = ["", *map(text, splits), *(["all"] if len(splits) > 1 else [])]
-    return Section("counts", "What it holds", table(head, rows))
+    return Section("counts", "Counts", table(head, rows))
 
 
 def _cells(field: str, splits: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ def count_cells(values: Iterable[Any]) -> list[str]:
     counts = list(values)
     if len(counts) > 1:
         counts.append(sum(counts) if all(map(is_number, counts)) else None)
-    return [figure(count, ",") if is_number(count) else "not kept" for count in counts]
+    return [figure(count, ",") if is_number(count) else "not recorded" for count in counts]
 
 
 def reason_rows(

@@ -32,7 +32,7 @@ def read_conversations(data_url: str, keys: Collection[str], count: int) -> list
     Raises:
         ShardError: If the data set cannot be read.
     """
-    _check_place(data_url)
+    _check_local(data_url)
     reader = ShardReader(data_url)
     places = {key: place for place, key in enumerate(reader.keys) if key in keys}
     chosen = sorted(places, key=lambda key: key_order_hash(key, 0))[:count]
@@ -69,7 +69,7 @@ def read_splits(data_url: str) -> dict[str, Manifest]:
     Raises:
         ShardError: If there is none, or one is damaged.
     """
-    _check_place(data_url)
+    _check_local(data_url)
     parent, _, own = data_url.rstrip("/").rpartition("/")
     names = list(SPLITS) if own in SPLITS else [own]
     urls = {name: f"{parent}/{name}" if parent else name for name in names}
@@ -79,11 +79,14 @@ def read_splits(data_url: str) -> dict[str, Manifest]:
         if storage.exists(storage.join(url, MANIFEST_NAME))
     }
     if not found:
-        raise ShardError(f"no {MANIFEST_NAME} in {data_url}")
+        raise ShardError(f"{data_url} has no {MANIFEST_NAME}")
     return found
 
 
-def _check_place(data_url: str) -> None:
+def _check_local(data_url: str) -> None:
     """Raise for a URL with a host: it comes from a metric card, not from the user."""
     if storage.names_host(data_url):
-        raise ShardError(f"the metric card's data set {data_url} is an address, which is not asked")
+        raise ShardError(
+            f"the metric card's data set {data_url} is a URL with a host, which a report does not "
+            "contact"
+        )

@@ -51,7 +51,7 @@ def _rendered(section: Section | OmittedSection) -> str:
     if isinstance(section, OmittedSection):
         reason = text(section.reason)
         return (
-            f'<p class="left-out"><strong>{text(section.title)}</strong> left out: {reason}.</p>\n'
+            f'<p class="left-out"><strong>{text(section.title)}</strong> omitted: {reason}.</p>\n'
         )
     return (
         f'<section id="{section.anchor}"><h2>{text(section.title)}</h2>{section.body}</section>\n'

@@ -16,7 +16,9 @@ from d2i.metric_specs import METRICS
 from d2i.report.paper_rows import label_of
 
 _WRITE_AGAIN = "repeat the command that wrote it"
-_DRAW_AGAIN = "remove the tasks/*.npz of its instances and repeat d2i eval: they are drawn again"
+_GENERATE_AGAIN = (
+    "delete the tasks/*.npz of its instances and repeat d2i eval to generate them again"
+)
 MAX_NAMED = 4
 """Largest number of evaluations to name in a sentence or to show as columns."""
 _MAX_IMAGE_BYTES = 1 << 26
@@ -90,7 +92,8 @@ def read_evaluation(eval_dir: str | PathLike[str]) -> Evaluation:
     document = read_json(storage.join(url, "scores.json"))
     if document is None:
         raise DataError(
-            f"{url}: found no scores.json, expected the output of `d2i eval`; run it to its end"
+            f"{url}: got no scores.json, expected the output of a finished `d2i eval`; repeat that "
+            "command to finish it"
         )
     if not all(isinstance(document.get(part), dict) for part in ("scores", "card")):
         raise DataError(f"{url}/scores.json: expected `scores` and `card`; run `d2i eval` again")
@@ -180,7 +183,7 @@ def lossy_codec(card: Mapping[str, Any]) -> str | None:
     lossy = [form for form in forms if form != "png"]
     # Retrieved photographs have the same codec as the reference images.
     if not lossy or card.get("kind") == "retrieve":
-        return "without loss"
+        return "lossless"
     return f"{', '.join(lossy)} files"
 
 
@@ -201,16 +204,16 @@ def _is_before_and_after(evaluations: Sequence[Evaluation]) -> bool:
 def _image_urls(url: str) -> dict[str, str]:
     paths = [f"images/{n}" for n in storage.list_names(storage.join(url, "images"))]
     tars = [path for path in paths if path.endswith(".tar")]
-    sums = markers.read_markers(storage.join(url, "tasks"), next_step=_DRAW_AGAIN)
+    sums = markers.read_markers(storage.join(url, "tasks"), next_step=_GENERATE_AGAIN)
     if lost := sorted(p for p in sums.keys() - set(tars) if p.startswith("images/")):
         raise DataError(
-            f"{url}/{lost[0]} is not there; expected the pictures that its task kept; restore it, "
-            "or remove its tasks/*.npz and repeat d2i eval"
+            f"{url}/{lost[0]} is missing; expected the images saved by its task; restore it, or "
+            "delete its tasks/*.npz and repeat d2i eval"
         )
     found: dict[str, str] = {}
     for path in tars:
         tar, where = storage.join(url, path), f"tasks/{path[7:-4]}.json"
-        checksums.check_against(tar, sums.get(path), where=where, next_step=_DRAW_AGAIN)
+        checksums.check_against(tar, sums.get(path), where=where, next_step=_GENERATE_AGAIN)
         found |= dict.fromkeys(_keys_in(tar), tar)
     return found
 
@@ -228,7 +231,10 @@ def _read_members(url: str, names: Collection[str]) -> dict[str, bytes]:
             if member.name not in names:
                 continue
             if member.size > _MAX_IMAGE_BYTES:
-                raise DataError(f"{url}: {member.name} has {member.size} bytes, expected a picture")
+                raise DataError(
+                    f"{url}: {member.name} has {member.size} bytes, expected an image of at most "
+                    f"{_MAX_IMAGE_BYTES}"
+                )
             file = tar.extractfile(member)
             if file is not None:
                 found[member.name.removesuffix(".png")] = file.read()
@@ -242,4 +248,4 @@ def _opened(url: str) -> Iterator[tarfile.TarFile]:
         with storage.open_url(url) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             yield tar
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"{url}: not a whole tar ({error}); run `d2i eval` again") from error
+        raise DataError(f"{url}: not a complete tar ({error}); run `d2i eval` again") from error

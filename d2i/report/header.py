@@ -10,10 +10,10 @@ from d2i.report.evaluation import MAX_NAMED, Evaluation, column_names, group_com
 from d2i.report.html import card, figure, is_number, percent, text
 
 DEFAULT_TITLE = "d2i report"
-_SENTENCE = "A conversation goes in, the picture that answers it comes out"
+_SENTENCE = "From a conversation to the image that answers it"
 
 
-def hero(evaluations: Sequence[Evaluation], title: str | None) -> str:
+def page_header(evaluations: Sequence[Evaluation], title: str | None) -> str:
     """Render the heading, the evaluated systems, and up to three headline numbers."""
     cards = (
         [_accuracy(evaluations), _score(evaluations, "fid"), _score(evaluations, "clip_i")]
@@ -29,10 +29,10 @@ def _sentence(evaluations: Sequence[Evaluation]) -> str:
     count = f"{figure(found, ',')} conversations" if is_number(found) else "conversations"
     split = f" of the {text(data.rpartition('/')[2])} split" if data else ""
     if len(evaluations) > MAX_NAMED:
-        return f"{figure(len(evaluations), ',')} evaluations side by side, of what they share."
+        return f"{figure(len(evaluations), ',')} evaluations side by side."
     labels = [f"<strong>{text(evaluation.label)}</strong>" for evaluation in evaluations]
     systems = " and ".join(filter(None, [", then ".join(labels[:-1]), labels[-1]]))
-    return f"Pictures drawn for {count}{split} by {systems}."
+    return f"Images generated for {count}{split} by {systems}."
 
 
 def _accuracy(evaluations: Sequence[Evaluation]) -> str:
@@ -43,15 +43,15 @@ def _accuracy(evaluations: Sequence[Evaluation]) -> str:
     last = accuracies[-1] or {}
     beside = [
         f"{name} {percent(last[field])}"
-        for field, name in (("true", "true pictures"), ("chance", "chance"))
+        for field, name in (("true", "reference images"), ("chance", "chance"))
         if is_number(last.get(field))
     ]
     beside += [
-        f"{text(group)} alone {percent(means['generated'])}"
+        f"{text(group)} only {percent(means['generated'])}"
         for group, means in ((evaluations[-1].judged or {}).get("groups") or {}).items()
     ]
     note = f"read from the pixels by a rule; {', '.join(beside)}"
-    return _card("Attributes right", [percent(share) for share in shares], evaluations, note)
+    return _card("Attribute accuracy", [percent(share) for share in shares], evaluations, note)
 
 
 def _score(evaluations: Sequence[Evaluation], name: str) -> str:

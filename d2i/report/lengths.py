@@ -8,7 +8,7 @@ from typing import Any
 from d2i.report.html import OmittedSection, Section, counted, figure, percent, table, text
 from d2i.report.svg import Box, axes, axis_names, ticks
 
-_TITLE = "How long contexts are"
+_TITLE = "Context lengths"
 _NUM_TICKS = 4
 # Least distance between two labels below the plot, as a share of its width.
 _LABEL_SHARE = 0.12
@@ -16,8 +16,8 @@ _LABEL_SHARE = 0.12
 # it.
 _NARROW_BEYOND = 60
 _CUT = {
-    "end": "a longer one loses its beginning, and what was said last is kept",
-    "start": "a longer one loses its end, and what was said first is kept",
+    "end": "longer ones are truncated at the start, which keeps the latest turns",
+    "start": "longer ones are truncated at the end, which keeps the first turns",
 }
 
 
@@ -27,11 +27,11 @@ def lengths_section(
     """Plot the lengths of each split whose contexts were measured; `options` are those of text."""
     if not any(found["lengths"]["num_sampled"] for found in splits.values()):
         return OmittedSection(_TITLE, "no context was measured")
-    cut = _CUT.get(options.get("keep", ""), "a longer one is cut")
+    cut = _CUT.get(options.get("keep", ""), "longer ones are truncated")
     intro = (
-        '<p class="intro">A context is the text that belongs to a picture. A token is a word or a '
-        "piece of one, as the text encoder reads it. The encoder has room for so many of them: "
-        f"{cut}. Lengths are those before the cut, measured on a sample of each split.</p>"
+        '<p class="intro">Lengths of contexts, the text that belongs to an image, in tokens of the '
+        f"text encoder. The encoder reads a limited number of tokens: {cut}. Lengths are before "
+        "truncation, measured on a sample of each split.</p>"
         '<ul class="legend"><li><i class="swatch within"></i>fits</li>'
         '<li><i class="swatch beyond"></i>too long</li></ul>'
     )
@@ -45,9 +45,9 @@ def _chart(split: str, found: Mapping[str, Any]) -> str:
     if not lengths["num_sampled"]:
         return f'<div class="chart">{name}<p>No context was measured.</p></div>'
     facts = (
-        f"<strong>{percent(lengths['share_over'])}</strong> have more than the "
-        f"{figure(lengths['room'], ',')} tokens that fit. On average a context has "
-        f"{figure(lengths['mean'], ',.1f')}, at most {figure(lengths['longest'], ',')}. "
+        f"<strong>{percent(lengths['share_over'])}</strong> exceed the limit of "
+        f"{figure(lengths['room'], ',')} tokens. Mean {figure(lengths['mean'], ',.1f')}, maximum "
+        f"{figure(lengths['longest'], ',')} tokens. "
         f"Measured on a sample of {figure(lengths['num_sampled'], ',')} of "
         f"{counted(found['num_instances'], 'instance')}."
     )
@@ -81,7 +81,7 @@ def _svg(split: str, lengths: Mapping[str, Any]) -> str:
     bars = "".join(_bar(place, count, box, lengths) for place, count in enumerate(counts))
     title = (
         f"{text(split)}: contexts by their number of tokens, "
-        f"{100 * lengths['share_over']:.1f} % have more than the {lengths['room']:,} that fit"
+        f"{100 * lengths['share_over']:.1f} % exceed the limit of {lengths['room']:,}"
     )
     return (
         f'<svg role="img" width="100%" height="240"><title>{title}</title>'

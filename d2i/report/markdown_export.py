@@ -61,5 +61,5 @@ def _no_formula(cell: object) -> object:
     return cell
 
 
-def _escaped(said: str) -> str:
-    return said.replace("|", "\\|").replace("\n", " ")
+def _escaped(cell_text: str) -> str:
+    return cell_text.replace("|", "\\|").replace("\n", " ")

@@ -14,7 +14,7 @@ from d2i.report.categories import figure5
 from d2i.report.conversations import conversations_section
 from d2i.report.document import render_document
 from d2i.report.evaluation import Evaluation, read_evaluation
-from d2i.report.header import DEFAULT_TITLE, hero
+from d2i.report.header import DEFAULT_TITLE, page_header
 from d2i.report.html import OmittedSection, Section
 from d2i.report.markdown_export import write_csv, write_markdown
 from d2i.report.paper_tables import table2, table5
@@ -65,16 +65,19 @@ def write_report(
             writes, or a case does not exist.
     """
     if not eval_dirs:
-        raise ConfigError("report: got no evaluation folder, expected at least one")
+        raise ConfigError(
+            "report: got no evaluation directory, expected at least one; pass those that d2i eval "
+            "wrote"
+        )
     suffix = fspath(out_path).rpartition(".")[2].lower()
     if suffix not in ("html", "md", "csv"):
         raise ConfigError(
-            f"report: got {fspath(out_path)}, expected a name that ends in .html, .md or .csv"
+            f"report: got {fspath(out_path)}, expected a file name ending in .html, .md or .csv"
         )
     if cases and suffix != "html":
         raise ConfigError(
-            f"--case: got --out {fspath(out_path)}, expected a page, as cases are pictures; "
-            "choose a name that ends in .html"
+            f"--case: got --out {fspath(out_path)}, expected a page, because cases are images; "
+            "choose a file name ending in .html"
         )
     evaluations = [read_evaluation(eval_dir) for eval_dir in eval_dirs]
     if cases:
@@ -126,5 +129,8 @@ def _page(
 def _render(
     evaluations: Sequence[Evaluation], sections: Sequence[Section | OmittedSection], title: str
 ) -> str:
-    footer = "Every figure is read from the files of the run; rounded figures carry the exact one."
-    return render_document(title, hero(evaluations, title), sections, footer)
+    footer = (
+        "All figures are read from the files of the run; hover over a rounded figure for its exact "
+        "value."
+    )
+    return render_document(title, page_header(evaluations, title), sections, footer)

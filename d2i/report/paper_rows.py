@@ -167,8 +167,8 @@ def paper_words(table: str, name: str, corpus: str | None = None) -> str:
     # The note of a whole table applies to its rows with a missing value.
     if "note" in rows and isinstance(row, dict) and None in row.values():
         notes.append(rows["note"])
-    said = f"the paper, Table {table.removeprefix('table')}"
-    return "; ".join([said, *notes])
+    origin = f"the paper, Table {table.removeprefix('table')}"
+    return "; ".join([origin, *notes])
 
 
 def _is_noted(row: Any) -> bool:
@@ -177,7 +177,7 @@ def _is_noted(row: Any) -> bool:
 
 def _of_extractor(card: Mapping[str, Any]) -> Iterator[str]:
     if card.get("extractor") != PUBLISHED_EXTRACTOR:
-        yield f"the paper's are on {PUBLISHED_EXTRACTOR}, these on {card.get('extractor')}"
+        yield f"extractor {card.get('extractor')}, the paper's {PUBLISHED_EXTRACTOR}"
 
 
 def _of_test_split(card: Mapping[str, Any], num_test: int) -> Iterator[str]:
@@ -185,16 +185,16 @@ def _of_test_split(card: Mapping[str, Any], num_test: int) -> Iterator[str]:
     if split != "test":
         yield f"the split is {split or 'not recorded'}"
     elif abs(expected - num_test) > _MAX_COUNT_DIFFERENCE * num_test:
-        yield f"the paper's are on {num_test:,} test instances, these on {expected:,}"
+        yield f"{expected:,} test instances, the paper's {num_test:,}"
     if options := card.get("corpus_options"):
         words = ", ".join(f"corpus.{name}={value}" for name, value in options.items())
-        yield f"instances were made with {words}"
+        yield f"instances were prepared with {words}"
 
 
 def _of_count(card: Mapping[str, Any]) -> Iterator[str]:
     found, expected = card.get("found") or 0, card.get("expected") or 0
     if found < _MIN_SCORED * expected:
-        yield f"{found:,} of {expected:,} were scored"
+        yield f"only {found:,} of {expected:,} instances were scored"
 
 
 def _of_sizes(card: Mapping[str, Any]) -> Iterator[str]:
@@ -218,9 +218,9 @@ def _of_weights(card: Mapping[str, Any]) -> Iterator[str]:
     if initial.get("file") in (None, "scratch"):
         yield "its initial weights are random"
     elif initial.get("initialisation"):
-        yield "its initial weights are an initialisation, not trained"
+        yield "its initial weights are untrained, an initialisation"
     elif not initial.get("layout"):
-        yield f"its initial weights, {initial['file']}, are in no published layout"
+        yield f"its initial weights, {initial['file']}, are not in a published layout"
 
 
 def _of_text(card: Mapping[str, Any], strategy: str) -> Iterator[str]:

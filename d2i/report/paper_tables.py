@@ -30,8 +30,8 @@ from d2i.report.paper_rows import (
 from d2i.report.score_rows import NO_PAPER, score_row, score_table
 from d2i.report.tabulated import Cell, Row, Table
 
-_GAIN = "Gain: after fine-tuning minus before it, of the same network shown the same text."
-_SAME_DESCRIPTIONS = "Divter: MMDialog has no descriptions; it learned from our captions."
+_GAIN = "Gain: score after fine-tuning minus before, of the same network on the same text."
+_SAME_DESCRIPTIONS = "Divter: trained on our captions, because MMDialog has none."
 
 
 def table2(evaluations: Sequence[Evaluation]) -> list[Table]:
@@ -76,8 +76,8 @@ def _set_apart(
     table: Table, number: int, part: Sequence[Evaluation], first: Sequence[Evaluation]
 ) -> Table:
     """Retitle a table that is not comparable with the first, and note the reason."""
-    note = f"Kept apart, as not comparable: {incompatibility_reason(part, first)}."
-    title = f"{table.title}, apart" + (f" ({number})" if number > 1 else "")
+    note = f"Not comparable with the first table: {incompatibility_reason(part, first)}."
+    title = f"{table.title}, not comparable" + (f" ({number})" if number > 1 else "")
     return replace(table, title=title, notes=(note, *table.notes))
 
 
@@ -115,7 +115,7 @@ def _notes(corpus: str, part: Sequence[Evaluation], names: Sequence[str]) -> lis
         return [*notes, *_unearned(part, names), *paper_notes("table2", corpus)]
     if paper_table2(corpus):
         reasons = "; ".join(why_not_beside(part[0].card))
-        notes.append(f"The paper's numbers are left out: {reasons}.")
+        notes.append(f"The paper's numbers are omitted: {reasons}.")
     return notes
 
 

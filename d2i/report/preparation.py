@@ -20,7 +20,7 @@ def preparation_section(evaluations: Sequence[Evaluation]) -> Section | OmittedS
     """Account for every planned instance of every data set that was evaluated on."""
     parents = {_parent(e): str(e.card["data"]) for e in evaluations if e.card.get("data")}
     if not parents:
-        return OmittedSection(_TITLE, "no metric card names its data set")
+        return OmittedSection(_TITLE, "no metric card records its data set")
     try:
         parts = [_data_set(url) for url in parents.values()]
     except DataError as error:
@@ -43,7 +43,7 @@ def _data_set(url: str) -> str:
     failed = sum(sum(manifest.failures.values()) for manifest in manifests.values())
     intro = (
         f'<p class="intro">{figure(written, ",")} samples written, {figure(failed, ",")} dropped. '
-        "A picture that cannot be used is never replaced: it is counted, with its reason.</p>"
+        "An unusable image is never replaced: it is counted by reason.</p>"
     )
     return intro + _table(manifests, plans)
 
@@ -56,11 +56,11 @@ def _table(manifests: Mapping[str, Manifest], plans: Mapping[str, Mapping[str, A
     excluded = [plan.get("num_excluded", 0) for plan in plans.values()]
     rows = [
         ("Instances planned", count_cells(plan.get("num_instances") for plan in plans.values())),
-        ("Distinct pictures", count_cells(plan.get("num_images") for plan in plans.values())),
+        ("Distinct images", count_cells(plan.get("num_images") for plan in plans.values())),
         ("Samples written", count_cells(m.num_samples for m in manifests.values())),
         *_reasons("Dropped", failures),
-        *_reasons("Found in the corpus", problems),
-        *([("Left out by --exclude", count_cells(excluded))] if any(excluded) else []),
+        *_reasons("Record issues", problems),
+        *([("Excluded by --exclude", count_cells(excluded))] if any(excluded) else []),
         ("Size of the shards", [_mebibytes(m.size_bytes) for m in manifests.values()] + total),
     ]
     head = ["", *(text(split) for split in manifests), *(["all"] if total else [])]

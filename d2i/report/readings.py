@@ -34,12 +34,12 @@ from d2i.report.tabulated import Table
 STRATEGIES = ("space", "special", "letters", "hash")
 _CONTEXTS = ("full", "last", "none", "shuffled")
 _AT_TEST_TIME = (
-    "Changed at test time only; not the paper's experiment, which trains once for each: here one "
-    "network is shown other texts than it was trained on."
+    "Changed at test time only, not the paper's experiment: one network is evaluated on "
+    "linearizations that it was not trained on; the paper trains one for each."
 )
 _NOT_RECORDED = (
-    "Not the paper's experiment, as far as can be told: the text that these runs were trained on "
-    "is not recorded; evaluate them again."
+    "Cannot be matched with the paper's experiment: the linearization that these runs were trained "
+    "on is not recorded; evaluate them again."
 )
 
 
@@ -64,7 +64,7 @@ def context_ablation(evaluations: Sequence[Evaluation]) -> list[Table]:
     hashed = [e for e in evaluations if strategy_of(e) == "hash" and e.card.get("corpus")]
     for name, group in group_by(hashed, _name):
         if len({context_of(e) for e in group}) > 1:
-            title = f"What the system is shown: {name}"
+            title = f"Context ablation: {name}"
             tables += _variants(title, group, context_of, _CONTEXTS, {})
     return tables
 
@@ -139,11 +139,13 @@ def _variants(
             )
             for heading, evaluation in zip(headings, chosen, strict=True)
         ]
-        said = (
-            [] if part is parts[0] else [f"Kept apart: {incompatibility_reason(part, parts[0])}."]
+        notes_shown = (
+            []
+            if part is parts[0]
+            else [f"Not comparable with the first table: {incompatibility_reason(part, parts[0])}."]
         )
-        said += [*notes, *(paper_notes("table3") if is_papers else ())]
-        tables.append(score_table(title + (" (Table 3)" if is_papers else ""), rows, said))
+        notes_shown += [*notes, *(paper_notes("table3") if is_papers else ())]
+        tables.append(score_table(title + (" (Table 3)" if is_papers else ""), rows, notes_shown))
     return tables
 
 

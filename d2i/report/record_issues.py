@@ -9,32 +9,32 @@ from d2i.report.counts import count_cells, reason_rows
 from d2i.report.html import OmittedSection, Section, capitalised, table, text
 
 _PROBLEMS = {
-    "bad_image_ref": "where the picture is to be had cannot be used as it is written",
-    "duplicate_dialog_id": "an earlier dialog has the same id, and is the one that is kept",
-    "empty_context": "a picture with no text to go with it",
-    "empty_file": "a file with nothing in it",
-    "invalid_json": "a record that is not written as JSON",
-    "invalid_utf8": "a record whose characters are not UTF-8",
-    "mismatched_images": "a record that lists more or fewer pictures than it has marks for them",
-    "missing_field": "a record that lacks a part that is needed",
-    "no_image": "a record that is to share a picture, and shares none",
-    "repaired": "a record that is read although it is not quite JSON, such as one with NaN",
-    "too_large": "a record that is larger than any dialog should be",
-    "too_many_broken": "the rest of a file, given up because so much of it was broken",
-    "truncated": "a file that ends in the middle of a record",
-    "unknown_field": "a part that is unknown, or named nearly like one that is left out",
-    "wrong_type": "a part that is of another kind than expected, such as a number for a text",
+    "bad_image_ref": "the path or URL of an image is not usable",
+    "duplicate_dialog_id": "an earlier dialog has the same id; the earlier one is kept",
+    "empty_context": "an image without any context",
+    "empty_file": "the file is empty",
+    "invalid_json": "the record is not valid JSON",
+    "invalid_utf8": "the record is not valid UTF-8",
+    "mismatched_images": "the record lists more or fewer images than it has placeholders",
+    "missing_field": "a required field is missing",
+    "no_image": "the record should share an image, and shares none",
+    "repaired": "read although it is not strict JSON, for example with NaN",
+    "too_large": "the record is larger than any dialog should be",
+    "too_many_broken": "the rest of the file was skipped: too much of it was broken",
+    "truncated": "the file ends in the middle of a record",
+    "unknown_field": "a field is unknown, or resembles the name of a missing one (a typo?)",
+    "wrong_type": "a field has the wrong type, such as a number instead of a string",
 }
 _FAILURES = {
     "decode_error": "the file is damaged",
-    "lfs_pointer": "the file only names its content, which Git LFS has yet to fetch",
-    "missing_file": "there is no such file",
-    "not_an_image": "the file is no picture of a known format",
-    "odd_aspect": "the picture is far wider than high, or higher than wide",
-    "read_error": "the file is there and could not be read",
-    "too_large": "the picture has more pixels than is safe to open",
-    "too_many_bytes": "the file is larger than a picture should be",
-    "too_small": "the picture has too few pixels",
+    "lfs_pointer": "the file is a Git LFS pointer; fetch its content with git lfs pull",
+    "missing_file": "the file does not exist",
+    "not_an_image": "the file is not an image of a supported format",
+    "odd_aspect": "the image is far wider than high, or higher than wide",
+    "read_error": "the file exists but could not be read",
+    "too_large": "the image has more pixels than is safe to decode",
+    "too_many_bytes": "the file is larger than an image should be",
+    "too_small": "the image has too few pixels",
 }
 
 Splits = Mapping[str, Mapping[str, Any]]
@@ -42,7 +42,7 @@ Splits = Mapping[str, Mapping[str, Any]]
 
 def problems_section(splits: Splits) -> Section:
     """Count record issues by reason, with the first case of each."""
-    title = "Problems in the records"
+    title = "Record issues"
     counts = {split: found["problems"] for split, found in splits.items()}
     first: dict[str, Mapping[str, str]] = {}
     for found in splits.values():
@@ -50,10 +50,10 @@ def problems_section(splits: Splits) -> Section:
             first.setdefault(reason, case)
     rows = reason_rows(counts.values(), lambda reason: _problem(reason, first.get(reason)))
     if not rows:
-        return Section("problems", title, "<p>No record has a problem.</p>")
+        return Section("problems", title, "<p>No record has an issue.</p>")
     intro = (
-        '<p class="intro">What is broken is passed over and counted by its reason, and never '
-        "repaired in silence. Of each reason the first case is named.</p>"
+        '<p class="intro">Broken records are skipped and counted by reason, and never repaired '
+        "silently. Each reason names its first case.</p>"
     )
     return Section("problems", title, intro + table(_head(counts), rows))
 
@@ -65,21 +65,21 @@ def _problem(reason: str, first: Mapping[str, str] | None) -> str:
 
 def images_section(splits: Splits) -> Section | OmittedSection:
     """Count the image files that can be read, and by reason those that cannot."""
-    title = "Pictures that can be read"
+    title = "Image files"
     looked = {split: found["pictures"] for split, found in splits.items() if found["pictures"]}
     if not looked:
-        return OmittedSection(title, "the picture files were not looked at")
+        return OmittedSection(title, "the image files were not opened")
     failures = [found["failures"] for found in looked.values()]
     rows = [
         (
-            "Read<small>the file is there and is a whole picture</small>",
+            "Read<small>the file exists and is a complete image</small>",
             count_cells(found["num_read"] for found in looked.values()),
         ),
         *reason_rows(failures, lambda reason: _heading(reason, _FAILURES)),
     ]
     others = ", ".join(text(split) for split in splits if split not in looked)
-    rest = f" Those of {others} were not looked at." if others else ""
-    intro = f'<p class="intro">Every distinct picture file of a split was opened once.{rest}</p>'
+    rest = f" Those of {others} were not opened." if others else ""
+    intro = f'<p class="intro">Every distinct image file of a split was opened once.{rest}</p>'
     return Section("pictures", title, intro + table(_head(looked), rows))
 
 

@@ -46,25 +46,23 @@ def write_samples_page(
     header = render_header(
         "prepared data",
         text(data_url),
-        f"{counted(num_samples, 'sample')}; what was said stands beside the picture that was sent, "
-        "as it was kept and as its stored latents decode.",
+        f"{counted(num_samples, 'sample')}: each context beside its source image and the image "
+        "decoded from the stored latents.",
         shown,
     )
     sections = [_section(number, sample) for number, sample in enumerate(samples)]
     page = render_document(
-        f"Samples of {data_url}", header, sections, "Nothing here was generated."
+        f"Samples of {data_url}", header, sections, "No image on this page is generated."
     )
     storage.write_bytes(url, page.encode())
 
 
 def _section(number: int, sample: ShownSample) -> Section:
     key = str(sample.metadata["key"])
-    kept = _figure("As it was sent", image_tag(sample.kept, f"source picture of {key}"))
+    kept = _figure("Source image", image_tag(sample.kept, f"source image of {key}"))
     if sample.kept is None:
-        kept = _figure("As it was sent", "<p>not kept in this shard</p>")
-    decoded = _figure(
-        "As its latents decode", image_tag(sample.decoded, f"decoded latents of {key}")
-    )
+        kept = _figure("Source image", "<p>not stored in this shard</p>")
+    decoded = _figure("Decoded latents", image_tag(sample.decoded, f"decoded latents of {key}"))
     body = (
         f'<article class="conversation">{_chat(sample.metadata["context"])}'
         f'<div class="pictures">{kept}{decoded}</div></article>{_facts(sample)}'
@@ -74,8 +72,8 @@ def _section(number: int, sample: ShownSample) -> Section:
 
 def _chat(turns: Sequence[dict[str, Any]]) -> str:
     items = "".join(
-        f'<li dir="auto" class="{"ours" if speaker % 2 else "theirs"}">{text(said)}</li>'
-        for speaker, said in speaking_turns(turns)
+        f'<li dir="auto" class="{"ours" if speaker % 2 else "theirs"}">{text(words)}</li>'
+        for speaker, words in speaking_turns(turns)
     )
     return f'<ol class="chat" tabindex="0" aria-label="Conversation">{items}</ol>'
 
@@ -87,10 +85,10 @@ def _figure(name: str, body: str) -> str:
 def _facts(sample: ShownSample) -> str:
     source = sample.metadata["source"]
     rows = {
-        "picture": ", ".join(source["ref"]),
+        "image": ", ".join(source["ref"]),
         "sha256": source["sha256"],
         "source": f"{source['width']} x {source['height']} pixels, {source['size_bytes']} bytes",
-        "as the text encoder reads it": sample.line,
+        "text encoder input": sample.line,
         "tokens": " ".join(map(str, sample.tokens)),
     }
     return table(("", "value"), [(text(name), [text(value)]) for name, value in rows.items()])

@@ -76,7 +76,7 @@ def _columns() -> list[tuple[str, bool]]:
         columns += [(metric.title, False), (f"{metric.title} (paper)", False)]
         columns += [(f"{metric.title} {_GAIN}", True), (f"{metric.title} {_GAIN} (paper)", True)]
     columns += [(metric.title, True) for metric in _OTHERS]
-    return [*columns, ("guidance", True), ("pictures", False)]
+    return [*columns, ("guidance", True), ("images", False)]
 
 
 def _score(evaluation: Evaluation | None, metric: MetricSpec) -> Cell:

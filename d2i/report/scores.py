@@ -16,8 +16,8 @@ from d2i.report.html import Section, figure, is_number, percent, table, text
 
 _CARD_FIELDS = {
     "extractor": "Feature extractor",
-    "expected": "Pictures expected",
-    "found": "Pictures scored",
+    "expected": "Images expected",
+    "found": "Images scored",
     "weights_kind": "Weights of the run",
     "sampler": "Sampler",
     "num_steps": "Sampling steps",
@@ -26,7 +26,7 @@ _CARD_FIELDS = {
     "seed": "Seed",
     "compute_batch_size": "Compute batch",
     "device": "Device",
-    "context": "Shown of the dialog",
+    "context": "Context",
 }
 
 
@@ -38,7 +38,8 @@ def scores_section(evaluations: Sequence[Evaluation]) -> Section:
     if len(groups) > 1:
         fields = ", ".join(text(field) for field in differing_fields(evaluations))
         apart = (
-            f'<p class="warning">Not comparable, so in tables apart: they differ in {fields}.</p>'
+            '<p class="warning">Not comparable, so shown in separate tables: they differ in '
+            f"{fields}.</p>"
         )
     tables = (
         _scores_table([evaluations[n] for n in group], [names[n] for n in group])
@@ -67,15 +68,17 @@ def _listed(names: Sequence[str]) -> str:
 
 def _scores_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
     card = evaluations[0].card
-    extractor, found = text(card.get("extractor", "not named")), card.get("found")
-    images = f", {figure(found, ',')} pictures" if is_number(found) else ""
+    extractor, found = text(card.get("extractor", "not recorded")), card.get("found")
+    images = f", {figure(found, ',')} images" if is_number(found) else ""
     rows = [
         (f"{metric.long_title} {_direction(metric)}", [_score(e, metric) for e in evaluations])
         for metric in METRICS.values()
         if metric.on_page
     ]
     if any(evaluation.judged for evaluation in evaluations):
-        rows.append(("Attributes right <small>higher is better</small>", _accuracies(evaluations)))
+        rows.append(
+            ("Attribute accuracy <small>higher is better</small>", _accuracies(evaluations))
+        )
     head = ["Score", *(text(name) for name in names)]
     caption = f"FID on {extractor}{images}"
     is_wide = len(evaluations) > MAX_NAMED
@@ -126,7 +129,7 @@ def _accuracies(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def _card_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
     rows = [
-        (title, [text(evaluation.card.get(field, "not given")) for evaluation in evaluations])
+        (title, [text(evaluation.card.get(field, "not recorded")) for evaluation in evaluations])
         for field, title in _CARD_FIELDS.items()
     ]
     rows.insert(0, ("System", [text(evaluation.label) for evaluation in evaluations]))

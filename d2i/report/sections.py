@@ -17,31 +17,31 @@ from d2i.report.tabulated import Cell, Row, Table, shown
 
 _NUM_SHOWN = 4
 _SYSTEMS, _LINEARIZATIONS = "Systems", "Linearizations"
-_LISTENING, _CATEGORIES = "Does it listen?", "People, food, animals"
+_LISTENING, _CATEGORIES = "Context ablation", "Scores by category"
 
 
 def systems_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show Table 2."""
     tables = table2(evaluations)
-    return _section("table2", _SYSTEMS, tables, "no metric card names its corpus")
+    return _section("table2", _SYSTEMS, tables, "no metric card records its corpus")
 
 
 def linearizations_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show Table 3."""
-    reason = "no system was evaluated with two linearizations"
+    reason = "no system was evaluated with more than one linearization"
     return _section("table3", _LINEARIZATIONS, table3(evaluations), reason)
 
 
 def context_ablation_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show how the scores change when a system gets less than the whole dialog."""
-    reason = "no system was evaluated with two of --context"
+    reason = "no system was evaluated with more than one value of --context"
     return _section("listening", _LISTENING, context_ablation(evaluations), reason)
 
 
 def recipes_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show Table 5 if an evaluation is on one of the paper's corpora."""
     tables = [table5()] if any(paper_table2(str(e.card.get("corpus"))) for e in evaluations) else []
-    return _section("table5", "Recipes", tables, "no evaluation is of PhotoChat or MMDialog")
+    return _section("table5", "Recipes", tables, "no evaluation is on PhotoChat or MMDialog")
 
 
 def categories_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
@@ -49,7 +49,7 @@ def categories_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSe
     chosen = labelled(evaluations)
     if not chosen:
         return OmittedSection(
-            _CATEGORIES, "no evaluation is of PhotoChat, whose labels say what is shown"
+            _CATEGORIES, "no evaluation is on PhotoChat, whose labels define the categories"
         )
     try:
         scored = [evaluation for evaluation in chosen if read_categories(evaluation)]
@@ -86,13 +86,13 @@ def _section(
 def _cell(cell: Cell, row: Row) -> str:
     if cell.value is None:
         return ""
-    said = text(shown(cell).replace("-", "\N{MINUS SIGN}"))
+    label = text(shown(cell).replace("-", "\N{MINUS SIGN}"))
     if isinstance(cell.value, str):
         return text(cell.value)
     source = row.paper if cell.by_paper else row.card
     kind = ' class="paper"' if cell.by_paper else ""
     hover = text(f"{cell.value!r}; {source}")
-    figure = f'<data{kind} value="{cell.value!r}" title="{hover}">{said}</data>'
+    figure = f'<data{kind} value="{cell.value!r}" title="{hover}">{label}</data>'
     if cell.interval is None:
         return figure
     low, high = (format(end, cell.spec).replace("-", "\N{MINUS SIGN}") for end in cell.interval)
@@ -107,6 +107,6 @@ def _galleries(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _gallery(evaluations: Sequence[Evaluation], name: str, keys: Sequence[str]) -> str:
-    drawn = {*keys}.intersection(*(e.image_urls for e in evaluations))
-    shown_rows = read_conversations(str(evaluations[0].card.get("data")), drawn, _NUM_SHOWN)
+    generated = {*keys}.intersection(*(e.image_urls for e in evaluations))
+    shown_rows = read_conversations(str(evaluations[0].card.get("data")), generated, _NUM_SHOWN)
     return f"<h3>{text(name)}</h3>" + render_rows(shown_rows, evaluations)

@@ -31,11 +31,16 @@ def training_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSect
     """Plot the loss of every run that was evaluated."""
     urls = list(dict.fromkeys(str(e.card["run"]) for e in evaluations if e.card.get("run")))
     if not urls:
-        return OmittedSection(_TITLE, "none of these systems is a run")
+        return OmittedSection(_TITLE, "no evaluated system is a run")
     parts = []
     for url in urls:
         if storage.names_host(url):
-            parts.append(_left_out(f"the card's run {text(url)} is an address, which is not asked"))
+            parts.append(
+                _left_out(
+                    f"the metric card's run {text(url)} is a URL with a host, which a report does "
+                    "not contact"
+                )
+            )
             continue
         run = read_run(url)
         parts.append(_run_part(run) if len(run.lines) > 1 else _no_lines(url))
@@ -67,23 +72,23 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _no_lines(url: str) -> str:
-    return _left_out(f"fewer than two steps in {METRICS_NAME} of {text(url)}")
+    return _left_out(f"{METRICS_NAME} of {text(url)} has fewer than two steps")
 
 
 def _left_out(reason: str) -> str:
-    return f'<p class="left-out"><strong>Loss curve</strong> left out: {reason}.</p>'
+    return f'<p class="left-out"><strong>Loss curve</strong> omitted: {reason}.</p>'
 
 
 def _run_part(run: Run) -> str:
     every = math.ceil(len(run.lines) / _MAX_POINTS)
     shown = run.lines[::every]
     points = [(float(line["step"]), float(line["loss"])) for line in shown]
-    thinned = f" One line in {every} is drawn." if every > 1 else ""
+    thinned = f" One logged step in {every} is plotted." if every > 1 else ""
     return (
         f'<p class="intro">{_facts(run)}</p><figure class="chart">{_svg(points)}<figcaption>'
         f'<ul class="legend"><li><i class="swatch raw"></i>loss as logged</li>'
-        f'<li><i class="swatch smoothed"></i>mean over neighbours</li></ul>'
-        f"Loss by step, of the weights that the optimizer steps and not of their average.{thinned}"
+        f'<li><i class="swatch smoothed"></i>moving average</li></ul>'
+        f"Training loss by step, of the raw weights and not of their EMA.{thinned}"
         f"</figcaption></figure>"
     )
 
@@ -95,13 +100,13 @@ def _facts(run: Run) -> str:
     facts = [f"<strong>{text(recipe['name'])}</strong>"] if "name" in recipe else []
     facts.append(f"{figure(last['step'], ',')} steps")
     if is_number(train.get("global_batch_size")):
-        facts.append(f"{figure(train['global_batch_size'], ',')} pictures a step")
+        facts.append(f"{figure(train['global_batch_size'], ',')} images per step")
     if is_number(run.config.get("world_size")):
         facts.append(f"{figure(run.config['world_size'], ',')} ranks")
     if is_number(last.get("elapsed_s")):
         facts.append(duration(last["elapsed_s"]))
     if is_number(last.get("images_per_s")):
-        facts.append(f"{figure(last['images_per_s'], ',.1f')} pictures/s")
+        facts.append(f"{figure(last['images_per_s'], ',.1f')} images/s")
     losses = f"loss from {figure(first['loss'], '.4g')} to {figure(last['loss'], '.4g')}"
     return f"{' · '.join(facts)} · {losses} as logged"
 

@@ -8,22 +8,22 @@ from typing import Any
 
 from d2i.report.html import OmittedSection, Section, figure, is_number, percent, table, text
 
-_TITLE = "What each option would change"
+_TITLE = "Effect of each option"
 _HEAD = ("", "Instances", "Change", "Empty contexts", "Mean tokens", "Too long")
 _MEANINGS = {
-    "corpus.direction": "whether a picture answers what is before it, or opens what follows",
-    "corpus.own_turn": "whether text in the picture\u2019s own turn is part of its context",
-    "corpus.images_in_turn": "whether every picture of a turn is used, or the first alone",
-    "corpus.repeated": "whether a picture that is shared again is used again",
-    "corpus.earlier_images": "what stands in the text for each picture shared earlier",
-    "corpus.emoji": "whether a name like :smile: stays, becomes the character, or goes",
-    "text.strategy": "how the turns are joined into one line of text",
-    "text.empty_turns": "whether a turn without text gets a mark of its own",
-    "text.speaker_runs": "whether turns in a row by one speaker are joined into one",
-    "text.max_turns": "how many turns are read at most",
-    "text.keep": "which side of a context is kept where not all of it is",
-    "text.cut": "whether a context that is too long loses whole turns, or is cut within one",
-    "text.num_windows": "how many windows of the encoder\u2019s size are read",
+    "corpus.direction": "context of an image: the turns before it, or those after it",
+    "corpus.own_turn": "include the text of the image\u2019s own turn in its context, or not",
+    "corpus.images_in_turn": "use every image of a turn, or only the first",
+    "corpus.repeated": "use an image again when it is shared again, or not",
+    "corpus.earlier_images": "text inserted for each image shared earlier",
+    "corpus.emoji": "keep a name like :smile:, replace it by the character, or remove it",
+    "text.strategy": "linearization: how turns are joined into one line",
+    "text.empty_turns": "drop turns without text, or keep a mark for each",
+    "text.speaker_runs": "join consecutive turns of one speaker, or not",
+    "text.max_turns": "maximum number of turns",
+    "text.keep": "side of a context that is kept when it is truncated",
+    "text.cut": "truncate a context by whole turns, or within a turn",
+    "text.num_windows": "number of windows of the text encoder",
 }
 
 
@@ -33,10 +33,10 @@ def variants_section(survey: Mapping[str, Any]) -> Section | OmittedSection:
     if not splits:
         return OmittedSection(_TITLE, "the corpus has no split")
     intro = (
-        '<p class="intro">Each line changes one option and leaves all others as set; after '
-        "<code>--set</code> it can be given as it is written here. An empty context is a picture "
-        "with no text to go with it, which gives no instance. Too long is a context with more "
-        "tokens than fit, once whole turns were left out where an option says so.</p>"
+        '<p class="intro">Each row changes one option and leaves all others as set; pass it to '
+        "<code>--set</code> as written. Empty contexts are images without any text, which give no "
+        "instance. Too long are contexts with more tokens than the limit, after dropping whole "
+        "turns where an option does so.</p>"
     )
     tables = "".join(_split_table(split, found) for split, found in splits.items())
     return Section("options", _TITLE, intro + tables + _options(survey))
@@ -54,7 +54,7 @@ def _split_table(split: str, found: Mapping[str, Any]) -> str:
     ]
     counted_on = (
         "Instances and empty contexts are counted over the whole split, tokens on a sample of "
-        f"{figure(lengths['num_sampled'], ',')} instances, drawn from those as set."
+        f"{figure(lengths['num_sampled'], ',')} instances of the options as set."
     )
     return f"<h3>{text(split)}</h3><p>{counted_on}</p>{table(_HEAD, rows)}"
 

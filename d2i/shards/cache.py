@@ -47,7 +47,7 @@ class CachedShards:
     Args:
         url: The data set's directory.
         commits: The commit records of its shards.
-        folder: The directory of the copies, on a local disk; created if absent.
+        directory: The directory of the copies, on a local disk; created if absent.
         max_gb: Upper bound on all tars in the directory, in 1e9 bytes; `None` keeps all.
         check_data: Compare each array with its checksum when it is first read.
 
@@ -59,7 +59,7 @@ class CachedShards:
         self,
         url: str,
         commits: Sequence[Commit],
-        folder: Path,
+        directory: Path,
         max_gb: float | None,
         *,
         check_data: bool = True,
@@ -67,7 +67,7 @@ class CachedShards:
         _check_bound(url, commits, max_gb)
         self._url, self._commits, self._check_data = url, commits, check_data
         self._max_bytes = None if max_gb is None else int(max_gb * 1e9)
-        self._copies = LocalCopies(url, folder)
+        self._copies = LocalCopies(url, directory)
         self._names = [copy_name(commit.tar_name, commit.tar) for commit in commits]
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._max_mapped = max_mapped_shards()

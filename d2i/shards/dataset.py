@@ -10,7 +10,7 @@ from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME
 _SPLITS = ("train", "valid", "test")
 
 
-def find_data_sets(folder: str) -> list[str]:
+def find_data_sets(directory: str) -> list[str]:
     """Return the directory itself if it is a data set, else the splits below it.
 
     A data set that lost its manifest, or never had one, counts too, so that it is not skipped.
@@ -18,11 +18,11 @@ def find_data_sets(folder: str) -> list[str]:
     Raises:
         ConfigError: If there is none.
     """
-    places = [folder, *(storage.join(folder, split) for split in _SPLITS)]
+    places = [directory, *(storage.join(directory, split) for split in _SPLITS)]
     found = [url for url in places if _is_data_set(url)]
     if not found:
         raise ConfigError(
-            f"{folder} has no manifest.json; expected a directory made by d2i preprocess; "
+            f"{directory} has no manifest.json; expected a directory made by d2i preprocess; "
             "run the same command again to finish it, or check the path"
         )
     return found

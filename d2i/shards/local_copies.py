@@ -22,7 +22,7 @@ _CLAIMS_NAME = ".d2i-claims"
 # Other files in the directory are not ours: a data set's own files have other suffixes.
 _TAR_SUFFIX = ".d2i-tar"
 _INDEX_SUFFIX = ".d2i-index"
-_INDEX_FOLDER = "indexes"
+_INDEX_DIRECTORY = "indexes"
 
 
 class LocalCopies:
@@ -35,21 +35,21 @@ class LocalCopies:
 
     Args:
         url: The data set's directory.
-        folder: The directory of the copies, on a local disk; created if absent.
+        directory: The directory of the copies, on a local disk; created if absent.
 
     Raises:
         ConfigError: If this user cannot keep copies there.
     """
 
-    def __init__(self, url: str, folder: Path) -> None:
-        self._url, self._folder = url, folder
+    def __init__(self, url: str, directory: Path) -> None:
+        self._url, self._directory = url, directory
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._leases = FileLeases(folder / _CLAIMS_NAME)
+            directory.mkdir(parents=True, exist_ok=True)
+            self._leases = FileLeases(directory / _CLAIMS_NAME)
         except OSError as err:
             raise ConfigError(
-                f"cannot cache shards in {folder} ({err.strerror}); expected a directory that you "
-                "can write to, or none yet; choose another --cache-dir"
+                f"cannot cache shards in {directory} ({err.strerror}); expected a directory "
+                "that you can write to, or none yet; choose another --cache-dir"
             ) from err
         # Copies that this object verified once: any later file of that name was when fetched.
         self._seen: set[str] = set()
@@ -91,7 +91,7 @@ class LocalCopies:
     def tar_sizes(self) -> Counter[str]:
         """Return the size in bytes of each tar's copy, whole or partial, of all data sets."""
         sizes: Counter[str] = Counter()
-        for entry in os.scandir(self._folder):
+        for entry in os.scandir(self._directory):
             name = entry.name.removesuffix(storage.TEMPORARY_SUFFIX).removeprefix(".")
             if name.endswith(_TAR_SUFFIX):
                 with contextlib.suppress(FileNotFoundError):
@@ -136,8 +136,10 @@ class LocalCopies:
 
     def _path(self, copy: str) -> Path:
         # Indexes are never evicted: beside the tars, each eviction would list them as well.
-        folder = self._folder / _INDEX_FOLDER if copy.endswith(_INDEX_SUFFIX) else self._folder
-        return folder / copy
+        directory = (
+            self._directory / _INDEX_DIRECTORY if copy.endswith(_INDEX_SUFFIX) else self._directory
+        )
+        return directory / copy
 
     def _scratch(self, copy: str) -> Path:
         return self._path(copy).with_name(f".{copy}{storage.TEMPORARY_SUFFIX}")

@@ -176,17 +176,19 @@ class LocalShards:
     time each map it, and one map stays.
     """
 
-    def __init__(self, folder: Path, commits: Sequence[Commit], *, check_data: bool = True) -> None:
-        self._folder, self._commits, self._check_data = folder, commits, check_data
+    def __init__(
+        self, directory: Path, commits: Sequence[Commit], *, check_data: bool = True
+    ) -> None:
+        self._directory, self._commits, self._check_data = directory, commits, check_data
         most = max_mapped_shards()
         # Caches of functions, not of methods: those would keep this object, and its maps, alive.
-        self._index = lru_cache(most)(partial(_map_index, folder, commits))
-        map_shard = partial(_map_shard, folder, commits, self._index, check_data)
+        self._index = lru_cache(most)(partial(_map_index, directory, commits))
+        map_shard = partial(_map_shard, directory, commits, self._index, check_data)
         self._shard = lru_cache(most)(map_shard)
 
     def __reduce__(self) -> tuple[Any, ...]:
         again = partial(LocalShards, check_data=self._check_data)
-        return again, (self._folder, self._commits)
+        return again, (self._directory, self._commits)
 
     def index(self, number: int) -> Index:
         """Return the index of a shard."""
@@ -210,22 +212,22 @@ def max_mapped_shards() -> int:
     return int(bound.read_text() if bound.exists() else _USUAL_MAX_MAPS) // 5
 
 
-def _map_index(folder: Path, commits: Sequence[Commit], number: int) -> Index:
+def _map_index(directory: Path, commits: Sequence[Commit], number: int) -> Index:
     commit = commits[number]
-    with wrap_errors(str(folder), commit):
-        return open_index(commit, map_file(folder / commit.index_name))
+    with wrap_errors(str(directory), commit):
+        return open_index(commit, map_file(directory / commit.index_name))
 
 
 def _map_shard(
-    folder: Path,
+    directory: Path,
     commits: Sequence[Commit],
     index: Callable[[int], Index],
     check_data: bool,
     number: int,
 ) -> MappedShard:
     commit = commits[number]
-    with wrap_errors(str(folder), commit):
-        tar = map_file(folder / commit.tar_name)
+    with wrap_errors(str(directory), commit):
+        tar = map_file(directory / commit.tar_name)
         return open_shard(commit, tar, index(number), check_data=check_data)
 
 

@@ -180,10 +180,10 @@ class ShardReader:
     def _find_shards(
         self, cache_dir: str | Path | None, cache_gb: float | None, *, check_data: bool
     ) -> Shards:
-        folder, commits = storage.local_path(self.url), self.manifest.shards
-        if folder is not None:
-            return LocalShards(folder, commits, check_data=check_data)
-        cache = Path(cache_dir) if cache_dir else storage.cache_folder("shards")
+        directory, commits = storage.local_path(self.url), self.manifest.shards
+        if directory is not None:
+            return LocalShards(directory, commits, check_data=check_data)
+        cache = Path(cache_dir) if cache_dir else storage.cache_directory("shards")
         opened = partial(CachedShards, self.url, commits, cache, cache_gb, check_data=check_data)
         return ForkSafeShards(opened)
 

@@ -29,7 +29,7 @@ from d2i.shards.manifest import EMPTY_NAMES, MANIFEST_NAME, Manifest, listed_nam
 from d2i.shards.metadata import check_sample
 from d2i.shards.sample import Sample, check_array, sample_arrays
 
-OTHER_FOLDERS = frozenset({"plan", "ledger"})
+OTHER_DIRECTORIES = frozenset({"plan", "ledger"})
 _CHUNK_SIZE_BYTES = 1 << 20
 
 
@@ -242,7 +242,7 @@ def _compare_info(name: str, found: FileInfo, expected: FileInfo) -> list[ShardP
 
 
 def _unlisted(url: str, manifest: Manifest) -> list[ShardProblem]:
-    names = set(storage.list_names(url)) - listed_names(manifest) - OTHER_FOLDERS
+    names = set(storage.list_names(url)) - listed_names(manifest) - OTHER_DIRECTORIES
     detail = "not listed in the manifest"
     return [ShardProblem(name, "unlisted", detail) for name in names]
 

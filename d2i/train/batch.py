@@ -141,8 +141,8 @@ class BatchReader:
         Args:
             step: The current step, returned at least.
         """
-        for asked, batch in self._waiting:
-            step = max(step, asked)
+        for requested, batch in self._waiting:
+            step = max(step, requested)
             if not batch.done():
                 break
         return step

@@ -27,13 +27,13 @@ def plot_losses(run_url: str) -> None:
     if len(training) < 2:
         return
     image = Image.new("RGB", _SIZE, "white")
-    draw = ImageDraw.Draw(image)
+    canvas = ImageDraw.Draw(image)
     points = [*training, *validation]
     steps, losses = _range([step for step, _ in points]), _range([loss for _, loss in points])
-    _plot_frame(draw, steps, losses)
-    _plot_line(draw, training, steps, losses, _TRAINING)
-    _plot_line(draw, validation, steps, losses, _VALIDATION)
-    _plot_legend(draw, has_validation=bool(validation))
+    _plot_frame(canvas, steps, losses)
+    _plot_line(canvas, training, steps, losses, _TRAINING)
+    _plot_line(canvas, validation, steps, losses, _VALIDATION)
+    _plot_legend(canvas, has_validation=bool(validation))
     storage.write_bytes(storage.join(run_url, "loss.png"), png_bytes(np.asarray(image)))
 
 
@@ -43,44 +43,44 @@ def _range(values: Sequence[float]) -> Range:
     return low - margin, high + margin
 
 
-def _place(point: tuple[float, float], steps: Range, losses: Range) -> tuple[float, float]:
+def _position(point: tuple[float, float], steps: Range, losses: Range) -> tuple[float, float]:
     left, top, right, bottom = _BOX
     across = (point[0] - steps[0]) / (steps[1] - steps[0])
     up = (point[1] - losses[0]) / (losses[1] - losses[0])
     return left + across * (right - left), bottom - up * (bottom - top)
 
 
-def _plot_frame(draw: ImageDraw.ImageDraw, steps: Range, losses: Range) -> None:
+def _plot_frame(canvas: ImageDraw.ImageDraw, steps: Range, losses: Range) -> None:
     left, top, right, bottom = _BOX
     font = ImageFont.load_default(14)
     for number in range(_NUM_TICKS + 1):
         share = number / _NUM_TICKS
         loss = losses[0] + share * (losses[1] - losses[0])
         step = steps[0] + share * (steps[1] - steps[0])
-        x, y = _place((step, loss), steps, losses)
-        draw.line((left, y, right, y), fill=_GRID)
-        draw.text((left - 8, y), f"{loss:.4g}", fill=_INK, font=font, anchor="rm")
-        draw.text((x, bottom + 8), f"{step:,.0f}", fill=_INK, font=font, anchor="ma")
-    draw.rectangle(_BOX, outline=_INK)
-    draw.text((right, bottom + 28), "step", fill=_INK, font=font, anchor="ra")
-    draw.text((left, top - 8), "loss", fill=_INK, font=font, anchor="ls")
+        x, y = _position((step, loss), steps, losses)
+        canvas.line((left, y, right, y), fill=_GRID)
+        canvas.text((left - 8, y), f"{loss:.4g}", fill=_INK, font=font, anchor="rm")
+        canvas.text((x, bottom + 8), f"{step:,.0f}", fill=_INK, font=font, anchor="ma")
+    canvas.rectangle(_BOX, outline=_INK)
+    canvas.text((right, bottom + 28), "step", fill=_INK, font=font, anchor="ra")
+    canvas.text((left, top - 8), "loss", fill=_INK, font=font, anchor="ls")
 
 
 def _plot_line(
-    draw: ImageDraw.ImageDraw, points: Points, steps: Range, losses: Range, colour: str
+    canvas: ImageDraw.ImageDraw, points: Points, steps: Range, losses: Range, colour: str
 ) -> None:
-    places = [_place(point, steps, losses) for point in points]
-    if len(places) > 1:
-        draw.line(places, fill=colour, width=2)
-    elif places:
-        x, y = places[0]
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
+    positions = [_position(point, steps, losses) for point in points]
+    if len(positions) > 1:
+        canvas.line(positions, fill=colour, width=2)
+    elif positions:
+        x, y = positions[0]
+        canvas.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
 
 
-def _plot_legend(draw: ImageDraw.ImageDraw, *, has_validation: bool) -> None:
+def _plot_legend(canvas: ImageDraw.ImageDraw, *, has_validation: bool) -> None:
     names = [("training", _TRAINING)] + [("validation", _VALIDATION)] * has_validation
     font = ImageFont.load_default(14)
     for number, (name, colour) in enumerate(names):
         x, y = _BOX[2] - 110, _BOX[1] + 14 + 20 * number
-        draw.line((x, y, x + 20, y), fill=colour, width=3)
-        draw.text((x + 26, y), name, fill=_INK, font=font, anchor="lm")
+        canvas.line((x, y, x + 20, y), fill=colour, width=3)
+        canvas.text((x + 26, y), name, fill=_INK, font=font, anchor="lm")

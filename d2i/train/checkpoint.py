@@ -67,25 +67,25 @@ def slice_key(kind: Kind, parameter: str, start: int) -> str:
     return f"{kind}:{parameter}:{start}"
 
 
-def step_folder(run_url: str, step: int) -> str:
+def step_directory(run_url: str, step: int) -> str:
     """Return the directory of a step's checkpoint, which only counts once its marker exists."""
     return storage.join(run_url, "checkpoints", f"step-{step}")
 
 
 def remove_step(run_url: str, step: int) -> str:
     """Remove a step's checkpoint, its marker first, and return its directory, now empty."""
-    folder = step_folder(run_url, step)
-    _remove(folder)
-    storage.make_folder(folder)
-    return folder
+    directory = step_directory(run_url, step)
+    _remove(directory)
+    storage.make_directory(directory)
+    return directory
 
 
-def write_part(folder: str, rank: int, runs: Mapping[str, Tensor]) -> None:
+def write_part(directory: str, rank: int, runs: Mapping[str, Tensor]) -> None:
     """Write one rank's slices to a file, published atomically under its final name."""
-    with storage.scratch_file(folder) as scratch:
+    with storage.scratch_file(directory) as scratch:
         _save(dict(runs), scratch)
         name = f"part-{rank}-{file_sha256(str(scratch))[:16]}.safetensors"
-        storage.publish_atomically(scratch, storage.join(folder, name))
+        storage.publish_atomically(scratch, storage.join(directory, name))
 
 
 def _save(runs: dict[str, Tensor], path: Path) -> None:
@@ -99,32 +99,32 @@ def _save(runs: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from err
 
 
-def written_ranks(folder: str) -> set[int]:
+def written_ranks(directory: str) -> set[int]:
     """Return the ranks whose file exists."""
-    return {int(name[1]) for name in _parts(folder).values()}
+    return {int(name[1]) for name in _parts(directory).values()}
 
 
-def _parts(folder: str) -> dict[str, re.Match[str]]:
-    names = {name: _PART.fullmatch(name) for name in storage.list_names(folder)}
+def _parts(directory: str) -> dict[str, re.Match[str]]:
+    names = {name: _PART.fullmatch(name) for name in storage.list_names(directory)}
     return {name: found for name, found in names.items() if found}
 
 
 def write_marker(
-    folder: str, progress: Progress, shapes: Mapping[str, tuple[int, ...]], world_size: int
+    directory: str, progress: Progress, shapes: Mapping[str, tuple[int, ...]], world_size: int
 ) -> None:
     """Write the marker that completes a checkpoint; all of its files must exist."""
-    parts = sorted(_parts(folder))
+    parts = sorted(_parts(directory))
     marker = asdict(progress) | {
         "shapes": {name: list(shape) for name, shape in shapes.items()},
-        "files": {part: storage.size_bytes(storage.join(folder, part)) for part in parts},
+        "files": {part: storage.size_bytes(storage.join(directory, part)) for part in parts},
         "world_size": world_size,
     }
     data = json.dumps(marker | {"sha256": _marker_sha256(marker)}) + "\n"
-    storage.write_bytes(storage.join(folder, MARKER), data.encode())
+    storage.write_bytes(storage.join(directory, MARKER), data.encode())
 
 
-def _read_marker(folder: str) -> dict[str, Any]:
-    marker: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
+def _read_marker(directory: str) -> dict[str, Any]:
+    marker: dict[str, Any] = json.loads(storage.read_bytes(storage.join(directory, MARKER)))
     if marker.pop("sha256") != _marker_sha256(marker):
         raise ValueError(f"{MARKER} does not match the sha256 stored in it")
     return marker
@@ -137,12 +137,12 @@ def _marker_sha256(marker: Mapping[str, Any]) -> str:
 
 def complete_checkpoints(run_url: str) -> list[str]:
     """Return the directories of all complete checkpoints, newest last."""
-    return [folder for folder in _step_folders(run_url) if _is_complete(folder)]
+    return [directory for directory in _step_directories(run_url) if _is_complete(directory)]
 
 
-def step_of(folder: str) -> int:
+def step_of(directory: str) -> int:
     """Return the step of a checkpoint's directory."""
-    return int(folder.rpartition("step-")[2])
+    return int(directory.rpartition("step-")[2])
 
 
 def prune(run_url: str, num_kept: int, newest: int) -> None:
@@ -151,26 +151,28 @@ def prune(run_url: str, num_kept: int, newest: int) -> None:
     Removed are older ones, leftovers of killed attempts, and later ones. A later one was skipped
     as damaged when the run resumed; it must not count in place of an intact one.
     """
-    whole = [folder for folder in complete_checkpoints(run_url) if step_of(folder) <= newest]
+    whole = [
+        directory for directory in complete_checkpoints(run_url) if step_of(directory) <= newest
+    ]
     kept = whole[-num_kept:]
-    for folder in _step_folders(run_url):
-        if folder not in kept:
-            _remove(folder)
+    for directory in _step_directories(run_url):
+        if directory not in kept:
+            _remove(directory)
 
 
-def _remove(folder: str) -> None:
-    storage.remove(storage.join(folder, MARKER))
-    storage.remove_folder(folder)
+def _remove(directory: str) -> None:
+    storage.remove(storage.join(directory, MARKER))
+    storage.remove_directory(directory)
 
 
-def _is_complete(folder: str) -> bool:
-    return storage.exists(storage.join(folder, MARKER))
+def _is_complete(directory: str) -> bool:
+    return storage.exists(storage.join(directory, MARKER))
 
 
-def _step_folders(run_url: str) -> list[str]:
+def _step_directories(run_url: str) -> list[str]:
     names = storage.list_names(storage.join(run_url, "checkpoints"))
     steps = sorted(int(found[1]) for found in map(_STEP.fullmatch, names) if found)
-    return [step_folder(run_url, step) for step in steps]
+    return [step_directory(run_url, step) for step in steps]
 
 
 class _Part:
@@ -206,16 +208,16 @@ class Checkpoint:
     """A complete checkpoint, readable by any number of ranks.
 
     Args:
-        folder: Its directory, as `complete_checkpoints` returns it.
+        directory: Its directory, as `complete_checkpoints` returns it.
 
     Raises:
         CheckpointError: If its marker or a file cannot be read.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
         try:
-            marker = _read_marker(folder)
+            marker = _read_marker(directory)
             self.shapes = {name: tuple(shape) for name, shape in marker["shapes"].items()}
             self._sizes: dict[str, int] = marker["files"]
             self.progress = Progress(
@@ -233,7 +235,7 @@ class Checkpoint:
         """Return the start and the file of each slice, by (kind, parameter)."""
         runs: dict[tuple[str, str], list[tuple[int, _Part]]] = defaultdict(list)
         for file, size in self._sizes.items():
-            part = _Part(storage.join(self.folder, file), size)
+            part = _Part(storage.join(self.directory, file), size)
             for name in part.lengths:
                 kind, parameter, start = name.split(":")
                 runs[kind, parameter].append((int(start), part))
@@ -246,7 +248,7 @@ class Checkpoint:
             CheckpointError: If the size or sha256 of a file differs from what was written.
         """
         for name, size_bytes in self._sizes.items():
-            url = storage.join(self.folder, name)
+            url = storage.join(self.directory, name)
             if (found := storage.size_bytes(url)) != size_bytes:
                 raise self._damaged(f"{name} has {found} bytes, not {size_bytes}")
             if file_sha256(url)[:16] not in name:
@@ -279,7 +281,7 @@ class Checkpoint:
 
     def _damaged(self, reason: object) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder} is damaged: {reason}; delete this directory and run the same "
+            f"{self.directory} is damaged: {reason}; delete this directory and run the same "
             "command again: it resumes from the previous checkpoint"
         )
 
@@ -297,18 +299,18 @@ def latest_valid_checkpoint(run_url: str, warn: Any) -> Checkpoint | None:
     Raises:
         CheckpointError: If there are complete checkpoints and all are damaged.
     """
-    folders = complete_checkpoints(run_url)
-    for folder in reversed(folders):
+    directories = complete_checkpoints(run_url)
+    for directory in reversed(directories):
         try:
-            checkpoint = Checkpoint(folder)
+            checkpoint = Checkpoint(directory)
             checkpoint.check()
         except CheckpointError as err:
             warn(str(err).partition("; ")[0])
             continue
         return checkpoint
-    if folders:
+    if directories:
         raise CheckpointError(
-            f"{run_url}: no intact checkpoint among {len(folders)}; expected at least one; "
+            f"{run_url}: no intact checkpoint among {len(directories)}; expected at least one; "
             "restore one, or start over with another --run"
         )
     return None

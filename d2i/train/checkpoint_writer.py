@@ -21,7 +21,7 @@ from d2i.train.checkpoint import (
     prune,
     remove_step,
     slice_key,
-    step_folder,
+    step_directory,
     write_marker,
     write_part,
     written_ranks,
@@ -191,14 +191,14 @@ class CheckpointWriter:
 
     def _write(self, runs: Mapping[str, Tensor], progress: Progress) -> None:
         check_weights(runs, progress.step, self._config)
-        folder = step_folder(self._run_url, progress.step)
-        write_part(folder, self._ranks.rank, runs)
+        directory = step_directory(self._run_url, progress.step)
+        write_part(directory, self._ranks.rank, runs)
         if not self._ranks.is_first:
             return
-        while len(written_ranks(folder)) < self._ranks.world_size:
+        while len(written_ranks(directory)) < self._ranks.world_size:
             if self._abandoned.wait(self._poll_s):
                 return
         if self._fault:
             self._fault.reach("train.checkpoint_written")
-        write_marker(folder, progress, self._shapes, self._ranks.world_size)
+        write_marker(directory, progress, self._shapes, self._ranks.world_size)
         prune(self._run_url, self._config.num_checkpoints_kept, progress.step)

@@ -85,8 +85,8 @@ def _own_or_common_error(error: D2IError, ranks: Ranks, hosts: Sequence[str]) ->
 
 
 def _is_peer_failure(error: Exception) -> bool:
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in said for sign in _SIGNS_OF_THE_OTHERS)
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in message for sign in _SIGNS_OF_THE_OTHERS)
 
 
 def _peer_failure(run_url: str, ranks: Ranks, hosts: Sequence[str]) -> D2IError:

@@ -16,7 +16,7 @@ import d2i
 from d2i.child_process import die_with_parent, launcher_environment
 from d2i.errors import ClusterError
 
-_ASK_EVERY_S = 1.0
+_POLL_S = 1.0
 # DeepSpeed's launcher kills ranks that take more than 30 seconds to end.
 _GROUP_WAIT_S, _GROUP_POLL_S = 60.0, 0.05
 
@@ -77,7 +77,7 @@ def run_command(command: Sequence[str]) -> tuple[int, bool]:
         try:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    code = launcher.wait(timeout=_ASK_EVERY_S)
+                    code = launcher.wait(timeout=_POLL_S)
                     stop.wait_for_group()
                     return code, stop.is_interrupted
                 stop.repeat()
@@ -95,28 +95,28 @@ class _Stop:
 
     def __init__(self, group: int) -> None:
         self._group = group
-        self._is_asked = False
+        self._is_requested = False
         self.is_interrupted = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._request)
 
     def repeat(self) -> None:
         """Send the signal to the ranks again, if a stop was requested."""
-        if self._is_asked:
+        if self._is_requested:
             os.killpg(self._group, signal.SIGUSR1)
 
     def wait_for_group(self) -> None:
         """Wait for the ranks after a stop request: a launcher that was signalled too ends first."""
         deadline = time.monotonic() + _GROUP_WAIT_S
         with contextlib.suppress(ProcessLookupError):
-            while self._is_asked and time.monotonic() < deadline:
+            while self._is_requested and time.monotonic() < deadline:
                 os.killpg(self._group, 0)
                 time.sleep(_GROUP_POLL_S)
 
-    def _ask(self, number: int, _frame: object) -> None:
-        if self._is_asked and number == signal.SIGINT:
+    def _request(self, number: int, _frame: object) -> None:
+        if self._is_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._is_asked = True
+        self._is_requested = True
         self.is_interrupted |= number == signal.SIGINT
 
 

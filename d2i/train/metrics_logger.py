@@ -47,8 +47,8 @@ class MetricsLogger:
         self._run_url = run_url
         truncate_logs_after(run_url, step, validation_step)
         # TensorBoard needs a local directory: the run's, or a temporary one copied to the run.
-        self._folder = _local_events(run_url)
-        self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
+        self._directory = _local_events(run_url)
+        self._events = SummaryWriter(str(self._directory), purge_step=step + 1)
         project = recipe.train.wandb_project
         self._wandb = WandbLogger(project, run_url, recipe) if project else None
 
@@ -98,7 +98,7 @@ class MetricsLogger:
 
     def _publish_events(self) -> None:
         if storage.local_path(self._run_url) is None:
-            for path in self._folder.iterdir():
+            for path in self._directory.iterdir():
                 url = storage.join(self._run_url, _EVENTS_NAME, path.name)
                 storage.write_bytes(url, path.read_bytes())
 

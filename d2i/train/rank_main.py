@@ -30,7 +30,7 @@ from d2i.train.checkpoint import (
     Checkpoint,
     Progress,
     latest_valid_checkpoint,
-    step_folder,
+    step_directory,
 )
 from d2i.train.checkpoint_writer import CheckpointWriter, TrainState, build_state
 from d2i.train.data import check_cache, check_sizes, train_url
@@ -103,7 +103,7 @@ def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:
         return found.progress.step if found else 0
 
     step = ranks.on_first(newest_step)
-    return Checkpoint(step_folder(run_url, step)) if step else None
+    return Checkpoint(step_directory(run_url, step)) if step else None
 
 
 def _open_run(
@@ -183,7 +183,7 @@ def _end(request: TrainRequest, progress: Progress) -> None:
         storage.write_bytes(storage.join(run_url, STOPPED_NAME), stopped.encode())
         say(f"stopped at step {progress.step}/{config.num_steps}: {resume_hint(run_url)}")
         return
-    checkpoint = Checkpoint(step_folder(run_url, progress.step))
+    checkpoint = Checkpoint(step_directory(run_url, progress.step))
     described = {"step": str(progress.step)}
     for kind, name in reversed(RESULT_NAMES.items()):
         if kind != "ema-short" or config.short_ema_length is not None:

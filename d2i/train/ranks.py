@@ -15,7 +15,7 @@ from d2i.errors import D2IError
 
 _HOST_LENGTH = 255
 _FAILED = -1
-_TOLD = "told"
+_REPORT_CLAIMED = "told"
 _WAIT_S, _POLL_S = 3.0, 0.1
 Answer = TypeVar("Answer")
 Built = TypeVar("Built")
@@ -107,12 +107,12 @@ class Ranks:
 
         None if the store is gone, together with the first rank, which holds it.
         """
-        return _query_store(lambda store: store.add(_TOLD, 1) == 1)
+        return _query_store(lambda store: store.add(_REPORT_CLAIMED, 1) == 1)
 
     def is_reported(self, wait_s: float = _WAIT_S) -> bool | None:
         """Return whether a rank claims the report within `wait_s`; None if the store is gone."""
         deadline = time.monotonic() + wait_s
-        while not (reported := _query_store(lambda store: store.check([_TOLD]))):
+        while not (reported := _query_store(lambda store: store.check([_REPORT_CLAIMED]))):
             if reported is None or time.monotonic() > deadline:
                 return reported
             time.sleep(_POLL_S)

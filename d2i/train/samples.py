@@ -71,8 +71,8 @@ class SampleGrid:
             latents = self._solve(network)
         pixels = self._vae.decode(latents / network.latent_scale, len(self._keys))
         columns = [
-            np.concatenate([_image(true, pixels.shape[1]), drawn])
-            for true, drawn in zip(self._true, pixels, strict=True)
+            np.concatenate([_image(true, pixels.shape[1]), generated])
+            for true, generated in zip(self._true, pixels, strict=True)
         ]
         metadata = {
             "keys": " ".join(self._keys),
@@ -108,8 +108,8 @@ class SampleGrid:
 
     def _noise(self, shape: Sequence[int], part: str = "", call: int = 0) -> Tensor:
         seed = self._recipe.train.seed
-        drawn = normal(seed, f"{_PURPOSE}{part}", self._keys, call, tuple(shape))
-        return torch.from_numpy(drawn).to(self._device)
+        generated = normal(seed, f"{_PURPOSE}{part}", self._keys, call, tuple(shape))
+        return torch.from_numpy(generated).to(self._device)
 
     def _latents(self, stored: NDArray[Any], encode_text: TextEncoder | None) -> Tensor:
         latents = encode_text(stored) if encode_text else stored

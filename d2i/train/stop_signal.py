@@ -23,22 +23,22 @@ class StopSignal:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._is_asked = False
-        self._asking: tuple[Any, torch.Tensor] | None = None
+        self._is_requested = False
+        self._pending: tuple[Any, torch.Tensor] | None = None
         for number in SIGNALS:
-            signal.signal(number, self._ask)
+            signal.signal(number, self._request)
         # The entry point has blocked it until now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
-    def _ask(self, _number: int, _frame: object) -> None:
-        self._is_asked = True
+    def _request(self, _number: int, _frame: object) -> None:
+        self._is_requested = True
 
     def is_agreed(self) -> bool:
         """Return whether to stop; every rank must call this after every step."""
         answer = self._answer()
-        asked = torch.tensor(int(self._is_asked))
-        work = torch.distributed.all_reduce(asked, group=self._ranks.control, async_op=True)
-        self._asking = (work, asked)
+        requested = torch.tensor(int(self._is_requested))
+        work = torch.distributed.all_reduce(requested, group=self._ranks.control, async_op=True)
+        self._pending = (work, requested)
         return answer
 
     def close(self) -> None:
@@ -51,9 +51,9 @@ class StopSignal:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _answer(self) -> bool:
-        if self._asking is None:
+        if self._pending is None:
             return False
-        work, asked = self._asking
-        self._asking = None
+        work, requested = self._pending
+        self._pending = None
         work.wait()
-        return bool(asked.item())
+        return bool(requested.item())

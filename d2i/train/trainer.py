@@ -11,7 +11,7 @@ from d2i import storage
 from d2i.run_dir import MetricsLine
 from d2i.shards import ShardReader
 from d2i.train.batch import Batch, BatchReader
-from d2i.train.checkpoint import Checkpoint, Progress, step_folder
+from d2i.train.checkpoint import Checkpoint, Progress, step_directory
 from d2i.train.checkpoint_writer import CheckpointWriter, TrainState
 from d2i.train.data import build_order, build_text_encoder
 from d2i.train.engine import base_optimizer, loss_scaler_state
@@ -235,6 +235,6 @@ class Trainer:
         """Generate sample images on the first rank; the others wait at their next step."""
         self._writer.finish()
         if self._grid:
-            checkpoint = Checkpoint(step_folder(self._request.run_url, step))
+            checkpoint = Checkpoint(step_directory(self._request.run_url, step))
             image = storage.join(self._request.run_url, "samples", f"step-{step}.png")
             self._grid.generate(checkpoint, image)

@@ -1,12 +1,12 @@
-"""What d2i has promised by name, as this checkout has it: on disk, in settings, draws, the API.
+"""Backward compatibility: names promised on disk, in settings, in random draws and in the API.
 
-`names.json`, `words.txt`, `numbers.json` and `on_disk.json` beside this file hold what was
-promised. A change that means to break or widen a promise writes them anew, by the command below,
-and says so in the CHANGELOG:
+`names.json`, `words.txt`, `numbers.json` and `on_disk.json` beside this file are the golden lists.
+A change that intentionally breaks or extends a promise regenerates them by the command below, and
+records that in the CHANGELOG:
 
     python -m tests.contracts
 
-Names of classes and functions are free to change, but for those of `API`.
+Names of classes and functions are free to change, except those of `API`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+")
 
 
 def names() -> dict[str, Any]:
-    """What can be told without running anything."""
+    """Return the promised names that can be collected without running a command."""
     return {
         "api": {name: signature(name) for name in API},
         "fields": {name: field_names(name) for name in WRITTEN},
@@ -88,7 +88,7 @@ def field_names(name: str) -> list[str]:
 
 
 def signature(name: str) -> list[str]:
-    """The parameters of a function or of a class's making, as they are called."""
+    """Return the parameter names of a function or of a class's constructor."""
     module, _, attribute = name.partition(":")
     parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters
     return [f"{'*' * (p.kind is p.KEYWORD_ONLY)}{p.name}" for p in parameters.values()]
@@ -126,15 +126,15 @@ def syntax_trees() -> list[ast.Module]:
 
 
 def environment_names() -> list[str]:
-    """Names of the form of an environment variable that stand in the code as a string."""
+    """Return the strings in the code that look like environment variables."""
     found = {text for tree in syntax_trees() for _, text in texts(tree)}
     return sorted(text for text in found if _VARIABLE.fullmatch(text))
 
 
 def words() -> list[str]:
-    """All strings in the code that a machine reads: keys, file names, columns, reasons, kinds.
+    """Return all machine-readable strings in the code: keys, file names, columns, reasons, kinds.
 
-    Not docstrings, annotations, type variables' names, nor those in `__all__`.
+    Docstrings, annotations, names of type variables and `__all__` are excluded.
     """
     found = set()
     for tree in syntax_trees():
@@ -150,7 +150,7 @@ def texts(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
 
 
 def names_of_code(node: ast.AST) -> Iterator[ast.AST]:
-    """Strings below `node` that name a part of the code itself."""
+    """Yield the strings below `node` that name a part of the code itself."""
     if isinstance(node, ast.Assign) and any(
         isinstance(target, ast.Name) and target.id in {"__all__", "__slots__"}
         for target in node.targets
@@ -167,9 +167,9 @@ def names_of_code(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def described(directory: Path) -> dict[str, Any]:
-    """Tell what lies in a directory that d2i has written: names of files, keys and columns.
+    """Describe a directory that d2i has written: names of files, keys and columns.
 
-    Numbers and hashes in names of files are taken for one.
+    Numbers and hashes in file names are replaced by a placeholder.
     """
     found: dict[str, Any] = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
@@ -179,7 +179,7 @@ def described(directory: Path) -> dict[str, Any]:
 
 
 def on_disk(directory: Path, printed: Mapping[str, Any]) -> dict[str, Any]:
-    """What the commands of `tests/made_before/make.py` leave there, and the keys they print."""
+    """Return what the commands of `tests/made_before/make.py` write, and the keys they print."""
     return {
         "files": described(directory),
         "printed": {name: sorted(set(key_paths(value))) for name, value in printed.items()},
@@ -207,7 +207,7 @@ def fields_of(path: Path) -> Any:
 
 
 def key_paths(value: Any, path: str = "") -> Iterator[str]:
-    """The keys of nested objects, joined by dots; numbers and hashes in them taken for one."""
+    """Return the keys of nested objects, joined by dots, with numbers and hashes replaced."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             plain = re.sub(r"[0-9a-f]{16,}|\d+|/.*/", "N", key)

@@ -1,4 +1,4 @@
-"""Write down what d2i promises by name, as this checkout has it."""
+"""Regenerate the golden lists of promised names from this checkout."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One number of every purpose and salt that keys a draw, a hash or the name of a cache.
+"""A golden number for each purpose and salt that keys a random draw, a hash or a cache name.
 
-Who renames what is called here changes the call; the numbers stay.
+A rename of a function changes only its call here; the numbers must stay the same.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ KEYS = [f"test-{number}-0-0" for number in range(12)]
 
 
 def numbers(scratch: Path) -> dict[str, Any]:
-    """The numbers by name; `scratch` is an empty directory.
+    """Return the numbers by name; `scratch` is an empty directory.
 
-    Weights, draws and hashes alone: nothing here depends on the machine.
+    Only weights, random draws and hashes, so that nothing depends on the machine.
     """
     return {
         "draws": {purpose: drawn(purpose) for purpose in PURPOSES},
@@ -64,7 +64,7 @@ def numbers(scratch: Path) -> dict[str, Any]:
         "rate limiter of a host": [limiter_of(f"{number}.org") for number in range(6)],
         "names of files": [
             str(tar_index.name_hash("a.jpg")),
-            storage.cache_folder("s3://b/c").name,
+            storage.cache_directory("s3://b/c").name,
         ],
         "dialogs without an id": dialogs_without_id(scratch / "chats"),
         "shapes": shapes_hash({"a": (1, 2)}),
@@ -88,9 +88,9 @@ def instances() -> list[Instance]:
     ]
 
 
-def shard_of_each(folder: Path) -> list[list[str]]:
-    folder.mkdir()
-    with ShardAssigner(folder) as grouped:
+def shard_of_each(directory: Path) -> list[list[str]]:
+    directory.mkdir()
+    with ShardAssigner(directory) as grouped:
         grouped.add(instances(), np.zeros(len(KEYS), np.uint64))
     return [table.column("key").to_pylist() for table in grouped.shards(2**64 - 1, 4)]
 
@@ -112,20 +112,20 @@ def limiter_of(host: str) -> int:
     return shared.index(ShardedRateLimiter(shared, 0).of(host))
 
 
-def dialogs_without_id(folder: Path) -> list[str]:
-    folder.mkdir()
+def dialogs_without_id(directory: Path) -> list[str]:
+    directory.mkdir()
     turns = [{"text": "hello", "speaker": "ann"}, {"images": ["a.jpg"]}]
-    (folder / "test.jsonl").write_text(json.dumps({"turns": turns}) + "\n")
-    return [instance.key for instance in read_instances("jsonl", str(folder), "test")]
+    (directory / "test.jsonl").write_text(json.dumps({"turns": turns}) + "\n")
+    return [instance.key for instance in read_instances("jsonl", str(directory), "test")]
 
 
-def demo_hashes(folder: Path) -> dict[str, str]:
-    write_corpus(folder, 20, 1)
+def demo_hashes(directory: Path) -> dict[str, str]:
+    write_corpus(directory, 20, 1)
     scenes = all_scenes()
-    files = sorted(path for path in folder.rglob("*") if path.suffix in {".json", ".jsonl"})
+    files = sorted(path for path in directory.rglob("*") if path.suffix in {".json", ".jsonl"})
     return {
         "dialogs": sha256(b"".join(path.read_bytes() for path in files)),
-        "names": sha256("".join(sorted(path.name for path in folder.rglob("*"))).encode()),
+        "names": sha256("".join(sorted(path.name for path in directory.rglob("*"))).encode()),
         "held out": str(sum(number for number, scene in enumerate(scenes) if is_held_out(scene))),
         "image": sha256(render_scene(scenes[7], 3).tobytes()),
     }

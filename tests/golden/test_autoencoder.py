@@ -67,11 +67,11 @@ def test_moments(autoencoder: Any, size: str, tolerance: float) -> None:
 
 @pytest.mark.parametrize("scale", ["0.18215", "0.2301"])
 @pytest.mark.parametrize("size", ["", "_rect"])
-def test_decoded_pictures(autoencoder: Any, size: str, scale: str) -> None:
+def test_decoded_images(autoencoder: Any, size: str, scale: str) -> None:
     golden = tensors("autoencoder_tiny")
-    picture = autoencoder.decode(golden[f"z{size}"] / float(scale)).sample
-    assert max_distance(picture, golden[f"decoded{size}_{scale}"]) < FP32_TOLERANCE
-    assert max_distance(picture, golden[f"decoded{size}_{scale}_fp64"]) < FP32_TOLERANCE
+    image = autoencoder.decode(golden[f"z{size}"] / float(scale)).sample
+    assert max_distance(image, golden[f"decoded{size}_{scale}"]) < FP32_TOLERANCE
+    assert max_distance(image, golden[f"decoded{size}_{scale}_fp64"]) < FP32_TOLERANCE
 
 
 def test_full_size_keys_and_shapes() -> None:

@@ -25,7 +25,7 @@ from d2i.image_decode import crop_to_square
 from tests.golden.test_metrics import FID, IS, KID
 from tests.shared import SHARED, needs_shared
 
-NUM_PICTURES = 8
+NUM_IMAGES = 8
 
 
 class Unfilled(inception.FeatureExtractorInceptionV3):
@@ -53,43 +53,43 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_crops(photographs: list[Path], folder: Path) -> np.ndarray:
-    folder.mkdir()
+def write_crops(photographs: list[Path], directory: Path) -> np.ndarray:
+    directory.mkdir()
     crops = []
     for number, path in enumerate(photographs):
         with Image.open(path) as photograph:
             crop = crop_to_square(photograph.convert("RGB"), 96)
-        crop.save(folder / f"{number:03d}.png")
+        crop.save(directory / f"{number:03d}.png")
         crops.append(np.asarray(crop))
     return np.stack(crops)
 
 
 @needs_shared
-def test_folders_of_photographs(tmp_path: Path, weights: Path) -> None:
+def test_directories_of_photographs(tmp_path: Path, weights: Path) -> None:
     photographs = sorted((SHARED / "data" / "photos").rglob("*.jpg"))
-    true = write_crops(photographs[::40][:NUM_PICTURES], tmp_path / "true")
-    drawn = write_crops(photographs[7::40][:NUM_PICTURES], tmp_path / "drawn")
+    true = write_crops(photographs[::40][:NUM_IMAGES], tmp_path / "true")
+    drawn = write_crops(photographs[7::40][:NUM_IMAGES], tmp_path / "drawn")
     common = {
         "feature_extractor_weights_path": str(weights),
         "cuda": False,
-        "batch_size": NUM_PICTURES,
+        "batch_size": NUM_IMAGES,
         "save_cpu_ram": True,
         "cache": False,
         "verbose": False,
     }
-    folders = {"input1": str(tmp_path / "true"), "input2": str(tmp_path / "drawn")}
+    directories = {"input1": str(tmp_path / "true"), "input2": str(tmp_path / "drawn")}
     expected = torch_fidelity.calculate_metrics(
-        **folders, **common, fid=True, kid=True, kid_subsets=10, kid_subset_size=6
+        **directories, **common, fid=True, kid=True, kid_subsets=10, kid_subset_size=6
     )
     # The Inception Score is that of the first folder.
     expected |= torch_fidelity.calculate_metrics(
-        input1=folders["input2"], **common, isc=True, isc_splits=4
+        input1=directories["input2"], **common, isc=True, isc_splits=4
     )
     config = MetricsConfig(extractor_weights=str(weights), extractor_sha256=sha256(weights)[:8])
     # Batches that the pictures do not fill, another size than the peer's.
     extractor = InceptionExtractor(config, 3, "cpu")
     of_true, of_drawn = extractor.extract(true), extractor.extract(drawn)
-    pairs = np.eye(NUM_PICTURES, dtype=np.float32)
+    pairs = np.eye(NUM_IMAGES, dtype=np.float32)
     scores = compute_scores(
         of_true.features,
         of_drawn.features,
@@ -107,12 +107,12 @@ def test_folders_of_photographs(tmp_path: Path, weights: Path) -> None:
 
 
 def test_other_weights_are_refused(weights: Path) -> None:
-    with pytest.raises(DataError, match=r"has sha256 [0-9a-f]{8}, expected 6726825d; fetch it"):
+    with pytest.raises(DataError, match=r"has sha256 [0-9a-f]{8}, expected 6726825d; download it"):
         InceptionFeatures(str(weights), None, "cpu")
 
 
 def test_missing_weights_say_where_they_come_from(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is not there; .*'d2i doctor' has their address"):
+    with pytest.raises(DataError, match=r"does not exist; .*'d2i doctor' prints their URL"):
         InceptionFeatures(str(tmp_path / "none.pth"), None, "cpu")
 
 
@@ -123,6 +123,6 @@ def test_weights_that_run_code_are_refused(tmp_path: Path) -> None:
 
     path = tmp_path / "hostile.pth"
     path.write_bytes(pickle.dumps(Runs()))
-    with pytest.raises(DataError, match="holds more than arrays"):
+    with pytest.raises(DataError, match="has more than arrays"):
         InceptionFeatures(str(path), sha256(path), "cpu")
     assert not (tmp_path / "ran").exists()

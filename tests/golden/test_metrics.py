@@ -14,18 +14,18 @@ from d2i.errors import DataError
 from d2i.eval.metrics import compute_scores
 from tests.shared import SHARED, needs_shared
 
-FOLDER = SHARED / "golden"
+DIRECTORY = SHARED / "golden"
 FID, KID, IS = {"rel": 1e-5}, {"abs": 2e-6}, {"rel": 1e-9}
 SEED = 1
 
 
 def stored() -> dict[str, np.ndarray]:
-    with np.load(FOLDER / "metrics.npz", allow_pickle=False) as archive:
+    with np.load(DIRECTORY / "metrics.npz", allow_pickle=False) as archive:
         return dict(archive)
 
 
 def case(name: str) -> dict[str, Any]:
-    cases: dict[str, dict[str, Any]] = json.loads((FOLDER / "metrics.json").read_text())["cases"]
+    cases: dict[str, dict[str, Any]] = json.loads((DIRECTORY / "metrics.json").read_text())["cases"]
     return cases[name]
 
 
@@ -163,7 +163,7 @@ def test_inception_score_by_formula(name: str) -> None:
     assert scores["is_std"] == pytest.approx(golden["is_std"], **IS)
 
 
-def test_few_pictures_shrink_the_subsets_and_say_so() -> None:
+def test_few_images_shrink_the_subsets_and_say_so() -> None:
     rng = np.random.default_rng(0)
     real, fake, rows = (rng.standard_normal((n, 4)) for n in (9, 7, 7))
     scores = compute_scores(real, fake, rows, rows, rows)
@@ -171,7 +171,7 @@ def test_few_pictures_shrink_the_subsets_and_say_so() -> None:
     assert scores["is_splits"] == 7
 
 
-def test_the_same_pictures_are_at_no_distance() -> None:
+def test_the_same_images_are_at_no_distance() -> None:
     rows = np.random.default_rng(0).standard_normal((12, 3))
     scores = compute_scores(rows, rows, rows, rows, rows)
     assert scores["fid"] == pytest.approx(0.0, abs=1e-6)
@@ -190,10 +190,13 @@ BAD = np.where(np.arange(24).reshape(6, 4) == 13, np.nan, GOOD)
         ((GOOD, GOOD, BAD, GOOD, GOOD), r"^logits: 1 of 6 rows"),
         ((GOOD, GOOD, GOOD, GOOD, np.inf * GOOD), r"^embeddings: 6 of 6 rows"),
         ((GOOD, GOOD, GOOD, GOOD, 0 * GOOD), r"row 0 is all zero"),
-        ((GOOD, GOOD[:, :3], None, GOOD, GOOD), r"width 3 beside the true pictures' 4"),
-        ((GOOD, GOOD[:1], None, GOOD, GOOD), r"\(1, 4\), expected \(pictures, width\)"),
+        (
+            (GOOD, GOOD[:, :3], None, GOOD, GOOD),
+            "got width 3, expected 4 as for the reference images",
+        ),
+        ((GOOD, GOOD[:1], None, GOOD, GOOD), r"\(1, 4\), expected \(images, width\)"),
         ((GOOD, GOOD, GOOD[:5], GOOD, GOOD), r"logits: got 5 rows, expected 6"),
-        ((GOOD, GOOD, GOOD, GOOD, GOOD[:5]), r"got 5 rows for 6 true pictures"),
+        ((GOOD, GOOD, GOOD, GOOD, GOOD[:5]), r"got 5 rows for 6 reference images"),
     ],
 )
 def test_wrong_input_is_one_clear_line(arguments: tuple[Any, ...], message: str) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of whole stages share."""
+"""Fixtures of the integration tests."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tests.shared import SHARED
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The demo's recipe with a real autoencoder and a tiny U-ViT on its 8x8 latents."""
-    folder = tmp_path_factory.mktemp("clip")
-    save_random_clip(folder)
+    """Settings of the demo recipe with a real autoencoder and a tiny U-ViT on its 8x8 latents."""
+    directory = tmp_path_factory.mktemp("clip")
+    save_random_clip(directory)
     values = {
         "encoders.vae": SHARED / "weights" / "taesd_fp8.safetensors",
         "encoders.vae_kind": "tiny",
-        "encoders.clip_image": folder / "clip_image",
-        "encoders.clip_text": folder / "clip_text",
-        "metrics.clip_text": folder / "clip_text",
+        "encoders.clip_image": directory / "clip_image",
+        "encoders.clip_text": directory / "clip_text",
+        "metrics.clip_text": directory / "clip_text",
         "encoders.compute_batch_size": 8,
         "backbone.weights": "scratch",
         "backbone.latent_scale": 1.0,
@@ -49,42 +49,42 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def chat_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A team's own chats, prepared for the demo's network: 23 to test on, 12 to learn from."""
-    folder = tmp_path_factory.mktemp("chats")
+    """Chats prepared for the demo's network: 23 test and 12 training dialogs."""
+    directory = tmp_path_factory.mktemp("chats")
     descriptions = []
     for split, count in (("test", 23), ("train", 12)):
         names = [f"{split}{number}" for number in range(count)]
-        lines = [write_chat(folder, name) for name in names]
-        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+        lines = [write_chat(directory, name) for name in names]
+        (directory / f"{split}.jsonl").write_text("\n".join(lines))
         descriptions += [
             {"image": f"{name}.png", "description": f"a {name[-1]} ball", "made_by": "the tests"}
             for name in names
         ]
-    path = folder / "descriptions.jsonl"
+    path = directory / "descriptions.jsonl"
     path.write_text("\n".join(map(json.dumps, descriptions)))
-    preprocess("jsonl", folder, folder / "data", "--set", f"corpus.descriptions={path}")
-    return folder / "data"
+    preprocess("jsonl", directory, directory / "data", "--set", f"corpus.descriptions={path}")
+    return directory / "data"
 
 
 @pytest.fixture(scope="session")
 def whole(chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The chats' evaluation done at one go, in one process."""
-    folder = tmp_path_factory.mktemp("whole")
+    """An uninterrupted evaluation of the chats in one process."""
+    directory = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(LOG, str(folder / "drawn.txt"))
-        run_d2i(*evaluations.command(chat_data, folder / "out"))
-    return folder / "out"
+        patch.setenv(LOG, str(directory / "drawn.txt"))
+        run_d2i(*evaluations.command(chat_data, directory / "out"))
+    return directory / "out"
 
 
 @pytest.fixture(scope="session")
 def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random numbers as shards, for a tiny network."""
+    """Shards of random numbers for a tiny network."""
     return training.write_data(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture(scope="session")
 def trained(training_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed training on two ranks."""
+    """An uninterrupted training on two ranks."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert training.train(training_data, run, train__record_keys="true")["finished"]
     return run
@@ -93,13 +93,13 @@ def trained(training_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 WORDS = ("red", "yellow", "green", "blue", "pink", "white", "ball", "box", "tent", "ring", "star")
 
 
-def write_chat(folder: Path, name: str) -> str:
-    """Write a picture of noise in a colour of its own; return the chat that shares it."""
-    dice = random.Random(name)
-    colour = np.array([dice.randrange(256) for _ in range(3)])
-    noise = np.random.default_rng(dice.randrange(1000)).normal(0, 25, (64, 80, 3))
+def write_chat(directory: Path, name: str) -> str:
+    """Write a noise image of a distinct colour; return the chat that shares it."""
+    rng = random.Random(name)
+    colour = np.array([rng.randrange(256) for _ in range(3)])
+    noise = np.random.default_rng(rng.randrange(1000)).normal(0, 25, (64, 80, 3))
     pixels = (colour + noise).clip(0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(folder / f"{name}.png")
-    said = " ".join(dice.choices(WORDS, k=6))
-    turns = [{"text": said}, {"text": "here", "images": [f"{name}.png"]}]
+    Image.fromarray(pixels).save(directory / f"{name}.png")
+    text = " ".join(rng.choices(WORDS, k=6))
+    turns = [{"text": text}, {"text": "here", "images": [f"{name}.png"]}]
     return json.dumps({"id": name, "turns": turns})

@@ -1,12 +1,12 @@
-"""What every rank runs in `test_engine.py`: golden steps in every way, and changing over.
+"""The program that every rank of `test_engine.py` runs: golden steps at every ZeRO stage.
 
     deepspeed --num_accelerators 2 tests/integration/engine_program.py GOLDEN OUT
 
-Writes `OUT/WAY.safetensors` (losses, weights and averages after four golden steps), and
-`OUT/A-to-B.safetensors` (after two steps in way A, a checkpoint, and two in way B). In each lower
-precision `OUT/PRECISION-WAY-N.safetensors` after N steps of 0 and 4, a sample a micro batch, and
-`OUT/PRECISION-WAY-again.safetensors` after two, a checkpoint, and two. One rank alone takes these
-and the recipe's own stage only.
+Writes `OUT/WAY.safetensors` (losses, weights and EMA after four golden steps), and
+`OUT/A-to-B.safetensors` (two steps in way A, a checkpoint, two steps in way B). For each lower
+precision, with one sample per micro batch: `OUT/PRECISION-WAY-N.safetensors` after N = 0 and 4
+steps, and `OUT/PRECISION-WAY-again.safetensors` after two steps, a checkpoint and two more. A
+single rank runs only the lower precisions at the recipe's own stage.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from d2i.config import OptimConfig, TrainConfig
 from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone, load_weights
-from d2i.train.checkpoint import Checkpoint, Progress, step_folder
+from d2i.train.checkpoint import Checkpoint, Progress, step_directory
 from d2i.train.checkpoint_writer import CheckpointWriter, TrainState
 from d2i.train.ema import Ema
 from d2i.train.engine import (
@@ -39,7 +39,7 @@ from d2i.train.ranks import Ranks
 SIZES = {"latent_size": 8, "patch_size": 2, "dim": 64, "depth": 4, "num_heads": 4}
 ZERO_FILES = Path(__file__).parents[2] / "train"
 STAGES = ("zero-0", "zero-1", "zero-2", "zero-3", "zero-2-offload", "zero-3-offload")
-# The blocks compiled, by the recipe's stage: 1.
+# Compiled blocks at the recipe's ZeRO stage, 1.
 COMPILED = "compiled"
 CHANGES = (
     ("zero-0", "zero-3"),
@@ -49,7 +49,7 @@ CHANGES = (
     (COMPILED, COMPILED),
 )
 
-# The golden optimizer, eight samples a step.
+# The golden optimizer, with eight samples per step.
 CONFIG = TrainConfig(
     num_steps=4,
     global_batch_size=8,
@@ -62,7 +62,7 @@ LOWER = {
     name: CONFIG.model_copy(update={"precision": name, "micro_batch_size": 1})
     for name in ("bf16", "bf16_weights")
 }
-# The recipe's own stage: 1, or 0 for one rank.
+# The recipe's own ZeRO stage: 1, or 0 for one rank.
 RECIPE = "recipe"
 LOWER_STAGES = ("zero-0", RECIPE, "zero-2", "zero-3")
 
@@ -74,7 +74,7 @@ def begin(
     checkpoint: Checkpoint | None = None,
     config: TrainConfig = CONFIG,
 ) -> TrainState:
-    """The golden network, or the one of a checkpoint, trained in a way."""
+    """Return the training state of the golden network, or of a checkpoint, in a way."""
     network = build_backbone("uvit-s", **SIZES, text_dim=32, num_text_tokens=7)
     load_weights(network, golden / "uvit_tiny.safetensors")
     if checkpoint:
@@ -95,19 +95,19 @@ def begin(
 
 
 def golden_batch(golden: Path, ranks: Ranks) -> list[Tensor]:
-    """This rank's half of the golden batch: latents, text, times and noise."""
+    """Return this rank's part of the golden batch: latents, text, times and noise."""
     with np.load(golden / "losses.npz", allow_pickle=False) as stored:
         names = ("uvit_x0", "uvit_context", "uvit_n", "uvit_eps")
         return [torch.from_numpy(stored[n]).chunk(ranks.world_size)[ranks.rank] for n in names]
 
 
 def learning_rate(step: int) -> float:
-    """The golden rate: two steps of warm-up."""
+    """Return the golden learning rate, with two warm-up steps."""
     return 3e-3 * min(step / 2, 1)
 
 
 def take_steps(state: TrainState, golden: Path, ranks: Ranks, steps: range) -> list[float]:
-    """Golden steps on this rank's half of the golden batch; the losses over all ranks."""
+    """Take golden steps on this rank's part of the batch; return the losses over all ranks."""
     half = golden_batch(golden, ranks)
     num_micro_batches = state.engine.gradient_accumulation_steps()
     losses = []
@@ -125,29 +125,29 @@ def take_steps(state: TrainState, golden: Path, ranks: Ranks, steps: range) -> l
     return losses
 
 
-def keep(state: TrainState, ranks: Ranks, folder: Path, losses: list[float]) -> Checkpoint:
-    """A checkpoint as training writes it, and its content whole beside it."""
+def keep(state: TrainState, ranks: Ranks, directory: Path, losses: list[float]) -> Checkpoint:
+    """Write a checkpoint as training does; also write its whole content as one file."""
     shapes = {
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
         for name, parameter in state.engine.module.named_parameters()
     }
-    with CheckpointWriter(str(folder), CONFIG, ranks, shapes) as writer:
+    with CheckpointWriter(str(directory), CONFIG, ranks, shapes) as writer:
         progress = Progress(step=len(losses), num_updates=state.num_updates())
         writer.start(state, progress)
         writer.finish()
     ranks.barrier()
-    checkpoint = Checkpoint(step_folder(str(folder), len(losses)))
+    checkpoint = Checkpoint(step_directory(str(directory), len(losses)))
     checkpoint.check()
     whole: dict[str, Tensor] = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for kind in ("weight", "ema"):
         whole |= {f"{kind}:{name}": t.clone() for name, t in checkpoint.read_whole(kind)}
     if ranks.is_first:
-        save_file(whole, folder.with_suffix(".safetensors"))
+        save_file(whole, directory.with_suffix(".safetensors"))
     return checkpoint
 
 
 def train_lower(golden: Path, out: Path, ranks: Ranks, precision: str) -> None:
-    """Four steps at one go, and four with a checkpoint between, in a lower precision."""
+    """Take four steps in a lower precision: without a break, and with a checkpoint after two."""
     for way in LOWER_STAGES if ranks.world_size > 1 else (RECIPE,):
         state = begin(golden, way, ranks, config=LOWER[precision])
         keep(state, ranks, out / f"{precision}-{way}-0", [])
@@ -161,7 +161,7 @@ def train_lower(golden: Path, out: Path, ranks: Ranks, precision: str) -> None:
 
 
 def main() -> None:
-    """Train in every way, and change from one to the other."""
+    """Train in every way, and resume in another way."""
     golden, out = map(Path, sys.argv[-2:])
     os.environ.setdefault("LOCAL_RANK", "0")
     ranks = join_ranks()

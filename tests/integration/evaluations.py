@@ -1,4 +1,4 @@
-"""An evaluation by a system that keeps account, and what it leaves."""
+"""An evaluation by the logging system, and readers of its output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def command(data: Path | str, out: Path | str, *extra: object) -> list[Any]:
-    """The words of `d2i eval`."""
+    """Return the `d2i eval` command."""
     return [
         *("eval", "--system", "tests.integration.logged:build", "--data", data, "--out", out),
         *("--save-images", "all", "--json"),
@@ -16,8 +16,8 @@ def command(data: Path | str, out: Path | str, *extra: object) -> list[Any]:
     ]
 
 
-def pictures(out: Path) -> dict[str, bytes]:
-    """The drawn pictures by name, each kept once."""
+def images_by_name(out: Path) -> dict[str, bytes]:
+    """Return the generated images by name; each must be stored once."""
     found: dict[str, bytes] = {}
     for path in sorted((out / "images").glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -30,7 +30,7 @@ def pictures(out: Path) -> dict[str, bytes]:
 
 
 def assert_same(out: Path, whole: Path) -> None:
-    """Scores, rows and pictures are the same to the byte."""
+    """Assert that scores, rows and images are the same to the byte."""
     assert (out / "scores.json").read_bytes() == (whole / "scores.json").read_bytes()
     assert (out / "instances.jsonl").read_bytes() == (whole / "instances.jsonl").read_bytes()
-    assert pictures(out) == pictures(whole)
+    assert images_by_name(out) == images_by_name(whole)

@@ -1,8 +1,8 @@
-"""Ranks that end in several ways, and what each of them says: for `test_failures.py`.
+"""Ranks that fail in several ways, and the error that each reports: for `test_failures.py`.
 
     python -m tests.integration.failures_program OUT
 
-Writes `OUT/WAY-RANK.json`, the line of a rank or null; a rank that dies writes none.
+Writes `OUT/WAY-RANK.json`, the error line of a rank or null; a rank that dies writes no file.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ def fail() -> int:
 
 
 def on_the_first(ranks: Ranks) -> None:
-    """The first rank finds it for all."""
+    """The first rank fails on behalf of all."""
     ranks.on_first(fail)
 
 
 def on_all(_ranks: Ranks) -> None:
-    """Every rank finds it."""
+    """Every rank fails."""
     fail()
 
 
 def on_one(ranks: Ranks) -> None:
-    """One of the others finds it alone."""
+    """One other rank fails alone."""
     if ranks.rank == 1:
         fail()
 
 
 def full_disks(ranks: Ranks) -> None:
-    """Two of the others fail, each in its own way."""
+    """Two other ranks fail, each with its own error."""
     if ranks.rank:
         raise OSError(errno.ENOSPC, "No space left on device", f"/disk-{ranks.rank}")
 
 
 def killed_one(ranks: Ranks) -> None:
-    """One of the others dies."""
+    """One other rank dies."""
     if ranks.rank == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_first(ranks: Ranks) -> None:
-    """The first rank dies, and with it what the ranks could ask each other by."""
+    """The first rank dies, and with it the store that the ranks communicate through."""
     if ranks.is_first:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -76,7 +76,7 @@ WAYS: tuple[Callable[[Ranks], None], ...] = (
 
 
 def run_rank(way: Callable[[Ranks], None], rank: int, port: int, out: Path) -> None:
-    """Join the others, end in a way, and keep what is to be said of it."""
+    """Join the other ranks, fail in a way, and write the reported error."""
     os.environ["RANK"] = str(rank)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=NUM_RANKS
@@ -93,7 +93,7 @@ def run_rank(way: Callable[[Ranks], None], rank: int, port: int, out: Path) -> N
 
 
 def main() -> None:
-    """All ways at once, each rank in a fork of this process."""
+    """Run all ways at once, each rank in a fork of this process."""
     out, children = Path(sys.argv[1]), []
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     for way in WAYS:

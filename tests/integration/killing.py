@@ -1,8 +1,8 @@
-"""A preprocessing job in which something is killed: a program that the kill matrix runs.
+"""A preprocessing job in which a process is killed: the program of the kill matrix.
 
     python -m tests.integration.killing '{"victim": "node", "point": "shard.tar", ...}'
 
-Its faults kill this process (driver), the worker that reaches the point, or that worker's node.
+The fault kills this process (driver), the worker that reaches the point, or that worker's node.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from d2i.recipes import resolve_recipe
 
 @dataclass
 class Killing(Fault):
-    """Kills once in the whole job, also where a node takes the count of passes with it."""
+    """Kills once in the whole job, even if the counter of passes dies with its node."""
 
     victim: str = "worker"
     driver: int = 0
@@ -39,17 +39,17 @@ class Killing(Fault):
         if victims is None:
             raylet = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
             assert b"raylet" in raylet
-            # The first node is the driver's own machine, which dies as a whole.
+            # The head node stands for the driver's own machine, which dies as a whole.
             victims = [os.getppid(), *([self.driver] if b"--head" in raylet else [])]
         Path(self.done).write_text("driver" if self.driver in victims else "other")
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
-        # Until the node's end reaches this process.
+        # Wait until the death of the node reaches this process.
         signal.pause()
 
 
 def request_of(values: dict[str, Any], **changes: Any) -> PreprocessRequest:
-    """The job, without any fault."""
+    """Return the request of the job, without a fault."""
     options: dict[str, Any] = {"num_workers": 0, **changes}
     return PreprocessRequest(
         "jsonl",
@@ -63,7 +63,7 @@ def request_of(values: dict[str, Any], **changes: Any) -> PreprocessRequest:
 
 @contextmanager
 def two_nodes() -> Iterator[str]:
-    """Two nodes of one core each; gives their address."""
+    """Start two Ray nodes of one core each; yield their address."""
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 80 << 20}

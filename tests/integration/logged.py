@@ -1,7 +1,7 @@
-"""A system of the tests' own: the demo's network, with a line in a file for each picture drawn.
+"""A system for tests: the demo's network, which logs a line for each generated image.
 
-A line is the key and the process that drew it. Where a gate is named, each process draws once and
-then waits until that file is there.
+A line holds the key and the process id. If a gate file is named, each process generates one batch
+and then waits until that file exists.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ LOG, GATE = "D2I_TEST_DRAWN", "D2I_TEST_GATE"
 
 
 class Logged:
-    """Draws as another system does, and keeps account."""
+    """Generates as the wrapped system does, and logs each key."""
 
     def __init__(self, system: System, log: Path) -> None:
         self._system, self._log = system, log
-        self._has_drawn = False
+        self._has_generated = False
         self.described: Mapping[str, Any] = system.described
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         gate = os.environ.get(GATE)
-        while self._has_drawn and gate and not Path(gate).exists():
+        while self._has_generated and gate and not Path(gate).exists():
             time.sleep(0.1)
-        self._has_drawn = True
+        self._has_generated = True
         with self._log.open("a") as file:
             file.writelines(f"{prompt.key} {os.getpid()}\n" for prompt in prompts)
         return self._system.generate(prompts)

@@ -1,4 +1,4 @@
-"""Small random networks in the real formats, made by the tests that need them."""
+"""Small random networks in the real file formats."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ from transformers import (
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 
 
-def save_random_clip(folder: Path) -> None:
-    """Write `clip_text` (the true vocabulary) and `clip_image`, by `save_pretrained`."""
+def save_random_clip(directory: Path) -> None:
+    """Write `clip_text` (with the real vocabulary) and `clip_image`, by `save_pretrained`."""
     torch.manual_seed(0)
     text = CLIPTextConfig(num_hidden_layers=1, projection_dim=32, **SIZES)
     image = CLIPVisionConfig(
         num_hidden_layers=1, projection_dim=32, image_size=32, patch_size=8, **SIZES
     )
-    CLIPTextModelWithProjection(text).save_pretrained(folder / "clip_text")
-    CLIPVisionModelWithProjection(image).save_pretrained(folder / "clip_image")
+    CLIPTextModelWithProjection(text).save_pretrained(directory / "clip_text")
+    CLIPVisionModelWithProjection(image).save_pretrained(directory / "clip_image")
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS)]
 
 
-def save_random_captioner(folder: Path, kind: Literal["blip", "vision-encoder-decoder"]) -> None:
-    """Write a captioner that spells nonsense, with its image processor and its tokenizer."""
+def save_random_captioner(directory: Path, kind: Literal["blip", "vision-encoder-decoder"]) -> None:
+    """Write a random captioner with its image processor and its tokenizer."""
     torch.manual_seed(0)
-    folder.mkdir(parents=True)
-    (folder / "vocab.txt").write_text("\n".join(_WORDS))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    directory.mkdir(parents=True)
+    (directory / "vocab.txt").write_text("\n".join(_WORDS))
+    BertTokenizer(str(directory / "vocab.txt")).save_pretrained(directory)
     module, processor = (_random_blip if kind == "blip" else _random_encoder_decoder)()
-    module.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    module.save_pretrained(directory)
+    processor.save_pretrained(directory)
 
 
 def _random_blip() -> tuple[Any, Any]:
@@ -95,7 +95,7 @@ def _random_encoder_decoder() -> tuple[Any, Any]:
     return module, ViTImageProcessor(size={"height": 32, "width": 32})
 
 
-def save_random_describer(folder: Path) -> None:
+def save_random_describer(directory: Path) -> None:
     """Write a small causal language model that reads and writes letters."""
     torch.manual_seed(0)
     vocabulary = {c: i for i, c in enumerate(["<end>", *LETTERS, *"0123456789 #:\nD."])}
@@ -114,5 +114,5 @@ def save_random_describer(folder: Path) -> None:
         bos_token_id=0,
         eos_token_id=0,
     )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""A real S3 server behind a front that now and then says 503, loses an answer, or is restarted."""
+"""An S3 server behind a proxy that sometimes answers 503, loses a response, or restarts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.processes import free_port
 
 _START_S = 60.0
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
-# One request of so many is refused unseen, one of so many is done without an answer.
+# Every so many requests one is rejected, and one is executed but answered with 503.
 _REFUSED, _UNANSWERED = 23, 37
 _OFF_S = 2.0
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Hands a request on as it is."""
+    """Forwards a request unchanged."""
 
     server: _Server
     protocol_version = "HTTP/1.1"
@@ -92,14 +92,14 @@ class _Server(ThreadingHTTPServer):
         self.connections: set[Any] = set()
 
     def handle_error(self, *_: object) -> None:
-        """A client that left, or was cut off, is no trouble."""
+        """Ignore clients that disconnected or were cut off."""
 
 
 class Front:
-    """The address that clients have; `done` counts what became of their requests.
+    """The proxy that clients connect to; `done` counts the outcomes of their requests.
 
     Args:
-        inner: The port of the server behind it, which keeps what was put there.
+        inner: The port of the server behind it, which stores the data.
     """
 
     def __init__(self, inner: int) -> None:
@@ -112,7 +112,7 @@ class Front:
         self._serve()
 
     def fate(self) -> str:
-        """Say what becomes of the next request."""
+        """Return the outcome of the next request."""
         with self._lock:
             self.done["asked"] += 1
             if self.done["asked"] == self._restart_at:
@@ -123,11 +123,11 @@ class Front:
             return fate
 
     def restart_after(self, num_requests: int) -> None:
-        """Cut all connections after so many more requests, and take none for a while."""
+        """Close all connections after so many more requests, and accept none for a while."""
         self._restart_at = self.done["asked"] + num_requests
 
     def stop(self) -> None:
-        """Take no connection any more, and cut those there are."""
+        """Stop listening, and close all connections."""
         self._server.shutdown()
         self._server.server_close()
         for connection in list(self._server.connections):
@@ -147,13 +147,13 @@ class Front:
 
 @contextmanager
 def object_store(log: Path) -> Iterator[Front]:
-    """Start a server and its front."""
+    """Start a server and its proxy."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
         front = Front(port)
         try:
-            _wait_until_taken(port, server)
+            _wait_for_port(port, server)
             yield front
         finally:
             front.stop()
@@ -161,7 +161,7 @@ def object_store(log: Path) -> Iterator[Front]:
 
 
 def environment(port: int) -> dict[str, str]:
-    """What leads a user's commands to it."""
+    """Return the environment variables that configure a client for the server."""
     return {
         "FSSPEC_S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "test",
@@ -170,7 +170,7 @@ def environment(port: int) -> dict[str, str]:
     }
 
 
-def _wait_until_taken(port: int, server: subprocess.Popen[bytes]) -> None:
+def _wait_for_port(port: int, server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _START_S
     while server.poll() is None and time.monotonic() < deadline:
         with closing(socket.socket()) as client:

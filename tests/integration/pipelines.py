@@ -1,4 +1,4 @@
-"""Tiny pipelines of random weights in diffusers' own form, made by the tests that need them."""
+"""Tiny pipelines of random weights in diffusers' own format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers import (
 from tests.integration.networks import LETTERS, SIZES
 
 
-def save_tiny_pipeline(folder: Path) -> None:
+def save_tiny_pipeline(directory: Path) -> None:
     """Write a latent diffusion pipeline of random weights, as diffusers saves one."""
     from diffusers import (
         AutoencoderKL,
@@ -34,7 +34,7 @@ def save_tiny_pipeline(folder: Path) -> None:
     )
 
     torch.manual_seed(0)
-    config, tokenizer = _text_and_tokenizer(folder)
+    config, tokenizer = _text_and_tokenizer(directory)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),
@@ -56,10 +56,10 @@ def save_tiny_pipeline(folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder)
+    pipeline.save_pretrained(directory)
 
 
-def save_tiny_unclip(folder: Path) -> None:
+def save_tiny_unclip(directory: Path) -> None:
     """Write Karlo's prior and decoders at random, as diffusers saves an unCLIP pipeline."""
     from diffusers import (
         PriorTransformer,
@@ -71,7 +71,7 @@ def save_tiny_unclip(folder: Path) -> None:
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
     torch.manual_seed(0)
-    config, tokenizer = _text_and_tokenizer(folder)
+    config, tokenizer = _text_and_tokenizer(directory)
     prior = PriorTransformer(
         num_attention_heads=2, attention_head_dim=16, num_layers=1, embedding_dim=32
     )
@@ -122,10 +122,10 @@ def save_tiny_unclip(folder: Path) -> None:
         super_res_scheduler=UnCLIPScheduler(
             variance_type="fixed_small_log", prediction_type="epsilon", **fixed
         ),
-    ).save_pretrained(folder)
+    ).save_pretrained(directory)
 
 
-def save_tiny_flux(folder: Path) -> None:
+def save_tiny_flux(directory: Path) -> None:
     """Write a FLUX pipeline: CLIP reads 77 tokens, T5 512, where a letter is a token."""
     from diffusers import (
         AutoencoderKL,
@@ -135,7 +135,7 @@ def save_tiny_flux(folder: Path) -> None:
     )
 
     torch.manual_seed(0)
-    config, tokenizer = _text_and_tokenizer(folder)
+    config, tokenizer = _text_and_tokenizer(directory)
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{c}" for c in LETTERS), *LETTERS]
     vocabulary = [(piece, -float(number)) for number, piece in enumerate(pieces)]
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
@@ -159,7 +159,7 @@ def save_tiny_flux(folder: Path) -> None:
             pooled_projection_dim=32,
             axes_dims_rope=(4, 4, 8),
         ),
-    ).save_pretrained(folder)
+    ).save_pretrained(directory)
 
 
 _CHAT = (
@@ -168,7 +168,7 @@ _CHAT = (
 )
 
 
-def save_tiny_z_image(folder: Path) -> None:
+def save_tiny_z_image(directory: Path) -> None:
     """Write a Z-Image pipeline: Qwen3 reads a chat of 512 tokens, where a byte is a token."""
     from diffusers import (
         AutoencoderKL,
@@ -207,10 +207,10 @@ def save_tiny_z_image(folder: Path) -> None:
             axes_dims=[4, 6, 6],
             axes_lens=[1024, 32, 32],
         ),
-    ).save_pretrained(folder)
+    ).save_pretrained(directory)
 
 
-def save_tiny_unconditional(folder: Path) -> None:
+def save_tiny_unconditional(directory: Path) -> None:
     """Write a DDPM pipeline, which reads no text."""
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -222,7 +222,7 @@ def save_tiny_unconditional(folder: Path) -> None:
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
-    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(folder)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(directory)
 
 
 _VAE_BLOCKS: dict[str, Any] = {
@@ -232,13 +232,13 @@ _VAE_BLOCKS: dict[str, Any] = {
 }
 
 
-def _text_and_tokenizer(folder: Path) -> tuple[Any, Any]:
-    """Make the sizes of a CLIP text tower, and a tokenizer of single letters."""
+def _text_and_tokenizer(directory: Path) -> tuple[Any, Any]:
+    """Return the sizes of a CLIP text tower, and a tokenizer of single letters."""
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{c}</w>" for c in LETTERS)]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    directory.mkdir(parents=True)
+    (directory / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"))
     tokenizer.model_max_length = 77
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),

@@ -1,7 +1,7 @@
 """Ray nodes of one machine that share nothing but its disk, each started by `ray start`.
 
-A node has an address, a working folder, a temporary folder and an object store of its own. Where
-this user may make network namespaces it has one of its own too, else a loopback address.
+Each node has its own address, working directory, temporary directory and object store. It also has
+its own network namespace if this user may create one, else a loopback address.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WAIT_S = 240.0
 
 
 class Namespaces:
-    """A network of namespaces; its switch lies in the first one, so the machine's is untouched."""
+    """A network of namespaces; its bridge is in the first one, not in the machine's."""
 
     def __init__(self) -> None:
         self._name = f"d2i{os.getpid()}"
@@ -38,7 +38,7 @@ class Namespaces:
         return os.geteuid() == 0 and asked.returncode == 0 and shutil.which("ip") is not None
 
     def add(self) -> tuple[str, list[str]]:
-        """Return the address of a new namespace, and what runs a command in it."""
+        """Return the address of a new namespace, and the prefix that runs a command in it."""
         number, own, first = self._num_nodes, f"{self._name}-{self._num_nodes}", f"{self._name}-0"
         self._num_nodes += 1
         address = f"10.77.0.{number + 1}"
@@ -61,18 +61,18 @@ class Namespaces:
 
 
 class Loopback:
-    """Loopback addresses, for users who may make no namespaces."""
+    """Loopback addresses, for users who may not create namespaces."""
 
     def __init__(self) -> None:
         self._num_nodes = 0
 
     def add(self) -> tuple[str, list[str]]:
-        """Return an address that no other node has; commands run as they are."""
+        """Return an address that no other node has; commands need no prefix."""
         self._num_nodes += 1
         return f"127.0.0.{self._num_nodes + 1}", []
 
     def remove(self) -> None:
-        """Nothing was made."""
+        """Do nothing: nothing was created."""
 
 
 def _ip(*words: str) -> None:
@@ -86,15 +86,15 @@ class Node:
     address: str
     prefix: list[str]
     process: subprocess.Popen[bytes]
-    folder: Path
+    directory: Path
 
     def said(self, words: str) -> bool:
-        """Whether a worker of the node has written this to stderr."""
-        logs = self.folder.glob("ray/session_*/logs/worker-*.err")
+        """Return whether a worker of the node has written this to stderr."""
+        logs = self.directory.glob("ray/session_*/logs/worker-*.err")
         return any(words in log.read_text() for log in logs)
 
     def kill(self) -> None:
-        """SIGKILL every process of the node, as when its machine goes."""
+        """SIGKILL every process of the node, as when its machine dies."""
         for pid in [self.process.pid, *_descendants(self.process.pid)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -102,12 +102,12 @@ class Node:
 
 
 class RayNodes:
-    """A cluster that asks for a token: a head node without cores for tasks, and those added."""
+    """A cluster with token authentication: a head node without cores for tasks, and added nodes."""
 
     def __init__(
-        self, folder: Path, network: Namespaces | Loopback, names: Mapping[str, str]
+        self, directory: Path, network: Namespaces | Loopback, names: Mapping[str, str]
     ) -> None:
-        self._folder, self._network = folder, network
+        self._directory, self._network = directory, network
         self._port, self._dashboard_port = _free_ports(2)
         self.environment = {
             **os.environ,
@@ -125,7 +125,7 @@ class RayNodes:
         return self._start(num_cpus, "--address", f"{self._head.address}:{self._port}")
 
     def submit(self, *words: object) -> subprocess.Popen[str]:
-        """Hand a command to the cluster as its user does, from the head node's network."""
+        """Submit a command with `ray job submit` from the head node's network."""
         address = f"http://{self._head.address}:{self._dashboard_port}"
         line = [RAY, "job", "submit", "--address", address, "--", *map(str, words)]
         return subprocess.Popen(
@@ -140,21 +140,21 @@ class RayNodes:
         address, prefix = self._network.add()
         if role[0] == "--head":
             role = (*role, "--dashboard-host", address)
-        folder = self._folder / str(len(self.nodes))
-        folder.mkdir()
+        directory = self._directory / str(len(self.nodes))
+        directory.mkdir()
         line = [RAY, "start", "--block", "--node-ip-address", address, *role]
-        line += ["--temp-dir", str(folder / "ray"), "--num-cpus", str(num_cpus)]
+        line += ["--temp-dir", str(directory / "ray"), "--num-cpus", str(num_cpus)]
         line += ["--object-store-memory", str(80 << 20)]
         line += ["--dashboard-agent-listen-port", str(*_free_ports(1))]
-        with (folder / "log").open("w") as log:
+        with (directory / "log").open("w") as log:
             process = subprocess.Popen(
-                [*prefix, *line], cwd=folder, env=self.environment, stdout=log, stderr=log
+                [*prefix, *line], cwd=directory, env=self.environment, stdout=log, stderr=log
             )
-        self.nodes.append(Node(address, prefix, process, folder))
+        self.nodes.append(Node(address, prefix, process, directory))
         return self.nodes[-1]
 
     def _answers(self) -> bool:
-        """Whether jobs are taken, which they are once the token has been checked."""
+        """Return whether the cluster accepts jobs, which it does once the token is checked."""
         address = f"http://{self._head.address}:{self._dashboard_port}"
         line = [*self._head.prefix, RAY, "job", "list", "--address", address]
         asked = subprocess.run(line, env=self.environment, capture_output=True, check=False)
@@ -163,28 +163,28 @@ class RayNodes:
 
 @contextmanager
 def ray_nodes(names: Mapping[str, str]) -> Iterator[RayNodes]:
-    """Start a cluster of a head node alone; whatever was added ends with it.
+    """Start a cluster of a head node alone; added nodes end with it.
 
     Args:
-        names: What is set on every node, beside what is set here.
+        names: Environment variables of every node, besides those set here.
     """
     network = Namespaces() if Namespaces.are_allowed() else Loopback()
-    # Ray's sockets lie in it, and their names must be short.
-    folder = Path(tempfile.mkdtemp(prefix="nodes", dir="/tmp"))
+    # It holds Ray's sockets, whose paths are limited in length.
+    directory = Path(tempfile.mkdtemp(prefix="nodes", dir="/tmp"))
     nodes: list[Node] = []
     try:
-        cluster = RayNodes(folder, network, names)
+        cluster = RayNodes(directory, network, names)
         nodes = cluster.nodes
         yield cluster
     finally:
         for node in nodes:
             node.kill()
         network.remove()
-        shutil.rmtree(folder)
+        shutil.rmtree(directory)
 
 
 def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str] | Node) -> None:
-    """Wait for something that a process is to bring about, as long as it lives."""
+    """Wait for a condition that a process brings about; fail if the process ends before."""
     deadline = time.monotonic() + WAIT_S
     running = process.process if isinstance(process, Node) else process
     while not is_so():

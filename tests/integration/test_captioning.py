@@ -1,4 +1,4 @@
-"""Descriptions for a corpus that has none: made by a captioner, marked as made, resumable."""
+"""Captions for a corpus without any: made by a captioner, marked with its name, resumable."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from d2i.preprocess import captioning
 from tests.integration.networks import save_random_captioner
 from tests.processes import run_d2i, run_process
 
-NUM_PICTURES = 20
+NUM_IMAGES = 20
 
 
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
-    """Twenty pictures, one of them shared twice; one that is missing, and one by address."""
-    folder = tmp_path / "chats"
-    (folder / "p").mkdir(parents=True)
-    images = [f"p/{number}.png" for number in range(NUM_PICTURES)]
+    """Twenty images, one shared twice; one missing file, and one image given by URL."""
+    directory = tmp_path / "chats"
+    (directory / "p").mkdir(parents=True)
+    images = [f"p/{number}.png" for number in range(NUM_IMAGES)]
     for number, name in enumerate(images):
-        Image.new("RGB", (40, 30), (12 * number, 90, 200)).save(folder / name)
+        Image.new("RGB", (40, 30), (12 * number, 90, 200)).save(directory / name)
     names = [*images, images[0], "p/missing.png", "https://pictures.example/1.jpg"]
     lines = [
         json.dumps({"id": n, "turns": [{"text": "see", "images": [name]}]})
         for n, name in enumerate(names)
     ]
-    (folder / "train.jsonl").write_text("\n".join(lines))
-    return folder
+    (directory / "train.jsonl").write_text("\n".join(lines))
+    return directory
 
 
 @pytest.mark.parametrize(
     "kind", [pytest.param("blip", marks=pytest.mark.soak), "vision-encoder-decoder"]
 )
-def test_pictures_are_described_once_and_marked(
+def test_captioning_resumes_and_records_captioner(
     tmp_path: Path, chats: Path, kind: Literal["blip", "vision-encoder-decoder"]
 ) -> None:
     captioner, out = tmp_path / "captioner", tmp_path / "descriptions.jsonl"
@@ -45,31 +45,31 @@ def test_pictures_are_described_once_and_marked(
     command = ["corpus", "--corpus", "jsonl", "--source", chats, "--json"]
     command += ["--describe", captioner, "--descriptions", out]
     failures = {"missing_file": 1, "no_file": 1}
-    told = {"num_described": NUM_PICTURES, "num_there": 0, "failures": failures}
-    assert run_d2i(*command) == told | {"descriptions": str(out)}
+    expected = {"num_described": NUM_IMAGES, "num_there": 0, "failures": failures}
+    assert run_d2i(*command) == expected | {"descriptions": str(out)}
     whole = out.read_bytes()
-    assert len(whole.splitlines()) == NUM_PICTURES
+    assert len(whole.splitlines()) == NUM_IMAGES
 
-    # Cut off within a line, as a kill leaves it: the same command makes the same file.
+    # Truncated within a line, as after a kill: the same command resumes to the same file.
     cut = whole.index(b"p/7.png") + 4
     out.write_bytes(whole[:cut])
     resumed = run_d2i(*command)
-    assert (resumed["num_described"], resumed["num_there"]) == (NUM_PICTURES - 7, 7)
+    assert (resumed["num_described"], resumed["num_there"]) == (NUM_IMAGES - 7, 7)
     assert out.read_bytes() == whole
 
     instances = list(read_instances("jsonl", chats, "train", descriptions=str(out)))
     described = [i for i in instances if i.description is not None]
-    assert len(described) == NUM_PICTURES + 1
+    assert len(described) == NUM_IMAGES + 1
     assert {i.description_by for i in described} == {str(captioner)}
     assert described[0].description == described[-1].description != ""
     assert all(i.description_by is None for i in instances if i.description is None)
 
     again = run_process(*command[:-4], "--describe", "another/one", "--descriptions", out)
     assert again.returncode == 2
-    assert "was begun by" in again.stderr
+    assert "has captions by" in again.stderr
 
 
-def test_a_description_of_the_corpus_stays(tmp_path: Path) -> None:
+def test_corpus_description_overrides_generated_one(tmp_path: Path) -> None:
     record = {
         "dialogue": [
             {"message": "look", "share_photo": False, "user_id": 0},
@@ -96,7 +96,7 @@ def test_a_description_of_the_corpus_stays(tmp_path: Path) -> None:
     ("content", "message"),
     [('{"image": "a"}', "missing required field"), ("no json", "invalid_json"), (None, "no such")],
 )
-def test_a_file_that_is_none_is_refused(
+def test_invalid_descriptions_file_is_one_line_error(
     tmp_path: Path, chats: Path, content: str | None, message: str
 ) -> None:
     path = tmp_path / "made.jsonl"
@@ -111,8 +111,8 @@ def test_a_file_that_is_none_is_refused(
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_both_options_or_none(chats: Path) -> None:
-    assert captioning.BATCH_SIZE < NUM_PICTURES
+def test_describe_without_descriptions_is_error(chats: Path) -> None:
+    assert captioning.BATCH_SIZE < NUM_IMAGES
     done = run_process("corpus", "--corpus", "jsonl", "--source", chats, "--describe", "some/model")
     assert done.returncode == 2
-    assert "go together" in done.stderr
+    assert "only one of --describe and --descriptions" in done.stderr

@@ -1,4 +1,4 @@
-"""`d2i cluster check` on two real Ray nodes with a token, one of which lacks what the other has."""
+"""`d2i cluster check` on two real Ray nodes with a token; one node lacks software and weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL_SHARDS = ("--set", "preprocess.num_samples_per_shard=2")
 
 @contextmanager
 def ray_node(environment: dict[str, str], *options: str) -> Iterator[None]:
-    """One node, gone with all of its processes at the end."""
+    """Run one Ray node; kill all of its processes at the end."""
     size = ("--num-cpus=1", f"--object-store-memory={80 << 20}", "--num-gpus=0")
     process = subprocess.Popen(
         [RAY, "start", "--block", *size, *options],
@@ -48,7 +48,7 @@ def ray_node(environment: dict[str, str], *options: str) -> Iterator[None]:
         process.wait()
 
 
-def wait_until_taken(port: int) -> None:
+def wait_for_port(port: int) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         with closing(socket.socket()) as client:
@@ -59,7 +59,7 @@ def wait_until_taken(port: int) -> None:
 
 
 def fill_hub_cache(home: Path) -> None:
-    """Put a model's configuration where the hub's client keeps what it has downloaded."""
+    """Write a model's configuration into the cache of the Hugging Face hub client."""
     repository = home / ".cache" / "huggingface" / "hub" / f"models--{HUB_NAME.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
@@ -68,50 +68,58 @@ def fill_hub_cache(home: Path) -> None:
     (home / "a-file").write_text("where a folder would have to be")
 
 
-def chats_in(folder: Path) -> Path:
-    """Ten chats with a picture each."""
-    chats = folder / "chats"
+def chats_in(directory: Path) -> Path:
+    """Write ten chats with one image each."""
+    chats = directory / "chats"
     chats.mkdir()
     (chats / "test.jsonl").write_text("\n".join(write_chat(chats, f"c{n}") for n in range(10)))
     return chats
 
 
-def poor_environment(folder: Path, environment: dict[str, str]) -> dict[str, str]:
-    """Where another diffusers is installed, and the home, with the hub's cache, is another."""
-    installed = folder / "site" / "diffusers-0.0.1.dist-info"
+def incomplete_environment(directory: Path, environment: dict[str, str]) -> dict[str, str]:
+    """Return an environment with another diffusers version, and a home without the hub cache."""
+    installed = directory / "site" / "diffusers-0.0.1.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: diffusers\nVersion: 0.0.1\n")
-    (folder / "poor").mkdir()
-    return environment | {"PYTHONPATH": str(folder / "site"), "HOME": str(folder / "poor")}
+    (directory / "poor").mkdir()
+    return environment | {"PYTHONPATH": str(directory / "site"), "HOME": str(directory / "poor")}
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What one check of both nodes gave, a folder that they share, and the forecast of a job."""
+class CheckResult:
+    """The check of both nodes, a directory that they share, and the estimate of a dry run."""
 
     exit_code: int
     rows: list[dict[str, dict[str, str]]]
     shared: Path
-    forecast: dict[str, Any]
+    estimate: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
-    folder = tmp_path_factory.mktemp("cluster")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> CheckResult:
+    directory = tmp_path_factory.mktemp("cluster")
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    rich = os.environ | token | {"HOME": str(folder / "rich"), "HF_HUB_OFFLINE": "1"}
-    fill_hub_cache(folder / "rich")
-    address, shared = f"{ADDRESSES[0]}:{port}", folder / "shared"
-    # Sockets' names are short.
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as ray_folder, ExitStack() as nodes:
-        head = ("--head", f"--port={port}", f"--temp-dir={ray_folder}", "--include-dashboard=false")
-        nodes.enter_context(ray_node(rich, *head, f"--node-ip-address={ADDRESSES[0]}"))
-        wait_until_taken(port)
+    complete = os.environ | token | {"HOME": str(directory / "rich"), "HF_HUB_OFFLINE": "1"}
+    fill_hub_cache(directory / "rich")
+    address, shared = f"{ADDRESSES[0]}:{port}", directory / "shared"
+    # Unix socket paths are limited in length.
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as ray_directory,
+        ExitStack() as nodes,
+    ):
+        head = (
+            "--head",
+            f"--port={port}",
+            f"--temp-dir={ray_directory}",
+            "--include-dashboard=false",
+        )
+        nodes.enter_context(ray_node(complete, *head, f"--node-ip-address={ADDRESSES[0]}"))
+        wait_for_port(port)
         other = (f"--address={address}", f"--node-ip-address={ADDRESSES[1]}")
-        nodes.enter_context(ray_node(poor_environment(folder, rich), *other))
-        run = partial(subprocess.run, env=rich, capture_output=True, text=True, check=False)
+        nodes.enter_context(ray_node(incomplete_environment(directory, complete), *other))
+        run = partial(subprocess.run, env=complete, capture_output=True, text=True, check=False)
         asked = ("--ray-address", address, "--json", "--recipe", "demo")
         done = run(
             [
@@ -119,23 +127,23 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
                 *("--set", f"encoders.clip_text={HUB_NAME}"),
                 *("--set", "encoders.vae=vae.safetensors"),
                 *("--storage", str(shared), "--storage", "memory://apart"),
-                *("--storage", str(folder / "rich" / "a-file" / "below")),
+                *("--storage", str(directory / "rich" / "a-file" / "below")),
             ]
         )
-        source = ("--corpus", "jsonl", "--source", str(chats_in(folder)))
-        dry = ("--out", str(folder / "out"), "--dry-run", "--rate", "1", *SMALL_SHARDS)
+        source = ("--corpus", "jsonl", "--source", str(chats_in(directory)))
+        dry = ("--out", str(directory / "out"), "--dry-run", "--rate", "1", *SMALL_SHARDS)
         planned = run([*COMMAND, "preprocess", *source, *asked, *dry])
     assert planned.stdout, planned.stderr
     assert done.stdout, done.stderr
     reports = json.loads(done.stdout.splitlines()[-1])["reports"]
     rows = [{row["name"]: row for row in report["checks"]} for report in reports]
-    # The node that lacks something comes last.
+    # The incomplete node comes last.
     rows[1:] = sorted(rows[1:], key=lambda found: found["versions"]["status"] == "fail")
-    forecast = json.loads(planned.stdout.splitlines()[-1])["forecast"]
-    return Checked(done.returncode, rows, shared, forecast)
+    estimate = json.loads(planned.stdout.splitlines()[-1])["forecast"]
+    return CheckResult(done.returncode, rows, shared, estimate)
 
 
-def test_what_is_as_it_should_be_is_ok_on_both_nodes(checked: Checked) -> None:
+def test_passing_checks_are_ok_on_both_nodes(checked: CheckResult) -> None:
     cluster, *nodes = checked.rows
     assert cluster["nodes"]["detail"] == "2 of 2 expected"
     assert cluster["workers"]["status"] == "ok"
@@ -147,40 +155,40 @@ def test_what_is_as_it_should_be_is_ok_on_both_nodes(checked: Checked) -> None:
     assert list(checked.shared.iterdir()) == [], "every probe is removed"
 
 
-def test_another_version_and_a_missing_weight_are_found_on_their_node_alone(
-    checked: Checked,
+def test_other_version_and_missing_weights_fail_on_one_node_only(
+    checked: CheckResult,
 ) -> None:
-    _, rich, poor = checked.rows
+    _, complete, incomplete = checked.rows
     for name in ("versions", "weights encoders.clip_text"):
-        assert (rich[name]["status"], poor[name]["status"]) == ("ok", "fail"), name
-        assert poor[name]["fix"]
-    assert "diffusers 0.0.1, the driver has" in poor["versions"]["detail"]
-    assert "is not in the hub's cache" in poor["weights encoders.clip_text"]["detail"]
+        assert (complete[name]["status"], incomplete[name]["status"]) == ("ok", "fail"), name
+        assert incomplete[name]["fix"]
+    assert "diffusers 0.0.1, the driver has" in incomplete["versions"]["detail"]
+    assert "is not in the hub's cache" in incomplete["weights encoders.clip_text"]["detail"]
     assert checked.exit_code == 1
 
 
-def test_a_weight_that_is_on_no_node_fails_on_each(checked: Checked) -> None:
+def test_weights_missing_everywhere_fail_on_each_node(checked: CheckResult) -> None:
     for node in checked.rows[1:]:
-        assert node["weights encoders.vae"]["detail"] == "vae.safetensors is not here"
+        assert node["weights encoders.vae"]["detail"] == "vae.safetensors is not on this node"
 
 
-def test_a_place_that_is_another_on_each_node_is_no_storage(checked: Checked) -> None:
-    # Each process has a memory of its own: all can write there, and none sees the driver's file.
+def test_storage_not_shared_between_nodes_fails(checked: CheckResult) -> None:
+    # memory:// is private to a process: every node can write there but none sees the driver's file.
     for node in checked.rows[1:]:
         assert node["storage memory://apart"]["status"] == "fail"
-        assert "it is another place" in node["storage memory://apart"]["detail"]
+        assert "this is other storage" in node["storage memory://apart"]["detail"]
 
 
-def test_a_place_that_nobody_can_write_fails_everywhere(checked: Checked) -> None:
+def test_unwritable_storage_fails_on_every_node(checked: CheckResult) -> None:
     for rows in checked.rows:
         (row,) = (row for name, row in rows.items() if name.endswith("/below"))
         assert row["status"] == "fail"
         assert "cannot" in row["detail"]
 
 
-def test_a_dry_run_reckons_with_the_nodes_that_are_there(checked: Checked) -> None:
-    found = checked.forecast
+def test_dry_run_estimate_uses_cluster_nodes(checked: CheckResult) -> None:
+    found = checked.estimate
     assert (found["offer"]["num_nodes"], found["offer"]["unit"]) == (2, "core")
     assert found["offer"]["object_store_bytes"] == pytest.approx(2 * (80 << 20), rel=0.01)
-    # Five shards of two pictures on two workers: three rounds.
+    # Five shards of two images on two workers: three rounds.
     assert (found["num_workers"], found["num_rounds"], found["time_s"]) == (2, 3, 6.0)

@@ -1,4 +1,4 @@
-"""The demo, whole, small: real subprocesses, real Ray, real two-rank DeepSpeed."""
+"""The whole demo at a small size: real subprocesses, real Ray, real two-rank DeepSpeed."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def scores(out: Path) -> dict[str, Any]:
     }
 
 
-def break_off(out: Path, stage: str, number: signal.Signals) -> None:
-    """Start the demo and send it a signal when a stage has shown its first progress."""
+def interrupt_at_stage(out: Path, stage: str, number: signal.Signals) -> None:
+    """Start the demo and send it a signal once a stage has printed its first progress line."""
     command = [*COMMAND, "demo", "--out", str(out), *SMALL]
     with subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell that runs the tests in the background has Ctrl-C ignored, and passes that on.
+        # A shell that runs the tests in the background ignores SIGINT, and children inherit that.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as process:
         lines = iter(process.stderr or ())
@@ -44,14 +44,14 @@ def break_off(out: Path, stage: str, number: signal.Signals) -> None:
         if number == signal.SIGINT:
             # Ctrl-C in a terminal reaches every process of the group.
             os.killpg(process.pid, number)
-            assert any("the same command goes on from here" in line for line in lines)
+            assert any("run the same command again to resume" in line for line in lines)
         else:
             process.send_signal(number)
     assert process.returncode != 0
 
 
-# How each stage is broken off: by Ctrl-C or by SIGKILL.
-BREAKS = [
+# The signal that interrupts each stage: Ctrl-C or SIGKILL.
+INTERRUPTIONS = [
     ("preprocess", signal.SIGINT),
     ("evaluate before", signal.SIGKILL),
     ("train", signal.SIGINT),
@@ -60,14 +60,14 @@ BREAKS = [
 ]
 
 
-def assert_bears_no_name_of_the_papers(page: str) -> None:
-    """The made world is no MMDialog, and a network of 7 blocks of width 128 no U-ViT-Small."""
+def assert_no_names_of_the_paper(page: str) -> None:
+    """The report claims neither MMDialog nor U-ViT-Small (the demo has 7 blocks of width 128)."""
     assert "Systems on the made world" in page
     for name in ("on MMDialog", "Table 2", "U-ViT-Small", "+ ours"):
         assert name not in page, name
 
 
-def test_the_demos_page_has_earned_its_names(tmp_path: Path) -> None:
+def test_demo_report_does_not_use_names_of_the_paper(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", 60, 1)
     few = ("--split", "test", "--limit", "6")
     preprocess("mmdialog", tmp_path / "corpus", tmp_path / "data", *few)
@@ -77,7 +77,7 @@ def test_the_demos_page_has_earned_its_names(tmp_path: Path) -> None:
     )
     run_d2i("report", tmp_path / "before", "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert_bears_no_name_of_the_papers(page)
+    assert_no_names_of_the_paper(page)
     assert '<th scope="row">demo network, not fine-tuned</th>' in page
     card = json.loads((tmp_path / "before" / "scores.json").read_text())["card"]
     assert (card["corpus"], card["split"]) == ("made world", "test")
@@ -86,13 +86,15 @@ def test_the_demos_page_has_earned_its_names(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("breaks", [BREAKS[1:3], pytest.param(BREAKS, marks=pytest.mark.soak)])
-def test_a_demo_broken_off_ends_in_the_same_scores(
+@pytest.mark.parametrize(
+    "breaks", [INTERRUPTIONS[1:3], pytest.param(INTERRUPTIONS, marks=pytest.mark.soak)]
+)
+def test_interrupted_demo_resumes_to_same_scores(
     tmp_path: Path, breaks: list[tuple[str, signal.Signals]]
 ) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for stage, number in breaks:
-        break_off(killed, stage, number)
+        interrupt_at_stage(killed, stage, number)
     result = run_d2i("demo", "--out", killed, *SMALL)
     assert set(result["seconds"]) == {
         *("corpus", "preprocess", "evaluate before", "train", "evaluate after"),
@@ -101,7 +103,7 @@ def test_a_demo_broken_off_ends_in_the_same_scores(
     assert result["attribute_accuracy_true"] > 0.98
     page = Path(result["report"]).read_text()
     assert page.startswith("<!")
-    assert_bears_no_name_of_the_papers(page)
+    assert_no_names_of_the_paper(page)
     assert "<title>d2i demo: demo network, made world</title>" in page
 
     run_d2i("demo", "--out", whole, *SMALL)

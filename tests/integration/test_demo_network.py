@@ -1,4 +1,4 @@
-"""The shipped network draws what a caption says, also of scenes that it never saw."""
+"""The shipped demo network generates what a caption says, also for held-out scenes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from d2i.weights_resolve import resolve_weights
 
 
 @pytest.mark.slow
-def test_captions_of_held_out_scenes_are_drawn_right() -> None:
+def test_demo_network_generates_held_out_captions_correctly() -> None:
     models = Path(resolve_weights("demo:vae")).parent
     texts = caption_windows(split_scenes()[1][::4], seed=5)
-    drawn = generate(models, Vae(str(models / "vae"), "kl"), texts)
-    shares = share_right(read_all([Image.fromarray(p) for p in drawn]), texts.scenes)
+    images = generate(models, Vae(str(models / "vae"), "kl"), texts)
+    shares = share_right(read_all([Image.fromarray(p) for p in images]), texts.scenes)
     assert sum(shares.values()) / len(shares) >= 0.85
 
 
-def test_the_shipped_models_stay_small() -> None:
+def test_shipped_demo_weights_are_under_12_mb() -> None:
     models = Path(resolve_weights("demo:vae")).parent
     assert sum(file.stat().st_size for file in models.rglob("*") if file.is_file()) < 12e6

@@ -1,4 +1,4 @@
-"""Four golden AdamW steps with their averages, through DeepSpeed on two ranks, in every way."""
+"""Four golden AdamW steps with EMA, through DeepSpeed on two ranks, at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.integration.engine_program import (
 )
 from tests.shared import needs_shared
 
-# Two ranks build two dozen engines, each of which is half a minute on a busy machine.
+# Two ranks build two dozen engines; each takes half a minute on a busy machine.
 pytestmark = [needs_shared, pytest.mark.timeout(900)]
 PROGRAM = Path(__file__).with_name("engine_program.py")
 
@@ -60,7 +60,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_program(1, tmp_path_factory.mktemp("alone"))
 
 
-def of_kind(whole: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+def tensors_of_kind(whole: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return {k.removeprefix(f"{kind}:"): t for k, t in whole.items() if k.startswith(f"{kind}:")}
 
 
@@ -70,21 +70,23 @@ def check_golden(whole: dict[str, Tensor]) -> None:
     torch.testing.assert_close(
         whole["losses"], golden["train4_loss"][:4].double(), rtol=1e-5, atol=0
     )
-    check_trained(of_kind(whole, "weight"), "train4_param", order)
-    check_trained(of_kind(whole, "ema"), "train4_ema9", order)
+    check_trained(tensors_of_kind(whole, "weight"), "train4_param", order)
+    check_trained(tensors_of_kind(whole, "ema"), "train4_ema9", order)
 
 
 @pytest.mark.parametrize("way", [*STAGES, COMPILED])
-def test_golden_steps_in_every_way(results: Path, way: str) -> None:
+def test_golden_training_steps_at_every_zero_stage(results: Path, way: str) -> None:
     check_golden(load_file(results / f"{way}.safetensors"))
 
 
 @pytest.mark.parametrize(("first", "then"), CHANGES)
-def test_golden_steps_with_a_change_of_way(results: Path, first: str, then: str) -> None:
+def test_golden_training_steps_resume_at_another_zero_stage(
+    results: Path, first: str, then: str
+) -> None:
     check_golden(load_file(results / f"{first}-to-{then}.safetensors"))
 
 
-def test_compiled_blocks_go_on_to_the_bit(results: Path) -> None:
+def test_compiled_training_resumes_bit_exactly(results: Path) -> None:
     undisturbed = load_file(results / f"{COMPILED}.safetensors")
     resumed = load_file(results / f"{COMPILED}-to-{COMPILED}.safetensors")
     assert undisturbed.keys() == resumed.keys()
@@ -92,13 +94,13 @@ def test_compiled_blocks_go_on_to_the_bit(results: Path) -> None:
         assert torch.equal(tensor, resumed[name]), name
 
 
-def check_lower(out: Path, precision: str, way: str) -> None:
+def check_lower_precision(out: Path, precision: str, way: str) -> None:
     first, last, again = (
         load_file(out / f"{precision}-{way}-{name}.safetensors") for name in ("0", "4", "again")
     )
     golden = load_file(GOLDEN / "uvit_tiny.safetensors")
     for kind in ("weight", "ema"):
-        for name, tensor in of_kind(first, kind).items():
+        for name, tensor in tensors_of_kind(first, kind).items():
             assert torch.equal(tensor, golden[name]), "begun with rounded weights"
     # bfloat16 has 8 bits, and the loss is a mean over many numbers.
     expected = tensors("losses")["train4_loss"][:4].double()
@@ -106,36 +108,36 @@ def check_lower(out: Path, precision: str, way: str) -> None:
     for name, tensor in last.items():
         assert torch.equal(tensor, again[name]), name
     plain = plain_autocast(bias_apart=way == "zero-3")
-    off = distance(of_kind(last, "weight"), plain, golden)
-    # Float32 sums differ by their order, and in stage 3 by DeepSpeed's own backward pass of a
-    # linear layer; those in bfloat16 do not pass for them.
+    off = distance(tensors_of_kind(last, "weight"), plain, golden)
+    # Float32 sums differ in order, and in stage 3 in DeepSpeed's own backward pass of a linear
+    # layer. Sums in bfloat16 differ by more than the bound.
     most = 2e-3 if way == "zero-3" else 1e-5
     assert off < most if precision == "bf16" else off > 1e-2
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor], start: Any) -> float:
-    """How far weights lie from the expected ones, of how far these have come."""
+    """Return the distance to the expected weights, relative to how far training moved those."""
     off = sum(float((found[k] - expected[k]).square().sum()) for k in expected)
     way = sum(float((expected[k] - start[k]).square().sum()) for k in expected)
     return float((off / way) ** 0.5)
 
 
-def linear_of_stage_3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As DeepSpeed's, which saves the partition and not the weight: the bias is added apart."""
+def linear_of_zero_3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer as in DeepSpeed ZeRO-3, which adds the bias in a separate operation."""
     product = x @ weight.t()
     return product if bias is None else product.add_(bias)
 
 
 @functools.cache
 def plain_autocast(*, bias_apart: bool) -> dict[str, Tensor]:
-    """Four golden steps as the published program takes them: no DeepSpeed, autocast alone."""
+    """Take four golden steps as the published program does: autocast, without DeepSpeed."""
     with pytest.MonkeyPatch.context() as patch:
         if bias_apart:
-            patch.setattr(torch.nn.functional, "linear", linear_of_stage_3)
-        return train_plainly()
+            patch.setattr(torch.nn.functional, "linear", linear_of_zero_3)
+        return train_without_deepspeed()
 
 
-def train_plainly() -> dict[str, Tensor]:
+def train_without_deepspeed() -> dict[str, Tensor]:
     torch.set_num_threads(1)
     network: Any = build_backbone("uvit-s", **SIZES, text_dim=32, num_text_tokens=7)
     load_weights(network, GOLDEN / "uvit_tiny.safetensors")
@@ -161,15 +163,15 @@ def train_plainly() -> dict[str, Tensor]:
 @pytest.mark.parametrize("way", LOWER_STAGES)
 @pytest.mark.parametrize("precision", LOWER)
 def test_lower_precisions_keep_float32_weights(results: Path, precision: str, way: str) -> None:
-    check_lower(results, precision, way)
+    check_lower_precision(results, precision, way)
 
 
 @pytest.mark.parametrize("precision", LOWER)
-def test_one_rank_alone_does_so_too(alone: Path, precision: str) -> None:
-    check_lower(alone, precision, RECIPE)
+def test_lower_precisions_keep_float32_weights_on_one_rank(alone: Path, precision: str) -> None:
+    check_lower_precision(alone, precision, RECIPE)
 
 
-def test_a_stage_that_cannot_be_compiled_is_refused() -> None:
+def test_compile_with_zero_stage_3_raises() -> None:
     config = TrainConfig(num_steps=1, global_batch_size=1, micro_batch_size=1, compile=True)
     with pytest.raises(ConfigError, match="ZeRO stage 3"):
         build_engine(torch.nn.Linear(1, 1), config, 1, {"stage": 3})

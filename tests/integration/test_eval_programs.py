@@ -1,4 +1,4 @@
-"""The programs of eval/ run as they are read: from prepared data to the tables."""
+"""The programs of eval/, from prepared data to the tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from d2i.dialog import TEMPLATES
 from tests.command_lines import parse_d2i
-from tests.integration.chats import picture, sends
+from tests.integration.chats import noise_image, sends
 from tests.integration.commands import preprocess
 from tests.integration.networks import save_random_describer
 from tests.integration.training import write_split
@@ -22,7 +22,7 @@ from tests.processes import run_d2i, run_process
 from tests.servers import WebServer, running
 
 ROOT = Path(__file__).resolve().parents[2]
-# What PhotoChat's own test files say of some of their photos.
+# Photo descriptions from PhotoChat's own test files.
 DESCRIPTIONS = json.loads((ROOT / "tests/unit/photochat_descriptions.json").read_text())
 
 
@@ -42,7 +42,7 @@ def rows(path: Path, table: str) -> set[str]:
         return {line["row"] for line in csv.DictReader(file) if line["table"].startswith(table)}
 
 
-def test_the_tables_of_a_small_study(tmp_path: Path, chat_data: Path) -> None:
+def test_table2_cases_and_figure5_of_small_study(tmp_path: Path, chat_data: Path) -> None:
     few = ("--set", "sample.num_steps=2", "--workers", "0")
     systems = ("--system", "uvit-s=demo:backbone", "--system", f"retrieve:{chat_data}")
     run("table2.py", chat_data, tmp_path / "two", *systems, *few)
@@ -50,41 +50,41 @@ def test_the_tables_of_a_small_study(tmp_path: Path, chat_data: Path) -> None:
         "demo network, not fine-tuned",
         "nearest training picture",
     }
-    folders = [tmp_path / "two" / "uvit-s-demo-backbone"]
-    run("cases.py", *folders, "--out", tmp_path / "cases.html")
+    directories = [tmp_path / "two" / "uvit-s-demo-backbone"]
+    run("cases.py", *directories, "--out", tmp_path / "cases.html")
     assert (tmp_path / "cases.html").read_text().count('<article class="conversation"') == 12
     key = re.findall(r'aria-label="(test-[^"]+)"', (tmp_path / "cases.html").read_text())[5]
-    run("cases.py", *folders, "--out", tmp_path / "case.html", "--case", key)
+    run("cases.py", *directories, "--out", tmp_path / "case.html", "--case", key)
     assert (tmp_path / "case.html").read_text().count('<article class="conversation"') == 1
-    run("figure5.py", *folders, "--out", tmp_path / "figure5.html")
+    run("figure5.py", *directories, "--out", tmp_path / "figure5.html")
     assert '<section id="cards">' in (tmp_path / "figure5.html").read_text()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The demo's network, trained for a step; then the same run as each linearization leaves it.
+    """The demo's network, trained for one step; then copies, one for each linearization.
 
-    Of the random numbers that it learns from, none depends on a text.
+    The training data are random numbers that do not depend on the text.
     """
-    folder = tmp_path_factory.mktemp("linearized")
-    (folder / "data" / "train").mkdir(parents=True)
-    write_split(folder / "data" / "train", "train", 2, side=16, text_dim=64)
+    directory = tmp_path_factory.mktemp("linearized")
+    (directory / "data" / "train").mkdir(parents=True)
+    write_split(directory / "data" / "train", "train", 2, side=16, text_dim=64)
     run_d2i(
-        *("train", "--recipe", "demo", "--data", folder / "data", "--run", folder / "hash"),
+        *("train", "--recipe", "demo", "--data", directory / "data", "--run", directory / "hash"),
         *("--num-accelerators", 1, "--set", "train.num_steps=1"),
         *("--set", "train.global_batch_size=2"),
     )
     for strategy in ("space", "special", "letters"):
-        shutil.copytree(folder / "hash", folder / strategy)
-        config = json.loads((folder / strategy / "config.json").read_text())
+        shutil.copytree(directory / "hash", directory / strategy)
+        config = json.loads((directory / strategy / "config.json").read_text())
         config["recipe"]["text"]["strategy"] = strategy
         config["recipe"]["train"]["seed"] = int(strategy == "letters")
-        (folder / strategy / "config.json").write_text(json.dumps(config))
-        (folder / strategy / "config.json.sha256").unlink()
-    return {strategy: folder / strategy for strategy in TEMPLATES}
+        (directory / strategy / "config.json").write_text(json.dumps(config))
+        (directory / strategy / "config.json.sha256").unlink()
+    return {strategy: directory / strategy for strategy in TEMPLATES}
 
 
-def test_table_3_is_of_a_run_for_each_linearization(
+def test_table3_evaluates_one_run_per_linearization(
     tmp_path: Path, chat_data: Path, runs: dict[str, Path]
 ) -> None:
     few = ("--set", "sample.num_steps=1", "--workers", "0")
@@ -100,7 +100,7 @@ def test_table_3_is_of_a_run_for_each_linearization(
         card = json.loads((tmp_path / "three" / strategy / "scores.json").read_text())["card"]
         assert card["run"] == str(runs[strategy])
         assert card["text"]["strategy"] == card["trained_text"]["strategy"] == strategy
-    # The command that the program prints goes on from the very same folder.
+    # The printed command resumes in the same directory.
     settings = ("--set", "text.strategy=hash", "--set", "sample.num_steps=1")
     system = ("--system", f"run:{runs['hash']}")
     again = ("--data", chat_data, "--out", tmp_path / "three" / "hash", *settings)
@@ -108,14 +108,16 @@ def test_table_3_is_of_a_run_for_each_linearization(
 
 
 @pytest.mark.soak
-def test_one_run_is_no_table_3(tmp_path: Path, chat_data: Path, runs: dict[str, Path]) -> None:
+def test_table3_with_missing_runs_is_error_with_commands(
+    tmp_path: Path, chat_data: Path, runs: dict[str, Path]
+) -> None:
     out, few = tmp_path / "three", ("--set", "sample.num_steps=1", "--workers", "0")
     done = start("table3.py", chat_data, out, "--run", runs["space"], *few)
     assert done.returncode == 2
-    *said, line = done.stderr.strip().splitlines()
+    *output, line = done.stderr.strip().splitlines()
     assert line.startswith("table3: got runs trained on space; expected one on each of hash, ")
-    printed = [part.strip() for part in said if part.strip().startswith("d2i ")]
-    # Hash is what the data have: all others are prepared first.
+    printed = [part.strip() for part in output if part.strip().startswith("d2i ")]
+    # The data are prepared with hash; the other linearizations are prepared first.
     assert len(printed) == 2 + 3 + 3
     for command in printed:
         parse_d2i(command)
@@ -133,7 +135,7 @@ def test_one_run_is_no_table_3(tmp_path: Path, chat_data: Path, runs: dict[str, 
     assert "not the paper&#x27;s experiment" in page
 
 
-def test_table_3_says_how_its_runs_are_made() -> None:
+def test_table3_help_lists_commands_of_its_runs() -> None:
     lines = [line.strip() for line in run("table3.py", "--help").splitlines()]
     for name in ("train", "eval"):
         commands = [line for line in lines if line.startswith(f"d2i {name} ")]
@@ -142,34 +144,34 @@ def test_table_3_says_how_its_runs_are_made() -> None:
             parse_d2i(command)
 
 
-def write_photochat(folder: Path, host: str, number: int) -> Path:
-    """Write a test split with PhotoChat's real descriptions in turn, and photos at a host."""
+def write_photochat(directory: Path, host: str, number: int) -> Path:
+    """Write a test split with photos at a host; PhotoChat's real descriptions repeat."""
     descriptions = [*DESCRIPTIONS["descriptions"].values()]
     records = [
         {
             "dialogue": [
-                {"message": f"look at {place}", "share_photo": False, "user_id": 0},
+                {"message": f"look at {index}", "share_photo": False, "user_id": 0},
                 {"message": "", "share_photo": True, "user_id": 0},
             ],
-            "dialogue_id": place,
-            "photo_description": descriptions[place % len(descriptions)],
-            "photo_url": f"http://{host}/{place}.jpg",
+            "dialogue_id": index,
+            "photo_description": descriptions[index % len(descriptions)],
+            "photo_url": f"http://{host}/{index}.jpg",
         }
-        for place in range(number)
+        for index in range(number)
     ]
-    (folder / "test").mkdir(parents=True)
-    (folder / "test" / "test_00.json").write_text(json.dumps(records))
-    return folder
+    (directory / "test").mkdir(parents=True)
+    (directory / "test" / "test_00.json").write_text(json.dumps(records))
+    return directory
 
 
 @pytest.mark.soak
-def test_figure_5_of_photochat(tmp_path: Path, chat_data: Path) -> None:
+def test_figure5_scores_photochat_categories(tmp_path: Path, chat_data: Path) -> None:
     number = 3 * len(DESCRIPTIONS["descriptions"])
     answers = {
-        f"/{place}.jpg": sends(
-            picture(size=(64 + place, 64)), 200, **{"Content-Type": "image/jpeg"}
+        f"/{index}.jpg": sends(
+            noise_image(size=(64 + index, 64)), 200, **{"Content-Type": "image/jpeg"}
         )
-        for place in range(number)
+        for index in range(number)
     }
     with running(WebServer("127.0.0.1", answers)) as web:
         host = f"127.0.0.1:{web.port}"
@@ -181,7 +183,7 @@ def test_figure_5_of_photochat(tmp_path: Path, chat_data: Path) -> None:
     run_d2i("eval", "--system", system, "--data", tmp_path / "data", "--out", out, "--json")
     kept = (out / "categories.json").read_bytes()
     document = json.loads(kept)
-    # 15 of the 26 descriptions show people, 17 food, and 8 of them both.
+    # Of the 26 descriptions 15 show people, 17 food, and 8 both.
     counts = {c["name"]: (c["num_instances"], c["num_draws"]) for c in document["categories"]}
     assert counts == {"people": (45, 1), "food": (51, 20)}
     assert document["num_in_two"] == 24
@@ -189,7 +191,7 @@ def test_figure_5_of_photochat(tmp_path: Path, chat_data: Path) -> None:
     assert food["fid"] > 0 < food["fid_std"]
     assert food["clip_i_interval"][0] < food["clip_i"] < food["clip_i_interval"][1] <= 100
 
-    # An evaluation made before: the program scores it from the features kept.
+    # An evaluation without categories.json is scored again from its stored features.
     (out / "categories.json").unlink()
     run("figure5.py", out, "--out", tmp_path / "figure5.html")
     assert (out / "categories.json").read_bytes() == kept
@@ -200,17 +202,17 @@ def test_figure_5_of_photochat(tmp_path: Path, chat_data: Path) -> None:
     run("figure5.py", out, "--out", tmp_path / "figure5.csv")
     with (tmp_path / "figure5.csv").open() as file:
         found = {row["column"]: row for row in csv.DictReader(file) if row["table"][:4] == "Food"}
-    assert set(found) == {"pictures", "FID", "IS", "paired KID", "CLIP-I"}
+    assert set(found) == {"images", "FID", "IS", "paired KID", "CLIP-I"}
     assert float(found["FID"]["deviation"]) == food["fid_std"]
     assert found["FID"]["low"] == ""
 
 
-def test_divter_and_minigpt5(tmp_path: Path, chat_data: Path) -> None:
+def test_divter_and_minigpt5_programs(tmp_path: Path, chat_data: Path) -> None:
     save_random_describer(tmp_path / "base")
-    said = run(
+    output = run(
         *("divter.py", chat_data, tmp_path / "describer", "--base", tmp_path / "base"),
         *("--num-steps", 2),
     )
-    assert said.startswith("trained on 12 descriptions")
+    assert output.startswith("trained on 12 descriptions")
     assert (tmp_path / "describer/model.safetensors").is_file()
     assert run("minigpt5.py", chat_data, tmp_path / "in").startswith("23 dialogs")

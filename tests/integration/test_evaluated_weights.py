@@ -1,4 +1,4 @@
-"""What `run:` evaluates has been trained, with a published recipe's own averages."""
+"""The EMA weights that `run:` evaluates are trained well, with the EMA rate of the recipes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from d2i.train.network import build_trained_network
 from d2i.train.objective import build_objective
 from tests.integration.training import train
 
-# The paper's recipes keep 0.9999 over 850 to 2,500 steps; so few of them take seconds here.
+# The paper's recipes use an EMA rate of 0.9999 over 850 to 2,500 steps; these take seconds.
 NUM_STEPS = 300
 
 
@@ -38,7 +38,7 @@ def run(training_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loss_of(run: Path, data: Path, weights: str | None) -> float:
-    """The loss on fixed instances, noise and times; of the initial network without weights."""
+    """Return the loss on fixed instances, noise and times; untrained if `weights` is None."""
     recipe = read_recipe(str(run))
     torch.manual_seed(recipe.train.seed)
     network = build_trained_network(recipe)
@@ -49,13 +49,13 @@ def loss_of(run: Path, data: Path, weights: str | None) -> float:
     objective = build_objective(recipe.backbone, network.latent_scale, recipe.train.unidiffuser)
     rows = np.arange(len(reader))
     with torch.inference_mode():
-        drawn = [batches.read(rows, step, "test.") for step in range(40)]
-        losses = [objective(network, batch.to(torch.device("cpu"))).mean() for batch in drawn]
+        loaded = [batches.read(rows, step, "test.") for step in range(40)]
+        losses = [objective(network, batch.to(torch.device("cpu"))).mean() for batch in loaded]
     batches.close()
     return float(torch.stack(losses).mean())
 
 
-def test_what_is_evaluated_is_as_good_as_what_was_trained(run: Path, training_data: Path) -> None:
+def test_evaluated_ema_is_as_good_as_trained_weights(run: Path, training_data: Path) -> None:
     evaluated = parse_system(f"run:{run}", None, read_recipe(str(run))).backbone.weights
     initial = loss_of(run, training_data, None)
     found = {k: loss_of(run, training_data, str(run / n)) for k, n in RESULT_NAMES.items()}
@@ -63,12 +63,12 @@ def test_what_is_evaluated_is_as_good_as_what_was_trained(run: Path, training_da
     assert initial - found["trained"] > 0.2 * initial
     assert of_run <= 1.02 * min(found.values())
     assert initial - of_run >= 0.9 * (initial - found["trained"])
-    # They are three, and no copies of one.
+    # The three kinds of weights differ.
     assert len(set(found.values())) == 3
 
 
 @pytest.mark.parametrize("kind", RESULT_NAMES)
-def test_each_kind_of_weights_can_be_asked_for(run: Path, kind: str) -> None:
+def test_sample_weights_setting_selects_kind_of_weights(run: Path, kind: str) -> None:
     recipe = change_recipe(read_recipe(str(run)), [f"sample.weights={kind}"])
     spec = parse_system(f"run:{run}", None, recipe)
     assert spec.backbone.weights == str(run / RESULT_NAMES[recipe.sample.weights])

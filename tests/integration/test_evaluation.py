@@ -1,4 +1,4 @@
-"""One evaluation has one result, whoever does it, in whatever portions, however often killed."""
+"""An evaluation gives one result for any workers, task sizes, kills and restarts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from d2i.metric_specs import METRICS
 from tests.integration.commands import preprocess
-from tests.integration.evaluations import assert_same, command, pictures
+from tests.integration.evaluations import assert_same, command, images_by_name
 from tests.integration.logged import LOG
 from tests.processes import run_d2i, run_process
 
@@ -23,8 +23,8 @@ POINTS = ("eval.task_drawn", "eval.pictures_written", "eval.task_written", "eval
 
 
 @pytest.fixture
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file in which every drawn key is written down."""
+def generation_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that records the key of every generated image."""
     monkeypatch.setenv(LOG, str(tmp_path / "drawn.txt"))
     return tmp_path / "drawn.txt"
 
@@ -41,18 +41,18 @@ def on_ray(workers: int, task_size: int) -> tuple[object, ...]:
         pytest.param(4, 7, marks=pytest.mark.soak),
     ],
 )
-def test_workers_and_task_sizes_change_nothing(
-    tmp_path: Path, chat_data: Path, whole: Path, drawn: Path, workers: int, task_size: int
+def test_evaluation_does_not_depend_on_workers_and_task_size(
+    tmp_path: Path, chat_data: Path, whole: Path, generation_log: Path, workers: int, task_size: int
 ) -> None:
     run_d2i(*command(chat_data, tmp_path / "out", *on_ray(workers, task_size)))
     assert_same(tmp_path / "out", whole)
-    assert set(times_drawn(drawn).values()) == {1}
+    assert set(times_generated(generation_log).values()) == {1}
 
 
-def test_killed_at_every_named_point(
-    tmp_path: Path, chat_data: Path, whole: Path, drawn: Path
+def test_evaluation_resumes_after_sigkill_at_every_fault_point(
+    tmp_path: Path, chat_data: Path, whole: Path, generation_log: Path
 ) -> None:
-    """Each time going on from the time before, with portions of another size."""
+    """Each attempt resumes the one before, with another task size."""
     for task_size, point in enumerate(POINTS, start=2):
         killed = run_process(
             *command(
@@ -62,48 +62,50 @@ def test_killed_at_every_named_point(
         assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
     run_d2i(*command(chat_data, tmp_path / "out"))
     assert_same(tmp_path / "out", whole)
-    # Drawn again is what was in hand and not yet written: a portion of 2 and one of 3.
-    again = {key for key, times in times_drawn(drawn).items() if times > 1}
+    # Only unwritten tasks in progress are generated again: one of 2 images and one of 3.
+    again = {key for key, times in times_generated(generation_log).items() if times > 1}
     assert len(again) == 2 + 3
 
 
 @pytest.mark.timeout(900)
-def test_killed_drivers_and_workers_on_ray(
-    tmp_path: Path, chat_data: Path, whole: Path, drawn: Path
+def test_evaluation_resumes_after_killed_driver_and_ray_worker(
+    tmp_path: Path, chat_data: Path, whole: Path, generation_log: Path
 ) -> None:
-    check_random_kills(tmp_path / "out", chat_data, whole, drawn, seed=1)
+    check_random_kills(tmp_path / "out", chat_data, whole, generation_log, seed=1)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(20))
-def test_random_kills(tmp_path: Path, chat_data: Path, whole: Path, drawn: Path, seed: int) -> None:
-    check_random_kills(tmp_path / "out", chat_data, whole, drawn, seed)
+def test_evaluation_resumes_after_random_kills(
+    tmp_path: Path, chat_data: Path, whole: Path, generation_log: Path, seed: int
+) -> None:
+    check_random_kills(tmp_path / "out", chat_data, whole, generation_log, seed)
 
 
-def check_random_kills(out: Path, data: Path, whole: Path, drawn: Path, seed: int) -> None:
-    """Kill the driver, then a worker, at points and times that a seed draws."""
-    dice = random.Random(seed)
+def check_random_kills(out: Path, data: Path, whole: Path, generation_log: Path, seed: int) -> None:
+    """Kill the driver, then a worker, at fault points drawn from a seed."""
+    rng = random.Random(seed)
     in_hand = 0
-    # Of eight tasks at least, two are left when the driver dies: some worker passes its point.
-    for point, nth in (("eval.task_done", dice.randint(1, 4)), (dice.choice(POINTS[:3]), 1)):
-        workers, task_size = dice.choice((1, 2)), dice.choice((2, 3))
+    # At least two of eight tasks are left when the driver dies: some worker passes its point.
+    for point, nth in (("eval.task_done", rng.randint(1, 4)), (rng.choice(POINTS[:3]), 1)):
+        workers, task_size = rng.choice((1, 2)), rng.choice((2, 3))
         fault = f"{point}:kill:{nth}"
-        before = processes(drawn)
+        before = processes(generation_log)
         done = run_process(*command(data, out, *on_ray(workers, task_size), "--fault", fault))
-        # A dead worker is replaced; without its driver the job ends.
+        # A dead worker is replaced; a dead driver ends the job.
         ended = -signal.SIGKILL if point == "eval.task_done" else 0
         assert done.returncode == ended, done.stderr
-        # A process that died had at most one task in hand.
-        in_hand += task_size * len(processes(drawn) - before)
+        # A process that died had at most one task in progress.
+        in_hand += task_size * len(processes(generation_log) - before)
     run_d2i(*command(data, out))
     assert_same(out, whole)
-    times = times_drawn(drawn)
-    assert len(times) == len(pictures(out))
+    times = times_generated(generation_log)
+    assert len(times) == len(images_by_name(out))
     assert sum(times.values()) - len(times) <= in_hand
 
 
-def test_scores_of_few_images_say_how_little_they_say(whole: Path) -> None:
-    """Intervals by metric, within what a score can be, and a warning for each that is few."""
+def test_fid_and_recall_of_few_images_have_warnings(whole: Path) -> None:
+    """Each metric has an interval within its bounds, and a warning where the sample is small."""
     found = json.loads((whole / "scores.json").read_text())
     scores, said = found["scores"], "\n".join(found["warnings"])
     assert scores["num_dialogs"] == found["card"]["found"]
@@ -112,17 +114,17 @@ def test_scores_of_few_images_say_how_little_they_say(whole: Path) -> None:
         lowest, highest = METRICS[key].bounds
         assert lowest <= low < high <= highest, key
         assert low <= scores[key] <= high, key
-    # The usual estimate, whose number is comparable with others', is below it.
+    # The usual KID estimate, comparable with published scores, differs from the paired one.
     assert scores["kid"] != scores["kid_paired"]
     num = found["card"]["found"]
     assert f"FID on {num} images is noisy and biased" in said
-    assert f"recall is among {num - 1} negatives and not 999" in said
+    assert f"recall is among {num - 1} negatives instead of 999" in said
     assert f"IS over 10 splits of {num // 10} images" in said
 
 
-@pytest.mark.usefixtures("drawn")
-def test_what_cannot_differ_is_not_scored(tmp_path: Path, whole: Path) -> None:
-    """Three images of two dialogs: IS of one image a split, and recall among the first five."""
+@pytest.mark.usefixtures("generation_log")
+def test_is_and_recall_of_too_few_images_are_not_scored(tmp_path: Path, whole: Path) -> None:
+    """Three images of two dialogs: too few for IS splits and for recall@5 and recall@10."""
     write_dialogs(tmp_path, [2, 1])
     preprocess("jsonl", tmp_path, tmp_path / "data", "--split", "test")
     scores = tmp_path / "scores"
@@ -136,28 +138,28 @@ def test_what_cannot_differ_is_not_scored(tmp_path: Path, whole: Path) -> None:
         assert key not in found["intervals"]
         assert f"  {key} " not in done.stdout
     assert "warning: IS is not scored: each of 3 splits of 3 images has one image" in done.stdout
-    assert "warning: recall@5 and recall@10 not scored: among 2 negatives" in done.stdout
-    assert "warning: scores over 2 dialogs say little" in done.stdout
+    assert "warning: recall@5 and recall@10 not scored: with 2 negatives" in done.stdout
+    assert "warning: scores over 2 dialogs are unreliable" in done.stdout
     page = tmp_path / "report.html"
     run_d2i("report", scores, whole, "--out", page)
     rows = re.findall(r"<tr><th[^>]*>Inception Score.*?</tr>", page.read_text())
     assert sum("not scored" in row for row in rows) == 1
 
 
-def write_dialogs(folder: Path, nums_images: list[int]) -> None:
-    """Write chats in JSONL, each with so many images, of noise."""
-    dice, lines = np.random.default_rng(0), []
+def write_dialogs(directory: Path, nums_images: list[int]) -> None:
+    """Write chats as JSONL, each with the given number of noise images."""
+    rng, lines = np.random.default_rng(0), []
     for number, num_images in enumerate(nums_images):
         turns = []
         for image in range(num_images):
             name = f"{number}-{image}.png"
-            Image.fromarray(dice.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / name)
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(directory / name)
             turns += [{"text": f"a red ball {number}?"}, {"text": "here", "images": [name]}]
         lines.append(json.dumps({"id": f"chat-{number}", "turns": turns}))
-    (folder / "test.jsonl").write_text("\n".join(lines))
+    (directory / "test.jsonl").write_text("\n".join(lines))
 
 
-def times_drawn(log: Path) -> Counter[str]:
+def times_generated(log: Path) -> Counter[str]:
     return Counter(line.split()[0] for line in log.read_text().splitlines())
 
 

@@ -1,4 +1,4 @@
-"""However a training ends, one rank says why, and says what was first."""
+"""However a training fails, exactly one rank reports the first error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ending")
     line = [sys.executable, "-m", "tests.integration.failures_program", str(out)]
     subprocess.run(line, cwd=ROOT, check=True, timeout=100)
@@ -37,11 +37,13 @@ HOST = platform.node()
         ("killed_first", {1}, f"rank 0 on {HOST} ended, so the others cannot continue"),
     ],
 )
-def test_one_line_says_why(said: Path, way: str, ranks: set[int], words: str) -> None:
-    """`ranks` are those that may be the first to know."""
+def test_failed_training_reports_first_error_in_one_line(
+    reports: Path, way: str, ranks: set[int], words: str
+) -> None:
+    """`ranks` are those that may detect the failure first."""
     lines = {}
     for rank in range(NUM_RANKS):
-        path = said / f"{way}-{rank}.json"
+        path = reports / f"{way}-{rank}.json"
         if path.exists() and (line := json.loads(path.read_text())) is not None:
             lines[rank] = line
     assert len(lines) == 1, lines

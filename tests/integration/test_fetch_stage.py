@@ -1,4 +1,4 @@
-"""Fetching as a stage of its own: killed it ends in the same pictures, in bounded memory."""
+"""The fetch stage: same output after kills, placeholders removed, bounded memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from d2i.preprocess.job import preprocess as run_job
 from d2i.preprocess.ledger import read_ledger
 from d2i.recipes import resolve_recipe
 from d2i.shards import ShardReader, verify
-from tests.integration.chats import picture, reasons, sends, write_chats
+from tests.integration.chats import noise_image, reasons, sends, write_chats
 from tests.integration.commands import preprocess
 from tests.processes import run_process
 from tests.servers import Answer, WebServer, running
@@ -29,7 +29,7 @@ NUM_PER_SHARD = ("--set", "preprocess.num_samples_per_shard=3")
 
 
 def outcome(out: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """All bytes a reader sees, and the ledger without its times."""
+    """Return all files that a reader sees, and the ledger rows without their times."""
     files = {p.name: p.read_bytes() for p in (out / "test").iterdir() if p.is_file()}
     rows = [asdict(row) for row in read_ledger(str(out / "test"))]
     return files, [{**row, "time_s": None} for row in rows]
@@ -40,8 +40,8 @@ def chats_of(server: WebServer) -> dict[str, list[str]]:
     return {f"c{path[1:]}": [f"http://{host}{path}"] for path in server.answers}
 
 
-def test_workers_killed_on_ray_change_nothing(tmp_path: Path, settings: list[str]) -> None:
-    answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(12)}
+def test_killed_ray_workers_change_no_output(tmp_path: Path, settings: list[str]) -> None:
+    answers = {f"/{n}": sends(noise_image(size=(64 + n, 64))) for n in range(12)}
     points: list[tuple[Point, int]] = [("fetch.picture", 8), ("shard.tar", 3)]
     with running(WebServer("127.0.0.1", answers | {"/gone": sends(b"", 404)})) as web:
         source = write_chats(tmp_path / "chats", chats_of(web))
@@ -71,10 +71,10 @@ def test_workers_killed_on_ray_change_nothing(tmp_path: Path, settings: list[str
                 assert result(f"{point}-{nth}", fault, 2) == expected, (point, nth)
 
 
-def test_one_picture_under_many_addresses_is_none(tmp_path: Path, settings: list[str]) -> None:
-    """Over all shards, whichever came first; asked again, it is known."""
-    good: dict[str, Answer] = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(8)}
-    gone = {f"/gone{n}": sends(picture("PNG", (70, 70))) for n in range(12)}
+def test_same_image_at_many_urls_is_placeholder(tmp_path: Path, settings: list[str]) -> None:
+    """Counted across shards, in any order; a retry recognizes the placeholder again."""
+    good: dict[str, Answer] = {f"/{n}": sends(noise_image(size=(64 + n, 64))) for n in range(8)}
+    gone = {f"/gone{n}": sends(noise_image("PNG", (70, 70))) for n in range(12)}
     late = {"/late": sends(b"", 500)}
     with running(WebServer("127.0.0.1", good | gone | late)) as web:
         source = write_chats(tmp_path / "chats", chats_of(web))
@@ -85,7 +85,7 @@ def test_one_picture_under_many_addresses_is_none(tmp_path: Path, settings: list
         assert whole["hosts"] == [{"host": "127.0.0.1", "failures": failures}]
 
         num_shards = whole["num_shards"]
-        # The last shard is there, and nothing withdrawn yet; then some of it.
+        # Killed after the last shard before any retraction, then in the middle of the retractions.
         for point in (f"job.shard_done:kill:{num_shards}", "same_pictures.record_removed:kill:2"):
             killed = run_process(
                 *("preprocess", "--corpus", "jsonl", "--source", source, "--out", tmp_path / "out"),
@@ -105,11 +105,11 @@ def test_one_picture_under_many_addresses_is_none(tmp_path: Path, settings: list
         assert {path: path.read_bytes() for path in tars} == tars
 
 
-def test_equal_files_are_no_placeholders(tmp_path: Path, settings: list[str]) -> None:
+def test_identical_local_files_are_not_placeholders(tmp_path: Path, settings: list[str]) -> None:
     source = tmp_path / "chats"
     source.mkdir()
     for n in range(12):
-        (source / f"{n}.jpg").write_bytes(picture())
+        (source / f"{n}.jpg").write_bytes(noise_image())
     lines = [
         {"id": f"c{n}", "turns": [{"text": "look", "images": [f"{n}.jpg"]}]} for n in range(12)
     ]
@@ -140,12 +140,12 @@ print(json.dumps([num, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 """
 
 
-def test_fetching_takes_the_same_memory_for_any_number_of_pictures(tmp_path: Path) -> None:
+def test_fetch_memory_does_not_grow_with_number_of_images(tmp_path: Path) -> None:
     peaks_mib = []
     for num in (64, 640):
         source = tmp_path / f"chats{num}"
         source.mkdir()
-        data = picture(size=(300, 300))
+        data = noise_image(size=(300, 300))
         for n in range(num):
             (source / f"{n}.jpg").write_bytes(data)
         lines = [
@@ -157,5 +157,5 @@ def test_fetching_takes_the_same_memory_for_any_number_of_pictures(tmp_path: Pat
         found, peak_mib = json.loads(done.stdout)
         assert found == num
         peaks_mib.append(peak_mib)
-    # 640 squares of 256 pixels are 126 MB.
+    # 640 images of 256x256 pixels are 126 MB.
     assert peaks_mib[1] - peaks_mib[0] < 40

@@ -1,4 +1,4 @@
-"""The GPU benchmark runs as a whole on a CPU at toy size, and keeps what it found."""
+"""The whole GPU benchmark on a CPU at toy size; its results survive a kill."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOY = ("--device", "cpu", "--size", "toy")
 
 pytestmark = pytest.mark.slow
 
-# What PyTorch brings with it, by import name.
+# The dependencies of PyTorch, by import name.
 WITH_TORCH = (
     *("torch", "torchgen", "functorch", "triton", "numpy", "typing_extensions", "sympy", "mpmath"),
     *("networkx", "jinja2", "markupsafe", "filelock", "fsspec", "setuptools"),
@@ -56,13 +56,13 @@ def read(out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu")
-    done = run(folder, "--minutes", "4")
+    directory = tmp_path_factory.mktemp("gpu")
+    done = run(directory, "--minutes", "4")
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return directory
 
 
-def test_every_measurement_has_its_rows(out: Path) -> None:
+def test_gpu_benchmark_measures_every_listed_case(out: Path) -> None:
     result = read(out)
     listed = subprocess.run((*PROGRAM, "--list"), capture_output=True, text=True, check=True)
     assert list(result["measurements"]) == listed.stdout.splitlines()
@@ -72,13 +72,13 @@ def test_every_measurement_has_its_rows(out: Path) -> None:
     assert {state for state, _ in states.values()} == {"measured"}, states
     num_rows = {name: len(m["rows"]) for name, m in result["measurements"].items()}
     assert num_rows["device: matrix rate"] == 3
-    # Batches grow, but where a block is compiled for each.
+    # The batch size grows, except where blocks are compiled for each size.
     assert num_rows["uvit-s: training, autocast"] == 2
     assert num_rows["encoders"] == 7
     assert min(num_rows.values()) >= 1
 
 
-def test_shares_are_of_the_measured_rates(out: Path) -> None:
+def test_shares_are_relative_to_measured_peak_rates(out: Path) -> None:
     rows = [row for m in read(out)["measurements"].values() for row in m["rows"]]
     rates = {row["sets"]: row for row in rows if "sets" in row}
     assert set(rates) == {"bf16", "fp32", "memory", "link"}
@@ -87,14 +87,14 @@ def test_shares_are_of_the_measured_rates(out: Path) -> None:
     for row in shares:
         unit = "gb_per_s" if row["ceiling"] in ("memory", "link") else "tflop_per_s"
         assert row["share"] == pytest.approx(row[unit] / rates[row["ceiling"]][unit], rel=0.01)
-        # Caches and neighbours on this machine aside, nothing does more than it can.
+        # Shares are at most 1, apart from cache effects and other load on this machine.
         assert 0 < row["share"] < 3, row
     for row in [*shares, *rates.values()]:
         assert row["ms"]["least"] <= row["ms"]["median"] <= row["ms"]["most"]
         assert row["ms"]["num"] >= 3
 
 
-def test_the_table_is_made_of_the_json(out: Path) -> None:
+def test_markdown_table_is_rendered_from_json(out: Path) -> None:
     written = (out / "gpu.md").read_text()
     table = subprocess.run(
         (*PROGRAM, "--table", str(out / "gpu.json")), capture_output=True, text=True, check=True
@@ -113,7 +113,7 @@ def test_the_table_is_made_of_the_json(out: Path) -> None:
                 assert f"{row['ms']['median']:g} (" in lines[0]
 
 
-def test_a_kill_leaves_what_was_measured(tmp_path: Path) -> None:
+def test_sigkill_keeps_finished_measurements(tmp_path: Path) -> None:
     command = (*PROGRAM, *TOY, "--out", str(tmp_path), "--minutes", "2")
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while (
@@ -122,7 +122,7 @@ def test_a_kill_leaves_what_was_measured(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    # Whoever still measures would hold this open.
+    # A surviving worker would keep this pipe open.
     process.communicate(timeout=60)
     result = read(tmp_path)
     states = [measurement["state"] for measurement in result["measurements"].values()]
@@ -132,7 +132,7 @@ def test_a_kill_leaves_what_was_measured(tmp_path: Path) -> None:
     assert "cut off" in (tmp_path / "gpu.md").read_text()
 
 
-def test_a_bare_machine_measures_all_that_its_packages_allow(tmp_path: Path) -> None:
+def test_missing_packages_skip_only_their_measurements(tmp_path: Path) -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text()
     carried = re.search(r"--no-deps (pydantic .*)", text)
     assert carried is not None
@@ -155,7 +155,7 @@ def test_a_bare_machine_measures_all_that_its_packages_allow(tmp_path: Path) -> 
     assert "unmeasured: not installed: deepspeed" in (tmp_path / "gpu.md").read_text()
 
 
-def test_it_ends_in_its_time(tmp_path: Path) -> None:
+def test_time_limit_is_kept(tmp_path: Path) -> None:
     started = time.monotonic()
     done = run(tmp_path, "--minutes", "0.15")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -165,7 +165,7 @@ def test_it_ends_in_its_time(tmp_path: Path) -> None:
     assert "the time was over before it" in done.stdout
 
 
-def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
+def test_missing_cuda_device_is_error_with_advice(tmp_path: Path) -> None:
     command = (*PROGRAM, "--device", "cuda", "--out", str(tmp_path))
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)

@@ -1,4 +1,4 @@
-"""`d2i preprocess` against a web that means harm: every address ends as a row with its class."""
+"""`d2i preprocess` against hostile servers: every URL ends as a ledger row with its reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from d2i.preprocess.ledger import read_ledger
 from tests.bombs import png_bomb, webp_bomb
-from tests.integration.chats import picture, reasons, saved, sends, write_chats
+from tests.integration.chats import encode_image, noise_image, reasons, sends, write_chats
 from tests.integration.commands import preprocess
 from tests.processes import COMMAND, run_measured, run_process
 from tests.servers import Answer, Handler, Names, WebServer, name_server, running
@@ -58,7 +58,7 @@ def is_busy_once(handler: Handler) -> None:
     if handler.server.asked["/busy-once"] == 1:
         handler.send(429, Retry_After="1")
     else:
-        handler.send(200, picture())
+        handler.send(200, noise_image())
 
 
 def talks_long(handler: Handler) -> None:
@@ -68,23 +68,26 @@ def talks_long(handler: Handler) -> None:
 def exif_turned() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return picture(exif=exif)
+    return noise_image(exif=exif)
 
 
-GOOD = picture()
-GREY = saved(Image.new("RGB", (64, 64), "grey"), "PNG")
+GOOD = noise_image()
+GREY = encode_image(Image.new("RGB", (64, 64), "grey"), "PNG")
 BUSY = sends(b"", 429, Retry_After="3000")
 CASES: dict[str, tuple[Answer, str]] = {
     "good": (sends(GOOD), "ok"),
     "packed": (sends(gzip.compress(GOOD), Content_Encoding="gzip"), "ok"),
-    "gif": (sends(picture("GIF")), "ok"),
-    "webp": (sends(picture("WEBP")), "ok"),
-    "progressive": (sends(picture(progressive=True)), "ok"),
+    "gif": (sends(noise_image("GIF")), "ok"),
+    "webp": (sends(noise_image("WEBP")), "ok"),
+    "progressive": (sends(noise_image(progressive=True)), "ok"),
     "exif": (sends(exif_turned()), "ok"),
-    "cmyk": (sends(saved(Image.new("CMYK", (64, 64)), "JPEG")), "ok"),
-    "sixteen-bit": (sends(saved(Image.fromarray(np.full((64, 64), 999, np.uint16)), "PNG")), "ok"),
+    "cmyk": (sends(encode_image(Image.new("CMYK", (64, 64)), "JPEG")), "ok"),
+    "sixteen-bit": (
+        sends(encode_image(Image.fromarray(np.full((64, 64), 999, np.uint16)), "PNG")),
+        "ok",
+    ),
     "animated": (
-        sends(picture("GIF", save_all=True, append_images=[Image.new("RGB", (80, 64))])),
+        sends(noise_image("GIF", save_all=True, append_images=[Image.new("RGB", (80, 64))])),
         "ok",
     ),
     "busy-once": (is_busy_once, "ok"),
@@ -108,11 +111,11 @@ CASES: dict[str, tuple[Answer, str]] = {
     "odd-encoding": (sends(GOOD, Content_Encoding="br"), "encoded_body"),
     "png-bomb": (sends(png_bomb(16384)), "too_large"),
     "webp-bomb": (sends(webp_bomb(16_383)), "too_large"),
-    "tall": (sends(saved(Image.new("RGB", (1, 5000)), "PNG")), "too_small"),
-    "odd": (sends(saved(Image.new("RGB", (20, 5000)), "PNG")), "odd_aspect"),
+    "tall": (sends(encode_image(Image.new("RGB", (1, 5000)), "PNG")), "too_small"),
+    "odd": (sends(encode_image(Image.new("RGB", (20, 5000)), "PNG")), "odd_aspect"),
     "html": (sends(b"<html>a page</html>"), "not_an_image"),
     "svg": (sends(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not_an_image"),
-    "bmp": (sends(picture("BMP")), "not_an_image"),
+    "bmp": (sends(noise_image("BMP")), "not_an_image"),
     "empty": (sends(b""), "not_an_image"),
     "truncated": (sends(GOOD[: len(GOOD) // 2]), "decode_error"),
 }
@@ -138,7 +141,7 @@ LIMITS = [
 
 
 def peak_bytes(source: Path, out: Path, *extra: str) -> int:
-    """Prepare, and return the most memory that took, without what bounds itself: the decoder."""
+    """Run `d2i preprocess`; return its peak memory in bytes."""
     done, peak = run_measured(
         *("preprocess", "--corpus", "jsonl", "--source", source, "--out", out),
         *("--recipe", "demo", "--workers", "0", *extra),
@@ -147,11 +150,11 @@ def peak_bytes(source: Path, out: Path, *extra: str) -> int:
     return peak
 
 
-def test_ssrf_guard_and_limits_end_every_case_as_its_row(
+def test_ssrf_guard_and_limits_record_reason_for_every_url(
     tmp_path: Path, settings: list[str], servers: ExitStack
 ) -> None:
     answers = {f"/{name}": answer for name, (answer, _) in CASES.items()}
-    answers["/photo_unavailable_l.png"] = sends(picture("PNG"))
+    answers["/photo_unavailable_l.png"] = sends(noise_image("PNG"))
     web = servers.enter_context(running(WebServer("127.0.0.1", answers)))
     canary = servers.enter_context(running(WebServer("127.0.0.1", {})))
     names = Names({"web.test": ["127.0.0.1"], "inside.test": ["10.0.0.1"]})
@@ -174,9 +177,9 @@ def test_ssrf_guard_and_limits_end_every_case_as_its_row(
         "other-port": f"http://web.test:{canary.port}/secret",
     }
     urls |= {name: [url] for name, url in forbidden.items()}
-    # On a host of its own, as it is left alone for all of the 3,000 seconds.
-    peaceful = servers.enter_context(running(WebServer("127.0.0.1", {"/busy": BUSY})))
-    urls["busy"] = [f"http://127.0.0.1:{peaceful.port}/busy"]
+    # On its own host, which stays in backoff for all of the 3,000 seconds.
+    busy_web = servers.enter_context(running(WebServer("127.0.0.1", {"/busy": BUSY})))
+    urls["busy"] = [f"http://127.0.0.1:{busy_web.port}/busy"]
     expected["busy"] = "http_429"
     expected |= dict.fromkeys(forbidden, "refused_address")
 
@@ -184,14 +187,14 @@ def test_ssrf_guard_and_limits_end_every_case_as_its_row(
     out = tmp_path / "data"
     dns_server = f"127.0.0.1:{dns.server_address[1]}"
     network = ("--allow-host", host, "--dns-server", dns_server)
-    network += ("--allow-host", f"127.0.0.1:{peaceful.port}")
-    modest_source = write_chats(tmp_path / "modest", {"good": urls["good"]})
-    modest = peak_bytes(modest_source, tmp_path / "modest-data", *network, *LIMITS, *settings)
+    network += ("--allow-host", f"127.0.0.1:{busy_web.port}")
+    baseline_source = write_chats(tmp_path / "modest", {"good": urls["good"]})
+    baseline = peak_bytes(baseline_source, tmp_path / "modest-data", *network, *LIMITS, *settings)
     peak = peak_bytes(source, out, *network, *LIMITS, *settings)
 
     assert reasons(out) == expected
-    # One thread's body, unpacked, and one picture of the largest kind that is decoded here.
-    assert peak - modest < 150 << 20
+    # The decompressed body of one thread, and the largest image that is decoded here.
+    assert peak - baseline < 150 << 20
     assert not canary.asked
     assert names.asked["inside.test"] <= 2
     assert all("us@example.org" in agent for agent in web.user_agents)
@@ -204,10 +207,10 @@ def test_ssrf_guard_and_limits_end_every_case_as_its_row(
     assert rows["test-redirected-0-0"].final_url == f"http://{host}/good"
 
 
-def test_deadline_ends_a_host_that_never_answers(
+def test_deadline_and_circuit_breaker_stop_silent_host(
     tmp_path: Path, settings: list[str], servers: ExitStack
 ) -> None:
-    """A listener whose backlog takes connections and says nothing."""
+    """Its backlog accepts connections and nothing answers: 3 timeouts, then a dead host."""
     web = servers.enter_context(running(WebServer("127.0.0.1", {"/good": sends(GOOD)})))
     silent = servers.enter_context(socket.create_server(("127.0.0.1", 0), backlog=64))
     hosts = [f"127.0.0.1:{web.port}", f"127.0.0.1:{silent.getsockname()[1]}"]
@@ -249,15 +252,15 @@ def test_outage_is_detected_and_not_recorded_as_dead_hosts(
         *("--recipe", "demo", "--workers", "0", *settings, *network, *off),
     )
     assert done.returncode == 1
-    assert "none of 10 instances became a sample, most for connect" in done.stderr
+    assert "0 of 10 instances became a sample; most common reason: connect" in done.stderr
     assert list(reasons(out).values()) == ["connect"] * 10
 
 
-def test_rate_limit_is_shared_by_workers_on_ray(
+def test_killed_job_resumes_on_ray_workers_with_shared_rate_limit(
     tmp_path: Path, settings: list[str], servers: ExitStack
 ) -> None:
-    """Two workers and one host: killed and repeated, each picture is there once."""
-    answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(12)}
+    """Two workers, one host: after a kill and a restart each image is written once."""
+    answers = {f"/{n}": sends(noise_image(size=(64 + n, 64))) for n in range(12)}
     web = servers.enter_context(running(WebServer("127.0.0.1", answers)))
     host = f"127.0.0.1:{web.port}"
     source = write_chats(tmp_path / "chats", {f"c{n}": [f"http://{host}/{n}"] for n in range(12)})
@@ -277,7 +280,7 @@ def test_rate_limit_is_shared_by_workers_on_ray(
     assert set(reasons(out).values()) == {"ok"}
 
 
-def test_an_interrupt_ends_a_fetch_that_hangs(
+def test_ctrl_c_interrupts_hanging_fetch(
     tmp_path: Path, settings: list[str], servers: ExitStack
 ) -> None:
     answers = {f"/{n}": drips for n in range(60)}
@@ -289,10 +292,10 @@ def test_an_interrupt_ends_a_fetch_that_hangs(
         *("--recipe", "demo", "--workers", "0", "--allow-host", host, *settings),
         *("--set", "fetch.timeout_s=5"),
     )
-    # A shell that runs the tests in the background has Ctrl-C ignored, and passes that on.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    # A shell that runs the tests in the background ignores SIGINT, and children inherit that.
+    reset_sigint = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        [*COMMAND, *map(str, command)], stderr=subprocess.DEVNULL, preexec_fn=heard
+        [*COMMAND, *map(str, command)], stderr=subprocess.DEVNULL, preexec_fn=reset_sigint
     )
     try:
         assert web.was_asked.wait(120)

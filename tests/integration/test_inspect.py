@@ -1,4 +1,4 @@
-"""`d2i inspect --html`: one file that shows what a shard holds, and can load nothing."""
+"""`d2i inspect --html`: one file that shows a shard's samples and loads nothing else."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from d2i.errors import CheckpointError
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
 from d2i.recipes import resolve_recipe
-from tests.integration.chats import saved
+from tests.integration.chats import encode_image
 from tests.shared import SHARED, needs_shared
 
 pytestmark = needs_shared
 
 
-def test_a_page_shows_the_picture_beside_its_decoded_latents(
+def test_inspect_html_shows_image_and_decoded_latents(
     tmp_path: Path, settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     photo = Image.open(sorted((SHARED / "data" / "photos").rglob("*.jpg"))[0]).convert("RGB")
     photo = photo.resize((64, 64))
     source = tmp_path / "chats"
     source.mkdir()
-    (source / "a.png").write_bytes(saved(photo, "PNG"))
+    (source / "a.png").write_bytes(encode_image(photo, "PNG"))
     line = {"id": "a", "turns": [{"text": "<b>look</b> at this", "images": ["a.png"]}]}
     for split in ("train", "test"):
         (source / f"{split}.jsonl").write_text(json.dumps(line))
@@ -52,12 +52,12 @@ def test_a_page_shows_the_picture_beside_its_decoded_latents(
     assert np.abs(kept - decoded).mean() < 16, "the tiny autoencoder is a rough one"
 
     inspect(str(out / "train"), html=str(page))
-    assert "not kept in this shard" in page.read_text()
+    assert "not stored in this shard" in page.read_text()
     assert str(page) in capsys.readouterr().out
 
     kept_recipe = json.loads((out / "recipe.json").read_text())
     kept_recipe["encoders"] |= {"vae": "demo:vae", "vae_kind": "kl"}
     (out / "recipe.json").write_text(json.dumps(kept_recipe))
     (out / "recipe.json.sha256").unlink()
-    with pytest.raises(CheckpointError, match=r"encoders\.vae: its weights are .* was made"):
+    with pytest.raises(CheckpointError, match=r"encoders\.vae: got weights with .* which prepared"):
         inspect(str(out / "test"), html=str(page))

@@ -1,7 +1,7 @@
-"""Driver, worker or node killed at every point: the same command again ends in the same bytes.
+"""Driver, worker or node killed at every fault point: the same command resumes to the same bytes.
 
-One run for each pair of victim and point, the pass drawn by a seed; all of them by `make soak`, a
-few of them always.
+One run for each pair of victim and fault point, at a pass drawn from a seed. `make soak` runs all
+of them, other runs only a few.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from d2i.fault_injection import Point
 from d2i.preprocess.job import preprocess as run_job
 from d2i.preprocess.ledger import read_ledger
 from d2i.shards import ShardReader, verify
-from tests.integration.chats import picture, sends, write_chats
+from tests.integration.chats import noise_image, sends, write_chats
 from tests.integration.killing import request_of
 from tests.servers import WebServer, running
 from tests.shared import needs_shared
@@ -32,7 +32,8 @@ from tests.shared import needs_shared
 pytestmark = needs_shared
 ROOT = Path(__file__).resolve().parents[2]
 NUM_GOOD, NUM_SAME = 8, 4
-# How often a point is passed by the corpus below: in 13 pictures, 5 shards, 4 of them to be mended.
+# How often the corpus below passes each fault point, with 13 images in 5 shards, 4 of which get
+# retractions.
 PASSES = {
     "fetch.picture": 13,
     "fetch.shard": 4,
@@ -52,7 +53,7 @@ RUNS = [
 ALWAYS = {("driver", "shard.index"), ("node", "encode.images")}
 
 
-def test_every_fault_point_is_one_at_which_a_test_kills() -> None:
+def test_every_fault_point_is_killed_at_by_some_test() -> None:
     elsewhere = {*get_args(Point)} - {*PASSES, *DRIVER_PASSES}
     others = (path for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__))
     tests = "".join(path.read_text() for path in others)
@@ -62,16 +63,16 @@ def test_every_fault_point_is_one_at_which_a_test_kills() -> None:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Iterator[dict[str, Any]]:
-    """A corpus by address, with one picture under four of them; what is undisturbed of it."""
-    folder = tmp_path_factory.mktemp("killed")
-    answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(NUM_GOOD)}
-    answers |= {f"/same{n}": sends(picture("PNG", (70, 70))) for n in range(NUM_SAME)}
+    """A corpus of URLs, four of which serve the same image; and its undisturbed output."""
+    directory = tmp_path_factory.mktemp("killed")
+    answers = {f"/{n}": sends(noise_image(size=(64 + n, 64))) for n in range(NUM_GOOD)}
+    answers |= {f"/same{n}": sends(noise_image("PNG", (70, 70))) for n in range(NUM_SAME)}
     with running(WebServer("127.0.0.1", answers | {"/gone": sends(b"", 404)})) as web:
         host = f"127.0.0.1:{web.port}"
         urls = {f"c{path[1:]}": [f"http://{host}{path}"] for path in web.answers}
         values = {
-            "source": str(write_chats(folder / "chats", urls)),
-            "out": str(folder / "whole"),
+            "source": str(write_chats(directory / "chats", urls)),
+            "out": str(directory / "whole"),
             "host": host,
             "settings": [
                 *settings[1::2],
@@ -84,7 +85,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Iterat
 
 
 def outcome(out: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """Every byte but times and plans, the names of all files, and the ledger without its times."""
+    """Return the files by name (Parquet files without content), and the ledger without times."""
     split = out / "test"
     files = {
         str(path.relative_to(split)): b"" if ".parquet" in path.name else path.read_bytes()
@@ -100,7 +101,7 @@ def outcome(out: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     [pytest.param(*run, marks=[] if run in ALWAYS else pytest.mark.soak) for run in RUNS],
 )
 @pytest.mark.timeout(900)
-def test_the_same_bytes_come_out(
+def test_restarted_preprocess_gives_same_bytes_after_kill(
     victim: str, point: str, job: dict[str, Any], tmp_path: Path
 ) -> None:
     nth = random.Random(f"{victim} {point}").randint(1, (PASSES | DRIVER_PASSES)[point])
@@ -113,7 +114,7 @@ def test_the_same_bytes_come_out(
         try:
             killed.wait(300)
         finally:
-            # Also what a job that waits for a node's return has started.
+            # Kill the whole group of a job that still waits for a node.
             if killed.poll() is None:
                 os.killpg(killed.pid, signal.SIGKILL)
                 killed.wait()

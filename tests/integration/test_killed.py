@@ -1,4 +1,4 @@
-"""Jobs killed at every named point and repeated: they end in the very same bytes and scores."""
+"""Jobs killed at every fault point and restarted give the same bytes and scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOURCE = SHARED / "data" / "mmdialog"
 
 
 def files_of(out: Path) -> dict[str, bytes]:
-    """The data set as a reader sees it, without the plan and the ledger, which holds times."""
+    """Return the files of the data set, without the plan and the ledger, which holds times."""
     return {path.name: path.read_bytes() for path in (out / "test").iterdir() if path.is_file()}
 
 
@@ -31,8 +31,10 @@ def data(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
     return out
 
 
-def test_preprocessing(tmp_path: Path, data: Path, settings: list[str]) -> None:
-    """Killed at one point after the other, each time going on from the time before."""
+def test_resubmitted_preprocess_resumes_after_sigkill_at_every_point(
+    tmp_path: Path, data: Path, settings: list[str]
+) -> None:
+    """Killed at one fault point after the other; each attempt resumes the one before."""
     out = tmp_path / "data"
     points = (
         *("fetch.picture", "fetch.shard", "encode.images", "ledger.written"),
@@ -51,7 +53,9 @@ def test_preprocessing(tmp_path: Path, data: Path, settings: list[str]) -> None:
     assert files_of(out) == files_of(data)
 
 
-def test_evaluation(tmp_path: Path, data: Path) -> None:
+def test_restarted_evaluation_keeps_finished_tasks_after_sigkill(
+    tmp_path: Path, data: Path
+) -> None:
     sizes = BackboneConfig(
         name="uvit-s",
         latent_scale=1.0,

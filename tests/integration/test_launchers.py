@@ -1,4 +1,4 @@
-"""Whoever starts the ranks, on one machine or on two: the same losses, the same weights."""
+"""deepspeed, torchrun and SLURM start the ranks of two nodes: same losses, same weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Line = tuple[list[str], dict[str, str]]
 
 
 def deepspeed_node(node: int, port: int) -> Line:
-    """What the deepspeed launcher runs on each machine of its hostfile."""
+    """Return the command that the deepspeed launcher runs on each machine of its hostfile."""
     world = {f"node{number}": [0] for number in range(NUM_NODES)}
     launch = [sys.executable, "-m", "deepspeed.launcher.launch"]
     ranks = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
@@ -35,12 +35,12 @@ def deepspeed_node(node: int, port: int) -> Line:
 def torchrun_node(node: int, port: int) -> Line:
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nnodes", str(NUM_NODES)]
     master = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    # Without `--` it takes our --run for a shorter form of its own --run-path.
+    # Without `--` torchrun parses our --run as an abbreviation of its own --run-path.
     return [*torchrun, "--node-rank", str(node), *master, "--", str(ENTRY)], {}
 
 
 def slurm_task(node: int, port: int) -> Line:
-    """What srun sets for each of its tasks; where the first one is, d2i finds out."""
+    """Return the variables that srun sets for each task; d2i derives the first task's node."""
     names = {
         "SLURM_JOB_ID": str(port),
         "SLURM_JOB_NODELIST": "localhost",
@@ -54,7 +54,7 @@ def slurm_task(node: int, port: int) -> Line:
 @pytest.mark.parametrize(
     "node", [pytest.param(deepspeed_node, marks=pytest.mark.soak), torchrun_node, slurm_task]
 )
-def test_every_launcher_gives_the_same(
+def test_every_launcher_gives_same_losses_and_ema(
     node: Callable[[int, int], Line], training_data: Path, trained: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -66,7 +66,7 @@ def test_every_launcher_gives_the_same(
 
 
 def entry_arguments(data: Path, run: Path) -> list[str]:
-    """The command's own, less its name and the number of accelerators."""
+    """Return the arguments of `d2i train`, without `--num-accelerators`."""
     words = [str(word) for word in command(data, run)][1:]
     at = words.index("--num-accelerators")
     return words[:at] + words[at + 2 :]
@@ -88,5 +88,5 @@ def start_nodes(node: Callable[[int, int], Line], arguments: list[str]) -> None:
             stack.callback(process.kill)
             started.append(process)
         for process in started:
-            _, said = process.communicate(timeout=120)
-            assert process.returncode == 0, said[-3000:]
+            _, stderr = process.communicate(timeout=120)
+            assert process.returncode == 0, stderr[-3000:]

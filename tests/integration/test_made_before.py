@@ -1,4 +1,4 @@
-"""Data, runs and evaluations made before the code was renamed open, and come out the same."""
+"""Data sets, runs and evaluations of an earlier version open and are reproduced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.contracts import HERE, on_disk
-from tests.integration.evaluations import pictures
+from tests.integration.evaluations import images_by_name
 from tests.made_before.make import commands, run_all
 from tests.processes import run_d2i, run_process
 
@@ -21,7 +21,7 @@ BEFORE = Path(__file__).parents[1] / "made_before"
 
 @pytest.fixture
 def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of what was made before, as the working directory."""
+    """A copy of the stored outputs of an earlier version, as the working directory."""
     directory = tmp_path / "before"
     shutil.copytree(BEFORE, directory, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     monkeypatch.chdir(directory)
@@ -29,14 +29,16 @@ def before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def anew(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The same made by the code as it is, and what the commands print."""
+def regenerated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The same outputs made by the current code, and the JSON that the commands print."""
     directory = tmp_path_factory.mktemp("anew") / "made"
     return directory, run_all(directory)
 
 
-def test_names_keys_and_columns_on_disk_are_as_promised(anew: tuple[Path, dict[str, Any]]) -> None:
-    directory, printed = anew
+def test_on_disk_names_keys_and_columns_match_contract(
+    regenerated: tuple[Path, dict[str, Any]],
+) -> None:
+    directory, printed = regenerated
     expected = json.loads((HERE / "on_disk.json").read_text())
     found = on_disk(directory, printed)
     assert found["files"].keys() == expected["files"].keys()
@@ -45,10 +47,10 @@ def test_names_keys_and_columns_on_disk_are_as_promised(anew: tuple[Path, dict[s
     assert found["printed"] == expected["printed"]
 
 
-def test_the_same_inputs_give_the_same_bytes_and_numbers(
-    anew: tuple[Path, dict[str, Any]],
+def test_backward_compatibility_of_bytes_and_numbers(
+    regenerated: tuple[Path, dict[str, Any]],
 ) -> None:
-    directory, _ = anew
+    directory, _ = regenerated
     for path in sorted((BEFORE / "chats").iterdir()):
         assert (directory / "chats" / path.name).read_bytes() == path.read_bytes()
     for split in ("test", "train"):
@@ -62,7 +64,7 @@ def test_the_same_inputs_give_the_same_bytes_and_numbers(
 
 
 @pytest.mark.usefixtures("before")
-def test_data_are_verified_shown_and_repaired() -> None:
+def test_backward_compatibility_of_data_set() -> None:
     for split in ("test", "train"):
         assert run_d2i("verify", f"data/{split}", "--json")["problems"] == []
     assert "test0" in run_process("inspect", "data/test").stdout
@@ -74,20 +76,20 @@ def test_data_are_verified_shown_and_repaired() -> None:
     assert index.read_bytes() == was
 
 
-def test_the_run_is_evaluated_and_goes_on(before: Path) -> None:
+def test_backward_compatibility_of_run(before: Path) -> None:
     out = before / "again"
     words = commands()["eval"]
     words[words.index("--out") + 1] = str(out)
     run_d2i(*words)
     assert scores(before, "again") == pytest.approx(scores(before), rel=1e-3, nan_ok=True)
-    assert pictures(out).keys() == pictures(before / "evaluation").keys()
+    assert images_by_name(out).keys() == images_by_name(before / "evaluation").keys()
     result = run_d2i(*commands()["train"], "--set", "train.num_steps=3", "--json")
     assert (result["step"], result["num_images"]) == (3, 6)
     lines = (before / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
-def test_the_evaluation_is_reported(before: Path) -> None:
+def test_backward_compatibility_of_evaluation_report(before: Path) -> None:
     run_d2i("report", "evaluation", "--out", "report.html")
     page = (before / "report.html").read_text()
     assert f"{abs(scores(before)['clip_i']):.2f}" in page

@@ -1,4 +1,4 @@
-"""What clusters do to accounts, directories and variables ends no job, or does so in one line."""
+"""Unusual file systems, directories and environment variables are supported, or one line error."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from d2i.shards import verify
-from tests.integration.test_image_places import write_corpus, write_pictures
+from tests.integration.test_image_places import write_corpus, write_images
 from tests.integration.training import command
 from tests.processes import COMMAND
 
-# Read by every Python that finds it on its path: what FUSE and CIFS mounts answer to chmod.
+# Imported by every Python that finds it on its path: chmod fails as on FUSE and CIFS mounts.
 NO_CHMOD = """import errno, os
 def refused(*_args, **_kwargs):
     raise OSError(errno.EOPNOTSUPP, "Operation not supported")
@@ -26,23 +26,23 @@ os.chmod = os.fchmod = refused
 def run_under(
     names: dict[str, str], *arguments: object, without: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Run `d2i ARGUMENTS` with these environment variables, and without some that are set."""
+    """Run `d2i ARGUMENTS` with the given environment variables, and without those of `without`."""
     env = {key: value for key, value in os.environ.items() if key not in without} | names
     line = [*COMMAND, *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, check=False, env=env)
 
 
-def preprocess_line(folder: Path, out: object, *extra: object) -> list[object]:
-    source, root = folder / "corpus", folder / "images"
+def preprocess_line(directory: Path, out: object, *extra: object) -> list[object]:
+    source, root = directory / "corpus", directory / "images"
     if not source.exists():
         write_corpus(source, "test")
-        write_pictures(root, "test")
+        write_images(root, "test")
     place = ("--set", f"corpus.image_root={root}")
     line = ("preprocess", "--corpus", "mmdialog", "--source", source, "--out", out)
     return [*line, "--recipe", "demo", *place, *extra]
 
 
-def test_a_file_system_that_refuses_chmod_is_written_to(tmp_path: Path) -> None:
+def test_preprocess_works_on_file_system_without_chmod(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(NO_CHMOD)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     line = preprocess_line(tmp_path, tmp_path / "out", "--workers", 0)
@@ -51,16 +51,16 @@ def test_a_file_system_that_refuses_chmod_is_written_to(tmp_path: Path) -> None:
     assert verify(str(tmp_path / "out" / "test")).ok
 
 
-def test_ray_starts_under_a_long_tmpdir(tmp_path: Path) -> None:
-    folder = tmp_path / ("scratch" * 12)
-    folder.mkdir()
+def test_ray_starts_with_long_tmpdir(tmp_path: Path) -> None:
+    directory = tmp_path / ("scratch" * 12)
+    directory.mkdir()
     line = preprocess_line(tmp_path, tmp_path / "out", "--workers", 1)
-    done = run_under({"TMPDIR": str(folder)}, *line, without=["RAY_TMPDIR"])
+    done = run_under({"TMPDIR": str(directory)}, *line, without=["RAY_TMPDIR"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert verify(str(tmp_path / "out" / "test")).ok
 
 
-def test_a_ray_that_does_not_start_is_one_line_with_the_next_step(tmp_path: Path) -> None:
+def test_ray_start_failure_is_one_line_error_with_advice(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     line = preprocess_line(tmp_path, tmp_path / "out", "--workers", 1)
     done = run_under({"RAY_TMPDIR": str(tmp_path / "file")}, *line)
@@ -72,14 +72,14 @@ def test_a_ray_that_does_not_start_is_one_line_with_the_next_step(tmp_path: Path
 
 
 @pytest.mark.parametrize("out", ["a::b", pytest.param("data:2024", marks=pytest.mark.soak)])
-def test_an_output_whose_name_looks_like_a_url_is_a_directory(tmp_path: Path, out: str) -> None:
+def test_output_directory_may_look_like_url(tmp_path: Path, out: str) -> None:
     line = preprocess_line(tmp_path, tmp_path / out, "--workers", 0)
     assert run_under({}, *line).returncode == 0
     assert verify(str(tmp_path / out / "test")).ok
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "images", out}
 
 
-def test_companions_of_macos_are_no_corpus_files(tmp_path: Path) -> None:
+def test_macos_appledouble_files_are_not_read_as_corpus(tmp_path: Path) -> None:
     line = preprocess_line(tmp_path, tmp_path / "out", "--workers", 0)
     split = tmp_path / "corpus" / "test"
     (split / "._conversations.json").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(220))
@@ -102,7 +102,7 @@ def test_companions_of_macos_are_no_corpus_files(tmp_path: Path) -> None:
     ],
     ids=["torchrun", "slurm"],
 )
-def test_the_command_starts_its_own_ranks_whatever_a_shell_has_left(
+def test_train_ignores_leftover_torchrun_and_slurm_variables(
     names: dict[str, str], training_data: Path, tmp_path: Path
 ) -> None:
     line = command(training_data, tmp_path / "run", 1, train__num_steps=1)

@@ -1,4 +1,4 @@
-"""Published pipelines: how much of a dialog they read and from which side, precision, adapters."""
+"""Published pipelines: text window, side of the dialog that is kept, precision, LoRA adapters."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ READS = [
         SMALL | {"max_sequence_length": 300},
         {"text_encoder": CLIP_WINDOW, "text_encoder_2": {"tokens": 300, "dialog_tokens": 299}},
     ),
-    # The chat around a message is 19 tokens of the 512.
+    # The chat template takes 19 of the 512 tokens.
     (
         save_tiny_z_image,
         "diffusers",
@@ -60,8 +60,12 @@ READS = [
 ]
 
 
-def built(
-    folder: Path, kind: str, arguments: dict[str, Any], *settings: str, adapter: Path | None = None
+def build_pipeline(
+    directory: Path,
+    kind: str,
+    arguments: dict[str, Any],
+    *settings: str,
+    adapter: Path | None = None,
 ) -> PipelineSystem:
     recipe = change_recipe(
         load_recipe("demo"),
@@ -70,15 +74,15 @@ def built(
             *settings,
         ],
     )
-    spec = parse_system(f"{kind}:{folder}", None, recipe, str(adapter) if adapter else None)
+    spec = parse_system(f"{kind}:{directory}", None, recipe, str(adapter) if adapter else None)
     encoders = load_encoders(recipe.encoders, "cpu")
     system = build_system(SystemContext(spec, recipe, encoders, (), "cpu"))
     assert isinstance(system, PipelineSystem)
     return system
 
 
-def draw(system: PipelineSystem, *lines: str) -> list[NDArray[np.uint8]]:
-    """Draw lines with the same noise."""
+def generate_images(system: PipelineSystem, *lines: str) -> list[NDArray[np.uint8]]:
+    """Generate an image for each line, from the same noise."""
     generations = system.generate([Prompt("key", (Turn(None, line),), line) for line in lines])
     found = [generation.pixels for generation in generations]
     assert all(pixels is not None for pixels in found)
@@ -91,7 +95,7 @@ def draw(system: PipelineSystem, *lines: str) -> list[NDArray[np.uint8]]:
     READS,
     ids=["stable-diffusion", "unclip", "flux", "flux-300", "z-image"],
 )
-def test_a_pipeline_reads_all_that_its_encoders_take(
+def test_pipeline_reads_full_text_encoder_window(
     tmp_path: Path,
     save: Callable[[Path], None],
     kind: str,
@@ -99,24 +103,24 @@ def test_a_pipeline_reads_all_that_its_encoders_take(
     windows: dict[str, Any],
     keep: str,
 ) -> None:
-    """What is within the longest window changes the picture, up to its edge; nothing beyond."""
+    """Text within the longest window changes the image, up to its edge; text beyond does not."""
     save(tmp_path / "pipeline")
-    system = built(tmp_path / "pipeline", kind, arguments, f"text.keep={keep}")
+    system = build_pipeline(tmp_path / "pipeline", kind, arguments, f"text.keep={keep}")
     assert system.described["text_tokens"] == windows
     longest = max(window["dialog_tokens"] for window in windows.values())
-    # Letters of one token each, and between bytes a space of one more.
+    # Each letter is a token; where bytes are tokens, each space is one more.
     read = (longest + 1) // 2 if save is save_tiny_z_image else longest
     words = ["a"] * (read + 30)
 
     def changed(first: int, last: int) -> str:
-        """Say other words, counted from the side that is kept."""
+        """Return the line with words first to last replaced, counted from the side that is kept."""
         places = range(first, last) if keep == "start" else range(-last, -first)
         other = list(words)
         for place in places:
             other[place] = "z"
         return " ".join(other)
 
-    plain, beyond, edge, near = draw(
+    plain, beyond, edge, near = generate_images(
         system, " ".join(words), changed(read, read + 30), changed(read - 60, read), changed(0, 60)
     )
     assert (plain == beyond).all()
@@ -124,11 +128,11 @@ def test_a_pipeline_reads_all_that_its_encoders_take(
     assert (plain != near).any()
 
 
-def test_a_special_token_in_a_message_stays_text(tmp_path: Path) -> None:
-    """A message cannot end the prompt, as it cannot in d2i's own tokenizer."""
+def test_special_token_in_message_stays_text(tmp_path: Path) -> None:
+    """A message cannot end the prompt; the same holds for d2i's own tokenizer."""
     save_tiny_z_image(tmp_path / "pipeline")
-    system = built(tmp_path / "pipeline", "diffusers", SMALL)
-    ended, longer = draw(system, "a <|im_end|> b", "a <|im_end|> c")
+    system = build_pipeline(tmp_path / "pipeline", "diffusers", SMALL)
+    ended, longer = generate_images(system, "a <|im_end|> b", "a <|im_end|> c")
     assert (ended != longer).any()
     assert "<|im_end|>" not in system._reading.read("a <|IM_END|> and <|im_end|> b").lower()
 
@@ -144,26 +148,31 @@ def test_a_special_token_in_a_message_stays_text(tmp_path: Path) -> None:
         ("", 0, "", ""),
     ],
 )
-def test_a_line_is_cut_at_words_where_it_can_be(line: str, room: int, end: str, start: str) -> None:
+def test_cut_line_cuts_at_word_boundaries(line: str, room: int, end: str, start: str) -> None:
     assert cut_line(line, lambda text: len(text) <= room, "end").strip() == end
     assert cut_line(line, lambda text: len(text) <= room, "start").strip() == start
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.half)])
-def test_a_pipeline_draws_in_the_precision_asked_for(
+def test_pipeline_generates_in_requested_precision(
     tmp_path: Path, precision: str, dtype: torch.dtype
 ) -> None:
     save_tiny_flux(tmp_path / "pipeline")
-    whole = built(tmp_path / "pipeline", "diffusers", SMALL)
-    short = built(tmp_path / "pipeline", "diffusers", SMALL, f"sample.precision={precision}")
+    whole = build_pipeline(tmp_path / "pipeline", "diffusers", SMALL)
+    short = build_pipeline(
+        tmp_path / "pipeline", "diffusers", SMALL, f"sample.precision={precision}"
+    )
     assert short._pipeline.transformer.dtype == short._pipeline.text_encoder_2.dtype == dtype
-    (exact,), (rounded,) = draw(whole, "a red ball"), draw(short, "a red ball")
+    (exact,), (rounded,) = (
+        generate_images(whole, "a red ball"),
+        generate_images(short, "a red ball"),
+    )
     difference = np.abs(exact.astype(float) - rounded.astype(float))
     assert 0 < difference.mean() < 3
 
 
 def save_lora(pipeline: Path, out: Path, *, rank: int = 4, width: int | None = None) -> None:
-    """Write a LoRA on a tiny pipeline's attention, of random numbers, as diffusers names it."""
+    """Write a random LoRA for a tiny pipeline's attention, with diffusers' names."""
     torch.manual_seed(1)
     weights = load_file(next((pipeline / "unet").glob("*.safetensors")))
     matrices = {}
@@ -185,7 +194,7 @@ def eval_words(data: Path, out: Path, system: str, *extra: object) -> list[Any]:
     ]
 
 
-def test_an_adapter_changes_the_pictures_and_is_named(tmp_path: Path, chat_data: Path) -> None:
+def test_lora_adapter_changes_scores_and_is_on_metric_card(tmp_path: Path, chat_data: Path) -> None:
     base, lora = tmp_path / "base", tmp_path / "chatty" / "pytorch_lora_weights.safetensors"
     save_tiny_pipeline(base)
     save_lora(base, lora)
@@ -211,16 +220,14 @@ def test_an_adapter_changes_the_pictures_and_is_named(tmp_path: Path, chat_data:
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ("missing", "not there; expected a LoRA's safetensors file"),
-        ("text", "not a whole safetensors file"),
-        ("network", "no LoRA: got 1 tensors, such as unet.weight"),
-        ("other layers", "matrices have a place in StableDiffusionPipeline"),
+        ("missing", "does not exist; expected the safetensors file of a LoRA"),
+        ("text", "not a complete safetensors file"),
+        ("network", "not a LoRA: got 1 tensors, such as unet.weight"),
+        ("other layers", "matrices fit StableDiffusionPipeline"),
         ("other widths", "StableDiffusionPipeline cannot read it: .*size mismatch"),
     ],
 )
-def test_what_is_no_adapter_of_this_base_is_one_line(
-    tmp_path: Path, made: str, message: str
-) -> None:
+def test_incompatible_adapter_is_one_line_error(tmp_path: Path, made: str, message: str) -> None:
     base, lora = tmp_path / "base", tmp_path / "lora.safetensors"
     save_tiny_pipeline(base)
     if made == "text":
@@ -234,43 +241,45 @@ def test_what_is_no_adapter_of_this_base_is_one_line(
         known = load_file(lora)
         save_file({k.replace("to_q", "to_other"): v for k, v in known.items()}, lora)
     with pytest.raises(D2IError, match=message) as caught:
-        built(base, "diffusers", SMALL, adapter=lora)
+        build_pipeline(base, "diffusers", SMALL, adapter=lora)
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_without_peft_says_what_to_install(
+def test_adapter_without_peft_names_package_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny_pipeline(tmp_path / "base")
     save_lora(tmp_path / "base", tmp_path / "lora.safetensors")
     monkeypatch.setattr("diffusers.utils.constants.USE_PEFT_BACKEND", False)
     with pytest.raises(ClusterError, match=r"peft is not installed.*pip install 'd2i\[lora\]'"):
-        built(tmp_path / "base", "diffusers", SMALL, adapter=tmp_path / "lora.safetensors")
+        build_pipeline(tmp_path / "base", "diffusers", SMALL, adapter=tmp_path / "lora.safetensors")
 
 
-def test_a_system_without_a_place_for_an_adapter_refuses_it() -> None:
+def test_adapter_for_unsupported_system_raises() -> None:
     recipe = load_recipe("demo")
     for system, weights in (
         ("images:made", None),
         ("unclip:karlo", None),
         ("uvit-s", "demo:backbone"),
     ):
-        with pytest.raises(ConfigError, match=r"--adapter lora: .* takes none; expected --system"):
+        with pytest.raises(
+            ConfigError, match=r"--adapter lora: .* takes no adapter; expected --system"
+        ):
             parse_system(system, weights, recipe, "lora")
 
 
 @pytest.mark.parametrize(
     ("save", "arguments", "message"),
     [
-        (save_tiny_unconditional, {}, "DDPMPipeline takes no text; expected a pipeline that draws"),
+        (save_tiny_unconditional, {}, "DDPMPipeline takes no prompt; expected a text-to-image"),
         (save_tiny_pipeline, {"steps": 2}, "StableDiffusionPipeline takes no steps; expected"),
-        (save_tiny_pipeline, {"height": 63, "width": 64}, "cannot draw .*: .* divisible by 8"),
+        (save_tiny_pipeline, {"height": 63, "width": 64}, "cannot generate .*: .* divisible by 8"),
     ],
 )
-def test_what_cannot_draw_from_a_dialog_is_one_line(
+def test_unusable_pipeline_is_one_line_error(
     tmp_path: Path, save: Callable[[Path], None], arguments: dict[str, Any], message: str
 ) -> None:
     save(tmp_path / "pipeline")
     with pytest.raises(ConfigError, match=message) as caught:
-        built(tmp_path / "pipeline", "diffusers", arguments)
+        build_pipeline(tmp_path / "pipeline", "diffusers", arguments)
     assert "\n" not in str(caught.value)

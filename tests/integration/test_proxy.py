@@ -1,4 +1,4 @@
-"""`d2i preprocess --proxy`: the proxy finds the hosts, its word is heard, its login never told."""
+"""`d2i preprocess --proxy`: the proxy resolves hosts and may reject them; no login is leaked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from d2i.preprocess.ledger import read_ledger
-from tests.integration.chats import picture, reasons, sends, write_chats
+from tests.integration.chats import noise_image, reasons, sends, write_chats
 from tests.processes import run_process
 from tests.servers import ProxyServer, WebServer, running, secured, self_made_certificate
 from tests.shared import needs_shared
@@ -30,10 +30,10 @@ def preprocess(
     )
 
 
-def test_all_requests_go_through_the_proxy(
+def test_all_requests_go_through_proxy(
     tmp_path: Path, settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = sends(picture())
+    good = sends(noise_image())
     certificate = self_made_certificate(tmp_path, "safe.test")
     urls = {
         "plain": "http://web.test/good",
@@ -88,7 +88,7 @@ def test_all_requests_go_through_the_proxy(
     assert rows["test-sent-on-0-0"].final_url == "https://safe.test/good"
 
 
-def test_a_proxy_that_is_down_stops_the_job(tmp_path: Path, settings: list[str]) -> None:
+def test_unreachable_proxy_stops_job(tmp_path: Path, settings: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     urls = {f"c{n}": [f"http://web.test/{n}.jpg"] for n in range(30)}
@@ -109,7 +109,7 @@ def test_a_proxy_that_is_down_stops_the_job(tmp_path: Path, settings: list[str])
         (f"http://us:{PASSWORD}@[proxy.test:4750", "[proxy.test:4750"),
     ],
 )
-def test_a_proxy_must_be_an_address_and_its_login_is_not_shown(
+def test_proxy_must_be_url_and_its_password_is_not_shown(
     tmp_path: Path, proxy: str, shown: str
 ) -> None:
     source = write_chats(tmp_path / "chats", {"a": ["http://web.test/x.jpg"]})

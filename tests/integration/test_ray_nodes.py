@@ -1,4 +1,4 @@
-"""Jobs that `ray job submit` hands to several nodes: one dies, another comes, the same bytes."""
+"""Jobs of `ray job submit` on several nodes: one dies, another joins, the output is the same."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ ON_CLUSTER = ("--ray-address", "auto")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
-    folder = tmp_path_factory.mktemp("gate")
+    directory = tmp_path_factory.mktemp("gate")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    names = {LOG: str(folder / "drawn.txt"), GATE: str(folder / "gate"), "PYTHONPATH": path}
+    names = {LOG: str(directory / "drawn.txt"), GATE: str(directory / "gate"), "PYTHONPATH": path}
     with ray_nodes(names) as nodes:
         yield nodes
 
 
 @pytest.fixture
 def node(cluster: RayNodes) -> Iterator[Node]:
-    """The one node with cores for tasks."""
+    """The only node with cores for tasks."""
     added = cluster.add()
     yield added
     for other in cluster.nodes[1:]:
@@ -63,7 +63,7 @@ def prepared(chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def test_preparation_outlives_a_node(
+def test_preprocess_survives_loss_of_ray_node(
     cluster: RayNodes,
     node: Node,
     prepared: Path,
@@ -72,7 +72,7 @@ def test_preparation_outlives_a_node(
     point: str,
     nth: int,
 ) -> None:
-    """A worker waits in the middle of a shard; its node goes, and another takes all it did."""
+    """A worker waits in the middle of a shard; its node dies, and another one takes over."""
     out = tmp_path / "out"
     fault = ("--fault", f"{point}:sleep:{nth}", "--fetch-workers", "1")
     job = submit_d2i(cluster, *preprocess_words(chat_data.parent, out, *ON_CLUSTER, *fault))
@@ -84,17 +84,20 @@ def test_preparation_outlives_a_node(
     assert shards(out) == shards(prepared)
 
 
-def test_evaluation_outlives_a_node(
+def test_evaluation_survives_loss_of_ray_node(
     cluster: RayNodes, node: Node, whole: Path, chat_data: Path, tmp_path: Path
 ) -> None:
-    """A worker waits before its second task; its node goes, and that of another does the rest."""
-    out, drawn, gate = tmp_path / "out", *(Path(cluster.environment[name]) for name in (LOG, GATE))
+    """A worker waits before its second task; its node dies, and a new one does the rest."""
+    out, generation_log, gate = (
+        tmp_path / "out",
+        *(Path(cluster.environment[name]) for name in (LOG, GATE)),
+    )
     words = evaluations.command(chat_data, out, "--parallel", "--task-size", "3", *ON_CLUSTER)
     job = submit_d2i(cluster, *words)
-    wait_until(lambda: len(processes(drawn)) == 1 and bool(finished(out)), job)
+    wait_until(lambda: len(processes(generation_log)) == 1 and bool(finished(out)), job)
     node.kill()
     cluster.add()
-    wait_until(lambda: len(processes(drawn)) == 2, job)
+    wait_until(lambda: len(processes(generation_log)) == 2, job)
     gate.touch()
     assert_succeeded(job)
     evaluations.assert_same(out, whole)
@@ -105,12 +108,12 @@ def submit_d2i(cluster: RayNodes, *words: object) -> subprocess.Popen[str]:
 
 
 def assert_succeeded(job: subprocess.Popen[str]) -> None:
-    said, _ = job.communicate(timeout=200)
-    assert job.returncode == 0, said[-3000:]
+    output, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, output[-3000:]
 
 
 def shards(out: Path) -> dict[str, bytes]:
-    """Every file that a reader of the data needs, by name."""
+    """Return every file that a reader of the data needs, by name."""
     return {path.name: path.read_bytes() for path in (out / "test").iterdir() if path.suffix}
 
 
@@ -118,5 +121,9 @@ def finished(out: Path) -> list[Path]:
     return list((out / "tasks").glob("*.npz"))
 
 
-def processes(drawn: Path) -> set[str]:
-    return {line.split()[1] for line in drawn.read_text().splitlines()} if drawn.exists() else set()
+def processes(generation_log: Path) -> set[str]:
+    return (
+        {line.split()[1] for line in generation_log.read_text().splitlines()}
+        if generation_log.exists()
+        else set()
+    )

@@ -1,4 +1,4 @@
-"""Every stage on real photographs, the real tiny autoencoder and the true CLIP vocabulary."""
+"""Every stage on real photographs, the real tiny autoencoder and the real CLIP vocabulary."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ pytestmark = needs_shared
 SPLITS = ("train", "valid", "test")
 
 
-def test_mmdialog_from_conversations_to_scores(tmp_path: Path, settings: list[str]) -> None:
+def test_mmdialog_end_to_end_from_conversations_to_scores(
+    tmp_path: Path, settings: list[str]
+) -> None:
     source = SHARED / "data" / "mmdialog"
     expected = json.loads((source / "EXPECTED.json").read_text())
     data, run, scores = tmp_path / "data", tmp_path / "run", tmp_path / "scores"
@@ -49,35 +51,37 @@ def test_mmdialog_from_conversations_to_scores(tmp_path: Path, settings: list[st
 
     chat = tmp_path / "chat.txt"
     chat.write_text("what did you wear?\na red hat\n")
-    pictures = [tmp_path / "one.png", tmp_path / "two.png"]
-    for picture in pictures:
-        run_d2i("sample", "--run", run, "--dialog", chat, "--seed", "3", "--out", picture)
-    assert pictures[0].read_bytes() == pictures[1].read_bytes()
-    drawn = Image.open(pictures[0])
-    assert drawn.size == (64, 64)
-    assert drawn.info["text"] == "# what did you wear? # a red hat"
-    assert drawn.info["seed"] == "3"
-    check_a_sample_is_what_eval_draws(data, run, scores, tmp_path)
+    images = [tmp_path / "one.png", tmp_path / "two.png"]
+    for image in images:
+        run_d2i("sample", "--run", run, "--dialog", chat, "--seed", "3", "--out", image)
+    assert images[0].read_bytes() == images[1].read_bytes()
+    generated = Image.open(images[0])
+    assert generated.size == (64, 64)
+    assert generated.info["text"] == "# what did you wear? # a red hat"
+    assert generated.info["seed"] == "3"
+    check_sample_command_matches_evaluation(data, run, scores, tmp_path)
 
 
-def check_a_sample_is_what_eval_draws(data: Path, run: Path, scores: Path, folder: Path) -> None:
-    """By an instance's key and conversation, `d2i sample` draws the same; in a grid, too."""
+def check_sample_command_matches_evaluation(
+    data: Path, run: Path, scores: Path, directory: Path
+) -> None:
+    """`d2i sample` with an instance's key and dialog gives the evaluated image, also in a grid."""
     reader = ShardReader(str(data / "test"))
     sample = reader.read_json(0)
-    chat, grid = folder / "chat.json", folder / "grid.png"
+    chat, grid = directory / "chat.json", directory / "grid.png"
     chat.write_text(json.dumps(sample["context"]))
     run_d2i(
         *("sample", "--run", run, "--dialog", chat, "--key", reader.keys[0], "--out", grid),
         *("--seed", "0", "--seed", "1", "--set", "sample.compute_batch_size=2"),
     )
-    pictures = {}
+    images = {}
     for path in sorted((scores / "images").iterdir()):
         with tarfile.open(path) as tar:
-            pictures |= {m.name: Image.open(tar.extractfile(m)).copy() for m in tar}
-    expected = np.asarray(pictures[f"{reader.keys[0]}.png"], dtype=int)
+            images |= {m.name: Image.open(tar.extractfile(m)).copy() for m in tar}
+    expected = np.asarray(images[f"{reader.keys[0]}.png"], dtype=int)
     both = np.asarray(Image.open(grid), dtype=int)
     assert both.shape == (64, 128, 3)
-    # Workers compute with one thread, the command with all, which may move a last bit.
+    # Workers compute with one thread, the command with all, so last bits may differ.
     assert np.abs(both[:, :64] - expected).max() <= 2
     assert np.abs(both[:, 64:] - expected).max() > 2
 
@@ -86,7 +90,7 @@ PHOTOGRAPHS = sorted((SHARED / "data" / "photos").rglob("*.jpg"))
 
 
 class Photographs(BaseHTTPRequestHandler):
-    """Answers `/flickr/N.jpg` with photograph N, and every other address with 404."""
+    """Answers `/flickr/N.jpg` with photograph N, and every other URL with 404."""
 
     def do_GET(self) -> None:
         name = self.path.removeprefix("/flickr/").removesuffix(".jpg")
@@ -117,8 +121,8 @@ def photo_server() -> Iterator[str]:
         thread.join()
 
 
-def with_addresses_at(host: str, source: Path) -> Path:
-    """The excerpt with its Flickr addresses on `host`; dialog 7's photograph is gone there."""
+def move_photo_urls_to(host: str, source: Path) -> Path:
+    """Rewrite the excerpt's Flickr URLs to `host`, where dialog 7's photograph is missing."""
     for path in source.rglob("*.json"):
         dialogs = json.loads(path.read_text())
         for dialog in dialogs:
@@ -128,12 +132,12 @@ def with_addresses_at(host: str, source: Path) -> Path:
     return source
 
 
-def test_photochat_from_addresses_to_scores(
+def test_photochat_end_to_end_from_urls_to_scores(
     tmp_path: Path, settings: list[str], photo_server: str
 ) -> None:
     source = tmp_path / "photochat"
     shutil.copytree(SHARED / "data" / "photochat", source)
-    with_addresses_at(photo_server, source)
+    move_photo_urls_to(photo_server, source)
     mirror = f"corpus.open_images_url=http://{photo_server}/gone/{{photo_id}}.jpg"
     extra = [*settings, "--set", mirror]
     data, run, scores = tmp_path / "data", tmp_path / "run", tmp_path / "scores"
@@ -161,7 +165,7 @@ def test_photochat_from_addresses_to_scores(
 def check_training_and_scores(
     data: Path, run: Path, scores: Path, *, num_test: int, settings: list[str]
 ) -> None:
-    """Train on two ranks, draw and score the test split on two Ray workers."""
+    """Train on two ranks; generate and score the test split on two Ray workers."""
     run_d2i(
         *("train", "--recipe", "demo", "--data", data, "--run", run),
         *("--num-accelerators", "2", *settings),

@@ -1,4 +1,4 @@
-"""Whatever is broken of prepared data: `verify` finds it, `repair` brings the same bytes back."""
+"""Damaged prepared data: `verify` finds the damage, `repair` restores the same bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from d2i.preprocess.ledger import read_ledger
 from d2i.preprocess.repair import RepairRequest, RepairSummary, repair
 from d2i.recipes import resolve_recipe
 from d2i.shards import find_data_sets, read_commits, verify
-from tests.integration.chats import picture, sends, write_chats
+from tests.integration.chats import noise_image, sends, write_chats
 from tests.integration.commands import preprocess
 from tests.processes import run_d2i, run_process
 from tests.servers import WebServer, running
@@ -33,28 +33,28 @@ NUM = 10
 NUM_PER_SHARD = ("--set", "preprocess.num_samples_per_shard=3")
 
 
-def write_corpus(folder: Path) -> Path:
-    """Two splits of pictures in files, one of each broken."""
-    folder.mkdir()
+def write_corpus(directory: Path) -> Path:
+    """Write two splits of image files, one file of each truncated."""
+    directory.mkdir()
     for split, first in (("train", 0), ("test", NUM)):
         numbers = range(first, first + NUM)
         for n in numbers:
-            data = picture(size=(64 + n, 64))
-            (folder / f"{n}.jpg").write_bytes(data[:200] if n % NUM == 4 else data)
+            data = noise_image(size=(64 + n, 64))
+            (directory / f"{n}.jpg").write_bytes(data[:200] if n % NUM == 4 else data)
         lines = [
             {"id": f"c{n}", "turns": [{"text": f"look at {n}", "images": [f"{n}.jpg"]}]}
             for n in numbers
         ]
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder
+        (directory / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return directory
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
-    folder = tmp_path_factory.mktemp("repair")
-    source = write_corpus(folder / "chats")
-    preprocess("jsonl", source, folder / "data", *settings, *NUM_PER_SHARD)
-    return folder / "data"
+    directory = tmp_path_factory.mktemp("repair")
+    source = write_corpus(directory / "chats")
+    preprocess("jsonl", source, directory / "data", *settings, *NUM_PER_SHARD)
+    return directory / "data"
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def copy(data: Path, tmp_path: Path) -> Path:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All that `verify` answers for, and the ledger as it lies there."""
+    """Return the files that `verify` covers, and the ledger files."""
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))
@@ -80,7 +80,7 @@ def repaired(out: Path) -> list[RepairSummary]:
 
 
 def only(out: Path, pattern: str) -> Path:
-    """The second file of its kind in the split whose shards keep no picture."""
+    """Return a file that matches the pattern in the train split, whose shards keep no images."""
     return sorted((out / "train").glob(pattern))[-1 if "empty" in pattern else 0]
 
 
@@ -128,8 +128,8 @@ def leave_only_plan_and_ledger(path: Path) -> None:
             found.unlink()
 
 
-def fall_behind(path: Path) -> None:
-    """Files of a shard that nothing lists."""
+def add_stray_shard(path: Path) -> None:
+    """Add a shard that no manifest lists."""
     (path.parent / f"000009-{'0' * 16}.tar").write_bytes(path.read_bytes())
 
 
@@ -149,12 +149,12 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "only the tars left": ("*.tar", lose_all_but_the_tars),
     "a shard and the manifest lost": ("*.tar", lose_the_shard_and_the_manifest),
     "only plan and ledger left": ("*.tar", leave_only_plan_and_ledger),
-    "an unlisted shard": ("*.tar", fall_behind),
+    "an unlisted shard": ("*.tar", add_stray_shard),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_found_and_the_same_bytes_come_back(case: str, copy: Path) -> None:
+def test_repair_restores_same_bytes_after_damage(case: str, copy: Path) -> None:
     good = contents(copy)
     pattern, damage = DAMAGE[case]
     damage(only(copy, pattern))
@@ -165,20 +165,20 @@ def test_damage_is_found_and_the_same_bytes_come_back(case: str, copy: Path) -> 
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_flipped_bits_are_found_and_the_same_bytes_come_back(seed: int, copy: Path) -> None:
-    """One bit each in one to three files, anywhere."""
+def test_repair_restores_same_bytes_after_bit_flips(seed: int, copy: Path) -> None:
+    """One bit in each of one to three files, anywhere."""
     good = contents(copy)
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     paths = [copy / name for name in good if "ledger" not in name and name != "recipe.json"]
-    for path in draw.sample(paths, 1 + seed % 3):
-        flip(path, draw.randrange(path.stat().st_size * 8))
+    for path in rng.sample(paths, 1 + seed % 3):
+        flip(path, rng.randrange(path.stat().st_size * 8))
     assert problems_of(copy)
     assert [summary.problems for summary in repaired(copy)] == [(), ()]
     assert contents(copy) == good
 
 
 def break_sample(out: Path, number: int) -> None:
-    """Flip a bit in one sample's moments, wherever it lies."""
+    """Flip a bit in the moments of one sample."""
     for path in (out / "test").glob("*.tar"):
         with tarfile.open(path) as file:
             for member in file.getmembers():
@@ -188,9 +188,9 @@ def break_sample(out: Path, number: int) -> None:
     raise AssertionError(f"no sample of {number}")
 
 
-def test_only_lost_pictures_are_asked_for_again(tmp_path: Path, settings: list[str]) -> None:
-    """Also of what was mended since by a supplement; and a picture that is gone is said to be."""
-    answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(8)}
+def test_repair_refetches_only_lost_images(tmp_path: Path, settings: list[str]) -> None:
+    """Also for samples of supplements; an image that is gone is reported."""
+    answers = {f"/{n}": sends(noise_image(size=(64 + n, 64))) for n in range(8)}
     late = {f"/{n}": sends(b"", 500) for n in (1, 6)}
     with running(WebServer("127.0.0.1", answers | late | {"/8": sends(b"", 404)})) as web:
         host = f"127.0.0.1:{web.port}"
@@ -226,12 +226,12 @@ def test_only_lost_pictures_are_asked_for_again(tmp_path: Path, settings: list[s
         web.answers["/3"] = sends(b"", 404)
         break_sample(out, 3)
         broken = contents(out)
-        (told, *_) = repair(request)[0].problems
-        assert (told.reason, told.detail) == (
+        (issue, *_) = repair(request)[0].problems
+        assert (issue.reason, issue.detail) == (
             "repair",
-            "not every picture could be had again: 1 http_404",
+            "some images could not be fetched or encoded again: 1 http_404",
         )
-        web.answers["/3"] = sends(picture("PNG"))
+        web.answers["/3"] = sends(noise_image("PNG"))
         assert (
             "has other bytes; an image or a version changed"
             in repair(request)[0].problems[0].detail
@@ -241,7 +241,7 @@ def test_only_lost_pictures_are_asked_for_again(tmp_path: Path, settings: list[s
 
 
 def assert_lost_supplements_lose_no_sample(out: Path, request: RepairRequest) -> None:
-    """A plan without its supplements excludes no record, and the checksum tells of lost ones."""
+    """Without supplements.json no record is dropped, and the checksum reveals lost ones."""
     good, supplements = contents(out), out / "test" / "plan" / "supplements.json"
     planned = supplements.read_bytes()
     supplements.unlink()
@@ -254,16 +254,14 @@ def assert_lost_supplements_lose_no_sample(out: Path, request: RepairRequest) ->
         (out / "test" / name).unlink()
     flip(out / "test" / "manifest.json", 400)
     broken = contents(out)
-    assert (
-        "another manifest than manifest.json.sha256 is of" in repair(request)[0].problems[0].detail
-    )
+    assert "does not match manifest.json.sha256" in repair(request)[0].problems[0].detail
     assert contents(out) == broken, "nothing is written that leaves a shard out"
     supplements.write_bytes(planned)
     for name, content in good.items():
         (out / name).write_bytes(content)
 
 
-def test_the_command_killed_and_repeated(copy: Path) -> None:
+def test_killed_repair_resumes(copy: Path) -> None:
     good = contents(copy)
     only(copy, "*.tar").unlink()
     only(copy, "*.arrow").unlink()
@@ -277,7 +275,7 @@ def test_the_command_killed_and_repeated(copy: Path) -> None:
     assert contents(copy) == good
 
 
-def test_a_worker_killed_on_ray_is_replaced(copy: Path) -> None:
+def test_repair_replaces_killed_ray_worker(copy: Path) -> None:
     good = contents(copy)
     only(copy, "*.tar").unlink()
     fault = Fault("shard.tar", "kill", 1)
@@ -286,8 +284,8 @@ def test_a_worker_killed_on_ray_is_replaced(copy: Path) -> None:
     assert contents(copy) == good
 
 
-def test_without_a_plan_what_is_left_mends_the_rest(copy: Path) -> None:
-    """As for shards that other programs wrote: nothing says where pictures are to be had."""
+def test_repair_without_plan_restores_index_and_commit(copy: Path) -> None:
+    """As for shards of other programs: nothing records the sources of the images."""
     shutil.rmtree(copy / "train" / "plan")
     (copy / "recipe.json").unlink()
     good = contents(copy)
@@ -300,37 +298,37 @@ def test_without_a_plan_what_is_left_mends_the_rest(copy: Path) -> None:
     assert problem.reason == "missing"
 
 
-def test_nothing_goes_while_nothing_says_what_belongs(copy: Path) -> None:
-    """A record and the manifest damaged together, and no plan: the tar may be the only copy."""
+def test_repair_without_plan_and_manifest_deletes_nothing(copy: Path) -> None:
+    """Commit record and manifest damaged, and no plan: the tar may be the only copy."""
     shutil.rmtree(copy / "train" / "plan")
     flip(copy / "train" / "manifest.json", 400)
     flip(only(copy, "*.commit.json"), 400)
     broken = contents(copy)
-    assert "made under is lost" in repaired(copy / "train")[0].problems[0].detail
+    assert "fingerprint of its shards is missing" in repaired(copy / "train")[0].problems[0].detail
     assert contents(copy) == broken
 
 
-def test_a_stray_tar_goes_where_the_checksum_tells_and_else_is_said(copy: Path) -> None:
+def test_stray_tar_is_deleted_only_with_manifest_checksum(copy: Path) -> None:
     good, manifest = contents(copy), copy / "train" / "manifest.json"
-    fall_behind(only(copy, "*.tar"))
+    add_stray_shard(only(copy, "*.tar"))
     manifest.unlink()
     assert repaired(copy / "train")[0].problems == ()
     assert contents(copy) == good
-    fall_behind(only(copy, "*.tar"))
+    add_stray_shard(only(copy, "*.tar"))
     stray = only(copy, "000009-*.tar")
     manifest.unlink()
     (copy / "train" / "manifest.json.sha256").unlink()
-    (told, *_) = repaired(copy / "train")[0].problems
-    assert (told.file, stray.exists(), manifest.exists()) == (stray.name, True, False)
+    (issue, *_) = repaired(copy / "train")[0].problems
+    assert (issue.file, stray.exists(), manifest.exists()) == (stray.name, True, False)
     stray.unlink()
     assert repaired(copy / "train")[0].problems == ()
     assert contents(copy) == good
 
 
-def test_what_a_job_lost_of_its_own_is_said_and_comes_back(
+def test_lost_job_files_are_reported_and_plan_is_restored(
     copy: Path, data: Path, settings: list[str]
 ) -> None:
-    """The plan by the same command again; a ledger never, and no reader misses it."""
+    """The same command writes the plan again; a ledger is lost for good, but no reader needs it."""
     good = contents(copy)
     shutil.rmtree(copy / "train" / "plan")
     (copy / "recipe.json").unlink()
@@ -340,9 +338,9 @@ def test_what_a_job_lost_of_its_own_is_said_and_comes_back(
     assert found.returncode == 0, found.stderr
     train = copy / "train"
     for line in (
-        f"{train}/recipe.json: lost; the shards need it only to be made again",
-        f"{train}/plan/plan.json and 4 more: lost; the shards need it only",
-        f"{train}/ledger/000001.parquet: lost for good; the manifest still counts",
+        f"{train}/recipe.json: missing; it is needed only to remake shards",
+        f"{train}/plan/plan.json and 4 more: missing; it is needed only",
+        f"{train}/ledger/000001.parquet: missing, and cannot be restored; the manifest still",
     ):
         assert line in found.stdout
     preprocess("jsonl", data.parent / "chats", copy, *settings, *NUM_PER_SHARD)
@@ -350,13 +348,13 @@ def test_what_a_job_lost_of_its_own_is_said_and_comes_back(
         name: content for name, content in good.items() if name != str(lost.relative_to(copy))
     }
     only(copy, "*.tar").unlink()
-    (summary, _) = sorted(repaired(copy), key=lambda one: one.folder, reverse=True)
+    (summary, _) = sorted(repaired(copy), key=lambda one: one.directory, reverse=True)
     assert summary.problems == () and [note[:24] for note in summary.notes] == [
         "ledger/000001.parquet: l"
     ]
 
 
-def test_other_settings_repair_nothing(copy: Path) -> None:
+def test_repair_with_changed_settings_raises(copy: Path) -> None:
     recipe = json.loads((copy / "recipe.json").read_text())
     plan = json.loads((copy / "train" / "plan" / "plan.json").read_text())
     plan["decided_by"]["recipe"]["encoders"]["compute_batch_size"] = 4

@@ -1,4 +1,4 @@
-"""`--reuse`: other text for the same pictures, without asking for one of them again."""
+"""`--reuse`: other text for the same images, without fetching any of them again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
 from d2i.recipes import change_recipe, resolve_recipe
 from d2i.shards import ShardReader, verify
-from tests.integration.chats import picture, reasons, sends, write_chats
+from tests.integration.chats import noise_image, reasons, sends, write_chats
 from tests.servers import WebServer, running
 from tests.shared import needs_shared
 
@@ -25,8 +25,10 @@ def files(out: str) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in Path(out, "test").iterdir() if p.is_file()}
 
 
-def test_new_text_for_old_pictures(tmp_path: Path, settings: list[str]) -> None:
-    answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(NUM)}
+def test_reuse_prepares_new_text_without_refetching_images(
+    tmp_path: Path, settings: list[str]
+) -> None:
+    answers = {f"/{n}": sends(noise_image(size=(64 + n, 64))) for n in range(NUM)}
     failing = {"/gone": sends(b"", 404), "/late": sends(b"", 500), "/text": sends(b"hello")}
     with running(WebServer("127.0.0.1", answers | failing)) as web:
         host = f"127.0.0.1:{web.port}"
@@ -74,12 +76,12 @@ def test_new_text_for_old_pictures(tmp_path: Path, settings: list[str]) -> None:
         )
         with pytest.raises(ShardError, match=r"image\.compute_batch_size|compute_batch_size: 8"):
             run_job(other, lambda _: None)
-        with pytest.raises(ConfigError, match="is --out itself"):
+        with pytest.raises(ConfigError, match="is the same directory as --out"):
             run_job(replace(old, reuse=old.out), lambda _: None)
 
         for path in Path(old.out, "test").glob("*.tar"):
             content = bytearray(path.read_bytes())
-            # Where all pictures of a shard failed, its tar holds nothing to be damaged.
+            # The tar of a shard whose images all failed is empty.
             if len(content) > 2000:
                 content[2000] ^= 1
                 path.write_bytes(content)
@@ -87,11 +89,11 @@ def test_new_text_for_old_pictures(tmp_path: Path, settings: list[str]) -> None:
             run_job(replace(new, out=str(tmp_path / "lie")), lambda _: None)
 
 
-def test_source_bytes_that_are_not_there_are_fetched(tmp_path: Path, settings: list[str]) -> None:
-    """Training shards keep none unless asked to."""
+def test_reuse_fetches_source_bytes_that_were_not_kept(tmp_path: Path, settings: list[str]) -> None:
+    """Training shards keep no source bytes by default."""
     source = tmp_path / "chats"
     source.mkdir()
-    (source / "0.jpg").write_bytes(data := picture())
+    (source / "0.jpg").write_bytes(data := noise_image())
     line = '{"id": "a", "turns": [{"text": "look", "images": ["0.jpg"]}]}'
     (source / "train.jsonl").write_text(line)
     recipe = resolve_recipe("demo", settings[1::2])
@@ -101,7 +103,7 @@ def test_source_bytes_that_are_not_there_are_fetched(tmp_path: Path, settings: l
     new = replace(old, out=str(tmp_path / "new"), recipe=keeping, reuse=old.out)
     run_job(new, lambda _: None)
     assert ShardReader(f"{new.out}/train").read_image(0) == data
-    # Now they are there, and the file itself is needed no more.
+    # Now the shard keeps them, and the file itself is no longer needed.
     (source / "0.jpg").unlink()
     spaced = change_recipe(keeping, ["text.strategy=space"])
     run_job(replace(new, out=str(tmp_path / "more"), recipe=spaced, reuse=new.out), lambda _: None)

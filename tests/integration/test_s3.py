@@ -1,4 +1,4 @@
-"""A run over object storage is the run over a folder: a real S3 server, real Ray workers."""
+"""A run on object storage equals a local run: a real S3 server, real Ray workers."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from tests.integration.object_store import Front, environment, object_store
 from tests.processes import free_port, run_d2i, run_process
 from tests.shared import SHARED, needs_shared
 
-# Requests of a stage before the restart: each asks more often.
+# Requests of a stage before the server restarts; every stage makes more.
 NUM_BEFORE = 40
 SOURCE = SHARED / "data" / "mmdialog"
 
 
 @pytest.fixture(scope="module")
 def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    """A server with a bucket, found as a user's would be: by the environment."""
-    folder = tmp_path_factory.mktemp("store")
-    with object_store(folder / "server.log") as front, pytest.MonkeyPatch.context() as patch:
+    """A server with a bucket, configured by environment variables as a user's would be."""
+    directory = tmp_path_factory.mktemp("store")
+    with object_store(directory / "server.log") as front, pytest.MonkeyPatch.context() as patch:
         for name, value in environment(front.port).items():
             patch.setenv(name, value)
         # fsspec read the environment when it was imported.
         patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": f"http://127.0.0.1:{front.port}"})
-        # What is fetched is kept for this server alone.
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        # The cache of fetched files belongs to this server alone.
+        patch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
         fsspec.filesystem("s3").mkdir("chats")
         yield front
         fsspec.filesystem("s3").clear_instance_cache()
@@ -42,7 +42,7 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
 
 @pytest.fixture
 def bucket(front: Front) -> Iterator[str]:
-    """The bucket's URL; requests fail there, and a test has the server restarted."""
+    """The bucket's URL. Some requests fail, and the test restarts the server."""
     before = front.done["restarted"], front.done["refused"], front.done["unanswered"]
     yield "s3://chats"
     now = front.done["restarted"], front.done["refused"], front.done["unanswered"]
@@ -58,7 +58,7 @@ def preprocess(source: object, out: object, settings: list[str]) -> None:
 
 
 def shards(url: str) -> dict[str, bytes]:
-    """Every file that a reader of the data needs, by name."""
+    """Return every file that a reader of the data needs, by name."""
     names = [name for name in storage.list_names(url) if Path(name).suffix]
     return {name: storage.read_bytes(storage.join(url, name)) for name in names}
 
@@ -69,20 +69,20 @@ def rows(url: str) -> list[LedgerRow]:
 
 @needs_shared
 @pytest.mark.soak
-def test_a_run_over_s3_is_the_run_over_a_folder(
+def test_preprocess_on_s3_equals_local_run(
     tmp_path: Path, settings: list[str], front: Front, bucket: str
 ) -> None:
     source = f"{bucket}/mmdialog"
     fsspec.filesystem("s3").put(str(SOURCE), source, recursive=True)
-    folder, data = tmp_path / "data", f"{bucket}/data"
-    preprocess(SOURCE, folder, settings)
+    directory, data = tmp_path / "data", f"{bucket}/data"
+    preprocess(SOURCE, directory, settings)
     vae = f"{bucket}/vae.safetensors"
     fsspec.filesystem("s3").put(str(SHARED / "weights" / "taesd_fp8.safetensors"), vae)
     settings = [*settings, "--set", f"encoders.vae={vae}"]
     front.restart_after(NUM_BEFORE)
     preprocess(source, data, settings)
     for split in ("train", "valid", "test"):
-        here, there = str(folder / split), storage.join(data, split)
+        here, there = str(directory / split), storage.join(data, split)
         assert len(shards(here)) > 4
         assert shards(there) == shards(here)
         assert rows(there) == rows(here)
@@ -93,7 +93,7 @@ def test_a_run_over_s3_is_the_run_over_a_folder(
 
 
 @pytest.mark.slow
-def test_training_over_s3_is_killed_and_ends_in_the_same_bits(
+def test_killed_training_on_s3_resumes_bit_exactly(
     trained: Path, training_data: Path, front: Front, bucket: str
 ) -> None:
     data, run = f"{bucket}/training", f"{bucket}/run"
@@ -106,7 +106,7 @@ def test_training_over_s3_is_killed_and_ends_in_the_same_bits(
     assert "complete.json" not in names(f"{run}/checkpoints/step-4")
     run_d2i(*words, "--json")
     assert storage.read_bytes(f"{run}/ema.safetensors") == training.ema_bytes(trained)
-    # Of the lines none is lost or doubled; of the checkpoints the newest is kept, whole.
+    # No line is lost or duplicated; only the newest checkpoint is kept, complete.
     metrics = [json.loads(line) for line in storage.read_bytes(f"{run}/metrics.jsonl").splitlines()]
     assert [line["step"] for line in metrics] == [3, 6]
     assert storage.list_names(f"{run}/checkpoints") == ["step-6"]
@@ -114,7 +114,7 @@ def test_training_over_s3_is_killed_and_ends_in_the_same_bits(
 
 
 @pytest.mark.soak
-def test_evaluation_over_s3_is_the_one_over_a_folder(
+def test_evaluation_on_s3_equals_local_evaluation(
     chat_data: Path,
     whole: Path,
     front: Front,
@@ -131,7 +131,7 @@ def test_evaluation_over_s3_is_the_one_over_a_folder(
     assert (tmp_path / "scores" / "instances.jsonl").read_bytes() == (
         whole / "instances.jsonl"
     ).read_bytes()
-    assert evaluations.pictures(tmp_path / "scores") == evaluations.pictures(whole)
+    assert evaluations.images_by_name(tmp_path / "scores") == evaluations.images_by_name(whole)
     ours, theirs = (
         json.loads((o / "scores.json").read_text()) for o in (tmp_path / "scores", whole)
     )
@@ -144,7 +144,7 @@ def names(url: str) -> list[str]:
     return sorted(storage.list_names(url), key=lambda name: name == "complete.json")
 
 
-def test_a_store_that_is_not_there_is_one_clear_line(
+def test_unreachable_object_store_is_one_line_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
@@ -162,8 +162,8 @@ def test_a_store_that_is_not_there_is_one_clear_line(
 
 
 @pytest.mark.usefixtures("front")
-def test_how_many_requests_a_file_costs(front: Front) -> None:
-    """Some more are those that the store refuses."""
+def test_number_of_s3_requests_per_file(front: Front) -> None:
+    """Requests that the store rejects come on top."""
     names = [f"s3://chats/small/{number}" for number in range(60)]
     contents = [name.encode() for name in names]
     storage.write_bytes("s3://chats/small/first", b"")
@@ -185,28 +185,28 @@ def read(urls: list[str]) -> list[bytes]:
     return list(storage.read_each(urls))
 
 
-def test_a_mistyped_bucket_is_refused_at_once_and_not_made() -> None:
+def test_missing_bucket_is_one_line_error_and_not_created() -> None:
     done = run_process(
         *("preprocess", "--corpus", "mmdialog", "--source", SOURCE),
         *("--out", "s3://chast/data", "--recipe", "demo"),
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: s3://chast/data: there is no chast; expected a bucket that exists; make it, or "
-        "mend the URL\n"
+        "error: s3://chast/data: no bucket chast; expected one that exists; create it, or correct "
+        "the URL\n"
     )
-    with pytest.raises(ConfigError, match="there is no chast"):
+    with pytest.raises(ConfigError, match="no bucket chast"):
         storage.write_bytes("s3://chast/data/recipe.json", b"{}")
     assert fsspec.filesystem("s3").ls("") == ["chats"]
 
 
 @pytest.mark.usefixtures("front")
-def test_two_commands_do_not_write_to_one_folder() -> None:
-    """Also where requests are refused, or their answers lost, while the folder is held."""
+def test_exclusive_lock_on_s3_rejects_second_writer() -> None:
+    """Also while requests are rejected or their responses lost."""
     run = "s3://chats/held"
     with (
         storage.exclusive_lock(run),
-        pytest.raises(ConfigError, match=r"held: another command works there"),
+        pytest.raises(ConfigError, match=r"held: locked by another d2i process"),
         storage.exclusive_lock(run, wait_s=0),
     ):
         raise AssertionError

@@ -1,4 +1,4 @@
-"""Neither the number of workers nor the size of a shard changes a byte of a sample."""
+"""Neither the number of workers nor the shard size changes a byte of a sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
 from d2i.recipes import change_recipe, resolve_recipe
 from d2i.shards import ShardReader
-from tests.integration.chats import saved
+from tests.integration.chats import encode_image
 from tests.shared import needs_shared
 
 pytestmark = needs_shared
@@ -23,23 +23,23 @@ NUM = 72
 
 @pytest.fixture(scope="module")
 def request_(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> PreprocessRequest:
-    """Two dialogs a picture, each picture another."""
-    folder = tmp_path_factory.mktemp("same")
-    draw = np.random.default_rng(0)
+    """Two dialogs for each of several distinct images."""
+    directory = tmp_path_factory.mktemp("same")
+    rng = np.random.default_rng(0)
     for n in range(NUM):
-        pixels = draw.integers(0, 255, (70 + n % 9, 66 + n % 7, 3), np.uint8)
-        (folder / f"{n}.png").write_bytes(saved(Image.fromarray(pixels), "PNG"))
+        pixels = rng.integers(0, 255, (70 + n % 9, 66 + n % 7, 3), np.uint8)
+        (directory / f"{n}.png").write_bytes(encode_image(Image.fromarray(pixels), "PNG"))
     lines = [
         {"id": f"{who}{n}", "turns": [{"text": f"{who} sees {n}", "images": [f"{n}.png"]}]}
         for n in range(NUM)
         for who in "ab"
     ]
-    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (directory / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     recipe = resolve_recipe("demo", settings[1::2])
-    return PreprocessRequest("jsonl", str(folder), "", recipe, num_workers=0)
+    return PreprocessRequest("jsonl", str(directory), "", recipe, num_workers=0)
 
 
-def made(request: PreprocessRequest, out: Path, num_samples: int, num_workers: int) -> Path:
+def prepare(request: PreprocessRequest, out: Path, num_samples: int, num_workers: int) -> Path:
     size = f"preprocess.num_samples_per_shard={num_samples}"
     values = {"out": str(out), "num_workers": num_workers}
     changed = {**vars(request), **values, "recipe": change_recipe(request.recipe, [size])}
@@ -47,29 +47,27 @@ def made(request: PreprocessRequest, out: Path, num_samples: int, num_workers: i
     return out / "test"
 
 
-def samples(folder: Path) -> dict[str, dict[str, bytes]]:
-    reader = ShardReader(str(folder))
-    return {key: reader.read_members(place) for place, key in enumerate(reader.keys)}
+def samples(directory: Path) -> dict[str, dict[str, bytes]]:
+    reader = ShardReader(str(directory))
+    return {key: reader.read_members(index) for index, key in enumerate(reader.keys)}
 
 
-def test_shards_of_32_and_of_1000_hold_the_same(
-    request_: PreprocessRequest, tmp_path: Path
-) -> None:
-    """Other batches meet other pictures then."""
-    small = made(request_, tmp_path / "small", 32, 0)
-    large = made(request_, tmp_path / "large", 1000, 0)
+def test_samples_do_not_depend_on_shard_size(request_: PreprocessRequest, tmp_path: Path) -> None:
+    """The shard size changes which images share a batch."""
+    small = prepare(request_, tmp_path / "small", 32, 0)
+    large = prepare(request_, tmp_path / "large", 1000, 0)
     assert len(list(small.glob("*.tar"))) > len(list(large.glob("*.tar"))) == 1
     assert samples(small) == samples(large)
     assert len(samples(small)) == 2 * NUM
 
 
-def test_one_worker_and_four_make_the_same_shards(
+def test_shards_do_not_depend_on_number_of_workers(
     request_: PreprocessRequest, tmp_path: Path
 ) -> None:
     with session(4, None):
-        folders = [made(request_, tmp_path / str(n), 16, n) for n in (1, 4)]
+        directories = [prepare(request_, tmp_path / str(n), 16, n) for n in (1, 4)]
     one, four = (
-        {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-        for folder in folders
+        {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+        for directory in directories
     )
     assert one == four

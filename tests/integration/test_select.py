@@ -1,4 +1,4 @@
-"""A run on real pictures: what it draws on the way, and which of its checkpoints is chosen."""
+"""A run on real images: its sample grids, and the checkpoint that `d2i select` chooses."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SOURCE = SHARED / "data" / "mmdialog"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
-    folder = tmp_path_factory.mktemp("select")
-    data, run = folder / "data", folder / "run"
+    directory = tmp_path_factory.mktemp("select")
+    data, run = directory / "data", directory / "run"
     for split in ("train", "valid"):
         preprocess("mmdialog", SOURCE, data, "--split", split, *settings)
     drawn = ("--set", "train.num_steps=4", "--set", "train.num_sample_steps=4")
@@ -34,19 +34,19 @@ def run(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
     return run
 
 
-def test_validation_dialogs_are_drawn_beside_the_true_pictures(run: Path) -> None:
+def test_sample_grid_shows_reference_and_generated_images(run: Path) -> None:
     grid = Image.open(run / "samples" / "step-4.png")
     pixels = np.asarray(grid.convert("RGB"))
     side = pixels.shape[0] // 2
     assert pixels.shape[1] % side == 0
     assert grid.info["step"] == "4"
     assert grid.info["weights_kind"] == "ema"
-    # The true pictures are photographs, what so short a training draws is something else.
+    # The reference images are photographs; such a short training generates other images.
     assert (pixels[:side] != pixels[side:]).mean() > 0.5
     assert pixels[:side].std() > 10
 
 
-def test_tensorboard_has_what_the_metrics_have(run: Path) -> None:
+def test_tensorboard_matches_metrics_jsonl(run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard")).Reload()
@@ -57,7 +57,7 @@ def test_tensorboard_has_what_the_metrics_have(run: Path) -> None:
     assert events.Scalars("valid/loss")
 
 
-def test_the_best_candidate_is_named_and_drawn_with(run: Path, settings: list[str]) -> None:
+def test_select_writes_best_candidate_and_eval_uses_it(run: Path, settings: list[str]) -> None:
     words = ("select", "--run", run, "--num-instances", 4, "--metric", "clip_i", "--json")
     best = run_d2i(*words, "--guidance", 1, "--guidance", 3)
     assert best == json.loads((run / "best.json").read_text())
@@ -65,7 +65,7 @@ def test_the_best_candidate_is_named_and_drawn_with(run: Path, settings: list[st
     kinds = ("ema", "ema-short", "trained")
     assert tried == [(s, kind, g) for s in (2, 4) for kind in kinds for g in (1, 3)]
     assert best["value"] == max(c["scores"]["clip_i"] for c in best["candidates"])
-    # Two pictures of the validation split can be read: the subset is all of them.
+    # Only two images of the validation split are readable: the subset is all of them.
     assert best["num_instances"] == 2
     assert (best["weights_kind"], best["last_step"]) == ("ema", 4)
     weights = read_state_dict(run / best["weights"])
@@ -87,10 +87,10 @@ def test_the_best_candidate_is_named_and_drawn_with(run: Path, settings: list[st
     assert run_d2i(*words, *other)["card"]["guidance_scale"] == 5
 
 
-def test_guidance_is_chosen_for_a_published_backbone_too(
+def test_select_chooses_guidance_of_published_backbone(
     run: Path, settings: list[str], tmp_path: Path
 ) -> None:
-    """And drawn with, which the card says; a choice for another system is refused."""
+    """The evaluation uses it and the card records it; the choice for another system is rejected."""
     data, out = run.parent / "data", tmp_path / "chosen"
     backbone = ("--system", "uvit-s", "--weights", run / "ema.safetensors", "--data", data)
     words = (*backbone, "--set", "sample.num_steps=2", "--json")
@@ -106,20 +106,22 @@ def test_guidance_is_chosen_for_a_published_backbone_too(
         "how": "select",
         **{name: best[name] for name in ("metric", "value", "num_instances", "seed")},
     }
-    with pytest.raises(ConfigError, match=r"chosen with --weights .*ema\.safetensors, got .*other"):
+    with pytest.raises(
+        ConfigError, match=r"selected with --weights .*ema\.safetensors, got .*other"
+    ):
         choose_settings("uvit-s", [], str(out), weights=str(tmp_path / "other.safetensors"))
-    with pytest.raises(ConfigError, match="was chosen for uvit-s, got uvit-s-deep"):
+    with pytest.raises(ConfigError, match="were selected for uvit-s, got uvit-s-deep"):
         choose_settings("uvit-s-deep", [], str(out), weights=str(run / "ema.safetensors"))
 
 
-def test_what_has_no_guidance_is_refused(run: Path, tmp_path: Path) -> None:
+def test_select_of_system_without_guidance_is_error(run: Path, tmp_path: Path) -> None:
     words = ("select", "--system", f"images:{tmp_path}", "--data", run.parent / "data")
     refused = run_process(*words, "--out", tmp_path / "chosen")
     assert refused.returncode == 2
-    assert "has no guidance scale to choose" in refused.stderr
+    assert "has no guidance scale to select" in refused.stderr
 
 
-def test_other_weights_of_a_run_are_drawn_with(
+def test_sample_weights_setting_generates_with_trained_weights(
     run: Path, settings: list[str], tmp_path: Path
 ) -> None:
     (run / "best.json").unlink(missing_ok=True)
@@ -133,7 +135,7 @@ def test_other_weights_of_a_run_are_drawn_with(
     assert usual["weights_kind"] == "ema"
     assert usual["weights"]["backbone"] != card["weights"]["backbone"]
 
-    # An evaluation begun before there was the setting goes on, and so it reads as before.
+    # An evaluation begun before the setting existed resumes, and reads the same weights.
     kept = tmp_path / "usual" / "evaluation.json"
     decided = json.loads(kept.read_text())
     del decided["recipe"]["sample"]["weights"]
@@ -141,10 +143,10 @@ def test_other_weights_of_a_run_are_drawn_with(
     (tmp_path / "usual" / "evaluation.json.sha256").unlink()
     assert run_d2i(*words, "--out", tmp_path / "usual")["card"] == usual
 
-    picture = tmp_path / "picture.png"
+    image = tmp_path / "picture.png"
     (tmp_path / "chat.txt").write_text("look at this")
-    chat = ("--dialog", tmp_path / "chat.txt", "--out", picture, *trained[:2])
+    chat = ("--dialog", tmp_path / "chat.txt", "--out", image, *trained[:2])
     run_d2i("sample", "--run", run, *chat, "--json")
-    with Image.open(picture) as drawn:
+    with Image.open(image) as drawn:
         assert drawn.info["weights_kind"] == "trained"
         assert drawn.info["weights"] == card["weights"]["backbone"]

@@ -1,4 +1,4 @@
-"""The batch scripts, run: a job that is told to go is queued again, and ends as if it never was."""
+"""The SLURM batch scripts, executed: a preempted job is requeued and resumes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def wait_until(is_so: Callable[[], bool], log: Path) -> None:
         time.sleep(0.05)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.glob("*/*") if path.is_file() and path.name[0] != "."]
+def contents(directory: Path) -> dict[str, bytes]:
+    paths = [path for path in directory.glob("*/*") if path.is_file() and path.name[0] != "."]
     return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in paths}
 
 
 @needs_shared
 @pytest.mark.soak
-def test_a_preparation_that_is_out_of_time_goes_on_in_the_next_life(tmp_path: Path) -> None:
+def test_preprocess_job_out_of_time_is_requeued_and_resumes(tmp_path: Path) -> None:
     slurm = Slurm(tmp_path, num_nodes=2, num_tasks=2)
     log = tmp_path / "log"
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -45,7 +45,7 @@ def test_a_preparation_that_is_out_of_time_goes_on_in_the_next_life(tmp_path: Pa
     job = slurm.start(SCRIPTS / "ray.sbatch", *line, "--out", out, *fault, log=log)
     try:
         wait_until(lambda: any(out.glob("*/*.commit.json")), log)
-        # As SLURM does a minute before the end: to the script alone.
+        # SLURM sends it a minute before the end, to the script alone.
         os.kill(job.pid, signal.SIGUSR1)
         assert job.wait(DEADLINE_S) == 1
         assert slurm.num_requeued == 1
@@ -63,7 +63,7 @@ def test_a_preparation_that_is_out_of_time_goes_on_in_the_next_life(tmp_path: Pa
 
 
 @pytest.mark.soak
-def test_a_training_that_is_told_to_go_is_queued_again_and_ends_as_if_it_never_was(
+def test_preempted_training_job_is_requeued_and_resumes_bit_exactly(
     tmp_path: Path,
 ) -> None:
     data, run, whole = write_data(tmp_path / "data"), tmp_path / "run", tmp_path / "whole"
@@ -76,7 +76,7 @@ def test_a_training_that_is_told_to_go_is_queued_again_and_ends_as_if_it_never_w
     job = slurm.start(SCRIPTS / "train.sbatch", *line, log=log)
     try:
         wait_until((run / "metrics.jsonl").exists, log)
-        # As SLURM does two minutes before the end: to the ranks; here srun passes it on.
+        # SLURM sends it two minutes before the end, to the ranks; here srun forwards it.
         os.kill(step_of(job.pid), signal.SIGUSR1)
         assert job.wait(DEADLINE_S) == 0, log.read_text()[-3000:]
     finally:
@@ -94,7 +94,7 @@ def test_a_training_that_is_told_to_go_is_queued_again_and_ends_as_if_it_never_w
 
 
 def step_of(script: int) -> int:
-    """The process of `srun` that a batch script waits for."""
+    """Return the pid of the `srun` that a batch script waits for."""
     children = Path(f"/proc/{script}/task/{script}/children").read_text().split()
     (step,) = map(int, children)
     return step

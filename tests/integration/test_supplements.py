@@ -1,4 +1,4 @@
-"""`--retry-failed` against hosts that recover: exactly the missing pictures, each key once."""
+"""`--retry-failed` against hosts that recover: fetches only the missing images, each key once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from d2i.preprocess.ledger import read_ledger
 from d2i.shards import ShardReader, verify
-from tests.integration.chats import picture, reasons, sends, write_chats
+from tests.integration.chats import noise_image, reasons, sends, write_chats
 from tests.integration.commands import preprocess
 from tests.processes import run_process
 from tests.servers import WebServer, running
@@ -21,8 +21,8 @@ NUM = 12
 LATE, GONE = (1, 4, 7, 10), (2,)
 
 
-def test_transient_failures_alone_are_retried(tmp_path: Path, settings: list[str]) -> None:
-    answers = {f"/{n}": sends(picture(size=(64 + n, 64))) for n in range(NUM) if n not in GONE}
+def test_retry_failed_retries_only_transient_failures(tmp_path: Path, settings: list[str]) -> None:
+    answers = {f"/{n}": sends(noise_image(size=(64 + n, 64))) for n in range(NUM) if n not in GONE}
     down = {f"/{n}": sends(b"", 500) for n in LATE}
     with running(WebServer("127.0.0.1", answers | down)) as web:
         host = f"127.0.0.1:{web.port}"
@@ -62,13 +62,15 @@ def test_transient_failures_alone_are_retried(tmp_path: Path, settings: list[str
 
 
 @pytest.mark.soak
-def test_what_fails_again_is_no_trouble_of_our_own(tmp_path: Path, settings: list[str]) -> None:
-    """Only hosts that were not reached are asked again, and none of them is reached now."""
+def test_retry_failed_on_dead_hosts_is_not_detected_as_outage(
+    tmp_path: Path, settings: list[str]
+) -> None:
+    """Only unreachable hosts are retried, and none of them is reachable now either."""
     closed = []
     for _ in range(10):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             closed.append(f"127.0.0.1:{listener.getsockname()[1]}")
-    with running(WebServer("127.0.0.1", {"/0": sends(picture())})) as web:
+    with running(WebServer("127.0.0.1", {"/0": sends(noise_image())})) as web:
         hosts = [f"127.0.0.1:{web.port}", *closed]
         chats = {f"c{n}": [f"http://{host}/{n}"] for n, host in enumerate(hosts)}
         source, out = write_chats(tmp_path / "chats", chats), tmp_path / "data"
@@ -77,7 +79,7 @@ def test_what_fails_again_is_no_trouble_of_our_own(tmp_path: Path, settings: lis
         again = preprocess("jsonl", source, out, "--retry-failed", *extra)["test"]
         assert first["failures"] == again["failures"] == {"connect": 10}
         assert list(reasons(out).values()).count("connect") == 10
-        # And once more, beside a shard whose rows went into those of the ones it mends.
+        # And once more, next to a supplement whose rows replaced those of the shards it completes.
         assert preprocess("jsonl", source, out, "--retry-failed", *extra)["test"] == again
 
         (out / "test" / "plan" / "supplements.json").unlink()
@@ -86,4 +88,4 @@ def test_what_fails_again_is_no_trouble_of_our_own(tmp_path: Path, settings: lis
             *("--recipe", "demo", "--workers", "0", "--retry-failed", *extra),
         )
     assert lost.returncode == 2
-    assert "does not list shard 1, which --retry-failed made before" in lost.stderr
+    assert "does not list shard 1, which an earlier --retry-failed made" in lost.stderr

@@ -1,4 +1,4 @@
-"""Every kind of system, from the dialog to its scores; and what is wrong with one is said."""
+"""Every kind of system, from dialogs to scores, and the errors of invalid systems."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def assert_scored(result: dict[str, Any], num: int = 23) -> None:
 
 
 def assert_row(out: Path, name: str) -> None:
-    """The evaluation is a row of Table 2, with all of its scores."""
+    """Assert that the evaluation is a row of Table 2 with all of its scores."""
     (table,) = table2([read_evaluation(out)])
     (row,) = table.rows
     assert row.heading == name
@@ -74,7 +74,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "instances.jsonl").read_text().splitlines()]
 
 
-def test_a_diffusers_pipeline_from_its_folder(tmp_path: Path, chat_data: Path) -> None:
+def test_diffusers_pipeline_is_evaluated_from_directory(tmp_path: Path, chat_data: Path) -> None:
     save_tiny_pipeline(tmp_path / "pipeline")
     arguments = 'sample.pipeline={"num_inference_steps": 2, "height": 64, "width": 64}'
     system = f"diffusers:{tmp_path / 'pipeline'}"
@@ -87,7 +87,7 @@ def test_a_diffusers_pipeline_from_its_folder(tmp_path: Path, chat_data: Path) -
     assert grouped == result
 
 
-def test_unclip_by_its_own_name(tmp_path: Path, chat_data: Path) -> None:
+def test_unclip_pipeline_is_evaluated(tmp_path: Path, chat_data: Path) -> None:
     save_tiny_unclip(tmp_path / "unclip")
     steps = {f"{part}_num_inference_steps": 2 for part in ("prior", "decoder", "super_res")}
     arguments = f"sample.pipeline={json.dumps(steps)}"
@@ -98,8 +98,8 @@ def test_unclip_by_its_own_name(tmp_path: Path, chat_data: Path) -> None:
     assert result["card"]["text_tokens"] == {"text_encoder": window}
 
 
-def test_retrieval_shows_training_pictures(tmp_path: Path, chat_data: Path) -> None:
-    """Data that lies elsewhere is read through the cache that the request names, and no other."""
+def test_retrieval_system_returns_training_images(tmp_path: Path, chat_data: Path) -> None:
+    """Remote data are read through the cache directory that the request names."""
     elsewhere, cache = f"simplecache::file://{chat_data}", tmp_path / "cache"
     through = partial(ShardReader, cache_dir=cache, cache_gb=0.001)
     system = f"retrieve:{elsewhere}"
@@ -114,7 +114,7 @@ def test_retrieval_shows_training_pictures(tmp_path: Path, chat_data: Path) -> N
     )
 
 
-def test_divter_learns_to_describe_and_draws_it(tmp_path: Path, chat_data: Path) -> None:
+def test_divter_learns_to_describe_and_is_evaluated(tmp_path: Path, chat_data: Path) -> None:
     pairs = read_pairs(str(chat_data / "train"), recipe_of(chat_data).text)
     assert len(pairs) == 12
     assert all(text.startswith("# ") and said.endswith(" ball") for text, said in pairs)
@@ -135,8 +135,8 @@ def test_divter_learns_to_describe_and_draws_it(tmp_path: Path, chat_data: Path)
     assert {"describer", "backbone"} <= set(result["card"]["weights"])
 
 
-def test_pictures_made_elsewhere_by_key(tmp_path: Path, chat_data: Path) -> None:
-    """MiniGPT-5's way: dialogs out, pictures named by key in; its row carries its name."""
+def test_external_images_are_matched_by_instance_key(tmp_path: Path, chat_data: Path) -> None:
+    """As for MiniGPT-5: export dialogs, read images named by key, label the table row."""
     assert export_dialogs(str(chat_data / "test"), str(tmp_path / "export")) == 23
     lines = (tmp_path / "export/test/conversations.json").read_text().splitlines()
     keys = list(ShardReader(str(chat_data / "test")).keys)
@@ -168,15 +168,15 @@ def test_pictures_made_elsewhere_by_key(tmp_path: Path, chat_data: Path) -> None
     assert [row["clip_i"] for row in true] == pytest.approx([100.0] * 20)
     assert {row["rank"] for row in true} == {1}
     warnings = "\n".join(result["warnings"])
-    assert f"1 pictures are of one colour, the first is that of {keys[7]}" in warnings
+    assert f"images of a single colour: 1, the first is that of {keys[7]}" in warnings
     assert "FID on 21 images is noisy and biased" in warnings
-    assert "21 of 23 instances have a picture" in warnings
+    assert "21 of 23 instances have an image" in warnings
     assert "2 sizes (64x64, 80x64)" in warnings
 
 
-def test_names_of_files_pair_the_pictures(tmp_path: Path, chat_data: Path) -> None:
-    """CLIP-I is the definition's mean cosine, and order and form of files change nothing."""
-    draw_noise(tmp_path / "a", chat_data)
+def test_image_file_order_and_extension_change_no_score(tmp_path: Path, chat_data: Path) -> None:
+    """Scores depend on neither file order nor extension; CLIP-I is the mean of the rows."""
+    write_noise_images(tmp_path / "a", chat_data)
     (tmp_path / "b").mkdir()
     for path in (tmp_path / "a").iterdir():
         (tmp_path / "b" / f"{path.stem}.PNG").write_bytes(path.read_bytes())
@@ -188,10 +188,12 @@ def test_names_of_files_pair_the_pictures(tmp_path: Path, chat_data: Path) -> No
     )
 
 
-def test_folders_without_our_keys_and_of_jpegs(tmp_path: Path, chat_data: Path) -> None:
+def test_image_directory_without_keys_raises_and_mixed_codecs_warn(
+    tmp_path: Path, chat_data: Path
+) -> None:
     (tmp_path / "other").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "other/00001.png")
-    with pytest.raises(DataError, match=r"no picture is named by an instance key: got 1 files, .*"):
+    with pytest.raises(DataError, match=r"no image is named by an instance key: got 1 files, .*"):
         scored(chat_data, tmp_path / "out", f"images:{tmp_path / 'other'}")
     for number, key in enumerate(ShardReader(str(chat_data / "test")).keys):
         name = f"{key}.{'jpg' if number % 2 else 'png'}"
@@ -201,8 +203,8 @@ def test_folders_without_our_keys_and_of_jpegs(tmp_path: Path, chat_data: Path) 
     assert result["card"]["codec"] == "jpg, png files"
 
 
-def test_what_a_system_is_shown(tmp_path: Path, chat_data: Path) -> None:
-    """The same noise, other words: the four contexts give four sets of pictures."""
+def test_context_ablation_changes_scores(tmp_path: Path, chat_data: Path) -> None:
+    """With the same noise the four context modes give four different FIDs."""
     found = {
         mode: scored(chat_data, tmp_path / mode, "uvit-s", weights="demo:backbone", context=mode)
         for mode in ("full", "last", "none", "shuffled")
@@ -220,21 +222,21 @@ def test_what_a_system_is_shown(tmp_path: Path, chat_data: Path) -> None:
         scored(chat_data, tmp_path / "last", "uvit-s", weights="demo:backbone")
 
 
-def test_true_pictures_are_measured_once(
+def test_reference_features_are_cached_and_verified(
     tmp_path: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first = scored(chat_data, tmp_path / "first", f"retrieve:{chat_data}")
     (kept,) = (tmp_path / "cache/d2i").glob("*/real_features.npy")
     assert scored(chat_data, tmp_path / "second", f"retrieve:{chat_data}") == first
-    # They are believed only as they were kept: other numbers, or a cut file, are measured again.
+    # Changed numbers or a truncated file fail the checksum and are computed again.
     good = kept.read_bytes()
     np.save(kept, np.load(kept) + 1)
     assert scored(chat_data, tmp_path / "third", f"retrieve:{chat_data}") == first
     assert kept.read_bytes() == good
     kept.write_bytes(good[:100])
     assert scored(chat_data, tmp_path / "fourth", f"retrieve:{chat_data}") == first
-    # They are really read: a mark that has its checksum shows in the scores.
+    # The cache is really read: changed features with a valid checksum change the scores.
     np.save(kept, np.load(kept) + 1)
     described = kept.with_name("described.json")
     said = json.loads(described.read_text())
@@ -247,8 +249,8 @@ def test_true_pictures_are_measured_once(
     assert len(list((tmp_path / "cache/d2i").glob("*/real_features.npy"))) == 2
 
 
-def test_numbers_that_are_none_are_failures(tmp_path: Path, chat_data: Path) -> None:
-    """A network that gives NaN gives no pictures, and not black ones."""
+def test_nan_images_are_failures(tmp_path: Path, chat_data: Path) -> None:
+    """A network that outputs NaN gives failures, not black images."""
     backbone = Path(resolve_weights("demo:backbone"))
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -257,9 +259,11 @@ def test_numbers_that_are_none_are_failures(tmp_path: Path, chat_data: Path) -> 
     (file,) = broken.glob("*.safetensors")
     state = load_file(file)
     name = max(state, key=lambda key: state[key].numel())
-    # Weights that are no numbers are refused; these are, and what is made of them is not.
+    # NaN weights are rejected on loading; these are finite, but their outputs are not.
     save_file(state | {name: torch.full(state[name].shape, 1e38)}, file)
-    with pytest.raises(DataError, match=r"got 0 pictures for 23 instances \(23 not_finite\)"):
+    with pytest.raises(
+        DataError, match=r"got 0 generated images for 23 instances \(23 not_finite\)"
+    ):
         scored(chat_data, tmp_path / "out", "uvit-s", weights=str(broken))
     assert {row["status"] for row in rows(tmp_path / "out")} == {"not_finite"}
 
@@ -267,17 +271,17 @@ def test_numbers_that_are_none_are_failures(tmp_path: Path, chat_data: Path) -> 
 @pytest.mark.parametrize(
     ("system", "message"),
     [
-        ("stable", "no such system; expected run:DIR, diffusers:PATH"),
-        ("json:dumps.nothing", "no such system"),
+        ("stable", "unknown system; expected run:DIR, diffusers:PATH"),
+        ("json:dumps.nothing", "unknown system"),
         ("divter:somewhere", "expected divter:DIR,SYSTEM"),
         ("uvit-s", "got no weights; expected mscoco_uvit_small.pth"),
-        ("run:nowhere", "nowhere is no run"),
+        ("run:nowhere", "nowhere is not a run"),
         ("diffusers:nowhere/at/all", "cannot load DiffusionPipeline"),
-        ("images:nowhere", "got an empty folder"),
+        ("images:nowhere", "got an empty directory"),
         ("divter:nowhere,images:nowhere", "cannot load AutoModelForCausalLM"),
     ],
 )
-def test_a_wrong_system_is_one_line(
+def test_invalid_system_is_one_line_error(
     tmp_path: Path, chat_data: Path, system: str, message: str
 ) -> None:
     with pytest.raises(D2IError, match=message) as caught:
@@ -285,7 +289,7 @@ def test_a_wrong_system_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_other_weights_in_a_run_are_refused(tmp_path: Path, chat_data: Path) -> None:
+def test_changed_weights_of_run_are_rejected(tmp_path: Path, chat_data: Path) -> None:
     recipe = recipe_of(chat_data)
     run = tmp_path / "run"
     run.mkdir()
@@ -297,14 +301,14 @@ def test_other_weights_in_a_run_are_refused(tmp_path: Path, chat_data: Path) -> 
     result = scored(chat_data, tmp_path / "out", f"run:{run}")
     assert result["card"]["backbone"] == "uvit-s"
     save_file({key: 2 * value for key, value in load_file(run / EMA_NAME).items()}, run / EMA_NAME)
-    # Nothing is left to draw, and yet these are not that network's scores.
-    with pytest.raises(ConfigError, match=r"gave before its files changed; .* another --out"):
+    # All images exist already, but the changed weights would not give these scores.
+    with pytest.raises(ConfigError, match=r"from before its files changed; .* another --out"):
         scored(chat_data, tmp_path / "out", f"run:{run}")
 
 
-def test_pictures_made_anew_are_not_given_the_old_scores(tmp_path: Path, chat_data: Path) -> None:
+def test_changed_image_directory_is_rejected(tmp_path: Path, chat_data: Path) -> None:
     made, system = tmp_path / "made", f"images:{tmp_path / 'made'}"
-    draw_noise(made, chat_data)
+    write_noise_images(made, chat_data)
     first = scored(chat_data, tmp_path / "out", system)
     (made / "log.txt").write_text("no picture: it changes nothing")
     assert scored(chat_data, tmp_path / "out", system) == first
@@ -313,23 +317,23 @@ def test_pictures_made_anew_are_not_given_the_old_scores(tmp_path: Path, chat_da
         scored(chat_data, tmp_path / "out", system)
 
 
-def test_odd_folders_of_pictures(tmp_path: Path, chat_data: Path) -> None:
+def test_image_directory_with_small_or_duplicate_images(tmp_path: Path, chat_data: Path) -> None:
     made, system = tmp_path / "made", f"images:{tmp_path / 'made'}"
-    key = draw_noise(made, chat_data, side_px=32)
+    key = write_noise_images(made, chat_data, side_px=32)
     with pytest.raises(ConfigError, match=r"--context none: images:.* expected full"):
         scored(chat_data, tmp_path / "out", system, context="none")
     warnings = scored(chat_data, tmp_path / "out", system)["warnings"]
-    assert any("pictures of 32x32 were enlarged to 64x64" in warning for warning in warnings)
+    assert any("images of 32x32 were upscaled to 64x64" in warning for warning in warnings)
     (made / f"{key}.jpg").write_bytes((made / f"{key}.png").read_bytes())
-    with pytest.raises(DataError, match=rf"two pictures for one key, {key}.jpg and {key}.png"):
+    with pytest.raises(DataError, match=rf"two images for one key, {key}.jpg and {key}.png"):
         scored(chat_data, tmp_path / "other", system)
 
 
-def draw_noise(folder: Path, data: Path, side_px: int = 64) -> str:
-    """Make a picture for each test key; return one of them."""
-    folder.mkdir()
+def write_noise_images(directory: Path, data: Path, side_px: int = 64) -> str:
+    """Write a noise image for each test key; return one of the keys."""
+    directory.mkdir()
     keys = ShardReader(str(data / "test")).keys
     for number, key in enumerate(keys):
         noise = Image.effect_noise((side_px, side_px), 10 + 10 * number)
-        noise.convert("RGB").save(folder / f"{key}.png")
+        noise.convert("RGB").save(directory / f"{key}.png")
     return keys[0]

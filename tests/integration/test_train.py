@@ -1,4 +1,4 @@
-"""Real two-rank DeepSpeed: resumed to the bit, stopped on request, and by other ranks."""
+"""Training on two DeepSpeed ranks: bit-exact resume, stop signals, other world sizes."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def undisturbed(trained: Path) -> Path:
         pytest.param("train.checkpoint_written:kill:2", marks=pytest.mark.soak),
     ],
 )
-def test_a_killed_run_resumes_to_the_bit(
+def test_killed_training_resumes_bit_exactly(
     data: Path, undisturbed: Path, tmp_path: Path, fault: str
 ) -> None:
-    """The rest is read from elsewhere, through a cache: the same samples, so the same bits."""
+    """The resumed run reads remote data through a cache: same samples, so same bits."""
     run, cache = tmp_path / "killed", tmp_path / "cache"
     killed = run_process(*command(data, run, train__record_keys="true"), "--fault", fault)
     assert killed.returncode != 0
@@ -61,7 +61,7 @@ def test_a_killed_run_resumes_to_the_bit(
     assert ema_bytes(run) == ema_bytes(undisturbed)
 
 
-def test_a_run_records_what_it_started_from(undisturbed: Path) -> None:
+def test_run_records_initial_weights(undisturbed: Path) -> None:
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["initial_weights"] == {"file": "scratch"}
     assert parse_system(f"run:{undisturbed}", None, load_recipe("demo")).label == (
@@ -69,8 +69,8 @@ def test_a_run_records_what_it_started_from(undisturbed: Path) -> None:
     )
 
 
-def test_the_ranks_end_with_the_command(data: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """SIGKILL reaches neither launcher nor ranks; they must not go on writing to the run."""
+def test_ranks_die_with_killed_command(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """SIGKILL reaches only the command; launcher and ranks must stop writing to the run."""
     run = tmp_path / "killed"
     asleep = command(data, run, train__record_keys="true")
     with started([*asleep, "--fault", "train.step_done:sleep:3"]) as process:
@@ -88,10 +88,10 @@ def test_the_ranks_end_with_the_command(data: Path, undisturbed: Path, tmp_path:
         (signal.SIGINT, False, 130),
     ],
 )
-def test_asked_to_stop_it_writes_a_checkpoint_and_goes_on(
+def test_stop_signal_writes_checkpoint_and_resume_hint(
     data: Path, tmp_path: Path, number: signal.Signals, code: int, *, to_all: bool
 ) -> None:
-    """To the command alone, or to its launcher and ranks as well, as who ends a whole job does."""
+    """The signal goes to the command alone, or also to launcher and ranks, as when a job ends."""
     run = tmp_path / "stopped"
     long = {"train__num_steps": 100_000, "train__num_checkpoint_steps": 100_000}
     with started(command(data, run, **long)) as process:
@@ -99,17 +99,19 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_goes_on(
         for other, words in command_lines():
             if str(run) in words and (to_all or other == process.pid):
                 os.kill(other, number)
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == code, said
-    assert "resume with the same command, from step-" in said
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr
+    assert "resume with the same command, from step-" in stderr
     assert len(list((run / "checkpoints").glob("step-*/complete.json"))) == 1
     assert not (run / "ema.safetensors").exists()
 
 
-def test_other_ranks_go_on_in_the_same_order(data: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """One rank, then two, then one again; losses within 1e-5, averages within 1e-6.
+def test_resume_with_other_world_size_keeps_data_order(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """One rank, then two, then one again: losses within 1e-5, EMA within 1e-6.
 
-    With the ranks change how much they take at once and what they share.
+    Micro batch size, ZeRO stage and activation checkpointing change with the world size.
     """
     run = tmp_path / "elastic"
     ways = (
@@ -124,7 +126,7 @@ def test_other_ranks_go_on_in_the_same_order(data: Path, undisturbed: Path, tmp_
             words += ["--fault", "train.step_done:kill:3"]
         assert (run_process(*words).returncode == 0) == (number == 2)
     np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
-    ours, theirs = (load_file(folder / "ema.safetensors") for folder in (run, undisturbed))
+    ours, theirs = (load_file(directory / "ema.safetensors") for directory in (run, undisturbed))
     for name, average in ours.items():
         np.testing.assert_allclose(average, theirs[name], rtol=0, atol=1e-6)
     order = keys_by_step(undisturbed)
@@ -133,7 +135,7 @@ def test_other_ranks_go_on_in_the_same_order(data: Path, undisturbed: Path, tmp_
     assert seen == {(step, key) for step, keys in order.items() for key in keys}
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(
+def test_damaged_newest_checkpoint_is_skipped(
     data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "damaged"
@@ -150,8 +152,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert ema_bytes(run) == ema_bytes(undisturbed)
 
 
-def test_the_demos_script_measures_before_a_training(data: Path, tmp_path: Path) -> None:
-    """The script of a recipe, run for real; it trains nothing, so the run can be begun after."""
+def test_preflight_of_demo_script_measures_and_trains_nothing(data: Path, tmp_path: Path) -> None:
+    """`train/demo.sh --preflight` writes no checkpoints, so the run can start afterwards."""
     words = [str(word) for word in command(data, tmp_path)]
     settings = words[words.index("--set") :]
     line = [ROOT / "train" / "demo.sh", data, tmp_path / "run", "--preflight", *settings]
@@ -166,20 +168,22 @@ def test_the_demos_script_measures_before_a_training(data: Path, tmp_path: Path)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_stage_3_of_a_file_agrees(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_zero_3_config_file_gives_same_losses(
+    data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     done = run_process(*command(data, run), "--zero", ROOT / "train" / "zero-3.json")
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
 
 
-def test_what_a_run_cannot_go_on_with_is_refused(data: Path, undisturbed: Path) -> None:
+def test_resume_with_changed_seed_is_error(data: Path, undisturbed: Path) -> None:
     other = run_process(*command(data, undisturbed, train__record_keys="true", train__seed=1))
     assert other.returncode == 2
     assert "recipe.train.seed: 1, expected 0" in other.stderr
 
 
-def test_a_finished_run_without_checkpoints_is_left_as_it_is(
+def test_finished_run_without_checkpoints_is_left_unchanged(
     data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -191,7 +195,7 @@ def test_a_finished_run_without_checkpoints_is_left_as_it_is(
     assert ema_bytes(run) == ema_bytes(undisturbed)
 
 
-def test_a_step_whose_loss_is_no_number_is_named(data: Path, tmp_path: Path) -> None:
+def test_nan_loss_error_names_step_and_samples(data: Path, tmp_path: Path) -> None:
     diverged = run_process(*command(data, tmp_path / "run", 1, train__optim__lr=1e30))
     assert diverged.returncode == 2
     assert "the loss of step" in diverged.stderr

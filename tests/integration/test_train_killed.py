@@ -1,6 +1,6 @@
-"""SIGKILL of one rank, of the launcher or of the command at random steps: it ends in the same bits.
+"""SIGKILL of a rank, the launcher or the command at random steps: training resumes bit-exactly.
 
-One seeded run in CI; `make soak` does twenty.
+One seed in CI; `make soak` runs twenty.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHANGED = {
     "train__record_keys": "true",
     "train__num_validation_steps": 20,
 }
-# What the command line of each victim holds, beside the run's folder.
+# A part of each victim's command line, which also contains the run's directory.
 VICTIMS = {
     "rank 0": "--local_rank=0",
     "rank 1": "--local_rank=1",
@@ -49,7 +49,7 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kill(victim: str, run: Path) -> None:
-    """SIGKILL the process whose command line names the victim and the run."""
+    """SIGKILL the processes whose command line names the victim and the run."""
     for number, words in command_lines():
         is_rank = "--local_rank" in words
         if is_rank == victim.startswith("rank") and VICTIMS[victim] in words and str(run) in words:
@@ -57,16 +57,16 @@ def kill(victim: str, run: Path) -> None:
 
 
 def kill_at(data: Path, run: Path, victim: str, step: int) -> None:
-    """Start the command, and kill the victim once the first rank has begun a step."""
+    """Start the command and kill the victim once the first rank has reached a step."""
     words = [*COMMAND, *map(str, command(data, run, **CHANGED))]
     log = run / "keys" / "rank-0.jsonl"
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: log.exists() and log.read_text().count("\n") >= 2 * step, process)
         kill(victim, run)
-        _, said = process.communicate(timeout=120)
-    assert process.returncode != 0, said
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0, stderr
     if victim.startswith("rank"):
-        assert said.count(f"{victim} on {platform.node()} ended") == 1
+        assert stderr.count(f"{victim} on {platform.node()} ended") == 1
 
 
 def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -78,12 +78,12 @@ def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> Non
 @pytest.mark.parametrize(
     "seed", [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 21))]
 )
-def test_killed_at_random_it_ends_in_the_same_bits(
+def test_training_killed_at_random_step_resumes_bit_exactly(
     data: Path, undisturbed: Path, tmp_path: Path, seed: int
 ) -> None:
-    draw = random.Random(seed)
-    run, victim = tmp_path / "run", draw.choice(sorted(VICTIMS))
-    kill_at(data, run, victim, draw.randint(1, NUM_STEPS // 2))
+    rng = random.Random(seed)
+    run, victim = tmp_path / "run", rng.choice(sorted(VICTIMS))
+    kill_at(data, run, victim, rng.randint(1, NUM_STEPS // 2))
     train(data, run, **CHANGED)
     assert ema_bytes(run) == ema_bytes(undisturbed), victim
     assert keys_by_step(run).keys() == keys_by_step(undisturbed).keys()

@@ -1,4 +1,4 @@
-"""A run is trained longer: as if it had been asked for from the start, and crash-safe."""
+"""A finished run is extended: same result as a run of full length, and crash-safe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.integration.training import command, train
 from tests.processes import run_process
 
 SHORT, LONG = 5, 9
-# Neither 5 nor 9 is due for a line, a validation or a checkpoint: a run's end alone makes theirs.
+# Neither 5 nor 9 is a step of logging, validation or checkpoints: only a run's end writes theirs.
 CADENCE = {
     "train__num_log_steps": 3,
     "train__num_validation_steps": 4,
@@ -39,7 +39,7 @@ def results(run: Path) -> dict[str, bytes]:
 
 
 def lines(run: Path) -> list[list[dict[str, Any]]]:
-    """What of each line is no matter of time."""
+    """Return the lines of metrics and validation without fields that depend on time."""
     timed = {"images_per_s", "elapsed_s", "data_wait", checksums.CRC_FIELD}
     return [
         [
@@ -69,10 +69,10 @@ def run(short: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(short, tmp_path / "run"))
 
 
-def test_a_longer_run_is_the_one_that_was_to_be_as_long(
+def test_extended_run_equals_run_of_full_length(
     training_data: Path, run: Path, short: Path, whole: Path
 ) -> None:
-    """Killed on the way, it still has the results of before, and goes on by the same command."""
+    """A killed extension keeps the old results, and the same command resumes it."""
     assert [line["step"] for line in lines(short)[0]] == [3, 5]
     assert [line["step"] for line in lines(short)[1]] == [4, 5]
     longer = words(training_data, run, LONG)
@@ -94,10 +94,10 @@ def test_a_longer_run_is_the_one_that_was_to_be_as_long(
             assert opened.metadata()["step"] == str(LONG)
 
 
-def test_what_the_end_had_not_written_is_written_and_nothing_else(
+def test_resume_writes_only_missing_final_metrics(
     training_data: Path, run: Path, short: Path
 ) -> None:
-    """As after a kill between the last checkpoint and the last line of metrics."""
+    """As after a kill between the last checkpoint and the last metrics line."""
     kept = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:-1]
     (run / "metrics.jsonl").write_text("".join(kept))
     assert run_process(*words(training_data, run, SHORT)).returncode == 0
@@ -106,16 +106,16 @@ def test_what_the_end_had_not_written_is_written_and_nothing_else(
         assert (run / name).read_bytes() == (short / name).read_bytes(), name
 
 
-def test_fewer_steps_than_were_made_are_refused(
-    training_data: Path, run: Path, short: Path
-) -> None:
+def test_fewer_steps_than_trained_is_error(training_data: Path, run: Path, short: Path) -> None:
     fewer = run_process(*words(training_data, run, SHORT - 1))
     assert fewer.returncode == 2
     assert f"train.num_steps is 4, and {run} has made 5 steps" in fewer.stderr
     assert results(run) == results(short)
 
 
-def test_without_checkpoints_it_cannot_go_on(training_data: Path, run: Path, short: Path) -> None:
+def test_extending_run_without_checkpoints_is_error(
+    training_data: Path, run: Path, short: Path
+) -> None:
     shutil.rmtree(run / "checkpoints")
     longer = run_process(*words(training_data, run, LONG))
     assert longer.returncode == 2
@@ -124,7 +124,7 @@ def test_without_checkpoints_it_cannot_go_on(training_data: Path, run: Path, sho
     assert results(run) == results(short)
 
 
-def test_a_choice_of_the_shorter_run_is_named_and_not_used(
+def test_selection_of_shorter_run_is_ignored_with_warning(
     run: Path, whole: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     chosen = {"weights": "select/step-4.safetensors", "step": 4, "guidance_scale": 3.0}
@@ -144,15 +144,15 @@ def test_a_choice_of_the_shorter_run_is_named_and_not_used(
         shutil.copy(whole / name, run / name)
     assert parse_system(system, None, recipe).backbone.weights == str(run / "ema.safetensors")
     assert choose_settings(system, []).settings == []
-    (said,) = caplog.messages
-    assert "best.json is not used: it was chosen when the run had 5 steps, and it has 9" in said
+    (message,) = caplog.messages
+    assert "best.json is not used: it was chosen when the run had 5 steps, and it has 9" in message
 
 
 @pytest.mark.soak
-def test_a_run_of_before_goes_on_as_it_was_begun(
+def test_backward_compatibility_of_run_without_ema_warmup(
     training_data: Path, tmp_path: Path, short: Path
 ) -> None:
-    """One whose average had no warm-up, which had one average, and whose results say no step."""
+    """A run without EMA warm-up, without short EMA, and without the step in its results."""
     run = tmp_path / "run"
     former = {"train__ema_warmup": "false", "train__short_ema_length": "null"}
     train(training_data, run, 1, train__num_steps=SHORT, **CADENCE, **former)

@@ -30,8 +30,8 @@ SETTINGS = {
 }
 
 
-def write_split(folder: Path, split: str, num_samples: int, **sizes: int) -> None:
-    """Shards of random numbers, two of them."""
+def write_split(directory: Path, split: str, num_samples: int, **sizes: int) -> None:
+    """Write a split of two shards of random numbers."""
     random = np.random.default_rng(len(split))
     side, text_dim = sizes.get("side", 4), sizes.get("text_dim", 8)
     samples = [
@@ -50,22 +50,22 @@ def write_split(folder: Path, split: str, num_samples: int, **sizes: int) -> Non
     ]
     half = num_samples // 2
     for number, part in enumerate((samples[:half], samples[half:])):
-        write_shard(part, str(folder), number, failures={})
-    (folder / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
-    (folder / "empty_text.npy").write_bytes(npy_bytes(np.zeros((77, text_dim), np.float16)))
-    write_manifest(str(folder), {})
+        write_shard(part, str(directory), number, failures={})
+    (directory / "empty_tokens.npy").write_bytes(npy_bytes(np.zeros(77, np.uint16)))
+    (directory / "empty_text.npy").write_bytes(npy_bytes(np.zeros((77, text_dim), np.float16)))
+    write_manifest(str(directory), {})
 
 
-def write_data(folder: Path) -> Path:
-    """Ten training and five validation samples."""
+def write_data(directory: Path) -> Path:
+    """Write ten training and five validation samples."""
     for split, num_samples in (("train", 10), ("valid", 5)):
-        (folder / split).mkdir(parents=True)
-        write_split(folder / split, split, num_samples)
-    return folder
+        (directory / split).mkdir(parents=True)
+        write_split(directory / split, split, num_samples)
+    return directory
 
 
 def command(data: Path | str, run: Path | str, num_ranks: int = 2, **changed: Any) -> list[object]:
-    """The command that trains, with settings such as `train__seed=1` changed."""
+    """Return the `d2i train` command, with settings such as `train__seed=1` changed."""
     values = SETTINGS | {name.replace("__", "."): value for name, value in changed.items()}
     settings = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
     return [
@@ -75,13 +75,13 @@ def command(data: Path | str, run: Path | str, num_ranks: int = 2, **changed: An
 
 
 def train(data: Path, run: Path, num_ranks: int = 2, **changed: Any) -> dict[str, Any]:
-    """Run the command to its end."""
+    """Run `d2i train` to its end; return its JSON."""
     result: dict[str, Any] = run_d2i(*command(data, run, num_ranks, **changed), "--json")
     return result
 
 
 def losses(run: Path) -> list[float]:
-    """The losses as logged, and those of validation."""
+    """Return the logged training losses, then those of validation."""
     found = []
     for name in ("metrics.jsonl", "validation.jsonl"):
         lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
@@ -91,7 +91,7 @@ def losses(run: Path) -> list[float]:
 
 
 def keys_by_step(run: Path) -> dict[int, list[str]]:
-    """The keys of every step, rank after rank, as the last attempt at the step wrote them."""
+    """Return the keys of every step by rank, as the last attempt at the step wrote them."""
     found: dict[int, list[str]] = {}
     for path in sorted((run / "keys").iterdir()):
         for line in map(json.loads, path.read_text().splitlines()):
@@ -100,5 +100,5 @@ def keys_by_step(run: Path) -> dict[int, list[str]]:
 
 
 def ema_bytes(run: Path) -> bytes:
-    """The finished weights."""
+    """Return the EMA weights file of a finished run."""
     return (run / "ema.safetensors").read_bytes()

@@ -1,9 +1,9 @@
-"""Make a data set, a run and its evaluation, as a user's commands do, for later versions to open.
+"""Write a data set, a run and its evaluation by user commands, for backward compatibility tests.
 
     python tests/made_before/make.py DIR
 
-What lies beside this script was made by it, in `/data/made-before`, before the names in the code
-changed. It is not made again: later versions of d2i must open it as it is.
+The files beside this script were made by it, in `/data/made-before`, before the names in the code
+changed. They are not regenerated: later versions of d2i must open them unchanged.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def commands() -> dict[str, list[str]]:
 
 
 def write_chats(directory: Path) -> None:
-    """Write one dialog an image; of one test dialog the image is not there."""
+    """Write one dialog per image; the image of one test dialog is missing."""
     directory.mkdir()
     y, x = np.mgrid[0:32, 0:32] * 8
     for number, (split, count) in enumerate(NUM_SAMPLES.items()):
@@ -79,7 +79,7 @@ def write_chats(directory: Path) -> None:
 
 
 def run_all(directory: Path) -> dict[str, Any]:
-    """Run every command in `directory`, which is made; return what each prints as JSON, by name."""
+    """Create `directory` and run every command in it; return the JSON that each prints, by name."""
     directory.mkdir(parents=True, exist_ok=True)
     write_chats(directory / "chats")
     printed = {}
@@ -91,9 +91,9 @@ def run_all(directory: Path) -> dict[str, Any]:
 
 
 def main(directory: Path) -> None:
-    """Make all that is kept."""
+    """Run all commands and delete the files that are not stored."""
     run_all(directory)
-    # One has the machine's name in its own, the other is a picture of what metrics.jsonl says.
+    # TensorBoard's file name contains the host name; loss.png only plots metrics.jsonl.
     shutil.rmtree(directory / "run" / "tensorboard")
     (directory / "run" / "loss.png").unlink()
 

@@ -1,4 +1,4 @@
-"""Attention by either kernel is the exact one, to the rounding of its type."""
+"""Both attention kernels match exact attention, up to the rounding of the dtype."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", RMS)
 @pytest.mark.parametrize("length", [1, 334, MAX_WRITTEN_OUT + 1])
-def test_outputs_and_gradients_are_near_the_exact_ones(dtype: torch.dtype, length: int) -> None:
+def test_attend_matches_exact_attention_and_gradients(dtype: torch.dtype, length: int) -> None:
     torch.manual_seed(0)
-    # As a fused projection leaves them: no part lies in memory by itself.
+    # As from a fused projection: q, k and v are not contiguous.
     packed = torch.randn(2, length, 3, 4, 16).to(dtype)
     inputs = [packed.clone().requires_grad_(), packed.double().requires_grad_()]
     outputs = [

@@ -1,4 +1,4 @@
-"""People, food and animals: which of PhotoChat's own labels belong to which, and their scores."""
+"""PhotoChat's labels of the categories people, food and animals, and the scores of each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from d2i.eval.scores import Measured
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 from tests.shared import SHARED, needs_shared
 
-# What PhotoChat's own test files say of some of their photos, by dialogue_id.
+# The photo_description of some dialogs in PhotoChat's test files, by dialogue_id.
 DESCRIPTIONS: dict[str, str] = json.loads(
     Path(__file__).with_name("photochat_descriptions.json").read_text()
 )["descriptions"]
@@ -38,7 +38,7 @@ PEOPLE = {0, 1, 4, 5, 8, 9, 11, 13, 14, 160, 322, 995, 996, 998, 999}
 FOOD = {0, 2, 3, 4, 5, 6, 9, 10, 12, 14, 160, 162, 167, 322, 720, 997, 998}
 
 
-def write_corpus(folder: Path) -> Path:
+def write_corpus(directory: Path) -> Path:
     """Write a test split of PhotoChat with the real descriptions."""
     records: list[dict[str, Any]] = [
         {
@@ -52,31 +52,33 @@ def write_corpus(folder: Path) -> Path:
         }
         for number, description in DESCRIPTIONS.items()
     ]
-    (folder / "test").mkdir(parents=True)
-    (folder / "test" / "test_00.json").write_text(json.dumps(records))
-    return folder
+    (directory / "test").mkdir(parents=True)
+    (directory / "test" / "test_00.json").write_text(json.dumps(records))
+    return directory
 
 
 def of_category(source: Path, name: str) -> set[int]:
-    """The dialogs of a test split that belong to a category."""
+    """Return the ids of the dialogs of a test split that belong to a category."""
     words = read_label_words()[name]
     found = read_instances("photochat", source, "test", on_problem=lambda _: None, max_broken=0.0)
     return {int(instance.dialog_id) for instance in found if words & {*instance.labels}}
 
 
 @pytest.mark.parametrize(("name", "expected"), [("people", PEOPLE), ("food", FOOD)])
-def test_the_labels_of_photochat_are_found(tmp_path: Path, name: str, expected: set[int]) -> None:
+def test_photochat_labels_select_category_dialogs(
+    tmp_path: Path, name: str, expected: set[int]
+) -> None:
     assert of_category(write_corpus(tmp_path), name) == expected
 
 
 @needs_shared
-def test_the_people_of_the_real_dialogs_are_found() -> None:
+def test_people_category_finds_real_photochat_dialogs() -> None:
     source = SHARED / "data" / "photochat"
     assert of_category(source, "people") == {8, 996}
     assert not of_category(source, "food") | of_category(source, "animals")
 
 
-def test_the_words_of_the_papers_figure_1_belong_somewhere() -> None:
+def test_label_words_of_paper_figure_1_have_a_category() -> None:
     words = read_label_words()
     assert {"Head", "Face", "Hair"} <= words["people"]
     assert "Drink" in words["food"]
@@ -88,37 +90,37 @@ MEMBERS = {"people": KEYS[:90], "food": KEYS[80:110], "animals": []}
 
 
 def measured(failed: tuple[int, ...] = (), order: NDArray[np.int64] | None = None) -> Measured:
-    """Random features of all instances; those of `failed` have no picture."""
+    """Random features of all instances; those in `failed` have no image."""
     generator = np.random.default_rng(5)
     real, fake, embeddings = (generator.normal(size=(len(KEYS), WIDTH)) for _ in range(3))
     logits = generator.normal(size=(len(KEYS), 20))
     order = np.arange(len(KEYS)) if order is None else order
-    drawn = np.array([place for place in order if place not in failed])
-    reasons = np.array(["blocked" if place in failed else "" for place in order])
+    generated = np.array([index for index in order if index not in failed])
+    reasons = np.array(["blocked" if index in failed else "" for index in order])
     return Measured(
         {
             "keys": np.array(KEYS)[order],
             "reasons": reasons,
             "real_features": real[order],
             "real_embeddings": embeddings[order],
-            "features": fake[drawn] + 0.5,
-            "embeddings": embeddings[drawn],
-            "logits": logits[drawn],
+            "features": fake[generated] + 0.5,
+            "embeddings": embeddings[generated],
+            "logits": logits[generated],
         }
     )
 
 
-def test_fid_and_is_of_few_are_those_of_torch_fidelity() -> None:
+def test_fid_and_inception_score_of_few_match_torch_fidelity() -> None:
     arrays = measured().arrays
     real, fake, logits = (arrays[name][:50] for name in ("real_features", "features", "logits"))
     assert fid_of_few(real, fake) == pytest.approx(compute_fid(real, fake), rel=1e-6)
     scores = compute_scores(real, fake, logits, real, fake, is_splits=1)
     assert inception_score(logits) == pytest.approx(scores["is"], rel=1e-9)
-    # A class that no picture is near has no share left in float64: still a number.
+    # A class probability that underflows in float64 still gives a finite score.
     assert np.isfinite(inception_score(np.array([[0.0, -2000.0], [0.0, -1900.0]])))
 
 
-def test_draws_are_seeded_and_of_each_key_once() -> None:
+def test_choose_keys_is_seeded_and_without_replacement() -> None:
     draws = [choose_keys(KEYS, seed) for seed in range(NUM_DRAWS)]
     assert draws == [choose_keys(KEYS[::-1], seed) for seed in range(NUM_DRAWS)]
     assert {len(frozenset(draw)) for draw in draws} == {DRAW_SIZE}
@@ -127,16 +129,16 @@ def test_draws_are_seeded_and_of_each_key_once() -> None:
     assert sorted(choose_keys(KEYS[:7], 3)) == sorted(KEYS[:7])
 
 
-def test_a_category_is_scored_over_draws_and_a_small_one_whole() -> None:
+def test_score_categories_uses_draws_or_whole_small_category() -> None:
     found = measured()
     people, food = score_categories(found, MEMBERS)
     assert (people.name, people.num_instances, people.num_draws) == ("people", 90, NUM_DRAWS)
     assert people.draw_size == DRAW_SIZE
-    places = [
+    indices = [
         [KEYS.index(key) for key in choose_keys(KEYS[:90], seed)] for seed in range(NUM_DRAWS)
     ]
     real, fake = found.arrays["real_features"], found.arrays["features"]
-    fids = [compute_fid(real[draw], fake[draw]) for draw in places]
+    fids = [compute_fid(real[draw], fake[draw]) for draw in indices]
     assert people.fid == pytest.approx(np.mean(fids), rel=1e-6)
     assert people.fid_std == pytest.approx(np.std(fids), rel=1e-3)
     assert people.is_std is not None
@@ -148,7 +150,7 @@ def test_a_category_is_scored_over_draws_and_a_small_one_whole() -> None:
     assert num_in_two(MEMBERS) == 10
 
 
-def test_the_order_of_the_data_set_changes_nothing() -> None:
+def test_score_categories_ignores_row_order() -> None:
     def values(scores: list[CategoryScores]) -> list[Any]:
         return [pytest.approx(s.fid) for s in scores] + [pytest.approx(s.is_std) for s in scores]
 
@@ -158,28 +160,30 @@ def test_the_order_of_the_data_set_changes_nothing() -> None:
     assert [(s.num_instances, s.num_pictures) for s in one] == [(90, 88), (30, 29)]
 
 
-def test_a_category_of_which_one_picture_was_drawn_has_no_scores() -> None:
+def test_category_with_one_generated_image_has_no_scores() -> None:
     (one,) = score_categories(measured(tuple(range(1, 90))), {"people": KEYS[:90]})
     assert (one.num_instances, one.num_pictures, one.fid, one.kid_paired) == (90, 1, None, None)
 
 
-def test_clip_i_and_its_interval_never_exceed_100() -> None:
-    # Each drawn picture is the true one: rounding carries some cosines past 1.
+def test_clip_i_never_exceeds_100_by_rounding() -> None:
+    # Each generated image is its reference image: rounding pushes some cosines past 1.
     assert measured().clip_i.max() > 100
     people = score_categories(measured(), MEMBERS)[0]
     assert people.clip_i is not None
     assert people.clip_i <= 100
-    # Cosines that rounding alone tells apart have no interval.
+    # Cosines that differ only by rounding have no interval.
     assert people.clip_i_interval is None
 
 
-def test_features_of_another_data_set_are_refused(tmp_path: Path) -> None:
+def test_write_categories_rejects_features_of_other_data(tmp_path: Path) -> None:
     moments = npy_bytes(np.zeros((8, 2, 2), np.float16))
     parts = {"json": json_bytes({"context": [], "labels": ["Dog"]}), "moments.npy": moments}
     write_shard([Sample("test-0-0-0", parts)], str(tmp_path), 0, failures={})
     write_manifest(str(tmp_path), {})
     reader = ShardReader(str(tmp_path))
-    with pytest.raises(DataError, match="each of the 1 instances of"):
+    with pytest.raises(DataError, match="those of the 1 instances of"):
         write_categories(str(tmp_path), reader, measured().arrays)
-    with pytest.raises(DataError, match="got 0; run `d2i eval` again"):
+    with pytest.raises(
+        DataError, match=r"got measurements of 0 instances; .*; run `d2i eval` again"
+    ):
         write_categories(str(tmp_path), reader)

@@ -1,4 +1,4 @@
-"""The forms that people's own chats have: each is read, or what is not read of it is named."""
+"""Chat formats that users bring: each is read, or the part that is not read is named."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ DATA_URL = "data:image/png;base64," + base64.b64encode(CONTENT).decode()
 
 
 def read(
-    folder: Path, *records: Any, name: str = "train.jsonl", inline: InlineImages | None = None
+    directory: Path, *records: Any, name: str = "train.jsonl", inline: InlineImages | None = None
 ) -> tuple[list[Instance], list[RecordIssue]]:
     text = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(records)
-    (folder / name).write_text(text)
-    problems: list[RecordIssue] = []
+    (directory / name).write_text(text)
+    issues: list[RecordIssue] = []
     options: dict[str, Any] = {} if inline is None else {"inline": inline}
     found = read_instances(
-        "jsonl", folder, "train", on_problem=problems.append, max_broken=1.0, **options
+        "jsonl", directory, "train", on_problem=issues.append, max_broken=1.0, **options
     )
-    return list(found), problems
+    return list(found), issues
 
 
-def shown(found: list[Instance]) -> list[tuple[str, str]]:
+def contexts_and_images(found: list[Instance]) -> list[tuple[str, str]]:
     return [(linearize(i.context, "letters"), i.image_ref.value[0]) for i in found]
 
 
@@ -93,15 +93,15 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_instance(tmp_path: Path, form: str, name: str) -> None:
+def test_every_chat_format_gives_same_instance(tmp_path: Path, form: str, name: str) -> None:
     record = {"id": 1, **FORMS[form]}
-    found, problems = read(tmp_path, record, record | {"id": 2}, name=name)
-    assert problems == []
-    assert shown(found) == [("A: show me B: here", "p/1.jpg")] * 2
+    found, issues = read(tmp_path, record, record | {"id": 2}, name=name)
+    assert issues == []
+    assert contexts_and_images(found) == [("A: show me B: here", "p/1.jpg")] * 2
     assert [instance.key for instance in found] == ["train-1-1-0", "train-2-1-0"]
 
 
-def test_marks_take_the_listed_pictures_in_order(tmp_path: Path) -> None:
+def test_image_marks_take_listed_images_in_order(tmp_path: Path) -> None:
     record = {
         "id": 1,
         "messages": [
@@ -114,68 +114,66 @@ def test_marks_take_the_listed_pictures_in_order(tmp_path: Path) -> None:
         ],
         "images": [f"{n}.jpg" for n in range(6)],
     }
-    found, problems = read(tmp_path, record)
-    assert [(i.turn, i.image, *shown([i])[0]) for i in found] == [
+    found, issues = read(tmp_path, record)
+    assert [(i.turn, i.image, *contexts_and_images([i])[0]) for i in found] == [
         (1, 0, "A: one two", "1.jpg"),
         (1, 1, "A: one two", "2.jpg"),
         (1, 2, "A: one two", "3.jpg"),
         (2, 0, "A: one two B: x", "4.jpg"),
         (2, 1, "A: one two B: x", "5.jpg"),
     ]
-    assert [problem.reason for problem in problems] == ["no_image"]
+    assert [issue.reason for issue in issues] == ["no_image"]
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 3])
-def test_pictures_that_the_marks_do_not_fit_are_never_guessed(
-    tmp_path: Path, num_images: int
-) -> None:
+def test_mark_and_image_count_mismatch_is_record_issue(tmp_path: Path, num_images: int) -> None:
     record = FORMS["marks"] | {"images": ["p/1.jpg"] * num_images}
     record["messages"] = [USER, {"role": "assistant", "content": "<image><image> here"}]
-    found, (problem,) = read(tmp_path, {"id": 1, **record})
-    assert (found, problem.reason) == ([], "mismatched_images")
-    assert problem.detail.startswith(f"images: got {num_images}, and 2 marks <image>")
+    found, (issue,) = read(tmp_path, {"id": 1, **record})
+    assert (found, issue.reason) == ([], "mismatched_images")
+    assert issue.detail.startswith(f"images: got {num_images}, but 2 marks <image>")
 
 
-LEFT_OUT: dict[str, tuple[dict[str, Any], str]] = {
-    "no mark": (FORMS["marks"] | {"messages": [USER]}, "images: got 1, and 0 marks <image>"),
+UNREAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no mark": (FORMS["marks"] | {"messages": [USER]}, "images: got 1, but 0 marks <image>"),
     "beside turns": (
         {"turns": [{"text": "a"}], "images": ["1.jpg"]},
         "images: got them beside 'turns'",
     ),
     "beside others": (
         FORMS["part with a url"] | {"images": ["2.jpg"]},
-        "images: got 1 and no mark <image>",
+        "images: got 1 but no mark <image>",
     ),
     "no place": (FORMS["marks"] | {"images": [{"bytes": "x"}]}, "images[0]: expected a path"),
-    "no role": ({"messages": [{"content": "a"}]}, "turn 0: role: missing, and so is from"),
+    "no role": ({"messages": [{"content": "a"}]}, "turn 0: both role and from are missing"),
 }
 
 
-@pytest.mark.parametrize("case", LEFT_OUT)
-def test_what_is_not_read_is_named(tmp_path: Path, case: str) -> None:
-    record, detail = LEFT_OUT[case]
-    _, (problem,) = read(tmp_path, {"id": 1, **record})
-    assert problem.detail.startswith(detail)
+@pytest.mark.parametrize("case", UNREAD)
+def test_unread_chat_part_is_named_in_record_issue(tmp_path: Path, case: str) -> None:
+    record, detail = UNREAD[case]
+    _, (issue,) = read(tmp_path, {"id": 1, **record})
+    assert issue.detail.startswith(detail)
 
 
-def test_a_mark_is_text_where_no_picture_is_listed(tmp_path: Path) -> None:
+def test_image_mark_is_text_without_listed_images(tmp_path: Path) -> None:
     turn = {"role": "user", "content": [{"type": "text", "text": "<image> is a tag"}]}
     record = {
         "id": 1,
         "messages": [turn, {"role": "user", "content": [{"type": "image", "image": "1.jpg"}]}],
     }
-    found, problems = read(tmp_path, record)
-    assert (shown(found), problems) == ([("A: <image> is a tag", "1.jpg")], [])
+    found, issues = read(tmp_path, record)
+    assert (contexts_and_images(found), issues) == ([("A: <image> is a tag", "1.jpg")], [])
 
 
-def test_a_data_url_is_a_picture_named_by_its_content(tmp_path: Path) -> None:
+def test_data_url_image_ref_is_sha256_of_content(tmp_path: Path) -> None:
     part = {"type": "image_url", "image_url": {"url": DATA_URL}}
     record = {"messages": [USER, {"role": "assistant", "content": [part, part]}]}
     kept: list[tuple[str, bytes]] = []
     inline = InlineImages(keep=lambda sha256, data: kept.append((sha256, data)))
-    found, problems = read(tmp_path, {"id": 1, **record}, inline=inline)
+    found, issues = read(tmp_path, {"id": 1, **record}, inline=inline)
     sha256 = hashlib.sha256(CONTENT).hexdigest()
-    assert problems == []
+    assert issues == []
     assert {i.image_ref.value for i in found} == {(f"inline:{sha256}",)}
     assert {i.image_ref.kind for i in found} == {"inline"}
     assert kept == [(sha256, CONTENT)] * 2
@@ -192,22 +190,22 @@ def test_a_data_url_is_a_picture_named_by_its_content(tmp_path: Path) -> None:
         ("data:;base64," + "A" * 4000, "too_large"),
     ],
 )
-def test_a_data_url_that_is_none_is_named_and_bounded(
+def test_invalid_or_oversized_data_url_is_record_issue(
     tmp_path: Path, url: str, reason: str
 ) -> None:
     record = {"id": 1, "turns": [{"text": "a", "images": [url, "1.jpg"]}]}
-    found, (problem,) = read(tmp_path, record, inline=InlineImages(max_bytes=2000))
+    found, (issue,) = read(tmp_path, record, inline=InlineImages(max_bytes=2000))
     assert [i.image_ref.value for i in found] == [("1.jpg",)]
-    assert problem.reason == reason
-    assert url[30:] not in problem.detail or len(url) < 40
+    assert issue.reason == reason
+    assert url[30:] not in issue.detail or len(url) < 40
 
 
-def test_a_record_may_hold_large_pictures(tmp_path: Path) -> None:
-    """More than a record of text may be long."""
+def test_record_may_hold_large_inline_images(tmp_path: Path) -> None:
+    """Longer than a record of text may be."""
     url = "data:image/png;base64," + base64.b64encode(bytes(9 << 20)).decode()
     record = {"id": 1, "turns": [{"text": "a", "images": [url]}]}
-    found, problems = read(tmp_path, record, record | {"id": 2})
-    assert (len(found), problems) == (2, [])
+    found, issues = read(tmp_path, record, record | {"id": 2})
+    assert (len(found), issues) == (2, [])
 
 
 LINE = '{"id":"0","turns":[{"text":"a","images":["p/0.jpg"]}]}\n'
@@ -223,21 +221,21 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_file_of_another_kind_is_named_as_what_it_is(tmp_path: Path, name: str) -> None:
+def test_foreign_file_type_is_named_in_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "train.jsonl").write_bytes(FOREIGN[name])
     with pytest.raises(DataError, match=rf"train\.jsonl is .*{name}") as caught:
         list(read_instances("jsonl", tmp_path, "train"))
     assert "max_broken" not in str(caught.value)
 
 
-def test_where_nothing_was_read_nobody_is_told_to_allow_it(tmp_path: Path) -> None:
+def test_file_without_records_is_error_without_max_broken_hint(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("hello\nworld\n")
-    with pytest.raises(DataError, match=r"got no record .*train\.jsonl") as caught:
+    with pytest.raises(DataError, match=r"no record could be read: .*train\.jsonl") as caught:
         list(read_instances("jsonl", tmp_path, "train", on_problem=lambda _: None))
     assert "max_broken" not in str(caught.value)
 
 
-def test_the_first_case_of_each_reason_is_in_the_error(tmp_path: Path) -> None:
+def test_max_broken_error_shows_first_record_of_each_reason(tmp_path: Path) -> None:
     sound = {"id": 0, "turns": [{"text": "a", "images": ["1.jpg"]}]}
     records = [sound, {"id": 1, "turns": [{"text": 5}]}, {"id": 2}, {"id": 3}]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, records)))

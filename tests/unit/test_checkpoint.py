@@ -1,4 +1,4 @@
-"""Checkpoints on disk: read by any parts, and never taken for whole when they are not."""
+"""Checkpoints on disk: any slice can be read, and a damaged one is never taken as complete."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from d2i.train.checkpoint import (
     prune,
     remove_step,
     slice_key,
-    step_folder,
+    step_directory,
     step_of,
     write_marker,
     write_part,
@@ -37,18 +37,18 @@ PROGRESS = Progress(3, 1.5, (0.25, 0.5), 3, {"cur_scale": 2.0})
 
 
 def write(run_dir: Path, step: int, cuts: list[int]) -> Path:
-    """A checkpoint of one parameter, cut into runs, each written by another rank."""
-    folder = run_dir / "checkpoints" / f"step-{step}"
+    """Write a checkpoint of one parameter, cut into slices, each by another rank."""
+    directory = run_dir / "checkpoints" / f"step-{step}"
     bounds = [0, *sorted(set(cuts)), 12]
     for rank, (start, end) in enumerate(pairwise(bounds)):
         numbers = WEIGHT.flatten()[start:end].clone()
-        write_part(str(folder), rank, {slice_key("ema", "a.weight", start): numbers})
-    write_marker(str(folder), PROGRESS, {"a.weight": (3, 4)}, len(bounds) - 1)
-    return folder
+        write_part(str(directory), rank, {slice_key("ema", "a.weight", start): numbers})
+    write_marker(str(directory), PROGRESS, {"a.weight": (3, 4)}, len(bounds) - 1)
+    return directory
 
 
 @given(cuts=st.lists(st.integers(1, 11), max_size=4), ends=st.tuples(*[st.integers(0, 12)] * 2))
-def test_any_run_is_read_whoever_wrote_it(
+def test_checkpoint_reads_any_slice_across_ranks(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], ends: tuple[int, int]
 ) -> None:
     checkpoint = Checkpoint(str(write(tmp_path_factory.mktemp("run"), 3, cuts)))
@@ -60,36 +60,38 @@ def test_any_run_is_read_whoever_wrote_it(
     assert checkpoint.progress == PROGRESS
 
 
-def test_what_no_rank_wrote_is_missed(tmp_path: Path) -> None:
+def test_checkpoint_slice_that_no_rank_wrote_is_error(tmp_path: Path) -> None:
     checkpoint = Checkpoint(str(write(tmp_path, 3, [])))
     with pytest.raises(CheckpointError, match="0 of 12 numbers of weight"):
         checkpoint.read("weight", "a.weight", 0, 12)
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "marker"])
-def test_the_one_before_is_taken_with_a_warning(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "marker"])
+def test_damaged_checkpoint_falls_back_to_previous_with_warning(
+    tmp_path: Path, damage: str
+) -> None:
     write(tmp_path, 3, [])
     newest = write(tmp_path, 6, [5])
     part = next(newest.glob("part-1-*"))
     content = bytearray(part.read_bytes())
-    if harm == "flip":
+    if damage == "flip":
         content[-3] ^= 1
-    part.write_bytes(content[:-4] if harm == "cut" else content)
-    if harm == "remove":
+    part.write_bytes(content[:-4] if damage == "cut" else content)
+    if damage == "remove":
         part.unlink()
-    if harm == "marker":
+    if damage == "marker":
         (newest / MARKER).write_text('{"step"')
-    warned: list[str] = []
-    found = latest_valid_checkpoint(str(tmp_path), warned.append)
+    warnings: list[str] = []
+    found = latest_valid_checkpoint(str(tmp_path), warnings.append)
     assert found is not None
-    assert found.folder == str(tmp_path / "checkpoints" / "step-3")
-    assert len(warned) == 1
-    assert str(newest) in warned[0]
+    assert found.directory == str(tmp_path / "checkpoints" / "step-3")
+    assert len(warnings) == 1
+    assert str(newest) in warnings[0]
 
 
 @pytest.mark.parametrize("name", [MARKER, "part-0-*"])
-def test_no_flipped_bit_is_taken_for_sound(tmp_path: Path, name: str) -> None:
-    """Not in the marker's numbers, nor in the names and places of a file's header."""
+def test_checkpoint_with_flipped_bit_is_never_valid(tmp_path: Path, name: str) -> None:
+    """Neither in the marker's numbers nor in the names and offsets of a file's header."""
     before = write(tmp_path, 3, [])
     path = next(write(tmp_path, 6, []).glob(name))
     content = path.read_bytes()
@@ -97,46 +99,46 @@ def test_no_flipped_bit_is_taken_for_sound(tmp_path: Path, name: str) -> None:
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
-        warned: list[str] = []
-        found = latest_valid_checkpoint(str(tmp_path), warned.append)
+        warnings: list[str] = []
+        found = latest_valid_checkpoint(str(tmp_path), warnings.append)
         assert found is not None
-        assert found.folder == str(before), bit
-        assert len(warned) == 1
+        assert found.directory == str(before), bit
+        assert len(warnings) == 1
 
 
-def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path: Path) -> None:
+def test_resume_with_only_damaged_checkpoints_is_error(tmp_path: Path) -> None:
     (write(tmp_path, 3, []) / MARKER).write_text("")
     with pytest.raises(CheckpointError, match="no intact checkpoint among 1"):
         latest_valid_checkpoint(str(tmp_path), lambda _: None)
 
 
-def test_the_newest_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
+def test_prune_keeps_newest_checkpoints_and_removes_leftovers(tmp_path: Path) -> None:
     for step in (2, 10, 4):
         write(tmp_path, step, [])
     for name in ("step-12", "mine"):
         (tmp_path / "checkpoints" / name).mkdir()
     prune(str(tmp_path), 2, 10)
-    assert [step_of(folder) for folder in complete_checkpoints(str(tmp_path))] == [4, 10]
+    assert [step_of(directory) for directory in complete_checkpoints(str(tmp_path))] == [4, 10]
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["mine", "step-10", "step-4"]
 
 
-def test_a_later_one_that_was_passed_over_displaces_none(tmp_path: Path) -> None:
+def test_prune_removes_later_checkpoint_that_was_skipped(tmp_path: Path) -> None:
     for step in (2, 4, 6):
         write(tmp_path, step, [])
     prune(str(tmp_path), 1, 4)
-    assert [step_of(folder) for folder in complete_checkpoints(str(tmp_path))] == [4]
+    assert [step_of(directory) for directory in complete_checkpoints(str(tmp_path))] == [4]
 
 
-def test_a_foreign_place_holds_them_as_a_folder_does() -> None:
+def test_checkpoints_on_remote_url_work_as_on_disk() -> None:
     run = "memory://checkpoints-run"
     for step in (2, 4, 6):
-        folder = remove_step(run, step)
+        directory = remove_step(run, step)
         for rank, part in enumerate(WEIGHT.flatten().split(5)):
-            write_part(folder, rank, {slice_key("ema", "a.weight", 5 * rank): part.clone()})
-        assert written_ranks(folder) == {0, 1, 2}
-        assert complete_checkpoints(run) == [step_folder(run, n) for n in range(2, step, 2)]
-        write_marker(folder, PROGRESS, {"a.weight": (3, 4)}, 3)
+            write_part(directory, rank, {slice_key("ema", "a.weight", 5 * rank): part.clone()})
+        assert written_ranks(directory) == {0, 1, 2}
+        assert complete_checkpoints(run) == [step_directory(run, n) for n in range(2, step, 2)]
+        write_marker(directory, PROGRESS, {"a.weight": (3, 4)}, 3)
     found = latest_valid_checkpoint(run, pytest.fail)
     assert found is not None
     assert torch.equal(dict(found.read_whole("ema"))["a.weight"], WEIGHT)
@@ -146,8 +148,8 @@ def test_a_foreign_place_holds_them_as_a_folder_does() -> None:
     assert storage.list_names(f"{run}/checkpoints") == ["step-6"]
 
 
-def test_a_full_disk_leaves_nothing_under_a_final_name(tmp_path: Path) -> None:
-    """The kernel itself refuses to write more, as it does on a full disk."""
+def test_full_disk_leaves_no_checkpoint_part_under_final_name(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes the kernel reject the write, as on a full disk."""
     program = (
         "import sys; import torch\n"
         "from d2i.config import TrainConfig\n"

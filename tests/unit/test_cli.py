@@ -1,4 +1,4 @@
-"""The command imports light, and answers a mistake with one line and exit code 2."""
+"""The command line imports quickly and reports a mistake in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.samples import metadata
 HEAVY = ("torch", "ray", "deepspeed", "diffusers", "transformers", "numpy", "pyarrow")
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_cli_app_imports_no_heavy_module() -> None:
     code = f"import d2i.cli.app, sys; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -53,14 +53,14 @@ def test_help_imports_nothing_heavy() -> None:
         ),
         (
             ("train", "--recipe", "demo", "--data", "x", "--run", "y", "--num-accelerators", "7"),
-            "cannot share",
+            "cannot split evenly",
         ),
         (
             (
                 *("preprocess", "--corpus", "mmdialog", "--source", "/nowhere"),
                 *("--out", "o", "--recipe", "demo"),
             ),
-            "no such folder",
+            "no such file or directory",
         ),
         (("verify", "/nowhere"), "has no manifest.json"),
         (("cluster", "check", "--ray-address", "127.0.0.1:9"), "no connection to 127.0.0.1:9"),
@@ -76,7 +76,9 @@ def test_help_imports_nothing_heavy() -> None:
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], hint: str) -> None:
+def test_user_mistake_is_one_line_error_with_exit_code_2(
+    arguments: tuple[str, ...], hint: str
+) -> None:
     done = run_process(*arguments)
     assert done.returncode == 2
     assert hint in done.stderr
@@ -84,17 +86,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], hint:
     assert done.stdout == ""
 
 
-def write_one_sample(folder: Path, values: dict[str, object]) -> None:
+def write_one_sample(directory: Path, values: dict[str, object]) -> None:
     import numpy as np
 
     from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 
     members = {"json": json_bytes(values), "tokens.npy": npy_bytes(np.zeros(77, np.uint16))}
-    write_shard([Sample("a", members)], str(folder), 0, failures={})
-    write_manifest(str(folder), {})
+    write_shard([Sample("a", members)], str(directory), 0, failures={})
+    write_manifest(str(directory), {})
 
 
-def test_inspect_shows_no_sample_that_lacks_a_field(tmp_path: Path) -> None:
+def test_inspect_rejects_sample_with_missing_field(tmp_path: Path) -> None:
     write_one_sample(tmp_path, {"key": "a"})
     done = run_process("inspect", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -102,7 +104,7 @@ def test_inspect_shows_no_sample_that_lacks_a_field(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_verify_tells_a_broken_folder_by_exit_code_1(tmp_path: Path) -> None:
+def test_verify_exits_1_for_truncated_tar(tmp_path: Path) -> None:
     write_one_sample(tmp_path, metadata("a"))
     assert run_process("verify", tmp_path).returncode == 0
     tar = next(tmp_path.glob("*.tar"))
@@ -121,15 +123,15 @@ def test_verify_tells_a_broken_folder_by_exit_code_1(tmp_path: Path) -> None:
     ],
     ids=["nested", "dotted", "long"],
 )
-def test_a_setting_without_end_is_refused_in_a_line(setting: str, hint: str) -> None:
-    # In this process, as a command line cannot be so long.
+def test_overlong_setting_is_short_error(setting: str, hint: str) -> None:
+    # In this process, as the system limits the length of a command line.
     with pytest.raises(ConfigError) as caught:
         resolve_recipe("demo", [setting])
     assert hint in str(caught.value)
     assert len(str(caught.value)) < 1000
 
 
-def test_a_python_without_docstrings_is_refused() -> None:
+def test_python_without_docstrings_is_one_line_error() -> None:
     done = subprocess.run(
         [sys.executable, "-OO", "-c", "from d2i.cli import main; main()", "recipes"],
         capture_output=True,
@@ -142,8 +144,8 @@ def test_a_python_without_docstrings_is_refused() -> None:
 
 
 @pytest.mark.parametrize("debug", [(), ("--debug",)])
-def test_what_libraries_will_change_is_no_news_to_the_user(debug: tuple[str, ...]) -> None:
-    """Neither here nor in the processes that a command starts."""
+def test_future_warnings_are_hidden_without_debug(debug: tuple[str, ...]) -> None:
+    """Also in the processes that a command starts."""
     warn = "import warnings; warnings.warn('some day', FutureWarning)"
     program = (
         "import sys, subprocess, d2i.cli.app as a\n"
@@ -160,6 +162,6 @@ def test_what_libraries_will_change_is_no_news_to_the_user(debug: tuple[str, ...
     assert done.stderr.count("FutureWarning: some day") == (2 if debug else 0)
 
 
-def test_the_version_is_said() -> None:
+def test_version_option_prints_version() -> None:
     done = run_process("--version")
     assert (done.returncode, done.stdout) == (0, f"{__version__}\n"), done.stderr

@@ -1,4 +1,4 @@
-"""The cluster files hold to their schemas and their promises, and so do the commands they tell."""
+"""The cluster files match their schemas, and the commands in them and in the README parse."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines)
 
 
-def strictly(schema: Any) -> Any:
-    """The same schema, which refuses fields that it does not name; Kubernetes would drop them."""
+def forbid_unknown_fields(schema: Any) -> Any:
+    """Return the schema closed to unknown fields, which Kubernetes would drop silently."""
     if isinstance(schema, list):
-        return [strictly(part) for part in schema]
+        return [forbid_unknown_fields(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    closed = {key: strictly(part) for key, part in schema.items()}
+    closed = {key: forbid_unknown_fields(part) for key, part in schema.items()}
     is_open = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
     if isinstance(schema.get("properties"), dict) and "type" in schema and not is_open:
         closed["additionalProperties"] = False
@@ -74,14 +74,14 @@ def strictly(schema: Any) -> Any:
 @cache
 def schema_of(kind: str, api_version: str) -> dict[str, Any]:
     text = (SHARED / "schemas" / f"ray.io_{kind.lower()}s.yaml").read_text()
-    # The other loader takes ten seconds for these.
+    # The pure Python loader takes ten seconds for these.
     definition = yaml.load(text, Loader=yaml.CSafeLoader)["spec"]
     schemas = {
         f"{definition['group']}/{version['name']}": version["schema"]["openAPIV3Schema"]
         for version in definition["versions"]
     }
-    closed: dict[str, Any] = strictly(schemas[api_version])
-    # Kubernetes itself knows what is in here.
+    closed: dict[str, Any] = forbid_unknown_fields(schemas[api_version])
+    # The schema of metadata belongs to Kubernetes itself.
     closed["properties"]["metadata"] = {"type": "object"}
     return closed
 
@@ -93,7 +93,7 @@ def check_by_kuberay(document: dict[str, Any]) -> None:
 
 @needs_shared
 @pytest.mark.parametrize("document", of_kind("RayCluster", "RayJob"))
-def test_a_ray_resource_is_what_kuberay_published(document: dict[str, Any]) -> None:
+def test_ray_resource_matches_kuberay_schema(document: dict[str, Any]) -> None:
     check_by_kuberay(document)
 
 
@@ -108,13 +108,13 @@ def test_a_ray_resource_is_what_kuberay_published(document: dict[str, Any]) -> N
         ("workerGroupSpecs.0.template.spec.nodeSelectr", {}),
     ],
 )
-def test_a_misspelt_ray_resource_is_found(path: str, value: object) -> None:
+def test_kuberay_schema_rejects_misspelt_field(path: str, value: object) -> None:
     (document,) = documents(CLUSTER / "kubernetes" / "cluster.yaml")
-    place: Any = document["spec"]
-    *folders, last = (int(part) if part.isdigit() else part for part in path.split("."))
-    for folder in folders:
-        place = place[folder]
-    place[last] = value
+    node: Any = document["spec"]
+    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
     with pytest.raises(jsonschema.ValidationError):
         check_by_kuberay(document)
 
@@ -122,11 +122,11 @@ def test_a_misspelt_ray_resource_is_found(path: str, value: object) -> None:
 @pytest.mark.parametrize(
     "document", of_kind("ServiceAccount", "NetworkPolicy", "PersistentVolumeClaim")
 )
-def test_a_resource_of_kubernetes_is_what_it_published(document: dict[str, Any]) -> None:
+def test_kubernetes_resource_matches_schema(document: dict[str, Any]) -> None:
     kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_every_kubernetes_document_is_checked_by_one_of_both() -> None:
+def test_every_kubernetes_document_has_a_schema_test() -> None:
     checked = of_kind(
         *("RayCluster", "RayJob", "ServiceAccount", "NetworkPolicy", "PersistentVolumeClaim")
     )
@@ -134,14 +134,14 @@ def test_every_kubernetes_document_is_checked_by_one_of_both() -> None:
 
 
 @pytest.mark.parametrize("cluster", ray_clusters())
-def test_every_pod_is_a_sound_and_humble_one(cluster: dict[str, Any]) -> None:
+def test_pods_are_valid_and_run_unprivileged(cluster: dict[str, Any]) -> None:
     for template in pods(cluster):
         pod = {"apiVersion": "v1", "kind": "Pod", **template}
         pod["metadata"] = template["metadata"] | {"name": "pod"}
         kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
         assert template["spec"]["securityContext"]["runAsNonRoot"] is True
         assert template["spec"]["serviceAccountName"] == "d2i"
-        assert template["metadata"]["labels"] == {"app": "d2i"}, "who the network policy fences"
+        assert template["metadata"]["labels"] == {"app": "d2i"}, "selected by the network policy"
         for container in template["spec"]["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             variables = {variable["name"] for variable in container.get("env", [])}
@@ -149,16 +149,16 @@ def test_every_pod_is_a_sound_and_humble_one(cluster: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("cluster", ray_clusters())
-def test_rays_object_store_fits_into_the_shared_memory(cluster: dict[str, Any]) -> None:
+def test_ray_object_store_fits_in_shared_memory(cluster: dict[str, Any]) -> None:
     from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION as SHARE
 
     for template in pods(cluster):
         (container,) = template["spec"]["containers"]
         (memory,) = (v["emptyDir"] for v in template["spec"]["volumes"] if v["name"] == "memory")
         assert {"name": "memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
-        asked = SHARE * gibibytes(container["resources"]["limits"]["memory"])
-        # Else Ray takes the disk, and says so in a log that nobody reads.
-        assert asked <= gibibytes(memory["sizeLimit"])
+        object_store_gib = SHARE * gibibytes(container["resources"]["limits"]["memory"])
+        # Otherwise Ray falls back to the disk, with only a warning in a log.
+        assert object_store_gib <= gibibytes(memory["sizeLimit"])
 
 
 def gibibytes(quantity: str) -> int:
@@ -167,31 +167,31 @@ def gibibytes(quantity: str) -> int:
 
 
 @pytest.mark.parametrize("cluster", ray_clusters())
-def test_a_ray_cluster_has_a_token_and_the_pinned_ray(cluster: dict[str, Any]) -> None:
+def test_ray_cluster_uses_token_auth_and_pinned_version(cluster: dict[str, Any]) -> None:
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["rayVersion"] == pins()["ray"]
 
 
-def test_only_a_job_that_kuberay_asks_shows_its_dashboard() -> None:
-    shown = {
+def test_only_ray_job_exposes_dashboard() -> None:
+    dashboard_hosts = {
         document["kind"]: spec["headGroupSpec"]["rayStartParams"]["dashboard-host"]
         for path in KUBERNETES
         for document in documents(path)
         if document["kind"][:3] == "Ray"
         for spec in [document["spec"].get("rayClusterSpec", document["spec"])]
     }
-    assert shown == {"RayCluster": "127.0.0.1", "RayJob": "0.0.0.0"}
+    assert dashboard_hosts == {"RayCluster": "127.0.0.1", "RayJob": "0.0.0.0"}
 
 
 @pytest.mark.parametrize("document", of_kind("RayJob"))
-def test_a_jobs_command_parses_and_is_repeated(document: dict[str, Any]) -> None:
+def test_ray_job_entrypoint_parses_and_is_retried(document: dict[str, Any]) -> None:
     parse_d2i(document["spec"]["entrypoint"])
     assert document["spec"]["backoffLimit"] > 0
     assert not set(document["spec"]["entrypoint"]) & set("|&;<>()$`\"'"), "KubeRay quotes nothing"
 
 
 @pytest.mark.parametrize("path", LAUNCHER, ids=name)
-def test_rays_launcher_takes_its_file(path: Path) -> None:
+def test_ray_launcher_accepts_cluster_file(path: Path) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     (config,) = documents(path)
@@ -204,14 +204,14 @@ def test_rays_launcher_takes_its_file(path: Path) -> None:
     assert "--dashboard-host=127.0.0.1" in head
 
 
-def test_rays_launcher_starts_both_kinds_of_node_on_an_emulated_aws(
+def test_ray_launcher_starts_head_and_gpu_nodes_on_emulated_aws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler._private.util import prepare_config
 
-    # It makes a key for SSH there.
+    # Ray writes an SSH key there.
     monkeypatch.setenv("HOME", str(tmp_path))
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(variable, "emulated")
@@ -234,20 +234,20 @@ PROFILES = {"head": "head", "gpu": "worker"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
-def test_shellcheck_finds_nothing(path: Path) -> None:
-    linted("shellcheck", "--severity=style", str(path))
+def test_scripts_pass_shellcheck(path: Path) -> None:
+    run_linter("shellcheck", "--severity=style", str(path))
 
 
-def test_hadolint_finds_nothing() -> None:
-    linted("hadolint", "--failure-threshold=style", str(CLUSTER / "Dockerfile"))
+def test_dockerfile_passes_hadolint() -> None:
+    run_linter("hadolint", "--failure-threshold=style", str(CLUSTER / "Dockerfile"))
 
 
-def linted(*command: str) -> None:
+def run_linter(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_both_images_run_as_nobody_and_hold_the_constraints() -> None:
+def test_docker_images_run_as_non_root_with_constraints() -> None:
     lines = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
     stages = [line.split()[-1] for line in lines if line.startswith("FROM")]
     assert stages == ["base", "cpu", "cuda"]
@@ -256,11 +256,11 @@ def test_both_images_run_as_nobody_and_hold_the_constraints() -> None:
     python = next(line.split()[1] for line in lines if line.startswith("FROM"))
     assert re.fullmatch(r"python:3\.1[12]-[a-z]+-[a-z]+", python)
     for line in lines:
-        for copied in line.split()[1:-1] if line.startswith("COPY") else []:
-            assert (ROOT / copied).exists(), copied
+        for source in line.split()[1:-1] if line.startswith("COPY") else []:
+            assert (ROOT / source).exists(), source
 
 
-def test_the_slurm_scripts_ask_for_a_second_life() -> None:
+def test_slurm_scripts_requeue_on_signal() -> None:
     for path in SLURM:
         options = dict(sbatch_options(path))
         assert "requeue" in options
@@ -300,8 +300,8 @@ def readme_lines() -> list[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_a_file_opens_with_few_commands(path: Path) -> None:
-    """To start, to read what comes of it, to stop."""
+def test_cluster_file_header_has_three_or_four_commands(path: Path) -> None:
+    """To start, to read the results, and to stop."""
     assert 3 <= len(header(path)) <= 4
 
 
@@ -309,7 +309,7 @@ LINES = [*readme_lines(), *(line for path in FILES for line in header(path))]
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_command_that_is_told_can_be_typed(line: str) -> None:
+def test_documented_commands_parse(line: str) -> None:
     words = shlex.split(line)
     PARSERS[words[0]](words)
 
@@ -332,15 +332,15 @@ def parse_ray(words: list[str]) -> None:
     while hasattr(command, "commands"):
         command, rest = command.commands[rest[0]], rest[1:]
     context = command.make_context("ray", list(rest))
-    if told := context.params.get("cluster_config_file"):
-        assert ROOT / told in LAUNCHER
+    if given := context.params.get("cluster_config_file"):
+        assert ROOT / given in LAUNCHER
     run = " ".join(context.params.get("entrypoint", ())) or context.params.get("cmd", "")
     for part in filter(None, run.split(" && ")):
         parse_d2i(part)
 
 
 def parse_kubectl(words: list[str]) -> None:
-    verb, _, told = words[1], *split_at(words, "--")
+    verb, _, given = words[1], *split_at(words, "--")
     assert verb in {"create", "apply", "delete", "exec", "wait", "port-forward"}
     named = [ROOT / words[i + 1] for i, word in enumerate(words) if word == "--filename"]
     assert (verb in {"apply", "delete"}) == bool(named)
@@ -352,8 +352,8 @@ def parse_kubectl(words: list[str]) -> None:
     targets = [word for word in words if re.fullmatch(r"[a-z]+/[a-z0-9-]+", word)]
     assert set(targets) <= known
     assert verb not in {"exec", "wait", "port-forward"} or targets
-    if told:
-        parse_d2i(line_of(told))
+    if given:
+        parse_d2i(line_of(given))
 
 
 def parse_sbatch(words: list[str]) -> None:
@@ -399,7 +399,7 @@ PARSERS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def test_no_file_holds_a_key() -> None:
+def test_cluster_files_contain_no_secret_key() -> None:
     for path in FILES:
         text = path.read_text()
         assert not re.search(r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|aws_secret", text), path

@@ -1,4 +1,4 @@
-"""What was seen is remembered exactly, and in few bytes."""
+"""CompactHashSet is exact and takes few bytes per number."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUMBERS = st.one_of(st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1))
 
 
 @given(numbers=st.lists(NUMBERS), max_recent=st.integers(1, 5))
-def test_it_knows_what_a_set_knows(numbers: list[int], max_recent: int) -> None:
+def test_compact_hash_set_matches_builtin_set(numbers: list[int], max_recent: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compact_set, "MAX_RECENT", max_recent)
         known, expected = CompactHashSet(), set[int]()
@@ -27,7 +27,7 @@ def test_it_knows_what_a_set_knows(numbers: list[int], max_recent: int) -> None:
         assert all(number in known for number in numbers)
 
 
-def test_very_many_take_eight_bytes_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compact_hash_set_takes_few_bytes_per_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compact_set, "MAX_RECENT", 1 << 14)
     numbers = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 300_000).tolist()
     tracemalloc.start()

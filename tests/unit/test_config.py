@@ -1,4 +1,4 @@
-"""Settings are checked, frozen, and say what is wrong in one line."""
+"""Settings are validated, and a wrong one is a one-line error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from d2i.errors import ConfigError
 from d2i.recipes import RECIPES, keep_recipe, load_recipe, read_kept_recipe
 
 
-def test_a_setting_replaces_a_value_and_is_checked() -> None:
+def test_apply_settings_replaces_and_converts_values() -> None:
     recipe = apply_settings(load_recipe("demo"), ["train.optim.lr=1e-4", "text.strategy=space"])
     assert recipe.train.optim.lr == 1e-4
     assert recipe.text.strategy == "space"
@@ -26,13 +26,13 @@ def test_a_setting_replaces_a_value_and_is_checked() -> None:
         ("train.num_steps", "expected NAME=VALUE"),
         ("train.num_steps.x=1", "not a group"),
         ("image.resolution=7", "multiple of 8"),
-        ("nothing_like_it=1", "it has"),
+        ("nothing_like_it=1", "its fields are"),
         ("fetch.contact=\u0141ukasz <l@example.org>", "one line of ASCII"),
         ("fetch.contact=l@example.org\nX-Forwarded-For: 1", "one line of ASCII"),
         ("fetch.contact=l@example.org\x7f", "one line of ASCII"),
     ],
 )
-def test_a_wrong_setting_is_one_clear_line(setting: str, hint: str) -> None:
+def test_wrong_setting_is_one_line_error(setting: str, hint: str) -> None:
     with pytest.raises(ConfigError, match="--set") as caught:
         apply_settings(load_recipe("demo"), [setting])
     assert hint in str(caught.value)
@@ -40,7 +40,7 @@ def test_a_wrong_setting_is_one_clear_line(setting: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_goes_through_json_unchanged(name: str, tmp_path: Path) -> None:
+def test_recipe_json_round_trip(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
     keep_recipe(recipe, str(tmp_path))
@@ -48,7 +48,7 @@ def test_a_recipe_goes_through_json_unchanged(name: str, tmp_path: Path) -> None
     assert str(Path.home()) not in recipe.model_dump_json()
 
 
-def test_the_papers_resolution_and_batch() -> None:
+def test_recipes_match_paper_resolution_and_batch_size() -> None:
     table_5 = {
         "uvit-s-photochat": (256, 740),
         "uvit-s-deep-photochat": (256, 512),
@@ -64,7 +64,7 @@ def test_the_papers_resolution_and_batch() -> None:
         assert (optim.lr, optim.weight_decay, optim.betas) == (3e-5, 0.03, (0.9, 0.9))
 
 
-def test_a_users_own_recipe_by_module_and_function() -> None:
+def test_load_recipe_accepts_module_and_function() -> None:
     assert load_recipe("d2i.recipes:demo") == load_recipe("demo")
     with pytest.raises(ConfigError, match="importable"):
         load_recipe("no.such.module:recipe")
@@ -73,19 +73,19 @@ def test_a_users_own_recipe_by_module_and_function() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_the_global_batch_is_kept_for_any_number_of_ranks(world_size: int) -> None:
+def test_accumulation_keeps_global_batch_for_any_world_size(world_size: int) -> None:
     train = load_recipe("uvit-s-mmdialog").train
     micro, num_micro = train.accumulation(world_size)
     assert micro <= train.micro_batch_size
     assert micro * num_micro * world_size == train.global_batch_size
 
 
-def test_an_impossible_split_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot share"):
+def test_accumulation_rejects_indivisible_world_size() -> None:
+    with pytest.raises(ConfigError, match="cannot split evenly"):
         load_recipe("demo").train.accumulation(7)
 
 
-def test_a_run_in_fp16_made_before_opens() -> None:
+def test_backward_compatibility_of_fp16_run_config() -> None:
     values = load_recipe("uvit-s-mmdialog").model_dump(mode="json")
     values["train"]["precision"] = "fp16"
     assert load_config(Recipe, values, source="config.json").train.precision == "fp16_weights"

@@ -1,4 +1,4 @@
-"""What decided a folder is kept once and compared ever after, and a folder has one writer."""
+"""The settings of a directory are locked at first use, and a directory has one writer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from d2i.recipes import change_recipe, check_prepared_with, keep_recipe, load_re
 from d2i.shards import Sample, json_bytes, npy_bytes, write_shard
 
 
-def test_the_first_settings_stay(tmp_path: Path) -> None:
+def test_lock_or_diff_keeps_first_settings_and_lists_changes(tmp_path: Path) -> None:
     url = str(tmp_path / "kept.json")
     assert lock_or_diff(url, {"image": {"resolution": 64}, "pair": (1, 2)}) == []
     assert lock_or_diff(url, {"image": {"resolution": 64}, "pair": (1, 2)}) == []
@@ -31,7 +31,7 @@ def test_the_first_settings_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[1]"])
-def test_a_damaged_file_is_said_to_be(tmp_path: Path, content: str) -> None:
+def test_lock_or_diff_raises_for_damaged_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "kept.json").write_text(content)
     with pytest.raises(ConfigError, match="is damaged"):
         lock_or_diff(str(tmp_path / "kept.json"), {})
@@ -41,7 +41,7 @@ def test_exclusive_lock_lets_one_writer_work(tmp_path: Path) -> None:
     with ExitStack() as held:
         held.enter_context(storage.exclusive_lock(str(tmp_path)))
         held.enter_context(storage.exclusive_lock(str(tmp_path / "other")))
-        with pytest.raises(ConfigError, match="another command works there"):
+        with pytest.raises(ConfigError, match="locked by another d2i process"):
             held.enter_context(storage.exclusive_lock(str(tmp_path), wait_s=0))
     with storage.exclusive_lock(str(tmp_path)):
         pass
@@ -53,13 +53,13 @@ def request_(tmp_path: Path) -> PlanRequest:
     return PlanRequest("mmdialog", str(tmp_path / "corpus"), "test", load_recipe("demo"))
 
 
-def test_a_plan_looked_at_is_not_written(tmp_path: Path, request_: PlanRequest) -> None:
+def test_make_plan_without_keep_writes_nothing(tmp_path: Path, request_: PlanRequest) -> None:
     plan = make_plan(request_, str(tmp_path / "out"), keep=False)
     assert plan.num_instances >= 6
     assert not (tmp_path / "out").exists()
 
 
-def test_only_a_plan_with_finished_shards_is_binding(tmp_path: Path, request_: PlanRequest) -> None:
+def test_plan_is_locked_by_first_finished_shard(tmp_path: Path, request_: PlanRequest) -> None:
     out = str(tmp_path / "out")
     make_plan(replace(request_, limit=2), out)
     assert make_plan(replace(request_, limit=3), out).num_instances == 3
@@ -70,7 +70,7 @@ def test_only_a_plan_with_finished_shards_is_binding(tmp_path: Path, request_: P
         make_plan(replace(request_, limit=2), out)
 
 
-def test_data_prepared_otherwise_is_refused(tmp_path: Path) -> None:
+def test_check_prepared_with_rejects_other_settings(tmp_path: Path) -> None:
     recipe = load_recipe("demo")
     keep_recipe(recipe, str(tmp_path))
     check_prepared_with(recipe, str(tmp_path))
@@ -83,7 +83,7 @@ def test_data_prepared_otherwise_is_refused(tmp_path: Path) -> None:
     check_prepared_with(moved, str(tmp_path))
 
 
-def test_paths_become_absolute_and_names_stay(
+def test_change_recipe_makes_paths_absolute_and_keeps_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

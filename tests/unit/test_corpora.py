@@ -1,4 +1,4 @@
-"""The corpora's readers: released layouts, odd records, and what may not stop or fool them."""
+"""Corpus readers: released layouts, unusual records, and damaged or hostile input."""
 
 import io
 import json
@@ -33,7 +33,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
     max_leaves=6,
 )
-# Mostly alike at the start, as real records are, but not always.
+# Most start with the same field, as real records do, but not all.
 RECORD = st.builds(lambda body: {"id": 1, "body": body}, JSON) | st.builds(
     lambda body: {"body": body, "id": 1}, JSON
 )
@@ -51,39 +51,39 @@ FORMS: dict[str, Callable[[Any], str]] = {
 }
 
 
-def unheard(*said: object) -> None:
-    """Takes a problem, or a flaw, and does nothing with it."""
+def ignore(*args: object) -> None:
+    """Take a record issue and do nothing with it."""
 
 
 def read(data: bytes, **limits: int) -> tuple[list[Any], list[RecordIssue]]:
-    problems: list[RecordIssue] = []
-    values = [v for _, v in read_objects(io.BytesIO(data), "f", problems.append, **limits)]
-    return values, problems
+    issues: list[RecordIssue] = []
+    values = [v for _, v in read_objects(io.BytesIO(data), "f", issues.append, **limits)]
+    return values, issues
 
 
 @given(RECORDS, st.sampled_from(sorted(FORMS)), st.sampled_from([1, 7, 64, 1 << 20]))
-def test_every_form_reads_back_the_same(
+def test_read_objects_round_trips_every_json_layout(
     records: list[dict[str, Any]], form: str, chunk_bytes: int
 ) -> None:
     assert read(FORMS[form](records).encode(), chunk_bytes=chunk_bytes) == (records, [])
 
 
 @given(RECORDS, st.sampled_from(sorted(FORMS)), st.data())
-def test_a_cut_file_gives_what_is_whole_and_says_so(
+def test_truncated_file_gives_whole_records_and_an_issue(
     records: list[dict[str, Any]], form: str, data: st.DataObject
 ) -> None:
     text = FORMS[form](records).rstrip().encode()
     cut = text[: data.draw(st.integers(0, len(text) - 1))]
-    values, problems = read(cut)
+    values, issues = read(cut)
     assert values == records[: len(values)]
     if len(values) < len(records) and cut.count(b'"body"') > len(values):
-        assert problems
+        assert issues
     if "array" in form:
-        assert problems
+        assert issues
 
 
 @given(RECORDS, st.sampled_from(sorted(FORMS)), st.binary(max_size=12), st.data())
-def test_no_damage_raises(
+def test_read_objects_never_raises_on_damaged_json(
     records: list[dict[str, Any]], form: str, noise: bytes, data: st.DataObject
 ) -> None:
     text = FORMS[form](records).encode()
@@ -92,7 +92,7 @@ def test_no_damage_raises(
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_raise(data: bytes) -> None:
+def test_read_objects_never_raises_on_random_bytes(data: bytes) -> None:
     read(data)
 
 
@@ -107,24 +107,24 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", sorted(BROKEN))
 @pytest.mark.parametrize("separator", ["\n", ",\n  "])
-def test_the_records_around_a_broken_one_are_given(broken: str, separator: str) -> None:
+def test_broken_record_does_not_lose_its_neighbours(broken: str, separator: str) -> None:
     text, reasons = BROKEN[broken]
     whole = [json.dumps({"id": number, "body": {"x": ["y"]}}) for number in range(6)]
     body = separator.join([*whole[:3], text, *whole[4:]])
     if separator != "\n":
         body = f"[{body}]"
-    values, problems = read(body.encode())
+    values, issues = read(body.encode())
     assert [value["id"] for value in values] == [0, 1, 2, 4, 5]
-    assert problems[0].reason in reasons.split("|")
+    assert issues[0].reason in reasons.split("|")
     if separator != "\n":
-        assert problems[0].where == f"f byte {body.index(text)}"
+        assert issues[0].where == f"f byte {body.index(text)}"
 
 
-def test_bytes_that_are_no_utf8_cost_their_record_only() -> None:
+def test_invalid_utf8_skips_only_its_record() -> None:
     data = b'{"id": 0}\n{"id": "\xff"}\n{"id": 2}\n'
-    values, problems = read(data)
+    values, issues = read(data)
     assert values == [{"id": 0}, {"id": 2}]
-    assert [(p.reason, p.where) for p in problems] == [("invalid_utf8", "f line 2")]
+    assert [(p.reason, p.where) for p in issues] == [("invalid_utf8", "f line 2")]
 
 
 REPAIRED = {
@@ -136,53 +136,53 @@ REPAIRED = {
 
 @pytest.mark.parametrize("text", REPAIRED)
 @pytest.mark.parametrize("form", ["lines", "array", "indented array", "run together"])
-def test_what_other_json_writers_write_is_read_and_told(form: str, text: str) -> None:
-    """As `json.dumps` of Python and `JSON.stringify` do of what they are given."""
+def test_nonstandard_json_is_repaired_and_reported(form: str, text: str) -> None:
+    """As written by Python's `json.dumps` and by `JSON.stringify`."""
     value, detail = REPAIRED[text]
     records = [{"id": 0}, {"id": 1, "body": "here"}, {"id": 2}]
-    values, problems = read(FORMS[form](records).replace('"here"', text).encode())
+    values, issues = read(FORMS[form](records).replace('"here"', text).encode())
     assert values == [{"id": 0}, {"id": 1, "body": value}, {"id": 2}]
-    assert [problem.reason for problem in problems] == ["repaired"]
-    assert detail in problems[0].detail
+    assert [issue.reason for issue in issues] == ["repaired"]
+    assert detail in issues[0].detail
 
 
 @pytest.mark.parametrize("form", ["lines", "array", "indented array", "run together"])
-def test_an_object_over_the_limit_is_passed_over(form: str) -> None:
+def test_object_over_size_limit_is_skipped(form: str) -> None:
     records = [{"id": 0}, {"id": 1, "body": ["x" * 50] * 100}, {"id": 2}]
     data = FORMS[form](records).encode()
-    values, problems = read(data, chunk_bytes=64, max_record_bytes=1000)
+    values, issues = read(data, chunk_bytes=64, max_record_bytes=1000)
     assert values == [{"id": 0}, {"id": 2}]
-    assert [problem.reason for problem in problems] == ["too_large"]
+    assert [issue.reason for issue in issues] == ["too_large"]
 
 
-def test_a_file_that_keeps_breaking_is_given_up() -> None:
+def test_reading_stops_after_max_resyncs() -> None:
     data = b"[" + b'{"id": ["a",' * (json_stream.MAX_RESYNCS + 10) + b'{"id": 1}]'
-    values, problems = read(data)
+    values, issues = read(data)
     assert values == []
-    assert problems[-1].reason == "too_many_broken"
-    assert len(problems) <= json_stream.MAX_RESYNCS + 2
+    assert issues[-1].reason == "too_many_broken"
+    assert len(issues) <= json_stream.MAX_RESYNCS + 2
 
 
 ODD_FIRST = [{"id": 0, "body": ["x" * 100]}, *({"body": ["y" * 100], "id": n} for n in range(999))]
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2, 500])
-def test_what_a_lost_bracket_may_have_swallowed_counts_as_broken(broken: int) -> None:
-    """No record starts like the first, and brackets close again by chance near the end."""
+def test_records_lost_after_missing_bracket_count_as_broken(broken: int) -> None:
+    """No other record starts like the first, and brackets balance again by chance near the end."""
     texts = [json.dumps(record) for record in ODD_FIRST]
     texts[broken] = texts[broken][:-1]
     texts[-3] += "}"
-    values, problems = read(f"[{', '.join(texts)}]".encode())
+    values, issues = read(f"[{', '.join(texts)}]".encode())
     num_lost = len(ODD_FIRST) - len(values)
     assert num_lost > 450
     if broken:
-        assert sum(p.num_records for p in problems) == pytest.approx(num_lost, rel=0.05)
-    # Where no record was read before it, nobody knows how long they are.
-    assert sum(problem.num_records for problem in problems) > 50
-    assert "bytes are passed over" in problems[0].detail
+        assert sum(p.num_records for p in issues) == pytest.approx(num_lost, rel=0.05)
+    # With no record read before it, the length of a record is unknown.
+    assert sum(issue.num_records for issue in issues) > 50
+    assert "bytes are skipped" in issues[0].detail
 
 
-def test_a_swallowed_rest_is_an_error(tmp_path: Path) -> None:
+def test_rest_lost_after_missing_bracket_is_error(tmp_path: Path) -> None:
     records = [PLAIN | {"id": n} for n in range(3000)]
     texts = [json.dumps({key: record[key] for key in sorted(record)}) for record in records]
     texts[0] = json.dumps({"turns": PLAIN["turns"], "id": 0})
@@ -190,11 +190,11 @@ def test_a_swallowed_rest_is_an_error(tmp_path: Path) -> None:
     texts[-3] += "}"
     (tmp_path / "train.jsonl").write_text(f"[{','.join(texts)}]")
     with pytest.raises(DataError, match=r"broken of \d+ records"):
-        list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
+        list(read_instances("jsonl", tmp_path, "train", on_problem=ignore))
     assert len(instances("jsonl", tmp_path, "train", max_broken=1.0)[0]) == 1002 * 3
 
 
-def test_a_long_line_that_is_broken_costs_itself_alone() -> None:
+def test_long_broken_line_skips_only_itself() -> None:
     long = json.dumps({"id": 1, "body": ["x" * 50] * 3000})
     for broken in (
         long[:-1],
@@ -203,13 +203,13 @@ def test_a_long_line_that_is_broken_costs_itself_alone() -> None:
         '{"a": ' * 20 + long,
     ):
         lines = [json.dumps({"id": 0}), broken, json.dumps({"id": 2})]
-        values, problems = read("\n".join(lines).encode())
+        values, issues = read("\n".join(lines).encode())
         assert [value["id"] for value in values if value["id"] != 1] == [0, 2]
-        assert {(problem.where, problem.num_records) for problem in problems} == {("f line 2", 1)}
-        assert "too_many_broken" not in {problem.reason for problem in problems}
+        assert {(issue.where, issue.num_records) for issue in issues} == {("f line 2", 1)}
+        assert "too_many_broken" not in {issue.reason for issue in issues}
 
 
-def test_what_lies_within_a_broken_line_is_no_record(tmp_path: Path) -> None:
+def test_objects_nested_in_broken_line_are_not_records(tmp_path: Path) -> None:
     """Neither an earlier version of the conversation, nor the calls of a tool."""
     old = {"id": 0, "turns": [{"text": "old", "images": ["old.jpg"]}]}
     broken = json.dumps({"id": 1, "bad": "nope", "parent": old} | {"turns": PLAIN["turns"]})
@@ -218,19 +218,19 @@ def test_what_lies_within_a_broken_line_is_no_record(tmp_path: Path) -> None:
     lines = [json.dumps(CHAT), *lines, *(json.dumps(PLAIN | {"id": n}) for n in range(9, 14))]
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(lines).replace('"nope"', "nope"))
-    found, problems = instances("jsonl", tmp_path, "train")
+    found, issues = instances("jsonl", tmp_path, "train")
     assert {i.dialog_id for i in found} == {"2", *map(str, range(9, 14))}
-    assert [(p.where, p.num_records) for p in problems] == [
+    assert [(p.where, p.num_records) for p in issues] == [
         (f"train.jsonl line {number}", 1) for number in range(2, 6)
     ]
 
 
-def test_objects_run_together_in_a_line_are_given_up_to_one_that_does_not_close() -> None:
+def test_concatenated_objects_are_read_up_to_unclosed_one() -> None:
     whole = '{"id": 1}, {"id": nope} {"id": 2}'
     lines = ['{"id": 0}', whole, '[{"id": 3}, {"id": 4', '[{"id": 5}', '{"id": 6}']
-    values, problems = read("\n".join(lines).encode())
+    values, issues = read("\n".join(lines).encode())
     assert [value["id"] for value in values] == [0, 1, 2, 3, 5, 6]
-    assert [(p.reason, p.where) for p in problems] == [
+    assert [(p.reason, p.where) for p in issues] == [
         ("invalid_json", "f line 2"),
         ("truncated", "f line 3"),
         ("truncated", "f line 4"),
@@ -240,13 +240,15 @@ def test_objects_run_together_in_a_line_are_given_up_to_one_that_does_not_close(
 @pytest.mark.parametrize("number", [0, 2])
 @pytest.mark.parametrize("form", ["array", "indented array", "run together"])
 @pytest.mark.parametrize("inner", [{"id": 7}, [{"id": 7}]], ids=["value", "list"])
-def test_what_lies_within_a_broken_object_is_no_record(form: str, number: int, inner: Any) -> None:
+def test_objects_nested_in_broken_object_are_not_records(
+    form: str, number: int, inner: Any
+) -> None:
     records: list[Any] = [{"id": n, "bad": 0, "inner": inner} for n in range(5)]
     records[number]["bad"] = "nope"
     data = FORMS[form](records).replace('"nope"', "nope").encode()
-    values, problems = read(data)
+    values, issues = read(data)
     assert [value["id"] for value in values] == [n for n in range(5) if n != number]
-    assert [problem.reason for problem in problems] == ["invalid_json"]
+    assert [issue.reason for issue in issues] == ["invalid_json"]
 
 
 FIRST_BROKEN = {
@@ -259,7 +261,7 @@ FIRST_BROKEN = {
 
 @pytest.mark.parametrize("damage", sorted(FIRST_BROKEN))
 @pytest.mark.parametrize("joiner", [",", ",\n"])
-def test_a_damaged_first_record_never_loses_a_small_file_untold(
+def test_damaged_first_record_is_reported_or_error(
     tmp_path: Path, damage: str, joiner: str
 ) -> None:
     texts = [json.dumps(mmdialog([text("a"), media("1")], number=n)) for n in range(12)]
@@ -267,53 +269,53 @@ def test_a_damaged_first_record_never_loses_a_small_file_untold(
     path = tmp_path / "train" / "conversations.json"
     path.parent.mkdir()
     path.write_text(f"[{joiner.join(texts)}]")
-    found, problems = instances("mmdialog", tmp_path, "train")
-    assert problems
+    found, issues = instances("mmdialog", tmp_path, "train")
+    assert issues
     if len(found) < 11:
         assert found == []
         with pytest.raises(DataError):
-            list(read_instances("mmdialog", tmp_path, "train", on_problem=unheard))
-    # Lost for good only where nothing says where the second begins.
+            list(read_instances("mmdialog", tmp_path, "train", on_problem=ignore))
+    # Lost only if nothing marks the beginning of the second record.
     assert len(found) == 11 or (joiner == "," and damage in ("key", "quotation mark"))
 
 
 @pytest.mark.parametrize("at", [0, 3, 5])
-def test_a_line_over_the_limit_costs_itself_alone_wherever_it_is(at: int) -> None:
+def test_line_over_size_limit_skips_only_itself(at: int) -> None:
     records = [{"id": n, "body": "x" * (5000 if n == at else 9)} for n in range(6)]
     data = FORMS["lines"](records).encode()
     for chunk_bytes in (64, 1 << 20):
-        values, problems = read(data, chunk_bytes=chunk_bytes, max_record_bytes=3000)
+        values, issues = read(data, chunk_bytes=chunk_bytes, max_record_bytes=3000)
         assert [value["id"] for value in values] == [n for n in range(6) if n != at]
-        assert [(p.reason, p.num_records) for p in problems] == [("too_large", 1)]
+        assert [(p.reason, p.num_records) for p in issues] == [("too_large", 1)]
 
 
-def test_a_line_without_end_counts_for_what_it_may_hold() -> None:
+def test_oversized_line_counts_records_it_may_hold() -> None:
     data = b'{"id": 0}\n' + b"[" + b'{"id": 1},' * 1000 + b'{"id": 1}]\n{"id": 2}\n'
-    values, problems = read(data, chunk_bytes=64, max_record_bytes=1000)
+    values, issues = read(data, chunk_bytes=64, max_record_bytes=1000)
     assert [value["id"] for value in values] == [0, 2]
-    assert [(p.reason, p.num_records) for p in problems] == [("too_large", 10)]
+    assert [(p.reason, p.num_records) for p in issues] == [("too_large", 10)]
 
 
 @pytest.mark.parametrize("body", ['"abc', '"ab\\', '"\u00e9', "[1, ", "nul", ""])
-def test_a_last_line_that_the_end_of_the_file_cut_is_truncated(body: str) -> None:
+def test_cut_last_line_is_truncated_issue(body: str) -> None:
     data = f'{{"id": 0}}\n{{"id": 1, "body": {body}'.encode()
     for cut in (data, data[:-1]):
-        values, problems = read(cut)
-        assert (values, [problem.reason for problem in problems]) == ([{"id": 0}], ["truncated"])
+        values, issues = read(cut)
+        assert (values, [issue.reason for issue in issues]) == ([{"id": 0}], ["truncated"])
 
 
-def test_nesting_without_end_is_a_problem() -> None:
-    values, problems = read(b'{"a":' * 100_000 + b"1" + b"}" * 100_000)
+def test_deep_nesting_is_record_issue() -> None:
+    values, issues = read(b'{"a":' * 100_000 + b"1" + b"}" * 100_000)
     assert values == []
-    assert problems[0].reason == "invalid_json"
+    assert issues[0].reason == "invalid_json"
 
 
-def test_an_empty_file_is_a_problem() -> None:
-    assert [problem.reason for problem in read(b" \n ")[1]] == ["empty_file"]
+def test_empty_file_is_record_issue() -> None:
+    assert [issue.reason for issue in read(b" \n ")[1]] == ["empty_file"]
 
 
 class Endless(io.RawIOBase):
-    """Gives an array of the same record, `num_bytes` of it, without ever holding it."""
+    """Stream an array of one repeated record, `num_bytes` long, without holding it in memory."""
 
     def __init__(self, record: bytes, num_bytes: int) -> None:
         self.block = record + b","
@@ -327,11 +329,11 @@ class Endless(io.RawIOBase):
         return head + self.block * num_blocks
 
 
-def test_memory_does_not_grow_with_the_file() -> None:
+def test_read_objects_memory_does_not_grow_with_file() -> None:
     record = json.dumps({"id": 1, "negatives": ["n" * 40] * 2000}).encode()
     stream: Any = Endless(record, 40 << 20)
     tracemalloc.start()
-    count = sum(1 for _ in read_objects(stream, "f", unheard))
+    count = sum(1 for _ in read_objects(stream, "f", ignore))
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count > 400
@@ -341,23 +343,23 @@ def test_memory_does_not_grow_with_the_file() -> None:
 def instances(
     corpus: str, source: Path, split: str, *, max_broken: float = 1.0, **options: Any
 ) -> tuple[list[Instance], list[RecordIssue]]:
-    problems: list[RecordIssue] = []
+    issues: list[RecordIssue] = []
     options["max_broken"] = max_broken
-    found = list(read_instances(corpus, source, split, on_problem=problems.append, **options))
+    found = list(read_instances(corpus, source, split, on_problem=issues.append, **options))
     assert len({instance.key for instance in found}) == len(found)
-    return found, problems
+    return found, issues
 
 
-def reasons(problems: list[RecordIssue]) -> Counter[str]:
-    return Counter(problem.reason for problem in problems)
+def reasons(issues: list[RecordIssue]) -> Counter[str]:
+    return Counter(issue.reason for issue in issues)
 
 
 @needs_shared
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
-def test_mmdialog_counts_are_those_of_the_sample(split: str) -> None:
+def test_mmdialog_counts_match_sample(split: str) -> None:
     expected = json.loads((MMDIALOG / "EXPECTED.json").read_bytes())[split]
-    every, problems = instances("mmdialog", MMDIALOG, split, repeated="all")
-    assert (len(every), problems) == (expected["image_occurrences"], [])
+    every, issues = instances("mmdialog", MMDIALOG, split, repeated="all")
+    assert (len(every), issues) == (expected["image_occurrences"], [])
     unique, _ = instances("mmdialog", MMDIALOG, split, repeated="unique")
     assert len(unique) == expected["unique_images"]
     assert len({instance.image_ref for instance in unique}) == len(unique)
@@ -367,16 +369,16 @@ def test_mmdialog_counts_are_those_of_the_sample(split: str) -> None:
 
 @needs_shared
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
-def test_mmdialog_without_its_own_turn_drops_and_counts_empty_contexts(split: str) -> None:
+def test_mmdialog_own_turn_exclude_counts_empty_contexts(split: str) -> None:
     expected = json.loads((MMDIALOG / "EXPECTED.json").read_bytes())[split]
     num_empty = expected["occurrences_with_text_free_context_if_same_turn_text_is_dropped"]
-    found, problems = instances("mmdialog", MMDIALOG, split, repeated="all", own_turn="exclude")
+    found, issues = instances("mmdialog", MMDIALOG, split, repeated="all", own_turn="exclude")
     assert len(found) == expected["image_occurrences"] - num_empty
-    assert reasons(problems) == Counter({"empty_context": num_empty} if num_empty else {})
+    assert reasons(issues) == Counter({"empty_context": num_empty} if num_empty else {})
 
 
 @needs_shared
-def test_mmdialog_as_an_array_is_the_same_corpus(tmp_path: Path) -> None:
+def test_mmdialog_array_reads_as_same_corpus(tmp_path: Path) -> None:
     array = (MMDIALOG / "variants" / "array" / "conversations.json").read_bytes()
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "simple_conversations.json").write_bytes(array)
@@ -393,26 +395,26 @@ LAYOUTS = [
 
 @needs_shared
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["beside", "elsewhere"])
-@pytest.mark.parametrize(("form", "folder", "name"), LAYOUTS)
-def test_mmdialog_counts_are_those_of_the_sample_in_every_layout(
-    tmp_path: Path, form: str, folder: str, name: str, elsewhere: bool
+@pytest.mark.parametrize(("form", "directory", "name"), LAYOUTS)
+def test_mmdialog_counts_match_sample_in_every_layout(
+    tmp_path: Path, form: str, directory: str, name: str, elsewhere: bool
 ) -> None:
-    split = folder if folder in ("train", "test") else "valid"
+    split = directory if directory in ("train", "test") else "valid"
     expected = json.loads((MMDIALOG / "EXPECTED.json").read_bytes())[split]
     lines = (MMDIALOG / split / "conversations.json").read_text(encoding="utf-8").splitlines()
-    path = tmp_path / folder / name
+    path = tmp_path / directory / name
     path.parent.mkdir()
     path.write_text(FORMS[form]([json.loads(line) for line in lines if line]), encoding="utf-8")
-    pictures = MMDIALOG / split if elsewhere else path.parent
+    image_dir = MMDIALOG / split if elsewhere else path.parent
     if not elsewhere:
-        for picture in (MMDIALOG / split).glob("*.jpg"):
-            (path.parent / picture.name).symlink_to(picture)
-    options = {"image_root": str(pictures)} if elsewhere else {}
-    every, problems = instances("mmdialog", tmp_path, split, repeated="all", **options)
+        for image in (MMDIALOG / split).glob("*.jpg"):
+            (path.parent / image.name).symlink_to(image)
+    options = {"image_root": str(image_dir)} if elsewhere else {}
+    every, issues = instances("mmdialog", tmp_path, split, repeated="all", **options)
     unique, _ = instances("mmdialog", tmp_path, split, repeated="unique", **options)
-    assert (len(every), problems) == (expected["image_occurrences"], [])
+    assert (len(every), issues) == (expected["image_occurrences"], [])
     assert len(unique) == expected["unique_images"]
-    root = pictures if elsewhere else tmp_path
+    root = image_dir if elsewhere else tmp_path
     failures = Counter(failure_of(root / instance.image_ref.value[0]) for instance in every)
     assert failures[None] == expected["usable_instances"]
     assert failures["missing_file"] == expected["missing_files"]
@@ -420,7 +422,7 @@ def test_mmdialog_counts_are_those_of_the_sample_in_every_layout(
 
 
 def failure_of(path: Path) -> str | None:
-    """Say why a picture cannot be used, or None."""
+    """Return the reason why an image cannot be used, or None."""
     try:
         decode_image(read_image(str(path.parent), path.name, 1 << 20), ImageConfig())
     except ImageRejectedError as error:
@@ -447,7 +449,7 @@ def test_photochat_reads_both_releases() -> None:
 
 
 @needs_shared
-def test_photochat_dialog_996_is_cut_at_the_first_of_its_two_shares() -> None:
+def test_photochat_dialog_is_cut_at_first_of_two_shares() -> None:
     last = instances("photochat", PHOTOCHAT, "test")[0][-1]
     assert len(last.context) == last.turn == 11
     assert last.context[0] == Turn(1, "Hello friend, haven't talked to you in a long time")
@@ -477,30 +479,30 @@ def media(value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "name"), [("val", "a.conversations_01.txt"), ("dev", "conversations.jsonl")]
+    ("directory", "name"), [("val", "a.conversations_01.txt"), ("dev", "conversations.jsonl")]
 )
-def test_mmdialog_takes_other_names_of_splits_and_files(
-    tmp_path: Path, folder: str, name: str
+def test_mmdialog_accepts_other_split_and_file_names(
+    tmp_path: Path, directory: str, name: str
 ) -> None:
-    write_lines(tmp_path / folder / name, mmdialog([text("a"), media("-1")]))
+    write_lines(tmp_path / directory / name, mmdialog([text("a"), media("-1")]))
     assert splits("mmdialog", tmp_path) == ["valid"]
     (found,), _ = instances("mmdialog", tmp_path, "validation")
     assert (found.split, found.key) == ("valid", "valid-0-0-0")
-    assert found.image_ref == ImageRef("file", (f"{folder}/-1.jpg",))
+    assert found.image_ref == ImageRef("file", (f"{directory}/-1.jpg",))
 
 
 @pytest.mark.parametrize("name", ["conversations_2.json", "conversations-00001-of-2.jsonl"])
-def test_mmdialog_in_parts_is_read_whole(tmp_path: Path, name: str) -> None:
+def test_mmdialog_reads_all_part_files(tmp_path: Path, name: str) -> None:
     for number, part in enumerate(["conversations.json", name]):
         record = mmdialog([text("a"), media("-1")], number=number)
         write_lines(tmp_path / "train" / part, record)
     (tmp_path / "train/conversations").mkdir()
     write_lines(tmp_path / "train/conversations.json.bak", mmdialog([text("a")]))
-    found, problems = instances("mmdialog", tmp_path, "train")
-    assert (sorted(i.dialog_id for i in found), problems) == (["0", "1"], [])
+    found, issues = instances("mmdialog", tmp_path, "train")
+    assert (sorted(i.dialog_id for i in found), issues) == (["0", "1"], [])
 
 
-def test_mmdialog_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
+def test_mmdialog_image_root_may_be_another_directory(tmp_path: Path) -> None:
     write_lines(tmp_path / "text/val/conversations.json", mmdialog([text("a"), media("-1")]))
     (tmp_path / "split/valid").mkdir(parents=True)
     (tmp_path / "flat").mkdir()
@@ -511,7 +513,7 @@ def test_mmdialog_pictures_may_lie_elsewhere(tmp_path: Path) -> None:
         assert found.image_ref.value == (path,)
 
 
-def test_mmdialog_pictures_of_one_turn(tmp_path: Path) -> None:
+def test_mmdialog_images_in_one_turn(tmp_path: Path) -> None:
     turn = [text("a :red_heart: b"), media("1"), media(2), text("c")]
     write_lines(tmp_path / "train/conversations.json", mmdialog([text("x")], turn, [text("y")]))
     every, _ = instances("mmdialog", tmp_path, "train")
@@ -522,7 +524,7 @@ def test_mmdialog_pictures_of_one_turn(tmp_path: Path) -> None:
     assert len(first) == 1
 
 
-def test_emoji_are_dropped_and_other_colons_stay(tmp_path: Path) -> None:
+def test_emoji_drop_keeps_other_colons(tmp_path: Path) -> None:
     stay = "at 10:30:45 http://x:80/a note: yes std::vector::iterator https://x.com/p:q:r :no_name:"
     line = f":1st_place_medal::Côte_d\u2019Ivoire: {stay}:red_heart:"
     write_lines(tmp_path / "train/conversations.json", mmdialog([text(line), media("1")]))
@@ -531,16 +533,16 @@ def test_emoji_are_dropped_and_other_colons_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["../1", "/etc/passwd", "a/b", "", ".", "a\\b", "1\x00", "1.jpg"])
-def test_a_media_key_is_never_a_path(tmp_path: Path, key: str) -> None:
+def test_media_key_with_path_characters_is_record_issue(tmp_path: Path, key: str) -> None:
     write_lines(
         tmp_path / "train/conversations.json", mmdialog([text("a"), media(key)], [media("7")])
     )
-    found, problems = instances("mmdialog", tmp_path, "train")
+    found, issues = instances("mmdialog", tmp_path, "train")
     assert [instance.image_ref.value for instance in found] == [("train/7.jpg",)]
-    assert reasons(problems) == Counter({"bad_image_ref": 1})
+    assert reasons(issues) == Counter({"bad_image_ref": 1})
 
 
-def test_broken_records_are_problems_and_the_rest_is_read(tmp_path: Path) -> None:
+def test_broken_records_are_issues_and_rest_is_read(tmp_path: Path) -> None:
     good = mmdialog([text("a"), media("1")], number=1)
     write_lines(
         tmp_path / "train/conversations.json",
@@ -556,9 +558,9 @@ def test_broken_records_are_problems_and_the_rest_is_read(tmp_path: Path) -> Non
         mmdialog([text("a"), media("1")], number=True),
         mmdialog([text("a"), media("1")], number="7/../8"),
     )
-    found, problems = instances("mmdialog", tmp_path, "train")
+    found, issues = instances("mmdialog", tmp_path, "train")
     assert [instance.dialog_id for instance in found] == ["1", "7/../8"]
-    assert [(problem.reason, problem.where.rpartition(" ")[2]) for problem in problems] == [
+    assert [(issue.reason, issue.where.rpartition(" ")[2]) for issue in issues] == [
         ("duplicate_dialog_id", "2"),
         ("missing_field", "3"),
         ("missing_field", "4"),
@@ -601,19 +603,19 @@ def photochat(**changes: Any) -> dict[str, Any]:
         ({"dialogue": [{"message": "a", "share_photo": True, "user_id": 999}]}, 0, ["wrong_type"]),
     ],
 )
-def test_photochat_records(
+def test_photochat_record_variants(
     tmp_path: Path, changes: dict[str, Any], num_urls: int, found_reasons: list[str]
 ) -> None:
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "dev_00.json").write_text(json.dumps([photochat(**changes)], indent=2))
-    found, problems = instances("photochat", tmp_path, "valid")
+    found, issues = instances("photochat", tmp_path, "valid")
     assert [len(instance.image_ref.value) for instance in found] == [num_urls] * bool(num_urls)
-    assert [problem.reason for problem in problems] == found_reasons
-    assert all("secret" not in problem.detail for problem in problems)
+    assert [issue.reason for issue in issues] == found_reasons
+    assert all("secret" not in issue.detail for issue in issues)
     assert all(instance.labels == ("Boy", "Human face") for instance in found)
 
 
-def test_photochat_asks_where_it_is_told(tmp_path: Path) -> None:
+def test_photochat_open_images_url_template(tmp_path: Path) -> None:
     write_lines(tmp_path / "train/train_00.json", [photochat()])
     template = "http://mirror.example/{photo_id}"
     (found,), _ = instances("photochat", tmp_path, "train", open_images_url=template)
@@ -622,7 +624,7 @@ def test_photochat_asks_where_it_is_told(tmp_path: Path) -> None:
         read_instances("photochat", tmp_path, "train", open_images_url="http://mirror.example")
 
 
-def test_photos_asked_for_by_query_are_different_ones(tmp_path: Path) -> None:
+def test_urls_that_differ_in_query_are_distinct_images(tmp_path: Path) -> None:
     made = [photochat(dialogue_id=n, photo_id=f"train/0{n}", photo_url=None) for n in range(3)]
     made += [photochat(dialogue_id=n, photo_url=f"https://x.example/1?{n}") for n in (3, 4)]
     write_lines(tmp_path / "train/train_00.json", made)
@@ -658,10 +660,10 @@ CHAT = {
 }
 
 
-def test_own_chats_in_both_forms(tmp_path: Path) -> None:
+def test_jsonl_reads_turns_and_messages(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", PLAIN, CHAT)
-    found, problems = instances("jsonl", tmp_path, "train")
-    assert problems == []
+    found, issues = instances("jsonl", tmp_path, "train")
+    assert issues == []
     assert [(i.dialog_id, i.turn, i.image, i.image_ref) for i in found] == [
         ("a b", 0, 0, ImageRef("file", ("p/1.jpg",))),
         ("a b", 0, 1, ImageRef("urls", ("https://x.example/2.jpg",))),
@@ -676,7 +678,7 @@ def test_own_chats_in_both_forms(tmp_path: Path) -> None:
     ]
 
 
-PICTURE = {"type": "image", "image": "1.jpg"}
+IMAGE_PART = {"type": "image", "image": "1.jpg"}
 
 MISSPELT = [
     ({"turns": [{"text": "a", "image": ["1.jpg"]}]}, "turn 0: got 'image', expected 'images'"),
@@ -702,13 +704,13 @@ MISSPELT = [
 
 
 @pytest.mark.parametrize(("fields", "detail"), MISSPELT)
-def test_a_misspelt_field_of_own_chats_is_a_problem(
+def test_misspelt_jsonl_field_is_record_issue(
     tmp_path: Path, fields: dict[str, Any], detail: str
 ) -> None:
     write_lines(tmp_path / "train.jsonl", {"id": 1, **fields}, PLAIN)
-    found, problems = instances("jsonl", tmp_path, "train")
+    found, issues = instances("jsonl", tmp_path, "train")
     assert {"a b"} <= {instance.dialog_id for instance in found}
-    assert [(problem.reason, problem.detail) for problem in problems] == [("unknown_field", detail)]
+    assert [(issue.reason, issue.detail) for issue in issues] == [("unknown_field", detail)]
 
 
 EXTRA = [
@@ -724,49 +726,47 @@ EXTRA = [
 
 
 @pytest.mark.parametrize("extra", EXTRA, ids=lambda extra: next(iter(extra)))
-def test_a_name_nearly_like_a_field_breaks_no_record_that_is_sound(
-    tmp_path: Path, extra: dict[str, Any]
-) -> None:
+def test_extra_field_with_similar_name_keeps_record(tmp_path: Path, extra: dict[str, Any]) -> None:
     made = [CHAT | {"id": n} | extra for n in range(150)]
     turns = [{"text": "a"} | extra, {"text": "b", "images": ["1.jpg"]}]
     made += [{"id": n, "turns": turns} for n in range(150, 300)]
     write_lines(tmp_path / "train.jsonl", *made)
-    problems: list[RecordIssue] = []
-    found = list(read_instances("jsonl", tmp_path, "train", on_problem=problems.append))
+    issues: list[RecordIssue] = []
+    found = list(read_instances("jsonl", tmp_path, "train", on_problem=issues.append))
     assert len(found) == 300
-    assert set(reasons(problems)) <= {"unknown_field"}
-    # Of what the records themselves are called, and of what holds nothing, nothing is said.
-    assert all("turn 0: " in problem.detail for problem in problems)
-    assert problems or not {"n_images", "image_ids", "speaker_id"} & set(extra)
+    assert set(reasons(issues)) <= {"unknown_field"}
+    # No issue for a name of the record itself, nor for a field without a value.
+    assert all("turn 0: " in issue.detail for issue in issues)
+    assert issues or not {"n_images", "image_ids", "speaker_id"} & set(extra)
 
 
-def test_a_record_of_neither_form_says_what_is_nearly_one(tmp_path: Path) -> None:
+def test_record_without_turns_or_messages_hints_nearest_field(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", {"id": 1, "message": CHAT["messages"]}, PLAIN)
-    _, problems = instances("jsonl", tmp_path, "train")
-    (problem,) = problems
-    assert problem.reason == "missing_field"
-    assert problem.detail.endswith("got 'message', expected 'messages'")
+    _, issues = instances("jsonl", tmp_path, "train")
+    (issue,) = issues
+    assert issue.reason == "missing_field"
+    assert issue.detail.endswith("got 'message', expected 'messages'")
 
 
 ROLES = {"Assistant": 1, "USER": 0, "bot": 1, "model": 1, "human": 0, "gpt": 1}
 
 
 @pytest.mark.parametrize("role", sorted(ROLES))
-def test_other_names_of_the_two_roles_lose_no_word(tmp_path: Path, role: str) -> None:
-    messages = [{"role": role, "content": "a"}, {"role": "user", "content": [PICTURE]}]
+def test_role_aliases_map_to_speakers(tmp_path: Path, role: str) -> None:
+    messages = [{"role": role, "content": "a"}, {"role": "user", "content": [IMAGE_PART]}]
     write_lines(tmp_path / "train.jsonl", {"id": 1, "messages": messages})
-    (found,), problems = instances("jsonl", tmp_path, "train")
+    (found,), issues = instances("jsonl", tmp_path, "train")
     assert found.context[0] == Turn(ROLES[role], "a")
-    assert problems == []
+    assert issues == []
 
 
-def test_words_of_an_unknown_role_are_told_to_be_lost(tmp_path: Path) -> None:
+def test_unknown_role_text_is_dropped_with_issue(tmp_path: Path) -> None:
     other = [{"role": "critic", "content": "a"}, {"role": "critic", "content": ""}]
-    messages = [*other, {"role": "user", "content": [{"type": "text", "text": "b"}, PICTURE]}]
+    messages = [*other, {"role": "user", "content": [{"type": "text", "text": "b"}, IMAGE_PART]}]
     write_lines(tmp_path / "train.jsonl", {"id": 1, "messages": messages})
-    (found,), problems = instances("jsonl", tmp_path, "train")
+    (found,), issues = instances("jsonl", tmp_path, "train")
     assert linearize(found.context) == "# b"
-    assert [(p.reason, p.detail.partition(",")[0]) for p in problems] == [
+    assert [(p.reason, p.detail.partition(",")[0]) for p in issues] == [
         ("wrong_type", "turn 0: got role 'critic'")
     ]
 
@@ -781,40 +781,40 @@ def test_words_of_an_unknown_role_are_told_to_be_lost(tmp_path: Path) -> None:
         {"text": "no type"},
     ],
 )
-def test_an_unknown_part_costs_itself_alone(tmp_path: Path, part: dict[str, Any]) -> None:
-    parts = [{"type": "text", "text": "a"}, part, PICTURE]
+def test_unknown_content_part_is_skipped_with_issue(tmp_path: Path, part: dict[str, Any]) -> None:
+    parts = [{"type": "text", "text": "a"}, part, IMAGE_PART]
     write_lines(
         tmp_path / "train.jsonl", {"id": 1, "messages": [{"role": "user", "content": parts}]}
     )
-    (found,), problems = instances("jsonl", tmp_path, "train")
+    (found,), issues = instances("jsonl", tmp_path, "train")
     assert (linearize(found.context), found.image_ref.value) == ("# a", ("1.jpg",))
-    assert len(problems) == 1
+    assert len(issues) == 1
 
 
 @pytest.mark.parametrize("content", [{"ok": True}, "x" * 100_000, [1, {"text": {}}]])
-def test_what_a_silent_role_holds_is_not_looked_at(tmp_path: Path, content: Any) -> None:
+def test_tool_message_content_is_not_parsed(tmp_path: Path, content: Any) -> None:
     messages = [{"role": "tool", "content": content}, *CHAT["messages"][1:]]
     write_lines(tmp_path / "train.jsonl", CHAT | {"messages": messages})
-    found, problems = instances("jsonl", tmp_path, "train")
-    assert (len(found), problems) == (1, [])
+    found, issues = instances("jsonl", tmp_path, "train")
+    assert (len(found), issues) == (1, [])
 
 
-def test_conversations_without_an_id_are_named_by_what_they_say(tmp_path: Path) -> None:
+def test_missing_dialog_id_is_derived_from_content(tmp_path: Path) -> None:
     pairs = [
-        [{"role": "user", "content": f"draw {n}"}, {"role": "assistant", "content": [PICTURE]}]
+        [{"role": "user", "content": f"draw {n}"}, {"role": "assistant", "content": [IMAGE_PART]}]
         for n in (1, 2, 1)
     ]
     records = [{"messages": messages} for messages in pairs]
     write_lines(tmp_path / "a/train.jsonl", *records)
     write_lines(tmp_path / "b/train.jsonl", *(dict(r, meta=1) for r in reversed(records)))
-    one, problems = instances("jsonl", tmp_path / "a", "train")
+    one, issues = instances("jsonl", tmp_path / "a", "train")
     other, _ = instances("jsonl", tmp_path / "b", "train")
     assert len(one) == 2
     assert set(one) == set(other)
-    assert reasons(problems) == Counter({"duplicate_dialog_id": 1})
+    assert reasons(issues) == Counter({"duplicate_dialog_id": 1})
 
 
-def test_speakers_may_have_names(tmp_path: Path) -> None:
+def test_jsonl_speakers_may_be_names(tmp_path: Path) -> None:
     turns = [{"speaker": name, "text": name} for name in ("Al", "Bo", "Al", "Cy")]
     last = {"speaker": "Bo", "images": ["1.jpg"]}
     write_lines(
@@ -823,12 +823,12 @@ def test_speakers_may_have_names(tmp_path: Path) -> None:
         {"id": 2, "turns": [turns[0], last | {"speaker": 1}]},
         {"id": 3, "turns": [{"speaker": str(n), "text": "a"} for n in range(129)]},
     )
-    (found,), problems = instances("jsonl", tmp_path, "train")
+    (found,), issues = instances("jsonl", tmp_path, "train")
     assert [turn.speaker for turn in found.context] == [0, 1, 0, 2, 1]
-    assert [problem.reason for problem in problems] == ["wrong_type", "too_large"]
+    assert [issue.reason for issue in issues] == ["wrong_type", "too_large"]
 
 
-def test_other_fields_of_own_chats_are_passed_over(tmp_path: Path) -> None:
+def test_jsonl_ignores_other_fields(tmp_path: Path) -> None:
     extra = {"uid": 7, "source": "app", "picture": "x", "turn": 3, "images_seen": []}
     turn = {
         "text": "a",
@@ -846,12 +846,12 @@ def test_other_fields_of_own_chats_are_passed_over(tmp_path: Path) -> None:
         {"id": 2, "messages": [call, {"role": "user", "content": [part], "refusal": None}]}
         | {"model": "m", "tools": []},
     )
-    found, problems = instances("jsonl", tmp_path, "train")
+    found, issues = instances("jsonl", tmp_path, "train")
     assert [instance.dialog_id for instance in found] == ["1"]
-    assert [problem.reason for problem in problems] == ["empty_context"]
+    assert [issue.reason for issue in issues] == ["empty_context"]
 
 
-def test_own_chats_in_two_forms_at_once(tmp_path: Path) -> None:
+def test_jsonl_record_with_turns_and_messages_is_issue(tmp_path: Path) -> None:
     both = {"turns": PLAIN["turns"], "messages": CHAT["messages"]}
     write_lines(
         tmp_path / "train.jsonl",
@@ -859,12 +859,12 @@ def test_own_chats_in_two_forms_at_once(tmp_path: Path) -> None:
         {"id": 2, "turns": PLAIN["turns"], "messages": []},
         {"id": 3} | both,
     )
-    found, problems = instances("jsonl", tmp_path, "train")
+    found, issues = instances("jsonl", tmp_path, "train")
     assert [instance.dialog_id for instance in found] == ["1", "2", "2", "2"]
-    assert [(p.reason, p.where) for p in problems] == [("wrong_type", "train.jsonl line 3")]
+    assert [(p.reason, p.where) for p in issues] == [("wrong_type", "train.jsonl line 3")]
 
 
-def test_an_address_may_stand_for_its_object(tmp_path: Path) -> None:
+def test_image_url_may_be_plain_string(tmp_path: Path) -> None:
     parts = [
         {"type": "text", "text": "a"},
         {"type": "image_url", "image_url": "https://x.example/1.jpg"},
@@ -873,24 +873,24 @@ def test_an_address_may_stand_for_its_object(tmp_path: Path) -> None:
     write_lines(
         tmp_path / "train.jsonl", {"id": 1, "messages": [{"role": "user", "content": parts}]}
     )
-    (found,), problems = instances("jsonl", tmp_path, "train")
+    (found,), issues = instances("jsonl", tmp_path, "train")
     assert found.image_ref == ImageRef("urls", ("https://x.example/1.jpg",))
-    assert reasons(problems) == Counter({"bad_image_ref": 1})
+    assert reasons(issues) == Counter({"bad_image_ref": 1})
 
 
-def test_the_first_picture_of_a_turn_is_the_first_that_can_be_used(tmp_path: Path) -> None:
+def test_images_in_turn_first_takes_first_usable_image(tmp_path: Path) -> None:
     turn = [text("a"), media("../1"), media("2"), media("3")]
     write_lines(tmp_path / "train/conversations.json", mmdialog(turn, [media("4"), media("5")]))
-    first, problems = instances("mmdialog", tmp_path, "train", images_in_turn="first")
+    first, issues = instances("mmdialog", tmp_path, "train", images_in_turn="first")
     assert [(i.turn, i.image, i.image_ref.value[0]) for i in first] == [
         (0, 1, "train/2.jpg"),
         (1, 0, "train/4.jpg"),
     ]
-    assert reasons(problems) == Counter({"bad_image_ref": 1})
+    assert reasons(issues) == Counter({"bad_image_ref": 1})
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "tool"])
-def test_a_message_of_nobody_gets_no_mark(tmp_path: Path, role: str) -> None:
+def test_system_and_tool_messages_get_no_speaker_mark(tmp_path: Path, role: str) -> None:
     messages = [{"role": role, "content": "be kind"}, *CHAT["messages"][1:]]
     write_lines(tmp_path / "train.jsonl", CHAT | {"messages": messages})
     (found,), _ = instances("jsonl", tmp_path, "train")
@@ -900,15 +900,15 @@ def test_a_message_of_nobody_gets_no_mark(tmp_path: Path, role: str) -> None:
     assert context_text(found.context, config) == "# draw # # here"
 
 
-def test_own_chats_that_open_with_their_picture(tmp_path: Path) -> None:
+def test_jsonl_direction_first(tmp_path: Path) -> None:
     write_lines(tmp_path / "val.jsonl", PLAIN, CHAT)
-    found, problems = instances("jsonl", tmp_path, "valid", direction="first")
+    found, issues = instances("jsonl", tmp_path, "valid", direction="first")
     assert {instance.direction for instance in found} == {"first"}
     assert [linearize(i.context) for i in found] == ["# nice", "# nice", "# thanks"]
-    assert reasons(problems) == Counter({"empty_context": 1})
+    assert reasons(issues) == Counter({"empty_context": 1})
 
 
-def test_image_first_fits_every_corpus(tmp_path: Path) -> None:
+def test_direction_first_works_for_every_corpus(tmp_path: Path) -> None:
     lines = [mmdialog([text("a"), media("1")], [text("b")], [text("c"), media("2")])]
     write_lines(tmp_path / "train/conversations.json", *lines)
     after, _ = instances("mmdialog", tmp_path, "train", direction="first")
@@ -922,7 +922,7 @@ def test_image_first_fits_every_corpus(tmp_path: Path) -> None:
     assert (found.direction, linearize(found.context)) == ("first", "# nice")
 
 
-def test_earlier_pictures_may_leave_a_mark(tmp_path: Path) -> None:
+def test_earlier_images_option_leaves_mark(tmp_path: Path) -> None:
     turns = [[text("a"), media("1"), media("2")], [media("3")], [text("b"), media("4")]]
     write_lines(tmp_path / "train/conversations.json", mmdialog(*turns))
     marked, _ = instances("mmdialog", tmp_path, "train", earlier_images="[photo]")
@@ -936,62 +936,66 @@ def test_earlier_pictures_may_leave_a_mark(tmp_path: Path) -> None:
     assert [i.key for i in marked] == [i.key for i in bare]
 
 
-def test_emoji_may_become_characters(tmp_path: Path) -> None:
+def test_emoji_unicode_converts_shortcodes(tmp_path: Path) -> None:
     line = "nice :raising_hands: :no_such_name: at 10:30"
     write_lines(tmp_path / "train/conversations.json", mmdialog([text(line), media("1")]))
     (found,), _ = instances("mmdialog", tmp_path, "train", emoji="unicode")
     assert linearize(found.context, "space") == "nice \U0001f64c :no_such_name: at 10:30"
 
 
-def test_a_part_may_hold_text_and_picture(tmp_path: Path) -> None:
+def test_mmdialog_part_may_hold_text_and_image(tmp_path: Path) -> None:
     write_lines(tmp_path / "train/conversations.json", mmdialog([text("a") | media("1")]))
-    (found,), problems = instances("mmdialog", tmp_path, "train")
-    assert (linearize(found.context), problems) == ("# a", [])
+    (found,), issues = instances("mmdialog", tmp_path, "train")
+    assert (linearize(found.context), issues) == ("# a", [])
 
 
 @pytest.mark.parametrize("key", ["--help", "-rf", "-", "-1x"])
-def test_a_media_key_never_looks_like_an_option(tmp_path: Path, key: str) -> None:
+def test_media_key_like_cli_option_is_record_issue(tmp_path: Path, key: str) -> None:
     write_lines(tmp_path / "train/conversations.json", mmdialog([text("a"), media(key)]))
-    found, problems = instances("mmdialog", tmp_path, "train")
-    assert (found, reasons(problems)) == ([], Counter({"bad_image_ref": 1}))
+    found, issues = instances("mmdialog", tmp_path, "train")
+    assert (found, reasons(issues)) == ([], Counter({"bad_image_ref": 1}))
 
 
-def test_too_many_broken_records_end_the_reading_after_the_last(tmp_path: Path) -> None:
+def test_max_broken_exceeded_raises_after_last_record(tmp_path: Path) -> None:
     lines = [json.dumps(PLAIN | {"id": n}) if n % 4 else "{}" for n in range(1000)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     found = []
     with pytest.raises(DataError, match=r"250 broken of 1000 records: .*train.jsonl line 1: "):
-        found.extend(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
+        found.extend(read_instances("jsonl", tmp_path, "train", on_problem=ignore))
     assert len(found) == 750 * 3
     assert len(instances("jsonl", tmp_path, "train", max_broken=0.25)[0]) == 750 * 3
     (tmp_path / "train.jsonl").write_text("\n".join(lines[:100]))
-    assert len(list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))) == 75 * 3
+    assert len(list(read_instances("jsonl", tmp_path, "train", on_problem=ignore))) == 75 * 3
     with pytest.raises(DataError, match="at most 0;"):
-        list(read_instances("jsonl", tmp_path, "train", on_problem=unheard, max_broken=0))
+        list(read_instances("jsonl", tmp_path, "train", on_problem=ignore, max_broken=0))
 
 
 @pytest.mark.parametrize(("num_broken", "num_sound"), [(1, 0), (2, 1), (100, 99)])
-def test_a_file_with_more_broken_records_than_sound_ones_is_an_error(
+def test_file_with_mostly_broken_records_is_error(
     tmp_path: Path, num_broken: int, num_sound: int
 ) -> None:
     broken = [{"id": n} for n in range(num_broken)]
     sound = [PLAIN | {"id": n} for n in range(num_sound)]
     write_lines(tmp_path / "train.jsonl", *broken, *sound)
-    expected = f"got {num_broken} broken of .* of train.jsonl" if num_sound else "got no record"
+    expected = (
+        f"got {num_broken} broken of .* of train.jsonl" if num_sound else "no record could be read"
+    )
     with pytest.raises(DataError, match=expected):
-        list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
+        list(read_instances("jsonl", tmp_path, "train", on_problem=ignore))
     write_lines(tmp_path / "train.jsonl", *broken, *sound, *(PLAIN | {"id": n} for n in "ab"))
     if num_sound:
-        list(read_instances("jsonl", tmp_path, "train", on_problem=unheard))
+        list(read_instances("jsonl", tmp_path, "train", on_problem=ignore))
     assert len(instances("jsonl", tmp_path, "train")[0]) == (num_sound + 2) * 3
 
 
-def test_a_record_with_two_flaws_is_broken_once(tmp_path: Path) -> None:
+def test_record_with_several_issues_counts_as_broken_once(tmp_path: Path) -> None:
     critics = [{"role": "critic", "content": "a"}] * 3
-    flawed = [{"id": n, "messages": critics} for n in range(50)]
-    write_lines(tmp_path / "train.jsonl", *flawed, *(PLAIN | {"id": n} for n in range(50, 100)))
-    _, problems = instances("jsonl", tmp_path, "train")
-    assert len(problems) == 150
+    with_issues = [{"id": n, "messages": critics} for n in range(50)]
+    write_lines(
+        tmp_path / "train.jsonl", *with_issues, *(PLAIN | {"id": n} for n in range(50, 100))
+    )
+    _, issues = instances("jsonl", tmp_path, "train")
+    assert len(issues) == 150
     instances("jsonl", tmp_path, "train", max_broken=0.5)
     with pytest.raises(DataError, match="50 broken of 100 records"):
         instances("jsonl", tmp_path, "train", max_broken=0.49)
@@ -1028,26 +1032,26 @@ def test_a_record_with_two_flaws_is_broken_once(tmp_path: Path) -> None:
         "https:// x",
     ],
 )
-def test_an_image_of_own_chats_is_a_plain_path_or_a_web_address(tmp_path: Path, image: str) -> None:
+def test_jsonl_image_must_be_relative_path_or_http_url(tmp_path: Path, image: str) -> None:
     record = {"id": 1, "turns": [{"text": "a", "images": [image, "ok.jpg"]}]}
     write_lines(tmp_path / "test.jsonl", record)
-    (found,), problems = instances("jsonl", tmp_path, "test")
+    (found,), issues = instances("jsonl", tmp_path, "test")
     assert (found.image, found.image_ref.value) == (1, ("ok.jpg",))
-    assert reasons(problems) == Counter({"bad_image_ref": 1})
+    assert reasons(issues) == Counter({"bad_image_ref": 1})
 
 
-def test_a_path_may_begin_where_it_is_and_hold_what_cameras_and_screens_write(
+def test_jsonl_image_path_accepts_dot_and_special_characters(
     tmp_path: Path,
 ) -> None:
     images = ["./p/1.jpg", "p/./2.jpg", "photo[1].jpg", "12:00:00.png", "p/a:b.jpg", "\u00fc.jpg"]
     write_lines(tmp_path / "test.jsonl", {"id": 1, "turns": [{"text": "a", "images": images}]})
-    found, problems = instances("jsonl", tmp_path, "test")
+    found, issues = instances("jsonl", tmp_path, "test")
     assert [i.image_ref.value[0] for i in found] == ["p/1.jpg", "p/2.jpg", *images[2:]]
-    assert problems == []
+    assert issues == []
 
 
-def test_what_macos_leaves_beside_files_is_no_file_of_a_corpus(tmp_path: Path) -> None:
-    """Companions of attributes, as network drives and zip files carry them about."""
+def test_macos_companion_files_are_ignored(tmp_path: Path) -> None:
+    """AppleDouble files of extended attributes, as on network drives and in zip files."""
     companion = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(220)
     dialogue = [
         {"message": "hi", "share_photo": False, "user_id": 0},
@@ -1061,12 +1065,12 @@ def test_what_macos_leaves_beside_files_is_no_file_of_a_corpus(tmp_path: Path) -
         write_lines(tmp_path / corpus / "test" / name, *records)
         for other in (f"._{name}", f".{name}", ".DS_Store"):
             (tmp_path / corpus / "test" / other).write_bytes(companion)
-        found, problems = instances(corpus, tmp_path / corpus, "test")
-        assert (len(found), problems) == (1, [])
+        found, issues = instances(corpus, tmp_path / corpus, "test")
+        assert (len(found), issues) == (1, [])
 
 
 @given(JSON, st.sampled_from(["mmdialog", "photochat", "jsonl"]))
-def test_no_record_raises(body: Any, corpus: str) -> None:
+def test_parser_raises_only_record_error(body: Any, corpus: str) -> None:
     reader = build_corpus(corpus, {})
     parse = reader.parser(str(SHARED), "train", InlineImages())
     for record in (
@@ -1079,9 +1083,9 @@ def test_no_record_raises(body: Any, corpus: str) -> None:
         {"conversation_id": 1, "conversation": [{"turn": [body]}]},
     ):
         stream = io.BytesIO(json.dumps(record).encode())
-        ((_, decoded),) = read_objects(stream, "f", unheard, reader.record_type)
+        ((_, decoded),) = read_objects(stream, "f", ignore, reader.record_type)
         try:
-            parsed = decoded if isinstance(decoded, RecordError) else parse(decoded, unheard)
+            parsed = decoded if isinstance(decoded, RecordError) else parse(decoded, ignore)
         except RecordError as error:
             parsed = error
         if isinstance(parsed, RecordError):
@@ -1093,14 +1097,14 @@ def test_no_record_raises(body: Any, corpus: str) -> None:
             }
 
 
-def test_an_order_of_records_changes_no_key(tmp_path: Path) -> None:
+def test_instance_keys_do_not_depend_on_record_order(tmp_path: Path) -> None:
     for name, records in [("a", [PLAIN, CHAT]), ("b", [CHAT, PLAIN])]:
         write_lines(tmp_path / name / "train.jsonl", *records)
     one, other = (instances("jsonl", tmp_path / name, "train")[0] for name in "ab")
     assert set(one) == set(other)
 
 
-def test_sources_may_be_urls() -> None:
+def test_corpus_source_may_be_url() -> None:
     import fsspec
 
     data = json.dumps(CHAT).encode()
@@ -1121,20 +1125,22 @@ def test_sources_may_be_urls() -> None:
         ("jsonl", "train", {"open_images_url": "x"}, "no option 'open_images_url'"),
     ],
 )
-def test_wrong_options_are_refused_at_once(
+def test_wrong_corpus_option_raises_at_once(
     tmp_path: Path, corpus: str, split: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         read_instances(corpus, tmp_path, split, **options)
 
 
-def test_a_source_without_the_split_is_refused_at_once(tmp_path: Path) -> None:
+def test_missing_split_raises_at_once(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", CHAT)
-    with pytest.raises(DataError, match="expected one of train"):
+    with pytest.raises(DataError, match="found train"):
         read_instances("jsonl", tmp_path, "test")
 
 
-def test_unheard_problems_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_record_issues_are_logged_without_callback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write_lines(tmp_path / "train.jsonl", {"id": 1})
     with caplog.at_level(logging.WARNING):
         assert list(read_instances("jsonl", tmp_path, "train", max_broken=1.0)) == []

@@ -1,4 +1,4 @@
-"""Records that would cost too much or hide others: refused or read, and never unsaid."""
+"""Records that are too large or hide others are rejected or read, and always reported."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.servers import WebServer, running
 def read(
     corpus: str, source: Path, split: str = "train", **options: Any
 ) -> tuple[int, Counter[str]]:
-    problems: Counter[str] = Counter()
+    issues: Counter[str] = Counter()
     instances = read_instances(
-        corpus, source, split, on_problem=lambda p: problems.update([p.reason]), **options
+        corpus, source, split, on_problem=lambda p: issues.update([p.reason]), **options
     )
-    return sum(1 for _ in instances), problems
+    return sum(1 for _ in instances), issues
 
 
-def chats(source: Path, *records: dict[str, Any], name: str = "train.jsonl") -> Path:
+def write_chats(source: Path, *records: dict[str, Any], name: str = "train.jsonl") -> Path:
     source.mkdir(exist_ok=True)
     (source / name).write_text("\n".join(map(json.dumps, records)))
     return source
@@ -47,8 +47,8 @@ def mmdialog_record(number: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("joiner", [",", ",\n"])
-def test_lost_brackets_in_an_array_cost_their_records_alone(tmp_path: Path, joiner: str) -> None:
-    """Each is looked for over the largest record, far more bytes than the file is read of then."""
+def test_lost_brackets_in_array_skip_only_their_records(tmp_path: Path, joiner: str) -> None:
+    """Each search spans the maximum record size, far more bytes than were read by then."""
     records = [json.dumps(mmdialog_record(number)) for number in range(3000)]
     broken = range(5, 65, 5)
     for number in broken:
@@ -56,53 +56,59 @@ def test_lost_brackets_in_an_array_cost_their_records_alone(tmp_path: Path, join
     (tmp_path / "train").mkdir()
     path = tmp_path / "train" / "conversations.json"
     path.write_text(f"[{joiner.join(records)}]")
-    num_read, problems = read("mmdialog", tmp_path)
+    num_read, issues = read("mmdialog", tmp_path)
     assert num_read == len(records) - len(broken)
-    assert problems.total() == len(broken)
+    assert issues.total() == len(broken)
 
 
-def test_a_rest_that_cannot_be_read_is_an_error_unless_it_is_allowed(tmp_path: Path) -> None:
-    """All on one line behind something that is no object: nothing says how the others start."""
+def test_unreadable_rest_is_error_unless_max_broken_allows(tmp_path: Path) -> None:
+    """All on one line after a value that is no object: nothing shows how the records start."""
     records = [json.dumps(mmdialog_record(number)) for number in range(50)]
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "conversations.json").write_text(f"[null,{','.join(records)}]")
-    with pytest.raises(DataError, match=r"got no record .*the last \d+ bytes are passed over"):
+    with pytest.raises(
+        DataError, match=r"no record could be read: .*the last \d+ bytes are skipped"
+    ):
         read("mmdialog", tmp_path)
-    num_read, problems = read("mmdialog", tmp_path, max_broken=1.0)
+    num_read, issues = read("mmdialog", tmp_path, max_broken=1.0)
     assert num_read == 0
-    assert problems["too_many_broken"] == 1
+    assert issues["too_many_broken"] == 1
 
 
 @pytest.mark.parametrize("num_turns", [1, 2000])
-def test_a_dialog_of_very_many_pictures_is_passed_over(tmp_path: Path, num_turns: int) -> None:
+def test_dialog_with_too_many_images_is_skipped(tmp_path: Path, num_turns: int) -> None:
     silent = [{"text": ""}] * (num_turns - 1)
     many = {"id": 1, "turns": [*silent, {"text": "a", "images": ["a"] * 20_000}]}
-    source = chats(tmp_path / "chats", many, {"id": 2, "turns": [{"text": "b", "images": ["b"]}]})
-    num_read, problems = read("jsonl", source)
+    source = write_chats(
+        tmp_path / "chats", many, {"id": 2, "turns": [{"text": "b", "images": ["b"]}]}
+    )
+    num_read, issues = read("jsonl", source)
     assert num_read == 1
-    assert problems["too_large"] == 1
+    assert issues["too_large"] == 1
 
 
-def test_a_dialog_of_many_pictures_is_surveyed_in_no_time(tmp_path: Path) -> None:
-    source = chats(tmp_path / "chats", {"id": 1, "turns": [{"text": "a", "images": ["a"] * 300}]})
+def test_survey_of_dialog_with_many_images_is_fast(tmp_path: Path) -> None:
+    source = write_chats(
+        tmp_path / "chats", {"id": 1, "turns": [{"text": "a", "images": ["a"] * 300}]}
+    )
     start = time.monotonic()
     found = survey_split(
         "jsonl", str(source), "train", DialogConfig(), num_sampled=2000, on_dialog=lambda: None
     )
     assert found.num_instances == 300
     assert found.lengths.num_sampled == 300
-    # It took more than five seconds when every sample made every instance anew.
+    # It took more than five seconds when every sample rebuilt every instance.
     assert time.monotonic() - start < 5.0
 
 
-def test_a_text_without_end_is_passed_over(tmp_path: Path) -> None:
+def test_overlong_text_is_skipped(tmp_path: Path) -> None:
     long = {"id": 1, "turns": [{"text": "a\u0301" * 40_000, "images": ["a"]}]}
-    num_read, problems = read("jsonl", chats(tmp_path / "chats", long), max_broken=1.0)
-    assert (num_read, problems["too_large"]) == (0, 1)
+    num_read, issues = read("jsonl", write_chats(tmp_path / "chats", long), max_broken=1.0)
+    assert (num_read, issues["too_large"]) == (0, 1)
 
 
 @pytest.mark.parametrize("url", ["http://[", "https://[::1", "http://a]b/c", "http://a\u2100b/"])
-def test_an_address_that_cannot_be_taken_apart_is_none(tmp_path: Path, url: str) -> None:
+def test_unparsable_url_is_bad_image_ref(tmp_path: Path, url: str) -> None:
     record = {
         "dialogue_id": 1,
         "dialogue": [
@@ -114,29 +120,29 @@ def test_an_address_that_cannot_be_taken_apart_is_none(tmp_path: Path, url: str)
     }
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a.json").write_text(json.dumps([record]))
-    num_read, problems = read("photochat", tmp_path, repeated="unique")
+    num_read, issues = read("photochat", tmp_path, repeated="unique")
     assert num_read == 1
-    assert problems == {"bad_image_ref": 1}
+    assert issues == {"bad_image_ref": 1}
 
 
-def test_long_ids_and_names_take_no_room_of_their_own(tmp_path: Path) -> None:
-    """All of a split are remembered, to find the same one twice."""
+def test_long_ids_and_image_names_take_bounded_memory(tmp_path: Path) -> None:
+    """All ids and names of a split are remembered, to find duplicates."""
     turns = [{"text": "a", "images": ["b" * 1000 + "{}"]}]
     line = json.dumps({"id": "c" * 1000 + "{}", "turns": turns}).replace("{}", "%d") + "\n"
     with (tmp_path / "train.jsonl").open("w") as file:
         file.writelines(line % (number, number) for number in range(6000))
     tracemalloc.start()
-    num_read, problems = read("jsonl", tmp_path, repeated="unique")
+    num_read, issues = read("jsonl", tmp_path, repeated="unique")
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (num_read, problems) == (6000, {})
+    assert (num_read, issues) == (6000, {})
     assert peak_bytes < 4 << 20
 
 
-def test_two_names_of_one_split_are_refused(tmp_path: Path) -> None:
+def test_split_under_two_names_raises(tmp_path: Path) -> None:
     record = {"id": 1, "turns": [{"text": "a", "images": ["a"]}]}
-    source = chats(tmp_path / "chats", record, name="valid.jsonl")
-    chats(source, record, name="dev.jsonl")
+    source = write_chats(tmp_path / "chats", record, name="valid.jsonl")
+    write_chats(source, record, name="dev.jsonl")
     with pytest.raises(DataError, match=r"valid\.jsonl and dev\.jsonl"):
         read("jsonl", source, "valid")
     for name in ("valid", "val"):
@@ -145,29 +151,29 @@ def test_two_names_of_one_split_are_refused(tmp_path: Path) -> None:
         read("mmdialog", tmp_path, "valid")
 
 
-def test_a_picture_of_a_tool_is_said_to_make_no_instance(tmp_path: Path) -> None:
+def test_tool_message_image_is_no_image_issue(tmp_path: Path) -> None:
     part = {"type": "image_url", "image_url": {"url": "a.jpg"}}
     messages = [{"role": "user", "content": "draw"}, {"role": "tool", "content": [part]}]
-    num_read, problems = read("jsonl", chats(tmp_path / "c", {"id": 1, "messages": messages}))
-    assert (num_read, problems) == (0, {"no_image": 1})
+    num_read, issues = read("jsonl", write_chats(tmp_path / "c", {"id": 1, "messages": messages}))
+    assert (num_read, issues) == (0, {"no_image": 1})
 
 
-# What begins as a picture does.
+# The first bytes of a JPEG.
 JPEG = b"\xff\xd8\xff"
 
 
-def test_no_name_of_a_picture_leads_a_mirror_elsewhere(tmp_path: Path) -> None:
-    """`%` and `#` belong to the name, on a server as in a folder."""
+def test_image_name_cannot_escape_mirror_path(tmp_path: Path) -> None:
+    """`%` and `#` belong to the name, on a server as in a directory."""
     names = ["%2e%2e/secret/x.jpg", "photos/..%2f..%2fsecret/x.jpg", "photos/1.jpg#x", "50%.jpg"]
     turns = [{"text": "a", "images": names}]
-    source = chats(tmp_path / "chats", {"id": 1, "turns": turns})
+    source = write_chats(tmp_path / "chats", {"id": 1, "turns": turns})
     refs = [i.image_ref for i in read_instances("jsonl", source, "train")]
     assert [ref.value[0] for ref in refs] == names
     (source / "50%.jpg").write_bytes(b"half")
     assert read_image(str(source), "50%.jpg", 100) == b"half"
-    asked = ("/secret/x.jpg", "/pub/photos/1.jpg", "/pub/50%25.jpg")
+    paths = ("/secret/x.jpg", "/pub/photos/1.jpg", "/pub/50%25.jpg")
     with running(
-        WebServer("127.0.0.1", {path: lambda h: h.send(200, JPEG) for path in asked})
+        WebServer("127.0.0.1", {path: lambda h: h.send(200, JPEG) for path in paths})
     ) as s:
         host = f"127.0.0.1:{s.port}"
         config = FetchConfig(mirror=f"http://{host}/pub/{{path}}")
@@ -184,25 +190,25 @@ def test_no_name_of_a_picture_leads_a_mirror_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("root", ["{}/p", "simplecache::{}/p", "{}/p.tar", "tar://p::{}/p.tar"])
-def test_a_web_address_is_no_folder_of_pictures(root: str) -> None:
-    """What it redirects to would be asked unguarded."""
+def test_http_url_as_image_root_raises(root: str) -> None:
+    """A redirect from it would bypass the SSRF guard."""
     with running(WebServer("127.0.0.1", {})) as web:
         with pytest.raises(ConfigError, match=r"fetch\.mirror"):
             read_image(root.format(f"HTTP://127.0.0.1:{web.port}"), "1.jpg", 100)
         assert not web.asked
 
 
-def test_a_pipe_among_the_pictures_is_not_waited_for(tmp_path: Path) -> None:
+def test_named_pipe_as_image_is_read_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "p.jpg")
     with pytest.raises(ImageRejectedError) as caught:
         read_image(str(tmp_path), "p.jpg", 1000)
     assert caught.value.reason == "read_error"
 
 
-def test_a_plan_of_a_corpus_that_has_changed_is_made_anew(tmp_path: Path) -> None:
+def test_plan_is_remade_when_corpus_changes(tmp_path: Path) -> None:
     record = {"id": 1, "turns": [{"text": "a", "images": ["a"]}]}
-    source, out = chats(tmp_path / "chats", record), str(tmp_path / "out")
+    source, out = write_chats(tmp_path / "chats", record), str(tmp_path / "out")
     request = PlanRequest("jsonl", str(source), "train", load_recipe("demo"))
     assert make_plan(request, out).num_instances == 1
-    chats(source, record, record | {"id": 2})
+    write_chats(source, record, record | {"id": 2})
     assert make_plan(request, out).num_instances == 2

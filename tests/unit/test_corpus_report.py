@@ -1,4 +1,4 @@
-"""What the page of a corpus promises: the figures of the survey, and nothing of the corpus."""
+"""The corpus report shows the figures of the survey and no data of the corpus."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS = (("own_turn", "exclude"), ("text.strategy", "letters"), ("text.num_win
 
 
 def make_survey(*splits: str) -> dict[str, Any]:
-    """Make a survey in which every figure is another one, so that none stands for another."""
+    """Make a survey in which all figures differ, so that none is mistaken for another."""
     numbers = count(1_000_003, 7919)
     return {
         "corpus": "mmdialog",
@@ -109,12 +109,12 @@ def numbers_in(value: Any) -> Iterator[float]:
 
 
 class Page(HTMLParser):
-    """Elements, addresses, exact values and bars of a page, and whether it is well formed."""
+    """Elements, URLs, exact values and bars of a page; checks that it is well formed."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
         self.tags: list[str] = []
-        self.addresses: list[str] = []
+        self.urls: list[str] = []
         self.values: list[str] = []
         self.bars: list[dict[str, str]] = []
         self.open: list[str] = []
@@ -123,7 +123,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         named = {name: value or "" for name, value in attrs}
         self.tags.append(tag)
-        self.addresses += [v for n, v in named.items() if n in ("src", "href", "xlink:href")]
+        self.urls += [v for n, v in named.items() if n in ("src", "href", "xlink:href")]
         if tag == "data":
             self.values.append(named["value"])
         if tag == "rect":
@@ -148,7 +148,7 @@ def render(survey: dict[str, Any], out: Path) -> str:
 
 
 def rows_of(source: str, anchor: str) -> dict[str, list[str]]:
-    """Give the exact figures of a section's table by the name of their row."""
+    """Return the exact figures of a section's table by row name."""
     section = re.search(rf'<section id="{anchor}">(.*?)</section>', source, re.DOTALL)
     assert section
     return {
@@ -164,10 +164,10 @@ def percentage(value: str) -> float:
     return float(value[:-1])
 
 
-def test_every_figure_of_the_survey_is_on_the_page(out: Path) -> None:
+def test_page_shows_every_figure_of_survey(out: Path) -> None:
     survey = make_survey(*SPLITS)
     page = Page(render(survey, out))
-    # The width of a bin is told by the names of the bins, and an option's value beside its name.
+    # The bin width shows in the names of the bins, an option's value beside its name.
     expected = {
         repr(number)
         for part in (survey["splits"], survey["leaks"])
@@ -177,10 +177,10 @@ def test_every_figure_of_the_survey_is_on_the_page(out: Path) -> None:
     assert expected - set(page.values) == set()
 
 
-def test_the_top_gives_the_totals_and_the_key_figures_of_each_split(out: Path) -> None:
+def test_header_shows_totals_and_key_figures_of_each_split(out: Path) -> None:
     survey = make_survey(*SPLITS)
     source = render(survey, out)
-    top = source[source.index("<header") : source.index("</header>")]
+    header = source[source.index("<header") : source.index("</header>")]
     splits = survey["splits"].values()
     totals = [
         sum(found[name] for found in splits)
@@ -190,22 +190,22 @@ def test_the_top_gives_the_totals_and_the_key_figures_of_each_split(out: Path) -
     too_long = [found["lengths"]["share_over"] for found in splits]
     leaking = sum(leak["num_instances"] for leak in survey["leaks"]["counts"])
     figures = [*totals, *instances, *too_long, 75, leaking]
-    assert Page(top).values == [repr(number) for number in figures]
-    assert ">mmdialog corpus: data/MMDialog</p>" in top
+    assert Page(header).values == [repr(number) for number in figures]
+    assert ">mmdialog corpus: data/MMDialog</p>" in header
 
 
-def test_counts_stand_in_the_column_of_their_split_and_add_up(out: Path) -> None:
+def test_counts_table_has_split_columns_and_sums(out: Path) -> None:
     survey = make_survey(*SPLITS)
     rows = rows_of(render(survey, out), "counts")
     splits = survey["splits"].values()
     for name, field in (("Dialogs", "num_dialogs"), ("Instances", "num_instances")):
         counts = [found[field] for found in splits]
         assert rows[name] == [str(number) for number in [*counts, sum(counts)]]
-    # Two splits may share a picture: there is no sum.
-    assert rows["Distinct pictures"] == [str(found["num_images"]) for found in splits]
+    # Two splits may share an image, so there is no sum.
+    assert rows["Distinct images"] == [str(found["num_images"]) for found in splits]
 
 
-def test_problems_and_pictures_stand_by_reason(out: Path) -> None:
+def test_record_issues_and_images_are_listed_by_reason(out: Path) -> None:
     survey = make_survey("train", "test")
     del survey["splits"]["test"]["problems"]["invalid_json"]
     broken = survey["splits"]["train"]["problems"]["invalid_json"]
@@ -217,7 +217,7 @@ def test_problems_and_pictures_stand_by_reason(out: Path) -> None:
     assert rows_of(source, "pictures")["Missing file"] == expected
 
 
-def test_an_option_is_compared_with_what_is_set(out: Path) -> None:
+def test_options_table_compares_with_current_settings(out: Path) -> None:
     survey = make_survey("train")
     found = survey["splits"]["train"]
     found["variants"][0]["num_instances"] = found["num_instances"] - 640_000
@@ -234,7 +234,7 @@ def test_an_option_is_compared_with_what_is_set(out: Path) -> None:
     assert '<th scope="row"><code>text.num_windows=2</code>' in source
 
 
-def test_options_as_set_are_listed(out: Path) -> None:
+def test_current_options_are_listed(out: Path) -> None:
     source = render(make_survey("train"), out)
     for name, value in (
         ("corpus.own_turn", "<code>include</code>"),
@@ -246,7 +246,7 @@ def test_options_as_set_are_listed(out: Path) -> None:
 
 
 @pytest.mark.parametrize("counts", [COUNTS, [1] * 20, [0, 0, 0, 0, 0, 3]])
-def test_bars_are_as_high_as_their_counts(counts: list[int], out: Path) -> None:
+def test_bar_heights_match_counts(counts: list[int], out: Path) -> None:
     survey = make_survey("train")
     survey["splits"]["train"]["lengths"]["counts"] = counts
     bars = Page(render(survey, out)).bars
@@ -266,7 +266,7 @@ def test_bars_are_as_high_as_their_counts(counts: list[int], out: Path) -> None:
     assert starts[-1] + percentage(bars[-1]["width"]) < 100
 
 
-def test_bars_beyond_the_room_look_different_and_the_edge_is_between(out: Path) -> None:
+def test_bars_over_token_limit_are_marked_and_separated(out: Path) -> None:
     source = render(make_survey("train"), out)
     bars = Page(source).bars
     assert [bar["class"] for bar in bars] == ["within"] * 5 + ["beyond"] * 3
@@ -277,29 +277,29 @@ def test_bars_beyond_the_room_look_different_and_the_edge_is_between(out: Path) 
     assert at == pytest.approx(100 * 75 / 120, abs=0.001)
 
 
-def test_a_plot_says_what_it_shows_to_who_cannot_see_it(out: Path) -> None:
+def test_plot_has_accessible_titles(out: Path) -> None:
     survey = make_survey(*SPLITS)
     survey["splits"]["valid"]["lengths"].update(counts=COUNTS, share_over=0.41)
     source = render(survey, out)
     titles = re.findall(r'<svg role="img"[^>]*><title>([^<]+)</title>', source)
     assert [title.partition(":")[0] for title in titles] == list(SPLITS)
-    assert "41.0 % have more than the 75 that fit" in titles[1]
+    assert "41.0 % exceed the limit of 75" in titles[1]
     assert "<title>46 to 60 tokens: 401</title>" in source
     assert "<title>106 tokens or more: 47</title>" in source
     assert '<th scope="row">106 tokens or more</th>' in source
 
 
 @pytest.mark.parametrize("num_bins", [6, 8, 20])
-def test_the_share_too_long_is_written_on_the_plot(num_bins: int, out: Path) -> None:
+def test_plot_labels_share_of_too_long_contexts(num_bins: int, out: Path) -> None:
     survey = make_survey("train")
     survey["splits"]["train"]["lengths"].update(counts=[3] * num_bins, share_over=0.41)
     labels = re.findall(r'<text class="side"[^>]*>([^<]+)</text>', render(survey, out))
     assert "41.0\N{NARROW NO-BREAK SPACE}% too long" in labels[-1]
-    # On the right where there is room for it, else it points there.
+    # On the right if there is room, else it points to the right.
     assert ("fits" in labels) == (num_bins == 20)
 
 
-def test_a_sample_is_said_to_be_one(out: Path) -> None:
+def test_sampled_lengths_are_labelled_as_sample(out: Path) -> None:
     survey = make_survey("train")
     survey["splits"]["train"]["lengths"]["num_sampled"] = 2000
     source = re.sub("<[^>]+>", "", render(survey, out))
@@ -307,38 +307,36 @@ def test_a_sample_is_said_to_be_one(out: Path) -> None:
     assert "tokens on a sample of 2,000 instances" in source
 
 
-def test_leaks_are_told_in_plain_words_and_how_to_leave_them_out(out: Path) -> None:
+def test_leaks_are_explained_with_exclude_commands(out: Path) -> None:
     survey = make_survey(*SPLITS)
     near, shared = survey["leaks"]["counts"]
     near["num_instances"], shared["num_instances"] = 1, 20_110
     source = render(survey, out)
-    said = re.sub("<[^>]+>", "", source)
-    assert "20,110 training instances show a picture that is also in test" in said
-    assert "1 training instance shows a picture that looks like one in test" in said
-    assert "train \N{RIGHTWARDS ARROW} test20,111" in said
+    page_text = re.sub("<[^>]+>", "", source)
+    assert "20,110 training instances have an image that is also in test" in page_text
+    assert "1 training instance has a near-duplicate of an image in test" in page_text
+    assert "train \N{RIGHTWARDS ARROW} test20,111" in page_text
     corpus = "--corpus mmdialog --source data/MMDialog"
-    assert f"d2i corpus {corpus} --leaks leaks.jsonl\n" in said
-    assert f"d2i preprocess {corpus} --exclude leaks.jsonl" in said
+    assert f"d2i corpus {corpus} --leaks leaks.jsonl\n" in page_text
+    assert f"d2i preprocess {corpus} --exclude leaks.jsonl" in page_text
 
 
 @pytest.mark.parametrize("near", [True, False])
 @pytest.mark.parametrize("leaks", [True, False])
-def test_the_page_says_whether_near_duplicates_were_looked_for(
-    near: bool, leaks: bool, out: Path
-) -> None:
+def test_page_states_if_near_duplicates_were_searched(near: bool, leaks: bool, out: Path) -> None:
     survey = make_survey(*SPLITS)
     survey["leaks"]["near"] = near
     if not leaks:
         survey["leaks"]["counts"] = []
     source = render(survey, out)
-    assert ("Near-duplicates were not looked for" in source) == (not near)
-    assert ("near-duplicates were not looked for" in source) == (not near)
-    assert ("were looked for" in source) == near
+    assert ("Near-duplicates were not searched for" in source) == (not near)
+    assert ("near-duplicates were not searched for" in source) == (not near)
+    assert ("were searched for" in source) == near
     assert ("--exclude leaks.jsonl" in source) == leaks
-    assert ("No split shows a picture of another one" in source) == (not leaks)
+    assert ("No split has an image of another split" in source) == (not leaks)
 
 
-def test_what_the_survey_names_stays_text(out: Path) -> None:
+def test_survey_strings_are_html_escaped(out: Path) -> None:
     survey = make_survey(*SPLITS)
     found = survey["splits"]["train"]
     survey["corpus"] = survey["source"] = HOSTILE
@@ -348,35 +346,35 @@ def test_what_the_survey_names_stays_text(out: Path) -> None:
     found["first_problems"] = {HOSTILE: {"where": HOSTILE, "detail": HOSTILE}}
     found["pictures"]["failures"] = {HOSTILE: 2}
     found["variants"][0].update(option=HOSTILE, value=HOSTILE)
-    for place in ("split", "other_split", "reason"):
-        survey["leaks"]["counts"][0][place] = HOSTILE
+    for field in ("split", "other_split", "reason"):
+        survey["leaks"]["counts"][0][field] = HOSTILE
     survey["splits"] = {
         HOSTILE if split == "train" else split: survey["splits"][split] for split in SPLITS
     }
     source = render(survey, out)
     plain = render(make_survey(*SPLITS), out)
     assert "<script" not in source
-    # A quote that ends an attribute, or a tag, would make other elements than a plain survey does.
+    # An unescaped quote or tag would give other elements than a plain survey.
     assert set(Page(source).tags) == set(Page(plain).tags)
     assert source.count("&lt;script&gt;") > 10
     assert not re.search(r"alert\('hi'\)|\"more\"", source)
 
 
-def test_page_loads_nothing(out: Path) -> None:
+def test_page_loads_no_external_resource(out: Path) -> None:
     source = render(make_survey(*SPLITS), out)
     page = Page(source)
     assert not {"script", "link", "iframe", "object", "embed", "base", "img"} & set(page.tags)
     assert "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in source
     assert not re.search(r"https?://|@import|url\(|@font-face", source)
-    assert len(page.addresses) == 6
-    assert all(f'<section id="{address[1:]}">' in source for address in page.addresses)
+    assert len(page.urls) == 6
+    assert all(f'<section id="{url[1:]}">' in source for url in page.urls)
 
 
-def test_page_says_that_nothing_of_the_corpus_is_on_it(out: Path) -> None:
-    assert "no text and no picture of the corpus" in render(make_survey("train"), out)
+def test_page_states_it_contains_no_corpus_data(out: Path) -> None:
+    assert "no text and no image of the corpus" in render(make_survey("train"), out)
 
 
-def test_same_survey_gives_same_bytes_and_is_left_as_it_was(out: Path) -> None:
+def test_report_is_deterministic_and_keeps_survey_unchanged(out: Path) -> None:
     survey = make_survey(*SPLITS)
     before = copy.deepcopy(survey)
     assert render(survey, out) == render(copy.deepcopy(survey), out)
@@ -384,40 +382,40 @@ def test_same_survey_gives_same_bytes_and_is_left_as_it_was(out: Path) -> None:
 
 
 @pytest.mark.parametrize("splits", [(), ("test",), ("train", "test")])
-def test_any_splits(splits: tuple[str, ...], out: Path) -> None:
+def test_report_of_any_splits(splits: tuple[str, ...], out: Path) -> None:
     survey = make_survey(*splits)
     survey["leaks"]["counts"] = []
     source = render(survey, out)
     assert source.count("<svg ") == len(splits)
-    left_out = re.findall(r'<p class="left-out"><strong>([^<]+)</strong>', source)
-    assert ("Leaks between splits" in left_out) == (len(splits) < 2)
-    assert ("Instances that leak" in source) == (len(splits) == 2)
+    omitted = re.findall(r'<p class="left-out"><strong>([^<]+)</strong>', source)
+    assert ("Leaks between splits" in omitted) == (len(splits) < 2)
+    assert ("Leaked instances" in source) == (len(splits) == 2)
 
 
-def test_splits_without_instances(out: Path) -> None:
+def test_report_of_splits_without_instances(out: Path) -> None:
     survey = make_survey(*SPLITS)
     survey["leaks"]["counts"] = []
     for found in survey["splits"].values():
         found.update({name: 0 for name in found if name.startswith("num_")})
-        found.update(problems={}, lengths=unmeasured(), pictures=None)
+        found.update(problems={}, lengths=unmeasured(), images=None)
         for variant in found["variants"]:
             variant.update(num_instances=0, num_empty=0, mean_tokens=None, share_over=None)
     source = render(survey, out)
     assert "<svg" not in source
-    assert "Contexts too long" not in source
-    assert "No record has a problem" in source
-    left_out = re.findall(r'<p class="left-out"><strong>([^<]+)</strong> left out: ', source)
-    assert left_out == ["How long contexts are", "Pictures that can be read"]
-    # Each split has three variants and what is set, each without two figures of tokens.
+    assert "Contexts over the limit" not in source
+    assert "No record has an issue" in source
+    omitted = re.findall(r'<p class="left-out"><strong>([^<]+)</strong> omitted: ', source)
+    assert omitted == ["Context lengths", "Image files"]
+    # Each split has three variants and the current settings, each without two token figures.
     assert source.count('<span class="absent">not measured</span>') == 3 * 4 * 2
 
 
-def test_a_split_that_was_not_looked_at_has_no_column(out: Path) -> None:
+def test_unread_split_has_no_column(out: Path) -> None:
     survey = make_survey(*SPLITS)
     survey["splits"]["valid"]["pictures"] = None
     survey["splits"]["valid"]["lengths"] = unmeasured()
     source = render(survey, out)
-    assert "Those of valid were not looked at" in source
+    assert "Those of valid were not opened" in source
     assert len(rows_of(source, "pictures")["Missing file"]) == 3
     assert source.count("<svg ") == 2
     assert source.count("No context was measured") == 1

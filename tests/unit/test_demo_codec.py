@@ -1,4 +1,4 @@
-"""The shipped codec keeps what the judge reads."""
+"""The demo VAE keeps the attributes that the judge reads."""
 
 import io
 import random
@@ -20,7 +20,7 @@ def jpeg_pixels(scene: Scene, jitter_seed: int) -> npt.NDArray[np.uint8]:
     return np.asarray(Image.open(buffer))
 
 
-def test_reconstructions_are_read_right() -> None:
+def test_vae_reconstructions_are_judged_correctly() -> None:
     scenes = random.Random(17).sample(all_scenes(), 160)
     codec = Vae("demo:vae", "kl")
     moments = codec.encode(np.stack([jpeg_pixels(s, i) for i, s in enumerate(scenes)]), 32)

@@ -1,4 +1,4 @@
-"""The doctor's rows are lazy, kept apart, and tell a broken environment from a whole one."""
+"""The checks of `d2i doctor` are lazy and isolated, and detect a broken environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from d2i.doctor import machine as doctor
 from d2i.doctor.check import Check, run_checks
 
 
-def test_a_check_that_crashes_is_a_fail_row_and_the_next_one_still_runs() -> None:
+def test_crashed_check_is_fail_row_and_next_check_runs() -> None:
     def crash() -> Check:
         raise ValueError("first line\nsecond line")
 
@@ -26,7 +26,7 @@ def test_a_check_that_crashes_is_a_fail_row_and_the_next_one_still_runs() -> Non
     assert rows[0].fix
 
 
-def test_a_row_is_computed_when_it_is_asked_for() -> None:
+def test_run_checks_is_lazy() -> None:
     asked: list[str] = []
 
     def note() -> Check:
@@ -39,14 +39,14 @@ def test_a_row_is_computed_when_it_is_asked_for() -> None:
     assert asked == ["asked"]
 
 
-def test_the_quick_rows_of_this_environment() -> None:
+def test_quick_checks_pass_in_this_environment() -> None:
     assert doctor.check_python().status == "ok"
     assert doctor.check_torch().status == "ok"
     assert doctor.check_vocabulary().status == "ok"
     assert doctor.check_gpu().status in {"ok", "warn"}
 
 
-def test_every_row_is_one_line_and_what_is_not_ok_has_a_fix(tmp_path: Path) -> None:
+def test_check_rows_are_one_line_and_failures_have_a_fix(tmp_path: Path) -> None:
     rows = [
         doctor.check_python(),
         doctor.check_gpu(),
@@ -61,14 +61,14 @@ def test_every_row_is_one_line_and_what_is_not_ok_has_a_fix(tmp_path: Path) -> N
         assert row.status == "ok" or row.fix
 
 
-def test_without_a_compiler_the_row_says_what_to_install(tmp_path: Path) -> None:
+def test_missing_compiler_row_names_package_to_install(tmp_path: Path) -> None:
     row = doctor.check_deepspeed(str(tmp_path))
     assert row.status == "warn"
     assert "C++ compiler" in row.detail
     assert "apt-get install g++" in row.fix
 
 
-def test_a_compiler_that_cannot_compile_is_not_enough(
+def test_broken_compiler_is_warning_with_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
@@ -85,7 +85,7 @@ def test_a_compiler_that_cannot_compile_is_not_enough(
     assert "python3-dev" in row.fix
 
 
-def test_a_ray_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
+def test_hanging_ray_is_killed_with_its_children(tmp_path: Path) -> None:
     alive = tmp_path / "alive"
     os.mkfifo(alive)
     reader = os.open(alive, os.O_RDONLY | os.O_NONBLOCK)
@@ -101,22 +101,22 @@ def test_a_ray_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
     assert row.status == "fail"
     assert "within 5 s" in row.detail
     os.set_blocking(reader, True)
-    assert os.read(reader, 1) == b""  # the end of the pipe: nobody holds it open any more
+    assert os.read(reader, 1) == b""  # EOF: no process holds the pipe open any more
     os.close(reader)
 
 
-def test_a_ray_that_does_not_start_gives_its_last_line() -> None:
+def test_failed_ray_start_shows_last_line() -> None:
     row = doctor.check_ray(program="import sys; sys.exit('no room for the object store')")
     assert row == Check("Ray", "fail", "did not start: no room for the object store", row.fix)
 
 
 @pytest.mark.slow
-def test_ray_starts_here() -> None:
+def test_check_ray_starts_ray() -> None:
     row = doctor.check_ray()
     assert row.status == "ok", row.detail
 
 
-def test_inception_weights_are_known_by_their_checksum(tmp_path: Path) -> None:
+def test_inception_weights_are_checked_by_sha256(tmp_path: Path) -> None:
     assert doctor.check_inception(tmp_path).status == "warn"
 
     cache = tmp_path / "checkpoints"
@@ -129,7 +129,7 @@ def test_inception_weights_are_known_by_their_checksum(tmp_path: Path) -> None:
     assert hashlib.sha256(content).hexdigest()[:8] in row.detail
 
 
-def test_importing_the_doctor_is_light() -> None:
+def test_doctor_imports_no_heavy_module() -> None:
     heavy = {"torch", "ray", "deepspeed", "diffusers", "transformers"}
     program = "import sys, d2i.doctor.machine; print(*sys.modules)"
     loaded = subprocess.run(

@@ -1,4 +1,4 @@
-"""Draws belong to a sample: no batch, order or restart changes them."""
+"""Random draws belong to a sample: batch, order and restart do not change them."""
 
 import hashlib
 import subprocess
@@ -17,7 +17,7 @@ MANY = [f"train-{index}" for index in range(4000)]
 
 
 @given(KEYS, SEEDS, st.integers(0, 10**9), st.randoms())
-def test_a_draw_depends_on_its_sample_alone(
+def test_draw_depends_only_on_its_sample_key(
     keys: list[str], seed: int, step: int, random: Random
 ) -> None:
     together = draws.normal(seed, "noise", keys, step, (2, 3))
@@ -28,7 +28,7 @@ def test_a_draw_depends_on_its_sample_alone(
     np.testing.assert_array_equal(shuffled, together[order])
 
 
-def test_every_part_of_the_key_changes_the_draw() -> None:
+def test_draw_changes_with_every_part_of_its_key() -> None:
     variants = [
         (1, "noise", ["a"], 1),
         (2, "noise", ["a"], 1),
@@ -45,7 +45,7 @@ def test_every_part_of_the_key_changes_the_draw() -> None:
     assert len(found) == len(variants)
 
 
-def test_draws_are_those_of_a_fresh_philox() -> None:
+def test_draws_match_numpy_philox() -> None:
     digest = hashlib.blake2b(b'[7, "noise", 3]\0key', digest_size=16).digest()
     key = np.frombuffer(digest, dtype="<u8")
     fresh = np.random.Generator(np.random.Philox(key=key))
@@ -54,7 +54,7 @@ def test_draws_are_those_of_a_fresh_philox() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_another_process_draws_the_same() -> None:
+def test_draws_are_equal_in_another_process() -> None:
     program = (
         "from d2i.diffusion import draws; import sys;"
         "sys.stdout.write(draws.normal(5, 'noise', ['a', 'b'], 9, (7,)).tobytes().hex())"
@@ -65,7 +65,7 @@ def test_another_process_draws_the_same() -> None:
     assert found == draws.normal(5, "noise", ["a", "b"], 9, (7,)).tobytes().hex()
 
 
-def test_shapes_and_dtypes() -> None:
+def test_draws_have_shapes_and_dtypes() -> None:
     assert draws.normal(1, "x", MANY[:3], 0).shape == (3,)
     assert draws.uniform(1, "x", MANY[:3], 0, (2,)).shape == (3, 2)
     assert draws.integers(1, 1000, 1, "x", [], 0, (2,)).shape == (0, 2)
@@ -74,7 +74,7 @@ def test_shapes_and_dtypes() -> None:
     assert draws.integers(1, 1000, 1, "x", MANY[:3], 0).dtype == np.int64
 
 
-def test_the_numbers_have_their_distributions() -> None:
+def test_draws_follow_their_distributions() -> None:
     values = draws.normal(1, "noise", MANY, 0, (4,))
     assert abs(values.mean()) < 0.04
     assert abs(values.std() - 1) < 0.03
@@ -88,6 +88,6 @@ def test_the_numbers_have_their_distributions() -> None:
     assert abs(counts[1:] - 1000).max() < 130
 
 
-def test_steps_are_independent() -> None:
+def test_draws_of_two_steps_are_uncorrelated() -> None:
     first, second = (draws.normal(1, "noise", MANY, step) for step in (0, 1))
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.06

@@ -1,4 +1,4 @@
-"""The averages: diffusers' warm-up, and EDM2's power function of any length."""
+"""EMA of the weights: diffusers' warm-up, and EDM2's power function of any length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUM_STEPS = 3000
 
 
 def shares(decay: Decay) -> NDArray[np.float64]:
-    """The share of the weights after each step in the average, that of the initial ones first."""
+    """Return each step's share of the average, the share of the initial weights first."""
     found = np.ones(1)
     for step in range(1, NUM_STEPS + 1):
         found = np.append(found * decay(step), 1 - decay(step))
@@ -22,7 +22,7 @@ def shares(decay: Decay) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("rate", [0.9999, 0.98, 0.5, 0])
-def test_the_warm_up_is_that_of_diffusers(rate: float) -> None:
+def test_ema_warmup_matches_diffusers(rate: float) -> None:
     weight = torch.nn.Parameter(torch.zeros(1000))
     theirs = EMAModel([weight], decay=rate)
     ours = Ema([weight], warmup_decay(rate))
@@ -37,11 +37,11 @@ def test_the_warm_up_is_that_of_diffusers(rate: float) -> None:
     assert theirs.get_decay(100_000) == warmup_decay(rate)(100_000) == rate
 
 
-def test_the_first_step_replaces_the_initial_weights() -> None:
+def test_ema_first_step_replaces_initial_weights() -> None:
     assert [warmup_decay(0.9999)(step) for step in (1, 2, 3)] == [0, 2 / 11, 3 / 12]
     for decay in (warmup_decay(0.9999), power_decay(0.05)):
         assert shares(decay)[0] == 0
-    # What 0.9999 alone leaves of them in a recipe of 850 steps.
+    # A constant decay of 0.9999 keeps a share of them.
     assert shares(lambda _: 0.9999)[0] == pytest.approx(0.9999**NUM_STEPS)
 
 
@@ -54,7 +54,7 @@ def test_the_first_step_replaces_the_initial_weights() -> None:
         (warmup_decay(0.9999), 0.0905),
     ],
 )
-def test_an_average_is_as_long_as_it_says(decay: Decay, length: float) -> None:
+def test_ema_decay_has_nominal_length(decay: Decay, length: float) -> None:
     found = shares(decay)
     times = np.arange(NUM_STEPS + 1) / NUM_STEPS
     mean = (found * times).sum()
@@ -62,7 +62,7 @@ def test_an_average_is_as_long_as_it_says(decay: Decay, length: float) -> None:
     assert np.sqrt((found * (times - mean) ** 2).sum()) == pytest.approx(length, rel=0.005)
 
 
-def test_an_average_goes_on_where_it_was() -> None:
+def test_ema_resumes_from_its_state() -> None:
     weight = torch.tensor([1.0])
     whole, half = Ema([weight], power_decay(0.05)), Ema([weight], power_decay(0.05))
     for step in range(1, 7):

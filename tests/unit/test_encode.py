@@ -1,4 +1,4 @@
-"""Encoding: in which precision, and what has no number that float16 can hold."""
+"""Encoding: the precision of the encoders, and values that float16 cannot hold."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def relative_rms(exact: NDArray[np.float16], other: NDArray[np.float16]) -> floa
     return float(np.sqrt(np.mean(difference**2) / np.mean(wide**2)))
 
 
-@pytest.mark.parametrize(("precision", "most"), [("bf16", 0.05), ("fp16", 0.01)])
-def test_lower_precision_changes_features_by_no_more_than_its_digits(
-    encoders: Encoders, pixels: NDArray[np.uint8], precision: Precision, most: float
+@pytest.mark.parametrize(("precision", "max_error"), [("bf16", 0.05), ("fp16", 0.01)])
+def test_encoder_precision_changes_features_within_rounding(
+    encoders: Encoders, pixels: NDArray[np.uint8], precision: Precision, max_error: float
 ) -> None:
     lower = load_encoders(RECIPE.encoders, precision=precision)
     assert lower.hashes() == encoders.hashes()
@@ -55,31 +55,33 @@ def test_lower_precision_changes_features_by_no_more_than_its_digits(
     exact = [*encoders.encode_images(pixels), encoders.encode_text(tokens)]
     other = [*lower.encode_images(pixels), lower.encode_text(tokens)]
     for one, two in zip(exact, other, strict=True):
-        assert 0 < relative_rms(one, two) < most
+        assert 0 < relative_rms(one, two) < max_error
 
 
-def test_float32_is_whole_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN would take TF32 for it; what that flag does only a GPU shows."""
+def test_float32_encoders_disable_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN would use TF32; the effect of the flag shows only on a GPU."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert load_encoders(RECIPE.encoders).device_kind == "cpu"
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_data_is_of_one_precision(encoders: Encoders, tmp_path: Path) -> None:
+def test_encoder_precision_must_match_existing_data(encoders: Encoders, tmp_path: Path) -> None:
     lower = change_recipe(RECIPE, ["preprocess.encoder_precision=bf16"])
     EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).settle(str(tmp_path))
     with pytest.raises(ShardError, match=r"image\.precision: bf16, expected fp32"):
         EncodeWorker(EncodeWorkerBuilder(lower, ()), encoders).settle(str(tmp_path))
 
 
-def test_a_latent_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
-    """Of two pictures in one batch the one fails, and the other is as it is alone."""
+def test_latent_beyond_float16_is_permanent_failure(
+    pixels: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    """One of two images in a batch fails, and the other is encoded."""
     encoders = load_encoders(RECIPE.encoders)
     moments = encoders.vae.encode(pixels[:2], encoders.compute_batch_size)
     largest = np.abs(moments).reshape(2, -1).max(1)
     good, bad = np.argsort(largest).tolist()
-    # The last layer is linear: this many times larger, one picture is beyond float16 and one not.
+    # The last layer is linear: scaled by this factor, one image is beyond float16, one is not.
     factor = float(np.finfo(np.float16).max) / np.sqrt(largest.prod())
     with torch.no_grad():
         for parameter in encoders.vae.module.quant_conv.parameters():
@@ -98,7 +100,7 @@ def test_a_latent_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8], tmp_
 
 
 def beyond_float16_of(encoders: Encoders, good: str, bad: str) -> str:
-    """Scale the text encoder until the latents of one text are beyond float16; give which."""
+    """Scale the text encoder until the latents of one text are beyond float16; return that."""
     tokens = np.stack([context_tokens((Turn(0, text),), RECIPE.text) for text in (good, bad)])
     latents = encoders.clip_text.encode(tokens, encoders.compute_batch_size)
     largest = np.abs(latents).reshape(2, -1).max(1)
@@ -109,8 +111,10 @@ def beyond_float16_of(encoders: Encoders, good: str, bad: str) -> str:
     return (good, bad)[int(largest.argmax())]
 
 
-def test_a_text_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
-    """Of two contexts of one picture the one fails, in the ledger and not in the shard."""
+def test_text_beyond_float16_is_failed_ledger_row(
+    pixels: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    """One of two contexts of an image fails: it is in the ledger and not in the shard."""
     encoders = load_encoders(RECIPE.encoders)
     texts = ("a red ball on the beach", "no wait, the blue one at night")
     bad = beyond_float16_of(encoders, *texts)
@@ -127,11 +131,11 @@ def test_a_text_beyond_float16_is_a_failed_row(pixels: NDArray[np.uint8], tmp_pa
     }
 
 
-def test_an_empty_text_beyond_float16_is_refused(tmp_path: Path) -> None:
+def test_empty_text_beyond_float16_raises(tmp_path: Path) -> None:
     encoders = load_encoders(RECIPE.encoders)
     with torch.no_grad():
         encoders.clip_text.module.text_model.final_layer_norm.bias.fill_(1e6)
-    with pytest.raises(CheckpointError, match="beyond float16 for the empty text"):
+    with pytest.raises(CheckpointError, match="for the empty text does not fit in float16"):
         EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).settle(str(tmp_path))
     assert not list(tmp_path.glob("empty_text.npy"))
 
@@ -143,5 +147,5 @@ def instance(number: int) -> Instance:
 
 def fetched(ref: ImageRef, square: NDArray[np.uint8]) -> FetchedImage:
     file = {"suffix": "png", "width": SIDE, "height": SIDE, "size_bytes": 1, "sha256": "0" * 64}
-    picture = SourceImage(**file, pixels=square)
-    return FetchedImage(ref, FetchResult(None), picture, 0.0)
+    image = SourceImage(**file, pixels=square)
+    return FetchedImage(ref, FetchResult(None), image, 0.0)

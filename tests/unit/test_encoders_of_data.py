@@ -1,4 +1,4 @@
-"""Data is read with the encoders that made it, wherever their weights lie now."""
+"""Data is read with the encoders that made it, wherever their weights are stored now."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ USES: dict[str, tuple[str, Callable[[ShardReader, Encoders], Any]]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_other_weights_are_refused(use: str, encoders: Encoders, tmp_path: Path) -> None:
-    """Also where the recipe names them by a path, which says nothing of what lies there."""
+def test_encoder_weights_must_match_data(use: str, encoders: Encoders, tmp_path: Path) -> None:
+    """Also if the recipe names them by a path, which does not identify the weights."""
     name, load = USES[use]
     made_by = fingerprint(RECIPE, encoders)
     check_made_by(encoders.hashes(), write_manifest(str(tmp_path), made_by), str(tmp_path))
@@ -55,6 +55,6 @@ def test_other_weights_are_refused(use: str, encoders: Encoders, tmp_path: Path)
         load(ShardReader(str(tmp_path)), encoders)
 
 
-def test_shards_from_elsewhere_name_no_encoder(encoders: Encoders, tmp_path: Path) -> None:
+def test_foreign_shards_skip_encoder_check(encoders: Encoders, tmp_path: Path) -> None:
     manifest = write_manifest(str(tmp_path), {"image": "another program's"})
     check_made_by(encoders.hashes(), manifest, str(tmp_path))

@@ -1,4 +1,4 @@
-"""An encoder that is not there is told before a picture is fetched for it."""
+"""A missing encoder is an error before any image is fetched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.servers import Handler, WebServer, running
 SHIPPED = {"vae": "demo:vae", "clip_image": "demo:clip_image", "clip_text": "demo:clip_text"}
 
 
-def test_no_picture_is_asked_for(tmp_path: Path) -> None:
+def test_missing_encoder_raises_before_any_request(tmp_path: Path) -> None:
     def answer(handler: Handler) -> None:
         handler.send(200, b"no picture")
 
@@ -42,16 +42,18 @@ def test_no_picture_is_asked_for(tmp_path: Path) -> None:
         ("clip_text", "nowhere/x"),
     ],
 )
-def test_each_is_looked_for(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_check_present_checks_each_encoder(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     encoders = EncodersConfig.model_validate(SHIPPED | {name: value})
     with pytest.raises(CheckpointError, match=rf"give --set encoders\.{name}=PATH"):
         check_present(encoders)
 
 
-def test_what_is_there_is_found(tmp_path: Path) -> None:
+def test_check_present_accepts_existing_encoders(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     check_present(EncodersConfig.model_validate(SHIPPED))
     check_present(EncodersConfig.model_validate(SHIPPED | {"vae": str(tmp_path / "vae")}))
-    # A node of a cluster may have what this machine has not.
+    # A node of a cluster may have files that this machine lacks.
     check_present(EncodersConfig.model_validate(SHIPPED | {"vae": "/nodes/vae"}), is_here=False)

@@ -1,4 +1,4 @@
-"""The parts of an evaluation: portions, prompts, ranks, and how far scores move."""
+"""Parts of an evaluation: tasks, prompts, retrieval ranks and the intervals of scores."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from d2i.eval.tasks import EvalTask, finished_tasks, plan_tasks, read_tasks, wri
 
 
 @pytest.mark.parametrize(("num", "width"), [(60, 5), (200, 40)])
-def test_influences_are_what_a_little_weight_changes(num: int, width: int) -> None:
-    dice = np.random.default_rng(0)
-    real = dice.standard_normal((num, width))
-    fake = 1.3 * dice.standard_normal((num - 9, width)) + 0.2
+def test_fid_influences_match_numerical_derivative(num: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    real = rng.standard_normal((num, width))
+    fake = 1.3 * rng.standard_normal((num - 9, width)) + 0.2
     of_real, of_fake = fid_influences(real, fake)
     assert abs(of_real.mean()) + abs(of_fake.mean()) < 1e-10 * width
     more = 1e-5
@@ -45,7 +45,7 @@ def test_influences_are_what_a_little_weight_changes(num: int, width: int) -> No
 
 
 def moments(rows: np.ndarray, row: int, more: float) -> dict[str, np.ndarray]:
-    """Mean and covariance, one row with a little more weight."""
+    """Return mean and covariance, with a little more weight on one row."""
     weights = np.ones(len(rows))
     weights[row] += more
     mean = weights @ rows / weights.sum()
@@ -58,14 +58,14 @@ def fid_of(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float
     return float(found["frechet_inception_distance"])
 
 
-def test_the_deviations_of_sets_are_those_of_new_draws() -> None:
-    """FID, paired KID and IS move over fresh test sets about as much as is said."""
-    dice = np.random.default_rng(0)
+def test_score_deviations_match_fresh_test_sets() -> None:
+    """FID, paired KID and IS vary over fresh test sets by about the predicted deviation."""
+    rng = np.random.default_rng(0)
     num = 300
 
     def fresh() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        real, fake = dice.standard_normal((num, 4)), dice.standard_normal((num, 4)) + 0.8
-        return real, fake, 2 * dice.standard_normal((num, 6))
+        real, fake = rng.standard_normal((num, 4)), rng.standard_normal((num, 4)) + 0.8
+        return real, fake, 2 * rng.standard_normal((num, 6))
 
     found: list[dict[str, Any]] = []
     for _ in range(60):
@@ -75,14 +75,14 @@ def test_the_deviations_of_sets_are_those_of_new_draws() -> None:
         assert paired is not None
         deviation = paired.deviation
         found.append(scores | {"kid_paired": paired.value})
-    said = {
+    predicted = {
         "fid": fid_deviation(real, fake),
         "kid_paired": deviation,
         "is": total_deviation(inception_influences(logits, 10, 2020) / num, np.arange(num)),
     }
-    for name, foreseen in said.items():
+    for name, expected in predicted.items():
         fresh_deviation = np.std([scores[name] for scores in found], ddof=1)
-        assert foreseen == pytest.approx(fresh_deviation, rel=0.3), name
+        assert expected == pytest.approx(fresh_deviation, rel=0.3), name
 
 
 def fid_deviation(real: np.ndarray, fake: np.ndarray) -> float:
@@ -91,13 +91,13 @@ def fid_deviation(real: np.ndarray, fake: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("num", "width"), [(120, 60), (60, 120)])
-def test_the_fid_of_new_draws_moves_as_said(num: int, width: int) -> None:
-    """Also with fewer pictures than dimensions, where covariances have no full rank."""
-    dice = np.random.default_rng(0)
+def test_fid_deviation_matches_fresh_test_sets(num: int, width: int) -> None:
+    """Also with fewer images than dimensions, where covariances are rank-deficient."""
+    rng = np.random.default_rng(0)
     scale = 1 / np.sqrt(1 + np.arange(width))
 
     def fresh() -> tuple[np.ndarray, np.ndarray]:
-        real, fake = dice.standard_normal((2, num, width)) * scale
+        real, fake = rng.standard_normal((2, num, width)) * scale
         return real, 1.2 * fake + 0.1
 
     expected = np.std([compute_fid(*fresh()) for _ in range(60)], ddof=1)
@@ -105,8 +105,8 @@ def test_the_fid_of_new_draws_moves_as_said(num: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("num_splits", [1, 7])
-def test_inception_influences_are_what_an_image_more_of_a_kind_changes(num_splits: int) -> None:
-    """An image that is there twice moves a score by its influence over the number of images."""
+def test_inception_influences_match_numerical_derivative(num_splits: int) -> None:
+    """Duplicating an image changes the score by its influence over the number of images."""
     logits = np.random.default_rng(0).standard_normal((2100, 5))
     found = inception_influences(logits, num_splits, 2020)
     assert found.mean() == pytest.approx(0, abs=1e-12)
@@ -131,7 +131,7 @@ def test_inception_influences_are_what_an_image_more_of_a_kind_changes(num_split
         assert slope * len(logits) == pytest.approx(found[row], rel=1e-3)
 
 
-def test_a_part_of_very_many_instances_tells_the_intervals_of_all(
+def test_intervals_of_subset_match_all_instances(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     num = 600
@@ -140,32 +140,32 @@ def test_a_part_of_very_many_instances_tells_the_intervals_of_all(
     monkeypatch.setattr("d2i.eval.scores._MAX_RESAMPLED", num // 2)
     of_part = score(measured, 256)
     found = {name: value for name, value in of_all["scores"].items() if value is not None}
-    # Paired KID is that of the part, and its interval wider.
+    # Paired KID is computed on the subset, and its interval is wider.
     assert found.pop("kid_paired") == pytest.approx(of_part["scores"]["kid_paired"], rel=0.5)
     of_all["intervals"].pop("kid_paired")
     assert of_part["intervals"].pop("kid_paired")
     assert {name: of_part["scores"][name] for name in found} == pytest.approx(found, rel=1e-9)
     assert f"{num // 2} of {num} instances" in " ".join(of_part["warnings"])
-    # Half of the features know a deviation to some 10 %.
+    # Half of the features estimate a deviation to about 10 %.
     for name, (low, high) in of_all["intervals"].items():
         width = np.diff(of_part["intervals"][name])[0]
         assert width == pytest.approx(high - low, rel=0.3), name
     assert set(of_part["intervals"]) == set(of_all["intervals"])
 
 
-def test_a_part_holds_whole_dialogs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resampled_subset_keeps_whole_dialogs(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = measured_of(600, size=3)
     monkeypatch.setattr("d2i.eval.scores._MAX_RESAMPLED", 100)
-    # 33 dialogs of three; a hundredth instance would be of another one.
-    assert "come from 99 of 600 instances" in " ".join(score(measured, 256)["warnings"])
+    # 33 dialogs of three; the hundredth instance would belong to another dialog.
+    assert "computed from 99 of 600 instances" in " ".join(score(measured, 256)["warnings"])
 
 
 def measured_of(num: int, size: int = 1) -> Measured:
-    """Random features of instances, `size` a dialog, of which one in ten has no picture."""
-    dice = np.random.default_rng(0)
-    reasons = np.where(dice.random(num) < 0.1, "refused", "")
-    num_drawn = np.count_nonzero(reasons == "")
-    real_embeddings = dice.standard_normal((num, 6))
+    """Random features of instances, `size` per dialog; one in ten has no image."""
+    rng = np.random.default_rng(0)
+    reasons = np.where(rng.random(num) < 0.1, "refused", "")
+    num_generated = np.count_nonzero(reasons == "")
+    real_embeddings = rng.standard_normal((num, 6))
     near = real_embeddings[reasons == ""]
     return Measured(
         {
@@ -173,29 +173,29 @@ def measured_of(num: int, size: int = 1) -> Measured:
             "reasons": reasons,
             "sources": np.array(["memory"] * num),
             "is_flat": np.zeros(num, bool),
-            "real_features": dice.standard_normal((num, 4)).astype(np.float32),
-            "features": dice.standard_normal((num_drawn, 4)).astype(np.float32) + 0.8,
-            "logits": 2 * dice.standard_normal((num_drawn, 6)).astype(np.float32),
+            "real_features": rng.standard_normal((num, 4)).astype(np.float32),
+            "features": rng.standard_normal((num_generated, 4)).astype(np.float32) + 0.8,
+            "logits": 2 * rng.standard_normal((num_generated, 6)).astype(np.float32),
             "real_embeddings": real_embeddings.astype(np.float32),
-            "embeddings": (near + dice.standard_normal(near.shape)).astype(np.float32),
+            "embeddings": (near + rng.standard_normal(near.shape)).astype(np.float32),
         }
     )
 
 
-def test_ranks_count_what_is_as_near_as_the_truth() -> None:
+def test_retrieval_ranks_count_ties() -> None:
     real = np.array([[1, 0], [0, 1], [1, 0], [1, 1]], np.float32)
     keys = [f"test-{number}-0-0" for number in range(4)]
-    drawn = np.array([0, 1, 3])
+    generated = np.array([0, 1, 3])
     fake = np.array([[1, 0], [1, 0.1], [1, 1]], np.float32)
-    # The third picture is a copy of the first: it is no negative of it.
-    assert retrieval_ranks(keys, drawn, fake, real).tolist() == [1, 4, 1]
+    # The third image is a copy of the first, so it is no negative of it.
+    assert retrieval_ranks(keys, generated, fake, real).tolist() == [1, 4, 1]
     same = np.ones((3, 2), np.float32)
-    # One picture for all: it is nearest to the last, and to no other.
-    assert retrieval_ranks(keys, drawn, same, real).tolist() == [3, 4, 1]
+    # One image for all prompts: it is nearest to the last reference image only.
+    assert retrieval_ranks(keys, generated, same, real).tolist() == [3, 4, 1]
 
 
 @given(st.integers(2, 50), st.integers(1, 60), st.text("abc", min_size=1))
-def test_negatives_are_others_and_depend_on_the_key_alone(num: int, wanted: int, key: str) -> None:
+def test_choose_negatives_depends_only_on_key(num: int, wanted: int, key: str) -> None:
     index = key_order_hash(key, 1) % num
     found = choose_negatives(key, index, num, wanted)
     assert len(set(found.tolist())) == len(found) == min(wanted, num - 1)
@@ -206,29 +206,29 @@ def test_negatives_are_others_and_depend_on_the_key_alone(num: int, wanted: int,
 
 
 @given(st.integers(2, 50), st.integers(1, 60), st.lists(st.integers(0, 49), max_size=60))
-def test_listed_negatives_come_first(num: int, wanted: int, listed: list[int]) -> None:
-    given_ = np.array([place for place in listed if 0 < place < num], np.int64)
+def test_choose_negatives_takes_listed_ones_first(num: int, wanted: int, listed: list[int]) -> None:
+    given_ = np.array([index for index in listed if 0 < index < num], np.int64)
     found = choose_negatives("key", 0, num, wanted, given_).tolist()
     assert len(set(found)) == len(found) == min(wanted, num - 1)
     assert 0 not in found
     assert len(set(found) & set(given_.tolist())) == min(len(set(given_.tolist())), len(found))
 
 
-def test_ranks_among_what_is_listed() -> None:
+def test_retrieval_ranks_among_listed_negatives() -> None:
     real = np.array([[1, 0], [0, 1], [0.9, 0.1], [0.8, 0.1]], np.float32)
     keys = [f"test-{number}-0-0" for number in range(4)]
     fake = np.array([[0.9, 0.1]], np.float32)
     listed = [np.array([1]), *[np.empty(0, np.int64)] * 3]
-    drawn = np.array([0])
-    assert retrieval_ranks(keys, drawn, fake, real, listed, num_negatives=1).tolist() == [1]
-    assert retrieval_ranks(keys, drawn, fake, real).tolist() == [3]
+    generated = np.array([0])
+    assert retrieval_ranks(keys, generated, fake, real, listed, num_negatives=1).tolist() == [1]
+    assert retrieval_ranks(keys, generated, fake, real).tolist() == [3]
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=20))
-def test_a_partner_is_of_another_dialog(dialogs: list[int]) -> None:
+def test_derangement_pairs_different_dialogs(dialogs: list[int]) -> None:
     keys = [f"test-{dialog}-{turn}-0" for turn, dialog in enumerate(dialogs)]
     if len(set(dialogs)) == 1:
-        with pytest.raises(ConfigError, match="at least two to exchange"):
+        with pytest.raises(ConfigError, match="at least two, to swap contexts"):
             derangement(keys)
         return
     found = derangement(keys)
@@ -237,10 +237,10 @@ def test_a_partner_is_of_another_dialog(dialogs: list[int]) -> None:
 
 
 @given(st.integers(0, 60), st.lists(st.integers(1, 9), max_size=8), st.integers(1, 9))
-def test_tasks_cover_what_is_left_once(num: int, sizes: list[int], size: int) -> None:
+def test_plan_tasks_covers_remaining_instances_once(num: int, sizes: list[int], size: int) -> None:
     finished, start = [], 0
-    for place, length in enumerate(sizes):
-        if place % 2 and start + length <= num:
+    for index, length in enumerate(sizes):
+        if index % 2 and start + length <= num:
             finished.append(EvalTask(start, start + length))
         start += length
     planned = plan_tasks(num, size, finished)
@@ -249,8 +249,8 @@ def test_tasks_cover_what_is_left_once(num: int, sizes: list[int], size: int) ->
     assert all(len(task.indices) <= size for task in planned)
 
 
-def test_of_tasks_that_overlap_one_counts(tmp_path: Path) -> None:
-    """A worker that outlives its driver may finish what the next command has dealt out anew."""
+def test_overlapping_finished_tasks_count_once(tmp_path: Path) -> None:
+    """A worker that outlives its driver may finish tasks that were planned again."""
     for start, stop in ((0, 4), (2, 6), (4, 8), (4, 9)):
         write_task(str(tmp_path), EvalTask(start, stop), {"keys": np.arange(start, stop)})
     tasks = finished_tasks(str(tmp_path))
@@ -260,24 +260,24 @@ def test_of_tasks_that_overlap_one_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 3, 200])
-def test_a_damaged_task_is_one_line(tmp_path: Path, cut: int) -> None:
+def test_damaged_task_is_one_line_error(tmp_path: Path, cut: int) -> None:
     write_task(str(tmp_path), EvalTask(0, 4), {"keys": np.arange(4)})
     (path,) = (tmp_path / "tasks").glob("*.npz")
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(DataError, match=r"00000004.npz is damaged.*; remove it and repeat"):
+    with pytest.raises(DataError, match=r"00000004.npz is damaged.*; delete it and repeat"):
         read_tasks(str(tmp_path), finished_tasks(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
-    ("drawn", "message"),
+    ("generated", "message"),
     [
-        ((None, ""), "neither picture nor reason; expected a picture, or one word"),
-        ((np.zeros((2, 2, 3), np.uint8), "withheld"), "a system drew both"),
-        ((np.zeros((2, 2, 3)), ""), r"drew float64 \(2, 2, 3\); expected uint8 \(H, W, 3\)"),
-        ((np.zeros((3, 2, 2), np.uint8), ""), r"drew uint8 \(3, 2, 2\)"),
-        ((np.zeros((2, 3), np.uint8), ""), r"drew uint8 \(2, 3\)"),
+        ((None, ""), "neither an image nor a reason; expected an image, or a one-word"),
+        ((np.zeros((2, 2, 3), np.uint8), "withheld"), "a system returned both"),
+        ((np.zeros((2, 2, 3)), ""), r"returned float64 \(2, 2, 3\); expected uint8 \(H, W, 3\)"),
+        ((np.zeros((3, 2, 2), np.uint8), ""), r"returned uint8 \(3, 2, 2\)"),
+        ((np.zeros((2, 3), np.uint8), ""), r"returned uint8 \(2, 3\)"),
     ],
 )
-def test_a_drawing_is_a_picture_or_a_reason(drawn: tuple[Any, str], message: str) -> None:
+def test_generation_is_image_or_reason(generated: tuple[Any, str], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Generation(*drawn)
+        Generation(*generated)

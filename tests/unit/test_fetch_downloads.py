@@ -1,4 +1,4 @@
-"""Images that img2dataset has downloaded before, as its own downloader and writers leave them."""
+"""Images already downloaded by img2dataset, in the layouts of its own writers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WRITERS = {
 FORMS = pytest.mark.parametrize("form", WRITERS)
 ORIGINALS = {"resize_mode": "no", "disable_all_reencoding": True}
 NOWHERE = "http://127.0.0.1:1/gone.jpg"
-"""Refused by the guard: that is how a URL is seen to be asked for."""
+"""Rejected by the SSRF guard, which shows that a URL was requested."""
 
 
 @pytest.fixture(autouse=True)
@@ -50,15 +50,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Path:
-    """Files whose URLs img2dataset downloads: four images, and one that is none."""
-    folder = tmp_path / "host"
-    folder.mkdir()
+    """Directory of files for img2dataset to download: four images, and one that is none."""
+    files = tmp_path / "host"
+    files.mkdir()
     rng = np.random.default_rng(0)
     for number in range(4):
         pixels = rng.integers(0, 256, (48, 64, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.jpg")
-    (folder / "4.jpg").write_text("gone")
-    return folder
+        Image.fromarray(pixels).save(files / f"{number}.jpg")
+    (files / "4.jpg").write_text("gone")
+    return files
 
 
 def download(urls: Iterable[str], out: Path, form: str, *, shard: int = 0, **resizing: Any) -> Path:
@@ -76,7 +76,7 @@ def download(urls: Iterable[str], out: Path, form: str, *, shard: int = 0, **res
         thread_count=1,
         save_caption=False,
         extract_exif=False,
-        output_folder=str(out),
+        output_directory=str(out),
         column_list=["url"],
         timeout=5,
         number_sample_per_shard=1000,
@@ -95,10 +95,10 @@ def url_of(host: Path, number: int) -> str:
     return (host / f"{number}.jpg").as_uri()
 
 
-def fetch(root: Path, place: Path | str, *refs: ImageRef, **settings: Any) -> list[FetchResult]:
-    config = FetchConfig(downloads=str(place), num_threads=2, **settings)
-    book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
-    source = ImageSource(str(root), config, PUBLIC_NETWORK, book)
+def fetch(root: Path, directory: Path | str, *refs: ImageRef, **settings: Any) -> list[FetchResult]:
+    config = FetchConfig(downloads=str(directory), num_threads=2, **settings)
+    limiter = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+    source = ImageSource(str(root), config, PUBLIC_NETWORK, limiter)
     found = dict(source.fetch(refs, lambda ref, fetched: (ref, fetched)))
     return [found[ref] for ref in refs]
 
@@ -107,63 +107,63 @@ def by_url(*urls: str) -> ImageRef:
     return ImageRef("urls", urls)
 
 
-def named(name: str) -> ImageRef:
+def by_name(name: str) -> ImageRef:
     return ImageRef("file", (name,))
 
 
 @FORMS
-def test_an_image_is_found_by_url_and_by_key(tmp_path: Path, host: Path, form: str) -> None:
+def test_downloaded_image_is_found_by_url_and_by_key(tmp_path: Path, host: Path, form: str) -> None:
     urls = [url_of(host, number) for number in range(5)]
     none = (host / "none.jpg").as_uri()
-    place = download([urls[4], *urls[:4], none], tmp_path / "d", form, **ORIGINALS)
+    directory = download([urls[4], *urls[:4], none], tmp_path / "d", form, **ORIGINALS)
     sent = [(host / f"{number}.jpg").read_bytes() for number in range(4)]
     (host / "0000003.jpg").write_bytes(b"its own")
     found = fetch(
         host,
-        place,
+        directory,
         by_url(urls[2]),
         by_url(NOWHERE, urls[3], urls[0]),
         by_url(NOWHERE),
-        named("somewhere/00000002.jpg"),
-        named("0000003.jpg"),
-        named("00000077.jpg"),
+        by_name("somewhere/00000002.jpg"),
+        by_name("0000003.jpg"),
+        by_name("00000077.jpg"),
     )
     assert [each.data for each in found] == [sent[2], sent[3], None, sent[1], b"its own", None]
     reasons = [each.reason for each in found]
     assert reasons == ["ok", "ok", "refused_address", "ok", "ok", "missing_file"]
     assert [each.final_url for each in found[:4]] == [urls[2], urls[3], NOWHERE, None]
-    assert found[0].detail == f"downloaded by img2dataset: {place}/00000, key 00000003"
-    # What it could not download is asked for.
-    (gone,) = fetch(host, place, by_url(none))
+    assert found[0].detail == f"downloaded by img2dataset: {directory}/00000, key 00000003"
+    # An image that img2dataset could not download is requested.
+    (gone,) = fetch(host, directory, by_url(none))
     assert gone.reason == "bad_url"
-    bounded = fetch(host, place, by_url(urls[0]), named("00000002.jpg"), max_image_mib=0.001)
+    bounded = fetch(host, directory, by_url(urls[0]), by_name("00000002.jpg"), max_image_mib=0.001)
     assert {each.reason for each in bounded} == {"too_many_bytes"}
 
 
 @FORMS
-def test_what_was_resized_is_told(
+def test_resized_downloads_are_reported(
     tmp_path: Path, host: Path, form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     urls = [url_of(host, number) for number in range(3)]
-    place = download(urls, tmp_path / "d", form)
-    check_downloads(str(place))
+    directory = download(urls, tmp_path / "d", form)
+    check_downloads(str(directory))
     assert "3 of 3 images were resized" in caplog.text
-    (found,) = fetch(host, place, by_url(urls[1]))
+    (found,) = fetch(host, directory, by_url(urls[1]))
     assert found.data is not None
     assert Image.open(io.BytesIO(found.data)).size == (32, 32)
     assert "img2dataset, which re-encoded it: " in found.detail
-    # A placeholder is known by what its host sent, too.
+    # A placeholder is also recognized by the original bytes of its host.
     sent = hashlib.sha256((host / "1.jpg").read_bytes()).hexdigest()
-    (found,) = fetch(host, place, by_url(urls[1]), placeholder_sha256=(sent,))
+    (found,) = fetch(host, directory, by_url(urls[1]), placeholder_sha256=(sent,))
     assert found.reason == "placeholder"
-    # Re-encoded at its own size it is not called resized, and of originals nothing is said.
+    # No warning for images re-encoded at their own size, nor for originals.
     caplog.clear()
     for number, kept in enumerate(({"resize_mode": "no"}, ORIGINALS)):
         check_downloads(str(download(urls, tmp_path / f"kept{number}", form, **kept)))
     assert caplog.text == ""
 
 
-def test_several_downloads_are_one_place(
+def test_downloads_glob_joins_several_directories(
     tmp_path: Path, host: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     urls = [url_of(host, number) for number in range(4)]
@@ -171,18 +171,20 @@ def test_several_downloads_are_one_place(
     for number, form in enumerate(WRITERS):
         download(urls[number : number + 2], tmp_path / "all" / form, form, **ORIGINALS)
     download(urls[3:], tmp_path / "all" / "files", "files", shard=7, **ORIGINALS)
-    place = f"{tmp_path}/all/*"
-    found = fetch(host, place, *map(by_url, urls), named("00000001.jpg"), named("00007000.jpg"))
+    directory = f"{tmp_path}/all/*"
+    found = fetch(
+        host, directory, *map(by_url, urls), by_name("00000001.jpg"), by_name("00007000.jpg")
+    )
     assert [each.data for each in found[:4]] == [Path(url[7:]).read_bytes() for url in urls]
     assert found[4].reason == "ambiguous_file"
     assert found[5].data == found[3].data
-    assert len(open_downloads(place)) == 7
-    # Workers, and who repairs later, may be in another directory.
+    assert len(open_downloads(directory)) == 7
+    # Workers, and a later repair, may run in another directory.
     monkeypatch.chdir(tmp_path)
-    assert resolve_recipe("demo", ["fetch.downloads=all/*"]).fetch.downloads == place
+    assert resolve_recipe("demo", ["fetch.downloads=all/*"]).fetch.downloads == directory
 
 
-def test_a_row_of_any_group_is_read(tmp_path: Path) -> None:
+def test_downloads_read_every_parquet_row_group(tmp_path: Path) -> None:
     names = ("url", "key", "status")
     schema = pa.schema([(name, pa.string()) for name in names])
     writer = ParquetSampleWriter(0, str(tmp_path), False, 5, schema, "png")
@@ -198,78 +200,80 @@ def test_a_row_of_any_group_is_read(tmp_path: Path) -> None:
     numbers = (0, 15, 99, 102, 198, 228)
     read = fetch(tmp_path, tmp_path, *(by_url(f"http://h/{number}") for number in numbers))
     assert [each.data for each in read] == [b"%d" % number for number in numbers]
-    # So is what a mirror has there.
-    (found,) = fetch(tmp_path, tmp_path, named("a/99.png"), mirror="http://h/{key}")
+    # So are a mirror's files.
+    (found,) = fetch(tmp_path, tmp_path, by_name("a/99.png"), mirror="http://h/{key}")
     assert (found.data, found.final_url) == (b"99", "http://h/99")
     assert open_downloads(str(tmp_path)).find_url("http://h/1") is None
     assert open_downloads(str(tmp_path)).find_key(f"{1:09}") == []
 
 
 @FORMS
-def test_damage_and_loss_are_no_picture(tmp_path: Path, host: Path, form: str) -> None:
+def test_damaged_or_lost_download_is_read_error(tmp_path: Path, host: Path, form: str) -> None:
     urls = [url_of(host, number) for number in range(3)]
-    place = download(urls, tmp_path / "d", form, **ORIGINALS)
-    open_downloads(str(place))
+    directory = download(urls, tmp_path / "d", form, **ORIGINALS)
+    open_downloads(str(directory))
     holders = {"webdataset": "*.tar", "files": "*/*1.jpg", "parquet": "*.parquet"}
-    (holder,) = place.glob(holders[form])
+    (holder,) = directory.glob(holders[form])
     whole, sent = holder.read_bytes(), (host / "1.jpg").read_bytes()
     middle = whole.index(sent[2000:2032])
     holder.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    (found,) = fetch(host, place, by_url(urls[1]))
+    (found,) = fetch(host, directory, by_url(urls[1]))
     assert (found.data, found.reason) == (None, "read_error")
     assert "00000" in found.detail
     holder.unlink()
     if form == "files":
-        (found,) = fetch(host, place, by_url(urls[1]))
-        assert (found.reason, "got no 00000001.jpg" in found.detail) == ("read_error", True)
+        (found,) = fetch(host, directory, by_url(urls[1]))
+        assert (found.reason, "no 00000001.jpg" in found.detail) == ("read_error", True)
         return
     with pytest.raises(DataError, match=r"fetch\.downloads|not there any more"):
-        fetch(host, place, by_url(urls[1]))
+        fetch(host, directory, by_url(urls[1]))
 
 
-def test_a_place_that_is_none_is_refused_before_planning(tmp_path: Path, host: Path) -> None:
-    def refused(place: object) -> str:
+def test_invalid_downloads_directory_raises_before_planning(tmp_path: Path, host: Path) -> None:
+    def error_of(directory: object) -> str:
         open_downloads.cache_clear()
         (host / "train.jsonl").write_text(
             '{"turns": [{"text": "a", "images": ["https://h/1.jpg"]}]}'
         )
-        recipe = resolve_recipe("demo", [f"fetch.downloads={place}"])
+        recipe = resolve_recipe("demo", [f"fetch.downloads={directory}"])
         request = PreprocessRequest("jsonl", str(host), str(tmp_path / "out"), recipe)
         with pytest.raises(DataError) as caught:
             plan_job(request)
         assert not (tmp_path / "out").exists()
         return str(caught.value)
 
-    assert "got no 00000.parquet" in refused(tmp_path / "nowhere")
-    assert "got no 00000.parquet" in refused(host)
-    with pytest.raises(ConfigError, match="got a web address"):
+    assert "got no 00000.parquet" in error_of(tmp_path / "nowhere")
+    assert "got no 00000.parquet" in error_of(host)
+    with pytest.raises(ConfigError, match="got a web URL"):
         open_downloads("https://h/d")
     gone = download([url_of(host, 4)], tmp_path / "gone", "webdataset")
-    assert "without one image" in refused(gone)
-    place = download([url_of(host, 1)], tmp_path / "d", "webdataset")
-    parquet = place / "00000.parquet"
+    assert "without any downloaded image" in error_of(gone)
+    directory = download([url_of(host, 1)], tmp_path / "d", "webdataset")
+    parquet = directory / "00000.parquet"
     whole = parquet.read_bytes()
-    (place / "00000.tar").unlink()
-    assert "1 images that are not there" in refused(place)
-    (place / "00000.tar").touch()
+    (directory / "00000.tar").unlink()
+    assert "1 images, but they are missing" in error_of(directory)
+    (directory / "00000.tar").touch()
     for damaged in (whole[: len(whole) // 2], b"", whole[:-9] + b"\0" * 9):
         parquet.write_bytes(damaged)
-        assert f"{parquet} is damaged" in refused(place)
+        assert f"{parquet} is damaged" in error_of(directory)
     pq.write_table(pa.table({"url": ["a"], "caption": ["b"]}), parquet)
-    assert "lacks key, status" in refused(place)
+    assert "lacks key, status" in error_of(directory)
 
 
-def test_data_is_prepared_and_repaired_from_downloads(tmp_path: Path, host: Path) -> None:
+def test_preprocess_and_repair_from_downloads(tmp_path: Path, host: Path) -> None:
     urls = [f"https://example.org/{number}.jpg" for number in range(3)]
-    place = download([url_of(host, n) for n in range(3)], tmp_path / "d", "webdataset", **ORIGINALS)
-    parquet = place / "00000.parquet"
+    directory = download(
+        [url_of(host, n) for n in range(3)], tmp_path / "d", "webdataset", **ORIGINALS
+    )
+    parquet = directory / "00000.parquet"
     table = pq.read_table(parquet)
     # As if they had come from a web host.
     pq.write_table(table.set_column(table.column_names.index("url"), "url", [urls]), parquet)
     chats = [{"id": url, "turns": [{"text": "a", "images": [url]}]} for url in [*urls, NOWHERE]]
     (host / "test.jsonl").write_text("\n".join(map(json.dumps, chats)))
     out = tmp_path / "out"
-    recipe = resolve_recipe("demo", [f"fetch.downloads={place}"])
+    recipe = resolve_recipe("demo", [f"fetch.downloads={directory}"])
     request = PreprocessRequest("jsonl", str(host), str(out), recipe, num_workers=0)
     (summary,) = preprocess(request, lambda _: None)
     assert (summary.num_written, summary.failures) == (3, {"refused_address": 1})
@@ -277,7 +281,7 @@ def test_data_is_prepared_and_repaired_from_downloads(tmp_path: Path, host: Path
     for number, url in enumerate(urls):
         sent = (host / f"{number}.jpg").read_bytes()
         assert rows[url].sha256 == hashlib.sha256(sent).hexdigest()
-        assert (rows[url].final_url, f"{place}/00000" in rows[url].detail) == (url, True)
+        assert (rows[url].final_url, f"{directory}/00000" in rows[url].detail) == (url, True)
     (shard,) = (out / "test").glob("*.tar")
     before = shard.read_bytes()
     shard.unlink()
@@ -285,18 +289,18 @@ def test_data_is_prepared_and_repaired_from_downloads(tmp_path: Path, host: Path
     assert (repaired.problems, shard.read_bytes()) == ((), before)
 
 
-def test_the_index_is_made_once_and_anew_for_another_download(
+def test_downloads_index_is_cached_and_rebuilt_on_change(
     tmp_path: Path, host: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = download([url_of(host, 0)], tmp_path / "d", "webdataset", **ORIGINALS)
-    assert len(open_downloads(str(place))) == 1
+    directory = download([url_of(host, 0)], tmp_path / "d", "webdataset", **ORIGINALS)
+    assert len(open_downloads(str(directory))) == 1
     built = []
     build = downloads._build
     monkeypatch.setattr(downloads, "_build", lambda *args: built.append(1) or build(*args))
     open_downloads.cache_clear()
-    assert len(open_downloads(str(place))) == 1
+    assert len(open_downloads(str(directory))) == 1
     assert built == []
-    download([url_of(host, 1)], place, "webdataset", shard=1, **ORIGINALS)
+    download([url_of(host, 1)], directory, "webdataset", shard=1, **ORIGINALS)
     open_downloads.cache_clear()
-    assert len(open_downloads(str(place))) == 2
+    assert len(open_downloads(str(directory))) == 2
     assert built == [1]

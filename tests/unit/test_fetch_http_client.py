@@ -1,4 +1,4 @@
-"""The guarded request: what it refuses to ask, and what it does with bad answers."""
+"""The HTTP client behind the SSRF guard: rejected URLs, and reasons for bad responses."""
 
 from __future__ import annotations
 
@@ -42,36 +42,36 @@ from d2i.preprocess.fetch.transport import DirectTransport
         ),
     ],
 )
-def test_private_addresses_are_not_public(address: str) -> None:
+def test_ssrf_guard_private_ip_is_not_public(address: str) -> None:
     assert not is_public(address)
 
 
 @pytest.mark.parametrize(
     "address", ["8.8.8.8", "192.0.1.1", "192.88.98.1", "2606:4700::1111", "::ffff:8.8.8.8"]
 )
-def test_public_addresses_are(address: str) -> None:
+def test_ssrf_guard_public_ip_is_public(address: str) -> None:
     assert is_public(address)
 
 
-def test_an_allowed_host_is_read_as_an_address_names_it() -> None:
-    named = ["Mirror.Local:8080", "[0:0::1]:80", "10.0.0.1", "mirror.local.:81"]
-    assert allowed_hosts(named) == {
+def test_allowed_hosts_are_normalized_like_urls() -> None:
+    hosts = ["Mirror.Local:8080", "[0:0::1]:80", "10.0.0.1", "mirror.local.:81"]
+    assert allowed_hosts(hosts) == {
         *("mirror.local:8080", "[::1]:80", "10.0.0.1:80", "10.0.0.1:443", "mirror.local:81"),
     }
     for url in ("http://MIRROR.local:8080/x", "http://[::1]/x", "https://10.0.0.1/x"):
-        assert check_url(url, allowed_hosts(named)).netloc in allowed_hosts(named)
+        assert check_url(url, allowed_hosts(hosts)).netloc in allowed_hosts(hosts)
 
 
 @pytest.mark.parametrize(
     "text", ["", ":80", "a:b", "a:0", "http://a:80", "a:80/x", "u@a:80", "[::1"]
 )
-def test_an_allowed_host_must_be_one(text: str) -> None:
+def test_invalid_allowed_host_raises(text: str) -> None:
     with pytest.raises(ConfigError, match="--allow-host"):
         allowed_hosts([text])
 
 
 class Answers(BaseHTTPRequestHandler):
-    """One path, one kind of answer; counts what was asked."""
+    """One kind of response per path; records the requested paths."""
 
     asked: list[str]
 
@@ -168,63 +168,63 @@ def server() -> Iterator[ThreadingHTTPServer]:
         thread.join()
 
 
-ROUTE = DirectTransport(Resolver("127.0.0.1:9"))  # Nothing in this file needs a name.
+TRANSPORT = DirectTransport(Resolver("127.0.0.1:9"))  # No test here resolves a name.
 
 
 def limits(timeout_s: float = 10.0, hosts: frozenset[str] = frozenset()) -> Limits:
     return Limits(timeout_s, 5.0, BodyLimits(100_000, 1000.0), "d2i test", hosts)
 
 
-def ask(server: ThreadingHTTPServer, path: str, *, allowed: bool = True) -> bytes:
+def fetch(server: ThreadingHTTPServer, path: str, *, allowed: bool = True) -> bytes:
     host = f"127.0.0.1:{server.server_address[1]}"
     hosts = frozenset([host]) if allowed else frozenset()
-    return get(f"http://{host}{path}", limits(hosts=hosts), ROUTE).body
+    return get(f"http://{host}{path}", limits(hosts=hosts), TRANSPORT).body
 
 
-def asked_of(server: ThreadingHTTPServer) -> list[str]:
+def requests_of(server: ThreadingHTTPServer) -> list[str]:
     return server.RequestHandlerClass.asked  # type: ignore[attr-defined]
 
 
-def test_an_allowed_host_answers(server: ThreadingHTTPServer) -> None:
-    assert ask(server, "/good") == b"x" * 1000
+def test_get_returns_body_of_allowed_host(server: ThreadingHTTPServer) -> None:
+    assert fetch(server, "/good") == b"x" * 1000
 
 
 @pytest.mark.parametrize("path", ["/packed", "/members"])
-def test_a_compressed_body_is_unpacked(server: ThreadingHTTPServer, path: str) -> None:
-    assert ask(server, path) == b"x" * 1000
+def test_gzip_body_is_decompressed(server: ThreadingHTTPServer, path: str) -> None:
+    assert fetch(server, path) == b"x" * 1000
 
 
-def test_a_redirect_to_a_raw_name_is_followed(server: ThreadingHTTPServer) -> None:
+def test_redirect_to_unencoded_path_is_followed(server: ThreadingHTTPServer) -> None:
     with pytest.raises(FetchError):
-        ask(server, "/moved")
-    assert asked_of(server) == ["/moved", "/%C3%A9.jpg"]
+        fetch(server, "/moved")
+    assert requests_of(server) == ["/moved", "/%C3%A9.jpg"]
 
 
-def test_a_busy_host_says_for_how_long(server: ThreadingHTTPServer) -> None:
+def test_retry_after_of_429_is_parsed(server: ThreadingHTTPServer) -> None:
     with pytest.raises(FetchError) as caught:
-        ask(server, "/busy")
+        fetch(server, "/busy")
     assert caught.value.status == 429
     assert caught.value.retry_after_s == 7.0
 
 
-def test_dripping_headers_end_at_the_deadline(server: ThreadingHTTPServer) -> None:
+def test_deadline_ends_dripping_headers(server: ThreadingHTTPServer) -> None:
     host = f"127.0.0.1:{server.server_address[1]}"
     with pytest.raises(FetchError) as caught:
-        get(f"http://{host}/drip", limits(0.5, frozenset([host])), ROUTE)
+        get(f"http://{host}/drip", limits(0.5, frozenset([host])), TRANSPORT)
     assert caught.value.reason == "timeout"
 
 
-def test_an_address_is_sent_percent_encoded(server: ThreadingHTTPServer) -> None:
+def test_url_is_sent_percent_encoded(server: ThreadingHTTPServer) -> None:
     with pytest.raises(FetchError, match="Not Found"):
-        ask(server, "/\u00fc \r\n.jpg?a=%20\u00e9")
-    assert asked_of(server) == ["/%C3%BC%20.jpg?a=%20%C3%A9"]
+        fetch(server, "/\u00fc \r\n.jpg?a=%20\u00e9")
+    assert requests_of(server) == ["/%C3%BC%20.jpg?a=%20%C3%A9"]
 
 
-def test_a_private_host_is_never_asked(server: ThreadingHTTPServer) -> None:
+def test_ssrf_guard_sends_no_request_to_private_host(server: ThreadingHTTPServer) -> None:
     with pytest.raises(FetchError) as caught:
-        ask(server, "/good", allowed=False)
+        fetch(server, "/good", allowed=False)
     assert caught.value.reason == "refused_address"
-    assert asked_of(server) == []
+    assert requests_of(server) == []
 
 
 @pytest.mark.parametrize(
@@ -247,11 +247,11 @@ def test_a_private_host_is_never_asked(server: ThreadingHTTPServer) -> None:
         ("/many-members", "encoded_body"),
     ],
 )
-def test_bad_answers_have_a_reason(server: ThreadingHTTPServer, path: str, reason: str) -> None:
+def test_bad_response_has_reason(server: ThreadingHTTPServer, path: str, reason: str) -> None:
     with pytest.raises(FetchError) as caught:
-        ask(server, path)
+        fetch(server, path)
     assert caught.value.reason == reason
-    assert "/secret" not in asked_of(server)
+    assert "/secret" not in requests_of(server)
 
 
 @pytest.mark.parametrize(
@@ -269,9 +269,9 @@ def test_bad_answers_have_a_reason(server: ThreadingHTTPServer, path: str, reaso
         "\u2460\u2461\u2466\uff0e0\uff0e0\uff0e1",
     ],
 )
-def test_a_private_address_is_refused_in_every_notation(host: str) -> None:
+def test_ssrf_guard_rejects_private_ip_in_every_notation(host: str) -> None:
     with pytest.raises(FetchError) as caught:
-        get(f"http://{host}/", limits(), ROUTE)
+        get(f"http://{host}/", limits(), TRANSPORT)
     assert caught.value.reason == "refused_address"
 
 
@@ -282,7 +282,7 @@ def test_a_private_address_is_refused_in_every_notation(host: str) -> None:
         *("http://a..b/x", "http://.a/x", f"http://{'a' * 64}.test/x", f"http://{'a.' * 128}b/x"),
     ],
 )
-def test_what_is_no_web_address_is_refused(url: str) -> None:
+def test_url_that_is_not_http_is_rejected(url: str) -> None:
     with pytest.raises(FetchError) as caught:
-        get(url, limits(), ROUTE)
+        get(url, limits(), TRANSPORT)
     assert caught.value.reason == "bad_url"

@@ -1,4 +1,4 @@
-"""Known placeholders, and the order of a picture's addresses."""
+"""Known placeholder images, and the fallback to an image's next URL."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ GREY_SHA256 = hashlib.sha256(GREY).hexdigest()
         (b"x", None, False),
     ],
 )
-def test_a_placeholder_is_told_by_name_or_bytes(data: bytes, url: str | None, is_one: bool) -> None:
+def test_known_placeholder_is_found_by_url_or_sha256(
+    data: bytes, url: str | None, is_one: bool
+) -> None:
     assert (KnownPlaceholders(frozenset([GREY_SHA256])).why(data, url) is not None) is is_one
 
 
-def test_the_next_address_is_asked_after_a_placeholder(tmp_path: Path) -> None:
+def test_next_url_is_tried_after_placeholder(tmp_path: Path) -> None:
     config = FetchConfig(placeholder_sha256=(GREY_SHA256,), num_threads=1)
     (tmp_path / "grey.jpg").write_bytes(GREY)
     answers = {"/grey": lambda h: h.send(200, GREY), "/good": lambda h: h.send(200, GOOD)}
     with running(WebServer("127.0.0.1", answers)) as web:
         host = f"127.0.0.1:{web.port}"
         network_policy = NetworkPolicy(allowed_hosts([host]), "127.0.0.1")
-        book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
-        source = ImageSource(str(tmp_path), config, network_policy, book)
+        limiter = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+        source = ImageSource(str(tmp_path), config, network_policy, limiter)
         both = ImageRef("urls", (f"http://{host}/grey", f"http://{host}/good"))
         only = ImageRef("urls", (f"http://{host}/grey",))
         file = ImageRef("file", ("grey.jpg",))
@@ -53,6 +55,6 @@ def test_the_next_address_is_asked_after_a_placeholder(tmp_path: Path) -> None:
     assert found[file] == ("placeholder", None)
 
 
-def test_a_hash_has_sixty_four_digits() -> None:
+def test_placeholder_sha256_must_have_64_digits() -> None:
     with pytest.raises(ConfigError, match="placeholder_sha256"):
         apply_settings(FetchConfig(), ['placeholder_sha256=["abc"]'])

@@ -1,4 +1,4 @@
-"""Names to addresses: asked once, remembered, and never beyond the deadline."""
+"""DNS resolver: a name is resolved once, cached, and never beyond the deadline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.servers import Names, WebServer, name_server, running
 
 
 class Fixed(Resolver):
-    """Knows one answer."""
+    """A resolver with one fixed answer."""
 
     def __init__(self, addresses: list[str]) -> None:
         super().__init__("127.0.0.1")
@@ -35,14 +35,14 @@ def resolving(**addresses: list[str]) -> Iterator[tuple[Names, Resolver]]:
         yield names, Resolver(f"127.0.0.1:{server.server_address[1]}")
 
 
-def test_a_name_has_its_address_and_a_literal_is_itself() -> None:
+def test_resolver_resolves_names_and_keeps_literals() -> None:
     with resolving(a_test=["192.0.2.7"]) as (_, resolver):
         assert resolver.addresses("a.test", 5.0) == ["192.0.2.7"]
         assert resolver.addresses("127.1", 5.0) == ["127.0.0.1"]
         assert resolver.addresses("::1", 5.0) == ["::1"]
 
 
-def test_a_name_that_is_not_there_is_asked_for_once() -> None:
+def test_unknown_name_is_no_such_host() -> None:
     with resolving() as (names, resolver):
         for _ in range(3):
             with pytest.raises(FetchError) as caught:
@@ -51,7 +51,7 @@ def test_a_name_that_is_not_there_is_asked_for_once() -> None:
         assert not names.asked
 
 
-def test_a_server_that_is_silent_costs_the_deadline_once() -> None:
+def test_silent_dns_server_costs_deadline_once() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
         silent.bind(("127.0.0.1", 0))
         resolver = Resolver(f"127.0.0.1:{silent.getsockname()[1]}")
@@ -63,7 +63,7 @@ def test_a_server_that_is_silent_costs_the_deadline_once() -> None:
         assert time.monotonic() - start < 3.0
 
 
-def test_the_connection_goes_to_the_address_that_was_checked() -> None:
+def test_ssrf_guard_connects_to_checked_address_on_dns_rebinding() -> None:
     """The name moves to another address after its first answer, as in DNS rebinding."""
     with (
         running(WebServer("127.0.0.2", {"/x": lambda handler: handler.send(200, b"first")})) as one,
@@ -82,7 +82,7 @@ def test_the_connection_goes_to_the_address_that_was_checked() -> None:
         assert not other.asked
 
 
-def test_an_address_that_takes_no_connection_costs_its_share_alone() -> None:
+def test_unreachable_address_costs_only_its_share_of_deadline() -> None:
     """The first address refuses, the second is silent with a full backlog, the third answers."""
     good = {"/x": lambda handler: handler.send(200, b"third")}
     with (
@@ -94,14 +94,14 @@ def test_an_address_that_takes_no_connection_costs_its_share_alone() -> None:
             client = waiting.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(full.getsockname())
-        route = DirectTransport(Fixed(["127.0.0.2", "127.0.0.3", "127.0.0.4"]))
+        transport = DirectTransport(Fixed(["127.0.0.2", "127.0.0.3", "127.0.0.4"]))
         limits = Limits(
             9.0, 3.0, BodyLimits(1000, 1.0), "d2i test", frozenset([f"a.test:{web.port}"])
         )
-        assert get(f"http://a.test:{web.port}/x", limits, route).body == b"third"
+        assert get(f"http://a.test:{web.port}/x", limits, transport).body == b"third"
 
 
 @pytest.mark.parametrize("server", ["name.test", "127.0.0.1:x", "1.2.3"])
-def test_a_server_must_be_an_address(server: str) -> None:
+def test_dns_server_must_be_ip_address(server: str) -> None:
     with pytest.raises(ConfigError, match="--dns-server"):
         Resolver(server)

@@ -22,7 +22,7 @@ from d2i.preprocess.fetch.robots import is_disallowed
         ["unavailable_after: Saturday, 25-Jun-30 15:00:00 UTC, noai"],
     ],
 )
-def test_a_host_keeps_its_pictures(values: list[str]) -> None:
+def test_x_robots_tag_disallows_image(values: list[str]) -> None:
     assert is_disallowed(values)
 
 
@@ -38,5 +38,5 @@ def test_a_host_keeps_its_pictures(values: list[str]) -> None:
         ["unavailable_after: 25 Jun 2030"],
     ],
 )
-def test_what_is_said_of_others_or_of_links_keeps_nothing(values: list[str]) -> None:
+def test_x_robots_tag_for_other_bots_or_links_is_ignored(values: list[str]) -> None:
     assert not is_disallowed(values)

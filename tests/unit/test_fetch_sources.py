@@ -1,4 +1,4 @@
-"""Files of a folder: each is read once, in order, and never far ahead of who takes them."""
+"""Image files of a directory: each is read once, in order, with bounded prefetch."""
 
 from __future__ import annotations
 
@@ -24,56 +24,56 @@ from tests.servers import Names, WebServer, name_server, running
 NUM_FILES = 203
 
 
-def source_of(folder: Path, num_threads: int) -> ImageSource:
+def source_of(directory: Path, num_threads: int) -> ImageSource:
     config = FetchConfig(num_threads=num_threads)
-    book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
-    return ImageSource(str(folder), config, PUBLIC_NETWORK, book)
+    limiter = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+    return ImageSource(str(directory), config, PUBLIC_NETWORK, limiter)
 
 
-def refs_of(folder: Path) -> list[ImageRef]:
+def refs_of(directory: Path) -> list[ImageRef]:
     for number in range(NUM_FILES):
         if number % 7:
-            (folder / f"{number:03}").write_text(str(number))
+            (directory / f"{number:03}").write_text(str(number))
     return [ImageRef("file", (f"{number:03}",)) for number in range(NUM_FILES)]
 
 
-def asked_of_mirror(
+def fetch_from_mirror(
     template: str, network_policy: NetworkPolicy, *paths: str
 ) -> tuple[list[str], str | None]:
-    """Return the reason of each file that a mirror is asked for, and what trouble is seen."""
+    """Return the reason of each file requested from a mirror, and the reason of an outage."""
     config = FetchConfig(mirror=template, num_threads=2)
-    book = create_shared_limiter(build_rate_limiter(config, network_policy), num_workers=0)
-    source = ImageSource("/nowhere", config, network_policy, book)
+    limiter = create_shared_limiter(build_rate_limiter(config, network_policy), num_workers=0)
+    source = ImageSource("/nowhere", config, network_policy, limiter)
     refs = [ImageRef("file", (path,)) for path in paths]
     found = dict(source.fetch(refs, lambda ref, fetched: (ref, fetched.reason)))
     return [found[ref] for ref in refs], source.outage_reason()
 
 
-def test_a_mirror_is_asked_by_name_and_never_above_its_place() -> None:
+def test_mirror_requests_stay_below_template_path() -> None:
     answers = dict.fromkeys(("/p/train/1.jpg", "/p/a%2520b"), lambda h: h.send(200, b"GIF89a"))
     with running(WebServer("127.0.0.1", answers)) as web:
         host = f"127.0.0.1:{web.port}"
         network_policy = NetworkPolicy(frozenset([host]))
         paths = ("train/1.jpg", "a%20b", "gone.jpg", "../secret", "a/../../secret")
-        found = asked_of_mirror(f"http://{host}/p/{{path}}", network_policy, *paths)
-        by_key = asked_of_mirror(f"http://{host}/p/{{key}}/x", network_policy, "...jpg")
+        found = fetch_from_mirror(f"http://{host}/p/{{path}}", network_policy, *paths)
+        by_key = fetch_from_mirror(f"http://{host}/p/{{key}}/x", network_policy, "...jpg")
     assert found == (["ok", "ok", "http_404", "bad_url", "bad_url"], None)
     assert by_key == (["bad_url"], None)
     assert set(web.asked) == {*answers, "/p/gone.jpg"}
 
 
-def test_a_mirror_that_is_not_there_is_trouble_and_not_many_dead_pictures() -> None:
+def test_missing_mirror_is_outage_not_many_failures() -> None:
     with running(name_server(Names({}))) as dns:
         network_policy = NetworkPolicy(dns_server=f"127.0.0.1:{dns.server_address[1]}")
-        _, trouble = asked_of_mirror(
+        _, outage = fetch_from_mirror(
             "http://misspelt.test/{path}", network_policy, "1.jpg", "2.jpg"
         )
-    assert "the mirror misspelt.test:80 could not be reached" in str(trouble)
+    assert "the mirror misspelt.test:80 could not be reached" in str(outage)
 
 
-def test_a_mirror_that_may_not_be_asked_is_refused_at_once() -> None:
+def test_mirror_on_disallowed_port_raises_at_once() -> None:
     config = FetchConfig(mirror="http://mirror.test:8080/{path}")
-    with pytest.raises(ConfigError, match=r"port 8080 is not 80.*--allow-host"):
+    with pytest.raises(ConfigError, match=r"port 8080 is not the default 80.*--allow-host"):
         build_rate_limiter(config)
     allowed = NetworkPolicy(frozenset(["mirror.test:8080"]))
     assert build_rate_limiter(config, allowed).mirror == "mirror.test:8080"
@@ -81,20 +81,18 @@ def test_a_mirror_that_may_not_be_asked_is_refused_at_once() -> None:
 
 
 @pytest.mark.parametrize("num_threads", [1, 3, 16])
-def test_every_file_comes_once_and_in_order_also_those_that_are_not_there(
-    tmp_path: Path, num_threads: int
-) -> None:
-    def told(ref: ImageRef, fetched: FetchResult) -> tuple[str, str]:
+def test_files_come_once_and_in_order_even_when_missing(tmp_path: Path, num_threads: int) -> None:
+    def path_and_text(ref: ImageRef, fetched: FetchResult) -> tuple[str, str]:
         return ref.value[0], fetched.data.decode() if fetched.data else fetched.reason
 
-    found = list(source_of(tmp_path, num_threads).fetch(refs_of(tmp_path), told))
+    found = list(source_of(tmp_path, num_threads).fetch(refs_of(tmp_path), path_and_text))
     assert found == [
         (f"{number:03}", str(number) if number % 7 else "missing_file")
         for number in range(NUM_FILES)
     ]
 
 
-def test_reading_keeps_near_to_what_was_taken(
+def test_prefetch_of_image_files_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -108,7 +106,7 @@ def test_reading_keeps_near_to_what_was_taken(
 
     monkeypatch.setattr(sources, "read_image", counted)
     for ref in source_of(tmp_path, 3).fetch(refs_of(tmp_path), lambda ref, _: ref):
-        taken.append(ref)  # noqa: PERF402  # How many are taken so far is what is asked.
+        taken.append(ref)  # noqa: PERF402  # `counted` reads its length meanwhile.
     assert len(read) == NUM_FILES
-    # Three threads' runs, and the one that is being taken.
+    # The runs of three threads, and the one being consumed.
     assert max(ahead) <= 4 * sources._RUN

@@ -1,4 +1,4 @@
-"""What a proxy is told, and how its own word is told from that of the host."""
+"""Proxy transport: its login, and its own errors as distinct from the host's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def reason(url: str, proxy: Proxy, limits: Limits = LIMITS) -> str:
     return caught.value.reason
 
 
-def test_a_login_is_decoded_and_never_shown() -> None:
+def test_proxy_login_is_decoded_and_hidden_in_repr() -> None:
     proxy = parse_proxy("http://us:p%40ss@[::1]:4750/")
     assert (proxy.host, proxy.port) == ("::1", 4750)
     assert proxy.authorization == "Basic dXM6cEBzcw=="
@@ -29,40 +29,40 @@ def test_a_login_is_decoded_and_never_shown() -> None:
     assert parse_proxy("http://proxy.test:1").headers() == {}
 
 
-def test_the_host_hears_nothing_of_the_proxys_login() -> None:
-    heard: list[str] = []
+def test_proxy_login_is_not_sent_to_host() -> None:
+    received: list[str] = []
 
     def note(handler) -> None:  # type: ignore[no-untyped-def]
-        heard.extend(f"{name}: {value}" for name, value in handler.headers.items())
+        received.extend(f"{name}: {value}" for name, value in handler.headers.items())
         handler.send(200, b"seen")
 
     with running(WebServer("127.0.0.1", {"/a%20b": note})) as web:
-        places = {"web.test:80": ("127.0.0.1", web.port)}
-        with running(ProxyServer("us:secret", places)) as server:
+        hosts = {"web.test:80": ("127.0.0.1", web.port)}
+        with running(ProxyServer("us:secret", hosts)) as server:
             proxy = parse_proxy(f"http://us:secret@127.0.0.1:{server.port}")
             assert get("http://web.test/a b", LIMITS, ProxyTransport(proxy)).body == b"seen"
-    assert "Host: web.test" in heard
-    assert not any("uthorization" in line for line in heard)
+    assert "Host: web.test" in received
+    assert not any("uthorization" in line for line in received)
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_wrong_login_is_the_proxys_refusal(scheme: str) -> None:
+def test_wrong_proxy_login_is_proxy_refused(scheme: str) -> None:
     with running(ProxyServer("us:secret", {})) as server:
         proxy = parse_proxy(f"http://us:wrong@127.0.0.1:{server.port}")
         assert reason(f"{scheme}://web.test/x", proxy) == "proxy_refused"
 
 
-def test_a_403_of_the_hosts_own_is_the_hosts() -> None:
+def test_403_of_host_behind_proxy_is_http_403() -> None:
     answers = {"/x": lambda handler: handler.send(403)}
     with running(WebServer("127.0.0.1", answers)) as web:
-        places = {"web.test:80": ("127.0.0.1", web.port)}
-        with running(ProxyServer("us:secret", places)) as server:
+        hosts = {"web.test:80": ("127.0.0.1", web.port)}
+        with running(ProxyServer("us:secret", hosts)) as server:
             proxy = parse_proxy(f"http://us:secret@127.0.0.1:{server.port}")
             assert reason("http://web.test/x", proxy) == "http_403"
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_proxy_that_says_nothing_costs_a_deadline(scheme: str) -> None:
+def test_deadline_ends_silent_proxy(scheme: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         limits = Limits(0.5, 0.5, LIMITS.body, "d2i test")
         start = time.monotonic()
@@ -71,7 +71,7 @@ def test_a_proxy_that_says_nothing_costs_a_deadline(scheme: str) -> None:
         assert time.monotonic() - start < 5.0
 
 
-def test_a_proxy_that_is_not_there_is_told_from_a_host_that_is_not() -> None:
+def test_missing_proxy_is_proxy_unreached() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     assert reason("http://web.test/x", Proxy("127.0.0.1", port)) == "proxy_unreached"

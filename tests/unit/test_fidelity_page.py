@@ -1,4 +1,4 @@
-"""The page on fidelity: complete, and every "same" on it held by a test that exists."""
+"""docs/fidelity.md is complete, and every row marked "same" names an existing test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OF_THE_PAPER = (
 
 
 def rows() -> list[list[str]]:
-    """Give the cells of every row that has a verdict."""
+    """Return the cells of every row that has a verdict."""
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [row for row in cells if len(row) > 2 and row[-2] in VERDICTS]
@@ -34,11 +34,11 @@ def functions_of(path: str) -> set[str]:
 
 
 @pytest.mark.parametrize("part", OF_THE_PAPER)
-def test_every_part_of_the_paper_has_a_row(part: str) -> None:
+def test_fidelity_page_has_row_for_every_part_of_paper(part: str) -> None:
     assert [row for row in rows() if row[0] == part]
 
 
-def test_what_is_the_same_names_its_test() -> None:
+def test_fidelity_rows_marked_same_name_existing_test() -> None:
     same = [row for row in rows() if row[-2] == "same"]
     assert len(same) > 20
     for row in same:
@@ -47,13 +47,13 @@ def test_what_is_the_same_names_its_test() -> None:
         assert named[2] in functions_of(named[1]), row
 
 
-def test_what_is_not_the_same_says_why() -> None:
+def test_fidelity_rows_not_same_give_a_reason() -> None:
     for row in rows():
         if row[-2] != "same":
             assert len(row[-1].split()) > 5, row
 
 
-def test_code_that_is_named_is_there() -> None:
+def test_paths_named_on_fidelity_page_exist() -> None:
     for row in rows():
         for path in re.findall(r"`((?:d2i|eval|tests|docs)/[\w/.]+)`", " ".join(row)):
             assert (ROOT / path).exists(), row

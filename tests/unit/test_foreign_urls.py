@@ -1,4 +1,4 @@
-"""An address in the files of a foreign data set, run or evaluation makes nobody ask it."""
+"""A URL in the files of a foreign data set, run or evaluation is never contacted."""
 
 from __future__ import annotations
 
@@ -33,43 +33,45 @@ def server() -> Iterator[WebServer]:
     assert not web.asked
 
 
-def foreign_recipe(address: str, section: str, name: str) -> dict[str, Any]:
+def foreign_recipe(location: str, section: str, name: str) -> dict[str, Any]:
     values = json.loads(load_recipe("demo").model_dump_json())
-    values[section][name] = address
+    values[section][name] = location
     return dict(values)
 
 
-def write_data(folder: Path, recipe: dict[str, Any]) -> Path:
+def write_data(directory: Path, recipe: dict[str, Any]) -> Path:
     import numpy as np
 
     moments = npy_bytes(np.zeros((8, 8, 8), np.float16))
     members = {"json": json_bytes(metadata("test-1")), "moments.npy": moments}
-    (folder / "test").mkdir(parents=True)
-    write_shard([Sample("test-1", members)], str(folder / "test"), 0, failures={})
-    write_manifest(str(folder / "test"), {})
-    (folder / "recipe.json").write_text(json.dumps(recipe))
-    return folder
+    (directory / "test").mkdir(parents=True)
+    write_shard([Sample("test-1", members)], str(directory / "test"), 0, failures={})
+    write_manifest(str(directory / "test"), {})
+    (directory / "recipe.json").write_text(json.dumps(recipe))
+    return directory
 
 
 @pytest.mark.parametrize("form", ["{}/vae", "simplecache::{}/vae", "HTTP{}/vae"])
-def test_no_command_asks_it(tmp_path: Path, server: WebServer, form: str) -> None:
+def test_commands_never_contact_url_in_foreign_file(
+    tmp_path: Path, server: WebServer, form: str
+) -> None:
     url = f"http://127.0.0.1:{server.port}"
-    address = form.format(url.removeprefix("http") if form.startswith("HTTP") else url)
-    recipe = foreign_recipe(address, "encoders", "vae")
+    location = form.format(url.removeprefix("http") if form.startswith("HTTP") else url)
+    recipe = foreign_recipe(location, "encoders", "vae")
     data, run = write_data(tmp_path / "data", recipe), tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"recipe": recipe, "data": url}))
     dialog = tmp_path / "dialog.txt"
     dialog.write_text("a red ball")
-    told = r"encoders\.vae is .*, an address in a file .*; if you trust that host, give --set"
-    with pytest.raises(ConfigError, match=told):
+    message = r"encoders\.vae is .*, a URL in a file .*; if you trust that host, give --set"
+    with pytest.raises(ConfigError, match=message):
         inspect(str(data / "test"), html=str(tmp_path / "page.html"))
     for system in (f"run:{run}", "uvit-s"):
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             evaluate(system, str(data), str(tmp_path / "out"), weights="demo:backbone")
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         sample(str(run), str(dialog))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         select(run=str(run))
 
 
@@ -85,22 +87,22 @@ def test_no_command_asks_it(tmp_path: Path, server: WebServer, form: str) -> Non
         ("metrics", "clip_text"),
     ],
 )
-def test_a_setting_of_the_command_counts(tmp_path: Path, section: str, name: str) -> None:
+def test_url_in_command_line_setting_is_accepted(tmp_path: Path, section: str, name: str) -> None:
     data = write_data(tmp_path / "data", foreign_recipe("ftp://h/x", section, name))
     kept, own = read_kept_recipe(str(data)), f"{section}.{name}=https://mine/x"
-    with pytest.raises(ConfigError, match=rf"--set {section}\.{name}=ADDRESS"):
+    with pytest.raises(ConfigError, match=rf"--set {section}\.{name}=URL"):
         change_recipe(kept, ["sample.seed=1"])
     assert getattr(getattr(change_recipe(kept, [own]), section), name) == "https://mine/x"
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/vae", "memory://vae", "/a/vae", "file:///a/vae"])
-def test_what_names_no_host_counts_in_a_file_too(tmp_path: Path, place: str) -> None:
-    data = write_data(tmp_path / "data", foreign_recipe(place, "encoders", "vae"))
-    assert not storage.names_host(place)
-    assert change_recipe(read_kept_recipe(str(data)), []).encoders.vae == place
+@pytest.mark.parametrize("location", ["s3://bucket/vae", "memory://vae", "/a/vae", "file:///a/vae"])
+def test_location_without_host_is_accepted_in_file(tmp_path: Path, location: str) -> None:
+    data = write_data(tmp_path / "data", foreign_recipe(location, "encoders", "vae"))
+    assert not storage.names_host(location)
+    assert change_recipe(read_kept_recipe(str(data)), []).encoders.vae == location
 
 
-def test_nor_is_one_asked_where_data_pictures_or_a_run_are_said_to_lie(
+def test_foreign_urls_of_data_images_and_run_are_never_contacted(
     tmp_path: Path, server: WebServer
 ) -> None:
     url = f"http://127.0.0.1:{server.port}/data"
@@ -108,11 +110,15 @@ def test_nor_is_one_asked_where_data_pictures_or_a_run_are_said_to_lie(
     (tmp_path / "config.json").write_text(json.dumps({"recipe": recipe, "data": url}))
     assert describe_training(str(tmp_path))["trained_corpus"] is None
 
-    for read in (read_splits, lambda place: read_conversations(place, {"k"}, 1)):
-        with pytest.raises(DataError, match="is an address, which is not asked"):
+    for read in (read_splits, lambda location: read_conversations(location, {"k"}, 1)):
+        with pytest.raises(
+            DataError, match="is a URL with a host, which a report does not contact"
+        ):
             read(url)
     evaluation = Evaluation(url="e", card={"run": url}, scores={}, judged=None, image_urls={})
-    assert "is an address, which is not asked" in str(training_section([evaluation]))
+    assert "is a URL with a host, which a report does not contact" in str(
+        training_section([evaluation])
+    )
 
     split = write_data(tmp_path / "data", recipe) / "test"
     (split / "plan").mkdir()

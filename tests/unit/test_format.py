@@ -1,6 +1,6 @@
-"""ARCHITECTURE's page of the format is enough: a writer made from it alone, with nothing of d2i's.
+"""A shard writer made only from the format page of ARCHITECTURE, without code of d2i.
 
-Only the test at the end asks d2i whether it agrees.
+Only the test at the end compares it with d2i.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ ARRAYS = {
 }
 
 
-def write(folder: Path, shards: list[dict[str, dict[str, bytes]]]) -> None:
-    """Write a data set as the page says."""
-    commits = [write_one(folder, index, samples) for index, samples in enumerate(shards)]
+def write(directory: Path, shards: list[dict[str, dict[str, bytes]]]) -> None:
+    """Write a data set as the page describes."""
+    commits = [write_one(directory, index, samples) for index, samples in enumerate(shards)]
     empty = {"empty_tokens.npy": npy(np.zeros(77, "<u2"))}
     empty["empty_text.npy"] = npy(np.zeros((77, 6), "<f2"))
     for name, data in empty.items():
-        (folder / name).write_bytes(data)
+        (directory / name).write_bytes(data)
     manifest = canonical(
         {
             "format": 1,
@@ -98,16 +98,16 @@ def write(folder: Path, shards: list[dict[str, dict[str, bytes]]]) -> None:
             "shards": commits,
         }
     )
-    (folder / "manifest.json.sha256").write_text(f"{sha256(manifest)}  manifest.json\n")
-    (folder / "manifest.json").write_bytes(manifest)
+    (directory / "manifest.json.sha256").write_text(f"{sha256(manifest)}  manifest.json\n")
+    (directory / "manifest.json").write_bytes(manifest)
 
 
-def write_one(folder: Path, index: int, samples: dict[str, dict[str, bytes]]) -> dict[str, Any]:
+def write_one(directory: Path, index: int, samples: dict[str, dict[str, bytes]]) -> dict[str, Any]:
     tar, rows = bytearray(), []
-    for key, of_sample in samples.items():
+    for key, parts in samples.items():
         row: dict[str, Any] = {"key": key}
         for suffix in SUFFIXES:
-            data = of_sample.get(suffix)
+            data = parts.get(suffix)
             if data is not None:
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size, member.mode = len(data), 0o644
@@ -131,9 +131,9 @@ def write_one(folder: Path, index: int, samples: dict[str, dict[str, bytes]]) ->
         "index_file": info(index_file),
         "arrays": ARRAYS,
     }
-    (folder / f"{name}.tar").write_bytes(tar)
-    (folder / f"{name}.arrow").write_bytes(index_file)
-    (folder / f"{name}.commit.json").write_bytes(canonical(commit))
+    (directory / f"{name}.tar").write_bytes(tar)
+    (directory / f"{name}.arrow").write_bytes(index_file)
+    (directory / f"{name}.commit.json").write_bytes(canonical(commit))
     return commit
 
 
@@ -153,18 +153,18 @@ def shards() -> list[dict[str, dict[str, bytes]]]:
     return [{f"train-{n}-0-0": members(n) for n in part} for part in ((0, 1, 2), (3, 4))]
 
 
-def test_what_the_page_says_to_write_is_what_d2i_reads_and_writes(
+def test_writer_from_format_page_matches_d2i_bytes(
     tmp_path: Path, shards: list[dict[str, dict[str, bytes]]]
 ) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    for folder in (ours, theirs):
-        folder.mkdir()
+    for directory in (ours, theirs):
+        directory.mkdir()
     write(ours, shards)
     assert verify(str(ours)).problems == ()
     clip = ShardReader(str(ours), FINGERPRINT).read([4, 0], ["clip"])["clip"]
     assert [npy(row) for row in clip] == [members(n)["clip.npy"] for n in (4, 0)]
     for index, part in enumerate(shards):
-        samples = [Sample(key, of_sample) for key, of_sample in part.items()]
+        samples = [Sample(key, parts) for key, parts in part.items()]
         write_shard(samples, str(theirs), index, failures={"timeout": 2}, fingerprint=FINGERPRINT)
     for name in ("empty_tokens.npy", "empty_text.npy"):
         (theirs / name).write_bytes((ours / name).read_bytes())

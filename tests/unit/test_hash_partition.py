@@ -1,4 +1,4 @@
-"""Rows dealt out on disk: all come back, in ranges of their hash, and few are held at once."""
+"""Hash partitions on disk: all rows come back in ranges of their hash, in bounded memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_ROWS = 40_000
 TEXT = "t" * 100
 
 
-def pieces(path: Path, hashes: NDArray[np.uint64]) -> list[NDArray[np.uint64]]:
+def buckets(path: Path, hashes: NDArray[np.uint64]) -> list[NDArray[np.uint64]]:
     with HashPartitions(path, "hash") as rows:
         for part in np.split(hashes, 40):
             rows.add(pa.table({"hash": part, "text": [TEXT] * len(part)}))
@@ -26,7 +26,7 @@ def pieces(path: Path, hashes: NDArray[np.uint64]) -> list[NDArray[np.uint64]]:
 
 
 @pytest.mark.parametrize("common_bits", [0, 5, 20])
-def test_all_rows_come_back_in_ranges_and_few_are_held(
+def test_hash_partition_returns_ranges_in_bounded_memory(
     common_bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_bytes = NUM_ROWS * (len(TEXT) + 12)
@@ -35,7 +35,7 @@ def test_all_rows_come_back_in_ranges_and_few_are_held(
     hashes = np.random.default_rng(0).integers(0, 2**63, NUM_ROWS, np.uint64) << np.uint64(1)
     hashes >>= np.uint64(common_bits)
     with own_pool() as pool:
-        found = pieces(tmp_path / "rows.arrow", hashes)
+        found = buckets(tmp_path / "rows.arrow", hashes)
     assert pool.max_memory() < num_bytes / 6
     assert max(map(len, found)) < NUM_ROWS / 8
     assert all(a.max() < b.min() for a, b in itertools.pairwise(found))
@@ -48,5 +48,5 @@ def test_hash_partition_keeps_rows_of_one_hash_together(
 ) -> None:
     monkeypatch.setattr(hash_partition, "MAX_BUCKET_BYTES", 1000)
     monkeypatch.setattr(hash_partition, "MAX_WAITING_BYTES", 1 << 16)
-    found = pieces(tmp_path / "rows.arrow", np.full(4000, 2**64 - 1, np.uint64))
+    found = buckets(tmp_path / "rows.arrow", np.full(4000, 2**64 - 1, np.uint64))
     assert list(map(len, found)) == [4000]

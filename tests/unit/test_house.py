@@ -1,4 +1,4 @@
-"""The house around the code: what a fresh clone, a release and a reader rely on."""
+"""Repository checks: the files that a fresh clone, a release and a reader rely on."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from packaging.utils import canonicalize_name
 import d2i
 
 ROOT = Path(__file__).resolve().parents[2]
-FACES = ("preprocess", "train", "eval", "cluster", "benchmarks")
+DIRECTORIES = ("preprocess", "train", "eval", "cluster", "benchmarks")
 
-# Never imported: DeepSpeed's builder calls ninja, open_clip brings CLIP's vocabulary, torch writes
-# its events through tensorboard, and img2dataset is what the safe downloader is to be built on.
-NOT_IMPORTED = {"img2dataset", "ninja", "open-clip-torch", "tensorboard", "webdataset"}
+# May lack an import: DeepSpeed's builder calls ninja, open_clip brings CLIP's vocabulary, and
+# torch writes its events through tensorboard.
+NOT_IMPORTED = {"ninja", "open-clip-torch", "tensorboard", "webdataset"}
 
 
 def programs() -> list[Path]:
-    return sorted(path for face in FACES for path in (ROOT / face).rglob("*.py"))
+    return sorted(path for directory in DIRECTORIES for path in (ROOT / directory).rglob("*.py"))
 
 
 def relative(path: Path) -> str:
@@ -63,20 +63,20 @@ def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("program", programs(), ids=relative)
-def test_a_program_beside_the_package_explains_itself(program: Path) -> None:
+def test_programs_outside_package_have_help(program: Path) -> None:
     done = run(sys.executable, relative(program), "--help")
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower()
 
 
-@pytest.mark.parametrize("face", FACES)
-def test_a_folder_beside_the_package_is_explained_and_not_importable(face: str) -> None:
-    assert (ROOT / face / "README.md").is_file()
-    assert not list((ROOT / face).rglob("__init__.py"))
+@pytest.mark.parametrize("directory", DIRECTORIES)
+def test_directories_outside_package_have_readme_but_no_init(directory: str) -> None:
+    assert (ROOT / directory / "README.md").is_file()
+    assert not list((ROOT / directory).rglob("__init__.py"))
 
 
-def test_files_to_copy_can_be_parsed() -> None:
-    files = [path for face in FACES for path in (ROOT / face).rglob("*")]
+def test_config_and_script_files_parse() -> None:
+    files = [path for directory in DIRECTORIES for path in (ROOT / directory).rglob("*")]
     for path in [*files, *(ROOT / ".github").rglob("*"), ROOT / ".pre-commit-config.yaml"]:
         if path.suffix == ".json":
             json.loads(path.read_text())
@@ -86,12 +86,12 @@ def test_files_to_copy_can_be_parsed() -> None:
             assert run("bash", "-n", relative(path)).returncode == 0, relative(path)
 
 
-def test_the_changelog_opens_with_this_version() -> None:
+def test_changelog_starts_with_current_version() -> None:
     heads = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert heads[0] == d2i.__version__
 
 
-def test_importing_the_command_line_is_light() -> None:
+def test_cli_imports_no_heavy_module() -> None:
     program = "import sys, d2i.cli; print(*sys.modules)"
     done = run(sys.executable, "-c", program)
     assert done.returncode == 0, done.stderr
@@ -99,30 +99,34 @@ def test_importing_the_command_line_is_light() -> None:
     assert not heavy & set(done.stdout.split())
 
 
-def test_every_folder_of_code_is_a_package() -> None:
-    folders = {path.parent for path in (ROOT / "d2i").rglob("*.py")}
-    assert [relative(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+def test_every_code_directory_is_a_package() -> None:
+    directories = {path.parent for path in (ROOT / "d2i").rglob("*.py")}
+    assert [
+        relative(directory)
+        for directory in directories
+        if not (directory / "__init__.py").is_file()
+    ] == []
 
 
-def test_every_file_of_the_package_is_in_the_wheel() -> None:
+def test_wheel_contains_every_package_file() -> None:
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())
     patterns = content["tool"]["setuptools"]["package-data"]["d2i"]
     package = ROOT / "d2i"
     shipped = {path for pattern in patterns for path in package.glob(pattern)}
-    # Up to Python 3.12, glob takes `**` at the end for folders alone; setuptools takes files too.
-    shipped |= {path for folder in shipped if folder.is_dir() for path in folder.iterdir()}
+    # Up to Python 3.12, a final `**` of glob matches only directories; in setuptools also files.
+    shipped |= {path for directory in shipped if directory.is_dir() for path in directory.iterdir()}
     files = {path for path in package.rglob("*") if path.is_file()}
     code = {path for path in files if path.suffix in {".py", ".pyc"}}
     assert sorted(map(relative, files - code - shipped)) == []
 
 
-def test_a_constraint_is_one_name_and_one_version() -> None:
+def test_constraints_pin_one_version_per_line() -> None:
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), line
 
 
 @pytest.mark.parametrize("extra", [None, "cluster", "dev", "lora"])
-def test_every_dependency_is_pinned_within_its_bounds(extra: str | None) -> None:
+def test_dependencies_are_pinned_within_bounds(extra: str | None) -> None:
     for requirement in declared(extra):
         pin = pins().get(canonicalize_name(requirement.name))
         assert pin is not None, f"{requirement.name} is not in constraints.txt"
@@ -130,7 +134,7 @@ def test_every_dependency_is_pinned_within_its_bounds(extra: str | None) -> None
 
 
 def imported_distributions() -> dict[str, str]:
-    """Give each installed distribution that d2i imports, and one file that does."""
+    """Return each installed distribution that d2i imports, with one importing file."""
     owners = packages_distributions()
     found: dict[str, str] = {}
     for path in sorted((ROOT / "d2i").rglob("*.py")):
@@ -150,7 +154,7 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+def test_imports_match_declared_dependencies() -> None:
     imported = imported_distributions()
     wanted = {canonicalize_name(requirement.name) for requirement in declared()}
     undeclared = {name: path for name, path in imported.items() if name not in wanted | {"d2i"}}
@@ -158,19 +162,21 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     assert wanted - set(imported) <= NOT_IMPORTED
 
 
-def test_make_refuses_an_interpreter_it_cannot_use(tmp_path: Path) -> None:
+def test_make_rejects_unsupported_python(tmp_path: Path) -> None:
     done = run("make", "setup", f"VENV={tmp_path / 'venv'}", "PYTHON=/nonexistent/python3.9")
     assert done.returncode == 2
     assert "is not Python 3.11 or 3.12" in done.stderr
     assert not (tmp_path / "venv").exists()
 
 
-def test_make_says_so_when_there_is_no_python(tmp_path: Path) -> None:
+def test_make_reports_missing_python(tmp_path: Path) -> None:
     programs_dir = tmp_path / "bin"
     programs_dir.mkdir()
     for name in ("sh", "rm", "touch", "echo", "sed"):
         found = next(
-            Path(folder) / name for folder in ("/bin", "/usr/bin") if Path(folder, name).exists()
+            Path(directory) / name
+            for directory in ("/bin", "/usr/bin")
+            if Path(directory, name).exists()
         )
         (programs_dir / name).symlink_to(found)
     make = run("sh", "-c", "command -v make").stdout.strip()
@@ -179,11 +185,11 @@ def test_make_says_so_when_there_is_no_python(tmp_path: Path) -> None:
     assert "no Python 3.11 or 3.12 on PATH" in done.stderr
 
 
-def test_the_gate_is_executable_and_runs_what_the_readme_names() -> None:
-    gate = ROOT / ".ci" / "run"
-    assert os.access(gate, os.X_OK)
-    assert run("bash", "-n", relative(gate)).returncode == 0
-    commands = [line for line in gate.read_text().splitlines() if line.startswith("make ")]
+def test_ci_run_is_executable_and_matches_workflow() -> None:
+    ci_run = ROOT / ".ci" / "run"
+    assert os.access(ci_run, os.X_OK)
+    assert run("bash", "-n", relative(ci_run)).returncode == 0
+    commands = [line for line in ci_run.read_text().splitlines() if line.startswith("make ")]
     assert commands == ["make check", "make test"]
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert all(f"run: {command}\n" in workflow for command in commands)

@@ -1,4 +1,4 @@
-"""The decode policy: what becomes a picture, and which reason all else gets."""
+"""Image decoding: conversion to RGB squares, and the reasons for rejecting an image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from d2i.image_decode import (
 LIMITS = ImageConfig()
 
 
-def saved(image: Image.Image, form: str, **options: object) -> bytes:
+def encoded(image: Image.Image, form: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
@@ -41,64 +41,64 @@ def reason(data: bytes) -> str:
     return caught.value.reason
 
 
-def test_sixteen_bits_are_scaled() -> None:
+def test_16_bit_image_is_scaled_to_8_bits() -> None:
     grey = Image.fromarray(np.full((64, 64), 0x7FFF, np.uint16))
-    assert np.asarray(decode_image(saved(grey, "PNG"), LIMITS).image).mean() == 127
+    assert np.asarray(decode_image(encoded(grey, "PNG"), LIMITS).image).mean() == 127
 
 
-def test_alpha_lies_over_white_and_orientation_is_applied() -> None:
+def test_alpha_is_over_white_and_orientation_is_applied() -> None:
     clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
-    assert np.asarray(decode_image(saved(clear, "PNG"), LIMITS).image).min() == 255
+    assert np.asarray(decode_image(encoded(clear, "PNG"), LIMITS).image).min() == 255
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = decode_image(saved(noise((40, 20)), "JPEG", exif=exif), LIMITS).image
+    turned = decode_image(encoded(noise((40, 20)), "JPEG", exif=exif), LIMITS).image
     assert turned.size == (20, 40)
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "1", "P"])
-def test_every_mode_becomes_rgb(mode: str) -> None:
+def test_every_image_mode_becomes_rgb(mode: str) -> None:
     form = "JPEG" if mode in ("CMYK", "L") else "PNG"
-    assert decode_image(saved(noise((32, 32), mode), form), LIMITS).image.mode == "RGB"
+    assert decode_image(encoded(noise((32, 32), mode), form), LIMITS).image.mode == "RGB"
 
 
-def test_the_first_frame_of_an_animation() -> None:
+def test_animation_gives_first_frame() -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode_image(data, LIMITS).image.getpixel((5, 5)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "MPO"])
-def test_what_can_be_decoded_begins_as_a_picture(form: str) -> None:
-    data = saved(noise((32, 32)), form)
+def test_begins_as_image_accepts_every_decodable_format(form: str) -> None:
+    data = encoded(noise((32, 32)), form)
     assert decode_image(data, LIMITS).image.size == (32, 32)
     assert begins_as_image(data)
 
 
-def test_reasons() -> None:
+def test_rejected_image_has_reason() -> None:
     assert reason(b"") == "not_an_image"
     assert reason(b"<html></html>") == "not_an_image"
     assert reason(b"<svg xmlns='http://www.w3.org/2000/svg'/>") == "not_an_image"
-    assert reason(saved(noise((32, 32)), "BMP")) == "not_an_image"
-    assert reason(saved(noise((400, 8)), "PNG")) == "too_small"
-    assert reason(saved(noise((800, 20)), "PNG")) == "odd_aspect"
-    assert reason(saved(Image.new("1", (12000, 12000)), "PNG")) == "too_large"
+    assert reason(encoded(noise((32, 32)), "BMP")) == "not_an_image"
+    assert reason(encoded(noise((400, 8)), "PNG")) == "too_small"
+    assert reason(encoded(noise((800, 20)), "PNG")) == "odd_aspect"
+    assert reason(encoded(Image.new("1", (12000, 12000)), "PNG")) == "too_large"
 
 
-def test_a_cut_picture_is_never_half_a_picture() -> None:
+def test_truncated_image_is_rejected() -> None:
     for form in ("JPEG", "PNG"):
-        data = saved(noise((64, 64)), form)
+        data = encoded(noise((64, 64)), form)
         for share in (0.3, 0.5, 0.9):
             assert reason(data[: int(len(data) * share)]) in ("decode_error", "not_an_image")
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
-def test_random_bytes_never_end_a_job(form: str) -> None:
+def test_mutated_image_decodes_or_is_rejected(form: str) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E], exif[0x8827] = 6, "a photograph", 100
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     metadata = {} if form == "GIF" else {"exif": exif, "icc_profile": profile}
-    # Little of the file is pixels, so that most changes hit what describes them.
-    data = bytearray(saved(Image.new("RGB", (24, 24), "red"), form, **metadata))
+    # Few bytes of the file are pixels, so most mutations hit the headers and metadata.
+    data = bytearray(encoded(Image.new("RGB", (24, 24), "red"), form, **metadata))
     rng = random.Random(0)
     for _ in range(500):
         mutated = bytearray(data)
@@ -110,10 +110,10 @@ def test_random_bytes_never_end_a_job(form: str) -> None:
             assert err.reason
 
 
-def test_the_crop_is_the_centre_square() -> None:
-    picture = Image.new("RGB", (300, 100), "white")
-    picture.paste("red", (100, 0, 200, 100))
-    square = crop_to_square(picture, 64)
+def test_crop_to_square_takes_centre() -> None:
+    original = Image.new("RGB", (300, 100), "white")
+    original.paste("red", (100, 0, 200, 100))
+    square = crop_to_square(original, 64)
     assert square.size == (64, 64)
     assert square.getpixel((32, 32)) == (255, 0, 0)
     assert crop_to_square(Image.new("RGB", (7, 91)), 64).size == (64, 64)
@@ -126,11 +126,11 @@ def square(data: bytes, resolution: int, *, draft: bool) -> CroppedImage:
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("size", [(400, 300), (301, 533), (800, 256), (999, 1333)])
-def test_a_draft_is_the_same_square_but_for_little(size: tuple[int, int], orientation: int) -> None:
+def test_draft_decode_is_close_to_exact(size: tuple[int, int], orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     smooth = noise((12, 9)).resize(size, Image.Resampling.BICUBIC)
-    data = saved(smooth, "JPEG", quality=95, exif=exif)
+    data = encoded(smooth, "JPEG", quality=95, exif=exif)
     exact, drafted = (square(data, 64, draft=draft) for draft in (False, True))
     whole = decode_image(data, LIMITS).image
     assert (exact.pixels == np.asarray(crop_to_square(whole, 64))).all()
@@ -140,25 +140,25 @@ def test_a_draft_is_the_same_square_but_for_little(size: tuple[int, int], orient
     assert difference.max() <= 8
 
 
-def test_a_picture_under_four_times_the_resolution_is_no_draft() -> None:
-    data = saved(noise((255, 300)), "JPEG")
+def test_draft_needs_four_times_the_resolution() -> None:
+    data = encoded(noise((255, 300)), "JPEG")
     exact, same = (square(data, 64, draft=draft).pixels for draft in (False, True))
     assert (exact == same).all()
-    data = saved(noise((256, 300)), "JPEG")
+    data = encoded(noise((256, 300)), "JPEG")
     exact, other = (square(data, 64, draft=draft).pixels for draft in (False, True))
     assert (exact != other).any()
 
 
-def test_a_picture_of_its_size_keeps_every_pixel() -> None:
-    picture = noise((64, 64))
-    assert (square(saved(picture, "PNG"), 64, draft=True).pixels == np.asarray(picture)).all()
+def test_image_at_resolution_keeps_every_pixel() -> None:
+    original = noise((64, 64))
+    assert (square(encoded(original, "PNG"), 64, draft=True).pixels == np.asarray(original)).all()
 
 
-def test_the_square_is_cut_before_it_is_resized() -> None:
-    """What lies beside it has no part in its edge."""
-    picture = Image.new("RGB", (300, 100), "white")
-    picture.paste("red", (100, 0, 200, 100))
-    assert (np.asarray(crop_to_square(picture, 64)) == (255, 0, 0)).all()
+def test_crop_happens_before_resize() -> None:
+    """Pixels beside the square do not bleed into its edge."""
+    original = Image.new("RGB", (300, 100), "white")
+    original.paste("red", (100, 0, 200, 100))
+    assert (np.asarray(crop_to_square(original, 64)) == (255, 0, 0)).all()
 
 
 def test_png_bytes_keep_pixels_and_settings() -> None:
@@ -170,15 +170,15 @@ def test_png_bytes_keep_pixels_and_settings() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P"])
-def test_colours_are_converted_also_under_alpha_and_in_palettes(mode: str) -> None:
-    """A profile whose red and green are exchanged shows whether it was looked at."""
+def test_icc_profile_is_applied_with_alpha_and_palette(mode: str) -> None:
+    """A profile with red and green exchanged shows if it was applied."""
     usual = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     profile = usual.replace(b"rXYZ", b"swap").replace(b"gXYZ", b"rXYZ").replace(b"swap", b"gXYZ")
-    picture = Image.new("RGB", (64, 64), (200, 60, 30))
-    other = picture.convert("RGBA") if mode == "RGBA" else picture.quantize(4)
+    original = Image.new("RGB", (64, 64), (200, 60, 30))
+    other = original.convert("RGBA") if mode == "RGBA" else original.quantize(4)
     plain, converted = (
-        np.asarray(decode_image(saved(image, "PNG", icc_profile=profile), LIMITS).image, int)
-        for image in (picture, other)
+        np.asarray(decode_image(encoded(image, "PNG", icc_profile=profile), LIMITS).image, int)
+        for image in (original, other)
     )
-    assert np.abs(plain - np.asarray(picture, int)).max() > 20
+    assert np.abs(plain - np.asarray(original, int)).max() > 20
     assert np.abs(converted - plain).max() <= 2

@@ -1,4 +1,4 @@
-"""Pictures by name: found as they are called, and trouble of their place told as such."""
+"""Image files by name, and errors of the image root that are not missing images."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def placed(folder: Path, names: dict[str, bytes], kind: str) -> str:
-    """Put files into a folder, or a tar, and return it as the place of pictures."""
+def write_root(directory: Path, names: dict[str, bytes], kind: str) -> str:
+    """Write files into a directory or a tar, and return it as the image root."""
     if kind == "folder":
         for name, data in names.items():
-            (folder / "p" / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "p" / name).write_bytes(data)
-        return str(folder / "p")
-    with tarfile.open(folder / "p.tar", "w") as tar:
+            (directory / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / "p" / name).write_bytes(data)
+        return str(directory / "p")
+    with tarfile.open(directory / "p.tar", "w") as tar:
         for name, data in names.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    return str(folder / "p.tar")
+    return str(directory / "p.tar")
 
 
 def reason(root: str, path: str) -> str:
@@ -53,9 +53,9 @@ def reason(root: str, path: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_a_name_is_compared_as_text(tmp_path: Path, kind: str) -> None:
+def test_image_name_is_no_glob_pattern(tmp_path: Path, kind: str) -> None:
     names = ["photo[1].jpg", "12:00:00.png", "a:b.jpg", "50%.jpg", "p q#1.jpg", "sub/file::x.jpg"]
-    root = placed(tmp_path, {name: name.encode() for name in names}, kind)
+    root = write_root(tmp_path, {name: name.encode() for name in names}, kind)
     for name in names:
         assert read_image(root, name, MAX_BYTES) == name.encode()
     for pattern in ("photo?1].jpg", "*.jpg", "photo1.jpg", "[a-z]*"):
@@ -63,24 +63,24 @@ def test_a_name_is_compared_as_text(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_a_name_is_found_in_the_other_unicode_form(tmp_path: Path, kind: str) -> None:
-    """As macOS writes names, and as others do, also in folders; the very name comes first."""
-    folder = "Fotos für mich"
+def test_image_name_is_found_in_other_unicode_form(tmp_path: Path, kind: str) -> None:
+    """Composed or decomposed (macOS), also in directory names; the exact name comes first."""
+    directory = "Fotos für mich"
     names = {
         COMPOSED: b"composed",
         f"a/{DECOMPOSED}": b"decomposed",
-        f"{folder}/{DECOMPOSED}": b"mixed",
+        f"{directory}/{DECOMPOSED}": b"mixed",
         f"b/{COMPOSED}": b"one",
         f"b/{DECOMPOSED}": b"other",
-        # Two names of the same letters, and neither is as it is asked for.
+        # Two names with the same letters, neither of them the exact one.
         f"c/{COMPOSED}{DECOMPOSED}": b"one",
         f"c/{DECOMPOSED}{COMPOSED}": b"other",
     }
-    root = placed(tmp_path, names, kind)
+    root = write_root(tmp_path, names, kind)
     for path, data in (
         *((COMPOSED, b"composed"), (f"a/{COMPOSED}", b"decomposed")),
-        *((f"a/{DECOMPOSED}", b"decomposed"), (f"{folder}/{COMPOSED}", b"mixed")),
-        (unicodedata.normalize("NFD", f"{folder}/{COMPOSED}"), b"mixed"),
+        *((f"a/{DECOMPOSED}", b"decomposed"), (f"{directory}/{COMPOSED}", b"mixed")),
+        (unicodedata.normalize("NFD", f"{directory}/{COMPOSED}"), b"mixed"),
         *((f"b/{COMPOSED}", b"one"), (f"b/{DECOMPOSED}", b"other")),
     ):
         assert read_image(root, path, MAX_BYTES) == data
@@ -89,9 +89,9 @@ def test_a_name_is_found_in_the_other_unicode_form(tmp_path: Path, kind: str) ->
     assert reason(root, f"nowhere/{COMPOSED}") == "missing_file"
 
 
-def test_no_name_leads_out_of_its_folder(tmp_path: Path) -> None:
+def test_image_name_cannot_escape_image_root(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
-    root = placed(tmp_path, {"1.jpg": b"one"}, "folder")
+    root = write_root(tmp_path, {"1.jpg": b"one"}, "folder")
     for path in ("../secret", "a/../../secret", f"ü/../../{tmp_path.name}/secret"):
         assert reason(root, path) == "read_error"
     for path in ("x::file://" + str(tmp_path / "secret"), "~/secret", "file:secret"):
@@ -100,71 +100,71 @@ def test_no_name_leads_out_of_its_folder(tmp_path: Path) -> None:
     assert reason("memory://picture_files", f"x::{tmp_path}/secret") == "read_error"
 
 
-def test_a_pointer_of_git_lfs_is_no_picture_and_may_become_one(tmp_path: Path) -> None:
-    root = placed(tmp_path, {"1.jpg": LFS}, "folder")
+def test_git_lfs_pointer_has_its_own_reason(tmp_path: Path) -> None:
+    root = write_root(tmp_path, {"1.jpg": LFS}, "folder")
     assert reason(root, "1.jpg") == "lfs_pointer"
 
 
-def wrong_roots(folder: Path) -> dict[str, tuple[str, str]]:
-    """Give places that are none of pictures, and what is said of each."""
-    (folder / "empty").mkdir()
-    (folder / "empty" / ".DS_Store").write_bytes(b"")
-    with zipfile.ZipFile(folder / "p.zip", "w") as archive:
+def wrong_roots(directory: Path) -> dict[str, tuple[str, str]]:
+    """Return invalid image roots, with the error message of each."""
+    (directory / "empty").mkdir()
+    (directory / "empty" / ".DS_Store").write_bytes(b"")
+    with zipfile.ZipFile(directory / "p.zip", "w") as archive:
         archive.writestr("1.jpg", b"one")
-    with tarfile.open(folder / "p.tar.gz", "w:gz") as tar:
+    with tarfile.open(directory / "p.tar.gz", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("1.jpg"))
-    (folder / "gz.tar").write_bytes((folder / "p.tar.gz").read_bytes())
-    (folder / "lfs.tar").write_bytes(LFS)
-    (folder / "one.jpg").write_bytes(b"\xff\xd8\xff")
-    (folder / "macos").mkdir()
-    (folder / "macos" / "._p.tar").write_bytes(b"\0\5\x16\7")
+    (directory / "gz.tar").write_bytes((directory / "p.tar.gz").read_bytes())
+    (directory / "lfs.tar").write_bytes(LFS)
+    (directory / "one.jpg").write_bytes(b"\xff\xd8\xff")
+    (directory / "macos").mkdir()
+    (directory / "macos" / "._p.tar").write_bytes(b"\0\5\x16\7")
     return {
-        "nowhere": ("nowhere", "got nothing as the place of pictures"),
-        "unmounted": ("empty", "got an empty folder as the place of pictures"),
-        "zip": ("p.zip", "got a zip archive as the place of pictures"),
-        "compressed": ("p.tar.gz", "got gzip as the place of pictures"),
-        "a picture": ("one.jpg", "got JPEG as the place of pictures"),
-        "below a file": ("one.jpg/x", "got nothing as the place of pictures"),
+        "nowhere": ("nowhere", "got nothing as the image root"),
+        "unmounted": ("empty", "got an empty directory as the image root"),
+        "zip": ("p.zip", "got a zip archive as the image root"),
+        "compressed": ("p.tar.gz", "got gzip as the image root"),
+        "a picture": ("one.jpg", "got JPEG as the image root"),
+        "below a file": ("one.jpg/x", "got nothing as the image root"),
         "no tar": ("none.tar", "no such tar"),
         "no tars": ("macos/*.tar", "no such tar"),
-        "compressed tar": ("gz.tar", "no whole tar, but gzip"),
-        "pointer": ("lfs.tar", "no whole tar, but a Git LFS pointer"),
+        "compressed tar": ("gz.tar", "not an intact tar, but gzip"),
+        "pointer": ("lfs.tar", "not an intact tar, but a Git LFS pointer"),
     }
 
 
-def test_a_place_that_is_none_of_pictures_is_refused_and_no_picture_is_missing(
+def test_invalid_image_root_raises_instead_of_missing_file(
     tmp_path: Path,
 ) -> None:
     for name, message in wrong_roots(tmp_path).values():
         root = str(tmp_path / name)
-        for look in (check_root, lambda root: read_image(root, "1.jpg", MAX_BYTES)):
+        for check in (check_root, lambda root: read_image(root, "1.jpg", MAX_BYTES)):
             with pytest.raises(DataError, match=message) as caught:
-                look(root)
+                check(root)
             assert name.rpartition("*")[0] in str(caught.value)
-            assert "corpus.image_root" in str(caught.value) or "unpack it" in str(caught.value)
+            assert "corpus.image_root" in str(caught.value) or "decompress it" in str(caught.value)
     with pytest.raises(DataError, match="got nothing"):
         check_root("memory://picture_files_nowhere")
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_a_place_that_goes_away_is_no_missing_picture(tmp_path: Path, kind: str) -> None:
-    root = placed(tmp_path, {"1.jpg": b"one", "2.jpg": b"two"}, kind)
+def test_vanished_image_root_raises_instead_of_missing_file(tmp_path: Path, kind: str) -> None:
+    root = write_root(tmp_path, {"1.jpg": b"one", "2.jpg": b"two"}, kind)
     check_root(root)
     assert read_image(root, "1.jpg", MAX_BYTES) == b"one"
     Path(root).rename(tmp_path / "away")
-    with pytest.raises(DataError, match="not there any more" if kind == "tar" else "got nothing"):
+    with pytest.raises(DataError, match="the tar is gone" if kind == "tar" else "got nothing"):
         read_image(root, "2.jpg", MAX_BYTES)
     if kind == "folder":
-        # What is left of a disk that was taken away.
+        # The empty mount point of an unmounted disk.
         Path(root).mkdir()
-        with pytest.raises(DataError, match="an empty folder"):
+        with pytest.raises(DataError, match="an empty directory"):
             read_image(root, "2.jpg", MAX_BYTES)
 
 
-def test_a_place_that_cannot_be_listed_is_told_with_its_cause(
+def test_unlistable_image_root_error_names_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = placed(tmp_path, {"1.jpg": b"one"}, "folder")
+    root = write_root(tmp_path, {"1.jpg": b"one"}, "folder")
 
     def stale(url: str) -> bool:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), url)
@@ -174,16 +174,16 @@ def test_a_place_that_cannot_be_listed_is_told_with_its_cause(
         read_image(root, "2.jpg", MAX_BYTES)
 
 
-def test_an_index_that_cannot_be_kept_is_one_error_and_one_that_is_there_is_read(
+def test_unwritable_tar_index_raises_and_cached_one_is_read(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = placed(tmp_path, {"1.jpg": b"one"}, "tar")
-    # A folder below a file cannot be made, by whomever.
+    root = write_root(tmp_path, {"1.jpg": b"one"}, "tar")
+    # A directory below a file cannot be made, even by root.
     (tmp_path / "home").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    for look in (check_root, lambda root: read_image(root, "1.jpg", MAX_BYTES)):
-        with pytest.raises(DataError, match=r"p\.tar; set XDG_CACHE_HOME to a folder"):
-            look(root)
+    for check in (check_root, lambda root: read_image(root, "1.jpg", MAX_BYTES)):
+        with pytest.raises(DataError, match=r"p\.tar; set XDG_CACHE_HOME to a writable"):
+            check(root)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     check_root(root)
     image_files._index.cache_clear()

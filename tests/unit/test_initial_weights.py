@@ -1,4 +1,4 @@
-"""What a run records of the weights that it starts from."""
+"""The record of the initial weights of a run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from d2i.recipes import load_recipe
 TINY = {"latent_size": 4, "dim": 16, "depth": 3, "num_heads": 2, "text_dim": 8}
 
 
-def moved(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights as a step of training leaves them: every one elsewhere."""
+def perturbed(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights with every value changed, as after a training step."""
     return {key: value + 0.01 * torch.randn_like(value) for key, value in _state(network).items()}
 
 
@@ -29,14 +29,14 @@ def _state(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["uvit-s", "unidiffuser-v1"])
-def test_random_weights_in_the_published_layout_are_told_from_trained_ones(name: str) -> None:
+def test_is_initialisation_separates_random_from_trained_weights(name: str) -> None:
     network = build_backbone(name, **TINY)
     assert is_initialisation(_state(network))
-    assert not is_initialisation(moved(network))
+    assert not is_initialisation(perturbed(network))
 
 
-def test_a_file_is_named_hashed_and_counted(tmp_path: Path) -> None:
-    state = moved(build_backbone("uvit-s", **TINY))
+def test_initial_weights_file_is_named_hashed_and_counted(tmp_path: Path) -> None:
+    state = perturbed(build_backbone("uvit-s", **TINY))
     path = tmp_path / "nnet.safetensors"
     save_weights(state, path)
     assert describe_initial_weights(BackboneConfig(name="uvit-s", weights=str(path))) == {
@@ -48,7 +48,7 @@ def test_a_file_is_named_hashed_and_counted(tmp_path: Path) -> None:
     }
 
 
-def test_the_published_shapes_name_the_published_file(tmp_path: Path) -> None:
+def test_published_shapes_name_published_weights_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.safetensors"
     save_weights(_state(build_backbone("uvit-s")), path)
     found = describe_initial_weights(BackboneConfig(name="uvit-s", weights=str(path)))
@@ -56,12 +56,12 @@ def test_the_published_shapes_name_the_published_file(tmp_path: Path) -> None:
     assert found["initialisation"]
 
 
-def test_random_weights_are_said_to_be() -> None:
+def test_scratch_weights_are_recorded_as_scratch() -> None:
     config = BackboneConfig(name="uvit-s", weights="scratch", **TINY)
     assert describe_initial_weights(config) == {"file": "scratch"}
     assert is_initialisation(_state(build_network(config)))
 
 
-def test_a_published_backbone_to_evaluate_asks_for_its_file() -> None:
+def test_parse_system_without_weights_names_published_file() -> None:
     with pytest.raises(ConfigError, match=r"expected uvit_v1\.pth \(model hub, thu-ml/"):
         parse_system("unidiffuser-v1", None, load_recipe("unidiffuser-v1-photochat"))

@@ -1,4 +1,4 @@
-"""Images that stand in the records: written once beside the plan, and nowhere else."""
+"""Inline images of the records are written once beside the plan, and nowhere else."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ def content(number: int) -> bytes:
     return f"picture {number} ".encode() * 9
 
 
-def write_chats(folder: Path, numbers: range) -> None:
-    """A dialog a picture, and the last dialog with all of them once more."""
+def write_chats(directory: Path, numbers: range) -> None:
+    """Write a dialog per image, one with all images again, and one without text."""
     urls = ["data:;base64," + base64.b64encode(content(n)).decode() for n in numbers]
     chats = [{"id": n, "turns": [{"text": "a", "images": [url]}]} for n, url in enumerate(urls)]
     chats.append({"id": "all", "turns": [{"text": "b", "images": urls}]})
     chats.append({"id": "none", "turns": [{"text": "", "images": urls[:1]}]})
-    folder.mkdir(exist_ok=True)
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    directory.mkdir(exist_ok=True)
+    (directory / "train.jsonl").write_text("\n".join(map(json.dumps, chats)))
 
 
-def plan(folder: Path, out: Path, *, limit: int | None = None, keep: bool = True) -> Plan:
-    request = PlanRequest("jsonl", str(folder), "train", load_recipe("demo"), limit)
+def plan(directory: Path, out: Path, *, limit: int | None = None, keep: bool = True) -> Plan:
+    request = PlanRequest("jsonl", str(directory), "train", load_recipe("demo"), limit)
     return make_plan(request, str(out), keep=keep)
 
 
-def kept(out: Path) -> set[str]:
+def stored_names(out: Path) -> set[str]:
     return {path.name for path in (out / "plan/inline").glob("*")}
 
 
-def planned(out: Path) -> set[str]:
+def planned_names(out: Path) -> set[str]:
     rows = [row for path in out.glob("plan/*.parquet") for row in read_records(str(path), None)]
     assert all(row.image_ref.kind == "inline" for row in rows)
     return {row.image_ref.value[0].removeprefix("inline:") for row in rows}
 
 
-def test_images_of_planned_instances_are_kept_once_and_no_others(tmp_path: Path) -> None:
+def test_inline_images_of_planned_instances_are_stored_once(tmp_path: Path) -> None:
     chats, out = tmp_path / "chats", tmp_path / "out"
     write_chats(chats, range(NUM_DIALOGS))
     assert plan(chats, out).num_images == NUM_DIALOGS
     names = {hashlib.sha256(content(n)).hexdigest() for n in range(NUM_DIALOGS)}
-    assert kept(out) == planned(out) == names
+    assert stored_names(out) == planned_names(out) == names
     for name in names:
         data = (out / "plan/inline" / name).read_bytes()
         assert hashlib.sha256(data).hexdigest() == name
@@ -64,20 +64,18 @@ def test_images_of_planned_instances_are_kept_once_and_no_others(tmp_path: Path)
     # A plan of another corpus leaves nothing of the first behind.
     write_chats(chats, range(NUM_DIALOGS, NUM_DIALOGS + 5))
     assert plan(chats, out).num_images == 5
-    assert kept(out) == planned(out)
+    assert stored_names(out) == planned_names(out)
     assert plan(chats, tmp_path / "few", limit=3).num_instances == 3
-    assert kept(tmp_path / "few") >= planned(tmp_path / "few")
+    assert stored_names(tmp_path / "few") >= planned_names(tmp_path / "few")
     assert plan(chats, tmp_path / "dry", keep=False).num_images == 5
     assert not (tmp_path / "dry").exists()
 
 
 @pytest.mark.parametrize("damage", ["none", "lost", "changed", "longer"])
-def test_an_image_that_was_lost_or_damaged_is_no_fault_of_the_picture(
-    tmp_path: Path, damage: str
-) -> None:
+def test_lost_or_damaged_inline_image_is_read_error(tmp_path: Path, damage: str) -> None:
     write_chats(tmp_path / "chats", range(1))
     plan(tmp_path / "chats", tmp_path / "out")
-    (name,) = kept(tmp_path / "out")
+    (name,) = stored_names(tmp_path / "out")
     path = tmp_path / "out/plan/inline" / name
     if damage == "lost":
         path.unlink()
@@ -86,8 +84,8 @@ def test_an_image_that_was_lost_or_damaged_is_no_fault_of_the_picture(
     elif damage == "longer":
         path.write_bytes(content(0) + b"x")
     config, network_policy = FetchConfig(), NetworkPolicy()
-    books = create_shared_limiter(build_rate_limiter(config, network_policy), num_workers=0)
-    source = ImageSource(str(tmp_path / "chats"), config, network_policy, books)
+    limiter = create_shared_limiter(build_rate_limiter(config, network_policy), num_workers=0)
+    source = ImageSource(str(tmp_path / "chats"), config, network_policy, limiter)
     (found,) = source.fetch(
         [ImageRef("inline", (f"inline:{name}",))],
         lambda _, fetched: fetched,

@@ -1,4 +1,4 @@
-"""Keys are found where they are, also where hashes are the same."""
+"""KeyIndex finds the position of every key, also when hashes collide."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from d2i.preprocess.key_index import KeyIndex
 LARGEST = 2 ** (sys.hash_info.width - 1) - 1
 
 
-@pytest.mark.parametrize("hashed", [hash, len, lambda key: LARGEST - len(key) % 2])
-@given(keys=st.lists(st.text("abc", max_size=3), unique=True), asked=st.text("abc", max_size=3))
-def test_keys_are_found_where_they_are(hashed: object, keys: list[str], asked: str) -> None:
+@pytest.mark.parametrize("hash_function", [hash, len, lambda key: LARGEST - len(key) % 2])
+@given(keys=st.lists(st.text("abc", max_size=3), unique=True), query=st.text("abc", max_size=3))
+def test_key_index_finds_keys_despite_hash_collisions(
+    hash_function: object, keys: list[str], query: str
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(key_index, "hash", hashed, raising=False)
-        places = KeyIndex(keys)
-        assert [places.find(key) for key in keys] == list(range(len(keys)))
-        assert places.find(asked) == (keys.index(asked) if asked in keys else None)
+        patch.setattr(key_index, "hash", hash_function, raising=False)
+        index = KeyIndex(keys)
+        assert [index.find(key) for key in keys] == list(range(len(keys)))
+        assert index.find(query) == (keys.index(query) if query in keys else None)

@@ -1,4 +1,4 @@
-"""A lease holds a folder of an object store through crashes, stalls and simultaneous starts."""
+"""A lease locks a directory of an object store through crashes, stalls and concurrent starts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ with lease.hold_lease(LocalFileSystem(auto_mkdir=True), sys.argv[1], "s3://bucke
 
 
 class ObjectStore(LocalFileSystem):
-    """Objects appear whole; on a condition, where there is none.
+    """A store with atomic writes and an atomic create-if-absent.
 
-    fsspec's own looks first and writes then, so that two of a moment both do.
+    fsspec's local file system checks and then writes, so that two concurrent creates both succeed.
     """
 
     protocol = "objects"
@@ -47,13 +47,13 @@ class ObjectStore(LocalFileSystem):
             if mode == "create":
                 os.link(whole.name, target)
                 return
-            beside = Path(f"{whole.name}.whole")
-            os.link(whole.name, beside)
-            beside.replace(target)
+            copy = Path(f"{whole.name}.whole")
+            os.link(whole.name, copy)
+            copy.replace(target)
 
 
-class Forgetful(LocalFileSystem):
-    """A store that takes no notice of conditions."""
+class UnconditionalStore(LocalFileSystem):
+    """A store that ignores the create-if-absent condition."""
 
     protocol = "forgetful"
 
@@ -62,8 +62,8 @@ class Forgetful(LocalFileSystem):
         super().pipe_file(path, value, mode="overwrite", **kwargs)
 
 
-class Unanswering(LocalFileSystem):
-    """A store whose answers are lost: what was asked is done, and fails when it is repeated."""
+class LostResponseStore(LocalFileSystem):
+    """A store whose responses are lost: a write succeeds, and its retry fails."""
 
     protocol = "unanswering"
 
@@ -73,7 +73,7 @@ class Unanswering(LocalFileSystem):
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_S", 0.1)
     monkeypatch.setattr(lease, "STALE_S", 1.5)
     monkeypatch.setattr(lease, "_POLL_S", 0.02)
@@ -84,7 +84,7 @@ def store() -> LocalFileSystem:
     return ObjectStore()
 
 
-def held(tmp_path: Path) -> list[str]:
+def lock_files(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in (tmp_path / ".d2i-lock").glob("*"))
 
 
@@ -94,32 +94,34 @@ def test_lease_names_its_holder_to_a_second_command(tmp_path: Path, store: Local
     )
     with process:
         assert process.stdout and process.stdout.readline() == "held\n"
-        told = rf"s3://bucket/run: another command works there \(process {process.pid} on .+, since"
+        message = (
+            rf"s3://bucket/run: locked by another d2i process \(process {process.pid} on .+, since"
+        )
         with (
-            pytest.raises(ConfigError, match=told),
+            pytest.raises(ConfigError, match=message),
             lease.hold_lease(store, str(tmp_path), "s3://bucket/run", 0.3),
         ):
             raise AssertionError
         process.kill()
     began = time.monotonic()
     with lease.hold_lease(store, str(tmp_path), "u", 0):
-        assert held(tmp_path) == ["000000002.json"]
+        assert lock_files(tmp_path) == ["000000002.json"]
     assert time.monotonic() - began < lease.STALE_S, "a process of this machine is known to be gone"
-    assert held(tmp_path) == []
+    assert lock_files(tmp_path) == []
 
 
-def test_one_that_is_not_heard_of_is_superseded(tmp_path: Path, store: LocalFileSystem) -> None:
-    folder = tmp_path / ".d2i-lock"
-    folder.mkdir()
-    said = {"host": "far", "machine": "far", "pid": 1, "started": "1", "token": "t"}
-    (folder / "000000007.json").write_text(json.dumps(said))
+def test_stale_lease_is_taken_over(tmp_path: Path, store: LocalFileSystem) -> None:
+    lock_dir = tmp_path / ".d2i-lock"
+    lock_dir.mkdir()
+    holder = {"host": "far", "machine": "far", "pid": 1, "started": "1", "token": "t"}
+    (lock_dir / "000000007.json").write_text(json.dumps(holder))
     began = time.monotonic()
     with lease.hold_lease(store, str(tmp_path), "u", 0):
-        assert held(tmp_path) == ["000000008.json"]
+        assert lock_files(tmp_path) == ["000000008.json"]
     assert time.monotonic() - began >= lease.STALE_S
 
 
-def test_the_one_that_was_superseded_ends(tmp_path: Path) -> None:
+def test_superseded_lease_holder_exits(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -129,27 +131,27 @@ def test_the_one_that_was_superseded_ends(tmp_path: Path) -> None:
     with process:
         assert process.stdout and process.stdout.readline() == "held\n"
         (tmp_path / ".d2i-lock" / "000000002.json").write_text("{}")
-        _, said = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2
-    assert "s3://bucket/run: another command took this folder over" in said
-    assert held(tmp_path)[-1] == "000000002.json"
+    assert "s3://bucket/run: another d2i process took over the lease" in stderr
+    assert lock_files(tmp_path)[-1] == "000000002.json"
 
 
-@pytest.mark.parametrize("is_left", [False, True])
-def test_of_many_that_begin_at_one_moment_one_works(
-    tmp_path: Path, store: LocalFileSystem, *, is_left: bool
+@pytest.mark.parametrize("is_abandoned", [False, True])
+def test_lease_is_exclusive_among_concurrent_threads(
+    tmp_path: Path, store: LocalFileSystem, *, is_abandoned: bool
 ) -> None:
-    if is_left:
+    if is_abandoned:
         (tmp_path / ".d2i-lock").mkdir()
         (tmp_path / ".d2i-lock" / "000000003.json").write_text("damaged")
-    inside, most, done = [0], [0], []
+    num_inside, max_inside, done = [0], [0], []
 
     def work() -> None:
         with lease.hold_lease(store, str(tmp_path), "u", 60):
-            inside[0] += 1
-            most[0] = max(most[0], inside[0])
+            num_inside[0] += 1
+            max_inside[0] = max(max_inside[0], num_inside[0])
             time.sleep(0.02)
-            inside[0] -= 1
+            num_inside[0] -= 1
             done.append(1)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
@@ -157,21 +159,21 @@ def test_of_many_that_begin_at_one_moment_one_works(
         thread.start()
     for thread in threads:
         thread.join()
-    assert (len(done), most[0], held(tmp_path)) == (8, 1, [])
+    assert (len(done), max_inside[0], lock_files(tmp_path)) == (8, 1, [])
 
 
-def test_a_store_that_ignores_the_condition_is_told_of(
+def test_lease_warns_of_store_without_conditional_writes(
     tmp_path: Path, store: LocalFileSystem, caplog: pytest.LogCaptureFixture
 ) -> None:
     with lease.hold_lease(store, str(tmp_path), "u", 0):
         assert not caplog.records
-    with lease.hold_lease(Forgetful(auto_mkdir=True), str(tmp_path), "u", 0):
-        assert "this store overwrites an object" in caplog.text
+    with lease.hold_lease(UnconditionalStore(auto_mkdir=True), str(tmp_path), "u", 0):
+        assert "this store ignores If-None-Match" in caplog.text
         with pytest.raises(ConfigError), lease.hold_lease(store, str(tmp_path), "u", 0):
             raise AssertionError
 
 
-def test_a_lost_answer_is_no_other_holder(tmp_path: Path) -> None:
-    with lease.hold_lease(Unanswering(auto_mkdir=True), str(tmp_path), "u", 0):
-        assert held(tmp_path) == ["000000001.json"]
-    assert held(tmp_path) == []
+def test_lease_survives_lost_response_of_store(tmp_path: Path) -> None:
+    with lease.hold_lease(LostResponseStore(auto_mkdir=True), str(tmp_path), "u", 0):
+        assert lock_files(tmp_path) == ["000000001.json"]
+    assert lock_files(tmp_path) == []

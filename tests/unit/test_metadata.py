@@ -1,4 +1,4 @@
-"""Metadata decides about no pixel: what every viewer shows is read, whatever lies beside it."""
+"""Damaged metadata never rejects an image or changes its pixels; orientation and colours apply."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>6</tiff:Orientation></x:xmpmeta>'
 
 
-def saved(form: str, **options: object) -> bytes:
+def encode_photo(form: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     PHOTO.save(buffer, form, **options)
     return buffer.getvalue()
@@ -40,11 +40,11 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I4s", len(body), kind) + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def with_chunks(*chunks: bytes, at_end: bool = False) -> bytes:
-    """Put chunks behind the header of a plain PNG, or behind its pixels."""
-    data = saved("PNG")
-    place = len(data) - 12 if at_end else len(SIGNATURE) + 25
-    return data[:place] + b"".join(chunks) + data[place:]
+def insert_chunks(*chunks: bytes, at_end: bool = False) -> bytes:
+    """Insert chunks after the header of a plain PNG, or after its pixels."""
+    data = encode_photo("PNG")
+    offset = len(data) - 12 if at_end else len(SIGNATURE) + 25
+    return data[:offset] + b"".join(chunks) + data[offset:]
 
 
 def pixels(data: bytes) -> bytes:
@@ -52,7 +52,7 @@ def pixels(data: bytes) -> bytes:
 
 
 LONG = zlib.compress(b"node " * 300_000)
-PLAIN = saved("PNG")
+PLAIN = encode_photo("PNG")
 DAMAGED = {
     "compressed text": chunk(b"zTXt", b"prompt\0\0" + LONG),
     "international text": chunk(b"iTXt", b"workflow\0\1\0\0\0" + LONG),
@@ -70,37 +70,37 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("place", ["before", "behind"])
+@pytest.mark.parametrize("position", ["before", "behind"])
 @pytest.mark.parametrize("name", DAMAGED)
-def test_no_chunk_beside_the_picture_decides_about_it(name: str, place: str) -> None:
-    data = with_chunks(DAMAGED[name], at_end=place == "behind")
+def test_damaged_png_chunk_does_not_change_pixels(name: str, position: str) -> None:
+    data = insert_chunks(DAMAGED[name], at_end=position == "behind")
     assert pixels(data) == pixels(PLAIN)
     assert image_uri(data) is not None
 
 
-def test_what_decides_pixels_is_kept() -> None:
-    """Turning, by EXIF and by XMP, and colours, also by a profile of megabytes."""
-    turned = PHOTO.transpose(Image.Transpose.ROTATE_270).tobytes()
+def test_orientation_and_colour_profile_are_applied() -> None:
+    """Rotation by EXIF and by XMP, and colours, also by a profile of megabytes."""
+    rotated = PHOTO.transpose(Image.Transpose.ROTATE_270).tobytes()
     exif = Image.Exif()
     exif[0x0112] = 6
     xmp, raw = PngInfo(), PngInfo()
     xmp.add_itxt("XML:com.adobe.xmp", XMP.decode(), zip=True)
-    hexed = b"Exif\0\0".hex() + exif.tobytes().hex()
-    raw.add_text("Raw profile type exif", f"\nexif\n{len(hexed) // 2:8}\n{hexed}\n", zip=True)
+    hex_text = b"Exif\0\0".hex() + exif.tobytes().hex()
+    raw.add_text("Raw profile type exif", f"\nexif\n{len(hex_text) // 2:8}\n{hex_text}\n", zip=True)
     for options in ({"exif": exif}, {"pnginfo": xmp}, {"pnginfo": raw}):
-        assert pixels(saved("PNG", **options)) == turned
+        assert pixels(encode_photo("PNG", **options)) == rotated
     late = chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
-    assert pixels(with_chunks(late, at_end=True)) == turned
+    assert pixels(insert_chunks(late, at_end=True)) == rotated
     wide = bytearray(PROFILE)
-    # The red primary elsewhere: another space than sRGB.
-    (place,) = struct.unpack_from(">I", PROFILE, PROFILE.index(b"rXYZ") + 4)
-    wide[place + 8 : place + 12] = struct.pack(">i", 0x9000)
-    small, large = (saved("PNG", icc_profile=bytes(wide) + bytes(n)) for n in (0, 3 << 20))
+    # Move the red primary: a colour space other than sRGB.
+    (offset,) = struct.unpack_from(">I", PROFILE, PROFILE.index(b"rXYZ") + 4)
+    wide[offset + 8 : offset + 12] = struct.pack(">i", 0x9000)
+    small, large = (encode_photo("PNG", icc_profile=bytes(wide) + bytes(n)) for n in (0, 3 << 20))
     assert pixels(small) == pixels(large) != pixels(PLAIN)
 
 
 def metadata_spans(data: bytes) -> list[tuple[int, int]]:
-    """Say where a file's metadata lies, lengths and names left aside."""
+    """Return the byte spans of a file's metadata, without lengths and names."""
     if data.startswith(SIGNATURE):
         found = re.finditer(rb"(iCCP|eXIf|tEXt|zTXt|iTXt|pHYs)", data)
         return [
@@ -119,13 +119,13 @@ def metadata_spans(data: bytes) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_metadata_that_was_changed_at_random_never_costs_the_picture(form: str) -> None:
+def test_randomly_corrupted_metadata_never_rejects_image(form: str) -> None:
     exif = Image.Exif()
     exif[0x010E], exif[0x8827] = "a photograph", 100
     text = PngInfo()
     text.add_text("Raw profile type exif", "\nexif\n      10\n" + "45" * 10, zip=True)
     extra = {"pnginfo": text} if form == "PNG" else {"xmp": XMP.replace(b"6", b"1")}
-    data = saved(form, exif=exif, icc_profile=PROFILE, **extra)
+    data = encode_photo(form, exif=exif, icc_profile=PROFILE, **extra)
     spans = metadata_spans(data)
     assert len(spans) >= 3
     rng = random.Random(0)
@@ -137,11 +137,11 @@ def test_metadata_that_was_changed_at_random_never_costs_the_picture(form: str) 
         assert decode_image(bytes(mutated), LIMITS).image.size == (SIDE, SIDE)
 
 
-def test_a_header_that_is_damaged_is_named() -> None:
+def test_damaged_header_is_named_in_rejection() -> None:
     header = bytearray(PLAIN)
     header[len(SIGNATURE) + 8 + 13] ^= 1
     for data, reason, detail in (
-        (bytes(header), "decode_error", "PNG: the checksum of its chunk IHDR is wrong"),
+        (bytes(header), "decode_error", "PNG: wrong checksum of its chunk IHDR"),
         (b"\xff\xd8\xff junk", "not_an_image", "begins as JPEG, but its header is damaged"),
     ):
         with pytest.raises(ImageRejectedError, match=detail) as caught:
@@ -149,8 +149,8 @@ def test_a_header_that_is_damaged_is_named() -> None:
         assert caught.value.reason == reason
 
 
-def test_a_picture_that_ends_within_its_metadata_is_whole_and_within_its_pixels_is_not() -> None:
-    data = with_chunks(chunk(b"tEXt", b"a\0" + b"b" * 500), at_end=True)
+def test_image_truncated_in_metadata_decodes_but_in_pixels_is_rejected() -> None:
+    data = insert_chunks(chunk(b"tEXt", b"a\0" + b"b" * 500), at_end=True)
     assert pixels(data[:-100]) == pixels(PLAIN)
     with pytest.raises(ImageRejectedError):
         pixels(PLAIN[:-200])
@@ -163,10 +163,10 @@ def decoder() -> Iterator[Decoder]:
     made.close()
 
 
-def test_texts_that_unpack_to_very_much_cost_little(decoder: Decoder) -> None:
+def test_decompression_bomb_in_png_text_uses_little_memory(decoder: Decoder) -> None:
     bomb = zlib.compress(bytes(90 << 20))
     bombs = [chunk(b"zTXt", b"Raw profile type exif\0\0" + bomb)] * 9
-    data = with_chunks(chunk(b"iCCP", b"a\0\0" + bomb), *bombs)
+    data = insert_chunks(chunk(b"iCCP", b"a\0\0" + bomb), *bombs)
     tracemalloc.start()
     assert without_metadata(data) == PLAIN
     assert tracemalloc.get_traced_memory()[1] < 60 << 20
@@ -177,8 +177,8 @@ def test_texts_that_unpack_to_very_much_cost_little(decoder: Decoder) -> None:
 KINDS = {
     "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
     "AVIF": b"\0\0\0\x1cftypavif\0\0\0\0",
-    "BMP": saved("BMP"),
-    "TIFF": saved("TIFF"),
+    "BMP": encode_photo("BMP"),
+    "TIFF": encode_photo("TIFF"),
     "SVG": b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- a - b -->\n<svg xmlns=''/>",
     "a web page": b"\n<!DOCTYPE html><html></html>",
     "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
@@ -189,7 +189,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_no_picture_is_named(name: str) -> None:
+def test_file_kind_names_files_that_are_no_image(name: str) -> None:
     assert file_kind(KINDS[name]) == name
     with pytest.raises(ImageRejectedError) as caught:
         decode_image(KINDS[name], LIMITS)
@@ -199,8 +199,8 @@ def test_what_is_no_picture_is_named(name: str) -> None:
     )
 
 
-def test_telling_a_kind_takes_no_time_for_any_bytes() -> None:
-    """Comments in comments make some patterns look again and again."""
+def test_file_kind_is_fast_on_adversarial_bytes() -> None:
+    """Nested comments make some regular expressions backtrack."""
     for part in (b"<!--", b"<!---->", b"<!-- --", b"<?xml ", b" \n", b"<svg", b"\0"):
         with suppress(UnicodeError):
             assert file_kind(part * 1000) != "JPEG"

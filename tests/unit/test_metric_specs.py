@@ -1,4 +1,4 @@
-"""The one table of metrics: what is scored has a row, and a row is all that printing needs."""
+"""METRICS has a row for every score, and a row suffices to render a metric in the report."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from d2i.metric_specs import METRICS, PAPER_METRICS
 from d2i.report import paper_rows, paper_tables, scores
 from d2i.report.evaluation import Evaluation
 
-# What scores.json holds beside metrics: how they were computed.
+# Keys of scores.json that are not metrics but how these were computed.
 _SIZES = {"kid_subset_size", "is_splits", "num_negatives", "num_dialogs"}
 
 
 def _measured(num: int = 12) -> Measured:
     generator = np.random.default_rng(0)
-    drawn: dict[str, Any] = {
+    of_images: dict[str, Any] = {
         name: generator.normal(size=(num, 6)).astype(np.float32)
         for name in ("features", "logits", "embeddings")
     }
@@ -33,10 +33,10 @@ def _measured(num: int = 12) -> Measured:
         "reasons": np.full(num, ""),
         "sources": np.full(num, "memory"),
     }
-    return Measured(drawn | of_instances | texts | {"is_flat": np.zeros(num, bool)})
+    return Measured(of_images | of_instances | texts | {"is_flat": np.zeros(num, bool)})
 
 
-def test_every_score_of_an_evaluation_is_in_the_table() -> None:
+def test_every_score_has_metric_spec() -> None:
     found = score(_measured(), resolution=8)
     named = set(METRICS) | {metric.std_key for metric in METRICS.values()} | _SIZES
     assert set(found["scores"]) <= named
@@ -44,7 +44,7 @@ def test_every_score_of_an_evaluation_is_in_the_table() -> None:
     assert set(found["intervals"]) <= {key for key, spec in METRICS.items() if spec.interval}
 
 
-def test_a_row_puts_a_metric_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_added_metric_spec_is_rendered_in_report(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = replace(METRICS["clip_i"], key="toy", long_title="Toy score", higher_is_better=False)
     monkeypatch.setitem(METRICS, "toy", metric)
     evaluation = Evaluation(
@@ -55,11 +55,11 @@ def test_a_row_puts_a_metric_on_the_page(monkeypatch: pytest.MonkeyPatch) -> Non
     assert row.index("lower is better") < row.index("12.3") < row.index(">11.00<")
 
 
-def test_the_paper_has_a_column_for_each_of_its_metrics() -> None:
-    columns = paper_tables.table2([_of_photochat()])[0].columns
+def test_table2_has_column_for_each_paper_metric() -> None:
+    columns = paper_tables.table2([_photochat_evaluation()])[0].columns
     for metric in PAPER_METRICS:
-        place = columns.index(metric.title)
-        assert columns[place + 1] == f"{metric.title} (paper)"
+        column = columns.index(metric.title)
+        assert columns[column + 1] == f"{metric.title} (paper)"
     assert paper_rows.paper_table2("photochat")["U-ViT-Small"] == {
         "fid": (97.76, None),
         "is": (10.8, 0.6),
@@ -67,6 +67,6 @@ def test_the_paper_has_a_column_for_each_of_its_metrics() -> None:
     }
 
 
-def _of_photochat() -> Evaluation:
+def _photochat_evaluation() -> Evaluation:
     card = {"corpus": "photochat", "extractor": paper_rows.PUBLISHED_EXTRACTOR, "context": "full"}
     return Evaluation("a", {}, card, None, {})

@@ -1,4 +1,4 @@
-"""MMDialog's own negatives: from its release to the instances of a data set."""
+"""MMDialog's published negatives, matched to the instances of a data set."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifes
 NUM = 5
 
 
-def write_data(folder: Path) -> ShardReader:
-    """Instance n shares picture `-n.jpg` in dialog n."""
+def write_data(directory: Path) -> ShardReader:
+    """Write instances: number n shares image `-n.jpg` in dialog n."""
     samples = [
         Sample(
             f"test-{number}-0-0",
@@ -33,16 +33,16 @@ def write_data(folder: Path) -> ShardReader:
         )
         for number in range(NUM)
     ]
-    write_shard(samples, str(folder), 0, failures={})
-    write_manifest(str(folder), {})
-    return ShardReader(str(folder))
+    write_shard(samples, str(directory), 0, failures={})
+    write_manifest(str(directory), {})
+    return ShardReader(str(directory))
 
 
-def write_corpus(folder: Path, lines: list[object]) -> str:
-    (folder / "test").mkdir(parents=True)
+def write_corpus(directory: Path, lines: list[object]) -> str:
+    (directory / "test").mkdir(parents=True)
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
-    (folder / "test/conversations.json").write_text(text)
-    return str(folder)
+    (directory / "test/conversations.json").write_text(text)
+    return str(directory)
 
 
 def record(number: int | str, keys: list[str | int]) -> dict[str, object]:
@@ -54,9 +54,9 @@ def record(number: int | str, keys: list[str | int]) -> dict[str, object]:
     }
 
 
-def test_what_is_listed_and_in_the_data(tmp_path: Path) -> None:
+def test_find_negatives_keeps_listed_images_of_data_set(tmp_path: Path) -> None:
     lines = [
-        # Its own picture is no negative, and one that could not be fetched is not in the data.
+        # Its own image is no negative, and an image that was not fetched is not in the data.
         record(0, ["-1", "-3", "-0", "77"]),
         record("1", [-2]),
         {"conversation_id": 2, "conversation": []},
@@ -68,10 +68,10 @@ def test_what_is_listed_and_in_the_data(tmp_path: Path) -> None:
     assert found.mean_number == pytest.approx(3 / NUM)
 
 
-def test_another_corpus_is_refused(tmp_path: Path) -> None:
+def test_find_negatives_rejects_other_corpus(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     other = write_corpus(tmp_path / "other", [record(0, ["12"])])
-    with pytest.raises(DataError, match="none of what it lists is a picture of"):
+    with pytest.raises(DataError, match="no image that it lists is in"):
         find_negatives(data, other)
     with pytest.raises(DataError, match="holds no test split of MMDialog"):
         find_negatives(data, str(tmp_path / "nothing"))

@@ -1,4 +1,4 @@
-"""What a recipe says of UniDiffuser's loss is the loss that is trained on."""
+"""Training minimizes the UniDiffuser loss that the recipe sets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES |= {"num_text_tokens": 3, "clip_dim": 6}
 
 
 def random_batch() -> Batch:
-    """A batch of two."""
+    """Return a batch of two."""
     torch.manual_seed(0)
     joint = JointInputs(
         clip=torch.randn(2, 1, 6),
@@ -48,7 +48,7 @@ def random_batch() -> Batch:
         {"loss": "t2i", "weights": (1.0, 2.0), "data_type": 0},
     ],
 )
-def test_the_trained_loss_is_the_one_of_the_recipe(options: dict[str, Any]) -> None:
+def test_objective_computes_unidiffuser_loss_of_recipe(options: dict[str, Any]) -> None:
     torch.manual_seed(1)
     network, batch = build_backbone("unidiffuser-v1", **SIZES), random_batch()
     config = UniDiffuserLossConfig(**options)
@@ -71,7 +71,7 @@ def test_the_trained_loss_is_the_one_of_the_recipe(options: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("options", [{"weights": [1, 1]}, {"loss": "t2i", "weights": [1, 1, 1]}])
-def test_a_weight_too_many_or_too_few_is_one_line(options: dict[str, Any]) -> None:
+def test_wrong_number_of_loss_weights_is_one_line_error(options: dict[str, Any]) -> None:
     values = {"num_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
-    with pytest.raises(ConfigError, match="parts, so"):
+    with pytest.raises(ConfigError, match="parts, expected"):
         load_config(TrainConfig, values | {"unidiffuser": options}, source="here")

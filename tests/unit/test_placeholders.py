@@ -1,4 +1,4 @@
-"""Placeholders over the shards of a split: found in little memory, in committed shards alone."""
+"""Placeholders across the shards of a split, found in bounded memory and committed shards only."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def sha256(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def row(shard: int, number: int, picture: str, *, address: str | None = None) -> LedgerRow:
+def row(shard: int, number: int, content: str, *, url: str | None = None) -> LedgerRow:
     name = f"{shard}-{number}"
     return LedgerRow(
         key=f"train-{name}-1-0",
-        image=address or f"http://a.example/{name}",
+        image=url or f"http://a.example/{name}",
         status="ok",
         reason="ok",
         detail="",
@@ -33,26 +33,26 @@ def row(shard: int, number: int, picture: str, *, address: str | None = None) ->
         size_bytes=1,
         width=1,
         height=1,
-        sha256=sha256(picture),
+        sha256=sha256(content),
         time_s=0.0,
     )
 
 
-def commit(folder: Path, index: int) -> None:
-    """Only names are looked at."""
-    (folder / f"{index:06d}-{'a' * 16}.commit.json").write_bytes(b"")
+def commit(directory: Path, index: int) -> None:
+    """Mark a shard as committed; only the name of the file counts."""
+    (directory / f"{index:06d}-{'a' * 16}.commit.json").write_bytes(b"")
 
 
-def test_one_picture_of_many_shards_is_found_in_little_memory(
+def test_placeholder_across_shards_is_found_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_bytes = 0
     for shard in range(NUM_SHARDS):
         own = [row(shard, n, f"{shard}-{n}") for n in range(NUM_ROWS)]
-        # One address of ten instances is one address.
-        twins = [row(shard, NUM_ROWS + n, "twin", address="http://a/twin") for n in range(NUM_SAME)]
+        # One URL shared by ten instances counts as one URL.
+        repeated = [row(shard, NUM_ROWS + n, "twin", url="http://a/twin") for n in range(NUM_SAME)]
         shared = [row(shard, 500, "gone" if shard < NUM_SAME else f"gone {shard % 3}")]
-        write_ledger(str(tmp_path), shard, [*own, *twins, *shared])
+        write_ledger(str(tmp_path), shard, [*own, *repeated, *shared])
         commit(tmp_path, shard)
         num_bytes += sum(len(r.sha256 or "") + len(r.image) for r in own)
     monkeypatch.setattr(hash_partition, "MAX_WAITING_BYTES", 1 << 16)
@@ -62,11 +62,11 @@ def test_one_picture_of_many_shards_is_found_in_little_memory(
     assert placeholders_of(str(tmp_path), 0) == frozenset()
 
 
-def test_rows_of_no_committed_shard_count_for_none(tmp_path: Path) -> None:
+def test_placeholders_ignore_uncommitted_shards(tmp_path: Path) -> None:
     write_ledger(str(tmp_path), 0, [row(0, n, "gone") for n in range(NUM_SAME)])
     assert placeholders_of(str(tmp_path), NUM_SAME) == frozenset()
     assert plan_retractions(str(tmp_path), NUM_SAME) == []
-    # A supplement whose rows went into others' has a record, and no ledger.
+    # A supplement whose rows were merged into other shards has a commit record, but no ledger.
     commit(tmp_path, 1)
     assert placeholders_of(str(tmp_path), NUM_SAME) == frozenset()
     write_ledger(str(tmp_path), 1, [])

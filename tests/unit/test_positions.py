@@ -27,20 +27,20 @@ NAMES = ("uvit-s", "unidiffuser-v0", "unidiffuser-v1")
 
 @pytest.fixture(params=NAMES)
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> BackboneConfig:
-    """A backbone with weights of one window."""
+    """Return a backbone with weights for one window."""
     torch.manual_seed(0)
     save_weights(build_backbone(request.param, **SIZES), tmp_path / "w.safetensors")
     return BackboneConfig(name=request.param, weights=str(tmp_path / "w.safetensors"), **SIZES)
 
 
 def with_windows(config: BackboneConfig, num_windows: int) -> Any:
-    """The network for a number of windows."""
+    """Build the network for a number of windows."""
     tokens = {"num_text_tokens": WINDOW_LENGTH * num_windows}
     return build_network(config.model_copy(update=tokens))
 
 
 def loss_of(network: Any, text: Tensor) -> Tensor:
-    """A training loss, with fixed noise."""
+    """Compute a training loss with fixed noise."""
     torch.manual_seed(1)
     latent, n = torch.randn(2, 4, 4, 4), torch.tensor([3, 800])
     if not hasattr(network, "clip_dim"):
@@ -50,17 +50,17 @@ def loss_of(network: Any, text: Tensor) -> Tensor:
     return unidiffuser_loss(network, parts, n, n, noises).mean()
 
 
-def test_one_window_is_the_published_network(config: BackboneConfig) -> None:
+def test_fit_positions_of_one_window_changes_nothing(config: BackboneConfig) -> None:
     published, network = build_network(config), with_windows(config, 1)
     state = read_state_dict(str(config.weights))
-    grown = fit_positions(state, network)
-    assert all(grown[key] is state[key] for key in state)
+    fitted = fit_positions(state, network)
+    assert all(fitted[key] is state[key] for key in state)
     text = torch.randn(2, WINDOW_LENGTH, 8)
     assert torch.equal(loss_of(network, text), loss_of(published, text))
 
 
 @pytest.mark.parametrize("num_windows", [2, 3, 4])
-def test_positions_are_repeated_and_nothing_else_changes(
+def test_fit_positions_repeats_text_positions_per_window(
     config: BackboneConfig, num_windows: int
 ) -> None:
     state = read_state_dict(str(config.weights))
@@ -77,7 +77,7 @@ def test_positions_are_repeated_and_nothing_else_changes(
     assert all(torch.equal(found[key], state[key]) for key in state)
 
 
-def test_every_window_counts_and_learns(config: BackboneConfig) -> None:
+def test_every_window_affects_loss_and_gets_gradient(config: BackboneConfig) -> None:
     network = with_windows(config, 2)
     text = torch.randn(2, 2 * WINDOW_LENGTH, 8)
     loss = loss_of(network, text)
@@ -94,17 +94,17 @@ def test_every_window_counts_and_learns(config: BackboneConfig) -> None:
 
 
 @pytest.mark.parametrize(("name", "latent_size"), [("uvit-s", 32), ("unidiffuser-v1", 64)])
-def test_published_positions_fit_other_sizes(name: str, latent_size: int) -> None:
+def test_fit_positions_supports_other_latent_sizes(name: str, latent_size: int) -> None:
     thin: dict[str, Any] = {"dim": 4, "depth": 2, "num_heads": 1}
     published: Any = build_backbone(name, **thin)
     assert published.latent_size == latent_size
     for other in (16, 24, 48):
         network: Any = build_backbone(name, **thin, latent_size=other, num_text_tokens=154)
-        grown = fit_positions(published.state_dict(), network)["pos_embed"]
-        assert grown.shape == network.pos_embed.shape
+        fitted = fit_positions(published.state_dict(), network)["pos_embed"]
+        assert fitted.shape == network.pos_embed.shape
 
 
-def test_another_latent_size_is_what_the_published_network_interpolates(
+def test_other_latent_size_matches_published_interpolation(
     config: BackboneConfig,
 ) -> None:
     published = build_network(config)
@@ -123,7 +123,7 @@ def test_another_latent_size_is_what_the_published_network_interpolates(
     assert build_network(both).pos_embed.shape[1] == resized.pos_embed.shape[1] + WINDOW_LENGTH
 
 
-def test_what_is_no_whole_number_of_windows_is_refused(config: BackboneConfig) -> None:
+def test_partial_window_is_rejected(config: BackboneConfig) -> None:
     for num_text_tokens in (76, 78, 80, 100):
         with pytest.raises(CheckpointError, match=r"mis-shaped \(pos_embed"):
             wrong = {"num_text_tokens": num_text_tokens, "latent_size": 8}
@@ -133,7 +133,7 @@ def test_what_is_no_whole_number_of_windows_is_refused(config: BackboneConfig) -
         build_network(config)
 
 
-def test_a_long_conversation_is_drawn_by_the_grown_demo_network() -> None:
+def test_demo_network_generates_from_two_windows() -> None:
     text_config = TextConfig(num_windows=2)
     words = "a big red ball on the beach at night " * 20
     tokens = np.stack([text_tokens(text, text_config) for text in (words, "")])
@@ -144,6 +144,6 @@ def test_a_long_conversation_is_drawn_by_the_grown_demo_network() -> None:
     sampler = Sampler(backbone, Vae("demo:vae", "kl"), config, text[1])
     short = text[:1].copy()
     short[:, WINDOW_LENGTH:] = text[1, WINDOW_LENGTH:]
-    drawn = sampler.generate(["a", "a"], np.concatenate([text[:1], short]))
-    assert drawn.shape == (2, 64, 64, 3)
-    assert (drawn[0] != drawn[1]).any()
+    images = sampler.generate(["a", "a"], np.concatenate([text[:1], short]))
+    assert images.shape == (2, 64, 64, 3)
+    assert (images[0] != images[1]).any()

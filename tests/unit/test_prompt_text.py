@@ -1,4 +1,4 @@
-"""A context as the text encoder reads it: the paper's strategies, and what is left out."""
+"""Context text for the text encoder: the paper's strategies, and truncation."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ TURNS = st.lists(
         ("letters", "A: Turn 1 B: Turn 2"),
     ],
 )
-def test_the_strategies_of_the_paper_s_figure_4(strategy: str, line: str) -> None:
+def test_context_strategies_match_paper_figure_4(strategy: str, line: str) -> None:
     for speakers in [(None, None), (0, 1), (1, 0)]:
         turns = [Turn(speakers[0], "Turn 1"), Turn(speakers[1], "Turn 2")]
         assert context_text(turns, TextConfig(strategy=strategy)) == line
 
 
 FIGURE_4 = [Turn(None, f"Turn {number}") for number in range(1, 31)]
-"""The paper's Figure 4, as far on as it takes to be too long under every strategy."""
+"""The paper's Figure 4, continued until it is too long under every strategy."""
 WINDOWS = {
     ("hash", "end"): (
         "turn 12 # turn 13 # turn 14 # turn 15 # turn 16 # turn 17 # turn 18 # turn 19 # "
@@ -82,15 +82,15 @@ WINDOWS = {
 
 
 @pytest.mark.parametrize(("strategy", "keep"), sorted(WINDOWS))
-def test_a_window_keeps_one_side_of_the_paper_s_figure_4(strategy: str, keep: Any) -> None:
-    """Cut by token: the first mark, or the last turn, may be left in part."""
+def test_window_keeps_start_or_end_of_paper_figure_4(strategy: str, keep: Any) -> None:
+    """Truncated by token: the first mark or the last turn may be partial."""
     kept = encode(WINDOWS[strategy, keep])
     assert len(kept) == 75
     tokens = context_tokens(FIGURE_4, TextConfig(strategy=strategy, keep=keep))
     assert tokens.tolist() == [START_ID, *kept, END_ID]
 
 
-def test_empty_turns_may_keep_their_mark() -> None:
+def test_empty_turns_keep_retains_marks_of_empty_turns() -> None:
     turns = [Turn(0, "a"), Turn(1, ""), Turn(0, "b")]
     for strategy, dropped, kept in [
         ("hash", "# a # b", "# a # # b"),
@@ -101,7 +101,7 @@ def test_empty_turns_may_keep_their_mark() -> None:
         assert linearize(turns, strategy, empty_turns="keep") == kept
 
 
-def test_runs_of_one_speaker_may_be_one_turn() -> None:
+def test_speaker_runs_merge_joins_turns_of_one_speaker() -> None:
     turns = [Turn(0, "a"), Turn(0, "b"), Turn(1, ""), Turn(1, "c"), Turn(0, "d")]
     assert linearize(turns, "letters") == "A: a A: b B: c A: d"
     assert linearize(turns, "letters", speaker_runs="merge") == "A: a b B: c A: d"
@@ -113,13 +113,13 @@ def test_runs_of_one_speaker_may_be_one_turn() -> None:
 @pytest.mark.parametrize(
     ("keep", "line"), [("end", "# c # d"), ("start", "# a # b")], ids=["end", "start"]
 )
-def test_the_turns_beyond_the_most_are_left_out(keep: Any, line: str) -> None:
+def test_turns_beyond_max_turns_are_dropped(keep: Any, line: str) -> None:
     turns = [Turn(None, text) for text in ["a", "", "b", "c", "", "d"]]
     assert context_text(turns, TextConfig(max_turns=2, keep=keep)) == line
     assert context_text(turns, TextConfig(max_turns=9, keep=keep)) == "# a # b # c # d"
 
 
-def test_a_long_context_may_be_cut_between_turns() -> None:
+def test_cut_turn_truncates_context_between_turns() -> None:
     turns = [Turn(None, " ".join([word] * 30)) for word in ["one", "two", "three"]]
     whole = context_text(turns, TextConfig())
     assert len(encode(whole)) == 93
@@ -127,12 +127,12 @@ def test_a_long_context_may_be_cut_between_turns() -> None:
     assert context_text(turns, by_turn) == whole[whole.index("# two") :]
     assert context_text(turns, TextConfig(cut="turn", keep="start")).endswith("two")
     assert context_text(turns, TextConfig(cut="turn", num_windows=2)) == whole
-    # One turn that is too long stays, and is cut by token.
+    # A single turn that is too long is kept, and truncated by token.
     assert context_text([Turn(None, "word " * 200)], by_turn).count("word") == 200
 
 
 @given(TURNS, st.sampled_from(["end", "start"]), st.integers(1, 2), st.none() | st.integers(1, 5))
-def test_what_is_left_is_one_side_of_the_turns(
+def test_truncated_context_keeps_first_or_last_turns(
     turns: list[Turn], keep: Any, num_windows: int, max_turns: int | None
 ) -> None:
     config = TextConfig(keep=keep, cut="turn", num_windows=num_windows, max_turns=max_turns)

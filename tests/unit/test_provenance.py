@@ -1,4 +1,4 @@
-"""What a metric card says of its data, of a run's training, and of who chose the guidance."""
+"""Provenance in a metric card: the data, the training of a run, and the source of the guidance."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ def write_run(run: Path, data: Path, **more: Any) -> None:
         ({"num_text_tokens": 154}, "uvit-s with num_text_tokens 154"),
     ],
 )
-def test_a_network_is_named_by_its_sizes(sizes: dict[str, Any], name: str) -> None:
+def test_network_name_states_changed_sizes(sizes: dict[str, Any], name: str) -> None:
     assert name_sizes("uvit-s", sizes) == name
     assert (changed_sizes("uvit-s", sizes) == {}) == (name == "uvit-s")
 
 
-def test_a_run_of_other_sizes_has_its_own_label(tmp_path: Path) -> None:
+def test_run_of_changed_sizes_has_own_label(tmp_path: Path) -> None:
     write_run(tmp_path, tmp_path / "data")
     spec = parse_system(f"run:{tmp_path}", None, load_recipe("uvit-s-photochat"))
     assert spec.label.startswith("uvit-s-shaped, 3 blocks of width 32, ")
 
 
-def test_a_corpus_says_its_own_name(tmp_path: Path) -> None:
+def test_corpus_name_is_read_from_corpus_json(tmp_path: Path) -> None:
     assert corpus_name(str(tmp_path)) is None
-    for said in ({"name": "our chats"}, {"name": 3}, {"name": "a\nb"}, ["name"], {}):
-        write(tmp_path / "corpus.json", said)
-        expected = "our chats" if said == {"name": "our chats"} else None
+    for document in ({"name": "our chats"}, {"name": 3}, {"name": "a\nb"}, ["name"], {}):
+        write(tmp_path / "corpus.json", document)
+        expected = "our chats" if document == {"name": "our chats"} else None
         assert corpus_name(str(tmp_path)) == expected
     (tmp_path / "corpus.json").write_text("{")
     assert corpus_name(str(tmp_path)) is None
@@ -66,13 +66,13 @@ def test_a_corpus_says_its_own_name(tmp_path: Path) -> None:
     assert corpus_name(str(tmp_path)) is None
 
 
-def test_what_data_were_planned_from(tmp_path: Path) -> None:
+def test_describe_data_reads_plan(tmp_path: Path) -> None:
     assert describe_data(str(tmp_path)) == {"corpus": None}
     options = {"direction": "answer", "own_turn": "exclude", "image_root": "/pictures"}
     decided = {"corpus": "mmdialog", "split": "test", "recipe": {"corpus": options}}
     plan = write(tmp_path / "plan" / "plan.json", {"decided_by": decided})
     found = describe_data(str(tmp_path))
-    # What the reader does by itself, and where pictures lie, make no other instances.
+    # Reader defaults and the image directory do not change the instances.
     assert found == {
         "corpus": "mmdialog",
         "split": "test",
@@ -82,21 +82,21 @@ def test_what_data_were_planned_from(tmp_path: Path) -> None:
     assert describe_data(str(tmp_path))["corpus"] == "made world"
 
 
-def test_what_a_run_learned_from(tmp_path: Path) -> None:
+def test_describe_training_reads_run_config(tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     write(data / "train" / "plan" / "plan.json", {"decided_by": {"corpus": "photochat"}})
     write_run(run, data)
     found = describe_training(str(run))
     assert found["trained_corpus"] == "photochat"
     assert found["trained_text"]["strategy"] == "space"
-    # A run of before does not say it.
+    # Older runs do not record it.
     assert "initial_weights" not in found
     write_run(run, tmp_path / "gone", initial_weights=None)
     found = describe_training(str(run))
     assert (found["trained_corpus"], found["initial_weights"]) == (None, None)
 
 
-def test_who_chose_the_guidance(tmp_path: Path) -> None:
+def test_guidance_by_names_recipe_selection_or_user(tmp_path: Path) -> None:
     write_run(tmp_path, tmp_path / "data")
     save_file({"weight": np.zeros(1, np.float32)}, tmp_path / EMA_NAME)
     system = f"run:{tmp_path}"
@@ -112,16 +112,16 @@ def test_who_chose_the_guidance(tmp_path: Path) -> None:
         "step": 850,
     }
     write(tmp_path / BEST_NAME, best | {"candidates": []})
-    said = {name: best[name] for name in ("metric", "value", "num_instances", "seed")}
-    # Also where a Divter has the run draw what it describes.
+    selection = {name: best[name] for name in ("metric", "value", "num_instances", "seed")}
+    # Also when Divter generates with the run.
     for name in (system, f"divter:describer,{system}"):
         choice = choose_settings(name, ["sample.num_steps=3"])
-        assert choice.guidance_by == {"how": "select", **said}
+        assert choice.guidance_by == {"how": "select", **selection}
         assert choice.settings[0] == "sample.guidance_scale=3.0"
         assert choice.settings[-1] == "sample.num_steps=3"
-    # What the command says outweighs it.
+    # A setting of the command overrides it.
     given = choose_settings(system, ["sample.guidance_scale=4"])
     assert given.guidance_by == {"how": "given"}
-    # It was chosen for the EMA: other weights have nothing of it.
+    # It was selected for the EMA, so it does not apply to other weights.
     other = choose_settings(system, ["sample.weights=trained"])
     assert (other.guidance_by, other.settings) == ({"how": "recipe"}, ["sample.weights=trained"])

@@ -1,4 +1,4 @@
-"""Every recipe, to the last setting: a changed default shows as a changed golden file."""
+"""Golden files of every recipe with all its settings, so that a changed default shows."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ TABLE_5 = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_its_golden_file(name: str) -> None:
+def test_recipe_matches_golden_file(name: str) -> None:
     assert (GOLDEN / f"{name}.json").read_text() == load_recipe(name).model_dump_json(
         indent=1
     ) + "\n"
 
 
-def test_no_golden_file_is_of_a_recipe_that_is_gone() -> None:
+def test_every_golden_file_belongs_to_recipe() -> None:
     assert {path.stem for path in GOLDEN.glob("*.json")} == set(RECIPES)
 
 
 @needs_shared
 @pytest.mark.parametrize("corpus", ["photochat", "mmdialog"])
 @pytest.mark.parametrize("backbone", TABLE_5)
-def test_the_papers_numbers(corpus: str, backbone: str) -> None:
+def test_recipe_matches_paper_hyperparameters(corpus: str, backbone: str) -> None:
     paper = json.loads((SHARED / "reference" / "paper.json").read_text())
     recipe = load_recipe(f"{backbone}-{corpus}")
     resolution, batch, devices = paper["table5"][corpus][TABLE_5[backbone]]
@@ -49,12 +49,12 @@ def test_the_papers_numbers(corpus: str, backbone: str) -> None:
     assert list(optim.betas) == paper["optimizer"]["betas"]
     assert recipe.train.precision == "bf16"
     assert recipe.sample.num_steps == paper["sampler"]["steps"]
-    # The paper's own number of devices shares the batch.
+    # The batch divides by the paper's number of devices.
     recipe.train.accumulation(int(devices.partition("x")[0]))
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_has_a_script_that_starts_it(name: str) -> None:
+def test_recipe_has_training_script(name: str) -> None:
     script = ROOT / "train" / f"{name}.sh"
     assert os.access(script, os.X_OK)
     without = subprocess.run([script], capture_output=True, text=True, check=False)
@@ -64,7 +64,7 @@ def test_a_recipe_has_a_script_that_starts_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_a_zero_file_is_of_its_stage(stage: int) -> None:
+def test_zero_file_sets_its_stage(stage: int) -> None:
     assert read_zero(ROOT / "train" / f"zero-{stage}.json")["stage"] == stage
 
 
@@ -78,33 +78,33 @@ def test_a_zero_file_is_of_its_stage(stage: int) -> None:
         '{"zero_optimization": {"stage": 1}, "train_batch_size": 4}',
     ],
 )
-def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
+def test_read_zero_rejects_invalid_files(tmp_path: Path, content: str) -> None:
     (tmp_path / "zero.json").write_text(content)
     with pytest.raises(ConfigError, match="--zero"):
         read_zero(tmp_path / "zero.json")
 
 
-def test_unidiffusers_joint_loss_drops_no_text() -> None:
+def test_joint_loss_has_no_condition_dropout() -> None:
     recipe = load_recipe("unidiffuser-v1-photochat")
     assert (recipe.train.condition_dropout, recipe.sample.unconditional) == (0, "true_uncond")
     assert load_recipe("uvit-s-photochat").train.condition_dropout == 0.1
 
 
-def test_the_text_to_image_loss_drops_texts_and_draws_with_the_empty_one() -> None:
+def test_t2i_loss_sets_condition_dropout_and_empty_token() -> None:
     recipe = resolve_recipe("unidiffuser-v1-photochat", ["train.unidiffuser.loss=t2i"])
     assert (recipe.train.condition_dropout, recipe.sample.unconditional) == (0.1, "empty_token")
     back = change_recipe(recipe, ["train.unidiffuser.loss=joint"])
     assert (back.train.condition_dropout, back.sample.unconditional) == (0, "true_uncond")
 
 
-def test_what_was_set_stays_whatever_the_loss() -> None:
+def test_explicit_condition_dropout_overrides_loss_default() -> None:
     settings = ["train.condition_dropout=0.3", "train.unidiffuser.loss=joint"]
     assert resolve_recipe("unidiffuser-v1-mmdialog", settings).train.condition_dropout == 0.3
 
 
-def test_an_empty_text_that_the_joint_loss_never_saw_is_refused() -> None:
+def test_joint_loss_rejects_empty_token_without_dropout() -> None:
     settings = ["sample.unconditional=empty_token"]
-    with pytest.raises(ConfigError, match=r"never sees without train\.condition_dropout"):
+    with pytest.raises(ConfigError, match=r"never trains on without train\.condition_dropout"):
         resolve_recipe("unidiffuser-v1-photochat", settings)
     recipe = resolve_recipe("unidiffuser-v1-photochat", [*settings, "train.condition_dropout=0.1"])
     assert recipe.sample.unconditional == "empty_token"

@@ -1,4 +1,4 @@
-"""What `d2i.report` promises: one file that loads nothing, every figure as in the files."""
+"""The report is one self-contained HTML file, and its numbers are those of the result files."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ CARD = {
 
 
 @dataclass(frozen=True)
-class Made:
-    """A made input: the data set, the run, and the two evaluations of it."""
+class ReportInputs:
+    """Generated inputs of a report: a data set, a run, and two evaluations of it."""
 
     root: Path
     keys: list[str]
@@ -86,7 +86,7 @@ def png(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def make_split(folder: Path, split: str, count: int, failures: dict[str, int]) -> list[str]:
+def make_split(directory: Path, split: str, count: int, failures: dict[str, int]) -> list[str]:
     context = [
         {"speaker": 0, "text": HOSTILE},
         {"speaker": 1, "text": ""},
@@ -106,23 +106,23 @@ def make_split(folder: Path, split: str, count: int, failures: dict[str, int]) -
         )
         for number, key in enumerate(keys)
     ]
-    write_shard(samples, str(folder), 0, failures=failures)
-    write_manifest(str(folder), {})
+    write_shard(samples, str(directory), 0, failures=failures)
+    write_manifest(str(directory), {})
     plan = {
         "num_instances": count + sum(failures.values()),
         "num_images": count,
         "num_excluded": 5 if split == "train" else 0,
         "problems": {"empty_context": 3} if split == "train" else {},
     }
-    (folder / "plan").mkdir()
-    (folder / "plan" / "plan.json").write_text(json.dumps(plan))
+    (directory / "plan").mkdir()
+    (directory / "plan" / "plan.json").write_text(json.dumps(plan))
     return keys
 
 
-def make_run(folder: Path) -> None:
-    folder.mkdir()
+def make_run(directory: Path) -> None:
+    directory.mkdir()
     recipe = {"name": "tiny-recipe", "train": {"global_batch_size": 64}}
-    (folder / "config.json").write_text(json.dumps({"recipe": recipe, "world_size": 2}))
+    (directory / "config.json").write_text(json.dumps({"recipe": recipe, "world_size": 2}))
     lines = [
         json.dumps(
             {
@@ -136,27 +136,27 @@ def make_run(folder: Path) -> None:
         )
         for n in range(1, 41)
     ]
-    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 410, "lo']))
+    (directory / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 410, "lo']))
 
 
-def make_evaluation(folder: Path, number: int, keys: list[str], run: Path | None) -> None:
-    (folder / "images").mkdir(parents=True)
+def make_evaluation(directory: Path, number: int, keys: list[str], run: Path | None) -> None:
+    (directory / "images").mkdir(parents=True)
     card = CARD | {
         "system": f"run:{run}" if run else "uvit-s",
         "label": "uvit-s, fine-tuned" if run else "uvit-s, not fine-tuned",
         "run": str(run) if run else None,
-        "data": str(folder.parents[1] / "data" / "test"),
+        "data": str(directory.parents[1] / "data" / "test"),
         "manifest_sha256": "cd" * 32,
     }
     scores = SCORES[number] | {"clip_i": CLIP_I[number], "kid_subset_size": 10}
-    (folder / "scores.json").write_text(json.dumps({"scores": scores, "card": card}))
-    with tarfile.open(folder / "images" / "000000.tar", "w") as tar:
-        for place, key in enumerate(keys):
+    (directory / "scores.json").write_text(json.dumps({"scores": scores, "card": card}))
+    with tarfile.open(directory / "images" / "000000.tar", "w") as tar:
+        for index, key in enumerate(keys):
             member = tarfile.TarInfo(f"{key}.png")
-            data = png(place + 100 * number)
+            data = png(index + 100 * number)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    (folder / "judged.json").write_text(json.dumps(make_verdict(number, keys)))
+    (directory / "judged.json").write_text(json.dumps(make_verdict(number, keys)))
 
 
 def make_verdict(number: int, keys: list[str]) -> dict[str, Any]:
@@ -177,20 +177,20 @@ def make_verdict(number: int, keys: list[str]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
+def inputs(tmp_path: Path) -> ReportInputs:
     data = tmp_path / "data"
     make_split(data / "train", "train", 4, {"decode_error": 5, "not_an_image": 1})
     keys = make_split(data / "test", "test", NUM_TEST, {"too_small": 2})
     make_run(tmp_path / "run")
-    made = Made(tmp_path, keys)
-    # The picture of one conversation was not kept by the second evaluation.
-    make_evaluation(made.eval_dirs[0], 0, keys, None)
-    make_evaluation(made.eval_dirs[1], 1, keys[:-1], tmp_path / "run")
-    return made
+    inputs = ReportInputs(tmp_path, keys)
+    # The second evaluation did not save the image of one dialog.
+    make_evaluation(inputs.eval_dirs[0], 0, keys, None)
+    make_evaluation(inputs.eval_dirs[1], 1, keys[:-1], tmp_path / "run")
+    return inputs
 
 
 class Page(HTMLParser):
-    """Elements, their addresses, exact values and text of a page."""
+    """The elements of a page, their URLs, exact values and alternative texts."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -224,33 +224,33 @@ def rewrite(path: Path, change: dict[str, Any], part: str | None = None) -> None
     path.write_text(json.dumps(document))
 
 
-def test_page_is_whole_and_loads_nothing(made: Made) -> None:
-    source = made.render(times=TIMES)
+def test_report_is_self_contained_html(inputs: ReportInputs) -> None:
+    source = inputs.render(times=TIMES)
     page = Page(source)
     assert page.open == []
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(page.tags)
-    assert all(address.startswith(("data:image/", "#")) for address in page.resources)
+    assert all(url.startswith(("data:image/", "#")) for url in page.resources)
     assert not re.search(r"https?://|@import|url\(", source)
     assert all(page.alts)
-    anchors = [address[1:] for address in page.resources if address.startswith("#")]
+    anchors = [url[1:] for url in page.resources if url.startswith("#")]
     assert all(f'id="{anchor}"' in source for anchor in anchors)
     assert len(anchors) == 7
 
 
-def test_same_files_give_same_bytes(made: Made) -> None:
-    assert made.render(times=TIMES) == made.render(times=TIMES)
+def test_report_is_deterministic(inputs: ReportInputs) -> None:
+    assert inputs.render(times=TIMES) == inputs.render(times=TIMES)
 
 
-def test_figures_are_those_of_the_files(made: Made) -> None:
-    page = Page(made.render(times=TIMES))
+def test_report_numbers_match_files(inputs: ReportInputs) -> None:
+    page = Page(inputs.render(times=TIMES))
     files = [v for scores in SCORES for v in scores.values() if v is not None]
     files += [*CLIP_I, *SHARES, 0.9912345, 0.2954321, 41.25, 123.5, 41.25 + 123.5]
     files += [1.0 / 2, 1.0 / 41, 400, 64, 123.456, 100.0]
     assert {repr(value) for value in files} <= set(page.values)
 
 
-def test_every_planned_instance_is_accounted_for(made: Made) -> None:
-    source = made.render()
+def test_report_accounts_for_every_planned_instance(inputs: ReportInputs) -> None:
+    source = inputs.render()
     rows = {
         re.sub("<[^>]+>", "", row[0]): re.findall(r'<data value="(\d+)"', row[1])
         for row in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', source)
@@ -260,34 +260,34 @@ def test_every_planned_instance_is_accounted_for(made: Made) -> None:
     assert rows["Dropped: decode error"] == ["5", "0", "5"]
     assert rows["Dropped: not an image"] == ["1", "0", "1"]
     assert rows["Dropped: too small"] == ["0", "2", "2"]
-    assert rows["Found in the corpus: empty context"] == ["3", "0", "3"]
-    assert rows["Left out by --exclude"] == ["5", "0", "5"]
+    assert rows["Record issues: empty context"] == ["3", "0", "3"]
+    assert rows["Excluded by --exclude"] == ["5", "0", "5"]
 
 
-def test_dialog_text_stays_text(made: Made) -> None:
-    source = made.render()
+def test_dialog_text_is_escaped(inputs: ReportInputs) -> None:
+    source = inputs.render()
     assert "<script" not in source
     escaped = "&lt;script&gt;alert(&#x27;hi&#x27;)&lt;/script&gt; &amp; &quot;more&quot; :sun:"
     assert source.count(escaped) == 12
 
 
-def test_names_and_commands_stay_text(made: Made) -> None:
-    for folder in made.eval_dirs:
-        rewrite(folder / "scores.json", {"label": '"><b id=x>', "extractor": "<i>"}, "card")
-        rewrite(folder / "judged.json", {"judge": "<u>"})
-    source = made.render(times=TIMES, title="</title><b>")
+def test_names_and_titles_are_escaped(inputs: ReportInputs) -> None:
+    for directory in inputs.eval_dirs:
+        rewrite(directory / "scores.json", {"label": '"><b id=x>', "extractor": "<i>"}, "card")
+        rewrite(directory / "judged.json", {"judge": "<u>"})
+    source = inputs.render(times=TIMES, title="</title><b>")
     assert not re.search(r"<b id=x>|<i>|<u>|</title><b>|<data>", source)
 
 
-def test_conversations_are_the_first_by_hash_that_every_system_drew(made: Made) -> None:
-    source = made.render()
+def test_shown_dialogs_are_first_by_hash_with_all_images(inputs: ReportInputs) -> None:
+    source = inputs.render()
     shown = re.findall(r'<article class="conversation" aria-label="([^"]+)"', source)
-    assert shown == sorted(made.keys[:-1], key=lambda key: key_order_hash(key, 0))[:12]
+    assert shown == sorted(inputs.keys[:-1], key=lambda key: key_order_hash(key, 0))[:12]
     assert len(Page(source).alts) == 12 * 3
 
 
-def test_attributes_are_marked_right_and_wrong(made: Made) -> None:
-    source = made.render()
+def test_attributes_are_marked_right_or_wrong(inputs: ReportInputs) -> None:
+    source = inputs.render()
     assert source.count('<li class="right"') == 12 * 2
     assert source.count('<li class="wrong"') == 12 * 2
     assert "shape right: </span> ball" in source
@@ -295,15 +295,15 @@ def test_attributes_are_marked_right_and_wrong(made: Made) -> None:
     assert "colour wrong: </span> blue" in source
 
 
-def test_columns_are_named_before_and_after_only_where_they_are(made: Made) -> None:
-    assert '<th scope="col">Before</th><th scope="col">After</th>' in made.render()
-    rewrite(made.eval_dirs[1] / "scores.json", {"label": "uvit-m, fine-tuned"}, "card")
-    assert '<th scope="col">Before</th>' not in made.render()
+def test_before_and_after_columns_require_same_network(inputs: ReportInputs) -> None:
+    assert '<th scope="col">Before</th><th scope="col">After</th>' in inputs.render()
+    rewrite(inputs.eval_dirs[1] / "scores.json", {"label": "uvit-m, fine-tuned"}, "card")
+    assert '<th scope="col">Before</th>' not in inputs.render()
 
 
-def test_scores_that_are_not_comparable_stand_in_tables_apart(made: Made) -> None:
-    rewrite(made.eval_dirs[1] / "scores.json", {"extractor": "inception"}, "card")
-    source = made.render()
+def test_incomparable_scores_are_in_separate_tables(inputs: ReportInputs) -> None:
+    rewrite(inputs.eval_dirs[1] / "scores.json", {"extractor": "inception"}, "card")
+    source = inputs.render()
     assert "they differ in extractor" in source
     assert "<caption>FID on clip_image 0123abcd, 5 classes" in source
     assert "<caption>FID on inception" in source
@@ -312,48 +312,48 @@ def test_scores_that_are_not_comparable_stand_in_tables_apart(made: Made) -> Non
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_any_number_of_evaluations(made: Made, count: int) -> None:
-    folders = [*made.eval_dirs, made.eval_dirs[1]][:count]
-    write_report(folders, made.root / "report.html")
-    page = Page((made.root / "report.html").read_text())
+def test_report_accepts_any_number_of_evaluations(inputs: ReportInputs, count: int) -> None:
+    directories = [*inputs.eval_dirs, inputs.eval_dirs[1]][:count]
+    write_report(directories, inputs.root / "report.html")
+    page = Page((inputs.root / "report.html").read_text())
     assert page.open == []
     assert len(page.alts) == 12 * (count + 1)
 
 
-def test_the_page_goes_to_an_object_store(made: Made) -> None:
-    url, folders = "memory://pages/report.html", list(map(str, made.eval_dirs))
-    report(folders, url, times=None, title=None)
-    page = made.render()
+def test_report_is_written_to_object_store(inputs: ReportInputs) -> None:
+    url, directories = "memory://pages/report.html", list(map(str, inputs.eval_dirs))
+    report(directories, url, times=None, title=None)
+    page = inputs.render()
     assert storage.read_bytes(url).decode() == page
     assert not Path("memory:").exists()
 
 
-def test_what_is_absent_is_left_out_with_a_reason(made: Made) -> None:
-    folder = made.eval_dirs[0]
-    (folder / "judged.json").unlink()
-    (folder / "images" / "000000.tar").unlink()
-    rewrite(folder / "scores.json", {"data": str(made.root / "gone" / "test")}, "card")
-    write_report([folder], made.root / "report.html")
-    source = (made.root / "report.html").read_text()
+def test_missing_sections_are_omitted_with_reason(inputs: ReportInputs) -> None:
+    directory = inputs.eval_dirs[0]
+    (directory / "judged.json").unlink()
+    (directory / "images" / "000000.tar").unlink()
+    rewrite(directory / "scores.json", {"data": str(inputs.root / "gone" / "test")}, "card")
+    write_report([directory], inputs.root / "report.html")
+    source = (inputs.root / "report.html").read_text()
     for title in ("Conversations", "Attributes", "Training", "Data", "Times"):
         assert re.search(
-            rf'<p class="left-out"><strong>{title}</strong> left out: [^<]+\.</p>', source
+            rf'<p class="left-out"><strong>{title}</strong> omitted: [^<]+\.</p>', source
         )
-    assert "Attributes right" not in source
+    assert "Attribute accuracy" not in source
     assert re.findall(r'<a href="#(\w+)"', source) == ["scores", "cards"]
 
 
-def test_broken_pictures_are_said_to_be_broken(made: Made) -> None:
-    folder = made.eval_dirs[1]
-    with tarfile.open(folder / "images" / "000000.tar", "w") as tar:
-        for key in made.keys:
+def test_undecodable_images_are_marked_in_report(inputs: ReportInputs) -> None:
+    directory = inputs.eval_dirs[1]
+    with tarfile.open(directory / "images" / "000000.tar", "w") as tar:
+        for key in inputs.keys:
             member = tarfile.TarInfo(f"{key}.png")
             member.size = 4
             tar.addfile(member, io.BytesIO(b"nope"))
-    assert made.render().count('class="no-picture"') == 12
+    assert inputs.render().count('class="no-picture"') == 12
 
 
-def test_run_skips_what_is_no_line_and_keeps_the_later_of_two(tmp_path: Path) -> None:
+def test_read_run_skips_bad_lines_and_keeps_last_of_step(tmp_path: Path) -> None:
     written = ['{"step": 2, "loss": 5}', '{"step": 1, "loss": 9}', '{"step": 2, "loss": 4}']
     written += ['{"step": 3, "loss": NaN}', "[]", '{"step": 4']
     (tmp_path / "metrics.jsonl").write_text("\n".join(written))
@@ -362,54 +362,54 @@ def test_run_skips_what_is_no_line_and_keeps_the_later_of_two(tmp_path: Path) ->
     assert run.config == {}
 
 
-def test_smoothing_keeps_a_flat_curve_and_ticks_are_round() -> None:
+def test_smooth_keeps_flat_curve_and_ticks_are_round() -> None:
     assert smooth([2.0] * 80) == [2.0] * 80
     assert smooth([0.0, 3.0, 6.0]) == [1.5, 3.0, 4.5]
     assert ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(7.0, 7.0) == [7.0]
 
 
-def test_no_evaluation_is_refused(made: Made, tmp_path: Path) -> None:
+def test_missing_or_malformed_evaluation_is_rejected(inputs: ReportInputs, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected at least one"):
         write_report([], tmp_path / "report.html")
     with pytest.raises(DataError, match=r"no scores\.json"):
         read_evaluation(tmp_path / "nowhere")
-    scores = made.eval_dirs[0] / "scores.json"
+    scores = inputs.eval_dirs[0] / "scores.json"
     scores.write_text(json.dumps({"scores": []}))
     with pytest.raises(DataError, match="expected `scores` and `card`"):
-        read_evaluation(made.eval_dirs[0])
+        read_evaluation(inputs.eval_dirs[0])
 
 
-def test_cases_are_the_dialogs_asked_for(made: Made) -> None:
-    """In the order asked, also one whose picture was kept by one system alone."""
-    cases = (made.keys[-1], made.keys[3])
-    source = made.render(cases=cases)
+def test_cases_show_requested_dialogs(inputs: ReportInputs) -> None:
+    """In the requested order, including one whose image was saved by one system only."""
+    cases = (inputs.keys[-1], inputs.keys[3])
+    source = inputs.render(cases=cases)
     assert re.findall(r'<article class="conversation" aria-label="([^"]+)"', source) == list(cases)
-    assert source.count("no picture kept") == 1
+    assert source.count("no image saved") == 1
     assert "<title>Cases</title>" in source
     assert re.findall(r'<a href="#(\w+)"', source) == ["conversations", "cards"]
 
 
-def test_a_case_that_is_not_there_is_one_line(made: Made) -> None:
-    out = made.root / "cases.html"
-    done = run_process("report", *made.eval_dirs, "--out", out, "--case", "test-99-0-0")
+def test_unknown_case_is_one_line_error(inputs: ReportInputs) -> None:
+    out = inputs.root / "cases.html"
+    done = run_process("report", *inputs.eval_dirs, "--out", out, "--case", "test-99-0-0")
     assert done.returncode == 2
     *others, line = done.stderr.strip().splitlines()
     assert all("not verified" in other for other in others)
     assert "--case test-99-0-0: no instance of" in line
     assert re.search(r"such as test-\d+-0-0$", line)
-    for folder in made.eval_dirs:
-        (folder / "images" / "000000.tar").unlink()
-    with pytest.raises(DataError, match=r"kept by no evaluation.*--save-images all"):
-        made.render(cases=made.keys[:1])
-    with pytest.raises(ConfigError, match=r"ends in \.html"):
-        write_report(made.eval_dirs, made.root / "cases.md", cases=made.keys[:1])
+    for directory in inputs.eval_dirs:
+        (directory / "images" / "000000.tar").unlink()
+    with pytest.raises(DataError, match=r"no evaluation saved its image.*--save-images all"):
+        inputs.render(cases=inputs.keys[:1])
+    with pytest.raises(ConfigError, match=r"ending in \.html"):
+        write_report(inputs.eval_dirs, inputs.root / "cases.md", cases=inputs.keys[:1])
 
 
-def test_nobody_and_silent_turns_make_no_bubble(tmp_path: Path) -> None:
-    """Messages of a system keep their place in the count of turns, and say nothing."""
+def test_no_speaker_and_empty_turns_render_no_bubble(tmp_path: Path) -> None:
+    """System messages count as turns, but are not shown."""
     turns = [(NO_SPEAKER, ""), (None, "hi"), (None, ""), (NO_SPEAKER, ""), (None, "here")]
-    context = [{"speaker": speaker, "text": said} for speaker, said in turns]
+    context = [{"speaker": speaker, "text": text} for speaker, text in turns]
     source = {"ref": ["1.jpg"], "sha256": "0", "width": 1, "height": 1, "size_bytes": 1}
     sample = ShownSample({"key": "k", "context": context, "source": source}, "", [], None, b"")
     write_samples_page(str(tmp_path / "page.html"), "data", 1, [sample])

@@ -1,4 +1,4 @@
-"""`d2i sample` computes few pictures for one, the same alone or beside others."""
+"""`d2i sample` generates one image in a small batch, the same alone or in a grid."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from d2i.weights_resolve import resolve_weights
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "run"
-    folder.mkdir()
+    directory = tmp_path / "run"
+    directory.mkdir()
     demo = load_recipe("demo")
     sized = demo.model_copy(update={"backbone": resolve_sizes(demo.backbone)})
     recipe = json.loads(sized.model_dump_json())
-    (folder / "config.json").write_text(json.dumps({"recipe": recipe}))
+    (directory / "config.json").write_text(json.dumps({"recipe": recipe}))
     weights = Path(resolve_weights("demo:backbone")) / "model.safetensors"
-    shutil.copy(weights, folder / "ema.safetensors")
-    return folder
+    shutil.copy(weights, directory / "ema.safetensors")
+    return directory
 
 
-def drawn(run: Path, *seeds: int, **options: str) -> Image.Image:
+def generate_image(run: Path, *seeds: int, **options: str) -> Image.Image:
     dialog = run / "dialog.txt"
     dialog.write_text("a red ball on the beach")
     steps, out = ["sample.num_steps=2"], run / "picture.png"
     sample(str(run), str(dialog), out=str(out), seed=list(seeds), settings=steps, **options)
-    with Image.open(out) as picture:
-        return picture.copy()
+    with Image.open(out) as image:
+        return image.copy()
 
 
-def test_one_picture_is_one_of_four_and_the_same_in_a_grid(run: Path) -> None:
-    alone, grid = drawn(run, 1), drawn(run, 5, 4, 3, 2, 1)
+def test_sample_of_one_seed_equals_its_image_in_grid(run: Path) -> None:
+    alone, grid = generate_image(run, 1), generate_image(run, 5, 4, 3, 2, 1)
     assert alone.info["compute_batch_size"] == "4"
     assert (alone.size, grid.size) == ((64, 64), (192, 128))
     np.testing.assert_array_equal(np.asarray(alone), np.asarray(grid)[64:, 64:128])
 
 
-def test_the_key_of_an_instance_asks_for_the_batch_of_an_evaluation(run: Path) -> None:
+def test_sample_of_instance_key_uses_evaluation_batch_size(run: Path) -> None:
     own = str(load_recipe("demo").sample.compute_batch_size)
-    assert drawn(run, 1, key="test-1").info["compute_batch_size"] == own
+    assert generate_image(run, 1, key="test-1").info["compute_batch_size"] == own

@@ -1,4 +1,4 @@
-"""A picture is a function of its key, seed and text, however many are drawn beside it."""
+"""A generated image depends on its key, seed and text alone, not on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from d2i.eval.single_dialog import grid, read_dialog
 from d2i.models import build_backbone, save_weights
 from tests.processes import COMMAND
 
-# diffusers' schedulers speak to numpy in an old way.
+# diffusers' schedulers use a deprecated protocol of numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 EMPTY = np.zeros((77, 64), np.float16)
@@ -36,86 +36,86 @@ SHELL_WITHOUT_STDIN = ("sh", "-c", 'exec "$0" "$@" <&-')
 
 
 def text_of(keys: list[str]) -> NDArray[np.float16]:
-    """Text latents that differ from key to key."""
+    """Return text latents that differ between keys."""
     return normal(7, "text", keys, 0, (77, 64)).astype(np.float16)
 
 
 @cache
 def demo_sampler(**changed: Any) -> Sampler:
-    """The shipped network, at one step and three rows."""
+    """Return the demo network with one step and three rows a batch."""
     config = SampleConfig.model_validate(QUICK | changed)
     backbone = BackboneConfig(name="uvit-s", weights="demo:backbone")
     return Sampler(backbone, Vae("demo:vae", "kl"), config, EMPTY)
 
 
 @cache
-def all_pictures(**changed: Any) -> NDArray[np.uint8]:
-    """The pictures of all keys, with a seed each."""
+def all_images(**changed: Any) -> NDArray[np.uint8]:
+    """Generate the images of all keys, each with its own seed."""
     return demo_sampler(**changed).generate(KEYS, text_of(KEYS), range(len(KEYS)))
 
 
 @settings(max_examples=6)
 @given(st.lists(st.sampled_from(range(len(KEYS))), min_size=1, max_size=4))
-def test_no_neighbour_changes_a_picture(rows: list[int]) -> None:
+def test_image_is_independent_of_batch_neighbours(rows: list[int]) -> None:
     keys = [KEYS[row] for row in rows]
     found = demo_sampler().generate(keys, text_of(keys), rows)
-    np.testing.assert_array_equal(found, all_pictures()[rows])
+    np.testing.assert_array_equal(found, all_images()[rows])
 
 
 @pytest.mark.parametrize(
     "sampler", ["diffusers:DPMSolverMultistepScheduler", "diffusers:DDPMScheduler"]
 )
-def test_nor_with_a_scheduler_of_diffusers(sampler: str) -> None:
-    together = all_pictures(sampler=sampler, num_steps=2)
+def test_diffusers_scheduler_is_independent_of_batch_neighbours(sampler: str) -> None:
+    together = all_images(sampler=sampler, num_steps=2)
     alone = demo_sampler(sampler=sampler, num_steps=2).generate(["d"], text_of(["d"]), [3])
     np.testing.assert_array_equal(alone[0], together[3])
-    assert (together[3] != all_pictures()[3]).any()
+    assert (together[3] != all_images()[3]).any()
 
 
-@pytest.mark.parametrize(("precision", "most"), [("bf16", 4.0), ("fp16", 0.5)])
-def test_another_precision_is_near_and_as_much_a_function_of_its_key(
-    precision: str, most: float
+@pytest.mark.parametrize(("precision", "max_distance"), [("bf16", 4.0), ("fp16", 0.5)])
+def test_half_precision_is_close_and_independent_of_batch(
+    precision: str, max_distance: float
 ) -> None:
-    rounded = all_pictures(precision=precision)
+    rounded = all_images(precision=precision)
     alone = demo_sampler(precision=precision).generate(["d"], text_of(["d"]), [3])
     np.testing.assert_array_equal(alone[0], rounded[3])
-    distance = np.abs(rounded.astype(float) - all_pictures()).mean()
-    assert 0 < distance < most
+    distance = np.abs(rounded.astype(float) - all_images()).mean()
+    assert 0 < distance < max_distance
 
 
-def test_key_seed_and_text_each_change_a_picture() -> None:
-    first = all_pictures()[0]
+def test_key_seed_and_text_each_change_image() -> None:
+    first = all_images()[0]
     for key, text, seed in (("b", "a", 0), ("a", "b", 0), ("a", "a", 1)):
         other = demo_sampler().generate([key], text_of([text]), [seed])[0]
         assert (other != first).any()
 
 
-def test_the_settings_seed_is_the_default() -> None:
-    drawn = demo_sampler(seed=2).generate(["c"], text_of(["c"]))
-    np.testing.assert_array_equal(drawn[0], all_pictures()[2])
+def test_seed_defaults_to_sample_settings() -> None:
+    images = demo_sampler(seed=2).generate(["c"], text_of(["c"]))
+    np.testing.assert_array_equal(images[0], all_images()[2])
 
 
-def test_unidiffuser_draws_in_both_unconditional_modes(tmp_path: Any) -> None:
+def test_unidiffuser_generates_in_both_unconditional_modes(tmp_path: Any) -> None:
     sizes: dict[str, Any] = {"latent_size": 8, "dim": 16, "depth": 2, "num_heads": 2}
     sizes |= {"text_dim": 64, "clip_dim": 4}
     torch.manual_seed(0)
     save_weights(build_backbone("unidiffuser-v1", **sizes), tmp_path / "w.safetensors")
     weights = str(tmp_path / "w.safetensors")
     backbone = BackboneConfig(name="unidiffuser-v1", weights=weights, **sizes)
-    drawn = {}
+    images = {}
     for name, value in (("unconditional", "empty_token"), ("data_type", 0), ("seed", 0)):
         config = SampleConfig.model_validate(QUICK | {"guidance_scale": 8.0, name: value})
         sampler = Sampler(backbone, Vae("demo:vae", "kl"), config, EMPTY)
-        drawn[name] = sampler.generate(KEYS, text_of(KEYS))
-        np.testing.assert_array_equal(sampler.generate(["e"], text_of(["e"]))[0], drawn[name][4])
-    assert (drawn["unconditional"] != drawn["seed"]).any()
-    assert (drawn["data_type"] != drawn["seed"]).any()
+        images[name] = sampler.generate(KEYS, text_of(KEYS))
+        np.testing.assert_array_equal(sampler.generate(["e"], text_of(["e"]))[0], images[name][4])
+    assert (images["unconditional"] != images["seed"]).any()
+    assert (images["data_type"] != images["seed"]).any()
 
 
 @pytest.mark.parametrize(
     ("name", "variance"), [("ancestral", "beta"), ("ancestral_posterior", "posterior")]
 )
-def test_ancestral_sampling_takes_keyed_noise(name: str, variance: Any) -> None:
+def test_ancestral_sampler_uses_keyed_noise(name: str, variance: Any) -> None:
     x = torch.from_numpy(normal(0, "x", KEYS, 0, (2, 3)))
     draws = SampleDraws([0] * len(KEYS), KEYS)
 
@@ -137,13 +137,13 @@ def test_ancestral_sampling_takes_keyed_noise(name: str, variance: Any) -> None:
         ("sampler=ancestral", "needs num_steps=1000"),
     ],
 )
-def test_a_wrong_sampler_is_one_line(setting: str, message: str) -> None:
+def test_invalid_sampler_is_one_line_error(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         apply_settings(SampleConfig(), [setting])
     assert apply_settings(SampleConfig(), ["sampler=ancestral", "num_steps=1000"])
 
 
-def test_a_scheduler_that_there_is_not_is_refused_before_anything_is_loaded() -> None:
+def test_unknown_scheduler_is_rejected_before_loading_weights() -> None:
     config = SampleConfig(sampler="diffusers:DPMSolverMultistepsScheduler")
     backbone = BackboneConfig(name="uvit-s", weights="not there")
     with pytest.raises(ConfigError, match="has no such scheduler"):
@@ -151,18 +151,18 @@ def test_a_scheduler_that_there_is_not_is_refused_before_anything_is_loaded() ->
 
 
 @given(st.integers(1, 12))
-def test_a_grid_shows_every_picture_in_order(num: int) -> None:
+def test_grid_shows_every_image_in_order(num: int) -> None:
     pixels = np.arange(num * 2 * 3 * 3, dtype=np.uint8).reshape(num, 2, 3, 3) + 1
-    laid_out = grid(pixels)
-    columns = laid_out.shape[1] // 3
-    assert 0 <= columns - laid_out.shape[0] // 2 <= 1
-    for index, picture in enumerate(pixels):
+    layout = grid(pixels)
+    columns = layout.shape[1] // 3
+    assert 0 <= columns - layout.shape[0] // 2 <= 1
+    for index, image in enumerate(pixels):
         row, column = divmod(index, columns)
-        cell = laid_out[2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
-        np.testing.assert_array_equal(cell, picture)
+        cell = layout[2 * row : 2 * row + 2, 3 * column : 3 * column + 3]
+        np.testing.assert_array_equal(cell, image)
 
 
-def test_a_dialog_is_lines_or_json() -> None:
+def test_read_dialog_accepts_lines_or_json() -> None:
     lines = read_dialog("hello\n\n  a red hat \n")
     assert [turn.text for turn in lines] == ["hello", "a red hat"]
     turns = read_dialog('["hi", {"speaker": 1, "text": "you"}]')
@@ -176,13 +176,13 @@ def test_a_dialog_is_lines_or_json() -> None:
         assert len(str(caught.value).splitlines()) == 1
 
 
-def _said(who: str, what: str) -> list[dict[str, Any]]:
-    """A question and its answer, which shows a picture."""
-    users, bots = ("human", "gpt") if who == "from" else ("user", "assistant")
-    return [{who: users, what: "show me"}, {who: bots, what: "<image>\nhere"}]
+def _messages(role_key: str, text_key: str) -> list[dict[str, Any]]:
+    """Return a question and its answer, which shows an image."""
+    users, bots = ("human", "gpt") if role_key == "from" else ("user", "assistant")
+    return [{role_key: users, text_key: "show me"}, {role_key: bots, text_key: "<image>\nhere"}]
 
 
-MESSAGES = _said("role", "content")
+MESSAGES = _messages("role", "content")
 RECORDS: dict[str, Any] = {
     "plain": {
         "turns": [
@@ -191,9 +191,9 @@ RECORDS: dict[str, Any] = {
         ]
     },
     "marks": {"messages": [{"role": "system", "content": "x"}, *MESSAGES], "images": ["1.jpg"]},
-    "sharegpt": {"id": 1, "conversations": _said("from", "value"), "image": "1.jpg"},
+    "sharegpt": {"id": 1, "conversations": _messages("from", "value"), "image": "1.jpg"},
     "listed messages": [MESSAGES[0], {"role": "assistant", "content": "here"}],
-    "array": [{"conversations": _said("role", "content"), "images": ["1.jpg"]}],
+    "array": [{"conversations": _messages("role", "content"), "images": ["1.jpg"]}],
     "mmdialog": {
         "conversation_id": 1,
         "conversation": [
@@ -214,7 +214,7 @@ RECORDS: dict[str, Any] = {
 
 @pytest.mark.parametrize("form", RECORDS)
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_dialog_to_draw_may_be_a_record_of_any_corpus(form: str, indent: int | None) -> None:
+def test_read_dialog_accepts_record_of_any_corpus(form: str, indent: int | None) -> None:
     turns = read_dialog(json.dumps(RECORDS[form], indent=indent) + "\n")
     assert linearize(turns, "letters") == "A: show me B: here"
 
@@ -228,7 +228,7 @@ def test_a_dialog_to_draw_may_be_a_record_of_any_corpus(form: str, indent: int |
         '{"turns": [{"txt": "a", "images": ["1.jpg"]}]}',
     ],
 )
-def test_words_of_a_record_are_never_lost_unsaid(wrong: str) -> None:
+def test_read_dialog_rejects_malformed_records(wrong: str) -> None:
     with pytest.raises(DataError, match="the dialog"):
         read_dialog(wrong)
 
@@ -236,17 +236,17 @@ def test_words_of_a_record_are_never_lost_unsaid(wrong: str) -> None:
 @pytest.mark.parametrize(
     "empty", [np.zeros((154, 64), np.float16), np.zeros((77, 768), np.float16)]
 )
-def test_text_latents_of_another_shape_are_refused(empty: NDArray[np.float16]) -> None:
+def test_text_latents_of_wrong_shape_are_rejected(empty: NDArray[np.float16]) -> None:
     backbone = BackboneConfig(name="uvit-s", weights="demo:backbone")
-    with pytest.raises(ConfigError, match=r"the text latents are .*, expected \(77, 64\)"):
+    with pytest.raises(ConfigError, match=r"text latents: got shape .*, expected \(77, 64\)"):
         Sampler(backbone, Vae("demo:vae", "kl"), SampleConfig.model_validate(QUICK), empty)
 
 
-def test_a_conversation_that_cannot_be_read_is_one_line() -> None:
+def test_unreadable_dialog_is_one_line_error() -> None:
     command = [*COMMAND, "sample", "--run", "none", "--dialog", "-"]
-    shut = subprocess.run([*SHELL_WITHOUT_STDIN, *command], capture_output=True, check=False)
+    closed = subprocess.run([*SHELL_WITHOUT_STDIN, *command], capture_output=True, check=False)
     garbled = subprocess.run(command, input=b"\xff\xfe", capture_output=True, check=False)
-    for done, message in ((shut, b"stdin is closed"), (garbled, b"can't decode")):
+    for done, message in ((closed, b"stdin is closed"), (garbled, b"can't decode")):
         assert done.returncode == 2
         assert message in done.stderr
         assert len(done.stderr.splitlines()) == 1

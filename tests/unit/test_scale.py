@@ -1,4 +1,4 @@
-"""The simulation of jobs on clusters behaves as they do, and its page holds what it prints."""
+"""The simulation of cluster jobs behaves as the jobs do, and docs/scale.md holds its output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _load_program(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look for their own module.
+    # Its dataclasses look up their own module.
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
@@ -60,20 +60,20 @@ def time_of(name: str, costs: Any, num: int, num_nodes: int) -> float:
     return found
 
 
-def twice_as_good(thing: str) -> Any:
-    """What would be if there were twice as much of one thing."""
-    changed = {name: 2 * getattr(WITHOUT_LOSSES, name) for name in FASTER.get(thing, ())}
-    changed |= {name: getattr(WITHOUT_LOSSES, name) / 2 for name in CHEAPER.get(thing, ())}
+def double_resource(resource: str) -> Any:
+    """Return the costs with twice as much of one resource."""
+    changed = {name: 2 * getattr(WITHOUT_LOSSES, name) for name in FASTER.get(resource, ())}
+    changed |= {name: getattr(WITHOUT_LOSSES, name) / 2 for name in CHEAPER.get(resource, ())}
     return WITHOUT_LOSSES.but(**changed)
 
 
-def test_the_page_holds_what_the_costs_give() -> None:
+def test_scale_page_matches_simulation() -> None:
     page = (ROOT / "docs" / "scale.md").read_text()
     printed = page.partition(scale.BEGIN)[2].partition(scale.END)[0]
     assert printed == f"\n{scale.all_tables(COSTS)}\n"
 
 
-def test_the_pages_commands_parse() -> None:
+def test_scale_page_commands_parse() -> None:
     page = (ROOT / "docs" / "scale.md").read_text()
     blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
@@ -84,12 +84,12 @@ def test_the_pages_commands_parse() -> None:
         parsers[program].parse_args(words)
 
 
-def test_what_was_held_out_is_none_of_what_was_fitted() -> None:
+def test_held_out_measurements_are_disjoint_from_fitted() -> None:
     kinds = [{run["times"] for run in COSTS.record[part]} for part in ("fitted", "held_out")]
     assert kinds == [set(scale_costs.FITTED), set(scale_costs.HELD_OUT)]
 
 
-def test_what_was_held_out_is_predicted_within_a_quarter() -> None:
+def test_held_out_times_are_predicted_within_25_percent() -> None:
     rows = scale.held_out(COSTS.record)
     assert {(row["stage"], row["times"]) for row in rows} == {
         (stage, times) for stage in scale_costs.NUM_UNITS for times in scale_costs.HELD_OUT
@@ -107,7 +107,7 @@ def test_more_nodes_are_not_slower(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_twice_as_many_instances_take_twice_as_long_beside_the_start(name: str) -> None:
+def test_time_is_linear_in_number_of_instances(name: str) -> None:
     once, twice, thrice = (time_of(name, WITHOUT_LOSSES, times * NUM, 4) for times in (1, 2, 3))
     assert thrice - twice == pytest.approx(twice - once, rel=0.1)
 
@@ -120,26 +120,28 @@ def test_lost_nodes_only_add_time(name: str) -> None:
     assert some <= 1.001 * many
 
 
-@pytest.mark.parametrize("trouble", ["passing_share", "dead_share", "store_error_share"])
-def test_trouble_only_adds_time(trouble: str) -> None:
+@pytest.mark.parametrize("failure_share", ["passing_share", "dead_share", "store_error_share"])
+def test_failures_only_add_time(failure_share: str) -> None:
     for name in CASES:
-        worse = COSTS.but(**{trouble: 0.5})
+        worse = COSTS.but(**{failure_share: 0.5})
         assert time_of(name, worse, NUM, 4) >= 0.999 * time_of(name, COSTS, NUM, 4)
 
 
-# 128 ranks cannot share UniDiffuser's batch.
-PLACES = [(n, k) for n in CASES for k in (1, 4, 16) if (n, k) != ("train-unidiffuser", 16)]
+# 128 ranks cannot divide UniDiffuser's batch evenly.
+NAMES_AND_NODES = [(n, k) for n in CASES for k in (1, 4, 16) if (n, k) != ("train-unidiffuser", 16)]
 
 
-@pytest.mark.parametrize(("name", "num_nodes"), PLACES)
-def test_more_of_the_bottleneck_helps_most(name: str, num_nodes: int) -> None:
+@pytest.mark.parametrize(("name", "num_nodes"), NAMES_AND_NODES)
+def test_doubling_bottleneck_helps_most(name: str, num_nodes: int) -> None:
     found = scale.CASES[name].simulate(WITHOUT_LOSSES, NUM, num_nodes)
-    things = [*FASTER, *CHEAPER]
-    assert found.bottleneck in things
-    times = {thing: time_of(name, twice_as_good(thing), NUM, num_nodes) for thing in things}
-    # What is about as busy may help as much.
-    as_busy = [t for t in things if found.shares.get(t, 0.0) > 0.9 * max(found.shares.values())]
-    assert min(times[thing] for thing in as_busy) <= 1.01 * min(times.values())
+    resources = [*FASTER, *CHEAPER]
+    assert found.bottleneck in resources
+    times = {
+        resource: time_of(name, double_resource(resource), NUM, num_nodes) for resource in resources
+    }
+    # Resources that are about as busy may help as much.
+    as_busy = [t for t in resources if found.shares.get(t, 0.0) > 0.9 * max(found.shares.values())]
+    assert min(times[resource] for resource in as_busy) <= 1.01 * min(times.values())
     assert times[found.bottleneck] < 0.99 * found.time_s
 
 
@@ -151,7 +153,7 @@ def test_more_of_the_bottleneck_helps_most(name: str, num_nodes: int) -> None:
     finish_s=st.floats(0.1, 5.0),
     lost_every_s=st.floats(20.0, 200.0),
 )
-def test_every_task_is_finished_once_whatever_is_lost(
+def test_every_task_finishes_once_despite_lost_nodes(
     num_tasks: int,
     num_nodes: int,
     lanes: int,
@@ -170,38 +172,38 @@ def test_every_task_is_finished_once_whatever_is_lost(
         assert found.busy_s["feeders"] <= found.time_s + 1e-6
 
 
-def test_without_anything_to_wait_for_the_rounds_are_counted() -> None:
+def test_pipeline_time_without_waits_is_number_of_rounds() -> None:
     site = scale.Site(num_nodes=2, num_cores=2, num_producers=0, num_consumers=4)
     assert scale.Flowing(scale.Task(0.0, 3.0), 9, site).run().time_s == 9.0
-    fed = scale.Site(num_nodes=1, num_cores=8, num_producers=1, num_consumers=1)
-    # One is fed while the one before is finished: 2 + 10 x 3.
-    assert scale.Flowing(scale.Task(2.0, 3.0), 10, fed).run().time_s == 32.0
+    with_producer = scale.Site(num_nodes=1, num_cores=8, num_producers=1, num_consumers=1)
+    # The producer works on one task while the consumer works on the one before: 2 + 10 x 3.
+    assert scale.Flowing(scale.Task(2.0, 3.0), 10, with_producer).run().time_s == 32.0
 
 
-def test_training_goes_back_to_its_checkpoint_when_a_node_is_lost() -> None:
+def test_training_resumes_from_checkpoint_after_node_loss() -> None:
     walk = scale.Walk(1.0, 0.0, num_checkpoint_steps=10, lost_every_s=25.0, back_s=4.0)
-    # Two checkpoints, 5 seconds in vain, 4 to come back, the last ten steps.
+    # Two checkpoints, 5 lost seconds, 4 to restart, and the last ten steps.
     assert walk.time_s(30) == 25.0 + 4.0 + 10.0
-    hopeless = scale.Walk(1.0, 0.0, num_checkpoint_steps=30, lost_every_s=25.0, back_s=4.0)
-    assert hopeless.time_s(60) == math.inf
+    endless = scale.Walk(1.0, 0.0, num_checkpoint_steps=30, lost_every_s=25.0, back_s=4.0)
+    assert endless.time_s(60) == math.inf
 
 
-def test_ranks_that_cannot_share_the_batch_are_refused_as_d2i_does() -> None:
+def test_ranks_that_cannot_share_batch_are_rejected_as_in_d2i() -> None:
     found = scale.CASES["train-unidiffuser"].simulate(COSTS, NUM, 16)
     config = load_recipe("unidiffuser-v1-mmdialog").train
     assert found.refused == "128 ranks cannot share a batch of 800"
-    with pytest.raises(ConfigError, match="800, which 128 ranks cannot share"):
+    with pytest.raises(ConfigError, match="800, which 128 ranks cannot split evenly"):
         config.accumulation(128)
 
 
-def test_a_limit_is_where_its_own_numbers_put_it() -> None:
+def test_each_limit_scales_with_its_own_resource() -> None:
     roomy = COSTS.but(mapped_shards=2 * COSTS.mapped_shards, driver_bytes=2 * COSTS.driver_bytes)
     before = {one.what: one.num_instances for one in scale.limits(COSTS)}
     after = {one.what: one.num_instances for one in scale.limits(roomy)}
-    doubled = {what for what in before if after[what] == pytest.approx(2 * before[what])}
+    doubled = {name for name in before if after[name] == pytest.approx(2 * before[name])}
     assert doubled == {
         "the driver's memory, at the end of a split",
         "the driver's memory, for scores",
         "maps: a shard is opened for nearly each sample",
     }
-    assert all(after[what] == before[what] for what in set(before) - doubled)
+    assert all(after[name] == before[name] for name in set(before) - doubled)

@@ -1,4 +1,4 @@
-"""What `d2i.shards` promises: the same bytes, any order, every damage found, nothing trusted."""
+"""Shards: deterministic bytes, reads in any order, all damage found, no input trusted."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ JPEG = b"\xff\xd8\xff\xe0 not decoded here"
 
 
 def make_sample(number: int, *, image: str | None = "jpg", seed: int = 0) -> Sample:
-    """Make a small sample of random numbers, any bit pattern but no NaN."""
+    """Make a small sample of random arrays without NaN."""
     random = np.random.default_rng((seed, number))
     key = f"train-{number}-0-0"
     members = {
@@ -63,33 +63,35 @@ def make_sample(number: int, *, image: str | None = "jpg", seed: int = 0) -> Sam
     return Sample(key, members)
 
 
-def make_data(folder: Path, *counts: int) -> Manifest:
-    """Write a data set of shards with so many samples each."""
+def make_data(directory: Path, *counts: int) -> Manifest:
+    """Write a data set of one shard for each count of samples."""
     first = np.cumsum([0, *counts])
     for index, count in enumerate(counts):
         samples = [make_sample(int(first[index]) + number) for number in range(count)]
-        write_shard(samples, str(folder), index, failures={"timeout": 2}, fingerprint=FINGERPRINT)
+        write_shard(
+            samples, str(directory), index, failures={"timeout": 2}, fingerprint=FINGERPRINT
+        )
     for name, array in (
         ("tokens", np.full(77, 49407, np.uint16)),
         ("text", np.ones((77, 6), np.float16)),
     ):
-        storage.write_bytes(str(folder / f"empty_{name}.npy"), npy_bytes(array))
-    return write_manifest(str(folder), FINGERPRINT)
+        storage.write_bytes(str(directory / f"empty_{name}.npy"), npy_bytes(array))
+    return write_manifest(str(directory), FINGERPRINT)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def reasons(folder: Path) -> set[tuple[str, str]]:
-    return {(Path(p.file).suffix, p.reason) for p in verify(str(folder)).problems}
+def reasons(directory: Path) -> set[tuple[str, str]]:
+    return {(Path(p.file).suffix, p.reason) for p in verify(str(directory)).problems}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder, 3, 0, 4, 1)
-    return folder
+    directory = tmp_path_factory.mktemp("data")
+    make_data(directory, 3, 0, 4, 1)
+    return directory
 
 
 @pytest.fixture
@@ -103,7 +105,7 @@ def copy(data: Path, tmp_path: Path) -> Path:
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple),
     dtype=st.sampled_from([np.float16, np.uint16]),
 )
-def test_npy_bytes_are_numpy_s_and_come_back(shape: tuple[int, ...], dtype: Any) -> None:
+def test_npy_bytes_round_trip_and_load_in_numpy(shape: tuple[int, ...], dtype: Any) -> None:
     array: Any = np.random.default_rng(0).integers(0, 2000, shape).astype(dtype)
     encoded = npy_bytes(array)
     assert len(encoded) == 128 + array.nbytes
@@ -114,7 +116,7 @@ def test_npy_bytes_are_numpy_s_and_come_back(shape: tuple[int, ...], dtype: Any)
 
 
 @given(st.binary(max_size=300), st.integers(0, 127), st.integers(1, 255))
-def test_npy_reader_takes_nothing_else(junk: bytes, position: int, flip: int) -> None:
+def test_npy_array_rejects_corrupted_bytes(junk: bytes, position: int, flip: int) -> None:
     good = bytearray(npy_bytes(np.zeros((2, 3), np.float16)))
     good[position] ^= flip
     for hostile in (junk, bytes(good)):
@@ -122,7 +124,7 @@ def test_npy_reader_takes_nothing_else(junk: bytes, position: int, flip: int) ->
             npy_array(hostile)
 
 
-def test_npy_of_other_kinds_is_refused() -> None:
+def test_npy_rejects_pickle_and_other_dtypes() -> None:
     pickled = io.BytesIO()
     np.save(pickled, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ShardError):
@@ -155,7 +157,7 @@ BAD_MEMBERS: dict[str, tuple[str, bytes | None]] = {
 
 
 @pytest.mark.parametrize("name", BAD_MEMBERS)
-def test_bad_samples_leave_no_file(name: str, tmp_path: Path) -> None:
+def test_invalid_sample_leaves_no_file(name: str, tmp_path: Path) -> None:
     suffix, content = BAD_MEMBERS[name]
     good, bad = make_sample(0), make_sample(1)
     members = {key: value for key, value in bad.members.items() if key != suffix}
@@ -167,19 +169,19 @@ def test_bad_samples_leave_no_file(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "-1", "a.b", "a/b", "..", "a" * 89, "ü", "a\n"])
-def test_bad_keys_leave_no_file(key: str, tmp_path: Path) -> None:
+def test_invalid_key_leaves_no_file(key: str, tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="tar member"):
         write_shard([Sample(key, make_sample(0).members)], str(tmp_path), 0, failures={})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_repeated_key_leaves_no_file(tmp_path: Path) -> None:
+def test_duplicate_key_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="twice"):
         write_shard([make_sample(0), make_sample(0)], str(tmp_path), 0, failures={})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_same_samples_same_bytes_whatever_the_order_of_shards(tmp_path: Path) -> None:
+def test_shard_bytes_are_independent_of_write_order(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     make_data(one, 2, 3)
     for index, numbers in ((1, (2, 3, 4)), (0, (0, 1))):
@@ -194,13 +196,13 @@ def test_same_samples_same_bytes_whatever_the_order_of_shards(tmp_path: Path) ->
     }
 
 
-def test_finished_data_is_not_written_again(copy: Path) -> None:
+def test_write_manifest_does_not_rewrite_finished_data(copy: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in copy.iterdir()}
     write_manifest(str(copy), FINGERPRINT)
     assert {path.name: path.stat().st_mtime_ns for path in copy.iterdir()} == before
 
 
-def test_tar_is_the_standard_library_s(data: Path) -> None:
+def test_tar_headers_match_tarfile(data: Path) -> None:
     for path in data.glob("*.tar"):
         with tarfile.open(path, "r:") as file:
             members = file.getmembers()
@@ -218,7 +220,7 @@ def test_tar_is_the_standard_library_s(data: Path) -> None:
             assert not any(header[329:])
 
 
-def test_webdataset_reads_the_same(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_webdataset_reads_same_samples(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WDS_SECURE", "1")
     wds = pytest.importorskip("webdataset")
     reader = ShardReader(str(data))
@@ -232,7 +234,7 @@ def test_webdataset_reads_the_same(data: Path, monkeypatch: pytest.MonkeyPatch) 
             np.testing.assert_array_equal(sample[f"{name}.npy"], array[0])
 
 
-def test_manifest_is_the_fold_of_the_commits(data: Path) -> None:
+def test_manifest_merges_commits(data: Path) -> None:
     manifest = read_manifest(str(data))
     assert [shard.num_samples for shard in manifest.shards] == [3, 0, 4, 1]
     assert manifest.shards == tuple(read_commits(str(data)))
@@ -245,9 +247,7 @@ def test_manifest_is_the_fold_of_the_commits(data: Path) -> None:
 
 
 @pytest.mark.parametrize("counts", [(), (1,), (2, 0, 1)])
-def test_a_manifest_written_shard_by_shard_is_canonical(
-    counts: tuple[int, ...], tmp_path: Path
-) -> None:
+def test_streamed_manifest_is_canonical_json(counts: tuple[int, ...], tmp_path: Path) -> None:
     fingerprint = {"a": '"shards": []\n', "z": [[], {"shards": []}]}
     for index, count in enumerate(counts):
         samples = [make_sample(10 * index + number) for number in range(count)]
@@ -257,27 +257,27 @@ def test_a_manifest_written_shard_by_shard_is_canonical(
     assert read_manifest(str(tmp_path)) == manifest
 
 
-def test_a_supplement_takes_back_failures(copy: Path) -> None:
-    mended = {"timeout": -2, "http": 1}
-    write_shard([make_sample(99)], str(copy), 4, failures=mended, fingerprint=FINGERPRINT)
+def test_supplement_subtracts_failures(copy: Path) -> None:
+    failures_delta = {"timeout": -2, "http": 1}
+    write_shard([make_sample(99)], str(copy), 4, failures=failures_delta, fingerprint=FINGERPRINT)
     assert write_manifest(str(copy), FINGERPRINT).failures == {"timeout": 6, "http": 1}
     assert verify(str(copy)).ok
 
 
-def test_disagreeing_shards_are_refused(copy: Path) -> None:
+def test_manifest_rejects_shards_with_other_arrays(copy: Path) -> None:
     members = {s: b for s, b in make_sample(9).members.items() if s != "text.npy"}
     write_shard([Sample("k", members)], str(copy), 4, failures={})
     with pytest.raises(ShardError, match="other settings"):
         write_manifest(str(copy), FINGERPRINT)
 
 
-def test_shards_of_another_fingerprint_are_not_folded(copy: Path) -> None:
+def test_manifest_rejects_shards_of_other_fingerprint(copy: Path) -> None:
     with pytest.raises(ShardError, match="another fingerprint"):
         write_manifest(str(copy), {**FINGERPRINT, "text": {}})
 
 
 @pytest.mark.parametrize("point", ["shard.written", "shard.tar", "shard.index", "shard.commit"])
-def test_a_failed_attempt_is_made_good(point: Point, tmp_path: Path) -> None:
+def test_failed_shard_write_is_recovered(point: Point, tmp_path: Path) -> None:
     samples = [make_sample(number) for number in range(3)]
     with pytest.raises(FaultError):
         write_shard(samples, str(tmp_path), 0, failures={}, fault=Fault(point, "error", 1).reach)
@@ -290,7 +290,7 @@ def test_a_failed_attempt_is_made_good(point: Point, tmp_path: Path) -> None:
     assert verify(str(tmp_path)).problems == ()
 
 
-def test_a_manifest_cut_short_is_made_good(copy: Path) -> None:
+def test_interrupted_manifest_write_is_recovered(copy: Path) -> None:
     write_shard([make_sample(99)], str(copy), 4, failures={}, fingerprint=FINGERPRINT)
     with pytest.raises(FaultError):
         write_manifest(str(copy), FINGERPRINT, fault=Fault("manifest.checksum", "error", 1).reach)
@@ -307,23 +307,25 @@ def test_a_manifest_cut_short_is_made_good(copy: Path) -> None:
     image=st.sampled_from([None, "jpg", "png", "webp", "gif"]),
     order=st.randoms(use_true_random=False),
 )
-def test_what_was_written_is_read(
+def test_shards_round_trip(
     tmp_path_factory: pytest.TempPathFactory,
     counts: list[int],
     stored: set[str],
     image: str | None,
     order: Any,
 ) -> None:
-    folder = tmp_path_factory.mktemp("round")
+    directory = tmp_path_factory.mktemp("round")
     samples: list[Sample] = []
     for index, count in enumerate(counts):
-        made = [make_sample(len(samples) + number, image=image) for number in range(count)]
+        shard_samples = [make_sample(len(samples) + number, image=image) for number in range(count)]
         kept = {"json", image, *(f"{name}.npy" for name in stored)}
-        made = [Sample(s.key, {m: b for m, b in s.members.items() if m in kept}) for s in made]
-        write_shard(made, str(folder), index, failures={})
-        samples += made
-    write_manifest(str(folder), {})
-    reader = ShardReader(str(folder))
+        shard_samples = [
+            Sample(s.key, {m: b for m, b in s.members.items() if m in kept}) for s in shard_samples
+        ]
+        write_shard(shard_samples, str(directory), index, failures={})
+        samples += shard_samples
+    write_manifest(str(directory), {})
+    reader = ShardReader(str(directory))
     assert list(reader.keys) == [sample.key for sample in samples]
     assert len(reader) == len(reader.keys) == len(samples)
     indices = order.choices(range(len(samples)), k=9) if samples else []
@@ -337,10 +339,10 @@ def test_what_was_written_is_read(
         assert reader.read_json(index) == json.loads(samples[index].members["json"])
         assert reader.read_image(index) == (samples[index].members[image] if image else None)
         assert reader.keys[index] == samples[index].key
-    assert verify(str(folder)).ok
+    assert verify(str(directory)).ok
 
 
-def test_selection_and_bounds(data: Path) -> None:
+def test_reader_selects_arrays_and_checks_indices(data: Path) -> None:
     reader = ShardReader(str(data), FINGERPRINT)
     assert list(reader.read(np.array([5, 5]), ["tokens"])) == ["tokens"]
     assert {name: array.shape for name, array in reader.read([]).items()} == {
@@ -360,20 +362,20 @@ def test_selection_and_bounds(data: Path) -> None:
     assert reader.empty_text.shape == (77, 6)
 
 
-def test_another_fingerprint_is_refused_by_field(data: Path) -> None:
+def test_fingerprint_mismatch_error_names_fields(data: Path) -> None:
     expected = {"image": {"vae": "ab12", "resolution": 64}, "text": {"num_windows": 1}, "new": 1}
     with pytest.raises(ShardError, match=r"image\.resolution: 32, expected 64; new: absent") as err:
         ShardReader(str(data), expected)
     assert "vae" not in str(err.value)
 
 
-def test_unfinished_data_is_refused(copy: Path) -> None:
+def test_unfinished_data_is_rejected(copy: Path) -> None:
     (copy / "manifest.json.sha256").unlink()
     with pytest.raises(ShardError, match="same `d2i preprocess` command"):
         ShardReader(str(copy))
 
 
-def test_threads_share_a_reader(data: Path) -> None:
+def test_threads_share_reader(data: Path) -> None:
     expected = ShardReader(str(data)).read(range(8))
     reader = ShardReader(str(data))
 
@@ -386,7 +388,7 @@ def test_threads_share_a_reader(data: Path) -> None:
         assert all(pool.map(read, range(200)))
 
 
-def test_no_file_stays_open(tmp_path: Path) -> None:
+def test_reader_keeps_no_file_open(tmp_path: Path) -> None:
     open_files = Path("/proc/self/fd")
     if not open_files.is_dir():
         pytest.skip("no list of open files here")
@@ -397,33 +399,33 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     assert len(list(open_files.iterdir())) <= before + 1
 
 
-def test_few_of_many_shards_are_mapped_at_once(
+def test_max_mapped_shards_limits_open_maps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maps, num_shards, most = Path("/proc/self/maps"), 24, 5
+    maps, num_shards, max_mapped = Path("/proc/self/maps"), 24, 5
     if not maps.exists():
         pytest.skip("no list of maps here")
     make_data(tmp_path, *[1] * num_shards)
     expected = ShardReader(str(tmp_path)).read(range(num_shards))
-    monkeypatch.setattr("d2i.shards.mmap_shards.max_mapped_shards", lambda: most)
+    monkeypatch.setattr("d2i.shards.mmap_shards.max_mapped_shards", lambda: max_mapped)
     reader = ShardReader(str(tmp_path))
 
     def read(seed: int) -> bool:
         order = np.random.default_rng(seed).permutation(num_shards)
         batch = reader.read(order)
-        keys = [reader.keys[place] for place in order[:6]]
+        keys = [reader.keys[position] for position in order[:6]]
         return np.array_equal(batch["clip"], expected["clip"][order]) and keys == [
-            make_sample(int(place)).key for place in order[:6]
+            make_sample(int(position)).key for position in order[:6]
         ]
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(read, range(40)))
-    # Those of a shard that is open, and of one whose index alone was asked for.
+    # Maps of open shards, and of shards whose index alone was read.
     mapped = [line for line in maps.read_text().splitlines() if str(tmp_path) in line]
-    assert 0 < len(mapped) <= 3 * most
+    assert 0 < len(mapped) <= 3 * max_mapped
 
 
-def test_shards_elsewhere_are_cached(
+def test_remote_shards_are_cached(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"memory://{tmp_path.name}/data"
@@ -440,22 +442,22 @@ def test_shards_elsewhere_are_cached(
     assert verify(url).ok
 
 
-def test_reading_needs_neither_torch_nor_ray() -> None:
+def test_shards_import_neither_torch_nor_ray() -> None:
     code = "import sys, d2i.shards; sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_good_data_has_no_problem(data: Path) -> None:
+def test_verify_reports_no_problem_for_good_data(data: Path) -> None:
     seen: list[tuple[int, int]] = []
     report = verify(str(data), num_workers=2, on_progress=lambda *at: seen.append(at))
     assert (report.num_shards, report.num_samples, report.problems) == (4, 8, ())
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_what_webdataset_reads_without_a_word_is_found(
+def test_verify_finds_damage_that_webdataset_misses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut at a sample, a bit flipped, shards swapped: no reader of plain tars can tell."""
+    """Truncated at a sample, a bit flipped, shards swapped: no plain tar reader can detect it."""
     monkeypatch.setenv("WDS_SECURE", "1")
     wds = pytest.importorskip("webdataset")
     make_data(tmp_path, 3, 3)
@@ -481,7 +483,7 @@ def test_what_webdataset_reads_without_a_word_is_found(
     assert verify(str(tmp_path)).ok
 
 
-def test_a_shard_under_another_s_name_is_not_read(tmp_path: Path) -> None:
+def test_swapped_shard_is_not_read(tmp_path: Path) -> None:
     make_data(tmp_path, 3, 3)
     one, two = sorted(tmp_path.glob("*.tar"))
     one.write_bytes(two.read_bytes())
@@ -501,7 +503,7 @@ def small(tmp_path: Path) -> Path:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(pick=st.integers(0), bit=st.integers(0))
-def test_every_flipped_bit_is_found(small: Path, pick: int, bit: int) -> None:
+def test_verify_finds_every_flipped_bit(small: Path, pick: int, bit: int) -> None:
     files = sorted(small.iterdir())
     path = files[pick % len(files)]
     good = path.read_bytes()
@@ -521,7 +523,7 @@ def test_every_flipped_bit_is_found(small: Path, pick: int, bit: int) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(pick=st.integers(0), length=st.integers(0))
-def test_every_cut_is_found_and_never_read(small: Path, pick: int, length: int) -> None:
+def test_truncated_file_is_found_and_never_read(small: Path, pick: int, length: int) -> None:
     expected = ShardReader(str(small)).read([0, 1])
     files = sorted(small.iterdir())
     path = files[pick % len(files)]
@@ -541,7 +543,7 @@ def test_every_cut_is_found_and_never_read(small: Path, pick: int, length: int) 
     assert all(np.array_equal(batch[name], expected[name]) for name in expected)
 
 
-def test_missing_and_unlisted_files_are_found(copy: Path) -> None:
+def test_verify_finds_missing_and_unlisted_files(copy: Path) -> None:
     (copy / "plan").mkdir()
     (copy / "ledger").mkdir()
     assert verify(str(copy)).ok
@@ -570,17 +572,17 @@ BAD_METADATA: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_METADATA)
-def test_metadata_that_is_not_the_sample_s_is_found(case: str, tmp_path: Path) -> None:
-    changes, told = BAD_METADATA[case]
+def test_verify_finds_invalid_sample_metadata(case: str, tmp_path: Path) -> None:
+    changes, message = BAD_METADATA[case]
     sample = make_sample(0, image=None)
     members = {**sample.members, "json": json_bytes(metadata(sample.key, **changes))}
     write_shard([Sample(sample.key, members)], str(tmp_path), 0, failures={})
     write_manifest(str(tmp_path), {})
     (problem,) = verify(str(tmp_path)).problems
-    assert problem.reason == "member" and told in problem.detail
+    assert problem.reason == "member" and message in problem.detail
 
 
-def test_features_of_the_empty_text_are_checked(copy: Path) -> None:
+def test_manifest_rejects_invalid_empty_text_features(copy: Path) -> None:
     for name, bad in (
         ("empty_text.npy", np.full((77, 6), np.inf, np.float16)),
         ("empty_tokens.npy", np.full(77, 65535, np.uint16)),
@@ -593,38 +595,38 @@ def test_features_of_the_empty_text_are_checked(copy: Path) -> None:
         (copy / name).write_bytes(good)
 
 
-def test_of_all_shards_few_are_held(tmp_path: Path) -> None:
+def test_verify_holds_few_indexes_in_memory(tmp_path: Path) -> None:
     num_shards, num_workers = 24, 3
     make_data(tmp_path, *[1] * num_shards)
-    held: list[int] = []
+    num_indexes: list[int] = []
 
     def count(done: int, num: int) -> None:
-        assert (done, num) == (len(held) + 1, num_shards)
-        held.append(sum(type(found) is Index for found in gc.get_objects()))
+        assert (done, num) == (len(num_indexes) + 1, num_shards)
+        num_indexes.append(sum(type(found) is Index for found in gc.get_objects()))
 
     before = sum(type(found) is Index for found in gc.get_objects())
     assert verify(str(tmp_path), num_workers=num_workers, on_progress=count).ok
-    assert max(held) - before <= num_workers + 2
+    assert max(num_indexes) - before <= num_workers + 2
 
 
-def test_keys_in_two_shards_are_found(tmp_path: Path) -> None:
+def test_verify_finds_key_in_two_shards(tmp_path: Path) -> None:
     for index in range(2):
         write_shard([make_sample(0, seed=index)], str(tmp_path), index, failures={})
     write_manifest(str(tmp_path), {})
     assert reasons(tmp_path) == {(".tar", "duplicate")}
 
 
-def test_a_damaged_commit_stops_the_fold(copy: Path) -> None:
+def test_manifest_rejects_damaged_commit(copy: Path) -> None:
     path = next(copy.glob("*.commit.json"))
     path.write_bytes(path.read_bytes().replace(b'"timeout": 2', b'"timeout": "2"'))
     with pytest.raises(ShardError, match=r"failures\.timeout"):
         write_manifest(str(copy), FINGERPRINT)
 
 
-def forge(folder: Path, tar: bytes, index: bytes, **changes: Any) -> None:
+def forge(directory: Path, tar: bytes, index: bytes, **changes: Any) -> None:
     """Replace the only shard of a data set and make every recorded hash and size agree."""
-    (old,) = read_commits(str(folder))
-    for path in folder.glob(f"{old.name}*"):
+    (old,) = read_commits(str(directory))
+    for path in directory.glob(f"{old.name}*"):
         path.unlink()
     info = file_info(tar)
     record = old.model_dump(mode="json") | {
@@ -634,11 +636,11 @@ def forge(folder: Path, tar: bytes, index: bytes, **changes: Any) -> None:
         **changes,
     }
     name = record["name"]
-    (folder / f"{name}.tar").write_bytes(tar)
-    (folder / f"{name}.arrow").write_bytes(index)
+    (directory / f"{name}.tar").write_bytes(tar)
+    (directory / f"{name}.arrow").write_bytes(index)
     canonical = json.dumps(record, sort_keys=True, indent=1) + "\n"
-    (folder / f"{name}.commit.json").write_text(canonical)
-    write_manifest(str(folder), {})
+    (directory / f"{name}.commit.json").write_text(canonical)
+    write_manifest(str(directory), {})
 
 
 @pytest.fixture
@@ -649,10 +651,10 @@ def single(tmp_path: Path) -> Path:
 
 
 def rebuild(
-    folder: Path, change: Callable[[tarfile.TarInfo], None]
+    directory: Path, change: Callable[[tarfile.TarInfo], None]
 ) -> tuple[bytes, list[IndexRow]]:
-    """Write the shard again with the standard library, changing headers; index rows to match."""
-    (path,) = folder.glob("*.tar")
+    """Rewrite the shard with tarfile, changing headers; return it and its index rows."""
+    (path,) = directory.glob("*.tar")
     out = io.BytesIO()
     rows: dict[str, dict[str, Extent]] = {}
     with tarfile.open(path) as source, tarfile.open(fileobj=out, mode="w:") as target:
@@ -698,7 +700,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_tars_are_found(single: Path, name: str) -> None:
+def test_verify_finds_hostile_tars(single: Path, name: str) -> None:
     tar, rows = rebuild(single, HOSTILE[name])
     forge(single, tar, index_bytes(rows))
     assert (".tar", "structure") in reasons(single)
@@ -706,8 +708,8 @@ def test_hostile_tars_are_found(single: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["link", "device", "setuid"])
 @pytest.mark.parametrize("suffix", ["moments.npy", "json", "jpg"])
-def test_a_hostile_member_amid_others_is_not_read(name: str, suffix: str, tmp_path: Path) -> None:
-    """Whichever sample it is of, and with all checksums forged to fit."""
+def test_hostile_member_is_not_read(name: str, suffix: str, tmp_path: Path) -> None:
+    """Whatever the member, and although all checksums are forged to match."""
     write_shard([make_sample(n) for n in range(3)], str(tmp_path), 0, failures={})
     write_manifest(str(tmp_path), {})
     kinds = {"link": tarfile.SYMTYPE, "device": tarfile.CHRTYPE}
@@ -731,7 +733,7 @@ def test_a_hostile_member_amid_others_is_not_read(name: str, suffix: str, tmp_pa
             read()
 
 
-def test_hidden_members_and_tails_are_found(single: Path) -> None:
+def test_verify_finds_hidden_members_and_trailing_bytes(single: Path) -> None:
     (path,) = single.glob("*.tar")
     (index,) = single.glob("*.arrow")
     forge(single, path.read_bytes() + b"\0" * 512, good_index := index.read_bytes())
@@ -747,9 +749,7 @@ def test_hidden_members_and_tails_are_found(single: Path) -> None:
     [np.zeros((4, 8, 4), np.float16), np.zeros((8, 4, 4), np.uint16)],
     ids=["shape", "dtype"],
 )
-def test_arrays_unlike_the_manifest_are_refused(
-    single: Path, hostile: np.ndarray[Any, Any]
-) -> None:
+def test_arrays_unlike_manifest_are_rejected(single: Path, hostile: np.ndarray[Any, Any]) -> None:
     (path,) = single.glob("*.tar")
     (index,) = single.glob("*.arrow")
     good, bad = npy_header("float16", (8, 4, 4)), npy_header(hostile.dtype.name, hostile.shape)
@@ -770,7 +770,7 @@ def test_arrays_unlike_the_manifest_are_refused(
     ("offset", "size"),
     [(1 << 40, 384), (512, 1 << 40), (2**64 - 1, 384), (0, 384), (2048, 383)],
 )
-def test_extents_outside_the_tar_are_refused(single: Path, offset: int, size: int) -> None:
+def test_extents_outside_tar_are_rejected(single: Path, offset: int, size: int) -> None:
     (path,) = single.glob("*.tar")
     (index,) = single.glob("*.arrow")
     rows = list(read_index(index.read_bytes(), num_samples=2, tar_size_bytes=1 << 30).rows())
@@ -803,7 +803,7 @@ def index_of(rows: Any, schema: pa.Schema, **options: Any) -> bytes:
 
 
 @pytest.mark.parametrize("codec", ["zstd", "lz4"])
-def test_a_compressed_index_is_refused_before_it_is_unpacked(codec: str) -> None:
+def test_compressed_index_is_rejected_before_decompression(codec: str) -> None:
     extent = {"json": Extent(512, 10, 1)}
     good = index_bytes([IndexRow(f"{n:088}", extent) for n in range(100_000)])
     batch = pa.ipc.open_file(good).get_batch(0)
@@ -815,7 +815,7 @@ def test_a_compressed_index_is_refused_before_it_is_unpacked(codec: str) -> None
     assert pa.total_allocated_bytes() == before
 
 
-def test_an_index_says_nothing_beside_its_columns() -> None:
+def test_index_rejects_schema_metadata_and_empty_extents() -> None:
     batch = pa.ipc.open_file(index_bytes([IndexRow("k", {"json": Extent(512, 10, 1)})])).get_batch(
         0
     )
@@ -828,7 +828,7 @@ def test_an_index_says_nothing_beside_its_columns() -> None:
             read_index(index_bytes(rows), num_samples=1, tar_size_bytes=2048)
 
 
-def test_index_keys_are_checked() -> None:
+def test_index_rejects_invalid_keys() -> None:
     hostile = index_bytes([IndexRow("../../etc/x", {"json": Extent(512, 10, 1)})])
     with pytest.raises(ShardError, match="key"):
         read_index(hostile, num_samples=1, tar_size_bytes=2048)
@@ -838,9 +838,9 @@ def test_index_keys_are_checked() -> None:
 def test_manifest_reader_survives_fuzz(
     tmp_path_factory: pytest.TempPathFactory, junk: bytes
 ) -> None:
-    folder = tmp_path_factory.mktemp("fuzz")
-    (folder / "manifest.json").write_bytes(junk)
+    directory = tmp_path_factory.mktemp("fuzz")
+    (directory / "manifest.json").write_bytes(junk)
     digest = file_info(junk).sha256
-    (folder / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
+    (directory / "manifest.json.sha256").write_text(f"{digest}  manifest.json\n")
     with pytest.raises(ShardError):
-        read_manifest(str(folder))
+        read_manifest(str(directory))

@@ -1,4 +1,4 @@
-"""SLURM's own words for ranks and nodes."""
+"""Ranks and nodes from the environment variables of SLURM."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ TASK = {
         ("a.example.org,b.example.org", "a.example.org"),
     ],
 )
-def test_the_first_node_is_found(names: str, first: str) -> None:
+def test_first_node_is_parsed_from_nodelist(names: str, first: str) -> None:
     assert first_node({"SLURM_JOB_NODELIST": names}) == first
 
 
-def test_a_task_of_srun_is_a_rank() -> None:
+def test_srun_task_becomes_torch_rank() -> None:
     assert torch_names(TASK) == {
         "RANK": "5",
         "WORLD_SIZE": "8",
@@ -41,21 +41,21 @@ def test_a_task_of_srun_is_a_rank() -> None:
     }
 
 
-def test_what_the_batch_script_set_is_left_alone() -> None:
+def test_master_address_of_batch_script_is_kept() -> None:
     found = torch_names(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "6000"})
     assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 
 
-def test_a_step_of_some_nodes_has_its_own_first() -> None:
+def test_step_nodelist_overrides_job_nodelist() -> None:
     assert torch_names(TASK | {"SLURM_STEP_NODELIST": "gpu[08-09]"})["MASTER_ADDR"] == "gpu08"
 
 
 @pytest.mark.parametrize("names", [TASK | {"RANK": "0"}, {"SLURM_JOB_ID": "1"}, {}])
-def test_other_launchers_are_not_overruled(names: dict[str, str]) -> None:
-    """A batch script, an allocation's shell and torchrun under srun hold some of these too."""
+def test_variables_of_other_launchers_are_not_overridden(names: dict[str, str]) -> None:
+    """Batch scripts, shells of an allocation and torchrun under srun set some of these too."""
     assert torch_names(names) == {}
 
 
-def test_without_a_list_of_nodes_it_is_said() -> None:
+def test_missing_nodelist_raises_cluster_error() -> None:
     with pytest.raises(ClusterError, match="export MASTER_ADDR"):
         torch_names({name: value for name, value in TASK.items() if "NODELIST" not in name})

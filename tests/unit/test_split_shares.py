@@ -1,4 +1,4 @@
-"""One unsplit file divided by shares: seeded, whole dialogs, and no picture in two splits."""
+"""One unsplit file divided by shares: seeded, whole dialogs, and no image in two splits."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SPLITS = ("train", "valid", "test")
 NUM_DIALOGS = 200
 
 
-def write_chats(folder: Path, name: str = "all.jsonl") -> Path:
-    """Each dialog has a picture of its own; every fourth also that of the one before it."""
+def write_chats(directory: Path, name: str = "all.jsonl") -> Path:
+    """Write dialogs with an image each; every fourth also has that of the one before it."""
     lines = []
     for number in range(NUM_DIALOGS):
         images = [f"{number}.jpg", *([f"{number - 1}.jpg"] if number % 4 == 0 and number else [])]
@@ -30,29 +30,29 @@ def write_chats(folder: Path, name: str = "all.jsonl") -> Path:
     lines.insert(3, "{ broken")
     lines.insert(9, json.dumps({"id": 0, "turns": [{"text": "again"}]}))
     lines.append(json.dumps({"id": "silent", "turns": [{"text": "a"}]}))
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text("\n".join(lines))
-    return folder / name
+    directory.mkdir(exist_ok=True)
+    (directory / name).write_text("\n".join(lines))
+    return directory / name
 
 
 def read(
     source: Path, seed: int = 0, shares: str = SHARES
 ) -> tuple[dict[str, list[Instance]], list[RecordIssue]]:
-    problems: list[RecordIssue] = []
+    issues: list[RecordIssue] = []
     options: dict[str, Any] = {"split_shares": shares, "split_seed": seed}
     found = {
-        split: list(read_instances("jsonl", source, split, on_problem=problems.append, **options))
+        split: list(read_instances("jsonl", source, split, on_problem=issues.append, **options))
         for split in splits("jsonl", source, options)
     }
-    return found, problems
+    return found, issues
 
 
 def dialogs(found: dict[str, list[Instance]]) -> dict[str, set[str]]:
     return {split: {i.dialog_id for i in instances} for split, instances in found.items()}
 
 
-def test_every_dialog_and_every_picture_is_in_one_split(tmp_path: Path) -> None:
-    found, problems = read(write_chats(tmp_path / "chats"))
+def test_split_shares_put_each_dialog_and_image_in_one_split(tmp_path: Path) -> None:
+    found, issues = read(write_chats(tmp_path / "chats"))
     placed = dialogs(found)
     assert Counter(n for ids in placed.values() for n in ids) == Counter(
         map(str, range(NUM_DIALOGS))
@@ -62,29 +62,29 @@ def test_every_dialog_and_every_picture_is_in_one_split(tmp_path: Path) -> None:
         "valid": 20,
         "test": 20,
     }
-    pictures = [{i.image_ref.value for i in instances} for instances in found.values()]
-    assert sum(map(len, pictures)) == len(set.union(*pictures)) == NUM_DIALOGS
+    image_refs = [{i.image_ref.value for i in instances} for instances in found.values()]
+    assert sum(map(len, image_refs)) == len(set.union(*image_refs)) == NUM_DIALOGS
     assert all(i.split == split for split in found for i in found[split])
-    # Each problem is told once, by one of the three readings.
-    assert Counter(problem.reason for problem in problems) == {
+    # Each record issue is reported once, by one of the three readers.
+    assert Counter(issue.reason for issue in issues) == {
         "truncated": 1,
         "duplicate_dialog_id": 1,
     }
 
 
-def test_the_seed_and_the_content_decide_and_not_the_order(tmp_path: Path) -> None:
+def test_split_depends_on_seed_and_content_not_on_order(tmp_path: Path) -> None:
     source = write_chats(tmp_path / "chats")
     first, _ = read(source)
     assert dialogs(read(source.parent)[0]) == dialogs(first)
     assert dialogs(read(source, seed=1)[0]) != dialogs(first)
     lines = source.read_text().splitlines()
     source.write_text("\n".join(reversed(lines)))
-    turned = dialogs(read(source)[0])
-    # Of the two dialogs called 0 the other one is the first now.
-    assert sum(len(turned[split] - ids) for split, ids in dialogs(first).items()) <= 4
+    reversed_split = dialogs(read(source)[0])
+    # Of the two dialogs with ID 0 the other one is now the first.
+    assert sum(len(reversed_split[split] - ids) for split, ids in dialogs(first).items()) <= 4
 
 
-def test_a_picture_that_most_dialogs_show_leaves_them_together(tmp_path: Path) -> None:
+def test_dialogs_that_share_image_stay_in_one_split(tmp_path: Path) -> None:
     turns = [{"text": "a", "images": ["meme.jpg"]}]
     lines = [json.dumps({"id": number, "turns": turns}) for number in range(70)]
     turns = [{"text": "a", "images": ["{}.jpg"]}]
@@ -99,34 +99,36 @@ def test_a_picture_that_most_dialogs_show_leaves_them_together(tmp_path: Path) -
     assert {str(number) for number in range(70)} <= placed["train"]
 
 
-def test_a_share_of_nothing_makes_no_split_and_too_small_a_one_is_refused(tmp_path: Path) -> None:
+def test_zero_share_makes_no_split_and_empty_split_is_rejected(tmp_path: Path) -> None:
     source = write_chats(tmp_path / "chats")
     assert set(read(source, shares="0.9,0,0.1")[0]) == {"train", "test"}
     lines = source.read_text().splitlines()[:2]
     source.write_text("\n".join(lines))
-    with pytest.raises(DataError, match="valid: none of 2 dialogs falls into it"):
+    with pytest.raises(DataError, match="valid: 0 of 2 dialogs fall into this split"):
         read(source)
 
 
 @pytest.mark.parametrize("shares", ["0.8,0.1", "0.8,0.1,0.2", "a,b,c", "1.1,-0.1,0", "nan,0,1"])
-def test_what_are_no_shares_is_refused(tmp_path: Path, shares: str) -> None:
+def test_invalid_split_shares_are_rejected(tmp_path: Path, shares: str) -> None:
     with pytest.raises(ConfigError, match=r"write 0\.8,0\.1,0\.1"):
         read(write_chats(tmp_path / "chats"), shares=shares)
 
 
-def test_a_folder_of_several_files_is_not_guessed_at(tmp_path: Path) -> None:
+def test_split_shares_of_several_files_are_rejected(tmp_path: Path) -> None:
     write_chats(tmp_path / "chats")
     write_chats(tmp_path / "chats", "more.json")
     with pytest.raises(DataError, match=r"all\.jsonl, more\.json, expected one file"):
         read(tmp_path / "chats")
 
 
-def test_the_command_line_divides_one_file(tmp_path: Path) -> None:
+def test_split_shares_on_command_line_divide_one_file(tmp_path: Path) -> None:
     source = str(write_chats(tmp_path / "chats"))
     runner = CliRunner()
-    asked = ("--corpus", "jsonl", "--source", source)
-    said = runner.invoke(app, ["corpus", *asked, "--split", SHARES, "--sample", "0", "--json"])
-    found = json.loads(said.stdout)
+    arguments = ("--corpus", "jsonl", "--source", source)
+    result = runner.invoke(
+        app, ["corpus", *arguments, "--split", SHARES, "--sample", "0", "--json"]
+    )
+    found = json.loads(result.stdout)
     counts = {split: one["num_dialogs_with_images"] for split, one in found["splits"].items()}
     assert counts == {"train": 160, "valid": 20, "test": 20}
     assert found["leaks"]["counts"] == []
@@ -140,9 +142,9 @@ def test_the_command_line_divides_one_file(tmp_path: Path) -> None:
         "--workers",
         "0",
     )
-    plain = runner.invoke(app, ["preprocess", *asked, *out])
-    assert "divide one file by --split" in str(plain.exception)
-    planned = runner.invoke(app, ["preprocess", *asked, *out, "--split", SHARES])
+    without_split = runner.invoke(app, ["preprocess", *arguments, *out])
+    assert "divide one file with --split" in str(without_split.exception)
+    planned = runner.invoke(app, ["preprocess", *arguments, *out, "--split", SHARES])
     assert planned.exit_code == 0, planned.output
     plans = json.loads(planned.stdout)
     assert [plans[split]["num_images"] for split in SPLITS] == [160, 20, 20]

@@ -1,4 +1,4 @@
-"""What `d2i.storage` promises: complete or absent, the same on local paths and elsewhere."""
+"""Storage: files are complete or absent, on local paths and object stores alike."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from d2i.weights_resolve import resolve_weights
 
 
 @pytest.fixture(params=["path", "file", "memory"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Give a folder URL that does not exist yet, on each kind of file system."""
+def directory(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Return the URL of a directory that does not exist yet, on each kind of file system."""
     urls = {
         "path": str(tmp_path / "out"),
         "file": f"file://{tmp_path}/out",
@@ -35,45 +35,45 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return urls[request.param]
 
 
-def test_written_bytes_are_read_back(folder: str) -> None:
-    url = storage.join(folder, "deep", "a.bin")
+def test_write_bytes_round_trip(directory: str) -> None:
+    url = storage.join(directory, "deep", "a.bin")
     storage.write_bytes(url, b"one")
     storage.write_bytes(url, b"two")
     assert storage.read_bytes(url) == b"two"
     with storage.open_url(url, "r") as file:
         assert file.read() == "two"
-    assert storage.list_names(folder) == ["deep"]
-    assert storage.list_names(storage.join(folder, "deep")) == ["a.bin"]
+    assert storage.list_names(directory) == ["deep"]
+    assert storage.list_names(storage.join(directory, "deep")) == ["a.bin"]
 
 
-def test_absent_things(folder: str) -> None:
-    url = storage.join(folder, "a")
-    assert storage.list_names(folder) == []
+def test_missing_file_is_not_listed_and_raises_on_read(directory: str) -> None:
+    url = storage.join(directory, "a")
+    assert storage.list_names(directory) == []
     assert not storage.exists(url)
     storage.remove(url)
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(url)
 
 
-def test_listing_follows_every_change(folder: str) -> None:
+def test_list_names_follows_every_change(directory: str) -> None:
     for name in ("b", "a"):
-        storage.write_bytes(storage.join(folder, name), b"")
-    assert storage.list_names(folder) == ["a", "b"]
-    storage.remove(storage.join(folder, "a"))
-    assert storage.list_names(folder) == ["b"]
-    assert storage.list_names(storage.join(folder, "b")) == []
+        storage.write_bytes(storage.join(directory, name), b"")
+    assert storage.list_names(directory) == ["a", "b"]
+    storage.remove(storage.join(directory, "a"))
+    assert storage.list_names(directory) == ["b"]
+    assert storage.list_names(storage.join(directory, "b")) == []
 
 
-def test_names_may_be_listed_by_their_start(folder: str) -> None:
+def test_list_names_filters_by_prefix(directory: str) -> None:
     for name in ("ab", "a", "b", "deep/ab", "abc/x"):
-        storage.write_bytes(storage.join(folder, name), b"")
-    files = [name for name in storage.list_names(folder, "a") if name != "abc"]
+        storage.write_bytes(storage.join(directory, name), b"")
+    files = [name for name in storage.list_names(directory, "a") if name != "abc"]
     assert files == ["a", "ab"]
-    assert storage.list_names(folder, "c") == storage.list_names(folder + "x", "a") == []
+    assert storage.list_names(directory, "c") == storage.list_names(directory + "x", "a") == []
 
 
-def test_publish_moves_and_fetch_copies(folder: str, tmp_path: Path) -> None:
-    source, url = tmp_path / "source", storage.join(folder, "name")
+def test_publish_atomically_moves_and_fetch_file_copies(directory: str, tmp_path: Path) -> None:
+    source, url = tmp_path / "source", storage.join(directory, "name")
     source.write_bytes(b"data")
     storage.publish_atomically(source, url)
     assert not source.exists()
@@ -82,9 +82,9 @@ def test_publish_moves_and_fetch_copies(folder: str, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["copy"]
 
 
-def test_a_file_that_is_filled_appears_on_leaving(folder: str) -> None:
+def test_new_file_appears_only_on_exit(directory: str) -> None:
     for sync_name in (True, False):
-        url = storage.join(folder, f"synced {sync_name}")
+        url = storage.join(directory, f"synced {sync_name}")
         with storage.new_file(url, sync_name=sync_name) as path:
             path.write_bytes(b"data")
             assert not storage.exists(url)
@@ -93,10 +93,10 @@ def test_a_file_that_is_filled_appears_on_leaving(folder: str) -> None:
             path.write_bytes(b"half")
             raise RuntimeError
         assert storage.read_bytes(url) == b"data"
-    assert storage.list_names(folder) == ["synced False", "synced True"]
+    assert storage.list_names(directory) == ["synced False", "synced True"]
 
 
-def test_publish_from_another_file_system(tmp_path: Path) -> None:
+def test_publish_atomically_works_across_file_systems(tmp_path: Path) -> None:
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("no second file system to move from")
@@ -107,7 +107,7 @@ def test_publish_from_another_file_system(tmp_path: Path) -> None:
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("name", b"data")]
 
 
-def test_new_files_have_the_usual_mode(tmp_path: Path) -> None:
+def test_new_files_have_default_mode(tmp_path: Path) -> None:
     (tmp_path / "usual").write_bytes(b"")
     storage.write_bytes(str(tmp_path / "ours"), b"")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
@@ -124,7 +124,7 @@ def test_local_paths_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert storage.join("s3://b/", "/a/", "c") == "s3://b/a/c"
 
 
-def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_leaves_old_file(tmp_path: Path) -> None:
     url = str(tmp_path / "a")
     storage.write_bytes(url, b"old")
     with pytest.raises(RuntimeError), storage.scratch_file(str(tmp_path)) as scratch:
@@ -154,11 +154,11 @@ def test_atomic_publish_leaves_no_listed_file_when_killed(tmp_path: Path) -> Non
 
 
 class CloudError(Exception):
-    """What botocore, aiohttp and google.auth raise is no `OSError` either."""
+    """No subclass of `OSError`, like the errors of botocore, aiohttp and google.auth."""
 
 
-class Cloud(MemoryFileSystem):
-    """A file system whose server goes away."""
+class FailingStore(MemoryFileSystem):
+    """A file system whose server is down or fails during reads."""
 
     protocol = "cloud"
     is_down = True
@@ -192,8 +192,8 @@ class Cloud(MemoryFileSystem):
 
 
 @pytest.fixture
-def cloud() -> Iterator[str]:
-    fsspec.register_implementation("cloud", Cloud, clobber=True)
+def failing_url() -> Iterator[str]:
+    fsspec.register_implementation("cloud", FailingStore, clobber=True)
     fsspec.filesystem("memory").pipe_file("/a", b"x")
     yield "cloud://a"
     fsspec.filesystem("memory").rm_file("/a")
@@ -209,79 +209,82 @@ def cloud() -> Iterator[str]:
         lambda url: storage.write_bytes(url, b""),
     ],
 )
-def test_what_a_cloud_raises_names_its_place(
-    cloud: str, work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_object_store_error_names_url(
+    failing_url: str, work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError) as caught:
-        work(cloud)
-    assert caught.value.filename == cloud
+        work(failing_url)
+    assert caught.value.filename == failing_url
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cloud_that_goes_away_while_a_file_is_read(
-    cloud: str, monkeypatch: pytest.MonkeyPatch
+def test_object_store_error_while_reading_names_url(
+    failing_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Cloud, "is_down", False)
-    with storage.open_url(cloud) as file, pytest.raises(OSError, match="gone while") as caught:
+    monkeypatch.setattr(FailingStore, "is_down", False)
+    with (
+        storage.open_url(failing_url) as file,
+        pytest.raises(OSError, match="gone while") as caught,
+    ):
         file.read()
-    assert caught.value.filename == cloud
+    assert caught.value.filename == failing_url
 
 
-@pytest.mark.parametrize("place", ["here", "memory"])
-def test_what_is_appended_comes_after_what_was_there(place: str, tmp_path: Path) -> None:
-    url = f"memory://appended{tmp_path}/a.txt" if place == "memory" else f"{tmp_path}/in/a.txt"
+@pytest.mark.parametrize("store", ["here", "memory"])
+def test_append_bytes_appends_to_existing_file(store: str, tmp_path: Path) -> None:
+    url = f"memory://appended{tmp_path}/a.txt" if store == "memory" else f"{tmp_path}/in/a.txt"
     for data in (b"one\n", b"two\n"):
         storage.append_bytes(url, data)
     assert storage.read_bytes(url) == b"one\ntwo\n"
 
 
-def test_a_folder_goes_with_all_that_is_in_it(tmp_path: Path) -> None:
-    for folder in (str(tmp_path / "gone"), f"memory://gone{tmp_path}"):
-        storage.write_bytes(f"{folder}/in/a", b"1")
-        storage.write_bytes(f"{folder}-not", b"1")
-        storage.remove_folder(folder)
-        storage.remove_folder(folder)
-        assert not storage.exists(folder)
-        assert storage.exists(f"{folder}-not")
+def test_remove_directory_removes_only_its_contents(tmp_path: Path) -> None:
+    for directory in (str(tmp_path / "gone"), f"memory://gone{tmp_path}"):
+        storage.write_bytes(f"{directory}/in/a", b"1")
+        storage.write_bytes(f"{directory}-not", b"1")
+        storage.remove_directory(directory)
+        storage.remove_directory(directory)
+        assert not storage.exists(directory)
+        assert storage.exists(f"{directory}-not")
 
 
-def test_a_listing_tells_what_has_changed(folder: str) -> None:
-    assert storage.list_versions(folder) == {}
+def test_list_versions_detects_changed_files(directory: str) -> None:
+    assert storage.list_versions(directory) == {}
     for name in ("a.png", "deep/b.png"):
-        storage.write_bytes(storage.join(folder, name), name.encode())
-    before = storage.list_versions(folder)
+        storage.write_bytes(storage.join(directory, name), name.encode())
+    before = storage.list_versions(directory)
     assert sorted(before) == ["a.png", "deep/b.png"]
-    assert storage.list_versions(folder) == before
-    storage.write_bytes(storage.join(folder, "a.png"), b"longer than before")
-    after = storage.list_versions(folder)
+    assert storage.list_versions(directory) == before
+    storage.write_bytes(storage.join(directory, "a.png"), b"longer than before")
+    after = storage.list_versions(directory)
     assert after["deep/b.png"] == before["deep/b.png"]
     assert after["a.png"] != before["a.png"]
-    assert list(storage.list_versions(storage.join(folder, "a.png"))) == [""]
+    assert list(storage.list_versions(storage.join(directory, "a.png"))) == [""]
 
 
-def test_weights_at_a_url_are_copied_once_for_each_version(
+def test_weights_url_is_cached_once_per_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = f"memory://weights{tmp_path}/model"
+    directory = f"memory://weights{tmp_path}/model"
     for name in ("config.json", "model.safetensors"):
-        storage.write_bytes(f"{folder}/{name}", name.encode())
-    copy = Path(resolve_weights(folder))
+        storage.write_bytes(f"{directory}/{name}", name.encode())
+    copy = Path(resolve_weights(directory))
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
         "config.json": b"config.json",
         "model.safetensors": b"model.safetensors",
     }
-    file = Path(resolve_weights(f"{folder}/model.safetensors"))
+    file = Path(resolve_weights(f"{directory}/model.safetensors"))
     assert file.read_bytes() == b"model.safetensors"
     before = file.stat().st_mtime_ns
-    assert resolve_weights(f"{folder}/model.safetensors") == str(file)
+    assert resolve_weights(f"{directory}/model.safetensors") == str(file)
     assert file.stat().st_mtime_ns == before
-    storage.write_bytes(f"{folder}/model.safetensors", b"newer")
-    assert Path(resolve_weights(f"{folder}/model.safetensors")).read_bytes() == b"newer"
-    assert (Path(resolve_weights(folder)) / "model.safetensors").read_bytes() == b"newer"
+    storage.write_bytes(f"{directory}/model.safetensors", b"newer")
+    assert Path(resolve_weights(f"{directory}/model.safetensors")).read_bytes() == b"newer"
+    assert (Path(resolve_weights(directory)) / "model.safetensors").read_bytes() == b"newer"
     with pytest.raises(FileNotFoundError):
-        resolve_weights(f"{folder}/other.safetensors")
+        resolve_weights(f"{directory}/other.safetensors")
 
 
 NO_CHMOD = """
@@ -293,7 +296,7 @@ int fchmodat(int d, const char *p, mode_t m, int f) { errno = EOPNOTSUPP; return
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
-def test_a_file_system_that_knows_no_modes_is_written_to(tmp_path: Path) -> None:
+def test_write_succeeds_without_chmod_support(tmp_path: Path) -> None:
     (tmp_path / "no.c").write_text(NO_CHMOD)
     library = tmp_path / "no.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "no.c"], check=True)
@@ -304,7 +307,7 @@ def test_a_file_system_that_knows_no_modes_is_written_to(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("code", "on", "is_passed_over"),
+    ("code", "on", "is_ignored"),
     [
         *((code, "folder", True) for code in (errno.EINVAL, errno.EACCES, errno.ENOTSUP)),
         *((code, "file", True) for code in (errno.EINVAL, errno.ENOSYS)),
@@ -312,16 +315,16 @@ def test_a_file_system_that_knows_no_modes_is_written_to(tmp_path: Path) -> None
         (errno.EACCES, "file", False),
     ],
 )
-def test_what_cannot_be_flushed_there_is_passed_over_and_no_trouble_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, on: str, *, is_passed_over: bool
+def test_unsupported_fsync_is_ignored_but_io_errors_are_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, on: str, *, is_ignored: bool
 ) -> None:
-    def refuse(descriptor: int) -> None:
+    def fail_fsync(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode) == (on == "folder"):
             raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", fail_fsync)
     url = str(tmp_path / "a")
-    if is_passed_over:
+    if is_ignored:
         storage.write_bytes(url, b"whole")
         assert storage.read_bytes(url) == b"whole"
         return
@@ -330,8 +333,8 @@ def test_what_cannot_be_flushed_there_is_passed_over_and_no_trouble_is(
     assert str(caught.value.filename).startswith(str(tmp_path))
 
 
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    """A file may have 8 bytes here; the system's own error names no file."""
+def test_write_error_names_file(tmp_path: Path) -> None:
+    """Files are limited to 8 bytes; the error of the system names no file."""
     program = f"""
 import resource, sys
 from d2i import cli, storage
@@ -341,29 +344,29 @@ for write in (storage.write_bytes, storage.append_bytes):
         write({str(tmp_path / "a")!r}, b"0123456789" * 1000)
     except OSError as err:
         print(err.strerror, err.filename)
-from d2i.cli.app import _file_problem, _is_of_a_place
+from d2i.cli.app import _file_problem, _is_storage_error
 err = OSError(27, "File too large")
-print(_is_of_a_place(err), _file_problem(err))
+print(_is_storage_error(err), _file_problem(err))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     *named, temporary = done.stdout.splitlines()
     assert named == [f"File too large {tmp_path}/a"] * 2
-    assert "True the folder of temporary files, " in temporary
+    assert "True the temporary directory /" in temporary
 
 
 @pytest.mark.parametrize("name", ["a::b", "data:2024", "x/a::b", "::", "file:x", "http:x"])
-def test_a_name_with_colons_is_a_path(
+def test_name_with_colons_is_local_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for place in (name, f"{tmp_path}/y/{name}"):
-        url = storage.join(place, "file")
-        assert storage.local_path(place) is not None
+    for directory in (name, f"{tmp_path}/y/{name}"):
+        url = storage.join(directory, "file")
+        assert storage.local_path(directory) is not None
         storage.write_bytes(url, b"1")
         assert storage.exists(url)
-        assert storage.list_names(place) == ["file"]
+        assert storage.list_names(directory) == ["file"]
         assert storage.read_range(url, 0, 1) == storage.read_bytes(url) == b"1"
         storage.remove(url)
         assert not storage.exists(url)
@@ -371,11 +374,11 @@ def test_a_name_with_colons_is_a_path(
 
 
 @pytest.mark.parametrize("url", ["simplecache::file:///a", "simplecache::s3://b/a", "s3://b::c"])
-def test_a_chain_of_file_systems_is_none(url: str) -> None:
+def test_chained_url_is_not_local_path(url: str) -> None:
     assert storage.local_path(url) is None
 
 
-def test_a_user_without_a_home_has_a_folder_of_its_own(
+def test_cache_directory_without_home_is_private(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("XDG_CACHE_HOME", "HOME"):
@@ -386,11 +389,11 @@ def test_a_user_without_a_home_has_a_folder_of_its_own(
         raise KeyError
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
-    folder = tmp_path / f"d2i-user-{os.getuid()}"
-    assert storage.cache_folder("x").is_relative_to(folder)
-    assert folder.stat().st_mode & 0o777 == 0o700
-    folder.rmdir()
+    directory = tmp_path / f"d2i-user-{os.getuid()}"
+    assert storage.cache_directory("x").is_relative_to(directory)
+    assert directory.stat().st_mode & 0o777 == 0o700
+    directory.rmdir()
     (tmp_path / "elsewhere").mkdir()
-    folder.symlink_to(tmp_path / "elsewhere")
+    directory.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="set XDG_CACHE_HOME to one"):
-        storage.cache_folder("x")
+        storage.cache_directory("x")

@@ -1,4 +1,4 @@
-"""A whole study as tables: the paper's beside ours, and apart what cannot be compared."""
+"""A study as tables: paper numbers next to ours, incomparable rows in separate tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shar
 BACKBONES = ("uvit-s", "uvit-s-deep", "unidiffuser-v1")
 CATEGORIES = {"people": 55, "food": 40, "animals": 55}
 NUM_TEST = 4 * 55
-# What the paper's test splits hold, and with it a card that earns the paper's row.
+# Sizes of the paper's test splits, and with them of a card that earns the paper's row.
 EXPECTED = {"photochat": 1000, "mmdialog": 23772}
 PUBLISHED = {"file": "published.pth", "sha256": "ab" * 32, "layout": "published"}
 TEXT = TextConfig().model_dump(mode="json")
@@ -40,7 +40,7 @@ def png(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def make_data(folder: Path) -> list[str]:
+def make_data(directory: Path) -> list[str]:
     moments = npy_bytes(np.zeros((8, 2, 2), np.float16))
     samples = [
         Sample(
@@ -57,23 +57,23 @@ def make_data(folder: Path) -> list[str]:
         )
         for number in range(NUM_TEST)
     ]
-    write_shard(samples, str(folder), 0, failures={})
-    write_manifest(str(folder), {})
+    write_shard(samples, str(directory), 0, failures={})
+    write_manifest(str(directory), {})
     return [sample.key for sample in samples]
 
 
 class Study:
-    """Writes evaluations as `d2i eval` leaves them, each with scores of its own."""
+    """Writes evaluations like `d2i eval`, each with its own scores."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.folders: list[Path] = []
+        self.directories: list[Path] = []
         self.keys = {corpus: make_data(root / corpus) for corpus in ("photochat", "mmdialog")}
 
     def add(self, corpus: str, backbone: str | None, *, run: bool = False, **card: Any) -> Path:
-        number = len(self.folders)
-        folder = self.root / "eval" / f"{number:02d}"
-        (folder / "images").mkdir(parents=True)
+        number = len(self.directories)
+        directory = self.root / "eval" / f"{number:02d}"
+        (directory / "images").mkdir(parents=True)
         kind = "run" if run else backbone
         values: dict[str, Any] = {
             "label": f"{backbone}, {'' if run else 'not '}fine-tuned",
@@ -104,20 +104,20 @@ class Study:
         scores = {name: 10.0 + number + 0.1 * i for i, name in enumerate(SCORES)}
         intervals = {"fid": [scores["fid"] - 1, scores["fid"] + 1]}
         document = {"scores": scores, "intervals": intervals, "card": values | card}
-        (folder / "scores.json").write_text(json.dumps(document))
+        (directory / "scores.json").write_text(json.dumps(document))
         if corpus == "photochat":
             document = categories_of(number, self.keys[corpus])
-            (folder / "categories.json").write_text(json.dumps(document))
-        with tarfile.open(folder / "images" / "0.tar", "w") as tar:
+            (directory / "categories.json").write_text(json.dumps(document))
+        with tarfile.open(directory / "images" / "0.tar", "w") as tar:
             for key in self.keys[corpus]:
                 member = tarfile.TarInfo(f"{key}.png")
                 member.size = len(png(number))
                 tar.addfile(member, io.BytesIO(png(number)))
-        self.folders.append(folder)
-        return folder
+        self.directories.append(directory)
+        return directory
 
     def write(self, name: str, **options: Any) -> str:
-        write_report(self.folders, self.root / name, **options)
+        write_report(self.directories, self.root / name, **options)
         return (self.root / name).read_text()
 
     def lines(self) -> list[dict[str, str]]:
@@ -125,7 +125,7 @@ class Study:
 
 
 def categories_of(number: int, keys: list[str]) -> dict[str, Any]:
-    """What `d2i eval` leaves of people, food and animals; of these there are fewer than 50."""
+    """Return categories.json as `d2i eval` writes it; food has fewer than 50 instances."""
     return {
         "num_instances": NUM_TEST,
         "num_in_two": 7,
@@ -136,7 +136,7 @@ def categories_of(number: int, keys: list[str]) -> dict[str, Any]:
                 "name": name,
                 "num_instances": size,
                 "num_pictures": size,
-                "keys": keys[place::4][:50],
+                "keys": keys[offset::4][:50],
                 "fid": 200.0 + number,
                 "fid_std": None if size < 50 else 3.0,
                 "is": 2.0,
@@ -145,7 +145,7 @@ def categories_of(number: int, keys: list[str]) -> dict[str, Any]:
                 "clip_i": 99.5,
                 "clip_i_interval": [98.5, 100.0],
             }
-            for place, (name, size) in enumerate(CATEGORIES.items())
+            for offset, (name, size) in enumerate(CATEGORIES.items())
         ],
     }
 
@@ -166,18 +166,18 @@ SCORES = (
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Three backbones, two corpora, before and after; four linearizations; four contexts."""
-    made = Study(tmp_path_factory.mktemp("study"))
+    study = Study(tmp_path_factory.mktemp("study"))
     for corpus in ("photochat", "mmdialog"):
         for backbone in BACKBONES:
-            made.add(corpus, backbone)
-            made.add(corpus, backbone, run=True)
+            study.add(corpus, backbone)
+            study.add(corpus, backbone, run=True)
     for strategy in ("letters", "special", "space"):
-        made.add("photochat", "unidiffuser-v1", run=True, text=text(strategy))
+        study.add("photochat", "unidiffuser-v1", run=True, text=text(strategy))
     for context in ("none", "shuffled", "last"):
-        made.add("mmdialog", "uvit-s", run=True, context=context)
-    made.add("mmdialog", None, kind="divter", label="Divter", found=23769)
-    made.add("mmdialog", None, kind="images", label="MiniGPT-5", codec="jpg files")
-    return made
+        study.add("mmdialog", "uvit-s", run=True, context=context)
+    study.add("mmdialog", None, kind="divter", label="Divter", found=23769)
+    study.add("mmdialog", None, kind="images", label="MiniGPT-5", codec="jpg files")
+    return study
 
 
 def value(lines: list[dict[str, str]], table: str, row: str, column: str) -> str | None:
@@ -190,14 +190,14 @@ def value(lines: list[dict[str, str]], table: str, row: str, column: str) -> str
     return found[0] if found else None
 
 
-def test_table_2_has_the_papers_numbers_beside_ours(study: Study) -> None:
+def test_table_2_has_paper_numbers_next_to_ours(study: Study) -> None:
     lines = study.lines()
     table = "Systems on PhotoChat (Table 2)"
     assert value(lines, table, "U-ViT-Small", "FID") == "10.0"
     assert value(lines, table, "U-ViT-Small", "FID (paper)") == "97.76"
     assert value(lines, table, "UniDiffuser-v1 + ours", "CLIP-I (paper)") == "61.82"
     assert value(lines, table, "UniDiffuser-v1 + ours", "FID") == "15.0"
-    # A system of the paper that was not evaluated, and a value that could not be read.
+    # A system of the paper that was not evaluated, and a value illegible in the paper.
     assert value(lines, table, "DALL-E 2", "FID") is None
     assert value(lines, table, "DALL-E 2", "FID (paper)") == "124.1"
     assert value(lines, table, "DALL-E 2", "CLIP-I (paper)") is None
@@ -213,19 +213,19 @@ def test_table_2_has_the_papers_numbers_beside_ours(study: Study) -> None:
 
 
 @pytest.mark.parametrize(("kind", "label"), [("dalle2", "DALL-E 2"), ("unclip", "DALL·E 2")])
-def test_unclip_never_stands_as_the_papers_dalle_2(tmp_path: Path, kind: str, label: str) -> None:
-    """Also where an evaluation that was made before calls it so."""
-    made = Study(tmp_path)
-    made.add("photochat", None, kind=kind, label=label)
-    lines, table = made.lines(), "Systems on PhotoChat (Table 2)"
+def test_unclip_is_never_labelled_dalle_2(tmp_path: Path, kind: str, label: str) -> None:
+    """Also when an older evaluation uses that label."""
+    study = Study(tmp_path)
+    study.add("photochat", None, kind=kind, label=label)
+    lines, table = study.lines(), "Systems on PhotoChat (Table 2)"
     assert value(lines, table, "unCLIP (Karlo)", "FID") == "10.0"
     assert value(lines, table, "unCLIP (Karlo)", "FID (paper)") is None
     assert value(lines, table, "DALL-E 2", "FID") is None
     assert value(lines, table, "DALL-E 2", "FID (paper)") == "124.1"
-    assert "unCLIP (Karlo)" in made.write("page.html")
+    assert "unCLIP (Karlo)" in study.write("page.html")
 
 
-def test_every_system_of_the_paper_has_a_row(study: Study) -> None:
+def test_table_2_has_row_for_every_paper_system(study: Study) -> None:
     lines = study.lines()
     mmdialog = {line["row"] for line in lines if line["table"] == "Systems on MMDialog (Table 2)"}
     backbones = {"U-ViT-Small", "U-ViT-Small(Deep)", "UniDiffuser-v1"}
@@ -233,59 +233,59 @@ def test_every_system_of_the_paper_has_a_row(study: Study) -> None:
         *("DALL-E 2", "MiniGPT-5", "Divter, our captions")
     }
     table = "Systems on MMDialog (Table 2)"
-    assert value(lines, table, "Divter, our captions", "pictures") == "23769 of 23772"
+    assert value(lines, table, "Divter, our captions", "images") == "23769 of 23772"
     assert value(lines, table, "Divter, our captions", "IS (paper)") == "20.53"
 
 
-def test_what_cannot_be_compared_stands_apart_with_the_reason(study: Study) -> None:
+def test_incomparable_rows_are_in_separate_table_with_reason(study: Study) -> None:
     text = study.write("tables.md")
-    assert "Systems on MMDialog (Table 2), apart" in text
-    assert "Kept apart, as not comparable: codec jpg files instead of not named." in text
-    apart = text[text.index("(Table 2), apart") :]
-    assert "|MiniGPT-5|" in apart[: apart.index("##")]
-    assert "it learned from our captions" in text
+    assert "Systems on MMDialog (Table 2), not comparable" in text
+    assert "Not comparable with the first table: codec jpg files instead of not recorded." in text
+    separate_tables = text[text.index("(Table 2), not comparable") :]
+    assert "|MiniGPT-5|" in separate_tables[: separate_tables.index("##")]
+    assert "trained on our captions" in text
 
 
-def test_what_loses_nothing_stands_in_the_table(tmp_path: Path) -> None:
-    """Pictures that came as PNG, and the floor, whose photographs have the corpus's own codec."""
-    made = Study(tmp_path)
-    made.add("mmdialog", "uvit-s", codec="none: pictures stay in memory from sampler to metric")
-    made.add("mmdialog", None, kind="images", label="MiniGPT-5", codec="png files")
-    made.add("mmdialog", None, kind="retrieve", label="nearest", codec="jpg, png files")
-    made.add("mmdialog", None, kind="images", label="other", codec="jpg, png files")
+def test_lossless_codecs_stay_in_main_table(tmp_path: Path) -> None:
+    """PNG images, and the retrieval baseline, whose photographs have the codec of the corpus."""
+    study = Study(tmp_path)
+    study.add("mmdialog", "uvit-s", codec="none: pictures stay in memory from sampler to metric")
+    study.add("mmdialog", None, kind="images", label="MiniGPT-5", codec="png files")
+    study.add("mmdialog", None, kind="retrieve", label="nearest", codec="jpg, png files")
+    study.add("mmdialog", None, kind="images", label="other", codec="jpg, png files")
     table = "Systems on MMDialog (Table 2)"
     scored = {
         line["row"]
-        for line in made.lines()
+        for line in study.lines()
         if line["table"] == table and line["column"] == "CLIP-I"
     }
     assert scored == {"U-ViT-Small", "MiniGPT-5", "nearest"}
-    assert "codec jpg files instead of without loss" in made.write("tables.md")
+    assert "codec jpg files instead of lossless" in study.write("tables.md")
 
 
-def test_the_papers_numbers_stand_wherever_its_metric_does(tmp_path: Path) -> None:
-    """Also beside one system that stands apart; systems that nobody evaluated are named once."""
-    made = Study(tmp_path)
+def test_paper_numbers_are_shown_in_every_table_of_its_metric(tmp_path: Path) -> None:
+    """Also in a separate table of one system; systems not evaluated are listed once."""
+    study = Study(tmp_path)
     for backbone in BACKBONES:
-        made.add("mmdialog", backbone, extractor="clip_image 0123")
-    made.add("mmdialog", "uvit-s", run=True)
-    made.add("mmdialog", "unidiffuser-v1", run=True, device="cuda")
-    lines, table = made.lines(), "Systems on MMDialog (Table 2)"
+        study.add("mmdialog", backbone, extractor="clip_image 0123")
+    study.add("mmdialog", "uvit-s", run=True)
+    study.add("mmdialog", "unidiffuser-v1", run=True, device="cuda")
+    lines, table = study.lines(), "Systems on MMDialog (Table 2)"
     ours = "Systems on MMDialog"
     assert value(lines, ours, "uvit-s, not fine-tuned", "FID") == "10.0"
     assert value(lines, ours, "uvit-s, not fine-tuned", "FID (paper)") is None
-    assert value(lines, f"{table}, apart", "U-ViT-Small + ours", "FID (paper)") == "23.9"
-    assert value(lines, f"{table}, apart", "U-ViT-Small", "FID (paper)") == "52.95"
-    by_cuda = [line["row"] for line in lines if line["table"] == f"{table}, apart (2)"]
+    assert value(lines, f"{table}, not comparable", "U-ViT-Small + ours", "FID (paper)") == "23.9"
+    assert value(lines, f"{table}, not comparable", "U-ViT-Small", "FID (paper)") == "52.95"
+    by_cuda = [line["row"] for line in lines if line["table"] == f"{table}, not comparable (2)"]
     assert set(by_cuda) == {"UniDiffuser-v1 + ours"}
-    assert value(lines, f"{table}, apart (2)", by_cuda[0], "FID (paper)") == "22.72"
+    assert value(lines, f"{table}, not comparable (2)", by_cuda[0], "FID (paper)") == "22.72"
 
 
 @pytest.mark.parametrize(
     ("label", "row"),
     [("minigpt5", "MiniGPT-5"), ("DALL·E 2", "DALL-E 2"), ("divter", "Divter"), ("note", "note")],
 )
-def test_a_label_finds_the_papers_row(label: str, row: str) -> None:
+def test_label_maps_to_paper_row(label: str, row: str) -> None:
     assert paper_row(CARD | {"backbone": None, "kind": "images", "label": label}) == row
 
 
@@ -321,11 +321,11 @@ _SMALL = {"depth": [3, 12], "dim": [32, 512], "patch_size": [4, 2]}
         ({"initial_weights": {"file": "scratch"}}, "its initial weights are random"),
         (
             {"initial_weights": PUBLISHED | {"initialisation": True}},
-            "its initial weights are an initialisation, not trained",
+            "its initial weights are untrained, an initialisation",
         ),
         (
             {"initial_weights": {"file": "x.pth", "layout": None}},
-            "its initial weights, x.pth, are in no published layout",
+            "its initial weights, x.pth, are not in a published layout",
         ),
         ({"text": TEXT | {"keep": "start"}}, "evaluated with text.keep=start, the paper's end"),
         (
@@ -341,18 +341,18 @@ _SMALL = {"depth": [3, 12], "dim": [32, 512], "patch_size": [4, 2]}
         ({"corpus": "made world"}, "the corpus is made world"),
         (
             {"extractor": "clip_image 0123"},
-            "the paper's are on inception-v3-compat 6726825d, these on clip_image 0123",
+            "extractor clip_image 0123, the paper's inception-v3-compat 6726825d",
         ),
         ({"split": "valid"}, "the split is valid"),
-        ({"expected": 20, "found": 20}, "the paper's are on 1,000 test instances, these on 20"),
-        ({"found": 700}, "700 of 1,000 were scored"),
+        ({"expected": 20, "found": 20}, "20 test instances, the paper's 1,000"),
+        ({"found": 700}, "only 700 of 1,000 instances were scored"),
         (
             {"corpus_options": {"direction": "first"}},
-            "instances were made with corpus.direction=first",
+            "instances were prepared with corpus.direction=first",
         ),
     ],
 )
-def test_the_papers_row_is_earned(change: dict[str, Any], reason: str) -> None:
+def test_paper_row_requires_setup_of_paper(change: dict[str, Any], reason: str) -> None:
     assert earned_row(CARD) == paper_row(CARD) == "U-ViT-Small + ours"
     assert why_not_earned(CARD) == []
     card = CARD | change
@@ -361,18 +361,18 @@ def test_the_papers_row_is_earned(change: dict[str, Any], reason: str) -> None:
     assert "; ".join(why_not_earned(card)) == reason
 
 
-def test_an_evaluation_of_before_is_read_and_earns_no_row(tmp_path: Path) -> None:
-    """Cards said neither sizes, weights nor the text of training."""
-    made = Study(tmp_path)
-    folder = made.add("photochat", "uvit-s", run=True)
-    document = json.loads((folder / "scores.json").read_text())
+def test_backward_compatibility_old_card_earns_no_paper_row(tmp_path: Path) -> None:
+    """Old cards recorded neither sizes, initial weights nor the text of training."""
+    study = Study(tmp_path)
+    directory = study.add("photochat", "uvit-s", run=True)
+    document = json.loads((directory / "scores.json").read_text())
     for field in (
         *("changed_sizes", "initial_weights", "trained_text", "trained_corpus"),
         *("corpus_options", "guidance_chosen_by"),
     ):
         del document["card"][field]
-    (folder / "scores.json").write_text(json.dumps(document))
-    lines = made.lines()
+    (directory / "scores.json").write_text(json.dumps(document))
+    lines = study.lines()
     table = "Systems on PhotoChat (Table 2)"
     assert value(lines, table, "uvit-s, fine-tuned", "FID") == "10.0"
     assert value(lines, table, "U-ViT-Small + ours", "FID") is None
@@ -382,35 +382,35 @@ def test_an_evaluation_of_before_is_read_and_earns_no_row(tmp_path: Path) -> Non
         "are not recorded; the corpus that it was trained on is not recorded; the text that it was "
         "trained on is not recorded."
     )
-    assert reason in made.write("tables.md")
+    assert reason in study.write("tables.md")
     (card,) = {line["card"] for line in lines if line["by"] == "d2i" and line["table"] == table}
     assert reason.partition(": ")[2].rstrip(".") in card
-    # Not so the split: without it, nothing is known of the whole table.
+    # Without the split, the paper's numbers are omitted from the whole table.
     del document["card"]["split"]
-    (folder / "scores.json").write_text(json.dumps(document))
-    assert "numbers are left out: the split is not recorded." in made.write("tables.md")
+    (directory / "scores.json").write_text(json.dumps(document))
+    assert "numbers are omitted: the split is not recorded." in study.write("tables.md")
 
 
-def test_a_name_of_the_papers_is_not_given_away() -> None:
-    """Neither by --label, nor to other weights of DALL-E 2's kind."""
+def test_label_alone_earns_no_paper_row() -> None:
+    """Neither --label nor other weights of the DALL-E 2 kind earn a row of the paper."""
     small = CARD | {"changed_sizes": _SMALL, "label": "U-ViT-Small + ours"}
     assert paper_row(small) == "U-ViT-Small + ours, not the paper's"
-    pictures = small | {"backbone": None, "kind": "images", "run": None}
-    assert paper_row(pictures) == "U-ViT-Small + ours, not the paper's"
+    of_images = small | {"backbone": None, "kind": "images", "run": None}
+    assert paper_row(of_images) == "U-ViT-Small + ours, not the paper's"
     karlo = CARD | {"backbone": None, "kind": "dalle2", "run": None, "label": "DALL-E 2"}
     assert paper_row(karlo) == "unCLIP (Karlo)"
     assert "unCLIP (Karlo)" in why_not_earned(karlo)[0]
 
 
-def test_gains_stand_beside_the_papers(tmp_path: Path) -> None:
-    made = Study(tmp_path)
-    made.add("photochat", "unidiffuser-v1")
-    made.add("photochat", "unidiffuser-v1", run=True)
-    # Of another network, and of another text: neither is what was fine-tuned.
-    made.add("photochat", "unidiffuser-v1", changed_sizes=_SMALL)
-    made.add("photochat", "unidiffuser-v1", text=TEXT | {"keep": "start"})
-    made.add("photochat", "uvit-s", run=True)
-    lines, table = made.lines(), "Systems on PhotoChat (Table 2)"
+def test_gains_are_shown_next_to_paper_gains(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.add("photochat", "unidiffuser-v1")
+    study.add("photochat", "unidiffuser-v1", run=True)
+    # Another network and another text: neither is the baseline of the fine-tuned system.
+    study.add("photochat", "unidiffuser-v1", changed_sizes=_SMALL)
+    study.add("photochat", "unidiffuser-v1", text=TEXT | {"keep": "start"})
+    study.add("photochat", "uvit-s", run=True)
+    lines, table = study.lines(), "Systems on PhotoChat (Table 2)"
     row = "UniDiffuser-v1 + ours"
     assert value(lines, table, row, "FID gain") == "1.0"
     assert value(lines, table, row, "FID gain (paper)") == "-37.49"
@@ -418,10 +418,10 @@ def test_gains_stand_beside_the_papers(tmp_path: Path) -> None:
     assert value(lines, table, "U-ViT-Small + ours", "FID gain") is None
     assert value(lines, table, "U-ViT-Small + ours", "IS gain (paper)") == "1.7"
     assert value(lines, table, "UniDiffuser-v1", "FID gain (paper)") is None
-    assert "|+1.00|-37.49|" in made.write("tables.md")
+    assert "|+1.00|-37.49|" in study.write("tables.md")
 
 
-def test_what_is_odd_about_the_papers_numbers_is_said(study: Study) -> None:
+def test_inconsistencies_of_paper_numbers_are_noted(study: Study) -> None:
     for name in ("tables.md", "tables.html"):
         written = study.write(name)
         for words in ("gain of +10.63; the difference is 11.23", "42.18", "104.14", "Tables 2, 3"):
@@ -437,38 +437,40 @@ def test_what_is_odd_about_the_papers_numbers_is_said(study: Study) -> None:
     assert "104.14" in cards["special", "IS (paper)"]
 
 
-def test_who_chose_the_guidance_stands_in_the_row(tmp_path: Path) -> None:
-    made = Study(tmp_path)
+def test_row_states_source_of_guidance(tmp_path: Path) -> None:
+    study = Study(tmp_path)
     chosen = {"how": "select", "metric": "fid", "num_instances": 1000}
-    made.add("photochat", "uvit-s", run=True, guidance_scale=3.0, guidance_chosen_by=chosen)
-    made.add("photochat", "uvit-s", guidance_chosen_by={"how": "recipe"})
-    lines, table = made.lines(), "Systems on PhotoChat (Table 2)"
+    study.add("photochat", "uvit-s", run=True, guidance_scale=3.0, guidance_chosen_by=chosen)
+    study.add("photochat", "uvit-s", guidance_chosen_by={"how": "recipe"})
+    lines, table = study.lines(), "Systems on PhotoChat (Table 2)"
     words = "3 (d2i select, FID on 1000 validation dialogs)"
     assert value(lines, table, "U-ViT-Small + ours", "guidance") == words
-    assert value(lines, table, "U-ViT-Small", "guidance") == "2 (the recipe's)"
+    assert value(lines, table, "U-ViT-Small", "guidance") == "2 (recipe)"
     assert any(f"guidance {words};" in line["card"] for line in lines)
 
 
-def test_rows_of_one_name_tell_their_folders(tmp_path: Path) -> None:
-    made = Study(tmp_path)
+def test_rows_of_same_name_are_disambiguated_by_directory(tmp_path: Path) -> None:
+    study = Study(tmp_path)
     for strategy in ("hash", "letters", "letters"):
-        made.add("photochat", "uvit-s", run=True, text=text(strategy))
-    lines = [line for line in made.lines() if line["column"] == "FID"]
+        study.add("photochat", "uvit-s", run=True, text=text(strategy))
+    lines = [line for line in study.lines() if line["column"] == "FID"]
     of_table_3 = [line["row"] for line in lines if line["table"].startswith("Linearizations")]
     assert of_table_3 == ["letters (01)", "letters (02)", "hash"]
 
 
-def test_a_study_has_a_row_a_system_and_says_each_warning_once(study: Study) -> None:
-    for folder in study.folders:
-        document = json.loads((folder / "scores.json").read_text())
-        (folder / "scores.json").write_text(json.dumps(document | {"warnings": ["few pictures"]}))
+def test_repeated_warning_is_shown_once(study: Study) -> None:
+    for directory in study.directories:
+        document = json.loads((directory / "scores.json").read_text())
+        (directory / "scores.json").write_text(
+            json.dumps(document | {"warnings": ["few pictures"]})
+        )
     source = study.write("warned.html", parts=("scores",))
     assert source.count("few pictures") == 1
     assert "and 16 more: few pictures." in source
     assert '<th scope="row">uvit-s, fine-tuned (01)</th>' in source
 
 
-def test_table_3_and_contexts(study: Study) -> None:
+def test_table_3_and_context_ablation_have_expected_rows(study: Study) -> None:
     lines = study.lines()
     name = "Linearizations: UniDiffuser-v1 + ours on PhotoChat (Table 3)"
     assert [line["row"] for line in lines if line["table"] == name and line["column"] == "FID"] == [
@@ -479,57 +481,59 @@ def test_table_3_and_contexts(study: Study) -> None:
     ]
     assert value(lines, name, "space", "FID (paper)") == "69.92"
     assert value(lines, name, "letters", "FID (paper)") is None
-    shown = "What the system is shown: U-ViT-Small + ours on MMDialog"
+    shown = "Context ablation: U-ViT-Small + ours on MMDialog"
     assert [
         line["row"] for line in lines if line["table"] == shown and line["column"] == "FID"
     ] == ["full", "last", "none", "shuffled"]
 
 
-def test_one_network_on_other_texts_is_not_table_3(tmp_path: Path) -> None:
-    made = Study(tmp_path)
+def test_strategy_changed_at_test_time_is_not_table_3(tmp_path: Path) -> None:
+    study = Study(tmp_path)
     for strategy in ("hash", "space"):
-        made.add(*("photochat", "unidiffuser-v1"), run=True, text=text(strategy), trained_text=TEXT)
-        made.add("photochat", "uvit-s", text=text(strategy))
-    tables = {line["table"] for line in made.lines() if line["table"].startswith("Linearizations")}
+        study.add(
+            *("photochat", "unidiffuser-v1"), run=True, text=text(strategy), trained_text=TEXT
+        )
+        study.add("photochat", "uvit-s", text=text(strategy))
+    tables = {line["table"] for line in study.lines() if line["table"].startswith("Linearizations")}
     start = "Linearizations, changed at test time only"
     assert tables == {
         f"{start}: unidiffuser-v1, fine-tuned on PhotoChat",
         f"{start}: uvit-s, not fine-tuned on PhotoChat",
     }
-    assert not [x for x in made.lines() if x["table"].startswith(start) and x["by"] == "paper"]
-    assert "not the paper's experiment" in made.write("tables.md")
+    assert not [x for x in study.lines() if x["table"].startswith(start) and x["by"] == "paper"]
+    assert "not the paper's experiment" in study.write("tables.md")
 
 
-def test_figure_5_has_a_spread_over_draws_and_says_what_it_is(study: Study) -> None:
+def test_figure_5_shows_deviation_over_draws(study: Study) -> None:
     table = "People: 55 instances (Figure 5)"
     lines = [line for line in study.lines() if line["table"] == table]
     fid = [line for line in lines if line["column"] == "FID"]
     assert (fid[0]["value"], fid[0]["deviation"], fid[0]["low"]) == ("200.0", "3.0", "")
     clip_i = [line for line in lines if line["column"] == "CLIP-I"]
     assert (clip_i[0]["low"], clip_i[0]["high"]) == ("98.5", "100.0")
-    # One row a system, and none of it shown less, or in other words.
+    # One row for each system, with its full label.
     assert len({line["row"] for line in fid}) == len(fid) == 6
     source = study.write("tables.md")
     assert "200.00 ± 3.00" in source
-    assert "mean ± standard deviation over 20 seeded draws of 50 pictures" in source
-    assert "Not comparable between categories; FID of 50 pictures in 2,048 dimensions" in source
-    assert "7 instances are in two categories, and scored in both." in source
-    assert "Fewer than 50, all are used: food (40)." in source
+    assert "mean ± standard deviation over 20 seeded draws of 50 images" in source
+    assert "FID on 50 images in 2,048 dimensions has rank 49" in source
+    assert "7 instances are in two or more categories and scored in each of them." in source
+    assert "fewer than 50 instances, all of them used: food (40)." in source
 
 
-def test_figure_5_leaves_out_what_was_scored_before_it_had_categories(tmp_path: Path) -> None:
-    made = Study(tmp_path)
-    folders = [made.add("photochat", backbone) for backbone in BACKBONES]
-    (folders[0] / "categories.json").unlink()
-    source = made.write("one.html")
-    assert f"Without categories.json, see eval/figure5.py: {folders[0]}." in source
+def test_figure_5_skips_evaluations_without_categories(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    directories = [study.add("photochat", backbone) for backbone in BACKBONES]
+    (directories[0] / "categories.json").unlink()
+    source = study.write("one.html")
+    assert f"No categories.json (eval/figure5.py writes it) in: {directories[0]}." in source
     assert source.count("<h3>people</h3>") == 1
-    for folder in folders[1:]:
-        (folder / "categories.json").unlink()
-    assert "no evaluation has categories.json; eval/figure5.py writes it" in made.write("no.html")
+    for directory in directories[1:]:
+        (directory / "categories.json").unlink()
+    assert "no evaluation has categories.json; eval/figure5.py writes it" in study.write("no.html")
 
 
-def test_table_5_is_the_recipes(study: Study) -> None:
+def test_table_5_lists_recipes(study: Study) -> None:
     lines = study.lines()
     row = "MMDialog, U-ViT-Small"
     for column in ("global batch", "global batch (paper)"):
@@ -537,27 +541,27 @@ def test_table_5_is_the_recipes(study: Study) -> None:
     assert value(lines, "Recipes (Table 5)", row, "devices (paper)") == "8x A100-80GB"
 
 
-def test_the_page_has_all_of_it_and_loads_nothing(study: Study) -> None:
+def test_study_page_is_complete_and_self_contained(study: Study) -> None:
     source = study.write("study.html")
-    opened = list(unclosed(source))
+    opened = list(unclosed_tags(source))
     assert opened == []
     for anchor in ("table2", "table3", "listening", "figure5", "table5", "conversations", "cards"):
         assert f'<section id="{anchor}">' in source
     assert 'title="97.76; the paper, Table 2"' in source
-    # What scrolls has a name, also where the caption holds a figure; no heading is empty.
+    # Scrollable regions have a label, also if the caption contains a number; no heading is empty.
     for name in ("Systems on PhotoChat (Table 2)", "FID on inception-v3-compat 6726825d, 1,000"):
         assert f'role="region" aria-label="{name}' in source
     assert '<th scope="col"></th>' not in source
     assert "photochat" in source
-    # Systems of a corpus stand beside the truth of that corpus: 12 conversations each.
+    # Systems of a corpus are shown next to its reference images: 12 dialogs each.
     assert source.count('<article class="conversation"') == 12 + 12 + 3 * 4
-    assert len(study.folders) == 20
+    assert len(study.directories) == 20
     only = study.write("figure5.html", parts=("figure5",))
     assert '<section id="figure5">' in only
     assert "Table 2" not in only
 
 
-def unclosed(source: str) -> Iterator[str]:
+def unclosed_tags(source: str) -> Iterator[str]:
     class Page(HTMLParser):
         def __init__(self) -> None:
             super().__init__()
@@ -576,15 +580,15 @@ def unclosed(source: str) -> Iterator[str]:
     yield from page.open
 
 
-def test_on_another_extractor_the_papers_numbers_are_left_out(tmp_path: Path) -> None:
-    made = Study(tmp_path)
-    made.add("mmdialog", "uvit-s", extractor="clip_image 0123")
-    systems = [line for line in made.lines() if line["table"].startswith("Systems")]
+def test_paper_numbers_are_omitted_for_other_extractor(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    study.add("mmdialog", "uvit-s", extractor="clip_image 0123")
+    systems = [line for line in study.lines() if line["table"].startswith("Systems")]
     assert systems
     assert {line["by"] for line in systems} == {"d2i"}
-    assert "The paper's numbers are left out" in made.write("tables.md")
+    assert "The paper's numbers are omitted" in study.write("tables.md")
 
 
-def test_another_suffix_is_refused(study: Study) -> None:
-    with pytest.raises(ConfigError, match=r"ends in \.html, \.md or \.csv"):
+def test_unknown_report_suffix_is_rejected(study: Study) -> None:
+    with pytest.raises(ConfigError, match=r"ending in \.html, \.md or \.csv"):
         study.write("tables.pdf")

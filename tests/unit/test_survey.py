@@ -1,4 +1,4 @@
-"""What `d2i corpus` says of a corpus: counts, what options change, what leaks."""
+"""Corpus survey of `d2i corpus`: counts, effects of options, leakage between splits."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tests.shared import SHARED, needs_shared
 MMDIALOG = SHARED / "data" / "mmdialog"
 
 
-def unheard(*said: object) -> None:
-    """Takes progress, and does nothing with it."""
+def ignore_progress(*progress: object) -> None:
+    """Ignore reported progress."""
 
 
 def survey(
@@ -38,13 +38,13 @@ def survey(
 ) -> SplitSurvey:
     config = apply_settings(DialogConfig(), settings)
     return survey_split(
-        corpus, str(source), split, config, num_sampled=num_sampled, on_dialog=unheard
+        corpus, str(source), split, config, num_sampled=num_sampled, on_dialog=ignore_progress
     )
 
 
 @needs_shared
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
-def test_counts_are_those_of_the_sample(split: str) -> None:
+def test_survey_counts_match_expected_counts(split: str) -> None:
     expected = json.loads((MMDIALOG / "EXPECTED.json").read_bytes())[split]
     found = survey(MMDIALOG, split)
     assert found.num_dialogs == expected["dialogs"]
@@ -56,7 +56,9 @@ def test_counts_are_those_of_the_sample(split: str) -> None:
 @needs_shared
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 @pytest.mark.parametrize("settings", [(), ("corpus.own_turn=exclude", "corpus.repeated=all")])
-def test_a_variant_counts_what_reading_with_it_gives(split: str, settings: tuple[str, ...]) -> None:
+def test_variant_counts_match_reading_with_its_option(
+    split: str, settings: tuple[str, ...]
+) -> None:
     config = apply_settings(DialogConfig(), settings)
     found = survey(MMDIALOG, split, *settings)
     unmeasured = {"corpus.image_root", "corpus.descriptions", "corpus.max_broken", "text.latents"}
@@ -71,13 +73,13 @@ def test_a_variant_counts_what_reading_with_it_gives(split: str, settings: tuple
             text = text.model_copy(update={variant.option[5:]: variant.value})
         else:
             options[variant.option] = variant.value
-        problems: list[Any] = []
+        issues: list[Any] = []
         instances = list(
-            read_instances("mmdialog", MMDIALOG, split, on_problem=problems.append, **options)
+            read_instances("mmdialog", MMDIALOG, split, on_problem=issues.append, **options)
         )
         assert variant.num_instances == len(instances), variant
-        assert variant.num_empty == sum(p.reason == "empty_context" for p in problems), variant
-        # The sample has every occurrence, so it says nothing of repeated pictures.
+        assert variant.num_empty == sum(p.reason == "empty_context" for p in issues), variant
+        # The sample has every occurrence, so it does not measure repeated images.
         if variant.option != "repeated":
             counts = [len(encode(context_text(i.context, text))) for i in instances]
             assert variant.mean_tokens == pytest.approx(np.mean(counts)), variant
@@ -86,7 +88,7 @@ def test_a_variant_counts_what_reading_with_it_gives(split: str, settings: tuple
 
 
 @needs_shared
-def test_lengths_are_binned_with_the_window_on_an_edge() -> None:
+def test_length_histogram_has_bin_edge_at_window() -> None:
     found = survey(MMDIALOG, "test").lengths
     instances = read_instances("mmdialog", MMDIALOG, "test")
     counts = [len(encode(context_text(i.context, DialogConfig().text))) for i in instances]
@@ -99,7 +101,7 @@ def test_lengths_are_binned_with_the_window_on_an_edge() -> None:
 
 
 def write_chats(path: Path, *chats: tuple[str, list[str]]) -> None:
-    """Write one line for each chat: a text, and the pictures that answer it."""
+    """Write one line for each chat: a text, and the images that answer it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for number, (text, images) in enumerate(chats):
@@ -107,7 +109,7 @@ def write_chats(path: Path, *chats: tuple[str, list[str]]) -> None:
             file.write(json.dumps({"id": number, "turns": turns}) + "\n")
 
 
-def test_the_sample_is_drawn_by_key_and_says_its_size(tmp_path: Path) -> None:
+def test_survey_sample_is_deterministic_and_states_its_size(tmp_path: Path) -> None:
     write_chats(tmp_path / "train.jsonl", *((f"word {'x ' * n}", [f"{n}.jpg"]) for n in range(60)))
     whole = survey(tmp_path, "train", corpus="jsonl")
     part = survey(tmp_path, "train", corpus="jsonl", num_sampled=20)
@@ -119,20 +121,20 @@ def test_the_sample_is_drawn_by_key_and_says_its_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_kept", [1, 7, 30])
-def test_a_sample_of_long_dialogs_is_made_smaller(
+def test_survey_sample_shrinks_to_character_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_kept: int
 ) -> None:
-    """What is left comes first in the seeded order, as if so many had been asked for."""
+    """The first dialogs of the seeded order remain, as if that number had been requested."""
     chats = ((f"word {'x ' * n}".ljust(1000, "."), [f"{n}.jpg"]) for n in range(60))
     write_chats(tmp_path / "train.jsonl", *chats)
-    asked = survey(tmp_path, "train", corpus="jsonl", num_sampled=num_kept)
+    expected = survey(tmp_path, "train", corpus="jsonl", num_sampled=num_kept)
     chars = num_kept * (1000 + 2 * survey_module._TURN_CHARS) + 999
     monkeypatch.setattr(survey_module, "_MAX_SAMPLE_CHARS", chars)
-    assert survey(tmp_path, "train", corpus="jsonl") == asked
-    assert asked.lengths.num_sampled == num_kept
+    assert survey(tmp_path, "train", corpus="jsonl") == expected
+    assert expected.lengths.num_sampled == num_kept
 
 
-def test_whole_turns_left_out_are_not_counted(tmp_path: Path) -> None:
+def test_survey_does_not_count_dropped_turns(tmp_path: Path) -> None:
     turns = [{"text": "word " * 40}, {"text": "word " * 40}, {"text": "end", "images": ["a.jpg"]}]
     (tmp_path / "train.jsonl").write_text(json.dumps({"id": 1, "turns": turns}))
     found = {
@@ -146,28 +148,37 @@ def test_whole_turns_left_out_are_not_counted(tmp_path: Path) -> None:
     assert (cut["text.keep"].mean_tokens, cut["text.cut"].mean_tokens) == (41, 84)
 
 
-def test_a_picture_that_is_shared_very_often_is_named(tmp_path: Path) -> None:
+def test_image_shared_very_often_is_reported(tmp_path: Path) -> None:
     write_chats(tmp_path / "train.jsonl", *((f"say {n}", ["same.jpg"]) for n in range(10_001)))
     corpus = ["corpus", "--corpus", "jsonl", "--source", tmp_path, "--no-pictures"]
     assert run_d2i(*corpus, "--json")["splits"]["train"]["most_occurrences"] == 10_001
-    assert "one picture is shared 10001 times" in run_process(*corpus, "--sample", "0").stdout
+    assert "one image is shared 10001 times" in run_process(*corpus, "--sample", "0").stdout
 
 
-def test_a_corpus_that_is_all_broken_is_surveyed(tmp_path: Path) -> None:
+def test_survey_accepts_corpus_of_record_issues_only(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"id": 1}\n' * 500)
     found = survey(tmp_path, "train", corpus="jsonl")
     assert found.problems == {"missing_field": 500}
     assert (found.num_dialogs, found.num_instances, found.lengths.mean) == (0, 0, None)
 
 
-def find_leaks(source: Path, splits: list[str], *, look: bool, corpus: str = "jsonl") -> list[Leak]:
-    finder = LeakFinder(build_corpus(corpus, {}), str(source), look=look, on_image=unheard)
+def find_leaks(
+    source: Path, splits: list[str], *, near_duplicates: bool, corpus: str = "jsonl"
+) -> list[Leak]:
+    finder = LeakFinder(
+        build_corpus(corpus, {}),
+        str(source),
+        near_duplicates=near_duplicates,
+        on_image=ignore_progress,
+    )
     return list(finder.find(splits))
 
 
 @needs_shared
-def test_pictures_shared_between_splits_are_those_of_the_sample() -> None:
-    leaks = find_leaks(MMDIALOG, ["train", "valid", "test"], look=False, corpus="mmdialog")
+def test_images_shared_between_splits_match_expected_leaks() -> None:
+    leaks = find_leaks(
+        MMDIALOG, ["train", "valid", "test"], near_duplicates=False, corpus="mmdialog"
+    )
     assert {(leak.key, leak.other_split) for leak in leaks} == {
         ("train-0-0-0", "test"),
         ("train-4-0-0", "test"),
@@ -179,9 +190,9 @@ def test_pictures_shared_between_splits_are_those_of_the_sample() -> None:
 
 
 def scene(seed: int, side: int = 256) -> Image.Image:
-    """A smooth picture that no other seed gives: a few blurred patches of colour."""
-    dice = np.random.default_rng(seed)
-    coarse = Image.fromarray(dice.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    """Return a smooth image unique to the seed: a few blurred patches of colour."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return coarse.resize((side, side), Image.Resampling.BICUBIC)
 
 
@@ -200,7 +211,9 @@ def test_near_duplicates_are_found_across_splits(tmp_path: Path) -> None:
     names = ["smaller.jpg", "other.png", "recoloured.png", "broken.jpg", "missing.jpg", "test.png"]
     write_chats(tmp_path / "train.jsonl", *((name, [f"p/{name}"]) for name in names))
     write_chats(tmp_path / "test.jsonl", ("look", ["p/test.png"]))
-    finder = LeakFinder(build_corpus("jsonl", {}), str(tmp_path), look=True, on_image=unheard)
+    finder = LeakFinder(
+        build_corpus("jsonl", {}), str(tmp_path), near_duplicates=True, on_image=ignore_progress
+    )
     leaks = list(finder.find(["train", "test"]))
     assert [(leak.key, leak.reason) for leak in leaks] == [
         ("train-0-1-0", "near_duplicate"),
@@ -210,22 +223,22 @@ def test_near_duplicates_are_found_across_splits(tmp_path: Path) -> None:
     assert 0 <= leaks[0].distance <= MAX_DISTANCE
     assert finder.images["train"].num_read == 4
     assert finder.images["train"].failures == {"missing_file": 1, "not_an_image": 1}
-    assert [leak.key for leak in find_leaks(tmp_path, ["train", "test"], look=False)] == [
-        "train-5-1-0"
-    ]
+    assert [
+        leak.key for leak in find_leaks(tmp_path, ["train", "test"], near_duplicates=False)
+    ] == ["train-5-1-0"]
 
 
-def test_plain_pictures_are_like_none() -> None:
+def test_plain_image_has_no_perceptual_hash() -> None:
     assert perceptual_hash_of(Image.new("RGB", (64, 64), "red")) is None
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_perceptual_hash_survives_rescaling_and_recompression(seed: int) -> None:
     index = HashIndex()
-    looks = [perceptual_hash_of(scene(other)) for other in range(8)]
-    for name, look in enumerate(looks):
-        assert look is not None
-        index.add(str(name), look)
+    hashes = [perceptual_hash_of(scene(other)) for other in range(8)]
+    for name, image_hash in enumerate(hashes):
+        assert image_hash is not None
+        index.add(str(name), image_hash)
     buffer = io.BytesIO()
     scene(seed, 200).save(buffer, "JPEG", quality=50)
     copied = perceptual_hash_of(Image.open(buffer).convert("RGB"))
@@ -239,27 +252,27 @@ STRUCTURE = st.integers(0, 2**64 - 1)
 
 
 @given(st.lists(STRUCTURE, max_size=8), STRUCTURE, st.sets(st.integers(0, 63), max_size=6))
-def test_the_index_finds_what_a_search_of_all_finds(
+def test_hash_index_matches_exhaustive_search(
     structures: list[int], one: int, flipped: set[int]
 ) -> None:
     colours = np.zeros((4, 4, 3), np.uint8)
     structures = [*structures, one]
-    asked = one
+    query = one
     for bit in flipped:
-        asked ^= 1 << bit
+        query ^= 1 << bit
     index = HashIndex()
-    for place, structure in enumerate(structures):
-        index.add(str(place), PerceptualHash(structure, colours))
-    distances = [(structure ^ asked).bit_count() for structure in structures]
+    for position, structure in enumerate(structures):
+        index.add(str(position), PerceptualHash(structure, colours))
+    distances = [(structure ^ query).bit_count() for structure in structures]
     nearest = min(distances)
-    found = index.nearest(PerceptualHash(asked, colours))
+    found = index.nearest(PerceptualHash(query, colours))
     if nearest > MAX_DISTANCE:
         assert found is None
     else:
         assert found == (str(distances.index(nearest)), nearest)
 
 
-def test_the_command_writes_a_list_that_preprocess_honours(tmp_path: Path) -> None:
+def test_preprocess_excludes_leaks_found_by_corpus_command(tmp_path: Path) -> None:
     chats, leaks, page = tmp_path / "chats", tmp_path / "leaks.jsonl", tmp_path / "corpus.html"
     for number in range(4):
         save(scene(number), chats / f"p/{number}.png")
@@ -294,17 +307,17 @@ def test_the_command_writes_a_list_that_preprocess_honours(tmp_path: Path) -> No
     assert planned["test"]["num_instances"] == 1
 
 
-def test_the_first_case_of_each_reason_is_shown_wherever_problems_are(tmp_path: Path) -> None:
-    sound = {"id": 0, "turns": [{"text": "a", "images": ["1.jpg"]}]}
-    odd = [{"id": n, "turns": [{"text": "a", "images": ["/p/1.jpg"]}]} for n in (1, 2)]
-    lines = map(json.dumps, [sound, *odd, {"id": 3}])
+def test_first_record_issue_of_each_reason_is_shown(tmp_path: Path) -> None:
+    good = {"id": 0, "turns": [{"text": "a", "images": ["1.jpg"]}]}
+    bad = [{"id": n, "turns": [{"text": "a", "images": ["/p/1.jpg"]}]} for n in (1, 2)]
+    lines = map(json.dumps, [good, *bad, {"id": 3}])
     (tmp_path / "test.jsonl").write_text("\n".join(lines))
     page = tmp_path / "page.html"
     arguments = ("corpus", "--corpus", "jsonl", "--source", str(tmp_path), "--report", str(page))
     runner = CliRunner()
-    said = runner.invoke(app, [*arguments, "--sample", "0"])
-    asked = runner.invoke(app, [*arguments, "--sample", "0", "--json"])
-    found = json.loads(asked.stdout)["splits"]["test"]
+    text_result = runner.invoke(app, [*arguments, "--sample", "0"])
+    json_result = runner.invoke(app, [*arguments, "--sample", "0", "--json"])
+    found = json.loads(json_result.stdout)["splits"]["test"]
     assert found["problems"] == {"bad_image_ref": 2, "missing_field": 1}
     for reason, where, field in (
         ("bad_image_ref", "test.jsonl line 2", "turn 0 image 0: expected"),
@@ -313,5 +326,5 @@ def test_the_first_case_of_each_reason_is_shown_wherever_problems_are(tmp_path: 
         first = found["first_problems"][reason]
         assert first["where"] == where
         assert first["detail"].startswith(field)
-        assert f"first {reason}: {where}: {first['detail']}" in said.stdout
+        assert f"first {reason}: {where}: {first['detail']}" in text_result.stdout
         assert f"first: {where}: " in page.read_text()

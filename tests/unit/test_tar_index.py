@@ -1,4 +1,4 @@
-"""Pictures in tars: found by name, read whole, and nothing hostile followed."""
+"""Images in tars: found by name, read whole; links and unsafe names are not followed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def packed(
+def make_tar(
     members: Iterable[tuple[str, bytes | bytes]],
     form: int = tarfile.PAX_FORMAT,
     mode: str = "w",
@@ -50,10 +50,10 @@ def reason(root: str, path: str) -> str:
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_member_is_found_by_its_name_and_by_the_end_of_it(tmp_path: Path, form: int) -> None:
+def test_tar_member_is_found_by_name_or_end_of_path(tmp_path: Path, form: int) -> None:
     long = "/".join(["x" * 60] * 2) + "/3.jpg"
     members = [("./a/b/1.jpg", b"one"), ("2.jpg", b""), (long, b"three")]
-    (tmp_path / "x.tar").write_bytes(packed(members, form))
+    (tmp_path / "x.tar").write_bytes(make_tar(members, form))
     root = str(tmp_path / "x.tar")
     for path, data in (
         *(("a/b/1.jpg", b"one"), ("b/1.jpg", b"one"), ("1.jpg", b"one")),
@@ -64,33 +64,33 @@ def test_a_member_is_found_by_its_name_and_by_the_end_of_it(tmp_path: Path, form
     assert reason(root, "a/b") == "missing_file"
 
 
-def test_several_tars_anywhere_are_one_root() -> None:
-    folder = f"memory://{uuid.uuid4().hex}"
+def test_glob_of_tars_on_object_store_is_one_image_root() -> None:
+    directory = f"memory://{uuid.uuid4().hex}"
     for number in range(3):
-        data = packed([(f"{number}-{n}.jpg", b"%d %d" % (number, n)) for n in range(5)])
-        fsspec.filesystem("memory").pipe_file(f"{folder[8:]}/{number}.tar", data)
-    fsspec.filesystem("memory").pipe_file(f"{folder[8:]}/other.txt", b"no tar")
-    assert read_image(f"{folder}/*.tar", "2-4.jpg", MAX_BYTES) == b"2 4"
-    assert read_image(f"{folder}/1.tar", "1-0.jpg", MAX_BYTES) == b"1 0"
+        data = make_tar([(f"{number}-{n}.jpg", b"%d %d" % (number, n)) for n in range(5)])
+        fsspec.filesystem("memory").pipe_file(f"{directory[8:]}/{number}.tar", data)
+    fsspec.filesystem("memory").pipe_file(f"{directory[8:]}/other.txt", b"no tar")
+    assert read_image(f"{directory}/*.tar", "2-4.jpg", MAX_BYTES) == b"2 4"
+    assert read_image(f"{directory}/1.tar", "1-0.jpg", MAX_BYTES) == b"1 0"
     with pytest.raises(DataError, match="no such tar"):
-        open_index(f"{folder}/none-*.tar")
+        open_index(f"{directory}/none-*.tar")
 
 
-def test_the_index_is_made_once_and_anew_for_another_tar(tmp_path: Path, cache: Path) -> None:
+def test_tar_index_is_cached_and_rebuilt_for_changed_tar(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "x.tar"
-    path.write_bytes(packed([("1.jpg", b"one")]))
+    path.write_bytes(make_tar([("1.jpg", b"one")]))
     for _ in range(2):
         assert len(open_index(str(path))) == 1
     assert len(list(cache.rglob("*.arrow"))) == 1
-    path.write_bytes(packed([("0.jpg", b"zero"), ("1.jpg", b"two")]))
+    path.write_bytes(make_tar([("0.jpg", b"zero"), ("1.jpg", b"two")]))
     assert read_image(str(path), "1.jpg", MAX_BYTES) == b"two"
 
 
-def test_what_a_name_does_not_tell_apart_is_refused_unless_it_is_the_same(tmp_path: Path) -> None:
+def test_ambiguous_member_name_with_other_content_is_rejected(tmp_path: Path) -> None:
     members = [("train/1.jpg", b"one"), ("test/1.jpg", b"one")]
     members += [("train/2.jpg", b"two"), ("test/2.jpg", b"other"), ("2.jpg", b"plain")]
     members += [("train/3.jpg", b"three"), ("test/3.jpg", b"other")]
-    (tmp_path / "x.tar").write_bytes(packed(members))
+    (tmp_path / "x.tar").write_bytes(make_tar(members))
     root = str(tmp_path / "x.tar")
     assert read_image(root, "1.jpg", MAX_BYTES) == b"one"
     assert read_image(root, "2.jpg", MAX_BYTES) == b"plain"
@@ -98,7 +98,7 @@ def test_what_a_name_does_not_tell_apart_is_refused_unless_it_is_the_same(tmp_pa
     assert reason(root, "3.jpg") == "ambiguous_file"
 
 
-def test_links_and_devices_and_names_that_lead_elsewhere_are_not_followed(tmp_path: Path) -> None:
+def test_links_devices_and_unsafe_names_are_not_followed(tmp_path: Path) -> None:
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(b"secret")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
@@ -120,31 +120,31 @@ def test_links_and_devices_and_names_that_lead_elsewhere_are_not_followed(tmp_pa
         assert reason(root, name) == "missing_file"
 
 
-def test_a_member_longer_than_allowed_is_refused_and_not_read(tmp_path: Path) -> None:
-    (tmp_path / "x.tar").write_bytes(packed([("1.jpg", bytes(MAX_BYTES + 1))]))
+def test_oversized_member_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(make_tar([("1.jpg", bytes(MAX_BYTES + 1))]))
     assert reason(str(tmp_path / "x.tar"), "1.jpg") == "too_many_bytes"
 
 
 @given(st.integers(1, 5 * 10240 - 1))
-def test_a_tar_that_was_cut_is_an_error(length: int) -> None:
-    whole = packed([(f"{n}.jpg", bytes([n]) * 700) for n in range(20)])
+def test_truncated_tar_raises(length: int) -> None:
+    whole = make_tar([(f"{n}.jpg", bytes([n]) * 700) for n in range(20)])
     end = whole.rstrip(b"\0")
-    # Of the zeros that fill the last record, the first block alone ends an archive.
+    # Of the zeros that pad the last record, the first block alone ends an archive.
     length = min(length, (len(end) + 511) // 512 * 512)
     name = f"memory://{uuid.uuid4().hex}.tar"
     fsspec.filesystem("memory").pipe_file(name, whole[:length])
-    with pytest.raises(DataError, match="no whole tar"):
+    with pytest.raises(DataError, match="not an intact tar"):
         open_index(name)
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2"])
-def test_a_compressed_tar_is_an_error(tmp_path: Path, mode: str) -> None:
-    (tmp_path / "x.tar").write_bytes(packed([("1.jpg", b"one")], mode=mode))
+def test_compressed_tar_raises(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "x.tar").write_bytes(make_tar([("1.jpg", b"one")], mode=mode))
     with pytest.raises(DataError, match="not compressed"):
         open_index(str(tmp_path / "x.tar"))
 
 
-def test_a_header_that_promises_gigabytes_is_not_read(tmp_path: Path) -> None:
+def test_oversized_long_name_header_raises(tmp_path: Path) -> None:
     info = tarfile.TarInfo("long")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 7 << 30
     (tmp_path / "x.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
@@ -152,7 +152,7 @@ def test_a_header_that_promises_gigabytes_is_not_read(tmp_path: Path) -> None:
         open_index(str(tmp_path / "x.tar"))
 
 
-def test_a_tar_without_files_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "x.tar").write_bytes(packed([]))
+def test_tar_without_files_raises(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(make_tar([]))
     with pytest.raises(DataError, match="without files"):
         open_index(str(tmp_path / "x.tar"))

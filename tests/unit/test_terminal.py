@@ -1,4 +1,4 @@
-"""Other people's text moves no cursor: whatever prints it, its control characters are seen."""
+"""Control characters of untrusted text are escaped wherever it is printed."""
 
 from __future__ import annotations
 
@@ -29,41 +29,44 @@ SHOWN = r"hi \x1b]52;c;cm0gLXJm\x07\x1b[2J\x9b2J\u202etxt.exe\r\nforged\x00"
         ("\x7f\u200e\u2066", r"\x7f\u200e\u2066"),
     ],
 )
-def test_what_cannot_be_seen_is_shown(text: str, shown: str) -> None:
+def test_plain_escapes_control_characters(text: str, shown: str) -> None:
     assert plain(text) == shown
 
 
-def test_commands_print_it_so(tmp_path: Path) -> None:
-    """Samples, problems, errors, warnings and tracebacks."""
-    folder = tmp_path / "test"
-    folder.mkdir()
-    said = metadata(
+def test_commands_escape_control_characters(tmp_path: Path) -> None:
+    """Escape samples, problems, errors and warnings."""
+    directory = tmp_path / "test"
+    directory.mkdir()
+    document = metadata(
         "test-1", split="test", context=[{"speaker": 0, "text": HOSTILE}], labels=[HOSTILE]
     )
-    said["source"]["ref"] = [f"{CLIPBOARD}.jpg"]
-    members = {"json": json_bytes(said), "moments.npy": npy_bytes(np.zeros((8, 8, 8), np.float16))}
-    write_shard([Sample("test-1", members)], str(folder), 0, failures={})
-    write_manifest(str(folder), {})
-    inspected = run_process("inspect", folder)
+    document["source"]["ref"] = [f"{CLIPBOARD}.jpg"]
+    members = {
+        "json": json_bytes(document),
+        "moments.npy": npy_bytes(np.zeros((8, 8, 8), np.float16)),
+    }
+    write_shard([Sample("test-1", members)], str(directory), 0, failures={})
+    write_manifest(str(directory), {})
+    inspected = run_process("inspect", directory)
     assert inspected.returncode == 0, inspected.stderr
     assert f"  0: {SHOWN}\n" in inspected.stdout
     assert r"\x1b]52;c;" in inspected.stdout.splitlines()[2]
 
-    (folder / f"{CLIPBOARD}.tar").write_bytes(b"")
-    verified = run_process("verify", folder)
+    (directory / f"{CLIPBOARD}.tar").write_bytes(b"")
+    verified = run_process("verify", directory)
     assert verified.returncode == 1
     assert r"\x1b]52;c;" in verified.stdout
 
     (tmp_path / "train.jsonl").write_text(json.dumps({"id": 1, HOSTILE: 2, "turns": HOSTILE}))
-    told = run_process("corpus", "--corpus", "jsonl", "--source", tmp_path, "--sample", "0")
-    refused = run_process("report", f"{tmp_path}/\x1b[2J")
-    assert refused.returncode == 2
-    assert r"\x1b[2J" in refused.stderr
-    for done in (inspected, verified, told, refused):
+    surveyed = run_process("corpus", "--corpus", "jsonl", "--source", tmp_path, "--sample", "0")
+    reported = run_process("report", f"{tmp_path}/\x1b[2J")
+    assert reported.returncode == 2
+    assert r"\x1b[2J" in reported.stderr
+    for done in (inspected, verified, surveyed, reported):
         assert not set("\x1b\x07\x9b\x00\u202e") & set(done.stdout + done.stderr)
 
 
-def test_a_traceback_does_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_traceback_escapes_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     import sys
 
     from d2i.terminal import print_plainly
@@ -77,9 +80,9 @@ def test_a_traceback_does_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\x1b" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\t", "\r"])
-def test_no_cell_of_a_csv_is_a_formula(sign: str) -> None:
-    label = f"{sign}HYPERLINK(0)"
+@pytest.mark.parametrize("prefix", ["=", "+", "-", "@", "\t", "\r"])
+def test_csv_cells_are_not_formulas(prefix: str) -> None:
+    label = f"{prefix}HYPERLINK(0)"
     table = Table(label, (label, "b"), (Row(label, (Cell(-1.5), Cell(label)), label),))
     text = write_csv([table])
     assert text.startswith("table,row,column,value")

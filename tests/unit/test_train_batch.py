@@ -1,4 +1,4 @@
-"""Micro batches: the same from latents and from token ids, by any number of threads."""
+"""Micro batches are the same from latents and from token IDs, with any number of threads."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ ENCODERS: EncodersConfig = load_recipe("demo").encoders
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardReader, ShardReader]:
-    """The same samples with text latents, and with token ids alone."""
+    """Write the same samples with text latents, and with token IDs alone."""
     clip_text = ClipText(ENCODERS.clip_text)
-    folders = []
+    directories = []
     for members in (("tokens", "text"), ("tokens",)):
-        folder = tmp_path_factory.mktemp("shards")
+        directory = tmp_path_factory.mktemp("shards")
         random = np.random.default_rng(0)
         samples = []
         for number, line in enumerate(LINES):
@@ -49,15 +49,15 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardReader, Shar
             }
             encoded |= {f"{name}.npy": npy_bytes(arrays[name]) for name in members}
             samples.append(Sample(f"train-{number}", encoded))
-        write_shard(samples, str(folder), 0, failures={})
+        write_shard(samples, str(directory), 0, failures={})
         empty = window(encode(""))
-        (folder / "empty_tokens.npy").write_bytes(npy_bytes(empty))
+        (directory / "empty_tokens.npy").write_bytes(npy_bytes(empty))
         if "text" in members:
             latents = clip_text.encode(empty[None], ENCODERS.compute_batch_size)[0]
-            (folder / "empty_text.npy").write_bytes(npy_bytes(latents.astype(np.float16)))
-        write_manifest(str(folder), {})
-        folders.append(folder)
-    return ShardReader(str(folders[0])), ShardReader(str(folders[1]))
+            (directory / "empty_text.npy").write_bytes(npy_bytes(latents.astype(np.float16)))
+        write_manifest(str(directory), {})
+        directories.append(directory)
+    return ShardReader(str(directories[0])), ShardReader(str(directories[1]))
 
 
 def config(num_threads: int = 1) -> TrainConfig:
@@ -91,7 +91,7 @@ def check_same(ours: list[Batch], theirs: list[Batch]) -> None:
             assert same, field.name
 
 
-def test_token_ids_alone_give_the_very_latents_of_the_shards(
+def test_encoded_token_ids_equal_stored_text_latents(
     readers: tuple[ShardReader, ShardReader],
 ) -> None:
     with_latents, with_tokens = readers
@@ -105,27 +105,29 @@ def test_token_ids_alone_give_the_very_latents_of_the_shards(
 
 
 @pytest.mark.parametrize("num_threads", [2, 5])
-def test_threads_change_nothing(readers: tuple[ShardReader, ShardReader], num_threads: int) -> None:
+def test_batches_are_equal_for_any_number_of_threads(
+    readers: tuple[ShardReader, ShardReader], num_threads: int
+) -> None:
     check_same(stream(readers[0], num_threads), stream(readers[0], 1))
 
 
-def test_what_is_not_read_yet_is_known(readers: tuple[ShardReader, ShardReader]) -> None:
-    """Shards are fetched ahead of that, and those read before make room."""
+def test_first_unread_follows_returned_batches(readers: tuple[ShardReader, ShardReader]) -> None:
+    """Prefetch starts at the first unread step, and eviction frees the shards before it."""
     reader, gate = readers[1], threading.Event()
-    held_up = reader.read(np.array([2]), members=["tokens"])["tokens"]
+    delayed_tokens = reader.read(np.array([2]), members=["tokens"])["tokens"]
 
     def encode_text(tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
-        if np.array_equal(tokens, held_up):
+        if np.array_equal(tokens, delayed_tokens):
             gate.wait()
         return np.zeros((*tokens.shape, 8), np.float16)
 
     batches = BatchReader(reader, config(2), is_joint=False, encode_text=encode_text)
-    ahead = batches.read_ahead((np.array([step]), step) for step in range(4))
+    prefetched = batches.read_ahead((np.array([step]), step) for step in range(4))
     assert batches.first_unread(0) == 0
-    next(ahead)
-    next(ahead)
+    next(prefetched)
+    next(prefetched)
     assert batches.first_unread(1) == 2
     gate.set()
-    next(ahead)
+    next(prefetched)
     assert batches.first_unread(2) == 3
     batches.close()

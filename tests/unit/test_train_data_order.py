@@ -1,4 +1,4 @@
-"""The data order is a function of seed and step: no rank, restart or grouping changes it."""
+"""The data order depends on seed and step alone, not on ranks, resume or micro batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ shard_sizes = st.lists(st.integers(0, 12), min_size=1, max_size=6).filter(any).m
 
 
 @given(shard_sizes, kinds, st.integers(1, 4), st.integers(0, 5), st.integers(1, 20))
-def test_every_sample_once_an_epoch(
+def test_data_order_has_every_sample_once_per_epoch(
     sizes: tuple[int, ...], kind: Kind, window: int, seed: int, size: int
 ) -> None:
     order = DataOrder(sizes, seed, kind, window)
@@ -33,7 +33,7 @@ def test_every_sample_once_an_epoch(
 
 
 @given(kinds, st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2]), st.integers(0, 30))
-def test_ranks_share_one_global_batch(
+def test_micro_batches_of_ranks_form_global_batch(
     kind: Kind, world_size: int, num_micro: int, step: int
 ) -> None:
     order = DataOrder((20, 17), 3, kind)
@@ -45,7 +45,7 @@ def test_ranks_share_one_global_batch(
     assert {len(batch) for rank in parts for batch in rank} == {16 // world_size // num_micro}
 
 
-def test_a_window_of_shards_is_used_up_before_the_next() -> None:
+def test_blocked_order_shuffles_within_window_of_shards() -> None:
     order = DataOrder((10,) * 8, 0, "blocked", num_window_shards=2)
     shards = order.epoch(0) // 10
     windows = [set(part) for part in np.split(shards, 4)]
@@ -57,7 +57,7 @@ def test_a_window_of_shards_is_used_up_before_the_next() -> None:
 
 
 @given(shard_sizes, st.integers(1, 4), st.integers(1, 20), st.integers(0, 12))
-def test_what_a_step_reads_is_told_before(
+def test_shards_ahead_cover_step_and_next_window(
     sizes: tuple[int, ...], window: int, size: int, step: int
 ) -> None:
     order = DataOrder(sizes, 5, "blocked", window)
@@ -66,14 +66,14 @@ def test_what_a_step_reads_is_told_before(
     read = np.searchsorted(ends, order.global_batch(step, size), side="right")
     assert set(read.tolist()) <= set(ahead)
     assert read[0] in ahead[:window]
-    # And what the next window holds, of this epoch or the next.
+    # Also the shards of the next window, of this epoch or the next.
     after = order.global_batch((step + 1) * size, 1)
     assert set(np.searchsorted(ends, after, side="right").tolist()) <= set(ahead)
     assert set(DataOrder(sizes, 5).shards_ahead(step, size)) == set(range(len(sizes)))
 
 
-def test_the_order_of_windows_is_that_of_before() -> None:
-    """A run that was begun goes on in its order, whatever is done to this code."""
+def test_backward_compatibility_keeps_data_order_for_resume() -> None:
+    """A resumed run keeps the order that it began with, whatever changes in this code."""
     order = DataOrder((3, 2, 4, 3), 7, "blocked", num_window_shards=2)
     assert order.epoch(1).tolist() == [1, 3, 0, 4, 2, 10, 7, 5, 9, 11, 6, 8]
     for num_samples, epoch in ((12, 1), (5000, 0)):
@@ -82,21 +82,21 @@ def test_the_order_of_windows_is_that_of_before() -> None:
 
 
 @pytest.mark.parametrize("kind", ["global", "blocked"])
-def test_an_epoch_is_held_in_few_bytes_a_sample(kind: Kind) -> None:
+def test_data_order_uses_few_bytes_per_sample(kind: Kind) -> None:
     num_samples = 10**6
     order = DataOrder((1000,) * (num_samples // 1000), 1, kind, num_window_shards=8)
     tracemalloc.start()
     try:
         for step in (0, num_samples // 64, 0):
             order.global_batch(step, 64)
-        held, peak = tracemalloc.get_traced_memory()
+        current, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert held < 5 * num_samples
+    assert current < 5 * num_samples
     assert peak < 10 * num_samples
 
 
-def test_the_average_follows_its_formula() -> None:
+def test_ema_update_matches_formula() -> None:
     weight = torch.tensor([1.0, 2.0])
     ema = Ema([weight], rate=0.9)
     weight.copy_(torch.tensor([3.0, 4.0]))

@@ -1,4 +1,4 @@
-"""The network as training takes it: what the recipe asks of its blocks, under the same keys."""
+"""The network built for training: settings of the recipe apply, state dict keys stay."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from d2i.recipes import load_recipe
 from d2i.train.network import build_trained_network
 
 
-@pytest.mark.parametrize("is_asked", [False, True])
-def test_blocks_are_compiled_and_recomputed_as_asked(is_asked: bool) -> None:
+@pytest.mark.parametrize("is_enabled", [False, True])
+def test_compile_and_activation_checkpointing_settings_apply(is_enabled: bool) -> None:
     recipe = load_recipe("demo")
-    settings = [f"train.{name}={is_asked}" for name in ("compile", "activation_checkpointing")]
+    settings = [f"train.{name}={is_enabled}" for name in ("compile", "activation_checkpointing")]
     network = build_trained_network(apply_settings(recipe, [s.lower() for s in settings]))
     plain = build_trained_network(recipe)
-    assert network.gradient_checkpointing is is_asked
+    assert network.gradient_checkpointing is is_enabled
     blocks = [*network.in_blocks, network.mid_block, *network.out_blocks]
-    assert all((block._compiled_call_impl is not None) is is_asked for block in blocks)
+    assert all((block._compiled_call_impl is not None) is is_enabled for block in blocks)
     for (name, weight), (key, expected) in zip(
         network.state_dict().items(), plain.state_dict().items(), strict=True
     ):
@@ -28,7 +28,7 @@ def test_blocks_are_compiled_and_recomputed_as_asked(is_asked: bool) -> None:
         assert torch.equal(weight, expected)
 
 
-def test_bf16_multiplies_in_it_and_keeps_float32_weights_and_loss() -> None:
+def test_bf16_keeps_float32_weights_gradients_and_loss() -> None:
     torch.manual_seed(0)
     recipe = apply_settings(load_recipe("demo"), ["train.precision=bf16"])
     plain, network = build_trained_network(load_recipe("demo")), build_trained_network(recipe)
@@ -41,8 +41,8 @@ def test_bf16_multiplies_in_it_and_keeps_float32_weights_and_loss() -> None:
     n = torch.tensor([100, 900])
     outputs, expected = network(latent, n, text), plain(latent, n, text)
     assert outputs.dtype == torch.bfloat16
-    off = float(((outputs - expected).norm() / expected.norm()).detach())
-    assert 1e-4 < off < 5e-2
+    relative_error = float(((outputs - expected).norm() / expected.norm()).detach())
+    assert 1e-4 < relative_error < 5e-2
     loss = uvit_loss(network, latent, text, n, noise)
     assert loss.dtype == torch.float32
     noised = default_schedule().add_noise(latent, noise, n)
@@ -52,7 +52,7 @@ def test_bf16_multiplies_in_it_and_keeps_float32_weights_and_loss() -> None:
     assert all(weight.grad.dtype == torch.float32 for weight in network.parameters())
 
 
-def test_recomputed_blocks_multiply_in_bf16_as_well() -> None:
+def test_activation_checkpointing_in_bf16_keeps_gradients() -> None:
     torch.manual_seed(0)
     latent = None
     found = []

@@ -1,4 +1,4 @@
-"""What a run shows and how it ends: pace, chart, and the lines for what went wrong."""
+"""Reports of a training run: throughput, loss chart, logs and error messages."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def line(step: int, loss: float) -> MetricsLine:
     return MetricsLine(step, loss, 1e-4, 4 * step, 8.0, 1.0, 0.25, 0.4)
 
 
-# docs/models.md, Work, in GFLOP; counted there by the same tool.
+# From docs/models.md, section Work, in GFLOP; measured there with the same tool.
 @pytest.mark.parametrize(
     ("name", "gigaflop"),
     [("uvit-s", 97.31), ("uvit-s-deep", 127.37), ("unidiffuser-v1", 6986.2)],
 )
-def test_the_work_of_an_image(name: BackboneName, gigaflop: float) -> None:
+def test_count_flops_per_image_matches_docs(name: BackboneName, gigaflop: float) -> None:
     assert count_flops(BackboneConfig(name=name)) / 1e9 == pytest.approx(gigaflop, rel=0.01)
 
 
-def test_no_peak_is_made_up_for_a_processor() -> None:
+def test_peak_flops_of_cpu_is_none() -> None:
     assert peak_flops(torch.device("cpu"), "bf16") is None
 
 
-def test_the_progress_line_says_all() -> None:
-    said = progress_line(line(4, 0.5), 10, 4)
-    assert said == ("step 4/10  loss 0.5000  8 images/s  data wait 25.0%  MFU 40%  3 s left")
+def test_progress_line_shows_loss_throughput_and_time_left() -> None:
+    text = progress_line(line(4, 0.5), 10, 4)
+    assert text == ("step 4/10  loss 0.5000  8 images/s  data wait 25.0%  MFU 40%  3 s left")
 
 
-def test_the_chart_shows_both_losses(tmp_path: Path) -> None:
+def test_plot_losses_shows_training_and_validation_loss(tmp_path: Path) -> None:
     append_line(str(tmp_path), line(1, 1.0))
     plot_losses(str(tmp_path))
     assert not (tmp_path / "loss.png").exists()
@@ -65,15 +65,15 @@ def test_the_chart_shows_both_losses(tmp_path: Path) -> None:
         assert (pixels == colour).all(-1).sum() > 100
 
 
-def test_later_lines_of_a_cut_off_attempt_are_dropped(tmp_path: Path) -> None:
+def test_truncate_logs_after_drops_later_lines_for_resume(tmp_path: Path) -> None:
     for step in (2, 5):
         append_line(str(tmp_path), ValidationLine(step, 0.7, {}))
     truncate_logs_after(str(tmp_path), 4)
-    assert [kept.step for kept in read_validation(str(tmp_path))] == [2]
+    assert [entry.step for entry in read_validation(str(tmp_path))] == [2]
 
 
-def test_lines_go_to_weights_and_biases_on_request_alone(tmp_path: Path) -> None:
-    """Kept for later where nobody is to be logged in (`WANDB_MODE=offline`); else refused here."""
+def test_wandb_logging_is_opt_in_and_requires_login(tmp_path: Path) -> None:
+    """`WANDB_MODE=offline` stores the log for later; without it, a missing login is an error."""
     program = (
         "import sys\n"
         "from d2i.recipes import resolve_recipe\n"
@@ -86,7 +86,7 @@ def test_lines_go_to_weights_and_biases_on_request_alone(tmp_path: Path) -> None
         "    records.close()\n"
     )
     home = {"HOME": str(tmp_path / "home"), "PATH": os.environ["PATH"]}
-    refused, kept = (
+    rejected, offline = (
         subprocess.run(
             [sys.executable, "-c", program, str(tmp_path)],
             env=home | mode,
@@ -97,28 +97,28 @@ def test_lines_go_to_weights_and_biases_on_request_alone(tmp_path: Path) -> None
         )
         for mode in ({}, {"WANDB_MODE": "offline"})
     )
-    assert "ConfigError: train.wandb_project is chats: No API key configured." in refused.stderr
-    assert kept.returncode == 0, kept.stderr
+    assert "ConfigError: train.wandb_project is chats: No API key configured." in rejected.stderr
+    assert offline.returncode == 0, offline.stderr
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     content = path.read_bytes()
     assert b"train/loss" in content
     assert os.uname().nodename.encode() not in content
 
 
-def test_the_first_bad_step_is_named_with_its_samples() -> None:
+def test_diverged_loss_error_names_step_and_samples() -> None:
     check_finite([0.5, 0.4], 7, {}, CONFIG)
     with pytest.raises(DivergedError) as caught:
         check_finite([0.5, math.nan, math.inf], 7, {8: [f"k{n}" for n in range(12)]}, CONFIG)
-    said = str(caught.value)
-    assert "the loss of step 8 is nan (samples k0, k1" in said
-    assert "k8" not in said
-    assert "train.optim.lr below 3e-05" in said
-    assert "\n" not in said
+    message = str(caught.value)
+    assert "the loss of step 8 is nan (samples k0, k1" in message
+    assert "k8" not in message
+    assert "train.optim.lr below 3e-05" in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("kind", ["weight", "exp_avg_sq", "ema"])
-def test_no_checkpoint_is_made_of_what_is_no_number(kind: str) -> None:
-    """The last update of a step whose loss was a number may make weights that are none."""
+def test_checkpoint_of_non_finite_weights_raises(kind: str) -> None:
+    """The last update may make weights non-finite although the loss of its step was finite."""
     runs = {"weight:a.bias:0": torch.ones(3), f"{kind}:b.weight:4": torch.ones(3)}
     check_weights(runs, 7, CONFIG)
     for value in (math.inf, -math.inf, math.nan):
@@ -136,7 +136,7 @@ def test_no_checkpoint_is_made_of_what_is_no_number(kind: str) -> None:
         (InductorError(InvalidCxxCompiler(), None), "No working C++ compiler found"),
     ],
 )
-def test_what_went_wrong_is_said_with_a_way_out(
+def test_explain_error_is_one_line_with_next_step(
     error: Exception, words: str, tmp_path: Path
 ) -> None:
     meaning = explain_error(error, str(tmp_path), CONFIG)
@@ -146,5 +146,5 @@ def test_what_went_wrong_is_said_with_a_way_out(
     assert "\n" not in str(meaning)
 
 
-def test_a_bug_is_left_a_bug(tmp_path: Path) -> None:
+def test_explain_error_leaves_unknown_errors(tmp_path: Path) -> None:
     assert explain_error(KeyError("x"), str(tmp_path), CONFIG) is None

@@ -1,4 +1,4 @@
-"""The wish to stop is heard whenever it comes, also before there is a step to end with."""
+"""Stop signals are honoured whenever they arrive, even before the first training step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from d2i.train.stop_signal import SIGNALS, StopSignal
 
 
 @pytest.fixture
-def alone() -> Iterator[Ranks]:
-    """A job of one rank, and this process's signals as they were afterwards."""
+def single_rank() -> Iterator[Ranks]:
+    """Return a job of one rank, and restore the signal handlers of this process afterwards."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -28,18 +28,18 @@ def alone() -> Iterator[Ranks]:
         signal.signal(number, handler)
 
 
-def test_a_wish_that_came_during_start_up_ends_the_first_step(alone: Ranks) -> None:
-    # As the entry point does before torch is imported.
+def test_stop_signal_during_startup_stops_after_first_step(single_rank: Ranks) -> None:
+    # The entry point blocks the signal like this before it imports torch.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
-    stop = StopSignal(alone)
+    stop = StopSignal(single_rank)
     assert not stop.is_agreed(), "the answer is one step old"
     assert stop.is_agreed()
     stop.close()
 
 
-def test_without_a_wish_nothing_stops(alone: Ranks) -> None:
-    stop = StopSignal(alone)
+def test_stop_is_not_agreed_without_signal(single_rank: Ranks) -> None:
+    stop = StopSignal(single_rank)
     assert [stop.is_agreed() for _ in range(3)] == [False] * 3
     stop.close()
 
@@ -56,13 +56,15 @@ print(*run_command([sys.executable, "-c", "import signal; "
 @pytest.mark.parametrize(
     ("number", "was_interrupted"), [(signal.SIGINT, True), (signal.SIGTERM, False)]
 )
-def test_ctrl_c_alone_is_told_apart(number: signal.Signals, *, was_interrupted: bool) -> None:
-    """Both ask the ranks to stop; after Ctrl-C a shell is not to go on."""
+def test_run_command_distinguishes_sigint_from_sigterm(
+    number: signal.Signals, *, was_interrupted: bool
+) -> None:
+    """Both signals stop the ranks; after Ctrl-C a shell script must not continue."""
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [sys.executable, "-c", COMMAND], stdout=pipe, stderr=pipe, text=True
     ) as process:
         assert process.stderr and process.stderr.readline() == "begun\n"
         process.send_signal(number)
-        said, _ = process.communicate(timeout=100)
-    assert said == f"0 {was_interrupted}\n"
+        stdout, _ = process.communicate(timeout=100)
+    assert stdout == f"0 {was_interrupted}\n"

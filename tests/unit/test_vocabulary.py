@@ -1,4 +1,4 @@
-"""Things have the names that an engineer of this field would search for, and one name each."""
+"""Names are those that an engineer of this field would search for, one name per concept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def names_of_code() -> set[str]:
 
 
 @pytest.mark.parametrize("term", VOCABULARY["terms"])
-def test_a_term_of_the_field_leads_to_the_code_and_to_its_test(term: str) -> None:
+def test_every_field_term_names_code_and_test(term: str) -> None:
     qualified, test = VOCABULARY["terms"][term]
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", qualified).lower()
     for word in term.lower().split():

@@ -1,4 +1,4 @@
-"""Weights go in from every published file form, or not at all with one clear line."""
+"""Weights load from every published file format, or fail with a one-line error."""
 
 import os
 import pickle
@@ -29,20 +29,20 @@ TINY = {
 
 
 def tiny(seed: int = 0) -> nn.Module:
-    """A very small U-ViT."""
+    """Build a very small U-ViT."""
     torch.manual_seed(seed)
     return build_backbone("uvit-s", **TINY)
 
 
 def assert_equal(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Every tensor of the network equals the one of the state dict."""
+    """Assert that every tensor of the network equals the one of the state dict."""
     found = network.state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
 
 
-def refusal(network: nn.Module, path: Path) -> str:
-    """The one line with which a file is refused; the network is untouched."""
+def rejection_message(network: nn.Module, path: Path) -> str:
+    """Return the one-line error of a rejected file; assert that the network is unchanged."""
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         load_weights(network, path)
@@ -68,20 +68,22 @@ def test_safetensors_round_trip(tmp_path: Path, state: dict[str, Tensor]) -> Non
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata()["arch"] == "uvit"
         assert float(file.metadata()["latent_scale"]) == 0.2301
-    kept = ["a.safetensors", "b.safetensors"]
-    beside = [f"{name}.sha256" for name in kept]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept + beside)
+    saved_names = ["a.safetensors", "b.safetensors"]
+    checksums = [f"{name}.sha256" for name in saved_names]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(saved_names + checksums)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_flat_pth(tmp_path: Path, state: dict[str, Tensor], prefix: str, zipped: bool) -> None:
+def test_flat_pth_is_loaded(
+    tmp_path: Path, state: dict[str, Tensor], prefix: str, zipped: bool
+) -> None:
     content = {prefix + key: tensor for key, tensor in state.items()}
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     assert_equal(load_weights(tiny(), tmp_path / "w.pth"), state)
 
 
-def test_checkpoint_directory_prefers_the_average(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_checkpoint_directory_prefers_ema(tmp_path: Path, state: dict[str, Tensor]) -> None:
     directory = tmp_path / "1000.ckpt"
     directory.mkdir()
     torch.save(1000, directory / "step.pth")
@@ -91,7 +93,7 @@ def test_checkpoint_directory_prefers_the_average(tmp_path: Path, state: dict[st
     assert_equal(load_weights(tiny(), directory), state)
 
 
-def test_a_network_without_memory_takes_its_tensors_from_the_file(
+def test_network_on_meta_device_takes_tensors_of_file(
     tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
     save_weights(state, tmp_path / "w.safetensors")
@@ -103,27 +105,27 @@ def test_a_network_without_memory_takes_its_tensors_from_the_file(
     assert outputs.isfinite().all()
 
 
-def test_weights_take_the_dtype_of_the_network(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_load_weights_casts_to_dtype_of_network(tmp_path: Path, state: dict[str, Tensor]) -> None:
     half = {key: tensor.half() for key, tensor in state.items()}
     save_weights(half, tmp_path / "w.safetensors")
     network = load_weights(tiny(), tmp_path / "w.safetensors")
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
 
 
-def test_one_line_lists_every_kind_of_mismatch(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_every_kind_of_mismatch_is_one_line_error(tmp_path: Path, state: dict[str, Tensor]) -> None:
     del state["norm.weight"], state["norm.bias"]
     state["text_embed.weight"] = torch.zeros(2)
     state["pos_embed"] = torch.zeros(1, 9, 16)
     save_weights(state, tmp_path / "w.safetensors")
-    message = refusal(tiny(), tmp_path / "w.safetensors")
+    message = rejection_message(tiny(), tmp_path / "w.safetensors")
     assert "2 missing (norm.weight, norm.bias)" in message
     assert "1 unexpected (text_embed.weight)" in message
     assert "1 mis-shaped (pos_embed is (1, 9, 16), expected (1, 8, 16))" in message
 
 
-def test_a_long_list_is_cut(tmp_path: Path) -> None:
+def test_long_list_of_mismatches_is_truncated(tmp_path: Path) -> None:
     save_weights({"other": torch.zeros(1)}, tmp_path / "w.safetensors")
-    message = refusal(tiny(), tmp_path / "w.safetensors")
+    message = rejection_message(tiny(), tmp_path / "w.safetensors")
     assert f"{len(tiny().state_dict())} missing" in message
     assert "..." in message
     assert len(message) < 400
@@ -131,7 +133,7 @@ def test_a_long_list_is_cut(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["safetensors", "zip", "legacy"])
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.3, 0.999])
-def test_truncated_files(
+def test_truncated_weights_file_is_rejected(
     tmp_path: Path, state: dict[str, Tensor], form: str, fraction: float
 ) -> None:
     path = tmp_path / "w.bin"
@@ -140,32 +142,32 @@ def test_truncated_files(
     else:
         torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
     os.truncate(path, int(fraction * path.stat().st_size))
-    assert "truncated" in refusal(tiny(), path)
+    assert "truncated" in rejection_message(tiny(), path)
 
 
-def test_git_lfs_pointer(tmp_path: Path) -> None:
+def test_git_lfs_pointer_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    assert "Git LFS pointer" in refusal(tiny(), path)
+    assert "Git LFS pointer" in rejection_message(tiny(), path)
 
 
 @pytest.mark.parametrize("head", ["<!DOCTYPE html><html>", "\n<html lang=en>"])
-def test_a_page_in_place_of_a_download(tmp_path: Path, head: str) -> None:
+def test_html_page_instead_of_weights_is_rejected(tmp_path: Path, head: str) -> None:
     path = tmp_path / "mscoco_uvit_small.pth"
     path.write_text(f"{head}<title>Virus scan warning</title>")
-    assert "is a web page, not the weights" in refusal(tiny(), path)
+    assert "is a web page, not the weights" in rejection_message(tiny(), path)
 
 
 class Payload:
-    """Runs a command when unpickled by a careless reader."""
+    """Runs a command when unpickled without a pickle guard."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        """Name the command."""
+        """Return the command to run."""
         return os.system, ("touch should-not-exist",)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain"])
-def test_a_pickle_with_code_is_never_run(
+def test_pickle_guard_never_runs_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -175,28 +177,28 @@ def test_a_pickle_with_code_is_never_run(
     else:
         content = {"norm.weight": Payload()}
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    assert "pickle that holds more than tensors" in refusal(tiny(), path)
+    assert "pickle that holds more than tensors" in rejection_message(tiny(), path)
     assert not (tmp_path / "should-not-exist").exists()
 
 
-class Blown:
-    """Asks for memory when unpickled: nothing that torch forbids."""
+class MemoryBomb:
+    """Allocates much memory when unpickled, by a call that torch allows."""
 
     def __reduce__(self) -> tuple[object, tuple[int]]:
-        """Name what takes it."""
+        """Return the call that allocates it."""
         return bytearray, (1 << 40,)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_a_small_file_cannot_ask_for_much_memory(tmp_path: Path, form: str) -> None:
+def test_pickle_guard_limits_memory(tmp_path: Path, form: str) -> None:
     path = tmp_path / "w.pth"
-    torch.save({"a": Blown()}, path, _use_new_zipfile_serialization=form == "zip")
-    assert "holds more than tensors" in refusal(tiny(), path)
+    torch.save({"a": MemoryBomb()}, path, _use_new_zipfile_serialization=form == "zip")
+    assert "holds more than tensors" in rejection_message(tiny(), path)
     torch.save({"a": "b" * 5_000_000}, path, _use_new_zipfile_serialization=form == "zip")
-    assert "over 4000000 bytes besides its tensors" in refusal(tiny(), path)
+    assert "over 4000000 bytes besides its tensors" in rejection_message(tiny(), path)
 
 
-def test_a_compressed_file_is_not_unpacked(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_compressed_pth_is_rejected(tmp_path: Path, state: dict[str, Tensor]) -> None:
     torch.save(state, tmp_path / "plain.pth")
     with (
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,
@@ -204,35 +206,33 @@ def test_a_compressed_file_is_not_unpacked(tmp_path: Path, state: dict[str, Tens
     ):
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
-    assert "is compressed" in refusal(tiny(), tmp_path / "w.pth")
+    assert "is compressed" in rejection_message(tiny(), tmp_path / "w.pth")
 
 
-def test_tensors_without_numbers_of_their_own_are_refused(
-    tmp_path: Path, state: dict[str, Tensor]
-) -> None:
+def test_expanded_and_meta_tensors_are_rejected(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = tmp_path / "w.pth"
     torch.save(state | {"norm.bias": torch.zeros(1).expand(16)}, path)
-    assert "a tensor without its numbers at 'norm.bias'" in refusal(tiny(), path)
+    assert "a tensor without its numbers at 'norm.bias'" in rejection_message(tiny(), path)
     torch.save(state | {"norm.bias": torch.zeros(16, device="meta")}, path)
-    assert "holds more than tensors" in refusal(tiny(), path)
+    assert "holds more than tensors" in rejection_message(tiny(), path)
 
 
-def test_two_networks_in_one_file_are_not_mixed(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_two_networks_in_one_file_are_rejected(tmp_path: Path, state: dict[str, Tensor]) -> None:
     torch.save(state | {"module.norm.bias": torch.zeros(16)}, tmp_path / "w.pth")
-    message = refusal(tiny(), tmp_path / "w.pth")
+    message = rejection_message(tiny(), tmp_path / "w.pth")
     assert "holds both norm.bias and module.norm.bias" in message
 
 
-def test_a_name_that_would_break_the_line_is_refused(
+def test_control_characters_in_key_are_escaped_in_error(
     tmp_path: Path, state: dict[str, Tensor]
 ) -> None:
     torch.save(state | {"a\nb\x1b[31m": torch.zeros(1)}, tmp_path / "w.pth")
-    assert r"at 'a\nb\x1b[31m'" in refusal(tiny(), tmp_path / "w.pth")
+    assert r"at 'a\nb\x1b[31m'" in rejection_message(tiny(), tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("layout", ["published", "diffusers"])
 @pytest.mark.parametrize("shape", [(), (3,), (1, 2, 0, 4, 5)])
-def test_a_tensor_of_any_other_shape_is_one_line(
+def test_wrong_tensor_shape_is_one_line_error(
     tmp_path: Path, layout: str, shape: tuple[int, ...]
 ) -> None:
     network = build_backbone("unidiffuser-v1", **TINY) if layout == "diffusers" else tiny()
@@ -251,26 +251,26 @@ def test_a_tensor_of_any_other_shape_is_one_line(
 @pytest.mark.parametrize(
     "content", [{}, 1000, [torch.zeros(1)], {"model": {"a": torch.zeros(1)}}, {"step": 5}]
 )
-def test_other_contents(tmp_path: Path, content: object) -> None:
+def test_pth_without_flat_state_dict_is_rejected(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "w.pth")
-    assert "expected a flat state dict" in refusal(tiny(), tmp_path / "w.pth")
+    assert "expected a flat state dict" in rejection_message(tiny(), tmp_path / "w.pth")
 
 
-def test_whole_numbers_are_not_weights(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_integer_weights_are_rejected(tmp_path: Path, state: dict[str, Tensor]) -> None:
     torch.save(state | {"pos_embed": torch.zeros(1, 8, 16, dtype=torch.int64)}, tmp_path / "w.pth")
-    assert "torch.int64" in refusal(tiny(), tmp_path / "w.pth")
+    assert "torch.int64" in rejection_message(tiny(), tmp_path / "w.pth")
 
 
-def test_missing_paths(tmp_path: Path) -> None:
-    assert "No such file" in refusal(tiny(), tmp_path / "none.pth")
+def test_missing_or_unwritable_weights_path_raises(tmp_path: Path) -> None:
+    assert "No such file" in rejection_message(tiny(), tmp_path / "none.pth")
     (tmp_path / "empty.ckpt").mkdir()
-    assert "holds no weights" in refusal(tiny(), tmp_path / "empty.ckpt")
+    assert "holds no weights" in rejection_message(tiny(), tmp_path / "empty.ckpt")
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write"):
         save_weights(tiny(), tmp_path / "file" / "w.safetensors")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_failed_save_weights_leaves_old_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
     path = tmp_path / "w.safetensors"
     save_weights(state, path)
     program = (
@@ -281,10 +281,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, state: dict[str, Ten
         "try: save_weights({'a': torch.zeros(9999)}, sys.argv[1])\n"
         "except CheckpointError as error: print(error)\n"
     )
-    printed = subprocess.run(
+    stdout_text = subprocess.run(
         [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
     ).stdout
-    assert "cannot write" in printed
+    assert "cannot write" in stdout_text
     assert read_state_dict(path).keys() == state.keys()
     left = {entry.name for entry in tmp_path.iterdir()}
     assert left == {"w.safetensors", "w.safetensors.sha256"}
@@ -304,28 +304,30 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, state: dict[str, Ten
         ("uvit-s", {"dim": 15, "num_heads": 3}, "dim 15 is odd"),
     ],
 )
-def test_unbuildable_backbones(name: str, overrides: dict[str, Any], message: str) -> None:
+def test_build_backbone_rejects_unknown_names_and_sizes(
+    name: str, overrides: dict[str, Any], message: str
+) -> None:
     with torch.device("meta"), pytest.raises(ConfigError) as caught:
         build_backbone(name, **overrides)
     assert message in str(caught.value)
 
 
-def test_the_latent_scale_is_no_weight() -> None:
+def test_latent_scale_is_not_in_state_dict() -> None:
     assert build_backbone("uvit-s", **TINY).latent_scale == 0.2301
     network = build_backbone("uvit-s", **TINY, latent_scale=1.0)
     assert network.latent_scale == 1.0
     assert not any("scale" in key for key in network.state_dict())
 
 
-def test_weights_have_the_permissions_of_any_file(tmp_path: Path) -> None:
+def test_saved_weights_have_default_permissions(tmp_path: Path) -> None:
     plain, saved = tmp_path / "plain", tmp_path / "saved.safetensors"
     plain.touch()
     save_weights({"a": torch.zeros(2)}, saved)
     assert saved.stat().st_mode == plain.stat().st_mode
 
 
-def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
-    """In other processes, too, whose hash maps have another order."""
+def test_equal_weights_are_saved_as_equal_bytes(tmp_path: Path) -> None:
+    """Also from different processes, whose hash maps have another order."""
     program = (
         "import sys, torch\nfrom d2i.models import save_weights\n"
         "save_weights({'ä': torch.ones(2)}, sys.argv[1], {n: n for n in 'abcdefgh'})\n"

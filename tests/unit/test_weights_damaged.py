@@ -1,4 +1,4 @@
-"""Weights that a wrapper of torch saved are read; those that are no numbers are refused."""
+"""Weights saved by wrappers of torch are read; non-finite weights are rejected."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def state() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
 )
-def test_the_names_of_wrappers_are_taken_off(
+def test_prefixes_of_torch_wrappers_are_stripped(
     tmp_path: Path, state: dict[str, Tensor], prefix: str
 ) -> None:
     path = tmp_path / "wrapped.pth"
     torch.save({prefix + key: value for key, value in state.items()}, path)
     found = read_state_dict(path)
     assert list(found) == list(state)
-    # Block by block, as d2i train compiles.
+    # Compiled block by block, as d2i train does.
     torch.save({k.replace(".attn.", "._orig_mod.attn."): v for k, v in state.items()}, path)
     assert list(read_state_dict(path)) == list(state)
     key = next(iter(state))
@@ -44,7 +44,7 @@ def test_the_names_of_wrappers_are_taken_off(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_numbers_that_are_none_are_counted_and_refused(
+def test_non_finite_weights_are_counted_and_rejected(
     tmp_path: Path, state: dict[str, Tensor], value: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, out = tmp_path / "nan.pth", tmp_path / "model"
@@ -56,9 +56,9 @@ def test_numbers_that_are_none_are_counted_and_refused(
     inspect_weights(str(path), as_json=True)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["not_finite"] == {key: count}
-    told = f"holds {count} weights that are NaN or infinite, the first in {key}"
-    with pytest.raises(CheckpointError, match=told):
+    message = f"holds {count} weights that are NaN or infinite, the first in {key}"
+    with pytest.raises(CheckpointError, match=message):
         import_weights(str(path), str(out), settings=["num_heads=4"])
     assert not out.exists()
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         load_weights(build_network(load_recipe("demo").backbone), path)

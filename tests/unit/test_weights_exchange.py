@@ -1,4 +1,4 @@
-"""Published weights become model folders, diffusers' folders, and published files again."""
+"""Published weights convert to model directories, diffusers' directories, and back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY_SETTINGS = [f"{key}={TINY[key]}" for key in ("latent_size", "num_heads", "n
 
 
 def tiny(name: str, seed: int = 0) -> Any:
-    """A very small network with random weights everywhere."""
+    """Build a very small network with random weights everywhere."""
     torch.manual_seed(seed)
     network = build_backbone(name, **TINY, text_dim=8)
     with torch.no_grad():
@@ -40,35 +40,35 @@ def tiny(name: str, seed: int = 0) -> Any:
 
 
 def random_bits(network: nn.Module) -> dict[str, Tensor]:
-    """Random float16 bits for every tensor of a network: any but NaN and infinity."""
+    """Return random float16 bits for every tensor of a network, except NaN and infinity."""
     random = np.random.default_rng(0)
     state = {}
     for key, tensor in network.state_dict().items():
         bits = random.integers(0, 2**16, tensor.shape, np.uint16)
-        # An exponent of ones alone is no number.
+        # An exponent of all ones is NaN or infinity.
         bits[(bits & 0x7C00) == 0x7C00] ^= 0x0400
         state[key] = torch.from_numpy(bits).view(torch.half)
     return state
 
 
 def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Same keys, dtypes and bytes."""
+    """Assert the same keys, dtypes and bytes."""
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype, key
         assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
 
 
-def diffusers_unidiffuser(folder: Path) -> Any:
-    """The folder as diffusers itself loads it."""
+def diffusers_unidiffuser(directory: Path) -> Any:
+    """Load the directory with diffusers."""
     from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UniDiffuserModel
 
-    return UniDiffuserModel.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    return UniDiffuserModel.from_pretrained(directory, low_cpu_mem_usage=False).eval()
 
 
 @pytest.mark.parametrize("name", ["uvit-s", "unidiffuser-v0", "unidiffuser-v1"])
 @pytest.mark.parametrize("form", ["flat", "directory", "parallel", "safetensors"])
-def test_every_published_form_becomes_a_model_folder(tmp_path: Path, name: str, form: str) -> None:
+def test_import_weights_reads_every_published_form(tmp_path: Path, name: str, form: str) -> None:
     state = tiny(name).state_dict()
     path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
     if form == "safetensors":
@@ -93,7 +93,7 @@ def test_every_published_form_becomes_a_model_folder(tmp_path: Path, name: str, 
 
 
 @pytest.mark.parametrize("name", ["unidiffuser-v0", "unidiffuser-v1"])
-def test_diffusers_computes_the_same_from_an_exported_folder(tmp_path: Path, name: str) -> None:
+def test_exported_weights_compute_same_outputs_in_diffusers(tmp_path: Path, name: str) -> None:
     network = tiny(name)
     save_weights(network, tmp_path / "w.safetensors")
     export_weights(tmp_path / "w.safetensors", tmp_path / "unet", "diffusers", TINY_SETTINGS)
@@ -107,7 +107,7 @@ def test_diffusers_computes_the_same_from_an_exported_folder(tmp_path: Path, nam
             network(*inputs, *times, data_type), theirs(*inputs, *times, data_type), strict=True
         ):
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4 * float(other.std()))
-    # And back: as a folder to import, and as weights to load.
+    # And back: imported as a directory, and loaded as weights.
     import_weights(tmp_path / "unet", tmp_path / "model", TINY_SETTINGS)
     assert_same_bits(read_state_dict(tmp_path / "model"), network.state_dict())
     assert_same_bits(
@@ -115,7 +115,7 @@ def test_diffusers_computes_the_same_from_an_exported_folder(tmp_path: Path, nam
     )
 
 
-def test_what_diffusers_saves_is_read(tmp_path: Path) -> None:
+def test_weights_saved_by_diffusers_are_loaded(tmp_path: Path) -> None:
     network = tiny("unidiffuser-v1")
     save_weights(network, tmp_path / "w.safetensors")
     export_weights(tmp_path / "w.safetensors", tmp_path / "unet", "diffusers", TINY_SETTINGS)
@@ -126,7 +126,7 @@ def test_what_diffusers_saves_is_read(tmp_path: Path) -> None:
     )
 
 
-def test_a_key_that_is_lost_on_the_way_is_named(tmp_path: Path) -> None:
+def test_import_weights_names_missing_and_unexpected_keys(tmp_path: Path) -> None:
     state = to_diffusers(tiny("unidiffuser-v1").state_dict())
     del state["transformer.transformer_out_blocks.0.block.attn1.to_k.weight"]
     state["transformer.extra.weight"] = torch.zeros(1)
@@ -138,9 +138,9 @@ def test_a_key_that_is_lost_on_the_way_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-def test_the_text_prefix_is_all_that_is_taken_of_a_caption_decoder(tmp_path: Path) -> None:
+def test_import_of_caption_decoder_takes_text_prefix_only(tmp_path: Path) -> None:
     prefix = {"encode_prefix.weight": torch.randn(64, 768), "encode_prefix.bias": torch.randn(64)}
-    # GPT-2's state holds its attention masks, which are no floats.
+    # GPT-2's state dict holds its attention masks, which are not floats.
     others = {
         "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
         "clip_model.logit_scale": torch.zeros(()),
@@ -154,7 +154,7 @@ def test_the_text_prefix_is_all_that_is_taken_of_a_caption_decoder(tmp_path: Pat
         import_weights(tmp_path / "caption_decoder.pth", tmp_path / "other", ["dim=4"])
 
 
-def test_a_fine_tuned_run_is_exported_with_the_sizes_of_its_recipe(tmp_path: Path) -> None:
+def test_export_of_run_uses_sizes_of_its_recipe(tmp_path: Path) -> None:
     run, network = tmp_path / "run", tiny("uvit-s")
     save_weights(network, run / "ema.safetensors")
     backbone = BackboneConfig(name="uvit-s", weights="elsewhere", text_dim=8, **TINY)
@@ -167,14 +167,14 @@ def test_a_fine_tuned_run_is_exported_with_the_sizes_of_its_recipe(tmp_path: Pat
     assert_same_bits(read_state_dict(tmp_path / "again"), network.state_dict())
 
 
-def test_another_program_s_config_is_passed_over(tmp_path: Path) -> None:
+def test_config_json_of_other_program_is_ignored(tmp_path: Path) -> None:
     save_weights(tiny("uvit-s"), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architectures": ["Other"], "hidden_size": 16}')
     import_weights(tmp_path, tmp_path / "model", TINY_SETTINGS)
     assert build_network(BackboneConfig(name="uvit-s", weights=str(tmp_path / "model")))
 
 
-def test_sizes_that_no_tensor_tells_are_asked_for(tmp_path: Path) -> None:
+def test_import_weights_requires_sizes_not_in_tensors(tmp_path: Path) -> None:
     save_weights(tiny("uvit-s"), tmp_path / "w.safetensors")
     with pytest.raises(ConfigError, match="do not reveal latent_size, num_heads, num_text_tokens"):
         import_weights(tmp_path / "w.safetensors", tmp_path / "model")
@@ -184,7 +184,7 @@ def test_sizes_that_no_tensor_tells_are_asked_for(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-def test_windows_and_patches_are_told_by_the_number_of_positions(tmp_path: Path) -> None:
+def test_import_weights_infers_sizes_from_number_of_positions(tmp_path: Path) -> None:
     sizes = {"dim": 16, "depth": 2, "num_heads": 2, "latent_size": 8, "num_text_tokens": 154}
     save_weights(build_backbone("uvit-s", **sizes), tmp_path / "w.safetensors")
     import_weights(tmp_path / "w.safetensors", tmp_path / "model", ["num_heads=2"])
@@ -192,7 +192,7 @@ def test_windows_and_patches_are_told_by_the_number_of_positions(tmp_path: Path)
     assert config == {"name": "uvit-s"} | sizes
 
 
-def test_a_scale_that_is_not_the_published_one_stays(tmp_path: Path) -> None:
+def test_import_weights_keeps_unpublished_latent_scale(tmp_path: Path) -> None:
     save_weights(build_backbone("uvit-s", **TINY, latent_scale=0.5), tmp_path / "w.safetensors")
     import_weights(tmp_path / "w.safetensors", tmp_path / "model", [*TINY_SETTINGS, "text_dim=768"])
     weights = str(tmp_path / "model")
@@ -211,20 +211,20 @@ def test_existing_weights_are_not_overwritten(tmp_path: Path) -> None:
         import_weights(tmp_path / "w.safetensors", tmp_path / "model", TINY_SETTINGS)
 
 
-def test_an_export_that_nothing_can_read_is_refused(tmp_path: Path) -> None:
+def test_export_weights_rejects_unreadable_formats(tmp_path: Path) -> None:
     save_weights(tiny("uvit-s"), tmp_path / "w.safetensors")
-    refusals: list[tuple[Any, str, type[D2IError], str]] = [
+    cases: list[tuple[Any, str, type[D2IError], str]] = [
         ("diffusers", "unet", CheckpointError, "diffusers has no such model"),
         ("published", "w.bin", ConfigError, "ends in .pth or .safetensors"),
     ]
-    for layout, out, error, message in refusals:
+    for layout, out, error, message in cases:
         with pytest.raises(error, match=message):
             export_weights(tmp_path / "w.safetensors", tmp_path / out, layout, TINY_SETTINGS)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"w.safetensors", "w.safetensors.sha256"}
 
 
-def test_the_table_of_published_files_is_the_networks_own() -> None:
+def test_weights_catalog_matches_built_networks() -> None:
     for file in PUBLISHED:
         if file.backbone is None:
             continue
@@ -236,7 +236,7 @@ def test_the_table_of_published_files_is_the_networks_own() -> None:
         assert file in find_published(shapes)
 
 
-def test_an_autoencoder_has_the_published_keys_and_goes_both_ways(tmp_path: Path) -> None:
+def test_autoencoder_round_trips_through_published_layout(tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -258,7 +258,7 @@ def test_an_autoencoder_has_the_published_keys_and_goes_both_ways(tmp_path: Path
     with torch.no_grad():
         found, expected = (net.encode(image).latent_dist.mean for net in (back, theirs))
     assert torch.equal(found, expected)
-    # As diffusers named them in the days of Stable Diffusion v1.
+    # Backward compatibility: the key names of diffusers at the time of Stable Diffusion v1.
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {
         reduce(lambda key, name: key.replace(name, names[name]), names, key): tensor
@@ -277,7 +277,7 @@ def test_an_autoencoder_has_the_published_keys_and_goes_both_ways(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["uvit-s", "unidiffuser-v1"])
-def test_a_full_size_checkpoint_goes_round_bit_by_bit(tmp_path: Path, name: str) -> None:
+def test_full_size_checkpoint_round_trips_bit_exactly(tmp_path: Path, name: str) -> None:
     with torch.device("meta"):
         state = random_bits(build_backbone(name))
     torch.save(state, tmp_path / "published.pth")
@@ -294,18 +294,22 @@ def test_a_full_size_checkpoint_goes_round_bit_by_bit(tmp_path: Path, name: str)
     (tmp_path / "model" / "model.safetensors").unlink()
 
 
-def test_the_commands(tmp_path: Path) -> None:
+def test_weights_commands_list_inspect_and_import(tmp_path: Path) -> None:
     listed = run_d2i("weights", "list", "--json")["files"]
     assert {file["name"] for file in listed} >= {"mscoco_uvit_small.pth", "caption_decoder.pth"}
     assert all(file["licence"] and file["source"] for file in listed)
-    seen = run_d2i("weights", "inspect", "demo:backbone", "--json")
-    assert (seen["kind"], seen["num_tensors"], seen["published"]) == ("backbone", 94, [])
+    inspected = run_d2i("weights", "inspect", "demo:backbone", "--json")
+    assert (inspected["kind"], inspected["num_tensors"], inspected["published"]) == (
+        "backbone",
+        94,
+        [],
+    )
     done = run_d2i("weights", "import", "demo:backbone", "--out", tmp_path / "model", "--json")
-    assert done["sha256"] == seen["sha256"]
-    assert inspect_file(tmp_path / "model")["shapes"] == seen["shapes"]
+    assert done["sha256"] == inspected["sha256"]
+    assert inspect_file(tmp_path / "model")["shapes"] == inspected["shapes"]
 
 
-def test_weights_and_their_folders_have_urls(
+def test_import_and_export_weights_accept_urls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -336,9 +340,7 @@ def test_weights_and_their_folders_have_urls(
         (torch.zeros(4, 8, dtype=torch.int64), torch.zeros(4)),
     ],
 )
-def test_a_text_prefix_that_is_no_layer_is_refused(
-    tmp_path: Path, weight: Tensor, bias: Tensor
-) -> None:
+def test_malformed_text_prefix_is_rejected(tmp_path: Path, weight: Tensor, bias: Tensor) -> None:
     path = tmp_path / "caption_decoder.pth"
     torch.save({"encode_prefix.weight": weight, "encode_prefix.bias": bias}, path)
     with pytest.raises(CheckpointError, match=r"expected encode_prefix.weight \(out, in\)"):
@@ -348,7 +350,7 @@ def test_a_text_prefix_that_is_no_layer_is_refused(
         ClipText("demo:clip_text", str(path))
 
 
-def test_an_autoencoder_of_another_make_is_one_line(tmp_path: Path) -> None:
+def test_unsupported_autoencoder_is_one_line_error(tmp_path: Path) -> None:
     whole = {
         "encoder.down.0.block.0.conv1.weight": torch.zeros(8, 8, 3, 3),
         "encoder.down.0.block.0.conv2.weight": torch.zeros(8, 8, 3, 3),
@@ -366,7 +368,7 @@ def test_an_autoencoder_of_another_make_is_one_line(tmp_path: Path) -> None:
         assert not (tmp_path / "vae").exists()
 
 
-def test_encoders_that_are_used_as_they_are_have_their_names(tmp_path: Path) -> None:
+def test_inspect_file_names_encoders_that_need_no_import(tmp_path: Path) -> None:
     from diffusers import AutoencoderTiny
 
     save_weights(AutoencoderTiny(), tmp_path / "tiny.safetensors")
@@ -376,8 +378,8 @@ def test_encoders_that_are_used_as_they_are_have_their_names(tmp_path: Path) -> 
         ("demo:clip_text", "CLIP's text encoder"),
     ):
         path = Path(resolve_weights(name))
-        seen = inspect_file(path)
-        assert (seen["kind"], seen["what"]) == ("encoder", words)
+        inspected = inspect_file(path)
+        assert (inspected["kind"], inspected["what"]) == ("encoder", words)
         with pytest.raises(CheckpointError, match="use it directly"):
             import_weights(path, tmp_path / "out")
         with pytest.raises(CheckpointError, match="use it directly"):
@@ -386,7 +388,7 @@ def test_encoders_that_are_used_as_they_are_have_their_names(tmp_path: Path) -> 
     assert left == {"tiny.safetensors", "tiny.safetensors.sha256"}
 
 
-def test_a_file_that_is_not_what_it_seems_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_invalid_weights_file_is_one_line_error_and_exit_code_2(tmp_path: Path) -> None:
     names = ("lfs.pth", "cut.pth", "uvit_v1.pth", "code.pth")
     pointer, cut, renamed, code = (tmp_path / name for name in names)
     torch.save({"norm.weight": Path("a path is an object")}, code)

@@ -1,8 +1,8 @@
-"""Makes the shipped weights: `python -m d2i.demo.pretrain --out DIR`.
+"""Train the weights shipped for the demo: `python -m d2i.demo.pretrain --out DIR`.
 
-Part by part, codec, CLIP pair, backbone, the text tower's reading: a part whose folder is there is
-not made again, and the backbone goes on from its last checkpoint, so the same command ends a
-broken-off run.
+Trains the codec, the CLIP pair, the backbone, and the text tower on dialogs, in this order. A part
+whose directory exists is skipped, and the backbone resumes from its last checkpoint, so the same
+command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CAPTIONS_TOWER = "clip_captions"
 
 
 def main() -> None:
-    """Make every part that is missing in `--out`."""
+    """Train every part that is missing in `--out`."""
     out, num_threads = _arguments()
     torch.set_num_threads(num_threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -107,8 +107,8 @@ def reading_dialogs() -> Texts:
 
 def _arguments() -> tuple[Path, int]:
     parser = argparse.ArgumentParser(prog="python -m d2i.demo.pretrain", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the four models")
-    parser.add_argument("--num-threads", type=int, default=2, help="processor cores to use")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the four models")
+    parser.add_argument("--num-threads", type=int, default=2, help="CPU cores to use")
     given = parser.parse_args()
     return given.out, given.num_threads
 

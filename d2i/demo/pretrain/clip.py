@@ -143,28 +143,28 @@ def normalise(pixels_BCHW: Tensor) -> Tensor:
     return ((pixels_BCHW + 1) / 2 - mean) / std
 
 
-def save_text(pair: ClipPair, folder: Path) -> None:
+def save_text(pair: ClipPair, directory: Path) -> None:
     """Write the text tower with its `clip_ids.json`, as float16 safetensors."""
 
     def save(scratch: Path) -> None:
         pair.text.half().save_pretrained(scratch)
         (scratch / "clip_ids.json").write_text(json.dumps(pair.clip_ids))
 
-    save_whole(folder, save)
+    save_whole(directory, save)
     pair.text.float()
 
 
-def save_image(pair: ClipPair, folder: Path) -> None:
+def save_image(pair: ClipPair, directory: Path) -> None:
     """Write the image tower, as float16 safetensors."""
-    save_whole(folder, pair.image.half().save_pretrained)
+    save_whole(directory, pair.image.half().save_pretrained)
     pair.image.float()
 
 
-def load_clip(text_folder: Path, image_folder: Path) -> ClipPair:
+def load_clip(text_directory: Path, image_directory: Path) -> ClipPair:
     """Load in float32 the towers that `save_text` and `save_image` wrote."""
-    text = CLIPTextModelWithProjection.from_pretrained(text_folder, dtype=torch.float32)
-    image = CLIPVisionModelWithProjection.from_pretrained(image_folder, dtype=torch.float32)
-    clip_ids = json.loads((text_folder / "clip_ids.json").read_text())
+    text = CLIPTextModelWithProjection.from_pretrained(text_directory, dtype=torch.float32)
+    image = CLIPVisionModelWithProjection.from_pretrained(image_directory, dtype=torch.float32)
+    clip_ids = json.loads((text_directory / "clip_ids.json").read_text())
     return ClipPair(text.eval(), image.eval(), clip_ids)
 
 
@@ -186,13 +186,13 @@ def _pair_loss(
     log_scale: Tensor,
 ) -> Tensor:
     """Return symmetric contrastive loss (same scene: no negative pair) plus both label losses."""
-    said, shown = pair.text(rows_BT), pair.image(pixels_BCHW)
-    text_BD = functional.normalize(said.text_embeds, dim=1)
+    text_output, shown = pair.text(rows_BT), pair.image(pixels_BCHW)
+    text_BD = functional.normalize(text_output.text_embeds, dim=1)
     image_BD = functional.normalize(shown.image_embeds, dim=1)
     same = (labels_BA[:, None] == labels_BA[None]).all(2) & ~torch.eye(len(labels_BA)).bool()
     logits = (log_scale.exp().clamp(max=100) * text_BD @ image_BD.T).masked_fill(same, -1e4)
     target = torch.arange(len(logits))
     contrast = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
-    end = pooled_end(said.last_hidden_state, rows_BT, pair.text.config.eos_token_id)
+    end = pooled_end(text_output.last_hidden_state, rows_BT, pair.text.config.eos_token_id)
     named = readers.loss(end, labels_BA) + image_readers.loss(shown.image_embeds, labels_BA)
     return 0.5 * contrast + named

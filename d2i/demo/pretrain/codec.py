@@ -105,17 +105,17 @@ def measure_latent_scale(codec: Any, images: ImageBatch) -> float:
     return round(1 / float(encode_means(codec, some).std()), 5)
 
 
-def save_codec(codec: Any, folder: Path) -> None:
+def save_codec(codec: Any, directory: Path) -> None:
     """Write the codec as float16 safetensors in diffusers' own layout."""
-    save_whole(folder, codec.half().save_pretrained)
+    save_whole(directory, codec.half().save_pretrained)
     codec.float()
 
 
-def save_whole(folder: Path, save: Callable[[Path], object]) -> None:
+def save_whole(directory: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write a directory, which appears complete or not at all."""
-    scratch = folder.with_name(f".{folder.name}.tmp")
+    scratch = directory.with_name(f".{directory.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     save(scratch)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    shutil.rmtree(directory, ignore_errors=True)
+    scratch.rename(directory)

@@ -79,7 +79,7 @@ def _first(texts: Texts, number: int) -> Texts:
 def _arguments() -> tuple[Path, int]:
     parser = argparse.ArgumentParser(prog="python -m d2i.demo.pretrain.measure")
     shipped = Path(resolve_weights("demo:vae")).parent
-    parser.add_argument("--models", type=Path, default=shipped, help="folder of the four models")
+    parser.add_argument("--models", type=Path, default=shipped, help="directory of the four models")
     parser.add_argument("--num-scenes", type=int, default=222, help="held-out scenes to measure on")
     given = parser.parse_args()
     return given.models, given.num_scenes

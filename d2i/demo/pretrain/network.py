@@ -96,8 +96,10 @@ def build_pool(codec: Any, clip: ClipPair, images: ImageBatch, seed: int) -> Poo
     return Pool(encode_means(codec, images), torch.stack(captions), clip)
 
 
-def train_network(config: BackboneConfig, pool: Pool, seed: int, folder: Path) -> dict[str, Tensor]:
-    """Train phase by phase, resuming from `folder` where an earlier call was interrupted.
+def train_network(
+    config: BackboneConfig, pool: Pool, seed: int, directory: Path
+) -> dict[str, Tensor]:
+    """Train phase by phase, resuming from `directory` where an earlier call was interrupted.
 
     Returns:
         The weights, by published key. The learning rate ends at 0, so they need no averaging.
@@ -107,7 +109,7 @@ def train_network(config: BackboneConfig, pool: Pool, seed: int, folder: Path) -
         network = _build(config, phase.num_text_tokens, seed)
         if weights is not None:
             network.load_state_dict(widen_text(weights, phase.num_text_tokens))
-        _train_phase(network, phase, pool, float(config.latent_scale or 1.0), seed, folder)
+        _train_phase(network, phase, pool, float(config.latent_scale or 1.0), seed, directory)
         weights = network.state_dict()
     return weights or {}
 
@@ -127,11 +129,11 @@ def widen_text(weights: dict[str, Tensor], num_text_tokens: int) -> dict[str, Te
     return weights | {"pos_embed": widened}
 
 
-def save_network(weights: dict[str, Tensor], config: BackboneConfig, folder: Path) -> None:
+def save_network(weights: dict[str, Tensor], config: BackboneConfig, directory: Path) -> None:
     """Write the model directory: float16 safetensors under published keys, and the sizes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights({k: v.half() for k, v in weights.items()}, folder / "model.safetensors")
-    write_config(folder, config)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_weights({k: v.half() for k, v in weights.items()}, directory / "model.safetensors")
+    write_config(directory, config)
 
 
 def _build(config: BackboneConfig, num_text_tokens: int, seed: int) -> nn.Module:
@@ -150,19 +152,19 @@ def _build(config: BackboneConfig, num_text_tokens: int, seed: int) -> nn.Module
 
 
 def _train_phase(
-    network: nn.Module, phase: Phase, pool: Pool, scale: float, seed: int, folder: Path
+    network: nn.Module, phase: Phase, pool: Pool, scale: float, seed: int, directory: Path
 ) -> None:
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=_PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    scratch = folder / f"backbone-{phase.name}.pt"
+    scratch = directory / f"backbone-{phase.name}.pt"
     first = _resume(scratch, network, optimizer)
     saved = started = time.monotonic()
     for step in range(first, phase.num_steps):
         for group in optimizer.param_groups:
             group["lr"] = phase.learning_rate(step)
-        drawn_from = (seed * 100 + phase.num_text_tokens) * 1_000_000 + step
-        generator = torch.Generator().manual_seed(drawn_from)
+        step_seed = (seed * 100 + phase.num_text_tokens) * 1_000_000 + step
+        generator = torch.Generator().manual_seed(step_seed)
         loss = _loss(network, pool, phase.num_text_tokens, scale, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -172,7 +174,7 @@ def _train_phase(
             rate = (step + 1 - first) * _BATCH / (time.monotonic() - started)
             print(
                 f"{phase.name} step {step} of {phase.num_steps}: loss {loss.item():.4f}, "
-                f"{rate:.0f} pictures/s",
+                f"{rate:.0f} images/s",
                 flush=True,
             )
         if time.monotonic() - saved > _CHECKPOINT_S:

@@ -47,8 +47,8 @@ def teach_dialogs(pair: ClipPair, captions: Texts, dialogs: Texts, num_steps: in
         with torch.no_grad():
             wanted = before(kept).last_hidden_state
         change = functional.mse_loss(pair.text(kept).last_hidden_state, wanted)
-        said = pair.text(dialog_rows[chosen]).last_hidden_state
-        end = pooled_end(said, dialog_rows[chosen], pair.text.config.eos_token_id)
+        hidden_states = pair.text(dialog_rows[chosen]).last_hidden_state
+        end = pooled_end(hidden_states, dialog_rows[chosen], pair.text.config.eos_token_id)
         read = readers.loss(end, labels_NA[chosen])
         optimizer.zero_grad()
         (_KEEP_WEIGHT * change + read).backward()

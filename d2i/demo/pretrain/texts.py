@@ -42,8 +42,8 @@ def dialog_windows(scenes: Sequence[Scene], seed: int) -> Texts:
     found = []
     for scene in scenes:
         second = rng.choice(scenes) if rng.random() < _SECOND_SCENE_SHARE else None
-        for said, shown in contexts(make_dialog(scene, rng, second)):
-            found.append((linearize([Turn(None, text) for text in said]), shown))
+        for context, shown in contexts(make_dialog(scene, rng, second)):
+            found.append((linearize([Turn(None, text) for text in context]), shown))
     return _texts(found)
 
 

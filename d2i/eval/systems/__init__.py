@@ -89,12 +89,12 @@ def _parse(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     if kind in _BACKBONES and not target:
         return _backbone(system, weights, recipe)
     if kind in _BUILDERS and target:
-        return _PARSERS.get(kind, _by_place)(system, target, weights, recipe)
+        return _PARSERS.get(kind, _by_path)(system, target, weights, recipe)
     if target and _is_function(kind, target):
         return SystemSpec(system, target, kind, target)
     raise ConfigError(
-        f"--system {system}: no such system; expected run:DIR, diffusers:PATH, unclip:PATH, "
-        "images:DIR, retrieve:DIR, divter:DIR,SYSTEM, a function of yours as package.module:NAME, "
+        f"--system {system}: unknown system; expected run:DIR, diffusers:PATH, unclip:PATH, "
+        "images:DIR, retrieve:DIR, divter:DIR,SYSTEM, your own function as package.module:NAME, "
         f"or one of {', '.join(_BACKBONES)} with --weights"
     )
 
@@ -133,12 +133,12 @@ def _weights_of_run(system: str, run_url: str, kind: WeightsKind) -> str:
     there = [name for name in RESULT_NAMES.values() if storage.exists(storage.join(run_url, name))]
     if there:
         raise ConfigError(
-            f"--system {system}: sample.weights is {kind}, and {path} is not there; the run holds "
-            f"{', '.join(there)}; choose one of those, such as --set sample.weights=ema"
+            f"--system {system}: sample.weights is {kind}, but {path} does not exist; the run has "
+            f"{', '.join(there)}; choose one of them, such as --set sample.weights=ema"
         )
     raise ConfigError(
-        f"--system {system}: {path} is not there; expected a finished run; "
-        "repeat its d2i train command to finish it"
+        f"--system {system}: {path} does not exist; expected a finished run; repeat its d2i train "
+        "command to finish it"
     )
 
 
@@ -148,7 +148,7 @@ def _backbone(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     if weights is None:
         raise ConfigError(
             f"--system {system}: got no weights; expected {weights_to_fetch(system)}, a model "
-            "folder, or demo:backbone; give --weights PATH"
+            "directory, or demo:backbone; pass --weights PATH"
         )
     sizes = recipe.backbone.overrides() if recipe.backbone.name == system else {}
     values = {"name": system, "weights": storage.absolute(weights)} | sizes
@@ -167,7 +167,7 @@ def _title(start: BackboneConfig, sized: BackboneConfig) -> str:
     return name_sizes(start.name, sized.overrides())
 
 
-def _by_place(system: str, target: str, weights: str | None, recipe: Recipe) -> SystemSpec:
+def _by_path(system: str, target: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     del weights, recipe
     kind, place = system.partition(":")[0], storage.absolute(target)
     label = _LABELS.get(kind, Path(place).name)
@@ -178,13 +178,13 @@ def _divter(system: str, target: str, weights: str | None, recipe: Recipe) -> Sy
     describer, comma, generator = target.partition(",")
     if not comma:
         raise ConfigError(
-            f"--system {system}: expected divter:DIR,SYSTEM: the description generator's folder, "
-            "and the system that draws what it describes"
+            f"--system {system}: got no comma; expected divter:DIR,SYSTEM: the captioner's "
+            "directory, and the system that generates images from its captions"
         )
     inner = _parse(generator, weights, recipe)
-    folder = storage.absolute(describer)
-    name = f"divter:{folder},{inner.name}"
-    return SystemSpec(name, _LABELS["divter"], "divter", folder, inner=inner)
+    directory = storage.absolute(describer)
+    name = f"divter:{directory},{inner.name}"
+    return SystemSpec(name, _LABELS["divter"], "divter", directory, inner=inner)
 
 
 def _adapted(spec: SystemSpec, adapter: str) -> SystemSpec:
@@ -193,8 +193,8 @@ def _adapted(spec: SystemSpec, adapter: str) -> SystemSpec:
         return dataclasses.replace(spec, inner=_adapted(spec.inner, adapter))
     if spec.kind != "diffusers":
         raise ConfigError(
-            f"--adapter {adapter}: {spec.name} takes none; expected --system diffusers:PATH, with "
-            "the base that the LoRA was trained on"
+            f"--adapter {adapter}: {spec.name} takes no adapter; expected --system diffusers:PATH "
+            "with the base model that the LoRA was trained on"
         )
     found = find_adapter(adapter)
     label = f"{spec.label} + {found.name} ({found.sha256[:8]})"

@@ -47,14 +47,14 @@ def find_adapter(place: str) -> Adapter:
         named, files = path / _PUBLISHED_NAME, sorted(path.glob("*.safetensors"))
         if not named.is_file() and len(files) != 1:
             raise ConfigError(
-                f"--adapter {place}: got {len(files)} safetensors files, expected "
-                f"{_PUBLISHED_NAME}; name the file"
+                f"--adapter {place}: got {len(files)} safetensors files in the directory, expected "
+                f"{_PUBLISHED_NAME} or a single one; pass the path of the file"
             )
         path = named if named.is_file() else files[0]
     if not path.is_file():
         raise ConfigError(
-            f"--adapter {place}: not there; expected a LoRA's safetensors file, or the folder "
-            "that holds it"
+            f"--adapter {place}: does not exist; expected the safetensors file of a LoRA, or its "
+            "directory"
         )
     name = path.parent.name if path.name == _PUBLISHED_NAME else path.stem
     return Adapter(name, str(path), file_sha256(str(path)))
@@ -72,9 +72,9 @@ def load_adapter(pipeline: Any, adapter: Adapter) -> None:
 
     kind = type(pipeline).__name__
     if not hasattr(pipeline, "load_lora_weights"):
-        raise ConfigError(f"--adapter: {kind} takes no LoRA adapter; evaluate it without")
+        raise ConfigError(f"--adapter: {kind} takes no LoRA adapter; remove --adapter")
     if not USE_PEFT_BACKEND:
-        raise ClusterError("--adapter: peft is not installed, expected it; pip install 'd2i[lora]'")
+        raise ClusterError("--adapter: peft is not installed; pip install 'd2i[lora]'")
     _expect_lora(adapter)
     try:
         converted = pipeline.lora_state_dict(adapter.path)
@@ -83,14 +83,14 @@ def load_adapter(pipeline: Any, adapter: Adapter) -> None:
         reason = " ".join(str(err).split())[:200]
         raise CheckpointError(
             f"--adapter {adapter.path}: {kind} cannot read it: {reason}; expected a LoRA that was "
-            "trained on this pipeline's base"
+            "trained on this pipeline's base model"
         ) from err
     num_held = _num_named(converted[0] if isinstance(converted, tuple) else converted, _HELD)
     num_placed = _num_named(_weights(pipeline), _PLACED)
     if num_placed < num_held or not num_held:
         raise CheckpointError(
-            f"--adapter {adapter.path}: {num_placed} of its {num_held} matrices have a place in "
-            f"{kind}, expected all; give a LoRA that was trained on this pipeline's base"
+            f"--adapter {adapter.path}: {num_placed} of its {num_held} matrices fit {kind}, "
+            "expected all; pass a LoRA that was trained on this pipeline's base model"
         )
 
 
@@ -102,13 +102,13 @@ def _expect_lora(adapter: Adapter) -> None:
             names = list(file.keys())
     except (SafetensorError, OSError) as err:
         raise CheckpointError(
-            f"--adapter {adapter.path}: not a whole safetensors file ({err}); expected a LoRA"
+            f"--adapter {adapter.path}: not a complete safetensors file ({err}); expected a LoRA"
         ) from err
     if not _num_named(names, _HELD):
         got = f"such as {names[0]}" if names else "none"
         raise CheckpointError(
-            f"--adapter {adapter.path}: no LoRA: got {len(names)} tensors, {got}; expected pairs "
-            "of low-rank matrices, such as …lora_A.weight and …lora_B.weight"
+            f"--adapter {adapter.path}: not a LoRA: got {len(names)} tensors, {got}; expected "
+            "pairs of low-rank matrices, such as …lora_A.weight and …lora_B.weight"
         )
 
 

@@ -47,11 +47,11 @@ class ImagesSystem:
             return Generation(None, "missing_picture")
         try:
             data = read_image(self._url, name, _MAX_BYTES)
-            picture = decode_image(data, self._limits)
+            decoded = decode_image(data, self._limits)
         except ImageRejectedError as err:
             return Generation(None, err.reason)
-        width, height = picture.image.size
-        return Generation(np.asarray(picture.image), source=f"{picture.suffix} {width}x{height}")
+        width, height = decoded.image.size
+        return Generation(np.asarray(decoded.image), source=f"{decoded.suffix} {width}x{height}")
 
 
 def _by_key(url: str, names: Iterable[str], keys: Collection[str]) -> dict[str, str]:
@@ -63,8 +63,8 @@ def _by_key(url: str, names: Iterable[str], keys: Collection[str]) -> dict[str, 
             continue
         if key in found:
             raise DataError(
-                f"{url}: got two pictures for one key, {found[key]} and {name}; expected one; "
-                "remove the other"
+                f"{url}: got two images for one key, {found[key]} and {name}; expected one; delete "
+                "the other"
             )
         found[key] = name
     return found
@@ -75,8 +75,8 @@ def _expect_some(
 ) -> None:
     if found:
         return
-    got = f"got {len(names)} files, such as {names[0]}" if names else "got an empty folder"
+    got = f"got {len(names)} files, such as {names[0]}" if names else "got an empty directory"
     raise DataError(
-        f"{url}: no picture is named by an instance key: {got}, expected files such as "
-        f"{keys[0]}.png; name the pictures by the keys of the data set ('d2i inspect')"
+        f"{url}: no image is named by an instance key: {got}, expected files such as "
+        f"{keys[0]}.png; name the images by the keys of the data set ('d2i inspect' lists them)"
     )

@@ -144,6 +144,6 @@ def _load_plain(any_class: Any, name: str, **options: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as err:
         reason = str(err).strip().splitlines()[0][:200]
         raise CheckpointError(
-            f"{name}: cannot load {any_class.__name__}: {reason}; expected a folder made by "
-            "save_pretrained, with safetensors, or a hub repository that is in the cache"
+            f"{name}: cannot load {any_class.__name__}: {reason}; expected a directory written by "
+            "save_pretrained, with safetensors, or a hub repository in the local cache"
         ) from err

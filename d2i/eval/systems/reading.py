@@ -125,14 +125,14 @@ def _expect_prompt(pipeline: Any, arguments: dict[str, Any]) -> None:
     kind = type(pipeline).__name__
     if "prompt" not in taken:
         raise ConfigError(
-            f"{kind} takes no text; expected a pipeline that draws from a prompt; name a "
-            "text-to-image one"
+            f"{kind} takes no prompt; expected a text-to-image pipeline; pass another --system "
+            "diffusers:PATH"
         )
     # Some pipelines take any name, and silently ignore those that they do not know.
     if unknown := sorted(arguments.keys() - taken.keys()):
         raise ConfigError(
             f"sample.pipeline: {kind} takes no {', '.join(unknown)}; expected arguments of its "
-            "call, such as num_inference_steps; correct the name"
+            "call, such as num_inference_steps; correct or remove the name"
         )
 
 
@@ -178,9 +178,9 @@ def _find_windows(
         found[name] = _window(rows[index], first[name][index], second[name][index], special, kept)
     if not found:
         raise ConfigError(
-            f"{type(pipeline).__name__} reads its text with no part named text_encoder and "
-            "tokenizer, so how much it reads is not known; draw with it elsewhere, and evaluate "
-            "with images:DIR"
+            f"{type(pipeline).__name__} has no components named text_encoder and tokenizer, so its "
+            "text window is unknown; generate images with it outside d2i, and evaluate them as "
+            "--system images:DIR"
         )
     return found
 
@@ -223,8 +223,8 @@ def _read_rows(
         except _WRONG as err:
             reason = (str(err).strip() or type(err).__name__).splitlines()[0][:200]
             raise ConfigError(
-                f"{type(pipeline).__name__} cannot draw from a prompt: {reason}; expected a "
-                "text-to-image pipeline and arguments that it takes; see sample.pipeline"
+                f"{type(pipeline).__name__} cannot generate from a prompt: {reason}; expected a "
+                "text-to-image pipeline and arguments that it takes; check sample.pipeline"
             ) from err
     return rows
 

@@ -36,9 +36,10 @@ class RetrieveSystem:
         tower = TextTower.load(context.recipe, context.encoders, context.device)
         if tower is None or not len(self._reader):
             raise ConfigError(
-                f"{context.spec.name}: got {len(self._reader)} training pictures and text tower "
-                f"{context.recipe.metrics.clip_text}; expected pictures, and the tower of the CLIP "
-                "image encoder; check --data, and --set metrics.clip_text"
+                f"{context.spec.name}: got {len(self._reader)} training images and text tower "
+                f"{context.recipe.metrics.clip_text}; expected at least one image, and the text "
+                "tower of the CLIP image encoder; check --system retrieve:DIR and "
+                "--set metrics.clip_text=PATH"
             )
         self._tower, self._encoders, self._limits = tower, context.encoders, context.recipe.image
         # Half precision, as stored: a million images take 1 GB.
@@ -71,9 +72,9 @@ class RetrieveSystem:
             latents = torch.from_numpy(moments[:, :4].astype(np.float32))
             pixels = self._encoders.vae.decode(latents, self._encoders.compute_batch_size)
             return Generation(pixels[0], source=IN_MEMORY)
-        picture = decode_image(data, self._limits)
-        width, height = picture.image.size
-        return Generation(np.asarray(picture.image), source=f"{picture.suffix} {width}x{height}")
+        decoded = decode_image(data, self._limits)
+        width, height = decoded.image.size
+        return Generation(np.asarray(decoded.image), source=f"{decoded.suffix} {width}x{height}")
 
 
 def _unit(rows: NDArray[np.float16]) -> NDArray[np.float16]:

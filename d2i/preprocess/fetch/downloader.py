@@ -69,7 +69,7 @@ class Downloader:
             addresses: URLs of the image, best first.
             deadline: Time on the monotonic clock after which no request starts.
         """
-        failure = FetchResult(None, "no_address", "the instance names no address", attempts=0)
+        failure = FetchResult(None, "no_address", "the instance has no URL", attempts=0)
         attempts = 0
         for address in addresses:
             download = _Download(self, address, deadline)
@@ -91,17 +91,17 @@ class _Download:
     fetcher: Downloader
     address: str
     deadline: float
-    asked: list[Target] = field(default_factory=list)
+    requested: list[Target] = field(default_factory=list)
     has_slot: bool = False
 
     def fetch(self, attempts: int) -> FetchResult:
         """Request the URL, with retries while its host is busy; `attempts` were made before."""
         for attempt in itertools.count(1):
             try:
-                answer = self._ask()
+                answer = self._request()
                 _check_answer(answer, self.fetcher.placeholders)
             except FetchError as err:
-                attempts += bool(self.asked)
+                attempts += bool(self.requested)
                 if attempt < self.fetcher.retry_policy.num_attempts and self._is_worth_waiting(err):
                     continue
                 final_url = err.final_url or self.address
@@ -117,8 +117,8 @@ class _Download:
             and time.monotonic() + wait_s < self.deadline
         )
 
-    def _ask(self) -> Response:
-        self.asked = []
+    def _request(self) -> Response:
+        self.requested = []
         try:
             answer = get(self.address, self.fetcher.limits, self.fetcher.route, self._wait_for_turn)
         except FetchError as err:
@@ -132,9 +132,9 @@ class _Download:
     def _wait_for_turn(self, target: Target) -> None:
         """Wait for the host's rate limit, and for a connection slot."""
         self._release_slot()
-        if self.asked:
+        if self.requested:
             # It redirected the request, so it was reached.
-            self._call("report", self.asked[-1].netloc, "reached")
+            self._call("report", self.requested[-1].netloc, "reached")
         host = target.netloc
         while True:
             wait_s = self._wait_for_rate_limit(host)
@@ -145,7 +145,7 @@ class _Download:
             if not (has_waited and self._call("in_backoff", host)):
                 break
             self._release_slot()
-        self.asked.append(target)
+        self.requested.append(target)
 
     def _take_slot(self) -> bool:
         """Wait for a connection slot; return whether there was none at once."""
@@ -155,7 +155,7 @@ class _Download:
             return False
         self.has_slot = slots.acquire(timeout=self._timeout_s())
         if not self.has_slot:
-            raise FetchError("shard_timeout", "the requests before it took too long")
+            raise FetchError("shard_timeout", "no connection slot became free in time")
         return True
 
     def _release_slot(self) -> None:
@@ -169,11 +169,11 @@ class _Download:
     def _wait_for_rate_limit(self, host: str) -> float:
         """Return how long to wait before the request to a host, in seconds."""
         timeout_s = self._timeout_s()
-        wait_s: float | None = self._call("acquire", host, timeout_s, is_named=not self.asked)
+        wait_s: float | None = self._call("acquire", host, timeout_s, is_named=not self.requested)
         if wait_s is None:
-            raise FetchError("dead_host", f"{host} did not answer before, or was busy too often")
+            raise FetchError("dead_host", f"{host} did not answer earlier, or was busy too often")
         if wait_s > timeout_s:
-            raise FetchError("shard_timeout", f"{host} has too long a queue")
+            raise FetchError("shard_timeout", f"the request queue of {host} is too long")
         return wait_s
 
     def _report(self, error: FetchError | None) -> None:
@@ -181,16 +181,16 @@ class _Download:
 
         The redirecting host chooses target and time, and could make any host look dead.
         """
-        if not self.asked:
+        if not self.requested:
             return
         if error is not None and error.reason == "proxy_unreached":
-            self.fetcher.hosts.of(self.asked[-1].netloc).call("report_proxy_unreached")
+            self.fetcher.hosts.of(self.requested[-1].netloc).call("report_proxy_unreached")
             return
         outcome = _outcome(error)
-        if outcome is None or (outcome != "reached" and len(self.asked) > 1):
+        if outcome is None or (outcome != "reached" and len(self.requested) > 1):
             return
         wait_s = 0.0 if error is None else _retry_after_s(error)
-        self._call("report", self.asked[-1].netloc, outcome, retry_after_s=wait_s)
+        self._call("report", self.requested[-1].netloc, outcome, retry_after_s=wait_s)
 
     def _call(self, method: str, host: str, *args: object, **kwargs: object) -> Any:
         """Call the limiter shard that has a host."""

@@ -140,8 +140,8 @@ def open_downloads(place: str) -> Downloads:
     """
     if storage.names_host(place):
         raise ConfigError(
-            f"fetch.downloads {place}: got a web address; expected a directory that img2dataset "
-            "has written, here or in an object store; copy it first"
+            f"fetch.downloads {place}: got a web URL; expected a directory that img2dataset has "
+            "written, local or in an object store; copy it there first"
         )
     try:
         shards = _find_shards(place)
@@ -164,9 +164,9 @@ def check_downloads(place: str) -> None:
     found = open_downloads(place)
     if found.num_resized:
         logging.getLogger(__name__).warning(
-            "fetch.downloads %s: %d of %d images were resized by img2dataset: what is prepared of "
-            "them are not the pixels of their hosts; 'img2dataset --resize_mode no "
-            "--disable_all_reencoding True' keeps those",
+            "fetch.downloads %s: %d of %d images were resized by img2dataset, so their pixels are "
+            "not the original ones; to keep the originals, download with 'img2dataset "
+            "--resize_mode no --disable_all_reencoding True'",
             *(place, found.num_resized, len(found)),
         )
 
@@ -191,11 +191,11 @@ def read_download(
         return FetchResult(None, err.reason, f"{found.shard.url}: {err}", final_url=url)
     is_same = found.sha256 is None or sha256_of(data) == found.sha256
     if found.is_original and not is_same:
-        detail = f"{found.shard.url}: {found.key} is not what its sha256 there says"
+        detail = f"{found.shard.url}: {found.key} does not match its recorded sha256"
         return FetchResult(None, "read_error", detail, final_url=url)
     why = placeholders.why(data, url)
     if why is None and found.sha256 in placeholders.sha256:
-        why = "fetch.placeholder_sha256 names what its host sent"
+        why = "fetch.placeholder_sha256 lists what its host sent"
     if why is not None:
         return FetchResult(None, "placeholder", why, final_url=url)
     changed = "" if is_same else ", which re-encoded it"
@@ -205,16 +205,16 @@ def read_download(
 
 def _find_shards(place: str) -> list[_Shard]:
     parent, _, name = place.rpartition("/")
-    folders = [place]
+    directories = [place]
     if "*" in name:
         names = fnmatch.filter(storage.list_names(parent or "."), name)
-        folders = [storage.join(parent or ".", each) for each in names]
+        directories = [storage.join(parent or ".", each) for each in names]
     shards = []
-    for folder in folders:
-        names = storage.list_names(folder)
+    for directory in directories:
+        names = storage.list_names(directory)
         there = frozenset(names)
         stems = [each.removesuffix(".parquet") for each in names if _SHARD.fullmatch(each)]
-        shards += [_Shard(storage.join(folder, stem), _kind(stem, there)) for stem in stems]
+        shards += [_Shard(storage.join(directory, stem), _kind(stem, there)) for stem in stems]
     if not shards:
         raise DataError(
             f"fetch.downloads {place}: got no 00000.parquet; expected a directory that img2dataset "
@@ -237,8 +237,8 @@ def _build(shards: list[_Shard], place: str) -> pa.Table:
     table = pa.concat_tables(_read_rows(number, shard) for number, shard in enumerate(shards))
     if not table.num_rows:
         raise DataError(
-            f"fetch.downloads {place}: got {len(shards)} shards without one image that was "
-            "downloaded (status success); expected some; see the errors that img2dataset wrote"
+            f"fetch.downloads {place}: got {len(shards)} shards without any downloaded image "
+            "(status success); see the errors that img2dataset wrote"
         )
     num_resized = pc.sum(table["is_resized"]).as_py()
     table = table.drop_columns(["is_resized"]).sort_by("url_hash")
@@ -270,8 +270,8 @@ def _rows_of(number: int, shard: _Shard, parquet: Any) -> pa.Table:
     names = set(parquet.schema_arrow.names)
     if lacking := {"url", "key", "status"} - names:
         raise DataError(
-            f"{shard.parquet_url} lacks {', '.join(sorted(lacking))}; expected what img2dataset "
-            "writes; take the file away, or check fetch.downloads"
+            f"{shard.parquet_url} lacks {', '.join(sorted(lacking))}; expected the columns of "
+            "img2dataset; remove the file, or check fetch.downloads"
         )
     wanted = [name for name in ("url", "key", "status", "sha256", *_SIDES) if name in names]
     table = parquet.read(wanted, use_threads=False)
@@ -279,7 +279,7 @@ def _rows_of(number: int, shard: _Shard, parquet: Any) -> pa.Table:
     table = table.take(rows)
     if len(rows) and shard.kind == "parquet" and not names.intersection(_SUFFIXES):
         raise DataError(
-            f"{shard.parquet_url} speaks of {len(rows)} images that are not there; expected "
+            f"{shard.parquet_url} lists {len(rows)} images, but they are missing; expected "
             f"{shard.url}.tar, a directory {shard.url}, or a column {', '.join(_SUFFIXES)}; put "
             "them beside it"
         )
@@ -339,7 +339,7 @@ def _read_named(root: str, key: str, max_bytes: int) -> bytes:
         except ImageRejectedError as err:
             if err.reason != "missing_file":
                 raise
-    raise ImageRejectedError("read_error", f"got no {key}.jpg, though it was downloaded")
+    raise ImageRejectedError("read_error", f"no {key}.jpg, although it was downloaded")
 
 
 def _read_cell(found: Download, max_bytes: int) -> bytes:
@@ -349,8 +349,8 @@ def _read_cell(found: Download, max_bytes: int) -> bytes:
             data = _cell(pq.ParquetFile(file, pre_buffer=False, buffer_size=_PAGE_BYTES), found.row)
     except FileNotFoundError as err:
         raise DataError(
-            f"{url} is not there any more; expected it to stay while its images are read; check "
-            "fetch.downloads, and whether its disk is mounted"
+            f"{url} has disappeared while its images were being read; check fetch.downloads, and "
+            "whether its disk is mounted"
         ) from err
     except (OSError, pa.ArrowException) as err:
         raise ImageRejectedError("read_error", str(err)) from err

@@ -87,7 +87,7 @@ class _Body:
     def __init__(self, max_bytes: int, encoding: str) -> None:
         name = encoding.strip().lower()
         if name not in ("identity", "", "gzip", "x-gzip", "deflate"):
-            raise FetchError("encoded_body", f"got encoding {encoding!r}, asked for none")
+            raise FetchError("encoded_body", f"got Content-Encoding {encoding!r}, requested none")
         self._max_bytes = max_bytes
         self._is_packed = name not in ("identity", "")
         self._inflate = zlib.decompressobj(_GZIP_OR_ZLIB)
@@ -196,7 +196,7 @@ def get(
     """
     deadline = time.monotonic() + limits.timeout_s
     for hop in range(_NUM_REDIRECTS + 1):
-        with _refusing_before_it_asks(url, is_sent_on=hop > 0):
+        with _refusing_before_request(url, is_sent_on=hop > 0):
             target = check_url(url, limits.allow_hosts)
             before = time.monotonic()
             on_target(target)
@@ -212,11 +212,11 @@ def get(
         if isinstance(answer, Response):
             return answer
         url = answer
-    raise FetchError("too_many_redirects", f"over {_NUM_REDIRECTS}", final_url=url)
+    raise FetchError("too_many_redirects", f"over {_NUM_REDIRECTS} redirects", final_url=url)
 
 
 @contextmanager
-def _refusing_before_it_asks(url: str, *, is_sent_on: bool) -> Iterator[None]:
+def _refusing_before_request(url: str, *, is_sent_on: bool) -> Iterator[None]:
     """Add the refused URL to an error; a host that redirected to it was reached."""
     try:
         yield

@@ -27,7 +27,7 @@ from d2i.preprocess.fetch.result import FetchResult
 
 _TOKEN = "d2i:"  # A scheme that nothing else handles.
 OpenedT = TypeVar("OpenedT")
-_LOST = FetchResult(None, "engine_error", "the download engine gave no result", attempts=0)
+_LOST = FetchResult(None, "engine_error", "img2dataset returned no result", attempts=0)
 
 
 def fetch_all(
@@ -56,8 +56,8 @@ def fetch_all(
         return
     opener = _Opener(refs, fetch, time.monotonic() + timeout_s)
     writer = _Writer(refs, opener, open_image, max_waiting=num_threads)
-    with tempfile.TemporaryDirectory(prefix="d2i-fetch-") as folder, _installed(opener):
-        download = _engine(Path(folder), len(refs), writer, num_threads)
+    with tempfile.TemporaryDirectory(prefix="d2i-fetch-") as directory, _installed(opener):
+        download = _engine(Path(directory), len(refs), writer, num_threads)
 
         def run() -> None:
             try:
@@ -74,7 +74,7 @@ def fetch_all(
 
 
 def _engine(
-    folder: Path, num_refs: int, writer: _Writer[OpenedT], num_threads: int
+    directory: Path, num_refs: int, writer: _Writer[OpenedT], num_threads: int
 ) -> Callable[[], object]:
     """Return the function that downloads the tokens of `num_refs` images."""
     # img2dataset imports albumentations, which would check online for a newer version.
@@ -83,7 +83,7 @@ def _engine(
 
     tokens = pa.table({"url": [f"{_TOKEN}{n}" for n in range(num_refs)]})
     with (
-        pa.OSFile(str(folder / "tokens.arrow"), "wb") as file,
+        pa.OSFile(str(directory / "tokens.arrow"), "wb") as file,
         pa.ipc.new_file(file, tokens.schema) as tokens_file,
     ):
         tokens_file.write_table(tokens)
@@ -93,7 +93,7 @@ def _engine(
         thread_count=num_threads,
         save_caption=False,
         extract_exif=False,
-        output_folder=str(folder),
+        output_directory=str(directory),
         column_list=["url"],
         timeout=None,
         number_sample_per_shard=max(num_refs, 2),
@@ -105,7 +105,7 @@ def _engine(
         user_agent_token=None,
         disallowed_header_directives=None,
     )
-    return lambda: download((0, str(folder / "tokens.arrow")))
+    return lambda: download((0, str(directory / "tokens.arrow")))
 
 
 class _Opener:
@@ -134,10 +134,15 @@ class _Opener:
             OSError: If the image cannot be fetched; `found` has the reason.
         """
         if not request.full_url.startswith(_TOKEN):
-            raise ValueError(f"no token: {request.full_url}")
+            raise ValueError(f"not a d2i token: {request.full_url}")
         number = int(request.full_url.removeprefix(_TOKEN))
         if time.monotonic() >= self._deadline:
-            found = FetchResult(None, "shard_timeout", "its shard took too long", attempts=0)
+            found = FetchResult(
+                None,
+                "shard_timeout",
+                "its shard took longer than fetch.shard_timeout_s",
+                attempts=0,
+            )
         else:
             found = self._fetch(self._refs[number], self._deadline)
         # The bytes go through img2dataset, which bounds how many wait; they are not kept here.

@@ -28,7 +28,7 @@ class KnownPlaceholders:
         """
         name = (url or "").partition("?")[0].rpartition("/")[2].lower()
         if any(mark in name for mark in _NAMES):
-            return "its host says it is gone"
+            return "its URL names a placeholder for a missing image"
         if self.sha256 and hashlib.sha256(data).hexdigest() in self.sha256:
-            return "fetch.placeholder_sha256 names it"
+            return "fetch.placeholder_sha256 lists it"
         return None

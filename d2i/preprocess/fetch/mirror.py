@@ -15,7 +15,7 @@ from d2i.preprocess.fetch.ssrf_guard import check_url
 _PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
 
 
-def mirror_address(template: str, path: str) -> str:
+def mirror_url(template: str, path: str) -> str:
     """Return the URL of a file on the mirror.
 
     Args:
@@ -29,7 +29,7 @@ def mirror_address(template: str, path: str) -> str:
     names["key"] = names["name"].rpartition(".")[0] or names["name"]
     # A file called `...jpg` has the key `..`.
     if ".." in [*path.split("/"), names["key"]]:
-        raise FetchError("bad_url", f"{path}: got a part '..', expected a path below it")
+        raise FetchError("bad_url", f"{path}: got a part '..', expected a path below the mirror")
     return _PLACEHOLDER.sub(lambda found: quote(names[found[1]]), template)
 
 
@@ -43,7 +43,7 @@ def mirror_host(template: str, allow_hosts: frozenset[str]) -> str | None:
         target = check_url(_PLACEHOLDER.sub("x", template), allow_hosts)
     except FetchError as err:
         raise ConfigError(
-            f"fetch.mirror {template}: {err}; expected a web address on its usual port; "
-            "mend it, or allow its host with --allow-host HOST:PORT"
+            f"fetch.mirror {template}: {err}; expected an http or https URL on its default "
+            "port; fix it, or allow its host with --allow-host HOST:PORT"
         ) from err
     return None if _PLACEHOLDER.search(urlsplit(template).netloc) else target.netloc

@@ -258,7 +258,7 @@ class RateLimiter:
         if self._proxy.num_unreached >= self.limits.num_failures and not of_names:
             lost = f"the proxy could not be reached {self._proxy.num_unreached} times in a row"
         elif window and self._is_mirror_lost(of_names=of_names):
-            lost = f"the mirror {self.mirror} could not be reached (is fetch.mirror spelt right?)"
+            lost = f"the mirror {self.mirror} could not be reached (check fetch.mirror)"
         return NetworkHealth(lost, heapq.nlargest(window, known, key=lambda contact: contact[0]))
 
     def _record_mirror(self, outcome: Outcome) -> None:

@@ -52,12 +52,12 @@ class Resolver:
             return [literal]
         self._refuse_remembered(host)
         try:
-            return self._ask(host, timeout_s)
+            return self._query(host, timeout_s)
         except FetchError as err:
             self._remember(host, err)
             raise
 
-    def _ask(self, host: str, timeout_s: float) -> list[str]:
+    def _query(self, host: str, timeout_s: float) -> list[str]:
         deadline = time.monotonic() + timeout_s
         try:
             name = dns.name.from_text(host)
@@ -72,7 +72,7 @@ class Resolver:
             raise FetchError("no_such_host", f"{host}: {err}") from err
         except (dns.exception.DNSException, OSError, UnicodeError) as err:
             raise FetchError("dns_failed", f"{host}: {err}") from err
-        raise FetchError("no_such_host", f"{host} has no address")
+        raise FetchError("no_such_host", f"{host} has no IP address")
 
     def _refuse_remembered(self, host: str) -> None:
         with self._lock:
@@ -93,7 +93,7 @@ def _build(server: str | None) -> dns.resolver.Resolver:
             return dns.resolver.Resolver()
         except dns.exception.DNSException as err:
             raise ConfigError(
-                f"this machine names no DNS server ({err}); expected one; give --dns-server"
+                f"no DNS server is configured on this machine ({err}); give one with --dns-server"
             ) from err
     host, _, port = server.rpartition(":") if server.count(":") == 1 else (server, "", "")
     resolver = dns.resolver.Resolver(configure=False)
@@ -101,9 +101,7 @@ def _build(server: str | None) -> dns.resolver.Resolver:
         resolver.nameservers = [str(ipaddress.ip_address(host))]
         resolver.port = int(port) if port else _DNS_PORT
     except ValueError as err:
-        raise ConfigError(
-            f"--dns-server {server}: expected an IP address, or HOST:PORT with one"
-        ) from err
+        raise ConfigError(f"--dns-server {server}: expected an IP address, or IP:PORT") from err
     return resolver
 
 

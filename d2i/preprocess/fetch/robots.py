@@ -30,7 +30,7 @@ def _is_forbidding(value: str) -> bool:
         elif colon:
             # A colon in the time of a date.
             continue
-        said = directive if colon else name
-        if agent in (None, _OUR_NAME) and said in _DIRECTIVES:
+        field_name = directive if colon else name
+        if agent in (None, _OUR_NAME) and field_name in _DIRECTIVES:
             return True
     return False

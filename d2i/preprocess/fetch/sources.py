@@ -23,7 +23,7 @@ from d2i.preprocess.fetch.http_client import BodyLimits, Limits
 from d2i.preprocess.fetch.img2dataset_pool import fetch_all
 from d2i.preprocess.fetch.interleave_hosts import interleave_by_host
 from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
-from d2i.preprocess.fetch.mirror import mirror_address, mirror_host
+from d2i.preprocess.fetch.mirror import mirror_host, mirror_url
 from d2i.preprocess.fetch.rate_limiter import HostLimits, RateLimiter, ShardedRateLimiter
 from d2i.preprocess.fetch.resolver import Resolver
 from d2i.preprocess.fetch.result import FetchError, FetchResult
@@ -91,7 +91,7 @@ class ImageSource:
         """
         ordered = sorted(refs, key=lambda ref: ref.value)
         files: list[ImageRef] = []
-        by_address: list[ImageRef] = []
+        by_url: list[ImageRef] = []
         downloaded: dict[ImageRef, tuple[Download, str]] = {}
         for ref in ordered:
             is_file = ref.kind == "file" and self.config.mirror is None
@@ -101,7 +101,7 @@ class ImageSource:
                 downloaded[ref] = found
                 files.append(ref)
             else:
-                by_address.append(ref)
+                by_url.append(ref)
 
         def read(ref: ImageRef) -> FetchResult:
             if ref in downloaded:
@@ -111,7 +111,7 @@ class ImageSource:
             return read_inline(ref, self._max_bytes())
 
         yield from self._read_files(files, open_image, read)
-        yield from self._ask(by_address, open_image)
+        yield from self._download_all(by_url, open_image)
 
     def outage_reason(self, *, of_names: bool = False) -> str | None:
         """Return why this machine's own network seems to be down, or None."""
@@ -166,7 +166,9 @@ class ImageSource:
         """Read the download whose key is a file's name, if the file itself is missing."""
         found = open_downloads(str(self.config.downloads)).find_key(PurePosixPath(path).stem)
         if not found:
-            return FetchResult(None, "missing_file", f"{path}: no such file, and no download's key")
+            return FetchResult(
+                None, "missing_file", f"{path}: no such file, and no download with that key"
+            )
         if len(found) > 1:
             detail = f"{path}: {len(found)} downloads have this key; give one directory of them"
             return FetchResult(None, "ambiguous_file", detail)
@@ -175,19 +177,19 @@ class ImageSource:
     def _read_download(self, found: Download, url: str | None = None) -> FetchResult:
         return read_download(found, self._max_bytes(), self._placeholders(), url)
 
-    def _ask(
+    def _download_all(
         self, refs: list[ImageRef], open_image: Callable[[ImageRef, FetchResult], OpenedT]
     ) -> Iterator[OpenedT]:
         fetcher = self._downloader()
         return fetch_all(
             interleave_by_host(refs),
-            lambda ref, deadline: self._ask_for(ref, fetcher, deadline),
+            lambda ref, deadline: self._download(ref, fetcher, deadline),
             open_image,
             num_threads=self.config.num_threads + _NUM_WAITING,
             timeout_s=self.config.shard_timeout_s,
         )
 
-    def _ask_for(self, ref: ImageRef, fetcher: Downloader, deadline: float) -> FetchResult:
+    def _download(self, ref: ImageRef, fetcher: Downloader, deadline: float) -> FetchResult:
         """Fetch an image by its URLs."""
         try:
             addresses = self._addresses(ref)
@@ -199,7 +201,7 @@ class ImageSource:
         """Return the URLs of an image: for a file, its URL on the mirror."""
         if ref.kind == "urls":
             return ref.value
-        return [mirror_address(str(self.config.mirror), ref.value[0])]
+        return [mirror_url(str(self.config.mirror), ref.value[0])]
 
     def _downloader(self) -> Downloader:
         config = self.config

@@ -65,10 +65,12 @@ def check_url(url: str, allow_hosts: frozenset[str]) -> Target:
     except ValueError as err:
         raise FetchError("bad_url", str(err)) from err
     if parts.scheme not in PORTS or not host or not host.isprintable() or port == 0:
-        raise FetchError("bad_url", "expected an http or https address with a host")
+        raise FetchError("bad_url", "expected an http or https URL with a host")
     target = Target(parts.scheme, host, port or PORTS[parts.scheme], _path(parts))
     if target.port != PORTS[parts.scheme] and target.netloc not in allow_hosts:
-        raise FetchError("refused_address", f"port {target.port} is not {PORTS[parts.scheme]}")
+        raise FetchError(
+            "refused_address", f"port {target.port} is not the default {PORTS[parts.scheme]}"
+        )
     return target
 
 
@@ -125,7 +127,7 @@ def _name(host: str) -> str:
     try:
         dns.name.from_text(host)
     except dns.exception.DNSException as err:
-        raise ValueError(f"{host[:64]} is no name of a host: {err}") from err
+        raise ValueError(f"{host[:64]} is not a host name: {err}") from err
     return host
 
 
@@ -139,7 +141,9 @@ def check_addresses(target: Target, addresses: Iterable[str], allow_hosts: froze
         return
     for address in addresses:
         if not is_public(address):
-            raise FetchError("refused_address", f"{target.host} is at {address}")
+            raise FetchError(
+                "refused_address", f"{target.host} has the non-public IP address {address}"
+            )
 
 
 def is_public(address: str) -> bool:

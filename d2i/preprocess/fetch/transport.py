@@ -59,11 +59,11 @@ class Proxy:
         connection.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
         with closing(http.client.HTTPResponse(connection, method="CONNECT")) as answer:
             answer.begin()
-            said = f"the proxy answered {answer.status} {answer.reason}"
+            answer_line = f"the proxy answered {answer.status} {answer.reason}"
             if answer.status >= _TRANSIENT_STATUS:
-                raise FetchError("connect", said)
+                raise FetchError("connect", answer_line)
             if answer.status != http.client.OK:
-                raise FetchError("proxy_refused", said)
+                raise FetchError("proxy_refused", answer_line)
 
     def check_answer(self, answer: http.client.HTTPResponse) -> None:
         """Raise if the answer to a plain http request is the proxy's own refusal, not the target's.
@@ -91,7 +91,7 @@ def parse_proxy(text: str) -> Proxy:
         shown = text.rpartition("@")[2]
         raise ConfigError(
             f"--proxy {shown}: expected http://HOST:PORT, or http://USER:PASSWORD@HOST:PORT; "
-            "a proxy that is itself reached by https cannot be used"
+            "https:// proxies are not supported"
         )
     return Proxy(host, port, _authorization(parts))
 
@@ -171,7 +171,7 @@ class ProxyTransport:
         try:
             connection = socket.create_connection(place, timeout=time_left(deadline))
         except OSError as err:
-            raise FetchError("proxy_unreached", f"the proxy: {err}") from err
+            raise FetchError("proxy_unreached", f"cannot connect to the proxy: {err}") from err
         if target.scheme == "https":
             try:
                 with DEADLINES.deadline(connection, deadline):
