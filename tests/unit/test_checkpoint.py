@@ -108,7 +108,7 @@ def test_checkpoint_with_flipped_bit_is_never_valid(tmp_path: Path, name: str) -
 
 def test_resume_with_only_damaged_checkpoints_is_error(tmp_path: Path) -> None:
     (write(tmp_path, 3, []) / MARKER).write_text("")
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints"):
+    with pytest.raises(CheckpointError, match="no intact checkpoint among 1"):
         latest_valid_checkpoint(str(tmp_path), lambda _: None)
 
 

@@ -560,7 +560,7 @@ def test_verify_finds_missing_and_unlisted_files(copy: Path) -> None:
 
 
 BAD_METADATA: dict[str, tuple[dict[str, Any], str]] = {
-    "another key": ({"key": "train-1-0-0"}, "is that of 'train-1-0-0'"),
+    "another key": ({"key": "train-1-0-0"}, "belongs to 'train-1-0-0'"),
     "another split": ({"split": "dev"}, "split"),
     "no picture": ({"split": "test"}, "has no image; expected one in test"),
     "unknown field": ({"more": 1}, "more"),
@@ -820,7 +820,7 @@ def test_index_rejects_schema_metadata_and_empty_extents() -> None:
         0
     )
     hidden = batch.replace_schema_metadata({"hidden": "text"})
-    with pytest.raises(ShardError, match="other columns"):
+    with pytest.raises(ShardError, match="unexpected columns"):
         read_index(index_of(hidden, hidden.schema), num_samples=1, tar_size_bytes=2048)
     for absent in (Extent(0, 1, 0), Extent(0, 0, 1)):
         rows = [IndexRow("k", {"json": Extent(512, 10, 1), "png": absent})]
