@@ -47,7 +47,9 @@ CacheDirOption = Annotated[
 ]
 CacheGbOption = Annotated[
     float | None,
-    typer.Option("--cache-gb", min=0, help="Maximum size of the cache, in 1e9 bytes; else all."),
+    typer.Option(
+        "--cache-gb", min=0, help="Maximum size of the cache, in 1e9 bytes; default: unlimited."
+    ),
 ]
 CheckDataOption = Annotated[
     bool,

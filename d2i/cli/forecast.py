@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 RateOption = Annotated[
     float | None,
     typer.Option(
-        "--rate", min=1e-9, help="With --dry-run: instances/s of one worker; else measured."
+        "--rate", min=1e-9, help="With --dry-run: instances/s of one worker; default: as measured."
     ),
 ]
 PriceOption = Annotated[

@@ -36,7 +36,7 @@ def verify(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Verify every byte of shards, plan and ledger. Exits with 1 if anything is damaged.
+    """Verify every byte of shards, plan and ledger. Exits with 1 if any is damaged or missing.
 
     Examples:
 

@@ -213,8 +213,10 @@ def check_inception(hub_dir: Path | None = None) -> Check:
         hub_dir: torch's cache; by default the one that torch names.
     """
     name = "Inception weights"
-    fix = f"download {_INCEPTION_URL} to it, or give --set metrics.extractor_weights=FILE"
     path = _torch_cache(hub_dir) / "checkpoints" / _INCEPTION
+    fix = (
+        f"download {_INCEPTION_URL} to {path.parent}, or give --set metrics.extractor_weights=FILE"
+    )
     if not path.is_file():
         return Check(name, "warn", f"{_INCEPTION} is not in torch's cache", fix)
     expected = path.stem.rpartition("-")[2]

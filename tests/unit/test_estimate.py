@@ -130,7 +130,7 @@ def test_dry_run_shows_forecast(tmp_path: Path) -> None:
 
 
 def test_forecast_options_require_dry_run() -> None:
-    with pytest.raises(ConfigError, match="--rate is for a forecast; expected --dry-run"):
+    with pytest.raises(ConfigError, match="--rate applies only to a dry run; expected --dry-run"):
         assumed_of(3.0, None, dry_run=False)
 
 

@@ -225,7 +225,7 @@ def test_damaged_or_lost_download_is_read_error(tmp_path: Path, host: Path, form
         (found,) = fetch(host, directory, by_url(urls[1]))
         assert (found.reason, "no 00000001.jpg" in found.detail) == ("read_error", True)
         return
-    with pytest.raises(DataError, match=r"fetch\.downloads|not there any more"):
+    with pytest.raises(DataError, match=r"fetch\.downloads|the tar is gone"):
         fetch(host, directory, by_url(urls[1]))
 
 

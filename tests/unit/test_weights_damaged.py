@@ -52,7 +52,10 @@ def test_non_finite_weights_are_counted_and_rejected(
     torch.save(state | {key: state[key].index_fill(1, torch.tensor(0), value)}, path)
     count = state[key].shape[0]
     inspect_weights(str(path))
-    assert f"warning: {count} are NaN or infinite, the first in {key}" in capsys.readouterr().out
+    assert (
+        f"warning: {count} values are NaN or infinite, the first in {key}"
+        in capsys.readouterr().out
+    )
     inspect_weights(str(path), as_json=True)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["not_finite"] == {key: count}
