@@ -31,7 +31,7 @@ import orjson
 
 NUM_TRAIN, NUM_VALID = 1_059_117, 10_000
 NUM_KEYS = 1_750_000
-"""Pictures to draw from: about 1.4 million of them are then named, each 1.9 times."""
+"""Images to choose from: about 1.4 million of them are then named, each 1.9 times."""
 NUM_PLANNED = 1_000_000
 NUM_NEGATIVES = 999
 

@@ -41,7 +41,7 @@ from typing import Any
 NUM_THREADS, SIDE, QUALITY, PATIENCE_S, SLOW_S = 16, 256, 95, 5, 2.0
 NUM_DEAD_HOSTS = 20
 FILTERS = {"img2dataset": "area", "img2dataset, lanczos": "lanczos"}
-"""The peer's ways to make a picture smaller; the first is its own choice."""
+"""The peer's ways to downscale an image; the first is its own choice."""
 CONTESTANTS = {"good": (*FILTERS, "d2i"), "mixed": ("img2dataset", "d2i")}
 Ports = dict[str, list[int]]
 SHARES = {"dead": 0.10, "slow": 0.05, "gone": 0.05, "busy": 0.02, "broken": 0.03}

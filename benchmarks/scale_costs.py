@@ -40,7 +40,7 @@ NUM_WORKERS = 2
 FITTED, HELD_OUT = (1,), (2, 4, 8)
 """Lengths of the jobs, in multiples of the shortest."""
 UNIT_SIZES = {"preprocess": 4, "train": 16, "eval": 4}
-"""Pictures of a shard, samples of a step, instances of a task."""
+"""Images of a shard, samples of a step, instances of a task."""
 NUM_UNITS = {"preprocess": 10, "train": 10, "eval": 10}
 """Units of the shortest job."""
 PREPROCESS_SETTINGS = ("image.resolution=256", "encoders.vae_kind=tiny", "text.latents=none")

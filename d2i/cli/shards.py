@@ -21,7 +21,6 @@ from d2i.cli.console import (
 from d2i.cli.network_policy import AllowHostOption, DnsServerOption, ProxyOption, network_policy_of
 
 if TYPE_CHECKING:
-    from d2i.preprocess.repair import RepairSummary
     from d2i.shards import ShardReader
 
 
@@ -115,23 +114,18 @@ def repair(
         progress.close()
     lines = []
     for summary in summaries:
-        url = summary.directory
+        url = summary.folder
         problems = [dataclasses.asdict(p) | {"folder": url} for p in summary.problems]
         lines += [_problem_line(problem) for problem in problems]
         lines += [f"{url}/{note}" for note in summary.notes]
         lines.append(
-            f"{url}: {len(summary.restored)} files restored, {len(summary.made)} shards "
+            f"{url}: {len(summary.mended)} files restored, {len(summary.made)} shards "
             f"rebuilt, {len(problems)} problems left"
         )
-    print_result({"data_sets": [*map(_repair_result, summaries)]}, lines, as_json=as_json)
+    result = {"data_sets": [dataclasses.asdict(summary) for summary in summaries]}
+    print_result(result, lines, as_json=as_json)
     if any(summary.problems for summary in summaries):
         raise typer.Exit(1)
-
-
-def _repair_result(summary: RepairSummary) -> dict[str, Any]:
-    # `folder` and `mended` are keys that scripts read.
-    values = dataclasses.asdict(summary)
-    return {"folder": values.pop("directory"), "mended": values.pop("restored"), **values}
 
 
 def inspect(

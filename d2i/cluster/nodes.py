@@ -55,7 +55,7 @@ class NodeResult(Generic[AnswerT]):
 
 
 def list_nodes() -> list[Node]:
-    """List the live nodes of the open session, sorted by address."""
+    """List the live nodes of the open session, sorted by IP address."""
     import ray
 
     alive = [_node(row) for row in ray.nodes() if row["Alive"]]

@@ -77,8 +77,8 @@ class RepairSummary:
     """The outcome of the repair of one data set.
 
     Attributes:
-        directory: Its directory.
-        restored: Files that were restored from intact parts.
+        folder: Its directory.
+        mended: Files that were restored from intact parts.
         made: Shards that were remade.
         problems: Problems left, as `verify` finds them; those beyond repair have the reason
             `repair`.
@@ -86,8 +86,8 @@ class RepairSummary:
             not need them.
     """
 
-    directory: str
-    restored: tuple[str, ...]
+    folder: str
+    mended: tuple[str, ...]
     made: tuple[str, ...]
     problems: tuple[ShardProblem, ...]
     notes: tuple[str, ...]

@@ -139,7 +139,7 @@ def _row(
         )
     return (
         f'<article class="conversation" aria-label="{text(key)}">{_chat(conversation)}'
-        f'<div class="pictures">{"".join(figures)}</div>'
+        f'<div class="images">{"".join(figures)}</div>'
         f'<p class="key">{text(key)}</p></article>'
     )
 
@@ -160,7 +160,7 @@ def _figure(name: str, data: bytes | None, alt: str, attributes: str) -> str:
 
 def _absent(name: str) -> str:
     caption = f"<figcaption>{text(name)}</figcaption>"
-    return f'<figure>{caption}<div class="no-picture">no image saved</div></figure>'
+    return f'<figure>{caption}<div class="no-image">no image saved</div></figure>'
 
 
 def _example(evaluation: Evaluation, key: str) -> Mapping[str, Any] | None:

@@ -128,7 +128,7 @@ def image_tag(data: bytes | None, alt: str) -> str:
     """Render an `<img>` with embedded data, or a note if there is no readable image."""
     address = None if data is None else image_uri(data)
     if address is None:
-        return f'<div class="no-picture" role="img" aria-label="{text(alt)}">not readable</div>'
+        return f'<div class="no-image" role="img" aria-label="{text(alt)}">not readable</div>'
     return f'<img src="{address}" alt="{text(alt)}">'
 
 

@@ -67,7 +67,7 @@ def table5() -> Table:
     ]
     columns = (
         *("resolution", "resolution (paper)", "global batch", "global batch (paper)"),
-        *("devices (paper)", "steps (ours)"),
+        *("devices (paper)", "steps (d2i)"),
     )
     return Table("Recipes (Table 5)", columns, tuple(rows))
 

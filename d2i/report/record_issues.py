@@ -80,7 +80,7 @@ def images_section(splits: Splits) -> Section | OmittedSection:
     others = ", ".join(text(split) for split in splits if split not in looked)
     rest = f" Those of {others} were not opened." if others else ""
     intro = f'<p class="intro">Every distinct image file of a split was opened once.{rest}</p>'
-    return Section("pictures", title, intro + table(_head(looked), rows))
+    return Section("images", title, intro + table(_head(looked), rows))
 
 
 def _head(columns: Mapping[str, Any]) -> list[str]:

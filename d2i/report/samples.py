@@ -65,7 +65,7 @@ def _section(number: int, sample: ShownSample) -> Section:
     decoded = _figure("Decoded latents", image_tag(sample.decoded, f"decoded latents of {key}"))
     body = (
         f'<article class="conversation">{_chat(sample.metadata["context"])}'
-        f'<div class="pictures">{kept}{decoded}</div></article>{_facts(sample)}'
+        f'<div class="images">{kept}{decoded}</div></article>{_facts(sample)}'
     )
     return Section(f"sample-{number}", key, body)
 

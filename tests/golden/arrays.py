@@ -1,4 +1,4 @@
-"""The golden folder: stored arrays, the tiny networks, the seeded weights recipe."""
+"""The golden directory: stored arrays, the tiny networks, the seeded weights recipe."""
 
 import json
 from functools import cache

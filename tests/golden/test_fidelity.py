@@ -1,4 +1,4 @@
-"""FID, KID and IS equal torch-fidelity's own on folders of real photographs, by its own network.
+"""FID, KID and IS equal torch-fidelity's own on real photographs, by its own network.
 
 Its published weights cannot be had here: random ones in its own file form prove that the same
 pixels reach the same network and the same functions; the numbers of `test_metrics` prove those.
@@ -81,12 +81,12 @@ def test_directories_of_photographs(tmp_path: Path, weights: Path) -> None:
     expected = torch_fidelity.calculate_metrics(
         **directories, **common, fid=True, kid=True, kid_subsets=10, kid_subset_size=6
     )
-    # The Inception Score is that of the first folder.
+    # The Inception Score is that of the first directory.
     expected |= torch_fidelity.calculate_metrics(
         input1=directories["input2"], **common, isc=True, isc_splits=4
     )
     config = MetricsConfig(extractor_weights=str(weights), extractor_sha256=sha256(weights)[:8])
-    # Batches that the pictures do not fill, another size than the peer's.
+    # Batches that the images do not fill, another size than the peer's.
     extractor = InceptionExtractor(config, 3, "cpu")
     of_true, of_drawn = extractor.extract(true), extractor.extract(drawn)
     pairs = np.eye(NUM_IMAGES, dtype=np.float32)

@@ -294,7 +294,7 @@ def test_full_size_unidiffuser() -> None:
 
 
 def full_size(name: str) -> tuple[dict[str, Any], nn.Module]:
-    """What is known of a full-size network, and the network with its seeded weights."""
+    """The recorded facts of a full-size network, and the network with its seeded weights."""
     golden = next(
         model for model in facts("full_size")["models"] if model["model"] == name.replace("-", "_")
     )

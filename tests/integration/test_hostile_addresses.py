@@ -61,7 +61,7 @@ def is_busy_once(handler: Handler) -> None:
         handler.send(200, noise_image())
 
 
-def talks_long(handler: Handler) -> None:
+def sends_long_reason(handler: Handler) -> None:
     handler.wfile.write(b"HTTP/1.1 418 " + b"x" * 60_000 + b"\r\nContent-Length: 0\r\n\r\n")
 
 
@@ -94,7 +94,7 @@ CASES: dict[str, tuple[Answer, str]] = {
     "redirected": (redirects("/good"), "ok"),
     "gone": (sends(b"", 410), "http_410"),
     "broken-server": (sends(b"", 500), "http_500"),
-    "talkative": (talks_long, "http_418"),
+    "talkative": (sends_long_reason, "http_418"),
     "forbidden-by-robots": (sends(GOOD, X_Robots_Tag="noai"), "robots"),
     "forbidden-to-us": (sends(GOOD, X_Robots_Tag="d2i: noimageai"), "robots"),
     "forbidden-to-others": (sends(GOOD, X_Robots_Tag="otherbot: noai"), "ok"),

@@ -348,7 +348,7 @@ def test_lost_job_files_are_reported_and_plan_is_restored(
         name: content for name, content in good.items() if name != str(lost.relative_to(copy))
     }
     only(copy, "*.tar").unlink()
-    (summary, _) = sorted(repaired(copy), key=lambda one: one.directory, reverse=True)
+    (summary, _) = sorted(repaired(copy), key=lambda one: one.folder, reverse=True)
     assert summary.problems == () and [note[:24] for note in summary.notes] == [
         "ledger/000001.parquet: l"
     ]

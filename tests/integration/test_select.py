@@ -1,4 +1,4 @@
-"""A run on real images: its sample grids, and the checkpoint that `d2i select` chooses."""
+"""A run on real photographs: its sample grids, and the checkpoint that `d2i select` chooses."""
 
 from __future__ import annotations
 

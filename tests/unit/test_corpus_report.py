@@ -214,7 +214,7 @@ def test_record_issues_and_images_are_listed_by_reason(out: Path) -> None:
     assert "first: train.jsonl line 7: cannot be read" in source
     missing = [found["pictures"]["failures"]["missing_file"] for found in survey["splits"].values()]
     expected = [str(number) for number in [*missing, sum(missing)]]
-    assert rows_of(source, "pictures")["Missing file"] == expected
+    assert rows_of(source, "images")["Missing file"] == expected
 
 
 def test_options_table_compares_with_current_settings(out: Path) -> None:
@@ -416,6 +416,6 @@ def test_unread_split_has_no_column(out: Path) -> None:
     survey["splits"]["valid"]["lengths"] = unmeasured()
     source = render(survey, out)
     assert "Those of valid were not opened" in source
-    assert len(rows_of(source, "pictures")["Missing file"]) == 3
+    assert len(rows_of(source, "images")["Missing file"]) == 3
     assert source.count("<svg ") == 2
     assert source.count("No context was measured") == 1

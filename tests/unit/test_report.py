@@ -350,7 +350,7 @@ def test_undecodable_images_are_marked_in_report(inputs: ReportInputs) -> None:
             member = tarfile.TarInfo(f"{key}.png")
             member.size = 4
             tar.addfile(member, io.BytesIO(b"nope"))
-    assert inputs.render().count('class="no-picture"') == 12
+    assert inputs.render().count('class="no-image"') == 12
 
 
 def test_read_run_skips_bad_lines_and_keeps_last_of_step(tmp_path: Path) -> None:

@@ -59,20 +59,20 @@ class Downloader:
     placeholders: KnownPlaceholders
     slots: threading.Semaphore
 
-    def fetch(self, addresses: Sequence[str], deadline: float) -> FetchResult:
+    def fetch(self, urls: Sequence[str], deadline: float) -> FetchResult:
         """Return the image of the first URL that has one, or else a failure.
 
         The failure is the last transient one, or the last one if all are permanent. Only the first
         bytes are checked here: decoding comes too late to try another URL.
 
         Args:
-            addresses: URLs of the image, best first.
+            urls: URLs of the image, best first.
             deadline: Time on the monotonic clock after which no request starts.
         """
         failure = FetchResult(None, "no_address", "the instance has no URL", attempts=0)
         attempts = 0
-        for address in addresses:
-            download = _Download(self, address, deadline)
+        for url in urls:
+            download = _Download(self, url, deadline)
             found = download.fetch(attempts)
             if found.data is not None:
                 return found
@@ -89,7 +89,7 @@ class _Download:
     """All requests for one URL."""
 
     fetcher: Downloader
-    address: str
+    url: str
     deadline: float
     requested: list[Target] = field(default_factory=list)
     has_slot: bool = False
@@ -104,7 +104,7 @@ class _Download:
                 attempts += bool(self.requested)
                 if attempt < self.fetcher.retry_policy.num_attempts and self._is_worth_waiting(err):
                     continue
-                final_url = err.final_url or self.address
+                final_url = err.final_url or self.url
                 return FetchResult(None, err.reason, str(err), attempts, err.status, final_url)
             break
         return FetchResult(answer.body, "ok", "", attempts + 1, answer.status, answer.final_url)
@@ -120,7 +120,7 @@ class _Download:
     def _request(self) -> Response:
         self.requested = []
         try:
-            answer = get(self.address, self.fetcher.limits, self.fetcher.route, self._wait_for_turn)
+            answer = get(self.url, self.fetcher.limits, self.fetcher.route, self._wait_for_turn)
         except FetchError as err:
             self._report(err)
             raise

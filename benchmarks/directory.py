@@ -1,6 +1,6 @@
 """Speed of opening a directory of images, compared with an equivalent bare Pillow loop.
 
-    python benchmarks/folder.py --photos photos --num 1000 --repeats 5
+    python benchmarks/directory.py --photos photos --num 1000 --repeats 5
 
 Saves the photographs of a directory with short sides of 256 (as in MMDialog), 500 and 1600 pixels,
 and crops them alternately to squares of 256: in a loop of Pillow's `open`, `draft`, `convert`,
