@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import io
-import keyword
 import re
 import tokenize
 import tomllib
@@ -24,6 +23,10 @@ One word a thing, in code, `--help`, messages and pages. Written by `python -m t
 [glossary.toml](glossary.toml), to which a test holds every name and sentence of the repository.
 """
 _CODE = re.compile(r"```.*?```|``.+?``|`[^`]+`|\]\([^)]*\)|https?://\S+", re.DOTALL)
+
+
+# Where nodes of the syntax tree have identifiers; unlike tokens, they are also found in f-strings.
+_NAME_FIELDS = ("id", "attr", "arg", "name", "asname", "module")
 
 
 class Text(NamedTuple):
@@ -52,9 +55,10 @@ def _row(term: dict[str, Any]) -> str:
 
 def names(path: Path) -> Iterator[Text]:
     """Yield the identifiers of a Python file, each as its lower-case words with spaces between."""
-    for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
-        if token.type == tokenize.NAME and not keyword.iskeyword(token.string):
-            yield Text(_relative(path), token.start[0], split_name(token.string))
+    for node in ast.walk(ast.parse(path.read_text())):
+        for field in _NAME_FIELDS:
+            if isinstance(name := getattr(node, field, None), str):
+                yield Text(_relative(path), getattr(node, "lineno", 0), split_name(name))
 
 
 def split_name(name: str) -> str:

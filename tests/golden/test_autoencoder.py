@@ -30,19 +30,19 @@ def autoencoder() -> Any:
     return network.eval().requires_grad_(False)
 
 
-def test_the_published_file_is_converted_on_load(autoencoder: Any) -> None:
+def test_published_autoencoder_file_is_converted_on_load(autoencoder: Any) -> None:
     loaded = Vae(str(GOLDEN / "autoencoder_tiny.safetensors"), "kl").module.state_dict()
     expected = autoencoder.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
-def test_another_file_is_refused_as_what_it_is() -> None:
+def test_wrong_weights_file_error_names_what_it_is() -> None:
     with pytest.raises(CheckpointError, match="U-ViT"):
         Vae(str(GOLDEN / "uvit_tiny.safetensors"), "kl")
 
 
-def test_every_key_has_its_published_counterpart() -> None:
+def test_every_autoencoder_key_maps_to_published_key() -> None:
     state = read_state_dict(GOLDEN / "autoencoder_tiny.safetensors")
     renamed = ldm_to_diffusers(state)
     table = facts("autoencoder_tiny")["ldm_to_diffusers"]
@@ -58,7 +58,7 @@ def test_every_key_has_its_published_counterpart() -> None:
     ("size", "tolerance"),
     [("", FP32_TOLERANCE), ("_rect", FP32_TOLERANCE), ("_lowvar", LOW_VARIANCE_TOLERANCE)],
 )
-def test_moments(autoencoder: Any, size: str, tolerance: float) -> None:
+def test_autoencoder_moments_match_golden(autoencoder: Any, size: str, tolerance: float) -> None:
     golden = tensors("autoencoder_tiny")
     moments = autoencoder.encode(golden[f"image{size}"]).latent_dist.parameters
     assert max_distance(moments, golden[f"moments{size}"]) < tolerance
@@ -67,14 +67,14 @@ def test_moments(autoencoder: Any, size: str, tolerance: float) -> None:
 
 @pytest.mark.parametrize("scale", ["0.18215", "0.2301"])
 @pytest.mark.parametrize("size", ["", "_rect"])
-def test_decoded_images(autoencoder: Any, size: str, scale: str) -> None:
+def test_autoencoder_decoding_matches_golden(autoencoder: Any, size: str, scale: str) -> None:
     golden = tensors("autoencoder_tiny")
     image = autoencoder.decode(golden[f"z{size}"] / float(scale)).sample
     assert max_distance(image, golden[f"decoded{size}_{scale}"]) < FP32_TOLERANCE
     assert max_distance(image, golden[f"decoded{size}_{scale}_fp64"]) < FP32_TOLERANCE
 
 
-def test_full_size_keys_and_shapes() -> None:
+def test_full_size_autoencoder_keys_and_shapes_match_golden() -> None:
     with torch.device("meta"):
         network = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),

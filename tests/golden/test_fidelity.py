@@ -65,7 +65,7 @@ def write_crops(photographs: list[Path], directory: Path) -> np.ndarray:
 
 
 @needs_shared
-def test_directories_of_photographs(tmp_path: Path, weights: Path) -> None:
+def test_fid_kid_is_match_torch_fidelity_on_photographs(tmp_path: Path, weights: Path) -> None:
     photographs = sorted((SHARED / "data" / "photos").rglob("*.jpg"))
     true = write_crops(photographs[::40][:NUM_IMAGES], tmp_path / "true")
     drawn = write_crops(photographs[7::40][:NUM_IMAGES], tmp_path / "drawn")
@@ -106,17 +106,17 @@ def test_directories_of_photographs(tmp_path: Path, weights: Path) -> None:
     assert np.array_equal(extractor.extract(drawn[[5]]).features, of_drawn.features[[5]])
 
 
-def test_other_weights_are_refused(weights: Path) -> None:
+def test_wrong_inception_weights_are_rejected(weights: Path) -> None:
     with pytest.raises(DataError, match=r"has sha256 [0-9a-f]{8}, expected 6726825d; download it"):
         InceptionFeatures(str(weights), None, "cpu")
 
 
-def test_missing_weights_say_where_they_come_from(tmp_path: Path) -> None:
+def test_missing_inception_weights_error_names_source(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"does not exist; .*'d2i doctor' prints their URL"):
         InceptionFeatures(str(tmp_path / "none.pth"), None, "cpu")
 
 
-def test_weights_that_run_code_are_refused(tmp_path: Path) -> None:
+def test_weights_that_run_code_are_rejected(tmp_path: Path) -> None:
     class Runs:
         def __reduce__(self) -> tuple[object, ...]:
             return Path.touch, (tmp_path / "ran",)

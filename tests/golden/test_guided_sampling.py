@@ -27,7 +27,7 @@ LATENT_SHAPE = (4, 8, 8)
 
 @pytest.mark.parametrize(("s", "num_steps"), [(0, 50), (1, 50), (7, 50), (1, 20)])
 @torch.no_grad()
-def test_guided_uvit(s: int, num_steps: int) -> None:
+def test_guided_uvit_matches_golden(s: int, num_steps: int) -> None:
     golden, network = tensors("guided_sampling"), tiny_uvit()
     text, empty_text = golden["uvit_context"], golden["uvit_empty_context"]
     x = golden["uvit_x_T"]
@@ -41,7 +41,7 @@ def test_guided_uvit(s: int, num_steps: int) -> None:
 
 @pytest.mark.parametrize("mode", ["none", "empty_token", "true_uncond"])
 @torch.no_grad()
-def test_guided_unidiffuser(mode: str) -> None:
+def test_guided_unidiffuser_matches_golden(mode: str) -> None:
     found = sample_unidiffuser(mode, torch.float32)
     check_unidiffuser(found, f"ud_{mode}", "fp32", FP32_TOLERANCE)
     found = sample_unidiffuser(mode, torch.float64)
@@ -72,7 +72,7 @@ def check_unidiffuser(state: Tensor, prefix: str, precision: str, tolerance: flo
     assert max_distance(clip_image, golden[f"{prefix}_clip_{precision}"]) < tolerance
 
 
-def test_guidance_needs_what_its_unconditional_half_is_made_of() -> None:
+def test_guidance_without_unconditional_input_raises() -> None:
     network, text = tiny_unidiffuser("v1"), torch.zeros(1, 7, 16)
     modes: list[Any] = ["true_uncond", "empty_token", "none"]
     for unconditional in modes:

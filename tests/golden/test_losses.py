@@ -63,7 +63,7 @@ def close(found: Tensor, expected: Tensor, rtol: float, atol: float = 0.0) -> No
     torch.testing.assert_close(found.detach().double(), expected.double(), rtol=rtol, atol=atol)
 
 
-def test_noised_samples() -> None:
+def test_add_noise_matches_golden() -> None:
     golden, add_noise = tensors("losses"), Schedule().add_noise
     for clean, eps, n, noised in (
         ("uvit_x0", "uvit_eps", "uvit_n", "uvit_xn"),
@@ -75,7 +75,7 @@ def test_noised_samples() -> None:
         assert max_distance(found, golden[noised]) < 1e-6
 
 
-def test_uvit_loss_and_gradients() -> None:
+def test_uvit_loss_and_gradients_match_golden() -> None:
     golden, network = tensors("losses"), tiny_uvit()
     with torch.no_grad():
         predicted = network(golden["uvit_xn"], golden["uvit_n"], golden["uvit_context"])
@@ -90,7 +90,7 @@ def test_uvit_loss_and_gradients() -> None:
     close(gradients(network)["pos_embed"], golden["uvit_grad_pos_embed"], GRADIENT_RTOL, 1e-6)
 
 
-def test_four_adamw_steps_with_ema() -> None:
+def test_four_adamw_steps_with_ema_match_golden() -> None:
     golden, network = tensors("losses"), tiny_uvit()
     order = facts("losses")["param_order"]
     weights = [network.get_parameter(key) for key in order]
@@ -112,7 +112,7 @@ def test_four_adamw_steps_with_ema() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.9999, 0.99, 0.5, 0])
-def test_moving_average(rate: float) -> None:
+def test_ema_matches_golden(rate: float) -> None:
     golden = tensors("losses")
     weight = golden["ema_start"].clone()
     average = Ema([weight], rate)
@@ -132,7 +132,7 @@ def check_trained(found: dict[str, Tensor], prefix: str, order: list[str]) -> No
 
 
 @pytest.mark.parametrize("version", ["v0", "v1"])
-def test_unidiffuser_joint_loss_and_gradients(version: str) -> None:
+def test_unidiffuser_joint_loss_and_gradients_match_golden(version: str) -> None:
     golden, network = tensors("losses"), tiny_unidiffuser(version)
     loss = ud_loss(network, version)
     z, clip, text = (golden[f"ud_{version}_sumsq_{part}"] for part in ("z", "clip", "text"))
@@ -144,7 +144,7 @@ def test_unidiffuser_joint_loss_and_gradients(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["v0", "v1"])
-def test_unidiffuser_loss_by_part(version: str) -> None:
+def test_unidiffuser_loss_per_part_matches_golden(version: str) -> None:
     golden, network = tensors("losses"), tiny_unidiffuser(version)
     loss = ud_loss(network, version, weights=(1.0, 1.0, 1.0))
     close(loss.mean(), golden[f"ud_{version}_loss_sum_of_part_means"], LOSS_RTOL)
@@ -153,7 +153,7 @@ def test_unidiffuser_loss_by_part(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["v0", "v1"])
-def test_unidiffuser_text_to_image_loss(version: str) -> None:
+def test_unidiffuser_text_to_image_loss_matches_golden(version: str) -> None:
     golden, network = tensors("losses"), tiny_unidiffuser(version)
     z, clip = (golden[f"ud_{version}_t2i_sumsq_{part}"] for part in ("z", "clip"))
     close(ud_loss(network, version, kind="t2i"), (z + clip) / 280, LOSS_RTOL)
@@ -161,19 +161,19 @@ def test_unidiffuser_text_to_image_loss(version: str) -> None:
     close(by_part, z / 256 + clip / 24, LOSS_RTOL)
 
 
-def test_a_loss_that_there_is_not_is_refused() -> None:
+def test_unknown_loss_raises() -> None:
     with pytest.raises(ConfigError, match="kind is 'image'"):
         ud_loss(tiny_unidiffuser("v1"), "v1", kind="image")
 
 
 @pytest.mark.parametrize("scale", [0.23010, 0.18215])
-def test_latents_from_moments(scale: float) -> None:
+def test_latents_from_moments_match_golden(scale: float) -> None:
     golden = tensors("losses")
     found = sample_latent(golden["latent_moments"], golden["latent_noise"], scale)
     close(found, golden[f"latent_{scale}"], 1e-6, 1e-6)
 
 
-def test_latents_of_half_precision_moments_are_float32() -> None:
+def test_latents_of_float16_moments_are_float32() -> None:
     golden = tensors("losses")
     found = sample_latent(golden["latent_moments"].half(), golden["latent_noise"], 1.0)
     assert found.dtype == torch.float32

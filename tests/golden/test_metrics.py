@@ -52,7 +52,7 @@ def pairs(n: int = 4) -> np.ndarray:
 
 
 @needs_shared
-def test_small_stored_features() -> None:
+def test_metrics_of_stored_features_match_golden() -> None:
     given = stored()
     scores = compute_scores(
         given["small_features_1"],
@@ -73,7 +73,7 @@ def test_small_stored_features() -> None:
 
 
 @needs_shared
-def test_small_stored_logits() -> None:
+def test_inception_score_of_stored_logits_matches_golden() -> None:
     given = stored()
     rows = given["small_logits"]
     clip = given["clipi_real"]
@@ -87,7 +87,7 @@ def test_small_stored_logits() -> None:
 @pytest.mark.parametrize(
     "name", ["d64", pytest.param("d2048", marks=pytest.mark.soak), "d256_rank_deficient"]
 )
-def test_sets_by_formula(name: str) -> None:
+def test_fid_and_kid_match_formula(name: str) -> None:
     golden = case(name)
     real = features(golden["n1"], golden["d"], second=False)
     fake = features(golden["n2"], golden["d"], second=True)
@@ -125,7 +125,7 @@ def random_sets(num: int, num_fake: int, width: int) -> tuple[np.ndarray, np.nda
 
 
 @pytest.mark.parametrize(("num", "num_fake", "width"), [(90, 70, 20), (60, 50, 80), (40, 90, 64)])
-def test_kid_is_torch_fidelitys_own(num: int, num_fake: int, width: int) -> None:
+def test_kid_matches_torch_fidelity(num: int, num_fake: int, width: int) -> None:
     """Its function in float64, on the same features: more rows than columns, fewer, and both."""
     real, fake = random_sets(num, num_fake, width)
     scores = compute_scores(
@@ -143,7 +143,7 @@ def test_kid_is_torch_fidelitys_own(num: int, num_fake: int, width: int) -> None
     assert scores["kid_std"] == pytest.approx(kid["kernel_inception_distance_std"], rel=1e-9)
 
 
-def test_the_kernel_of_many_rows_is_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kid_kernel_is_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = random_sets(50, 41, 6)
     whole = compute_scores(real, fake, None, pairs(), pairs(), kid_subset_size=30)
     monkeypatch.setattr("d2i.eval.kid._NUM_KERNEL_ROWS", 16)
@@ -154,7 +154,7 @@ def test_the_kernel_of_many_rows_is_summed_in_blocks(monkeypatch: pytest.MonkeyP
 
 @needs_shared
 @pytest.mark.parametrize("name", ["is_1008", "is_small_odd"])
-def test_inception_score_by_formula(name: str) -> None:
+def test_inception_score_matches_formula(name: str) -> None:
     golden = case(name)
     rows = logits(golden["n"], golden["classes"], golden["scale"])
     few = rows[:, :4]
@@ -163,7 +163,7 @@ def test_inception_score_by_formula(name: str) -> None:
     assert scores["is_std"] == pytest.approx(golden["is_std"], **IS)
 
 
-def test_few_images_shrink_the_subsets_and_say_so() -> None:
+def test_kid_subset_size_shrinks_for_few_images_with_warning() -> None:
     rng = np.random.default_rng(0)
     real, fake, rows = (rng.standard_normal((n, 4)) for n in (9, 7, 7))
     scores = compute_scores(real, fake, rows, rows, rows)
@@ -171,7 +171,7 @@ def test_few_images_shrink_the_subsets_and_say_so() -> None:
     assert scores["is_splits"] == 7
 
 
-def test_the_same_images_are_at_no_distance() -> None:
+def test_distance_of_equal_images_is_zero() -> None:
     rows = np.random.default_rng(0).standard_normal((12, 3))
     scores = compute_scores(rows, rows, rows, rows, rows)
     assert scores["fid"] == pytest.approx(0.0, abs=1e-6)
@@ -199,13 +199,13 @@ BAD = np.where(np.arange(24).reshape(6, 4) == 13, np.nan, GOOD)
         ((GOOD, GOOD, GOOD, GOOD, GOOD[:5]), r"got 5 rows for 6 reference images"),
     ],
 )
-def test_wrong_input_is_one_clear_line(arguments: tuple[Any, ...], message: str) -> None:
+def test_invalid_metric_input_is_one_line_error(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         compute_scores(*arguments)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
-def test_features_too_large_to_score_are_refused() -> None:
+def test_overflowing_features_raise() -> None:
     with pytest.raises(DataError, match=r"^fid: "):
         compute_scores(1e200 * GOOD.astype(np.float64), -GOOD, None, GOOD, GOOD)

@@ -69,7 +69,7 @@ def unidiffuser_outputs(
     return outputs
 
 
-def test_time_token_equals_the_published_one() -> None:
+def test_time_token_matches_golden() -> None:
     golden = tensors("uvit_tiny")
     token = timestep_embedding(golden["n"], 64)
     assert token.dtype == torch.float32
@@ -77,7 +77,7 @@ def test_time_token_equals_the_published_one() -> None:
 
 
 @pytest.mark.parametrize(("n_key", "output"), [("n", "out"), ("n_int", "out_n_int")])
-def test_tiny_uvit(n_key: str, output: str) -> None:
+def test_tiny_uvit_matches_golden(n_key: str, output: str) -> None:
     golden, network = tensors("uvit_tiny"), tiny_uvit()
     assert max_distance(uvit_output(network, n_key), golden[output]) < FP32_TOLERANCE
     found = uvit_output(network.double(), n_key)
@@ -100,7 +100,7 @@ def published_time_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("published_time_tokens")
-def test_float64_uvit_is_exact_but_for_the_time_embedding() -> None:
+def test_float64_uvit_matches_golden_to_1e_10() -> None:
     golden = tensors("uvit_tiny")
     found = uvit_output(tiny_uvit().double())
     assert max_distance(found, golden["out_fp64"]) < EXACT_FP64_TOLERANCE
@@ -111,13 +111,13 @@ def test_float64_uvit_is_exact_but_for_the_time_embedding() -> None:
 @pytest.mark.usefixtures("published_time_tokens")
 @pytest.mark.parametrize("size", ["", "_12", "_4", "_16"])
 @pytest.mark.parametrize("version", ["v0", "v1"])
-def test_float64_unidiffuser_is_exact_but_for_the_time_embedding(version: str, size: str) -> None:
+def test_float64_unidiffuser_matches_golden_to_1e_10(version: str, size: str) -> None:
     outputs = unidiffuser_outputs(tiny_unidiffuser(version).double(), version, size)
     check_exact(outputs, version, "{}" + f"{size}_fp64")
 
 
 @pytest.mark.usefixtures("published_time_tokens")
-def test_float64_unidiffuser_of_low_variance_is_exact() -> None:
+def test_float64_unidiffuser_of_low_variance_matches_golden() -> None:
     network = shrink(tiny_unidiffuser("v1"), SMALL_UNIDIFFUSER).double()
     check_exact(unidiffuser_outputs(network, "v1"), "v1", "lowvar_{}_fp64")
 
@@ -132,7 +132,7 @@ def check_exact(outputs: tuple[Tensor, ...], version: str, key: str) -> None:
         assert max_distance(found[rows], golden[key.format(name)][rows]) < EXACT_FP64_TOLERANCE
 
 
-def test_tiny_uvit_activations() -> None:
+def test_tiny_uvit_activations_match_golden() -> None:
     golden, network = tensors("uvit_tiny"), tiny_uvit()
     names = [key.removeprefix("act.") for key in golden if key.startswith("act.")]
     seen: dict[str, Tensor] = {}
@@ -148,7 +148,7 @@ def test_tiny_uvit_activations() -> None:
 
 @pytest.mark.parametrize("size", ["", "_12", "_4", "_16"])
 @pytest.mark.parametrize("version", ["v0", "v1"])
-def test_tiny_unidiffuser_at_any_latent_size(version: str, size: str) -> None:
+def test_tiny_unidiffuser_at_other_latent_sizes_matches_golden(version: str, size: str) -> None:
     golden, network = tensors(f"unidiffuser_{version}_tiny"), tiny_unidiffuser(version)
     single = unidiffuser_outputs(network, version, size)
     double = unidiffuser_outputs(network.double(), version, size)
@@ -158,14 +158,14 @@ def test_tiny_unidiffuser_at_any_latent_size(version: str, size: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["v0", "v1"])
-def test_tiny_unidiffuser_with_clean_text(version: str) -> None:
+def test_tiny_unidiffuser_with_clean_text_matches_golden(version: str) -> None:
     golden = tensors(f"unidiffuser_{version}_tiny")
     outputs = unidiffuser_outputs(tiny_unidiffuser(version), version, clean_text=True)
     for name, found in zip(OUTPUTS, outputs, strict=True):
         assert max_distance(found, golden[f"{name}_ttext0"]) < FP32_TOLERANCE
 
 
-def test_layer_norm_epsilon_of_uvit() -> None:
+def test_uvit_layer_norm_epsilon_matches_golden() -> None:
     network = shrink(tiny_uvit(), SMALL_UVIT)
     golden = tensors("uvit_tiny")
     assert max_distance(uvit_output(network), golden["lowvar_out"]) < FP32_TOLERANCE
@@ -173,7 +173,7 @@ def test_layer_norm_epsilon_of_uvit() -> None:
     assert max_distance(found, golden["lowvar_out_fp64"]) < 1e-4
 
 
-def test_layer_norm_epsilon_of_unidiffuser() -> None:
+def test_unidiffuser_layer_norm_epsilon_matches_golden() -> None:
     network = shrink(tiny_unidiffuser("v1"), SMALL_UNIDIFFUSER)
     outputs = unidiffuser_outputs(network, "v1")
     golden = tensors("unidiffuser_v1_tiny")
@@ -194,7 +194,7 @@ def shrink(network: nn.Module, prefixes: tuple[str, ...]) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype) -> None:
+def test_autocast_matches_golden(dtype: torch.dtype) -> None:
     golden = tensors("uvit_tiny")
     with torch.autocast("cpu", dtype):
         found = uvit_output(tiny_uvit())
@@ -216,7 +216,7 @@ def check_rounded(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["uvit-s", "unidiffuser-v1"])
-def test_gradients_under_autocast_are_finite_and_near(name: str, dtype: torch.dtype) -> None:
+def test_autocast_gradients_are_finite_and_near_float32(name: str, dtype: torch.dtype) -> None:
     exact = gradients(name)
     with torch.autocast("cpu", dtype):
         rounded = gradients(name)
@@ -225,14 +225,14 @@ def test_gradients_under_autocast_are_finite_and_near(name: str, dtype: torch.dt
         assert (rounded[key] - gradient).norm() < 0.05 * gradient.norm() + 1e-6, key
 
 
-def test_uvit_at_other_latent_sizes_keeps_the_shape() -> None:
+def test_uvit_at_other_latent_sizes_keeps_shape() -> None:
     network = tiny_uvit()
     text, n = torch.zeros(2, 7, 32), torch.tensor([1, 1000])
     for size in ((4, 4), (12, 16)):
         assert network(torch.zeros(2, 4, *size), n, text).shape == (2, 4, *size)
 
 
-def test_a_latent_that_is_no_whole_number_of_patches_is_refused() -> None:
+def test_latent_size_not_multiple_of_patch_raises() -> None:
     n = torch.tensor([1])
     with pytest.raises(ConfigError, match="the latent is 8 x 9, expected multiples"):
         tiny_uvit()(torch.zeros(1, 4, 8, 9), n, torch.zeros(1, 7, 32))
@@ -242,7 +242,7 @@ def test_a_latent_that_is_no_whole_number_of_patches_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["uvit-s", "unidiffuser-v1"])
-def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
+def test_gradient_checkpointing_gives_same_gradients(name: str) -> None:
     plain, recomputed = gradients(name), gradients(name, recompute=True)
     assert plain.keys() == recomputed.keys()
     assert all(torch.equal(plain[key], recomputed[key]) for key in plain)
@@ -262,7 +262,7 @@ def gradients(name: str, *, recompute: bool = False) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_full_size_keys_shapes_and_counts(name: str) -> None:
+def test_full_size_network_keys_shapes_and_counts_match_golden(name: str) -> None:
     golden_name = name.replace("-", "_")
     with torch.device("meta"):
         state = build_backbone(name).state_dict()
@@ -274,7 +274,7 @@ def test_full_size_keys_shapes_and_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["uvit-s", "uvit-s-deep"])
-def test_full_size_uvit(name: str) -> None:
+def test_full_size_uvit_matches_golden(name: str) -> None:
     golden, network = full_size(name)
     latent, text = recipe_input(1, 0, (2, 4, 32, 32)), recipe_input(1, 1, (2, 77, 768))
     with torch.no_grad():
@@ -283,7 +283,7 @@ def test_full_size_uvit(name: str) -> None:
 
 
 @pytest.mark.soak
-def test_full_size_unidiffuser() -> None:
+def test_full_size_unidiffuser_matches_golden() -> None:
     golden, network = full_size("unidiffuser-v1")
     latent, clip_image = recipe_input(1, 0, (1, 4, 64, 64)), recipe_input(1, 1, (1, 1, 512))
     times = [torch.tensor(golden["input"][key]) for key in ("t_img", "t_text")]
@@ -323,7 +323,7 @@ def check_statistics(output: Tensor, golden: dict[str, Any]) -> None:
     assert float(values.norm()) == pytest.approx(golden["l2"], rel=FP32_TOLERANCE)
 
 
-def test_published_initialisation() -> None:
+def test_initial_weights_match_published_initialization() -> None:
     torch.manual_seed(0)
     state = build_backbone("uvit-s", **TINY_UVIT).state_dict()
     assert state["pos_embed"].std() == pytest.approx(0.02, rel=0.1)
@@ -333,7 +333,7 @@ def test_published_initialisation() -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_network_is_one_graph(recompute: bool) -> None:
+def test_network_compiles_to_one_graph(recompute: bool) -> None:
     golden, network = tensors("uvit_tiny"), tiny_uvit()
     check_one_graph(network, [golden[key] for key in ("x", "n", "context")], recompute)
     golden, network = tensors("unidiffuser_v1_tiny"), tiny_unidiffuser("v1")

@@ -25,12 +25,12 @@ EPS_NAMES = ("gmm", "linear")
 
 
 @pytest.mark.parametrize("table", ["betas", "alphas", "cum_alphas", "cum_betas", "snr"])
-def test_schedule(table: str) -> None:
+def test_noise_schedule_matches_golden(table: str) -> None:
     expected = tensors("schedule")[table].numpy()
     np.testing.assert_allclose(getattr(Schedule(), table), expected, rtol=1e-12, atol=0)
 
 
-def test_log_alpha_is_linear_between_whole_times() -> None:
+def test_log_alpha_is_linear_between_integer_times() -> None:
     schedule = Schedule()
     for n in (1, 500, 1000):
         assert schedule.log_alpha(n) == pytest.approx(0.5 * np.log(schedule.cum_alphas[n]))
@@ -39,7 +39,7 @@ def test_log_alpha_is_linear_between_whole_times() -> None:
 
 
 @pytest.mark.parametrize("name", EPS_NAMES)
-def test_the_analytic_noise_predictions_are_the_golden_ones(name: str) -> None:
+def test_analytic_noise_predictions_match_golden(name: str) -> None:
     golden = tensors("sampler")
     found = analytic_eps(name)(golden["eps_check_x"], golden["eps_check_n"])
     assert max_distance(found, golden[f"eps_check_{name}"]) < 1e-12
@@ -47,7 +47,7 @@ def test_the_analytic_noise_predictions_are_the_golden_ones(name: str) -> None:
 
 @pytest.mark.parametrize("num_steps", NUM_STEPS)
 @pytest.mark.parametrize("name", EPS_NAMES)
-def test_dpm_solver(name: str, num_steps: int) -> None:
+def test_dpm_solver_matches_golden(name: str, num_steps: int) -> None:
     golden, eps = tensors("sampler"), analytic_eps(name)
     x = golden["x_T"]
     double = dpm_solver(eps, x.double(), num_steps)
@@ -59,7 +59,7 @@ def test_dpm_solver(name: str, num_steps: int) -> None:
 
 @pytest.mark.parametrize("num_steps", [20, 50])
 @pytest.mark.parametrize("name", EPS_NAMES)
-def test_dpm_solver_asks_at_the_published_times_and_states(name: str, num_steps: int) -> None:
+def test_dpm_solver_calls_network_at_published_times_and_states(name: str, num_steps: int) -> None:
     golden, eps = tensors("sampler"), analytic_eps(name)
     calls: list[tuple[Tensor, Tensor]] = []
 
@@ -79,9 +79,7 @@ def test_dpm_solver_asks_at_the_published_times_and_states(name: str, num_steps:
 
 @pytest.mark.parametrize("num_steps", [20, 50])
 @pytest.mark.parametrize("name", EPS_NAMES)
-def test_dpm_solver_is_at_the_published_states_after_every_update(
-    name: str, num_steps: int
-) -> None:
+def test_dpm_solver_states_match_golden_after_every_update(name: str, num_steps: int) -> None:
     golden, eps = tensors("sampler"), analytic_eps(name)
     states: list[Tensor] = []
 
@@ -103,7 +101,7 @@ def test_dpm_solver_is_at_the_published_states_after_every_update(
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 6])
-def test_dpm_solver_evaluates_once_a_step(num_steps: int) -> None:
+def test_dpm_solver_calls_network_once_per_step(num_steps: int) -> None:
     calls: list[float] = []
 
     def recorded(x: Tensor, n: Tensor) -> Tensor:
@@ -115,14 +113,14 @@ def test_dpm_solver_evaluates_once_a_step(num_steps: int) -> None:
     assert calls[0] == 1000.0
 
 
-def test_dpm_solver_refuses_no_steps() -> None:
+def test_dpm_solver_rejects_zero_steps() -> None:
     with pytest.raises(ConfigError, match="num_steps is 0"):
         dpm_solver(lambda x, _: x, torch.ones(1, 2), 0)
 
 
 @pytest.mark.parametrize("variance", ["beta", "posterior"])
 @pytest.mark.parametrize("name", EPS_NAMES)
-def test_ancestral(name: str, variance: Any) -> None:
+def test_ancestral_sampler_matches_golden(name: str, variance: Any) -> None:
     golden, eps = tensors("ancestral"), analytic_eps(name)
     kept: dict[int, Tensor] = {}
 
@@ -138,13 +136,13 @@ def test_ancestral(name: str, variance: Any) -> None:
         assert max_distance(kept[n], state) < 1e-10
 
 
-def test_ancestral_refuses_another_variance() -> None:
+def test_ancestral_sampler_rejects_other_variance() -> None:
     variance: Any = "learned"
     with pytest.raises(ConfigError, match="variance is 'learned'"):
         ancestral(lambda x, _: x, torch.ones(1, 2), torch.ones(1000, 1, 2), variance)
 
 
-def test_add_noise_is_the_identity_at_zero() -> None:
+def test_add_noise_is_identity_at_zero() -> None:
     x0, eps = torch.randn(2, 3), torch.randn(2, 3)
     noised = Schedule().add_noise(x0, eps, torch.tensor([0, 1000]))
     assert torch.equal(noised[0], x0[0])
@@ -152,7 +150,9 @@ def test_add_noise_is_the_identity_at_zero() -> None:
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("gmm", 4e-4), ("linear", 6e-4)])
-def test_diffusers_nearest_scheduler_at_the_published_times(name: str, tolerance: float) -> None:
+def test_diffusers_scheduler_matches_dpm_solver_at_published_times(
+    name: str, tolerance: float
+) -> None:
     golden, eps = tensors("sampler"), analytic_eps(name)
     expected = golden[f"dpm_{name}_50_fp64"]
     found = run_scheduler(eps, golden["x_T"].float(), 50, "DPMSolverSinglestepScheduler")
@@ -178,7 +178,7 @@ def test_diffusers_nearest_scheduler_at_the_published_times(name: str, tolerance
     ],
 )
 @pytest.mark.parametrize("name", EPS_NAMES)
-def test_diffusers_schedulers_approach_the_exact_solution(name: str, scheduler: str) -> None:
+def test_diffusers_schedulers_converge_to_exact_solution(name: str, scheduler: str) -> None:
     golden, eps = tensors("sampler"), analytic_eps(name)
     exact = dpm_solver(eps, golden["x_T"].double(), 600)
     distances = [
@@ -189,7 +189,7 @@ def test_diffusers_schedulers_approach_the_exact_solution(name: str, scheduler: 
 
 
 @pytest.mark.parametrize("scheduler", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
-def test_noise_that_a_scheduler_adds_belongs_to_its_sample(scheduler: str) -> None:
+def test_scheduler_noise_is_keyed_by_sample(scheduler: str) -> None:
     golden, eps = tensors("sampler"), analytic_eps("gmm")
     x = golden["x_T"].float()
     whole = run_scheduler(eps, x, 10, scheduler, [3, 1, 4, 1, 5, 9])
@@ -199,7 +199,7 @@ def test_noise_that_a_scheduler_adds_belongs_to_its_sample(scheduler: str) -> No
     assert max_distance(run_scheduler(eps, x[2:4], 10, scheduler, [2, 1])[0], part[0]) > 0.1
 
 
-def test_a_stochastic_scheduler_ends_in_the_distribution_of_the_paper_s_algorithm() -> None:
+def test_stochastic_scheduler_matches_distribution_of_paper_algorithm() -> None:
     eps = analytic_eps("linear")
     torch.manual_seed(0)
     x = torch.randn(64, 4, 4, 4, dtype=torch.float64)
@@ -212,6 +212,6 @@ def test_a_stochastic_scheduler_ends_in_the_distribution_of_the_paper_s_algorith
 @pytest.mark.parametrize(
     "name", ["NoScheduler", "FlowMatchEulerDiscreteScheduler", "UnCLIPScheduler", "UNet2DModel"]
 )
-def test_a_scheduler_for_other_networks_is_refused(name: str) -> None:
+def test_scheduler_with_other_prediction_type_raises(name: str) -> None:
     with pytest.raises(ConfigError, match=f"diffusers:{name}"):
         run_scheduler(lambda x, _: x, torch.ones(1, 2), 5, name)

@@ -397,7 +397,8 @@ def test_report_of_splits_without_instances(out: Path) -> None:
     survey["leaks"]["counts"] = []
     for found in survey["splits"].values():
         found.update({name: 0 for name in found if name.startswith("num_")})
-        found.update(problems={}, lengths=unmeasured(), images=None)
+        found.update(problems={}, lengths=unmeasured())
+        found["pictures"] = None
         for variant in found["variants"]:
             variant.update(num_instances=0, num_empty=0, mean_tokens=None, share_over=None)
     source = render(survey, out)

@@ -461,7 +461,7 @@ def test_sample_rejects_run_with_damaged_config(kinds: dict[str, Kind], tmp_path
     sample = partial(CliRunner().invoke, app, ["sample", "--run", str(run), "--dialog", str(chat)])
     rejected = sample()
     assert isinstance(rejected.exception, D2IError)
-    assert f"delete {config}.sha256 to accept it" in str(rejected.exception)
+    assert f"delete {config}.sha256 to accept the edit" in str(rejected.exception)
     (run / "config.json.sha256").unlink()
     assert "config.json" not in str(sample().exception)
 

@@ -169,7 +169,7 @@ def test_unlistable_image_root_error_names_reason(
     def stale(url: str) -> bool:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), url)
 
-    monkeypatch.setattr(storage, "is_folder", stale)
+    monkeypatch.setattr(storage, "is_directory", stale)
     with pytest.raises(DataError, match=r"cannot be read \(Stale file handle\)"):
         read_image(root, "2.jpg", MAX_BYTES)
 

@@ -93,7 +93,7 @@ def _engine(
         thread_count=num_threads,
         save_caption=False,
         extract_exif=False,
-        output_directory=str(directory),
+        output_folder=str(directory),
         column_list=["url"],
         timeout=None,
         number_sample_per_shard=max(num_refs, 2),
