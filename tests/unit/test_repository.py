@@ -193,3 +193,21 @@ def test_ci_run_is_executable_and_matches_workflow() -> None:
     assert commands == ["make check", "make test"]
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert all(f"run: {command}\n" in workflow for command in commands)
+
+
+def test_where_is_table_names_existing_code_and_tests() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    table = page.partition("## Where is")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2:4] for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    for code, test in rows:
+        source = ""
+        for quoted in re.findall(r"`([^`]+)`", code):
+            path, _, name = quoted.rpartition(":")
+            source = (ROOT / path).read_text() if path else source
+            if (ROOT / quoted).exists():
+                continue
+            last = re.escape(name.rpartition(".")[2])
+            assert re.search(rf"(?m)^\s*(def|class) {last}\b|^{last}\b.* = ", source), quoted
+        for quoted in re.findall(r"`([^`]+)`", test):
+            assert (ROOT / quoted).exists(), quoted
