@@ -3,7 +3,7 @@
     python benchmarks/cold.py --num-samples 6000 --rate 1283 --store-mb-per-s 300
 
 Writes 256 px samples with text latents in 24 shards, behind a store with a rate limit over all
-requests and a delay before each. Reads batches in `blocked` order through `BatchReader` (reading,
+requests and a delay before each. Reads batches in `blocked` order through `BatchLoader` (reading,
 random draws, tensors) at `--rate` samples per second (1,283: U-ViT-S on one of eight A100 at 40 %
 of their peak), and measures the time that it waits for them: with prefetch of shards and without.
 The first window, whose wait cannot be hidden, is reported separately. Prints one JSON line.
@@ -27,7 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from d2i.config import TrainConfig
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.train.batch import BatchReader
+from d2i.train.batch import BatchLoader
 from d2i.train.data_order import DataOrder
 
 SHAPES = {"moments": (8, 32, 32), "clip": (512,), "text": (77, 768)}
@@ -119,7 +119,7 @@ def paced(
     is_ahead: bool,
 ) -> Iterator[float]:
     """Yield the seconds that each step waits for its batch; steps are paced by `--rate`."""
-    batches = BatchReader(reader, config, is_joint=False)
+    batches = BatchLoader(reader, config, is_joint=False)
     requests = ((order.global_batch(step, args.batch), step) for step in range(num_steps))
     read_ahead = batches.read_ahead(requests)
     for step in range(num_steps):

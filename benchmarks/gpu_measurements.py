@@ -844,7 +844,7 @@ def _measure_threads(
     import torch
 
     from d2i.config import TrainConfig
-    from d2i.train.batch import BatchReader
+    from d2i.train.batch import BatchLoader
 
     config = TrainConfig(
         num_steps=1,
@@ -855,7 +855,7 @@ def _measure_threads(
     random = np.random.default_rng(0)
     num_samples = len(reader.keys)
     requests = ((random.choice(num_samples, size, replace=False), step) for step in range(10**6))
-    batches = BatchReader(reader, config, is_joint=backbone.is_joint)
+    batches = BatchLoader(reader, config, is_joint=backbone.is_joint)
     ahead = batches.read_ahead(requests)
     num_bytes = size_bytes(next(ahead))
     device = torch.device(place.device)

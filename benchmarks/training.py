@@ -35,7 +35,7 @@ from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone
 from d2i.recipes import load_recipe
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.train.batch import BatchReader
+from d2i.train.batch import BatchLoader
 from d2i.train.checkpoint import Progress
 from d2i.train.checkpoint_writer import CheckpointWriter, TrainState, build_state
 from d2i.train.data_order import DataOrder
@@ -55,7 +55,7 @@ class Clock:
     def __init__(self) -> None:
         self.marks = [time.process_time()]
 
-    def reach(self, _point: str) -> None:
+    def trigger_at(self, _point: str) -> None:
         """Record the end of a step."""
         self.marks.append(time.process_time())
 
@@ -116,7 +116,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         (directory / "run").mkdir()
         shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
         with CheckpointWriter(str(directory / "run"), settings.train, ranks, shapes) as writer:
-            Trainer(request, ranks, state, reader, writer).run(Progress())
+            Trainer(request, ranks, state, reader, writer).training_loop(Progress())
             writer.finish()
             ours = clock.seconds()
             stall_s = time_checkpoint(writer, state)
@@ -138,7 +138,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
 
 def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> list[float]:
     """Time forward, backward and AdamW on one batch in memory."""
-    batches = BatchReader(reader, config, is_joint=False)
+    batches = BatchLoader(reader, config, is_joint=False)
     batch = batches.read(np.arange(config.global_batch_size), 0).to(torch.device("cpu"))
     batches.close()
     network = build_backbone("uvit-s")
@@ -153,7 +153,7 @@ def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> 
         latent = batch.moments[:, :4]
         uvit_loss(network, latent, batch.text, batch.n, batch.noise).mean().backward()
         step_masters(network, masters, optimizer)
-        clock.reach("")
+        clock.trigger_at("")
     return clock.seconds()
 
 
@@ -198,7 +198,7 @@ def measure_input(args: argparse.Namespace) -> dict[str, Any]:
         reader = write_data(Path(name), args.num_samples)
         sizes = tuple(shard.num_samples for shard in reader.manifest.shards)
         order = DataOrder(sizes, 0)
-        batches = BatchReader(reader, config, is_joint=False)
+        batches = BatchLoader(reader, config, is_joint=False)
         rates, cpu_rates = [], []
         for repeat in range(args.repeats + 1):
             steps = range(repeat * args.steps, (repeat + 1) * args.steps)

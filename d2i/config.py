@@ -219,7 +219,8 @@ class UniDiffuserLossConfig(Config):
         num_parts = 3 if self.loss == "joint" else 2
         if self.weights is not None and len(self.weights) != num_parts:
             raise ValueError(
-                f"the {self.loss} loss has {num_parts} parts, expected {num_parts} weights"
+                f"the {self.loss} loss has {num_parts} parts, got {len(self.weights)} weights; "
+                f"give {num_parts}"
             )
         return self
 
@@ -288,7 +289,7 @@ class TrainConfig(Config):
 
     @field_validator("precision", mode="before")
     @classmethod
-    def _runs_made_before_say_fp16(cls, value: object) -> object:
+    def _read_fp16_of_older_runs(cls, value: object) -> object:
         return "fp16_weights" if value == "fp16" else value
 
     @model_validator(mode="after")
@@ -353,7 +354,10 @@ class SampleConfig(Config):
     @model_validator(mode="after")
     def _ancestral_sampling_takes_all_steps(self) -> Self:
         if self.sampler.startswith("ancestral") and self.num_steps != NUM_NOISE_LEVELS:
-            raise ValueError(f"sampler {self.sampler} needs num_steps={NUM_NOISE_LEVELS}")
+            raise ValueError(
+                f"sampler {self.sampler} visits all {NUM_NOISE_LEVELS} noise levels, got "
+                f"num_steps={self.num_steps}; set num_steps={NUM_NOISE_LEVELS}"
+            )
         return self
 
 
@@ -501,7 +505,9 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _inception_score_needs_classes(self) -> Self:
         if self.metrics.extractor == "clip" and len(self.metrics.classes) == 1:
-            raise ValueError("metrics.classes needs at least two prompts")
+            raise ValueError(
+                "metrics.classes needs at least two prompts, as IS compares classes; got one"
+            )
         return self
 
 

@@ -60,7 +60,7 @@ class Fault:
     nth: int
     num_passed: int = field(default=0)
 
-    def reach(self, point: str) -> None:
+    def trigger_at(self, point: str) -> None:
         """Trigger the fault if this is the N-th pass of its point."""
         if self.is_due(point):
             self.act()

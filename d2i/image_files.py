@@ -45,7 +45,7 @@ def read_image(root: str, path: str, max_bytes: int) -> bytes:
     """Read the bytes of an image file.
 
     Args:
-        root: A directory (any fsspec URL but a web URL), `x.tar`, or `folder/*.tar`.
+        root: A directory (any fsspec URL but a web URL), `x.tar`, or `images/*.tar`.
         path: The image's name below it; the leading directories of a tar member may be left out.
             If no file has the exact name, another Unicode form of it (NFC, NFD) is accepted.
         max_bytes: Its maximum length.
@@ -115,7 +115,7 @@ def _read(root: str, path: str, max_bytes: int) -> bytes:
     """Read a file of a directory; it counts as missing or damaged only if the directory is fine."""
     if ".." in path.split("/"):
         raise ImageRejectedError(
-            "read_error", "got a part '..', expected a path below the directory"
+            "read_error", "the path contains '..'; expected a path below the image root"
         )
     try:
         return _read_head(root, path, max_bytes + 1)

@@ -19,13 +19,13 @@ from d2i import checksums, storage
 from d2i.config import ImageConfig, Recipe, WeightsKind, apply_settings
 from d2i.config_lock import lock_or_diff
 from d2i.errors import CheckpointError, ConfigError, DataError
-from d2i.eval.guidance import generation_weights
+from d2i.eval.generation_settings import generation_weights
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate
 from d2i.eval.systems import SystemSpec, parse_system
 from d2i.image_decode import decode_image
 from d2i.metric_specs import METRICS, MetricSpec
 from d2i.models import save_weights
-from d2i.recipes import change_recipe, read_kept_recipe, refuse_host
+from d2i.recipes import change_recipe, read_stored_recipe, refuse_host
 from d2i.run_dir import BEST_NAME, last_step, read_recipe, read_run_config
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 from d2i.train.checkpoint import KIND_OF_WEIGHTS, Checkpoint, complete_checkpoints, step_of
@@ -190,7 +190,7 @@ def _of_system(request: SelectRequest) -> _Search:
             f"--system {request.system}: got no --data or no --out; expected both, as only a run "
             "has its own; give both"
         )
-    recipe = change_recipe(read_kept_recipe(request.data_url), request.settings)
+    recipe = change_recipe(read_stored_recipe(request.data_url), request.settings)
     spec = parse_system(request.system, request.weights, recipe, request.adapter)
     if spec.network is None and spec.kind != "diffusers":
         raise ConfigError(

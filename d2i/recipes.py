@@ -255,13 +255,13 @@ def load_recipe(name: str) -> Recipe:
     return RECIPES[name]()
 
 
-def keep_recipe(recipe: Recipe, data_url: str) -> None:
+def store_recipe(recipe: Recipe, data_url: str) -> None:
     """Store the recipe beside the data it prepared, for later stages."""
     data = (recipe.model_dump_json(indent=1) + "\n").encode()
     checksums.write_bytes(storage.join(data_url, _KEPT_NAME), data)
 
 
-def read_kept_recipe(data_url: str) -> Recipe:
+def read_stored_recipe(data_url: str) -> Recipe:
     """Return the recipe that a data directory, or that of one of its splits, was prepared with.
 
     Raises:

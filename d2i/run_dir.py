@@ -127,7 +127,7 @@ class ValidationLine:
     bands: dict[str, float]
 
 
-def open_run(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
+def start_or_resume(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
     """Start a run, or check that this is the same one.
 
     Settings that change no number may differ; `config.json` keeps those that the run started with.

@@ -237,7 +237,7 @@ def read_each(urls: Iterable[str]) -> Iterator[bytes]:
 
 def fetch_file(url: str, path: Path) -> None:
     """Copy a file to a local path, published atomically."""
-    with naming(path), scratch_file(str(path.parent)) as scratch:
+    with errors_with_path(path), scratch_file(str(path.parent)) as scratch:
         download(url, scratch)
         publish_atomically(scratch, str(path))
 
@@ -260,7 +260,7 @@ def new_file(url: str, *, sync_name: bool = True) -> Iterator[Path]:
     """Yield a local file to fill, which is then published by `publish_atomically`."""
     target = local_path(url)
     with (
-        naming(target or Path(tempfile.gettempdir())),
+        errors_with_path(target or Path(tempfile.gettempdir())),
         scratch_file(url if target is None else str(target.parent)) as scratch,
     ):
         yield scratch
@@ -273,7 +273,7 @@ def is_disk_full(error: OSError) -> bool:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def errors_with_path(path: Path) -> Iterator[None]:
     """Add the name of the file being written to an error of a full disk.
 
     The system does not give it, as the error is about an open file.
@@ -345,11 +345,11 @@ def cache_directory(url: str) -> Path:
     """Return the directory of the user's cache for local copies of a URL's files."""
     root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")  # noqa: PTH111
     # A container may run under a user id that has no home.
-    directory = homeless_directory() if root.startswith("~") else Path(root)
+    directory = private_cache_directory() if root.startswith("~") else Path(root)
     return directory / "d2i" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
-def homeless_directory() -> Path:
+def private_cache_directory() -> Path:
     """Return a directory of this user's own for temporary files, created if absent.
 
     Raises:
@@ -372,7 +372,7 @@ def append_bytes(url: str, data: bytes) -> None:
         write_bytes(url, (read_bytes(url) if exists(url) else b"") + data)
         return
     local.parent.mkdir(parents=True, exist_ok=True)
-    with naming(local), local.open("ab") as file:
+    with errors_with_path(local), local.open("ab") as file:
         file.write(data)
 
 

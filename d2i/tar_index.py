@@ -42,7 +42,7 @@ _MAX_HEADER_BYTES = 1 << 20
 
 
 def is_tars(root: str) -> bool:
-    """Return whether an image root names tars: `x.tar`, or `folder/*.tar`."""
+    """Return whether an image root names tars: `x.tar`, or `images/*.tar`."""
     return root.endswith(".tar")
 
 
@@ -138,9 +138,7 @@ def cached_table(decided_by: str, root: str, build: Callable[[], pa.Table]) -> P
 def _build(urls: list[str], root: str) -> pa.Table:
     table = _sorted(_read_members(urls))
     if not table.num_rows:
-        raise DataError(
-            f"{root}: got tars without files; expected images in them; check corpus.image_root"
-        )
+        raise DataError(f"{root}: the tars contain no files; check corpus.image_root")
     return table
 
 

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from d2i.eval.divter_captioner import DescriberConfig, read_pairs, train_describer
-from d2i.recipes import read_kept_recipe
+from d2i.eval.divter_captioner import DivterCaptionerConfig, read_pairs, train_divter_captioner
+from d2i.recipes import read_stored_recipe
 
 
 def main(
@@ -26,9 +26,11 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order and of dropout.")] = 0,
 ) -> None:
     """Train on the training split, and save the model with its tokenizer."""
-    pairs = read_pairs(f"{data}/train", read_kept_recipe(data).text)
-    config = DescriberConfig(num_steps, batch_size, lr, seed)
-    train_describer(pairs, base, out, config, lambda step, loss: print(step, loss, file=sys.stderr))
+    pairs = read_pairs(f"{data}/train", read_stored_recipe(data).text)
+    config = DivterCaptionerConfig(num_steps, batch_size, lr, seed)
+    train_divter_captioner(
+        pairs, base, out, config, lambda step, loss: print(step, loss, file=sys.stderr)
+    )
     print(f"trained on {len(pairs)} descriptions: {out}")
 
 

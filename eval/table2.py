@@ -12,10 +12,10 @@ from typing import Annotated
 import typer
 
 from d2i.errors import D2IError
-from d2i.eval.guidance import choose_settings
+from d2i.eval.generation_settings import choose_settings
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate, test_url
 from d2i.eval.systems import parse_system
-from d2i.recipes import change_recipe, read_kept_recipe
+from d2i.recipes import change_recipe, read_stored_recipe
 from d2i.report import write_report
 
 
@@ -48,7 +48,7 @@ def main(
     for given in system:
         name, _, weights = given.partition("=")
         choice = choose_settings(name, setting or [], choices.get(name), weights=weights or None)
-        recipe = change_recipe(read_kept_recipe(data), choice.settings)
+        recipe = change_recipe(read_stored_recipe(data), choice.settings)
         spec = parse_system(name, weights or None, recipe)
         directories.append(out / re.sub(r"[^A-Za-z0-9-]+", "-", given).strip("-"))
         request = EvalRequest(

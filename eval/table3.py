@@ -21,10 +21,10 @@ from d2i.config import Recipe
 from d2i.config_lock import diff
 from d2i.dialog import TEMPLATES
 from d2i.errors import ConfigError, D2IError
-from d2i.eval.guidance import choose_settings
+from d2i.eval.generation_settings import choose_settings
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate, test_url
 from d2i.eval.systems import parse_system
-from d2i.recipes import change_recipe, read_kept_recipe
+from d2i.recipes import change_recipe, read_stored_recipe
 from d2i.report import write_report
 from d2i.run_dir import read_recipe
 
@@ -92,7 +92,7 @@ def _compare(trained: dict[str, str]) -> None:
 
 def ask(run: str, strategy: str, data: str, settings: Sequence[str]) -> EvalRequest:
     """Return the request of a run on a linearization, with its other text settings as trained."""
-    system, kept = f"run:{run}", read_kept_recipe(data)
+    system, kept = f"run:{run}", read_stored_recipe(data)
     text = read_recipe(run).text.model_copy(update={"strategy": strategy})
     choice = choose_settings(system, settings)
     recipe = change_recipe(kept.model_copy(update={"text": text}), choice.settings)
@@ -131,7 +131,7 @@ def main(
         names = [re.sub(r"[^A-Za-z0-9-]+", "-", r).strip("-") for r in run]
         pairs = [(r, s, f"{n}-{s}") for r, n in zip(run, names, strict=True) for s in TEMPLATES]
     else:
-        trained = one_each(run, read_kept_recipe(data), data, out)
+        trained = one_each(run, read_stored_recipe(data), data, out)
         pairs = [(trained[strategy], strategy, strategy) for strategy in TEMPLATES]
     for one, strategy, name in pairs:
         request = replace(

@@ -1,4 +1,4 @@
-"""The glossary: one word a thing. `python -m tests.glossary` writes docs/glossary.md.
+"""The glossary: one term per concept. `python -m tests.glossary` writes docs/glossary.md.
 
 The table is `docs/glossary.toml`; `tests/unit/test_glossary.py` holds the repository to it.
 """
@@ -19,8 +19,8 @@ PAGE = ROOT / "docs" / "glossary.md"
 TABLE: dict[str, Any] = tomllib.loads((ROOT / "docs" / "glossary.toml").read_text())
 _INTRO = """# Glossary
 
-One word a thing, in code, `--help`, messages and pages. Written by `python -m tests.glossary` from
-[glossary.toml](glossary.toml), to which a test holds every name and sentence of the repository.
+One term per concept, in code, `--help`, messages and docs. Written by `python -m tests.glossary`
+from [glossary.toml](glossary.toml); a test holds every name and sentence of the repository to it.
 """
 _CODE = re.compile(r"```.*?```|``.+?``|`[^`]+`|\]\([^)]*\)|https?://\S+", re.DOTALL)
 

@@ -109,7 +109,7 @@ def _name_account() -> None:
 
         os.environ.setdefault("LOGNAME", f"user-{os.getuid()}")
         if not os.environ.get("HOME"):
-            os.environ["HOME"] = str(storage.homeless_directory())
+            os.environ["HOME"] = str(storage.private_cache_directory())
 
 
 def _is_storage_error(err: OSError) -> bool:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from d2i.cluster.estimate import RateOverrides
     from d2i.config import Recipe
     from d2i.preprocess.job import PreprocessRequest
-    from d2i.preprocess.outcome import SplitSummary
     from d2i.preprocess.plan import Plan
+    from d2i.preprocess.split_summary import SplitSummary
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -108,7 +108,7 @@ def preprocess(
     """
     from d2i.fault_injection import parse_fault
     from d2i.preprocess.job import PreprocessRequest, make_splits
-    from d2i.preprocess.outcome import refuse_empty
+    from d2i.preprocess.split_summary import refuse_empty
 
     chosen = _recipe(recipe, settings)
     if split is not None and "," in split:

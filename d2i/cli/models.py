@@ -41,7 +41,8 @@ def train(
     ],
     settings: SetOption = None,
     num_accelerators: Annotated[
-        int | None, typer.Option(min=1, help="Number of ranks; else every GPU, or one CPU rank.")
+        int | None,
+        typer.Option(min=1, help="Number of ranks; by default one per GPU, or one on the CPU."),
     ] = None,
     zero: Annotated[
         Path | None, typer.Option(help="DeepSpeed's zero_optimization settings: train/zero-2.json.")
@@ -146,7 +147,7 @@ def sample(
         d2i sample --run runs/demo --dialog chat.txt
         --set sample.sampler=diffusers:DPMSolverMultistepScheduler
     """
-    from d2i.eval.guidance import choose_settings
+    from d2i.eval.generation_settings import choose_settings
     from d2i.eval.single_dialog import Request, generate_image, read_dialog
     from d2i.recipes import change_recipe
     from d2i.run_dir import read_recipe

@@ -171,15 +171,15 @@ def _write_page(html: str, reader: ShardReader, num: int, settings: list[str]) -
     import torch
 
     from d2i.dialog import Turn
-    from d2i.encoders import Vae, check_made_by
+    from d2i.encoders import Vae, check_encoder_hashes
     from d2i.image_decode import png_bytes
     from d2i.prompt_text import context_text
-    from d2i.recipes import change_recipe, read_kept_recipe
+    from d2i.recipes import change_recipe, read_stored_recipe
     from d2i.report import ShownSample, write_samples_page
 
-    recipe = change_recipe(read_kept_recipe(reader.url), settings)
+    recipe = change_recipe(read_stored_recipe(reader.url), settings)
     vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind)
-    check_made_by({"vae": vae.hash}, reader.manifest, reader.url)
+    check_encoder_hashes({"vae": vae.hash}, reader.manifest, reader.url)
     batch = reader.read(range(num), ["moments", "tokens"])
     shown = []
     for place in range(num):

@@ -84,7 +84,7 @@ def evaluate(
     context: Annotated[
         Literal["full", "last", "none", "shuffled"],
         typer.Option(
-            help="Context that the system sees: the dialog, its last turn, nothing, another."
+            help="What the system sees: the dialog, its last turn, nothing, or another dialog."
         ),
     ] = "full",
     selected: Annotated[
@@ -146,19 +146,19 @@ def evaluate(
 
         d2i eval --system images:minigpt5 --label MiniGPT-5 --data data --out scores/minigpt5
     """
-    from d2i.eval.guidance import choose_settings
+    from d2i.eval.generation_settings import choose_settings
     from d2i.eval.job import EvalRequest, test_url
     from d2i.eval.job import evaluate as run
     from d2i.eval.systems import parse_system
     from d2i.fault_injection import parse_fault
-    from d2i.recipes import change_recipe, read_kept_recipe
+    from d2i.recipes import change_recipe, read_stored_recipe
     from d2i.shards import ShardReader
 
     assumed = assumed_of(rate, price_per_node_hour, dry_run=dry_run)
     if workers is not None and not parallel:
         raise ConfigError("--workers applies only to Ray; expected --parallel with it; add it")
     choice = choose_settings(system, settings or [], selected, weights=weights, adapter=adapter)
-    recipe = change_recipe(read_kept_recipe(data), choice.settings)
+    recipe = change_recipe(read_stored_recipe(data), choice.settings)
     spec = parse_system(system, weights, recipe, adapter)
     request = EvalRequest(
         recipe=recipe,

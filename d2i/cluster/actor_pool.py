@@ -56,12 +56,14 @@ class ActorPool:
         try:
             result_of(reference)
         except ray.exceptions.RayActorError as err:
-            self.replace(None, err)
+            self.restart_worker(None, err)
         else:
             self.idle.append(actor)
 
-    def replace(self, task: Hashable, err: Exception) -> None:
+    def restart_worker(self, task: Hashable, err: Exception) -> None:
         """Start a new worker for one that died in a task (None: while it was built).
+
+        The pool or pipeline that submitted the task resubmits it.
 
         Raises:
             ClusterError: As in `record_failure`.

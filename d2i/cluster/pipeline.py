@@ -215,7 +215,7 @@ class _PipelineScheduler:
             result_of(generator.completed())
         except ray.exceptions.RayActorError as err:
             # Ray itself would go on with the block after the last, but the order may differ.
-            self._producers.replace(stream.number, err)
+            self._producers.restart_worker(stream.number, err)
             self._waiting.append(stream.number)
         else:
             self._producers.idle.append(stream.actor)
@@ -229,7 +229,7 @@ class _PipelineScheduler:
             result = result_of(reference)
         except ray.exceptions.RayActorError as err:
             # Its blocks are still there, for the next idle consumer.
-            self._consumers.replace(stream.number, err)
+            self._consumers.restart_worker(stream.number, err)
             self._produced.appendleft(stream)
             return
         except ray.exceptions.RayTaskError as err:

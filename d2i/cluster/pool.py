@@ -38,7 +38,7 @@ class JobFault:
     fault: Fault
     passes: SharedActor[Fault]
 
-    def reach(self, point: str) -> None:
+    def trigger_at(self, point: str) -> None:
         """Trigger the fault in this process, if this is its point and its pass."""
         if point == self.fault.point and self.passes.call("is_due", point):
             self.fault.act()
@@ -223,7 +223,7 @@ def _run_on_ray(
             try:
                 result = result_of(ready)
             except ray.exceptions.RayActorError as err:
-                actors.replace(number, err)
+                actors.restart_worker(number, err)
                 waiting.appendleft(number)
             else:
                 actors.idle.append(actor)

@@ -19,7 +19,7 @@ from d2i import storage
 from d2i.corpora.captions import read_descriptions, with_descriptions
 from d2i.corpora.chat_forms import FORMS
 from d2i.corpora.compact_set import CompactHashSet
-from d2i.corpora.foreign import foreign_kind
+from d2i.corpora.foreign import unsupported_format
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.jsonl import Jsonl
@@ -518,7 +518,7 @@ def _is_too_large(dialog: Dialog) -> bool:
 def _read_file(source: str, path: str, report: Report, corpus: Corpus) -> Iterator[tuple[str, Any]]:
     url = storage.join(source_directory(source), path)
     try:
-        if kind := foreign_kind(storage.read_head(url, HEAD_BYTES)):
+        if kind := unsupported_format(storage.read_head(url, HEAD_BYTES)):
             raise DataError(f"{url} is {kind}")
         stream = storage.open_url(url)
     except OSError as error:

@@ -22,7 +22,7 @@ _NEXT_STEPS = {
 _WIDE = re.compile(rb"[\[{\s]\x00.\x00|\x00[\[{\s]\x00|\x00\x00\xfe\xff", re.DOTALL)
 
 
-def foreign_kind(head: bytes) -> str | None:
+def unsupported_format(head: bytes) -> str | None:
     """Return the kind of a file that cannot be JSON in UTF-8, with advice; None if it may be JSON.
 
     Args:

@@ -50,7 +50,9 @@ class ImageCount(Struct):
 
 
 class LeakFinder:
-    """Reads the splits of a corpus, test first, and yields the instances that leak.
+    """Finds split leakage: images, and near-duplicates of them, that occur in more than one split.
+
+    Reads the splits of a corpus, test first, and yields the instances that leak.
 
     Args:
         corpus: The corpus, with its options.
@@ -84,7 +86,7 @@ class LeakFinder:
     def find(self, splits: list[str]) -> Iterator[Leak]:
         """Yield the leaks of these splits, each split's in the order of its files."""
         for split in reversed([name for name in SPLITS if name in splits]):
-            near = self._near(split) if self._with_near_duplicates else {}
+            near = self._near_duplicates(split) if self._with_near_duplicates else {}
             own: dict[str, tuple[str, str]] = {}
             for instance in self._instances(split):
                 image_id = self._corpus.image_id(instance.image_ref)
@@ -107,7 +109,7 @@ class LeakFinder:
             return Leak(instance.key, instance.split, "near_duplicate", key, split, distance)
         return None
 
-    def _near(self, split: str) -> dict[str, tuple[str, int]]:
+    def _near_duplicates(self, split: str) -> dict[str, tuple[str, int]]:
         """Map images of a split to the protected image each looks like, and the hash distance."""
         near, hashes, failures, num_read = {}, [], Counter[str](), 0
         for image_id, image_hash in self._read_hashes(split):

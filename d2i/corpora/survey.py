@@ -137,7 +137,7 @@ def survey_split(
         images.update(hash(as_set.corpus.image_id(shared.ref)) for shared in dialog.images)
         sample.offer(dialog, split)
         for corpus, counter in counters.items():
-            counter.take(dialog, report_issue if corpus == as_set.corpus else _unheard)
+            counter.take(dialog, report_issue if corpus == as_set.corpus else _ignore_issue)
     return SplitSurvey(
         num_dialogs=counts["dialogs"],
         num_dialogs_with_images=counts["with_images"],
@@ -262,7 +262,7 @@ class _Sample:
         return [
             len(encode(context_text(instance.context, variant.text)))
             for dialog in dialogs.values()
-            for instance in variant.corpus.instances(dialog, split, _unheard)
+            for instance in variant.corpus.instances(dialog, split, _ignore_issue)
             if instance.key in keys
         ]
 
@@ -271,7 +271,7 @@ def _num_chars(dialog: Dialog) -> int:
     return sum(len(turn.text) + _TURN_CHARS for turn in dialog.turns)
 
 
-def _unheard(reason: Reason, detail: str) -> None:
+def _ignore_issue(reason: Reason, detail: str) -> None:
     """Drop an issue: those of the options as set are reported once, when the dialog is read."""
 
 

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from d2i import checksums
-from d2i.demo.judge import Answer, read_all, share_right
+from d2i.demo.judge import Answer, attribute_accuracy, read_all
 from d2i.demo.scene import ATTRIBUTES, GROUPS, Scene
-from d2i.recipes import read_kept_recipe
+from d2i.recipes import read_stored_recipe
 from d2i.report.evaluation import read_evaluation
 from d2i.shards import ShardReader
 
@@ -68,9 +68,9 @@ def _verdict(
     others = [*wanted[len(wanted) // 2 :], *wanted[: len(wanted) // 2]]
     read = {name: [given[key] for key in keys] for name, given in baselines.items()}
     read["generated"] = [answers[key] for key in keys]
-    columns = {name: share_right(given, wanted) for name, given in read.items()} | {
-        "shuffled": share_right(read["generated"], others),
-        "chance": share_right(read["true"], others),
+    columns = {name: attribute_accuracy(given, wanted) for name, given in read.items()} | {
+        "shuffled": attribute_accuracy(read["generated"], others),
+        "chance": attribute_accuracy(read["true"], others),
     }
     return {
         "judge": _JUDGE,
@@ -126,7 +126,7 @@ def _reconstructions(reader: ShardReader) -> dict[str, Image.Image]:
 
     from d2i.encoders import Vae
 
-    encoders = read_kept_recipe(str(Path(reader.url).parent)).encoders
+    encoders = read_stored_recipe(str(Path(reader.url).parent)).encoders
     means = reader.read(range(len(reader)), members=("moments",))["moments"][:, :4]
     decoded = Vae(encoders.vae, encoders.vae_kind).decode(
         torch.from_numpy(means.astype(np.float32)), encoders.compute_batch_size

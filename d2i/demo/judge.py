@@ -56,7 +56,7 @@ def read_all(images: Sequence[Image.Image]) -> list[Answer]:
     return answers
 
 
-def share_right(answers: Sequence[Answer], scenes: Sequence[Scene]) -> dict[str, float]:
+def attribute_accuracy(answers: Sequence[Answer], scenes: Sequence[Scene]) -> dict[str, float]:
     """Return the share of images whose attribute was read correctly, by attribute.
 
     Args:

@@ -63,7 +63,7 @@ def run_demo(request: DemoRequest) -> dict[str, Any]:
 
 
 def _run_stages(request: DemoRequest) -> dict[str, Any]:
-    _settle(request)
+    _check_resumable(request)
     times = _Times(request.out / "times.json")
     for stage in _stages(request):
         if stage.name in times.seconds:
@@ -181,7 +181,7 @@ class _Times:
         checksums.write_bytes(str(self._path), data)
 
 
-def _settle(request: DemoRequest) -> None:
+def _check_resumable(request: DemoRequest) -> None:
     wanted = {k: v for k, v in asdict(request).items() if k != "out"} | {"version": __version__}
     if differences := lock_or_diff(str(request.out / "demo.json"), wanted):
         raise ConfigError(

@@ -97,7 +97,8 @@ def run_scheduler(
         scheduler.set_timesteps(num_steps, device=x.device)
     except ValueError as error:
         raise ConfigError(
-            f"num_steps is {num_steps}: {error}; expected a number that {name} accepts"
+            f"num_steps is {num_steps}: {error}; expected a number that {name} accepts; "
+            "change it with --set sample.num_steps=N"
         ) from error
     options: dict[str, Any] = {"return_dict": False}
     if seeds is not None and "generator" in inspect.signature(scheduler.step).parameters:

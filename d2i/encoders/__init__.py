@@ -6,7 +6,7 @@ Every encoder runs at a fixed, padded batch size: an image's numbers do not depe
 from d2i.encoders.bundle import Encoders, load_encoders
 from d2i.encoders.clip_image import ClipImage
 from d2i.encoders.clip_text import ClipText
-from d2i.encoders.prepared import check_made_by
+from d2i.encoders.prepared import check_encoder_hashes
 from d2i.encoders.vae import Vae
 
-__all__ = ["ClipImage", "ClipText", "Encoders", "Vae", "check_made_by", "load_encoders"]
+__all__ = ["ClipImage", "ClipText", "Encoders", "Vae", "check_encoder_hashes", "load_encoders"]

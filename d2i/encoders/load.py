@@ -34,7 +34,7 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
     """
     where = resolve_weights(name)
     subfolder = ""
-    check_beside(Path(where))
+    check_sibling_checksums(Path(where))
     if not Path(where).exists() and where.count("/") == 2:
         where, _, subfolder = where.rpartition("/")
     try:
@@ -50,7 +50,7 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
     return freeze(module)
 
 
-def check_beside(place: Path) -> None:
+def check_sibling_checksums(place: Path) -> None:
     """Compare a file, or each file of a directory, with the sha256 beside it, if there is one.
 
     Raises:
@@ -79,7 +79,7 @@ def weights_hash(module: nn.Module) -> str:
 _LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def multiplied_in(precision: Precision, device: str) -> AbstractContextManager[Any]:
+def matmul_precision(precision: Precision, device: str) -> AbstractContextManager[Any]:
     """Return an autocast context that multiplies in a precision; `fp32` changes nothing."""
     # No cache: autocast cannot cache weights that are inference tensors.
     return torch.autocast(
@@ -109,7 +109,7 @@ def run_padded(
     Returns:
         float32 (N, ...), in the order of `inputs`.
     """
-    with multiplied_in(precision, device):
+    with matmul_precision(precision, device):
         outputs = [
             network(torch.from_numpy(batch).to(device))[:count].float().cpu().numpy()
             for batch, count in padded_batches(inputs, batch_size)

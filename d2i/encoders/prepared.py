@@ -16,7 +16,9 @@ _PARTS = {"vae": "image", "clip_image": "image", "clip_text": "text"}
 """The part of a data set's fingerprint that holds the hash of each encoder's weights."""
 
 
-def check_made_by(hashes: Mapping[EncoderName, str], manifest: Manifest, data_url: str) -> None:
+def check_encoder_hashes(
+    hashes: Mapping[EncoderName, str], manifest: Manifest, data_url: str
+) -> None:
     """Refuse encoders whose weights differ from those that made a data set.
 
     Shards that d2i preprocess did not make name no encoder, and are accepted unchecked.

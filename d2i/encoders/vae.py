@@ -12,7 +12,7 @@ from torch import Tensor
 
 from d2i.config import Precision
 from d2i.encoders.load import (
-    check_beside,
+    check_sibling_checksums,
     freeze,
     load_pretrained,
     padded_batches,
@@ -87,7 +87,7 @@ def _load(name: str, kind: Literal["kl", "tiny"]) -> Any:
             return _load_kl_file(path)
         return load_pretrained(AutoencoderKL, name, **_PLAIN_LOADING)
     if path.suffix == ".safetensors":
-        check_beside(path)
+        check_sibling_checksums(path)
         return _load_tiny_file(path, AutoencoderTiny())
     return load_pretrained(AutoencoderTiny, name, **_PLAIN_LOADING)
 

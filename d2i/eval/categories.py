@@ -108,7 +108,7 @@ def write_categories(out_url: str, reader: ShardReader, arrays: Arrays | None = 
     members = find_members(reader)
     document = {
         "num_instances": len(reader),
-        "num_in_two": num_in_two(members),
+        "num_in_two": num_shared(members),
         "num_draws": NUM_DRAWS,
         "draw_size": DRAW_SIZE,
         "categories": [_as_json(found) for found in score_categories(Measured(arrays), members)],
@@ -134,7 +134,7 @@ def find_members(reader: ShardReader) -> dict[str, list[str]]:
     return members
 
 
-def num_in_two(members: Mapping[str, Sequence[str]]) -> int:
+def num_shared(members: Mapping[str, Sequence[str]]) -> int:
     """Count the instances that are in two categories or more."""
     times = Counter(key for keys in members.values() for key in keys)
     return sum(number > 1 for number in times.values())

@@ -35,7 +35,7 @@ _NAMES_SOMEBODY = re.compile(r"^The photo has your ")
 
 
 @dataclass(frozen=True)
-class DescriberConfig:
+class DivterCaptionerConfig:
     """Training settings of a describer: our defaults, because Divter's are for other data."""
 
     num_steps: int = 1000
@@ -44,11 +44,12 @@ class DescriberConfig:
     seed: int = 0
 
 
-class Describer:
+class DivterCaptioner:
     """Writes the caption of a dialog's image, one dialog at a time, so that others change nothing.
 
     Args:
-        name: A directory written by `train_describer` or `save_pretrained`, or a hub repository.
+        name: A directory written by `train_divter_captioner` or `save_pretrained`, or a hub
+            repository.
         device: Torch device that it runs on.
 
     Raises:
@@ -102,11 +103,11 @@ def read_pairs(data_url: str, config: TextConfig) -> list[tuple[str, str]]:
     return pairs
 
 
-def train_describer(
+def train_divter_captioner(
     pairs: Sequence[tuple[str, str]],
     base: str,
     out: Path,
-    config: DescriberConfig,
+    config: DivterCaptionerConfig,
     on_step: Callable[[int, float], None],
 ) -> None:
     """Fine-tune `base` on pairs and publish it atomically to `out`.

@@ -144,7 +144,7 @@ def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> 
             "manifest.json for the reasons"
         )
     decided = _decided_by(request, reader)
-    _settle(request, decided)
+    _check_resumable(request, decided)
     # Read before generating, so that errors in them show at once.
     listed = find_negatives(reader, request.negatives) if request.negatives else None
     _generate(request, reader, on_progress)
@@ -190,7 +190,7 @@ def _generate(
             meter.add(len(task.indices))
             on_progress(progress)
             if fault:
-                fault.reach("eval.task_done")
+                fault.trigger_at("eval.task_done")
         if rate := meter.rate():
             save_rate(rate_decided_by(request, offer.unit), rate)
 
@@ -234,7 +234,7 @@ def _spec_values(spec: SystemSpec) -> dict[str, Any]:
     return values | {"network": network, "inner": inner} | adapter
 
 
-def _settle(request: EvalRequest, decided: dict[str, Any]) -> None:
+def _check_resumable(request: EvalRequest, decided: dict[str, Any]) -> None:
     kept, described = (
         storage.join(request.out_url, "evaluation.json"),
         describe_url(request.out_url),

@@ -87,13 +87,13 @@ class Measured:
         )
 
 
-def wide(array: NDArray[Any]) -> NDArray[Any]:
+def to_float64(array: NDArray[Any]) -> NDArray[Any]:
     """Return floats as float64, and other arrays unchanged."""
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 
 def _cosines(rows: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float64]:
-    a, b = wide(rows), wide(others)
+    a, b = to_float64(rows), to_float64(others)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     found: NDArray[np.float64] = 100 * (a * b).sum(axis=1) / np.where(norms == 0, 1, norms)
     return found

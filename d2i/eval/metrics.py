@@ -136,7 +136,8 @@ def _inception_score(
     rows = _matrix("logits", logits)
     if len(rows) != num_images:
         raise DataError(
-            f"logits: got {len(rows)} rows, expected {num_images}, one per generated image"
+            f"logits: got {len(rows)} rows, expected {num_images}, one per generated image; "
+            "compute the logits of every generated image"
         )
     num_splits = min(most_splits, len(rows))
     found = isc_features_to_metric(rows, splits=num_splits, shuffle=True, rng_seed=seed)

@@ -15,7 +15,7 @@ from d2i.diffusion import Eps, guided_unidiffuser, guided_uvit, join_state, spli
 from d2i.diffusion.draws import SampleDraws
 from d2i.diffusion.samplers import check_sampler, run_sampler
 from d2i.encoders import Vae
-from d2i.encoders.load import multiplied_in, weights_hash
+from d2i.encoders.load import matmul_precision, weights_hash
 from d2i.errors import ConfigError
 from d2i.models import UniDiffuser
 from d2i.models.model_dir import build_network
@@ -93,7 +93,7 @@ class Sampler:
         rows = torch.from_numpy(text[index].astype(np.float32)).to(self._device)
         is_joint = isinstance(self._network, UniDiffuser)
         render_rows = self._sample_unidiffuser if is_joint else self._sample_uvit
-        with multiplied_in(self._config.precision, self._device):
+        with matmul_precision(self._config.precision, self._device):
             latents = render_rows(padded, rows)
         unscaled: Tensor = latents[:num_rows] / self._network.latent_scale
         return unscaled

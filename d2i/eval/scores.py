@@ -15,7 +15,7 @@ from d2i.errors import DataError
 from d2i.eval.influences import fid_influences, inception_influences
 from d2i.eval.intervals import Ends, bca, normal, total_deviation, wilson
 from d2i.eval.kid import PairedMmd, paired_mmd
-from d2i.eval.measured import Arrays, Measured, wide
+from d2i.eval.measured import Arrays, Measured, to_float64
 from d2i.eval.metrics import compute_fid, compute_scores
 from d2i.eval.retrieval_recall import NUM_NEGATIVES
 from d2i.eval.score_warnings import counted, score_warnings
@@ -51,7 +51,7 @@ def score(measured: Measured, resolution: int) -> dict[str, Any]:
         )
     with _one_thread():
         part = _choose_part(measured)
-        arrays = {name: wide(array) for name, array in measured.arrays.items()}
+        arrays = {name: to_float64(array) for name, array in measured.arrays.items()}
         paired = _paired_kid(arrays, measured, part)
         scores = _scores(arrays, measured, paired)
         deviations = _deviations(arrays, measured, part, scores)
@@ -204,7 +204,7 @@ class _Evidence:
         num_classes = None if logits is None else logits.shape[1]
         return cls(deviations, means, hits, measured.dialogs_of_generated, num_classes, part)
 
-    def ends(self, spec: MetricSpec, value: float) -> Ends | None:
+    def interval(self, spec: MetricSpec, value: float) -> Ends | None:
         """Return the interval of a score, of the kind that `spec` names, clipped to its bounds."""
         found: Ends | None = None
         if spec.interval == "normal":
@@ -237,9 +237,9 @@ def _intervals(scores: Scores, evidence: _Evidence) -> dict[str, list[float]]:
     found = {}
     for key, spec in METRICS.items():
         value = scores.get(key)
-        ends = None if value is None else evidence.ends(spec, value)
-        if ends is not None:
-            found[key] = list(ends)
+        interval = None if value is None else evidence.interval(spec, value)
+        if interval is not None:
+            found[key] = list(interval)
     return found
 
 

@@ -18,7 +18,7 @@ from d2i.cluster import JobFault, device_of_worker
 from d2i.config import Recipe
 from d2i.config_lock import lock_or_diff
 from d2i.dialog import key_order_hash
-from d2i.encoders import Encoders, check_made_by, load_encoders
+from d2i.encoders import Encoders, check_encoder_hashes, load_encoders
 from d2i.encoders.bundle import versions
 from d2i.errors import ConfigError, DataError
 from d2i.eval.feature_computer import FeatureComputer, generation_rows
@@ -63,7 +63,7 @@ class EvalWorkerBuilder:
         """
         device = device_of_worker()
         worker = EvalWorker(self, load_encoders(self.recipe.encoders, device), device)
-        worker.settle()
+        worker.lock_metric_card()
         return worker
 
 
@@ -73,7 +73,7 @@ class EvalWorker:
     def __init__(self, builder: EvalWorkerBuilder, encoders: Encoders, device: str) -> None:
         self._builder, self._encoders, self._device = builder, encoders, device
         self._reader = builder.open_shards(builder.data_url)
-        check_made_by(encoders.hashes(), self._reader.manifest, self._reader.url)
+        check_encoder_hashes(encoders.hashes(), self._reader.manifest, self._reader.url)
         self._prompts = PromptReader(self._reader, builder.recipe.text, builder.context)
         self._measurer = FeatureComputer(builder.recipe, encoders, self._reader, device)
         self._system = build_system(
@@ -97,23 +97,23 @@ class EvalWorker:
                 f"{len(keys)} prompts; expected one per prompt: an image, or the reason why there "
                 "is none"
             )
-        self._reach("eval.task_drawn")
+        self._trigger_at("eval.task_drawn")
         images = {
             key: self._measurer.fit(generation.pixels)
             for key, generation in zip(keys, generations, strict=True)
             if generation.pixels is not None
         }
         saved = self._save_images(task, images)
-        self._reach("eval.pictures_written")
+        self._trigger_at("eval.pictures_written")
         arrays = self._measure(task, keys, generations, images)
         write_task(self._builder.out_url, task, arrays, saved)
-        self._reach("eval.task_written")
+        self._trigger_at("eval.task_written")
         reasons = Counter(
             generation.reason for generation in generations if generation.pixels is None
         )
         return TaskResult(len(images), reasons)
 
-    def settle(self) -> None:
+    def lock_metric_card(self) -> None:
         """Write the worker's part of the metric card, or check that it matches an existing one.
 
         Raises:
@@ -132,9 +132,9 @@ class EvalWorker:
                 f"devices: got {'; '.join(differences[:3])}; choose another --out"
             )
 
-    def _reach(self, point: str) -> None:
+    def _trigger_at(self, point: str) -> None:
         if self._builder.fault:
-            self._builder.fault.reach(point)
+            self._builder.fault.trigger_at(point)
 
     def _measure(
         self,

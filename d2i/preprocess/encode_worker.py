@@ -56,7 +56,7 @@ class EncodeWorkerBuilder:
         encoders = load_encoders(self.recipe.encoders, device_of_worker(), precision)
         worker = EncodeWorker(self, encoders)
         for split_url in self.split_urls:
-            worker.settle(split_url)
+            worker.lock_fingerprint(split_url)
         return worker
 
 
@@ -83,7 +83,7 @@ class EncodeWorker:
         self._reused = ReusedSplits(builder.reuse)
         self.fingerprint = fingerprint(builder.recipe, encoders)
 
-    def settle(self, split_url: str) -> None:
+    def lock_fingerprint(self, split_url: str) -> None:
         """Lock or check the fingerprint of the shards, and write the features of '' beside them."""
         self._reused.check(split_url, self.fingerprint["image"])
         if differences := lock_or_diff(fingerprint_url(split_url), self.fingerprint):
@@ -130,7 +130,7 @@ class EncodeWorker:
             if one.image is not None and one.fetched.reason == "ok"
         }
         features = encode_source_images(images, self._encoders)
-        self.reach("encode.images")
+        self.trigger_at("encode.images")
         outcomes = {one.ref: one for one in found}
         with_outcome = (instance for instance in instances if instance.image_ref in outcomes)
         rows = [ledger_row(i, outcomes[i.image_ref], features) for i in with_outcome]
@@ -161,21 +161,21 @@ class EncodeWorker:
         self, task: ShardTask, samples: Iterable[Sample], rows: list[LedgerRow]
     ) -> ShardResult:
         write_ledger(task.split_url, task.index, rows)
-        self.reach("ledger.written")
+        self.trigger_at("ledger.written")
         commit = write_shard(
             samples,
             task.split_url,
             task.index,
             failures=net_failures(rows, task.failed_before),
             fingerprint=self.fingerprint,
-            fault=self.reach,
+            fault=self.trigger_at,
         )
         return ShardResult(commit.num_samples, count_failures(rows))
 
-    def reach(self, point: str) -> None:
+    def trigger_at(self, point: str) -> None:
         """Report a fault point to the job's fault injection, if there is one."""
         if self._fault:
-            self._fault.reach(point)
+            self._fault.trigger_at(point)
 
 
 def fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, dict[str, object]]:

@@ -69,13 +69,13 @@ class FetchWorker:
             lambda ref, fetched: open_image(ref, fetched, self._decoder, is_kept=ref in kept),
             partial(read_inline, task.split_url),
         ):
-            self._reach("fetch.picture")
+            self._trigger_at("fetch.picture")
             block.append(found)
             if len(block) == _BLOCK or _num_source_bytes(block) >= _BLOCK_BYTES:
                 yield self._counted(block)
                 block = []
         self._refuse_outage(of_names=bool(task.failed_before))
-        self._reach("fetch.shard")
+        self._trigger_at("fetch.shard")
         yield self._counted(block)
 
     def _counted(self, block: list[FetchedImage]) -> list[FetchedImage]:
@@ -96,9 +96,9 @@ class FetchWorker:
                 "dead, add --set fetch.num_trouble_hosts=0"
             )
 
-    def _reach(self, point: str) -> None:
+    def _trigger_at(self, point: str) -> None:
         if self._fault:
-            self._fault.reach(point)
+            self._fault.trigger_at(point)
 
 
 def _num_source_bytes(block: list[FetchedImage]) -> int:

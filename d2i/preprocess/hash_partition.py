@@ -48,7 +48,7 @@ class HashPartitions:
         self._num_batches = 0
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
         self._open = contextlib.ExitStack()
-        self._dealing: Future[None] | None = None
+        self._flushing: Future[None] | None = None
         self._thread = self._open.enter_context(ThreadPoolExecutor(1))
 
     def __enter__(self) -> Self:
@@ -58,7 +58,7 @@ class HashPartitions:
     def __exit__(self, *_: object) -> None:
         """Close the file, so that `buckets` can read it."""
         with self._open:
-            self._deal_out()
+            self._flush()
             self._wait()
 
     def add(self, table: pa.Table) -> None:
@@ -68,7 +68,7 @@ class HashPartitions:
         self._waiting.append(table)
         self._num_waiting_bytes += table.get_total_buffer_size()
         if self._num_waiting_bytes > MAX_WAITING_BYTES:
-            self._deal_out()
+            self._flush()
 
     def buckets(self) -> Iterator[pa.Table]:
         """Yield the rows bucket by bucket, smallest hashes first, unsorted within a bucket."""
@@ -98,14 +98,14 @@ class HashPartitions:
         path.unlink()
 
     def _wait(self) -> None:
-        if self._dealing is not None:
-            self._dealing.result()
+        if self._flushing is not None:
+            self._flushing.result()
 
-    def _deal_out(self) -> None:
+    def _flush(self) -> None:
         """Start to write the waiting rows, once the previous write is done."""
         self._wait()
         if self._waiting:
-            self._dealing = self._thread.submit(self._write, self._waiting)
+            self._flushing = self._thread.submit(self._write, self._waiting)
             self._waiting, self._num_waiting_bytes = [], 0
 
     def _write(self, tables: list[pa.Table]) -> None:

@@ -17,7 +17,7 @@ from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capa
 from d2i.config import Recipe
 from d2i.corpora import SPLITS, canonical_split, found_splits
 from d2i.corpora.splits import source_directory
-from d2i.encoders.present import check_present
+from d2i.encoders.available import check_present
 from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault_injection import Fault
 from d2i.image_files import check_root
@@ -35,19 +35,19 @@ from d2i.preprocess.fetch.sources import (
 from d2i.preprocess.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.ledger import commonest_failure, remove_ledgers
 from d2i.preprocess.messages import ShardTask
-from d2i.preprocess.outcome import SplitSummary, refuse_empty, split_summary
 from d2i.preprocess.placeholders import RetractionWorker, placeholders_of, plan_retractions
 from d2i.preprocess.plan import Plan, PlanRequest, fingerprint_url, make_plan
 from d2i.preprocess.progress import JobProgress, Tally
 from d2i.preprocess.reuse import Reuse
+from d2i.preprocess.split_summary import SplitSummary, refuse_empty, split_summary
 from d2i.preprocess.supplements import (
     Supplement,
     merge_ledgers,
-    plan_supplements,
+    plan_retries,
     read_supplements,
     remove_supplements,
 )
-from d2i.recipes import check_prepared_with, keep_recipe
+from d2i.recipes import check_prepared_with, store_recipe
 from d2i.shards import (
     committed_names,
     read_commits,
@@ -184,7 +184,7 @@ def _work(
     # All splits of a directory share their settings, even if prepared one by one.
     if any(committed_names(storage.join(request.out, split)) for split in SPLITS):
         check_prepared_with(request.recipe, request.out)
-    keep_recipe(request.recipe, request.out)
+    store_recipe(request.recipe, request.out)
     tasks, num_instances = _missing_tasks(request, plans)
     if request.retry_failed and not tasks:
         _plan_again(request, plans)
@@ -233,7 +233,7 @@ def _make_shards(
         meter.add(result.num_written + sum(result.failures.values()))
         show()
         if fault:
-            fault.reach("job.shard_done")
+            fault.trigger_at("job.shard_done")
     if rate := meter.rate():
         save_rate(rate_decided_by(request, offer.unit), rate)
 
@@ -307,7 +307,7 @@ def _refuse_lost_shards(
     lost = [index for index in range(plan.num_shards) if index not in committed]
     if is_supplemented and lost:
         raise ShardError(
-            f"{split_url}: shard {lost[0]} is missing, and cannot be remade, because "
+            f"{split_url}: shard {lost[0]} is missing, and cannot be rebuilt, because "
             "--retry-failed may have retried part of it since; restore it from a copy, or choose "
             "another --out"
         )
@@ -319,7 +319,7 @@ def _plan_again(request: PreprocessRequest, plans: dict[str, Plan]) -> None:
     for split, plan in plans.items():
         split_url = storage.join(request.out, split)
         merge_ledgers(split_url, plan.num_shards, read_supplements(split_url))
-        plan_supplements(split_url, plan.num_shards, num_samples)
+        plan_retries(split_url, plan.num_shards, num_samples)
 
 
 def _forget_fingerprint(split_url: str) -> None:
@@ -363,7 +363,7 @@ def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
     commits = read_commits(split_url)
     if not any(commit.num_samples for commit in commits):
         return _take_back(split_url, split, plan)
-    fault = request.fault.reach if request.fault else None
+    fault = request.fault.trigger_at if request.fault else None
     manifest = write_manifest(split_url, _read_fingerprint(split_url), fault=fault)
     if manifest.num_samples + sum(manifest.failures.values()) != plan.num_instances:
         raise ConfigError(

@@ -14,7 +14,7 @@ from d2i.preprocess.ledger import LedgerRow, ledger_url, read_shard_ledger
 from d2i.preprocess.plan import Plan, fingerprint_url, plan_url, read_plan, records_url
 from d2i.preprocess.records import read_records
 from d2i.preprocess.supplements import net_failures, read_supplements
-from d2i.recipes import read_kept_recipe, refuse_host
+from d2i.recipes import read_stored_recipe, refuse_host
 from d2i.shards import ShardProblem, read_manifest
 
 _REPAIR = "d2i repair restores it from the manifest"
@@ -56,7 +56,7 @@ class JobFiles:
             ConfigError: If it is missing or damaged.
         """
         try:
-            values = read_kept_recipe(self.split_url).model_dump(mode="json")
+            values = read_stored_recipe(self.split_url).model_dump(mode="json")
         except ValueError as err:
             if isinstance(err, ConfigError):
                 raise

@@ -134,7 +134,7 @@ class RetractionWorker:
                 return len(retracted)
             storage.remove(storage.join(split_url, old.commit_name))
             if self.fault:
-                self.fault.reach("same_pictures.record_removed")
+                self.fault.trigger_at("same_pictures.record_removed")
             write_ledger(split_url, old.index, rows)
         for name in (old.index_name, old.tar_name):
             storage.remove(storage.join(split_url, name))

@@ -214,7 +214,7 @@ class _RepairedSet:
         builder = EncodeWorkerBuilder(recipe, (self.url,))
         with session(request.num_workers, request.ray_address):
             if not tasks:
-                pool = Pool(_Settling, request.num_workers, request.ray_address)
+                pool = Pool(_FingerprintLock, request.num_workers, request.ray_address)
                 list(run_tasks(pool, [builder]))
             results = run_pipeline(self._stages(job, recipe), tasks)
             for done, (task, result) in enumerate(results, start=1):
@@ -306,7 +306,7 @@ class _RepairedSet:
         self.problems.append(ShardProblem(file, "repair", detail))
 
 
-class _Settling:
+class _FingerprintLock:
     """Writes the features of '' and the fingerprint where they are missing or wrong."""
 
     def run(self, builder: EncodeWorkerBuilder) -> None:

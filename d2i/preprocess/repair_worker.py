@@ -79,7 +79,7 @@ class RepairWorker:
                 failures=task.failures,
                 fingerprint=self._encode.fingerprint,
                 expected=task.commit,
-                fault=self._encode.reach,
+                fault=self._encode.trigger_at,
             )
         except ShardError as err:
             return RepairResult(name, str(err))

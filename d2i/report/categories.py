@@ -10,7 +10,7 @@ from d2i.metric_specs import METRICS
 from d2i.report.comparable import card_summary, group_by_metric, incompatibility_reason, is_plain
 from d2i.report.evaluation import Evaluation, disambiguate, read_json
 from d2i.report.paper_rows import paper_row
-from d2i.report.tabulated import Cell, Row, Table
+from d2i.report.table import Cell, Row, Table
 
 _SHOWN = tuple(METRICS[key] for key in ("fid", "is", "kid_paired", "clip_i"))
 _SCORES = (

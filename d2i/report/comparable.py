@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from d2i.metric_specs import METRICS
 from d2i.report.evaluation import Evaluation, lossy_codec
-from d2i.report.paper_rows import why_not_earned
+from d2i.report.paper_rows import row_mismatches
 
 _CORPORA = {"photochat": "PhotoChat", "mmdialog": "MMDialog", "made world": "the made world"}
 KeyT = TypeVar("KeyT", bound=Hashable)
@@ -121,7 +121,7 @@ def card_summary(evaluation: Evaluation) -> str:
 
 
 def _unearned(evaluation: Evaluation) -> str:
-    reasons = why_not_earned(evaluation.card, strategy_of(evaluation))
+    reasons = row_mismatches(evaluation.card, strategy_of(evaluation))
     return f"; not the paper's row: {'; '.join(reasons)}" if reasons else ""
 
 

@@ -88,5 +88,5 @@ def _check_local(data_url: str) -> None:
     if storage.names_host(data_url):
         raise ShardError(
             f"the metric card's data set {data_url} is a URL with a host, which a report does not "
-            "contact"
+            "contact; evaluate with --data in a local directory or an object store"
         )

@@ -25,7 +25,7 @@ def gains(
         rows: The comparable rows of the paper.
         name: The row that the system earned.
     """
-    before = find_start(evaluation, beside) if evaluation else None
+    before = find_baseline(evaluation, beside) if evaluation else None
     found = {}
     for metric in PAPER_METRICS:
         ours = None
@@ -37,7 +37,7 @@ def gains(
     return found
 
 
-def find_start(evaluation: Evaluation, beside: Sequence[Evaluation]) -> Evaluation | None:
+def find_baseline(evaluation: Evaluation, beside: Sequence[Evaluation]) -> Evaluation | None:
     """Find the evaluation of the network that a run was fine-tuned from, on the same text.
 
     Returns None if it was not evaluated, or several evaluations match.

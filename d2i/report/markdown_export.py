@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 
-from d2i.report.tabulated import Cell, Table, shown
+from d2i.report.table import Cell, Table, shown
 
 _HEAD = ("table", "row", "column", "value", "deviation", "low", "high", "by", "card")
 

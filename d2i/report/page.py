@@ -16,10 +16,10 @@ from d2i.report.document import render_document
 from d2i.report.evaluation import Evaluation, read_evaluation
 from d2i.report.header import DEFAULT_TITLE, page_header
 from d2i.report.html import OmittedSection, Section
+from d2i.report.linearization_tables import context_ablation, table3
 from d2i.report.markdown_export import write_csv, write_markdown
 from d2i.report.paper_tables import table2, table5
 from d2i.report.preparation import preparation_section
-from d2i.report.readings import context_ablation, table3
 from d2i.report.scores import scores_section
 from d2i.report.sections import (
     categories_section,
@@ -29,7 +29,7 @@ from d2i.report.sections import (
     systems_section,
 )
 from d2i.report.stages import stages_section
-from d2i.report.tabulated import Table
+from d2i.report.table import Table
 from d2i.report.training import training_section
 
 _CASES_TITLE = "Cases"

@@ -58,33 +58,33 @@ def paper_row(card: Mapping[str, Any], strategy: str = "hash") -> str:
         card: The metric card.
         strategy: The linearization of the row.
     """
-    return earned_row(card, strategy) or own_name(card)
+    return matching_row(card, strategy) or own_name(card)
 
 
 def own_name(card: Mapping[str, Any]) -> str:
     """Return a system's own label, marked as not the paper's if it equals a name in the paper."""
     label = str(label_of(card))
     # The paper's names for its own systems are always reserved, even if its rows are not shown.
-    taken = _rows_of_backbones() if why_not_beside(card) else _rows_by_letters().values()
+    taken = _rows_of_backbones() if comparison_mismatches(card) else _rows_by_letters().values()
     is_taken = _letters(label) in map(_letters, taken)
     return f"{label}, not the paper's" if is_taken else label
 
 
-def earned_row(card: Mapping[str, Any], strategy: str = "hash") -> str | None:
+def matching_row(card: Mapping[str, Any], strategy: str = "hash") -> str | None:
     """Return the row of the paper's tables that a system earned, or None."""
-    if why_not_beside(card) or why_not_its_row(card, strategy):
+    if comparison_mismatches(card) or setup_mismatches(card, strategy):
         return None
     return _row_name(card)
 
 
-def why_not_earned(card: Mapping[str, Any], strategy: str = "hash") -> list[str]:
+def row_mismatches(card: Mapping[str, Any], strategy: str = "hash") -> list[str]:
     """Return the reasons why a system has not earned its row; empty also if it has no row."""
     if _row_name(card) is None:
         return []
-    return [*why_not_beside(card), *why_not_its_row(card, strategy)]
+    return [*comparison_mismatches(card), *setup_mismatches(card, strategy)]
 
 
-def why_not_beside(card: Mapping[str, Any]) -> list[str]:
+def comparison_mismatches(card: Mapping[str, Any]) -> list[str]:
     """Return the reasons why scores are not comparable with the paper's, for any system.
 
     Returns:
@@ -96,7 +96,7 @@ def why_not_beside(card: Mapping[str, Any]) -> list[str]:
     return [*_of_extractor(card), *_of_test_split(card, _num_test(str(corpus)))]
 
 
-def why_not_its_row(card: Mapping[str, Any], strategy: str = "hash") -> list[str]:
+def setup_mismatches(card: Mapping[str, Any], strategy: str = "hash") -> list[str]:
     """Return the reasons why a system differs from the paper's row of its name; empty for none."""
     found = list(_of_count(card))
     if card.get("backbone") in BACKBONES:

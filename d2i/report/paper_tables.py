@@ -15,20 +15,20 @@ from d2i.report.comparable import (
     place,
 )
 from d2i.report.evaluation import Evaluation, disambiguate
-from d2i.report.gains import find_start, gains
+from d2i.report.gains import find_baseline, gains
 from d2i.report.paper_rows import (
     BACKBONES,
-    earned_row,
+    comparison_mismatches,
+    matching_row,
     paper_notes,
     paper_row,
     paper_table2,
     paper_table5,
     paper_words,
-    why_not_beside,
-    why_not_earned,
+    row_mismatches,
 )
 from d2i.report.score_rows import NO_PAPER, score_row, score_table
-from d2i.report.tabulated import Cell, Row, Table
+from d2i.report.table import Cell, Row, Table
 
 _GAIN = "Gain: score after fine-tuning minus before, of the same network on the same text."
 _SAME_DESCRIPTIONS = "Divter: trained on our captions, because MMDialog has none."
@@ -84,7 +84,7 @@ def _set_apart(
 def _systems(corpus: str, part: Sequence[Evaluation], *, is_whole: bool) -> Table:
     """Make a row for each system, and with `is_whole` for those that only the paper has."""
     paper = paper_table2(corpus) if _is_beside_paper(part) else {}
-    earned = [earned_row(evaluation.card) or "" for evaluation in part]
+    earned = [matching_row(evaluation.card) or "" for evaluation in part]
     names = disambiguate([_heading(corpus, evaluation) for evaluation in part], part)
     named: list[tuple[str, str, Evaluation | None]] = list(zip(earned, names, part, strict=True))
     absent = set(paper) - set(earned) if is_whole else ()
@@ -107,14 +107,14 @@ def _systems(corpus: str, part: Sequence[Evaluation], *, is_whole: bool) -> Tabl
 def _notes(corpus: str, part: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
     """Explain the numbers, why some are missing, and which systems have no row of the paper."""
     is_beside, notes = _is_beside_paper(part), []
-    if is_beside or any(find_start(evaluation, part) for evaluation in part):
+    if is_beside or any(find_baseline(evaluation, part) for evaluation in part):
         notes.append(_GAIN)
     if any(e.card.get("kind") == "divter" and corpus == "mmdialog" for e in part):
         notes.append(_SAME_DESCRIPTIONS)
     if is_beside:
         return [*notes, *_unearned(part, names), *paper_notes("table2", corpus)]
     if paper_table2(corpus):
-        reasons = "; ".join(why_not_beside(part[0].card))
+        reasons = "; ".join(comparison_mismatches(part[0].card))
         notes.append(f"The paper's numbers are omitted: {reasons}.")
     return notes
 
@@ -123,7 +123,7 @@ def _unearned(part: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
     return [
         f"{name}: not the paper's row: {'; '.join(reasons)}."
         for name, evaluation in zip(names, part, strict=True)
-        if (reasons := why_not_earned(evaluation.card))
+        if (reasons := row_mismatches(evaluation.card))
     ]
 
 
@@ -137,4 +137,4 @@ def _heading(corpus: str, evaluation: Evaluation) -> str:
 
 
 def _is_beside_paper(part: Sequence[Evaluation]) -> bool:
-    return any(not why_not_beside(evaluation.card) for evaluation in part)
+    return any(not comparison_mismatches(evaluation.card) for evaluation in part)

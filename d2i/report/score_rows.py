@@ -10,7 +10,7 @@ from d2i.report.comparable import card_summary, guidance_words
 from d2i.report.evaluation import Evaluation
 from d2i.report.html import is_number
 from d2i.report.paper_rows import PaperScores
-from d2i.report.tabulated import Cell, Row, Table
+from d2i.report.table import Cell, Row, Table
 
 NO_PAPER: PaperScores = {}
 Gains = Mapping[str, tuple[float | None, float | None]]

@@ -10,10 +10,10 @@ from d2i.report.conversations import group_by_instances, render_rows
 from d2i.report.dataset import read_conversations
 from d2i.report.evaluation import Evaluation
 from d2i.report.html import OmittedSection, Section, table, text
+from d2i.report.linearization_tables import context_ablation, table3
 from d2i.report.paper_rows import paper_table2
 from d2i.report.paper_tables import table2, table5
-from d2i.report.readings import context_ablation, table3
-from d2i.report.tabulated import Cell, Row, Table, shown
+from d2i.report.table import Cell, Row, Table, shown
 
 _NUM_SHOWN = 4
 _SYSTEMS, _LINEARIZATIONS = "Systems", "Linearizations"

@@ -39,7 +39,7 @@ def read_one_batch(buffer: Any, schema: pa.Schema) -> Any:
     source = pa.BufferReader(buffer.slice(_MAGIC_SIZE_BYTES))
     found, batch = pa.ipc.read_message(source), pa.ipc.read_message(source)
     if found.type != "schema" or batch.type != "record batch":
-        raise ShardError("the index is not a schema and one batch")
+        raise ShardError("the index is not an Arrow file of exactly one record batch")
     if _is_compressed(bytes(batch.metadata)):
         raise ShardError("the index is compressed; expected plain columns that can be mapped")
     return pa.ipc.read_record_batch(batch, schema)

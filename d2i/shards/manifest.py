@@ -120,13 +120,13 @@ def publish_manifest(
     out_url: str, manifest: Manifest, *, fault: Callable[[Point], None] | None = None
 ) -> None:
     """Write a manifest and its checksum, unless they are already there."""
-    reach = fault or (lambda _point: None)
+    trigger_at = fault or (lambda _point: None)
     data = manifest.to_bytes()
     # The checksum first: a manifest always has its checksum, except while it is replaced.
     _write_if_changed(storage.join(out_url, CHECKSUM_NAME), _checksum_line(data))
-    reach("manifest.checksum")
+    trigger_at("manifest.checksum")
     _write_if_changed(storage.join(out_url, MANIFEST_NAME), data)
-    reach("manifest.written")
+    trigger_at("manifest.written")
 
 
 def read_manifest(url: str) -> Manifest:

@@ -54,7 +54,7 @@ def write_shard(
         ShardError: If a key repeats, a member is not legal, samples differ in their arrays, or the
             shard is not the expected one; no file is left behind.
     """
-    reach = fault or (lambda _point: None)
+    trigger_at = fault or (lambda _point: None)
     with storage.scratch_file(out_url) as scratch:
         writer = _write_tar(samples, scratch)
         index_data = index_bytes(writer.rows)
@@ -70,13 +70,13 @@ def write_shard(
         )
         if expected is not None and commit != expected:
             raise ShardError(_other_than(expected, commit))
-        reach("shard.written")
+        trigger_at("shard.written")
         storage.publish_atomically(scratch, storage.join(out_url, commit.tar_name))
-    reach("shard.tar")
+    trigger_at("shard.tar")
     storage.write_bytes(storage.join(out_url, commit.index_name), index_data)
-    reach("shard.index")
+    trigger_at("shard.index")
     storage.write_bytes(storage.join(out_url, commit.commit_name), commit.to_bytes())
-    reach("shard.commit")
+    trigger_at("shard.commit")
     return commit
 
 

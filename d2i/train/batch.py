@@ -98,7 +98,7 @@ def _mapped(part: T, change: Callable[[Tensor], Tensor]) -> T:
     return replace(part, **{f.name: changed(getattr(part, f.name)) for f in fields(part)})
 
 
-class BatchReader:
+class BatchLoader:
     """Prefetches micro batches in its own reader threads.
 
     Args:

@@ -170,7 +170,7 @@ class CheckpointWriter:
             DivergedError: If the previous one held a non-finite number.
         """
         self.finish()
-        if self._ranks.is_first:
+        if self._ranks.is_rank_zero:
             remove_step(self._run_url, progress.step)
         self._ranks.barrier()
         runs = state.copy_own_slices(self._ranks)
@@ -193,12 +193,12 @@ class CheckpointWriter:
         check_weights(runs, progress.step, self._config)
         directory = step_directory(self._run_url, progress.step)
         write_part(directory, self._ranks.rank, runs)
-        if not self._ranks.is_first:
+        if not self._ranks.is_rank_zero:
             return
         while len(written_ranks(directory)) < self._ranks.world_size:
             if self._abandoned.wait(self._poll_s):
                 return
         if self._fault:
-            self._fault.reach("train.checkpoint_written")
+            self._fault.trigger_at("train.checkpoint_written")
         write_marker(directory, progress, self._shapes, self._ranks.world_size)
         prune(self._run_url, self._config.num_checkpoints_kept, progress.step)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from d2i import storage
 from d2i.config import EncodersConfig, TrainConfig
-from d2i.encoders import ClipText, check_made_by
+from d2i.encoders import ClipText, check_encoder_hashes
 from d2i.errors import ConfigError, DataError
 from d2i.shards import ShardReader
 from d2i.train.batch import TextEncoder
@@ -100,7 +100,7 @@ def build_text_encoder(
     if "text" in reader.manifest.arrays:
         return None
     clip_text = ClipText(config.clip_text, config.text_prefix, device)
-    check_made_by({"clip_text": clip_text.hash}, reader.manifest, reader.url)
+    check_encoder_hashes({"clip_text": clip_text.hash}, reader.manifest, reader.url)
 
     def encode(tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
         return clip_text.encode(tokens, config.compute_batch_size).astype(np.float16)

@@ -49,8 +49,8 @@ class DataOrder:
     def epoch(self, epoch: int) -> NDArray[np.uint32]:
         """Return all sample indices in the order of an epoch, uint32 (num_samples,), read-only."""
         if self.kind == "global":
-            return _permutation(self.num_samples, self.seed, epoch)
-        return _blocked(self.shard_sizes, self.num_window_shards, self.seed, epoch)
+            return _shuffled(self.num_samples, self.seed, epoch)
+        return _block_shuffled(self.shard_sizes, self.num_window_shards, self.seed, epoch)
 
     def shards_ahead(self, step: int, size: int) -> tuple[int, ...]:
         """Return the shards to prefetch for a step and the next ones, in the order of use.
@@ -88,14 +88,14 @@ class DataOrder:
 
 # Only one epoch is cached, at 4 bytes a sample: a step that ends an epoch begins the next one.
 @lru_cache(maxsize=1)
-def _permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.uint32]:
+def _shuffled(num_samples: int, seed: int, epoch: int) -> NDArray[np.uint32]:
     order = np.arange(num_samples, dtype=np.uint32)
     np.random.default_rng([seed, epoch, num_samples]).shuffle(order)
     return _frozen(order)
 
 
 @lru_cache(maxsize=1)
-def _blocked(
+def _block_shuffled(
     shard_sizes: Sequence[int], num_window_shards: int, seed: int, epoch: int
 ) -> NDArray[np.uint32]:
     windows, random = _windows(shard_sizes, num_window_shards, seed, epoch)

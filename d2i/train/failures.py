@@ -77,7 +77,7 @@ def report_error(error: D2IError) -> str | None:
 
 def _own_or_common_error(error: D2IError, ranks: Ranks, hosts: Sequence[str]) -> D2IError:
     """Have the first rank report an error that all ranks have, and this rank one of its own."""
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         return error if ranks.claim_report() is not False else AlreadyReportedError()
     if ranks.is_reported() is False and ranks.claim_report():
         return RankError(f"rank {ranks.rank} on {hosts[ranks.rank]}: {error}")

@@ -17,7 +17,7 @@ from d2i.fault_injection import parse_fault
 from d2i.recipes import resolve_recipe
 from d2i.run_dir import check_initial_weights
 from d2i.terminal import plain
-from d2i.train.slurm import torch_names
+from d2i.train.slurm import torchrun_environment
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -72,7 +72,7 @@ def launch(
 
 def _name_rank(local_rank: int) -> None:
     """Set torch's rank variables if the launcher passes an option or SLURM's variables instead."""
-    os.environ.update(torch_names(os.environ))
+    os.environ.update(torchrun_environment(os.environ))
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
 
 

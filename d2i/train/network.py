@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from d2i.config import Recipe, TrainPrecision
-from d2i.encoders.load import multiplied_in
+from d2i.encoders.load import matmul_precision
 from d2i.models.model_dir import build_network
 
 
@@ -41,7 +41,7 @@ def autocast_to(network: Any, precision: TrainPrecision) -> None:
     forward = network.forward
 
     def multiplied(latent: Tensor, *inputs: Any) -> Any:
-        with multiplied_in("bf16", latent.device.type):
+        with matmul_precision("bf16", latent.device.type):
             return forward(latent, *inputs)
 
     network.forward = multiplied

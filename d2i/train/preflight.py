@@ -20,7 +20,7 @@ from d2i.diffusion.draws import normal
 from d2i.models import build_backbone
 from d2i.recipes import check_prepared_with
 from d2i.shards import ShardReader
-from d2i.train.batch import Batch, BatchReader
+from d2i.train.batch import Batch, BatchLoader
 from d2i.train.checkpoint_writer import build_state
 from d2i.train.data import (
     build_order,
@@ -67,7 +67,7 @@ def preflight(request: TrainRequest) -> None:
     ranks = join_ranks()
     with reported_errors(request, ranks):
         found = _measure(request, ranks)
-        if ranks.is_first:
+        if ranks.is_rank_zero:
             data = json.dumps(found, indent=1, sort_keys=True) + "\n"
             checksums.write_bytes(storage.join(request.run_url, PREFLIGHT_NAME), data.encode())
         ranks.barrier()
@@ -96,7 +96,7 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
     }
     encode_text = build_text_encoder(reader, recipe.encoders, str(ranks.device))
     joint = recipe.backbone.is_joint
-    batches = BatchReader(reader, config, is_joint=joint, encode_text=encode_text)
+    batches = BatchLoader(reader, config, is_joint=joint, encode_text=encode_text)
     found["input_samples_per_s"] = _time_input(batches, reader, config, ranks)
     found |= _Trial(request, ranks, network, batches, len(reader)).run()
     batches.close()
@@ -132,7 +132,7 @@ def _time_all_reduce(ranks: Ranks) -> float | None:
 
 
 def _time_input(
-    batches: BatchReader, reader: ShardReader, config: TrainConfig, ranks: Ranks
+    batches: BatchLoader, reader: ShardReader, config: TrainConfig, ranks: Ranks
 ) -> float:
     """Measure the samples/s read, including their random draws, summed over all ranks."""
     order = build_order(reader, config)
@@ -151,7 +151,7 @@ class _Trial:
         request: TrainRequest,
         ranks: Ranks,
         network: Any,
-        batches: BatchReader,
+        batches: BatchLoader,
         num_samples: int,
     ) -> None:
         self._config, self._ranks = request.recipe.train, ranks

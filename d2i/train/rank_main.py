@@ -22,7 +22,7 @@ from d2i.run_dir import (
     RunConfig,
     keep_num_steps,
     last_step,
-    open_run,
+    start_or_resume,
 )
 from d2i.shards import ShardReader
 from d2i.train.checkpoint import (
@@ -67,7 +67,7 @@ def _hold_run(run_url: str, ranks: Ranks, stack: ExitStack) -> None:
         stack.enter_context(storage.exclusive_lock(run_url))
         return 0
 
-    ranks.on_first(hold)
+    ranks.run_on_rank_zero(hold)
 
 
 def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
@@ -82,16 +82,16 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     network = build_trained_network(recipe)
     check_sizes(network, reader)
     checkpoint = _find_checkpoint(run_url, ranks)
-    if ranks.on_first(lambda: _open_run(request, reader, ranks, checkpoint)):
+    if ranks.run_on_rank_zero(lambda: _open_run(request, reader, ranks, checkpoint)):
         return
     state = _build_state(request, ranks, network, checkpoint)
     progress = checkpoint.progress if checkpoint else Progress()
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     with CheckpointWriter(run_url, config, ranks, shapes, request.fault) as writer:
-        last = Trainer(request, ranks, state, reader, writer).run(progress)
+        last = Trainer(request, ranks, state, reader, writer).training_loop(progress)
         writer.finish()
         ranks.barrier()
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         _end(request, last)
 
 
@@ -102,7 +102,7 @@ def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:
         found = latest_valid_checkpoint(run_url, lambda line: say(f"warning: {line}"))
         return found.progress.step if found else 0
 
-    step = ranks.on_first(newest_step)
+    step = ranks.run_on_rank_zero(newest_step)
     return Checkpoint(step_directory(run_url, step)) if step else None
 
 
@@ -118,7 +118,7 @@ def _open_run(
     if not made:
         # Only a new run reads its initial weights; a resumed one keeps the entry from its start.
         config = replace(config, initial_weights=describe_initial_weights(request.recipe.backbone))
-    open_run(run_url, config, is_begun=made > 0)
+    start_or_resume(run_url, config, is_begun=made > 0)
     _check_num_steps(request, made, can_go_on=checkpoint is not None or not made)
     if checkpoint is None and made:
         say(f"{run_url} is finished and its checkpoints are gone: nothing to do")

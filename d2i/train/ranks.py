@@ -42,7 +42,7 @@ class Ranks:
     control: Any
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """True if this rank is the one that prints and writes the run's logs."""
         return self.rank == 0
 
@@ -50,7 +50,7 @@ class Ranks:
         """Wait until every rank has called this."""
         torch.distributed.barrier(group=self.control)
 
-    def broadcast_from_first(self, number: int) -> int:
+    def broadcast_from_rank_zero(self, number: int) -> int:
         """Return the first rank's number on every rank."""
         reported = torch.tensor(number, dtype=torch.int64)
         torch.distributed.broadcast(reported, src=0, group=self.control)
@@ -68,7 +68,7 @@ class Ranks:
         torch.distributed.all_gather(parts, values, group=self.control)
         return torch.stack(parts)
 
-    def on_first(self, work: Callable[[], int]) -> int:
+    def run_on_rank_zero(self, work: Callable[[], int]) -> int:
         """Run work on the first rank and return its result on every rank; all must call this.
 
         Args:
@@ -79,27 +79,27 @@ class Ranks:
                 work's own error.
         """
         number, problem = _FAILED, None
-        if self.is_first:
+        if self.is_rank_zero:
             try:
                 number = work()
             except Exception as err:
                 problem = err
-        number = self.broadcast_from_first(number)
+        number = self.broadcast_from_rank_zero(number)
         if problem:
             raise problem
         if number == _FAILED:
             raise AlreadyReportedError
         return number
 
-    def build_on_first(self, build: Callable[[], Built]) -> Built | None:
-        """Build an object on the first rank alone; None on the others. Raises as `on_first`."""
+    def build_on_rank_zero(self, build: Callable[[], Built]) -> Built | None:
+        """Build an object on rank 0 alone; None on the others. Raises as `run_on_rank_zero`."""
         built: list[Built] = []
 
         def work() -> int:
             built.append(build())
             return 0
 
-        self.on_first(work)
+        self.run_on_rank_zero(work)
         return built[0] if built else None
 
     def claim_report(self) -> bool | None:

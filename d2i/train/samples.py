@@ -18,7 +18,7 @@ from d2i import storage
 from d2i.config import ImageConfig, Recipe
 from d2i.diffusion import dpm_solver, guided_unidiffuser, guided_uvit, join_state, split_state
 from d2i.diffusion.draws import normal
-from d2i.encoders import Vae, check_made_by
+from d2i.encoders import Vae, check_encoder_hashes
 from d2i.image_decode import crop_to_square, decode_image, png_bytes
 from d2i.models import build_backbone
 from d2i.models.model_dir import resolve_sizes
@@ -54,7 +54,7 @@ class SampleGrid:
     ) -> None:
         self._recipe, self._device = recipe, device
         self._vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind, str(device))
-        check_made_by({"vae": self._vae.hash}, reader.manifest, reader.url)
+        check_encoder_hashes({"vae": self._vae.hash}, reader.manifest, reader.url)
         rows = choose_instances(len(reader), _NUM_DIALOGS, recipe.train.seed)
         self._keys = [reader.keys[int(row)] for row in rows]
         self._true = [reader.read_image(int(row)) for row in rows]

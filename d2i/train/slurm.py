@@ -18,7 +18,7 @@ _FIRST = re.compile(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^\[,]*))?")
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
 
 
-def torch_names(environment: Mapping[str, str]) -> dict[str, str]:
+def torchrun_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that torch needs and that this task of `srun` lacks.
 
     Args:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from d2i import storage
 from d2i.run_dir import MetricsLine
 from d2i.shards import ShardReader
-from d2i.train.batch import Batch, BatchReader
+from d2i.train.batch import Batch, BatchLoader
 from d2i.train.checkpoint import Checkpoint, Progress, step_directory
 from d2i.train.checkpoint_writer import CheckpointWriter, TrainState
 from d2i.train.data import build_order, build_text_encoder
@@ -55,14 +55,16 @@ class Trainer:
         self._flops_per_s = self._peak_images_per_s()
         self._validation, self._grid = self._watchers()
 
-    def run(self, progress: Progress) -> Progress:
+    def training_loop(self, progress: Progress) -> Progress:
         """Train from `progress` to the last step or a stop request; return the progress made."""
         config = self._config
         self._pace = Throughput(progress.step, progress.elapsed_s)
         self._losses.known = list(progress.losses)
         run_url, recipe = self._request.run_url, self._request.recipe
         kept = self._kept_lines(progress)
-        self._records = self._ranks.build_on_first(lambda: MetricsLogger(run_url, recipe, *kept))
+        self._records = self._ranks.build_on_rank_zero(
+            lambda: MetricsLogger(run_url, recipe, *kept)
+        )
         stop = StopSignal(self._ranks)
         batches = self._batches.read_ahead(self._requests(progress.step))
         step = progress.step
@@ -70,7 +72,7 @@ class Trainer:
             self._step(step, batches)
             step += 1
             if self._request.fault:
-                self._request.fault.reach("train.step_done")
+                self._request.fault.trigger_at("train.step_done")
             is_last = step == config.num_steps or stop.is_agreed()
             self._after_step(step, is_last=is_last)
             if is_last:
@@ -118,7 +120,9 @@ class Trainer:
         """Return whether the first rank, which writes the logs, has no such line for a step."""
         records = self._records
         return bool(
-            self._ranks.on_first(lambda: records is not None and not has_line(records, step))
+            self._ranks.run_on_rank_zero(
+                lambda: records is not None and not has_line(records, step)
+            )
         )
 
     def _validate(self, step: int) -> None:
@@ -204,13 +208,13 @@ class Trainer:
     def _peak_images_per_s(self) -> float | None:
         """Return the images/s of all devices at their peak, on the first rank; None if unknown."""
         peak = peak_flops(self._ranks.device, self._config.precision)
-        if peak is None or not self._ranks.is_first:
+        if peak is None or not self._ranks.is_rank_zero:
             return None
         return self._ranks.world_size * peak / count_flops(self._request.recipe.backbone)
 
-    def _batches_of(self, reader: ShardReader) -> BatchReader:
+    def _batches_of(self, reader: ShardReader) -> BatchLoader:
         joint = self._request.recipe.backbone.is_joint
-        return BatchReader(reader, self._config, is_joint=joint, encode_text=self._encode_text)
+        return BatchLoader(reader, self._config, is_joint=joint, encode_text=self._encode_text)
 
     def _watchers(self) -> tuple[Validation | None, SampleGrid | None]:
         """Build the validation loss and the sample grid, if there is a validation split."""
@@ -227,7 +231,7 @@ class Trainer:
         if not self._config.num_sample_steps:
             return None
         recipe, device = self._request.recipe, self._ranks.device
-        return self._ranks.build_on_first(
+        return self._ranks.build_on_rank_zero(
             lambda: SampleGrid(recipe, reader, device, self._encode_text)
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2i.config import TrainConfig
 from d2i.run_dir import ValidationLine
-from d2i.train.batch import NUM_MODEL_TIMES, BatchReader
+from d2i.train.batch import NUM_MODEL_TIMES, BatchLoader
 from d2i.train.objective import Objective
 from d2i.train.ranks import Ranks
 
@@ -41,7 +41,7 @@ class Validation:
 
     def __init__(
         self,
-        batches: BatchReader,
+        batches: BatchLoader,
         num_samples: int,
         config: TrainConfig,
         objective: Objective,

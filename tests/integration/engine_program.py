@@ -141,7 +141,7 @@ def keep(state: TrainState, ranks: Ranks, directory: Path, losses: list[float]) 
     whole: dict[str, Tensor] = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for kind in ("weight", "ema"):
         whole |= {f"{kind}:{name}": t.clone() for name, t in checkpoint.read_whole(kind)}
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         save_file(whole, directory.with_suffix(".safetensors"))
     return checkpoint
 

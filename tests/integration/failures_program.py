@@ -33,7 +33,7 @@ def fail() -> int:
 
 def on_the_first(ranks: Ranks) -> None:
     """The first rank fails on behalf of all."""
-    ranks.on_first(fail)
+    ranks.run_on_rank_zero(fail)
 
 
 def on_all(_ranks: Ranks) -> None:
@@ -61,7 +61,7 @@ def killed_one(ranks: Ranks) -> None:
 
 def killed_first(ranks: Ranks) -> None:
     """The first rank dies, and with it the store that the ranks communicate through."""
-    if ranks.is_first:
+    if ranks.is_rank_zero:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

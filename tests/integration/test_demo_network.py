@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from d2i.demo.judge import read_all, share_right
+from d2i.demo.judge import attribute_accuracy, read_all
 from d2i.demo.pretrain.measure import generate
 from d2i.demo.pretrain.texts import caption_windows
 from d2i.demo.scene import split_scenes
@@ -20,7 +20,7 @@ def test_demo_network_generates_held_out_captions_correctly() -> None:
     models = Path(resolve_weights("demo:vae")).parent
     texts = caption_windows(split_scenes()[1][::4], seed=5)
     images = generate(models, Vae(str(models / "vae"), "kl"), texts)
-    shares = share_right(read_all([Image.fromarray(p) for p in images]), texts.scenes)
+    shares = attribute_accuracy(read_all([Image.fromarray(p) for p in images]), texts.scenes)
     assert sum(shares.values()) / len(shares) >= 0.85
 
 

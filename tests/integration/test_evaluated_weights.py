@@ -13,7 +13,7 @@ from d2i.models import load_weights
 from d2i.recipes import change_recipe
 from d2i.run_dir import RESULT_NAMES, read_recipe
 from d2i.shards import ShardReader
-from d2i.train.batch import BatchReader
+from d2i.train.batch import BatchLoader
 from d2i.train.network import build_trained_network
 from d2i.train.objective import build_objective
 from tests.integration.training import train
@@ -45,7 +45,7 @@ def loss_of(run: Path, data: Path, weights: str | None) -> float:
     if weights:
         load_weights(network, weights)
     reader = ShardReader(str(data / "valid"))
-    batches = BatchReader(reader, recipe.train, is_joint=False)
+    batches = BatchLoader(reader, recipe.train, is_joint=False)
     objective = build_objective(recipe.backbone, network.latent_scale, recipe.train.unidiffuser)
     rows = np.arange(len(reader))
     with torch.inference_mode():

@@ -43,7 +43,7 @@ class NumberProducer:
         random.shuffle(numbers)
         for number in numbers:
             if self.fault:
-                self.fault.reach("fetch.picture")
+                self.fault.trigger_at("fetch.picture")
             yield number
 
 
@@ -56,7 +56,7 @@ class SortingConsumer:
     def run(self, _task: int, blocks: Iterable[int]) -> list[int]:
         found = sorted(blocks)
         if self.fault:
-            self.fault.reach("encode.images")
+            self.fault.trigger_at("encode.images")
         return found
 
 

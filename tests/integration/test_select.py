@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from d2i.errors import ConfigError
-from d2i.eval.guidance import choose_settings
+from d2i.eval.generation_settings import choose_settings
 from d2i.eval.systems import parse_system
 from d2i.models.weights import read_state_dict
 from d2i.recipes import change_recipe

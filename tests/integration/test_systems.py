@@ -17,11 +17,16 @@ from safetensors.torch import load_file, save_file
 from d2i.config import Recipe
 from d2i.errors import ConfigError, D2IError, DataError
 from d2i.eval import job
-from d2i.eval.divter_captioner import Describer, DescriberConfig, read_pairs, train_describer
+from d2i.eval.divter_captioner import (
+    DivterCaptioner,
+    DivterCaptionerConfig,
+    read_pairs,
+    train_divter_captioner,
+)
 from d2i.eval.minigpt5_export import export_dialogs
 from d2i.eval.systems import parse_system
 from d2i.metric_specs import METRICS
-from d2i.recipes import change_recipe, read_kept_recipe
+from d2i.recipes import change_recipe, read_stored_recipe
 from d2i.report.evaluation import read_evaluation
 from d2i.report.paper_tables import table2
 from d2i.run_dir import EMA_NAME
@@ -34,7 +39,7 @@ FEW_STEPS = ("sample.num_steps=2", "sample.compute_batch_size=8")
 
 
 def recipe_of(data: Path | str, *settings: str) -> Recipe:
-    return change_recipe(read_kept_recipe(str(data)), [*FEW_STEPS, *settings])
+    return change_recipe(read_stored_recipe(str(data)), [*FEW_STEPS, *settings])
 
 
 def scored(
@@ -121,11 +126,13 @@ def test_divter_learns_to_describe_and_is_evaluated(tmp_path: Path, chat_data: P
     save_random_describer(tmp_path / "base")
     losses: list[float] = []
     out = tmp_path / "describer"
-    config = DescriberConfig(num_steps=60, batch_size=12, lr=3e-3)
-    train_describer(pairs, str(tmp_path / "base"), out, config, lambda _, loss: losses.append(loss))
+    config = DivterCaptionerConfig(num_steps=60, batch_size=12, lr=3e-3)
+    train_divter_captioner(
+        pairs, str(tmp_path / "base"), out, config, lambda _, loss: losses.append(loss)
+    )
     assert losses[-1] < 0.5 * losses[0]
-    described = Describer(str(out)).describe(pairs[0][0])
-    assert described == Describer(str(out)).describe(pairs[0][0])
+    described = DivterCaptioner(str(out)).describe(pairs[0][0])
+    assert described == DivterCaptioner(str(out)).describe(pairs[0][0])
     assert "b" in described
 
     system = f"divter:{out},uvit-s"

@@ -19,7 +19,7 @@ from d2i.eval.categories import (
     choose_keys,
     fid_of_few,
     inception_score,
-    num_in_two,
+    num_shared,
     read_label_words,
     score_categories,
     write_categories,
@@ -147,7 +147,7 @@ def test_score_categories_uses_draws_or_whole_small_category() -> None:
     assert people.kid_paired == pytest.approx(paired.value)
     assert (food.draw_size, food.num_draws, food.fid_std, food.is_std) == (30, 1, None, None)
     assert food.fid == pytest.approx(compute_fid(real[80:110], fake[80:110]), rel=1e-6)
-    assert num_in_two(MEMBERS) == 10
+    assert num_shared(MEMBERS) == 10
 
 
 def test_score_categories_ignores_row_order() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from d2i.config import Recipe, apply_settings, load_config
 from d2i.errors import ConfigError
-from d2i.recipes import RECIPES, keep_recipe, load_recipe, read_kept_recipe
+from d2i.recipes import RECIPES, load_recipe, read_stored_recipe, store_recipe
 
 
 def test_apply_settings_replaces_and_converts_values() -> None:
@@ -43,8 +43,8 @@ def test_wrong_setting_is_one_line_error(setting: str, hint: str) -> None:
 def test_recipe_json_round_trip(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
-    keep_recipe(recipe, str(tmp_path))
-    assert read_kept_recipe(str(tmp_path)) == recipe
+    store_recipe(recipe, str(tmp_path))
+    assert read_stored_recipe(str(tmp_path)) == recipe
     assert str(Path.home()) not in recipe.model_dump_json()
 
 

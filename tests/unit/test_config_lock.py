@@ -15,7 +15,7 @@ from d2i.config_lock import lock_or_diff
 from d2i.demo.corpus import write_corpus
 from d2i.errors import ConfigError
 from d2i.preprocess.plan import PlanRequest, make_plan
-from d2i.recipes import change_recipe, check_prepared_with, keep_recipe, load_recipe
+from d2i.recipes import change_recipe, check_prepared_with, load_recipe, store_recipe
 from d2i.shards import Sample, json_bytes, npy_bytes, write_shard
 
 
@@ -72,7 +72,7 @@ def test_plan_is_locked_by_first_finished_shard(tmp_path: Path, request_: PlanRe
 
 def test_check_prepared_with_rejects_other_settings(tmp_path: Path) -> None:
     recipe = load_recipe("demo")
-    keep_recipe(recipe, str(tmp_path))
+    store_recipe(recipe, str(tmp_path))
     check_prepared_with(recipe, str(tmp_path))
     check_prepared_with(recipe, str(tmp_path / "train"))
     other = recipe.model_copy(update={"text": TextConfig(strategy="space")})

@@ -39,10 +39,10 @@ from d2i.preprocess.job_files import JobFiles, check_job_files
 from d2i.preprocess.ledger import LedgerRow, read_ledger, write_ledger
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan, records_url
 from d2i.preprocess.records import read_records
-from d2i.preprocess.supplements import plan_supplements
-from d2i.recipes import keep_recipe, load_recipe, read_kept_recipe
+from d2i.preprocess.supplements import plan_retries
+from d2i.recipes import load_recipe, read_stored_recipe, store_recipe
 from d2i.report import read_evaluation
-from d2i.run_dir import MetricsLine, RunConfig, append_line, load_selection, open_run
+from d2i.run_dir import MetricsLine, RunConfig, append_line, load_selection, start_or_resume
 from d2i.shards import (
     Sample,
     ShardReader,
@@ -175,7 +175,7 @@ def write_plan(corpus: Path, directory: Path) -> None:
         instances = read_records(records_url(str(directory), index), plan.sha256(index))
         rows = [ledger_row(i.key, "passing" if index == 0 else "ok") for i in instances]
         write_ledger(str(directory), index, rows)
-    plan_supplements(str(directory), plan.num_shards, 100)
+    plan_retries(str(directory), plan.num_shards, 100)
 
 
 def replace_preprocess(recipe: Any, preprocess: Any) -> Any:
@@ -189,7 +189,7 @@ def ledger_row(key: str, status: Any) -> LedgerRow:
 
 def write_run(directory: Path) -> None:
     recipe = load_recipe("demo").model_dump(mode="json")
-    open_run(str(directory), RunConfig(recipe, "data", "a" * 64, 2), is_begun=False)
+    start_or_resume(str(directory), RunConfig(recipe, "data", "a" * 64, 2), is_begun=False)
     for step in range(1, 6):
         append_line(str(directory), MetricsLine(step, 1 / step, 1e-3, 8 * step, 10.5, 0.1 * step))
     for name in ("ema.safetensors", "select/step-4.safetensors"):
@@ -254,7 +254,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
         (root / name).mkdir()
     write_data(root / "data")
     write_plan(root / "corpus", root / "plan")
-    keep_recipe(load_recipe("demo"), str(root / "recipe"))
+    store_recipe(load_recipe("demo"), str(root / "recipe"))
     write_run(root / "run")
     write_checkpoint(root / "checkpoint")
     save_weights(WEIGHTS, root / "model" / "model.safetensors")
@@ -269,7 +269,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
         Kind("data", root / "data", read_data),
         Kind("plan", root / "plan", read_job),
         Kind("ledger", root / "ledgers", lambda directory: read_ledger(str(directory))),
-        Kind("recipe", root / "recipe", lambda directory: read_kept_recipe(str(directory))),
+        Kind("recipe", root / "recipe", lambda directory: read_stored_recipe(str(directory))),
         Kind("run", root / "run", read_run),
         Kind("checkpoint", root / "checkpoint", read_checkpoint, by_directory=True),
         Kind("model", root / "model", read_model),

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from d2i.demo.judge import read_all, share_right
+from d2i.demo.judge import attribute_accuracy, read_all
 from d2i.demo.render import render_scene
 from d2i.demo.scene import Scene, all_scenes
 from d2i.encoders import Vae
@@ -25,5 +25,5 @@ def test_vae_reconstructions_are_judged_correctly() -> None:
     codec = Vae("demo:vae", "kl")
     moments = codec.encode(np.stack([jpeg_pixels(s, i) for i, s in enumerate(scenes)]), 32)
     decoded = codec.decode(torch.from_numpy(moments[:, :4]), 32)
-    shares = share_right(read_all([Image.fromarray(pixels) for pixels in decoded]), scenes)
+    shares = attribute_accuracy(read_all([Image.fromarray(pixels) for pixels in decoded]), scenes)
     assert min(shares.values()) >= 0.95

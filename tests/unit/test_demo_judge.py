@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from d2i.demo.judge import read_all, read_attributes, share_right
+from d2i.demo.judge import attribute_accuracy, read_all, read_attributes
 from d2i.demo.render import background, render_scene
 from d2i.demo.scene import ATTRIBUTES, Scene, all_scenes
 
@@ -24,7 +24,7 @@ def some_scenes(count: int) -> list[Scene]:
 
 def test_judge_reads_reference_images_correctly() -> None:
     scenes = some_scenes(300)
-    shares = share_right(
+    shares = attribute_accuracy(
         read_all([as_jpeg(render_scene(s, i)) for i, s in enumerate(scenes)]), scenes
     )
     assert min(shares.values()) >= 0.98
@@ -33,7 +33,7 @@ def test_judge_reads_reference_images_correctly() -> None:
 def test_judge_scores_images_of_other_scenes_at_chance() -> None:
     scenes = some_scenes(300)
     answers = read_all([render_scene(s, i) for i, s in enumerate(scenes)])
-    shares = share_right(answers, [*scenes[150:], *scenes[:150]])
+    shares = attribute_accuracy(answers, [*scenes[150:], *scenes[:150]])
     for name, values in ATTRIBUTES.items():
         assert shares[name] == pytest.approx(1 / len(values), abs=0.1)
 
@@ -43,7 +43,7 @@ def test_judge_reads_upscaled_and_blurred_images() -> None:
     blurred = [
         render_scene(s, i).filter(ImageFilter.GaussianBlur(0.7)) for i, s in enumerate(scenes)
     ]
-    shares = share_right(read_all([p.resize((256, 256)) for p in blurred]), scenes)
+    shares = attribute_accuracy(read_all([p.resize((256, 256)) for p in blurred]), scenes)
     assert sum(shares.values()) / len(shares) >= 0.95
 
 
@@ -63,4 +63,4 @@ def test_judge_finds_no_object_on_bare_background(place: str, time: str) -> None
 
 def test_share_right_rejects_length_mismatch() -> None:
     with pytest.raises(ValueError, match="one scene per image"):
-        share_right(read_all([render_scene(all_scenes()[0], 0)]), [])
+        attribute_accuracy(read_all([render_scene(all_scenes()[0], 0)]), [])

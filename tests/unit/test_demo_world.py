@@ -12,7 +12,7 @@ from PIL import Image
 
 from d2i.demo.corpus import write_corpus
 from d2i.demo.dialogs import MAX_TURNS, caption, contexts, make_dialog
-from d2i.demo.judge import read_all, share_right
+from d2i.demo.judge import attribute_accuracy, read_all
 from d2i.demo.pretrain.__main__ import clip_captions, reading_dialogs
 from d2i.demo.pretrain.images import render
 from d2i.demo.render import render_scene
@@ -80,7 +80,7 @@ def test_held_out_scenes_are_absent_from_pretraining() -> None:
     # The images show their scenes, as read by the judge, which is not a trained model.
     some = range(0, len(images.scenes), 20)
     rendered = [Image.fromarray(images.pixels_NCHW[i].permute(1, 2, 0).numpy()) for i in some]
-    shares = share_right(read_all(rendered), [images.scenes[i] for i in some])
+    shares = attribute_accuracy(read_all(rendered), [images.scenes[i] for i in some])
     assert min(shares.values()) > 0.97
 
 

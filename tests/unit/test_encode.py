@@ -68,9 +68,9 @@ def test_float32_encoders_disable_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_encoder_precision_must_match_existing_data(encoders: Encoders, tmp_path: Path) -> None:
     lower = change_recipe(RECIPE, ["preprocess.encoder_precision=bf16"])
-    EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).settle(str(tmp_path))
+    EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).lock_fingerprint(str(tmp_path))
     with pytest.raises(ShardError, match=r"image\.precision: bf16, expected fp32"):
-        EncodeWorker(EncodeWorkerBuilder(lower, ()), encoders).settle(str(tmp_path))
+        EncodeWorker(EncodeWorkerBuilder(lower, ()), encoders).lock_fingerprint(str(tmp_path))
 
 
 def test_latent_beyond_float16_is_permanent_failure(
@@ -136,7 +136,7 @@ def test_empty_text_beyond_float16_raises(tmp_path: Path) -> None:
     with torch.no_grad():
         encoders.clip_text.module.text_model.final_layer_norm.bias.fill_(1e6)
     with pytest.raises(CheckpointError, match="for the empty text does not fit in float16"):
-        EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).settle(str(tmp_path))
+        EncodeWorker(EncodeWorkerBuilder(RECIPE, ()), encoders).lock_fingerprint(str(tmp_path))
     assert not list(tmp_path.glob("empty_text.npy"))
 
 

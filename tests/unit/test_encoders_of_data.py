@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2i.encoders import Encoders, check_made_by, load_encoders
+from d2i.encoders import Encoders, check_encoder_hashes, load_encoders
 from d2i.errors import CheckpointError
 from d2i.eval.systems import SystemSpec
 from d2i.eval.worker import EvalWorker, EvalWorkerBuilder
@@ -48,7 +48,7 @@ def test_encoder_weights_must_match_data(use: str, encoders: Encoders, tmp_path:
     """Also if the recipe names them by a path, which does not identify the weights."""
     name, load = USES[use]
     made_by = fingerprint(RECIPE, encoders)
-    check_made_by(encoders.hashes(), write_manifest(str(tmp_path), made_by), str(tmp_path))
+    check_encoder_hashes(encoders.hashes(), write_manifest(str(tmp_path), made_by), str(tmp_path))
     made_by["text" if name == "clip_text" else "image"][name] = "0" * 64
     write_manifest(str(tmp_path), made_by)
     with pytest.raises(CheckpointError, match=rf"encoders\.{name}: .* expected 0000000000000000…"):
@@ -57,4 +57,4 @@ def test_encoder_weights_must_match_data(use: str, encoders: Encoders, tmp_path:
 
 def test_foreign_shards_skip_encoder_check(encoders: Encoders, tmp_path: Path) -> None:
     manifest = write_manifest(str(tmp_path), {"image": "another program's"})
-    check_made_by(encoders.hashes(), manifest, str(tmp_path))
+    check_encoder_hashes(encoders.hashes(), manifest, str(tmp_path))

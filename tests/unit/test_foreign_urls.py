@@ -17,7 +17,7 @@ from d2i.cli.study import evaluate
 from d2i.errors import ConfigError, DataError
 from d2i.eval.provenance import describe_training
 from d2i.preprocess.job_files import JobFiles
-from d2i.recipes import change_recipe, load_recipe, read_kept_recipe
+from d2i.recipes import change_recipe, load_recipe, read_stored_recipe
 from d2i.report.dataset import read_conversations, read_splits
 from d2i.report.evaluation import Evaluation
 from d2i.report.training import training_section
@@ -89,7 +89,7 @@ def test_commands_never_contact_url_in_foreign_file(
 )
 def test_url_in_command_line_setting_is_accepted(tmp_path: Path, section: str, name: str) -> None:
     data = write_data(tmp_path / "data", foreign_recipe("ftp://h/x", section, name))
-    kept, own = read_kept_recipe(str(data)), f"{section}.{name}=https://mine/x"
+    kept, own = read_stored_recipe(str(data)), f"{section}.{name}=https://mine/x"
     with pytest.raises(ConfigError, match=rf"--set {section}\.{name}=URL"):
         change_recipe(kept, ["sample.seed=1"])
     assert getattr(getattr(change_recipe(kept, [own]), section), name) == "https://mine/x"
@@ -99,7 +99,7 @@ def test_url_in_command_line_setting_is_accepted(tmp_path: Path, section: str, n
 def test_location_without_host_is_accepted_in_file(tmp_path: Path, location: str) -> None:
     data = write_data(tmp_path / "data", foreign_recipe(location, "encoders", "vae"))
     assert not storage.names_host(location)
-    assert change_recipe(read_kept_recipe(str(data)), []).encoders.vae == location
+    assert change_recipe(read_stored_recipe(str(data)), []).encoders.vae == location
 
 
 def test_foreign_urls_of_data_images_and_run_are_never_contacted(

@@ -73,5 +73,5 @@ def test_objective_computes_unidiffuser_loss_of_recipe(options: dict[str, Any]) 
 @pytest.mark.parametrize("options", [{"weights": [1, 1]}, {"loss": "t2i", "weights": [1, 1, 1]}])
 def test_wrong_number_of_loss_weights_is_one_line_error(options: dict[str, Any]) -> None:
     values = {"num_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
-    with pytest.raises(ConfigError, match="parts, expected"):
+    with pytest.raises(ConfigError, match="parts, got"):
         load_config(TrainConfig, values | {"unidiffuser": options}, source="here")

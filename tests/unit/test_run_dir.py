@@ -10,12 +10,12 @@ import pytest
 
 from d2i.errors import CheckpointError, ConfigError
 from d2i.recipes import resolve_recipe
-from d2i.run_dir import RunConfig, check_initial_weights, open_run, read_recipe
+from d2i.run_dir import RunConfig, check_initial_weights, read_recipe, start_or_resume
 
 
 def start_run(run: Path, *settings: str, data: str = "a" * 64, is_begun: bool = True) -> None:
     recipe = resolve_recipe("uvit-s-photochat", settings).model_dump(mode="json")
-    open_run(str(run), RunConfig(recipe, "data", data, 2), is_begun=is_begun)
+    start_or_resume(str(run), RunConfig(recipe, "data", data, 2), is_begun=is_begun)
 
 
 @pytest.mark.parametrize(

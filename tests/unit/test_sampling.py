@@ -134,7 +134,7 @@ def test_ancestral_sampler_uses_keyed_noise(name: str, variance: Any) -> None:
     [
         ("sampler=dpm", "sampler is 'dpm'"),
         ("sampler=diffusers:os.system", "sampler is 'diffusers:os.system'"),
-        ("sampler=ancestral", "needs num_steps=1000"),
+        ("sampler=ancestral", "set num_steps=1000"),
     ],
 )
 def test_invalid_sampler_is_one_line_error(setting: str, message: str) -> None:

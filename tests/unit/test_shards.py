@@ -280,7 +280,9 @@ def test_manifest_rejects_shards_of_other_fingerprint(copy: Path) -> None:
 def test_failed_shard_write_is_recovered(point: Point, tmp_path: Path) -> None:
     samples = [make_sample(number) for number in range(3)]
     with pytest.raises(FaultError):
-        write_shard(samples, str(tmp_path), 0, failures={}, fault=Fault(point, "error", 1).reach)
+        write_shard(
+            samples, str(tmp_path), 0, failures={}, fault=Fault(point, "error", 1).trigger_at
+        )
     assert len(read_commits(str(tmp_path))) == (point == "shard.commit")
     other = [make_sample(number) for number in range(2)]
     write_shard(other, str(tmp_path), 0, failures={"timeout": 1})
@@ -293,7 +295,9 @@ def test_failed_shard_write_is_recovered(point: Point, tmp_path: Path) -> None:
 def test_interrupted_manifest_write_is_recovered(copy: Path) -> None:
     write_shard([make_sample(99)], str(copy), 4, failures={}, fingerprint=FINGERPRINT)
     with pytest.raises(FaultError):
-        write_manifest(str(copy), FINGERPRINT, fault=Fault("manifest.checksum", "error", 1).reach)
+        write_manifest(
+            str(copy), FINGERPRINT, fault=Fault("manifest.checksum", "error", 1).trigger_at
+        )
     with pytest.raises(ShardError, match="sha256 beside it"):
         ShardReader(str(copy))
     write_manifest(str(copy), FINGERPRINT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from d2i.errors import ClusterError
-from d2i.train.slurm import first_node, torch_names
+from d2i.train.slurm import first_node, torchrun_environment
 
 TASK = {
     "SLURM_PROCID": "5",
@@ -32,7 +32,7 @@ def test_first_node_is_parsed_from_nodelist(names: str, first: str) -> None:
 
 
 def test_srun_task_becomes_torch_rank() -> None:
-    assert torch_names(TASK) == {
+    assert torchrun_environment(TASK) == {
         "RANK": "5",
         "WORLD_SIZE": "8",
         "LOCAL_RANK": "1",
@@ -42,20 +42,24 @@ def test_srun_task_becomes_torch_rank() -> None:
 
 
 def test_master_address_of_batch_script_is_kept() -> None:
-    found = torch_names(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "6000"})
+    found = torchrun_environment(TASK | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "6000"})
     assert found == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 
 
 def test_step_nodelist_overrides_job_nodelist() -> None:
-    assert torch_names(TASK | {"SLURM_STEP_NODELIST": "gpu[08-09]"})["MASTER_ADDR"] == "gpu08"
+    assert (
+        torchrun_environment(TASK | {"SLURM_STEP_NODELIST": "gpu[08-09]"})["MASTER_ADDR"] == "gpu08"
+    )
 
 
 @pytest.mark.parametrize("names", [TASK | {"RANK": "0"}, {"SLURM_JOB_ID": "1"}, {}])
 def test_variables_of_other_launchers_are_not_overridden(names: dict[str, str]) -> None:
     """Batch scripts, shells of an allocation and torchrun under srun set some of these too."""
-    assert torch_names(names) == {}
+    assert torchrun_environment(names) == {}
 
 
 def test_missing_nodelist_raises_cluster_error() -> None:
     with pytest.raises(ClusterError, match="export MASTER_ADDR"):
-        torch_names({name: value for name, value in TASK.items() if "NODELIST" not in name})
+        torchrun_environment(
+            {name: value for name, value in TASK.items() if "NODELIST" not in name}
+        )

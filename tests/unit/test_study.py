@@ -18,7 +18,7 @@ from PIL import Image
 from d2i.config import TextConfig
 from d2i.errors import ConfigError
 from d2i.report import write_report
-from d2i.report.paper_rows import PUBLISHED_EXTRACTOR, earned_row, paper_row, why_not_earned
+from d2i.report.paper_rows import PUBLISHED_EXTRACTOR, matching_row, paper_row, row_mismatches
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 
 BACKBONES = ("uvit-s", "uvit-s-deep", "unidiffuser-v1")
@@ -353,12 +353,12 @@ _SMALL = {"depth": [3, 12], "dim": [32, 512], "patch_size": [4, 2]}
     ],
 )
 def test_paper_row_requires_setup_of_paper(change: dict[str, Any], reason: str) -> None:
-    assert earned_row(CARD) == paper_row(CARD) == "U-ViT-Small + ours"
-    assert why_not_earned(CARD) == []
+    assert matching_row(CARD) == paper_row(CARD) == "U-ViT-Small + ours"
+    assert row_mismatches(CARD) == []
     card = CARD | change
-    assert earned_row(card) is None
+    assert matching_row(card) is None
     assert paper_row(card) == "uvit-s, fine-tuned"
-    assert "; ".join(why_not_earned(card)) == reason
+    assert "; ".join(row_mismatches(card)) == reason
 
 
 def test_backward_compatibility_old_card_earns_no_paper_row(tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_label_alone_earns_no_paper_row() -> None:
     assert paper_row(of_images) == "U-ViT-Small + ours, not the paper's"
     karlo = CARD | {"backbone": None, "kind": "dalle2", "run": None, "label": "DALL-E 2"}
     assert paper_row(karlo) == "unCLIP (Karlo)"
-    assert "unCLIP (Karlo)" in why_not_earned(karlo)[0]
+    assert "unCLIP (Karlo)" in row_mismatches(karlo)[0]
 
 
 def test_gains_are_shown_next_to_paper_gains(tmp_path: Path) -> None:

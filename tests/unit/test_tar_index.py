@@ -154,5 +154,5 @@ def test_oversized_long_name_header_raises(tmp_path: Path) -> None:
 
 def test_tar_without_files_raises(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(make_tar([]))
-    with pytest.raises(DataError, match="without files"):
+    with pytest.raises(DataError, match="contain no files"):
         open_index(str(tmp_path / "x.tar"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2i.report.markdown_export import write_csv
-from d2i.report.tabulated import Cell, Row, Table
+from d2i.report.table import Cell, Row, Table
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 from d2i.terminal import plain
 from tests.processes import run_process

@@ -22,7 +22,7 @@ from d2i.shards import (
     write_shard,
 )
 from d2i.tokenize import encode, window
-from d2i.train.batch import Batch, BatchReader
+from d2i.train.batch import Batch, BatchLoader
 from d2i.train.data import build_text_encoder
 from d2i.train.data_order import DataOrder
 
@@ -72,7 +72,7 @@ def config(num_threads: int = 1) -> TrainConfig:
 
 def stream(reader: ShardReader, num_threads: int) -> list[Batch]:
     encode_text = build_text_encoder(reader, ENCODERS, "cpu")
-    batches = BatchReader(reader, config(num_threads), is_joint=False, encode_text=encode_text)
+    batches = BatchLoader(reader, config(num_threads), is_joint=False, encode_text=encode_text)
     order = DataOrder((len(reader),), 0)
     requests = [
         (indices, step) for step in range(4) for indices in order.micro_batches(step, 4, 0, 1, 2)
@@ -121,7 +121,7 @@ def test_first_unread_follows_returned_batches(readers: tuple[ShardReader, Shard
             gate.wait()
         return np.zeros((*tokens.shape, 8), np.float16)
 
-    batches = BatchReader(reader, config(2), is_joint=False, encode_text=encode_text)
+    batches = BatchLoader(reader, config(2), is_joint=False, encode_text=encode_text)
     prefetched = batches.read_ahead((np.array([step]), step) for step in range(4))
     assert batches.first_unread(0) == 0
     next(prefetched)

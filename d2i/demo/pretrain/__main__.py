@@ -16,11 +16,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from d2i.demo.pretrain.clip import build_clip, load_clip, save_image, save_text, train_clip
-from d2i.demo.pretrain.codec import build_codec, save_codec, train_codec
 from d2i.demo.pretrain.images import render
 from d2i.demo.pretrain.network import backbone_config, build_pool, save_network, train_network
-from d2i.demo.pretrain.reading import teach_dialogs
+from d2i.demo.pretrain.text_encoder import train_on_dialogs
 from d2i.demo.pretrain.texts import Texts, caption_windows, dialog_windows, join, vocabulary
+from d2i.demo.pretrain.vae import build_codec, save_codec, train_codec
 from d2i.demo.scene import split_scenes
 
 _SEED = 0
@@ -96,7 +96,7 @@ def make_text(out: Path) -> None:
     pair = load_clip(out / _CAPTIONS_TOWER, out / "clip_image")
     scenes, _ = split_scenes()
     captions = caption_windows(scenes * 4, _TEXT_SEED)
-    teach_dialogs(pair, captions, reading_dialogs(), _NUM_READING_STEPS)
+    train_on_dialogs(pair, captions, reading_dialogs(), _NUM_READING_STEPS)
     save_text(pair, out / "clip_text")
 
 

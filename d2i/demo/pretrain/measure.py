@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from d2i.config import BackboneConfig
-from d2i.demo.judge import read_all, share_right
+from d2i.demo.judge import attribute_accuracy, read_all
 from d2i.demo.pretrain.images import render_scenes
 from d2i.demo.pretrain.texts import Texts, caption_windows, dialog_windows
 from d2i.demo.scene import GROUPS, Scene, split_scenes
@@ -65,7 +65,7 @@ def generate(models: Path, vae: Vae, texts: Texts) -> NDArray[np.uint8]:
 
 
 def _report(name: str, pixels: NDArray[np.uint8], scenes: list[Scene]) -> None:
-    shares = share_right(read_all([Image.fromarray(p) for p in pixels]), scenes)
+    shares = attribute_accuracy(read_all([Image.fromarray(p) for p in pixels]), scenes)
     groups = {g: float(np.mean([shares[n] for n in names])) for g, names in GROUPS.items()}
     mean = float(np.mean(list(shares.values())))
     row = {"on": name, "num": len(scenes), "mean": mean} | groups | {"by_attribute": shares}

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from d2i.config import BackboneConfig
 from d2i.demo.pretrain.clip import ClipPair
-from d2i.demo.pretrain.codec import encode_means
 from d2i.demo.pretrain.images import ImageBatch
 from d2i.demo.pretrain.texts import caption_windows
+from d2i.demo.pretrain.vae import encode_means
 from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone, save_weights
 from d2i.models.model_dir import write_config
@@ -108,13 +108,13 @@ def train_network(
     for phase in PHASES:
         network = _build(config, phase.num_text_tokens, seed)
         if weights is not None:
-            network.load_state_dict(widen_text(weights, phase.num_text_tokens))
+            network.load_state_dict(extend_text_positions(weights, phase.num_text_tokens))
         _train_phase(network, phase, pool, float(config.latent_scale or 1.0), seed, directory)
         weights = network.state_dict()
     return weights or {}
 
 
-def widen_text(weights: dict[str, Tensor], num_text_tokens: int) -> dict[str, Tensor]:
+def extend_text_positions(weights: dict[str, Tensor], num_text_tokens: int) -> dict[str, Tensor]:
     """Return the weights for longer windows: the last text position is repeated for added ones.
 
     Args:

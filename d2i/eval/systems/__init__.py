@@ -90,7 +90,7 @@ def _parse(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
         return _backbone(system, weights, recipe)
     if kind in _BUILDERS and target:
         return _PARSERS.get(kind, _by_path)(system, target, weights, recipe)
-    if target and _is_function(kind, target):
+    if target and _is_plugin(kind, target):
         return SystemSpec(system, target, kind, target)
     raise ConfigError(
         f"--system {system}: unknown system; expected run:DIR, diffusers:PATH, unclip:PATH, "
@@ -107,7 +107,7 @@ def build_system(context: SystemContext) -> System:
     """
     spec = context.spec
     module, _, name = _BUILDERS.get(spec.kind, f"{spec.kind}:{spec.target}").partition(":")
-    build: Callable[[SystemContext], System] = getattr(importlib.import_module(module), name)
+    build = _load_plugin(module, name)
     return build(context)
 
 
@@ -201,7 +201,12 @@ def _adapted(spec: SystemSpec, adapter: str) -> SystemSpec:
     return dataclasses.replace(spec, label=label, adapter=found)
 
 
-def _is_function(module: str, name: str) -> bool:
+def _load_plugin(module: str, name: str) -> Callable[[SystemContext], System]:
+    build: Callable[[SystemContext], System] = getattr(importlib.import_module(module), name)
+    return build
+
+
+def _is_plugin(module: str, name: str) -> bool:
     try:
         return callable(getattr(importlib.import_module(module), name, None))
     except (ImportError, ValueError):

@@ -102,7 +102,8 @@ def _expect_lora(adapter: Adapter) -> None:
             names = list(file.keys())
     except (SafetensorError, OSError) as err:
         raise CheckpointError(
-            f"--adapter {adapter.path}: not a complete safetensors file ({err}); expected a LoRA"
+            f"--adapter {adapter.path}: not a complete safetensors file ({err}); expected a LoRA; "
+            "check --adapter, or download the file again"
         ) from err
     if not _num_named(names, _HELD):
         got = f"such as {names[0]}" if names else "none"

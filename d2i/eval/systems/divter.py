@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from d2i.dialog import Turn
 from d2i.errors import ConfigError
-from d2i.eval.divter_captioner import Describer
+from d2i.eval.divter_captioner import DivterCaptioner
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import Generation, SystemContext
 from d2i.eval.systems import build_system
@@ -25,14 +25,14 @@ class DivterSystem:
         inner = context.spec.inner
         if inner is None:
             raise ConfigError(f"{context.spec.name}: expected divter:DIR,SYSTEM")
-        self._describer = Describer(context.spec.target, context.device)
+        self._captioner = DivterCaptioner(context.spec.target, context.device)
         self._inner = build_system(dataclasses.replace(context, spec=inner))
-        self.described = {"describer": self._describer.hash, **self._inner.described}
+        self.described = {"describer": self._captioner.hash, **self._inner.described}
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Generate images from the captions of the dialogs."""
         return self._inner.generate([self._described(prompt) for prompt in prompts])
 
     def _described(self, prompt: Prompt) -> Prompt:
-        text = self._describer.describe(prompt.text)
+        text = self._captioner.describe(prompt.text)
         return Prompt(prompt.key, (Turn(None, text),), text)

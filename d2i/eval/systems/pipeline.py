@@ -14,7 +14,7 @@ from d2i.errors import CheckpointError
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import Generation, SystemContext
 from d2i.eval.systems.adapter import load_adapter
-from d2i.eval.systems.reading import Reading
+from d2i.eval.systems.prompt_truncation import PromptTruncation
 
 _MAX_SEED = 2**62
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,7 +72,7 @@ class PipelineSystem:
         if context.spec.adapter:
             load_adapter(pipeline, context.spec.adapter)
             pipeline.to(context.device)
-        self._reading = Reading(pipeline, self._sample.pipeline, context.recipe.text.keep)
+        self._reading = PromptTruncation(pipeline, self._sample.pipeline, context.recipe.text.keep)
         windows = self._reading.windows.items()
         self.described = {
             "pipeline": type(pipeline).__name__,

@@ -110,7 +110,7 @@ class _Download:
         return FetchResult(answer.body, "ok", "", attempts + 1, answer.status, answer.final_url)
 
     def _is_worth_waiting(self, error: FetchError) -> bool:
-        wait_s = _retry_after_s(error)
+        wait_s = _backoff_s(error)
         return (
             error.status in _BUSY
             and wait_s <= self.fetcher.retry_policy.max_retry_after_s
@@ -189,7 +189,7 @@ class _Download:
         outcome = _outcome(error)
         if outcome is None or (outcome != "reached" and len(self.requested) > 1):
             return
-        wait_s = 0.0 if error is None else _retry_after_s(error)
+        wait_s = 0.0 if error is None else _backoff_s(error)
         self._call("report", self.requested[-1].netloc, outcome, retry_after_s=wait_s)
 
     def _call(self, method: str, host: str, *args: object, **kwargs: object) -> Any:
@@ -206,7 +206,7 @@ def _outcome(error: FetchError | None) -> Outcome | None:
     return "unreached" if error.reason in UNREACHED else None
 
 
-def _retry_after_s(error: FetchError) -> float:
+def _backoff_s(error: FetchError) -> float:
     """Return the backoff that a host asks for, in seconds; our default if a busy one gives none."""
     if error.retry_after_s is not None:
         return error.retry_after_s

@@ -285,7 +285,7 @@ def _get_once(
                     f"http_{answer.status}",
                     answer.reason,
                     answer.status,
-                    _retry_after_s(answer.getheader("Retry-After")),
+                    _parse_retry_after(answer.getheader("Retry-After")),
                 )
             # One receive at a time, none after the deadline, so a slow drip cannot outlast it.
             body = read_body(answer, limits.body, lambda: _check_time(deadline))
@@ -305,7 +305,7 @@ def _headers(limits: Limits) -> dict[str, str]:
     }
 
 
-def _retry_after_s(value: str | None) -> float | None:
+def _parse_retry_after(value: str | None) -> float | None:
     """Return the seconds of a Retry-After header, a number or a date; None if it is neither."""
     if value is None:
         return None

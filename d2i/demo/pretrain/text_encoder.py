@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 from d2i.demo.pretrain.clip import ClipPair, Readers, pooled_end
-from d2i.demo.pretrain.codec import learning_rate
 from d2i.demo.pretrain.texts import Texts, labels, to_rows
+from d2i.demo.pretrain.vae import learning_rate
 
 _NUM_CAPTIONS = 64
 _NUM_DIALOGS = 128
@@ -23,7 +23,7 @@ _PEAK_LR = 2e-3
 _KEEP_WEIGHT = 30.0
 
 
-def teach_dialogs(pair: ClipPair, captions: Texts, dialogs: Texts, num_steps: int) -> None:
+def train_on_dialogs(pair: ClipPair, captions: Texts, dialogs: Texts, num_steps: int) -> None:
     """Train the text tower in place, with new readers that predict each dialog's attributes.
 
     Args:

@@ -112,6 +112,6 @@ def _read_selected(directory: str, system: str, files: dict[str, str | None]) ->
         if best.get(name, file) != file:
             raise ConfigError(
                 f"--selected {directory}: its settings were selected with --{name} {best[name]}, "
-                f"got {file}; repeat d2i select with it"
+                f"got {file}; give the same, or repeat d2i select with --{name} {file}"
             )
     return best

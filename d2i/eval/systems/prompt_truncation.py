@@ -49,7 +49,7 @@ class TextWindow:
     has_template: bool
 
 
-class Reading:
+class PromptTruncation:
     """Makes a pipeline's text encoders read as much of a line as fits, on the side to keep.
 
     Where a tokenizer gets the line alone, it truncates the line itself, between tokens. Where a

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from d2i.shards import verify
-from tests.integration.test_image_places import write_corpus, write_images
+from tests.integration.test_image_root import write_corpus, write_images
 from tests.integration.training import command
 from tests.processes import COMMAND
 

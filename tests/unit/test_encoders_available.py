@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2i.config import EncodersConfig
-from d2i.encoders.present import check_present
+from d2i.encoders.available import check_present
 from d2i.errors import CheckpointError
 from d2i.preprocess.job import PreprocessRequest, preprocess
 from d2i.recipes import resolve_recipe

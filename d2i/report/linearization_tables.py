@@ -21,7 +21,7 @@ from d2i.report.evaluation import Evaluation, disambiguate
 from d2i.report.paper_rows import (
     SYSTEM_OF_TABLE_3,
     PaperScores,
-    earned_row,
+    matching_row,
     own_name,
     paper_notes,
     paper_row,
@@ -29,7 +29,7 @@ from d2i.report.paper_rows import (
     paper_words,
 )
 from d2i.report.score_rows import NO_PAPER, score_row, score_table
-from d2i.report.tabulated import Table
+from d2i.report.table import Table
 
 STRATEGIES = ("space", "special", "letters", "hash")
 _CONTEXTS = ("full", "last", "none", "shuffled")
@@ -150,5 +150,5 @@ def _variants(
 
 
 def _is_of_table_3(evaluation: Evaluation) -> bool:
-    row = earned_row(evaluation.card, strategy_of(evaluation))
+    row = matching_row(evaluation.card, strategy_of(evaluation))
     return row == SYSTEM_OF_TABLE_3 and evaluation.card.get("corpus") == "photochat"
