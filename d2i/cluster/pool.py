@@ -224,6 +224,7 @@ def _run_on_ray(
                 result = result_of(ready)
             except ray.exceptions.RayActorError as err:
                 actors.restart_worker(number, err)
+                # Resubmits the task.
                 waiting.appendleft(number)
             else:
                 actors.idle.append(actor)

@@ -43,7 +43,7 @@ from d2i.preprocess.split_summary import SplitSummary, refuse_empty, split_summa
 from d2i.preprocess.supplements import (
     Supplement,
     merge_ledgers,
-    plan_retries,
+    plan_retry_shards,
     read_supplements,
     remove_supplements,
 )
@@ -319,7 +319,7 @@ def _plan_again(request: PreprocessRequest, plans: dict[str, Plan]) -> None:
     for split, plan in plans.items():
         split_url = storage.join(request.out, split)
         merge_ledgers(split_url, plan.num_shards, read_supplements(split_url))
-        plan_retries(split_url, plan.num_shards, num_samples)
+        plan_retry_shards(split_url, plan.num_shards, num_samples)
 
 
 def _forget_fingerprint(split_url: str) -> None:

@@ -72,7 +72,7 @@ def read_supplements(split_url: str) -> list[Supplement]:
         raise damaged(url, err, "a list of supplements", **refused) from err
 
 
-def plan_retries(split_url: str, num_shards: int, num_samples: int) -> list[Supplement]:
+def plan_retry_shards(split_url: str, num_shards: int, num_samples: int) -> list[Supplement]:
     """Plan the instances with transient failures into new shards.
 
     Args:

@@ -39,7 +39,7 @@ from d2i.preprocess.job_files import JobFiles, check_job_files
 from d2i.preprocess.ledger import LedgerRow, read_ledger, write_ledger
 from d2i.preprocess.plan import Plan, PlanRequest, make_plan, records_url
 from d2i.preprocess.records import read_records
-from d2i.preprocess.supplements import plan_retries
+from d2i.preprocess.supplements import plan_retry_shards
 from d2i.recipes import load_recipe, read_stored_recipe, store_recipe
 from d2i.report import read_evaluation
 from d2i.run_dir import MetricsLine, RunConfig, append_line, load_selection, start_or_resume
@@ -175,7 +175,7 @@ def write_plan(corpus: Path, directory: Path) -> None:
         instances = read_records(records_url(str(directory), index), plan.sha256(index))
         rows = [ledger_row(i.key, "passing" if index == 0 else "ok") for i in instances]
         write_ledger(str(directory), index, rows)
-    plan_retries(str(directory), plan.num_shards, 100)
+    plan_retry_shards(str(directory), plan.num_shards, 100)
 
 
 def replace_preprocess(recipe: Any, preprocess: Any) -> Any:
