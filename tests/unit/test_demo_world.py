@@ -70,6 +70,7 @@ def test_held_out_scenes_are_in_test_split_only(tmp_path: Path, seed: int) -> No
         assert is_held_out(scene_of(truth)) == (truth["split"] == "test")
 
 
+@pytest.mark.soak
 def test_held_out_scenes_are_absent_from_pretraining() -> None:
     """VAE, CLIP and backbone are trained only on `render` and on texts about its scenes."""
     images = render(1)

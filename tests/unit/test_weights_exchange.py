@@ -276,7 +276,7 @@ def test_autoencoder_round_trips_through_published_layout(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["uvit-s", "unidiffuser-v1"])
+@pytest.mark.parametrize("name", ["uvit-s", pytest.param("unidiffuser-v1", marks=pytest.mark.soak)])
 def test_full_size_checkpoint_round_trips_bit_exactly(tmp_path: Path, name: str) -> None:
     with torch.device("meta"):
         state = random_bits(build_backbone(name))
