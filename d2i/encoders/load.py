@@ -30,7 +30,8 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
         **options: Further arguments of its `from_pretrained`.
 
     Raises:
-        CheckpointError: If there is nothing to load, or keys are missing.
+        CheckpointError: If there is nothing to load, or weights are missing: the libraries would
+            fill them with random numbers and only log it.
     """
     where = resolve_weights(name)
     subfolder = ""
@@ -38,8 +39,12 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
     if not Path(where).exists() and where.count("/") == 2:
         where, _, subfolder = where.rpartition("/")
     try:
-        module = model_class.from_pretrained(
-            where, subfolder=subfolder, torch_dtype=torch.float32, **options
+        module, found = model_class.from_pretrained(
+            where,
+            subfolder=subfolder,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as err:
         reason = str(err).strip().splitlines()[0][:200]
@@ -47,6 +52,11 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
             f"{name}: cannot load {model_class.__name__}: {reason}; expected a directory made by "
             "save_pretrained or a hub repository; give a local one with --set encoders.…=PATH"
         ) from err
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{name}: {len(missing)} weights of {model_class.__name__} are missing, such as "
+            f"{missing[0]}; expected all of them; {_IMPORT_AGAIN}"
+        )
     return freeze(module)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from d2i.cli.weights import import_weights, inspect_weights
+from d2i.config import EncodersConfig
+from d2i.encoders import load_encoders
 from d2i.errors import CheckpointError
 from d2i.models import load_weights
 from d2i.models.model_dir import build_network
@@ -65,3 +69,19 @@ def test_non_finite_weights_are_counted_and_rejected(
     assert not out.exists()
     with pytest.raises(CheckpointError, match=message):
         load_weights(build_network(load_recipe("demo").backbone), path)
+
+
+@pytest.mark.parametrize("name", ["vae", "clip_image", "clip_text"])
+def test_encoder_with_missing_weight_raises(tmp_path: Path, name: str) -> None:
+    # diffusers and transformers would fill it with random numbers.
+    shutil.copytree(resolve_weights(f"demo:{name}"), tmp_path / name)
+    (file,) = (tmp_path / name).glob("*.safetensors")
+    for checksum in (tmp_path / name).glob("*.sha256"):
+        checksum.unlink()
+    state = load_file(file)
+    lost = next(key for key in state if key.endswith(".weight"))
+    save_file({key: state[key] for key in state if key != lost}, file, metadata={"format": "pt"})
+    encoders = {part: f"demo:{part}" for part in ("vae", "clip_image", "clip_text")}
+    config = EncodersConfig.model_validate(encoders | {name: str(tmp_path / name)})
+    with pytest.raises(CheckpointError, match=rf"1 weights of \w+ are missing, such as {lost}"):
+        load_encoders(config)
