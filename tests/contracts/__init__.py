@@ -16,6 +16,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,9 @@ API = (
     "d2i.diffusion:ancestral",
     "d2i.diffusion:dpm_solver",
     "d2i.eval.metrics:compute_scores",
+    "d2i.eval.system:Generation",
+    "d2i.eval.system:System.generate",
+    "d2i.eval.system:SystemContext",
     "d2i.models:build_backbone",
     "d2i.models:load_weights",
     "d2i.shards:ShardReader",
@@ -90,7 +94,8 @@ def field_names(name: str) -> list[str]:
 def signature(name: str) -> list[str]:
     """Return the parameter names of a function or of a class's constructor."""
     module, _, attribute = name.partition(":")
-    parameters = inspect.signature(getattr(importlib.import_module(module), attribute)).parameters
+    found = operator.attrgetter(attribute)(importlib.import_module(module))
+    parameters = inspect.signature(found).parameters
     return [f"{'*' * (p.kind is p.KEYWORD_ONLY)}{p.name}" for p in parameters.values()]
 
 
