@@ -199,7 +199,7 @@ def test_nan_loss_error_names_step_and_samples(data: Path, tmp_path: Path) -> No
     diverged = run_process(*command(data, tmp_path / "run", 1, train__optim__lr=1e30))
     assert diverged.returncode == 2
     assert "the loss of step" in diverged.stderr
-    assert "of the samples train-" in diverged.stderr
+    assert "(samples train-" in diverged.stderr
     assert "train.optim.lr below" in diverged.stderr
 
 
