@@ -174,7 +174,7 @@ def test_backward_compatibility_of_run_without_ema_warmup(
     assert parse_system(f"run:{run}", None, recipe).backbone.weights == str(run / "ema.safetensors")
     for kind in ("trained", "ema-short"):
         other = change_recipe(recipe, [f"sample.weights={kind}"])
-        with pytest.raises(ConfigError, match=rf"is {kind}, .* the run holds ema\.safetensors"):
+        with pytest.raises(ConfigError, match=rf"is {kind}, .* the run has ema\.safetensors"):
             parse_system(f"run:{run}", None, other)
     refused = run_process(*words(training_data, run, LONG))
     assert refused.returncode == 2
