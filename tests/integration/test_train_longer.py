@@ -109,7 +109,7 @@ def test_resume_writes_only_missing_final_metrics(
 def test_fewer_steps_than_trained_is_error(training_data: Path, run: Path, short: Path) -> None:
     fewer = run_process(*words(training_data, run, SHORT - 1))
     assert fewer.returncode == 2
-    assert f"train.num_steps is 4, and {run} has made 5 steps" in fewer.stderr
+    assert f"train.num_steps is 4, but {run} has already made 5 steps" in fewer.stderr
     assert results(run) == results(short)
 
 
