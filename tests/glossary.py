@@ -53,12 +53,17 @@ def _row(term: dict[str, Any]) -> str:
     return f"| **{term['term']}** | {term['meaning']}{note} | {code} |\n"
 
 
-def names(path: Path) -> Iterator[Text]:
-    """Yield the identifiers of a Python file, each as its lower-case words with spaces between."""
+def identifiers(path: Path) -> Iterator[Text]:
+    """Yield the identifiers of a Python file."""
     for node in ast.walk(ast.parse(path.read_text())):
         for field in _NAME_FIELDS:
             if isinstance(name := getattr(node, field, None), str):
-                yield Text(_relative(path), getattr(node, "lineno", 0), split_name(name))
+                yield Text(_relative(path), getattr(node, "lineno", 0), name)
+
+
+def names(path: Path) -> Iterator[Text]:
+    """Yield the identifiers of a Python file, each as its lower-case words with spaces between."""
+    yield from (found._replace(text=split_name(found.text)) for found in identifiers(path))
 
 
 def split_name(name: str) -> str:

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import ast
 import importlib
-import io
 import json
 import re
-import tokenize
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.glossary import ROOT, identifiers
+
 VOCABULARY: dict[str, Any] = json.loads((ROOT / "tests" / "vocabulary.json").read_text())
 STEMS = {"atomic": "atomically", "eviction": "evict"}
 
 
 @cache
 def names_of_code() -> set[str]:
-    found = set()
-    for path in (ROOT / "d2i").rglob("*.py"):
-        tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
-        found |= {token.string for token in tokens if token.type == tokenize.NAME}
-    return found
+    paths = (ROOT / "d2i").rglob("*.py")
+    return {found.text for path in paths for found in identifiers(path)}
 
 
 @pytest.mark.parametrize("term", VOCABULARY["terms"])

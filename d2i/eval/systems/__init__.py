@@ -107,7 +107,7 @@ def build_system(context: SystemContext) -> System:
     """
     spec = context.spec
     module, _, name = _BUILDERS.get(spec.kind, f"{spec.kind}:{spec.target}").partition(":")
-    build = _load_plugin(module, name)
+    build: Callable[[SystemContext], System] = getattr(importlib.import_module(module), name)
     return build(context)
 
 
@@ -199,11 +199,6 @@ def _adapted(spec: SystemSpec, adapter: str) -> SystemSpec:
     found = find_adapter(adapter)
     label = f"{spec.label} + {found.name} ({found.sha256[:8]})"
     return dataclasses.replace(spec, label=label, adapter=found)
-
-
-def _load_plugin(module: str, name: str) -> Callable[[SystemContext], System]:
-    build: Callable[[SystemContext], System] = getattr(importlib.import_module(module), name)
-    return build
 
 
 def _is_plugin(module: str, name: str) -> bool:
