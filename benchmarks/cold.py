@@ -27,8 +27,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from d2i.config import TrainConfig
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.train.batch import BatchLoader
-from d2i.train.data_order import DataOrder
+from d2i.train.data.batch import BatchLoader
+from d2i.train.data.data_order import DataOrder
 
 SHAPES = {"moments": (8, 32, 32), "clip": (512,), "text": (77, 768)}
 NUM_SHARDS, NUM_WINDOW_SHARDS = 24, 3

@@ -102,7 +102,7 @@ def read(source: Path, split: str) -> int:
 
 def plan(source: Path, limit: int | None) -> int:
     """Plan the training split as Parquet files."""
-    from d2i.preprocess.plan import PlanRequest, make_plan
+    from d2i.preprocess.plan.planner import PlanRequest, make_plan
     from d2i.recipes import load_recipe
 
     request = PlanRequest("mmdialog", str(source), "train", load_recipe("uvit-s-mmdialog"), limit)
@@ -122,7 +122,7 @@ WORK: dict[str, Callable[[Path], int]] = {
 
 def measure(name: str, source: Path) -> dict[str, float]:
     """Run one task in this process."""
-    import d2i.preprocess.plan  # noqa: F401  # Imports are not timed.
+    import d2i.preprocess.plan.planner  # noqa: F401  # Imports are not timed.
 
     start = time.perf_counter()
     count = WORK[name](source)

@@ -26,11 +26,11 @@ from PIL import Image
 
 from d2i.config import FetchConfig, ImageConfig
 from d2i.dialog import ImageRef
-from d2i.preprocess.decoder import Decoder
-from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.result import FetchResult
-from d2i.preprocess.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
-from d2i.preprocess.fetch_worker import open_image
+from d2i.fetch.rate_limiter import create_shared_limiter
+from d2i.fetch.result import FetchResult
+from d2i.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
+from d2i.images.sandbox import Decoder
+from d2i.preprocess.workers.fetch_worker import open_image
 
 SIDE = 256
 SHORT_SIDES = (256, 500, 1600)

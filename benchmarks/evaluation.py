@@ -95,8 +95,8 @@ def load_extractor(inception: str | None) -> Any:
 
     from d2i.config import MetricsConfig
     from d2i.encoders import load_encoders
-    from d2i.eval.extractors import InceptionExtractor, build_extractor
-    from d2i.eval.text import TextTower
+    from d2i.eval.features.extractors import InceptionExtractor, build_extractor
+    from d2i.eval.features.text_tower import TextTower
     from d2i.recipes import load_recipe
 
     if inception:
@@ -223,7 +223,7 @@ def measure_d2i(directory: Path, inception: str | None, num_workers: int) -> dic
     import torch
 
     from d2i.cluster import Pool, run_tasks
-    from d2i.eval.metrics import compute_scores
+    from d2i.eval.metrics.compute import compute_scores
 
     torch.set_num_threads(1)
     num = len(list((directory / "true").iterdir()))

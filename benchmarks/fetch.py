@@ -154,11 +154,11 @@ def by_d2i(urls: list[str], directory: Path) -> int:
 
     from d2i.config import FetchConfig, ImageConfig
     from d2i.dialog import ImageRef
-    from d2i.preprocess.decoder import Decoder
-    from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-    from d2i.preprocess.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
-    from d2i.preprocess.fetch_worker import open_image
-    from d2i.preprocess.messages import SourceImage
+    from d2i.fetch.rate_limiter import create_shared_limiter
+    from d2i.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
+    from d2i.images.sandbox import Decoder
+    from d2i.preprocess.workers.fetch_worker import open_image
+    from d2i.preprocess.workers.messages import SourceImage
 
     config = FetchConfig(num_threads=NUM_THREADS, timeout_s=PATIENCE_S, max_host_requests_per_s=1e6)
     hosts = frozenset(url.split("/")[2] for url in urls)
@@ -196,7 +196,7 @@ def measure(who: str, urls: list[str]) -> dict[str, float]:
     import img2dataset.resizer  # noqa: F401
 
     if who == "d2i":
-        import d2i.preprocess.fetch_worker  # noqa: F401
+        import d2i.preprocess.workers.fetch_worker  # noqa: F401
     with tempfile.TemporaryDirectory() as directory:
         start, cpu_start = time.perf_counter(), time.process_time()
         if who == "d2i":

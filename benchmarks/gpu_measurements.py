@@ -371,7 +371,7 @@ def draw_batch(network: Any, is_joint: bool, size: int, device: str) -> Any:
     """Draw a training batch on the device: normal numbers, times in 1..1000."""
     import torch
 
-    from d2i.train.batch import Batch, JointInputs
+    from d2i.train.data.batch import Batch, JointInputs
 
     side, num_tokens = network.latent_size, network.num_text_tokens
     normal = partial(torch.randn, device=device)
@@ -564,7 +564,7 @@ def measure_engine(backbone: Backbone, place: Place, budget: Budget, emit: Emit)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(port))
     from d2i.config import TrainConfig
-    from d2i.train.engine import build_engine, join_ranks
+    from d2i.train.distributed.engine import build_engine, join_ranks
 
     join_ranks()
     size = 2 if place.is_toy else backbone.engine_batch
@@ -844,7 +844,7 @@ def _measure_threads(
     import torch
 
     from d2i.config import TrainConfig
-    from d2i.train.batch import BatchLoader
+    from d2i.train.data.batch import BatchLoader
 
     config = TrainConfig(
         num_steps=1,
@@ -1024,7 +1024,7 @@ def main() -> None:
     def emit(row: Row) -> None:
         print(json.dumps(row), file=lines, flush=True)
 
-    from d2i.child_process import die_with_parent
+    from d2i.io.child_process import die_with_parent
 
     die_with_parent()
     import torch

@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2i.diffusion import unidiffuser_loss, uvit_loss
 from d2i.models import build_backbone
 from d2i.models.blocks import Attention
-from d2i.models.diffusers_layout import diffusers_config, to_diffusers
-from d2i.train.ema import Ema
+from d2i.models.weights.diffusers_layout import diffusers_config, to_diffusers
+from d2i.train.checkpoint.ema import Ema
 from d2i.train.network import compile_blocks
 
 MIDDLE: dict[str, Any] = {"dim": 512, "depth": 12, "num_heads": 8, "latent_size": 32}

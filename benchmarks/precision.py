@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from d2i.config import EncodersConfig, ImageConfig, Precision
 from d2i.encoders import load_encoders
-from d2i.image_decode import decode_square, open_header
+from d2i.images.decode import decode_square, open_header
 from d2i.tokenize import encode, window
 
 LINES = [

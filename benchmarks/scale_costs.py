@@ -215,9 +215,9 @@ def _marks(stage: str, out: Path) -> Iterator[float]:
 
 def measure_images(inputs: Inputs) -> dict[str, float]:
     """Return CPU seconds per image of each worker's work, in this process with one thread."""
-    from d2i.preprocess.encode_worker import EncodeWorkerBuilder
     from d2i.preprocess.job import PreprocessRequest, plan_job
-    from d2i.preprocess.messages import ShardTask
+    from d2i.preprocess.workers.encode_worker import EncodeWorkerBuilder
+    from d2i.preprocess.workers.messages import ShardTask
 
     size = UNIT_SIZES["preprocess"]
     settings = [*PREPROCESS_SETTINGS, f"encoders.vae={inputs.vae}", *_of_shards(size)]
@@ -240,10 +240,10 @@ def measure_images(inputs: Inputs) -> dict[str, float]:
 
 def _opened(task: Any, chats: Path, recipe: Recipe) -> list[Any]:
     """Read and decode the images of a shard, as a fetch worker does."""
-    from d2i.image_files import read_image
-    from d2i.preprocess.decoder import Decoder
-    from d2i.preprocess.fetch.result import FetchResult
-    from d2i.preprocess.fetch_worker import open_image
+    from d2i.fetch.result import FetchResult
+    from d2i.images.image_files import read_image
+    from d2i.images.sandbox import Decoder
+    from d2i.preprocess.workers.fetch_worker import open_image
 
     fetch = recipe.fetch
     decoder = Decoder(recipe.image, fetch.decode_timeout_s, fetch.max_decode_mib)
@@ -427,7 +427,7 @@ def open_shards(directory: str) -> None:
 
 def take_order(num_samples: str) -> None:
     """Compute the first global batch of two epochs, as every rank does."""
-    from d2i.train.data_order import DataOrder
+    from d2i.train.data.data_order import DataOrder
 
     sizes = (1000,) * (int(num_samples) // 1000)
     order = DataOrder(sizes, 0)
@@ -439,8 +439,8 @@ def score_images(num: str) -> None:
     """Score random features of CLIP's size, with Inception's classes."""
     import torch
 
-    from d2i.eval.measured import Measured
-    from d2i.eval.scores import instance_rows, score
+    from d2i.eval.metrics.measured import Measured
+    from d2i.eval.metrics.scores import instance_rows, score
 
     torch.set_num_threads(1)
     dice, count = np.random.default_rng(0), int(num)

@@ -35,12 +35,12 @@ from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone
 from d2i.recipes import load_recipe
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.train.batch import BatchLoader
-from d2i.train.checkpoint import Progress
-from d2i.train.checkpoint_writer import CheckpointWriter, TrainState, build_state
-from d2i.train.data_order import DataOrder
-from d2i.train.ema import Ema
-from d2i.train.engine import build_engine, join_ranks
+from d2i.train.checkpoint.checkpoint_files import Progress
+from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState, build_state
+from d2i.train.checkpoint.ema import Ema
+from d2i.train.data.batch import BatchLoader
+from d2i.train.data.data_order import DataOrder
+from d2i.train.distributed.engine import build_engine, join_ranks
 from d2i.train.network import autocast_to
 from d2i.train.request import TrainRequest
 from d2i.train.trainer import Trainer

@@ -28,7 +28,7 @@ from d2i.config import TrainConfig, TrainPrecision, apply_settings
 from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone
 from d2i.recipes import load_recipe
-from d2i.train.engine import build_engine, join_ranks, list_parts, master_weights
+from d2i.train.distributed.engine import build_engine, join_ranks, list_parts, master_weights
 from d2i.train.network import autocast_to
 
 SIZES = {"latent_size": 8, "patch_size": 2, "dim": 32, "depth": 2, "num_heads": 2}

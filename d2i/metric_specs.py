@@ -1,8 +1,8 @@
 """Table of the metrics of an evaluation: the key on disk, titles and direction of each.
 
 Code that prints, selects by or compares scores derives from `METRICS`; a new metric is a row here
-and its computation in `d2i.eval.scores`. Must not import torch: reports and the command line read
-it.
+and its computation in `d2i.eval.metrics.scores`. Must not import torch: reports and the command
+line read it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Literal
 Needs = Literal["features", "classes", "image embeddings", "text embeddings"]
 """The input of a metric: the extractor's features or its class logits, or CLIP's embeddings."""
 Interval = Literal["normal", "bca", "wilson"]
-"""The kind of a 95 % confidence interval, all of them over dialogs (`d2i.eval.intervals`): the
-score plus and minus 1.96 deviations, clipped to the metric's bounds; for a mean over images the BCa
-bootstrap (Efron 1987); for a share of images Wilson's interval."""
+"""The kind of a 95 % confidence interval, all of them over dialogs (`d2i.eval.metrics.intervals`):
+the score plus and minus 1.96 deviations, clipped to the metric's bounds; for a mean over images the
+BCa bootstrap (Efron 1987); for a share of images Wilson's interval."""
 
 
 @dataclass(frozen=True)

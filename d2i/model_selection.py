@@ -15,22 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from d2i import checksums, storage
 from d2i.config import ImageConfig, Recipe, WeightsKind, apply_settings
-from d2i.config_lock import lock_or_diff
 from d2i.errors import CheckpointError, ConfigError, DataError
 from d2i.eval.generation_settings import generation_weights
 from d2i.eval.job import EvalProgress, EvalRequest, evaluate
 from d2i.eval.systems import SystemSpec, parse_system
-from d2i.image_decode import decode_image
+from d2i.images.decode import decode_image
+from d2i.io import checksums, storage
+from d2i.io.config_lock import lock_or_diff
 from d2i.metric_specs import METRICS, MetricSpec
 from d2i.models import save_weights
 from d2i.recipes import change_recipe, read_stored_recipe, refuse_host
 from d2i.run_dir import BEST_NAME, last_step, read_recipe, read_run_config
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.train.checkpoint import KIND_OF_WEIGHTS, Checkpoint, complete_checkpoints, step_of
-from d2i.train.data import split_url
-from d2i.train.validation import choose_instances
+from d2i.train.checkpoint.checkpoint_files import (
+    KIND_OF_WEIGHTS,
+    Checkpoint,
+    complete_checkpoints,
+    step_of,
+)
+from d2i.train.data.loader import split_url
+from d2i.train.monitor.validation import choose_instances
 
 
 @dataclass(frozen=True)

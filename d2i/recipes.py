@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2i import checksums, storage
 from d2i.config import (
     SCRATCH,
     BackboneConfig,
@@ -27,8 +26,9 @@ from d2i.config import (
     apply_settings,
     load_config,
 )
-from d2i.config_lock import diff, read_settings
 from d2i.errors import ConfigError
+from d2i.io import checksums, storage
+from d2i.io.config_lock import diff, read_settings
 
 _KEPT_NAME = "recipe.json"
 _PATHS = {

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from d2i import __version__, checksums, storage
-from d2i.checksums import CRC_FIELD, has_crc32, json_line, say_not_verified
+from d2i import __version__
 from d2i.config import LEGACY_DEFAULTS, Recipe, WeightsKind, load_config
-from d2i.config_lock import lock_or_diff, read_settings, with_legacy_defaults
 from d2i.errors import CheckpointError, ConfigError
-from d2i.parse import damaged, parse_json, read_json
+from d2i.io import checksums, storage
+from d2i.io.checksums import CRC_FIELD, has_crc32, json_line, say_not_verified
+from d2i.io.config_lock import lock_or_diff, read_settings, with_legacy_defaults
+from d2i.io.parse import damaged, parse_json, read_json
 from d2i.weights_catalog import weights_to_fetch
 
 CONFIG_NAME = "config.json"
@@ -76,7 +77,8 @@ class RunConfig:
         data: Directory of the training shards.
         manifest_sha256: Identity of that data set.
         world_size: Ranks the run was started with.
-        initial_weights: The weights it started from, as `d2i.models.initial` describes them.
+        initial_weights: The weights it started from, as `d2i.models.weights.initial` describes
+            them.
     """
 
     recipe: dict[str, Any]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from d2i import checksums, storage
 from d2i.errors import ConfigError
+from d2i.io import checksums, storage
 
 _PREFIX = "demo:"
 _DIRECTORY = Path(__file__).parent / "demo" / "weights"

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from d2i.errors import D2IError
-from d2i.eval.categories import CATEGORIES_NAME, CORPUS, write_categories
+from d2i.eval.metrics.category_scores import CATEGORIES_NAME, CORPUS, write_categories
 from d2i.report import write_report
 from d2i.report.evaluation import read_evaluation
 from d2i.shards import ShardReader

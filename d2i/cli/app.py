@@ -16,7 +16,7 @@ from d2i import __version__
 from d2i.cli import cluster, corpus, data, environment, models, runs, shards, study, weights
 from d2i.cli.console import INTERRUPTED
 from d2i.errors import D2IError
-from d2i.terminal import plain, print_plainly
+from d2i.io.terminal import plain, print_plainly
 
 USER_CAN_FIX = D2IError.exit_code
 
@@ -105,7 +105,7 @@ def _name_account() -> None:
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:
-        from d2i import storage
+        from d2i.io import storage
 
         os.environ.setdefault("LOGNAME", f"user-{os.getuid()}")
         if not os.environ.get("HOME"):
@@ -114,7 +114,7 @@ def _name_account() -> None:
 
 def _is_storage_error(err: OSError) -> bool:
     """Return whether an error is about the user's paths or disk, not a network or a pipe."""
-    from d2i import storage
+    from d2i.io import storage
 
     return err.filename is not None or storage.is_disk_full(err)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from d2i.cli.console import JsonOption, SetOption, print_result, register, row_line
-from d2i.terminal import plain
+from d2i.io.terminal import plain
 
 if TYPE_CHECKING:
     from d2i.config import Recipe

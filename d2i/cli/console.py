@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from d2i.errors import ConfigError
-from d2i.terminal import plain
+from d2i.io.terminal import plain
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
@@ -126,7 +126,7 @@ def existing_source(source: str) -> str:
     Raises:
         ConfigError: If nothing is there.
     """
-    from d2i import storage
+    from d2i.io import storage
 
     if not storage.exists(source):
         raise ConfigError(

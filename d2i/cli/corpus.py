@@ -24,7 +24,7 @@ from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2i.config import DialogConfig
-    from d2i.corpora.leakage import Leak
+    from d2i.corpus_analysis.leakage import Leak
 
 _MANY_OCCURRENCES = 10_000
 """Ten times the samples of a usual shard."""
@@ -113,8 +113,8 @@ def _survey(
     import msgspec
 
     from d2i.corpora import build_corpus, found_splits
-    from d2i.corpora.leakage import LeakFinder, count_leaks
-    from d2i.corpora.survey import survey_split
+    from d2i.corpus_analysis.leakage import LeakFinder, count_leaks
+    from d2i.corpus_analysis.survey import survey_split
 
     splits = found_splits(name, source, config.corpus.options())
     progress = ProgressLine()
@@ -158,7 +158,7 @@ def _kept(leaks: Iterator[Leak], url: str | None) -> Iterator[Leak]:
     """Yield the leaks unchanged, and publish them to a file atomically."""
     import msgspec
 
-    from d2i import storage
+    from d2i.io import storage
 
     if url is None:
         yield from leaks
@@ -198,7 +198,7 @@ def _describe(
     from dataclasses import asdict
 
     from d2i.corpora import build_corpus, found_splits
-    from d2i.preprocess.captioning import describe
+    from d2i.corpus_analysis.captioning import describe
 
     progress = ProgressLine()
     one_more = _counting(progress, "images captioned")

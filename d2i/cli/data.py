@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from d2i.cluster.estimate import RateOverrides
     from d2i.config import Recipe
     from d2i.preprocess.job import PreprocessRequest
-    from d2i.preprocess.plan import Plan
+    from d2i.preprocess.plan.planner import Plan
     from d2i.preprocess.split_summary import SplitSummary
 
 

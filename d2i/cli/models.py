@@ -77,9 +77,9 @@ def train(
         --set backbone.weights=mscoco_uvit_small.pth --set train.order=blocked
         --cache-dir /nvme/d2i --cache-gb 200
     """
-    from d2i import storage
     from d2i.fault_injection import parse_fault
-    from d2i.parse import read_json
+    from d2i.io import storage
+    from d2i.io.parse import read_json
     from d2i.recipes import resolve_recipe
     from d2i.run_dir import STOPPED_NAME, check_initial_weights
     from d2i.train.launcher import deepspeed_command, run_command
@@ -166,7 +166,7 @@ def sample(
 
 
 def _check_data(data: str) -> None:
-    from d2i import storage
+    from d2i.io import storage
 
     candidates = (data, storage.join(data, "train"))
     if not any(storage.exists(storage.join(url, "manifest.json")) for url in candidates):
@@ -182,7 +182,7 @@ def _print_run(run: str, num_steps: int, *, as_json: bool) -> None:
     Raises:
         ClusterError: If it neither finished nor stopped: a killed launcher exits with 0, too.
     """
-    from d2i import storage
+    from d2i.io import storage
     from d2i.run_dir import STOPPED_NAME, last_step, read_metrics
 
     result = {"run": run, "finished": last_step(run) == num_steps}

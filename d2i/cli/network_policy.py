@@ -9,7 +9,7 @@ import typer
 from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
-    from d2i.preprocess.fetch.sources import NetworkPolicy
+    from d2i.fetch.sources import NetworkPolicy
 
 AllowHostOption = Annotated[
     list[str] | None,
@@ -36,9 +36,9 @@ def network_policy_of(
     Raises:
         ConfigError: If one cannot be read, or two of them exclude each other.
     """
-    from d2i.preprocess.fetch.sources import NetworkPolicy
-    from d2i.preprocess.fetch.ssrf_guard import allowed_hosts
-    from d2i.preprocess.fetch.transport import parse_proxy
+    from d2i.fetch.sources import NetworkPolicy
+    from d2i.fetch.ssrf_guard import allowed_hosts
+    from d2i.fetch.transport import parse_proxy
 
     if proxy and dns_server:
         raise ConfigError(

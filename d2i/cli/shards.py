@@ -172,7 +172,7 @@ def _write_page(html: str, reader: ShardReader, num: int, settings: list[str]) -
 
     from d2i.dialog import Turn
     from d2i.encoders import Vae, check_encoder_hashes
-    from d2i.image_decode import png_bytes
+    from d2i.images.decode import png_bytes
     from d2i.prompt_text import context_text
     from d2i.recipes import change_recipe, read_stored_recipe
     from d2i.report import ShownSample, write_samples_page

@@ -57,8 +57,8 @@ def demo(
 
         d2i demo --out /tmp/demo --seed 2 --json
     """
-    from d2i import storage
     from d2i.demo.run import DemoRequest, run_demo
+    from d2i.io import storage
 
     result = run_demo(DemoRequest(Path(storage.resolve(str(out))), seed, num_dialogs, num_steps))
     lines = [
@@ -236,7 +236,7 @@ def report(
 
         d2i report scores/before scores/after --case test-7-3-0 --out cases.html
     """
-    from d2i.parse import read_json
+    from d2i.io.parse import read_json
     from d2i.report import write_report
 
     try:

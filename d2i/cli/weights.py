@@ -15,7 +15,7 @@ from d2i.weights_catalog import PUBLISHED, PublishedFile
 from d2i.weights_resolve import resolve_weights
 
 if TYPE_CHECKING:
-    from d2i.models.source import Source
+    from d2i.models.weights.source import Source
 
 FileArgument = Annotated[
     str, typer.Argument(help="A published file, a model directory, or a run: a path or URL.")
@@ -67,7 +67,7 @@ def inspect_weights(
 
         d2i weights inspect runs/demo/ema.safetensors --keys
     """
-    from d2i.models.source import inspect_file
+    from d2i.models.weights.source import inspect_file
 
     result = inspect_file(_path(file))
     print_result(result, _inspected_lines(result, with_keys=keys), as_json=as_json)
@@ -93,7 +93,7 @@ def import_weights(
 
         d2i weights import autoencoder_kl.pth --out models/vae
     """
-    from d2i.models.convert import import_weights as import_into
+    from d2i.models.weights.convert import import_weights as import_into
 
     source = import_into(_path(file), out, settings or [])
     _print_source(source, out, as_json=as_json)
@@ -117,7 +117,7 @@ def export_weights(
 
         d2i weights export models/unidiffuser-v1 --to diffusers --out unet
     """
-    from d2i.models.convert import export_weights as export_as
+    from d2i.models.weights.convert import export_weights as export_as
 
     source = export_as(_path(file), out, to.value, settings or [])
     _print_source(source, out, as_json=as_json)

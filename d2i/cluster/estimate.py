@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from d2i import storage
 from d2i.cluster.actors import ResourceRequest, actor_size, num_workers_of
 from d2i.cluster.nodes import list_nodes
 from d2i.cluster.pool import session
+from d2i.io import storage
 
 
 @dataclass(frozen=True)

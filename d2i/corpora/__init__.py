@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_t
 
 import msgspec
 
-from d2i import storage
 from d2i.corpora.captions import read_descriptions, with_descriptions
 from d2i.corpora.chat_forms import FORMS
 from d2i.corpora.compact_set import CompactHashSet
@@ -39,7 +38,8 @@ from d2i.corpora.splits import SPLITS, source_directory
 from d2i.corpora.tally import IssueCounter
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ConfigError, DataError
-from d2i.file_kind import HEAD_BYTES
+from d2i.images.file_kind import HEAD_BYTES
+from d2i.io import storage
 
 __all__ = [
     "CORPORA",

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import msgspec
 
-from d2i import storage
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import RecordError, RecordIssue
 from d2i.dialog import Instance
 from d2i.errors import ConfigError
+from d2i.io import storage
 
 
 class Description(msgspec.Struct, frozen=True, gc=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from d2i.file_kind import file_kind
+from d2i.images.file_kind import file_kind
 
 _NEXT_STEPS = {
     "a Git LFS pointer": ", not the file itself; fetch it with 'git lfs pull'",
@@ -26,7 +26,7 @@ def unsupported_format(head: bytes) -> str | None:
     """Return the kind of a file that cannot be JSON in UTF-8, with advice; None if it may be JSON.
 
     Args:
-        head: Its first `d2i.file_kind.HEAD_BYTES` bytes, or all of a shorter file.
+        head: Its first `d2i.images.file_kind.HEAD_BYTES` bytes, or all of a shorter file.
     """
     kind = "UTF-16 text" if _WIDE.match(head) else file_kind(head)
     step = _NEXT_STEPS.get(kind or "")

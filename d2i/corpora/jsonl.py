@@ -26,7 +26,6 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from d2i import storage
 from d2i.corpora.chat_forms import parse_chat
 from d2i.corpora.inline import InlineImages, is_data_url
 from d2i.corpora.instances import InstanceOptions
@@ -40,6 +39,7 @@ from d2i.corpora.splits import (
     unsplit_file,
 )
 from d2i.dialog import Turn
+from d2i.io import storage
 
 _ID_DIGITS = 20
 """Hexadecimal digits of a hash that serves as an id: 80 bits, enough to avoid collisions in any

@@ -12,12 +12,12 @@ from typing import ClassVar
 
 from msgspec import UNSET, Struct, UnsetType, field
 
-from d2i import storage
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.records import Dialog, DialogId, RecordError, ReportIssue, SharedImage, Text, Turns
 from d2i.corpora.splits import split_directory
 from d2i.dialog import ImageRef, Turn
+from d2i.io import storage
 
 _SUFFIXES = (".json", ".jsonl", ".txt")
 # A signed number in the release; plain names are accepted too, unless they look like an option.

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-from d2i import storage
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.mmdialog import MMDialog
 from d2i.corpora.records import DialogId, RecordError, RecordIssue
 from d2i.errors import DataError
+from d2i.io import storage
 
 
 class _Record(Struct, gc=False):

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
-from d2i import storage
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.records import (
@@ -28,6 +27,7 @@ from d2i.corpora.records import (
 from d2i.corpora.splits import split_directory
 from d2i.dialog import ImageRef, Turn
 from d2i.errors import ConfigError
+from d2i.io import storage
 
 _PHOTO_ID = re.compile(r"(?:train|validation|test)/[0-9a-f]{1,32}")
 _LABELS = re.compile(r"Objects in the photo:(.*)", re.DOTALL)

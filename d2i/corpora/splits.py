@@ -5,8 +5,8 @@ Must not import torch.
 
 import json
 
-from d2i import storage
 from d2i.errors import DataError
+from d2i.io import storage
 
 SPLITS = {
     "train": ("train",),

@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from d2i import __version__, checksums, storage
-from d2i.child_process import die_with_parent
-from d2i.config_lock import lock_or_diff
+from d2i import __version__
 from d2i.errors import ClusterError, ConfigError, D2IError
-from d2i.parse import read_json
+from d2i.io import checksums, storage
+from d2i.io.child_process import die_with_parent
+from d2i.io.config_lock import lock_or_diff
+from d2i.io.parse import read_json
 
 NUM_RANKS = 2
 _CHOOSE_ANOTHER = "choose another --out"
@@ -78,7 +79,7 @@ def _run_stages(request: DemoRequest) -> dict[str, Any]:
 
 
 def _stages(request: DemoRequest) -> list[Stage]:
-    from d2i.demo.check import judge_evaluations
+    from d2i.demo.attribute_accuracy import judge_evaluations
     from d2i.demo.corpus import write_corpus
 
     out = request.out

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from d2i import storage
 from d2i.cluster import session
 from d2i.cluster.nodes import Node, NodeResult, run_on_each_node, wait_for_nodes
 from d2i.config import Recipe
 from d2i.doctor.check import Check, first_line
 from d2i.doctor.node import Probe, Question, inspect_node, installed_versions
 from d2i.errors import D2IError
+from d2i.io import storage
 
 _GIB = 2**30
 _ANSWER_TIMEOUT_S = 300.0

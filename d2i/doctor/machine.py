@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from d2i.checksums import file_sha256
 from d2i.doctor.check import REINSTALL, Check, first_line, run_checks
 from d2i.errors import D2IError
+from d2i.io.checksums import file_sha256
 
 _GIB = 2**30
 

@@ -18,9 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import d2i
-from d2i import storage
 from d2i.doctor.check import Check, first_line, run_checks
 from d2i.errors import D2IError
+from d2i.io import storage
 
 # Packages that decide the bytes of shards and images, or must match for processes to communicate.
 _DECISIVE = ("d2i", "ray", "torch", "torchvision", "diffusers", "transformers", "numpy", "pillow")

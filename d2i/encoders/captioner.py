@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from d2i.encoders.load import load_pretrained
+from d2i.encoders.pretrained import load_pretrained
 from d2i.errors import CheckpointError
 from d2i.weights_resolve import resolve_weights
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from d2i.config import Precision
-from d2i.encoders.load import load_pretrained, run_padded, weights_hash
+from d2i.encoders.pretrained import load_pretrained, run_padded, weights_hash
 
 # OpenAI CLIP's preprocessing (`_transform` in its `clip/clip.py`).
 _MEAN = (0.48145466, 0.4578275, 0.40821073)

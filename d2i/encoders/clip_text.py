@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from d2i.config import Precision
-from d2i.encoders.load import freeze, load_pretrained, run_padded, weights_hash
+from d2i.encoders.pretrained import freeze, load_pretrained, run_padded, weights_hash
 from d2i.tokenize import WINDOW_LENGTH
 from d2i.weights_resolve import resolve_weights
 
@@ -83,8 +83,8 @@ def _compact_rows(path: Path) -> NDArray[np.int64] | None:
 
 def _load_prefix(name: str) -> Any:
     """Load UniDiffuser's text prefix, the only part of its caption decoder that is needed."""
-    from d2i.models.source import checked_prefix
-    from d2i.models.weights import read_state_dict
+    from d2i.models.weights.load import read_state_dict
+    from d2i.models.weights.source import checked_prefix
 
     weight, bias = checked_prefix(read_state_dict(resolve_weights(name)), name).values()
     prefix = nn.Linear(weight.shape[1], weight.shape[0])

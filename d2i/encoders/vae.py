@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2i.config import Precision
-from d2i.encoders.load import (
+from d2i.encoders.pretrained import (
     check_sibling_checksums,
     freeze,
     load_pretrained,
@@ -95,8 +95,8 @@ def _load(name: str, kind: Literal["kl", "tiny"]) -> Any:
 def _load_kl_file(path: Path) -> Any:
     from diffusers import AutoencoderKL
 
-    from d2i.models.autoencoder_layout import autoencoder_config
-    from d2i.models.source import checked_autoencoder, open_source
+    from d2i.models.weights.autoencoder_layout import autoencoder_config
+    from d2i.models.weights.source import checked_autoencoder, open_source
 
     source = open_source(path)
     if source.found.kind != "autoencoder":

@@ -10,9 +10,9 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2i import checksums, storage
 from d2i.eval.systems import SystemSpec
 from d2i.eval.systems.images import is_image
+from d2i.io import checksums, storage
 from d2i.shards.manifest import MANIFEST_NAME
 from d2i.weights_resolve import resolve_weights
 

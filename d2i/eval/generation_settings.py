@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2i import storage
 from d2i.errors import ConfigError
+from d2i.io import storage
 from d2i.run_dir import BEST_NAME, load_selection, read_choice
 
 _ORIGIN_KEYS = ("metric", "value", "num_instances", "seed")

@@ -11,20 +11,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from d2i import checksums, storage
 from d2i.cluster import JobFault, Pool, job_fault, run_tasks, session
 from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
 from d2i.config import LEGACY_DEFAULTS, Recipe
-from d2i.config_lock import lock_or_diff, read_settings, with_legacy_defaults
 from d2i.errors import ConfigError, DataError
-from d2i.eval.categories import CORPUS, write_categories
+from d2i.eval.features.reference_features import ReferenceFeatures
 from d2i.eval.fingerprint import hash_contents
-from d2i.eval.measured import Arrays, Measured
 from d2i.eval.metric_card import metric_card
-from d2i.eval.negatives import find_negatives
+from d2i.eval.metrics.category_scores import CORPUS, write_categories
+from d2i.eval.metrics.measured import Arrays, Measured
+from d2i.eval.metrics.negatives import find_negatives
+from d2i.eval.metrics.scores import instance_rows, score
 from d2i.eval.prompts import ContextMode
-from d2i.eval.reference_features import ReferenceFeatures
-from d2i.eval.scores import instance_rows, score
 from d2i.eval.systems import SystemSpec
 from d2i.eval.tasks import (
     EvalTask,
@@ -35,6 +33,8 @@ from d2i.eval.tasks import (
 )
 from d2i.eval.worker import EvalWorkerBuilder, SaveImages, TaskResult, describe_url
 from d2i.fault_injection import Fault
+from d2i.io import checksums, storage
+from d2i.io.config_lock import lock_or_diff, read_settings, with_legacy_defaults
 from d2i.recipes import check_prepared_with
 from d2i.shards import ShardReader
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from d2i import storage
 from d2i.config import BackboneConfig
-from d2i.config_lock import read_settings
-from d2i.eval.measured import Measured
+from d2i.eval.metrics.measured import Measured
 from d2i.eval.provenance import describe_data, describe_training
 from d2i.eval.worker import describe_url
-from d2i.image_decode import RESIZE
+from d2i.images.decode import RESIZE
+from d2i.io import storage
+from d2i.io.config_lock import read_settings
 from d2i.models import changed_sizes
-from d2i.models.initial import describe_initial_weights
 from d2i.models.model_dir import resolve_sizes
+from d2i.models.weights.initial import describe_initial_weights
 from d2i.shards import ShardReader
 
 if TYPE_CHECKING:

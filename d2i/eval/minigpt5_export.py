@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from d2i import storage
 from d2i.errors import DataError
+from d2i.io import storage
 from d2i.shards import ShardReader
 
 DIALOGS_NAME = "conversations.json"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from d2i import storage
-from d2i.config_lock import read_settings
 from d2i.corpora import CORPORA
 from d2i.errors import DataError
+from d2i.io import storage
+from d2i.io.config_lock import read_settings
 from d2i.run_dir import CONFIG_NAME, read_recipe
 
 # Options that decide the instances, and the context of each.

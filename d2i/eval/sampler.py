@@ -15,7 +15,7 @@ from d2i.diffusion import Eps, guided_unidiffuser, guided_uvit, join_state, spli
 from d2i.diffusion.draws import SampleDraws
 from d2i.diffusion.samplers import check_sampler, run_sampler
 from d2i.encoders import Vae
-from d2i.encoders.load import matmul_precision, weights_hash
+from d2i.encoders.pretrained import matmul_precision, weights_hash
 from d2i.errors import ConfigError
 from d2i.models import UniDiffuser
 from d2i.models.model_dir import build_network

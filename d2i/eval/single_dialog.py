@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i import __version__, storage
+from d2i import __version__
 from d2i.cluster import device_of_worker
 from d2i.config import Recipe
 from d2i.corpora import RECORD_FIELDS, parse_record
@@ -23,7 +23,8 @@ from d2i.encoders import ClipText, Vae
 from d2i.errors import DataError
 from d2i.eval.sampler import Sampler
 from d2i.eval.systems import parse_system
-from d2i.image_decode import png_bytes
+from d2i.images.decode import png_bytes
+from d2i.io import storage
 from d2i.prompt_text import context_text, text_tokens
 
 

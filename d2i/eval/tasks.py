@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i import storage
-from d2i.checksums import compare, file_sha256, sha256_of
-from d2i.markers import read_markers, write_marker
-from d2i.parse import damaged, parse_npz
+from d2i.io import storage
+from d2i.io.checksums import compare, file_sha256, sha256_of
+from d2i.io.markers import read_markers, write_marker
+from d2i.io.parse import damaged, parse_npz
 
 _OF_ALL = ("keys", "reasons", "sources", "is_flat", "real_features", "real_embeddings")
 _OF_GENERATED = ("features", "embeddings")

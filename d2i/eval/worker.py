@@ -12,21 +12,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i import storage
-from d2i.checksums import sha256_of
 from d2i.cluster import JobFault, device_of_worker
 from d2i.config import Recipe
-from d2i.config_lock import lock_or_diff
 from d2i.dialog import key_order_hash
 from d2i.encoders import Encoders, check_encoder_hashes, load_encoders
 from d2i.encoders.bundle import versions
 from d2i.errors import ConfigError, DataError
-from d2i.eval.feature_computer import FeatureComputer, generation_rows
+from d2i.eval.features.feature_computer import FeatureComputer, generation_rows
 from d2i.eval.prompts import ContextMode, PromptReader
 from d2i.eval.system import Generation, SystemContext
 from d2i.eval.systems import SystemSpec, build_system
 from d2i.eval.tasks import EvalTask, images_path, images_url, write_task
-from d2i.image_decode import png_bytes
+from d2i.images.decode import png_bytes
+from d2i.io import storage
+from d2i.io.checksums import sha256_of
+from d2i.io.config_lock import lock_or_diff
 from d2i.shards import ShardReader
 
 SaveImages = Literal["all", "sample", "none"]

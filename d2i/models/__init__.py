@@ -3,7 +3,7 @@
 from d2i.models.presets import PRESETS, build_backbone, changed_sizes, name_sizes
 from d2i.models.unidiffuser import UniDiffuser
 from d2i.models.uvit import UViT
-from d2i.models.weights import load_weights, read_state_dict, save_weights
+from d2i.models.weights.load import load_weights, read_state_dict, save_weights
 
 __all__ = [
     "PRESETS",

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from d2i import checksums, storage
 from d2i.config import BackboneConfig, load_config
 from d2i.errors import CheckpointError
+from d2i.io import checksums, storage
+from d2i.io.parse import parse_json_value
 from d2i.models.positions import fit_positions
 from d2i.models.presets import build_backbone
-from d2i.models.weights import fill_network, read_published
-from d2i.parse import parse_json_value
+from d2i.models.weights.load import fill_network, read_published
 from d2i.weights_resolve import resolve_weights
 
 CONFIG_NAME = "config.json"

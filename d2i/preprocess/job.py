@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from d2i import checksums, storage
 from d2i.cluster import Pipeline, Pool, create_shared, job_fault, run_pipeline, run_tasks, session
 from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
 from d2i.config import Recipe
@@ -20,33 +19,34 @@ from d2i.corpora.splits import source_directory
 from d2i.encoders.available import check_present
 from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault_injection import Fault
-from d2i.image_files import check_root
-from d2i.parse import read_json
-from d2i.preprocess.encode_worker import EncodeWorkerBuilder
-from d2i.preprocess.exclude import NOTHING, read_exclusion
-from d2i.preprocess.fetch.downloads import check_downloads
-from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.sources import (
+from d2i.fetch.downloads import check_downloads
+from d2i.fetch.rate_limiter import create_shared_limiter
+from d2i.fetch.sources import (
     PUBLIC_NETWORK,
     ImageSource,
     NetworkPolicy,
     build_rate_limiter,
 )
-from d2i.preprocess.fetch_worker import FetchWorkerBuilder
+from d2i.images.image_files import check_root
+from d2i.io import checksums, storage
+from d2i.io.parse import read_json
 from d2i.preprocess.ledger import commonest_failure, remove_ledgers
-from d2i.preprocess.messages import ShardTask
 from d2i.preprocess.placeholders import RetractionWorker, placeholders_of, plan_retractions
-from d2i.preprocess.plan import Plan, PlanRequest, fingerprint_url, make_plan
-from d2i.preprocess.progress import JobProgress, Tally
-from d2i.preprocess.reuse import Reuse
-from d2i.preprocess.split_summary import SplitSummary, refuse_empty, split_summary
-from d2i.preprocess.supplements import (
+from d2i.preprocess.plan.exclude import NOTHING, read_exclusion
+from d2i.preprocess.plan.planner import Plan, PlanRequest, fingerprint_url, make_plan
+from d2i.preprocess.plan.supplements import (
     Supplement,
     merge_ledgers,
     plan_retry_shards,
     read_supplements,
     remove_supplements,
 )
+from d2i.preprocess.progress import JobProgress, Tally
+from d2i.preprocess.reuse import Reuse
+from d2i.preprocess.split_summary import SplitSummary, refuse_empty, split_summary
+from d2i.preprocess.workers.encode_worker import EncodeWorkerBuilder
+from d2i.preprocess.workers.fetch_worker import FetchWorkerBuilder
+from d2i.preprocess.workers.messages import ShardTask
 from d2i.recipes import check_prepared_with, store_recipe
 from d2i.shards import (
     committed_names,

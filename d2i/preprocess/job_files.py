@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from d2i import storage
 from d2i.config import Recipe, load_config
 from d2i.errors import ConfigError, D2IError, DataError, ShardError
-from d2i.parse import damaged, read_json
+from d2i.io import storage
+from d2i.io.parse import damaged, read_json
 from d2i.preprocess.ledger import LedgerRow, ledger_url, read_shard_ledger
-from d2i.preprocess.plan import Plan, fingerprint_url, plan_url, read_plan, records_url
-from d2i.preprocess.records import read_records
-from d2i.preprocess.supplements import net_failures, read_supplements
+from d2i.preprocess.plan.planner import Plan, fingerprint_url, plan_url, read_plan, records_url
+from d2i.preprocess.plan.record_files import read_records
+from d2i.preprocess.plan.supplements import net_failures, read_supplements
 from d2i.recipes import read_stored_recipe, refuse_host
 from d2i.shards import ShardProblem, read_manifest
 

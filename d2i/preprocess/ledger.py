@@ -14,11 +14,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2i import checksums, storage
 from d2i.errors import ShardError
-from d2i.parse import parse_parquet
-from d2i.prefetch import prefetch_map
-from d2i.preprocess.records import table_bytes
+from d2i.io import checksums, storage
+from d2i.io.parse import parse_parquet
+from d2i.io.prefetch import prefetch_map
+from d2i.preprocess.plan.record_files import table_bytes
 
 Status = Literal["ok", "permanent", "passing"]
 

@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2i import storage
 from d2i.cluster import JobFault
-from d2i.preprocess.hash_partition import HashPartitions
+from d2i.io import storage
 from d2i.preprocess.ledger import (
     LedgerRow,
     count_failures,
@@ -28,7 +27,8 @@ from d2i.preprocess.ledger import (
     read_shard_ledger,
     write_ledger,
 )
-from d2i.preprocess.messages import FetchedImage
+from d2i.preprocess.plan.hash_partition import HashPartitions
+from d2i.preprocess.workers.messages import FetchedImage
 from d2i.shards import Commit, committed_names, copied_samples, read_commits, write_shard
 
 REASON = "placeholder"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from d2i.cluster import SharedActor
-from d2i.preprocess.messages import ShardResult
+from d2i.preprocess.workers.messages import ShardResult
 
 
 @dataclass

@@ -11,27 +11,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2i import checksums, storage
 from d2i.cluster import Pipeline, Pool, create_shared, job_fault, run_pipeline, run_tasks, session
 from d2i.config import Recipe
 from d2i.corpora.splits import source_directory
 from d2i.errors import D2IError, ShardError
 from d2i.fault_injection import Fault
-from d2i.preprocess.encode_worker import EncodeWorkerBuilder
-from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.sources import (
+from d2i.fetch.rate_limiter import create_shared_limiter
+from d2i.fetch.sources import (
     PUBLIC_NETWORK,
     ImageSource,
     NetworkPolicy,
     build_rate_limiter,
 )
-from d2i.preprocess.fetch_worker import FetchWorkerBuilder
+from d2i.io import checksums, storage
 from d2i.preprocess.job_files import JobFiles, lost_files
-from d2i.preprocess.messages import FetchedImage
-from d2i.preprocess.plan import fingerprint_url
+from d2i.preprocess.plan.planner import fingerprint_url
 from d2i.preprocess.progress import Tally
 from d2i.preprocess.repair_plan import broken_tasks, lost_records, unknown_shards, unknown_task
-from d2i.preprocess.repair_worker import RepairResult, RepairTask, RepairWorkerBuilder
+from d2i.preprocess.workers.encode_worker import EncodeWorkerBuilder
+from d2i.preprocess.workers.fetch_worker import FetchWorkerBuilder
+from d2i.preprocess.workers.messages import FetchedImage
+from d2i.preprocess.workers.repair_worker import RepairResult, RepairTask, RepairWorkerBuilder
 from d2i.recipes import change_recipe
 from d2i.shards import (
     Commit,
@@ -52,7 +52,7 @@ from d2i.shards import (
 )
 from d2i.shards.commit import COMMIT_SUFFIX, canonical_json
 from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME
-from d2i.shards.write import file_info
+from d2i.shards.writer import file_info
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from d2i import storage
 from d2i.errors import ShardError
+from d2i.io import storage
 from d2i.preprocess.job_files import JobFiles
-from d2i.preprocess.repair_worker import RepairTask
+from d2i.preprocess.workers.repair_worker import RepairTask
 from d2i.shards import Commit, RecoveryInputs, broken_keys, rebuild_commit
 from d2i.shards.commit import fingerprint_sha256
 

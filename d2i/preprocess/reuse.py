@@ -15,15 +15,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2i import storage
 from d2i.config import Recipe
-from d2i.config_lock import diff
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ShardError
+from d2i.io import storage
+from d2i.io.config_lock import diff
 from d2i.preprocess.key_index import KeyIndex
 from d2i.preprocess.ledger import NON_FINITE_TEXT, SCHEMA, LedgerRow, ledger_tables
-from d2i.preprocess.messages import ImageFeatures, ShardTask, SourceFile, keeps_source
-from d2i.preprocess.spill_buffer import SpillBuffer
+from d2i.preprocess.workers.messages import ImageFeatures, ShardTask, SourceFile, keeps_source
+from d2i.preprocess.workers.spill_buffer import SpillBuffer
 from d2i.shards import IMAGE_SUFFIXES, ShardReader, check_json, npy_array
 
 

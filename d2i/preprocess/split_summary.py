@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from d2i.errors import NothingWrittenError
 from d2i.preprocess.failures_by_host import HostFailures, hosts_of_failure
-from d2i.preprocess.plan import Plan
+from d2i.preprocess.plan.planner import Plan
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ a file of the run, from the survey or from the shards; the paper's figures are m
 not import torch or ray.
 """
 
-from d2i.report.corpus import write_corpus_report
+from d2i.report.corpus_page import write_corpus_report
 from d2i.report.evaluation import Evaluation, read_evaluation
-from d2i.report.page import write_report
-from d2i.report.samples import ShownSample, write_samples_page
+from d2i.report.evaluation_page import write_report
+from d2i.report.samples_page import ShownSample, write_samples_page
 
 __all__ = [
     "Evaluation",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from d2i.errors import DataError
-from d2i.report.dataset import Conversation, read_conversations
+from d2i.report.data_split import Conversation, read_conversations
 from d2i.report.evaluation import Evaluation, column_names
 from d2i.report.html import OmittedSection, Section, image_tag, text
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
 
-from d2i import checksums, markers, parse, storage
 from d2i.errors import DataError
+from d2i.io import checksums, markers, parse, storage
 from d2i.metric_specs import METRICS
 from d2i.report.paper_rows import label_of
 

@@ -13,8 +13,8 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from d2i.image_decode import turn_upright
-from d2i.png_chunks import without_metadata
+from d2i.images.decode import turn_upright
+from d2i.images.png_chunks import without_metadata
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _TAG = re.compile(r"<[^>]*>")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from d2i.errors import DataError
-from d2i.report.categories import figure5, labelled, read_categories
+from d2i.report.category_tables import figure5, labelled, read_categories
 from d2i.report.conversations import group_by_instances, render_rows
-from d2i.report.dataset import read_conversations
+from d2i.report.data_split import read_conversations
 from d2i.report.evaluation import Evaluation
 from d2i.report.html import OmittedSection, Section, table, text
 from d2i.report.linearization_tables import context_ablation, table3

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2i import storage
+from d2i.io import storage
 from d2i.report.evaluation import Evaluation, read_json
 from d2i.report.html import OmittedSection, Section, duration, figure, is_number, text
 from d2i.report.svg import Box, axes, axis_names, ticks

@@ -1,4 +1,4 @@
-"""Shards: the on-disk format of prepared data. See `reader`, `write`, `manifest`.
+"""Shards: the on-disk format of prepared data. See `reader`, `writer`, `manifest`.
 
 A data set is one directory with one split of a corpus: plain WebDataset tars, an Arrow index and a
 commit record beside each, and a manifest with its own sha256. Imports neither torch nor ray.
@@ -42,7 +42,7 @@ from d2i.shards.sample import (
     npy_bytes,
 )
 from d2i.shards.verify import ShardProblem, VerifyReport, verify
-from d2i.shards.write import write_shard
+from d2i.shards.writer import write_shard
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from d2i import storage
 from d2i.errors import ShardError
+from d2i.io import storage
 from d2i.shards.sample import check_shape
 
 COMMIT_SUFFIX = ".commit.json"

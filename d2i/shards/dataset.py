@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from d2i import storage
 from d2i.errors import ConfigError
+from d2i.io import storage
 from d2i.shards.commit import COMMIT_SUFFIX
 from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME
 

@@ -14,10 +14,10 @@ from typing import Any, Literal, cast
 
 from pydantic import JsonValue, model_validator
 
-from d2i import storage
-from d2i.checksums import checksum_line, sha256_of
 from d2i.errors import ShardError
 from d2i.fault_injection import Point
+from d2i.io import storage
+from d2i.io.checksums import checksum_line, sha256_of
 from d2i.shards.commit import (
     COMMIT_SUFFIX,
     ArrayInfo,
@@ -32,7 +32,7 @@ from d2i.shards.commit import (
     read_commits,
 )
 from d2i.shards.sample import check_array
-from d2i.shards.write import file_info
+from d2i.shards.writer import file_info
 
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_NAME = "manifest.json.sha256"

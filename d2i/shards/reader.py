@@ -20,14 +20,20 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from d2i import storage
-from d2i.config_lock import diff
 from d2i.errors import ShardError
-from d2i.shards.cache import CachedShards
+from d2i.io import storage
+from d2i.io.config_lock import diff
+from d2i.shards.cache.mmap_shards import (
+    ForkSafeShards,
+    LocalShards,
+    MappedShard,
+    Shards,
+    wrap_errors,
+)
+from d2i.shards.cache.shard_cache import CachedShards
 from d2i.shards.commit import ArrayInfo, canonical_json
 from d2i.shards.index import IndexRow
 from d2i.shards.manifest import Manifest, read_manifest
-from d2i.shards.mmap_shards import ForkSafeShards, LocalShards, MappedShard, Shards, wrap_errors
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
     NPY_DTYPES,

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import IO, Any
 
-from d2i import storage
 from d2i.errors import ShardError
+from d2i.io import storage
 from d2i.shards import tar
 from d2i.shards.commit import COMMIT_SUFFIX, ArrayInfo, Commit, FileInfo, parse_record, shard_name
 from d2i.shards.index import Extent, Index, IndexRow, index_bytes, read_index
 from d2i.shards.manifest import Manifest, read_manifest
 from d2i.shards.sample import Sample, sample_arrays
-from d2i.shards.write import file_info, streamed_info, write_shard
+from d2i.shards.writer import file_info, streamed_info, write_shard
 
 
 def copied_samples(url: str, commit: Commit) -> Iterator[Sample]:

@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2i import storage
 from d2i.errors import ShardError
-from d2i.prefetch import prefetch_map
+from d2i.io import storage
+from d2i.io.prefetch import prefetch_map
 from d2i.shards import tar
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo
 from d2i.shards.index import Index, IndexRow, read_index

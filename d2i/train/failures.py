@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from d2i import storage
 from d2i.config import TrainConfig
 from d2i.errors import ClusterError, D2IError
-from d2i.train.checkpoint import complete_checkpoints
-from d2i.train.ranks import AlreadyReportedError, Ranks
+from d2i.io import storage
+from d2i.train.checkpoint.checkpoint_files import complete_checkpoints
+from d2i.train.distributed.ranks import AlreadyReportedError, Ranks
 from d2i.train.request import TrainRequest
 
 _SIGNS_OF_THE_OTHERS = ("connection", "peer", "gloo", "nccl", "socket")

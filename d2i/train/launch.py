@@ -11,13 +11,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from d2i.child_process import die_with_launcher
 from d2i.errors import D2IError
 from d2i.fault_injection import parse_fault
+from d2i.io.child_process import die_with_launcher
+from d2i.io.terminal import plain
 from d2i.recipes import resolve_recipe
 from d2i.run_dir import check_initial_weights
-from d2i.terminal import plain
-from d2i.train.slurm import torchrun_environment
+from d2i.train.distributed.slurm import torchrun_environment
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -55,7 +55,7 @@ def launch(
     For example: deepspeed --num_accelerators 2 train/launch.py --recipe demo --data D --run R
     """
     _name_rank(local_rank)
-    from d2i.train.engine import read_zero
+    from d2i.train.distributed.engine import read_zero
     from d2i.train.preflight import preflight
     from d2i.train.rank_main import train
     from d2i.train.request import TrainRequest

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import d2i
-from d2i.child_process import die_with_parent, launcher_environment
 from d2i.errors import ClusterError
+from d2i.io.child_process import die_with_parent, launcher_environment
 
 _POLL_S = 1.0
 # DeepSpeed's launcher kills ranks that take more than 30 seconds to end.

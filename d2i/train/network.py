@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from d2i.config import Recipe, TrainPrecision
-from d2i.encoders.load import matmul_precision
+from d2i.encoders.pretrained import matmul_precision
 from d2i.models.model_dir import build_network
 
 

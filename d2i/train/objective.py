@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2i.config import BackboneConfig, UniDiffuserLossConfig
 from d2i.diffusion import sample_latent, unidiffuser_loss, uvit_loss
-from d2i.train.batch import Batch
+from d2i.train.data.batch import Batch
 
 Objective = Callable[[Any, Batch], Tensor]
 

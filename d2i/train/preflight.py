@@ -14,28 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2i import checksums, storage
 from d2i.config import TrainConfig
 from d2i.diffusion.draws import normal
+from d2i.io import checksums, storage
 from d2i.models import build_backbone
 from d2i.recipes import check_prepared_with
 from d2i.shards import ShardReader
-from d2i.train.batch import Batch, BatchLoader
-from d2i.train.checkpoint_writer import build_state
-from d2i.train.data import (
+from d2i.train.checkpoint.checkpoint_writer import build_state
+from d2i.train.data.batch import Batch, BatchLoader
+from d2i.train.data.loader import (
     build_order,
     build_text_encoder,
     check_cache,
     check_sizes,
     train_url,
 )
-from d2i.train.engine import build_engine, join_ranks
+from d2i.train.distributed.engine import build_engine, join_ranks
+from d2i.train.distributed.ranks import Ranks
 from d2i.train.failures import reported_errors
+from d2i.train.monitor.throughput import count_flops, peak_flops
 from d2i.train.network import build_trained_network
 from d2i.train.objective import build_objective
-from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
-from d2i.train.throughput import count_flops, peak_flops
 
 PREFLIGHT_NAME = "preflight.json"
 _TINY = {

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from d2i import storage
 from d2i.config import Recipe
 from d2i.errors import CheckpointError, ConfigError
+from d2i.io import storage
 from d2i.models import save_weights
-from d2i.models.initial import describe_initial_weights
 from d2i.models.model_dir import resolve_sizes
+from d2i.models.weights.initial import describe_initial_weights
 from d2i.recipes import check_prepared_with
 from d2i.run_dir import (
     RESULT_NAMES,
@@ -25,20 +25,20 @@ from d2i.run_dir import (
     start_or_resume,
 )
 from d2i.shards import ShardReader
-from d2i.train.checkpoint import (
+from d2i.train.checkpoint.checkpoint_files import (
     KIND_OF_WEIGHTS,
     Checkpoint,
     Progress,
     latest_valid_checkpoint,
     step_directory,
 )
-from d2i.train.checkpoint_writer import CheckpointWriter, TrainState, build_state
-from d2i.train.data import check_cache, check_sizes, train_url
-from d2i.train.engine import build_engine, join_ranks
+from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState, build_state
+from d2i.train.data.loader import check_cache, check_sizes, train_url
+from d2i.train.distributed.engine import build_engine, join_ranks
+from d2i.train.distributed.ranks import Ranks
 from d2i.train.failures import reported_errors, resume_hint
-from d2i.train.metrics_logger import say
+from d2i.train.monitor.metrics_logger import say
 from d2i.train.network import build_trained_network
-from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
 from d2i.train.trainer import Trainer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from d2i.train.ranks import Ranks
+from d2i.train.distributed.ranks import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -7,24 +7,24 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i import storage
+from d2i.io import storage
 from d2i.run_dir import MetricsLine
 from d2i.shards import ShardReader
-from d2i.train.batch import Batch, BatchLoader
-from d2i.train.checkpoint import Checkpoint, Progress, step_directory
-from d2i.train.checkpoint_writer import CheckpointWriter, TrainState
-from d2i.train.data import build_order, build_text_encoder
-from d2i.train.engine import base_optimizer, loss_scaler_state
+from d2i.train.checkpoint.checkpoint_files import Checkpoint, Progress, step_directory
+from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState
+from d2i.train.data.batch import Batch, BatchLoader
+from d2i.train.data.loader import build_order, build_text_encoder
+from d2i.train.distributed.engine import base_optimizer, loss_scaler_state
+from d2i.train.distributed.ranks import Ranks
 from d2i.train.failures import check_finite
-from d2i.train.loss_tracker import LossTracker
-from d2i.train.metrics_logger import MetricsLogger, record_keys, say
+from d2i.train.monitor.loss_tracker import LossTracker
+from d2i.train.monitor.metrics_logger import MetricsLogger, record_keys, say
+from d2i.train.monitor.sample_grid import SampleGrid
+from d2i.train.monitor.throughput import Throughput, count_flops, peak_flops, progress_line
+from d2i.train.monitor.validation import Validation
 from d2i.train.objective import Objective, build_objective
-from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
-from d2i.train.samples import SampleGrid
 from d2i.train.stop_signal import StopSignal
-from d2i.train.throughput import Throughput, count_flops, peak_flops, progress_line
-from d2i.train.validation import Validation
 
 
 class Trainer:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from d2i import storage, tar_index
 from d2i.cluster import SharedActor
 from d2i.corpora import read_instances
 from d2i.demo.corpus import write_corpus
@@ -20,16 +19,18 @@ from d2i.demo.render import render_scene
 from d2i.demo.scene import all_scenes, is_held_out
 from d2i.dialog import ImageRef, Instance, key_order_hash, make_key
 from d2i.diffusion.draws import SampleDraws, integers, normal, uniform
-from d2i.eval.intervals import bca
+from d2i.eval.metrics.intervals import bca
+from d2i.eval.metrics.retrieval_recall import choose_negatives
 from d2i.eval.prompts import derangement
-from d2i.eval.retrieval_recall import choose_negatives
-from d2i.preprocess.fetch.interleave_hosts import interleave_by_host
-from d2i.preprocess.fetch.rate_limiter import ShardedRateLimiter
-from d2i.preprocess.selection import SmallestRankSampler
-from d2i.preprocess.shard_assignment import ShardAssigner
+from d2i.fetch.interleave_hosts import interleave_by_host
+from d2i.fetch.rate_limiter import ShardedRateLimiter
+from d2i.images import tar_index
+from d2i.io import storage
+from d2i.preprocess.plan.selection import SmallestRankSampler
+from d2i.preprocess.plan.shard_assignment import ShardAssigner
 from d2i.shards.commit import fingerprint_sha256
-from d2i.train.data_order import DataOrder
-from d2i.train.validation import choose_instances
+from d2i.train.data.data_order import DataOrder
+from d2i.train.monitor.validation import choose_instances
 from d2i.weights_catalog import shapes_hash
 
 PURPOSES = (

@@ -9,7 +9,11 @@ from diffusers import AutoencoderKL
 from d2i.encoders import Vae
 from d2i.errors import CheckpointError
 from d2i.models import read_state_dict
-from d2i.models.autoencoder_layout import autoencoder_config, diffusers_to_ldm, ldm_to_diffusers
+from d2i.models.weights.autoencoder_layout import (
+    autoencoder_config,
+    diffusers_to_ldm,
+    ldm_to_diffusers,
+)
 from d2i.weights_catalog import find_published, shapes_hash
 from tests.golden.arrays import GOLDEN, facts, max_distance, tensors
 from tests.shared import needs_shared

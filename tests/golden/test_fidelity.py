@@ -19,9 +19,9 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from d2i.config import MetricsConfig
 from d2i.errors import DataError
-from d2i.eval.extractors import InceptionExtractor
-from d2i.eval.metrics import InceptionFeatures, compute_scores
-from d2i.image_decode import crop_to_square
+from d2i.eval.features.extractors import InceptionExtractor
+from d2i.eval.metrics.compute import InceptionFeatures, compute_scores
+from d2i.images.decode import crop_to_square
 from tests.golden.test_metrics import FID, IS, KID
 from tests.shared import SHARED, needs_shared
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from d2i.diffusion import Schedule, sample_latent, unidiffuser_loss, uvit_loss
 from d2i.errors import ConfigError
-from d2i.train.ema import Ema
+from d2i.train.checkpoint.ema import Ema
 from tests.golden.arrays import facts, max_distance, tensors, tiny_unidiffuser, tiny_uvit
 from tests.shared import needs_shared
 
@@ -94,7 +94,8 @@ def test_four_adamw_steps_with_ema_match_golden() -> None:
     golden, network = tensors("losses"), tiny_uvit()
     order = facts("losses")["param_order"]
     weights = [network.get_parameter(key) for key in order]
-    # As d2i.train.engine builds it; the learning rate is set at every step, as its loop does.
+    # As d2i.train.distributed.engine builds it; the learning rate is set at every step, as by its
+    # loop.
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.9), weight_decay=0.03, fused=True)
     averages = {rate: Ema(weights, rate) for rate in (0.9999, 0.9)}
     for step in range(4):

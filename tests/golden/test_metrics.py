@@ -11,7 +11,7 @@ import torch
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from d2i.errors import DataError
-from d2i.eval.metrics import compute_scores
+from d2i.eval.metrics.compute import compute_scores
 from tests.shared import SHARED, needs_shared
 
 DIRECTORY = SHARED / "golden"
@@ -146,7 +146,7 @@ def test_kid_matches_torch_fidelity(num: int, num_fake: int, width: int) -> None
 def test_kid_kernel_is_summed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = random_sets(50, 41, 6)
     whole = compute_scores(real, fake, None, pairs(), pairs(), kid_subset_size=30)
-    monkeypatch.setattr("d2i.eval.kid._NUM_KERNEL_ROWS", 16)
+    monkeypatch.setattr("d2i.eval.metrics.kid._NUM_KERNEL_ROWS", 16)
     in_blocks = compute_scores(real, fake, None, pairs(), pairs(), kid_subset_size=30)
     assert in_blocks["kid"] == pytest.approx(whole["kid"], rel=1e-12)
     assert in_blocks["kid_std"] == pytest.approx(whole["kid_std"], rel=1e-12)

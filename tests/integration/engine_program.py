@@ -23,18 +23,18 @@ from torch import Tensor
 from d2i.config import OptimConfig, TrainConfig
 from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone, load_weights
-from d2i.train.checkpoint import Checkpoint, Progress, step_directory
-from d2i.train.checkpoint_writer import CheckpointWriter, TrainState
-from d2i.train.ema import Ema
-from d2i.train.engine import (
+from d2i.train.checkpoint.checkpoint_files import Checkpoint, Progress, step_directory
+from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState
+from d2i.train.checkpoint.ema import Ema
+from d2i.train.distributed.engine import (
     base_optimizer,
     build_engine,
     join_ranks,
     master_weights,
     read_zero,
 )
+from d2i.train.distributed.ranks import Ranks
 from d2i.train.network import autocast_to, compile_blocks
-from d2i.train.ranks import Ranks
 
 SIZES = {"latent_size": 8, "patch_size": 2, "dim": 64, "depth": 4, "num_heads": 4}
 ZERO_FILES = Path(__file__).parents[2] / "train"

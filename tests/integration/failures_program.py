@@ -19,8 +19,8 @@ import torch
 
 from d2i.errors import ConfigError, D2IError
 from d2i.recipes import demo
+from d2i.train.distributed.ranks import Ranks
 from d2i.train.failures import report_error, reported_errors
-from d2i.train.ranks import Ranks
 from d2i.train.request import TrainRequest
 from tests.processes import free_port
 

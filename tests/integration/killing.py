@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from d2i.fault_injection import Fault
-from d2i.preprocess.fetch.sources import NetworkPolicy
+from d2i.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
 from d2i.recipes import resolve_recipe

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from d2i.corpora import read_instances
-from d2i.preprocess import captioning
+from d2i.corpus_analysis import captioning
 from tests.integration.networks import save_random_captioner
 from tests.processes import run_d2i, run_process
 

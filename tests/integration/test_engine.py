@@ -16,9 +16,9 @@ from d2i.config import TrainConfig
 from d2i.diffusion.schedule import default_schedule
 from d2i.errors import ConfigError
 from d2i.models import build_backbone, load_weights
-from d2i.train.engine import build_engine
+from d2i.train.distributed.engine import build_engine
+from d2i.train.distributed.ranks import Ranks
 from d2i.train.launcher import deepspeed_command
-from d2i.train.ranks import Ranks
 from tests.golden.arrays import GOLDEN, facts, tensors
 from tests.golden.test_losses import check_trained
 from tests.integration.engine_program import (

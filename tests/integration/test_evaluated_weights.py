@@ -13,7 +13,7 @@ from d2i.models import load_weights
 from d2i.recipes import change_recipe
 from d2i.run_dir import RESULT_NAMES, read_recipe
 from d2i.shards import ShardReader
-from d2i.train.batch import BatchLoader
+from d2i.train.data.batch import BatchLoader
 from d2i.train.network import build_trained_network
 from d2i.train.objective import build_objective
 from tests.integration.training import train

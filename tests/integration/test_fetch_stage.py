@@ -12,7 +12,7 @@ from typing import Any
 
 from d2i.cluster import session
 from d2i.fault_injection import Fault, Point
-from d2i.preprocess.fetch.sources import NetworkPolicy
+from d2i.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
 from d2i.preprocess.ledger import read_ledger
@@ -121,11 +121,11 @@ def test_identical_local_files_are_not_placeholders(tmp_path: Path, settings: li
 STREAM = """
 import json, resource, sys
 from d2i.cluster import create_shared
-from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
-from d2i.preprocess.fetch_worker import FetchWorkerBuilder
-from d2i.preprocess.messages import ShardTask
-from d2i.preprocess.plan import PlanRequest, make_plan
+from d2i.fetch.rate_limiter import create_shared_limiter
+from d2i.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
+from d2i.preprocess.workers.fetch_worker import FetchWorkerBuilder
+from d2i.preprocess.workers.messages import ShardTask
+from d2i.preprocess.plan.planner import PlanRequest, make_plan
 from d2i.preprocess.progress import Tally
 from d2i.recipes import resolve_recipe
 

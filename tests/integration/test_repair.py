@@ -15,7 +15,7 @@ import pytest
 
 from d2i.errors import ShardError
 from d2i.fault_injection import Fault
-from d2i.preprocess.fetch.sources import NetworkPolicy
+from d2i.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
 from d2i.preprocess.ledger import read_ledger

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from d2i.errors import ConfigError, ShardError
-from d2i.preprocess.fetch.sources import NetworkPolicy
+from d2i.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
 from d2i.recipes import change_recipe, resolve_recipe

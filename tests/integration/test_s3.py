@@ -10,8 +10,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from d2i import storage
 from d2i.errors import ConfigError
+from d2i.io import storage
 from d2i.preprocess.ledger import LedgerRow, read_ledger
 from tests.integration import evaluations, training
 from tests.integration.logged import LOG

@@ -12,7 +12,7 @@ from PIL import Image
 from d2i.errors import ConfigError
 from d2i.eval.generation_settings import choose_settings
 from d2i.eval.systems import parse_system
-from d2i.models.weights import read_state_dict
+from d2i.models.weights.load import read_state_dict
 from d2i.recipes import change_recipe
 from d2i.run_dir import read_recipe
 from tests.integration.commands import preprocess

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from d2i.config import Recipe
 from d2i.errors import ConfigError, D2IError, DataError
 from d2i.eval import job
-from d2i.eval.divter_captioner import (
+from d2i.eval.minigpt5_export import export_dialogs
+from d2i.eval.systems import parse_system
+from d2i.eval.systems.divter_captioner import (
     DivterCaptioner,
     DivterCaptionerConfig,
     read_pairs,
     train_divter_captioner,
 )
-from d2i.eval.minigpt5_export import export_dialogs
-from d2i.eval.systems import parse_system
 from d2i.metric_specs import METRICS
 from d2i.recipes import change_recipe, read_stored_recipe
 from d2i.report.evaluation import read_evaluation

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from d2i.eval.systems import parse_system
 from d2i.recipes import load_recipe
-from d2i.train.checkpoint import complete_checkpoints
+from d2i.train.checkpoint.checkpoint_files import complete_checkpoints
 from tests.integration.training import (
     command,
     ema_bytes,

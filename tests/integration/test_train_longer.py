@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from d2i import checksums
 from d2i.config import LEGACY_DEFAULTS
 from d2i.errors import ConfigError
 from d2i.eval.generation_settings import choose_settings
 from d2i.eval.systems import parse_system
+from d2i.io import checksums
 from d2i.recipes import change_recipe
 from d2i.run_dir import RESULT_NAMES, last_step, read_recipe
 from tests.integration.training import command, train

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from d2i.corpora import read_instances
 from d2i.errors import DataError
-from d2i.eval.categories import (
+from d2i.eval.metrics.category_scores import (
     DRAW_SIZE,
     NUM_DRAWS,
     CategoryScores,
@@ -24,9 +24,9 @@ from d2i.eval.categories import (
     score_categories,
     write_categories,
 )
-from d2i.eval.kid import paired_mmd
-from d2i.eval.metrics import compute_fid, compute_scores
-from d2i.eval.scores import Measured
+from d2i.eval.metrics.compute import compute_fid, compute_scores
+from d2i.eval.metrics.kid import paired_mmd
+from d2i.eval.metrics.scores import Measured
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 from tests.shared import SHARED, needs_shared
 

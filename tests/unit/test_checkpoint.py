@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2i import storage
 from d2i.errors import CheckpointError
-from d2i.train.checkpoint import (
+from d2i.io import storage
+from d2i.train.checkpoint.checkpoint_files import (
     MARKER,
     Checkpoint,
     Progress,
@@ -153,7 +153,7 @@ def test_full_disk_leaves_no_checkpoint_part_under_final_name(tmp_path: Path) ->
     program = (
         "import sys; import torch\n"
         "from d2i.config import TrainConfig\n"
-        "from d2i.train.checkpoint import write_part\n"
+        "from d2i.train.checkpoint.checkpoint_files import write_part\n"
         "from d2i.train.failures import explain_error\n"
         "config = TrainConfig(num_steps=1, global_batch_size=1, micro_batch_size=1)\n"
         "try:\n    write_part(sys.argv[1], 0, {'ema:a:0': torch.zeros(1 << 20)})\n"

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2i import storage
 from d2i.config import TextConfig
-from d2i.config_lock import lock_or_diff
 from d2i.demo.corpus import write_corpus
 from d2i.errors import ConfigError
-from d2i.preprocess.plan import PlanRequest, make_plan
+from d2i.io import storage
+from d2i.io.config_lock import lock_or_diff
+from d2i.preprocess.plan.planner import PlanRequest, make_plan
 from d2i.recipes import change_recipe, check_prepared_with, load_recipe, store_recipe
 from d2i.shards import Sample, json_bytes, npy_bytes, write_shard
 

@@ -20,8 +20,8 @@ from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import RecordError
 from d2i.dialog import ImageRef, Instance, Turn, linearize
 from d2i.errors import ConfigError, DataError
-from d2i.image_decode import ImageRejectedError, decode_image
-from d2i.image_files import read_image
+from d2i.images.decode import ImageRejectedError, decode_image
+from d2i.images.image_files import read_image
 from d2i.prompt_text import context_text
 from tests.shared import SHARED, needs_shared
 

@@ -14,13 +14,13 @@ import pytest
 
 from d2i.config import DialogConfig, FetchConfig
 from d2i.corpora import read_instances
-from d2i.corpora.survey import survey_split
+from d2i.corpus_analysis.survey import survey_split
 from d2i.errors import ConfigError, DataError
-from d2i.image_decode import ImageRejectedError
-from d2i.image_files import read_image
-from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
-from d2i.preprocess.plan import PlanRequest, make_plan
+from d2i.fetch.rate_limiter import create_shared_limiter
+from d2i.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
+from d2i.images.decode import ImageRejectedError
+from d2i.images.image_files import read_image
+from d2i.preprocess.plan.planner import PlanRequest, make_plan
 from d2i.recipes import load_recipe
 from tests.servers import WebServer, running
 

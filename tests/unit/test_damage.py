@@ -26,20 +26,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from d2i import checksums, run_dir, storage
+from d2i import run_dir
 from d2i.cli.app import app
 from d2i.config import BackboneConfig
 from d2i.demo.corpus import write_corpus
 from d2i.errors import D2IError
-from d2i.eval.reference_features import ReferenceFeatures
+from d2i.eval.features.reference_features import ReferenceFeatures
 from d2i.eval.tasks import EvalTask, finished_tasks, images_path, read_tasks, write_task
+from d2i.images.tar_index import open_index
+from d2i.io import checksums, storage
 from d2i.models import read_state_dict, save_weights
 from d2i.models.model_dir import read_config, write_config
 from d2i.preprocess.job_files import JobFiles, check_job_files
 from d2i.preprocess.ledger import LedgerRow, read_ledger, write_ledger
-from d2i.preprocess.plan import Plan, PlanRequest, make_plan, records_url
-from d2i.preprocess.records import read_records
-from d2i.preprocess.supplements import plan_retry_shards
+from d2i.preprocess.plan.planner import Plan, PlanRequest, make_plan, records_url
+from d2i.preprocess.plan.record_files import read_records
+from d2i.preprocess.plan.supplements import plan_retry_shards
 from d2i.recipes import load_recipe, read_stored_recipe, store_recipe
 from d2i.report import read_evaluation
 from d2i.run_dir import MetricsLine, RunConfig, append_line, load_selection, start_or_resume
@@ -51,8 +53,13 @@ from d2i.shards import (
     write_manifest,
     write_shard,
 )
-from d2i.tar_index import open_index
-from d2i.train.checkpoint import Checkpoint, Progress, slice_key, write_marker, write_part
+from d2i.train.checkpoint.checkpoint_files import (
+    Checkpoint,
+    Progress,
+    slice_key,
+    write_marker,
+    write_part,
+)
 from tests.samples import metadata
 
 NUM_DAMAGES, NUM_SOAK = 2_000, 10_000

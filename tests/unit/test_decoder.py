@@ -18,8 +18,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from d2i.config import ImageConfig
-from d2i.image_decode import ImageRejectedError, crop_to_square, decode_image
-from d2i.preprocess.decoder import Decoder
+from d2i.images.decode import ImageRejectedError, crop_to_square, decode_image
+from d2i.images.sandbox import Decoder
 from tests.bombs import webp_bomb
 
 LIMITS = ImageConfig(resolution=32)

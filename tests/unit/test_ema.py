@@ -8,7 +8,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from numpy.typing import NDArray
 
-from d2i.train.ema import Decay, Ema, power_decay, warmup_decay
+from d2i.train.checkpoint.ema import Decay, Ema, power_decay, warmup_decay
 
 NUM_STEPS = 3000
 

@@ -14,10 +14,10 @@ from d2i.config import Precision
 from d2i.dialog import ImageRef, Instance, Turn
 from d2i.encoders import Encoders, load_encoders
 from d2i.errors import CheckpointError, ShardError
-from d2i.preprocess.encode_worker import EncodeWorker, EncodeWorkerBuilder
-from d2i.preprocess.fetch.result import FetchResult
-from d2i.preprocess.messages import FetchedImage, SourceImage
-from d2i.preprocess.spill_buffer import source_bytes
+from d2i.fetch.result import FetchResult
+from d2i.preprocess.workers.encode_worker import EncodeWorker, EncodeWorkerBuilder
+from d2i.preprocess.workers.messages import FetchedImage, SourceImage
+from d2i.preprocess.workers.spill_buffer import source_bytes
 from d2i.prompt_text import context_tokens
 from d2i.recipes import change_recipe, load_recipe
 from d2i.tokenize import encode, window

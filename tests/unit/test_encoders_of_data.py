@@ -13,11 +13,11 @@ from d2i.encoders import Encoders, check_encoder_hashes, load_encoders
 from d2i.errors import CheckpointError
 from d2i.eval.systems import SystemSpec
 from d2i.eval.worker import EvalWorker, EvalWorkerBuilder
-from d2i.preprocess.encode_worker import fingerprint
+from d2i.preprocess.workers.encode_worker import fingerprint
 from d2i.recipes import load_recipe
 from d2i.shards import ShardReader, write_manifest
-from d2i.train.data import build_text_encoder
-from d2i.train.samples import SampleGrid
+from d2i.train.data.loader import build_text_encoder
+from d2i.train.monitor.sample_grid import SampleGrid
 
 RECIPE = load_recipe("demo")
 

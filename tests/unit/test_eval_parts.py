@@ -13,14 +13,14 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from d2i.dialog import key_order_hash
 from d2i.errors import ConfigError, DataError
-from d2i.eval.influences import fid_influences, inception_influences
-from d2i.eval.intervals import total_deviation
-from d2i.eval.kid import paired_mmd
-from d2i.eval.measured import Measured
-from d2i.eval.metrics import compute_fid, compute_scores
+from d2i.eval.metrics.compute import compute_fid, compute_scores
+from d2i.eval.metrics.influences import fid_influences, inception_influences
+from d2i.eval.metrics.intervals import total_deviation
+from d2i.eval.metrics.kid import paired_mmd
+from d2i.eval.metrics.measured import Measured
+from d2i.eval.metrics.retrieval_recall import choose_negatives, retrieval_ranks
+from d2i.eval.metrics.scores import score
 from d2i.eval.prompts import derangement
-from d2i.eval.retrieval_recall import choose_negatives, retrieval_ranks
-from d2i.eval.scores import score
 from d2i.eval.system import Generation
 from d2i.eval.tasks import EvalTask, finished_tasks, plan_tasks, read_tasks, write_task
 
@@ -137,7 +137,7 @@ def test_intervals_of_subset_match_all_instances(
     num = 600
     measured = measured_of(num)
     of_all = score(measured, 256)
-    monkeypatch.setattr("d2i.eval.scores._MAX_RESAMPLED", num // 2)
+    monkeypatch.setattr("d2i.eval.metrics.scores._MAX_RESAMPLED", num // 2)
     of_part = score(measured, 256)
     found = {name: value for name, value in of_all["scores"].items() if value is not None}
     # Paired KID is computed on the subset, and its interval is wider.
@@ -155,7 +155,7 @@ def test_intervals_of_subset_match_all_instances(
 
 def test_resampled_subset_keeps_whole_dialogs(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = measured_of(600, size=3)
-    monkeypatch.setattr("d2i.eval.scores._MAX_RESAMPLED", 100)
+    monkeypatch.setattr("d2i.eval.metrics.scores._MAX_RESAMPLED", 100)
     # 33 dialogs of three; the hundredth instance would belong to another dialog.
     assert "computed from 99 of 600 instances" in " ".join(score(measured, 256)["warnings"])
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from d2i.preprocess.fetch import ssrf_guard
-from d2i.preprocess.fetch.http_client import BodyLimits, Limits, get
-from d2i.preprocess.fetch.resolver import Resolver
-from d2i.preprocess.fetch.result import FetchError
-from d2i.preprocess.fetch.transport import DirectTransport
+from d2i.fetch import ssrf_guard
+from d2i.fetch.http_client import BodyLimits, Limits, get
+from d2i.fetch.resolver import Resolver
+from d2i.fetch.result import FetchError
+from d2i.fetch.transport import DirectTransport
 from tests.servers import Names, WebServer, name_server, running
 
 

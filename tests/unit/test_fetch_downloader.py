@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from d2i.preprocess.fetch.downloader import Downloader, RetryPolicy
-from d2i.preprocess.fetch.http_client import BodyLimits, Limits
-from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
-from d2i.preprocess.fetch.rate_limiter import HostLimits, RateLimiter, create_shared_limiter
-from d2i.preprocess.fetch.resolver import Resolver
-from d2i.preprocess.fetch.result import FetchResult
-from d2i.preprocess.fetch.ssrf_guard import allowed_hosts
-from d2i.preprocess.fetch.transport import DirectTransport
+from d2i.fetch.downloader import Downloader, RetryPolicy
+from d2i.fetch.http_client import BodyLimits, Limits
+from d2i.fetch.known_placeholders import KnownPlaceholders
+from d2i.fetch.rate_limiter import HostLimits, RateLimiter, create_shared_limiter
+from d2i.fetch.resolver import Resolver
+from d2i.fetch.result import FetchResult
+from d2i.fetch.ssrf_guard import allowed_hosts
+from d2i.fetch.transport import DirectTransport
 from tests.servers import Answer, Handler, Names, WebServer, name_server, running
 
 GIF = b"GIF89a"

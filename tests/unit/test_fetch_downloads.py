@@ -21,11 +21,11 @@ from PIL import Image
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError, DataError
-from d2i.preprocess.fetch import downloads
-from d2i.preprocess.fetch.downloads import check_downloads, open_downloads
-from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.result import FetchResult
-from d2i.preprocess.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
+from d2i.fetch import downloads
+from d2i.fetch.downloads import check_downloads, open_downloads
+from d2i.fetch.rate_limiter import create_shared_limiter
+from d2i.fetch.result import FetchResult
+from d2i.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
 from d2i.preprocess.job import PreprocessRequest, plan_job, preprocess
 from d2i.preprocess.ledger import read_ledger
 from d2i.preprocess.repair import RepairRequest, repair

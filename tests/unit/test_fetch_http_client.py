@@ -11,11 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.http_client import BodyLimits, Limits, get
-from d2i.preprocess.fetch.resolver import Resolver
-from d2i.preprocess.fetch.result import FetchError
-from d2i.preprocess.fetch.ssrf_guard import allowed_hosts, check_url, is_public
-from d2i.preprocess.fetch.transport import DirectTransport
+from d2i.fetch.http_client import BodyLimits, Limits, get
+from d2i.fetch.resolver import Resolver
+from d2i.fetch.result import FetchError
+from d2i.fetch.ssrf_guard import allowed_hosts, check_url, is_public
+from d2i.fetch.transport import DirectTransport
 
 
 @pytest.mark.parametrize(

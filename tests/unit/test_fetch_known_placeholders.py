@@ -10,10 +10,10 @@ import pytest
 from d2i.config import FetchConfig, apply_settings
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.known_placeholders import KnownPlaceholders
-from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
-from d2i.preprocess.fetch.ssrf_guard import allowed_hosts
+from d2i.fetch.known_placeholders import KnownPlaceholders
+from d2i.fetch.rate_limiter import create_shared_limiter
+from d2i.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
+from d2i.fetch.ssrf_guard import allowed_hosts
 from tests.servers import WebServer, running
 
 GREY = b"grey"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2i.cluster import create_shared
-from d2i.preprocess.fetch.rate_limiter import (
+from d2i.fetch.rate_limiter import (
     HostLimits,
     Outcome,
     RateLimiter,
@@ -18,7 +18,7 @@ from d2i.preprocess.fetch.rate_limiter import (
     create_shared_limiter,
     detect_outage,
 )
-from d2i.preprocess.fetch.result import is_transient
+from d2i.fetch.result import is_transient
 
 TIMEOUT_S = 1000.0
 OUTCOMES: list[Outcome] = ["reached", "unreached", "unnamed"]
@@ -281,7 +281,7 @@ def test_sharded_rate_limiter_matches_single_one(
 def test_shared_limiter_has_one_shard_per_sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for num_cores, num_limiters in ((1, 1), (31, 1), (64, 4), (10_000, 16)):
         monkeypatch.setattr(
-            "d2i.preprocess.fetch.rate_limiter.num_session_cores", lambda num=num_cores, **_: num
+            "d2i.fetch.rate_limiter.num_session_cores", lambda num=num_cores, **_: num
         )
         assert len(create_shared_limiter(make_limiter(), num_workers=0).limiters) == num_limiters
 

@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch.http_client import BodyLimits, Limits, get
-from d2i.preprocess.fetch.resolver import Resolver
-from d2i.preprocess.fetch.result import FetchError
-from d2i.preprocess.fetch.transport import DirectTransport
+from d2i.fetch.http_client import BodyLimits, Limits, get
+from d2i.fetch.resolver import Resolver
+from d2i.fetch.result import FetchError
+from d2i.fetch.transport import DirectTransport
 from tests.servers import Names, WebServer, name_server, running
 
 

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from d2i import image_files
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
-from d2i.preprocess.fetch import sources
-from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.result import FetchResult
-from d2i.preprocess.fetch.sources import (
+from d2i.fetch import sources
+from d2i.fetch.rate_limiter import create_shared_limiter
+from d2i.fetch.result import FetchResult
+from d2i.fetch.sources import (
     PUBLIC_NETWORK,
     ImageSource,
     NetworkPolicy,
     build_rate_limiter,
 )
+from d2i.images import image_files
 from tests.servers import Names, WebServer, name_server, running
 
 NUM_FILES = 203

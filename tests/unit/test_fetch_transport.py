@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from d2i.preprocess.fetch.http_client import BodyLimits, Limits, get
-from d2i.preprocess.fetch.result import FetchError
-from d2i.preprocess.fetch.transport import Proxy, ProxyTransport, parse_proxy
+from d2i.fetch.http_client import BodyLimits, Limits, get
+from d2i.fetch.result import FetchError
+from d2i.fetch.transport import Proxy, ProxyTransport, parse_proxy
 from tests.servers import ProxyServer, WebServer, running
 
 LIMITS = Limits(5.0, 1.0, BodyLimits(1000, 1.0), "d2i test")

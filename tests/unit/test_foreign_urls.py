@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from d2i import storage
 from d2i.cli.models import sample
 from d2i.cli.runs import select
 from d2i.cli.shards import inspect
 from d2i.cli.study import evaluate
 from d2i.errors import ConfigError, DataError
 from d2i.eval.provenance import describe_training
+from d2i.io import storage
 from d2i.preprocess.job_files import JobFiles
 from d2i.recipes import change_recipe, load_recipe, read_stored_recipe
-from d2i.report.dataset import read_conversations, read_splits
+from d2i.report.data_split import read_conversations, read_splits
 from d2i.report.evaluation import Evaluation
 from d2i.report.training import training_section
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from d2i.config import ImageConfig
-from d2i.image_decode import (
+from d2i.images.decode import (
     CroppedImage,
     ImageRejectedError,
     begins_as_image,

@@ -13,10 +13,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from d2i import image_files, storage
 from d2i.errors import DataError
-from d2i.image_decode import ImageRejectedError
-from d2i.image_files import check_root, read_image
+from d2i.images import image_files
+from d2i.images.decode import ImageRejectedError
+from d2i.images.image_files import check_root, read_image
+from d2i.io import storage
 
 MAX_BYTES = 1000
 COMPOSED = "übung.jpg"

@@ -12,8 +12,8 @@ from d2i.config import BackboneConfig
 from d2i.errors import ConfigError
 from d2i.eval.systems import parse_system
 from d2i.models import build_backbone, save_weights
-from d2i.models.initial import describe_initial_weights, is_initialisation
 from d2i.models.model_dir import build_network
+from d2i.models.weights.initial import describe_initial_weights, is_initialisation
 from d2i.recipes import load_recipe
 
 TINY = {"latent_size": 4, "dim": 16, "depth": 3, "num_heads": 2, "text_dim": 8}

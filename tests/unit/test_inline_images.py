@@ -11,11 +11,11 @@ import pytest
 
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
-from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
-from d2i.preprocess.inline_images import read_inline
-from d2i.preprocess.plan import Plan, PlanRequest, make_plan
-from d2i.preprocess.records import read_records
+from d2i.fetch.rate_limiter import create_shared_limiter
+from d2i.fetch.sources import ImageSource, NetworkPolicy, build_rate_limiter
+from d2i.preprocess.plan.inline_images import read_inline
+from d2i.preprocess.plan.planner import Plan, PlanRequest, make_plan
+from d2i.preprocess.plan.record_files import read_records
 from d2i.recipes import load_recipe
 
 NUM_DIALOGS = 40

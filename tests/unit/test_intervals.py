@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from d2i.dialog import dialog_of_key, make_key
-from d2i.eval.intervals import bca, normal, number_dialogs, total_deviation, wilson
-from d2i.eval.kid import paired_mmd, unbiased_mmd
-from d2i.eval.measured import Measured
-from d2i.eval.scores import score
+from d2i.eval.metrics.intervals import bca, normal, number_dialogs, total_deviation, wilson
+from d2i.eval.metrics.kid import paired_mmd, unbiased_mmd
+from d2i.eval.metrics.measured import Measured
+from d2i.eval.metrics.scores import score
 from d2i.metric_specs import METRICS
 from d2i.report.evaluation import read_evaluation
 
@@ -180,7 +180,7 @@ def test_paired_kid_is_equal_when_summed_in_blocks(monkeypatch: pytest.MonkeyPat
     real, fake = dependent_pairs(np.random.default_rng(0), 50)
     dialogs = np.arange(50) // 3
     whole = paired_mmd(real, fake, dialogs)
-    monkeypatch.setattr("d2i.eval.kid._NUM_PAIRED_ROWS", 16)
+    monkeypatch.setattr("d2i.eval.metrics.kid._NUM_PAIRED_ROWS", 16)
     in_blocks = paired_mmd(real, fake, dialogs)
     assert whole is not None
     assert in_blocks is not None

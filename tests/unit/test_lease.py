@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from d2i import lease
 from d2i.errors import ConfigError
+from d2i.io import lease
 
 HOLD = """
 import sys, time
 from fsspec.implementations.local import LocalFileSystem
-from d2i import lease
+from d2i.io import lease
 lease.RENEW_S = 0.1
 with lease.hold_lease(LocalFileSystem(auto_mkdir=True), sys.argv[1], "s3://bucket/run", 0):
     print("held", flush=True)

@@ -17,10 +17,10 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from d2i.config import ImageConfig
-from d2i.file_kind import file_kind
-from d2i.image_decode import ImageRejectedError, decode_image
-from d2i.png_chunks import MAX_INFLATED_BYTES, SIGNATURE, without_metadata
-from d2i.preprocess.decoder import Decoder
+from d2i.images.decode import ImageRejectedError, decode_image
+from d2i.images.file_kind import file_kind
+from d2i.images.png_chunks import MAX_INFLATED_BYTES, SIGNATURE, without_metadata
+from d2i.images.sandbox import Decoder
 from d2i.report.html import image_uri
 
 LIMITS = ImageConfig(resolution=32)

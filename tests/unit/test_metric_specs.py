@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2i.eval.measured import Measured
-from d2i.eval.scores import score
+from d2i.eval.metrics.measured import Measured
+from d2i.eval.metrics.scores import score
 from d2i.metric_specs import METRICS, PAPER_METRICS
-from d2i.report import paper_rows, paper_tables, scores
+from d2i.report import paper_rows, paper_tables, scores_section
 from d2i.report.evaluation import Evaluation
 
 # Keys of scores.json that are not metrics but how these were computed.
@@ -50,7 +50,7 @@ def test_added_metric_spec_is_rendered_in_report(monkeypatch: pytest.MonkeyPatch
     evaluation = Evaluation(
         "a", {"toy": 12.34}, {"extractor": "clip"}, None, {}, {"toy": (11.0, 13.0)}
     )
-    page = scores.scores_section([evaluation]).body
+    page = scores_section.scores_section([evaluation]).body
     row = page[page.index("Toy score") :]
     assert row.index("lower is better") < row.index("12.3") < row.index(">11.00<")
 

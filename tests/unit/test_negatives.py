@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from d2i.errors import DataError
-from d2i.eval.negatives import find_negatives
+from d2i.eval.metrics.negatives import find_negatives
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 
 NUM = 5

@@ -11,7 +11,7 @@ from d2i.config import BackboneConfig, TrainConfig, UniDiffuserLossConfig, load_
 from d2i.diffusion import sample_latent, unidiffuser_loss
 from d2i.errors import ConfigError
 from d2i.models import build_backbone
-from d2i.train.batch import Batch, JointInputs
+from d2i.train.data.batch import Batch, JointInputs
 from d2i.train.objective import build_objective
 
 SIZES: dict[str, Any] = {"latent_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "text_dim": 8}

@@ -14,15 +14,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2i import storage
 from d2i.config import Recipe, apply_settings
 from d2i.dialog import ImageRef, Instance, Turn, key_order_hash
 from d2i.errors import ConfigError, DataError
-from d2i.preprocess import hash_partition
-from d2i.preprocess.exclude import read_exclusion
-from d2i.preprocess.plan import PlanRequest, _batches, make_plan, records_url
-from d2i.preprocess.records import read_records, records_table, write_records
-from d2i.preprocess.selection import SmallestRankSampler
+from d2i.io import storage
+from d2i.preprocess.plan.exclude import read_exclusion
+from d2i.preprocess.plan.planner import (
+    PlanRequest,
+    _batches,
+    hash_partition,
+    make_plan,
+    records_url,
+)
+from d2i.preprocess.plan.record_files import read_records, records_table, write_records
+from d2i.preprocess.plan.selection import SmallestRankSampler
 from d2i.recipes import load_recipe
 
 NUM_DIALOGS, NUM_IMAGES = 120, 90
@@ -124,8 +129,8 @@ def test_plan_is_equal_when_rows_spill_to_files(
     source = write_dialogs(tmp_path / "corpus")
     at_once = make_and_read_plan(source, tmp_path / "at once")
     monkeypatch.setattr(hash_partition, "MAX_WAITING_BYTES", 1)
-    monkeypatch.setattr("d2i.preprocess.plan._BATCH", 9)
-    monkeypatch.setattr("d2i.preprocess.plan._BATCH_CHARS", 60)
+    monkeypatch.setattr("d2i.preprocess.plan.planner._BATCH", 9)
+    monkeypatch.setattr("d2i.preprocess.plan.planner._BATCH_CHARS", 60)
     assert make_and_read_plan(source, tmp_path / "piecewise") == at_once
 
 
@@ -160,8 +165,8 @@ def test_choose_first_and_reservoir_are_deterministic(tmp_path: Path) -> None:
 
 
 def test_plan_batch_is_limited_by_context_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2i.preprocess.plan._BATCH", 4)
-    monkeypatch.setattr("d2i.preprocess.plan._BATCH_CHARS", 100)
+    monkeypatch.setattr("d2i.preprocess.plan.planner._BATCH", 4)
+    monkeypatch.setattr("d2i.preprocess.plan.planner._BATCH_CHARS", 100)
     ref = ImageRef("file", ("x",))
     made = [
         Instance(f"k{n}", "train", "", 0, 0, (Turn(0, "a" * length), Turn(1, "b")), ref)

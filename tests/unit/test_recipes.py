@@ -12,7 +12,7 @@ import pytest
 
 from d2i.errors import ConfigError
 from d2i.recipes import RECIPES, change_recipe, load_recipe, resolve_recipe
-from d2i.train.engine import read_zero
+from d2i.train.distributed.engine import read_zero
 from tests.shared import SHARED, needs_shared
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2i import storage
 from d2i.cli.study import report
 from d2i.dialog import NO_SPEAKER, key_order_hash
 from d2i.errors import ConfigError, DataError
+from d2i.io import storage
 from d2i.report import ShownSample, read_evaluation, write_report, write_samples_page
-from d2i.report.dataset import speaking_turns
+from d2i.report.data_split import speaking_turns
 from d2i.report.svg import ticks
 from d2i.report.training import read_run, smooth
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard

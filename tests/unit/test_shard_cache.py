@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from d2i.errors import ConfigError, ShardError
 from d2i.recipes import load_recipe
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.shards.local_copies import LocalCopies
-from d2i.shards.write import file_info
-from d2i.train.data import check_cache
-from d2i.train.data_order import DataOrder
+from d2i.shards.cache.local_copies import LocalCopies
+from d2i.shards.writer import file_info
+from d2i.train.data.data_order import DataOrder
+from d2i.train.data.loader import check_cache
 from tests.stores import NotedStore, fetched, read_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,7 +244,7 @@ def test_max_mapped_shards_limits_open_maps(
     maps, max_mapped = Path("/proc/self/maps"), 2
     if not maps.exists():
         pytest.skip("no list of maps here")
-    monkeypatch.setattr("d2i.shards.cache.max_mapped_shards", lambda: max_mapped)
+    monkeypatch.setattr("d2i.shards.cache.shard_cache.max_mapped_shards", lambda: max_mapped)
     cache = tmp_path / "cache"
     reader = ShardReader(f"noted://{data}", cache_dir=cache)
     indices = np.arange(NUM_SHARDS * NUM_SAMPLES)

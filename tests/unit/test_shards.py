@@ -20,9 +20,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d2i import storage
 from d2i.errors import ShardError
 from d2i.fault_injection import Fault, FaultError, Point
+from d2i.io import storage
 from d2i.shards import (
     Manifest,
     Sample,
@@ -40,7 +40,7 @@ from d2i.shards import (
 from d2i.shards.commit import canonical_json, shard_name
 from d2i.shards.index import Extent, Index, IndexRow, index_bytes, read_index
 from d2i.shards.sample import npy_header
-from d2i.shards.write import file_info
+from d2i.shards.writer import file_info
 from tests.samples import metadata
 
 FINGERPRINT = {"image": {"vae": "ab12", "resolution": 32}, "text": {"num_windows": 1}}
@@ -411,7 +411,7 @@ def test_max_mapped_shards_limits_open_maps(
         pytest.skip("no list of maps here")
     make_data(tmp_path, *[1] * num_shards)
     expected = ShardReader(str(tmp_path)).read(range(num_shards))
-    monkeypatch.setattr("d2i.shards.mmap_shards.max_mapped_shards", lambda: max_mapped)
+    monkeypatch.setattr("d2i.shards.cache.mmap_shards.max_mapped_shards", lambda: max_mapped)
     reader = ShardReader(str(tmp_path))
 
     def read(seed: int) -> bool:

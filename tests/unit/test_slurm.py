@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from d2i.errors import ClusterError
-from d2i.train.slurm import first_node, torchrun_environment
+from d2i.train.distributed.slurm import first_node, torchrun_environment
 
 TASK = {
     "SLURM_PROCID": "5",

@@ -14,14 +14,14 @@ from PIL import Image
 
 from d2i.cluster import create_shared
 from d2i.dialog import ImageRef
-from d2i.preprocess.encode_worker import EncodeWorkerBuilder
-from d2i.preprocess.fetch.rate_limiter import create_shared_limiter
-from d2i.preprocess.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
-from d2i.preprocess.fetch_worker import FetchWorkerBuilder
-from d2i.preprocess.messages import ShardTask
-from d2i.preprocess.plan import PlanRequest, make_plan
+from d2i.fetch.rate_limiter import create_shared_limiter
+from d2i.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
+from d2i.preprocess.plan.planner import PlanRequest, make_plan
 from d2i.preprocess.progress import Tally
-from d2i.preprocess.spill_buffer import source_bytes
+from d2i.preprocess.workers.encode_worker import EncodeWorkerBuilder
+from d2i.preprocess.workers.fetch_worker import FetchWorkerBuilder
+from d2i.preprocess.workers.messages import ShardTask
+from d2i.preprocess.workers.spill_buffer import source_bytes
 from d2i.recipes import change_recipe, load_recipe
 from d2i.shards import ShardReader, write_manifest
 

@@ -19,8 +19,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from d2i import storage
 from d2i.errors import ConfigError
+from d2i.io import storage
 from d2i.weights_resolve import resolve_weights
 
 
@@ -136,7 +136,7 @@ def test_failed_write_leaves_old_file(tmp_path: Path) -> None:
 def test_atomic_publish_leaves_no_listed_file_when_killed(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
-        "from d2i import storage\n"
+        "from d2i.io import storage\n"
         "with storage.scratch_file(sys.argv[1]) as scratch:\n"
         "    scratch.write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -300,7 +300,7 @@ def test_write_succeeds_without_chmod_support(tmp_path: Path) -> None:
     (tmp_path / "no.c").write_text(NO_CHMOD)
     library = tmp_path / "no.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "no.c"], check=True)
-    program = "import sys; from d2i import storage; storage.write_bytes(sys.argv[1], b'whole')"
+    program = "import sys; from d2i.io import storage; storage.write_bytes(sys.argv[1], b'whole')"
     command = [sys.executable, "-c", program, str(tmp_path / "out" / "a")]
     subprocess.run(command, check=True, env={**os.environ, "LD_PRELOAD": str(library)})
     assert (tmp_path / "out" / "a").read_bytes() == b"whole"
@@ -337,7 +337,8 @@ def test_write_error_names_file(tmp_path: Path) -> None:
     """Files are limited to 8 bytes; the error of the system names no file."""
     program = f"""
 import resource, sys
-from d2i import cli, storage
+from d2i import cli
+from d2i.io import storage
 resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8))
 for write in (storage.write_bytes, storage.append_bytes):
     try:

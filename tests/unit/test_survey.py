@@ -17,10 +17,15 @@ from typer.testing import CliRunner
 from d2i.cli.app import app
 from d2i.config import DialogConfig, apply_settings
 from d2i.corpora import build_corpus, read_instances
-from d2i.corpora import survey as survey_module
-from d2i.corpora.leakage import Leak, LeakFinder, count_leaks
-from d2i.corpora.perceptual_hash import MAX_DISTANCE, HashIndex, PerceptualHash, perceptual_hash_of
-from d2i.corpora.survey import SplitSurvey, survey_split
+from d2i.corpus_analysis import survey as survey_module
+from d2i.corpus_analysis.leakage import Leak, LeakFinder, count_leaks
+from d2i.corpus_analysis.perceptual_hash import (
+    MAX_DISTANCE,
+    HashIndex,
+    PerceptualHash,
+    perceptual_hash_of,
+)
+from d2i.corpus_analysis.survey import SplitSurvey, survey_split
 from d2i.prompt_text import context_text
 from d2i.tokenize import encode
 from tests.processes import run_d2i, run_process

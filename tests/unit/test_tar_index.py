@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2i import image_files
 from d2i.errors import DataError
-from d2i.image_decode import ImageRejectedError
-from d2i.image_files import read_image
-from d2i.tar_index import open_index
+from d2i.images import image_files
+from d2i.images.decode import ImageRejectedError
+from d2i.images.image_files import read_image
+from d2i.images.tar_index import open_index
 
 MAX_BYTES = 10_000
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from d2i.io.terminal import plain
 from d2i.report.markdown_export import write_csv
 from d2i.report.table import Cell, Row, Table
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
-from d2i.terminal import plain
 from tests.processes import run_process
 from tests.samples import metadata
 
@@ -69,7 +69,7 @@ def test_commands_escape_control_characters(tmp_path: Path) -> None:
 def test_traceback_escapes_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     import sys
 
-    from d2i.terminal import print_plainly
+    from d2i.io.terminal import print_plainly
 
     before = sys.excepthook
     try:

@@ -22,9 +22,9 @@ from d2i.shards import (
     write_shard,
 )
 from d2i.tokenize import encode, window
-from d2i.train.batch import Batch, BatchLoader
-from d2i.train.data import build_text_encoder
-from d2i.train.data_order import DataOrder
+from d2i.train.data.batch import Batch, BatchLoader
+from d2i.train.data.data_order import DataOrder
+from d2i.train.data.loader import build_text_encoder
 
 LINES = [f"# i saw a {colour} ball # at night" for colour in ("red", "blue", "green", "pink")]
 ENCODERS: EncodersConfig = load_recipe("demo").encoders

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2i.train.data_order import DataOrder
-from d2i.train.ema import Ema
+from d2i.train.checkpoint.ema import Ema
+from d2i.train.data.data_order import DataOrder
 
 Kind = Literal["global", "blocked"]
 kinds = st.sampled_from(["global", "blocked"])

@@ -23,9 +23,9 @@ from d2i.run_dir import (
     read_validation,
     truncate_logs_after,
 )
-from d2i.train.chart import plot_losses
 from d2i.train.failures import DivergedError, check_finite, check_weights, explain_error
-from d2i.train.throughput import count_flops, peak_flops, progress_line
+from d2i.train.monitor.chart import plot_losses
+from d2i.train.monitor.throughput import count_flops, peak_flops, progress_line
 
 CONFIG = TrainConfig(num_steps=10, global_batch_size=4, micro_batch_size=2)
 
@@ -78,7 +78,7 @@ def test_wandb_logging_is_opt_in_and_requires_login(tmp_path: Path) -> None:
         "import sys\n"
         "from d2i.recipes import resolve_recipe\n"
         "from d2i.run_dir import MetricsLine\n"
-        "from d2i.train.metrics_logger import MetricsLogger\n"
+        "from d2i.train.monitor.metrics_logger import MetricsLogger\n"
         "for settings in ([], ['train.wandb_project=chats']):\n"
         "    assert 'wandb' not in sys.modules\n"
         "    records = MetricsLogger(sys.argv[1], resolve_recipe('demo', settings), 0)\n"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from d2i.train.ranks import Ranks
+from d2i.train.distributed.ranks import Ranks
 from d2i.train.stop_signal import SIGNALS, StopSignal
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from d2i.errors import CheckpointError, ConfigError
 from d2i.models import build_backbone, load_weights, read_state_dict, save_weights
-from d2i.models.diffusers_layout import UNUSED_PREFIX, to_diffusers
-from d2i.models.weights import read_described
+from d2i.models.weights.diffusers_layout import UNUSED_PREFIX, to_diffusers
+from d2i.models.weights.load import read_described
 
 TINY = {
     "latent_size": 4,

@@ -18,7 +18,7 @@ from d2i.encoders import load_encoders
 from d2i.errors import CheckpointError
 from d2i.models import load_weights
 from d2i.models.model_dir import build_network
-from d2i.models.weights import read_state_dict
+from d2i.models.weights.load import read_state_dict
 from d2i.recipes import load_recipe
 from d2i.weights_resolve import resolve_weights
 

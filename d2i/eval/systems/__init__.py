@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from d2i import storage
 from d2i.config import BackboneConfig, BackboneName, Recipe, WeightsKind
 from d2i.errors import ConfigError
 from d2i.eval.system import System, SystemContext
 from d2i.eval.systems.adapter import Adapter, find_adapter
+from d2i.io import storage
 from d2i.run_dir import RESULT_NAMES, load_selection, read_recipe
 from d2i.weights_catalog import weights_to_fetch
 from d2i.weights_resolve import is_shipped
@@ -24,8 +24,8 @@ _BACKBONES = get_args(BackboneName)
 _BUILDERS = {
     "run": "d2i.eval.systems.backbone:build",
     **dict.fromkeys(_BACKBONES, "d2i.eval.systems.backbone:build"),
-    "diffusers": "d2i.eval.systems.pipeline:build",
-    "unclip": "d2i.eval.systems.pipeline:build_unclip",
+    "diffusers": "d2i.eval.systems.diffusers_pipeline:build",
+    "unclip": "d2i.eval.systems.diffusers_pipeline:build_unclip",
     "images": "d2i.eval.systems.images:build",
     "retrieve": "d2i.eval.systems.retrieve:build",
     "divter": "d2i.eval.systems.divter:build",

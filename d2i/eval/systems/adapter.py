@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2i import storage
-from d2i.checksums import file_sha256
 from d2i.errors import CheckpointError, ClusterError, ConfigError
+from d2i.io import storage
+from d2i.io.checksums import file_sha256
 
 _PUBLISHED_NAME = "pytorch_lora_weights.safetensors"
 _NAME_IN_PIPELINE = "d2i"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from d2i.dialog import Turn
 from d2i.errors import ConfigError
-from d2i.eval.divter_captioner import DivterCaptioner
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import Generation, SystemContext
 from d2i.eval.systems import build_system
+from d2i.eval.systems.divter_captioner import DivterCaptioner
 
 
 def build(context: SystemContext) -> DivterSystem:

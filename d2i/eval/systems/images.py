@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from d2i import storage
 from d2i.errors import DataError
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import Generation, SystemContext
-from d2i.image_decode import ImageRejectedError, decode_image
-from d2i.image_files import read_image
+from d2i.images.decode import ImageRejectedError, decode_image
+from d2i.images.image_files import read_image
+from d2i.io import storage
 
 _SUFFIXES = ("png", "jpg", "jpeg", "webp")
 _MAX_BYTES = 1 << 28

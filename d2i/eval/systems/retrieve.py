@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from d2i import storage
 from d2i.errors import ConfigError
+from d2i.eval.features.text_tower import TextTower
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import IN_MEMORY, Generation, SystemContext
-from d2i.eval.text import TextTower
-from d2i.image_decode import decode_image
+from d2i.images.decode import decode_image
+from d2i.io import storage
 
 _NUM_ROWS = 1 << 16
 

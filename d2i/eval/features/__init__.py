@@ -1,0 +1,1 @@
+"""Features of images, from which the metrics are computed."""

@@ -1,0 +1,149 @@
+"""Any text-to-image pipeline of diffusers, and its unCLIP pipeline, for Karlo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from d2i.diffusion.draws import integers
+from d2i.encoders.pretrained import weights_hash
+from d2i.errors import CheckpointError
+from d2i.eval.prompts import Prompt
+from d2i.eval.system import Generation, SystemContext
+from d2i.eval.systems.adapter import load_adapter
+from d2i.eval.systems.prompt_truncation import PromptTruncation
+
+_MAX_SEED = 2**62
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build(context: SystemContext) -> PipelineSystem:
+    """Load `diffusers:PATH_OR_REPO` by the class that its `model_index.json` names."""
+    from diffusers import DiffusionPipeline
+
+    return PipelineSystem(context, _load(DiffusionPipeline, context))
+
+
+def build_unclip(context: SystemContext) -> PipelineSystem:
+    """Load `unclip:PATH_OR_REPO`: a prior and decoders as diffusers' UnCLIPPipeline saves them.
+
+    Loads part by part, because `model_index.json` names a class by a module it has moved from.
+    """
+    import diffusers
+    import transformers
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+
+    networks = {
+        "prior": diffusers.PriorTransformer,
+        "decoder": diffusers.UNet2DConditionModel,
+        "text_encoder": transformers.CLIPTextModelWithProjection,
+        "text_proj": UnCLIPTextProjModel,
+        "super_res_first": diffusers.UNet2DModel,
+        "super_res_last": diffusers.UNet2DModel,
+    }
+    others = {
+        "tokenizer": transformers.CLIPTokenizer,
+        "prior_scheduler": diffusers.UnCLIPScheduler,
+        "decoder_scheduler": diffusers.UnCLIPScheduler,
+        "super_res_scheduler": diffusers.UnCLIPScheduler,
+    }
+    name = context.spec.target
+    parts = {part: _load(kind, context, subfolder=part) for part, kind in networks.items()}
+    parts |= {part: _load_plain(kind, name, subfolder=part) for part, kind in others.items()}
+    return PipelineSystem(context, diffusers.UnCLIPPipeline(**parts))
+
+
+class PipelineSystem:
+    """Passes the line of a prompt to a pipeline, with a random generator keyed by the prompt.
+
+    The pipeline runs with its own defaults except for `sample.pipeline`, in `sample.precision`, and
+    at the recipe's fixed, padded batch size. A line that is too long for a text encoder is
+    truncated; `text.keep` decides which end stays.
+    """
+
+    def __init__(self, context: SystemContext, pipeline: Any) -> None:
+        self._sample = context.recipe.sample
+        self._pipeline = pipeline.to(context.device)
+        self._pipeline.set_progress_bar_config(disable=True)
+        weights = _hashes(pipeline)
+        if context.spec.adapter:
+            load_adapter(pipeline, context.spec.adapter)
+            pipeline.to(context.device)
+        self._reading = PromptTruncation(pipeline, self._sample.pipeline, context.recipe.text.keep)
+        windows = self._reading.windows.items()
+        self.described = {
+            "pipeline": type(pipeline).__name__,
+            **weights,
+            "text_tokens": {
+                name: {"tokens": window.tokens, "dialog_tokens": window.dialog_tokens}
+                for name, window in windows
+            },
+        }
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
+        """Generate in padded batches; an image that is withheld or not finite is a failure."""
+        size = self._sample.compute_batch_size
+        generations: list[Generation] = []
+        for start in range(0, len(prompts), size):
+            batch = list(prompts[start : start + size])
+            padded = batch + batch[:1] * (size - len(batch))
+            generations += self._generate_batch(padded)[: len(batch)]
+        return generations
+
+    @torch.inference_mode()
+    def _generate_batch(self, prompts: Sequence[Prompt]) -> list[Generation]:
+        keys = [prompt.key for prompt in prompts]
+        seeds = integers(0, _MAX_SEED, self._sample.seed, "sample.pipeline", keys, 0)
+        done = self._pipeline(
+            prompt=[self._reading.read(prompt.text) for prompt in prompts],
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds.tolist()],
+            output_type="np",
+            **self._sample.pipeline,
+        )
+        withheld = getattr(done, "nsfw_content_detected", None) or [False] * len(prompts)
+        return [
+            _generation(image, is_withheld=w)
+            for image, w in zip(done.images, withheld, strict=True)
+        ]
+
+
+def _generation(image: Any, *, is_withheld: bool) -> Generation:
+    if is_withheld:
+        return Generation(None, "withheld")
+    if not np.isfinite(image).all():
+        return Generation(None, "not_finite")
+    return Generation((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
+
+
+def _hashes(pipeline: Any) -> dict[str, str]:
+    return {
+        name: weights_hash(module)
+        for name, module in sorted(pipeline.components.items())
+        if isinstance(module, torch.nn.Module)
+    }
+
+
+def _load(model_class: Any, context: SystemContext, **options: Any) -> Any:
+    # safetensors only: never unpickle weights of a stranger.
+    return _load_plain(
+        model_class,
+        context.spec.target,
+        use_safetensors=True,
+        dtype=_DTYPES[context.recipe.sample.precision],
+        low_cpu_mem_usage=False,
+        **options,
+    )
+
+
+def _load_plain(any_class: Any, name: str, **options: Any) -> Any:
+    try:
+        return any_class.from_pretrained(name, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as err:
+        reason = str(err).strip().splitlines()[0][:200]
+        raise CheckpointError(
+            f"{name}: cannot load {any_class.__name__}: {reason}; expected a directory written by "
+            "save_pretrained, with safetensors, or a hub repository in the local cache"
+        ) from err

@@ -1,0 +1,1 @@
+"""Image files: their types, decoding within limits, and images by name in directories and tars."""

@@ -1,0 +1,1 @@
+"""Files by URL: reading, atomic publishing, locks, checksums; and child processes."""

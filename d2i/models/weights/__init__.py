@@ -1,0 +1,1 @@
+"""Weights files: what a file is, its conversion between layouts, and safe loading."""

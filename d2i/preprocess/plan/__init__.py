@@ -1,0 +1,1 @@
+"""The plan: which instances are prepared, and in which shard each of them will be."""

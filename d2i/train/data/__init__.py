@@ -1,0 +1,1 @@
+"""The data of training: the order of samples, and their batches."""

@@ -1,0 +1,123 @@
+"""`samples/step-N.png`: images of fixed validation dialogs, generated from a checkpoint.
+
+Each dialog is a column: the reference image above, the generated one below. They are generated in
+few steps on one device, so that training waits little: for visual checks, not for scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2i.config import ImageConfig, Recipe
+from d2i.diffusion import dpm_solver, guided_unidiffuser, guided_uvit, join_state, split_state
+from d2i.diffusion.draws import normal
+from d2i.encoders import Vae, check_encoder_hashes
+from d2i.images.decode import crop_to_square, decode_image, png_bytes
+from d2i.io import storage
+from d2i.models import build_backbone
+from d2i.models.model_dir import resolve_sizes
+from d2i.shards import ShardReader
+from d2i.train.checkpoint.checkpoint_files import KIND_OF_WEIGHTS, Checkpoint
+from d2i.train.data.batch import TextEncoder
+from d2i.train.monitor.validation import choose_instances
+
+_NUM_DIALOGS = 8
+_NUM_STEPS = 20
+_PURPOSE = "train.sample"
+
+
+class SampleGrid:
+    """Generates images of the same validation dialogs from any checkpoint.
+
+    Args:
+        recipe: Encoders, kind of weights, guidance and seed.
+        reader: The validation shards.
+        device: Device of the networks.
+        encode_text: Encodes token ids, for shards that hold no text latents.
+
+    Raises:
+        CheckpointError: If the autoencoder cannot be loaded, or the shards were made with another.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        reader: ShardReader,
+        device: torch.device,
+        encode_text: TextEncoder | None = None,
+    ) -> None:
+        self._recipe, self._device = recipe, device
+        self._vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind, str(device))
+        check_encoder_hashes({"vae": self._vae.hash}, reader.manifest, reader.url)
+        rows = choose_instances(len(reader), _NUM_DIALOGS, recipe.train.seed)
+        self._keys = [reader.keys[int(row)] for row in rows]
+        self._true = [reader.read_image(int(row)) for row in rows]
+        member = "tokens" if encode_text else "text"
+        stored = reader.read(rows, members=[member])[member]
+        empty = reader.empty_tokens if encode_text else reader.empty_text
+        self._text = self._latents(stored, encode_text)
+        self._empty_text = self._latents(empty[None], encode_text)[0]
+
+    def generate(self, checkpoint: Checkpoint, url: str) -> None:
+        """Generate the grid with a checkpoint's weights (`sample.weights`); write it as PNG."""
+        network = self._network(checkpoint)
+        with torch.inference_mode():
+            latents = self._solve(network)
+        pixels = self._vae.decode(latents / network.latent_scale, len(self._keys))
+        columns = [
+            np.concatenate([_image(true, pixels.shape[1]), generated])
+            for true, generated in zip(self._true, pixels, strict=True)
+        ]
+        metadata = {
+            "keys": " ".join(self._keys),
+            "step": str(checkpoint.progress.step),
+            "weights_kind": self._recipe.sample.weights,
+        }
+        storage.write_bytes(url, png_bytes(np.concatenate(columns, axis=1), metadata))
+
+    def _network(self, checkpoint: Checkpoint) -> Any:
+        sizes = resolve_sizes(self._recipe.backbone)
+        with torch.device("meta"):
+            network: Any = build_backbone(sizes.name, **sizes.overrides())
+        kind = KIND_OF_WEIGHTS[self._recipe.sample.weights]
+        network.load_state_dict(dict(checkpoint.read_whole(kind)), assign=True)
+        return network.to(self._device).eval().requires_grad_(False)
+
+    def _solve(self, network: Any) -> Tensor:
+        shape = (4, network.latent_size, network.latent_size)
+        scale = self._recipe.sample.guidance_scale
+        latent = self._noise(shape)
+        if not self._recipe.backbone.is_joint:
+            eps = guided_uvit(network, self._text, self._empty_text, scale)
+            return dpm_solver(eps, latent, _NUM_STEPS)
+        eps = guided_unidiffuser(
+            network,
+            self._text,
+            scale,
+            shape,
+            text_noise=lambda call: self._noise(tuple(self._text.shape[1:]), ".text", call),
+        )
+        state = join_state(latent, self._noise((1, network.clip_dim), ".clip"))
+        return split_state(dpm_solver(eps, state, _NUM_STEPS), shape)[0]
+
+    def _noise(self, shape: Sequence[int], part: str = "", call: int = 0) -> Tensor:
+        seed = self._recipe.train.seed
+        generated = normal(seed, f"{_PURPOSE}{part}", self._keys, call, tuple(shape))
+        return torch.from_numpy(generated).to(self._device)
+
+    def _latents(self, stored: NDArray[Any], encode_text: TextEncoder | None) -> Tensor:
+        latents = encode_text(stored) if encode_text else stored
+        return torch.from_numpy(latents.astype(np.float32)).to(self._device)
+
+
+def _image(data: bytes | None, side: int) -> NDArray[np.uint8]:
+    """Return the reference image at the network's own size; grey if it was not kept."""
+    if data is None:
+        return np.full((side, side, 3), 128, np.uint8)
+    return np.asarray(crop_to_square(decode_image(data, ImageConfig()).image, side), np.uint8)
