@@ -12,11 +12,7 @@ from typing import Annotated
 
 import typer
 
-from d2i.eval.systems.divter_captioner import (
-    DivterCaptionerConfig,
-    read_pairs,
-    train_divter_captioner,
-)
+from d2i.eval.systems.divter import DivterCaptionerConfig, read_pairs, train_divter_captioner
 from d2i.recipes import read_stored_recipe
 
 

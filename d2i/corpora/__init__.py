@@ -27,6 +27,7 @@ from d2i.corpora.photochat import PhotoChat
 from d2i.corpora.records import (
     MAX_TURNS,
     Dialog,
+    IssueCounter,
     Reason,
     RecordError,
     RecordIssue,
@@ -35,7 +36,6 @@ from d2i.corpora.records import (
 )
 from d2i.corpora.split_shares import DialogSplits
 from d2i.corpora.splits import SPLITS, source_directory
-from d2i.corpora.tally import IssueCounter
 from d2i.dialog import ImageRef, Instance
 from d2i.errors import ConfigError, DataError
 from d2i.images.file_kind import HEAD_BYTES

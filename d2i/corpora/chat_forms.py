@@ -4,19 +4,21 @@
 ms-swift) and `conversations` (ShareGPT, LLaVA) hold `role` and `content`, or `from` and `value`.
 Their images are in parts of the content, in the message's own `images`, or in the record's `images`
 or `image`. The record's images are assigned in order, one to each mark `<image>` in a text and each
-part `{"type": "image"}`. Must not import torch.
+part `{"type": "image"}`. A field named almost like one that the record lacks is reported as a
+likely typo; other unknown fields are custom data and are ignored. Must not import torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
 from d2i.corpora.records import DialogId, Name, RecordError, ReportIssue, Speaker, Text, Turns
-from d2i.corpora.typo_hints import misspelt
 from d2i.dialog import NO_SPEAKER, Turn
 
 FORMS = ("turns", "messages", "conversations")
@@ -28,6 +30,11 @@ _SPEAKERS = {"user": 0, "human": 0, "assistant": 1, "bot": 1, "model": 1, "gpt":
 _SILENT = frozenset({"system", "developer", "tool", "function", "function_call", "observation"})
 _MAX_SPEAKERS = 128
 _MAX_IMAGES = 1 << 14
+_Content = Text | list[dict[str, Any]] | None
+_Listed = Annotated[list[str | dict[str, Any]], Meta(max_length=_MAX_IMAGES)]
+_PART_FIELDS = ("text", "image_url", "image")
+_MIN_SIMILARITY = 0.8
+"""Similarity from which a name is a likely typo: `image` of `images`, `speaker_id` of `speaker`."""
 
 
 class _Turn(Struct, gc=False):
@@ -61,9 +68,6 @@ class _Address(Struct, gc=False):
     url: str
 
 
-_Content = Text | list[dict[str, Any]] | None
-_Listed = Annotated[list[str | dict[str, Any]], Meta(max_length=_MAX_IMAGES)]
-_PART_FIELDS = ("text", "image_url", "image")
 _PARTS: dict[Any, tuple[tuple[str, ...], Any]] = {
     "text": (("text",), Text),
     "image_url": (("image_url",), _Address | str),
@@ -330,3 +334,18 @@ def _read_parts(
             value = _typed(held, held_kind, where)
             images.append(value.url if isinstance(value, _Address) else value)
     return " ".join(texts), images
+
+
+def misspelt(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """Describe the first field of an object that is a likely typo of a name that it lacks."""
+    for name, value in fields.items():
+        near = None if value is None or name in names else _nearest(name, names)
+        if near is not None and fields.get(near) is None:
+            return f"got {name!r}, expected {near!r}"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _nearest(name: str, names: tuple[str, ...]) -> str | None:
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=_MIN_SIMILARITY)
+    return near[0] if near else None

@@ -1,11 +1,14 @@
 """MMDialog: `{train,valid,test}/conversations.json` beside flat `{split}/{media_key}.jpg`.
 
-The release names no speakers, so turns are assumed to alternate. Only `negatives` reads its
-negative candidates. Must not import torch.
+The release names no speakers, so turns are assumed to alternate. Its negative candidates, images
+that do not answer a dialog, are read only for the scores of an evaluation. Must not import torch.
 """
 
+from __future__ import annotations
+
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -14,9 +17,20 @@ from msgspec import UNSET, Struct, UnsetType, field
 
 from d2i.corpora.inline import InlineImages
 from d2i.corpora.instances import InstanceOptions
-from d2i.corpora.records import Dialog, DialogId, RecordError, ReportIssue, SharedImage, Text, Turns
+from d2i.corpora.json_stream import read_objects
+from d2i.corpora.records import (
+    Dialog,
+    DialogId,
+    RecordError,
+    RecordIssue,
+    ReportIssue,
+    SharedImage,
+    Text,
+    Turns,
+)
 from d2i.corpora.splits import split_directory
 from d2i.dialog import ImageRef, Turn
+from d2i.errors import DataError
 from d2i.io import storage
 
 _SUFFIXES = (".json", ".jsonl", ".txt")
@@ -108,3 +122,52 @@ def _parse(image_dir: str, record: MMDialogRecord, report_issue: ReportIssue) ->
                 )
         turns.append(Turn(None, spoken))
     return Dialog(str(record.conversation_id), tuple(turns), tuple(images))
+
+
+class _Record(Struct, gc=False):
+    """One line of `conversations.json`, with the negative candidates alone."""
+
+    conversation_id: DialogId
+    negative_candidate_media_keys: list[str | int]
+
+
+def read_negatives(source: str, split: str) -> Iterator[tuple[str, list[str]]]:
+    """Read the negative candidates of a split: (dialog id, file names of the images).
+
+    Broken records are logged and skipped.
+
+    Args:
+        source: Path or fsspec URL of the directory that MMDialog was unpacked to.
+        split: `valid` or `test`; the training split lists none.
+
+    Raises:
+        DataError: If the source holds no such split, or a file of it cannot be opened.
+    """
+    root = storage.resolve(source)
+    files = MMDialog().files(root, split)
+    if not files:
+        raise DataError(
+            f"{source} holds no {split} split of MMDialog; expected the directory that the corpus "
+            "was unpacked to"
+        )
+    for path in files:
+        yield from _read_file(root, path)
+
+
+def _read_file(root: str, path: str) -> Iterator[tuple[str, list[str]]]:
+    try:
+        stream = storage.open_url(storage.join(root, path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error}); check the source") from error
+    with stream:
+        for where, record in read_objects(stream, path, _log, _Record):
+            if isinstance(record, RecordError):
+                _log(RecordIssue(record.reason, where, record.detail))
+            else:
+                keys = record.negative_candidate_media_keys
+                yield str(record.conversation_id), [f"{key}.jpg" for key in keys]
+
+
+def _log(problem: RecordIssue) -> None:
+    message = "%s: %s (%s)"
+    logging.getLogger(__name__).warning(message, problem.where, problem.detail, problem.reason)

@@ -1,10 +1,13 @@
 """Records of a corpus: the dialog that each is parsed to, or the record issue that it has.
 
-Owns `RecordIssue`, the types that the records of all corpora are declared with, and `Dialog`. Must
-not import torch.
+Owns `RecordIssue` and its counter, the types that the records of all corpora are declared with, and
+`Dialog`. Must not import torch.
 """
 
+from __future__ import annotations
+
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Annotated, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -49,6 +52,9 @@ _WEB_URL = re.compile(r"https?://[^\s\x00-\x1f]+", re.IGNORECASE)
 _PATH = re.compile(r"[^-~\\*?\x00-\x1f\x7f][^\\*?\x00-\x1f\x7f]{0,1023}")
 # A scheme, a drive, or a chain of file systems.
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:|.*::", re.DOTALL)
+ReportIssue = Callable[[Reason, str], None]
+"""Callback that reports a part of a record that is left out while the rest is used."""
+_NUM_DESCRIBED = 3
 
 
 class RecordIssue(Struct, frozen=True, gc=False, omit_defaults=True):
@@ -66,8 +72,6 @@ class RecordIssue(Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 Report = Callable[[RecordIssue], None]
-ReportIssue = Callable[[Reason, str], None]
-"""Callback that reports a part of a record that is left out while the rest is used."""
 
 
 class RecordError(Exception):
@@ -131,3 +135,38 @@ def image_ref_of(text: str) -> ImageRef:
             "bad_image_ref", "expected an http(s) URL, or a plain path below the source"
         )
     return ImageRef("file", (path,))
+
+
+class IssueCounter:
+    """Counts record issues, and keeps the first one of each reason."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, RecordIssue] = {}
+
+    def add(self, problem: RecordIssue) -> None:
+        """Count one issue."""
+        self._counts[problem.reason] += 1
+        self._first.setdefault(problem.reason, problem)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of issues by reason, sorted by reason."""
+        return dict(sorted(self._counts.items()))
+
+    @property
+    def first(self) -> dict[str, dict[str, str]]:
+        """First issue of each reason, sorted: `where` (file and line or byte) and `detail`."""
+        return {
+            reason: {"where": problem.where, "detail": problem.detail}
+            for reason, problem in sorted(self._first.items())
+        }
+
+    def describe(self) -> str:
+        """Describe the most common reasons, each with its first case; empty if there is none."""
+        named = [
+            f"{count} {reason} (first: {self._first[reason].where}: {self._first[reason].detail})"
+            for reason, count in self._counts.most_common(_NUM_DESCRIBED)
+        ]
+        num_others = len(self._counts) - len(named)
+        return ", ".join([*named, *([f"{num_others} other reasons"] if num_others else [])])

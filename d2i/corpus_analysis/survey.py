@@ -16,8 +16,7 @@ from msgspec import Struct
 from d2i.config import DialogConfig, TextConfig
 from d2i.corpora import Corpus, Dialog, build_corpus, read_dialogs
 from d2i.corpora.compact_set import CompactHashSet
-from d2i.corpora.records import Reason, ReportIssue
-from d2i.corpora.tally import IssueCounter
+from d2i.corpora.records import IssueCounter, Reason, ReportIssue
 from d2i.dialog import Instance, key_order_hash, key_prefix
 from d2i.prompt_text import context_text
 from d2i.tokenize import WINDOW_LENGTH, encode

@@ -1,11 +1,15 @@
-"""Downloader: the URLs of one image, tried in order, with rate limit, Retry-After and robots."""
+"""Downloader: the URLs of one image, tried in order, with rate limit and Retry-After.
+
+A host's `X-Robots-Tag` opts its images out of collections such as this.
+"""
 
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +17,6 @@ from d2i.fetch.http_client import Limits, Response, get
 from d2i.fetch.known_placeholders import KnownPlaceholders
 from d2i.fetch.rate_limiter import Outcome, ShardedRateLimiter
 from d2i.fetch.result import UNREACHED, FetchError, FetchResult, is_transient
-from d2i.fetch.robots import is_disallowed
 from d2i.fetch.ssrf_guard import Target
 from d2i.fetch.transport import Transport
 from d2i.images.decode import begins_as_image, no_image
@@ -22,6 +25,12 @@ _BUSY = (429, 503)
 _DEFAULT_BACKOFF_S = 1.0
 _UNNAMED = ("no_such_host", "refused_address")
 """Failures of a host name: one such host proves nothing, many point to a fault of our own DNS."""
+_OUR_NAME = "d2i"
+"""User agent name by which a host may address d2i alone."""
+_DIRECTIVES = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
+_VALUED = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+"""Directives with a value after a colon; they are not user agent names."""
+_NAME = re.compile(r"[a-z][a-z0-9_.-]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -225,3 +234,26 @@ def _check_answer(answer: Response, placeholders: KnownPlaceholders) -> None:
         raise FetchError(
             "not_an_image", no_image(answer.body), answer.status, final_url=answer.final_url
         )
+
+
+def is_disallowed(values: Iterable[str]) -> bool:
+    """Return whether a value of the header forbids the image, to all or to d2i by name."""
+    return any(_is_forbidding(value) for value in values)
+
+
+def _is_forbidding(value: str) -> bool:
+    agent: str | None = None
+    for part in value.split(","):
+        name, colon, directive = (piece.strip().lower() for piece in part.partition(":"))
+        if name in _VALUED:
+            continue
+        if colon and _NAME.fullmatch(name):
+            # The directives that follow apply to this user agent alone.
+            agent = name
+        elif colon:
+            # A colon in the time of a date.
+            continue
+        field_name = directive if colon else name
+        if agent in (None, _OUR_NAME) and field_name in _DIRECTIVES:
+            return True
+    return False

@@ -1,30 +1,37 @@
-"""Source of images: files of a directory or of tars, URLs and downloads, behind one call."""
+"""Source of images: files of a directory or of tars, URLs and downloads, behind one call.
+
+Files that a corpus lists by name may also come from a mirror: one host that has them all. URLs are
+requested in an order that spreads each host's evenly over the whole.
+"""
 
 from __future__ import annotations
 
 import itertools
+import re
 import threading
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePosixPath
 from typing import TypeVar
+from urllib.parse import quote, urlsplit
 
 from d2i import __version__
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
+from d2i.errors import ConfigError
 from d2i.fetch.downloader import Downloader, RetryPolicy
 from d2i.fetch.downloads import Download, open_downloads, read_download
 from d2i.fetch.http_client import BodyLimits, Limits
 from d2i.fetch.img2dataset_pool import fetch_all
-from d2i.fetch.interleave_hosts import interleave_by_host
 from d2i.fetch.known_placeholders import KnownPlaceholders
-from d2i.fetch.mirror import mirror_host, mirror_url
 from d2i.fetch.rate_limiter import HostLimits, RateLimiter, ShardedRateLimiter
 from d2i.fetch.resolver import Resolver
 from d2i.fetch.result import FetchError, FetchResult
+from d2i.fetch.ssrf_guard import check_url
 from d2i.fetch.transport import DirectTransport, Proxy, ProxyTransport, Transport
 from d2i.images.decode import ImageRejectedError
 from d2i.images.image_files import read_image
@@ -35,6 +42,7 @@ _NUM_WAITING = 16
 default)."""
 _RUN = 4
 """Files that a thread reads per task: handing a result over costs as much as reading a file."""
+_PLACEHOLDER = re.compile(r"\{(path|name|key)\}")
 
 
 @dataclass(frozen=True)
@@ -267,3 +275,61 @@ def build_rate_limiter(
 def user_agent(contact: str | None) -> str:
     """Return the User-Agent header: d2i's name, and a contact for site owners."""
     return f"d2i/{__version__} (dialog-to-image research; {contact or 'no contact given'})"
+
+
+def interleave_by_host(refs: Iterable[ImageRef]) -> list[ImageRef]:
+    """Order images so that neighbours are of different hosts, if there are several.
+
+    Sorted by URL, all requests to a dead host would be in flight before the first one shows that it
+    is dead, and the rate limit of one host would hold up the others. The order is a function of the
+    set of images.
+    """
+    by_host: dict[str, list[ImageRef]] = defaultdict(list)
+    for ref in sorted(refs, key=lambda ref: ref.value):
+        by_host[_host(ref)].append(ref)
+    placed: list[tuple[float, str, ImageRef]] = []
+    for host, its in by_host.items():
+        # Each host starts at its own offset; otherwise all their first URLs would come together.
+        begin = zlib.crc32(host.encode()) / 2**32
+        placed += [((number + begin) / len(its), host, ref) for number, ref in enumerate(its)]
+    return [ref for _, _, ref in sorted(placed, key=lambda place: place[:2])]
+
+
+def _host(ref: ImageRef) -> str:
+    """Return the host part of an image's first URL, valid or not."""
+    parts = ref.value[0].split("/", 3) if ref.value else []
+    return parts[2].lower() if len(parts) > 2 else ""
+
+
+def mirror_url(template: str, path: str) -> str:
+    """Return the URL of a file on the mirror.
+
+    Args:
+        template: `FetchConfig.mirror`.
+        path: The file's name in the corpus.
+
+    Raises:
+        FetchError: `bad_url` for a name that leaves its directory (path traversal).
+    """
+    names = {"path": path, "name": path.rpartition("/")[2]}
+    names["key"] = names["name"].rpartition(".")[0] or names["name"]
+    # A file called `...jpg` has the key `..`.
+    if ".." in [*path.split("/"), names["key"]]:
+        raise FetchError("bad_url", f"{path}: got a part '..', expected a path below the mirror")
+    return _PLACEHOLDER.sub(lambda found: quote(names[found[1]]), template)
+
+
+def mirror_host(template: str, allow_hosts: frozenset[str]) -> str | None:
+    """Return the one host of a mirror, as `Target.netloc`; None if the host depends on the file.
+
+    Raises:
+        ConfigError: If the template gives no URL that may be requested.
+    """
+    try:
+        target = check_url(_PLACEHOLDER.sub("x", template), allow_hosts)
+    except FetchError as err:
+        raise ConfigError(
+            f"fetch.mirror {template}: {err}; expected an http or https URL on its default "
+            "port; fix it, or allow its host with --allow-host HOST:PORT"
+        ) from err
+    return None if _PLACEHOLDER.search(urlsplit(template).netloc) else target.netloc

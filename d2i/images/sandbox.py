@@ -1,7 +1,9 @@
 """Decoder of untrusted images, with a child process for those that could be costly.
 
 Plain JPEGs, whose cost is bounded by the size in their header, are decoded here. All others go to
-a child process with a memory limit and a deadline (docs/threats.md, Images).
+a child process with a memory limit and a deadline (docs/threats.md, Images). A JPEG's header is
+checked first: Pillow joins its segments as it reads them, keeps all others, and reads the bytes
+between them one at a time, so a header of megabytes costs seconds or hundreds of megabytes.
 
     python -m d2i.images.sandbox '{"image": {...}, "max_decode_mib": 2048}'
 
@@ -29,7 +31,6 @@ from PIL import Image
 from d2i.config import ImageConfig
 from d2i.errors import ClusterError
 from d2i.images.decode import CroppedImage, ImageRejectedError, decode_square, open_header
-from d2i.images.jpeg_header import is_small_header
 
 _LENGTH = struct.Struct("<Q")
 _JPEG = b"\xff\xd8\xff"
@@ -38,6 +39,17 @@ _MAX_PLAIN_SCANS = 8
 """An image has at most three scans, and its thumbnails as many again; thousands are an attack."""
 _MAX_PLAIN_PIXELS = 25_000_000
 """JPEGs of up to this many pixels take at most 75 MB and a quarter of a second to decode."""
+_START_S = 120.0
+_SEGMENT = struct.Struct(">BBH")
+_FIRST_SEGMENT = 2
+"""Offset of the first segment, after the start-of-image marker."""
+_MARKER = 0xFF
+_START_OF_SCAN = 0xDA
+_ALONE = frozenset({0x00, 0x01, _MARKER, *range(0xD0, 0xDA)})
+"""Markers without a length: fill bytes, restarts, start and end of image."""
+_MAX_SEGMENTS = 200
+_MAX_HEADER_BYTES = 1 << 20
+"""Limits of a header. Cameras and editors write about ten segments, a few hundred kB at most."""
 
 
 class Decoder:
@@ -129,9 +141,6 @@ class Decoder:
                 "limit with --set fetch.max_decode_mib=MIB"
             ) from err
         return self._child
-
-
-_START_S = 120.0
 
 
 class _Pipes:
@@ -235,3 +244,18 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def is_small_header(data: bytes) -> bool:
+    """Return whether a JPEG's header is only a few short, adjacent segments up to a scan."""
+    position = _FIRST_SEGMENT
+    for _ in range(_MAX_SEGMENTS):
+        if position + _SEGMENT.size > min(len(data), _MAX_HEADER_BYTES):
+            return False
+        mark, kind, length = _SEGMENT.unpack_from(data, position)
+        if mark != _MARKER or kind in _ALONE:
+            return False
+        if kind == _START_OF_SCAN:
+            return True
+        position += 2 + length
+    return False

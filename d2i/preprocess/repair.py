@@ -7,7 +7,7 @@ a shard's name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,6 @@ from d2i.io import checksums, storage
 from d2i.preprocess.job_files import JobFiles, lost_files
 from d2i.preprocess.plan.planner import fingerprint_url
 from d2i.preprocess.progress import Tally
-from d2i.preprocess.repair_plan import broken_tasks, lost_records, unknown_shards, unknown_task
 from d2i.preprocess.workers.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.workers.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.workers.messages import FetchedImage
@@ -39,6 +38,7 @@ from d2i.shards import (
     RecoveryInputs,
     RestoreResult,
     ShardProblem,
+    broken_keys,
     find_data_sets,
     find_recovery_inputs,
     has_valid_checksum,
@@ -46,11 +46,12 @@ from d2i.shards import (
     merge_commits,
     other_shard_files,
     publish_manifest,
+    rebuild_commit,
     remove_other_shards,
     restore,
     verify,
 )
-from d2i.shards.commit import COMMIT_SUFFIX, canonical_json
+from d2i.shards.commit import COMMIT_SUFFIX, canonical_json, fingerprint_sha256
 from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME
 from d2i.shards.writer import file_info
 
@@ -322,3 +323,70 @@ def _root(directory: str) -> str:
     """Return the directory that one command locks: the root of splits prepared together."""
     is_root = storage.exists(storage.join(directory, "recipe.json"))
     return directory if is_root else directory.rpartition("/")[0] or directory
+
+
+def lost_records(
+    job: JobFiles, evidence: RecoveryInputs, fingerprint: Mapping[str, object] | None
+) -> dict[int, Commit]:
+    """Rebuild commit records from tar and ledger that neither the manifest nor a file has.
+
+    Returns:
+        The records written, by shard number.
+    """
+    found: dict[int, Commit] = {}
+    for index in unknown_shards(job, evidence, evidence.commits) if fingerprint else ():
+        failures = job.failures(index)
+        for name in storage.list_names(job.split_url) if failures is not None else ():
+            if name.startswith(f"{index:06d}-") and name.endswith(".tar") and index not in found:
+                commit = _rebuilt(job.split_url, name, failures or {}, fingerprint or {})
+                if commit is not None:
+                    found[index] = commit
+    return found
+
+
+def unknown_shards(
+    job: JobFiles, evidence: RecoveryInputs, commits: Mapping[int, Commit]
+) -> Iterable[int]:
+    """Return the numbers of expected shards without a commit record; none with a manifest."""
+    if evidence.manifest:
+        return []
+    return [index for index in job.indexes() if index not in commits]
+
+
+def broken_tasks(job: JobFiles, broken: Iterable[Commit]) -> Iterator[RepairTask]:
+    """Yield the repair of each broken shard whose record is known: only its lost samples."""
+    for commit in broken:
+        keys = broken_keys(job.split_url, commit)
+        if keys is None:
+            keys = job.written_keys(commit.index)
+        yield RepairTask(
+            job.split_url,
+            commit.index,
+            keys=keys,
+            failures=commit.failures,
+            commit=commit,
+            records_sha256=job.records_sha256(commit.index),
+        )
+
+
+def unknown_task(job: JobFiles, index: int) -> RepairTask | None:
+    """Return the repair of a shard without record and tar from the ledger; None if that is lost."""
+    keys, failures = job.written_keys(index), job.failures(index)
+    if keys is None or failures is None:
+        return None
+    sha256 = job.records_sha256(index)
+    return RepairTask(job.split_url, index, keys=keys, failures=failures, records_sha256=sha256)
+
+
+def _rebuilt(
+    url: str, tar_name: str, failures: Mapping[str, int], fingerprint: Mapping[str, object]
+) -> Commit | None:
+    try:
+        return rebuild_commit(
+            url,
+            tar_name,
+            failures=failures,
+            fingerprint_sha256=fingerprint_sha256(fingerprint),
+        )
+    except (OSError, ShardError):
+        return None

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,7 +21,6 @@ from d2i.dialog import ImageRef, Instance
 from d2i.errors import ShardError
 from d2i.io import storage
 from d2i.io.config_lock import diff
-from d2i.preprocess.key_index import KeyIndex
 from d2i.preprocess.ledger import NON_FINITE_TEXT, SCHEMA, LedgerRow, ledger_tables
 from d2i.preprocess.workers.messages import ImageFeatures, ShardTask, SourceFile, keeps_source
 from d2i.preprocess.workers.spill_buffer import SpillBuffer
@@ -208,3 +208,25 @@ def _row(instance: Instance, source_file: SourceFile) -> LedgerRow:
         sha256=source_file.sha256,
         time_s=time.time(),
     )
+
+
+class KeyIndex:
+    """Positions of keys in a sequence; takes 16 bytes per key, beside the sequence itself.
+
+    Args:
+        keys: Distinct keys; all are read at the start, and single ones later.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = keys
+        hashes = np.fromiter(map(hash, keys), np.int64, len(keys))
+        self._order = np.argsort(hashes)
+        self._hashes = hashes[self._order]
+
+    def find(self, key: str) -> int | None:
+        """Return the position of a key, or None if it is absent."""
+        wanted = hash(key)
+        first = np.searchsorted(self._hashes, wanted)
+        stop = np.searchsorted(self._hashes, wanted, side="right")
+        places = self._order[first:stop].tolist()
+        return next((place for place in places if self._keys[place] == key), None)

@@ -7,10 +7,9 @@ from typing import Any
 
 from d2i.errors import DataError
 from d2i.io import storage
-from d2i.report.counts import count_cells, reason_rows
 from d2i.report.data_split import read_splits
 from d2i.report.evaluation import Evaluation, read_json
-from d2i.report.html import OmittedSection, Section, figure, table, text
+from d2i.report.html import OmittedSection, Section, count_cells, figure, reason_rows, table, text
 from d2i.shards import Manifest
 
 _TITLE = "Data"

@@ -17,8 +17,7 @@ from d2i.train.data.loader import build_order, build_text_encoder
 from d2i.train.distributed.engine import base_optimizer, loss_scaler_state
 from d2i.train.distributed.ranks import Ranks
 from d2i.train.failures import check_finite
-from d2i.train.monitor.loss_tracker import LossTracker
-from d2i.train.monitor.metrics_logger import MetricsLogger, record_keys, say
+from d2i.train.monitor.metrics_logger import LossTracker, MetricsLogger, record_keys, say
 from d2i.train.monitor.sample_grid import SampleGrid
 from d2i.train.monitor.throughput import Throughput, count_flops, peak_flops, progress_line
 from d2i.train.monitor.validation import Validation

@@ -22,8 +22,8 @@ from d2i.diffusion.draws import SampleDraws, integers, normal, uniform
 from d2i.eval.metrics.intervals import bca
 from d2i.eval.metrics.retrieval_recall import choose_negatives
 from d2i.eval.prompts import derangement
-from d2i.fetch.interleave_hosts import interleave_by_host
 from d2i.fetch.rate_limiter import ShardedRateLimiter
+from d2i.fetch.sources import interleave_by_host
 from d2i.images import tar_index
 from d2i.io import storage
 from d2i.preprocess.plan.selection import SmallestRankSampler

@@ -19,7 +19,7 @@ from d2i.errors import ConfigError, D2IError, DataError
 from d2i.eval import job
 from d2i.eval.minigpt5_export import export_dialogs
 from d2i.eval.systems import parse_system
-from d2i.eval.systems.divter_captioner import (
+from d2i.eval.systems.divter import (
     DivterCaptioner,
     DivterCaptionerConfig,
     read_pairs,

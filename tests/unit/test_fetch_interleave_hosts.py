@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2i.dialog import ImageRef
-from d2i.fetch.interleave_hosts import interleave_by_host
+from d2i.fetch.sources import interleave_by_host
 
 
 def refs(host: str, num: int) -> list[ImageRef]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from d2i.fetch.robots import is_disallowed
+from d2i.fetch.downloader import is_disallowed
 
 
 @pytest.mark.parametrize(

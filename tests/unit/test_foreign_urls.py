@@ -14,7 +14,7 @@ from d2i.cli.runs import select
 from d2i.cli.shards import inspect
 from d2i.cli.study import evaluate
 from d2i.errors import ConfigError, DataError
-from d2i.eval.provenance import describe_training
+from d2i.eval.metric_card import describe_training
 from d2i.io import storage
 from d2i.preprocess.job_files import JobFiles
 from d2i.recipes import change_recipe, load_recipe, read_stored_recipe

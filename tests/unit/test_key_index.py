@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2i.preprocess import key_index
-from d2i.preprocess.key_index import KeyIndex
+from d2i.preprocess import reuse
+from d2i.preprocess.reuse import KeyIndex
 
 LARGEST = 2 ** (sys.hash_info.width - 1) - 1
 
@@ -20,7 +20,7 @@ def test_key_index_finds_keys_despite_hash_collisions(
     hash_function: object, keys: list[str], query: str
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(key_index, "hash", hash_function, raising=False)
+        patch.setattr(reuse, "hash", hash_function, raising=False)
         index = KeyIndex(keys)
         assert [index.find(key) for key in keys] == list(range(len(keys)))
         assert index.find(query) == (keys.index(query) if query in keys else None)

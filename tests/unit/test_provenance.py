@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from d2i.corpora.splits import corpus_name
 from d2i.eval.generation_settings import choose_settings
-from d2i.eval.provenance import describe_data, describe_training
+from d2i.eval.metric_card import describe_data, describe_training
 from d2i.eval.systems import parse_system
 from d2i.models import changed_sizes, name_sizes
 from d2i.recipes import load_recipe

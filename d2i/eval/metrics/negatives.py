@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.corpora.negatives import read_negatives
+from d2i.corpora.mmdialog import read_negatives
 from d2i.errors import DataError
 from d2i.eval.metrics.retrieval_recall import NUM_NEGATIVES
 from d2i.shards import ShardReader

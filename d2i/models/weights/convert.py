@@ -1,4 +1,7 @@
-"""Conversion of weights between published files, d2i's model directories and diffusers'."""
+"""Conversion of weights between published files, d2i's model directories and diffusers'.
+
+A converted directory has a model card (`README.md`): origin, training data and licence.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from d2i.errors import CheckpointError, ConfigError
 from d2i.io import checksums, storage
 from d2i.models.model_dir import CONFIG_NAME, write_config
 from d2i.models.weights.autoencoder_layout import autoencoder_config, diffusers_to_ldm
-from d2i.models.weights.card import CARD_NAME, model_card
 from d2i.models.weights.detect import Layout
 from d2i.models.weights.diffusers_layout import diffusers_config, to_diffusers
 from d2i.models.weights.load import save_torch, save_weights
@@ -25,9 +27,15 @@ from d2i.models.weights.source import (
     network_of,
     open_source,
 )
+from d2i.weights_catalog import PublishedFile
 
 MODEL_NAME = "model.safetensors"
 DIFFUSERS_NAME = "diffusion_pytorch_model.safetensors"
+CARD_NAME = "README.md"
+_UNKNOWN = (
+    "Unknown to d2i: the tensors match no published file. State here what they were trained on, "
+    "and what the licences of that data and of the initial weights allow."
+)
 
 
 def import_weights(path: Path, out: str | Path, settings: Sequence[str] = ()) -> Source:
@@ -167,3 +175,44 @@ def _refuse_to_overwrite(out: str) -> None:
 def _refuse_settings(settings: Sequence[str]) -> None:
     if settings:
         raise ConfigError(f"--set {settings[0]}: only a backbone has sizes to set; leave it out")
+
+
+def model_card(
+    words: str, source: str, sha256: str, published: Sequence[PublishedFile], use: str
+) -> str:
+    """Return the text of a model card.
+
+    Args:
+        words: Description of the weights.
+        source: Name of the file that they came from.
+        sha256: Hash of that file.
+        published: Published files with the same keys and shapes (fine-tuned weights share them).
+        use: The setting that takes the directory.
+    """
+    return "\n".join(
+        [
+            f"# {words}",
+            "",
+            f"From `{source}`, sha256 `{sha256}`. Use it with `--set {use}=DIR`.",
+            "",
+            "## Data and licence",
+            *_origin(published),
+            "",
+        ]
+    )
+
+
+def _origin(published: Sequence[PublishedFile]) -> list[str]:
+    if not published:
+        return [_UNKNOWN]
+    lines = [
+        "The keys and shapes are those of the files below. Fine-tuned weights match too: then add",
+        "the fine-tuning data, and whether it may be redistributed (MMDialog may not).",
+        "",
+    ]
+    for file in published:
+        lines += [
+            f"- `{file.name}` ({file.holds}): {file.source}.",
+            f"  Trained on {file.data}. Licence: {file.licence}; read it at the source.",
+        ]
+    return lines

@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from d2i.config import Recipe
 from d2i.corpora import RecordIssue, build_corpus, read_instances
+from d2i.corpora.records import IssueCounter
 from d2i.corpora.splits import corpus_name, source_directory
-from d2i.corpora.tally import IssueCounter
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
 from d2i.io import checksums, storage
