@@ -2,23 +2,104 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pwd
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from typer.main import get_command
 
 from d2i import __version__
-from d2i.cli import cluster, corpus, data, environment, models, runs, shards, study, weights
-from d2i.cli.console import INTERRUPTED
+from d2i.cli.cluster import check
+from d2i.cli.corpus import corpus
+from d2i.cli.demo import demo
+from d2i.cli.doctor import doctor
+from d2i.cli.eval import evaluate
+from d2i.cli.inspect import inspect as inspect_data
+from d2i.cli.output import INTERRUPTED
+from d2i.cli.preprocess import preprocess
+from d2i.cli.recipes import list_recipes, show_recipe
+from d2i.cli.repair import repair
+from d2i.cli.report import report
+from d2i.cli.sample import sample
+from d2i.cli.select import select
+from d2i.cli.train import train
+from d2i.cli.verify import verify
+from d2i.cli.weights import export_weights, import_weights, inspect_weights, list_weights
 from d2i.errors import D2IError
 from d2i.io.terminal import plain, print_plainly
 
 USER_CAN_FIX = D2IError.exit_code
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "corpus": corpus,
+    "preprocess": preprocess,
+    "verify": verify,
+    "repair": repair,
+    "inspect": inspect_data,
+    "train": train,
+    "select": select,
+    "sample": sample,
+    "eval": evaluate,
+    "report": report,
+}
+"""The commands, in the order in which an experiment uses them."""
+WEIGHTS_COMMANDS: dict[str, Callable[..., None]] = {
+    "list": list_weights,
+    "inspect": inspect_weights,
+    "import": import_weights,
+    "export": export_weights,
+}
+
+
+def _help_text(function: Callable[..., None]) -> str:
+    """Return a command's docstring, its examples protected from wrapping."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    return "\n\n".join(_unwrapped(paragraph) for paragraph in paragraphs)
+
+
+def _unwrapped(paragraph: str) -> str:
+    if not paragraph.startswith("    "):
+        return paragraph
+    # Click's mark for a paragraph that must not be rewrapped.
+    return f"\b\n  {' '.join(paragraph.split())}"
+
+
+def _register(group: typer.Typer, commands: dict[str, Callable[..., None]]) -> None:
+    """Add commands by name; each example in their --help is one line, ready to paste."""
+    for name, command in commands.items():
+        group.command(name, help=_help_text(command))(command)
+
+
+def _weights() -> typer.Typer:
+    group = typer.Typer(help="Weights files: list, inspect, convert.", no_args_is_help=True)
+    _register(group, WEIGHTS_COMMANDS)
+    return group
+
+
+def _cluster() -> typer.Typer:
+    group = typer.Typer(help="Checks of a Ray cluster.", no_args_is_help=True)
+    _register(group, {"check": check})
+
+    # Makes it a group, even with a single command.
+    @group.callback()
+    def _group() -> None: ...
+
+    return group
+
+
+def _recipes() -> typer.Typer:
+    group = typer.Typer(help="The presets.", invoke_without_command=True)
+    group.callback(help=_help_text(list_recipes))(list_recipes)
+    _register(group, {"show": show_recipe})
+    return group
+
 
 app = typer.Typer(
     name="d2i",
@@ -29,8 +110,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Start with: d2i demo. For the full traceback of an error: d2i --debug COMMAND.",
 )
-for part in (study, corpus, data, shards, models, runs, weights, cluster, environment):
-    part.add_commands(app)
+_register(app, COMMANDS)
+app.add_typer(_weights(), name="weights")
+app.add_typer(_cluster(), name="cluster")
+app.add_typer(_recipes(), name="recipes")
+_register(app, {"doctor": doctor})
 
 
 def _print_version(is_given: bool) -> None:

@@ -7,23 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2i.cli.console import JsonOption, SetOption, print_result, register, row_line
+from d2i.cli.options import JsonOption, SetOption
+from d2i.cli.output import print_result, row_line
 from d2i.io.terminal import plain
 
 if TYPE_CHECKING:
     from d2i.config import Recipe
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Add the command of this module to the app."""
-    cluster = typer.Typer(help="Checks of a Ray cluster.", no_args_is_help=True)
-    register(cluster, check)
-
-    # Makes it a group, even with a single command.
-    @cluster.callback()
-    def _group() -> None: ...
-
-    app.add_typer(cluster, name="cluster")
 
 
 def check(

@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2i.cli.console import (
-    CorpusOption,
-    JsonOption,
-    ProgressLine,
-    SetOption,
-    SourceOption,
-    counted,
-    existing_source,
-    print_result,
-    register,
-)
+from d2i.cli.options import CorpusOption, JsonOption, SetOption, SourceOption, existing_source
+from d2i.cli.output import ProgressLine, counted, print_result
 from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,11 +19,6 @@ if TYPE_CHECKING:
 
 _MANY_OCCURRENCES = 10_000
 """Ten times the samples of a usual shard."""
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Add the command of this module to the app."""
-    register(app, corpus)
 
 
 def corpus(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2i.cli.console import JsonOption, SetOption, print_result, register
+from d2i.cli.options import JsonOption, SetOption
+from d2i.cli.output import print_result
 from d2i.weights_catalog import PUBLISHED, PublishedFile
 from d2i.weights_resolve import resolve_weights
 
@@ -27,16 +28,6 @@ class Layout(StrEnum):
 
     published = "published"
     diffusers = "diffusers"
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Add the commands of this module to the app."""
-    weights = typer.Typer(help="Weights files: list, inspect, convert.", no_args_is_help=True)
-    register(weights, list_weights, "list")
-    register(weights, inspect_weights, "inspect")
-    register(weights, import_weights, "import")
-    register(weights, export_weights, "export")
-    app.add_typer(weights, name="weights")
 
 
 def list_weights(*, as_json: JsonOption = False) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.demo_weights.measure import generate
+from benchmarks.demo_weights.texts import caption_windows
 from d2i.demo.judge import attribute_accuracy, read_all
-from d2i.demo.pretrain.measure import generate
-from d2i.demo.pretrain.texts import caption_windows
 from d2i.demo.scene import split_scenes
 from d2i.encoders import Vae
 from d2i.weights_resolve import resolve_weights

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2i.cli.shards import inspect
+from d2i.cli.inspect import inspect
 from d2i.errors import CheckpointError
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job

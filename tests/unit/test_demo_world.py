@@ -10,11 +10,11 @@ from statistics import median
 import pytest
 from PIL import Image
 
+from benchmarks.demo_weights.images import render
+from benchmarks.demo_weights.train import clip_captions, reading_dialogs
 from d2i.demo.corpus import write_corpus
 from d2i.demo.dialogs import MAX_TURNS, caption, contexts, make_dialog
 from d2i.demo.judge import attribute_accuracy, read_all
-from d2i.demo.pretrain.__main__ import clip_captions, reading_dialogs
-from d2i.demo.pretrain.images import render
 from d2i.demo.render import render_scene
 from d2i.demo.scene import ATTRIBUTES, Scene, all_scenes, is_held_out, split_scenes
 from d2i.dialog import Turn, linearize

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2i.cli.forecast import assumed_of
+from d2i.cli.options import assumed_of
 from d2i.cluster.estimate import (
     Capacity,
     Rate,

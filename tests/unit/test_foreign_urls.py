@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from d2i.cli.models import sample
-from d2i.cli.runs import select
-from d2i.cli.shards import inspect
-from d2i.cli.study import evaluate
+from d2i.cli.eval import evaluate
+from d2i.cli.inspect import inspect
+from d2i.cli.sample import sample
+from d2i.cli.select import select
 from d2i.errors import ConfigError, DataError
 from d2i.eval.metric_card import describe_training
 from d2i.io import storage

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2i.cli.study import report
+from d2i.cli.report import report
 from d2i.dialog import NO_SPEAKER, key_order_hash
 from d2i.errors import ConfigError, DataError
 from d2i.io import storage

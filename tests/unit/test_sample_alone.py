@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2i.cli.models import sample
+from d2i.cli.sample import sample
 from d2i.models.model_dir import resolve_sizes
 from d2i.recipes import load_recipe
 from d2i.weights_resolve import resolve_weights

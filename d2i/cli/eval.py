@@ -1,74 +1,31 @@
-"""Commands for whole experiments: demo, eval, report."""
+"""The eval command."""
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from d2i.cli.console import (
+from d2i.cli.options import (
     CacheDirOption,
     CacheGbOption,
     CheckDataOption,
     FaultOption,
     JsonOption,
-    ProgressLine,
+    PriceOption,
+    RateOption,
     RayOption,
     SetOption,
-    print_result,
-    register,
+    assumed_of,
 )
-from d2i.cli.forecast import PriceOption, RateOption, assumed_of, forecast_lines
+from d2i.cli.output import ProgressLine, forecast_lines, print_result
 from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2i.cluster.estimate import RateOverrides
     from d2i.eval.job import EvalRequest
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Add the commands of this module to the app."""
-    for command in (demo, evaluate, report):
-        register(app, command, "eval" if command is evaluate else None)
-
-
-def demo(
-    out: Annotated[Path, typer.Option(help="Output directory; the same command resumes.")] = (
-        Path("d2i-demo")
-    ),
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the corpus, training and sampling.")
-    ] = 1,
-    num_dialogs: Annotated[
-        int, typer.Option(min=50, help="Dialogs in the synthetic corpus.")
-    ] = 2000,
-    num_steps: Annotated[int | None, typer.Option(min=1, help="Training steps.")] = None,
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """Run the paper's experiment at small scale, every stage for real, and write a report.
-
-    Examples:
-
-        d2i demo
-
-        d2i demo --out /tmp/demo --seed 2 --json
-    """
-    from d2i.demo.run import DemoRequest, run_demo
-    from d2i.io import storage
-
-    result = run_demo(DemoRequest(Path(storage.resolve(str(out))), seed, num_dialogs, num_steps))
-    lines = [
-        f"attribute accuracy: {result['attribute_accuracy_before']:.1%} before, "
-        f"{result['attribute_accuracy_after']:.1%} after fine-tuning "
-        f"(reference images {result['attribute_accuracy_true']:.1%}, "
-        f"chance {result['attribute_accuracy_chance']:.1%})",
-        f"report: {result['report']}",
-    ]
-    print_result(result, lines, as_json=as_json)
 
 
 def evaluate(
@@ -201,52 +158,6 @@ def _foresee(request: EvalRequest, assumed: RateOverrides, *, as_json: bool) -> 
     result = {"pictures": num_images, "forecast": dataclasses.asdict(found)}
     lines = [f"images: {num_images}", *forecast_lines(found)]
     print_result(result, lines, as_json=as_json)
-
-
-def report(
-    evaluations: Annotated[
-        list[str], typer.Argument(help="Directories made by d2i eval, in order.")
-    ],
-    out: Annotated[
-        str, typer.Option(help="A page (.html), or its tables alone (.md, .csv); path or URL.")
-    ] = "report.html",
-    times: Annotated[
-        Path | None, typer.Option(help="File of stage times that d2i demo writes.")
-    ] = None,
-    title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
-    case: Annotated[
-        list[str] | None,
-        typer.Option(help="Show only the instance of this key; may be repeated."),
-    ] = None,
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """Write one self-contained HTML page: conversations, images, scores and their provenance.
-
-    The paper's tables, with our numbers beside its own, are built from all given evaluations:
-    systems by corpus, linearizations, contexts, people, food and animals, recipes. eval/README.md
-    defines which systems fill the paper's own rows. With --case the page shows the given
-    conversations, as the paper's Tables 4, 6 and 7; keys are in instances.jsonl and on the page.
-
-    Examples:
-
-        d2i report scores/before scores/after --out report.html
-
-        d2i report scores/before scores/after scores/none --out tables.csv
-
-        d2i report scores/before scores/after --case test-7-3-0 --out cases.html
-    """
-    from d2i.io.parse import read_json
-    from d2i.report import write_report
-
-    try:
-        measured = read_json(str(times), error=ConfigError) if times else None
-    except OSError as err:
-        raise ConfigError(
-            f"--times {times}: {err}; expected the JSON that d2i demo writes"
-        ) from err
-    write_report(evaluations, out, times=measured, title=title, cases=case or ())
-    print_result({"report": out}, [out], as_json=as_json)
 
 
 def _score_lines(result: dict[str, Any]) -> list[str]:

@@ -1,16 +1,14 @@
-"""Commands that train a network and generate with it: train, sample."""
+"""The train command."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from d2i.cli.console import (
-    INTERRUPTED,
+from d2i.cli.options import (
     CacheDirOption,
     CacheGbOption,
     CheckDataOption,
@@ -18,19 +16,9 @@ from d2i.cli.console import (
     JsonOption,
     RecipeOption,
     SetOption,
-    print_result,
-    register,
 )
+from d2i.cli.output import INTERRUPTED, print_result
 from d2i.errors import ClusterError, ConfigError
-
-# One batch size for any number of images, so that an image is the same alone or in a grid.
-_SMALL_BATCHES = ["sample.compute_batch_size=4", "encoders.compute_batch_size=4"]
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Add the commands of this module to the app."""
-    for command in (train, sample):
-        register(app, command)
 
 
 def train(
@@ -116,55 +104,6 @@ def train(
         raise typer.Exit(INTERRUPTED)
 
 
-def sample(
-    run: Annotated[str, typer.Option(help="A finished run.")],
-    dialog: Annotated[
-        str, typer.Option(help="A file with a turn per line, or a JSON chat; - for stdin.")
-    ],
-    out: Annotated[str, typer.Option(help="The PNG to write, a path or a URL.")] = "picture.png",
-    seed: Annotated[
-        list[int] | None, typer.Option(min=0, help="One image per seed; several make a grid.")
-    ] = None,
-    key: Annotated[
-        str | None, typer.Option(help="Generate the image of d2i eval for this instance key.")
-    ] = None,
-    settings: SetOption = None,
-    *,
-    as_json: JsonOption = False,
-) -> None:
-    """Generate the image that answers one conversation; the PNG records how it was generated.
-
-    The network runs at a batch size of 4; with --key at that of d2i eval, to match it bit for bit.
-
-    Examples:
-
-        echo 'i saw a big red ball on the beach at night' | d2i sample --run runs/demo --dialog -
-
-        d2i sample --run runs/demo --dialog chat.json --seed 7 --seed 8 --out answers.png
-
-        d2i sample --run runs/demo --dialog chat.txt --set sample.weights=trained
-
-        d2i sample --run runs/demo --dialog chat.txt
-        --set sample.sampler=diffusers:DPMSolverMultistepScheduler
-    """
-    from d2i.eval.generation_settings import choose_settings
-    from d2i.eval.single_dialog import Request, generate_image, read_dialog
-    from d2i.recipes import change_recipe
-    from d2i.run_dir import read_recipe
-
-    if not out.lower().endswith(".png"):
-        raise ConfigError(f"--out {out}: expected a name that ends in .png; change it")
-    turns = read_dialog(_read_text(dialog))
-    choice = choose_settings(f"run:{run}", settings or [])
-    # With a key, the image matches d2i eval's bit for bit, which takes its batch size.
-    batches = [] if key else _SMALL_BATCHES
-    recipe = change_recipe(read_recipe(run), [*batches, *choice.settings])
-    seeds = seed or [recipe.sample.seed]
-    text = generate_image(Request(run, recipe, turns, seeds, key), out)
-    result = {"image": out, "text": text, "seeds": seeds}
-    print_result(result, [out], as_json=as_json)
-
-
 def _check_data(data: str) -> None:
     from d2i.io import storage
 
@@ -198,20 +137,3 @@ def _print_run(run: str, num_steps: int, *, as_json: bool) -> None:
     last = read_metrics(run)[-1]
     line = f"{last.step} steps, loss {last.loss:.4f}, {last.images_per_s:.0f} images/s: {run}"
     print_result(result | dataclasses.asdict(last), [line], as_json=as_json)
-
-
-def _read_text(dialog: str) -> str:
-    try:
-        data = _read_stdin() if dialog == "-" else Path(dialog).expanduser().read_bytes()
-        # Some editors begin a file with a byte order mark.
-        return data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(
-            f"--dialog {dialog}: {err}; expected a text or JSON file in UTF-8, or - for stdin"
-        ) from err
-
-
-def _read_stdin() -> bytes:
-    if sys.stdin is None:
-        raise OSError("stdin is closed")
-    return sys.stdin.buffer.read()

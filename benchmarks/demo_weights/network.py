@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.demo_weights.clip import ClipPair
+from benchmarks.demo_weights.images import ImageBatch
+from benchmarks.demo_weights.texts import caption_windows
+from benchmarks.demo_weights.vae import encode_means
 from d2i.config import BackboneConfig
-from d2i.demo.pretrain.clip import ClipPair
-from d2i.demo.pretrain.images import ImageBatch
-from d2i.demo.pretrain.texts import caption_windows
-from d2i.demo.pretrain.vae import encode_means
 from d2i.diffusion import uvit_loss
 from d2i.models import build_backbone, save_weights
 from d2i.models.model_dir import write_config

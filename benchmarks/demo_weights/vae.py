@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
-from d2i.demo.pretrain.images import ImageBatch
+from benchmarks.demo_weights.images import ImageBatch
 
 _BATCH = 16
 _KL_WEIGHT = 1e-6

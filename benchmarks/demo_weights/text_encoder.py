@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from d2i.demo.pretrain.clip import ClipPair, Readers, pooled_end
-from d2i.demo.pretrain.texts import Texts, labels, to_rows
-from d2i.demo.pretrain.vae import learning_rate
+from benchmarks.demo_weights.clip import ClipPair, Readers, pooled_end
+from benchmarks.demo_weights.texts import Texts, labels, to_rows
+from benchmarks.demo_weights.vae import learning_rate
 
 _NUM_CAPTIONS = 64
 _NUM_DIALOGS = 128

@@ -1,4 +1,4 @@
-"""Evaluation of the shipped models by the judge: `python -m d2i.demo.pretrain.measure`.
+"""Evaluation of the shipped models by the judge: `python -m benchmarks.demo_weights.measure`.
 
 Prints the numbers of the model card as JSON lines: attribute accuracy of the codec, and of the
 backbone on captions and, without fine-tuning, on dialogs. All on held-out scenes, with the same
@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.demo_weights.images import render_scenes
+from benchmarks.demo_weights.texts import Texts, caption_windows, dialog_windows
 from d2i.config import BackboneConfig
 from d2i.demo.judge import attribute_accuracy, read_all
-from d2i.demo.pretrain.images import render_scenes
-from d2i.demo.pretrain.texts import Texts, caption_windows, dialog_windows
 from d2i.demo.scene import GROUPS, Scene, split_scenes
 from d2i.encoders import ClipText, Vae
 from d2i.eval.sampler import Sampler
@@ -77,7 +77,7 @@ def _first(texts: Texts, number: int) -> Texts:
 
 
 def _arguments() -> tuple[Path, int]:
-    parser = argparse.ArgumentParser(prog="python -m d2i.demo.pretrain.measure")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_weights.measure")
     shipped = Path(resolve_weights("demo:vae")).parent
     parser.add_argument("--models", type=Path, default=shipped, help="directory of the four models")
     parser.add_argument("--num-scenes", type=int, default=222, help="held-out scenes to measure on")

@@ -6,14 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from d2i.cli.console import JsonOption, ProgressLine, SetOption, print_result, register
+from d2i.cli.options import JsonOption, SetOption
+from d2i.cli.output import ProgressLine, print_result
 from d2i.errors import ConfigError
 from d2i.metric_specs import METRICS
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Add the commands of this module to the app."""
-    register(app, select)
 
 
 def select(

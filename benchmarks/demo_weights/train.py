@@ -1,4 +1,4 @@
-"""Train the weights shipped for the demo: `python -m d2i.demo.pretrain --out DIR`.
+"""Train the demo's weights: `python -m benchmarks.demo_weights.train --out DIR`.
 
 Trains the codec, the CLIP pair, the backbone, and the text tower on dialogs, in this order. A part
 whose directory exists is skipped, and the backbone resumes from its last checkpoint, so the same
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from d2i.demo.pretrain.clip import build_clip, load_clip, save_image, save_text, train_clip
-from d2i.demo.pretrain.images import render
-from d2i.demo.pretrain.network import backbone_config, build_pool, save_network, train_network
-from d2i.demo.pretrain.text_encoder import train_on_dialogs
-from d2i.demo.pretrain.texts import Texts, caption_windows, dialog_windows, join, vocabulary
-from d2i.demo.pretrain.vae import build_codec, save_codec, train_codec
+from benchmarks.demo_weights.clip import build_clip, load_clip, save_image, save_text, train_clip
+from benchmarks.demo_weights.images import render
+from benchmarks.demo_weights.network import backbone_config, build_pool, save_network, train_network
+from benchmarks.demo_weights.text_encoder import train_on_dialogs
+from benchmarks.demo_weights.texts import Texts, caption_windows, dialog_windows, join, vocabulary
+from benchmarks.demo_weights.vae import build_codec, save_codec, train_codec
 from d2i.demo.scene import split_scenes
 
 _SEED = 0
@@ -106,7 +106,9 @@ def reading_dialogs() -> Texts:
 
 
 def _arguments() -> tuple[Path, int]:
-    parser = argparse.ArgumentParser(prog="python -m d2i.demo.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo_weights.train", description=__doc__
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory for the four models")
     parser.add_argument("--num-threads", type=int, default=2, help="CPU cores to use")
     given = parser.parse_args()

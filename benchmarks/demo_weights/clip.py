@@ -22,9 +22,9 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from d2i.demo.pretrain.images import ImageBatch
-from d2i.demo.pretrain.texts import Texts, labels, to_rows
-from d2i.demo.pretrain.vae import learning_rate, save_whole
+from benchmarks.demo_weights.images import ImageBatch
+from benchmarks.demo_weights.texts import Texts, labels, to_rows
+from benchmarks.demo_weights.vae import learning_rate, save_whole
 from d2i.demo.scene import ATTRIBUTES
 from d2i.tokenize import END_ID, START_ID
 

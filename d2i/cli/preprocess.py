@@ -7,24 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from d2i.cli.console import (
+from d2i.cli.options import (
+    AllowHostOption,
     CorpusOption,
+    DnsServerOption,
     FaultOption,
     FetchWorkersOption,
     JsonOption,
-    ProgressLine,
+    PriceOption,
+    ProxyOption,
+    RateOption,
     RayOption,
     RecipeOption,
     SetOption,
     SourceOption,
     WorkersOption,
-    counted,
+    assumed_of,
     existing_source,
-    print_result,
-    register,
+    network_policy_of,
 )
-from d2i.cli.forecast import PriceOption, RateOption, assumed_of, forecast_lines
-from d2i.cli.network_policy import AllowHostOption, DnsServerOption, ProxyOption, network_policy_of
+from d2i.cli.output import ProgressLine, counted, forecast_lines, print_result
 
 if TYPE_CHECKING:
     from d2i.cluster.estimate import RateOverrides
@@ -32,11 +34,6 @@ if TYPE_CHECKING:
     from d2i.preprocess.job import PreprocessRequest
     from d2i.preprocess.plan.planner import Plan
     from d2i.preprocess.split_summary import SplitSummary
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Add the command of this module to the app."""
-    register(app, preprocess)
 
 
 def preprocess(

@@ -1,0 +1,84 @@
+"""The repair command."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from d2i.cli.options import (
+    AllowHostOption,
+    DnsServerOption,
+    FaultOption,
+    FetchWorkersOption,
+    JsonOption,
+    ProxyOption,
+    RayOption,
+    SetOption,
+    WorkersOption,
+    network_policy_of,
+)
+from d2i.cli.output import ProgressLine, print_result, problem_line
+
+if TYPE_CHECKING:
+    pass
+
+
+def repair(
+    directory: Annotated[str, typer.Argument(help="A directory made by d2i preprocess.")],
+    allow_host: AllowHostOption = None,
+    dns_server: DnsServerOption = None,
+    proxy: ProxyOption = None,
+    workers: WorkersOption = None,
+    fetch_workers: FetchWorkersOption = None,
+    ray_address: RayOption = None,
+    settings: SetOption = None,
+    *,
+    as_json: JsonOption = False,
+    fault: FaultOption = None,
+) -> None:
+    """Repair broken or missing shards byte for byte. Exits with 1 if any remain.
+
+    Intact files restore damaged ones; only lost samples are fetched and encoded again.
+
+    Examples:
+
+        d2i repair data
+
+        d2i repair data/test --workers 0
+    """
+    from d2i.fault_injection import parse_fault
+    from d2i.preprocess.repair import RepairRequest
+    from d2i.preprocess.repair import repair as run
+
+    progress = ProgressLine()
+    request = RepairRequest(
+        directory=directory,
+        network_policy=network_policy_of(allow_host, dns_server, proxy),
+        num_workers=workers,
+        num_fetchers=fetch_workers,
+        ray_address=ray_address,
+        fault=parse_fault(fault),
+        settings=tuple(settings or ()),
+    )
+    try:
+        summaries = run(
+            request, lambda done, total: progress.show(f"{done}/{total} shards rebuilt")
+        )
+    finally:
+        progress.close()
+    lines = []
+    for summary in summaries:
+        url = summary.folder
+        problems = [dataclasses.asdict(p) | {"folder": url} for p in summary.problems]
+        lines += [problem_line(problem) for problem in problems]
+        lines += [f"{url}/{note}" for note in summary.notes]
+        lines.append(
+            f"{url}: {len(summary.mended)} files restored, {len(summary.made)} shards "
+            f"rebuilt, {len(problems)} problems left"
+        )
+    result = {"data_sets": [dataclasses.asdict(summary) for summary in summaries]}
+    print_result(result, lines, as_json=as_json)
+    if any(summary.problems for summary in summaries):
+        raise typer.Exit(1)
