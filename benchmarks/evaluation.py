@@ -295,8 +295,9 @@ def measure_overhead(directory: Path) -> dict[str, Any]:
 
     from d2i.demo.corpus import write_corpus
     from d2i.encoders import load_encoders
-    from d2i.eval.job import EvalRequest, evaluate, test_url
+    from d2i.eval.job import evaluate, test_url
     from d2i.eval.prompts import PromptReader
+    from d2i.eval.request import EvalRequest
     from d2i.eval.system import SystemContext
     from d2i.eval.systems import build_system, parse_system
     from d2i.preprocess.job import PreprocessRequest, preprocess

@@ -18,8 +18,10 @@ import numpy as np
 from d2i.config import ImageConfig, Recipe, WeightsKind, apply_settings
 from d2i.errors import CheckpointError, ConfigError, DataError
 from d2i.eval.generation_settings import generation_weights
-from d2i.eval.job import EvalProgress, EvalRequest, evaluate
-from d2i.eval.systems import SystemSpec, parse_system
+from d2i.eval.job import EvalProgress, evaluate
+from d2i.eval.request import EvalRequest
+from d2i.eval.system import SystemSpec
+from d2i.eval.systems import parse_system
 from d2i.images.decode import decode_image
 from d2i.io import checksums, storage
 from d2i.io.config_lock import lock_or_diff

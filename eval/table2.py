@@ -13,7 +13,8 @@ import typer
 
 from d2i.errors import D2IError
 from d2i.eval.generation_settings import choose_settings
-from d2i.eval.job import EvalProgress, EvalRequest, evaluate, test_url
+from d2i.eval.job import EvalProgress, evaluate, test_url
+from d2i.eval.request import EvalRequest
 from d2i.eval.systems import parse_system
 from d2i.recipes import change_recipe, read_stored_recipe
 from d2i.report import write_report

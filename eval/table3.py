@@ -21,7 +21,8 @@ from d2i.config import Recipe
 from d2i.dialog import TEMPLATES
 from d2i.errors import ConfigError, D2IError
 from d2i.eval.generation_settings import choose_settings
-from d2i.eval.job import EvalProgress, EvalRequest, evaluate, test_url
+from d2i.eval.job import EvalProgress, evaluate, test_url
+from d2i.eval.request import EvalRequest
 from d2i.eval.systems import parse_system
 from d2i.io.config_lock import diff
 from d2i.recipes import change_recipe, read_stored_recipe

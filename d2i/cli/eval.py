@@ -25,7 +25,7 @@ from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2i.cluster.estimate import RateOverrides
-    from d2i.eval.job import EvalRequest
+    from d2i.eval.request import EvalRequest
 
 
 def evaluate(
@@ -104,8 +104,9 @@ def evaluate(
         d2i eval --system images:minigpt5 --label MiniGPT-5 --data data --out scores/minigpt5
     """
     from d2i.eval.generation_settings import choose_settings
-    from d2i.eval.job import EvalRequest, test_url
     from d2i.eval.job import evaluate as run
+    from d2i.eval.job import test_url
+    from d2i.eval.request import EvalRequest
     from d2i.eval.systems import parse_system
     from d2i.fault_injection import parse_fault
     from d2i.recipes import change_recipe, read_stored_recipe

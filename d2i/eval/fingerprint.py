@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from d2i.eval.systems import SystemSpec
+from d2i.eval.system import SystemSpec
 from d2i.eval.systems.images import is_image
 from d2i.io import checksums, storage
 from d2i.shards.manifest import MANIFEST_NAME

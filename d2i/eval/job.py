@@ -6,14 +6,14 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from d2i.cluster import JobFault, Pool, job_fault, run_tasks, session
 from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
-from d2i.config import LEGACY_DEFAULTS, Recipe
+from d2i.config import LEGACY_DEFAULTS
 from d2i.errors import ConfigError, DataError
 from d2i.eval.features.reference_features import ReferenceFeatures
 from d2i.eval.fingerprint import hash_contents
@@ -22,8 +22,8 @@ from d2i.eval.metrics.category_scores import CORPUS, write_categories
 from d2i.eval.metrics.measured import Arrays, Measured
 from d2i.eval.metrics.negatives import find_negatives
 from d2i.eval.metrics.scores import instance_rows, score
-from d2i.eval.prompts import ContextMode
-from d2i.eval.systems import SystemSpec
+from d2i.eval.request import EvalRequest
+from d2i.eval.system import SystemSpec
 from d2i.eval.tasks import (
     EvalTask,
     finished_tasks,
@@ -31,8 +31,7 @@ from d2i.eval.tasks import (
     read_tasks,
     remove_unfinished,
 )
-from d2i.eval.worker import EvalWorkerBuilder, SaveImages, TaskResult, describe_url
-from d2i.fault_injection import Fault
+from d2i.eval.worker import EvalWorkerBuilder, TaskResult, describe_url
 from d2i.io import checksums, storage
 from d2i.io.config_lock import lock_or_diff, read_settings, with_legacy_defaults
 from d2i.recipes import check_prepared_with
@@ -40,38 +39,6 @@ from d2i.shards import ShardReader
 
 SCORES_NAME = "scores.json"
 INSTANCES_NAME = "instances.jsonl"
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """The settings of one evaluation.
-
-    Args:
-        context: The part of a dialog that the system may read.
-        label: The system's name in tables; `None` uses its own label.
-        negatives: Directory of MMDialog whose negative candidates are used for recall; `None` draws
-            them by key hash. Does not affect images, and may be added after they are generated.
-        guidance_chosen_by: The source of the guidance scale, as in `guidance.Choice`.
-        task_size: Instances per task; `None` uses one compute batch. Does not affect any number.
-        num_workers: `0` runs in this process, without Ray; `None` fits the machine or cluster.
-        open_shards: Opens a data set in any process; picklable. Pass another than `ShardReader` to
-            choose where local copies of remote shards are kept.
-    """
-
-    recipe: Recipe
-    system: SystemSpec
-    data_url: str
-    out_url: str
-    context: ContextMode = "full"
-    save_images: SaveImages = "sample"
-    label: str | None = None
-    negatives: str | None = None
-    guidance_chosen_by: Mapping[str, Any] = field(default_factory=dict)
-    task_size: int | None = None
-    num_workers: int | None = 0
-    ray_address: str | None = None
-    fault: Fault | None = None
-    open_shards: Callable[[str], ShardReader] = ShardReader
 
 
 @dataclass

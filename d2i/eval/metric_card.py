@@ -26,8 +26,8 @@ from d2i.run_dir import CONFIG_NAME, read_recipe
 from d2i.shards import ShardReader
 
 if TYPE_CHECKING:
-    from d2i.eval.job import EvalRequest
-    from d2i.eval.systems import SystemSpec
+    from d2i.eval.request import EvalRequest
+    from d2i.eval.system import SystemSpec
 
 # Options that decide the instances, and the context of each.
 _OPTIONS = ("direction", "own_turn", "images_in_turn", "repeated", "earlier_images", "emoji")

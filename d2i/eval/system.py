@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.config import Recipe
+from d2i.config import BackboneConfig, Recipe
 from d2i.encoders import Encoders
-from d2i.errors import DataError
+from d2i.errors import ConfigError, DataError
 from d2i.eval.prompts import Prompt
 from d2i.shards import ShardReader
 
 if TYPE_CHECKING:
-    from d2i.eval.systems import SystemSpec
+    from d2i.eval.systems.adapter import Adapter
 
 IN_MEMORY = "memory"
 """The `source` of an image that never was a file."""
@@ -77,6 +77,42 @@ class System(Protocol):
         an exception ends the job.
         """
         ...
+
+
+@dataclass(frozen=True)
+class SystemSpec:
+    """A system by name, before anything is loaded.
+
+    Args:
+        name: As given, with absolute paths.
+        label: Its name in tables.
+        kind: The part before the colon, or a backbone's name.
+        target: The part after the colon.
+        network: The network and its weights, of a run or a backbone.
+        run_dir: The run it comes from.
+        inner: The system that generates images from a Divter's captions.
+        adapter: The LoRA adapter of a diffusers pipeline.
+    """
+
+    name: str
+    label: str
+    kind: str
+    target: str = ""
+    network: BackboneConfig | None = None
+    run_dir: str | None = None
+    inner: SystemSpec | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The network and its weights.
+
+        Raises:
+            ConfigError: If this is neither a run nor a backbone.
+        """
+        if self.network is None:
+            raise ConfigError(f"{self.name} has no backbone; expected run:DIR or a backbone's name")
+        return self.network
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from d2i.encoders.bundle import versions
 from d2i.errors import ConfigError, DataError
 from d2i.eval.features.feature_computer import FeatureComputer, generation_rows
 from d2i.eval.prompts import ContextMode, PromptReader
-from d2i.eval.system import Generation, SystemContext
-from d2i.eval.systems import SystemSpec, build_system
+from d2i.eval.system import Generation, SystemContext, SystemSpec
+from d2i.eval.systems import build_system
 from d2i.eval.tasks import EvalTask, images_path, images_url, write_task
 from d2i.images.decode import png_bytes
 from d2i.io import storage

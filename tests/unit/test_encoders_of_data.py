@@ -11,7 +11,7 @@ import torch
 
 from d2i.encoders import Encoders, check_encoder_hashes, load_encoders
 from d2i.errors import CheckpointError
-from d2i.eval.systems import SystemSpec
+from d2i.eval.system import SystemSpec
 from d2i.eval.worker import EvalWorker, EvalWorkerBuilder
 from d2i.preprocess.workers.encode_worker import fingerprint
 from d2i.recipes import load_recipe

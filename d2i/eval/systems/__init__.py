@@ -6,14 +6,13 @@ import dataclasses
 import importlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from d2i.config import BackboneConfig, BackboneName, Recipe, WeightsKind
 from d2i.errors import ConfigError
-from d2i.eval.system import System, SystemContext
-from d2i.eval.systems.adapter import Adapter, find_adapter
+from d2i.eval.system import System, SystemContext, SystemSpec
+from d2i.eval.systems.adapter import find_adapter
 from d2i.io import storage
 from d2i.run_dir import RESULT_NAMES, load_selection, read_recipe
 from d2i.weights_catalog import weights_to_fetch
@@ -31,42 +30,6 @@ _BUILDERS = {
     "divter": "d2i.eval.systems.divter:build",
 }
 _LABELS = {"unclip": "unCLIP (Karlo)", "retrieve": "nearest training picture", "divter": "Divter"}
-
-
-@dataclass(frozen=True)
-class SystemSpec:
-    """A system by name, before anything is loaded.
-
-    Args:
-        name: As given, with absolute paths.
-        label: Its name in tables.
-        kind: The part before the colon, or a backbone's name.
-        target: The part after the colon.
-        network: The network and its weights, of a run or a backbone.
-        run_dir: The run it comes from.
-        inner: The system that generates images from a Divter's captions.
-        adapter: The LoRA adapter of a diffusers pipeline.
-    """
-
-    name: str
-    label: str
-    kind: str
-    target: str = ""
-    network: BackboneConfig | None = None
-    run_dir: str | None = None
-    inner: SystemSpec | None = None
-    adapter: Adapter | None = None
-
-    @property
-    def backbone(self) -> BackboneConfig:
-        """The network and its weights.
-
-        Raises:
-            ConfigError: If this is neither a run nor a backbone.
-        """
-        if self.network is None:
-            raise ConfigError(f"{self.name} has no backbone; expected run:DIR or a backbone's name")
-        return self.network
 
 
 def parse_system(
