@@ -23,7 +23,9 @@ from tests.servers import WebServer, running
 
 ROOT = Path(__file__).resolve().parents[2]
 # Photo descriptions from PhotoChat's own test files.
-DESCRIPTIONS = json.loads((ROOT / "tests/unit/photochat_descriptions.json").read_text())
+DESCRIPTIONS = json.loads(
+    (ROOT / "tests/unit/eval/metrics" / "photochat_descriptions.json").read_text()
+)
 
 
 def start(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:

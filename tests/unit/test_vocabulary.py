@@ -19,7 +19,8 @@ STEMS = {"atomic": "atomically", "eviction": "evict"}
 
 @cache
 def names_of_code() -> set[str]:
-    paths = (ROOT / "d2i").rglob("*.py")
+    directories = (ROOT / "d2i", ROOT / "benchmarks" / "demo_weights")
+    paths = (path for directory in directories for path in directory.rglob("*.py"))
     return {found.text for path in paths for found in identifiers(path)}
 
 

@@ -18,11 +18,11 @@ from d2i.config import Recipe, apply_settings
 from d2i.dialog import ImageRef, Instance, Turn, key_order_hash
 from d2i.errors import ConfigError, DataError
 from d2i.io import storage
+from d2i.preprocess.plan import hash_partition
 from d2i.preprocess.plan.exclude import read_exclusion
 from d2i.preprocess.plan.planner import (
     PlanRequest,
     _batches,
-    hash_partition,
     make_plan,
     records_url,
 )

@@ -141,7 +141,7 @@ def test_atomic_publish_leaves_no_listed_file_when_killed(tmp_path: Path) -> Non
         "    scratch.write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     killed = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(root)},

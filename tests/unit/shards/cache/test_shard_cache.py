@@ -30,7 +30,7 @@ from d2i.train.data.data_order import DataOrder
 from d2i.train.data.loader import check_cache
 from tests.stores import NotedStore, fetched, read_all
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 NUM_SHARDS, NUM_SAMPLES = 6, 5
 ORDER = DataOrder((NUM_SAMPLES,) * NUM_SHARDS, 3, "blocked", num_window_shards=2)
 WAIT_S = 60.0

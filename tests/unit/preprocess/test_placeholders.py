@@ -9,7 +9,7 @@ import pytest
 
 from d2i.preprocess.ledger import LedgerRow, write_ledger
 from d2i.preprocess.placeholders import placeholders_of, plan_retractions
-from d2i.preprocess.plan.planner import hash_partition
+from d2i.preprocess.plan import hash_partition
 from tests.arrow import own_pool
 
 NUM_SHARDS, NUM_ROWS, NUM_SAME = 30, 400, 10

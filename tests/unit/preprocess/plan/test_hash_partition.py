@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
 
+from d2i.preprocess.plan import hash_partition
 from d2i.preprocess.plan.hash_partition import HashPartitions
-from d2i.preprocess.plan.planner import hash_partition
 from tests.arrow import own_pool
 
 NUM_ROWS = 40_000
