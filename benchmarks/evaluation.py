@@ -295,14 +295,14 @@ def measure_overhead(directory: Path) -> dict[str, Any]:
 
     from d2i.demo.corpus import write_corpus
     from d2i.encoders import load_encoders
-    from d2i.eval.job import evaluate, test_url
+    from d2i.eval.job import evaluate
     from d2i.eval.prompts import PromptReader
     from d2i.eval.request import EvalRequest
     from d2i.eval.system import SystemContext
     from d2i.eval.systems import build_system, parse_system
     from d2i.preprocess.job import PreprocessRequest, preprocess
     from d2i.recipes import load_recipe
-    from d2i.shards import ShardReader
+    from d2i.shards import ShardReader, data_set_url
 
     torch.set_num_threads(1)
     write_corpus(directory / "corpus", NUM_DIALOGS, 1)
@@ -311,7 +311,7 @@ def measure_overhead(directory: Path) -> dict[str, Any]:
     request = PreprocessRequest("mmdialog", source, data, recipe, num_workers=0)
     preprocess(request, lambda _: None)
     spec = parse_system("uvit-s", "demo:backbone", recipe)
-    reader = ShardReader(test_url(data))
+    reader = ShardReader(data_set_url(data, "test"))
     encoders = load_encoders(recipe.encoders, "cpu")
     system = build_system(SystemContext(spec, recipe, encoders, reader.keys, "cpu"))
     prompts = PromptReader(reader, recipe.text, "full")
@@ -319,7 +319,10 @@ def measure_overhead(directory: Path) -> dict[str, Any]:
     system.generate([prompts.read(index) for index in range(len(reader))])
     bare = time.process_time() - start
     start = time.process_time()
-    evaluate(EvalRequest(recipe, spec, test_url(data), str(directory / "scores")), lambda _: None)
+    evaluate(
+        EvalRequest(recipe, spec, data_set_url(data, "test"), str(directory / "scores")),
+        lambda _: None,
+    )
     whole = time.process_time() - start
     return {"pictures": len(reader), "bare_cpu_s": bare, "whole_cpu_s": whole}
 

@@ -32,11 +32,20 @@ TEMPLATES = {
 NO_SPEAKER = -1
 """The speaker of a turn outside the conversation, such as a system message."""
 
+SPLITS = ("train", "valid", "test")
+"""The splits of a corpus, by canonical name, in the order in which they are used."""
+
+MAX_KEY_LENGTH = 88
+"""A tar name holds 100 bytes, of which `.moments.npy` takes 12."""
+KEY_PATTERN = rf"[A-Za-z0-9_][A-Za-z0-9_-]{{0,{MAX_KEY_LENGTH - 1}}}"
+"""Form of any key in a shard: no dot (WebDataset ends a key at the first one), no slash, no leading
+dash. Those of instances come from `make_key`."""
+
 _PLACEHOLDER = re.compile(r"\{(text|speaker|letter)\}")
 _PLAIN_SPLIT = re.compile(r"[A-Za-z0-9]{1,32}")
 _PLAIN_ID = re.compile(r"(?!.*_[0-9a-f]{32}$)[A-Za-z0-9_-]{1,64}", re.DOTALL)
 _UNSAFE = re.compile(r"[^A-Za-z0-9]+")
-_KEY = re.compile(r"([A-Za-z0-9_]+-[A-Za-z0-9_-]+)-[0-9]+-[0-9]+")
+_KEY = re.compile(r"(([A-Za-z0-9_]+)-[A-Za-z0-9_-]+)-[0-9]+-[0-9]+")
 
 
 class Turn(Struct, frozen=True, gc=False):
@@ -137,12 +146,23 @@ def make_key(split: str, dialog_id: str, turn: int, image: int) -> str:
             f"instance of dialog {dialog_id!r}: got turn {turn}, image {image}, expected indices "
             "from 0; count both from the start of the dialog"
         )
-    return f"{key_prefix(split, dialog_id)}{turn}-{image}"
+    return join_key(key_prefix(split, dialog_id), turn, image)
 
 
 def key_prefix(split: str, dialog_id: str) -> str:
-    """Return the prefix of the keys of all instances of one dialog, for `make_key`."""
+    """Return the prefix of the keys of all instances of one dialog, for `join_key`."""
     return f"{_safe_split(split)}-{_safe(dialog_id, _PLAIN_ID)}-"
+
+
+def join_key(prefix: str, turn: int, image: int) -> str:
+    """Return an instance's key as `make_key` does, from the `key_prefix` of its dialog."""
+    return f"{prefix}{turn}-{image}"
+
+
+def split_of_key(key: str) -> str | None:
+    """Return the split of an instance's key, or None if the key is not in `make_key`'s form."""
+    found = _KEY.fullmatch(key)
+    return found[2] if found else None
 
 
 def dialog_of_key(key: str) -> str:

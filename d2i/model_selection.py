@@ -29,14 +29,21 @@ from d2i.metric_specs import METRICS, MetricSpec
 from d2i.models import save_weights
 from d2i.recipes import change_recipe, read_stored_recipe, refuse_host
 from d2i.run_dir import BEST_NAME, last_step, read_recipe, read_run_config
-from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
+from d2i.shards import (
+    Sample,
+    ShardReader,
+    json_bytes,
+    npy_bytes,
+    split_url,
+    write_manifest,
+    write_shard,
+)
 from d2i.train.checkpoint.checkpoint_files import (
     KIND_OF_WEIGHTS,
     Checkpoint,
     complete_checkpoints,
     step_of,
 )
-from d2i.train.data.loader import split_url
 from d2i.train.monitor.validation import choose_instances
 
 

@@ -12,8 +12,9 @@ from typing import Annotated
 
 import typer
 
+from d2i.corpora import has_categories
 from d2i.errors import D2IError
-from d2i.eval.metrics.category_scores import CATEGORIES_NAME, CORPUS, write_categories
+from d2i.eval.metrics.category_scores import CATEGORIES_NAME, write_categories
 from d2i.report import write_report
 from d2i.report.evaluation import read_evaluation
 from d2i.shards import ShardReader
@@ -27,7 +28,7 @@ def main(
     for directory in evaluations:
         card = read_evaluation(directory).card
         # Evaluations made by earlier versions have none; their features are kept.
-        if card.get("corpus") == CORPUS and not (directory / CATEGORIES_NAME).exists():
+        if has_categories(card.get("corpus")) and not (directory / CATEGORIES_NAME).exists():
             write_categories(str(directory), ShardReader(str(card["data"])))
     write_report(evaluations, out, title="People, food, animals", parts=("figure5", "cards"))
     print(out)

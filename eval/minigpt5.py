@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from d2i.eval.job import test_url
 from d2i.eval.minigpt5_export import export_dialogs
+from d2i.shards import data_set_url
 
 
 def main(
@@ -19,7 +19,7 @@ def main(
     out: Annotated[str, typer.Argument(help="Directory to write test/ into.")],
 ) -> None:
     """Write one dialog for each test instance, and the reference images under their names."""
-    print(f"{export_dialogs(test_url(data), out)} dialogs: {out}/test")
+    print(f"{export_dialogs(data_set_url(data, 'test'), out)} dialogs: {out}/test")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import typer
 
 from d2i.errors import D2IError
 from d2i.eval.generation_settings import choose_settings
-from d2i.eval.job import EvalProgress, evaluate, test_url
+from d2i.eval.job import EvalProgress, evaluate
 from d2i.eval.request import EvalRequest
 from d2i.eval.systems import parse_system
 from d2i.recipes import change_recipe, read_stored_recipe
 from d2i.report import write_report
+from d2i.shards import data_set_url
 
 
 def show(progress: EvalProgress) -> None:
@@ -55,7 +56,7 @@ def main(
         request = EvalRequest(
             recipe=recipe,
             system=spec,
-            data_url=test_url(data),
+            data_url=data_set_url(data, "test"),
             out_url=str(directories[-1]),
             save_images="all",
             guidance_chosen_by=choice.guidance_by,

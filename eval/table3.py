@@ -21,13 +21,14 @@ from d2i.config import Recipe
 from d2i.dialog import TEMPLATES
 from d2i.errors import ConfigError, D2IError
 from d2i.eval.generation_settings import choose_settings
-from d2i.eval.job import EvalProgress, evaluate, test_url
+from d2i.eval.job import EvalProgress, evaluate
 from d2i.eval.request import EvalRequest
 from d2i.eval.systems import parse_system
 from d2i.io.config_lock import diff
 from d2i.recipes import change_recipe, read_stored_recipe
 from d2i.report import write_report
 from d2i.run_dir import read_recipe
+from d2i.shards import data_set_url
 
 
 def show(progress: EvalProgress) -> None:
@@ -100,7 +101,7 @@ def ask(run: str, strategy: str, data: str, settings: Sequence[str]) -> EvalRequ
     return EvalRequest(
         recipe=recipe,
         system=parse_system(system, None, recipe),
-        data_url=test_url(data),
+        data_url=data_set_url(data, "test"),
         out_url="",
         guidance_chosen_by=choice.guidance_by,
     )

@@ -98,7 +98,7 @@ def _survey(
 ) -> dict[str, Any]:
     import msgspec
 
-    from d2i.corpora import build_corpus, found_splits
+    from d2i.corpora import build_corpus, corpus_type, found_splits
     from d2i.corpus_analysis.leakage import LeakFinder, count_leaks
     from d2i.corpus_analysis.survey import survey_split
 
@@ -130,6 +130,7 @@ def _survey(
     seen = msgspec.to_builtins(finder.images)
     return {
         "corpus": name,
+        "licence": corpus_type(name).licence,
         "source": source,
         "options": options,
         "text": config.text.model_dump(),
@@ -210,6 +211,7 @@ def _describe(
 
 
 def _lines(survey: dict[str, Any]) -> Iterator[str]:
+    yield f"licence: {survey['licence']}"
     for split, found in survey["splits"].items():
         yield (
             f"{split}: {found['num_instances']} instances of {found['num_images']} images in "

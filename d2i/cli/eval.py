@@ -54,7 +54,7 @@ def evaluate(
     ] = "sample",
     negatives: Annotated[
         str | None,
-        typer.Option(help="MMDialog's directory: use its own 999 negatives for recall."),
+        typer.Option(help="The corpus's directory: use the negatives that it lists for recall."),
     ] = None,
     task_size: Annotated[
         int | None, typer.Option(min=1, help="Instances per task of a worker.")
@@ -105,12 +105,11 @@ def evaluate(
     """
     from d2i.eval.generation_settings import choose_settings
     from d2i.eval.job import evaluate as run
-    from d2i.eval.job import test_url
     from d2i.eval.request import EvalRequest
     from d2i.eval.systems import parse_system
     from d2i.fault_injection import parse_fault
     from d2i.recipes import change_recipe, read_stored_recipe
-    from d2i.shards import ShardReader
+    from d2i.shards import ShardReader, data_set_url
 
     assumed = assumed_of(rate, price_per_node_hour, dry_run=dry_run)
     if workers is not None and not parallel:
@@ -121,7 +120,7 @@ def evaluate(
     request = EvalRequest(
         recipe=recipe,
         system=spec,
-        data_url=test_url(data),
+        data_url=data_set_url(data, "test"),
         out_url=out,
         context=context,
         save_images=save_images,

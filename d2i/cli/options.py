@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from d2i.cluster.estimate import RateOverrides
     from d2i.fetch.sources import NetworkPolicy
 
-CorpusOption = Annotated[str, typer.Option("--corpus", help="mmdialog, photochat or jsonl.")]
+CorpusOption = Annotated[
+    str,
+    typer.Option(
+        "--corpus", help="mmdialog, photochat, jsonl, or your own as package.module:Class."
+    ),
+]
 SourceOption = Annotated[
     str, typer.Option("--source", help="Directory or file of the corpus, a path or URL.")
 ]

@@ -106,9 +106,9 @@ def train(
 
 def _check_data(data: str) -> None:
     from d2i.io import storage
+    from d2i.shards import data_set_url
 
-    candidates = (data, storage.join(data, "train"))
-    if not any(storage.exists(storage.join(url, "manifest.json")) for url in candidates):
+    if not storage.exists(storage.join(data_set_url(data, "train"), "manifest.json")):
         raise ConfigError(
             f"--data {data}: no manifest.json there or in train/; expected a directory made by "
             "d2i preprocess; run that command again to finish it, or check the path"

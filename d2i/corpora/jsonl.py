@@ -26,14 +26,14 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from d2i.corpora.chat_forms import parse_chat
+from d2i.corpora.base import Corpus
+from d2i.corpora.chat_forms import FORMS, parse_chat
 from d2i.corpora.inline import InlineImages, is_data_url
-from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.records import Dialog, RecordError, ReportIssue, SharedImage, image_ref_of
 from d2i.corpora.split_shares import parse_shares
 from d2i.corpora.splits import (
     DIALOG_SUFFIXES,
-    SPLITS,
+    SPLIT_ALIASES,
     is_source_file,
     only_one,
     unsplit_file,
@@ -47,7 +47,7 @@ corpus."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jsonl(InstanceOptions):
+class Jsonl(Corpus):
     """Options for custom chats: one instance for each image."""
 
     split_shares: str | None = None
@@ -56,7 +56,10 @@ class Jsonl(InstanceOptions):
     split_seed: int = 0
     """Seed that decides which dialog goes to which split."""
 
+    title: ClassVar[str] = "Chats"
+    licence: ClassVar[str] = "Your own chats: what you and the people in them agreed on."
     record_type: ClassVar[type[dict[str, Any]]] = dict
+    record_fields: ClassVar[frozenset[str]] = frozenset(FORMS)
     max_record_bytes: ClassVar[int] = 64 << 20
     """Room for a conversation with embedded images: two of the largest in base64, and its text."""
 
@@ -74,7 +77,7 @@ class Jsonl(InstanceOptions):
         """List the split's file, relative to the source's directory."""
         if (split_by := self.split_by()) is not None:
             return [unsplit_file(source)] if split_by[0][split] > 0 else []
-        names = [f"{name}{suffix}" for name in SPLITS[split] for suffix in DIALOG_SUFFIXES]
+        names = [f"{name}{suffix}" for name in SPLIT_ALIASES[split] for suffix in DIALOG_SUFFIXES]
         if is_source_file(source):
             return [name for name in names if name == unsplit_file(source)]
         present = [name for name in names if storage.exists(storage.join(source, name))]

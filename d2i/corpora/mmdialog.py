@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from msgspec import UNSET, Struct, UnsetType, field
 
+from d2i.corpora.base import Corpus
 from d2i.corpora.inline import InlineImages
-from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import (
     Dialog,
@@ -55,13 +55,19 @@ class MMDialogRecord(Struct, gc=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMDialog(InstanceOptions):
+class MMDialog(Corpus):
     """Options for MMDialog: one instance for each occurrence of an image.
 
     Its `image_root` may have one directory per split, or all images in one.
     """
 
+    title: ClassVar[str] = "MMDialog"
+    licence: ClassVar[str] = (
+        "Non-commercial, on request to its authors; not to be shared without their permission."
+    )
     record_type: ClassVar[type[Struct]] = MMDialogRecord
+    record_fields: ClassVar[frozenset[str]] = frozenset({"conversation"})
+    has_negatives: ClassVar[bool] = True
     unique_splits: ClassVar[frozenset[str]] = frozenset({"valid", "test"})
 
     def files(self, source: str, split: str) -> list[str]:
@@ -89,6 +95,28 @@ class MMDialog(InstanceOptions):
         directory = split_directory(self.image_root or source, split)
         image_dir = f"{directory}/" if directory else ""
         return partial(_parse, image_dir)
+
+    def negatives(self, source: str, split: str) -> Iterator[tuple[str, list[str]]]:
+        """Read the negative candidates of a split: (dialog id, `image_id` of each).
+
+        Broken records are logged and skipped.
+
+        Args:
+            source: Path or fsspec URL of the directory that MMDialog was unpacked to.
+            split: `valid` or `test`; the training split lists none.
+
+        Raises:
+            DataError: If the source holds no such split, or a file of it cannot be opened.
+        """
+        root = storage.resolve(source)
+        files = self.files(root, split)
+        if not files:
+            raise DataError(
+                f"{source} holds no {split} split of MMDialog; expected the directory that the "
+                "corpus was unpacked to"
+            )
+        for path in files:
+            yield from _read_negatives(root, path)
 
 
 def _files_in(names: list[str]) -> list[str]:
@@ -131,30 +159,7 @@ class _Record(Struct, gc=False):
     negative_candidate_media_keys: list[str | int]
 
 
-def read_negatives(source: str, split: str) -> Iterator[tuple[str, list[str]]]:
-    """Read the negative candidates of a split: (dialog id, file names of the images).
-
-    Broken records are logged and skipped.
-
-    Args:
-        source: Path or fsspec URL of the directory that MMDialog was unpacked to.
-        split: `valid` or `test`; the training split lists none.
-
-    Raises:
-        DataError: If the source holds no such split, or a file of it cannot be opened.
-    """
-    root = storage.resolve(source)
-    files = MMDialog().files(root, split)
-    if not files:
-        raise DataError(
-            f"{source} holds no {split} split of MMDialog; expected the directory that the corpus "
-            "was unpacked to"
-        )
-    for path in files:
-        yield from _read_file(root, path)
-
-
-def _read_file(root: str, path: str) -> Iterator[tuple[str, list[str]]]:
+def _read_negatives(root: str, path: str) -> Iterator[tuple[str, list[str]]]:
     try:
         stream = storage.open_url(storage.join(root, path))
     except OSError as error:

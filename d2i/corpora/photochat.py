@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
+from d2i.corpora.base import Corpus
 from d2i.corpora.inline import InlineImages
-from d2i.corpora.instances import InstanceOptions
 from d2i.corpora.records import (
     Dialog,
     DialogId,
@@ -50,13 +50,20 @@ class PhotoChatRecord(Struct, gc=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhotoChat(InstanceOptions):
+class PhotoChat(Corpus):
     """Options for PhotoChat: one instance per dialog, cut where the photo is first shared."""
 
     open_images_url: str = "https://open-images-dataset.s3.amazonaws.com/{photo_id}.jpg"
     """Template of the URL that is tried first; `photo_id` holds Open Images' split and id."""
 
+    title: ClassVar[str] = "PhotoChat"
+    licence: ClassVar[str] = (
+        "Dialogs CC BY 4.0; the photos are of Open Images, which lists them as CC BY 2.0."
+    )
     record_type: ClassVar[type[Struct]] = PhotoChatRecord
+    record_fields: ClassVar[frozenset[str]] = frozenset({"dialogue"})
+    has_categories: ClassVar[bool] = True
+    has_captions: ClassVar[bool] = True
     has_own_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -13,11 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2i.corpora.records import Dialog
-from d2i.corpora.splits import SPLITS
-from d2i.dialog import ImageRef, key_order_hash
+from d2i.dialog import SPLITS, ImageRef, key_order_hash
 from d2i.errors import ConfigError
 
-_NAMES = tuple(SPLITS)
 _TOLERANCE = 1e-6
 
 
@@ -31,13 +29,13 @@ def parse_shares(text: str) -> dict[str, float]:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = []
-    is_sound = len(shares) == len(_NAMES) and all(share >= 0 for share in shares)
+    is_sound = len(shares) == len(SPLITS) and all(share >= 0 for share in shares)
     if not is_sound or abs(sum(shares) - 1) > _TOLERANCE:
         raise ConfigError(
             f"split: got {text!r}, expected the shares of train, valid and test, whose sum is 1; "
             "write 0.8,0.1,0.1"
         )
-    return dict(zip(_NAMES, shares, strict=True))
+    return dict(zip(SPLITS, shares, strict=True))
 
 
 class DialogSplits:
@@ -68,16 +66,16 @@ class DialogSplits:
             ids.append(key_order_hash(dialog.id, seed))
         hashes = np.array(ids, np.uint64)
         groups = _groups(len(ids), np.array(owners, np.int64), np.array(images, np.int64))
-        assigned = _assign(hashes, groups, [shares[name] for name in _NAMES])
+        assigned = _assign(hashes, groups, [shares[name] for name in SPLITS])
         order = np.argsort(hashes)
         self._hashes, self._assigned = hashes[order], assigned[order]
 
     def split_of(self, dialog: Dialog) -> str:
         """Return the split of a dialog; one without images gives no instance and is in train."""
         if not dialog.images:
-            return _NAMES[0]
+            return SPLITS[0]
         position = np.searchsorted(self._hashes, np.uint64(key_order_hash(dialog.id, self._seed)))
-        return _NAMES[int(self._assigned[position])]
+        return SPLITS[int(self._assigned[position])]
 
 
 def _groups(

@@ -8,12 +8,12 @@ import json
 from d2i.errors import DataError
 from d2i.io import storage
 
-SPLITS = {
+SPLIT_ALIASES = {
     "train": ("train",),
     "valid": ("valid", "val", "dev", "validation"),
     "test": ("test",),
 }
-"""Canonical split names, and the names that releases use."""
+"""The names that releases use for the splits."""
 
 DIALOG_SUFFIXES = (".jsonl", ".json")
 _NAME_FILE = "corpus.json"
@@ -67,7 +67,7 @@ def unsplit_file(source: str) -> str:
 def split_directory(source: str, split: str) -> str | None:
     """Return the name of a split's directory in a source, or None if there is none."""
     there = set(storage.list_names(source))
-    present = [name for name in SPLITS[split] if name in there]
+    present = [name for name in SPLIT_ALIASES[split] if name in there]
     return only_one(present, source) if present else None
 
 

@@ -17,9 +17,9 @@ from msgspec import Struct
 
 from d2i.config import ImageConfig
 from d2i.corpora import Corpus, corpus_instances
-from d2i.corpora.splits import SPLITS, source_directory
+from d2i.corpora.splits import source_directory
 from d2i.corpus_analysis.perceptual_hash import HashIndex, PerceptualHash, perceptual_hash_of
-from d2i.dialog import Instance
+from d2i.dialog import SPLITS, Instance
 from d2i.images.decode import ImageRejectedError, decode_image
 from d2i.images.image_files import check_root, read_image
 from d2i.io import storage

@@ -17,7 +17,7 @@ from d2i.config import DialogConfig, TextConfig
 from d2i.corpora import Corpus, Dialog, build_corpus, read_dialogs
 from d2i.corpora.compact_set import CompactHashSet
 from d2i.corpora.records import IssueCounter, Reason, ReportIssue
-from d2i.dialog import Instance, key_order_hash, key_prefix
+from d2i.dialog import Instance, join_key, key_order_hash, key_prefix
 from d2i.prompt_text import context_text
 from d2i.tokenize import WINDOW_LENGTH, encode
 
@@ -236,7 +236,7 @@ class _Sample:
         """Add the occurrences of a dialog that come early enough."""
         prefix = key_prefix(split, dialog.id)
         for shared in dialog.images:
-            key = f"{prefix}{shared.turn}-{shared.image}"
+            key = join_key(prefix, shared.turn, shared.image)
             entry = (-key_order_hash(key, 0), key, dialog)
             if len(self._heap) < self._size or (self._heap and entry > self._heap[0]):
                 self._take(entry)

@@ -13,6 +13,7 @@ from pathlib import Path
 from d2i.eval.system import SystemSpec
 from d2i.eval.systems.images import is_image
 from d2i.io import checksums, storage
+from d2i.shards import data_set_url
 from d2i.shards.manifest import MANIFEST_NAME
 from d2i.weights_resolve import resolve_weights
 
@@ -37,7 +38,7 @@ def _locations(spec: SystemSpec) -> Iterator[str]:
         yield str(spec.network.weights)
     elif spec.kind == "retrieve":
         # The manifest contains the hashes of everything that is retrieved.
-        yield from (storage.join(spec.target, *part, MANIFEST_NAME) for part in ((), ("train",)))
+        yield storage.join(data_set_url(spec.target, "train"), MANIFEST_NAME)
     elif spec.target:
         yield spec.target
     if spec.adapter:

@@ -14,13 +14,14 @@ from typing import Any
 from d2i.cluster import JobFault, Pool, job_fault, run_tasks, session
 from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
 from d2i.config import LEGACY_DEFAULTS
+from d2i.corpora import CORPORA, has_categories
 from d2i.errors import ConfigError, DataError
 from d2i.eval.features.reference_features import ReferenceFeatures
 from d2i.eval.fingerprint import hash_contents
-from d2i.eval.metric_card import metric_card
-from d2i.eval.metrics.category_scores import CORPUS, write_categories
+from d2i.eval.metric_card import metric_card, planned_corpus
+from d2i.eval.metrics.category_scores import write_categories
 from d2i.eval.metrics.measured import Arrays, Measured
-from d2i.eval.metrics.negatives import find_negatives
+from d2i.eval.metrics.negatives import Listed, find_negatives
 from d2i.eval.metrics.scores import instance_rows, score
 from d2i.eval.request import EvalRequest
 from d2i.eval.system import SystemSpec
@@ -59,12 +60,6 @@ class EvalProgress:
         shown = f"{done}/{self.num_images} images  {rate:.1f}/s  {left / rate:.0f} s left"
         failed = ", ".join(f"{n} {reason}" for reason, n in self.failures.most_common())
         return f"{shown}  ({failed})" if failed else shown
-
-
-def test_url(data_url: str) -> str:
-    """Return the URL of the test shards: `DIR/test`, or `DIR` itself if there is no such split."""
-    inner = storage.join(data_url, "test")
-    return inner if storage.exists(storage.join(inner, "manifest.json")) else data_url
 
 
 def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> dict[str, Any]:
@@ -113,18 +108,28 @@ def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> 
     decided = _decided_by(request, reader)
     _check_resumable(request, decided)
     # Read before generating, so that errors in them show at once.
-    listed = find_negatives(reader, request.negatives) if request.negatives else None
+    listed = _find_negatives(request, reader)
     _generate(request, reader, on_progress)
     measured = Measured(_read_arrays(request.out_url, len(reader)), listed)
     _write_rows(request, measured)
     _keep_real(request, measured)
     card = metric_card(request, reader, measured) | {"files": decided["files"]}
     result = score(measured, card["resolution"]) | {"card": card}
-    if card["corpus"] == CORPUS:
+    if has_categories(card["corpus"]):
         write_categories(request.out_url, reader, measured.arrays)
     data = json.dumps(result, indent=1, sort_keys=True) + "\n"
     checksums.write_bytes(storage.join(request.out_url, SCORES_NAME), data.encode())
     return result
+
+
+def _find_negatives(request: EvalRequest, reader: ShardReader) -> Listed | None:
+    """Find the negatives that the corpus of the data set lists, if the request names them."""
+    if request.negatives is None:
+        return None
+    corpus = CORPORA.get(planned_corpus(request.data_url) or "")
+    # Data without a plan are taken for the corpus that lists negatives.
+    corpus = corpus or next(kind for kind in CORPORA.values() if kind.has_negatives)
+    return find_negatives(reader, corpus(), request.negatives)
 
 
 def _read_arrays(out_url: str, num_instances: int) -> Arrays:

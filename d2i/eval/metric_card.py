@@ -23,7 +23,7 @@ from d2i.models import changed_sizes
 from d2i.models.model_dir import resolve_sizes
 from d2i.models.weights.initial import describe_initial_weights
 from d2i.run_dir import CONFIG_NAME, read_recipe
-from d2i.shards import ShardReader
+from d2i.shards import ShardReader, data_set_url
 
 if TYPE_CHECKING:
     from d2i.eval.request import EvalRequest
@@ -134,7 +134,7 @@ def describe_data(data_url: str) -> dict[str, Any]:
         `corpus` (None where no plan names it), and with a plan `split` and `corpus_options`: those
         that differ from the corpus reader's defaults.
     """
-    plan = _read_object(storage.join(data_url, "plan", "plan.json"))
+    plan = _read_plan(data_url)
     decided = plan.get("decided_by") or {}
     layout = decided.get("corpus")
     if not layout:
@@ -145,6 +145,11 @@ def describe_data(data_url: str) -> dict[str, Any]:
         "split": decided.get("split"),
         "corpus_options": _changed(str(layout), options),
     }
+
+
+def planned_corpus(data_url: str) -> str | None:
+    """Return the corpus that a data set was prepared from, as `--corpus` named it, if known."""
+    return (_read_plan(data_url).get("decided_by") or {}).get("corpus")
 
 
 def describe_training(run_url: str) -> dict[str, Any]:
@@ -158,11 +163,10 @@ def describe_training(run_url: str) -> dict[str, Any]:
     data = config.get("data")
     # The run may come from a stranger: contact no host for something only the card needs.
     is_here = isinstance(data, str) and not storage.names_host(data)
-    places = (storage.join(data, "train"), data) if data and is_here else ()
-    corpora = (describe_data(url)["corpus"] for url in places)
+    corpus = describe_data(data_set_url(data, "train"))["corpus"] if data and is_here else None
     known = {
         "trained_text": read_recipe(run_url).text.model_dump(mode="json"),
-        "trained_corpus": next(filter(None, corpora), None),
+        "trained_corpus": corpus,
     }
     if "initial_weights" in config:
         known["initial_weights"] = config["initial_weights"]
@@ -170,6 +174,7 @@ def describe_training(run_url: str) -> dict[str, Any]:
 
 
 def _changed(layout: str, options: dict[str, Any]) -> dict[str, Any]:
+    # A plan may come from a stranger, so a class that it names is not imported.
     kind = CORPORA.get(layout)
     defaults = {field.name: field.default for field in dataclasses.fields(kind)} if kind else {}
     return {
@@ -177,6 +182,10 @@ def _changed(layout: str, options: dict[str, Any]) -> dict[str, Any]:
         for name in _OPTIONS
         if (value := options.get(name)) is not None and value != defaults.get(name)
     }
+
+
+def _read_plan(data_url: str) -> dict[str, Any]:
+    return _read_object(storage.join(data_url, "plan", "plan.json"))
 
 
 def _read_object(url: str) -> dict[str, Any]:

@@ -21,8 +21,9 @@ class EvalRequest:
     Args:
         context: The part of a dialog that the system may read.
         label: The system's name in tables; `None` uses its own label.
-        negatives: Directory of MMDialog whose negative candidates are used for recall; `None` draws
-            them by key hash. Does not affect images, and may be added after they are generated.
+        negatives: Directory of the corpus whose negative candidates are used for recall; `None`
+            draws them by key hash. Does not affect images, and may be added after they are
+            generated.
         guidance_chosen_by: The source of the guidance scale, as in `guidance.Choice`.
         task_size: Instances per task; `None` uses one compute batch. Does not affect any number.
         num_workers: `0` runs in this process, without Ray; `None` fits the machine or cluster.

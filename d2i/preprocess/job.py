@@ -14,8 +14,9 @@ from typing import Any
 from d2i.cluster import Pipeline, Pool, create_shared, job_fault, run_pipeline, run_tasks, session
 from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
 from d2i.config import Recipe
-from d2i.corpora import SPLITS, canonical_split, found_splits
+from d2i.corpora import canonical_split, found_splits
 from d2i.corpora.splits import source_directory
+from d2i.dialog import SPLITS
 from d2i.encoders.available import check_present
 from d2i.errors import ConfigError, DataError, ShardError
 from d2i.fault_injection import Fault

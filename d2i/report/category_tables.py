@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from d2i.corpora import has_categories
 from d2i.io import storage
 from d2i.metric_specs import METRICS
 from d2i.report.comparable import card_summary, group_by_metric, incompatibility_reason, is_plain
@@ -26,8 +27,8 @@ _RANK = (
 
 
 def labelled(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Return the evaluations whose categories are shown: plain ones (`is_plain`) on PhotoChat."""
-    return [e for e in evaluations if e.card.get("corpus") == "photochat" and is_plain(e)]
+    """Return the evaluations whose categories are shown: plain ones of a corpus that has any."""
+    return [e for e in evaluations if has_categories(e.card.get("corpus")) and is_plain(e)]
 
 
 def read_categories(evaluation: Evaluation) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from d2i.metric_specs import METRICS
 from d2i.report.evaluation import Evaluation, lossy_codec
 from d2i.report.paper_rows import row_mismatches
 
-_CORPORA = {"photochat": "PhotoChat", "mmdialog": "MMDialog", "made world": "the made world"}
 KeyT = TypeVar("KeyT", bound=Hashable)
 
 _METRIC_FIELDS = (
@@ -46,11 +45,6 @@ def metric_identity(card: Mapping[str, Any]) -> dict[str, Any]:
     clip_image = (card.get("weights") or {}).get("clip_image")
     fields = {name: card.get(name) for name in _METRIC_FIELDS}
     return fields | {"codec": lossy_codec(card), "clip_image": clip_image}
-
-
-def corpus_title(corpus: object) -> str:
-    """Return the name of a corpus in tables."""
-    return _CORPORA.get(str(corpus), str(corpus))
 
 
 def place(name: str, order: Sequence[str]) -> int:

@@ -118,7 +118,8 @@ def _header(title: str, survey: Mapping[str, Any]) -> str:
     lead = (
         f"They give <strong>{counted(totals['num_instances'], 'instance')}</strong>. An instance "
         "is one image with the text around it: a training or test example. "
-        "This page shows only numbers and settings, no text and no image of the corpus."
+        "This page shows only numbers and settings, no text and no image of the corpus. "
+        f"Licence of the corpus: {text(survey['licence'])}"
     )
     cards = [_instances_card(survey), _lengths_card(survey), _leaks_card(survey)]
     return render_header(title, heading, lead, "".join(cards))

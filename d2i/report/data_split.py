@@ -6,13 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2i.dialog import NO_SPEAKER, key_order_hash
+from d2i.dialog import NO_SPEAKER, SPLITS, key_order_hash
 from d2i.errors import ShardError
 from d2i.io import storage
 from d2i.shards import ShardReader
 from d2i.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
-
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)

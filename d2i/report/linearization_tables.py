@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from d2i.corpora import corpus_title
 from d2i.report.comparable import (
     context_of,
-    corpus_title,
     group_by,
     group_by_metric,
     incompatibility_reason,
@@ -112,7 +112,7 @@ def _own_name(evaluation: Evaluation) -> str:
 
 
 def _on_corpus(name: str, evaluation: Evaluation) -> str:
-    return f"{name} on {corpus_title(evaluation.card.get('corpus'))}"
+    return f"{name} on {corpus_title(str(evaluation.card.get('corpus')))}"
 
 
 def _variants(

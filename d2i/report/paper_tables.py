@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from d2i.corpora import corpus_title, has_captions
 from d2i.metric_specs import PAPER_METRICS
 from d2i.recipes import RECIPES
 from d2i.report.comparable import (
-    corpus_title,
     group_by,
     group_by_metric,
     incompatibility_reason,
@@ -34,7 +34,7 @@ from d2i.report.score_rows import NO_PAPER, Gains, score_row, score_table
 from d2i.report.table import Cell, Row, Table
 
 _GAIN = "Gain: score after fine-tuning minus before, of the same network on the same text."
-_SAME_DESCRIPTIONS = "Divter: trained on our captions, because MMDialog has none."
+_OUR_CAPTIONS = "Divter: trained on our captions, because {corpus} has none."
 
 
 def table2(evaluations: Sequence[Evaluation]) -> list[Table]:
@@ -112,8 +112,8 @@ def _notes(corpus: str, part: Sequence[Evaluation], names: Sequence[str]) -> lis
     is_beside, notes = _is_beside_paper(part), []
     if is_beside or any(find_baseline(evaluation, part) for evaluation in part):
         notes.append(_GAIN)
-    if any(e.card.get("kind") == "divter" and corpus == "mmdialog" for e in part):
-        notes.append(_SAME_DESCRIPTIONS)
+    if any(_has_our_captions(corpus, evaluation) for evaluation in part):
+        notes.append(_OUR_CAPTIONS.format(corpus=corpus_title(corpus)))
     if is_beside:
         return [*notes, *_unearned(part, names), *paper_notes("table2", corpus)]
     if paper_table2(corpus):
@@ -135,8 +135,12 @@ def _pair(ours: int, paper: int) -> tuple[Cell, Cell]:
 
 
 def _heading(corpus: str, evaluation: Evaluation) -> str:
-    is_by_our_captions = evaluation.card.get("kind") == "divter" and corpus == "mmdialog"
-    return paper_row(evaluation.card) + (", our captions" if is_by_our_captions else "")
+    ours = ", our captions" if _has_our_captions(corpus, evaluation) else ""
+    return paper_row(evaluation.card) + ours
+
+
+def _has_our_captions(corpus: str, evaluation: Evaluation) -> bool:
+    return evaluation.card.get("kind") == "divter" and not has_captions(corpus)
 
 
 def _is_beside_paper(part: Sequence[Evaluation]) -> bool:

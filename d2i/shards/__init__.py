@@ -5,7 +5,7 @@ commit record beside each, and a manifest with its own sha256. Imports neither t
 """
 
 from d2i.shards.commit import ArrayInfo, Commit, FileInfo, committed_names, read_commits
-from d2i.shards.dataset import find_data_sets
+from d2i.shards.dataset import data_set_url, find_data_sets, split_url
 from d2i.shards.manifest import (
     Manifest,
     has_valid_checksum,
@@ -63,6 +63,7 @@ __all__ = [
     "check_metadata",
     "committed_names",
     "copied_samples",
+    "data_set_url",
     "find_data_sets",
     "find_recovery_inputs",
     "has_valid_checksum",
@@ -81,6 +82,7 @@ __all__ = [
     "remove_other_shards",
     "remove_uncommitted",
     "restore",
+    "split_url",
     "verify",
     "write_manifest",
     "write_shard",

@@ -1,13 +1,23 @@
-"""Find the data sets of a directory: itself, or one per split. Must not import torch or ray."""
+"""The data sets of a directory: itself, or one for each split. Must not import torch or ray."""
 
 from __future__ import annotations
 
+from d2i.dialog import SPLITS
 from d2i.errors import ConfigError
 from d2i.io import storage
 from d2i.shards.commit import COMMIT_SUFFIX
 from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME
 
-_SPLITS = ("train", "valid", "test")
+
+def split_url(data_url: str, split: str) -> str | None:
+    """Return the data set of a split in a directory, `DIR/SPLIT`, or None if there is none."""
+    inner = storage.join(data_url, split)
+    return inner if storage.exists(storage.join(inner, MANIFEST_NAME)) else None
+
+
+def data_set_url(data_url: str, split: str) -> str:
+    """Return the data set of a split: `DIR/SPLIT` if there is one, else `DIR` itself."""
+    return split_url(data_url, split) or data_url
 
 
 def find_data_sets(directory: str) -> list[str]:
@@ -18,7 +28,7 @@ def find_data_sets(directory: str) -> list[str]:
     Raises:
         ConfigError: If there is none.
     """
-    places = [directory, *(storage.join(directory, split) for split in _SPLITS)]
+    places = [directory, *(storage.join(directory, split) for split in SPLITS)]
     found = [url for url in places if _is_data_set(url)]
     if not found:
         raise ConfigError(

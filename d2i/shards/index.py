@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from d2i.dialog import KEY_PATTERN
 from d2i.errors import ShardError
-from d2i.shards.sample import KEY_PATTERN, MAX_MEMBER_SIZE_BYTES, SUFFIXES
+from d2i.shards.sample import MAX_MEMBER_SIZE_BYTES, SUFFIXES
 
 _FIELDS = {"offset": pa.uint64(), "size": pa.uint64(), "crc32": pa.uint32()}
 SCHEMA = pa.schema(

@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from d2i.dialog import KEY_PATTERN, MAX_KEY_LENGTH
 from d2i.errors import ShardError
 
 SUFFIXES = (
@@ -35,11 +36,6 @@ SUFFIXES = (
 IMAGE_SUFFIXES = ("jpg", "png", "webp", "gif")
 
 MAX_MEMBER_SIZE_BYTES = 1 << 28
-MAX_KEY_LENGTH = 88
-"""A tar name holds 100 bytes, of which `.moments.npy` takes 12."""
-
-KEY_PATTERN = rf"[A-Za-z0-9_][A-Za-z0-9_-]{{0,{MAX_KEY_LENGTH - 1}}}"
-"""No dot (WebDataset ends a key at the first one), no slash, no leading dash."""
 
 NUM_TOKEN_IDS = 49408
 """Number of CLIP's BPE ids, its start and end tokens included."""
@@ -80,7 +76,7 @@ class Sample:
     """One training sample.
 
     Attributes:
-        key: Unique over the corpus and safe as a tar member name (`KEY_PATTERN`).
+        key: Unique over the corpus and safe as a tar member name (`d2i.dialog.KEY_PATTERN`).
         members: The bytes of each member by suffix, out of `SUFFIXES`; `json` always, at most
             one image.
     """
@@ -162,7 +158,7 @@ def check_key(key: str) -> None:
     """Reject a key that is not safe as a tar member name.
 
     Raises:
-        ShardError: If it does not match `KEY_PATTERN`.
+        ShardError: If it does not match `d2i.dialog.KEY_PATTERN`.
     """
     if re.fullmatch(KEY_PATTERN, key) is None:
         raise ShardError(

@@ -19,7 +19,7 @@ from d2i.diffusion.draws import normal
 from d2i.io import checksums, storage
 from d2i.models import build_backbone
 from d2i.recipes import check_prepared_with
-from d2i.shards import ShardReader
+from d2i.shards import ShardReader, data_set_url
 from d2i.train.checkpoint.checkpoint_writer import build_state
 from d2i.train.data.batch import Batch, BatchLoader
 from d2i.train.data.loader import (
@@ -27,7 +27,6 @@ from d2i.train.data.loader import (
     build_text_encoder,
     check_cache,
     check_sizes,
-    train_url,
 )
 from d2i.train.distributed.engine import build_engine, join_ranks
 from d2i.train.distributed.ranks import Ranks
@@ -77,7 +76,7 @@ def preflight(request: TrainRequest) -> None:
 def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
     recipe, config = request.recipe, request.recipe.train
     micro_batch_size, num_micro_batches = config.accumulation(ranks.world_size)
-    reader = request.open_shards(train_url(request.data_url))
+    reader = request.open_shards(data_set_url(request.data_url, "train"))
     check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
     network = build_trained_network(recipe)

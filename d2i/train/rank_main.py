@@ -24,7 +24,7 @@ from d2i.run_dir import (
     last_step,
     start_or_resume,
 )
-from d2i.shards import ShardReader
+from d2i.shards import ShardReader, data_set_url
 from d2i.train.checkpoint.checkpoint_files import (
     KIND_OF_WEIGHTS,
     Checkpoint,
@@ -33,7 +33,7 @@ from d2i.train.checkpoint.checkpoint_files import (
     step_directory,
 )
 from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState, build_state
-from d2i.train.data.loader import check_cache, check_sizes, train_url
+from d2i.train.data.loader import check_cache, check_sizes
 from d2i.train.distributed.engine import build_engine, join_ranks
 from d2i.train.distributed.ranks import Ranks
 from d2i.train.failures import reported_errors, resume_hint
@@ -74,7 +74,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     recipe, config, run_url = request.recipe, request.recipe.train, request.run_url
     config.accumulation(ranks.world_size)
     _check_kept_weights(recipe)
-    reader = request.open_shards(train_url(request.data_url))
+    reader = request.open_shards(data_set_url(request.data_url, "train"))
     check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
     # Seeds the random initial weights of a network that loads none.

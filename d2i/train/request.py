@@ -9,8 +9,7 @@ from typing import Any
 
 from d2i.config import Recipe
 from d2i.fault_injection import Fault
-from d2i.shards import ShardReader
-from d2i.train.data.loader import split_url
+from d2i.shards import ShardReader, split_url
 
 
 @dataclass(frozen=True)

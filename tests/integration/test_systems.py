@@ -30,7 +30,7 @@ from d2i.recipes import change_recipe, read_stored_recipe
 from d2i.report.evaluation import read_evaluation
 from d2i.report.paper_tables import table2
 from d2i.run_dir import EMA_NAME
-from d2i.shards import ShardReader
+from d2i.shards import ShardReader, data_set_url
 from d2i.weights_resolve import resolve_weights
 from tests.integration.networks import save_random_describer
 from tests.integration.pipelines import save_tiny_pipeline, save_tiny_unclip
@@ -53,7 +53,7 @@ def scored(
     """Evaluate in this process."""
     recipe = recipe_of(data, *settings)
     spec = parse_system(system, weights, recipe)
-    request = job.EvalRequest(recipe, spec, job.test_url(str(data)), str(out), **options)
+    request = job.EvalRequest(recipe, spec, data_set_url(str(data), "test"), str(out), **options)
     return job.evaluate(request, lambda _: None)
 
 

@@ -36,7 +36,6 @@ from d2i.shards import ShardReader
 Floats = NDArray[np.float64]
 
 CATEGORIES_NAME = "categories.json"
-CORPUS = "photochat"
 """The corpus whose labels name the content of an image."""
 DRAW_SIZE = 50
 NUM_DRAWS = 20

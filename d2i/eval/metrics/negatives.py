@@ -1,4 +1,4 @@
-"""Negative candidates for retrieval recall, as MMDialog lists them.
+"""Negative candidates for retrieval recall, as a corpus lists them.
 
 Must not import torch.
 """
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.corpora.mmdialog import read_negatives
+from d2i.corpora import Corpus
+from d2i.dialog import ImageRef
 from d2i.errors import DataError
 from d2i.eval.metrics.retrieval_recall import NUM_NEGATIVES
 from d2i.shards import ShardReader
@@ -36,21 +37,28 @@ class Listed:
         return float(np.mean([len(listed) for listed in self.of_instances]))
 
 
-def find_negatives(reader: ShardReader, source: str) -> Listed:
-    """Find the negatives that MMDialog lists for the dialogs of a data set.
+def find_negatives(reader: ShardReader, corpus: Corpus, source: str) -> Listed:
+    """Find the negatives that a corpus lists for the dialogs of a data set.
+
+    Args:
+        reader: The data set.
+        corpus: The corpus that it was prepared from.
+        source: Path or URL of that corpus.
 
     Raises:
+        ConfigError: If the corpus lists no negatives.
         DataError: If the source has no such split, or lists no image of the data set.
     """
     samples = [reader.read_json(index) for index in range(len(reader))]
     places: dict[str, int] = {}
     for index, sample in enumerate(samples):
-        places.setdefault(sample["source"]["ref"][0].rpartition("/")[2], index)
+        image = corpus.image_id(ImageRef("file", tuple(sample["source"]["ref"])))
+        places.setdefault(image, index)
     dialogs = {str(sample["dialog_id"]) for sample in samples}
     none = np.empty(0, np.int64)
     of_dialogs = {
         dialog: np.array([places[name] for name in names if name in places], np.int64)
-        for dialog, names in read_negatives(source, samples[0]["split"])
+        for dialog, names in corpus.negatives(source, samples[0]["split"])
         if dialog in dialogs
     }
     listed = [of_dialogs.get(str(sample["dialog_id"]), none) for sample in samples]

@@ -13,7 +13,7 @@ from d2i.eval.features.text_tower import TextTower
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import IN_MEMORY, Generation, SystemContext
 from d2i.images.decode import decode_image
-from d2i.io import storage
+from d2i.shards import data_set_url
 
 _NUM_ROWS = 1 << 16
 
@@ -30,9 +30,7 @@ class RetrieveSystem:
     """
 
     def __init__(self, context: SystemContext) -> None:
-        url = context.spec.target
-        inner = storage.join(url, "train")
-        self._reader = context.open_shards(inner if storage.exists(inner) else url)
+        self._reader = context.open_shards(data_set_url(context.spec.target, "train"))
         tower = TextTower.load(context.recipe, context.encoders, context.device)
         if tower is None or not len(self._reader):
             raise ConfigError(

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 
 import msgspec
 
-from d2i.corpora import SPLITS
+from d2i.dialog import SPLITS, split_of_key
 from d2i.errors import ConfigError
 from d2i.io import storage
-
-_KEY = re.compile(rf"({'|'.join(SPLITS)})-[A-Za-z0-9_-]+-[0-9]+-[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,7 @@ class Exclusion:
 
     def num_of(self, split: str) -> int:
         """Count the keys of one split."""
-        return sum(key.startswith(f"{split}-") for key in self.keys)
+        return sum(split_of_key(key) == split for key in self.keys)
 
 
 NOTHING = Exclusion(frozenset(), None)
@@ -59,7 +56,7 @@ def _key(line: bytes, where: str) -> str:
         raise ConfigError(
             f"{where}: {error}; expected an instance key, or a JSON object with a key"
         ) from None
-    if _KEY.fullmatch(key) is None:
+    if split_of_key(key) not in SPLITS:
         raise ConfigError(
             f"{where}: got {key[:40]!r}, expected an instance key such as train-7-2-0 and nothing "
             "else, or a JSON object with a key"

@@ -16,17 +16,6 @@ from d2i.train.data.batch import TextEncoder
 from d2i.train.data.data_order import DataOrder
 
 
-def train_url(data_url: str) -> str:
-    """Return the directory of the training shards: `DIR/train` if it has any, else `DIR`."""
-    return split_url(data_url, "train") or data_url
-
-
-def split_url(data_url: str, split: str) -> str | None:
-    """Return the directory of a split's shards, or None if there are none."""
-    inner = storage.join(data_url, split)
-    return inner if storage.exists(storage.join(inner, "manifest.json")) else None
-
-
 def check_sizes(network: Any, reader: ShardReader) -> None:
     """Check that the network's input sizes match the shards.
 

@@ -84,6 +84,7 @@ def test_describe_data_reads_plan(tmp_path: Path) -> None:
 
 def test_describe_training_reads_run_config(tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
+    write(data / "train" / "manifest.json", {})
     write(data / "train" / "plan" / "plan.json", {"decided_by": {"corpus": "photochat"}})
     write_run(run, data)
     found = describe_training(str(run))

@@ -25,6 +25,7 @@ def make_survey(*splits: str) -> dict[str, Any]:
     numbers = count(1_000_003, 7919)
     return {
         "corpus": "mmdialog",
+        "licence": "Ask <the authors>.",
         "source": "data/MMDialog",
         "options": {"own_turn": "include", "max_broken": 0.125},
         "text": {"strategy": "hash", "keep": "end", "max_turns": None, "num_windows": 1},

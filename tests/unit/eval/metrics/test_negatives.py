@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2i.errors import DataError
+from d2i.corpora.mmdialog import MMDialog
+from d2i.corpora.photochat import PhotoChat
+from d2i.errors import ConfigError, DataError
 from d2i.eval.metrics.negatives import find_negatives
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 
@@ -63,7 +65,8 @@ def test_find_negatives_keeps_listed_images_of_data_set(tmp_path: Path) -> None:
         "no record",
         record(9, ["-4"]),
     ]
-    found = find_negatives(write_data(tmp_path / "data"), write_corpus(tmp_path / "corpus", lines))
+    corpus = write_corpus(tmp_path / "corpus", lines)
+    found = find_negatives(write_data(tmp_path / "data"), MMDialog(), corpus)
     assert [listed.tolist() for listed in found.of_instances] == [[1, 3], [2], [], [], []]
     assert found.mean_number == pytest.approx(3 / NUM)
 
@@ -72,6 +75,11 @@ def test_find_negatives_rejects_other_corpus(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
     other = write_corpus(tmp_path / "other", [record(0, ["12"])])
     with pytest.raises(DataError, match="no image that it lists is in"):
-        find_negatives(data, other)
+        find_negatives(data, MMDialog(), other)
     with pytest.raises(DataError, match="holds no test split of MMDialog"):
-        find_negatives(data, str(tmp_path / "nothing"))
+        find_negatives(data, MMDialog(), str(tmp_path / "nothing"))
+
+
+def test_find_negatives_rejects_corpus_without_any(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="PhotoChat lists no negative candidates"):
+        find_negatives(write_data(tmp_path / "data"), PhotoChat(), str(tmp_path))

@@ -1,28 +1,32 @@
-"""Instances of a dialog: one per image, with the turns that are its context.
+"""The interface of a corpus: its facts, the parser of its records, and the instances of a dialog.
 
-The paper leaves open which images and turns count. Each such point is an option here, with this
+A corpus is a subclass of `Corpus` with `files` and `parser`; `registry` has its name. The paper
+leaves open which images and turns of a dialog count. Each such point is an option here, with this
 project's reading as its default, the same for every corpus. Must not import torch.
 """
 
 import itertools
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from d2i.corpora.inline import InlineImages
 from d2i.corpora.json_stream import MAX_RECORD_BYTES
 from d2i.corpora.records import Dialog, ReportIssue, SharedImage
-from d2i.dialog import Direction, ImageRef, Instance, Turn, key_prefix
+from d2i.dialog import Direction, ImageRef, Instance, Turn, join_key, key_prefix
+from d2i.errors import ConfigError
 
 # Names of carpedm20/emoji start with a letter, or as in "1st_place_medal"; some have curly quotes.
 _EMOJI = re.compile(r":(?:[^\W\d]|[123](?:st|nd|rd)_)[\w\u2019\u201c\u201d.&!()#*,-]*:")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstanceOptions:
-    """Options for making instances of dialogs, common to all corpora."""
+class Corpus(ABC):
+    """A corpus with its options set; the fields are the options that all corpora have."""
 
     direction: Direction = "answer"
     """`answer`: the context is the turns before the image. `first`: the image comes first, and the
@@ -46,12 +50,53 @@ class InstanceOptions:
     image_root: str | None = None
     """URL of the directory of the images, if it is not the source."""
 
+    title: ClassVar[str]
+    """Its name in tables and on pages."""
+    licence: ClassVar[str]
+    """The terms of its dialogs and images, in one sentence."""
+    record_type: ClassVar[type]
+    """The type that a record is decoded as, by msgspec."""
+    record_fields: ClassVar[frozenset[str]]
+    """A record that has one of these fields is of this corpus."""
+    has_categories: ClassVar[bool] = False
+    """True if its labels are those of the categories that evaluations are scored by."""
+    has_captions: ClassVar[bool] = False
+    """True if its images have descriptions of their own."""
+    has_negatives: ClassVar[bool] = False
+    """True if it lists negative candidates: images that do not answer a dialog."""
     max_record_bytes: ClassVar[int] = MAX_RECORD_BYTES
     """A longer record is skipped."""
     has_own_text: ClassVar[bool] = True
     """True if the turn of an image that answers can have text of its own."""
     unique_splits: ClassVar[frozenset[str]] = frozenset()
     """Splits in which `repeated` keeps only the first occurrence of an image by default."""
+
+    @abstractmethod
+    def files(self, source: str, split: str) -> list[str]:
+        """List the split's files, relative to the source's directory, in a fixed order."""
+
+    @abstractmethod
+    def parser(
+        self, source: str, split: str, inline: InlineImages
+    ) -> Callable[[Any, ReportIssue], Dialog]:
+        """Return the parser of one record of a split; it raises `RecordError`.
+
+        Args:
+            source: URL of the corpus.
+            split: `train`, `valid` or `test`.
+            inline: Keeps the images that a record embeds.
+        """
+
+    def negatives(self, source: str, split: str) -> Iterator[tuple[str, list[str]]]:
+        """Read the negative candidates of a split: (dialog id, `image_id` of each).
+
+        Raises:
+            ConfigError: If the corpus lists none (`has_negatives`).
+        """
+        raise ConfigError(
+            f"--negatives {source}: {self.title} lists no negative candidates for {split}; leave "
+            "out --negatives"
+        )
 
     def split_by(self) -> tuple[dict[str, float], int] | None:
         """Return the shares and the seed that divide one unsplit file; None for a split corpus."""
@@ -90,7 +135,7 @@ class InstanceOptions:
             if self.earlier_images:
                 context = self._mark_images(context, start, shared, dialog.images)
             yield Instance(
-                f"{prefix}{turn}-{image}",
+                join_key(prefix, turn, image),
                 split,
                 dialog.id,
                 turn,
