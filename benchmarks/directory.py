@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from d2i.cluster import Session
 from d2i.config import FetchConfig, ImageConfig
 from d2i.dialog import ImageRef
 from d2i.fetch.rate_limiter import create_shared_limiter
@@ -62,7 +63,7 @@ def bare(directory: Path, names: list[str]) -> None:
 def by_d2i(directory: Path, names: list[str]) -> None:
     """Open each image as d2i's workers do."""
     config = FetchConfig()
-    book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+    book = create_shared_limiter(build_rate_limiter(config), Session(0))
     source = ImageSource(str(directory), config, PUBLIC_NETWORK, book)
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
 

@@ -222,7 +222,7 @@ def measure_d2i(directory: Path, inception: str | None, num_workers: int) -> dic
     """Time d2i's extraction on Ray workers, and its scores."""
     import torch
 
-    from d2i.cluster import Pool, run_tasks
+    from d2i.cluster import Session
     from d2i.eval.metrics.compute import compute_scores
 
     torch.set_num_threads(1)
@@ -233,8 +233,8 @@ def measure_d2i(directory: Path, inception: str | None, num_workers: int) -> dic
         for name in ("true", "drawn")
         for start in range(0, num, size)
     ]
-    pool = Pool(FeatureWorkerBuilder(directory, inception), num_workers=num_workers)
-    found = dict(run_tasks(pool, tasks))
+    with Session(num_workers) as session:
+        found = dict(session.map(FeatureWorkerBuilder(directory, inception), tasks))
     by_worker: Counter[int] = Counter()
     for process, seconds, _ in found.values():
         by_worker[process] += seconds
@@ -277,13 +277,13 @@ class NullWorker:
 
 def measure_scheduling(directory: Path) -> dict[str, Any]:
     """Time all tasks of a null sampler over 2 Ray workers, Ray's start included."""
-    from d2i.cluster import Pool, run_tasks
+    from d2i.cluster import Session
     from d2i.eval.tasks import finished_tasks, plan_tasks
 
     start = time.perf_counter()
     tasks = plan_tasks(NUM_SCHEDULED, TASK_SIZE)
-    pool = Pool(NullWorker(str(directory / "null")), num_workers=2)
-    done = sum(count for _, count in run_tasks(pool, tasks))
+    with Session(2) as session:
+        done = sum(count for _, count in session.map(NullWorker(str(directory / "null")), tasks))
     if done != NUM_SCHEDULED or len(finished_tasks(str(directory / "null"))) != len(tasks):
         raise RuntimeError(f"{done} of {NUM_SCHEDULED} instances were done")
     return {"instances": done, "tasks": len(tasks), "seconds": time.perf_counter() - start}
@@ -293,6 +293,7 @@ def measure_overhead(directory: Path) -> dict[str, Any]:
     """Time a whole evaluation in this process, and the sampling alone, in CPU seconds."""
     import torch
 
+    from d2i.cluster import Session
     from d2i.demo.corpus import write_corpus
     from d2i.encoders import load_encoders
     from d2i.eval.job import evaluate
@@ -308,8 +309,8 @@ def measure_overhead(directory: Path) -> dict[str, Any]:
     write_corpus(directory / "corpus", NUM_DIALOGS, 1)
     recipe = load_recipe("demo")
     source, data = str(directory / "corpus"), str(directory / "data")
-    request = PreprocessRequest("mmdialog", source, data, recipe, num_workers=0)
-    preprocess(request, lambda _: None)
+    request = PreprocessRequest("mmdialog", source, data, recipe)
+    preprocess(request, Session(0), lambda _: None)
     spec = parse_system("uvit-s", "demo:backbone", recipe)
     reader = ShardReader(data_set_url(data, "test"))
     encoders = load_encoders(recipe.encoders, "cpu")
@@ -321,6 +322,7 @@ def measure_overhead(directory: Path) -> dict[str, Any]:
     start = time.process_time()
     evaluate(
         EvalRequest(recipe, spec, data_set_url(data, "test"), str(directory / "scores")),
+        Session(0),
         lambda _: None,
     )
     whole = time.process_time() - start

@@ -152,6 +152,7 @@ def by_d2i(urls: list[str], directory: Path) -> int:
     """Fetch with d2i's classes; return the number of rows."""
     from PIL import Image
 
+    from d2i.cluster import Session
     from d2i.config import FetchConfig, ImageConfig
     from d2i.dialog import ImageRef
     from d2i.fetch.rate_limiter import create_shared_limiter
@@ -162,7 +163,7 @@ def by_d2i(urls: list[str], directory: Path) -> int:
 
     config = FetchConfig(num_threads=NUM_THREADS, timeout_s=PATIENCE_S, max_host_requests_per_s=1e6)
     hosts = frozenset(url.split("/")[2] for url in urls)
-    book = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+    book = create_shared_limiter(build_rate_limiter(config), Session(0))
     source = ImageSource(str(directory), config, NetworkPolicy(hosts, "127.0.0.1"), book)
     decoder = Decoder(ImageConfig(resolution=SIDE), config.decode_timeout_s, config.max_decode_mib)
     with tarfile.open(directory / "out.tar", "w") as tar:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from d2i.cluster import Session
 from d2i.config import Recipe
 from d2i.recipes import resolve_recipe
 
@@ -115,8 +116,9 @@ def measure_d2i(directory: Path, recipe: Recipe, num_workers: int) -> dict[str, 
 
     with tempfile.TemporaryDirectory() as out:
         began = time.perf_counter()
-        request = PreprocessRequest("jsonl", str(directory), out, recipe, num_workers=num_workers)
-        preprocess(request, look)
+        request = PreprocessRequest("jsonl", str(directory), out, recipe)
+        with Session(num_workers) as session:
+            preprocess(request, session, look)
         whole_s = time.perf_counter() - began
     (first_at, first), (last_at, last) = seen[0], seen[-1]
     return {"per_s": (last - first) / (last_at - first_at), "whole_s": whole_s}

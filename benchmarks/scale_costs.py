@@ -28,12 +28,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from d2i.config import Recipe
 from d2i.recipes import resolve_recipe
+
+if TYPE_CHECKING:
+    from d2i.cluster import Session
 
 D2I = (sys.executable, "-c", "from d2i.cli import main; main()")
 NUM_WORKERS = 2
@@ -224,7 +227,7 @@ def measure_images(inputs: Inputs) -> dict[str, float]:
     recipe = resolve_recipe("demo", settings)
     with tempfile.TemporaryDirectory(dir=inputs.directory) as out:
         chats = inputs.chats(size * NUM_UNITS["preprocess"], "train")
-        plan_job(PreprocessRequest("jsonl", str(chats), out, recipe, num_workers=0))
+        plan_job(PreprocessRequest("jsonl", str(chats), out, recipe))
         finisher = EncodeWorkerBuilder(recipe, (f"{out}/train",))()
         feed_s, finish_s = [], []
         for number in range(NUM_UNITS["preprocess"]):
@@ -302,16 +305,17 @@ class Nothing:
 
 def measure_driver() -> dict[str, float]:
     """Return the driver's CPU seconds per task and block, and a shared actor's calls per second."""
-    from d2i.cluster import create_shared, session
+    from d2i.cluster import Session
 
     few, many = MANY_TASKS
-    with session(NUM_WORKERS, None):
+    with Session(NUM_WORKERS) as session:
+        session.start()
         # Each starts its workers again, which costs the same.
-        least_s = _staged_s(few, 1)
-        task_s = (_staged_s(many, 1) - least_s) / (many - few)
-        block_s = (_staged_s(few, 1 + many) - least_s) / (few * many)
-        pool_task_s = (_pooled_s(many) - _pooled_s(few)) / (many - few)
-        calls_per_s = _calls_per_s(create_shared(Nothing(), num_workers=NUM_WORKERS))
+        least_s = _staged_s(session, few, 1)
+        task_s = (_staged_s(session, many, 1) - least_s) / (many - few)
+        block_s = (_staged_s(session, few, 1 + many) - least_s) / (few * many)
+        pool_task_s = (_pooled_s(session, many) - _pooled_s(session, few)) / (many - few)
+        calls_per_s = _calls_per_s(session.shared(Nothing()))
     return {
         "block_s": max(block_s, 0.0),
         "stages_task_s": max(task_s - block_s, 0.0),
@@ -320,20 +324,16 @@ def measure_driver() -> dict[str, float]:
     }
 
 
-def _staged_s(num_tasks: int, num_blocks: int) -> float:
-    from d2i.cluster import Pipeline, run_pipeline
-
+def _staged_s(session: Session, num_tasks: int, num_blocks: int) -> float:
     build = partial(Nothing, num_blocks)
     began = time.process_time()
-    list(run_pipeline(Pipeline(build, build, num_consumers=NUM_WORKERS), range(num_tasks)))
+    list(session.pipeline(build, build, range(num_tasks)))
     return time.process_time() - began
 
 
-def _pooled_s(num_tasks: int) -> float:
-    from d2i.cluster import Pool, run_tasks
-
+def _pooled_s(session: Session, num_tasks: int) -> float:
     began = time.process_time()
-    list(run_tasks(Pool(Nothing, num_workers=NUM_WORKERS), range(num_tasks)))
+    list(session.map(Nothing, range(num_tasks)))
     return time.process_time() - began
 
 

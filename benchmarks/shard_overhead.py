@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from d2i.cluster import Session
 from d2i.config import Recipe
 from d2i.preprocess.job import PreprocessRequest, preprocess
 from d2i.preprocess.ledger import LedgerRow, write_ledger
@@ -54,9 +55,9 @@ def seconds_per_image(source: Path, recipe: Recipe, num_workers: int) -> tuple[f
             marks.append((progress.num_done, time.perf_counter(), time.process_time()))
 
     with tempfile.TemporaryDirectory() as out:
-        preprocess(
-            PreprocessRequest("jsonl", str(source), out, recipe, num_workers=num_workers), look
-        )
+        request = PreprocessRequest("jsonl", str(source), out, recipe)
+        with Session(num_workers) as session:
+            preprocess(request, session, look)
     (first, *started), (last, *ended) = marks[0], marks[-1]
     wall_s, cpu_s = (
         (end - start) / (last - first) for start, end in zip(started, ended, strict=True)

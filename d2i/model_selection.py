@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from d2i.cluster import Session
 from d2i.config import ImageConfig, Recipe, WeightsKind, apply_settings
 from d2i.errors import CheckpointError, ConfigError, DataError
 from d2i.eval.generation_settings import generation_weights
@@ -63,7 +64,6 @@ class SelectRequest:
         num_instances: Maximum size of the validation subset.
         seed: Seed that chooses the subset.
         settings: `--set` of the recipe, such as `sample.num_steps=20`.
-        num_workers: As in `d2i eval`.
     """
 
     system: str
@@ -76,7 +76,6 @@ class SelectRequest:
     num_instances: int = 1000
     seed: int = 0
     settings: Sequence[str] = ()
-    num_workers: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class _Candidate:
 
 
 def select(
-    request: SelectRequest, on_progress: Callable[[str, EvalProgress], None]
+    request: SelectRequest, session: Session, on_progress: Callable[[str, EvalProgress], None]
 ) -> dict[str, Any]:
     """Score every candidate, and write `best.json` into the run, or into `out_url`.
 
@@ -111,7 +110,7 @@ def select(
     search = _of_run(request, run_url) if kind == "run" else _of_system(request)
     subset = _write_subset(request, search.data_url, search.directory)
     candidates = [
-        _score(request, search.recipe, candidate, subset, on_progress)
+        _score(session, search.recipe, candidate, subset, on_progress)
         for candidate in search.candidates
     ]
     best = _best(candidates, METRICS[request.metric])
@@ -257,7 +256,7 @@ def _best(candidates: Sequence[dict[str, Any]], metric: MetricSpec) -> dict[str,
 
 
 def _score(
-    request: SelectRequest,
+    session: Session,
     recipe: Recipe,
     candidate: _Candidate,
     subset: str,
@@ -269,9 +268,8 @@ def _score(
         data_url=storage.join(subset, "data"),
         out_url=storage.join(subset, candidate.name),
         save_images="none",
-        num_workers=request.num_workers,
     )
-    result = evaluate(evaluation, lambda progress: on_progress(candidate.name, progress))
+    result = evaluate(evaluation, session, lambda progress: on_progress(candidate.name, progress))
     return {**candidate.details, "scores": result["scores"]}
 
 

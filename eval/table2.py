@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from d2i.cluster import Session
 from d2i.errors import D2IError
 from d2i.eval.generation_settings import choose_settings
 from d2i.eval.job import EvalProgress, evaluate
@@ -47,23 +48,24 @@ def main(
     """Evaluate each system, then write table2.html, table2.md and table2.csv."""
     directories = []
     choices = dict(choice.split("=", 1) for choice in selected or [])
-    for given in system:
-        name, _, weights = given.partition("=")
-        choice = choose_settings(name, setting or [], choices.get(name), weights=weights or None)
-        recipe = change_recipe(read_stored_recipe(data), choice.settings)
-        spec = parse_system(name, weights or None, recipe)
-        directories.append(out / re.sub(r"[^A-Za-z0-9-]+", "-", given).strip("-"))
-        request = EvalRequest(
-            recipe=recipe,
-            system=spec,
-            data_url=data_set_url(data, "test"),
-            out_url=str(directories[-1]),
-            save_images="all",
-            guidance_chosen_by=choice.guidance_by,
-            num_workers=workers,
-            ray_address=ray_address,
-        )
-        print(spec.label, evaluate(request, show)["scores"])
+    with Session(workers, ray_address) as session:
+        for given in system:
+            name, _, weights = given.partition("=")
+            choice = choose_settings(
+                name, setting or [], choices.get(name), weights=weights or None
+            )
+            recipe = change_recipe(read_stored_recipe(data), choice.settings)
+            spec = parse_system(name, weights or None, recipe)
+            directories.append(out / re.sub(r"[^A-Za-z0-9-]+", "-", given).strip("-"))
+            request = EvalRequest(
+                recipe=recipe,
+                system=spec,
+                data_url=data_set_url(data, "test"),
+                out_url=str(directories[-1]),
+                save_images="all",
+                guidance_chosen_by=choice.guidance_by,
+            )
+            print(spec.label, evaluate(request, session, show)["scores"])
     for suffix in ("html", "md", "csv"):
         write_report(directories, out / f"table2.{suffix}", title="Systems")
 

@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from d2i.cluster import Session
 from d2i.config import Recipe
 from d2i.dialog import TEMPLATES
 from d2i.errors import ConfigError, D2IError
@@ -135,14 +136,10 @@ def main(
     else:
         trained = one_each(run, read_stored_recipe(data), data, out)
         pairs = [(trained[strategy], strategy, strategy) for strategy in TEMPLATES]
-    for one, strategy, name in pairs:
-        request = replace(
-            ask(one, strategy, data, setting or []),
-            out_url=str(out / name),
-            num_workers=workers,
-            ray_address=ray_address,
-        )
-        print(one, strategy, evaluate(request, show)["scores"])
+    with Session(workers, ray_address) as session:
+        for one, strategy, name in pairs:
+            request = replace(ask(one, strategy, data, setting or []), out_url=str(out / name))
+            print(one, strategy, evaluate(request, session, show)["scores"])
     title = "Linearizations" + (", changed at test time only" if test_time_only else "")
     for suffix in ("html", "md", "csv"):
         write_report([out / name for *_, name in pairs], out / f"table3.{suffix}", title=title)

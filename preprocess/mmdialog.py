@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from d2i.preprocess.job import JobProgress, PreprocessRequest, preprocess
+from d2i.cluster import Session
+from d2i.preprocess.job import PreprocessRequest, preprocess
+from d2i.preprocess.progress import JobProgress
 from d2i.recipes import resolve_recipe
 
 
@@ -26,18 +28,18 @@ def main(
     ray_address: Annotated[str | None, typer.Option(help="A running Ray cluster.")] = None,
 ) -> None:
     """Prepare a seeded million of the training split, and all of validation and test."""
-    for split, limit in (("train", 1_000_000), ("valid", None), ("test", None)):
-        request = PreprocessRequest(
-            corpus="mmdialog",
-            source=source,
-            out=out,
-            recipe=resolve_recipe(recipe, []),
-            split=split,
-            limit=limit,
-            ray_address=ray_address,
-        )
-        for summary in preprocess(request, show):
-            print(summary)
+    with Session(ray_address=ray_address) as session:
+        for split, limit in (("train", 1_000_000), ("valid", None), ("test", None)):
+            request = PreprocessRequest(
+                corpus="mmdialog",
+                source=source,
+                out=out,
+                recipe=resolve_recipe(recipe, []),
+                split=split,
+                limit=limit,
+            )
+            for summary in preprocess(request, session, show):
+                print(summary)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from d2i.preprocess.job import JobProgress, PreprocessRequest, preprocess
+from d2i.cluster import Session
+from d2i.preprocess.job import PreprocessRequest, preprocess
+from d2i.preprocess.progress import JobProgress
 from d2i.recipes import resolve_recipe
 
 
@@ -31,10 +33,10 @@ def main(
         source=source,
         out=out,
         recipe=resolve_recipe(recipe, []),
-        ray_address=ray_address,
     )
-    for summary in preprocess(request, show):
-        print(summary)
+    with Session(ray_address=ray_address) as session:
+        for summary in preprocess(request, session, show):
+            print(summary)
 
 
 if __name__ == "__main__":

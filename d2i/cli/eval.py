@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from d2i.cli.output import ProgressLine, forecast_lines, print_result
 from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
+    from d2i.cluster import Session
     from d2i.cluster.estimate import RateOverrides
     from d2i.eval.request import EvalRequest
 
@@ -103,6 +105,7 @@ def evaluate(
 
         d2i eval --system images:minigpt5 --label MiniGPT-5 --data data --out scores/minigpt5
     """
+    from d2i.cluster import Session
     from d2i.eval.generation_settings import choose_settings
     from d2i.eval.job import evaluate as run
     from d2i.eval.request import EvalRequest
@@ -128,31 +131,28 @@ def evaluate(
         negatives=negatives,
         guidance_chosen_by=choice.guidance_by,
         task_size=task_size,
-        num_workers=workers if parallel else 0,
-        ray_address=ray_address,
-        fault=parse_fault(fault),
         open_shards=partial(
             ShardReader, cache_dir=cache_dir, cache_gb=cache_gb, check_data=check_data
         ),
     )
-    if dry_run:
-        _foresee(request, assumed, as_json=as_json)
-        return
-    progress = ProgressLine()
-    try:
-        result = run(request, lambda p: progress.show(p.line()))
-    finally:
-        progress.close()
+    session = Session(workers if parallel else 0, ray_address, parse_fault(fault))
+    with session, closing(ProgressLine()) as progress:
+        if dry_run:
+            _foresee(request, session, assumed, as_json=as_json)
+            return
+        result = run(request, session, lambda p: progress.show(p.line()))
     print_result(result, _score_lines(result), as_json=as_json)
 
 
-def _foresee(request: EvalRequest, assumed: RateOverrides, *, as_json: bool) -> None:
-    from d2i.cluster.estimate import find_rate, forecast, probe_capacity
+def _foresee(
+    request: EvalRequest, session: Session, assumed: RateOverrides, *, as_json: bool
+) -> None:
+    from d2i.cluster.estimate import find_rate, forecast
     from d2i.eval.job import rate_decided_by, work_left
     from d2i.shards import read_manifest
 
     num_images = read_manifest(request.data_url).num_samples
-    offer = probe_capacity(request.num_workers, request.ray_address)
+    offer = session.capacity()
     measured = find_rate(rate_decided_by(request, offer.unit))
     found = forecast(work_left(request, num_images), offer, measured, assumed)
     result = {"pictures": num_images, "forecast": dataclasses.asdict(found)}

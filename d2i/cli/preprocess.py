@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,6 +30,7 @@ from d2i.cli.options import (
 from d2i.cli.output import ProgressLine, counted, forecast_lines, print_result
 
 if TYPE_CHECKING:
+    from d2i.cluster import Session
     from d2i.cluster.estimate import RateOverrides
     from d2i.config import Recipe
     from d2i.preprocess.job import PreprocessRequest
@@ -103,6 +105,7 @@ def preprocess(
         d2i preprocess --corpus photochat --source photochat --out spaced --recipe uvit-s-photochat
         --set text.strategy=space --reuse data
     """
+    from d2i.cluster import Session
     from d2i.fault_injection import parse_fault
     from d2i.preprocess.job import PreprocessRequest, make_splits
     from d2i.preprocess.split_summary import refuse_empty
@@ -121,18 +124,17 @@ def preprocess(
         limit=limit,
         seed=seed,
         exclude=exclude,
-        retry_failed=retry_failed,
         reuse=reuse,
         network_policy=network_policy_of(allow_host, dns_server, proxy),
-        num_workers=workers,
-        num_fetchers=fetch_workers,
-        ray_address=ray_address,
-        fault=parse_fault(fault),
     )
-    if dry_run:
-        _foresee(request, assumed, as_json=as_json)
-        return
-    summaries = _with_progress(request, make_splits)
+    session = Session(workers, ray_address, parse_fault(fault), num_producers=fetch_workers)
+    with session, closing(ProgressLine()) as progress:
+        if dry_run:
+            _foresee(request, session, assumed, as_json=as_json)
+            return
+        summaries = make_splits(
+            request, session, lambda p: progress.show(p.line()), retry_failed=retry_failed
+        )
     print_result(
         {"splits": [dataclasses.asdict(summary) for summary in summaries], "out": out},
         [line for summary in summaries for line in _summary_lines(summary)],
@@ -141,12 +143,14 @@ def preprocess(
     refuse_empty(summaries)
 
 
-def _foresee(request: PreprocessRequest, assumed: RateOverrides, *, as_json: bool) -> None:
-    from d2i.cluster.estimate import find_rate, forecast, probe_capacity
+def _foresee(
+    request: PreprocessRequest, session: Session, assumed: RateOverrides, *, as_json: bool
+) -> None:
+    from d2i.cluster.estimate import find_rate, forecast
     from d2i.preprocess.job import plan_job, rate_decided_by, work_left
 
     plans = plan_job(request, keep=False)
-    offer = probe_capacity(request.num_workers, request.ray_address)
+    offer = session.capacity()
     measured = find_rate(rate_decided_by(request, offer.unit))
     found = forecast(work_left(request, plans), offer, measured, assumed)
     lines = [
@@ -158,15 +162,6 @@ def _foresee(request: PreprocessRequest, assumed: RateOverrides, *, as_json: boo
     result = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
     result["forecast"] = dataclasses.asdict(found)
     print_result(result, [*lines, *forecast_lines(found)], as_json=as_json)
-
-
-def _with_progress(request: PreprocessRequest, run: object) -> list[SplitSummary]:
-    progress = ProgressLine()
-    try:
-        summaries: list[SplitSummary] = run(request, lambda p: progress.show(p.line()))  # type: ignore[operator]
-    finally:
-        progress.close()
-    return summaries
 
 
 def _summary_lines(summary: SplitSummary) -> list[str]:

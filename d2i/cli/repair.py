@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,26 +49,21 @@ def repair(
 
         d2i repair data/test --workers 0
     """
+    from d2i.cluster import Session
     from d2i.fault_injection import parse_fault
     from d2i.preprocess.repair import RepairRequest
     from d2i.preprocess.repair import repair as run
 
-    progress = ProgressLine()
     request = RepairRequest(
         directory=directory,
         network_policy=network_policy_of(allow_host, dns_server, proxy),
-        num_workers=workers,
-        num_fetchers=fetch_workers,
-        ray_address=ray_address,
-        fault=parse_fault(fault),
         settings=tuple(settings or ()),
     )
-    try:
+    session = Session(workers, ray_address, parse_fault(fault), num_producers=fetch_workers)
+    with session, closing(ProgressLine()) as progress:
         summaries = run(
-            request, lambda done, total: progress.show(f"{done}/{total} shards rebuilt")
+            request, session, lambda done, total: progress.show(f"{done}/{total} shards rebuilt")
         )
-    finally:
-        progress.close()
     lines = []
     for summary in summaries:
         url = summary.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
@@ -55,6 +56,7 @@ def select(
         d2i select --system uvit-s --weights mscoco_uvit_small.pth --data data/photochat
         --out chosen/uvit-s --guidance 1.5 --guidance 2 --guidance 3
     """
+    from d2i.cluster import Session
     from d2i.model_selection import SelectRequest
     from d2i.model_selection import select as run_select
 
@@ -76,13 +78,11 @@ def select(
         num_instances=num_instances,
         seed=seed,
         settings=tuple(settings or ()),
-        num_workers=workers or 0,
     )
-    line = ProgressLine()
-    try:
-        result = run_select(request, lambda name, progress: line.show(f"{name}: {progress.line()}"))
-    finally:
-        line.close()
+    with Session(workers or 0) as session, closing(ProgressLine()) as line:
+        result = run_select(
+            request, session, lambda name, progress: line.show(f"{name}: {progress.line()}")
+        )
     lines = [f"{_words(c)}  {metric} {c['scores'][metric]:.4g}" for c in result["candidates"]]
     print_result(result, [*lines, f"best: {_words(result)} (best.json)"], as_json=as_json)
 

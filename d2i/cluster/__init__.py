@@ -1,33 +1,19 @@
 """Execution of tasks in this process or on Ray. The only package that imports ray."""
 
-from d2i.cluster.actors import ResourceRequest, num_session_cores
-from d2i.cluster.pipeline import Consumer, Pipeline, Producer, run_pipeline
-from d2i.cluster.pool import (
-    JobFault,
-    Pool,
-    SharedActor,
-    Worker,
-    create_shared,
-    device_of_worker,
-    job_fault,
-    run_tasks,
-    session,
-)
+from d2i.cluster.actors import ResourceRequest
+from d2i.cluster.pipeline import Consumer, Producer
+from d2i.cluster.pool import Worker, device_of_worker
+from d2i.cluster.session import Capacity, Session
+from d2i.cluster.shared_actor import JobFault, SharedActor
 
 __all__ = [
+    "Capacity",
     "Consumer",
     "JobFault",
-    "Pipeline",
-    "Pool",
     "Producer",
     "ResourceRequest",
+    "Session",
     "SharedActor",
     "Worker",
-    "create_shared",
     "device_of_worker",
-    "job_fault",
-    "num_session_cores",
-    "run_pipeline",
-    "run_tasks",
-    "session",
 ]

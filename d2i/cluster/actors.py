@@ -35,14 +35,8 @@ def actor_size(resources: ResourceRequest) -> ActorSize:
     return ActorSize(resources.num_cpus, resources.num_gpus if has_gpus else 0.0)
 
 
-def num_session_cores(*, num_workers: int | None) -> int:
-    """Return the cores of the open session: of all nodes, or 1 without Ray.
-
-    Args:
-        num_workers: As in `Pool`.
-    """
-    if num_workers == 0:
-        return 1
+def num_cluster_cores() -> int:
+    """Return the cores of all nodes of the running cluster."""
     import ray
 
     return int(ray.cluster_resources().get("CPU", 1))

@@ -9,19 +9,16 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from d2i.cluster.actors import ResourceRequest, actor_size, num_workers_of
-from d2i.cluster.nodes import list_nodes
-from d2i.cluster.pool import session
+from d2i.cluster.session import Capacity
 from d2i.io import storage
 
 
@@ -95,61 +92,6 @@ def find_rate(decided_by: dict[str, Any]) -> Rate | None:
 def _path(decided_by: dict[str, Any]) -> Path:
     words = json.dumps(decided_by, sort_keys=True).encode()
     return storage.cache_directory("rates") / f"{hashlib.sha256(words).hexdigest()[:16]}.json"
-
-
-Unit = Literal["accelerator", "core"]
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Resources that a job would get.
-
-    Args:
-        num_nodes: Live nodes, with or without workers.
-        num_workers: Workers, as requested or as many as fit.
-        unit: Resource that each worker occupies.
-        object_store_bytes: Memory of all object stores; 0 if Ray is not started yet.
-    """
-
-    num_nodes: int
-    num_workers: int
-    unit: Unit
-    object_store_bytes: int
-
-
-def probe_capacity(num_workers: int | None, ray_address: str | None) -> Capacity:
-    """Return a job's capacity on a running cluster, or on this machine, without starting Ray on it.
-
-    Args:
-        num_workers: As in `Pool`.
-        ray_address: As in `Pool`.
-
-    Raises:
-        ClusterError: If the cluster cannot be reached.
-    """
-    if ray_address is None or num_workers == 0:
-        return _local_capacity(num_workers)
-    with session(num_workers, ray_address):
-        return session_capacity(num_workers)
-
-
-def session_capacity(num_workers: int | None) -> Capacity:
-    """Return a job's capacity in the open session."""
-    if num_workers == 0:
-        return _local_capacity(0)
-    nodes, size = list_nodes(), actor_size(ResourceRequest())
-    unit: Unit = "accelerator" if size.num_gpus else "core"
-    store_bytes = sum(node.object_store_bytes for node in nodes)
-    return Capacity(len(nodes), num_workers_of(num_workers, size), unit, store_bytes)
-
-
-def _local_capacity(num_workers: int | None) -> Capacity:
-    import torch
-
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    fitting = num_gpus or len(os.sched_getaffinity(0))
-    unit: Unit = "accelerator" if num_gpus else "core"
-    return Capacity(1, 1 if num_workers == 0 else num_workers or fitting, unit, 0)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from d2i.cluster.actor_pool import ActorPool
 from d2i.cluster.actors import (
@@ -18,11 +18,10 @@ from d2i.cluster.actors import (
     ResourceRequest,
     actor_size,
     check_own_node,
-    num_session_cores,
+    num_cluster_cores,
     num_workers_of,
     result_of,
 )
-from d2i.cluster.pool import session
 
 TaskT = TypeVar("TaskT")
 BlockT = TypeVar("BlockT")
@@ -33,6 +32,8 @@ GivenBlock = TypeVar("GivenBlock", covariant=True)
 ResultOut = TypeVar("ResultOut", covariant=True)
 
 _TICK_S = 1.0
+# Producers reserve no core: a waiting one could take that of a consumer which died.
+_PRODUCER_SIZE = ActorSize(0.0, 0.0)
 
 
 class Producer(Protocol[TaskIn, GivenBlock]):
@@ -51,59 +52,14 @@ class Consumer(Protocol[TaskIn, TakenBlock, ResultOut]):
         ...
 
 
-@dataclass(frozen=True)
-class Pipeline(Generic[TaskT, BlockT, ResultT]):
-    """Both stages and their workers.
-
-    Args:
-        build_producer: Picklable; called in the producer's own process.
-        build_consumer: Picklable; called in the consumer's own process, as soon as the job starts.
-        num_consumers: `0` runs everything in this process, without Ray. `None` takes one per
-            accelerator, or per core if there is none.
-        num_producers: `None` takes one for each core that no consumer occupies; without
-            accelerators, as many as there are consumers, with which they share the cores.
-        ray_address: As in `Pool`.
-    """
-
-    build_producer: Callable[[], Producer[TaskT, BlockT]]
-    build_consumer: Callable[[], Consumer[TaskT, BlockT, ResultT]]
-    num_consumers: int | None = None
-    num_producers: int | None = None
-    ray_address: str | None = None
-
-
-def run_pipeline(
-    stages: Pipeline[TaskT, BlockT, ResultT],
+def pipeline_here(
+    build_producer: Callable[[], Producer[TaskT, BlockT]],
+    build_consumer: Callable[[], Consumer[TaskT, BlockT, ResultT]],
     tasks: Sequence[TaskT],
-    on_wait: Callable[[], None] = lambda: None,
+    on_wait: Callable[[], None],
 ) -> Iterator[tuple[TaskT, ResultT]]:
-    """Yield (task, result) as tasks finish, in any order, each task exactly once.
-
-    In flight are at most the tasks being produced, one waiting for each consumer, and those being
-    consumed: that bounds the blocks in the object store.
-
-    Args:
-        stages: The two stages.
-        tasks: Tasks to run.
-        on_wait: Called about once a second, or between two blocks without Ray.
-
-    Raises:
-        ClusterError: If Ray cannot start or be reached, or workers keep dying.
-        D2IError: Any that a task raised for the user to fix.
-    """
-    if not tasks:
-        return
-    if stages.num_consumers == 0:
-        yield from _run_here(stages, tasks, on_wait)
-        return
-    with session(stages.num_consumers, stages.ray_address):
-        yield from _run_on_ray(stages, tasks, on_wait)
-
-
-def _run_here(
-    stages: Pipeline[TaskT, BlockT, ResultT], tasks: Sequence[TaskT], on_wait: Callable[[], None]
-) -> Iterator[tuple[TaskT, ResultT]]:
-    consumer, producer = stages.build_consumer(), stages.build_producer()
+    """Yield (task, result) of each task, run in this process."""
+    consumer, producer = build_consumer(), build_producer()
 
     def noticed(blocks: Iterator[BlockT]) -> Iterator[BlockT]:
         for block in blocks:
@@ -114,21 +70,53 @@ def _run_here(
         yield task, consumer.run(task, noticed(producer.stream(task)))
 
 
-def _run_on_ray(
-    stages: Pipeline[TaskT, BlockT, ResultT], tasks: Sequence[TaskT], on_wait: Callable[[], None]
+def pipeline_on_ray(
+    build_producer: Callable[[], Producer[TaskT, BlockT]],
+    build_consumer: Callable[[], Consumer[TaskT, BlockT, ResultT]],
+    tasks: Sequence[TaskT],
+    on_wait: Callable[[], None],
+    *,
+    num_consumers: int | None,
+    num_producers: int | None,
 ) -> Iterator[tuple[TaskT, ResultT]]:
-    flow = _PipelineScheduler(stages, tasks)
+    """Yield (task, result) as tasks finish, in any order, each task exactly once.
+
+    In flight are at most the tasks being produced, one waiting for each consumer, and those being
+    consumed: that bounds the blocks in the object store.
+
+    Args:
+        build_producer: Picklable; called in the producer's own process.
+        build_consumer: Picklable; called in the consumer's own process, as soon as the job starts.
+        tasks: Tasks to run, at least one.
+        on_wait: Called about once a second.
+        num_consumers: `None` takes one per accelerator, or per core if there is none.
+        num_producers: `None` takes one for each core that no consumer occupies; without
+            accelerators, as many as there are consumers, with which they share the cores.
+
+    Raises:
+        ClusterError: If workers keep dying.
+        D2IError: Any that a task raised for the user to fix.
+    """
+    size = actor_size(ResourceRequest())
+    num_consumers = min(num_workers_of(num_consumers, size), len(tasks))
+    if num_producers is None:
+        idle_cores = max(1, num_cluster_cores() - num_consumers)
+        num_producers = idle_cores if size.num_gpus else num_consumers
+    # Built right away, so that their errors show before producers have run for hours.
+    consumers = ActorPool(build_consumer, size, num_consumers)
+    producers = ActorPool(build_producer, _PRODUCER_SIZE, min(num_producers, len(tasks)))
+    scheduler = _PipelineScheduler(consumers, producers, tasks, num_consumers)
     next_tick = time.monotonic()
-    while flow.num_left:
-        flow.submit()
-        ready = _ready(flow.pending())
+    while scheduler.num_left:
+        scheduler.submit()
+        ready = _ready(scheduler.pending())
         if not ready:
             check_own_node()
         if time.monotonic() >= next_tick:
             on_wait()
             next_tick = time.monotonic() + _TICK_S
         for reference in ready:
-            yield from flow.collect(reference)
+            yield from scheduler.collect(reference)
 
 
 def _ready(references: list[Any]) -> list[Any]:
@@ -156,17 +144,11 @@ class _Stream:
 class _PipelineScheduler:
     """State of each task on Ray. Tasks are known here by their numbers."""
 
-    def __init__(self, stages: Pipeline[Any, Any, Any], tasks: Sequence[Any]) -> None:
-        size = actor_size(ResourceRequest())
-        self._num_consumers = min(num_workers_of(stages.num_consumers, size), len(tasks))
-        producer_size, num_producers = _producers(
-            stages, self._num_consumers, has_gpus=size.num_gpus > 0
-        )
-        # Built right away, so that their errors show before producers have run for hours.
-        self._consumers = ActorPool(stages.build_consumer, size, self._num_consumers)
-        self._producers = ActorPool(
-            stages.build_producer, producer_size, min(num_producers, len(tasks))
-        )
+    def __init__(
+        self, consumers: ActorPool, producers: ActorPool, tasks: Sequence[Any], max_produced: int
+    ) -> None:
+        self._consumers, self._producers = consumers, producers
+        self._max_produced = max_produced
         self._tasks = tasks
         self._waiting = deque(range(len(tasks)))
         self._streams: dict[Any, _Stream] = {}
@@ -186,7 +168,7 @@ class _PipelineScheduler:
             actor, stream = self._consumers.idle.popleft(), self._produced.popleft()
             task = self._tasks[stream.number]
             self._consuming[actor.finish.remote(task, stream.blocks)] = (actor, stream)
-        while self._waiting and self._producers.idle and len(self._produced) < self._num_consumers:
+        while self._waiting and self._producers.idle and len(self._produced) < self._max_produced:
             actor, number = self._producers.idle.popleft(), self._waiting.popleft()
             self._streams[actor.stream.remote(self._tasks[number])] = _Stream(number, actor)
 
@@ -242,14 +224,3 @@ class _PipelineScheduler:
             self.num_left -= 1
             yield self._tasks[stream.number], result
         self._consumers.idle.append(actor)
-
-
-def _producers(
-    stages: Pipeline[Any, Any, Any], num_consumers: int, *, has_gpus: bool
-) -> tuple[ActorSize, int]:
-    """Return the resources of a producer, and the number of producers."""
-    # They reserve no core: a waiting producer could take that of a consumer which died.
-    size = ActorSize(0.0, 0.0)
-    num_cores = num_session_cores(num_workers=stages.num_consumers)
-    fitting = max(1, num_cores - num_consumers) if has_gpus else num_consumers
-    return size, stages.num_producers or fitting

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from d2i.cluster import session
+from d2i.cluster import Session
 from d2i.cluster.nodes import Node, NodeResult, run_on_each_node, wait_for_nodes
 from d2i.config import Recipe
 from d2i.doctor.check import Check, first_line
@@ -58,7 +58,11 @@ def check_cluster(request: ClusterRequest) -> Iterator[Report]:
     Raises:
         ClusterError: If it cannot be reached.
     """
-    with session(None, request.ray_address), _probes(request) as (probes, problems):
+    with (
+        Session(ray_address=request.ray_address) as session,
+        _probes(request) as (probes, problems),
+    ):
+        session.start()
         nodes = wait_for_nodes(request.num_nodes or 1, request.wait_s)
         yield Report("cluster", [*_cluster_checks(request, nodes), *problems])
         question = Question(installed_versions(), _weights(request.recipe), probes)

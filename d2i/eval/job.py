@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from d2i.cluster import JobFault, Pool, job_fault, run_tasks, session
-from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
+from d2i.cluster import Session
+from d2i.cluster.estimate import Throughput, Work, save_rate
+from d2i.cluster.session import Unit
 from d2i.config import LEGACY_DEFAULTS
 from d2i.corpora import CORPORA, has_categories
 from d2i.errors import ConfigError, DataError
@@ -26,13 +27,12 @@ from d2i.eval.metrics.scores import instance_rows, score
 from d2i.eval.request import EvalRequest
 from d2i.eval.system import SystemSpec
 from d2i.eval.tasks import (
-    EvalTask,
     finished_tasks,
     plan_tasks,
     read_tasks,
     remove_unfinished,
 )
-from d2i.eval.worker import EvalWorkerBuilder, TaskResult, describe_url
+from d2i.eval.worker import EvalWorkerBuilder, describe_url
 from d2i.io import checksums, storage
 from d2i.io.config_lock import lock_or_diff, read_settings, with_legacy_defaults
 from d2i.recipes import check_prepared_with
@@ -62,7 +62,9 @@ class EvalProgress:
         return f"{shown}  ({failed})" if failed else shown
 
 
-def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> dict[str, Any]:
+def evaluate(
+    request: EvalRequest, session: Session, on_progress: Callable[[EvalProgress], None]
+) -> dict[str, Any]:
     """Run the evaluation; repeated, it generates only missing images.
 
     Returns:
@@ -79,7 +81,7 @@ def evaluate(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) 
             "already; expected full; name the context that they were generated from with --label"
         )
     with storage.exclusive_lock(request.out_url):
-        return _work(request, on_progress)
+        return _work(request, session, on_progress)
 
 
 def work_left(request: EvalRequest, num_instances: int) -> Work:
@@ -96,7 +98,9 @@ def rate_decided_by(request: EvalRequest, unit: Unit) -> dict[str, Any]:
     return {"stage": "eval", "system": _spec_values(request.system), "unit": unit, **parts}
 
 
-def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> dict[str, Any]:
+def _work(
+    request: EvalRequest, session: Session, on_progress: Callable[[EvalProgress], None]
+) -> dict[str, Any]:
     reader = request.open_shards(request.data_url)
     check_prepared_with(request.recipe, request.data_url, parts=("image", "encoders"))
     remove_unfinished(request.out_url)
@@ -109,7 +113,7 @@ def _work(request: EvalRequest, on_progress: Callable[[EvalProgress], None]) -> 
     _check_resumable(request, decided)
     # Read before generating, so that errors in them show at once.
     listed = _find_negatives(request, reader)
-    _generate(request, reader, on_progress)
+    _generate(request, session, reader, on_progress)
     measured = Measured(_read_arrays(request.out_url, len(reader)), listed)
     _write_rows(request, measured)
     _keep_real(request, measured)
@@ -144,7 +148,10 @@ def _read_arrays(out_url: str, num_instances: int) -> Arrays:
 
 
 def _generate(
-    request: EvalRequest, reader: ShardReader, on_progress: Callable[[EvalProgress], None]
+    request: EvalRequest,
+    session: Session,
+    reader: ShardReader,
+    on_progress: Callable[[EvalProgress], None],
 ) -> None:
     """Run all unfinished tasks."""
     finished = finished_tasks(request.out_url)
@@ -152,37 +159,35 @@ def _generate(
     if not missing:
         return
     progress = EvalProgress(len(reader), sum(len(task.indices) for task in finished))
-    with session(request.num_workers, request.ray_address):
-        offer = session_capacity(request.num_workers)
-        meter = Throughput(min(offer.num_workers, len(missing)))
-        fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
-        for task, result in run_tasks(_pool(request, fault), missing):
-            progress.num_done += len(task.indices)
-            progress.failures += result.failures
-            meter.add(len(task.indices))
-            on_progress(progress)
-            if fault:
-                fault.trigger_at("eval.task_done")
-        if rate := meter.rate():
-            save_rate(rate_decided_by(request, offer.unit), rate)
+    builder = _worker_builder(request, session)
+    session.start()
+    offer = session.capacity()
+    meter = Throughput(min(offer.num_workers, len(missing)))
+    for task, result in session.map(builder, missing):
+        progress.num_done += len(task.indices)
+        progress.failures += result.failures
+        meter.add(len(task.indices))
+        on_progress(progress)
+        session.trigger_at("eval.task_done")
+    if rate := meter.rate():
+        save_rate(rate_decided_by(request, offer.unit), rate)
 
 
 def _task_size(request: EvalRequest) -> int:
     return request.task_size or request.recipe.sample.compute_batch_size
 
 
-def _pool(request: EvalRequest, fault: JobFault | None) -> Pool[EvalTask, TaskResult]:
-    builder = EvalWorkerBuilder(
+def _worker_builder(request: EvalRequest, session: Session) -> EvalWorkerBuilder:
+    return EvalWorkerBuilder(
         recipe=request.recipe,
         system=request.system,
         data_url=storage.resolve(request.data_url),
         out_url=storage.resolve(request.out_url),
         context=request.context,
         save_images=request.save_images,
-        fault=fault,
+        fault=session.job_fault,
         open_shards=request.open_shards,
     )
-    return Pool(builder, num_workers=request.num_workers, ray_address=request.ray_address)
 
 
 def _decided_by(request: EvalRequest, reader: ShardReader) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from d2i.config import Recipe
 from d2i.eval.prompts import ContextMode
 from d2i.eval.system import SystemSpec
 from d2i.eval.worker import SaveImages
-from d2i.fault_injection import Fault
 from d2i.shards import ShardReader
 
 
@@ -26,7 +25,6 @@ class EvalRequest:
             generated.
         guidance_chosen_by: The source of the guidance scale, as in `guidance.Choice`.
         task_size: Instances per task; `None` uses one compute batch. Does not affect any number.
-        num_workers: `0` runs in this process, without Ray; `None` fits the machine or cluster.
         open_shards: Opens a data set in any process; picklable. Pass another than `ShardReader` to
             choose where local copies of remote shards are kept.
     """
@@ -41,7 +39,4 @@ class EvalRequest:
     negatives: str | None = None
     guidance_chosen_by: Mapping[str, Any] = field(default_factory=dict)
     task_size: int | None = None
-    num_workers: int | None = 0
-    ray_address: str | None = None
-    fault: Fault | None = None
     open_shards: Callable[[str], ShardReader] = ShardReader

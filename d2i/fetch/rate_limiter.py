@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from d2i.cluster import SharedActor, create_shared, num_session_cores
+from d2i.cluster import Session, SharedActor
 
 _CORES_PER_LIMITER = 16
 _MAX_LIMITERS = 16
@@ -43,16 +43,16 @@ class ShardedRateLimiter:
         return detect_outage(reports, self.num_trouble_hosts, of_names=of_names)
 
 
-def create_shared_limiter(limiter: RateLimiter, *, num_workers: int | None) -> ShardedRateLimiter:
-    """Create a sharded limiter that all workers of the open session share.
+def create_shared_limiter(limiter: RateLimiter, session: Session) -> ShardedRateLimiter:
+    """Create a sharded limiter that all workers of a session share.
 
     Args:
         limiter: Initial state of each shard.
-        num_workers: As in `Pool`.
+        session: The session.
     """
-    fitting = num_session_cores(num_workers=num_workers) // _CORES_PER_LIMITER
+    fitting = session.num_cores() // _CORES_PER_LIMITER
     num_limiters = min(max(fitting, 1), _MAX_LIMITERS)
-    limiters = tuple(create_shared(limiter, num_workers=num_workers) for _ in range(num_limiters))
+    limiters = tuple(session.shared(limiter) for _ in range(num_limiters))
     return ShardedRateLimiter(limiters, limiter.limits.num_trouble_hosts)
 
 

@@ -20,6 +20,7 @@ from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
 from d2i import __version__
+from d2i.cluster import Session
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
@@ -28,7 +29,12 @@ from d2i.fetch.downloads import Download, open_downloads, read_download
 from d2i.fetch.http_client import BodyLimits, Limits
 from d2i.fetch.img2dataset_pool import fetch_all
 from d2i.fetch.known_placeholders import KnownPlaceholders
-from d2i.fetch.rate_limiter import HostLimits, RateLimiter, ShardedRateLimiter
+from d2i.fetch.rate_limiter import (
+    HostLimits,
+    RateLimiter,
+    ShardedRateLimiter,
+    create_shared_limiter,
+)
 from d2i.fetch.resolver import Resolver
 from d2i.fetch.result import FetchError, FetchResult
 from d2i.fetch.ssrf_guard import check_url
@@ -270,6 +276,18 @@ def build_rate_limiter(
     return RateLimiter(
         limits, config.mirror and mirror_host(config.mirror, network_policy.allow_hosts)
     )
+
+
+def shared_source(
+    image_root: str, config: FetchConfig, network_policy: NetworkPolicy, session: Session
+) -> ImageSource:
+    """Return the source of a job's images, whose rate limits all workers of a session share.
+
+    Raises:
+        ConfigError: If the mirror may not be requested.
+    """
+    limiter = create_shared_limiter(build_rate_limiter(config, network_policy), session)
+    return ImageSource(image_root, config, network_policy, limiter)
 
 
 def user_agent(contact: str | None) -> str:

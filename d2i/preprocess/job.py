@@ -11,22 +11,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from d2i.cluster import Pipeline, Pool, create_shared, job_fault, run_pipeline, run_tasks, session
-from d2i.cluster.estimate import Throughput, Unit, Work, save_rate, session_capacity
+from d2i.cluster import Session
+from d2i.cluster.estimate import Throughput, Work, save_rate
+from d2i.cluster.session import Unit
 from d2i.config import Recipe
 from d2i.corpora import canonical_split, found_splits
 from d2i.corpora.splits import source_directory
 from d2i.dialog import SPLITS
 from d2i.encoders.available import check_present
 from d2i.errors import ConfigError, DataError, ShardError
-from d2i.fault_injection import Fault
 from d2i.fetch.downloads import check_downloads
-from d2i.fetch.rate_limiter import create_shared_limiter
 from d2i.fetch.sources import (
     PUBLIC_NETWORK,
     ImageSource,
     NetworkPolicy,
-    build_rate_limiter,
+    shared_source,
 )
 from d2i.images.image_files import check_root
 from d2i.io import checksums, storage
@@ -74,13 +73,8 @@ class PreprocessRequest:
     limit: int | None = None
     seed: int = 0
     exclude: str | None = None
-    retry_failed: bool = False
     reuse: str | None = None
     network_policy: NetworkPolicy = PUBLIC_NETWORK
-    num_workers: int | None = None
-    num_fetchers: int | None = None
-    ray_address: str | None = None
-    fault: Fault | None = None
 
 
 def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan]:
@@ -152,29 +146,47 @@ def rate_decided_by(request: PreprocessRequest, unit: Unit) -> dict[str, Any]:
 
 
 def preprocess(
-    request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
+    request: PreprocessRequest,
+    session: Session,
+    on_progress: Callable[[JobProgress], None],
+    *,
+    retry_failed: bool = False,
 ) -> list[SplitSummary]:
     """Run the job; a repeated run makes only what is missing, if anything.
+
+    Args:
+        request: The job.
+        session: Where its workers run.
+        on_progress: Called about once a second, and after each shard.
+        retry_failed: If nothing is missing, retry the images that failed with a transient error.
 
     Raises:
         NothingWrittenError: After all splits, if no instance of one became a sample.
         D2IError: If the user can fix the error; finished shards are kept.
     """
-    summaries = make_splits(request, on_progress)
+    summaries = make_splits(request, session, on_progress, retry_failed=retry_failed)
     refuse_empty(summaries)
     return summaries
 
 
 def make_splits(
-    request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
+    request: PreprocessRequest,
+    session: Session,
+    on_progress: Callable[[JobProgress], None],
+    *,
+    retry_failed: bool = False,
 ) -> list[SplitSummary]:
     """Run the job as `preprocess` does, but leave empty splits to `refuse_empty`."""
     with storage.exclusive_lock(request.out):
-        return _work(request, on_progress)
+        return _work(request, session, on_progress, retry_failed=retry_failed)
 
 
 def _work(
-    request: PreprocessRequest, on_progress: Callable[[JobProgress], None]
+    request: PreprocessRequest,
+    session: Session,
+    on_progress: Callable[[JobProgress], None],
+    *,
+    retry_failed: bool,
 ) -> list[SplitSummary]:
     if request.reuse and storage.resolve(request.reuse) == storage.resolve(request.out):
         raise ConfigError(
@@ -187,59 +199,53 @@ def _work(
         check_prepared_with(request.recipe, request.out)
     store_recipe(request.recipe, request.out)
     tasks, num_instances = _missing_tasks(request, plans)
-    if request.retry_failed and not tasks:
+    if retry_failed and not tasks:
         _plan_again(request, plans)
         tasks, num_instances = _missing_tasks(request, plans)
     progress = JobProgress(num_instances)
     if tasks:
-        check_present(request.recipe.encoders, is_here=request.ray_address is None)
-        with session(request.num_workers, request.ray_address):
-            _make_shards(request, plans, tasks, progress, on_progress)
+        check_present(request.recipe.encoders, is_here=session.is_on_this_machine)
+        _make_shards(request, session, plans, tasks, progress, on_progress)
     for split_url in _split_urls(request, plans):
         # Needed even if a killed command had already made all shards.
-        _retract_placeholders(request, split_url)
+        _retract_placeholders(request, session, split_url)
         # Workers of a killed driver live on for a moment and may write beside this job.
         remove_uncommitted(split_url)
-    return [_finish(request, split, plan) for split, plan in plans.items()]
+    return [_finish(request, session, split, plan) for split, plan in plans.items()]
 
 
 def _make_shards(
     request: PreprocessRequest,
+    session: Session,
     plans: dict[str, Plan],
     tasks: list[ShardTask],
     progress: JobProgress,
     on_progress: Callable[[JobProgress], None],
 ) -> None:
     """Fetch, encode and publish the missing shards."""
-    fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
-    tally = create_shared(Tally(), num_workers=request.num_workers)
+    tally = session.shared(Tally())
+    fault = session.job_fault
     reuse = None if request.reuse is None else Reuse(storage.resolve(request.reuse))
-    stages = Pipeline(
-        FetchWorkerBuilder(_images(request), request.recipe, tally, fault, reuse),
-        EncodeWorkerBuilder(request.recipe, tuple(_split_urls(request, plans)), fault, reuse),
-        num_consumers=request.num_workers,
-        num_producers=request.num_fetchers,
-        ray_address=request.ray_address,
-    )
-
-    offer = session_capacity(request.num_workers)
+    images = _images(request, session)
+    producer = FetchWorkerBuilder(images, request.recipe, tally, fault, reuse)
+    consumer = EncodeWorkerBuilder(request.recipe, tuple(_split_urls(request, plans)), fault, reuse)
+    offer = session.capacity()
     meter = Throughput(min(offer.num_workers, len(tasks)))
 
     def show() -> None:
         progress.refresh(tally)
         on_progress(progress)
 
-    for _, result in run_pipeline(stages, tasks, show):
+    for _, result in session.pipeline(producer, consumer, tasks, show):
         progress.take(result)
         meter.add(result.num_written + sum(result.failures.values()))
         show()
-        if fault:
-            fault.trigger_at("job.shard_done")
+        session.trigger_at("job.shard_done")
     if rate := meter.rate():
         save_rate(rate_decided_by(request, offer.unit), rate)
 
 
-def _retract_placeholders(request: PreprocessRequest, split_url: str) -> None:
+def _retract_placeholders(request: PreprocessRequest, session: Session, split_url: str) -> None:
     """Retract placeholders that show only across all shards of a split."""
     if storage.exists(storage.join(split_url, MANIFEST_NAME)):
         # A training run may already use the finished data set.
@@ -247,12 +253,9 @@ def _retract_placeholders(request: PreprocessRequest, split_url: str) -> None:
     retractions = plan_retractions(split_url, request.recipe.fetch.num_same_pictures)
     if not retractions:
         return
-    with session(request.num_workers, request.ray_address):
-        fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
-        worker = partial(RetractionWorker, _read_fingerprint(split_url), fault)
-        pool = Pool(worker, num_workers=request.num_workers, ray_address=request.ray_address)
-        for _ in run_tasks(pool, retractions):
-            pass
+    worker = partial(RetractionWorker, _read_fingerprint(split_url), session.job_fault)
+    for _ in session.map(worker, retractions):
+        pass
 
 
 def _missing_tasks(
@@ -330,16 +333,9 @@ def _forget_fingerprint(split_url: str) -> None:
     checksums.remove(fingerprint_url(split_url))
 
 
-def _images(request: PreprocessRequest) -> ImageSource:
-    fetch = request.recipe.fetch
-    return ImageSource(
-        request.recipe.corpus.image_root or source_directory(storage.resolve(request.source)),
-        fetch,
-        request.network_policy,
-        create_shared_limiter(
-            build_rate_limiter(fetch, request.network_policy), num_workers=request.num_workers
-        ),
-    )
+def _images(request: PreprocessRequest, session: Session) -> ImageSource:
+    root = request.recipe.corpus.image_root or source_directory(storage.resolve(request.source))
+    return shared_source(root, request.recipe.fetch, request.network_policy, session)
 
 
 def _split_urls(request: PreprocessRequest, plans: dict[str, Plan]) -> list[str]:
@@ -358,14 +354,14 @@ def _read_fingerprint(split_url: str) -> dict[str, Any]:
     return read_json(url, next_step="d2i repair restores it from the manifest", error=ShardError)
 
 
-def _finish(request: PreprocessRequest, split: str, plan: Plan) -> SplitSummary:
+def _finish(request: PreprocessRequest, session: Session, split: str, plan: Plan) -> SplitSummary:
     split_url = storage.join(request.out, split)
     merge_ledgers(split_url, plan.num_shards, read_supplements(split_url))
     commits = read_commits(split_url)
     if not any(commit.num_samples for commit in commits):
         return _take_back(split_url, split, plan)
-    fault = request.fault.trigger_at if request.fault else None
-    manifest = write_manifest(split_url, _read_fingerprint(split_url), fault=fault)
+    fingerprint = _read_fingerprint(split_url)
+    manifest = write_manifest(split_url, fingerprint, fault=session.trigger_at)
     if manifest.num_samples + sum(manifest.failures.values()) != plan.num_instances:
         raise ConfigError(
             f"{split_url} holds {manifest.num_samples} samples and {manifest.failures} failures; "

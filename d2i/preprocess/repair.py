@@ -11,17 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from d2i.cluster import Pipeline, Pool, create_shared, job_fault, run_pipeline, run_tasks, session
+from d2i.cluster import Session
 from d2i.config import Recipe
 from d2i.corpora.splits import source_directory
 from d2i.errors import D2IError, ShardError
-from d2i.fault_injection import Fault
-from d2i.fetch.rate_limiter import create_shared_limiter
 from d2i.fetch.sources import (
     PUBLIC_NETWORK,
-    ImageSource,
     NetworkPolicy,
-    build_rate_limiter,
+    shared_source,
 )
 from d2i.io import checksums, storage
 from d2i.preprocess.job_files import JobFiles, lost_files
@@ -29,8 +26,7 @@ from d2i.preprocess.plan.planner import fingerprint_url
 from d2i.preprocess.progress import Tally
 from d2i.preprocess.workers.encode_worker import EncodeWorkerBuilder
 from d2i.preprocess.workers.fetch_worker import FetchWorkerBuilder
-from d2i.preprocess.workers.messages import FetchedImage
-from d2i.preprocess.workers.repair_worker import RepairResult, RepairTask, RepairWorkerBuilder
+from d2i.preprocess.workers.repair_worker import RepairTask, RepairWorkerBuilder
 from d2i.recipes import change_recipe
 from d2i.shards import (
     Commit,
@@ -66,10 +62,6 @@ class RepairRequest:
 
     directory: str
     network_policy: NetworkPolicy = PUBLIC_NETWORK
-    num_workers: int | None = None
-    num_fetchers: int | None = None
-    ray_address: str | None = None
-    fault: Fault | None = None
     settings: Sequence[str] = ()
 
 
@@ -95,12 +87,15 @@ class RepairSummary:
 
 
 def repair(
-    request: RepairRequest, on_progress: Callable[[int, int], None] = lambda _done, _all: None
+    request: RepairRequest,
+    session: Session,
+    on_progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> list[RepairSummary]:
     """Repair every data set of a directory; leave intact ones unchanged.
 
     Args:
-        request: The directory, and where the work runs.
+        request: The directory.
+        session: Where the workers run.
         on_progress: Called with the number of shards done and their total, per data set.
 
     Raises:
@@ -108,14 +103,17 @@ def repair(
     """
     url = storage.resolve(request.directory)
     with storage.exclusive_lock(_root(url)):
-        return [_RepairedSet(request, url).repair(on_progress) for url in find_data_sets(url)]
+        return [
+            _RepairedSet(request, session, data_set).repair(on_progress)
+            for data_set in find_data_sets(url)
+        ]
 
 
 class _RepairedSet:
     """One data set under repair."""
 
-    def __init__(self, request: RepairRequest, url: str) -> None:
-        self.request = request
+    def __init__(self, request: RepairRequest, session: Session, url: str) -> None:
+        self.request, self.session = request, session
         self.url = url
         self.restored: list[str] = []
         self.made: list[str] = []
@@ -210,43 +208,27 @@ class _RepairedSet:
         """Remake shards, and the features of '' if they are not those of the manifest."""
         if not tasks and self._has_features(commits):
             return
-        request = self.request
-        recipe = change_recipe(job.recipe(), request.settings)
-        builder = EncodeWorkerBuilder(recipe, (self.url,))
-        with session(request.num_workers, request.ray_address):
-            if not tasks:
-                pool = Pool(_FingerprintLock, request.num_workers, request.ray_address)
-                list(run_tasks(pool, [builder]))
-            results = run_pipeline(self._stages(job, recipe), tasks)
-            for done, (task, result) in enumerate(results, start=1):
-                if result.problem is None:
-                    self.made.append(result.name)
-                else:
-                    name = task.commit.tar_name if task.commit else f"{task.index:06d}.tar"
-                    self._add(name, result.problem)
-                on_progress(done, len(tasks))
-
-    def _stages(
-        self, job: JobFiles, recipe: Recipe
-    ) -> Pipeline[RepairTask, list[FetchedImage], RepairResult]:
-        request = self.request
-        fault = job_fault(request.fault, num_workers=request.num_workers) if request.fault else None
-        images = ImageSource(
-            recipe.corpus.image_root or source_directory(job.source()),
-            recipe.fetch,
-            request.network_policy,
-            create_shared_limiter(
-                build_rate_limiter(recipe.fetch, request.network_policy),
-                num_workers=request.num_workers,
-            ),
+        recipe = change_recipe(job.recipe(), self.request.settings)
+        encoder = EncodeWorkerBuilder(recipe, (self.url,), self.session.job_fault)
+        if not tasks:
+            list(self.session.map(_FingerprintLock, [encoder]))
+            return
+        results = self.session.pipeline(
+            self._fetcher(job, recipe), RepairWorkerBuilder(encoder), tasks
         )
-        tally = create_shared(Tally(), num_workers=request.num_workers)
-        return Pipeline(
-            FetchWorkerBuilder(images, recipe, tally, fault),
-            RepairWorkerBuilder(EncodeWorkerBuilder(recipe, (self.url,), fault)),
-            num_consumers=request.num_workers,
-            num_producers=request.num_fetchers,
-            ray_address=request.ray_address,
+        for done, (task, result) in enumerate(results, start=1):
+            if result.problem is None:
+                self.made.append(result.name)
+            else:
+                name = task.commit.tar_name if task.commit else f"{task.index:06d}.tar"
+                self._add(name, result.problem)
+            on_progress(done, len(tasks))
+
+    def _fetcher(self, job: JobFiles, recipe: Recipe) -> FetchWorkerBuilder:
+        root = recipe.corpus.image_root or source_directory(job.source())
+        images = shared_source(root, recipe.fetch, self.request.network_policy, self.session)
+        return FetchWorkerBuilder(
+            images, recipe, self.session.shared(Tally()), self.session.job_fault
         )
 
     def _has_features(self, commits: dict[int, Commit]) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2i.cluster import Session
 from d2i.fault_injection import Fault
 from d2i.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
@@ -48,16 +49,14 @@ class Killing(Fault):
         signal.pause()
 
 
-def request_of(values: dict[str, Any], **changes: Any) -> PreprocessRequest:
-    """Return the request of the job, without a fault."""
-    options: dict[str, Any] = {"num_workers": 0, **changes}
+def request_of(values: dict[str, Any]) -> PreprocessRequest:
+    """Return the request of the job."""
     return PreprocessRequest(
         "jsonl",
         values["source"],
         values["out"],
         resolve_recipe("demo", values["settings"]),
         network_policy=NetworkPolicy(frozenset({values["host"]})),
-        **options,
     )
 
 
@@ -81,10 +80,11 @@ def main() -> None:
         values["point"], "kill", values["nth"], 0, values["victim"], os.getpid(), values["done"]
     )
     if values["victim"] == "node":
-        with two_nodes() as address:
-            run_job(request_of(values, num_workers=2, ray_address=address, fault=fault), print)
+        with two_nodes() as address, Session(2, address, fault) as session:
+            run_job(request_of(values), session, print)
     else:
-        run_job(request_of(values, num_workers=2, fault=fault), print)
+        with Session(2, fault=fault) as session:
+            run_job(request_of(values), session, print)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from d2i.cluster import session
+from d2i.cluster import Session
 from d2i.fault_injection import Fault, Point
 from d2i.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
@@ -57,14 +57,14 @@ def test_killed_ray_workers_change_no_output(tmp_path: Path, settings: list[str]
                     str(out),
                     recipe,
                     network_policy=network_policy,
-                    num_workers=num_workers,
-                    fault=fault,
                 ),
+                Session(num_workers, fault=fault),
                 lambda _: None,
             )
             return outcome(out)
 
-        with session(2, None):
+        with Session(2) as session:
+            session.start()
             expected = result("whole", None, 0)
             for point, nth in points:
                 fault = Fault(point, "kill", nth)
@@ -120,7 +120,7 @@ def test_identical_local_files_are_not_placeholders(tmp_path: Path, settings: li
 
 STREAM = """
 import json, resource, sys
-from d2i.cluster import create_shared
+from d2i.cluster import Session
 from d2i.fetch.rate_limiter import create_shared_limiter
 from d2i.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
 from d2i.preprocess.workers.fetch_worker import FetchWorkerBuilder
@@ -132,9 +132,9 @@ from d2i.recipes import resolve_recipe
 source, out = sys.argv[1:3]
 recipe = resolve_recipe("demo", ["image.resolution=256", "preprocess.num_samples_per_shard=1000"])
 make_plan(PlanRequest("jsonl", source, "test", recipe), out)
-hosts = create_shared_limiter(build_rate_limiter(recipe.fetch), num_workers=0)
+hosts = create_shared_limiter(build_rate_limiter(recipe.fetch), Session(0))
 pictures = ImageSource(source, recipe.fetch, PUBLIC_NETWORK, hosts)
-worker = FetchWorkerBuilder(pictures, recipe, create_shared(Tally(), num_workers=0))()
+worker = FetchWorkerBuilder(pictures, recipe, Session(0).shared(Tally()))()
 num = sum(len(block) for block in worker.stream(ShardTask(out, 0)))
 print(json.dumps([num, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 """

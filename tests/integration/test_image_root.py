@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from d2i.cli import main
+from d2i.cluster import Session
 from d2i.errors import DataError, NothingWrittenError
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
@@ -130,9 +131,9 @@ def test_split_without_samples_is_not_published_and_restarts(
     other, few = tmp_path / "other", tmp_path / "few"
     write_images(tmp_path / "wrong", "valid")
     recipe = resolve_recipe("demo", _settings(tmp_path / "wrong"))
-    request = PreprocessRequest("mmdialog", source, str(few), recipe, split="test", num_workers=0)
+    request = PreprocessRequest("mmdialog", source, str(few), recipe, split="test")
     with pytest.raises(NothingWrittenError, match=r"4 instances .* reason: missing_file"):
-        run_job(request, lambda _: None)
+        run_job(request, Session(0), lambda _: None)
     assert {row.status for row in read_ledger(f"{few}/test")} == {"permanent"}
     root = f"corpus.image_root={write_images(other, 'test')}"
     fixed = ("--corpus", "mmdialog", "--source", source, "--out", few, "--split", "test")
@@ -151,7 +152,7 @@ def test_vanished_image_root_stops_job_without_missing_file_rows(tmp_path: Path,
     images = write_images(tmp_path / "p", "test")
     (images / "test-0.jpg").unlink()
     request = PreprocessRequest(
-        "mmdialog", source, str(out), resolve_recipe("demo", _settings(images)), num_workers=0
+        "mmdialog", source, str(out), resolve_recipe("demo", _settings(images))
     )
     away = tmp_path / "away"
 
@@ -162,9 +163,9 @@ def test_vanished_image_root_stops_job_without_missing_file_rows(tmp_path: Path,
                 images.mkdir()
 
     with pytest.raises(DataError, match=f"got {left} as the image root"):
-        run_job(request, remove_image_root)
+        run_job(request, Session(0), remove_image_root)
     assert len(read_ledger(str(out / "test"))) < NUM
     shutil.rmtree(images, ignore_errors=True)
     away.rename(images)
-    (summary,) = run_job(request, lambda _: None)
+    (summary,) = run_job(request, Session(0), lambda _: None)
     assert (summary.num_written, summary.failures) == (NUM - 1, {"missing_file": 1})

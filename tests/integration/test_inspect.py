@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from d2i.cli.inspect import inspect
+from d2i.cluster import Session
 from d2i.errors import CheckpointError
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
@@ -36,9 +37,7 @@ def test_inspect_html_shows_image_and_decoded_latents(
         (source / f"{split}.jsonl").write_text(json.dumps(line))
     recipe = resolve_recipe("demo", settings[1::2])
     out = tmp_path / "data"
-    run_job(
-        PreprocessRequest("jsonl", str(source), str(out), recipe, num_workers=0), lambda _: None
-    )
+    run_job(PreprocessRequest("jsonl", str(source), str(out), recipe), Session(0), lambda _: None)
     page = tmp_path / "page.html"
     inspect(str(out / "test"), html=str(page), num=3)
     html = page.read_text()

@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import pytest
 
+from d2i.cluster import Session
 from d2i.fault_injection import Point
 from d2i.preprocess.job import preprocess as run_job
 from d2i.preprocess.ledger import read_ledger
@@ -80,7 +81,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Iterat
                 f"fetch.num_same_pictures={NUM_SAME}",
             ],
         }
-        run_job(request_of(values), lambda _: None)
+        run_job(request_of(values), Session(0), lambda _: None)
         yield values
 
 
@@ -122,7 +123,7 @@ def test_restarted_preprocess_gives_same_bytes_after_kill(
         assert done.exists(), (nth, log.read()[-3000:])
     if done.read_text() == "other":
         assert killed.returncode == 0, "the job goes on without it"
-    run_job(request_of(values), lambda _: None)
+    run_job(request_of(values), Session(0), lambda _: None)
     assert outcome(Path(values["out"])) == outcome(Path(job["out"]))
     split = f"{values['out']}/test"
     assert verify(split).ok

@@ -14,17 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from d2i.cluster import (
-    JobFault,
-    Pipeline,
-    Pool,
-    SharedActor,
-    create_shared,
-    job_fault,
-    run_pipeline,
-    run_tasks,
-    session,
-)
+from d2i.cluster import JobFault, Session, SharedActor
 from d2i.errors import ClusterError, ConfigError
 from d2i.fault_injection import Fault, Point
 
@@ -74,7 +64,8 @@ def raise_config_error(error: str) -> SortingConsumer:
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_is_up() -> Iterator[None]:
-    with session(2, None):
+    with Session(2) as session:
+        session.start()
         yield
 
 
@@ -82,11 +73,11 @@ def ray_is_up() -> Iterator[None]:
     ("point", "nth"), [("fetch.picture", 1), ("fetch.picture", 13), ("encode.images", 3)]
 )
 def test_actor_pool_replaces_killed_worker(point: Point, nth: int) -> None:
-    fault = job_fault(Fault(point, "kill", nth), num_workers=2)
-    stages = Pipeline(
-        partial(NumberProducer, fault), partial(SortingConsumer, fault), num_consumers=2
-    )
-    results = list(run_pipeline(stages, range(NUM_TASKS)))
+    session = Session(2, fault=Fault(point, "kill", nth))
+    fault = session.job_fault
+    assert fault is not None
+    producer, consumer = partial(NumberProducer, fault), partial(SortingConsumer, fault)
+    results = list(session.pipeline(producer, consumer, range(NUM_TASKS)))
     assert sorted(task for task, _ in results) == list(range(NUM_TASKS))
     assert all(found == list(range(task, task + NUM_BLOCKS)) for task, found in results)
     assert fault.passes.call("__getattribute__", "num_passed") >= nth, "it was reached"
@@ -94,29 +85,29 @@ def test_actor_pool_replaces_killed_worker(point: Point, nth: int) -> None:
 
 def test_pipeline_without_ray_gives_same_result() -> None:
     waited: list[None] = []
-    stages = Pipeline(NumberProducer, SortingConsumer, num_consumers=0)
-    results = dict(run_pipeline(stages, range(NUM_TASKS), lambda: waited.append(None)))
+    found = Session(0).pipeline(
+        NumberProducer, SortingConsumer, range(NUM_TASKS), lambda: waited.append(None)
+    )
+    results = dict(found)
     assert results == {task: list(range(task, task + NUM_BLOCKS)) for task in range(NUM_TASKS)}
     assert len(waited) == NUM_TASKS * NUM_BLOCKS
 
 
 def test_pipeline_raises_error_of_consumer_constructor() -> None:
-    stages: Pipeline[int, int, list[int]] = Pipeline(
-        NumberProducer, partial(raise_config_error, "no such weights"), num_consumers=2
-    )
+    consumer = partial(raise_config_error, "no such weights")
     with pytest.raises(ConfigError, match="no such weights"):
-        list(run_pipeline(stages, range(NUM_TASKS)))
+        list(Session(2).pipeline(NumberProducer, consumer, range(NUM_TASKS)))
 
 
 def test_actor_pool_stops_job_when_task_kills_every_worker() -> None:
-    stages = Pipeline(SelfKillingProducer, SortingConsumer, num_consumers=1)
     with pytest.raises(ClusterError, match="crashed 4 workers"):
-        list(run_pipeline(stages, [1]))
+        list(Session(1).pipeline(SelfKillingProducer, SortingConsumer, [1]))
 
 
 def test_pipeline_with_more_workers_than_cores_does_not_deadlock() -> None:
-    stages = Pipeline(NumberProducer, SortingConsumer, num_consumers=2, num_producers=5)
-    assert len(list(run_pipeline(stages, range(NUM_TASKS)))) == NUM_TASKS
+    session = Session(2, num_producers=5)
+    results = list(session.pipeline(NumberProducer, SortingConsumer, range(NUM_TASKS)))
+    assert len(results) == NUM_TASKS
 
 
 class NodeKiller:
@@ -130,13 +121,13 @@ class NodeKiller:
 def kill_own_node(kind: str) -> None:
     """Run a job whose own node dies; print its error."""
     try:
-        with session(1, None):
-            holder: SharedActor[list[int]] = create_shared([], num_workers=1)
+        with Session(1) as session:
+            holder: SharedActor[list[int]] = session.shared([])
             if kind == "stages":
-                stages = Pipeline(NumberProducer, NodeKiller, num_consumers=1)
-                list(run_pipeline(stages, [0, 1], lambda: holder.call("append", 1)))
+                on_wait = partial(holder.call, "append", 1)
+                list(session.pipeline(NumberProducer, NodeKiller, [0, 1], on_wait))
             else:
-                list(run_tasks(Pool(NodeKiller, num_workers=1), [0, 1]))
+                list(session.map(NodeKiller, [0, 1]))
     except ClusterError as err:
         sys.stdout.write(f"{err}\n")
 

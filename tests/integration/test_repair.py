@@ -8,11 +8,11 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from d2i.cluster import Session
 from d2i.errors import ShardError
 from d2i.fault_injection import Fault
 from d2i.fetch.sources import NetworkPolicy
@@ -76,7 +76,7 @@ def problems_of(out: Path) -> list[str]:
 
 
 def repaired(out: Path) -> list[RepairSummary]:
-    return repair(RepairRequest(str(out), num_workers=0))
+    return repair(RepairRequest(str(out)), Session(0))
 
 
 def only(out: Path, pattern: str) -> Path:
@@ -199,18 +199,18 @@ def test_repair_refetches_only_lost_images(tmp_path: Path, settings: list[str]) 
         recipe = resolve_recipe("demo", [*settings, *NUM_PER_SHARD][1::2])
         network_policy = NetworkPolicy(frozenset({host}))
         job = PreprocessRequest(
-            "jsonl", str(source), str(out), recipe, network_policy=network_policy, num_workers=0
+            "jsonl", str(source), str(out), recipe, network_policy=network_policy
         )
-        run_job(job, lambda _: None)
+        run_job(job, Session(0), lambda _: None)
         web.answers.update(answers)
-        run_job(replace(job, retry_failed=True), lambda _: None)
+        run_job(job, Session(0), lambda _: None, retry_failed=True)
         good, ledger = contents(out), read_ledger(str(out / "test"))
-        request = RepairRequest(str(out / "test"), network_policy=network_policy, num_workers=0)
+        request = RepairRequest(str(out / "test"), network_policy=network_policy)
 
         web.asked.clear()
         break_sample(out, 3)
         break_sample(out, 6)
-        assert repair(request)[0].problems == ()
+        assert repair(request, Session(0))[0].problems == ()
         assert sorted(web.asked) == ["/3", "/6"]
         assert contents(out) == good
 
@@ -218,7 +218,7 @@ def test_repair_refetches_only_lost_images(tmp_path: Path, settings: list[str]) 
             (out / "test" / commit.tar_name).unlink()
             (out / "test" / commit.index_name).unlink()
         web.asked.clear()
-        assert repair(request)[0].problems == ()
+        assert repair(request, Session(0))[0].problems == ()
         assert sorted(web.asked) == [f"/{n}" for n in range(8)], "404 is not asked again"
         assert contents(out) == good
         assert_lost_supplements_lose_no_sample(out, request)
@@ -226,7 +226,7 @@ def test_repair_refetches_only_lost_images(tmp_path: Path, settings: list[str]) 
         web.answers["/3"] = sends(b"", 404)
         break_sample(out, 3)
         broken = contents(out)
-        (issue, *_) = repair(request)[0].problems
+        (issue, *_) = repair(request, Session(0))[0].problems
         assert (issue.reason, issue.detail) == (
             "repair",
             "some images could not be fetched or encoded again: 1 http_404",
@@ -234,7 +234,7 @@ def test_repair_refetches_only_lost_images(tmp_path: Path, settings: list[str]) 
         web.answers["/3"] = sends(noise_image("PNG"))
         assert (
             "has other bytes; an image or a version changed"
-            in repair(request)[0].problems[0].detail
+            in repair(request, Session(0))[0].problems[0].detail
         )
         assert contents(out) == broken, "nothing else stands under the shard's name"
         assert read_ledger(str(out / "test")) == ledger
@@ -246,7 +246,7 @@ def assert_lost_supplements_lose_no_sample(out: Path, request: RepairRequest) ->
     planned = supplements.read_bytes()
     supplements.unlink()
     flip(out / "test" / "manifest.json", 400)
-    assert repair(request)[0].problems == ()
+    assert repair(request, Session(0))[0].problems == ()
     assert contents(out) == good
 
     last = read_commits(str(out / "test"))[-1]
@@ -254,7 +254,9 @@ def assert_lost_supplements_lose_no_sample(out: Path, request: RepairRequest) ->
         (out / "test" / name).unlink()
     flip(out / "test" / "manifest.json", 400)
     broken = contents(out)
-    assert "does not match manifest.json.sha256" in repair(request)[0].problems[0].detail
+    assert (
+        "does not match manifest.json.sha256" in repair(request, Session(0))[0].problems[0].detail
+    )
     assert contents(out) == broken, "nothing is written that leaves a shard out"
     supplements.write_bytes(planned)
     for name, content in good.items():
@@ -279,7 +281,8 @@ def test_repair_replaces_killed_ray_worker(copy: Path) -> None:
     good = contents(copy)
     only(copy, "*.tar").unlink()
     fault = Fault("shard.tar", "kill", 1)
-    (summary,) = repair(RepairRequest(str(copy / "train"), num_workers=1, fault=fault))
+    with Session(1, fault=fault) as session:
+        (summary,) = repair(RepairRequest(str(copy / "train")), session)
     assert summary.problems == ()
     assert contents(copy) == good
 

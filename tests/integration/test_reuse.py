@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from d2i.cluster import Session
 from d2i.errors import ConfigError, ShardError
 from d2i.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
@@ -40,31 +41,30 @@ def test_reuse_prepares_new_text_without_refetching_images(
             str(tmp_path / "old"),
             recipe,
             network_policy=NetworkPolicy(frozenset({host})),
-            num_workers=0,
         )
         spaced = change_recipe(recipe, ["text.strategy=space", "text.num_windows=2"])
         fresh = replace(old, out=str(tmp_path / "fresh"), recipe=spaced)
         new = replace(fresh, out=str(tmp_path / "new"), reuse=old.out)
-        run_job(old, lambda _: None)
-        run_job(fresh, lambda _: None)
+        run_job(old, Session(0), lambda _: None)
+        run_job(fresh, Session(0), lambda _: None)
         web.asked.clear()
-        (summary,) = run_job(new, lambda _: None)
+        (summary,) = run_job(new, Session(0), lambda _: None)
         assert not web.asked
         assert files(new.out) == files(fresh.out) != files(old.out)
         assert summary.failures == {"http_404": 1, "http_500": 1, "not_an_image": 1}
         assert reasons(tmp_path / "new") == reasons(tmp_path / "fresh")
 
         web.answers["/late"] = answers["/0"]
-        (again,) = run_job(replace(new, retry_failed=True), lambda _: None)
+        (again,) = run_job(new, Session(0), lambda _: None, retry_failed=True)
         assert list(web.asked) == ["/late"]
         assert again.num_written == NUM + 1
         assert verify(f"{new.out}/test").ok
 
         few = replace(old, out=str(tmp_path / "few"), limit=4)
-        run_job(few, lambda _: None)
+        run_job(few, Session(0), lambda _: None)
         web.asked.clear()
         rest = replace(fresh, out=str(tmp_path / "rest"), reuse=few.out)
-        run_job(rest, lambda _: None)
+        run_job(rest, Session(0), lambda _: None)
         assert len(web.asked) == len(urls) - 4, "what is not there is fetched"
         reader = ShardReader(f"{rest.out}/test")
         assert len(set(reader.keys)) == NUM + 1
@@ -75,9 +75,9 @@ def test_reuse_prepares_new_text_without_refetching_images(
             recipe=change_recipe(spaced, ["encoders.compute_batch_size=4"]),
         )
         with pytest.raises(ShardError, match=r"image\.compute_batch_size|compute_batch_size: 8"):
-            run_job(other, lambda _: None)
+            run_job(other, Session(0), lambda _: None)
         with pytest.raises(ConfigError, match="is the same directory as --out"):
-            run_job(replace(old, reuse=old.out), lambda _: None)
+            run_job(replace(old, reuse=old.out), Session(0), lambda _: None)
 
         for path in Path(old.out, "test").glob("*.tar"):
             content = bytearray(path.read_bytes())
@@ -86,7 +86,7 @@ def test_reuse_prepares_new_text_without_refetching_images(
                 content[2000] ^= 1
                 path.write_bytes(content)
         with pytest.raises(ShardError, match="does not match its checksum; run `d2i verify`"):
-            run_job(replace(new, out=str(tmp_path / "lie")), lambda _: None)
+            run_job(replace(new, out=str(tmp_path / "lie")), Session(0), lambda _: None)
 
 
 def test_reuse_fetches_source_bytes_that_were_not_kept(tmp_path: Path, settings: list[str]) -> None:
@@ -97,14 +97,18 @@ def test_reuse_fetches_source_bytes_that_were_not_kept(tmp_path: Path, settings:
     line = '{"id": "a", "turns": [{"text": "look", "images": ["0.jpg"]}]}'
     (source / "train.jsonl").write_text(line)
     recipe = resolve_recipe("demo", settings[1::2])
-    old = PreprocessRequest("jsonl", str(source), str(tmp_path / "old"), recipe, num_workers=0)
-    run_job(old, lambda _: None)
+    old = PreprocessRequest("jsonl", str(source), str(tmp_path / "old"), recipe)
+    run_job(old, Session(0), lambda _: None)
     keeping = change_recipe(recipe, ["preprocess.keep_images=always"])
     new = replace(old, out=str(tmp_path / "new"), recipe=keeping, reuse=old.out)
-    run_job(new, lambda _: None)
+    run_job(new, Session(0), lambda _: None)
     assert ShardReader(f"{new.out}/train").read_image(0) == data
     # Now the shard keeps them, and the file itself is no longer needed.
     (source / "0.jpg").unlink()
     spaced = change_recipe(keeping, ["text.strategy=space"])
-    run_job(replace(new, out=str(tmp_path / "more"), recipe=spaced, reuse=new.out), lambda _: None)
+    run_job(
+        replace(new, out=str(tmp_path / "more"), recipe=spaced, reuse=new.out),
+        Session(0),
+        lambda _: None,
+    )
     assert ShardReader(str(tmp_path / "more" / "train")).read_image(0) == data

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from d2i.cluster import session
+from d2i.cluster import Session
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
 from d2i.recipes import change_recipe, resolve_recipe
@@ -36,14 +37,13 @@ def request_(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> P
     ]
     (directory / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     recipe = resolve_recipe("demo", settings[1::2])
-    return PreprocessRequest("jsonl", str(directory), "", recipe, num_workers=0)
+    return PreprocessRequest("jsonl", str(directory), "", recipe)
 
 
 def prepare(request: PreprocessRequest, out: Path, num_samples: int, num_workers: int) -> Path:
     size = f"preprocess.num_samples_per_shard={num_samples}"
-    values = {"out": str(out), "num_workers": num_workers}
-    changed = {**vars(request), **values, "recipe": change_recipe(request.recipe, [size])}
-    run_job(PreprocessRequest(**changed), lambda _: None)
+    changed = replace(request, out=str(out), recipe=change_recipe(request.recipe, [size]))
+    run_job(changed, Session(num_workers), lambda _: None)
     return out / "test"
 
 
@@ -64,7 +64,8 @@ def test_samples_do_not_depend_on_shard_size(request_: PreprocessRequest, tmp_pa
 def test_shards_do_not_depend_on_number_of_workers(
     request_: PreprocessRequest, tmp_path: Path
 ) -> None:
-    with session(4, None):
+    with Session(4) as session:
+        session.start()
         directories = [prepare(request_, tmp_path / str(n), 16, n) for n in (1, 4)]
     one, four = (
         {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}

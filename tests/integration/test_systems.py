@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from d2i.cluster import Session
 from d2i.config import Recipe
 from d2i.errors import ConfigError, D2IError, DataError
 from d2i.eval import job
@@ -54,7 +55,7 @@ def scored(
     recipe = recipe_of(data, *settings)
     spec = parse_system(system, weights, recipe)
     request = job.EvalRequest(recipe, spec, data_set_url(str(data), "test"), str(out), **options)
-    return job.evaluate(request, lambda _: None)
+    return job.evaluate(request, Session(0), lambda _: None)
 
 
 def assert_scored(result: dict[str, Any], num: int = 23) -> None:

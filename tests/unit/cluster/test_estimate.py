@@ -9,15 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2i.cli.options import assumed_of
+from d2i.cluster import Capacity, Session
 from d2i.cluster.estimate import (
-    Capacity,
     Rate,
     RateOverrides,
     Throughput,
     Work,
     find_rate,
     forecast,
-    probe_capacity,
     save_rate,
 )
 from d2i.errors import ConfigError
@@ -103,15 +102,14 @@ def test_preprocess_saves_rate_for_next_forecast(
         source=str(write_chats(tmp_path)),
         out=str(tmp_path / "out"),
         recipe=resolve_recipe("demo", ["preprocess.num_samples_per_shard=2"]),
-        num_workers=0,
     )
     before = work_left(request, plan_job(request, keep=False))
     assert (before.num_items, before.num_tasks) == (8, 4)
     assert find_rate(rate_decided_by(request, "core")) is None
-    preprocess(request, lambda _: None)
+    preprocess(request, Session(0), lambda _: None)
     after = work_left(request, plan_job(request, keep=False))
     assert (after.num_items, after.num_tasks) == (0, 0)
-    rate = find_rate(rate_decided_by(request, probe_capacity(0, None).unit))
+    rate = find_rate(rate_decided_by(request, Session(0).capacity().unit))
     assert rate is not None
     assert (rate.num_items, rate.num_workers) == (6, 1), "all but the first shard"
     assert rate.items_per_s > 0

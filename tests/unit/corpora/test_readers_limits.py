@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from d2i.cluster import Session
 from d2i.config import DialogConfig, FetchConfig
 from d2i.corpora import read_instances
 from d2i.corpus_analysis.survey import survey_split
@@ -182,7 +183,7 @@ def test_image_name_cannot_escape_mirror_path(tmp_path: Path) -> None:
             "",
             config,
             network_policy,
-            create_shared_limiter(build_rate_limiter(config, network_policy), num_workers=0),
+            create_shared_limiter(build_rate_limiter(config, network_policy), Session(0)),
         )
         found = dict(mirror.fetch(refs, lambda ref, one: (ref.value[0], one.data)))
         assert found == dict.fromkeys(names[:3]) | {"50%.jpg": JPEG}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from d2i.cluster import Session
 from d2i.config import EncodersConfig
 from d2i.encoders.available import check_present
 from d2i.errors import CheckpointError
@@ -27,9 +28,9 @@ def test_missing_encoder_raises_before_any_request(tmp_path: Path) -> None:
         (tmp_path / "test.jsonl").write_text(json.dumps(line))
         recipe = resolve_recipe("demo", [f"encoders.vae={tmp_path}/absent"])
         out = str(tmp_path / "out")
-        request = PreprocessRequest("jsonl", str(tmp_path), out, recipe, num_workers=0)
+        request = PreprocessRequest("jsonl", str(tmp_path), out, recipe)
         with pytest.raises(CheckpointError, match=r"encoders\.vae is .*absent: no such file"):
-            preprocess(request, lambda _: None)
+            preprocess(request, Session(0), lambda _: None)
         assert not web.asked
 
 

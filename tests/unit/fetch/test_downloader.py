@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from d2i.cluster import Session
 from d2i.fetch.downloader import Downloader, RetryPolicy
 from d2i.fetch.http_client import BodyLimits, Limits
 from d2i.fetch.known_placeholders import KnownPlaceholders
@@ -34,7 +35,7 @@ def make_downloader(
     limits = Limits(timeout_s, 5.0, BodyLimits(1000, 1.0), "d2i test", allowed_hosts(hosts))
     limiter = RateLimiter(HostLimits(requests_per_s, 3, 60.0, 60.0, num_trouble_hosts=20))
     transport = DirectTransport(Resolver(dns_server))
-    limiters = create_shared_limiter(limiter, num_workers=0)
+    limiters = create_shared_limiter(limiter, Session(0))
     no_placeholders = KnownPlaceholders(frozenset())
     slots = threading.Semaphore(num_slots)
     return Downloader(

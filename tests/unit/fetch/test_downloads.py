@@ -18,6 +18,7 @@ from img2dataset.resizer import Resizer
 from img2dataset.writer import FilesSampleWriter, ParquetSampleWriter, WebDatasetSampleWriter
 from PIL import Image
 
+from d2i.cluster import Session
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError, DataError
@@ -97,7 +98,7 @@ def url_of(host: Path, number: int) -> str:
 
 def fetch(root: Path, directory: Path | str, *refs: ImageRef, **settings: Any) -> list[FetchResult]:
     config = FetchConfig(downloads=str(directory), num_threads=2, **settings)
-    limiter = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+    limiter = create_shared_limiter(build_rate_limiter(config), Session(0))
     source = ImageSource(str(root), config, PUBLIC_NETWORK, limiter)
     found = dict(source.fetch(refs, lambda ref, fetched: (ref, fetched)))
     return [found[ref] for ref in refs]
@@ -274,8 +275,8 @@ def test_preprocess_and_repair_from_downloads(tmp_path: Path, host: Path) -> Non
     (host / "test.jsonl").write_text("\n".join(map(json.dumps, chats)))
     out = tmp_path / "out"
     recipe = resolve_recipe("demo", [f"fetch.downloads={directory}"])
-    request = PreprocessRequest("jsonl", str(host), str(out), recipe, num_workers=0)
-    (summary,) = preprocess(request, lambda _: None)
+    request = PreprocessRequest("jsonl", str(host), str(out), recipe)
+    (summary,) = preprocess(request, Session(0), lambda _: None)
     assert (summary.num_written, summary.failures) == (3, {"refused_address": 1})
     rows = {row.image: row for row in read_ledger(str(out / "test"))}
     for number, url in enumerate(urls):
@@ -285,7 +286,7 @@ def test_preprocess_and_repair_from_downloads(tmp_path: Path, host: Path) -> Non
     (shard,) = (out / "test").glob("*.tar")
     before = shard.read_bytes()
     shard.unlink()
-    (repaired,) = repair(RepairRequest(str(out), num_workers=0))
+    (repaired,) = repair(RepairRequest(str(out)), Session(0))
     assert (repaired.problems, shard.read_bytes()) == ((), before)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from d2i.cluster import Session
 from d2i.config import FetchConfig, apply_settings
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
@@ -44,7 +45,7 @@ def test_next_url_is_tried_after_placeholder(tmp_path: Path) -> None:
     with running(WebServer("127.0.0.1", answers)) as web:
         host = f"127.0.0.1:{web.port}"
         network_policy = NetworkPolicy(allowed_hosts([host]), "127.0.0.1")
-        limiter = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+        limiter = create_shared_limiter(build_rate_limiter(config), Session(0))
         source = ImageSource(str(tmp_path), config, network_policy, limiter)
         both = ImageRef("urls", (f"http://{host}/grey", f"http://{host}/good"))
         only = ImageRef("urls", (f"http://{host}/grey",))

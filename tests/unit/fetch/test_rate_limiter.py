@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2i.cluster import create_shared
+from d2i.cluster import Session
 from d2i.fetch.rate_limiter import (
     HostLimits,
     Outcome,
@@ -264,10 +264,8 @@ def test_backoff_count_resets_after_one_answer_per_second(backoff_s: float, is_o
 def test_sharded_rate_limiter_matches_single_one(
     requests: list[tuple[int, Outcome]], *, of_names: bool
 ) -> None:
-    several = ShardedRateLimiter(
-        tuple(create_shared(make_limiter(1e6), num_workers=0) for _ in range(4)), 20
-    )
-    one = create_shared_limiter(make_limiter(1e6), num_workers=0)
+    several = ShardedRateLimiter(tuple(Session(0).shared(make_limiter(1e6)) for _ in range(4)), 20)
+    one = create_shared_limiter(make_limiter(1e6), Session(0))
     assert len(one.limiters) == 1
     for number, outcome in requests:
         host = f"h{number}"
@@ -280,14 +278,12 @@ def test_sharded_rate_limiter_matches_single_one(
 
 def test_shared_limiter_has_one_shard_per_sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for num_cores, num_limiters in ((1, 1), (31, 1), (64, 4), (10_000, 16)):
-        monkeypatch.setattr(
-            "d2i.fetch.rate_limiter.num_session_cores", lambda num=num_cores, **_: num
-        )
-        assert len(create_shared_limiter(make_limiter(), num_workers=0).limiters) == num_limiters
+        monkeypatch.setattr(Session, "num_cores", lambda _, num=num_cores: num)
+        assert len(create_shared_limiter(make_limiter(), Session(0)).limiters) == num_limiters
 
 
 def test_shared_limiter_is_one_object_in_this_process() -> None:
-    shared = create_shared(make_limiter(), num_workers=0)
+    shared = Session(0).shared(make_limiter())
     assert shared.call("acquire", "a", TIMEOUT_S) == 0.0
     assert shared.call("acquire", "a", TIMEOUT_S) > 0.0
     assert pickle.loads(pickle.dumps(shared)).call("acquire", "a", TIMEOUT_S) > 0.0

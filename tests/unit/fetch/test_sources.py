@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from d2i.cluster import Session
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.errors import ConfigError
@@ -26,7 +27,7 @@ NUM_FILES = 203
 
 def source_of(directory: Path, num_threads: int) -> ImageSource:
     config = FetchConfig(num_threads=num_threads)
-    limiter = create_shared_limiter(build_rate_limiter(config), num_workers=0)
+    limiter = create_shared_limiter(build_rate_limiter(config), Session(0))
     return ImageSource(str(directory), config, PUBLIC_NETWORK, limiter)
 
 
@@ -42,7 +43,7 @@ def fetch_from_mirror(
 ) -> tuple[list[str], str | None]:
     """Return the reason of each file requested from a mirror, and the reason of an outage."""
     config = FetchConfig(mirror=template, num_threads=2)
-    limiter = create_shared_limiter(build_rate_limiter(config, network_policy), num_workers=0)
+    limiter = create_shared_limiter(build_rate_limiter(config, network_policy), Session(0))
     source = ImageSource("/nowhere", config, network_policy, limiter)
     refs = [ImageRef("file", (path,)) for path in paths]
     found = dict(source.fetch(refs, lambda ref, fetched: (ref, fetched.reason)))

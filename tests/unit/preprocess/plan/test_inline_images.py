@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from d2i.cluster import Session
 from d2i.config import FetchConfig
 from d2i.dialog import ImageRef
 from d2i.fetch.rate_limiter import create_shared_limiter
@@ -84,7 +85,7 @@ def test_lost_or_damaged_inline_image_is_read_error(tmp_path: Path, damage: str)
     elif damage == "longer":
         path.write_bytes(content(0) + b"x")
     config, network_policy = FetchConfig(), NetworkPolicy()
-    limiter = create_shared_limiter(build_rate_limiter(config, network_policy), num_workers=0)
+    limiter = create_shared_limiter(build_rate_limiter(config, network_policy), Session(0))
     source = ImageSource(str(tmp_path / "chats"), config, network_policy, limiter)
     (found,) = source.fetch(
         [ImageRef("inline", (f"inline:{name}",))],

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2i.cluster import create_shared
+from d2i.cluster import Session
 from d2i.dialog import ImageRef
 from d2i.fetch.rate_limiter import create_shared_limiter
 from d2i.fetch.sources import PUBLIC_NETWORK, ImageSource, build_rate_limiter
@@ -61,9 +61,9 @@ def test_spill_buffer_bounds_memory_of_shard(tmp_path: Path) -> None:
     source.mkdir()
     write_chats(source)
     make_plan(PlanRequest("jsonl", str(source), "test", recipe), split_url)
-    limiter = create_shared_limiter(build_rate_limiter(recipe.fetch), num_workers=0)
+    limiter = create_shared_limiter(build_rate_limiter(recipe.fetch), Session(0))
     image_source = ImageSource(str(source), recipe.fetch, PUBLIC_NETWORK, limiter)
-    producer = FetchWorkerBuilder(image_source, recipe, create_shared(Tally(), num_workers=0))()
+    producer = FetchWorkerBuilder(image_source, recipe, Session(0).shared(Tally()))()
     consumer = EncodeWorkerBuilder(recipe, (split_url,))()
     task = ShardTask(split_url, 0)
     tracemalloc.start()
