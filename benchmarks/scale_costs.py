@@ -250,7 +250,7 @@ def _opened(task: Any, chats: Path, recipe: Recipe) -> list[Any]:
 
     fetch = recipe.fetch
     decoder = Decoder(recipe.image, fetch.decode_timeout_s, fetch.max_decode_mib)
-    refs = [instance.image_ref for instance in task.instances()]
+    refs = [instance.image_ref for instance in task.read_instances()]
     files = (read_image(str(chats), ref.value[0], 1 << 24) for ref in refs)
     pairs = zip(refs, files, strict=True)
     block = [open_image(ref, FetchResult(data), decoder, is_kept=False) for ref, data in pairs]

@@ -70,15 +70,23 @@ class ReusedSplits:
         if split := self._split(split_url):
             split.check(image_part)
 
-    def known(self, task: ShardTask, recipe: Recipe) -> set[ImageRef]:
+    def known(
+        self, task: ShardTask, instances: Sequence[Instance], recipe: Recipe
+    ) -> set[ImageRef]:
         """Return the images of a shard that need not be fetched."""
         split = self._split(task.split_url)
-        return split.known(task, recipe) if split else set()
+        return split.known(task, instances, recipe) if split else set()
 
-    def read(self, task: ShardTask, recipe: Recipe, sources: SpillBuffer) -> Reused:
+    def read(
+        self,
+        task: ShardTask,
+        instances: Sequence[Instance],
+        recipe: Recipe,
+        sources: SpillBuffer,
+    ) -> Reused:
         """Read the known results of a shard's images; see `ReusedSplit.read`."""
         split = self._split(task.split_url)
-        return split.read(task, recipe, sources) if split else NOTHING_REUSED
+        return split.read(task, instances, recipe, sources) if split else NOTHING_REUSED
 
     def _split(self, split_url: str) -> ReusedSplit | None:
         """Open the split that has the name of the new one.
@@ -121,23 +129,30 @@ class ReusedSplit:
                 "omit --reuse, or use the earlier weights, settings and versions"
             )
 
-    def known(self, task: ShardTask, recipe: Recipe) -> set[ImageRef]:
+    def known(
+        self, task: ShardTask, instances: Sequence[Instance], recipe: Recipe
+    ) -> set[ImageRef]:
         """Return the images of a shard that need not be fetched."""
-        instances = task.instances()
         return {*self._positions(instances, recipe), *self._failed(task, instances)}
 
-    def read(self, task: ShardTask, recipe: Recipe, sources: SpillBuffer) -> Reused:
+    def read(
+        self,
+        task: ShardTask,
+        instances: Sequence[Instance],
+        recipe: Recipe,
+        sources: SpillBuffer,
+    ) -> Reused:
         """Read the known results of a shard's images, every byte checked against its checksum.
 
         Args:
             task: The shard.
+            instances: Its instances.
             recipe: Of the new data.
             sources: Receives their source bytes, where there are any.
 
         Raises:
             ShardError: If a byte has changed; `d2i repair` restores it.
         """
-        instances = task.instances()
         positions = self._positions(instances, recipe)
         reused = Reused(failures=self._failed(task, instances))
         for ref, position in positions.items():

@@ -135,7 +135,7 @@ make_plan(PlanRequest("jsonl", source, "test", recipe), out)
 hosts = create_shared_limiter(build_rate_limiter(recipe.fetch), Session(0))
 pictures = ImageSource(source, recipe.fetch, PUBLIC_NETWORK, hosts)
 worker = FetchWorkerBuilder(pictures, recipe, Session(0).shared(Tally()))()
-num = sum(len(block) for block in worker.stream(ShardTask(out, 0)))
+num = sum(len(block.images) for block in worker.stream(ShardTask(out, 0)))
 print(json.dumps([num, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,13 @@ from d2i.preprocess.workers.encode import (
     ledger_row,
     with_text,
 )
-from d2i.preprocess.workers.messages import FetchedImage, ShardResult, ShardTask
+from d2i.preprocess.workers.messages import (
+    FetchedBlock,
+    FetchedImage,
+    ShardResult,
+    ShardTask,
+    receive,
+)
 from d2i.preprocess.workers.spill_buffer import SpillBuffer, source_bytes
 from d2i.prompt_text import text_tokens
 from d2i.shards import Sample, npy_bytes, write_shard
@@ -96,21 +102,22 @@ class EncodeWorker:
             if not storage.exists(url) or storage.read_bytes(url) != data:
                 storage.write_bytes(url, data)
 
-    def run(self, task: ShardTask, blocks: Iterable[list[FetchedImage]]) -> ShardResult:
+    def run(self, task: ShardTask, blocks: Iterable[FetchedBlock]) -> ShardResult:
         """Encode and publish one planned shard; its commit record comes last."""
+        instances, images = receive(blocks)
         with source_bytes(task.split_url) as sources:
             found = refuse_placeholders(
-                sources.taken_from(blocks),
+                sources.taken_from(images),
                 task.placeholders,
                 self._recipe.fetch.num_same_pictures,
             )
-            reused = self._reused.read(task, self._recipe, sources)
-            made = self.encode(task.instances(), found, sources, reused)
+            reused = self._reused.read(task, instances, self._recipe, sources)
+            made = self.encode(instances, found, sources, reused)
             return self._publish(task, made.samples, made.rows)
 
     def encode(
         self,
-        instances: list[Instance],
+        instances: Sequence[Instance],
         found: list[FetchedImage],
         sources: SpillBuffer,
         reused: Reused = NOTHING_REUSED,

@@ -19,7 +19,13 @@ from d2i.images.sandbox import Decoder
 from d2i.preprocess.plan.inline_images import read_inline
 from d2i.preprocess.progress import Tally
 from d2i.preprocess.reuse import Reuse, ReusedSplits
-from d2i.preprocess.workers.messages import FetchedImage, ShardTask, SourceImage, keeps_source
+from d2i.preprocess.workers.messages import (
+    FetchedBlock,
+    FetchedImage,
+    ShardTask,
+    SourceImage,
+    keeps_source,
+)
 
 _BLOCK = 16
 """Images per block, which take 3 MB at 256 pixels."""
@@ -54,14 +60,15 @@ class FetchWorker:
         fetch = builder.recipe.fetch
         self._decoder = Decoder(builder.recipe.image, fetch.decode_timeout_s, fetch.max_decode_mib)
 
-    def stream(self, task: ShardTask) -> Iterator[list[FetchedImage]]:
-        """Yield the result of each distinct image of a shard, in blocks, in order of arrival.
+    def stream(self, task: ShardTask) -> Iterator[FetchedBlock]:
+        """Yield the instances of a shard, then the result of each distinct image as it arrives.
 
         Raises:
             ClusterError: If this machine's network seems to have an outage.
         """
-        instances = task.instances()
-        known = self._reused.known(task, self._recipe)
+        instances = task.read_instances()
+        yield FetchedBlock((), instances)
+        known = self._reused.known(task, instances, self._recipe)
         kept = {i.image_ref for i in instances if keeps_source(i, self._recipe)}
         block: list[FetchedImage] = []
         for found in self._source.fetch(
@@ -78,9 +85,9 @@ class FetchWorker:
         self._trigger_at("fetch.shard")
         yield self._counted(block)
 
-    def _counted(self, block: list[FetchedImage]) -> list[FetchedImage]:
-        self._tally.call("add", [found.fetched.reason for found in block])
-        return block
+    def _counted(self, images: list[FetchedImage]) -> FetchedBlock:
+        self._tally.call("add", [found.fetched.reason for found in images])
+        return FetchedBlock(images)
 
     def _refuse_outage(self, *, of_names: bool) -> None:
         """Raise on a network outage, before ledger rows count all images as dead.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,8 +35,11 @@ class ShardTask:
     keys: frozenset[str] | None = None
     records_sha256: str | None = None
 
-    def instances(self) -> list[Instance]:
-        """Read the instances to make, in the plan's order."""
+    def read_instances(self) -> list[Instance]:
+        """Read the instances to make, in the plan's order.
+
+        The fetch worker does, and sends them on with the images (`FetchedBlock`).
+        """
         planned = read_records(records_url(self.split_url, self.index), self.records_sha256)
         return [i for i in planned if self.keys is None or i.key in self.keys]
 
@@ -94,6 +98,28 @@ class FetchedImage:
     fetched: FetchResult
     image: SourceImage | None
     time_s: float
+
+
+@dataclass(frozen=True)
+class FetchedBlock:
+    """A part of a shard, from the fetch worker.
+
+    Args:
+        images: Results of distinct images, in order of arrival.
+        instances: In the first block, all instances of the shard in the plan's order; else none.
+    """
+
+    images: Sequence[FetchedImage]
+    instances: Sequence[Instance] = ()
+
+
+def receive(
+    blocks: Iterable[FetchedBlock],
+) -> tuple[Sequence[Instance], Iterator[FetchedImage]]:
+    """Return the instances of a shard, and its images as their blocks arrive."""
+    arriving = iter(blocks)
+    instances = next(arriving).instances
+    return instances, (found for block in arriving for found in block.images)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from d2i.errors import ShardError
 from d2i.preprocess.ledger import count_failures
 from d2i.preprocess.workers.encode_worker import Encoded, EncodeWorker, EncodeWorkerBuilder
-from d2i.preprocess.workers.messages import FetchedImage, ShardTask
+from d2i.preprocess.workers.messages import FetchedBlock, ShardTask, receive
 from d2i.preprocess.workers.spill_buffer import source_bytes
 from d2i.shards import Commit, Sample, intact_samples, write_shard
 
@@ -57,11 +57,12 @@ class RepairWorker:
     def __init__(self, encode: EncodeWorker) -> None:
         self._encode = encode
 
-    def run(self, task: RepairTask, blocks: Iterable[list[FetchedImage]]) -> RepairResult:
+    def run(self, task: RepairTask, blocks: Iterable[FetchedBlock]) -> RepairResult:
         """Publish the exact original shard, or return the reason why that is not possible."""
+        instances, images = receive(blocks)
         with source_bytes(task.split_url) as sources:
-            found = list(sources.taken_from(blocks))
-            return self._publish(task, self._encode.encode(task.instances(), found, sources))
+            found = list(sources.taken_from(images))
+            return self._publish(task, self._encode.encode(instances, found, sources))
 
     def _publish(self, task: RepairTask, made: Encoded) -> RepairResult:
         name = task.commit.name if task.commit else f"{task.index:06d}"

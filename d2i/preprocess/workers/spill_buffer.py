@@ -40,9 +40,9 @@ class SpillBuffer:
         self._file.seek(start)
         return self._file.read(size_bytes)
 
-    def taken_from(self, blocks: Iterable[list[FetchedImage]]) -> Iterator[FetchedImage]:
+    def taken_from(self, images: Iterable[FetchedImage]) -> Iterator[FetchedImage]:
         """Yield images without their source bytes, and store the bytes."""
-        return (self._taken(found) for block in blocks for found in block)
+        return map(self._taken, images)
 
     def _taken(self, found: FetchedImage) -> FetchedImage:
         data, image = found.fetched.data, found.image
