@@ -240,7 +240,7 @@ class Flow:
 
 
 class Flowing:
-    """The simulation of tasks on a site, by the rules of d2i's `run_pipeline`."""
+    """The simulation of tasks on a site, by the rules of d2i's `Session.pipeline`."""
 
     def __init__(self, task: Task, num_tasks: int, site: Site) -> None:
         self.task, self.site = task, site

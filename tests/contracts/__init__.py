@@ -36,6 +36,11 @@ from d2i.fault_injection import Point
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 API = (
+    "d2i.cluster:Session",
+    "d2i.cluster:Session.capacity",
+    "d2i.cluster:Session.map",
+    "d2i.cluster:Session.pipeline",
+    "d2i.cluster:Session.shared",
     "d2i.corpora:read_instances",
     "d2i.dialog:Instance",
     "d2i.dialog:Turn",
