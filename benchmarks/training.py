@@ -112,11 +112,11 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         engine = build_engine(network, settings.train, 1)
         state = build_state(engine, settings.train)
         clock: Any = Clock()
-        request = TrainRequest(settings, name, str(directory / "run"), fault=clock)
+        request = TrainRequest(settings, name, str(directory / "run"))
         (directory / "run").mkdir()
         shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
         with CheckpointWriter(str(directory / "run"), settings.train, ranks, shapes) as writer:
-            Trainer(request, ranks, state, reader, writer).training_loop(Progress())
+            Trainer(request, ranks, state, reader, writer, clock).training_loop(Progress())
             writer.finish()
             ours = clock.seconds()
             stall_s = time_checkpoint(writer, state)

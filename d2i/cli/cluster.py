@@ -42,18 +42,18 @@ def check(
         d2i cluster check --ray-address 10.0.0.5:6379 --num-nodes 4 --recipe uvit-s-mmdialog
         --storage s3://bucket/data
     """
+    from d2i.cluster import Session
     from d2i.doctor.cluster import ClusterRequest, check_cluster
 
-    request = ClusterRequest(
-        ray_address, num_nodes, wait_s, _recipe(recipe, settings), tuple(storage or ())
-    )
+    request = ClusterRequest(num_nodes, wait_s, _recipe(recipe, settings), tuple(storage or ()))
     found = []
-    for report in check_cluster(request):
-        found.append(asdict(report))
-        if not as_json:
-            typer.echo(plain(report.name))
-            for row in report.checks:
-                typer.echo(f"  {row_line(row.status, row.name, row.detail, row.fix)}")
+    with Session(ray_address=ray_address) as session:
+        for report in check_cluster(request, session):
+            found.append(asdict(report))
+            if not as_json:
+                typer.echo(plain(report.name))
+                for row in report.checks:
+                    typer.echo(f"  {row_line(row.status, row.name, row.detail, row.fix)}")
     if as_json:
         print_result({"reports": found}, [], as_json=True)
     if any(row["status"] == "fail" for report in found for row in report["checks"]):

@@ -150,7 +150,7 @@ def forecast(
     work: Work, offer: Capacity, measured: Rate | None, assumed: RateOverrides
 ) -> Forecast:
     """Return the estimate of a job on the given capacity."""
-    num_workers = min(offer.num_workers, work.num_tasks)
+    num_workers = offer.num_busy(work.num_tasks)
     num_rounds = math.ceil(work.num_tasks / num_workers) if num_workers else 0
     rate = assumed.items_per_s or (measured.items_per_s if measured else None)
     # A round takes as long as one task, even if not all workers have one.

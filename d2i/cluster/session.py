@@ -51,6 +51,10 @@ class Capacity:
     unit: Unit
     object_store_bytes: int
 
+    def num_busy(self, num_tasks: int) -> int:
+        """Return how many of the workers have a task."""
+        return min(self.num_workers, num_tasks)
+
 
 class Session:
     """Runs the tasks of a command and holds the objects that its workers share.

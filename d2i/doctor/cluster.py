@@ -30,14 +30,12 @@ class ClusterRequest:
     """Requirements on a cluster.
 
     Args:
-        ray_address: Address of the cluster.
         num_nodes: Number of nodes that there must be; None takes those that are there.
         wait_s: How long to wait for them, in seconds.
         recipe: Recipe whose weights every node must have; None checks none.
         storage_urls: Directories that every node must read and write.
     """
 
-    ray_address: str
     num_nodes: int | None = None
     wait_s: float = 300.0
     recipe: Recipe | None = None
@@ -52,17 +50,14 @@ class Report:
     checks: list[Check]
 
 
-def check_cluster(request: ClusterRequest) -> Iterator[Report]:
-    """Check the cluster as a whole, then each node.
+def check_cluster(request: ClusterRequest, session: Session) -> Iterator[Report]:
+    """Check the cluster of a session as a whole, then each node.
 
     Raises:
         ClusterError: If it cannot be reached.
     """
-    with (
-        Session(ray_address=request.ray_address) as session,
-        _probes(request) as (probes, problems),
-    ):
-        session.start()
+    session.start()
+    with _probes(request) as (probes, problems):
         nodes = wait_for_nodes(request.num_nodes or 1, request.wait_s)
         yield Report("cluster", [*_cluster_checks(request, nodes), *problems])
         question = Question(installed_versions(), _weights(request.recipe), probes)
@@ -105,11 +100,11 @@ def _check_object_store(node: Node, recipe: Recipe | None) -> Check:
     """Check that the shards that may be in flight fit in a node's object store."""
     name, size = "object store", node.object_store_bytes
     detail = f"{size / _GIB:.1f} GiB"
-    num_workers = int(node.num_gpus or node.num_cpus)
-    if recipe is None or not num_workers:
+    fitting = int(node.num_gpus or node.num_cpus)
+    if recipe is None or not fitting:
         return Check(name, "ok", detail)
     shard_bytes = recipe.preprocess.num_samples_per_shard * 3 * recipe.image.resolution**2
-    needed = _NUM_SHARDS_IN_FLIGHT * num_workers * shard_bytes
+    needed = _NUM_SHARDS_IN_FLIGHT * fitting * shard_bytes
     if size >= needed:
         return Check(name, "ok", f"{detail}; shards in flight may take {needed / _GIB:.1f} GiB")
     fix = "ray start --object-store-memory, or --set preprocess.num_samples_per_shard=N"

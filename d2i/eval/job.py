@@ -162,7 +162,7 @@ def _generate(
     builder = _worker_builder(request, session)
     session.start()
     offer = session.capacity()
-    meter = Throughput(min(offer.num_workers, len(missing)))
+    meter = Throughput(offer.num_busy(len(missing)))
     for task, result in session.map(builder, missing):
         progress.num_done += len(task.indices)
         progress.failures += result.failures

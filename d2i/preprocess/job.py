@@ -230,7 +230,7 @@ def _make_shards(
     producer = FetchWorkerBuilder(images, request.recipe, tally, fault, reuse)
     consumer = EncodeWorkerBuilder(request.recipe, tuple(_split_urls(request, plans)), fault, reuse)
     offer = session.capacity()
-    meter = Throughput(min(offer.num_workers, len(tasks)))
+    meter = Throughput(offer.num_busy(len(tasks)))
 
     def show() -> None:
         progress.refresh(tally)

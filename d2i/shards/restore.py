@@ -230,7 +230,7 @@ def restore(
     commits: Iterable[Commit],
     fingerprint: Mapping[str, Any] | None,
     *,
-    num_workers: int = 4,
+    num_threads: int = 4,
 ) -> RestoreResult:
     """Restore every record and index, and every tar whose samples are intact.
 
@@ -238,13 +238,13 @@ def restore(
         url: The data set's directory; nothing else may write there.
         commits: The commit records of its shards.
         fingerprint: The fingerprint that the shards were made under, if known.
-        num_workers: Shards restored at once.
+        num_threads: Shards restored at once.
 
     Raises:
         ShardError: If an index cannot be restored to its original bytes.
     """
     known = list(commits)
-    with ThreadPoolExecutor(num_workers) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         tars = _tars(url, pool)
         restored = _republish(url, known, tars)
         whole = {c.name for c in known if tars.get(c.tar_name) == c.tar or c.tar_name in restored}

@@ -66,14 +66,14 @@ class VerifyReport:
 def verify(
     url: str,
     *,
-    num_workers: int = 4,
+    num_threads: int = 4,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Read every byte of a data set, and report whatever differs from its manifest.
 
     Args:
         url: The data set's directory.
-        num_workers: Shards checked at once.
+        num_threads: Shards checked at once.
         on_progress: Called in this thread with the number of shards done, and their total.
 
     Returns:
@@ -86,7 +86,7 @@ def verify(
     problems = [*_unlisted(url, manifest), *_check_files(url, manifest)]
     checks = (_ShardCheck(url, shard) for shard in manifest.shards)
     key_hashes = array("q")
-    for done, check in enumerate(prefetch_map(_ShardCheck.run, checks, num_workers), start=1):
+    for done, check in enumerate(prefetch_map(_ShardCheck.run, checks, num_threads), start=1):
         problems += check.problems
         if check.index is not None:
             key_hashes.extend(map(hash, check.index.keys.to_pylist()))

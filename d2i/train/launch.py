@@ -64,10 +64,11 @@ def launch(
     if not only_measure:
         check_initial_weights(resolved, run)
     zero_settings = None if zero is None else read_zero(zero)
-    request = TrainRequest(
-        resolved, data, run, zero_settings, parse_fault(fault), cache_dir, cache_gb, check_data
-    )
-    (preflight if only_measure else train)(request)
+    request = TrainRequest(resolved, data, run, zero_settings, cache_dir, cache_gb, check_data)
+    if only_measure:
+        preflight(request)
+    else:
+        train(request, parse_fault(fault))
 
 
 def _name_rank(local_rank: int) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from d2i.config import Recipe
 from d2i.errors import CheckpointError, ConfigError
+from d2i.fault_injection import Fault
 from d2i.io import storage
 from d2i.models import save_weights
 from d2i.models.model_dir import resolve_sizes
@@ -43,8 +44,12 @@ from d2i.train.request import TrainRequest
 from d2i.train.trainer import Trainer
 
 
-def train(request: TrainRequest) -> None:
+def train(request: TrainRequest, fault: Fault | None = None) -> None:
     """Train to the recipe's last step, resuming where an earlier call was interrupted.
+
+    Args:
+        request: The job.
+        fault: A fault to inject, for tests.
 
     Raises:
         CheckpointError: If the run belongs to another recipe or other data, has already made more
@@ -55,7 +60,7 @@ def train(request: TrainRequest) -> None:
     ranks = join_ranks()
     with reported_errors(request, ranks), ExitStack() as stack:
         _hold_run(request.run_url, ranks, stack)
-        _train_rank(request, ranks)
+        _train_rank(request, ranks, fault)
         ranks.barrier()
     torch.distributed.destroy_process_group()
 
@@ -70,7 +75,7 @@ def _hold_run(run_url: str, ranks: Ranks, stack: ExitStack) -> None:
     ranks.run_on_rank_zero(hold)
 
 
-def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
+def _train_rank(request: TrainRequest, ranks: Ranks, fault: Fault | None) -> None:
     recipe, config, run_url = request.recipe, request.recipe.train, request.run_url
     config.accumulation(ranks.world_size)
     _check_kept_weights(recipe)
@@ -87,8 +92,9 @@ def _train_rank(request: TrainRequest, ranks: Ranks) -> None:
     state = _build_state(request, ranks, network, checkpoint)
     progress = checkpoint.progress if checkpoint else Progress()
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    with CheckpointWriter(run_url, config, ranks, shapes, request.fault) as writer:
-        last = Trainer(request, ranks, state, reader, writer).training_loop(progress)
+    with CheckpointWriter(run_url, config, ranks, shapes, fault) as writer:
+        trainer = Trainer(request, ranks, state, reader, writer, fault)
+        last = trainer.training_loop(progress)
         writer.finish()
         ranks.barrier()
     if ranks.is_rank_zero:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from d2i.config import Recipe
-from d2i.fault_injection import Fault
 from d2i.shards import ShardReader, split_url
 
 
@@ -21,7 +20,6 @@ class TrainRequest:
         data_url: Directory made by d2i preprocess.
         run_url: The run directory, a path or an fsspec URL that all ranks share.
         zero: DeepSpeed's `zero_optimization` settings, in place of the stage alone.
-        fault: Fault to inject in a test.
         cache_dir: Local directory to cache remote shards in; by default in the user's cache.
         cache_gb: Size limit of that cache, in 1e9 bytes; no limit by default.
         check_data: Compare each array with its checksum when it is first read.
@@ -31,7 +29,6 @@ class TrainRequest:
     data_url: str
     run_url: str
     zero: Mapping[str, Any] | None = None
-    fault: Fault | None = None
     cache_dir: Path | None = None
     cache_gb: float | None = None
     check_data: bool = True

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from d2i.fault_injection import Fault
 from d2i.io import storage
 from d2i.run_dir import MetricsLine
 from d2i.shards import ShardReader
@@ -36,8 +37,10 @@ class Trainer:
         state: TrainState,
         reader: ShardReader,
         writer: CheckpointWriter,
+        fault: Fault | None = None,
     ) -> None:
         self._request, self._config = request, request.recipe.train
+        self._fault = fault
         self._ranks, self._state, self._writer = ranks, state, writer
         self._engine = state.engine
         self._order = build_order(reader, self._config)
@@ -70,8 +73,8 @@ class Trainer:
         while step < config.num_steps:
             self._step(step, batches)
             step += 1
-            if self._request.fault:
-                self._request.fault.trigger_at("train.step_done")
+            if self._fault:
+                self._fault.trigger_at("train.step_done")
             is_last = step == config.num_steps or stop.is_agreed()
             self._after_step(step, is_last=is_last)
             if is_last:

@@ -453,7 +453,7 @@ def test_shards_import_neither_torch_nor_ray() -> None:
 
 def test_verify_reports_no_problem_for_good_data(data: Path) -> None:
     seen: list[tuple[int, int]] = []
-    report = verify(str(data), num_workers=2, on_progress=lambda *at: seen.append(at))
+    report = verify(str(data), num_threads=2, on_progress=lambda *at: seen.append(at))
     assert (report.num_shards, report.num_samples, report.problems) == (4, 8, ())
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
@@ -600,7 +600,7 @@ def test_manifest_rejects_invalid_empty_text_features(copy: Path) -> None:
 
 
 def test_verify_holds_few_indexes_in_memory(tmp_path: Path) -> None:
-    num_shards, num_workers = 24, 3
+    num_shards, num_threads = 24, 3
     make_data(tmp_path, *[1] * num_shards)
     num_indexes: list[int] = []
 
@@ -609,8 +609,8 @@ def test_verify_holds_few_indexes_in_memory(tmp_path: Path) -> None:
         num_indexes.append(sum(type(found) is Index for found in gc.get_objects()))
 
     before = sum(type(found) is Index for found in gc.get_objects())
-    assert verify(str(tmp_path), num_workers=num_workers, on_progress=count).ok
-    assert max(num_indexes) - before <= num_workers + 2
+    assert verify(str(tmp_path), num_threads=num_threads, on_progress=count).ok
+    assert max(num_indexes) - before <= num_threads + 2
 
 
 def test_verify_finds_key_in_two_shards(tmp_path: Path) -> None:
