@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2i.diffusion import Schedule, dpm_solver, samplers
+from d2i.diffusion import Schedule, ancestral, dpm_solver
 from d2i.diffusion.schedulers import run_scheduler
 from d2i.errors import ConfigError
 from tests.golden.analytic import analytic_eps
@@ -128,7 +128,7 @@ def test_ancestral_sampler_matches_golden(name: str, variance: Any) -> None:
         kept[int(n[0])] = x
         return eps(x, n)
 
-    kept[0] = samplers(recorded, golden["x_T"], golden["z"], variance)
+    kept[0] = ancestral(recorded, golden["x_T"], golden["z"], variance)
     assert max_distance(kept[0], golden[f"ddpm_{name}_{variance}"]) < 1e-10
     for n, state in zip(
         golden["keep_n"].tolist(), golden[f"ddpm_{name}_{variance}_states"], strict=True
@@ -139,7 +139,7 @@ def test_ancestral_sampler_matches_golden(name: str, variance: Any) -> None:
 def test_ancestral_sampler_rejects_other_variance() -> None:
     variance: Any = "learned"
     with pytest.raises(ConfigError, match="variance is 'learned'"):
-        samplers(lambda x, _: x, torch.ones(1, 2), torch.ones(1000, 1, 2), variance)
+        ancestral(lambda x, _: x, torch.ones(1, 2), torch.ones(1000, 1, 2), variance)
 
 
 def test_add_noise_is_identity_at_zero() -> None:
@@ -203,7 +203,7 @@ def test_stochastic_scheduler_matches_distribution_of_paper_algorithm() -> None:
     eps = analytic_eps("linear")
     torch.manual_seed(0)
     x = torch.randn(64, 4, 4, 4, dtype=torch.float64)
-    expected = samplers(eps, x, [torch.randn_like(x) for _ in range(999)], "posterior")
+    expected = ancestral(eps, x, [torch.randn_like(x) for _ in range(999)], "posterior")
     found = run_scheduler(eps, x, 1000, "DDPMScheduler", list(range(64)))
     assert float(found.mean()) == pytest.approx(float(expected.mean()), abs=0.08)
     assert float(found.std()) == pytest.approx(float(expected.std()), rel=0.06)

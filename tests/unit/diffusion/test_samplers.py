@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from d2i.config import BackboneConfig, SampleConfig, apply_settings
 from d2i.dialog import linearize
-from d2i.diffusion import samplers
+from d2i.diffusion import ancestral
 from d2i.diffusion.draws import SampleDraws, normal
 from d2i.diffusion.samplers import run_sampler
 from d2i.encoders import Vae
@@ -123,7 +123,7 @@ def test_ancestral_sampler_uses_keyed_noise(name: str, variance: Any) -> None:
         return 0.5 * x + n[:, None, None] / 1000
 
     noise = [normal(0, "sample.step", KEYS, step, (2, 3)) for step in range(999)]
-    expected = samplers(eps, x, [torch.from_numpy(z) for z in noise], variance)
+    expected = ancestral(eps, x, [torch.from_numpy(z) for z in noise], variance)
     torch.testing.assert_close(run_sampler(name, eps, x, 1000, draws), expected, rtol=0, atol=0)
     alone = run_sampler(name, eps, x[1:2], 1000, SampleDraws([0], ["b"]))
     torch.testing.assert_close(alone, expected[1:2], rtol=0, atol=0)
