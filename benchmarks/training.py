@@ -42,8 +42,8 @@ from d2i.train.data.batch import BatchLoader
 from d2i.train.data.data_order import DataOrder
 from d2i.train.distributed.engine import build_engine, join_ranks
 from d2i.train.network import autocast_to
+from d2i.train.rank_main import run_loop
 from d2i.train.request import TrainRequest
-from d2i.train.trainer import Trainer
 
 SHAPES = {"moments": (8, 32, 32), "clip": (512,), "tokens": (77,), "text": (77, 768)}
 NUM_SHARD_SAMPLES = 500
@@ -116,7 +116,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         (directory / "run").mkdir()
         shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
         with CheckpointWriter(str(directory / "run"), settings.train, ranks, shapes) as writer:
-            Trainer(request, ranks, state, reader, writer, clock).training_loop(Progress())
+            run_loop(request, ranks, state, reader, writer, Progress(), clock)
             writer.finish()
             ours = clock.seconds()
             stall_s = time_checkpoint(writer, state)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2i.config import Recipe, TrainPrecision
 from d2i.encoders.pretrained import matmul_precision
+from d2i.errors import CheckpointError
 from d2i.models.model_dir import build_network
 
 
@@ -23,6 +25,23 @@ def build_trained_network(recipe: Recipe) -> Any:
     if recipe.train.compile:
         compile_blocks(network)
     return network
+
+
+def load_trained(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load the weights of a checkpoint: those of every parameter that requires a gradient.
+
+    Raises:
+        CheckpointError: If they are not those of the network.
+    """
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    if trained != weights.keys():
+        first = min(trained ^ weights.keys())
+        raise CheckpointError(
+            f"the checkpoint has {len(weights)} tensors, expected the {len(trained)} that the "
+            f"network trains; the first that differs is {first}; use the recipe that the run was "
+            "started with, or another --run"
+        )
+    network.load_state_dict(weights, strict=False)
 
 
 def autocast_to(network: Any, precision: TrainPrecision) -> None:

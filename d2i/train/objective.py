@@ -12,6 +12,7 @@ from d2i.diffusion import sample_latent, unidiffuser_loss, uvit_loss
 from d2i.train.data.batch import Batch
 
 Objective = Callable[[Any, Batch], Tensor]
+"""From a network and a micro batch of B samples to the loss of each, (B,)."""
 
 
 def build_objective(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,14 +35,27 @@ from d2i.train.checkpoint.checkpoint_files import (
     step_directory,
 )
 from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState, build_state
-from d2i.train.data.loader import check_cache, check_sizes
-from d2i.train.distributed.engine import build_engine, join_ranks
+from d2i.train.data.batch import BatchLoader
+from d2i.train.data.loader import BatchStream, build_text_encoder, check_cache, check_sizes
+from d2i.train.distributed.engine import build_engine, join_ranks, trained_parameters
 from d2i.train.distributed.ranks import Ranks
 from d2i.train.failures import reported_errors, resume_hint
-from d2i.train.monitor.metrics_logger import say
-from d2i.train.network import build_trained_network
+from d2i.train.hooks import (
+    CheckpointHook,
+    Logs,
+    MetricsHook,
+    SampleHook,
+    ValidationHook,
+)
+from d2i.train.monitor.loss_tracker import LossTracker
+from d2i.train.monitor.metrics_logger import MetricsLogger, kept_lines, say
+from d2i.train.monitor.sample_grid import SampleGrid
+from d2i.train.monitor.throughput import Throughput, peak_images_per_s
+from d2i.train.monitor.validation import Validation
+from d2i.train.network import build_trained_network, load_trained
+from d2i.train.objective import build_objective
 from d2i.train.request import TrainRequest
-from d2i.train.trainer import Trainer
+from d2i.train.trainer import Hook, Trainer
 
 
 def train(request: TrainRequest, fault: Fault | None = None) -> None:
@@ -91,14 +105,56 @@ def _train_rank(request: TrainRequest, ranks: Ranks, fault: Fault | None) -> Non
         return
     state = _build_state(request, ranks, network, checkpoint)
     progress = checkpoint.progress if checkpoint else Progress()
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    shapes = {name: tuple(trained.shape) for name, trained in trained_parameters(network)}
     with CheckpointWriter(run_url, config, ranks, shapes, fault) as writer:
-        trainer = Trainer(request, ranks, state, reader, writer, fault)
-        last = trainer.training_loop(progress)
+        step = run_loop(request, ranks, state, reader, writer, progress, fault)
         writer.finish()
         ranks.barrier()
     if ranks.is_rank_zero:
-        _end(request, last)
+        _end(request, step)
+
+
+def run_loop(
+    request: TrainRequest,
+    ranks: Ranks,
+    state: TrainState,
+    reader: ShardReader,
+    writer: CheckpointWriter,
+    progress: Progress,
+    fault: Fault | None,
+) -> int:
+    """Build the loop and the hooks it is given, and train; return the steps made."""
+    recipe, config, run_url = request.recipe, request.recipe.train, request.run_url
+    encode_text = build_text_encoder(reader, recipe.encoders, str(ranks.device))
+    open_batches = partial(
+        BatchLoader, config=config, is_joint=recipe.backbone.is_joint, encode_text=encode_text
+    )
+    latent_scale = state.engine.module.latent_scale
+    objective = build_objective(recipe.backbone, latent_scale, config.unidiffuser)
+    batches = BatchStream(reader, open_batches(reader), config, ranks, run_url)
+    valid = request.open_validation()
+    validation = valid and Validation(open_batches(valid), len(valid), config, objective, ranks)
+    grid = None
+    if valid and config.num_sample_steps:
+        grid = ranks.build_on_rank_zero(
+            lambda: SampleGrid(recipe, valid, ranks.device, encode_text)
+        )
+    peak = peak_images_per_s(recipe.backbone, config.precision, ranks.device, ranks.world_size)
+    kept = kept_lines(progress, config)
+    logs = Logs(ranks, ranks.build_on_rank_zero(lambda: MetricsLogger(run_url, recipe, *kept)))
+    losses = LossTracker(ranks, batches, config, progress.losses)
+    pace = Throughput(progress.step, progress.elapsed_s)
+    hooks: list[Hook] = [MetricsHook(config, logs, losses, pace, peak)]
+    if validation:
+        hooks.append(ValidationHook(config, logs, validation, state))
+    hooks.append(CheckpointHook(config, writer, state, losses, pace))
+    if config.num_sample_steps:
+        hooks.append(SampleHook(config.num_sample_steps, run_url, writer, grid))
+    trainer = Trainer(config, ranks, state, batches, objective, losses, pace, hooks, fault)
+    step = trainer.training_loop(progress.step)
+    if logs.logger:
+        logs.logger.close()
+    return step
 
 
 def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:
@@ -174,7 +230,7 @@ def _build_state(
     config = request.recipe.train
     if checkpoint:
         # Before the engine is built, so that every copy that ZeRO makes of the weights is right.
-        network.load_state_dict(dict(checkpoint.read_whole("weight")))
+        load_trained(network, dict(checkpoint.read_whole("weight")))
     engine = build_engine(network, config, ranks.world_size, request.zero)
     state = build_state(engine, config)
     if checkpoint:
@@ -182,20 +238,20 @@ def _build_state(
     return state
 
 
-def _end(request: TrainRequest, progress: Progress) -> None:
+def _end(request: TrainRequest, step: int) -> None:
     run_url, config = request.run_url, request.recipe.train
-    if progress.step < config.num_steps:
-        stopped = json.dumps({"step": progress.step}) + "\n"
+    if step < config.num_steps:
+        stopped = json.dumps({"step": step}) + "\n"
         storage.write_bytes(storage.join(run_url, STOPPED_NAME), stopped.encode())
-        say(f"stopped at step {progress.step}/{config.num_steps}: {resume_hint(run_url)}")
+        say(f"stopped at step {step}/{config.num_steps}: {resume_hint(run_url)}")
         return
-    checkpoint = Checkpoint(step_directory(run_url, progress.step))
-    described = {"step": str(progress.step)}
+    checkpoint = Checkpoint(step_directory(run_url, step))
+    described = {"step": str(step)}
     for kind, name in reversed(RESULT_NAMES.items()):
         if kind != "ema-short" or config.short_ema_length is not None:
             state = dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind]))
             save_weights(state, storage.join(run_url, name), described)
-    keep_num_steps(run_url, progress.step)
+    keep_num_steps(run_url, step)
 
 
 def _run_config(request: TrainRequest, reader: ShardReader, world_size: int) -> RunConfig:

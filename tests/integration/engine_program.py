@@ -32,9 +32,10 @@ from d2i.train.distributed.engine import (
     join_ranks,
     master_weights,
     read_zero,
+    trained_parameters,
 )
 from d2i.train.distributed.ranks import Ranks
-from d2i.train.network import autocast_to, compile_blocks
+from d2i.train.network import autocast_to, compile_blocks, load_trained
 
 SIZES = {"latent_size": 8, "patch_size": 2, "dim": 64, "depth": 4, "num_heads": 4}
 ZERO_FILES = Path(__file__).parents[2] / "train"
@@ -64,6 +65,9 @@ LOWER = {
 }
 # The recipe's own ZeRO stage: 1, or 0 for one rank.
 RECIPE = "recipe"
+PART_STAGES = ("zero-0", "zero-1", "zero-2", "zero-3")
+PART_PRECISIONS = ("fp32", "bf16_weights")
+FROZEN, UNUSED = "in_blocks.0", "unused"
 LOWER_STAGES = ("zero-0", RECIPE, "zero-2", "zero-3")
 
 
@@ -86,6 +90,40 @@ def begin(
     elif way != RECIPE:
         zero = read_zero(ZERO_FILES / f"{way}.json")
     engine = build_engine(network, config, ranks.world_size, zero)
+    state = TrainState(engine, Ema(master_weights(engine), 0.9))
+    if checkpoint:
+        state.restore(checkpoint)
+    else:
+        state.begin()
+    return state
+
+
+def train_part(golden: Path, out: Path, ranks: Ranks, precision: str, way: str) -> None:
+    """Take four steps of a network of which one block is frozen and one parameter has no gradient.
+
+    After two of them, go on from a checkpoint.
+    """
+    state = begin_part(golden, precision, way, ranks)
+    losses = take_steps(state, golden, ranks, range(2))
+    half = keep(state, ranks, out / f"part-{precision}-{way}-half", losses)
+    losses += take_steps(state, golden, ranks, range(2, 4))
+    keep(state, ranks, out / f"part-{precision}-{way}", losses)
+    state = begin_part(golden, precision, way, ranks, half)
+    losses[2:] = take_steps(state, golden, ranks, range(2, 4))
+    keep(state, ranks, out / f"part-{precision}-{way}-again", losses)
+
+
+def begin_part(
+    golden: Path, precision: str, way: str, ranks: Ranks, checkpoint: Checkpoint | None = None
+) -> TrainState:
+    config = CONFIG.model_copy(update={"precision": precision})
+    network = build_backbone("uvit-s", **SIZES, text_dim=32, num_text_tokens=7)
+    load_weights(network, golden / "uvit_tiny.safetensors")
+    network.get_submodule(FROZEN).requires_grad_(False)
+    network.register_parameter(UNUSED, torch.nn.Parameter(torch.ones(5)))
+    if checkpoint:
+        load_trained(network, dict(checkpoint.read_whole("weight")))
+    engine = build_engine(network, config, ranks.world_size, read_zero(ZERO_FILES / f"{way}.json"))
     state = TrainState(engine, Ema(master_weights(engine), 0.9))
     if checkpoint:
         state.restore(checkpoint)
@@ -129,7 +167,7 @@ def keep(state: TrainState, ranks: Ranks, directory: Path, losses: list[float]) 
     """Write a checkpoint as training does; also write its whole content as one file."""
     shapes = {
         name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in state.engine.module.named_parameters()
+        for name, parameter in trained_parameters(state.engine.module)
     }
     with CheckpointWriter(str(directory), CONFIG, ranks, shapes) as writer:
         progress = Progress(step=len(losses), num_updates=state.num_updates())
@@ -173,6 +211,9 @@ def main() -> None:
         state = begin(golden, way, ranks)
         losses = take_steps(state, golden, ranks, range(4))
         keep(state, ranks, out / way, losses)
+    for precision in PART_PRECISIONS:
+        for way in PART_STAGES:
+            train_part(golden, out, ranks, precision, way)
     for first, then in CHANGES:
         state = begin(golden, first, ranks)
         losses = take_steps(state, golden, ranks, range(2))

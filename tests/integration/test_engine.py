@@ -25,11 +25,15 @@ from tests.integration.engine_program import (
     CHANGES,
     COMPILED,
     CONFIG,
+    FROZEN,
     LOWER,
     LOWER_STAGES,
+    PART_PRECISIONS,
+    PART_STAGES,
     RECIPE,
     SIZES,
     STAGES,
+    UNUSED,
     golden_batch,
     learning_rate,
 )
@@ -175,3 +179,26 @@ def test_compile_with_zero_stage_3_raises() -> None:
     config = TrainConfig(num_steps=1, global_batch_size=1, micro_batch_size=1, compile=True)
     with pytest.raises(ConfigError, match="ZeRO stage 3"):
         build_engine(torch.nn.Linear(1, 1), config, 1, {"stage": 3})
+
+
+@pytest.mark.parametrize("way", PART_STAGES)
+@pytest.mark.parametrize("precision", PART_PRECISIONS)
+def test_only_what_requires_gradient_is_trained(results: Path, precision: str, way: str) -> None:
+    golden = load_file(GOLDEN / "uvit_tiny.safetensors")
+    found, again, expected = (
+        load_file(results / f"part-{precision}-{name}.safetensors")
+        for name in (way, f"{way}-again", "zero-0")
+    )
+    weights = tensors_of_kind(found, "weight")
+    frozen = {name for name in golden if name.startswith(f"{FROZEN}.")}
+    assert frozen
+    assert weights.keys() == (golden.keys() - frozen) | {UNUSED}
+    assert not any(torch.equal(weights[name], golden[name]) for name in golden.keys() - frozen)
+    # Without a gradient a parameter stays, or decays where ZeRO takes its gradient for zero.
+    assert torch.all((weights[UNUSED] <= 1) & (weights[UNUSED] > 0.99))
+    for name, tensor in found.items():
+        assert torch.equal(tensor, again[name]), name
+    if precision == "fp32":
+        others = tensors_of_kind(expected, "weight")
+        for name in golden.keys() - frozen:
+            torch.testing.assert_close(weights[name], others[name], rtol=1e-4, atol=1e-6)

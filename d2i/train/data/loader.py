@@ -1,7 +1,9 @@
-"""The shards of a run: their URLs, checks against network and cache, order and text encoder."""
+"""The data of a run: its batches in order, checks against network and cache, the text encoder."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,9 @@ from d2i.encoders import ClipText, check_encoder_hashes
 from d2i.errors import ConfigError, DataError
 from d2i.io import storage
 from d2i.shards import ShardReader
-from d2i.train.data.batch import TextEncoder
+from d2i.train.data.batch import Batch, BatchLoader, TextEncoder
 from d2i.train.data.data_order import DataOrder
+from d2i.train.distributed.ranks import Ranks
 
 
 def check_sizes(network: Any, reader: ShardReader) -> None:
@@ -48,6 +51,79 @@ def build_order(reader: ShardReader, config: TrainConfig) -> DataOrder:
     """Return the order in which a run reads the samples of its shards."""
     sizes = tuple(shard.num_samples for shard in reader.manifest.shards)
     return DataOrder(sizes, config.seed, config.order, config.num_window_shards)
+
+
+class BatchStream:
+    """The micro batches of one rank, step by step, read ahead.
+
+    Args:
+        reader: The training shards.
+        batches: Reads a micro batch and draws its random numbers.
+        config: Batch sizes, order and seed.
+        ranks: All ranks, which share each global batch.
+        run_url: The run directory, which receives the keys of each batch if `record_keys` is set.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        batches: BatchLoader,
+        config: TrainConfig,
+        ranks: Ranks,
+        run_url: str,
+    ) -> None:
+        self._reader, self._loader, self._config = reader, batches, config
+        self._ranks, self._run_url = ranks, run_url
+        self._order = build_order(reader, config)
+        _, self.num_micro_batches = config.accumulation(ranks.world_size)
+        self._steps: Iterator[int] = iter(())
+        self._batches: Iterator[Batch] = iter(())
+
+    def begin(self, step: int) -> None:
+        """Begin to read the batches of a step and of those after it."""
+        self._steps = (
+            number
+            for number in range(step, self._config.num_steps)
+            for _ in range(self.num_micro_batches)
+        )
+        self._batches = self._loader.read_ahead(self._requests(step))
+
+    def __next__(self) -> Batch:
+        """Return the next micro batch."""
+        step, batch = next(self._steps), next(self._batches)
+        if self._config.record_keys:
+            record_keys(self._run_url, self._ranks.rank, step + 1, batch.keys)
+        return batch
+
+    def prefetch_shards(self, step: int) -> None:
+        """Fetch the shards that are read next, after those whose batches are read ahead."""
+        # Counts from the first unread batch: shards of batches read ahead may be evicted already.
+        unread = self._loader.first_unread(step)
+        self._reader.prefetch(self._order.shards_ahead(unread, self._config.global_batch_size))
+
+    def keys(self, step: int, rank: int, micro_batch: int) -> list[str]:
+        """Return the keys of a rank's micro batch."""
+        indices = self._micro_batches(step, rank)[micro_batch]
+        return [self._reader.keys[int(index)] for index in indices]
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._loader.close()
+
+    def _requests(self, first_step: int) -> Iterator[tuple[NDArray[np.int64], int]]:
+        for step in range(first_step, self._config.num_steps):
+            for indices in self._micro_batches(step, self._ranks.rank):
+                yield indices, step
+
+    def _micro_batches(self, step: int, rank: int) -> list[NDArray[np.int64]]:
+        size, world_size = self._config.global_batch_size, self._ranks.world_size
+        return self._order.micro_batches(step, size, rank, world_size, self.num_micro_batches)
+
+
+def record_keys(run_url: str, rank: int, step: int, keys: Sequence[str]) -> None:
+    """Append the keys of a rank's micro batch to `keys/rank-N.jsonl`."""
+    line = json.dumps({"step": step, "keys": list(keys)}) + "\n"
+    storage.append_bytes(storage.join(run_url, "keys", f"rank-{rank}.jsonl"), line.encode())
 
 
 def check_cache(

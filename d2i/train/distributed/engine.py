@@ -69,9 +69,9 @@ def build_engine(
     world_size: int,
     zero: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Return a DeepSpeed engine around the network, with AdamW over all of its parameters.
+    """Return a DeepSpeed engine around the network, with AdamW over what requires a gradient.
 
-    Weight decay acts on every parameter, as published (`utils.py` of U-ViT).
+    Weight decay acts on every parameter that is trained, as published (`utils.py` of U-ViT).
 
     With precision `bf16` DeepSpeed runs in fp32; the network itself applies autocast
     (`network.autocast_to`). DeepSpeed's `torch_autocast` would round the linear layers' gradients
@@ -100,7 +100,7 @@ def build_engine(
     micro_batch_size, num_micro_batches = config.accumulation(world_size)
     optim = config.optim
     optimizer = torch.optim.AdamW(
-        network.parameters(),
+        [parameter for _, parameter in trained_parameters(network)],
         lr=optim.lr,
         betas=optim.betas,
         eps=optim.eps,
@@ -120,7 +120,7 @@ def build_engine(
         "fp16": {"enabled": config.precision == "fp16_weights"},
         "steps_per_print": 2**31,
     }
-    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in trained_parameters(network)}
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
     if config.precision.endswith("_weights"):
         _fill_masters(engine, weights)
@@ -128,6 +128,11 @@ def build_engine(
         # No rank to average gradients with; DeepSpeed would copy them out and back for nothing.
         engine.enable_backward_allreduce = False
     return engine
+
+
+def trained_parameters(network: Any) -> list[tuple[str, Any]]:
+    """Return the parameters that require a gradient, each with its name, in the network's order."""
+    return [(name, p) for name, p in network.named_parameters() if p.requires_grad]
 
 
 def _zero_settings(
@@ -203,13 +208,13 @@ def _fill_masters(engine: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def list_parts(engine: Any) -> list[Part]:
-    """Return all parts of parameters that this rank's masters hold."""
+    """Return all parts of trained parameters that this rank's masters hold."""
     if engine.zero_optimization_stage() == 3:
         return _parts_of_stage_3(engine)
     places = enumerate(master_weights(engine))
     masters = {master.untyped_storage().data_ptr(): number for number, master in places}
     parts = []
-    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+    for number, (name, parameter) in enumerate(trained_parameters(engine.module)):
         if not hasattr(parameter, "_hp_mapping"):
             parts.append(Part(name, 0, parameter.numel(), number, 0, is_shared=True))
         elif parameter._hp_mapping is not None:
@@ -223,7 +228,7 @@ def list_parts(engine: Any) -> list[Part]:
 def _parts_of_stage_3(engine: Any) -> list[Part]:
     """Return this rank's parts in stage 3: an equal slice of every parameter, the last padded."""
     optimizer, parts = engine.optimizer, []
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine.module):
         position = optimizer.grad_position[optimizer.get_param_id(parameter)]
         master, offset, length = position
         start = torch.distributed.get_rank() * length

@@ -1,20 +1,13 @@
-"""Logs of a run, written by the first rank: JSON lines, TensorBoard, W&B and the loss chart.
-
-The losses between two lines are collected without stalling the accelerator.
-"""
+"""Logs of a run, written by the first rank: JSON lines, TensorBoard, W&B and the loss chart."""
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from d2i.config import Recipe
+from d2i.config import Recipe, TrainConfig
 from d2i.io import storage
 from d2i.io.terminal import plain
 from d2i.run_dir import (
@@ -25,7 +18,7 @@ from d2i.run_dir import (
     read_validation,
     truncate_logs_after,
 )
-from d2i.train.distributed.ranks import Ranks
+from d2i.train.checkpoint.checkpoint_files import Progress
 from d2i.train.monitor.chart import plot_losses
 from d2i.train.monitor.wandb_logger import WandbLogger
 
@@ -115,48 +108,20 @@ def _local_events(run_url: str) -> Path:
     return local / _EVENTS_NAME if local else Path(tempfile.mkdtemp(prefix=_EVENTS_NAME))
 
 
-def record_keys(run_url: str, rank: int, step: int, keys: Sequence[str]) -> None:
-    """Append the keys of a rank's micro batch to `keys/rank-N.jsonl`."""
-    line = json.dumps({"step": step, "keys": list(keys)}) + "\n"
-    storage.append_bytes(storage.join(run_url, "keys", f"rank-{rank}.jsonl"), line.encode())
+def kept_lines(progress: Progress, config: TrainConfig) -> tuple[int, int]:
+    """Return the last steps whose metrics and validation lines a resumed run keeps.
+
+    A run that resumes past its former end drops the lines that it wrote only because it ended: a
+    run planned that long from the start would not have them.
+    """
+    step = progress.step
+    if step == config.num_steps:
+        return step, step
+    is_due = step % config.num_validation_steps == 0
+    return step - len(progress.losses), step if is_due else step - 1
 
 
 def say(line: str) -> None:
     """Print a line of the first rank to stderr, where progress goes."""
     sys.stderr.write(f"{plain(line)}\n")
     sys.stderr.flush()
-
-
-class LossTracker:
-    """Collects the losses since the last metrics line; they stay on the device until `collect`.
-
-    Args:
-        ranks: All ranks; each has its own losses.
-        num_micro_batches: Number of micro batches in a step.
-    """
-
-    def __init__(self, ranks: Ranks, num_micro_batches: int) -> None:
-        self._ranks, self._num_micro_batches = ranks, num_micro_batches
-        self._waiting: list[Tensor] = []
-        self.known: list[float] = []
-
-    def add(self, loss: Tensor) -> None:
-        """Add the loss of a micro batch, without waiting for its value."""
-        self._waiting.append(loss.detach())
-
-    def collect(self) -> tuple[list[float], list[tuple[int, int, int]]]:
-        """Gather the waiting losses from all ranks; every rank must call this.
-
-        Returns:
-            The loss of each new step, its mean over ranks and micro batches; and (step as an index
-            into these losses, rank, micro batch) of each loss that is not finite.
-        """
-        if not self._waiting:
-            return [], []
-        mine = torch.stack(self._waiting).double().cpu().view(-1, self._num_micro_batches)
-        self._waiting = []
-        of_all = self._ranks.gather(mine)
-        losses: list[float] = of_all.mean(dim=(0, 2)).tolist()
-        self.known += losses
-        places = (~of_all.isfinite()).nonzero().tolist()
-        return losses, [(step, rank, micro) for rank, step, micro in places]

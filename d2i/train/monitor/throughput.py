@@ -87,6 +87,14 @@ def count_flops(config: BackboneConfig) -> int:
     return 3 * int(counter.get_total_flops())
 
 
+def peak_images_per_s(
+    config: BackboneConfig, precision: str, device: torch.device, num_devices: int
+) -> float | None:
+    """Return the images/s that devices would train on at their peak; None if that is unknown."""
+    peak = peak_flops(device, precision)
+    return None if peak is None else num_devices * peak / count_flops(config)
+
+
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Return a device's peak FLOP/s in a precision; None if unknown."""
     if device.type != "cuda" or precision == "fp32":
