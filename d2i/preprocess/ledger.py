@@ -1,6 +1,6 @@
 """The ledger: one row for every instance key, with the outcome of that instance.
 
-Its columns are listed in ARCHITECTURE.md, Prepared data.
+Its columns are listed in docs/format.md, Prepared data.
 """
 
 from __future__ import annotations

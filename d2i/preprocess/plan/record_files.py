@@ -1,6 +1,6 @@
 """The record: one instance as a row of a planned shard's Parquet file.
 
-Its columns are listed in ARCHITECTURE.md, Prepared data.
+Its columns are listed in docs/format.md, Prepared data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A shard writer made only from the format page of ARCHITECTURE, without code of d2i.
+"""A shard writer made only from docs/format.md, without code of d2i.
 
 Only the test at the end compares it with d2i.
 """
