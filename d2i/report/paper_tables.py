@@ -140,7 +140,9 @@ def _heading(corpus: str, evaluation: Evaluation) -> str:
 
 
 def _has_our_captions(corpus: str, evaluation: Evaluation) -> bool:
-    return evaluation.card.get("kind") == "divter" and not has_captions(corpus)
+    """Return whether a Divter of the paper's corpora was trained on other captions than theirs."""
+    is_of_paper = bool(paper_table2(corpus))
+    return evaluation.card.get("kind") == "divter" and is_of_paper and not has_captions(corpus)
 
 
 def _is_beside_paper(part: Sequence[Evaluation]) -> bool:

@@ -1,4 +1,4 @@
-"""What is due after steps of training: metrics, validation, checkpoints and sample images."""
+"""Hooks of the training loop: metrics, validation, checkpoints and sample images."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_missing_packages_skip_only_their_measurements(tmp_path: Path) -> None:
     found = read(tmp_path)["measurements"]
     assert {name: m["reason"] for name, m in found.items() if m["state"] != "measured"} == {
         "encoders": "not installed: diffusers",
-        "uvit-s: reading": "not installed: pyarrow",
+        "uvit-s: reading": "not installed: msgspec",
         "uvit-s: training, bf16 by DeepSpeed": "not installed: deepspeed",
     }
     assert "unmeasured: not installed: deepspeed" in (tmp_path / "gpu.md").read_text()
