@@ -56,7 +56,7 @@ class Jsonl(Corpus):
     split_seed: int = 0
     """Seed that decides which dialog goes to which split."""
 
-    title: ClassVar[str] = "Chats"
+    title: ClassVar[str] = "jsonl"
     licence: ClassVar[str] = "Your own chats: what you and the people in them agreed on."
     record_type: ClassVar[type[dict[str, Any]]] = dict
     record_fields: ClassVar[frozenset[str]] = frozenset(FORMS)
