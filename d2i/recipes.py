@@ -284,7 +284,7 @@ def check_prepared_with(
     `parts` are those that matter: a caller that encodes the text again can leave that out.
 
     An encoder that was a local path is not compared: the same file may be elsewhere now, and its
-    weights are compared when it is loaded (`d2i.encoders.check_made_by`). Shards that d2i
+    weights are compared when it is loaded (`d2i.encoders.check_encoder_hashes`). Shards that d2i
     preprocess did not make have no recipe beside them, and are accepted unchecked.
 
     Raises:
