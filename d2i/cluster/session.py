@@ -59,8 +59,8 @@ class Capacity:
 class Session:
     """Runs the tasks of a command and holds the objects that its workers share.
 
-    Ray starts, or is joined, when it is first needed, and stops with the session if this session
-    started it. A context manager.
+    A context manager. Ray starts, or is joined, when it is first needed; what was started or joined
+    for the session is left at its end.
 
     Args:
         num_workers: `0` runs everything in this process, without Ray. `None` takes one worker per

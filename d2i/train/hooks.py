@@ -17,7 +17,7 @@ from d2i.train.monitor.metrics_logger import MetricsLogger, say
 from d2i.train.monitor.sample_grid import SampleGrid
 from d2i.train.monitor.throughput import Throughput, progress_line
 from d2i.train.monitor.validation import Validation
-from d2i.train.trainer import learning_rate
+from d2i.train.trainer import Hook, learning_rate
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Logs:
 
 
 @dataclass(frozen=True)
-class MetricsHook:
+class MetricsHook(Hook):
     """Logs and prints a metrics line every `num_log_steps`.
 
     Args:
@@ -92,7 +92,7 @@ class MetricsHook:
 
 
 @dataclass(frozen=True)
-class ValidationHook:
+class ValidationHook(Hook):
     """Logs and prints the validation loss every `num_validation_steps`.
 
     Args:
@@ -126,7 +126,7 @@ class ValidationHook:
 
 
 @dataclass(frozen=True)
-class CheckpointHook:
+class CheckpointHook(Hook):
     """Begins a checkpoint every `num_checkpoint_steps` and after the last step.
 
     Args:
@@ -157,12 +157,9 @@ class CheckpointHook:
             self.writer.start(self.state, progress)
         self.writer.raise_if_failed()
 
-    def end(self, step: int) -> None:
-        """Do nothing: the last step has its checkpoint."""
-
 
 @dataclass(frozen=True)
-class SampleHook:
+class SampleHook(Hook):
     """Generates sample images every `num_sample_steps`, from the checkpoint of that step.
 
     Args:
@@ -187,6 +184,3 @@ class SampleHook:
             checkpoint = Checkpoint(step_directory(self.run_url, step))
             image = storage.join(self.run_url, "samples", f"step-{step}.png")
             self.grid.generate(checkpoint, image)
-
-    def end(self, step: int) -> None:
-        """Do nothing: images are made of the steps that are due."""

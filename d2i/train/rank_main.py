@@ -103,9 +103,10 @@ def _train_rank(request: TrainRequest, ranks: Ranks, fault: Fault | None) -> Non
     checkpoint = _find_checkpoint(run_url, ranks)
     if ranks.run_on_rank_zero(lambda: _open_run(request, reader, ranks, checkpoint)):
         return
+    # Before the engine is built: ZeRO 3 leaves an empty tensor in place of each parameter.
+    shapes = {name: tuple(trained.shape) for name, trained in trained_parameters(network)}
     state = _build_state(request, ranks, network, checkpoint)
     progress = checkpoint.progress if checkpoint else Progress()
-    shapes = {name: tuple(trained.shape) for name, trained in trained_parameters(network)}
     with CheckpointWriter(run_url, config, ranks, shapes, fault) as writer:
         step = run_loop(request, ranks, state, reader, writer, progress, fault)
         writer.finish()
@@ -139,7 +140,9 @@ def run_loop(
         grid = ranks.build_on_rank_zero(
             lambda: SampleGrid(recipe, valid, ranks.device, encode_text)
         )
-    peak = peak_images_per_s(recipe.backbone, config.precision, ranks.device, ranks.world_size)
+    peak = None
+    if ranks.is_rank_zero:
+        peak = peak_images_per_s(recipe.backbone, config.precision, ranks.device, ranks.world_size)
     kept = kept_lines(progress, config)
     logs = Logs(ranks, ranks.build_on_rank_zero(lambda: MetricsLogger(run_url, recipe, *kept)))
     losses = LossTracker(ranks, batches, config, progress.losses)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from d2i.config import OptimConfig, TrainConfig
 from d2i.fault_injection import Fault
@@ -18,14 +17,14 @@ from d2i.train.objective import Objective
 from d2i.train.stop_signal import StopSignal
 
 
-class Hook(Protocol):
+class Hook:
     """Something due after some steps, such as a checkpoint; every rank calls every hook."""
 
     def after_step(self, step: int, *, is_last: bool) -> None:
         """Do what is due after a step; `is_last` if the loop ends with it, also if stopped."""
 
     def end(self, step: int) -> None:
-        """Do what is due once the loop has ended with a step."""
+        """Do what is due once the loop has ended with a step; by default nothing."""
 
 
 @dataclass(frozen=True)

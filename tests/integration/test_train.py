@@ -168,13 +168,22 @@ def test_preflight_of_demo_script_measures_and_trains_nothing(data: Path, tmp_pa
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_zero_3_config_file_gives_same_losses(
+def test_zero_3_gives_same_losses_and_weights_and_goes_on(
     data: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    done = run_process(*command(data, run), "--zero", ROOT / "train" / "zero-3.json")
+    run, zero = tmp_path / "run", ("--zero", ROOT / "train" / "zero-3.json")
+    done = run_process(*command(data, run), *zero)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(losses(run), losses(undisturbed), rtol=1e-5)
+    for name in ("ema", "trained"):
+        found, expected = (
+            load_file(directory / f"{name}.safetensors") for directory in (run, undisturbed)
+        )
+        assert found.keys() == expected.keys()
+        for key, weights in found.items():
+            np.testing.assert_allclose(weights, expected[key], rtol=1e-3, atol=1e-5)
+    longer = command(data, run, train__num_steps=7)
+    assert run_d2i(*longer, *zero, "--json")["step"] == 7
 
 
 def test_resume_with_changed_seed_is_error(data: Path, undisturbed: Path) -> None:

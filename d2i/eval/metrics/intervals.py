@@ -2,7 +2,7 @@
 
 Dialogs are resampled, not instances: instances of one dialog resemble each other, and treating them
 as independent would make an interval too narrow. All images of a dialog, reference and generated,
-are kept or left out together. Must not import torch.
+are kept or left out together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The kernel distance of two sets of features (KID): over random subsets, and over paired images.
 
 Over subsets, the kernel of each pair of images is computed once and summed for all subsets at once.
-The subsets are those that torch-fidelity draws from the same seed. Must not import torch.
+The subsets are those that torch-fidelity draws from the same seed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""All measurements of an evaluation, before scoring.
-
-Must not import torch.
-"""
+"""All measurements of an evaluation, before scoring."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Negative candidates for retrieval recall, as a corpus lists them.
-
-Must not import torch.
-"""
+"""Negative candidates for retrieval recall, as a corpus lists them."""
 
 from __future__ import annotations
 

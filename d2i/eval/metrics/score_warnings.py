@@ -1,4 +1,4 @@
-"""Warnings about the scores of an evaluation, one line each. Must not import torch."""
+"""Warnings about the scores of an evaluation, one line each."""
 
 from __future__ import annotations
 

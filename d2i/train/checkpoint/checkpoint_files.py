@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -242,11 +242,20 @@ class Checkpoint:
         return runs
 
     def check(self) -> None:
-        """Read every byte once and compare it with the checksums.
+        """Read every byte once and compare it with the checksums, and slices with the shapes.
 
         Raises:
-            CheckpointError: If the size or sha256 of a file differs from what was written.
+            CheckpointError: If the size or sha256 of a file differs from what was written, or the
+                slices of a parameter do not make up its shape.
         """
+        for (kind, parameter), slices in self._runs.items():
+            names = (slice_key(cast(Kind, kind), parameter, first) for first, _ in slices)
+            lengths = (part.lengths[n] for n, (_, part) in zip(names, slices, strict=True))
+            expected = torch.Size(self.shapes.get(parameter, ())).numel()
+            if (length := sum(lengths)) != expected:
+                raise self._damaged(
+                    f"it holds {length} numbers of {kind} {parameter}, whose shape has {expected}"
+                )
         for name, size_bytes in self._sizes.items():
             url = storage.join(self.directory, name)
             if (found := storage.size_bytes(url)) != size_bytes:

@@ -76,21 +76,17 @@ class BatchStream:
         self._ranks, self._run_url = ranks, run_url
         self._order = build_order(reader, config)
         _, self.num_micro_batches = config.accumulation(ranks.world_size)
-        self._steps: Iterator[int] = iter(())
-        self._batches: Iterator[Batch] = iter(())
+        self._batches: Iterator[tuple[int, Batch]] = iter(())
 
     def begin(self, step: int) -> None:
         """Begin to read the batches of a step and of those after it."""
-        self._steps = (
-            number
-            for number in range(step, self._config.num_steps)
-            for _ in range(self.num_micro_batches)
-        )
-        self._batches = self._loader.read_ahead(self._requests(step))
+        steps = np.repeat(np.arange(step, self._config.num_steps), self.num_micro_batches)
+        batches = self._loader.read_ahead(self._requests(step))
+        self._batches = zip(steps.tolist(), batches, strict=True)
 
     def __next__(self) -> Batch:
         """Return the next micro batch."""
-        step, batch = next(self._steps), next(self._batches)
+        step, batch = next(self._batches)
         if self._config.record_keys:
             record_keys(self._run_url, self._ranks.rank, step + 1, batch.keys)
         return batch
