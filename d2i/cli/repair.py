@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -21,9 +21,6 @@ from d2i.cli.options import (
     network_policy_of,
 )
 from d2i.cli.output import ProgressLine, print_result, problem_line
-
-if TYPE_CHECKING:
-    pass
 
 
 def repair(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from d2i.cli.options import (
 )
 from d2i.cli.output import print_result
 from d2i.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 def report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from d2i.cli.options import (
     JsonOption,
 )
 from d2i.cli.output import ProgressLine, print_result, problem_line
-
-if TYPE_CHECKING:
-    pass
 
 
 def verify(
