@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,8 @@ import pytest
 from d2i.cluster import Session
 from d2i.config import DialogConfig, FetchConfig
 from d2i.corpora import read_instances
+from d2i.corpora.jsonl import Jsonl
+from d2i.corpora.records import Dialog
 from d2i.corpus_analysis.survey import survey_split
 from d2i.errors import ConfigError, DataError
 from d2i.fetch.rate_limiter import create_shared_limiter
@@ -88,18 +89,29 @@ def test_dialog_with_too_many_images_is_skipped(tmp_path: Path, num_turns: int) 
     assert issues["too_large"] == 1
 
 
-def test_survey_of_dialog_with_many_images_is_fast(tmp_path: Path) -> None:
-    source = write_chats(
-        tmp_path / "chats", {"id": 1, "turns": [{"text": "a", "images": ["a"] * 300}]}
-    )
-    start = time.monotonic()
-    found = survey_split(
-        "jsonl", str(source), "train", DialogConfig(), num_sampled=2000, on_dialog=lambda: None
-    )
-    assert found.num_instances == 300
-    assert found.lengths.num_sampled == 300
-    # It took more than five seconds when every sample rebuilt every instance.
-    assert time.monotonic() - start < 5.0
+def test_survey_makes_instances_of_dialog_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for every sampled image, which is quadratic in a dialog of many images."""
+    made = Jsonl.instances
+    num_calls = Counter[int]()
+
+    def count(corpus: Jsonl, dialog: Dialog, *args: Any) -> Any:
+        num_calls[len(dialog.images)] += 1
+        return made(corpus, dialog, *args)
+
+    monkeypatch.setattr(Jsonl, "instances", count)
+    for num_images in (1, 300):
+        source = write_chats(
+            tmp_path / f"chats-{num_images}",
+            {"id": 1, "turns": [{"text": "a", "images": ["a"] * num_images}]},
+        )
+        found = survey_split(
+            "jsonl", str(source), "train", DialogConfig(), num_sampled=2000, on_dialog=lambda: None
+        )
+        assert found.num_instances == num_images
+        assert found.lengths.num_sampled == num_images
+    assert num_calls[300] == num_calls[1]
 
 
 def test_overlong_text_is_skipped(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 
 import pytest
 
@@ -65,10 +64,8 @@ def test_403_of_host_behind_proxy_is_http_403() -> None:
 def test_deadline_ends_silent_proxy(scheme: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         limits = Limits(0.5, 0.5, LIMITS.body, "d2i test")
-        start = time.monotonic()
         proxy = Proxy("127.0.0.1", silent.getsockname()[1])
         assert reason(f"{scheme}://web.test/x", proxy, limits) == "timeout"
-        assert time.monotonic() - start < 5.0
 
 
 def test_missing_proxy_is_proxy_unreached() -> None:
