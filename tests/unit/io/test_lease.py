@@ -19,12 +19,13 @@ from fsspec.implementations.local import LocalFileSystem
 from d2i.errors import ConfigError
 from d2i.io import lease
 
+ROOT = Path(__file__).resolve().parents[3]
 HOLD = """
 import sys, time
-from fsspec.implementations.local import LocalFileSystem
 from d2i.io import lease
+from tests.unit.io.test_lease import ObjectStore
 lease.RENEW_S = 0.1
-with lease.hold_lease(LocalFileSystem(auto_mkdir=True), sys.argv[1], "s3://bucket/run", 0):
+with lease.hold_lease(ObjectStore(), sys.argv[1], "s3://bucket/run", 0):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -95,7 +96,7 @@ def test_lease_names_its_holder_to_a_second_command(
     # A holder on this machine is known to be gone, however fresh its last renewal is.
     monkeypatch.setattr(lease, "STALE_S", math.inf)
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     with process:
         assert process.stdout and process.stdout.readline() == "held\n"
@@ -127,6 +128,7 @@ def test_stale_lease_is_taken_over(tmp_path: Path, store: LocalFileSystem) -> No
 def test_superseded_lease_holder_exits(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
