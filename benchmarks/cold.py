@@ -26,6 +26,7 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from d2i.config import TrainConfig
+from d2i.models import family
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 from d2i.train.data.batch import BatchLoader
 from d2i.train.data.data_order import DataOrder
@@ -119,7 +120,7 @@ def paced(
     is_ahead: bool,
 ) -> Iterator[float]:
     """Yield the seconds that each step waits for its batch; steps are paced by `--rate`."""
-    batches = BatchLoader(reader, config, is_joint=False)
+    batches = BatchLoader(reader, config, family("uvit"))
     requests = ((order.global_batch(step, args.batch), step) for step in range(num_steps))
     read_ahead = batches.read_ahead(requests)
     for step in range(num_steps):

@@ -97,9 +97,11 @@ class Backbone:
     reader_batch: int
 
     @property
-    def is_joint(self) -> bool:
-        """True if it predicts image and text jointly."""
-        return self.name.startswith("unidiffuser")
+    def family(self) -> Any:
+        """Its family, as training and sampling take it."""
+        from d2i.models.registry import family_of_backbone
+
+        return family_of_backbone(self.name)
 
 
 BACKBONES = (
@@ -367,40 +369,40 @@ def build(backbone: Backbone, place: Place) -> Any:
         return build_backbone(backbone.name, **place.sizes(backbone))
 
 
-def draw_batch(network: Any, is_joint: bool, size: int, device: str) -> Any:
+def draw_batch(network: Any, backbone: Backbone, size: int, device: str) -> Any:
     """Draw a training batch on the device: normal numbers, times in 1..1000."""
     import torch
 
-    from d2i.train.data.batch import Batch, JointInputs
+    from d2i.train.data.batch import Batch
 
     side, num_tokens = network.latent_size, network.num_text_tokens
     normal = partial(torch.randn, device=device)
-    joint = None
-    if is_joint:
-        joint = JointInputs(
-            clip=normal(size, 1, network.clip_dim),
-            clip_noise=normal(size, 1, network.clip_dim),
-            text_noise=normal(size, num_tokens, network.text_dim),
-            n_text=torch.randint(1, 1001, (size,), device=device),
-        )
+    conditions = {"text": normal(size, num_tokens, network.text_dim)}
+    if "clip" in backbone.family.encoders:
+        conditions |= {
+            "clip": normal(size, 1, network.clip_dim),
+            "clip_noise": normal(size, 1, network.clip_dim),
+            "text_noise": normal(size, num_tokens, network.text_dim),
+            "n_text": torch.randint(1, 1001, (size,), device=device),
+        }
     return Batch(
         keys=("",) * size,
         moments=normal(size, 8, side, side),
-        text=normal(size, num_tokens, network.text_dim),
         latent_noise=normal(size, 4, side, side),
         noise=normal(size, 4, side, side),
         n=torch.randint(1, 1001, (size,), device=device),
-        joint=joint,
+        conditions=conditions,
     )
 
 
 def objective_of(backbone: Backbone, network: Any) -> Callable[[Any, Any], Any]:
     """Return the training loss function of the network."""
-    from d2i.config import BackboneConfig, UniDiffuserLossConfig
+    from d2i.config import TrainConfig
     from d2i.train.objective import build_objective
 
-    config = BackboneConfig(name=backbone.name)
-    return build_objective(config, network.latent_scale, UniDiffuserLossConfig())
+    config = TrainConfig(num_steps=1, global_batch_size=1, micro_batch_size=1)
+    vae = backbone.family.vae_numbers(network)
+    return build_objective(backbone.family, vae, config)
 
 
 def build_adamw(parameters: Sequence[Any]) -> Any:
@@ -433,7 +435,7 @@ class Trainer:
             self._masters = [weight.detach().clone() for weight in self._parameters]
             self.network.bfloat16()
         if training.is_compiled:
-            compile_network(self.network, place)
+            compile_network(self.network, backbone, place)
         self._objective = objective_of(backbone, self.network)
         self._optimizer = build_adamw(self._masters)
 
@@ -465,14 +467,14 @@ class Trainer:
                 torch._foreach_copy_(self._parameters, self._masters)
 
 
-def compile_network(network: Any, place: Place) -> None:
+def compile_network(network: Any, backbone: Backbone, place: Place) -> None:
     """Compile block by block as training does; at toy size trace only one block, which is fast."""
     from d2i.train.network import compile_blocks
 
     if place.is_toy:
         network.mid_block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     else:
-        compile_blocks(network)
+        compile_blocks(backbone.family.blocks(network))
 
 
 @cache
@@ -482,7 +484,7 @@ def flop_of_image(backbone: Backbone, place: Place, *, is_training: bool) -> int
     from torch.utils.flop_counter import FlopCounterMode
 
     network = build(backbone, Place("meta", place.size)).requires_grad_(is_training)
-    batch = draw_batch(network, backbone.is_joint, 1, "meta")
+    batch = draw_batch(network, backbone, 1, "meta")
     latent = batch.moments[:, :4]
     with FlopCounterMode(display=False) as counter:
         if batch.joint:
@@ -527,7 +529,7 @@ def measure_training(
 def measure_batch(trainer: Trainer, size: int, budget: Budget) -> Row:
     """Take steps on one batch for a seventh of the remaining time: larger batches follow."""
     backbone, place = trainer.backbone, trainer.place
-    batch = draw_batch(trainer.network, backbone.is_joint, size, place.device)
+    batch = draw_batch(trainer.network, backbone, size, place.device)
     timing = timed(partial(trainer.step, batch), place, budget, share=1 / 7)
     check_finite(trainer.step(batch))
     is_traced = trainer.training.is_compiled and place.is_toy
@@ -571,7 +573,7 @@ def measure_engine(backbone: Backbone, place: Place, budget: Budget, emit: Emit)
     config = TrainConfig(num_steps=1, global_batch_size=size, micro_batch_size=size)
     place.clear()
     network = build(backbone, place)
-    batch = draw_batch(network, backbone.is_joint, size, place.device)
+    batch = draw_batch(network, backbone, size, place.device)
     objective = objective_of(backbone, network)
     engine = build_engine(network, config, 1)
 
@@ -855,7 +857,7 @@ def _measure_threads(
     random = np.random.default_rng(0)
     num_samples = len(reader.keys)
     requests = ((random.choice(num_samples, size, replace=False), step) for step in range(10**6))
-    batches = BatchLoader(reader, config, is_joint=backbone.is_joint)
+    batches = BatchLoader(reader, config, backbone.family)
     ahead = batches.read_ahead(requests)
     num_bytes = size_bytes(next(ahead))
     device = torch.device(place.device)

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2i.diffusion import unidiffuser_loss, uvit_loss
+from d2i.diffusion import noise_prediction_loss
 from d2i.models import build_backbone
-from d2i.models.blocks import Attention
-from d2i.models.weights.diffusers_layout import diffusers_config, to_diffusers
+from d2i.models.blocks import Attention, long_skip_blocks
+from d2i.models.unidiffuser.layout import diffusers_config, to_diffusers
+from d2i.models.unidiffuser.objective import unidiffuser_loss
 from d2i.train.checkpoint.ema import Ema
 from d2i.train.network import compile_blocks
 
@@ -109,7 +110,7 @@ def uvit_steps(options: argparse.Namespace) -> dict[str, Step]:
     noise = torch.randn_like(latent)
 
     def loss(network: nn.Module) -> Tensor:
-        return uvit_loss(network, latent, text, n, noise).mean()
+        return noise_prediction_loss(network, latent, text, n, noise).mean()
 
     fused = torch.optim.AdamW(ours.parameters(), **OPTIMIZER, fused=True)
     default = torch.optim.AdamW(plain.parameters(), **OPTIMIZER)
@@ -168,7 +169,7 @@ def compiled(network: Any, name: str, options: argparse.Namespace) -> Any:
     """Compile a network if requested: the blocks of d2i's, or the whole of another."""
     if options.compile == "both" or options.compile == name:
         if hasattr(network, "in_blocks"):
-            compile_blocks(network)
+            compile_blocks(long_skip_blocks(network))
         else:
             network.compile()
     return network

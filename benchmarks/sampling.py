@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2i.diffusion import dpm_solver, guided_unidiffuser, join_state, split_state
+from d2i.diffusion import dpm_solver
 from d2i.diffusion.draws import normal
 from d2i.diffusion.schedulers import build_scheduler
 from d2i.models import build_backbone
-from d2i.models.weights.diffusers_layout import diffusers_config, to_diffusers
+from d2i.models.unidiffuser.guidance import guided_unidiffuser, join_state, split_state
+from d2i.models.unidiffuser.layout import diffusers_config, to_diffusers
 
 MIDDLE: dict[str, Any] = {"dim": 512, "depth": 12, "num_heads": 8}
 GUIDANCE = 8.0

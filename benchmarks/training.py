@@ -31,8 +31,8 @@ import numpy as np
 import torch
 
 from d2i.config import Recipe, TrainConfig, apply_settings
-from d2i.diffusion import uvit_loss
-from d2i.models import build_backbone
+from d2i.diffusion import noise_prediction_loss
+from d2i.models import build_backbone, family
 from d2i.recipes import load_recipe
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 from d2i.train.checkpoint.checkpoint_files import Progress
@@ -138,7 +138,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
 
 def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> list[float]:
     """Time forward, backward and AdamW on one batch in memory."""
-    batches = BatchLoader(reader, config, is_joint=False)
+    batches = BatchLoader(reader, config, family("uvit"))
     batch = batches.read(np.arange(config.global_batch_size), 0).to(torch.device("cpu"))
     batches.close()
     network = build_backbone("uvit-s")
@@ -151,7 +151,9 @@ def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> 
     clock = Clock()
     for _ in range(num_steps):
         latent = batch.moments[:, :4]
-        uvit_loss(network, latent, batch.text, batch.n, batch.noise).mean().backward()
+        noise_prediction_loss(
+            network, latent, batch.conditions["text"], batch.n, batch.noise
+        ).mean().backward()
         step_masters(network, masters, optimizer)
         clock.trigger_at("")
     return clock.seconds()
@@ -198,7 +200,7 @@ def measure_input(args: argparse.Namespace) -> dict[str, Any]:
         reader = write_data(Path(name), args.num_samples)
         sizes = tuple(shard.num_samples for shard in reader.manifest.shards)
         order = DataOrder(sizes, 0)
-        batches = BatchLoader(reader, config, is_joint=False)
+        batches = BatchLoader(reader, config, family("uvit"))
         rates, cpu_rates = [], []
         for repeat in range(args.repeats + 1):
             steps = range(repeat * args.steps, (repeat + 1) * args.steps)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from d2i.config import TrainConfig, TrainPrecision, apply_settings
-from d2i.diffusion import uvit_loss
+from d2i.diffusion import noise_prediction_loss
 from d2i.models import build_backbone
 from d2i.recipes import load_recipe
 from d2i.train.distributed.engine import build_engine, join_ranks, list_parts, master_weights
@@ -80,7 +80,7 @@ def build(weights: dict[str, Tensor] | None = None) -> Any:
 def loss_of(network: Any, draw: Draw) -> Tensor:
     """Return the mean loss of a draw."""
     latents, text, n, noise = draw
-    return uvit_loss(network, latents, text, n, noise).mean()
+    return noise_prediction_loss(network, latents, text, n, noise).mean()
 
 
 def pretrain(num_steps: int) -> dict[str, Tensor]:

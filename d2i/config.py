@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -19,13 +20,13 @@ from pydantic import (
     model_validator,
 )
 
+from d2i.backbones import family_of, presets_of
 from d2i.errors import ConfigError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 TrainPrecision = Literal["fp32", "bf16", "bf16_weights", "fp16_weights"]
-BackboneName = Literal["uvit-s", "uvit-s-deep", "unidiffuser-v0", "unidiffuser-v1"]
 WeightsKind = Literal["ema", "ema-short", "trained"]
 
 
@@ -153,6 +154,14 @@ class EncodersConfig(Config):
     """Every encoder runs at this fixed, padded batch size, so that grouping changes no bit."""
 
 
+def _known_backbone(name: str) -> str:
+    try:
+        family_of(name)
+    except ConfigError as err:
+        raise ValueError(str(err)) from err
+    return name
+
+
 SCRATCH = "scratch"
 """Value of `backbone.weights` for training from random weights."""
 
@@ -160,7 +169,7 @@ SCRATCH = "scratch"
 class BackboneConfig(Config):
     """The network and its initial weights. `None` keeps the published size."""
 
-    name: BackboneName
+    name: Annotated[str, AfterValidator(_known_backbone)]
     weights: str | None = None
     """Initial weights: a file, a directory, a URL or `demo:backbone`; `scratch` for random ones.
     Required for training; commands that load no network do not need it."""
@@ -179,11 +188,6 @@ class BackboneConfig(Config):
     def is_random(self) -> bool:
         """True if training starts from random weights; older runs mean that by None."""
         return self.weights in (None, SCRATCH)
-
-    @property
-    def is_joint(self) -> bool:
-        """True if the network predicts image and text together."""
-        return self.name.startswith("unidiffuser")
 
     def overrides(self) -> dict[str, Any]:
         """Return the sizes that differ from the published ones, for `build_backbone`."""
@@ -472,25 +476,14 @@ class Recipe(Config):
     metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
-    def _unset_means_what_the_loss_needs(self) -> Self:
-        """Fill unset settings that guidance needs, in training and in sampling."""
-        if self.backbone.is_joint:
-            if self.train.unidiffuser.loss == "joint":
-                self._fill("train", "condition_dropout", 0.0)
-            else:
-                self._fill("sample", "unconditional", "empty_token")
-        return self
-
-    @model_validator(mode="after")
-    def _an_empty_text_is_learned(self) -> Self:
-        is_learned = self.train.unidiffuser.loss != "joint" or self.train.condition_dropout > 0
-        wants_it = self.backbone.is_joint and self.sample.unconditional == "empty_token"
-        if wants_it and not is_learned:
-            raise ValueError(
-                "sample.unconditional=empty_token uses the text of '', which the joint loss "
-                "never trains on without train.condition_dropout; set that to 0.1, or keep "
-                "sample.unconditional=true_uncond"
-            )
+    def _fits_its_family(self) -> Self:
+        """Fill in what the family needs where nothing is set, and ask it what is wrong."""
+        presets = presets_of(self.backbone.name)
+        for setting, value in presets.unset(self).items():
+            section, _, name = setting.partition(".")
+            self._fill(section, name, value)
+        if problem := presets.problem(self):
+            raise ValueError(problem)
         return self
 
     def _fill(self, section: str, name: str, value: float | str) -> None:

@@ -20,7 +20,7 @@ from benchmarks.demo_weights.images import ImageBatch
 from benchmarks.demo_weights.texts import caption_windows
 from benchmarks.demo_weights.vae import encode_means
 from d2i.config import BackboneConfig
-from d2i.diffusion import uvit_loss
+from d2i.diffusion import noise_prediction_loss
 from d2i.models import build_backbone, save_weights
 from d2i.models.model_dir import write_config
 from d2i.tokenize import WINDOW_LENGTH, encode, window
@@ -199,7 +199,7 @@ def _loss(
     noise = torch.randn(latent.shape, generator=generator)
     # High noise decides what an image shows, so times are drawn with a density that rises in n.
     n = (torch.rand(_BATCH, generator=generator).sqrt() * 1000).ceil().clamp(1, 1000).long()
-    return uvit_loss(network, latent, text, n, noise).mean()
+    return noise_prediction_loss(network, latent, text, n, noise).mean()
 
 
 def _save(scratch: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

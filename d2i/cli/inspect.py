@@ -71,8 +71,8 @@ def _write_page(html: str, reader: ShardReader, num: int, settings: list[str]) -
     batch = reader.read(range(num), ["moments", "tokens"])
     shown = []
     for place in range(num):
-        mean = torch.from_numpy(batch["moments"][place : place + 1, :4])
-        (pixels,) = vae.decode(mean, batch_size=1)
+        moments = torch.from_numpy(batch["moments"][place : place + 1])
+        (pixels,) = vae.decode(vae.codec.mean(moments), batch_size=1)
         metadata = reader.read_json(place)
         shown.append(
             ShownSample(

@@ -1,8 +1,8 @@
 """Noise schedule, samplers, guidance, losses and keyed random draws."""
 
 from d2i.diffusion.dpm_solver import Eps, dpm_solver
-from d2i.diffusion.guidance import guided_unidiffuser, guided_uvit, join_state, split_state
-from d2i.diffusion.losses import sample_latent, unidiffuser_loss, uvit_loss
+from d2i.diffusion.guidance import guided
+from d2i.diffusion.losses import noise_prediction_loss, sample_latent
 from d2i.diffusion.samplers import ancestral
 from d2i.diffusion.schedule import Schedule, default_schedule
 
@@ -12,11 +12,7 @@ __all__ = [
     "ancestral",
     "default_schedule",
     "dpm_solver",
-    "guided_unidiffuser",
-    "guided_uvit",
-    "join_state",
+    "guided",
+    "noise_prediction_loss",
     "sample_latent",
-    "split_state",
-    "unidiffuser_loss",
-    "uvit_loss",
 ]

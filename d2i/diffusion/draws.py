@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from d2i.config import NUM_NOISE_LEVELS
+
 Shape = tuple[int, ...]
 
 
@@ -78,29 +80,69 @@ def integers(
 
 
 @dataclass(frozen=True)
+class BatchDraws:
+    """Random draws for a micro batch of training.
+
+    Args:
+        seed: Seed of the run.
+        keys: Key of each sample.
+        step: Step that the draws belong to.
+        purpose: Prefix of every purpose; empty for training.
+    """
+
+    seed: int
+    keys: Sequence[str]
+    step: int
+    purpose: str = ""
+
+    def normal(self, name: str, shape: Shape) -> npt.NDArray[np.float32]:
+        """Draw standard normal numbers, (B, *shape) float32; see `normal`."""
+        return normal(self.seed, f"{self.purpose}{name}", self.keys, self.step, shape)
+
+    def uniform(self, name: str) -> npt.NDArray[np.float32]:
+        """Draw a number in [0, 1) for each sample, (B,) float32."""
+        return uniform(self.seed, f"{self.purpose}{name}", self.keys, self.step)
+
+    def model_times(self, name: str) -> npt.NDArray[np.int64]:
+        """Draw a model time in 1..1000 for each sample, (B,) int64."""
+        return integers(
+            1, NUM_NOISE_LEVELS, self.seed, f"{self.purpose}{name}", self.keys, self.step
+        )
+
+
+@dataclass(frozen=True)
 class SampleDraws:
     """Random draws for a batch of images, each with its own key and seed.
 
     Args:
         seeds: Seed of each image.
         keys: Key of each image.
+        purpose: Prefix of every purpose.
     """
 
     seeds: Sequence[int]
     keys: Sequence[str]
+    purpose: str = "sample"
 
-    def normal(self, purpose: str, shape: Shape, step: int = 0) -> npt.NDArray[np.float32]:
-        """Draw standard normal numbers, (B, *shape) float32; see `normal`."""
+    def normal(self, part: str, shape: Shape, step: int = 0) -> npt.NDArray[np.float32]:
+        """Draw standard normal numbers, (B, *shape) float32; see `normal`.
+
+        Args:
+            part: What they are for: '' is the image at the start, others begin with a dot.
+            shape: Shape of one image's numbers.
+            step: Number of the sampler's call.
+        """
+        purpose = f"{self.purpose}{part}"
         rows = [
             normal(seed, purpose, [key], step, shape)
             for seed, key in zip(self.seeds, self.keys, strict=True)
         ]
         return np.concatenate(rows)
 
-    def generator_seeds(self, purpose: str) -> list[int]:
+    def generator_seeds(self, part: str) -> list[int]:
         """Draw a seed for each image, for generators that are not d2i's own."""
         return [
-            int(integers(0, 2**63 - 1, seed, purpose, [key], 0)[0])
+            int(integers(0, 2**63 - 1, seed, f"{self.purpose}{part}", [key], 0)[0])
             for seed, key in zip(self.seeds, self.keys, strict=True)
         ]
 

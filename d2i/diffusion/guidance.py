@@ -1,4 +1,4 @@
-"""Classifier-free guidance: turns a network and its condition into the `eps` of a sampler.
+"""Classifier-free guidance: turns a network and its conditions into the `eps` of a sampler.
 
 eps = uncond + guidance_scale (cond - uncond); papers that write cond + s (cond - uncond) mean
 guidance_scale = 1 + s. Both halves run as one batch of 2B. Knows no network class.
@@ -6,144 +6,58 @@ guidance_scale = 1 + s. Both halves run as one batch of 2B. Knows no network cla
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import count
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from d2i.diffusion.dpm_solver import Eps
-from d2i.errors import ConfigError
 
-TEXT_TIME_CLEAN = 0.0
-TEXT_TIME_NOISE = 1000.0
-
-Unconditional = Literal["true_uncond", "empty_token"]
+Given = TypeVar("Given", Tensor, Mapping[str, Tensor])
+"""The conditions of a batch: one tensor (B, ...), or several by name."""
 
 
-def guided_uvit(
-    network: Callable[..., Tensor], text: Tensor, empty_text: Tensor, guidance_scale: float
+def guided(
+    network: Callable[[Tensor, Tensor, Given], Tensor],
+    conditions: Given,
+    unconditional: Given,
+    guidance_scale: float,
 ) -> Eps:
-    """Return the noise prediction of a U-ViT, guided by text.
+    """Return the guided noise prediction of a network.
 
     Args:
-        network: called as `network(latent, n, text)`.
-        text: (B, T, D) features of the condition.
-        empty_text: (T, D) features of ''.
-        guidance_scale: 1 runs the conditional half alone; 2 as published.
+        network: called as `network(latent, n, conditions)`.
+        conditions: (B, ...) each, such as text features (B, T, D).
+        unconditional: those of the empty text, without the batch axis.
+        guidance_scale: 1 runs the conditional half alone; 2 as published for U-ViT.
 
     Returns:
         `eps(x, n)` on latents (B, 4, h, w), in the dtype of x.
     """
     if guidance_scale == 1:
-        return lambda x, n: network(x, n, text).to(x.dtype)
-    both_texts = torch.cat([text, empty_text.to(text).expand_as(text)])
+        return lambda x, n: network(x, n, conditions).to(x.dtype)
+    both = _with_unconditional(conditions, unconditional)
 
     def eps(x: Tensor, n: Tensor) -> Tensor:
-        predicted = network(_twice(x), _twice(n), both_texts).to(x.dtype)
-        return _guide(predicted, guidance_scale)
+        predicted = network(twice(x), twice(n), both).to(x.dtype)
+        return guide(predicted, guidance_scale)
 
     return eps
 
 
-def guided_unidiffuser(
-    network: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    text: Tensor,
-    guidance_scale: float,
-    latent_shape: tuple[int, int, int],
-    *,
-    unconditional: Unconditional = "true_uncond",
-    text_noise: Callable[[int], Tensor] | None = None,
-    empty_text: Tensor | None = None,
-    data_type: int = 1,
-) -> Eps:
-    """Return UniDiffuser's text-to-image prediction on the joint state of latent and CLIP image.
-
-    The returned function counts its calls to get fresh text noise: create one for each run of a
-    sampler.
-
-    Args:
-        network: called as `network(latent, clip_image, text, n_image, n_text, data_type)`.
-        text: (B, T, D) clean features of the condition.
-        guidance_scale: 1 runs the conditional half alone; 8 as published.
-        latent_shape: (4, h, w) of the latent part of the state.
-        unconditional: `true_uncond` (published) uses pure noise as text, at text time 1000;
-            `empty_token` uses the features of '', at text time 0.
-        text_noise: for `true_uncond`: standard normal (B, T, D) for call k = 0, 1, ...
-        empty_text: for `empty_token`: (T, D) features of ''.
-        data_type: see `UniDiffuser.forward`.
-
-    Returns:
-        `eps(x, n)` on joint states (B, 4hw + C), see `join_state`, in the dtype of x.
-
-    Raises:
-        ConfigError: `unconditional` is neither of the two, or its argument is missing.
-    """
-    if guidance_scale == 1:
-        return _conditional_unidiffuser(network, text, latent_shape, data_type)
-    other_text = _unconditional_text(text, unconditional, text_noise, empty_text)
-    other_time = TEXT_TIME_NOISE if unconditional == "true_uncond" else TEXT_TIME_CLEAN
-    calls = count()
-
-    def eps(x: Tensor, n: Tensor) -> Tensor:
-        latent, clip_image = split_state(_twice(x), latent_shape)
-        both_texts = torch.cat([text, other_text(next(calls))])
-        n_text = torch.cat([torch.zeros_like(n), torch.full_like(n, other_time)])
-        predicted = network(latent, clip_image, both_texts, _twice(n), n_text, data_type)
-        return _guide(join_state(*predicted[:2]).to(x.dtype), guidance_scale)
-
-    return eps
+def _with_unconditional(conditions: Given, unconditional: Given) -> Given:
+    if isinstance(conditions, Tensor):
+        return torch.cat([conditions, unconditional.to(conditions).expand_as(conditions)])
+    return {name: _with_unconditional(conditions[name], unconditional[name]) for name in conditions}
 
 
-def join_state(latent: Tensor, clip_image: Tensor) -> Tensor:
-    """Join (B, 4, h, w) and (B, 1, C) into the state (B, 4hw + C) that is sampled as one."""
-    return torch.cat([latent.flatten(1), clip_image.flatten(1)], dim=1)
-
-
-def split_state(state: Tensor, latent_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Split a joint state (B, 4hw + C) into (B, 4, h, w) and (B, 1, C)."""
-    channels, height, width = latent_shape
-    size = channels * height * width
-    return state[:, :size].reshape(-1, *latent_shape), state[:, size:][:, None]
-
-
-def _conditional_unidiffuser(
-    network: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    text: Tensor,
-    latent_shape: tuple[int, int, int],
-    data_type: int,
-) -> Eps:
-    def eps(x: Tensor, n: Tensor) -> Tensor:
-        latent, clip_image = split_state(x, latent_shape)
-        predicted = network(latent, clip_image, text, n, torch.zeros_like(n), data_type)
-        return join_state(*predicted[:2]).to(x.dtype)
-
-    return eps
-
-
-def _unconditional_text(
-    text: Tensor,
-    unconditional: Unconditional,
-    text_noise: Callable[[int], Tensor] | None,
-    empty_text: Tensor | None,
-) -> Callable[[int], Tensor]:
-    """Return a function from the call number to the text of the unconditional half."""
-    if unconditional == "true_uncond" and text_noise is not None:
-        return lambda call: text_noise(call).to(text)
-    if unconditional == "empty_token" and empty_text is not None:
-        repeated = empty_text.to(text).expand_as(text)
-        return lambda _: repeated
-    raise ConfigError(
-        f"unconditional is {unconditional!r}: expected 'true_uncond' with text_noise, "
-        "or 'empty_token' with empty_text"
-    )
-
-
-def _twice(tensor: Tensor) -> Tensor:
+def twice(tensor: Tensor) -> Tensor:
+    """Repeat a batch (B, ...) for both halves: (2B, ...)."""
     return torch.cat([tensor, tensor])
 
 
-def _guide(predicted: Tensor, guidance_scale: float) -> Tensor:
+def guide(predicted: Tensor, guidance_scale: float) -> Tensor:
+    """Combine the two halves of a prediction (2B, ...), conditional first, to (B, ...)."""
     conditional, unconditional = predicted.chunk(2)
     return conditional + (guidance_scale - 1.0) * (conditional - unconditional)

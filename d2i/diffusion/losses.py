@@ -6,14 +6,15 @@ only what a network's call returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from d2i.diffusion.schedule import Schedule, default_schedule
-from d2i.errors import ConfigError
+
+Given = TypeVar("Given")
 
 LOGVAR_MIN = -30.0
 LOGVAR_MAX = 20.0
@@ -35,20 +36,20 @@ def sample_latent(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
     return scale * (mean + deviation * noise)
 
 
-def uvit_loss(
-    network: Callable[..., Tensor],
+def noise_prediction_loss(
+    network: Callable[[Tensor, Tensor, Given], Tensor],
     latent: Tensor,
-    text: Tensor,
+    conditions: Given,
     n: Tensor,
     noise: Tensor,
     schedule: Schedule | None = None,
 ) -> Tensor:
-    """Return the noise-prediction loss of the U-ViT.
+    """Return the noise-prediction loss (Ho et al. 2020, equation 14), as U-ViT is trained with it.
 
     Args:
-        network: called as `network(latent, n, text)`.
+        network: called as `network(latent, n, conditions)`.
         latent: (B, 4, h, w) clean, scaled latents.
-        text: (B, T, D) text features, already replaced by the features of '' where dropped.
+        conditions: passed on, such as text features (B, T, D), those of '' where dropped.
         n: (B,) integers in 1..1000.
         noise: standard normal, shaped as `latent`.
         schedule: noise schedule; default that of the published networks.
@@ -57,60 +58,4 @@ def uvit_loss(
         (B,) mean squared error over channels and pixels; the batch loss is its mean.
     """
     noised = (schedule or default_schedule()).add_noise(latent, noise, n)
-    return (network(noised, n, text) - noise).square().flatten(1).mean(1)
-
-
-def unidiffuser_loss(
-    network: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    parts: Sequence[Tensor],
-    n_image: Tensor,
-    n_text: Tensor,
-    noises: Sequence[Tensor],
-    *,
-    kind: Literal["joint", "t2i"] = "joint",
-    weights: Sequence[float] | None = None,
-    data_type: int | Tensor = 1,
-    schedule: Schedule | None = None,
-) -> Tensor:
-    """Return the noise-prediction loss of UniDiffuser (its paper's equation 1 and Algorithm 1).
-
-    Args:
-        network: called as `network(latent, clip_image, text, n_image, n_text, data_type)`.
-        parts: clean latent (B, 4, h, w), scaled; clip_image (B, 1, C); text (B, T, D).
-        n_image: (B,) integers in 1..1000, shared by latent and CLIP image.
-        n_text: (B,) integers in 1..1000; not used by `t2i`.
-        noises: standard normal for each of `parts`; `t2i` uses the first two.
-        kind: `joint` adds noise to all parts and predicts it; `t2i` leaves the text clean
-            (time 0) and predicts the noise of latent and CLIP image only.
-        weights: None for the mean over all predicted numbers together, else one weight per
-            predicted part (latent, clip, and text for `joint`), for a weighted sum of the parts'
-            means.
-        data_type: see `UniDiffuser.forward`.
-        schedule: noise schedule; default that of the published networks.
-
-    Returns:
-        (B,) loss per sample; the batch loss is its mean.
-
-    Raises:
-        ConfigError: `kind` is neither of the two.
-    """
-    if kind not in ("joint", "t2i"):
-        raise ConfigError(f"kind is {kind!r}, expected 'joint' or 't2i'")
-    schedule = schedule or default_schedule()
-    latent, clip_image, text = parts
-    noised_latent = schedule.add_noise(latent, noises[0], n_image)
-    noised_clip = schedule.add_noise(clip_image, noises[1], n_image)
-    if kind == "t2i":
-        n_text, given_text = torch.zeros_like(n_image), text
-    else:
-        given_text = schedule.add_noise(text, noises[2], n_text)
-    predicted = network(noised_latent, noised_clip, given_text, n_image, n_text, data_type)
-    num_parts = 2 if kind == "t2i" else 3
-    errors = [
-        (part - noise).square().flatten(1)
-        for part, noise in zip(predicted[:num_parts], noises[:num_parts], strict=True)
-    ]
-    if weights is None:
-        return torch.cat(errors, dim=1).mean(1)
-    weighted = [w * error.mean(1) for w, error in zip(weights, errors, strict=True)]
-    return torch.stack(weighted).sum(0)
+    return (network(noised, n, conditions) - noise).square().flatten(1).mean(1)

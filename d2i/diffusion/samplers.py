@@ -55,9 +55,16 @@ def run_sampler(name: str, eps: Eps, x: Tensor, num_steps: int, draws: SampleDra
     if name in ANCESTRAL:
         return ancestral(eps, x, _StepNoise(draws, x), ANCESTRAL[name])
     if name.startswith(DIFFUSERS_PREFIX):
-        seeds = draws.generator_seeds("sample.step")
+        seeds = draws.generator_seeds(".step")
         return run_scheduler(eps, x, num_steps, name.removeprefix(DIFFUSERS_PREFIX), seeds)
     return dpm_solver(eps, x, num_steps)
+
+
+def draw_noise(
+    draws: SampleDraws, part: str, shape: Sequence[int], device: torch.device, call: int = 0
+) -> Tensor:
+    """Draw standard normal noise as a float32 tensor (B, *shape); see `SampleDraws.normal`."""
+    return torch.from_numpy(draws.normal(part, tuple(shape), call)).to(device)
 
 
 class _StepNoise(Sequence[Tensor]):
@@ -70,8 +77,7 @@ class _StepNoise(Sequence[Tensor]):
         return NUM_NOISE_LEVELS
 
     def __getitem__(self, step: int) -> Tensor:  # type: ignore[override]
-        drawn = self._draws.normal("sample.step", tuple(self._like.shape[1:]), step)
-        return torch.from_numpy(drawn).to(self._like)
+        return draw_noise(self._draws, ".step", self._like.shape[1:], self._like.device, step)
 
 
 def ancestral(

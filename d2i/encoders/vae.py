@@ -20,6 +20,7 @@ from d2i.encoders.pretrained import (
     weights_hash,
 )
 from d2i.errors import CheckpointError
+from d2i.models.image_codec import KL_F8C4
 from d2i.weights_resolve import resolve_weights
 
 # Stands for "no noise": exp(0.5 * -30) is 3e-7 of a latent's standard deviation.
@@ -29,7 +30,7 @@ _PLAIN_LOADING = {"low_cpu_mem_usage": False}
 
 
 class Vae:
-    """A frozen autoencoder over latents of 4 channels.
+    """A frozen autoencoder over the latents of `codec`.
 
     Args:
         name: A shipped name, a directory, a hub repository, or a file: LDM's published
@@ -38,6 +39,8 @@ class Vae:
         device: The device that it runs on.
         precision: The precision of encoding; decoding runs in float32.
     """
+
+    codec = KL_F8C4
 
     def __init__(
         self,

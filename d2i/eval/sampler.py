@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2i.config import BackboneConfig, SampleConfig
-from d2i.diffusion import Eps, guided_unidiffuser, guided_uvit, join_state, split_state
 from d2i.diffusion.draws import SampleDraws
-from d2i.diffusion.samplers import check_sampler, run_sampler
+from d2i.diffusion.samplers import check_sampler
 from d2i.encoders import Vae
 from d2i.encoders.pretrained import matmul_precision, weights_hash
 from d2i.errors import ConfigError
-from d2i.models import UniDiffuser
 from d2i.models.model_dir import build_network
+from d2i.models.registry import family_of_backbone
 
 
 class Sampler:
@@ -47,11 +46,14 @@ class Sampler:
         device: str = "cpu",
     ) -> None:
         check_sampler(config.sampler)
-        self._network: Any = build_network(backbone).to(device).eval().requires_grad_(False)
+        network: Any = build_network(backbone).to(device).eval().requires_grad_(False)
         self._vae, self._config, self._device = vae, config, device
-        _check_text(empty_text.shape, self._network)
-        self._empty_text = torch.from_numpy(empty_text.astype(np.float32)).to(device)
-        self.hash = weights_hash(self._network)
+        _check_text(empty_text.shape, network)
+        empty = torch.from_numpy(empty_text.astype(np.float32)).to(device)
+        self._family = family_of_backbone(backbone.name)
+        self._vae_numbers = self._family.vae_numbers(network)
+        self._sample = self._family.sampler(network, config, {"text": empty})
+        self.hash = weights_hash(network)
 
     def generate(
         self, keys: Sequence[str], text: NDArray[Any], seeds: Sequence[int] | None = None
@@ -91,45 +93,9 @@ class Sampler:
         index = [row if row < num_rows else 0 for row in range(size)]
         padded = SampleDraws([draws.seeds[i] for i in index], [draws.keys[i] for i in index])
         rows = torch.from_numpy(text[index].astype(np.float32)).to(self._device)
-        is_joint = isinstance(self._network, UniDiffuser)
-        render_rows = self._sample_unidiffuser if is_joint else self._sample_uvit
         with matmul_precision(self._config.precision, self._device):
-            latents = render_rows(padded, rows)
-        unscaled: Tensor = latents[:num_rows] / self._network.latent_scale
-        return unscaled
-
-    def _sample_uvit(self, draws: SampleDraws, text: Tensor) -> Tensor:
-        eps = guided_uvit(self._network, text, self._empty_text, self._config.guidance_scale)
-        return self._run(eps, self._noise(draws, "sample", self._shape), draws)
-
-    def _sample_unidiffuser(self, draws: SampleDraws, text: Tensor) -> Tensor:
-        state = join_state(
-            self._noise(draws, "sample", self._shape),
-            self._noise(draws, "sample.clip", (1, self._network.clip_dim)),
-        )
-        eps = guided_unidiffuser(
-            self._network,
-            text,
-            self._config.guidance_scale,
-            self._shape,
-            unconditional=self._config.unconditional,
-            text_noise=lambda call: self._noise(draws, "sample.text", text.shape[1:], call),
-            empty_text=self._empty_text,
-            data_type=self._config.data_type,
-        )
-        return split_state(self._run(eps, state, draws), self._shape)[0]
-
-    def _run(self, eps: Eps, x: Tensor, draws: SampleDraws) -> Tensor:
-        return run_sampler(self._config.sampler, eps, x, self._config.num_steps, draws)
-
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        return (4, self._network.latent_size, self._network.latent_size)
-
-    def _noise(
-        self, draws: SampleDraws, purpose: str, shape: tuple[int, ...], step: int = 0
-    ) -> Tensor:
-        return torch.from_numpy(draws.normal(purpose, tuple(shape), step)).to(self._device)
+            latents = self._sample({"text": rows}, padded)
+        return self._family.codec.denormalised(latents[:num_rows], self._vae_numbers)
 
 
 def _check_text(found: tuple[int, ...], network: Any) -> None:

@@ -15,8 +15,7 @@ from d2i.config import BackboneConfig, load_config
 from d2i.errors import CheckpointError
 from d2i.io import checksums, storage
 from d2i.io.parse import parse_json_value
-from d2i.models.positions import fit_positions
-from d2i.models.presets import build_backbone
+from d2i.models.registry import build_backbone, family_of_backbone
 from d2i.models.weights.load import fill_network, read_published
 from d2i.weights_resolve import resolve_weights
 
@@ -28,8 +27,8 @@ def build_network(config: BackboneConfig) -> nn.Module:
     """Build the backbone of a recipe, and load its weights if it names any.
 
     If the weights are in a model directory, its `config.json` gives the sizes that the recipe
-    leaves open. If the recipe's network reads more text windows than the weights were trained for,
-    or has another latent size, their position embedding is fitted to it.
+    leaves open. If the recipe's network has other sizes than the weights were trained for, they are
+    fitted by its family, such as the position embedding to more text windows.
 
     Returns:
         The network in float32 on the CPU; its `latent_scale` is the factor from raw VAE latents.
@@ -42,7 +41,8 @@ def build_network(config: BackboneConfig) -> nn.Module:
     if config.weights is None or config.is_random:
         return network
     path = resolve_weights(config.weights)
-    return fill_network(network, fit_positions(read_published(path), network), path)
+    fitted = family_of_backbone(config.name).fit(read_published(path), network)
+    return fill_network(network, fitted, path)
 
 
 def resolve_sizes(config: BackboneConfig) -> BackboneConfig:

@@ -8,6 +8,7 @@ the windows. Other latent sizes are interpolated, as the published network does 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ def fit_positions(state: Mapping[str, Tensor], network: Any) -> dict[str, Tensor
 
     Args:
         state: published tensors by name.
-        network: a `UViT` or `UniDiffuser`, which is not changed.
+        network: a network with long skips, which is not changed.
 
     Returns:
         The same tensors, except `pos_embed` (1, tokens, D): its text part is repeated, its patch
@@ -61,6 +62,33 @@ def _sizes_before(num_positions: int, network: Any) -> tuple[int, int] | None:
             return num_text, side
     found = read_positions(num_both)
     return found if found and found[0] in texts else None
+
+
+def published_sizes(
+    state: Mapping[str, Tensor], *, text: str, num_others: int
+) -> dict[str, int] | None:
+    """Read sizes off the shapes of a network with long skips; the heads are not among them.
+
+    Args:
+        state: published tensors by name.
+        text: name of the projection of the text.
+        num_others: positions that are neither text nor patches.
+
+    Returns:
+        Sizes by the names of `build_backbone`; None if the tensors are not of such a network.
+    """
+    num_axes = {"pos_embed": 3, "patch_embed.proj.weight": 4, text: 2}
+    if any(key not in state or state[key].dim() != num for key, num in num_axes.items()):
+        return None
+    blocks = {match[1] for key in state if (match := re.match(r"in_blocks\.(\d+)\.", key))}
+    patch_size = state["patch_embed.proj.weight"].shape[-1]
+    num_tokens, dim = state["pos_embed"].shape[-2:]
+    sizes = {"dim": dim, "depth": 2 * len(blocks), "patch_size": patch_size}
+    sizes["text_dim"] = state[text].shape[-1]
+    split = read_positions(num_tokens - num_others)
+    if split is not None:
+        sizes |= {"num_text_tokens": split[0], "latent_size": split[1] * patch_size}
+    return sizes
 
 
 def read_positions(num_both: int) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from d2i.config import Recipe, TrainPrecision
 from d2i.encoders.pretrained import matmul_precision
 from d2i.errors import CheckpointError
 from d2i.models.model_dir import build_network
+from d2i.models.registry import family_of_backbone
 
 
 def build_trained_network(recipe: Recipe) -> Any:
@@ -23,7 +24,7 @@ def build_trained_network(recipe: Recipe) -> Any:
     network.gradient_checkpointing = recipe.train.activation_checkpointing
     autocast_to(network, recipe.train.precision)
     if recipe.train.compile:
-        compile_blocks(network)
+        compile_blocks(family_of_backbone(recipe.backbone.name).blocks(network))
     return network
 
 
@@ -51,7 +52,7 @@ def autocast_to(network: Any, precision: TrainPrecision) -> None:
     program: DeepSpeed would undo it outside. The loss is computed outside, in float32.
 
     Args:
-        network: A U-ViT or UniDiffuser in float32.
+        network: A network in float32, called with the latent first.
         precision: `bf16` turns autocast on. The others change nothing here: they are `fp32`, and
             those in which DeepSpeed casts the weights.
     """
@@ -66,7 +67,7 @@ def autocast_to(network: Any, precision: TrainPrecision) -> None:
     network.forward = multiplied
 
 
-def compile_blocks(network: Any) -> None:
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compile each block with `torch.compile` when it is first called; no key changes.
 
     Blocks are compiled one by one because they all share the code of one: in our measurement it
@@ -75,7 +76,7 @@ def compile_blocks(network: Any) -> None:
     came first, and a resumed run would not match an uninterrupted one bit for bit.
 
     Args:
-        network: A U-ViT or UniDiffuser.
+        blocks: Of one network, as `Family.blocks` returns them.
     """
-    for block in (*network.in_blocks, network.mid_block, *network.out_blocks):
+    for block in blocks:
         block.compile(fullgraph=True, dynamic=False)

@@ -1,4 +1,4 @@
-"""The loss of each sample of a micro batch, by backbone family."""
+"""The loss of each sample of a micro batch, as the network's family computes it."""
 
 from __future__ import annotations
 
@@ -7,44 +7,30 @@ from typing import Any
 
 from torch import Tensor
 
-from d2i.config import BackboneConfig, UniDiffuserLossConfig
-from d2i.diffusion import sample_latent, unidiffuser_loss, uvit_loss
+from d2i.config import TrainConfig
+from d2i.models.base import Family
+from d2i.models.image_codec import VaeNumbers
 from d2i.train.data.batch import Batch
 
 Objective = Callable[[Any, Batch], Tensor]
 """From a network and a micro batch of B samples to the loss of each, (B,)."""
 
 
-def build_objective(
-    config: BackboneConfig, latent_scale: float, options: UniDiffuserLossConfig
-) -> Objective:
+def build_objective(family: Family, vae: VaeNumbers, config: TrainConfig) -> Objective:
     """Return a function from (network, batch) to losses (B,); training takes their mean.
 
     The latents are drawn from the stored moments again at every step
     (docs/models.md, Images and latents).
+
+    Args:
+        family: The family of the network.
+        vae: The numbers that normalise its latents, `family.vae_numbers(network)`.
+        config: The options of its loss.
     """
+    options = family.loss_options(config)
 
-    def latents(batch: Batch) -> Tensor:
-        return sample_latent(batch.moments, batch.latent_noise, latent_scale)
+    def objective(network: Any, batch: Batch) -> Tensor:
+        raw = family.codec.raw(batch.moments, batch.latent_noise)
+        return family.losses(network, vae, raw, batch.noise, batch.n, batch.conditions, **options)
 
-    def uvit(network: Any, batch: Batch) -> Tensor:
-        return uvit_loss(network, latents(batch), batch.text, batch.n, batch.noise)
-
-    def unidiffuser(network: Any, batch: Batch) -> Tensor:
-        joint = batch.joint
-        if joint is None:
-            raise ValueError("a joint loss needs a joint batch")
-        parts = (latents(batch), joint.clip, batch.text)
-        noises = (batch.noise, joint.clip_noise, joint.text_noise)
-        return unidiffuser_loss(
-            network,
-            parts,
-            batch.n,
-            joint.n_text,
-            noises,
-            kind=options.loss,
-            weights=options.weights,
-            data_type=options.data_type,
-        )
-
-    return unidiffuser if config.is_joint else uvit
+    return objective

@@ -18,6 +18,7 @@ from d2i.config import TrainConfig
 from d2i.diffusion.draws import normal
 from d2i.io import checksums, storage
 from d2i.models import build_backbone
+from d2i.models.registry import family_of_backbone
 from d2i.recipes import check_prepared_with
 from d2i.shards import ShardReader, data_set_url
 from d2i.train.checkpoint.checkpoint_writer import build_state
@@ -94,8 +95,8 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
         "all_reduce_gb_per_s": _time_all_reduce(ranks),
     }
     encode_text = build_text_encoder(reader, recipe.encoders, str(ranks.device))
-    joint = recipe.backbone.is_joint
-    batches = BatchLoader(reader, config, is_joint=joint, encode_text=encode_text)
+    family = family_of_backbone(recipe.backbone.name)
+    batches = BatchLoader(reader, config, family, encode_text)
     found["input_samples_per_s"] = _time_input(batches, reader, config, ranks)
     found |= _Trial(request, ranks, network, batches, len(reader)).run()
     batches.close()
@@ -161,9 +162,9 @@ class _Trial:
         trial_config = self._config.model_copy(update=one_each)
         self._engine = build_engine(network, trial_config, ranks.world_size, request.zero)
         self._state = build_state(self._engine, trial_config)
-        self._objective = build_objective(
-            self._backbone, self._engine.module.latent_scale, self._config.unidiffuser
-        )
+        family = family_of_backbone(self._backbone.name)
+        vae = family.vae_numbers(self._engine.module)
+        self._objective = build_objective(family, vae, self._config)
 
     def run(self) -> dict[str, Any]:
         """Run the trial steps and return their entries of `preflight.json`."""

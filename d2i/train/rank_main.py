@@ -16,6 +16,7 @@ from d2i.fault_injection import Fault
 from d2i.io import storage
 from d2i.models import save_weights
 from d2i.models.model_dir import resolve_sizes
+from d2i.models.registry import family_of_backbone
 from d2i.models.weights.initial import describe_initial_weights
 from d2i.recipes import check_prepared_with
 from d2i.run_dir import (
@@ -126,12 +127,10 @@ def run_loop(
 ) -> int:
     """Build the loop and the hooks it is given, and train; return the steps made."""
     recipe, config, run_url = request.recipe, request.recipe.train, request.run_url
+    family = family_of_backbone(recipe.backbone.name)
     encode_text = build_text_encoder(reader, recipe.encoders, str(ranks.device))
-    open_batches = partial(
-        BatchLoader, config=config, is_joint=recipe.backbone.is_joint, encode_text=encode_text
-    )
-    latent_scale = state.engine.module.latent_scale
-    objective = build_objective(recipe.backbone, latent_scale, config.unidiffuser)
+    open_batches = partial(BatchLoader, config=config, family=family, encode_text=encode_text)
+    objective = build_objective(family, family.vae_numbers(state.engine.module), config)
     batches = BatchStream(reader, open_batches(reader), config, ranks, run_url)
     valid = request.open_validation()
     validation = valid and Validation(open_batches(valid), len(valid), config, objective, ranks)

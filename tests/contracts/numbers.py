@@ -51,7 +51,7 @@ def numbers(scratch: Path) -> dict[str, Any]:
         "draws": {purpose: drawn(purpose) for purpose in PURPOSES},
         "uniform": float(uniform(1, "drop", ["a"], 2)[0]),
         "integers": int(integers(1, 1000, 1, "n", ["a"], 2)[0]),
-        "generator seeds": SampleDraws([1], ["a"]).generator_seeds("sample.step"),
+        "generator seeds": SampleDraws([1], ["a"]).generator_seeds(".step"),
         "keys": [make_key("test", "a/ b", 1, 0), make_key("my split", "7", 1, 0)],
         "key order": str(key_order_hash("a", 1)),
         "limit": {rule: ranks(rule) for rule in ("hash", "reservoir", "first")},

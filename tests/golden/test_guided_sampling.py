@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2i.diffusion import (
-    dpm_solver,
-    guided_unidiffuser,
-    guided_uvit,
-    join_state,
-    split_state,
-)
+from d2i.diffusion import dpm_solver, guided
 from d2i.errors import ConfigError
+from d2i.models.unidiffuser.guidance import guided_unidiffuser, join_state, split_state
 from tests.golden.arrays import max_distance, tensors, tiny_unidiffuser, tiny_uvit
 from tests.shared import needs_shared
 
@@ -32,9 +27,9 @@ def test_guided_uvit_matches_golden(s: int, num_steps: int) -> None:
     text, empty_text = golden["uvit_context"], golden["uvit_empty_context"]
     x = golden["uvit_x_T"]
     key = f"uvit_s{s}_steps{num_steps}"
-    found = dpm_solver(guided_uvit(network, text, empty_text, 1 + s), x, num_steps)
+    found = dpm_solver(guided(network, text, empty_text, 1 + s), x, num_steps)
     assert max_distance(found, golden[f"{key}_fp32"]) < FP32_TOLERANCE
-    eps = guided_uvit(network.double(), text, empty_text, 1 + s)
+    eps = guided(network.double(), text, empty_text, 1 + s)
     found = dpm_solver(eps, x.double(), num_steps)
     assert max_distance(found, golden[f"{key}_fp64"]) < FP64_TOLERANCE
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d2i.diffusion import Schedule, sample_latent, unidiffuser_loss, uvit_loss
+from d2i.diffusion import Schedule, noise_prediction_loss, sample_latent
 from d2i.errors import ConfigError
+from d2i.models.unidiffuser.objective import unidiffuser_loss
 from d2i.train.checkpoint.ema import Ema
 from tests.golden.arrays import facts, max_distance, tensors, tiny_unidiffuser, tiny_uvit
 from tests.shared import needs_shared
@@ -22,7 +23,7 @@ def tiny_uvit_loss(network: nn.Module) -> Tensor:
     """The loss of each golden sample."""
     golden = tensors("losses")
     x0, text = golden["uvit_x0"], golden["uvit_context"]
-    return uvit_loss(network, x0, text, golden["uvit_n"], golden["uvit_eps"])
+    return noise_prediction_loss(network, x0, text, golden["uvit_n"], golden["uvit_eps"])
 
 
 def ud_loss(network: nn.Module, version: str, **options: Any) -> Tensor:

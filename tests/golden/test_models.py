@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from d2i.backbones import backbones
 from d2i.errors import ConfigError
-from d2i.models import PRESETS, build_backbone, unidiffuser, uvit
+from d2i.models import build_backbone
 from d2i.models.blocks import timestep_embedding
+from d2i.models.unidiffuser import model as unidiffuser
+from d2i.models.uvit import model as uvit
 from tests.golden.arrays import (
     TINY_UVIT,
     facts,
@@ -261,7 +264,7 @@ def gradients(name: str, *, recompute: bool = False) -> dict[str, Tensor]:
     return {key: parameter.grad for key, parameter in network.named_parameters()}
 
 
-@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("name", list(backbones()))
 def test_full_size_network_keys_shapes_and_counts_match_golden(name: str) -> None:
     golden_name = name.replace("-", "_")
     with torch.device("meta"):
@@ -361,7 +364,8 @@ def check_one_graph(network: Any, inputs: list[Tensor], recompute: bool) -> None
 PROGRAM_OF_A_RANK = """
 import os, sys, torch
 from torch.nn.parallel import DistributedDataParallel
-from d2i.diffusion import unidiffuser_loss, uvit_loss
+from d2i.diffusion import noise_prediction_loss
+from d2i.models.unidiffuser.objective import unidiffuser_loss
 from tests.golden.arrays import TINY_UNIDIFFUSER, TINY_UVIT
 from d2i.models import build_backbone
 
@@ -377,7 +381,7 @@ for name, sizes in (("uvit-s", TINY_UVIT | {"text_dim": 16}),
         # A parameter without gradient makes the second backward pass raise.
         for _ in range(2):
             if name == "uvit-s":
-                loss = uvit_loss(ranked, latent, text, n, torch.randn_like(latent))
+                loss = noise_prediction_loss(ranked, latent, text, n, torch.randn_like(latent))
             else:
                 parts = (latent, torch.randn(2, 1, 24), text)
                 loss = unidiffuser_loss(ranked, parts, n, n, [torch.randn_like(p) for p in parts])

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from d2i.config import OptimConfig, TrainConfig
-from d2i.diffusion import uvit_loss
-from d2i.models import build_backbone, load_weights
+from d2i.diffusion import noise_prediction_loss
+from d2i.models import build_backbone, family, load_weights
 from d2i.train.checkpoint.checkpoint_files import Checkpoint, Progress, step_directory
 from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState
 from d2i.train.checkpoint.ema import Ema
@@ -86,7 +86,7 @@ def begin(
     autocast_to(network, config.precision)
     zero = None
     if way == COMPILED:
-        compile_blocks(network)
+        compile_blocks(family("uvit").blocks(network))
     elif way != RECIPE:
         zero = read_zero(ZERO_FILES / f"{way}.json")
     engine = build_engine(network, config, ranks.world_size, zero)
@@ -154,7 +154,7 @@ def take_steps(state: TrainState, golden: Path, ranks: Ranks, steps: range) -> l
             group["lr"] = learning_rate(step)
         mean = torch.tensor(0.0)
         for x0, text, n, eps in zip(*(t.chunk(num_micro_batches) for t in half), strict=True):
-            loss = uvit_loss(state.engine, x0, text, n, eps).mean()
+            loss = noise_prediction_loss(state.engine, x0, text, n, eps).mean()
             state.engine.backward(loss)
             state.engine.step()
             mean += loss.detach() / num_micro_batches

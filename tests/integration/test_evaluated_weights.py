@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d2i.eval.systems import parse_system
-from d2i.models import load_weights
+from d2i.models import family, load_weights
 from d2i.recipes import change_recipe
 from d2i.run_dir import RESULT_NAMES, read_recipe
 from d2i.shards import ShardReader
@@ -45,8 +45,9 @@ def loss_of(run: Path, data: Path, weights: str | None) -> float:
     if weights:
         load_weights(network, weights)
     reader = ShardReader(str(data / "valid"))
-    batches = BatchLoader(reader, recipe.train, is_joint=False)
-    objective = build_objective(recipe.backbone, network.latent_scale, recipe.train.unidiffuser)
+    batches = BatchLoader(reader, recipe.train, family("uvit"))
+    vae = family("uvit").vae_numbers(network)
+    objective = build_objective(family("uvit"), vae, recipe.train)
     rows = np.arange(len(reader))
     with torch.inference_mode():
         loaded = [batches.read(rows, step, "test.") for step in range(40)]

@@ -1,29 +1,39 @@
-"""The example corpus of docs/extending.md goes through every command, named by its class."""
+"""The examples of docs/extending.md: corpus, family and form of chat go through every command."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from d2i.corpora import build_corpus, corpus_type
+import d2i
+from d2i.corpora import build_corpus, corpus_type, read_instances
+from d2i.dialog import Turn
 from d2i.errors import ConfigError
 from tests.made_before import make
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = "forum:Forum"
+PACKAGE = Path(d2i.__file__).parent
+LINE = '    "conv": "d2i.models.conv",\n'
+MAX_FILES, MAX_LINES = 5, 250
+
+
+def examples() -> dict[str, str]:
+    """Return the page's Python by the name of the file, which is its first line."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    return dict(re.findall(r"```python\n# (\S+)\n(.*?)```", page, re.DOTALL))
 
 
 @pytest.fixture
 def threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Write the page's module, and chats in the form that it reads; one thread has no posts."""
-    page = (ROOT / "docs" / "extending.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "forum.py").write_text(example)
+    (tmp_path / "forum.py").write_text(examples()["forum.py"])
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     chats = tmp_path / "chats"
@@ -85,3 +95,68 @@ def test_own_corpus_has_the_common_options() -> None:
     assert build_corpus(CORPUS, {"direction": "first"}).direction == "first"
     with pytest.raises(ConfigError, match="no option 'split_shares'"):
         build_corpus(CORPUS, {"split_shares": "1,0,0"})
+
+
+def test_own_form_of_chat_reads_as_turns_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "exported.py").write_text(examples()["exported.py"])
+    monkeypatch.syspath_prepend(tmp_path)
+    log = [{"user": "ann", "said": "Look!"}, {"user": "bob", "file": "a.jpg"}]
+    lines = [json.dumps({"log": log}), json.dumps({"turns": []})]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    issues: list[Any] = []
+    read = list(
+        read_instances("exported:Exported", str(tmp_path), "train", on_problem=issues.append)
+    )
+    (instance,) = read
+    assert instance.context == (Turn(0, "Look!"), Turn(1, ""))
+    assert [issue.reason for issue in issues] == ["missing_field"]
+
+
+@pytest.fixture
+def with_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy the package, and add the page's family: its directory, and a line of the registry."""
+    package = tmp_path / "package" / "d2i"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    files = {name: code for name, code in examples().items() if name.startswith("d2i/models/")}
+    assert len(files) + 1 <= MAX_FILES
+    assert sum(code.count("\n") for code in files.values()) <= MAX_LINES
+    for name, code in files.items():
+        (package.parent / name).parent.mkdir(exist_ok=True)
+        (package.parent / name).write_text(code)
+    page = (ROOT / "docs" / "extending.md").read_text()
+    assert f"```\n{LINE}```" in page
+    registry = package / "backbones.py"
+    registry.write_text(registry.read_text().replace("FAMILIES = {\n", f"FAMILIES = {{\n{LINE}"))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    return tmp_path
+
+
+def test_own_family_goes_through_every_command(with_family: Path) -> None:
+    make.write_chats(with_family / "chats")
+    network = {
+        name: value
+        for name, value in make.NETWORK.items()
+        if name not in ("backbone.patch_size", "backbone.num_heads")
+    }
+    network |= {"backbone.name": "conv-s", "train.activation_checkpointing": "true"}
+    words = make.commands()
+    words["train"] = words["train"][: words["train"].index("--set")] + make.settings(network)
+    printed = {name: run(with_family, *line) for name, line in words.items()}
+    assert printed["train"]["step"] == make.NETWORK["train.num_steps"]
+    assert printed["eval"]["card"]["backbone"] == "conv-s"
+    assert printed["eval"]["card"]["found"] == make.NUM_SAMPLES["test"]
+    run(with_family, "report", "evaluation", "--out", "report.html")
+    assert "conv-s-shaped, 3 blocks of width 4" in (with_family / "report.html").read_text()
+    found = run(with_family, "weights", "inspect", "run/ema.safetensors")
+    assert found["backbone"] == "conv-s"
+    refused = subprocess.run(
+        [*make.COMMAND, *words["train"], "--set", "backbone.patch_size=2", "--run", "other"],
+        cwd=with_family,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "unknown override of conv-s 'patch_size'" in refused.stderr

@@ -7,9 +7,9 @@ import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
-from d2i.config import BackboneConfig, BackboneName, Recipe, WeightsKind
+from d2i.backbones import backbones
+from d2i.config import BackboneConfig, Recipe, WeightsKind
 from d2i.errors import ConfigError
 from d2i.eval.system import System, SystemContext, SystemSpec
 from d2i.eval.systems.adapter import find_adapter
@@ -18,7 +18,7 @@ from d2i.run_dir import RESULT_NAMES, load_selection, read_recipe
 from d2i.weights_catalog import weights_to_fetch
 from d2i.weights_resolve import is_shipped
 
-_BACKBONES = get_args(BackboneName)
+_BACKBONES = tuple(backbones())
 # A module is imported only when its system is used.
 _BUILDERS = {
     "run": "d2i.eval.systems.backbone:build",

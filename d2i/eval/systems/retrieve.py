@@ -67,8 +67,9 @@ class RetrieveSystem:
         data = self._reader.read_image(index)
         if data is None:
             moments = self._reader.read([index], members=("moments",))["moments"]
-            latents = torch.from_numpy(moments[:, :4].astype(np.float32))
-            pixels = self._encoders.vae.decode(latents, self._encoders.compute_batch_size)
+            vae = self._encoders.vae
+            latents = vae.codec.mean(torch.from_numpy(moments.astype(np.float32)))
+            pixels = vae.decode(latents, self._encoders.compute_batch_size)
             return Generation(pixels[0], source=IN_MEMORY)
         decoded = decode_image(data, self._limits)
         width, height = decoded.image.size

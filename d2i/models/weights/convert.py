@@ -15,9 +15,9 @@ from torch import Tensor
 from d2i.errors import CheckpointError, ConfigError
 from d2i.io import checksums, storage
 from d2i.models.model_dir import CONFIG_NAME, write_config
+from d2i.models.registry import family_of_backbone
 from d2i.models.weights.autoencoder_layout import autoencoder_config, diffusers_to_ldm
-from d2i.models.weights.detect import Layout
-from d2i.models.weights.diffusers_layout import diffusers_config, to_diffusers
+from d2i.models.weights.detect import LayoutName
 from d2i.models.weights.load import save_torch, save_weights
 from d2i.models.weights.source import (
     Source,
@@ -66,7 +66,7 @@ def import_weights(path: Path, out: str | Path, settings: Sequence[str] = ()) ->
 
 
 def export_weights(
-    path: Path, out: str | Path, layout: Layout, settings: Sequence[str] = ()
+    path: Path, out: str | Path, layout: LayoutName, settings: Sequence[str] = ()
 ) -> Source:
     """Write weights in a layout that other programs read.
 
@@ -89,9 +89,10 @@ def export_weights(
     if source.found.kind == "autoencoder":
         _refuse_settings(settings)
         _write_autoencoder(checked_autoencoder(source), out)
-    elif source.found.backbone and source.found.backbone.startswith("unidiffuser"):
+    elif source.found.backbone and layout in family_of_backbone(source.found.backbone).layouts:
+        theirs = family_of_backbone(source.found.backbone).layouts[layout]
         network = network_of(source, settings)
-        _write_diffusers(to_diffusers(network.state_dict()), diffusers_config(network), out)
+        _write_diffusers(theirs.from_published(network.state_dict()), theirs.config(network), out)
     else:
         raise CheckpointError(
             f"{source.file} is {source.found.words}; diffusers has no such model; expected a "

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from d2i.errors import CheckpointError
 from d2i.io import checksums
-from d2i.models.weights.detect import detect_weights
-from d2i.models.weights.diffusers_layout import from_diffusers, is_diffusers
+from d2i.models.weights.detect import detect_weights, published_names
 from d2i.models.weights.pickle_guard import ZIP_MAGIC, check_torch_file
 
 LFS_POINTER = b"version https://git-lfs"
@@ -115,9 +114,8 @@ def num_not_finite(tensor: Tensor) -> int:
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:
-    """Read as `read_state_dict`, with diffusers' UniDiffuser keys renamed to the published ones."""
-    state = read_state_dict(path)
-    return from_diffusers(state) if is_diffusers(state) else state
+    """Read as `read_state_dict`, with keys of any other layout renamed to the published ones."""
+    return dict(published_names(read_state_dict(path)))
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

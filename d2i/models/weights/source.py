@@ -11,18 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2i.backbones import presets_of
 from d2i.config import BackboneConfig, apply_settings, load_config
 from d2i.errors import CheckpointError, ConfigError
 from d2i.io.checksums import file_sha256
 from d2i.models.model_dir import read_config
-from d2i.models.presets import PRESETS, build_backbone
+from d2i.models.registry import build_backbone
 from d2i.models.weights.autoencoder_layout import (
     autoencoder_config,
     ldm_to_diffusers,
     with_new_names,
 )
-from d2i.models.weights.detect import PREFIX_KEYS, DetectedWeights, detect_weights
-from d2i.models.weights.diffusers_layout import from_diffusers
+from d2i.models.weights.detect import (
+    PREFIX_KEYS,
+    DetectedWeights,
+    detect_weights,
+    published_names,
+)
 from d2i.models.weights.load import (
     DIRECTORY_FILES,
     check_fits,
@@ -108,7 +113,7 @@ def backbone_config(source: Source, settings: Sequence[str]) -> BackboneConfig:
     if beside is not None:
         return apply_settings(beside, settings)
     name, detected_sizes = str(source.found.backbone), source.found.sizes or {}
-    preset = PRESETS[name][1]
+    preset = presets_of(name).sizes[name]
     values: dict[str, Any] = {
         key: size for key, size in detected_sizes.items() if size != preset[key]
     }
@@ -142,9 +147,7 @@ def network_of(source: Source, settings: Sequence[str]) -> nn.Module:
     config = backbone_config(source, settings)
     with torch.device("meta"):
         network = build_backbone(config.name, **config.overrides())
-    is_theirs = source.found.layout == "diffusers"
-    state = from_diffusers(source.state) if is_theirs else source.state
-    return fill_network(network, state, source.file)
+    return fill_network(network, published_names(source.state), source.file)
 
 
 def checked_autoencoder(source: Source) -> dict[str, Tensor]:

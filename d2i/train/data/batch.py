@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2i.config import TrainConfig
-from d2i.diffusion.draws import integers, normal, uniform
+from d2i.diffusion.draws import BatchDraws
+from d2i.models.base import Family
 
 if TYPE_CHECKING:
     # A batch can be held without the shard reader.
@@ -34,20 +35,19 @@ class Batch:
     Args:
         keys: The samples' keys.
         moments: (B, 8, h, w) unscaled VAE moments, float16 as stored.
-        text: (B, 77 W, text_dim) float16 text latents; those of '' where the condition is dropped.
         latent_noise: (B, 4, h, w) standard normal, to draw latents from the moments.
         noise: (B, 4, h, w) standard normal, to be predicted.
         n: (B,) int64 model times of the image, in 1..1000.
-        joint: The additional inputs of UniDiffuser's joint loss; None for other losses.
+        conditions: What the network is given beside the image, by name; `text` (B, 77 W, text_dim)
+            float16 always, those of '' where the condition is dropped. See `Family.conditions`.
     """
 
     keys: tuple[str, ...]
     moments: Tensor
-    text: Tensor
     latent_noise: Tensor
     noise: Tensor
     n: Tensor
-    joint: JointInputs | None = None
+    conditions: Mapping[str, Tensor]
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on another device, with all float16 tensors as float32.
@@ -65,37 +65,17 @@ class Batch:
         return _mapped(self, lambda part: part.pin_memory())
 
 
-@dataclass(frozen=True)
-class JointInputs:
-    """The tensors that a joint batch has in addition to a text-to-image batch.
-
-    Args:
-        clip: (B, 1, clip_dim) float16 CLIP image embeddings.
-        clip_noise: Standard normal, shaped as `clip`.
-        text_noise: Standard normal, shaped as the text latents.
-        n_text: (B,) int64 model times of the text, in 1..1000.
-    """
-
-    clip: Tensor
-    clip_noise: Tensor
-    text_noise: Tensor
-    n_text: Tensor
-
-
 def _widened(part: Tensor) -> Tensor:
     return part.float() if part.dtype == torch.float16 else part
 
 
-T = TypeVar("T", "Batch", "JointInputs")
-
-
-def _mapped(part: T, change: Callable[[Tensor], Tensor]) -> T:
+def _mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     def changed(value: Any) -> Any:
-        if isinstance(value, JointInputs):
-            return _mapped(value, change)
+        if isinstance(value, Mapping):
+            return {name: change(part) for name, part in value.items()}
         return change(value) if isinstance(value, Tensor) else value
 
-    return replace(part, **{f.name: changed(getattr(part, f.name)) for f in fields(part)})
+    return replace(batch, **{f.name: changed(getattr(batch, f.name)) for f in fields(batch)})
 
 
 class BatchLoader:
@@ -104,7 +84,7 @@ class BatchLoader:
     Args:
         reader: The shards.
         config: The seed, the condition dropout, and the number of threads.
-        is_joint: True for UniDiffuser's joint loss.
+        family: The network's family, which names the arrays that it reads and adds conditions.
         encode_text: Encodes token ids, for shards that hold no text latents.
     """
 
@@ -112,13 +92,12 @@ class BatchLoader:
         self,
         reader: ShardReader,
         config: TrainConfig,
-        *,
-        is_joint: bool,
+        family: Family,
         encode_text: TextEncoder | None = None,
     ) -> None:
         self._reader = reader
         self._config = config
-        self._is_joint = is_joint
+        self._family = family
         self._encode_text = encode_text
         self._threads = ThreadPoolExecutor(config.num_reader_threads, "batch-reader")
         self._waiting: deque[tuple[int, Future[Batch]]] = deque()
@@ -159,46 +138,31 @@ class BatchLoader:
             step: The step that the draws belong to.
             purpose: Purpose of the draws; empty for training, which alone drops conditions.
         """
-        text_member = "tokens" if self._encode_text else "text"
-        members = ["moments", text_member, *(["clip"] if self._is_joint else [])]
-        arrays = self._reader.read(indices, members=members)
+        encoders = self._family.encoders
+        # Shards without text latents have the tokens they are encoded from.
+        members = ["tokens" if n == "text" and self._encode_text else n for n in encoders]
+        arrays = dict(zip(encoders, self._read(indices, members), strict=True))
         all_keys = self._reader.keys
         keys = tuple(all_keys[number] for number in indices.tolist())
-        text = self._text(arrays[text_member])
+        draws = BatchDraws(self._config.seed, keys, step, purpose)
+        arrays["text"] = self._text(arrays["text"])
         if not purpose:
-            text = self._with_dropped_conditions(text, keys, step)
-        moments, seed = arrays["moments"], self._config.seed
-        shape = (4, *moments.shape[2:])
-        times = integers(1, NUM_MODEL_TIMES, seed, f"{purpose}n", keys, step)
+            arrays["text"] = self._with_dropped_conditions(arrays["text"], draws)
+        moments = arrays["moments"]
+        shape = self._family.codec.latent_shape(moments.shape[-1])
+        conditions = self._family.conditions(arrays, draws)
         return Batch(
             keys=keys,
             moments=_tensor(moments),
-            text=_tensor(text),
-            latent_noise=_tensor(normal(seed, f"{purpose}latent", keys, step, shape)),
-            noise=_tensor(normal(seed, f"{purpose}noise", keys, step, shape)),
-            n=torch.from_numpy(times),
-            joint=self._joint(arrays["clip"], text, keys, step, purpose)
-            if self._is_joint
-            else None,
+            latent_noise=_tensor(draws.normal("latent", shape)),
+            noise=_tensor(draws.normal("noise", shape)),
+            n=_tensor(draws.model_times("n")),
+            conditions={name: _tensor(array) for name, array in conditions.items()},
         )
 
-    def _joint(
-        self,
-        clip: NDArray[np.float16],
-        text: NDArray[np.float16],
-        keys: Sequence[str],
-        step: int,
-        purpose: str,
-    ) -> JointInputs:
-        seed = self._config.seed
-        clip_shape, text_shape = (1, clip.shape[1]), text.shape[1:]
-        times = integers(1, NUM_MODEL_TIMES, seed, f"{purpose}n.text", keys, step)
-        return JointInputs(
-            clip=_tensor(clip[:, None]),
-            clip_noise=_tensor(normal(seed, f"{purpose}noise.clip", keys, step, clip_shape)),
-            text_noise=_tensor(normal(seed, f"{purpose}noise.text", keys, step, text_shape)),
-            n_text=torch.from_numpy(times),
-        )
+    def _read(self, indices: NDArray[np.int64], members: list[str]) -> list[NDArray[Any]]:
+        found = self._reader.read(indices, members=members)
+        return [found[member] for member in members]
 
     def close(self) -> None:
         """Stop the reader threads."""
@@ -215,11 +179,9 @@ class BatchLoader:
         return empty
 
     def _with_dropped_conditions(
-        self, text: NDArray[np.float16], keys: Sequence[str], step: int
+        self, text: NDArray[np.float16], draws: BatchDraws
     ) -> NDArray[np.float16]:
-        share = self._config.condition_dropout
-        dropped = uniform(self._config.seed, "drop", keys, step) < share
-        text[dropped] = self._empty_text
+        text[draws.uniform("drop") < self._config.condition_dropout] = self._empty_text
         return text
 
 

@@ -6,7 +6,6 @@ few steps on one device, so that training waits little: for visual checks, not f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2i.config import ImageConfig, Recipe
-from d2i.diffusion import dpm_solver, guided_unidiffuser, guided_uvit, join_state, split_state
-from d2i.diffusion.draws import normal
+from d2i.diffusion.draws import SampleDraws
 from d2i.encoders import Vae, check_encoder_hashes
 from d2i.images.decode import crop_to_square, decode_image, png_bytes
 from d2i.io import storage
 from d2i.models import build_backbone
 from d2i.models.model_dir import resolve_sizes
+from d2i.models.registry import family_of_backbone
 from d2i.shards import ShardReader
 from d2i.train.checkpoint.checkpoint_files import KIND_OF_WEIGHTS, Checkpoint
 from d2i.train.data.batch import TextEncoder
@@ -68,8 +67,8 @@ class SampleGrid:
         """Generate the grid with a checkpoint's weights (`sample.weights`); write it as PNG."""
         network = self._network(checkpoint)
         with torch.inference_mode():
-            latents = self._solve(network)
-        pixels = self._vae.decode(latents / network.latent_scale, len(self._keys))
+            latents = self._sample_latents(network)
+        pixels = self._vae.decode(latents, len(self._keys))
         columns = [
             np.concatenate([_image(true, pixels.shape[1]), generated])
             for true, generated in zip(self._true, pixels, strict=True)
@@ -89,27 +88,15 @@ class SampleGrid:
         network.load_state_dict(dict(checkpoint.read_whole(kind)), assign=True)
         return network.to(self._device).eval().requires_grad_(False)
 
-    def _solve(self, network: Any) -> Tensor:
-        shape = (4, network.latent_size, network.latent_size)
-        scale = self._recipe.sample.guidance_scale
-        latent = self._noise(shape)
-        if not self._recipe.backbone.is_joint:
-            eps = guided_uvit(network, self._text, self._empty_text, scale)
-            return dpm_solver(eps, latent, _NUM_STEPS)
-        eps = guided_unidiffuser(
-            network,
-            self._text,
-            scale,
-            shape,
-            text_noise=lambda call: self._noise(tuple(self._text.shape[1:]), ".text", call),
-        )
-        state = join_state(latent, self._noise((1, network.clip_dim), ".clip"))
-        return split_state(dpm_solver(eps, state, _NUM_STEPS), shape)[0]
-
-    def _noise(self, shape: Sequence[int], part: str = "", call: int = 0) -> Tensor:
-        seed = self._recipe.train.seed
-        generated = normal(seed, f"{_PURPOSE}{part}", self._keys, call, tuple(shape))
-        return torch.from_numpy(generated).to(self._device)
+    def _sample_latents(self, network: Any) -> Tensor:
+        """Generate the unscaled latents of all dialogs, in few steps."""
+        family = family_of_backbone(self._recipe.backbone.name)
+        few_steps = {"sampler": "dpm_solver", "num_steps": _NUM_STEPS}
+        settings = self._recipe.sample.model_copy(update=few_steps)
+        sample = family.sampler(network, settings, {"text": self._empty_text})
+        seeds = [self._recipe.train.seed] * len(self._keys)
+        latents = sample({"text": self._text}, SampleDraws(seeds, self._keys, _PURPOSE))
+        return family.codec.denormalised(latents, family.vae_numbers(network))
 
     def _latents(self, stored: NDArray[Any], encode_text: TextEncoder | None) -> Tensor:
         latents = encode_text(stored) if encode_text else stored

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from d2i.config import BackboneConfig
 from d2i.models import build_backbone
 from d2i.models.model_dir import resolve_sizes
+from d2i.models.registry import family_of_backbone
 from d2i.run_dir import MetricsLine
 
 # Dense bf16 and fp16 peaks of NVIDIA's data sheets, FLOP/s, by a part of the device's name.
@@ -76,15 +76,7 @@ def count_flops(config: BackboneConfig) -> int:
     sizes = resolve_sizes(config)
     with torch.device("meta"):
         network: Any = build_backbone(sizes.name, **sizes.overrides()).requires_grad_(False)
-        latent = torch.empty(1, 4, network.latent_size, network.latent_size)
-        text = torch.empty(1, network.num_text_tokens, network.text_dim)
-        n = torch.ones(1)
-        with FlopCounterMode(display=False) as counter:
-            if config.is_joint:
-                network(latent, torch.empty(1, 1, network.clip_dim), text, n, n)
-            else:
-                network(latent, n, text)
-    return 3 * int(counter.get_total_flops())
+    return 3 * family_of_backbone(sizes.name).flops(network)
 
 
 def peak_images_per_s(

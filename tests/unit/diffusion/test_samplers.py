@@ -95,7 +95,16 @@ def test_seed_defaults_to_sample_settings() -> None:
     np.testing.assert_array_equal(images[0], all_images()[2])
 
 
-def test_unidiffuser_generates_in_both_unconditional_modes(tmp_path: Any) -> None:
+def test_unidiffuser_generates_in_both_unconditional_modes(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purposes: set[str] = set()
+
+    def recorded(seed: int, purpose: str, *args: Any) -> Any:
+        purposes.add(purpose)
+        return normal(seed, purpose, *args)
+
+    monkeypatch.setattr("d2i.diffusion.draws.normal", recorded)
     sizes: dict[str, Any] = {"latent_size": 8, "dim": 16, "depth": 2, "num_heads": 2}
     sizes |= {"text_dim": 64, "clip_dim": 4}
     torch.manual_seed(0)
@@ -110,6 +119,7 @@ def test_unidiffuser_generates_in_both_unconditional_modes(tmp_path: Any) -> Non
         np.testing.assert_array_equal(sampler.generate(["e"], text_of(["e"]))[0], images[name][4])
     assert (images["unconditional"] != images["seed"]).any()
     assert (images["data_type"] != images["seed"]).any()
+    assert purposes == {"sample", "sample.clip", "sample.text"}
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from d2i.config import BackboneConfig, SampleConfig, TextConfig
-from d2i.diffusion import unidiffuser_loss, uvit_loss
+from d2i.diffusion import noise_prediction_loss
 from d2i.encoders import ClipText, Vae
 from d2i.errors import CheckpointError
 from d2i.eval.sampler import Sampler
 from d2i.models import build_backbone, read_state_dict, save_weights
 from d2i.models.model_dir import build_network
 from d2i.models.positions import fit_positions
+from d2i.models.unidiffuser.objective import unidiffuser_loss
 from d2i.prompt_text import text_tokens
 from d2i.tokenize import WINDOW_LENGTH
 
@@ -44,7 +45,7 @@ def loss_of(network: Any, text: Tensor) -> Tensor:
     torch.manual_seed(1)
     latent, n = torch.randn(2, 4, 4, 4), torch.tensor([3, 800])
     if not hasattr(network, "clip_dim"):
-        return uvit_loss(network, latent, text, n, torch.randn_like(latent)).mean()
+        return noise_prediction_loss(network, latent, text, n, torch.randn_like(latent)).mean()
     parts = (latent, torch.randn(2, 1, network.clip_dim), text)
     noises = [torch.randn_like(part) for part in parts]
     return unidiffuser_loss(network, parts, n, n, noises).mean()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from d2i.config import apply_settings
-from d2i.diffusion import uvit_loss
+from d2i.diffusion import noise_prediction_loss
 from d2i.diffusion.schedule import default_schedule
 from d2i.recipes import load_recipe
 from d2i.train.network import build_trained_network
@@ -43,7 +43,7 @@ def test_bf16_keeps_float32_weights_gradients_and_loss() -> None:
     assert outputs.dtype == torch.bfloat16
     relative_error = float(((outputs - expected).norm() / expected.norm()).detach())
     assert 1e-4 < relative_error < 5e-2
-    loss = uvit_loss(network, latent, text, n, noise)
+    loss = noise_prediction_loss(network, latent, text, n, noise)
     assert loss.dtype == torch.float32
     noised = default_schedule().add_noise(latent, noise, n)
     exact = (network(noised, n, text).double() - noise.double()).square().flatten(1).mean(1)

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from d2i.config import BackboneConfig, TrainConfig, UniDiffuserLossConfig, load_config
-from d2i.diffusion import sample_latent, unidiffuser_loss
+from d2i.config import TrainConfig, UniDiffuserLossConfig, load_config
+from d2i.diffusion import sample_latent
 from d2i.errors import ConfigError
-from d2i.models import build_backbone
-from d2i.train.data.batch import Batch, JointInputs
-from d2i.train.objective import build_objective
+from d2i.models import build_backbone, family
+from d2i.models.unidiffuser.objective import unidiffuser_loss
+from d2i.train.data.batch import Batch
+from d2i.train.objective import Objective, build_objective
 
 SIZES: dict[str, Any] = {"latent_size": 4, "dim": 16, "depth": 2, "num_heads": 2, "text_dim": 8}
 SIZES |= {"num_text_tokens": 3, "clip_dim": 6}
@@ -21,21 +22,26 @@ SIZES |= {"num_text_tokens": 3, "clip_dim": 6}
 def random_batch() -> Batch:
     """Return a batch of two."""
     torch.manual_seed(0)
-    joint = JointInputs(
-        clip=torch.randn(2, 1, 6),
-        clip_noise=torch.randn(2, 1, 6),
-        text_noise=torch.randn(2, 3, 8),
-        n_text=torch.tensor([1, 900]),
-    )
+    conditions = {
+        "text": torch.randn(2, 3, 8),
+        "clip": torch.randn(2, 1, 6),
+        "clip_noise": torch.randn(2, 1, 6),
+        "text_noise": torch.randn(2, 3, 8),
+        "n_text": torch.tensor([1, 900]),
+    }
     return Batch(
         keys=("a", "b"),
         moments=torch.randn(2, 8, 4, 4),
-        text=torch.randn(2, 3, 8),
         latent_noise=torch.randn(2, 4, 4, 4),
         noise=torch.randn(2, 4, 4, 4),
         n=torch.tensor([500, 20]),
-        joint=joint,
+        conditions=conditions,
     )
+
+
+def objective(options: UniDiffuserLossConfig) -> Objective:
+    config = TrainConfig(num_steps=1, global_batch_size=2, micro_batch_size=2, unidiffuser=options)
+    return build_objective(family("unidiffuser"), {"scaling_factor": 0.5}, config)
 
 
 @pytest.mark.parametrize(
@@ -52,21 +58,20 @@ def test_objective_computes_unidiffuser_loss_of_recipe(options: dict[str, Any]) 
     torch.manual_seed(1)
     network, batch = build_backbone("unidiffuser-v1", **SIZES), random_batch()
     config = UniDiffuserLossConfig(**options)
-    backbone = BackboneConfig(name="unidiffuser-v1")
-    found = build_objective(backbone, 0.5, config)(network, batch)
-    assert batch.joint is not None
+    found = objective(config)(network, batch)
+    given = batch.conditions
     expected = unidiffuser_loss(
         network,
-        [sample_latent(batch.moments, batch.latent_noise, 0.5), batch.joint.clip, batch.text],
+        [sample_latent(batch.moments, batch.latent_noise, 0.5), given["clip"], given["text"]],
         batch.n,
-        batch.joint.n_text,
-        [batch.noise, batch.joint.clip_noise, batch.joint.text_noise],
+        given["n_text"],
+        [batch.noise, given["clip_noise"], given["text_noise"]],
         kind=config.loss,
         weights=config.weights,
         data_type=config.data_type,
     )
     assert torch.equal(found, expected)
-    plain = build_objective(backbone, 0.5, UniDiffuserLossConfig())(network, batch)
+    plain = objective(UniDiffuserLossConfig())(network, batch)
     assert bool(options) == bool((found != plain).any())
 
 

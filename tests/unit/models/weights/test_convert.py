@@ -18,8 +18,8 @@ from d2i.encoders import ClipText
 from d2i.errors import CheckpointError, ConfigError, D2IError
 from d2i.models import build_backbone, load_weights, read_state_dict, save_weights
 from d2i.models.model_dir import build_network
+from d2i.models.unidiffuser.layout import from_diffusers, to_diffusers
 from d2i.models.weights.convert import export_weights, import_weights
-from d2i.models.weights.diffusers_layout import from_diffusers, to_diffusers
 from d2i.models.weights.source import inspect_file
 from d2i.weights_catalog import PUBLISHED, find_published, shapes_hash
 from d2i.weights_resolve import resolve_weights

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from d2i.errors import CheckpointError, ConfigError
 from d2i.models import build_backbone, load_weights, read_state_dict, save_weights
-from d2i.models.weights.diffusers_layout import UNUSED_PREFIX, to_diffusers
+from d2i.models.unidiffuser.layout import UNUSED_PREFIX, to_diffusers
 from d2i.models.weights.load import read_described
 
 TINY = {

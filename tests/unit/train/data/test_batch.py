@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from d2i.config import EncodersConfig, TrainConfig
 from d2i.encoders import ClipText
+from d2i.models import family
 from d2i.recipes import load_recipe
 from d2i.shards import (
     Sample,
@@ -72,7 +73,7 @@ def config(num_threads: int = 1) -> TrainConfig:
 
 def stream(reader: ShardReader, num_threads: int) -> list[Batch]:
     encode_text = build_text_encoder(reader, ENCODERS, "cpu")
-    batches = BatchLoader(reader, config(num_threads), is_joint=False, encode_text=encode_text)
+    batches = BatchLoader(reader, config(num_threads), family("uvit"), encode_text)
     order = DataOrder((len(reader),), 0)
     requests = [
         (indices, step) for step in range(4) for indices in order.micro_batches(step, 4, 0, 1, 2)
@@ -85,10 +86,11 @@ def stream(reader: ShardReader, num_threads: int) -> list[Batch]:
 def check_same(ours: list[Batch], theirs: list[Batch]) -> None:
     assert len(ours) == len(theirs) == 8
     for one, other in zip(ours, theirs, strict=True):
+        assert one.keys == other.keys
         for field in fields(Batch):
-            value, expected = getattr(one, field.name), getattr(other, field.name)
-            same = torch.equal(value, expected) if torch.is_tensor(value) else value == expected
-            assert same, field.name
+            if field.name != "keys":
+                value, expected = getattr(one, field.name), getattr(other, field.name)
+                torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
 def test_encoded_token_ids_equal_stored_text_latents(
@@ -100,7 +102,7 @@ def test_encoded_token_ids_equal_stored_text_latents(
     check_same(found, stream(with_latents, 1))
     # Some conditions are dropped in these batches, and some are not.
     empty = torch.tensor(with_latents.empty_text)
-    dropped = [torch.equal(row, empty) for batch in found for row in batch.text]
+    dropped = [torch.equal(row, empty) for batch in found for row in batch.conditions["text"]]
     assert 0 < sum(dropped) < len(dropped)
 
 
@@ -121,7 +123,7 @@ def test_first_unread_follows_returned_batches(readers: tuple[ShardReader, Shard
             gate.wait()
         return np.zeros((*tokens.shape, 8), np.float16)
 
-    batches = BatchLoader(reader, config(2), is_joint=False, encode_text=encode_text)
+    batches = BatchLoader(reader, config(2), family("uvit"), encode_text)
     prefetched = batches.read_ahead((np.array([step]), step) for step in range(4))
     assert batches.first_unread(0) == 0
     next(prefetched)

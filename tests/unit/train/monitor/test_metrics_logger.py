@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
-from d2i.config import BackboneConfig, BackboneName, TrainConfig
+from d2i.config import BackboneConfig, TrainConfig
 from d2i.run_dir import (
     MetricsLine,
     ValidationLine,
@@ -39,7 +39,7 @@ def line(step: int, loss: float) -> MetricsLine:
     ("name", "gigaflop"),
     [("uvit-s", 97.31), ("uvit-s-deep", 127.37), ("unidiffuser-v1", 6986.2)],
 )
-def test_count_flops_per_image_matches_docs(name: BackboneName, gigaflop: float) -> None:
+def test_count_flops_per_image_matches_docs(name: str, gigaflop: float) -> None:
     assert count_flops(BackboneConfig(name=name)) / 1e9 == pytest.approx(gigaflop, rel=0.01)
 
 

@@ -1,49 +1,61 @@
-"""Presets: the published backbones by name, and the overrides of their sizes.
+"""The families by name, and networks of the published backbones, built by name and sizes.
 
-Holds the table of sizes; builds networks, loads no weights.
+Loads no weights. The names themselves are in `d2i.backbones`, which needs no torch.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping
+import importlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from d2i.backbones import FAMILIES, family_of, presets_of, unknown
 from d2i.errors import ConfigError
-from d2i.models.unidiffuser import UniDiffuser
-from d2i.models.uvit import UViT
+from d2i.models.base import Architecture, Family, Layout
 
-UVIT_S: dict[str, Any] = {
-    "latent_size": 32,
-    "patch_size": 2,
-    "dim": 512,
-    "depth": 12,
-    "num_heads": 8,
-    "text_dim": 768,
-    "num_text_tokens": 77,
-    "latent_scale": 0.23010,
-    "gradient_checkpointing": False,
-}
-UNIDIFFUSER_V1: dict[str, Any] = {
-    "latent_size": 64,
-    "patch_size": 2,
-    "dim": 1536,
-    "depth": 30,
-    "num_heads": 24,
-    "text_dim": 64,
-    "num_text_tokens": 77,
-    "clip_dim": 512,
-    "latent_scale": 0.18215,
-    "gradient_checkpointing": False,
-}
-PRESETS: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {
-    "uvit-s": (UViT, UVIT_S, {}),
-    "uvit-s-deep": (UViT, UVIT_S | {"depth": 16}, {}),
-    "unidiffuser-v0": (UniDiffuser, UNIDIFFUSER_V1, {"has_data_type": False}),
-    "unidiffuser-v1": (UniDiffuser, UNIDIFFUSER_V1, {"has_data_type": True}),
-}
+
+def family(name: str) -> Family:
+    """Return a family by its name; `_` is taken for `-`.
+
+    Raises:
+        ConfigError: If there is no such family.
+    """
+    key = name.replace("_", "-")
+    if key not in FAMILIES:
+        raise ConfigError(unknown("family", name, FAMILIES))
+    found: Family = importlib.import_module(f"{FAMILIES[key]}.family").FAMILY
+    return found
+
+
+def family_of_backbone(backbone: str) -> Family:
+    """Return the family of a backbone.
+
+    Raises:
+        ConfigError: If there is no such backbone.
+    """
+    return family(family_of(backbone))
+
+
+def all_families() -> Iterator[Family]:
+    """Yield every family, in the order of their lines."""
+    return map(family, FAMILIES)
+
+
+def detect_architecture(state: Mapping[str, Tensor]) -> Architecture | None:
+    """Return the network that tensors with published names belong to; None if there is none."""
+    return next(filter(None, (one.detect(state) for one in all_families())), None)
+
+
+def detect_layout(state: Mapping[str, Tensor]) -> tuple[str, Layout] | None:
+    """Return the layout, other than the published one, that tensors are in; None if there is none.
+
+    Returns:
+        The name of the layout, such as `diffusers`, and its functions.
+    """
+    layouts = (item for one in all_families() for item in one.layouts.items())
+    return next(((name, layout) for name, layout in layouts if layout.matches(state)), None)
 
 
 def build_backbone(name: str, **overrides: Any) -> nn.Module:
@@ -63,15 +75,13 @@ def build_backbone(name: str, **overrides: Any) -> nn.Module:
     Raises:
         ConfigError: unknown name or override, or sizes that do not fit each other.
     """
-    if name not in PRESETS:
-        raise ConfigError(_unknown("backbone", name, PRESETS))
-    network_class, sizes, fixed = PRESETS[name]
+    sizes = presets_of(name).sizes[name]
     for override in overrides:
         if override not in sizes:
-            raise ConfigError(_unknown(f"override of {name}", override, sizes))
-    arguments = sizes | overrides
+            raise ConfigError(unknown(f"override of {name}", override, sizes))
+    arguments = {**sizes, **overrides}
     _check_sizes(name, arguments)
-    return network_class(**arguments, **fixed)
+    return family_of_backbone(name).build(name, arguments)
 
 
 def changed_sizes(name: str, sizes: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -84,7 +94,7 @@ def changed_sizes(name: str, sizes: Mapping[str, Any]) -> dict[str, tuple[Any, A
     Returns:
         (network's size, published size) by name; empty if all are the same.
     """
-    published = PRESETS[name][1]
+    published = presets_of(name).sizes[name]
     found = {key: (value, published.get(key)) for key, value in sizes.items()}
     return {key: (size, other) for key, (size, other) in found.items() if size != other}
 
@@ -95,28 +105,23 @@ def name_sizes(name: str, sizes: Mapping[str, Any]) -> str:
     Examples: `uvit-s`, `uvit-s-shaped, 3 blocks of width 32`, or `uvit-s with num_text_tokens 154`.
     """
     changed = changed_sizes(name, sizes)
-    if changed.keys() & {"depth", "dim"}:
-        whole = {**PRESETS[name][1], **sizes}
+    whole = {**presets_of(name).sizes[name], **sizes}
+    if changed.keys() & {"depth", "dim"} and {"depth", "dim"} <= whole.keys():
         return f"{name}-shaped, {whole['depth']} blocks of width {whole['dim']}"
     words = ", ".join(f"{key} {size}" for key, (size, _) in changed.items())
     return f"{name} with {words}" if words else name
 
 
-def _unknown(what: str, got: str, known: Collection[str]) -> str:
-    nearest = difflib.get_close_matches(got, known, n=1, cutoff=0.0)[0]
-    return f"unknown {what} {got!r}: expected one of {', '.join(known)}; did you mean {nearest!r}?"
-
-
-def _check_sizes(name: str, sizes: dict[str, Any]) -> None:
+def _check_sizes(name: str, sizes: Mapping[str, Any]) -> None:
     counts = [key for key in sizes if key not in ("latent_scale", "gradient_checkpointing")]
     for key in counts:
         if not isinstance(sizes[key], int) or isinstance(sizes[key], bool) or sizes[key] < 1:
             raise ConfigError(f"{name}: {key} is {sizes[key]!r}, expected a whole number above 0")
     for whole, part in (("latent_size", "patch_size"), ("dim", "num_heads")):
-        if sizes[whole] % sizes[part]:
+        if {whole, part} <= sizes.keys() and sizes[whole] % sizes[part]:
             raise ConfigError(
                 f"{name}: {whole} {sizes[whole]} is not a multiple of {part} {sizes[part]}; "
                 "change one of them"
             )
-    if sizes["dim"] % 2:
+    if sizes.get("dim", 0) % 2:
         raise ConfigError(f"{name}: dim {sizes['dim']} is odd, expected an even number")

@@ -1,0 +1,88 @@
+"""The backbones by name: a line for each family of networks, and the sizes of its presets.
+
+A family is a directory of `d2i.models`. Its `presets` module is read by commands that load no
+network, so it must not import torch; its `family` module is what trains and generates.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from d2i.errors import ConfigError
+
+FAMILIES = {
+    "uvit": "d2i.models.uvit",
+    "unidiffuser": "d2i.models.unidiffuser",
+}
+"""The package of each family, by the family's name."""
+
+
+def _nothing(recipe: Any) -> dict[str, Any]:
+    del recipe
+    return {}
+
+
+def _no_problem(recipe: Any) -> str | None:
+    del recipe
+    return None
+
+
+@dataclass(frozen=True)
+class Presets:
+    """What a family declares without torch.
+
+    Args:
+        sizes: The arguments of each published network, by the backbone's name; those that a recipe
+            may override.
+        unset: From a recipe to the settings that this family needs where the user left them unset,
+            such as `{"train.condition_dropout": 0.0}`.
+        problem: From a recipe to what is wrong with it for this family, in one line; else None.
+    """
+
+    sizes: Mapping[str, Mapping[str, Any]]
+    unset: Callable[[Any], dict[str, Any]] = _nothing
+    problem: Callable[[Any], str | None] = _no_problem
+
+
+def presets_of_family(family: str) -> Presets:
+    """Return what a family declares."""
+    presets: Presets = importlib.import_module(f"{FAMILIES[family]}.presets").PRESETS
+    return presets
+
+
+@cache
+def backbones() -> dict[str, str]:
+    """Return the family of every backbone, by the backbone's name."""
+    return {name: family for family in FAMILIES for name in presets_of_family(family).sizes}
+
+
+def family_of(backbone: str) -> str:
+    """Return the family of a backbone.
+
+    Raises:
+        ConfigError: If there is no such backbone.
+    """
+    known = backbones()
+    if backbone not in known:
+        raise ConfigError(unknown("backbone", backbone, known))
+    return known[backbone]
+
+
+def presets_of(backbone: str) -> Presets:
+    """Return what the family of a backbone declares.
+
+    Raises:
+        ConfigError: If there is no such backbone.
+    """
+    return presets_of_family(family_of(backbone))
+
+
+def unknown(what: str, got: str, known: Collection[str]) -> str:
+    """Return the error message for an unknown name, with the nearest known one."""
+    nearest = difflib.get_close_matches(got, known, n=1, cutoff=0.0)[0]
+    return f"unknown {what} {got!r}: expected one of {', '.join(known)}; did you mean {nearest!r}?"

@@ -1,0 +1,231 @@
+"""What a family of networks is: the one interface that training, sampling and weights know.
+
+A family is a directory of `d2i.models` with the same files each: `presets` (names and sizes,
+without torch), `model` (the network), `family` (a subclass of `Family`), and what else it needs.
+Nothing outside asks which family a network is of. docs/extending.md adds one step by step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2i.backbones import Presets, presets_of_family
+from d2i.config import SampleConfig, TrainConfig
+from d2i.diffusion.draws import BatchDraws, SampleDraws
+from d2i.diffusion.guidance import guided
+from d2i.diffusion.losses import noise_prediction_loss
+from d2i.diffusion.samplers import draw_noise, run_sampler
+from d2i.models.image_codec import KL_F8C4, ImageCodec, VaeNumbers
+
+State = Mapping[str, Tensor]
+Conditions = Mapping[str, Tensor]
+"""What a network is given beside the noised image, by name; `text` (B, T, D) always."""
+SampleLatents = Callable[[Conditions, SampleDraws], Tensor]
+"""From the conditions and draws of B images to latents (B, C, h, w) at the network's scale."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of weights in another program.
+
+    Args:
+        matches: Returns whether tensors are in this layout.
+        to_published: Renames tensors of this layout to the published names; unknown ones stay.
+        from_published: The reverse.
+        config: From a network to the `config.json` that the other program builds it from.
+    """
+
+    matches: Callable[[State], bool]
+    to_published: Callable[[State], dict[str, Tensor]]
+    from_published: Callable[[State], dict[str, Tensor]]
+    config: Callable[[Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network recognised by the names and shapes of its tensors.
+
+    Args:
+        backbone: Its preset; of several with these names, the first.
+        title: A description for people, without sizes.
+        sizes: The sizes that the shapes reveal, by the names of `build_backbone`.
+    """
+
+    backbone: str
+    title: str
+    sizes: Mapping[str, int]
+
+
+class Family(ABC):
+    """A family of networks.
+
+    Its networks have the attributes `latent_size`, `text_dim`, `num_text_tokens`, `latent_scale`
+    (the factor from raw VAE latents), and `gradient_checkpointing`, which may be set.
+
+    Attributes:
+        name: As `d2i.backbones.FAMILIES` has it.
+        codec: The latents that it is trained on.
+        encoders: The arrays of a sample that it is trained on; `text` may be encoded from `tokens`.
+        layouts: Other programs' names for its weights, by the program's name.
+    """
+
+    name: ClassVar[str]
+    codec: ClassVar[ImageCodec] = KL_F8C4
+    encoders: ClassVar[tuple[str, ...]] = ("moments", "text")
+    layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType({})
+
+    @property
+    def presets(self) -> Presets:
+        """Its backbones by name, with their sizes."""
+        return presets_of_family(self.name)
+
+    @abstractmethod
+    def build(self, backbone: str, sizes: Mapping[str, Any]) -> nn.Module:
+        """Build a network, freshly initialised, in float32; `sizes` are checked and complete."""
+
+    @abstractmethod
+    def detect(self, state: State) -> Architecture | None:
+        """Recognise tensors under published names; None if they are not of this family."""
+
+    @abstractmethod
+    def blocks(self, network: Any) -> Iterable[nn.Module]:
+        """Return the repeated blocks of a network, which `torch.compile` compiles one by one."""
+
+    @abstractmethod
+    def example_inputs(self, network: Any) -> tuple[Tensor, ...]:
+        """Return the inputs of one image, for a network on torch's current default device."""
+
+    @abstractmethod
+    def losses(
+        self,
+        network: Any,
+        vae: VaeNumbers,
+        raw: Tensor,
+        noise: Tensor,
+        draw: Tensor,
+        conditions: Conditions,
+        **options: Any,
+    ) -> Tensor:
+        """Return the loss of each image, (B,).
+
+        Args:
+            network: A network of this family, or an engine around it.
+            vae: The numbers that normalise raw latents.
+            raw: (B, C, h, w) raw latents.
+            noise: (B, C, h, w) standard normal.
+            draw: (B,) int64 model times, in 1..1000.
+            conditions: As `conditions` returns them, as tensors.
+            **options: As `loss_options` returns them.
+        """
+
+    @abstractmethod
+    def sampler(
+        self, network: Any, settings: SampleConfig, unconditional: Conditions
+    ) -> SampleLatents:
+        """Return the guided sampler of a network.
+
+        Args:
+            network: A network of this family.
+            settings: Sampler, steps and guidance.
+            unconditional: The conditions of the empty text, without a batch axis.
+        """
+
+    def vae_numbers(self, network: Any) -> VaeNumbers:
+        """Return the numbers that normalise the latents of a network."""
+        return {"scaling_factor": network.latent_scale}
+
+    def fit(self, state: State, network: Any) -> State:
+        """Fit published tensors to a network of other sizes; here they stay as they are."""
+        del network
+        return state
+
+    def load(self, path: str, network: nn.Module) -> nn.Module:
+        """Load published weights into a network; see `d2i.models.load_weights`."""
+        from d2i.models.weights.load import load_weights
+
+        return load_weights(network, path)
+
+    def conditions(
+        self, arrays: Mapping[str, NDArray[Any]], draws: BatchDraws
+    ) -> dict[str, NDArray[Any]]:
+        """Return the conditions of a training batch.
+
+        Args:
+            arrays: The arrays of `encoders`, each (B, ...); `text` is that of '' where dropped.
+            draws: The random draws of the batch.
+        """
+        del draws
+        return {"text": arrays["text"]}
+
+    def loss_options(self, config: TrainConfig) -> dict[str, Any]:
+        """Return the keyword arguments that a recipe gives to `losses`."""
+        del config
+        return {}
+
+    def flops(self, network: Any) -> int:
+        """Count the FLOP of one image, forward; a multiply-add counts as two.
+
+        Args:
+            network: A network on the `meta` device, without gradients.
+        """
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            network(*self.example_inputs(network))
+        return int(counter.get_total_flops())
+
+
+class OneTensorFamily(Family):
+    """A family whose networks predict the noise of the latent alone, given time and conditions."""
+
+    def predict(self, network: Any, latent: Tensor, n: Tensor, conditions: Conditions) -> Tensor:
+        """Predict the noise (B, C, h, w) of noised latents at model times n (B,)."""
+        predicted: Tensor = network(latent, n, conditions["text"])
+        return predicted
+
+    def losses(
+        self,
+        network: Any,
+        vae: VaeNumbers,
+        raw: Tensor,
+        noise: Tensor,
+        draw: Tensor,
+        conditions: Conditions,
+        **options: Any,
+    ) -> Tensor:
+        """Return the mean squared error of the predicted noise, (B,); see `Family.losses`."""
+        del options
+
+        def predict(latent: Tensor, n: Tensor, given: Conditions) -> Tensor:
+            return self.predict(network, latent, n, given)
+
+        latent = self.codec.normalised(raw, vae)
+        return noise_prediction_loss(predict, latent, conditions, draw, noise)
+
+    def sampler(
+        self, network: Any, settings: SampleConfig, unconditional: Conditions
+    ) -> SampleLatents:
+        """Return a sampler of latents, guided by the conditions; see `Family.sampler`."""
+
+        def predict(latent: Tensor, n: Tensor, given: Conditions) -> Tensor:
+            return self.predict(network, latent, n, given)
+
+        def sample(conditions: Conditions, draws: SampleDraws) -> Tensor:
+            eps = guided(predict, conditions, unconditional, settings.guidance_scale)
+            shape = self.codec.latent_shape(network.latent_size)
+            start = draw_noise(draws, "", shape, conditions["text"].device)
+            return run_sampler(settings.sampler, eps, start, settings.num_steps, draws)
+
+        return sample
+
+    def example_inputs(self, network: Any) -> tuple[Tensor, ...]:
+        """Return (latent, n, text) of one image."""
+        latent = torch.empty(1, *self.codec.latent_shape(network.latent_size))
+        return latent, torch.ones(1), torch.empty(1, network.num_text_tokens, network.text_dim)
