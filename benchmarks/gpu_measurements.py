@@ -484,16 +484,11 @@ def flop_of_image(backbone: Backbone, place: Place, *, is_training: bool) -> int
     from torch.utils.flop_counter import FlopCounterMode
 
     network = build(backbone, Place("meta", place.size)).requires_grad_(is_training)
-    batch = draw_batch(network, backbone, 1, "meta")
-    latent = batch.moments[:, :4]
-    with FlopCounterMode(display=False) as counter:
-        if batch.joint:
-            found = network(latent, batch.joint.clip, batch.text, batch.n, batch.joint.n_text)
-            total = torch.stack([part.sum() for part in found]).sum()
-        else:
-            total = network(latent, batch.n, batch.text).sum()
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        found = network(*backbone.family.example_inputs(network))
+        parts = [found] if isinstance(found, torch.Tensor) else found
         if is_training:
-            total.backward()
+            torch.stack([part.sum() for part in parts]).sum().backward()
     return int(counter.get_total_flops())
 
 

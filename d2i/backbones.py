@@ -34,7 +34,7 @@ def _no_problem(recipe: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Presets:
-    """What a family declares without torch.
+    """The part of a family that needs no torch.
 
     Args:
         sizes: The arguments of each published network, by the backbone's name; those that a recipe

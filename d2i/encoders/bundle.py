@@ -13,18 +13,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from d2i.config import EncodersConfig, Precision
+from d2i.config import EncodersConfig, ImageConfig, Precision, TextConfig
 from d2i.encoders.clip_image import ClipImage
 from d2i.encoders.clip_text import ClipText
 from d2i.encoders.vae import Vae
 from d2i.errors import CheckpointError
+from d2i.tokenize import WINDOW_LENGTH
 
 if TYPE_CHECKING:
     from d2i.shards import Manifest
 
 EncoderName = Literal["vae", "clip_image", "clip_text"]
+IMAGE_ARRAYS = ("moments", "clip")
+"""The arrays that depend on the image alone, which other contexts can reuse."""
 _PARTS = {"vae": "image", "clip_image": "image", "clip_text": "text"}
 """The part of a data set's fingerprint that holds the hash of each encoder's weights."""
+
+
+@dataclass(frozen=True)
+class EncodedArray:
+    """An array of every sample.
+
+    Args:
+        encoder: The encoder that makes it, whose weights decide it; None for the tokenizer.
+        dtype: As numpy names it.
+        shape: Of one sample.
+    """
+
+    encoder: EncoderName | None
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,17 +54,15 @@ class Encoders:
     clip_text: ClipText
     compute_batch_size: int
 
-    def encode_images(
-        self, pixels: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-        """Encode uint8 (N, H, H, 3) to moments f16 (N, 8, h, w) and embeddings f16 (N, clip_dim).
+    def encode_images(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float16]]:
+        """Encode uint8 (N, H, H, 3) to the arrays of an image, by name, each (N, ...).
 
         A value beyond the range of float16 becomes infinite; the caller turns it into a failed row.
         """
         with np.errstate(over="ignore"):
             moments = self.vae.encode(pixels, self.compute_batch_size).astype(np.float16)
             clip = self.clip_image.encode(pixels, self.compute_batch_size).astype(np.float16)
-        return moments, clip
+        return dict(zip(IMAGE_ARRAYS, (moments, clip), strict=True))
 
     def encode_text(self, tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
         """Encode uint16 (N, 77 W) to text latents f16 (N, 77 W, text_dim).
@@ -55,6 +71,23 @@ class Encoders:
         """
         with np.errstate(over="ignore"):
             return self.clip_text.encode(tokens, self.compute_batch_size).astype(np.float16)
+
+    def arrays(self, image: ImageConfig, text: TextConfig) -> dict[str, EncodedArray]:
+        """Declare the arrays of every sample, by name, that these encoders make for a recipe."""
+        side = image.resolution // self.vae.downsampling
+        num_tokens = WINDOW_LENGTH * text.num_windows
+        declared = {
+            "moments": EncodedArray(
+                "vae", "float16", (2 * self.vae.codec.num_channels, side, side)
+            ),
+            "clip": EncodedArray("clip_image", "float16", (self.clip_image.dim,)),
+            "tokens": EncodedArray(None, "uint16", (num_tokens,)),
+        }
+        if text.latents == "full":
+            declared["text"] = EncodedArray(
+                "clip_text", "float16", (num_tokens, self.clip_text.dim)
+            )
+        return declared
 
     @property
     def device_kind(self) -> str:

@@ -25,6 +25,7 @@ class ClipImage:
         self.device, self._precision = device, precision
         self.module = load_pretrained(CLIPVisionModelWithProjection, name).to(device)
         self.image_size: int = self.module.config.image_size
+        self.dim: int = self.module.config.projection_dim
         self.hash = weights_hash(self.module)
         self._mean = torch.tensor(_MEAN, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(_STD, device=device).view(1, 3, 1, 1)

@@ -41,6 +41,7 @@ class ClipText:
         self.device, self._precision = device, precision
         self.module = load_pretrained(CLIPTextModelWithProjection, name).to(device)
         self.prefix = _load_prefix(prefix).to(device) if prefix else None
+        self.dim: int = self.prefix.out_features if self.prefix else self.module.config.hidden_size
         self._rows = _compact_rows(Path(resolve_weights(name)) / "clip_ids.json")
         self.hash = weights_hash(nn.ModuleList([self.module, *filter(None, [self.prefix])]))
 

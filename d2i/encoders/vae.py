@@ -38,6 +38,13 @@ class Vae:
         kind: `kl` for AutoencoderKL, `tiny` for AutoencoderTiny.
         device: The device that it runs on.
         precision: The precision of encoding; decoding runs in float32.
+
+    Attributes:
+        codec: Shapes and arithmetic of its latents.
+        downsampling: Pixels to a latent pixel, along a side.
+
+    Raises:
+        CheckpointError: If it cannot be loaded, or has latents of another number of channels.
     """
 
     codec = KL_F8C4
@@ -52,6 +59,14 @@ class Vae:
         self.kind = kind
         self.device, self._precision = device, precision
         self.module = _load(name, kind).to(device)
+        if self.module.config.latent_channels != self.codec.num_channels:
+            raise CheckpointError(
+                f"encoders.vae {name}: got latents of {self.module.config.latent_channels} "
+                f"channels, expected {self.codec.num_channels}, as of {self.codec.name}; use the "
+                "autoencoder that the backbone was trained with"
+            )
+        # One block of the encoder does not halve the side.
+        self.downsampling: int = 2 ** (len(self.module.config.block_out_channels) - 1)
         self.hash = weights_hash(self.module)
 
     @torch.inference_mode()

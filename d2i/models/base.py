@@ -1,4 +1,4 @@
-"""What a family of networks is: the one interface that training, sampling and weights know.
+"""The interface of a family of networks: all that training, sampling and weights know of it.
 
 A family is a directory of `d2i.models` with the same files each: `presets` (names and sizes,
 without torch), `model` (the network), `family` (a subclass of `Family`), and what else it needs.
@@ -28,7 +28,7 @@ from d2i.models.image_codec import KL_F8C4, ImageCodec, VaeNumbers
 
 State = Mapping[str, Tensor]
 Conditions = Mapping[str, Tensor]
-"""What a network is given beside the noised image, by name; `text` (B, T, D) always."""
+"""The inputs of a network beside the noised image, by name; `text` (B, T, D) always."""
 SampleLatents = Callable[[Conditions, SampleDraws], Tensor]
 """From the conditions and draws of B images to latents (B, C, h, w) at the network's scale."""
 

@@ -23,12 +23,10 @@ class ImageCodec:
     Args:
         name: Its name, such as `kl-f8c4`.
         num_channels: Channels of a latent; its moments have twice as many.
-        downsampling: Pixels to a latent pixel, along a side.
     """
 
     name: str
     num_channels: int
-    downsampling: int
 
     def latent_shape(self, side: int) -> tuple[int, int, int]:
         """Return the shape of one latent of a side in latent pixels: (C, side, side)."""
@@ -51,5 +49,5 @@ class ImageCodec:
         return latents / vae["scaling_factor"]
 
 
-KL_F8C4 = ImageCodec("kl-f8c4", 4, 8)
+KL_F8C4 = ImageCodec("kl-f8c4", 4)
 """LDM's KL autoencoder, and the tiny one over the same latents."""

@@ -18,11 +18,12 @@ import pyarrow.compute as pc
 
 from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
+from d2i.encoders.bundle import IMAGE_ARRAYS
 from d2i.errors import ShardError
 from d2i.io import storage
 from d2i.io.config_lock import diff
 from d2i.preprocess.ledger import NON_FINITE_TEXT, SCHEMA, LedgerRow, ledger_tables
-from d2i.preprocess.workers.messages import ImageFeatures, ShardTask, SourceFile, keeps_source
+from d2i.preprocess.workers.messages import Features, ShardTask, SourceFile, keeps_source
 from d2i.preprocess.workers.spill_buffer import SpillBuffer
 from d2i.shards import IMAGE_SUFFIXES, ShardReader, check_json, npy_array
 
@@ -43,7 +44,7 @@ class Reused:
     """Known results of a shard's images, by image reference."""
 
     images: dict[ImageRef, SourceFile] = field(default_factory=dict)
-    features: dict[ImageRef, ImageFeatures] = field(default_factory=dict)
+    features: dict[ImageRef, Features] = field(default_factory=dict)
     failures: dict[ImageRef, LedgerRow] = field(default_factory=dict)
 
     def rows(self, instances: Sequence[Instance]) -> Iterator[LedgerRow]:
@@ -161,9 +162,9 @@ class ReusedSplit:
             if suffix:
                 sources.put(ref, members[suffix])
             reused.images[ref] = _source_file(members["json"], suffix)
-            reused.features[ref] = ImageFeatures(
-                npy_array(members["moments.npy"]), npy_array(members["clip.npy"])
-            )
+            reused.features[ref] = {
+                name: npy_array(members[f"{name}.npy"]) for name in IMAGE_ARRAYS
+            }
         return reused
 
     def _positions(self, instances: Sequence[Instance], recipe: Recipe) -> dict[ImageRef, int]:

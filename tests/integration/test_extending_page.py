@@ -22,12 +22,14 @@ CORPUS = "forum:Forum"
 PACKAGE = Path(d2i.__file__).parent
 LINE = '    "conv": "d2i.models.conv",\n'
 MAX_FILES, MAX_LINES = 5, 250
+# The lines after which the page's entries for a metric belong.
+PLACES = {"d2i/metric_specs.py": "_ROWS = (\n", "d2i/eval/metrics/scores.py": "    found |= {\n"}
 
 
 def examples() -> dict[str, str]:
     """Return the page's Python by the name of the file, which is its first line."""
     page = (ROOT / "docs" / "extending.md").read_text()
-    return dict(re.findall(r"```python\n# (\S+)\n(.*?)```", page, re.DOTALL))
+    return dict(re.findall(r"```python\n# (\S+?)(?:, in \w+)?\n(.*?)```", page, re.DOTALL))
 
 
 @pytest.fixture
@@ -115,8 +117,8 @@ def test_own_form_of_chat_reads_as_turns_do(
 
 
 @pytest.fixture
-def with_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Copy the package, and add the page's family: its directory, and a line of the registry."""
+def extended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy the package, and add the page's family and metric where the page says."""
     package = tmp_path / "package" / "d2i"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     files = {name: code for name, code in examples().items() if name.startswith("d2i/models/")}
@@ -129,12 +131,16 @@ def with_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     assert f"```\n{LINE}```" in page
     registry = package / "backbones.py"
     registry.write_text(registry.read_text().replace("FAMILIES = {\n", f"FAMILIES = {{\n{LINE}"))
+    for name, place in PLACES.items():
+        code = (package.parent / name).read_text()
+        assert code.count(place) == 1
+        (package.parent / name).write_text(code.replace(place, f"{place}{examples()[name]}"))
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     return tmp_path
 
 
-def test_own_family_goes_through_every_command(with_family: Path) -> None:
-    make.write_chats(with_family / "chats")
+def test_own_family_and_metric_go_through_every_command(extended: Path) -> None:
+    make.write_chats(extended / "chats")
     network = {
         name: value
         for name, value in make.NETWORK.items()
@@ -143,17 +149,20 @@ def test_own_family_goes_through_every_command(with_family: Path) -> None:
     network |= {"backbone.name": "conv-s", "train.activation_checkpointing": "true"}
     words = make.commands()
     words["train"] = words["train"][: words["train"].index("--set")] + make.settings(network)
-    printed = {name: run(with_family, *line) for name, line in words.items()}
+    printed = {name: run(extended, *line) for name, line in words.items()}
     assert printed["train"]["step"] == make.NETWORK["train.num_steps"]
     assert printed["eval"]["card"]["backbone"] == "conv-s"
     assert printed["eval"]["card"]["found"] == make.NUM_SAMPLES["test"]
-    run(with_family, "report", "evaluation", "--out", "report.html")
-    assert "conv-s-shaped, 3 blocks of width 4" in (with_family / "report.html").read_text()
-    found = run(with_family, "weights", "inspect", "run/ema.safetensors")
+    assert printed["eval"]["scores"]["clip_distance"] > 0
+    run(extended, "report", "evaluation", "--out", "report.html")
+    report = (extended / "report.html").read_text()
+    assert "conv-s-shaped, 3 blocks of width 4" in report
+    assert "CLIP distance" in report
+    found = run(extended, "weights", "inspect", "run/ema.safetensors")
     assert found["backbone"] == "conv-s"
     refused = subprocess.run(
         [*make.COMMAND, *words["train"], "--set", "backbone.patch_size=2", "--run", "other"],
-        cwd=with_family,
+        cwd=extended,
         stderr=subprocess.PIPE,
         text=True,
         check=False,

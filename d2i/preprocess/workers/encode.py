@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
-from d2i.encoders import Encoders
+from d2i.encoders import EncodedArray, Encoders
+from d2i.errors import ShardError
 from d2i.fetch.result import is_transient
 from d2i.preprocess.ledger import NON_FINITE_TEXT, LedgerRow, Status
 from d2i.preprocess.plan.record_files import instance_values
 from d2i.preprocess.workers.messages import (
+    Features,
     FetchedImage,
-    ImageFeatures,
     SourceFile,
     SourceImage,
     keeps_source,
@@ -31,35 +32,32 @@ _MAX_DETAIL = 500
 
 def encode_source_images(
     images: Mapping[ImageRef, SourceImage], encoders: Encoders
-) -> dict[ImageRef, ImageFeatures]:
+) -> dict[ImageRef, Features]:
     """Encode each distinct image once; leave out those with non-finite latents.
 
     Args:
         images: In a fixed order, as it decides which images share a batch.
         encoders: The encoders, which take one batch at a time.
     """
-    features = {}
+    features: dict[ImageRef, Features] = {}
     refs = list(images)
     for start in range(0, len(refs), encoders.compute_batch_size):
         batch = refs[start : start + encoders.compute_batch_size]
-        moments, clip = encoders.encode_images(np.stack([images[ref].pixels for ref in batch]))
-        for ref, m, c in zip(batch, moments, clip, strict=True):
-            if np.isfinite(m).all() and np.isfinite(c).all():
-                features[ref] = ImageFeatures(m, c)
+        encoded = encoders.encode_images(np.stack([images[ref].pixels for ref in batch]))
+        for row, ref in enumerate(batch):
+            arrays = {name: rows[row] for name, rows in encoded.items()}
+            if _is_finite(arrays):
+                features[ref] = arrays
     return features
 
 
-@dataclass(frozen=True)
-class TextFeatures:
-    """Encoded context: tokens u16 (77 W,) and, where stored, text f16 (77 W, text_dim)."""
-
-    tokens: NDArray[np.uint16]
-    text: NDArray[np.float16] | None
+def _is_finite(arrays: Features) -> bool:
+    return all(np.isfinite(array).all() for array in arrays.values())
 
 
 def encode_contexts(
     instances: Iterable[Instance], encoders: Encoders, recipe: Recipe
-) -> dict[str, TextFeatures]:
+) -> dict[str, Features]:
     """Encode the context of each instance, by key; leave out those with non-finite latents.
 
     Args:
@@ -67,40 +65,49 @@ def encode_contexts(
         encoders: The encoders, which take one batch at a time.
         recipe: Sets how contexts are tokenized, and whether latents are stored.
     """
-    features = {}
+    features: dict[str, Features] = {}
     ordered = sorted(instances, key=lambda i: i.key)
     for start in range(0, len(ordered), encoders.compute_batch_size):
         batch = ordered[start : start + encoders.compute_batch_size]
         tokens = np.stack([context_tokens(instance.context, recipe.text) for instance in batch])
-        text = encoders.encode_text(tokens) if recipe.text.latents == "full" else None
+        encoded: dict[str, NDArray[np.generic]] = {"tokens": tokens}
+        if recipe.text.latents == "full":
+            encoded["text"] = encoders.encode_text(tokens)
         for row, instance in enumerate(batch):
-            latents = None if text is None else text[row]
-            if latents is None or np.isfinite(latents).all():
-                features[instance.key] = TextFeatures(tokens[row], latents)
+            arrays = {name: rows[row] for name, rows in encoded.items()}
+            if _is_finite(arrays):
+                features[instance.key] = arrays
     return features
 
 
 def build_samples(
     instances: Iterable[Instance],
     images: Mapping[ImageRef, SourceFile],
-    features: Mapping[ImageRef, ImageFeatures],
-    texts: Mapping[str, TextFeatures],
+    features: Mapping[ImageRef, Features],
+    texts: Mapping[str, Features],
+    declared: Mapping[str, EncodedArray],
     recipe: Recipe,
     sources: SpillBuffer,
 ) -> Iterator[Sample]:
-    """Yield the samples of one shard, in key order, for instances with image and text features."""
+    """Yield the samples of one shard, in key order, for instances with image and text features.
+
+    Raises:
+        ShardError: If an array is not as declared, such as one that is reused.
+    """
     chosen = (i for i in instances if i.image_ref in features and i.key in texts)
     for instance in sorted(chosen, key=lambda i: i.key):
-        source_file, image = images[instance.image_ref], features[instance.image_ref]
-        text = texts[instance.key]
-        members = {
-            "json": _metadata(instance, source_file),
-            "moments.npy": npy_bytes(image.moments),
-            "clip.npy": npy_bytes(image.clip),
-            "tokens.npy": npy_bytes(text.tokens),
-        }
-        if text.text is not None:
-            members["text.npy"] = npy_bytes(text.text)
+        source_file = images[instance.image_ref]
+        arrays = {**features[instance.image_ref], **texts[instance.key]}
+        members = {"json": _metadata(instance, source_file)}
+        for name, expected in declared.items():
+            found = arrays[name]
+            if (found.dtype.name, found.shape) != (expected.dtype, expected.shape):
+                raise ShardError(
+                    f"{instance.key}: {name} is {found.dtype} {found.shape}, expected "
+                    f"{expected.dtype} {expected.shape} of the recipe's encoders; prepare with "
+                    "the encoders and the resolution that made it"
+                )
+            members[f"{name}.npy"] = npy_bytes(found)
         source = sources.get(instance.image_ref) if keeps_source(instance, recipe) else None
         if source is not None:
             members[source_file.suffix] = source
@@ -108,7 +115,7 @@ def build_samples(
 
 
 def ledger_row(
-    instance: Instance, found: FetchedImage, features: Mapping[ImageRef, ImageFeatures]
+    instance: Instance, found: FetchedImage, features: Mapping[ImageRef, Features]
 ) -> LedgerRow:
     """Return the ledger row of one instance, judged by its image alone."""
     fetched, source_file = found.fetched, found.image
@@ -132,7 +139,7 @@ def ledger_row(
     )
 
 
-def with_text(row: LedgerRow, texts: Mapping[str, TextFeatures]) -> LedgerRow:
+def with_text(row: LedgerRow, texts: Mapping[str, Features]) -> LedgerRow:
     """Return the ledger row of an instance once its context is encoded too."""
     if row.status != "ok" or row.key in texts:
         return row

@@ -146,7 +146,13 @@ class EncodeWorker:
         with_image = [instance for instance in instances if instance.image_ref in features]
         texts = encode_contexts(with_image, self._encoders, self._recipe)
         samples = build_samples(
-            with_image, {**images, **reused.images}, features, texts, self._recipe, sources
+            with_image,
+            {**images, **reused.images},
+            features,
+            texts,
+            self._encoders.arrays(self._recipe.image, self._recipe.text),
+            self._recipe,
+            sources,
         )
         return Encoded(samples, [with_text(r, texts) for r in (*rows, *reused.rows(instances))])
 

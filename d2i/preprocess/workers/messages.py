@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,12 +70,8 @@ class SourceImage(SourceFile):
     pixels: NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class ImageFeatures:
-    """Image features of one image: moments f16 (8, h, w), clip f16 (clip_dim,)."""
-
-    moments: NDArray[np.float16]
-    clip: NDArray[np.float16]
+Features = Mapping[str, NDArray[np.generic]]
+"""Arrays of one image or one context, by name: what the encoders declare (`Encoders.arrays`)."""
 
 
 def keeps_source(instance: Instance, recipe: Recipe) -> bool:

@@ -52,8 +52,8 @@ def test_encoder_precision_changes_features_within_rounding(
     lower = load_encoders(RECIPE.encoders, precision=precision)
     assert lower.hashes() == encoders.hashes()
     tokens = window(encode("# i saw a red ball # at night"))[None]
-    exact = [*encoders.encode_images(pixels), encoders.encode_text(tokens)]
-    other = [*lower.encode_images(pixels), lower.encode_text(tokens)]
+    exact = [*encoders.encode_images(pixels).values(), encoders.encode_text(tokens)]
+    other = [*lower.encode_images(pixels).values(), lower.encode_text(tokens)]
     for one, two in zip(exact, other, strict=True):
         assert 0 < relative_rms(one, two) < max_error
 
