@@ -5,6 +5,7 @@
 #   make test                    the tests, two files at a time             (ARGS="-k shards")
 #   make check                   formatting, lint, types, dependency direction, spelling
 #   make soak                    the tests that take many minutes
+#   make docs                    the documentation site, in build/site
 #   make setup                   the environment alone
 #   make clean                   remove the environment and every cache
 #
@@ -26,7 +27,7 @@ SUITS := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .NOTPARALLEL:
-.PHONY: help demo test check soak setup interpreter clean
+.PHONY: help demo test check docs soak setup interpreter clean
 
 help:
 	@sed -n '/^#  /s/^# *//p' Makefile
@@ -55,6 +56,10 @@ check: setup
 	@$(BIN)/lint-imports
 	@echo "make check: types (mypy --strict)"
 	@$(BIN)/python -m mypy
+
+docs: setup
+	@echo "make docs: building the site in build/site"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 setup: interpreter $(INSTALLED)
 

@@ -195,7 +195,7 @@ def test_ci_run_is_executable_and_matches_workflow() -> None:
     assert os.access(ci_run, os.X_OK)
     assert run("bash", "-n", relative(ci_run)).returncode == 0
     commands = [line for line in ci_run.read_text().splitlines() if line.startswith("make ")]
-    assert commands == ["make check", "make test"]
+    assert commands == ["make check", "make docs", "make test"]
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert all(f"run: {command}\n" in workflow for command in commands)
 
