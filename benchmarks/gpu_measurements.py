@@ -879,8 +879,8 @@ def _measure_threads(
 
 def size_bytes(batch: Any) -> int:
     """Return the bytes of a batch's tensors."""
-    parts = [vars(batch), vars(batch.joint) if batch.joint else {}]
-    tensors = [value for part in parts for value in part.values() if hasattr(value, "numel")]
+    values = [*vars(batch).values(), *batch.conditions.values()]
+    tensors = [value for value in values if hasattr(value, "numel")]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

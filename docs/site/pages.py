@@ -1,4 +1,4 @@
-"""The pages of the site: the repository's Markdown and what it links to, each under its own path."""
+"""The pages of the site: the repository's Markdown, each file under its own path."""
 
 from __future__ import annotations
 
