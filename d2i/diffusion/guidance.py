@@ -40,7 +40,7 @@ def guided(
     both = _with_unconditional(conditions, unconditional)
 
     def eps(x: Tensor, n: Tensor) -> Tensor:
-        predicted = network(twice(x), twice(n), both).to(x.dtype)
+        predicted = network(twice(x), twice(n), both).to(x.dtype)  # (2B, 4, h, w)
         return guide(predicted, guidance_scale)
 
     return eps
@@ -59,5 +59,5 @@ def twice(tensor: Tensor) -> Tensor:
 
 def guide(predicted: Tensor, guidance_scale: float) -> Tensor:
     """Combine the two halves of a prediction (2B, ...), conditional first, to (B, ...)."""
-    conditional, unconditional = predicted.chunk(2)
+    conditional, unconditional = predicted.chunk(2)  # each (B, ...)
     return conditional + (guidance_scale - 1.0) * (conditional - unconditional)

@@ -31,7 +31,7 @@ def sample_latent(moments: Tensor, noise: Tensor, scale: float) -> Tensor:
     Returns:
         scale * (mean + exp(logvar / 2) * noise), (B, C, h, w), log-variance clamped to -30..20.
     """
-    mean, logvar = moments.to(noise.dtype).chunk(2, dim=1)
+    mean, logvar = moments.to(noise.dtype).chunk(2, dim=1)  # each (B, C, h, w)
     deviation = torch.exp(0.5 * logvar.clamp(LOGVAR_MIN, LOGVAR_MAX))
     return scale * (mean + deviation * noise)
 
@@ -57,5 +57,5 @@ def noise_prediction_loss(
     Returns:
         (B,) mean squared error over channels and pixels; the batch loss is its mean.
     """
-    noised = (schedule or default_schedule()).add_noise(latent, noise, n)
+    noised = (schedule or default_schedule()).add_noise(latent, noise, n)  # (B, 4, h, w)
     return (network(noised, n, conditions) - noise).square().flatten(1).mean(1)

@@ -46,6 +46,6 @@ class ClipImage:
         return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
     def _embed(self, pixels_nhwc: Tensor) -> Tensor:
-        images = pixels_nhwc.permute(0, 3, 1, 2).float().div(255.0)
+        images = pixels_nhwc.permute(0, 3, 1, 2).float().div(255.0)  # (N, 3, H, W)
         embeddings: Tensor = self.module((images - self._mean) / self._std).image_embeds
         return embeddings

@@ -48,7 +48,7 @@ class ClipText:
     @torch.inference_mode()
     def encode(self, tokens: NDArray[np.uint16], batch_size: int) -> NDArray[np.float32]:
         """Encode uint16 (N, 77 W) to the last hidden state, float32 (N, 77 W, text_dim)."""
-        windows = self._ids(tokens).reshape(-1, WINDOW_LENGTH)
+        windows = self._ids(tokens).reshape(-1, WINDOW_LENGTH)  # (N W, 77)
         hidden = run_padded(self._hidden, windows, batch_size, self.device, self._precision)
         return hidden.reshape(len(tokens), -1, hidden.shape[-1])
 

@@ -88,7 +88,7 @@ class Vae:
         return np.concatenate(images)
 
     def _moments(self, pixels_nhwc: Tensor) -> Tensor:
-        images = pixels_nhwc.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+        images = pixels_nhwc.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)  # (N, 3, H, W)
         if self.kind == "kl":
             moments: Tensor = self.module.encode(images).latent_dist.parameters
             return moments

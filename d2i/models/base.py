@@ -206,7 +206,7 @@ class OneTensorFamily(Family):
         def predict(latent: Tensor, n: Tensor, given: Conditions) -> Tensor:
             return self.predict(network, latent, n, given)
 
-        latent = self.codec.normalised(raw, vae)
+        latent = self.codec.normalised(raw, vae)  # (B, C, h, w)
         return noise_prediction_loss(predict, latent, conditions, draw, noise)
 
     def sampler(
@@ -220,7 +220,7 @@ class OneTensorFamily(Family):
         def sample(conditions: Conditions, draws: SampleDraws) -> Tensor:
             eps = guided(predict, conditions, unconditional, settings.guidance_scale)
             shape = self.codec.latent_shape(network.latent_size)
-            start = draw_noise(draws, "", shape, conditions["text"].device)
+            start = draw_noise(draws, "", shape, conditions["text"].device)  # (B, C, h, w)
             return run_sampler(settings.sampler, eps, start, settings.num_steps, draws)
 
         return sample

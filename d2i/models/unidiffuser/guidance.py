@@ -62,9 +62,9 @@ def guided_unidiffuser(
     calls = count()
 
     def eps(x: Tensor, n: Tensor) -> Tensor:
-        latent, clip_image = split_state(twice(x), latent_shape)
-        both_texts = torch.cat([text, other_text(next(calls))])
-        n_text = torch.cat([torch.zeros_like(n), torch.full_like(n, other_time)])
+        latent, clip_image = split_state(twice(x), latent_shape)  # (2B, 4, h, w), (2B, 1, C)
+        both_texts = torch.cat([text, other_text(next(calls))])  # (2B, T, D)
+        n_text = torch.cat([torch.zeros_like(n), torch.full_like(n, other_time)])  # (2B,)
         predicted = network(latent, clip_image, both_texts, twice(n), n_text, data_type)
         return guide(join_state(*predicted[:2]).to(x.dtype), guidance_scale)
 

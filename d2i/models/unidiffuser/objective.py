@@ -63,7 +63,7 @@ def unidiffuser_loss(
     predicted = network(noised_latent, noised_clip, given_text, n_image, n_text, data_type)
     num_parts = 2 if kind == "t2i" else 3
     errors = [
-        (part - noise).square().flatten(1)
+        (part - noise).square().flatten(1)  # (B, numbers of the part)
         for part, noise in zip(predicted[:num_parts], noises[:num_parts], strict=True)
     ]
     if weights is None:
