@@ -31,8 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2i.diffusion import noise_prediction_loss
-from d2i.models import build_backbone
-from d2i.models.blocks import Attention, long_skip_blocks
+from d2i.models import build_backbone, family
+from d2i.models.blocks import Attention
 from d2i.models.unidiffuser.layout import diffusers_config, to_diffusers
 from d2i.models.unidiffuser.objective import unidiffuser_loss
 from d2i.train.checkpoint.ema import Ema
@@ -169,7 +169,7 @@ def compiled(network: Any, name: str, options: argparse.Namespace) -> Any:
     """Compile a network if requested: the blocks of d2i's, or the whole of another."""
     if options.compile == "both" or options.compile == name:
         if hasattr(network, "in_blocks"):
-            compile_blocks(long_skip_blocks(network))
+            compile_blocks(family("uvit").blocks(network))
         else:
             network.compile()
     return network

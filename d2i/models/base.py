@@ -93,6 +93,14 @@ class Family(ABC):
         """Build a network, freshly initialised, in float32; `sizes` are checked and complete."""
 
     @abstractmethod
+    def load(self, path: str, network: nn.Module) -> nn.Module:
+        """Load published weights into a network, fitted to its sizes, and return it.
+
+        Raises:
+            CheckpointError: If they cannot be read or do not fit; see `d2i.models.load_weights`.
+        """
+
+    @abstractmethod
     def detect(self, state: State) -> Architecture | None:
         """Recognise tensors under published names; None if they are not of this family."""
 
@@ -142,17 +150,6 @@ class Family(ABC):
     def vae_numbers(self, network: Any) -> VaeNumbers:
         """Return the numbers that normalise the latents of a network."""
         return {"scaling_factor": network.latent_scale}
-
-    def fit(self, state: State, network: Any) -> State:
-        """Fit published tensors to a network of other sizes; here they stay as they are."""
-        del network
-        return state
-
-    def load(self, path: str, network: nn.Module) -> nn.Module:
-        """Load published weights into a network; see `d2i.models.load_weights`."""
-        from d2i.models.weights.load import load_weights
-
-        return load_weights(network, path)
 
     def conditions(
         self, arrays: Mapping[str, NDArray[Any]], draws: BatchDraws

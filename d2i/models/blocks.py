@@ -7,8 +7,7 @@ token, N attention heads. Contains no network, reads no file; imports only d2i's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -150,13 +149,6 @@ def run_long_skips(
     for block in out_blocks:
         x_BLD = _run_block(block, x_BLD, skips.pop(), recompute=recompute)
     return x_BLD
-
-
-def long_skip_blocks(network: Any) -> Iterator[nn.Module]:
-    """Yield all blocks of a network with long skips, in the order of its forward pass."""
-    yield from network.in_blocks
-    yield network.mid_block
-    yield from network.out_blocks
 
 
 def _run_block(

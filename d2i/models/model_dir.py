@@ -16,7 +16,6 @@ from d2i.errors import CheckpointError
 from d2i.io import checksums, storage
 from d2i.io.parse import parse_json_value
 from d2i.models.registry import build_backbone, family_of_backbone
-from d2i.models.weights.load import fill_network, read_published
 from d2i.weights_resolve import resolve_weights
 
 CONFIG_NAME = "config.json"
@@ -41,8 +40,7 @@ def build_network(config: BackboneConfig) -> nn.Module:
     if config.weights is None or config.is_random:
         return network
     path = resolve_weights(config.weights)
-    fitted = family_of_backbone(config.name).fit(read_published(path), network)
-    return fill_network(network, fitted, path)
+    return family_of_backbone(config.name).load(path, network)
 
 
 def resolve_sizes(config: BackboneConfig) -> BackboneConfig:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2i.config import SampleConfig, TrainConfig
 from d2i.diffusion.draws import BatchDraws, SampleDraws
 from d2i.diffusion.samplers import draw_noise, run_sampler
-from d2i.models.base import Architecture, Conditions, Family, Layout, SampleLatents, State
-from d2i.models.blocks import long_skip_blocks
+from d2i.models.base import Architecture, Conditions, Layout, SampleLatents, State
 from d2i.models.image_codec import VaeNumbers
-from d2i.models.positions import fit_positions, published_sizes
+from d2i.models.long_skips import LongSkipFamily
+from d2i.models.positions import published_sizes
 from d2i.models.unidiffuser.guidance import guided_unidiffuser, join_state, split_state
 from d2i.models.unidiffuser.layout import (
     diffusers_config,
@@ -27,7 +27,7 @@ from d2i.models.unidiffuser.model import NUM_CLIP_TOKENS, NUM_TIME_TOKENS, UniDi
 from d2i.models.unidiffuser.objective import unidiffuser_loss
 
 
-class UniDiffuserFamily(Family):
+class UniDiffuserFamily(LongSkipFamily):
     """UniDiffuser v0 and v1."""
 
     name = "unidiffuser"
@@ -55,14 +55,6 @@ class UniDiffuserFamily(Family):
             f"UniDiffuser {version}",
             sizes | {"clip_dim": clip.shape[-1]},
         )
-
-    def fit(self, state: State, network: Any) -> State:
-        """Fit the position embedding to more text windows or another latent size."""
-        return fit_positions(state, network)
-
-    def blocks(self, network: Any) -> Iterable[nn.Module]:
-        """Return all blocks, in the order of the forward pass."""
-        return long_skip_blocks(network)
 
     def example_inputs(self, network: Any) -> tuple[Tensor, ...]:
         """Return (latent, clip_image, text, n_image, n_text) of one image."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from d2i.models.base import Architecture, OneTensorFamily, State
-from d2i.models.blocks import long_skip_blocks
-from d2i.models.positions import fit_positions, published_sizes
+from d2i.models.long_skips import LongSkipFamily
+from d2i.models.positions import published_sizes
 from d2i.models.uvit.model import NUM_TIME_TOKENS, UViT
 
 
-class UViTFamily(OneTensorFamily):
+class UViTFamily(LongSkipFamily, OneTensorFamily):
     """U-ViT, text to image."""
 
     name = "uvit"
@@ -29,14 +27,6 @@ class UViTFamily(OneTensorFamily):
             return None
         sizes = published_sizes(state, text="context_embed.weight", num_others=NUM_TIME_TOKENS)
         return None if sizes is None else Architecture("uvit-s", "U-ViT, text to image", sizes)
-
-    def fit(self, state: State, network: Any) -> State:
-        """Fit the position embedding to more text windows or another latent size."""
-        return fit_positions(state, network)
-
-    def blocks(self, network: Any) -> Iterable[nn.Module]:
-        """Return all blocks, in the order of the forward pass."""
-        return long_skip_blocks(network)
 
 
 FAMILY = UViTFamily()
