@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -199,10 +200,7 @@ class OneTensorFamily(Family):
     ) -> Tensor:
         """Return the mean squared error of the predicted noise, (B,); see `Family.losses`."""
         del options
-
-        def predict(latent: Tensor, n: Tensor, given: Conditions) -> Tensor:
-            return self.predict(network, latent, n, given)
-
+        predict = partial(self.predict, network)
         latent = self.codec.normalised(raw, vae)  # (B, C, h, w)
         return noise_prediction_loss(predict, latent, conditions, draw, noise)
 
@@ -210,9 +208,7 @@ class OneTensorFamily(Family):
         self, network: Any, settings: SampleConfig, unconditional: Conditions
     ) -> SampleLatents:
         """Return a sampler of latents, guided by the conditions; see `Family.sampler`."""
-
-        def predict(latent: Tensor, n: Tensor, given: Conditions) -> Tensor:
-            return self.predict(network, latent, n, given)
+        predict = partial(self.predict, network)
 
         def sample(conditions: Conditions, draws: SampleDraws) -> Tensor:
             eps = guided(predict, conditions, unconditional, settings.guidance_scale)
