@@ -39,7 +39,8 @@ def _locations(spec: SystemSpec) -> Iterator[str]:
     elif spec.kind == "retrieve":
         # The manifest contains the hashes of everything that is retrieved.
         yield storage.join(data_set_url(spec.target, "train"), MANIFEST_NAME)
-    elif spec.target:
+    elif spec.target == storage.absolute(spec.target):
+        # Of a function of the user's, the target is a name, even where a file is called like it.
         yield spec.target
     if spec.adapter:
         yield spec.adapter.path
