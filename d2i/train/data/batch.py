@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     # A batch can be held without the shard reader.
     from d2i.shards import ShardReader
 
-NUM_MODEL_TIMES = 1000
-
 # Token ids uint16 (N, 77 W) to text latents float16 (N, 77 W, text_dim).
 TextEncoder = Callable[[NDArray[np.uint16]], NDArray[np.float16]]
 

@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2i.config import TrainConfig
+from d2i.config import NUM_NOISE_LEVELS, TrainConfig
 from d2i.run_dir import ValidationLine
-from d2i.train.data.batch import NUM_MODEL_TIMES, BatchLoader
+from d2i.train.data.batch import BatchLoader
 from d2i.train.distributed.ranks import Ranks
 from d2i.train.objective import Objective
 
 _PURPOSE = "valid."
 _NUM_BANDS = 4
-_BAND_LENGTH = NUM_MODEL_TIMES // _NUM_BANDS
+_BAND_LENGTH = NUM_NOISE_LEVELS // _NUM_BANDS
 
 
 def choose_instances(num_samples: int, num_wanted: int, seed: int) -> NDArray[np.int64]:
