@@ -125,15 +125,19 @@ def preprocess(
         seed=seed,
         exclude=exclude,
         reuse=reuse,
-        network_policy=network_policy_of(allow_host, dns_server, proxy),
     )
+    network_policy = network_policy_of(allow_host, dns_server, proxy)
     session = Session(workers, ray_address, parse_fault(fault), num_producers=fetch_workers)
     with session, closing(ProgressLine()) as progress:
         if dry_run:
             _foresee(request, session, assumed, as_json=as_json)
             return
         summaries = make_splits(
-            request, session, lambda p: progress.show(p.line()), retry_failed=retry_failed
+            request,
+            session,
+            lambda p: progress.show(p.line()),
+            network_policy=network_policy,
+            retry_failed=retry_failed,
         )
     print_result(
         {"splits": [dataclasses.asdict(summary) for summary in summaries], "out": out},

@@ -51,15 +51,15 @@ def repair(
     from d2i.preprocess.repair import RepairRequest
     from d2i.preprocess.repair import repair as run
 
-    request = RepairRequest(
-        directory=directory,
-        network_policy=network_policy_of(allow_host, dns_server, proxy),
-        settings=tuple(settings or ()),
-    )
+    request = RepairRequest(directory, tuple(settings or ()))
+    network_policy = network_policy_of(allow_host, dns_server, proxy)
     session = Session(workers, ray_address, parse_fault(fault), num_producers=fetch_workers)
     with session, closing(ProgressLine()) as progress:
         summaries = run(
-            request, session, lambda done, total: progress.show(f"{done}/{total} shards rebuilt")
+            request,
+            session,
+            lambda done, total: progress.show(f"{done}/{total} shards rebuilt"),
+            network_policy=network_policy,
         )
     lines = []
     for summary in summaries:

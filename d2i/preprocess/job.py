@@ -74,7 +74,6 @@ class PreprocessRequest:
     seed: int = 0
     exclude: str | None = None
     reuse: str | None = None
-    network_policy: NetworkPolicy = PUBLIC_NETWORK
 
 
 def plan_job(request: PreprocessRequest, *, keep: bool = True) -> dict[str, Plan]:
@@ -150,6 +149,7 @@ def preprocess(
     session: Session,
     on_progress: Callable[[JobProgress], None],
     *,
+    network_policy: NetworkPolicy = PUBLIC_NETWORK,
     retry_failed: bool = False,
 ) -> list[SplitSummary]:
     """Run the job; a repeated run makes only what is missing, if anything.
@@ -158,13 +158,16 @@ def preprocess(
         request: The job.
         session: Where its workers run.
         on_progress: Called about once a second, and after each shard.
+        network_policy: The network settings of image requests.
         retry_failed: If nothing is missing, retry the images that failed with a transient error.
 
     Raises:
         NothingWrittenError: After all splits, if no instance of one became a sample.
         D2IError: If the user can fix the error; finished shards are kept.
     """
-    summaries = make_splits(request, session, on_progress, retry_failed=retry_failed)
+    summaries = make_splits(
+        request, session, on_progress, network_policy=network_policy, retry_failed=retry_failed
+    )
     refuse_empty(summaries)
     return summaries
 
@@ -174,17 +177,19 @@ def make_splits(
     session: Session,
     on_progress: Callable[[JobProgress], None],
     *,
+    network_policy: NetworkPolicy = PUBLIC_NETWORK,
     retry_failed: bool = False,
 ) -> list[SplitSummary]:
     """Run the job as `preprocess` does, but leave empty splits to `refuse_empty`."""
     with storage.exclusive_lock(request.out):
-        return _work(request, session, on_progress, retry_failed=retry_failed)
+        return _work(request, session, on_progress, network_policy, retry_failed=retry_failed)
 
 
 def _work(
     request: PreprocessRequest,
     session: Session,
     on_progress: Callable[[JobProgress], None],
+    network_policy: NetworkPolicy,
     *,
     retry_failed: bool,
 ) -> list[SplitSummary]:
@@ -205,7 +210,8 @@ def _work(
     progress = JobProgress(num_instances)
     if tasks:
         check_present(request.recipe.encoders, is_here=session.is_on_this_machine)
-        _make_shards(request, session, plans, tasks, progress, on_progress)
+        images = _images(request, session, network_policy)
+        _make_shards(request, session, plans, tasks, images, progress, on_progress)
     for split_url in _split_urls(request, plans):
         # Needed even if a killed command had already made all shards.
         _retract_placeholders(request, session, split_url)
@@ -219,6 +225,7 @@ def _make_shards(
     session: Session,
     plans: dict[str, Plan],
     tasks: list[ShardTask],
+    images: ImageSource,
     progress: JobProgress,
     on_progress: Callable[[JobProgress], None],
 ) -> None:
@@ -226,7 +233,6 @@ def _make_shards(
     tally = session.shared(Tally())
     fault = session.job_fault
     reuse = None if request.reuse is None else Reuse(storage.resolve(request.reuse))
-    images = _images(request, session)
     producer = FetchWorkerBuilder(images, request.recipe, tally, fault, reuse)
     consumer = EncodeWorkerBuilder(request.recipe, tuple(_split_urls(request, plans)), fault, reuse)
     offer = session.capacity()
@@ -333,9 +339,11 @@ def _forget_fingerprint(split_url: str) -> None:
     checksums.remove(fingerprint_url(split_url))
 
 
-def _images(request: PreprocessRequest, session: Session) -> ImageSource:
+def _images(
+    request: PreprocessRequest, session: Session, network_policy: NetworkPolicy
+) -> ImageSource:
     root = request.recipe.corpus.image_root or source_directory(storage.resolve(request.source))
-    return shared_source(root, request.recipe.fetch, request.network_policy, session)
+    return shared_source(root, request.recipe.fetch, network_policy, session)
 
 
 def _split_urls(request: PreprocessRequest, plans: dict[str, Plan]) -> list[str]:

@@ -61,7 +61,6 @@ class RepairRequest:
     """
 
     directory: str
-    network_policy: NetworkPolicy = PUBLIC_NETWORK
     settings: Sequence[str] = ()
 
 
@@ -90,6 +89,8 @@ def repair(
     request: RepairRequest,
     session: Session,
     on_progress: Callable[[int, int], None] = lambda _done, _all: None,
+    *,
+    network_policy: NetworkPolicy = PUBLIC_NETWORK,
 ) -> list[RepairSummary]:
     """Repair every data set of a directory; leave intact ones unchanged.
 
@@ -97,6 +98,7 @@ def repair(
         request: The directory.
         session: Where the workers run.
         on_progress: Called with the number of shards done and their total, per data set.
+        network_policy: The network settings of image requests.
 
     Raises:
         D2IError: If the user can fix the error; repairs so far are kept.
@@ -104,7 +106,7 @@ def repair(
     url = storage.resolve(request.directory)
     with storage.exclusive_lock(_root(url)):
         return [
-            _RepairedSet(request, session, data_set).repair(on_progress)
+            _RepairedSet(request, session, network_policy, data_set).repair(on_progress)
             for data_set in find_data_sets(url)
         ]
 
@@ -112,8 +114,10 @@ def repair(
 class _RepairedSet:
     """One data set under repair."""
 
-    def __init__(self, request: RepairRequest, session: Session, url: str) -> None:
-        self.request, self.session = request, session
+    def __init__(
+        self, request: RepairRequest, session: Session, network_policy: NetworkPolicy, url: str
+    ) -> None:
+        self.request, self.session, self.network_policy = request, session, network_policy
         self.url = url
         self.restored: list[str] = []
         self.made: list[str] = []
@@ -226,7 +230,7 @@ class _RepairedSet:
 
     def _fetcher(self, job: JobFiles, recipe: Recipe) -> FetchWorkerBuilder:
         root = recipe.corpus.image_root or source_directory(job.source())
-        images = shared_source(root, recipe.fetch, self.request.network_policy, self.session)
+        images = shared_source(root, recipe.fetch, self.network_policy, self.session)
         return FetchWorkerBuilder(
             images, recipe, self.session.shared(Tally()), self.session.job_fault
         )

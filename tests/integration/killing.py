@@ -20,8 +20,7 @@ from typing import Any
 from d2i.cluster import Session
 from d2i.fault_injection import Fault
 from d2i.fetch.sources import NetworkPolicy
-from d2i.preprocess.job import PreprocessRequest
-from d2i.preprocess.job import preprocess as run_job
+from d2i.preprocess.job import PreprocessRequest, preprocess
 from d2i.recipes import resolve_recipe
 
 
@@ -49,15 +48,12 @@ class Killing(Fault):
         signal.pause()
 
 
-def request_of(values: dict[str, Any]) -> PreprocessRequest:
-    """Return the request of the job."""
-    return PreprocessRequest(
-        "jsonl",
-        values["source"],
-        values["out"],
-        resolve_recipe("demo", values["settings"]),
-        network_policy=NetworkPolicy(frozenset({values["host"]})),
-    )
+def run_job(values: dict[str, Any], session: Session) -> None:
+    """Run the job."""
+    recipe = resolve_recipe("demo", values["settings"])
+    request = PreprocessRequest("jsonl", values["source"], values["out"], recipe)
+    network_policy = NetworkPolicy(frozenset({values["host"]}))
+    preprocess(request, session, print, network_policy=network_policy)
 
 
 @contextmanager
@@ -81,10 +77,10 @@ def main() -> None:
     )
     if values["victim"] == "node":
         with two_nodes() as address, Session(2, address, fault) as session:
-            run_job(request_of(values), session, print)
+            run_job(values, session)
     else:
         with Session(2, fault=fault) as session:
-            run_job(request_of(values), session, print)
+            run_job(values, session)
 
 
 if __name__ == "__main__":

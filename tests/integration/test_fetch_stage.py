@@ -51,15 +51,10 @@ def test_killed_ray_workers_change_no_output(tmp_path: Path, settings: list[str]
         def result(name: str, fault: Fault | None, num_workers: int) -> Any:
             out = tmp_path / name
             run_job(
-                PreprocessRequest(
-                    "jsonl",
-                    str(source),
-                    str(out),
-                    recipe,
-                    network_policy=network_policy,
-                ),
+                PreprocessRequest("jsonl", str(source), str(out), recipe),
                 Session(num_workers, fault=fault),
                 lambda _: None,
+                network_policy=network_policy,
             )
             return outcome(out)
 

@@ -22,11 +22,10 @@ import pytest
 
 from d2i.cluster import Session
 from d2i.fault_injection import Point
-from d2i.preprocess.job import preprocess as run_job
 from d2i.preprocess.ledger import read_ledger
 from d2i.shards import ShardReader, verify
 from tests.integration.chats import noise_image, sends, write_chats
-from tests.integration.killing import request_of
+from tests.integration.killing import run_job
 from tests.servers import WebServer, running
 from tests.shared import needs_shared
 
@@ -81,7 +80,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Iterat
                 f"fetch.num_same_pictures={NUM_SAME}",
             ],
         }
-        run_job(request_of(values), Session(0), lambda _: None)
+        run_job(values, Session(0))
         yield values
 
 
@@ -123,7 +122,7 @@ def test_restarted_preprocess_gives_same_bytes_after_kill(
         assert done.exists(), (nth, log.read()[-3000:])
     if done.read_text() == "other":
         assert killed.returncode == 0, "the job goes on without it"
-    run_job(request_of(values), Session(0), lambda _: None)
+    run_job(values, Session(0))
     assert outcome(Path(values["out"])) == outcome(Path(job["out"]))
     split = f"{values['out']}/test"
     assert verify(split).ok

@@ -8,6 +8,7 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -198,19 +199,19 @@ def test_repair_refetches_only_lost_images(tmp_path: Path, settings: list[str]) 
         source, out = write_chats(tmp_path / "chats", urls), tmp_path / "data"
         recipe = resolve_recipe("demo", [*settings, *NUM_PER_SHARD][1::2])
         network_policy = NetworkPolicy(frozenset({host}))
-        job = PreprocessRequest(
-            "jsonl", str(source), str(out), recipe, network_policy=network_policy
-        )
-        run_job(job, Session(0), lambda _: None)
+        job = PreprocessRequest("jsonl", str(source), str(out), recipe)
+        prepare = partial(run_job, job, Session(0), lambda _: None, network_policy=network_policy)
+        prepare()
         web.answers.update(answers)
-        run_job(job, Session(0), lambda _: None, retry_failed=True)
+        prepare(retry_failed=True)
         good, ledger = contents(out), read_ledger(str(out / "test"))
-        request = RepairRequest(str(out / "test"), network_policy=network_policy)
+        request = RepairRequest(str(out / "test"))
+        repair_again = partial(repair, request, Session(0), network_policy=network_policy)
 
         web.asked.clear()
         break_sample(out, 3)
         break_sample(out, 6)
-        assert repair(request, Session(0))[0].problems == ()
+        assert repair_again()[0].problems == ()
         assert sorted(web.asked) == ["/3", "/6"]
         assert contents(out) == good
 
@@ -218,35 +219,36 @@ def test_repair_refetches_only_lost_images(tmp_path: Path, settings: list[str]) 
             (out / "test" / commit.tar_name).unlink()
             (out / "test" / commit.index_name).unlink()
         web.asked.clear()
-        assert repair(request, Session(0))[0].problems == ()
+        assert repair_again()[0].problems == ()
         assert sorted(web.asked) == [f"/{n}" for n in range(8)], "404 is not asked again"
         assert contents(out) == good
-        assert_lost_supplements_lose_no_sample(out, request)
+        assert_lost_supplements_lose_no_sample(out, repair_again)
 
         web.answers["/3"] = sends(b"", 404)
         break_sample(out, 3)
         broken = contents(out)
-        (issue, *_) = repair(request, Session(0))[0].problems
+        (issue, *_) = repair_again()[0].problems
         assert (issue.reason, issue.detail) == (
             "repair",
             "some images could not be fetched or encoded again: 1 http_404",
         )
         web.answers["/3"] = sends(noise_image("PNG"))
         assert (
-            "has other bytes; an image or a version changed"
-            in repair(request, Session(0))[0].problems[0].detail
+            "has other bytes; an image or a version changed" in repair_again()[0].problems[0].detail
         )
         assert contents(out) == broken, "nothing else stands under the shard's name"
         assert read_ledger(str(out / "test")) == ledger
 
 
-def assert_lost_supplements_lose_no_sample(out: Path, request: RepairRequest) -> None:
+def assert_lost_supplements_lose_no_sample(
+    out: Path, repair_again: Callable[[], list[RepairSummary]]
+) -> None:
     """Without supplements.json no record is dropped, and the checksum reveals lost ones."""
     good, supplements = contents(out), out / "test" / "plan" / "supplements.json"
     planned = supplements.read_bytes()
     supplements.unlink()
     flip(out / "test" / "manifest.json", 400)
-    assert repair(request, Session(0))[0].problems == ()
+    assert repair_again()[0].problems == ()
     assert contents(out) == good
 
     last = read_commits(str(out / "test"))[-1]
@@ -254,9 +256,7 @@ def assert_lost_supplements_lose_no_sample(out: Path, request: RepairRequest) ->
         (out / "test" / name).unlink()
     flip(out / "test" / "manifest.json", 400)
     broken = contents(out)
-    assert (
-        "does not match manifest.json.sha256" in repair(request, Session(0))[0].problems[0].detail
-    )
+    assert "does not match manifest.json.sha256" in repair_again()[0].problems[0].detail
     assert contents(out) == broken, "nothing is written that leaves a shard out"
     supplements.write_bytes(planned)
     for name, content in good.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,31 +41,31 @@ def test_reuse_prepares_new_text_without_refetching_images(
             str(write_chats(tmp_path / "chats", urls)),
             str(tmp_path / "old"),
             recipe,
-            network_policy=NetworkPolicy(frozenset({host})),
         )
         spaced = change_recipe(recipe, ["text.strategy=space", "text.num_windows=2"])
         fresh = replace(old, out=str(tmp_path / "fresh"), recipe=spaced)
         new = replace(fresh, out=str(tmp_path / "new"), reuse=old.out)
-        run_job(old, Session(0), lambda _: None)
-        run_job(fresh, Session(0), lambda _: None)
+        prepare = partial(run_job, network_policy=NetworkPolicy(frozenset({host})))
+        prepare(old, Session(0), lambda _: None)
+        prepare(fresh, Session(0), lambda _: None)
         web.asked.clear()
-        (summary,) = run_job(new, Session(0), lambda _: None)
+        (summary,) = prepare(new, Session(0), lambda _: None)
         assert not web.asked
         assert files(new.out) == files(fresh.out) != files(old.out)
         assert summary.failures == {"http_404": 1, "http_500": 1, "not_an_image": 1}
         assert reasons(tmp_path / "new") == reasons(tmp_path / "fresh")
 
         web.answers["/late"] = answers["/0"]
-        (again,) = run_job(new, Session(0), lambda _: None, retry_failed=True)
+        (again,) = prepare(new, Session(0), lambda _: None, retry_failed=True)
         assert list(web.asked) == ["/late"]
         assert again.num_written == NUM + 1
         assert verify(f"{new.out}/test").ok
 
         few = replace(old, out=str(tmp_path / "few"), limit=4)
-        run_job(few, Session(0), lambda _: None)
+        prepare(few, Session(0), lambda _: None)
         web.asked.clear()
         rest = replace(fresh, out=str(tmp_path / "rest"), reuse=few.out)
-        run_job(rest, Session(0), lambda _: None)
+        prepare(rest, Session(0), lambda _: None)
         assert len(web.asked) == len(urls) - 4, "what is not there is fetched"
         reader = ShardReader(f"{rest.out}/test")
         assert len(set(reader.keys)) == NUM + 1
@@ -75,9 +76,9 @@ def test_reuse_prepares_new_text_without_refetching_images(
             recipe=change_recipe(spaced, ["encoders.compute_batch_size=4"]),
         )
         with pytest.raises(ShardError, match=r"image\.compute_batch_size|compute_batch_size: 8"):
-            run_job(other, Session(0), lambda _: None)
+            prepare(other, Session(0), lambda _: None)
         with pytest.raises(ConfigError, match="is the same directory as --out"):
-            run_job(replace(old, reuse=old.out), Session(0), lambda _: None)
+            prepare(replace(old, reuse=old.out), Session(0), lambda _: None)
 
         for path in Path(old.out, "test").glob("*.tar"):
             content = bytearray(path.read_bytes())
@@ -86,7 +87,7 @@ def test_reuse_prepares_new_text_without_refetching_images(
                 content[2000] ^= 1
                 path.write_bytes(content)
         with pytest.raises(ShardError, match="does not match its checksum; run `d2i verify`"):
-            run_job(replace(new, out=str(tmp_path / "lie")), Session(0), lambda _: None)
+            prepare(replace(new, out=str(tmp_path / "lie")), Session(0), lambda _: None)
 
 
 def test_reuse_fetches_source_bytes_that_were_not_kept(tmp_path: Path, settings: list[str]) -> None:
