@@ -190,7 +190,7 @@ def _candidate_of_run(
     label = f"step-{step}, {kind}, guidance {scale:g}"
     return _Candidate(
         f"step-{step}{marked}-guidance-{scale:g}",
-        SystemSpec(f"run:{run_url}", label, "run", run_url, backbone, run_url),
+        SystemSpec(f"run:{run_url}", label, backbone),
         [f"sample.guidance_scale={scale}", f"sample.weights={kind}"],
         {"weights": kept, "weights_kind": kind, "step": step, "guidance_scale": scale},
     )

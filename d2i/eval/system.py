@@ -84,24 +84,34 @@ class SystemSpec:
     """A system by name, before anything is loaded.
 
     Args:
-        name: As given, with absolute paths.
+        name: As given, with absolute paths: `KIND:TARGET`, or a backbone's name.
         label: Its name in tables.
-        kind: The part before the colon, or a backbone's name.
-        target: The part after the colon.
         network: The network and its weights, of a run or a backbone.
-        run_dir: The run it comes from.
         inner: The system that generates images from a Divter's captions.
         adapter: The LoRA adapter of a diffusers pipeline.
     """
 
     name: str
     label: str
-    kind: str
-    target: str = ""
     network: BackboneConfig | None = None
-    run_dir: str | None = None
     inner: SystemSpec | None = None
     adapter: Adapter | None = None
+
+    @property
+    def kind(self) -> str:
+        """The part of the name before the colon; a backbone's whole name."""
+        return self.name.partition(":")[0]
+
+    @property
+    def target(self) -> str:
+        """The part of the name after the colon, if any; for a Divter, the captioner's directory."""
+        target = self.name.partition(":")[2]
+        return target.removesuffix(f",{self.inner.name}") if self.inner else target
+
+    @property
+    def run_dir(self) -> str | None:
+        """The run it comes from."""
+        return self.target if self.kind == "run" else None
 
     @property
     def backbone(self) -> BackboneConfig:

@@ -54,7 +54,7 @@ def _parse(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     if kind in _BUILDERS and target:
         return _PARSERS.get(kind, _by_path)(system, target, weights, recipe)
     if target and _is_plugin(kind, target):
-        return SystemSpec(system, target, kind, target)
+        return SystemSpec(system, target)
     raise ConfigError(
         f"--system {system}: unknown system; expected run:DIR, diffusers:PATH, unclip:PATH, "
         "images:DIR, retrieve:DIR, divter:DIR,SYSTEM, your own function as package.module:NAME, "
@@ -82,7 +82,7 @@ def _run(system: str, target: str, weights: str | None, recipe: Recipe) -> Syste
     network = trained.model_copy(update={"weights": path})
     how = "trained from scratch" if trained.is_random else "fine-tuned"
     label = f"{_title(trained, trained)}, {how}"
-    return SystemSpec(f"run:{run_url}", label, "run", run_url, network, run_url)
+    return SystemSpec(f"run:{run_url}", label, network)
 
 
 def _weights_of_run(system: str, run_url: str, kind: WeightsKind) -> str:
@@ -118,7 +118,7 @@ def _backbone(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     network = BackboneConfig.model_validate(values)
     is_here = storage.local_path(network.weights or "") is not None
     title = _title(network, resolve_sizes(network) if is_here else network)
-    return SystemSpec(system, f"{title}, not fine-tuned", system, network=network)
+    return SystemSpec(system, f"{title}, not fine-tuned", network)
 
 
 def _title(start: BackboneConfig, sized: BackboneConfig) -> str:
@@ -134,7 +134,7 @@ def _by_path(system: str, target: str, weights: str | None, recipe: Recipe) -> S
     del weights, recipe
     kind, place = system.partition(":")[0], storage.absolute(target)
     label = _LABELS.get(kind, Path(place).name)
-    return SystemSpec(f"{kind}:{place}", label, kind, place)
+    return SystemSpec(f"{kind}:{place}", label)
 
 
 def _divter(system: str, target: str, weights: str | None, recipe: Recipe) -> SystemSpec:
@@ -145,9 +145,8 @@ def _divter(system: str, target: str, weights: str | None, recipe: Recipe) -> Sy
             "directory, and the system that generates images from its captions"
         )
     inner = _parse(generator, weights, recipe)
-    directory = storage.absolute(describer)
-    name = f"divter:{directory},{inner.name}"
-    return SystemSpec(name, _LABELS["divter"], "divter", directory, inner=inner)
+    name = f"divter:{storage.absolute(describer)},{inner.name}"
+    return SystemSpec(name, _LABELS["divter"], inner=inner)
 
 
 def _adapted(spec: SystemSpec, adapter: str) -> SystemSpec:

@@ -26,14 +26,18 @@ class Adapter:
     """The file of a LoRA adapter.
 
     Args:
-        name: Its name in tables: that of its file, or of its directory for the published file name.
         path: The safetensors file.
         sha256: Of the file.
     """
 
-    name: str
     path: str
     sha256: str
+
+    @property
+    def name(self) -> str:
+        """Its name in tables: that of its file, or of its directory for the published file name."""
+        path = Path(self.path)
+        return path.parent.name if path.name == _PUBLISHED_NAME else path.stem
 
 
 def find_adapter(place: str) -> Adapter:
@@ -56,8 +60,7 @@ def find_adapter(place: str) -> Adapter:
             f"--adapter {place}: does not exist; expected the safetensors file of a LoRA, or its "
             "directory"
         )
-    name = path.parent.name if path.name == _PUBLISHED_NAME else path.stem
-    return Adapter(name, str(path), file_sha256(str(path)))
+    return Adapter(str(path), file_sha256(str(path)))
 
 
 def load_adapter(pipeline: Any, adapter: Adapter) -> None:

@@ -28,7 +28,7 @@ def encoders() -> Encoders:
 
 
 def evaluate(reader: ShardReader, encoders: Encoders) -> Any:
-    system = SystemSpec("images:unused", "unused", "images", "unused")
+    system = SystemSpec("images:unused", "unused")
     builder = EvalWorkerBuilder(RECIPE, system, reader.url, "unused", "full", "none")
     return EvalWorker(builder, encoders, "cpu")
 

@@ -14,14 +14,12 @@ def test_name_of_own_function_is_no_path(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "file").write_text("a")
-    assert (
-        hash_contents(SystemSpec("package.module:build", "build", "package.module", "build")) == {}
-    )
+    assert hash_contents(SystemSpec("package.module:build", "build")) == {}
 
 
 def test_images_of_directory_are_hashed(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"a")
-    spec = SystemSpec(f"images:{tmp_path}", "images", "images", str(tmp_path))
+    spec = SystemSpec(f"images:{tmp_path}", "images")
     before = hash_contents(spec)
     assert before.keys() == {str(tmp_path)}
     (tmp_path / "a.png").write_bytes(b"b")
