@@ -122,30 +122,39 @@ def evaluate(
     spec = parse_system(system, weights, recipe, adapter)
     request = EvalRequest(
         recipe=recipe,
-        system=spec,
+        system=dataclasses.replace(spec, label=label or spec.label),
         data_url=data_set_url(data, "test"),
         out_url=out,
         context=context,
         save_images=save_images,
-        label=label,
-        negatives=negatives,
         guidance_chosen_by=choice.guidance_by,
-        task_size=task_size,
-        open_shards=partial(
-            ShardReader, cache_dir=cache_dir, cache_gb=cache_gb, check_data=check_data
-        ),
+    )
+    open_shards = partial(
+        ShardReader, cache_dir=cache_dir, cache_gb=cache_gb, check_data=check_data
     )
     session = Session(workers if parallel else 0, ray_address, parse_fault(fault))
     with session, closing(ProgressLine()) as progress:
         if dry_run:
-            _foresee(request, session, assumed, as_json=as_json)
+            _foresee(request, session, task_size, assumed, as_json=as_json)
             return
-        result = run(request, session, lambda p: progress.show(p.line()))
+        result = run(
+            request,
+            session,
+            lambda p: progress.show(p.line()),
+            negatives=negatives,
+            task_size=task_size,
+            open_shards=open_shards,
+        )
     print_result(result, _score_lines(result), as_json=as_json)
 
 
 def _foresee(
-    request: EvalRequest, session: Session, assumed: RateOverrides, *, as_json: bool
+    request: EvalRequest,
+    session: Session,
+    task_size: int | None,
+    assumed: RateOverrides,
+    *,
+    as_json: bool,
 ) -> None:
     from d2i.cluster.estimate import find_rate, forecast
     from d2i.eval.job import rate_decided_by, work_left
@@ -154,7 +163,7 @@ def _foresee(
     num_images = read_manifest(request.data_url).num_samples
     offer = session.capacity()
     measured = find_rate(rate_decided_by(request, offer.unit))
-    found = forecast(work_left(request, num_images), offer, measured, assumed)
+    found = forecast(work_left(request, num_images, task_size), offer, measured, assumed)
     result = {"pictures": num_images, "forecast": dataclasses.asdict(found)}
     lines = [f"images: {num_images}", *forecast_lines(found)]
     print_result(result, lines, as_json=as_json)

@@ -27,6 +27,7 @@ from d2i.eval.metrics.scores import instance_rows, score
 from d2i.eval.request import EvalRequest
 from d2i.eval.system import SystemSpec
 from d2i.eval.tasks import (
+    EvalTask,
     finished_tasks,
     plan_tasks,
     read_tasks,
@@ -63,9 +64,26 @@ class EvalProgress:
 
 
 def evaluate(
-    request: EvalRequest, session: Session, on_progress: Callable[[EvalProgress], None]
+    request: EvalRequest,
+    session: Session,
+    on_progress: Callable[[EvalProgress], None],
+    *,
+    negatives: str | None = None,
+    task_size: int | None = None,
+    open_shards: Callable[[str], ShardReader] = ShardReader,
 ) -> dict[str, Any]:
     """Run the evaluation; repeated, it generates only missing images.
+
+    Args:
+        request: The evaluation.
+        session: Where its workers run.
+        on_progress: Called after each task.
+        negatives: Directory of the corpus whose negative candidates are used for recall; `None`
+            draws them by key hash. Does not affect images, and may be added after they are
+            generated.
+        task_size: Instances per task; `None` uses one compute batch. Does not affect any number.
+        open_shards: Opens a data set in any process; picklable. Pass another than `ShardReader` to
+            choose where local copies of remote shards are kept.
 
     Returns:
         The content of `scores.json`: `scores`, `intervals`, `warnings` and `card`.
@@ -81,14 +99,14 @@ def evaluate(
             "already; expected full; name the context that they were generated from with --label"
         )
     with storage.exclusive_lock(request.out_url):
-        return _work(request, session, on_progress)
+        return _work(request, session, on_progress, negatives, task_size, open_shards)
 
 
-def work_left(request: EvalRequest, num_instances: int) -> Work:
+def work_left(request: EvalRequest, num_instances: int, task_size: int | None = None) -> Work:
     """Return the unfinished work of an evaluation of `num_instances`; write nothing."""
-    missing = plan_tasks(num_instances, _task_size(request), finished_tasks(request.out_url))
+    missing = _missing_tasks(request, num_instances, task_size)
     # Workers write their measurements themselves: nothing passes through the object store.
-    return Work(sum(len(task.indices) for task in missing), len(missing), 0)
+    return Work(_num_instances(missing), len(missing), 0)
 
 
 def rate_decided_by(request: EvalRequest, unit: Unit) -> dict[str, Any]:
@@ -99,9 +117,14 @@ def rate_decided_by(request: EvalRequest, unit: Unit) -> dict[str, Any]:
 
 
 def _work(
-    request: EvalRequest, session: Session, on_progress: Callable[[EvalProgress], None]
+    request: EvalRequest,
+    session: Session,
+    on_progress: Callable[[EvalProgress], None],
+    negatives: str | None,
+    task_size: int | None,
+    open_shards: Callable[[str], ShardReader],
 ) -> dict[str, Any]:
-    reader = request.open_shards(request.data_url)
+    reader = open_shards(request.data_url)
     check_prepared_with(request.recipe, request.data_url, parts=("image", "encoders"))
     remove_unfinished(request.out_url)
     if not len(reader):
@@ -112,8 +135,12 @@ def _work(
     decided = _decided_by(request, reader)
     _check_resumable(request, decided)
     # Read before generating, so that errors in them show at once.
-    listed = _find_negatives(request, reader)
-    _generate(request, session, reader, on_progress)
+    listed = None if negatives is None else _find_negatives(request, reader, negatives)
+    missing = _missing_tasks(request, len(reader), task_size)
+    if missing:
+        progress = EvalProgress(len(reader), len(reader) - _num_instances(missing))
+        builder = _worker_builder(request, session, open_shards)
+        _generate(request, session, builder, missing, progress, on_progress)
     measured = Measured(_read_arrays(request.out_url, len(reader)), listed)
     _write_rows(request, measured)
     _keep_real(request, measured)
@@ -126,19 +153,17 @@ def _work(
     return result
 
 
-def _find_negatives(request: EvalRequest, reader: ShardReader) -> Listed | None:
-    """Find the negatives that the corpus of the data set lists, if the request names them."""
-    if request.negatives is None:
-        return None
+def _find_negatives(request: EvalRequest, reader: ShardReader, source: str) -> Listed:
+    """Find the negatives that the corpus of the data set lists."""
     corpus = CORPORA.get(planned_corpus(request.data_url) or "")
     # Data without a plan are taken for the corpus that lists negatives.
     corpus = corpus or next(kind for kind in CORPORA.values() if kind.has_negatives)
-    return find_negatives(reader, corpus(), request.negatives)
+    return find_negatives(reader, corpus(), source)
 
 
 def _read_arrays(out_url: str, num_instances: int) -> Arrays:
     tasks = finished_tasks(out_url)
-    num_finished = sum(len(task.indices) for task in tasks)
+    num_finished = _num_instances(tasks)
     if num_finished != num_instances:
         raise DataError(
             f"{out_url}/tasks has {num_finished} of {num_instances} instances at the end: another "
@@ -150,20 +175,16 @@ def _read_arrays(out_url: str, num_instances: int) -> Arrays:
 def _generate(
     request: EvalRequest,
     session: Session,
-    reader: ShardReader,
+    builder: EvalWorkerBuilder,
+    tasks: list[EvalTask],
+    progress: EvalProgress,
     on_progress: Callable[[EvalProgress], None],
 ) -> None:
-    """Run all unfinished tasks."""
-    finished = finished_tasks(request.out_url)
-    missing = plan_tasks(len(reader), _task_size(request), finished)
-    if not missing:
-        return
-    progress = EvalProgress(len(reader), sum(len(task.indices) for task in finished))
-    builder = _worker_builder(request, session)
+    """Run the missing tasks."""
     session.start()
     offer = session.capacity()
-    meter = Throughput(offer.num_busy(len(missing)))
-    for task, result in session.map(builder, missing):
+    meter = Throughput(offer.num_busy(len(tasks)))
+    for task, result in session.map(builder, tasks):
         progress.num_done += len(task.indices)
         progress.failures += result.failures
         meter.add(len(task.indices))
@@ -173,11 +194,20 @@ def _generate(
         save_rate(rate_decided_by(request, offer.unit), rate)
 
 
-def _task_size(request: EvalRequest) -> int:
-    return request.task_size or request.recipe.sample.compute_batch_size
+def _missing_tasks(
+    request: EvalRequest, num_instances: int, task_size: int | None
+) -> list[EvalTask]:
+    size = task_size or request.recipe.sample.compute_batch_size
+    return plan_tasks(num_instances, size, finished_tasks(request.out_url))
 
 
-def _worker_builder(request: EvalRequest, session: Session) -> EvalWorkerBuilder:
+def _num_instances(tasks: list[EvalTask]) -> int:
+    return sum(len(task.indices) for task in tasks)
+
+
+def _worker_builder(
+    request: EvalRequest, session: Session, open_shards: Callable[[str], ShardReader]
+) -> EvalWorkerBuilder:
     return EvalWorkerBuilder(
         recipe=request.recipe,
         system=request.system,
@@ -186,7 +216,7 @@ def _worker_builder(request: EvalRequest, session: Session) -> EvalWorkerBuilder
         context=request.context,
         save_images=request.save_images,
         fault=session.job_fault,
-        open_shards=request.open_shards,
+        open_shards=open_shards,
     )
 
 

@@ -46,7 +46,7 @@ def _system(request: EvalRequest) -> dict[str, Any]:
     spec, sample = request.system, request.recipe.sample
     card = {
         "system": spec.name,
-        "label": request.label or spec.label,
+        "label": spec.label,
         "kind": spec.kind,
         "backbone": spec.network.name if spec.network else None,
         "run": spec.run_dir,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from d2i.cluster import Session
 from d2i.config import Recipe
 from d2i.errors import ConfigError, D2IError, DataError
-from d2i.eval import job
+from d2i.eval.job import evaluate
 from d2i.eval.minigpt5_export import export_dialogs
+from d2i.eval.prompts import ContextMode
+from d2i.eval.request import EvalRequest
 from d2i.eval.systems import parse_system
 from d2i.eval.systems.divter import (
     DivterCaptioner,
@@ -26,6 +29,7 @@ from d2i.eval.systems.divter import (
     read_pairs,
     train_divter_captioner,
 )
+from d2i.eval.worker import SaveImages
 from d2i.metric_specs import METRICS
 from d2i.recipes import change_recipe, read_stored_recipe
 from d2i.report.evaluation import read_evaluation
@@ -49,13 +53,18 @@ def scored(
     system: str,
     *settings: str,
     weights: str | None = None,
+    label: str | None = None,
+    context: ContextMode = "full",
+    save_images: SaveImages = "sample",
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluate in this process."""
     recipe = recipe_of(data, *settings)
     spec = parse_system(system, weights, recipe)
-    request = job.EvalRequest(recipe, spec, data_set_url(str(data), "test"), str(out), **options)
-    return job.evaluate(request, Session(0), lambda _: None)
+    spec = replace(spec, label=label or spec.label)
+    url = data_set_url(str(data), "test")
+    request = EvalRequest(recipe, spec, url, str(out), context, save_images)
+    return evaluate(request, Session(0), lambda _: None, **options)
 
 
 def assert_scored(result: dict[str, Any], num: int = 23) -> None:
@@ -105,7 +114,7 @@ def test_unclip_pipeline_is_evaluated(tmp_path: Path, chat_data: Path) -> None:
 
 
 def test_retrieval_system_returns_training_images(tmp_path: Path, chat_data: Path) -> None:
-    """Remote data are read through the cache directory that the request names."""
+    """Remote data are read through the cache directory that the caller names."""
     elsewhere, cache = f"simplecache::file://{chat_data}", tmp_path / "cache"
     through = partial(ShardReader, cache_dir=cache, cache_gb=0.001)
     system = f"retrieve:{elsewhere}"
