@@ -18,6 +18,8 @@ from d2i.errors import ConfigError
 FAMILIES = {
     "uvit": "d2i.models.uvit",
     "unidiffuser": "d2i.models.unidiffuser",
+    "sd15": "d2i.models.sd15",
+    "sdxl": "d2i.models.sdxl",
 }
 """The package of each family, by the family's name."""
 
@@ -42,11 +44,18 @@ class Presets:
         unset: From a recipe to the settings that this family needs where the user left them unset,
             such as `{"train.condition_dropout": 0.0}`.
         problem: From a recipe to what is wrong with it for this family, in one line; else None.
+        pipeline: The class of diffusers' pipeline whose network is trained, and which generates
+            with it; None if d2i's own sampler does. Its directory then gives all other sizes.
+        network_part: The part of that pipeline which is trained.
+        lora_targets: Names of the layers that a LoRA adapts; empty if the family takes none.
     """
 
     sizes: Mapping[str, Mapping[str, Any]]
     unset: Callable[[Any], dict[str, Any]] = _nothing
     problem: Callable[[Any], str | None] = _no_problem
+    pipeline: str | None = None
+    network_part: str = "unet"
+    lora_targets: tuple[str, ...] = ()
 
 
 def presets_of_family(family: str) -> Presets:
@@ -82,7 +91,42 @@ def presets_of(backbone: str) -> Presets:
     return presets_of_family(family_of(backbone))
 
 
+def recipe_problem(recipe: Any) -> str | None:
+    """Return what is wrong with a recipe for its backbone, in one line; else None."""
+    name, presets, sampler = recipe.backbone.name, presets_of(recipe.backbone.name), recipe.sample
+    if recipe.adapter.kind and not presets.lora_targets:
+        takers = [b for b in backbones() if presets_of(b).lora_targets]
+        return f"adapter.kind: {name} takes no adapter; expected one of {', '.join(takers)}"
+    if (sampler.sampler == "pipeline") > (presets.pipeline is not None):
+        return f"sample.sampler=pipeline: {name} is no pipeline of diffusers; use dpm_solver"
+    if presets.pipeline and (problem := _pipeline_problem(recipe, presets)):
+        return problem
+    return presets.problem(recipe)
+
+
+def _pipeline_problem(recipe: Any, presets: Presets) -> str | None:
+    backbone, sampler = recipe.backbone, recipe.sample.sampler
+    if strange := backbone.overrides().keys() - presets.sizes[backbone.name].keys():
+        return (
+            f"backbone.{min(strange)}: the sizes of {backbone.name} stand in its own directory; "
+            "remove this setting"
+        )
+    if backbone.weights == "scratch":
+        return (
+            f"backbone.weights=scratch: {backbone.name} is fine-tuned, not trained from random "
+            "weights; expected the directory of a pipeline"
+        )
+    if sampler != "pipeline" and not sampler.startswith("diffusers:"):
+        return (
+            f"sample.sampler={sampler}: {backbone.name} generates by diffusers' own pipeline; "
+            "expected pipeline, or a scheduler such as diffusers:DPMSolverMultistepScheduler"
+        )
+    return None
+
+
 def unknown(what: str, got: str, known: Collection[str]) -> str:
-    """Return the error message for an unknown name, with the nearest known one."""
+    """Return the error message for an unknown name, with the nearest known one if there is any."""
+    if not known:
+        return f"unknown {what} {got!r}: there are none; remove it"
     nearest = difflib.get_close_matches(got, known, n=1, cutoff=0.0)[0]
     return f"unknown {what} {got!r}: expected one of {', '.join(known)}; did you mean {nearest!r}?"

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from d2i.backbones import family_of, presets_of
+from d2i.backbones import family_of, presets_of, recipe_problem
 from d2i.errors import ConfigError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -28,11 +28,12 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 TrainPrecision = Literal["fp32", "bf16", "bf16_weights", "fp16_weights"]
 WeightsKind = Literal["ema", "ema-short", "trained"]
+Weighting = Literal["none", "min_snr_5"]
 
 
 # The named linearizations (d2i.dialog), or the template of one turn.
 _STRATEGY = r"^(hash|space|special|letters|[\s\S]*\{text\}[\s\S]*)$"
-_SAMPLER = r"^(dpm_solver|ancestral|ancestral_posterior|diffusers:[A-Za-z0-9]+Scheduler)$"
+_SAMPLER = r"^(dpm_solver|ancestral|ancestral_posterior|pipeline|diffusers:[A-Za-z0-9]+Scheduler)$"
 _MAX_SHOWN = 80
 # The model times of the published networks, n = 1..1000.
 NUM_NOISE_LEVELS = 1000
@@ -143,11 +144,14 @@ class DialogConfig(Config):
 class EncodersConfig(Config):
     """The frozen encoders, each a shipped name (`demo:vae`), directory, file or hub repository."""
 
-    vae: str
+    vae: str = "CompVis/stable-diffusion-v1-4/vae"
+    """Our default is the public copy closest to the autoencoder of U-ViT and UniDiffuser
+    (`autoencoder_kl.pth`). If unset, Stable Diffusion's own."""
     vae_kind: Literal["kl", "tiny"] = "kl"
     """`kl`: diffusers AutoencoderKL. `tiny`: AutoencoderTiny, which has no log-variance."""
     clip_image: str = "openai/clip-vit-base-patch32"
     clip_text: str = "openai/clip-vit-large-patch14"
+    """If unset, Stable Diffusion's own, which is the same network."""
     text_prefix: str | None = None
     """UniDiffuser's Linear(768, 64), stored in the published `caption_decoder.pth`."""
     compute_batch_size: int = Field(default=32, gt=0)
@@ -172,7 +176,8 @@ class BackboneConfig(Config):
     name: Annotated[str, AfterValidator(_known_backbone)]
     weights: str | None = None
     """Initial weights: a file, a directory, a URL or `demo:backbone`; `scratch` for random ones.
-    Required for training; commands that load no network do not need it."""
+    For Stable Diffusion, the directory of a whole pipeline, or its repository in the hub's local
+    cache. Required for training; commands that load no network do not need it."""
     latent_scale: float | None = Field(default=None, gt=0)
     latent_size: int | None = Field(default=None, gt=0)
     patch_size: int | None = Field(default=None, gt=0)
@@ -193,6 +198,20 @@ class BackboneConfig(Config):
         """Return the sizes that differ from the published ones, for `build_backbone`."""
         sizes = self.model_dump(exclude={"name", "weights"})
         return {name: value for name, value in sizes.items() if value is not None}
+
+
+class AdapterConfig(Config):
+    """A low-rank adapter (LoRA): small matrices that are trained beside a frozen network."""
+
+    kind: Literal["lora"] | None = None
+    """`lora`, or `None` to train the whole network."""
+    rank: int = Field(default=16, gt=0)
+    """Rank of the two matrices beside each target."""
+    alpha: int = Field(default=16, gt=0)
+    """Their product is scaled by alpha / rank."""
+    targets: tuple[str, ...] | None = None
+    """Names of the layers that get one, as peft matches them; `None` for the attention projections
+    that the published training script of the backbone adapts."""
 
 
 class OptimConfig(Config):
@@ -239,11 +258,15 @@ class TrainConfig(Config):
     """Maximum number of samples in one forward pass of a rank."""
     optim: OptimConfig = OptimConfig()
     unidiffuser: UniDiffuserLossConfig = UniDiffuserLossConfig()
+    weighting: Weighting = "none"
+    """Weight of each noise level in the loss: `none`, as published for every backbone here, or
+    `min_snr_5` (Min-SNR, Hang et al. 2023, with gamma 5)."""
     precision: TrainPrecision = "bf16"
     """`bf16`: precision of the network's products under torch's autocast, as in the published
     programs: weights, gradients and their sums over micro batches and ranks stay in float32.
     `bf16_weights` and `fp16_weights` hold the whole network and its gradients in half precision,
-    which halves their memory and rounds those sums (our addition; docs/fidelity.md)."""
+    which halves their memory and rounds those sums (our addition; docs/fidelity.md). With an
+    adapter, `bf16` also holds the frozen network in bfloat16."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: sharding of optimizer state, gradients and weights over the ranks. A single rank
     has nothing to shard, and uses stage 0 with weights in float32, or on a CPU, unless `--zero`
@@ -335,7 +358,8 @@ class SampleConfig(Config):
     sampler: Annotated[str, Field(pattern=_SAMPLER)] = "dpm_solver"
     """`dpm_solver` (as published), `ancestral` or `ancestral_posterior` (the paper's Algorithm 2
     with sigma_n^2 = beta_n or the posterior variance, 1000 steps), or one of diffusers' schedulers,
-    such as `diffusers:DPMSolverMultistepScheduler`."""
+    such as `diffusers:DPMSolverMultistepScheduler`. For Stable Diffusion `pipeline`, the scheduler
+    in the pipeline's own files, or another of diffusers' with its numbers."""
     num_steps: int = Field(default=50, gt=0)
     guidance_scale: float = Field(default=2.0, ge=1)
     """1 + s of `cond + s (cond - uncond)`: 2 for U-ViT, 8 for UniDiffuser."""
@@ -469,6 +493,7 @@ class Recipe(Config):
     text: TextConfig = TextConfig()
     encoders: EncodersConfig
     backbone: BackboneConfig
+    adapter: AdapterConfig = AdapterConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
     fetch: FetchConfig = FetchConfig()
     train: TrainConfig
@@ -478,11 +503,10 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _fits_its_family(self) -> Self:
         """Fill in what the family needs where nothing is set, and ask it what is wrong."""
-        presets = presets_of(self.backbone.name)
-        for setting, value in presets.unset(self).items():
+        for setting, value in presets_of(self.backbone.name).unset(self).items():
             section, _, name = setting.partition(".")
             self._fill(section, name, value)
-        if problem := presets.problem(self):
+        if problem := recipe_problem(self):
             raise ValueError(problem)
         return self
 

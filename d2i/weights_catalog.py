@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from d2i.backbones import presets_of
+
 _UVIT_SOURCE = "github.com/baofff/U-ViT, README, 'Pretrained Models'"
 _UVIT_LICENCE = "MIT (that of its repository; not checked for the weights)"
 _UVIT_DATA = "MS-COCO 2014, 82,783 training images with their captions, at 256 px"
@@ -56,7 +58,9 @@ def find_published(shapes: Mapping[str, Sequence[int]]) -> list[PublishedFile]:
 
 
 def weights_to_fetch(backbone: str) -> str:
-    """Return the name of a backbone's published file, and its source."""
+    """Return the name of a backbone's published file, and its source, or the pipeline it is in."""
+    if pipeline := presets_of(backbone).pipeline:
+        return f"the directory of a {pipeline}, or its repository in the hub's local cache"
     file = next(file for file in PUBLISHED if file.backbone == backbone)
     return f"{file.name} ({file.source})"
 

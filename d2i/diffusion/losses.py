@@ -7,12 +7,14 @@ only what a network's call returns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from d2i.config import Weighting
 from d2i.diffusion.schedule import Schedule, default_schedule
+from d2i.errors import ConfigError
 
 Given = TypeVar("Given")
 
@@ -43,6 +45,7 @@ def noise_prediction_loss(
     n: Tensor,
     noise: Tensor,
     schedule: Schedule | None = None,
+    weighting: Weighting = "none",
 ) -> Tensor:
     """Return the noise-prediction loss (Ho et al. 2020, equation 14), as U-ViT is trained with it.
 
@@ -53,9 +56,20 @@ def noise_prediction_loss(
         n: (B,) integers in 1..1000.
         noise: standard normal, shaped as `latent`.
         schedule: noise schedule; default that of the published networks.
+        weighting: weight of each noise level: `none` for 1, or `min_snr_5` (Min-SNR, gamma 5).
 
     Returns:
         (B,) mean squared error over channels and pixels; the batch loss is its mean.
+
+    Raises:
+        ConfigError: no such weighting for networks that predict noise.
     """
-    noised = (schedule or default_schedule()).add_noise(latent, noise, n)  # (B, 4, h, w)
-    return (network(noised, n, conditions) - noise).square().flatten(1).mean(1)
+    if weighting not in get_args(Weighting):
+        raise ConfigError(
+            f"weighting is {weighting!r}, expected one of {', '.join(get_args(Weighting))} for a "
+            "network that predicts noise"
+        )
+    schedule = schedule or default_schedule()
+    noised = schedule.add_noise(latent, noise, n)  # (B, 4, h, w)
+    losses = (network(noised, n, conditions) - noise).square().flatten(1).mean(1)  # (B,)
+    return losses if weighting == "none" else losses * schedule.min_snr_weights(n, 5.0)

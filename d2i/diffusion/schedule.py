@@ -22,9 +22,13 @@ Array = npt.NDArray[np.float64]
 
 
 class Schedule:
-    """Variance-preserving schedule with square-root-linear betas.
+    """Variance-preserving schedule, by default that of Stable Diffusion.
 
     x_n = sqrt(cum_alphas[n]) x_0 + sqrt(1 - cum_alphas[n]) eps; n = 0 is the clean sample.
+
+    Args:
+        betas: (1000,) variance that each level adds; None for square-root-linear ones, from 0.00085
+            to 0.012.
 
     Attributes:
         num_levels: 1000, the largest n.
@@ -35,11 +39,12 @@ class Schedule:
         snr: (1001,) float64, cum_alphas / cum_betas; snr[0] is infinite.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, betas: Array | None = None) -> None:
         """Compute the tables."""
         first, last = math.sqrt(BETA_FIRST), math.sqrt(BETA_LAST)
+        default: Array = np.linspace(first, last, NUM_NOISE_LEVELS, dtype=np.float64) ** 2
         self.num_levels = NUM_NOISE_LEVELS
-        self.betas: Array = np.linspace(first, last, NUM_NOISE_LEVELS, dtype=np.float64) ** 2
+        self.betas = default if betas is None else betas
         self.alphas: Array = np.concatenate([np.ones(1), 1.0 - self.betas])
         self.cum_alphas: Array = np.cumprod(self.alphas, dtype=np.float64)
         self.cum_betas: Array = 1.0 - self.cum_alphas
@@ -66,6 +71,20 @@ class Schedule:
         signal, noise = (root[n].to(x0.dtype) for root in self._roots(x0.device))
         shape = (-1,) + (1,) * (x0.dim() - 1)
         return signal.view(shape) * x0 + noise.view(shape) * eps
+
+    def min_snr_weights(self, n: Tensor, largest: float) -> Tensor:
+        """Return the loss weights of Min-SNR (Hang et al. 2023, section 3.4) for predicted noise.
+
+        Args:
+            n: (B,) integers in 1..1000.
+            largest: the signal-to-noise ratio from which on all levels weigh the same (gamma).
+
+        Returns:
+            min(snr_n, largest) / snr_n, (B,) float32; 1 where the ratio is 0.
+        """
+        snr = np.maximum(self.snr[1:], np.finfo(np.float64).tiny)
+        weights = np.minimum(snr, largest) / snr
+        return torch.from_numpy(weights).to(n.device)[n - 1].float()
 
     def _roots(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the square roots of `cum_alphas` and `cum_betas`, copied to a device once."""

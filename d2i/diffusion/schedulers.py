@@ -73,6 +73,20 @@ def build_scheduler(name: str) -> Any:
         ) from error
 
 
+def with_numbers_of(scheduler: Any, sampler: str) -> Any:
+    """Return a fresh scheduler with the numbers of another: sampling replaces its tables.
+
+    Args:
+        scheduler: as a pipeline's files describe it.
+        sampler: `diffusers:` and a class, or `pipeline` for the scheduler's own class.
+    """
+    import diffusers
+
+    prefix, _, name = sampler.partition(":")
+    kind: Any = getattr(diffusers, name) if prefix == "diffusers" else type(scheduler)
+    return kind.from_config(scheduler.config)
+
+
 def run_scheduler(
     eps: Eps, x: Tensor, num_steps: int, name: str, seeds: Sequence[int] | None = None
 ) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from d2i.config import Precision
 from d2i.errors import CheckpointError
 from d2i.io import checksums
+from d2i.models.weights.load import update_state_hash
 from d2i.weights_resolve import resolve_weights
 
 _IMPORT_AGAIN = "copy it again from its source, or repeat d2i weights import"
@@ -80,9 +81,7 @@ def weights_hash(module: nn.Module) -> str:
     """Return the sha256 of a module's state: names, dtypes, shapes and bytes, in name order."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        array = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
-        digest.update(array.view(torch.uint8).numpy().tobytes() if array.ndim else bytes(array))
+        update_state_hash(digest, name, tensor)
     return digest.hexdigest()
 
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2i.backbones import Presets, presets_of_family
-from d2i.config import SampleConfig, TrainConfig
+from d2i.config import BackboneConfig, SampleConfig, TrainConfig, Weighting
 from d2i.diffusion.draws import BatchDraws, SampleDraws
 from d2i.diffusion.guidance import guided
 from d2i.diffusion.losses import noise_prediction_loss
 from d2i.diffusion.samplers import draw_noise, run_sampler
+from d2i.diffusion.schedule import Schedule, default_schedule
 from d2i.models.image_codec import KL_F8C4, ImageCodec, VaeNumbers
 
 State = Mapping[str, Tensor]
@@ -69,8 +70,8 @@ class Architecture:
 class Family(ABC):
     """A family of networks.
 
-    Its networks have the attributes `latent_size`, `text_dim`, `num_text_tokens`, `latent_scale`
-    (the factor from raw VAE latents), and `gradient_checkpointing`, which may be set.
+    Its networks have the attributes `latent_size`, `text_dim`, `num_text_tokens`, and
+    `latent_scale` (the factor from raw VAE latents).
 
     Attributes:
         name: As `d2i.backbones.FAMILIES` has it.
@@ -93,6 +94,19 @@ class Family(ABC):
     def build(self, backbone: str, sizes: Mapping[str, Any]) -> nn.Module:
         """Build a network, freshly initialised, in float32; `sizes` are checked and complete."""
 
+    def build_described(self, path: str, backbone: BackboneConfig) -> nn.Module | None:
+        """Build the network that the directory of its weights describes, without them.
+
+        Args:
+            path: Of the weights.
+            backbone: The sizes that the recipe sets.
+
+        Returns:
+            None if the backbone's name and sizes describe it, as by default.
+        """
+        del path, backbone
+        return None
+
     @abstractmethod
     def load(self, path: str, network: nn.Module) -> nn.Module:
         """Load published weights into a network, fitted to its sizes, and return it.
@@ -109,8 +123,12 @@ class Family(ABC):
     def blocks(self, network: Any) -> Iterable[nn.Module]:
         """Return the repeated blocks of a network, which `torch.compile` compiles one by one."""
 
+    def recompute_blocks(self, network: Any) -> None:
+        """Recompute blocks in the backward pass, which takes less memory and a third more work."""
+        network.gradient_checkpointing = True
+
     @abstractmethod
-    def example_inputs(self, network: Any) -> tuple[Tensor, ...]:
+    def example_inputs(self, network: Any) -> tuple[Any, ...]:
         """Return the inputs of one image, for a network on torch's current default device."""
 
     @abstractmethod
@@ -131,7 +149,7 @@ class Family(ABC):
             vae: The numbers that normalise raw latents.
             raw: (B, C, h, w) raw latents.
             noise: (B, C, h, w) standard normal.
-            draw: (B,) int64 model times, in 1..1000.
+            draw: (B,) int64 noise levels as diffusers counts them, t in 0..999; n is t + 1.
             conditions: As `conditions` returns them, as tensors.
             **options: As `loss_options` returns them.
         """
@@ -183,6 +201,11 @@ class Family(ABC):
 class OneTensorFamily(Family):
     """A family whose networks predict the noise of the latent alone, given time and conditions."""
 
+    def schedule(self, network: Any) -> Schedule:
+        """Return the noise schedule that a network is trained on."""
+        del network
+        return default_schedule()
+
     def predict(self, network: Any, latent: Tensor, n: Tensor, conditions: Conditions) -> Tensor:
         """Predict the noise (B, C, h, w) of noised latents at model times n (B,)."""
         predicted: Tensor = network(latent, n, conditions["text"])
@@ -196,13 +219,24 @@ class OneTensorFamily(Family):
         noise: Tensor,
         draw: Tensor,
         conditions: Conditions,
+        weighting: Weighting = "none",
         **options: Any,
     ) -> Tensor:
-        """Return the mean squared error of the predicted noise, (B,); see `Family.losses`."""
+        """Return the mean squared error of the predicted noise, (B,); see `Family.losses`.
+
+        Raises:
+            ConfigError: If there is no such weighting.
+        """
         del options
         predict = partial(self.predict, network)
         latent = self.codec.normalised(raw, vae)  # (B, C, h, w)
-        return noise_prediction_loss(predict, latent, conditions, draw, noise)
+        return noise_prediction_loss(
+            predict, latent, conditions, draw + 1, noise, self.schedule(network), weighting
+        )
+
+    def loss_options(self, config: TrainConfig) -> dict[str, Any]:
+        """Return the weighting of noise levels."""
+        return {"weighting": config.weighting}
 
     def sampler(
         self, network: Any, settings: SampleConfig, unconditional: Conditions
@@ -218,7 +252,7 @@ class OneTensorFamily(Family):
 
         return sample
 
-    def example_inputs(self, network: Any) -> tuple[Tensor, ...]:
+    def example_inputs(self, network: Any) -> tuple[Any, ...]:
         """Return (latent, n, text) of one image."""
         latent = torch.empty(1, *self.codec.latent_shape(network.latent_size))
         return latent, torch.ones(1), torch.empty(1, network.num_text_tokens, network.text_dim)

@@ -36,11 +36,25 @@ def build_network(config: BackboneConfig) -> nn.Module:
         CheckpointError: If the weights cannot be read or do not fit.
         ConfigError: If the sizes do not fit each other.
     """
-    network = build_backbone(config.name, **resolve_sizes(config).overrides())
+    network = build_untrained(config)
     if config.weights is None or config.is_random:
         return network
     path = resolve_weights(config.weights)
     return family_of_backbone(config.name).load(path, network)
+
+
+def build_untrained(config: BackboneConfig) -> nn.Module:
+    """Build the backbone of a recipe without its weights, as they or the recipe describe it.
+
+    Raises:
+        CheckpointError: If the directory of its weights cannot be read.
+        ConfigError: If the sizes do not fit each other.
+    """
+    described = None
+    if config.weights is not None and not config.is_random:
+        family = family_of_backbone(config.name)
+        described = family.build_described(resolve_weights(config.weights), config)
+    return described or build_backbone(config.name, **resolve_sizes(config).overrides())
 
 
 def resolve_sizes(config: BackboneConfig) -> BackboneConfig:

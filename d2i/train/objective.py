@@ -31,6 +31,7 @@ def build_objective(family: Family, vae: VaeNumbers, config: TrainConfig) -> Obj
 
     def objective(network: Any, batch: Batch) -> Tensor:
         raw = family.codec.raw(batch.moments, batch.latent_noise)
-        return family.losses(network, vae, raw, batch.noise, batch.n, batch.conditions, **options)
+        level = batch.n - 1
+        return family.losses(network, vae, raw, batch.noise, level, batch.conditions, **options)
 
     return objective

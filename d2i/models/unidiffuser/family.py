@@ -99,7 +99,8 @@ class UniDiffuserFamily(LongSkipFamily):
         latent = self.codec.normalised(raw, vae)
         parts = (latent, conditions["clip"], conditions["text"])
         noises = (noise, conditions["clip_noise"], conditions["text_noise"])
-        return unidiffuser_loss(network, parts, draw, conditions["n_text"], noises, **options)
+        n_text = conditions["n_text"]
+        return unidiffuser_loss(network, parts, draw + 1, n_text, noises, **options)
 
     def sampler(
         self, network: Any, settings: SampleConfig, unconditional: Conditions

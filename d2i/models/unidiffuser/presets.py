@@ -31,6 +31,11 @@ def _unset(recipe: Recipe) -> dict[str, Any]:
 
 
 def _problem(recipe: Recipe) -> str | None:
+    if recipe.train.weighting != "none":
+        return (
+            f"train.weighting={recipe.train.weighting}: UniDiffuser's losses have no weighting; "
+            "expected none"
+        )
     is_learned = recipe.train.unidiffuser.loss != "joint" or recipe.train.condition_dropout > 0
     if is_learned or recipe.sample.unconditional != "empty_token":
         return None

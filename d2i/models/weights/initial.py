@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from d2i.backbones import presets_of
 from d2i.config import SCRATCH, BackboneConfig
 from d2i.io.checksums import known_sha256
+from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.models.weights.detect import detect_weights
 from d2i.models.weights.load import read_state_dict, weights_file
 from d2i.weights_resolve import resolve_weights
@@ -22,6 +24,8 @@ def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:
         `file`, its name; `sha256` of its bytes; `keys`, the number of its tensors; `layout`, the
         published files that have exactly these keys and shapes; `initialisation`, True if the
         weights are untrained. For random weights `file` is "scratch" and the others are absent.
+        Of a pipeline's directory, `file` is its name, and `sha256` that of its network's state in
+        float32.
 
     Raises:
         CheckpointError: If the file cannot be read.
@@ -30,6 +34,8 @@ def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:
     if config.weights is None or config.is_random:
         return {"file": SCRATCH}
     path = Path(resolve_weights(config.weights))
+    if presets_of(config.name).pipeline:
+        return _describe_pipeline(PipelineDirectory(str(path), presets_of(config.name)))
     file = weights_file(path)
     state = read_state_dict(path)
     found = detect_weights(state)
@@ -40,6 +46,29 @@ def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:
         "layout": [published.name for published in found.published] if found else [],
         "initialisation": is_initialisation(state),
     }
+
+
+def _describe_pipeline(directory: PipelineDirectory) -> dict[str, Any]:
+    state = dict(directory.network_weights())
+    return {
+        "file": directory.name,
+        "sha256": directory.network_sha256(),
+        "keys": len(state),
+        "layout": [],
+        "initialisation": is_initialisation(state),
+    }
+
+
+def base_sha256(config: BackboneConfig) -> str | None:
+    """Return the sha256 of the network that a pipeline's directory holds; None for other weights.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    presets = presets_of(config.name)
+    if presets.pipeline is None or config.weights is None:
+        return None
+    return PipelineDirectory(resolve_weights(config.weights), presets).network_sha256()
 
 
 def is_initialisation(state: Mapping[str, Tensor]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -111,6 +112,13 @@ def num_not_finite(tensor: Tensor) -> int:
     # torch's isfinite does not take 8-bit floats.
     values = tensor.float() if tensor.element_size() == 1 else tensor
     return int((~torch.isfinite(values)).sum())
+
+
+def update_state_hash(digest: Any, name: str, tensor: Tensor) -> None:
+    """Add a tensor to the sha256 of a state: its name, dtype, shape and bytes."""
+    array = tensor.detach().cpu().contiguous()
+    digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
+    digest.update(array.view(torch.uint8).numpy().tobytes() if array.ndim else bytes(array))
 
 
 def read_published(path: str | Path) -> dict[str, Tensor]:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from d2i.config import BackboneConfig
-from d2i.models import build_backbone
-from d2i.models.model_dir import resolve_sizes
+from d2i.models.model_dir import build_untrained
 from d2i.models.registry import family_of_backbone
 from d2i.run_dir import MetricsLine
 
@@ -73,10 +72,9 @@ def count_flops(config: BackboneConfig) -> int:
 
     A multiply-add counts as two; recomputation is not counted (docs/models.md, Work).
     """
-    sizes = resolve_sizes(config)
     with torch.device("meta"):
-        network: Any = build_backbone(sizes.name, **sizes.overrides()).requires_grad_(False)
-    return 3 * family_of_backbone(sizes.name).flops(network)
+        network: Any = build_untrained(config).requires_grad_(False)
+    return 3 * family_of_backbone(config.name).flops(network)
 
 
 def peak_images_per_s(

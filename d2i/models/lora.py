@@ -1,0 +1,111 @@
+"""Low-rank adapters (LoRA): peft's layers in a network, and the file that pipelines load.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021). Only the adapter requires a
+gradient, so optimizer, averages and checkpoints hold it alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from d2i.backbones import Presets
+from d2i.config import AdapterConfig
+from d2i.diffusion.draws import normal
+from d2i.errors import ClusterError, ConfigError
+
+# peft's name for an adapter that has none; it stands in the parameters' names.
+_NAME = "default"
+_PURPOSE = "lora"
+
+
+def add_lora(network: Any, config: AdapterConfig, presets: Presets, seed: int) -> None:
+    """Freeze a network, and add a LoRA that changes nothing yet.
+
+    The first matrix of a pair is drawn from N(0, 1/rank^2), as diffusers' training scripts do, here
+    keyed by (seed, name of the parameter); the second is 0.
+
+    Args:
+        network: A network of diffusers.
+        config: Rank, scale and targets.
+        presets: Of the network's family; its targets are the default.
+        seed: The seed of the run.
+
+    Raises:
+        ClusterError: If peft is not installed.
+        ConfigError: If a target does not exist in the network, or cannot be adapted.
+    """
+    lora = _peft_config(config, presets)
+    network.requires_grad_(requires_grad=False)
+    try:
+        network.add_adapter(lora, adapter_name=_NAME)
+    except ValueError as err:
+        reason = str(err).splitlines()[0][:200]
+        raise ConfigError(
+            f"adapter.targets is {', '.join(lora.target_modules)}: {reason}; expected names of "
+            f"linear or convolution layers, such as {', '.join(presets.lora_targets)}"
+        ) from err
+    for target in lora.target_modules:
+        if not any(target in name and ".lora_A." in name for name, _ in _trained(network)):
+            raise ConfigError(
+                f"adapter.targets: no layer of the network is named {target}; expected names such "
+                f"as {', '.join(presets.lora_targets)}"
+            )
+    for name, parameter in _trained(network):
+        if ".lora_A." in name:
+            drawn = normal(seed, _PURPOSE, [name], 0, tuple(parameter.shape))[0]
+            parameter.data.copy_(torch.from_numpy(drawn) / config.rank)
+
+
+def pack_lora(
+    state: Mapping[str, Tensor], config: AdapterConfig, presets: Presets
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the content of the file that the stock pipeline's `load_lora_weights` reads.
+
+    Args:
+        state: The adapter's parameters, by the names they have in the network.
+        config: The adapter's settings; rank and alpha stand in the file's metadata, without which
+            it would be loaded at another scale.
+        presets: Of the network's family.
+
+    Returns:
+        Tensors by the published names, and the metadata of the file.
+    """
+    import diffusers
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+
+    plain = {name.replace(f".{_NAME}.", "."): tensor for name, tensor in state.items()}
+    described = _peft_config(config, presets).to_dict()
+    described["target_modules"] = sorted(described["target_modules"])
+    pipeline = getattr(diffusers, presets.pipeline or "")
+    with tempfile.TemporaryDirectory() as directory:
+        pipeline.save_lora_weights(
+            directory,
+            **{
+                f"{presets.network_part}_lora_layers": convert_state_dict_to_diffusers(plain),
+                f"{presets.network_part}_lora_adapter_metadata": described,
+            },
+        )
+        (file,) = Path(directory).iterdir()
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return tensors, dict(opened.metadata())
+
+
+def _trained(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+
+
+def _peft_config(config: AdapterConfig, presets: Presets) -> Any:
+    try:
+        from peft import LoraConfig
+    except ImportError as err:
+        raise ClusterError("adapter.kind=lora needs peft; pip install 'd2i[lora]'") from err
+    targets = list(config.targets or presets.lora_targets)
+    return LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)

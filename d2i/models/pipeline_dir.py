@@ -1,0 +1,160 @@
+"""The directory of a diffusers pipeline: which parts it has, and the numbers in their files.
+
+`model_index.json` names the parts; each has a subdirectory. A repository in the hub's local cache
+is such a directory too. Nothing is fetched, and no pickle is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from d2i.backbones import Presets
+from d2i.errors import CheckpointError
+from d2i.io import storage
+from d2i.io.parse import parse_json
+from d2i.models.weights.load import update_state_hash
+
+_INDEX = "model_index.json"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Neither changes a latent, and both are often left out.
+_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+class PipelineDirectory:
+    """A pipeline of one class, saved by `save_pretrained`.
+
+    Args:
+        name: A directory, or a repository in the hub's local cache.
+        presets: Of the family, which says the class of the pipeline, and the part that is trained.
+
+    Attributes:
+        name: Its name, or that of the repository.
+        path: The directory.
+
+    Raises:
+        CheckpointError: If there is none, it is of another class, a part is missing, or its
+            network is quantised or does not predict noise.
+    """
+
+    def __init__(self, name: str, presets: Presets) -> None:
+        self.path = _local_directory(name, presets)
+        self.name = Path(name).name if Path(name).is_dir() else name
+        self.network_part = presets.network_part
+        index = self._read(_INDEX)
+        if (found := index.get("_class_name")) != presets.pipeline:
+            raise CheckpointError(
+                f"{name} is a {found}; expected a {presets.pipeline}; choose the backbone of that "
+                "pipeline"
+            )
+        parts = {part: kind for part, kind in index.items() if _is_part(part, kind)}
+        for part in parts:
+            if part not in _OPTIONAL and not (self.path / part).is_dir():
+                raise CheckpointError(
+                    f"{name}: its {part} is missing; expected a directory {part} beside {_INDEX}; "
+                    "copy the whole pipeline"
+                )
+        self._scheduler_class = str(parts.get("scheduler", ("", ""))[1])
+        self._check_network(name)
+
+    def _check_network(self, name: str) -> None:
+        if "quantization_config" in self.part_config(self.network_part):
+            raise CheckpointError(
+                f"{name}: its {self.network_part} is quantised, which cannot be trained yet; "
+                "expected weights in float32, bfloat16 or float16; use the pipeline as published"
+            )
+        predicted = self._read("scheduler/scheduler_config.json").get("prediction_type", "epsilon")
+        if predicted != "epsilon":
+            raise CheckpointError(
+                f"{name}: its scheduler has prediction_type {predicted}; expected epsilon: only "
+                "networks that predict noise can be trained yet; use another base model"
+            )
+
+    def part_config(self, part: str) -> Mapping[str, Any]:
+        """Return the `config.json` of a part."""
+        return self._read(f"{part}/config.json")
+
+    def scheduler(self) -> Any:
+        """Return diffusers' scheduler, with the numbers of its file."""
+        import diffusers
+
+        kind = getattr(diffusers, self._scheduler_class)
+        return kind.from_config(self._read("scheduler/scheduler_config.json"))
+
+    def betas(self) -> npt.NDArray[np.float64]:
+        """Return the variance that each noise level adds, as the scheduler's file gives it."""
+        from diffusers import DDPMScheduler
+
+        config = self._read("scheduler/scheduler_config.json")
+        betas: npt.NDArray[np.float64] = DDPMScheduler.from_config(config).betas.double().numpy()
+        return betas
+
+    def network_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Read the network's tensors, in the order of their names."""
+        directory = self.path / self.network_part
+        index = directory / f"{_WEIGHTS}.index.json"
+        try:
+            if index.is_file():
+                files = self._read(f"{self.network_part}/{index.name}")["weight_map"]
+            else:
+                with safe_open(directory / _WEIGHTS, framework="pt") as file:
+                    files = dict.fromkeys(file.keys(), _WEIGHTS)
+            for name in sorted(files):
+                with safe_open(directory / files[name], framework="pt") as file:
+                    yield name, file.get_tensor(name)
+        except (OSError, SafetensorError, KeyError, TypeError) as err:
+            raise CheckpointError(
+                f"{directory}: cannot read its weights: {str(err)[:200]}; expected {_WEIGHTS}; "
+                "copy the whole pipeline, with its safetensors files"
+            ) from err
+
+    def network_sha256(self) -> str:
+        """Return the sha256 of the network's state in float32, as `weights_hash` does."""
+        digest = hashlib.sha256()
+        for name, tensor in self.network_weights():
+            update_state_hash(digest, name, tensor.float())
+        return digest.hexdigest()
+
+    def _read(self, file: str) -> dict[str, Any]:
+        path = self.path / file
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} does not exist; expected it in the directory of a pipeline; copy the "
+                "whole pipeline"
+            )
+        return parse_json(
+            storage.read_bytes(str(path)),
+            str(path),
+            error=CheckpointError,
+            next_step="copy it again from its source",
+        )
+
+
+def _is_part(part: str, kind: Any) -> bool:
+    return not part.startswith("_") and isinstance(kind, list) and None not in kind
+
+
+def _local_directory(name: str, presets: Presets) -> Path:
+    """Return a directory, or that of a repository in the local cache."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if name.count("/") == 1 and not path.is_absolute():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except (LocalEntryNotFoundError, ValueError):
+            pass
+    raise CheckpointError(
+        f"{name}: no such directory, and no such repository in the hub's local cache; expected a "
+        f"{presets.pipeline} that save_pretrained wrote; give --set backbone.weights=DIR"
+    )

@@ -1,0 +1,151 @@
+"""Stable Diffusion equals diffusers' training scripts and pipelines, before and after a LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from d2i.backbones import presets_of
+from d2i.config import AdapterConfig, SampleConfig
+from d2i.errors import ConfigError
+from d2i.models import build_backbone, family, save_weights
+from d2i.models.lora import add_lora, pack_lora
+from tests.golden.arrays import facts, tensors
+from tests.golden.backbones import golden_conditions, golden_network
+from tests.shared import needs_shared
+
+pytestmark = needs_shared
+
+FAMILIES = ["sd15", "sdxl"]
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE_SAMPLE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+LORA = AdapterConfig(kind="lora", rank=4, alpha=8)
+
+
+class GoldenDraws:
+    """The golden start of sampling, whatever is drawn."""
+
+    def __init__(self, start: Tensor) -> None:
+        self._start = start.numpy()
+
+    def normal(self, _part: str, _shape: tuple[int, ...], _step: int = 0) -> Any:
+        return self._start
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_noise_prediction_and_losses_equal_training_script(name: str) -> None:
+    golden, network, one = tensors(f"backbones/{name}"), golden_network(name), family(name)
+    conditions, vae = golden_conditions(name), facts(f"backbones/{name}")["vae_numbers"]
+    level = golden["in.n"]
+    latent = one.codec.normalised(golden["in.raw"], vae)
+    noisy = one.schedule(network).add_noise(latent, golden["in.noise"], level + 1)
+    torch.testing.assert_close(noisy, golden["out.noisy"], **CLOSE)
+    predicted = one.predict(network, noisy, level + 1, conditions)
+    torch.testing.assert_close(predicted, golden["out.prediction"], **CLOSE)
+    for weighting, stored in (("none", "out.losses"), ("min_snr_5", "out.losses.min_snr_5")):
+        losses = one.losses(
+            network,
+            vae,
+            golden["in.raw"],
+            golden["in.noise"],
+            level,
+            conditions,
+            weighting=weighting,
+        )
+        torch.testing.assert_close(losses, golden[stored], **CLOSE)
+
+
+def test_weighting_for_other_objectives_is_refused() -> None:
+    golden, network = tensors("backbones/sd15"), golden_network("sd15")
+    with pytest.raises(ConfigError, match="expected one of none, min_snr_5"):
+        family("sd15").losses(
+            network,
+            {"scaling_factor": 1.0},
+            golden["in.raw"],
+            golden["in.noise"],
+            golden["in.n"],
+            golden_conditions("sd15"),
+            weighting="cosmap",
+        )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sampler_equals_stock_pipeline_before_and_after_lora(name: str, tmp_path: Path) -> None:
+    golden, network = tensors(f"backbones/{name}"), golden_network(name)
+    torch.testing.assert_close(sampled(name, network), golden["sample.base"], **CLOSE_SAMPLE)
+    presets = presets_of(name)
+    trained = {
+        name.removeprefix("lora.after.")
+        .replace("lora_A.", "lora_A.default.")
+        .replace("lora_B.", "lora_B.default."): tensor
+        for name, tensor in golden.items()
+        if name.startswith("lora.after.")
+    }
+    add_lora(network, LORA, presets, seed=0)
+    adapted = dict(network.named_parameters())
+    assert {key for key, p in adapted.items() if p.requires_grad} == trained.keys()
+    for key, tensor in trained.items():
+        adapted[key].data.copy_(tensor)
+    torch.testing.assert_close(sampled(name, network), golden["sample.lora"], **CLOSE_SAMPLE)
+    # The file that is left loads into the stock network with the same scale.
+    tensors_of_file, metadata = pack_lora(trained, LORA, presets)
+    save_weights(tensors_of_file, tmp_path / "pytorch_lora_weights.safetensors", metadata)
+    stock = golden_network(name)
+    pipeline_of(name, stock).load_lora_weights(tmp_path)
+    torch.testing.assert_close(sampled(name, stock), golden["sample.lora"], **CLOSE_SAMPLE)
+
+
+def pipeline_of(name: str, network: Any) -> Any:
+    """Return the stock pipeline around a network alone."""
+    import diffusers
+
+    kind = getattr(diffusers, presets_of(name).pipeline or "")
+    others = family(name).other_parts  # type: ignore[attr-defined]
+    return kind(unet=network, scheduler=network.scheduler, **others)
+
+
+@torch.inference_mode()
+def sampled(name: str, network: Any) -> Tensor:
+    """Sample latents from the golden start with the golden settings."""
+    conditions = golden_conditions(name)
+    unconditional = {key: torch.zeros_like(value[0]) for key, value in conditions.items()}
+    settings = SampleConfig(sampler="pipeline", num_steps=4, guidance_scale=2.0)
+    sample = family(name).sampler(network, settings, unconditional)
+    draws: Any = GoldenDraws(tensors(f"backbones/{name}")["in.start"])
+    return sample(conditions, draws)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters", "tera_flop"),
+    [("sd15", 859_520_964, 0.8), ("sdxl", 2_567_463_684, 6.8)],
+)
+def test_published_networks_have_published_size(
+    name: str, num_parameters: int, tera_flop: float
+) -> None:
+    with torch.device("meta"):
+        network = build_backbone(name)
+    assert sum(parameter.numel() for parameter in network.parameters()) == num_parameters
+    assert family(name).flops(network) / 1e12 == pytest.approx(tera_flop, rel=0.01)
+
+
+def test_lora_begins_as_base_model_and_is_keyed() -> None:
+    networks = [golden_network("sd15") for _ in range(3)]
+    before = sampled("sd15", networks[0])
+    for network, seed in zip(networks, (0, 0, 1), strict=True):
+        add_lora(network, LORA, presets_of("sd15"), seed)
+    assert np.array_equal(sampled("sd15", networks[0]), before)
+    first, same, other = (
+        torch.cat([p.flatten() for p in network.parameters() if p.requires_grad])
+        for network in networks
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    drawn = torch.cat(
+        [p.detach().flatten() for key, p in networks[0].named_parameters() if ".lora_A." in key]
+    )
+    assert float(drawn.std()) == pytest.approx(1 / LORA.rank, rel=0.1)
