@@ -1,4 +1,4 @@
-"""The recipes: the paper's six runs, and the demo.
+"""The recipes: the paper's six runs, Stable Diffusion on the same dialogs, and the demo.
 
 A recipe names no cluster, bucket or rank. A number from the paper carries its section; every other
 is our default, with the reason.
@@ -14,6 +14,7 @@ from typing import Any
 
 from d2i.config import (
     SCRATCH,
+    AdapterConfig,
     BackboneConfig,
     EncodersConfig,
     ImageConfig,
@@ -50,11 +51,6 @@ _PATHS = {
 #   in float16: bf16 has the range of float32, so it needs no loss scale;
 # - ZeRO-1: U-ViT needs no more, and UniDiffuser's float32 state is then shared by 80 GB devices.
 
-# Our default: both autoencoders are the LDM KL-f8 one; this public copy is the closest to the
-# published `autoencoder_kl.pth`, which a team that has the file uses instead.
-_VAE = "CompVis/stable-diffusion-v1-4/vae"
-
-
 # AdamW, its rate, weight decay and betas: paper, section 3.3.
 _PUBLISHED_OPTIM = OptimConfig(lr=3e-5, weight_decay=0.03, betas=(0.9, 0.9))
 
@@ -63,7 +59,7 @@ def _uvit(name: str, *, corpus: str, global_batch_size: int, num_steps: int) -> 
     return Recipe(
         name=f"{name}-{corpus}",
         image=ImageConfig(resolution=256),  # paper, Table 5
-        encoders=EncodersConfig(vae=_VAE),
+        encoders=EncodersConfig(),
         backbone=BackboneConfig(name="uvit-s-deep" if name == "uvit-s-deep" else "uvit-s"),
         train=TrainConfig(
             num_steps=num_steps,
@@ -79,7 +75,7 @@ def _unidiffuser(*, corpus: str, global_batch_size: int, num_steps: int) -> Reci
     return Recipe(
         name=f"unidiffuser-v1-{corpus}",
         image=ImageConfig(resolution=512),  # paper, Table 5
-        encoders=EncodersConfig(vae=_VAE, text_prefix="caption_decoder.pth"),
+        encoders=EncodersConfig(text_prefix="caption_decoder.pth"),
         backbone=BackboneConfig(name="unidiffuser-v1"),
         train=TrainConfig(
             num_steps=num_steps,
@@ -126,6 +122,56 @@ def unidiffuser_v1_mmdialog() -> Recipe:
     return _unidiffuser(corpus="mmdialog", global_batch_size=800, num_steps=2500)
 
 
+_SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def _sd15(name: str, *, adapter: AdapterConfig, train: TrainConfig) -> Recipe:
+    # Our default: PhotoChat's photographs, as MMDialog's 256 pixels would have to be enlarged, and
+    # the network would learn their blur.
+    return Recipe(
+        name=name,
+        image=ImageConfig(resolution=512),  # that of the base model
+        encoders=EncodersConfig(),
+        backbone=BackboneConfig(name="sd15", weights=_SD15),
+        adapter=adapter,
+        train=train,
+        sample=SampleConfig(compute_batch_size=8),
+        metrics=MetricsConfig(resolution=256),  # our default: comparable with U-ViT's images
+    )
+
+
+# Rates, weight decay and clipping are those of diffusers' training scripts for text-to-image; the
+# batches and the numbers of steps (about 19 epochs) are our defaults.
+def sd15_lora_photochat() -> Recipe:
+    """Stable Diffusion 1.5 on PhotoChat: a LoRA of rank 16 at 512 px (our default)."""
+    return _sd15(
+        "sd15-lora-photochat",
+        adapter=AdapterConfig(kind="lora"),
+        train=TrainConfig(
+            num_steps=3000,
+            global_batch_size=64,
+            micro_batch_size=8,
+            optim=OptimConfig(lr=1e-4, weight_decay=1e-2, betas=(0.9, 0.999), max_grad_norm=1.0),
+            activation_checkpointing=True,
+        ),
+    )
+
+
+def sd15_photochat() -> Recipe:
+    """Stable Diffusion 1.5 on PhotoChat: the whole network at 512 px (our default)."""
+    return _sd15(
+        "sd15-photochat",
+        adapter=AdapterConfig(),
+        train=TrainConfig(
+            num_steps=3000,
+            global_batch_size=64,
+            micro_batch_size=8,
+            optim=OptimConfig(lr=1e-5, weight_decay=1e-2, betas=(0.9, 0.999), max_grad_norm=1.0),
+            activation_checkpointing=True,
+        ),
+    )
+
+
 # The objects of the synthetic demo world, worded as in its captions.
 DEMO_CLASSES = tuple(
     f"a {colour} {shape}"
@@ -165,6 +211,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "uvit-s-mmdialog": uvit_s_mmdialog,
     "uvit-s-deep-mmdialog": uvit_s_deep_mmdialog,
     "unidiffuser-v1-mmdialog": unidiffuser_v1_mmdialog,
+    "sd15-lora-photochat": sd15_lora_photochat,
+    "sd15-photochat": sd15_photochat,
 }
 
 

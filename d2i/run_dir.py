@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from d2i import __version__
+from d2i.backbones import presets_of
 from d2i.config import LEGACY_DEFAULTS, Recipe, WeightsKind, load_config
 from d2i.errors import CheckpointError, ConfigError
 from d2i.io import checksums, storage
@@ -24,11 +25,22 @@ from d2i.weights_catalog import weights_to_fetch
 CONFIG_NAME = "config.json"
 EMA_NAME = "ema.safetensors"
 # The weights of a finished run, by kind. The EMA is written last: its step is the run's.
-RESULT_NAMES: dict[WeightsKind, str] = {
+_RESULT_NAMES: dict[WeightsKind, str] = {
     "ema": EMA_NAME,
     "ema-short": "ema-short.safetensors",
     "trained": "trained.safetensors",
 }
+# The end of their directory's name, where each has its own.
+_SUFFIXES: dict[WeightsKind, str] = {"ema": "", "ema-short": "-ema-short", "trained": "-trained"}
+_ADAPTER_NAME = "pytorch_lora_weights.safetensors"
+_NETWORK_NAME = "diffusion_pytorch_model.safetensors"
+# A finished run has one of these.
+_EMA_NAMES = (
+    EMA_NAME,
+    f"adapter/{_ADAPTER_NAME}",
+    f"unet/{_NETWORK_NAME}",
+    f"transformer/{_NETWORK_NAME}",
+)
 METRICS_NAME = "metrics.jsonl"
 VALIDATION_NAME = "validation.jsonl"
 # Written by a training that stopped on request.
@@ -127,6 +139,22 @@ class ValidationLine:
     step: int
     loss: float
     bands: dict[str, float]
+
+
+def result_names(recipe: Recipe) -> dict[WeightsKind, str]:
+    """Return the files of a finished run's weights by kind, relative to the run.
+
+    They are where the programs that read them look: a network of d2i's own in one file, an adapter
+    in the directory that a pipeline of diffusers loads it from, and a pipeline's network as its
+    `save_pretrained` lays it out.
+    """
+    presets = presets_of(recipe.backbone.name)
+    if recipe.adapter.kind:
+        return {kind: f"adapter{end}/{_ADAPTER_NAME}" for kind, end in _SUFFIXES.items()}
+    if presets.pipeline:
+        part = presets.network_part
+        return {kind: f"{part}{end}/{_NETWORK_NAME}" for kind, end in _SUFFIXES.items()}
+    return _RESULT_NAMES
 
 
 def start_or_resume(run_url: str, config: RunConfig, *, is_begun: bool) -> None:
@@ -310,8 +338,9 @@ def last_step(run_url: str) -> int | None:
     Raises:
         CheckpointError: If the results cannot be read.
     """
-    url = storage.join(run_url, EMA_NAME)
-    if not storage.exists(url):
+    places = (storage.join(run_url, name) for name in _EMA_NAMES)
+    url = next((place for place in places if storage.exists(place)), None)
+    if url is None:
         return None
     refused: dict[str, Any] = {"next_step": _TRAIN_AGAIN, "error": CheckpointError}
     if storage.local_path(url) is not None:

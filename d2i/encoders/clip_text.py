@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from d2i.config import Precision
-from d2i.encoders.pretrained import freeze, load_pretrained, run_padded, weights_hash
+from d2i.encoders.pretrained import (
+    freeze,
+    load_pretrained,
+    run_padded,
+    weights_hash,
+)
+from d2i.errors import CheckpointError, ConfigError
+from d2i.io.parse import parse_json
+from d2i.models.weights.load import update_state_hash
 from d2i.tokenize import WINDOW_LENGTH
 from d2i.weights_resolve import resolve_weights
 
 _NUM_CLIP_IDS = 49408
+_CONFIG_NAME = "config.json"
+_PROJECTION = "text_projection.weight"
 
 
 class ClipText:
@@ -24,6 +35,8 @@ class ClipText:
 
     No mask is ever passed: the published pipelines pass none, and one would change the padded
     positions (docs/models.md, Text and CLIP).
+
+    The text encoder of a pipeline, which has no projection, is one too; it cannot `embed`.
 
     A directory may hold `clip_ids.json`, a list whose entry i is the true CLIP id of row i of a
     compact vocabulary; every other id then becomes row 0.
@@ -36,14 +49,26 @@ class ClipText:
         device: str = "cpu",
         precision: Precision = "fp32",
     ) -> None:
-        from transformers import CLIPTextModelWithProjection
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        self.device, self._precision = device, precision
-        self.module = load_pretrained(CLIPTextModelWithProjection, name).to(device)
+        self.device, self._precision, self._name = device, precision, name
+        self._has_projection = _architecture(name) != "CLIPTextModel"
+        kind = CLIPTextModelWithProjection if self._has_projection else CLIPTextModel
+        self.module = load_pretrained(kind, name).to(device)
         self.prefix = _load_prefix(prefix).to(device) if prefix else None
         self.dim: int = self.prefix.out_features if self.prefix else self.module.config.hidden_size
         self._rows = _compact_rows(Path(resolve_weights(name)) / "clip_ids.json")
         self.hash = weights_hash(nn.ModuleList([self.module, *filter(None, [self.prefix])]))
+
+    @property
+    def tower_hash(self) -> str:
+        """The sha256 of what text latents depend on: not of the projection, or a key's prefix."""
+        digest = hashlib.sha256()
+        state = self.module.state_dict()
+        plain = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+        for name in sorted(plain.keys() - {_PROJECTION}):
+            update_state_hash(digest, name, plain[name])
+        return digest.hexdigest()
 
     @torch.inference_mode()
     def encode(self, tokens: NDArray[np.uint16], batch_size: int) -> NDArray[np.float32]:
@@ -54,7 +79,16 @@ class ClipText:
 
     @torch.inference_mode()
     def embed(self, tokens: NDArray[np.uint16], batch_size: int) -> NDArray[np.float32]:
-        """Embed uint16 (N, 77) in the space of the CLIP image tower: float32 (N, clip_dim)."""
+        """Embed uint16 (N, 77) in the space of the CLIP image tower: float32 (N, clip_dim).
+
+        Raises:
+            ConfigError: If the encoder has no projection into that space.
+        """
+        if not self._has_projection:
+            raise ConfigError(
+                f"{self._name} has no projection to CLIP's embeddings; expected a whole CLIP "
+                "model; give --set metrics.clip_text=PATH, or =null to do without"
+            )
         return run_padded(
             lambda ids: self.module(ids).text_embeds,
             self._ids(tokens),
@@ -70,6 +104,24 @@ class ClipText:
     def _hidden(self, ids: Tensor) -> Tensor:
         hidden: Tensor = self.module(ids).last_hidden_state
         return hidden if self.prefix is None else self.prefix(hidden)
+
+
+def _architecture(name: str) -> str | None:
+    """Return the class that a model's configuration names, if it is on this machine.
+
+    Where it is not yet, as before a first download, a whole CLIP model is assumed.
+    """
+    path = Path(resolve_weights(name))
+    file: Any = path / _CONFIG_NAME
+    if not path.is_dir() and name.count("/") in (1, 2):
+        from huggingface_hub import try_to_load_from_cache
+
+        owner, repository, *subfolder = name.split("/")
+        file = try_to_load_from_cache(f"{owner}/{repository}", "/".join([*subfolder, _CONFIG_NAME]))
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        return None
+    named = parse_json(Path(file).read_bytes(), str(file), error=CheckpointError)
+    return next(iter(named.get("architectures") or ()), None)
 
 
 def _compact_rows(path: Path) -> NDArray[np.int64] | None:

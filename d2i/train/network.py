@@ -5,26 +5,63 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from d2i.config import Recipe, TrainPrecision
 from d2i.encoders.pretrained import matmul_precision
 from d2i.errors import CheckpointError
-from d2i.models.model_dir import build_network
+from d2i.models.lora import add_lora
+from d2i.models.model_dir import build_network, build_untrained
 from d2i.models.registry import family_of_backbone
 
 
 def build_trained_network(recipe: Recipe) -> Any:
-    """Return the recipe's network in float32, with its initial weights.
+    """Return the recipe's network in float32, with its initial weights, and its adapter if any.
+
+    What an adapter leaves frozen is held in bfloat16, unless the precision is float32.
 
     Raises:
         CheckpointError: If the initial weights cannot be loaded.
+        ConfigError: If the adapter does not fit the network.
     """
     network: Any = build_network(recipe.backbone)
-    network.gradient_checkpointing = recipe.train.activation_checkpointing
+    family = family_of_backbone(recipe.backbone.name)
+    if recipe.adapter.kind:
+        add_lora(network, recipe.adapter, family.presets, recipe.train.seed)
+        _halve_frozen(network, recipe.train.precision)
+    if recipe.train.activation_checkpointing:
+        family.recompute_blocks(network)
     autocast_to(network, recipe.train.precision)
     if recipe.train.compile:
-        compile_blocks(family_of_backbone(recipe.backbone.name).blocks(network))
+        compile_blocks(family.blocks(network))
+    return network
+
+
+def _halve_frozen(network: nn.Module, precision: TrainPrecision) -> None:
+    """Hold the parameters that are not trained in bfloat16, in which their products are taken."""
+    if precision not in ("bf16", "bf16_weights"):
+        return
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def build_with_trained(recipe: Recipe, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Return the recipe's network in float32 with weights that training left in a checkpoint.
+
+    Raises:
+        CheckpointError: If the initial weights, which an adapter needs too, cannot be loaded.
+    """
+    if recipe.adapter.kind is None:
+        with torch.device("meta"):
+            whole = build_untrained(recipe.backbone)
+        whole.load_state_dict(weights, assign=True)
+        return whole
+    network = build_network(recipe.backbone)
+    presets = family_of_backbone(recipe.backbone.name).presets
+    add_lora(network, recipe.adapter, presets, recipe.train.seed)
+    load_trained(network, weights)
     return network
 
 
@@ -60,9 +97,9 @@ def autocast_to(network: Any, precision: TrainPrecision) -> None:
         return
     forward = network.forward
 
-    def multiplied(latent: Tensor, *inputs: Any) -> Any:
+    def multiplied(latent: Tensor, *inputs: Any, **options: Any) -> Any:
         with matmul_precision("bf16", latent.device.type):
-            return forward(latent, *inputs)
+            return forward(latent, *inputs, **options)
 
     network.forward = multiplied
 

@@ -14,28 +14,27 @@ from d2i.config import Recipe
 from d2i.errors import CheckpointError, ConfigError
 from d2i.fault_injection import Fault
 from d2i.io import storage
-from d2i.models import save_weights
 from d2i.models.model_dir import resolve_sizes
 from d2i.models.registry import family_of_backbone
-from d2i.models.weights.initial import describe_initial_weights
+from d2i.models.weights.initial import base_sha256, describe_initial_weights
 from d2i.recipes import check_prepared_with
 from d2i.run_dir import (
-    RESULT_NAMES,
     STOPPED_NAME,
     RunConfig,
     keep_num_steps,
     last_step,
+    result_names,
     start_or_resume,
 )
 from d2i.shards import ShardReader, data_set_url
 from d2i.train.checkpoint.checkpoint_files import (
-    KIND_OF_WEIGHTS,
     Checkpoint,
     Progress,
     latest_valid_checkpoint,
     step_directory,
 )
 from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState, build_state
+from d2i.train.data.base_parts import check_base_parts
 from d2i.train.data.batch import BatchLoader
 from d2i.train.data.loader import BatchStream, build_text_encoder, check_cache, check_sizes
 from d2i.train.distributed.engine import build_engine, join_ranks, trained_parameters
@@ -56,6 +55,7 @@ from d2i.train.monitor.validation import Validation
 from d2i.train.network import build_trained_network, load_trained
 from d2i.train.objective import build_objective
 from d2i.train.request import TrainRequest
+from d2i.train.results import save_network_config, save_trained
 from d2i.train.trainer import Hook, Trainer
 
 
@@ -101,14 +101,16 @@ def _train_rank(request: TrainRequest, ranks: Ranks, fault: Fault | None) -> Non
     torch.manual_seed(config.seed)
     network = build_trained_network(recipe)
     check_sizes(network, reader)
+    check_base_parts(recipe, reader)
     checkpoint = _find_checkpoint(run_url, ranks)
+    base = ranks.build_on_rank_zero(lambda: _check_base(recipe, checkpoint))
     if ranks.run_on_rank_zero(lambda: _open_run(request, reader, ranks, checkpoint)):
         return
     # Before the engine is built: ZeRO 3 leaves an empty tensor in place of each parameter.
     shapes = {name: tuple(trained.shape) for name, trained in trained_parameters(network)}
     state = _build_state(request, ranks, network, checkpoint)
     progress = checkpoint.progress if checkpoint else Progress()
-    with CheckpointWriter(run_url, config, ranks, shapes, fault) as writer:
+    with CheckpointWriter(run_url, config, ranks, shapes, fault, base) as writer:
         step = run_loop(request, ranks, state, reader, writer, progress, fault)
         writer.finish()
         ranks.barrier()
@@ -168,6 +170,23 @@ def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:
 
     step = ranks.run_on_rank_zero(newest_step)
     return Checkpoint(step_directory(run_url, step)) if step else None
+
+
+def _check_base(recipe: Recipe, checkpoint: Checkpoint | None) -> str | None:
+    """Return the sha256 of the base model's network, or None for a network that has no base.
+
+    Raises:
+        CheckpointError: If the checkpoint was made on another base.
+    """
+    found = base_sha256(recipe.backbone)
+    expected = checkpoint.base_sha256 if checkpoint else found
+    if found != expected:
+        raise CheckpointError(
+            f"backbone.weights {recipe.backbone.weights}: its network has sha256 "
+            f"{str(found)[:16]}…; expected {str(expected)[:16]}…, on which this run began; restore "
+            "that base model, or start another --run"
+        )
+    return found
 
 
 def _open_run(
@@ -248,11 +267,11 @@ def _end(request: TrainRequest, step: int) -> None:
         say(f"stopped at step {step}/{config.num_steps}: {resume_hint(run_url)}")
         return
     checkpoint = Checkpoint(step_directory(run_url, step))
-    described = {"step": str(step)}
-    for kind, name in reversed(RESULT_NAMES.items()):
+    for kind, name in reversed(result_names(request.recipe).items()):
         if kind != "ema-short" or config.short_ema_length is not None:
-            state = dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind]))
-            save_weights(state, storage.join(run_url, name), described)
+            url = storage.join(run_url, name)
+            save_network_config(request.recipe, url)
+            save_trained(request.recipe, checkpoint, kind, url)
     keep_num_steps(run_url, step)
 
 

@@ -110,7 +110,11 @@ def _parts(directory: str) -> dict[str, re.Match[str]]:
 
 
 def write_marker(
-    directory: str, progress: Progress, shapes: Mapping[str, tuple[int, ...]], world_size: int
+    directory: str,
+    progress: Progress,
+    shapes: Mapping[str, tuple[int, ...]],
+    world_size: int,
+    base_sha256: str | None = None,
 ) -> None:
     """Write the marker that completes a checkpoint; all of its files must exist."""
     parts = sorted(_parts(directory))
@@ -119,6 +123,8 @@ def write_marker(
         "files": {part: storage.size_bytes(storage.join(directory, part)) for part in parts},
         "world_size": world_size,
     }
+    if base_sha256:
+        marker["base_sha256"] = base_sha256
     data = json.dumps(marker | {"sha256": _marker_sha256(marker)}) + "\n"
     storage.write_bytes(storage.join(directory, MARKER), data.encode())
 
@@ -210,6 +216,11 @@ class Checkpoint:
     Args:
         directory: Its directory, as `complete_checkpoints` returns it.
 
+    Attributes:
+        shapes: Shape of every trained parameter, by its published key.
+        progress: The counters of the run.
+        base_sha256: Of the base model's network, where one was fine-tuned within its pipeline.
+
     Raises:
         CheckpointError: If its marker or a file cannot be read.
     """
@@ -227,6 +238,7 @@ class Checkpoint:
                 num_updates=marker["num_updates"],
                 loss_scale=marker["loss_scale"],
             )
+            self.base_sha256: str | None = marker.get("base_sha256")
             self._runs = self._find_runs()
         except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as err:
             raise self._damaged(err) from err

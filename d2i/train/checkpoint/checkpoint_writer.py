@@ -136,6 +136,7 @@ class CheckpointWriter:
         ranks: All ranks; each writes its own file.
         shapes: Shape of every parameter, by its published key.
         fault: Fault to inject in a test.
+        base_sha256: Of the base model's network, where one is fine-tuned within its pipeline.
     """
 
     def __init__(
@@ -145,7 +146,9 @@ class CheckpointWriter:
         ranks: Ranks,
         shapes: Mapping[str, tuple[int, ...]],
         fault: Fault | None = None,
+        base_sha256: str | None = None,
     ) -> None:
+        self._base_sha256 = base_sha256
         self._run_url, self._config, self._ranks = run_url, config, ranks
         self._shapes, self._fault = shapes, fault
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
@@ -200,5 +203,5 @@ class CheckpointWriter:
                 return
         if self._fault:
             self._fault.trigger_at("train.checkpoint_written")
-        write_marker(directory, progress, self._shapes, self._ranks.world_size)
+        write_marker(directory, progress, self._shapes, self._ranks.world_size, self._base_sha256)
         prune(self._run_url, self._config.num_checkpoints_kept, progress.step)

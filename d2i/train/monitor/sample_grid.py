@@ -18,13 +18,12 @@ from d2i.diffusion.draws import SampleDraws
 from d2i.encoders import Vae, check_encoder_hashes
 from d2i.images.decode import crop_to_square, decode_image, png_bytes
 from d2i.io import storage
-from d2i.models import build_backbone
-from d2i.models.model_dir import resolve_sizes
 from d2i.models.registry import family_of_backbone
 from d2i.shards import ShardReader
 from d2i.train.checkpoint.checkpoint_files import KIND_OF_WEIGHTS, Checkpoint
 from d2i.train.data.batch import TextEncoder
 from d2i.train.monitor.validation import choose_instances
+from d2i.train.network import build_with_trained
 
 _NUM_DIALOGS = 8
 _NUM_STEPS = 20
@@ -81,17 +80,15 @@ class SampleGrid:
         storage.write_bytes(url, png_bytes(np.concatenate(columns, axis=1), metadata))
 
     def _network(self, checkpoint: Checkpoint) -> Any:
-        sizes = resolve_sizes(self._recipe.backbone)
-        with torch.device("meta"):
-            network: Any = build_backbone(sizes.name, **sizes.overrides())
         kind = KIND_OF_WEIGHTS[self._recipe.sample.weights]
-        network.load_state_dict(dict(checkpoint.read_whole(kind)), assign=True)
+        network = build_with_trained(self._recipe, dict(checkpoint.read_whole(kind)))
         return network.to(self._device).eval().requires_grad_(False)
 
     def _sample_latents(self, network: Any) -> Tensor:
         """Generate the unscaled latents of all dialogs, in few steps."""
         family = family_of_backbone(self._recipe.backbone.name)
-        few_steps = {"sampler": "dpm_solver", "num_steps": _NUM_STEPS}
+        sampler = "pipeline" if family.presets.pipeline else "dpm_solver"
+        few_steps = {"sampler": sampler, "num_steps": _NUM_STEPS}
         settings = self._recipe.sample.model_copy(update=few_steps)
         sample = family.sampler(network, settings, {"text": self._empty_text})
         seeds = [self._recipe.train.seed] * len(self._keys)

@@ -1,0 +1,57 @@
+"""Check that shards were prepared with the other parts of the pipeline that is fine-tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from d2i.backbones import presets_of
+from d2i.config import Recipe
+from d2i.encoders import ClipText, Vae
+from d2i.errors import CheckpointError
+from d2i.models.pipeline_dir import PipelineDirectory
+from d2i.shards import ShardReader
+from d2i.weights_resolve import resolve_weights
+
+
+def check_base_parts(recipe: Recipe, reader: ShardReader) -> None:
+    """Check that the latents in shards are those of the base model's own VAE and text encoder.
+
+    Weights are compared by their sha256, so it does not matter where they came from. Text latents
+    of a whole CLIP model count as those of its text tower, which is what pipelines ship: then the
+    recipe's `encoders.clip_text` is loaded to compare the two. Shards that d2i preprocess did not
+    make name no encoder, and are accepted unchecked.
+
+    Raises:
+        CheckpointError: If they are not; it names the part and both hashes.
+    """
+    presets, weights = presets_of(recipe.backbone.name), recipe.backbone.weights
+    if presets.pipeline is None or weights is None:
+        return
+    path = PipelineDirectory(resolve_weights(weights), presets).path
+    image, text = (_part(reader, part) for part in ("image", "text"))
+    vae_sha256 = Vae(str(path / "vae"), "kl").hash
+    if vae_sha256 != (expected := image.get("vae", vae_sha256)):
+        raise _other(weights, "vae", "encoders.vae", vae_sha256, expected, reader)
+    own = ClipText(str(path / "text_encoder"))
+    expected = text.get("clip_text", own.hash)
+    if own.hash == expected:
+        return
+    prepared = ClipText(recipe.encoders.clip_text, recipe.encoders.text_prefix)
+    if prepared.hash != expected or prepared.tower_hash != own.tower_hash or prepared.prefix:
+        raise _other(weights, "text_encoder", "encoders.clip_text", own.hash, expected, reader)
+
+
+def _part(reader: ShardReader, name: str) -> Mapping[str, Any]:
+    part = reader.manifest.fingerprint.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+def _other(
+    weights: str, part: str, setting: str, found: str, expected: object, reader: ShardReader
+) -> CheckpointError:
+    return CheckpointError(
+        f"backbone.weights {weights}: its {part} has sha256 {found[:16]}…; expected "
+        f"{str(expected)[:16]}…, which prepared {reader.url}; use the base model with those "
+        f"weights, or prepare the data again with --set {setting}={weights}/{part}"
+    )

@@ -1,0 +1,91 @@
+"""One step of the trainer, whole and by LoRA, equals that of diffusers' scripts at every stage."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from d2i.train.launcher import deepspeed_command
+from tests.golden.arrays import tensors
+from tests.shared import needs_shared
+
+pytestmark = [needs_shared, pytest.mark.timeout(600)]
+PROGRAM = Path(__file__).with_name("backbone_program.py")
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
+# Adam divides by tiny gradients.
+CLOSE_AFTER: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def run_program(num_ranks: int, out: Path) -> Path:
+    launcher, *options = deepspeed_command([], num_ranks)
+    ranks = options[: options.index(str(num_ranks)) + 1]
+    command = [launcher, *ranks, str(PROGRAM), str(out)]
+    root = str(PROGRAM.parents[2])
+    environment = os.environ | {"PYTHONPATH": root}
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_program(1, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_program(2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_step_of_one_rank_equals_training_script(alone: Path, name: str, kind: str) -> None:
+    found, golden = load_file(alone / f"{name}-{kind}-0.safetensors"), tensors(f"backbones/{name}")
+    check_losses(found, golden, kind)
+    if kind == "full":
+        torch.testing.assert_close(found["grad_norm"], golden["full.grad_norm"], **CLOSE)
+    else:
+        check_adapter(found, golden)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_step_of_two_ranks_equals_training_script(
+    two_ranks: Path, name: str, kind: str, stage: int
+) -> None:
+    found = load_file(two_ranks / f"{name}-{kind}-{stage}.safetensors")
+    golden = tensors(f"backbones/{name}")
+    check_losses(found, golden, kind)
+    if kind == "lora":
+        check_adapter(found, golden)
+
+
+def check_losses(found: dict[str, Tensor], golden: dict[str, Tensor], kind: str) -> None:
+    for name in ("loss_before", "loss_after"):
+        torch.testing.assert_close(found[name], golden[f"{kind}.{name}"], **CLOSE)
+
+
+def check_adapter(found: dict[str, Tensor], golden: dict[str, Tensor]) -> None:
+    after = {
+        key.removeprefix("after.").replace(".default.", "."): tensor
+        for key, tensor in found.items()
+        if key.startswith("after.")
+    }
+    stored = {
+        key.removeprefix("lora.after."): tensor
+        for key, tensor in golden.items()
+        if key.startswith("lora.after.")
+    }
+    assert after.keys() == stored.keys()
+    for key, tensor in stored.items():
+        torch.testing.assert_close(after[key], tensor, **CLOSE_AFTER)
