@@ -27,7 +27,6 @@ from d2i.images.decode import decode_image
 from d2i.io import checksums, storage
 from d2i.io.config_lock import lock_or_diff
 from d2i.metric_specs import METRICS, MetricSpec
-from d2i.models import save_weights
 from d2i.recipes import change_recipe, read_stored_recipe, refuse_host
 from d2i.run_dir import BEST_NAME, last_step, read_recipe, read_run_config
 from d2i.shards import (
@@ -46,6 +45,7 @@ from d2i.train.checkpoint.checkpoint_files import (
     step_of,
 )
 from d2i.train.monitor.validation import choose_instances
+from d2i.train.results import save_trained
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _candidate_of_run(
     if not storage.exists(weights):
         checkpoint = Checkpoint(directory)
         checkpoint.check()
-        save_weights(dict(checkpoint.read_whole(KIND_OF_WEIGHTS[kind])), weights)
+        save_trained(recipe, checkpoint, kind, weights)
     backbone = recipe.backbone.model_copy(update={"weights": weights})
     label = f"step-{step}, {kind}, guidance {scale:g}"
     return _Candidate(

@@ -53,7 +53,7 @@ def encode(text: str) -> list[int]:
         ClusterError: If the vocabulary file is not installed.
         DataError: If the installed vocabulary is a different one.
     """
-    words = _WORD.findall(_clean(text))
+    words = _WORD.findall(clean(text))
     if not words:
         return []
     ids: list[int] = _tokenizer().encode(words, is_pretokenized=True, add_special_tokens=False).ids
@@ -91,7 +91,7 @@ def window(
     return rows.reshape(-1)
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Fix encoding errors, unescape HTML (twice), collapse spaces, convert to lower case."""
     bounded = text if text.isascii() else _MANY_MARKS.sub(r"\1", text)
     fixed = html.unescape(html.unescape(ftfy.fix_text(bounded)))

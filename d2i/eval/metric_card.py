@@ -157,17 +157,21 @@ def describe_training(run_url: str) -> dict[str, Any]:
 
     Returns:
         `trained_text`, the text settings that it was trained with; `trained_corpus`, None where
-        its data are missing or have no plan; and `initial_weights`, where the run records them.
+        its data are missing or have no plan; `trained_adapter`, the settings of its adapter if it
+        trained one; and `initial_weights`, where the run records them.
     """
     config = _read_object(storage.join(run_url, CONFIG_NAME))
     data = config.get("data")
     # The run may come from a stranger: contact no host for something only the card needs.
     is_here = isinstance(data, str) and not storage.names_host(data)
     corpus = describe_data(data_set_url(data, "train"))["corpus"] if data and is_here else None
-    known = {
-        "trained_text": read_recipe(run_url).text.model_dump(mode="json"),
+    recipe = read_recipe(run_url)
+    known: dict[str, Any] = {
+        "trained_text": recipe.text.model_dump(mode="json"),
         "trained_corpus": corpus,
     }
+    if recipe.adapter.kind:
+        known["trained_adapter"] = recipe.adapter.model_dump(mode="json")
     if "initial_weights" in config:
         known["initial_weights"] = config["initial_weights"]
     return known

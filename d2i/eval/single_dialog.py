@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2i import __version__
+from d2i.backbones import presets_of
 from d2i.cluster import device_of_worker
 from d2i.config import Recipe
 from d2i.corpora import RECORD_FIELDS, parse_record
@@ -21,8 +22,11 @@ from d2i.corpora.records import RecordError
 from d2i.dialog import Turn
 from d2i.encoders import ClipText, Vae
 from d2i.errors import DataError
+from d2i.eval.prompts import Prompt
 from d2i.eval.sampler import Sampler
+from d2i.eval.system import SystemSpec
 from d2i.eval.systems import parse_system
+from d2i.eval.systems.fine_tuned_pipeline import FineTunedPipeline
 from d2i.images.decode import png_bytes
 from d2i.io import storage
 from d2i.prompt_text import context_text, text_tokens
@@ -75,10 +79,36 @@ def generate_image(request: Request, out: str) -> str:
 
     Returns:
         The linearized text.
+
+    Raises:
+        DataError: If a pipeline withholds an image, or one is not finite.
     """
+    recipe = request.recipe
+    text = context_text(request.turns, recipe.text)
+    key = text if request.key is None else request.key
+    spec = parse_system(f"run:{request.run_url}", None, recipe)
+    is_pipeline = presets_of(spec.backbone.name).pipeline is not None
+    pixels, weights = (_by_pipeline if is_pipeline else _by_sampler)(request, spec, text, key)
+    settings = recipe.sample.model_dump(exclude={"seed", "weights"}) | {
+        "weights_kind": recipe.sample.weights,
+        "recipe": recipe.name,
+        "text": text,
+        "key": key,
+        "seed": " ".join(map(str, request.seeds)),
+        "weights": weights,
+        "d2i": __version__,
+    }
+    metadata = {name: str(value) for name, value in settings.items()}
+    storage.write_bytes(out, png_bytes(grid(pixels), metadata))
+    return text
+
+
+def _by_sampler(
+    request: Request, spec: SystemSpec, text: str, key: str
+) -> tuple[NDArray[np.uint8], str]:
+    """Return the images (N, H, W, 3) of d2i's own sampler, and the sha256 of its weights."""
     device = device_of_worker()
     recipe, encoders = request.recipe, request.recipe.encoders
-    text = context_text(request.turns, recipe.text)
     clip_text = ClipText(encoders.clip_text, encoders.text_prefix, device)
     tokens = [text_tokens(line, recipe.text) for line in (text, "")]
     # Shards store text latents as float16, so these are rounded likewise.
@@ -87,26 +117,31 @@ def generate_image(request: Request, out: str) -> str:
         for row in tokens
     ]
     sampler = Sampler(
-        parse_system(f"run:{request.run_url}", None, recipe).backbone,
+        spec.backbone,
         Vae(encoders.vae, encoders.vae_kind, device),
         recipe.sample,
         latents[1][0],
         device,
     )
-    num, key = len(request.seeds), text if request.key is None else request.key
+    num = len(request.seeds)
     pixels = sampler.generate([key] * num, np.repeat(latents[0], num, axis=0), request.seeds)
-    settings = recipe.sample.model_dump(exclude={"seed", "weights"}) | {
-        "weights_kind": recipe.sample.weights,
-        "recipe": recipe.name,
-        "text": text,
-        "key": key,
-        "seed": " ".join(map(str, request.seeds)),
-        "weights": sampler.hash,
-        "d2i": __version__,
-    }
-    metadata = {name: str(value) for name, value in settings.items()}
-    storage.write_bytes(out, png_bytes(grid(pixels), metadata))
-    return text
+    return pixels, sampler.hash
+
+
+def _by_pipeline(
+    request: Request, spec: SystemSpec, text: str, key: str
+) -> tuple[NDArray[np.uint8], str]:
+    """Return the images (N, H, W, 3) of the run's pipeline, and the sha256 of what was trained."""
+    system = FineTunedPipeline(spec, request.recipe, device_of_worker())
+    prompt = Prompt(key, tuple(request.turns), text)
+    found = system.generate_seeded([prompt] * len(request.seeds), request.seeds)
+    if reasons := [generation.reason for generation in found if generation.pixels is None]:
+        raise DataError(
+            f"got no image: {reasons[0]}; expected one; change the dialog or the --seed"
+        )
+    pixels = np.stack([g.pixels for g in found if g.pixels is not None])
+    part = presets_of(spec.backbone.name).network_part
+    return pixels, str(system.described.get("adapter", system.described[part]))
 
 
 def grid(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -21,6 +21,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from d2i.tokenize import _alphabet, _read_merges, _vocabulary_path
 from tests.integration.networks import LETTERS, SIZES
 
 
@@ -57,6 +58,68 @@ def save_tiny_pipeline(directory: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(directory)
+
+
+def save_tiny_sd15(directory: Path, seed: int = 0) -> None:
+    """Write Stable Diffusion 1.5 with tiny networks and CLIP's own vocabulary, at 64 pixels."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+
+    torch.manual_seed(seed)
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=(16,) * 4, norm_num_groups=8, **_VAE_BLOCKS),
+        text_encoder=CLIPTextModel(_clip_config()),
+        tokenizer=_clip_tokenizer(directory),
+        unet=UNet2DConditionModel(cross_attention_dim=32, attention_head_dim=8, **_UNET),
+        scheduler=DDIMScheduler(**_SCHEDULE, clip_sample=False, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(directory)
+
+
+_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8,
+}
+_SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
+
+def _clip_config() -> CLIPTextConfig:
+    ids = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+    return CLIPTextConfig(num_hidden_layers=1, projection_dim=32, **ids, **SIZES)
+
+
+def _clip_tokenizer(directory: Path) -> CLIPTokenizer:
+    """Return CLIP's tokenizer, from the vocabulary that d2i reads."""
+    merges = _read_merges(_vocabulary_path())
+    alphabet = _alphabet()
+    words = [*alphabet, *(f"{char}</w>" for char in alphabet), *map("".join, merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    directory.mkdir(parents=True)
+    vocabulary, merge_list = directory / "vocab.json", directory / "merges.txt"
+    vocabulary.write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    lines = [" ".join(pair) for pair in merges]
+    merge_list.write_text("\n".join(["#version: 0.2", *lines, ""]))
+    tokenizer = CLIPTokenizer(str(vocabulary), str(merge_list))
+    tokenizer.model_max_length = 77
+    vocabulary.unlink()
+    merge_list.unlink()
+    return tokenizer
 
 
 def save_tiny_unclip(directory: Path) -> None:

@@ -14,7 +14,7 @@ from d2i.errors import ConfigError
 from d2i.eval.system import System, SystemContext, SystemSpec
 from d2i.eval.systems.adapter import find_adapter
 from d2i.io import storage
-from d2i.run_dir import RESULT_NAMES, load_selection, read_recipe
+from d2i.run_dir import load_selection, read_recipe, result_names
 from d2i.weights_catalog import weights_to_fetch
 from d2i.weights_resolve import is_shipped
 
@@ -77,10 +77,13 @@ def build_system(context: SystemContext) -> System:
 def _run(system: str, target: str, weights: str | None, recipe: Recipe) -> SystemSpec:
     del weights
     run_url = storage.resolve(target)
-    trained = read_recipe(run_url).backbone
+    run = read_recipe(run_url)
+    trained = run.backbone
     path = _weights_of_run(system, run_url, recipe.sample.weights)
     network = trained.model_copy(update={"weights": path})
     how = "trained from scratch" if trained.is_random else "fine-tuned"
+    if run.adapter.kind:
+        how = f"LoRA of rank {run.adapter.rank}"
     label = f"{_title(trained, trained)}, {how}"
     return SystemSpec(f"run:{run_url}", label, network)
 
@@ -90,10 +93,11 @@ def _weights_of_run(system: str, run_url: str, kind: WeightsKind) -> str:
     best = load_selection(run_url, logging.getLogger(__name__).warning)
     if best and best.weights_kind == kind:
         return best.weights
-    path = storage.join(run_url, RESULT_NAMES[kind])
+    names = result_names(read_recipe(run_url))
+    path = storage.join(run_url, names[kind])
     if storage.exists(path):
         return path
-    there = [name for name in RESULT_NAMES.values() if storage.exists(storage.join(run_url, name))]
+    there = [name for name in names.values() if storage.exists(storage.join(run_url, name))]
     if there:
         raise ConfigError(
             f"--system {system}: sample.weights is {kind}, but {path} does not exist; the run has "

@@ -5,6 +5,7 @@ Importing this module imports no torch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ def load_adapter(pipeline: Any, adapter: Adapter) -> None:
     if not USE_PEFT_BACKEND:
         raise ClusterError("--adapter: peft is not installed; pip install 'd2i[lora]'")
     _expect_lora(adapter)
+    # It warns of each part of the pipeline that the adapter leaves alone.
+    logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)
     try:
         converted = pipeline.lora_state_dict(adapter.path)
         pipeline.load_lora_weights(adapter.path, adapter_name=_NAME_IN_PIPELINE)

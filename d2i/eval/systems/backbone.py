@@ -1,21 +1,25 @@
-"""A run, or a published backbone: text latents to images by d2i's own sampler."""
+"""A run, or a published backbone: by d2i's own sampler, or by the pipeline that it belongs to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2i.backbones import presets_of
 from d2i.eval.prompts import Prompt
 from d2i.eval.sampler import Sampler
-from d2i.eval.system import Generation, SystemContext
+from d2i.eval.system import Generation, System, SystemContext
+from d2i.eval.systems.fine_tuned_pipeline import FineTunedPipeline
 from d2i.prompt_text import text_tokens
 
 
-def build(context: SystemContext) -> BackboneSystem:
+def build(context: SystemContext) -> System:
     """Load the network of a run or of a backbone."""
+    if presets_of(context.spec.backbone.name).pipeline:
+        return FineTunedPipeline(context.spec, context.recipe, context.device)
     return BackboneSystem(context)
 
 
@@ -31,7 +35,7 @@ class BackboneSystem:
             self._encode([""])[0],
             context.device,
         )
-        self.described = {"backbone": self._sampler.hash}
+        self.described: Mapping[str, Any] = {"backbone": self._sampler.hash}
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Generate images; latents that are not finite are failures, not black images."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from d2i.config import Precision, Recipe
 from d2i.diffusion.draws import integers
 from d2i.encoders.pretrained import weights_hash
 from d2i.errors import CheckpointError
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import Generation, SystemContext
-from d2i.eval.systems.adapter import load_adapter
+from d2i.eval.systems.adapter import Adapter, load_adapter
 from d2i.eval.systems.prompt_truncation import PromptTruncation
 
 _MAX_SEED = 2**62
@@ -24,7 +25,7 @@ def build(context: SystemContext) -> PipelineSystem:
     """Load `diffusers:PATH_OR_REPO` by the class that its `model_index.json` names."""
     from diffusers import DiffusionPipeline
 
-    return PipelineSystem(context, _load(DiffusionPipeline, context))
+    return _system(context, _load(DiffusionPipeline, context))
 
 
 def build_unclip(context: SystemContext) -> PipelineSystem:
@@ -53,7 +54,11 @@ def build_unclip(context: SystemContext) -> PipelineSystem:
     name = context.spec.target
     parts = {part: _load(kind, context, subfolder=part) for part, kind in networks.items()}
     parts |= {part: _load_plain(kind, name, subfolder=part) for part, kind in others.items()}
-    return PipelineSystem(context, diffusers.UnCLIPPipeline(**parts))
+    return _system(context, diffusers.UnCLIPPipeline(**parts))
+
+
+def _system(context: SystemContext, pipeline: Any) -> PipelineSystem:
+    return PipelineSystem(pipeline, context.recipe, context.device, context.spec.adapter)
 
 
 class PipelineSystem:
@@ -62,19 +67,27 @@ class PipelineSystem:
     The pipeline runs with its own defaults except for `sample.pipeline`, in `sample.precision`, and
     at the recipe's fixed, padded batch size. A line that is too long for a text encoder is
     truncated; `text.keep` decides which end stays.
+
+    Args:
+        pipeline: A pipeline of diffusers.
+        recipe: The settings of text and sampling.
+        device: The torch device to run on.
+        adapter: A LoRA to load into it.
     """
 
-    def __init__(self, context: SystemContext, pipeline: Any) -> None:
-        self._sample = context.recipe.sample
-        self._pipeline = pipeline.to(context.device)
+    def __init__(
+        self, pipeline: Any, recipe: Recipe, device: str, adapter: Adapter | None = None
+    ) -> None:
+        self._sample = recipe.sample
+        self._pipeline = pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
         weights = _hashes(pipeline)
-        if context.spec.adapter:
-            load_adapter(pipeline, context.spec.adapter)
-            pipeline.to(context.device)
-        self._reading = PromptTruncation(pipeline, self._sample.pipeline, context.recipe.text.keep)
+        if adapter:
+            load_adapter(pipeline, adapter)
+            pipeline.to(device)
+        self._reading = PromptTruncation(pipeline, self._sample.pipeline, recipe.text.keep)
         windows = self._reading.windows.items()
-        self.described = {
+        self.described: Mapping[str, Any] = {
             "pipeline": type(pipeline).__name__,
             **weights,
             "text_tokens": {
@@ -85,22 +98,27 @@ class PipelineSystem:
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Generate in padded batches; an image that is withheld or not finite is a failure."""
+        return self.generate_seeded(prompts, [self._sample.seed] * len(prompts))
+
+    def generate_seeded(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Generation]:
+        """Generate as `generate`, each image with its own seed."""
         size = self._sample.compute_batch_size
+        jobs = list(zip(prompts, seeds, strict=True))
         generations: list[Generation] = []
-        for start in range(0, len(prompts), size):
-            batch = list(prompts[start : start + size])
+        for start in range(0, len(jobs), size):
+            batch = jobs[start : start + size]
             padded = batch + batch[:1] * (size - len(batch))
             generations += self._generate_batch(padded)[: len(batch)]
         return generations
 
     @torch.inference_mode()
-    def _generate_batch(self, prompts: Sequence[Prompt]) -> list[Generation]:
+    def _generate_batch(self, jobs: Sequence[tuple[Prompt, int]]) -> list[Generation]:
+        prompts = [prompt for prompt, _ in jobs]
         keys = [prompt.key for prompt in prompts]
-        seeds = integers(0, _MAX_SEED, self._sample.seed, "sample.pipeline", keys, 0)
         done = self._pipeline(
             prompt=[self._reading.read(prompt.text) for prompt in prompts],
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds.tolist()],
             output_type="np",
+            **self._noise(keys, [seed for _, seed in jobs]),
             **self._sample.pipeline,
         )
         withheld = getattr(done, "nsfw_content_detected", None) or [False] * len(prompts)
@@ -108,6 +126,14 @@ class PipelineSystem:
             _generation(image, is_withheld=w)
             for image, w in zip(done.images, withheld, strict=True)
         ]
+
+    def _noise(self, keys: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+        """Return the pipeline's arguments that decide an image's noise, and its sampling."""
+        drawn = [
+            int(integers(0, _MAX_SEED, seed, "sample.pipeline", [key], 0)[0])
+            for key, seed in zip(keys, seeds, strict=True)
+        ]
+        return {"generator": [torch.Generator("cpu").manual_seed(seed) for seed in drawn]}
 
 
 def _generation(image: Any, *, is_withheld: bool) -> Generation:
@@ -127,12 +153,29 @@ def _hashes(pipeline: Any) -> dict[str, str]:
 
 
 def _load(model_class: Any, context: SystemContext, **options: Any) -> Any:
+    return load_pipeline(
+        model_class, context.spec.target, context.recipe.sample.precision, **options
+    )
+
+
+def load_pipeline(model_class: Any, name: str, precision: Precision, **options: Any) -> Any:
+    """Load a pipeline, or one of its parts, in a precision.
+
+    Args:
+        model_class: A class with `from_pretrained`.
+        name: A directory that `save_pretrained` wrote, or a repository in the local cache.
+        precision: Of its weights.
+        **options: Further arguments of `from_pretrained`.
+
+    Raises:
+        CheckpointError: If it cannot be loaded.
+    """
     # safetensors only: never unpickle weights of a stranger.
     return _load_plain(
         model_class,
-        context.spec.target,
+        name,
         use_safetensors=True,
-        dtype=_DTYPES[context.recipe.sample.precision],
+        dtype=_DTYPES[precision],
         low_cpu_mem_usage=False,
         **options,
     )
