@@ -179,8 +179,9 @@ def test_diffusers_alone_gives_picture_of_run(
     words = ["-W", "ignore", "-c", program, tmp_path / "start.npy", clean(key), tmp_path / "a.npy"]
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
-    stock = np.load(tmp_path / "a.npy")
-    assert np.array_equal((np.clip(stock, 0, 1) * 255).round().astype(np.uint8), pixels)
+    # A PNG rounds to whole levels; beyond that the two agree to 1e-6.
+    stock = np.clip(np.load(tmp_path / "a.npy"), 0, 1)
+    assert np.abs(255 * stock - pixels).max() <= 0.5 + 255e-6
 
 
 def test_run_is_selected_evaluated_and_reported(
