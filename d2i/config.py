@@ -132,6 +132,9 @@ class TextConfig(Config):
     """Windows of 77 tokens; more than one goes beyond the paper."""
     latents: Literal["full", "none"] = "full"
     """Store CLIP text latents in shards, or the token ids alone."""
+    encode: Literal["stored", "on_the_fly"] = "stored"
+    """Train on the text that shards store, or linearize and encode their dialogs while training.
+    Then the other settings of `text` may differ from those that prepared the data."""
 
 
 class DialogConfig(Config):
