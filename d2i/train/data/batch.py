@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,8 @@ from torch import Tensor
 from d2i.config import TrainConfig
 from d2i.diffusion.draws import BatchDraws
 from d2i.models.base import Family
-
-if TYPE_CHECKING:
-    # A batch can be held without the shard reader.
-    from d2i.shards import ShardReader
-    from d2i.train.data.text_source import OpenText
+from d2i.shards import ShardReader
+from d2i.train.data.text_source import OpenText, StoredText
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class BatchLoader:
         reader: ShardReader,
         config: TrainConfig,
         family: Family,
-        open_text: OpenText,
+        open_text: OpenText = StoredText,
     ) -> None:
         self._reader = reader
         self._config = config
