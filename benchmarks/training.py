@@ -40,6 +40,7 @@ from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState,
 from d2i.train.checkpoint.ema import Ema
 from d2i.train.data.batch import BatchLoader
 from d2i.train.data.data_order import DataOrder
+from d2i.train.data.text_source import StoredText
 from d2i.train.distributed.engine import build_engine, join_ranks
 from d2i.train.network import autocast_to
 from d2i.train.rank_main import run_loop
@@ -116,7 +117,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
         (directory / "run").mkdir()
         shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
         with CheckpointWriter(str(directory / "run"), settings.train, ranks, shapes) as writer:
-            run_loop(request, ranks, state, reader, writer, Progress(), clock)
+            run_loop(request, ranks, state, reader, StoredText, writer, Progress(), clock)
             writer.finish()
             ours = clock.seconds()
             stall_s = time_checkpoint(writer, state)

@@ -46,7 +46,8 @@ class Presets:
         problem: From a recipe to what is wrong with it for this family, in one line; else None.
         pipeline: The class of diffusers' pipeline whose network is trained, and which generates
             with it; None if d2i's own sampler does. Its directory then gives all other sizes.
-        network_part: The part of that pipeline which is trained.
+        network: The class of diffusers' network.
+        network_part: The part of that pipeline which is trained, such a network.
         lora_targets: Names of the layers that a LoRA adapts; empty if the family takes none.
     """
 
@@ -54,6 +55,7 @@ class Presets:
     unset: Callable[[Any], dict[str, Any]] = _nothing
     problem: Callable[[Any], str | None] = _no_problem
     pipeline: str | None = None
+    network: str = "UNet2DConditionModel"
     network_part: str = "unet"
     lora_targets: tuple[str, ...] = ()
 

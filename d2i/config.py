@@ -42,6 +42,9 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "corpus.split_shares": None,
     "corpus.split_seed": None,
     "fetch.downloads": None,
+    "text.encode": "stored",
+    "adapter": {"kind": None, "rank": 16, "alpha": 16, "targets": None},
+    "train.weighting": "none",
     "train.ema_warmup": False,
     "train.short_ema_length": None,
     "sample.weights": "ema",
@@ -132,6 +135,9 @@ class TextConfig(Config):
     """Windows of 77 tokens; more than one goes beyond the paper."""
     latents: Literal["full", "none"] = "full"
     """Store CLIP text latents in shards, or the token ids alone."""
+    encode: Literal["stored", "on_the_fly"] = "stored"
+    """Train on the text that shards store, or linearize and encode their dialogs while training.
+    Then the other settings of `text` may differ from those that prepared the data."""
 
 
 class DialogConfig(Config):

@@ -123,53 +123,52 @@ def unidiffuser_v1_mmdialog() -> Recipe:
 
 
 _SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+_SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
-def _sd15(name: str, *, adapter: AdapterConfig, train: TrainConfig) -> Recipe:
-    # Our default: PhotoChat's photographs, as MMDialog's 256 pixels would have to be enlarged, and
-    # the network would learn their blur.
+# Our defaults in the three: PhotoChat's photographs, as MMDialog's 256 pixels would have to be
+# enlarged, and the network would learn their blur; the batch and the number of steps (about 19
+# epochs). Rate, weight decay, betas and clipping are those of diffusers' training scripts.
+def _stable_diffusion(
+    name: str, base: BackboneConfig, resolution: int, lr: float, adapter: AdapterConfig
+) -> Recipe:
+    is_large = resolution > 512
     return Recipe(
         name=name,
-        image=ImageConfig(resolution=512),  # that of the base model
+        image=ImageConfig(resolution=resolution),  # that of the base model
         encoders=EncodersConfig(),
-        backbone=BackboneConfig(name="sd15", weights=_SD15),
+        backbone=base,
         adapter=adapter,
-        train=train,
-        sample=SampleConfig(compute_batch_size=8),
+        train=TrainConfig(
+            num_steps=3000,
+            global_batch_size=64,
+            micro_batch_size=2 if is_large else 8,
+            optim=OptimConfig(lr=lr, weight_decay=1e-2, betas=(0.9, 0.999), max_grad_norm=1.0),
+            activation_checkpointing=True,
+        ),
+        sample=SampleConfig(compute_batch_size=2 if is_large else 8),
         metrics=MetricsConfig(resolution=256),  # our default: comparable with U-ViT's images
     )
 
 
-# Rates, weight decay and clipping are those of diffusers' training scripts for text-to-image; the
-# batches and the numbers of steps (about 19 epochs) are our defaults.
 def sd15_lora_photochat() -> Recipe:
     """Stable Diffusion 1.5 on PhotoChat: a LoRA of rank 16 at 512 px (our default)."""
-    return _sd15(
-        "sd15-lora-photochat",
-        adapter=AdapterConfig(kind="lora"),
-        train=TrainConfig(
-            num_steps=3000,
-            global_batch_size=64,
-            micro_batch_size=8,
-            optim=OptimConfig(lr=1e-4, weight_decay=1e-2, betas=(0.9, 0.999), max_grad_norm=1.0),
-            activation_checkpointing=True,
-        ),
-    )
+    base = BackboneConfig(name="sd15", weights=_SD15)
+    adapter = AdapterConfig(kind="lora")
+    return _stable_diffusion("sd15-lora-photochat", base, 512, 1e-4, adapter)
 
 
 def sd15_photochat() -> Recipe:
     """Stable Diffusion 1.5 on PhotoChat: the whole network at 512 px (our default)."""
-    return _sd15(
-        "sd15-photochat",
-        adapter=AdapterConfig(),
-        train=TrainConfig(
-            num_steps=3000,
-            global_batch_size=64,
-            micro_batch_size=8,
-            optim=OptimConfig(lr=1e-5, weight_decay=1e-2, betas=(0.9, 0.999), max_grad_norm=1.0),
-            activation_checkpointing=True,
-        ),
-    )
+    base = BackboneConfig(name="sd15", weights=_SD15)
+    return _stable_diffusion("sd15-photochat", base, 512, 1e-5, AdapterConfig())
+
+
+def sdxl_lora_photochat() -> Recipe:
+    """Stable Diffusion XL on PhotoChat: a LoRA of rank 16 at 1024 px (our default)."""
+    base = BackboneConfig(name="sdxl", weights=_SDXL)
+    adapter = AdapterConfig(kind="lora")
+    return _stable_diffusion("sdxl-lora-photochat", base, 1024, 1e-4, adapter)
 
 
 # The objects of the synthetic demo world, worded as in its captions.
@@ -213,6 +212,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "unidiffuser-v1-mmdialog": unidiffuser_v1_mmdialog,
     "sd15-lora-photochat": sd15_lora_photochat,
     "sd15-photochat": sd15_photochat,
+    "sdxl-lora-photochat": sdxl_lora_photochat,
 }
 
 
@@ -329,7 +329,8 @@ def check_prepared_with(
 ) -> None:
     """Check that data was prepared as a recipe says: resolution, text and encoders.
 
-    `parts` are those that matter: a caller that encodes the text again can leave that out.
+    `parts` are those that matter: a caller that encodes the text again can leave that out. Of a
+    recipe that encodes text while training, neither the text nor its encoder matters.
 
     An encoder that was a local path is not compared: the same file may be elsewhere now, and its
     weights are compared when it is loaded (`d2i.encoders.check_encoder_hashes`). Shards that d2i
@@ -341,13 +342,17 @@ def check_prepared_with(
     kept = _find_kept_recipe(data_url)
     if kept is None:
         return
+    if recipe.text.encode == "on_the_fly":
+        parts = ["image_encoders" if part == "encoders" else part for part in parts]
+        parts = [part for part in parts if part != "text"]
     decided, there = (
         {part: features[part] for part in parts}
         for features in (_features_of(recipe), _features_of(kept))
     )
-    for name, value in there["encoders"].items():
-        if any(v and Path(v).is_absolute() for v in (value, decided["encoders"][name])):
-            decided["encoders"][name] = value
+    for part in {"encoders", "image_encoders"} & there.keys():
+        for name, value in there[part].items():
+            if any(v and Path(v).is_absolute() for v in (value, decided[part][name])):
+                decided[part][name] = value
     if named := diff(decided, there):
         raise ConfigError(
             f"{data_url} was prepared with other settings: got {'; '.join(named[:3])}; repeat the "
@@ -359,8 +364,9 @@ def _features_of(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that determine the features; batches and limits do not."""
     return {
         "image": recipe.image.model_dump(include={"resolution"}),
-        "text": recipe.text.model_dump(),
+        "text": recipe.text.model_dump(exclude={"encode"}),
         "encoders": recipe.encoders.model_dump(exclude={"compute_batch_size"}),
+        "image_encoders": recipe.encoders.model_dump(include={"vae", "vae_kind", "clip_image"}),
     }
 
 

@@ -25,7 +25,7 @@ from d2i.weights_catalog import weights_to_fetch
 CONFIG_NAME = "config.json"
 EMA_NAME = "ema.safetensors"
 # The weights of a finished run, by kind. The EMA is written last: its step is the run's.
-_RESULT_NAMES: dict[WeightsKind, str] = {
+RESULT_NAMES: dict[WeightsKind, str] = {
     "ema": EMA_NAME,
     "ema-short": "ema-short.safetensors",
     "trained": "trained.safetensors",
@@ -154,7 +154,7 @@ def result_names(recipe: Recipe) -> dict[WeightsKind, str]:
     if presets.pipeline:
         part = presets.network_part
         return {kind: f"{part}{end}/{_NETWORK_NAME}" for kind, end in _SUFFIXES.items()}
-    return _RESULT_NAMES
+    return RESULT_NAMES
 
 
 def start_or_resume(run_url: str, config: RunConfig, *, is_begun: bool) -> None:

@@ -40,16 +40,14 @@ def show(progress: EvalProgress) -> None:
 def commands(strategy: str, data: str, recipe: str, out: str, prepared: str = "hash") -> list[str]:
     """Return the commands that make the run of a linearization, and evaluate it as this does.
 
-    The images are encoded once: data of other linearizations than `prepared` reuse them.
+    All train on the same data: other linearizations than `prepared` are encoded while training.
     """
-    is_there, setting = strategy == prepared, f"--set text.strategy={strategy}"
-    directory = data if is_there else f"{data}-{strategy}"
-    reuse = f"d2i preprocess --corpus CORPUS --source SOURCE --reuse {data} --out {directory}"
+    encode = "stored" if strategy == prepared else "on_the_fly"
     return [
-        *([] if is_there else [f"{reuse} --recipe {recipe} {setting}"]),
-        f"d2i train --recipe {recipe} --data {directory} --run runs/{strategy} {setting} "
+        f"d2i train --recipe {recipe} --data {data} --run runs/{strategy} "
+        f"--set text.strategy={strategy} --set text.encode={encode} "
         "--set backbone.weights=WEIGHTS",
-        f"d2i eval --system run:runs/{strategy} --data {data} --out {out}/{strategy} {setting}",
+        f"d2i eval --system run:runs/{strategy} --data {data} --out {out}/{strategy}",
     ]
 
 
@@ -86,7 +84,8 @@ def _compare(trained: dict[str, str]) -> None:
     """Warn if the runs differ in more than their text, since that changes the scores too."""
     recipes = {run: read_recipe(run).model_dump(mode="json") for run in trained.values()}
     for recipe in recipes.values():
-        del recipe["text"]["strategy"]
+        for name in ("strategy", "encode"):
+            del recipe["text"][name]
     (first, expected), *others = recipes.items()
     for run, found in others:
         if named := diff(found, expected):
@@ -95,10 +94,9 @@ def _compare(trained: dict[str, str]) -> None:
 
 def ask(run: str, strategy: str, data: str, settings: Sequence[str]) -> EvalRequest:
     """Return the request of a run on a linearization, with its other text settings as trained."""
-    system, kept = f"run:{run}", read_stored_recipe(data)
-    text = read_recipe(run).text.model_copy(update={"strategy": strategy})
-    choice = choose_settings(system, settings)
-    recipe = change_recipe(kept.model_copy(update={"text": text}), choice.settings)
+    system = f"run:{run}"
+    choice = choose_settings(system, [f"text.strategy={strategy}", *settings])
+    recipe = change_recipe(read_stored_recipe(data), choice.settings)
     return EvalRequest(
         recipe=recipe,
         system=parse_system(system, None, recipe),

@@ -1,17 +1,18 @@
-"""Sampling settings of a system: the choice of `d2i select`, overridden by the command's settings.
+"""Settings of a system: its text and the choice of `d2i select`, overridden by the command's.
 
 Records who chose the guidance scale, because a tuned scale scores better. Must not import torch.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from d2i.errors import ConfigError
 from d2i.io import storage
-from d2i.run_dir import BEST_NAME, load_selection, read_choice
+from d2i.run_dir import BEST_NAME, load_selection, read_choice, read_recipe
 
 _ORIGIN_KEYS = ("metric", "value", "num_instances", "seed")
 
@@ -21,7 +22,8 @@ class Choice:
     """Settings to generate images with, and the source of their guidance scale.
 
     Args:
-        settings: In the form of `--set`: those of `d2i select`, then those of the command.
+        settings: In the form of `--set`: the text that a run was trained with, those of `d2i
+            select`, then those of the command.
         guidance_by: `how`: `given` (a setting of the command), `select` (`d2i select`, with
             `metric`, `value`, `num_instances` and `seed` of its choice) or `recipe`.
     """
@@ -38,7 +40,7 @@ def choose_settings(
     weights: str | None = None,
     adapter: str | None = None,
 ) -> Choice:
-    """Override the settings that `d2i select` chose for a system with those of the command.
+    """Override a run's text, and the choice of `d2i select`, with the settings of the command.
 
     The choice for a run is read from the run directory, also where a Divter generates with that
     run. It holds for one kind of weights: if the command's `sample.weights` names another kind,
@@ -61,9 +63,11 @@ def choose_settings(
         return choose_settings(inner, given, selected, weights=weights, adapter=adapter)
     chosen: list[str] = []
     origin: dict[str, Any] = {"how": "recipe"}
-    if kind == "run" and (best := load_selection(target)):
-        if _value("sample.weights", given) in (None, best.weights_kind):
-            chosen, origin = best.settings(), _origin(read_choice(target))
+    if kind == "run":
+        chosen = _text_of_run(target)
+        best = load_selection(target)
+        if best and _value("sample.weights", given) in (None, best.weights_kind):
+            chosen, origin = [*chosen, *best.settings()], _origin(read_choice(target))
     elif selected is not None:
         content = _read_selected(selected, system, generation_weights(weights, adapter))
         chosen, origin = list(content["settings"]), _origin(content)
@@ -71,6 +75,12 @@ def choose_settings(
     if _value(setting, given) is not None:
         origin = {"how": "given"}
     return Choice([*chosen, *given], origin)
+
+
+def _text_of_run(run_url: str) -> list[str]:
+    """Return the text that a run was trained with, as settings."""
+    text = read_recipe(run_url).text.model_dump(mode="json")
+    return [f"text.{name}={json.dumps(value)}" for name, value in text.items()]
 
 
 def generation_weights(weights: str | None, adapter: str | None) -> dict[str, str | None]:

@@ -51,7 +51,7 @@ def _system(request: EvalRequest) -> dict[str, Any]:
         "backbone": spec.network.name if spec.network else None,
         "run": spec.run_dir,
         "context": request.context,
-        "text": request.recipe.text.model_dump(mode="json"),
+        "text": request.recipe.text.model_dump(mode="json", exclude={"encode"}),
         "seed": sample.seed,
         "compute_batch_size": sample.compute_batch_size,
     }

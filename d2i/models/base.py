@@ -76,13 +76,15 @@ class Family(ABC):
     Attributes:
         name: As `d2i.backbones.FAMILIES` has it.
         codec: The latents that it is trained on.
-        encoders: The arrays of a sample that it is trained on; `text` may be encoded from `tokens`.
+        encoders: The arrays of a sample that it is trained on; `text` may be encoded meanwhile.
+        reads_sizes: True if its conditions depend on the original sizes of images.
         layouts: Other programs' names for its weights, by the program's name.
     """
 
     name: ClassVar[str]
     codec: ClassVar[ImageCodec] = KL_F8C4
     encoders: ClassVar[tuple[str, ...]] = ("moments", "text")
+    reads_sizes: ClassVar[bool] = False
     layouts: ClassVar[Mapping[str, Layout]] = MappingProxyType({})
 
     @property
@@ -176,7 +178,9 @@ class Family(ABC):
         """Return the conditions of a training batch.
 
         Args:
-            arrays: The arrays of `encoders`, each (B, ...); `text` is that of '' where dropped.
+            arrays: The arrays of `encoders`, each (B, ...); `text`, and what else its encoder
+                gives, is that of '' where dropped; and where `reads_sizes`, `sizes` (B, 2): height
+                and width of the original image in pixels, 0 where unknown.
             draws: The random draws of the batch.
         """
         del draws

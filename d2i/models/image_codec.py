@@ -23,10 +23,12 @@ class ImageCodec:
     Args:
         name: Its name, such as `kl-f8c4`.
         num_channels: Channels of a latent; its moments have twice as many.
+        factor: Pixels to a latent pixel, along a side.
     """
 
     name: str
     num_channels: int
+    factor: int = 8
 
     def latent_shape(self, side: int) -> tuple[int, int, int]:
         """Return the shape of one latent of a side in latent pixels: (C, side, side)."""

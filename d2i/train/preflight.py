@@ -25,10 +25,10 @@ from d2i.train.checkpoint.checkpoint_writer import build_state
 from d2i.train.data.batch import Batch, BatchLoader
 from d2i.train.data.loader import (
     build_order,
-    build_text_encoder,
     check_cache,
     check_sizes,
 )
+from d2i.train.data.text_source import build_text
 from d2i.train.distributed.engine import build_engine, join_ranks
 from d2i.train.distributed.ranks import Ranks
 from d2i.train.failures import reported_errors
@@ -81,7 +81,8 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
     check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
     network = build_trained_network(recipe)
-    check_sizes(network, reader)
+    open_text = build_text(recipe, reader, str(ranks.device))
+    check_sizes(network, reader, open_text(reader))
     found: dict[str, Any] = {
         "recipe": recipe.name,
         "device": _device_name(ranks.device),
@@ -94,9 +95,8 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
         "max_device_distance": _MAX_DISTANCE,
         "all_reduce_gb_per_s": _time_all_reduce(ranks),
     }
-    encode_text = build_text_encoder(reader, recipe.encoders, str(ranks.device))
     family = family_of_backbone(recipe.backbone.name)
-    batches = BatchLoader(reader, config, family, encode_text)
+    batches = BatchLoader(reader, config, family, open_text)
     found["input_samples_per_s"] = _time_input(batches, reader, config, ranks)
     found |= _Trial(request, ranks, network, batches, len(reader)).run()
     batches.close()

@@ -36,7 +36,8 @@ from d2i.train.checkpoint.checkpoint_files import (
 from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState, build_state
 from d2i.train.data.base_parts import check_base_parts
 from d2i.train.data.batch import BatchLoader
-from d2i.train.data.loader import BatchStream, build_text_encoder, check_cache, check_sizes
+from d2i.train.data.loader import BatchStream, check_cache, check_sizes
+from d2i.train.data.text_source import OpenText, build_text
 from d2i.train.distributed.engine import build_engine, join_ranks, trained_parameters
 from d2i.train.distributed.ranks import Ranks
 from d2i.train.failures import reported_errors, resume_hint
@@ -100,8 +101,9 @@ def _train_rank(request: TrainRequest, ranks: Ranks, fault: Fault | None) -> Non
     # Seeds the random initial weights of a network that loads none.
     torch.manual_seed(config.seed)
     network = build_trained_network(recipe)
-    check_sizes(network, reader)
     check_base_parts(recipe, reader)
+    open_text = build_text(recipe, reader, str(ranks.device))
+    check_sizes(network, reader, open_text(reader))
     checkpoint = _find_checkpoint(run_url, ranks)
     base = ranks.build_on_rank_zero(lambda: _check_base(recipe, checkpoint))
     if ranks.run_on_rank_zero(lambda: _open_run(request, reader, ranks, checkpoint)):
@@ -111,7 +113,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks, fault: Fault | None) -> Non
     state = _build_state(request, ranks, network, checkpoint)
     progress = checkpoint.progress if checkpoint else Progress()
     with CheckpointWriter(run_url, config, ranks, shapes, fault, base) as writer:
-        step = run_loop(request, ranks, state, reader, writer, progress, fault)
+        step = run_loop(request, ranks, state, reader, open_text, writer, progress, fault)
         writer.finish()
         ranks.barrier()
     if ranks.is_rank_zero:
@@ -123,6 +125,7 @@ def run_loop(
     ranks: Ranks,
     state: TrainState,
     reader: ShardReader,
+    open_text: OpenText,
     writer: CheckpointWriter,
     progress: Progress,
     fault: Fault | None,
@@ -130,8 +133,7 @@ def run_loop(
     """Build the loop and the hooks it is given, and train; return the steps made."""
     recipe, config, run_url = request.recipe, request.recipe.train, request.run_url
     family = family_of_backbone(recipe.backbone.name)
-    encode_text = build_text_encoder(reader, recipe.encoders, str(ranks.device))
-    open_batches = partial(BatchLoader, config=config, family=family, encode_text=encode_text)
+    open_batches = partial(BatchLoader, config=config, family=family, open_text=open_text)
     objective = build_objective(family, family.vae_numbers(state.engine.module), config)
     batches = BatchStream(reader, open_batches(reader), config, ranks, run_url)
     valid = request.open_validation()
@@ -139,7 +141,7 @@ def run_loop(
     grid = None
     if valid and config.num_sample_steps:
         grid = ranks.build_on_rank_zero(
-            lambda: SampleGrid(recipe, valid, ranks.device, encode_text)
+            lambda: SampleGrid(recipe, valid, ranks.device, open_text(valid))
         )
     peak = None
     if ranks.is_rank_zero:

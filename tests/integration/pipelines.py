@@ -83,6 +83,41 @@ def save_tiny_sd15(directory: Path, seed: int = 0) -> None:
     pipeline.save_pretrained(directory)
 
 
+def save_tiny_sdxl(directory: Path) -> None:
+    """Write Stable Diffusion XL with tiny networks and CLIP's own vocabulary, at 64 pixels."""
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = _clip_tokenizer(directory)
+    StableDiffusionXLPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=(16,) * 4,
+            norm_num_groups=8,
+            scaling_factor=0.13025,
+            **_VAE_BLOCKS,
+        ),
+        text_encoder=CLIPTextModel(_clip_config()),
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config()),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=UNet2DConditionModel(
+            cross_attention_dim=64,
+            attention_head_dim=8,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=32 + 6 * 8,
+            use_linear_projection=True,
+            **_UNET,
+        ),
+        scheduler=EulerDiscreteScheduler(**_SCHEDULE, timestep_spacing="leading"),
+    ).save_pretrained(directory)
+
+
 _UNET: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (32, 64),

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from d2i.dialog import Turn
 from d2i.encoders import load_encoders
+from d2i.encoders.prompt_truncation import cut_line
 from d2i.errors import ClusterError, ConfigError, D2IError
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import SystemContext
 from d2i.eval.systems import build_system, parse_system
 from d2i.eval.systems.diffusers_pipeline import PipelineSystem
-from d2i.eval.systems.prompt_truncation import cut_line
 from d2i.recipes import change_recipe, load_recipe
 from tests.integration.pipelines import (
     save_tiny_flux,

@@ -24,7 +24,7 @@ from d2i.diffusion.draws import SampleDraws
 from d2i.models.weights.load import read_described
 from d2i.run_dir import last_step
 from d2i.tokenize import clean
-from tests.integration.pipelines import save_tiny_sd15
+from tests.integration.pipelines import save_tiny_sd15, save_tiny_sdxl
 from tests.processes import run_d2i, run_process
 
 pytestmark = pytest.mark.timeout(600)
@@ -86,11 +86,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    corpus, out = (tmp_path_factory.mktemp("made") / name for name in ("corpus", "data"))
-    write_corpus(corpus, 60, 0)
+    return prepare(LORA, base, tmp_path_factory.mktemp("made"), 60)
+
+
+def prepare(recipe: str, base: Path, place: Path, num_dialogs: int) -> Path:
+    corpus, out = place / "corpus", place / "data"
+    write_corpus(corpus, num_dialogs, 0)
     run_d2i(
         *("preprocess", "--corpus", "mmdialog", "--source", corpus, "--out", out),
-        *("--recipe", LORA, "--workers", 0, *options(base)),
+        *("--recipe", recipe, "--workers", 0, *options(base)),
     )
     return out
 
@@ -204,6 +208,28 @@ def test_run_is_selected_evaluated_and_reported(
     assert card["sampler"] == "pipeline"
     run_d2i("report", tmp_path / "base", tmp_path / "tuned", "--out", tmp_path / "report.html")
     assert "LoRA of rank 4" in (tmp_path / "report.html").read_text()
+
+
+def test_other_linearization_trains_on_same_data(base: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    changed: dict[str, Any] = {"train__num_steps": 2, "text__strategy": "space"}
+    error = one_line_error(*train_command(LORA, base, data, run, **changed))
+    assert "was prepared with other settings: got text.strategy: space, expected hash" in error
+    run_d2i(*train_command(LORA, base, data, run, **changed, text__encode="on_the_fly"))
+    run_d2i("eval", "--system", f"run:{run}", "--data", data, "--out", tmp_path / "scores")
+    card = json.loads((tmp_path / "scores" / "scores.json").read_text())["card"]
+    assert card["trained_text"]["strategy"] == card["text"]["strategy"] == "space"
+
+
+def test_sdxl_trains_on_text_of_its_two_encoders(tmp_path: Path) -> None:
+    base, recipe, run = tmp_path / "base", "sdxl-lora-photochat", tmp_path / "run"
+    save_tiny_sdxl(base)
+    data = prepare(recipe, base, tmp_path, 30)
+    changed = {"train__num_steps": 2, "train__num_sample_steps": 2}
+    run_d2i(*train_command(recipe, base, data, run, **changed))
+    assert (run / "samples" / "step-2.png").is_file()
+    assert draw(run, tmp_path / "picture.png").shape == (64, 64, 3)
+    run_d2i("eval", "--system", f"run:{run}", "--data", data, "--out", tmp_path / "scores")
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import torch
 from d2i.config import Precision, Recipe
 from d2i.diffusion.draws import integers
 from d2i.encoders.pretrained import weights_hash
+from d2i.encoders.prompt_truncation import PromptTruncation
 from d2i.errors import CheckpointError
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import Generation, SystemContext
 from d2i.eval.systems.adapter import Adapter, load_adapter
-from d2i.eval.systems.prompt_truncation import PromptTruncation
 
 _MAX_SEED = 2**62
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

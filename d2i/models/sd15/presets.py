@@ -9,7 +9,11 @@ from d2i.backbones import Presets
 
 def _unset(recipe: Any) -> dict[str, Any]:
     """Encode with the pipeline's own models, and generate as it does by default."""
-    settings: dict[str, Any] = {"sample.sampler": "pipeline", "sample.guidance_scale": 7.5}
+    settings: dict[str, Any] = {
+        "sample.sampler": "pipeline",
+        "sample.guidance_scale": 7.5,
+        "text.cut": "turn",
+    }
     if base := recipe.backbone.weights:
         settings |= {"encoders.vae": f"{base}/vae", "encoders.clip_text": f"{base}/text_encoder"}
     return settings

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from d2i.diffusion.draws import BatchDraws
 from d2i.models.base import Conditions
 from d2i.models.stable_diffusion import StableDiffusionFamily
 
@@ -36,6 +40,21 @@ class SDXLFamily(StableDiffusionFamily):
         ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     )
     has_added = True
+    reads_sizes = True
+
+    def conditions(
+        self, arrays: Mapping[str, NDArray[Any]], draws: BatchDraws
+    ) -> dict[str, NDArray[Any]]:
+        """Return text, pooled text and sizes; the sizes are those before the square was cut."""
+        del draws
+        side = float(self.codec.factor * arrays["moments"].shape[-1])
+        sizes = arrays["sizes"]  # (B, 2)
+        known = np.where(sizes.min(axis=1, keepdims=True) > 0, sizes, side)
+        scale = side / known.min(axis=1, keepdims=True)
+        corner = np.round((known * scale - side) / 2)
+        target = np.full_like(known, side)
+        time_ids = np.concatenate([known, corner, target], axis=1).astype(np.float32)
+        return {"text": arrays["text"], "pooled": arrays["pooled"], "time_ids": time_ids}
 
     def added(self, conditions: Conditions) -> dict[str, Tensor]:
         """Return pooled text and sizes, by diffusers' names."""

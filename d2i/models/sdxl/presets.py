@@ -8,14 +8,35 @@ from d2i.backbones import Presets
 
 
 def _unset(recipe: Any) -> dict[str, Any]:
-    """Generate as the stock pipeline does by default."""
-    del recipe
-    return {"sample.sampler": "pipeline", "sample.guidance_scale": 5.0}
+    """Encode with the pipeline's own models, and generate as it does by default.
+
+    No shard holds the latents of its two text encoders.
+    """
+    settings: dict[str, Any] = {
+        "sample.sampler": "pipeline",
+        "sample.guidance_scale": 5.0,
+        "text.cut": "turn",
+        "text.encode": "on_the_fly",
+        "text.latents": "none",
+    }
+    if base := recipe.backbone.weights:
+        settings |= {"encoders.vae": f"{base}/vae", "encoders.clip_text": f"{base}/text_encoder"}
+    return settings
+
+
+def _problem(recipe: Any) -> str | None:
+    if recipe.text.encode == "on_the_fly":
+        return None
+    return (
+        "text.encode=stored: shards do not hold the latents of sdxl's two text encoders; expected "
+        "on_the_fly"
+    )
 
 
 PRESETS = Presets(
     {"sdxl": {"latent_size": 128}},
     unset=_unset,
+    problem=_problem,
     pipeline="StableDiffusionXLPipeline",
     lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
 )

@@ -20,7 +20,7 @@ def check_base_parts(recipe: Recipe, reader: ShardReader) -> None:
     Weights are compared by their sha256, so it does not matter where they came from. Text latents
     of a whole CLIP model count as those of its text tower, which is what pipelines ship: then the
     recipe's `encoders.clip_text` is loaded to compare the two. Shards that d2i preprocess did not
-    make name no encoder, and are accepted unchecked.
+    make name no encoder, and are accepted unchecked; so is stored text that is not used.
 
     Raises:
         CheckpointError: If they are not; it names the part and both hashes.
@@ -33,6 +33,8 @@ def check_base_parts(recipe: Recipe, reader: ShardReader) -> None:
     vae_sha256 = Vae(str(path / "vae"), "kl").hash
     if vae_sha256 != (expected := image.get("vae", vae_sha256)):
         raise _other(weights, "vae", "encoders.vae", vae_sha256, expected, reader)
+    if recipe.text.encode == "on_the_fly":
+        return
     own = ClipText(str(path / "text_encoder"))
     expected = text.get("clip_text", own.hash)
     if own.hash == expected:

@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +16,8 @@ from torch import Tensor
 from d2i.config import TrainConfig
 from d2i.diffusion.draws import BatchDraws
 from d2i.models.base import Family
-
-if TYPE_CHECKING:
-    # A batch can be held without the shard reader.
-    from d2i.shards import ShardReader
-
-# Token ids uint16 (N, 77 W) to text latents float16 (N, 77 W, text_dim).
-TextEncoder = Callable[[NDArray[np.uint16]], NDArray[np.float16]]
+from d2i.shards import ShardReader
+from d2i.train.data.text_source import OpenText, StoredText
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ class BatchLoader:
         reader: The shards.
         config: The seed, the condition dropout, and the number of threads.
         family: The network's family, which names the arrays that it reads and adds conditions.
-        encode_text: Encodes token ids, for shards that hold no text latents.
+        open_text: Opens the text of the shards.
     """
 
     def __init__(
@@ -91,12 +85,12 @@ class BatchLoader:
         reader: ShardReader,
         config: TrainConfig,
         family: Family,
-        encode_text: TextEncoder | None = None,
+        open_text: OpenText = StoredText,
     ) -> None:
         self._reader = reader
         self._config = config
         self._family = family
-        self._encode_text = encode_text
+        self._text = open_text(reader)
         self._threads = ThreadPoolExecutor(config.num_reader_threads, "batch-reader")
         self._waiting: deque[tuple[int, Future[Batch]]] = deque()
 
@@ -136,19 +130,19 @@ class BatchLoader:
             step: The step that the draws belong to.
             purpose: Purpose of the draws; empty for training, which alone drops conditions.
         """
-        encoders = self._family.encoders
-        # Shards without text latents have the tokens they are encoded from.
-        members = ["tokens" if n == "text" and self._encode_text else n for n in encoders]
-        arrays = dict(zip(encoders, self._read(indices, members), strict=True))
+        members = [name for name in self._family.encoders if name != "text"]
+        arrays: dict[str, NDArray[Any]] = self._reader.read(indices, members=members)
         all_keys = self._reader.keys
         keys = tuple(all_keys[number] for number in indices.tolist())
         draws = BatchDraws(self._config.seed, keys, step, purpose)
-        arrays["text"] = self._text(arrays["text"])
+        text = self._text.read(indices)
         if not purpose:
-            arrays["text"] = self._with_dropped_conditions(arrays["text"], draws)
+            self._drop_conditions(text, draws)
         moments = arrays["moments"]
         shape = self._family.codec.latent_shape(moments.shape[-1])
-        conditions = self._family.conditions(arrays, draws)
+        if self._family.reads_sizes:
+            arrays["sizes"] = self._sizes(indices)
+        conditions = self._family.conditions(arrays | text, draws)
         return Batch(
             keys=keys,
             moments=_tensor(moments),
@@ -158,29 +152,20 @@ class BatchLoader:
             conditions={name: _tensor(array) for name, array in conditions.items()},
         )
 
-    def _read(self, indices: NDArray[np.int64], members: list[str]) -> list[NDArray[Any]]:
-        found = self._reader.read(indices, members=members)
-        return [found[member] for member in members]
+    def _sizes(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return height and width of each image before it was cut to a square, in pixels."""
+        sources = [self._reader.read_json(int(index)).get("source", {}) for index in indices]
+        sizes = [[source.get("height", 0), source.get("width", 0)] for source in sources]
+        return np.array(sizes, np.float32)
 
     def close(self) -> None:
         """Stop the reader threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _text(self, stored: NDArray[Any]) -> NDArray[np.float16]:
-        return self._encode_text(stored) if self._encode_text else stored
-
-    @cached_property
-    def _empty_text(self) -> NDArray[np.float16]:
-        has_latents = self._encode_text is None
-        stored = self._reader.empty_text if has_latents else self._reader.empty_tokens
-        empty: NDArray[np.float16] = self._text(stored[None])[0]
-        return empty
-
-    def _with_dropped_conditions(
-        self, text: NDArray[np.float16], draws: BatchDraws
-    ) -> NDArray[np.float16]:
-        text[draws.uniform("drop") < self._config.condition_dropout] = self._empty_text
-        return text
+    def _drop_conditions(self, text: Mapping[str, NDArray[Any]], draws: BatchDraws) -> None:
+        dropped = draws.uniform("drop") < self._config.condition_dropout
+        for name, empty in self._text.empty.items():
+            text[name][dropped] = empty
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:

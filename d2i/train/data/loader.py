@@ -1,4 +1,4 @@
-"""The data of a run: its batches in order, checks against network and cache, the text encoder."""
+"""The data of a run: its batches in order, and checks against network and cache."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.config import EncodersConfig, TrainConfig
-from d2i.encoders import ClipText, check_encoder_hashes
+from d2i.config import TrainConfig
 from d2i.errors import ConfigError, DataError
 from d2i.io import storage
 from d2i.shards import ShardReader
-from d2i.train.data.batch import Batch, BatchLoader, TextEncoder
+from d2i.train.data.batch import Batch, BatchLoader
 from d2i.train.data.data_order import DataOrder
+from d2i.train.data.text_source import TextSource
 from d2i.train.distributed.ranks import Ranks
 
 
-def check_sizes(network: Any, reader: ShardReader) -> None:
-    """Check that the network's input sizes match the shards.
+def check_sizes(network: Any, reader: ShardReader, text: TextSource) -> None:
+    """Check that the network's input sizes match the shards and their text.
 
     Raises:
         ConfigError: Naming the size that differs and the setting to change.
@@ -33,11 +33,8 @@ def check_sizes(network: Any, reader: ShardReader) -> None:
             "manifest.json for the reasons"
         )
     wanted = {"backbone.latent_size": (network.latent_size, arrays["moments"].shape[-1])}
-    if "text" in arrays:
-        num_tokens, text_dim = arrays["text"].shape
-        wanted["backbone.text_dim"] = (network.text_dim, text_dim)
-    else:
-        num_tokens = arrays["tokens"].shape[0]
+    num_tokens, text_dim = text.empty["text"].shape
+    wanted["backbone.text_dim"] = (network.text_dim, text_dim)
     wanted["backbone.num_text_tokens"] = (network.num_text_tokens, num_tokens)
     for setting, (network_size, data_size) in wanted.items():
         if network_size != data_size:
@@ -146,24 +143,3 @@ def check_cache(
             "that, or twice that to prefetch; raise --cache-gb, or use --set "
             "train.order=blocked with fewer train.num_window_shards"
         )
-
-
-def build_text_encoder(
-    reader: ShardReader, config: EncodersConfig, device: str
-) -> TextEncoder | None:
-    """Return the frozen text encoder for shards that hold only token ids; None for others.
-
-    It returns the latents that the shards would hold: float16, at the fixed compute batch size.
-
-    Raises:
-        CheckpointError: If it cannot be loaded, or the data was prepared with another one.
-    """
-    if "text" in reader.manifest.arrays:
-        return None
-    clip_text = ClipText(config.clip_text, config.text_prefix, device)
-    check_encoder_hashes({"clip_text": clip_text.hash}, reader.manifest, reader.url)
-
-    def encode(tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
-        return clip_text.encode(tokens, config.compute_batch_size).astype(np.float16)
-
-    return encode

@@ -16,12 +16,13 @@ from torch import Tensor
 from d2i.config import ImageConfig, Recipe
 from d2i.diffusion.draws import SampleDraws
 from d2i.encoders import Vae, check_encoder_hashes
+from d2i.encoders.pipeline_text import Encoded
 from d2i.images.decode import crop_to_square, decode_image, png_bytes
 from d2i.io import storage
 from d2i.models.registry import family_of_backbone
 from d2i.shards import ShardReader
 from d2i.train.checkpoint.checkpoint_files import KIND_OF_WEIGHTS, Checkpoint
-from d2i.train.data.batch import TextEncoder
+from d2i.train.data.text_source import TextSource
 from d2i.train.monitor.validation import choose_instances
 from d2i.train.network import build_with_trained
 
@@ -37,7 +38,7 @@ class SampleGrid:
         recipe: Encoders, kind of weights, guidance and seed.
         reader: The validation shards.
         device: Device of the networks.
-        encode_text: Encodes token ids, for shards that hold no text latents.
+        text: The text of its samples.
 
     Raises:
         CheckpointError: If the autoencoder cannot be loaded, or the shards were made with another.
@@ -48,7 +49,7 @@ class SampleGrid:
         recipe: Recipe,
         reader: ShardReader,
         device: torch.device,
-        encode_text: TextEncoder | None = None,
+        text: TextSource,
     ) -> None:
         self._recipe, self._device = recipe, device
         self._vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind, str(device))
@@ -56,11 +57,8 @@ class SampleGrid:
         rows = choose_instances(len(reader), _NUM_DIALOGS, recipe.train.seed)
         self._keys = [reader.keys[int(row)] for row in rows]
         self._true = [reader.read_image(int(row)) for row in rows]
-        member = "tokens" if encode_text else "text"
-        stored = reader.read(rows, members=[member])[member]
-        empty = reader.empty_tokens if encode_text else reader.empty_text
-        self._text = self._latents(stored, encode_text)
-        self._empty_text = self._latents(empty[None], encode_text)[0]
+        self._conditions = self._tensors(text.read(rows))
+        self._unconditional = self._tensors(text.empty)
 
     def generate(self, checkpoint: Checkpoint, url: str) -> None:
         """Generate the grid with a checkpoint's weights (`sample.weights`); write it as PNG."""
@@ -90,14 +88,16 @@ class SampleGrid:
         sampler = "pipeline" if family.presets.pipeline else "dpm_solver"
         few_steps = {"sampler": sampler, "num_steps": _NUM_STEPS}
         settings = self._recipe.sample.model_copy(update=few_steps)
-        sample = family.sampler(network, settings, {"text": self._empty_text})
+        sample = family.sampler(network, settings, self._unconditional)
         seeds = [self._recipe.train.seed] * len(self._keys)
-        latents = sample({"text": self._text}, SampleDraws(seeds, self._keys, _PURPOSE))
+        latents = sample(self._conditions, SampleDraws(seeds, self._keys, _PURPOSE))
         return family.codec.denormalised(latents, family.vae_numbers(network))
 
-    def _latents(self, stored: NDArray[Any], encode_text: TextEncoder | None) -> Tensor:
-        latents = encode_text(stored) if encode_text else stored
-        return torch.from_numpy(latents.astype(np.float32)).to(self._device)
+    def _tensors(self, text: Encoded) -> dict[str, Tensor]:
+        return {
+            name: torch.from_numpy(rows.astype(np.float32)).to(self._device)
+            for name, rows in text.items()
+        }
 
 
 def _image(data: bytes | None, side: int) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from d2i.eval.worker import EvalWorker, EvalWorkerBuilder
 from d2i.preprocess.workers.encode_worker import fingerprint
 from d2i.recipes import load_recipe
 from d2i.shards import ShardReader, write_manifest
-from d2i.train.data.loader import build_text_encoder
+from d2i.train.data.text_source import StoredText, build_text
 from d2i.train.monitor.sample_grid import SampleGrid
 
 RECIPE = load_recipe("demo")
@@ -36,9 +36,12 @@ def evaluate(reader: ShardReader, encoders: Encoders) -> Any:
 USES: dict[str, tuple[str, Callable[[ShardReader, Encoders], Any]]] = {
     "training text": (
         "clip_text",
-        lambda reader, _: build_text_encoder(reader, RECIPE.encoders, "cpu"),
+        lambda reader, _: build_text(RECIPE, reader, "cpu"),
     ),
-    "sample grid": ("vae", lambda reader, _: SampleGrid(RECIPE, reader, torch.device("cpu"))),
+    "sample grid": (
+        "vae",
+        lambda reader, _: SampleGrid(RECIPE, reader, torch.device("cpu"), StoredText(reader)),
+    ),
     "evaluation": ("clip_image", evaluate),
 }
 

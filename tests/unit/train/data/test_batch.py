@@ -1,16 +1,17 @@
-"""Micro batches are the same from latents and from token IDs, with any number of threads."""
+"""Micro batches are the same from latents, token IDs and dialogs, with any number of threads."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from d2i.config import EncodersConfig, TrainConfig
+from d2i.config import EncodersConfig, Recipe, TrainConfig, apply_settings
 from d2i.encoders import ClipText
 from d2i.models import family
 from d2i.recipes import load_recipe
@@ -25,10 +26,11 @@ from d2i.shards import (
 from d2i.tokenize import encode, window
 from d2i.train.data.batch import Batch, BatchLoader
 from d2i.train.data.data_order import DataOrder
-from d2i.train.data.loader import build_text_encoder
+from d2i.train.data.text_source import StoredTokens, build_text
 
 LINES = [f"# i saw a {colour} ball # at night" for colour in ("red", "blue", "green", "pink")]
-ENCODERS: EncodersConfig = load_recipe("demo").encoders
+RECIPE = load_recipe("demo")
+ENCODERS: EncodersConfig = RECIPE.encoders
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardReader, Shar
             latents = clip_text.encode(arrays["tokens"][None], ENCODERS.compute_batch_size)
             arrays["text"] = latents[0].astype(np.float16)
             encoded = {
-                "json": json_bytes({"n": number}),
+                "json": json_bytes({"context": [{"speaker": 0, "text": line}]}),
                 "moments.npy": npy_bytes(random.standard_normal((8, 4, 4)).astype(np.float16)),
             }
             encoded |= {f"{name}.npy": npy_bytes(arrays[name]) for name in members}
@@ -71,9 +73,9 @@ def config(num_threads: int = 1) -> TrainConfig:
     )
 
 
-def stream(reader: ShardReader, num_threads: int) -> list[Batch]:
-    encode_text = build_text_encoder(reader, ENCODERS, "cpu")
-    batches = BatchLoader(reader, config(num_threads), family("uvit"), encode_text)
+def stream(reader: ShardReader, num_threads: int, recipe: Recipe | None = None) -> list[Batch]:
+    open_text = build_text(recipe or RECIPE, reader, "cpu")
+    batches = BatchLoader(reader, config(num_threads), family("uvit"), open_text)
     order = DataOrder((len(reader),), 0)
     requests = [
         (indices, step) for step in range(4) for indices in order.micro_batches(step, 4, 0, 1, 2)
@@ -91,6 +93,20 @@ def check_same(ours: list[Batch], theirs: list[Batch]) -> None:
             if field.name != "keys":
                 value, expected = getattr(one, field.name), getattr(other, field.name)
                 torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def test_dialogs_encoded_while_training_equal_stored_text_latents(
+    readers: tuple[ShardReader, ShardReader],
+) -> None:
+    recipe = apply_settings(RECIPE, ["text.encode=on_the_fly", "text.strategy={text}"])
+    for reader in readers:
+        check_same(stream(reader, 2, recipe), stream(readers[0], 1))
+    other = stream(readers[0], 1, apply_settings(recipe, ["text.strategy=hash"]))
+    same = [
+        torch.equal(one.conditions["text"], two.conditions["text"])
+        for one, two in zip(other, stream(readers[0], 1), strict=True)
+    ]
+    assert not all(same)
 
 
 def test_encoded_token_ids_equal_stored_text_latents(
@@ -118,12 +134,13 @@ def test_first_unread_follows_returned_batches(readers: tuple[ShardReader, Shard
     reader, gate = readers[1], threading.Event()
     delayed_tokens = reader.read(np.array([2]), members=["tokens"])["tokens"]
 
-    def encode_text(tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
+    def encode(tokens: NDArray[np.uint16]) -> dict[str, NDArray[np.float16]]:
         if np.array_equal(tokens, delayed_tokens):
             gate.wait()
-        return np.zeros((*tokens.shape, 8), np.float16)
+        return {"text": np.zeros((*tokens.shape, 8), np.float16)}
 
-    batches = BatchLoader(reader, config(2), family("uvit"), encode_text)
+    open_text = partial(StoredTokens, encode=encode)
+    batches = BatchLoader(reader, config(2), family("uvit"), open_text)
     prefetched = batches.read_ahead((np.array([step]), step) for step in range(4))
     assert batches.first_unread(0) == 0
     next(prefetched)

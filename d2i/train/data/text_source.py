@@ -1,0 +1,152 @@
+"""The text conditions of a batch: as shards store them, or encoded while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2i.backbones import presets_of
+from d2i.config import Recipe, TextConfig
+from d2i.dialog import Turn
+from d2i.encoders import ClipText, check_encoder_hashes
+from d2i.encoders.pipeline_text import Encoded, PipelineText
+from d2i.prompt_text import context_text, text_tokens
+from d2i.shards import ShardReader
+
+
+class TextSource(Protocol):
+    """The text conditions of a data set's samples, by name; `text` (B, T, D) always."""
+
+    def read(self, indices: NDArray[np.int64]) -> Encoded:
+        """Return the conditions of samples, each (B, ...)."""
+        ...
+
+    @property
+    def empty(self) -> Encoded:
+        """What replaces a condition that is dropped, without the batch axis."""
+        ...
+
+
+OpenText = Callable[[ShardReader], TextSource]
+"""From a data set to the text of its samples; all share one encoder."""
+
+
+class StoredText:
+    """Text latents as shards store them."""
+
+    def __init__(self, reader: ShardReader) -> None:
+        self._reader = reader
+
+    def read(self, indices: NDArray[np.int64]) -> Encoded:
+        """Return the stored latents."""
+        return {"text": self._reader.read(indices, members=["text"])["text"]}
+
+    @property
+    def empty(self) -> Encoded:
+        """The latents of ''."""
+        return {"text": self._reader.empty_text}
+
+
+class StoredTokens:
+    """Text latents of the token ids that shards store."""
+
+    def __init__(
+        self, reader: ShardReader, encode: Callable[[NDArray[np.uint16]], Encoded]
+    ) -> None:
+        self._reader, self._encode = reader, encode
+
+    def read(self, indices: NDArray[np.int64]) -> Encoded:
+        """Encode the stored tokens."""
+        return self._encode(self._reader.read(indices, members=["tokens"])["tokens"])
+
+    @cached_property
+    def empty(self) -> Encoded:
+        """The latents of ''."""
+        return _first(self._encode(self._reader.empty_tokens[None]))
+
+
+class DialogText:
+    """Text latents of the dialogs that shards hold as JSON.
+
+    Args:
+        reader: The shards.
+        config: How a context is linearized.
+        encode: From lines to their conditions.
+        empty: What replaces a condition that is dropped.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        config: TextConfig,
+        encode: Callable[[Sequence[str]], Encoded],
+        empty: Encoded,
+    ) -> None:
+        self._reader, self._config, self._encode = reader, config, encode
+        self.empty = empty
+
+    def read(self, indices: NDArray[np.int64]) -> Encoded:
+        """Linearize and encode the contexts of samples."""
+        return self._encode([self._line(int(index)) for index in indices])
+
+    def _line(self, index: int) -> str:
+        context = self._reader.read_json(index)["context"]
+        turns = [Turn(turn["speaker"], turn["text"]) for turn in context]
+        return context_text(turns, self._config)
+
+
+def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
+    """Return what opens the text of the training shards, and of those prepared with them.
+
+    Args:
+        recipe: Says whether text is read as stored, and by what it is encoded else.
+        reader: The training shards.
+        device: The torch device of the encoder.
+
+    Raises:
+        CheckpointError: If an encoder cannot be loaded, or stored text was made with another one.
+    """
+    if recipe.text.encode == "on_the_fly":
+        return _encoding_dialogs(recipe, device)
+    if "text" in reader.manifest.arrays:
+        return StoredText
+    clip_text = ClipText(recipe.encoders.clip_text, recipe.encoders.text_prefix, device)
+    check_encoder_hashes({"clip_text": clip_text.hash}, reader.manifest, reader.url)
+    return partial(StoredTokens, encode=_encoder_of_tokens(clip_text, recipe))
+
+
+def _encoding_dialogs(recipe: Recipe, device: str) -> OpenText:
+    presets, size = presets_of(recipe.backbone.name), recipe.encoders.compute_batch_size
+    if presets.pipeline:
+        name = recipe.backbone.weights or ""
+        pipeline = PipelineText(name, presets, recipe.text, size, device)
+        encode, empty = pipeline.encode, pipeline.encode_empty()
+    else:
+        clip_text = ClipText(recipe.encoders.clip_text, recipe.encoders.text_prefix, device)
+        encode_tokens = _encoder_of_tokens(clip_text, recipe)
+
+        def encode(lines: Sequence[str]) -> Encoded:
+            return encode_tokens(np.stack([text_tokens(line, recipe.text) for line in lines]))
+
+        empty = _first(encode([""]))
+    return lambda reader: DialogText(reader, recipe.text, encode, empty)
+
+
+def _encoder_of_tokens(
+    clip_text: ClipText, recipe: Recipe
+) -> Callable[[NDArray[np.uint16]], Encoded]:
+    """Return the latents that shards would hold: float16, at the fixed compute batch size."""
+
+    def encode(tokens: NDArray[np.uint16]) -> Encoded:
+        latents = clip_text.encode(tokens, recipe.encoders.compute_batch_size)
+        return {"text": latents.astype(np.float16)}
+
+    return encode
+
+
+def _first(encoded: Encoded) -> Encoded:
+    return {name: rows[0] for name, rows in encoded.items()}
