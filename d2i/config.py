@@ -43,7 +43,6 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "corpus.split_seed": None,
     "fetch.downloads": None,
     "text.encode": "stored",
-    "adapter": {"kind": None, "rank": 16, "alpha": 16, "targets": None},
     "train.weighting": "none",
     "train.ema_warmup": False,
     "train.short_ema_length": None,

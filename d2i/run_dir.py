@@ -57,6 +57,8 @@ _END_OF_LINE = re.compile(rb'"crc32": \d+\}')
 _TRACE_OF_CRC = re.compile(rb'"cr|c32"')
 
 _FORMERLY = {f"recipe.{path}": value for path, value in LEGACY_DEFAULTS.items()}
+# Before adapters a recipe had no such group.
+_FORMERLY["recipe.adapter"] = {"kind": None, "rank": 16, "alpha": 16, "targets": None}
 # Settings that decide how far a run goes, where and in which pieces a step is computed, and what is
 # kept of it, but no number beyond its rounding: like the number of ranks, they may change from one
 # command to the next.

@@ -117,8 +117,9 @@ def evaluate(
     assumed = assumed_of(rate, price_per_node_hour, dry_run=dry_run)
     if workers is not None and not parallel:
         raise ConfigError("--workers applies only to Ray; expected --parallel with it; add it")
+    prepared = read_stored_recipe(data)
     choice = choose_settings(system, settings or [], selected, weights=weights, adapter=adapter)
-    recipe = change_recipe(read_stored_recipe(data), choice.settings)
+    recipe = change_recipe(prepared, choice.settings)
     spec = parse_system(system, weights, recipe, adapter)
     request = EvalRequest(
         recipe=recipe,

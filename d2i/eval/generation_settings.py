@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from d2i.errors import ConfigError
@@ -42,6 +42,8 @@ def choose_settings(
 ) -> Choice:
     """Override a run's text, and the choice of `d2i select`, with the settings of the command.
 
+    A run reads a dialog as it was trained to; a Divter's captioner, as the data were prepared.
+
     The choice for a run is read from the run directory, also where a Divter generates with that
     run. It holds for one kind of weights: if the command's `sample.weights` names another kind,
     the whole choice is ignored, including its guidance scale.
@@ -58,18 +60,26 @@ def choose_settings(
             adapter, or its weights are missing.
     """
     kind, _, target = system.partition(":")
+    files = generation_weights(weights, adapter)
+    if kind == "run":
+        choice = _chosen(system, given, selected, files)
+        return replace(choice, settings=[*_text_of_run(target), *choice.settings])
+    return _chosen(system, given, selected, files)
+
+
+def _chosen(
+    system: str, given: Sequence[str], selected: str | None, files: dict[str, str | None]
+) -> Choice:
+    kind, _, target = system.partition(":")
     if kind == "divter":
-        inner = target.partition(",")[2]
-        return choose_settings(inner, given, selected, weights=weights, adapter=adapter)
+        return _chosen(target.partition(",")[2], given, selected, files)
     chosen: list[str] = []
     origin: dict[str, Any] = {"how": "recipe"}
-    if kind == "run":
-        chosen = _text_of_run(target)
-        best = load_selection(target)
-        if best and _value("sample.weights", given) in (None, best.weights_kind):
-            chosen, origin = [*chosen, *best.settings()], _origin(read_choice(target))
+    if kind == "run" and (best := load_selection(target)):
+        if _value("sample.weights", given) in (None, best.weights_kind):
+            chosen, origin = best.settings(), _origin(read_choice(target))
     elif selected is not None:
-        content = _read_selected(selected, system, generation_weights(weights, adapter))
+        content = _read_selected(selected, system, files)
         chosen, origin = list(content["settings"]), _origin(content)
     setting = "sample.pipeline" if kind == "diffusers" else "sample.guidance_scale"
     if _value(setting, given) is not None:

@@ -1,6 +1,6 @@
 """Stable Diffusion from a directory through every command: prepared, trained, selected, evaluated.
 
-What a run leaves is loaded by diffusers alone, and gives the run's own picture.
+What a run leaves is loaded by diffusers alone, and gives the run's own image.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def test_run_holds_what_was_trained_in_stock_layout(
 
 
 def draw(run: Path, out: Path) -> NDArray[np.uint8]:
-    """Generate the picture of the dialog, one in a batch, by `d2i sample`."""
+    """Generate the image of the dialog, alone in its batch, by `d2i sample`."""
     dialog = out.with_suffix(".txt")
     dialog.write_text(DIALOG)
     run_d2i(
@@ -170,7 +170,7 @@ np.save(out, pipeline(prompt, latents=noise, num_inference_steps=3, output_type=
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_diffusers_alone_gives_picture_of_run(
+def test_diffusers_alone_gives_image_of_run(
     base: Path, lora_run: Path, full_run: Path, tmp_path: Path, kind: str
 ) -> None:
     run = {"lora": lora_run, "full": full_run}[kind]
@@ -296,7 +296,7 @@ def test_other_base_model_is_refused(
 
 
 def one_line_error(*words: object) -> str:
-    """Return the one error line of a command that a user can mend."""
+    """Return the one error line of a command that its user can fix."""
     done = run_process(*words)
     assert done.returncode == 2, done.stderr[-2000:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

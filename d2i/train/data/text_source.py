@@ -27,7 +27,7 @@ class TextSource(Protocol):
 
     @property
     def empty(self) -> Encoded:
-        """What replaces a condition that is dropped, without the batch axis."""
+        """The conditions in place of those that are dropped, without the batch axis."""
         ...
 
 

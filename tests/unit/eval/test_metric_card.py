@@ -118,11 +118,14 @@ def test_guidance_by_names_recipe_selection_or_user(tmp_path: Path) -> None:
     for name in (system, f"divter:describer,{system}"):
         choice = choose_settings(name, ["sample.num_steps=3"])
         assert choice.guidance_by == {"how": "select", **selection}
-        assert choice.settings[0] == "sample.guidance_scale=3.0"
+        assert "sample.guidance_scale=3.0" in choice.settings
         assert choice.settings[-1] == "sample.num_steps=3"
+        # Only the run itself reads the dialog.
+        assert ('text.strategy="space"' in choice.settings) == (name == system)
     # A setting of the command overrides it.
     given = choose_settings(system, ["sample.guidance_scale=4"])
     assert given.guidance_by == {"how": "given"}
     # It was selected for the EMA, so it does not apply to other weights.
     other = choose_settings(system, ["sample.weights=trained"])
-    assert (other.guidance_by, other.settings) == ({"how": "recipe"}, ["sample.weights=trained"])
+    assert other.guidance_by == {"how": "recipe"}
+    assert not any(setting.startswith("sample.guidance_scale") for setting in other.settings)
