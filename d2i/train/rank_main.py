@@ -48,6 +48,7 @@ from d2i.train.hooks import (
     SampleHook,
     ValidationHook,
 )
+from d2i.train.model_card import write_model_card
 from d2i.train.monitor.loss_tracker import LossTracker
 from d2i.train.monitor.metrics_logger import MetricsLogger, kept_lines, say
 from d2i.train.monitor.sample_grid import SampleGrid
@@ -274,6 +275,9 @@ def _end(request: TrainRequest, step: int) -> None:
             url = storage.join(run_url, name)
             save_network_config(request.recipe, url)
             save_trained(request.recipe, checkpoint, kind, url)
+    if checkpoint.base_sha256:
+        data_url = data_set_url(request.data_url, "train")
+        write_model_card(run_url, request.recipe, data_url, checkpoint.base_sha256)
     keep_num_steps(run_url, step)
 
 

@@ -133,6 +133,14 @@ def test_run_holds_what_was_trained_in_stock_layout(
     network = load_file(full_run / "unet" / "diffusion_pytorch_model.safetensors")
     assert network.keys() == load_file(base / "unet" / "diffusion_pytorch_model.safetensors").keys()
     assert {last_step(str(run)) for run in (lora_run, full_run)} == {6}
+    # The model card says where it comes from, and how to prompt it.
+    card = (lora_run / "README.md").read_text()
+    assert described["base_sha256"] in card
+    assert "**Data**: made world." in card
+    assert "# look what i saw # what? # a big red ball on the beach" in card
+    for run in (lora_run, full_run):
+        (program,) = re.findall(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)
+        compile(program, "README.md", "exec")
     # A checkpoint holds the adapter alone.
     marker = json.loads((lora_run / "checkpoints" / "step-6" / "complete.json").read_text())
     assert all(".lora_" in name for name in marker["shapes"])
