@@ -1,1 +1,1 @@
-"""Checks of `d2i doctor`: `machine` for this machine, `cluster` for each node of a Ray cluster."""
+"""Checks of `d2i doctor`: `machine` here, `base_text` of a pipeline, `cluster` on each Ray node."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from d2i.backbones import Presets
 from d2i.config import TextConfig
 from d2i.encoders.pretrained import freeze
 from d2i.encoders.prompt_truncation import PromptTruncation
-from d2i.errors import CheckpointError
-from d2i.models.pipeline_dir import PipelineDirectory
+from d2i.encoders.text_probe import NEXT_STEP, probe_text
+from d2i.errors import CheckpointError, ConfigError
+from d2i.models.pipeline_dir import PipelineDirectory, read_index, read_part_config
 from d2i.tokenize import clean
 
 Encoded = dict[str, NDArray[np.float16]]
@@ -36,14 +38,17 @@ class PipelineText:
 
     Raises:
         CheckpointError: If it cannot be loaded.
-        ConfigError: If an encoder's window cannot be found.
+        ConfigError: If an encoder's window cannot be found, or its text does not pass the probe.
     """
 
     def __init__(
         self, name: str, presets: Presets, config: TextConfig, batch_size: int, device: str
     ) -> None:
-        self._pipeline = _load_text_parts(PipelineDirectory(name, presets), presets, device)
+        directory = PipelineDirectory(name, presets)
+        self._pipeline = load_text_parts(directory.path, device)
         self._reading = PromptTruncation(self._pipeline, {}, config.keep)
+        if problems := probe_text(self._pipeline, self._reading):
+            raise ConfigError(f"{directory.name}: {problems[0]}; {NEXT_STEP}")
         self._batch_size, self._device = batch_size, device
         # A tokenizer's settings change while it runs, so threads take turns.
         self._lock = threading.Lock()
@@ -89,33 +94,61 @@ def _half(rows: Tensor) -> NDArray[np.float16]:
         return rows.float().cpu().numpy().astype(np.float16)
 
 
-def _load_text_parts(directory: PipelineDirectory, presets: Presets, device: str) -> Any:
-    """Load a pipeline without its autoencoder, and with a network that takes no memory."""
+def load_text_parts(path: Path, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a pipeline of diffusers for its text alone: its other networks take no memory.
+
+    Args:
+        path: A directory that `save_pretrained` wrote.
+        device: The torch device of its text encoders.
+        dtype: Of its text encoders.
+
+    Raises:
+        CheckpointError: If it cannot be loaded.
+    """
     import diffusers
 
-    kind = getattr(diffusers, presets.pipeline or "")
-    with torch.device("meta"):
-        network: Any = getattr(diffusers, presets.network).from_config(
-            directory.part_config(presets.network_part)
+    index = read_index(path)
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if kind is None:
+        raise CheckpointError(
+            f"{path} is a {index.get('_class_name')}; expected a pipeline of diffusers; update "
+            "diffusers, or use another base model"
         )
-    left_out = ("vae", "safety_checker", "feature_extractor", "image_encoder")
+    left_out = ("safety_checker", "feature_extractor", "image_encoder")
     taken = inspect.signature(kind).parameters
-    parts = {name: None for name in left_out if name in taken}
+    parts: dict[str, Any] = {name: None for name in left_out if name in taken}
     try:
         pipeline = kind.from_pretrained(
-            str(directory.path),
+            str(path),
             **parts,
-            **{presets.network_part: network},
+            **_networks(path, index),
             use_safetensors=True,
-            dtype=torch.float32,
+            dtype=dtype,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as err:
-        reason = str(err).strip().splitlines()[0][:200]
+        reason = (str(err).strip() or type(err).__name__).splitlines()[0][:200]
         raise CheckpointError(
-            f"{directory.name}: cannot load its text encoders: {reason}; expected a directory "
+            f"{path}: cannot load its text encoders: {reason}; expected a directory "
             "written by save_pretrained; copy the whole pipeline"
         ) from err
     for name, module in pipeline.components.items():
         if "text_encoder" in name and module is not None:
             freeze(module).to(device)
+    pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _networks(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return diffusers' networks by their configs, without numbers."""
+    import diffusers
+
+    found = {}
+    for part, entry in index.items():
+        # A pipeline is where its first module by name is, which must be a text encoder.
+        if part < "text_encoder" or not isinstance(entry, list) or entry[0] != "diffusers":
+            continue
+        kind = getattr(diffusers, str(entry[1]), None)
+        if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin):
+            with torch.device("meta"):
+                found[part] = kind.from_config(read_part_config(path, part))
+    return found

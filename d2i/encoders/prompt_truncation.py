@@ -27,7 +27,11 @@ Row = list[int]
 # More words than any encoder takes.
 _LONG = "a " * 2048
 _SHORT = ("a", "b")
-_WRONG = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError)
+_WRONG = (
+    *(ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError),
+    # A tokenizer that lacks its files has no greatest length.
+    OverflowError,
+)
 
 
 class _Encoded(Exception):
@@ -63,6 +67,7 @@ class PromptTruncation:
         keep: The side to keep of a line that is too long.
 
     Attributes:
+        keep: The side that stays.
         windows: The text window of each encoder, by the name of the pipeline's part.
 
     Raises:
@@ -72,21 +77,21 @@ class PromptTruncation:
 
     def __init__(self, pipeline: Any, arguments: dict[str, Any], keep: Keep) -> None:
         _expect_prompt(pipeline, arguments)
-        self._keep = keep
-        self._tokenizers = _tokenizers(pipeline)
+        self.keep = keep
+        self._tokenizers = text_tokenizers(pipeline)
         for tokenizer in self._tokenizers.values():
             tokenizer.truncation_side = "left" if keep == "end" else "right"
         # A pipeline's warning about the end that it truncates is wrong now, and long.
         logging.getLogger(type(pipeline).__module__).setLevel(logging.ERROR)
         self.windows = _find_windows(pipeline, arguments, self._tokenizers)
-        self._special = _special_tokens(self._tokenizers.values())
+        self._special = _pattern(self._tokenizers.values())
 
     def read(self, line: str) -> str:
         """Return the text to pass to the pipeline for a line."""
         line = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", line)
         for name, window in self.windows.items():
             if window.has_template:
-                line = cut_line(line, self._fits(name, window.dialog_tokens), self._keep)
+                line = cut_line(line, self._fits(name, window.dialog_tokens), self.keep)
         return line
 
     def _fits(self, name: str, room: int) -> Callable[[str], bool]:
@@ -136,8 +141,12 @@ def _expect_prompt(pipeline: Any, arguments: dict[str, Any]) -> None:
         )
 
 
-def _tokenizers(pipeline: Any) -> dict[str, Any]:
-    """Return the tokenizer of each text encoder, by the encoder's name."""
+def text_tokenizers(pipeline: Any) -> dict[str, Any]:
+    """Return the tokenizer of each text encoder, by the encoder's name.
+
+    Args:
+        pipeline: A diffusers pipeline.
+    """
     parts = pipeline.components
     found = {}
     for name, module in parts.items():
@@ -148,15 +157,23 @@ def _tokenizers(pipeline: Any) -> dict[str, Any]:
     return found
 
 
-def _special_tokens(tokenizers: Any) -> re.Pattern[str]:
-    """Return a pattern of special tokens, in any case as some pipelines lowercase text later."""
-    found = {
-        str(token)
-        for tokenizer in tokenizers
-        for token in tokenizer.added_tokens_decoder.values()
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Return the special tokens that a message could spell, by their ids.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+    """
+    return {
+        index: str(token)
+        for index, token in tokenizer.added_tokens_decoder.items()
         # Longer than one character, because SD 2's padding is an exclamation mark.
         if token.special and len(str(token)) > 1
     }
+
+
+def _pattern(tokenizers: Any) -> re.Pattern[str]:
+    """Return a pattern of special tokens, in any case as some pipelines lowercase text later."""
+    found = {token for tokenizer in tokenizers for token in special_tokens(tokenizer).values()}
     longest_first = sorted(found, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)", re.IGNORECASE)
 
@@ -166,7 +183,7 @@ def _find_windows(
 ) -> dict[str, TextWindow]:
     """Find the text windows by running the pipeline on a long text and two short ones."""
     long, first, second = (
-        _read_rows(pipeline, arguments, text, tokenizers) for text in (_LONG, *_SHORT)
+        read_rows(pipeline, arguments, text, tokenizers) for text in (_LONG, *_SHORT)
     )
     default = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
     kept = arguments.get("max_sequence_length", default.default if default else None)
@@ -210,10 +227,20 @@ def _num_common(first: Row, second: Row) -> int:
 
 
 @torch.inference_mode()
-def _read_rows(
+def read_rows(
     pipeline: Any, arguments: dict[str, Any], text: str, encoders: dict[str, Any]
 ) -> dict[str, list[Row]]:
-    """Return the rows that each text encoder gets for a prompt, without generating an image."""
+    """Return the rows that each text encoder gets for a prompt, without generating an image.
+
+    Args:
+        pipeline: A diffusers pipeline, of which text encoders alone run.
+        arguments: Arguments of its call beside the prompt.
+        text: The prompt.
+        encoders: The names of its text encoders, as keys.
+
+    Raises:
+        ConfigError: If the pipeline cannot generate from a prompt.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     with _quiet("transformers.tokenization_utils_base"), _watched(pipeline, encoders) as rows:
         try:

@@ -45,10 +45,12 @@ class PipelineDirectory:
     """
 
     def __init__(self, name: str, presets: Presets) -> None:
-        self.path = _local_directory(name, presets)
+        self.path = local_directory(
+            name, f"{presets.pipeline} that save_pretrained wrote", "--set backbone.weights=DIR"
+        )
         self.name = Path(name).name if Path(name).is_dir() else name
         self.network_part = presets.network_part
-        index = self._read(_INDEX)
+        index = read_index(self.path)
         if (found := index.get("_class_name")) != presets.pipeline:
             raise CheckpointError(
                 f"{name} is a {found}; expected a {presets.pipeline}; choose the backbone of that "
@@ -79,7 +81,7 @@ class PipelineDirectory:
 
     def part_config(self, part: str) -> Mapping[str, Any]:
         """Return the `config.json` of a part."""
-        return self._read(f"{part}/config.json")
+        return read_part_config(self.path, part)
 
     def scheduler(self) -> Any:
         """Return diffusers' scheduler, with the numbers of its file."""
@@ -123,26 +125,63 @@ class PipelineDirectory:
         return digest.hexdigest()
 
     def _read(self, file: str) -> dict[str, Any]:
-        path = self.path / file
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} does not exist; expected it in the directory of a pipeline; copy the "
-                "whole pipeline"
-            )
-        return parse_json(
-            storage.read_bytes(str(path)),
-            str(path),
-            error=CheckpointError,
-            next_step="copy it again from its source",
+        return _read_json(self.path / file)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Return the index of a pipeline's directory: its class, and the class of each part.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        CheckpointError: If there is none, or it is damaged.
+    """
+    return _read_json(path / _INDEX)
+
+
+def read_part_config(path: Path, part: str) -> dict[str, Any]:
+    """Return the `config.json` of a part of a pipeline's directory.
+
+    Args:
+        path: The directory.
+        part: The name of the part.
+
+    Raises:
+        CheckpointError: If there is none, or it is damaged.
+    """
+    return _read_json(path / f"{part}/config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist; expected it in the directory of a pipeline; copy the "
+            "whole pipeline"
         )
+    return parse_json(
+        storage.read_bytes(str(path)),
+        str(path),
+        error=CheckpointError,
+        next_step="copy it again from its source",
+    )
 
 
 def _is_part(part: str, kind: Any) -> bool:
     return not part.startswith("_") and isinstance(kind, list) and None not in kind
 
 
-def _local_directory(name: str, presets: Presets) -> Path:
-    """Return a directory, or that of a repository in the local cache."""
+def local_directory(name: str, expected: str, option: str) -> Path:
+    """Return a directory, or that of a repository in the local cache.
+
+    Args:
+        name: A directory, or a repository.
+        expected: Its content, for the error.
+        option: The option that names it, for the error.
+
+    Raises:
+        CheckpointError: If there is neither.
+    """
     path = Path(name)
     if path.is_dir():
         return path
@@ -156,5 +195,5 @@ def _local_directory(name: str, presets: Presets) -> Path:
             pass
     raise CheckpointError(
         f"{name}: no such directory, and no such repository in the hub's local cache; expected a "
-        f"{presets.pipeline} that save_pretrained wrote; give --set backbone.weights=DIR"
+        f"{expected}; give {option}"
     )

@@ -13,6 +13,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -233,19 +236,20 @@ def save_tiny_flux(directory: Path) -> None:
     )
 
     torch.manual_seed(0)
-    config, tokenizer = _text_and_tokenizer(directory)
+    tokenizer = _clip_tokenizer(directory)
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{c}" for c in LETTERS), *LETTERS]
     vocabulary = [(piece, -float(number)) for number, piece in enumerate(pieces)]
+    tokenizer_2 = T5Tokenizer(vocab=vocabulary, model_max_length=512)
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=AutoencoderKL(
             block_out_channels=(8, 8, 8, 8), norm_num_groups=8, shift_factor=0.1, **_VAE_BLOCKS
         ),
-        text_encoder=CLIPTextModel(config),
+        text_encoder=CLIPTextModel(_clip_config()),
         tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(pieces), **sizes)),
-        tokenizer_2=T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512),
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(tokenizer_2), **sizes)),
+        tokenizer_2=tokenizer_2,
         transformer=FluxTransformer2DModel(
             patch_size=1,
             in_channels=16,
@@ -305,6 +309,59 @@ def save_tiny_z_image(directory: Path) -> None:
             axes_dims=[4, 6, 6],
             axes_lens=[1024, 32, 32],
         ),
+    ).save_pretrained(directory)
+
+
+def save_tiny_sana(directory: Path) -> None:
+    """Write a Sana pipeline: Gemma reads 298 tokens of a prompt, where a letter is a token."""
+    from diffusers import (
+        AutoencoderDC,
+        FlowMatchEulerDiscreteScheduler,
+        SanaPipeline,
+        SanaTransformer2DModel,
+    )
+
+    torch.manual_seed(0)
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
+    words += [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    tokenizer = GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    text = Gemma2Config(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        **SIZES,
+    )
+    blocks: dict[str, Any] = {
+        f"{side}_block_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("types", "ResBlock"), ("out_channels", (8, 8)))
+    }
+    SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Gemma2Model(text),
+        vae=AutoencoderDC(
+            latent_channels=4,
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()),
+            **blocks,
+        ),
+        transformer=SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            cross_attention_dim=32,
+            caption_channels=32,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(directory)
 
 
