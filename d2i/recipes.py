@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from d2i.backbones import presets_of
 from d2i.config import (
     SCRATCH,
     AdapterConfig,
@@ -286,13 +287,16 @@ def _changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     so may the repeated command.
     """
     changed = apply_settings(recipe, settings)
+    # These still count as unset, so that they follow when the setting that decides them changes.
+    derived = presets_of(changed.backbone.name).unset(changed)
     parts = {}
     for section, names in _PATHS.items():
         part = getattr(changed, section)
         paths = {name: _absolute(getattr(part, name)) for name in names}
+        paths = {name: path for name, path in paths.items() if path != getattr(part, name)}
+        unset = {n for n in names if f"{section}.{n}" in derived} - part.model_fields_set
         parts[section] = part.model_copy(update=paths)
-        # What was unset still is: it may follow from a setting that is changed later.
-        parts[section].model_fields_set.intersection_update(part.model_fields_set)
+        parts[section].model_fields_set.difference_update(unset)
     return changed.model_copy(update=parts)
 
 

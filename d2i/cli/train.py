@@ -59,8 +59,6 @@ def train(
 
         d2i train --recipe demo --data data --run runs/demo --set train.num_steps=600
 
-        d2i train --recipe own.toml --data data --run runs/own
-
         d2i train --recipe uvit-s-mmdialog --data data --run runs/b --preflight --json
 
         d2i train --recipe uvit-s-mmdialog --data s3://bucket/data --run runs/b

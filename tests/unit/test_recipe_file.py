@@ -97,6 +97,22 @@ def test_unset_settings_of_file_follow_those_they_depend_on(tmp_path: Path) -> N
     assert changed.sample.unconditional == "empty_token"
 
 
+def test_absolute_paths_of_file_hold_in_another_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    for name in ("sd/vae", "sd/text_encoder", "openai/clip-vit-base-patch32"):
+        (here / name).mkdir(parents=True)
+    monkeypatch.chdir(here)
+    recipe = resolve_recipe("sd15-photochat", ["backbone.weights=sd"])
+    assert recipe.encoders.vae == str(here / "sd" / "vae")
+    assert recipe.encoders.clip_image == str(here / "openai" / "clip-vit-base-patch32")
+    name = write(here, recipe)
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(name) == recipe
+    assert resolve_recipe(name, ["backbone.weights=other"]).encoders.vae == "other/vae"
+
+
 def test_text_null_is_refused_where_it_would_be_read_as_null() -> None:
     recipe = resolve_recipe("demo", ['corpus.earlier_images="null"'])
     with pytest.raises(ConfigError, match=r"corpus\.earlier_images is the text 'null'"):
