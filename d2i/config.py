@@ -566,12 +566,24 @@ def load_config(kind: type[ConfigT], values: dict[str, Any], *, source: str) -> 
     try:
         return kind.model_validate(values)
     except ValidationError as err:
-        first = err.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        # An error about two settings together has no single value to show.
-        got = f"{field} is {_shortened(first['input'])}: " if field else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{source}: {got}{message}; see 'd2i recipes show'") from err
+        raise ConfigError(f"{source}: {_problem(kind, err)}; see 'd2i recipes show'") from err
+
+
+def _problem(kind: type[Config], err: ValidationError) -> str:
+    """Describe one of the errors; an unknown name first, as it may be a missing one mistyped."""
+    errors = err.errors()
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{field} is missing; expected a value for it"
+    if first["type"] == "extra_forbidden":
+        *parents, leaf = (str(part) for part in first["loc"])
+        for parent in parents:
+            kind = _section(kind, parent, field)
+        return f"{_cut(field)}: {_unknown_name(kind, leaf)}"
+    # An error about two settings together has no single value to show.
+    got = f"{field} is {_shortened(first['input'])}: " if field else ""
+    return got + first["msg"].removeprefix("Value error, ")
 
 
 def _shortened(value: Any) -> str:
@@ -610,10 +622,13 @@ def _section(kind: type[Config], name: str, path: str) -> type[Config]:
 
 
 def _check_name(kind: type[Config], name: str, path: str) -> None:
-    if name in kind.model_fields:
-        return
+    if name not in kind.model_fields:
+        raise ConfigError(f"--set {_cut(path)}: {_unknown_name(kind, name)}")
+
+
+def _unknown_name(kind: type[Config], name: str) -> str:
     near = difflib.get_close_matches(name, kind.model_fields, n=1)
     hint = (
         f"did you mean '{near[0]}'?" if near else f"its fields are {', '.join(kind.model_fields)}"
     )
-    raise ConfigError(f"--set {_cut(path)}: {kind.__name__} has no field '{_cut(name)}'; {hint}")
+    return f"{kind.__name__} has no field '{_cut(name)}'; {hint}"

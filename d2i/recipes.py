@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from d2i.backbones import presets_of
 from d2i.config import (
     SCRATCH,
     AdapterConfig,
@@ -30,6 +31,7 @@ from d2i.config import (
 from d2i.errors import ConfigError
 from d2i.io import checksums, storage
 from d2i.io.config_lock import diff, read_settings
+from d2i.recipe_file import is_recipe_file, read_recipe_file
 
 _KEPT_NAME = "recipe.json"
 _PATHS = {
@@ -219,10 +221,20 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 def resolve_recipe(name: str, settings: Sequence[str]) -> Recipe:
     """Return a recipe with `--set` settings applied and local paths made absolute.
 
+    A recipe's file may come from somebody else, so the URLs in it are treated as in
+    `change_recipe`.
+
+    Args:
+        name: As in `load_recipe`.
+        settings: The values of `--set`.
+
     Raises:
         ConfigError: If there is no such recipe, or a setting is unknown or wrong.
     """
-    return _changed(load_recipe(name), settings)
+    recipe = load_recipe(name)
+    if is_recipe_file(name):
+        _refuse_hosts(recipe, {setting.partition("=")[0] for setting in settings})
+    return _changed(recipe, settings)
 
 
 def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
@@ -234,20 +246,24 @@ def change_recipe(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     Raises:
         ConfigError: If a setting is unknown or wrong, or the recipe names such a URL.
     """
+    # A run's network generates with the run's own weights, never with its initial ones.
     given = {setting.partition("=")[0] for setting in settings}
-    for section, names in _PATHS.items():
-        for name in names:
-            value = getattr(getattr(recipe, section), name)
-            # A run's network generates with the run's own weights, never with its initial ones.
-            is_given = f"{section}.{name}" not in given | {"backbone.weights"}
-            if is_given and value:
-                option = f"--set {section}.{name}=URL, or a local path"
-                refuse_host(f"{section}.{name}", value, option)
+    _refuse_hosts(recipe, given | {"backbone.weights"})
     return _changed(recipe, settings)
 
 
+def _refuse_hosts(recipe: Recipe, passed_over: set[str]) -> None:
+    """Refuse URLs with a host, but in the settings that are passed over."""
+    for section, names in _PATHS.items():
+        for name in names:
+            value = getattr(getattr(recipe, section), name)
+            if value and f"{section}.{name}" not in passed_over:
+                option = f"--set {section}.{name}=URL, or a local path"
+                refuse_host(f"{section}.{name}", value, option)
+
+
 def refuse_host(name: str, url: str, option: str) -> None:
-    """Refuse to contact a host named in a directory's file, which may come from somebody else.
+    """Refuse to contact a host that a file names, which may come from somebody else.
 
     Args:
         name: The field that holds the URL, for the error.
@@ -259,8 +275,8 @@ def refuse_host(name: str, url: str, option: str) -> None:
     """
     if storage.names_host(url):
         raise ConfigError(
-            f"{name} is {url!r}, a URL in a file of this directory; expected it in the command, as "
-            f"d2i would contact its host; if you trust that host, give {option}"
+            f"{name} is {url!r}, a URL in a file that may be somebody else's; expected it in the "
+            f"command, as d2i would contact its host; if you trust that host, give {option}"
         )
 
 
@@ -271,11 +287,16 @@ def _changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     so may the repeated command.
     """
     changed = apply_settings(recipe, settings)
+    # These still count as unset, so that they follow when the setting that decides them changes.
+    derived = presets_of(changed.backbone.name).unset(changed)
     parts = {}
     for section, names in _PATHS.items():
         part = getattr(changed, section)
         paths = {name: _absolute(getattr(part, name)) for name in names}
+        paths = {name: path for name, path in paths.items() if path != getattr(part, name)}
+        unset = {n for n in names if f"{section}.{n}" in derived} - part.model_fields_set
         parts[section] = part.model_copy(update=paths)
+        parts[section].model_fields_set.difference_update(unset)
     return changed.model_copy(update=parts)
 
 
@@ -289,11 +310,18 @@ def _absolute(name: str | None) -> str | None:
 
 
 def load_recipe(name: str) -> Recipe:
-    """Return a named recipe, or the one a user's own `package.module:function` returns.
+    """Return a named recipe, the one in a file, or the one a user's own function returns.
+
+    Args:
+        name: A name in `RECIPES`, a path or URL that ends in `.toml` or `.json`, or
+            `package.module:function`.
 
     Raises:
-        ConfigError: If there is no such recipe; it suggests the nearest name.
+        ConfigError: If there is no such recipe (it suggests the nearest name), or the file holds
+            none.
     """
+    if is_recipe_file(name):
+        return read_recipe_file(name)
     if ":" in name:
         return _load_function(name)
     if name not in RECIPES:

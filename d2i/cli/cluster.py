@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def check(
     ray_address: Annotated[str, typer.Option(help="A running Ray cluster, HOST:PORT or auto.")],
     recipe: Annotated[
-        str | None, typer.Option(help="Check that every node has this recipe's weights.")
+        str | None,
+        typer.Option(help="A recipe, by name or file, whose weights every node must have."),
     ] = None,
     settings: SetOption = None,
     storage: Annotated[

@@ -22,10 +22,8 @@ CorpusOption = Annotated[
 SourceOption = Annotated[
     str, typer.Option("--source", help="Directory or file of the corpus, a path or URL.")
 ]
-RecipeOption = Annotated[
-    str,
-    typer.Option("--recipe", help="A recipe's name ('d2i recipes'), or package.module:function."),
-]
+RECIPE_HELP = "A recipe's name ('d2i recipes'), FILE.toml, FILE.json, or package.module:function."
+RecipeOption = Annotated[str, typer.Option("--recipe", help=RECIPE_HELP)]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Change a setting, e.g. image.resolution=64."),

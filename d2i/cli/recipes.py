@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from d2i.cli.options import JsonOption, SetOption
+from d2i.cli.options import RECIPE_HELP, JsonOption, SetOption
 from d2i.cli.output import print_result
 
 
@@ -29,17 +29,28 @@ def list_recipes(context: typer.Context, *, as_json: JsonOption = False) -> None
 
 
 def show_recipe(
-    name: Annotated[str, typer.Argument(help="A recipe's name, or package.module:function.")],
+    name: Annotated[str, typer.Argument(help=RECIPE_HELP)],
     settings: SetOption = None,
+    *,
+    as_json: JsonOption = False,
 ) -> None:
-    """Print every setting of a recipe as JSON.
+    """Print every setting of a recipe as TOML, with its explanation.
+
+    Redirected to a file and edited, it is a recipe of your own: --recipe FILE.toml.
 
     Examples:
 
         d2i recipes show demo
 
+        d2i recipes show own.toml --json
+
         d2i recipes show uvit-s-mmdialog --set sample.num_steps=25
     """
+    from d2i.recipe_file import to_toml
     from d2i.recipes import resolve_recipe
 
-    typer.echo(resolve_recipe(name, settings or []).model_dump_json(indent=1))
+    recipe = resolve_recipe(name, settings or [])
+    if as_json:
+        print_result(recipe.model_dump(mode="json"), [], as_json=True)
+    else:
+        typer.echo(to_toml(recipe), nl=False)

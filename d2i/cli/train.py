@@ -68,6 +68,7 @@ def train(
     from d2i.fault_injection import parse_fault
     from d2i.io import storage
     from d2i.io.parse import read_json
+    from d2i.recipe_file import is_recipe_file
     from d2i.recipes import resolve_recipe
     from d2i.run_dir import STOPPED_NAME, check_initial_weights
     from d2i.train.launcher import deepspeed_command, run_command
@@ -79,7 +80,9 @@ def train(
         check_initial_weights(resolved, run)
     parse_fault(fault)
     _check_data(data)
-    arguments = ["--recipe", recipe, "--data", data, "--run", run]
+    # The printed command then also works in another working directory.
+    named = storage.absolute(recipe) if is_recipe_file(recipe) else recipe
+    arguments = ["--recipe", named, "--data", data, "--run", run]
     arguments += [part for setting in settings or [] for part in ("--set", setting)]
     arguments += ["--zero", str(zero)] if zero else []
     arguments += ["--cache-dir", str(cache_dir)] if cache_dir else []

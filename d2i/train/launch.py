@@ -24,7 +24,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def launch(
-    recipe: Annotated[str, typer.Option(help="A recipe's name, or module:function.")],
+    recipe: Annotated[str, typer.Option(help="A recipe's name, file, or module:function.")],
     data: Annotated[str, typer.Option(help="Directory made by d2i preprocess.")],
     run: Annotated[str, typer.Option(help="Run directory; the same command resumes it.")],
     settings: Annotated[
