@@ -49,6 +49,7 @@ class Presets:
         network: The class of diffusers' network.
         network_part: The part of that pipeline which is trained, such a network.
         lora_targets: Names of the layers that a LoRA adapts; empty if the family takes none.
+        stores_text: True if shards can hold the text that its networks are given.
     """
 
     sizes: Mapping[str, Mapping[str, Any]]
@@ -58,6 +59,7 @@ class Presets:
     network: str = "UNet2DConditionModel"
     network_part: str = "unet"
     lora_targets: tuple[str, ...] = ()
+    stores_text: bool = True
 
 
 def presets_of_family(family: str) -> Presets:
@@ -95,33 +97,44 @@ def presets_of(backbone: str) -> Presets:
 
 def recipe_problem(recipe: Any) -> str | None:
     """Return what is wrong with a recipe for its backbone, in one line; else None."""
-    name, presets, sampler = recipe.backbone.name, presets_of(recipe.backbone.name), recipe.sample
+    name, presets = recipe.backbone.name, presets_of(recipe.backbone.name)
     if recipe.adapter.kind and not presets.lora_targets:
         takers = [b for b in backbones() if presets_of(b).lora_targets]
         return f"adapter.kind: {name} takes no adapter; expected one of {', '.join(takers)}"
-    if (sampler.sampler == "pipeline") > (presets.pipeline is not None):
-        return f"sample.sampler=pipeline: {name} is no pipeline of diffusers; use dpm_solver"
     if presets.pipeline and (problem := _pipeline_problem(recipe, presets)):
         return problem
     return presets.problem(recipe)
 
 
+def sampler_problem(backbone: str, sampler: str) -> str | None:
+    """Return the reason why a backbone cannot generate with a sampler, in one line; else None."""
+    if presets_of(backbone).pipeline is None:
+        if sampler == "pipeline":
+            return f"sample.sampler=pipeline: {backbone} is no pipeline of diffusers"
+    elif sampler != "pipeline" and not sampler.startswith("diffusers:"):
+        return (
+            f"sample.sampler={sampler}: {backbone} generates by diffusers' own pipeline; "
+            "expected pipeline, or a scheduler such as diffusers:DPMSolverMultistepScheduler"
+        )
+    return None
+
+
 def _pipeline_problem(recipe: Any, presets: Presets) -> str | None:
-    backbone, sampler = recipe.backbone, recipe.sample.sampler
+    backbone = recipe.backbone
     if strange := backbone.overrides().keys() - presets.sizes[backbone.name].keys():
         return (
             f"backbone.{min(strange)}: the sizes of {backbone.name} stand in its own directory; "
             "remove this setting"
         )
+    if recipe.text.num_windows != 1:
+        return (
+            f"text.num_windows is {recipe.text.num_windows}: {backbone.name} reads one window; "
+            "expected 1"
+        )
     if backbone.weights == "scratch":
         return (
             f"backbone.weights=scratch: {backbone.name} is fine-tuned, not trained from random "
             "weights; expected the directory of a pipeline"
-        )
-    if sampler != "pipeline" and not sampler.startswith("diffusers:"):
-        return (
-            f"sample.sampler={sampler}: {backbone.name} generates by diffusers' own pipeline; "
-            "expected pipeline, or a scheduler such as diffusers:DPMSolverMultistepScheduler"
         )
     return None
 

@@ -79,11 +79,17 @@ def with_numbers_of(scheduler: Any, sampler: str) -> Any:
     Args:
         scheduler: as a pipeline's files describe it.
         sampler: `diffusers:` and a class, or `pipeline` for the scheduler's own class.
+
+    Raises:
+        ConfigError: as `build_scheduler`.
     """
     import diffusers
 
     prefix, _, name = sampler.partition(":")
-    kind: Any = getattr(diffusers, name) if prefix == "diffusers" else type(scheduler)
+    if prefix != "diffusers":
+        return type(scheduler).from_config(scheduler.config)
+    build_scheduler(name)
+    kind: Any = getattr(diffusers, name)
     return kind.from_config(scheduler.config)
 
 

@@ -218,5 +218,7 @@ def _is_in_hub_cache(value: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     owner, repository, *subfolder = value.split("/")
-    config = "/".join([*subfolder, "config.json"])
-    return isinstance(try_to_load_from_cache(f"{owner}/{repository}", config), str)
+    # That of a whole pipeline has another name.
+    names = ("/".join([*subfolder, name]) for name in ("config.json", "model_index.json"))
+    found = (try_to_load_from_cache(f"{owner}/{repository}", name) for name in names)
+    return any(isinstance(place, str) for place in found)

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from d2i.backbones import presets_of
 from d2i.errors import ConfigError
 from d2i.io import storage
+from d2i.recipes import refuse_host
 from d2i.run_dir import BEST_NAME, load_selection, read_choice, read_recipe
 
 _ORIGIN_KEYS = ("metric", "value", "num_instances", "seed")
@@ -22,8 +24,8 @@ class Choice:
     """Settings to generate images with, and the source of their guidance scale.
 
     Args:
-        settings: In the form of `--set`: the text that a run was trained with, those of `d2i
-            select`, then those of the command.
+        settings: In the form of `--set`: those that a run brings, those of `d2i select`, then those
+            of the command.
         guidance_by: `how`: `given` (a setting of the command), `select` (`d2i select`, with
             `metric`, `value`, `num_instances` and `seed` of its choice) or `recipe`.
     """
@@ -63,7 +65,7 @@ def choose_settings(
     files = generation_weights(weights, adapter)
     if kind == "run":
         choice = _chosen(system, given, selected, files)
-        return replace(choice, settings=[*_text_of_run(target), *choice.settings])
+        return replace(choice, settings=[*_settings_of_run(target), *choice.settings])
     return _chosen(system, given, selected, files)
 
 
@@ -87,10 +89,19 @@ def _chosen(
     return Choice([*chosen, *given], origin)
 
 
-def _text_of_run(run_url: str) -> list[str]:
-    """Return the text that a run was trained with, as settings."""
-    text = read_recipe(run_url).text.model_dump(mode="json")
-    return [f"text.{name}={json.dumps(value)}" for name, value in text.items()]
+def _settings_of_run(run_url: str) -> list[str]:
+    """Return the text that a run was trained on, and its sampling where data may not suit it."""
+    run = read_recipe(run_url)
+    values = {f"text.{name}": value for name, value in run.text.model_dump(mode="json").items()}
+    if presets_of(run.backbone.name).pipeline:
+        for name in ("sampler", "num_steps", "guidance_scale"):
+            values[f"sample.{name}"] = getattr(run.sample, name)
+    elif run.text.encode == "on_the_fly":
+        for name in ("clip_text", "text_prefix"):
+            values[f"encoders.{name}"] = value = getattr(run.encoders, name)
+            if value:
+                refuse_host(f"encoders.{name} of {run_url}", value, f"--set encoders.{name}=URL")
+    return [f"{name}={json.dumps(value)}" for name, value in values.items()]
 
 
 def generation_weights(weights: str | None, adapter: str | None) -> dict[str, str | None]:

@@ -73,7 +73,11 @@ class EvalWorker:
     def __init__(self, builder: EvalWorkerBuilder, encoders: Encoders, device: str) -> None:
         self._builder, self._encoders, self._device = builder, encoders, device
         self._reader = builder.open_shards(builder.data_url)
-        check_encoder_hashes(encoders.hashes(), self._reader.manifest, self._reader.url)
+        hashes = encoders.hashes()
+        if builder.recipe.text.encode == "on_the_fly":
+            # Then the stored text, and what encoded it, are not used.
+            del hashes["clip_text"]
+        check_encoder_hashes(hashes, self._reader.manifest, self._reader.url)
         self._prompts = PromptReader(self._reader, builder.recipe.text, builder.context)
         self._measurer = FeatureComputer(builder.recipe, encoders, self._reader, device)
         self._system = build_system(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from d2i.backbones import presets_of
 from d2i.config import BackboneConfig, load_config
 from d2i.errors import CheckpointError
 from d2i.io import checksums, storage
@@ -39,8 +40,12 @@ def build_network(config: BackboneConfig) -> nn.Module:
     network = build_untrained(config)
     if config.weights is None or config.is_random:
         return network
-    path = resolve_weights(config.weights)
-    return family_of_backbone(config.name).load(path, network)
+    return family_of_backbone(config.name).load(_weights_path(config, config.weights), network)
+
+
+def _weights_path(config: BackboneConfig, weights: str) -> str:
+    """Return the place of weights on this machine; a pipeline's is never fetched."""
+    return weights if presets_of(config.name).pipeline else resolve_weights(weights)
 
 
 def build_untrained(config: BackboneConfig) -> nn.Module:
@@ -53,13 +58,14 @@ def build_untrained(config: BackboneConfig) -> nn.Module:
     described = None
     if config.weights is not None and not config.is_random:
         family = family_of_backbone(config.name)
-        described = family.build_described(resolve_weights(config.weights), config)
+        described = family.build_described(_weights_path(config, config.weights), config)
     return described or build_backbone(config.name, **resolve_sizes(config).overrides())
 
 
 def resolve_sizes(config: BackboneConfig) -> BackboneConfig:
     """Fill in the sizes that a recipe leaves open from the `config.json` beside its weights."""
-    if config.weights is None or config.is_random:
+    is_described = presets_of(config.name).pipeline is not None
+    if config.weights is None or config.is_random or is_described:
         return config
     there = read_config(Path(resolve_weights(config.weights)))
     if there is None:

@@ -13,16 +13,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2i.backbones import Presets
+from d2i.config import NUM_NOISE_LEVELS
 from d2i.errors import CheckpointError
 from d2i.io import storage
 from d2i.io.parse import parse_json
 from d2i.models.weights.load import update_state_hash
 
 _INDEX = "model_index.json"
+_SCHEDULER = "scheduler/scheduler_config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Neither changes a latent, and both are often left out.
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
@@ -72,7 +75,14 @@ class PipelineDirectory:
                 f"{name}: its {self.network_part} is quantised, which cannot be trained yet; "
                 "expected weights in float32, bfloat16 or float16; use the pipeline as published"
             )
-        predicted = self._read("scheduler/scheduler_config.json").get("prediction_type", "epsilon")
+        numbers = self._read(_SCHEDULER)
+        num_levels = numbers.get("num_train_timesteps", NUM_NOISE_LEVELS)
+        if num_levels != NUM_NOISE_LEVELS or self._scheduler_class not in _schedulers():
+            raise CheckpointError(
+                f"{name}: its scheduler is {self._scheduler_class} with {num_levels} noise levels; "
+                f"expected one of diffusers' with {NUM_NOISE_LEVELS}; use another base model"
+            )
+        predicted = numbers.get("prediction_type", "epsilon")
         if predicted != "epsilon":
             raise CheckpointError(
                 f"{name}: its scheduler has prediction_type {predicted}; expected epsilon: only "
@@ -84,19 +94,28 @@ class PipelineDirectory:
         return read_part_config(self.path, part)
 
     def scheduler(self) -> Any:
-        """Return diffusers' scheduler, with the numbers of its file."""
+        """Return diffusers' scheduler, with the numbers of its file, on the CPU."""
         import diffusers
 
-        kind = getattr(diffusers, self._scheduler_class)
-        return kind.from_config(self._read("scheduler/scheduler_config.json"))
+        kind: Any = getattr(diffusers, self._scheduler_class)
+        # A network may be built on the meta device meanwhile, which holds no numbers.
+        with torch.device("cpu"):
+            return kind.from_config(self._read(_SCHEDULER))
 
     def betas(self) -> npt.NDArray[np.float64]:
         """Return the variance that each noise level adds, as the scheduler's file gives it."""
         from diffusers import DDPMScheduler
 
-        config = self._read("scheduler/scheduler_config.json")
-        betas: npt.NDArray[np.float64] = DDPMScheduler.from_config(config).betas.double().numpy()
+        with torch.device("cpu"):
+            scheduler = DDPMScheduler.from_config(self._read(_SCHEDULER))
+        betas: npt.NDArray[np.float64] = scheduler.betas.double().numpy()
         return betas
+
+    def missing_options(self) -> list[str]:
+        """Return the optional parts that the index names and the directory does not have."""
+        index = self._read(_INDEX)
+        named = [part for part in _OPTIONAL if _is_part(part, index.get(part))]
+        return [part for part in named if not (self.path / part).is_dir()]
 
     def network_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Read the network's tensors, in the order of their names."""
@@ -167,6 +186,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     )
 
 
+def _schedulers() -> set[str]:
+    import diffusers
+
+    return {name for name in dir(diffusers) if name.endswith("Scheduler")}
+
+
 def _is_part(part: str, kind: Any) -> bool:
     return not part.startswith("_") and isinstance(kind, list) and None not in kind
 
@@ -183,7 +208,7 @@ def local_directory(name: str, expected: str, option: str) -> Path:
         CheckpointError: If there is neither.
     """
     path = Path(name)
-    if path.is_dir():
+    if not storage.names_host(name) and path.is_dir():
         return path
     if name.count("/") == 1 and not path.is_absolute():
         from huggingface_hub import snapshot_download

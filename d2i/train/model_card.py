@@ -12,7 +12,6 @@ from d2i.io import storage
 from d2i.io.config_lock import read_settings
 from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.prompt_text import context_text
-from d2i.weights_resolve import resolve_weights
 
 CARD_NAME = "README.md"
 _EXAMPLE = (Turn(0, "look what i saw"), Turn(1, "what?"), Turn(0, "a big red ball on the beach"))
@@ -28,7 +27,7 @@ def write_model_card(run_url: str, recipe: Recipe, data_url: str, base_sha256: s
         base_sha256: Of the base model's network.
     """
     presets = presets_of(recipe.backbone.name)
-    base = PipelineDirectory(resolve_weights(recipe.backbone.weights or ""), presets).name
+    base = PipelineDirectory(recipe.backbone.weights or "", presets).name
     adapter, text, config = recipe.adapter, recipe.text, recipe.train
     side = "most recent" if text.keep == "end" else "first"
     is_lora = adapter.kind is not None

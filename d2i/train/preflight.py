@@ -22,6 +22,7 @@ from d2i.models.registry import family_of_backbone
 from d2i.recipes import check_prepared_with
 from d2i.shards import ShardReader, data_set_url
 from d2i.train.checkpoint.checkpoint_writer import build_state
+from d2i.train.data.base_parts import check_base_parts
 from d2i.train.data.batch import Batch, BatchLoader
 from d2i.train.data.loader import (
     build_order,
@@ -80,6 +81,7 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
     reader = request.open_shards(data_set_url(request.data_url, "train"))
     check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
+    check_base_parts(recipe, reader)
     network = build_trained_network(recipe)
     open_text = build_text(recipe, reader, str(ranks.device))
     check_sizes(network, reader, open_text(reader))

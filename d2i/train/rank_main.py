@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from d2i.backbones import sampler_problem
 from d2i.config import Recipe
 from d2i.errors import CheckpointError, ConfigError
 from d2i.fault_injection import Fault
@@ -95,7 +96,7 @@ def _hold_run(run_url: str, ranks: Ranks, stack: ExitStack) -> None:
 def _train_rank(request: TrainRequest, ranks: Ranks, fault: Fault | None) -> None:
     recipe, config, run_url = request.recipe, request.recipe.train, request.run_url
     config.accumulation(ranks.world_size)
-    _check_kept_weights(recipe)
+    _check_sampling(recipe)
     reader = request.open_shards(data_set_url(request.data_url, "train"))
     check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
@@ -235,12 +236,14 @@ def _check_num_steps(request: TrainRequest, made: int, *, can_go_on: bool) -> No
         )
 
 
-def _check_kept_weights(recipe: Recipe) -> None:
-    """Check that the run keeps the weights that images are to be generated with.
+def _check_sampling(recipe: Recipe) -> None:
+    """Check that images can be generated from the run, by its sampler and kind of weights.
 
     Raises:
-        ConfigError: If it does not keep that EMA.
+        ConfigError: If the backbone has no such sampler, or the run does not keep that EMA.
     """
+    if problem := sampler_problem(recipe.backbone.name, recipe.sample.sampler):
+        raise ConfigError(problem)
     if recipe.sample.weights == "ema-short" and recipe.train.short_ema_length is None:
         raise ConfigError(
             "sample.weights is ema-short, but train.short_ema_length is null, so the run keeps no "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from d2i.backbones import presets_of
 from d2i.config import Recipe, WeightsKind
 from d2i.io import storage
@@ -9,7 +11,6 @@ from d2i.models import save_weights
 from d2i.models.lora import pack_lora
 from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.train.checkpoint.checkpoint_files import KIND_OF_WEIGHTS, Checkpoint
-from d2i.weights_resolve import resolve_weights
 
 
 def save_trained(recipe: Recipe, checkpoint: Checkpoint, kind: WeightsKind, url: str) -> None:
@@ -40,6 +41,10 @@ def save_network_config(recipe: Recipe, url: str) -> None:
     presets, weights = presets_of(recipe.backbone.name), recipe.backbone.weights
     if recipe.adapter.kind or presets.pipeline is None or weights is None:
         return
-    base = PipelineDirectory(resolve_weights(weights), presets)
-    config = storage.read_bytes(str(base.path / presets.network_part / "config.json"))
-    storage.write_bytes(storage.join(url.rpartition("/")[0], "config.json"), config)
+    base = PipelineDirectory(weights, presets)
+    data = storage.read_bytes(str(base.path / presets.network_part / "config.json"))
+    config, side = json.loads(data), recipe.backbone.latent_size
+    if side not in (None, config.get("sample_size")):
+        # The side that a stock pipeline generates by default.
+        data = (json.dumps(config | {"sample_size": side}, indent=2) + "\n").encode()
+    storage.write_bytes(storage.join(url.rpartition("/")[0], "config.json"), data)

@@ -292,15 +292,24 @@ def test_other_base_model_is_refused(
     error = one_line_error(*train_command(LORA, other, data, run, train__num_steps=8))
     assert "its network has sha256" in error
     assert "on which this run began" in error
-    # The run names the directory it began with; here its weights are replaced.
+    # The run names the directory that it began with; here that is another model.
     config = json.loads((run / "config.json").read_text())
     config["recipe"]["backbone"]["weights"] = str(other)
     (run / "config.json").write_text(json.dumps(config))
     (run / "config.json.sha256").unlink()
     dialog = tmp_path / "dialog.txt"
     dialog.write_text(DIALOG)
-    error = one_line_error("sample", "--run", run, "--dialog", dialog, "--out", tmp_path / "a.png")
-    assert "was trained on a base model whose network has sha256" in error
+    words = ("sample", "--run", run, "--dialog", dialog, "--out", tmp_path / "a.png")
+    assert "was trained on a base model whose network has sha256" in one_line_error(*words)
+    # The command may say where the base model is now.
+    run_d2i(*words, "--set", f"backbone.weights={base}")
+    config["recipe"]["backbone"]["weights"] = "http://127.0.0.1:9/base"
+    (run / "config.json").write_text(json.dumps(config))
+    assert "no such directory" in one_line_error(*words)
+    adapter = run / "adapter" / "pytorch_lora_weights.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"x")
+    error = one_line_error(*words, "--set", f"backbone.weights={base}")
+    assert "does not match" in error or "sha256" in error
 
 
 def one_line_error(*words: object) -> str:

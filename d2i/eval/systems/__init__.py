@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from d2i.backbones import backbones
+from d2i.backbones import backbones, presets_of, sampler_problem
 from d2i.config import BackboneConfig, Recipe, WeightsKind
 from d2i.errors import ConfigError
 from d2i.eval.system import System, SystemContext, SystemSpec
@@ -44,7 +44,21 @@ def parse_system(
         CheckpointError: If `run:DIR` is not a run.
     """
     spec = _parse(system, weights, recipe)
+    _check_sampler(spec, recipe)
     return spec if adapter is None else _adapted(spec, adapter)
+
+
+def _check_sampler(spec: SystemSpec, recipe: Recipe) -> None:
+    """Check that the system can use the sampler, which may come from the data's recipe."""
+    if spec.inner:
+        _check_sampler(spec.inner, recipe)
+    if spec.network is None:
+        return
+    name, sampler = spec.network.name, recipe.sample.sampler
+    if problem := sampler_problem(name, sampler):
+        own = {"sample.sampler": "dpm_solver"} | presets_of(name).unset(recipe)
+        settings = [f"--set {key}={own[key]}" for key in own if key.startswith("sample.")]
+        raise ConfigError(f"--system {spec.name}: {problem}; give {' '.join(settings)}")
 
 
 def _parse(system: str, weights: str | None, recipe: Recipe) -> SystemSpec:

@@ -9,31 +9,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from d2i.backbones import presets_of
+from d2i.backbones import Presets, presets_of
 from d2i.config import BackboneConfig, Recipe
 from d2i.diffusion.draws import SampleDraws
 from d2i.diffusion.samplers import draw_noise
 from d2i.diffusion.schedulers import with_numbers_of
-from d2i.errors import CheckpointError
+from d2i.encoders.pretrained import check_sibling_checksums
+from d2i.errors import CheckpointError, ConfigError
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import Generation, SystemSpec
-from d2i.eval.systems.adapter import Adapter, find_adapter
+from d2i.eval.systems.adapter import find_adapter
 from d2i.eval.systems.diffusers_pipeline import PipelineSystem, load_pipeline
 from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.models.registry import family_of_backbone
-from d2i.models.weights.load import fill_network, read_described
+from d2i.models.weights.load import fill_network, read_described, read_state_dict
 from d2i.run_dir import read_recipe
 from d2i.tokenize import clean
 from d2i.weights_resolve import resolve_weights
 
+# Arguments of a pipeline's call that other settings give.
+_GIVEN = {
+    "guidance_scale": "sample.guidance_scale",
+    "num_inference_steps": "sample.num_steps",
+    "height": "backbone.latent_size",
+    "width": "backbone.latent_size",
+    "latents": "sample.seed",
+    "generator": "sample.seed",
+}
+
 
 class FineTunedPipeline(PipelineSystem):
     """The pipeline of a base model, with an adapter or a network that was trained.
+
+    A run's base model is known by the sha256 of its network: that of the recipe is used if it is
+    the same, which `--set backbone.weights` may give, else the directory that the run names.
 
     Args:
         spec: A run, or a backbone with the directory of its pipeline as weights.
@@ -41,30 +55,35 @@ class FineTunedPipeline(PipelineSystem):
         device: The torch device to run on.
 
     Raises:
-        CheckpointError: If a part is missing or does not fit, or the run was trained on another
-            base model.
+        CheckpointError: If a part is missing, damaged or does not fit, or there is no such base
+            model.
+        ConfigError: If `sample.pipeline` sets what another setting gives.
     """
 
     def __init__(self, spec: SystemSpec, recipe: Recipe, device: str) -> None:
+        for name in _GIVEN.keys() & recipe.sample.pipeline.keys():
+            raise ConfigError(
+                f"sample.pipeline sets {name}; expected it as --set {_GIVEN[name]}=…; remove it "
+                "there"
+            )
         run = read_recipe(spec.run_dir) if spec.run_dir else None
         backbone = run.backbone if run else spec.backbone
+        presets, adapter = presets_of(backbone.name), None
         trained = resolve_weights(spec.backbone.weights or "") if run else None
-        pipeline = _load_base(backbone, recipe)
-        adapter = None
+        base = _find_base(trained, [recipe.backbone, backbone] if run else [backbone])
+        pipeline = _load_base(base, presets, recipe)
         if trained and run and run.adapter.kind:
-            adapter = _adapter_of(trained, backbone)
+            check_sibling_checksums(Path(trained))
+            adapter = find_adapter(trained)
         elif trained:
-            network = getattr(pipeline, presets_of(backbone.name).network_part)
-            fill_network(network, load_file(trained), trained)
+            network = getattr(pipeline, presets.network_part)
+            fill_network(network, read_state_dict(trained), trained)
         super().__init__(pipeline, recipe, device, adapter)
         if adapter:
             self.described = {**self.described, "adapter": adapter.sha256}
-        self._shape = self._latent_shape(backbone)
-
-    def _latent_shape(self, backbone: BackboneConfig) -> tuple[int, int, int]:
-        network = getattr(self._pipeline, presets_of(backbone.name).network_part)
+        network = getattr(pipeline, presets.network_part)
         side = backbone.latent_size or int(network.config.sample_size)
-        return family_of_backbone(backbone.name).codec.latent_shape(side)
+        self._shape = family_of_backbone(backbone.name).codec.latent_shape(side)
 
     def generate_seeded(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Generation]:
         """Generate from cleaned text, so that a stock tokenizer gives the ids of training."""
@@ -86,24 +105,39 @@ class FineTunedPipeline(PipelineSystem):
         }
 
 
-def _load_base(backbone: BackboneConfig, recipe: Recipe) -> Any:
+def _find_base(trained: str | None, named: Sequence[BackboneConfig]) -> PipelineDirectory:
+    """Return the first base model that a file of trained weights was trained on.
+
+    Raises:
+        CheckpointError: If there is none; it is about the last one that was named.
+    """
+    expected = read_described(trained).get("base_sha256") if trained else None
+    last = named[-1]
+    for backbone in named:
+        presets = presets_of(backbone.name)
+        if presets.pipeline is None or backbone.name != last.name:
+            continue
+        try:
+            base = PipelineDirectory(backbone.weights or "", presets)
+        except CheckpointError:
+            if backbone is last:
+                raise
+            continue
+        if expected is None or base.network_sha256() == expected:
+            return base
+    raise CheckpointError(
+        f"{trained} was trained on a base model whose network has sha256 {str(expected)[:16]}…; "
+        f"{last.weights} has another; give that base model with --set backbone.weights=DIR"
+    )
+
+
+def _load_base(base: PipelineDirectory, presets: Presets, recipe: Recipe) -> Any:
     import diffusers
 
-    presets = presets_of(backbone.name)
-    base = PipelineDirectory(resolve_weights(backbone.weights or ""), presets)
     kind = getattr(diffusers, presets.pipeline or "")
-    pipeline = load_pipeline(kind, str(base.path), recipe.sample.precision)
+    missing: dict[str, Any] = dict.fromkeys(base.missing_options())
+    if "safety_checker" in missing:
+        missing["requires_safety_checker"] = False
+    pipeline = load_pipeline(kind, str(base.path), recipe.sample.precision, **missing)
     pipeline.scheduler = with_numbers_of(pipeline.scheduler, recipe.sample.sampler)
     return pipeline
-
-
-def _adapter_of(trained: str, backbone: BackboneConfig) -> Adapter:
-    """Return the adapter of a run, if it was trained on this base model."""
-    base = PipelineDirectory(resolve_weights(backbone.weights or ""), presets_of(backbone.name))
-    expected, found = read_described(trained).get("base_sha256"), base.network_sha256()
-    if expected not in (None, found):
-        raise CheckpointError(
-            f"{trained} was trained on a base model whose network has sha256 "
-            f"{str(expected)[:16]}…; {base.name} has {found[:16]}…; restore that base model"
-        )
-    return find_adapter(trained)

@@ -24,19 +24,10 @@ def _unset(recipe: Any) -> dict[str, Any]:
     return settings
 
 
-def _problem(recipe: Any) -> str | None:
-    if recipe.text.encode == "on_the_fly":
-        return None
-    return (
-        "text.encode=stored: shards do not hold the latents of sdxl's two text encoders; expected "
-        "on_the_fly"
-    )
-
-
 PRESETS = Presets(
     {"sdxl": {"latent_size": 128}},
     unset=_unset,
-    problem=_problem,
     pipeline="StableDiffusionXLPipeline",
     lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
+    stores_text=False,
 )

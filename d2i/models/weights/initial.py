@@ -33,9 +33,9 @@ def describe_initial_weights(config: BackboneConfig) -> dict[str, Any]:
     """
     if config.weights is None or config.is_random:
         return {"file": SCRATCH}
-    path = Path(resolve_weights(config.weights))
     if presets_of(config.name).pipeline:
-        return _describe_pipeline(PipelineDirectory(str(path), presets_of(config.name)))
+        return _describe_pipeline(PipelineDirectory(config.weights, presets_of(config.name)))
+    path = Path(resolve_weights(config.weights))
     file = weights_file(path)
     state = read_state_dict(path)
     found = detect_weights(state)
@@ -68,7 +68,7 @@ def base_sha256(config: BackboneConfig) -> str | None:
     presets = presets_of(config.name)
     if presets.pipeline is None or config.weights is None:
         return None
-    return PipelineDirectory(resolve_weights(config.weights), presets).network_sha256()
+    return PipelineDirectory(config.weights, presets).network_sha256()
 
 
 def is_initialisation(state: Mapping[str, Tensor]) -> bool:

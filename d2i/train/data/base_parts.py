@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from d2i.backbones import presets_of
@@ -11,7 +12,7 @@ from d2i.encoders import ClipText, Vae
 from d2i.errors import CheckpointError
 from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.shards import ShardReader
-from d2i.weights_resolve import resolve_weights
+from d2i.tokenize import WINDOW_LENGTH, encode, window
 
 
 def check_base_parts(recipe: Recipe, reader: ShardReader) -> None:
@@ -28,13 +29,14 @@ def check_base_parts(recipe: Recipe, reader: ShardReader) -> None:
     presets, weights = presets_of(recipe.backbone.name), recipe.backbone.weights
     if presets.pipeline is None or weights is None:
         return
-    path = PipelineDirectory(resolve_weights(weights), presets).path
+    path = PipelineDirectory(weights, presets).path
     image, text = (_part(reader, part) for part in ("image", "text"))
     vae_sha256 = Vae(str(path / "vae"), "kl").hash
     if vae_sha256 != (expected := image.get("vae", vae_sha256)):
         raise _other(weights, "vae", "encoders.vae", vae_sha256, expected, reader)
     if recipe.text.encode == "on_the_fly":
         return
+    _check_tokenizer(weights, path)
     own = ClipText(str(path / "text_encoder"))
     expected = text.get("clip_text", own.hash)
     if own.hash == expected:
@@ -42,6 +44,20 @@ def check_base_parts(recipe: Recipe, reader: ShardReader) -> None:
     prepared = ClipText(recipe.encoders.clip_text, recipe.encoders.text_prefix)
     if prepared.hash != expected or prepared.tower_hash != own.tower_hash or prepared.prefix:
         raise _other(weights, "text_encoder", "encoders.clip_text", own.hash, expected, reader)
+
+
+def _check_tokenizer(weights: str, path: Path) -> None:
+    """Check that the base model pads and counts tokens as shards do, as CLIP ViT-L/14."""
+    from transformers import CLIPTokenizer
+
+    line = "a red ball"
+    tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer")
+    found = tokenizer(line, padding="max_length", max_length=WINDOW_LENGTH).input_ids
+    if found != window(encode(line)).tolist():
+        raise CheckpointError(
+            f"backbone.weights {weights}: its tokenizer reads {line!r} as other ids than CLIP "
+            "ViT-L/14's, which shards store; use --set text.encode=on_the_fly"
+        )
 
 
 def _part(reader: ShardReader, name: str) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from d2i.config import Recipe, TextConfig
 from d2i.dialog import Turn
 from d2i.encoders import ClipText, check_encoder_hashes
 from d2i.encoders.pipeline_text import Encoded, PipelineText
+from d2i.errors import ConfigError
 from d2i.prompt_text import context_text, text_tokens
 from d2i.shards import ShardReader
 
@@ -109,9 +110,15 @@ def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
 
     Raises:
         CheckpointError: If an encoder cannot be loaded, or stored text was made with another one.
+        ConfigError: If shards cannot hold the text of this backbone.
     """
     if recipe.text.encode == "on_the_fly":
         return _encoding_dialogs(recipe, device)
+    if not presets_of(recipe.backbone.name).stores_text:
+        raise ConfigError(
+            f"text.encode=stored: shards do not hold what the text encoders of "
+            f"{recipe.backbone.name} give; use --set text.encode=on_the_fly"
+        )
     if "text" in reader.manifest.arrays:
         return StoredText
     clip_text = ClipText(recipe.encoders.clip_text, recipe.encoders.text_prefix, device)

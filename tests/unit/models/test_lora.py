@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 
 from d2i.config import apply_settings
 from d2i.errors import ConfigError
+from d2i.eval.systems import parse_system
 from d2i.models.model_dir import build_network
 from d2i.recipes import load_recipe
 from d2i.train.network import build_trained_network
-from tests.integration.pipelines import save_tiny_sd15
+from tests.integration.pipelines import save_tiny_sd15, save_tiny_sdxl
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +47,10 @@ def test_unsupported_target_is_refused(base: Path, setting: str, said: str) -> N
     [
         ("sd15-lora-photochat", "backbone.dim=64", "sizes of sd15 stand in its own directory"),
         ("sd15-lora-photochat", "backbone.weights=scratch", "fine-tuned, not trained from random"),
-        ("sd15-lora-photochat", "sample.sampler=dpm_solver", "by diffusers' own pipeline"),
+        ("sd15-lora-photochat", "text.num_windows=2", "sd15 reads one window; expected 1"),
         ("sd15-lora-photochat", "train.weighting=cosmap", "train.weighting is 'cosmap'"),
         ("sd15-lora-photochat", "train.optim.name=adafactor", "OptimConfig has no field 'name'"),
         ("uvit-s-photochat", "adapter.kind=lora", "uvit-s takes no adapter; expected one of sd15"),
-        ("uvit-s-photochat", "sample.sampler=pipeline", "uvit-s is no pipeline of diffusers"),
         ("unidiffuser-v1-photochat", "train.weighting=min_snr_5", "losses have no weighting"),
     ],
 )
@@ -57,6 +59,43 @@ def test_setting_that_does_not_fit_backbone_is_refused(name: str, setting: str, 
         apply_settings(load_recipe(name), [setting])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "said"),
+    [
+        ("sd15", "dpm_solver", "by diffusers' own pipeline; expected pipeline"),
+        ("uvit-s", "pipeline", "uvit-s is no pipeline of diffusers"),
+    ],
+)
+def test_sampler_of_another_kind_of_backbone_is_refused(
+    tmp_path: Path, name: str, sampler: str, said: str
+) -> None:
+    """The recipe of the data, which an evaluation begins with, may be for another backbone."""
+    recipe = apply_settings(load_recipe("demo"), [f"sample.sampler={sampler}"])
+    with pytest.raises(ConfigError) as caught:
+        parse_system(name, str(tmp_path), recipe)
+    assert said in str(caught.value)
+    assert "--set sample.sampler=" in str(caught.value)
+
+
+FLOP = """
+import sys
+from d2i.config import BackboneConfig
+from d2i.train.monitor.throughput import count_flops
+
+for name, weights in zip(("sd15", "sdxl"), sys.argv[1:]):
+    print(count_flops(BackboneConfig(name=name, weights=weights)))
+"""
+
+
+def test_flop_are_counted_of_network_without_memory(base: Path, tmp_path: Path) -> None:
+    """In a process that has not used the meta device before."""
+    save_tiny_sdxl(tmp_path / "sdxl")
+    words = [sys.executable, "-W", "ignore", "-c", FLOP, str(base), str(tmp_path / "sdxl")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(int(line) > 0 for line in done.stdout.split())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
