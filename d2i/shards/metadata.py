@@ -45,6 +45,11 @@ class _Metadata(Struct, forbid_unknown_fields=True):
     source: _Source
 
 
+# msgspec resolves a type when it is first used, and crashes if two threads do so at once; a decoder
+# does it here, while the module is imported.
+msgspec.json.Decoder(_Metadata)
+
+
 def check_metadata(key: str, value: Mapping[str, Any]) -> None:
     """Reject a decoded `json` member with a missing or unknown field, or of another sample.
 
