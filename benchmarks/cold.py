@@ -30,6 +30,7 @@ from d2i.models import family
 from d2i.shards import Sample, ShardReader, json_bytes, npy_bytes, write_manifest, write_shard
 from d2i.train.data.batch import BatchLoader
 from d2i.train.data.data_order import DataOrder
+from d2i.train.data.text_source import StoredText
 
 SHAPES = {"moments": (8, 32, 32), "clip": (512,), "text": (77, 768)}
 NUM_SHARDS, NUM_WINDOW_SHARDS = 24, 3
@@ -120,7 +121,7 @@ def paced(
     is_ahead: bool,
 ) -> Iterator[float]:
     """Yield the seconds that each step waits for its batch; steps are paced by `--rate`."""
-    batches = BatchLoader(reader, config, family("uvit"))
+    batches = BatchLoader(reader, config, family("uvit"), StoredText)
     requests = ((order.global_batch(step, args.batch), step) for step in range(num_steps))
     read_ahead = batches.read_ahead(requests)
     for step in range(num_steps):

@@ -842,6 +842,7 @@ def _measure_threads(
 
     from d2i.config import TrainConfig
     from d2i.train.data.batch import BatchLoader
+    from d2i.train.data.text_source import StoredText
 
     config = TrainConfig(
         num_steps=1,
@@ -852,7 +853,7 @@ def _measure_threads(
     random = np.random.default_rng(0)
     num_samples = len(reader.keys)
     requests = ((random.choice(num_samples, size, replace=False), step) for step in range(10**6))
-    batches = BatchLoader(reader, config, backbone.family)
+    batches = BatchLoader(reader, config, backbone.family, StoredText)
     ahead = batches.read_ahead(requests)
     num_bytes = size_bytes(next(ahead))
     device = torch.device(place.device)

@@ -139,7 +139,7 @@ def measure_step(args: argparse.Namespace) -> dict[str, Any]:
 
 def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> list[float]:
     """Time forward, backward and AdamW on one batch in memory."""
-    batches = BatchLoader(reader, config, family("uvit"))
+    batches = BatchLoader(reader, config, family("uvit"), StoredText)
     batch = batches.read(np.arange(config.global_batch_size), 0).to(torch.device("cpu"))
     batches.close()
     network = build_backbone("uvit-s")
@@ -201,7 +201,7 @@ def measure_input(args: argparse.Namespace) -> dict[str, Any]:
         reader = write_data(Path(name), args.num_samples)
         sizes = tuple(shard.num_samples for shard in reader.manifest.shards)
         order = DataOrder(sizes, 0)
-        batches = BatchLoader(reader, config, family("uvit"))
+        batches = BatchLoader(reader, config, family("uvit"), StoredText)
         rates, cpu_rates = [], []
         for repeat in range(args.repeats + 1):
             steps = range(repeat * args.steps, (repeat + 1) * args.steps)

@@ -14,6 +14,7 @@ from d2i.recipes import change_recipe
 from d2i.run_dir import RESULT_NAMES, read_recipe
 from d2i.shards import ShardReader
 from d2i.train.data.batch import BatchLoader
+from d2i.train.data.text_source import StoredText
 from d2i.train.network import build_trained_network
 from d2i.train.objective import build_objective
 from tests.integration.training import train
@@ -45,7 +46,7 @@ def loss_of(run: Path, data: Path, weights: str | None) -> float:
     if weights:
         load_weights(network, weights)
     reader = ShardReader(str(data / "valid"))
-    batches = BatchLoader(reader, recipe.train, family("uvit"))
+    batches = BatchLoader(reader, recipe.train, family("uvit"), StoredText)
     vae = family("uvit").vae_numbers(network)
     objective = build_objective(family("uvit"), vae, recipe.train)
     rows = np.arange(len(reader))

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,11 @@ from torch import Tensor
 from d2i.config import TrainConfig
 from d2i.diffusion.draws import BatchDraws
 from d2i.models.base import Family
-from d2i.shards import ShardReader
-from d2i.train.data.text_source import OpenText, StoredText
+
+if TYPE_CHECKING:
+    # A batch can be held without the shard reader.
+    from d2i.shards import ShardReader
+    from d2i.train.data.text_source import OpenText
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class BatchLoader:
         reader: ShardReader,
         config: TrainConfig,
         family: Family,
-        open_text: OpenText = StoredText,
+        open_text: OpenText,
     ) -> None:
         self._reader = reader
         self._config = config
