@@ -137,7 +137,7 @@ def test_stored_recipe_and_printed_json_are_recipe_files(tmp_path: Path) -> None
     [
         ("a.toml", "", "name is missing; expected"),
         ("a.toml", "name = 'a'\n[encoders]\n[backbone]\n[train]\n", "backbone.name is missing"),
-        ("a.toml", "nam = 'a'", "Recipe has no field 'nam'; did you mean 'name'?"),
+        ("a.toml", "name_ = 'a'", "Recipe has no field 'name_'; did you mean 'name'?"),
         ("a.toml", "[train.optim]\nlrr = 1", "train.optim.lrr: OptimConfig has no field 'lrr'"),
         (
             "a.toml",
