@@ -334,13 +334,18 @@ def read_log(url: str) -> list[dict[str, Any]]:
     return found
 
 
-def last_step(run_url: str) -> int | None:
+def last_step(run_url: str, recipe: Recipe | None = None) -> int | None:
     """Return the step after which a run's results were written; None if there are none yet.
+
+    Args:
+        run_url: The run directory.
+        recipe: Of the run, if it is known: then only its own results are looked for.
 
     Raises:
         CheckpointError: If the results cannot be read.
     """
-    places = (storage.join(run_url, name) for name in _EMA_NAMES)
+    names = [result_names(recipe)["ema"]] if recipe else _EMA_NAMES
+    places = (storage.join(run_url, name) for name in names)
     url = next((place for place in places if storage.exists(place)), None)
     if url is None:
         return None

@@ -198,7 +198,7 @@ def _open_run(
 ) -> int:
     """Start or resume the run; return 1 if it is finished and its checkpoints are gone, else 0."""
     run_url = request.run_url
-    finished_at = last_step(run_url)
+    finished_at = last_step(run_url, request.recipe)
     made = max(finished_at or 0, checkpoint.progress.step if checkpoint else 0)
     storage.remove(storage.join(run_url, STOPPED_NAME))
     config = _run_config(request, reader, ranks.world_size)
