@@ -62,6 +62,25 @@ class Presets:
     stores_text: bool = True
 
 
+def pipeline_settings(recipe: Any, guidance_scale: float) -> dict[str, Any]:
+    """Return what a pipeline's backbone needs where a recipe leaves it unset.
+
+    Data are encoded with the pipeline's own models, and images generated as it does by default.
+
+    Args:
+        recipe: The recipe; its `backbone.weights` name the pipeline.
+        guidance_scale: The default of the pipeline.
+    """
+    settings: dict[str, Any] = {
+        "sample.sampler": "pipeline",
+        "sample.guidance_scale": guidance_scale,
+        "text.cut": "turn",
+    }
+    if base := recipe.backbone.weights:
+        settings |= {"encoders.vae": f"{base}/vae", "encoders.clip_text": f"{base}/text_encoder"}
+    return settings
+
+
 def presets_of_family(family: str) -> Presets:
     """Return what a family declares."""
     presets: Presets = importlib.import_module(f"{FAMILIES[family]}.presets").PRESETS

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2i.backbones import Presets
 from d2i.config import AdapterConfig
@@ -51,16 +51,16 @@ def add_lora(network: Any, config: AdapterConfig, presets: Presets, seed: int) -
             f"adapter.targets is {', '.join(lora.target_modules)}: {reason}; expected names of "
             f"linear or convolution layers, such as {', '.join(presets.lora_targets)}"
         ) from err
+    firsts = {name: p for name, p in network.named_parameters() if ".lora_A." in name}
     for target in lora.target_modules:
-        if not any(target in name and ".lora_A." in name for name, _ in _trained(network)):
+        if not any(target in name for name in firsts):
             raise ConfigError(
                 f"adapter.targets: no layer of the network is named {target}; expected names such "
                 f"as {', '.join(presets.lora_targets)}"
             )
-    for name, parameter in _trained(network):
-        if ".lora_A." in name:
-            drawn = normal(seed, _PURPOSE, [name], 0, tuple(parameter.shape))[0]
-            parameter.data.copy_(torch.from_numpy(drawn) / config.rank)
+    for name, parameter in firsts.items():
+        drawn = normal(seed, _PURPOSE, [name], 0, tuple(parameter.shape))[0]
+        parameter.data.copy_(torch.from_numpy(drawn) / config.rank)
 
 
 def pack_lora(
@@ -96,10 +96,6 @@ def pack_lora(
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             return tensors, dict(opened.metadata())
-
-
-def _trained(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in network.named_parameters() if p.requires_grad]
 
 
 def _peft_config(config: AdapterConfig, presets: Presets) -> Any:

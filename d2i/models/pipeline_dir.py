@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class PipelineDirectory:
         self._check_network(name)
 
     def _check_network(self, name: str) -> None:
+        import diffusers
+
         if "quantization_config" in self.part_config(self.network_part):
             raise CheckpointError(
                 f"{name}: its {self.network_part} is quantised, which cannot be trained yet; "
@@ -77,7 +80,7 @@ class PipelineDirectory:
             )
         numbers = self._read(_SCHEDULER)
         num_levels = numbers.get("num_train_timesteps", NUM_NOISE_LEVELS)
-        if num_levels != NUM_NOISE_LEVELS or self._scheduler_class not in _schedulers():
+        if num_levels != NUM_NOISE_LEVELS or not hasattr(diffusers, self._scheduler_class):
             raise CheckpointError(
                 f"{name}: its scheduler is {self._scheduler_class} with {num_levels} noise levels; "
                 f"expected one of diffusers' with {NUM_NOISE_LEVELS}; use another base model"
@@ -122,14 +125,18 @@ class PipelineDirectory:
         directory = self.path / self.network_part
         index = directory / f"{_WEIGHTS}.index.json"
         try:
+            names = [_WEIGHTS]
             if index.is_file():
-                files = self._read(f"{self.network_part}/{index.name}")["weight_map"]
-            else:
-                with safe_open(directory / _WEIGHTS, framework="pt") as file:
-                    files = dict.fromkeys(file.keys(), _WEIGHTS)
-            for name in sorted(files):
-                with safe_open(directory / files[name], framework="pt") as file:
-                    yield name, file.get_tensor(name)
+                held = self._read(f"{self.network_part}/{index.name}")["weight_map"]
+                names = sorted(set(held.values()))
+            with ExitStack() as stack:
+                opened = [
+                    stack.enter_context(safe_open(directory / name, framework="pt"))
+                    for name in names
+                ]
+                places = {key: file for file in opened for key in file.keys()}  # noqa: SIM118
+                for key in sorted(places):
+                    yield key, places[key].get_tensor(key)
         except (OSError, SafetensorError, KeyError, TypeError) as err:
             raise CheckpointError(
                 f"{directory}: cannot read its weights: {str(err)[:200]}; expected {_WEIGHTS}; "
@@ -184,12 +191,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         error=CheckpointError,
         next_step="copy it again from its source",
     )
-
-
-def _schedulers() -> set[str]:
-    import diffusers
-
-    return {name for name in dir(diffusers) if name.endswith("Scheduler")}
 
 
 def _is_part(part: str, kind: Any) -> bool:

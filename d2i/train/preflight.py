@@ -81,7 +81,7 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
     reader = request.open_shards(data_set_url(request.data_url, "train"))
     check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
-    check_base_parts(recipe, reader)
+    ranks.build_on_rank_zero(lambda: check_base_parts(recipe, reader))
     network = build_trained_network(recipe)
     open_text = build_text(recipe, reader, str(ranks.device))
     check_sizes(network, reader, open_text(reader))

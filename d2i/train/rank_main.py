@@ -103,7 +103,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks, fault: Fault | None) -> Non
     # Seeds the random initial weights of a network that loads none.
     torch.manual_seed(config.seed)
     network = build_trained_network(recipe)
-    check_base_parts(recipe, reader)
+    ranks.build_on_rank_zero(lambda: check_base_parts(recipe, reader))
     open_text = build_text(recipe, reader, str(ranks.device))
     check_sizes(network, reader, open_text(reader))
     checkpoint = _find_checkpoint(run_url, ranks)

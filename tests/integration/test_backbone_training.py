@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d2i.train.launcher import deepspeed_command
 from tests.golden.arrays import tensors
+from tests.integration.training import run_on_ranks
 from tests.shared import needs_shared
 
 pytestmark = [needs_shared, pytest.mark.timeout(600)]
@@ -23,27 +21,18 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 CLOSE_AFTER: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def run_program(num_ranks: int, out: Path) -> Path:
-    launcher, *options = deepspeed_command([], num_ranks)
-    ranks = options[: options.index(str(num_ranks)) + 1]
-    command = [launcher, *ranks, str(PROGRAM), str(out)]
-    root = str(PROGRAM.parents[2])
-    environment = os.environ | {"PYTHONPATH": root}
-    done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone")
+    run_on_ranks(PROGRAM, 1, out)
     return out
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_program(1, tmp_path_factory.mktemp("alone"))
-
-
-@pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_program(2, tmp_path_factory.mktemp("ranks"))
+    out = tmp_path_factory.mktemp("ranks")
+    run_on_ranks(PROGRAM, 2, out)
+    return out
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from d2i.errors import ConfigError
 from d2i.models import build_backbone, load_weights
 from d2i.train.distributed.engine import build_engine
 from d2i.train.distributed.ranks import Ranks
-from d2i.train.launcher import deepspeed_command
 from tests.golden.arrays import GOLDEN, facts, tensors
 from tests.golden.test_losses import check_trained
 from tests.integration.engine_program import (
@@ -37,6 +35,7 @@ from tests.integration.engine_program import (
     golden_batch,
     learning_rate,
 )
+from tests.integration.training import run_on_ranks
 from tests.shared import needs_shared
 
 # Two ranks build two dozen engines; each takes half a minute on a busy machine.
@@ -45,12 +44,7 @@ PROGRAM = Path(__file__).with_name("engine_program.py")
 
 
 def run_program(num_ranks: int, out: Path) -> Path:
-    launcher, *options = deepspeed_command([], num_ranks)
-    ranks = options[: options.index(str(num_ranks)) + 1]
-    command = [launcher, *ranks, str(PROGRAM), str(GOLDEN), str(out)]
-    root = str(PROGRAM.parents[2])
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_on_ranks(PROGRAM, num_ranks, GOLDEN, out)
     return out
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
+from d2i.train.launcher import deepspeed_command
 from tests.processes import run_d2i
 
 NUM_STEPS = 6
@@ -72,6 +75,22 @@ def command(data: Path | str, run: Path | str, num_ranks: int = 2, **changed: An
         *("train", "--recipe", "demo", "--data", data, "--run", run),
         *("--num-accelerators", num_ranks, *settings),
     ]
+
+
+def run_on_ranks(program: Path, num_ranks: int, *arguments: object) -> None:
+    """Run a program of the tests on ranks of its own, to its end."""
+    launcher, *options = deepspeed_command([], num_ranks)
+    ranks = options[: options.index(str(num_ranks)) + 1]
+    root = str(program.parents[2])
+    done = subprocess.run(
+        [launcher, *ranks, str(program), *map(str, arguments)],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def train(data: Path, run: Path, num_ranks: int = 2, **changed: Any) -> dict[str, Any]:

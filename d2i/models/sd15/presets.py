@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-from d2i.backbones import Presets
-
-
-def _unset(recipe: Any) -> dict[str, Any]:
-    """Encode with the pipeline's own models, and generate as it does by default."""
-    settings: dict[str, Any] = {
-        "sample.sampler": "pipeline",
-        "sample.guidance_scale": 7.5,
-        "text.cut": "turn",
-    }
-    if base := recipe.backbone.weights:
-        settings |= {"encoders.vae": f"{base}/vae", "encoders.clip_text": f"{base}/text_encoder"}
-    return settings
-
+from d2i.backbones import Presets, pipeline_settings
 
 PRESETS = Presets(
     {"sd15": {"latent_size": 64}},
-    unset=_unset,
+    unset=partial(pipeline_settings, guidance_scale=7.5),
     pipeline="StableDiffusionPipeline",
     lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
 )

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from d2i.backbones import Presets
+from d2i.backbones import Presets, pipeline_settings
 
 
 def _unset(recipe: Any) -> dict[str, Any]:
-    """Encode with the pipeline's own models, and generate as it does by default.
-
-    No shard holds the latents of its two text encoders.
-    """
-    settings: dict[str, Any] = {
-        "sample.sampler": "pipeline",
-        "sample.guidance_scale": 5.0,
-        "text.cut": "turn",
-        "text.encode": "on_the_fly",
-        "text.latents": "none",
-    }
-    if base := recipe.backbone.weights:
-        settings |= {"encoders.vae": f"{base}/vae", "encoders.clip_text": f"{base}/text_encoder"}
-    return settings
+    """Encode text while training: no shard holds the latents of its two text encoders."""
+    on_the_fly = {"text.encode": "on_the_fly", "text.latents": "none"}
+    return pipeline_settings(recipe, guidance_scale=5.0) | on_the_fly
 
 
 PRESETS = Presets(
