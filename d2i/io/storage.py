@@ -537,9 +537,25 @@ def _split(url: str) -> tuple[Any, str]:
         raise ConfigError(
             f"{url}: {err}; expected a path, or a URL of a file system that fsspec knows"
         ) from err
+    if "s3" in _protocols(fs):
+        _retry_connecting_to_s3()
     # Its cached listings are stale as soon as another process writes.
     fs.invalidate_cache()
     return fs, path
+
+
+@cache
+def _retry_connecting_to_s3() -> None:
+    """Let s3fs retry a server that cannot be reached, as it retries a connection that is lost.
+
+    Otherwise botocore alone retries, after random pauses of one to fifteen seconds in all: a server
+    that restarts would now and then end the job.
+    """
+    from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError
+    from s3fs.core import add_retryable_error
+
+    for error in (EndpointConnectionError, ConnectTimeoutError):
+        add_retryable_error(error)
 
 
 @contextlib.contextmanager
@@ -605,8 +621,11 @@ def _upload(path: Path, url: str) -> None:
 
 def _has_buckets(fs: Any) -> bool:
     """Return whether a file system is an object store, which has buckets and no directories."""
-    names = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    return bool(names & _OBJECT_STORES)
+    return bool(_protocols(fs) & _OBJECT_STORES)
+
+
+def _protocols(fs: Any) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
 
 def _check_bucket(fs: Any, path: str, url: str) -> None:

@@ -138,11 +138,20 @@ class Front:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def _restart(self) -> None:
-        self.stop()
-        time.sleep(_OFF_S)
-        self._server = _Server(self, self.port)
-        self._serve()
+        with self.stopped(_OFF_S):
+            pass
         self.done["restarted"] += 1
+
+    @contextmanager
+    def stopped(self, wait_s: float) -> Iterator[None]:
+        """Accept no connection inside the context, and for so long after it."""
+        self.stop()
+        try:
+            yield
+            time.sleep(wait_s)
+        finally:
+            self._server = _Server(self, self.port)
+            self._serve()
 
 
 @contextmanager
