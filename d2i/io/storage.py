@@ -538,24 +538,33 @@ def _split(url: str) -> tuple[Any, str]:
             f"{url}: {err}; expected a path, or a URL of a file system that fsspec knows"
         ) from err
     if "s3" in _protocols(fs):
-        _retry_connecting_to_s3()
+        _retry_unavailable_s3()
     # Its cached listings are stale as soon as another process writes.
     fs.invalidate_cache()
     return fs, path
 
 
 @cache
-def _retry_connecting_to_s3() -> None:
-    """Let s3fs retry a server that cannot be reached, as it retries a connection that is lost.
+def _retry_unavailable_s3() -> None:
+    """Let s3fs retry a server that cannot be reached or answers 5xx, as it does a lost connection.
 
-    Otherwise botocore alone retries, after random pauses of one to fifteen seconds in all: a server
-    that restarts would now and then end the job.
+    Otherwise botocore alone retries, five times within random pauses of seconds: a server that
+    restarts would now and then end the job. An answer without a body, as to HEAD, is not seen as
+    one that asks to slow down either.
     """
-    from botocore.exceptions import ConnectTimeoutError, EndpointConnectionError
-    from s3fs.core import add_retryable_error
+    from s3fs import core
 
-    for error in (EndpointConnectionError, ConnectTimeoutError):
-        add_retryable_error(error)
+    others = core.CUSTOM_ERROR_HANDLER
+    core.set_custom_error_handler(lambda error: _is_unavailable(error) or others(error))
+
+
+def _is_unavailable(error: Exception) -> bool:
+    from botocore.exceptions import ClientError, ConnectTimeoutError, EndpointConnectionError
+
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return bool(status >= 500)
+    return isinstance(error, EndpointConnectionError | ConnectTimeoutError)
 
 
 @contextlib.contextmanager
