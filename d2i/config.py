@@ -42,6 +42,7 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "corpus.split_shares": None,
     "corpus.split_seed": None,
     "fetch.downloads": None,
+    "image.max_upscale": None,
     "text.encode": "stored",
     "train.weighting": "none",
     "train.ema_warmup": False,
@@ -68,11 +69,26 @@ class ImageConfig(Config):
     times as fast and changes pixels by 0.2 to 0.5 of 255 on average (our default)."""
     min_side: int = Field(default=16, gt=0)
     """Images with a shorter side become failed rows (`too_small`)."""
+    max_upscale: float | None = Field(default=None, ge=1)
+    """In preprocessing, images whose shorter side times this is below the resolution become failed
+    rows (`too_small`), as a network would learn the blur of upscaling; `None` sets no limit."""
     max_aspect: float = Field(default=20.0, ge=1.0)
     """Images whose longer side over shorter side is above this become failed rows
     (`odd_aspect`)."""
     max_megapixels: float = Field(default=90.0, gt=0)
     """Images whose header claims more become failed rows (`too_large`), and are not decoded."""
+
+    def upscale_problem(self, width: int, height: int) -> str | None:
+        """Return why an image of this size is beyond `max_upscale`; None if it is not."""
+        shorter = min(width, height)
+        # The quotient is rounded as the setting was, so the exact ratio is within the limit.
+        if self.max_upscale is None or self.resolution / shorter <= self.max_upscale:
+            return None
+        return (
+            f"{width}x{height} pixels: image.max_upscale={self.max_upscale:g} allows a resolution "
+            f"up to {shorter * self.max_upscale:g}, got {self.resolution}; give a lower --set "
+            "image.resolution, or --set image.max_upscale=null to allow any"
+        )
 
 
 class CorpusConfig(Config):
