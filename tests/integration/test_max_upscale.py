@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,20 @@ def test_corpus_that_is_too_small_ends_with_setting_and_next_step(tmp_path: Path
         assert set(reasons(other).values()) == {"ok"}
     run_job(request_of(source, out, "image.max_upscale=null"), Session(0), lambda _: None)
     assert verify(str(out / "train")).ok
+
+
+@pytest.mark.parametrize("limits", [("null", "1.5"), ("1.5", "null")])
+def test_reused_data_is_that_of_new_limit(tmp_path: Path, limits: tuple[str, str]) -> None:
+    source = write_chats(tmp_path / "chats", {"a.jpg": (64, 64), "b.jpg": (48, 64)})
+    old, new = (
+        request_of(source, tmp_path / name, f"image.max_upscale={limit}")
+        for name, limit in zip(("old", "new"), limits, strict=True)
+    )
+    reusing = replace(new, out=str(tmp_path / "reusing"), reuse=old.out)
+    run_job(old, Session(0), lambda _: None)
+    for request in (new, reusing):
+        run_job(request, Session(0), lambda _: None)
+    expected = {"a.jpg": "ok", "b.jpg": "too_small" if limits[1] == "1.5" else "ok"}
+    assert reasons(Path(new.out)) == reasons(Path(reusing.out)) == expected
+    made, copied = (sorted(Path(r.out, "train").glob("*.tar")) for r in (new, reusing))
+    assert [path.read_bytes() for path in made] == [path.read_bytes() for path in copied]
