@@ -42,6 +42,7 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "corpus.split_shares": None,
     "corpus.split_seed": None,
     "fetch.downloads": None,
+    "image.max_upscale": None,
     "text.encode": "stored",
     "train.weighting": "none",
     "train.ema_warmup": False,
@@ -68,11 +69,26 @@ class ImageConfig(Config):
     times as fast and changes pixels by 0.2 to 0.5 of 255 on average (our default)."""
     min_side: int = Field(default=16, gt=0)
     """Images with a shorter side become failed rows (`too_small`)."""
+    max_upscale: float | None = Field(default=None, ge=1)
+    """In preprocessing, images whose shorter side times this is below the resolution become failed
+    rows (`too_small`), as a network would learn the blur of upscaling; `None` sets no limit."""
     max_aspect: float = Field(default=20.0, ge=1.0)
     """Images whose longer side over shorter side is above this become failed rows
     (`odd_aspect`)."""
     max_megapixels: float = Field(default=90.0, gt=0)
     """Images whose header claims more become failed rows (`too_large`), and are not decoded."""
+
+    def upscale_problem(self, width: int, height: int) -> str | None:
+        """Return why an image of this size is beyond `max_upscale`; None if it is not."""
+        shorter = min(width, height)
+        # The quotient is rounded as the setting was, so the exact ratio is within the limit.
+        if self.max_upscale is None or self.resolution / shorter <= self.max_upscale:
+            return None
+        return (
+            f"{width}x{height} pixels: image.max_upscale={self.max_upscale:g} allows a resolution "
+            f"up to {shorter * self.max_upscale:g}, got {self.resolution}; give a lower --set "
+            "image.resolution, or --set image.max_upscale=null to allow any"
+        )
 
 
 class CorpusConfig(Config):
@@ -533,6 +549,20 @@ class Recipe(Config):
         return self
 
 
+_OTHER_OPTIMIZERS = "d2i trains with AdamW only (others are not yet checked on a GPU)"
+_QUANTISED_BASES = (
+    "quantised base models are not supported yet (with an adapter, train.precision=bf16 holds the "
+    "base in bfloat16)"
+)
+# Settings of other tools that people look for here, and the reason why d2i has none.
+_UNSUPPORTED: dict[type[Config], dict[str, str]] = {
+    TrainConfig: {"optimizer": _OTHER_OPTIMIZERS},
+    OptimConfig: dict.fromkeys(("name", "type"), _OTHER_OPTIMIZERS),
+    BackboneConfig: dict.fromkeys(
+        ("quantize", "quantization", "load_in_4bit", "load_in_8bit"), _QUANTISED_BASES
+    ),
+}
+
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
@@ -580,7 +610,7 @@ def _problem(kind: type[Config], err: ValidationError) -> str:
         *parents, leaf = (str(part) for part in first["loc"])
         for parent in parents:
             kind = _section(kind, parent, field)
-        return f"{_cut(field)}: {_unknown_name(kind, leaf)}"
+        return f"{_cut(field)}: {_unknown_name(kind, leaf, first['input'])}"
     # An error about two settings together has no single value to show.
     got = f"{field} is {_shortened(first['input'])}: " if field else ""
     return got + first["msg"].removeprefix("Value error, ")
@@ -605,9 +635,9 @@ def _parse(text: str) -> Any:
 def _assign(values: dict[str, Any], kind: type[Config], path: str, value: Any) -> None:
     *parents, leaf = path.split(".")
     for parent in parents:
-        _check_name(kind, parent, path)
+        _check_name(kind, parent, path, value)
         kind, values = _section(kind, parent, path), values.setdefault(parent, {})
-    _check_name(kind, leaf, path)
+    _check_name(kind, leaf, path, value)
     values[leaf] = value
 
 
@@ -621,12 +651,14 @@ def _section(kind: type[Config], name: str, path: str) -> type[Config]:
     )
 
 
-def _check_name(kind: type[Config], name: str, path: str) -> None:
+def _check_name(kind: type[Config], name: str, path: str, value: Any) -> None:
     if name not in kind.model_fields:
-        raise ConfigError(f"--set {_cut(path)}: {_unknown_name(kind, name)}")
+        raise ConfigError(f"--set {_cut(path)}: {_unknown_name(kind, name, value)}")
 
 
-def _unknown_name(kind: type[Config], name: str) -> str:
+def _unknown_name(kind: type[Config], name: str, value: Any) -> str:
+    if reason := _UNSUPPORTED.get(kind, {}).get(name):
+        return f"got {_shortened(value)}; {reason}; leave it out"
     near = difflib.get_close_matches(name, kind.model_fields, n=1)
     hint = (
         f"did you mean '{near[0]}'?" if near else f"its fields are {', '.join(kind.model_fields)}"

@@ -129,15 +129,16 @@ _SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 # Our defaults in the three: PhotoChat's photographs, as MMDialog's 256 pixels would have to be
-# enlarged, and the network would learn their blur; the batch and the number of steps (about 19
-# epochs). Rate, weight decay, betas and clipping are those of diffusers' training scripts.
+# upscaled, and the network would learn their blur, so upscaling by more than 1.5 is refused; the
+# batch and the number of steps (about 19 epochs). Rate, weight decay, betas and clipping are those
+# of diffusers' training scripts.
 def _stable_diffusion(
     name: str, base: BackboneConfig, resolution: int, lr: float, adapter: AdapterConfig
 ) -> Recipe:
     is_large = resolution > 512
     return Recipe(
         name=name,
-        image=ImageConfig(resolution=resolution),  # that of the base model
+        image=ImageConfig(resolution=resolution, max_upscale=1.5),  # the base model's resolution
         encoders=EncodersConfig(),
         backbone=base,
         adapter=adapter,

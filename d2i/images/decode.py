@@ -120,9 +120,11 @@ def decode_square(image: Image.Image, limits: ImageConfig) -> CroppedImage:
         limits: The decode policy and the resolution.
 
     Raises:
-        ImageRejectedError: As `decode_image` does.
+        ImageRejectedError: As `decode_image` does; also `too_small` beyond `limits.max_upscale`.
     """
     with _decoding():
+        if problem := limits.upscale_problem(*image.size):
+            raise ImageRejectedError("too_small", problem)
         width, height = image.size
         scale = _draft(image, limits.resolution) if limits.draft else 1.0
         drafted = image.size

@@ -11,7 +11,14 @@ from d2i.errors import ConfigError, D2IError, DataError, ShardError
 from d2i.io import storage
 from d2i.io.parse import damaged, read_json
 from d2i.preprocess.ledger import LedgerRow, ledger_url, read_shard_ledger
-from d2i.preprocess.plan.planner import Plan, fingerprint_url, plan_url, read_plan, records_url
+from d2i.preprocess.plan.planner import (
+    Plan,
+    all_settings,
+    fingerprint_url,
+    plan_url,
+    read_plan,
+    records_url,
+)
 from d2i.preprocess.plan.record_files import read_records
 from d2i.preprocess.plan.supplements import net_failures, read_supplements
 from d2i.recipes import read_stored_recipe, refuse_host
@@ -61,7 +68,7 @@ class JobFiles:
             if isinstance(err, ConfigError):
                 raise
             raise ConfigError(f"the recipe.json of {self.split_url} is damaged: {err}") from err
-        for section, fields in self.plan.decided_by["recipe"].items():
+        for section, fields in all_settings(self.plan.decided_by)["recipe"].items():
             values[section] |= fields
         return load_config(Recipe, values, source=f"the plan of {self.split_url}")
 

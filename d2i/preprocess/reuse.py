@@ -1,8 +1,8 @@
 """Image members of earlier prepared data: `--reuse DIR` makes new text features for old images.
 
 An instance is found by its key, and only if it names the same image. Earlier failures are copied
-with their reason and without a request, so that both data sets hold the same instances. Must not
-import torch.
+with their reason and without a request, so that both data sets hold the same instances; but images
+that are too small, for either, are fetched again, as the new limit decides. Must not import torch.
 """
 
 from __future__ import annotations
@@ -173,9 +173,10 @@ class ReusedSplit:
             position = self._positions_of_keys.find(instance.key)
             if position is not None and instance.image_ref not in found:
                 sample = self._reader.read_json(position)
-                is_same = sample["source"]["ref"] == list(instance.image_ref.value)
                 wants_bytes = keeps_source(instance, recipe)
-                if is_same and (not wants_bytes or self._reader.read_image(position) is not None):
+                if _is_usable(sample["source"], instance, recipe) and (
+                    not wants_bytes or self._reader.read_image(position) is not None
+                ):
                     found[instance.image_ref] = position
         return found
 
@@ -191,10 +192,20 @@ class ReusedSplit:
         }
 
 
+def _is_usable(source: Mapping[str, Any], instance: Instance, recipe: Recipe) -> bool:
+    """Return whether a sample's image is the instance's, and not too small for the new data."""
+    is_same = source["ref"] == list(instance.image_ref.value)
+    return is_same and not recipe.image.upscale_problem(source["width"], source["height"])
+
+
 def _lacks_image(table: pa.Table) -> pa.ChunkedArray:
-    """Return a mask of instances whose image failed; the text of the others is encoded again."""
+    """Return a mask of failures that new data share.
+
+    The text is encoded again, and the limits on an image's size may be others.
+    """
     failed = pc.not_equal(table["status"], "ok")
-    return pc.and_(failed, pc.not_equal(table["reason"], NON_FINITE_TEXT))
+    again = pc.is_in(table["reason"], value_set=pa.array([NON_FINITE_TEXT, "too_small"]))
+    return pc.and_(failed, pc.invert(again))
 
 
 def _source_file(json: bytes, suffix: str) -> SourceFile:

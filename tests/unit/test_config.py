@@ -39,6 +39,43 @@ def test_wrong_setting_is_one_line_error(setting: str, hint: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("train.optim.name", "adamw8bit", "d2i trains with AdamW only"),
+        ("train.optim.type", "lion", "d2i trains with AdamW only"),
+        ("train.optimizer", "prodigy", "d2i trains with AdamW only"),
+        ("backbone.quantize", "nf4", "quantised base models are not supported yet"),
+        ("backbone.quantization", "int8", "quantised base models are not supported yet"),
+        ("backbone.load_in_4bit", "yes", "quantised base models are not supported yet"),
+    ],
+)
+def test_unsupported_setting_is_refused_by_name(
+    tmp_path: Path, path: str, value: str, reason: str
+) -> None:
+    values = load_recipe("sd15-lora-photochat").model_dump(mode="json")
+    *groups, leaf = path.split(".")
+    group = values
+    for name in groups:
+        group = group[name]
+    group[leaf] = value
+    as_json = tmp_path / "own.json"
+    as_json.write_text(json.dumps(values))
+    as_toml = tmp_path / "own.toml"
+    as_toml.write_text(f"name = 'own'\nbackbone.name = 'sd15'\n{path} = '{value}'\n")
+    for load in (
+        lambda: apply_settings(load_recipe("sd15-lora-photochat"), [f"{path}={value}"]),
+        lambda: load_recipe(str(as_json)),
+        lambda: load_recipe(str(as_toml)),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load()
+        message = str(caught.value)
+        assert f"{path}: got '{value}'; {reason}" in message
+        assert "leave it out" in message
+        assert "\n" not in message
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_json_round_trip(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)

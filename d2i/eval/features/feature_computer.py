@@ -57,7 +57,8 @@ class FeatureComputer:
             "manifest_sha256": self._reader.manifest.sha256,
             "extractor": self._extractor.name,
             "clip_image": self._encoders.clip_image.hash,
-            "image": self._recipe.image.model_dump(mode="json"),
+            # The limit on upscaling affects preprocessing alone.
+            "image": self._recipe.image.model_dump(mode="json", exclude={"max_upscale"}),
             "resolution": self.resolution,
             "compute_batch_size": self._encoders.compute_batch_size,
             "device": device,

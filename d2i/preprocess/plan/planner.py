@@ -12,7 +12,7 @@ import itertools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,14 +21,14 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from d2i.config import Recipe
+from d2i.config import LEGACY_DEFAULTS, Recipe
 from d2i.corpora import RecordIssue, build_corpus, read_instances
 from d2i.corpora.records import IssueCounter
 from d2i.corpora.splits import corpus_name, source_directory
 from d2i.dialog import Instance
 from d2i.errors import ConfigError, DataError
 from d2i.io import checksums, storage
-from d2i.io.config_lock import diff
+from d2i.io.config_lock import diff, with_legacy_defaults
 from d2i.io.parse import damaged, read_json
 from d2i.io.prefetch import prefetch_map
 from d2i.preprocess.plan.exclude import NOTHING, Exclusion
@@ -39,6 +39,7 @@ from d2i.preprocess.plan.shard_assignment import ShardAssigner
 from d2i.shards import committed_names
 
 _FORMAT = 2
+_FORMERLY = {f"recipe.{path}": value for path, value in LEGACY_DEFAULTS.items()}
 _BATCH, _BATCH_CHARS = 500, 16 << 20
 """Instances and characters per batch. It is small enough to stay in the CPU cache while it is laid
 out in columns, and to take little memory where contexts are long."""
@@ -109,7 +110,7 @@ def make_plan(request: PlanRequest, split_url: str, *, keep: bool = True) -> Pla
         )
     there = read_plan(split_url) if storage.exists(plan_url(split_url)) else None
     if there is not None:
-        named = diff(_decided_by(request), there.decided_by)
+        named = diff(all_settings(_decided_by(request)), all_settings(there.decided_by))
         if not named:
             return there
         if committed_names(split_url):
@@ -283,6 +284,11 @@ def read_plan(split_url: str) -> Plan:
         raise damaged(plan_url(split_url), err, "a plan", **refused) from err
 
 
+def all_settings(decided_by: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what determined a plan, completed with the settings that the plan does not record."""
+    return with_legacy_defaults(decided_by, _FORMERLY)
+
+
 def _clear_plan(split_url: str) -> None:
     """Remove a plan that is being replaced: `plan.json` first, as the rest counts only with it."""
     checksums.remove(plan_url(split_url))
@@ -315,11 +321,16 @@ def _records_name(index: int) -> str:
 def _decided_by(request: PlanRequest) -> dict[str, Any]:
     recipe = request.recipe.model_dump(mode="json")
     settings = {name: recipe[name] for name in ("corpus", "image", "text", "encoders")}
-    # max_broken changes no instance, and older plans have no split_* settings.
+    # max_broken changes no instance, and older plans have neither split_* nor max_upscale.
     settings["corpus"] = {
         name: value
         for name, value in recipe["corpus"].items()
         if name != "max_broken" and (value is not None or not name.startswith("split_"))
+    }
+    settings["image"] = {
+        name: value
+        for name, value in recipe["image"].items()
+        if name != "max_upscale" or value is not None
     }
     settings["preprocess"] = {
         name: recipe["preprocess"][name]

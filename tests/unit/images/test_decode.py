@@ -84,6 +84,43 @@ def test_rejected_image_has_reason() -> None:
     assert reason(encoded(Image.new("1", (12000, 12000)), "PNG")) == "too_large"
 
 
+@pytest.mark.parametrize(
+    ("max_upscale", "resolution", "shorter", "is_rejected"),
+    [
+        (1.5, 384, 256, False),
+        (1.5, 384, 255, True),
+        (1.5, 512, 342, False),
+        (1.5, 512, 341, True),
+        # 360 * 1.4 is below 504 in floating point.
+        (1.4, 504, 360, False),
+        (1, 64, 64, False),
+        (1, 64, 63, True),
+        (1.5, 64, 300, False),
+        (None, 512, 16, False),
+    ],
+)
+def test_max_upscale_rejects_only_images_beyond_it(
+    max_upscale: float | None, resolution: int, shorter: int, *, is_rejected: bool
+) -> None:
+    limits = ImageConfig(resolution=resolution, max_upscale=max_upscale)
+    for size in ((shorter, 2 * shorter), (2 * shorter, shorter)):
+        header = open_header(encoded(noise(size), "JPEG"), limits)
+        if is_rejected:
+            with pytest.raises(ImageRejectedError, match=f"^{size[0]}x{size[1]} .*") as caught:
+                decode_square(header, limits)
+            assert caught.value.reason == "too_small"
+            assert f"max_upscale={max_upscale} " in str(caught.value)
+            assert f"got {resolution};" in str(caught.value)
+        else:
+            assert decode_square(header, limits).pixels.shape == (resolution, resolution, 3)
+
+
+def test_max_upscale_leaves_images_of_evaluations_alone() -> None:
+    """Other systems generate in other sizes, and are scored at one."""
+    limits = ImageConfig(resolution=512, max_upscale=1)
+    assert decode_image(encoded(noise((64, 64)), "PNG"), limits).image.size == (64, 64)
+
+
 def test_truncated_image_is_rejected() -> None:
     for form in ("JPEG", "PNG"):
         data = encoded(noise((64, 64)), form)

@@ -14,6 +14,7 @@ from d2i.demo.corpus import write_corpus
 from d2i.errors import ConfigError
 from d2i.io import storage
 from d2i.io.config_lock import lock_or_diff
+from d2i.preprocess.job_files import JobFiles
 from d2i.preprocess.plan.planner import PlanRequest, make_plan
 from d2i.recipes import change_recipe, check_prepared_with, load_recipe, store_recipe
 from d2i.shards import Sample, json_bytes, npy_bytes, write_shard
@@ -68,6 +69,29 @@ def test_plan_is_locked_by_first_finished_shard(tmp_path: Path, request_: PlanRe
     write_shard([sample], out, 0, failures={})
     with pytest.raises(ConfigError, match=r"got limit: 2, expected 3"):
         make_plan(replace(request_, limit=2), out)
+
+
+def test_plan_without_limit_on_upscaling_is_that_of_earlier_versions(
+    tmp_path: Path, request_: PlanRequest
+) -> None:
+    out = str(tmp_path / "out")
+    plan = make_plan(request_, out)
+    assert set(plan.decided_by["recipe"]["image"]) == {
+        *("resolution", "draft", "min_side", "max_aspect", "max_megapixels")
+    }
+    sample = Sample("k", {"json": json_bytes({"key": "k"}), "tokens.npy": _tokens()})
+    write_shard([sample], out, 0, failures={})
+    assert make_plan(request_, out) == plan
+    limited = change_recipe(request_.recipe, ["image.max_upscale=1.5"])
+    with pytest.raises(ConfigError, match=r"recipe\.image\.max_upscale: 1\.5, expected None"):
+        make_plan(replace(request_, recipe=limited), out)
+    other = str(tmp_path / "other")
+    plan = make_plan(replace(request_, recipe=limited), other)
+    assert plan.decided_by["recipe"]["image"]["max_upscale"] == 1.5
+    # A limit beside the data, as another split may have, is not that of this plan.
+    store_recipe(limited, str(tmp_path))
+    assert JobFiles(out).recipe().image.max_upscale is None
+    assert JobFiles(other).recipe().image.max_upscale == 1.5
 
 
 def test_check_prepared_with_rejects_other_settings(tmp_path: Path) -> None:

@@ -49,7 +49,6 @@ def test_unsupported_target_is_refused(base: Path, setting: str, said: str) -> N
         ("sd15-lora-photochat", "backbone.weights=scratch", "fine-tuned, not trained from random"),
         ("sd15-lora-photochat", "text.num_windows=2", "sd15 reads one window; expected 1"),
         ("sd15-lora-photochat", "train.weighting=cosmap", "train.weighting is 'cosmap'"),
-        ("sd15-lora-photochat", "train.optim.name=adafactor", "OptimConfig has no field 'name'"),
         ("uvit-s-photochat", "adapter.kind=lora", "uvit-s takes no adapter; expected one of sd15"),
         ("unidiffuser-v1-photochat", "train.weighting=min_snr_5", "losses have no weighting"),
     ],
