@@ -67,7 +67,8 @@ def test_backward_compatibility_of_bytes_and_numbers(
 def assert_same_shard(found: Path, expected: Path) -> None:
     """Assert that shards are equal to the byte, but for what a processor's kind decides.
 
-    Another kind rounds a few of the encoders' float16 numbers to their neighbour.
+    Another kind changes the last bits of the encoders' float32 numbers: a few are then rounded to
+    another float16, and among those near zero to one some steps away.
     """
     now, was = ShardReader(str(found)), ShardReader(str(expected))
     assert list(now.keys) == list(was.keys)
@@ -76,7 +77,8 @@ def assert_same_shard(found: Path, expected: Path) -> None:
     for name, array in now.read(rows).items():
         is_equal &= np.array_equal(array, before[name])
         if array.dtype == np.float16:
-            np.testing.assert_array_max_ulp(array, before[name], maxulp=1)
+            largest = np.abs(before[name]).max()
+            np.testing.assert_allclose(array, before[name], rtol=2**-10, atol=1e-5 * largest)
         else:
             np.testing.assert_array_equal(array, before[name])
     for row in range(len(was)):
