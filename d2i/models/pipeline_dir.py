@@ -217,7 +217,12 @@ def local_directory(name: str, expected: str, option: str) -> Path:
 
         try:
             return Path(snapshot_download(name, local_files_only=True))
-        except (LocalEntryNotFoundError, ValueError):
+        except LocalEntryNotFoundError as err:
+            # diffusers downloads the files of the pipeline alone: newer versions of the library
+            # call that incomplete.
+            if snapshot := getattr(err, "snapshot_path", None):
+                return Path(snapshot)
+        except ValueError:
             pass
     raise CheckpointError(
         f"{name}: no such directory, and no such repository in the hub's local cache; expected a "
