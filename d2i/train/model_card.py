@@ -61,8 +61,8 @@ def write_model_card(
         "",
         TERMS,
         "",
-        f"- **Base model**: {name} ({presets.pipeline}); its {presets.network_part} has the sha256",
-        f"  {base_sha256}. {_describe_licence(licence, base, presets)}",
+        f"- **Base model**: {name} ({presets.pipeline}); its {presets.network_part} has the sha256 "
+        f"{base_sha256}. {_describe_licence(licence, base, presets)}",
         f"- **Data**: {_describe_data(data_url)}",
         "",
         *_how_to_prompt(name, recipe, presets),
