@@ -50,6 +50,8 @@ class Presets:
         network_part: The part of that pipeline which is trained, such a network.
         lora_targets: Names of the layers that a LoRA adapts; empty if the family takes none.
         stores_text: True if shards can hold the text that its networks are given.
+        published_licence: The licence of the published weights, in words: a hint, where the
+            directory of a base model does not name its own.
     """
 
     sizes: Mapping[str, Mapping[str, Any]]
@@ -60,6 +62,7 @@ class Presets:
     network_part: str = "unet"
     lora_targets: tuple[str, ...] = ()
     stores_text: bool = True
+    published_licence: str | None = None
 
 
 def pipeline_settings(recipe: Any, guidance_scale: float) -> dict[str, Any]:

@@ -38,3 +38,7 @@ class CheckpointError(D2IError):
 
 class ClusterError(D2IError):
     """Ray, DeepSpeed or the machine lacks something that the job needs."""
+
+
+class HubError(D2IError):
+    """The Hugging Face hub cannot be reached, or refuses an upload."""

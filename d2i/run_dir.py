@@ -349,6 +349,17 @@ def last_step(run_url: str, recipe: Recipe | None = None) -> int | None:
     url = next((place for place in places if storage.exists(place)), None)
     if url is None:
         return None
+    step = result_step(url)
+    # The run may have finished before results recorded their step.
+    return read_recipe(run_url).train.num_steps if step is None else step
+
+
+def result_step(url: str) -> int | None:
+    """Return the step after which a file of weights was written; None if it does not record it.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or is damaged.
+    """
     refused: dict[str, Any] = {"next_step": _TRAIN_AGAIN, "error": CheckpointError}
     if storage.local_path(url) is not None:
         # Of a remote file only the header is read here; it is read whole once it is fetched.
@@ -357,12 +368,9 @@ def last_step(run_url: str, recipe: Recipe | None = None) -> int | None:
         length = int.from_bytes(storage.read_range(url, 0, 8), "little")
         header = storage.read_range(url, 8, min(length, storage.size_bytes(url)))
         described = parse_json(header, url, **refused).get("__metadata__", {})
-        if "step" in described:
-            return int(described["step"])
+        return int(described["step"]) if "step" in described else None
     except (OSError, ValueError, TypeError) as err:
         raise damaged(url, err, "weights that d2i train wrote", **refused) from err
-    # The run finished before results recorded their step.
-    return read_recipe(run_url).train.num_steps
 
 
 def keep_num_steps(run_url: str, num_steps: int) -> None:

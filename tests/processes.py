@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from typing import Any
 COMMAND = (sys.executable, "-c", "from d2i.cli import main; main()")
 
 
-def run_process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `d2i ARGUMENTS` to its end."""
+def run_process(
+    *arguments: object, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `d2i ARGUMENTS` to its end, with these environment variables beside the present ones."""
     return subprocess.run(
         [*COMMAND, *(str(argument) for argument in arguments)],
+        env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
         check=False,

@@ -23,6 +23,7 @@ from d2i.cli.eval import evaluate
 from d2i.cli.inspect import inspect as inspect_data
 from d2i.cli.output import INTERRUPTED
 from d2i.cli.preprocess import preprocess
+from d2i.cli.push import push
 from d2i.cli.recipes import list_recipes, show_recipe
 from d2i.cli.repair import repair
 from d2i.cli.report import report
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "eval": evaluate,
     "report": report,
+    "push": push,
 }
 """The commands, in the order in which an experiment uses them."""
 WEIGHTS_COMMANDS: dict[str, Callable[..., None]] = {
@@ -140,9 +142,11 @@ def _frame(
 
 def main() -> None:
     """Run the command: exit code 0 success, 1 the work failed, 2 the user can fix it."""
-    # Fork warnings and progress bars of libraries do not help the user of a command.
+    # Fork warnings and progress bars of libraries do not help the user of a command, and d2i tells
+    # nobody what is installed.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     print_plainly()
     _check_interpreter()

@@ -7,6 +7,7 @@ is such a directory too. Nothing is fetched, and no pickle is read.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,7 @@ from d2i.config import NUM_NOISE_LEVELS
 from d2i.errors import CheckpointError
 from d2i.io import storage
 from d2i.io.parse import parse_json
+from d2i.models.licence import Licence, read_licence
 from d2i.models.weights.load import update_state_hash
 
 _INDEX = "model_index.json"
@@ -30,6 +32,8 @@ _SCHEDULER = "scheduler/scheduler_config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Neither changes a latent, and both are often left out.
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+# The directory of a repository in the hub's local cache.
+_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[^/]+")
 
 
 class PipelineDirectory:
@@ -41,6 +45,7 @@ class PipelineDirectory:
 
     Attributes:
         name: Its name, or that of the repository.
+        repository: The repository on the hub that it is in the local cache of; None for others.
         path: The directory.
 
     Raises:
@@ -53,6 +58,8 @@ class PipelineDirectory:
             name, f"{presets.pipeline} that save_pretrained wrote", "--set backbone.weights=DIR"
         )
         self.name = Path(name).name if Path(name).is_dir() else name
+        cached = _SNAPSHOT.search(str(self.path.absolute()))
+        self.repository = cached[1].replace("--", "/") if cached else None
         self.network_part = presets.network_part
         index = read_index(self.path)
         if (found := index.get("_class_name")) != presets.pipeline:
@@ -119,6 +126,10 @@ class PipelineDirectory:
         index = self._read(_INDEX)
         named = [part for part in _OPTIONAL if _is_part(part, index.get(part))]
         return [part for part in named if not (self.path / part).is_dir()]
+
+    def licence(self) -> Licence | None:
+        """Return the licence that its README.md names; None if there is none that does."""
+        return read_licence(self.path, self.repository)
 
     def network_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Read the network's tensors, in the order of their names."""
@@ -217,7 +228,12 @@ def local_directory(name: str, expected: str, option: str) -> Path:
 
         try:
             return Path(snapshot_download(name, local_files_only=True))
-        except (LocalEntryNotFoundError, ValueError):
+        except LocalEntryNotFoundError as err:
+            # diffusers downloads the files of the pipeline alone: newer versions of the library
+            # call that incomplete.
+            if snapshot := getattr(err, "snapshot_path", None):
+                return Path(snapshot)
+        except ValueError:
             pass
     raise CheckpointError(
         f"{name}: no such directory, and no such repository in the hub's local cache; expected a "

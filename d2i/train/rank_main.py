@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from d2i.backbones import sampler_problem
+from d2i.backbones import presets_of, sampler_problem
 from d2i.config import Recipe
 from d2i.errors import CheckpointError, ConfigError
 from d2i.fault_injection import Fault
 from d2i.io import storage
 from d2i.models.model_dir import resolve_sizes
+from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.models.registry import family_of_backbone
 from d2i.models.weights.initial import base_sha256, describe_initial_weights
 from d2i.recipes import check_prepared_with
@@ -279,8 +280,9 @@ def _end(request: TrainRequest, step: int) -> None:
             save_network_config(request.recipe, url)
             save_trained(request.recipe, checkpoint, kind, url)
     if checkpoint.base_sha256:
-        data_url = data_set_url(request.data_url, "train")
-        write_model_card(run_url, request.recipe, data_url, checkpoint.base_sha256)
+        backbone, data_url = request.recipe.backbone, data_set_url(request.data_url, "train")
+        base = PipelineDirectory(backbone.weights or "", presets_of(backbone.name))
+        write_model_card(run_url, request.recipe, base, data_url, checkpoint.base_sha256)
     keep_num_steps(run_url, step)
 
 

@@ -19,62 +19,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from d2i.demo.corpus import write_corpus
 from d2i.diffusion.draws import SampleDraws
 from d2i.models.weights.load import read_described
 from d2i.run_dir import last_step
 from d2i.tokenize import clean
+from tests.integration.fine_tuning import FULL, LORA, options, prepare, train_command
 from tests.integration.pipelines import save_tiny_sd15, save_tiny_sdxl
 from tests.processes import run_d2i, run_process
 
 pytestmark = pytest.mark.timeout(600)
 
-SETTINGS = {
-    "image.resolution": 64,
-    "backbone.latent_size": 8,
-    "encoders.clip_image": "demo:clip_image",
-    "adapter.rank": 4,
-    "train.num_steps": 6,
-    "train.global_batch_size": 8,
-    "train.micro_batch_size": 2,
-    "train.num_checkpoint_steps": 2,
-    "train.num_log_steps": 2,
-    "train.num_validation_steps": 3,
-    "sample.num_steps": 3,
-    "sample.compute_batch_size": 4,
-    "metrics.extractor": "clip",
-    "metrics.clip_text": "demo:clip_text",
-    "metrics.resolution": 64,
-}
-LORA, FULL = "sd15-lora-photochat", "sd15-photochat"
-ZERO = Path(__file__).parents[2] / "train"
 # The runs of the fixtures, by recipe, number of ranks and ZeRO stage.
 UNDISTURBED = {(LORA, 2, 2): "lora_run", (FULL, 1, 0): "full_run"}
 # The curly quote is one that CLIP's published cleaning replaces.
 DIALOG = "Don\u2019t you love my dog?\nShow me!"
-
-
-def options(base: Path, **changed: Any) -> list[str]:
-    """Return the `--set` options, with settings such as `train__seed=1` changed."""
-    values = SETTINGS | {name.replace("__", "."): value for name, value in changed.items()}
-    values |= {"backbone.weights": base}
-    return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
-
-
-def train_command(
-    recipe: str,
-    base: Path,
-    data: Path,
-    run: Path,
-    num_ranks: int = 1,
-    stage: int = 0,
-    **changed: Any,
-) -> list[object]:
-    return [
-        *("train", "--recipe", recipe, "--data", data, "--run", run),
-        *("--num-accelerators", num_ranks, "--zero", ZERO / f"zero-{stage}.json"),
-        *options(base, **changed),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +45,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(LORA, base, tmp_path_factory.mktemp("made"), 60)
-
-
-def prepare(recipe: str, base: Path, place: Path, num_dialogs: int) -> Path:
-    corpus, out = place / "corpus", place / "data"
-    write_corpus(corpus, num_dialogs, 0)
-    run_d2i(
-        *("preprocess", "--corpus", "mmdialog", "--source", corpus, "--out", out),
-        *("--recipe", recipe, "--workers", 0, *options(base)),
-    )
-    return out
 
 
 @pytest.fixture(scope="module")

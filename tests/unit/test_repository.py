@@ -162,8 +162,8 @@ def imported_modules(path: Path) -> set[str]:
 def test_imports_match_declared_dependencies() -> None:
     imported = imported_distributions()
     wanted = {canonicalize_name(requirement.name) for requirement in declared()}
-    optional = {canonicalize_name(requirement.name) for requirement in declared("lora")}
-    known = wanted | optional | {"d2i"}
+    extras = [*declared("cluster"), *declared("lora")]
+    known = wanted | {canonicalize_name(requirement.name) for requirement in extras} | {"d2i"}
     undeclared = {name: path for name, path in imported.items() if name not in known}
     assert undeclared == {}
     assert wanted - set(imported) <= NOT_IMPORTED

@@ -11,4 +11,5 @@ PRESETS = Presets(
     unset=partial(pipeline_settings, guidance_scale=7.5),
     pipeline="StableDiffusionPipeline",
     lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
+    published_licence="CreativeML OpenRAIL-M",
 )

@@ -19,4 +19,5 @@ PRESETS = Presets(
     pipeline="StableDiffusionXLPipeline",
     lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
     stores_text=False,
+    published_licence="CreativeML Open RAIL++-M",
 )

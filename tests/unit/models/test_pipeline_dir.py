@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +85,39 @@ def test_missing_directory_and_repository_are_refused(tmp_path: Path) -> None:
     for name in (str(tmp_path / "none"), "nobody/has-this-repository"):
         with pytest.raises(CheckpointError, match="expected a StableDiffusionPipeline"):
             PipelineDirectory(name, presets_of("sd15"))
+
+
+def test_repository_that_was_downloaded_in_part_is_found(tmp_path: Path) -> None:
+    """diffusers leaves out what no pipeline reads; the library records what else there is."""
+    revision = "0" * 40
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / revision
+    for file, text in {
+        repository / "refs" / "main": revision,
+        snapshot / "model_index.json": "{}",
+        repository / "trees" / f"{revision}.json": json.dumps(
+            {
+                "format_version": 1,
+                "files": {
+                    name: {"size": 2, "blob_id": "0"} for name in ("README.md", "model_index.json")
+                },
+            }
+        ),
+    }.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    program = (
+        "from d2i.models.pipeline_dir import local_directory\n"
+        "print(local_directory('owner/name', 'pipeline', '--weights DIR'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"HF_HUB_CACHE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == str(snapshot), done.stderr[-1000:]
 
 
 def test_network_is_that_of_directory_with_its_numbers(base: Path) -> None:
