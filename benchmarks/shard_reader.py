@@ -1,6 +1,6 @@
 """Speed of one process reading samples in random order, compared with webdataset.
 
-    python benchmarks/shard_reader.py --num-samples 2000 --repeats 5
+    python benchmarks/shard_reader.py --num-samples 2000 --repeats 5 --format 1
 
 Writes two data sets of random numbers at 256 px sizes, with token ids only and with 77x768 text
 latents, reads each through `ShardReader` (batches of 512, a new permutation each time) and through
@@ -73,6 +73,19 @@ def read_webdataset(path: Path) -> int:
     return sum(1 for _ in webdataset.WebDataset([str(path)], shardshuffle=False).decode())
 
 
+def declare(members: tuple[str, ...]) -> dict[str, Any]:
+    """Return a fingerprint of format 2 with these arrays."""
+    arrays = {
+        name: {
+            "dtype": "uint16" if name == "tokens" else "float16",
+            "shape": list(SHAPES[name]),
+            "encoder": "none",
+        }
+        for name in members
+    }
+    return {"format": 2, "arrays": arrays, "encoders": {"none": {"sha256": "0" * 64}}}
+
+
 class Timings:
     """Samples per wall-clock second and per CPU second of repeated passes."""
 
@@ -100,8 +113,10 @@ class Timings:
 def measure(directory: Path, layout: str, args: argparse.Namespace) -> dict[str, Any]:
     """Write one data set and time both readers on it alternately."""
     members = LAYOUTS[layout]
-    commit = write_shard(make_samples(members, args.num_samples), str(directory), 0, failures={})
-    write_manifest(str(directory), {})
+    fingerprint = {} if args.format == 1 else declare(members)
+    samples = make_samples(members, args.num_samples)
+    commit = write_shard(samples, str(directory), 0, failures={}, fingerprint=fingerprint)
+    write_manifest(str(directory), fingerprint)
     reader = ShardReader(str(directory))
     timings = {
         name: Timings() for name in ("d2i", "webdataset", "first_checked", "first_unchecked")
@@ -129,6 +144,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--format", type=int, choices=(1, 2), default=1)
     args = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "shard_reader", **vars(args)}
     for layout in LAYOUTS:

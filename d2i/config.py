@@ -443,6 +443,9 @@ class PreprocessConfig(Config):
     benchmarks/); it can only pay off on GPUs. Training and evaluation always encode in float32."""
     keep_images: Literal["auto", "always"] = "auto"
     """`auto`: source bytes are kept for validation and test; `always`: for training too."""
+    format: Literal[2] | None = None
+    """Version of the format of shards; `None`: 1 where that can hold the arrays, else 2, in which
+    shards declare what they hold."""
 
 
 class FetchConfig(Config):

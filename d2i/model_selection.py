@@ -290,7 +290,8 @@ def _write_subset(request: SelectRequest, source: str, directory: str) -> str:
         raise ConfigError(f"{subset} was chosen from other data: got {'; '.join(named)}; delete it")
     if not storage.exists(storage.join(data_url, "manifest.json")):
         fingerprint = reader.manifest.fingerprint
-        write_shard(_samples(reader, sorted(rows.tolist())), data_url, 0, failures={})
+        samples = _samples(reader, sorted(rows.tolist()))
+        write_shard(samples, data_url, 0, failures={}, fingerprint=fingerprint)
         for name, values in _empty_features(reader):
             storage.write_bytes(storage.join(data_url, name), npy_bytes(values))
         write_manifest(data_url, fingerprint)

@@ -61,24 +61,26 @@ def _write_page(html: str, reader: ShardReader, num: int, settings: list[str]) -
     from d2i.dialog import Turn
     from d2i.encoders import Vae, check_encoder_hashes
     from d2i.images.decode import png_bytes
-    from d2i.prompt_text import context_text
+    from d2i.prompt_text import context_text, text_tokens
     from d2i.recipes import change_recipe, read_stored_recipe
     from d2i.report import ShownSample, write_samples_page
 
     recipe = change_recipe(read_stored_recipe(reader.url), settings)
     vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind)
     check_encoder_hashes({"vae": vae.hash}, reader.manifest, reader.url)
-    batch = reader.read(range(num), ["moments", "tokens"])
+    batch = reader.read(range(num), reader.manifest.arrays.keys() & {"moments", "tokens"})
     shown = []
     for place in range(num):
         moments = torch.from_numpy(batch["moments"][place : place + 1])
         (pixels,) = vae.decode(vae.codec.mean(moments), batch_size=1)
         metadata = reader.read_json(place)
+        line = context_text([Turn(**turn) for turn in metadata["context"]], recipe.text)
+        tokens = batch["tokens"][place] if "tokens" in batch else text_tokens(line, recipe.text)
         shown.append(
             ShownSample(
                 metadata=metadata,
-                line=context_text([Turn(**turn) for turn in metadata["context"]], recipe.text),
-                tokens=batch["tokens"][place].tolist(),
+                line=line,
+                tokens=tokens.tolist(),
                 kept=reader.read_image(place),
                 decoded=png_bytes(pixels),
             )

@@ -3,15 +3,15 @@
 Every encoder runs at a fixed, padded batch size: an image's numbers do not depend on its batch.
 """
 
-from d2i.encoders.bundle import EncodedArray, Encoders, check_encoder_hashes, load_encoders
+from d2i.encoders.bundle import Encoders, load_encoders
 from d2i.encoders.clip_image import ClipImage
 from d2i.encoders.clip_text import ClipText
+from d2i.encoders.data_fingerprint import check_encoder_hashes
 from d2i.encoders.vae import Vae
 
 __all__ = [
     "ClipImage",
     "ClipText",
-    "EncodedArray",
     "Encoders",
     "Vae",
     "check_encoder_hashes",

@@ -1,13 +1,9 @@
-"""All encoders of one recipe, loaded once per worker.
-
-By the hashes of their weights they are compared with those that prepared a data set.
-"""
+"""All encoders of one recipe, loaded once per worker."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,32 +13,10 @@ from d2i.config import EncodersConfig, ImageConfig, Precision, TextConfig
 from d2i.encoders.clip_image import ClipImage
 from d2i.encoders.clip_text import ClipText
 from d2i.encoders.vae import Vae
-from d2i.errors import CheckpointError
+from d2i.shards import DeclaredArray
 from d2i.tokenize import WINDOW_LENGTH
 
-if TYPE_CHECKING:
-    from d2i.shards import Manifest
-
 EncoderName = Literal["vae", "clip_image", "clip_text"]
-IMAGE_ARRAYS = ("moments", "clip")
-"""The arrays that depend on the image alone, which other contexts can reuse."""
-_PARTS = {"vae": "image", "clip_image": "image", "clip_text": "text"}
-"""The part of a data set's fingerprint that holds the hash of each encoder's weights."""
-
-
-@dataclass(frozen=True)
-class EncodedArray:
-    """An array of every sample.
-
-    Args:
-        encoder: The encoder that makes it, whose weights decide it; None for the tokenizer.
-        dtype: As numpy names it.
-        shape: Of one sample.
-    """
-
-    encoder: EncoderName | None
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +36,7 @@ class Encoders:
         with np.errstate(over="ignore"):
             moments = self.vae.encode(pixels, self.compute_batch_size).astype(np.float16)
             clip = self.clip_image.encode(pixels, self.compute_batch_size).astype(np.float16)
-        return dict(zip(IMAGE_ARRAYS, (moments, clip), strict=True))
+        return {"moments": moments, "clip": clip}
 
     def encode_text(self, tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
         """Encode uint16 (N, 77 W) to text latents f16 (N, 77 W, text_dim).
@@ -72,22 +46,23 @@ class Encoders:
         with np.errstate(over="ignore"):
             return self.clip_text.encode(tokens, self.compute_batch_size).astype(np.float16)
 
-    def arrays(self, image: ImageConfig, text: TextConfig) -> dict[str, EncodedArray]:
+    def arrays(self, image: ImageConfig, text: TextConfig) -> dict[str, DeclaredArray]:
         """Declare the arrays of every sample, by name, that these encoders make for a recipe."""
-        side = image.resolution // self.vae.downsampling
+        vae, clip_image, clip_text = self.vae, self.clip_image, self.clip_text
+        side = image.resolution // vae.downsampling
         num_tokens = WINDOW_LENGTH * text.num_windows
-        declared = {
-            "moments": EncodedArray(
-                "vae", "float16", (2 * self.vae.codec.num_channels, side, side)
-            ),
-            "clip": EncodedArray("clip_image", "float16", (self.clip_image.dim,)),
-            "tokens": EncodedArray(None, "uint16", (num_tokens,)),
+        moments = (2 * vae.codec.num_channels, side, side)
+        shapes: dict[str, tuple[str, str, tuple[int, ...]]] = {
+            "moments": ("vae", "float16", moments),
+            "clip": ("clip_image", "float16", (clip_image.dim,)),
+            "tokens": ("tokenizer", "uint16", (num_tokens,)),
         }
         if text.latents == "full":
-            declared["text"] = EncodedArray(
-                "clip_text", "float16", (num_tokens, self.clip_text.dim)
-            )
-        return declared
+            shapes["text"] = ("clip_text", "float16", (num_tokens, clip_text.dim))
+        return {
+            name: DeclaredArray(encoder=encoder, dtype=dtype, shape=shape)
+            for name, (encoder, dtype, shape) in shapes.items()
+        }
 
     @property
     def device_kind(self) -> str:
@@ -128,32 +103,5 @@ def versions() -> dict[str, str]:
     """Return the versions of the libraries that decide an encoded byte."""
     from importlib.metadata import version
 
-    names: tuple[Any, ...] = ("torch", "diffusers", "transformers", "numpy", "pillow")
+    names = ("torch", "diffusers", "transformers", "numpy", "pillow")
     return {name: version(name) for name in names}
-
-
-def check_encoder_hashes(
-    hashes: Mapping[EncoderName, str], manifest: Manifest, data_url: str
-) -> None:
-    """Refuse encoders whose weights differ from those that made a data set.
-
-    Shards that d2i preprocess did not make name no encoder, and are accepted unchecked.
-
-    Args:
-        hashes: sha256 of weights, by encoder.
-        manifest: Manifest of the data set.
-        data_url: URL of the data set.
-
-    Raises:
-        CheckpointError: If they differ; it names the encoder.
-    """
-    fingerprint: Mapping[str, Any] = manifest.fingerprint
-    for name, found in hashes.items():
-        part = fingerprint.get(_PARTS[name])
-        expected = part.get(name, found) if isinstance(part, dict) else found
-        if found != expected:
-            raise CheckpointError(
-                f"encoders.{name}: got weights with sha256 {found[:16]}…; expected "
-                f"{str(expected)[:16]}…, which prepared {data_url}; restore those weights, or "
-                "prepare the data again"
-            )

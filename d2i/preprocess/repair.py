@@ -47,7 +47,7 @@ from d2i.shards import (
     restore,
     verify,
 )
-from d2i.shards.commit import COMMIT_SUFFIX, canonical_json, fingerprint_sha256
+from d2i.shards.commit import COMMIT_SUFFIX, canonical_json
 from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME
 from d2i.shards.writer import file_info
 
@@ -372,7 +372,7 @@ def _rebuilt(
             url,
             tar_name,
             failures=failures,
-            fingerprint_sha256=fingerprint_sha256(fingerprint),
+            fingerprint=fingerprint,
         )
     except (OSError, ShardError):
         return None

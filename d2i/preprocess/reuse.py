@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
-from d2i.encoders.bundle import IMAGE_ARRAYS
+from d2i.encoders.data_fingerprint import image_arrays, image_part
 from d2i.errors import ShardError
 from d2i.io import storage
 from d2i.io.config_lock import diff
@@ -66,10 +66,10 @@ class ReusedSplits:
         self._reuse = reuse
         self._open: dict[str, ReusedSplit] = {}
 
-    def check(self, split_url: str, image_part: Mapping[str, Any]) -> None:
+    def check(self, split_url: str, expected: Mapping[str, Any]) -> None:
         """Reject images that were encoded differently; see `ReusedSplit.check`."""
         if split := self._split(split_url):
-            split.check(image_part)
+            split.check(expected)
 
     def known(
         self, task: ShardTask, instances: Sequence[Instance], recipe: Recipe
@@ -110,20 +110,20 @@ class ReusedSplit:
         self._reader = ShardReader(url)
         self._positions_of_keys = KeyIndex(self._reader.keys)
         tables = [table.filter(_lacks_image(table)) for _, table in ledger_tables(url)]
+        self._image_arrays = image_arrays(self._reader.manifest)
         self._failures = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
         self._positions_of_failures = KeyIndex(self._failures["key"].to_pylist())
 
-    def check(self, image_part: Mapping[str, Any]) -> None:
+    def check(self, expected: Mapping[str, Any]) -> None:
         """Reject images that were encoded differently.
 
         Args:
-            image_part: The image part of the fingerprint that the new data will have.
+            expected: The image part of the fingerprint that the new data will have.
 
         Raises:
             ShardError: If it differs; the error names the fields.
         """
-        theirs: Any = self._reader.manifest.fingerprint.get("image", {})
-        if named := diff(theirs, image_part):
+        if named := diff(image_part(self._reader.manifest.fingerprint), expected):
             raise ShardError(
                 f"--reuse {self._reader.url}: its images were encoded differently: "
                 f"{'; '.join(named[:3])}; expected the same image part of the fingerprint; "
@@ -163,7 +163,7 @@ class ReusedSplit:
                 sources.put(ref, members[suffix])
             reused.images[ref] = _source_file(members["json"], suffix)
             reused.features[ref] = {
-                name: npy_array(members[f"{name}.npy"]) for name in IMAGE_ARRAYS
+                name: npy_array(members[f"{name}.npy"]) for name in self._image_arrays
             }
         return reused
 

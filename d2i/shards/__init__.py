@@ -4,8 +4,9 @@ A data set is one directory with one split of a corpus: plain WebDataset tars, a
 commit record beside each, and a manifest with its own sha256. Imports neither torch nor ray.
 """
 
-from d2i.shards.commit import ArrayInfo, Commit, FileInfo, committed_names, read_commits
+from d2i.shards.commit import Commit, FileInfo, committed_names, read_commits
 from d2i.shards.dataset import data_set_url, find_data_sets, split_url
+from d2i.shards.layout import ArrayInfo, DeclaredArray, check_format_1
 from d2i.shards.manifest import (
     Manifest,
     has_valid_checksum,
@@ -33,8 +34,6 @@ from d2i.shards.restore import (
 )
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
-    MEMBERS,
-    SUFFIXES,
     Sample,
     check_json,
     json_bytes,
@@ -46,10 +45,9 @@ from d2i.shards.writer import write_shard
 
 __all__ = [
     "IMAGE_SUFFIXES",
-    "MEMBERS",
-    "SUFFIXES",
     "ArrayInfo",
     "Commit",
+    "DeclaredArray",
     "FileInfo",
     "Manifest",
     "RecoveryInputs",
@@ -59,6 +57,7 @@ __all__ = [
     "ShardReader",
     "VerifyReport",
     "broken_keys",
+    "check_format_1",
     "check_json",
     "check_metadata",
     "committed_names",

@@ -10,13 +10,13 @@ import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from d2i.errors import ShardError
 from d2i.io import storage
-from d2i.shards.sample import check_shape
+from d2i.shards.layout import ArrayInfo, DeclaredArray, FormatVersion, Layout, layout_of
 
 COMMIT_SUFFIX = ".commit.json"
 _SHARD_NAME = re.compile(r"\d{6}-[0-9a-f]{16}")
@@ -45,14 +45,7 @@ class FileInfo(JsonRecord):
     sha256: Sha256
 
 
-class ArrayInfo(JsonRecord):
-    """Dtype and shape of one array member, the same for every sample of a data set."""
-
-    dtype: str
-    shape: tuple[Annotated[int, Field(ge=1)], ...]
-
-
-Arrays = dict[Literal["moments", "clip", "tokens", "text"], ArrayInfo]
+Arrays = dict[str, DeclaredArray | ArrayInfo]
 
 
 def _the_same(arrays: Arrays) -> Arrays:
@@ -69,7 +62,7 @@ class Commit(JsonRecord):
     """The content of one shard.
 
     Attributes:
-        format: Version of this record.
+        format: Version of the data set's format.
         name: `{index:06d}-{first 16 hex digits of the tar's sha256}`.
         index: Number of the shard in the plan.
         num_samples: Samples in the tar; 0 if every instance failed.
@@ -77,10 +70,11 @@ class Commit(JsonRecord):
         fingerprint_sha256: Hash of the fingerprint the shard was made under, if one was given.
         tar: Size and hash of `{name}.tar`.
         index_file: Size and hash of `{name}.arrow`.
-        arrays: Dtype and shape of each array member; empty if there is no sample.
+        arrays: Dtype and shape of each array member, in format 2 with its encoder; in format 1
+            empty if there is no sample.
     """
 
-    format: Literal[1] = 1
+    format: FormatVersion = 1
     name: str
     index: Annotated[int, Field(ge=0, le=999_999)]
     num_samples: Count
@@ -89,6 +83,11 @@ class Commit(JsonRecord):
     tar: FileInfo
     index_file: FileInfo
     arrays: Annotated[Arrays, AfterValidator(_the_same)]
+
+    @property
+    def layout(self) -> Layout:
+        """The members that its samples may have."""
+        return layout_of(self.format, self.arrays)
 
     @property
     def tar_name(self) -> str:
@@ -110,8 +109,7 @@ class Commit(JsonRecord):
         expected = shard_name(self.index, self.tar.sha256)
         if self.name != expected:
             raise ValueError(f"a shard of this index and sha256 is named {expected}")
-        for name, array in self.arrays.items():
-            check_shape(name, array.dtype, array.shape)
+        layout_of(self.format, self.arrays)
         return self
 
 

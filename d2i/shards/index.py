@@ -1,6 +1,6 @@
 """The index beside each tar: one Arrow IPC file, one row per sample.
 
-Columns: `key`, then for each suffix `S` in `SUFFIXES`: `S.offset` (uint64, of the member's content
+Columns: `key`, then for each suffix `S` of the layout: `S.offset` (uint64, of the member's content
 in the tar; 0 = the sample has no such member), `S.size` (uint64, bytes), `S.crc32` (uint32).
 Uncompressed, so that a reader can map the file and copies nothing. The file is untrusted: Arrow
 decompresses a compressed batch while reading it, to whatever size the batch claims, and has no
@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -21,17 +22,10 @@ from numpy.typing import NDArray
 
 from d2i.dialog import KEY_PATTERN
 from d2i.errors import ShardError
-from d2i.shards.sample import MAX_MEMBER_SIZE_BYTES, SUFFIXES
+from d2i.shards.layout import Layout
+from d2i.shards.sample import MAX_MEMBER_SIZE_BYTES
 
 _FIELDS = {"offset": pa.uint64(), "size": pa.uint64(), "crc32": pa.uint32()}
-SCHEMA = pa.schema(
-    [pa.field("key", pa.string(), nullable=False)]
-    + [
-        pa.field(f"{suffix}.{field}", kind, nullable=False)
-        for suffix in SUFFIXES
-        for field, kind in _FIELDS.items()
-    ]
-)
 _MAGIC_SIZE_BYTES = 8
 _MESSAGE_HEADER = 2
 _BATCH_COMPRESSION = 3
@@ -58,9 +52,10 @@ class IndexRow:
 class Index:
     """A validated index: every extent lies within the tar, every key is legal."""
 
-    def __init__(self, batch: Any) -> None:
+    def __init__(self, batch: Any, suffixes: tuple[str, ...]) -> None:
         """Wrap a record batch that `read_index` has checked."""
         self._batch = batch
+        self.suffixes = suffixes
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -79,7 +74,7 @@ class Index:
     def row(self, row: int) -> IndexRow:
         """Return the row of one sample."""
         extents = {}
-        for suffix in SUFFIXES:
+        for suffix in self.suffixes:
             values = [self._batch.column(f"{suffix}.{field}")[row].as_py() for field in _FIELDS]
             if values[0]:
                 extents[suffix] = Extent(*values)
@@ -89,33 +84,44 @@ class Index:
         """Yield every row in order, faster than one `row` at a time."""
         extents = {
             suffix: list(map(Extent, *(self.column(suffix, field).tolist() for field in _FIELDS)))
-            for suffix in SUFFIXES
+            for suffix in self.suffixes
         }
         for row, key in enumerate(self.keys.to_pylist()):
             of_row = {suffix: column[row] for suffix, column in extents.items()}
             yield IndexRow(key, {suffix: at for suffix, at in of_row.items() if at.offset})
 
 
-def index_bytes(rows: Sequence[IndexRow]) -> bytes:
+@lru_cache(maxsize=64)
+def _schema(suffixes: tuple[str, ...]) -> pa.Schema:
+    members = [
+        pa.field(f"{suffix}.{field}", kind, nullable=False)
+        for suffix in suffixes
+        for field, kind in _FIELDS.items()
+    ]
+    return pa.schema([pa.field("key", pa.string(), nullable=False), *members])
+
+
+def index_bytes(rows: Sequence[IndexRow], layout: Layout) -> bytes:
     """Encode an index; the same rows always give the same bytes."""
     columns = [pa.array([row.key for row in rows], pa.string())]
     absent = Extent(0, 0, 0)
-    for suffix in SUFFIXES:
+    for suffix in layout.suffixes:
         extents = [row.extents.get(suffix, absent) for row in rows]
         columns.append(pa.array([extent.offset for extent in extents], pa.uint64()))
         columns.append(pa.array([extent.size_bytes for extent in extents], pa.uint64()))
         columns.append(pa.array([extent.crc32 for extent in extents], pa.uint32()))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+    sink, schema = pa.BufferOutputStream(), _schema(layout.suffixes)
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
     return cast("bytes", sink.getvalue().to_pybytes())
 
 
-def read_index(buffer: Any, *, num_samples: int, tar_size_bytes: int) -> Index:
+def read_index(buffer: Any, layout: Layout, *, num_samples: int, tar_size_bytes: int) -> Index:
     """Decode an index and check all of it before any offset is used.
 
     Args:
         buffer: An Arrow buffer (or bytes) with the whole file; the index keeps it alive.
+        layout: The members that the data set's samples may have.
         num_samples: Number of rows according to the manifest.
         tar_size_bytes: The tar's size; no extent may reach past it.
 
@@ -123,7 +129,7 @@ def read_index(buffer: Any, *, num_samples: int, tar_size_bytes: int) -> Index:
         ShardError: If it is not a valid index.
     """
     try:
-        batch = read_one_batch(pa.py_buffer(buffer), SCHEMA)
+        batch = read_one_batch(pa.py_buffer(buffer), _schema(layout.suffixes))
         batch.validate(full=True)
     except (pa.ArrowException, OSError, EOFError, ValueError) as err:
         raise ShardError("the index is not a readable Arrow file") from err
@@ -131,7 +137,7 @@ def read_index(buffer: Any, *, num_samples: int, tar_size_bytes: int) -> Index:
         raise ShardError(f"the index has {batch.num_rows} samples; expected {num_samples}")
     if any(column.null_count for column in batch.columns):
         raise ShardError("the index has empty cells")
-    index = Index(batch)
+    index = Index(batch, layout.suffixes)
     _check_keys(index)
     _check_extents(index, tar_size_bytes)
     return index
@@ -144,7 +150,7 @@ def _check_keys(index: Index) -> None:
 
 
 def _check_extents(index: Index, tar_size_bytes: int) -> None:
-    for suffix in SUFFIXES:
+    for suffix in index.suffixes:
         offset, size = index.column(suffix, "offset"), index.column(suffix, "size")
         within = (offset <= tar_size_bytes) & (size <= MAX_MEMBER_SIZE_BYTES)
         # Both terms are small by now, so the sum cannot wrap around.

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
-from pydantic import JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from d2i.errors import ShardError
 from d2i.fault_injection import Point
@@ -20,7 +20,7 @@ from d2i.io import storage
 from d2i.io.checksums import checksum_line, sha256_of
 from d2i.shards.commit import (
     COMMIT_SUFFIX,
-    ArrayInfo,
+    Arrays,
     Commit,
     Count,
     FileInfo,
@@ -31,7 +31,14 @@ from d2i.shards.commit import (
     parse_record,
     read_commits,
 )
-from d2i.shards.sample import check_array
+from d2i.shards.layout import (
+    FORMAT_1,
+    DeclaredLayout,
+    FormatVersion,
+    Layout,
+    layout_of,
+    layout_of_fingerprint,
+)
 from d2i.shards.writer import file_info
 
 MANIFEST_NAME = "manifest.json"
@@ -46,28 +53,33 @@ class Manifest(JsonRecord):
     """The content of a data set.
 
     Attributes:
-        format: Version of this record.
-        fingerprint: Everything that determines the bytes, in nested fields.
+        format: Version of the data set's format.
+        fingerprint: Everything that determines the bytes, in nested fields; in format 2 it declares
+            the arrays.
         num_samples: Samples over all shards.
         size_bytes: Bytes of all tars.
         failures: Instances without a sample, by reason class.
-        arrays: Dtype and shape of each array member; empty if there is no sample.
-        files: Size and sha256 of the features of the empty text, by file name.
+        arrays: Dtype and shape of each array member, in format 2 with its encoder; in format 1
+            empty if there is no sample.
+        files: In format 1: size and sha256 of the features of the empty text, by file name.
         shards: The commit records, in index order.
     """
 
-    format: Literal[1] = 1
+    format: FormatVersion = 1
     fingerprint: dict[str, JsonValue]
     num_samples: Count
     size_bytes: Count
     failures: dict[str, Count]
-    arrays: dict[Literal["moments", "clip", "tokens", "text"], ArrayInfo]
-    files: dict[Literal["empty_tokens.npy", "empty_text.npy"], FileInfo]
+    arrays: Arrays
+    files: dict[Literal["empty_tokens.npy", "empty_text.npy"], FileInfo] = Field(
+        default_factory=dict
+    )
     shards: tuple[Commit, ...]
 
     def to_bytes(self) -> bytes:
         """Encode as canonical JSON, shard by shard: all at once takes ten times the memory."""
-        rest = canonical_json(self.model_dump(mode="json", exclude={"shards"}) | {"shards": []})
+        left_out = {"shards"} if self.format == 1 else {"shards", "files"}
+        rest = canonical_json(self.model_dump(mode="json", exclude=left_out) | {"shards": []})
         if not self.shards:
             return rest
         # The last `[]` is that of the shards, whatever the fingerprint holds: only a size follows.
@@ -76,13 +88,20 @@ class Manifest(JsonRecord):
         return b"".join((before, b"[\n  ", b",\n  ".join(records), b"\n ]", after))
 
     @property
+    def layout(self) -> Layout:
+        """The members that its samples may have."""
+        return layout_of(self.format, self.arrays)
+
+    @property
     def sha256(self) -> str:
         """Hash of `manifest.json`: the identity of the data set."""
         return sha256_of(self.to_bytes())
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        if _totals(self.shards) != (self.num_samples, self.size_bytes, self.failures, self.arrays):
+        layout = layout_of_fingerprint(self.fingerprint) if self.format == 2 else FORMAT_1
+        counted = _totals(self.shards, layout)
+        if counted != (self.num_samples, self.size_bytes, self.failures, self.arrays):
             raise ShardError("the totals do not match the shards")
         if any(a.index >= b.index for a, b in zip(self.shards, self.shards[1:], strict=False)):
             raise ShardError("the shards are not in index order")
@@ -97,8 +116,8 @@ def write_manifest(
 ) -> Manifest:
     """Merge the commits of a finished data set into its manifest, and publish it.
 
-    Includes the features of the empty text (`EMPTY_NAMES`) that lie beside the shards. Called again
-    on the same files, it writes nothing.
+    In format 1 it includes the features of the empty text (`EMPTY_NAMES`) that lie beside the
+    shards. Called again on the same files, it writes nothing.
 
     Args:
         out_url: The data set's directory.
@@ -231,31 +250,38 @@ def merge_commits(
     """
     shards = tuple(commits)
     _check_fingerprints(shards, fingerprint)
-    num_samples, size_bytes, failures, arrays = _totals(shards)
+    layout = layout_of_fingerprint(fingerprint)
+    num_samples, size_bytes, failures, arrays = _totals(shards, layout)
     return Manifest(
+        format=layout.format,
         fingerprint=json.loads(canonical_json(fingerprint)),
         num_samples=num_samples,
         size_bytes=size_bytes,
         failures=failures,
-        arrays=cast("Any", arrays),
-        files=cast("Any", dict(_empty_files(out_url))),
+        arrays=arrays,
+        files=cast("Any", dict(_empty_files(out_url)) if layout is FORMAT_1 else {}),
         shards=shards,
     )
 
 
-def _totals(shards: Sequence[Commit]) -> tuple[int, int, dict[str, int], dict[str, ArrayInfo]]:
+def _totals(shards: Sequence[Commit], layout: Layout) -> tuple[int, int, dict[str, int], Arrays]:
     """Sum the commits: samples, bytes of the tars, failures by reason, the arrays they share."""
     failures: Counter[str] = Counter()
-    arrays: dict[str, ArrayInfo] | None = None
+    arrays: Arrays | None = dict(layout.declared) if isinstance(layout, DeclaredLayout) else None
     for shard in shards:
         failures.update(shard.failures)
-        if shard.num_samples:
+        if shard.format != layout.format:
+            raise ShardError(
+                f"shard {shard.name} has format {shard.format}; expected {layout.format}, as the "
+                "fingerprint says"
+            )
+        if shard.num_samples or shard.format == 2:
             if arrays not in (None, shard.arrays):
                 raise ShardError(
                     f"shard {shard.name} has arrays {shard.arrays}; those before it have {arrays}: "
                     "they were made with other settings"
                 )
-            arrays = cast("dict[str, ArrayInfo]", shard.arrays)
+            arrays = shard.arrays
     return (
         sum(shard.num_samples for shard in shards),
         sum(shard.tar.size_bytes for shard in shards),
@@ -279,7 +305,7 @@ def _empty_files(out_url: str) -> Iterator[tuple[str, FileInfo]]:
         url = storage.join(out_url, name)
         if storage.exists(url):
             data = storage.read_bytes(url)
-            check_array(EMPTY_NAMES[name], data)
+            FORMAT_1.check_array(EMPTY_NAMES[name], data)
             yield name, file_info(data)
 
 

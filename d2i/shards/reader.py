@@ -31,8 +31,9 @@ from d2i.shards.cache.mmap_shards import (
     wrap_errors,
 )
 from d2i.shards.cache.shard_cache import CachedShards
-from d2i.shards.commit import ArrayInfo, canonical_json
+from d2i.shards.commit import canonical_json
 from d2i.shards.index import IndexRow
+from d2i.shards.layout import ArrayInfo
 from d2i.shards.manifest import Manifest, read_manifest
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
@@ -100,13 +101,13 @@ class ShardReader:
 
         Args:
             indices: N sample numbers, 0 to len - 1, in any order; they may repeat.
-            members: Out of "moments", "clip", "tokens", "text"; by default all that are stored.
+            members: Out of `manifest.arrays`; by default all that are stored.
 
         Returns:
-            New C-contiguous arrays (N, *shape) by member, with the manifest's dtype and shape. A
-            tensor wraps them without a copy, and pins them with one:
-            moments float16 (N, 8, h, w), clip float16 (N, clip_dim), tokens uint16 (N, 77 W),
-            text float16 (N, 77 W, text_dim).
+            New C-contiguous arrays (N, *shape) by member, with the manifest's dtype and shape; the
+            bits of bfloat16 come as uint16. A tensor wraps them without a copy, and pins them with
+            one. In format 1: moments float16 (N, 8, h, w), clip float16 (N, clip_dim), tokens
+            uint16 (N, 77 W), text float16 (N, 77 W, text_dim).
 
         Raises:
             IndexError: If an index is out of range.
@@ -208,7 +209,7 @@ class ShardReader:
         return positions.astype(np.int64)
 
     def _select(self, members: Iterable[str] | None) -> dict[str, ArrayInfo]:
-        stored: Mapping[str, ArrayInfo] = self.manifest.arrays  # type: ignore[assignment]
+        stored: Mapping[str, ArrayInfo] = self.manifest.arrays
         names = list(stored if members is None else members)
         absent = [name for name in names if name not in stored]
         if absent:
@@ -311,4 +312,4 @@ def _copy_rows(
 
 
 def _num_bytes(array: ArrayInfo) -> int:
-    return npy_size_bytes(array.shape) - NPY_HEADER_SIZE_BYTES
+    return npy_size_bytes(array.dtype, array.shape) - NPY_HEADER_SIZE_BYTES

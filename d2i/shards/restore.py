@@ -19,11 +19,20 @@ from typing import IO, Any
 from d2i.errors import ShardError
 from d2i.io import storage
 from d2i.shards import tar
-from d2i.shards.commit import COMMIT_SUFFIX, ArrayInfo, Commit, FileInfo, parse_record, shard_name
+from d2i.shards.commit import (
+    COMMIT_SUFFIX,
+    Arrays,
+    Commit,
+    FileInfo,
+    fingerprint_sha256,
+    parse_record,
+    shard_name,
+)
 from d2i.shards.index import Extent, Index, IndexRow, index_bytes, read_index
+from d2i.shards.layout import ArrayInfo, Layout, layout_of_fingerprint
 from d2i.shards.manifest import Manifest, read_manifest
-from d2i.shards.sample import Sample, sample_arrays
-from d2i.shards.writer import file_info, streamed_info, write_shard
+from d2i.shards.sample import Sample
+from d2i.shards.writer import file_info, recorded_arrays, streamed_info, write_shard
 
 
 def copied_samples(url: str, commit: Commit) -> Iterator[Sample]:
@@ -70,7 +79,12 @@ def trusted_index(url: str, commit: Commit) -> Index:
     data = storage.read_bytes(storage.join(url, commit.index_name))
     if file_info(data) != commit.index_file:
         raise ShardError(f"{commit.index_name} in {url} is damaged; run `d2i verify`")
-    return read_index(data, num_samples=commit.num_samples, tar_size_bytes=commit.tar.size_bytes)
+    return read_index(
+        data,
+        commit.layout,
+        num_samples=commit.num_samples,
+        tar_size_bytes=commit.tar.size_bytes,
+    )
 
 
 def _sample(tar: IO[bytes], row: IndexRow) -> tuple[Sample, list[str]]:
@@ -93,7 +107,7 @@ def rebuild_index(url: str, commit: Commit) -> None:
             commit record: another version of Arrow may write other bytes.
         FileNotFoundError: If there is no tar.
     """
-    data = _read_tar(url, commit.tar_name).index
+    data = _read_tar(url, commit.tar_name, commit.layout).index
     if file_info(data) != commit.index_file:
         raise ShardError(
             f"the rebuilt {commit.index_name} differs from the original; expected the same bytes; "
@@ -107,7 +121,7 @@ def rebuild_commit(
     tar_name: str,
     *,
     failures: Mapping[str, int],
-    fingerprint_sha256: str | None,
+    fingerprint: Mapping[str, Any],
 ) -> Commit:
     """Rebuild the index and the commit record of a shard from its tar.
 
@@ -115,7 +129,7 @@ def rebuild_commit(
         url: The data set's directory.
         tar_name: The tar, under its final name.
         failures: Instances of the shard without a sample, by reason class.
-        fingerprint_sha256: Of the data set.
+        fingerprint: Of the data set.
 
     Raises:
         ShardError: If the tar's content does not match its name.
@@ -126,13 +140,15 @@ def rebuild_commit(
         info = streamed_info(file)
     if f"{shard_name(index, info.sha256)}.tar" != tar_name:
         raise ShardError(f"the content of {tar_name} does not match the hash in its name")
-    found = _read_tar(url, tar_name)
+    layout = layout_of_fingerprint(fingerprint)
+    found = _read_tar(url, tar_name, layout)
     commit = Commit(
+        format=layout.format,
         name=shard_name(index, info.sha256),
         index=index,
         num_samples=found.num_samples,
         failures=dict(failures),
-        fingerprint_sha256=fingerprint_sha256,
+        fingerprint_sha256=fingerprint_sha256(fingerprint),
         tar=info,
         index_file=file_info(found.index),
         arrays=found.arrays,
@@ -146,19 +162,20 @@ def rebuild_commit(
 class _FoundInTar:
     index: bytes
     num_samples: int
-    arrays: dict[Any, ArrayInfo]
+    arrays: Arrays
 
 
-def _read_tar(url: str, name: str) -> _FoundInTar:
-    rows, arrays = [], {}
+def _read_tar(url: str, name: str, layout: Layout) -> _FoundInTar:
+    rows: list[IndexRow] = []
+    arrays: dict[str, ArrayInfo] = {}
     with storage.open_url(storage.join(url, name)) as file:
         for key, members in groupby(_members(file), key=lambda member: member.key):
             found = list(members)
             extents = {m.suffix: Extent(m.offset, len(m.data), zlib.crc32(m.data)) for m in found}
             rows.append(IndexRow(key, extents))
-            arrays = sample_arrays(Sample(key, {m.suffix: m.data for m in found}))
-    infos = {name: ArrayInfo(dtype=dtype, shape=shape) for name, (dtype, shape) in arrays.items()}
-    return _FoundInTar(index_bytes(rows), len(rows), infos)
+            arrays = layout.arrays_of(Sample(key, {m.suffix: m.data for m in found}))
+    recorded = dict(recorded_arrays(layout, arrays))
+    return _FoundInTar(index_bytes(rows, layout), len(rows), recorded)
 
 
 @dataclass(frozen=True)

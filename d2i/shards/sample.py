@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -20,19 +20,6 @@ from numpy.typing import NDArray
 from d2i.dialog import KEY_PATTERN, MAX_KEY_LENGTH
 from d2i.errors import ShardError
 
-SUFFIXES = (
-    "json",
-    "moments.npy",
-    "clip.npy",
-    "tokens.npy",
-    "text.npy",
-    "jpg",
-    "png",
-    "webp",
-    "gif",
-)
-"""Every suffix a member may have, in the order of the members of a sample."""
-
 IMAGE_SUFFIXES = ("jpg", "png", "webp", "gif")
 
 MAX_MEMBER_SIZE_BYTES = 1 << 28
@@ -40,35 +27,19 @@ MAX_MEMBER_SIZE_BYTES = 1 << 28
 NUM_TOKEN_IDS = 49408
 """Number of CLIP's BPE ids, its start and end tokens included."""
 
-NPY_HEADER_SIZE_BYTES = 128
-NPY_DTYPES = {"float16": "<f2", "uint16": "<u2"}
-"""The byte order on disk of each dtype a member may have."""
+MAX_NAME_LENGTH = 100
+"""Characters of a member's name, `K.SUFFIX`, that a tar header holds."""
 
-_INFINITY = 0x7C00
-"""The bits of float16's infinity; those of NaN are above."""
+NPY_HEADER_SIZE_BYTES = 128
+NPY_DTYPES = {"float16": "<f2", "uint16": "<u2", "uint32": "<u4", "bfloat16": "<u2"}
+"""The numbers on disk of each dtype that a member may have; npy has no bfloat16, but its bits."""
+
+_NAMES_OF_NUMPY = {"<f2": "float16", "<u2": "uint16", "<u4": "uint32"}
 
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00\x76\x00"
-    rb"\{'descr': '(<f2|<u2)', 'fortran_order': False, 'shape': \(([0-9, ]{1,60})\), \} *\n"
+    rb"\{'descr': '(<f2|<u2|<u4)', 'fortran_order': False, 'shape': \(([0-9, ]{1,60})\), \} *\n"
 )
-
-
-@dataclass(frozen=True)
-class MemberSpec:
-    """The required form of an array member: suffix, numpy dtype name and number of axes."""
-
-    suffix: str
-    dtype: str
-    rank: int
-
-
-MEMBERS: Mapping[str, MemberSpec] = {
-    "moments": MemberSpec("moments.npy", "float16", 3),
-    "clip": MemberSpec("clip.npy", "float16", 1),
-    "tokens": MemberSpec("tokens.npy", "uint16", 1),
-    "text": MemberSpec("text.npy", "float16", 2),
-}
-"""Array members: moments (8, h, w), clip (clip_dim,), tokens (77 W,), text (77 W, text_dim)."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +48,7 @@ class Sample:
 
     Attributes:
         key: Unique over the corpus and safe as a tar member name (`d2i.dialog.KEY_PATTERN`).
-        members: The bytes of each member by suffix, out of `SUFFIXES`; `json` always, at most
-            one image.
+        members: The bytes of each member by suffix: `json` always, `NAME.npy`, at most one image.
     """
 
     key: str
@@ -94,7 +64,7 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     """Return the canonical npy header (format 1.0, 128 bytes, little-endian, C order) of an array.
 
     Raises:
-        ShardError: If the dtype is neither float16 nor uint16, or the shape is too long to fit.
+        ShardError: If the dtype is not one of `NPY_DTYPES`, or the shape is too long to fit.
     """
     if dtype not in NPY_DTYPES:
         raise ShardError(f"dtype {dtype} is not supported; expected one of {', '.join(NPY_DTYPES)}")
@@ -109,7 +79,8 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
     """Encode an array as npy bytes that depend on its dtype, shape and values only.
 
     Args:
-        array: float16 or uint16, any shape, any memory layout.
+        array: float16, uint16 or uint32, any shape, any memory layout; the bits of bfloat16 are
+            uint16.
 
     Raises:
         ShardError: If it has another dtype.
@@ -120,22 +91,20 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 
 
 def npy_info(data: bytes) -> tuple[str, tuple[int, ...]]:
-    """Read dtype name and shape from canonical npy bytes, checking every byte of the header.
+    """Read numpy's dtype name and the shape from canonical npy bytes, checking the whole header.
 
     Raises:
         ShardError: If the header is not the one `npy_bytes` writes, or the size does not fit it.
     """
     found = _NPY_HEADER.fullmatch(data[:NPY_HEADER_SIZE_BYTES])
     if found is None:
-        raise ShardError("not a float16 or uint16 npy with the canonical 128-byte header")
-    dtype = "float16" if found[1] == b"<f2" else "uint16"
+        raise ShardError("not a float16, uint16 or uint32 npy with the canonical 128-byte header")
+    dtype = _NAMES_OF_NUMPY[found[1].decode()]
     shape = tuple(int(size) for size in found[2].split(b",") if size.strip())
     if npy_header(dtype, shape) != data[:NPY_HEADER_SIZE_BYTES]:
         raise ShardError(f"npy header of {dtype} {shape} is not in canonical form")
-    if len(data) != npy_size_bytes(shape):
-        raise ShardError(
-            f"npy of {dtype} {shape} has {len(data)} bytes, not {npy_size_bytes(shape)}"
-        )
+    if len(data) != (size_bytes := npy_size_bytes(dtype, shape)):
+        raise ShardError(f"npy of {dtype} {shape} has {len(data)} bytes, not {size_bytes}")
     return dtype, shape
 
 
@@ -149,9 +118,9 @@ def npy_array(data: bytes) -> NDArray[Any]:
     return np.frombuffer(data, dtype=dtype, offset=NPY_HEADER_SIZE_BYTES).reshape(shape)
 
 
-def npy_size_bytes(shape: tuple[int, ...]) -> int:
-    """Return the size of an npy member of 2-byte numbers, header included."""
-    return NPY_HEADER_SIZE_BYTES + 2 * prod(shape)
+def npy_size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the size of an npy member, header included."""
+    return NPY_HEADER_SIZE_BYTES + np.dtype(NPY_DTYPES[dtype]).itemsize * prod(shape)
 
 
 def check_key(key: str) -> None:
@@ -165,66 +134,6 @@ def check_key(key: str) -> None:
             f"key {key[:100]!r} cannot name a tar member; expected 1 to {MAX_KEY_LENGTH} "
             "characters of A-Z a-z 0-9 _ -, not beginning with -"
         )
-
-
-def check_shape(name: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """Reject an array member that does not match `MEMBERS`.
-
-    Raises:
-        ShardError: If the dtype, the number of axes or an axis of fixed size differs.
-    """
-    spec = MEMBERS[name]
-    fits = dtype == spec.dtype and len(shape) == spec.rank and min(shape) > 0
-    if not fits or not _leading_axis_fits(name, shape[0]):
-        raise ShardError(
-            f"{name} is {dtype} {shape}; expected {spec.dtype} with {spec.rank} axes: "
-            "moments (8, h, w), clip (clip_dim,), tokens (77 W,), text (77 W, text_dim)"
-        )
-
-
-def check_array(name: str, data: bytes) -> tuple[str, tuple[int, ...]]:
-    """Check a whole array member, its values included, and return its dtype name and shape.
-
-    Raises:
-        ShardError: As `npy_info` and `check_shape`, or if a latent is not finite or a token is not
-            one of CLIP's.
-    """
-    dtype, shape = npy_info(data)
-    check_shape(name, dtype, shape)
-    values = np.frombuffer(data, NPY_DTYPES["uint16"], offset=NPY_HEADER_SIZE_BYTES)
-    if name == "tokens":
-        if values.max() >= NUM_TOKEN_IDS:
-            raise ShardError(f"tokens hold {values.max()}; expected ids below {NUM_TOKEN_IDS}")
-    elif (values & 0x7FFF).max() >= _INFINITY:
-        raise ShardError(f"{name} holds a value that is not finite")
-    return dtype, shape
-
-
-def _leading_axis_fits(name: str, size: int) -> bool:
-    if name == "moments":
-        return size == 8
-    return name == "clip" or size % 77 == 0
-
-
-def sample_arrays(sample: Sample) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Check a whole sample, and return dtype and shape of each of its arrays.
-
-    Raises:
-        ShardError: If the key, a suffix, a size, the json's form or an array is not legal.
-    """
-    check_key(sample.key)
-    try:
-        _check_members(sample.members)
-        arrays = {
-            name: check_array(name, sample.members[spec.suffix])
-            for name, spec in MEMBERS.items()
-            if spec.suffix in sample.members
-        }
-    except ShardError as err:
-        raise ShardError(f"sample {sample.key}: {err}") from err
-    if "tokens" in arrays and "text" in arrays and arrays["tokens"][1][0] != arrays["text"][1][0]:
-        raise ShardError(f"sample {sample.key}: tokens and text differ in their number of tokens")
-    return arrays
 
 
 def check_json(data: bytes) -> dict[str, Any]:
@@ -243,10 +152,26 @@ def check_json(data: bytes) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def _check_members(members: Mapping[str, bytes]) -> None:
-    unknown = sorted(set(members) - set(SUFFIXES))
+def check_members(key: str, members: Mapping[str, bytes], suffixes: Sequence[str]) -> None:
+    """Reject members that a sample must not have; arrays are checked by `d2i.shards.layout`.
+
+    Args:
+        key: The sample's key.
+        members: The bytes of each member by suffix.
+        suffixes: Those that are allowed.
+
+    Raises:
+        ShardError: If a suffix, a size, the number of images or the json's form is not legal.
+    """
+    unknown = sorted(set(members) - set(suffixes))
     if unknown:
-        raise ShardError(f"member suffix {unknown[0]!r}; expected one of {', '.join(SUFFIXES)}")
+        raise ShardError(f"member suffix {unknown[0]!r}; expected one of {', '.join(suffixes)}")
+    longest = max(suffixes, key=len)
+    if len(f"{key}.{longest}") > MAX_NAME_LENGTH:
+        raise ShardError(
+            f"its member {longest} would have a name of {len(f'{key}.{longest}')} characters; "
+            f"expected at most {MAX_NAME_LENGTH}, as in a tar; shorten the array's name"
+        )
     if sum(suffix in members for suffix in IMAGE_SUFFIXES) > 1:
         raise ShardError("two image members; expected at most one")
     if max((len(data) for data in members.values()), default=0) > MAX_MEMBER_SIZE_BYTES:

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +23,12 @@ from d2i.errors import ShardError
 from d2i.io import storage
 from d2i.io.prefetch import prefetch_map
 from d2i.shards import tar
-from d2i.shards.commit import ArrayInfo, Commit, FileInfo
+from d2i.shards.commit import Commit, FileInfo
 from d2i.shards.index import Index, IndexRow, read_index
+from d2i.shards.layout import FORMAT_1
 from d2i.shards.manifest import EMPTY_NAMES, MANIFEST_NAME, Manifest, listed_names, read_manifest
 from d2i.shards.metadata import check_sample
-from d2i.shards.sample import Sample, check_array, sample_arrays
+from d2i.shards.sample import Sample
 
 OTHER_DIRECTORIES = frozenset({"plan", "ledger"})
 _CHUNK_SIZE_BYTES = 1 << 20
@@ -140,6 +141,7 @@ class _ShardCheck:
         try:
             self.index = read_index(
                 data,
+                self.shard.layout,
                 num_samples=self.shard.num_samples,
                 tar_size_bytes=self.shard.tar.size_bytes,
             )
@@ -148,7 +150,7 @@ class _ShardCheck:
 
     def _check_tar(self, name: str) -> None:
         with storage.open_url(storage.join(self.url, name)) as file:
-            walk = _TarWalk(file, dict(self.shard.arrays))
+            walk = _TarWalk(file, self.shard)
             try:
                 for problem in walk.run(self.index) if self.index else ():
                     self._add(name, "member", problem)
@@ -161,9 +163,9 @@ class _ShardCheck:
 class _TarWalk:
     """One pass over a tar that hashes every byte and compares it with the index on the way."""
 
-    def __init__(self, file: IO[bytes], arrays: dict[Any, ArrayInfo]) -> None:
+    def __init__(self, file: IO[bytes], shard: Commit) -> None:
         self._file = file
-        self._arrays = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+        self._layout, self._arrays = shard.layout, shard.arrays
         self._sha256 = hashlib.sha256()
         self._position = 0
 
@@ -185,7 +187,7 @@ class _TarWalk:
                 continue
             sample = Sample(row.key, members)
             try:
-                arrays = sample_arrays(sample)
+                arrays = self._layout.arrays_of(sample)
                 check_sample(sample)
             except ShardError as err:
                 yield str(err)
@@ -253,7 +255,7 @@ def _check_files(url: str, manifest: Manifest) -> Iterator[ShardProblem]:
         try:
             data = storage.read_bytes(storage.join(url, name))
             yield from _compare(name, data, expected)
-            check_array(EMPTY_NAMES[name], data)
+            FORMAT_1.check_array(EMPTY_NAMES[name], data)
         except FileNotFoundError:
             yield ShardProblem(name, "missing", "listed in the manifest, but not there")
         except OSError as err:

@@ -13,9 +13,10 @@ from d2i.fault_injection import Point
 from d2i.io import storage
 from d2i.io.config_lock import diff
 from d2i.shards import tar
-from d2i.shards.commit import ArrayInfo, Commit, FileInfo, fingerprint_sha256, shard_name
+from d2i.shards.commit import Commit, FileInfo, fingerprint_sha256, shard_name
 from d2i.shards.index import Extent, IndexRow, index_bytes
-from d2i.shards.sample import SUFFIXES, Sample, sample_arrays
+from d2i.shards.layout import ArrayInfo, DeclaredLayout, Layout, layout_of_fingerprint
+from d2i.shards.sample import Sample
 
 _CHUNK_SIZE_BYTES = 1 << 20
 
@@ -41,8 +42,8 @@ def write_shard(
         index: Number of the shard in the plan, 0 to 999999.
         failures: Instances without a sample, by reason class. A supplement shard, which retries
             instances counted before, subtracts those that succeed with negative counts.
-        fingerprint: Everything that determines the bytes; `write_manifest` rejects shards of
-            another one.
+        fingerprint: Everything that determines the bytes, and in format 2 declares the arrays;
+            `write_manifest` rejects shards of another one.
         expected: The record of a shard that is written again; any other shard is rejected.
         fault: Called at each fault point: `shard.written` (complete, but under no name yet), then
             `shard.tar`, `shard.index`, `shard.commit` (published).
@@ -55,10 +56,12 @@ def write_shard(
             shard is not the expected one; no file is left behind.
     """
     trigger_at = fault or (lambda _point: None)
+    layout = layout_of_fingerprint(fingerprint)
     with storage.scratch_file(out_url) as scratch:
-        writer = _write_tar(samples, scratch)
-        index_data = index_bytes(writer.rows)
+        writer = _write_tar(samples, scratch, layout)
+        index_data = index_bytes(writer.rows, layout)
         commit = Commit(
+            format=layout.format,
             name=shard_name(index, writer.sha256.hexdigest()),
             index=index,
             num_samples=len(writer.rows),
@@ -66,7 +69,7 @@ def write_shard(
             fingerprint_sha256=None if fingerprint is None else fingerprint_sha256(fingerprint),
             tar=FileInfo(size_bytes=writer.position, sha256=writer.sha256.hexdigest()),
             index_file=file_info(index_data),
-            arrays=writer.arrays or {},
+            arrays=dict(recorded_arrays(layout, writer.arrays)),
         )
         if expected is not None and commit != expected:
             raise ShardError(_other_than(expected, commit))
@@ -78,6 +81,13 @@ def write_shard(
     storage.write_bytes(storage.join(out_url, commit.commit_name), commit.to_bytes())
     trigger_at("shard.commit")
     return commit
+
+
+def recorded_arrays(
+    layout: Layout, found: Mapping[str, ArrayInfo] | None
+) -> Mapping[str, ArrayInfo]:
+    """Return the arrays that the record of a shard names, from those of its samples, if any."""
+    return layout.declared if isinstance(layout, DeclaredLayout) else found or {}
 
 
 def file_info(data: bytes) -> FileInfo:
@@ -106,9 +116,9 @@ def _other_than(expected: Commit, made: Commit) -> str:
     return f"the rewritten shard has another record: {'; '.join(named[:3])}"
 
 
-def _write_tar(samples: Iterable[Sample], path: Path) -> _TarWriter:
+def _write_tar(samples: Iterable[Sample], path: Path, layout: Layout) -> _TarWriter:
     with path.open("wb") as file:
-        writer = _TarWriter(file)
+        writer = _TarWriter(file, layout)
         for sample in samples:
             writer.add(sample)
         writer.write(tar.END)
@@ -118,13 +128,13 @@ def _write_tar(samples: Iterable[Sample], path: Path) -> _TarWriter:
 class _TarWriter:
     """A tar being written: its position, its hash so far, and the index rows of its samples."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: IO[bytes], layout: Layout) -> None:
+        self._file, self._layout = file, layout
         self._keys: set[str] = set()
         self.sha256 = hashlib.sha256()
         self.position = 0
         self.rows: list[IndexRow] = []
-        self.arrays: dict[Any, ArrayInfo] | None = None
+        self.arrays: dict[str, ArrayInfo] | None = None
 
     def add(self, sample: Sample) -> None:
         """Append one sample's members.
@@ -132,20 +142,18 @@ class _TarWriter:
         Raises:
             ShardError: If the sample is not legal, or does not match those before it.
         """
-        arrays = {
-            name: ArrayInfo(dtype=dtype, shape=shape)
-            for name, (dtype, shape) in sample_arrays(sample).items()
-        }
+        arrays = self._layout.arrays_of(sample)
         if sample.key in self._keys:
             raise ShardError(f"key {sample.key} is in the shard twice; keys must be unique")
         if self.arrays not in (None, arrays):
             raise ShardError(f"sample {sample.key} has {arrays}; those before it {self.arrays}")
         self._keys.add(sample.key)
         self.arrays = arrays
-        members = {
-            suffix: sample.members[suffix] for suffix in SUFFIXES if suffix in sample.members
+        extents = {
+            suffix: self._add(sample.key, suffix, sample.members[suffix])
+            for suffix in self._layout.suffixes
+            if suffix in sample.members
         }
-        extents = {suffix: self._add(sample.key, suffix, data) for suffix, data in members.items()}
         self.rows.append(IndexRow(sample.key, extents))
 
     def _add(self, key: str, suffix: str, data: bytes) -> Extent:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
-from d2i.encoders import EncodedArray, Encoders
+from d2i.encoders import Encoders
 from d2i.errors import ShardError
 from d2i.fetch.result import is_transient
 from d2i.preprocess.ledger import NON_FINITE_TEXT, LedgerRow, Status
@@ -24,7 +24,7 @@ from d2i.preprocess.workers.messages import (
 )
 from d2i.preprocess.workers.spill_buffer import SpillBuffer
 from d2i.prompt_text import context_tokens
-from d2i.shards import Sample, json_bytes, npy_bytes
+from d2i.shards import DeclaredArray, Sample, json_bytes, npy_bytes
 
 _MAX_DETAIL = 500
 """Characters of a failure's detail that the ledger keeps, as a server may send any number."""
@@ -85,7 +85,7 @@ def build_samples(
     images: Mapping[ImageRef, SourceFile],
     features: Mapping[ImageRef, Features],
     texts: Mapping[str, Features],
-    declared: Mapping[str, EncodedArray],
+    declared: Mapping[str, DeclaredArray],
     recipe: Recipe,
     sources: SpillBuffer,
 ) -> Iterator[Sample]:

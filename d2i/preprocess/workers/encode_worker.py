@@ -12,9 +12,8 @@ from d2i.cluster import JobFault, device_of_worker
 from d2i.config import Recipe
 from d2i.dialog import Instance
 from d2i.encoders import Encoders, load_encoders
-from d2i.encoders.bundle import versions
+from d2i.encoders.data_fingerprint import image_part, make_fingerprint
 from d2i.errors import CheckpointError, ShardError
-from d2i.images.decode import RESIZE
 from d2i.io import storage
 from d2i.io.config_lock import lock_or_diff
 from d2i.preprocess.ledger import LedgerRow, count_failures, write_ledger
@@ -39,7 +38,6 @@ from d2i.preprocess.workers.messages import (
 from d2i.preprocess.workers.spill_buffer import SpillBuffer, source_bytes
 from d2i.prompt_text import text_tokens
 from d2i.shards import Sample, npy_bytes, write_shard
-from d2i.tokenize import VOCABULARY_SHA256
 
 
 @dataclass(frozen=True)
@@ -87,11 +85,11 @@ class EncodeWorker:
         self._fault = builder.fault
         self._encoders = encoders
         self._reused = ReusedSplits(builder.reuse)
-        self.fingerprint = fingerprint(builder.recipe, encoders)
+        self.fingerprint = make_fingerprint(builder.recipe, encoders)
 
     def lock_fingerprint(self, split_url: str) -> None:
-        """Lock or check the fingerprint of the shards, and write the features of '' beside them."""
-        self._reused.check(split_url, self.fingerprint["image"])
+        """Lock or check the fingerprint of the shards; in format 1 write the features of '' too."""
+        self._reused.check(split_url, image_part(self.fingerprint))
         if differences := lock_or_diff(fingerprint_url(split_url), self.fingerprint):
             raise ShardError(
                 f"{split_url} holds shards made with other settings, weights or versions: "
@@ -157,6 +155,8 @@ class EncodeWorker:
         return Encoded(samples, [with_text(r, texts) for r in (*rows, *reused.rows(instances))])
 
     def _empty_features(self) -> dict[str, NDArray[np.generic]]:
+        if self.fingerprint.get("format") == 2:
+            return {}
         tokens = text_tokens("", self._recipe.text)
         features: dict[str, NDArray[np.generic]] = {"empty_tokens.npy": tokens}
         if self._recipe.text.latents == "full":
@@ -189,28 +189,3 @@ class EncodeWorker:
         """Report a fault point to the job's fault injection, if there is one."""
         if self._fault:
             self._fault.trigger_at(point)
-
-
-def fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, dict[str, object]]:
-    """Return everything that determines the bytes of a shard: an image part and a text part."""
-    hashes = encoders.hashes()
-    return {
-        "image": {
-            "vae": hashes["vae"],
-            "vae_kind": recipe.encoders.vae_kind,
-            "clip_image": hashes["clip_image"],
-            "resolution": recipe.image.resolution,
-            "resize": RESIZE,
-            "draft": recipe.image.draft,
-            "compute_batch_size": recipe.encoders.compute_batch_size,
-            "precision": recipe.preprocess.encoder_precision,
-            "device": encoders.device_kind,
-            "versions": versions(),
-        },
-        "text": {
-            "tokenizer": VOCABULARY_SHA256,
-            "clip_text": hashes["clip_text"],
-            "precision": recipe.preprocess.encoder_precision,
-            **recipe.text.model_dump(),
-        },
-    }

@@ -21,9 +21,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2i.errors import ShardError
-from d2i.shards.commit import ArrayInfo, Commit
+from d2i.shards.commit import Commit
 from d2i.shards.index import Index, IndexRow, read_index
-from d2i.shards.sample import MEMBERS, NPY_HEADER_SIZE_BYTES, npy_header, npy_size_bytes
+from d2i.shards.layout import ArrayInfo
+from d2i.shards.sample import NPY_HEADER_SIZE_BYTES, npy_header, npy_size_bytes
 from d2i.shards.tar import BLOCK_SIZE_BYTES
 from d2i.shards.tar import header_form as tar_header_form
 
@@ -90,9 +91,9 @@ class MappedArray:
         Raises:
             ShardError: If a sample lacks this member, or has one of another size.
         """
-        self._suffix = MEMBERS[name].suffix
+        self._suffix = f"{name}.npy"
         self._array, self._index, self._tar = array, index, tar
-        size_bytes = npy_size_bytes(array.shape)
+        size_bytes = npy_size_bytes(array.dtype, array.shape)
         offsets, sizes = index.column(self._suffix, "offset"), index.column(self._suffix, "size")
         if not np.all(offsets) or not np.all(sizes == size_bytes):
             raise ShardError(
@@ -267,7 +268,10 @@ def open_index(commit: Commit, index_file: Any) -> Index:
     if hashlib.sha256(index_file).hexdigest() != commit.index_file.sha256:
         raise ShardError("the index does not match the sha256 in the manifest")
     return read_index(
-        index_file, num_samples=commit.num_samples, tar_size_bytes=commit.tar.size_bytes
+        index_file,
+        commit.layout,
+        num_samples=commit.num_samples,
+        tar_size_bytes=commit.tar.size_bytes,
     )
 
 

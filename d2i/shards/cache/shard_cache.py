@@ -208,7 +208,10 @@ class CachedShards:
                 # Indexes are never removed.
                 self._copies.release(copy_name(commit.index_name, commit.index_file))
             return read_index(
-                mapped, num_samples=commit.num_samples, tar_size_bytes=commit.tar.size_bytes
+                mapped,
+                commit.layout,
+                num_samples=commit.num_samples,
+                tar_size_bytes=commit.tar.size_bytes,
             )
 
     def _make_room(self, ahead: int | None = None) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from d2i.backbones import presets_of
 from d2i.config import Recipe
 from d2i.encoders import ClipText, Vae
+from d2i.encoders.data_fingerprint import encoder_sha256
 from d2i.errors import CheckpointError
 from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.shards import ShardReader
@@ -30,15 +29,15 @@ def check_base_parts(recipe: Recipe, reader: ShardReader) -> None:
     if presets.pipeline is None or weights is None:
         return
     path = PipelineDirectory(weights, presets).path
-    image, text = (_part(reader, part) for part in ("image", "text"))
+    fingerprint = reader.manifest.fingerprint
     vae_sha256 = Vae(str(path / "vae"), "kl").hash
-    if vae_sha256 != (expected := image.get("vae", vae_sha256)):
+    if vae_sha256 != (expected := encoder_sha256(fingerprint, "vae") or vae_sha256):
         raise _other(weights, "vae", "encoders.vae", vae_sha256, expected, reader)
     if recipe.text.encode == "on_the_fly":
         return
     _check_tokenizer(weights, path)
     own = ClipText(str(path / "text_encoder"))
-    expected = text.get("clip_text", own.hash)
+    expected = encoder_sha256(fingerprint, "clip_text") or own.hash
     if own.hash == expected:
         return
     prepared = ClipText(recipe.encoders.clip_text, recipe.encoders.text_prefix)
@@ -60,16 +59,11 @@ def _check_tokenizer(weights: str, path: Path) -> None:
         )
 
 
-def _part(reader: ShardReader, name: str) -> Mapping[str, Any]:
-    part = reader.manifest.fingerprint.get(name)
-    return part if isinstance(part, Mapping) else {}
-
-
 def _other(
-    weights: str, part: str, setting: str, found: str, expected: object, reader: ShardReader
+    weights: str, part: str, setting: str, found: str, expected: str, reader: ShardReader
 ) -> CheckpointError:
     return CheckpointError(
         f"backbone.weights {weights}: its {part} has sha256 {found[:16]}…; expected "
-        f"{str(expected)[:16]}…, which prepared {reader.url}; use the base model with those "
+        f"{expected[:16]}…, which prepared {reader.url}; use the base model with those "
         f"weights, or prepare the data again with --set {setting}={weights}/{part}"
     )

@@ -37,28 +37,42 @@ OpenText = Callable[[ShardReader], TextSource]
 
 
 class StoredText:
-    """Text latents as shards store them."""
+    """Text latents as shards store them.
 
-    def __init__(self, reader: ShardReader) -> None:
-        self._reader = reader
+    Args:
+        reader: The shards.
+        empty: The latents of ''; by default those that shards of format 1 store.
+    """
+
+    def __init__(self, reader: ShardReader, empty: Encoded | None = None) -> None:
+        self._reader, self._empty = reader, empty
 
     def read(self, indices: NDArray[np.int64]) -> Encoded:
         """Return the stored latents."""
         return {"text": self._reader.read(indices, members=["text"])["text"]}
 
-    @property
+    @cached_property
     def empty(self) -> Encoded:
         """The latents of ''."""
-        return {"text": self._reader.empty_text}
+        return self._empty or {"text": self._reader.empty_text}
 
 
 class StoredTokens:
-    """Text latents of the token ids that shards store."""
+    """Text latents of the token ids that shards store.
+
+    Args:
+        reader: The shards.
+        encode: From token ids (B, 77 W) to their latents.
+        empty_tokens: Ids of ''.
+    """
 
     def __init__(
-        self, reader: ShardReader, encode: Callable[[NDArray[np.uint16]], Encoded]
+        self,
+        reader: ShardReader,
+        encode: Callable[[NDArray[np.uint16]], Encoded],
+        empty_tokens: NDArray[np.uint16],
     ) -> None:
-        self._reader, self._encode = reader, encode
+        self._reader, self._encode, self._empty_tokens = reader, encode, empty_tokens
 
     def read(self, indices: NDArray[np.int64]) -> Encoded:
         """Encode the stored tokens."""
@@ -67,7 +81,7 @@ class StoredTokens:
     @cached_property
     def empty(self) -> Encoded:
         """The latents of ''."""
-        return _first(self._encode(self._reader.empty_tokens[None]))
+        return _first(self._encode(self._empty_tokens[None]))
 
 
 class DialogText:
@@ -119,11 +133,16 @@ def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
             f"text.encode=stored: shards do not hold what the text encoders of "
             f"{recipe.backbone.name} give; use --set text.encode=on_the_fly"
         )
-    if "text" in reader.manifest.arrays:
+    has_latents = "text" in reader.manifest.arrays
+    if has_latents and reader.manifest.format == 1:
         return StoredText
     clip_text = ClipText(recipe.encoders.clip_text, recipe.encoders.text_prefix, device)
     check_encoder_hashes({"clip_text": clip_text.hash}, reader.manifest, reader.url)
-    return partial(StoredTokens, encode=_encoder_of_tokens(clip_text, recipe))
+    encode = _encoder_of_tokens(clip_text, recipe)
+    tokens = text_tokens("", recipe.text) if reader.manifest.format == 2 else reader.empty_tokens
+    if has_latents:
+        return partial(StoredText, empty=_first(encode(tokens[None])))
+    return partial(StoredTokens, encode=encode, empty_tokens=tokens)
 
 
 def _encoding_dialogs(recipe: Recipe, device: str) -> OpenText:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from d2i.encoders import Encoders, check_encoder_hashes, load_encoders
+from d2i.encoders.data_fingerprint import make_fingerprint
 from d2i.errors import CheckpointError
 from d2i.eval.system import SystemSpec
 from d2i.eval.worker import EvalWorker, EvalWorkerBuilder
-from d2i.preprocess.workers.encode_worker import fingerprint
 from d2i.recipes import load_recipe
 from d2i.shards import ShardReader, write_manifest
 from d2i.train.data.text_source import StoredText, build_text
@@ -50,7 +50,7 @@ USES: dict[str, tuple[str, Callable[[ShardReader, Encoders], Any]]] = {
 def test_encoder_weights_must_match_data(use: str, encoders: Encoders, tmp_path: Path) -> None:
     """Also if the recipe names them by a path, which does not identify the weights."""
     name, load = USES[use]
-    made_by = fingerprint(RECIPE, encoders)
+    made_by = make_fingerprint(RECIPE, encoders)
     check_encoder_hashes(encoders.hashes(), write_manifest(str(tmp_path), made_by), str(tmp_path))
     made_by["text" if name == "clip_text" else "image"][name] = "0" * 64
     write_manifest(str(tmp_path), made_by)

@@ -39,6 +39,7 @@ from d2i.shards import (
 )
 from d2i.shards.commit import canonical_json, shard_name
 from d2i.shards.index import Extent, Index, IndexRow, index_bytes, read_index
+from d2i.shards.layout import FORMAT_1
 from d2i.shards.sample import npy_header
 from d2i.shards.writer import file_info
 from tests.samples import metadata
@@ -706,7 +707,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_verify_finds_hostile_tars(single: Path, name: str) -> None:
     tar, rows = rebuild(single, HOSTILE[name])
-    forge(single, tar, index_bytes(rows))
+    forge(single, tar, index_bytes(rows, FORMAT_1))
     assert (".tar", "structure") in reasons(single)
 
 
@@ -724,7 +725,7 @@ def test_hostile_member_is_not_read(name: str, suffix: str, tmp_path: Path) -> N
             member.mode = 0o4755 if name == "setuid" else member.mode
 
     tar, rows = rebuild(tmp_path, change)
-    forge(tmp_path, tar, index_bytes(rows))
+    forge(tmp_path, tar, index_bytes(rows, FORMAT_1))
     reader = ShardReader(str(tmp_path))
     assert len(reader.read([0, 2])["clip"]) == 2
     reads: dict[str, Callable[[], Any]] = {
@@ -742,9 +743,9 @@ def test_verify_finds_hidden_members_and_trailing_bytes(single: Path) -> None:
     (index,) = single.glob("*.arrow")
     forge(single, path.read_bytes() + b"\0" * 512, good_index := index.read_bytes())
     assert reasons(single) == {(".tar", "structure")}
-    rows = list(read_index(good_index, num_samples=2, tar_size_bytes=1 << 30).rows())
+    rows = list(read_index(good_index, FORMAT_1, num_samples=2, tar_size_bytes=1 << 30).rows())
     (path,) = single.glob("*.tar")
-    forge(single, path.read_bytes()[:-512], index_bytes(rows[1:]), num_samples=1)
+    forge(single, path.read_bytes()[:-512], index_bytes(rows[1:], FORMAT_1), num_samples=1)
     assert reasons(single) == {(".tar", "structure")}
 
 
@@ -758,12 +759,14 @@ def test_arrays_unlike_manifest_are_rejected(single: Path, hostile: np.ndarray[A
     (index,) = single.glob("*.arrow")
     good, bad = npy_header("float16", (8, 4, 4)), npy_header(hostile.dtype.name, hostile.shape)
     tar, rows = path.read_bytes().replace(good, bad), []
-    for row in read_index(index.read_bytes(), num_samples=2, tar_size_bytes=len(tar)).rows():
+    for row in read_index(
+        index.read_bytes(), FORMAT_1, num_samples=2, tar_size_bytes=len(tar)
+    ).rows():
         at = row.extents["moments.npy"]
         crc32 = zlib.crc32(tar[at.offset : at.offset + at.size_bytes])
         extents = {**row.extents, "moments.npy": Extent(at.offset, at.size_bytes, crc32)}
         rows.append(IndexRow(row.key, extents))
-    forge(single, tar, index_bytes(rows))
+    forge(single, tar, index_bytes(rows, FORMAT_1))
     assert reasons(single) == {(".tar", "member")}
     for row in (0, 1):
         with pytest.raises(ShardError, match=r"moments\.npy is not npy float16 \(8, 4, 4\)"):
@@ -777,9 +780,11 @@ def test_arrays_unlike_manifest_are_rejected(single: Path, hostile: np.ndarray[A
 def test_extents_outside_tar_are_rejected(single: Path, offset: int, size: int) -> None:
     (path,) = single.glob("*.tar")
     (index,) = single.glob("*.arrow")
-    rows = list(read_index(index.read_bytes(), num_samples=2, tar_size_bytes=1 << 30).rows())
+    rows = list(
+        read_index(index.read_bytes(), FORMAT_1, num_samples=2, tar_size_bytes=1 << 30).rows()
+    )
     rows[1] = IndexRow(rows[1].key, {**rows[1].extents, "moments.npy": Extent(offset, size, 0)})
-    forge(single, path.read_bytes(), index_bytes(rows))
+    forge(single, path.read_bytes(), index_bytes(rows, FORMAT_1))
     assert not verify(str(single)).ok
     with pytest.raises(ShardError):
         ShardReader(str(single)).read([0])
@@ -788,12 +793,12 @@ def test_extents_outside_tar_are_rejected(single: Path, offset: int, size: int) 
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_index_reader_survives_fuzz(data: st.DataObject) -> None:
-    good = index_bytes([IndexRow("k", {"json": Extent(512, 10, 1)})])
+    good = index_bytes([IndexRow("k", {"json": Extent(512, 10, 1)})], FORMAT_1)
     bad = bytearray(good)
     for _ in range(data.draw(st.integers(1, 8))):
         bad[data.draw(st.integers(0, len(bad) - 1))] = data.draw(st.integers(0, 255))
     try:
-        index = read_index(bytes(bad), num_samples=1, tar_size_bytes=2048)
+        index = read_index(bytes(bad), FORMAT_1, num_samples=1, tar_size_bytes=2048)
     except ShardError:
         return
     assert all(e.offset + e.size_bytes <= 2048 for e in index.row(0).extents.values())
@@ -809,33 +814,33 @@ def index_of(rows: Any, schema: pa.Schema, **options: Any) -> bytes:
 @pytest.mark.parametrize("codec", ["zstd", "lz4"])
 def test_compressed_index_is_rejected_before_decompression(codec: str) -> None:
     extent = {"json": Extent(512, 10, 1)}
-    good = index_bytes([IndexRow(f"{n:088}", extent) for n in range(100_000)])
+    good = index_bytes([IndexRow(f"{n:088}", extent) for n in range(100_000)], FORMAT_1)
     batch = pa.ipc.open_file(good).get_batch(0)
     bomb = index_of(batch, batch.schema, compression=codec)
     assert 20 * len(bomb) < len(good)
     before = pa.total_allocated_bytes()
     with pytest.raises(ShardError, match="compressed"):
-        read_index(bomb, num_samples=100_000, tar_size_bytes=2048)
+        read_index(bomb, FORMAT_1, num_samples=100_000, tar_size_bytes=2048)
     assert pa.total_allocated_bytes() == before
 
 
 def test_index_rejects_schema_metadata_and_empty_extents() -> None:
-    batch = pa.ipc.open_file(index_bytes([IndexRow("k", {"json": Extent(512, 10, 1)})])).get_batch(
-        0
-    )
+    batch = pa.ipc.open_file(
+        index_bytes([IndexRow("k", {"json": Extent(512, 10, 1)})], FORMAT_1)
+    ).get_batch(0)
     hidden = batch.replace_schema_metadata({"hidden": "text"})
     with pytest.raises(ShardError, match="unexpected columns"):
-        read_index(index_of(hidden, hidden.schema), num_samples=1, tar_size_bytes=2048)
+        read_index(index_of(hidden, hidden.schema), FORMAT_1, num_samples=1, tar_size_bytes=2048)
     for absent in (Extent(0, 1, 0), Extent(0, 0, 1)):
         rows = [IndexRow("k", {"json": Extent(512, 10, 1), "png": absent})]
         with pytest.raises(ShardError, match="without an offset in the tar"):
-            read_index(index_bytes(rows), num_samples=1, tar_size_bytes=2048)
+            read_index(index_bytes(rows, FORMAT_1), FORMAT_1, num_samples=1, tar_size_bytes=2048)
 
 
 def test_index_rejects_invalid_keys() -> None:
-    hostile = index_bytes([IndexRow("../../etc/x", {"json": Extent(512, 10, 1)})])
+    hostile = index_bytes([IndexRow("../../etc/x", {"json": Extent(512, 10, 1)})], FORMAT_1)
     with pytest.raises(ShardError, match="key"):
-        read_index(hostile, num_samples=1, tar_size_bytes=2048)
+        read_index(hostile, FORMAT_1, num_samples=1, tar_size_bytes=2048)
 
 
 @given(st.binary(max_size=200))

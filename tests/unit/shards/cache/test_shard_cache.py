@@ -36,21 +36,29 @@ ORDER = DataOrder((NUM_SAMPLES,) * NUM_SHARDS, 3, "blocked", num_window_shards=2
 WAIT_S = 60.0
 
 
+FORMAT_2 = {
+    "format": 2,
+    "arrays": {"clip": {"dtype": "float16", "shape": [64], "encoder": "clip_image"}},
+    "encoders": {"clip_image": {"sha256": "0" * 64}},
+}
+
+
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """Write six shards of five samples; sample i holds the number i."""
-    return write_data(tmp_path / "store" / "data", "train")
+    return write_data(tmp_path / "store" / "data", "train", getattr(request, "param", {}))
 
 
-def write_data(directory: Path, split: str) -> Path:
+def write_data(directory: Path, split: str, fingerprint: dict[str, Any] | None = None) -> Path:
+    made_by = fingerprint or {}
     for shard in range(NUM_SHARDS):
         samples = []
         for number in range(shard * NUM_SAMPLES, (shard + 1) * NUM_SAMPLES):
             clip = np.full(64, number, np.float16)
             members = {"json": json_bytes({"number": number}), "clip.npy": npy_bytes(clip)}
             samples.append(Sample(f"{split}-{number:02d}-0-0", members))
-        write_shard(samples, str(directory), shard, failures={})
-    write_manifest(str(directory), {})
+        write_shard(samples, str(directory), shard, failures={}, fingerprint=made_by)
+    write_manifest(str(directory), made_by)
     return directory
 
 
@@ -78,6 +86,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("data", [{}, FORMAT_2], indirect=True, ids=["format 1", "format 2"])
 def test_threads_read_data_set_larger_than_cache(data: Path, tmp_path: Path) -> None:
     size_gb = cache_gb_of(data, 2.5)
     reader = ShardReader(f"noted://{data}", cache_dir=tmp_path / "cache", cache_gb=size_gb)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,27 @@ def test_encoded_token_ids_equal_stored_text_latents(
     assert 0 < sum(dropped) < len(dropped)
 
 
+def in_format_2(reader: ShardReader, directory: Path) -> ShardReader:
+    """Write the samples of a data set in format 2, which stores nothing of the empty text."""
+    made_by = {"sha256": "0" * 64}
+    arrays = {
+        name: {"dtype": array.dtype, "shape": list(array.shape), "encoder": "any"}
+        for name, array in reader.manifest.arrays.items()
+    }
+    fingerprint = {"format": 2, "arrays": arrays, "encoders": {"any": made_by}}
+    samples = [Sample(key, reader.read_members(n)) for n, key in enumerate(reader.keys)]
+    write_shard(samples, str(directory), 0, failures={}, fingerprint=fingerprint)
+    write_manifest(str(directory), fingerprint)
+    return ShardReader(str(directory))
+
+
+def test_batches_are_equal_for_both_formats(
+    readers: tuple[ShardReader, ShardReader], tmp_path: Path
+) -> None:
+    for number, reader in enumerate(readers):
+        check_same(stream(in_format_2(reader, tmp_path / str(number)), 1), stream(reader, 1))
+
+
 @pytest.mark.parametrize("num_threads", [2, 5])
 def test_batches_are_equal_for_any_number_of_threads(
     readers: tuple[ShardReader, ShardReader], num_threads: int
@@ -139,7 +161,7 @@ def test_first_unread_follows_returned_batches(readers: tuple[ShardReader, Shard
             gate.wait()
         return {"text": np.zeros((*tokens.shape, 8), np.float16)}
 
-    open_text = partial(StoredTokens, encode=encode)
+    open_text = partial(StoredTokens, encode=encode, empty_tokens=reader.empty_tokens)
     batches = BatchLoader(reader, config(2), family("uvit"), open_text)
     prefetched = batches.read_ahead((np.array([step]), step) for step in range(4))
     assert batches.first_unread(0) == 0

@@ -1,0 +1,134 @@
+"""The fingerprint of a data set: everything that determines its bytes, and what made them.
+
+In format 1 it has an image part and a text part, which also name the weights of the encoders. In
+format 2 it declares the arrays as well, and the encoders are apart, by the names that the arrays
+use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from d2i.config import Recipe
+from d2i.encoders.bundle import EncoderName, Encoders, versions
+from d2i.errors import CheckpointError, ShardError
+from d2i.images.decode import RESIZE
+from d2i.shards import ArrayInfo, DeclaredArray, Manifest, check_format_1
+from d2i.tokenize import VOCABULARY_SHA256
+
+_PARTS = {"vae": "image", "clip_image": "image", "clip_text": "text"}
+"""The part of a dialog that each encoder reads: in format 1 it holds the hash of the weights."""
+
+
+def make_fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, Any]:
+    """Return the fingerprint of what a recipe and its encoders prepare.
+
+    It is of format 2 if the recipe says so, or if format 1 cannot hold the arrays.
+    """
+    image, text, hashes = (
+        _image_settings(recipe, encoders),
+        _text_settings(recipe),
+        encoders.hashes(),
+    )
+    kind = {"vae_kind": recipe.encoders.vae_kind}
+    arrays = encoders.arrays(recipe.image, recipe.text)
+    if recipe.preprocess.format is None and _fits_format_1(arrays):
+        weights = {"vae": hashes["vae"], "clip_image": hashes["clip_image"]}
+        tokens = {"tokenizer": VOCABULARY_SHA256, "clip_text": hashes["clip_text"]}
+        return {"image": weights | kind | image, "text": tokens | text}
+    made_by: dict[str, dict[str, str]] = {name: {"sha256": hashes[name]} for name in hashes}
+    made_by["vae"]["kind"] = recipe.encoders.vae_kind
+    made_by["tokenizer"] = {"sha256": VOCABULARY_SHA256}
+    declared = {name: array.model_dump(mode="json") for name, array in arrays.items()}
+    return {"format": 2, "arrays": declared, "encoders": made_by, "image": image, "text": text}
+
+
+def _image_settings(recipe: Recipe, encoders: Encoders) -> dict[str, Any]:
+    return {
+        "resolution": recipe.image.resolution,
+        "resize": RESIZE,
+        "draft": recipe.image.draft,
+        "compute_batch_size": recipe.encoders.compute_batch_size,
+        "precision": recipe.preprocess.encoder_precision,
+        "device": encoders.device_kind,
+        "versions": versions(),
+    }
+
+
+def _text_settings(recipe: Recipe) -> dict[str, Any]:
+    return {"precision": recipe.preprocess.encoder_precision, **recipe.text.model_dump()}
+
+
+def _fits_format_1(arrays: Mapping[str, DeclaredArray]) -> bool:
+    try:
+        check_format_1({n: ArrayInfo(dtype=a.dtype, shape=a.shape) for n, a in arrays.items()})
+    except ShardError:
+        return False
+    return True
+
+
+def encoder_sha256(fingerprint: Mapping[str, Any], name: EncoderName) -> str | None:
+    """Return the hash of an encoder's weights; None if the fingerprint does not name it.
+
+    Shards that d2i preprocess did not make may have any fingerprint.
+    """
+    if fingerprint.get("format") == 2:
+        return _text_in(_mapping_in(fingerprint.get("encoders"), name), "sha256")
+    return _text_in(_mapping_in(fingerprint, _PARTS[name]), name)
+
+
+def image_part(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what determines the arrays of an image, alike for both formats."""
+    settings = dict(_mapping_in(fingerprint, "image"))
+    if fingerprint.get("format") != 2:
+        return settings
+    vae = _mapping_in(fingerprint.get("encoders"), "vae")
+    weights = {"vae": vae.get("sha256"), "vae_kind": vae.get("kind")}
+    return settings | weights | {"clip_image": encoder_sha256(fingerprint, "clip_image")}
+
+
+def image_arrays(manifest: Manifest) -> list[str]:
+    """Return the arrays of a data set that depend on the image alone."""
+    return [name for name, array in manifest.arrays.items() if _is_of_image(name, array)]
+
+
+def _is_of_image(name: str, array: ArrayInfo) -> bool:
+    if isinstance(array, DeclaredArray):
+        return _PARTS.get(array.encoder) == "image"
+    return name in ("moments", "clip")
+
+
+def check_encoder_hashes(
+    hashes: Mapping[EncoderName, str], manifest: Manifest, data_url: str
+) -> None:
+    """Refuse encoders whose weights differ from those that made a data set.
+
+    Shards that d2i preprocess did not make name no encoder, and are accepted unchecked.
+
+    Args:
+        hashes: sha256 of weights, by encoder.
+        manifest: Manifest of the data set.
+        data_url: URL of the data set.
+
+    Raises:
+        CheckpointError: If they differ; it names the encoder.
+    """
+    for name, found in hashes.items():
+        expected = encoder_sha256(manifest.fingerprint, name) or found
+        if found != expected:
+            raise CheckpointError(
+                f"encoders.{name}: got weights with sha256 {found[:16]}…; expected "
+                f"{expected[:16]}…, which prepared {data_url}; restore those weights, or "
+                "prepare the data again"
+            )
+
+
+def _mapping_in(value: object, name: str) -> Mapping[str, Any]:
+    found = value.get(name) if isinstance(value, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _text_in(value: Mapping[str, Any], name: str) -> str | None:
+    found = value.get(name)
+    return found if isinstance(found, str) else None
