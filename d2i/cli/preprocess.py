@@ -58,7 +58,7 @@ def preprocess(
     ] = None,
     reuse: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Prepared data to copy encoded images from."),
+        typer.Option(metavar="DIR", help="Prepared data to take images from."),
     ] = None,
     settings: SetOption = None,
     allow_host: AllowHostOption = None,

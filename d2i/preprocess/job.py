@@ -42,9 +42,9 @@ from d2i.preprocess.plan.supplements import (
     remove_supplements,
 )
 from d2i.preprocess.progress import JobProgress, Tally
-from d2i.preprocess.reuse import Reuse
+from d2i.preprocess.reuse import Reuse, plan_reuse
 from d2i.preprocess.split_summary import SplitSummary, refuse_empty, split_summary
-from d2i.preprocess.workers.encode_worker import EncodeWorkerBuilder
+from d2i.preprocess.workers.encode_worker import EncodeWorkerBuilder, ImagePartWorker
 from d2i.preprocess.workers.fetch_worker import FetchWorkerBuilder
 from d2i.preprocess.workers.messages import ShardTask
 from d2i.recipes import check_prepared_with, store_recipe
@@ -232,7 +232,7 @@ def _make_shards(
     """Fetch, encode and publish the missing shards."""
     tally = session.shared(Tally())
     fault = session.job_fault
-    reuse = None if request.reuse is None else Reuse(storage.resolve(request.reuse))
+    reuse = _reuse(request, session, plans)
     producer = FetchWorkerBuilder(images, request.recipe, tally, fault, reuse)
     consumer = EncodeWorkerBuilder(request.recipe, tuple(_split_urls(request, plans)), fault, reuse)
     offer = session.capacity()
@@ -249,6 +249,15 @@ def _make_shards(
         session.trigger_at("job.shard_done")
     if rate := meter.rate():
         save_rate(rate_decided_by(request, offer.unit), rate)
+
+
+def _reuse(request: PreprocessRequest, session: Session, plans: dict[str, Plan]) -> Reuse | None:
+    """Return how images of earlier data are reused, as their encoders and the new ones decide."""
+    if request.reuse is None:
+        return None
+    encoders = EncodeWorkerBuilder(request.recipe, ())
+    ((_, expected),) = session.map(ImagePartWorker, [encoders])
+    return plan_reuse(storage.resolve(request.reuse), list(plans), expected)
 
 
 def _retract_placeholders(request: PreprocessRequest, session: Session, split_url: str) -> None:

@@ -1,8 +1,10 @@
-"""Image members of earlier prepared data: `--reuse DIR` makes new text features for old images.
+"""Images of earlier prepared data: `--reuse DIR` fetches none of them again.
 
-An instance is found by its key, and only if it names the same image. Earlier failures are copied
-with their reason and without a request, so that both data sets hold the same instances; but images
-that are too small, for either, are fetched again, as the new limit decides. Must not import torch.
+Their arrays are copied if the same encoders would make them again; else the source bytes that the
+shards keep are decoded and encoded. An instance is found by its key, and only if it names the same
+image. Earlier failures are copied with their reason and without a request, so that both data sets
+hold the same instances; but images that failed as too small are fetched again, as the new limit
+decides, and so are those too small for arrays to be copied. Must not import torch.
 """
 
 from __future__ import annotations
@@ -34,9 +36,39 @@ class Reuse:
 
     Args:
         directory: Its directory, with the same splits.
+        encodes_again: Whether its source bytes are encoded, rather than its arrays copied.
     """
 
     directory: str
+    encodes_again: bool = False
+
+
+def plan_reuse(directory: str, splits: Sequence[str], expected: Mapping[str, Any]) -> Reuse:
+    """Return how images of earlier data are reused.
+
+    Args:
+        directory: Of the earlier data.
+        splits: The splits to prepare.
+        expected: The image part of the fingerprint that the new data will have.
+
+    Raises:
+        ShardError: If a split is missing, unfinished or damaged, or if its images were encoded
+            differently, and their source bytes are not kept.
+    """
+    readers = [ShardReader(storage.join(directory, split)) for split in splits]
+    differences = [diff(image_part(r.manifest.fingerprint), expected) for r in readers]
+    named = next((found for found in differences if found), None)
+    if named is None:
+        return Reuse(directory)
+    for reader in readers:
+        if len(reader) and reader.read_image(0) is None:
+            raise ShardError(
+                f"--reuse {reader.url}: its images were encoded differently: "
+                f"{'; '.join(named[:3])}; expected source bytes to encode again, which "
+                "preprocess.keep_images=always keeps; omit --reuse, or use the earlier weights, "
+                "settings and versions"
+            )
+    return Reuse(directory, encodes_again=True)
 
 
 @dataclass(frozen=True)
@@ -66,17 +98,19 @@ class ReusedSplits:
         self._reuse = reuse
         self._open: dict[str, ReusedSplit] = {}
 
-    def check(self, split_url: str, expected: Mapping[str, Any]) -> None:
-        """Reject images that were encoded differently; see `ReusedSplit.check`."""
-        if split := self._split(split_url):
-            split.check(expected)
-
     def known(
         self, task: ShardTask, instances: Sequence[Instance], recipe: Recipe
     ) -> set[ImageRef]:
         """Return the images of a shard that need not be fetched."""
         split = self._split(task.split_url)
         return split.known(task, instances, recipe) if split else set()
+
+    def source_bytes(
+        self, task: ShardTask, instances: Sequence[Instance], recipe: Recipe
+    ) -> Iterator[tuple[ImageRef, bytes]]:
+        """Yield the source bytes to encode again; none if arrays are copied."""
+        split = self._split(task.split_url)
+        return split.source_bytes(instances, recipe) if split else iter(())
 
     def read(
         self,
@@ -99,36 +133,25 @@ class ReusedSplits:
             return None
         url = storage.join(self._reuse.directory, split_url.rpartition("/")[2])
         if url not in self._open:
-            self._open[url] = ReusedSplit(url)
+            self._open[url] = ReusedSplit(url, encodes_again=self._reuse.encodes_again)
         return self._open[url]
 
 
 class ReusedSplit:
-    """The images of one prepared split, by the keys of its samples."""
+    """The images of one prepared split, by the keys of its samples.
 
-    def __init__(self, url: str) -> None:
-        self._reader = ShardReader(url)
+    Args:
+        url: The split.
+        encodes_again: Whether its source bytes are encoded, rather than its arrays copied.
+    """
+
+    def __init__(self, url: str, *, encodes_again: bool) -> None:
+        self._reader, self._encodes_again = ShardReader(url), encodes_again
         self._positions_of_keys = KeyIndex(self._reader.keys)
         tables = [table.filter(_lacks_image(table)) for _, table in ledger_tables(url)]
         self._image_arrays = image_arrays(self._reader.manifest)
         self._failures = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
         self._positions_of_failures = KeyIndex(self._failures["key"].to_pylist())
-
-    def check(self, expected: Mapping[str, Any]) -> None:
-        """Reject images that were encoded differently.
-
-        Args:
-            expected: The image part of the fingerprint that the new data will have.
-
-        Raises:
-            ShardError: If it differs; the error names the fields.
-        """
-        if named := diff(image_part(self._reader.manifest.fingerprint), expected):
-            raise ShardError(
-                f"--reuse {self._reader.url}: its images were encoded differently: "
-                f"{'; '.join(named[:3])}; expected the same image part of the fingerprint; "
-                "omit --reuse, or use the earlier weights, settings and versions"
-            )
 
     def known(
         self, task: ShardTask, instances: Sequence[Instance], recipe: Recipe
@@ -145,6 +168,8 @@ class ReusedSplit:
     ) -> Reused:
         """Read the known results of a shard's images, every byte checked against its checksum.
 
+        Those to encode again are no results yet: see `source_bytes`.
+
         Args:
             task: The shard.
             instances: Its instances.
@@ -154,7 +179,7 @@ class ReusedSplit:
         Raises:
             ShardError: If a byte has changed; `d2i repair` restores it.
         """
-        positions = self._positions(instances, recipe)
+        positions = {} if self._encodes_again else self._positions(instances, recipe)
         reused = Reused(failures=self._failed(task, instances))
         for ref, position in positions.items():
             members = self._reader.read_members(position)
@@ -167,18 +192,39 @@ class ReusedSplit:
             }
         return reused
 
+    def source_bytes(
+        self, instances: Sequence[Instance], recipe: Recipe
+    ) -> Iterator[tuple[ImageRef, bytes]]:
+        """Yield the source bytes of a shard's images to encode again, checked against checksums.
+
+        Raises:
+            ShardError: If a byte has changed; `d2i repair` restores it.
+        """
+        if not self._encodes_again:
+            return
+        for ref, position in self._positions(instances, recipe).items():
+            data = self._reader.read_image(position)
+            if data is not None:
+                yield ref, data
+
     def _positions(self, instances: Sequence[Instance], recipe: Recipe) -> dict[ImageRef, int]:
         found: dict[ImageRef, int] = {}
         for instance in instances:
             position = self._positions_of_keys.find(instance.key)
             if position is not None and instance.image_ref not in found:
                 sample = self._reader.read_json(position)
-                wants_bytes = keeps_source(instance, recipe)
-                if _is_usable(sample["source"], instance, recipe) and (
+                wants_bytes = self._encodes_again or keeps_source(instance, recipe)
+                if self._is_usable(sample["source"], instance, recipe) and (
                     not wants_bytes or self._reader.read_image(position) is not None
                 ):
                     found[instance.image_ref] = position
         return found
+
+    def _is_usable(self, source: Mapping[str, Any], instance: Instance, recipe: Recipe) -> bool:
+        """Return whether a sample's image is the instance's, and its arrays serve the new data."""
+        is_same = source["ref"] == list(instance.image_ref.value)
+        is_small = recipe.image.upscale_problem(source["width"], source["height"])
+        return is_same and (self._encodes_again or not is_small)
 
     def _failed(self, task: ShardTask, instances: Sequence[Instance]) -> dict[ImageRef, LedgerRow]:
         """Return the earlier failures; none for a supplement, whose purpose is to retry them."""
@@ -190,12 +236,6 @@ class ReusedSplit:
             for instance, position in zip(instances, positions, strict=True)
             if position is not None
         }
-
-
-def _is_usable(source: Mapping[str, Any], instance: Instance, recipe: Recipe) -> bool:
-    """Return whether a sample's image is the instance's, and not too small for the new data."""
-    is_same = source["ref"] == list(instance.image_ref.value)
-    return is_same and not recipe.image.upscale_problem(source["width"], source["height"])
 
 
 def _lacks_image(table: pa.Table) -> pa.ChunkedArray:

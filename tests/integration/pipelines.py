@@ -63,6 +63,16 @@ def save_tiny_pipeline(directory: Path) -> None:
     pipeline.save_pretrained(directory)
 
 
+def save_tiny_vae(path: Path) -> Path:
+    """Save a small KL autoencoder over latents of four channels, an eighth of the side."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(16,) * 4, norm_num_groups=8, **_VAE_BLOCKS)
+    vae.save_pretrained(path)
+    return path
+
+
 def save_tiny_sd15(directory: Path, seed: int = 0) -> None:
     """Write Stable Diffusion 1.5 with tiny networks and CLIP's own vocabulary, at 64 pixels."""
     from diffusers import (

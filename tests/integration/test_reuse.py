@@ -13,9 +13,11 @@ from d2i.errors import ConfigError, ShardError
 from d2i.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
+from d2i.preprocess.ledger import read_ledger
 from d2i.recipes import change_recipe, resolve_recipe
 from d2i.shards import ShardReader, verify
 from tests.integration.chats import noise_image, reasons, sends, write_chats
+from tests.integration.pipelines import save_tiny_vae
 from tests.servers import WebServer, running
 from tests.shared import needs_shared
 
@@ -70,13 +72,6 @@ def test_reuse_prepares_new_text_without_refetching_images(
         reader = ShardReader(f"{rest.out}/test")
         assert len(set(reader.keys)) == NUM + 1
 
-        other = replace(
-            new,
-            out=str(tmp_path / "other"),
-            recipe=change_recipe(spaced, ["encoders.compute_batch_size=4"]),
-        )
-        with pytest.raises(ShardError, match=r"image\.compute_batch_size|compute_batch_size: 8"):
-            prepare(other, Session(0), lambda _: None)
         with pytest.raises(ConfigError, match="is the same directory as --out"):
             prepare(replace(old, reuse=old.out), Session(0), lambda _: None)
 
@@ -113,3 +108,72 @@ def test_reuse_fetches_source_bytes_that_were_not_kept(tmp_path: Path, settings:
         lambda _: None,
     )
     assert ShardReader(str(tmp_path / "more" / "train")).read_image(0) == data
+
+
+def test_reuse_encodes_kept_source_bytes_with_other_encoders(
+    tmp_path: Path, settings: list[str]
+) -> None:
+    """Three autoencoders and resolutions from images that were fetched once."""
+    answers = {f"/{n}": sends(noise_image(size=(64 + 9 * n, 64))) for n in range(NUM)}
+    failing = {"/gone": sends(b"", 404), "/late": sends(b"", 500), "/text": sends(b"hello")}
+    with running(WebServer("127.0.0.1", answers | failing)) as web:
+        host = f"127.0.0.1:{web.port}"
+        urls = {f"c{path[1:]}": [f"http://{host}{path}"] for path in web.answers}
+        keeping = ["preprocess.num_samples_per_shard=3", "preprocess.keep_images=always"]
+        recipe = resolve_recipe("demo", [*settings[1::2], *keeping])
+        source = write_chats(tmp_path / "chats", urls)
+        (source / "train.jsonl").write_text((source / "test.jsonl").read_text())
+        old = PreprocessRequest("jsonl", str(source), str(tmp_path / "old"), recipe)
+        prepare = partial(run_job, network_policy=NetworkPolicy(frozenset({host})))
+        prepare(old, Session(0), lambda _: None)
+        first = {split: ledger_facts(old.out, split) for split in ("train", "test")}
+        assert sum(reason == "ok" for reason, *_ in first["test"].values()) == NUM
+        kl = str(save_tiny_vae(tmp_path / "kl"))
+        changes = (
+            ["image.resolution=96", "image.draft=false"],
+            ["encoders.compute_batch_size=3"],
+            [f"encoders.vae={kl}", "encoders.vae_kind=kl", "preprocess.format=2"],
+        )
+        for number, changed in enumerate(changes):
+            request = replace(
+                old,
+                out=str(tmp_path / f"new{number}"),
+                recipe=change_recipe(recipe, changed),
+                reuse=old.out,
+            )
+            web.asked.clear()
+            summaries = prepare(request, Session(0), lambda _: None)
+            assert not web.asked
+            assert [s.failures for s in summaries] == 2 * [
+                {"http_404": 1, "http_500": 1, "not_an_image": 1}
+            ]
+            fresh = replace(request, out=str(tmp_path / f"fresh{number}"), reuse=None)
+            prepare(fresh, Session(0), lambda _: None)
+            assert files(request.out) == files(fresh.out) != files(old.out)
+            for split, facts in first.items():
+                assert ledger_facts(request.out, split) == facts
+            assert verify(f"{request.out}/test").ok
+
+        # Without kept bytes there is nothing to encode.
+        bare = change_recipe(recipe, ["preprocess.keep_images=auto"])
+        less = replace(old, out=str(tmp_path / "less"), recipe=bare)
+        prepare(less, Session(0), lambda _: None)
+        again = replace(
+            less,
+            out=str(tmp_path / "again"),
+            recipe=change_recipe(bare, ["encoders.compute_batch_size=3"]),
+            reuse=less.out,
+        )
+        message = r"compute_batch_size: 8.*; expected source bytes to encode again"
+        with pytest.raises(ShardError, match=message):
+            prepare(again, Session(0), lambda _: None)
+        (summary,) = prepare(replace(again, split="test"), Session(0), lambda _: None)
+        assert summary.num_written == NUM
+
+
+def ledger_facts(out: str, split: str) -> dict[str, tuple[object, ...]]:
+    """Return what a ledger says of each image, but how it was obtained."""
+    return {
+        row.key: (row.reason, row.size_bytes, row.width, row.height, row.sha256)
+        for row in read_ledger(f"{out}/{split}")
+    }

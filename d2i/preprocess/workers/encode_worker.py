@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,14 @@ class EncodeWorkerBuilder:
         return worker
 
 
+class ImagePartWorker:
+    """Loads the encoders of a job, for what they make of an image."""
+
+    def run(self, builder: EncodeWorkerBuilder) -> dict[str, Any]:
+        """Return the image part of the fingerprint that the job's data will have."""
+        return image_part(builder().fingerprint)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Instances after encoding.
@@ -89,7 +98,6 @@ class EncodeWorker:
 
     def lock_fingerprint(self, split_url: str) -> None:
         """Lock or check the fingerprint of the shards; in format 1 write the features of '' too."""
-        self._reused.check(split_url, image_part(self.fingerprint))
         if differences := lock_or_diff(fingerprint_url(split_url), self.fingerprint):
             raise ShardError(
                 f"{split_url} holds shards made with other settings, weights or versions: "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from d2i.cluster import JobFault, SharedActor
 from d2i.config import Recipe
-from d2i.dialog import ImageRef
+from d2i.dialog import ImageRef, Instance
 from d2i.errors import ClusterError
 from d2i.fetch.result import FetchResult
 from d2i.fetch.sources import ImageSource
@@ -68,14 +68,8 @@ class FetchWorker:
         """
         instances = task.read_instances()
         yield FetchedBlock((), instances)
-        known = self._reused.known(task, instances, self._recipe)
-        kept = {i.image_ref for i in instances if keeps_source(i, self._recipe)}
         block: list[FetchedImage] = []
-        for found in self._source.fetch(
-            {instance.image_ref for instance in instances} - known,
-            lambda ref, fetched: open_image(ref, fetched, self._decoder, is_kept=ref in kept),
-            partial(read_inline, task.split_url),
-        ):
+        for found in self._results(task, instances):
             self._trigger_at("fetch.picture")
             block.append(found)
             if len(block) == _BLOCK or _num_source_bytes(block) >= _BLOCK_BYTES:
@@ -84,6 +78,20 @@ class FetchWorker:
         self._refuse_outage(of_names=bool(task.failed_before))
         self._trigger_at("fetch.shard")
         yield self._counted(block)
+
+    def _results(self, task: ShardTask, instances: Sequence[Instance]) -> Iterator[FetchedImage]:
+        """Open the images of a shard, reused source bytes first."""
+        known = self._reused.known(task, instances, self._recipe)
+        kept = {i.image_ref for i in instances if keeps_source(i, self._recipe)}
+
+        def opened(ref: ImageRef, fetched: FetchResult) -> FetchedImage:
+            return open_image(ref, fetched, self._decoder, is_kept=ref in kept)
+
+        for ref, data in self._reused.source_bytes(task, instances, self._recipe):
+            detail = "source bytes reused from earlier data"
+            yield opened(ref, FetchResult(data, detail=detail, attempts=0))
+        wanted = {instance.image_ref for instance in instances} - known
+        yield from self._source.fetch(wanted, opened, partial(read_inline, task.split_url))
 
     def _counted(self, images: list[FetchedImage]) -> FetchedBlock:
         self._tally.call("add", [found.fetched.reason for found in images])
