@@ -43,6 +43,7 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "corpus.split_seed": None,
     "fetch.downloads": None,
     "image.max_upscale": None,
+    "preprocess.format": None,
     "text.encode": "stored",
     "train.weighting": "none",
     "train.ema_warmup": False,

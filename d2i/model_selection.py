@@ -291,7 +291,8 @@ def _write_subset(request: SelectRequest, source: str, directory: str) -> str:
     if not storage.exists(storage.join(data_url, "manifest.json")):
         fingerprint = reader.manifest.fingerprint
         samples = _samples(reader, sorted(rows.tolist()))
-        write_shard(samples, data_url, 0, failures={}, fingerprint=fingerprint)
+        declared = fingerprint if reader.manifest.format == 2 else None
+        write_shard(samples, data_url, 0, failures={}, fingerprint=declared)
         for name, values in _empty_features(reader):
             storage.write_bytes(storage.join(data_url, name), npy_bytes(values))
         write_manifest(data_url, fingerprint)

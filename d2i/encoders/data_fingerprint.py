@@ -14,11 +14,19 @@ from d2i.config import Recipe
 from d2i.encoders.bundle import EncoderName, Encoders, versions
 from d2i.errors import CheckpointError, ShardError
 from d2i.images.decode import RESIZE
-from d2i.shards import ArrayInfo, DeclaredArray, Manifest, check_format_1
+from d2i.shards import ArrayInfo, DeclaredArray, Manifest, check_format_1, declares_arrays
 from d2i.tokenize import VOCABULARY_SHA256
 
 _PARTS = {"vae": "image", "clip_image": "image", "clip_text": "text"}
 """The part of a dialog that each encoder reads: in format 1 it holds the hash of the weights."""
+
+ENCODER_OF_ARRAY = {
+    "moments": "vae",
+    "clip": "clip_image",
+    "tokens": "tokenizer",
+    "text": "clip_text",
+}
+"""The encoder that makes each array that networks are trained on, as fingerprints name it."""
 
 
 def make_fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, Any]:
@@ -73,30 +81,35 @@ def encoder_sha256(fingerprint: Mapping[str, Any], name: EncoderName) -> str | N
 
     Shards that d2i preprocess did not make may have any fingerprint.
     """
-    if fingerprint.get("format") == 2:
-        return _text_in(_mapping_in(fingerprint.get("encoders"), name), "sha256")
-    return _text_in(_mapping_in(fingerprint, _PARTS[name]), name)
+    if declares_arrays(fingerprint):
+        place, key = _mapping_in(fingerprint.get("encoders"), name), "sha256"
+    else:
+        place, key = _mapping_in(fingerprint, _PARTS[name]), name
+    return str(place[key]) if key in place else None
 
 
-def image_part(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def image_part(fingerprint: Mapping[str, Any], arrays: Mapping[str, ArrayInfo]) -> dict[str, Any]:
     """Return what determines the arrays of an image, alike for both formats."""
-    settings = dict(_mapping_in(fingerprint, "image"))
-    if fingerprint.get("format") != 2:
-        return settings
-    vae = _mapping_in(fingerprint.get("encoders"), "vae")
-    weights = {"vae": vae.get("sha256"), "vae_kind": vae.get("kind")}
-    return settings | weights | {"clip_image": encoder_sha256(fingerprint, "clip_image")}
+    part = dict(_mapping_in(fingerprint, "image"))
+    if declares_arrays(fingerprint):
+        vae = _mapping_in(fingerprint.get("encoders"), "vae")
+        part |= {"vae": vae.get("sha256"), "vae_kind": vae.get("kind")}
+        part |= {"clip_image": encoder_sha256(fingerprint, "clip_image")}
+    shapes = {name: [arrays[name].dtype, *arrays[name].shape] for name in image_arrays(arrays)}
+    return part | {"arrays": shapes}
 
 
-def image_arrays(manifest: Manifest) -> list[str]:
-    """Return the arrays of a data set that depend on the image alone."""
-    return [name for name, array in manifest.arrays.items() if _is_of_image(name, array)]
+def image_arrays(arrays: Mapping[str, ArrayInfo]) -> list[str]:
+    """Return the names of those arrays that depend on the image alone."""
+    made_by = {name: encoder_of(name, array) for name, array in arrays.items()}
+    return [name for name, encoder in made_by.items() if _PARTS.get(encoder) == "image"]
 
 
-def _is_of_image(name: str, array: ArrayInfo) -> bool:
+def encoder_of(name: str, array: ArrayInfo) -> str:
+    """Return the encoder that made an array, as its data set declares, or as in format 1."""
     if isinstance(array, DeclaredArray):
-        return _PARTS.get(array.encoder) == "image"
-    return name in ("moments", "clip")
+        return array.encoder
+    return ENCODER_OF_ARRAY.get(name, "")
 
 
 def check_encoder_hashes(
@@ -115,11 +128,11 @@ def check_encoder_hashes(
         CheckpointError: If they differ; it names the encoder.
     """
     for name, found in hashes.items():
-        expected = encoder_sha256(manifest.fingerprint, name) or found
-        if found != expected:
+        expected = encoder_sha256(manifest.fingerprint, name)
+        if expected not in (None, found):
             raise CheckpointError(
                 f"encoders.{name}: got weights with sha256 {found[:16]}…; expected "
-                f"{expected[:16]}…, which prepared {data_url}; restore those weights, or "
+                f"{str(expected)[:16]}…, which prepared {data_url}; restore those weights, or "
                 "prepare the data again"
             )
 
@@ -127,8 +140,3 @@ def check_encoder_hashes(
 def _mapping_in(value: object, name: str) -> Mapping[str, Any]:
     found = value.get(name) if isinstance(value, Mapping) else None
     return found if isinstance(found, Mapping) else {}
-
-
-def _text_in(value: Mapping[str, Any], name: str) -> str | None:
-    found = value.get(name)
-    return found if isinstance(found, str) else None

@@ -35,6 +35,7 @@ from d2i.shards import (
     RestoreResult,
     ShardProblem,
     broken_keys,
+    declares_arrays,
     find_data_sets,
     find_recovery_inputs,
     has_valid_checksum,
@@ -236,9 +237,14 @@ class _RepairedSet:
         )
 
     def _has_features(self, commits: dict[int, Commit]) -> bool:
-        """Return whether the features of '' match the manifest, or a rebuilt one is valid."""
+        """Return whether the features of '' match the manifest, or a rebuilt one is valid.
+
+        In format 2 there are none.
+        """
         if self.evidence.manifest:
             return all(_is(self.url, n, i) for n, i in self.evidence.manifest.files.items())
+        if self.fingerprint is not None and declares_arrays(self.fingerprint):
+            return True
         if self.fingerprint is None or not commits:
             return False
         try:

@@ -49,14 +49,15 @@ def plan_reuse(directory: str, splits: Sequence[str], expected: Mapping[str, Any
     Args:
         directory: Of the earlier data.
         splits: The splits to prepare.
-        expected: The image part of the fingerprint that the new data will have.
+        expected: What determines the arrays of an image in the new data (`image_part`).
 
     Raises:
         ShardError: If a split is missing, unfinished or damaged, or if its images were encoded
             differently, and their source bytes are not kept.
     """
     readers = [ShardReader(storage.join(directory, split)) for split in splits]
-    differences = [diff(image_part(r.manifest.fingerprint), expected) for r in readers]
+    manifests = [reader.manifest for reader in readers]
+    differences = [diff(image_part(m.fingerprint, m.arrays), expected) for m in manifests]
     named = next((found for found in differences if found), None)
     if named is None:
         return Reuse(directory)
@@ -149,7 +150,7 @@ class ReusedSplit:
         self._reader, self._encodes_again = ShardReader(url), encodes_again
         self._positions_of_keys = KeyIndex(self._reader.keys)
         tables = [table.filter(_lacks_image(table)) for _, table in ledger_tables(url)]
-        self._image_arrays = image_arrays(self._reader.manifest)
+        self._image_arrays = image_arrays(self._reader.manifest.arrays)
         self._failures = pa.concat_tables([SCHEMA.empty_table(), *tables]).combine_chunks()
         self._positions_of_failures = KeyIndex(self._failures["key"].to_pylist())
 

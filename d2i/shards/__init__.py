@@ -6,7 +6,7 @@ commit record beside each, and a manifest with its own sha256. Imports neither t
 
 from d2i.shards.commit import Commit, FileInfo, committed_names, read_commits
 from d2i.shards.dataset import data_set_url, find_data_sets, split_url
-from d2i.shards.layout import ArrayInfo, DeclaredArray, check_format_1
+from d2i.shards.layout import ArrayInfo, DeclaredArray, check_format_1, declares_arrays
 from d2i.shards.manifest import (
     Manifest,
     has_valid_checksum,
@@ -63,6 +63,7 @@ __all__ = [
     "committed_names",
     "copied_samples",
     "data_set_url",
+    "declares_arrays",
     "find_data_sets",
     "find_recovery_inputs",
     "has_valid_checksum",

@@ -67,7 +67,8 @@ class Commit(JsonRecord):
         index: Number of the shard in the plan.
         num_samples: Samples in the tar; 0 if every instance failed.
         failures: Number of instances without a sample, by reason class.
-        fingerprint_sha256: Hash of the fingerprint the shard was made under, if one was given.
+        fingerprint_sha256: Hash of the fingerprint the shard was made under; in format 1 None if
+            none was given.
         tar: Size and hash of `{name}.tar`.
         index_file: Size and hash of `{name}.arrow`.
         arrays: Dtype and shape of each array member, in format 2 with its encoder; in format 1
@@ -110,6 +111,8 @@ class Commit(JsonRecord):
         if self.name != expected:
             raise ValueError(f"a shard of this index and sha256 is named {expected}")
         layout_of(self.format, self.arrays)
+        if self.format == 2 and self.fingerprint_sha256 is None:
+            raise ValueError("in format 2 it has the fingerprint_sha256, too")
         return self
 
 
@@ -136,13 +139,15 @@ def parse_record(kind: type[Record], data: bytes, url: str) -> Record:
     """
     try:
         record = kind.model_validate_json(data)
+        is_canonical = record.to_bytes() == data
     except ValidationError as err:
         problem = err.errors()[0]
         place = ".".join(str(part) for part in problem["loc"]) or "the whole record"
         raise ShardError(f"{url} is not a {kind.__name__}: {place}: {problem['msg']}") from err
-    except ShardError as err:
+    except (ShardError, ValueError) as err:
+        # JSON has no form for NaN and infinity.
         raise ShardError(f"{url} is not a {kind.__name__}: {err}") from err
-    if record.to_bytes() != data:
+    if not is_canonical:
         raise ShardError(
             f"{url} was changed: its JSON is not in the canonical form that d2i writes"
         )

@@ -32,6 +32,7 @@ from d2i.shards.sample import (
 
 FormatVersion = Literal[1, 2]
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,15}")
 # The bits of infinity, without the sign, of the dtypes that have one; those of NaN are above.
 _INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
@@ -120,6 +121,8 @@ class _Format1(Layout):
 
     def check_array(self, name: str, data: bytes) -> ArrayInfo:
         dtype, shape = npy_info(data)
+        if 0 in shape:
+            raise ShardError(f"{name} is {dtype} {shape}; expected no axis of size 0")
         found = ArrayInfo(dtype=dtype, shape=shape)
         check_format_1({name: found})
         _check_values(name, dtype, data)
@@ -245,7 +248,7 @@ def layout_of_fingerprint(fingerprint: Mapping[str, Any] | None) -> Layout:
     Raises:
         ShardError: If it is of format 2, and does not declare them, with the encoder of each.
     """
-    if fingerprint is None or fingerprint.get("format") != 2:
+    if fingerprint is None or not declares_arrays(fingerprint):
         return FORMAT_1
     try:
         # As JSON, in which a shape is a list.
@@ -256,9 +259,17 @@ def layout_of_fingerprint(fingerprint: Mapping[str, Any] | None) -> Layout:
     known = encoders if isinstance(encoders, Mapping) else {}
     for array in arrays.values():
         made_by = known.get(array.encoder)
-        if not isinstance(made_by, Mapping) or not isinstance(made_by.get("sha256"), str):
+        sha256 = made_by.get("sha256") if isinstance(made_by, Mapping) else None
+        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
             _refuse_arrays(f"encoders has no sha256 of {array.encoder!r}")
     return DeclaredLayout(arrays)
+
+
+def declares_arrays(fingerprint: Mapping[str, Any]) -> bool:
+    """Return whether a fingerprint is that of data in format 2."""
+    version = fingerprint.get("format")
+    # Of the values that equal 2, JSON writes only this one as `2`.
+    return type(version) is int and version == 2
 
 
 _DECLARED: TypeAdapter[dict[str, DeclaredArray]] = TypeAdapter(dict[str, DeclaredArray])

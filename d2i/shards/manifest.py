@@ -99,7 +99,9 @@ class Manifest(JsonRecord):
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        layout = layout_of_fingerprint(self.fingerprint) if self.format == 2 else FORMAT_1
+        layout = layout_of_fingerprint(self.fingerprint)
+        if layout.format != self.format:
+            raise ShardError(f"its fingerprint is that of format {layout.format}")
         counted = _totals(self.shards, layout)
         if counted != (self.num_samples, self.size_bytes, self.failures, self.arrays):
             raise ShardError("the totals do not match the shards")

@@ -241,9 +241,9 @@ class ShardReader:
     def _read_empty(self, name: Any) -> NDArray[Any]:
         info = self.manifest.files.get(name)
         if info is None:
-            raise ShardError(
-                f"{self.url} holds no {name}; prepare the data again with text latents"
-            )
+            again = "prepare the data again with text latents"
+            reason = again if self.manifest.format == 1 else "format 2 stores no such features"
+            raise ShardError(f"{self.url} holds no {name}; {reason}")
         data = storage.read_bytes(storage.join(self.url, name))
         if hashlib.sha256(data).hexdigest() != info.sha256:
             raise ShardError(f"{name} in {self.url} does not match the manifest; run `d2i repair`")

@@ -26,6 +26,7 @@ from d2i.train.data.base_parts import check_base_parts
 from d2i.train.data.batch import Batch, BatchLoader
 from d2i.train.data.loader import (
     build_order,
+    check_arrays,
     check_cache,
     check_sizes,
 )
@@ -81,6 +82,7 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
     reader = request.open_shards(data_set_url(request.data_url, "train"))
     check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
+    check_arrays(recipe, reader)
     ranks.build_on_rank_zero(lambda: check_base_parts(recipe, reader))
     network = build_trained_network(recipe)
     open_text = build_text(recipe, reader, str(ranks.device))

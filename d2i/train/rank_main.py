@@ -38,7 +38,7 @@ from d2i.train.checkpoint.checkpoint_files import (
 from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState, build_state
 from d2i.train.data.base_parts import check_base_parts
 from d2i.train.data.batch import BatchLoader
-from d2i.train.data.loader import BatchStream, check_cache, check_sizes
+from d2i.train.data.loader import BatchStream, check_arrays, check_cache, check_sizes
 from d2i.train.data.text_source import OpenText, build_text
 from d2i.train.distributed.engine import build_engine, join_ranks, trained_parameters
 from d2i.train.distributed.ranks import Ranks
@@ -101,6 +101,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks, fault: Fault | None) -> Non
     reader = request.open_shards(data_set_url(request.data_url, "train"))
     check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
+    check_arrays(recipe, reader)
     # Seeds the random initial weights of a network that loads none.
     torch.manual_seed(config.seed)
     network = build_trained_network(recipe)

@@ -39,7 +39,13 @@ from d2i.preprocess.plan.shard_assignment import ShardAssigner
 from d2i.shards import committed_names
 
 _FORMAT = 2
-_FORMERLY = {f"recipe.{path}": value for path, value in LEGACY_DEFAULTS.items()}
+_SECTIONS = ("corpus", "image", "text", "encoders")
+"""Groups of settings that determine a plan; of `preprocess`, some do."""
+_FORMERLY = {
+    f"recipe.{path}": value
+    for path, value in LEGACY_DEFAULTS.items()
+    if path.partition(".")[0] in _SECTIONS
+}
 _BATCH, _BATCH_CHARS = 500, 16 << 20
 """Instances and characters per batch. It is small enough to stay in the CPU cache while it is laid
 out in columns, and to take little memory where contexts are long."""
@@ -320,7 +326,7 @@ def _records_name(index: int) -> str:
 
 def _decided_by(request: PlanRequest) -> dict[str, Any]:
     recipe = request.recipe.model_dump(mode="json")
-    settings = {name: recipe[name] for name in ("corpus", "image", "text", "encoders")}
+    settings = {name: recipe[name] for name in _SECTIONS}
     # max_broken changes no instance, and older plans have neither split_* nor max_upscale.
     settings["corpus"] = {
         name: value

@@ -38,7 +38,7 @@ from d2i.preprocess.workers.messages import (
 )
 from d2i.preprocess.workers.spill_buffer import SpillBuffer, source_bytes
 from d2i.prompt_text import text_tokens
-from d2i.shards import Sample, npy_bytes, write_shard
+from d2i.shards import Sample, declares_arrays, npy_bytes, write_shard
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class ImagePartWorker:
     """Loads the encoders of a job, for what they make of an image."""
 
     def run(self, builder: EncodeWorkerBuilder) -> dict[str, Any]:
-        """Return the image part of the fingerprint that the job's data will have."""
-        return image_part(builder().fingerprint)
+        """Return what determines the arrays of an image, in the data that the job makes."""
+        encode = builder()
+        return image_part(encode.fingerprint, encode.declared)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class EncodeWorker:
         self._encoders = encoders
         self._reused = ReusedSplits(builder.reuse)
         self.fingerprint = make_fingerprint(builder.recipe, encoders)
+        self.declared = encoders.arrays(builder.recipe.image, builder.recipe.text)
 
     def lock_fingerprint(self, split_url: str) -> None:
         """Lock or check the fingerprint of the shards; in format 1 write the features of '' too."""
@@ -103,7 +105,10 @@ class EncodeWorker:
                 f"{split_url} holds shards made with other settings, weights or versions: "
                 f"got {'; '.join(differences[:3])}; choose another --out, or use the earlier ones"
             )
-        for name, array in self._empty_features().items():
+        empty = self._empty_features()
+        if declares_arrays(self.fingerprint):
+            return
+        for name, array in empty.items():
             url, data = storage.join(split_url, name), npy_bytes(array)
             if not storage.exists(url) or storage.read_bytes(url) != data:
                 storage.write_bytes(url, data)
@@ -156,15 +161,13 @@ class EncodeWorker:
             {**images, **reused.images},
             features,
             texts,
-            self._encoders.arrays(self._recipe.image, self._recipe.text),
+            self.declared,
             self._recipe,
             sources,
         )
         return Encoded(samples, [with_text(r, texts) for r in (*rows, *reused.rows(instances))])
 
     def _empty_features(self) -> dict[str, NDArray[np.generic]]:
-        if self.fingerprint.get("format") == 2:
-            return {}
         tokens = text_tokens("", self._recipe.text)
         features: dict[str, NDArray[np.generic]] = {"empty_tokens.npy": tokens}
         if self._recipe.text.latents == "full":

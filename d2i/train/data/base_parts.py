@@ -31,14 +31,15 @@ def check_base_parts(recipe: Recipe, reader: ShardReader) -> None:
     path = PipelineDirectory(weights, presets).path
     fingerprint = reader.manifest.fingerprint
     vae_sha256 = Vae(str(path / "vae"), "kl").hash
-    if vae_sha256 != (expected := encoder_sha256(fingerprint, "vae") or vae_sha256):
+    expected = encoder_sha256(fingerprint, "vae")
+    if expected not in (None, vae_sha256):
         raise _other(weights, "vae", "encoders.vae", vae_sha256, expected, reader)
     if recipe.text.encode == "on_the_fly":
         return
     _check_tokenizer(weights, path)
     own = ClipText(str(path / "text_encoder"))
-    expected = encoder_sha256(fingerprint, "clip_text") or own.hash
-    if own.hash == expected:
+    expected = encoder_sha256(fingerprint, "clip_text")
+    if expected in (None, own.hash):
         return
     prepared = ClipText(recipe.encoders.clip_text, recipe.encoders.text_prefix)
     if prepared.hash != expected or prepared.tower_hash != own.tower_hash or prepared.prefix:
@@ -60,10 +61,10 @@ def _check_tokenizer(weights: str, path: Path) -> None:
 
 
 def _other(
-    weights: str, part: str, setting: str, found: str, expected: str, reader: ShardReader
+    weights: str, part: str, setting: str, found: str, expected: str | None, reader: ShardReader
 ) -> CheckpointError:
     return CheckpointError(
         f"backbone.weights {weights}: its {part} has sha256 {found[:16]}…; expected "
-        f"{expected[:16]}…, which prepared {reader.url}; use the base model with those "
+        f"{str(expected)[:16]}…, which prepared {reader.url}; use the base model with those "
         f"weights, or prepare the data again with --set {setting}={weights}/{part}"
     )

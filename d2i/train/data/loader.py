@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.config import TrainConfig
+from d2i.config import Recipe, TrainConfig
+from d2i.encoders.data_fingerprint import ENCODER_OF_ARRAY, encoder_of
 from d2i.errors import ConfigError, DataError
 from d2i.io import storage
+from d2i.models.registry import family_of_backbone
 from d2i.shards import ShardReader
 from d2i.train.data.batch import Batch, BatchLoader
 from d2i.train.data.data_order import DataOrder
@@ -19,19 +21,52 @@ from d2i.train.data.text_source import TextSource
 from d2i.train.distributed.ranks import Ranks
 
 
-def check_sizes(network: Any, reader: ShardReader, text: TextSource) -> None:
-    """Check that the network's input sizes match the shards and their text.
+def check_arrays(recipe: Recipe, reader: ShardReader) -> None:
+    """Check that shards hold the arrays that a recipe's network is trained on.
 
     Raises:
-        ConfigError: Naming the size that differs and the setting to change.
+        ConfigError: If one is missing, or of another kind or encoder; only format 2 can hold such.
         DataError: If there is no sample.
     """
-    arrays = reader.manifest.arrays
     if not len(reader):
         raise DataError(
             f"{reader.url} has no samples; expected at least one; see its ledger and "
             "manifest.json for the reasons"
         )
+    arrays, family = reader.manifest.arrays, family_of_backbone(recipe.backbone.name)
+    wanted = {name: "float16" for name in family.encoders if name != "text"}
+    if recipe.text.encode == "stored":
+        wanted |= {"text": "float16"} if "text" in arrays else {"tokens": "uint16"}
+    for name, dtype in wanted.items():
+        found = arrays.get(name)
+        if found is None or found.dtype != dtype:
+            instead = "" if name != "tokens" else ", or use --set text.encode=on_the_fly"
+            raise ConfigError(
+                f"{reader.url}: got {found.dtype if found else 'no'} {name}; expected {dtype} "
+                f"{name}, which {recipe.backbone.name} is trained on; prepare the data again with "
+                f"its recipe{instead}"
+            )
+        if (made_by := encoder_of(name, found)) != ENCODER_OF_ARRAY[name]:
+            raise ConfigError(
+                f"{reader.url}: got {name} of the encoder {made_by!r}; expected "
+                f"{ENCODER_OF_ARRAY[name]!r}; prepare the data again with d2i preprocess"
+            )
+    num_channels = 2 * family.codec.num_channels
+    if arrays["moments"].shape[:-2] != (num_channels,):
+        raise ConfigError(
+            f"{reader.url}: got moments {arrays['moments'].shape}; expected ({num_channels}, h, w) "
+            f"of {family.codec.name}, which {recipe.backbone.name} is trained on; prepare the data "
+            "again with its recipe"
+        )
+
+
+def check_sizes(network: Any, reader: ShardReader, text: TextSource) -> None:
+    """Check that the network's input sizes match the shards and their text.
+
+    Raises:
+        ConfigError: Naming the size that differs and the setting to change.
+    """
+    arrays = reader.manifest.arrays
     wanted = {"backbone.latent_size": (network.latent_size, arrays["moments"].shape[-1])}
     num_tokens, text_dim = text.empty["text"].shape
     wanted["backbone.text_dim"] = (network.text_dim, text_dim)

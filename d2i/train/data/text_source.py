@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -124,7 +124,7 @@ def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
 
     Raises:
         CheckpointError: If an encoder cannot be loaded, or stored text was made with another one.
-        ConfigError: If shards cannot hold the text of this backbone.
+        ConfigError: If shards cannot hold the text of this backbone, or hold another one's.
     """
     if recipe.text.encode == "on_the_fly":
         return _encoding_dialogs(recipe, device)
@@ -136,13 +136,30 @@ def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
     has_latents = "text" in reader.manifest.arrays
     if has_latents and reader.manifest.format == 1:
         return StoredText
-    clip_text = ClipText(recipe.encoders.clip_text, recipe.encoders.text_prefix, device)
+    # As the stored latents were encoded.
+    precision = recipe.preprocess.encoder_precision if has_latents else "fp32"
+    names = recipe.encoders.clip_text, recipe.encoders.text_prefix
+    clip_text = ClipText(*names, device, precision)
     check_encoder_hashes({"clip_text": clip_text.hash}, reader.manifest, reader.url)
     encode = _encoder_of_tokens(clip_text, recipe)
-    tokens = text_tokens("", recipe.text) if reader.manifest.format == 2 else reader.empty_tokens
+    if reader.manifest.format == 1:
+        return partial(StoredTokens, encode=encode, empty_tokens=reader.empty_tokens)
+    tokens = text_tokens("", recipe.text)
+    empty = _first(encode(tokens[None]))
+    expected = {"text": empty["text"].shape, "tokens": tokens.shape}
+    _check_shape(reader, "text" if has_latents else "tokens", expected)
     if has_latents:
-        return partial(StoredText, empty=_first(encode(tokens[None])))
+        return partial(StoredText, empty=empty)
     return partial(StoredTokens, encode=encode, empty_tokens=tokens)
+
+
+def _check_shape(reader: ShardReader, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    found = reader.manifest.arrays[name].shape
+    if found != shapes[name]:
+        raise ConfigError(
+            f"{reader.url}: got {name} {found}; expected {shapes[name]}, as encoders.clip_text and "
+            "text.num_windows say; use those that prepared the data"
+        )
 
 
 def _encoding_dialogs(recipe: Recipe, device: str) -> OpenText:

@@ -133,6 +133,10 @@ BAD_FINGERPRINTS: dict[str, tuple[dict[str, Any], str]] = {
     "no encoder": (declaring(x={"dtype": "float16", "shape": [2]}), "Field required"),
     "unknown encoder": (declaring(x=array(encoder="t5")), "no sha256 of 't5'"),
     "no encoders": ({**FINGERPRINT, "encoders": None}, "no sha256 of 'vae'"),
+    "weights without a hash": (
+        {**FINGERPRINT, "encoders": {**ENCODERS, "vae": {"sha256": ""}}},
+        "no sha256 of 'vae'",
+    ),
     "encoder without weights": ({**FINGERPRINT, "encoders": {**ENCODERS, "vae": {}}}, "'vae'"),
     "more fields": (declaring(x=array(scale=2)), "Extra inputs"),
     "name of an image": (declaring(png=array()), "array 'png'"),
@@ -161,12 +165,14 @@ def test_invalid_declaration_is_rejected(case: str, data: Path) -> None:
 
 
 def write_forged(directory: Path, values: Mapping[str, Any]) -> None:
-    content = canonical_json(values)
+    content = (json.dumps(values, sort_keys=True, indent=1) + "\n").encode()
     (directory / "manifest.json").write_bytes(content)
     (directory / "manifest.json.sha256").write_text(f"{file_info(content).sha256}  manifest.json\n")
 
 
 CHANGES: dict[str, dict[str, Any]] = {
+    "a fingerprint of format 1": {"fingerprint": {"image": {}}},
+    "a fingerprint of no version": {"fingerprint": {**FINGERPRINT, "format": 2.0}},
     "format": {"format": 1},
     "an array": {"arrays": {**DECLARED, "moments": array(shape=[8, 2, 2])}},
     "no array": {"arrays": {}},
@@ -180,6 +186,35 @@ def test_manifest_unlike_its_fingerprint_is_rejected(case: str, data: Path) -> N
     write_forged(data, values | CHANGES[case])
     with pytest.raises(ShardError):
         read_manifest(str(data))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_manifest_without_shards_has_the_format_of_its_fingerprint(
+    version: int, tmp_path: Path
+) -> None:
+    write_manifest(str(tmp_path), FINGERPRINT if version == 2 else {})
+    assert read_manifest(str(tmp_path)).format == version
+    values = json.loads((tmp_path / "manifest.json").read_bytes())
+    for changed in ({"format": 3 - version}, {"fingerprint": {} if version == 2 else FINGERPRINT}):
+        write_forged(tmp_path, values | changed)
+        with pytest.raises(ShardError, match=r"manifest\.json is not a Manifest"):
+            read_manifest(str(tmp_path))
+
+
+def test_number_without_json_form_is_one_line_error(data: Path) -> None:
+    values = json.loads((data / "manifest.json").read_bytes())
+    values["fingerprint"]["image"] = {"side": float("nan")}
+    write_forged(data, values)
+    with pytest.raises(ShardError, match=r"manifest\.json is not a Manifest"):
+        read_manifest(str(data))
+
+
+def test_record_without_fingerprint_is_rejected(data: Path) -> None:
+    (path, *_) = sorted(data.glob("*.commit.json"))
+    values = json.loads(path.read_bytes()) | {"fingerprint_sha256": None}
+    path.write_bytes(canonical_json(values))
+    with pytest.raises(ShardError, match="in format 2 it has the fingerprint_sha256"):
+        read_commits(str(data))
 
 
 def test_shards_of_both_formats_are_not_merged(data: Path) -> None:

@@ -151,6 +151,7 @@ BAD_MEMBERS: dict[str, tuple[str, bytes | None]] = {
     "moments rank": ("moments.npy", npy_bytes(np.zeros((8, 4), np.float16))),
     "tokens dtype": ("tokens.npy", npy_bytes(np.zeros(77, np.float16))),
     "tokens window": ("tokens.npy", npy_bytes(np.zeros(76, np.uint16))),
+    "axis of size 0": ("clip.npy", npy_header("float16", (0,))),
     "other windows": ("tokens.npy", npy_bytes(np.zeros(154, np.uint16))),
     "other shape": ("clip.npy", npy_bytes(np.zeros(17, np.float16))),
     "absent array": ("clip.npy", None),
@@ -592,6 +593,7 @@ def test_manifest_rejects_invalid_empty_text_features(copy: Path) -> None:
         ("empty_text.npy", np.full((77, 6), np.inf, np.float16)),
         ("empty_tokens.npy", np.full(77, 65535, np.uint16)),
         ("empty_tokens.npy", np.zeros(76, np.uint16)),
+        ("empty_tokens.npy", np.zeros(0, np.uint16)),
     ):
         good = (copy / name).read_bytes()
         (copy / name).write_bytes(npy_bytes(bad))
