@@ -170,7 +170,9 @@ class EncodersConfig(Config):
     """Our default is the public copy closest to the autoencoder of U-ViT and UniDiffuser
     (`autoencoder_kl.pth`). If unset, Stable Diffusion's own."""
     vae_kind: Literal["kl", "tiny"] = "kl"
-    """`kl`: diffusers AutoencoderKL. `tiny`: AutoencoderTiny, which has no log-variance."""
+    """The class of an autoencoder that is a single file. `kl`: diffusers AutoencoderKL. `tiny`:
+    AutoencoderTiny, which has no log-variance. A directory names its class in `config.json`:
+    AutoencoderKL, AutoencoderTiny, AutoencoderKLFlux2 or AutoencoderDC."""
     clip_image: str = "openai/clip-vit-base-patch32"
     clip_text: str = "openai/clip-vit-large-patch14"
     """If unset, Stable Diffusion's own, which is the same network."""

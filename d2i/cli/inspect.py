@@ -68,11 +68,12 @@ def _write_page(html: str, reader: ShardReader, num: int, settings: list[str]) -
     recipe = change_recipe(read_stored_recipe(reader.url), settings)
     vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind)
     check_encoder_hashes({"vae": vae.hash}, reader.manifest, reader.url)
-    batch = reader.read(range(num), reader.manifest.arrays.keys() & {"moments", "tokens"})
+    codec = vae.codec
+    batch = reader.read(range(num), reader.manifest.arrays.keys() & {codec.array, "tokens"})
     shown = []
     for place in range(num):
-        moments = torch.from_numpy(batch["moments"][place : place + 1])
-        (pixels,) = vae.decode(vae.codec.mean(moments), batch_size=1)
+        stored = torch.from_numpy(batch[codec.array][place : place + 1])
+        (pixels,) = vae.decode(codec.mean(stored), batch_size=1)
         metadata = reader.read_json(place)
         line = context_text([Turn(**turn) for turn in metadata["context"]], recipe.text)
         tokens = batch["tokens"][place] if "tokens" in batch else text_tokens(line, recipe.text)

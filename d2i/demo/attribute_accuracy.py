@@ -121,14 +121,15 @@ def _true_images(reader: ShardReader) -> dict[str, Image.Image]:
 
 
 def _reconstructions(reader: ShardReader) -> dict[str, Image.Image]:
-    """Return the reference images' VAE reconstructions: the stored moments' means, decoded."""
+    """Return the reference images' VAE reconstructions: the means of stored latents, decoded."""
     import torch
 
     from d2i.encoders import Vae
 
     encoders = read_stored_recipe(str(Path(reader.url).parent)).encoders
-    means = reader.read(range(len(reader)), members=("moments",))["moments"][:, :4]
-    decoded = Vae(encoders.vae, encoders.vae_kind).decode(
-        torch.from_numpy(means.astype(np.float32)), encoders.compute_batch_size
-    )
+    vae = Vae(encoders.vae, encoders.vae_kind)
+    name = vae.codec.array
+    stored = reader.read(range(len(reader)), members=(name,))[name]
+    means = vae.codec.mean(torch.from_numpy(stored.astype(np.float32)))
+    decoded = vae.decode(means, encoders.compute_batch_size)
     return {key: Image.fromarray(pixels) for key, pixels in zip(reader.keys, decoded, strict=True)}

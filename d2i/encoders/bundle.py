@@ -13,6 +13,7 @@ from d2i.config import EncodersConfig, ImageConfig, Precision, TextConfig
 from d2i.encoders.clip_image import ClipImage
 from d2i.encoders.clip_text import ClipText
 from d2i.encoders.vae import Vae
+from d2i.errors import ConfigError
 from d2i.shards import DeclaredArray
 from d2i.tokenize import WINDOW_LENGTH
 
@@ -34,9 +35,9 @@ class Encoders:
         A value beyond the range of float16 becomes infinite; the caller turns it into a failed row.
         """
         with np.errstate(over="ignore"):
-            moments = self.vae.encode(pixels, self.compute_batch_size).astype(np.float16)
+            image = self.vae.encode(pixels, self.compute_batch_size).astype(np.float16)
             clip = self.clip_image.encode(pixels, self.compute_batch_size).astype(np.float16)
-        return {"moments": moments, "clip": clip}
+        return {self.vae.codec.array: image, "clip": clip}
 
     def encode_text(self, tokens: NDArray[np.uint16]) -> NDArray[np.float16]:
         """Encode uint16 (N, 77 W) to text latents f16 (N, 77 W, text_dim).
@@ -47,13 +48,22 @@ class Encoders:
             return self.clip_text.encode(tokens, self.compute_batch_size).astype(np.float16)
 
     def arrays(self, image: ImageConfig, text: TextConfig) -> dict[str, DeclaredArray]:
-        """Declare the arrays of every sample, by name, that these encoders make for a recipe."""
-        vae, clip_image, clip_text = self.vae, self.clip_image, self.clip_text
-        side = image.resolution // vae.downsampling
+        """Declare the arrays of every sample, by name, that these encoders make for a recipe.
+
+        Raises:
+            ConfigError: If the resolution is not a multiple of what the autoencoder needs.
+        """
+        codec, clip_image, clip_text = self.vae.codec, self.clip_image, self.clip_text
+        multiple = self.vae.downsampling * codec.patch_size
+        if image.resolution % multiple:
+            raise ConfigError(
+                f"image.resolution={image.resolution}: expected a multiple of {multiple} for "
+                f"an autoencoder of {codec.name}; change --set image.resolution or encoders.vae"
+            )
         num_tokens = WINDOW_LENGTH * text.num_windows
-        moments = (2 * vae.codec.num_channels, side, side)
+        latents = codec.array_shape(image.resolution // self.vae.downsampling)
         shapes: dict[str, tuple[str, str, tuple[int, ...]]] = {
-            "moments": ("vae", "float16", moments),
+            codec.array: ("vae", "float16", latents),
             "clip": ("clip_image", "float16", (clip_image.dim,)),
             "tokens": ("tokenizer", "uint16", (num_tokens,)),
         }

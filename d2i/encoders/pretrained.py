@@ -34,11 +34,8 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
         CheckpointError: If there is nothing to load, or weights are missing: the libraries would
             fill them with random numbers and only log it.
     """
-    where = resolve_weights(name)
-    subfolder = ""
+    where, subfolder = _place(name)
     check_sibling_checksums(Path(where))
-    if not Path(where).exists() and where.count("/") == 2:
-        where, _, subfolder = where.rpartition("/")
     try:
         module, found = model_class.from_pretrained(
             where,
@@ -48,17 +45,48 @@ def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
             **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as err:
-        reason = str(err).strip().splitlines()[0][:200]
-        raise CheckpointError(
-            f"{name}: cannot load {model_class.__name__}: {reason}; expected a directory made by "
-            "save_pretrained or a hub repository; give a local one with --set encoders.…=PATH"
-        ) from err
+        raise _cannot_load(model_class, name, err) from err
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(
             f"{name}: {len(missing)} weights of {model_class.__name__} are missing, such as "
             f"{missing[0]}; expected all of them; {_IMPORT_AGAIN}"
         )
     return freeze(module)
+
+
+def read_pretrained_config(model_class: Any, name: str) -> dict[str, Any]:
+    """Read the `config.json` of a diffusers model, which names its class (`_class_name`).
+
+    Args:
+        model_class: A class with `load_config`, which an error names.
+        name: As in `load_pretrained`.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    where, subfolder = _place(name)
+    try:
+        config: dict[str, Any] = model_class.load_config(where, subfolder=subfolder)
+    except (OSError, ValueError) as err:
+        raise _cannot_load(model_class, name, err) from err
+    return config
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Return the directory or hub repository of a name, and the subfolder in it."""
+    where = resolve_weights(name)
+    if not Path(where).exists() and where.count("/") == 2:
+        where, _, subfolder = where.rpartition("/")
+        return where, subfolder
+    return where, ""
+
+
+def _cannot_load(model_class: Any, name: str, err: Exception) -> CheckpointError:
+    reason = str(err).strip().splitlines()[0][:200]
+    return CheckpointError(
+        f"{name}: cannot load {model_class.__name__}: {reason}; expected a directory made by "
+        "save_pretrained or a hub repository; give a local one with --set encoders.…=PATH"
+    )
 
 
 def check_sibling_checksums(place: Path) -> None:

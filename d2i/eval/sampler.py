@@ -35,6 +35,7 @@ class Sampler:
 
     Raises:
         ConfigError: If the network expects text latents of another shape.
+        CheckpointError: If the VAE decodes other latents than the network's.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Sampler:
         _check_text(empty_text.shape, network)
         empty = torch.from_numpy(empty_text.astype(np.float32)).to(device)
         self._family = family_of_backbone(backbone.name)
+        vae.check_codec(self._family.codec, backbone.name)
         self._vae_numbers = self._family.vae_numbers(network)
         self._sample = self._family.sampler(network, config, {"text": empty})
         self.hash = weights_hash(network)

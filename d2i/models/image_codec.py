@@ -196,6 +196,7 @@ CODECS: tuple[ImageCodec, ...] = (KL_F8C4, KL_F8C16, FLUX2, DC_AE_F32)
 def find_codec(shapes: Mapping[str, tuple[int, ...]]) -> ImageCodec | None:
     """Return the codec of a data set, from the shapes of its arrays by name; None if unknown."""
     for codec in CODECS:
-        if codec.array in shapes and shapes[codec.array][0] == codec.array_shape(1)[0]:
+        shape = shapes.get(codec.array, ())
+        if len(shape) == 3 and shape[0] == codec.array_shape(1)[0]:
             return codec
     return None

@@ -45,3 +45,11 @@ def reasons(out: Path) -> dict[str, str]:
     rows = read_ledger(str(out / "test"))
     assert len({row.key for row in rows}) == len(rows)
     return {row.key.removeprefix("test-").removesuffix("-0-0"): row.reason for row in rows}
+
+
+def ledger_facts(out: str, split: str) -> dict[str, tuple[object, ...]]:
+    """Return what a ledger says of each image, but how it was obtained."""
+    return {
+        row.key: (row.reason, row.size_bytes, row.width, row.height, row.sha256)
+        for row in read_ledger(f"{out}/{split}")
+    }

@@ -73,6 +73,20 @@ def save_tiny_vae(path: Path) -> Path:
     return path
 
 
+def save_tiny_autoencoder(path: Path, codec: str, **changed: Any) -> Path:
+    """Save a small autoencoder over the latents of a codec; with `tiny-`, an AutoencoderTiny."""
+    import diffusers
+
+    torch.manual_seed(0)
+    class_name, sizes = _AUTOENCODERS[codec]
+    vae = getattr(diffusers, class_name)(**sizes | changed)
+    if codec == "flux2":
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 1.5)
+    vae.save_pretrained(path)
+    return path
+
+
 def save_tiny_sd15(directory: Path, seed: int = 0) -> None:
     """Write Stable Diffusion 1.5 with tiny networks and CLIP's own vocabulary, at 64 pixels."""
     from diffusers import (
@@ -394,6 +408,34 @@ _VAE_BLOCKS: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "latent_channels": 4,
+}
+
+
+_KL: dict[str, Any] = _VAE_BLOCKS | {"block_out_channels": (8,) * 4, "norm_num_groups": 8}
+_DC: dict[str, Any] = {
+    f"{side}_{name}": value
+    for side in ("encoder", "decoder")
+    for name, value in (
+        ("block_types", "ResBlock"),
+        ("block_out_channels", (32,) * 6),
+        ("layers_per_block", (1,) * 6),
+        ("qkv_multiscales", ((),) * 6),
+    )
+}
+_TINY: dict[str, Any] = {
+    "encoder_block_out_channels": (8,) * 4,
+    "decoder_block_out_channels": (8,) * 4,
+}
+_AUTOENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kl-f8c4": ("AutoencoderKL", _KL),
+    "kl-f8c16": (
+        "AutoencoderKL",
+        _KL | {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    ),
+    "flux2": ("AutoencoderKLFlux2", _KL | {"latent_channels": 32}),
+    "dc-ae-f32": ("AutoencoderDC", _DC | {"latent_channels": 32, "scaling_factor": 0.41407}),
+    "tiny-kl-f8c4": ("AutoencoderTiny", _TINY),
+    "tiny-kl-f8c16": ("AutoencoderTiny", _TINY | {"latent_channels": 16}),
 }
 
 

@@ -13,10 +13,9 @@ from d2i.errors import ConfigError, ShardError
 from d2i.fetch.sources import NetworkPolicy
 from d2i.preprocess.job import PreprocessRequest
 from d2i.preprocess.job import preprocess as run_job
-from d2i.preprocess.ledger import read_ledger
 from d2i.recipes import change_recipe, resolve_recipe
 from d2i.shards import ShardReader, verify
-from tests.integration.chats import noise_image, reasons, sends, write_chats
+from tests.integration.chats import ledger_facts, noise_image, reasons, sends, write_chats
 from tests.integration.pipelines import save_tiny_vae
 from tests.servers import WebServer, running
 from tests.shared import needs_shared
@@ -169,11 +168,3 @@ def test_reuse_encodes_kept_source_bytes_with_other_encoders(
             prepare(again, Session(0), lambda _: None)
         (summary,) = prepare(replace(again, split="test"), Session(0), lambda _: None)
         assert summary.num_written == NUM
-
-
-def ledger_facts(out: str, split: str) -> dict[str, tuple[object, ...]]:
-    """Return what a ledger says of each image, but how it was obtained."""
-    return {
-        row.key: (row.reason, row.size_bytes, row.width, row.height, row.sha256)
-        for row in read_ledger(f"{out}/{split}")
-    }

@@ -66,9 +66,10 @@ class RetrieveSystem:
     def _image(self, index: int) -> Generation:
         data = self._reader.read_image(index)
         if data is None:
-            moments = self._reader.read([index], members=("moments",))["moments"]
             vae = self._encoders.vae
-            latents = vae.codec.mean(torch.from_numpy(moments.astype(np.float32)))
+            name = vae.codec.array
+            stored = self._reader.read([index], members=(name,))[name]
+            latents = vae.codec.mean(torch.from_numpy(stored.astype(np.float32)))
             pixels = vae.decode(latents, self._encoders.compute_batch_size)
             return Generation(pixels[0], source=IN_MEMORY)
         decoded = decode_image(data, self._limits)

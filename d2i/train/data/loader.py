@@ -13,6 +13,7 @@ from d2i.config import Recipe, TrainConfig
 from d2i.encoders.data_fingerprint import ENCODER_OF_ARRAY, encoder_of
 from d2i.errors import ConfigError, DataError
 from d2i.io import storage
+from d2i.models.image_codec import find_codec
 from d2i.models.registry import family_of_backbone
 from d2i.shards import ShardReader
 from d2i.train.data.batch import Batch, BatchLoader
@@ -33,6 +34,7 @@ def check_arrays(recipe: Recipe, reader: ShardReader) -> None:
             f"{reader.url} has no samples; expected at least one; see its ledger and "
             "manifest.json for the reasons"
         )
+    _check_latents(recipe, reader)
     arrays, family = reader.manifest.arrays, family_of_backbone(recipe.backbone.name)
     wanted = {name: "float16" for name in family.encoders if name != "text"}
     if recipe.text.encode == "stored":
@@ -51,12 +53,18 @@ def check_arrays(recipe: Recipe, reader: ShardReader) -> None:
                 f"{reader.url}: got {name} of the encoder {made_by!r}; expected "
                 f"{ENCODER_OF_ARRAY[name]!r}; prepare the data again with d2i preprocess"
             )
-    num_channels = 2 * family.codec.num_channels
-    if arrays["moments"].shape[:-2] != (num_channels,):
+
+
+def _check_latents(recipe: Recipe, reader: ShardReader) -> None:
+    """Refuse latents of another codec than the network's, by the names of both."""
+    shapes = {name: array.shape for name, array in reader.manifest.arrays.items()}
+    found, expected = find_codec(shapes), family_of_backbone(recipe.backbone.name).codec
+    if found != expected:
+        latents = f"latents of {found.name}" if found else "no latents of a known codec"
         raise ConfigError(
-            f"{reader.url}: got moments {arrays['moments'].shape}; expected ({num_channels}, h, w) "
-            f"of {family.codec.name}, which {recipe.backbone.name} is trained on; prepare the data "
-            "again with its recipe"
+            f"{reader.url}: got {latents}, in arrays {shapes}; expected {expected.array} of "
+            f"{expected.name}, on which {recipe.backbone.name} is trained; prepare the data again "
+            "with another --set encoders.vae"
         )
 
 

@@ -41,7 +41,8 @@ class SampleGrid:
         text: The text of its samples.
 
     Raises:
-        CheckpointError: If the autoencoder cannot be loaded, or the shards were made with another.
+        CheckpointError: If the autoencoder cannot be loaded, decodes other latents than the
+            network's, or did not make the shards.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class SampleGrid:
     ) -> None:
         self._recipe, self._device = recipe, device
         self._vae = Vae(recipe.encoders.vae, recipe.encoders.vae_kind, str(device))
+        name = recipe.backbone.name
+        self._vae.check_codec(family_of_backbone(name).codec, name)
         check_encoder_hashes({"vae": self._vae.hash}, reader.manifest, reader.url)
         rows = choose_instances(len(reader), _NUM_DIALOGS, recipe.train.seed)
         self._keys = [reader.keys[int(row)] for row in rows]

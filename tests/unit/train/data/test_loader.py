@@ -23,11 +23,19 @@ USUAL = {
 }
 TEXT = ("float16", (77, 64), "clip_text")
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no latents": ({"moments": None}, "got no moments; expected float16 moments"),
+    "no latents": ({"moments": None}, "got no latents of a known codec"),
     "another dtype": ({"moments": ("bfloat16", (8, 4, 4), "vae")}, "got bfloat16 moments"),
     "another autoencoder's channels": (
         {"moments": ("float16", (32, 4, 4), "vae")},
-        r"got moments \(32, 4, 4\); expected \(8, h, w\) of kl-f8c4",
+        r"got latents of kl-f8c16, .*\(32, 4, 4\).*; expected moments of kl-f8c4, on which uvit-s",
+    ),
+    "FLUX.2's autoencoder": (
+        {"moments": ("float16", (64, 4, 4), "vae")},
+        "got latents of flux2, .* expected moments of kl-f8c4",
+    ),
+    "an autoencoder without a variance": (
+        {"moments": None, "latent": ("float16", (32, 1, 1), "vae")},
+        "got latents of dc-ae-f32, .* expected moments of kl-f8c4",
     ),
     "no text": ({"tokens": None}, r"got no tokens; .* --set text\.encode=on_the_fly"),
     "ids of a larger vocabulary": (
@@ -72,6 +80,14 @@ def test_other_arrays_are_refused(case: str, tmp_path: Path) -> None:
     reader = write_data(tmp_path, USUAL | changes)
     with pytest.raises(ConfigError, match=message):
         check(reader)
+
+
+@pytest.mark.parametrize("backbone", ["unidiffuser-v1", "sd15", "sdxl"])
+def test_every_family_refuses_latents_of_another_codec(backbone: str, tmp_path: Path) -> None:
+    reader = write_data(tmp_path, USUAL | {"moments": ("float16", (32, 4, 4), "vae")})
+    recipe = change_recipe(RECIPE, [f"backbone.name={backbone}", "text.encode=on_the_fly"])
+    with pytest.raises(ConfigError, match=f"latents of kl-f8c16, .* on which {backbone} is"):
+        check_arrays(recipe, reader)
 
 
 @pytest.mark.parametrize("more", [{}, {"text": TEXT}, {"mask": ("uint32", (9,), "t5")}])
