@@ -1,4 +1,4 @@
-"""The frozen encoders: images to VAE moments and CLIP embeddings, token ids to text latents.
+"""The frozen encoders: images to VAE latents and CLIP embeddings, token ids to text latents.
 
 Every encoder runs at a fixed, padded batch size: an image's numbers do not depend on its batch.
 """

@@ -31,6 +31,8 @@ ARRAYS = {
     "dc-ae-f32": ("latent", (32, 2, 2)),
 }
 
+KINDS = {"kl-f8c16": "kl", "flux2": "flux2", "dc-ae-f32": "dc-ae"}
+
 
 def test_kept_source_bytes_are_encoded_for_every_codec(tmp_path: Path, settings: list[str]) -> None:
     answers = {f"/{n}": sends(noise_image(size=(64 + 9 * n, 64))) for n in range(NUM)}
@@ -57,7 +59,8 @@ def test_kept_source_bytes_are_encoded_for_every_codec(tmp_path: Path, settings:
             (summary,) = prepare(request, Session(0), lambda _: None)
             assert (summary.num_written, summary.failures) == (NUM, first.failures)
             reader = ShardReader(f"{out}/test")
-            assert reader.manifest.format == 2
+            made_by = reader.manifest.fingerprint["encoders"]["vae"]
+            assert (reader.manifest.format, made_by["kind"]) == (2, KINDS[name])
             assert list(reader.keys) == list(before.keys)
             assert ledger_facts(out, "test") == ledger_facts(old.out, "test")
             stored = reader.read(range(NUM), members=(array,))[array]
