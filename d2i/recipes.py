@@ -362,7 +362,7 @@ def check_prepared_with(
     recipe that encodes text while training, neither the text nor its encoder matters.
 
     An encoder that was a local path is not compared: the same file may be elsewhere now, and its
-    weights are compared when it is loaded (`d2i.encoders.check_encoder_hashes`). Shards that d2i
+    weights are compared when it is loaded (`d2i.encoders.data_fingerprint`). Shards that d2i
     preprocess did not make have no recipe beside them, and are accepted unchecked.
 
     Raises:

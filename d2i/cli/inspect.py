@@ -59,7 +59,8 @@ def _write_page(html: str, reader: ShardReader, num: int, settings: list[str]) -
     import torch
 
     from d2i.dialog import Turn
-    from d2i.encoders import Vae, check_encoder_hashes
+    from d2i.encoders import Vae
+    from d2i.encoders.data_fingerprint import check_encoder_hashes
     from d2i.images.decode import png_bytes
     from d2i.prompt_text import context_text, text_tokens
     from d2i.recipes import change_recipe, read_stored_recipe

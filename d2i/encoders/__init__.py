@@ -6,7 +6,6 @@ Every encoder runs at a fixed, padded batch size: an image's numbers do not depe
 from d2i.encoders.bundle import Encoders, load_encoders
 from d2i.encoders.clip_image import ClipImage
 from d2i.encoders.clip_text import ClipText
-from d2i.encoders.data_fingerprint import check_encoder_hashes
 from d2i.encoders.vae import Vae
 
 __all__ = [
@@ -14,6 +13,5 @@ __all__ = [
     "ClipText",
     "Encoders",
     "Vae",
-    "check_encoder_hashes",
     "load_encoders",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -14,8 +14,11 @@ from d2i.encoders.clip_image import ClipImage
 from d2i.encoders.clip_text import ClipText
 from d2i.encoders.vae import Vae
 from d2i.errors import ConfigError
-from d2i.shards import DeclaredArray
 from d2i.tokenize import WINDOW_LENGTH
+
+if TYPE_CHECKING:
+    # Images can be encoded without the packages that read shards.
+    from d2i.shards import DeclaredArray
 
 EncoderName = Literal["vae", "clip_image", "clip_text"]
 
@@ -53,6 +56,8 @@ class Encoders:
         Raises:
             ConfigError: If the resolution is not a multiple of what the autoencoder needs.
         """
+        from d2i.shards import DeclaredArray
+
         codec, clip_image, clip_text = self.vae.codec, self.clip_image, self.clip_text
         multiple = self.vae.downsampling * codec.patch_size
         if image.resolution % multiple:

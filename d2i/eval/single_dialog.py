@@ -29,6 +29,7 @@ from d2i.eval.systems import parse_system
 from d2i.eval.systems.fine_tuned_pipeline import FineTunedPipeline
 from d2i.images.decode import png_bytes
 from d2i.io import storage
+from d2i.models.registry import family_of_backbone
 from d2i.prompt_text import context_text, text_tokens
 
 
@@ -116,13 +117,9 @@ def _by_sampler(
         clip_text.encode(row[None], encoders.compute_batch_size).astype(np.float16)
         for row in tokens
     ]
-    sampler = Sampler(
-        spec.backbone,
-        Vae(encoders.vae, encoders.vae_kind, device),
-        recipe.sample,
-        latents[1][0],
-        device,
-    )
+    vae = Vae(encoders.vae, encoders.vae_kind, device)
+    vae.check_codec(family_of_backbone(spec.backbone.name).codec, spec.backbone.name)
+    sampler = Sampler(spec.backbone, vae, recipe.sample, latents[1][0], device)
     num = len(request.seeds)
     pixels = sampler.generate([key] * num, np.repeat(latents[0], num, axis=0), request.seeds)
     return pixels, sampler.hash

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from d2i.cluster import JobFault, device_of_worker
 from d2i.config import Recipe
 from d2i.dialog import key_order_hash
-from d2i.encoders import Encoders, check_encoder_hashes, load_encoders
+from d2i.encoders import Encoders, load_encoders
 from d2i.encoders.bundle import versions
+from d2i.encoders.data_fingerprint import check_encoder_hashes
 from d2i.errors import ConfigError, DataError
 from d2i.eval.features.feature_computer import FeatureComputer, generation_rows
 from d2i.eval.prompts import ContextMode, PromptReader

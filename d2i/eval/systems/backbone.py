@@ -13,6 +13,7 @@ from d2i.eval.prompts import Prompt
 from d2i.eval.sampler import Sampler
 from d2i.eval.system import Generation, System, SystemContext
 from d2i.eval.systems.fine_tuned_pipeline import FineTunedPipeline
+from d2i.models.registry import family_of_backbone
 from d2i.prompt_text import text_tokens
 
 
@@ -28,9 +29,11 @@ class BackboneSystem:
 
     def __init__(self, context: SystemContext) -> None:
         self._encoders, self._config = context.encoders, context.recipe.text
+        backbone, vae = context.spec.backbone, context.encoders.vae
+        vae.check_codec(family_of_backbone(backbone.name).codec, backbone.name)
         self._sampler = Sampler(
-            context.spec.backbone,
-            context.encoders.vae,
+            backbone,
+            vae,
             context.recipe.sample,
             self._encode([""])[0],
             context.device,

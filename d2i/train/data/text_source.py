@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from d2i.backbones import presets_of
 from d2i.config import Recipe, TextConfig
 from d2i.dialog import Turn
-from d2i.encoders import ClipText, check_encoder_hashes
+from d2i.encoders import ClipText
+from d2i.encoders.data_fingerprint import check_encoder_hashes
 from d2i.encoders.pipeline_text import Encoded, PipelineText
 from d2i.errors import ConfigError
 from d2i.prompt_text import context_text, text_tokens

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from d2i.config import ImageConfig, Recipe
 from d2i.diffusion.draws import SampleDraws
-from d2i.encoders import Vae, check_encoder_hashes
+from d2i.encoders import Vae
+from d2i.encoders.data_fingerprint import check_encoder_hashes
 from d2i.encoders.pipeline_text import Encoded
 from d2i.images.decode import crop_to_square, decode_image, png_bytes
 from d2i.io import storage

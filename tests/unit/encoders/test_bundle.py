@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from d2i.encoders import Encoders, check_encoder_hashes, load_encoders
-from d2i.encoders.data_fingerprint import make_fingerprint
+from d2i.encoders import Encoders, load_encoders
+from d2i.encoders.data_fingerprint import check_encoder_hashes, make_fingerprint
 from d2i.errors import CheckpointError
 from d2i.eval.system import SystemSpec
 from d2i.eval.worker import EvalWorker, EvalWorkerBuilder

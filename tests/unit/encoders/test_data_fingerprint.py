@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 
-from d2i.encoders import Encoders, check_encoder_hashes, load_encoders
-from d2i.encoders.data_fingerprint import encoder_sha256, image_arrays, image_part, make_fingerprint
+from d2i.encoders import Encoders, load_encoders
+from d2i.encoders.data_fingerprint import (
+    check_encoder_hashes,
+    encoder_sha256,
+    image_arrays,
+    image_part,
+    make_fingerprint,
+)
 from d2i.errors import CheckpointError
 from d2i.recipes import change_recipe, load_recipe
 from d2i.shards import ArrayInfo, DeclaredArray, write_manifest
