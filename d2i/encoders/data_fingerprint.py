@@ -34,19 +34,15 @@ def make_fingerprint(recipe: Recipe, encoders: Encoders) -> dict[str, Any]:
 
     It is of format 2 if the recipe says so, or if format 1 cannot hold the arrays.
     """
-    image, text, hashes = (
-        _image_settings(recipe, encoders),
-        _text_settings(recipe),
-        encoders.hashes(),
-    )
-    kind = {"vae_kind": encoders.vae.kind}
+    hashes, kind = encoders.hashes(), encoders.vae.kind
+    image, text = _image_settings(recipe, encoders), _text_settings(recipe)
     arrays = encoders.arrays(recipe.image, recipe.text)
     if recipe.preprocess.format is None and _fits_format_1(arrays):
-        weights = {"vae": hashes["vae"], "clip_image": hashes["clip_image"]}
-        tokens = {"tokenizer": VOCABULARY_SHA256, "clip_text": hashes["clip_text"]}
-        return {"image": weights | kind | image, "text": tokens | text}
+        image |= {"vae": hashes["vae"], "vae_kind": kind, "clip_image": hashes["clip_image"]}
+        text |= {"tokenizer": VOCABULARY_SHA256, "clip_text": hashes["clip_text"]}
+        return {"image": image, "text": text}
     made_by: dict[str, dict[str, str]] = {name: {"sha256": hashes[name]} for name in hashes}
-    made_by["vae"]["kind"] = encoders.vae.kind
+    made_by["vae"]["kind"] = kind
     made_by["tokenizer"] = {"sha256": VOCABULARY_SHA256}
     declared = {name: array.model_dump(mode="json") for name, array in arrays.items()}
     return {"format": 2, "arrays": declared, "encoders": made_by, "image": image, "text": text}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from d2i.shards import (
 from d2i.shards.commit import canonical_json
 from d2i.shards.sample import npy_header
 from d2i.shards.writer import file_info
+from tests.damage import flipped_bit
 from tests.samples import metadata
 
 DECLARED: dict[str, dict[str, Any]] = {
@@ -269,17 +271,8 @@ def test_lost_index_and_record_are_rebuilt_from_tar(data: Path) -> None:
 @given(pick=st.integers(0), bit=st.integers(0))
 def test_every_flipped_bit_is_found_and_never_read(data: Path, pick: int, bit: int) -> None:
     expected = ShardReader(str(data)).read([0, 1, 2])
-    files = sorted(data.iterdir())
-    path = files[pick % len(files)]
-    good = path.read_bytes()
-    bad = bytearray(good)
-    bad[bit // 8 % len(good)] ^= 1 << bit % 8
-    path.write_bytes(bad)
-    try:
+    with flipped_bit(data, pick, bit) as path:
         assert any(p.file in (path.name, "manifest.json") for p in verify(str(data)).problems)
-        batch = ShardReader(str(data)).read([0, 1, 2])
-    except ShardError:
-        return
-    finally:
-        path.write_bytes(good)
-    assert all(np.array_equal(batch[name], expected[name]) for name in expected)
+        with suppress(ShardError):
+            batch = ShardReader(str(data)).read([0, 1, 2])
+            assert all(np.array_equal(batch[name], expected[name]) for name in expected)

@@ -42,6 +42,7 @@ from d2i.shards.index import Extent, Index, IndexRow, index_bytes, read_index
 from d2i.shards.layout import FORMAT_1
 from d2i.shards.sample import npy_header
 from d2i.shards.writer import file_info
+from tests.damage import flipped_bit
 from tests.samples import metadata
 
 FINGERPRINT = {"image": {"vae": "ab12", "resolution": 32}, "text": {"num_windows": 1}}
@@ -510,17 +511,9 @@ def small(tmp_path: Path) -> Path:
 )
 @given(pick=st.integers(0), bit=st.integers(0))
 def test_verify_finds_every_flipped_bit(small: Path, pick: int, bit: int) -> None:
-    files = sorted(small.iterdir())
-    path = files[pick % len(files)]
-    good = path.read_bytes()
-    bad = bytearray(good)
-    bad[bit // 8 % len(good)] ^= 1 << bit % 8
-    path.write_bytes(bad)
-    try:
+    with flipped_bit(small, pick, bit) as path:
         problems = verify(str(small)).problems
         assert any(problem.file in (path.name, "manifest.json") for problem in problems)
-    finally:
-        path.write_bytes(good)
 
 
 @settings(
