@@ -387,10 +387,10 @@ def draw_batch(network: Any, backbone: Backbone, size: int, device: str) -> Any:
         }
     return Batch(
         keys=("",) * size,
-        moments=normal(size, 8, side, side),
+        image=normal(size, 8, side, side),
         latent_noise=normal(size, 4, side, side),
         noise=normal(size, 4, side, side),
-        n=torch.randint(1, 1001, (size,), device=device),
+        draw=torch.randint(0, 1000, (size,), device=device),
         conditions=conditions,
     )
 

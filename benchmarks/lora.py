@@ -70,10 +70,10 @@ def our_step(
         draws = BatchDraws(config.seed, ("key",), next(taken))
         batch = Batch(
             keys=("key",),
-            moments=moments,
+            image=moments,
             latent_noise=torch.from_numpy(draws.normal("latent", shape)),
             noise=torch.from_numpy(draws.normal("noise", shape)),
-            n=torch.from_numpy(draws.model_times("n")),
+            draw=torch.from_numpy(draws.model_times("n") - 1),
             conditions={"text": text},
         )
         engine.backward(objective(engine, batch).mean())

@@ -151,9 +151,9 @@ def time_bare_loop(reader: ShardReader, config: TrainConfig, num_steps: int) -> 
     optimizer = torch.optim.AdamW(masters, lr=3e-5, fused=True)
     clock = Clock()
     for _ in range(num_steps):
-        latent = batch.moments[:, :4]
+        latent = batch.image[:, :4]
         noise_prediction_loss(
-            network, latent, batch.conditions["text"], batch.n, batch.noise
+            network, latent, batch.conditions["text"], batch.draw + 1, batch.noise
         ).mean().backward()
         step_masters(network, masters, optimizer)
         clock.trigger_at("")

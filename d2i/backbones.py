@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -20,8 +20,16 @@ FAMILIES = {
     "unidiffuser": "d2i.models.unidiffuser",
     "sd15": "d2i.models.sd15",
     "sdxl": "d2i.models.sdxl",
+    "z-image": "d2i.models.z_image",
+    "flux2-klein": "d2i.models.flux2_klein",
+    "sana": "d2i.models.sana",
+    "flux1": "d2i.models.flux1",
+    "qwen-image": "d2i.models.qwen_image",
+    "sd3": "d2i.models.sd3",
 }
 """The package of each family, by the family's name."""
+_NOISE_WEIGHTINGS = ("none", "min_snr_5")
+_FLOW_WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
 
 
 def _nothing(recipe: Any) -> dict[str, Any]:
@@ -48,6 +56,12 @@ class Presets:
             with it; None if d2i's own sampler does. Its directory then gives all other sizes.
         network: The class of diffusers' network.
         network_part: The part of that pipeline which is trained, such a network.
+        is_flow: True if that network predicts velocities, else it predicts noise.
+        multiple_of: Pixels that a side of an image must be a multiple of.
+        report: The source of the objective that the technical report gives, where it differs from
+            the published script's; None if there is none.
+        distilled: A base model for each mark in a name that says "distilled for few steps", which
+            training would undo.
         lora_targets: Names of the layers that a LoRA adapts; empty if the family takes none.
         stores_text: True if shards can hold the text that its networks are given.
         published_licence: The licence of the published weights, in words: a hint, where the
@@ -60,6 +74,10 @@ class Presets:
     pipeline: str | None = None
     network: str = "UNet2DConditionModel"
     network_part: str = "unet"
+    is_flow: bool = False
+    multiple_of: int = 8
+    report: str | None = None
+    distilled: Mapping[str, str] = field(default_factory=dict)
     lora_targets: tuple[str, ...] = ()
     stores_text: bool = True
     published_licence: str | None = None
@@ -81,6 +99,34 @@ def pipeline_settings(recipe: Any, guidance_scale: float) -> dict[str, Any]:
     }
     if base := recipe.backbone.weights:
         settings |= {"encoders.vae": f"{base}/vae", "encoders.clip_text": f"{base}/text_encoder"}
+    return settings
+
+
+def flow_settings(recipe: Any, guidance_scale: float, factor: int) -> dict[str, Any]:
+    """Return what a flow transformer's backbone needs where a recipe leaves it unset.
+
+    Text is encoded while training, as no shard holds the states of a language model; everything
+    is in bfloat16 and at the mean of the latents, as published.
+
+    Args:
+        recipe: The recipe; its `backbone.weights` name the pipeline.
+        guidance_scale: The default of the pipeline.
+        factor: Pixels to a raw latent pixel, along a side.
+    """
+    settings: dict[str, Any] = {
+        "backbone.latent_size": recipe.image.resolution // factor,
+        "encoders.clip_text": None,
+        "sample.sampler": "pipeline",
+        "sample.guidance_scale": guidance_scale,
+        "sample.precision": "bf16",
+        "text.cut": "turn",
+        "text.encode": "on_the_fly",
+        "text.latents": "none",
+        "train.latents": "mean",
+        "train.text_encoder_precision": "bf16",
+    }
+    if base := recipe.backbone.weights:
+        settings["encoders.vae"] = f"{base}/vae"
     return settings
 
 
@@ -123,6 +169,27 @@ def recipe_problem(recipe: Any) -> str | None:
     if recipe.adapter.kind and not presets.lora_targets:
         takers = [b for b in backbones() if presets_of(b).lora_targets]
         return f"adapter.kind: {name} takes no adapter; expected one of {', '.join(takers)}"
+    weightings = _FLOW_WEIGHTINGS if presets.is_flow else _NOISE_WEIGHTINGS
+    if recipe.train.weighting not in weightings:
+        return (
+            f"train.weighting={recipe.train.weighting}: expected one of {', '.join(weightings)} "
+            f"for {name}, which predicts {'velocities' if presets.is_flow else 'noise'}"
+        )
+    if recipe.train.objective == "report" and not presets.report:
+        return (
+            f"train.objective=report: no technical report of {name} says another objective than "
+            "its published script; expected script"
+        )
+    if recipe.encoders.clip_text is None:
+        if presets.stores_text:
+            return (
+                f"encoders.clip_text=null: {name} reads CLIP's text; expected a CLIP text encoder"
+            )
+        if recipe.text.latents == "full" or recipe.text.encode == "stored":
+            return (
+                "encoders.clip_text=null: without it no text is stored; expected text.latents=none "
+                "and text.encode=on_the_fly"
+            )
     if presets.pipeline and (problem := _pipeline_problem(recipe, presets)):
         return problem
     return presets.problem(recipe)
@@ -133,6 +200,11 @@ def sampler_problem(backbone: str, sampler: str) -> str | None:
     if presets_of(backbone).pipeline is None:
         if sampler == "pipeline":
             return f"sample.sampler=pipeline: {backbone} is no pipeline of diffusers"
+    elif sampler != "pipeline" and presets_of(backbone).is_flow:
+        return (
+            f"sample.sampler={sampler}: {backbone} generates by diffusers' own pipeline and its "
+            "flow scheduler; expected pipeline"
+        )
     elif sampler != "pipeline" and not sampler.startswith("diffusers:"):
         return (
             f"sample.sampler={sampler}: {backbone} generates by diffusers' own pipeline; "
@@ -152,6 +224,11 @@ def _pipeline_problem(recipe: Any, presets: Presets) -> str | None:
         return (
             f"text.num_windows is {recipe.text.num_windows}: {backbone.name} reads one window; "
             "expected 1"
+        )
+    if recipe.image.resolution % presets.multiple_of:
+        return (
+            f"image.resolution={recipe.image.resolution}: {backbone.name} reads images of which a "
+            f"side is a multiple of {presets.multiple_of} pixels; change --set image.resolution"
         )
     if backbone.weights == "scratch":
         return (

@@ -28,7 +28,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 TrainPrecision = Literal["fp32", "bf16", "bf16_weights", "fp16_weights"]
 WeightsKind = Literal["ema", "ema-short", "trained"]
-Weighting = Literal["none", "min_snr_5"]
+Weighting = Literal["none", "min_snr_5", "sigma_sqrt", "cosmap"]
 
 
 # The named linearizations (d2i.dialog), or the template of one turn.
@@ -45,7 +45,11 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "image.max_upscale": None,
     "preprocess.format": None,
     "text.encode": "stored",
+    "train.text_encoder_precision": "fp32",
+    "train.text_encoder_memory": "keep",
     "train.weighting": "none",
+    "train.objective": "script",
+    "train.latents": "draw",
     "train.ema_warmup": False,
     "train.short_ema_length": None,
     "sample.weights": "ema",
@@ -174,8 +178,9 @@ class EncodersConfig(Config):
     AutoencoderTiny, which has no log-variance. A directory names its class in `config.json`:
     AutoencoderKL, AutoencoderTiny, AutoencoderKLFlux2 or AutoencoderDC."""
     clip_image: str = "openai/clip-vit-base-patch32"
-    clip_text: str = "openai/clip-vit-large-patch14"
-    """If unset, Stable Diffusion's own, which is the same network."""
+    clip_text: str | None = "openai/clip-vit-large-patch14"
+    """If unset, Stable Diffusion's own, which is the same network; `None` for flow transformers,
+    whose text is encoded while training: then shards hold neither token ids nor text latents."""
     text_prefix: str | None = None
     """UniDiffuser's Linear(768, 64), stored in the published `caption_decoder.pth`."""
     compute_batch_size: int = Field(default=32, gt=0)
@@ -200,8 +205,8 @@ class BackboneConfig(Config):
     name: Annotated[str, AfterValidator(_known_backbone)]
     weights: str | None = None
     """Initial weights: a file, a directory, a URL or `demo:backbone`; `scratch` for random ones.
-    For Stable Diffusion, the directory of a whole pipeline, or its repository in the hub's local
-    cache. Required for training; commands that load no network do not need it."""
+    For networks of a diffusers pipeline, the directory of the whole pipeline, or its repository in
+    the hub's local cache. Required for training; commands that load no network do not need it."""
     latent_scale: float | None = Field(default=None, gt=0)
     latent_size: int | None = Field(default=None, gt=0)
     patch_size: int | None = Field(default=None, gt=0)
@@ -233,9 +238,10 @@ class AdapterConfig(Config):
     """Rank of the two matrices beside each target."""
     alpha: int = Field(default=16, gt=0)
     """Their product is scaled by alpha / rank."""
-    targets: tuple[str, ...] | None = None
-    """Names of the layers that get one, as peft matches them; `None` for the attention projections
-    that the published training script of the backbone adapts."""
+    targets: tuple[str, ...] | Literal["script", "all-linear"] | None = None
+    """The layers that get one: `script`, or `None`, for those that the backbone's published
+    training script adapts; `all-linear` for every linear layer in a block; or names of layers, as
+    peft matches them."""
 
 
 class OptimConfig(Config):
@@ -282,15 +288,28 @@ class TrainConfig(Config):
     """Maximum number of samples in one forward pass of a rank."""
     optim: OptimConfig = OptimConfig()
     unidiffuser: UniDiffuserLossConfig = UniDiffuserLossConfig()
+    objective: Literal["script", "report"] = "script"
+    """Distribution of the noise levels: that of the published training script, or that of the
+    backbone's technical report where it says another (docs/models.md, Flow transformers)."""
     weighting: Weighting = "none"
-    """Weight of each noise level in the loss: `none`, as published for every backbone here, or
-    `min_snr_5` (Min-SNR, Hang et al. 2023, with gamma 5)."""
+    """Weight of each noise level in the loss: `none`, as published for every backbone here;
+    `min_snr_5` (Min-SNR, Hang et al. 2023, with gamma 5) for networks that predict noise;
+    `sigma_sqrt` or `cosmap` (Esser et al. 2024) for flow transformers."""
+    latents: Literal["draw", "mean"] = "draw"
+    """Train on latents drawn from the autoencoder's distribution, again at every step, or on its
+    mean. If unset, as published: drawn, but the mean for flow transformers."""
     precision: TrainPrecision = "bf16"
     """`bf16`: precision of the network's products under torch's autocast, as in the published
     programs: weights, gradients and their sums over micro batches and ranks stay in float32.
     `bf16_weights` and `fp16_weights` hold the whole network and its gradients in half precision,
     which halves their memory and rounds those sums (our addition; docs/fidelity.md). With an
     adapter, `bf16` also holds the frozen network in bfloat16."""
+    text_encoder_precision: Precision = "fp32"
+    """Precision of a pipeline's text encoders while training. If unset, `bf16` for flow
+    transformers, whose encoders are language models."""
+    text_encoder_memory: Literal["keep", "offload"] = "keep"
+    """Keep a pipeline's text encoders on the accelerator while training, or offload them to the
+    CPU's memory: they are then moved to the accelerator and back for every batch."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: sharding of optimizer state, gradients and weights over the ranks. A single rank
     has nothing to shard, and uses stage 0 with weights in float32, or on a CPU, unless `--zero`
@@ -382,8 +401,8 @@ class SampleConfig(Config):
     sampler: Annotated[str, Field(pattern=_SAMPLER)] = "dpm_solver"
     """`dpm_solver` (as published), `ancestral` or `ancestral_posterior` (the paper's Algorithm 2
     with sigma_n^2 = beta_n or the posterior variance, 1000 steps), or one of diffusers' schedulers,
-    such as `diffusers:DPMSolverMultistepScheduler`. For Stable Diffusion `pipeline`, the scheduler
-    in the pipeline's own files, or another of diffusers' with its numbers."""
+    such as `diffusers:DPMSolverMultistepScheduler`. For a diffusers pipeline `pipeline`, the
+    scheduler in its own files, or, for Stable Diffusion, another of diffusers' with its numbers."""
     num_steps: int = Field(default=50, gt=0)
     guidance_scale: float = Field(default=2.0, ge=1)
     """1 + s of `cond + s (cond - uncond)`: 2 for U-ViT, 8 for UniDiffuser."""

@@ -7,7 +7,7 @@ only what a network's call returns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from d2i.errors import ConfigError
 
 Given = TypeVar("Given")
 
+NOISE_WEIGHTINGS: tuple[Weighting, ...] = ("none", "min_snr_5")
 LOGVAR_MIN = -30.0
 LOGVAR_MAX = 20.0
 
@@ -64,9 +65,9 @@ def noise_prediction_loss(
     Raises:
         ConfigError: no such weighting for networks that predict noise.
     """
-    if weighting not in get_args(Weighting):
+    if weighting not in NOISE_WEIGHTINGS:
         raise ConfigError(
-            f"weighting is {weighting!r}, expected one of {', '.join(get_args(Weighting))} for a "
+            f"weighting is {weighting!r}, expected one of {', '.join(NOISE_WEIGHTINGS)} for a "
             "network that predicts noise"
         )
     schedule = schedule or default_schedule()

@@ -26,8 +26,6 @@ def check_text(name: str) -> Check:
     Args:
         name: The directory of the pipeline, or its repository in the local cache.
     """
-    import torch
-
     from d2i.config import TextConfig
     from d2i.encoders.pipeline_text import load_text_parts
     from d2i.encoders.prompt_truncation import PromptTruncation
@@ -38,7 +36,7 @@ def check_text(name: str) -> Check:
     try:
         path = local_directory(name, "pipeline that save_pretrained wrote", "--weights DIR")
         # Token ids are the same in every precision.
-        pipeline = load_text_parts(path, "cpu", torch.bfloat16)
+        pipeline = load_text_parts(path, "cpu", "bf16")
         reading = PromptTruncation(pipeline, {}, TextConfig().keep)
         problems = probe_text(pipeline, reading)
     except D2IError as err:

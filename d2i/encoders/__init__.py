@@ -5,7 +5,7 @@ Every encoder runs at a fixed, padded batch size: an image's numbers do not depe
 
 from d2i.encoders.bundle import Encoders, load_encoders
 from d2i.encoders.clip_image import ClipImage
-from d2i.encoders.clip_text import ClipText
+from d2i.encoders.clip_text import ClipText, load_clip_text
 from d2i.encoders.vae import Vae
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "ClipText",
     "Encoders",
     "Vae",
+    "load_clip_text",
     "load_encoders",
 ]

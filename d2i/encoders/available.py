@@ -24,8 +24,8 @@ def check_present(encoders: EncodersConfig, *, is_here: bool = True) -> None:
         OSError: If a URL cannot be read.
     """
     for name in ("vae", "clip_image", "clip_text"):
-        value = getattr(encoders, name)
-        _check(name, value, is_here=is_here)
+        if value := getattr(encoders, name):
+            _check(name, value, is_here=is_here)
     prefix = encoders.text_prefix
     if is_here and prefix and not Path(resolve_weights(prefix)).exists():
         raise _missing("text_prefix", prefix, "no such file")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from d2i.config import EncodersConfig, ImageConfig, Precision, TextConfig
 from d2i.encoders.clip_image import ClipImage
-from d2i.encoders.clip_text import ClipText
+from d2i.encoders.clip_text import ClipText, load_clip_text
 from d2i.encoders.vae import Vae
 from d2i.errors import ConfigError
 from d2i.tokenize import WINDOW_LENGTH
@@ -25,11 +25,11 @@ EncoderName = Literal["vae", "clip_image", "clip_text"]
 
 @dataclass(frozen=True)
 class Encoders:
-    """The three frozen encoders and their common batch size."""
+    """The frozen encoders and their common batch size; without `clip_text` no text is encoded."""
 
     vae: Vae
     clip_image: ClipImage
-    clip_text: ClipText
+    clip_text: ClipText | None
     compute_batch_size: int
 
     def encode_images(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float16]]:
@@ -47,6 +47,7 @@ class Encoders:
 
         A value beyond the range of float16 becomes infinite, as for images.
         """
+        assert self.clip_text is not None
         with np.errstate(over="ignore"):
             return self.clip_text.encode(tokens, self.compute_batch_size).astype(np.float16)
 
@@ -70,9 +71,10 @@ class Encoders:
         shapes: dict[str, tuple[str, str, tuple[int, ...]]] = {
             codec.array: ("vae", "float16", latents),
             "clip": ("clip_image", "float16", (clip_image.dim,)),
-            "tokens": ("tokenizer", "uint16", (num_tokens,)),
         }
-        if text.latents == "full":
+        if clip_text:
+            shapes["tokens"] = ("tokenizer", "uint16", (num_tokens,))
+        if clip_text and text.latents == "full":
             shapes["text"] = ("clip_text", "float16", (num_tokens, clip_text.dim))
         return {
             name: DeclaredArray(encoder=encoder, dtype=dtype, shape=shape)
@@ -87,11 +89,8 @@ class Encoders:
 
     def hashes(self) -> dict[EncoderName, str]:
         """Return the sha256 of every encoder's weights, by name."""
-        return {
-            "vae": self.vae.hash,
-            "clip_image": self.clip_image.hash,
-            "clip_text": self.clip_text.hash,
-        }
+        found: dict[EncoderName, str] = {"vae": self.vae.hash, "clip_image": self.clip_image.hash}
+        return found if self.clip_text is None else found | {"clip_text": self.clip_text.hash}
 
 
 def load_encoders(
@@ -106,10 +105,13 @@ def load_encoders(
         CheckpointError: If one of them cannot be loaded.
     """
     torch.backends.cudnn.allow_tf32 = False
+    clip_text = None
+    if config.clip_text:
+        clip_text = load_clip_text(config, device, precision)
     return Encoders(
         vae=Vae(config.vae, config.vae_kind, device, precision),
         clip_image=ClipImage(config.clip_image, device, precision),
-        clip_text=ClipText(config.clip_text, config.text_prefix, device, precision),
+        clip_text=clip_text,
         compute_batch_size=config.compute_batch_size,
     )
 

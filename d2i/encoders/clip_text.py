@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from d2i.config import Precision
+from d2i.config import EncodersConfig, Precision
 from d2i.encoders.pretrained import (
     freeze,
     load_pretrained,
@@ -143,3 +143,20 @@ def _load_prefix(name: str) -> Any:
     prefix = nn.Linear(weight.shape[1], weight.shape[0])
     prefix.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     return freeze(prefix)
+
+
+def load_clip_text(
+    config: EncodersConfig, device: str = "cpu", precision: Precision = "fp32"
+) -> ClipText:
+    """Load the CLIP text encoder of a recipe.
+
+    Raises:
+        CheckpointError: If it cannot be loaded.
+        ConfigError: If the recipe has none.
+    """
+    if config.clip_text is None:
+        raise ConfigError(
+            "encoders.clip_text is null, but text is to be encoded by it; expected a CLIP text "
+            "encoder; give --set encoders.clip_text=PATH"
+        )
+    return ClipText(config.clip_text, config.text_prefix, device, precision)

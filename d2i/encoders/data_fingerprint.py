@@ -22,6 +22,7 @@ _PARTS = {"vae": "image", "clip_image": "image", "clip_text": "text"}
 
 ENCODER_OF_ARRAY = {
     "moments": "vae",
+    "latent": "vae",
     "clip": "clip_image",
     "tokens": "tokenizer",
     "text": "clip_text",

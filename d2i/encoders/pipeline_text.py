@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,33 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2i.backbones import Presets
-from d2i.config import TextConfig
+from d2i.config import Precision, TextConfig
 from d2i.encoders.pretrained import freeze
 from d2i.encoders.prompt_truncation import PromptTruncation
 from d2i.encoders.text_probe import NEXT_STEP, probe_text
 from d2i.errors import CheckpointError, ConfigError
-from d2i.models.pipeline_dir import PipelineDirectory, read_index, read_part_config
+from d2i.models.pipeline_dir import read_index, read_part_config
+from d2i.models.pipeline_family import PipelineFamily
 from d2i.tokenize import clean
 
-Encoded = dict[str, NDArray[np.float16]]
-"""The text conditions of N lines, by name: `text` (N, T, D), and `pooled` (N, P) where there is."""
+Encoded = dict[str, NDArray[Any]]
+"""The text conditions of N lines, by name: `text` (N, T, D) always; `pooled` (N, P), and `mask`
+(N, T), true where a row has text, where the family has them."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype of each precision."""
 
 
 class PipelineText:
-    """Encodes lines with a pipeline's own encoders, in float32, at a fixed, padded batch size.
+    """Encodes lines with a pipeline's own encoders, at a fixed, padded batch size.
 
     Args:
         name: The directory of the pipeline, or its repository in the local cache.
-        presets: Of the family of its network.
+        family: Of its network.
         config: Which side is kept of a line that is too long for an encoder.
         batch_size: Lines per call.
         device: The torch device to run on.
+        precision: Of the encoders.
+        is_offloaded: True to keep the encoders in the CPU's memory between calls.
 
     Raises:
         CheckpointError: If it cannot be loaded.
@@ -42,65 +48,98 @@ class PipelineText:
     """
 
     def __init__(
-        self, name: str, presets: Presets, config: TextConfig, batch_size: int, device: str
+        self,
+        name: str,
+        family: PipelineFamily,
+        config: TextConfig,
+        batch_size: int,
+        device: str,
+        precision: Precision = "fp32",
+        *,
+        is_offloaded: bool = False,
     ) -> None:
-        directory = PipelineDirectory(name, presets)
-        self._pipeline = load_text_parts(directory.path, device)
+        directory = family.directory(name)
+        self._family, self._is_offloaded = family, is_offloaded
+        self._pipeline = load_text_parts(directory.path, device, precision)
         self._reading = PromptTruncation(self._pipeline, {}, config.keep)
         if problems := probe_text(self._pipeline, self._reading):
             raise ConfigError(f"{directory.name}: {problems[0]}; {NEXT_STEP}")
         self._batch_size, self._device = batch_size, device
         # A tokenizer's settings change while it runs, so threads take turns.
         self._lock = threading.Lock()
+        self._move_to("cpu")
 
     def encode(self, lines: Sequence[str]) -> Encoded:
         """Encode N lines, N >= 1; a special token that a line spells stays plain text."""
-        texts = [self._reading.read(clean(line)) for line in lines]
         parts = []
-        for start in range(0, len(texts), self._batch_size):
-            rows = texts[start : start + self._batch_size]
-            padded = rows + rows[:1] * (self._batch_size - len(rows))
-            found, _ = self._run(padded)
-            parts.append({key: value[: len(rows)] for key, value in found.items()})
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        with self._encoders_on_device():
+            texts = [self._reading.read(clean(line)) for line in lines]
+            for start in range(0, len(texts), self._batch_size):
+                rows = texts[start : start + self._batch_size]
+                padded = rows + rows[:1] * (self._batch_size - len(rows))
+                found = self._family.encode_prompts(self._pipeline, padded, self._device)
+                parts.append({key: self._array(value[: len(rows)]) for key, value in found.items()})
+        return join_encoded(parts)
 
     def encode_empty(self) -> Encoded:
         """Return what the pipeline guides away from, without the batch axis: (T, D) and (P,).
 
         It is the encoded '' or, where the pipeline says so, zeros.
         """
-        _, empty = self._run([""] * self._batch_size, with_empty=True)
-        return {key: value[0] for key, value in empty.items()}
+        with self._encoders_on_device():
+            empty = self._family.encode_negative(self._pipeline, self._batch_size, self._device)
+            return {key: self._array(value[0]) for key, value in empty.items()}
 
-    def _run(self, texts: list[str], *, with_empty: bool = False) -> tuple[Encoded, Encoded]:
-        """Return the conditions of texts, and those of '' if asked for."""
+    def _array(self, rows: Tensor) -> NDArray[Any]:
+        """Return float16, as shards hold text, but the states of language models in float32.
+
+        Those may exceed the range of float16.
+        """
+        if rows.dtype == torch.bool:
+            return rows.cpu().numpy()
+        exact = rows.float().cpu().numpy()
+        with np.errstate(over="ignore"):
+            return exact if self._family.presets.is_flow else exact.astype(np.float16)
+
+    @contextmanager
+    def _encoders_on_device(self) -> Iterator[None]:
+        """Run the block alone, with the encoders on the device."""
         with self._lock, torch.inference_mode():
-            outputs = self._pipeline.encode_prompt(
-                prompt=texts,
-                device=self._device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=with_empty,
-            )
-        # Text and that of '', then pooled text and that of ''.
-        names = ("text", "pooled")[: len(outputs) // 2]
-        found = {name: _half(outputs[2 * index]) for index, name in enumerate(names)}
-        if not with_empty:
-            return found, {}
-        return found, {name: _half(outputs[2 * index + 1]) for index, name in enumerate(names)}
+            self._move_to(self._device)
+            yield
+            self._move_to("cpu")
+
+    def _move_to(self, device: str) -> None:
+        """Move the encoders, if they are offloaded."""
+        if self._is_offloaded:
+            for module in _text_encoders(self._pipeline):
+                module.to(device)
 
 
-def _half(rows: Tensor) -> NDArray[np.float16]:
-    with np.errstate(over="ignore"):
-        return rows.float().cpu().numpy().astype(np.float16)
+def join_encoded(parts: Sequence[Encoded]) -> Encoded:
+    """Join conditions; texts are filled up with 0 to the longest."""
+    longest = max(part["text"].shape[1] for part in parts)
+    return {
+        name: np.concatenate([_filled(part[name], longest, name) for part in parts])
+        for name in parts[0]
+    }
 
 
-def load_text_parts(path: Path, device: str, dtype: torch.dtype = torch.float32) -> Any:
+def _filled(rows: NDArray[Any], length: int, name: str) -> NDArray[Any]:
+    if name not in ("text", "mask") or rows.shape[1] == length:
+        return rows
+    filled = np.zeros((len(rows), length, *rows.shape[2:]), rows.dtype)
+    filled[:, : rows.shape[1]] = rows
+    return filled
+
+
+def load_text_parts(path: Path, device: str, precision: Precision = "fp32") -> Any:
     """Load a pipeline of diffusers for its text alone: its other networks take no memory.
 
     Args:
         path: A directory that `save_pretrained` wrote.
         device: The torch device of its text encoders.
-        dtype: Of its text encoders.
+        precision: Of its text encoders.
 
     Raises:
         CheckpointError: If it cannot be loaded.
@@ -123,7 +162,7 @@ def load_text_parts(path: Path, device: str, dtype: torch.dtype = torch.float32)
             **parts,
             **_networks(path, index),
             use_safetensors=True,
-            dtype=dtype,
+            dtype=DTYPES[precision],
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as err:
         reason = (str(err).strip() or type(err).__name__).splitlines()[0][:200]
@@ -131,11 +170,15 @@ def load_text_parts(path: Path, device: str, dtype: torch.dtype = torch.float32)
             f"{path}: cannot load its text encoders: {reason}; expected a directory "
             "written by save_pretrained; copy the whole pipeline"
         ) from err
-    for name, module in pipeline.components.items():
-        if "text_encoder" in name and module is not None:
-            freeze(module).to(device)
+    for module in _text_encoders(pipeline):
+        freeze(module).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _text_encoders(pipeline: Any) -> list[Any]:
+    parts = pipeline.components.items()
+    return [module for name, module in parts if "text_encoder" in name and module is not None]
 
 
 def _networks(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from d2i.corpora import RECORD_FIELDS, parse_record
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import RecordError
 from d2i.dialog import Turn
-from d2i.encoders import ClipText, Vae
+from d2i.encoders import Vae, load_clip_text
 from d2i.errors import DataError
 from d2i.eval.prompts import Prompt
 from d2i.eval.sampler import Sampler
@@ -110,7 +110,7 @@ def _by_sampler(
     """Return the images (N, H, W, 3) of d2i's own sampler, and the sha256 of its weights."""
     device = device_of_worker()
     recipe, encoders = request.recipe, request.recipe.encoders
-    clip_text = ClipText(encoders.clip_text, encoders.text_prefix, device)
+    clip_text = load_clip_text(encoders, device)
     tokens = [text_tokens(line, recipe.text) for line in (text, "")]
     # Shards store text latents as float16, so these are rounded likewise.
     latents = [

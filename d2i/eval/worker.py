@@ -77,7 +77,7 @@ class EvalWorker:
         hashes = encoders.hashes()
         if builder.recipe.text.encode == "on_the_fly":
             # Then the stored text, and what encoded it, are not used.
-            del hashes["clip_text"]
+            hashes.pop("clip_text", None)
         check_encoder_hashes(hashes, self._reader.manifest, self._reader.url)
         self._prompts = PromptReader(self._reader, builder.recipe.text, builder.context)
         self._measurer = FeatureComputer(builder.recipe, encoders, self._reader, device)

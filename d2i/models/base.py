@@ -30,7 +30,10 @@ from d2i.models.image_codec import KL_F8C4, ImageCodec, VaeNumbers
 
 State = Mapping[str, Tensor]
 Conditions = Mapping[str, Tensor]
-"""The inputs of a network beside the noised image, by name; `text` (B, T, D) always."""
+"""The inputs of a network beside the noised image, by name; `text` (B, T, D) always.
+
+`mask` (B, T) is true where a row has text, for families whose texts differ in length.
+"""
 SampleLatents = Callable[[Conditions, SampleDraws], Tensor]
 """From the conditions and draws of B images to latents (B, C, h, w) at the network's scale."""
 
@@ -70,8 +73,8 @@ class Architecture:
 class Family(ABC):
     """A family of networks.
 
-    Its networks have the attributes `latent_size`, `text_dim`, `num_text_tokens`, and
-    `latent_scale` (the factor from raw VAE latents).
+    Its networks have the attributes `latent_size`, `text_dim`, `num_text_tokens` (None if texts
+    differ in length), and `latent_scale` (the factor from raw VAE latents) or `vae_numbers`.
 
     Attributes:
         name: As `d2i.backbones.FAMILIES` has it.
@@ -151,7 +154,8 @@ class Family(ABC):
             vae: The numbers that normalise raw latents.
             raw: (B, C, h, w) raw latents.
             noise: (B, C, h, w) standard normal.
-            draw: (B,) int64 noise levels as diffusers counts them, t in 0..999; n is t + 1.
+            draw: (B,) noise levels, as `draw_levels` returns them: int64 as diffusers counts them,
+                t in 0..999, n is t + 1; for flow matching float32 u in 0..1.
             conditions: As `conditions` returns them, as tensors.
             **options: As `loss_options` returns them.
         """
@@ -172,6 +176,15 @@ class Family(ABC):
         """Return the numbers that normalise the latents of a network."""
         return {"scaling_factor": network.latent_scale}
 
+    def draw_levels(self, draws: BatchDraws, config: TrainConfig) -> NDArray[Any]:
+        """Draw the noise level of each sample of a training batch, (B,); see `losses`."""
+        del config
+        return draws.model_times("n") - 1
+
+    def model_times(self, draw: Tensor) -> Tensor:
+        """Return the model times n (B,) int64 in 1..1000 of noise levels; 1000 is pure noise."""
+        return draw + 1
+
     def conditions(
         self, arrays: Mapping[str, NDArray[Any]], draws: BatchDraws
     ) -> dict[str, NDArray[Any]]:
@@ -184,7 +197,7 @@ class Family(ABC):
             draws: The random draws of the batch.
         """
         del draws
-        return {"text": arrays["text"]}
+        return {name: arrays[name] for name in ("text", "mask") if name in arrays}
 
     def loss_options(self, config: TrainConfig) -> dict[str, Any]:
         """Return the keyword arguments that a recipe gives to `losses`."""
@@ -198,8 +211,12 @@ class Family(ABC):
             network: A network on the `meta` device, without gradients.
         """
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            network(*self.example_inputs(network))
+            self.run_example(network)
         return int(counter.get_total_flops())
+
+    def run_example(self, network: Any) -> None:
+        """Run a network on the inputs of one image."""
+        network(*self.example_inputs(network))
 
 
 class OneTensorFamily(Family):

@@ -181,6 +181,31 @@ class DcAeCodec(ImageCodec):
         return latents.div(vae["scaling_factor"])
 
 
+class QwenImageCodec(KlCodec):
+    """Qwen-Image's moments, where each channel loses its mean and is divided by its deviation.
+
+    Its autoencoder reads frames of a video; the axis of frames, of length 1, is left out here.
+    """
+
+    def numbers(self, module: Any) -> VaeNumbers:
+        """Return the mean and the deviation of each channel."""
+        config = module.config
+        return {"latents_mean": config.latents_mean, "latents_std": config.latents_std}
+
+    def normalised(self, raw: Tensor, vae: VaeNumbers) -> Tensor:
+        """Subtract the mean, divide by the deviation; see `ImageCodec.normalised`."""
+        return (raw - _channels(vae["latents_mean"], raw)) / _channels(vae["latents_std"], raw)
+
+    def denormalised(self, latents: Tensor, vae: VaeNumbers) -> Tensor:
+        """Return the inverse; see `ImageCodec.denormalised`."""
+        mean, deviation = (_channels(vae[f"latents_{name}"], latents) for name in ("mean", "std"))
+        return latents * deviation + mean
+
+
+def _channels(numbers: Any, like: Tensor) -> Tensor:
+    return torch.tensor(numbers).view(1, -1, 1, 1).to(like)
+
+
 KL_F8C4 = KlCodec("kl-f8c4", num_channels=4, factor=8)
 """LDM's KL autoencoder, Stable Diffusion's, and the tiny one over the same latents."""
 KL_F8C16 = KlCodec("kl-f8c16", num_channels=16, factor=8)
@@ -189,6 +214,8 @@ FLUX2 = Flux2Codec("flux2", num_channels=32, factor=8)
 """FLUX.2's autoencoder."""
 DC_AE_F32 = DcAeCodec("dc-ae-f32", num_channels=32, factor=32)
 """Sana's deep compression autoencoder."""
+QWEN_IMAGE = QwenImageCodec("qwen-image", num_channels=16, factor=8)
+"""Qwen-Image's autoencoder: its arithmetic alone, as d2i encodes with none yet."""
 
 CODECS: tuple[ImageCodec, ...] = (KL_F8C4, KL_F8C16, FLUX2, DC_AE_F32)
 

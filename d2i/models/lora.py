@@ -6,6 +6,8 @@ gradient, so optimizer, averages and checkpoints hold it alone.
 
 from __future__ import annotations
 
+import fnmatch
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2i.backbones import Presets
 from d2i.config import AdapterConfig
@@ -23,6 +25,9 @@ from d2i.errors import ClusterError, ConfigError
 # peft's name for an adapter that has none; it stands in the parameters' names.
 _NAME = "default"
 _PURPOSE = "lora"
+_ALL_LINEAR = "all-linear"
+# A layer in a list of blocks.
+_IN_BLOCK = re.compile(r"\.\d+\.")
 
 
 def add_lora(network: Any, config: AdapterConfig, presets: Presets, seed: int) -> None:
@@ -41,18 +46,19 @@ def add_lora(network: Any, config: AdapterConfig, presets: Presets, seed: int) -
         ClusterError: If peft is not installed.
         ConfigError: If a target does not exist in the network, or cannot be adapted.
     """
-    lora = _peft_config(config, presets)
+    targets = _layers(network, config, presets)
+    lora = _peft_config(config, targets)
     network.requires_grad_(requires_grad=False)
     try:
         network.add_adapter(lora, adapter_name=_NAME)
     except ValueError as err:
         reason = str(err).splitlines()[0][:200]
         raise ConfigError(
-            f"adapter.targets is {', '.join(lora.target_modules)}: {reason}; expected names of "
+            f"adapter.targets is {', '.join(targets)}: {reason}; expected names of "
             f"linear or convolution layers, such as {', '.join(presets.lora_targets)}"
         ) from err
     firsts = {name: p for name, p in network.named_parameters() if ".lora_A." in name}
-    for target in lora.target_modules:
+    for target in targets:
         if not any(target in name for name in firsts):
             raise ConfigError(
                 f"adapter.targets: no layer of the network is named {target}; expected names such "
@@ -81,14 +87,20 @@ def pack_lora(
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 
     plain = {name.replace(f".{_NAME}.", "."): tensor for name, tensor in state.items()}
-    described = _peft_config(config, presets).to_dict()
-    described["target_modules"] = sorted(described["target_modules"])
+    targets = _names(config, presets)
+    if any(_is_pattern(target) for target in targets):
+        targets = list({name.rpartition(".lora_")[0] for name in plain})
+    described = _peft_config(config, targets).to_dict()
+    described["target_modules"] = sorted(targets)
     pipeline = getattr(diffusers, presets.pipeline or "")
+    # The adapters of UNets alone have names from before peft.
+    is_unet = presets.network_part == "unet"
+    layers = convert_state_dict_to_diffusers(plain) if is_unet else plain
     with tempfile.TemporaryDirectory() as directory:
         pipeline.save_lora_weights(
             directory,
             **{
-                f"{presets.network_part}_lora_layers": convert_state_dict_to_diffusers(plain),
+                f"{presets.network_part}_lora_layers": layers,
                 f"{presets.network_part}_lora_adapter_metadata": described,
             },
         )
@@ -98,10 +110,39 @@ def pack_lora(
             return tensors, dict(opened.metadata())
 
 
-def _peft_config(config: AdapterConfig, presets: Presets) -> Any:
+def _names(config: AdapterConfig, presets: Presets) -> list[str]:
+    """Return the targets that a recipe names: layers, or patterns of them."""
+    if config.targets == "all-linear":
+        return [_ALL_LINEAR]
+    named = config.targets if isinstance(config.targets, tuple) else presets.lora_targets
+    return list(named)
+
+
+def _is_pattern(target: str) -> bool:
+    return "*" in target or target == _ALL_LINEAR
+
+
+def _layers(network: nn.Module, config: AdapterConfig, presets: Presets) -> list[str]:
+    """Return the targets in a network, with every pattern replaced by the layers that it means."""
+    modules = dict(network.named_modules())
+    found = []
+    for target in _names(config, presets):
+        if target == _ALL_LINEAR:
+            found += [
+                name
+                for name, module in modules.items()
+                if isinstance(module, nn.Linear) and _IN_BLOCK.search(name)
+            ]
+        elif _is_pattern(target):
+            found += fnmatch.filter(modules, target)
+        else:
+            found.append(target)
+    return found
+
+
+def _peft_config(config: AdapterConfig, targets: list[str]) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as err:
         raise ClusterError("adapter.kind=lora needs peft; pip install 'd2i[lora]'") from err
-    targets = list(config.targets or presets.lora_targets)
     return LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)

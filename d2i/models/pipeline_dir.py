@@ -32,6 +32,7 @@ _SCHEDULER = "scheduler/scheduler_config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Neither changes a latent, and both are often left out.
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+_VELOCITIES = "flow_prediction"
 # The directory of a repository in the hub's local cache.
 _SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[^/]+")
 
@@ -50,7 +51,7 @@ class PipelineDirectory:
 
     Raises:
         CheckpointError: If there is none, it is of another class, a part is missing, or its
-            network is quantised or does not predict noise.
+            network is quantised, distilled, or does not predict what the family trains.
     """
 
     def __init__(self, name: str, presets: Presets) -> None:
@@ -61,6 +62,7 @@ class PipelineDirectory:
         cached = _SNAPSHOT.search(str(self.path.absolute()))
         self.repository = cached[1].replace("--", "/") if cached else None
         self.network_part = presets.network_part
+        self._presets = presets
         index = read_index(self.path)
         if (found := index.get("_class_name")) != presets.pipeline:
             raise CheckpointError(
@@ -76,6 +78,7 @@ class PipelineDirectory:
                 )
         self._scheduler_class = str(parts.get("scheduler", ("", ""))[1])
         self._check_network(name)
+        self._check_not_distilled(name, index)
 
     def _check_network(self, name: str) -> None:
         import diffusers
@@ -93,10 +96,26 @@ class PipelineDirectory:
                 f"expected one of diffusers' with {NUM_NOISE_LEVELS}; use another base model"
             )
         predicted = numbers.get("prediction_type", "epsilon")
-        if predicted != "epsilon":
+        if self._scheduler_class.startswith("FlowMatch"):
+            predicted = _VELOCITIES
+        expected = _VELOCITIES if self._presets.is_flow else "epsilon"
+        if predicted != expected:
             raise CheckpointError(
-                f"{name}: its scheduler has prediction_type {predicted}; expected epsilon: only "
-                "networks that predict noise can be trained yet; use another base model"
+                f"{name}: its scheduler has prediction_type {predicted}; expected {expected}, as "
+                f"{self._presets.pipeline} is trained here; use another base model"
+            )
+
+    def _check_not_distilled(self, name: str, index: Mapping[str, Any]) -> None:
+        """Refuse networks that generate in few steps, which training by this loss would undo."""
+        marks = self._presets.distilled
+        flagged = ["distilled"] if index.get("is_distilled") else []
+        words = f"{self.name} {self.repository or ''}".lower()
+        if found := [*flagged, *(mark for mark in marks if mark in words)]:
+            base = marks.get(found[0], next(iter(marks.values()), "its base model"))
+            raise CheckpointError(
+                f"{name} is distilled to generate in few steps ({found[0]}), which training would "
+                f"undo; expected its base model, {base}; to evaluate it as it is, pass --system "
+                f"diffusers:{name}"
             )
 
     def part_config(self, part: str) -> Mapping[str, Any]:
@@ -131,14 +150,36 @@ class PipelineDirectory:
         """Return the licence that its README.md names; None if there is none that does."""
         return read_licence(self.path, self.repository)
 
+    def without_weights(self, part: str) -> Any:
+        """Build a part on the meta device, with the numbers of its buffers alone."""
+        import diffusers
+
+        config = self.part_config(part)
+        kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+        if kind is None:
+            raise CheckpointError(
+                f"{self.name}: its {part} is a {config.get('_class_name')}; expected a network of "
+                "diffusers; copy the whole pipeline"
+            )
+        with torch.device("meta"):
+            module = kind.from_config(config)
+        if names := {name for name, _ in module.named_buffers()}:
+            held = {name: tensor for name, tensor in self.part_weights(part) if name in names}
+            module.load_state_dict(held, strict=False, assign=True)
+        return module
+
     def network_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Read the network's tensors, in the order of their names."""
-        directory = self.path / self.network_part
+        return self.part_weights(self.network_part)
+
+    def part_weights(self, part: str) -> Iterator[tuple[str, Tensor]]:
+        """Read the tensors of a part, in the order of their names."""
+        directory = self.path / part
         index = directory / f"{_WEIGHTS}.index.json"
         try:
             names = [_WEIGHTS]
             if index.is_file():
-                held = self._read(f"{self.network_part}/{index.name}")["weight_map"]
+                held = self._read(f"{part}/{index.name}")["weight_map"]
                 names = sorted(set(held.values()))
             with ExitStack() as stack:
                 opened = [

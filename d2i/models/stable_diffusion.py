@@ -1,88 +1,46 @@
-"""The part of a family that Stable Diffusion 1.5 and XL share: diffusers' UNet and its pipeline.
-
-One directory gives network, autoencoder, text encoders and scheduler, so that parts of different
-models cannot be mixed up. Classes, and what a pipeline does, are diffusers' own.
-"""
+"""The part of a family that Stable Diffusion 1.5 and XL share: diffusers' UNet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from d2i.config import BackboneConfig, SampleConfig
-from d2i.diffusion.draws import SampleDraws
-from d2i.diffusion.samplers import draw_noise
 from d2i.diffusion.schedule import Schedule, default_schedule
-from d2i.diffusion.schedulers import with_numbers_of
-from d2i.models.base import Architecture, Conditions, OneTensorFamily, SampleLatents, State
+from d2i.models.base import Architecture, Conditions, State
 from d2i.models.pipeline_dir import PipelineDirectory
-from d2i.models.weights.load import fill_network
+from d2i.models.pipeline_family import PipelineFamily
 
 _NUM_TEXT_TOKENS = 77
 _DOWNSAMPLING = 8
 
 
-class StableDiffusionFamily(OneTensorFamily):
+class StableDiffusionFamily(PipelineFamily):
     """A UNet that predicts noise, within a pipeline of diffusers.
 
     A network built as a directory describes it also has `schedule`, the noise schedule of its
-    scheduler file; `scheduler`, diffusers' object of that file; and `downsampling`, pixels to a
-    latent pixel.
+    scheduler file.
 
     Attributes:
-        published: The arguments of the published UNet that are not diffusers' defaults.
-        other_parts: The pipeline's arguments for the parts that latents do not depend on.
         has_added: True if the network is given more than the text.
     """
 
-    published: ClassVar[Mapping[str, Any]]
-    other_parts: ClassVar[Mapping[str, Any]]
     has_added: ClassVar[bool] = False
 
-    def build(self, backbone: str, sizes: Mapping[str, Any]) -> nn.Module:
-        """Build the published UNet."""
-        del backbone
-        from diffusers import UNet2DConditionModel
+    def add_sizes(self, network: Any, latent_size: int) -> None:
+        """Set the sizes of a UNet; see `PipelineFamily.add_sizes`."""
+        network.latent_size = latent_size
+        network.num_text_tokens = _NUM_TEXT_TOKENS
+        network.text_dim = network.config.cross_attention_dim
+        network.downsampling = _DOWNSAMPLING
 
-        network: Any = UNet2DConditionModel(**self.published)
-        _add_sizes(network, sizes["latent_size"])
-        built: nn.Module = network
-        return built
-
-    def build_described(self, path: str, backbone: BackboneConfig) -> nn.Module:
-        """Build the UNet that a directory describes, with its scheduler; see `Family`.
-
-        Raises:
-            CheckpointError: If this is not a directory of the family's pipeline.
-        """
-        from diffusers import UNet2DConditionModel
-
-        directory = self.directory(path)
-        config = directory.part_config(self.presets.network_part)
-        network: nn.Module = UNet2DConditionModel.from_config(config)
-        _add_sizes(network, backbone.latent_size or int(config["sample_size"]))
-        _add_numbers(network, directory)
-        return network
-
-    def directory(self, path: str) -> PipelineDirectory:
-        """Open a directory of the family's pipeline; see `PipelineDirectory`."""
-        return PipelineDirectory(path, self.presets)
-
-    def load(self, path: str, network: nn.Module) -> nn.Module:
-        """Load the UNet's weights from the directory of a pipeline."""
-        directory = self.directory(path)
-        return fill_network(network, dict(directory.network_weights()), path)
-
-    def blocks(self, network: Any) -> Iterator[nn.Module]:
-        """Yield the blocks that diffusers names for compiling one by one."""
-        names = network._repeated_blocks
-        yield from (module for module in network.modules() if type(module).__name__ in names)
-
-    def recompute_blocks(self, network: Any) -> None:
-        """Recompute blocks in the backward pass."""
-        network.enable_gradient_checkpointing()
+    def add_numbers(self, network: Any, directory: PipelineDirectory) -> None:
+        """Set the latents' scale, and the noise schedule; see `PipelineFamily.add_numbers`."""
+        vae = directory.part_config("vae")
+        network.latent_scale = float(vae["scaling_factor"])
+        network.downsampling = 2 ** (len(vae["block_out_channels"]) - 1)
+        network.scheduler = directory.scheduler()
+        network.schedule = Schedule(directory.betas())
 
     def schedule(self, network: Any) -> Schedule:
         """Return the noise schedule of the network's scheduler file."""
@@ -106,44 +64,32 @@ class StableDiffusionFamily(OneTensorFamily):
         del conditions
         return None
 
-    def sampler(
-        self, network: Any, settings: SampleConfig, unconditional: Conditions
-    ) -> SampleLatents:
-        """Return the stock pipeline, started from keyed noise; see `Family.sampler`."""
-        import diffusers
-
-        pipeline: Any = getattr(diffusers, self.presets.pipeline or "")(
-            unet=network,
-            scheduler=with_numbers_of(network.scheduler, settings.sampler),
-            **self.other_parts,
-        )
-        pipeline.vae_scale_factor = network.downsampling
-        pipeline.set_progress_bar_config(disable=True)
-        side = network.latent_size * network.downsampling
-        shape = self.codec.latent_shape(network.latent_size)
-
-        def sample(conditions: Conditions, draws: SampleDraws) -> Tensor:
-            latents: Tensor = pipeline(
-                latents=draw_noise(draws, "", shape, conditions["text"].device),
-                num_inference_steps=settings.num_steps,
-                guidance_scale=settings.guidance_scale,
-                height=side,
-                width=side,
-                output_type="latent",
-                **self.prompt_arguments(conditions, unconditional),
-                **settings.pipeline,
-            ).images
-            return latents
-
-        return sample
-
-    def prompt_arguments(
-        self, conditions: Conditions, unconditional: Conditions
-    ) -> dict[str, Tensor]:
+    def prompt_arguments(self, conditions: Conditions, unconditional: Conditions) -> dict[str, Any]:
         """Return the pipeline's arguments for conditions (B, ...) and those of ''."""
         text = conditions["text"]  # (B, T, D)
         empty = unconditional["text"].to(text).expand_as(text)
         return {"prompt_embeds": text, "negative_prompt_embeds": empty}
+
+    def encode_prompts(self, pipeline: Any, texts: list[str], device: str) -> dict[str, Tensor]:
+        """Return the last states, and the pooled text where there is one."""
+        return self._encode(pipeline, texts, device, is_negative=False)
+
+    def encode_negative(self, pipeline: Any, size: int, device: str) -> dict[str, Tensor]:
+        """Return those of '' or, where the pipeline says so, zeros."""
+        return self._encode(pipeline, [""] * size, device, is_negative=True)
+
+    def _encode(
+        self, pipeline: Any, texts: list[str], device: str, *, is_negative: bool
+    ) -> dict[str, Tensor]:
+        outputs = pipeline.encode_prompt(
+            prompt=texts,
+            device=device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=is_negative,
+        )
+        # Text and that of '', then pooled text and that of ''.
+        names = ("text", "pooled")[: len(outputs) // 2]
+        return {name: outputs[2 * index + is_negative] for index, name in enumerate(names)}
 
     def detect(self, state: State) -> Architecture | None:
         """Recognise the UNet by its text projections and its added conditions."""
@@ -154,18 +100,3 @@ class StableDiffusionFamily(OneTensorFamily):
             return None
         (name,) = self.presets.sizes
         return Architecture(name, f"UNet of {name}", {})
-
-
-def _add_sizes(network: Any, latent_size: int) -> None:
-    network.latent_size = latent_size
-    network.num_text_tokens = _NUM_TEXT_TOKENS
-    network.text_dim = network.config.cross_attention_dim
-    network.downsampling = _DOWNSAMPLING
-
-
-def _add_numbers(network: Any, directory: PipelineDirectory) -> None:
-    vae = directory.part_config("vae")
-    network.latent_scale = float(vae["scaling_factor"])
-    network.downsampling = 2 ** (len(vae["block_out_channels"]) - 1)
-    network.scheduler = directory.scheduler()
-    network.schedule = Schedule(directory.betas())

@@ -89,7 +89,7 @@ def autocast_to(network: Any, precision: TrainPrecision) -> None:
     program: DeepSpeed would undo it outside. The loss is computed outside, in float32.
 
     Args:
-        network: A network in float32, called with the latent first.
+        network: A network in float32.
         precision: `bf16` turns autocast on. The others change nothing here: they are `fp32`, and
             those in which DeepSpeed casts the weights.
     """
@@ -97,9 +97,10 @@ def autocast_to(network: Any, precision: TrainPrecision) -> None:
         return
     forward = network.forward
 
-    def multiplied(latent: Tensor, *inputs: Any, **options: Any) -> Any:
-        with matmul_precision("bf16", latent.device.type):
-            return forward(latent, *inputs, **options)
+    def multiplied(*inputs: Any, **options: Any) -> Any:
+        device = next(network.parameters()).device
+        with matmul_precision("bf16", device.type):
+            return forward(*inputs, **options)
 
     network.forward = multiplied
 

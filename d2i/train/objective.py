@@ -19,8 +19,8 @@ Objective = Callable[[Any, Batch], Tensor]
 def build_objective(family: Family, vae: VaeNumbers, config: TrainConfig) -> Objective:
     """Return a function from (network, batch) to losses (B,); training takes their mean.
 
-    The latents are drawn from the stored moments again at every step
-    (docs/models.md, Images and latents).
+    The latents are drawn from the stored moments again at every step, or are their mean, as
+    `train.latents` says (docs/models.md, Images and latents).
 
     Args:
         family: The family of the network.
@@ -30,8 +30,11 @@ def build_objective(family: Family, vae: VaeNumbers, config: TrainConfig) -> Obj
     options = family.loss_options(config)
 
     def objective(network: Any, batch: Batch) -> Tensor:
-        raw = family.codec.raw(batch.moments, batch.latent_noise)
-        level = batch.n - 1
-        return family.losses(network, vae, raw, batch.noise, level, batch.conditions, **options)
+        if config.latents == "mean":
+            raw = family.codec.mean(batch.image).to(batch.noise.dtype)
+        else:
+            raw = family.codec.raw(batch.image, batch.latent_noise)
+        conditions = batch.conditions
+        return family.losses(network, vae, raw, batch.noise, batch.draw, conditions, **options)
 
     return objective

@@ -141,7 +141,9 @@ def run_loop(
     objective = build_objective(family, family.vae_numbers(state.engine.module), config)
     batches = BatchStream(reader, open_batches(reader), config, ranks, run_url)
     valid = request.open_validation()
-    validation = valid and Validation(open_batches(valid), len(valid), config, objective, ranks)
+    validation = valid and Validation(
+        open_batches(valid), len(valid), config, family, objective, ranks
+    )
     grid = None
     if valid and config.num_sample_steps:
         grid = ranks.build_on_rank_zero(

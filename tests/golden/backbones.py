@@ -55,5 +55,11 @@ def weights_sha256(network: nn.Module) -> str:
 def golden_conditions(family: str) -> dict[str, Tensor]:
     """Return the conditions of the golden samples, by d2i's names."""
     golden = tensors(f"backbones/{family}")
-    names = ("text", "pooled", "time_ids")
+    names = ("text", "mask", "pooled", "time_ids")
     return {name: golden[f"in.{name}"] for name in names if f"in.{name}" in golden}
+
+
+def golden_draw(family: str) -> Tensor:
+    """Return the golden noise levels, as the family's `losses` take them."""
+    golden = tensors(f"backbones/{family}")
+    return golden["in.n"] if "in.n" in golden else golden["in.u"]

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from d2i.backbones import presets_of
 from d2i.config import AdapterConfig, OptimConfig, TrainConfig
 from d2i.models import family
+from d2i.models.image_codec import ImageCodec
 from d2i.models.lora import add_lora
 from d2i.train.checkpoint.checkpoint_files import Checkpoint, Progress, step_directory
 from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, build_state
@@ -28,7 +28,12 @@ from d2i.train.distributed.engine import build_engine, join_ranks, trained_param
 from d2i.train.distributed.ranks import Ranks
 from d2i.train.objective import build_objective
 from tests.golden.arrays import facts, tensors
-from tests.golden.backbones import fill_by_name, golden_conditions, golden_network
+from tests.golden.backbones import (
+    fill_by_name,
+    golden_conditions,
+    golden_draw,
+    golden_network,
+)
 
 LORA = AdapterConfig(kind="lora", rank=4, alpha=8)
 CONFIG = TrainConfig(
@@ -50,19 +55,26 @@ def golden_batch(name: str, ranks: Ranks) -> Batch:
 
     return Batch(
         keys=(),
-        moments=part(torch.cat([raw, torch.full_like(raw, -30.0)], dim=1)),
+        image=part(stored_image(family(name).codec, raw)),
         latent_noise=part(torch.zeros_like(raw)),
         noise=part(noise),
-        n=part(golden["in.n"] + 1),
+        draw=part(golden_draw(name)),
         conditions={key: part(value) for key, value in golden_conditions(name).items()},
     )
+
+
+def stored_image(codec: ImageCodec, raw: Tensor) -> Tensor:
+    """Return the array that shards would hold of raw latents."""
+    if codec.array == "latent":
+        return raw
+    return torch.cat([raw, torch.full_like(raw, -30.0)], dim=1)
 
 
 def take_step(name: str, kind: str, stage: int, ranks: Ranks, out: Path) -> None:
     """Take the golden step and write what came of it."""
     network: Any = golden_network(name)
     if kind == "lora":
-        add_lora(network, LORA, presets_of(name), seed=0)
+        add_lora(network, LORA, family(name).presets, seed=0)
         fill_by_name(network, facts(f"backbones/{name}")["seed"], part="lora_")
     shapes = {key: tuple(p.shape) for key, p in trained_parameters(network)}
     engine = build_engine(network, CONFIG, ranks.world_size, {"stage": stage})
@@ -100,7 +112,7 @@ def main() -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     ranks = join_ranks()
     for stage in (0,) if ranks.world_size == 1 else (0, 1, 2, 3):
-        for name in ("sd15", "sdxl"):
+        for name in ("sd15", "sdxl", "z_image", "flux2_klein", "sana"):
             for kind in ("full", "lora"):
                 take_step(name, kind, stage, ranks, out)
 

@@ -18,6 +18,7 @@ from transformers import (
     GemmaTokenizer,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -304,26 +305,14 @@ def save_tiny_z_image(directory: Path) -> None:
     )
 
     torch.manual_seed(0)
-    words = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
-    tokenizer = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = _CHAT
-    text = Qwen3Config(
-        vocab_size=len(tokenizer),
-        num_hidden_layers=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        **SIZES,
-    )
+    tokenizer, text = _qwen(num_layers=2)
     ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8, 8, 8), norm_num_groups=8, shift_factor=0.1, **_VAE_BLOCKS
-        ),
+        vae=AutoencoderKL(**_AUTOENCODERS["kl-f8c16"][1]),
         text_encoder=Qwen3Model(text),
         tokenizer=tokenizer,
         transformer=ZImageTransformer2DModel(
-            in_channels=4,
+            in_channels=16,
             dim=32,
             n_layers=1,
             n_refiner_layers=1,
@@ -334,6 +323,56 @@ def save_tiny_z_image(directory: Path) -> None:
             axes_lens=[1024, 32, 32],
         ),
     ).save_pretrained(directory)
+
+
+def save_tiny_flux2_klein(directory: Path, *, is_distilled: bool = False) -> None:
+    """Write a FLUX.2 klein pipeline: three layers of Qwen3's states of a chat, side by side."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+
+    torch.manual_seed(0)
+    tokenizer, text = _qwen(num_layers=28)
+    vae = AutoencoderKLFlux2(**_AUTOENCODERS["flux2"][1])
+    vae.bn.running_mean.normal_(std=0.1)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(text),
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel(
+            in_channels=128,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * SIZES["hidden_size"],
+            timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        is_distilled=is_distilled,
+    ).save_pretrained(directory)
+
+
+def _qwen(num_layers: int) -> tuple[Qwen2Tokenizer, Qwen3Config]:
+    """Return a tokenizer of bytes with Qwen's template, and the sizes of a tiny Qwen3."""
+    words = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = _CHAT
+    text = Qwen3Config(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=num_layers,
+        num_key_value_heads=1,
+        head_dim=16,
+        **SIZES,
+    )
+    return tokenizer, text
 
 
 def save_tiny_sana(directory: Path) -> None:
@@ -358,25 +397,13 @@ def save_tiny_sana(directory: Path) -> None:
         query_pre_attn_scalar=16,
         **SIZES,
     )
-    blocks: dict[str, Any] = {
-        f"{side}_block_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in (("types", "ResBlock"), ("out_channels", (8, 8)))
-    }
     SanaPipeline(
         tokenizer=tokenizer,
         text_encoder=Gemma2Model(text),
-        vae=AutoencoderDC(
-            latent_channels=4,
-            encoder_layers_per_block=(1, 1),
-            decoder_layers_per_block=(1, 1),
-            encoder_qkv_multiscales=((), ()),
-            decoder_qkv_multiscales=((), ()),
-            **blocks,
-        ),
+        vae=AutoencoderDC(**_AUTOENCODERS["dc-ae-f32"][1]),
         transformer=SanaTransformer2DModel(
-            in_channels=4,
-            out_channels=4,
+            in_channels=32,
+            out_channels=32,
             num_attention_heads=2,
             attention_head_dim=16,
             num_layers=1,

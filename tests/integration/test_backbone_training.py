@@ -15,6 +15,7 @@ from tests.integration.training import run_on_ranks
 from tests.shared import needs_shared
 
 pytestmark = [needs_shared, pytest.mark.timeout(600)]
+FAMILIES = ["sd15", "sdxl", "z_image", "flux2_klein", "sana"]
 PROGRAM = Path(__file__).with_name("backbone_program.py")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 # Adam divides by tiny gradients.
@@ -36,7 +37,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_step_of_one_rank_equals_training_script(alone: Path, name: str, kind: str) -> None:
     found, golden = load_file(alone / f"{name}-{kind}-0.safetensors"), tensors(f"backbones/{name}")
     check_losses(found, golden, kind)
@@ -48,7 +49,7 @@ def test_step_of_one_rank_equals_training_script(alone: Path, name: str, kind: s
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_step_of_two_ranks_equals_training_script(
     two_ranks: Path, name: str, kind: str, stage: int
 ) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from d2i.backbones import presets_of
 from d2i.config import TextConfig
 from d2i.encoders.pipeline_text import PipelineText, load_text_parts
 from d2i.encoders.prompt_truncation import Keep, PromptTruncation, text_tokenizers
 from d2i.encoders.text_probe import probe_text
 from d2i.errors import ConfigError
+from d2i.models.pipeline_family import pipeline_family
 from tests.integration.pipelines import (
     save_tiny_flux,
     save_tiny_sana,
@@ -93,5 +93,5 @@ def test_training_refuses_text_that_spells_special_tokens(
     save_tiny_sd15(tmp_path / "pipeline")
     monkeypatch.setattr(PromptTruncation, "read", lambda _, line: line)
     with pytest.raises(ConfigError, match=r"pipeline: text_encoder: got the special") as caught:
-        PipelineText(str(tmp_path / "pipeline"), presets_of("sd15"), TextConfig(), 2, "cpu")
+        PipelineText(str(tmp_path / "pipeline"), pipeline_family("sd15"), TextConfig(), 2, "cpu")
     assert "\n" not in str(caught.value)

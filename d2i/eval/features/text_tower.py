@@ -37,7 +37,8 @@ class TextTower:
             return None
         # Share one copy where the network is conditioned on the same tower.
         is_shared = name == recipe.encoders.clip_text and recipe.encoders.text_prefix is None
-        tower = encoders.clip_text if is_shared else ClipText(name, None, device)
+        shared = encoders.clip_text if is_shared else None
+        tower = shared or ClipText(name, None, device)
         widths = [t.module.config.projection_dim for t in (tower, encoders.clip_image)]
         if widths[0] != widths[1]:
             raise ConfigError(

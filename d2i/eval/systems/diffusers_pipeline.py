@@ -10,6 +10,7 @@ import torch
 
 from d2i.config import Precision, Recipe
 from d2i.diffusion.draws import integers
+from d2i.encoders.pipeline_text import DTYPES
 from d2i.encoders.pretrained import weights_hash
 from d2i.encoders.prompt_truncation import PromptTruncation
 from d2i.errors import CheckpointError
@@ -18,7 +19,6 @@ from d2i.eval.system import Generation, SystemContext
 from d2i.eval.systems.adapter import Adapter, load_adapter
 
 _MAX_SEED = 2**62
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build(context: SystemContext) -> PipelineSystem:
@@ -175,7 +175,7 @@ def load_pipeline(model_class: Any, name: str, precision: Precision, **options: 
         model_class,
         name,
         use_safetensors=True,
-        dtype=_DTYPES[precision],
+        dtype=DTYPES[precision],
         low_cpu_mem_usage=False,
         **options,
     )

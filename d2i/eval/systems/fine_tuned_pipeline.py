@@ -26,7 +26,7 @@ from d2i.eval.system import Generation, SystemSpec
 from d2i.eval.systems.adapter import find_adapter
 from d2i.eval.systems.diffusers_pipeline import PipelineSystem, load_pipeline
 from d2i.models.pipeline_dir import PipelineDirectory
-from d2i.models.registry import family_of_backbone
+from d2i.models.pipeline_family import pipeline_family
 from d2i.models.weights.load import fill_network, read_described, read_state_dict
 from d2i.run_dir import read_recipe
 from d2i.tokenize import clean
@@ -83,7 +83,8 @@ class FineTunedPipeline(PipelineSystem):
             self.described = {**self.described, "adapter": adapter.sha256}
         network = getattr(pipeline, presets.network_part)
         side = backbone.latent_size or int(network.config.sample_size)
-        self._shape = family_of_backbone(backbone.name).codec.latent_shape(side)
+        self._family = pipeline_family(backbone.name)
+        self._shape = self._family.codec.latent_shape(side)
 
     def generate_seeded(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Generation]:
         """Generate from cleaned text, so that a stock tokenizer gives the ids of training."""
@@ -94,14 +95,18 @@ class FineTunedPipeline(PipelineSystem):
         draws = SampleDraws(seeds, keys)
         start = draw_noise(draws, "", self._shape, self._pipeline.device)
         size = self._shape[-1] * self._pipeline.vae_scale_factor
+        # Flow pipelines keep their state in float32.
+        is_flow = self._family.presets.is_flow
+        dtype = torch.float32 if is_flow else self._pipeline.dtype
         steps = draws.generator_seeds(".step")
         return {
-            "latents": start.to(self._pipeline.dtype),
+            "latents": self._family.patches(start).to(dtype),
             "generator": [torch.Generator("cpu").manual_seed(seed) for seed in steps],
             "num_inference_steps": self._sample.num_steps,
             "guidance_scale": self._sample.guidance_scale,
             "height": size,
             "width": size,
+            **self._family.call_options,
         }
 
 

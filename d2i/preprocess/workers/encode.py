@@ -69,10 +69,12 @@ def encode_contexts(
     ordered = sorted(instances, key=lambda i: i.key)
     for start in range(0, len(ordered), encoders.compute_batch_size):
         batch = ordered[start : start + encoders.compute_batch_size]
-        tokens = np.stack([context_tokens(instance.context, recipe.text) for instance in batch])
-        encoded: dict[str, NDArray[np.generic]] = {"tokens": tokens}
-        if recipe.text.latents == "full":
-            encoded["text"] = encoders.encode_text(tokens)
+        encoded: dict[str, NDArray[np.generic]] = {}
+        if encoders.clip_text:
+            tokens = np.stack([context_tokens(i.context, recipe.text) for i in batch])
+            encoded["tokens"] = tokens
+            if recipe.text.latents == "full":
+                encoded["text"] = encoders.encode_text(tokens)
         for row, instance in enumerate(batch):
             arrays = {name: rows[row] for name, rows in encoded.items()}
             if _is_finite(arrays):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from d2i.backbones import presets_of
 from d2i.config import Recipe
-from d2i.encoders import ClipText, Vae
+from d2i.encoders import ClipText, Vae, load_clip_text
 from d2i.encoders.data_fingerprint import encoder_sha256
 from d2i.errors import CheckpointError
 from d2i.models.pipeline_dir import PipelineDirectory
@@ -41,7 +41,7 @@ def check_base_parts(recipe: Recipe, reader: ShardReader) -> None:
     expected = encoder_sha256(fingerprint, "clip_text")
     if expected in (None, own.hash):
         return
-    prepared = ClipText(recipe.encoders.clip_text, recipe.encoders.text_prefix)
+    prepared = load_clip_text(recipe.encoders)
     if prepared.hash != expected or prepared.tower_hash != own.tower_hash or prepared.prefix:
         raise _other(weights, "text_encoder", "encoders.clip_text", own.hash, expected, reader)
 

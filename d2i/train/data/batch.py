@@ -29,19 +29,20 @@ class Batch:
 
     Args:
         keys: The samples' keys.
-        moments: (B, 8, h, w) unscaled VAE moments, float16 as stored.
-        latent_noise: (B, 4, h, w) standard normal, to draw latents from the moments.
-        noise: (B, 4, h, w) standard normal, to be predicted.
-        n: (B,) int64 model times of the image, in 1..1000.
+        image: (B, ...) the array of the family's codec, float16 as stored; moments (B, 8, h, w),
+            unscaled, for Stable Diffusion's autoencoder.
+        latent_noise: (B, C, h, w) standard normal, to draw latents from the moments.
+        noise: (B, C, h, w) standard normal, to be predicted.
+        draw: (B,) noise levels, as `Family.draw_levels` returns them.
         conditions: What the network is given beside the image, by name; `text` (B, 77 W, text_dim)
             float16 always, those of '' where the condition is dropped. See `Family.conditions`.
     """
 
     keys: tuple[str, ...]
-    moments: Tensor
+    image: Tensor
     latent_noise: Tensor
     noise: Tensor
-    n: Tensor
+    draw: Tensor
     conditions: Mapping[str, Tensor]
 
     def to(self, device: torch.device) -> Batch:
@@ -141,17 +142,17 @@ class BatchLoader:
         text = self._text.read(indices)
         if not purpose:
             self._drop_conditions(text, draws)
-        moments = arrays["moments"]
-        shape = self._family.codec.latent_shape(moments.shape[-1])
+        image = arrays[self._family.codec.array]
+        shape = self._family.codec.latent_shape(image.shape[-1])
         if self._family.reads_sizes:
             arrays["sizes"] = self._sizes(indices)
         conditions = self._family.conditions(arrays | text, draws)
         return Batch(
             keys=keys,
-            moments=_tensor(moments),
+            image=_tensor(image),
             latent_noise=_tensor(draws.normal("latent", shape)),
             noise=_tensor(draws.normal("noise", shape)),
-            n=_tensor(draws.model_times("n")),
+            draw=_tensor(self._family.draw_levels(draws, self._config)),
             conditions={name: _tensor(array) for name, array in conditions.items()},
         )
 
@@ -168,7 +169,9 @@ class BatchLoader:
     def _drop_conditions(self, text: Mapping[str, NDArray[Any]], draws: BatchDraws) -> None:
         dropped = draws.uniform("drop") < self._config.condition_dropout
         for name, empty in self._text.empty.items():
-            text[name][dropped] = empty
+            # Texts that differ in length are filled up to the longest, at least that of ''.
+            text[name][dropped] = 0
+            text[name][dropped, : len(empty)] = empty
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:

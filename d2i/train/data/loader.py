@@ -75,10 +75,13 @@ def check_sizes(network: Any, reader: ShardReader, text: TextSource) -> None:
         ConfigError: Naming the size that differs and the setting to change.
     """
     arrays = reader.manifest.arrays
-    wanted = {"backbone.latent_size": (network.latent_size, arrays["moments"].shape[-1])}
+    codec = find_codec({name: array.shape for name, array in arrays.items()})
+    array = arrays[codec.array if codec else "moments"]
+    wanted = {"backbone.latent_size": (network.latent_size, array.shape[-1])}
     num_tokens, text_dim = text.empty["text"].shape
     wanted["backbone.text_dim"] = (network.text_dim, text_dim)
-    wanted["backbone.num_text_tokens"] = (network.num_text_tokens, num_tokens)
+    if network.num_text_tokens is not None:
+        wanted["backbone.num_text_tokens"] = (network.num_text_tokens, num_tokens)
     for setting, (network_size, data_size) in wanted.items():
         if network_size != data_size:
             raise ConfigError(

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from d2i.backbones import presets_of
 from d2i.config import Recipe, TextConfig
 from d2i.dialog import Turn
-from d2i.encoders import ClipText
+from d2i.encoders import ClipText, load_clip_text
 from d2i.encoders.data_fingerprint import check_encoder_hashes
 from d2i.encoders.pipeline_text import Encoded, PipelineText
 from d2i.errors import ConfigError
+from d2i.models.pipeline_family import pipeline_family
 from d2i.prompt_text import context_text, text_tokens
 from d2i.shards import ShardReader
 
@@ -139,8 +140,7 @@ def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
         return StoredText
     # As the stored latents were encoded.
     precision = recipe.preprocess.encoder_precision if has_latents else "fp32"
-    names = recipe.encoders.clip_text, recipe.encoders.text_prefix
-    clip_text = ClipText(*names, device, precision)
+    clip_text = load_clip_text(recipe.encoders, device, precision)
     check_encoder_hashes({"clip_text": clip_text.hash}, reader.manifest, reader.url)
     encode = _encoder_of_tokens(clip_text, recipe)
     if reader.manifest.format == 1:
@@ -166,11 +166,19 @@ def _check_shape(reader: ShardReader, name: str, shapes: Mapping[str, tuple[int,
 def _encoding_dialogs(recipe: Recipe, device: str) -> OpenText:
     presets, size = presets_of(recipe.backbone.name), recipe.encoders.compute_batch_size
     if presets.pipeline:
-        name = recipe.backbone.weights or ""
-        pipeline = PipelineText(name, presets, recipe.text, size, device)
+        name, family = recipe.backbone.weights or "", pipeline_family(recipe.backbone.name)
+        pipeline = PipelineText(
+            name,
+            family,
+            recipe.text,
+            size,
+            device,
+            recipe.train.text_encoder_precision,
+            is_offloaded=recipe.train.text_encoder_memory == "offload",
+        )
         encode, empty = pipeline.encode, pipeline.encode_empty()
     else:
-        clip_text = ClipText(recipe.encoders.clip_text, recipe.encoders.text_prefix, device)
+        clip_text = load_clip_text(recipe.encoders, device)
         encode_tokens = _encoder_of_tokens(clip_text, recipe)
 
         def encode(lines: Sequence[str]) -> Encoded:

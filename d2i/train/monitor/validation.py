@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2i.config import NUM_NOISE_LEVELS, TrainConfig
+from d2i.models.base import Family
 from d2i.run_dir import ValidationLine
 from d2i.train.data.batch import BatchLoader
 from d2i.train.distributed.ranks import Ranks
@@ -35,6 +36,7 @@ class Validation:
         batches: Reader of the validation shards.
         num_samples: Number of samples in them.
         config: The number of samples to use, and the seed.
+        family: The family of the network, which knows the model times.
         objective: The loss of each sample.
         ranks: The ranks that share the work.
     """
@@ -44,10 +46,12 @@ class Validation:
         batches: BatchLoader,
         num_samples: int,
         config: TrainConfig,
+        family: Family,
         objective: Objective,
         ranks: Ranks,
     ) -> None:
         self._batches, self._objective, self._ranks = batches, objective, ranks
+        self._family = family
         micro_batch_size, _ = config.accumulation(ranks.world_size)
         chosen = choose_instances(num_samples, config.num_validation_samples, config.seed)
         # Every rank runs the network equally often; rows that pad the last batches do not count.
@@ -74,7 +78,7 @@ class Validation:
         batch = self._batches.read(np.where(rows < 0, self._filler, rows), 0, _PURPOSE)
         losses = self._objective(engine, batch.to(self._ranks.device)).double().cpu()
         is_real = torch.from_numpy(rows >= 0)
-        band = (batch.n - 1) // _BAND_LENGTH
+        band = (self._family.model_times(batch.draw) - 1) // _BAND_LENGTH
         totals = torch.zeros(_NUM_BANDS, 2, dtype=torch.float64)
         totals[:, 0].index_add_(0, band[is_real], losses[is_real])
         totals[:, 1].index_add_(0, band[is_real], torch.ones_like(losses[is_real]))

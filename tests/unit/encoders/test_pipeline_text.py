@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2i.backbones import presets_of
 from d2i.config import TextConfig
 from d2i.encoders import ClipText
 from d2i.encoders.pipeline_text import PipelineText
+from d2i.models.pipeline_family import pipeline_family
 from d2i.prompt_text import text_tokens
 from tests.integration.pipelines import save_tiny_sd15, save_tiny_sdxl
 
@@ -26,7 +26,7 @@ LINES = [
 def test_latents_equal_those_of_stored_tokens(tmp_path: Path, keep: str) -> None:
     save_tiny_sd15(tmp_path / "base")
     config = TextConfig.model_validate({"keep": keep})
-    text = PipelineText(str(tmp_path / "base"), presets_of("sd15"), config, 3, "cpu")
+    text = PipelineText(str(tmp_path / "base"), pipeline_family("sd15"), config, 3, "cpu")
     tokens = np.stack([text_tokens(line, config) for line in LINES])
     stored = ClipText(str(tmp_path / "base" / "text_encoder")).encode(tokens, 3)
     found = text.encode(LINES)
@@ -37,7 +37,7 @@ def test_latents_equal_those_of_stored_tokens(tmp_path: Path, keep: str) -> None
 
 def test_sdxl_reads_two_encoders_and_zeros_for_empty_text(tmp_path: Path) -> None:
     save_tiny_sdxl(tmp_path / "base")
-    text = PipelineText(str(tmp_path / "base"), presets_of("sdxl"), TextConfig(), 2, "cpu")
+    text = PipelineText(str(tmp_path / "base"), pipeline_family("sdxl"), TextConfig(), 2, "cpu")
     found = text.encode(LINES)
     assert {name: rows.shape for name, rows in found.items()} == {
         "text": (4, 77, 64),

@@ -48,7 +48,11 @@ def test_unsupported_target_is_refused(base: Path, setting: str, said: str) -> N
         ("sd15-lora-photochat", "backbone.dim=64", "sizes of sd15 stand in its own directory"),
         ("sd15-lora-photochat", "backbone.weights=scratch", "fine-tuned, not trained from random"),
         ("sd15-lora-photochat", "text.num_windows=2", "sd15 reads one window; expected 1"),
-        ("sd15-lora-photochat", "train.weighting=cosmap", "train.weighting is 'cosmap'"),
+        (
+            "sd15-lora-photochat",
+            "train.weighting=cosmap",
+            "expected one of none, min_snr_5 for sd15",
+        ),
         ("uvit-s-photochat", "adapter.kind=lora", "uvit-s takes no adapter; expected one of sd15"),
         ("unidiffuser-v1-photochat", "train.weighting=min_snr_5", "losses have no weighting"),
     ],

@@ -31,10 +31,10 @@ def random_batch() -> Batch:
     }
     return Batch(
         keys=("a", "b"),
-        moments=torch.randn(2, 8, 4, 4),
+        image=torch.randn(2, 8, 4, 4),
         latent_noise=torch.randn(2, 4, 4, 4),
         noise=torch.randn(2, 4, 4, 4),
-        n=torch.tensor([500, 20]),
+        draw=torch.tensor([499, 19]),
         conditions=conditions,
     )
 
@@ -62,8 +62,8 @@ def test_objective_computes_unidiffuser_loss_of_recipe(options: dict[str, Any]) 
     given = batch.conditions
     expected = unidiffuser_loss(
         network,
-        [sample_latent(batch.moments, batch.latent_noise, 0.5), given["clip"], given["text"]],
-        batch.n,
+        [sample_latent(batch.image, batch.latent_noise, 0.5), given["clip"], given["text"]],
+        batch.draw + 1,
         given["n_text"],
         [batch.noise, given["clip_noise"], given["text_noise"]],
         kind=config.loss,

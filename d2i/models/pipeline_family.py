@@ -1,0 +1,172 @@
+"""The part of a family that all networks of diffusers share: the pipeline that they belong to.
+
+One directory gives network, autoencoder, text encoders and scheduler, so that parts of different
+models cannot be mixed up. Classes, and what a pipeline does, are diffusers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_unshuffle
+
+from d2i.config import BackboneConfig, SampleConfig
+from d2i.diffusion.draws import SampleDraws
+from d2i.diffusion.samplers import draw_noise
+from d2i.diffusion.schedulers import with_numbers_of
+from d2i.errors import ConfigError
+from d2i.models.base import Conditions, OneTensorFamily, SampleLatents
+from d2i.models.pipeline_dir import PipelineDirectory
+from d2i.models.registry import family_of_backbone
+from d2i.models.weights.load import fill_network
+
+
+class PipelineFamily(OneTensorFamily):
+    """A network of a pipeline of diffusers.
+
+    A network built as a directory describes it also has `scheduler`, diffusers' object of its
+    scheduler file, and `downsampling`, pixels to a raw latent pixel.
+
+    Attributes:
+        published: The arguments of the published network that are not diffusers' defaults.
+        other_parts: The pipeline's arguments for the parts that latents do not depend on.
+        call_options: Arguments of the pipeline's call that differ from its defaults.
+    """
+
+    published: ClassVar[Mapping[str, Any]]
+    other_parts: ClassVar[Mapping[str, Any]]
+    call_options: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def network_class(self) -> Any:
+        """The class of diffusers' network."""
+        import diffusers
+
+        return getattr(diffusers, self.presets.network)
+
+    def build(self, backbone: str, sizes: Mapping[str, Any]) -> nn.Module:
+        """Build the published network."""
+        del backbone
+        network: Any = self.network_class(**self.published)
+        self.add_sizes(network, sizes["latent_size"])
+        built: nn.Module = network
+        return built
+
+    def build_described(self, path: str, backbone: BackboneConfig) -> nn.Module:
+        """Build the network that a directory describes, with its scheduler; see `Family`.
+
+        Raises:
+            CheckpointError: If this is not a directory of the family's pipeline.
+        """
+        directory = self.directory(path)
+        config = directory.part_config(self.presets.network_part)
+        network: nn.Module = self.network_class.from_config(config)
+        self.add_sizes(network, backbone.latent_size or int(config["sample_size"]))
+        self.add_numbers(network, directory)
+        return network
+
+    def add_sizes(self, network: Any, latent_size: int) -> None:
+        """Set the sizes that a network of this family has; see `Family`."""
+        raise NotImplementedError
+
+    def add_numbers(self, network: Any, directory: PipelineDirectory) -> None:
+        """Set the numbers that the directory of a network's pipeline gives."""
+        raise NotImplementedError
+
+    def directory(self, path: str) -> PipelineDirectory:
+        """Open a directory of the family's pipeline; see `PipelineDirectory`."""
+        return PipelineDirectory(path, self.presets)
+
+    def load(self, path: str, network: nn.Module) -> nn.Module:
+        """Load the network's weights from the directory of a pipeline."""
+        directory = self.directory(path)
+        return fill_network(network, dict(directory.network_weights()), path)
+
+    def blocks(self, network: Any) -> Iterator[nn.Module]:
+        """Yield the blocks that diffusers names for compiling one by one; else those of its lists.
+
+        diffusers names none for some networks.
+        """
+        if names := network._repeated_blocks:
+            yield from (module for module in network.modules() if type(module).__name__ in names)
+            return
+        lists = (part for part in network.children() if isinstance(part, nn.ModuleList))
+        yield from (block for part in lists for block in part)
+
+    def recompute_blocks(self, network: Any) -> None:
+        """Recompute blocks in the backward pass."""
+        network.enable_gradient_checkpointing()
+
+    def sampler(
+        self, network: Any, settings: SampleConfig, unconditional: Conditions
+    ) -> SampleLatents:
+        """Return the stock pipeline, started from keyed noise; see `Family.sampler`."""
+        import diffusers
+
+        pipeline: Any = getattr(diffusers, self.presets.pipeline or "")(
+            **{self.presets.network_part: network},
+            scheduler=with_numbers_of(network.scheduler, settings.sampler),
+            **self.other_parts,
+        )
+        pipeline.vae_scale_factor = network.downsampling
+        pipeline.set_progress_bar_config(disable=True)
+        side = network.latent_size * network.downsampling
+        shape = self.codec.latent_shape(network.latent_size)
+
+        def sample(conditions: Conditions, draws: SampleDraws) -> Tensor:
+            start = draw_noise(draws, "", shape, conditions["text"].device)
+            latents: Tensor = pipeline(
+                latents=self.patches(start),
+                num_inference_steps=settings.num_steps,
+                guidance_scale=settings.guidance_scale,
+                height=side,
+                width=side,
+                output_type="latent",
+                **self.prompt_arguments(conditions, unconditional),
+                **self.call_options,
+                **settings.pipeline,
+            ).images
+            return self.patches(latents)
+
+        return sample
+
+    def patches(self, latents: Tensor) -> Tensor:
+        """Return raw latents (B, C, h, w) in the codec's patches, as the pipeline takes them."""
+        return pixel_unshuffle(latents, self.codec.patch_size)
+
+    def prompt_arguments(self, conditions: Conditions, unconditional: Conditions) -> dict[str, Any]:
+        """Return the pipeline's arguments for conditions (B, ...) and those of ''."""
+        raise NotImplementedError
+
+    def encode_prompts(self, pipeline: Any, texts: list[str], device: str) -> dict[str, Tensor]:
+        """Encode N texts as the pipeline does: conditions by name, each (N, ...)."""
+        raise NotImplementedError
+
+    def encode_negative(self, pipeline: Any, size: int, device: str) -> dict[str, Tensor]:
+        """Encode what the pipeline guides away from, `size` times, as `encode_prompts`."""
+        return self.encode_prompts(pipeline, [""] * size, device)
+
+
+def pipeline_family(backbone: str) -> PipelineFamily:
+    """Return the family of a backbone that belongs to a pipeline of diffusers.
+
+    Raises:
+        ConfigError: If there is no such backbone, or it belongs to none.
+    """
+    found = family_of_backbone(backbone)
+    if not isinstance(found, PipelineFamily):
+        raise ConfigError(f"{backbone} is no network of a diffusers pipeline; expected one")
+    return found
+
+
+def pad_rows(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return texts of different lengths as `text` (N, T, D), filled with 0, and `mask` (N, T)."""
+    text = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=text.device)
+    return {
+        "text": text,
+        "mask": torch.arange(text.shape[1], device=text.device) < lengths[:, None],
+    }

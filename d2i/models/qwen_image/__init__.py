@@ -1,0 +1,1 @@
+"""Qwen-Image (Wu et al., 2025): its training loss."""

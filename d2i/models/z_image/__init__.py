@@ -1,0 +1,1 @@
+"""Z-Image (Cai et al., 2025): a single-stream transformer, conditioned on Qwen3's states."""
