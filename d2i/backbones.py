@@ -136,6 +136,12 @@ def presets_of_family(family: str) -> Presets:
     return presets
 
 
+def presets_of_pipeline(kind: str) -> Presets | None:
+    """Return what the family of a pipeline declares, by the pipeline's class; None if unknown."""
+    found = map(presets_of_family, FAMILIES)
+    return next((presets for presets in found if presets.pipeline == kind), None)
+
+
 @cache
 def backbones() -> dict[str, str]:
     """Return the family of every backbone, by the backbone's name."""

@@ -307,9 +307,10 @@ class TrainConfig(Config):
     text_encoder_precision: Precision = "fp32"
     """Precision of a pipeline's text encoders while training. If unset, `bf16` for flow
     transformers, whose encoders are language models."""
-    text_encoder_memory: Literal["keep", "offload"] = "keep"
-    """Keep a pipeline's text encoders on the accelerator while training, or offload them to the
-    CPU's memory: they are then moved to the accelerator and back for every batch."""
+    text_encoder_memory: Literal["keep", "offload", "free"] = "keep"
+    """Memory of a pipeline's text encoders while training. `keep`: they stay on the accelerator.
+    `offload`: they are in the CPU's memory, and moved to the accelerator and back for every batch.
+    `free`: every rank encodes all texts first, into a file in `TMPDIR`, and then frees them."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: sharding of optimizer state, gradients and weights over the ranks. A single rank
     has nothing to shard, and uses stage 0 with weights in float32, or on a CPU, unless `--zero`

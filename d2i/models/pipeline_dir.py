@@ -24,7 +24,7 @@ from d2i.config import NUM_NOISE_LEVELS
 from d2i.errors import CheckpointError
 from d2i.io import storage
 from d2i.io.parse import parse_json
-from d2i.models.licence import Licence, read_licence
+from d2i.models.licence import HUB, Licence, read_licence
 from d2i.models.weights.load import update_state_hash
 
 _INDEX = "model_index.json"
@@ -149,6 +149,21 @@ class PipelineDirectory:
     def licence(self) -> Licence | None:
         """Return the licence that its README.md names; None if there is none that does."""
         return read_licence(self.path, self.repository)
+
+    def describe_licence(self) -> str:
+        """Return the licence in words, and where it is from; it may be unknown."""
+        if licence := self.licence():
+            return (
+                f"Its README.md names its licence, {licence.words}, which holds for what was "
+                "trained, too."
+            )
+        where = f" ({HUB}/{self.repository})" if self.repository else ""
+        published = self._presets.published_licence
+        hint = f" The published weights of this family are under {published}." if published else ""
+        return (
+            "Its licence, which holds for what was trained, too, is not named by a README.md in "
+            f"its directory: look where it was published{where}.{hint}"
+        )
 
     def without_weights(self, part: str) -> Any:
         """Build a part on the meta device, with the numbers of its buffers alone."""

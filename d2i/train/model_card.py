@@ -18,7 +18,7 @@ from d2i.io import storage
 from d2i.io.config_lock import read_settings
 from d2i.io.front_matter import front_matter
 from d2i.io.terminal import plain
-from d2i.models.licence import HUB, Licence
+from d2i.models.licence import Licence
 from d2i.prompt_text import context_text
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def write_model_card(
         TERMS,
         "",
         f"- **Base model**: {name} ({presets.pipeline}); its {presets.network_part} has the sha256 "
-        f"{base_sha256}. {_describe_licence(licence, base, presets)}",
+        f"{base_sha256}. {plain(base.describe_licence())}",
         f"- **Data**: {_describe_data(data_url)}",
         "",
         *_how_to_prompt(name, recipe, presets),
@@ -100,24 +100,6 @@ def _metadata(licence: Licence | None, base: PipelineDirectory, *, is_lora: bool
     )
 
 
-def _describe_licence(licence: Licence | None, base: PipelineDirectory, presets: Presets) -> str:
-    if licence:
-        return (
-            f"Its README.md names its licence, {plain(licence.words)}, which holds for what was "
-            "trained, too."
-        )
-    where = f" ({HUB}/{base.repository})" if base.repository else ""
-    published = (
-        f" The published weights of this family are under {presets.published_licence}."
-        if presets.published_licence
-        else ""
-    )
-    return (
-        "Its licence, which holds for what was trained, too, is not named by a README.md in its "
-        f"directory: look where it was published{where}.{published}"
-    )
-
-
 def _describe_data(data_url: str) -> str:
     """Name the corpus of a data set and its terms, if its plan is there."""
     try:
@@ -133,40 +115,45 @@ def _describe_data(data_url: str) -> str:
 
 def _how_to_prompt(base: str, recipe: Recipe, presets: Presets) -> list[str]:
     text = recipe.text
-    side = "most recent" if text.keep == "end" else "first"
+    kept = "most recent" if text.keep == "end" else "first"
     example = context_text(_EXAMPLE, text)
     is_lora = recipe.adapter.kind is not None
     classes = presets.pipeline if is_lora else f"{presets.pipeline}, {presets.network}"
+    side = recipe.image.resolution
+    # Flow transformers' directories do not say the size that a run was trained at.
+    size = f", height={side}, width={side}" if presets.is_flow else ""
     return [
         "## How to prompt it",
         "",
         f"With the whole conversation on one line, linearized as `{text.strategy}`; of one that is",
-        f"too long, the {side} turns. For example:",
+        f"too long, the {kept} turns. For example:",
         "",
         "```text",
         example,
         "```",
         "",
         "```python",
+        *(["import torch"] if recipe.sample.precision == "bf16" else []),
         f"from diffusers import {classes}",
         "",
         *_loading(base, recipe, presets),
-        f"image = pipeline({_quoted(example)}).images[0]",
+        f"image = pipeline(prompt={_quoted(example)}{size}).images[0]",
         "```",
     ]
 
 
 def _loading(base: str, recipe: Recipe, presets: Presets) -> list[str]:
     """Return the lines of Python that load the base model with what was trained."""
+    dtype = ", dtype=torch.bfloat16" if recipe.sample.precision == "bf16" else ""
     if recipe.adapter.kind:
         return [
-            f"pipeline = {presets.pipeline}.from_pretrained({_quoted(base)})",
+            f"pipeline = {presets.pipeline}.from_pretrained({_quoted(base)}{dtype})",
             'pipeline.load_lora_weights("RUN/adapter")',
         ]
     part = presets.network_part
     return [
-        f'{part} = {presets.network}.from_pretrained("RUN/{part}")',
-        f"pipeline = {presets.pipeline}.from_pretrained({_quoted(base)}, {part}={part})",
+        f'{part} = {presets.network}.from_pretrained("RUN/{part}"{dtype})',
+        f"pipeline = {presets.pipeline}.from_pretrained({_quoted(base)}, {part}={part}{dtype})",
     ]
 
 

@@ -105,6 +105,8 @@ def _train_rank(request: TrainRequest, ranks: Ranks, fault: Fault | None) -> Non
     # Seeds the random initial weights of a network that loads none.
     torch.manual_seed(config.seed)
     network = build_trained_network(recipe)
+    if ranks.is_rank_zero:
+        _say_licence(recipe)
     ranks.build_on_rank_zero(lambda: check_base_parts(recipe, reader))
     open_text = build_text(recipe, reader, str(ranks.device))
     check_sizes(network, reader, open_text(reader))
@@ -167,6 +169,13 @@ def run_loop(
     if logs.logger:
         logs.logger.close()
     return step
+
+
+def _say_licence(recipe: Recipe) -> None:
+    """Print the licence of the base model, which holds for what is trained, too."""
+    presets, weights = presets_of(recipe.backbone.name), recipe.backbone.weights
+    if presets.pipeline and weights:
+        say(f"{recipe.backbone.name}: {PipelineDirectory(weights, presets).describe_licence()}")
 
 
 def _find_checkpoint(run_url: str, ranks: Ranks) -> Checkpoint | None:

@@ -44,7 +44,7 @@ def save_network_config(recipe: Recipe, url: str) -> None:
     base = PipelineDirectory(weights, presets)
     data = storage.read_bytes(str(base.path / presets.network_part / "config.json"))
     config, side = json.loads(data), recipe.backbone.latent_size
-    if side not in (None, config.get("sample_size")):
+    if "sample_size" in config and side not in (None, config["sample_size"]):
         # The side that a stock pipeline generates by default.
         data = (json.dumps(config | {"sample_size": side}, indent=2) + "\n").encode()
     storage.write_bytes(storage.join(url.rpartition("/")[0], "config.json"), data)

@@ -1,4 +1,4 @@
-"""`d2i doctor --weights` probes the text of a pipeline; one that cannot be read is a row, too."""
+"""`d2i doctor --weights` shows the licence of a pipeline, and probes its text; errors are rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from d2i.cli.app import app
 from d2i.doctor import machine
+from d2i.doctor.base_text import check_licence
 from d2i.encoders.prompt_truncation import PromptTruncation
 from tests.integration.pipelines import save_tiny_flux, save_tiny_sd15, save_tiny_unconditional
 
@@ -23,7 +24,8 @@ def no_machine_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask_doctor(directory: Path) -> tuple[int, dict[str, str]]:
     done = CliRunner().invoke(app, ["doctor", "--weights", str(directory), "--json"])
-    (row,) = json.loads(done.stdout.splitlines()[-1])["checks"]
+    licence, row = json.loads(done.stdout.splitlines()[-1])["checks"]
+    assert licence["name"] == f"licence of {directory}"
     assert row["name"] == f"text of {directory}"
     return done.exit_code, row
 
@@ -36,6 +38,27 @@ def test_doctor_shows_windows_of_good_pipeline(tmp_path: Path) -> None:
     assert row["detail"] == (
         "text_encoder: 77 tokens, 75 of a dialog; text_encoder_2: 512 tokens, 511 of a dialog"
     )
+
+
+@pytest.mark.parametrize(
+    ("card", "status", "detail"),
+    [
+        ("license: apache-2.0", "ok", "apache-2.0, which holds for what is trained, too"),
+        (
+            "license: other\nlicense_name: flux-non-commercial-license",
+            "warn",
+            "flux-non-commercial-license",
+        ),
+        (None, "warn", "the published weights of this family are under CreativeML OpenRAIL-M"),
+    ],
+)
+def test_doctor_shows_licence(tmp_path: Path, card: str | None, status: str, detail: str) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    if card:
+        (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    row = check_licence(str(tmp_path))
+    assert row.status == status
+    assert detail in row.detail
 
 
 def leave_empty(directory: Path) -> None:

@@ -19,6 +19,7 @@ from d2i.errors import ConfigError
 from d2i.models.pipeline_family import pipeline_family
 from d2i.prompt_text import context_text, text_tokens
 from d2i.shards import ShardReader
+from d2i.train.data.encoded_once import EncodedOnce
 
 
 class TextSource(Protocol):
@@ -164,28 +165,49 @@ def _check_shape(reader: ShardReader, name: str, shapes: Mapping[str, tuple[int,
 
 
 def _encoding_dialogs(recipe: Recipe, device: str) -> OpenText:
-    presets, size = presets_of(recipe.backbone.name), recipe.encoders.compute_batch_size
-    if presets.pipeline:
-        name, family = recipe.backbone.weights or "", pipeline_family(recipe.backbone.name)
-        pipeline = PipelineText(
-            name,
-            family,
+    if presets_of(recipe.backbone.name).pipeline:
+        return _encoding_by_pipeline(recipe, device)
+    clip_text = load_clip_text(recipe.encoders, device)
+    encode_tokens = _encoder_of_tokens(clip_text, recipe)
+
+    def encode(lines: Sequence[str]) -> Encoded:
+        return encode_tokens(np.stack([text_tokens(line, recipe.text) for line in lines]))
+
+    empty = _first(encode([""]))
+    return lambda reader: DialogText(reader, recipe.text, encode, empty)
+
+
+def _encoding_by_pipeline(recipe: Recipe, device: str) -> OpenText:
+    memory, size = recipe.train.text_encoder_memory, recipe.encoders.compute_batch_size
+
+    def load() -> PipelineText:
+        return PipelineText(
+            recipe.backbone.weights or "",
+            pipeline_family(recipe.backbone.name),
             recipe.text,
             size,
             device,
             recipe.train.text_encoder_precision,
-            is_offloaded=recipe.train.text_encoder_memory == "offload",
+            is_offloaded=memory == "offload",
         )
-        encode, empty = pipeline.encode, pipeline.encode_empty()
-    else:
-        clip_text = load_clip_text(recipe.encoders, device)
-        encode_tokens = _encoder_of_tokens(clip_text, recipe)
 
-        def encode(lines: Sequence[str]) -> Encoded:
-            return encode_tokens(np.stack([text_tokens(line, recipe.text) for line in lines]))
+    def open_dialogs(reader: ShardReader, pipeline: PipelineText) -> DialogText:
+        return DialogText(reader, recipe.text, pipeline.encode, pipeline.encode_empty())
 
-        empty = _first(encode([""]))
-    return lambda reader: DialogText(reader, recipe.text, encode, empty)
+    if memory != "free":
+        pipeline = load()
+        return lambda reader: open_dialogs(reader, pipeline)
+
+    opened: dict[str, EncodedOnce] = {}
+
+    def open_once(reader: ShardReader) -> EncodedOnce:
+        if reader.url not in opened:
+            opened[reader.url] = EncodedOnce(
+                lambda: open_dialogs(reader, load()), len(reader), size
+            )
+        return opened[reader.url]
+
+    return open_once
 
 
 def _encoder_of_tokens(

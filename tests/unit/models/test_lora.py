@@ -68,6 +68,7 @@ def test_setting_that_does_not_fit_backbone_is_refused(name: str, setting: str, 
     ("name", "sampler", "said"),
     [
         ("sd15", "dpm_solver", "by diffusers' own pipeline; expected pipeline"),
+        ("sana", "diffusers:DDIMScheduler", "its flow scheduler; expected pipeline"),
         ("uvit-s", "pipeline", "uvit-s is no pipeline of diffusers"),
     ],
 )
