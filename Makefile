@@ -36,9 +36,12 @@ demo: setup
 	@echo "make demo: running d2i demo $(ARGS)"
 	@$(BIN)/d2i demo $(ARGS)
 
+# Files are handed out in the order of collection: those of tests/unit, which take seconds, come last
+# and keep both processes busy to the end. xdist's own order puts the files with few tests last, and
+# some of these run for minutes.
 test: setup
 	@echo "make test: running the tests"
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup
 	@echo "make soak: running the tests that take many minutes"

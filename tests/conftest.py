@@ -9,10 +9,12 @@ from pathlib import Path
 from hypothesis import settings
 
 # Subprocesses (the deepspeed launcher, Ray's workers) inherit these. albumentations, which
-# img2dataset imports, checks for updates over the network unless this is disabled.
+# img2dataset imports, checks for updates over the network unless this is disabled. torch's idle
+# threads spin by default; where tests share the cores, that takes longer than the work itself.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     NO_ALBUMENTATIONS_UPDATE="1",
+    OMP_WAIT_POLICY="PASSIVE",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     RAY_USAGE_STATS_ENABLED="0",
     TOKENIZERS_PARALLELISM="false",

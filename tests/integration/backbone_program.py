@@ -1,6 +1,9 @@
 """The program that every rank of `test_backbone_training.py` runs: one golden step.
 
-    deepspeed --num_accelerators 2 tests/integration/backbone_program.py OUT
+    deepspeed --num_accelerators 2 tests/integration/backbone_program.py WHICH OUT
+
+Takes the steps of `SAMPLE`, or those of `WAYS`, as `WHICH` says: `sample` or `all`. A single rank
+takes those at ZeRO 0.
 
 Writes `OUT/FAMILY-KIND-ZERO.safetensors` for `full` and `lora`: the loss before and after the step,
 the norm of the gradient where one rank has it whole, and every trained weight after it.
@@ -8,6 +11,7 @@ the norm of the gradient where one rank has it whole, and every trained weight a
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -35,6 +39,14 @@ from tests.golden.backbones import (
     golden_network,
 )
 
+FAMILIES = ("sd15", "sdxl", "z_image", "flux2_klein", "sana")
+# Family, kind and ZeRO stage of every step.
+WAYS = tuple(itertools.product(FAMILIES, ("full", "lora"), range(4)))
+# Both kinds at every stage, each by one family, and every family.
+SAMPLE = tuple(
+    (FAMILIES[number % len(FAMILIES)], kind, stage)
+    for number, (kind, stage) in enumerate(itertools.product(("full", "lora"), range(4)))
+)
 LORA = AdapterConfig(kind="lora", rank=4, alpha=8)
 CONFIG = TrainConfig(
     num_steps=1,
@@ -107,14 +119,13 @@ def take_step(name: str, kind: str, stage: int, ranks: Ranks, out: Path) -> None
 
 
 def main() -> None:
-    """Take a step of each family, whole and by LoRA, at ZeRO 0 to 3."""
-    out = Path(sys.argv[-1])
+    """Take a step of a family, whole or by LoRA, at a ZeRO stage, in each way."""
+    which, out = sys.argv[-2], Path(sys.argv[-1])
     os.environ.setdefault("LOCAL_RANK", "0")
     ranks = join_ranks()
-    for stage in (0,) if ranks.world_size == 1 else (0, 1, 2, 3):
-        for name in ("sd15", "sdxl", "z_image", "flux2_klein", "sana"):
-            for kind in ("full", "lora"):
-                take_step(name, kind, stage, ranks, out)
+    for name, kind, stage in SAMPLE if which == "sample" else WAYS:
+        if ranks.world_size > 1 or stage == 0:
+            take_step(name, kind, stage, ranks, out)
 
 
 if __name__ == "__main__":

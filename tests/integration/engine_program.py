@@ -1,6 +1,8 @@
 """The program that every rank of `test_engine.py` runs: golden steps at every ZeRO stage.
 
-    deepspeed --num_accelerators 2 tests/integration/engine_program.py GOLDEN OUT
+    deepspeed --num_accelerators 2 tests/integration/engine_program.py GOLDEN WHICH OUT
+
+Trains in the ways of the tables below, without those of `SOAK` if `WHICH` is `sample`.
 
 Writes `OUT/WAY.safetensors` (losses, weights and EMA after four golden steps), and
 `OUT/A-to-B.safetensors` (two steps in way A, a checkpoint, two steps in way B). For each lower
@@ -11,6 +13,7 @@ single rank runs only the lower precisions at the recipe's own stage.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -65,10 +68,15 @@ LOWER = {
 }
 # The recipe's own ZeRO stage: 1, or 0 for one rank.
 RECIPE = "recipe"
-PART_STAGES = ("zero-0", "zero-1", "zero-2", "zero-3")
-PART_PRECISIONS = ("fp32", "bf16_weights")
+LOWER_RUNS = tuple(itertools.product(LOWER, ("zero-0", RECIPE, "zero-2", "zero-3")))
+PART_RUNS = tuple(
+    itertools.product(("fp32", "bf16_weights"), ("zero-0", "zero-1", "zero-2", "zero-3"))
+)
+# What only `make soak` runs: the rest still has every precision, every stage, and its resumption.
+SOAK_LOWER = {(precision, way) for precision in LOWER for way in ("zero-0", "zero-2")}
+SOAK_PART = {("bf16_weights", way) for way in ("zero-0", "zero-2")}
+SOAK_CHANGES = {("zero-3", "zero-2-offload"), ("zero-1", "zero-0")}
 FROZEN, UNUSED = "in_blocks.0", "unused"
-LOWER_STAGES = ("zero-0", RECIPE, "zero-2", "zero-3")
 
 
 def begin(
@@ -184,37 +192,43 @@ def keep(state: TrainState, ranks: Ranks, directory: Path, losses: list[float]) 
     return checkpoint
 
 
-def train_lower(golden: Path, out: Path, ranks: Ranks, precision: str) -> None:
+def train_lower(golden: Path, out: Path, ranks: Ranks, precision: str, way: str) -> None:
     """Take four steps in a lower precision: without a break, and with a checkpoint after two."""
-    for way in LOWER_STAGES if ranks.world_size > 1 else (RECIPE,):
-        state = begin(golden, way, ranks, config=LOWER[precision])
-        keep(state, ranks, out / f"{precision}-{way}-0", [])
-        losses = take_steps(state, golden, ranks, range(2))
-        half = keep(state, ranks, out / f"{precision}-{way}-half", losses)
-        losses += take_steps(state, golden, ranks, range(2, 4))
-        keep(state, ranks, out / f"{precision}-{way}-4", losses)
-        state = begin(golden, way, ranks, half, LOWER[precision])
-        losses[2:] = take_steps(state, golden, ranks, range(2, 4))
-        keep(state, ranks, out / f"{precision}-{way}-again", losses)
+    state = begin(golden, way, ranks, config=LOWER[precision])
+    keep(state, ranks, out / f"{precision}-{way}-0", [])
+    losses = take_steps(state, golden, ranks, range(2))
+    half = keep(state, ranks, out / f"{precision}-{way}-half", losses)
+    losses += take_steps(state, golden, ranks, range(2, 4))
+    keep(state, ranks, out / f"{precision}-{way}-4", losses)
+    state = begin(golden, way, ranks, half, LOWER[precision])
+    losses[2:] = take_steps(state, golden, ranks, range(2, 4))
+    keep(state, ranks, out / f"{precision}-{way}-again", losses)
 
 
 def main() -> None:
     """Train in every way, and resume in another way."""
-    golden, out = map(Path, sys.argv[-2:])
+    which = sys.argv[-2]
+    golden, out = Path(sys.argv[-3]), Path(sys.argv[-1])
     os.environ.setdefault("LOCAL_RANK", "0")
     ranks = join_ranks()
-    for precision in LOWER:
-        train_lower(golden, out, ranks, precision)
+
+    def asked(
+        runs: tuple[tuple[str, str], ...], soak: set[tuple[str, str]]
+    ) -> list[tuple[str, str]]:
+        return [run for run in runs if which == "all" or run not in soak]
+
+    for precision, way in asked(LOWER_RUNS, SOAK_LOWER):
+        if ranks.world_size > 1 or way == RECIPE:
+            train_lower(golden, out, ranks, precision, way)
     if ranks.world_size == 1:
         return
     for way in (*STAGES, COMPILED):
         state = begin(golden, way, ranks)
         losses = take_steps(state, golden, ranks, range(4))
         keep(state, ranks, out / way, losses)
-    for precision in PART_PRECISIONS:
-        for way in PART_STAGES:
-            train_part(golden, out, ranks, precision, way)
-    for first, then in CHANGES:
+    for precision, way in asked(PART_RUNS, SOAK_PART):
+        train_part(golden, out, ranks, precision, way)
+    for first, then in asked(CHANGES, SOAK_CHANGES):
         state = begin(golden, first, ranks)
         losses = take_steps(state, golden, ranks, range(2))
         checkpoint = keep(state, ranks, out / f"half-{first}", losses)

@@ -1,4 +1,7 @@
-"""One step of the trainer, whole and by LoRA, equals that of diffusers' scripts at every stage."""
+"""One step of the trainer, whole and by LoRA, equals that of diffusers' scripts at every stage.
+
+On two ranks, `make test` takes it with one family at each stage, `make soak` with every one.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.golden.arrays import tensors
-from tests.integration.training import run_on_ranks
+from tests.integration.backbone_program import FAMILIES, SAMPLE, WAYS
+from tests.integration.training import run_on_ranks, with_breadth
 from tests.shared import needs_shared
 
 pytestmark = [needs_shared, pytest.mark.timeout(600)]
-FAMILIES = ["sd15", "sdxl", "z_image", "flux2_klein", "sana"]
 PROGRAM = Path(__file__).with_name("backbone_program.py")
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 # Adam divides by tiny gradients.
@@ -25,14 +28,14 @@ CLOSE_AFTER: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone")
-    run_on_ranks(PROGRAM, 1, out)
+    run_on_ranks(PROGRAM, 1, "all", out)
     return out
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(PROGRAM, 2, out)
+    run_on_ranks(PROGRAM, 2, "all" if with_breadth(request) else "sample", out)
     return out
 
 
@@ -47,9 +50,10 @@ def test_step_of_one_rank_equals_training_script(alone: Path, name: str, kind: s
         check_adapter(found, golden)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "kind", "stage"),
+    [pytest.param(*way, marks=[] if way in SAMPLE else pytest.mark.soak) for way in WAYS],
+)
 def test_step_of_two_ranks_equals_training_script(
     two_ranks: Path, name: str, kind: str, stage: int
 ) -> None:

@@ -1,4 +1,7 @@
-"""Four golden AdamW steps with EMA, through DeepSpeed on two ranks, at every ZeRO stage."""
+"""Four golden AdamW steps with EMA, through DeepSpeed on two ranks, at every ZeRO stage.
+
+`make soak` adds more pairs of precision and stage, and of the stages before and after a resumption.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +28,19 @@ from tests.integration.engine_program import (
     CONFIG,
     FROZEN,
     LOWER,
-    LOWER_STAGES,
-    PART_PRECISIONS,
-    PART_STAGES,
+    LOWER_RUNS,
+    PART_RUNS,
     RECIPE,
     SIZES,
+    SOAK_CHANGES,
+    SOAK_LOWER,
+    SOAK_PART,
     STAGES,
     UNUSED,
     golden_batch,
     learning_rate,
 )
-from tests.integration.training import run_on_ranks
+from tests.integration.training import run_on_ranks, with_breadth
 from tests.shared import needs_shared
 
 # Two ranks build two dozen engines; each takes half a minute on a busy machine.
@@ -43,19 +48,25 @@ pytestmark = [needs_shared, pytest.mark.timeout(900)]
 PROGRAM = Path(__file__).with_name("engine_program.py")
 
 
-def run_program(num_ranks: int, out: Path) -> Path:
-    run_on_ranks(PROGRAM, num_ranks, GOLDEN, out)
+def run_program(num_ranks: int, which: str, out: Path) -> Path:
+    run_on_ranks(PROGRAM, num_ranks, GOLDEN, which, out)
     return out
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_program(2, tmp_path_factory.mktemp("engine"))
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    which = "all" if with_breadth(request) else "sample"
+    return run_program(2, which, tmp_path_factory.mktemp("engine"))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run_program(1, tmp_path_factory.mktemp("alone"))
+    return run_program(1, "all", tmp_path_factory.mktemp("alone"))
+
+
+def some_soak(runs: tuple[tuple[str, str], ...], soak: set[tuple[str, str]]) -> list[Any]:
+    """Return the parameters of a test, some of which only `make soak` runs."""
+    return [pytest.param(*run, marks=pytest.mark.soak if run in soak else ()) for run in runs]
 
 
 def tensors_of_kind(whole: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -77,7 +88,7 @@ def test_golden_training_steps_at_every_zero_stage(results: Path, way: str) -> N
     check_golden(load_file(results / f"{way}.safetensors"))
 
 
-@pytest.mark.parametrize(("first", "then"), CHANGES)
+@pytest.mark.parametrize(("first", "then"), some_soak(CHANGES, SOAK_CHANGES))
 def test_golden_training_steps_resume_at_another_zero_stage(
     results: Path, first: str, then: str
 ) -> None:
@@ -158,8 +169,7 @@ def train_without_deepspeed() -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in network.named_parameters()}
 
 
-@pytest.mark.parametrize("way", LOWER_STAGES)
-@pytest.mark.parametrize("precision", LOWER)
+@pytest.mark.parametrize(("precision", "way"), some_soak(LOWER_RUNS, SOAK_LOWER))
 def test_lower_precisions_keep_float32_weights(results: Path, precision: str, way: str) -> None:
     check_lower_precision(results, precision, way)
 
@@ -175,14 +185,11 @@ def test_compile_with_zero_stage_3_raises() -> None:
         build_engine(torch.nn.Linear(1, 1), config, 1, {"stage": 3})
 
 
-@pytest.mark.parametrize("way", PART_STAGES)
-@pytest.mark.parametrize("precision", PART_PRECISIONS)
+@pytest.mark.parametrize(("precision", "way"), some_soak(PART_RUNS, SOAK_PART))
 def test_only_what_requires_gradient_is_trained(results: Path, precision: str, way: str) -> None:
     golden = load_file(GOLDEN / "uvit_tiny.safetensors")
-    found, again, expected = (
-        load_file(results / f"part-{precision}-{name}.safetensors")
-        for name in (way, f"{way}-again", "zero-0")
-    )
+    found = load_file(results / f"part-{precision}-{way}.safetensors")
+    again = load_file(results / f"part-{precision}-{way}-again.safetensors")
     weights = tensors_of_kind(found, "weight")
     frozen = {name for name in golden if name.startswith(f"{FROZEN}.")}
     assert frozen
@@ -193,6 +200,7 @@ def test_only_what_requires_gradient_is_trained(results: Path, precision: str, w
     for name, tensor in found.items():
         assert torch.equal(tensor, again[name]), name
     if precision == "fp32":
+        expected = load_file(results / "part-fp32-zero-0.safetensors")
         others = tensors_of_kind(expected, "weight")
         for name in golden.keys() - frozen:
             torch.testing.assert_close(weights[name], others[name], rtol=1e-4, atol=1e-6)

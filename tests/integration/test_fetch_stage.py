@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from d2i.cluster import Session
 from d2i.fault_injection import Fault, Point
 from d2i.fetch.sources import NetworkPolicy
@@ -40,9 +42,16 @@ def chats_of(server: WebServer) -> dict[str, list[str]]:
     return {f"c{path[1:]}": [f"http://{host}{path}"] for path in server.answers}
 
 
-def test_killed_ray_workers_change_no_output(tmp_path: Path, settings: list[str]) -> None:
+# A worker that encodes and writes, and one that fetches; one of the latter is also killed in
+# `test_pipeline.py`.
+@pytest.mark.parametrize(
+    ("point", "nth"),
+    [("shard.tar", 3), pytest.param("fetch.picture", 8, marks=pytest.mark.soak)],
+)
+def test_killed_ray_workers_change_no_output(
+    tmp_path: Path, settings: list[str], point: Point, nth: int
+) -> None:
     answers = {f"/{n}": sends(noise_image(size=(64 + n, 64))) for n in range(12)}
-    points: list[tuple[Point, int]] = [("fetch.picture", 8), ("shard.tar", 3)]
     with running(WebServer("127.0.0.1", answers | {"/gone": sends(b"", 404)})) as web:
         source = write_chats(tmp_path / "chats", chats_of(web))
         recipe = resolve_recipe("demo", [*settings, *NUM_PER_SHARD][1::2])
@@ -61,9 +70,7 @@ def test_killed_ray_workers_change_no_output(tmp_path: Path, settings: list[str]
         with Session(2) as session:
             session.start()
             expected = result("whole", None, 0)
-            for point, nth in points:
-                fault = Fault(point, "kill", nth)
-                assert result(f"{point}-{nth}", fault, 2) == expected, (point, nth)
+            assert result("killed", Fault(point, "kill", nth), 2) == expected
 
 
 def test_same_image_at_many_urls_is_placeholder(tmp_path: Path, settings: list[str]) -> None:

@@ -256,6 +256,8 @@ def test_outage_is_detected_and_not_recorded_as_dead_hosts(
     assert list(reasons(out).values()) == ["connect"] * 10
 
 
+# `make test` kills such jobs on Ray in `test_fetch_stage.py` and `test_kill_matrix.py`.
+@pytest.mark.soak
 def test_killed_job_resumes_on_ray_workers_with_shared_rate_limit(
     tmp_path: Path, settings: list[str], servers: ExitStack
 ) -> None:

@@ -1,7 +1,11 @@
-"""Jobs killed at every fault point and restarted give the same bytes and scores."""
+"""Jobs killed at fault points and restarted give the same bytes and scores.
+
+`make test` kills at a sample of the points, `make soak` at every one.
+"""
 
 from __future__ import annotations
 
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,13 @@ from tests.shared import SHARED, needs_shared
 
 pytestmark = needs_shared
 SOURCE = SHARED / "data" / "mmdialog"
+POINTS = (
+    *("fetch.picture", "fetch.shard", "encode.images", "ledger.written"),
+    *("shard.written", "shard.tar", "shard.index", "shard.commit"),
+    *("manifest.checksum", "manifest.written"),
+)
+# Of each kind one point: before a shard is written, while it is, and after the last one.
+SAMPLE = tuple(random.Random(1).choice(kind) for kind in (POINTS[:4], POINTS[4:8], POINTS[8:]))
 
 
 def files_of(out: Path) -> dict[str, bytes]:
@@ -31,16 +42,18 @@ def data(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
     return out
 
 
-def test_resubmitted_preprocess_resumes_after_sigkill_at_every_point(
-    tmp_path: Path, data: Path, settings: list[str]
+@pytest.mark.parametrize(
+    "points",
+    [
+        pytest.param(SAMPLE, id="sample"),
+        pytest.param(POINTS, id="every point", marks=pytest.mark.soak),
+    ],
+)
+def test_resubmitted_preprocess_resumes_after_sigkill(
+    tmp_path: Path, data: Path, settings: list[str], points: tuple[str, ...]
 ) -> None:
     """Killed at one fault point after the other; each attempt resumes the one before."""
     out = tmp_path / "data"
-    points = (
-        *("fetch.picture", "fetch.shard", "encode.images", "ledger.written"),
-        *("shard.written", "shard.tar", "shard.index", "shard.commit"),
-        *("manifest.checksum", "manifest.written"),
-    )
     for point in points:
         killed = run_process(
             *("preprocess", "--corpus", "mmdialog", "--source", SOURCE, "--out", out),
@@ -53,6 +66,8 @@ def test_resubmitted_preprocess_resumes_after_sigkill_at_every_point(
     assert files_of(out) == files_of(data)
 
 
+# `make test` kills the evaluation of the demo's network, in `test_evaluation.py`.
+@pytest.mark.soak
 def test_restarted_evaluation_keeps_finished_tasks_after_sigkill(
     tmp_path: Path, data: Path
 ) -> None:

@@ -61,14 +61,15 @@ def test_samples_do_not_depend_on_shard_size(request_: PreprocessRequest, tmp_pa
     assert len(samples(small)) == 2 * NUM
 
 
+@pytest.mark.parametrize("num_workers", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_shards_do_not_depend_on_number_of_workers(
-    request_: PreprocessRequest, tmp_path: Path
+    request_: PreprocessRequest, tmp_path: Path, num_workers: int
 ) -> None:
-    with Session(4) as session:
+    with Session(num_workers) as session:
         session.start()
-        directories = [prepare(request_, tmp_path / str(n), 16, n) for n in (1, 4)]
-    one, four = (
+        directories = [prepare(request_, tmp_path / str(n), 16, n) for n in (1, num_workers)]
+    one, several = (
         {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
         for directory in directories
     )
-    assert one == four
+    assert one == several

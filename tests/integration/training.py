@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from d2i.shards import Sample, json_bytes, npy_bytes, write_manifest, write_shard
 from d2i.train.launcher import deepspeed_command
@@ -91,6 +92,11 @@ def run_on_ranks(program: Path, num_ranks: int, *arguments: object) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def with_breadth(request: pytest.FixtureRequest) -> bool:
+    """Return whether a soak test was asked for, which needs more than the sample."""
+    return any(item.get_closest_marker("soak") for item in request.session.items)
 
 
 def train(data: Path, run: Path, num_ranks: int = 2, **changed: Any) -> dict[str, Any]:
