@@ -140,7 +140,7 @@ class Family(ABC):
     def losses(
         self,
         network: Any,
-        vae: VaeNumbers,
+        vae: VaeNumbers | nn.Module,
         raw: Tensor,
         noise: Tensor,
         draw: Tensor,
@@ -151,7 +151,7 @@ class Family(ABC):
 
         Args:
             network: A network of this family, or an engine around it.
-            vae: The numbers that normalise raw latents.
+            vae: The numbers that normalise raw latents, or the autoencoder that has them.
             raw: (B, C, h, w) raw latents.
             noise: (B, C, h, w) standard normal.
             draw: (B,) noise levels, as `draw_levels` returns them: int64 as diffusers counts them,
@@ -235,7 +235,7 @@ class OneTensorFamily(Family):
     def losses(
         self,
         network: Any,
-        vae: VaeNumbers,
+        vae: VaeNumbers | nn.Module,
         raw: Tensor,
         noise: Tensor,
         draw: Tensor,
@@ -250,7 +250,7 @@ class OneTensorFamily(Family):
         """
         del options
         predict = partial(self.predict, network)
-        latent = self.codec.normalised(raw, vae)  # (B, C, h, w)
+        latent = self.codec.normalised(raw, self.codec.numbers_of(vae))  # (B, C, h, w)
         return noise_prediction_loss(
             predict, latent, conditions, draw + 1, noise, self.schedule(network), weighting
         )

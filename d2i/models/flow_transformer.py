@@ -5,7 +5,6 @@ Their text encoders are language models, whose states are too large for shards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from d2i.config import NUM_NOISE_LEVELS, TrainConfig, Weighting
 from d2i.diffusion.draws import BatchDraws
-from d2i.diffusion.flow import FlowSchedule, flow_loss, published_schedule
+from d2i.diffusion.flow import FlowSchedule, flow_loss, published_schedule, shifted_schedule
 from d2i.models.base import Architecture, Conditions, State
 from d2i.models.image_codec import VaeNumbers
 from d2i.models.pipeline_dir import PipelineDirectory
@@ -30,12 +29,15 @@ class FlowFamily(PipelineFamily):
     Attributes:
         text_dim_setting: The name in the network's config of the width of a text token.
         num_text_tokens: Tokens of the longest text.
+        published_shift: The static shift of the published scheduler's file, for a network that no
+            directory describes.
         has_one_length: True if all texts are filled up to that length.
         marks: Names of tensors that no other family's networks have.
     """
 
     text_dim_setting: ClassVar[str]
     num_text_tokens: ClassVar[int]
+    published_shift: ClassVar[float] = 1.0
     has_one_length: ClassVar[bool] = True
     marks: ClassVar[tuple[str, ...]]
 
@@ -79,9 +81,12 @@ class FlowFamily(PipelineFamily):
             objective: `script` for those of its scheduler's file, or `report`.
             latent: (B, C, h, w) normalised latents, whose size the report's may depend on.
         """
-        if objective == "script":
-            return published_schedule(network.scheduler.config)
-        return self.report_schedule(latent)
+        if objective == "report":
+            return self.report_schedule(latent)
+        scheduler = getattr(network, "scheduler", None)
+        if scheduler is None:
+            return shifted_schedule(self.published_shift)
+        return published_schedule(scheduler.config)
 
     def report_schedule(self, latent: Tensor) -> FlowSchedule:
         """Return the noise levels of the technical report; see `flow_schedule`."""
@@ -90,7 +95,7 @@ class FlowFamily(PipelineFamily):
     def losses(
         self,
         network: Any,
-        vae: VaeNumbers,
+        vae: VaeNumbers | nn.Module,
         raw: Tensor,
         noise: Tensor,
         draw: Tensor,
@@ -105,8 +110,7 @@ class FlowFamily(PipelineFamily):
             ConfigError: If there is no such weighting.
         """
         del options
-        numbers = vae if isinstance(vae, Mapping) else self.codec.numbers(vae)
-        latent = self.codec.normalised(raw, numbers)
+        latent = self.codec.normalised(raw, self.codec.numbers_of(vae))
         schedule = self.flow_schedule(network, objective, latent)
 
         def predict(noised: Tensor, timestep: Tensor) -> Tensor:

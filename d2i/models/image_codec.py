@@ -70,6 +70,10 @@ class ImageCodec(ABC):
     def numbers(self, module: Any) -> VaeNumbers:
         """Return the numbers of an autoencoder of this kind, as its own file gives them."""
 
+    def numbers_of(self, vae: Any) -> VaeNumbers:
+        """Return the numbers of an autoencoder, given as such numbers or as its module."""
+        return vae if isinstance(vae, Mapping) else self.numbers(vae)
+
     @abstractmethod
     def normalised(self, raw: Tensor, vae: VaeNumbers) -> Tensor:
         """Return the latents that a network is trained on, from raw ones (N, C, h, w)."""

@@ -29,6 +29,7 @@ class SanaFamily(FlowFamily):
     call_options: ClassVar = {"use_resolution_binning": False}
     text_dim_setting = "caption_channels"
     num_text_tokens = 300
+    published_shift = 3.0
     marks = ("caption_projection.linear_1.weight", "patch_embed.proj.weight", "scale_shift_table")
 
     def predict(

@@ -19,6 +19,7 @@ class SD3Family(FlowFamily):
     published: ClassVar = {}
     text_dim_setting = "joint_attention_dim"
     num_text_tokens = 333
+    published_shift = 3.0
 
     def predict(
         self, network: Any, latent: Tensor, timestep: Tensor, conditions: Conditions

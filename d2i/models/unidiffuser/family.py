@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2i.config import SampleConfig, TrainConfig
 from d2i.diffusion.draws import BatchDraws, SampleDraws
@@ -88,7 +88,7 @@ class UniDiffuserFamily(LongSkipFamily):
     def losses(
         self,
         network: Any,
-        vae: VaeNumbers,
+        vae: VaeNumbers | nn.Module,
         raw: Tensor,
         noise: Tensor,
         draw: Tensor,
@@ -96,7 +96,7 @@ class UniDiffuserFamily(LongSkipFamily):
         **options: Any,
     ) -> Tensor:
         """Return `unidiffuser_loss`, (B,); see `Family.losses`."""
-        latent = self.codec.normalised(raw, vae)
+        latent = self.codec.normalised(raw, self.codec.numbers_of(vae))
         parts = (latent, conditions["clip"], conditions["text"])
         noises = (noise, conditions["clip_noise"], conditions["text_noise"])
         n_text = conditions["n_text"]

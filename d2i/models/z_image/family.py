@@ -30,6 +30,7 @@ class ZImageFamily(FlowFamily):
     other_parts: ClassVar = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
     text_dim_setting = "cap_feat_dim"
     num_text_tokens = 512
+    published_shift = 3.0
     has_one_length = False
     marks = ("cap_embedder.1.weight", "x_pad_token")
 
