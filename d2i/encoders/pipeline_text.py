@@ -15,7 +15,7 @@ from torch import Tensor
 
 from d2i.backbones import Presets
 from d2i.config import TextConfig
-from d2i.encoders.pretrained import freeze
+from d2i.encoders.pretrained import freeze, pretrained_bytes
 from d2i.encoders.prompt_truncation import PromptTruncation
 from d2i.encoders.text_probe import NEXT_STEP, probe_text
 from d2i.errors import CheckpointError, ConfigError
@@ -136,6 +136,26 @@ def load_text_parts(path: Path, device: str, dtype: torch.dtype = torch.float32)
             freeze(module).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def text_parts_bytes(name: str, presets: Presets) -> int:
+    """Return the bytes of the text encoders that a `PipelineText` holds, without loading them.
+
+    Args:
+        name: The directory of the pipeline, or its repository in the local cache.
+        presets: Of the family of its network.
+
+    Raises:
+        CheckpointError: If it is not that pipeline, or a configuration cannot be read.
+    """
+    import transformers
+
+    path, total = PipelineDirectory(name, presets).path, 0
+    for part, entry in read_index(path).items():
+        if "text_encoder" not in part or not isinstance(entry, list) or entry[0] != "transformers":
+            continue
+        total += pretrained_bytes(getattr(transformers, str(entry[1])), str(path / part))
+    return total
 
 
 def _networks(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:

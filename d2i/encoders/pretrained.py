@@ -72,6 +72,25 @@ def read_pretrained_config(model_class: Any, name: str) -> dict[str, Any]:
     return config
 
 
+def pretrained_bytes(model_class: Any, name: str) -> int:
+    """Return the bytes of a model of transformers as `load_pretrained` loads it, unloaded.
+
+    Args:
+        model_class: A class of transformers.
+        name: As in `load_pretrained`.
+
+    Raises:
+        CheckpointError: If its `config.json` cannot be read.
+    """
+    where, subfolder = _place(name)
+    try:
+        config = model_class.config_class.from_pretrained(where, subfolder=subfolder)
+        with torch.device("meta"):
+            return module_bytes(model_class(config))
+    except (OSError, ValueError, RuntimeError, KeyError) as err:
+        raise _cannot_load(model_class, name, err) from err
+
+
 def _place(name: str) -> tuple[str, str]:
     """Return the directory or hub repository of a name, and the subfolder in it."""
     where = resolve_weights(name)
@@ -103,6 +122,13 @@ def check_sibling_checksums(place: Path) -> None:
 def freeze(module: nn.Module) -> nn.Module:
     """Return the module in evaluation mode, without gradients."""
     return module.eval().requires_grad_(False)
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module in float32: its parameters and buffers, each tensor once."""
+    tensors = [*module.parameters(), *module.buffers()]
+    sizes = [4 if tensor.is_floating_point() else tensor.element_size() for tensor in tensors]
+    return sum(size * tensor.numel() for size, tensor in zip(sizes, tensors, strict=True))
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -13,8 +13,9 @@ from d2i.backbones import presets_of
 from d2i.config import Recipe, TextConfig
 from d2i.dialog import Turn
 from d2i.encoders import ClipText
+from d2i.encoders.clip_text import clip_text_bytes
 from d2i.encoders.data_fingerprint import check_encoder_hashes
-from d2i.encoders.pipeline_text import Encoded, PipelineText
+from d2i.encoders.pipeline_text import Encoded, PipelineText, text_parts_bytes
 from d2i.errors import ConfigError
 from d2i.prompt_text import context_text, text_tokens
 from d2i.shards import ShardReader
@@ -152,6 +153,24 @@ def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
     if has_latents:
         return partial(StoredText, empty=empty)
     return partial(StoredTokens, encode=encode, empty_tokens=tokens)
+
+
+def text_encoder_bytes(recipe: Recipe, *, has_latents: bool = True) -> int:
+    """Return the bytes of the text encoders that every rank holds while it trains, in float32.
+
+    Args:
+        recipe: Says whether text is read as stored, and by what it is encoded else.
+        has_latents: True if the shards hold text latents.
+
+    Raises:
+        CheckpointError: If the configuration of an encoder cannot be read.
+    """
+    presets = presets_of(recipe.backbone.name)
+    if recipe.text.encode == "stored" and has_latents:
+        return 0
+    if recipe.text.encode == "on_the_fly" and presets.pipeline:
+        return text_parts_bytes(recipe.backbone.weights or "", presets)
+    return clip_text_bytes(recipe.encoders.clip_text, recipe.encoders.text_prefix)
 
 
 def _check_shape(reader: ShardReader, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
