@@ -131,7 +131,11 @@ class Family(ABC):
 
     @abstractmethod
     def example_inputs(self, network: Any) -> tuple[Any, ...]:
-        """Return the inputs of one image, for a network on torch's current default device."""
+        """Return the inputs of one image, for a network on torch's current default device.
+
+        For several images, `d2i.train.activations` repeats every tensor whose first axis has length
+        1, and every list; other tensors are shared by all images.
+        """
 
     @abstractmethod
     def losses(
