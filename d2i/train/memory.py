@@ -317,7 +317,10 @@ class _Layout:
         return (0 if self._has_weights_off else held) + self._gathered(sized) + tensors.buffers
 
     def _gathered(self, sized: Sequence[tuple[int, int]]) -> int:
-        """Return the bytes of whole parameters in stage 3: the small ones stay, others by limit."""
+        """Return the bytes of whole parameters in stage 3: the small ones stay, others by limit.
+
+        DeepSpeed pads those that it gathers alone to a multiple of the ranks, which is not counted.
+        """
         if self._world_size == 1 and not self._has_weights_off:
             # The one partition is the whole parameter.
             return 0
