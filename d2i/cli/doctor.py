@@ -1,4 +1,4 @@
-"""The doctor command: checks of this machine, and of a pipeline's text."""
+"""The doctor command: checks of this machine, of a pipeline's text and of a recipe's memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from d2i.cli.options import JsonOption
+from d2i.cli.options import RECIPE_HELP, JsonOption, SetOption
 from d2i.cli.output import print_result, row_line
 
 
@@ -22,6 +22,18 @@ def doctor(
             "text encoders read the newest turn of any dialog, and every message as text.",
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"Also reckon the memory of training it. {RECIPE_HELP}"),
+    ] = None,
+    settings: SetOption = None,
+    num_accelerators: Annotated[
+        int, typer.Option(min=1, help="Number of ranks that train the recipe.")
+    ] = 1,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(min=0, help="Memory of one GPU, in 1e9 bytes; by default, of this machine's."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check what this machine can and cannot run, and print the fixes.
@@ -32,13 +44,21 @@ def doctor(
 
         d2i doctor --weights stable-diffusion-v1-5
 
+        d2i doctor --recipe sd15-photochat --num-accelerators 8 --memory-gb 24
+
         d2i doctor --json
     """
     from d2i.doctor.base_text import base_checks
     from d2i.doctor.machine import checks
+    from d2i.doctor.recipe_memory import memory_checks
 
+    asked = [checks()]
+    if weights:
+        asked.append(base_checks(weights))
+    if recipe:
+        asked.append(memory_checks(recipe, settings or [], num_accelerators, memory_gb))
     found = []
-    for check in itertools.chain(checks(), base_checks(weights) if weights else ()):
+    for check in itertools.chain.from_iterable(asked):
         found.append(asdict(check))
         if not as_json:
             typer.echo(row_line(check.status, check.name, check.detail, check.fix))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,7 +41,10 @@ def train(
     *,
     check_data: CheckDataOption = True,
     preflight: Annotated[
-        bool, typer.Option("--preflight", help="Measure memory and speed here; train nothing.")
+        bool,
+        typer.Option(
+            "--preflight", help="Reckon and measure memory, and speed, here; train nothing."
+        ),
     ] = False,
     as_json: JsonOption = False,
     fault: FaultOption = None,
@@ -99,12 +103,20 @@ def train(
         raise typer.Exit(2 if code == 2 else 1)
     if preflight:
         found = read_json(storage.join(run, "preflight.json"))
-        print_result(found, [f"{name}: {v}" for name, v in found.items()], as_json=as_json)
+        print_result(found, _preflight_lines(found), as_json=as_json)
         return
     _print_run(run, resolved.train.num_steps, as_json=as_json)
     if is_interrupted and storage.exists(storage.join(run, STOPPED_NAME)):
         # So that a shell does not run the commands that follow.
         raise typer.Exit(INTERRUPTED)
+
+
+def _preflight_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{line}" for line in _preflight_lines(value))
+        else:
+            yield f"{name}: {value}"
 
 
 def _check_data(data: str) -> None:

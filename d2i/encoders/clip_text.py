@@ -16,6 +16,8 @@ from d2i.config import EncodersConfig, Precision
 from d2i.encoders.pretrained import (
     freeze,
     load_pretrained,
+    module_bytes,
+    pretrained_bytes,
     run_padded,
     weights_hash,
 )
@@ -49,11 +51,9 @@ class ClipText:
         device: str = "cpu",
         precision: Precision = "fp32",
     ) -> None:
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
         self.device, self._precision, self._name = device, precision, name
-        self._has_projection = _architecture(name) != "CLIPTextModel"
-        kind = CLIPTextModelWithProjection if self._has_projection else CLIPTextModel
+        kind = _module_class(name)
+        self._has_projection = kind.__name__ != "CLIPTextModel"
         self.module = load_pretrained(kind, name).to(device)
         self.prefix = _load_prefix(prefix).to(device) if prefix else None
         self.dim: int = self.prefix.out_features if self.prefix else self.module.config.hidden_size
@@ -104,6 +104,24 @@ class ClipText:
     def _hidden(self, ids: Tensor) -> Tensor:
         hidden: Tensor = self.module(ids).last_hidden_state
         return hidden if self.prefix is None else self.prefix(hidden)
+
+
+def clip_text_bytes(name: str, prefix: str | None = None) -> int:
+    """Return the bytes of a `ClipText` of the same arguments, without loading its tower.
+
+    Raises:
+        CheckpointError: If its configuration or the prefix cannot be read.
+    """
+    tower = pretrained_bytes(_module_class(name), name)
+    return tower + (module_bytes(_load_prefix(prefix)) if prefix else 0)
+
+
+def _module_class(name: str) -> Any:
+    """Return the class of transformers that a text tower is loaded as."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    is_plain = _architecture(name) == "CLIPTextModel"
+    return CLIPTextModel if is_plain else CLIPTextModelWithProjection
 
 
 def _architecture(name: str) -> str | None:

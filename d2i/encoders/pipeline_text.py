@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d2i.backbones import Presets
 from d2i.config import Precision, TextConfig
-from d2i.encoders.pretrained import freeze
+from d2i.encoders.pretrained import freeze, pretrained_bytes
 from d2i.encoders.prompt_truncation import PromptTruncation
 from d2i.encoders.text_probe import NEXT_STEP, probe_text
 from d2i.errors import CheckpointError, ConfigError
-from d2i.models.pipeline_dir import read_index, read_part_config
+from d2i.models.pipeline_dir import PipelineDirectory, read_index, read_part_config
 from d2i.models.pipeline_family import PipelineFamily
 from d2i.tokenize import clean
 
@@ -179,6 +180,28 @@ def load_text_parts(path: Path, device: str, precision: Precision = "fp32") -> A
 def _text_encoders(pipeline: Any) -> list[Any]:
     parts = pipeline.components.items()
     return [module for name, module in parts if "text_encoder" in name and module is not None]
+
+
+def text_parts_bytes(name: str, presets: Presets, precision: Precision) -> int:
+    """Return the bytes of the text encoders that a `PipelineText` holds, without loading them.
+
+    Args:
+        name: The directory of the pipeline, or its repository in the local cache.
+        presets: Of the family of its network.
+        precision: Of the encoders.
+
+    Raises:
+        CheckpointError: If it is not that pipeline, or a configuration cannot be read.
+    """
+    import transformers
+
+    path, total = PipelineDirectory(name, presets).path, 0
+    for part, entry in read_index(path).items():
+        if "text_encoder" not in part or not isinstance(entry, list) or entry[0] != "transformers":
+            continue
+        kind = getattr(transformers, str(entry[1]))
+        total += pretrained_bytes(kind, str(path / part), DTYPES[precision])
+    return total
 
 
 def _networks(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:

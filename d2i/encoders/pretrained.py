@@ -72,6 +72,26 @@ def read_pretrained_config(model_class: Any, name: str) -> dict[str, Any]:
     return config
 
 
+def pretrained_bytes(model_class: Any, name: str, dtype: torch.dtype = torch.float32) -> int:
+    """Return the bytes of a model of transformers as `load_pretrained` loads it, unloaded.
+
+    Args:
+        model_class: A class of transformers.
+        name: As in `load_pretrained`.
+        dtype: Of its weights.
+
+    Raises:
+        CheckpointError: If its `config.json` cannot be read.
+    """
+    where, subfolder = _place(name)
+    try:
+        config = model_class.config_class.from_pretrained(where, subfolder=subfolder)
+        with torch.device("meta"):
+            return module_bytes(model_class(config), dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as err:
+        raise _cannot_load(model_class, name, err) from err
+
+
 def _place(name: str) -> tuple[str, str]:
     """Return the directory or hub repository of a name, and the subfolder in it."""
     where = resolve_weights(name)
@@ -103,6 +123,18 @@ def check_sibling_checksums(place: Path) -> None:
 def freeze(module: nn.Module) -> nn.Module:
     """Return the module in evaluation mode, without gradients."""
     return module.eval().requires_grad_(False)
+
+
+def module_bytes(module: nn.Module, dtype: torch.dtype = torch.float32) -> int:
+    """Return the bytes of a module: its parameters in a dtype, and its buffers, each tensor once.
+
+    The buffers of these models, such as the frequencies of rotary positions, stay in float32.
+    """
+    weights = sum(dtype.itemsize * parameter.numel() for parameter in module.parameters())
+    return weights + sum(
+        (4 if buffer.is_floating_point() else buffer.element_size()) * buffer.numel()
+        for buffer in module.buffers()
+    )
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -134,7 +134,11 @@ class Family(ABC):
 
     @abstractmethod
     def example_inputs(self, network: Any) -> tuple[Any, ...]:
-        """Return the inputs of one image, for a network on torch's current default device."""
+        """Return the inputs of one image, for a network on torch's current default device.
+
+        For several images, `d2i.train.activations` repeats every tensor whose first axis has length
+        1, and every list; other tensors are shared by all images.
+        """
 
     @abstractmethod
     def losses(
@@ -211,12 +215,12 @@ class Family(ABC):
             network: A network on the `meta` device, without gradients.
         """
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            self.run_example(network)
+            self.call(network, *self.example_inputs(network))
         return int(counter.get_total_flops())
 
-    def run_example(self, network: Any) -> None:
-        """Run a network on the inputs of one image."""
-        network(*self.example_inputs(network))
+    def call(self, network: Any, *inputs: Any) -> Any:
+        """Run a network on inputs in the form of `example_inputs`."""
+        return network(*inputs)
 
 
 class OneTensorFamily(Family):

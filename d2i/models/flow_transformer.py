@@ -138,9 +138,9 @@ class FlowFamily(PipelineFamily):
             conditions["mask"] = torch.ones(1, self.num_text_tokens, dtype=torch.bool)
         return latent, torch.ones(1), conditions
 
-    def run_example(self, network: Any) -> None:
-        """Predict for one image."""
-        self.predict(network, *self.example_inputs(network))
+    def call(self, network: Any, *inputs: Any) -> Any:
+        """Predict the velocity, given (latent, timestep, conditions)."""
+        return self.predict(network, *inputs)
 
 
 def input_dtype(network: nn.Module) -> torch.dtype:

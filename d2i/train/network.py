@@ -27,15 +27,36 @@ def build_trained_network(recipe: Recipe) -> Any:
     """
     network: Any = build_network(recipe.backbone)
     family = family_of_backbone(recipe.backbone.name)
-    if recipe.adapter.kind:
-        add_lora(network, recipe.adapter, family.presets, recipe.train.seed)
-        _halve_frozen(network, recipe.train.precision)
+    _add_adapter(network, recipe)
     if recipe.train.activation_checkpointing:
         family.recompute_blocks(network)
     autocast_to(network, recipe.train.precision)
     if recipe.train.compile:
         compile_blocks(family.blocks(network))
     return network
+
+
+def build_on_meta(recipe: Recipe) -> Any:
+    """Return the recipe's network and adapter on the `meta` device, which holds no numbers.
+
+    Its parameters have the shapes and dtypes of those that `build_trained_network` returns. It
+    multiplies in no lower precision, and recomputes and compiles no block.
+
+    Raises:
+        CheckpointError: If the directory of its weights cannot be read.
+        ConfigError: If the adapter does not fit the network.
+    """
+    with torch.device("meta"):
+        network: Any = build_untrained(recipe.backbone)
+    _add_adapter(network, recipe)
+    return network
+
+
+def _add_adapter(network: Any, recipe: Recipe) -> None:
+    if recipe.adapter.kind:
+        presets = family_of_backbone(recipe.backbone.name).presets
+        add_lora(network, recipe.adapter, presets, recipe.train.seed)
+        _halve_frozen(network, recipe.train.precision)
 
 
 def _halve_frozen(network: nn.Module, precision: TrainPrecision) -> None:

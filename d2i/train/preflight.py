@@ -1,7 +1,8 @@
-"""Preflight before a long training: numerical correctness, largest micro batch, memory, speed."""
+"""Preflight before a long training: memory, reckoned first and measured; numbers; speed."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import resource
@@ -34,6 +35,8 @@ from d2i.train.data.text_source import build_text
 from d2i.train.distributed.engine import build_engine, join_ranks
 from d2i.train.distributed.ranks import Ranks
 from d2i.train.failures import reported_errors
+from d2i.train.memory import MemoryReckoner, device_memory, memory_problem
+from d2i.train.monitor.metrics_logger import say
 from d2i.train.monitor.throughput import count_flops, peak_flops
 from d2i.train.network import build_trained_network
 from d2i.train.objective import build_objective
@@ -83,6 +86,7 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
     check_cache(reader, request.open_validation(), config, request.cache_gb)
     check_prepared_with(recipe, reader.url)
     check_arrays(recipe, reader)
+    reckoned = ranks.build_on_rank_zero(lambda: _reckon_memory(request, ranks, reader))
     ranks.build_on_rank_zero(lambda: check_base_parts(recipe, reader))
     network = build_trained_network(recipe)
     open_text = build_text(recipe, reader, str(ranks.device))
@@ -95,6 +99,7 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
         "micro_batch_size": micro_batch_size,
         "num_micro_batches": num_micro_batches,
         "torch_version": torch.__version__,
+        "reckoned_memory": reckoned,
         "device_distance": device_distance(ranks.device),
         "max_device_distance": _MAX_DISTANCE,
         "all_reduce_gb_per_s": _time_all_reduce(ranks),
@@ -105,6 +110,31 @@ def _measure(request: TrainRequest, ranks: Ranks) -> dict[str, Any]:
     found |= _Trial(request, ranks, network, batches, len(reader)).run()
     batches.close()
     return found
+
+
+def _reckon_memory(
+    request: TrainRequest, ranks: Ranks, reader: ShardReader
+) -> dict[str, Any] | None:
+    """Print what the training will take of a device, before any of it is there.
+
+    Returns:
+        The bytes of every part, their `total`, those `available`, and the `settings` that make it
+        fit: an empty list if it fits, None if nothing does. None if it cannot be reckoned.
+    """
+    recipe, device = request.recipe, ranks.device
+    has_latents = "text" in reader.manifest.arrays
+    reckoner = MemoryReckoner(ranks.world_size, device.type, request.zero, has_latents=has_latents)
+    try:
+        memory = reckoner.reckon(recipe)
+        available = device_memory(device, ranks.world_size)
+        fits = memory.total <= available
+        settings = () if fits else reckoner.settings_that_fit(recipe, available)
+    except RuntimeError as err:
+        say(f"warning: memory is not reckoned, only measured: {str(err).splitlines()[0][:200]}")
+        return None
+    say(memory_problem(memory, available, settings) or f"memory: {memory.describe()}")
+    sizes = dataclasses.asdict(memory) | {"total": memory.total, "available": available}
+    return sizes | {"settings": None if settings is None else list(settings)}
 
 
 def device_distance(device: torch.device) -> float:

@@ -39,7 +39,7 @@ from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState,
 from d2i.train.data.base_parts import check_base_parts
 from d2i.train.data.batch import BatchLoader
 from d2i.train.data.loader import BatchStream, check_arrays, check_cache, check_sizes
-from d2i.train.data.text_source import OpenText, build_text
+from d2i.train.data.text_source import OpenText, build_text, prepare_text
 from d2i.train.distributed.engine import build_engine, join_ranks, trained_parameters
 from d2i.train.distributed.ranks import Ranks
 from d2i.train.failures import reported_errors, resume_hint
@@ -114,6 +114,7 @@ def _train_rank(request: TrainRequest, ranks: Ranks, fault: Fault | None) -> Non
     base = ranks.build_on_rank_zero(lambda: _check_base(recipe, checkpoint))
     if ranks.run_on_rank_zero(lambda: _open_run(request, reader, ranks, checkpoint)):
         return
+    prepare_text(open_text, filter(None, (reader, request.open_validation())))
     # Before the engine is built: ZeRO 3 leaves an empty tensor in place of each parameter.
     shapes = {name: tuple(trained.shape) for name, trained in trained_parameters(network)}
     state = _build_state(request, ranks, network, checkpoint)

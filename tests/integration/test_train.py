@@ -165,6 +165,10 @@ def test_preflight_of_demo_script_measures_and_trains_nothing(data: Path, tmp_pa
     assert found["micro_batch_size"] * found["num_micro_batches"] == 4
     for name in ("all_reduce_gb_per_s", "input_samples_per_s", "images_per_s", "peak_memory_gb"):
         assert found[name] > 0, name
+    reckoned = found["reckoned_memory"]
+    assert reckoned["weights"] <= reckoned["total"] < reckoned["available"]
+    assert reckoned["settings"] == []
+    assert "memory: " in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

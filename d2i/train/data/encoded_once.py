@@ -1,4 +1,4 @@
-"""Text conditions that are encoded before training, so that their encoder takes no memory in it."""
+"""Text conditions that are encoded before training, while the network is still on the CPU."""
 
 from __future__ import annotations
 
@@ -52,12 +52,17 @@ class EncodedOnce:
         rows.map()
         return rows
 
-    def read(self, indices: NDArray[np.int64]) -> Encoded:
-        """Return the conditions of samples, each (B, ...), filled up to the longest text."""
+    def prepare(self) -> _ScratchRows:
+        """Encode all texts, if that is not done yet."""
         with self._lock:
             if self._encoded is None:
                 self._encoded = self._encode_all()
-        found = [self._encoded.read(int(index)) for index in indices]
+            return self._encoded
+
+    def read(self, indices: NDArray[np.int64]) -> Encoded:
+        """Return the conditions of samples, each (B, ...), filled up to the longest text."""
+        rows = self.prepare()
+        found = [rows.read(int(index)) for index in indices]
         return join_encoded([{name: part[None] for name, part in row.items()} for row in found])
 
 

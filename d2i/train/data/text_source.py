@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -13,8 +13,9 @@ from d2i.backbones import presets_of
 from d2i.config import Recipe, TextConfig
 from d2i.dialog import Turn
 from d2i.encoders import ClipText, load_clip_text
+from d2i.encoders.clip_text import clip_text_bytes
 from d2i.encoders.data_fingerprint import check_encoder_hashes
-from d2i.encoders.pipeline_text import Encoded, PipelineText
+from d2i.encoders.pipeline_text import Encoded, PipelineText, text_parts_bytes
 from d2i.errors import ConfigError
 from d2i.models.pipeline_family import pipeline_family
 from d2i.prompt_text import context_text, text_tokens
@@ -33,6 +34,14 @@ class TextSource(Protocol):
     def empty(self) -> Encoded:
         """The conditions in place of those that are dropped, without the batch axis."""
         ...
+
+
+def prepare_text(open_text: OpenText, readers: Iterable[ShardReader]) -> None:
+    """Encode the texts of data sets, if that is to be done before training."""
+    for reader in readers:
+        source = open_text(reader)
+        if isinstance(source, EncodedOnce):
+            source.prepare()
 
 
 OpenText = Callable[[ShardReader], TextSource]
@@ -153,6 +162,27 @@ def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
     if has_latents:
         return partial(StoredText, empty=empty)
     return partial(StoredTokens, encode=encode, empty_tokens=tokens)
+
+
+def text_encoder_bytes(recipe: Recipe, *, has_latents: bool = True) -> int:
+    """Return the bytes of the text encoders on the device of every rank while it trains.
+
+    Args:
+        recipe: Says whether text is read as stored, and by what it is encoded else.
+        has_latents: True if the shards hold text latents.
+
+    Raises:
+        CheckpointError: If the configuration of an encoder cannot be read.
+    """
+    presets = presets_of(recipe.backbone.name)
+    if recipe.text.encode == "stored" and has_latents:
+        return 0
+    if recipe.text.encode == "on_the_fly" and presets.pipeline:
+        if recipe.train.text_encoder_memory == "free":
+            return 0
+        precision = recipe.train.text_encoder_precision
+        return text_parts_bytes(recipe.backbone.weights or "", presets, precision)
+    return clip_text_bytes(recipe.encoders.clip_text or "", recipe.encoders.text_prefix)
 
 
 def _check_shape(reader: ShardReader, name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:

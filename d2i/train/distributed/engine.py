@@ -110,7 +110,7 @@ def build_engine(
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": num_micro_batches,
-        _ZERO: _zero_settings(config, world_size, zero),
+        _ZERO: zero_settings(config, world_size, zero),
         "zero_allow_untested_optimizer": True,
         # With a client's optimizer DeepSpeed would require its C++ one, which must be compiled.
         "zero_force_ds_cpu_optimizer": False,
@@ -135,10 +135,26 @@ def trained_parameters(network: Any) -> list[tuple[str, Any]]:
     return [(name, p) for name, p in network.named_parameters() if p.requires_grad]
 
 
-def _zero_settings(
-    config: TrainConfig, world_size: int, zero: Mapping[str, Any] | None
+def zero_settings(
+    config: TrainConfig,
+    world_size: int,
+    zero: Mapping[str, Any] | None = None,
+    *,
+    is_cpu: bool | None = None,
 ) -> dict[str, Any]:
-    stage = 0 if world_size == 1 and _zero_is_no_op(config) else config.zero_stage
+    """Return DeepSpeed's `zero_optimization` settings; see `build_engine`.
+
+    Args:
+        config: Precision and ZeRO stage.
+        world_size: Number of ranks.
+        zero: Those that the user gave.
+        is_cpu: True if ranks compute on CPUs; by default, as on this machine.
+
+    Raises:
+        ConfigError: If the ZeRO stage cannot train a compiled network.
+    """
+    is_cpu = not torch.cuda.is_available() if is_cpu is None else is_cpu
+    stage = 0 if world_size == 1 and _zero_is_no_op(config, is_cpu=is_cpu) else config.zero_stage
     settings = dict(zero or {"stage": stage})
     if config.compile and settings["stage"] == 3:
         raise ConfigError(
@@ -149,13 +165,31 @@ def _zero_settings(
     return settings
 
 
-def _zero_is_no_op(config: TrainConfig) -> bool:
+def with_zero_defaults(settings: Mapping[str, Any]) -> Any:
+    """Return `zero_optimization` settings as DeepSpeed reads them: what is unset has its default.
+
+    Raises:
+        ConfigError: If DeepSpeed refuses them.
+    """
+    _import_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        return DeepSpeedZeroConfig(**settings)
+    except ValueError as err:
+        reason = " ".join(str(err).split())[:200]
+        raise ConfigError(
+            f"{_ZERO}: {reason}; expected settings that DeepSpeed has; see train/zero-2.json"
+        ) from err
+
+
+def _zero_is_no_op(config: TrainConfig, *, is_cpu: bool) -> bool:
     """Return whether ZeRO on a single rank would only copy and give the same numbers as stage 0.
 
     With weights in half precision, stage 0 checks every gradient separately for finite numbers,
     which stalls an accelerator; in float16 it also scales the loss by other rules.
     """
-    is_bf16_on_cpu = config.precision == "bf16_weights" and not torch.cuda.is_available()
+    is_bf16_on_cpu = config.precision == "bf16_weights" and is_cpu
     return not config.precision.endswith("_weights") or is_bf16_on_cpu
 
 
