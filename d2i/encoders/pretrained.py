@@ -87,7 +87,7 @@ def pretrained_bytes(model_class: Any, name: str, dtype: torch.dtype = torch.flo
     try:
         config = model_class.config_class.from_pretrained(where, subfolder=subfolder)
         with torch.device("meta"):
-            return module_bytes(model_class(config), dtype)
+            return module_bytes(_built_in(dtype, model_class, config))
     except (OSError, ValueError, RuntimeError, KeyError) as err:
         raise _cannot_load(model_class, name, err) from err
 
@@ -125,16 +125,22 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def module_bytes(module: nn.Module, dtype: torch.dtype = torch.float32) -> int:
-    """Return the bytes of a module: its parameters in a dtype, and its buffers, each tensor once.
+def module_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module: its parameters and buffers, each tensor once."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.element_size() * tensor.numel() for tensor in tensors)
 
-    The buffers of these models, such as the frequencies of rotary positions, stay in float32.
-    """
-    weights = sum(dtype.itemsize * parameter.numel() for parameter in module.parameters())
-    return weights + sum(
-        (4 if buffer.is_floating_point() else buffer.element_size()) * buffer.numel()
-        for buffer in module.buffers()
-    )
+
+def _built_in(dtype: torch.dtype, model_class: Any, config: Any) -> nn.Module:
+    """Build a model in a dtype; some buffers, such as rotary frequencies, stay in float32."""
+    config.dtype = dtype
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        built: nn.Module = model_class(config)
+    finally:
+        torch.set_default_dtype(default)
+    return built
 
 
 def weights_hash(module: nn.Module) -> str:

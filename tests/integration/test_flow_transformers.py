@@ -64,12 +64,10 @@ def options(base: Path, **changed: Any) -> list[str]:
     return [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
 
 
-@pytest.mark.parametrize("name", SAVE)
-def test_family_goes_from_preprocess_to_report_and_into_stock_pipeline(
-    name: str, tmp_path: Path
-) -> None:
-    base, data, run, recipe = (tmp_path / part for part in ("base", "data", "run", "recipe"))
-    recipe, corpus = RECIPES[name], tmp_path / "corpus"
+def prepare_and_train(name: str, place: Path) -> tuple[Path, Path, Path]:
+    """Make base, data and run of a family; return their directories."""
+    base, data, run = (place / part for part in ("base", "data", "run"))
+    recipe, corpus = RECIPES[name], place / "corpus"
     SAVE[name](base)
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     write_corpus(corpus, 16, 0)
@@ -77,21 +75,37 @@ def test_family_goes_from_preprocess_to_report_and_into_stock_pipeline(
         *("preprocess", "--corpus", "mmdialog", "--source", corpus, "--out", data),
         *("--recipe", recipe, "--workers", 0, *options(base)),
     )
-    arrays = ShardReader(str(data / "train")).manifest.arrays
-    assert arrays.keys() == {family(name).codec.array, "clip"}
     trained = run_process("train", "--recipe", recipe, "--data", data, "--run", run, *options(base))
     assert trained.returncode == 0, trained.stderr[-2000:]
     assert f"{name}: Its README.md names its licence, apache-2.0" in trained.stderr
+    return base, data, run
+
+
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return prepare_and_train("z-image", tmp_path_factory.mktemp("z-image"))
+
+
+@pytest.mark.parametrize("name", SAVE)
+def test_family_goes_from_preprocess_to_report_and_into_stock_pipeline(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if name == "z-image":
+        base, data, run = request.getfixturevalue("z_image")
+    else:
+        base, data, run = prepare_and_train(name, tmp_path)
+    arrays = ShardReader(str(data / "train")).manifest.arrays
+    assert arrays.keys() == {family(name).codec.array, "clip"}
     assert (run / "samples" / "step-2.png").is_file()
     assert "license: apache-2.0" in (run / "README.md").read_text()
-    is_lora = load_recipe(recipe).adapter.kind is not None
+    is_lora = load_recipe(RECIPES[name]).adapter.kind is not None
     part = "adapter" if is_lora else presets_of(name).network_part
     if is_lora:
         # Every linear layer in a block, the modulation too.
         state = load_file(run / part / "pytorch_lora_weights.safetensors")
         assert all(key.startswith("transformer.") for key in state)
         adapted = {key.split(".lora_")[0].rpartition(".")[2] for key in state}
-        assert adapted > {target.rpartition(".")[2] for target in ("to_q", "to_k", "to_v")}
+        assert adapted > {"to_q", "to_k", "to_v"}
     run_d2i("eval", "--system", f"run:{run}", "--data", data, "--out", tmp_path / "scores")
     run_d2i("report", tmp_path / "scores", "--out", tmp_path / "report.html")
     assert name in (tmp_path / "report.html").read_text()
@@ -158,22 +172,16 @@ def test_training_text_is_that_of_pipeline_and_does_not_depend_on_batch(tmp_path
             assert not found["text"][~found["mask"]].any() or name == "sana"
 
 
-@pytest.mark.parametrize("memory", ["offload", "free"])
-def test_memory_of_text_encoder_changes_no_weight(memory: str, tmp_path: Path) -> None:
-    base, data, corpus = tmp_path / "base", tmp_path / "data", tmp_path / "corpus"
-    save_tiny_z_image(base)
-    write_corpus(corpus, 16, 0)
-    recipe = RECIPES["z-image"]
-    run_d2i(
-        *("preprocess", "--corpus", "mmdialog", "--source", corpus, "--out", data),
-        *("--recipe", recipe, "--workers", 0, *options(base)),
-    )
-    for kind in ("keep", memory):
-        words = options(base, train__text_encoder_memory=kind, train__num_sample_steps="null")
-        run_d2i("train", "--recipe", recipe, "--data", data, "--run", tmp_path / kind, *words)
+@pytest.mark.parametrize("memory", [pytest.param("offload", marks=pytest.mark.soak), "free"])
+def test_memory_of_text_encoder_changes_no_weight(
+    memory: str, z_image: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, data, kept = z_image
+    words = options(base, train__text_encoder_memory=memory, train__num_sample_steps="null")
+    run = tmp_path / "run"
+    run_d2i("train", "--recipe", RECIPES["z-image"], "--data", data, "--run", run, *words)
     adapter = Path("adapter-trained", "pytorch_lora_weights.safetensors")
-    first, second = ((tmp_path / kind / adapter).read_bytes() for kind in ("keep", memory))
-    assert first == second
+    assert (run / adapter).read_bytes() == (kept / adapter).read_bytes()
 
 
 def rename_to_turbo(base: Path) -> Path:

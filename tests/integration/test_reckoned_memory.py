@@ -174,9 +174,10 @@ def test_text_encoders_of_pipeline_take_reckoned_bytes(
     family = pipeline_family(recipe.backbone.name)
     text = PipelineText(str(directory), family, TextConfig(), 2, "cpu", precision)
     parts = [m for name, m in text._pipeline.components.items() if "text_encoder" in name]
-    # Nothing is loaded.
+    # Nothing is loaded, but the numbers that normalise FLUX.2's latents.
     for file in directory.rglob("*.safetensors"):
-        file.unlink()
+        if file.parent.name != "vae":
+            file.unlink()
     assert text_encoder_bytes(recipe) == sum(module_tensors(part) for part in parts)
     assert list(build_on_meta(recipe).parameters())
 
