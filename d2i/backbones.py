@@ -60,6 +60,7 @@ class Presets:
         multiple_of: Pixels that a side of an image must be a multiple of.
         report: The source of the objective that the technical report gives, where it differs from
             the published script's; None if there is none.
+        call_options: Arguments of that pipeline's call that differ from its defaults.
         distilled: A base model for each mark in a name that says "distilled for few steps", which
             training would undo.
         lora_targets: Names of the layers that a LoRA adapts; empty if the family takes none.
@@ -77,6 +78,7 @@ class Presets:
     is_flow: bool = False
     multiple_of: int = 8
     report: str | None = None
+    call_options: Mapping[str, Any] = field(default_factory=dict)
     distilled: Mapping[str, str] = field(default_factory=dict)
     lora_targets: tuple[str, ...] = ()
     stores_text: bool = True
@@ -119,7 +121,6 @@ def flow_settings(recipe: Any, guidance_scale: float, factor: int) -> dict[str, 
         "sample.sampler": "pipeline",
         "sample.guidance_scale": guidance_scale,
         "sample.precision": "bf16",
-        "text.cut": "turn",
         "text.encode": "on_the_fly",
         "text.latents": "none",
         "train.latents": "mean",
@@ -196,6 +197,11 @@ def recipe_problem(recipe: Any) -> str | None:
                 "encoders.clip_text=null: without it no text is stored; expected text.latents=none "
                 "and text.encode=on_the_fly"
             )
+    if presets.is_flow and recipe.text.cut == "turn":
+        return (
+            f"text.cut=turn counts CLIP's tokens, and {name} does not read them; expected token: "
+            "its own text encoder cuts what is too long, between words"
+        )
     if presets.pipeline and (problem := _pipeline_problem(recipe, presets)):
         return problem
     return presets.problem(recipe)

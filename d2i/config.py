@@ -238,10 +238,17 @@ class AdapterConfig(Config):
     """Rank of the two matrices beside each target."""
     alpha: int = Field(default=16, gt=0)
     """Their product is scaled by alpha / rank."""
-    targets: tuple[str, ...] | Literal["script", "all-linear"] | None = None
+    targets: tuple[str, ...] | str | None = None
     """The layers that get one: `script`, or `None`, for those that the backbone's published
     training script adapts; `all-linear` for every linear layer in a block; or names of layers, as
-    peft matches them."""
+    peft matches them, with `*` for any characters."""
+
+    @field_validator("targets")
+    @classmethod
+    def _one_word_or_several_layers(cls, targets: tuple[str, ...] | str | None) -> object:
+        if isinstance(targets, str) and targets not in ("script", "all-linear"):
+            raise ValueError('expected script, all-linear, or a list of layers such as ["to_q"]')
+        return targets
 
 
 class OptimConfig(Config):
@@ -309,7 +316,8 @@ class TrainConfig(Config):
     transformers, whose encoders are language models."""
     text_encoder_memory: Literal["keep", "offload", "free"] = "keep"
     """Memory of a pipeline's text encoders while training. `keep`: they stay on the accelerator.
-    `offload`: they are in the CPU's memory, and moved to the accelerator and back for every batch.
+    `offload`: they are in the CPU's memory, and moved to the accelerator and back for every batch,
+    which is then read between steps, not ahead.
     `free`: every rank encodes all texts first, into a file in `TMPDIR`, and then frees them."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: sharding of optimizer state, gradients and weights over the ranks. A single rank

@@ -22,7 +22,6 @@ from d2i.encoders.text_probe import NEXT_STEP, probe_text
 from d2i.errors import CheckpointError, ConfigError
 from d2i.models.pipeline_dir import PipelineDirectory, read_index, read_part_config
 from d2i.models.pipeline_family import PipelineFamily
-from d2i.tokenize import clean
 
 Encoded = dict[str, NDArray[Any]]
 """The text conditions of N lines, by name: `text` (N, T, D) always; `pooled` (N, P), and `mask`
@@ -74,7 +73,7 @@ class PipelineText:
         """Encode N lines, N >= 1; a special token that a line spells stays plain text."""
         parts = []
         with self._encoders_on_device():
-            texts = [self._reading.read(clean(line)) for line in lines]
+            texts = [self._reading.read(self._family.clean(line)) for line in lines]
             for start in range(0, len(texts), self._batch_size):
                 rows = texts[start : start + self._batch_size]
                 padded = rows + rows[:1] * (self._batch_size - len(rows))

@@ -92,8 +92,12 @@ def _chosen(
 def _settings_of_run(run_url: str) -> list[str]:
     """Return the text that a run was trained on, and its sampling where data may not suit it."""
     run = read_recipe(run_url)
-    values = {f"text.{name}": value for name, value in run.text.model_dump(mode="json").items()}
-    if presets_of(run.backbone.name).pipeline:
+    is_pipeline = presets_of(run.backbone.name).pipeline is not None
+    # A pipeline encodes its text itself, in whatever form the data hold theirs.
+    left_out = {"latents", "encode"} if is_pipeline else set()
+    text = run.text.model_dump(mode="json", exclude=left_out)
+    values = {f"text.{name}": value for name, value in text.items()}
+    if is_pipeline:
         for name in ("sampler", "num_steps", "guidance_scale"):
             values[f"sample.{name}"] = getattr(run.sample, name)
     elif run.text.encode == "on_the_fly":

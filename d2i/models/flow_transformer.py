@@ -58,6 +58,10 @@ class FlowFamily(PipelineFamily):
         network.scheduler = directory.scheduler()
         network.vae_numbers = self.codec.numbers(directory.without_weights("vae"))
 
+    def clean(self, line: str) -> str:
+        """Return the line itself: language models read letters of both cases, and every sign."""
+        return line
+
     def vae_numbers(self, network: Any) -> VaeNumbers:
         """Return the numbers that normalise the latents of a network."""
         numbers: VaeNumbers = network.vae_numbers
@@ -141,8 +145,3 @@ class FlowFamily(PipelineFamily):
     def call(self, network: Any, *inputs: Any) -> Any:
         """Predict the velocity, given (latent, timestep, conditions)."""
         return self.predict(network, *inputs)
-
-
-def input_dtype(network: nn.Module) -> torch.dtype:
-    """Return the dtype in which a network holds its own weights, beside those of an adapter."""
-    return next(network.parameters()).dtype

@@ -46,7 +46,7 @@ def add_lora(network: Any, config: AdapterConfig, presets: Presets, seed: int) -
         ClusterError: If peft is not installed.
         ConfigError: If a target does not exist in the network, or cannot be adapted.
     """
-    targets = _layers(network, config, presets)
+    named, targets = _names(config, presets), _layers(network, config, presets)
     lora = _peft_config(config, targets)
     network.requires_grad_(requires_grad=False)
     try:
@@ -54,16 +54,13 @@ def add_lora(network: Any, config: AdapterConfig, presets: Presets, seed: int) -
     except ValueError as err:
         reason = str(err).splitlines()[0][:200]
         raise ConfigError(
-            f"adapter.targets is {', '.join(targets)}: {reason}; expected names of "
+            f"adapter.targets is {', '.join(named)}: {reason}; expected names of "
             f"linear or convolution layers, such as {', '.join(presets.lora_targets)}"
         ) from err
     firsts = {name: p for name, p in network.named_parameters() if ".lora_A." in name}
     for target in targets:
         if not any(target in name for name in firsts):
-            raise ConfigError(
-                f"adapter.targets: no layer of the network is named {target}; expected names such "
-                f"as {', '.join(presets.lora_targets)}"
-            )
+            raise _no_layer(target, presets)
     for name, parameter in firsts.items():
         drawn = normal(seed, _PURPOSE, [name], 0, tuple(parameter.shape))[0]
         parameter.data.copy_(torch.from_numpy(drawn) / config.rank)
@@ -93,9 +90,10 @@ def pack_lora(
     described = _peft_config(config, targets).to_dict()
     described["target_modules"] = sorted(targets)
     pipeline = getattr(diffusers, presets.pipeline or "")
-    # The adapters of UNets alone have names from before peft.
-    is_unet = presets.network_part == "unet"
-    layers = convert_state_dict_to_diffusers(plain) if is_unet else plain
+    # The published scripts give UNets' attention layers names from before peft. In a file with
+    # names of both kinds, pipelines would load only some.
+    older = convert_state_dict_to_diffusers(plain) if presets.network_part == "unet" else plain
+    layers = plain if any(".lora_A." in name for name in older) else older
     with tempfile.TemporaryDirectory() as directory:
         pipeline.save_lora_weights(
             directory,
@@ -108,6 +106,13 @@ def pack_lora(
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             return tensors, dict(opened.metadata())
+
+
+def _no_layer(target: str, presets: Presets) -> ConfigError:
+    return ConfigError(
+        f"adapter.targets: no layer of the network is named {target}; expected names such as "
+        f"{', '.join(presets.lora_targets)}"
+    )
 
 
 def _names(config: AdapterConfig, presets: Presets) -> list[str]:
@@ -134,7 +139,15 @@ def _layers(network: nn.Module, config: AdapterConfig, presets: Presets) -> list
                 if isinstance(module, nn.Linear) and _IN_BLOCK.search(name)
             ]
         elif _is_pattern(target):
-            found += fnmatch.filter(modules, target)
+            adapted = (nn.Linear, nn.Conv2d)
+            layers = [
+                name
+                for name in fnmatch.filter(modules, target)
+                if isinstance(modules[name], adapted)
+            ]
+            if not layers and config.targets not in (None, "script"):
+                raise _no_layer(target, presets)
+            found += layers
         else:
             found.append(target)
     return found

@@ -64,6 +64,7 @@ class PipelineDirectory:
         self.network_part = presets.network_part
         self._presets = presets
         index = read_index(self.path)
+        self._check_not_distilled(name, index)
         if (found := index.get("_class_name")) != presets.pipeline:
             raise CheckpointError(
                 f"{name} is a {found}; expected a {presets.pipeline}; choose the backbone of that "
@@ -78,7 +79,6 @@ class PipelineDirectory:
                 )
         self._scheduler_class = str(parts.get("scheduler", ("", ""))[1])
         self._check_network(name)
-        self._check_not_distilled(name, index)
 
     def _check_network(self, name: str) -> None:
         import diffusers
@@ -109,13 +109,14 @@ class PipelineDirectory:
         """Refuse networks that generate in few steps, which training by this loss would undo."""
         marks = self._presets.distilled
         flagged = ["distilled"] if index.get("is_distilled") else []
-        words = f"{self.name} {self.repository or ''}".lower()
-        if found := [*flagged, *(mark for mark in marks if mark in words)]:
+        words = f"{self.name} {self.repository or ''} {index.get('_class_name')}".lower()
+        # A "de-turbo" is trained back.
+        if found := [*flagged, *(m for m in marks if re.search(rf"(?<!de)(?<!de-){m}", words))]:
             base = marks.get(found[0], next(iter(marks.values()), "its base model"))
             raise CheckpointError(
                 f"{name} is distilled to generate in few steps ({found[0]}), which training would "
-                f"undo; expected its base model, {base}; to evaluate it as it is, pass --system "
-                f"diffusers:{name}"
+                f"undo; expected its base model, such as {base}; to evaluate it as it is, pass "
+                f"--system diffusers:{name}"
             )
 
     def part_config(self, part: str) -> Mapping[str, Any]:

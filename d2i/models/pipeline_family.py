@@ -22,6 +22,7 @@ from d2i.models.base import Conditions, OneTensorFamily, SampleLatents
 from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.models.registry import family_of_backbone
 from d2i.models.weights.load import fill_network
+from d2i.tokenize import clean
 
 
 class PipelineFamily(OneTensorFamily):
@@ -33,12 +34,10 @@ class PipelineFamily(OneTensorFamily):
     Attributes:
         published: The arguments of the published network that are not diffusers' defaults.
         other_parts: The pipeline's arguments for the parts that latents do not depend on.
-        call_options: Arguments of the pipeline's call that differ from its defaults.
     """
 
     published: ClassVar[Mapping[str, Any]]
     other_parts: ClassVar[Mapping[str, Any]]
-    call_options: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def network_class(self) -> Any:
@@ -115,9 +114,11 @@ class PipelineFamily(OneTensorFamily):
         pipeline.set_progress_bar_config(disable=True)
         side = network.latent_size * network.downsampling
         shape = self.codec.latent_shape(network.latent_size)
+        dtype = input_dtype(network)
 
         def sample(conditions: Conditions, draws: SampleDraws) -> Tensor:
             start = draw_noise(draws, "", shape, conditions["text"].device)
+            given = {name: _as(dtype, value) for name, value in conditions.items()}
             latents: Tensor = pipeline(
                 latents=self.patches(start),
                 num_inference_steps=settings.num_steps,
@@ -125,8 +126,8 @@ class PipelineFamily(OneTensorFamily):
                 height=side,
                 width=side,
                 output_type="latent",
-                **self.prompt_arguments(conditions, unconditional),
-                **self.call_options,
+                **self.prompt_arguments(given, unconditional),
+                **self.presets.call_options,
                 **settings.pipeline,
             ).images
             return self.patches(latents)
@@ -136,6 +137,10 @@ class PipelineFamily(OneTensorFamily):
     def patches(self, latents: Tensor) -> Tensor:
         """Return raw latents (B, C, h, w) in the codec's patches, as the pipeline takes them."""
         return pixel_unshuffle(latents, self.codec.patch_size)
+
+    def clean(self, line: str) -> str:
+        """Return the text of a line as it is trained on: as CLIP's tokenizer cleans it."""
+        return clean(line)
 
     def prompt_arguments(self, conditions: Conditions, unconditional: Conditions) -> dict[str, Any]:
         """Return the pipeline's arguments for conditions (B, ...) and those of ''."""
@@ -160,6 +165,15 @@ def pipeline_family(backbone: str) -> PipelineFamily:
     if not isinstance(found, PipelineFamily):
         raise ConfigError(f"{backbone} is no network of a diffusers pipeline; expected one")
     return found
+
+
+def input_dtype(network: nn.Module) -> torch.dtype:
+    """Return the dtype in which a network holds its own weights, beside those of an adapter."""
+    return next(network.parameters()).dtype
+
+
+def _as(dtype: torch.dtype, value: Tensor) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
 
 
 def pad_rows(rows: Sequence[Tensor]) -> dict[str, Tensor]:

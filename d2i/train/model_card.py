@@ -122,6 +122,7 @@ def _how_to_prompt(base: str, recipe: Recipe, presets: Presets) -> list[str]:
     side = recipe.image.resolution
     # Flow transformers' directories do not say the size that a run was trained at.
     size = f", height={side}, width={side}" if presets.is_flow else ""
+    size += "".join(f", {name}={value!r}" for name, value in presets.call_options.items())
     return [
         "## How to prompt it",
         "",

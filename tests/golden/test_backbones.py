@@ -18,7 +18,7 @@ from d2i.errors import ConfigError
 from d2i.models import build_backbone, family, save_weights
 from d2i.models.lora import add_lora, pack_lora
 from tests.golden.arrays import facts, tensors
-from tests.golden.backbones import golden_conditions, golden_network
+from tests.golden.backbones import fill_by_name, golden_conditions, golden_network
 from tests.shared import needs_shared
 
 pytestmark = needs_shared
@@ -184,6 +184,22 @@ def test_sampler_equals_stock_pipeline_before_and_after_lora(name: str, tmp_path
     stock = golden_network(name)
     pipeline_of(name, stock).load_lora_weights(tmp_path)
     torch.testing.assert_close(sampled(name, stock), golden["sample.lora"], **CLOSE_SAMPLE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_of_every_linear_layer_loads_into_stock_pipeline(name: str, tmp_path: Path) -> None:
+    config = AdapterConfig(kind="lora", rank=4, alpha=8, targets="all-linear")
+    network, presets = golden_network(name), family(name).presets
+    add_lora(network, config, presets, seed=0)
+    fill_by_name(network, 1, part="lora_B")
+    adapter = {key: p for key, p in network.named_parameters() if p.requires_grad}
+    held, metadata = pack_lora(adapter, config, presets)
+    save_weights(held, tmp_path / "pytorch_lora_weights.safetensors", metadata)
+    stock = golden_network(name)
+    pipeline_of(name, stock).load_lora_weights(tmp_path)
+    num_placed = sum(".lora_" in key for key, _ in stock.named_parameters())
+    assert num_placed == len(adapter)
+    assert torch.equal(sampled(name, stock), sampled(name, network))
 
 
 def pipeline_of(name: str, network: Any) -> Any:

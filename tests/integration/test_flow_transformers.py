@@ -24,7 +24,6 @@ from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.models.pipeline_family import PipelineFamily, pipeline_family
 from d2i.recipes import load_recipe
 from d2i.shards import ShardReader
-from d2i.tokenize import clean
 from tests.integration.fine_tuning import SETTINGS
 from tests.integration.pipelines import (
     save_tiny_flux2_klein,
@@ -142,14 +141,14 @@ def stock_pixels(name: str, base: Path, run: Path, part: str, key: str, seed: in
     side = 64 // one.codec.factor
     noise = SampleDraws([seed], [key]).normal("", one.codec.latent_shape(side))
     return pipeline(
-        prompt=clean(key),
+        prompt=one.clean(key),
         latents=one.patches(torch.from_numpy(noise)),
         num_inference_steps=3,
         guidance_scale=load_recipe(RECIPES[name]).sample.guidance_scale,
         height=64,
         width=64,
         output_type="np",
-        **one.call_options,
+        **presets.call_options,
     ).images[0]
 
 
@@ -194,11 +193,25 @@ def save_distilled(base: Path) -> Path:
     return base / "klein"
 
 
+def save_sprint(base: Path) -> Path:
+    save_tiny_sana(base / "sana")
+    index = base / "sana" / "model_index.json"
+    words = json.loads(index.read_text()) | {"_class_name": "SanaSprintPipeline"}
+    index.write_text(json.dumps(words))
+    return base / "sana"
+
+
+def test_network_that_was_trained_back_from_turbo_is_no_distilled_one(tmp_path: Path) -> None:
+    save_tiny_z_image(tmp_path / "Z-Image-De-Turbo")
+    PipelineDirectory(str(tmp_path / "Z-Image-De-Turbo"), presets_of("z-image"))
+
+
 @pytest.mark.parametrize(
     ("name", "make", "expected"),
     [
-        ("z-image", rename_to_turbo, "its base model, Tongyi-MAI/Z-Image; "),
-        ("flux2-klein", save_distilled, "base model, black-forest-labs/FLUX.2-klein-base-4B; "),
+        ("z-image", rename_to_turbo, "base model, such as Tongyi-MAI/Z-Image; "),
+        ("flux2-klein", save_distilled, "such as black-forest-labs/FLUX.2-klein-base-4B; "),
+        ("sana", save_sprint, "such as Efficient-Large-Model/Sana_1600M_1024px_diffusers; "),
     ],
 )
 def test_distilled_variant_is_refused_with_its_base(

@@ -29,7 +29,6 @@ from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.models.pipeline_family import pipeline_family
 from d2i.models.weights.load import fill_network, read_described, read_state_dict
 from d2i.run_dir import read_recipe
-from d2i.tokenize import clean
 from d2i.weights_resolve import resolve_weights
 
 # Arguments of a pipeline's call that other settings give.
@@ -88,7 +87,7 @@ class FineTunedPipeline(PipelineSystem):
 
     def generate_seeded(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Generation]:
         """Generate from cleaned text, so that a stock tokenizer gives the ids of training."""
-        cleaned = [replace(prompt, text=clean(prompt.text)) for prompt in prompts]
+        cleaned = [replace(p, text=self._family.clean(p.text)) for p in prompts]
         return super().generate_seeded(cleaned, seeds)
 
     def _noise(self, keys: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
@@ -106,7 +105,7 @@ class FineTunedPipeline(PipelineSystem):
             "guidance_scale": self._sample.guidance_scale,
             "height": size,
             "width": size,
-            **self._family.call_options,
+            **self._family.presets.call_options,
         }
 
 

@@ -10,8 +10,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from d2i.config import NUM_NOISE_LEVELS
 from d2i.models.base import Conditions
-from d2i.models.flow_transformer import FlowFamily, input_dtype
+from d2i.models.flow_transformer import FlowFamily
 from d2i.models.image_codec import KL_F8C16
+from d2i.models.pipeline_family import input_dtype
 
 _PATCH_SIZE = 2
 _NUM_AXES = 3
@@ -35,13 +36,14 @@ class Flux1Family(FlowFamily):
         dtype, text = input_dtype(network), conditions["text"]
         patches = pixel_unshuffle(latent, _PATCH_SIZE)  # (B, 4C, h/2, w/2)
         height, width = patches.shape[-2:]
+        has_guidance = getattr(network, "module", network).config.guidance_embeds
         places = torch.zeros(height, width, _NUM_AXES, device=text.device)
         places[..., 1] = torch.arange(height, device=text.device)[:, None]
         places[..., 2] = torch.arange(width, device=text.device)
         predicted: Tensor = network(
             patches.flatten(2).transpose(1, 2).to(dtype),  # (B, h/2 w/2, 4C)
             timestep=timestep / NUM_NOISE_LEVELS,
-            guidance=torch.full_like(timestep, self.guidance),
+            guidance=torch.full_like(timestep, self.guidance) if has_guidance else None,
             pooled_projections=conditions["pooled"].to(dtype),
             encoder_hidden_states=text.to(dtype),
             txt_ids=torch.zeros(text.shape[1], _NUM_AXES, device=text.device),

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from d2i.config import NUM_NOISE_LEVELS
 from d2i.models.base import Conditions
-from d2i.models.flow_transformer import FlowFamily, input_dtype
+from d2i.models.flow_transformer import FlowFamily
 from d2i.models.image_codec import FLUX2
+from d2i.models.pipeline_family import input_dtype
 
 _NUM_AXES = 4
 

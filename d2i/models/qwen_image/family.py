@@ -9,8 +9,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from d2i.config import NUM_NOISE_LEVELS
 from d2i.models.base import Conditions
-from d2i.models.flow_transformer import FlowFamily, input_dtype
+from d2i.models.flow_transformer import FlowFamily
 from d2i.models.image_codec import QWEN_IMAGE
+from d2i.models.pipeline_family import input_dtype
 
 _PATCH_SIZE = 2
 
@@ -36,7 +37,7 @@ class QwenImageFamily(FlowFamily):
             hidden_states=patches.flatten(2).transpose(1, 2).to(dtype),  # (B, h/2 w/2, 4C)
             timestep=timestep / NUM_NOISE_LEVELS,
             encoder_hidden_states=conditions["text"].to(dtype),
-            encoder_hidden_states_mask=conditions["mask"],
+            encoder_hidden_states_mask=conditions.get("mask"),
             img_shapes=[[(1, height, width)]] * len(latent),
             return_dict=False,
         )[0]

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from d2i.diffusion.flow import FlowSchedule, shifted_schedule
 from d2i.models.base import Conditions
-from d2i.models.flow_transformer import FlowFamily, input_dtype
+from d2i.models.flow_transformer import FlowFamily
 from d2i.models.image_codec import DC_AE_F32
+from d2i.models.pipeline_family import input_dtype
 
 _REPORT_SHIFT = 3.0
 
@@ -26,7 +27,6 @@ class SanaFamily(FlowFamily):
     codec = DC_AE_F32
     published: ClassVar = {}
     other_parts: ClassVar = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    call_options: ClassVar = {"use_resolution_binning": False}
     text_dim_setting = "caption_channels"
     num_text_tokens = 300
     published_shift = 3.0
@@ -40,7 +40,7 @@ class SanaFamily(FlowFamily):
         predicted: Tensor = network(
             latent.to(dtype),
             encoder_hidden_states=conditions["text"].to(dtype),
-            encoder_attention_mask=conditions["mask"],
+            encoder_attention_mask=conditions.get("mask"),
             timestep=timestep,
             return_dict=False,
         )[0]

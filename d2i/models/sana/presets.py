@@ -19,6 +19,7 @@ PRESETS = Presets(
     network_part="transformer",
     is_flow=True,
     multiple_of=32,
+    call_options={"use_resolution_binning": False},
     report="Sana's published configuration (Sana_1600M_img1024): logit-normal times, shift 3",
     distilled={"sprint": "Efficient-Large-Model/Sana_1600M_1024px_diffusers"},
     lora_targets=("to_k", "to_q", "to_v"),

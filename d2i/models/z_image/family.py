@@ -10,9 +10,9 @@ from torch import Tensor
 from d2i.config import NUM_NOISE_LEVELS
 from d2i.diffusion.flow import FlowSchedule, resolution_shift, shifted_schedule
 from d2i.models.base import Conditions
-from d2i.models.flow_transformer import FlowFamily, input_dtype
+from d2i.models.flow_transformer import FlowFamily
 from d2i.models.image_codec import KL_F8C16
-from d2i.models.pipeline_family import pad_rows
+from d2i.models.pipeline_family import input_dtype, pad_rows
 
 _PATCH_SIZE = 2
 

@@ -99,8 +99,15 @@ class BatchLoader:
         self._waiting: deque[tuple[int, Future[Batch]]] = deque()
 
     def read_ahead(self, requests: Iterable[tuple[NDArray[np.int64], int]]) -> Iterator[Batch]:
-        """Prefetch a micro batch for each (sample indices, step); yield them in that order."""
+        """Prefetch a micro batch for each (sample indices, step); yield them in that order.
+
+        With offloaded text encoders each is read when it is asked for.
+        """
         waiting = self._waiting
+        if self._config.text_encoder_memory == "offload":
+            # The encoders are on the accelerator only while no step is.
+            yield from (self._read_pinned(indices, step) for indices, step in requests)
+            return
         for indices, step in requests:
             waiting.append((step, self._threads.submit(self._read_pinned, indices, step)))
             if len(waiting) > self._config.num_reader_threads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2i.encoders.pipeline_text import Encoded, join_encoded
+from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2i.train.data.text_source import TextSource
@@ -49,6 +51,8 @@ class EncodedOnce:
             encoded = source.read(indices)
             for row in range(len(indices)):
                 rows.append(_trimmed({name: part[row] for name, part in encoded.items()}))
+            if start == 0:
+                _check_space(rows.num_bytes * self._num_samples // len(indices))
         rows.map()
         return rows
 
@@ -64,6 +68,21 @@ class EncodedOnce:
         rows = self.prepare()
         found = [rows.read(int(index)) for index in indices]
         return join_encoded([{name: part[None] for name, part in row.items()} for row in found])
+
+
+def _check_space(num_bytes: int) -> None:
+    """Check that about as many bytes are free where the file is.
+
+    Raises:
+        ConfigError: If they are not.
+    """
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if num_bytes > free:
+        raise ConfigError(
+            f"train.text_encoder_memory=free: {tempfile.gettempdir()} has {free / 1e9:.3g} GB "
+            f"free; expected about {num_bytes / 1e9:.3g} GB for the texts of every rank; set "
+            "TMPDIR to a larger disk, or use keep or offload"
+        )
 
 
 def _trimmed(row: Encoded) -> Encoded:
@@ -82,6 +101,11 @@ class _ScratchRows:
         self._places: list[dict[str, tuple[int, str, tuple[int, ...], bool]]] = []
         self._end = 0
         self._mapped: NDArray[np.uint8] = np.empty(0, np.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written so far."""
+        return self._end
 
     def append(self, row: Encoded) -> None:
         """Write the arrays of the next sample."""

@@ -17,7 +17,7 @@ from d2i.config import ImageConfig, Recipe
 from d2i.diffusion.draws import SampleDraws
 from d2i.encoders import Vae
 from d2i.encoders.data_fingerprint import check_encoder_hashes
-from d2i.encoders.pipeline_text import Encoded
+from d2i.encoders.pipeline_text import DTYPES, Encoded
 from d2i.images.decode import crop_to_square, decode_image, png_bytes
 from d2i.io import storage
 from d2i.models.registry import family_of_backbone
@@ -84,7 +84,10 @@ class SampleGrid:
     def _network(self, checkpoint: Checkpoint) -> Any:
         kind = KIND_OF_WEIGHTS[self._recipe.sample.weights]
         network = build_with_trained(self._recipe, dict(checkpoint.read_whole(kind)))
-        return network.to(self._device).eval().requires_grad_(False)
+        # As the stock pipeline would hold it; others are sampled in float32.
+        is_flow = family_of_backbone(self._recipe.backbone.name).presets.is_flow
+        dtype = DTYPES[self._recipe.sample.precision] if is_flow else torch.float32
+        return network.to(self._device, dtype).eval().requires_grad_(False)
 
     def _sample_latents(self, network: Any) -> Tensor:
         """Generate the unscaled latents of all dialogs, in few steps."""

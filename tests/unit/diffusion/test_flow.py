@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from d2i.config import TrainConfig
+from d2i.dialog import Turn
 from d2i.diffusion.draws import BatchDraws
 from d2i.diffusion.flow import FlowSchedule, flow_loss, resolution_shift, shifted_schedule
 from d2i.errors import ConfigError
 from d2i.models import family
+from d2i.prompt_text import context_text
 from d2i.recipes import load_recipe, resolve_recipe
 
 CONFIG = TrainConfig(num_steps=1, global_batch_size=1, micro_batch_size=1)
@@ -74,6 +76,7 @@ def test_unknown_weighting_is_refused() -> None:
         ("sana-photochat", "image.resolution=528", "a multiple of 32 pixels"),
         ("z-image-lora-photochat", "train.compile=true", "differ in length"),
         ("z-image-lora-photochat", "text.encode=stored", "expected text.latents=none"),
+        ("z-image-lora-photochat", "adapter.targets=to_q", "script, all-linear, or a list"),
         ("uvit-s-photochat", "encoders.clip_text=null", "expected a CLIP text encoder"),
     ],
 )
@@ -82,6 +85,16 @@ def test_setting_that_does_not_fit_is_refused(name: str, setting: str, said: str
         resolve_recipe(name, [setting])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_dialog_is_not_cut_to_window_of_clip() -> None:
+    """The text encoder's own window is several times as long."""
+    turns = [Turn(None, f"turn {number} " + "of many words " * 4) for number in range(20)]
+    for name in ("z-image-lora-photochat", "flux2-klein-lora-photochat", "sana-photochat"):
+        line = context_text(turns, load_recipe(name).text)
+        assert all(f"turn {number} " in line for number in range(20))
+    with pytest.raises(ConfigError, match="expected token"):
+        resolve_recipe("sana-photochat", ["text.cut=turn"])
 
 
 def test_defaults_of_flow_transformers_are_those_of_published_scripts() -> None:
