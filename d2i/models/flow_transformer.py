@@ -29,13 +29,11 @@ class FlowFamily(PipelineFamily):
 
     Attributes:
         text_dim_setting: The name in the network's config of the width of a text token.
-        num_text_tokens: Tokens of the longest text.
         has_one_length: True if all texts are filled up to that length.
         marks: Names of tensors that no other family's networks have.
     """
 
     text_dim_setting: ClassVar[str]
-    num_text_tokens: ClassVar[int]
     has_one_length: ClassVar[bool] = True
     marks: ClassVar[tuple[str, ...]]
 

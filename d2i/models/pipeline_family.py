@@ -34,11 +34,13 @@ class PipelineFamily(OneTensorFamily):
         published: The arguments of the published network that are not diffusers' defaults.
         other_parts: The pipeline's arguments for the parts that latents do not depend on.
         call_options: Arguments of the pipeline's call that differ from its defaults.
+        num_text_tokens: Tokens of the longest text.
     """
 
     published: ClassVar[Mapping[str, Any]]
     other_parts: ClassVar[Mapping[str, Any]]
     call_options: ClassVar[Mapping[str, Any]] = {}
+    num_text_tokens: ClassVar[int] = 77
 
     @property
     def network_class(self) -> Any:
