@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.backbones import presets_of
+from d2i.backbones import chat_problem, presets_of
 from d2i.config import Recipe, TextConfig
 from d2i.dialog import Turn
 from d2i.encoders import ClipText, load_clip_text
@@ -17,7 +17,7 @@ from d2i.encoders.data_fingerprint import check_encoder_hashes
 from d2i.encoders.pipeline_text import Encoded, PipelineText
 from d2i.errors import ConfigError
 from d2i.models.pipeline_family import pipeline_family
-from d2i.prompt_text import context_text, text_tokens
+from d2i.prompt_text import context_messages, context_roles, context_text, text_tokens
 from d2i.shards import ShardReader
 
 
@@ -34,6 +34,8 @@ class TextSource(Protocol):
         ...
 
 
+Sample = Mapping[str, Any]
+"""The `json` member of a sample, decoded."""
 OpenText = Callable[[ShardReader], TextSource]
 """From a data set to the text of its samples; all share one encoder."""
 
@@ -91,29 +93,23 @@ class DialogText:
 
     Args:
         reader: The shards.
-        config: How a context is linearized.
-        encode: From lines to their conditions.
+        encode: From the `json` members of samples to their conditions.
         empty: What replaces a condition that is dropped.
     """
 
     def __init__(
-        self,
-        reader: ShardReader,
-        config: TextConfig,
-        encode: Callable[[Sequence[str]], Encoded],
-        empty: Encoded,
+        self, reader: ShardReader, encode: Callable[[Sequence[Sample]], Encoded], empty: Encoded
     ) -> None:
-        self._reader, self._config, self._encode = reader, config, encode
+        self._reader, self._encode = reader, encode
         self.empty = empty
 
     def read(self, indices: NDArray[np.int64]) -> Encoded:
-        """Linearize and encode the contexts of samples."""
-        return self._encode([self._line(int(index)) for index in indices])
+        """Write and encode the contexts of samples.
 
-    def _line(self, index: int) -> str:
-        context = self._reader.read_json(index)["context"]
-        turns = [Turn(turn["speaker"], turn["text"]) for turn in context]
-        return context_text(turns, self._config)
+        Raises:
+            DataError: If a chat cannot be made of one; see `context_roles`.
+        """
+        return self._encode([self._reader.read_json(int(index)) for index in indices])
 
 
 def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
@@ -126,8 +122,11 @@ def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
 
     Raises:
         CheckpointError: If an encoder cannot be loaded, or stored text was made with another one.
-        ConfigError: If shards cannot hold the text of this backbone, or hold another one's.
+        ConfigError: If shards cannot hold the text of this backbone, or hold another one's, or
+            its encoder cannot read chats.
     """
+    if problem := chat_problem(recipe):
+        raise ConfigError(problem)
     if recipe.text.encode == "on_the_fly":
         return _encoding_dialogs(recipe, device)
     if not presets_of(recipe.backbone.name).stores_text:
@@ -175,8 +174,13 @@ def _encoding_dialogs(recipe: Recipe, device: str) -> OpenText:
             device,
             recipe.train.text_encoder_precision,
             is_offloaded=recipe.train.text_encoder_memory == "offload",
+            seed=recipe.train.seed,
         )
         encode, empty = pipeline.encode, pipeline.encode_empty()
+        if recipe.text.format == "chat":
+            return lambda reader: DialogText(
+                reader, partial(_encode_chats, pipeline, recipe.text), empty
+            )
     else:
         clip_text = load_clip_text(recipe.encoders, device)
         encode_tokens = _encoder_of_tokens(clip_text, recipe)
@@ -185,7 +189,20 @@ def _encoding_dialogs(recipe: Recipe, device: str) -> OpenText:
             return encode_tokens(np.stack([text_tokens(line, recipe.text) for line in lines]))
 
         empty = _first(encode([""]))
-    return lambda reader: DialogText(reader, recipe.text, encode, empty)
+
+    def encode_samples(samples: Sequence[Sample]) -> Encoded:
+        return encode([context_text(_turns(sample), recipe.text) for sample in samples])
+
+    return lambda reader: DialogText(reader, encode_samples, empty)
+
+
+def _encode_chats(pipeline: PipelineText, config: TextConfig, samples: Sequence[Sample]) -> Encoded:
+    chats = [context_messages(_turns(s), context_roles(s), config) for s in samples]
+    return pipeline.encode_chats(chats, [str(sample["key"]) for sample in samples])
+
+
+def _turns(sample: Sample) -> list[Turn]:
+    return [Turn(turn["speaker"], turn["text"]) for turn in sample["context"]]
 
 
 def _encoder_of_tokens(
