@@ -65,6 +65,8 @@ class Presets:
             training would undo.
         lora_targets: Names of the layers that a LoRA adapts; empty if the family takes none.
         stores_text: True if shards can hold the text that its networks are given.
+        chat: The options with which the pipeline fills in the chat template of its text encoder;
+            None if that has no chat template, or the pipeline does not use it.
         published_licence: The licence of the published weights, in words: a hint, where the
             directory of a base model does not name its own.
     """
@@ -82,6 +84,7 @@ class Presets:
     distilled: Mapping[str, str] = field(default_factory=dict)
     lora_targets: tuple[str, ...] = ()
     stores_text: bool = True
+    chat: Mapping[str, Any] | None = None
     published_licence: str | None = None
 
 
@@ -205,6 +208,29 @@ def recipe_problem(recipe: Any) -> str | None:
     if presets.pipeline and (problem := _pipeline_problem(recipe, presets)):
         return problem
     return presets.problem(recipe)
+
+
+def chat_problem(recipe: Any) -> str | None:
+    """Return the reason why a backbone cannot read its text as a chat, in one line; else None."""
+    name, text = recipe.backbone.name, recipe.text
+    if text.format == "line":
+        if text.roles == "permuted":
+            return "text.roles=permuted: a line has no roles; expected text.format=chat"
+        return None
+    if presets_of(name).chat is None:
+        takers = [b for b in backbones() if presets_of(b).chat is not None]
+        return (
+            f"text.format=chat: the text encoder of {name} has no chat template; expected "
+            f"text.format=line, or one of {', '.join(takers)}"
+        )
+    if text.encode == "stored":
+        return "text.format=chat: shards store no chats; expected text.encode=on_the_fly"
+    if recipe.corpus.direction == "first":
+        return (
+            "text.format=chat: the messages of a chat precede the image; expected "
+            "corpus.direction=answer"
+        )
+    return None
 
 
 def sampler_problem(backbone: str, sampler: str) -> str | None:

@@ -45,6 +45,8 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "image.max_upscale": None,
     "preprocess.format": None,
     "text.encode": "stored",
+    "text.format": "line",
+    "text.roles": "speaker",
     "train.text_encoder_precision": "fp32",
     "train.text_encoder_memory": "keep",
     "train.weighting": "none",
@@ -158,6 +160,14 @@ class TextConfig(Config):
     encode: Literal["stored", "on_the_fly"] = "stored"
     """Train on the text that shards store, or linearize and encode their dialogs while training.
     Then the other settings of `text` may differ from those that prepared the data."""
+    format: Literal["line", "chat"] = "line"
+    """`line`: the context as one line, linearized by `strategy`. `chat`: its turns as messages of
+    the chat template of a pipeline's language model, for z-image and flux2-klein (our addition;
+    docs/models.md, Chat format)."""
+    roles: Literal["speaker", "permuted"] = "speaker"
+    """Roles of the messages of a chat. `speaker`: `assistant` for the speaker who shares the image,
+    `user` for all others. `permuted`, as a control: the same roles in a random order, drawn once
+    for each sample."""
 
 
 class DialogConfig(Config):

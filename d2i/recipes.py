@@ -17,6 +17,7 @@ from d2i.config import (
     SCRATCH,
     AdapterConfig,
     BackboneConfig,
+    CorpusConfig,
     EncodersConfig,
     ImageConfig,
     MetricsConfig,
@@ -144,10 +145,12 @@ def _pipeline(
     lr: float,
     adapter: AdapterConfig,
     encoder_batch_size: int = 32,
+    corpus: CorpusConfig | None = None,
 ) -> Recipe:
     is_large = resolution > 512
     return Recipe(
         name=name,
+        corpus=corpus or CorpusConfig(),
         image=ImageConfig(resolution=resolution, max_upscale=1.5),
         encoders=EncodersConfig(compute_batch_size=encoder_batch_size),
         backbone=base,
@@ -186,19 +189,22 @@ def sdxl_lora_photochat() -> Recipe:
 
 # Every linear layer gets a LoRA in the two: the published scripts' targets are for twenty images.
 # They start at 512 pixels, which PhotoChat's photographs fill. A language model encodes 8 texts
-# at once.
+# at once. The photograph's own turn, which has no text, tells text.format=chat who shares it.
+_WITH_OWN_TURN = CorpusConfig(own_turn="include")
+
+
 def z_image_lora_photochat() -> Recipe:
     """Z-Image on PhotoChat: a LoRA of rank 16 at 512 px (our default)."""
     base = BackboneConfig(name="z-image", weights=_Z_IMAGE)
     adapter = AdapterConfig(kind="lora", targets="all-linear")
-    return _pipeline("z-image-lora-photochat", base, 512, 1e-4, adapter, 8)
+    return _pipeline("z-image-lora-photochat", base, 512, 1e-4, adapter, 8, _WITH_OWN_TURN)
 
 
 def flux2_klein_lora_photochat() -> Recipe:
     """FLUX.2 klein (base, 4B) on PhotoChat: a LoRA of rank 16 at 512 px (our default)."""
     base = BackboneConfig(name="flux2-klein", weights=_FLUX2_KLEIN)
     adapter = AdapterConfig(kind="lora", targets="all-linear")
-    return _pipeline("flux2-klein-lora-photochat", base, 512, 1e-4, adapter, 8)
+    return _pipeline("flux2-klein-lora-photochat", base, 512, 1e-4, adapter, 8, _WITH_OWN_TURN)
 
 
 def sana_photochat() -> Recipe:
@@ -429,7 +435,7 @@ def _features_of(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that determine the features; batches and limits do not."""
     return {
         "image": recipe.image.model_dump(include={"resolution"}),
-        "text": recipe.text.model_dump(exclude={"encode"}),
+        "text": recipe.text.model_dump(exclude={"encode", "format", "roles"}),
         "encoders": recipe.encoders.model_dump(exclude={"compute_batch_size"}),
         "image_encoders": recipe.encoders.model_dump(include={"vae", "vae_kind", "clip_image"}),
     }

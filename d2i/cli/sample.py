@@ -51,19 +51,20 @@ def sample(
         --set sample.sampler=diffusers:DPMSolverMultistepScheduler
     """
     from d2i.eval.generation_settings import choose_settings
-    from d2i.eval.single_dialog import Request, generate_image, read_dialog
+    from d2i.eval.single_dialog import Request, generate_image, read_dialog, read_roles
     from d2i.recipes import change_recipe
     from d2i.run_dir import read_recipe
 
     if not out.lower().endswith(".png"):
         raise ConfigError(f"--out {out}: expected a name that ends in .png; change it")
-    turns = read_dialog(_read_text(dialog))
+    given = _read_text(dialog)
+    turns = read_dialog(given)
     choice = choose_settings(f"run:{run}", settings or [])
     # With a key, the image matches d2i eval's bit for bit, which takes its batch size.
     batches = [] if key else _SMALL_BATCHES
     recipe = change_recipe(read_recipe(run), [*batches, *choice.settings])
     seeds = seed or [recipe.sample.seed]
-    text = generate_image(Request(run, recipe, turns, seeds, key), out)
+    text = generate_image(Request(run, recipe, turns, seeds, key, read_roles(given)), out)
     result = {"image": out, "text": text, "seeds": seeds}
     print_result(result, [out], as_json=as_json)
 

@@ -69,6 +69,8 @@ def train(
         --set backbone.weights=mscoco_uvit_small.pth --set train.order=blocked
         --cache-dir /nvme/d2i --cache-gb 200
     """
+    from d2i.backbones import chat_problem
+    from d2i.errors import ConfigError
     from d2i.fault_injection import parse_fault
     from d2i.io import storage
     from d2i.io.parse import read_json
@@ -80,6 +82,8 @@ def train(
     # Checked here, so that a typo fails before the ranks start.
     resolved = resolve_recipe(recipe, settings or [])
     resolved.train.accumulation(num_accelerators or 1)
+    if problem := chat_problem(resolved):
+        raise ConfigError(problem)
     if not preflight:
         check_initial_weights(resolved, run)
     parse_fault(fault)

@@ -26,7 +26,9 @@ FORMS = ("turns", "messages", "conversations")
 IMAGE_MARK = "<image>"
 """Mark in a text for the next image of a record that lists its images."""
 
-_SPEAKERS = {"user": 0, "human": 0, "assistant": 1, "bot": 1, "model": 1, "gpt": 1}
+ASSISTANT = 1
+"""The speaker of the messages whose role is the assistant's."""
+_SPEAKERS = {"user": 0, "human": 0} | dict.fromkeys(("assistant", "bot", "model", "gpt"), ASSISTANT)
 _SILENT = frozenset({"system", "developer", "tool", "function", "function_call", "observation"})
 _MAX_SPEAKERS = 128
 _MAX_IMAGES = 1 << 14

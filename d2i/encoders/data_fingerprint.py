@@ -62,7 +62,9 @@ def _image_settings(recipe: Recipe, encoders: Encoders) -> dict[str, Any]:
 
 
 def _text_settings(recipe: Recipe) -> dict[str, Any]:
-    return {"precision": recipe.preprocess.encoder_precision, **recipe.text.model_dump()}
+    # Chats are only encoded while training.
+    stored = recipe.text.model_dump(exclude={"format", "roles"})
+    return {"precision": recipe.preprocess.encoder_precision, **stored}
 
 
 def _fits_format_1(arrays: Mapping[str, DeclaredArray]) -> bool:

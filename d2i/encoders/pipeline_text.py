@@ -16,35 +16,39 @@ from torch import Tensor
 
 from d2i.backbones import Presets
 from d2i.config import Precision, TextConfig
+from d2i.encoders.chat_text import ChatText
 from d2i.encoders.pretrained import freeze, pretrained_bytes
 from d2i.encoders.prompt_truncation import PromptTruncation
-from d2i.encoders.text_probe import NEXT_STEP, probe_text
+from d2i.encoders.text_probe import NEXT_STEP, probe_chat, probe_text
 from d2i.errors import CheckpointError, ConfigError
 from d2i.models.pipeline_dir import PipelineDirectory, read_index, read_part_config
 from d2i.models.pipeline_family import PipelineFamily
+from d2i.prompt_text import Message
 
 Encoded = dict[str, NDArray[Any]]
-"""The text conditions of N lines, by name: `text` (N, T, D) always; `pooled` (N, P), and `mask`
-(N, T), true where a row has text, where the family has them."""
+"""The text conditions of N lines or chats, by name: `text` (N, T, D) always; `pooled` (N, P), and
+`mask` (N, T), true where a row has text, where the family has them."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of each precision."""
 
 
 class PipelineText:
-    """Encodes lines with a pipeline's own encoders, at a fixed, padded batch size.
+    """Encodes lines or chats with a pipeline's own encoders, at a fixed, padded batch size.
 
     Args:
         name: The directory of the pipeline, or its repository in the local cache.
         family: Of its network.
-        config: Which side is kept of a line that is too long for an encoder.
+        config: The settings of text, such as the side that is kept of one that is too long.
         batch_size: Lines per call.
         device: The torch device to run on.
         precision: Of the encoders.
         is_offloaded: True to keep the encoders in the CPU's memory between calls.
+        seed: Of the permuted roles of chats.
 
     Raises:
         CheckpointError: If it cannot be loaded.
-        ConfigError: If an encoder's window cannot be found, or its text does not pass the probe.
+        ConfigError: If an encoder's window cannot be found, its text does not pass the probe, or
+            it has no chat template for `text.format=chat`.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class PipelineText:
         precision: Precision = "fp32",
         *,
         is_offloaded: bool = False,
+        seed: int = 0,
     ) -> None:
         directory = family.directory(name)
         self._family, self._is_offloaded = family, is_offloaded
@@ -65,20 +70,38 @@ class PipelineText:
         if problems := probe_text(self._pipeline, self._reading):
             raise ConfigError(f"{directory.name}: {problems[0]}; {NEXT_STEP}")
         self._batch_size, self._device = batch_size, device
+        self._chat: ChatText | None = None
+        if config.format == "chat":
+            self._chat = open_chat(self._pipeline, family, config, seed, device, directory.name)
         # A tokenizer's settings change while it runs, so threads take turns.
         self._lock = threading.Lock()
         self._move_to("cpu")
 
     def encode(self, lines: Sequence[str]) -> Encoded:
         """Encode N lines, N >= 1; a special token that a line spells stays plain text."""
-        parts = []
         with self._encoders_on_device():
-            texts = [self._reading.read(self._family.clean(line)) for line in lines]
-            for start in range(0, len(texts), self._batch_size):
-                rows = texts[start : start + self._batch_size]
-                padded = rows + rows[:1] * (self._batch_size - len(rows))
-                found = self._family.encode_prompts(self._pipeline, padded, self._device)
-                parts.append({key: self._array(value[: len(rows)]) for key, value in found.items()})
+            return self._encode([self._reading.read(self._family.clean(line)) for line in lines])
+
+    def encode_chats(self, chats: Sequence[Sequence[Message]], keys: Sequence[str]) -> Encoded:
+        """Encode N chats, N >= 1, of a pipeline that was opened for them; see `ChatText.write`.
+
+        Args:
+            chats: The messages of each.
+            keys: The key of the sample of each.
+        """
+        assert self._chat is not None
+        with self._encoders_on_device():
+            texts = [self._chat.write(*chat) for chat in zip(chats, keys, strict=True)]
+            with self._chat.as_given():
+                return self._encode(texts)
+
+    def _encode(self, texts: list[str]) -> Encoded:
+        parts = []
+        for start in range(0, len(texts), self._batch_size):
+            rows = texts[start : start + self._batch_size]
+            padded = rows + rows[:1] * (self._batch_size - len(rows))
+            found = self._family.encode_prompts(self._pipeline, padded, self._device)
+            parts.append({key: self._array(value[: len(rows)]) for key, value in found.items()})
         return join_encoded(parts)
 
     def encode_empty(self) -> Encoded:
@@ -87,7 +110,7 @@ class PipelineText:
         It is the encoded '' or, where the pipeline says so, zeros.
         """
         with self._encoders_on_device():
-            empty = self._family.encode_negative(self._pipeline, self._batch_size, self._device)
+            empty = self._family.unconditional(self._pipeline, self._batch_size, self._device)
             return {key: self._array(value[0]) for key, value in empty.items()}
 
     def _array(self, rows: Tensor) -> NDArray[Any]:
@@ -114,6 +137,42 @@ class PipelineText:
         if self._is_offloaded:
             for module in _text_encoders(self._pipeline):
                 module.to(device)
+
+
+def open_chat(
+    pipeline: Any, family: PipelineFamily, config: TextConfig, seed: int, device: str, name: str
+) -> ChatText:
+    """Return what writes the chats of a pipeline's language model, after a probe of it.
+
+    Args:
+        pipeline: The pipeline, on its device.
+        family: Of its network.
+        config: The settings of text.
+        seed: Of the permuted roles.
+        device: The torch device of its encoders.
+        name: Of the pipeline, for errors.
+
+    Raises:
+        ConfigError: If it has no chat template, or its text does not pass the probe.
+    """
+    options = family.presets.chat
+    if options is None:
+        raise ConfigError(
+            f"text.format=chat: the text encoder of {family.name} has no chat template; expected "
+            "text.format=line; remove the setting"
+        )
+    chat = ChatText(pipeline, options, config, family.num_text_tokens, seed)
+    # Roles as spoken: permuted ones differ by sample.
+    spoken = config.model_copy(update={"roles": "speaker"})
+    probed = ChatText(pipeline, options, spoken, family.num_text_tokens)
+
+    def encode(texts: list[str]) -> object:
+        with torch.inference_mode():
+            return family.encode_prompts(pipeline, texts, device)
+
+    if problems := probe_chat(probed, encode, pipeline):
+        raise ConfigError(f"{name}: {problems[0]}; {NEXT_STEP}")
+    return chat
 
 
 def join_encoded(parts: Sequence[Encoded]) -> Encoded:

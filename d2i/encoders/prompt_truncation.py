@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,7 +84,11 @@ class PromptTruncation:
         # A pipeline's warning about the end that it truncates is wrong now, and long.
         logging.getLogger(type(pipeline).__module__).setLevel(logging.ERROR)
         self.windows = _find_windows(pipeline, arguments, self._tokenizers)
-        self._special = _pattern(self._tokenizers.values())
+        self._special = spelling_pattern(
+            token
+            for tokenizer in self._tokenizers.values()
+            for token in special_tokens(tokenizer).values()
+        )
 
     def read(self, line: str) -> str:
         """Return the text to pass to the pipeline for a line."""
@@ -171,10 +175,13 @@ def special_tokens(tokenizer: Any) -> dict[int, str]:
     }
 
 
-def _pattern(tokenizers: Any) -> re.Pattern[str]:
-    """Return a pattern of special tokens, in any case as some pipelines lowercase text later."""
-    found = {token for tokenizer in tokenizers for token in special_tokens(tokenizer).values()}
-    longest_first = sorted(found, key=lambda token: (-len(token), token))
+def spelling_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of spelled tokens, in any case as some pipelines lowercase text later.
+
+    Args:
+        tokens: The tokens' own spelling.
+    """
+    longest_first = sorted(set(tokens), key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)", re.IGNORECASE)
 
 
@@ -253,6 +260,28 @@ def read_rows(
                 f"{type(pipeline).__name__} cannot generate from a prompt: {reason}; expected a "
                 "text-to-image pipeline and arguments that it takes; check sample.pipeline"
             ) from err
+    return rows
+
+
+def first_rows(encoder: nn.Module, call: Callable[[], object]) -> list[Row]:
+    """Return the rows that a text encoder gets first in a call, which ends before it runs.
+
+    Args:
+        encoder: The text encoder.
+        call: Encodes texts.
+    """
+    rows: list[Row] = []
+
+    def collect(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        rows.extend(_rows(args, options))
+        raise _Encoded
+
+    hook = encoder.register_forward_pre_hook(collect, with_kwargs=True)
+    try:
+        with contextlib.suppress(_Encoded):
+            call()
+    finally:
+        hook.remove()
     return rows
 
 

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from d2i.dialog import Turn, linearize
+from d2i.encoders.chat_text import ChatText
 from d2i.encoders.prompt_truncation import (
     Keep,
     Row,
     TextWindow,
+    first_rows,
     read_rows,
     special_tokens,
     text_tokenizers,
 )
+from d2i.prompt_text import Message
 
 NEXT_STEP = "copy its tokenizers again from their source, or use another base model"
 """The next step after a problem."""
@@ -86,6 +89,57 @@ def probe_text(pipeline: Any, reading: Reading) -> list[str]:
             for name, limit in fitting.items()
             if first[name] == second[name] and (num_words <= limit or reading.keep == "end")
         ]
+    return list(dict.fromkeys(problems))
+
+
+def probe_chat(chat: ChatText, encode: Callable[[list[str]], object], pipeline: Any) -> list[str]:
+    """Check chats as `probe_text` does lines: newest turns, spelled tokens, and roles.
+
+    No encoder runs.
+
+    Args:
+        chat: Writes the chats.
+        encode: Encodes texts as they are given, by the pipeline.
+        pipeline: The pipeline.
+    """
+    (name, tokenizer), *_ = text_tokenizers(pipeline).items()
+
+    def rows(*messages: Message) -> Row:
+        with chat.as_given():
+            texts = [chat.write(messages)]
+            return first_rows(pipeline.components[name], lambda: encode(texts))[0]
+
+    problems = []
+    special = _meaningful(tokenizer)
+    plain = _count([rows(Message("user", "a"), Message("assistant", "a"))], tokenizer, special)
+    for token in special_tokens(tokenizer).values():
+        words = f"a {token} a {token.upper()} a {token.lower()} a"
+        found = [rows(Message("user", words), Message("assistant", words))]
+        problems += [
+            f"{name}: got the special token {special[index]} for a message of a chat that spells "
+            "it; expected plain text"
+            for index in _count(found, tokenizer, special) - plain
+        ]
+    keeps_end = chat.config.keep == "end"
+    for number in (1, *(chat.room * factor for factor in (1, 2, 4))):
+        words = " ".join(["a"] * number)
+        for older in ((Message("user", words),), (Message("user", "a"),) * number):
+            if not keeps_end and number > 1:
+                continue
+            first, second, third = (
+                rows(*older, newest)
+                for newest in (
+                    Message("user", "a"),
+                    Message("user", "b"),
+                    Message("assistant", "a"),
+                )
+            )
+            if first in (second, third):
+                changed = "turn" if first == second else "role"
+                problems.append(
+                    f"{name}: got the same tokens for two chats of {len(older) + 1} messages that "
+                    f"differ in the newest {changed} alone; expected different ones"
+                )
     return list(dict.fromkeys(problems))
 
 

@@ -94,7 +94,7 @@ def _settings_of_run(run_url: str) -> list[str]:
     run = read_recipe(run_url)
     is_pipeline = presets_of(run.backbone.name).pipeline is not None
     # A pipeline encodes its text itself, in whatever form the data hold theirs.
-    left_out = {"latents", "encode"} if is_pipeline else set()
+    left_out = {"latents", "encode"} if is_pipeline and run.text.encode == "stored" else set()
     text = run.text.model_dump(mode="json", exclude=left_out)
     values = {f"text.{name}": value for name, value in text.items()}
     if is_pipeline:

@@ -5,14 +5,15 @@ Must not import torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from d2i.config import TextConfig
 from d2i.dialog import Turn, dialog_of_key, key_order_hash
 from d2i.errors import ConfigError
-from d2i.prompt_text import context_text
+from d2i.prompt_text import Message, context_messages, context_roles, context_text
 from d2i.shards import ShardReader
 
 ContextMode = Literal["full", "last", "none", "shuffled"]
@@ -27,11 +28,13 @@ class Prompt:
         key: The instance's key; of the prompt, it alone keys the noise.
         turns: The turns that the system may read, oldest first.
         text: The same as one line, linearized by the recipe, not truncated to any window.
+        messages: The same as the messages of a chat, if the recipe says so, not truncated either.
     """
 
     key: str
     turns: tuple[Turn, ...]
     text: str
+    messages: tuple[Message, ...] = ()
 
 
 class PromptReader:
@@ -51,32 +54,40 @@ class PromptReader:
 
         Raises:
             ConfigError: With `shuffled`, if there is no other dialog.
+            DataError: If a chat cannot be made of it; see `context_roles`.
         """
-        turns = self._shown(index)
-        return Prompt(self._reader.keys[index], turns, context_text(turns, self._config))
+        sample = self._shown(index)
+        turns = _turns(sample)
+        roles = context_roles(sample) if sample and self._config.format == "chat" else []
+        if self._mode == "last":
+            last = [place for place, turn in enumerate(turns) if turn.text.strip()][-1:]
+            turns, roles = (
+                [turns[place] for place in last],
+                [roles[place] for place in last if roles],
+            )
+        messages = context_messages(turns, roles, self._config) if roles else ()
+        text = context_text(turns, self._config)
+        return Prompt(self._reader.keys[index], tuple(turns), text, messages)
 
     def read_dialog(self, index: int) -> str:
         """Read the whole context of instance `index` as one line, whatever the mode."""
-        return context_text(self._turns(index), self._config)
+        return context_text(_turns(self._reader.read_json(index)), self._config)
 
-    def _shown(self, index: int) -> tuple[Turn, ...]:
+    def _shown(self, index: int) -> Mapping[str, Any]:
+        """Return the sample whose context is shown; empty for none."""
         if self._mode == "none":
-            return ()
+            return {}
         if self._mode == "shuffled":
-            return self._turns(self._derangement[index])
-        turns = self._turns(index)
-        if self._mode == "last":
-            return tuple([turn for turn in turns if turn.text.strip()][-1:])
-        return turns
-
-    def _turns(self, index: int) -> tuple[Turn, ...]:
-        return tuple(
-            Turn(t["speaker"], t["text"]) for t in self._reader.read_json(index)["context"]
-        )
+            index = self._derangement[index]
+        return self._reader.read_json(index)
 
     @cached_property
     def _derangement(self) -> list[int]:
         return derangement(list(self._reader.keys))
+
+
+def _turns(sample: Mapping[str, Any]) -> list[Turn]:
+    return [Turn(turn["speaker"], turn["text"]) for turn in sample.get("context", ())]
 
 
 def derangement(keys: list[str]) -> list[int]:

@@ -13,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2i import __version__
-from d2i.backbones import presets_of
+from d2i.backbones import chat_problem, presets_of
 from d2i.cluster import device_of_worker
 from d2i.config import Recipe
 from d2i.corpora import RECORD_FIELDS, parse_record
+from d2i.corpora.chat_forms import ASSISTANT
 from d2i.corpora.json_stream import read_objects
-from d2i.corpora.records import RecordError
+from d2i.corpora.records import Dialog, RecordError
 from d2i.dialog import Turn
 from d2i.encoders import Vae, load_clip_text
-from d2i.errors import DataError
+from d2i.errors import ConfigError, DataError
 from d2i.eval.prompts import Prompt
 from d2i.eval.sampler import Sampler
 from d2i.eval.system import SystemSpec
@@ -30,7 +31,7 @@ from d2i.eval.systems.fine_tuned_pipeline import FineTunedPipeline
 from d2i.images.decode import png_bytes
 from d2i.io import storage
 from d2i.models.registry import family_of_backbone
-from d2i.prompt_text import context_text, text_tokens
+from d2i.prompt_text import Message, Role, context_messages, context_text, text_tokens, turn_roles
 
 
 def read_dialog(text: str) -> list[Turn]:
@@ -53,6 +54,28 @@ def read_dialog(text: str) -> list[Turn]:
     return turns
 
 
+def read_roles(text: str) -> list[Role]:
+    """Return the role of each turn of a dialog, for a network that reads chats.
+
+    A record says who shares an image: the speaker of its last one or, if it shows none, the
+    assistant of its messages. All turns of other dialogs are the user's.
+
+    Args:
+        text: The dialog, as `read_dialog` reads it.
+    """
+    speakers = [turn.speaker for turn in read_dialog(text)]
+    record = _read_record(text) if text.lstrip().startswith(("[", "{")) else None
+    own_turn = None
+    if record is not None:
+        images = _dialog_of(record).images
+        has_roles = bool({"messages", "conversations"} & record.keys())
+        if images:
+            own_turn = images[-1].turn
+        elif has_roles and ASSISTANT in speakers:
+            own_turn = speakers.index(ASSISTANT)
+    return turn_roles(speakers, own_turn)
+
+
 @dataclass(frozen=True)
 class Request:
     """One dialog, and the images to generate from it.
@@ -63,6 +86,7 @@ class Request:
         turns: The dialog.
         seeds: One image is generated for each.
         key: Keys the noise together with the seed; None uses the linearized text.
+        roles: The role of each turn in a chat; empty for all the user's.
     """
 
     run_url: str
@@ -70,6 +94,7 @@ class Request:
     turns: Sequence[Turn]
     seeds: Sequence[int]
     key: str | None = None
+    roles: Sequence[Role] = ()
 
 
 def generate_image(request: Request, out: str) -> str:
@@ -82,9 +107,12 @@ def generate_image(request: Request, out: str) -> str:
         The linearized text.
 
     Raises:
+        ConfigError: If the network cannot read the chats of `text.format=chat`.
         DataError: If a pipeline withholds an image, or one is not finite.
     """
     recipe = request.recipe
+    if problem := chat_problem(recipe):
+        raise ConfigError(problem)
     text = context_text(request.turns, recipe.text)
     key = text if request.key is None else request.key
     spec = parse_system(f"run:{request.run_url}", None, recipe)
@@ -130,7 +158,10 @@ def _by_pipeline(
 ) -> tuple[NDArray[np.uint8], str]:
     """Return the images (N, H, W, 3) of the run's pipeline, and the sha256 of what was trained."""
     system = FineTunedPipeline(spec, request.recipe, device_of_worker())
-    prompt = Prompt(key, tuple(request.turns), text)
+    messages: tuple[Message, ...] = ()
+    if request.roles:
+        messages = context_messages(request.turns, request.roles, request.recipe.text)
+    prompt = Prompt(key, tuple(request.turns), text, messages)
     found = system.generate_seeded([prompt] * len(request.seeds), request.seeds)
     if reasons := [generation.reason for generation in found if generation.pixels is None]:
         raise DataError(
@@ -186,14 +217,18 @@ def _listed_messages(text: str) -> list[Any] | None:
 
 
 def _turns_of(record: dict[str, Any]) -> list[Turn]:
-    """Read the turns of a record; text that cannot be read is an error, an image is not."""
+    return list(_dialog_of(record).turns)
+
+
+def _dialog_of(record: dict[str, Any]) -> Dialog:
+    """Read a record; text that cannot be read is an error, an image is not."""
 
     def refuse(reason: str, detail: str) -> None:
         if reason not in ("bad_image_ref", "no_image"):
             raise DataError(f"the dialog: {detail} ({reason}); fix it")
 
     try:
-        return list(parse_record(record, refuse).turns)
+        return parse_record(record, refuse)
     except RecordError as err:
         raise DataError(f"the dialog: {err.detail} ({err.reason}); fix it") from err
 

@@ -144,3 +144,16 @@ class SystemContext:
     keys: Sequence[str]
     device: str
     open_shards: Callable[[str], ShardReader] = ShardReader
+
+
+def expect_line(context: SystemContext) -> None:
+    """Refuse to generate from the chats of a recipe with a system that reads lines alone.
+
+    Raises:
+        ConfigError: If the recipe has `text.format=chat`.
+    """
+    if context.recipe.text.format == "chat":
+        raise ConfigError(
+            f"--system {context.spec.name} reads a dialog as one line, got text.format=chat; "
+            "expected line; give --set text.format=line --set text.roles=speaker"
+        )

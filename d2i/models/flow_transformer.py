@@ -28,7 +28,6 @@ class FlowFamily(PipelineFamily):
 
     Attributes:
         text_dim_setting: The name in the network's config of the width of a text token.
-        num_text_tokens: Tokens of the longest text.
         published_shift: The static shift of the published scheduler's file, for a network that no
             directory describes.
         has_one_length: True if all texts are filled up to that length.
@@ -36,7 +35,6 @@ class FlowFamily(PipelineFamily):
     """
 
     text_dim_setting: ClassVar[str]
-    num_text_tokens: ClassVar[int]
     published_shift: ClassVar[float] = 1.0
     has_one_length: ClassVar[bool] = True
     marks: ClassVar[tuple[str, ...]]

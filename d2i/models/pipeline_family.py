@@ -34,10 +34,12 @@ class PipelineFamily(OneTensorFamily):
     Attributes:
         published: The arguments of the published network that are not diffusers' defaults.
         other_parts: The pipeline's arguments for the parts that latents do not depend on.
+        num_text_tokens: Tokens of the longest text.
     """
 
     published: ClassVar[Mapping[str, Any]]
     other_parts: ClassVar[Mapping[str, Any]]
+    num_text_tokens: ClassVar[int] = 77
 
     @property
     def network_class(self) -> Any:
@@ -150,7 +152,7 @@ class PipelineFamily(OneTensorFamily):
         """Encode N texts as the pipeline does: conditions by name, each (N, ...)."""
         raise NotImplementedError
 
-    def encode_negative(self, pipeline: Any, size: int, device: str) -> dict[str, Tensor]:
+    def unconditional(self, pipeline: Any, size: int, device: str) -> dict[str, Tensor]:
         """Encode what the pipeline guides away from, `size` times, as `encode_prompts`."""
         return self.encode_prompts(pipeline, [""] * size, device)
 

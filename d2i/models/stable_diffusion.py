@@ -74,7 +74,7 @@ class StableDiffusionFamily(PipelineFamily):
         """Return the last states, and the pooled text where there is one."""
         return self._encode(pipeline, texts, device, is_negative=False)
 
-    def encode_negative(self, pipeline: Any, size: int, device: str) -> dict[str, Tensor]:
+    def unconditional(self, pipeline: Any, size: int, device: str) -> dict[str, Tensor]:
         """Return those of '' or, where the pipeline says so, zeros."""
         return self._encode(pipeline, [""] * size, device, is_negative=True)
 

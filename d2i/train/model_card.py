@@ -19,11 +19,12 @@ from d2i.io.config_lock import read_settings
 from d2i.io.front_matter import front_matter
 from d2i.io.terminal import plain
 from d2i.models.licence import Licence
-from d2i.prompt_text import context_text
+from d2i.prompt_text import context_messages, context_text, turn_roles
 
 if TYPE_CHECKING:
     from d2i.models.pipeline_dir import PipelineDirectory
 
+_MAX_CHAT_TOKENS = 512
 CARD_NAME = "README.md"
 TERMS = "## Terms"
 """The heading of the section about licences."""
@@ -115,6 +116,8 @@ def _describe_data(data_url: str) -> str:
 
 def _how_to_prompt(base: str, recipe: Recipe, presets: Presets) -> list[str]:
     text = recipe.text
+    if text.format == "chat":
+        return _how_to_prompt_chat(base, recipe, presets)
     kept = "most recent" if text.keep == "end" else "first"
     example = context_text(_EXAMPLE, text)
     is_lora = recipe.adapter.kind is not None
@@ -134,13 +137,64 @@ def _how_to_prompt(base: str, recipe: Recipe, presets: Presets) -> list[str]:
         "```",
         "",
         "```python",
-        *(["import torch"] if recipe.sample.precision == "bf16" else []),
-        f"from diffusers import {classes}",
+        *_imports(recipe, classes),
         "",
         *_loading(base, recipe, presets),
         f"image = pipeline(prompt={_quoted(example)}{size}).images[0]",
         "```",
     ]
+
+
+def _how_to_prompt_chat(base: str, recipe: Recipe, presets: Presets) -> list[str]:
+    text, classes = recipe.text, presets.pipeline
+    if not recipe.adapter.kind:
+        classes = f"{presets.pipeline}, {presets.network}"
+    side = "most recent" if text.keep == "end" else "first"
+    roles = turn_roles([turn.speaker for turn in _EXAMPLE], len(_EXAMPLE) - 1)
+    messages = context_messages(_EXAMPLE, roles, text)
+    options = {"add_generation_prompt": True, **(presets.chat or {})}
+    control = (
+        ["", "It was trained as a control: the roles of each chat were in a random order."]
+        if text.roles == "permuted"
+        else []
+    )
+    return [
+        "## How to prompt it",
+        "",
+        "With the conversation as a chat: a message for each turn, in the chat template of its",
+        "text encoder. The role is `assistant` for the speaker who shares the image, `user` for",
+        f"all others. Of a chat over {_MAX_CHAT_TOKENS} tokens, give the {side} turns. Example:",
+        *control,
+        "",
+        "```python",
+        *_imports(recipe, classes),
+        "",
+        *_loading(base, recipe, presets),
+        "messages = [",
+        *(f'    {{"role": "{m.role}", "content": {_quoted(m.text)}}},' for m in messages),
+        "]",
+        "",
+        "",
+        "def write(message, **options):",
+        "    # One by one, so that the template treats the last message like the others.",
+        "    template = pipeline.tokenizer.apply_chat_template",
+        "    return template([message], tokenize=False, **options)",
+        "",
+        "",
+        "chat = [write(message) for message in messages[:-1]]",
+        f"chat.append(write(messages[-1], {', '.join(f'{k}={v}' for k, v in options.items())}))",
+        'empty = pipeline.encode_prompt("")[0]',
+        'pipeline.tokenizer.chat_template = "{{ messages[0].content }}"  # The chat as it is.',
+        'embeds = pipeline.encode_prompt("".join(chat))[0]',
+        f"size = {{'height': {recipe.image.resolution}, 'width': {recipe.image.resolution}}}",
+        "image = pipeline(prompt_embeds=embeds, negative_prompt_embeds=empty, **size).images[0]",
+        "```",
+    ]
+
+
+def _imports(recipe: Recipe, classes: str) -> list[str]:
+    torch = ["import torch"] if recipe.sample.precision == "bf16" else []
+    return [*torch, f"from diffusers import {classes}"]
 
 
 def _loading(base: str, recipe: Recipe, presets: Presets) -> list[str]:

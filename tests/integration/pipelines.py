@@ -361,10 +361,7 @@ def save_tiny_flux2_klein(directory: Path, *, is_distilled: bool = False) -> Non
 
 def _qwen(num_layers: int) -> tuple[Qwen2Tokenizer, Qwen3Config]:
     """Return a tokenizer of bytes with Qwen's template, and the sizes of a tiny Qwen3."""
-    words = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
-    tokenizer = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = _CHAT
+    tokenizer = tiny_chat_tokenizer(_CHAT)
     text = Qwen3Config(
         vocab_size=len(tokenizer),
         num_hidden_layers=num_layers,
@@ -373,6 +370,16 @@ def _qwen(num_layers: int) -> tuple[Qwen2Tokenizer, Qwen3Config]:
         **SIZES,
     )
     return tokenizer, text
+
+
+def tiny_chat_tokenizer(template: str | None, *others: str) -> Qwen2Tokenizer:
+    """Return a tokenizer of bytes with a chat template, and tokens that are not special."""
+    words = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens(list(others))
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def save_tiny_sana(directory: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from d2i.backbones import chat_problem
 from d2i.config import Recipe, apply_settings, load_config
 from d2i.errors import ConfigError
 from d2i.recipes import RECIPES, load_recipe, read_stored_recipe, store_recipe
@@ -126,3 +128,35 @@ def test_backward_compatibility_of_fp16_run_config() -> None:
     values = load_recipe("uvit-s-mmdialog").model_dump(mode="json")
     values["train"]["precision"] = "fp16"
     assert load_config(Recipe, values, source="config.json").train.precision == "fp16_weights"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "hint"),
+    [
+        ("z-image-lora-photochat", ["text.format=chat"], None),
+        ("flux2-klein-lora-photochat", ["text.format=chat", "text.roles=permuted"], None),
+        ("sana-photochat", [], None),
+        ("sana-photochat", ["text.format=chat"], "sana has no chat template; expected text.format"),
+        ("demo", ["text.format=chat"], "uvit-s has no chat template; .* z-image, flux2-klein"),
+        ("z-image-lora-photochat", ["text.roles=permuted"], "expected text.format=chat"),
+        (
+            "z-image-lora-photochat",
+            ["text.format=chat", "corpus.direction=first"],
+            "expected corpus.direction=answer",
+        ),
+    ],
+)
+def test_chat_is_refused_where_no_encoder_reads_it(
+    name: str, settings: list[str], hint: str | None
+) -> None:
+    problem = chat_problem(apply_settings(load_recipe(name), settings))
+    assert (problem is None) == (hint is None)
+    if hint:
+        assert re.search(hint, str(problem))
+        assert "\n" not in str(problem)
+
+
+def test_chat_is_encoded_while_training() -> None:
+    settings = ["text.format=chat", "encoders.clip_text=openai/clip", "text.encode=stored"]
+    recipe = apply_settings(load_recipe("flux2-klein-lora-photochat"), settings)
+    assert "expected text.encode=on_the_fly" in str(chat_problem(recipe))

@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2i.config import TextConfig
-from d2i.dialog import Turn, linearize
-from d2i.prompt_text import context_text, context_tokens
+from d2i.dialog import NO_SPEAKER, Turn, linearize
+from d2i.errors import DataError
+from d2i.prompt_text import (
+    Message,
+    context_messages,
+    context_roles,
+    context_text,
+    context_tokens,
+    turn_roles,
+)
 from d2i.tokenize import END_ID, START_ID, encode, window
 
 WORDS = st.lists(st.sampled_from(["a", "tree", "by", "the", "sea", "", " "]), max_size=30)
@@ -149,3 +157,55 @@ def test_truncated_context_keeps_first_or_last_turns(
     assert tokens.shape == (77 * num_windows,)
     assert np.array_equal(tokens, window(encode(line), keep, num_windows))
     assert set(tokens[tokens >= START_ID].tolist()) <= {START_ID, END_ID}
+
+
+def sample_of(*turns: tuple[int | None, str], **values: Any) -> dict[str, Any]:
+    context = [{"speaker": speaker, "text": text} for speaker, text in turns]
+    of_image = {"key": "k", "direction": "answer", "turn": len(turns) - 1}
+    return {"context": context, **of_image, **values}
+
+
+def test_role_of_assistant_is_that_of_the_speaker_who_shares_the_image() -> None:
+    named = sample_of((1, "hi"), (0, "hello"), (2, "who?"), (0, ""))
+    assert context_roles(named) == ["user", "assistant", "user", "assistant"]
+    # Nobody knows who wrote the turns of unnamed speakers, but for the image's own.
+    assert context_roles(sample_of((None, "a"), (None, "b"), (None, "c"))) == [
+        *("user", "user"),
+        "assistant",
+    ]
+    assert context_roles(sample_of((None, "a"), (None, "b"), turn=2)) == ["user", "user"]
+    assert context_roles(sample_of((NO_SPEAKER, "be kind"), (1, "a"), turn=1)) == [
+        "user",
+        "assistant",
+    ]
+    assert turn_roles([0, 1, NO_SPEAKER], 2) == ["user", "user", "assistant"]
+    assert turn_roles([0, 1], None) == ["user", "user"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [({"turn": 2}, "corpus.own_turn=include"), ({"direction": "first"}, "direction=answer")],
+)
+def test_chat_whose_sharer_is_not_known_is_refused(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(DataError, match=expected) as caught:
+        context_roles(sample_of((0, "a"), (1, "b"), **values))
+    assert "sample k: text.format=chat" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_messages_of_a_chat_follow_the_settings_of_turns() -> None:
+    turns = [Turn(0, "a"), Turn(0, " b "), Turn(1, ""), Turn(0, "c"), Turn(NO_SPEAKER, "x")]
+    turns += [Turn(None, "d"), Turn(None, "e"), Turn(1, "f")]
+    roles = turn_roles([turn.speaker for turn in turns], 7)
+
+    def messages(**values: Any) -> list[str]:
+        found = context_messages(turns, roles, TextConfig.model_validate(values))
+        return [f"{m.role[0]}:{m.text}" for m in found]
+
+    assert messages() == ["u:a", "u:b", "u:c", "u:d", "u:e", "a:f"]
+    assert messages(speaker_runs="merge") == ["u:a b c", "u:d", "u:e", "a:f"]
+    assert messages(empty_turns="keep")[2:4] == ["a:", "u:c"]
+    assert messages(max_turns=2) == ["u:e", "a:f"]
+    assert messages(max_turns=2, keep="start") == ["u:a", "u:b"]
+    assert context_messages([], [], TextConfig()) == ()
+    assert context_messages(turns[:1], ["user"], TextConfig()) == (Message("user", "a"),)

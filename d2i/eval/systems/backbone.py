@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from d2i.backbones import presets_of
 from d2i.eval.prompts import Prompt
 from d2i.eval.sampler import Sampler
-from d2i.eval.system import Generation, System, SystemContext
+from d2i.eval.system import Generation, System, SystemContext, expect_line
 from d2i.eval.systems.fine_tuned_pipeline import FineTunedPipeline
 from d2i.models.registry import family_of_backbone
 from d2i.prompt_text import text_tokens
@@ -28,6 +28,7 @@ class BackboneSystem:
     """Encodes a prompt's line, truncated to the recipe's windows, and generates its image."""
 
     def __init__(self, context: SystemContext) -> None:
+        expect_line(context)
         self._encoders, self._config = context.encoders, context.recipe.text
         backbone, vae = context.spec.backbone, context.encoders.vae
         vae.check_codec(family_of_backbone(backbone.name).codec, backbone.name)

@@ -15,7 +15,7 @@ from d2i.encoders.pretrained import weights_hash
 from d2i.encoders.prompt_truncation import PromptTruncation
 from d2i.errors import CheckpointError
 from d2i.eval.prompts import Prompt
-from d2i.eval.system import Generation, SystemContext
+from d2i.eval.system import Generation, SystemContext, expect_line
 from d2i.eval.systems.adapter import Adapter, load_adapter
 
 _MAX_SEED = 2**62
@@ -58,6 +58,7 @@ def build_unclip(context: SystemContext) -> PipelineSystem:
 
 
 def _system(context: SystemContext, pipeline: Any) -> PipelineSystem:
+    expect_line(context)
     return PipelineSystem(pipeline, context.recipe, context.device, context.spec.adapter)
 
 
@@ -116,7 +117,7 @@ class PipelineSystem:
         prompts = [prompt for prompt, _ in jobs]
         keys = [prompt.key for prompt in prompts]
         done = self._pipeline(
-            prompt=[self._reading.read(prompt.text) for prompt in prompts],
+            **self._prompt_arguments(prompts),
             output_type="np",
             **self._noise(keys, [seed for _, seed in jobs]),
             **self._sample.pipeline,
@@ -126,6 +127,10 @@ class PipelineSystem:
             _generation(image, is_withheld=w)
             for image, w in zip(done.images, withheld, strict=True)
         ]
+
+    def _prompt_arguments(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Return the pipeline's arguments that say what to generate."""
+        return {"prompt": [self._reading.read(prompt.text) for prompt in prompts]}
 
     def _noise(self, keys: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
         """Return the pipeline's arguments that decide an image's noise, and its sampling."""

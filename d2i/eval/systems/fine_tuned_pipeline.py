@@ -19,6 +19,8 @@ from d2i.config import BackboneConfig, Recipe
 from d2i.diffusion.draws import SampleDraws
 from d2i.diffusion.samplers import draw_noise
 from d2i.diffusion.schedulers import with_numbers_of
+from d2i.encoders.chat_text import ChatText
+from d2i.encoders.pipeline_text import open_chat
 from d2i.encoders.pretrained import check_sibling_checksums
 from d2i.errors import CheckpointError, ConfigError
 from d2i.eval.prompts import Prompt
@@ -28,6 +30,7 @@ from d2i.eval.systems.diffusers_pipeline import PipelineSystem, load_pipeline
 from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.models.pipeline_family import pipeline_family
 from d2i.models.weights.load import fill_network, read_described, read_state_dict
+from d2i.prompt_text import Message, Role, context_messages
 from d2i.run_dir import read_recipe
 from d2i.weights_resolve import resolve_weights
 
@@ -56,7 +59,8 @@ class FineTunedPipeline(PipelineSystem):
     Raises:
         CheckpointError: If a part is missing, damaged or does not fit, or there is no such base
             model.
-        ConfigError: If `sample.pipeline` sets what another setting gives.
+        ConfigError: If `sample.pipeline` sets what another setting gives, or the text encoder
+            cannot read the chats of `text.format=chat`.
     """
 
     def __init__(self, spec: SystemSpec, recipe: Recipe, device: str) -> None:
@@ -84,11 +88,34 @@ class FineTunedPipeline(PipelineSystem):
         side = backbone.latent_size or int(network.config.sample_size)
         self._family = pipeline_family(backbone.name)
         self._shape = self._family.codec.latent_shape(side)
+        self._text = recipe.text
+        self._chat: ChatText | None = None
+        if recipe.text.format == "chat":
+            seed, name = recipe.sample.seed, base.name
+            self._chat = open_chat(self._pipeline, self._family, recipe.text, seed, device, name)
 
     def generate_seeded(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Generation]:
-        """Generate from cleaned text, so that a stock tokenizer gives the ids of training."""
+        """Generate from text as it is trained on, so that a stock tokenizer gives those ids."""
         cleaned = [replace(p, text=self._family.clean(p.text)) for p in prompts]
         return super().generate_seeded(cleaned, seeds)
+
+    def _prompt_arguments(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Return the encoded chats of prompts, and '' to guide away from, or the lines."""
+        if self._chat is None:
+            return super()._prompt_arguments(prompts)
+        device = str(self._pipeline.device)
+        empty = self._family.unconditional(self._pipeline, 1, device)
+        chats = [(self._messages(prompt), prompt.key) for prompt in prompts]
+        texts = [self._chat.write(*chat) for chat in chats]
+        with self._chat.as_given():
+            conditions = self._family.encode_prompts(self._pipeline, texts, device)
+        unconditional = {name: rows[0] for name, rows in empty.items()}
+        return self._family.prompt_arguments(conditions, unconditional)
+
+    def _messages(self, prompt: Prompt) -> Sequence[Message]:
+        """Return a prompt's messages; of turns without known roles, all are the user's."""
+        roles: list[Role] = ["user"] * len(prompt.turns)
+        return prompt.messages or context_messages(prompt.turns, roles, self._text)
 
     def _noise(self, keys: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
         draws = SampleDraws(seeds, keys)

@@ -24,5 +24,6 @@ PRESETS = Presets(
         "single_transformer_blocks.*.attn.to_out",
     ),
     stores_text=False,
+    chat={"enable_thinking": False},
     published_licence="Apache-2.0 (4B); FLUX non-commercial (9B)",
 )

@@ -73,7 +73,7 @@ class SanaFamily(FlowFamily):
         )
         return {"text": text, "mask": mask.bool()}
 
-    def encode_negative(self, pipeline: Any, size: int, device: str) -> dict[str, Tensor]:
+    def unconditional(self, pipeline: Any, size: int, device: str) -> dict[str, Tensor]:
         """Return the states of '' without an instruction, as the pipeline guides away from it."""
         text, mask, _, _ = pipeline.encode_prompt(
             prompt=[""] * size, do_classifier_free_guidance=False, device=device

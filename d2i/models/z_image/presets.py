@@ -30,5 +30,6 @@ PRESETS = Presets(
     distilled={"turbo": "Tongyi-MAI/Z-Image"},
     lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
     stores_text=False,
+    chat={"enable_thinking": True},
     published_licence="Apache-2.0",
 )

@@ -338,6 +338,10 @@ def _decided_by(request: PlanRequest) -> dict[str, Any]:
         for name, value in recipe["image"].items()
         if name != "max_upscale" or value is not None
     }
+    # Chats are only encoded while training.
+    settings["text"] = {
+        name: value for name, value in recipe["text"].items() if name not in ("format", "roles")
+    }
     settings["preprocess"] = {
         name: recipe["preprocess"][name]
         for name in ("choose", "num_samples_per_shard", "keep_images")

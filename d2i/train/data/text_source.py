@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.backbones import presets_of
+from d2i.backbones import chat_problem, presets_of
 from d2i.config import Recipe, TextConfig
 from d2i.dialog import Turn
 from d2i.encoders import ClipText, load_clip_text
@@ -18,7 +18,7 @@ from d2i.encoders.data_fingerprint import check_encoder_hashes
 from d2i.encoders.pipeline_text import Encoded, PipelineText, text_parts_bytes
 from d2i.errors import ConfigError
 from d2i.models.pipeline_family import pipeline_family
-from d2i.prompt_text import context_text, text_tokens
+from d2i.prompt_text import context_messages, context_roles, context_text, text_tokens
 from d2i.shards import ShardReader
 from d2i.train.data.encoded_once import EncodedOnce
 
@@ -44,6 +44,8 @@ def prepare_text(open_text: OpenText, readers: Iterable[ShardReader]) -> None:
             source.prepare()
 
 
+Sample = Mapping[str, Any]
+"""The `json` member of a sample, decoded."""
 OpenText = Callable[[ShardReader], TextSource]
 """From a data set to the text of its samples; all share one encoder."""
 
@@ -101,29 +103,23 @@ class DialogText:
 
     Args:
         reader: The shards.
-        config: How a context is linearized.
-        encode: From lines to their conditions.
+        encode: From the `json` members of samples to their conditions.
         empty: What replaces a condition that is dropped.
     """
 
     def __init__(
-        self,
-        reader: ShardReader,
-        config: TextConfig,
-        encode: Callable[[Sequence[str]], Encoded],
-        empty: Encoded,
+        self, reader: ShardReader, encode: Callable[[Sequence[Sample]], Encoded], empty: Encoded
     ) -> None:
-        self._reader, self._config, self._encode = reader, config, encode
+        self._reader, self._encode = reader, encode
         self.empty = empty
 
     def read(self, indices: NDArray[np.int64]) -> Encoded:
-        """Linearize and encode the contexts of samples."""
-        return self._encode([self._line(int(index)) for index in indices])
+        """Write and encode the contexts of samples.
 
-    def _line(self, index: int) -> str:
-        context = self._reader.read_json(index)["context"]
-        turns = [Turn(turn["speaker"], turn["text"]) for turn in context]
-        return context_text(turns, self._config)
+        Raises:
+            DataError: If a chat cannot be made of one; see `context_roles`.
+        """
+        return self._encode([self._reader.read_json(int(index)) for index in indices])
 
 
 def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
@@ -136,8 +132,11 @@ def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
 
     Raises:
         CheckpointError: If an encoder cannot be loaded, or stored text was made with another one.
-        ConfigError: If shards cannot hold the text of this backbone, or hold another one's.
+        ConfigError: If shards cannot hold the text of this backbone, or hold another one's, or
+            its encoder cannot read chats.
     """
+    if problem := chat_problem(recipe):
+        raise ConfigError(problem)
     if recipe.text.encode == "on_the_fly":
         return _encoding_dialogs(recipe, device)
     if not presets_of(recipe.backbone.name).stores_text:
@@ -203,8 +202,8 @@ def _encoding_dialogs(recipe: Recipe, device: str) -> OpenText:
     def encode(lines: Sequence[str]) -> Encoded:
         return encode_tokens(np.stack([text_tokens(line, recipe.text) for line in lines]))
 
-    empty = _first(encode([""]))
-    return lambda reader: DialogText(reader, recipe.text, encode, empty)
+    encode_lines, empty = partial(_encode_lines, encode, recipe.text), _first(encode([""]))
+    return lambda reader: DialogText(reader, encode_lines, empty)
 
 
 def _encoding_by_pipeline(recipe: Recipe, device: str) -> OpenText:
@@ -219,10 +218,15 @@ def _encoding_by_pipeline(recipe: Recipe, device: str) -> OpenText:
             device,
             recipe.train.text_encoder_precision,
             is_offloaded=memory == "offload",
+            seed=recipe.train.seed,
         )
 
     def open_dialogs(reader: ShardReader, pipeline: PipelineText) -> DialogText:
-        return DialogText(reader, recipe.text, pipeline.encode, pipeline.encode_empty())
+        if recipe.text.format == "chat":
+            encode = partial(_encode_chats, pipeline, recipe.text)
+        else:
+            encode = partial(_encode_lines, pipeline.encode, recipe.text)
+        return DialogText(reader, encode, pipeline.encode_empty())
 
     if memory != "free":
         pipeline = load()
@@ -238,6 +242,21 @@ def _encoding_by_pipeline(recipe: Recipe, device: str) -> OpenText:
         return opened[reader.url]
 
     return open_once
+
+
+def _encode_lines(
+    encode: Callable[[Sequence[str]], Encoded], config: TextConfig, samples: Sequence[Sample]
+) -> Encoded:
+    return encode([context_text(_turns(sample), config) for sample in samples])
+
+
+def _encode_chats(pipeline: PipelineText, config: TextConfig, samples: Sequence[Sample]) -> Encoded:
+    chats = [context_messages(_turns(s), context_roles(s), config) for s in samples]
+    return pipeline.encode_chats(chats, [str(sample["key"]) for sample in samples])
+
+
+def _turns(sample: Sample) -> list[Turn]:
+    return [Turn(turn["speaker"], turn["text"]) for turn in sample["context"]]
 
 
 def _encoder_of_tokens(

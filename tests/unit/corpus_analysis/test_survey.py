@@ -72,6 +72,8 @@ def test_variant_counts_match_reading_with_its_option(
         "corpus.max_broken",
         "text.latents",
         "text.encode",
+        "text.format",
+        "text.roles",
     }
     unmeasured |= {"corpus.split_shares", "corpus.split_seed"}
     every = {f"corpus.{name}" for name in type(config.corpus).model_fields}

@@ -22,7 +22,7 @@ from d2i.diffusion.samplers import run_sampler
 from d2i.encoders import Vae
 from d2i.errors import ConfigError, DataError
 from d2i.eval.sampler import Sampler
-from d2i.eval.single_dialog import grid, read_dialog
+from d2i.eval.single_dialog import grid, read_dialog, read_roles
 from d2i.models import build_backbone, save_weights
 from tests.processes import COMMAND
 
@@ -227,6 +227,21 @@ RECORDS: dict[str, Any] = {
 def test_read_dialog_accepts_record_of_any_corpus(form: str, indent: int | None) -> None:
     turns = read_dialog(json.dumps(RECORDS[form], indent=indent) + "\n")
     assert linearize(turns, "letters") == "A: show me B: here"
+
+
+def test_record_says_who_shares_the_image() -> None:
+    user, assistant = "user", "assistant"
+    assert read_roles("hello\n\nthere") == [user, user]
+    assert read_roles('[{"speaker": 1, "text": "hi"}, "you"]') == [user, user]
+    messages = [{"role": role, "content": role} for role in (user, assistant, user)]
+    assert read_roles(json.dumps(messages)) == [user, assistant, user]
+    turns = [{"speaker": 0, "text": "a"}, {"speaker": 1, "text": "b"}, {"speaker": 0, "text": "c"}]
+    assert read_roles(json.dumps({"turns": turns})) == [user] * 3
+    turns[2] = {"speaker": 0, "text": "c", "images": ["a.jpg"]}
+    assert read_roles(json.dumps({"turns": turns})) == [assistant, user, assistant]
+    of_user = [{"role": user, "content": "<image> see"}, {"role": assistant, "content": "oh"}]
+    record = {"messages": of_user, "images": ["a.jpg"]}
+    assert read_roles(json.dumps(record)) == [assistant, user]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,13 @@ def test_both_formats_name_the_same_weights_and_images(encoders: Encoders) -> No
     assert image_part(first, coarse) != part
 
 
+@pytest.mark.parametrize("recipe", [RECIPE, RECIPE_2], ids=["format 1", "format 2"])
+def test_format_of_text_changes_no_data(encoders: Encoders, recipe: Any) -> None:
+    chat = change_recipe(recipe, ["text.format=chat", "text.roles=permuted"])
+    assert make_fingerprint(chat, encoders) == make_fingerprint(recipe, encoders)
+    assert not {"format", "roles"} & make_fingerprint(chat, encoders)["text"].keys()
+
+
 def test_arrays_that_format_1_cannot_hold_are_declared(
     encoders: Encoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
