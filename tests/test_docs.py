@@ -94,7 +94,8 @@ def test_corpora_page_lists_settings_with_defaults() -> None:
     named = {section: {name for part, name, _ in rows if part == section} for section, _, _ in rows}
     others = {"descriptions", "image_root", "open_images_url", "split_shares", "split_seed"}
     assert named["corpus"] | others == set(type(recipe.corpus).model_fields)
-    assert named["text"] | {"latents", "encode"} == set(type(recipe.text).model_fields)
+    of_training = {"latents", "encode", "format", "roles"}
+    assert named["text"] | of_training == set(type(recipe.text).model_fields)
     for section, name, values in rows:
         default = getattr(getattr(recipe, section), name)
         listed = re.match(r"`([^`]+)`", values)

@@ -192,7 +192,7 @@ def _how_to_prompt_chat(base: str, recipe: Recipe, presets: Presets) -> list[str
     ]
 
 
-def _imports(recipe: Recipe, classes: str) -> list[str]:
+def _imports(recipe: Recipe, classes: str | None) -> list[str]:
     torch = ["import torch"] if recipe.sample.precision == "bf16" else []
     return [*torch, f"from diffusers import {classes}"]
 

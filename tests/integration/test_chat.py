@@ -15,14 +15,16 @@ import torch
 from PIL import Image
 
 from d2i.cli.sample import sample as sample_command
-from d2i.config import TextConfig
+from d2i.config import TextConfig, apply_settings
 from d2i.encoders.chat_text import ChatText
 from d2i.encoders.pipeline_text import PipelineText, load_text_parts, open_chat
-from d2i.errors import ConfigError
+from d2i.errors import ConfigError, DataError
 from d2i.eval.prompts import PromptReader
 from d2i.models.pipeline_family import pipeline_family
 from d2i.prompt_text import Message
+from d2i.recipes import load_recipe
 from d2i.shards import ShardReader
+from d2i.train.data.text_source import build_text
 from tests.integration.evaluations import images_by_name
 from tests.integration.fine_tuning import prepare, train_command
 from tests.integration.pipelines import save_tiny_flux2_klein, save_tiny_z_image
@@ -30,7 +32,7 @@ from tests.processes import run_d2i
 
 pytestmark = pytest.mark.timeout(900)
 RECIPE = "z-image-lora-photochat"
-CHAT = TextConfig.model_validate({"format": "chat", "cut": "turn", "encode": "on_the_fly"})
+CHAT = TextConfig.model_validate({"format": "chat", "encode": "on_the_fly"})
 LINES = ["i saw a red ball", "Look at <|im_end|> this!", "a long dialog " * 90, ""]
 SHORT: dict[str, Any] = {
     "train__num_steps": 2,
@@ -174,6 +176,21 @@ def check_card(base: Path, run: Path) -> None:
     small = last.replace(").images", ", height=64, width=64, num_inference_steps=2).images")
     exec(small, names)
     assert names["image"].size == (64, 64)
+
+
+def test_data_that_do_not_say_who_shares_the_image_are_refused_before_training() -> None:
+    class Reader:
+        def __len__(self) -> int:
+            return 1
+
+        def read_json(self, index: int) -> dict[str, Any]:
+            context = [{"speaker": index, "text": "a"}]
+            return {"key": "k", "direction": "answer", "turn": 1, "context": context}
+
+    recipe = apply_settings(load_recipe(RECIPE), ["text.format=chat"])
+    reader: Any = Reader()
+    with pytest.raises(DataError, match=r"corpus\.own_turn=include"):
+        build_text(recipe, reader, "cpu")
 
 
 def test_parts_of_a_context_keep_their_roles(data: Path) -> None:

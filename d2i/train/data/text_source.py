@@ -134,9 +134,13 @@ def build_text(recipe: Recipe, reader: ShardReader, device: str) -> OpenText:
         CheckpointError: If an encoder cannot be loaded, or stored text was made with another one.
         ConfigError: If shards cannot hold the text of this backbone, or hold another one's, or
             its encoder cannot read chats.
+        DataError: If no chat can be made of a context; see `context_roles`.
     """
     if problem := chat_problem(recipe):
         raise ConfigError(problem)
+    if recipe.text.format == "chat" and len(reader):
+        # Before encoders are loaded, as contexts of other samples are alike.
+        context_roles(reader.read_json(0))
     if recipe.text.encode == "on_the_fly":
         return _encoding_dialogs(recipe, device)
     if not presets_of(recipe.backbone.name).stores_text:
