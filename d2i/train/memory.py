@@ -182,6 +182,9 @@ class MemoryReckoner:
         config = recipe.train
         if not config.activation_checkpointing:
             yield "train.activation_checkpointing=true"
+        is_encoding = presets_of(recipe.backbone.name).pipeline and recipe.text.encode != "stored"
+        if is_encoding and config.text_encoder_memory != "free":
+            yield "train.text_encoder_memory=free"
         size = config.accumulation(self._world_size)[0]
         while size > 1:
             smaller = config.model_copy(update={"micro_batch_size": size // 2})

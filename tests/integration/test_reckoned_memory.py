@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from d2i.config import TextConfig
+from d2i.config import TextConfig, apply_settings
 from d2i.encoders import ClipText
 from d2i.encoders.pipeline_text import PipelineText
 from d2i.models.pipeline_family import pipeline_family
@@ -180,6 +180,15 @@ def test_text_encoders_of_pipeline_take_reckoned_bytes(
             file.unlink()
     assert text_encoder_bytes(recipe) == sum(module_tensors(part) for part in parts)
     assert list(build_on_meta(recipe).parameters())
+
+
+def test_language_model_is_freed_where_that_is_enough(base: Path) -> None:
+    recipe = recipe_of("flux2-klein", "bf16", base, "train.activation_checkpointing=true")
+    reckoner = MemoryReckoner(1, "cuda")
+    total = reckoner.reckon(recipe).total
+    assert reckoner.settings_that_fit(recipe, total - 1) == ("train.text_encoder_memory=free",)
+    freed = apply_settings(recipe, ["train.text_encoder_memory=free"])
+    assert reckoner.reckon(freed).total == total - text_encoder_bytes(recipe)
 
 
 def test_text_encoder_of_stored_tokens_takes_reckoned_bytes(base: Path) -> None:
