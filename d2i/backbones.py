@@ -28,8 +28,10 @@ FAMILIES = {
     "sd3": "d2i.models.sd3",
 }
 """The package of each family, by the family's name."""
-_NOISE_WEIGHTINGS = ("none", "min_snr_5")
-_FLOW_WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
+NOISE_WEIGHTINGS = ("none", "min_snr_5")
+"""The weightings of noise levels for networks that predict noise."""
+FLOW_WEIGHTINGS = ("none", "sigma_sqrt", "cosmap")
+"""Those for networks that predict velocities."""
 
 
 def _nothing(recipe: Any) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def recipe_problem(recipe: Any) -> str | None:
     if recipe.adapter.kind and not presets.lora_targets:
         takers = [b for b in backbones() if presets_of(b).lora_targets]
         return f"adapter.kind: {name} takes no adapter; expected one of {', '.join(takers)}"
-    weightings = _FLOW_WEIGHTINGS if presets.is_flow else _NOISE_WEIGHTINGS
+    weightings = FLOW_WEIGHTINGS if presets.is_flow else NOISE_WEIGHTINGS
     if recipe.train.weighting not in weightings:
         return (
             f"train.weighting={recipe.train.weighting}: expected one of {', '.join(weightings)} "

@@ -307,7 +307,7 @@ class TrainConfig(Config):
     unidiffuser: UniDiffuserLossConfig = UniDiffuserLossConfig()
     objective: Literal["script", "report"] = "script"
     """Distribution of the noise levels: that of the published training script, or that of the
-    backbone's technical report where it says another (docs/models.md, Flow transformers)."""
+    backbone's technical report where it says another (docs/flow-transformers.md, Noise levels)."""
     weighting: Weighting = "none"
     """Weight of each noise level in the loss: `none`, as published for every backbone here;
     `min_snr_5` (Min-SNR, Hang et al. 2023, with gamma 5) for networks that predict noise;

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2i.backbones import FLOW_WEIGHTINGS
 from d2i.config import NUM_NOISE_LEVELS, Weighting
 from d2i.errors import ConfigError
-
-FLOW_WEIGHTINGS: tuple[Weighting, ...] = ("none", "sigma_sqrt", "cosmap")
 
 
 class FlowSchedule:

@@ -12,13 +12,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from d2i.backbones import NOISE_WEIGHTINGS
 from d2i.config import Weighting
 from d2i.diffusion.schedule import Schedule, default_schedule
 from d2i.errors import ConfigError
 
 Given = TypeVar("Given")
 
-NOISE_WEIGHTINGS: tuple[Weighting, ...] = ("none", "min_snr_5")
 LOGVAR_MIN = -30.0
 LOGVAR_MAX = 20.0
 

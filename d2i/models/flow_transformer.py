@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from d2i.config import NUM_NOISE_LEVELS, TrainConfig, Weighting
 from d2i.diffusion.draws import BatchDraws
 from d2i.diffusion.flow import FlowSchedule, flow_loss, published_schedule, shifted_schedule
+from d2i.errors import ConfigError
 from d2i.models.base import Architecture, Conditions, State
 from d2i.models.image_codec import VaeNumbers
 from d2i.models.pipeline_dir import PipelineDirectory
@@ -91,8 +92,16 @@ class FlowFamily(PipelineFamily):
         return published_schedule(scheduler.config)
 
     def report_schedule(self, latent: Tensor) -> FlowSchedule:
-        """Return the noise levels of the technical report; see `flow_schedule`."""
-        raise NotImplementedError
+        """Return the noise levels of the technical report; see `flow_schedule`.
+
+        Raises:
+            ConfigError: If none says others than the published script, as for most families.
+        """
+        del latent
+        raise ConfigError(
+            f"objective=report: no technical report of {self.name} says another objective than its "
+            "published script; expected script"
+        )
 
     def losses(
         self,
@@ -143,3 +152,22 @@ class FlowFamily(PipelineFamily):
     def call(self, network: Any, *inputs: Any) -> Any:
         """Predict the velocity, given (latent, timestep, conditions)."""
         return self.predict(network, *inputs)
+
+
+class LossFamily(FlowFamily):
+    """A flow transformer of which d2i has the loss alone: no text, and no sampler."""
+
+    def prompt_arguments(self, conditions: Conditions, unconditional: Conditions) -> dict[str, Any]:
+        """Raise `ConfigError`."""
+        del conditions, unconditional
+        raise self._loss_alone()
+
+    def encode_prompts(self, pipeline: Any, texts: list[str], device: str) -> dict[str, Tensor]:
+        """Raise `ConfigError`."""
+        del pipeline, texts, device
+        raise self._loss_alone()
+
+    def _loss_alone(self) -> ConfigError:
+        return ConfigError(
+            f"{self.name}: d2i has its loss alone; evaluate it as --system diffusers:DIR"
+        )

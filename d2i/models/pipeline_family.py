@@ -6,6 +6,7 @@ models cannot be mixed up. Classes, and what a pipeline does, are diffusers' own
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -69,13 +70,13 @@ class PipelineFamily(OneTensorFamily):
         self.add_numbers(network, directory)
         return network
 
+    @abstractmethod
     def add_sizes(self, network: Any, latent_size: int) -> None:
         """Set the sizes that a network of this family has; see `Family`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_numbers(self, network: Any, directory: PipelineDirectory) -> None:
         """Set the numbers that the directory of a network's pipeline gives."""
-        raise NotImplementedError
 
     def directory(self, path: str) -> PipelineDirectory:
         """Open a directory of the family's pipeline; see `PipelineDirectory`."""
@@ -144,13 +145,13 @@ class PipelineFamily(OneTensorFamily):
         """Return the text of a line as it is trained on: as CLIP's tokenizer cleans it."""
         return clean(line)
 
+    @abstractmethod
     def prompt_arguments(self, conditions: Conditions, unconditional: Conditions) -> dict[str, Any]:
         """Return the pipeline's arguments for conditions (B, ...) and those of ''."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_prompts(self, pipeline: Any, texts: list[str], device: str) -> dict[str, Tensor]:
         """Encode N texts as the pipeline does: conditions by name, each (N, ...)."""
-        raise NotImplementedError
 
     def unconditional(self, pipeline: Any, size: int, device: str) -> dict[str, Tensor]:
         """Encode what the pipeline guides away from, `size` times, as `encode_prompts`."""

@@ -10,7 +10,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from d2i.config import NUM_NOISE_LEVELS
 from d2i.models.base import Conditions
-from d2i.models.flow_transformer import FlowFamily
+from d2i.models.flow_transformer import LossFamily
 from d2i.models.image_codec import KL_F8C16
 from d2i.models.pipeline_family import input_dtype
 
@@ -18,7 +18,7 @@ _PATCH_SIZE = 2
 _NUM_AXES = 3
 
 
-class Flux1Family(FlowFamily):
+class Flux1Family(LossFamily):
     """FLUX.1; its conditions are `text` (B, T, D) and `pooled` (B, P)."""
 
     name = "flux1"

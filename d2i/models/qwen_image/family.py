@@ -9,14 +9,14 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from d2i.config import NUM_NOISE_LEVELS
 from d2i.models.base import Conditions
-from d2i.models.flow_transformer import FlowFamily
+from d2i.models.flow_transformer import LossFamily
 from d2i.models.image_codec import QWEN_IMAGE
 from d2i.models.pipeline_family import input_dtype
 
 _PATCH_SIZE = 2
 
 
-class QwenImageFamily(FlowFamily):
+class QwenImageFamily(LossFamily):
     """Qwen-Image; its conditions are `text` (B, T, D) and `mask` (B, T)."""
 
     name = "qwen-image"

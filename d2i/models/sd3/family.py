@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from d2i.models.base import Conditions
-from d2i.models.flow_transformer import FlowFamily
+from d2i.models.flow_transformer import LossFamily
 from d2i.models.image_codec import KL_F8C16
 from d2i.models.pipeline_family import input_dtype
 
 
-class SD3Family(FlowFamily):
+class SD3Family(LossFamily):
     """Stable Diffusion 3; its conditions are `text` (B, T, D) and `pooled` (B, P)."""
 
     name = "sd3"

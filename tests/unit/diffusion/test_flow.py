@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,3 +106,12 @@ def test_defaults_of_flow_transformers_are_those_of_published_scripts() -> None:
         assert train.text_encoder_precision == recipe.sample.precision == "bf16"
         assert recipe.encoders.clip_text is None
         assert recipe.text.encode == "on_the_fly"
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux1", "qwen-image"])
+def test_family_with_loss_alone_says_so(name: str) -> None:
+    one: Any = family(name)
+    with pytest.raises(ConfigError, match="its loss alone; evaluate it as --system diffusers:"):
+        one.encode_prompts(None, [""], "cpu")
+    with pytest.raises(ConfigError, match="expected script"):
+        one.report_schedule(torch.zeros(1))
