@@ -181,7 +181,7 @@ def takes_text(annotation: Any) -> bool:
 # Words of the recipe, and no places.
 WORDS = {
     *("name", "backbone.name", "corpus.earlier_images", "corpus.split_shares"),
-    *("text.strategy", "sample.sampler"),
+    *("text.strategy", "adapter.targets", "sample.sampler"),
 }
 PLACES = sorted(set(text_settings(Recipe)) - WORDS)
 
