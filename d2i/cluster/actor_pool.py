@@ -1,5 +1,7 @@
 """Actor pool: Ray actors of one kind. A dead one is replaced; a new one gets tasks only once built.
 
+It grows with the cluster, and never shrinks: actors of a lost node wait for room on another one.
+
 Ray would restart a dead actor and leave its task with it. If its node is gone for good, that task
 would wait forever while other workers are idle.
 """
@@ -23,17 +25,23 @@ class ActorPool:
     Args:
         build_worker: Picklable; called in each worker's own process.
         size: Resources of one worker.
-        num_workers: Number of workers.
+        num_workers: Number of workers at first.
     """
 
     def __init__(self, build_worker: Callable[[], Any], size: ActorSize, num_workers: int) -> None:
         self._build_worker = build_worker
         self._size = size
+        self.num_workers = 0
         self._building: dict[Any, Any] = {}
         self._losses: Counter[Hashable] = Counter()
         self.idle: deque[Any] = deque()
-        for _ in range(num_workers):
+        self.grow(num_workers)
+
+    def grow(self, num_workers: int) -> None:
+        """Start as many workers as are missing to that number, if any."""
+        while self.num_workers < num_workers:
             self._spawn()
+            self.num_workers += 1
 
     def pending(self) -> list[Any]:
         """Return one reference per worker being built; it is ready once the worker is."""

@@ -50,7 +50,7 @@ def num_workers_of(requested: int | None, size: ActorSize) -> int:
         return requested
     total = ray.cluster_resources()
     if size.num_gpus:
-        return max(1, int(total["GPU"] // size.num_gpus))
+        return max(1, int(total.get("GPU", 0) // size.num_gpus))
     return max(1, int(total.get("CPU", 1) // size.num_cpus))
 
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from d2i.cluster.actor_pool import ActorPool
 from d2i.cluster.actors import (
@@ -89,7 +89,8 @@ def pipeline_on_ray(
         build_consumer: Picklable; called in the consumer's own process, as soon as the job starts.
         tasks: Tasks to run, at least one.
         on_wait: Called about once a second.
-        num_consumers: `None` takes one per accelerator, or per core if there is none.
+        num_consumers: `None` takes one per accelerator, or per core if there is none, also of nodes
+            that join later.
         num_producers: `None` takes one for each core that no consumer occupies; without
             accelerators, as many as there are consumers, with which they share the cores.
 
@@ -98,14 +99,11 @@ def pipeline_on_ray(
         D2IError: Any that a task raised for the user to fix.
     """
     size = actor_size(ResourceRequest())
-    num_consumers = min(num_workers_of(num_consumers, size), len(tasks))
-    if num_producers is None:
-        idle_cores = max(1, num_cluster_cores() - num_consumers)
-        num_producers = idle_cores if size.num_gpus else num_consumers
+    fitting = _num_workers(num_consumers, num_producers, size, len(tasks))
     # Built right away, so that their errors show before producers have run for hours.
-    consumers = ActorPool(build_consumer, size, num_consumers)
-    producers = ActorPool(build_producer, _PRODUCER_SIZE, min(num_producers, len(tasks)))
-    scheduler = _PipelineScheduler(consumers, producers, tasks, num_consumers)
+    consumers = ActorPool(build_consumer, size, fitting.consumers)
+    producers = ActorPool(build_producer, _PRODUCER_SIZE, fitting.producers)
+    scheduler = _PipelineScheduler(consumers, producers, tasks)
     next_tick = time.monotonic()
     while scheduler.num_left:
         scheduler.submit()
@@ -114,9 +112,30 @@ def pipeline_on_ray(
             check_own_node()
         if time.monotonic() >= next_tick:
             on_wait()
+            fitting = _num_workers(num_consumers, num_producers, size, scheduler.num_left)
+            consumers.grow(fitting.consumers)
+            producers.grow(fitting.producers)
             next_tick = time.monotonic() + _TICK_S
         for reference in ready:
             yield from scheduler.collect(reference)
+
+
+class _NumWorkers(NamedTuple):
+    """Number of workers of each stage."""
+
+    consumers: int
+    producers: int
+
+
+def _num_workers(
+    num_consumers: int | None, num_producers: int | None, size: ActorSize, num_tasks: int
+) -> _NumWorkers:
+    """Return how many workers of each stage fit the cluster as it is now, and have a task."""
+    consumers = min(num_workers_of(num_consumers, size), num_tasks)
+    if num_producers is None:
+        idle_cores = max(1, num_cluster_cores() - consumers)
+        num_producers = idle_cores if size.num_gpus else consumers
+    return _NumWorkers(consumers, min(num_producers, num_tasks))
 
 
 def _ready(references: list[Any]) -> list[Any]:
@@ -144,11 +163,8 @@ class _Stream:
 class _PipelineScheduler:
     """State of each task on Ray. Tasks are known here by their numbers."""
 
-    def __init__(
-        self, consumers: ActorPool, producers: ActorPool, tasks: Sequence[Any], max_produced: int
-    ) -> None:
+    def __init__(self, consumers: ActorPool, producers: ActorPool, tasks: Sequence[Any]) -> None:
         self._consumers, self._producers = consumers, producers
-        self._max_produced = max_produced
         self._tasks = tasks
         self._waiting = deque(range(len(tasks)))
         self._streams: dict[Any, _Stream] = {}
@@ -168,7 +184,8 @@ class _PipelineScheduler:
             actor, stream = self._consumers.idle.popleft(), self._produced.popleft()
             task = self._tasks[stream.number]
             self._consuming[actor.finish.remote(task, stream.blocks)] = (actor, stream)
-        while self._waiting and self._producers.idle and len(self._produced) < self._max_produced:
+        max_produced = self._consumers.num_workers
+        while self._waiting and self._producers.idle and len(self._produced) < max_produced:
             actor, number = self._producers.idle.popleft(), self._waiting.popleft()
             self._streams[actor.stream.remote(self._tasks[number])] = _Stream(number, actor)
 

@@ -2,10 +2,12 @@
 
 A worker is built once where it runs, takes one task at a time and keeps nothing of it. A dead
 worker is replaced, and its task goes to the next idle worker; a task that raises ends the job.
+Nodes that join the cluster during the job get workers too.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -50,7 +52,7 @@ def map_on_ray(
         build_worker: Picklable; called in each worker's own process.
         tasks: Tasks to run, at least one.
         size: Resources of one worker.
-        num_workers: Number of workers; None takes as many as fit.
+        num_workers: Number of workers; None takes as many as fit, also on nodes that join later.
 
     Raises:
         ClusterError: If a worker keeps dying.
@@ -58,16 +60,23 @@ def map_on_ray(
     """
     import ray
 
-    num_workers = min(num_workers_of(num_workers, size), len(tasks))
-    actors = ActorPool(build_worker, size, num_workers)
     # Tasks are known here by their numbers.
     waiting = deque(range(len(tasks)))
     running: dict[Any, tuple[Any, int]] = {}
+    actors = ActorPool(build_worker, size, min(num_workers_of(num_workers, size), len(tasks)))
+    next_count = time.monotonic() + _TICK_S
     while waiting or running:
+        if time.monotonic() >= next_count:
+            fitting = num_workers_of(num_workers, size)
+            actors.grow(min(fitting, actors.num_workers + len(waiting)))
+            next_count = time.monotonic() + _TICK_S
         while waiting and actors.idle:
             actor, number = actors.idle.popleft(), waiting.popleft()
             running[actor.run.remote(tasks[number])] = (actor, number)
         ready = _first_ready([*actors.pending(), *running])
+        if ready is None:
+            check_own_node()
+            continue
         if actors.is_building(ready):
             actors.on_ready(ready)
             continue
@@ -84,12 +93,11 @@ def map_on_ray(
 
 
 def _first_ready(references: list[Any]) -> Any:
-    """Wait until a reference is ready, and return it."""
+    """Return the first reference that is ready within `_TICK_S`, or None."""
     import ray
 
-    while not (ready := ray.wait(references, num_returns=1, timeout=_TICK_S)[0]):
-        check_own_node()
-    return ready[0]
+    ready, _ = ray.wait(references, num_returns=1, timeout=_TICK_S)
+    return ready[0] if ready else None
 
 
 def device_of_worker() -> str:

@@ -190,7 +190,9 @@ def _generate(
         meter.add(len(task.indices))
         on_progress(progress)
         session.trigger_at("eval.task_done")
-    if rate := meter.rate():
+    # Nodes may have joined or been lost.
+    has_same_workers = session.capacity().num_workers == offer.num_workers
+    if has_same_workers and (rate := meter.rate()):
         save_rate(rate_decided_by(request, offer.unit), rate)
 
 

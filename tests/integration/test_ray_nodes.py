@@ -1,4 +1,4 @@
-"""Jobs of `ray job submit` on several nodes: one dies, another joins, the output is the same."""
+"""Jobs of `ray job submit` on several nodes: one joins, one dies, the output is the same."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def prepared(chat_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
     ],
 )
-def test_preprocess_survives_loss_of_ray_node(
+def test_preprocess_uses_joined_node_and_survives_loss_of_first(
     cluster: RayNodes,
     node: Node,
     prepared: Path,
@@ -72,22 +72,24 @@ def test_preprocess_survives_loss_of_ray_node(
     point: str,
     nth: int,
 ) -> None:
-    """A worker waits in the middle of a shard; its node dies, and another one takes over."""
+    """A worker waits in the middle of a shard, and a joined node does the others; then it dies."""
     out = tmp_path / "out"
     fault = ("--fault", f"{point}:sleep:{nth}", "--fetch-workers", "1")
     job = submit_d2i(cluster, *preprocess_words(chat_data.parent, out, *ON_CLUSTER, *fault))
     wait_until(lambda: node.said(f"{WAITS}{point}"), job)
     assert len(list((out / "test").glob("*.commit.json"))) == nth - 1
-    node.kill()
     cluster.add()
+    num_others = len(list((prepared / "test").glob("*.commit.json"))) - 1
+    wait_until(lambda: len(list((out / "test").glob("*.commit.json"))) == num_others, job)
+    node.kill()
     assert_succeeded(job)
     assert shards(out) == shards(prepared)
 
 
-def test_evaluation_survives_loss_of_ray_node(
+def test_evaluation_survives_loss_of_ray_node_and_uses_larger_one(
     cluster: RayNodes, node: Node, whole: Path, chat_data: Path, tmp_path: Path
 ) -> None:
-    """A worker waits before its second task; its node dies, and a new one does the rest."""
+    """A worker waits before its second task; its node dies, and two on a new one do the rest."""
     out, generation_log, gate = (
         tmp_path / "out",
         *(Path(cluster.environment[name]) for name in (LOG, GATE)),
@@ -96,8 +98,8 @@ def test_evaluation_survives_loss_of_ray_node(
     job = submit_d2i(cluster, *words)
     wait_until(lambda: len(processes(generation_log)) == 1 and bool(finished(out)), job)
     node.kill()
-    cluster.add()
-    wait_until(lambda: len(processes(generation_log)) == 2, job)
+    cluster.add(num_cpus=2)
+    wait_until(lambda: len(processes(generation_log)) == 3, job)
     gate.touch()
     assert_succeeded(job)
     evaluations.assert_same(out, whole)
