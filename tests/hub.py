@@ -139,6 +139,16 @@ def _show(handler: Handler, body: bytes, name: str) -> None:
         handler.send(200, described | {"siblings": siblings, "tags": []})
 
 
+def _list_files(handler: Handler, body: bytes, name: str) -> None:
+    del body
+    if found := handler.repository(name):
+        rows = [
+            {"type": "file", "path": path, "size": len(data), "oid": _git_hash(data)}
+            for path, data in sorted(found.files.items())
+        ]
+        handler.send(200, rows)
+
+
 def _validate(handler: Handler, body: bytes) -> None:
     values = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
     errors = []
@@ -228,6 +238,7 @@ def _git_hash(data: bytes) -> str:
 _NAME = r"([\w.-]+/[\w.-]+)"
 _ANSWERS: dict[str, Callable[..., None]] = {
     "POST /api/repos/create": _create,
+    rf"GET /api/models/{_NAME}/tree/\w+": _list_files,
     "POST /api/validate-yaml": _validate,
     rf"GET /api/models/{_NAME}(?:/revision/main)?": _show,
     rf"POST /api/models/{_NAME}/preupload/main": _preupload,

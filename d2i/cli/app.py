@@ -31,7 +31,13 @@ from d2i.cli.sample import sample
 from d2i.cli.select import select
 from d2i.cli.train import train
 from d2i.cli.verify import verify
-from d2i.cli.weights import export_weights, import_weights, inspect_weights, list_weights
+from d2i.cli.weights import (
+    export_weights,
+    fetch_weights,
+    import_weights,
+    inspect_weights,
+    list_weights,
+)
 from d2i.errors import D2IError
 from d2i.io.terminal import plain, print_plainly
 
@@ -54,6 +60,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 """The commands, in the order in which an experiment uses them."""
 WEIGHTS_COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_weights,
+    "fetch": fetch_weights,
     "inspect": inspect_weights,
     "import": import_weights,
     "export": export_weights,
@@ -80,7 +87,7 @@ def _register(group: typer.Typer, commands: dict[str, Callable[..., None]]) -> N
 
 
 def _weights() -> typer.Typer:
-    group = typer.Typer(help="Weights files: list, inspect, convert.", no_args_is_help=True)
+    group = typer.Typer(help="Weights files: list, fetch, inspect, convert.", no_args_is_help=True)
     _register(group, WEIGHTS_COMMANDS)
     return group
 

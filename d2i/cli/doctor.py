@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from d2i.cli.options import RECIPE_HELP, JsonOption, SetOption
-from d2i.cli.output import print_result, row_line
+from d2i.cli.output import print_checks
 
 
 def doctor(
@@ -57,12 +56,4 @@ def doctor(
         asked.append(base_checks(weights))
     if recipe:
         asked.append(memory_checks(recipe, settings or [], num_accelerators, memory_gb))
-    found = []
-    for check in itertools.chain.from_iterable(asked):
-        found.append(asdict(check))
-        if not as_json:
-            typer.echo(row_line(check.status, check.name, check.detail, check.fix))
-    if as_json:
-        print_result({"checks": found}, [], as_json=True)
-    if any(check["status"] == "fail" for check in found):
-        raise typer.Exit(1)
+    print_checks(itertools.chain.from_iterable(asked), as_json=as_json)

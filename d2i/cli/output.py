@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -14,6 +15,7 @@ from d2i.io.terminal import plain
 
 if TYPE_CHECKING:
     from d2i.cluster.estimate import Forecast
+    from d2i.doctor.check import Check
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
@@ -53,6 +55,22 @@ def print_result(result: dict[str, Any], lines: Iterable[str], *, as_json: bool)
         return
     for line in lines:
         typer.echo(plain(line))
+
+
+def print_checks(checks: Iterable[Check], *, as_json: bool) -> None:
+    """Print the rows of a check as they come, or all as one JSON line.
+
+    Raises:
+        typer.Exit: With code 1 if one of them failed.
+    """
+    found = []
+    for check in checks:
+        found.append(asdict(check))
+        if not as_json:
+            typer.echo(row_line(check.status, check.name, check.detail, check.fix))
+    print_result({"checks": found}, [], as_json=as_json)
+    if any(check["status"] == "fail" for check in found):
+        raise typer.Exit(1)
 
 
 def row_line(status: str, name: str, detail: str, fix: str) -> str:

@@ -1,4 +1,4 @@
-"""Commands on weights files: list the published ones, inspect, import and export."""
+"""Commands on weights files: list the published ones, fetch, inspect, import and export."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2i.cli.options import JsonOption, SetOption
-from d2i.cli.output import print_result
+from d2i.cli.options import JsonOption, RecipeOption, SetOption
+from d2i.cli.output import print_checks, print_result
 from d2i.weights_catalog import PUBLISHED, PublishedFile
 from d2i.weights_resolve import resolve_weights
 
@@ -42,6 +42,26 @@ def list_weights(*, as_json: JsonOption = False) -> None:
     files = [dataclasses.asdict(file) for file in PUBLISHED]
     lines = [line for file in PUBLISHED for line in _published_lines(file)]
     print_result({"files": files}, lines, as_json=as_json)
+
+
+def fetch_weights(
+    recipe: RecipeOption, settings: SetOption = None, *, as_json: JsonOption = False
+) -> None:
+    """Download what a recipe names from the model hub, before a job needs it.
+
+    It goes into the caches that every command reads; set HF_HOME and TORCH_HOME to directories that
+    all machines share. With HF_HUB_OFFLINE=1 nothing is downloaded, only checked.
+
+    Examples:
+
+        d2i weights fetch --recipe demo
+
+        d2i weights fetch --recipe uvit-s-photochat --set backbone.weights=mscoco_uvit_small.pth
+    """
+    from d2i.doctor.weights import fetch_weights as fetch
+    from d2i.recipes import resolve_recipe
+
+    print_checks(fetch(resolve_recipe(recipe, settings or [])), as_json=as_json)
 
 
 def inspect_weights(

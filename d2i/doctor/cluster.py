@@ -13,6 +13,7 @@ from d2i.cluster.nodes import Node, NodeResult, run_on_each_node, wait_for_nodes
 from d2i.config import Recipe
 from d2i.doctor.check import Check, first_line
 from d2i.doctor.node import Probe, Question, inspect_node, installed_versions
+from d2i.doctor.weights import weights_of
 from d2i.errors import D2IError
 from d2i.io import storage
 
@@ -60,7 +61,8 @@ def check_cluster(request: ClusterRequest, session: Session) -> Iterator[Report]
     with _probes(request) as (probes, problems):
         nodes = wait_for_nodes(request.num_nodes or 1, request.wait_s)
         yield Report("cluster", [*_cluster_checks(request, nodes), *problems])
-        question = Question(installed_versions(), _weights(request.recipe), probes)
+        weights = weights_of(request.recipe) if request.recipe else ()
+        question = Question(installed_versions(), weights, probes)
         for answer in run_on_each_node(nodes, partial(_inspect, question), _ANSWER_TIMEOUT_S):
             yield Report(_describe(answer.node), _node_checks(answer, request.recipe))
 
@@ -127,22 +129,6 @@ def _describe(node: Node) -> str:
     gpus = f", {node.num_gpus:g} accelerators" if node.num_gpus else ""
     memory = f"{node.memory_bytes / _GIB:.1f} GiB"
     return f"{node.address} {node.node_id[:8]}: {node.num_cpus:g} cores{gpus}, {memory}"
-
-
-def _weights(recipe: Recipe | None) -> tuple[tuple[str, str], ...]:
-    """Return (setting, value) of all weights that a recipe names."""
-    if recipe is None:
-        return ()
-    named = {
-        "encoders.vae": recipe.encoders.vae,
-        "encoders.clip_image": recipe.encoders.clip_image,
-        "encoders.clip_text": recipe.encoders.clip_text,
-        "encoders.text_prefix": recipe.encoders.text_prefix,
-        "backbone.weights": None if recipe.backbone.is_random else recipe.backbone.weights,
-        "metrics.clip_text": recipe.metrics.clip_text,
-        "metrics.extractor_weights": recipe.metrics.extractor_weights,
-    }
-    return tuple((setting, value) for setting, value in named.items() if value)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ ray.shutdown()
 
 # File published by torch-fidelity; its name ends in the first digits of its sha256.
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-_INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}"
 
 
 def checks() -> Iterator[Check]:
@@ -213,17 +213,15 @@ def check_inception(hub_dir: Path | None = None) -> Check:
         hub_dir: torch's cache; by default the one that torch names.
     """
     name = "Inception weights"
-    path = _torch_cache(hub_dir) / "checkpoints" / _INCEPTION
-    fix = (
-        f"download {_INCEPTION_URL} to {path.parent}, or give --set metrics.extractor_weights=FILE"
-    )
+    path = inception_path(hub_dir)
+    fix = f"download {INCEPTION_URL} to {path.parent}, or give --set metrics.extractor_weights=FILE"
     if not path.is_file():
         return Check(name, "warn", f"{_INCEPTION} is not in torch's cache", fix)
     expected = path.stem.rpartition("-")[2]
     digest = file_sha256(str(path))
     if not digest.startswith(expected):
         detail = f"{path} has sha256 {digest[:8]}, expected {expected}"
-        return Check(name, "fail", detail, f"replace it with {_INCEPTION_URL}")
+        return Check(name, "fail", detail, f"replace it with {INCEPTION_URL}")
     return Check(name, "ok", f"{_INCEPTION} in torch's cache")
 
 
@@ -239,6 +237,11 @@ _CHECKS: tuple[tuple[str, Callable[[], Check]], ...] = (
     ("CLIP vocabulary", check_vocabulary),
     ("Inception weights", check_inception),
 )
+
+
+def inception_path(hub_dir: Path | None = None) -> Path:
+    """Return the path of torch-fidelity's Inception file in torch's cache, there or not."""
+    return _torch_cache(hub_dir) / "checkpoints" / _INCEPTION
 
 
 def _torch_cache(hub_dir: Path | None) -> Path:

@@ -144,7 +144,7 @@ def check_weights(setting: str, value: str) -> Check:
         return Check(name, "fail", f"{value} is not on this node", fix)
     if _is_in_hub_cache(value):
         return Check(name, "ok", f"{value}, in the hub's cache")
-    fix = f"'hf download {value}' on every node, or set HF_HOME to a shared directory"
+    fix = "'d2i weights fetch' on every node, or once with HF_HOME as a shared directory"
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return Check(
             name, "fail", f"{value} is not in the hub's cache, and HF_HUB_OFFLINE is set", fix

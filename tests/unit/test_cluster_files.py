@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -119,30 +120,42 @@ def test_kuberay_schema_rejects_misspelt_field(path: str, value: object) -> None
         check_by_kuberay(document)
 
 
-@pytest.mark.parametrize(
-    "document", of_kind("ServiceAccount", "NetworkPolicy", "PersistentVolumeClaim")
-)
+KUBERNETES_KINDS = ("ServiceAccount", "NetworkPolicy", "PersistentVolumeClaim", "Service", "Job")
+
+
+@pytest.mark.parametrize("document", of_kind(*KUBERNETES_KINDS))
 def test_kubernetes_resource_matches_schema(document: dict[str, Any]) -> None:
     kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
 
 
 def test_every_kubernetes_document_has_a_schema_test() -> None:
-    checked = of_kind(
-        *("RayCluster", "RayJob", "ServiceAccount", "NetworkPolicy", "PersistentVolumeClaim")
-    )
-    assert len(checked) == sum(len(documents(path)) for path in KUBERNETES) == 6
+    checked = of_kind("RayCluster", "RayJob", *KUBERNETES_KINDS)
+    assert len(checked) == sum(len(documents(path)) for path in KUBERNETES) == 8
 
 
-@pytest.mark.parametrize("cluster", ray_clusters())
-def test_pods_are_valid_and_run_unprivileged(cluster: dict[str, Any]) -> None:
-    for template in pods(cluster):
+def all_pods() -> list[Any]:
+    """The pods of every cluster, and of every job without one."""
+    of_clusters = [pytest.param(pods(*cluster.values), id=cluster.id) for cluster in ray_clusters()]
+    of_jobs = [pytest.param([*map(job_template, job.values)], id=job.id) for job in of_kind("Job")]
+    return of_clusters + of_jobs
+
+
+def job_template(job: dict[str, Any]) -> dict[str, Any]:
+    template: dict[str, Any] = job["spec"]["template"]
+    return template
+
+
+@pytest.mark.parametrize("templates", all_pods())
+def test_pods_are_valid_and_run_unprivileged(templates: list[dict[str, Any]]) -> None:
+    for template in templates:
         pod = {"apiVersion": "v1", "kind": "Pod", **template}
         pod["metadata"] = template["metadata"] | {"name": "pod"}
         kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
         assert template["spec"]["securityContext"]["runAsNonRoot"] is True
         assert template["spec"]["serviceAccountName"] == "d2i"
         assert template["metadata"]["labels"] == {"app": "d2i"}, "selected by the network policy"
-        for container in template["spec"]["containers"]:
+        containers = [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]
+        for container in containers:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             variables = {variable["name"] for variable in container.get("env", [])}
             assert not any("KEY" in v or "SECRET" in v or "TOKEN" in v for v in variables)
@@ -188,6 +201,23 @@ def test_ray_job_entrypoint_parses_and_is_retried(document: dict[str, Any]) -> N
     parse_d2i(document["spec"]["entrypoint"])
     assert document["spec"]["backoffLimit"] > 0
     assert not set(document["spec"]["entrypoint"]) & set("|&;<>()$`\"'"), "KubeRay quotes nothing"
+
+
+@pytest.mark.parametrize("document", of_kind("Job"))
+def test_training_job_names_its_nodes_and_ranks_once(document: dict[str, Any]) -> None:
+    job, pod = document["spec"], job_template(document)["spec"]
+    (container,) = pod["containers"]
+    words = shlex.split(container["args"][0].replace("\\\n", " "))
+    given = {word: after for word, after in itertools.pairwise(words) if word.startswith("--")}
+    assert int(given["--nnodes"]) == job["completions"] == job["parallelism"]
+    assert given["--nproc-per-node"] == container["resources"]["limits"]["nvidia.com/gpu"]
+    (service,) = [doc for path in KUBERNETES for doc in documents(path) if doc["kind"] == "Service"]
+    name = document["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert given["--master-addr"] == f"{name}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    ((init,),) = [container["args"] for container in pod["initContainers"]]
+    parse_d2i(init)
 
 
 @pytest.mark.parametrize("path", LAUNCHER, ids=name)

@@ -1,0 +1,131 @@
+"""Weights are downloaded from a hub on loopback; jobs then find them without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2i.doctor import machine
+from d2i.doctor.weights import _fetch_inception
+from d2i.weights_resolve import resolve_weights
+from tests.hub import Hub, Repository
+from tests.integration.pipelines import save_tiny_sd15
+from tests.processes import run_process
+from tests.servers import running
+
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+ENCODERS = ("vae", "clip_image", "clip_text")
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running(Hub()) as server:
+        yield server
+
+
+def add(hub: Hub, name: str, directory: Path, subfolder: str = "") -> None:
+    """Make a directory a repository of the hub, or a part of one."""
+    found = hub.repositories.setdefault(name, Repository(is_private=False))
+    for path in directory.rglob("*"):
+        if path.is_file():
+            place = subfolder / path.relative_to(directory)
+            found.files[str(place)] = path.read_bytes()
+
+
+def fetch(recipe: str, settings: dict[str, str], env: dict[str, str]) -> tuple[int, dict[str, Any]]:
+    """Run the command; return its exit code, and its rows by the setting."""
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    done = run_process("weights", "fetch", "--recipe", recipe, *words, "--json", env=env)
+    assert done.stdout, done.stderr[-3000:]
+    return done.returncode, {row["name"]: row for row in json.loads(done.stdout)["checks"]}
+
+
+def test_encoders_of_recipe_are_downloaded_and_then_found_offline(hub: Hub, tmp_path: Path) -> None:
+    settings = {"metrics.clip_text": "me/clip_text"}
+    for name in ENCODERS:
+        # Of another directory: two repositories, and one with a part.
+        subfolder, place = ("vae", "me/parts/vae") if name == "vae" else ("", f"me/{name}")
+        settings[f"encoders.{name}"] = place
+        repository = "/".join(place.split("/")[:2])
+        add(hub, repository, Path(resolve_weights(f"demo:{name}")), subfolder)
+    environment = hub.environment(tmp_path)
+
+    code, rows = fetch("demo", settings, environment | OFFLINE)
+    assert code == 1
+    assert rows["weights encoders.vae"]["status"] == "fail"
+
+    code, rows = fetch("demo", settings, environment)
+    assert (code, {row["status"] for row in rows.values()}) == (0, {"ok"})
+    assert rows["weights encoders.vae"]["detail"].endswith("downloaded now")
+
+    num_requests = len(hub.requests)
+    code, rows = fetch("demo", settings, environment | OFFLINE)
+    assert (code, {row["status"] for row in rows.values()}) == (0, {"ok"})
+    assert "downloaded" not in rows["weights encoders.vae"]["detail"]
+    assert len(hub.requests) == num_requests
+
+
+def test_pipeline_is_downloaded_with_card_but_without_other_formats(
+    hub: Hub, tmp_path: Path
+) -> None:
+    save_tiny_sd15(tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "base" / "all-in-one.ckpt").write_bytes(b"large")
+    add(hub, "me/base", tmp_path / "base")
+    environment = hub.environment(tmp_path / "home")
+    settings = {
+        "backbone.weights": "me/base",
+        "metrics.extractor": "clip",
+        "metrics.clip_text": "null",
+    }
+    for name in ENCODERS:
+        settings[f"encoders.{name}"] = f"demo:{name}"
+    for variables, ending in ((environment, "downloaded now"), (environment | OFFLINE, "cache")):
+        code, rows = fetch("sd15-lora-photochat", settings, variables)
+        assert code == 0, rows
+        assert rows["weights backbone.weights"]["detail"].endswith(ending)
+    names = {path.name for path in (tmp_path / "home").rglob("*")}
+    assert {"README.md", "model_index.json", "diffusion_pytorch_model.safetensors"} <= names
+    assert "all-in-one.ckpt" not in names
+
+
+def test_weights_that_cannot_be_had_are_rows_with_next_step(hub: Hub, tmp_path: Path) -> None:
+    settings = {
+        "encoders.vae": "me/nothing",
+        "encoders.clip_image": str(tmp_path / "nothing"),
+        "encoders.clip_text": "demo:clip_text",
+        "metrics.extractor": "clip",
+        "metrics.clip_text": "null",
+    }
+    code, rows = fetch("uvit-s-photochat", settings, hub.environment(tmp_path / "home"))
+    assert code == 1
+    found = {name.removeprefix("weights "): row["status"] for name, row in rows.items()}
+    assert found == {
+        "encoders.vae": "fail",
+        "encoders.clip_image": "fail",
+        "encoders.clip_text": "ok",
+        "backbone.weights": "warn",
+    }
+    assert "mscoco_uvit_small.pth" in rows["weights backbone.weights"]["detail"]
+    for row in rows.values():
+        assert bool(row["fix"]) == (row["status"] != "ok")
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_inception_is_downloaded_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_whole: bool
+) -> None:
+    data = b"numbers"
+    name = f"weights-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    (tmp_path / name).write_bytes(data if is_whole else data[:-1])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "_INCEPTION", name)
+    monkeypatch.setattr("d2i.doctor.weights.INCEPTION_URL", (tmp_path / name).as_uri())
+    found = _fetch_inception()
+    assert found.status == ("ok" if is_whole else "fail")
+    assert (tmp_path / "cache" / "hub" / "checkpoints" / name).exists() == is_whole
