@@ -67,37 +67,26 @@ def test_evaluation_resumes_after_sigkill_at_every_fault_point(
     assert len(again) == 2 + 3
 
 
-@pytest.mark.timeout(900)
-def test_evaluation_resumes_after_killed_driver_and_ray_worker(
-    tmp_path: Path, chat_data: Path, whole: Path, generation_log: Path
-) -> None:
-    check_random_kills(tmp_path / "out", chat_data, whole, generation_log, seed=1)
-
-
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(20))
 def test_evaluation_resumes_after_random_kills(
     tmp_path: Path, chat_data: Path, whole: Path, generation_log: Path, seed: int
 ) -> None:
-    check_random_kills(tmp_path / "out", chat_data, whole, generation_log, seed)
-
-
-def check_random_kills(out: Path, data: Path, whole: Path, generation_log: Path, seed: int) -> None:
-    """Kill the driver, then a worker, at fault points drawn from a seed."""
-    rng = random.Random(seed)
+    """The driver is killed, then a worker, at fault points drawn from a seed."""
+    rng, out = random.Random(seed), tmp_path / "out"
     in_hand = 0
     # At least two of eight tasks are left when the driver dies: some worker passes its point.
     for point, nth in (("eval.task_done", rng.randint(1, 4)), (rng.choice(POINTS[:3]), 1)):
         workers, task_size = rng.choice((1, 2)), rng.choice((2, 3))
         fault = f"{point}:kill:{nth}"
         before = processes(generation_log)
-        done = run_process(*command(data, out, *on_ray(workers, task_size), "--fault", fault))
+        done = run_process(*command(chat_data, out, *on_ray(workers, task_size), "--fault", fault))
         # A dead worker is replaced; a dead driver ends the job.
         ended = -signal.SIGKILL if point == "eval.task_done" else 0
         assert done.returncode == ended, done.stderr
         # A process that died had at most one task in progress.
         in_hand += task_size * len(processes(generation_log) - before)
-    run_d2i(*command(data, out))
+    run_d2i(*command(chat_data, out))
     assert_same(out, whole)
     times = times_generated(generation_log)
     assert len(times) == len(images_by_name(out))

@@ -42,11 +42,11 @@ def chats_of(server: WebServer) -> dict[str, list[str]]:
     return {f"c{path[1:]}": [f"http://{host}{path}"] for path in server.answers}
 
 
-# A worker that encodes and writes, and one that fetches; one of the latter is also killed in
-# `test_pipeline.py`.
+# A worker that encodes and writes, and one that fetches.
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("point", "nth"),
-    [("shard.tar", 3), pytest.param("fetch.picture", 8, marks=pytest.mark.soak)],
+    [("shard.tar", 3), ("fetch.picture", 8)],
 )
 def test_killed_ray_workers_change_no_output(
     tmp_path: Path, settings: list[str], point: Point, nth: int

@@ -85,7 +85,10 @@ def z_image(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     return prepare_and_train("z-image", tmp_path_factory.mktemp("z-image"))
 
 
-@pytest.mark.parametrize("name", SAVE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "z-image" else pytest.mark.soak) for name in SAVE],
+)
 def test_family_goes_from_preprocess_to_report_and_into_stock_pipeline(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

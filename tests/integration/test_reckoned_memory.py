@@ -78,7 +78,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_every_part_equals_tensors_of_engine(base: Path, tmp_path: Path, num_ranks: int) -> None:
     check_cases(QUICK[num_ranks], base, tmp_path, num_ranks)
 

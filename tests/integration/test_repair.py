@@ -277,6 +277,7 @@ def test_killed_repair_resumes(copy: Path) -> None:
     assert contents(copy) == good
 
 
+@pytest.mark.soak
 def test_repair_replaces_killed_ray_worker(copy: Path) -> None:
     good = contents(copy)
     only(copy, "*.tar").unlink()
