@@ -69,6 +69,7 @@ class Session:
             already runs here and whatever `RAY_ADDRESS` is.
         fault: A fault to inject, for tests.
         num_producers: Workers of the first stage of a pipeline; `None` fits the machine or cluster.
+        on_start: Called with a line to print before Ray starts or is joined, which takes seconds.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class Session:
         fault: Fault | None = None,
         *,
         num_producers: int | None = None,
+        on_start: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self._num_workers, self._ray_address = num_workers, ray_address
+        self._on_start = on_start
         self._fault, self._num_producers = fault, num_producers
         self._has_started_ray = False
 
@@ -110,7 +113,7 @@ class Session:
             ClusterError: If Ray cannot start or be reached.
         """
         if self._uses_ray and not self._has_started_ray:
-            self._has_started_ray = _start_ray(self._ray_address, self._num_workers)
+            self._has_started_ray = _start_ray(self._ray_address, self._num_workers, self._on_start)
 
     def map(
         self,
@@ -242,7 +245,9 @@ def _is_ray_running() -> bool:
     return ray is not None and bool(ray.is_initialized())
 
 
-def _start_ray(address: str | None, num_workers: int | None) -> bool:
+def _start_ray(
+    address: str | None, num_workers: int | None, on_start: Callable[[str], None]
+) -> bool:
     """Start or join Ray unless this process already has; return whether it did."""
     # Ray reads these at import. Usage statistics are off unless the user turns them on.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -256,6 +261,7 @@ def _start_ray(address: str | None, num_workers: int | None) -> bool:
         return False
     if address:
         _check_reachable(address)
+    on_start(_start_line(address, num_workers))
     # On this machine, run as many workers as requested, however few cores there are.
     is_crowded = address is None and (num_workers or 0) > len(os.sched_getaffinity(0))
     try:
@@ -271,6 +277,14 @@ def _start_ray(address: str | None, num_workers: int | None) -> bool:
         # Ray has a dozen exception classes for this, and raises a bare Exception as well.
         raise ClusterError(_not_started(address, err)) from err
     return True
+
+
+def _start_line(address: str | None, num_workers: int | None) -> str:
+    if address:
+        return f"Joining the Ray cluster at {address} …"
+    if num_workers is None:
+        return "Starting Ray on this machine …"
+    return f"Starting Ray with {num_workers} {'worker' if num_workers == 1 else 'workers'} …"
 
 
 def _check_reachable(address: str) -> None:

@@ -36,6 +36,7 @@ from d2i.eval.tasks import (
 from d2i.eval.worker import EvalWorkerBuilder, describe_url
 from d2i.io import checksums, storage
 from d2i.io.config_lock import lock_or_diff, read_settings, with_legacy_defaults
+from d2i.io.progress_bar import Counts
 from d2i.recipes import check_prepared_with
 from d2i.shards import ShardReader
 
@@ -45,7 +46,7 @@ INSTANCES_NAME = "instances.jsonl"
 
 @dataclass
 class EvalProgress:
-    """The progress of an evaluation, for a progress line."""
+    """The progress of an evaluation."""
 
     num_images: int
     num_before: int
@@ -61,6 +62,18 @@ class EvalProgress:
         shown = f"{done}/{self.num_images} images  {rate:.1f}/s  {left / rate:.0f} s left"
         failed = ", ".join(f"{n} {reason}" for reason, n in self.failures.most_common())
         return f"{shown}  ({failed})" if failed else shown
+
+    def counts(self) -> Counts:
+        """Return the same for a progress bar."""
+        return Counts(
+            line=self.line(),
+            done=self.num_before + self.num_done,
+            total=self.num_images,
+            unit="images",
+            started=self.started,
+            num_before=self.num_before,
+            failures=dict(self.failures.most_common()),
+        )
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""Escape untrusted text for the terminal.
+"""The terminal: whether there is one, and text that is safe for it.
 
 Must not import any part of d2i.
 """
@@ -6,9 +6,11 @@ Must not import any part of d2i.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from types import TracebackType
+from typing import TextIO
 
 # They only join letters and emoji: emoji of families, Persian and Hindi need them.
 _JOINERS = "\u200c\u200d"
@@ -37,6 +39,16 @@ def _shown(character: str) -> str:
 class _PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return plain(super().format(record), keep="\n\t")
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal on which lines can be redrawn."""
+    return stream.isatty() and os.environ.get("TERM") not in {"dumb", "unknown"}
+
+
+def wants_colors() -> bool:
+    """Return whether the user wants colors on a terminal (https://no-color.org)."""
+    return not os.environ.get("NO_COLOR")
 
 
 def print_plainly() -> None:

@@ -1,4 +1,4 @@
-"""Progress of a running job: counted by all workers, shown as one line."""
+"""Progress of a running job: counted by all workers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from d2i.cluster import SharedActor
+from d2i.io.progress_bar import Counts
 from d2i.preprocess.workers.messages import ShardResult
 
 
@@ -31,7 +32,7 @@ class Tally:
 
 @dataclass
 class JobProgress:
-    """Progress of a job, for a progress line."""
+    """Progress of a job."""
 
     num_instances: int
     num_done: int = 0
@@ -58,4 +59,17 @@ class JobProgress:
             f"{self.num_done}/{self.num_instances} instances  {rate:.0f}/s  {left}"
             f"  fetched: {self.num_images} images, {self.num_images / passed_s:.0f}/s"
             f"  failed: {failed or 'none'}"
+        )
+
+    def counts(self) -> Counts:
+        """Return the same for a progress bar."""
+        passed_s = max(time.monotonic() - self.started, 1e-9)
+        return Counts(
+            line=self.line(),
+            done=self.num_done,
+            total=self.num_instances,
+            unit="instances",
+            started=self.started,
+            failures=dict(sorted(self.failures.items())),
+            note=f"fetched: {self.num_images} images, {self.num_images / passed_s:.0f}/s",
         )

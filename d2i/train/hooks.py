@@ -1,12 +1,14 @@
-"""Hooks of the training loop: metrics, validation, checkpoints and sample images."""
+"""Hooks of the training loop: metrics, validation, checkpoints, sample images and the bar."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from d2i.config import TrainConfig
 from d2i.io import storage
+from d2i.io.progress_bar import Counts, ProgressBar
 from d2i.run_dir import MetricsLine
 from d2i.train.checkpoint.checkpoint_files import Checkpoint, Progress, step_directory
 from d2i.train.checkpoint.checkpoint_writer import CheckpointWriter, TrainState
@@ -184,3 +186,35 @@ class SampleHook(Hook):
             checkpoint = Checkpoint(step_directory(self.run_url, step))
             image = storage.join(self.run_url, "samples", f"step-{step}.png")
             self.grid.generate(checkpoint, image)
+
+
+@dataclass(frozen=True)
+class ProgressHook(Hook):
+    """Shows the steps made on a progress bar; on the first rank alone.
+
+    Args:
+        config: The settings of training.
+        bar: The bar.
+        num_before: Steps that the run had made before.
+        started: When this command began to train, on the monotonic clock.
+    """
+
+    config: TrainConfig
+    bar: ProgressBar
+    num_before: int
+    started: float = field(default_factory=time.monotonic)
+
+    def after_step(self, step: int, *, is_last: bool) -> None:
+        """Show the step."""
+        del is_last
+        num_steps = self.config.num_steps
+        self.bar.show(
+            Counts(
+                line=f"step {step}/{num_steps}",
+                done=step,
+                total=num_steps,
+                unit="steps",
+                started=self.started,
+                num_before=self.num_before,
+            )
+        )

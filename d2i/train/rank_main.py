@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import sys
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ from d2i.config import Recipe
 from d2i.errors import CheckpointError, ConfigError
 from d2i.fault_injection import Fault
 from d2i.io import storage
+from d2i.io.progress_bar import ProgressBar
+from d2i.io.terminal import is_terminal
 from d2i.models.model_dir import resolve_sizes
 from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.models.registry import family_of_backbone
@@ -47,6 +50,7 @@ from d2i.train.hooks import (
     CheckpointHook,
     Logs,
     MetricsHook,
+    ProgressHook,
     SampleHook,
     ValidationHook,
 )
@@ -165,8 +169,12 @@ def run_loop(
     hooks.append(CheckpointHook(config, writer, state, losses, pace))
     if config.num_sample_steps:
         hooks.append(SampleHook(config.num_sample_steps, run_url, writer, grid))
-    trainer = Trainer(config, ranks, state, batches, objective, losses, pace, hooks, fault)
-    step = trainer.training_loop(progress.step)
+    with closing(ProgressBar()) as bar:
+        if ranks.is_rank_zero and is_terminal(sys.stderr):
+            # Elsewhere the metrics lines are the progress.
+            hooks.append(ProgressHook(config, bar, progress.step))
+        trainer = Trainer(config, ranks, state, batches, objective, losses, pace, hooks, fault)
+        step = trainer.training_loop(progress.step)
     if logs.logger:
         logs.logger.close()
     return step

@@ -63,10 +63,21 @@ def raise_config_error(error: str) -> SortingConsumer:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_is_up() -> Iterator[None]:
-    with Session(2) as session:
+def ray_is_up() -> Iterator[list[str]]:
+    """Start Ray, and yield the lines that said so."""
+    lines: list[str] = []
+    with Session(2, on_start=lines.append) as session:
         session.start()
-        yield
+        session.start()
+        yield lines
+
+
+def test_start_of_ray_is_announced_once(ray_is_up: list[str]) -> None:
+    assert ray_is_up == ["Starting Ray with 2 workers …"]
+    # Nothing starts here: Ray already runs.
+    with Session(1, on_start=ray_is_up.append) as session:
+        session.start()
+    assert len(ray_is_up) == 1
 
 
 @pytest.mark.parametrize(
