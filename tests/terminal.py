@@ -21,7 +21,7 @@ _CONTROL = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
 
 @dataclass(frozen=True)
 class Shown:
-    """What a program wrote: to the terminal, and to its stdout if that was a pipe."""
+    """Output of a program: on the terminal, and on its stdout if that was a pipe."""
 
     returncode: int
     terminal: str

@@ -14,7 +14,7 @@ from d2i.cli.app import app
 from d2i.config import apply_settings
 from d2i.recipes import load_recipe, resolve_recipe
 from d2i.run_dir import check_initial_weights
-from tests.command_lines import every_command, parse_d2i
+from tests.command_lines import every_command, examples_in, help_page, parse_d2i
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md"), *(ROOT / "docs").glob("*.md")]
@@ -32,14 +32,9 @@ def shell_lines() -> list[str]:
 
 
 def examples() -> list[str]:
-    """Return the example commands in every --help, formatted for a terminal of 80 columns."""
-    found = []
-    for command in every_command(get_command(app)):
-        context = command.context_class(command, info_name="d2i", terminal_width=80)
-        text = command.get_help(context).partition("Examples:")[2].partition("Options:")[0]
-        text = text.partition("Arguments:")[0]
-        found += [line.strip() for line in text.splitlines() if line.strip()]
-    return found
+    """Return the example commands in every --help, as printed on a terminal of 80 columns."""
+    commands = every_command(get_command(app))
+    return [line for command in commands for line in examples_in(help_page(command))]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import pwd
 import sys
@@ -20,6 +19,17 @@ from d2i.cli.corpus import corpus
 from d2i.cli.demo import demo
 from d2i.cli.doctor import doctor
 from d2i.cli.eval import evaluate
+from d2i.cli.help import (
+    DATA,
+    EVALUATION,
+    MACHINE,
+    START,
+    TRAINING,
+    Command,
+    Group,
+    help_text,
+    sentence,
+)
 from d2i.cli.inspect import inspect as inspect_data
 from d2i.cli.output import INTERRUPTED
 from d2i.cli.preprocess import preprocess
@@ -43,21 +53,20 @@ from d2i.io.terminal import plain, print_plainly
 
 USER_CAN_FIX = D2IError.exit_code
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "corpus": corpus,
-    "preprocess": preprocess,
-    "verify": verify,
-    "repair": repair,
-    "inspect": inspect_data,
-    "train": train,
-    "select": select,
-    "sample": sample,
-    "eval": evaluate,
-    "report": report,
-    "push": push,
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    START: {"demo": demo},
+    DATA: {
+        "corpus": corpus,
+        "preprocess": preprocess,
+        "verify": verify,
+        "repair": repair,
+        "inspect": inspect_data,
+    },
+    TRAINING: {"train": train, "select": select, "push": push},
+    EVALUATION: {"sample": sample, "eval": evaluate, "report": report},
+    MACHINE: {"doctor": doctor},
 }
-"""The commands, in the order in which an experiment uses them."""
+"""The commands by group, in the order in which an experiment uses them."""
 WEIGHTS_COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_weights,
     "fetch": fetch_weights,
@@ -67,33 +76,28 @@ WEIGHTS_COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _help_text(function: Callable[..., None]) -> str:
-    """Return a command's docstring, its examples protected from wrapping."""
-    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
-    return "\n\n".join(_unwrapped(paragraph) for paragraph in paragraphs)
-
-
-def _unwrapped(paragraph: str) -> str:
-    if not paragraph.startswith("    "):
-        return paragraph
-    # Click's mark for a paragraph that must not be rewrapped.
-    return f"\b\n  {' '.join(paragraph.split())}"
-
-
-def _register(group: typer.Typer, commands: dict[str, Callable[..., None]]) -> None:
-    """Add commands by name; each example in their --help is one line, ready to paste."""
+def _register(
+    group: typer.Typer, commands: dict[str, Callable[..., None]], panel: str | None = None
+) -> None:
+    """Add commands by name."""
     for name, command in commands.items():
-        group.command(name, help=_help_text(command))(command)
+        group.command(
+            name,
+            cls=Command,
+            help=help_text(command),
+            short_help=sentence(command),
+            rich_help_panel=panel,
+        )(command)
 
 
 def _weights() -> typer.Typer:
-    group = typer.Typer(help="Weights files: list, fetch, inspect, convert.", no_args_is_help=True)
+    group = typer.Typer(cls=Group, no_args_is_help=True)
     _register(group, WEIGHTS_COMMANDS)
     return group
 
 
 def _cluster() -> typer.Typer:
-    group = typer.Typer(help="Checks of a Ray cluster.", no_args_is_help=True)
+    group = typer.Typer(cls=Group, no_args_is_help=True)
     _register(group, {"check": check})
 
     # Makes it a group, even with a single command.
@@ -104,26 +108,41 @@ def _cluster() -> typer.Typer:
 
 
 def _recipes() -> typer.Typer:
-    group = typer.Typer(help="The presets.", invoke_without_command=True)
-    group.callback(help=_help_text(list_recipes))(list_recipes)
+    group = typer.Typer(cls=Group, invoke_without_command=True)
+    group.callback(help=help_text(list_recipes))(list_recipes)
     _register(group, {"show": show_recipe})
     return group
 
 
 app = typer.Typer(
     name="d2i",
+    cls=Group,
     help="Dialog-to-image generation: prepare conversations, fine-tune a network, score images.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog="Start with: d2i demo. For the full traceback of an error: d2i --debug COMMAND.",
 )
-_register(app, COMMANDS)
-app.add_typer(_weights(), name="weights")
-app.add_typer(_cluster(), name="cluster")
-app.add_typer(_recipes(), name="recipes")
-_register(app, {"doctor": doctor})
+for _panel, _commands in COMMANDS.items():
+    _register(app, _commands, _panel)
+app.add_typer(
+    _weights(),
+    name="weights",
+    help="List, inspect, import and export weights files.",
+    rich_help_panel=TRAINING,
+)
+app.add_typer(
+    _cluster(),
+    name="cluster",
+    help="Check a Ray cluster before a long job.",
+    rich_help_panel=MACHINE,
+)
+app.add_typer(
+    _recipes(),
+    name="recipes",
+    short_help=sentence(list_recipes),
+    rich_help_panel=TRAINING,
+)
 
 
 def _print_version(is_given: bool) -> None:
@@ -239,7 +258,7 @@ def _leave_if_usage(err: Exception) -> None:
     path = context.command_path if context else "d2i"
     message = " ".join(format_message().split())
     if type(err).__name__ == "NoArgsIsHelpError":
-        sys.stderr.write(format_message() + "\n")
+        typer.echo(format_message(), err=True)
     else:
         sys.stderr.write(f"error: {plain(message)} See '{path} --help'.\n")
     sys.exit(USER_CAN_FIX)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from d2i.cli.completion import complete_recipe
 from d2i.cli.options import JsonOption, SetOption
 from d2i.cli.output import print_result, row_line
+from d2i.io.progress_bar import ProgressBar
 from d2i.io.terminal import plain
 
 if TYPE_CHECKING:
@@ -19,7 +22,10 @@ def check(
     ray_address: Annotated[str, typer.Option(help="A running Ray cluster, HOST:PORT or auto.")],
     recipe: Annotated[
         str | None,
-        typer.Option(help="A recipe, by name or file, whose weights every node must have."),
+        typer.Option(
+            help="A recipe, by name or file, whose weights every node must have.",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     settings: SetOption = None,
     storage: Annotated[
@@ -48,8 +54,12 @@ def check(
 
     request = ClusterRequest(num_nodes, wait_s, _recipe(recipe, settings), tuple(storage or ()))
     found = []
-    with Session(ray_address=ray_address) as session:
+    with (
+        closing(ProgressBar()) as progress,
+        Session(ray_address=ray_address, on_start=progress.wait) as session,
+    ):
         for report in check_cluster(request, session):
+            progress.close()
             found.append(asdict(report))
             if not as_json:
                 typer.echo(plain(report.name))

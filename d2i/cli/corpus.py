@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from d2i.cli.options import CorpusOption, JsonOption, SetOption, SourceOption, existing_source
-from d2i.cli.output import ProgressLine, counted, print_result
+from d2i.cli.output import counted, print_result
 from d2i.errors import ConfigError
+from d2i.io.progress_bar import Counts, ProgressBar
 
 if TYPE_CHECKING:
     from d2i.config import DialogConfig
@@ -50,13 +52,16 @@ def corpus(
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Survey a corpus: counts, lengths, record issues, effects of options, leaks between splits.
+    """Show what a corpus holds, and which images its splits share.
+
+    The survey has counts, lengths, record issues, the effect of each setting, and leaks between
+    splits.
 
     Examples:
 
-        d2i corpus --corpus mmdialog --source MMDialog --report corpus.html
+        d2i corpus --corpus mmdialog --source d2i-demo/corpus --report corpus.html
 
-        d2i corpus --corpus mmdialog --source MMDialog --leaks leaks.jsonl --no-pictures
+        d2i corpus --corpus mmdialog --source d2i-demo/corpus --leaks leaks.jsonl --no-pictures
         --set corpus.own_turn=exclude
 
         d2i corpus --corpus jsonl --source chats/all.jsonl --split 0.8,0.1,0.1
@@ -103,30 +108,29 @@ def _survey(
     from d2i.corpus_analysis.survey import survey_split
 
     splits = found_splits(name, source, config.corpus.options())
-    progress = ProgressLine()
-    surveyed = {
-        split: msgspec.to_builtins(
-            survey_split(
-                name,
-                source,
-                split,
-                config,
-                num_sampled=num_sampled,
-                on_dialog=_counting(progress, f"{split}: dialogs read"),
-            )
-        )
-        for split in splits
-    }
     options = config.corpus.options()
-    opened = {split: _counting(progress, f"{split}: images opened") for split in splits}
-    finder = LeakFinder(
-        build_corpus(name, options),
-        source,
-        near_duplicates=near_duplicates,
-        on_image=lambda split: opened[split](),
-    )
-    counts = count_leaks(_kept(finder.find(splits), leaks_url))
-    progress.close()
+    with closing(ProgressBar()) as progress:
+        surveyed = {
+            split: msgspec.to_builtins(
+                survey_split(
+                    name,
+                    source,
+                    split,
+                    config,
+                    num_sampled=num_sampled,
+                    on_dialog=_counting(progress, "dialogs read", split),
+                )
+            )
+            for split in splits
+        }
+        opened = {split: _counting(progress, "images opened", split) for split in splits}
+        finder = LeakFinder(
+            build_corpus(name, options),
+            source,
+            near_duplicates=near_duplicates,
+            on_image=lambda split: opened[split](),
+        )
+        counts = count_leaks(_kept(finder.find(splits), leaks_url))
     seen = msgspec.to_builtins(finder.images)
     return {
         "corpus": name,
@@ -159,16 +163,18 @@ def _kept(leaks: Iterator[Leak], url: str | None) -> Iterator[Leak]:
         storage.publish_atomically(scratch, url)
 
 
-def _counting(progress: ProgressLine, what: str) -> Callable[[], None]:
+def _counting(progress: ProgressBar, unit: str, split: str = "") -> Callable[[], None]:
     """Return a function that counts one more item, and shows the count and the rate."""
     count, started = 0, time.monotonic()
+    what = f"{split}: {unit}" if split else unit
 
     def one_more() -> None:
         nonlocal count
         count += 1
         if count % 1000 == 0:
             rate = count / max(time.monotonic() - started, 1e-9)
-            progress.show(f"{what}: {count}  {rate:.0f}/s")
+            line = f"{what}: {count}  {rate:.0f}/s"
+            progress.show(Counts(line, count, None, unit, started, note=split))
 
     return one_more
 
@@ -187,22 +193,21 @@ def _describe(
     from d2i.corpora import build_corpus, found_splits
     from d2i.corpus_analysis.captioning import describe
 
-    progress = ProgressLine()
-    one_more = _counting(progress, "images captioned")
+    with closing(ProgressBar()) as progress:
+        one_more = _counting(progress, "images captioned")
 
-    def on_batch(num: int) -> None:
-        for _ in range(num):
-            one_more()
+        def on_batch(num: int) -> None:
+            for _ in range(num):
+                one_more()
 
-    summary = describe(
-        build_corpus(name, config.corpus.options()),
-        source,
-        found_splits(name, source, config.corpus.options()),
-        captioner,
-        out,
-        on_batch,
-    )
-    progress.close()
+        summary = describe(
+            build_corpus(name, config.corpus.options()),
+            source,
+            found_splits(name, source, config.corpus.options()),
+            captioner,
+            out,
+            on_batch,
+        )
     line = (
         f"{out}: {summary.num_described} images captioned now, {summary.num_there} before; "
         f"failed: {counted(summary.failures)}; use them with --set corpus.descriptions={out}"

@@ -27,13 +27,15 @@ def demo(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the paper's experiment at small scale, every stage for real, and write a report.
+    """Run every stage at a small scale, and write a report.
+
+    It is the paper's experiment on a synthetic corpus: prepare, evaluate, train, evaluate again.
 
     Examples:
 
         d2i demo
 
-        d2i demo --out /tmp/demo --seed 2 --json
+        d2i demo --out other-demo --seed 2 --json
     """
     from d2i.demo.run import DemoRequest, run_demo
     from d2i.io import storage

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from d2i.cli.completion import complete_recipe
 from d2i.cli.options import RECIPE_HELP, JsonOption, SetOption
 from d2i.cli.output import print_checks
 
@@ -23,7 +24,10 @@ def doctor(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help=f"Also reckon the memory of training it. {RECIPE_HELP}"),
+        typer.Option(
+            help=f"Also reckon the memory of training it. {RECIPE_HELP}",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     settings: SetOption = None,
     num_accelerators: Annotated[
@@ -35,7 +39,7 @@ def doctor(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check what this machine can and cannot run, and print the fixes.
+    """Check what this machine can run, and print the fixes.
 
     Examples:
 

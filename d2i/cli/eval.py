@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from d2i.cli.completion import complete_system
+from d2i.cli.help import FORECAST, WORKERS
 from d2i.cli.options import (
     CacheDirOption,
     CacheGbOption,
@@ -21,8 +23,9 @@ from d2i.cli.options import (
     SetOption,
     assumed_of,
 )
-from d2i.cli.output import ProgressLine, forecast_lines, print_result
+from d2i.cli.output import forecast_lines, print_result
 from d2i.errors import ConfigError
+from d2i.io.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
     from d2i.cluster import Session
@@ -31,7 +34,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    system: Annotated[str, typer.Option(help="The system to evaluate: see above.")],
+    system: Annotated[
+        str, typer.Option(help="The system to evaluate: see above.", autocompletion=complete_system)
+    ],
     data: Annotated[str, typer.Option(help="Directory made by d2i preprocess.")],
     out: Annotated[str, typer.Option(help="Directory of the scores; the same command resumes.")],
     weights: Annotated[
@@ -59,29 +64,37 @@ def evaluate(
         typer.Option(help="The corpus's directory: use the negatives that it lists for recall."),
     ] = None,
     task_size: Annotated[
-        int | None, typer.Option(min=1, help="Instances per task of a worker.")
+        int | None,
+        typer.Option(min=1, help="Instances per task of a worker.", rich_help_panel=WORKERS),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Number of Ray workers, with --parallel.")
+        int | None,
+        typer.Option(
+            min=1, help="Number of Ray workers, with --parallel.", rich_help_panel=WORKERS
+        ),
     ] = None,
     ray_address: RayOption = None,
     cache_dir: CacheDirOption = None,
     cache_gb: CacheGbOption = None,
     *,
     check_data: CheckDataOption = True,
-    parallel: Annotated[bool, typer.Option("--parallel", help="Run on Ray.")] = False,
+    parallel: Annotated[
+        bool, typer.Option("--parallel", help="Run on Ray.", rich_help_panel=WORKERS)
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate time and cost only.")
+        bool,
+        typer.Option("--dry-run", help="Estimate time and cost only.", rich_help_panel=FORECAST),
     ] = False,
     rate: RateOption = None,
     price_per_node_hour: PriceOption = None,
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
-    """Generate an image for every test conversation, and score the images.
+    """Generate an image for every test conversation, and score them.
 
-    FID, KID, IS, CLIP-I, CLIP-T, FID on CLIP features, and recall of the reference image, with 95 %
-    intervals over dialogs. KID is also given without its bias for images of the same dialogs.
+    The scores are FID, KID, IS, CLIP-I, CLIP-T, FID on CLIP features, and recall of the reference
+    image, with 95 % intervals over dialogs. KID is also given without its bias for images of the
+    same dialogs.
 
     A system is run:DIR (with the choice of d2i select, else its last EMA, or the weights given by
     --set sample.weights=trained); a backbone's name with --weights; diffusers:PATH; unclip:PATH
@@ -95,11 +108,11 @@ def evaluate(
 
     Examples:
 
-        d2i eval --system run:runs/demo --data data --out scores/after --parallel
+        d2i eval --system run:d2i-demo/run --data d2i-demo/data --out scores/after --parallel
 
-        d2i eval --system uvit-s --weights mscoco_uvit_small.pth --data data --out scores/before
+        d2i eval --system uvit-s --weights demo:backbone --data d2i-demo/data --out scores/before
 
-        d2i eval --system run:runs/demo --data data --out scores/none --context none
+        d2i eval --system run:d2i-demo/run --data d2i-demo/data --out scores/none --context none
 
         d2i eval --system diffusers:sdxl --adapter lora --data data --out scores/sdxl
 
@@ -133,15 +146,20 @@ def evaluate(
     open_shards = partial(
         ShardReader, cache_dir=cache_dir, cache_gb=cache_gb, check_data=check_data
     )
-    session = Session(workers if parallel else 0, ray_address, parse_fault(fault))
-    with session, closing(ProgressLine()) as progress:
+    num_workers, injected = workers if parallel else 0, parse_fault(fault)
+    with (
+        closing(ProgressBar()) as progress,
+        Session(num_workers, ray_address, injected, on_start=progress.wait) as session,
+    ):
         if dry_run:
-            _foresee(request, session, task_size, assumed, as_json=as_json)
+            foreseen, lines = _foresee(request, session, task_size, assumed)
+            progress.close()
+            print_result(foreseen, lines, as_json=as_json)
             return
         result = run(
             request,
             session,
-            lambda p: progress.show(p.line()),
+            lambda p: progress.show(p.counts()),
             negatives=negatives,
             task_size=task_size,
             open_shards=open_shards,
@@ -154,9 +172,8 @@ def _foresee(
     session: Session,
     task_size: int | None,
     assumed: RateOverrides,
-    *,
-    as_json: bool,
-) -> None:
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the forecast, for `--json` and as lines."""
     from d2i.cluster.estimate import find_rate, forecast
     from d2i.eval.job import rate_decided_by, work_left
     from d2i.shards import read_manifest
@@ -167,7 +184,7 @@ def _foresee(
     found = forecast(work_left(request, num_images, task_size), offer, measured, assumed)
     result = {"pictures": num_images, "forecast": dataclasses.asdict(found)}
     lines = [f"images: {num_images}", *forecast_lines(found)]
-    print_result(result, lines, as_json=as_json)
+    return result, lines
 
 
 def _score_lines(result: dict[str, Any]) -> list[str]:

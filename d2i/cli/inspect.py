@@ -26,15 +26,17 @@ def inspect(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Show samples: the conversation, the source of the image, the stored arrays.
+    """Show some samples of prepared data.
+
+    Each is shown with its conversation, the source of its image and the stored arrays.
 
     Examples:
 
-        d2i inspect data/test
+        d2i inspect d2i-demo/data/test
 
-        d2i inspect data/test --num 10 --json
+        d2i inspect d2i-demo/data/test --num 10 --json
 
-        d2i inspect data/test --num 10 --html samples.html
+        d2i inspect d2i-demo/data/test --num 10 --html samples.html
     """
     from d2i.shards import ShardReader, check_metadata, find_data_sets
 

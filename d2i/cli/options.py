@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from d2i.cli.completion import CORPORA, complete_corpus, complete_recipe
+from d2i.cli.help import FETCHING, FORECAST, READING, WORKERS
 from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,14 +18,18 @@ if TYPE_CHECKING:
 CorpusOption = Annotated[
     str,
     typer.Option(
-        "--corpus", help="mmdialog, photochat, jsonl, or your own as package.module:Class."
+        "--corpus",
+        help=f"{', '.join(CORPORA)}, or your own as package.module:Class.",
+        autocompletion=complete_corpus,
     ),
 ]
 SourceOption = Annotated[
     str, typer.Option("--source", help="Directory or file of the corpus, a path or URL.")
 ]
 RECIPE_HELP = "A recipe's name ('d2i recipes'), FILE.toml, FILE.json, or package.module:function."
-RecipeOption = Annotated[str, typer.Option("--recipe", help=RECIPE_HELP)]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", help=RECIPE_HELP, autocompletion=complete_recipe)
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Change a setting, e.g. image.resolution=64."),
@@ -31,21 +37,39 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")]
 RayOption = Annotated[
     str | None,
-    typer.Option("--ray-address", help="A running Ray cluster; by default Ray starts here."),
+    typer.Option(
+        "--ray-address",
+        help="A running Ray cluster; by default Ray starts here.",
+        rich_help_panel=WORKERS,
+    ),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=0, help="Number of Ray workers; 0: this process, without Ray.")
+    int | None,
+    typer.Option(
+        min=0,
+        help="Number of Ray workers; 0: this process, without Ray.",
+        rich_help_panel=WORKERS,
+    ),
 ]
 FetchWorkersOption = Annotated[
-    int | None, typer.Option(min=1, help="Number of Ray workers that fetch and decode.")
+    int | None,
+    typer.Option(
+        min=1, help="Number of Ray workers that fetch and decode.", rich_help_panel=WORKERS
+    ),
 ]
 CacheDirOption = Annotated[
-    Path | None, typer.Option("--cache-dir", help="Local directory that caches remote shards.")
+    Path | None,
+    typer.Option(
+        "--cache-dir", help="Local directory that caches remote shards.", rich_help_panel=READING
+    ),
 ]
 CacheGbOption = Annotated[
     float | None,
     typer.Option(
-        "--cache-gb", min=0, help="Maximum size of the cache, in 1e9 bytes; default: unlimited."
+        "--cache-gb",
+        min=0,
+        help="Maximum size of the cache, in 1e9 bytes; default: unlimited.",
+        rich_help_panel=READING,
     ),
 ]
 CheckDataOption = Annotated[
@@ -53,27 +77,48 @@ CheckDataOption = Annotated[
     typer.Option(
         "--check-data/--no-check-data",
         help="Verify checksums when data is first read; not needed after d2i verify.",
+        rich_help_panel=READING,
     ),
 ]
 FaultOption = Annotated[
-    str | None, typer.Option("--fault", help="Inject a fault, for tests: POINT:error|sleep|kill:N.")
+    str | None,
+    typer.Option(
+        "--fault", help="Inject a fault, for tests: POINT:error|sleep|kill:N.", hidden=True
+    ),
 ]
 RateOption = Annotated[
     float | None,
     typer.Option(
-        "--rate", min=1e-9, help="With --dry-run: instances/s of one worker; default: as measured."
+        "--rate",
+        min=1e-9,
+        help="With --dry-run: instances/s of one worker; default: as measured.",
+        rich_help_panel=FORECAST,
     ),
 ]
 PriceOption = Annotated[
     float | None,
-    typer.Option("--price-per-node-hour", min=0, help="With --dry-run: price of a node per hour."),
+    typer.Option(
+        "--price-per-node-hour",
+        min=0,
+        help="With --dry-run: price of a node per hour.",
+        rich_help_panel=FORECAST,
+    ),
 ]
 AllowHostOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="HOST:PORT", help="Allow requests to this private host (SSRF guard)."),
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Allow requests to this private host (SSRF guard).",
+        rich_help_panel=FETCHING,
+    ),
 ]
 DnsServerOption = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", help="Resolve hosts through this DNS server.")
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Resolve hosts through this DNS server.",
+        rich_help_panel=FETCHING,
+    ),
 ]
 ProxyOption = Annotated[
     str | None,
@@ -81,6 +126,7 @@ ProxyOption = Annotated[
         metavar="URL",
         envvar="D2I_PROXY",
         help="Fetch through this proxy: http://[USER:PASSWORD@]HOST:PORT.",
+        rich_help_panel=FETCHING,
     ),
 ]
 

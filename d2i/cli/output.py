@@ -1,10 +1,8 @@
-"""Printed output of the commands: results, progress lines, rows of counts and of checks."""
+"""Printed output of the commands: results, rows of counts and of checks."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -19,33 +17,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
-_SECONDS_BETWEEN_LINES = 5.0
 _GIB = 2**30
-
-
-class ProgressLine:
-    """One changing line on a terminal; elsewhere a line every few seconds."""
-
-    def __init__(self) -> None:
-        self._shown = 0.0
-        self._last = ""
-
-    def show(self, line: str) -> None:
-        """Show the progress of the work."""
-        line = plain(line)
-        now = time.monotonic()
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r\033[K{line}")
-        elif now - self._shown >= _SECONDS_BETWEEN_LINES:
-            sys.stderr.write(f"{line}\n")
-            self._shown = now
-        self._last = line
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        """Keep the last line on the screen."""
-        if self._last:
-            sys.stderr.write("\n" if sys.stderr.isatty() else f"{self._last}\n")
 
 
 def print_result(result: dict[str, Any], lines: Iterable[str], *, as_json: bool) -> None:

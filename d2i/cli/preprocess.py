@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2i.cli.help import FETCHING, FORECAST, INSTANCES
 from d2i.cli.options import (
     AllowHostOption,
     CorpusOption,
@@ -27,7 +28,8 @@ from d2i.cli.options import (
     existing_source,
     network_policy_of,
 )
-from d2i.cli.output import ProgressLine, counted, forecast_lines, print_result
+from d2i.cli.output import counted, forecast_lines, print_result
+from d2i.io.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
     from d2i.cluster import Session
@@ -45,16 +47,31 @@ def preprocess(
     recipe: RecipeOption,
     split: Annotated[
         str | None,
-        typer.Option(help="train, valid or test; else all. 0.8,0.1,0.1 splits one unsplit file."),
+        typer.Option(
+            help="train, valid or test; else all. 0.8,0.1,0.1 splits one unsplit file.",
+            rich_help_panel=INSTANCES,
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Keep at most N instances per split.")
+        int | None,
+        typer.Option(
+            min=1, help="Keep at most so many instances per split.", rich_help_panel=INSTANCES
+        ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Seed of the choice of --limit, and of --split 0.8,0.1,0.1.")
+        int,
+        typer.Option(
+            help="Seed of the choice of --limit, and of --split 0.8,0.1,0.1.",
+            rich_help_panel=INSTANCES,
+        ),
     ] = 0,
     exclude: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Instance keys to leave out, one per line.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instance keys to leave out, one per line.",
+            rich_help_panel=INSTANCES,
+        ),
     ] = None,
     reuse: Annotated[
         str | None,
@@ -70,22 +87,41 @@ def preprocess(
     *,
     retry_failed: Annotated[
         bool,
-        typer.Option("--retry-failed", help="Retry images that failed with a transient error."),
+        typer.Option(
+            "--retry-failed",
+            help="Retry images that failed with a transient error.",
+            rich_help_panel=FETCHING,
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Plan and estimate time, cost and memory; fetch nothing."),
+        typer.Option(
+            "--dry-run",
+            help="Plan and estimate time, cost and memory; fetch nothing.",
+            rich_help_panel=FORECAST,
+        ),
     ] = False,
     rate: RateOption = None,
     price_per_node_hour: PriceOption = None,
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
-    """Preprocess a corpus: conversations and images in, shards of latents out.
+    """Turn conversations and images into shards of latents.
+
+    Every instance ends as a sample or as a row of the ledger with a reason.
 
     Examples:
 
-        d2i preprocess --corpus mmdialog --source MMDialog --out data --recipe uvit-s-mmdialog
+        d2i preprocess --corpus mmdialog --source d2i-demo/corpus --out data --recipe demo
+
+        d2i preprocess --corpus mmdialog --source d2i-demo/corpus --out data --recipe demo
+        --retry-failed
+
+        d2i preprocess --corpus mmdialog --source d2i-demo/corpus --out data --recipe demo
+        --dry-run --price-per-node-hour 4
+
+        d2i preprocess --corpus mmdialog --source d2i-demo/corpus --out spaced --recipe demo
+        --set text.strategy=space --reuse d2i-demo/data
 
         d2i preprocess --corpus photochat --source photochat --out data --recipe uvit-s-photochat
         --split test --limit 100
@@ -97,13 +133,7 @@ def preprocess(
         --split 0.8,0.1,0.1
 
         d2i preprocess --corpus mmdialog --source MMDialog --out data --recipe uvit-s-mmdialog
-        --ray-address auto --dry-run --price-per-node-hour 4
-
-        d2i preprocess --corpus photochat --source photochat --out data --recipe uvit-s-photochat
-        --retry-failed
-
-        d2i preprocess --corpus photochat --source photochat --out spaced --recipe uvit-s-photochat
-        --set text.strategy=space --reuse data
+        --ray-address auto
     """
     from d2i.cluster import Session
     from d2i.fault_injection import parse_fault
@@ -127,15 +157,26 @@ def preprocess(
         reuse=reuse,
     )
     network_policy = network_policy_of(allow_host, dns_server, proxy)
-    session = Session(workers, ray_address, parse_fault(fault), num_producers=fetch_workers)
-    with session, closing(ProgressLine()) as progress:
+    injected = parse_fault(fault)
+    with (
+        closing(ProgressBar()) as progress,
+        Session(
+            workers,
+            ray_address,
+            injected,
+            num_producers=fetch_workers,
+            on_start=progress.wait,
+        ) as session,
+    ):
         if dry_run:
-            _foresee(request, session, assumed, as_json=as_json)
+            result, lines = _foresee(request, session, assumed)
+            progress.close()
+            print_result(result, lines, as_json=as_json)
             return
         summaries = make_splits(
             request,
             session,
-            lambda p: progress.show(p.line()),
+            lambda p: progress.show(p.counts()),
             network_policy=network_policy,
             retry_failed=retry_failed,
         )
@@ -148,8 +189,9 @@ def preprocess(
 
 
 def _foresee(
-    request: PreprocessRequest, session: Session, assumed: RateOverrides, *, as_json: bool
-) -> None:
+    request: PreprocessRequest, session: Session, assumed: RateOverrides
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the plan and the forecast, for `--json` and as lines."""
     from d2i.cluster.estimate import find_rate, forecast
     from d2i.preprocess.job import plan_job, rate_decided_by, work_left
 
@@ -165,7 +207,7 @@ def _foresee(
     ]
     result = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
     result["forecast"] = dataclasses.asdict(found)
-    print_result(result, [*lines, *forecast_lines(found)], as_json=as_json)
+    return result, [*lines, *forecast_lines(found)]
 
 
 def _summary_lines(summary: SplitSummary) -> list[str]:

@@ -25,11 +25,11 @@ def push(
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a finished run would upload to the Hugging Face hub; with --upload, upload it.
+    """Upload a finished run to the Hugging Face hub.
 
-    The trained weights, the model card and the recipe are uploaded in one commit, where diffusers
-    looks for them; no checkpoint, no data and no path of this machine is. Read the terms before
-    others can read the repository.
+    Without --upload, it only shows what would be uploaded. The trained weights, the model card and
+    the recipe are uploaded in one commit, where diffusers looks for them; no checkpoint, no data
+    and no path of this machine is. Read the terms before others can read the repository.
 
     The token is that of huggingface_hub: HF_TOKEN, or hf auth login.
 

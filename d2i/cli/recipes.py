@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
+from d2i.cli.completion import complete_recipe
 from d2i.cli.options import RECIPE_HELP, JsonOption, SetOption
 from d2i.cli.output import print_result
 
 
 def list_recipes(context: typer.Context, *, as_json: JsonOption = False) -> None:
-    """List the recipes; 'd2i recipes show NAME' prints every setting of one.
+    """List the recipes, or show every setting of one.
 
     Examples:
 
@@ -29,14 +30,14 @@ def list_recipes(context: typer.Context, *, as_json: JsonOption = False) -> None
 
 
 def show_recipe(
-    name: Annotated[str, typer.Argument(help=RECIPE_HELP)],
+    name: Annotated[str, typer.Argument(help=RECIPE_HELP, autocompletion=complete_recipe)],
     settings: SetOption = None,
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Print every setting of a recipe as TOML, with its explanation.
+    """Print every setting of a recipe, with its explanation.
 
-    Redirected to a file and edited, it is a recipe of your own: --recipe FILE.toml.
+    The TOML, redirected to a file and edited, is a recipe of your own: --recipe FILE.toml.
 
     Examples:
 

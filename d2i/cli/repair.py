@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from contextlib import closing
 from typing import Annotated
 
@@ -20,7 +21,8 @@ from d2i.cli.options import (
     WorkersOption,
     network_policy_of,
 )
-from d2i.cli.output import ProgressLine, print_result, problem_line
+from d2i.cli.output import print_result, problem_line
+from d2i.io.progress_bar import Counts, ProgressBar
 
 
 def repair(
@@ -36,15 +38,16 @@ def repair(
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
-    """Repair broken or missing shards byte for byte. Exits with 1 if any remain.
+    """Restore damaged or missing shards byte for byte.
 
-    Intact files restore damaged ones; only lost samples are fetched and encoded again.
+    Intact files restore damaged ones; only lost samples are fetched and encoded again. Exits with 1
+    if any damage is left.
 
     Examples:
 
-        d2i repair data
+        d2i repair d2i-demo/data
 
-        d2i repair data/test --workers 0
+        d2i repair d2i-demo/data/test --workers 0
     """
     from d2i.cluster import Session
     from d2i.fault_injection import parse_fault
@@ -53,12 +56,23 @@ def repair(
 
     request = RepairRequest(directory, tuple(settings or ()))
     network_policy = network_policy_of(allow_host, dns_server, proxy)
-    session = Session(workers, ray_address, parse_fault(fault), num_producers=fetch_workers)
-    with session, closing(ProgressLine()) as progress:
+    injected, started = parse_fault(fault), time.monotonic()
+    with (
+        closing(ProgressBar()) as progress,
+        Session(
+            workers,
+            ray_address,
+            injected,
+            num_producers=fetch_workers,
+            on_start=progress.wait,
+        ) as session,
+    ):
         summaries = run(
             request,
             session,
-            lambda done, total: progress.show(f"{done}/{total} shards rebuilt"),
+            lambda done, total: progress.show(
+                Counts(f"{done}/{total} shards rebuilt", done, total, "shards", started)
+            ),
             network_policy=network_policy,
         )
     lines = []

@@ -32,7 +32,9 @@ def report(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one self-contained HTML page: conversations, images, scores and their provenance.
+    """Write a page with images, scores and the paper's tables.
+
+    It is one self-contained HTML file: conversations, images, scores and their provenance.
 
     The paper's tables, with our numbers beside its own, are built from all given evaluations:
     systems by corpus, linearizations, contexts, people, food and animals, recipes. eval/README.md
@@ -41,9 +43,9 @@ def report(
 
     Examples:
 
-        d2i report scores/before scores/after --out report.html
+        d2i report d2i-demo/eval/before d2i-demo/eval/after --out report.html
 
-        d2i report scores/before scores/after scores/none --out tables.csv
+        d2i report d2i-demo/eval/before d2i-demo/eval/after --out tables.csv
 
         d2i report scores/before scores/after --case test-7-3-0 --out cases.html
     """

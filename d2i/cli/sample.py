@@ -35,20 +35,22 @@ def sample(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate the image that answers one conversation; the PNG records how it was generated.
+    """Generate the image that answers one conversation.
 
-    The network runs at a batch size of 4; with --key at that of d2i eval, to match it bit for bit.
+    The PNG records how it was generated. The network runs at a batch size of 4; with --key at that
+    of d2i eval, to match it bit for bit.
 
     Examples:
 
-        echo 'i saw a big red ball on the beach at night' | d2i sample --run runs/demo --dialog -
+        echo 'i saw a big red ball on the beach at night' | d2i sample --run d2i-demo/run --dialog -
 
-        d2i sample --run runs/demo --dialog chat.json --seed 7 --seed 8 --out answers.png
+        echo '[{"role": "user", "content": "a red ball at night"}]' | d2i sample
+        --run d2i-demo/run --dialog - --seed 7 --seed 8 --out answers.png
 
-        d2i sample --run runs/demo --dialog chat.txt --set sample.weights=trained
+        echo 'a red ball at night' | d2i sample --run d2i-demo/run --dialog -
+        --set sample.weights=trained --set sample.sampler=diffusers:DPMSolverMultistepScheduler
 
-        d2i sample --run runs/demo --dialog chat.txt
-        --set sample.sampler=diffusers:DPMSolverMultistepScheduler
+        d2i sample --run runs/a --dialog chat.json
     """
     from d2i.eval.generation_settings import choose_settings
     from d2i.eval.single_dialog import Request, generate_image, read_dialog, read_roles

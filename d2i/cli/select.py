@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import closing
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from d2i.cli.completion import complete_metric, complete_system
 from d2i.cli.options import JsonOption, SetOption
-from d2i.cli.output import ProgressLine, print_result
+from d2i.cli.output import print_result
 from d2i.errors import ConfigError
+from d2i.io.progress_bar import Counts, ProgressBar
 from d2i.metric_specs import METRICS
+
+if TYPE_CHECKING:
+    from d2i.eval.job import EvalProgress
 
 
 def select(
     run: Annotated[str | None, typer.Option(help="A run with checkpoints.")] = None,
     system: Annotated[
-        str | None, typer.Option(help="Instead of --run: a backbone's name, or diffusers:PATH.")
+        str | None,
+        typer.Option(
+            help="Instead of --run: a backbone's name, or diffusers:PATH.",
+            autocompletion=complete_system,
+        ),
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Weights of a backbone, as in d2i eval.")
@@ -30,7 +40,10 @@ def select(
         list[float] | None, typer.Option(min=1, help="A guidance scale to try; may be repeated.")
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="The score that decides.", metavar="|".join(METRICS))
+        str,
+        typer.Option(
+            help=f"The score that decides: {', '.join(METRICS)}.", autocompletion=complete_metric
+        ),
     ] = "fid",
     num_instances: Annotated[int, typer.Option(min=2, help="Number of validation dialogs.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of dialogs.")] = 0,
@@ -41,17 +54,18 @@ def select(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Select what scores best on validation dialogs, and write it to best.json.
+    """Select the checkpoint and guidance scale that score best.
 
-    For a run, select the checkpoint, the kind of weights (ema, ema-short or trained) and the
-    guidance scale. For any other system, select the guidance scale, so that no side of a
-    comparison is tuned alone; d2i eval --selected OUT generates with it.
+    The scores are those of validation dialogs, and the choice is written to best.json. For a run,
+    it is the checkpoint, the kind of weights (ema, ema-short or trained) and the guidance scale.
+    For any other system, it is the guidance scale, so that no side of a comparison is tuned alone;
+    d2i eval --selected OUT generates with it.
 
     Examples:
 
-        d2i select --run runs/demo --guidance 1.5 --guidance 2 --guidance 3
+        d2i select --run d2i-demo/run --guidance 1.5 --guidance 2 --guidance 3
 
-        d2i select --run runs/a --metric clip_i --num-instances 200 --set sample.num_steps=20
+        d2i select --run d2i-demo/run --metric clip_i --num-instances 50 --set sample.num_steps=20
 
         d2i select --system uvit-s --weights mscoco_uvit_small.pth --data data/photochat
         --out chosen/uvit-s --guidance 1.5 --guidance 2 --guidance 3
@@ -79,12 +93,20 @@ def select(
         seed=seed,
         settings=tuple(settings or ()),
     )
-    with Session(workers or 0) as session, closing(ProgressLine()) as line:
+    with (
+        closing(ProgressBar()) as progress,
+        Session(workers or 0, on_start=progress.wait) as session,
+    ):
         result = run_select(
-            request, session, lambda name, progress: line.show(f"{name}: {progress.line()}")
+            request, session, lambda name, found: progress.show(_counts_of(name, found))
         )
     lines = [f"{_words(c)}  {metric} {c['scores'][metric]:.4g}" for c in result["candidates"]]
     print_result(result, [*lines, f"best: {_words(result)} (best.json)"], as_json=as_json)
+
+
+def _counts_of(candidate: str, progress: EvalProgress) -> Counts:
+    counts = progress.counts()
+    return dataclasses.replace(counts, line=f"{candidate}: {counts.line}", note=candidate)
 
 
 def _words(candidate: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from d2i.cli.help import RANKS
 from d2i.cli.options import (
     CacheDirOption,
     CacheGbOption,
@@ -31,10 +32,18 @@ def train(
     settings: SetOption = None,
     num_accelerators: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of ranks; by default one per GPU, or one on the CPU."),
+        typer.Option(
+            min=1,
+            help="Number of ranks; by default one per GPU, or one on the CPU.",
+            rich_help_panel=RANKS,
+        ),
     ] = None,
     zero: Annotated[
-        Path | None, typer.Option(help="DeepSpeed's zero_optimization settings: train/zero-2.json.")
+        Path | None,
+        typer.Option(
+            help="DeepSpeed's zero_optimization settings: train/zero-2.json.",
+            rich_help_panel=RANKS,
+        ),
     ] = None,
     cache_dir: CacheDirOption = None,
     cache_gb: CacheGbOption = None,
@@ -49,21 +58,23 @@ def train(
     as_json: JsonOption = False,
     fault: FaultOption = None,
 ) -> None:
-    """Fine-tune a backbone: print the deepspeed command of train/launch.py, and run it.
+    """Fine-tune a text-to-image network on conversations.
 
-    The paper's recipes start from published weights: give --set backbone.weights=PATH of a file
-    that d2i weights list names, or backbone.weights=scratch for random weights.
+    Prints the deepspeed command of train/launch.py, and runs it. The paper's recipes start from
+    published weights: give --set backbone.weights=PATH of a file that d2i weights list names, or
+    backbone.weights=scratch for random weights.
 
     Examples:
 
-        d2i train --recipe demo --data data --run runs/demo --num-accelerators 2
+        d2i train --recipe demo --data d2i-demo/data --run runs/demo --num-accelerators 2
+
+        d2i train --recipe demo --data d2i-demo/data --run runs/demo --num-accelerators 2
+        --set train.num_steps=600
+
+        d2i train --recipe demo --data d2i-demo/data --run runs/demo --preflight --json
 
         d2i train --recipe uvit-s-photochat --data data --run runs/a
         --set backbone.weights=mscoco_uvit_small.pth
-
-        d2i train --recipe demo --data data --run runs/demo --set train.num_steps=600
-
-        d2i train --recipe uvit-s-mmdialog --data data --run runs/b --preflight --json
 
         d2i train --recipe uvit-s-mmdialog --data s3://bucket/data --run runs/b
         --set backbone.weights=mscoco_uvit_small.pth --set train.order=blocked

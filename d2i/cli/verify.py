@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -10,7 +13,8 @@ import typer
 from d2i.cli.options import (
     JsonOption,
 )
-from d2i.cli.output import ProgressLine, print_result, problem_line
+from d2i.cli.output import print_result, problem_line
+from d2i.io.progress_bar import Counts, ProgressBar
 
 
 def verify(
@@ -18,29 +22,30 @@ def verify(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Verify every byte of shards, plan and ledger. Exits with 1 if any is damaged or missing.
+    """Verify every byte of prepared data.
+
+    Shards, plan and ledger are compared with their checksums. Exits with 1 if any is damaged or
+    missing.
 
     Examples:
 
-        d2i verify data
+        d2i verify d2i-demo/data
 
-        d2i verify data/test
+        d2i verify d2i-demo/data/test
     """
     from d2i.preprocess.job_files import check_job_files
     from d2i.shards import find_data_sets
     from d2i.shards import verify as verify_shards
 
-    progress = ProgressLine()
     problems: list[dict[str, str]] = []
     num_samples = num_shards = 0
-    for url in find_data_sets(directory):
-        report = verify_shards(
-            url, on_progress=lambda done, total: progress.show(f"{done}/{total}")
-        )
-        found = [*report.problems, *check_job_files(url)]
-        problems += [dataclasses.asdict(p) | {"folder": url} for p in found]
-        num_samples, num_shards = num_samples + report.num_samples, num_shards + report.num_shards
-    progress.close()
+    with closing(ProgressBar()) as progress:
+        for url in find_data_sets(directory):
+            report = verify_shards(url, on_progress=_showing(progress, url))
+            found = [*report.problems, *check_job_files(url)]
+            problems += [dataclasses.asdict(p) | {"folder": url} for p in found]
+            num_samples += report.num_samples
+            num_shards += report.num_shards
     lines = [problem_line(problem) for problem in problems]
     lines.append(f"{num_samples} samples in {num_shards} shards, {len(problems)} problems")
     print_result(
@@ -50,3 +55,13 @@ def verify(
     )
     if problems:
         raise typer.Exit(1)
+
+
+def _showing(progress: ProgressBar, url: str) -> Callable[[int, int], None]:
+    """Return a function that shows the shards done of a data set."""
+    started = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        progress.show(Counts(f"{done}/{total}", done, total, "shards", started, note=url))
+
+    return show

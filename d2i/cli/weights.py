@@ -31,7 +31,7 @@ class Layout(StrEnum):
 
 
 def list_weights(*, as_json: JsonOption = False) -> None:
-    """List the published files with their source, licence and content.
+    """List the published files with source, licence and content.
 
     Examples:
 
@@ -70,13 +70,15 @@ def inspect_weights(
     keys: Annotated[bool, typer.Option("--keys", help="List every tensor and its shape.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Identify a weights file by its keys and shapes; no code in it is executed.
+    """Identify a weights file by its keys and shapes.
+
+    No code in it is executed.
 
     Examples:
 
         d2i weights inspect mscoco_uvit_small.pth
 
-        d2i weights inspect runs/demo/ema.safetensors --keys
+        d2i weights inspect d2i-demo/run/ema.safetensors --keys
     """
     from d2i.models.weights.source import inspect_file
 
@@ -91,10 +93,11 @@ def import_weights(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert published weights to a model directory (config.json, safetensors, model card).
+    """Convert published weights to a model directory.
 
-    Every key and shape is checked first, so nothing is imported in part. Use the directory as
-    backbone.weights, encoders.vae or encoders.text_prefix.
+    The directory holds config.json, safetensors and a model card. Every key and shape is checked
+    first, so nothing is imported in part. Use the directory as backbone.weights, encoders.vae or
+    encoders.text_prefix.
 
     Examples:
 
@@ -120,11 +123,13 @@ def export_weights(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Export weights for other programs: a flat file, or a directory for diffusers.
+    """Export weights for other programs.
+
+    They become a flat file, or a directory for diffusers.
 
     Examples:
 
-        d2i weights export runs/demo --to published --out mine.pth
+        d2i weights export d2i-demo/run --to published --out mine.pth
 
         d2i weights export models/unidiffuser-v1 --to diffusers --out unet
     """

@@ -47,7 +47,9 @@ def launch(
         bool,
         typer.Option("--check-data/--no-check-data", help="Compare each array with its checksum."),
     ] = True,
-    fault: Annotated[str | None, typer.Option(help="For tests: POINT:error|sleep|kill:N.")] = None,
+    fault: Annotated[
+        str | None, typer.Option(help="For tests: POINT:error|sleep|kill:N.", hidden=True)
+    ] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Train one rank. Started by a launcher, once for every rank.

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from d2i.cli.app import app
 from d2i.demo.corpus import write_corpus
+from tests.command_lines import every_command, examples_in, help_page
 from tests.integration.commands import preprocess
 from tests.processes import COMMAND, run_d2i, run_process
 
@@ -121,3 +124,27 @@ def test_interrupted_demo_resumes_to_same_scores(
         shutil.rmtree(out)
         run_d2i("demo", "--out", out, *SMALL)
         assert scores(out) == resumed
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_examples_in_help_run_after_demo(tmp_path: Path) -> None:
+    run_d2i("demo", "--out", tmp_path / "d2i-demo", "--num-dialogs", "200", *SMALL[2:])
+    command = tmp_path / "bin" / "d2i"
+    command.parent.mkdir()
+    command.write_text(f"#!{COMMAND[0]}\n{COMMAND[2]}\n")
+    command.chmod(0o755)
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    pages = [help_page(command) for command in every_command(get_command(app))]
+    examples = [line for page in pages for line in examples_in(page) if "d2i-demo/" in line]
+    assert len(examples) > 15
+    for line in examples:
+        done = subprocess.run(
+            ["bash", "-c", line],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{line}: {done.stderr[-2000:]}"
