@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from d2i.demo.corpus import write_corpus
+from tests.integration.commands import preprocess
 from tests.processes import run_process
 from tests.terminal import run_on_terminal
 
@@ -57,3 +58,24 @@ def test_preprocess_prints_lines_without_terminal(corpus: Path, tmp_path: Path) 
     assert lines
     assert [line for line in lines if not pattern.fullmatch(line)] == []
     assert "\x1b" not in done.stderr
+
+
+@pytest.mark.soak
+def test_train_shows_bar_below_metrics_lines(corpus: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    preprocess("mmdialog", corpus, data)
+    steps = ("train.num_steps=4", "train.num_log_steps=2", "train.global_batch_size=8")
+    shown = run_on_terminal(
+        *("train", "--recipe", "demo", "--data", data, "--run", tmp_path / "run", "--json"),
+        *(word for step in (*steps, "train.micro_batch_size=8") for word in ("--set", step)),
+        columns=200,
+        pipe_stdout=True,
+    )
+    assert shown.returncode == 0, shown.terminal
+    assert json.loads(shown.stdout)["step"] == 4
+    lines = shown.screen()
+    (bar,) = [number for number, line in enumerate(lines) if line.startswith("━")]
+    assert re.fullmatch(r"━+ 4/4 steps  [\d.]+/s  0:00:00 left", lines[bar])
+    assert [line.split("  ")[0] for line in lines[:bar] if line.startswith("step ")] == [
+        *("step 2/4", "step 4/4", "step 4")
+    ]
