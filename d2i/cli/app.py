@@ -128,7 +128,7 @@ for _panel, _commands in COMMANDS.items():
 app.add_typer(
     _weights(),
     name="weights",
-    help="List, inspect, import and export weights files.",
+    help="List, fetch, inspect, import and export weights files.",
     rich_help_panel=TRAINING,
 )
 app.add_typer(

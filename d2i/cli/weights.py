@@ -47,9 +47,9 @@ def list_weights(*, as_json: JsonOption = False) -> None:
 def fetch_weights(
     recipe: RecipeOption, settings: SetOption = None, *, as_json: JsonOption = False
 ) -> None:
-    """Download what a recipe names from the model hub, before a job needs it.
+    """Download the weights of a recipe before a job needs them.
 
-    It goes into the caches that every command reads; set HF_HOME and TORCH_HOME to directories that
+    They go into the caches that every command reads; set HF_HOME and TORCH_HOME to directories that
     all machines share. With HF_HUB_OFFLINE=1 nothing is downloaded, only checked.
 
     Examples:
