@@ -30,6 +30,7 @@ from d2i.cli.help import (
     help_text,
     sentence,
 )
+from d2i.cli.index import index
 from d2i.cli.inspect import inspect as inspect_data
 from d2i.cli.output import INTERRUPTED
 from d2i.cli.preprocess import preprocess
@@ -58,6 +59,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     DATA: {
         "corpus": corpus,
         "preprocess": preprocess,
+        "index": index,
         "verify": verify,
         "repair": repair,
         "inspect": inspect_data,

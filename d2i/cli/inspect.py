@@ -11,6 +11,7 @@ from d2i.cli.options import (
     SetOption,
 )
 from d2i.cli.output import print_result
+from d2i.errors import ConfigError
 
 if TYPE_CHECKING:
     from d2i.shards import ShardReader
@@ -30,6 +31,8 @@ def inspect(
 
     Each is shown with its conversation, the source of its image and the stored arrays.
 
+    Of tars that d2i index has indexed: the key of each sample, and its members.
+
     Examples:
 
         d2i inspect d2i-demo/data/test
@@ -38,9 +41,12 @@ def inspect(
 
         d2i inspect d2i-demo/data/test --num 10 --html samples.html
     """
-    from d2i.shards import ShardReader, check_metadata, find_data_sets
+    from d2i.shards import ShardReader, check_metadata, find_data_sets, is_indexed
 
     reader = ShardReader(find_data_sets(directory)[0])
+    if is_indexed(reader.url):
+        _show_members(reader, num, html, as_json=as_json)
+        return
     samples = [reader.read_json(index) for index in range(min(num, len(reader)))]
     for key, sample in zip(reader.keys, samples, strict=False):
         check_metadata(key, sample)
@@ -53,6 +59,23 @@ def inspect(
     if html is not None:
         _write_page(html, reader, len(samples), settings or [])
         lines += ["", f"page: {html}"]
+    print_result({"num_samples": len(reader), "samples": samples}, lines, as_json=as_json)
+
+
+def _show_members(reader: ShardReader, num: int, html: str | None, *, as_json: bool) -> None:
+    """Print the keys and members of the first samples of tars that d2i did not write."""
+    if html is not None:
+        raise ConfigError(
+            f"{reader.url} holds tars that d2i did not write; expected prepared data for a page; "
+            "leave out --html"
+        )
+    arrays = {name: [info.dtype, *info.shape] for name, info in reader.arrays.items()}
+    lines, samples = [f"{len(reader)} samples; arrays that all of them hold: {arrays}"], []
+    for index in range(min(num, len(reader))):
+        sizes = {suffix: len(data) for suffix, data in reader.read_members(index).items()}
+        samples.append({"key": reader.keys[index], "members": sizes})
+        members = (f"{suffix} ({size} bytes)" for suffix, size in sizes.items())
+        lines.append(f"{reader.keys[index]}: {', '.join(members)}")
     print_result({"num_samples": len(reader), "samples": samples}, lines, as_json=as_json)
 
 

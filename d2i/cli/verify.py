@@ -18,14 +18,16 @@ from d2i.io.progress_bar import Counts, ProgressBar
 
 
 def verify(
-    directory: Annotated[str, typer.Argument(help="A directory made by d2i preprocess.")],
+    directory: Annotated[
+        str, typer.Argument(help="A directory made by d2i preprocess, or indexed by d2i index.")
+    ],
     *,
     as_json: JsonOption = False,
 ) -> None:
     """Verify every byte of prepared data.
 
-    Shards, plan and ledger are compared with their checksums. Exits with 1 if any is damaged or
-    missing.
+    Shards, plan and ledger are compared with their checksums, and tars that d2i did not write with
+    the index of 'd2i index'. Exits with 1 if any is damaged or missing.
 
     Examples:
 
@@ -34,7 +36,7 @@ def verify(
         d2i verify d2i-demo/data/test
     """
     from d2i.preprocess.job_files import check_job_files
-    from d2i.shards import find_data_sets
+    from d2i.shards import find_data_sets, is_indexed
     from d2i.shards import verify as verify_shards
 
     problems: list[dict[str, str]] = []
@@ -42,7 +44,7 @@ def verify(
     with closing(ProgressBar()) as progress:
         for url in find_data_sets(directory):
             report = verify_shards(url, on_progress=_showing(progress, url))
-            found = [*report.problems, *check_job_files(url)]
+            found = [*report.problems, *([] if is_indexed(url) else check_job_files(url))]
             problems += [dataclasses.asdict(p) | {"folder": url} for p in found]
             num_samples += report.num_samples
             num_shards += report.num_shards

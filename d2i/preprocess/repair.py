@@ -14,7 +14,7 @@ from typing import Any
 from d2i.cluster import Session
 from d2i.config import Recipe
 from d2i.corpora.splits import source_directory
-from d2i.errors import D2IError, ShardError
+from d2i.errors import ConfigError, D2IError, ShardError
 from d2i.fetch.sources import (
     PUBLIC_NETWORK,
     NetworkPolicy,
@@ -39,6 +39,7 @@ from d2i.shards import (
     find_data_sets,
     find_recovery_inputs,
     has_valid_checksum,
+    is_indexed,
     matches_checksum_file,
     merge_commits,
     other_shard_files,
@@ -108,8 +109,20 @@ def repair(
     with storage.exclusive_lock(_root(url)):
         return [
             _RepairedSet(request, session, network_policy, data_set).repair(on_progress)
-            for data_set in find_data_sets(url)
+            for data_set in _repairable(url)
         ]
+
+
+def _repairable(url: str) -> list[str]:
+    """Return the data sets of a directory, all of which d2i must have made."""
+    found = find_data_sets(url)
+    indexed = [data_set for data_set in found if is_indexed(data_set)]
+    if indexed:
+        raise ConfigError(
+            f"{indexed[0]} holds tars that d2i did not write, and cannot make again; expected data "
+            "made by d2i preprocess; copy damaged tars again from their source"
+        )
+    return found
 
 
 class _RepairedSet:

@@ -1,11 +1,13 @@
 """Shards: the on-disk format of prepared data. See `reader`, `writer`, `manifest`.
 
 A data set is one directory with one split of a corpus: plain WebDataset tars, an Arrow index and a
-commit record beside each, and a manifest with its own sha256. Imports neither torch nor ray.
+commit record beside each, and a manifest with its own sha256. Or it is a directory of WebDataset
+tars that d2i did not write, once `index_tars` has listed them. Imports neither torch nor ray.
 """
 
 from d2i.shards.commit import Commit, FileInfo, committed_names, read_commits
-from d2i.shards.dataset import data_set_url, find_data_sets, split_url
+from d2i.shards.dataset import data_set_url, find_data_sets, is_indexed, split_url
+from d2i.shards.index_tars import IndexedTars, index_tars
 from d2i.shards.layout import ArrayInfo, DeclaredArray, check_format_1, declares_arrays
 from d2i.shards.manifest import (
     Manifest,
@@ -40,7 +42,8 @@ from d2i.shards.sample import (
     npy_array,
     npy_bytes,
 )
-from d2i.shards.verify import ShardProblem, VerifyReport, verify
+from d2i.shards.verify import verify
+from d2i.shards.verify_report import ShardProblem, VerifyReport
 from d2i.shards.writer import write_shard
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "Commit",
     "DeclaredArray",
     "FileInfo",
+    "IndexedTars",
     "Manifest",
     "RecoveryInputs",
     "RestoreResult",
@@ -67,7 +71,9 @@ __all__ = [
     "find_data_sets",
     "find_recovery_inputs",
     "has_valid_checksum",
+    "index_tars",
     "intact_samples",
+    "is_indexed",
     "json_bytes",
     "matches_checksum_file",
     "merge_commits",

@@ -13,23 +13,43 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from d2i.dialog import KEY_PATTERN
 from d2i.errors import ShardError
-from d2i.shards.layout import Layout
-from d2i.shards.sample import MAX_MEMBER_SIZE_BYTES
 
 _FIELDS = {"offset": pa.uint64(), "size": pa.uint64(), "crc32": pa.uint32()}
 _MAGIC_SIZE_BYTES = 8
 _MESSAGE_HEADER = 2
 _BATCH_COMPRESSION = 3
 """Field positions in the tables `Message` and `RecordBatch` of Arrow's `Message.fbs`."""
+
+
+class IndexForm(Protocol):
+    """The columns of an index, and the limits of its values: a `Layout` or a `TarLayout`."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Every suffix that a member may have, in the order of the columns."""
+
+    @property
+    def key_pattern(self) -> str:
+        """The regular expression that a key must match."""
+
+    @property
+    def max_member_size_bytes(self) -> int:
+        """The largest size of a member."""
+
+    @property
+    def is_canonical(self) -> bool:
+        """True if every tar header and npy header is the one that d2i writes."""
+
+    def array_suffix(self, name: str) -> str:
+        """Return the suffix of the member that holds an array."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +121,7 @@ def _schema(suffixes: tuple[str, ...]) -> pa.Schema:
     return pa.schema([pa.field("key", pa.string(), nullable=False), *members])
 
 
-def index_bytes(rows: Sequence[IndexRow], layout: Layout) -> bytes:
+def index_bytes(rows: Sequence[IndexRow], layout: IndexForm) -> bytes:
     """Encode an index; the same rows always give the same bytes."""
     columns = [pa.array([row.key for row in rows], pa.string())]
     absent = Extent(0, 0, 0)
@@ -116,7 +136,7 @@ def index_bytes(rows: Sequence[IndexRow], layout: Layout) -> bytes:
     return cast("bytes", sink.getvalue().to_pybytes())
 
 
-def read_index(buffer: Any, layout: Layout, *, num_samples: int, tar_size_bytes: int) -> Index:
+def read_index(buffer: Any, layout: IndexForm, *, num_samples: int, tar_size_bytes: int) -> Index:
     """Decode an index and check all of it before any offset is used.
 
     Args:
@@ -138,21 +158,21 @@ def read_index(buffer: Any, layout: Layout, *, num_samples: int, tar_size_bytes:
     if any(column.null_count for column in batch.columns):
         raise ShardError("the index has empty cells")
     index = Index(batch, layout.suffixes)
-    _check_keys(index)
-    _check_extents(index, tar_size_bytes)
+    _check_keys(index, layout.key_pattern)
+    _check_extents(index, tar_size_bytes, layout.max_member_size_bytes)
     return index
 
 
-def _check_keys(index: Index) -> None:
-    legal = pc.match_substring_regex(index.keys, rf"\A{KEY_PATTERN}\z")
+def _check_keys(index: Index, pattern: str) -> None:
+    legal = pc.match_substring_regex(index.keys, rf"\A{pattern}\z")
     if len(index) and not pc.all(legal).as_py():
         raise ShardError("the index has a key that cannot name a tar member")
 
 
-def _check_extents(index: Index, tar_size_bytes: int) -> None:
+def _check_extents(index: Index, tar_size_bytes: int, max_member_size_bytes: int) -> None:
     for suffix in index.suffixes:
         offset, size = index.column(suffix, "offset"), index.column(suffix, "size")
-        within = (offset <= tar_size_bytes) & (size <= MAX_MEMBER_SIZE_BYTES)
+        within = (offset <= tar_size_bytes) & (size <= max_member_size_bytes)
         # Both terms are small by now, so the sum cannot wrap around.
         if not np.all(within) or np.any(offset + size > tar_size_bytes):
             raise ShardError(f"the index places a {suffix} member outside the tar")

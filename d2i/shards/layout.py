@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Never
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from d2i.dialog import KEY_PATTERN
 from d2i.errors import ShardError
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
@@ -61,6 +62,9 @@ class Layout(ABC):
     """The members of a data set's samples."""
 
     format: ClassVar[FormatVersion]
+    key_pattern = KEY_PATTERN
+    max_member_size_bytes = MAX_MEMBER_SIZE_BYTES
+    is_canonical = True
 
     @property
     @abstractmethod
@@ -70,7 +74,11 @@ class Layout(ABC):
     @property
     def suffixes(self) -> tuple[str, ...]:
         """Every suffix that a member may have, in the order of the members of a sample."""
-        return ("json", *(f"{name}.npy" for name in self.names), *IMAGE_SUFFIXES)
+        return ("json", *map(self.array_suffix, self.names), *IMAGE_SUFFIXES)
+
+    def array_suffix(self, name: str) -> str:
+        """Return the suffix of the member that holds an array."""
+        return f"{name}.npy"
 
     def arrays_of(self, sample: Sample) -> dict[str, ArrayInfo]:
         """Check a whole sample, and describe each of its arrays.

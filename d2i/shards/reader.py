@@ -8,6 +8,7 @@ import torch or ray.
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,21 +33,25 @@ from d2i.shards.cache.mmap_shards import (
 )
 from d2i.shards.cache.shard_cache import CachedShards
 from d2i.shards.commit import canonical_json
+from d2i.shards.dataset import is_indexed
 from d2i.shards.index import IndexRow
 from d2i.shards.layout import ArrayInfo
 from d2i.shards.manifest import Manifest, read_manifest
 from d2i.shards.sample import (
     IMAGE_SUFFIXES,
-    NPY_DTYPES,
-    NPY_HEADER_SIZE_BYTES,
+    array_size_bytes,
     check_json,
     npy_array,
-    npy_size_bytes,
+    stored_dtype,
 )
+from d2i.shards.tar_set import TarSet, read_tar_set
+
+# In tars that d2i did not write, a JPEG may be called `jpeg`, too.
+_IMAGE_SUFFIXES = (*IMAGE_SUFFIXES, "jpeg")
 
 
 class ShardReader:
-    """Random access to the samples of one data set.
+    """Random access to the samples of one data set, or of tars that `d2i index` has listed.
 
     Sample `i` is the i-th in shard order, the same on every machine. Safe to share between
     threads, to inherit across a fork and to pickle, for workers of any kind. A pickle holds the
@@ -80,10 +85,10 @@ class ShardReader:
             ShardError: If the manifest is missing or damaged, or the fingerprint differs.
         """
         self.url = storage.resolve(url)
-        self.manifest: Manifest = read_manifest(self.url)
+        self._content = _read_content(self.url)
         if expect_fingerprint is not None:
             _check_fingerprint(self.url, self.manifest, expect_fingerprint)
-        counts = [shard.num_samples for shard in self.manifest.shards]
+        counts = [shard.num_samples for shard in self._content.shards]
         self._starts = [0, *accumulate(counts)][:-1]
         # For batches, which would convert the list each time; single samples use the list.
         self._start_array = np.array(self._starts, np.int64)
@@ -92,7 +97,26 @@ class ShardReader:
 
     def __len__(self) -> int:
         """Return the number of samples."""
-        return self.manifest.num_samples
+        return self._content.num_samples
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of data that d2i prepared.
+
+        Raises:
+            ShardError: If d2i did not prepare it, but has listed its tars alone.
+        """
+        if isinstance(self._content, TarSet):
+            raise ShardError(
+                f"{self.url} holds tars that d2i did not prepare; expected data made by d2i "
+                "preprocess; `d2i index` gives such tars to ShardReader and `d2i verify` alone"
+            )
+        return self._content
+
+    @property
+    def arrays(self) -> Mapping[str, ArrayInfo]:
+        """Dtype and shape of each array that `read` returns, without the axis of samples."""
+        return self._content.arrays
 
     def read(
         self, indices: ArrayLike, members: Iterable[str] | None = None
@@ -101,13 +125,15 @@ class ShardReader:
 
         Args:
             indices: N sample numbers, 0 to len - 1, in any order; they may repeat.
-            members: Out of `manifest.arrays`; by default all that are stored.
+            members: Out of `arrays`; by default all that are stored.
 
         Returns:
-            New C-contiguous arrays (N, *shape) by member, with the manifest's dtype and shape; the
+            New C-contiguous arrays (N, *shape) by member, with the dtype and shape of `arrays`; the
             bits of bfloat16 come as uint16. A tensor wraps them without a copy, and pins them with
             one. In format 1: moments float16 (N, 8, h, w), clip float16 (N, clip_dim), tokens
-            uint16 (N, 77 W), text float16 (N, 77 W, text_dim).
+            uint16 (N, 77 W), text float16 (N, 77 W, text_dim). Of tars that d2i did not write: each
+            `KEY.NAME.npy` as NAME, and `KEY.npy` as npy, that all samples have in one dtype and
+            shape; `read_members` has the bytes of all members.
 
         Raises:
             IndexError: If an index is out of range.
@@ -116,11 +142,13 @@ class ShardReader:
         positions = self._positions(indices)
         arrays = self._select(members)
         batch = {
-            name: np.empty((len(positions), *array.shape), NPY_DTYPES[array.dtype])
+            name: np.empty((len(positions), *array.shape), stored_dtype(array.dtype))
             for name, array in arrays.items()
         }
         rows = {
-            name: values.view(np.uint8).reshape(len(positions), _num_bytes(arrays[name]))
+            name: values.reshape(-1)
+            .view(np.uint8)
+            .reshape(len(positions), _num_bytes(arrays[name]))
             for name, values in batch.items()
         }
         for number, places in self._by_shard(positions):
@@ -143,7 +171,8 @@ class ShardReader:
             IndexError: If the index is out of range.
             ShardError: If the bytes do not match their checksum or are not a JSON object.
         """
-        return check_json(self._read_member(index, ("json",)) or b"")
+        data = self._read_member(index, ("json",)) or b""
+        return _any_json(data) if isinstance(self._content, TarSet) else check_json(data)
 
     def read_image(self, index: int) -> bytes | None:
         """Read one sample's image as its source bytes, or None if they were not kept.
@@ -152,7 +181,7 @@ class ShardReader:
             IndexError: If the index is out of range.
             ShardError: If the bytes do not match their checksum.
         """
-        return self._read_member(index, IMAGE_SUFFIXES)
+        return self._read_member(index, _IMAGE_SUFFIXES)
 
     def read_members(self, index: int) -> dict[str, bytes]:
         """Read one sample's members as stored in the tar, by suffix.
@@ -187,7 +216,7 @@ class ShardReader:
     def _find_shards(
         self, cache_dir: str | Path | None, cache_gb: float | None, *, check_data: bool
     ) -> Shards:
-        directory, commits = storage.local_path(self.url), self.manifest.shards
+        directory, commits = storage.local_path(self.url), self._content.shards
         if directory is not None:
             return LocalShards(directory, commits, check_data=check_data)
         cache = Path(cache_dir) if cache_dir else storage.cache_directory("shards")
@@ -209,13 +238,19 @@ class ShardReader:
         return positions.astype(np.int64)
 
     def _select(self, members: Iterable[str] | None) -> dict[str, ArrayInfo]:
-        stored: Mapping[str, ArrayInfo] = self.manifest.arrays
+        stored = self.arrays
         names = list(stored if members is None else members)
         absent = [name for name in names if name not in stored]
         if absent:
+            others = isinstance(self._content, TarSet)
+            next_step = (
+                "not in every sample, or of several shapes? read_members has the bytes"
+                if others
+                else "prepare the data again with it"
+            )
             raise ShardError(
                 f"{self.url} stores no {absent[0]!r}, only {', '.join(stored) or 'no array'}; "
-                "prepare the data again with it"
+                f"{next_step}"
             )
         return {name: stored[name] for name in names}
 
@@ -236,7 +271,7 @@ class ShardReader:
             return _checked(shard, found, suffix) if suffix else None
 
     def _wrap_errors(self, number: int) -> AbstractContextManager[None]:
-        return wrap_errors(self.url, self.manifest.shards[number])
+        return wrap_errors(self.url, self._content.shards[number])
 
     def _read_empty(self, name: Any) -> NDArray[Any]:
         info = self.manifest.files.get(name)
@@ -272,6 +307,25 @@ class _Keys(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         for number in range(len(self._starts)):
             yield from self._shards.index(number).keys.to_pylist()
+
+
+def _read_content(url: str) -> Manifest | TarSet:
+    try:
+        return read_manifest(url)
+    except ShardError:
+        if is_indexed(url):
+            return read_tar_set(url)
+        raise
+
+
+def _any_json(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as err:
+        raise ShardError("the sample has no json member, or one that is not JSON") from err
+    if not isinstance(value, dict):
+        raise ShardError("the json member is not an object; read_members has its bytes")
+    return cast("dict[str, Any]", value)
 
 
 def _locate(starts: Sequence[int], position: int) -> tuple[int, int]:
@@ -312,4 +366,4 @@ def _copy_rows(
 
 
 def _num_bytes(array: ArrayInfo) -> int:
-    return npy_size_bytes(array.dtype, array.shape) - NPY_HEADER_SIZE_BYTES
+    return array_size_bytes(array.dtype, array.shape)

@@ -120,7 +120,17 @@ def npy_array(data: bytes) -> NDArray[Any]:
 
 def npy_size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the size of an npy member, header included."""
-    return NPY_HEADER_SIZE_BYTES + np.dtype(NPY_DTYPES[dtype]).itemsize * prod(shape)
+    return NPY_HEADER_SIZE_BYTES + array_size_bytes(dtype, shape)
+
+
+def array_size_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the size of an array's values; `dtype` is one of `NPY_DTYPES`, or numpy's name."""
+    return stored_dtype(dtype).itemsize * prod(shape)
+
+
+def stored_dtype(dtype: str) -> np.dtype[Any]:
+    """Return numpy's dtype for the values of a member on disk."""
+    return np.dtype(NPY_DTYPES.get(dtype, dtype))
 
 
 def check_key(key: str) -> None:

@@ -12,7 +12,6 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
@@ -24,44 +23,17 @@ from d2i.io import storage
 from d2i.io.prefetch import prefetch_map
 from d2i.shards import tar
 from d2i.shards.commit import Commit, FileInfo
+from d2i.shards.dataset import is_indexed
 from d2i.shards.index import Index, IndexRow, read_index
 from d2i.shards.layout import FORMAT_1
 from d2i.shards.manifest import EMPTY_NAMES, MANIFEST_NAME, Manifest, listed_names, read_manifest
 from d2i.shards.metadata import check_sample
 from d2i.shards.sample import Sample
+from d2i.shards.verify_report import ShardProblem, VerifyReport, compare_info
+from d2i.shards.verify_tars import verify_tars
 
 OTHER_DIRECTORIES = frozenset({"plan", "ledger"})
 _CHUNK_SIZE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class ShardProblem:
-    """One defect of a data set.
-
-    Attributes:
-        file: Name of the file in the data set's directory.
-        reason: manifest, missing, unreadable, size, sha256, commit, index, structure, member,
-            duplicate or unlisted.
-        detail: One line for the user.
-    """
-
-    file: str
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """The result of `verify`: the shards and samples checked, and the defects found."""
-
-    num_shards: int
-    num_samples: int
-    problems: tuple[ShardProblem, ...]
-
-    @property
-    def ok(self) -> bool:
-        """True if there is no defect."""
-        return not self.problems
 
 
 def verify(
@@ -71,6 +43,8 @@ def verify(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Read every byte of a data set, and report whatever differs from its manifest.
+
+    Tars that `d2i index` has listed are compared with that list.
 
     Args:
         url: The data set's directory.
@@ -83,6 +57,8 @@ def verify(
     try:
         manifest = read_manifest(url)
     except (ShardError, OSError) as err:
+        if isinstance(err, ShardError) and is_indexed(url):
+            return verify_tars(url, num_threads=num_threads, on_progress=on_progress)
         return VerifyReport(0, 0, (ShardProblem(MANIFEST_NAME, "manifest", str(err)),))
     problems = [*_unlisted(url, manifest), *_check_files(url, manifest)]
     checks = (_ShardCheck(url, shard) for shard in manifest.shards)
@@ -157,7 +133,7 @@ class _ShardCheck:
             except ShardError as err:
                 self._add(name, "structure", str(err))
             walk.drain()
-        self.problems += _compare_info(name, walk.info(), self.shard.tar)
+        self.problems += compare_info(name, walk.info(), self.shard.tar)
 
 
 class _TarWalk:
@@ -230,17 +206,7 @@ class _TarWalk:
 
 def _compare(name: str, data: bytes, expected: FileInfo) -> list[ShardProblem]:
     found = FileInfo(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    return _compare_info(name, found, expected)
-
-
-def _compare_info(name: str, found: FileInfo, expected: FileInfo) -> list[ShardProblem]:
-    if found.size_bytes != expected.size_bytes:
-        detail = f"{found.size_bytes} bytes; the manifest says {expected.size_bytes}"
-        return [ShardProblem(name, "size", detail)]
-    if found.sha256 != expected.sha256:
-        detail = f"{found.sha256[:16]}…; the manifest says {expected.sha256[:16]}…"
-        return [ShardProblem(name, "sha256", detail)]
-    return []
+    return compare_info(name, found, expected)
 
 
 def _unlisted(url: str, manifest: Manifest) -> list[ShardProblem]:

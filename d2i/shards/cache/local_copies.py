@@ -148,7 +148,8 @@ class LocalCopies:
 def copy_name(name: str, info: FileInfo) -> str:
     """Return the name of the copy of a shard's tar or index, from its content."""
     suffix = _TAR_SUFFIX if name.endswith(".tar") else _INDEX_SUFFIX
-    return f"{name.partition('.')[0]}.{info.sha256[:16]}{suffix}"
+    own = name.rpartition("/")[2].partition(".")[0]
+    return f"{own}.{info.sha256[:16]}{suffix}"
 
 
 def _making(copy: str) -> str:

@@ -21,10 +21,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from d2i.errors import ShardError
-from d2i.shards.commit import Commit
-from d2i.shards.index import Index, IndexRow, read_index
+from d2i.shards.commit import FileInfo
+from d2i.shards.index import Index, IndexForm, IndexRow, read_index
 from d2i.shards.layout import ArrayInfo
-from d2i.shards.sample import NPY_HEADER_SIZE_BYTES, npy_header, npy_size_bytes
+from d2i.shards.sample import NPY_HEADER_SIZE_BYTES, array_size_bytes, npy_header
 from d2i.shards.tar import BLOCK_SIZE_BYTES
 from d2i.shards.tar import header_form as tar_header_form
 
@@ -70,11 +70,48 @@ class ForkSafeShards:
 _USUAL_MAX_MAPS = 65_530
 
 
+class ShardRecord(Protocol):
+    """The record of a shard: a `Commit`, or an `IndexedTar` that d2i did not write."""
+
+    @property
+    def name(self) -> str:
+        """Name of the shard."""
+
+    @property
+    def tar_name(self) -> str:
+        """Name of the tar, in the data set's directory."""
+
+    @property
+    def index_name(self) -> str:
+        """Name of the index, relative to the data set's directory."""
+
+    @property
+    def tar(self) -> FileInfo:
+        """Size and hash of the tar."""
+
+    @property
+    def index_file(self) -> FileInfo:
+        """Size and hash of the index."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the tar."""
+
+    @property
+    def arrays(self) -> Mapping[str, ArrayInfo]:
+        """Dtype and shape of each array."""
+
+    @property
+    def layout(self) -> IndexForm:
+        """The members that its samples may have."""
+
+
 class MappedArray:
     """One array member of a mapped shard: the offset of each sample's values.
 
     A sample's headers and checksum are compared when it is first read, and only then: checking all
-    at once would read the whole tar.
+    at once would read the whole tar. Headers that d2i did not write are not compared: their
+    checksum includes the npy header, and the tar header tells nothing that the index does not.
     """
 
     def __init__(
@@ -83,6 +120,7 @@ class MappedArray:
         array: ArrayInfo,
         index: Index,
         tar: NDArray[np.uint8],
+        form: IndexForm,
         *,
         check_data: bool = True,
     ) -> None:
@@ -91,21 +129,25 @@ class MappedArray:
         Raises:
             ShardError: If a sample lacks this member, or has one of another size.
         """
-        self._suffix = f"{name}.npy"
+        self._suffix = form.array_suffix(name)
         self._array, self._index, self._tar = array, index, tar
-        size_bytes = npy_size_bytes(array.dtype, array.shape)
+        self._num_bytes = array_size_bytes(array.dtype, array.shape)
+        size_bytes = NPY_HEADER_SIZE_BYTES + self._num_bytes
         offsets, sizes = index.column(self._suffix, "offset"), index.column(self._suffix, "size")
-        if not np.all(offsets) or not np.all(sizes == size_bytes):
+        fits = sizes == size_bytes if form.is_canonical else sizes > self._num_bytes
+        if not np.all(offsets) or not np.all(fits):
             raise ShardError(
                 f"some {self._suffix} members are absent from the index, or not of shape "
                 f"{array.shape}"
             )
         # A view of the mapped file: a copy would take eight bytes per sample of all shards.
         self._offsets: NDArray[np.uint64] = offsets
+        # None if all are of one size.
+        self._sizes: NDArray[np.uint64] | None = None if form.is_canonical else sizes
         self._unchecked: NDArray[np.bool_] | None = np.ones(len(index), np.bool_)
-        self._tar_header = tar_header_form(size_bytes)
-        self._npy_header = npy_header(array.dtype, array.shape)
-        self._stop = size_bytes - NPY_HEADER_SIZE_BYTES
+        if form.is_canonical:
+            self._tar_header = tar_header_form(size_bytes)
+            self._npy_header = npy_header(array.dtype, array.shape)
         self._crcs = index.column(self._suffix, "crc32") if check_data else None
 
     def starts(self, rows: NDArray[np.int64]) -> list[int]:
@@ -115,25 +157,30 @@ class MappedArray:
             ShardError: If the headers before them are not the ones that d2i writes, or they do not
                 match the checksum in the index.
         """
-        starts: list[int] = (self._offsets[rows] + np.uint64(NPY_HEADER_SIZE_BYTES)).tolist()
+        offsets = self._offsets[rows]
+        if self._sizes is None:
+            values = offsets + np.uint64(NPY_HEADER_SIZE_BYTES)
+        else:
+            values = offsets + self._sizes[rows] - np.uint64(self._num_bytes)
+        starts: list[int] = values.tolist()
         unchecked = self._unchecked
         if unchecked is not None and unchecked[rows].any():
-            for row, start in zip(rows.tolist(), starts, strict=True):
-                self._check(f"{self._index.keys[row]}.{self._suffix}", row, start)
+            for row, offset, start in zip(rows.tolist(), offsets.tolist(), starts, strict=True):
+                self._check(f"{self._index.keys[row]}.{self._suffix}", row, offset, start)
             unchecked[rows] = False
             if not unchecked.any():
                 self._unchecked = None
         return starts
 
-    def _check(self, name: str, row: int, start: int) -> None:
-        npy_start = start - NPY_HEADER_SIZE_BYTES
-        check_tar_header(self._tar, npy_start, name, self._tar_header)
-        if self._tar[npy_start:start].tobytes() != self._npy_header:
-            expected = f"{self._array.dtype} {self._array.shape}"
-            raise ShardError(f"{name} is not npy {expected}, as the manifest says")
+    def _check(self, name: str, row: int, offset: int, start: int) -> None:
+        if self._sizes is None:
+            check_tar_header(self._tar, offset, name, self._tar_header)
+            if self._tar[offset:start].tobytes() != self._npy_header:
+                expected = f"{self._array.dtype} {self._array.shape}"
+                raise ShardError(f"{name} is not npy {expected}, as the manifest says")
         if self._crcs is None:
             return
-        if zlib.crc32(self._tar[npy_start : start + self._stop].data) != self._crcs[row]:
+        if zlib.crc32(self._tar[offset : start + self._num_bytes].data) != self._crcs[row]:
             raise ShardError(f"{name} does not match its checksum")
 
 
@@ -144,16 +191,18 @@ class MappedShard:
     tar: NDArray[np.uint8]
     index: Index
     arrays: Mapping[str, MappedArray]
+    is_canonical: bool
 
     def member(self, row: IndexRow, suffix: str) -> bytes:
         """Copy a member's content.
 
         Raises:
-            ShardError: If there is no regular file of that name at its offset.
+            ShardError: If there is no regular file of that name at its offset, in a tar of d2i.
         """
         extent = row.extents[suffix]
-        form = tar_header_form(extent.size_bytes)
-        check_tar_header(self.tar, extent.offset, f"{row.key}.{suffix}", form)
+        if self.is_canonical:
+            form = tar_header_form(extent.size_bytes)
+            check_tar_header(self.tar, extent.offset, f"{row.key}.{suffix}", form)
         return self.tar[extent.offset : extent.offset + extent.size_bytes].tobytes()
 
 
@@ -178,7 +227,7 @@ class LocalShards:
     """
 
     def __init__(
-        self, directory: Path, commits: Sequence[Commit], *, check_data: bool = True
+        self, directory: Path, commits: Sequence[ShardRecord], *, check_data: bool = True
     ) -> None:
         self._directory, self._commits, self._check_data = directory, commits, check_data
         most = max_mapped_shards()
@@ -213,7 +262,7 @@ def max_mapped_shards() -> int:
     return int(bound.read_text() if bound.exists() else _USUAL_MAX_MAPS) // 5
 
 
-def _map_index(directory: Path, commits: Sequence[Commit], number: int) -> Index:
+def _map_index(directory: Path, commits: Sequence[ShardRecord], number: int) -> Index:
     commit = commits[number]
     with wrap_errors(str(directory), commit):
         return open_index(commit, map_file(directory / commit.index_name))
@@ -221,7 +270,7 @@ def _map_index(directory: Path, commits: Sequence[Commit], number: int) -> Index
 
 def _map_shard(
     directory: Path,
-    commits: Sequence[Commit],
+    commits: Sequence[ShardRecord],
     index: Callable[[int], Index],
     check_data: bool,
     number: int,
@@ -233,7 +282,7 @@ def _map_shard(
 
 
 @contextmanager
-def wrap_errors(url: str, commit: Commit) -> Iterator[None]:
+def wrap_errors(url: str, commit: ShardRecord) -> Iterator[None]:
     """Add the shard, the data set and the next step to an error.
 
     Raises:
@@ -244,7 +293,7 @@ def wrap_errors(url: str, commit: Commit) -> Iterator[None]:
     except FileNotFoundError as err:
         raise ShardError(
             f"{url} is missing a file of shard {commit.name}; expected its tar and its index; "
-            "run `d2i repair`"
+            f"run `d2i {'repair' if commit.layout.is_canonical else 'verify'}`"
         ) from err
     except ShardError as err:
         raise ShardError(f"shard {commit.name} of {url}: {err}; run `d2i verify`") from err
@@ -259,7 +308,7 @@ def map_file(path: Path) -> Any:
         return file.read_buffer()
 
 
-def open_index(commit: Commit, index_file: Any) -> Index:
+def open_index(commit: ShardRecord, index_file: Any) -> Index:
     """Check a mapped index against its commit record.
 
     Raises:
@@ -267,6 +316,15 @@ def open_index(commit: Commit, index_file: Any) -> Index:
     """
     if hashlib.sha256(index_file).hexdigest() != commit.index_file.sha256:
         raise ShardError("the index does not match the sha256 in the manifest")
+    return decode_index(commit, index_file)
+
+
+def decode_index(commit: ShardRecord, index_file: Any) -> Index:
+    """Decode the index of a shard, whose sha256 has been checked.
+
+    Raises:
+        ShardError: If it is not a valid index.
+    """
     return read_index(
         index_file,
         commit.layout,
@@ -275,7 +333,9 @@ def open_index(commit: Commit, index_file: Any) -> Index:
     )
 
 
-def open_shard(commit: Commit, tar: Any, index: Index, *, check_data: bool = True) -> MappedShard:
+def open_shard(
+    commit: ShardRecord, tar: Any, index: Index, *, check_data: bool = True
+) -> MappedShard:
     """Check a mapped tar against its commit record and its index.
 
     With `check_data` each array is compared with its checksum when it is first read.
@@ -286,11 +346,12 @@ def open_shard(commit: Commit, tar: Any, index: Index, *, check_data: bool = Tru
     if tar.size != commit.tar.size_bytes:
         raise ShardError(f"the tar has {tar.size} bytes; expected {commit.tar.size_bytes}")
     tar_bytes = np.frombuffer(tar, np.uint8)
+    form = commit.layout
     arrays: dict[str, MappedArray] = {
-        name: MappedArray(name, array, index, tar_bytes, check_data=check_data)
+        name: MappedArray(name, array, index, tar_bytes, form, check_data=check_data)
         for name, array in commit.arrays.items()
     }
-    return MappedShard(tar_bytes, index, arrays)
+    return MappedShard(tar_bytes, index, arrays, form.is_canonical)
 
 
 def check_tar_header(

@@ -16,9 +16,15 @@ from pathlib import Path
 
 from d2i.errors import ConfigError, D2IError
 from d2i.shards.cache.local_copies import LocalCopies, copy_name
-from d2i.shards.cache.mmap_shards import MappedShard, max_mapped_shards, open_shard, wrap_errors
-from d2i.shards.commit import Commit
-from d2i.shards.index import Index, read_index
+from d2i.shards.cache.mmap_shards import (
+    MappedShard,
+    ShardRecord,
+    decode_index,
+    max_mapped_shards,
+    open_shard,
+    wrap_errors,
+)
+from d2i.shards.index import Index
 
 _NUM_FETCHERS = 4
 
@@ -58,7 +64,7 @@ class CachedShards:
     def __init__(
         self,
         url: str,
-        commits: Sequence[Commit],
+        commits: Sequence[ShardRecord],
         directory: Path,
         max_gb: float | None,
         *,
@@ -200,19 +206,14 @@ class CachedShards:
         del self._held[number]
         self._copies.release(self._names[number])
 
-    def _open_index(self, commit: Commit) -> Index:
+    def _open_index(self, commit: ShardRecord) -> Index:
         with wrap_errors(self._url, commit):
             try:
                 mapped = self._copies.map(commit.index_name, commit.index_file)
             finally:
                 # Indexes are never removed.
                 self._copies.release(copy_name(commit.index_name, commit.index_file))
-            return read_index(
-                mapped,
-                commit.layout,
-                num_samples=commit.num_samples,
-                tar_size_bytes=commit.tar.size_bytes,
-            )
+            return decode_index(commit, mapped)
 
     def _make_room(self, ahead: int | None = None) -> bool:
         """Evict copies until all that are here or being fetched fit; return whether they do.
@@ -255,7 +256,7 @@ class CachedShards:
         return self._copies.remove(name)
 
 
-def _check_bound(url: str, commits: Sequence[Commit], max_gb: float | None) -> None:
+def _check_bound(url: str, commits: Sequence[ShardRecord], max_gb: float | None) -> None:
     if max_gb is None:
         return
     largest = max((commit.tar.size_bytes for commit in commits), default=0)
