@@ -100,7 +100,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "make setup: installing d2i and the exact versions of constraints.txt" \
 	  "(the first time: minutes, about 7 GB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[dev]' || { \
+	  --constraint constraints.txt --editable '.[all,dev]' || { \
 	  echo "make setup: the installation failed (see above); run the same command again" >&2; exit 1; }
 	@rm -f $(UNDER_WAY)
 	@touch $(INSTALLED)

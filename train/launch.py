@@ -7,7 +7,7 @@ try:
     from d2i.train.launch import main
 except ModuleNotFoundError as err:
     raise SystemExit(
-        f"{err}; install d2i in this Python: pip install -e . -c constraints.txt"
+        f"{err}; install d2i in this Python: pip install -c constraints.txt -e '.[all]'"
     ) from err
 
 if __name__ == "__main__":

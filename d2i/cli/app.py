@@ -32,6 +32,7 @@ from d2i.cli.help import (
 )
 from d2i.cli.index import index
 from d2i.cli.inspect import inspect as inspect_data
+from d2i.cli.missing import missing_extra
 from d2i.cli.output import INTERRUPTED
 from d2i.cli.preprocess import preprocess
 from d2i.cli.push import push
@@ -196,6 +197,11 @@ def main() -> None:
         if debug or not _is_storage_error(err):
             raise
         _leave(_file_problem(err))
+    except ModuleNotFoundError as err:
+        message = missing_extra(err)
+        if debug or message is None:
+            raise
+        _leave(message)
     except Exception as err:
         _leave_if_usage(err)
         raise

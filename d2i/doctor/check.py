@@ -8,7 +8,8 @@ from typing import Literal
 
 Status = Literal["ok", "warn", "fail"]
 
-REINSTALL = "make clean setup, or pip install -c constraints.txt -e ."
+INSTALL_ALL = 'pip install "d2i[all]"'
+REINSTALL = "make clean setup, or pip install -c constraints.txt -e '.[all]'"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def run_checks(named: Iterable[tuple[str, Callable[[], Check]]]) -> Iterator[Che
     for name, check in named:
         try:
             yield check()
+        except ModuleNotFoundError as err:
+            yield Check(name, "fail", first_line(err), INSTALL_ALL)
         except Exception as err:
             yield Check(name, "fail", f"{type(err).__name__}: {first_line(err)}", REINSTALL)
 

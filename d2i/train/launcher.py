@@ -37,7 +37,7 @@ def deepspeed_command(arguments: Sequence[str], num_accelerators: int | None) ->
     if not launcher.exists():
         raise ClusterError(
             f"no deepspeed launcher beside {sys.executable}; expected it in the same "
-            "environment; run pip install deepspeed"
+            'environment; run pip install "d2i[all]"'
         )
     script = Path(d2i.__file__).parents[1] / "train" / "launch.py"
     entry = [str(script)] if script.exists() else ["--module", "d2i.train.launch"]

@@ -130,7 +130,7 @@ def test_constraints_pin_one_version_per_line() -> None:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), line
 
 
-@pytest.mark.parametrize("extra", [None, "cluster", "dev", "lora"])
+@pytest.mark.parametrize("extra", [None, "all", "cluster", "dev", "lora", "s3"])
 def test_dependencies_are_pinned_within_bounds(extra: str | None) -> None:
     for requirement in declared(extra):
         pin = pins().get(canonicalize_name(requirement.name))
@@ -161,7 +161,7 @@ def imported_modules(path: Path) -> set[str]:
 
 def test_imports_match_declared_dependencies() -> None:
     imported = imported_distributions()
-    wanted = {canonicalize_name(requirement.name) for requirement in declared()}
+    wanted = {canonicalize_name(r.name) for r in [*declared(), *declared("all")]}
     extras = [*declared("cluster"), *declared("lora")]
     known = wanted | {canonicalize_name(requirement.name) for requirement in extras} | {"d2i"}
     undeclared = {name: path for name, path in imported.items() if name not in known}
