@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 from typing import Annotated
 
 import typer
 
 from d2i.cli.options import JsonOption
-from d2i.cli.output import ProgressLine, print_result
+from d2i.cli.output import print_result
+from d2i.io.progress_bar import Counts, ProgressBar
 
 
 def index(
@@ -18,9 +20,10 @@ def index(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Index WebDataset tars that d2i did not write, for random access and d2i verify.
+    """Index WebDataset tars that d2i did not write.
 
-    Writes DIRECTORY/d2i-index and changes no tar. Run it again after the tars change.
+    With the index, d2i verify checks them, and Python reads any sample of them. It is written to
+    DIRECTORY/d2i-index, and no tar is changed. Run it again after the tars change.
 
     Examples:
 
@@ -30,9 +33,13 @@ def index(
     """
     from d2i.shards import index_tars
 
-    with closing(ProgressLine()) as progress:
+    started = time.monotonic()
+    with closing(ProgressBar()) as progress:
         done = index_tars(
-            directory, on_progress=lambda done, total: progress.show(f"{done}/{total} tars")
+            directory,
+            on_progress=lambda done, total: progress.show(
+                Counts(f"{done}/{total} tars", done, total, "tars", started)
+            ),
         )
     tars = done.tars
     arrays = {name: [info.dtype, *info.shape] for name, info in tars.arrays.items()}

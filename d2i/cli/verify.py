@@ -10,9 +10,7 @@ from typing import Annotated
 
 import typer
 
-from d2i.cli.options import (
-    JsonOption,
-)
+from d2i.cli.options import JsonOption
 from d2i.cli.output import print_result, problem_line
 from d2i.io.progress_bar import Counts, ProgressBar
 
