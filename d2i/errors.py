@@ -32,6 +32,22 @@ class ShardError(DataError):
     """A shard, its index or its manifest is damaged, or does not match its record."""
 
 
+class GenerationError(DataError):
+    """A system gives no image for a conversation.
+
+    Attributes:
+        reason: One word, such as `withheld` (by a pipeline's safety checker) or `not_finite`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """Return the one line."""
+        return f"got no image: {self.reason}; expected one; change the dialog or the --seed"
+
+
 class CheckpointError(D2IError):
     """Weights or a checkpoint cannot be loaded, or belong to another run."""
 

@@ -29,30 +29,53 @@ def context_text(turns: Sequence[Turn], config: TextConfig) -> str:
     Drops whole turns on the side that `config.keep` does not keep: those over `max_turns`, and,
     with `cut="turn"`, those that do not fit the window. One turn always stays.
     """
+    return _line(_kept_turns(turns, config), config)
+
+
+def with_omitted(cut: str, turns: Sequence[Turn], config: TextConfig) -> str:
+    """Join what a window cuts off a context's text and the turns that `context_text` drops.
+
+    Args:
+        cut: What the window cuts off; empty for nothing.
+        turns: The whole context.
+        config: The settings of text.
+
+    Returns:
+        Both in the order of the context; empty if the text is all of it.
+    """
+    num_kept = len(_kept_turns(turns, config))
+    keeps_end = config.keep == "end"
+    dropped = turns[: len(turns) - num_kept] if keeps_end else turns[num_kept:]
+    parts = [_line(dropped, config), cut]
+    return " ".join(filter(None, parts if keeps_end else reversed(parts)))
+
+
+def _kept_turns(turns: Sequence[Turn], config: TextConfig) -> Sequence[Turn]:
+    """Return the turns that `context_text` writes: one end of the context."""
     counted = [index for index, turn in enumerate(turns) if is_written(turn, config.empty_turns)]
     if not counted:
-        return ""
+        return ()
 
-    def line(num_turns: int) -> str:
-        kept = (
-            turns[counted[-num_turns] :]
-            if config.keep == "end"
-            else turns[: counted[num_turns - 1] + 1]
-        )
-        return linearize(
-            kept,
-            config.strategy,
-            empty_turns=config.empty_turns,
-            speaker_runs=config.speaker_runs,
-        )
+    def kept(num_turns: int) -> Sequence[Turn]:
+        if config.keep == "end":
+            return turns[counted[-num_turns] :]
+        return turns[: counted[num_turns - 1] + 1]
+
+    def num_tokens(num_turns: int) -> int:
+        return len(encode(_line(kept(num_turns), config)))
 
     num_turns = min(len(counted), config.max_turns or len(counted))
     if config.cut == "turn":
         room = (WINDOW_LENGTH - 2) * config.num_windows
-        choices = range(1, num_turns + 1)
-        fitting = bisect.bisect_right(choices, room, key=lambda num: len(encode(line(num))))
+        fitting = bisect.bisect_right(range(1, num_turns + 1), room, key=num_tokens)
         num_turns = max(1, fitting)
-    return line(num_turns)
+    return kept(num_turns)
+
+
+def _line(turns: Sequence[Turn], config: TextConfig) -> str:
+    return linearize(
+        turns, config.strategy, empty_turns=config.empty_turns, speaker_runs=config.speaker_runs
+    )
 
 
 def text_tokens(text: str, config: TextConfig) -> npt.NDArray[np.uint16]:

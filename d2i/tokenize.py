@@ -91,6 +91,41 @@ def window(
     return rows.reshape(-1)
 
 
+def split_at_window(
+    text: str, keep: Literal["end", "start"] = "end", num_windows: int = 1
+) -> tuple[str, str, int]:
+    """Split a text where `window` cuts its ids.
+
+    Args:
+        text: Text as for `encode`.
+        keep: As for `window`.
+        num_windows: As for `window`.
+
+    Returns:
+        The text that the windows hold and the text that they cut off, both cleaned, and the number
+        of ids that they hold. The cut may be inside a word.
+    """
+    cleaned = clean(text)
+    words = list(_WORD.finditer(cleaned))
+    pieces = [word[0] for word in words]
+    encoded = _tokenizer().encode(pieces, is_pretokenized=True, add_special_tokens=False)
+    num_ids, room = len(encoded.ids), (WINDOW_LENGTH - 2) * num_windows
+    if num_ids <= room:
+        return cleaned, "", num_ids
+
+    def place(index: int, side: Literal[0, 1]) -> int:
+        """Return where an id begins (0) or ends (1) in the cleaned text."""
+        word, offsets = encoded.word_ids[index], encoded.offsets[index]
+        assert word is not None  # as only special tokens are of no word
+        return int(words[word].start() + offsets[side])
+
+    if keep == "end":
+        start = place(num_ids - room, 0)
+        return cleaned[start:], cleaned[:start].rstrip(), room
+    end = place(room - 1, 1)
+    return cleaned[:end], cleaned[end:].lstrip(), room
+
+
 def clean(text: str) -> str:
     """Fix encoding errors, unescape HTML (twice), collapse spaces, convert to lower case."""
     bounded = text if text.isascii() else _MANY_MARKS.sub(r"\1", text)

@@ -18,6 +18,11 @@ from d2i.diffusion.schedule import Schedule, default_schedule
 from d2i.errors import ConfigError
 
 Eps = Callable[[Tensor, Tensor], Tensor]
+OnStep = Callable[[int, Tensor], None]
+"""Called at each step of a sampler with its number, from 1, and the latents of the images.
+
+An exception that it raises ends the sampler, and leaves the network as it was.
+"""
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,26 @@ def time_batch(x: Tensor, n: float) -> Tensor:
     return torch.full((x.shape[0],), n, dtype=dtype, device=x.device)
 
 
+def clean_samples(
+    predicted: Tensor, x: Tensor, n: float, schedule: Schedule | None = None
+) -> Tensor:
+    """Return the clean samples that a noise prediction implies, shaped and typed as `x`.
+
+    Args:
+        predicted: (B, ...) the noise predicted for `x`.
+        x: (B, ...) the state at model time n.
+        n: the model time, in 1..1000.
+        schedule: noise schedule; default that of the published networks.
+    """
+    return _clean(predicted, x, _point(schedule or default_schedule(), n))
+
+
+def _clean(predicted: Tensor, x: Tensor, at: Point) -> Tensor:
+    return (x - at.sigma * predicted.to(x.dtype)) / at.alpha
+
+
 def _predict_clean(eps: Eps, x: Tensor, at: Point) -> Tensor:
-    return (x - at.sigma * eps(x, time_batch(x, at.n)).to(x.dtype)) / at.alpha
+    return _clean(eps(x, time_batch(x, at.n)), x, at)
 
 
 def _first_order(x: Tensor, clean: Tensor, start: Point, end: Point) -> Tensor:

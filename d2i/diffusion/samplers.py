@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import count
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from d2i.config import NUM_NOISE_LEVELS
-from d2i.diffusion.dpm_solver import Eps, dpm_solver, time_batch
+from d2i.diffusion.dpm_solver import Eps, OnStep, clean_samples, dpm_solver, time_batch
 from d2i.diffusion.draws import SampleDraws
 from d2i.diffusion.schedule import Schedule, default_schedule
 from d2i.diffusion.schedulers import build_scheduler, run_scheduler
@@ -35,7 +36,14 @@ def check_sampler(name: str) -> None:
         build_scheduler(name.removeprefix(DIFFUSERS_PREFIX))
 
 
-def run_sampler(name: str, eps: Eps, x: Tensor, num_steps: int, draws: SampleDraws) -> Tensor:
+def run_sampler(
+    name: str,
+    eps: Eps,
+    x: Tensor,
+    num_steps: int,
+    draws: SampleDraws,
+    on_step: OnStep | None = None,
+) -> Tensor:
     """Sample from pure noise.
 
     Args:
@@ -45,6 +53,8 @@ def run_sampler(name: str, eps: Eps, x: Tensor, num_steps: int, draws: SampleDra
         x: (B, ...) standard normal noise, the state at n = 1000.
         num_steps: the number of steps; ignored by the two ancestral samplers.
         draws: the source of each sample's own noise.
+        on_step: called after each evaluation of `eps` with its number, from 1, and the clean
+            samples that it predicts, shaped as `x`. Some schedulers evaluate twice in a step.
 
     Returns:
         Samples shaped and typed as `x`.
@@ -52,12 +62,26 @@ def run_sampler(name: str, eps: Eps, x: Tensor, num_steps: int, draws: SampleDra
     Raises:
         ConfigError: as `dpm_solver` and `run_scheduler`.
     """
+    if on_step:
+        eps = _watched(eps, on_step)
     if name in ANCESTRAL:
         return ancestral(eps, x, _StepNoise(draws, x), ANCESTRAL[name])
     if name.startswith(DIFFUSERS_PREFIX):
         seeds = draws.generator_seeds(".step")
         return run_scheduler(eps, x, num_steps, name.removeprefix(DIFFUSERS_PREFIX), seeds)
     return dpm_solver(eps, x, num_steps)
+
+
+def _watched(eps: Eps, on_step: OnStep) -> Eps:
+    """Return the same prediction, which tells `on_step` of each evaluation."""
+    numbers = count(1)
+
+    def watched(x: Tensor, n: Tensor) -> Tensor:
+        predicted = eps(x, n)
+        on_step(next(numbers), clean_samples(predicted, x, float(n[0])))
+        return predicted
+
+    return watched
 
 
 def draw_noise(

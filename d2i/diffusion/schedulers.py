@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from d2i.config import NUM_NOISE_LEVELS
-from d2i.diffusion.dpm_solver import Eps, time_batch
+from d2i.diffusion.dpm_solver import Eps, OnStep, time_batch
 from d2i.diffusion.schedule import BETA_FIRST, BETA_LAST
 from d2i.errors import ConfigError
 
@@ -91,6 +91,31 @@ def with_numbers_of(scheduler: Any, sampler: str) -> Any:
     build_scheduler(name)
     kind: Any = getattr(diffusers, name)
     return kind.from_config(scheduler.config)
+
+
+def step_arguments(
+    on_step: OnStep | None, num_images: int | None = None, sides: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Return the arguments with which a pipeline's call tells of each step.
+
+    Args:
+        on_step: called with the number of a step, from 1, and the pipeline's state after it: noised
+            latents (B, C, h, w) at the pipeline's own scale; None for no argument.
+        num_images: images in the batch, of which the others are padding; None for all.
+        sides: height and width, for pipelines that keep latents as rows, (B, h w, C).
+    """
+    if on_step is None:
+        return {}
+
+    def at_end(_: Any, index: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        del time
+        latents = tensors["latents"][:num_images]
+        if latents.dim() == 3 and sides:
+            latents = latents.transpose(1, 2).unflatten(2, tuple(sides))
+        on_step(index + 1, latents)
+        return {}
+
+    return {"callback_on_step_end": at_end}
 
 
 def run_scheduler(

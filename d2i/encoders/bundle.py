@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -23,14 +23,41 @@ if TYPE_CHECKING:
 EncoderName = Literal["vae", "clip_image", "clip_text"]
 
 
-@dataclass(frozen=True)
 class Encoders:
-    """The frozen encoders and their common batch size; without `clip_text` no text is encoded."""
+    """The frozen encoders of a recipe, on one device, each loaded when it is first used.
 
-    vae: Vae
-    clip_image: ClipImage
-    clip_text: ClipText | None
-    compute_batch_size: int
+    Disables TF32 in cuDNN for this process: by default cuDNN rounds what a convolution multiplies
+    to 10 bits.
+
+    Args:
+        config: The encoders' names, and their common batch size.
+        device: The torch device to run on.
+        precision: Of their weights.
+    """
+
+    def __init__(
+        self, config: EncodersConfig, device: str = "cpu", precision: Precision = "fp32"
+    ) -> None:
+        torch.backends.cudnn.allow_tf32 = False
+        self._config, self._device, self._precision = config, device, precision
+        self.compute_batch_size = config.compute_batch_size
+
+    @cached_property
+    def vae(self) -> Vae:
+        """The autoencoder of images."""
+        return Vae(self._config.vae, self._config.vae_kind, self._device, self._precision)
+
+    @cached_property
+    def clip_image(self) -> ClipImage:
+        """The image tower of CLIP."""
+        return ClipImage(self._config.clip_image, self._device, self._precision)
+
+    @cached_property
+    def clip_text(self) -> ClipText | None:
+        """The text encoder; None if the recipe has none, and no text is encoded."""
+        if not self._config.clip_text:
+            return None
+        return load_clip_text(self._config, self._device, self._precision)
 
     def encode_images(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[np.float16]]:
         """Encode uint8 (N, H, H, 3) to the arrays of an image, by name, each (N, ...).
@@ -96,24 +123,16 @@ class Encoders:
 def load_encoders(
     config: EncodersConfig, device: str = "cpu", precision: Precision = "fp32"
 ) -> Encoders:
-    """Load the encoders of a recipe onto one device.
-
-    Disables TF32 in cuDNN for this process: by default cuDNN rounds what a convolution multiplies
-    to 10 bits.
+    """Load all encoders of a recipe onto one device; see `Encoders`.
 
     Raises:
         CheckpointError: If one of them cannot be loaded.
     """
-    torch.backends.cudnn.allow_tf32 = False
-    clip_text = None
-    if config.clip_text:
-        clip_text = load_clip_text(config, device, precision)
-    return Encoders(
-        vae=Vae(config.vae, config.vae_kind, device, precision),
-        clip_image=ClipImage(config.clip_image, device, precision),
-        clip_text=clip_text,
-        compute_batch_size=config.compute_batch_size,
-    )
+    encoders = Encoders(config, device, precision)
+    # In the order in which they are named when several cannot be loaded.
+    for name in ("clip_text", "vae", "clip_image"):
+        getattr(encoders, name)
+    return encoders
 
 
 def versions() -> dict[str, str]:

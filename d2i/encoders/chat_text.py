@@ -83,6 +83,13 @@ class ChatText:
             kept = [replace(m, role=role) for m, role in zip(kept, roles, strict=True)]
         return self._written(kept)
 
+    def write_and_cut(self, messages: Sequence[Message], key: str = "") -> tuple[str, str]:
+        """Return the text of a chat as `write` does, and the text of its messages that is cut."""
+        plain = [replace(m, text=self._plain(m.text)) for m in messages]
+        whole, kept = (" ".join([m.text for m in part]) for part in (plain, self._cut(plain)))
+        cut = whole.removesuffix(kept) if self.config.keep == "end" else whole.removeprefix(kept)
+        return self.write(messages, key), cut.strip()
+
     @contextmanager
     def as_given(self) -> Iterator[None]:
         """Let the pipeline encode texts of `write` as they are, within the block."""

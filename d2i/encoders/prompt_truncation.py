@@ -92,11 +92,39 @@ class PromptTruncation:
 
     def read(self, line: str) -> str:
         """Return the text to pass to the pipeline for a line."""
-        line = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", line)
+        line = self._plain(line)
         for name, window in self.windows.items():
             if window.has_template:
                 line = cut_line(line, self._fits(name, window.dialog_tokens), self.keep)
         return line
+
+    def split(self, line: str) -> tuple[str, int, str]:
+        """Split a line where the encoder with the longest window cuts it.
+
+        Returns:
+            The text that it is given, the number of its tokens, and the text that is cut off.
+        """
+        name, window = max(self.windows.items(), key=lambda item: item[1].dialog_tokens)
+        plain, room = self._plain(line), window.dialog_tokens
+        if window.has_template:
+            kept = self.read(line)
+            num_tokens = len(self._tokenizers[name](kept, add_special_tokens=False).input_ids)
+            cut = plain.removesuffix(kept) if self.keep == "end" else plain.removeprefix(kept)
+            return kept, num_tokens, cut.strip()
+        encoded = self._tokenizers[name](
+            plain, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        places = encoded.offset_mapping
+        if len(places) <= room:
+            return plain, len(places), ""
+        if self.keep == "end":
+            start = places[len(places) - room][0]
+            return plain[start:], room, plain[:start].strip()
+        end = places[room - 1][1]
+        return plain[:end], room, plain[end:].strip()
+
+    def _plain(self, line: str) -> str:
+        return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", line)
 
     def _fits(self, name: str, room: int) -> Callable[[str], bool]:
         def fits(text: str) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from d2i.config import BackboneConfig, Recipe
+from d2i.config import BackboneConfig, Recipe, SampleConfig
+from d2i.diffusion.dpm_solver import OnStep
 from d2i.encoders import Encoders
 from d2i.errors import ConfigError, DataError
 from d2i.eval.prompts import Prompt
@@ -77,6 +78,97 @@ class System(Protocol):
         an exception ends the job.
         """
         ...
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """Settings of one call of a system, instead of those that it was built with.
+
+    Args:
+        seeds: The seed of each prompt's noise.
+        num_steps: Steps of the sampler; None for those of the settings.
+        guidance_scale: None for that of the settings.
+        on_step: Called at each step of each batch; see `d2i.load`.
+    """
+
+    seeds: Sequence[int]
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    on_step: OnStep | None = None
+
+    def applied(self, sample: SampleConfig) -> SampleConfig:
+        """Return settings with the steps and the guidance of this call."""
+        given = {"num_steps": self.num_steps, "guidance_scale": self.guidance_scale}
+        return sample.model_copy(update={k: v for k, v in given.items() if v is not None})
+
+    def are_default(self, sample: SampleConfig) -> bool:
+        """Return whether these are the settings that a system was built with."""
+        has_seed = all(seed == sample.seed for seed in self.seeds)
+        return has_seed and self == CallOptions(self.seeds)
+
+
+@runtime_checkable
+class SeededSystem(System, Protocol):
+    """A system whose seed, steps and guidance each call may choose."""
+
+    def generate_seeded(self, prompts: Sequence[Prompt], options: CallOptions) -> list[Generation]:
+        """Generate one image per prompt as `generate` does, with the options of this call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Read:
+    """The part of a conversation that a text encoder is given.
+
+    Args:
+        text: The text that it is given, cut to its window, which may be inside a word. Of d2i's own
+            networks it is cleaned as CLIP's tokenizer does; of a pipeline with several encoders,
+            it is that of the longest window.
+        tokens: Tokens of that text; the marks of start and end, and padding, are not counted, but
+            those of a chat template are.
+        cut: The text of the conversation that it is not given: what the window cuts off, and turns
+            that `text.max_turns` or `text.cut=turn` leave out. It stands before `text` with
+            `text.keep=end`, the default, and after it with `start`; empty if nothing is cut off.
+    """
+
+    text: str
+    tokens: int
+    cut: str
+
+
+@runtime_checkable
+class ReadingSystem(System, Protocol):
+    """A system that tells what its text encoder is given."""
+
+    def read(self, prompt: Prompt) -> Read:
+        """Return what the text encoder is given for a prompt."""
+        ...
+
+
+def generate_with(
+    system: System, name: str, sample: SampleConfig, prompts: Sequence[Prompt], options: CallOptions
+) -> list[Generation]:
+    """Generate with the options of a call, if the system can.
+
+    Args:
+        system: The system.
+        name: Its name, for the error.
+        sample: The settings that it was built with.
+        prompts: The prompts.
+        options: The options of this call.
+
+    Raises:
+        ConfigError: If the system generates with its settings alone, and these options differ.
+    """
+    if isinstance(system, SeededSystem):
+        return system.generate_seeded(prompts, options)
+    if not options.are_default(sample):
+        raise ConfigError(
+            f"{name} generates as it was loaded: got another seed, num_steps, guidance_scale or "
+            f"on_step; expected seed={sample.seed} and none of the others; give its settings to "
+            "d2i.load, such as settings=['sample.seed=7']"
+        )
+    return system.generate(prompts)
 
 
 @dataclass(frozen=True)

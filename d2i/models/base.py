@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2i.backbones import Presets, presets_of_family
 from d2i.config import BackboneConfig, SampleConfig, TrainConfig, Weighting
+from d2i.diffusion.dpm_solver import OnStep
 from d2i.diffusion.draws import BatchDraws, SampleDraws
 from d2i.diffusion.guidance import guided
 from d2i.diffusion.losses import noise_prediction_loss
@@ -34,8 +35,23 @@ Conditions = Mapping[str, Tensor]
 
 `mask` (B, T) is true where a row has text, for families whose texts differ in length.
 """
-SampleLatents = Callable[[Conditions, SampleDraws], Tensor]
-"""From the conditions and draws of B images to latents (B, C, h, w) at the network's scale."""
+
+
+class SampleLatents(Protocol):
+    """From the conditions and draws of B images to latents (B, C, h, w) at the network's scale."""
+
+    def __call__(
+        self, conditions: Conditions, draws: SampleDraws, on_step: OnStep | None = None
+    ) -> Tensor:
+        """Generate the latents.
+
+        Args:
+            conditions: As `Family.conditions` returns them, as tensors.
+            draws: The source of the noise.
+            on_step: Called with the number of a step, from 1, and the latents (B, C, h, w) that it
+                predicts, at the network's scale; see `run_sampler`.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -269,11 +285,14 @@ class OneTensorFamily(Family):
         """Return a sampler of latents, guided by the conditions; see `Family.sampler`."""
         predict = partial(self.predict, network)
 
-        def sample(conditions: Conditions, draws: SampleDraws) -> Tensor:
+        def sample(
+            conditions: Conditions, draws: SampleDraws, on_step: OnStep | None = None
+        ) -> Tensor:
             eps = guided(predict, conditions, unconditional, settings.guidance_scale)
             shape = self.codec.latent_shape(network.latent_size)
             start = draw_noise(draws, "", shape, conditions["text"].device)  # (B, C, h, w)
-            return run_sampler(settings.sampler, eps, start, settings.num_steps, draws)
+            steps = settings.num_steps
+            return run_sampler(settings.sampler, eps, start, steps, draws, on_step)
 
         return sample
 

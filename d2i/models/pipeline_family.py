@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
 from d2i.config import BackboneConfig, SampleConfig
+from d2i.diffusion.dpm_solver import OnStep
 from d2i.diffusion.draws import SampleDraws
 from d2i.diffusion.samplers import draw_noise
-from d2i.diffusion.schedulers import with_numbers_of
+from d2i.diffusion.schedulers import step_arguments, with_numbers_of
 from d2i.errors import ConfigError
 from d2i.models.base import Conditions, OneTensorFamily, SampleLatents
 from d2i.models.pipeline_dir import PipelineDirectory
@@ -119,7 +120,9 @@ class PipelineFamily(OneTensorFamily):
         shape = self.codec.latent_shape(network.latent_size)
         dtype = input_dtype(network)
 
-        def sample(conditions: Conditions, draws: SampleDraws) -> Tensor:
+        def sample(
+            conditions: Conditions, draws: SampleDraws, on_step: OnStep | None = None
+        ) -> Tensor:
             start = draw_noise(draws, "", shape, conditions["text"].device)
             given = {name: _as(dtype, value) for name, value in conditions.items()}
             latents: Tensor = pipeline(
@@ -129,6 +132,7 @@ class PipelineFamily(OneTensorFamily):
                 height=side,
                 width=side,
                 output_type="latent",
+                **step_arguments(on_step, sides=self.patches(start).shape[2:]),
                 **self.prompt_arguments(given, unconditional),
                 **self.presets.call_options,
                 **settings.pipeline,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,15 +11,23 @@ import torch
 
 from d2i.config import Precision, Recipe
 from d2i.diffusion.draws import integers
+from d2i.diffusion.schedulers import step_arguments
 from d2i.encoders.pipeline_text import DTYPES
 from d2i.encoders.pretrained import weights_hash
 from d2i.encoders.prompt_truncation import PromptTruncation
-from d2i.errors import CheckpointError
+from d2i.errors import CheckpointError, ConfigError
 from d2i.eval.prompts import Prompt
-from d2i.eval.system import Generation, SystemContext, expect_line
+from d2i.eval.system import CallOptions, Generation, Read, SystemContext, expect_line
 from d2i.eval.systems.adapter import Adapter, load_adapter
+from d2i.prompt_text import with_omitted
 
 _MAX_SEED = 2**62
+# The arguments of `Model.generate` behind those of a pipeline's call.
+_OPTION_OF = {
+    "num_inference_steps": "num_steps",
+    "guidance_scale": "guidance_scale",
+    "callback_on_step_end": "on_step",
+}
 
 
 def build(context: SystemContext) -> PipelineSystem:
@@ -79,7 +88,7 @@ class PipelineSystem:
     def __init__(
         self, pipeline: Any, recipe: Recipe, device: str, adapter: Adapter | None = None
     ) -> None:
-        self._sample = recipe.sample
+        self._sample, self._config = recipe.sample, recipe.text
         self._pipeline = pipeline.to(device)
         self._pipeline.set_progress_bar_config(disable=True)
         weights = _hashes(pipeline)
@@ -99,28 +108,64 @@ class PipelineSystem:
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Generate in padded batches; an image that is withheld or not finite is a failure."""
-        return self.generate_seeded(prompts, [self._sample.seed] * len(prompts))
+        return self.generate_seeded(prompts, CallOptions([self._sample.seed] * len(prompts)))
 
-    def generate_seeded(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Generation]:
-        """Generate as `generate`, each image with its own seed."""
+    def generate_seeded(self, prompts: Sequence[Prompt], options: CallOptions) -> list[Generation]:
+        """Generate as `generate` does, with the options of this call.
+
+        A step is one of the pipeline's scheduler, and `on_step` is given the pipeline's state after
+        it: noised latents at the pipeline's own scale.
+
+        Raises:
+            ConfigError: If the pipeline's call takes no such option.
+        """
         size = self._sample.compute_batch_size
-        jobs = list(zip(prompts, seeds, strict=True))
+        jobs = list(zip(prompts, options.seeds, strict=True))
         generations: list[Generation] = []
         for start in range(0, len(jobs), size):
             batch = jobs[start : start + size]
             padded = batch + batch[:1] * (size - len(batch))
-            generations += self._generate_batch(padded)[: len(batch)]
+            arguments = self._call_arguments(options, len(batch))
+            generations += self._generate_batch(padded, arguments)[: len(batch)]
         return generations
 
+    def read(self, prompt: Prompt) -> Read:
+        """Return the line as the encoder with the longest window gets it."""
+        text, tokens, cut = self._reading.split(prompt.text)
+        return Read(text, tokens, with_omitted(cut, prompt.turns, self._config))
+
+    def _call_arguments(self, options: CallOptions, num_images: int) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call that options of this call set."""
+        chosen = {
+            "num_inference_steps": options.num_steps,
+            "guidance_scale": options.guidance_scale,
+        }
+        arguments = {name: value for name, value in chosen.items() if value is not None}
+        arguments |= step_arguments(options.on_step, num_images, self._sides())
+        taken = inspect.signature(self._pipeline.__call__).parameters
+        for name in arguments.keys() - taken.keys():
+            raise ConfigError(
+                f"{type(self._pipeline).__name__} takes no {name}; expected a pipeline that does; "
+                f"leave out {_OPTION_OF[name]}"
+            )
+        return arguments
+
+    def _sides(self) -> Sequence[int] | None:
+        """Return height and width of the latents, if they are known."""
+        return None
+
     @torch.inference_mode()
-    def _generate_batch(self, jobs: Sequence[tuple[Prompt, int]]) -> list[Generation]:
+    def _generate_batch(
+        self, jobs: Sequence[tuple[Prompt, int]], arguments: Mapping[str, Any]
+    ) -> list[Generation]:
         prompts = [prompt for prompt, _ in jobs]
         keys = [prompt.key for prompt in prompts]
         done = self._pipeline(
             **self._prompt_arguments(prompts),
             output_type="np",
-            **self._noise(keys, [seed for _, seed in jobs]),
-            **self._sample.pipeline,
+            **self._noise(keys, [seed for _, seed in jobs])
+            | self._sample.pipeline
+            | dict(arguments),
         )
         withheld = getattr(done, "nsfw_content_detected", None) or [False] * len(prompts)
         return [

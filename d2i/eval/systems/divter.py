@@ -26,7 +26,7 @@ from d2i.dialog import Turn
 from d2i.encoders.pretrained import load_pretrained, weights_hash
 from d2i.errors import CheckpointError, ConfigError, DataError
 from d2i.eval.prompts import Prompt
-from d2i.eval.system import Generation, SystemContext
+from d2i.eval.system import CallOptions, Generation, SystemContext, generate_with
 from d2i.eval.systems import build_system
 from d2i.prompt_text import context_text
 from d2i.shards import ShardReader
@@ -53,11 +53,17 @@ class DivterSystem:
             raise ConfigError(f"{context.spec.name}: expected divter:DIR,SYSTEM")
         self._captioner = DivterCaptioner(context.spec.target, context.device)
         self._inner = build_system(dataclasses.replace(context, spec=inner))
+        self._name, self._sample = inner.name, context.recipe.sample
         self.described = {"describer": self._captioner.hash, **self._inner.described}
 
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
         """Generate images from the captions of the dialogs."""
         return self._inner.generate([self._described(prompt) for prompt in prompts])
+
+    def generate_seeded(self, prompts: Sequence[Prompt], options: CallOptions) -> list[Generation]:
+        """Generate as `generate` does, with the options of this call, if the inner system can."""
+        captions = [self._described(prompt) for prompt in prompts]
+        return generate_with(self._inner, self._name, self._sample, captions, options)
 
     def _described(self, prompt: Prompt) -> Prompt:
         text = self._captioner.describe(prompt.text)

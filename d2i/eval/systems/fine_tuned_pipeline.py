@@ -24,13 +24,13 @@ from d2i.encoders.pipeline_text import open_chat
 from d2i.encoders.pretrained import check_sibling_checksums
 from d2i.errors import CheckpointError, ConfigError
 from d2i.eval.prompts import Prompt
-from d2i.eval.system import Generation, SystemSpec
+from d2i.eval.system import CallOptions, Generation, Read, SystemSpec
 from d2i.eval.systems.adapter import find_adapter
 from d2i.eval.systems.diffusers_pipeline import PipelineSystem, load_pipeline
 from d2i.models.pipeline_dir import PipelineDirectory
 from d2i.models.pipeline_family import pipeline_family
 from d2i.models.weights.load import fill_network, read_described, read_state_dict
-from d2i.prompt_text import Message, Role, context_messages
+from d2i.prompt_text import Message, Role, context_messages, with_omitted
 from d2i.run_dir import read_recipe
 from d2i.weights_resolve import resolve_weights
 
@@ -94,10 +94,24 @@ class FineTunedPipeline(PipelineSystem):
             seed, name = recipe.sample.seed, base.name
             self._chat = open_chat(self._pipeline, self._family, recipe.text, seed, device, name)
 
-    def generate_seeded(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Generation]:
+    def generate_seeded(self, prompts: Sequence[Prompt], options: CallOptions) -> list[Generation]:
         """Generate from text as it is trained on, so that a stock tokenizer gives those ids."""
-        cleaned = [replace(p, text=self._family.clean(p.text)) for p in prompts]
-        return super().generate_seeded(cleaned, seeds)
+        return super().generate_seeded([self._cleaned(prompt) for prompt in prompts], options)
+
+    def read(self, prompt: Prompt) -> Read:
+        """Return the line or, with `text.format=chat`, the chat in its template."""
+        if self._chat is None:
+            return super().read(self._cleaned(prompt))
+        text, cut = self._chat.write_and_cut(self._messages(prompt), prompt.key)
+        # The window drops turns of a chat itself.
+        config = self._text.model_copy(update={"cut": "token"})
+        return Read(text, self._chat.num_tokens(text), with_omitted(cut, prompt.turns, config))
+
+    def _cleaned(self, prompt: Prompt) -> Prompt:
+        return replace(prompt, text=self._family.clean(prompt.text))
+
+    def _sides(self) -> Sequence[int]:
+        return [side // self._family.codec.patch_size for side in self._shape[1:]]
 
     def _prompt_arguments(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Return the encoded chats of prompts, and '' to guide away from, or the lines."""

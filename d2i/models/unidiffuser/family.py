@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from d2i.config import SampleConfig, TrainConfig
+from d2i.diffusion.dpm_solver import OnStep
 from d2i.diffusion.draws import BatchDraws, SampleDraws
 from d2i.diffusion.samplers import draw_noise, run_sampler
 from d2i.models.base import Architecture, Conditions, Layout, SampleLatents, State
@@ -108,7 +109,9 @@ class UniDiffuserFamily(LongSkipFamily):
         """Return a sampler of latent and CLIP embedding as one state; see `Family.sampler`."""
         shape = self.codec.latent_shape(network.latent_size)
 
-        def sample(conditions: Conditions, draws: SampleDraws) -> Tensor:
+        def sample(
+            conditions: Conditions, draws: SampleDraws, on_step: OnStep | None = None
+        ) -> Tensor:
             text, device = conditions["text"], conditions["text"].device
             eps = guided_unidiffuser(
                 network,
@@ -124,7 +127,13 @@ class UniDiffuserFamily(LongSkipFamily):
                 draw_noise(draws, "", shape, device),
                 draw_noise(draws, ".clip", (1, network.clip_dim), device),
             )
-            state = run_sampler(settings.sampler, eps, start, settings.num_steps, draws)
+
+            def on_state(step: int, state: Tensor) -> None:
+                if on_step:
+                    on_step(step, split_state(state, shape)[0])
+
+            steps, watch = settings.num_steps, on_state if on_step else None
+            state = run_sampler(settings.sampler, eps, start, steps, draws, watch)
             return split_state(state, shape)[0]
 
         return sample
