@@ -16,7 +16,7 @@ from d2i.cli.output import print_result
 from d2i.errors import ConfigError
 
 # One batch size for any number of images, so that an image is the same alone or in a grid.
-_SMALL_BATCHES = ["sample.compute_batch_size=4", "encoders.compute_batch_size=4"]
+_SMALL_BATCH = 4
 
 
 def sample(
@@ -52,21 +52,18 @@ def sample(
 
         d2i sample --run runs/a --dialog chat.json
     """
-    from d2i.eval.generation_settings import choose_settings
-    from d2i.eval.single_dialog import Request, generate_image, read_dialog, read_roles
-    from d2i.recipes import change_recipe
-    from d2i.run_dir import read_recipe
+    from d2i.eval.loaded_model import load
+    from d2i.eval.single_dialog import generate_image, read_dialog, read_roles
 
     if not out.lower().endswith(".png"):
         raise ConfigError(f"--out {out}: expected a name that ends in .png; change it")
     given = _read_text(dialog)
     turns = read_dialog(given)
-    choice = choose_settings(f"run:{run}", settings or [])
     # With a key, the image matches d2i eval's bit for bit, which takes its batch size.
-    batches = [] if key else _SMALL_BATCHES
-    recipe = change_recipe(read_recipe(run), [*batches, *choice.settings])
-    seeds = seed or [recipe.sample.seed]
-    text = generate_image(Request(run, recipe, turns, seeds, key, read_roles(given)), out)
+    size = None if key else _SMALL_BATCH
+    model = load(f"run:{run}", settings=settings or [], compute_batch_size=size)
+    seeds = seed or [model.recipe.sample.seed]
+    text = generate_image(model, turns, seeds, out, key=key, roles=read_roles(given))
     result = {"image": out, "text": text, "seeds": seeds}
     print_result(result, [out], as_json=as_json)
 

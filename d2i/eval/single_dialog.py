@@ -6,32 +6,23 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2i import __version__
-from d2i.backbones import chat_problem, presets_of
-from d2i.cluster import device_of_worker
-from d2i.config import Recipe
 from d2i.corpora import RECORD_FIELDS, parse_record
 from d2i.corpora.chat_forms import ASSISTANT
 from d2i.corpora.json_stream import read_objects
 from d2i.corpora.records import Dialog, RecordError
 from d2i.dialog import Turn
-from d2i.encoders import Vae, load_clip_text
-from d2i.errors import ConfigError, DataError
+from d2i.errors import DataError, GenerationError
+from d2i.eval.loaded_model import Model
 from d2i.eval.prompts import Prompt
-from d2i.eval.sampler import Sampler
-from d2i.eval.system import SystemSpec
-from d2i.eval.systems import parse_system
-from d2i.eval.systems.fine_tuned_pipeline import FineTunedPipeline
 from d2i.images.decode import png_bytes
 from d2i.io import storage
-from d2i.models.registry import family_of_backbone
-from d2i.prompt_text import Message, Role, context_messages, context_text, text_tokens, turn_roles
+from d2i.prompt_text import Role, turn_roles
 
 
 def read_dialog(text: str) -> list[Turn]:
@@ -76,100 +67,63 @@ def read_roles(text: str) -> list[Role]:
     return turn_roles(speakers, own_turn)
 
 
-@dataclass(frozen=True)
-class Request:
-    """One dialog, and the images to generate from it.
-
-    Args:
-        run_url: A finished run.
-        recipe: Settings for linearizing the dialog and generating images.
-        turns: The dialog.
-        seeds: One image is generated for each.
-        key: Keys the noise together with the seed; None uses the linearized text.
-        roles: The role of each turn in a chat; empty for all the user's.
-    """
-
-    run_url: str
-    recipe: Recipe
-    turns: Sequence[Turn]
-    seeds: Sequence[int]
-    key: str | None = None
-    roles: Sequence[Role] = ()
-
-
-def generate_image(request: Request, out: str) -> str:
+def generate_image(
+    model: Model,
+    turns: Sequence[Turn],
+    seeds: Sequence[int],
+    out: str,
+    *,
+    key: str | None = None,
+    roles: Sequence[Role] = (),
+) -> str:
     """Generate the images for a dialog as one PNG, with the settings in its metadata.
 
     Several images are laid out in a grid, row by row. The same dialog, key and seed give the same
     image, alone or in a grid; with an instance's key, the image that `d2i eval` generates.
 
+    Args:
+        model: The system.
+        turns: The dialog.
+        seeds: One image is generated for each.
+        out: The PNG, a path or a URL.
+        key: Keys the noise together with the seed; None uses the linearized text.
+        roles: The role of each turn in a chat; empty for all the user's.
+
     Returns:
         The linearized text.
 
     Raises:
-        ConfigError: If the network cannot read the chats of `text.format=chat`.
-        DataError: If a pipeline withholds an image, or one is not finite.
+        GenerationError: If a pipeline withholds an image, or one is not finite.
     """
-    recipe = request.recipe
-    if problem := chat_problem(recipe):
-        raise ConfigError(problem)
-    text = context_text(request.turns, recipe.text)
-    key = text if request.key is None else request.key
-    spec = parse_system(f"run:{request.run_url}", None, recipe)
-    is_pipeline = presets_of(spec.backbone.name).pipeline is not None
-    pixels, weights = (_by_pipeline if is_pipeline else _by_sampler)(request, spec, text, key)
+    prompt = model.prompt(turns, key, roles)
+    found = model.generate_prompts([prompt] * len(seeds), seeds)
+    pixels = [generation.pixels for generation in found if generation.pixels is not None]
+    if len(pixels) < len(found):
+        raise GenerationError(next(g.reason for g in found if g.pixels is None))
+    metadata = image_metadata(model, prompt, seeds)
+    storage.write_bytes(out, png_bytes(grid(np.stack(pixels)), metadata))
+    return prompt.text
+
+
+def image_metadata(model: Model, prompt: Prompt, seeds: Sequence[int]) -> dict[str, str]:
+    """Return the text chunks of a PNG that say how its images were generated.
+
+    Args:
+        model: The system.
+        prompt: The dialog, from `Model.prompt`.
+        seeds: The seed of each image.
+    """
+    recipe = model.recipe
     settings = recipe.sample.model_dump(exclude={"seed", "weights"}) | {
         "weights_kind": recipe.sample.weights,
         "recipe": recipe.name,
-        "text": text,
-        "key": key,
-        "seed": " ".join(map(str, request.seeds)),
-        "weights": weights,
+        "text": prompt.text,
+        "key": prompt.key,
+        "seed": " ".join(map(str, seeds)),
+        "weights": model.weights,
         "d2i": __version__,
     }
-    metadata = {name: str(value) for name, value in settings.items()}
-    storage.write_bytes(out, png_bytes(grid(pixels), metadata))
-    return text
-
-
-def _by_sampler(
-    request: Request, spec: SystemSpec, text: str, key: str
-) -> tuple[NDArray[np.uint8], str]:
-    """Return the images (N, H, W, 3) of d2i's own sampler, and the sha256 of its weights."""
-    device = device_of_worker()
-    recipe, encoders = request.recipe, request.recipe.encoders
-    clip_text = load_clip_text(encoders, device)
-    tokens = [text_tokens(line, recipe.text) for line in (text, "")]
-    # Shards store text latents as float16, so these are rounded likewise.
-    latents = [
-        clip_text.encode(row[None], encoders.compute_batch_size).astype(np.float16)
-        for row in tokens
-    ]
-    vae = Vae(encoders.vae, encoders.vae_kind, device)
-    vae.check_codec(family_of_backbone(spec.backbone.name).codec, spec.backbone.name)
-    sampler = Sampler(spec.backbone, vae, recipe.sample, latents[1][0], device)
-    num = len(request.seeds)
-    pixels = sampler.generate([key] * num, np.repeat(latents[0], num, axis=0), request.seeds)
-    return pixels, sampler.hash
-
-
-def _by_pipeline(
-    request: Request, spec: SystemSpec, text: str, key: str
-) -> tuple[NDArray[np.uint8], str]:
-    """Return the images (N, H, W, 3) of the run's pipeline, and the sha256 of what was trained."""
-    system = FineTunedPipeline(spec, request.recipe, device_of_worker())
-    messages: tuple[Message, ...] = ()
-    if request.roles:
-        messages = context_messages(request.turns, request.roles, request.recipe.text)
-    prompt = Prompt(key, tuple(request.turns), text, messages)
-    found = system.generate_seeded([prompt] * len(request.seeds), request.seeds)
-    if reasons := [generation.reason for generation in found if generation.pixels is None]:
-        raise DataError(
-            f"got no image: {reasons[0]}; expected one; change the dialog or the --seed"
-        )
-    pixels = np.stack([g.pixels for g in found if g.pixels is not None])
-    part = presets_of(spec.backbone.name).network_part
-    return pixels, str(system.described.get("adapter", system.described[part]))
+    return {name: str(value) for name, value in settings.items()}
 
 
 def grid(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
