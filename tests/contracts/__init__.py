@@ -36,6 +36,12 @@ from d2i.fault_injection import Point
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 API = (
+    "d2i:Dataset",
+    "d2i:Model.generate",
+    "d2i:Model.read",
+    "d2i:Read",
+    "d2i:load",
+    "d2i:webdataset",
     "d2i.cluster:Session",
     "d2i.cluster:Session.capacity",
     "d2i.cluster:Session.map",
@@ -49,7 +55,9 @@ API = (
     "d2i.diffusion:ancestral",
     "d2i.diffusion:dpm_solver",
     "d2i.eval.metrics:compute_scores",
+    "d2i.eval.system:CallOptions",
     "d2i.eval.system:Generation",
+    "d2i.eval.system:SeededSystem.generate_seeded",
     "d2i.eval.system:System.generate",
     "d2i.eval.system:SystemContext",
     "d2i.models:build_backbone",

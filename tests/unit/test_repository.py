@@ -22,11 +22,11 @@ from packaging.utils import canonicalize_name
 import d2i
 
 ROOT = Path(__file__).resolve().parents[2]
-DIRECTORIES = ("preprocess", "train", "eval", "cluster", "benchmarks")
+DIRECTORIES = ("preprocess", "train", "eval", "cluster", "benchmarks", "examples")
 
 # May lack an import: DeepSpeed's builder calls ninja, open_clip brings CLIP's vocabulary, and
 # torch writes its events through tensorboard.
-NOT_IMPORTED = {"ninja", "open-clip-torch", "tensorboard", "webdataset"}
+NOT_IMPORTED = {"ninja", "open-clip-torch", "tensorboard"}
 
 
 def programs() -> list[Path]:
