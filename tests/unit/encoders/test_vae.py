@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,12 @@ def demo() -> Encoders:
     return load_encoders(load_recipe("demo").encoders)
 
 
+def with_vae(encoders: Encoders, vae: Vae) -> Encoders:
+    changed = copy.copy(encoders)
+    changed.vae = vae
+    return changed
+
+
 def pixels(num: int) -> Any:
     return np.random.default_rng(0).integers(0, 256, (num, SIDE, SIDE, 3), np.uint8)
 
@@ -54,7 +60,7 @@ def test_directory_names_its_class(
     array, shape = ARRAYS[name]
     vae = Vae(str(places[name]), kind)
     assert vae.codec.name == name.removeprefix("tiny-")
-    encoders = replace(demo, vae=vae)
+    encoders = with_vae(demo, vae)
     declared = encoders.arrays(ImageConfig(resolution=SIDE), TextConfig())[array]
     assert (declared.encoder, declared.dtype, declared.shape) == ("vae", "float16", shape)
     encoded = encoders.encode_images(pixels(3))
@@ -113,7 +119,7 @@ def test_numbers_are_those_of_the_file(name: str, places: dict[str, Path]) -> No
 
 def test_resolution_must_be_multiple_of_factor(places: dict[str, Path], demo: Encoders) -> None:
     for name, resolution, multiple in (("dc-ae-f32", 72, 32), ("flux2", 72, 16)):
-        encoders = replace(demo, vae=Vae(str(places[name]), "kl"))
+        encoders = with_vae(demo, Vae(str(places[name]), "kl"))
         message = rf"image\.resolution={resolution}: expected a multiple of {multiple} .*{name}"
         with pytest.raises(ConfigError, match=message):
             encoders.arrays(ImageConfig(resolution=resolution), TextConfig())
