@@ -15,6 +15,7 @@ from d2i.dialog import SPLITS, Turn
 from d2i.errors import ConfigError
 from d2i.io import storage
 from d2i.shards.dataset import split_url
+from d2i.shards.layout import ArrayInfo
 from d2i.shards.manifest import MANIFEST_NAME
 from d2i.shards.reader import ShardReader
 from d2i.shards.sample import IMAGE_SUFFIXES, check_json, npy_array
@@ -46,9 +47,12 @@ class Dataset:
 
         Raises:
             ConfigError: If there is no such split, or the directory has several and none is named.
-            ShardError: If the manifest is missing or damaged.
+            ShardError: If the manifest is missing or damaged, or d2i did not prepare the data:
+                `ShardReader` reads tars that `d2i index` has listed.
         """
         self._reader = ShardReader(_data_set(url, split))
+        self.arrays: Mapping[str, ArrayInfo] = self._reader.manifest.arrays
+        """The arrays of every sample by name, each with its `dtype` and `shape`."""
 
     @property
     def url(self) -> str:
@@ -59,11 +63,6 @@ class Dataset:
     def keys(self) -> Sequence[str]:
         """The keys of all samples, in their order."""
         return self._reader.keys
-
-    @property
-    def arrays(self) -> Mapping[str, Any]:
-        """The arrays of every sample by name, each with its `dtype` and `shape`."""
-        return self._reader.manifest.arrays
 
     def __len__(self) -> int:
         """Return the number of samples."""

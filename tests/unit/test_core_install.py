@@ -103,7 +103,7 @@ def test_all_is_what_every_install_of_a_checkout_names() -> None:
 def test_core_reads_indexes_and_verifies_shards(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("0.txt", b"text")])
     for words, expected in (
-        (["--help"], "Commands:"),
+        (["--help"], "Start here"),
         (["index", tmp_path], "1 samples in 1 tars"),
         (["verify", tmp_path], "0 problems"),
         (["verify", BEFORE / "data"], "0 problems"),
