@@ -6,6 +6,7 @@
 #   make check                   formatting, lint, types, dependency direction, spelling
 #   make soak                    the tests that take many minutes
 #   make docs                    the documentation site, in build/site
+#   make package                 sdist and wheel, in dist; the wheel is installed alone and tried
 #   make setup                   the environment alone
 #   make clean                   remove the environment and every cache
 #
@@ -27,7 +28,7 @@ SUITS := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .NOTPARALLEL:
-.PHONY: help demo test check docs soak setup interpreter clean
+.PHONY: help demo test check docs package soak setup interpreter clean
 
 help:
 	@sed -n '/^#  /s/^# *//p' Makefile
@@ -63,6 +64,18 @@ check: setup
 docs: setup
 	@echo "make docs: building the site in build/site"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+# The wheel is built from the sdist, and run where nothing of the checkout is.
+package: setup
+	@echo "make package: building the sdist and the wheel in dist"
+	@rm -rf dist build/package
+	@$(BIN)/python -m build --outdir dist > build.log 2>&1 || { cat build.log >&2; exit 1; }
+	@rm build.log
+	@echo "make package: installing the wheel alone, and verifying data with it"
+	@$(BIN)/python -m venv build/package
+	@build/package/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt dist/d2i-*.whl
+	@cd build/package && bin/d2i --version && bin/d2i verify $(CURDIR)/tests/made_before/data
 
 setup: interpreter $(INSTALLED)
 

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -197,9 +198,39 @@ def test_ci_run_is_executable_and_matches_workflow() -> None:
     assert os.access(ci_run, os.X_OK)
     assert run("bash", "-n", relative(ci_run)).returncode == 0
     commands = [line for line in ci_run.read_text().splitlines() if line.startswith("make ")]
-    assert commands == ["make check", "make docs", "make test"]
+    assert commands == ["make check", "make docs", "make package", "make test"]
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert all(f"run: {command}\n" in workflow for command in commands)
+
+
+def test_release_is_the_version_of_tag_and_changelog(tmp_path: Path) -> None:
+    """The steps of the workflow, run on this version: as it is, dated, and under another tag."""
+    (package, _) = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())[
+        "jobs"
+    ].values()
+    compares, dates = (step["run"] for step in package["steps"] if "name" in step)
+    (tmp_path / "d2i").mkdir()
+    shutil.copy(ROOT / "d2i" / "__init__.py", tmp_path / "d2i")
+    changelog = f"## [{d2i.__version__}] - 2026-01-31\n"
+    (tmp_path / "CHANGELOG.md").write_text(changelog)
+
+    def passes(step: str, tag: str) -> bool:
+        done = subprocess.run(
+            ["bash", "-ec", step],
+            cwd=tmp_path,
+            env=os.environ | {"GITHUB_REF_NAME": tag},
+            check=False,
+        )
+        return done.returncode == 0
+
+    tag = f"v{d2i.__version__}"
+    assert passes(compares, tag)
+    assert not passes(compares, "v9.9.9")
+    assert passes(dates, tag)
+    (tmp_path / "CHANGELOG.md").write_text(changelog.replace("2026-01-31", "Unreleased"))
+    assert not passes(dates, tag)
+    assert f"version: {d2i.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## [{d2i.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_where_is_table_names_existing_code_and_tests() -> None:
